@@ -1,0 +1,172 @@
+"""What models change in one tensor: a dense array or a product of two thin factors, and a stack of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+__all__ = ["Delta", "Dense", "LowRank", "Stack"]
+
+Coefficient = float | Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dense:
+    """A change (or a weight) written out in full: ``value`` has the shape of the tensor it belongs to."""
+
+    value: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
+    def dense(self) -> Tensor:
+        """The change itself, ``[*shape]``."""
+        return self.value
+
+    def rows(self, start: int, stop: int) -> Dense:
+        """Rows ``start`` to ``stop`` of the first axis."""
+        return Dense(self.value[start:stop])
+
+    def scaled(self, factor: Coefficient) -> Dense:
+        """The change times a number."""
+        return Dense(self.value * factor)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRank:
+    """A change kept as ``up @ down``, with every scale (alpha / r and its kin) already folded into ``up``.
+
+    ``up`` is ``[..., out, r]`` and ``down`` ``[..., r, in]``; leading axes are batches (experts). ``shape`` is the
+    shape of the tensor in the base: the product itself, its transpose when ``transposed`` (GPT-2's Conv1D and
+    embeddings), or its reshape (convolutions). Rank 0 is the zero change.
+    """
+
+    up: Tensor
+    down: Tensor
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.up.shape[-1] != self.down.shape[-2] or self.up.shape[:-2] != self.down.shape[:-2]:
+            raise ValueError(f"factors {tuple(self.up.shape)} and {tuple(self.down.shape)} do not multiply")
+        if self.up.shape[:-1].numel() * self.down.shape[-1] != prod(self.shape):
+            raise ValueError(
+                f"factors {tuple(self.up.shape)} and {tuple(self.down.shape)} do not make a tensor {self.shape}"
+            )
+
+    @classmethod
+    def zero(cls, like: LowRank) -> LowRank:
+        """The zero change of the same tensor, as factors of rank 0."""
+        return cls(like.up[..., :0], like.down[..., :0, :], like.shape, like.transposed)
+
+    @property
+    def rank(self) -> int:
+        return self.up.shape[-1]
+
+    def dense(self) -> Tensor:
+        """The change written out, ``[*shape]``."""
+        product = self.up @ self.down
+        return (product.mT if self.transposed else product).reshape(self.shape)
+
+    def rows(self, start: int, stop: int) -> LowRank:
+        """Rows ``start`` to ``stop`` of the tensor's first axis, still as factors."""
+        shape = (stop - start, *self.shape[1:])
+        if self.up.dim() > 2:
+            return LowRank(self.up[start:stop], self.down[start:stop], shape, self.transposed)
+        if self.transposed:
+            return LowRank(self.up, self.down[:, start:stop], shape, True)
+        return LowRank(self.up[start:stop], self.down, shape)
+
+    def scaled(self, factor: Coefficient) -> LowRank:
+        """The change times a number, which goes into ``up``."""
+        return LowRank(self.up * factor, self.down, self.shape, self.transposed)
+
+
+Delta = Dense | LowRank
+
+
+class Stack:
+    """What ``n`` models change in one tensor, or in one block of it.
+
+    ``models`` holds a key of each model's content, for methods that draw random numbers; ``present`` says which
+    models touch the tensor at all: one that does not contributes a zero change.
+    """
+
+    __slots__ = ("_deltas", "_values", "models", "present")
+
+    def __init__(
+        self, deltas: Sequence[Delta], models: Sequence[str] | None = None, present: Sequence[bool] | None = None
+    ) -> None:
+        self._deltas: tuple[Delta, ...] | None = tuple(deltas)
+        self._values: Tensor | None = None
+        self._describe(len(deltas), models, present)
+
+    @classmethod
+    def of(cls, values: Tensor, models: Sequence[str] | None = None, present: Sequence[bool] | None = None) -> Stack:
+        """A stack over one tensor ``[n, *shape]`` that already holds the models side by side."""
+        stack = cls.__new__(cls)
+        stack._deltas, stack._values = None, values
+        stack._describe(len(values), models, present)
+        return stack
+
+    def _describe(self, n: int, models: Sequence[str] | None, present: Sequence[bool] | None) -> None:
+        self.models = tuple(models) if models is not None else tuple(map(str, range(n)))
+        self.present = tuple(present) if present is not None else (True,) * n
+
+    def __len__(self) -> int:
+        return len(self.models)
+
+    @property
+    def deltas(self) -> tuple[Delta, ...]:
+        """One change a model, in the user's order."""
+        if self._deltas is None:
+            assert self._values is not None
+            self._deltas = tuple(Dense(value) for value in self._values)
+        return self._deltas
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether every change is kept as factors."""
+        return self._values is None and all(isinstance(delta, LowRank) for delta in self.deltas)
+
+    def dense(self) -> Tensor:
+        """All changes written out side by side, ``[n, *shape]``."""
+        if self._values is None:
+            self._values = torch.stack([delta.dense() for delta in self.deltas])
+        return self._values
+
+    def rows(self, start: int, stop: int) -> Stack:
+        """The same rows of every change."""
+        return Stack([delta.rows(start, stop) for delta in self.deltas], self.models, self.present)
+
+    def map(self, function: Callable[[Delta], Delta]) -> Stack:
+        """The stack with ``function`` applied to each change."""
+        return Stack([function(delta) for delta in self.deltas], self.models, self.present)
+
+    def weighted_sum(self, weights: Iterable[Coefficient]) -> Delta:
+        """``sum_i w_i delta_i``: concatenated factors (exact, rank is the sum of ranks) or a dense tensor."""
+        weights = list(weights)
+        if self.low_rank:
+            return _concatenated([d for d in self.deltas if isinstance(d, LowRank)], weights)
+        return Dense(_weighted_sum(self.dense(), weights))
+
+
+def _concatenated(deltas: Sequence[LowRank], weights: Sequence[Coefficient]) -> LowRank:
+    """``[w_1 B_1 | ... | w_n B_n]`` and ``[A_1; ...; A_n]``, never the average of factors, which adds cross terms."""
+    first = deltas[0]
+    up = torch.cat([delta.up * weight for delta, weight in zip(deltas, weights, strict=True)], dim=-1)
+    down = torch.cat([delta.down for delta in deltas], dim=-2)
+    return LowRank(up, down, first.shape, first.transposed)
+
+
+def _weighted_sum(values: Tensor, weights: Sequence[Coefficient]) -> Tensor:
+    total = values[0] * weights[0]
+    for value, weight in zip(values[1:], weights[1:], strict=True):
+        # The scalar form fuses product and sum without a temporary; a tensor weight keeps its gradient.
+        total = total + value * weight if isinstance(weight, Tensor) else total.add_(value, alpha=weight)
+    return total

@@ -1,0 +1,34 @@
+"""The errors a user meets: each message says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["FormatError", "InputError", "MergingError", "OptionError", "OutputError", "nearest"]
+
+
+class MergingError(Exception):
+    """Base of every error raised on purpose; the command line prints it as one message and exits with 1."""
+
+
+class FormatError(MergingError):
+    """A file is not what it claims to be, or is of a kind that is refused."""
+
+
+class InputError(MergingError):
+    """Inputs are missing, do not fit together, or hold values that cannot be merged."""
+
+
+class OptionError(MergingError):
+    """A method, parameter or setting is unknown, out of range or out of place."""
+
+
+class OutputError(MergingError):
+    """The output cannot be written where it was asked for."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``" (did you mean 'x'?)"`` for the closest known word, or nothing; to be put at the end of a message."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {match[0]!r}?)" if match else ""

@@ -1,0 +1,142 @@
+"""Where an output comes down: built beside its destination, made durable, and moved there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+from merging import platform
+from merging.errors import OutputError
+
+__all__ = ["Landing", "check_destination"]
+
+_SLACK = 1 << 24
+"""Bytes for configs, tokenizer and index beside the weights, when space is checked."""
+
+
+def check_destination(destination: Path, inputs: Iterable[Path], nbytes: int, overwrite: bool) -> None:
+    """Refuse a destination that exists (unless it may be overwritten), lies on top of an input, or has no room.
+
+    Raises :class:`~merging.errors.OutputError`.
+    """
+    target = destination.resolve()
+    for path in inputs:
+        resolved = path.resolve()
+        if resolved == target or target in resolved.parents:
+            raise OutputError(f"{destination}: the output would replace the input {path}: choose another -o")
+    if os.path.lexists(destination) and not overwrite:
+        raise OutputError(f"{destination}: exists already: choose another -o, or use --overwrite")
+    parent = destination.parent
+    if not parent.is_dir():
+        raise OutputError(f"{destination}: the folder {parent} does not exist: create it first")
+    free = shutil.disk_usage(parent).free
+    if free < nbytes + _SLACK:
+        raise OutputError(f"{destination}: needs {nbytes / 1e9:.2f} GB, and {parent} has {free / 1e9:.2f} GB free")
+
+
+class Landing:
+    """A temporary folder beside ``destination`` that becomes it, or (``file`` given) one file of which becomes it.
+
+    Used as a context manager: :meth:`commit` moves the output into place, leaving without it removes every trace. A
+    process that is killed leaves a hidden folder ``.NAME.*.partial``, which the next merge to the same place removes.
+    """
+
+    def __init__(self, destination: Path, overwrite: bool, file: bool) -> None:
+        self.destination = destination
+        self.overwrite = overwrite
+        self.file = file
+        parent = destination.parent
+        self._remove_abandoned(parent)
+        try:
+            self.folder = Path(tempfile.mkdtemp(".partial", f".{destination.name}.", parent))
+        except OSError as error:
+            raise OutputError(f"{destination}: {parent} cannot be written to: {error.strerror}") from None
+        self._lock = platform.open_folder(self.folder)
+        if self._lock is not None:
+            platform.claim(self._lock)
+
+    def _remove_abandoned(self, parent: Path) -> None:
+        for folder in parent.glob(f".{self.destination.name}.*.partial"):
+            fd = platform.open_folder(folder)
+            if fd is None:
+                continue
+            try:
+                if platform.claim(fd):
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(fd)
+
+    def __enter__(self) -> Landing:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def commit(self) -> None:
+        """Make what was built durable and put it in place, atomically. Raises :class:`~merging.errors.OutputError`."""
+        try:
+            for path in sorted(self.folder.rglob("*")):
+                if path.is_file() and path.suffix != ".safetensors":  # those were synced when they were closed
+                    _sync_file(path)
+                elif path.is_dir():
+                    platform.sync_folder(path)
+            platform.sync_folder(self.folder)
+            self._place_file() if self.file else self._place_folder()
+            platform.sync_folder(self.destination.parent)
+        except FileExistsError:
+            raise OutputError(f"{self.destination}: was created by someone else meanwhile: choose another -o") from None
+        except OSError as error:
+            raise OutputError(f"{self.destination}: cannot be put in place: {error.strerror}") from None
+
+    def _place_file(self) -> None:
+        (built,) = self.folder.iterdir()
+        if self.overwrite:
+            if self.destination.is_dir():
+                raise OutputError(f"{self.destination}: is a folder, and the output is a file: choose another -o")
+            built.replace(self.destination)
+            return
+        try:
+            os.link(built, self.destination)  # unlike a rename, it never replaces what appeared meanwhile
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            if os.path.lexists(self.destination):
+                raise FileExistsError from None
+            built.rename(self.destination)
+
+    def _place_folder(self) -> None:
+        self.folder.chmod(0o777 & ~_umask())
+        if self.overwrite and os.path.lexists(self.destination):
+            old = Path(tempfile.mkdtemp(".partial", f".{self.destination.name}.", self.destination.parent))
+            self.destination.rename(old / "old")
+            try:
+                self.folder.rename(self.destination)
+            except OSError:
+                (old / "old").rename(self.destination)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        elif os.path.lexists(self.destination):
+            raise FileExistsError
+        else:
+            self.folder.rename(self.destination)
+
+
+def _sync_file(path: Path) -> None:
+    fd = os.open(path, os.O_RDWR)
+    try:
+        platform.sync(fd)
+    finally:
+        os.close(fd)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

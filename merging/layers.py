@@ -1,0 +1,207 @@
+"""Where a tensor sits in the depth of a model, told from the names of its tensors alone."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+__all__ = ["Place", "Stacks"]
+
+# The leftmost segment that is a number, with names on both sides: a number in front is a container such as that of
+# sentence-transformers. The bound keeps int() cheap whatever a file claims.
+_INDEX = re.compile(r"\.(\d{1,6})\.")
+
+# What the blocks of one stage are called in hierarchical backbones; the number may also follow at once (SegFormer).
+_BLOCK = re.compile(r"(?:(layers?|blocks?)\.)?(\d{1,6})\.")
+
+# Pairs of stacks that run one after the other: Flux in diffusers, and as published.
+_SEQUELS = {"single_transformer_blocks": "transformer_blocks", "single_blocks": "double_blocks"}
+
+# Names behind the blocks although a part of them looks like an embedding or a stem.
+_TAIL = re.compile(
+    r"(?:^|\.)(?:\w+_)?(?:heads?|neck|pooler|classifier|projector|embed_out|class_embed|bbox_embed)(?:\.|$)"
+)
+
+# Names in front of the blocks: whole segments, or whole words between underscores.
+_FRONT = re.compile(
+    r"(?:^|\.)(?:wte|wpe|shared|conv\d?|bn1|prenet|feature_projection|pre_layr?norm|pre_layernorm|layernorm_pre"
+    r"|(?:norm|ln)_pre|\w+_tokens?)(?:\.|$)"
+    r"|(?:^|[._])(?:embed\w*|emb|embd|patch\w*|pos|position\w*|stem)(?=[._]|$)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor sits: in which stack of blocks and at which layer of how many, or outside the stacks.
+
+    ``layer`` may reach ``layers`` and beyond, where the length comes from elsewhere (a config, the user). Outside,
+    ``stack`` and ``layer`` are None, ``layers`` is 0, and ``after`` tells what lies behind the blocks (final norm,
+    head, pooler, projection) from embeddings, stems and the like, which lie before them.
+    """
+
+    stack: str | None = None
+    layer: int | None = None
+    layers: int = 0
+    after: bool = False
+
+    @property
+    def depth(self) -> float:
+        """0 in the first block, 1 in the last, in those beyond and in an only one; 0 outside the stacks."""
+        if self.layer is None:
+            return 0.0
+        return min(1.0, self.layer / (self.layers - 1)) if self.layers > 1 else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Numbering:
+    """How one stack counts: ``layers`` in all, its own from ``offset`` on.
+
+    A hierarchical stack is flattened: ``blocks`` are its (stage, block) in order, under ``family`` ("" is none). Parts
+    of a stage beside its blocks go with its first block if they are named in ``leading``, else with its last.
+    """
+
+    layers: int
+    offset: int = 0
+    family: str = ""
+    blocks: tuple[tuple[int, int], ...] = ()
+    leading: frozenset[str] = frozenset()
+
+    def layer(self, index: int, rest: str) -> int:
+        """The layer of a name, from its first number and what follows it."""
+        if not self.blocks:
+            return self.offset + index
+        block = _BLOCK.match(rest)
+        if block and (block[1] or "") == self.family:
+            position = bisect_left(self.blocks, (index, int(block[2])))
+        elif _part(rest) in self.leading:
+            position = bisect_left(self.blocks, (index, 0))
+        else:
+            position = max(0, bisect_left(self.blocks, (index + 1, 0)) - 1)
+        return position
+
+
+@dataclass(frozen=True, slots=True)
+class Stacks:
+    """The stacks of repeated blocks in a model, by the prefix of their names. Encoder and decoder count separately."""
+
+    numberings: Mapping[str, _Numbering]
+
+    @classmethod
+    def from_names(cls, names: Iterable[str], *, complete: bool = True) -> Stacks:
+        """Find the stacks in the names of tensors.
+
+        The leftmost number in a name is its index, and what precedes it the prefix. Of a whole model (``complete``) a
+        prefix is a stack if its indices are exactly 0 to n-1, n at least 2. An adapter may cover few layers: there any
+        index will do, and the largest one tells n. Neither experts nor rows of bare layers (``mlp.0.weight``) are
+        stacks. Stages of blocks (Swin, ConvNeXt, ResNet, SegFormer) are flattened into one row of blocks.
+        """
+        rests: defaultdict[str, defaultdict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+        for name in names:
+            found = _INDEX.search(name)
+            if found:
+                rests[name[: found.start()]][int(found[1])].append(name[found.end() :])
+        numberings = {
+            prefix: _numbering(stages) for prefix, stages in rests.items() if _is_stack(prefix, stages, complete)
+        }
+        return cls(_joined(numberings))
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The number of layers by prefix; stacks that count on from each other have one length, that of both."""
+        return {prefix: numbering.layers for prefix, numbering in self.numberings.items()}
+
+    def limited(self, layers: int) -> Stacks:
+        """The same with the number of layers in the config, where the names have a few more.
+
+        DeepSeek-V3 and GLM store layers for multi-token prediction behind the last one: these get depth 1. It concerns
+        the stack closest to the config's number and at most twice as long, and none if one has just that number: the
+        vision tower of a small model may well be deeper than its language model.
+        """
+        _positive(layers)
+        longer = [length for length in self.lengths.values() if layers <= length <= 2 * layers]
+        main = min(longer, default=layers)
+        return self._map(lambda each: replace(each, layers=layers) if each.layers == main and not each.blocks else each)
+
+    def with_layers(self, layers: int) -> Stacks:
+        """The same with this length for every stack."""
+        _positive(layers)
+        return self._map(lambda each: replace(each, layers=layers))
+
+    def place(self, name: str) -> Place:
+        """The place of a tensor, whether or not it was among the names."""
+        found = _INDEX.search(name)
+        numbering = self.numberings.get(name[: found.start()]) if found else None
+        if found is None or numbering is None:
+            return Place(after=bool(_TAIL.search(name)) or not _FRONT.search(name))
+        layer = numbering.layer(int(found[1]), name[found.end() :])
+        return Place(name[: found.start()], layer, numbering.layers)
+
+    def _map(self, change: Callable[[_Numbering], _Numbering]) -> Stacks:
+        return Stacks({prefix: change(numbering) for prefix, numbering in self.numberings.items()})
+
+
+def _positive(layers: int) -> None:
+    if layers < 1:
+        raise ValueError(f"a stack has at least one layer, and {layers} was given")
+
+
+def _is_stack(prefix: str, stages: Mapping[int, list[str]], complete: bool) -> bool:
+    if prefix.rpartition(".")[2] in ("expert", "experts"):
+        return False
+    if complete and (len(stages) < 2 or max(stages) != len(stages) - 1):
+        return False
+    # a block holds modules, which hold tensors
+    return all(any("." in rest for rest in rests) for rests in stages.values())
+
+
+def _numbering(stages: Mapping[int, list[str]]) -> _Numbering:
+    """How a stack counts, given what follows each of its indices."""
+    families: defaultdict[str, dict[int, dict[int, set[str]]]] = defaultdict(dict)
+    for index, rests in stages.items():
+        for rest in rests:
+            block = _BLOCK.match(rest)
+            if block:
+                blocks = families[block[1] or ""].setdefault(index, {})
+                blocks.setdefault(int(block[2]), set()).add(rest[block.end() :])
+    for family, inner in families.items():
+        if len(inner) == len(stages) and any(map(_alike, inner.values())):
+            order = tuple(sorted((stage, block) for stage, blocks in inner.items() for block in blocks))
+            return _Numbering(len(order), family=family, blocks=order, leading=_leading(stages))
+    return _Numbering(max(stages) + 1)
+
+
+def _alike(blocks: Mapping[int, set[str]]) -> bool:
+    """Whether the first block is built like another one; the attention and feed-forward parts of a T5 block are not."""
+    first, *others = (blocks[index] for index in sorted(blocks))
+    modular = any("." in rest for rest in first)
+    return modular and any(2 * len(first & other) > len(first | other) for other in others)
+
+
+def _leading(stages: Mapping[int, list[str]]) -> frozenset[str]:
+    """Parts in front of the blocks of their stage: those the first stage lacks, and embeddings.
+
+    Where all stages but the last have a part (Swin's ``downsample``), it lies behind the blocks.
+    """
+    parts = {index: {_part(rest) for rest in rests} for index, rests in stages.items()}
+    first, last = parts[min(parts)], parts[max(parts)]
+    every = set().union(*parts.values())
+    return frozenset(part for part in every if (part in last and part not in first) or _FRONT.search(part))
+
+
+def _part(rest: str) -> str:
+    return rest.partition(".")[0]
+
+
+def _joined(numberings: dict[str, _Numbering]) -> dict[str, _Numbering]:
+    """Let a stack that follows another count on from it."""
+    for prefix in list(numberings):
+        parent, dot, leaf = prefix.rpartition(".")
+        before = parent + dot + _SEQUELS.get(leaf, "")
+        if leaf in _SEQUELS and before in numberings:
+            first, second = numberings[before].layers, numberings[prefix].layers
+            numberings[before] = replace(numberings[before], layers=first + second)
+            numberings[prefix] = replace(numberings[prefix], layers=first + second, offset=first)
+    return numberings

@@ -1,0 +1,57 @@
+"""Linear merging: the weighted mean of the models."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from merging.delta import Delta, Stack
+from merging.errors import OptionError
+from merging.method import Coefficient, Method, PerModel, Seen, Site
+
+__all__ = ["Linear"]
+
+
+class Linear(Method):
+    """theta = sum_i w_i theta_i / sum_i w_i.
+
+    Needs no base. On adapters it acts on their changes, each the product of its factors: the factors are
+    concatenated, never averaged, so that the result is exact (its rank is the sum of the ranks). The simplest merge,
+    and hard to beat for models that were fine-tuned alike. With `normalize` off it is a plain weighted sum: of full
+    checkpoints that rarely makes sense unless the weights sum to 1. Costs one pass over the bytes.
+    """
+
+    name: ClassVar[str] = "linear"
+    summary: ClassVar[str] = "weighted mean of the models"
+    paper: ClassVar[str] = "Model Soups, Wortsman et al. 2022, arXiv 2203.05482"
+
+    weights: PerModel[Coefficient] = Field(1.0, description="one weight for all models, or one each")
+    normalize: bool = Field(True, description="divide by the sum of the weights")
+
+    @property
+    def origin(self) -> Literal["base", "none"]:
+        return "none"
+
+    @property
+    def factored(self) -> bool:
+        return True
+
+    def check(self, models: int) -> None:
+        super().check(models)
+        if self.normalize and float(sum(self.coefficients(models))) == 0:
+            raise OptionError("the weights of linear sum to zero, so there is no mean: change them, or use --no-normalize")
+
+    def multiple(self, models: int) -> float | None:
+        return 1 / float(sum(self.coefficients(models))) if self.normalize else 1.0
+
+    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+        weights = self.coefficients(len(stack))
+        return stack.weighted_sum(mean_weights(weights) if self.normalize else weights)
+
+
+def mean_weights(weights: list[float | Tensor]) -> list[Any]:
+    """The weights divided by their sum."""
+    total = sum(weights)
+    return [weight / total for weight in weights]

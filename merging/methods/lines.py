@@ -1,0 +1,89 @@
+"""LiNeS: keep the shallow layers close to the base and let the deep ones specialise."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from merging.delta import Delta, Stack
+from merging.errors import OptionError
+from merging.folds import Sum
+from merging.linalg import safe_ratio
+from merging.method import Closing, Coefficient, Seen, Site, Wrapper
+
+__all__ = ["Lines"]
+
+_NORMS = "lines.norms"
+
+
+class Lines(Wrapper):
+    """Layer-increasing network scaling: the merged change of each tensor times a factor that grows with its depth.
+
+    factor = nu * (1/N + beta * depth), for N models, with depth 0 in the first block and 1 in the last, and
+    nu = |sum_i w_i tau_i|_1 / |tau_merged|_1 over the whole model, which is 1 for a plain sum: the shallowest block
+    then changes as much as in the plain average, whatever the method inside. One model takes 0.5 + 0.5 * depth, the
+    paper's setting for it. Each tower of a model counts its own blocks.
+
+    Departures from the paper's code (wang-kee/LiNeS): beta is multiplied by nu, so that it means the same around every
+    method (`published` leaves it alone); blocks are found by anchored names, never by substring.
+
+    On a shallow encoder LiNeS can be worse than plain task arithmetic. Free around a sum; around any other method the
+    merge is gone through twice, once for nu.
+    """
+
+    name: ClassVar[str] = "lines"
+    summary: ClassVar[str] = "scale the merged change by depth, around any method"
+    paper: ClassVar[str] = "LiNeS, Wang et al. 2025, arXiv 2410.17146"
+
+    beta: Coefficient = Field(0.5, description="how much the factor grows from the first block to the last")
+    alpha: Coefficient | None = Field(None, description="the factor of the first block, instead of nu/N")
+    tail: Literal["alpha", "depth"] = Field(
+        "alpha", description="tensors outside the blocks: depth 0 (alpha, as published), or 1 behind the blocks (depth)"
+    )
+    published: bool = Field(False, description="factor = nu/N + beta * depth, as in the paper's code")
+
+    def check(self, models: int) -> None:
+        super().check(models)
+        scale = getattr(self.links()[-1], "scale", 1.0)
+        if isinstance(scale, Tensor) or scale != 1:
+            raise OptionError(
+                f"{self.links()[-1].name}.scale must be 1 under lines, which sets the size itself: leave the scale out, "
+                f"or choose lines.alpha and lines.beta"
+            )
+
+    @property
+    def rescales(self) -> bool:
+        return True
+
+    def closing(self, models: int) -> Closing | None:
+        fixed = self.alpha is not None and self.published
+        if models == 1 or fixed or self.multiple(models) is not None:
+            return None
+        return Closing(_NORMS, Sum(), self._norms)
+
+    def _norms(self, merged: Delta, stack: Stack, site: Site) -> Tensor:
+        plain = stack.weighted_sum(self.coefficients(len(stack))).dense()
+        return torch.stack([plain.abs().flatten(), merged.dense().abs().flatten()])
+
+    def multiple(self, models: int) -> float | None:
+        return self.then.multiple(models)
+
+    def factor(self, site: Site, seen: Seen, models: int) -> Coefficient:
+        depth = 1.0 if self.tail == "depth" and site.layer is None and site.after else site.depth
+        if models == 1:
+            return (0.5 if self.alpha is None else self.alpha) + self.beta * depth
+        nu = self._nu(seen, models)
+        alpha = nu / models if self.alpha is None else self.alpha
+        return alpha + self.beta * depth * (1.0 if self.published else nu)
+
+    def _nu(self, seen: Seen, models: int) -> float:
+        known = self.multiple(models)
+        if known is not None:
+            return safe_ratio(1.0, abs(known))
+        if _NORMS not in seen:
+            return 1.0  # alpha and beta are both given as published, and nu is nowhere in them
+        plain, merged = seen[_NORMS].tolist()
+        return safe_ratio(plain, merged)

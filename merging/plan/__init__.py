@@ -1,0 +1,68 @@
+"""From a recipe to a plan: headers are read, names matched, shapes compared, and all that can be refused is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from merging.errors import InputError
+from merging.plan.checks import check_bases, check_origin, content_keys
+from merging.plan.items import Item, Plan
+from merging.plan.sites import find_stacks
+from merging.plan.to_adapter import adapter_items, adapter_targets
+from merging.plan.to_model import model_items
+from merging.recipe import Recipe
+from merging.sources import Adapter, Checkpoint, open_model
+
+__all__ = ["PORTABLE_RANKS", "Item", "Plan", "make_plan"]
+
+PORTABLE_RANKS = (8, 16, 32, 64, 128, 256)
+"""Ranks that every program serves; a merged adapter's folder is padded with zeros up to the next of them."""
+
+
+def make_plan(recipe: Recipe, rank_steps: Sequence[int] = ()) -> Plan:
+    """Everything about the merge that headers and configs can tell. No value of any tensor is read.
+
+    ``rank_steps`` are the ranks that a merged adapter may have (:data:`PORTABLE_RANKS`), any if there are none. Raises
+    :class:`~merging.errors.MergingError` for all that cannot be merged as the recipe says.
+    """
+    models = tuple(open_model(path, recipe.alpha) for path in recipe.models)
+    recipe.method.check(len(models))
+    base = _open_base(recipe)
+    output, weights = check_origin(recipe, models, base)
+    check_bases(models, recipe.allow_different_bases)
+    keys, notices = content_keys(models)
+    notices += [notice for model in models if isinstance(model, Adapter) for notice in model.notices]
+    rank, untied = 0, False
+    if output == "adapter":
+        adapters = [model for model in models if isinstance(model, Adapter)]
+        targets, labels, matched = adapter_targets(adapters, base)
+        stacks, guess = find_stacks(recipe, models, base, targets)
+        items, rank = adapter_items(recipe, adapters, base, targets, labels, stacks, rank_steps)
+    else:
+        reference = base or next(model for model in models if isinstance(model, Checkpoint))
+        stacks, guess = find_stacks(recipe, models, reference, ())
+        items, matched, untied = model_items(recipe, models, reference, base, stacks, weights)
+    if guess and recipe.method.rescales:
+        notices.append(guess)
+    return Plan(
+        recipe=recipe,
+        models=models,
+        base=base,
+        keys=keys,
+        output=output,
+        weights=weights,
+        items=tuple(sorted(items, key=Item.order)),
+        rank=rank,
+        untied=untied,
+        notices=tuple(notices),
+        matched=tuple(matched),
+    )
+
+
+def _open_base(recipe: Recipe) -> Checkpoint | None:
+    if recipe.base is None:
+        return None
+    base = open_model(recipe.base)
+    if isinstance(base, Adapter):
+        raise InputError(f"{recipe.base}: is an adapter, and --base wants the full model that the others were trained from")
+    return base

@@ -1,0 +1,83 @@
+"""What is refused, or remarked on, before anything is planned: bases that differ, methods that need one, repeats."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from merging.errors import InputError
+from merging.recipe import Recipe
+from merging.sources import Adapter, Checkpoint
+from merging.sources.checkpoint import content_key
+
+__all__ = ["check_bases", "check_origin", "content_keys", "same_base"]
+
+_QUANTISED = re.compile(
+    r"[-_.](unsloth|bnb|[0-9]bit|[0-9]-bit|int[0-9]|fp8|nf4|fp4|gptq|awq|gguf|exl2|quantized|dynamic)(?=[-_.]|$)"
+)
+
+
+def content_keys(models: Sequence[Checkpoint | Adapter]) -> tuple[tuple[str, ...], list[str]]:
+    """A key of each model's content, repeats numbered, and a notice for each model that repeats an earlier one."""
+    keys: list[str] = []
+    notices: list[str] = []
+    first: dict[str, str] = {}
+    for model in models:
+        key = content_key(model.files)
+        if key in first:
+            notices.append(f"{model.path} has the same content as {first[key]}: it counts twice in the merge")
+        first.setdefault(key, str(model.path))
+        repeats = sum(each.partition("#")[0] == key for each in keys)
+        keys.append(f"{key}#{repeats}" if repeats else key)
+    return tuple(keys), notices
+
+
+def check_bases(models: Sequence[Checkpoint | Adapter], allow_different: bool) -> None:
+    """Refuse adapters that say they were trained on different bases."""
+    stated = [(model, model.base) for model in models if isinstance(model, Adapter) and model.base]
+    for model, base in stated[1:]:
+        first, other = stated[0]
+        if not same_base(other or "", base or "") and not allow_different:
+            raise InputError(
+                f"{model.path} was trained on {base}, and {first.path} on {other}: adapters of different bases do not "
+                f"add up. If they are the same model under two names, use --allow-different-bases"
+            )
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two names mean one base: equal but for the owner, the folder, and marks of quantised mirrors."""
+    return _bare(one) == _bare(other)
+
+
+def _bare(name: str) -> str:
+    bare = name.rstrip("/\\").replace("\\", "/").rpartition("/")[2].lower()
+    return _QUANTISED.sub("", bare).removeprefix("meta-")
+
+
+def check_origin(
+    recipe: Recipe, models: Sequence[Checkpoint | Adapter], base: Checkpoint | None
+) -> tuple[Literal["adapter", "model"], bool]:
+    """What comes out, and whether weights are merged themselves; refuses what lacks the base it needs."""
+    method = recipe.method
+    adapters = [model for model in models if isinstance(model, Adapter)]
+    checkpoints = len(models) - len(adapters)
+    output = recipe.output or ("model" if checkpoints else "adapter")
+    if output == "adapter" and checkpoints:
+        raise InputError("a merge of full checkpoints makes a model: an adapter comes out only when all inputs are adapters")
+    weights = method.origin == "none" and not (method.factored and not checkpoints)
+    if base is None:
+        if checkpoints and (method.origin == "base" or method.rescales):
+            raise InputError(
+                f"full checkpoints with a method that works on changes need --base: {method.chain} merges what each "
+                f"model changed of the model they were all trained from"
+            )
+        if checkpoints and adapters:
+            raise InputError("full checkpoints and adapters can be merged together only with --base")
+        if output == "model" and adapters:
+            raise InputError("a model can be made of adapters only with --base")
+        if weights and adapters:
+            raise InputError(f"{method.chain} merges weights, which adapters have only with --base")
+        for adapter in adapters:
+            adapter.require_base()
+    return output, weights

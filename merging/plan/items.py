@@ -1,0 +1,131 @@
+"""What a plan consists of: for every tensor, where its inputs lie, what is made of them, and what is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+from typing import Literal
+
+import torch
+
+from merging.method import Site
+from merging.recipe import Recipe
+from merging.sources import Adapter, Checkpoint
+from merging.sources.adapter import Change
+from merging.sources.stored import DTYPES, Out, Stored
+
+__all__ = ["CHUNK", "TILE", "Item", "Plan"]
+
+TILE = 1 << 15
+"""Elements of one model that are merged at a time on a CPU: small enough to stay in its cache.
+
+Part of what the output's bytes depend on, and so never changed by threads or memory limits.
+"""
+
+CHUNK = 1 << 20
+"""Elements in one unit of work, a multiple of TILE."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Item:
+    """One tensor of the merge.
+
+    ``inputs`` has one entry a model, None for a model that does not touch the tensor. ``form`` says what is written:
+    the bytes of ``base`` as they are (``copy``), the merged tensor (``dense``), the merged change alone (``delta``), or
+    the factors of that change (``factors``: down, then up).
+    """
+
+    site: Site
+    inputs: tuple[Stored | Change | None, ...]
+    base: Stored | None
+    outs: tuple[Out, ...]
+    form: Literal["copy", "dense", "delta", "factors"]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.site.shape)
+
+    @property
+    def by_chunks(self) -> bool:
+        """Whether all inputs lie in full, so that any piece of the tensor can be merged on its own."""
+        return not any(isinstance(each, Change) for each in self.inputs)
+
+    @property
+    def read_bytes(self) -> int:
+        changes = [t for each in self.inputs if isinstance(each, Change) for t in each.tensors]
+        stored = [each for each in (*self.inputs, self.base) if isinstance(each, Stored)]
+        return sum(each.nbytes for each in [*changes, *stored])
+
+    def order(self) -> tuple[str, int]:
+        """Where its bytes lie, so that items can be done in the order of the files."""
+        first = next((each for each in (self.base, *self.inputs) if each is not None), None)
+        if isinstance(first, Change):
+            first = first.tensors[0]
+        return first.order() if first is not None else ("", 0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """A merge that can be carried out: everything that can be known from headers has been checked.
+
+    ``weights`` says that the models' weights are merged themselves, not their changes from the base. ``rank`` is that
+    of a merged adapter. ``untied`` says that the output writes a head of its own where the base ties it.
+    """
+
+    recipe: Recipe
+    models: tuple[Checkpoint | Adapter, ...]
+    base: Checkpoint | None
+    keys: tuple[str, ...]
+    output: Literal["adapter", "model"]
+    weights: bool
+    items: tuple[Item, ...]
+    rank: int = 0
+    untied: bool = False
+    notices: tuple[str, ...] = ()
+    matched: tuple[str, ...] = field(default=())
+
+    @property
+    def outs(self) -> list[Out]:
+        """The tensors of the output, those of the largest elements first, so that all lie aligned in their file."""
+        outs = [out for item in self.items for out in item.outs]
+        return sorted(outs, key=lambda out: -DTYPES[out.kind].itemsize)
+
+    @property
+    def out_bytes(self) -> int:
+        return sum(out.nbytes for item in self.items for out in item.outs)
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(item.read_bytes for item in self.items)
+
+    def factored(self, item: Item) -> bool:
+        """Whether an item is merged factor by factor, without ever building the matrix."""
+        if self.weights or item.by_chunks or not self.recipe.method.factored:
+            return False
+        return all(each is None or (isinstance(each, Change) and each.low_rank) for each in item.inputs)
+
+    def dtype(self, item: Item) -> torch.dtype:
+        """The type an item is computed in: float32, or float64 if an input or the output is."""
+        changes = [t for each in item.inputs if isinstance(each, Change) for t in each.tensors]
+        stored = [each for each in (*item.inputs, item.base) if isinstance(each, Stored)]
+        kinds = {each.kind for each in [*changes, *stored, *item.outs]}
+        return torch.float64 if "F64" in kinds else torch.float32
+
+    def working_bytes(self, item: Item) -> int:
+        """About how much memory one worker needs for an item on a CPU: inputs, buffers and results together."""
+        width = self.dtype(item).itemsize
+        models = len(item.inputs)
+        rows = 64 * (item.numel // max(1, item.site.shape[0])) if item.site.shape else 1
+        tile = item.numel if self.recipe.method.grain == "matrix" else min(item.numel, max(rows, TILE))
+        needed = tile * width * (3 * models + 6)
+        changes = [each for each in item.inputs if isinstance(each, Change)]
+        needed += 3 * width * sum(prod(t.shape) for change in changes for t in change.tensors)
+        needed += 3 * width * item.numel * sum(not change.low_rank or change.needs_base is not None for change in changes)
+        if item.form == "factors" and not self.factored(item):
+            needed += 4 * width * item.numel
+        return needed
+
+    @property
+    def worker_bytes(self) -> int:
+        """The memory of one worker, whose buffers fit the largest item."""
+        return max((self.working_bytes(item) for item in self.items), default=0)

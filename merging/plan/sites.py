@@ -1,0 +1,73 @@
+"""Where each tensor sits in the depth of the model, and how many blocks there are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from merging.layers import Stacks
+from merging.method import Site
+from merging.recipe import Recipe
+from merging.sources import Adapter, Checkpoint
+from merging.sources.checkpoint import config_layers
+
+__all__ = ["find_stacks", "site_of"]
+
+
+def site_of(name: str, shape: tuple[int, ...], stacks: Stacks) -> Site:
+    """The site of a tensor."""
+    place = stacks.place(name)
+    return Site(name, shape, place.layer, place.layers, place.after)
+
+
+def find_stacks(
+    recipe: Recipe, models: Sequence[Checkpoint | Adapter], reference: Checkpoint | None, targets: Iterable[str]
+) -> tuple[Stacks, str | None]:
+    """The stacks of blocks, and what should be said of a number of blocks that is only a guess.
+
+    They are counted in the reference's names; without one, from the config of the base that the adapters declare when
+    it is at hand, from ``layers``, or as the largest index that any adapter touches.
+    """
+    if reference is not None:
+        stacks = Stacks.from_names(reference.tensors)
+        stated = recipe.layers or reference.layers
+        return (stacks.with_layers(recipe.layers) if recipe.layers else stacks.limited(stated) if stated else stacks), None
+    stacks = Stacks.from_names(targets, complete=False)
+    if recipe.layers:
+        return stacks.with_layers(recipe.layers), None
+    if not stacks.lengths:
+        return stacks, None
+    declared = next((model.base for model in models if isinstance(model, Adapter) and model.base), None)
+    stated = _declared_layers(declared) if declared and recipe.method.rescales else None
+    if stated and len(stacks.lengths) == 1:
+        return stacks.with_layers(stated), None
+    counted = ", ".join(f"{length} under {prefix}" for prefix, length in stacks.lengths.items())
+    return stacks, f"the number of blocks is taken from the adapters ({counted}): give --base or --layers if it is larger"
+
+
+def _declared_layers(name: str) -> int | None:
+    """The number of blocks in the config of a base by its declared name: in a folder, in the Hub's cache, or on the Hub."""
+    local = Path(name).expanduser() / "config.json"
+    path = local if local.is_file() else _hub_config(name)
+    if path is None:
+        return None
+    try:
+        config: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config_layers(config) if isinstance(config, dict) else None
+
+
+def _hub_config(name: str) -> Path | None:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+        if isinstance(cached, str):
+            return Path(cached)
+        return Path(hf_hub_download(name, "config.json", etag_timeout=3))
+    except (HFValidationError, OSError, ValueError):
+        return None  # not a Hub name, not there, or nobody answers: there are other ways to count

@@ -1,0 +1,166 @@
+"""Planning a merge whose result is a full model: every tensor of the base (or of the first model) comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from merging.errors import InputError, nearest
+from merging.layers import Stacks
+from merging.plan.items import Item
+from merging.plan.sites import site_of
+from merging.recipe import DTYPES, Recipe
+from merging.sources import Adapter, Checkpoint
+from merging.sources.adapter import Change
+from merging.sources.checkpoint import HEADS
+from merging.sources.names import find_renaming
+from merging.sources.stored import Out, Stored
+
+__all__ = ["model_items", "resolve_adapter"]
+
+Inputs = dict[str, Stored | Change]
+"""What one model brings, by the reference's names."""
+
+
+def model_items(
+    recipe: Recipe,
+    models: Sequence[Checkpoint | Adapter],
+    reference: Checkpoint,
+    base: Checkpoint | None,
+    stacks: Stacks,
+    weights: bool,
+) -> tuple[list[Item], list[str], bool]:
+    """The items of the merge, lines about how names were matched, and whether the output head is untied.
+
+    ``reference`` gives names, shapes and dtypes: the base, or else the first model. Raises
+    :class:`~merging.errors.InputError` for tensors that do not fit, unless the recipe keeps the base's.
+    """
+    known = dict(reference.tensors)
+    known |= _heads(models, reference)
+    matched: list[str] = []
+    inputs: list[Inputs] = []
+    mismatches: list[str] = []
+    for model in models:
+        if isinstance(model, Adapter):
+            brought, line = resolve_adapter(model, known)
+        else:
+            brought, line = _align(model, known, mismatches)
+        inputs.append(brought)
+        matched.append(line)
+    if mismatches and recipe.on_mismatch == "error":
+        more = f", and {len(mismatches) - 3} more" if len(mismatches) > 3 else ""
+        raise InputError(
+            f"the models do not hold the same tensors as {reference.path}: {'; '.join(mismatches[:3])}{more}. "
+            f"Use --on-mismatch base to keep {reference.path.name}'s where they differ"
+        )
+    skip = _incomplete(models, inputs, known) if mismatches else set()
+    if mismatches:
+        matched.append(f"{len(skip)} tensors that differ are {reference.path.name}'s (--on-mismatch base)")
+    names, untied = _with_tied_copy(known, inputs, reference, skip)
+    items = [
+        _item(name, stored, base, inputs, stacks, recipe, weights, plain=name in skip) for name, stored in names.items()
+    ]
+    return items, matched, untied
+
+
+def _heads(models: Sequence[Checkpoint | Adapter], reference: Checkpoint) -> dict[str, Stored]:
+    """Output heads that some model has of its own where the reference ties them: there they are its embedding."""
+    names = {
+        name
+        for model in models
+        for name in (model.changes if isinstance(model, Adapter) else model.tensors)
+        if name.endswith(HEADS) and name not in reference.tensors
+    }
+    return {name: stored for name in sorted(names) if (stored := reference.lookup(name)) is not None}
+
+
+def _with_tied_copy(
+    known: dict[str, Stored], inputs: list[Inputs], reference: Checkpoint, skip: set[str]
+) -> tuple[dict[str, Stored], bool]:
+    """The names to write, and whether among them is a head that the reference does not store.
+
+    An adapter that trained the embedding of a language model with a tied head did not train the head: merged into the
+    shared matrix it would change both, so the head is written out as it was.
+    """
+    untied = any(name not in reference.tensors for name in known)
+    architecture = str((reference.config.get("architectures") or [""])[0])
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")) and HEADS[0] not in known:
+        embedding = reference.lookup(HEADS[0])
+        touched = {id(known[name]) for each in inputs for name, change in each.items() if isinstance(change, Change)}
+        if embedding is not None and id(embedding) in touched:
+            skip.add(HEADS[0])
+            return known | {HEADS[0]: embedding}, True
+    return known, untied
+
+
+def _align(model: Checkpoint, known: Mapping[str, Stored], mismatches: list[str]) -> tuple[Inputs, str]:
+    """A checkpoint's tensors under the reference's names; what does not fit goes to ``mismatches``."""
+
+    def fits(name: str, match: str) -> bool:
+        ours, theirs = model.tensors[name], known[match]
+        return ours.shape == theirs.shape and ours.floating == theirs.floating
+
+    renaming, left = find_renaming(model.tensors, known, fits)
+    gone = set(left)
+    brought: Inputs = {str(renaming(name)): stored for name, stored in model.tensors.items() if name not in gone}
+    for name in left:
+        match = renaming(name)
+        if match is None or match not in known:
+            mismatches.append(f"{model.path} has {name}, which the other lacks{nearest(name, known) if len(known) < 500 else ''}")
+        else:
+            shape, other = tuple(model.tensors[name].shape), tuple(known[match].shape)
+            what = f"the shape {shape} instead of {other}" if shape != other else f"the type {model.tensors[name].kind}"
+            mismatches.append(f"{name} of {model.path} has {what}")
+    for name in known.keys() - brought.keys():
+        stored = model.lookup(name)
+        if stored is not None and stored.shape == known[name].shape:
+            brought[name] = stored
+        elif not any(renaming(other) == name for other in left):
+            mismatches.append(f"{model.path} lacks {name}")
+    return brought, f"{model.path}: {len(brought)} of {len(known)} tensors matched by {renaming}"
+
+
+def _incomplete(
+    models: Sequence[Checkpoint | Adapter], inputs: list[Inputs], known: Mapping[str, Stored]
+) -> set[str]:
+    full = [brought for model, brought in zip(models, inputs, strict=True) if isinstance(model, Checkpoint)]
+    return {name for name in known if any(name not in brought for brought in full)}
+
+
+def resolve_adapter(adapter: Adapter, known: Mapping[str, Stored]) -> tuple[Inputs, str]:
+    """An adapter's changes under the base's names on disk. A single target without a place is an error, never a skip."""
+    renaming, left = find_renaming(adapter.changes, known, lambda name, match: adapter.changes[name].fits(known[match].shape))
+    if left:
+        change = adapter.changes[left[0]]
+        match = renaming(left[0])
+        if match is not None and match in known:
+            reason = f"has the shape {change.shape}, and the base's tensor {tuple(known[match].shape)}"
+        else:
+            reason = f"is no tensor of the base{nearest(left[0], known) if len(known) < 5000 else ''}"
+        raise InputError(
+            f"{adapter.path}: {left[0]} {reason} ({len(left)} of {len(adapter.changes)} targets have no place): is this "
+            f"the base it was trained on{f' ({adapter.base})' if adapter.base else ''}?"
+        )
+    brought: Inputs = {str(renaming(name)): change for name, change in adapter.changes.items()}
+    return brought, f"{adapter.path}: {len(brought)} of {len(brought)} targets matched by {renaming}"
+
+
+def _item(
+    name: str,
+    stored: Stored,
+    base: Checkpoint | None,
+    inputs: list[Inputs],
+    stacks: Stacks,
+    recipe: Recipe,
+    weights: bool,
+    plain: bool,
+) -> Item:
+    kind = DTYPES[recipe.dtype] if recipe.dtype and stored.floating else stored.kind
+    outs = (Out(name, kind, stored.shape),)
+    brought = tuple(each.get(name) for each in inputs)
+    site = site_of(name, stored.shape, stacks)
+    if plain or not stored.floating or not any(brought):
+        return Item(site, () if plain else brought, stored, outs, "copy")
+    # A base that only lends its names is not read.
+    reads_base = not weights or None in brought or any(isinstance(each, Change) for each in brought)
+    needed = base is not None and (reads_base or recipe.method.rescales)
+    return Item(site, brought, stored if needed else None, outs, "dense")

@@ -1,0 +1,106 @@
+"""What the operating system does for us: positional reads and writes, preallocation, durable folders, locks.
+
+Linux is served directly. Where a call does not exist (macOS, Windows) a plain fallback does the same, slower or with a
+weaker promise. Everything that differs between systems is in this file.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+__all__ = ["advise", "claim", "open_folder", "read_at", "reserve", "sync", "sync_folder", "write_at"]
+
+_PIECE = 1 << 26
+"""Bytes in one call: Linux moves at most 2 GiB, and a short answer to a large request is awkward to tell from an end."""
+
+_seeking = threading.Lock()
+"""Guards the file position where there are no positional calls."""
+
+
+def read_at(fd: int, buffer: memoryview, offset: int) -> None:
+    """Fill ``buffer`` (bytes) from ``offset`` on. Raises EOFError if the file ends before."""
+    done = 0
+    while done < len(buffer):
+        read = _read_some(fd, buffer[done : done + _PIECE], offset + done)
+        if read == 0:
+            raise EOFError(f"the file ends {len(buffer) - done} bytes too early")
+        done += read
+
+
+def _read_some(fd: int, buffer: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [buffer], offset)
+    with _seeking:
+        os.lseek(fd, offset, os.SEEK_SET)
+        data = os.read(fd, len(buffer))
+    buffer[: len(data)] = data
+    return len(data)
+
+
+def write_at(fd: int, buffer: memoryview, offset: int) -> None:
+    """Write all of ``buffer`` (bytes) at ``offset``. Raises OSError, of a full disk too."""
+    done = 0
+    while done < len(buffer):
+        piece = buffer[done : done + _PIECE]
+        if hasattr(os, "pwrite"):
+            done += os.pwrite(fd, piece, offset + done)
+        else:
+            with _seeking:
+                os.lseek(fd, offset + done, os.SEEK_SET)
+                done += os.write(fd, piece)
+
+
+def reserve(fd: int, size: int) -> None:
+    """Give a new file its full size, with the space taken now where the system can, so that a full disk shows early."""
+    if hasattr(os, "posix_fallocate") and size:
+        os.posix_fallocate(fd, 0, size)
+    else:
+        os.ftruncate(fd, size)
+
+
+def advise(fd: int, offset: int, length: int) -> None:
+    """Tell the system that these bytes are wanted soon, so that it reads ahead; costs nothing where it cannot."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+
+def sync(fd: int) -> None:
+    """Return when the file's bytes are on the disk."""
+    os.fsync(fd)
+
+
+def open_folder(path: Path) -> int | None:
+    """A descriptor of a folder, or None on systems that open only files."""
+    if sys.platform == "win32" or not hasattr(os, "O_DIRECTORY"):
+        return None
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def sync_folder(path: Path) -> None:
+    """Return when the names in a folder are on the disk; systems that cannot sync a folder do it in their own time."""
+    fd = open_folder(path)
+    if fd is None:
+        return
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def claim(fd: int) -> bool:
+    """Take the lock of an open file or folder until it is closed or the process dies; False if another holds it.
+
+    Systems without such locks never grant one, so that nothing is ever taken for abandoned there.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

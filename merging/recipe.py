@@ -1,0 +1,117 @@
+"""The declarative merge: which models, by which method, into what. It says all that decides the output's bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+
+from merging.errors import FormatError, OptionError, nearest
+from merging.method import Method
+from merging.methods import chain, parameters_of
+
+__all__ = ["DTYPES", "Recipe", "load_recipe"]
+
+DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""The types an output can be asked in, and their names in safetensors files."""
+
+
+class Recipe(BaseModel):
+    """Everything about a merge but where it runs and where it goes. Frozen, comparable, and the same through YAML."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    models: Annotated[tuple[str, ...], Field(min_length=1, description="the models, in the order of their weights")]
+    method: SerializeAsAny[Method]
+    base: str | None = Field(None, description="the model that the others were trained from")
+    output: Literal["adapter", "model"] | None = Field(
+        None, alias="as", description="write an adapter or a full model; by default adapters make an adapter"
+    )
+    dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = Field(
+        None, description="type of every tensor; by default the base's, or the widest among adapters"
+    )
+    rank: int | None = Field(None, ge=1, description="rank of a merged adapter; by default the sum of the ranks")
+    layers: int | None = Field(None, ge=1, description="number of blocks, where no base tells")
+    alpha: float | None = Field(None, description="LoRA alpha, for adapters that do not state theirs")
+    shard_size: int = Field(5_000_000_000, ge=1, description="most bytes in one file of a model's folder")
+    on_mismatch: Literal["error", "base"] = Field(
+        "error", description="tensors that differ in shape or that some model lacks: refuse, or keep the base's"
+    )
+    allow_different_bases: bool = Field(False, description="merge adapters that say they have different bases")
+    allow_nonfinite: bool = Field(False, description="merge inputs that hold NaN or infinities")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _chain(cls, values: Any) -> Any:
+        """A method may be given as it is written, a chain and its parameters by name."""
+        if isinstance(values, dict) and isinstance(values.get("method"), str):
+            values = dict(values)
+            values["method"] = chain(values["method"], values.pop("parameters", None) or {})
+        return values
+
+    @field_validator("models", "base", mode="before")
+    @classmethod
+    def _paths(cls, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(str(each) if isinstance(each, Path) else each for each in value)
+        return str(value) if isinstance(value, Path) else value
+
+    def to_dict(self) -> dict[str, Any]:
+        """What differs from the defaults, in plain values: the chain as it is written, its parameters by name.
+
+        Raises :class:`~merging.errors.OptionError` if a coefficient is a tensor of a size that has no plain form.
+        """
+        values: dict[str, Any] = {"models": list(self.models), "method": self.method.chain}
+        parameters = _parameters(self.method)
+        if parameters:
+            values["parameters"] = parameters
+        rest = self.model_dump(exclude={"models", "method"}, exclude_defaults=True, by_alias=True)
+        return values | rest
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, which :func:`load_recipe` reads back to an equal one."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def _parameters(method: Method) -> dict[str, Any]:
+    links = method.links()
+    fields = [field for link in links for field in parameters_of(type(link))]
+    return {
+        f"{link.name}.{field}" if fields.count(field) > 1 else field: _plain(getattr(link, field))
+        for link in links
+        for field in parameters_of(type(link))
+        if _plain(getattr(link, field)) != _plain(type(link).model_fields[field].default)
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value
+
+
+def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
+    """A recipe from plain values. Raises :class:`~merging.errors.OptionError` that names the field and what it takes."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            known = [info.alias or name for name, info in Recipe.model_fields.items()] + ["parameters"]
+            raise OptionError(f"{where}: there is no {field!r}{nearest(field, known)}: use {', '.join(known)}") from None
+        raise OptionError(f"{where}: {field}: {first['msg']} (it is {first['input']!r})") from None
+
+
+def load_recipe(text: str, where: str = "recipe") -> Recipe:
+    """A recipe from YAML. Raises :class:`~merging.errors.FormatError` for what is no YAML mapping."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise FormatError(f"{where}: is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise FormatError(f"{where}: should be a YAML mapping with models and method")
+    return make_recipe(values, where)

@@ -1,0 +1,73 @@
+"""Models as they lie on the disk: full checkpoints and adapters, opened from their headers and read piece by piece.
+
+A new file format is one module with ``recognises(names)`` and an opener that makes an ``Adapter``, and one line in
+``DIALECTS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from merging.errors import FormatError, InputError
+from merging.sources import peft
+from merging.sources.adapter import Adapter
+from merging.sources.checkpoint import Checkpoint, open_checkpoint, read_json
+from merging.sources.stored import Stored, open_pickle, open_safetensors
+
+__all__ = ["DIALECTS", "Adapter", "Checkpoint", "open_model"]
+
+Recognises = Callable[[Mapping[str, Stored]], bool]
+Opens = Callable[[Path, float | None], Adapter]
+
+DIALECTS: tuple[tuple[Recognises, Opens], ...] = ((peft.recognises, peft.open_peft),)
+"""How each adapter format is told by its tensor names, and opened."""
+
+_FOREIGN = {
+    ".lora_down.weight": "a Kohya or ComfyUI LoRA",
+    ".lora.down.weight": "an old diffusers LoRA",
+    ".lora_linear_layer.down.weight": "an old diffusers LoRA",
+    ".hada_w1_a": "a LyCORIS LoHa",
+    ".lokr_w1": "a LyCORIS LoKr",
+    ".lokr_w1_a": "a LyCORIS LoKr",
+    ".oft_blocks": "a LyCORIS OFT",
+}
+_COMPONENTS = ("unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "diffusion_model.")
+
+
+def open_model(path: str | Path, alpha: float | None = None) -> Checkpoint | Adapter:
+    """Open what lies at ``path``: a folder or file with a full model or an adapter. Only headers are read.
+
+    ``alpha`` is the LoRA alpha of adapters that do not state theirs. Raises :class:`~merging.errors.InputError` if
+    there is nothing, :class:`~merging.errors.FormatError` if what is there cannot be understood exactly.
+    """
+    given, path = str(path), Path(path).expanduser()
+    if not path.exists():
+        hint = f": to use a model of the Hub, download it first (hf download {given})" if given.count("/") == 1 else ""
+        raise InputError(f"{given}: there is no such file or folder{hint}")
+    if path.is_dir():
+        if not (path / "adapter_config.json").is_file():
+            return open_checkpoint(path)
+        kind = read_json(path / "adapter_config.json").get("peft_type", "LORA")
+        if kind != "LORA":
+            raise FormatError(f"{path}: is a PEFT adapter of type {kind}; only LORA is read so far")
+        return peft.open_peft(path, alpha)
+    if path.suffix == ".json":
+        return open_checkpoint(path)
+    if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
+        raise FormatError(f"{path}: is no weights file: .safetensors, .bin, .pt or .pth are read, or a folder")
+    names = open_safetensors(path)[0] if path.suffix == ".safetensors" else open_pickle(path)[0]
+    _refuse_foreign(path, names)
+    for recognises, opens in DIALECTS:
+        if recognises(names):
+            return opens(path, alpha)
+    return open_checkpoint(path)
+
+
+def _refuse_foreign(path: Path, names: Mapping[str, Stored]) -> None:
+    for name in names:
+        kind = next((kind for ending, kind in _FOREIGN.items() if name.endswith(ending)), None)
+        if kind is None and ".lora_" in name and name.startswith(_COMPONENTS):
+            kind = "a diffusers or ComfyUI LoRA"
+        if kind:
+            raise FormatError(f"{path}: is {kind} file ({name}), a format that is not read yet: convert it to PEFT first")

@@ -1,0 +1,204 @@
+"""Adapters: what they change in which tensor of their base, whatever format they were written in.
+
+A dialect (``peft.py`` and its kin) reads one format's names and config, and makes an :class:`Adapter` of the pieces
+below; every scale is folded in when the factors are read.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from merging.delta import Delta, Dense, LowRank
+from merging.errors import InputError
+from merging.sources.stored import Stored
+
+__all__ = ["Adapter", "AddedBias", "Change", "LoraChange", "Replacement"]
+
+Kind = Literal["linear", "embedding", "conv", "bias", "full"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Change(ABC):
+    """What an adapter changes in one tensor, ``target`` (its name as the adapter gives it, ``...query.weight``)."""
+
+    target: str
+    kind: Kind
+    needs_base: str | None = field(default=None, kw_only=True)
+    """Why the change cannot be told without the base's tensor, if it cannot."""
+
+    @property
+    @abstractmethod
+    def tensors(self) -> tuple[Stored, ...]:
+        """What is read of the adapter's file."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The target's shape, as far as it can be told without the base."""
+
+    @property
+    def rank(self) -> int:
+        """The rank the change was trained at, 0 where it was trained in full."""
+        return 0
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether it is read as factors of that rank, and not as a dense tensor."""
+        return False
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether the base's tensor may have this shape."""
+        return shape == self.shape
+
+    @abstractmethod
+    def read(self, shape: tuple[int, ...], base: Callable[[], Tensor], dtype: torch.dtype) -> Delta:
+        """The change of a base tensor of this shape, computed in ``dtype``; ``base`` reads that tensor in ``dtype``."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoraChange(Change):
+    """scale * up @ down, and what DoRA, PiSSA and OLoRA make of it.
+
+    ``down`` is ``[r, in]`` and ``up`` ``[out, r]``; convolutions carry their kernel in ``down`` (``[r, in, *k]``).
+    ``transposed``: the target is ``[in, out]``, as in GPT-2's Conv1D and in embeddings. ``magnitude`` is DoRA's vector.
+    ``start`` says what the training subtracted from the base at its start: its ``r`` leading singular directions
+    (``"pissa"``) or the first ``r`` of its QR decomposition (``"olora"``).
+    """
+
+    down: Stored
+    up: Stored
+    scale: float
+    transposed: bool = False
+    magnitude: Stored | None = None
+    start: Literal["pissa", "olora"] | None = None
+
+    @property
+    def tensors(self) -> tuple[Stored, ...]:
+        return (self.down, self.up) if self.magnitude is None else (self.down, self.up, self.magnitude)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        natural = (self.up.shape[0], *self.down.shape[1:])
+        return natural[::-1] if self.transposed else natural
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0] * (2 if self.start else 1)
+
+    @property
+    def low_rank(self) -> bool:
+        return self.magnitude is None
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        # A flag in a config is weaker evidence than a shape: the base decides, and the flag only where it is square.
+        return shape == self.shape or (self.kind == "linear" and shape == self.shape[::-1])
+
+    def is_transposed(self, shape: tuple[int, ...]) -> bool:
+        """Whether a target of this shape is the transpose of ``up @ down``."""
+        return self.transposed if shape == self.shape else not self.transposed
+
+    def read(self, shape: tuple[int, ...], base: Callable[[], Tensor], dtype: torch.dtype) -> Delta:
+        rank = self.down.shape[0]
+        up = self.up.read().to(dtype).reshape(-1, rank) * self.scale
+        down = self.down.read().to(dtype).reshape(rank, -1)
+        delta = LowRank(up, down, shape, self.is_transposed(shape))
+        if self.start:
+            delta = _without_start(delta, base(), rank, self.start, self.scale)
+        if self.magnitude is not None:
+            return _dora(delta, base(), self.magnitude.read().to(dtype).flatten())
+        return delta
+
+
+def _without_start(delta: LowRank, weight: Tensor, rank: int, start: str, scale: float) -> LowRank:
+    """The change from the original base of an adapter that was trained on what its start left of it."""
+    matrix = weight.mT if delta.transposed else weight.reshape(len(weight), -1)
+    if start == "pissa":
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        up, down = u[:, :rank] * s[:rank], vh[:rank]
+    else:
+        q, r = torch.linalg.qr(matrix)
+        up, down = q[:, :rank] * scale, r[:rank]
+    return LowRank(torch.cat([delta.up, -up], 1), torch.cat([delta.down, down], 0), delta.shape, delta.transposed)
+
+
+def _dora(delta: LowRank, weight: Tensor, magnitude: Tensor) -> Dense:
+    """DoRA (Liu et al. 2024, arXiv 2402.09353): every output of W + delta is given the length ``magnitude``."""
+    total = weight + delta.dense()
+    # One length an output: a column where the target is [in, out], else everything under the first axis.
+    axes = (0,) if delta.transposed else tuple(range(1, total.dim()))
+    norm = total.square().sum(axes, keepdim=True).sqrt()
+    return Dense(total * (magnitude.reshape(norm.shape) / norm) - weight)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AddedBias(Change):
+    """scale * value added to a bias (PEFT's ``lora_bias``)."""
+
+    value: Stored
+    scale: float
+
+    @property
+    def tensors(self) -> tuple[Stored, ...]:
+        return (self.value,)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    def read(self, shape: tuple[int, ...], base: Callable[[], Tensor], dtype: torch.dtype) -> Delta:
+        return Dense(self.value.read().to(dtype) * self.scale)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Replacement(Change):
+    """A tensor that takes the base's place: a module saved in full, or a trained bias."""
+
+    value: Stored
+
+    @property
+    def tensors(self) -> tuple[Stored, ...]:
+        return (self.value,)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    def read(self, shape: tuple[int, ...], base: Callable[[], Tensor], dtype: torch.dtype) -> Delta:
+        return Dense(self.value.read().to(dtype) - base())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """Changes by target, what the adapter says of its base, and what a reader should be told (``notices``)."""
+
+    path: Path
+    changes: dict[str, Change]
+    files: tuple[Path, ...]
+    dialect: str
+    base: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+    notices: tuple[str, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its changes."""
+        return max((change.rank for change in self.changes.values()), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(prod(t.shape) * t.dtype.itemsize for change in self.changes.values() for t in change.tensors)
+
+    def require_base(self) -> None:
+        """Raise :class:`~merging.errors.InputError` if some change cannot be told without the base."""
+        for change in self.changes.values():
+            if change.needs_base:
+                raise InputError(f"{self.path}: {change.target}: {change.needs_base}: give the base with --base")

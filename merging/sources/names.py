@@ -1,0 +1,99 @@
+"""Matching the names of one model's tensors to another's: they drift by a prefix, and by nothing else that is safe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+__all__ = ["Renaming", "find_renaming"]
+
+_PREFIXES = (
+    "model.",
+    "transformer.",
+    "language_model.",
+    "language_model.model.",
+    "model.language_model.",
+    "vision_model.",
+    "bert.",
+    "roberta.",
+    "vit.",
+)
+"""What wrappers of the same network put before its names, in one version of transformers or another."""
+
+_LEGACY = {".gamma": ".weight", ".beta": ".bias"}
+"""Endings of layer norms in very old checkpoints, and what they are called now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Renaming:
+    """Names lose ``strip`` and gain ``add`` at their beginning, and old endings of norms become today's."""
+
+    strip: str = ""
+    add: str = ""
+    legacy: bool = False
+
+    def __call__(self, name: str) -> str | None:
+        """The new name, or None for one that does not begin with ``strip``."""
+        if not name.startswith(self.strip):
+            return None
+        name = self.add + name[len(self.strip) :]
+        if self.legacy:
+            for old, new in _LEGACY.items():
+                if name.endswith(old):
+                    return name.removesuffix(old) + new
+        return name
+
+    def __str__(self) -> str:
+        if not self.strip and not self.add:
+            return "old names of norms" if self.legacy else "the same names"
+        return f"{self.strip + '*' if self.strip else '*'} -> {self.add}*"
+
+
+def find_renaming(
+    names: Iterable[str], known: Mapping[str, object], fits: Callable[[str, str], bool]
+) -> tuple[Renaming, list[str]]:
+    """The one renaming under which most ``names`` are ``known``, and the names that it leaves without a match.
+
+    Tried in order: the names as they are, one prefix more or less, and the rewriting that the first unmatched name
+    suggests if its ending is unique among the known names. ``fits(name, match)`` says whether a match may be one
+    (equal shapes). One renaming holds for a whole model: matching each name on its own could scatter an adapter over
+    two towers.
+    """
+    names = list(names)
+    best, unmatched = Renaming(), _unmatched(names, Renaming(), known, fits)
+    for renaming in _candidates(names, unmatched, known):
+        if not unmatched:
+            break
+        left = _unmatched(names, renaming, known, fits)
+        if len(left) < len(unmatched):
+            best, unmatched = renaming, left
+    return best, unmatched
+
+
+def _unmatched(
+    names: list[str], renaming: Renaming, known: Mapping[str, object], fits: Callable[[str, str], bool]
+) -> list[str]:
+    renamed = ((name, renaming(name)) for name in names)
+    return [name for name, match in renamed if match is None or match not in known or not fits(name, match)]
+
+
+def _candidates(names: list[str], unmatched: list[str], known: Mapping[str, object]) -> list[Renaming]:
+    if not unmatched:
+        return []
+    legacy = any(name.endswith(tuple(_LEGACY)) for name in names)
+    prefixes = ["", *(p for p in _PREFIXES if any(n.startswith(p) for n in names) or any(k.startswith(p) for k in known))]
+    pairs = [(strip, add) for strip in prefixes for add in prefixes if strip != add or legacy]
+    return [Renaming(strip, add, legacy) for strip, add in [*pairs, *_by_suffix(unmatched[0], known)]]
+
+
+def _by_suffix(name: str, known: Mapping[str, object]) -> list[tuple[str, str]]:
+    """The rewriting that turns ``name`` into the only known name with the same, longest possible ending."""
+    parts = name.split(".")
+    for cut in range(len(parts) - 2):
+        ending = ".".join(parts[cut:])
+        matches = [other for other in known if other == ending or other.endswith("." + ending)]
+        if len(matches) == 1:
+            return [(name.removesuffix(ending), matches[0].removesuffix(ending))]
+        if matches:
+            return []
+    return []

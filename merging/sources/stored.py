@@ -1,0 +1,200 @@
+"""Tensors that lie in files: known by dtype and shape, read piece by piece into buffers of the reader's."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from merging import platform
+from merging.errors import FormatError
+from merging.sources.header import Entry, read_header
+
+__all__ = ["DTYPES", "DTYPE_NAMES", "FileTensor", "MappedTensor", "Out", "Stored", "bytes_of", "open_pickle", "open_safetensors"]
+
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
+    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}  # fmt: skip
+"""Torch's types by their name in safetensors files; the packed ones (F4, F6) and bare exponents have none here."""
+
+DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Out:
+    """A tensor that is to be written: name, dtype as in safetensors files, and shape."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPES[self.kind].itemsize
+
+
+class Stored(ABC):
+    """A tensor in a file. ``kind`` is its dtype's name in safetensors files ("BF16"), ``shape`` its shape."""
+
+    __slots__ = ("kind", "shape")
+
+    def __init__(self, kind: str, shape: tuple[int, ...]) -> None:
+        self.kind = kind
+        self.shape = shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.kind]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def floating(self) -> bool:
+        """Whether it holds ordinary floating-point numbers, which are what merges."""
+        return self.kind in ("F16", "BF16", "F32", "F64")
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @abstractmethod
+    def read_into(self, buffer: Tensor, start: int = 0) -> None:
+        """Fill ``buffer`` (one axis, this dtype, on the CPU) with the elements from ``start`` on.
+
+        Raises :class:`~merging.errors.FormatError` when the file has become shorter since it was opened.
+        """
+
+    def read(self) -> Tensor:
+        """The whole tensor, in memory of its own."""
+        buffer = torch.empty(self.numel, dtype=self.dtype)
+        self.read_into(buffer)
+        return buffer.view(self.shape)
+
+    def advise(self, start: int, count: int) -> None:
+        """Say that these elements are wanted soon; does nothing unless reading ahead helps."""
+
+    @abstractmethod
+    def order(self) -> tuple[str, int]:
+        """Where the tensor lies, so that tensors can be read in the order of their files."""
+
+
+class File:
+    """An open file; it stays open, and so readable under any later renaming, as long as one of its tensors lives."""
+
+    __slots__ = ("fd", "path")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+
+class FileTensor(Stored):
+    """A tensor of a safetensors file, read by positional reads: bounded memory, and a cut file is an error, no signal."""
+
+    __slots__ = ("_file", "_start")
+
+    def __init__(self, file: File, entry: Entry) -> None:
+        super().__init__(entry.dtype, entry.shape)
+        self._file = file
+        self._start = entry.start
+
+    def read_into(self, buffer: Tensor, start: int = 0) -> None:
+        try:
+            platform.read_at(self._file.fd, bytes_of(buffer), self._start + start * buffer.itemsize)
+        except EOFError as error:
+            raise FormatError(f"{self._file.path}: {error}: it was cut while it was read") from None
+        except OSError as error:
+            raise FormatError(f"{self._file.path}: cannot be read: {error.strerror}") from None
+
+    def advise(self, start: int, count: int) -> None:
+        itemsize = self.dtype.itemsize
+        platform.advise(self._file.fd, self._start + start * itemsize, count * itemsize)
+
+    def order(self) -> tuple[str, int]:
+        return str(self._file.path), self._start
+
+
+class MappedTensor(Stored):
+    """A tensor of a PyTorch file that torch has mapped into memory; its pages are read as they are touched."""
+
+    __slots__ = ("_order", "tensor")
+
+    def __init__(self, tensor: Tensor, order: tuple[str, int]) -> None:
+        super().__init__(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+        self.tensor = tensor
+        self._order = order
+
+    def read_into(self, buffer: Tensor, start: int = 0) -> None:
+        flat = self.tensor.reshape(-1)  # a copy only where the tensor is not contiguous
+        buffer.copy_(flat[start : start + len(buffer)])
+
+    def order(self) -> tuple[str, int]:
+        return self._order
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor of one axis, as bytes."""
+    return memoryview(tensor.view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+
+
+def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors of a safetensors file, and its metadata; only the header is read.
+
+    Raises :class:`~merging.errors.FormatError` for a file that breaks the format.
+    """
+    header = read_header(path)
+    file = File(path)
+    if os.fstat(file.fd).st_size != header.size:
+        raise FormatError(f"{path}: it changed while it was opened: try again when it is complete")
+    return {name: FileTensor(file, entry) for name, entry in header.entries.items()}, header.metadata
+
+
+def open_pickle(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors of a PyTorch file, mapped, and for each name that shares another's memory (tied weights) that other.
+
+    Loaded with ``weights_only=True``, which runs no code from the file. Raises :class:`~merging.errors.FormatError`.
+    """
+    if not zipfile.is_zipfile(path):
+        raise FormatError(
+            f"{path}: is no PyTorch zip file (cut short, or written before 2020), and the old format cannot be read "
+            f"lazily: load and save it as safetensors first"
+        )
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise FormatError(f"{path}: holds more than tensors, and nothing in it is run: {reason}") from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise FormatError(f"{path}: is a damaged PyTorch file: {str(error).splitlines()[0]}") from None
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise FormatError(f"{path}: is a PyTorch file, but not a state dict (names to tensors)")
+    tensors: dict[str, Stored] = {}
+    shared: dict[str, str] = {}
+    seen: dict[tuple[object, ...], str] = {}
+    for position, (name, tensor) in enumerate(state.items()):
+        if tensor.dtype not in DTYPE_NAMES:
+            raise FormatError(f"{path}: {name} has the type {tensor.dtype}, which cannot be merged")
+        identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        first = seen.setdefault(identity, name)
+        if first != name and tensor.numel():
+            shared[name] = first
+        tensors[name] = MappedTensor(tensor, (str(path), position))
+    return tensors, shared

@@ -1,0 +1,84 @@
+"""Sharing work out over threads: each takes the next piece, an error or Ctrl-C stops them all."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
+
+import torch
+
+__all__ = ["Progress", "cores", "share_out"]
+
+W = TypeVar("W")
+U = TypeVar("U")
+
+Progress = Callable[[int, int], None]
+"""Told the bytes done and the bytes in all, from one thread at a time."""
+
+
+def cores() -> int:
+    """The processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share_out(
+    units: Sequence[U],
+    make_worker: Callable[[], W],
+    work: Callable[[W, U], None],
+    report: Callable[[U], None],
+    *,
+    threads: int,
+    device: torch.device,
+) -> list[W]:
+    """Have ``work(worker, unit)`` done for every unit by so many threads, each with a worker of its own.
+
+    ``report`` is told of every unit done. The first error stops all threads and is raised here. Returns the workers.
+    """
+    pending = iter(units)
+    lock = threading.Lock()
+    stop = threading.Event()
+    errors: list[BaseException] = []
+    workers = [make_worker() for _ in range(max(1, min(threads, len(units))))]
+
+    def loop(worker: W) -> None:
+        # Every thread merges on its own: torch splitting small operations over more threads would only cost.
+        torch.set_num_threads(1)
+        try:
+            with torch.inference_mode(), _stream(device):
+                while not stop.is_set():
+                    with lock:
+                        unit = next(pending, None)
+                    if unit is None:
+                        return
+                    work(worker, unit)
+                    with lock:
+                        report(unit)
+        except BaseException as error:
+            errors.append(error)
+            stop.set()
+
+    before = torch.get_num_threads()
+    running = [threading.Thread(target=loop, args=(worker,), daemon=True) for worker in workers]
+    try:
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join()
+    except BaseException:
+        stop.set()
+        for thread in running:
+            thread.join()
+        raise
+    finally:
+        torch.set_num_threads(before)
+    if errors:
+        raise errors[0]
+    return workers
+
+
+def _stream(device: torch.device) -> AbstractContextManager[object]:
+    """A stream of the thread's own, so that one thread's copies overlap with another's kernels."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,275 @@
+"""Whole-model reductions against flat ones: exact, whatever the tiles, their order and the threads."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import pickle
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from merging import folds, order
+from merging.folds import Fold, Rank, Ranked, State, Sum
+from merging.order import floats, has_nan, keys
+
+INFINITY = float("inf")
+TINY = 2.0**-149
+SPECIAL = [0.0, -0.0, 1.0, -1.0, TINY, -TINY, 1e-39, -1e-39, 3.4028234663852886e38, -3.4028234663852886e38]
+FLOATS = st.sampled_from(SPECIAL) | st.floats(width=32, allow_nan=False)
+SHARES = st.sampled_from([0.0, 0.01, 0.2, 0.5, 0.7, 0.99, 1.0]) | st.floats(0, 1)
+RANKS = st.builds(Rank, st.sampled_from(["share", "upper", "largest"]), SHARES)
+
+
+def fold(kind: Fold, tiles: Sequence[Tensor], workers: int = 1, passes: list[int] | None = None) -> Tensor:
+    """The protocol of the module, with tiles dealt to the workers in turn, and everything pickled on the way."""
+    state = kind.start()
+    for sweep in itertools.count(1):
+        forks = [state.fork() for _ in range(workers)]
+        for number, tile in enumerate(tiles):
+            forks[number % workers].add(tile, number)
+        for fork in forks:
+            state.merge(pickle.loads(pickle.dumps(fork)))
+        if not state.next():
+            if passes is not None:
+                passes.append(sweep)
+            return state.result()
+    raise AssertionError("unreachable")
+
+
+@st.composite
+def tilings(draw: st.DrawFn, elements: st.SearchStrategy[float] = FLOATS) -> tuple[Tensor, list[Tensor]]:
+    """Rows of up to three models, and their columns cut into tiles (empty ones too) in some order."""
+    models = draw(st.integers(1, 3))
+    row = st.lists(elements, min_size=1, max_size=40)
+    first = draw(row)
+    rows = [first, *(draw(st.lists(elements, min_size=len(first), max_size=len(first))) for _ in range(models - 1))]
+    whole = torch.tensor(rows, dtype=torch.float32)
+    cuts = sorted(draw(st.lists(st.integers(0, len(first)), max_size=5)))
+    edges = list(itertools.pairwise([0, *cuts, len(first)]))
+    return whole, [whole[:, a:b] for a, b in draw(st.permutations(edges))]
+
+
+def index(rank: Rank, count: int) -> int:
+    """The definitions, once more."""
+    q = rank.q
+    place = {"share": int(count * q), "upper": int(count * (1 - q) - 1), "largest": count - max(1, int(q * count))}
+    return min(max(place[rank.kind], 0), count - 1)
+
+
+@settings(deadline=None, max_examples=150)
+@given(tilings(), st.lists(RANKS, min_size=1, max_size=4), st.integers(1, 3))
+def test_ranks_are_those_of_a_flat_sort(tiling, ranks, workers):
+    whole, tiles = tiling
+    ordered = torch.sort(whole + 0.0, dim=1).values
+    wanted = ordered[:, [index(rank, whole.shape[1]) for rank in ranks]].double()
+    found = fold(Ranked(tuple(ranks)), tiles, workers)
+    assert torch.equal(found, wanted)
+    assert not (found.signbit() & (found == 0)).any()
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.floats(allow_nan=False), min_size=1, max_size=30), RANKS)
+def test_ranks_of_doubles_take_four_sweeps(values, rank):
+    whole = torch.tensor([values], dtype=torch.float64)
+    passes: list[int] = []
+    found = fold(Ranked((rank,), torch.float64), [whole], passes=passes)
+    assert torch.equal(found[0], torch.sort(whole + 0.0).values[0, [index(rank, len(values))]])
+    assert passes == [4] == [Ranked((rank,), torch.float64).sweeps]
+
+
+def test_ranks_of_a_large_tile_with_many_duplicates():
+    torch.manual_seed(0)
+    whole = torch.stack([torch.randn(200_001), torch.randn(200_001).bfloat16().float(), torch.zeros(200_001)])
+    ranks = (Rank.share(0.01), Rank.upper(0.01), Rank.largest(0.2), Rank.share(0), Rank.upper(0), Rank.share(0.0101))
+    wanted = torch.sort(whole, dim=1).values[:, [2000, 197_999, 160_001, 0, 200_000, 2020]].double()
+    passes: list[int] = []
+    assert torch.equal(fold(Ranked(ranks), [whole], passes=passes), wanted)
+    assert torch.equal(fold(Ranked(ranks), whole.split(997, 1), workers=3), wanted)
+    assert passes == [2] == [Ranked(ranks).sweeps]
+
+
+def test_ranks_of_infinities_and_subnormals():
+    whole = torch.tensor([[INFINITY, -INFINITY, TINY, -TINY, 0.0, -0.0, INFINITY]])
+    ranks = tuple(Rank.share(place / 7) for place in range(7))
+    found = fold(Ranked(ranks), [whole])[0].tolist()
+    assert found == [-INFINITY, -TINY, 0.0, 0.0, TINY, INFINITY, INFINITY]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_widened(dtype):
+    whole = torch.randn(2, 101, generator=torch.Generator().manual_seed(1)).to(dtype)
+    assert torch.equal(fold(Ranked((Rank.share(0.5),)), [whole])[:, 0], whole.double().sort().values[:, 50])
+
+
+def test_the_ranks_of_the_papers():
+    assert Rank.share(0.95).index(100) == 95
+    assert Rank.share(1 - 0.05).index(113_448_705) == 107_776_269  # PCB: the product is rounded as its code does
+    assert (Rank.share(0.01).index(1000), Rank.upper(0.01).index(1000)) == (10, 989)
+    assert Rank.largest(0.2).index(1001) == 801  # the 200th largest
+    assert [Rank.largest(q).index(10) for q in (0.0, 0.05, 0.1, 1.0)] == [9, 9, 9, 0]
+    assert [Rank.share(1.0).index(10), Rank.upper(1.0).index(10)] == [9, 0]
+    with pytest.raises(ValueError, match=r"between 0 and 1, and 20 was given"):
+        Rank.largest(20)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.nan])
+def test_nan_has_no_rank(bad):
+    state = Ranked((Rank.share(0.5),)).start()
+    state.add(torch.tensor([[1.0, INFINITY, -INFINITY]]), "fine")
+    with pytest.raises(ValueError, match=r"model\.norm holds NaN"):
+        state.add(torch.tensor([[1.0, bad]]), "model.norm")
+
+
+def test_wider_values_and_other_dtypes_are_refused():
+    with pytest.raises(TypeError, match=r"head: torch\.float64 values are wider than"):
+        Ranked((Rank.share(0.5),)).start().add(torch.zeros(1, 2, dtype=torch.float64), "head")
+    with pytest.raises(ValueError, match=r"not of torch\.int32"):
+        Ranked((Rank.share(0.5),), torch.int32)
+
+
+def test_values_that_change_between_sweeps_are_noticed():
+    state = Ranked((Rank.share(0.5),)).start()
+    state.add(torch.tensor([[1.0, 2.0, 3.0]]), "a")
+    assert state.next()
+    state.add(torch.tensor([[1.0, 5.0, 3.0]]), "a")
+    with pytest.raises(ValueError, match="changed between two sweeps"):
+        state.next()
+
+
+def test_only_states_of_one_sweep_are_merged():
+    state = Ranked((Rank.share(0.5),)).start()
+    early = state.fork()
+    state.add(torch.ones(1, 3), "a")
+    state.next()
+    with pytest.raises(ValueError, match="same sweep"):
+        state.merge(early)
+
+
+@settings(deadline=None, max_examples=100)
+@given(tilings(FLOATS.filter(math.isfinite)), st.integers(1, 3))
+def test_sums_are_exact_and_rounded_once(tiling, workers):
+    whole, tiles = tiling
+    singles = [tile[:, [i]] for tile in tiles for i in range(tile.shape[1])]
+    wanted = [float(sum(map(Fraction, row), Fraction(0))) for row in whole.tolist()]
+    assert fold(Sum(), singles, workers).tolist() == wanted
+    assert fold(Sum(), singles[::-1]).tolist() == wanted
+    assert fold(Sum(), tiles, workers).tolist() == pytest.approx(wanted, rel=1e-12, abs=1e25)
+
+
+def test_sums_depend_on_neither_order_nor_workers():
+    torch.manual_seed(0)
+    tiles = [torch.randn(2, 3, 7) * 10.0 ** (number % 30) for number in range(50)]
+    one = fold(Sum(), tiles)
+    assert fold(Sum(), tiles[::-1], workers=3).tolist() == one.tolist()
+    flat = torch.cat([tile.flatten(1) for tile in tiles], 1)
+    assert one.dtype == torch.float64
+    torch.testing.assert_close(one, flat.double().sum(1), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("models", [1, 2])
+def test_sums_of_a_large_tile_do_not_depend_on_torch_threads(models):
+    whole = torch.randn(models, 300_000, generator=torch.Generator().manual_seed(0))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            found.append(fold(Sum(), [whole]).tolist())
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+    assert found[0] == pytest.approx([math.fsum(row) for row in whole.tolist()], rel=1e-11)
+
+
+def test_sums_do_not_depend_on_the_layout_of_a_tile():
+    whole = torch.randn(2, 300, 40, generator=torch.Generator().manual_seed(0))
+    strided = whole.transpose(1, 2).contiguous().transpose(1, 2)
+    assert fold(Sum(), [strided]).tolist() == fold(Sum(), [whole]).tolist()
+
+
+def test_small_values_are_not_lost_beside_large_ones():
+    tiles = [torch.tensor([[value]]) for value in (1e30, 1.0, -1e30, TINY)]
+    assert fold(Sum(), tiles).tolist() == [1.0]
+    assert fold(Sum(), [*tiles, torch.tensor([[-1.0]])]).tolist() == [TINY]
+
+
+@pytest.mark.parametrize("bad", [INFINITY, -INFINITY, math.nan])
+def test_what_has_no_sum_is_refused(bad):
+    with pytest.raises(ValueError, match="lm_head holds infinities or NaN"):
+        Sum().start().add(torch.tensor([[1.0, 2.0], [1.0, bad]]), "lm_head")
+
+
+@pytest.mark.parametrize("kind", [Sum(), Ranked((Rank.share(0.5),))])
+def test_the_number_of_models_does_not_change(kind):
+    state = kind.start()
+    state.add(torch.ones(2, 3), "a")
+    with pytest.raises(ValueError, match="of 3 models, where there were 2"):
+        state.add(torch.ones(3, 3), "b")
+    other = kind.start()
+    other.add(torch.ones(4, 0), "c")
+    with pytest.raises(ValueError, match="of 4 models, where there were 2"):
+        state.merge(other)
+
+
+def test_empty_folds():
+    rank = Ranked((Rank.share(0.5), Rank.share(0.1)))
+    assert fold(Sum(), []).shape == (0,)
+    assert fold(Sum(), [torch.ones(3, 0, 4)]).tolist() == [0.0, 0.0, 0.0]
+    assert fold(rank, []).shape == (0, 2)
+    assert fold(rank, [torch.ones(3, 0)]).isnan().tolist() == [[True, True]] * 3
+    assert fold(rank, [torch.ones(3, 0), torch.ones(3)]).tolist() == [[1.0, 1.0]] * 3
+
+
+def test_gradients_stay_outside():
+    whole = torch.ones(2, 3, requires_grad=True)
+    assert not fold(Sum(), [whole]).requires_grad
+    assert not fold(Ranked((Rank.share(0.5),)), [whole]).requires_grad
+
+
+def test_states_can_be_fed_by_real_threads():
+    torch.manual_seed(0)
+    tiles = torch.randn(2, 100_000).split(1 << 13, 1)
+    kind = Ranked((Rank.share(0.25), Rank.largest(0.25)))
+    state = kind.start()
+    again = True
+
+    def feed(fork: State, own: Sequence[Tensor]) -> None:
+        for tile in own:
+            fork.add(tile, "tile")
+
+    with ThreadPoolExecutor(3) as pool:
+        while again:
+            forks = [state.fork() for _ in range(3)]
+            list(pool.map(feed, forks, [tiles[start::3] for start in range(3)]))
+            for each in forks:
+                state.merge(each)
+            again = state.next()
+    assert torch.equal(state.result(), fold(kind, tiles))
+
+
+def test_folds_are_values():
+    assert Sum() == Sum()
+    assert hash(Ranked((Rank.share(0.5),))) == hash(Ranked((Rank.share(0.5),)))
+    assert Ranked((Rank.share(0.5),)) != Ranked((Rank.share(0.4),))
+
+
+@settings(deadline=None)
+@given(st.lists(FLOATS, min_size=1), st.sampled_from([torch.float32, torch.float64]))
+def test_keys_sort_as_floats_do(values, dtype):
+    whole = torch.tensor(values, dtype=dtype)
+    numbers = keys(whole)
+    assert torch.equal(floats(numbers), whole)
+    assert torch.equal(numbers[:, None] < numbers, whole[:, None] < whole)
+    assert not has_nan(numbers)
+    assert has_nan(keys(torch.cat([whole, torch.tensor([math.nan], dtype=dtype)])))
+
+
+def test_public_names():
+    for module in (folds, order):
+        assert all(hasattr(module, name) for name in module.__all__)
