@@ -12,10 +12,10 @@ __all__ = ["Place", "Stacks"]
 
 # The leftmost segment that is a number, with names on both sides: a number in front is a container such as that of
 # sentence-transformers. The bound keeps int() cheap whatever a file claims.
-_INDEX = re.compile(r"\.(\d{1,6})\.")
+_INDEX = re.compile(r"\.([0-9]{1,6})\.")
 
 # What the blocks of one stage are called in hierarchical backbones; the number may also follow at once (SegFormer).
-_BLOCK = re.compile(r"(?:(layers?|blocks?)\.)?(\d{1,6})\.")
+_BLOCK = re.compile(r"(?:(layers?|blocks?)\.)?([0-9]{1,6})\.")
 
 # Pairs of stacks that run one after the other: Flux in diffusers, and as published.
 _SEQUELS = {"single_transformer_blocks": "transformer_blocks", "single_blocks": "double_blocks"}
@@ -75,12 +75,10 @@ class _Numbering:
             return self.offset + index
         block = _BLOCK.match(rest)
         if block and (block[1] or "") == self.family:
-            position = bisect_left(self.blocks, (index, int(block[2])))
-        elif _part(rest) in self.leading:
-            position = bisect_left(self.blocks, (index, 0))
-        else:
-            position = max(0, bisect_left(self.blocks, (index + 1, 0)) - 1)
-        return position
+            return bisect_left(self.blocks, (index, int(block[2])))
+        if _part(rest) in self.leading:
+            return bisect_left(self.blocks, (index, 0))
+        return max(0, bisect_left(self.blocks, (index + 1, 0)) - 1)
 
 
 @dataclass(frozen=True, slots=True)

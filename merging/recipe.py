@@ -27,7 +27,7 @@ class Recipe(BaseModel):
     models: Annotated[tuple[str, ...], Field(min_length=1, description="the models, in the order of their weights")]
     method: SerializeAsAny[Method]
     base: str | None = Field(None, description="the model that the others were trained from")
-    output: Literal["adapter", "model"] | None = Field(
+    kind: Literal["adapter", "model"] | None = Field(
         None, alias="as", description="write an adapter or a full model; by default adapters make an adapter"
     )
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = Field(
@@ -35,7 +35,7 @@ class Recipe(BaseModel):
     )
     rank: int | None = Field(None, ge=1, description="rank of a merged adapter; by default the sum of the ranks")
     layers: int | None = Field(None, ge=1, description="number of blocks, where no base tells")
-    alpha: float | None = Field(None, description="LoRA alpha, for adapters that do not state theirs")
+    lora_alpha: float | None = Field(None, description="LoRA alpha of adapters, instead of what they state")
     shard_size: int = Field(5_000_000_000, ge=1, description="most bytes in one file of a model's folder")
     on_mismatch: Literal["error", "base"] = Field(
         "error", description="tensors that differ in shape or that some model lacks: refuse, or keep the base's"

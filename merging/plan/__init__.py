@@ -25,7 +25,7 @@ def make_plan(recipe: Recipe, rank_steps: Sequence[int] = ()) -> Plan:
     ``rank_steps`` are the ranks that a merged adapter may have (:data:`PORTABLE_RANKS`), any if there are none. Raises
     :class:`~merging.errors.MergingError` for all that cannot be merged as the recipe says.
     """
-    models = tuple(open_model(path, recipe.alpha) for path in recipe.models)
+    models = tuple(open_model(path, recipe.lora_alpha) for path in recipe.models)
     recipe.method.check(len(models))
     base = _open_base(recipe)
     output, weights = check_origin(recipe, models, base)

@@ -62,7 +62,7 @@ def check_origin(
     method = recipe.method
     adapters = [model for model in models if isinstance(model, Adapter)]
     checkpoints = len(models) - len(adapters)
-    output = recipe.output or ("model" if checkpoints else "adapter")
+    output = recipe.kind or ("model" if checkpoints else "adapter")
     if output == "adapter" and checkpoints:
         raise InputError("a merge of full checkpoints makes a model: an adapter comes out only when all inputs are adapters")
     weights = method.origin == "none" and not (method.factored and not checkpoints)

@@ -38,7 +38,7 @@ _COMPONENTS = ("unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "
 def open_model(path: str | Path, alpha: float | None = None) -> Checkpoint | Adapter:
     """Open what lies at ``path``: a folder or file with a full model or an adapter. Only headers are read.
 
-    ``alpha`` is the LoRA alpha of adapters that do not state theirs. Raises :class:`~merging.errors.InputError` if
+    ``alpha`` is the LoRA alpha of adapters, instead of what they state. Raises :class:`~merging.errors.InputError` if
     there is nothing, :class:`~merging.errors.FormatError` if what is there cannot be understood exactly.
     """
     given, path = str(path), Path(path).expanduser()

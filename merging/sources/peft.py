@@ -62,7 +62,7 @@ def open_peft(path: Path, alpha: float | None = None) -> Adapter:
     if config is None:
         config = {}
         if alpha is None:
-            notices = (f"{path}: carries no config, so its scale alpha / r is taken as 1: set it with --alpha",)
+            notices = (f"{path}: carries no config, so its scale alpha / r is taken as 1: set it with --lora-alpha",)
     if alpha is not None:
         config = {**config, "lora_alpha": alpha, "alpha_pattern": {}}
     where = str(path)

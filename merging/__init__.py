@@ -1,0 +1,74 @@
+"""Merge fine-tuned models and LoRA adapters, from files or as tensors.
+
+``merge`` works on files, lazily and in bounded memory; ``merge_state_dicts`` and ``merge_deltas`` work on tensors
+wherever they are, touch no file and let gradients through the coefficients.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from merging.errors import FormatError, InputError, MergingError, OptionError, OutputError
+
+if TYPE_CHECKING:
+    from merging.delta import Delta, Dense, LowRank
+    from merging.files import Merged, merge, plan
+    from merging.methods import METHODS, chain
+    from merging.recipe import Recipe, load_recipe
+    from merging.tensors import merge_deltas, merge_state_dicts, peft_deltas, peft_state_dict
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Delta": "delta",
+    "Dense": "delta",
+    "LowRank": "delta",
+    "METHODS": "methods",
+    "Merged": "files",
+    "Recipe": "recipe",
+    "chain": "methods",
+    "load_recipe": "recipe",
+    "merge": "files",
+    "merge_deltas": "tensors",
+    "merge_state_dicts": "tensors",
+    "peft_deltas": "tensors",
+    "peft_state_dict": "tensors",
+    "plan": "files",
+}
+"""Public names that are imported when they are first used, since most of them bring torch along."""
+
+__all__ = [
+    "METHODS",
+    "Delta",
+    "Dense",
+    "FormatError",
+    "InputError",
+    "LowRank",
+    "Merged",
+    "MergingError",
+    "OptionError",
+    "OutputError",
+    "Recipe",
+    "__version__",
+    "chain",
+    "load_recipe",
+    "merge",
+    "merge_deltas",
+    "merge_state_dicts",
+    "peft_deltas",
+    "peft_state_dict",
+    "plan",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

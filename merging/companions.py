@@ -1,0 +1,181 @@
+"""What lies beside the weights: config, tokenizer, licence, the adapter's config, the model card."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from merging.plan.items import Plan
+from merging.plan.to_adapter import PREFIX
+from merging.sources import Adapter, Checkpoint
+from merging.sources.adapter import LoraChange
+
+__all__ = ["adapter_config", "model_card", "write_adapter_companions", "write_model_companions"]
+
+_COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "[0-9]_*/config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+"""Files that make a folder of weights a model; code is never copied, since it would run in the name of the merge."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def write_model_companions(plan: Plan, folder: Path) -> list[str]:
+    """Copy what belongs to the model from its base (or first model), and write its config and card.
+
+    Returns remarks on what is missing.
+    """
+    reference = plan.base or next(model for model in plan.models if isinstance(model, Checkpoint))
+    _write(folder / "README.md", model_card(plan))
+    if reference.folder is None:
+        return [f"{reference.path} is a bare file without a config, so the output has none: copy it from the model's folder"]
+    for pattern in _COPIED:
+        for path in reference.folder.glob(pattern):
+            if path.is_file():
+                target = folder / path.relative_to(reference.folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+    if reference.config:
+        _write(folder / "config.json", json.dumps(_model_config(plan, reference.config), indent=2) + "\n")
+    if "auto_map" in reference.config:
+        return [f"the model runs code of its own, which is not copied: copy *.py from {reference.folder} if you trust it"]
+    return []
+
+
+def _model_config(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
+    edited = {key: value for key, value in config.items() if key != "_name_or_path"}
+    inner = edited.get("text_config")
+    parts = [edited, inner] if isinstance(inner, dict) else [edited]
+    for part in parts:
+        if plan.recipe.dtype:
+            part.update({key: plan.recipe.dtype for key in ("dtype", "torch_dtype") if key in part or part is edited})
+        if plan.untied and (part is edited or "tie_word_embeddings" in part):
+            part["tie_word_embeddings"] = False
+    return edited
+
+
+def write_adapter_companions(plan: Plan, folder: Path) -> None:
+    """Write the config that PEFT reads, and the card; tokenizers of adapters stay behind: the base has one."""
+    _write(folder / "adapter_config.json", json.dumps(adapter_config(plan), indent=2) + "\n")
+    _write(folder / "README.md", model_card(plan))
+
+
+def adapter_config(plan: Plan) -> dict[str, Any]:
+    """PEFT's config of a merged adapter: one rank, alpha equal to it, no variants; every scale is in the factors."""
+    adapters = [model for model in plan.models if isinstance(model, Adapter)]
+    changes = [change for item in plan.items if item.form == "factors" for change in item.inputs if change]
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "auto_mapping": None,
+        "base_model_name_or_path": next((a.base for a in adapters if a.base), None),
+        "revision": next((a.config["revision"] for a in adapters if a.config.get("revision")), None),
+        "task_type": next((a.config["task_type"] for a in adapters if a.config.get("task_type")), None),
+        "inference_mode": True,
+        "r": plan.rank,
+        "lora_alpha": plan.rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(isinstance(c, LoraChange) and c.kind == "linear" and c.transposed for c in changes),
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "target_modules": _target_modules(plan, adapters),
+        "modules_to_save": _saved_modules(plan, adapters) or None,
+    }
+    if any(item.form == "delta" for item in plan.items):
+        config["lora_bias"] = True
+    return config
+
+
+def _target_modules(plan: Plan, adapters: list[Adapter]) -> list[str]:
+    """The adapted modules by the short names the inputs used, where these together mean exactly the adapted ones.
+
+    A short name means all modules that end in it; that is true of the merge if it was true of every input. Else the
+    modules are named in full.
+    """
+    short: set[str] = set()
+    for adapter in adapters:
+        named = adapter.config.get("target_modules")
+        narrowed = any(adapter.config.get(key) for key in ("layers_to_transform", "exclude_modules"))
+        if not isinstance(named, list) or narrowed or not all(isinstance(name, str) for name in named):
+            return sorted(_modules(plan))
+        short.update(named)
+    covers = all(any(m == name or m.endswith("." + name) for name in short) for m in _modules(plan))
+    return sorted(short) if covers else sorted(_modules(plan))
+
+
+def _modules(plan: Plan) -> set[str]:
+    leaves = (".lora_A.weight", ".lora_embedding_A")
+    names = [out.name for item in plan.items if item.form == "factors" for out in item.outs]
+    return {name.removeprefix(PREFIX).removesuffix(leaf) for name in names for leaf in leaves if name.endswith(leaf)}
+
+
+def _saved_modules(plan: Plan, adapters: list[Adapter]) -> list[str]:
+    if not any(item.form == "dense" for item in plan.items):
+        return []
+    return sorted({module for adapter in adapters for module in adapter.config.get("modules_to_save") or []})
+
+
+def model_card(plan: Plan) -> str:
+    """The README of the output: metadata that the Hub reads, and the recipe."""
+    facts: dict[str, Any] = {}
+    ids = _hub_ids(plan)
+    if ids:
+        facts["base_model"] = ids
+        facts["base_model_relation"] = "adapter" if plan.output == "adapter" else "merge"
+    facts["library_name"] = "peft" if plan.output == "adapter" else "transformers"
+    facts["tags"] = ["merge", *(["lora"] if plan.output == "adapter" else []), *plan.recipe.method.chain.split("+")]
+    names = "\n".join(f"- `{Path(path).name}`" for path in plan.recipe.models)
+    return (
+        f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n\n# Merged {plan.output}\n\n"
+        f"{len(plan.models)} models merged by `{plan.recipe.method.chain}`:\n\n{names}\n\n"
+        f"## Recipe\n\n```yaml\n{plan.recipe.to_yaml()}```\n"
+    )
+
+
+def _hub_ids(plan: Plan) -> list[str]:
+    """Names of the Hub for what the output was made from: the base of an adapter, the models of a model."""
+    if plan.output == "adapter":
+        stated: Iterable[object] = [model.base for model in plan.models if isinstance(model, Adapter)][:1]
+    else:
+        checkpoints = [model for model in [*plan.models, plan.base] if isinstance(model, Checkpoint)]
+        stated = [model.config.get("_name_or_path") for model in checkpoints]
+    names = [name for name in stated if isinstance(name, str) and _HUB_ID.fullmatch(name)]
+    return list(dict.fromkeys(names))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

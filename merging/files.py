@@ -1,0 +1,193 @@
+"""Merging files into files: from a recipe to an output that lies whole in its place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merging import __version__
+from merging.companions import adapter_config, write_adapter_companions, write_model_companions
+from merging.errors import OptionError
+from merging.landing import Landing, check_destination
+from merging.method import Method
+from merging.plan import PORTABLE_RANKS, Plan, make_plan
+from merging.recipe import Recipe, make_recipe
+from merging.run import run
+from merging.sources.peft import CONFIG_KEY
+from merging.vetting import unrelated
+from merging.workers import Progress, cores
+from merging.writer import TensorWriter
+
+__all__ = ["Merged", "default_destination", "merge", "merge_plan", "pick_device", "plan", "plan_for", "workers_within"]
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What a merge left: where, what it is, and what should be known about it."""
+
+    path: Path
+    kind: str
+    method: str
+    tensors: int
+    bytes: int
+    seconds: float
+    rank: int | None = None
+    notices: tuple[str, ...] = ()
+    discarded: dict[str, float] = field(default_factory=dict)
+
+
+def plan(models: Sequence[str | Path], *, method: str | Method, **options: Any) -> Plan:
+    """What :func:`merge` would do, from headers alone; takes its options, and nothing is written."""
+    destination = options.pop("output", None)
+    return plan_for(_recipe(models, method, options), None if destination is None else Path(destination))
+
+
+def merge(
+    models: Sequence[str | Path],
+    *,
+    method: str | Method,
+    output: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    threads: int | None = None,
+    max_memory: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Merged:
+    """Merge models or adapters from files into a file or folder.
+
+    ``method`` is a method or a chain as it is written (``"lines+task_arithmetic"``). ``options`` are the recipe's
+    (``base``, ``dtype``, ``rank``, ``kind``, ``layers``, ``lora_alpha``, ``shard_size``, ``on_mismatch``,
+    ``allow_different_bases``, ``allow_nonfinite``: see :class:`~merging.recipe.Recipe`) and the method's parameters by
+    name (``weights=(1, 1, -1)``). ``output`` ending in ``.safetensors`` is a single file, any other a folder; without
+    it the output is ``merged.safetensors`` or the folder ``merged``. ``max_memory`` is in bytes, above what the
+    imports take. ``progress`` is told the bytes done and in all.
+
+    Raises :class:`~merging.errors.MergingError`, and leaves nothing behind then.
+    """
+    recipe = _recipe(models, method, options)
+    destination = Path(output) if output is not None else default_destination(recipe)
+    return merge_plan(
+        plan_for(recipe, destination),
+        destination,
+        device=pick_device(str(device)),
+        threads=threads,
+        max_memory=max_memory,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def _recipe(models: Sequence[str | Path], method: str | Method, options: dict[str, Any]) -> Recipe:
+    if isinstance(models, (str, Path)):
+        raise OptionError(f"models should be a list of paths, and is {str(models)!r}")
+    stated = {key: value for key, value in options.items() if key in Recipe.model_fields and value is not None}
+    parameters = {key: value for key, value in options.items() if key not in Recipe.model_fields}
+    if isinstance(method, Method) and parameters:
+        raise OptionError(f"{next(iter(parameters))!r} is no option of merge: give it to the method itself")
+    values = {"models": [str(path) for path in models], "method": method, **stated}
+    if isinstance(method, str):
+        values["parameters"] = parameters
+    return make_recipe(values, "merge")
+
+
+def default_destination(recipe: Recipe) -> Path:
+    """``merged.safetensors`` when all inputs are bare files, else the folder ``merged``."""
+    return Path("merged.safetensors" if all(Path(path).is_file() for path in recipe.models) else "merged")
+
+
+def plan_for(recipe: Recipe, destination: Path | None) -> Plan:
+    """The plan of a merge to a destination: a merged adapter's folder has a rank that every program serves."""
+    single = destination is not None and destination.suffix == ".safetensors"
+    return make_plan(recipe, () if single else PORTABLE_RANKS)
+
+
+def merge_plan(
+    plan: Plan,
+    destination: Path,
+    *,
+    device: torch.device | None = None,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Merged:
+    """Carry out a plan, and put the output in place when it is whole."""
+    workers = workers_within(plan, threads or cores(), max_memory)
+    inputs = [file for model in [*plan.models, plan.base] if model for file in (model.path, *model.files)]
+    check_destination(destination, inputs, plan.out_bytes, overwrite)
+    notices = [*plan.notices, *unrelated(plan)]
+    single = destination.suffix == ".safetensors"
+    with Landing(destination, overwrite, single) as landing:
+        stem = destination.stem if single else "adapter_model" if plan.output == "adapter" else "model"
+        most = None if single or plan.output == "adapter" else plan.recipe.shard_size
+        writer = TensorWriter(landing.folder, stem, plan.outs, _metadata(plan), most)
+        try:
+            done = run(plan, writer, device=device, threads=workers, progress=progress)
+            writer.finish()
+        finally:
+            writer.close()
+        if not single and plan.output == "adapter":
+            write_adapter_companions(plan, landing.folder)
+        elif not single:
+            notices += write_model_companions(plan, landing.folder)
+        landing.commit()
+    return Merged(
+        path=destination,
+        kind=plan.output,
+        method=plan.recipe.method.chain,
+        tensors=len(plan.outs),
+        bytes=plan.out_bytes,
+        seconds=done.seconds,
+        rank=plan.rank or None,
+        notices=(*notices, *done.notices),
+        discarded=done.discarded,
+    )
+
+
+def _metadata(plan: Plan) -> dict[str, str]:
+    """What goes into the header of every output file: the recipe, what made it, and a bare adapter's whole config."""
+    metadata = {
+        "merging_recipe": json.dumps(plan.recipe.to_dict(), ensure_ascii=False),
+        "merging_version": __version__,
+        "torch_version": torch.__version__,
+    }
+    if plan.output == "adapter":
+        metadata[CONFIG_KEY] = json.dumps(adapter_config(plan))
+    return metadata
+
+
+def workers_within(plan: Plan, threads: int, max_memory: int | None) -> int:
+    """How many workers fit into ``max_memory`` bytes above the imports, at most ``threads``.
+
+    Raises :class:`~merging.errors.OptionError` with the number needed if not even one does.
+    """
+    if threads < 1:
+        raise OptionError(f"threads = {threads}: at least one is needed")
+    if max_memory is None:
+        return threads
+    needed = plan.worker_bytes
+    if needed > max_memory:
+        raise OptionError(f"max_memory = {max_memory / 1e6:.0f} MB is too little: this merge needs {needed / 1e6:.0f} MB")
+    return min(threads, max_memory // max(1, needed))
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name: ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` for a GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise OptionError(f"device = {name!r}: use cpu, cuda, cuda:N or auto") from None
+    if device.type not in ("cpu", "cuda"):
+        raise OptionError(f"device = {name!r}: merging runs on cpu and cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise OptionError(f"device = {name!r}: this machine has {found or 'no'} such GPU{'s' if found > 1 else ''}: use cpu or auto")
+    return device
