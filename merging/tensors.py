@@ -1,0 +1,231 @@
+"""Merging tensors that are already in memory, on whatever device: no files, no prints, gradients go through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merging.delta import Delta, Dense, LowRank, Stack
+from merging.errors import InputError, OptionError
+from merging.layers import Stacks
+from merging.method import Closing, Method, Round, Site
+from merging.methods import chain
+from merging.sources.adapter import LoraChange
+from merging.sources.peft import peft_changes
+from merging.sources.stored import MappedTensor
+
+__all__ = ["merge_deltas", "merge_state_dicts", "peft_deltas", "peft_state_dict"]
+
+
+def merge_state_dicts(
+    models: Sequence[Mapping[str, Tensor]],
+    *,
+    method: str | Method,
+    base: Mapping[str, Tensor] | None = None,
+    layers: int | None = None,
+    **parameters: Any,
+) -> dict[str, Tensor]:
+    """Merge full models given as state dicts: the same names, shapes and devices, and what comes out has them too.
+
+    Computed in float32 (float64 for float64 tensors) and cast to the types of ``base``, or of the first model.
+    Tensors that hold no floating-point numbers are the base's. Coefficients among ``parameters`` may be tensors, and
+    gradients reach them. ``layers`` is the number of blocks where the names do not tell.
+
+    Raises :class:`~merging.errors.InputError` for names or shapes that differ, and
+    :class:`~merging.errors.OptionError` for a method that needs the base.
+    """
+    bound = _method(method, parameters, len(models))
+    if base is None and (bound.origin == "base" or bound.rescales):
+        raise OptionError(f"{bound.chain} merges changes from a base: give base=")
+    reference = models[0] if base is None else base
+    _check_names(models, reference)
+    stacks = _stacks(reference, layers, complete=True)
+    merged: dict[str, Tensor] = {}
+    floating = {name: value for name, value in reference.items() if value.is_floating_point()}
+    sites = {name: _site(name, tuple(value.shape), stacks) for name, value in floating.items()}
+    weights = bound.origin == "none"
+
+    def stack(name: str) -> tuple[Stack, Tensor | None]:
+        dtype = torch.float64 if floating[name].dtype == torch.float64 else torch.float32
+        origin = None if base is None else base[name].to(dtype)
+        values = [model[name].to(dtype) for model in models]
+        changes = values if weights or origin is None else [value - origin for value in values]
+        return Stack([Dense(value) for value in changes]), origin
+
+    changes = _merged(bound, sites, stack, weights)
+    results = {name: (delta.dense(), origin) for name, delta, origin in changes}
+    for name, value in reference.items():
+        if name not in results:
+            merged[name] = value
+            continue
+        result, origin = results[name]
+        merged[name] = (result if origin is None else origin + result).to(value.dtype)
+    return merged
+
+
+def merge_deltas(
+    adapters: Sequence[Mapping[str, Delta]],
+    *,
+    method: str | Method,
+    layers: int | None = None,
+    **parameters: Any,
+) -> dict[str, Delta]:
+    """Merge adapters given as changes by target (``LowRank`` or ``Dense``, as :func:`peft_deltas` makes them).
+
+    A target that an adapter lacks is unchanged by it. Factored methods give ``LowRank`` for ``LowRank``. ``layers`` is
+    the number of blocks, by default the largest index among the targets. Raises
+    :class:`~merging.errors.OptionError` for a method that merges weights, which changes alone do not tell.
+    """
+    bound = _method(method, parameters, len(adapters))
+    if bound.origin == "none" and not bound.factored:
+        raise OptionError(f"{bound.chain} merges weights, and these are changes: add them to the base first")
+    names = dict.fromkeys(name for adapter in adapters for name in adapter)
+    shapes = {name: _shape(name, adapters) for name in names}
+    stacks = _stacks(shapes, layers, complete=False)
+    sites = {name: _site(name, shape, stacks) for name, shape in shapes.items()}
+
+    def stack(name: str) -> tuple[Stack, Tensor | None]:
+        found = [adapter.get(name) for adapter in adapters]
+        like = next(delta for delta in found if delta is not None)
+        zero = LowRank.zero(like) if isinstance(like, LowRank) else Dense(torch.zeros_like(like.dense()))
+        deltas = [zero if delta is None else delta for delta in found]
+        if not all(isinstance(delta, LowRank) for delta in deltas):
+            deltas = [Dense(delta.dense()) for delta in deltas]
+        return Stack(deltas, present=[delta is not None for delta in found]), None
+
+    return {name: delta for name, delta, _ in _merged(bound, sites, stack, weights=False)}
+
+
+def _merged(
+    method: Method,
+    sites: Mapping[str, Site],
+    stack_at: Callable[[str], tuple[Stack, Tensor | None]],
+    weights: bool,
+) -> Iterator[tuple[str, Delta, Tensor | None]]:
+    """The merged change of every tensor with the base it belongs on, or the merged weight with no base."""
+    seen: dict[str, Tensor] = {}
+    for each in method.rounds():
+        if each.per == "model":
+            seen[each.name] = _gather(each, [each.of(stack_at(n)[0], site, seen) for n, site in sites.items()])
+
+    def merge(name: str) -> tuple[Delta, Stack, Tensor | None]:
+        site, local = sites[name], dict(seen)
+        stack, origin = stack_at(name)
+        bound = method.at(site)
+        for each in bound.rounds():
+            if each.per == "tensor":
+                local[each.name] = _gather(each, [each.of(stack, site, local)])
+        merged = bound.merge(stack, site, local)
+        if weights and not method.rescales:
+            return merged, stack, None
+        if weights and origin is not None:
+            merged, stack = Dense(merged.dense() - origin), stack.map(lambda delta: Dense(delta.dense() - origin))
+        return merged, stack, origin
+
+    models = len(stack_at(next(iter(sites)))[0]) if sites else 0
+    closing = method.closing(models)
+    if closing is not None:
+        norms = [closing.of(*merge(name)[:2], site) for name, site in sites.items()]
+        seen[closing.name] = _gather(closing, norms)
+    for name, site in sites.items():
+        merged, _, origin = merge(name)
+        yield name, merged.scaled(method.factor(site, seen, models)), origin
+
+
+def _gather(fold: Round | Closing, values: Sequence[Tensor]) -> Tensor:
+    state = fold.fold.start()
+    while True:
+        for position, each in enumerate(values):
+            state.add(each, position)
+        if not state.next():
+            return state.result()
+
+
+def _method(method: str | Method, parameters: Mapping[str, Any], models: int) -> Method:
+    if not models:
+        raise InputError("there is nothing to merge: give at least one model")
+    if isinstance(method, Method):
+        if parameters:
+            raise OptionError(f"{next(iter(parameters))!r} is no option here: give it to the method itself")
+        bound = method
+    else:
+        bound = chain(method, parameters)
+    bound.check(models)
+    return bound
+
+
+def _check_names(models: Sequence[Mapping[str, Tensor]], reference: Mapping[str, Tensor]) -> None:
+    for number, model in enumerate(models, 1):
+        odd = sorted(model.keys() ^ reference.keys())
+        if odd:
+            raise InputError(f"model {number} {'has' if odd[0] in model else 'lacks'} {odd[0]}, unlike the others")
+        for name, value in reference.items():
+            if model[name].shape != value.shape:
+                raise InputError(f"{name} of model {number} is {tuple(model[name].shape)} instead of {tuple(value.shape)}")
+
+
+def _shape(name: str, adapters: Sequence[Mapping[str, Delta]]) -> tuple[int, ...]:
+    shapes = {adapter[name].shape for adapter in adapters if name in adapter}
+    if len(shapes) > 1:
+        raise InputError(f"{name} has different shapes: {', '.join(map(str, sorted(shapes)))}")
+    return shapes.pop()
+
+
+def _stacks(names: Mapping[str, object], layers: int | None, complete: bool) -> Stacks:
+    stacks = Stacks.from_names(names, complete=complete)
+    return stacks.with_layers(layers) if layers else stacks
+
+
+def _site(name: str, shape: tuple[int, ...], stacks: Stacks) -> Site:
+    place = stacks.place(name)
+    return Site(name, shape, place.layer, place.layers, place.after)
+
+
+def peft_deltas(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Delta]:
+    """The changes of a PEFT LoRA state dict (``get_peft_model_state_dict``) by target, every scale folded in.
+
+    Factors stay on their device and keep their gradients. Raises :class:`~merging.errors.FormatError` for what is no
+    plain LoRA, and :class:`~merging.errors.InputError` for variants that need the base (DoRA, PiSSA, OLoRA).
+    """
+    stored = {name: MappedTensor(tensor, ("", 0)) for name, tensor in state_dict.items()}
+    deltas: dict[str, Delta] = {}
+    for target, change in peft_changes(stored, config, "the state dict").items():
+        if change.needs_base or not isinstance(change, LoraChange):
+            raise InputError(f"{target}: {change.needs_base or 'is no LoRA'}: merge this adapter from its files, with its base")
+        down, up = (part.tensor for part in (change.down, change.up) if isinstance(part, MappedTensor))
+        rank = len(down)
+        deltas[target] = LowRank(
+            up.reshape(-1, rank) * change.scale, down.reshape(rank, -1), change.shape, change.transposed
+        )
+    return deltas
+
+
+def peft_state_dict(deltas: Mapping[str, Delta]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Changes as PEFT keeps them: a state dict for ``set_peft_model_state_dict``, and the config it goes with.
+
+    One rank for all, reached by zeros, and alpha equal to it. Targets are linear weights. Raises
+    :class:`~merging.errors.InputError` for changes that are not low-rank matrices.
+    """
+    low = {target: delta for target, delta in deltas.items() if isinstance(delta, LowRank) and len(delta.shape) == 2}
+    if len(low) < len(deltas) or not low:
+        odd = next((target for target in deltas if target not in low), "nothing")
+        raise InputError(f"{odd}: PEFT's linear LoRA holds only low-rank changes of matrices")
+    rank = max(delta.rank for delta in low.values())
+    state: dict[str, Tensor] = {}
+    for target, delta in low.items():
+        module = "base_model.model." + target.removesuffix(".weight")
+        missing = rank - delta.rank
+        state[f"{module}.lora_A.weight"] = torch.nn.functional.pad(delta.down, (0, 0, 0, missing))
+        state[f"{module}.lora_B.weight"] = torch.nn.functional.pad(delta.up, (0, missing))
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted(target.removesuffix(".weight") for target in low),
+        "fan_in_fan_out": any(delta.transposed for delta in low.values()),
+        "bias": "none",
+    }
+    return state, config
