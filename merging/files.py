@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,10 @@ class Merged:
     rank: int | None = None
     notices: tuple[str, ...] = ()
     discarded: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same in plain values, for JSON."""
+        return {**asdict(self), "path": str(self.path), "notices": list(self.notices)}
 
 
 def plan(models: Sequence[str | Path], *, method: str | Method, **options: Any) -> Plan:

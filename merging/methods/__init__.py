@@ -15,7 +15,7 @@ from merging.errors import OptionError, nearest
 if TYPE_CHECKING:
     from merging.method import Method
 
-__all__ = ["METHODS", "Listed", "chain", "links", "method_class", "parameters_of"]
+__all__ = ["METHODS", "Listed", "chain", "links", "method_class", "owner_of", "parameters_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +79,15 @@ def chain(text: str, parameters: Mapping[str, Any] | None = None) -> Method:
     classes = links(text)
     own: list[dict[str, Any]] = [{} for _ in classes]
     for key, value in (parameters or {}).items():
-        own[_owner(key, classes, text)][key.rpartition(".")[2]] = value
+        own[owner_of(key, classes, text)][key.rpartition(".")[2]] = value
     method = build(classes[-1], own[-1])
     for cls, values in zip(reversed(classes[:-1]), reversed(own[:-1]), strict=True):
         method = build(cls, {**values, "then": method})
     return method
 
 
-def _owner(key: str, classes: list[type[Method]], text: str) -> int:
+def owner_of(key: str, classes: list[type[Method]], text: str) -> int:
+    """Which link of a chain a parameter belongs to. Raises :class:`~merging.errors.OptionError`, telling where it does."""
     link, _, field = key.rpartition(".")
     owners = [i for i, cls in enumerate(classes) if field in parameters_of(cls) and link in ("", cls.name)]
     if len(owners) == 1:

@@ -1,0 +1,1 @@
+"""The command ``merge``: click only; nothing heavy is imported until a command runs."""

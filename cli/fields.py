@@ -1,0 +1,68 @@
+"""Options made from the fields of a method or a recipe, each declared there with its default, bounds and help."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+
+import click
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from merging.method import Method
+
+__all__ = ["Values", "chain_options", "field_option"]
+
+
+class Values(click.ParamType):
+    """One number for all models, or a comma list with one a model."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            numbers = tuple(float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor a comma list of numbers", param, ctx)
+        return numbers if "," in value else numbers[0]
+
+
+def chain_options(classes: Sequence[type[Method]]) -> list[click.Option]:
+    """The options of all links of a chain; a name that several links share is written with its link's."""
+    from merging.methods import parameters_of
+
+    every = [field for cls in classes for field in parameters_of(cls)]
+    options = []
+    for cls in classes:
+        for field in parameters_of(cls):
+            flag = field if every.count(field) == 1 else f"{cls.name}.{field}"
+            options.append(field_option(flag, cls.model_fields[field], f"[{cls.name}] "))
+    return options
+
+
+def field_option(flag: str, field: FieldInfo, prefix: str = "") -> click.Option:
+    """The option of one field: ``--flag``, or ``--flag / --no-flag`` for a switch. Unset, it passes nothing on."""
+    flag = flag.replace("_", "-") if "." not in flag else flag
+    name = flag.replace("-", "_").replace(".", "__")
+    default = "" if field.default is None else f"  [default: {str(field.default).lower() if isinstance(field.default, bool) else field.default}]"
+    text = prefix + (field.description or "") + default
+    types_ = [each for each in _alternatives(field.annotation) if each is not type(None)]
+    if bool in types_:
+        return click.Option([f"--{flag}/--no-{flag}", name], default=None, help=text)
+    choices = [str(value) for each in types_ if get_origin(each) is Literal for value in get_args(each)]
+    kind: Any = click.Choice(choices) if choices else int if int in types_ else Values() if float in types_ else str
+    return click.Option([f"--{flag}", name], type=kind, default=None, help=text)
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """The plain types that an annotation allows, unions and metadata taken apart."""
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        return [each for part in get_args(annotation) for each in _alternatives(part)]
+    if hasattr(annotation, "__metadata__"):
+        return _alternatives(get_args(annotation)[0])
+    return [annotation]

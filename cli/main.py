@@ -1,0 +1,46 @@
+"""The command ``merge``: models without a sub-command are merged, a first word that is a sub-command is that."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from .inspecting import inspect_command
+from .listing import methods_command
+from .merging import merge_command
+from .recipes import run_command
+
+__all__ = ["main"]
+
+EPILOG = """\b
+Sub-commands, as the first word:
+  merge run RECIPE       carry out a recipe (YAML)
+  merge methods [NAME]   the methods, or one method in full
+  merge inspect PATH     what a model or adapter file holds
+A file of such a name is reached as ./inspect.
+"""
+
+
+class Merge(click.Group):
+    """A group whose default command merges: ``merge a.safetensors b.safetensors --method linear`` works as written."""
+
+    def main(self, args: list[str] | None = None, **extra: object) -> object:  # type: ignore[override]
+        """Hand all arguments to the default command, unless the first word names a sub-command."""
+        words = list(sys.argv[1:] if args is None else args)
+        if not words or words[0] not in self.commands:
+            return merge_command.main(words, **{"prog_name": "merge", **extra})  # type: ignore[arg-type]
+        return super().main(words, **{"prog_name": "merge", **extra})  # type: ignore[arg-type]
+
+
+merge_command.epilog = EPILOG
+cli = Merge(name="merge", commands=[run_command, methods_command, inspect_command])
+
+
+def main() -> None:
+    """Run the command line."""
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

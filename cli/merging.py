@@ -1,0 +1,176 @@
+"""The default command: merge models or adapters into one."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .errors import reported
+from .fields import chain_options
+from .output import Size, echo_merged, echo_plan, progress_bar
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from merging.recipe import Recipe
+
+__all__ = ["execution_options", "execute", "merge_command"]
+
+RECIPE_OPTIONS = ("base", "as", "dtype", "rank", "layers", "lora_alpha", "shard_size", "on_mismatch",
+                  "allow_different_bases", "allow_nonfinite")  # fmt: skip
+
+
+class ChainCommand(click.Command):
+    """A command whose options include those of the method that its own arguments choose."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Find --method first, and take its chain's options in before the rest is read."""
+        written = _written_method(args)
+        if written is not None:
+            with reported():
+                from merging.methods import links
+
+                classes = links(written)
+                self.params = [*self.own_params(), *chain_options(classes)]
+                _refuse_strangers(self, args, classes, written)
+        return super().parse_args(ctx, args)
+
+    def own_params(self) -> list[click.Parameter]:
+        """The parameters that do not come from a method."""
+        return [param for param in self.params if not getattr(param, "help", None) or not param.help.startswith("[")]  # type: ignore[attr-defined]
+
+
+def _written_method(args: list[str]) -> str | None:
+    for position, word in enumerate(args):
+        if word in ("--method", "-m") and position + 1 < len(args):
+            return args[position + 1]
+        if word.startswith("--method="):
+            return word.partition("=")[2]
+    return None
+
+
+def _refuse_strangers(command: click.Command, args: list[str], classes: list[Any], written: str) -> None:
+    """Refuse, as a merge would, an option that belongs to a method outside the chain: click would only say unknown."""
+    from merging.methods import owner_of
+
+    known = {flag for param in command.params for flag in [*param.opts, *param.secondary_opts]}
+    for word in args:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and len(flag) > 2 and flag not in known and flag != "--help":
+            field = flag[2:].removeprefix("no-").replace("-", "_")
+            owner_of(field, classes, written)
+
+
+def execution_options(command: Any) -> Any:
+    """The options that say where a merge runs and where it goes, none of which changes a byte of a tensor."""
+    for option in reversed(
+        [
+            click.option("-o", "--output", type=click.Path(), help="a folder, or a single file ending in .safetensors"),
+            click.option("--overwrite", is_flag=True, help="replace an existing output"),
+            click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto"),
+            click.option("--threads", type=int, help="workers  [default: all cores]"),
+            click.option("--max-memory", type=Size(), help="most memory above the imports, such as 500MB"),
+            click.option("--dry-run", is_flag=True, help="show the plan: nothing is merged or written"),
+            click.option("--json", "as_json", is_flag=True, help="print the outcome as JSON"),
+            click.option("--progress/--quiet", default=None, help="progress bar on stderr  [default: on a terminal]"),
+            click.option("--debug", is_flag=True, help="show a traceback with errors"),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+@click.command(
+    cls=ChainCommand,
+    name="merge",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.argument("models", nargs=-1, metavar="MODEL...")
+@click.option("-m", "--method", help="a method or chain, such as linear or lines+task_arithmetic; its options join these")
+@click.option("--base", help="the model that the others were trained from")
+@click.option("--as", "as_", type=click.Choice(["adapter", "model"]), help="what to write  [default: adapters make an adapter]")
+@click.option("--dtype", type=click.Choice(["float64", "float32", "bfloat16", "float16"]), help="type of every tensor")
+@click.option("--rank", type=int, help="rank of a merged adapter  [default: lossless, the sum of the ranks]")
+@click.option("--layers", type=int, help="number of blocks, where no base tells")
+@click.option("--lora-alpha", type=float, help="LoRA alpha of adapters, instead of what they state")
+@click.option("--shard-size", type=Size(), help="most bytes in one file of a model's folder  [default: 5GB]")
+@click.option("--on-mismatch", type=click.Choice(["error", "base"]), help="tensors that differ in shape or are missing")
+@click.option("--allow-different-bases", is_flag=True, default=None, help="merge adapters that state different bases")
+@click.option("--allow-nonfinite", is_flag=True, default=None, help="merge inputs that hold NaN or infinities")
+@click.option("--recipe-only", is_flag=True, help="print the recipe as YAML: nothing is merged")
+@click.version_option(package_name="merging", prog_name="merge")
+@execution_options
+def merge_command(models: tuple[str, ...], method: str | None, recipe_only: bool, **options: Any) -> None:
+    """Merge fine-tuned models or LoRA adapters into one.
+
+    \b
+    merge --method linear a.safetensors b.safetensors
+    merge --method lines --base BASE one/ two/ -o merged/
+    merge --method task_arithmetic --weights 1,1,-1 a/ b/ c/ --base BASE -o out/
+
+    A MODEL is a folder or a weights file: a full checkpoint or a LoRA adapter. The options of a method are shown by
+    merge --method METHOD --help.
+    """
+    execution = {name: options.pop(name) for name in EXECUTION}
+    with reported(execution["debug"]):
+        from merging.errors import OptionError
+        from merging.methods import METHODS
+        from merging.recipe import make_recipe
+
+        if method is None:
+            listed = "\n".join(f"  {name:16} {entry.summary}" for name, entry in METHODS.items())
+            raise OptionError(f"which method? Choose one with --method:\n{listed}")
+        if not models:
+            raise OptionError("there is nothing to merge: name at least one model")
+        options["as"] = options.pop("as_")
+        stated = {name: options.pop(name) for name in RECIPE_OPTIONS}
+        parameters = {name.replace("__", "."): value for name, value in options.items() if value is not None}
+        values = {name: value for name, value in stated.items() if value is not None}
+        recipe = make_recipe({"models": list(models), "method": method, "parameters": parameters, **values}, "merge")
+        if recipe_only:
+            click.echo(recipe.to_yaml(), nl=False)
+            return
+        execute(recipe, **execution)
+
+
+EXECUTION = ("output", "overwrite", "device", "threads", "max_memory", "dry_run", "as_json", "progress", "debug")
+
+
+def execute(
+    recipe: Recipe,
+    output: str | Path | None,
+    overwrite: bool,
+    device: str,
+    threads: int | None,
+    max_memory: int | None,
+    dry_run: bool,
+    as_json: bool,
+    progress: bool | None,
+    debug: bool,
+) -> None:
+    """Carry out a recipe as the options say, and tell what came out."""
+    from pathlib import Path
+
+    from merging.files import default_destination, merge_plan, pick_device, plan_for
+
+    destination = Path(output) if output is not None else default_destination(recipe)
+    plan = plan_for(recipe, destination)
+    if dry_run:
+        echo_plan(plan, destination, threads, max_memory, as_json)
+        return
+    with progress_bar(progress) as report:
+        merged = merge_plan(
+            plan,
+            destination,
+            device=pick_device(device),
+            threads=threads,
+            max_memory=max_memory,
+            overwrite=overwrite,
+            progress=report,
+        )
+    if as_json:
+        click.echo(json.dumps(merged.to_dict(), indent=2))
+    else:
+        echo_merged(merged, plan)

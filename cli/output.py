@@ -1,0 +1,123 @@
+"""What the command prints: plans, outcomes, progress; and sizes as people write them."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from merging.files import Merged
+    from merging.plan import Plan
+
+__all__ = ["Size", "echo_merged", "echo_plan", "progress_bar", "size_text"]
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+class Size(click.ParamType):
+    """Bytes, as in 500MB, 2GiB or 1000000."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?I?)B?\s*", str(value).upper())
+        if not found or found[2] not in _UNITS or float(found[1]) <= 0:
+            self.fail(f"{value!r} is no size: write 500MB, 2GB or 2GiB", param, ctx)
+        return int(float(found[1]) * _UNITS[found[2]])
+
+
+def size_text(nbytes: float) -> str:
+    """Bytes as people read them."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:.1f} {unit}"
+    return f"{nbytes:.0f} bytes"
+
+
+@contextmanager
+def progress_bar(wanted: bool | None) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on stderr, by default only if that is a terminal."""
+    if not (sys.stderr.isatty() if wanted is None else wanted):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("merging", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def echo_plan(plan: Plan, destination: Path, threads: int | None, max_memory: int | None, as_json: bool) -> None:
+    """The plan: what is read and written, how much memory it takes, and what should be known beforehand."""
+    from merging.files import workers_within
+    from merging.workers import cores
+
+    workers = workers_within(plan, threads or cores(), max_memory)
+    facts: dict[str, Any] = {
+        "method": plan.recipe.method.chain,
+        "models": list(plan.recipe.models),
+        "base": plan.recipe.base,
+        "output": str(destination),
+        "kind": plan.output,
+        "rank": plan.rank or None,
+        "tensors": len(plan.outs),
+        "read_bytes": plan.read_bytes,
+        "write_bytes": plan.out_bytes,
+        "workers": workers,
+        "peak_memory_bytes": workers * plan.worker_bytes,
+        "matched": list(plan.matched),
+        "notices": list(plan.notices),
+    }
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    rank = f" of rank {plan.rank}" if plan.rank else ""
+    click.echo(f"{facts['method']}: {len(plan.models)} models into the {plan.output}{rank} {destination}")
+    click.echo(f"  reads   {size_text(plan.read_bytes)}")
+    click.echo(f"  writes  {size_text(plan.out_bytes)} in {len(plan.outs)} tensors")
+    click.echo(f"  memory  {size_text(facts['peak_memory_bytes'])} at most for {workers} workers, above the imports")
+    for line in plan.matched:
+        click.echo(f"  {line}")
+    _notices(plan.notices)
+
+
+def echo_merged(merged: Merged, plan: Plan) -> None:
+    """Where the output is and what it is; notices go to stderr."""
+    for line in plan.matched:
+        click.echo(line, err=True)
+    _notices(merged.notices)
+    _discarded(merged.discarded)
+    rank = f" of rank {merged.rank}" if merged.rank else ""
+    click.echo(
+        f"{merged.path}: {merged.kind}{rank}, {len(plan.models)} models by {merged.method}, {merged.tensors} tensors, "
+        f"{size_text(merged.bytes)} in {merged.seconds:.1f} s"
+    )
+
+
+def _notices(notices: tuple[str, ...]) -> None:
+    for notice in notices:
+        click.echo(f"note: {notice}", err=True)
+
+
+def _discarded(discarded: dict[str, float]) -> None:
+    if discarded:
+        worst = max(discarded, key=lambda name: discarded[name])
+        mean = sum(discarded.values()) / len(discarded)
+        warning = "warning" if discarded[worst] > 0.1 else "note"
+        click.echo(
+            f"{warning}: the rank discards {mean:.1%} of the energy of the change on average, {discarded[worst]:.1%} at "
+            f"worst ({worst}): raise --rank, or use --as model",
+            err=True,
+        )

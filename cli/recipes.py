@@ -1,0 +1,24 @@
+"""``merge run``: carry out a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .errors import reported
+from .merging import execute, execution_options
+
+__all__ = ["run_command"]
+
+
+@click.command(name="run")
+@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@execution_options
+def run_command(recipe: Path, **execution: Any) -> None:
+    """Carry out a RECIPE: YAML with models, method and parameters, as --recipe-only prints it."""
+    with reported(execution["debug"]):
+        from merging.recipe import load_recipe
+
+        execute(load_recipe(recipe.read_text(encoding="utf-8"), str(recipe)), **execution)

@@ -1,0 +1,79 @@
+"""What a model or adapter file holds, told from its headers, and from its values if asked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merging.layers import Stacks
+from merging.sources import Adapter, Checkpoint, open_model
+from merging.sources.stored import Stored
+
+__all__ = ["inspect"]
+
+_PIECE = 1 << 22
+
+
+def inspect(path: str | Path, *, values: bool = False) -> dict[str, Any]:
+    """Facts about what lies at ``path``: kind, base, rank, modules, dtypes, layers, size in bytes.
+
+    With ``values``, also which tensors hold NaN or infinities (``nonfinite``). Raises
+    :class:`~merging.errors.MergingError` for what cannot be understood.
+    """
+    model = open_model(path)
+    return _adapter(model, values) if isinstance(model, Adapter) else _checkpoint(model, values)
+
+
+def _adapter(adapter: Adapter, values: bool) -> dict[str, Any]:
+    changes = list(adapter.changes.values())
+    tensors = {f"{change.target} [{i}]": t for change in changes for i, t in enumerate(change.tensors)}
+    modules = sorted({".".join(change.target.split(".")[:-1]).rpartition(".")[2] for change in changes})
+    ranks = sorted({change.rank for change in changes if change.rank})
+    return {
+        "path": str(adapter.path),
+        "kind": f"adapter ({adapter.dialect})",
+        "base": adapter.base,
+        "rank": ranks[0] if len(ranks) == 1 else ranks,
+        "scales": sorted({change.scale for change in changes if hasattr(change, "scale")}),
+        "targets": len(changes),
+        "modules": modules,
+        "needs_base": sorted({change.needs_base for change in changes if change.needs_base}),
+        **_common(tensors, Stacks.from_names(adapter.changes, complete=False), values),
+        "notices": list(adapter.notices),
+    }
+
+
+def _checkpoint(checkpoint: Checkpoint, values: bool) -> dict[str, Any]:
+    return {
+        "path": str(checkpoint.path),
+        "kind": "checkpoint",
+        "architecture": next(iter(checkpoint.config.get("architectures") or []), None),
+        "files": len(checkpoint.files),
+        "parameters": sum(t.numel for t in checkpoint.tensors.values()),
+        **_common(checkpoint.tensors, Stacks.from_names(checkpoint.tensors), values),
+    }
+
+
+def _common(tensors: dict[str, Stored], stacks: Stacks, values: bool) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "tensors": len(tensors),
+        "dtypes": dict(Counter(stored.kind for stored in tensors.values()).most_common()),
+        "layers": dict(stacks.lengths),
+        "bytes": sum(stored.nbytes for stored in tensors.values()),
+    }
+    if values:
+        facts["nonfinite"] = [name for name, stored in tensors.items() if stored.floating and not _finite(stored)]
+    return facts
+
+
+def _finite(stored: Stored) -> bool:
+    buffer = torch.empty(min(_PIECE, stored.numel), dtype=stored.dtype)
+    for start in range(0, stored.numel, _PIECE):
+        piece = buffer[: min(_PIECE, stored.numel - start)]
+        stored.read_into(piece, start)
+        if not bool(piece.isfinite().all()):
+            return False
+    return True
