@@ -13,7 +13,7 @@ from merging.errors import FormatError, InputError, MergingError, OptionError, O
 
 if TYPE_CHECKING:
     from merging.delta import Delta, Dense, LowRank
-    from merging.files import Merged, merge, plan
+    from merging.files import Merged, merge, preview
     from merging.methods import METHODS, chain
     from merging.recipe import Recipe, load_recipe
     from merging.tensors import merge_deltas, merge_state_dicts, peft_deltas, peft_state_dict
@@ -34,7 +34,7 @@ _WHERE = {
     "merge_state_dicts": "tensors",
     "peft_deltas": "tensors",
     "peft_state_dict": "tensors",
-    "plan": "files",
+    "preview": "files",
 }
 """Public names that are imported when they are first used, since most of them bring torch along."""
 
@@ -58,7 +58,7 @@ __all__ = [
     "merge_state_dicts",
     "peft_deltas",
     "peft_state_dict",
-    "plan",
+    "preview",
 ]
 
 

@@ -23,7 +23,7 @@ from merging.vetting import unrelated
 from merging.workers import Progress, cores
 from merging.writer import TensorWriter
 
-__all__ = ["Merged", "default_destination", "merge", "merge_plan", "pick_device", "plan", "plan_for", "workers_within"]
+__all__ = ["Merged", "default_destination", "merge", "merge_plan", "pick_device", "plan_for", "preview", "workers_within"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Merged:
         return {**asdict(self), "path": str(self.path), "notices": list(self.notices)}
 
 
-def plan(models: Sequence[str | Path], *, method: str | Method, **options: Any) -> Plan:
+def preview(models: Sequence[str | Path], *, method: str | Method, **options: Any) -> Plan:
     """What :func:`merge` would do, from headers alone; takes its options, and nothing is written."""
     destination = options.pop("output", None)
     return plan_for(_recipe(models, method, options), None if destination is None else Path(destination))

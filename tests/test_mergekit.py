@@ -243,13 +243,16 @@ def involved(case: Case, folder: Path) -> list[Path]:
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_is_rounded_once(peer: Peer, tmp_path: Path, family: str, seed: int, case: str) -> None:
-    """Our bfloat16 output is the float64 result rounded once: the few that differ (0.2 %) lie on a midpoint."""
+    """Our bfloat16 output is the float64 result rounded once: the few that differ (1 %) all lie on a midpoint.
+
+    Midpoints are not rare: (5x + 3y + 4z) / 12 of numbers with eight bits is one in about a dozen.
+    """
     folder = peer.inputs(family, seed, "bfloat16")
     got = CASES[case].ours(folder, tmp_path / "merged", None)
     exact = load(peer.output(family, seed, "bfloat16", case, "float64"))
     counted = rounding(got, exact, involved(CASES[case], folder))
     assert counted.wrong == 0, counted
-    assert counted.different <= 0.002 * counted.elements, counted
+    assert counted.different <= 0.01 * counted.elements, counted
 
 
 @pytest.mark.parametrize("case", OWN_BF16)

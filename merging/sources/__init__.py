@@ -13,12 +13,12 @@ from merging.errors import FormatError, InputError
 from merging.sources import peft
 from merging.sources.adapter import Adapter
 from merging.sources.checkpoint import Checkpoint, open_checkpoint, read_json
-from merging.sources.stored import Stored, open_pickle, open_safetensors
+from merging.sources.stored import Opened, Stored, open_tensors
 
 __all__ = ["DIALECTS", "Adapter", "Checkpoint", "open_model"]
 
 Recognises = Callable[[Mapping[str, Stored]], bool]
-Opens = Callable[[Path, float | None], Adapter]
+Opens = Callable[[Path, float | None, Opened], Adapter]
 
 DIALECTS: tuple[tuple[Recognises, Opens], ...] = ((peft.recognises, peft.open_peft),)
 """How each adapter format is told by its tensor names, and opened."""
@@ -32,6 +32,7 @@ _FOREIGN = {
     ".lokr_w1_a": "a LyCORIS LoKr",
     ".oft_blocks": "a LyCORIS OFT",
 }
+_FOREIGN_ENDINGS = tuple(_FOREIGN)
 _COMPONENTS = ("unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "diffusion_model.")
 
 
@@ -56,18 +57,20 @@ def open_model(path: str | Path, alpha: float | None = None) -> Checkpoint | Ada
         return open_checkpoint(path)
     if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
         raise FormatError(f"{path}: is no weights file: .safetensors, .bin, .pt or .pth are read, or a folder")
-    names = open_safetensors(path)[0] if path.suffix == ".safetensors" else open_pickle(path)[0]
-    _refuse_foreign(path, names)
+    opened = open_tensors(path)
+    _refuse_foreign(path, opened[0])
     for recognises, opens in DIALECTS:
-        if recognises(names):
-            return opens(path, alpha)
-    return open_checkpoint(path)
+        if recognises(opened[0]):
+            return opens(path, alpha, opened)
+    return open_checkpoint(path, opened)
 
 
 def _refuse_foreign(path: Path, names: Mapping[str, Stored]) -> None:
     for name in names:
-        kind = next((kind for ending, kind in _FOREIGN.items() if name.endswith(ending)), None)
-        if kind is None and ".lora_" in name and name.startswith(_COMPONENTS):
+        kind = None
+        if name.endswith(_FOREIGN_ENDINGS):
+            kind = next(kind for ending, kind in _FOREIGN.items() if name.endswith(ending))
+        elif ".lora_" in name and name.startswith(_COMPONENTS):
             kind = "a diffusers or ComfyUI LoRA"
         if kind:
             raise FormatError(f"{path}: is {kind} file ({name}), a format that is not read yet: convert it to PEFT first")

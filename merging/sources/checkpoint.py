@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError, InputError
-from merging.sources.stored import Stored, open_pickle, open_safetensors
+from merging.sources.stored import Opened, Stored, open_tensors
 
 __all__ = ["HEADS", "Checkpoint", "config_layers", "content_key", "open_checkpoint", "read_json"]
 
@@ -96,8 +96,8 @@ def config_layers(config: dict[str, Any]) -> int | None:
     return None
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a model's folder or weights file; headers are read, values are not.
+def open_checkpoint(path: Path, opened: Opened | None = None) -> Checkpoint:
+    """Open a model's folder or weights file (``opened`` already, perhaps); headers are read, values are not.
 
     Raises :class:`~merging.errors.FormatError` for damaged or quantised files and for an index that does not agree
     with its shards, :class:`~merging.errors.InputError` for a folder without weights.
@@ -112,7 +112,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     metadata: dict[str, str] = {}
     for file, expected in files.items():
         pickled = file.suffix in (".bin", ".pt", ".pth")
-        found, extra = open_pickle(file) if pickled else open_safetensors(file)
+        found, extra = opened or open_tensors(file)
         if expected is not None:
             _agree(weights, file, expected, set(found))
         tensors.update(found)

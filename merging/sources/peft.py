@@ -13,7 +13,7 @@ from typing import Any, Literal
 from merging.errors import FormatError, nearest
 from merging.sources.adapter import Adapter, AddedBias, Change, LoraChange, Replacement
 from merging.sources.checkpoint import read_json
-from merging.sources.stored import Stored, open_pickle, open_safetensors
+from merging.sources.stored import Opened, Stored, open_tensors
 
 __all__ = ["CONFIG_KEY", "open_peft", "peft_changes", "recognises"]
 
@@ -47,7 +47,7 @@ def recognises(names: Mapping[str, Stored]) -> bool:
     return any(".lora_A" in name or ".lora_embedding_A" in name or ".lora_B" in name for name in names)
 
 
-def open_peft(path: Path, alpha: float | None = None) -> Adapter:
+def open_peft(path: Path, alpha: float | None = None, opened: Opened | None = None) -> Adapter:
     """A PEFT adapter from its folder or its weights file; headers are read, values are not.
 
     ``alpha`` replaces the config's ``lora_alpha``. A bare file has its config in its own header or, if it is called
@@ -55,8 +55,7 @@ def open_peft(path: Path, alpha: float | None = None) -> Adapter:
     :class:`~merging.errors.FormatError` for what cannot be understood exactly.
     """
     weights = path if path.is_file() else _weights_of(path)
-    opened = open_pickle(weights) if weights.suffix == ".bin" else open_safetensors(weights)
-    tensors, metadata = opened
+    tensors, metadata = opened or open_tensors(weights)
     config = _config_of(weights, metadata)
     notices: tuple[str, ...] = ()
     if config is None:

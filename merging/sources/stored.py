@@ -17,7 +17,19 @@ from merging import platform
 from merging.errors import FormatError
 from merging.sources.header import Entry, read_header
 
-__all__ = ["DTYPES", "DTYPE_NAMES", "FileTensor", "MappedTensor", "Out", "Stored", "bytes_of", "open_pickle", "open_safetensors"]
+__all__ = [
+    "DTYPES",
+    "DTYPE_NAMES",
+    "FileTensor",
+    "MappedTensor",
+    "Opened",
+    "Out",
+    "Stored",
+    "bytes_of",
+    "open_pickle",
+    "open_safetensors",
+    "open_tensors",
+]
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
@@ -154,7 +166,16 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
 
 
-def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+Opened = tuple[dict[str, "Stored"], dict[str, str]]
+"""The tensors of a file, and its metadata, or the names that share memory in a PyTorch file."""
+
+
+def open_tensors(path: Path) -> Opened:
+    """The tensors of a weights file of either kind, told by its ending."""
+    return open_safetensors(path) if path.suffix == ".safetensors" else open_pickle(path)
+
+
+def open_safetensors(path: Path) -> Opened:
     """The tensors of a safetensors file, and its metadata; only the header is read.
 
     Raises :class:`~merging.errors.FormatError` for a file that breaks the format.
@@ -166,7 +187,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     return {name: FileTensor(file, entry) for name, entry in header.entries.items()}, header.metadata
 
 
-def open_pickle(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+def open_pickle(path: Path) -> Opened:
     """The tensors of a PyTorch file, mapped, and for each name that shares another's memory (tied weights) that other.
 
     Loaded with ``weights_only=True``, which runs no code from the file. Raises :class:`~merging.errors.FormatError`.

@@ -412,17 +412,17 @@ def compare(sizes: list[float], repeats: int, work: Path, peer: str | None, thre
 
 def planning(repeats: int, work: Path) -> None:
     """Print the time to plan a merge of two models of many small tensors."""
-    plan: Callable[..., object] = import_everything().plan
+    preview: Callable[..., object] = import_everything().preview
     rows = []
     for tensors in TENSOR_COUNTS:
         with tempfile.TemporaryDirectory(dir=work) as folder:
             write_models(Path(folder), *mixture(tensors), names=("a", "b"))
             models = [Path(folder) / name for name in ("a", "b")]
-            plan(models, method="linear")  # imports, and the page cache
+            preview(models, method="linear")  # imports, and the page cache
             seconds = []
             for _ in range(repeats):
                 start = time.perf_counter()
-                plan(models, method="linear")
+                preview(models, method="linear")
                 seconds.append(time.perf_counter() - start)
             middle = statistics.median(seconds)
             rows.append([f"{tensors:,}", f"{middle:.3f}", f"{middle / tensors * 1e6:.0f}"])
