@@ -48,7 +48,11 @@ def field_option(flag: str, field: FieldInfo, prefix: str = "") -> click.Option:
     """The option of one field: ``--flag``, or ``--flag / --no-flag`` for a switch. Unset, it passes nothing on."""
     flag = flag.replace("_", "-") if "." not in flag else flag
     name = flag.replace("-", "_").replace(".", "__")
-    default = "" if field.default is None else f"  [default: {str(field.default).lower() if isinstance(field.default, bool) else field.default}]"
+    default = (
+        ""
+        if field.default is None
+        else f"  [default: {str(field.default).lower() if isinstance(field.default, bool) else field.default}]"
+    )
     text = prefix + (field.description or "") + default
     types_ = [each for each in _alternatives(field.annotation) if each is not type(None)]
     if bool in types_:

@@ -19,19 +19,36 @@ __all__ = ["methods_command"]
 @click.command(name="methods")
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="print as JSON")
-def methods_command(name: str | None, as_json: bool) -> None:
+@click.option("--markdown", is_flag=True, help="print the README's table")
+def methods_command(name: str | None, as_json: bool, markdown: bool) -> None:
     """List the methods, or show one in full: what it does, its paper, its parameters."""
     from merging.methods import METHODS, method_class
 
     with reported():
         if name is not None:
             _show(method_class(name), as_json)
+        elif markdown:
+            click.echo(_table())
         elif as_json:
             click.echo(json.dumps({method: listed.summary for method, listed in METHODS.items()}, indent=2))
         else:
             for method, listed in METHODS.items():
                 click.echo(f"{method:16} {listed.summary}")
             click.echo("\nChains are written lines+task_arithmetic. More on one: merge methods NAME")
+
+
+def _table() -> str:
+    from merging.method import Wrapper
+    from merging.methods import METHODS, chain, method_class
+
+    rows = ["| method | what it does | merges | on adapters | paper |", "|---|---|---|---|---|"]
+    for name, listed in METHODS.items():
+        method = chain(name)
+        around = issubclass(method_class(name), Wrapper)
+        merges = "around any method" if around else "weights" if method.origin == "none" else "changes from the base"
+        adapters = "as the method inside" if around else "exact" if method.factored else "with the base, compressed"
+        rows.append(f"| `{name}` | {listed.summary} | {merges} | {adapters} | {method_class(name).paper} |")
+    return "\n".join(rows)
 
 
 def _show(cls: type[Method], as_json: bool) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from merging.recipe import Recipe
 
-__all__ = ["execution_options", "execute", "merge_command"]
+__all__ = ["execute", "execution_options", "merge_command"]
 
 RECIPE_OPTIONS = ("base", "as", "dtype", "rank", "layers", "lora_alpha", "shard_size", "on_mismatch",
                   "allow_different_bases", "allow_nonfinite")  # fmt: skip
@@ -88,9 +88,13 @@ def execution_options(command: Any) -> Any:
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.argument("models", nargs=-1, metavar="MODEL...")
-@click.option("-m", "--method", help="a method or chain, such as linear or lines+task_arithmetic; its options join these")
+@click.option(
+    "-m", "--method", help="a method or chain, such as linear or lines+task_arithmetic; its options join these"
+)
 @click.option("--base", help="the model that the others were trained from")
-@click.option("--as", "as_", type=click.Choice(["adapter", "model"]), help="what to write  [default: adapters make an adapter]")
+@click.option(
+    "--as", "as_", type=click.Choice(["adapter", "model"]), help="what to write  [default: adapters make an adapter]"
+)
 @click.option("--dtype", type=click.Choice(["float64", "float32", "bfloat16", "float16"]), help="type of every tensor")
 @click.option("--rank", type=int, help="rank of a merged adapter  [default: lossless, the sum of the ranks]")
 @click.option("--layers", type=int, help="number of blocks, where no base tells")

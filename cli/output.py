@@ -117,7 +117,7 @@ def _discarded(discarded: dict[str, float]) -> None:
         mean = sum(discarded.values()) / len(discarded)
         warning = "warning" if discarded[worst] > 0.1 else "note"
         click.echo(
-            f"{warning}: the rank discards {mean:.1%} of the energy of the change on average, {discarded[worst]:.1%} at "
-            f"worst ({worst}): raise --rank, or use --as model",
+            f"{warning}: the rank discards {mean:.1%} of the energy of the change on average, {discarded[worst]:.1%} "
+            f"at worst ({worst}): raise --rank, or use --as model",
             err=True,
         )

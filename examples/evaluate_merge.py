@@ -39,14 +39,14 @@ def merge_all(adapters: Iterable[Path], output: Path) -> dict[str, Path]:
     return merged
 
 
-def measure(names: list[str], columns: dict[str, Path], data: Path, split: str) -> list[list[float]]:
+def measure(names: list[str], columns: dict[str, Path], data: Path, split: str, texts: int) -> list[list[float]]:
     """Accuracy of each task (row): of the base, of its own adapter, and of each merged adapter."""
     base, tokenizer = load_encoder()
     rows = []
     for name in names:
         task = load_task(name, data)
         head = zero_shot_head(base, tokenizer, task)
-        examples = task.valid if split == "valid" else task.test
+        examples = (task.valid if split == "valid" else task.test)[:texts]
         row = [accuracy(base, tokenizer, head, examples)]
         for folder in (ADAPTERS / name, *columns.values()):
             adapted = PeftModel.from_pretrained(load_encoder()[0], folder)
@@ -72,13 +72,14 @@ def main() -> None:
     parser.add_argument("merged", nargs="*", type=Path, help="merged adapter folders; none: make the merges here")
     parser.add_argument("--data", type=Path, default=DATA, help="where fetched packages are kept")
     parser.add_argument("--split", choices=("test", "valid"), default="test", help="which texts to measure on")
+    parser.add_argument("--texts", type=int, default=500, help="how many texts a task")
     options = parser.parse_args()
     torch.set_num_threads(1)
     adapters = sorted(folder.parent for folder in ADAPTERS.glob("*/adapter_config.json"))
     names = [adapter.name for adapter in adapters]
     with tempfile.TemporaryDirectory() as scratch:
         columns = {str(folder): folder for folder in options.merged} or merge_all(adapters, Path(scratch))
-        rows = measure(names, columns, options.data, options.split)
+        rows = measure(names, columns, options.data, options.split, options.texts)
     print(table(names, ["base", "own adapter", *columns], rows))
 
 

@@ -59,7 +59,9 @@ def write_model_companions(plan: Plan, folder: Path) -> list[str]:
     reference = plan.base or next(model for model in plan.models if isinstance(model, Checkpoint))
     _write(folder / "README.md", model_card(plan))
     if reference.folder is None:
-        return [f"{reference.path} is a bare file without a config, so the output has none: copy it from the model's folder"]
+        return [
+            f"{reference.path} is a bare file without a config, so the output has none: copy it from the model's folder"
+        ]
     for pattern in _COPIED:
         for path in reference.folder.glob(pattern):
             if path.is_file():
@@ -69,7 +71,9 @@ def write_model_companions(plan: Plan, folder: Path) -> list[str]:
     if reference.config:
         _write(folder / "config.json", json.dumps(_model_config(plan, reference.config), indent=2) + "\n")
     if "auto_map" in reference.config:
-        return [f"the model runs code of its own, which is not copied: copy *.py from {reference.folder} if you trust it"]
+        return [
+            f"the model runs code of its own, which is not copied: copy *.py from {reference.folder} if you trust it"
+        ]
     return []
 
 

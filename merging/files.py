@@ -23,7 +23,16 @@ from merging.vetting import unrelated
 from merging.workers import Progress, cores
 from merging.writer import TensorWriter
 
-__all__ = ["Merged", "default_destination", "merge", "merge_plan", "pick_device", "plan_for", "preview", "workers_within"]
+__all__ = [
+    "Merged",
+    "default_destination",
+    "merge",
+    "merge_plan",
+    "pick_device",
+    "plan_for",
+    "preview",
+    "workers_within",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +186,9 @@ def workers_within(plan: Plan, threads: int, max_memory: int | None) -> int:
         return threads
     needed = plan.worker_bytes
     if needed > max_memory:
-        raise OptionError(f"max_memory = {max_memory / 1e6:.0f} MB is too little: this merge needs {needed / 1e6:.0f} MB")
+        raise OptionError(
+            f"max_memory = {max_memory / 1e6:.0f} MB is too little: this merge needs {needed / 1e6:.0f} MB"
+        )
     return min(threads, max_memory // max(1, needed))
 
 
@@ -193,5 +204,7 @@ def pick_device(name: str) -> torch.device:
         raise OptionError(f"device = {name!r}: merging runs on cpu and cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
-        raise OptionError(f"device = {name!r}: this machine has {found or 'no'} such GPU{'s' if found > 1 else ''}: use cpu or auto")
+        raise OptionError(
+            f"device = {name!r}: this machine has {found or 'no'} such GPU{'s' if found > 1 else ''}: use cpu or auto"
+        )
     return device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, Union
 
 from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
@@ -20,7 +20,7 @@ T = TypeVar("T")
 Coefficient = Annotated[float, AllowInfNan(False)] | Tensor
 """A number, or a tensor of one element through which gradients flow."""
 
-PerModel = T | tuple[T, ...]
+PerModel: TypeAlias = Union[T, tuple[T, ...]]  # noqa: UP007 (a generic alias must be subscriptable)
 """One value for all models, or one a model (as a tuple, or as a tensor ``[n]`` for coefficients)."""
 
 Seen = Mapping[str, Tensor]

@@ -14,7 +14,7 @@ from pathlib import Path
 __all__ = ["advise", "claim", "open_folder", "read_at", "reserve", "sync", "sync_folder", "write_at"]
 
 _PIECE = 1 << 26
-"""Bytes in one call: Linux moves at most 2 GiB, and a short answer to a large request is awkward to tell from an end."""
+"""Bytes in one call; Linux moves at most 2 GiB at once."""
 
 _seeking = threading.Lock()
 """Guards the file position where there are no positional calls."""

@@ -94,7 +94,7 @@ def _plain(value: Any) -> Any:
 
 
 def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
-    """A recipe from plain values. Raises :class:`~merging.errors.OptionError` that names the field and what it takes."""
+    """A recipe from plain values. Raises :class:`~merging.errors.OptionError`, naming the field and what it takes."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -102,7 +102,9 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
         field = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
             known = [info.alias or name for name, info in Recipe.model_fields.items()] + ["parameters"]
-            raise OptionError(f"{where}: there is no {field!r}{nearest(field, known)}: use {', '.join(known)}") from None
+            raise OptionError(
+                f"{where}: there is no {field!r}{nearest(field, known)}: use {', '.join(known)}"
+            ) from None
         raise OptionError(f"{where}: {field}: {first['msg']} (it is {first['input']!r})") from None
 
 

@@ -7,7 +7,7 @@ files. Tiles are the same for any number of workers, and sums over them are exac
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -139,8 +139,7 @@ class _Execution:
                 worker.state = state.fork()
                 return worker
 
-            see = _Worker.see_merged if isinstance(fold, Closing) else _Worker.see
-            for each in share(units, worker, partial(see, fold=fold), report):
+            for each in share(units, worker, partial(_Worker.see, fold=fold), report):
                 state.merge(each.state)
             if not state.next():
                 break
@@ -157,13 +156,16 @@ class _Worker:
         self.plan = execution.plan
         self.tiler = Tiler(execution.plan, execution.device)
 
-    def see(self, unit: Unit, fold: Round) -> None:
-        """Feed a round with a unit."""
+    def see(self, unit: Unit, fold: Round | Closing) -> None:
+        """Feed a fold with a unit: a round with what the models bring, a closing with what they merge to."""
+        self._advise(unit)
+        if isinstance(fold, Closing):
+            self._see_merged(unit, fold)
+            return
         for site, stack, _ in self._pieces(unit):
             self._add(self.state, fold.of(stack, site, self.run.seen), site)
 
-    def see_merged(self, unit: Unit, fold: Closing) -> None:
-        """Feed a closing with what a unit merges to."""
+    def _see_merged(self, unit: Unit, fold: Closing) -> None:
         item, method = unit.item, self._method(unit.item)
         seen = self._seen(unit, method)
         if self.plan.factored(item):
@@ -181,6 +183,12 @@ class _Worker:
                 stack = Stack.of(stack.dense() - base, stack.models, stack.present)
             self._add(self.state, fold.of(merged, stack, site), site)
 
+    def _advise(self, unit: Unit) -> None:
+        """Have this piece read ahead, and the next one, which another worker takes meanwhile."""
+        for stored in (*unit.item.inputs, unit.item.base):
+            if isinstance(stored, Stored):
+                stored.advise(unit.start, 2 * (unit.stop - unit.start))
+
     @staticmethod
     def _add(state: State, values: Tensor, site: Site) -> None:
         try:
@@ -188,7 +196,7 @@ class _Worker:
         except ValueError as error:
             raise InputError(str(error)) from None
 
-    def _pieces(self, unit: Unit) -> Sequence[tuple[Site, Stack, Tensor | None]]:
+    def _pieces(self, unit: Unit) -> Iterator[tuple[Site, Stack, Tensor | None]]:
         """The tiles of a unit with their sites; all of it at once where factors are merged."""
         item = unit.item
         if self.plan.factored(item):
@@ -217,6 +225,7 @@ class _Worker:
 
     def emit(self, unit: Unit) -> None:
         """Merge a unit and write it."""
+        self._advise(unit)
         item = unit.item
         if item.form == "copy":
             self._copy(unit)
@@ -234,9 +243,7 @@ class _Worker:
             for start, values in self._merged(unit, method, seen, factor):
                 self._write(item.outs[0], values, start)
 
-    def _merged(
-        self, unit: Unit, method: Method, seen: Seen, factor: Coefficient
-    ) -> Sequence[tuple[int, Tensor]]:
+    def _merged(self, unit: Unit, method: Method, seen: Seen, factor: Coefficient) -> Iterator[tuple[int, Tensor]]:
         """The values to write, tile by tile: the new weights, or their change where the output is an adapter's."""
         item, weights = unit.item, self.plan.weights
         as_change = not weights or self.plan.recipe.method.rescales or item.form != "dense"
@@ -245,7 +252,7 @@ class _Worker:
             if weights and as_change and base is not None:
                 values = values - base
             if item.form == "dense" and as_change and base is not None:
-                values = base.add_(values, alpha=factor)
+                values = base.add_(values, alpha=float(factor))
             elif factor != 1:
                 values = values * factor
             yield site.start, values
@@ -306,4 +313,6 @@ class _Worker:
                     other = self.tiler.raw(stored, unit.start, unit.stop - unit.start)
                     if not torch.equal(values, other):
                         path = self.plan.models[slot].path
-                        self.run.notices.add(f"{item.site.name} of {path} differs, and integers are not merged: kept the base's")
+                        self.run.notices.add(
+                            f"{item.site.name} of {path} differs, and integers are not merged: kept the base's"
+                        )

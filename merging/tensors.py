@@ -164,7 +164,9 @@ def _check_names(models: Sequence[Mapping[str, Tensor]], reference: Mapping[str,
             raise InputError(f"model {number} {'has' if odd[0] in model else 'lacks'} {odd[0]}, unlike the others")
         for name, value in reference.items():
             if model[name].shape != value.shape:
-                raise InputError(f"{name} of model {number} is {tuple(model[name].shape)} instead of {tuple(value.shape)}")
+                raise InputError(
+                    f"{name} of model {number} is {tuple(model[name].shape)} instead of {tuple(value.shape)}"
+                )
 
 
 def _shape(name: str, adapters: Sequence[Mapping[str, Delta]]) -> tuple[int, ...]:
@@ -194,7 +196,9 @@ def peft_deltas(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     deltas: dict[str, Delta] = {}
     for target, change in peft_changes(stored, config, "the state dict").items():
         if change.needs_base or not isinstance(change, LoraChange):
-            raise InputError(f"{target}: {change.needs_base or 'is no LoRA'}: merge this adapter from its files, with its base")
+            raise InputError(
+                f"{target}: {change.needs_base or 'is no LoRA'}: merge this adapter from its files, with its base"
+            )
         down, up = (part.tensor for part in (change.down, change.up) if isinstance(part, MappedTensor))
         rank = len(down)
         deltas[target] = LowRank(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,7 @@ def _relative_change(items: list[Item], slot: int) -> float:
             base = _sample(item.base)
             changed += float((_sample(stored) - base).square().sum())
             total += float(base.square().sum())
-    return safe_ratio(changed, total) ** 0.5
+    return math.sqrt(safe_ratio(changed, total))
 
 
 def _sample(stored: Stored) -> Tensor:

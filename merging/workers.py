@@ -81,4 +81,6 @@ def share_out(
 
 def _stream(device: torch.device) -> AbstractContextManager[object]:
     """A stream of the thread's own, so that one thread's copies overlap with another's kernels."""
-    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]

@@ -70,7 +70,7 @@ def parameters_of(cls: type[Method]) -> list[str]:
 
 
 def chain(text: str, parameters: Mapping[str, Any] | None = None) -> Method:
-    """The method of a chain, with its parameters by name: ``"density"``, or ``"ties.density"`` where two links share it.
+    """The method of a chain; parameters go by name, ``"density"``, or ``"ties.density"`` where two links share it.
 
     Raises :class:`~merging.errors.OptionError` for a parameter that no link has or that several share.
     """
@@ -87,7 +87,7 @@ def chain(text: str, parameters: Mapping[str, Any] | None = None) -> Method:
 
 
 def owner_of(key: str, classes: list[type[Method]], text: str) -> int:
-    """Which link of a chain a parameter belongs to. Raises :class:`~merging.errors.OptionError`, telling where it does."""
+    """Which link of a chain has a parameter; for none, :class:`~merging.errors.OptionError` tells who has."""
     link, _, field = key.rpartition(".")
     owners = [i for i, cls in enumerate(classes) if field in parameters_of(cls) and link in ("", cls.name)]
     if len(owners) == 1:

@@ -41,7 +41,9 @@ class Linear(Method):
     def check(self, models: int) -> None:
         super().check(models)
         if self.normalize and float(sum(self.coefficients(models))) == 0:
-            raise OptionError("the weights of linear sum to zero, so there is no mean: change them, or use --no-normalize")
+            raise OptionError(
+                "the weights of linear sum to zero, so there is no mean: change them, or use --no-normalize"
+            )
 
     def multiple(self, models: int) -> float | None:
         return 1 / float(sum(self.coefficients(models))) if self.normalize else 1.0

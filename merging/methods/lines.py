@@ -50,8 +50,8 @@ class Lines(Wrapper):
         scale = getattr(self.links()[-1], "scale", 1.0)
         if isinstance(scale, Tensor) or scale != 1:
             raise OptionError(
-                f"{self.links()[-1].name}.scale must be 1 under lines, which sets the size itself: leave the scale out, "
-                f"or choose lines.alpha and lines.beta"
+                f"{self.links()[-1].name}.scale must be 1 under lines, which sets the size itself: leave it out, or "
+                f"choose lines.alpha and lines.beta"
             )
 
     @property

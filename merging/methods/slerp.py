@@ -58,5 +58,8 @@ def slerp_weights(products: Tensor, t: float | Tensor) -> list[float | Tensor]:
     if abs(cosine) > COLLINEAR:
         return [1 - t, t]
     omega = math.acos(cosine)
-    sine = torch.sin if isinstance(t, Tensor) else math.sin
-    return [sine((1 - t) * omega) / math.sin(omega), sine(t * omega) / math.sin(omega)]
+    return [_sine((1 - t) * omega) / math.sin(omega), _sine(t * omega) / math.sin(omega)]
+
+
+def _sine(angle: float | Tensor) -> float | Tensor:
+    return torch.sin(angle) if isinstance(angle, Tensor) else math.sin(angle)

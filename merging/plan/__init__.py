@@ -76,5 +76,7 @@ def _open_base(recipe: Recipe) -> Checkpoint | None:
         return None
     base = open_model(recipe.base)
     if isinstance(base, Adapter):
-        raise InputError(f"{recipe.base}: is an adapter, and --base wants the full model that the others were trained from")
+        raise InputError(
+            f"{recipe.base}: is an adapter, and --base wants the full model that the others were trained from"
+        )
     return base

@@ -64,7 +64,9 @@ def check_origin(
     checkpoints = len(models) - len(adapters)
     output = recipe.kind or ("model" if checkpoints else "adapter")
     if output == "adapter" and checkpoints:
-        raise InputError("a merge of full checkpoints makes a model: an adapter comes out only when all inputs are adapters")
+        raise InputError(
+            "a merge of full checkpoints makes a model: an adapter comes out only when all inputs are adapters"
+        )
     weights = method.origin == "none" and not (method.factored and not checkpoints)
     if base is None:
         if checkpoints and (method.origin == "base" or method.rescales):

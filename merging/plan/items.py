@@ -14,7 +14,7 @@ from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.stored import DTYPES, Out, Stored
 
-__all__ = ["CHUNK", "TILE", "Item", "Plan"]
+__all__ = ["CHUNK", "TILE", "Form", "Item", "Plan"]
 
 TILE = 1 << 18
 """Elements of one model that are merged at a time on a CPU: a megabyte, so that a few models fit into its caches.
@@ -25,6 +25,10 @@ take three times as long on two cores). Part of what the output's bytes depend o
 
 CHUNK = 1 << 20
 """Elements in one unit of work, a multiple of TILE."""
+
+
+Form = Literal["copy", "dense", "delta", "factors"]
+"""What is written of an item."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +44,7 @@ class Item:
     inputs: tuple[Stored | Change | None, ...]
     base: Stored | None
     outs: tuple[Out, ...]
-    form: Literal["copy", "dense", "delta", "factors"]
+    form: Form
 
     @property
     def numel(self) -> int:
@@ -109,7 +113,7 @@ class Plan:
         """The type an item is computed in: float32, or float64 if an input or the output is."""
         changes = [t for each in item.inputs if isinstance(each, Change) for t in each.tensors]
         stored = [each for each in (*item.inputs, item.base) if isinstance(each, Stored)]
-        kinds = {each.kind for each in [*changes, *stored, *item.outs]}
+        kinds = {each.kind for each in [*changes, *stored]} | {out.kind for out in item.outs}
         return torch.float64 if "F64" in kinds else torch.float32
 
     def working_bytes(self, item: Item) -> int:
@@ -121,7 +125,9 @@ class Plan:
         needed = tile * width * (3 * models + 6)
         changes = [each for each in item.inputs if isinstance(each, Change)]
         needed += 3 * width * sum(prod(t.shape) for change in changes for t in change.tensors)
-        needed += 3 * width * item.numel * sum(not change.low_rank or change.needs_base is not None for change in changes)
+        needed += (
+            3 * width * item.numel * sum(not change.low_rank or change.needs_base is not None for change in changes)
+        )
         if item.form == "factors" and not self.factored(item):
             needed += 4 * width * item.numel
         return needed

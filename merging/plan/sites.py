@@ -33,7 +33,9 @@ def find_stacks(
     if reference is not None:
         stacks = Stacks.from_names(reference.tensors)
         stated = recipe.layers or reference.layers
-        return (stacks.with_layers(recipe.layers) if recipe.layers else stacks.limited(stated) if stated else stacks), None
+        return (
+            stacks.with_layers(recipe.layers) if recipe.layers else stacks.limited(stated) if stated else stacks
+        ), None
     stacks = Stacks.from_names(targets, complete=False)
     if recipe.layers:
         return stacks.with_layers(recipe.layers), None
@@ -44,11 +46,14 @@ def find_stacks(
     if stated and len(stacks.lengths) == 1:
         return stacks.with_layers(stated), None
     counted = ", ".join(f"{length} under {prefix}" for prefix, length in stacks.lengths.items())
-    return stacks, f"the number of blocks is taken from the adapters ({counted}): give --base or --layers if it is larger"
+    return (
+        stacks,
+        f"the number of blocks is taken from the adapters ({counted}): give --base or --layers if it is larger",
+    )
 
 
 def _declared_layers(name: str) -> int | None:
-    """The number of blocks in the config of a base by its declared name: in a folder, in the Hub's cache, or on the Hub."""
+    """The number of blocks of a base by its declared name: a folder, or in the Hub's cache, or on the Hub."""
     local = Path(name).expanduser() / "config.json"
     path = local if local.is_file() else _hub_config(name)
     if path is None:

@@ -8,7 +8,7 @@ import torch
 
 from merging.errors import InputError
 from merging.layers import Stacks
-from merging.plan.items import Item
+from merging.plan.items import Form, Item
 from merging.plan.sites import site_of
 from merging.plan.to_model import resolve_adapter
 from merging.recipe import DTYPES, Recipe
@@ -87,7 +87,7 @@ def adapter_items(
         site = site_of(name, shapes[name], stacks)
         stored = base.lookup(name) if base else None
         outs = _outs(labels[name], changes, shapes[name], rank, kind)
-        form = "factors" if name in low else "delta" if _is_bias(changes) else "dense"
+        form: Form = "factors" if name in low else "delta" if _is_bias(changes) else "dense"
         items.append(Item(site, changes, stored, outs, form))
     return items, rank
 
@@ -110,8 +110,8 @@ def _shape(
     for change, adapter in others:
         if not change.fits(first[0].shape):
             raise InputError(
-                f"{name} is {first[0].shape} in {first[1].path} and {change.shape} in {adapter.path}: they were trained "
-                f"on bases of different sizes"
+                f"{name} is {first[0].shape} in {first[1].path} and {change.shape} in {adapter.path}: they were "
+                f"trained on bases of different sizes"
             )
     return first[0].shape
 

@@ -105,30 +105,32 @@ def _align(model: Checkpoint, known: Mapping[str, Stored], mismatches: list[str]
     for name in left:
         match = renaming(name)
         if match is None or match not in known:
-            mismatches.append(f"{model.path} has {name}, which the other lacks{nearest(name, known) if len(known) < 500 else ''}")
+            mismatches.append(
+                f"{model.path} has {name}, which the other lacks{nearest(name, known) if len(known) < 500 else ''}"
+            )
         else:
             shape, other = tuple(model.tensors[name].shape), tuple(known[match].shape)
             what = f"the shape {shape} instead of {other}" if shape != other else f"the type {model.tensors[name].kind}"
             mismatches.append(f"{name} of {model.path} has {what}")
     for name in known.keys() - brought.keys():
         stored = model.lookup(name)
-        if stored is not None and stored.shape == known[name].shape:
+        if stored is not None and stored.shape == known[name].shape and stored.floating == known[name].floating:
             brought[name] = stored
         elif not any(renaming(other) == name for other in left):
             mismatches.append(f"{model.path} lacks {name}")
     return brought, f"{model.path}: {len(brought)} of {len(known)} tensors matched by {renaming}"
 
 
-def _incomplete(
-    models: Sequence[Checkpoint | Adapter], inputs: list[Inputs], known: Mapping[str, Stored]
-) -> set[str]:
+def _incomplete(models: Sequence[Checkpoint | Adapter], inputs: list[Inputs], known: Mapping[str, Stored]) -> set[str]:
     full = [brought for model, brought in zip(models, inputs, strict=True) if isinstance(model, Checkpoint)]
     return {name for name in known if any(name not in brought for brought in full)}
 
 
 def resolve_adapter(adapter: Adapter, known: Mapping[str, Stored]) -> tuple[Inputs, str]:
-    """An adapter's changes under the base's names on disk. A single target without a place is an error, never a skip."""
-    renaming, left = find_renaming(adapter.changes, known, lambda name, match: adapter.changes[name].fits(known[match].shape))
+    """An adapter's changes under the base's names on disk. One target without a place is an error, never a skip."""
+    renaming, left = find_renaming(
+        adapter.changes, known, lambda name, match: adapter.changes[name].fits(known[match].shape)
+    )
     if left:
         change = adapter.changes[left[0]]
         match = renaming(left[0])
@@ -137,8 +139,8 @@ def resolve_adapter(adapter: Adapter, known: Mapping[str, Stored]) -> tuple[Inpu
         else:
             reason = f"is no tensor of the base{nearest(left[0], known) if len(known) < 5000 else ''}"
         raise InputError(
-            f"{adapter.path}: {left[0]} {reason} ({len(left)} of {len(adapter.changes)} targets have no place): is this "
-            f"the base it was trained on{f' ({adapter.base})' if adapter.base else ''}?"
+            f"{adapter.path}: {left[0]} {reason} ({len(left)} of {len(adapter.changes)} targets have no place): is "
+            f"this the base it was trained on{f' ({adapter.base})' if adapter.base else ''}?"
         )
     brought: Inputs = {str(renaming(name)): change for name, change in adapter.changes.items()}
     return brought, f"{adapter.path}: {len(brought)} of {len(brought)} targets matched by {renaming}"

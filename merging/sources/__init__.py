@@ -73,4 +73,6 @@ def _refuse_foreign(path: Path, names: Mapping[str, Stored]) -> None:
         elif ".lora_" in name and name.startswith(_COMPONENTS):
             kind = "a diffusers or ComfyUI LoRA"
         if kind:
-            raise FormatError(f"{path}: is {kind} file ({name}), a format that is not read yet: convert it to PEFT first")
+            raise FormatError(
+                f"{path}: is {kind} file ({name}), a format that is not read yet: convert it to PEFT first"
+            )

@@ -29,8 +29,8 @@ HEADS = ("lm_head.weight", "embed_out.weight", "proj_out.weight", "output.weight
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight", "embed_in.weight")
 
 _QUANTISED = {
-    ".quant_state.bitsandbytes__nf4": "bitsandbytes 4-bit",
-    ".quant_state.bitsandbytes__fp4": "bitsandbytes 4-bit",
+    ".bitsandbytes__nf4": "bitsandbytes 4-bit",
+    ".bitsandbytes__fp4": "bitsandbytes 4-bit",
     ".absmax": "bitsandbytes 4-bit",
     ".SCB": "bitsandbytes 8-bit",
     ".qweight": "GPTQ or AWQ",
@@ -43,7 +43,10 @@ _QUANTISED = {
     ".W_q": "HQQ",
     ".codes": "AQLM",
 }
-"""What the name of a tensor that goes with quantised weights ends in."""
+"""The last part of the name of a tensor that goes with quantised weights."""
+
+_ENDS, _SAMPLE, _SAMPLES = 1 << 16, 1 << 10, 64
+"""Bytes of a file that its key is made of: at either end, and at places between."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -176,7 +179,7 @@ def _refuse_quantised(path: Path, tensors: dict[str, Stored], config: dict[str, 
         tail = name[name.rfind(".") :] if not name.endswith("_blocks") else "_blocks"
         if tail in _QUANTISED:
             raise FormatError(f"{path}: is quantised ({_QUANTISED[tail]}, says {name}): {way_out}")
-        if stored.kind.startswith(("F8", "F4", "F6")):
+        if stored.kind.startswith(("F8_", "F6_")) or stored.kind == "F4":
             raise FormatError(f"{path}: {name} holds {stored.kind} codes, so the model is quantised: {way_out}")
 
 
@@ -194,12 +197,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def content_key(files: tuple[Path, ...]) -> str:
-    """A short key of a model's content: size and first and last 64 KiB of every file, so that 100 GB cost nothing."""
+    """A short key of a model's content: size, ends and a sample of every file, so that 100 GB cost next to nothing."""
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
             size = path.stat().st_size
-            digest.update(size.to_bytes(8, "little") + file.read(1 << 16))
-            file.seek(max(0, size - (1 << 16)))
-            digest.update(file.read(1 << 16))
+            digest.update(size.to_bytes(8, "little") + file.read(_ENDS))
+            # Models that differ in some blocks alone, as merged adapters do, have the same ends.
+            for place in range(1, _SAMPLES):
+                file.seek(size * place // _SAMPLES)
+                digest.update(file.read(_SAMPLE))
+            file.seek(max(0, size - _ENDS))
+            digest.update(file.read(_ENDS))
     return digest.hexdigest()[:16]

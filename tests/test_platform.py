@@ -1,0 +1,106 @@
+"""Reads, writes and locks of the operating system, and the same bytes where a system lacks a call."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import checkpoint
+
+import merging
+from merging import platform
+
+MISSING = ["preadv", "pwrite", "posix_fallocate", "posix_fadvise", "O_DIRECTORY"]
+
+
+def available() -> list[str]:
+    """The calls of this system that can be taken away."""
+    return [name for name in MISSING if hasattr(os, name)]
+
+
+def take_away(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    for name in names:
+        if hasattr(os, name):
+            monkeypatch.delattr(os, name)
+
+
+@pytest.mark.parametrize("missing", ["", "preadv", "pwrite", "posix_fallocate", "posix_fadvise"])
+def test_bytes_come_back_from_their_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    monkeypatch.setattr(platform, "_PIECE", 3)  # several calls each
+    take_away(monkeypatch, missing)
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    try:
+        platform.reserve(fd, 20)
+        assert os.fstat(fd).st_size == 20
+        platform.write_at(fd, memoryview(b"0123456789"), 5)
+        platform.advise(fd, 0, 20)
+        platform.sync(fd)
+        buffer = bytearray(12)
+        platform.read_at(fd, memoryview(buffer), 4)
+        assert bytes(buffer) == b"\x000123456789\x00"
+        platform.reserve(fd, 0)
+        platform.write_at(fd, memoryview(b""), 0)
+        platform.read_at(fd, memoryview(bytearray()), 99)
+    finally:
+        os.close(fd)
+    assert (tmp_path / "file").read_bytes() == bytes(5) + b"0123456789" + bytes(5)
+
+
+@pytest.mark.parametrize("missing", ["", "preadv"])
+def test_reading_past_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    take_away(monkeypatch, missing)
+    (tmp_path / "file").write_bytes(b"12345")
+    fd = os.open(tmp_path / "file", os.O_RDONLY)
+    try:
+        with pytest.raises(EOFError, match="ends 4 bytes too early"):
+            platform.read_at(fd, memoryview(bytearray(6)), 3)
+    finally:
+        os.close(fd)
+
+
+def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
+    first, second = platform.open_folder(tmp_path), platform.open_folder(tmp_path)
+    if first is None or second is None:
+        pytest.skip("this system does not open folders")
+    assert platform.claim(first)
+    assert not platform.claim(second)
+    os.close(first)
+    assert platform.claim(second)
+    os.close(second)
+
+
+def test_without_locks_nothing_is_granted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that nobody's live folder is taken for abandoned."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with (tmp_path / "file").open("wb") as file:
+        assert not platform.claim(file.fileno())
+
+
+def test_without_folder_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_away(monkeypatch, "O_DIRECTORY")
+    assert platform.open_folder(tmp_path) is None
+    platform.sync_folder(tmp_path)
+
+
+@pytest.mark.parametrize("missing", [*[[name] for name in available()], available()], ids="+".join)
+@pytest.mark.parametrize("single", [False, True])
+def test_merges_are_the_same_without_a_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: list[str], single: bool
+) -> None:
+    """Byte for byte, with several threads sharing one file position where there are no positional calls."""
+    base, tuned = checkpoint(tmp_path, width=32, vocab=4096, layers=6)
+    name = "out.safetensors" if single else "out"
+    options = {"method": "task_arithmetic", "base": base, "threads": 3}
+    merging.merge(tuned, output=tmp_path / name, **options)
+    before = files(tmp_path / name)
+    take_away(monkeypatch, *missing)
+    merging.merge(tuned, output=tmp_path / name, overwrite=True, **options)
+    assert files(tmp_path / name) == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def files(path: Path) -> dict[str, bytes]:
+    """Everything in a folder or file, by name."""
+    return {file.name: file.read_bytes() for file in ([path] if path.is_file() else path.iterdir())}
