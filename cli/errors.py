@@ -17,7 +17,7 @@ __all__ = ["reported"]
 @contextmanager
 def reported(debug: bool = False) -> Iterator[None]:
     """Run a command's body: refusals are printed as one message, and a kill cleans up as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, _terminate)
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     except MergingError as error:
@@ -29,7 +29,13 @@ def reported(debug: bool = False) -> Iterator[None]:
         sys.exit(130)
     except MemoryError:
         raise click.ClickException("there is not enough memory: lower --threads, or set --max-memory") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _terminate(number: int, frame: object) -> None:
+def _interrupt(number: int, frame: object) -> None:
+    """Stop at the first signal, and let no further one stop the cleaning up."""
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt

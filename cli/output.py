@@ -64,7 +64,7 @@ def echo_plan(plan: Plan, destination: Path, threads: int | None, max_memory: in
     from merging.files import workers_within
     from merging.workers import cores
 
-    workers = workers_within(plan, threads or cores(), max_memory)
+    workers = workers_within(plan, cores() if threads is None else threads, max_memory)
     facts: dict[str, Any] = {
         "method": plan.recipe.method.chain,
         "models": list(plan.recipe.models),

@@ -131,7 +131,7 @@ def merge_plan(
     progress: Progress | None = None,
 ) -> Merged:
     """Carry out a plan, and put the output in place when it is whole."""
-    workers = workers_within(plan, threads or cores(), max_memory)
+    workers = workers_within(plan, cores() if threads is None else threads, max_memory)
     inputs = [file for model in [*plan.models, plan.base] if model for file in (model.path, *model.files)]
     check_destination(destination, inputs, plan.out_bytes, overwrite)
     notices = [*plan.notices, *unrelated(plan)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import os
 import shutil
 import tempfile
@@ -30,6 +32,8 @@ def check_destination(destination: Path, inputs: Iterable[Path], nbytes: int, ov
             raise OutputError(f"{destination}: the output would replace the input {path}: choose another -o")
     if os.path.lexists(destination) and not overwrite:
         raise OutputError(f"{destination}: exists already: choose another -o, or use --overwrite")
+    if destination.suffix == ".safetensors" and destination.is_dir():
+        raise OutputError(f"{destination}: is a folder, and the output is a file: choose another -o")
     parent = destination.parent
     if not parent.is_dir():
         raise OutputError(f"{destination}: the folder {parent} does not exist: create it first")
@@ -52,16 +56,21 @@ class Landing:
         parent = destination.parent
         self._remove_abandoned(parent)
         try:
-            self.folder = Path(tempfile.mkdtemp(".partial", f".{destination.name}.", parent))
+            # Locked before it has the name of a partial output: no other merge may take it for abandoned.
+            new = Path(tempfile.mkdtemp(".new", f".{destination.name}.", parent))
+            self._lock = platform.open_folder(new)
+            if self._lock is not None:
+                platform.claim(self._lock)
+            self.folder = new.rename(new.with_suffix(".partial"))
         except OSError as error:
             raise OutputError(f"{destination}: {parent} cannot be written to: {error.strerror}") from None
-        self._lock = platform.open_folder(self.folder)
-        if self._lock is not None:
-            platform.claim(self._lock)
 
     def _remove_abandoned(self, parent: Path) -> None:
-        for folder in parent.glob(f".{self.destination.name}.*.partial"):
-            fd = platform.open_folder(folder)
+        for folder in parent.glob(f".{glob.escape(self.destination.name)}.*.partial"):
+            try:
+                fd = platform.open_folder(folder)
+            except OSError:  # it has just become an output, or was removed
+                continue
             if fd is None:
                 continue
             try:
@@ -95,6 +104,10 @@ class Landing:
         except FileExistsError:
             raise OutputError(f"{self.destination}: was created by someone else meanwhile: choose another -o") from None
         except OSError as error:
+            if error.errno == errno.ENOTEMPTY:  # a folder that appeared between the last look and the renaming
+                raise OutputError(
+                    f"{self.destination}: was created by someone else meanwhile: choose another -o"
+                ) from None
             raise OutputError(f"{self.destination}: cannot be put in place: {error.strerror}") from None
 
     def _place_file(self) -> None:
@@ -116,14 +129,16 @@ class Landing:
     def _place_folder(self) -> None:
         self.folder.chmod(0o777 & ~_umask())
         if self.overwrite and os.path.lexists(self.destination):
-            old = Path(tempfile.mkdtemp(".partial", f".{self.destination.name}.", self.destination.parent))
+            old = Path(tempfile.mkdtemp(".replaced", f".{self.destination.name}.", self.destination.parent))
             self.destination.rename(old / "old")
             try:
                 self.folder.rename(self.destination)
             except OSError:
                 (old / "old").rename(self.destination)
+                old.rmdir()
                 raise
-            shutil.rmtree(old, ignore_errors=True)
+            # Only now may the next merge remove it, should this one be killed here.
+            shutil.rmtree(old.rename(old.with_suffix(".partial")), ignore_errors=True)
         elif os.path.lexists(self.destination):
             raise FileExistsError
         else:

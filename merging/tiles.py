@@ -47,7 +47,7 @@ class Tiler:
     def tile_size(self, item: Item) -> int:
         """Elements in one tile of an item that lies in full."""
         if self.plan.recipe.method.grain == "matrix":
-            return item.numel
+            return max(1, item.numel)
         return TILE if self.device.type == "cpu" else GPU_TILE
 
     def tiles(self, item: Item, start: int, stop: int) -> Iterator[Tile]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TypeVar
 
 import torch
@@ -69,14 +69,21 @@ def share_out(
             thread.join()
     except BaseException:
         stop.set()
-        for thread in running:
-            thread.join()
+        _outlast(running)
         raise
     finally:
         torch.set_num_threads(before)
     if errors:
         raise errors[0]
     return workers
+
+
+def _outlast(threads: Sequence[threading.Thread]) -> None:
+    """Wait for threads that were told to stop, through any further Ctrl-C: what they write to is about to be removed."""
+    for thread in threads:
+        while thread.is_alive():
+            with suppress(KeyboardInterrupt):
+                thread.join()
 
 
 def _stream(device: torch.device) -> AbstractContextManager[object]:

@@ -143,10 +143,10 @@ def test_too_little_space(tmp_path: Path, tuned: list[Path], monkeypatch: pytest
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 40 MB."""
+    """A file system of 64 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
     if sys.platform != "linux" or os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("this process may not mount a small file system")
     yield folder
@@ -219,8 +219,21 @@ def test_kill_and_the_next_merge(tmp_path: Path) -> None:
     assert right(tmp_path / "out", tuned)
 
 
+def test_abandoned_and_live_folders(tmp_path: Path, tuned: list[Path], output: Path) -> None:
+    """Whatever the name; a folder whose owner lives is left alone."""
+    abandoned = tmp_path / f".{output.name}.x.partial"
+    abandoned.mkdir()
+    (abandoned / "model.safetensors").write_bytes(bytes(100))
+    with Landing(output, overwrite=False, file=output.suffix == ".safetensors") as landing:
+        assert hidden(tmp_path) == [landing.folder]
+        merging.merge(tuned, method="linear", output=output)
+        assert hidden(tmp_path) == [landing.folder]
+    assert not hidden(tmp_path)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_interruption_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    """Nor does a second one, while the threads of the merge finish what they are at."""
     base = {f"layers.{i}.weight": torch.zeros(1 << 20, dtype=torch.bfloat16) for i in range(24)}
     for i in range(2):
         save(tmp_path / f"tuned{i}", base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,10 @@ def test_installs_beside_another_cli(tmp_path: Path) -> None:
     site = tmp_path / "site"
     # Built from a copy, so that no build folder of an earlier time takes part and none is left behind.
     copy = tmp_path / "merging"
-    subprocess.run(["git", "clone", "-q", str(ROOT), str(copy)], check=True)
+    for part in ("merging", "cli"):
+        shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / part, copy / part)
     for project in (copy, other):
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(project)]
         subprocess.run(pip, check=True, capture_output=True)

@@ -40,12 +40,19 @@ def test_bytes_come_back_from_their_places(tmp_path: Path, monkeypatch: pytest.M
         buffer = bytearray(12)
         platform.read_at(fd, memoryview(buffer), 4)
         assert bytes(buffer) == b"\x000123456789\x00"
-        platform.reserve(fd, 0)
         platform.write_at(fd, memoryview(b""), 0)
         platform.read_at(fd, memoryview(bytearray()), 99)
     finally:
         os.close(fd)
     assert (tmp_path / "file").read_bytes() == bytes(5) + b"0123456789" + bytes(5)
+
+
+@pytest.mark.parametrize("missing", ["", "posix_fallocate"])
+def test_an_empty_file_is_reserved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    take_away(monkeypatch, missing)
+    with (tmp_path / "file").open("wb") as file:
+        platform.reserve(file.fileno(), 0)
+    assert (tmp_path / "file").stat().st_size == 0
 
 
 @pytest.mark.parametrize("missing", ["", "preadv"])

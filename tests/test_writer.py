@@ -75,11 +75,11 @@ def test_shards_and_index(tmp_path: Path) -> None:
     tensors["b"] = torch.ones(50)  # larger than a shard may be
     write(tmp_path, tensors, shard_size=32)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    files = [f"model-{i:05}-of-00004.safetensors" for i in range(1, 5)]
+    files = [f"model-{i:05}-of-00003.safetensors" for i in range(1, 4)]
     assert index == {
         "metadata": {"total_parameters": 66, "total_size": 264},
-        "weight_map": {"a": files[0], "b": files[2], "c": files[3], "d": files[3], "z": files[0]},
-    } or index["weight_map"]["b"] == files[1]
+        "weight_map": {"a": files[0], "b": files[1], "c": files[2], "d": files[2], "z": files[0]},
+    }
     held: dict[str, str] = {}
     for file in sorted(tmp_path.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:

@@ -9,8 +9,8 @@ import torch
 from merging.errors import InputError
 from merging.layers import Stacks
 from merging.plan.items import Form, Item
+from merging.plan.resolve import resolve_adapter
 from merging.plan.sites import site_of
-from merging.plan.to_model import resolve_adapter
 from merging.recipe import DTYPES, Recipe
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change, LoraChange
@@ -36,8 +36,7 @@ def adapter_targets(
         if base is None:
             changes = adapter.changes
         else:
-            brought, line = resolve_adapter(adapter, _known(base, adapter))
-            changes = {name: change for name, change in brought.items() if isinstance(change, Change)}
+            changes, line = resolve_adapter(adapter, _known(base, adapter), base.config)
             matched.append(line)
         for name, change in changes.items():
             labels.setdefault(name, change.target)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from merging.errors import InputError, nearest
 from merging.layers import Stacks
 from merging.plan.items import Item
+from merging.plan.resolve import resolve_adapter
 from merging.plan.sites import site_of
 from merging.recipe import DTYPES, Recipe
 from merging.sources import Adapter, Checkpoint
@@ -15,9 +16,9 @@ from merging.sources.checkpoint import HEADS
 from merging.sources.names import find_renaming
 from merging.sources.stored import Out, Stored
 
-__all__ = ["model_items", "resolve_adapter"]
+__all__ = ["model_items"]
 
-Inputs = dict[str, Stored | Change]
+Inputs = Mapping[str, Stored | Change]
 """What one model brings, by the reference's names."""
 
 
@@ -40,8 +41,9 @@ def model_items(
     inputs: list[Inputs] = []
     mismatches: list[str] = []
     for model in models:
+        brought: Inputs
         if isinstance(model, Adapter):
-            brought, line = resolve_adapter(model, known)
+            brought, line = resolve_adapter(model, known, reference.config)
         else:
             brought, line = _align(model, known, mismatches)
         inputs.append(brought)
@@ -101,7 +103,7 @@ def _align(model: Checkpoint, known: Mapping[str, Stored], mismatches: list[str]
 
     renaming, left = find_renaming(model.tensors, known, fits)
     gone = set(left)
-    brought: Inputs = {str(renaming(name)): stored for name, stored in model.tensors.items() if name not in gone}
+    brought: dict[str, Stored | Change] = {str(renaming(name)): stored for name, stored in model.tensors.items() if name not in gone}
     for name in left:
         match = renaming(name)
         if match is None or match not in known:
@@ -124,26 +126,6 @@ def _align(model: Checkpoint, known: Mapping[str, Stored], mismatches: list[str]
 def _incomplete(models: Sequence[Checkpoint | Adapter], inputs: list[Inputs], known: Mapping[str, Stored]) -> set[str]:
     full = [brought for model, brought in zip(models, inputs, strict=True) if isinstance(model, Checkpoint)]
     return {name for name in known if any(name not in brought for brought in full)}
-
-
-def resolve_adapter(adapter: Adapter, known: Mapping[str, Stored]) -> tuple[Inputs, str]:
-    """An adapter's changes under the base's names on disk. One target without a place is an error, never a skip."""
-    renaming, left = find_renaming(
-        adapter.changes, known, lambda name, match: adapter.changes[name].fits(known[match].shape)
-    )
-    if left:
-        change = adapter.changes[left[0]]
-        match = renaming(left[0])
-        if match is not None and match in known:
-            reason = f"has the shape {change.shape}, and the base's tensor {tuple(known[match].shape)}"
-        else:
-            reason = f"is no tensor of the base{nearest(left[0], known) if len(known) < 5000 else ''}"
-        raise InputError(
-            f"{adapter.path}: {left[0]} {reason} ({len(left)} of {len(adapter.changes)} targets have no place): is "
-            f"this the base it was trained on{f' ({adapter.base})' if adapter.base else ''}?"
-        )
-    brought: Inputs = {str(renaming(name)): change for name, change in adapter.changes.items()}
-    return brought, f"{adapter.path}: {len(brought)} of {len(brought)} targets matched by {renaming}"
 
 
 def _item(
