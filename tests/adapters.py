@@ -19,6 +19,7 @@ peft = pytest.importorskip("peft")
 
 __all__ = [
     "QUIRKS",
+    "State",
     "assert_close",
     "baked",
     "base_state",
@@ -26,6 +27,7 @@ __all__ = [
     "deep_base",
     "edit_config",
     "edit_tensors",
+    "peft",
     "reload",
     "save_base",
     "train",

@@ -22,7 +22,6 @@ DRIFTING = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("architecture", DRIFTING)
 def test_baked_adapter_equals_peft(architecture: str, tmp_path: Path) -> None:
     """On the base as it lies on disk, for architectures that transformers renames while loading."""

@@ -38,6 +38,8 @@ _UNSUPPORTED = {
     "use_qalora": "its factors are grouped for a quantised base (QALoRA)",
     "use_bdlora": "its factors are block diagonal (BD-LoRA)",
     "arrow_config": "it routes between experts at run time (Arrow)",
+    "alora_invocation_tokens": "it acts only on what follows certain tokens (aLoRA)",
+    "kasa_config": "its base was cut to a lower rank at the start (KaSA)",
 }
 _CATASTROPHIC = re.compile(r"\([^)]*[*+}][^)]*\)[*+{]")
 
