@@ -27,13 +27,14 @@ class ChainCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Find --method first, and take its chain's options in before the rest is read."""
+        self.params = self.own_params()
         written = _written_method(args)
         if written is not None:
             with reported():
                 from merging.methods import links
 
                 classes = links(written)
-                self.params = [*self.own_params(), *chain_options(classes)]
+                self.params = [*self.params, *chain_options(classes)]
                 _refuse_strangers(self, args, classes, written)
         return super().parse_args(ctx, args)
 
@@ -48,6 +49,8 @@ def _written_method(args: list[str]) -> str | None:
             return args[position + 1]
         if word.startswith("--method="):
             return word.partition("=")[2]
+        if word.startswith("-m") and word != "-m":
+            return word[2:]
     return None
 
 

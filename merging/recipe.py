@@ -49,7 +49,10 @@ class Recipe(BaseModel):
         """A method may be given as it is written, a chain and its parameters by name."""
         if isinstance(values, dict) and isinstance(values.get("method"), str):
             values = dict(values)
-            values["method"] = chain(values["method"], values.pop("parameters", None) or {})
+            parameters = values.pop("parameters", None) or {}
+            if not isinstance(parameters, dict) or not all(isinstance(key, str) for key in parameters):
+                raise OptionError(f"parameters should be a mapping of names to values, and is {parameters!r}")
+            values["method"] = chain(values["method"], parameters)
         return values
 
     @field_validator("models", "base", mode="before")

@@ -79,7 +79,7 @@ def share_out(
 
 
 def _outlast(threads: Sequence[threading.Thread]) -> None:
-    """Wait for threads that were told to stop, through any further Ctrl-C: what they write to is about to be removed."""
+    """Wait for threads that were told to stop, through any further Ctrl-C: what they write to will be removed."""
     for thread in threads:
         while thread.is_alive():
             with suppress(KeyboardInterrupt):

@@ -89,14 +89,14 @@ def test_overwrite_of_files(tmp_path: Path, tuned: list[Path]) -> None:
 def test_a_folder_is_no_file(tmp_path: Path, tuned: list[Path]) -> None:
     """Known before anything is merged."""
     (tmp_path / "out.safetensors").mkdir()
-    steps: list[int] = []
+    steps: list[tuple[int, ...]] = []
     with pytest.raises(OutputError, match="is a folder, and the output is a file"):
         merging.merge(
             tuned,
             method="linear",
             output=tmp_path / "out.safetensors",
             overwrite=True,
-            progress=lambda done, total: steps.append(done),
+            progress=lambda *done: steps.append(done),
         )
     assert not steps
     assert (tmp_path / "out.safetensors").is_dir()
@@ -134,7 +134,7 @@ def test_folder_that_cannot_be_written(tmp_path: Path, tuned: list[Path]) -> Non
 
 
 def test_too_little_space(tmp_path: Path, tuned: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1 << 40, 1 << 40, 1000))
     with pytest.raises(OutputError, match=r"needs 0\.00 GB, and \S+ has 0\.00 GB free"):
         merging.merge(tuned, method="linear", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -231,14 +231,22 @@ def test_abandoned_and_live_folders(tmp_path: Path, tuned: list[Path], output: P
     assert not hidden(tmp_path)
 
 
+INTERRUPT = """
+def interrupt(done, total):
+    os.kill(os.getpid(), {number:d})
+    while signal.getsignal({number:d}) != signal.SIG_IGN:  # until the main thread has seen it
+        pass
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_interruption_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     """Nor does a second one, while the threads of the merge finish what they are at."""
-    base = {f"layers.{i}.weight": torch.zeros(1 << 20, dtype=torch.bfloat16) for i in range(24)}
+    base = {f"layers.{i}.weight": torch.zeros(1 << 18, dtype=torch.bfloat16) for i in range(24)}
     for i in range(2):
         save(tmp_path / f"tuned{i}", base)
     before = set(tmp_path.iterdir())
-    done = merge_in_a_process(tmp_path, options=f", progress=lambda done, total: os.kill(os.getpid(), {number:d})")
+    done = merge_in_a_process(tmp_path, INTERRUPT.format(number=number), ", progress=interrupt")
     assert (done.returncode, done.stderr) == (130, "Interrupted: nothing was written.\n")
     assert set(tmp_path.iterdir()) == before
 

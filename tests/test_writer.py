@@ -116,7 +116,12 @@ def test_what_cannot_be_created(tmp_path: Path) -> None:
 @pytest.mark.parametrize("grain", ["linear", "task_arithmetic"])
 def test_merges_of_odd_shapes(tmp_path: Path, grain: str) -> None:
     """A tensor without elements, a single number, and integers go through a merge as they are."""
-    odd = {"scale": torch.tensor(2.0), "none": torch.zeros(0, 8), "steps": torch.tensor(7), "flags": torch.zeros(0).bool()}
+    odd = {
+        "scale": torch.tensor(2.0),
+        "none": torch.zeros(0, 8),
+        "steps": torch.tensor(7),
+        "flags": torch.zeros(0).bool(),
+    }
     base = {**model(0), **odd}
     one, two = fine_tune(base, 1), fine_tune(base, 2)
     paths = [save(tmp_path / name, each) for name, each in {"base": base, "one": one, "two": two}.items()]

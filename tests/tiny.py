@@ -18,7 +18,9 @@ CONFIG: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "
 Tensors = dict[str, Tensor]
 
 
-def model(seed: int = 0, layers: int = 3, width: int = 8, vocab: int = 12, dtype: torch.dtype = torch.float32) -> Tensors:
+def model(
+    seed: int = 0, layers: int = 3, width: int = 8, vocab: int = 12, dtype: torch.dtype = torch.float32
+) -> Tensors:
     """The tensors of a language model: an embedding, blocks of a matrix and a norm, a final norm, a head."""
     random = torch.Generator().manual_seed(seed)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, width)}
@@ -39,7 +41,9 @@ def fine_tune(base: Mapping[str, Tensor], seed: int, size: float = 0.1) -> Tenso
     return {name: change(value) if value.is_floating_point() else value.clone() for name, value in base.items()}
 
 
-def save(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = CONFIG, shards: int = 1) -> Path:
+def save(
+    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = CONFIG, shards: int = 1
+) -> Path:
     """A model's folder: one safetensors file or several with their index, and the config unless it is None."""
     folder.mkdir(parents=True, exist_ok=True)
     if config is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from merging.errors import InputError, nearest
 from merging.plan.conversion import names_in_memory
 from merging.sources import Adapter
-from merging.sources.adapter import Change
+from merging.sources.adapter import Change, LoraChange
 from merging.sources.names import Renaming, find_renaming
 from merging.sources.stored import Stored
 
@@ -26,11 +27,11 @@ def resolve_adapter(
     on_disk = {name: name for name in known}
     renaming, left = _match(adapter, known, on_disk)
     if not left:
-        return _placed(adapter, on_disk, renaming, str(renaming))
+        return _placed(adapter, known, on_disk, renaming, str(renaming))
     in_memory = names_in_memory(known, config)
     converted, unmatched = _match(adapter, known, in_memory)
     if in_memory and not unmatched:
-        return _placed(adapter, in_memory, converted, f"transformers' names, {converted}")
+        return _placed(adapter, known, in_memory, converted, f"transformers' names, {converted}")
     raise _nowhere(adapter, known, renaming, left)
 
 
@@ -41,9 +42,23 @@ def _match(adapter: Adapter, known: Mapping[str, Stored], names: Mapping[str, st
     return find_renaming(adapter.changes, names, fits)
 
 
-def _placed(adapter: Adapter, names: Mapping[str, str], renaming: Renaming, rule: str) -> tuple[dict[str, Change], str]:
+def _placed(
+    adapter: Adapter, known: Mapping[str, Stored], names: Mapping[str, str], renaming: Renaming, rule: str
+) -> tuple[dict[str, Change], str]:
     placed = {names[renaming(target) or target]: change for target, change in adapter.changes.items()}
+    placed = _oriented(adapter, placed, known)
     return placed, f"{adapter.path}: {len(placed)} of {len(adapter.changes)} targets matched by {rule}"
+
+
+def _oriented(adapter: Adapter, placed: dict[str, Change], known: Mapping[str, Stored]) -> dict[str, Change]:
+    """The changes, square ones turned as all others are where no config says that the model stores ``[in, out]``."""
+    linear = {
+        name: change for name, change in placed.items() if isinstance(change, LoraChange) and change.kind == "linear"
+    }
+    turned = {c.is_transposed(known[name].shape) for name, c in linear.items() if c.shape != c.shape[::-1]}
+    if "fan_in_fan_out" in adapter.config or turned != {True}:
+        return placed
+    return placed | {name: replace(change, transposed=True) for name, change in linear.items()}
 
 
 def _nowhere(adapter: Adapter, known: Mapping[str, Stored], renaming: Renaming, left: list[str]) -> InputError:

@@ -1,0 +1,212 @@
+"""What never imports what: the architecture's table of layers, held against the syntax tree of every file."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import merging
+
+ROOT = Path(__file__).parents[1]
+
+
+def _files() -> dict[str, Path]:
+    """Every module by its full name; cli/ is installed as merging.cli."""
+    found = {}
+    for folder, package in (("merging", "merging"), ("cli", "merging.cli")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = [package, *path.relative_to(ROOT / folder).with_suffix("").parts]
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+FILES = _files()
+
+
+@dataclass(frozen=True)
+class Import:
+    """A module that a file imports: when the file is imported itself, or only inside a function."""
+
+    module: str
+    lazy: bool
+
+
+def imports(name: str) -> list[Import]:
+    """What a module imports, in full names; imports for type checkers do not count."""
+    found: list[Import] = []
+
+    def visit(node: ast.AST, lazy: bool) -> None:
+        if isinstance(node, ast.Import):
+            found.extend(Import(alias.name, lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:
+                package = name if FILES[name].name == "__init__.py" else name.rpartition(".")[0]
+                module = ".".join(
+                    [*package.split(".")[: len(package.split(".")) - node.level + 1], *([module] if module else [])]
+                )
+            inner = [f"{module}.{alias.name}" for alias in node.names]
+            found.extend(Import(each if each in FILES else module, lazy) for each in inner)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            for child in node.orelse:
+                visit(child, lazy)
+        else:
+            for child in ast.iter_child_nodes(node):
+                visit(child, lazy or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+
+    visit(ast.parse(FILES[name].read_text(encoding="utf-8")), False)
+    return found
+
+
+def under(module: str, *packages: str) -> bool:
+    return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+LAYERS: dict[str, tuple[str, ...]] = {
+    "maths": ("delta", "linalg", "folds", "order", "method", "layers", "methods"),
+    "files": ("sources", "writer", "landing", "platform"),
+    "intent": ("recipe", "plan"),
+    "run": ("run", "tiles", "workers", "vetting"),
+    "above": ("files", "tensors", "companions", "inspect"),
+    "cli": ("cli",),
+    "ground": ("errors",),
+}
+PURE = {
+    "__future__",
+    "abc",
+    "bisect",
+    "collections",
+    "dataclasses",
+    "functools",
+    "importlib",
+    "itertools",
+    "math",
+    "re",
+    "typing",
+}
+NEVER: dict[str, tuple[str, ...]] = {
+    "files": (
+        "merging.methods",
+        "merging.folds",
+        "merging.recipe",
+        "merging.plan",
+        "merging.run",
+        "click",
+        "transformers",
+    ),
+    "intent": ("merging.writer", "merging.run", "merging.landing", "merging.files", "click"),
+    "run": ("click", "transformers", "yaml", "merging.writer", "merging.landing"),
+    "above": ("merging.cli", "click"),
+}
+NEVER_AT_IMPORT: dict[str, tuple[str, ...]] = {
+    "intent": ("transformers", "huggingface_hub"),
+    "above": ("transformers",),
+    "cli": ("torch", "safetensors", "numpy", "transformers", "pydantic", "rich", "yaml"),
+}
+
+
+def layer_of(name: str) -> str:
+    """The layer of a module, "" for the package itself."""
+    if name in ("merging", "merging.__main__"):
+        return ""
+    (layer,) = [each for each, parts in LAYERS.items() if under(name, *(f"merging.{part}" for part in parts))]
+    return layer
+
+
+def modules(layer: str) -> list[str]:
+    return [name for name in FILES if layer_of(name) == layer]
+
+
+def test_every_file_has_a_layer() -> None:
+    assert len(FILES) > 30
+    assert all(modules(layer) for layer in LAYERS)
+    for parts in LAYERS.values():
+        assert all(f"merging.{part}" in FILES for part in parts), "the table names what is not there"
+
+
+def test_imports_are_found() -> None:
+    """The tests below would pass if nothing were."""
+    assert Import("merging.errors", False) in imports("merging.landing")
+    assert Import("merging.platform", False) in imports("merging.landing")
+    assert Import("merging.cli.errors", False) in imports("merging.cli.merging")
+    assert Import("merging.recipe", True) in imports("merging.cli.merging")
+    assert Import("merging.recipe", False) not in imports("merging.cli.merging")
+    assert Import("huggingface_hub", True) in imports("merging.plan.sites")
+
+
+@pytest.mark.parametrize("name", modules("maths") + modules("ground"))
+def test_maths_imports_nothing_but_maths(name: str) -> None:
+    """No files, no devices, no logging: torch, pydantic, the standard library's maths, and itself."""
+    allowed = PURE | ({"torch", "pydantic"} if layer_of(name) == "maths" else {"difflib"})
+    for each in imports(name):
+        if under(each.module, "merging"):
+            assert layer_of(each.module) in ("maths", "ground"), each
+        else:
+            assert each.module.partition(".")[0] in allowed, each
+
+
+@pytest.mark.parametrize("name", [name for layer in NEVER for name in modules(layer)])
+def test_never_imported(name: str) -> None:
+    for each in imports(name):
+        assert not under(each.module, *NEVER[layer_of(name)]), each
+
+
+@pytest.mark.parametrize("name", [name for layer in NEVER_AT_IMPORT for name in modules(layer)])
+def test_never_imported_at_import_time(name: str) -> None:
+    for each in imports(name):
+        assert each.lazy or not under(each.module, *NEVER_AT_IMPORT[layer_of(name)]), each
+
+
+@pytest.mark.parametrize("name", modules("cli"))
+def test_the_command_line_imports_the_package_when_it_runs(name: str) -> None:
+    eager = [each.module for each in imports(name) if not each.lazy and under(each.module, "merging")]
+    assert all(under(each, "merging.cli", "merging.errors") for each in eager), eager
+
+
+def test_nothing_imports_the_command_line() -> None:
+    users = {
+        name for name in FILES if layer_of(name) != "cli" for each in imports(name) if under(each.module, "merging.cli")
+    }
+    assert users <= {"merging.__main__"}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name not in ("merging.__main__", "merging.cli")])
+def test_public_names_are_there(name: str) -> None:
+    """Every module says what it offers, and has it."""
+    module = import_module(name)
+    assert len(set(module.__all__)) == len(module.__all__)
+    for public in module.__all__:
+        assert getattr(module, public) is not None
+
+
+def test_public_names_of_the_package() -> None:
+    """All of them, lazy ones too; what is not there is refused."""
+    assert set(merging.__all__) == set(dir(merging))
+    assert set(merging._WHERE) <= set(merging.__all__)
+    assert merging.merge is import_module("merging.files").merge
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = merging.nothing  # type: ignore[attr-defined]
+
+
+def test_star_import() -> None:
+    names: dict[str, object] = {}
+    exec("from merging import *", names)
+    assert set(merging.__all__) <= set(names)
+
+
+def test_importing_the_package_brings_no_torch() -> None:
+    script = "import sys, merging, merging.methods; print(sorted({'torch', 'numpy', 'pydantic'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_stay_short(name: str) -> None:
+    """One that grows becomes a folder."""
+    assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= 320
