@@ -25,22 +25,22 @@ RECIPE_OPTIONS = ("base", "as", "dtype", "rank", "layers", "lora_alpha", "shard_
 class ChainCommand(click.Command):
     """A command whose options include those of the method that its own arguments choose."""
 
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.own = list(self.params)
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Find --method first, and take its chain's options in before the rest is read."""
-        self.params = self.own_params()
+        self.params = self.own
         written = _written_method(args)
         if written is not None:
             with reported():
                 from merging.methods import links
 
                 classes = links(written)
-                self.params = [*self.params, *chain_options(classes)]
+                self.params = [*self.own, *chain_options(classes)]
                 _refuse_strangers(self, args, classes, written)
         return super().parse_args(ctx, args)
-
-    def own_params(self) -> list[click.Parameter]:
-        """The parameters that do not come from a method."""
-        return [param for param in self.params if not getattr(param, "help", None) or not param.help.startswith("[")]  # type: ignore[attr-defined]
 
 
 def _written_method(args: list[str]) -> str | None:

@@ -62,7 +62,7 @@ def progress_bar(wanted: bool | None) -> Iterator[Callable[[int, int], None] | N
 def echo_plan(plan: Plan, destination: Path, threads: int | None, max_memory: int | None, as_json: bool) -> None:
     """The plan: what is read and written, how much memory it takes, and what should be known beforehand."""
     from merging.files import workers_within
-    from merging.workers import cores
+    from merging.threads import cores
 
     workers = workers_within(plan, cores() if threads is None else threads, max_memory)
     facts: dict[str, Any] = {

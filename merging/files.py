@@ -20,7 +20,7 @@ from merging.recipe import Recipe, make_recipe
 from merging.run import run
 from merging.sources.peft import CONFIG_KEY
 from merging.vetting import unrelated
-from merging.workers import Progress, cores
+from merging.threads import Progress, cores
 from merging.writer import TensorWriter
 
 __all__ = [

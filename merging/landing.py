@@ -88,7 +88,10 @@ class Landing:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder.is_dir() and not self.folder.is_symlink():
+            shutil.rmtree(self.folder, ignore_errors=True)
+        else:
+            self.folder.unlink(missing_ok=True)
 
     def commit(self) -> None:
         """Make what was built durable and put it in place, atomically. Raises :class:`~merging.errors.OutputError`."""
@@ -128,6 +131,8 @@ class Landing:
 
     def _place_folder(self) -> None:
         self.folder.chmod(0o777 & ~_umask())
+        if self.overwrite and platform.exchange(self.folder, self.destination):
+            return  # what was there has the temporary name now, and goes with it
         if self.overwrite and os.path.lexists(self.destination):
             old = Path(tempfile.mkdtemp(".replaced", f".{self.destination.name}.", self.destination.parent))
             self.destination.rename(old / "old")

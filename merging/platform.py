@@ -6,12 +6,13 @@ weaker promise. Everything that differs between systems is in this file.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
 from pathlib import Path
 
-__all__ = ["advise", "claim", "open_folder", "read_at", "reserve", "sync", "sync_folder", "write_at"]
+__all__ = ["advise", "claim", "exchange", "open_folder", "read_at", "reserve", "sync", "sync_folder", "write_at"]
 
 _PIECE = 1 << 26
 """Bytes in one call; Linux moves at most 2 GiB at once."""
@@ -88,6 +89,15 @@ def sync_folder(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two existing paths in one step, so that neither name is ever missing; False where that cannot be done."""
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+    if libc is None or not hasattr(libc, "renameat2"):
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(libc.renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0)
 
 
 def claim(fd: int) -> bool:

@@ -7,33 +7,20 @@ files. Tiles are the same for any number of workers, and sums over them are exac
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from merging.delta import Delta, Dense, LowRank, Stack
-from merging.errors import InputError
 from merging.folds import State
-from merging.linalg import compress, truncate
-from merging.method import Closing, Coefficient, Method, Round, Seen, Site
-from merging.plan.items import CHUNK, Item, Plan
-from merging.sources.adapter import LoraChange
-from merging.sources.stored import DTYPES, Out, Stored
-from merging.tiles import GPU_TILE, Tiler, row_step
-from merging.workers import Progress, share_out
+from merging.method import Closing, Round
+from merging.plan.items import CHUNK, Plan
+from merging.tiles import GPU_TILE
+from merging.worker import Shared, Sink, Unit, Worker
+from merging.threads import Progress, share_out
 
 __all__ = ["Done", "Sink", "run"]
-
-
-class Sink(Protocol):
-    """Where merged tensors go."""
-
-    def write(self, name: str, values: Tensor, start: int = 0) -> None:
-        """Take the elements ``values`` (one axis, on the CPU) of a tensor, from position ``start`` on."""
 
 
 @dataclass(slots=True)
@@ -43,19 +30,6 @@ class Done:
     seconds: float
     notices: list[str]
     discarded: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Unit:
-    """A piece of an item, by flat offsets; the whole item unless it lies in full."""
-
-    item: Item
-    start: int
-    stop: int
-
-    @property
-    def bytes(self) -> int:
-        return self.item.read_bytes * (self.stop - self.start) // max(1, self.item.numel)
 
 
 def run(
@@ -73,7 +47,7 @@ def run(
     """
     began = time.perf_counter()
     device = device or torch.device("cpu")
-    execution = _Execution(plan, sink, device)
+    shared = Shared(plan, sink, device)
     share = partial(share_out, threads=threads, device=device)
     sweeps = _sweeps(plan)
     units = _units(plan, device)
@@ -81,9 +55,9 @@ def run(
     total = sum(unit.bytes for unit in units) + sum(unit.bytes for unit in merged) * sum(f.fold.sweeps for f in sweeps)
     report = _Counter(progress, total)
     for fold in sweeps:
-        execution.gather(fold, merged, share, report)
-    share(units, execution.worker, _Worker.emit, report)
-    return Done(time.perf_counter() - began, sorted(execution.notices), execution.discarded)
+        _gather(shared, fold, merged, share, report)
+    share(units, partial(Worker, shared), Worker.emit, report)
+    return Done(time.perf_counter() - began, sorted(shared.notices), shared.discarded)
 
 
 def _sweeps(plan: Plan) -> list[Round | Closing]:
@@ -115,204 +89,20 @@ class _Counter:
             self.progress(self.done, self.total)
 
 
-class _Execution:
-    """What the workers of one run share."""
+def _gather(
+    shared: Shared, fold: Round | Closing, units: Sequence[Unit], share: Callable[..., list[Worker]], report: _Counter
+) -> None:
+    """Go through all units as often as a fold needs, and note its result."""
+    state = fold.fold.start()
+    while True:
 
-    def __init__(self, plan: Plan, sink: Sink, device: torch.device) -> None:
-        self.plan, self.sink, self.device = plan, sink, device
-        self.seen: dict[str, Tensor] = {}
-        self.notices: set[str] = set()
-        self.discarded: dict[str, float] = {}
+        def worker(state: State = state) -> Worker:
+            worker = Worker(shared)
+            worker.state = state.fork()
+            return worker
 
-    def worker(self) -> _Worker:
-        return _Worker(self)
-
-    def gather(
-        self, fold: Round | Closing, units: Sequence[Unit], share: Callable[..., list[_Worker]], report: _Counter
-    ) -> None:
-        """Go through all units as often as a fold needs, and note its result."""
-        state = fold.fold.start()
-        while True:
-
-            def worker(state: State = state) -> _Worker:
-                worker = _Worker(self)
-                worker.state = state.fork()
-                return worker
-
-            for each in share(units, worker, partial(_Worker.see, fold=fold), report):
-                state.merge(each.state)
-            if not state.next():
-                break
-        self.seen[fold.name] = state.result()
-
-
-class _Worker:
-    """One thread's part of a run: its buffers, and what it gathers in a sweep."""
-
-    state: State
-
-    def __init__(self, execution: _Execution) -> None:
-        self.run = execution
-        self.plan = execution.plan
-        self.tiler = Tiler(execution.plan, execution.device)
-
-    def see(self, unit: Unit, fold: Round | Closing) -> None:
-        """Feed a fold with a unit: a round with what the models bring, a closing with what they merge to."""
-        self._advise(unit)
-        if isinstance(fold, Closing):
-            self._see_merged(unit, fold)
-            return
-        for site, stack, _ in self._pieces(unit):
-            self._add(self.state, fold.of(stack, site, self.run.seen), site)
-
-    def _see_merged(self, unit: Unit, fold: Closing) -> None:
-        item, method = unit.item, self._method(unit.item)
-        seen = self._seen(unit, method)
-        if self.plan.factored(item):
-            stack = self.tiler.stack(item)
-            merged = method.merge(stack, item.site, seen)
-            step = row_step(item.numel // item.site.shape[0], self.tiler.device)
-            for first in range(0, item.site.shape[0], step):
-                last = min(first + step, item.site.shape[0])
-                self._add(self.state, fold.of(merged.rows(first, last), stack.rows(first, last), item.site), item.site)
-            return
-        for site, stack, base in self._pieces(unit):
-            merged = method.merge(stack, site, seen)
-            if self.plan.weights and base is not None:
-                merged = Dense(merged.dense() - base)
-                stack = Stack.of(stack.dense() - base, stack.models, stack.present)
-            self._add(self.state, fold.of(merged, stack, site), site)
-
-    def _advise(self, unit: Unit) -> None:
-        """Have this piece read ahead, and the next one, which another worker takes meanwhile."""
-        for stored in (*unit.item.inputs, unit.item.base):
-            if isinstance(stored, Stored):
-                stored.advise(unit.start, 2 * (unit.stop - unit.start))
-
-    @staticmethod
-    def _add(state: State, values: Tensor, site: Site) -> None:
-        try:
-            state.add(values, site.name)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-
-    def _pieces(self, unit: Unit) -> Iterator[tuple[Site, Stack, Tensor | None]]:
-        """The tiles of a unit with their sites; all of it at once where factors are merged."""
-        item = unit.item
-        if self.plan.factored(item):
-            yield item.site, self.tiler.stack(item), None
-            return
-        for tile in self.tiler.tiles(item, unit.start, unit.stop):
-            yield item.site.block(tuple(tile.stack.dense().shape[1:]), tile.start), tile.stack, tile.base
-
-    def _method(self, item: Item) -> Method:
-        return self.plan.recipe.method.at(item.site)
-
-    def _seen(self, unit: Unit, method: Method) -> Seen:
-        """The results of all rounds, those over this tensor alone gathered now."""
-        seen = dict(self.run.seen)
-        for each in method.rounds():
-            if each.per != "tensor":
-                continue
-            state = each.fold.start()
-            while True:
-                for site, stack, _ in self._pieces(unit):
-                    self._add(state, each.of(stack, site, seen), site)
-                if not state.next():
-                    break
-            seen[each.name] = state.result()
-        return seen
-
-    def emit(self, unit: Unit) -> None:
-        """Merge a unit and write it."""
-        self._advise(unit)
-        item = unit.item
-        if item.form == "copy":
-            self._copy(unit)
-            return
-        method = self._method(item)
-        seen = self._seen(unit, method)
-        factor = self.plan.recipe.method.factor(item.site, seen, len(item.inputs))
-        if self.plan.factored(item):
-            merged = method.merge(self.tiler.stack(item), item.site, seen)
-            merged = merged.scaled(factor) if factor != 1 else merged
-            self._emit_factors(item, merged) if item.form == "factors" else self._emit_rows(item, merged)
-        elif item.form == "factors":
-            self._emit_compressed(unit, method, seen, factor)
-        else:
-            for start, values in self._merged(unit, method, seen, factor):
-                self._write(item.outs[0], values, start)
-
-    def _merged(self, unit: Unit, method: Method, seen: Seen, factor: Coefficient) -> Iterator[tuple[int, Tensor]]:
-        """The values to write, tile by tile: the new weights, or their change where the output is an adapter's."""
-        item, weights = unit.item, self.plan.weights
-        as_change = not weights or self.plan.recipe.method.rescales or item.form != "dense"
-        for site, stack, base in self._pieces(unit):
-            values = method.merge(stack, site, seen).dense()
-            if weights and as_change and base is not None:
-                values = values - base
-            if item.form == "dense" and as_change and base is not None:
-                values = base.add_(values, alpha=float(factor))
-            elif factor != 1:
-                values = values * factor
-            yield site.start, values
-
-    def _write(self, out: Out, values: Tensor, start: int = 0) -> None:
-        flat = self.tiler.outgoing(values, DTYPES[out.kind])
-        if out.kind == "F16" and not self.plan.recipe.allow_nonfinite and not bool(flat.isfinite().all()):
-            raise InputError(f"{out.name}: the merged values are beyond the range of float16: use --dtype bfloat16")
-        self.run.sink.write(out.name, flat, start)
-
-    def _emit_rows(self, item: Item, merged: Delta) -> None:
-        """A merged change by rows, on top of the base where the output is the whole tensor."""
-        shape = item.site.shape
-        columns = item.numel // shape[0]
-        step = row_step(columns, self.tiler.device)
-        for first in range(0, shape[0], step):
-            last = min(first + step, shape[0])
-            values = merged.rows(first, last).dense()
-            if item.form == "dense" and item.base is not None:
-                values += self.tiler.raw(item.base, first * columns, values.numel()).view(values.shape)
-            self._write(item.outs[0], values, first * columns)
-
-    def _emit_compressed(self, unit: Unit, method: Method, seen: Seen, factor: Coefficient) -> None:
-        """A merged change that came out in full, as the best factors of the output's rank."""
-        item = unit.item
-        full = torch.empty(item.numel, dtype=self.plan.dtype(item), device=self.tiler.device)
-        for start, values in self._merged(unit, method, seen, factor):
-            full[start : start + values.numel()] = values.reshape(-1)
-        shape = item.site.shape
-        transposed = next(e.is_transposed(shape) for e in item.inputs if isinstance(e, LoraChange))
-        matrix = full.view(shape).mT if transposed else full.view(shape[0], -1)
-        factors, discarded = compress(matrix, self.plan.rank, shape, transposed)
-        self.run.discarded[item.site.name] = discarded
-        self._emit_factors(item, factors)
-
-    def _emit_factors(self, item: Item, merged: Delta) -> None:
-        """Factors of exactly the output's rank: truncated to it, or padded with zeros up to it."""
-        assert isinstance(merged, LowRank)
-        if merged.rank > self.plan.rank:
-            merged, discarded = truncate(merged, self.plan.rank)
-            self.run.discarded[item.site.name] = discarded
-        missing = self.plan.rank - merged.rank
-        down = torch.nn.functional.pad(merged.down, (0, 0, 0, missing))
-        up = torch.nn.functional.pad(merged.up, (0, missing))
-        for out, values in zip(item.outs, (down, up), strict=True):
-            self._write(out, values)
-
-    def _copy(self, unit: Unit) -> None:
-        """The base's values as they are; the other models' integers are looked at only to tell if they differ."""
-        item, (out,) = unit.item, unit.item.outs
-        assert item.base is not None
-        values = self.tiler.raw(item.base, unit.start, unit.stop - unit.start)
-        self._write(out, values, unit.start)
-        if not item.base.floating:
-            values = values.clone()
-            for slot, stored in enumerate(item.inputs):
-                if isinstance(stored, Stored) and stored.dtype == values.dtype:
-                    other = self.tiler.raw(stored, unit.start, unit.stop - unit.start)
-                    if not torch.equal(values, other):
-                        path = self.plan.models[slot].path
-                        self.run.notices.add(
-                            f"{item.site.name} of {path} differs, and integers are not merged: kept the base's"
-                        )
+        for each in share(units, worker, partial(Worker.see, fold=fold), report):
+            state.merge(each.state)
+        if not state.next():
+            break
+    shared.seen[fold.name] = state.result()

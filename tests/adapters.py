@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,20 +20,26 @@ from transformers import PreTrainedModel
 peft = pytest.importorskip("peft")
 
 __all__ = [
+    "LLAMA",
     "QUIRKS",
     "State",
     "assert_close",
     "baked",
     "base_state",
     "change_of",
+    "copied",
     "deep_base",
     "edit_config",
     "edit_tensors",
+    "llama_adapters",
     "peft",
     "reload",
     "save_base",
     "train",
 ]
+
+LLAMA = ["q_proj", "k_proj", "up_proj"]
+"""Targets of three shapes, one of them square."""
 
 QUIRKS = [
     # PEFT 0.21 asks transformers 5 for an attribute that has a new name
@@ -92,6 +100,22 @@ def train(folder: Path, base: Path, seed: int, targets: Sequence[str] | str, **c
     if dtype is not None:
         edit_tensors(folder, lambda tensors: {name: value.to(dtype) for name, value in tensors.items()})
     return folder
+
+
+def llama_adapters(folder: Path) -> Path:
+    """A folder with a tiny Llama (base) and adapters of it: plain, dora, pissa."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".is_gradient_checkpointing. is deprecated")
+        save_base(folder / "base", "llama")
+        train(folder / "plain", folder / "base", 1, LLAMA)
+        train(folder / "dora", folder / "base", 2, LLAMA, use_dora=True)
+        train(folder / "pissa", folder / "base", 3, LLAMA, init_lora_weights="pissa")
+    return folder
+
+
+def copied(llama: Path, folder: Path, name: str = "plain") -> Path:
+    """One of those adapters, to be changed."""
+    return Path(shutil.copytree(llama / name, folder))
 
 
 def baked(base: Path, adapter: Path) -> State:

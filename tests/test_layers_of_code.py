@@ -72,7 +72,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "maths": ("delta", "linalg", "folds", "order", "method", "layers", "methods"),
     "files": ("sources", "writer", "landing", "platform"),
     "intent": ("recipe", "plan"),
-    "run": ("run", "tiles", "workers", "vetting"),
+    "run": ("run", "worker", "tiles", "threads", "vetting"),
     "above": ("files", "tensors", "companions", "inspect"),
     "cli": ("cli",),
     "ground": ("errors",),

@@ -441,7 +441,7 @@ def test_overflow_of_float16(tmp_path: Path, dtype: str | None) -> None:
     one, two = ({"layers.0.w": torch.full((4,), value).to(kind)} for value in (6e4, 5e4))
     paths = [save(tmp_path / "a", one), save(tmp_path / "b", two)]
     options: dict[str, Any] = {"method": "linear", "normalize": False, "dtype": dtype}
-    with pytest.raises(InputError, match=r"layers\.0\.w: the merged values are beyond the range of float16"):
+    with pytest.raises(InputError, match=r"layers\.0\.w: the merged values are beyond the range of F16"):
         merging.merge(paths, output=tmp_path / "out", **options)
     merging.merge(paths, output=tmp_path / "out", **options | {"dtype": "bfloat16"})
     assert torch.allclose(load(tmp_path / "out")["layers.0.w"].float(), torch.tensor(1.1e5), rtol=0.01)

@@ -103,7 +103,9 @@ def _align(model: Checkpoint, known: Mapping[str, Stored], mismatches: list[str]
 
     renaming, left = find_renaming(model.tensors, known, fits)
     gone = set(left)
-    brought: dict[str, Stored | Change] = {str(renaming(name)): stored for name, stored in model.tensors.items() if name not in gone}
+    brought: dict[str, Stored | Change] = {
+        str(renaming(name)): stored for name, stored in model.tensors.items() if name not in gone
+    }
     for name in left:
         match = renaming(name)
         if match is None or match not in known:

@@ -1,10 +1,8 @@
-"""PEFT's adapters: every kind that can be read changes its base as PEFT's own merge does, every other is refused."""
+"""PEFT's adapters: every kind that can be read changes its base as PEFT's own merge does, under whatever names."""
 
 from __future__ import annotations
 
-import re
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,27 +10,26 @@ from typing import Any
 import pytest
 import torch
 from adapters import (
+    LLAMA,
     QUIRKS,
     State,
     assert_close,
     baked,
     base_state,
+    copied,
     edit_config,
     edit_tensors,
-    peft,
+    llama_adapters,
     reload,
     save_base,
     train,
 )
-from safetensors.torch import save_file
 
 import merging
-from merging.errors import FormatError, InputError, MergingError
-from merging.sources import open_model
 
 pytestmark = QUIRKS
 
-LLAMA, BERT, GPT2 = ["q_proj", "k_proj", "up_proj"], ["query", "value"], ["c_attn", "c_proj"]
+BERT, GPT2 = ["query", "value"], ["c_attn", "c_proj"]
 
 KINDS: dict[str, tuple[str, list[str] | str, dict[str, Any]]] = {
     "linear": ("llama", LLAMA, {}),
@@ -46,7 +43,11 @@ KINDS: dict[str, tuple[str, list[str] | str, dict[str, Any]]] = {
             "alpha_pattern": {r"layers\.\d+\.self_attn\.k_proj": 9, "up_proj": 1},
         },
     ),
-    "rslora patterns": ("llama", LLAMA, {"use_rslora": True, "rank_pattern": {"k_proj": 2}, "alpha_pattern": {"q_proj": 2}}),
+    "rslora patterns": (
+        "llama",
+        LLAMA,
+        {"use_rslora": True, "rank_pattern": {"k_proj": 2}, "alpha_pattern": {"q_proj": 2}},
+    ),
     "beside experts": ("mixtral", ["q_proj", "v_proj"], {}),
     "t5": ("t5", ["q", "v", "wo"], {}),
     "Conv1D": ("gpt2", GPT2, {"fan_in_fan_out": True}),
@@ -92,6 +93,12 @@ def test_one_adapter_baked_in_is_what_peft_bakes_in(tmp_path: Path, kind: str) -
 # ---- where the config comes from, and how names find their place
 
 
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and its adapters, which no test changes."""
+    return llama_adapters(tmp_path_factory.mktemp("llama"))
+
+
 def changed(path: Path, base: Path, out: Path, **options: Any) -> State:
     """The base with one adapter baked in by us."""
     merging.merge([path], method="task_arithmetic", base=base, kind="model", output=out, **options)
@@ -102,7 +109,9 @@ RENAMINGS: dict[str, Callable[[str], str]] = {
     ".default. in the names": lambda name: name.replace(".weight", ".default.weight"),
     "no prefix of PEFT's": lambda name: name.removeprefix("base_model.model."),
     "no prefix of the model's": lambda name: name.replace("base_model.model.model.", "base_model.model."),
-    "a wrapper's prefix": lambda name: name.replace("base_model.model.model.", "base_model.model.language_model.model."),
+    "a wrapper's prefix": lambda name: name.replace(
+        "base_model.model.model.", "base_model.model.language_model.model."
+    ),
 }
 
 

@@ -17,7 +17,7 @@ from adapters import (
     copied,
     edit_config,
     edit_tensors,
-    llama,  # noqa: F401  a fixture
+    llama_adapters,
     peft,
     reload,
     save_base,
@@ -30,6 +30,13 @@ from merging.errors import FormatError, InputError, MergingError
 from merging.sources import open_model
 
 pytestmark = QUIRKS
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and its adapters, which no test changes."""
+    return llama_adapters(tmp_path_factory.mktemp("llama"))
+
 
 REFUSED_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "niter": ({"init_lora_weights": "pissa_niter_4"}, "random SVD.*path_initial_model_for_weight_conversion"),
@@ -89,7 +96,10 @@ REFUSED_TENSORS: dict[str, tuple[Callable[[State], State], str]] = {
         lambda t: t | {f"{Q0}.lora_A.weight": torch.ones(4, 32, dtype=torch.int32)},
         "I32 factors: only F16, BF16, F32 and F64",
     ),
-    "wrong width": (lambda t: t | {f"{Q0}.lora_A.weight": torch.ones(4, 31)}, r"\(32, 31\), and the base's tensor \(32, 32\)"),
+    "wrong width": (
+        lambda t: t | {f"{Q0}.lora_A.weight": torch.ones(4, 31)},
+        r"\(32, 31\), and the base's tensor \(32, 32\)",
+    ),
     "odd leaf": (lambda t: t | {f"{Q0}.lora_diag": torch.ones(4)}, "lora_diag is neither a LoRA factor"),
     "bias of A": (lambda t: t | {f"{Q0}.lora_A.bias": torch.ones(4)}, "lora_A.bias has no place"),
     "unlisted module": (lambda t: t | {"base_model.model.lm_head.weight": torch.ones(96, 32)}, "modules_to_save: none"),
@@ -204,7 +214,9 @@ def test_folder_without_weights(llama: Path, tmp_path: Path) -> None:
         ("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B-Instruct", False),
     ],
 )
-def test_adapters_of_different_bases_do_not_add_up(llama: Path, tmp_path: Path, one: str, other: str, same: bool) -> None:
+def test_adapters_of_different_bases_do_not_add_up(
+    llama: Path, tmp_path: Path, one: str, other: str, same: bool
+) -> None:
     """Quantised mirrors, other owners and local copies of a base are that base."""
     adapters = [
         edit_config(copied(llama, tmp_path / name), base_model_name_or_path=name_of_base)
