@@ -19,8 +19,8 @@ from merging.plan import PORTABLE_RANKS, Plan, make_plan
 from merging.recipe import Recipe, make_recipe
 from merging.run import run
 from merging.sources.peft import CONFIG_KEY
-from merging.vetting import unrelated
 from merging.threads import Progress, cores
+from merging.vetting import unrelated
 from merging.writer import TensorWriter
 
 __all__ = [

@@ -16,9 +16,9 @@ import torch
 from merging.folds import State
 from merging.method import Closing, Round
 from merging.plan.items import CHUNK, Plan
+from merging.threads import Progress, share_out
 from merging.tiles import GPU_TILE
 from merging.worker import Shared, Sink, Unit, Worker
-from merging.threads import Progress, share_out
 
 __all__ = ["Done", "Sink", "run"]
 
