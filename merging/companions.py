@@ -148,9 +148,11 @@ def _modules(plan: Plan) -> set[str]:
 
 
 def _saved_modules(plan: Plan, adapters: list[Adapter]) -> list[str]:
-    if not any(item.form == "dense" for item in plan.items):
-        return []
-    return sorted({module for adapter in adapters for module in adapter.config.get("modules_to_save") or []})
+    """The modules saved in full, by the names of the inputs' configs; any that these leave out by its own."""
+    outs = [out.name for item in plan.items if item.form == "dense" for out in item.outs]
+    modules = {name.removeprefix(PREFIX).rpartition(".")[0] for name in outs}
+    named = {name for adapter in adapters for name in adapter.config.get("modules_to_save") or [] if modules}
+    return sorted(named | {module for module in modules if not any(f".{name}." in f".{module}." for name in named)})
 
 
 def model_card(plan: Plan) -> str:

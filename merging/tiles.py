@@ -12,7 +12,7 @@ from torch import Tensor
 from merging.delta import Delta, Dense, LowRank, Stack
 from merging.errors import InputError
 from merging.plan.items import TILE, Item, Plan
-from merging.sources.adapter import Change
+from merging.sources.adapter import Change, LoraChange
 from merging.sources.stored import Stored
 
 __all__ = ["GPU_TILE", "Tile", "Tiler", "row_step"]
@@ -137,6 +137,7 @@ class Tiler:
                 raise InputError(f"{self.plan.models[slot].path}: {change.target}: {change.needs_base}: give --base")
             return item.base.read().to(dtype)
 
+        self._check_layer(item, slot)
         delta = change.read(item.site.shape, base, dtype)
         parts = (delta.up, delta.down) if isinstance(delta, LowRank) else (delta.value,)
         if not self.plan.recipe.allow_nonfinite and not all(bool(part.isfinite().all()) for part in parts):
@@ -144,6 +145,21 @@ class Tiler:
         if isinstance(delta, LowRank):
             return LowRank(delta.up.to(self.device), delta.down.to(self.device), delta.shape, delta.transposed)
         return Dense(delta.value.to(self.device))
+
+    def _check_layer(self, item: Item, slot: int) -> None:
+        """Refuse factors whose own copy of the base's layer is another one: they belong on top of that copy."""
+        change = item.inputs[slot]
+        if not isinstance(change, LoraChange) or change.layer is None or change.start or item.base is None:
+            return
+        for start in range(0, item.numel, TILE):
+            size = min(TILE, item.numel - start)
+            ours = self._read("base", item.base, start, size, torch.float32)
+            # it may have been rounded to the precision of the training
+            if not torch.allclose(self.raw(change.layer, start, size).float(), ours, rtol=2**-7, atol=1e-6):
+                raise InputError(
+                    f"{self.plan.models[slot].path}: {change.target}: the layer saved along with its factors is not "
+                    f"the base's: was it trained, or its vocabulary changed? Give the base that it belongs to"
+                )
 
     def _check(self, item: Item, values: Tensor, base: Tensor | None) -> None:
         # One sum per tile tells whether all is finite; only a sum that is not is looked into.

@@ -127,13 +127,18 @@ def _is_bias(changes: tuple[Change | None, ...]) -> bool:
 def _rank(
     recipe: Recipe, modules: list[tuple[tuple[Change | None, ...], tuple[int, ...]]], steps: Sequence[int]
 ) -> int:
-    """The rank that loses nothing in any module, or the one asked for if that is smaller."""
-    needed = 0
+    """The sum of the ranks where it is largest, or the rank asked for up to what can be of use in any module.
+
+    More than the sum is of use where the merged change is not the sum of the changes, or one of them came in full.
+    """
+    default = most = 0
     for changes, shape in modules:
-        rows = shape[0]
-        columns = torch.Size(shape[1:]).numel()
-        needed = max(needed, min(sum(change.rank for change in changes if change), rows, columns))
-    rank = min(needed, recipe.rank) if recipe.rank else needed
+        brought = [change for change in changes if change]
+        total, full = sum(change.rank for change in brought), min(shape[0], torch.Size(shape[1:]).numel())
+        summed = recipe.method.factored and all(change.low_rank for change in brought)
+        default = max(default, min(total, full))
+        most = max(most, min(total, full) if summed else full)
+    rank = min(most, recipe.rank) if recipe.rank else default
     return next((step for step in steps if step >= rank), rank)
 
 

@@ -69,6 +69,7 @@ class LoraChange(Change):
 
     ``down`` is ``[r, in]`` and ``up`` ``[out, r]``; convolutions carry their kernel in ``down`` (``[r, in, *k]``).
     ``transposed``: the target is ``[in, out]``, as in GPT-2's Conv1D and in embeddings. ``magnitude`` is DoRA's vector.
+    ``layer`` is the base's own tensor where it was saved along (PEFT does so for embeddings and heads).
     ``start`` says what the training subtracted from the base at its start: its ``r`` leading singular directions
     (``"pissa"``) or the first ``r`` of its QR decomposition (``"olora"``).
     """
@@ -78,6 +79,7 @@ class LoraChange(Change):
     scale: float
     transposed: bool = False
     magnitude: Stored | None = None
+    layer: Stored | None = None
     start: Literal["pissa", "olora"] | None = None
 
     @property

@@ -6,13 +6,14 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from math import sqrt
 from pathlib import Path
 from typing import Any, Literal
 
 from merging.errors import FormatError
 from merging.sources.adapter import Adapter, AddedBias, Change, LoraChange, Replacement
-from merging.sources.checkpoint import read_json
+from merging.sources.checkpoint import HEADS, read_json
 from merging.sources.stored import Opened, Stored, open_tensors
 
 __all__ = ["CONFIG_KEY", "open_peft", "peft_changes", "recognises"]
@@ -123,6 +124,10 @@ def peft_changes(tensors: Mapping[str, Stored], config: Mapping[str, Any], where
             changes[change.target] = change
     for name, stored in others.items():
         target = _full_target(name, config, where)
+        factors = changes.get(target)
+        if isinstance(factors, LoraChange):
+            changes[target] = replace(factors, layer=stored)
+            continue
         changes[target] = Replacement(
             target,
             "bias" if target.endswith(".bias") and not _saved_module(target, config) else "full",
@@ -246,6 +251,8 @@ def _full_target(name: str, config: Mapping[str, Any], where: str) -> str:
 
 
 def _saved_module(target: str, config: Mapping[str, Any]) -> bool:
+    if config.get("ensure_weight_tying") and target.endswith(HEADS):
+        return True  # the head is saved along with the embedding that it is tied to
     saved = config.get("modules_to_save") or []
     parts = target.split(".")[:-1]
     paths = {".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +21,15 @@ from adapters import (
     edit_config,
     edit_tensors,
     llama_adapters,
+    peft,
     reload,
     save_base,
     train,
 )
+from safetensors.torch import load_file
 
 import merging
+from merging.errors import InputError
 
 pytestmark = QUIRKS
 
@@ -88,6 +92,53 @@ def test_one_adapter_baked_in_is_what_peft_bakes_in(tmp_path: Path, kind: str) -
     wanted, before = baked(base, adapter), base_state(base)
     assert_close(base_state(out), wanted)
     assert max(float((wanted[key] - before[key]).abs().max()) for key in before) > 0.01
+
+
+TIED: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "embedding targeted": (["embed_tokens", "q_proj"], {"ensure_weight_tying": True}),
+    "embedding saved": (["q_proj"], {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    "one end saved": (["q_proj"], {"modules_to_save": ["embed_tokens"]}),
+    "both ends saved": (["q_proj"], {"modules_to_save": ["embed_tokens", "lm_head"]}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*tie_word_embeddings=True")
+@pytest.mark.parametrize("as_adapter", [True, False], ids=["adapter", "model"])
+@pytest.mark.parametrize("case", TIED)
+def test_tied_models_compute_what_they_did_with_their_adapter(tmp_path: Path, case: str, as_adapter: bool) -> None:
+    """PEFT's merge of tied weights changes both ends, so here the outputs of the networks are compared."""
+    targets, config = TIED[case]
+    base = save_base(tmp_path / "base", "llama-tied")
+    adapter = train(tmp_path / "a", base, 1, targets, **config)
+    out, kind = tmp_path / "out", "adapter" if as_adapter else "model"
+    merging.merge([adapter], method="task_arithmetic", base=base, kind=kind, output=out)
+    ours = peft.PeftModel.from_pretrained(reload(base), out) if as_adapter else reload(out)
+    theirs = peft.PeftModel.from_pretrained(reload(base), adapter)
+    text = torch.arange(12)[None]
+    with torch.no_grad():
+        got, wanted, before = (model.eval()(text).logits for model in (ours, theirs, reload(base)))
+    assert float((got - wanted).abs().max()) < 1e-5
+    assert float((wanted - before).abs().max()) > 5e-4
+    if as_adapter:
+        names = [name for name in load_file(out / "adapter_model.safetensors") if ".lora_" not in name]
+        listed = json.loads((out / "adapter_config.json").read_text())["modules_to_save"] or []
+        assert all(name.removesuffix(".weight").endswith(tuple(listed)) for name in names)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_layer_saved_beside_its_factors_is_the_base_s(tmp_path: Path, trained: bool) -> None:
+    """PEFT saves an embedding that it targets along; the factors mean nothing on top of any other one."""
+    base = save_base(tmp_path / "base", "llama")
+    adapter = train(tmp_path / "a", base, 1, ["embed_tokens"])
+    layer = "base_model.model.model.embed_tokens.base_layer.weight"
+    if not trained:
+        wanted = baked(base, adapter)
+        edit_tensors(adapter, lambda t: t | {layer: t[layer].bfloat16()})
+        assert_close(changed(adapter, base, tmp_path / "out"), wanted)
+        return
+    edit_tensors(adapter, lambda t: t | {layer: t[layer] + 0.1 * (torch.arange(96) == 95)[:, None]})
+    with pytest.raises(InputError, match=r"embed_tokens\.weight: the layer .* is not the base's"):
+        changed(adapter, base, tmp_path / "out")
 
 
 # ---- where the config comes from, and how names find their place
