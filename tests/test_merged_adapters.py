@@ -141,6 +141,8 @@ def test_folders_are_padded_to_the_next_portable_rank(tmp_path: Path, total: int
     done = merging.merge(parts, method="task_arithmetic", output=tmp_path / "out")
     bare = merging.merge(parts, method="task_arithmetic", output=tmp_path / "out.safetensors")
     assert (done.rank, bare.rank) == (padded, total)
+    asked = merging.merge(parts, method="task_arithmetic", rank=5, output=tmp_path / "asked")
+    assert asked.rank == 5
     assert_close(baked(base, tmp_path / "out"), trained(base, *parts).plus(1, 1))
 
 

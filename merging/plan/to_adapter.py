@@ -75,7 +75,7 @@ def adapter_items(
     stacks: Stacks,
     rank_steps: Sequence[int] = (),
 ) -> tuple[list[Item], int]:
-    """The items of the merge, and the rank of its factors, rounded up to one of ``rank_steps`` if there are any."""
+    """The items of the merge, and the rank of its factors: as asked for, or what loses nothing, up to the next of ``rank_steps``."""
     kind = DTYPES[recipe.dtype] if recipe.dtype else _widest(targets.values())
     shapes = {name: _shape(name, changes, adapters, base) for name, changes in targets.items()}
     low = {name for name, changes in targets.items() if _is_lora(changes)}
@@ -138,8 +138,9 @@ def _rank(
         summed = recipe.method.factored and all(change.low_rank for change in brought)
         default = max(default, min(total, full))
         most = max(most, min(total, full) if summed else full)
-    rank = min(most, recipe.rank) if recipe.rank else default
-    return next((step for step in steps if step >= rank), rank)
+    if recipe.rank:
+        return min(most, recipe.rank)
+    return next((step for step in steps if step >= default), default)
 
 
 def _check_biases(

@@ -20,7 +20,7 @@ from merging.delta import Delta, Dense, LowRank
 from merging.errors import InputError
 from merging.sources.stored import Stored
 
-__all__ = ["Adapter", "AddedBias", "Change", "LoraChange", "Replacement"]
+__all__ = ["Adapter", "AddedBias", "Change", "FullChange", "LoraChange", "Replacement"]
 
 Kind = Literal["linear", "embedding", "conv", "bias", "full"]
 
@@ -141,11 +141,10 @@ def _dora(delta: LowRank, weight: Tensor, magnitude: Tensor) -> Dense:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AddedBias(Change):
-    """scale * value added to a bias (PEFT's ``lora_bias``)."""
+class FullChange(Change):
+    """A change that the adapter holds as one tensor of the target's shape."""
 
     value: Stored
-    scale: float
 
     @property
     def tensors(self) -> tuple[Stored, ...]:
@@ -154,24 +153,21 @@ class AddedBias(Change):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.value.shape
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AddedBias(FullChange):
+    """scale * value added to a bias (PEFT's ``lora_bias``)."""
+
+    scale: float
 
     def read(self, shape: tuple[int, ...], base: Callable[[], Tensor], dtype: torch.dtype) -> Delta:
         return Dense(self.value.read().to(dtype) * self.scale)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Replacement(Change):
+class Replacement(FullChange):
     """A tensor that takes the base's place: a module saved in full, or a trained bias."""
-
-    value: Stored
-
-    @property
-    def tensors(self) -> tuple[Stored, ...]:
-        return (self.value,)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.value.shape
 
     def read(self, shape: tuple[int, ...], base: Callable[[], Tensor], dtype: torch.dtype) -> Delta:
         return Dense(self.value.read().to(dtype) - base())
