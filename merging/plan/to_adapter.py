@@ -75,7 +75,7 @@ def adapter_items(
     stacks: Stacks,
     rank_steps: Sequence[int] = (),
 ) -> tuple[list[Item], int]:
-    """The items of the merge, and the rank of its factors: as asked for, or what loses nothing, up to the next of ``rank_steps``."""
+    """The items, and the rank of the factors: as asked for, or one of ``rank_steps`` (or any) that loses nothing."""
     kind = DTYPES[recipe.dtype] if recipe.dtype else _widest(targets.values())
     shapes = {name: _shape(name, changes, adapters, base) for name, changes in targets.items()}
     low = {name for name, changes in targets.items() if _is_lora(changes)}
