@@ -165,8 +165,17 @@ def _concatenated(deltas: Sequence[LowRank], weights: Sequence[Coefficient]) -> 
 
 
 def _weighted_sum(values: Tensor, weights: Sequence[Coefficient]) -> Tensor:
-    total = values[0] * weights[0]
-    for value, weight in zip(values[1:], weights[1:], strict=True):
+    taken = 1
+    if (
+        len(weights) > 1
+        and not isinstance(weights[1], Tensor)
+        and not isinstance(weights[0], Tensor)
+        and weights[0] == 1
+    ):
+        total, taken = torch.add(values[0], values[1], alpha=weights[1]), 2  # one pass over the numbers less
+    else:
+        total = values[0] * weights[0]
+    for value, weight in zip(values[taken:], weights[taken:], strict=True):
         # The scalar form fuses product and sum without a temporary; a tensor weight keeps its gradient.
         total = total + value * weight if isinstance(weight, Tensor) else total.add_(value, alpha=weight)
     return total

@@ -61,6 +61,7 @@ class TensorWriter:
         data = bytes_of(values)
         try:
             platform.write_at(fd, data, position + start * values.itemsize)
+            platform.begin_writeback(fd, position + start * values.itemsize, len(data))
         except OSError as error:
             raise OutputError(f"{self.folder}: {name} cannot be written: {error.strerror}") from None
         with self._lock:
