@@ -56,14 +56,15 @@ def _written_method(args: list[str]) -> str | None:
 
 def _refuse_strangers(command: click.Command, args: list[str], classes: list[Any], written: str) -> None:
     """Refuse, as a merge would, an option that belongs to a method outside the chain: click would only say unknown."""
-    from merging.methods import owner_of
+    from merging.methods import METHODS, method_class, owner_of, parameters_of
 
     known = {flag for param in command.params for flag in [*param.opts, *param.secondary_opts]}
     for word in args:
         flag = word.partition("=")[0]
         if flag.startswith("--") and len(flag) > 2 and flag not in known and flag != "--help":
-            field = flag[2:].removeprefix("no-").replace("-", "_")
-            owner_of(field, classes, written)
+            field = flag[2:].removeprefix("no-").replace("-", "_").rpartition(".")[2]
+            if any(field in parameters_of(method_class(name)) for name in METHODS):
+                owner_of(field, classes, written)
 
 
 def execution_options(command: Any) -> Any:
@@ -100,7 +101,7 @@ def execution_options(command: Any) -> Any:
 )
 @click.option("--dtype", type=click.Choice(["float64", "float32", "bfloat16", "float16"]), help="type of every tensor")
 @click.option("--rank", type=int, help="rank of a merged adapter  [default: lossless, the sum of the ranks]")
-@click.option("--layers", type=int, help="number of blocks, where no base tells")
+@click.option("--layers", type=int, help="number of blocks, instead of what the base or the adapters tell")
 @click.option("--lora-alpha", type=float, help="LoRA alpha of adapters, instead of what they state")
 @click.option("--shard-size", type=Size(), help="most bytes in one file of a model's folder  [default: 5GB]")
 @click.option("--on-mismatch", type=click.Choice(["error", "base"]), help="tensors that differ in shape or are missing")
@@ -160,11 +161,12 @@ def execute(
     """Carry out a recipe as the options say, and tell what came out."""
     from pathlib import Path
 
-    from merging.files import default_destination, merge_plan, pick_device, plan_for
+    from merging.files import check_output, default_destination, merge_plan, pick_device, plan_for
 
     destination = Path(output) if output is not None else default_destination(recipe)
     plan = plan_for(recipe, destination)
     if dry_run:
+        check_output(plan, destination, overwrite)
         echo_plan(plan, destination, threads, max_memory, as_json)
         return
     with progress_bar(progress) as report:

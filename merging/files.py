@@ -25,6 +25,7 @@ from merging.writer import TensorWriter
 
 __all__ = [
     "Merged",
+    "check_output",
     "default_destination",
     "merge",
     "merge_plan",
@@ -132,8 +133,7 @@ def merge_plan(
 ) -> Merged:
     """Carry out a plan, and put the output in place when it is whole."""
     workers = workers_within(plan, cores() if threads is None else threads, max_memory)
-    inputs = [file for model in [*plan.models, plan.base] if model for file in (model.path, *model.files)]
-    check_destination(destination, inputs, plan.out_bytes, overwrite)
+    check_output(plan, destination, overwrite)
     notices = [*plan.notices, *unrelated(plan)]
     single = destination.suffix == ".safetensors"
     with Landing(destination, overwrite, single) as landing:
@@ -161,6 +161,12 @@ def merge_plan(
         notices=(*notices, *done.notices),
         discarded=done.discarded,
     )
+
+
+def check_output(plan: Plan, destination: Path, overwrite: bool) -> None:
+    """Refuse a destination that the plan's output cannot or must not take."""
+    inputs = [file for model in [*plan.models, plan.base] if model for file in (model.path, *model.files)]
+    check_destination(destination, inputs, plan.out_bytes, overwrite)
 
 
 def _metadata(plan: Plan) -> dict[str, str]:

@@ -17,7 +17,10 @@ from merging.errors import OutputError
 __all__ = ["Landing", "check_destination"]
 
 _SLACK = 1 << 24
-"""Bytes for configs, tokenizer and index beside the weights, when space is checked."""
+"""Bytes for configs, tokenizer and index beside the weights of a folder, when space is checked."""
+
+_MODEL_FILES = ("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+"""What tells the folder of a model, which may be overwritten, from one of anything else."""
 
 
 def check_destination(destination: Path, inputs: Iterable[Path], nbytes: int, overwrite: bool) -> None:
@@ -32,14 +35,29 @@ def check_destination(destination: Path, inputs: Iterable[Path], nbytes: int, ov
             raise OutputError(f"{destination}: the output would replace the input {path}: choose another -o")
     if os.path.lexists(destination) and not overwrite:
         raise OutputError(f"{destination}: exists already: choose another -o, or use --overwrite")
-    if destination.suffix == ".safetensors" and destination.is_dir():
-        raise OutputError(f"{destination}: is a folder, and the output is a file: choose another -o")
+    _check_replaced(destination)
     parent = destination.parent
     if not parent.is_dir():
         raise OutputError(f"{destination}: the folder {parent} does not exist: create it first")
+    needed = nbytes + (0 if destination.suffix == ".safetensors" else _SLACK)
     free = shutil.disk_usage(parent).free
-    if free < nbytes + _SLACK:
-        raise OutputError(f"{destination}: needs {nbytes / 1e9:.2f} GB, and {parent} has {free / 1e9:.2f} GB free")
+    if free < needed:
+        raise OutputError(f"{destination}: needs {needed / 1e6:.1f} MB, and {parent} has {free / 1e6:.1f} MB free")
+
+
+def _check_replaced(destination: Path) -> None:
+    """Only a file is overwritten by a file, and only the folder of a model, or an empty one, by a folder."""
+    if not os.path.lexists(destination):
+        return
+    single = destination.suffix == ".safetensors"
+    if single and destination.is_dir():
+        raise OutputError(f"{destination}: is a folder, and the output is a file: choose another -o")
+    if single and not destination.is_file() and not destination.is_symlink():
+        raise OutputError(f"{destination}: is no ordinary file: choose another -o")
+    if not single and not destination.is_dir():
+        raise OutputError(f"{destination}: is no folder, and the output is one: choose another -o")
+    if not single and any(destination.iterdir()) and not any(any(destination.glob(name)) for name in _MODEL_FILES):
+        raise OutputError(f"{destination}: is a folder of something else than a model, which is not overwritten")
 
 
 class Landing:

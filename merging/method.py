@@ -6,18 +6,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, Union
 
-from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from merging.delta import Delta, Stack
 from merging.errors import OptionError, nearest
 from merging.folds import Fold
 
-__all__ = ["Closing", "Coefficient", "Method", "PerModel", "Round", "Seen", "Site", "Wrapper", "spread"]
+__all__ = ["Closing", "Coefficient", "Method", "PerModel", "Round", "Seen", "Site", "Wrapper", "number", "spread"]
 
 T = TypeVar("T")
 
-Coefficient = Annotated[float, AllowInfNan(False)] | Tensor
+_Number = Annotated[float, Field(ge=-1e30, le=1e30, allow_inf_nan=False)]
+
+# Left to right, so that a tensor is never tried as a number, which would warn of its gradient.
+Coefficient = Annotated[Tensor | _Number, Field(union_mode="left_to_right")]
 """A number, or a tensor of one element through which gradients flow."""
 
 PerModel: TypeAlias = Union[T, tuple[T, ...]]  # noqa: UP007 (a generic alias must be subscriptable)
@@ -230,6 +233,11 @@ def spread(value: Any, models: int) -> list[Any]:
     if isinstance(value, Sequence):
         return list(value)
     return [value] * models
+
+
+def number(value: float | Tensor) -> float:
+    """The value of a coefficient, without its gradient."""
+    return float(value.detach() if isinstance(value, Tensor) else value)
 
 
 def build(cls: type[Method], parameters: Mapping[str, Any]) -> Method:

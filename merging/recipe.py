@@ -34,8 +34,12 @@ class Recipe(BaseModel):
         None, description="type of every tensor; by default the base's, or the widest among adapters"
     )
     rank: int | None = Field(None, ge=1, description="rank of a merged adapter; by default the sum of the ranks")
-    layers: int | None = Field(None, ge=1, description="number of blocks, where no base tells")
-    lora_alpha: float | None = Field(None, description="LoRA alpha of adapters, instead of what they state")
+    layers: int | None = Field(
+        None, ge=1, description="number of blocks, instead of what the base or the adapters tell"
+    )
+    lora_alpha: float | None = Field(
+        None, gt=0, le=1e6, allow_inf_nan=False, description="LoRA alpha of adapters, instead of what they state"
+    )
     shard_size: int = Field(5_000_000_000, ge=1, description="most bytes in one file of a model's folder")
     on_mismatch: Literal["error", "base"] = Field(
         "error", description="tensors that differ in shape or that some model lacks: refuse, or keep the base's"

@@ -37,6 +37,7 @@ def merge_state_dicts(
     Raises :class:`~merging.errors.InputError` for names or shapes that differ, and
     :class:`~merging.errors.OptionError` for a method that needs the base.
     """
+    models = list(models)
     bound = _method(method, parameters, len(models))
     if base is None and (bound.origin == "base" or bound.rescales):
         raise OptionError(f"{bound.chain} merges changes from a base: give base=")
@@ -79,6 +80,7 @@ def merge_deltas(
     the number of blocks, by default the largest index among the targets. Raises
     :class:`~merging.errors.OptionError` for a method that merges weights, which changes alone do not tell.
     """
+    adapters = list(adapters)
     bound = _method(method, parameters, len(adapters))
     if bound.origin == "none" and not bound.factored:
         raise OptionError(f"{bound.chain} merges weights, and these are changes: add them to the base first")

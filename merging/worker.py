@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Protocol
 
 import torch
@@ -167,12 +168,17 @@ class Worker:
 
     def _write(self, out: Out, values: Tensor, start: int = 0) -> None:
         flat = self.tiler.outgoing(values, DTYPES[out.kind])
-        narrowed = out.kind == "F16" or (values.dtype == torch.float64 and out.kind != "F64")
-        if narrowed and not self.plan.recipe.allow_nonfinite and not bool(flat.isfinite().all()):
+        if not self.plan.recipe.allow_nonfinite and self._doubtful(values, out) and not bool(flat.isfinite().all()):
             raise InputError(
                 f"{out.name}: the merged values are beyond the range of {out.kind}: set a wider --dtype, as float32"
             )
         self.shared.sink.write(out.name, flat, start)
+
+    @staticmethod
+    def _doubtful(values: Tensor, out: Out) -> bool:
+        """Whether values may have left the range of their type: one sum tells of most that they have not."""
+        narrowed = out.kind == "F16" or (values.dtype == torch.float64 and out.kind != "F64")
+        return narrowed or (values.is_floating_point() and not isfinite(float(values.sum())))
 
     def _emit_rows(self, item: Item, merged: Delta) -> None:
         """A merged change by rows, on top of the base where the output is the whole tensor."""

@@ -79,11 +79,26 @@ def test_overwrite_replaces_all(tmp_path: Path, tuned: list[Path]) -> None:
 
 
 def test_overwrite_of_files(tmp_path: Path, tuned: list[Path]) -> None:
-    for name in ("out.safetensors", "out"):
-        (tmp_path / name).write_text("old")
-        merging.merge(tuned, method="linear", output=tmp_path / name, overwrite=True)
-        assert right(tmp_path / name, tuned)
+    (tmp_path / "out.safetensors").write_text("old")
+    merging.merge(tuned, method="linear", output=tmp_path / "out.safetensors", overwrite=True)
+    assert right(tmp_path / "out.safetensors", tuned)
     assert not hidden(tmp_path)
+
+
+def test_only_models_are_overwritten(tmp_path: Path, tuned: list[Path]) -> None:
+    """Whatever --overwrite says: a thesis, a text file and a pipe stay what they are."""
+    thesis, text, pipe = tmp_path / "stuff" / "thesis.txt", tmp_path / "notes.txt", tmp_path / "out.safetensors"
+    thesis.parent.mkdir()
+    thesis.write_text("years of work")
+    text.write_text("notes")
+    os.mkfifo(pipe)
+    for output, reason in ((thesis.parent, "something else"), (text, "is no folder"), (pipe, "no ordinary file")):
+        with pytest.raises(OutputError, match=reason):
+            merging.merge(tuned, method="linear", output=output, overwrite=True)
+    assert (thesis.read_text(), text.read_text(), pipe.is_fifo()) == ("years of work", "notes", True)
+    (tmp_path / "empty").mkdir()
+    merging.merge(tuned, method="linear", output=tmp_path / "empty", overwrite=True)
+    assert right(tmp_path / "empty", tuned)
 
 
 def test_a_folder_is_no_file(tmp_path: Path, tuned: list[Path]) -> None:
@@ -135,7 +150,7 @@ def test_folder_that_cannot_be_written(tmp_path: Path, tuned: list[Path]) -> Non
 
 def test_too_little_space(tmp_path: Path, tuned: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1 << 40, 1 << 40, 1000))
-    with pytest.raises(OutputError, match=r"needs 0\.00 GB, and \S+ has 0\.00 GB free"):
+    with pytest.raises(OutputError, match=r"needs \d+\.\d MB, and \S+ has 0\.0 MB free"):
         merging.merge(tuned, method="linear", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not hidden(tmp_path)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from merging.delta import Delta, Stack
 from merging.errors import OptionError
-from merging.method import Coefficient, Method, PerModel, Seen, Site
+from merging.method import Coefficient, Method, PerModel, Seen, Site, number
 
 __all__ = ["Linear"]
 
@@ -40,13 +40,14 @@ class Linear(Method):
 
     def check(self, models: int) -> None:
         super().check(models)
-        if self.normalize and float(sum(self.coefficients(models))) == 0:
+        weights = [number(weight) for weight in self.coefficients(models)]
+        if self.normalize and abs(sum(weights)) <= 1e-12 * sum(map(abs, weights)):
             raise OptionError(
                 "the weights of linear sum to zero, so there is no mean: change them, or use --no-normalize"
             )
 
     def multiple(self, models: int) -> float | None:
-        return 1 / float(sum(self.coefficients(models))) if self.normalize else 1.0
+        return 1 / sum(map(number, self.coefficients(models))) if self.normalize else 1.0
 
     def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
         weights = self.coefficients(len(stack))

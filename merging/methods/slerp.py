@@ -50,7 +50,7 @@ class Slerp(Method):
 
 def _products(stack: Stack, site: Site, seen: Seen) -> Tensor:
     """v0.v0, v1.v1 and v0.v1 over spans so short that float32 loses nothing that matters; the fold adds them up."""
-    values = stack.dense().flatten(1)
+    values = stack.dense().reshape(2, -1)
     spans = values.shape[1] // _SPAN
     whole = values[:, : spans * _SPAN].reshape(2, spans, _SPAN).transpose(0, 1)
     rest = values[:, spans * _SPAN :]

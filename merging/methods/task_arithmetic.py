@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from merging.delta import Delta, Stack
-from merging.method import Coefficient, Method, PerModel, Seen, Site
+from merging.method import Coefficient, Method, PerModel, Seen, Site, number
 
 __all__ = ["TaskArithmetic"]
 
@@ -32,7 +32,7 @@ class TaskArithmetic(Method):
         return True
 
     def multiple(self, models: int) -> float | None:
-        return float(self.scale)
+        return number(self.scale)
 
     def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
         return stack.weighted_sum([weight * self.scale for weight in self.coefficients(len(stack))])

@@ -6,7 +6,7 @@ import gc
 from collections.abc import Sequence
 
 from merging.errors import InputError
-from merging.plan.checks import check_bases, check_origin, content_keys
+from merging.plan.checks import check_bases, check_options, check_origin, content_keys
 from merging.plan.items import Item, Plan
 from merging.plan.sites import find_stacks
 from merging.plan.to_adapter import adapter_items, adapter_targets
@@ -41,6 +41,7 @@ def _make_plan(recipe: Recipe, rank_steps: Sequence[int]) -> Plan:
     recipe.method.check(len(models))
     base = _open_base(recipe)
     output, weights = check_origin(recipe, models, base)
+    check_options(recipe, models, output)
     check_bases(models, recipe.allow_different_bases)
     keys, notices = content_keys(models)
     notices += [notice for model in models if isinstance(model, Adapter) for notice in model.notices]
@@ -54,6 +55,8 @@ def _make_plan(recipe: Recipe, rank_steps: Sequence[int]) -> Plan:
         reference = base or next(model for model in models if isinstance(model, Checkpoint))
         stacks, guess = find_stacks(recipe, models, reference, ())
         items, matched, untied = model_items(recipe, models, reference, base, stacks, weights)
+    if all(item.form == "copy" for item in items):
+        raise InputError("there is nothing to merge: the models share no tensor of floating-point numbers")
     if guess and recipe.method.rescales:
         notices.append(guess)
     return Plan(

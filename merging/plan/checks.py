@@ -6,12 +6,12 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from merging.errors import InputError
+from merging.errors import InputError, OptionError
 from merging.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
 from merging.sources.checkpoint import content_key
 
-__all__ = ["check_bases", "check_origin", "content_keys", "same_base"]
+__all__ = ["check_bases", "check_options", "check_origin", "content_keys", "same_base"]
 
 _QUANTISED = re.compile(
     r"[-_.](unsloth|bnb|[0-9]bit|[0-9]-bit|int[0-9]|fp8|nf4|fp4|gptq|awq|gguf|exl2|quantized|dynamic)(?=[-_.]|$)"
@@ -43,6 +43,14 @@ def check_bases(models: Sequence[Checkpoint | Adapter], allow_different: bool) -
                 f"{model.path} was trained on {base}, and {first.path} on {other}: adapters of different bases do not "
                 f"add up. If they are the same model under two names, use --allow-different-bases"
             )
+
+
+def check_options(recipe: Recipe, models: Sequence[Checkpoint | Adapter], output: str) -> None:
+    """Refuse settings that would do nothing here."""
+    if recipe.rank is not None and output == "model":
+        raise OptionError("--rank is the rank of a merged adapter, and this merge makes a full model: leave it out")
+    if recipe.lora_alpha is not None and not any(isinstance(model, Adapter) for model in models):
+        raise OptionError("--lora-alpha is a setting of adapters, and there is none among the models: leave it out")
 
 
 def same_base(one: str, other: str) -> bool:

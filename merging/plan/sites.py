@@ -66,13 +66,19 @@ def _declared_layers(name: str) -> int | None:
 
 
 def _hub_config(name: str) -> Path | None:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from urllib.request import Request, urlopen
+
+    from huggingface_hub import hf_hub_download, hf_hub_url, is_offline_mode, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
         cached = try_to_load_from_cache(name, "config.json")
         if isinstance(cached, str):
             return Path(cached)
-        return Path(hf_hub_download(name, "config.json", etag_timeout=3))
+        if is_offline_mode():
+            return None
+        # Asked once, since the library asks again and again for half a minute where there is no network.
+        urlopen(Request(hf_hub_url(name, "config.json"), method="HEAD"), timeout=3).close()
+        return Path(hf_hub_download(name, "config.json"))
     except (HFValidationError, OSError, ValueError):
         return None  # not a Hub name, not there, or nobody answers: there are other ways to count

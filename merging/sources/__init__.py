@@ -48,7 +48,8 @@ def open_model(path: str | Path, alpha: float | None = None) -> Checkpoint | Ada
         raise InputError(f"{given}: there is no such file or folder{hint}")
     if path.is_dir():
         if not (path / "adapter_config.json").is_file():
-            return open_checkpoint(path)
+            bare = next((path / name for name in peft.WEIGHTS if (path / name).is_file()), None)
+            return open_checkpoint(path) if bare is None else peft.open_peft(bare, alpha)
         kind = read_json(path / "adapter_config.json").get("peft_type", "LORA")
         if kind != "LORA":
             raise FormatError(f"{path}: is a PEFT adapter of type {kind}; only LORA is read so far")

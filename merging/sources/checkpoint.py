@@ -28,6 +28,12 @@ HEADS = ("lm_head.weight", "embed_out.weight", "proj_out.weight", "output.weight
 
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight", "embed_in.weight")
 
+_TIED_TYPES = (
+    "bart", "bert", "bloom", "cohere", "electra", "falcon", "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2",
+    "gpt_neo", "mbart", "mt5", "opt", "roberta", "t5", "whisper",
+)  # fmt: skip
+"""Model types whose head is tied where their config does not mention it."""
+
 _QUANTISED = {
     ".bitsandbytes__nf4": "bitsandbytes 4-bit",
     ".bitsandbytes__fp4": "bitsandbytes 4-bit",
@@ -67,8 +73,9 @@ class Checkpoint:
 
     @property
     def tied(self) -> bool:
-        """Whether the output head is the input embedding; configs that leave it out mean that it is."""
-        return text_config(self.config).get("tie_word_embeddings", self.config.get("tie_word_embeddings")) is not False
+        """Whether the output head is the input embedding: as the config states, or as its model type has it."""
+        stated = _stated_tie(self.config)
+        return self.config.get("model_type") in _TIED_TYPES if stated is None else stated
 
     @property
     def layers(self) -> int | None:
@@ -82,6 +89,11 @@ class Checkpoint:
             embeddings = [t for n, t in self.tensors.items() if n.endswith(_EMBEDDINGS)]
             return embeddings[0] if len(embeddings) == 1 else None
         return stored
+
+
+def _stated_tie(config: dict[str, Any]) -> bool | None:
+    stated = text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings"))
+    return None if stated is None else bool(stated)
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +137,7 @@ def open_checkpoint(path: Path, opened: Opened | None = None) -> Checkpoint:
     _refuse_quantised(path, tensors, config)
     checkpoint = Checkpoint(path, tensors, tuple(files), config, folder, shared, metadata)
     # A PyTorch file repeats tied weights under every name; written once, transformers ties them again.
-    for name in shared if checkpoint.tied else ():
+    for name in shared if _stated_tie(config) is not False else ():
         del tensors[name]
     return checkpoint
 

@@ -16,10 +16,13 @@ from merging.sources.adapter import Adapter, AddedBias, Change, LoraChange, Repl
 from merging.sources.checkpoint import HEADS, read_json
 from merging.sources.stored import Opened, Stored, open_tensors
 
-__all__ = ["CONFIG_KEY", "open_peft", "peft_changes", "recognises"]
+__all__ = ["CONFIG_KEY", "WEIGHTS", "open_peft", "peft_changes", "recognises"]
 
 CONFIG_KEY = "adapter_config"
 """The metadata entry in which our bare adapter files carry their whole config."""
+
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+"""What PEFT calls the weights in an adapter's folder."""
 
 _PREFIX = "base_model.model."
 _LEAF = re.compile(r"\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)(\.weight|\.bias)?$")
@@ -81,7 +84,7 @@ def open_peft(path: Path, alpha: float | None = None, opened: Opened | None = No
 
 
 def _weights_of(folder: Path) -> Path:
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+    for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
     raise FormatError(f"{folder}: has an adapter_config.json, but neither adapter_model.safetensors nor .bin")
@@ -181,6 +184,8 @@ def _lora(
             raise FormatError(f"{where}: {module} holds {stored.kind} factors: only F16, BF16, F32 and F64 are read")
     scale = _scale(module, rank, config, where)
     magnitude = pieces.get("lora_magnitude_vector")
+    if config.get("use_dora") and magnitude is None:
+        raise FormatError(f"{where}: {module} has no lora_magnitude_vector, and its config says DoRA: it is incomplete")
     reasons = {
         "DoRA gives every output of the base's weight a new length": magnitude is not None,
         f"{start} took a part of the base's weight away at the start": start is not None,
@@ -213,7 +218,9 @@ def _scale(module: str, rank: int, config: Mapping[str, Any], where: str) -> flo
         raise FormatError(
             f"{where}: {module} has rank {rank}, and its config says {stated}: they do not belong together"
         )
-    alpha = _pattern(config, "alpha_pattern", module, config.get("lora_alpha", rank), where)
+    # A config that leaves alpha out means PEFT's default, no config at all means scale 1.
+    default = config.get("lora_alpha", 8 if "peft_type" in config else rank)
+    alpha = _pattern(config, "alpha_pattern", module, default, where)
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise FormatError(f"{where}: lora_alpha of {module} is {alpha!r}, and should be a number")
     if config.get("use_rslora"):
