@@ -115,10 +115,22 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
         raise OptionError(f"{where}: {field}: {first['msg']} (it is {first['input']!r})") from None
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error: one of the two would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node, its keys each seen once."""
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for position, key in enumerate(keys):
+            if any(key.value == earlier.value for earlier in keys[:position]):
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(text: str, where: str = "recipe") -> Recipe:
     """A recipe from YAML. Raises :class:`~merging.errors.FormatError` for what is no YAML mapping."""
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise FormatError(f"{where}: is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

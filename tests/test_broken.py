@@ -77,6 +77,11 @@ def test_overflow_in_float32_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_key_twice_in_a_recipe() -> None:
+    with pytest.raises(FormatError, match="'method' stands twice"):
+        merging.load_recipe("models: [a]\nmethod: linear\nmethod: slerp\n")
+
+
 def test_scalars_slerp() -> None:
     merged = merging.merge_state_dicts([{"s": torch.tensor(1.0)}, {"s": torch.tensor(3.0)}], method="slerp")
     assert float(merged["s"]) == 2
