@@ -25,12 +25,12 @@ A file of such a name is reached as ./inspect.
 class Merge(click.Group):
     """A group whose default command merges: ``merge a.safetensors b.safetensors --method linear`` works as written."""
 
-    def main(self, args: list[str] | None = None, **extra: object) -> object:  # type: ignore[override]
+    def main(self, args: list[str] | None = None, **extra: object) -> object:
         """Hand all arguments to the default command, unless the first word names a sub-command."""
         words = list(sys.argv[1:] if args is None else args)
         if not words or words[0] not in self.commands:
-            return merge_command.main(words, **{"prog_name": "merge", **extra})  # type: ignore[arg-type]
-        return super().main(words, **{"prog_name": "merge", **extra})  # type: ignore[arg-type]
+            return merge_command.main(words, **{"prog_name": "merge", **extra})
+        return super().main(words, **{"prog_name": "merge", **extra})
 
 
 merge_command.epilog = EPILOG

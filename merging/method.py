@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, Union
@@ -79,7 +80,7 @@ class Closing:
     of: Callable[[Delta, Stack, Site], Tensor]
 
 
-class Method(BaseModel):
+class Method(BaseModel, ABC):
     """A merging method. Its fields are its parameters, each declared once with default, bounds and a line of help.
 
     A method is a value: frozen, comparable, printable. It sees tensors and places, never files or devices.
@@ -145,9 +146,9 @@ class Method(BaseModel):
         """What must be known before :meth:`merge`, in the order in which it is gathered."""
         return ()
 
+    @abstractmethod
     def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
         """The merged change (or weight, for origin "none") of one tensor, or of one block of it."""
-        raise NotImplementedError(f"{type(self).__name__} does not define merge")
 
     def coefficients(self, models: int) -> list[Any]:
         """The weights that the models enter with, one each: 1 unless the method has weights of its own."""

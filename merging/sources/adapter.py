@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -183,17 +182,7 @@ class Adapter:
     dialect: str
     base: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
-    folder: Path | None = None
     notices: tuple[str, ...] = ()
-
-    @property
-    def rank(self) -> int:
-        """The largest rank of its changes."""
-        return max((change.rank for change in self.changes.values()), default=0)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(prod(t.shape) * t.dtype.itemsize for change in self.changes.values() for t in change.tensors)
 
     def require_base(self) -> None:
         """Raise :class:`~merging.errors.InputError` if some change cannot be told without the base."""

@@ -69,7 +69,6 @@ class Checkpoint:
     config: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     shared: dict[str, str] = field(default_factory=dict)
-    metadata: dict[str, str] = field(default_factory=dict)
 
     @property
     def tied(self) -> bool:
@@ -124,18 +123,17 @@ def open_checkpoint(path: Path, opened: Opened | None = None) -> Checkpoint:
     files = _shards(weights) if weights.suffix == ".json" else {weights: None}
     tensors: dict[str, Stored] = {}
     shared: dict[str, str] = {}
-    metadata: dict[str, str] = {}
     for file, expected in files.items():
         pickled = file.suffix in (".bin", ".pt", ".pth")
         found, extra = opened or open_tensors(file)
         if expected is not None:
             _agree(weights, file, expected, set(found))
         tensors.update(found)
-        (shared if pickled else metadata).update(extra)
+        shared.update(extra if pickled else {})
     if not tensors:
         raise FormatError(f"{path}: holds no tensors")
     _refuse_quantised(path, tensors, config)
-    checkpoint = Checkpoint(path, tensors, tuple(files), config, folder, shared, metadata)
+    checkpoint = Checkpoint(path, tensors, tuple(files), config, folder, shared)
     # A PyTorch file repeats tied weights under every name; written once, transformers ties them again.
     for name in shared if _stated_tie(config) is not False else ():
         del tensors[name]

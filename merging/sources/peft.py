@@ -78,7 +78,6 @@ def open_peft(path: Path, alpha: float | None = None, opened: Opened | None = No
         dialect="PEFT LoRA",
         base=_text(config, "base_model_name_or_path", where),
         config=config,
-        folder=weights.parent if path.is_dir() else None,
         notices=notices,
     )
 
