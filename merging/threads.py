@@ -40,11 +40,13 @@ def share_out(
     pending = iter(units)
     lock = threading.Lock()
     stop = threading.Event()
+    begin = threading.Event()  # a thread that is only half started could not be waited for
     errors: list[BaseException] = []
     workers = [make_worker() for _ in range(max(1, min(threads, len(units))))]
 
     def loop(worker: W) -> None:
         # Every thread merges on its own: torch splitting small operations over more threads would only cost.
+        begin.wait()
         torch.set_num_threads(1)
         try:
             with torch.inference_mode(), _stream(device):
@@ -65,10 +67,12 @@ def share_out(
     try:
         for thread in running:
             thread.start()
+        begin.set()
         for thread in running:
             thread.join()
     except BaseException:
         stop.set()
+        begin.set()
         _outlast(running)
         raise
     finally:
