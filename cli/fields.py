@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
@@ -17,7 +18,7 @@ __all__ = ["Values", "chain_options", "field_option"]
 
 
 class Values(click.ParamType):
-    """One number for all models, or a comma list with one a model."""
+    """One number for all models, or a comma list with one a model; each may run from block to block, as 0.2:0.8."""
 
     name = "numbers"
 
@@ -25,10 +26,15 @@ class Values(click.ParamType):
         if not isinstance(value, str):
             return value
         try:
-            numbers = tuple(float(part) for part in value.split(","))
+            numbers = tuple(part if _runs(part) else float(part) for part in value.split(","))
         except ValueError:
             self.fail(f"{value!r} is neither a number nor a comma list of numbers", param, ctx)
         return numbers if "," in value else numbers[0]
+
+
+def _runs(text: str) -> bool:
+    """Whether numbers with colons between them are written there."""
+    return ":" in text and all(math.isfinite(float(part)) for part in text.split(":"))
 
 
 def chain_options(classes: Sequence[type[Method]]) -> list[click.Option]:

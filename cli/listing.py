@@ -46,7 +46,8 @@ def _table() -> str:
         method = chain(name)
         around = issubclass(method_class(name), Wrapper)
         merges = "around any method" if around else "weights" if method.origin == "none" else "changes from the base"
-        adapters = "as the method inside" if around else "exact" if method.factored else "with the base, compressed"
+        based = "with the base, compressed" if method.origin == "none" else "compressed"
+        adapters = based if not method.factored else "as the method inside" if around else "exact"
         rows.append(f"| `{name}` | {listed.summary} | {merges} | {adapters} | {method_class(name).paper} |")
     return "\n".join(rows)
 

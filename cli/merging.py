@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["execute", "execution_options", "merge_command"]
 
 RECIPE_OPTIONS = ("base", "as", "dtype", "rank", "layers", "lora_alpha", "shard_size", "on_mismatch",
-                  "allow_different_bases", "allow_nonfinite")  # fmt: skip
+                  "exclude", "allow_different_bases", "allow_nonfinite")  # fmt: skip
 
 
 class ChainCommand(click.Command):
@@ -105,6 +105,7 @@ def execution_options(command: Any) -> Any:
 @click.option("--lora-alpha", type=float, help="LoRA alpha of adapters, instead of what they state")
 @click.option("--shard-size", type=Size(), help="most bytes in one file of a model's folder  [default: 5GB]")
 @click.option("--on-mismatch", type=click.Choice(["error", "base"]), help="tensors that differ in shape or are missing")
+@click.option("--exclude", multiple=True, help="leave tensors as in the base: a name, a part of names, or wildcards")
 @click.option("--allow-different-bases", is_flag=True, default=None, help="merge adapters that state different bases")
 @click.option("--allow-nonfinite", is_flag=True, default=None, help="merge inputs that hold NaN or infinities")
 @click.option("--recipe-only", is_flag=True, help="print the recipe as YAML: nothing is merged")
@@ -135,7 +136,7 @@ def merge_command(models: tuple[str, ...], method: str | None, recipe_only: bool
         options["as"] = options.pop("as_")
         stated = {name: options.pop(name) for name in RECIPE_OPTIONS}
         parameters = {name.replace("__", "."): value for name, value in options.items() if value is not None}
-        values = {name: value for name, value in stated.items() if value is not None}
+        values = {name: value for name, value in stated.items() if value not in (None, ())}
         recipe = make_recipe({"models": list(models), "method": method, "parameters": parameters, **values}, "merge")
         if recipe_only:
             click.echo(recipe.to_yaml(), nl=False)

@@ -76,7 +76,7 @@ def echo_plan(plan: Plan, destination: Path, threads: int | None, max_memory: in
         "read_bytes": plan.read_bytes,
         "write_bytes": plan.out_bytes,
         "workers": workers,
-        "peak_memory_bytes": workers * plan.worker_bytes,
+        "peak_memory_bytes": workers * plan.worker_bytes + plan.kept_bytes,
         "matched": list(plan.matched),
         "notices": list(plan.notices),
     }
@@ -99,6 +99,8 @@ def echo_merged(merged: Merged, plan: Plan) -> None:
         click.echo(line, err=True)
     _notices(merged.notices)
     _discarded(merged.discarded)
+    for fact, value in merged.facts.items():
+        click.echo(f"{fact}: {value:.4g}", err=True)
     rank = f" of rank {merged.rank}" if merged.rank else ""
     click.echo(
         f"{merged.path}: {merged.kind}{rank}, {len(plan.models)} models by {merged.method}, {merged.tensors} tensors, "

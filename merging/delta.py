@@ -134,6 +134,12 @@ class Stack:
         """Whether every change is kept as factors."""
         return self._values is None and all(isinstance(delta, LowRank) for delta in self.deltas)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the values."""
+        first = self.deltas[0]
+        return first.up.dtype if isinstance(first, LowRank) else first.value.dtype
+
     def dense(self) -> Tensor:
         """All changes written out side by side, ``[n, *shape]``."""
         if self._values is None:
@@ -142,6 +148,8 @@ class Stack:
 
     def rows(self, start: int, stop: int) -> Stack:
         """The same rows of every change."""
+        if self._deltas is None and self._values is not None:
+            return Stack.of(self._values[:, start:stop], self.models, self.present)
         return Stack([delta.rows(start, stop) for delta in self.deltas], self.models, self.present)
 
     def map(self, function: Callable[[Delta], Delta]) -> Stack:

@@ -49,6 +49,7 @@ class Merged:
     rank: int | None = None
     notices: tuple[str, ...] = ()
     discarded: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The same in plain values, for JSON."""
@@ -77,10 +78,10 @@ def merge(
 
     ``method`` is a method or a chain as it is written (``"lines+task_arithmetic"``). ``options`` are the recipe's
     (``base``, ``dtype``, ``rank``, ``kind``, ``layers``, ``lora_alpha``, ``shard_size``, ``on_mismatch``,
-    ``allow_different_bases``, ``allow_nonfinite``: see :class:`~merging.recipe.Recipe`) and the method's parameters by
-    name (``weights=(1, 1, -1)``). ``output`` ending in ``.safetensors`` is a single file, any other a folder; without
-    it the output is ``merged.safetensors`` or the folder ``merged``. ``max_memory`` is in bytes, above what the
-    imports take. ``progress`` is told the bytes done and in all.
+    ``exclude``, ``allow_different_bases``, ``allow_nonfinite``: see :class:`~merging.recipe.Recipe`) and the method's
+    parameters by name (``weights=(1, 1, -1)``). ``output`` ending in ``.safetensors`` is a single file, any other a
+    folder; without it the output is ``merged.safetensors`` or the folder ``merged``. ``max_memory`` is in bytes, above
+    what the imports take. ``progress`` is told the bytes done and in all.
 
     Raises :class:`~merging.errors.MergingError`, and leaves nothing behind then.
     """
@@ -141,7 +142,8 @@ def merge_plan(
         most = None if single or plan.output == "adapter" else plan.recipe.shard_size
         writer = TensorWriter(landing.folder, stem, plan.outs, _metadata(plan), most)
         try:
-            done = run(plan, writer, device=device, threads=workers, progress=progress)
+            scratch = landing.folder
+            done = run(plan, writer, device=device, threads=workers, progress=progress, scratch=scratch)
             writer.finish()
         finally:
             writer.close()
@@ -160,13 +162,14 @@ def merge_plan(
         rank=plan.rank or None,
         notices=(*notices, *done.notices),
         discarded=done.discarded,
+        facts=done.facts,
     )
 
 
 def check_output(plan: Plan, destination: Path, overwrite: bool) -> None:
     """Refuse a destination that the plan's output cannot or must not take."""
     inputs = [file for model in [*plan.models, plan.base] if model for file in (model.path, *model.files)]
-    check_destination(destination, inputs, plan.out_bytes, overwrite)
+    check_destination(destination, inputs, plan.out_bytes + plan.spool_bytes, overwrite)
 
 
 def _metadata(plan: Plan) -> dict[str, str]:
@@ -190,12 +193,12 @@ def workers_within(plan: Plan, threads: int, max_memory: int | None) -> int:
         raise OptionError(f"threads = {threads}: at least one is needed")
     if max_memory is None:
         return threads
-    needed = plan.worker_bytes
+    needed = plan.worker_bytes + plan.kept_bytes
     if needed > max_memory:
         raise OptionError(
             f"max_memory = {max_memory / 1e6:.0f} MB is too little: this merge needs {needed / 1e6:.0f} MB"
         )
-    return min(threads, max_memory // max(1, needed))
+    return min(threads, (max_memory - plan.kept_bytes) // max(1, plan.worker_bytes))
 
 
 def pick_device(name: str) -> torch.device:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -55,6 +55,10 @@ class Fold(ABC):
     @abstractmethod
     def start(self) -> State:
         """A fresh accumulator, before the first sweep."""
+
+    def widened(self, dtype: torch.dtype) -> Fold:
+        """The same for values of float32 or float64."""
+        return self
 
 
 class State(ABC):
@@ -158,6 +162,9 @@ class Ranked(Fold):
 
     def start(self) -> State:
         return _Selection(self)
+
+    def widened(self, dtype: torch.dtype) -> Ranked:
+        return replace(self, dtype=torch.promote_types(self.dtype, dtype))
 
 
 class _Selection(State):

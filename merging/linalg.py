@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merging.delta import LowRank
+from merging.delta import Delta, LowRank
 
-__all__ = ["compress", "factored_svd", "safe_ratio", "truncate"]
+__all__ = ["balance", "compress", "factored_svd", "safe_ratio", "squared_norm", "truncate"]
 
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 2
@@ -27,6 +27,12 @@ def factored_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q_down, r_down = torch.linalg.qr(down.double().mT)
     u, s, vh = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
     return q_up @ u, s, vh @ q_down.mT
+
+
+def balance(delta: LowRank) -> LowRank:
+    """The same change with the singular values of the product split evenly between its factors, float64."""
+    u, s, vh = factored_svd(delta.up, delta.down)
+    return _balanced(u, s, vh, len(s), torch.float64, delta.shape, delta.transposed)[0]
 
 
 def truncate(delta: LowRank, rank: int) -> tuple[LowRank, float]:
@@ -68,3 +74,12 @@ def _balanced(
     up, down = (u[..., :rank] * root).to(dtype), (root[:, None] * vh[..., :rank, :]).to(dtype)
     energy = s.square()
     return LowRank(up, down, shape, transposed), safe_ratio(float(energy[rank:].sum()), float(energy.sum()))
+
+
+def squared_norm(delta: Delta) -> Tensor:
+    """The sum of squares of a change, float64; of factors through their Gram matrices."""
+    if isinstance(delta, LowRank):
+        up, down = delta.up.double(), delta.down.double()
+        return ((up.mT @ up) * (down @ down.mT)).sum()
+    pieces = torch.split(delta.value.reshape(-1), 1 << 20)
+    return torch.stack([piece.double().square().sum() for piece in pieces]).sum()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, Union
+from dataclasses import field as dataclass_field
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
@@ -13,49 +14,13 @@ from torch import Tensor
 from merging.delta import Delta, Stack
 from merging.errors import OptionError, nearest
 from merging.folds import Fold
+from merging.parameters import Coefficient, bound, spread, varies
+from merging.site import Site
 
-__all__ = ["Closing", "Coefficient", "Method", "PerModel", "Round", "Seen", "Site", "Wrapper", "number", "spread"]
-
-T = TypeVar("T")
-
-_Number = Annotated[float, Field(ge=-1e30, le=1e30, allow_inf_nan=False)]
-
-# Left to right, so that a tensor is never tried as a number, which would warn of its gradient.
-Coefficient = Annotated[Tensor | _Number, Field(union_mode="left_to_right")]
-"""A number, or a tensor of one element through which gradients flow."""
-
-PerModel: TypeAlias = Union[T, tuple[T, ...]]  # noqa: UP007 (a generic alias must be subscriptable)
-"""One value for all models, or one a model (as a tuple, or as a tensor ``[n]`` for coefficients)."""
+__all__ = ["Closing", "Entered", "Method", "Round", "Seen", "Wrapper", "build", "check_places", "descend"]
 
 Seen = Mapping[str, Tensor]
 """Results of the rounds so far, by name."""
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """Where a tensor sits: its name in the base, its shape, and its layer in the stack of blocks it belongs to.
-
-    ``layer`` is None outside the stacks, where ``after`` tells the tensors behind the blocks (final norm, head) from
-    those before. ``start`` is the offset of a block of the tensor, in elements of the flattened whole.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    layer: int | None = None
-    layers: int = 0
-    after: bool = False
-    start: int = 0
-
-    @property
-    def depth(self) -> float:
-        """0 in the first block, 1 in the last (and in an only one); 0 outside the stacks."""
-        if self.layer is None:
-            return 0.0
-        return min(1.0, self.layer / (self.layers - 1)) if self.layers > 1 else 1.0
-
-    def block(self, shape: tuple[int, ...], start: int) -> Site:
-        """The same place, narrowed to a block of the given shape that starts at a flat offset."""
-        return replace(self, shape=shape, start=start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +38,29 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Closing:
-    """A statistic over the *merged* changes: ``fold`` over ``of(merged, stack, site) -> [k, ...]``, by row blocks."""
+    """A statistic over the *merged* changes: ``fold`` over ``of(merged, stack, site) -> [k, ...]``.
+
+    By row blocks, or on whole tensors and their factors where the statistic follows from these (``grain``).
+    """
 
     name: str
     fold: Fold
     of: Callable[[Delta, Stack, Site], Tensor]
+    grain: Literal["element", "matrix"] = "element"
+
+
+@dataclass(frozen=True, slots=True)
+class Entered:
+    """What a wrapper made of a stack: what is left to do, on what, and the way back.
+
+    ``facts`` are numbers worth telling of this tensor, by name; their means over the tensors are reported.
+    """
+
+    then: Method
+    stack: Stack
+    site: Site
+    leave: Callable[[Delta], Delta]
+    facts: Mapping[str, float] = dataclass_field(default_factory=dict)
 
 
 class Method(BaseModel, ABC):
@@ -93,6 +76,8 @@ class Method(BaseModel, ABC):
     paper: ClassVar[str] = ""
     models: ClassVar[tuple[int, int | None]] = (1, None)
     """The fewest and the most models it merges; None is no limit."""
+    random: ClassVar[bool] = False
+    """Whether it makes random choices, for which it must be able to tell the models by their content."""
 
     @property
     def origin(self) -> Literal["base", "none"]:
@@ -117,9 +102,19 @@ class Method(BaseModel, ABC):
         """Whether the merged change is multiplied by a :meth:`factor` of its place, so that it must be a change."""
         return False
 
-    def closing(self, models: int) -> Closing | None:
-        """What :meth:`factor` must know about the merged changes, if anything."""
-        return None
+    @property
+    def takes_factors(self) -> bool:
+        """Whether low-rank changes are brought to it whole and as factors, whatever it makes of them."""
+        return self.factored
+
+    @property
+    def varies(self) -> bool:
+        """Whether any parameter differs from place to place."""
+        return any(varies(getattr(self, field)) for field in type(self).model_fields)
+
+    def closings(self, models: int) -> tuple[Closing, ...]:
+        """What :meth:`factor` must know about the merged changes."""
+        return ()
 
     def check(self, models: int) -> None:
         """Raise :class:`~merging.errors.OptionError` if the parameters do not suit this many models."""
@@ -129,8 +124,6 @@ class Method(BaseModel, ABC):
             raise OptionError(f"{self.name} merges {wanted} models, and {models} were given")
         for field in type(self).model_fields:
             value = getattr(self, field)
-            if isinstance(value, Method):
-                continue
             given = len(value) if isinstance(value, tuple) or (isinstance(value, Tensor) and value.dim()) else None
             if given is not None and given != models:
                 raise OptionError(
@@ -139,8 +132,17 @@ class Method(BaseModel, ABC):
                 )
 
     def at(self, site: Site) -> Method:
-        """The method bound at a place, for parameters that vary over the model."""
-        return self
+        """The method bound at a place: every parameter has the value that it has there.
+
+        Raises :class:`~merging.errors.OptionError` for one that has none there, or one out of bounds.
+        """
+        if not self.varies:
+            return self
+        values = {field: getattr(self, field) for field in type(self).model_fields}
+        try:
+            return build(type(self), {field: bound(value, site) for field, value in values.items()})
+        except ValueError as error:
+            raise OptionError(f"{self.name}: {error}") from None
 
     def rounds(self) -> tuple[Round, ...]:
         """What must be known before :meth:`merge`, in the order in which it is gathered."""
@@ -162,6 +164,15 @@ class Method(BaseModel, ABC):
         """What the merged change of a tensor is multiplied by at the end."""
         return 1.0
 
+    def facts(self, seen: Seen, models: int) -> dict[str, float]:
+        """Numbers worth telling of the whole merge, by name, when it is done."""
+        return {}
+
+    @property
+    def inside(self) -> Method | None:
+        """The chain that it is short for, if it is."""
+        return None
+
     def links(self) -> list[Method]:
         """The chain, outermost first."""
         return [self]
@@ -177,45 +188,63 @@ class Wrapper(Method):
 
     then: Method = Field(description="the method inside")
 
+    whole: ClassVar[bool] = False
+    """Whether :meth:`enter` must see all of a tensor, not a block. It then takes factors as they are, and has no rounds
+    of its own."""
+
     @property
     def origin(self) -> Literal["base", "none"]:
         return self.then.origin
 
     @property
     def grain(self) -> Literal["element", "matrix"]:
-        return self.then.grain
+        return "matrix" if self.whole else self.then.grain
 
     @property
     def factored(self) -> bool:
         return self.then.factored
 
     @property
+    def takes_factors(self) -> bool:
+        return self.whole or (self.transparent and self.then.takes_factors) or self.factored
+
+    @property
+    def transparent(self) -> bool:
+        """Whether it leaves the changes as they are, and acts elsewhere."""
+        return type(self).enter is Wrapper.enter
+
+    @property
     def rescales(self) -> bool:
         return self.then.rescales
 
-    def closing(self, models: int) -> Closing | None:
-        return self.then.closing(models)
+    def closings(self, models: int) -> tuple[Closing, ...]:
+        return self.then.closings(models)
 
     def check(self, models: int) -> None:
         super().check(models)
         self.then.check(models)
 
     def at(self, site: Site) -> Method:
-        return self.model_copy(update={"then": self.then.at(site)})
+        own, then = super().at(site), self.then.at(site)
+        return own if then is self.then else own.model_copy(update={"then": then})
 
-    def enter(self, stack: Stack, site: Site) -> tuple[Stack, Site, Callable[[Delta], Delta]]:
+    def enter(self, stack: Stack, site: Site, seen: Seen) -> Entered:
         """What ``then`` works on, and the way back out of it."""
-        return stack, site, lambda merged: merged
+        return Entered(self.then, stack, site, lambda merged: merged)
 
     def rounds(self) -> tuple[Round, ...]:
         def inside(of: Callable[[Stack, Site, Seen], Tensor]) -> Callable[[Stack, Site, Seen], Tensor]:
-            return lambda stack, site, seen: of(*self.enter(stack, site)[:2], seen)
+            def entered_of(stack: Stack, site: Site, seen: Seen) -> Tensor:
+                entered = self.enter(stack, site, seen)
+                return of(entered.stack, entered.site, seen)
+
+            return entered_of
 
         return tuple(replace(each, of=inside(each.of)) for each in self.then.rounds())
 
     def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
-        stack, site, leave = self.enter(stack, site)
-        return leave(self.then.merge(stack, site, seen))
+        entered = self.enter(stack, site, seen)
+        return entered.leave(entered.then.merge(entered.stack, entered.site, seen))
 
     def coefficients(self, models: int) -> list[Any]:
         return self.then.coefficients(models)
@@ -223,22 +252,40 @@ class Wrapper(Method):
     def factor(self, site: Site, seen: Seen, models: int) -> Coefficient:
         return self.then.factor(site, seen, models)
 
+    def facts(self, seen: Seen, models: int) -> dict[str, float]:
+        return self.then.facts(seen, models)
+
     def links(self) -> list[Method]:
         return [self, *self.then.links()]
 
 
-def spread(value: Any, models: int) -> list[Any]:
-    """One value a model, from one for all or a sequence of as many; a tensor ``[n]`` is taken apart."""
-    if isinstance(value, Tensor) and value.dim():
-        return list(value.unbind())
-    if isinstance(value, Sequence):
-        return list(value)
-    return [value] * models
+def check_places(method: Method, sites: Iterable[Site], models: int) -> None:
+    """Check the parameters at every place, where they differ from place to place."""
+    if any(link.varies for link in method.links()):
+        for site in sites:
+            method.at(site).check(models)
 
 
-def number(value: float | Tensor) -> float:
-    """The value of a coefficient, without its gradient."""
-    return float(value.detach() if isinstance(value, Tensor) else value)
+def descend(method: Method, stack: Stack, site: Site, seen: Seen) -> Entered:
+    """Go through the outer wrappers that see whole tensors, down to the method that is left to do inside.
+
+    ``stack`` is all of a tensor. Done once for all rounds of the tensor and its merge, however dear.
+    """
+    leaves: list[Callable[[Delta], Delta]] = []
+    facts: dict[str, float] = {}
+    method = method.inside or method
+    while isinstance(method, Wrapper) and (method.whole or method.transparent):
+        entered = method.enter(stack, site, seen)
+        method, stack, site = entered.then.inside or entered.then, entered.stack, entered.site
+        leaves.insert(0, entered.leave)
+        facts |= entered.facts
+
+    def leave(merged: Delta) -> Delta:
+        for each in leaves:
+            merged = each(merged)
+        return merged
+
+    return Entered(method, stack, site, leave, facts)
 
 
 def build(cls: type[Method], parameters: Mapping[str, Any]) -> Method:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from merging.errors import FormatError, OptionError, nearest
 from merging.method import Method
 from merging.methods import chain, parameters_of
+from merging.parameters import plain
 
 __all__ = ["DTYPES", "Recipe", "load_recipe"]
 
@@ -44,6 +44,7 @@ class Recipe(BaseModel):
     on_mismatch: Literal["error", "base"] = Field(
         "error", description="tensors that differ in shape or that some model lacks: refuse, or keep the base's"
     )
+    exclude: tuple[str, ...] = Field((), description="tensors that are left as in the base: names, parts, or wildcards")
     allow_different_bases: bool = Field(False, description="merge adapters that say they have different bases")
     allow_nonfinite: bool = Field(False, description="merge inputs that hold NaN or infinities")
 
@@ -76,7 +77,7 @@ class Recipe(BaseModel):
         if parameters:
             values["parameters"] = parameters
         rest = self.model_dump(exclude={"models", "method"}, exclude_defaults=True, by_alias=True)
-        return values | rest
+        return values | {key: list(value) if isinstance(value, tuple) else value for key, value in rest.items()}
 
     def to_yaml(self) -> str:
         """The recipe as YAML, which :func:`load_recipe` reads back to an equal one."""
@@ -87,17 +88,11 @@ def _parameters(method: Method) -> dict[str, Any]:
     links = method.links()
     fields = [field for link in links for field in parameters_of(type(link))]
     return {
-        f"{link.name}.{field}" if fields.count(field) > 1 else field: _plain(getattr(link, field))
+        f"{link.name}.{field}" if fields.count(field) > 1 else field: plain(getattr(link, field))
         for link in links
         for field in parameters_of(type(link))
-        if _plain(getattr(link, field)) != _plain(type(link).model_fields[field].default)
+        if plain(getattr(link, field)) != plain(type(link).model_fields[field].default)
     }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
-    return [_plain(each) for each in value] if isinstance(value, tuple) else value
 
 
 def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:

@@ -10,26 +10,33 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from statistics import fmean
 
 import torch
 
-from merging.folds import State
 from merging.method import Closing, Round
+from merging.opened import Unit
 from merging.plan.items import CHUNK, Plan
+from merging.spool import Spool
 from merging.threads import Progress, share_out
 from merging.tiles import GPU_TILE
-from merging.worker import Shared, Sink, Unit, Worker
+from merging.worker import Shared, Sink, Worker
 
 __all__ = ["Done", "Sink", "run"]
 
 
 @dataclass(slots=True)
 class Done:
-    """What carrying out a plan showed: seconds, remarks, and per module the energy that a lower rank discarded."""
+    """What carrying out a plan showed: seconds, remarks, and per module the energy that a lower rank discarded.
+
+    ``facts`` are what the method tells of the merge, by name: for what it tells of single tensors the mean.
+    """
 
     seconds: float
     notices: list[str]
     discarded: dict[str, float]
+    facts: dict[str, float]
 
 
 def run(
@@ -39,31 +46,39 @@ def run(
     device: torch.device | None = None,
     threads: int = 1,
     progress: Progress | None = None,
+    scratch: Path | None = None,
 ) -> Done:
-    """Carry out a plan with so many workers, writing to ``sink``.
+    """Carry out a plan with so many workers, writing to ``sink``; ``scratch`` is a folder for what is set aside.
 
     Raises :class:`~merging.errors.MergingError` for values that cannot be merged, files that changed under way, and
     what the sink refuses; nothing is left running then.
     """
     began = time.perf_counter()
     device = device or torch.device("cpu")
-    shared = Shared(plan, sink, device)
+    shared = Shared(plan, sink, device, Spool(scratch), keeps=plan.kept_bytes > 0)
     share = partial(share_out, threads=threads, device=device)
-    sweeps = _sweeps(plan)
+    stages = _stages(plan)
     units = _units(plan, device)
     merged = [unit for unit in units if unit.item.form != "copy"]
-    total = sum(unit.bytes for unit in units) + sum(unit.bytes for unit in merged) * sum(f.fold.sweeps for f in sweeps)
+    sweeps = sum(max(each.fold.sweeps for each in stage) for stage in stages)
+    total = sum(unit.bytes for unit in units) + sum(unit.bytes for unit in merged) * sweeps
     report = _Counter(progress, total)
-    for fold in sweeps:
-        _gather(shared, fold, merged, share, report)
-    share(units, partial(Worker, shared), Worker.emit, report)
-    return Done(time.perf_counter() - began, sorted(shared.notices), shared.discarded)
+    try:
+        for stage in stages:
+            _gather(shared, stage, merged, share, report)
+        share(units, partial(Worker, shared), Worker.emit, report)
+    finally:
+        shared.spool.close()
+    facts = {fact: fmean(found[name] for name in sorted(found)) for fact, found in sorted(shared.facts.items())}
+    facts |= plan.recipe.method.facts(shared.seen, len(plan.models))
+    return Done(time.perf_counter() - began, sorted(shared.notices), shared.discarded, facts)
 
 
-def _sweeps(plan: Plan) -> list[Round | Closing]:
-    rounds: list[Round | Closing] = [each for each in plan.recipe.method.rounds() if each.per == "model"]
-    closing = plan.recipe.method.closing(len(plan.models))
-    return [*rounds, closing] if closing else rounds
+def _stages(plan: Plan) -> list[list[Round | Closing]]:
+    """The folds over the whole model, those side by side that one sweep can gather."""
+    rounds: list[list[Round | Closing]] = [[each] for each in plan.recipe.method.rounds() if each.per == "model"]
+    closings = list(plan.recipe.method.closings(len(plan.models)))
+    return [*rounds, [*closings]] if closings else rounds
 
 
 def _units(plan: Plan, device: torch.device) -> list[Unit]:
@@ -90,19 +105,27 @@ class _Counter:
 
 
 def _gather(
-    shared: Shared, fold: Round | Closing, units: Sequence[Unit], share: Callable[..., list[Worker]], report: _Counter
+    shared: Shared,
+    folds: Sequence[Round | Closing],
+    units: Sequence[Unit],
+    share: Callable[..., list[Worker]],
+    report: _Counter,
 ) -> None:
-    """Go through all units as often as a fold needs, and note its result."""
-    state = fold.fold.start()
+    """Go through all units as often as the folds need, and note their results."""
+    dtype = shared.plan.widest
+    states = [each.fold.widened(dtype).start() for each in folds]
     while True:
 
-        def worker(state: State = state) -> Worker:
+        def worker() -> Worker:
             worker = Worker(shared)
-            worker.state = state.fork()
+            worker.states = [state.fork() for state in states]
             return worker
 
-        for each in share(units, worker, partial(Worker.see, fold=fold), report):
-            state.merge(each.state)
-        if not state.next():
+        for each in share(units, worker, partial(Worker.see, folds=folds), report):
+            for state, gathered in zip(states, each.states, strict=True):
+                state.merge(gathered)
+        unfinished = [state.next() for state in states]  # each of them must be told
+        if not any(unfinished):
             break
-    shared.seen[fold.name] = state.result()
+    for fold, state in zip(folds, states, strict=True):
+        shared.seen[fold.name] = state.result()

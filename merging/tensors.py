@@ -10,9 +10,12 @@ from torch import Tensor
 
 from merging.delta import Delta, Dense, LowRank, Stack
 from merging.errors import InputError, OptionError
+from merging.folds import Fold
 from merging.layers import Stacks
-from merging.method import Closing, Method, Round, Site
+from merging.method import Entered, Method, Seen, check_places, descend
 from merging.methods import chain
+from merging.parameters import all_matching
+from merging.site import Site, site_of
 from merging.sources.adapter import LoraChange
 from merging.sources.peft import peft_changes
 from merging.sources.stored import MappedTensor
@@ -26,13 +29,19 @@ def merge_state_dicts(
     method: str | Method,
     base: Mapping[str, Tensor] | None = None,
     layers: int | None = None,
+    exclude: Sequence[str] = (),
+    transposed: Sequence[str] = (),
+    keys: Sequence[str] | None = None,
     **parameters: Any,
 ) -> dict[str, Tensor]:
     """Merge full models given as state dicts: the same names, shapes and devices, and what comes out has them too.
 
     Computed in float32 (float64 for float64 tensors) and cast to the types of ``base``, or of the first model.
     Tensors that hold no floating-point numbers are the base's. Coefficients among ``parameters`` may be tensors, and
-    gradients reach them. ``layers`` is the number of blocks where the names do not tell.
+    gradients reach them. ``layers`` is the number of blocks where the names do not tell; tensors that ``exclude`` names
+    (or part of their names, or wildcards) stay the base's. ``transposed`` names those that are stored as inputs by
+    outputs, as GPT-2's are, for methods that ask. ``keys`` tell the models apart for methods that make random choices:
+    the same key, the same choices; by default the positions.
 
     Raises :class:`~merging.errors.InputError` for names or shapes that differ, and
     :class:`~merging.errors.OptionError` for a method that needs the base.
@@ -45,8 +54,10 @@ def merge_state_dicts(
     _check_names(models, reference)
     stacks = _stacks(reference, layers, complete=True)
     merged: dict[str, Tensor] = {}
-    floating = {name: value for name, value in reference.items() if value.is_floating_point()}
-    sites = {name: _site(name, tuple(value.shape), stacks) for name, value in floating.items()}
+    left = all_matching(exclude, reference)
+    floating = {n: value for n, value in reference.items() if value.is_floating_point() and n not in left}
+    turned = all_matching(transposed, floating)
+    sites = {name: site_of(name, tuple(value.shape), stacks, name in turned) for name, value in floating.items()}
     weights = bound.origin == "none"
 
     def stack(name: str) -> tuple[Stack, Tensor | None]:
@@ -54,7 +65,7 @@ def merge_state_dicts(
         origin = None if base is None else base[name].to(dtype)
         values = [model[name].to(dtype) for model in models]
         changes = values if weights or origin is None else [value - origin for value in values]
-        return Stack([Dense(value) for value in changes]), origin
+        return Stack([Dense(value) for value in changes], keys), origin
 
     changes = _merged(bound, sites, stack, weights)
     results = {name: (delta.dense(), origin) for name, delta, origin in changes}
@@ -72,12 +83,16 @@ def merge_deltas(
     *,
     method: str | Method,
     layers: int | None = None,
+    exclude: Sequence[str] = (),
+    transposed: Sequence[str] = (),
+    keys: Sequence[str] | None = None,
     **parameters: Any,
 ) -> dict[str, Delta]:
     """Merge adapters given as changes by target (``LowRank`` or ``Dense``, as :func:`peft_deltas` makes them).
 
     A target that an adapter lacks is unchanged by it. Factored methods give ``LowRank`` for ``LowRank``. ``layers`` is
-    the number of blocks, by default the largest index among the targets. Raises
+    the number of blocks, by default the largest index among the targets; ``exclude`` (what it names
+    is left out), ``transposed`` (of full changes) and ``keys`` are those of :func:`merge_state_dicts`. Raises
     :class:`~merging.errors.OptionError` for a method that merges weights, which changes alone do not tell.
     """
     adapters = list(adapters)
@@ -85,9 +100,13 @@ def merge_deltas(
     if bound.origin == "none" and not bound.factored:
         raise OptionError(f"{bound.chain} merges weights, and these are changes: add them to the base first")
     names = dict.fromkeys(name for adapter in adapters for name in adapter)
+    for name in all_matching(exclude, names):
+        del names[name]
     shapes = {name: _shape(name, adapters) for name in names}
     stacks = _stacks(shapes, layers, complete=False)
-    sites = {name: _site(name, shape, stacks) for name, shape in shapes.items()}
+    turned = all_matching(transposed, names)
+    turned |= {name for adapter in adapters for name, delta in adapter.items() if getattr(delta, "transposed", False)}
+    sites = {name: site_of(name, shape, stacks, name in turned) for name, shape in shapes.items()}
 
     def stack(name: str) -> tuple[Stack, Tensor | None]:
         found = [adapter.get(name) for adapter in adapters]
@@ -96,7 +115,7 @@ def merge_deltas(
         deltas = [zero if delta is None else delta for delta in found]
         if not all(isinstance(delta, LowRank) for delta in deltas):
             deltas = [Dense(delta.dense()) for delta in deltas]
-        return Stack(deltas, present=[delta is not None for delta in found]), None
+        return Stack(deltas, keys, present=[delta is not None for delta in found]), None
 
     return {name: delta for name, delta, _ in _merged(bound, sites, stack, weights=False)}
 
@@ -108,37 +127,57 @@ def _merged(
     weights: bool,
 ) -> Iterator[tuple[str, Delta, Tensor | None]]:
     """The merged change of every tensor with the base it belongs on, or the merged weight with no base."""
+    models = len(stack_at(next(iter(sites)))[0]) if sites else 0
+    check_places(method, sites.values(), models)
     seen: dict[str, Tensor] = {}
+
+    def opened(name: str) -> tuple[Stack, Entered, Tensor | None]:
+        stack, origin = stack_at(name)
+        return stack, descend(method.at(sites[name]), stack, sites[name], seen), origin
+
     for each in method.rounds():
         if each.per == "model":
-            seen[each.name] = _gather(each, [each.of(stack_at(n)[0], site, seen) for n, site in sites.items()])
+            values = []
+            for name in sites:
+                _, entered, _ = opened(name)
+                local = _local(entered, seen, each.name)
+                bound = next(round for round in entered.then.rounds() if round.name == each.name)
+                values.append(bound.of(entered.stack, entered.site, local))
+            seen[each.name] = _gather(each.fold, values)
 
     def merge(name: str) -> tuple[Delta, Stack, Tensor | None]:
-        site, local = sites[name], dict(seen)
-        stack, origin = stack_at(name)
-        bound = method.at(site)
-        for each in bound.rounds():
-            if each.per == "tensor":
-                local[each.name] = _gather(each, [each.of(stack, site, local)])
-        merged = bound.merge(stack, site, local)
+        stack, entered, origin = opened(name)
+        merged = entered.leave(entered.then.merge(entered.stack, entered.site, _local(entered, seen)))
         if weights and not method.rescales:
             return merged, stack, None
         if weights and origin is not None:
             merged, stack = Dense(merged.dense() - origin), stack.map(lambda delta: Dense(delta.dense() - origin))
         return merged, stack, origin
 
-    models = len(stack_at(next(iter(sites)))[0]) if sites else 0
-    closing = method.closing(models)
-    if closing is not None:
-        norms = [closing.of(*merge(name)[:2], site) for name, site in sites.items()]
-        seen[closing.name] = _gather(closing, norms)
+    closings = method.closings(models)
+    raw = {name: merge(name) for name in sites} if closings else {}
+    for position, closing in enumerate(closings):
+        values = [method.at(site).closings(models)[position].of(*raw[name][:2], site) for name, site in sites.items()]
+        seen[closing.name] = _gather(closing.fold, values)
     for name, site in sites.items():
-        merged, _, origin = merge(name)
-        yield name, merged.scaled(method.factor(site, seen, models)), origin
+        merged, _, origin = raw[name] if closings else merge(name)
+        yield name, merged.scaled(method.at(site).factor(site, seen, models)), origin
 
 
-def _gather(fold: Round | Closing, values: Sequence[Tensor]) -> Tensor:
-    state = fold.fold.start()
+def _local(entered: Entered, seen: Seen, before: str | None = None) -> Seen:
+    """The results of all rounds, or of those before one, those over this tensor among them."""
+    local = dict(seen)
+    for each in entered.then.rounds():
+        if each.name == before:
+            break
+        if each.per == "tensor":
+            local[each.name] = _gather(each.fold, [each.of(entered.stack, entered.site, local)])
+    return local
+
+
+def _gather(fold: Fold, values: Sequence[Tensor]) -> Tensor:
+    wide = any(value.dtype == torch.float64 for value in values)
+    state = fold.widened(torch.float64 if wide else torch.float32).start()
     while True:
         for position, each in enumerate(values):
             state.add(each, position)
@@ -181,11 +220,6 @@ def _shape(name: str, adapters: Sequence[Mapping[str, Delta]]) -> tuple[int, ...
 def _stacks(names: Mapping[str, object], layers: int | None, complete: bool) -> Stacks:
     stacks = Stacks.from_names(names, complete=complete)
     return stacks.with_layers(layers) if layers else stacks
-
-
-def _site(name: str, shape: tuple[int, ...], stacks: Stacks) -> Site:
-    place = stacks.place(name)
-    return Site(name, shape, place.layer, place.layers, place.after)
 
 
 def peft_deltas(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Delta]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Protocol
@@ -14,13 +14,16 @@ from merging.delta import Delta, Dense, LowRank, Stack
 from merging.errors import InputError
 from merging.folds import State
 from merging.linalg import compress, truncate
-from merging.method import Closing, Coefficient, Method, Round, Seen, Site
+from merging.method import Closing, Entered, Round
+from merging.opened import Opened, Unit, blocks, feed
+from merging.parameters import Coefficient
 from merging.plan.items import Item, Plan
 from merging.sources.adapter import LoraChange
 from merging.sources.stored import DTYPES, Out, Stored
-from merging.tiles import Tiler, row_step
+from merging.spool import Spool
+from merging.tiles import Tiler
 
-__all__ = ["Shared", "Sink", "Unit", "Worker"]
+__all__ = ["Shared", "Sink", "Worker"]
 
 
 class Sink(Protocol):
@@ -30,67 +33,81 @@ class Sink(Protocol):
         """Take the elements ``values`` (one axis, on the CPU) of a tensor, from position ``start`` on."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Unit:
-    """A piece of an item, by flat offsets; the whole item unless it lies in full."""
-
-    item: Item
-    start: int
-    stop: int
-
-    @property
-    def bytes(self) -> int:
-        return self.item.read_bytes * (self.stop - self.start) // max(1, self.item.numel)
-
-
 @dataclass(slots=True, eq=False)
 class Shared:
-    """What the workers of one run have in common: the task, and what they find out."""
+    """What the workers of one run have in common: the task, and what they find out.
+
+    ``facts`` are numbers that methods tell, by name and tensor; ``kept`` what wrappers made of factors,
+    if there is room for it (``keeps``).
+    """
 
     plan: Plan
     sink: Sink
     device: torch.device
+    spool: Spool
+    keeps: bool
     seen: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, Entered] = field(default_factory=dict)
     notices: set[str] = field(default_factory=set)
     discarded: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 class Worker:
-    """Does units with buffers of its own; ``state`` is what it gathers in a sweep."""
+    """Does units with buffers of its own; ``states`` is what it gathers in a sweep, a state a fold."""
 
-    state: State
+    states: Sequence[State] = ()
 
     def __init__(self, shared: Shared) -> None:
         self.shared = shared
         self.plan = shared.plan
         self.tiler = Tiler(shared.plan, shared.device)
 
-    def see(self, unit: Unit, fold: Round | Closing) -> None:
-        """Feed a fold with a unit: a round with what the models bring, a closing with what they merge to."""
+    def see(self, unit: Unit, folds: Sequence[Round | Closing]) -> None:
+        """Feed folds with a unit: rounds with what the models bring, closings with what they merge to."""
         self._advise(unit)
-        if isinstance(fold, Closing):
-            self._see_merged(unit, fold)
+        opened = self._open(unit, keep=True)
+        closings = [each for each in folds if isinstance(each, Closing)]
+        if closings:
+            self._see_merged(opened, closings)
             return
-        for site, stack, _ in self._pieces(unit):
-            self._add(self.state, fold.of(stack, site, self.shared.seen), site)
+        for each, state in zip(folds, self.states, strict=True):
+            opened.see(opened.round(each.name), state, opened.seen(before=each.name))
 
-    def _see_merged(self, unit: Unit, fold: Closing) -> None:
-        item, method = unit.item, self._method(unit.item)
-        seen = self._seen(unit, method)
-        if self.plan.factored(item):
-            stack = self.tiler.stack(item)
-            merged = method.merge(stack, item.site, seen)
-            step = row_step(item.numel // item.site.shape[0], self.tiler.device)
-            for first in range(0, item.site.shape[0], step):
-                last = min(first + step, item.site.shape[0])
-                self._add(self.state, fold.of(merged.rows(first, last), stack.rows(first, last), item.site), item.site)
+    def _open(self, unit: Unit, keep: bool = False) -> Opened:
+        opened = Opened(unit, self.tiler, self.shared.seen, self.shared.kept)
+        name = unit.item.site.name
+        if opened.entered is not None:
+            for fact, value in opened.entered.facts.items():
+                self.shared.facts.setdefault(fact, {})[name] = value
+            if keep and opened.stack is not opened.entered.stack and self.shared.keeps:
+                self.shared.kept[name] = opened.entered
+        return opened
+
+    def _see_merged(self, opened: Opened, folds: Sequence[Closing]) -> None:
+        """Feed closings; a merge of a whole tensor, which may be dear, is set aside for :meth:`emit`."""
+        item, seen = opened.unit.item, opened.seen()
+        bound = self.plan.recipe.method.at(item.site).closings(len(item.inputs))
+        if opened.entered is None:
+            for site, stack, base in opened.pieces():
+                merged = opened.method.merge(stack, site, seen)
+                if self.plan.weights and base is not None:
+                    merged, stack = _as_changes(merged, stack, base)
+                for each, state in zip(bound, self.states, strict=True):
+                    feed(state, each.of(merged, stack, site), site)
             return
-        for site, stack, base in self._pieces(unit):
-            merged = method.merge(stack, site, seen)
-            if self.plan.weights and base is not None:
-                merged = Dense(merged.dense() - base)
-                stack = Stack.of(stack.dense() - base, stack.models, stack.present)
-            self._add(self.state, fold.of(merged, stack, site), site)
+        assert opened.stack is not None
+        merged, stack = opened.merged(), opened.stack
+        if self.plan.weights and opened.base is not None:
+            merged, stack = _as_changes(merged, stack, opened.base)
+        self.shared.spool.put(item.site.name, merged)
+        for each, state in zip(bound, self.states, strict=True):
+            if each.grain == "matrix":
+                feed(state, each.of(merged, stack, item.site), item.site)
+                continue
+            for first, last, block in blocks(merged, self.tiler.device):
+                rows = stack.rows(first, last) if item.site.shape else stack
+                feed(state, each.of(block, rows, item.site), item.site)
 
     def _advise(self, unit: Unit) -> None:
         """Have this piece read ahead, and the next one, which another worker takes meanwhile."""
@@ -98,66 +115,40 @@ class Worker:
             if isinstance(stored, Stored):
                 stored.advise(unit.start, 2 * (unit.stop - unit.start))
 
-    @staticmethod
-    def _add(state: State, values: Tensor, site: Site) -> None:
-        try:
-            state.add(values, site.name)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-
-    def _pieces(self, unit: Unit) -> Iterator[tuple[Site, Stack, Tensor | None]]:
-        """The tiles of a unit with their sites; all of it at once where factors are merged."""
-        item = unit.item
-        if self.plan.factored(item):
-            yield item.site, self.tiler.stack(item), None
-            return
-        for tile in self.tiler.tiles(item, unit.start, unit.stop):
-            yield item.site.block(tuple(tile.stack.dense().shape[1:]), tile.start), tile.stack, tile.base
-
-    def _method(self, item: Item) -> Method:
-        return self.plan.recipe.method.at(item.site)
-
-    def _seen(self, unit: Unit, method: Method) -> Seen:
-        """The results of all rounds, those over this tensor alone gathered now."""
-        seen = dict(self.shared.seen)
-        for each in method.rounds():
-            if each.per != "tensor":
-                continue
-            state = each.fold.start()
-            while True:
-                for site, stack, _ in self._pieces(unit):
-                    self._add(state, each.of(stack, site, seen), site)
-                if not state.next():
-                    break
-            seen[each.name] = state.result()
-        return seen
-
     def emit(self, unit: Unit) -> None:
         """Merge a unit and write it."""
         self._advise(unit)
-        item = unit.item
+        item, method = unit.item, self.plan.recipe.method
         if item.form == "copy":
             self._copy(unit)
             return
-        method = self._method(item)
-        seen = self._seen(unit, method)
-        factor = self.plan.recipe.method.factor(item.site, seen, len(item.inputs))
-        if self.plan.factored(item):
-            merged = method.merge(self.tiler.stack(item), item.site, seen)
-            merged = merged.scaled(factor) if factor != 1 else merged
-            self._emit_factors(item, merged) if item.form == "factors" else self._emit_rows(item, merged)
+        factor = method.at(item.site).factor(item.site, self.shared.seen, len(item.inputs))
+        spooled = self.shared.spool.take(item.site.name)
+        if spooled is not None:
+            self._emit_whole(item, spooled, factor, change=True)
+            return
+        opened = self._open(unit)
+        if opened.entered is not None:
+            merged, change = opened.merged(), not self.plan.weights
+            if opened.base is not None and self.plan.weights and (method.rescales or item.form != "dense"):
+                merged, change = Dense(merged.dense() - opened.base), True
+            self._emit_whole(item, merged, factor, change)
         elif item.form == "factors":
-            self._emit_compressed(unit, method, seen, factor)
+            full = torch.empty(item.numel, dtype=self.plan.dtype(item), device=self.tiler.device)
+            for start, values in self._merged(opened, factor):
+                full[start : start + values.numel()] = values.reshape(-1)
+            self._emit_compressed(item, full.view(item.site.shape))
         else:
-            for start, values in self._merged(unit, method, seen, factor):
+            for start, values in self._merged(opened, factor):
                 self._write(item.outs[0], values, start)
 
-    def _merged(self, unit: Unit, method: Method, seen: Seen, factor: Coefficient) -> Iterator[tuple[int, Tensor]]:
+    def _merged(self, opened: Opened, factor: Coefficient) -> Iterator[tuple[int, Tensor]]:
         """The values to write, tile by tile: the new weights, or their change where the output is an adapter's."""
-        item, weights = unit.item, self.plan.weights
+        item, weights = opened.unit.item, self.plan.weights
         as_change = not weights or self.plan.recipe.method.rescales or item.form != "dense"
-        for site, stack, base in self._pieces(unit):
-            values = method.merge(stack, site, seen).dense()
+        seen = opened.seen()
+        for site, stack, base in opened.pieces():
+            values = opened.method.merge(stack, site, seen).dense()
             if weights and as_change and base is not None:
                 values = values - base
             if item.form == "dense" and as_change and base is not None:
@@ -165,6 +156,42 @@ class Worker:
             elif factor != 1:
                 values = values * factor
             yield site.start, values
+
+    def _emit_whole(self, item: Item, merged: Delta, factor: Coefficient, change: bool) -> None:
+        """A merged tensor, or change of one, that is there as a whole."""
+        merged = merged.scaled(factor) if factor != 1 else merged
+        if item.form == "factors":
+            if isinstance(merged, LowRank):
+                self._emit_factors(item, merged)
+            else:
+                self._emit_compressed(item, merged.dense())
+            return
+        columns = torch.Size(item.site.shape[1:]).numel()
+        for first, _, block in blocks(merged, self.tiler.device):
+            values = block.dense()
+            if change and item.form == "dense" and item.base is not None:
+                values = values + self.tiler.raw(item.base, first * columns, values.numel()).view(values.shape)
+            self._write(item.outs[0], values, first * columns)
+
+    def _emit_compressed(self, item: Item, full: Tensor) -> None:
+        """A merged change that came out in full, as the best factors of the output's rank."""
+        shape = item.site.shape
+        transposed = next(e.is_transposed(shape) for e in item.inputs if isinstance(e, LoraChange))
+        matrix = full.mT if transposed else full.reshape(shape[0], -1)
+        factors, discarded = compress(matrix, self.plan.rank, shape, transposed)
+        self.shared.discarded[item.site.name] = discarded
+        self._emit_factors(item, factors)
+
+    def _emit_factors(self, item: Item, merged: LowRank) -> None:
+        """Factors of exactly the output's rank: truncated to it, or padded with zeros up to it."""
+        if merged.rank > self.plan.rank:
+            merged, discarded = truncate(merged, self.plan.rank)
+            self.shared.discarded[item.site.name] = discarded
+        missing = self.plan.rank - merged.rank
+        down = torch.nn.functional.pad(merged.down, (0, 0, 0, missing))
+        up = torch.nn.functional.pad(merged.up, (0, missing))
+        for out, values in zip(item.outs, (down, up), strict=True):
+            self._write(out, values)
 
     def _write(self, out: Out, values: Tensor, start: int = 0) -> None:
         flat = self.tiler.outgoing(values, DTYPES[out.kind])
@@ -179,43 +206,6 @@ class Worker:
         """Whether values may have left the range of their type: one sum tells of most that they have not."""
         narrowed = out.kind == "F16" or (values.dtype == torch.float64 and out.kind != "F64")
         return narrowed or (values.is_floating_point() and not isfinite(float(values.sum())))
-
-    def _emit_rows(self, item: Item, merged: Delta) -> None:
-        """A merged change by rows, on top of the base where the output is the whole tensor."""
-        shape = item.site.shape
-        columns = item.numel // shape[0]
-        step = row_step(columns, self.tiler.device)
-        for first in range(0, shape[0], step):
-            last = min(first + step, shape[0])
-            values = merged.rows(first, last).dense()
-            if item.form == "dense" and item.base is not None:
-                values += self.tiler.raw(item.base, first * columns, values.numel()).view(values.shape)
-            self._write(item.outs[0], values, first * columns)
-
-    def _emit_compressed(self, unit: Unit, method: Method, seen: Seen, factor: Coefficient) -> None:
-        """A merged change that came out in full, as the best factors of the output's rank."""
-        item = unit.item
-        full = torch.empty(item.numel, dtype=self.plan.dtype(item), device=self.tiler.device)
-        for start, values in self._merged(unit, method, seen, factor):
-            full[start : start + values.numel()] = values.reshape(-1)
-        shape = item.site.shape
-        transposed = next(e.is_transposed(shape) for e in item.inputs if isinstance(e, LoraChange))
-        matrix = full.view(shape).mT if transposed else full.view(shape[0], -1)
-        factors, discarded = compress(matrix, self.plan.rank, shape, transposed)
-        self.shared.discarded[item.site.name] = discarded
-        self._emit_factors(item, factors)
-
-    def _emit_factors(self, item: Item, merged: Delta) -> None:
-        """Factors of exactly the output's rank: truncated to it, or padded with zeros up to it."""
-        assert isinstance(merged, LowRank)
-        if merged.rank > self.plan.rank:
-            merged, discarded = truncate(merged, self.plan.rank)
-            self.shared.discarded[item.site.name] = discarded
-        missing = self.plan.rank - merged.rank
-        down = torch.nn.functional.pad(merged.down, (0, 0, 0, missing))
-        up = torch.nn.functional.pad(merged.up, (0, missing))
-        for out, values in zip(item.outs, (down, up), strict=True):
-            self._write(out, values)
 
     def _copy(self, unit: Unit) -> None:
         """The base's values as they are; the other models' integers are looked at only to tell if they differ."""
@@ -233,3 +223,8 @@ class Worker:
                         self.shared.notices.add(
                             f"{item.site.name} of {path} differs, and integers are not merged: kept the base's"
                         )
+
+
+def _as_changes(merged: Delta, stack: Stack, base: Tensor) -> tuple[Delta, Stack]:
+    """Merged weights and those of the models as changes from the base."""
+    return Dense(merged.dense() - base), Stack.of(stack.dense() - base, stack.models, stack.present)

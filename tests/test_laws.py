@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,11 @@ Tensors = dict[str, Tensor]
 class Row:
     """A method or chain with parameters, and what holds of it.
 
-    ``alone`` are the parameters at which one model is returned as it is. ``swapped`` are those of the merge of the
-    models in reverse order. ``homogeneous``: scaled changes scale the result. ``on_changes``: it merges adapters
-    without their base, factors as well as dense changes. ``gradients`` are the coefficients that have one.
+    ``alone`` are the parameters at which one model is returned as it is (None: there are none), of those that merge
+    one at all (``least``). ``swapped`` are those of the merge of the models in reverse order, the same where nothing
+    goes with a model; ``ordered``: the order matters. ``homogeneous``: scaled changes scale the result. ``on_changes``:
+    it merges adapters without their base; ``dense``: full changes as it merges factors. ``gradients`` are the
+    coefficients that have one.
     """
 
     chain: str
@@ -42,7 +44,9 @@ class Row:
     on_changes: bool = True
     needs_base: bool = True
     idempotent: bool = True
-    models: int = field(default=2)
+    dense: bool = True
+    ordered: bool = False
+    least: int = 1
 
 
 LINES = {"beta": 0.4, "tail": "depth"}
@@ -57,8 +61,49 @@ TABLE = [
     ),
     Row(
         "slerp", {"t": 0.3}, {"t": 0.7}, {"t": torch.tensor(0.3)},
-        homogeneous=False, on_changes=False, needs_base=False,
+        homogeneous=False, on_changes=False, needs_base=False, least=2,
     ),
+    Row(
+        "ties", {"density": (0.5, 0.3), "weights": (1.0, 0.5)}, {"density": (0.3, 0.5), "weights": (0.5, 1.0)},
+        {"scale": torch.tensor(0.7), "weights": torch.tensor([1.0, 0.5])}, alone={"density": 1.0}, idempotent=False,
+    ),
+    Row(
+        "ties", {"scope": "tensor", "weights": (1.0, -0.5), "vote": "weighted", "normalize": False, "zero": "plus"},
+        {"scope": "tensor", "weights": (-0.5, 1.0), "vote": "weighted", "normalize": False, "zero": "plus"},
+        {"scale": torch.tensor(0.7)}, alone={"density": 1.0, "scope": "tensor"}, idempotent=False,
+    ),
+    Row(
+        "pcb", {"ratio": 0.3, "weights": (1.0, 0.5)}, {"ratio": 0.3, "weights": (0.5, 1.0)},
+        {"scale": torch.tensor(0.7), "weights": torch.tensor([1.0, 0.5])}, homogeneous=False, idempotent=False,
+    ),
+    Row(
+        "pcb", {"variant": "vision", "ratio": 0.3, "weights": (1.0, 0.5), "scope": "tensor"},
+        {"variant": "vision", "ratio": 0.3, "weights": (0.5, 1.0), "scope": "tensor"}, {},
+        homogeneous=False, idempotent=False,
+    ),
+    Row(
+        "pcb", {"variant": "es", "ratio": 0.3, "weights": (1.0, 0.5)},
+        {"variant": "es", "ratio": 0.3, "weights": (0.5, 1.0)}, {}, idempotent=False,
+    ),
+    Row(
+        "pcb", {"variant": "paper", "ratio": 0.3, "weights": (1.0, 0.5)},
+        {"variant": "paper", "ratio": 0.3, "weights": (0.5, 1.0)}, {}, idempotent=False,
+    ),
+    Row(
+        "magmax", {"weights": (1.0, -0.5)}, {"weights": (-0.5, 1.0)},
+        {"scale": torch.tensor(0.7), "weights": torch.tensor([1.0, -0.5])}, alone={},
+    ),
+    Row(
+        "consensus", {"weights": (1.0, 0.5)}, {"weights": (0.5, 1.0)},
+        {"scale": torch.tensor(0.7), "weights": torch.tensor([1.0, 0.5])}, alone={"agree": 1}, idempotent=False,
+    ),
+    Row("opcm", {"alpha": 0.4}, {"alpha": 0.4}, {}, alone={}, idempotent=False, ordered=True),
+    Row(
+        "opcm", {"mode": "two_sided", "svd": "thin"}, {"mode": "two_sided", "svd": "thin"}, {},
+        alone={}, idempotent=False, ordered=True,
+    ),
+    Row("do", {"steps": 0}, {"steps": 0}, {"scale": torch.tensor(0.7)}, alone={"steps": 0}),
+    Row("do", {"steps": 10}, {"steps": 10}, {}, alone={}, dense=False),
     Row(
         "lines", LINES | {"weights": (1.0, 0.5)}, LINES | {"weights": (0.5, 1.0)},
         {"beta": torch.tensor(0.4), "alpha": torch.tensor(0.2)},
@@ -71,19 +116,61 @@ TABLE = [
     ),
     Row(
         "lines+slerp", LINES | {"t": 0.3}, LINES | {"t": 0.7}, {"beta": torch.tensor(0.4), "alpha": torch.tensor(0.2)},
-        homogeneous=False, on_changes=False, idempotent=False,
+        homogeneous=False, on_changes=False, idempotent=False, least=2,
+    ),
+    Row(
+        "dare", {"drop": (0.5, 0.3), "weights": (1.0, 0.5)}, {"drop": (0.3, 0.5), "weights": (0.5, 1.0)},
+        {"scale": torch.tensor(0.7)}, alone={"drop": 0.0}, idempotent=False,
+    ),
+    Row(
+        "decouple", {"weights": (1.0, 0.5)}, {"weights": (0.5, 1.0)}, {"scale": torch.tensor(0.7)},
+        alone={}, idempotent=False,
+    ),
+    Row(
+        "orthogonalize", {"weights": (1.0, 0.5), "steps": 10}, {"weights": (0.5, 1.0), "steps": 10},
+        {"scale": torch.tensor(0.7)}, alone={}, idempotent=False, dense=False,
+    ),
+    Row(
+        "dare+ties", {"drop": 0.5, "rescale": "l1", "weights": (1.0, 0.5)},
+        {"drop": 0.5, "rescale": "l1", "weights": (0.5, 1.0)}, {}, alone={"drop": 0.0, "density": 1.0},
+        idempotent=False,
+    ),
+    Row(
+        "lines+ties", LINES | {"weights": (1.0, 0.5)}, LINES | {"weights": (0.5, 1.0)}, {},
+        alone={"alpha": 1.0, "beta": 0.0, "density": 1.0}, idempotent=False,
+    ),
+    Row(
+        "lines+pcb", LINES | {"weights": (1.0, 0.5)}, LINES | {"weights": (0.5, 1.0)}, {},
+        homogeneous=False, idempotent=False,
+    ),
+    Row("lines+opcm", LINES, LINES, {}, alone={"lines.alpha": 1.0, "beta": 0.0}, idempotent=False, ordered=True),
+    Row(
+        "decouple+ties", {"weights": (1.0, 0.5)}, {"weights": (0.5, 1.0)}, {},
+        alone={"density": 1.0}, idempotent=False,
+    ),
+    Row(
+        "orthogonalize+lines+task_arithmetic", LINES | {"weights": (1.0, 0.5), "steps": 10},
+        LINES | {"weights": (0.5, 1.0), "steps": 10}, {}, alone={"alpha": 1.0, "beta": 0.0},
+        idempotent=False, dense=False,
     ),
 ]  # fmt: skip
 
-rows = pytest.mark.parametrize("row", TABLE, ids=lambda row: row.chain)
+NAMES = [f"{row.chain}-{row.parameters['variant']}" if "variant" in row.parameters else row.chain for row in TABLE]
+rows = pytest.mark.parametrize("row", TABLE, ids=NAMES)
 few = settings(max_examples=15, deadline=None)
 seeds = st.integers(0, 2**20)
 
 
-def merged(row: Row, tuned: list[Tensors], base: Tensors, parameters: dict[str, Any] | None = None) -> Tensors:
+def merged(
+    row: Row,
+    tuned: list[Tensors],
+    base: Tensors,
+    parameters: dict[str, Any] | None = None,
+    keys: Sequence[str] | None = None,
+) -> Tensors:
     """The row's merge of state dicts."""
     options = row.parameters if parameters is None else parameters
-    return merging.merge_state_dicts(tuned, method=row.chain, base=base, **options)
+    return merging.merge_state_dicts(tuned, method=row.chain, base=base, keys=keys, **options)
 
 
 def close(one: Tensors, other: Tensors, within: float = 1e-5) -> bool:
@@ -105,6 +192,7 @@ def factors(seed: int, rank: int = 2) -> list[dict[str, Delta]]:
     for adapter, layer in itertools.product(adapters, range(3)):
         up, down = torch.randn(6, rank, generator=random), torch.randn(rank, 5, generator=random)
         adapter[f"layers.{layer}.q.weight"] = LowRank(up, down, (6, 5))
+        up, down = torch.randn(6, rank, generator=random), torch.randn(rank, 5, generator=random)
         adapter[f"layers.{layer}.c.weight"] = LowRank(up * 2, down, (5, 6), transposed=True)
     del adapters[1]["layers.1.q.weight"]
     return adapters
@@ -112,7 +200,7 @@ def factors(seed: int, rank: int = 2) -> list[dict[str, Delta]]:
 
 def changes(row: Row, adapters: list[dict[str, Delta]]) -> Tensors:
     """The row's merge of adapters, written out."""
-    out = merging.merge_deltas(adapters, method=row.chain, **row.parameters)
+    out = merging.merge_deltas(adapters, method=row.chain, transposed=["*.c.weight"], **row.parameters)
     return {name: delta.dense() for name, delta in out.items()}
 
 
@@ -146,9 +234,11 @@ def test_rows_tell_the_truth_about_their_methods(row: Row) -> None:
 @few
 def test_one_model_is_returned(row: Row, seed: int) -> None:
     base, (one,) = parts(seed, 1)
-    if row.alone is None:
+    if row.least > 1:
         with pytest.raises(OptionError, match="merges 2 models, and 1 were given"):
             merged(row, [one], base)
+    elif row.alone is None:
+        assert not close(merged(row, [one], base, {}), one)
     else:
         assert close(merged(row, [one], base, row.alone), one)
 
@@ -166,14 +256,16 @@ def test_equal_models_are_returned(row: Row) -> None:
 def test_order_of_models(row: Row, seed: int) -> None:
     """Models that change places with their weights change nothing."""
     base, tuned = parts(seed)
-    assert close(merged(row, tuned, base), merged(row, tuned[::-1], base, row.swapped))
+    forward, backward = merged(row, tuned, base, keys="ab"), merged(row, tuned[::-1], base, row.swapped, keys="ba")
+    assert close(forward, backward) != row.ordered
 
 
 @rows
 def test_order_of_models_with_the_weights_left_behind(row: Row) -> None:
     """The law above is no accident: weights matter."""
     base, tuned = parts(1)
-    assert not close(merged(row, tuned, base), merged(row, tuned[::-1], base))
+    same = row.swapped == row.parameters and not row.ordered
+    assert close(merged(row, tuned, base), merged(row, tuned[::-1], base)) == same
 
 
 @rows
@@ -230,7 +322,7 @@ def test_factors_and_dense_agree(row: Row, seed: int) -> None:
         return
     adapters = factors(seed)
     dense: list[dict[str, Delta]] = [{n: Dense(d.dense()) for n, d in adapter.items()} for adapter in adapters]
-    assert close(changes(row, adapters), changes(row, dense), 1e-4)
+    assert not row.dense or close(changes(row, adapters), changes(row, dense), 1e-4)
     out = merging.merge_deltas(adapters, method=row.chain, **row.parameters)
     assert all(isinstance(delta, LowRank) for delta in out.values()) == chain(row.chain).factored
 
@@ -278,8 +370,10 @@ def test_files_and_tensors_agree(row: Row, tmp_path: Path) -> None:
     base, tuned = parts(3, width=32, vocab=1200)
     paths = [save(tmp_path / f"{i}", each) for i, each in enumerate(tuned)]
     save(tmp_path / "base", base)
-    merging.merge(paths, method=row.chain, base=tmp_path / "base", output=tmp_path / "out", **row.parameters)
-    assert close(load(tmp_path / "out"), merged(row, tuned, base), 1e-5)
+    options: dict[str, Any] = {"method": row.chain, "base": tmp_path / "base", **row.parameters}
+    merging.merge(paths, output=tmp_path / "out", **options)
+    keys = merging.preview(paths, **options).keys
+    assert close(load(tmp_path / "out"), merged(row, tuned, base, keys=keys), 1e-5)
 
 
 @rows
@@ -350,7 +444,7 @@ def test_methods_are_values(row: Row) -> None:
     one, again = chain(row.chain, row.parameters), chain(row.chain, row.parameters)
     assert one == again
     assert one is not again
-    assert one != chain(row.chain, row.swapped)
+    assert (one == chain(row.chain, row.swapped)) == (row.swapped == row.parameters)
     with pytest.raises(ValueError, match="frozen"):
         one.then = again  # type: ignore[attr-defined]
     assert one.chain == "+".join(cls.name for cls in links(row.chain))

@@ -69,10 +69,21 @@ def under(module: str, *packages: str) -> bool:
 
 
 LAYERS: dict[str, tuple[str, ...]] = {
-    "maths": ("delta", "linalg", "folds", "order", "method", "layers", "methods"),
+    "maths": (
+        "delta",
+        "linalg",
+        "folds",
+        "order",
+        "randomness",
+        "layers",
+        "site",
+        "parameters",
+        "method",
+        "methods",
+    ),
     "files": ("sources", "writer", "landing", "platform"),
     "intent": ("recipe", "plan"),
-    "run": ("run", "worker", "tiles", "threads", "vetting"),
+    "run": ("run", "worker", "opened", "spool", "tiles", "threads", "vetting"),
     "above": ("files", "tensors", "companions", "inspect"),
     "cli": ("cli",),
     "ground": ("errors",),
@@ -83,7 +94,9 @@ PURE = {
     "bisect",
     "collections",
     "dataclasses",
+    "fnmatch",
     "functools",
+    "hashlib",
     "importlib",
     "itertools",
     "math",

@@ -20,12 +20,13 @@ from merging.delta import Delta, Dense, Stack
 from merging.errors import FormatError, InputError, OptionError
 from merging.files import merge_plan, plan_for
 from merging.folds import Rank, Ranked, Sum
-from merging.method import Method, Round, Seen, Site, Wrapper
+from merging.method import Entered, Method, Round, Seen, Wrapper
 from merging.methods import chain
 from merging.methods.lines import Lines
 from merging.methods.slerp import Slerp
 from merging.methods.task_arithmetic import TaskArithmetic
 from merging.recipe import Recipe
+from merging.site import Site
 
 Tensors = dict[str, Tensor]
 
@@ -100,8 +101,9 @@ class Squared(Wrapper):
     name: ClassVar[str] = "squared"
     summary: ClassVar[str] = "test"
 
-    def enter(self, stack: Stack, site: Site) -> tuple[Stack, Site, Callable[[Delta], Delta]]:
-        return stack.map(lambda d: Dense(square(d.dense()))), site, lambda merged: Dense(root(merged.dense()))
+    def enter(self, stack: Stack, site: Site, seen: Seen) -> Entered:
+        squares = stack.map(lambda d: Dense(square(d.dense())))
+        return Entered(self.then, squares, site, lambda merged: Dense(root(merged.dense())))
 
 
 def square(values: Tensor) -> Tensor:

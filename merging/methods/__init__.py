@@ -31,7 +31,18 @@ METHODS: dict[str, Listed] = {
     "linear": Listed("weighted mean of the models", "linear", "Linear"),
     "task_arithmetic": Listed("weighted sum of what each model changed", "task_arithmetic", "TaskArithmetic"),
     "slerp": Listed("spherical interpolation between two models", "slerp", "Slerp"),
+    "ties": Listed("keep large changes, and of these the ones that agree in sign", "ties", "Ties"),
+    "pcb": Listed("weigh each parameter by its size and its agreement with the other models", "pcb", "Pcb"),
+    "magmax": Listed("of every parameter the largest change", "magmax", "MagMax"),
+    "consensus": Listed("sum of the changes, where several models need it", "consensus", "Consensus"),
+    "opcm": Listed("one model after the other, projected off the merge so far", "opcm", "Opcm"),
+    "do": Listed("magnitudes and directions averaged apart, after orthogonalising the adapters", "do", "Do"),
     "lines": Listed("scale the merged change by depth, around any method", "lines", "Lines"),
+    "dare": Listed("drop most of each change at random and rescale the rest, before any method", "dare", "Dare"),
+    "decouple": Listed("merge directions by the method inside and magnitudes by the mean", "decouple", "Decouple"),
+    "orthogonalize": Listed(
+        "turn adapters' factors away from each other, before any method", "orthogonalize", "Orthogonalize"
+    ),
 }
 
 

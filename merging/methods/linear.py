@@ -9,7 +9,9 @@ from torch import Tensor
 
 from merging.delta import Delta, Stack
 from merging.errors import OptionError
-from merging.method import Coefficient, Method, PerModel, Seen, Site, number
+from merging.method import Method, Seen
+from merging.parameters import Coefficient, PerModel, number
+from merging.site import Site
 
 __all__ = ["Linear"]
 
@@ -40,14 +42,18 @@ class Linear(Method):
 
     def check(self, models: int) -> None:
         super().check(models)
+        if self.varies or not self.normalize:
+            return
         weights = [number(weight) for weight in self.coefficients(models)]
-        if self.normalize and abs(sum(weights)) <= 1e-12 * sum(map(abs, weights)):
+        if abs(sum(weights)) <= 1e-12 * sum(map(abs, weights)):
             raise OptionError(
                 "the weights of linear sum to zero, so there is no mean: change them, or use --no-normalize"
             )
 
     def multiple(self, models: int) -> float | None:
-        return 1 / sum(map(number, self.coefficients(models))) if self.normalize else 1.0
+        if not self.normalize:
+            return 1.0
+        return None if self.varies else 1 / sum(map(number, self.coefficients(models)))
 
     def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
         weights = self.coefficients(len(stack))

@@ -12,7 +12,9 @@ from merging.delta import Delta, Stack
 from merging.errors import OptionError
 from merging.folds import Sum
 from merging.linalg import safe_ratio
-from merging.method import Closing, Coefficient, Seen, Site, Wrapper
+from merging.method import Closing, Seen, Wrapper
+from merging.parameters import Coefficient, number
+from merging.site import Site
 
 __all__ = ["Lines"]
 
@@ -47,22 +49,24 @@ class Lines(Wrapper):
 
     def check(self, models: int) -> None:
         super().check(models)
-        scale = getattr(self.links()[-1], "scale", 1.0)
-        if isinstance(scale, Tensor) or scale != 1:
+        last = self.links()[-1]
+        scale = getattr(last, "scale", 1.0)
+        if (isinstance(scale, Tensor) or scale != 1) and (self.published or "scale" in last.model_fields_set):
             raise OptionError(
-                f"{self.links()[-1].name}.scale must be 1 under lines, which sets the size itself: leave it out, or "
-                f"choose lines.alpha and lines.beta"
+                f"{last.name}.scale must be 1 under lines, which sets the size itself: leave it out, or choose "
+                f"lines.alpha and lines.beta"
             )
 
     @property
     def rescales(self) -> bool:
         return True
 
-    def closing(self, models: int) -> Closing | None:
+    def closings(self, models: int) -> tuple[Closing, ...]:
+        inner = self.then.closings(models)
         fixed = self.alpha is not None and self.published
         if models == 1 or fixed or self.multiple(models) is not None:
-            return None
-        return Closing(_NORMS, Sum(), self._norms)
+            return inner
+        return (*inner, Closing(_NORMS, Sum(), self._norms))
 
     def _norms(self, merged: Delta, stack: Stack, site: Site) -> Tensor:
         plain = stack.weighted_sum(self.coefficients(len(stack))).dense()
@@ -73,17 +77,26 @@ class Lines(Wrapper):
 
     def factor(self, site: Site, seen: Seen, models: int) -> Coefficient:
         depth = 1.0 if self.tail == "depth" and site.layer is None and site.after else site.depth
+        inner = self.then.factor(site, seen, models)
         if models == 1:
-            return (0.5 if self.alpha is None else self.alpha) + self.beta * depth
-        nu = self._nu(seen, models)
+            return inner * ((0.5 if self.alpha is None else self.alpha) + self.beta * depth)
+        nu = self._nu(seen, models, inner)
         alpha = nu / models if self.alpha is None else self.alpha
-        return alpha + self.beta * depth * (1.0 if self.published else nu)
+        return inner * (alpha + self.beta * depth * (1.0 if self.published else nu))
 
-    def _nu(self, seen: Seen, models: int) -> float:
+    def facts(self, seen: Seen, models: int) -> dict[str, float]:
+        found = self.then.facts(seen, models)
+        if models > 1 and _NORMS in seen:
+            plain, merged = seen[_NORMS].tolist()
+            found["lines: size of the sum of changes / size of the merged change"] = safe_ratio(plain, merged)
+        return found
+
+    def _nu(self, seen: Seen, models: int, inner: Coefficient) -> float:
+        """``inner`` is the factor of the method inside, which is the same at every place."""
         known = self.multiple(models)
         if known is not None:
             return safe_ratio(1.0, abs(known))
         if _NORMS not in seen:
             return 1.0  # alpha and beta are both given as published, and nu is nowhere in them
         plain, merged = seen[_NORMS].tolist()
-        return safe_ratio(plain, merged)
+        return safe_ratio(plain, merged * abs(number(inner)))

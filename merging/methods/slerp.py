@@ -11,7 +11,9 @@ from torch import Tensor
 
 from merging.delta import Delta, Stack
 from merging.folds import Sum
-from merging.method import Coefficient, Method, Round, Seen, Site
+from merging.method import Method, Round, Seen
+from merging.parameters import Coefficient, Local
+from merging.site import Site
 
 __all__ = ["Slerp", "slerp_weights"]
 
@@ -35,7 +37,7 @@ class Slerp(Method):
     paper: ClassVar[str] = "Animating Rotation with Quaternion Curves, Shoemake 1985"
     models: ClassVar[tuple[int, int | None]] = (2, 2)
 
-    t: Coefficient = Field(0.5, description="0 is the first model, 1 the second")
+    t: Local[Coefficient] = Field(0.5, description="0 is the first model, 1 the second")
 
     @property
     def origin(self) -> Literal["base", "none"]:

@@ -7,7 +7,9 @@ from typing import ClassVar
 from pydantic import Field
 
 from merging.delta import Delta, Stack
-from merging.method import Coefficient, Method, PerModel, Seen, Site, number
+from merging.method import Method, Seen
+from merging.parameters import Coefficient, Local, PerModel, number, varies
+from merging.site import Site
 
 __all__ = ["TaskArithmetic"]
 
@@ -25,14 +27,14 @@ class TaskArithmetic(Method):
     paper: ClassVar[str] = "Editing Models with Task Arithmetic, Ilharco et al. 2023, arXiv 2212.04089"
 
     weights: PerModel[Coefficient] = Field(1.0, description="one weight for all models, or one each; may be negative")
-    scale: Coefficient = Field(1.0, description="what the sum is multiplied by (0.3 suits eight tasks)")
+    scale: Local[Coefficient] = Field(1.0, description="what the sum is multiplied by (0.3 suits eight tasks)")
 
     @property
     def factored(self) -> bool:
         return True
 
     def multiple(self, models: int) -> float | None:
-        return number(self.scale)
+        return None if varies(self.scale) else number(self.scale)
 
     def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
         return stack.weighted_sum([weight * self.scale for weight in self.coefficients(len(stack))])

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Sequence
 
 from merging.errors import InputError
+from merging.method import check_places
 from merging.plan.checks import check_bases, check_options, check_origin, content_keys
 from merging.plan.items import Item, Plan
 from merging.plan.sites import find_stacks
@@ -55,6 +56,7 @@ def _make_plan(recipe: Recipe, rank_steps: Sequence[int]) -> Plan:
         reference = base or next(model for model in models if isinstance(model, Checkpoint))
         stacks, guess = find_stacks(recipe, models, reference, ())
         items, matched, untied = model_items(recipe, models, reference, base, stacks, weights)
+    check_places(recipe.method, [item.site for item in items if item.form != "copy"], len(models))
     if all(item.form == "copy" for item in items):
         raise InputError("there is nothing to merge: the models share no tensor of floating-point numbers")
     if guess and recipe.method.rescales:

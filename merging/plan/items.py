@@ -8,13 +8,13 @@ from typing import Literal
 
 import torch
 
-from merging.method import Site
 from merging.recipe import Recipe
+from merging.site import Site
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.stored import DTYPES, Out, Stored
 
-__all__ = ["CHUNK", "TILE", "Form", "Item", "Plan"]
+__all__ = ["CHUNK", "KEPT", "TILE", "Form", "Item", "Plan"]
 
 TILE = 1 << 19
 """Elements of one model that are merged at a time on a CPU: two megabytes, so that a few models fit into its caches.
@@ -26,6 +26,9 @@ changes it.
 
 CHUNK = 1 << 22
 """Elements in one unit of work, a multiple of TILE."""
+
+KEPT = 1 << 29
+"""Most bytes of entered factors that are kept for later sweeps; where there are more, they are entered anew."""
 
 Form = Literal["copy", "dense", "delta", "factors"]
 """What is written of an item."""
@@ -103,11 +106,38 @@ class Plan:
     def read_bytes(self) -> int:
         return sum(item.read_bytes for item in self.items)
 
-    def factored(self, item: Item) -> bool:
-        """Whether an item is merged factor by factor, without ever building the matrix."""
-        if self.weights or item.by_chunks or not self.recipe.method.factored:
+    def as_factors(self, item: Item) -> bool:
+        """Whether an item's changes are brought to the method as factors, without ever building a matrix."""
+        if self.weights or item.by_chunks or not self.recipe.method.takes_factors:
             return False
         return all(each is None or (isinstance(each, Change) and each.low_rank) for each in item.inputs)
+
+    @property
+    def kept_bytes(self) -> int:
+        """The memory of what wrappers make of all factors, if later sweeps need it; 0 if that is more than KEPT."""
+        method = self.recipe.method
+        if not method.closings(len(self.models)) and all(each.per == "tensor" for each in method.rounds()):
+            return 0
+        total = sum(self._factor_bytes(item) for item in self.items if self.as_factors(item))
+        return total if total <= KEPT else 0
+
+    @property
+    def spool_bytes(self) -> int:
+        """The space on the disk for merged tensors that wait for the factor they are to be multiplied by."""
+        method = self.recipe.method
+        if not method.closings(len(self.models)):
+            return 0
+        total = 0
+        for item in self.items:
+            if item.form != "copy" and self.as_factors(item) and method.factored:
+                total += self._factor_bytes(item)
+            elif item.form != "copy" and (self.as_factors(item) or method.grain == "matrix"):
+                total += self.dtype(item).itemsize * item.numel
+        return total
+
+    def _factor_bytes(self, item: Item) -> int:
+        changes = [each for each in item.inputs if isinstance(each, Change)]
+        return self.dtype(item).itemsize * sum(prod(t.shape) for change in changes for t in change.tensors)
 
     def dtype(self, item: Item) -> torch.dtype:
         """The type an item is computed in: float32, or float64 if an input or the output is."""
@@ -116,19 +146,26 @@ class Plan:
         kinds = {each.kind for each in [*changes, *stored]} | {out.kind for out in item.outs}
         return torch.float64 if "F64" in kinds else torch.float32
 
+    @property
+    def widest(self) -> torch.dtype:
+        """The widest type that any item is computed in."""
+        kinds = {self.dtype(item) for item in self.items if item.form != "copy"}
+        return torch.float64 if torch.float64 in kinds else torch.float32
+
     def working_bytes(self, item: Item) -> int:
         """About how much memory one worker needs for an item on a CPU: inputs, buffers and results together."""
         width = self.dtype(item).itemsize
         models = len(item.inputs)
         rows = 64 * (item.numel // max(1, item.site.shape[0])) if item.site.shape else 1
-        tile = item.numel if self.recipe.method.grain == "matrix" else min(item.numel, max(rows, TILE))
-        needed = tile * width * (3 * models + 6)
+        whole = self.recipe.method.grain == "matrix" and not self.as_factors(item)
+        tile = item.numel if whole else min(item.numel, max(rows, TILE))
+        needed = tile * width * (3 * models + 6) + (8 * 6 * item.numel if whole else 0)
         changes = [each for each in item.inputs if isinstance(each, Change)]
         needed += 3 * width * sum(prod(t.shape) for change in changes for t in change.tensors)
         needed += (
             3 * width * item.numel * sum(not change.low_rank or change.needs_base is not None for change in changes)
         )
-        if item.form == "factors" and not self.factored(item):
+        if item.form == "factors" and not self.recipe.method.factored:
             needed += 4 * width * item.numel
         return needed
 

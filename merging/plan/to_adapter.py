@@ -8,10 +8,12 @@ import torch
 
 from merging.errors import InputError
 from merging.layers import Stacks
+from merging.parameters import all_matching
 from merging.plan.items import Form, Item
 from merging.plan.resolve import resolve_adapter
-from merging.plan.sites import site_of
+from merging.plan.sites import has_conv1d
 from merging.recipe import DTYPES, Recipe
+from merging.site import site_of
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change, LoraChange
 from merging.sources.stored import DTYPE_NAMES, Out, Stored
@@ -76,6 +78,8 @@ def adapter_items(
     rank_steps: Sequence[int] = (),
 ) -> tuple[list[Item], int]:
     """The items, and the rank of the factors: as asked for, or one of ``rank_steps`` (or any) that loses nothing."""
+    left = all_matching(recipe.exclude, targets)
+    targets = {name: changes for name, changes in targets.items() if name not in left}
     kind = DTYPES[recipe.dtype] if recipe.dtype else _widest(targets.values())
     shapes = {name: _shape(name, changes, adapters, base) for name, changes in targets.items()}
     low = {name for name, changes in targets.items() if _is_lora(changes)}
@@ -83,7 +87,8 @@ def adapter_items(
     _check_biases(targets, low, labels, adapters)
     items = []
     for name, changes in targets.items():
-        site = site_of(name, shapes[name], stacks)
+        transposed = any(isinstance(each, LoraChange) and each.is_transposed(shapes[name]) for each in changes)
+        site = site_of(name, shapes[name], stacks, transposed or has_conv1d(base, name))
         stored = base.lookup(name) if base else None
         outs = _outs(labels[name], changes, shapes[name], rank, kind)
         form: Form = "factors" if name in low else "delta" if _is_bias(changes) else "dense"

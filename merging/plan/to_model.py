@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from merging.errors import InputError, nearest
 from merging.layers import Stacks
+from merging.parameters import all_matching
 from merging.plan.items import Item
 from merging.plan.resolve import resolve_adapter
-from merging.plan.sites import site_of
+from merging.plan.sites import has_conv1d
 from merging.recipe import DTYPES, Recipe
+from merging.site import Site, site_of
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.checkpoint import HEADS
@@ -58,8 +60,18 @@ def model_items(
     if mismatches:
         matched.append(f"{len(skip)} tensors that differ are {reference.path.name}'s (--on-mismatch base)")
     names, untied = _with_tied_copy(known, inputs, reference, skip)
+    left = all_matching(recipe.exclude, names)
     items = [
-        _item(name, stored, base, inputs, stacks, recipe, weights, plain=name in skip) for name, stored in names.items()
+        _item(
+            site_of(name, stored.shape, stacks, has_conv1d(reference, name)),
+            stored,
+            base,
+            inputs,
+            recipe,
+            weights,
+            plain=name in skip or name in left,
+        )
+        for name, stored in names.items()
     ]
     return items, matched, untied
 
@@ -131,19 +143,17 @@ def _incomplete(models: Sequence[Checkpoint | Adapter], inputs: list[Inputs], kn
 
 
 def _item(
-    name: str,
+    site: Site,
     stored: Stored,
     base: Checkpoint | None,
     inputs: list[Inputs],
-    stacks: Stacks,
     recipe: Recipe,
     weights: bool,
     plain: bool,
 ) -> Item:
     kind = DTYPES[recipe.dtype] if recipe.dtype and stored.floating else stored.kind
-    outs = (Out(name, kind, stored.shape),)
-    brought = tuple(each.get(name) for each in inputs)
-    site = site_of(name, stored.shape, stacks)
+    outs = (Out(site.name, kind, stored.shape),)
+    brought = tuple(each.get(site.name) for each in inputs)
     if plain or not stored.floating or not any(brought):
         return Item(site, () if plain else brought, stored, outs, "copy")
     # A base that only lends its names is not read.

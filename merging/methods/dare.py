@@ -1,0 +1,76 @@
+"""DARE: drop most of each change at random and rescale the rest, before any method."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from merging.delta import Stack
+from merging.folds import Sum
+from merging.linalg import safe_ratio
+from merging.method import Entered, Round, Seen, Wrapper
+from merging.parameters import PerModel, column, spread
+from merging.randomness import kept
+from merging.site import Site
+
+__all__ = ["Dare"]
+
+_NORMS = "dare.norms"
+
+
+class Dare(Wrapper):
+    """Drop and rescale: each entry of a change is dropped with probability `drop`, the kept ones grow to make up.
+
+    The kept entries are divided by 1 - drop, so that the expectation stays (`rescale = inverse`, the paper), or
+    multiplied so that each tensor's L1 norm stays (`l1`), or left (`none`). Which entries are dropped follows from the
+    seed, the content of the model, the name of the tensor and the position in it: not from the order of models or
+    tensors, nor from the device. Fine-tuned language models bear a drop of 0.9 and more where changes are small (below
+    about 0.002); others want less. On adapters the merged change has full rank. Free but for the drawing, which is done
+    anew in each sweep of the method inside.
+    """
+
+    name: ClassVar[str] = "dare"
+    summary: ClassVar[str] = "drop most of each change at random and rescale the rest, before any method"
+    paper: ClassVar[str] = "DARE, Yu et al. 2024, arXiv 2311.03099"
+    random: ClassVar[bool] = True
+
+    drop: PerModel[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        0.9, description="share of each model's change that is dropped; one for all, or one each"
+    )
+    rescale: Literal["inverse", "l1", "none"] = Field(
+        "inverse", description="how the kept entries make up for the rest"
+    )
+    seed: int = Field(0, description="another seed drops other entries")
+
+    @property
+    def factored(self) -> bool:
+        return False
+
+    def rounds(self) -> tuple[Round, ...]:
+        own = (Round(_NORMS, Sum(), self._norms, per="tensor"),) if self.rescale == "l1" else ()
+        return own + super().rounds()
+
+    def _norms(self, stack: Stack, site: Site, seen: Seen) -> Tensor:
+        """L1 norms of each change before and after dropping, ``[2 n, *shape]``."""
+        values = stack.dense()
+        return torch.cat([values.abs(), self._dropped(stack, values, site).abs()])
+
+    def _dropped(self, stack: Stack, values: Tensor, site: Site) -> Tensor:
+        shares = [1 - drop for drop in spread(self.drop, len(stack))]
+        masks = [
+            kept(share, site.start, value.numel(), value.device, self.seed, model, site.name).view(value.shape)
+            for share, value, model in zip(shares, values, stack.models, strict=True)
+        ]
+        return torch.stack([torch.where(mask, value, 0.0) for mask, value in zip(masks, values, strict=True)])
+
+    def enter(self, stack: Stack, site: Site, seen: Seen) -> Entered:
+        values = self._dropped(stack, stack.dense(), site)
+        if self.rescale == "inverse":
+            values /= column([1 - drop for drop in spread(self.drop, len(stack))], values)
+        elif self.rescale == "l1":
+            before, after = seen[_NORMS].view(2, -1).tolist()
+            values *= column([safe_ratio(b, a) for b, a in zip(before, after, strict=True)], values)
+        return Entered(self.then, Stack.of(values, stack.models, stack.present), site, lambda merged: merged)

@@ -1,0 +1,79 @@
+"""Decouple: merge the directions of the changes by any method, and their magnitudes by the mean."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from merging.delta import Delta, Dense, LowRank, Stack
+from merging.method import Entered, Seen, Wrapper
+from merging.site import Site
+
+__all__ = ["Decouple", "column_norms"]
+
+_DEAD = 32
+"""A column is dead whose norm is below so many units of rounding of the whole change's."""
+
+
+class Decouple(Wrapper):
+    """Every input's column of a change is split into magnitude and direction; the method inside merges directions.
+
+    tau_i = magnitude_i * direction_i with magnitude_i[j] = |tau_i[:, j]|_2, one a column, that is one an input feature
+    (for an embedding, a token). What the method inside makes of the directions, columns of length 1, is multiplied by
+    the mean magnitude of the models that have the tensor. So no model outweighs the others by the size of its change.
+    A column without change has no direction and stays 0. One-dimensional tensors are handed on as they are.
+
+    One half of DO-Merging, to go with any other method, as its paper offers: `decouple+ties`. A merge inside that is
+    factored stays so, and no matrix is built. Full tensors are held in memory one at a time.
+    """
+
+    name: ClassVar[str] = "decouple"
+    summary: ClassVar[str] = "merge directions by the method inside and magnitudes by the mean"
+    paper: ClassVar[str] = "DO-Merging, Zheng et al. 2025, arXiv 2505.15875"
+    whole: ClassVar[bool] = True
+
+    def enter(self, stack: Stack, site: Site, seen: Seen) -> Entered:
+        if site.kind == "vector":
+            return super().enter(stack, site, seen)
+        norms = torch.stack([column_norms(delta, site) for delta in stack.deltas])
+        dead = norms <= _DEAD * torch.finfo(stack.dtype).eps * norms.square().sum(-1, keepdim=True).sqrt()
+        inverse = torch.where(dead, 0.0, 1 / torch.where(dead, 1.0, norms))
+        directions = [_by_column(delta, each, site) for delta, each in zip(stack.deltas, inverse, strict=True)]
+        mean = norms[list(stack.present)].mean(0)
+        return Entered(
+            self.then,
+            Stack(directions, stack.models, stack.present),
+            site,
+            lambda merged: _by_column(merged, mean, site),
+        )
+
+
+def column_norms(delta: Delta, site: Site) -> Tensor:
+    """The norm of each input's column, ``[..., in]`` float64; through the triangle of a QR for factors."""
+    if isinstance(delta, LowRank):
+        triangle = torch.linalg.qr(delta.up.double(), mode="r")[1]
+        columns = triangle @ delta.down.double()
+    else:
+        columns = _matrix(delta.value, site)
+    norms: Tensor = torch.linalg.vector_norm(columns, dim=-2, dtype=torch.float64)
+    return norms
+
+
+def _matrix(value: Tensor, site: Site) -> Tensor:
+    """A tensor as matrices ``[..., out, in]``."""
+    if site.kind == "conv":
+        return value.flatten(1)
+    return value.mT if site.axis == 0 else value
+
+
+def _by_column(delta: Delta, factors: Tensor, site: Site) -> Delta:
+    """A change whose columns are multiplied, by ``[..., in]``."""
+    factors = factors[..., None, :]
+    if isinstance(delta, LowRank):
+        down = (delta.down * factors).to(delta.down.dtype)
+        return LowRank(delta.up, down, delta.shape, delta.transposed)
+    matrix = _matrix(delta.value, site)
+    scaled = matrix * factors.to(matrix.dtype)
+    return Dense((scaled.mT if site.axis == 0 and site.kind != "conv" else scaled).reshape(delta.shape))

@@ -1,0 +1,71 @@
+"""DO-Merging: orthogonalise the adapters, then merge magnitudes and directions apart."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from merging.delta import Delta, Stack
+from merging.method import Method, Seen
+from merging.methods.decouple import Decouple
+from merging.methods.orthogonalize import Orthogonalize
+from merging.parameters import Coefficient, Local
+from merging.site import Site
+
+__all__ = ["Do"]
+
+
+class Do(Method):
+    """Decoupled and orthogonal merging: scale * mean magnitude * mean direction of orthogonalised adapters.
+
+    The chain `orthogonalize+decouple` around a plain mean: the factors of different adapters are turned away from each
+    other, the columns of each change are split into magnitude and direction, both are averaged apart, over the
+    adapters that have the module, and put together. LoRA updates of different tasks differ in size far more than full
+    fine-tunes, so that a sum is dominated by a few; here each has an equal say. Exact on factors: the rank is the sum
+    of the ranks and no matrix is built.
+
+    The mean of n nearly orthogonal directions has length 1/sqrt(n): scales of 1 to sqrt(n) are worth trying. Published
+    without code; the overlap, its penalty and the scale (mean times mean, 1/n^2 of sum times sum) are choices, see
+    `orthogonalize`. Full checkpoints are decoupled but not orthogonalised. One-dimensional tensors are averaged. Costs
+    milliseconds a module.
+    """
+
+    name: ClassVar[str] = "do"
+    summary: ClassVar[str] = "magnitudes and directions averaged apart, after orthogonalising the adapters"
+    paper: ClassVar[str] = "DO-Merging, Zheng et al. 2025, arXiv 2505.15875"
+
+    steps: int = Field(100, ge=0, description="steps of gradient descent that orthogonalise; 0 only decouples")
+    gamma: float = Field(1.0, ge=0, description="how dear it is to move a factor; 0 is nothing")
+    scale: Local[Coefficient] = Field(1.0, description="what the merged change is multiplied by (1 to sqrt(n))")
+
+    @property
+    def grain(self) -> Literal["element", "matrix"]:
+        return "matrix"
+
+    @property
+    def factored(self) -> bool:
+        return True
+
+    @property
+    def inside(self) -> Method:
+        return Orthogonalize(steps=self.steps, gamma=self.gamma, then=Decouple(then=_Mean(scale=self.scale)))
+
+    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+        return self.inside.merge(stack, site, seen)
+
+
+class _Mean(Method):
+    """The mean over the models that have the tensor."""
+
+    name: ClassVar[str] = "mean"
+    summary: ClassVar[str] = "mean over the models that have the tensor"
+
+    scale: Local[Coefficient] = 1.0
+
+    @property
+    def factored(self) -> bool:
+        return True
+
+    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+        return stack.weighted_sum([self.scale * has / sum(stack.present) for has in stack.present])

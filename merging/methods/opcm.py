@@ -1,0 +1,169 @@
+"""OPCM: models are merged one after the other, each without the part that would disturb those before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from merging.delta import Delta, Dense, LowRank, Stack
+from merging.folds import Sum
+from merging.linalg import safe_ratio, squared_norm
+from merging.method import Closing, Method, Seen
+from merging.parameters import Coefficient
+from merging.site import Site
+
+__all__ = ["Opcm", "accumulate", "projected"]
+
+_SQUARES = "opcm.squares"
+
+_CONDITION = 1e-6
+"""Smallest share of the largest singular value that the squares of a Gram matrix still tell well in float64."""
+
+
+class Opcm(Method):
+    """Orthogonal-projection continual merging, in the order of the models.
+
+    S_1 = tau_1, S_t = S_{t-1} + P(tau_t; S_{t-1}), and the result is S_T * mean_t |tau_t| / |S_T|, norms over the whole
+    model: it is as large as one task vector on average, and there is no coefficient to tune. This sum is the paper's
+    recursion with its running factors collected into one. In the basis of the singular vectors of S, P takes out of
+    tau the diagonal and
+
+    - `block` (the released code of tanganke/opcm): the square of the leading directions, those whose singular values
+      add up to the share `alpha` of all; keeps nine tenths of tau and gave the published tables;
+    - `two_sided` (the paper): all rows and all columns of these directions; keeps about half.
+
+    Either way <P(tau), S> = 0. Linear weights are projected; biases, norms, embeddings and convolutions are added up.
+    Departures from the code: null directions of S have an arbitrary basis, so nothing is taken out of tau there, and
+    all of it is kept where S is 0; parameters that belong to no leaf module are merged like any other.
+
+    Meant for models that arrive one by one; the first is never projected, so order matters a little. On adapters the
+    work is done on the sum of ranks and the result is exact, of that rank. On full checkpoints each matrix is
+    decomposed once per model, by eigenvalues of its shorter side's Gram matrix (`svd = gram`) unless it is too ill
+    conditioned, or by SVD (`thin`): minutes per billion parameters.
+    """
+
+    name: ClassVar[str] = "opcm"
+    summary: ClassVar[str] = "one model after the other, projected off the merge so far"
+    paper: ClassVar[str] = "Merging Models on the Fly, Tang et al. 2025, arXiv 2501.09522"
+
+    alpha: float = Field(
+        0.5, ge=0, le=1, description="share of the merge's singular values whose directions are kept free"
+    )
+    mode: Literal["block", "two_sided"] = Field("block", description="what is projected away there")
+    svd: Literal["gram", "thin"] = Field("gram", description="how full matrices are decomposed")
+
+    @property
+    def grain(self) -> Literal["element", "matrix"]:
+        return "matrix"
+
+    @property
+    def factored(self) -> bool:
+        return True
+
+    @property
+    def rescales(self) -> bool:
+        return True
+
+    def closings(self, models: int) -> tuple[Closing, ...]:
+        return (Closing(_SQUARES, Sum(), _squares, grain="matrix"),) if models > 1 else ()
+
+    def factor(self, site: Site, seen: Seen, models: int) -> Coefficient:
+        if models == 1:
+            return 1.0
+        *each, merged = (sqrt(square) for square in seen[_SQUARES].tolist())
+        return safe_ratio(sum(each) / models, merged)
+
+    def facts(self, seen: Seen, models: int) -> dict[str, float]:
+        return {"opcm: what the sum is multiplied by": float(self.factor(Site("", ()), seen, models))}
+
+    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+        if site.kind not in ("matrix", "experts"):
+            return stack.weighted_sum([1.0] * len(stack))
+        if stack.low_rank and site.kind == "matrix":
+            return self._merge_factors([delta for delta in stack.deltas if isinstance(delta, LowRank)])
+        values = stack.dense()
+        null = _null(values.dtype, values.shape[-2:])
+        if values.dim() == 3:
+            merged = accumulate(list(values), self.alpha, self.mode, null, self.svd)
+        else:  # experts side by side
+            experts = [accumulate(list(each), self.alpha, self.mode, null, self.svd) for each in values.transpose(0, 1)]
+            merged = torch.stack(experts)
+        return Dense(merged.to(values.dtype))
+
+    def _merge_factors(self, deltas: Sequence[LowRank]) -> LowRank:
+        """The same in the joint column and row space of all factors, where every matrix is a small core."""
+        first = deltas[0]
+        up, up_core = torch.linalg.qr(torch.cat([delta.up for delta in deltas], -1).double())
+        down, down_core = torch.linalg.qr(torch.cat([delta.down for delta in deltas], -2).double().mT)
+        ranks = [delta.rank for delta in deltas]
+        ups, downs = up_core.split(ranks, -1), down_core.split(ranks, -1)
+        cores = [left @ right.mT for left, right in zip(ups, downs, strict=True)]
+        null = _null(first.up.dtype, (len(up), len(down)))
+        merged = accumulate(cores, self.alpha, self.mode, null, "thin")
+        return LowRank((up @ merged).to(first.up.dtype), down.mT.to(first.down.dtype), first.shape, first.transposed)
+
+
+def _squares(merged: Delta, stack: Stack, site: Site) -> Tensor:
+    """The squared norm of each change and of their merge, ``[n + 1, 1]``."""
+    return torch.stack([squared_norm(delta) for delta in (*stack.deltas, merged)])[:, None]
+
+
+def _null(dtype: torch.dtype, shape: Sequence[int]) -> float:
+    """The share of the largest singular value below which a direction is but rounding."""
+    return max(shape) * torch.finfo(dtype).eps
+
+
+def accumulate(deltas: Sequence[Tensor], alpha: float, mode: str, null: float, svd: str = "gram") -> Tensor:
+    """S_T of matrices ``[m, k]`` in order, ``[m, k]`` float64."""
+    total = deltas[0].double()
+    for delta in deltas[1:]:
+        total = total + projected(delta.double(), total, alpha, mode, null, svd)
+    return total
+
+
+def projected(
+    delta: Tensor, previous: Tensor, alpha: float, mode: str = "block", null: float = 1e-12, svd: str = "gram"
+) -> Tensor:
+    """P(delta; previous): ``delta [m, k]`` without what would disturb ``previous [m, k]``, both float64.
+
+    Directions whose singular values are at most the share ``null`` of the largest are null directions.
+    """
+    u, s, vh = _decomposed(previous, svd)
+    rank = int((s > null * s[:1]).sum())
+    if not rank:
+        return delta
+    u, s, vh = u[:, :rank], s[:rank], vh[:rank]
+    shares = s.cumsum(0) / s.sum()
+    if mode == "block":
+        split = rank if alpha >= 1 else int((shares <= alpha).sum())
+        diagonal = (u.mT @ delta * vh).sum(1)
+        left, right = u[:, :split], vh[:split]
+        square = left.mT @ delta @ right.mT
+        square.diagonal().sub_(diagonal[:split])
+        return delta - (u * diagonal) @ vh - left @ square @ right
+    split = rank if alpha >= 1 else min(rank, int((shares < alpha).sum()) + 1)
+    left, right = u[:, :split], vh[:split]
+    rest = delta - left @ (left.mT @ delta)
+    rest = rest - (rest @ right.mT) @ right
+    u, vh = u[:, split:], vh[split:]
+    return rest - (u * (u.mT @ rest * vh).sum(1)) @ vh
+
+
+def _decomposed(matrix: Tensor, svd: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The thin SVD, ``s`` descending."""
+    if svd == "gram" and matrix.numel():
+        wide = matrix.shape[0] <= matrix.shape[1]
+        short = matrix if wide else matrix.mT
+        squares, vectors = torch.linalg.eigh(short @ short.mT)
+        s = squares.flip(0).clamp(min=0).sqrt()
+        if float(s[-1]) > _CONDITION * float(s[0]):
+            vectors = vectors.flip(1)
+            others = (vectors.mT @ short) / s[:, None]
+            return (vectors, s, others) if wide else (others.mT, s, vectors.mT)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u, s, vh

@@ -1,0 +1,135 @@
+"""PCB: weigh every parameter of every model by how large it is in it and how well it agrees with the others."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from merging.delta import Delta, Dense, Stack
+from merging.folds import Rank, Ranked, Sum
+from merging.method import Method, Round, Seen
+from merging.parameters import Coefficient, Local, PerModel, column
+from merging.site import Site
+
+__all__ = ["Pcb", "clipped", "competition", "minmax"]
+
+_CLIP, _EXTREMES, _MASSES, _CUT = "pcb.clip", "pcb.extremes", "pcb.masses", "pcb.cut"
+
+
+class Pcb(Method):
+    """Parameter competition balancing: a weighted mean whose weights compete within each model and across models.
+
+    With tau_i over the whole model, a_i = |tau_i| clipped at both tails by the share `clip`, c_i = sign(tau_i) a_i,
+    u_i = minmax(a_i), s_i = sign(tau_i) u_i and n models, the released code (duguodong7/pcb-merging) computes
+
+        beta_i = exp(n u_i^2) * tanh(tau_i * sum_j tau_j)        size within the model, agreement across models
+        S_i    = minmax(beta_i) above the largest `ratio` of beta_i, and 0 below
+        tau    = scale * sum_i w_i c_i S_i / sum_i S_i
+
+    `variant = vision` has tanh(tau_i * sum_j s_j) and `es` sum_j tanh(s_i * s_j), as the code's other files do;
+    `paper` is what the paper prints, with softmaxes for exp and tanh, no clip, and the surviving beta_i as weights.
+    Published vision numbers come from `vision` with ratio 0.05, clip 0.01 and scale 1.2.
+
+    A model whose changes are all zero or all of one size competes with 0 or 1 instead of NaN. Parameters that no
+    training ever touches shift all thresholds: leave them out with `exclude`. Being a mean, it wants a scale of 1 to 2;
+    most parameters stay as in the base. All statistics are over the whole model, exact and in constant memory (or over
+    each tensor: another method, not the paper's): four sweeps over the inputs before the merge, five for `paper`. On
+    adapters the merged change has full rank. From about 40 models on, exp(n u^2) is computed as exp(n (u^2 - 1)),
+    which changes nothing but the overflow.
+    """
+
+    name: ClassVar[str] = "pcb"
+    summary: ClassVar[str] = "weigh each parameter by its size and its agreement with the other models"
+    paper: ClassVar[str] = "PCB-Merging, Du et al. 2024, arXiv 2410.02396"
+
+    ratio: float = Field(0.1, gt=0, le=1, description="share of each model's parameters that compete")
+    clip: float = Field(0.01, ge=0, lt=0.5, description="share of magnitudes that is clipped at either end")
+    scale: Local[Coefficient] = Field(1.2, description="what the weighted mean is multiplied by")
+    weights: PerModel[Coefficient] = Field(1.0, description="one weight for all models, or one each; may be negative")
+    variant: Literal["code", "vision", "es", "paper"] = Field("code", description="which of the published forms")
+    scope: Literal["model", "tensor"] = Field("model", description="what statistics are taken over")
+
+    def rounds(self) -> tuple[Round, ...]:
+        cut = Ranked((Rank.share(1 - self.ratio), Rank.upper(0)))
+        if self.variant == "paper":
+            ends = Ranked((Rank.share(0), Rank.upper(0)))
+            return (
+                Round(_EXTREMES, ends, lambda stack, site, seen: _products(stack.dense()), per=self.scope),
+                Round(_MASSES, Sum(), self._exponentials, per=self.scope),
+                Round(_CUT, cut, self._scores, per=self.scope),
+            )
+        clip = Ranked((Rank.share(self.clip), Rank.upper(self.clip)))
+        return (
+            Round(_CLIP, clip, lambda stack, site, seen: stack.dense().abs(), per=self.scope),
+            Round(_CUT, cut, self._scores, per=self.scope),
+        )
+
+    def _exponentials(self, stack: Stack, site: Site, seen: Seen) -> Tensor:
+        """What the softmaxes are normalised by: n of the models alone, then those of all pairs."""
+        norms = minmax(_products(stack.dense()), seen[_EXTREMES])
+        alone = norms[[_pair(i, i, len(stack)) for i in range(len(stack))]]
+        return torch.cat([(alone * len(stack)).exp(), norms.exp()])
+
+    def _scores(self, stack: Stack, site: Site, seen: Seen) -> Tensor:
+        """beta ``[n, *shape]``."""
+        values = stack.dense()
+        if self.variant != "paper":
+            return competition(values, seen[_CLIP], self.variant)
+        n = len(values)
+        shares = self._exponentials(stack, site, seen)
+        shares = shares / column(seen[_MASSES], shares)
+        return torch.stack([shares[i] * sum(shares[n + _pair(i, j, n)] for j in range(n)) for i in range(n)])
+
+    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+        values, scores = stack.dense(), self._scores(stack, site, seen)
+        cut, most = column(seen[_CUT][:, 0], scores), seen[_CUT]
+        if self.variant == "paper":
+            shares, sizes = torch.where(scores >= cut, scores, 0.0), values
+            mass = shares.sum(0)
+            mass = torch.where(mass > 0, mass, 1.0)
+        else:
+            shares, sizes = minmax(torch.maximum(scores, cut), most), clipped(values, seen[_CLIP])
+            mass = shares.sum(0).clamp(min=1e-12)
+        return Dense((sizes * shares * column(self.weights, values)).sum(0) / mass * self.scale)
+
+
+def clipped(values: Tensor, ends: Tensor) -> Tensor:
+    """``[n, *shape]`` with magnitudes clipped to each model's ``ends [n, 2]``; zeros stay zeros."""
+    low, high = column(ends[:, 0], values), column(ends[:, 1], values)
+    return values.sign() * values.abs().clamp(low, high)
+
+
+def minmax(values: Tensor, ends: Tensor) -> Tensor:
+    """``[n, *shape]`` mapped to [0, 1], from each model's ``ends [n, 2]``; 0 where these are equal."""
+    low, high = column(ends[:, 0], values), column(ends[:, 1], values)
+    return torch.where(high > low, (values - low) / torch.where(high > low, high - low, 1.0), 0.0)
+
+
+def competition(values: Tensor, ends: Tensor, variant: str) -> Tensor:
+    """beta ``[n, *shape]``: how each model's change at each entry competes, given the ends of its magnitudes."""
+    n = len(values)
+    sizes = minmax(values.abs().clamp(column(ends[:, 0], values), column(ends[:, 1], values)), ends)
+    intra = torch.exp(n * (sizes**2 - 1)) if n >= 40 else torch.exp(n * sizes**2)
+    if variant == "code":
+        return intra * torch.tanh(values * values.sum(0))
+    signed = values.sign() * sizes
+    if variant == "vision":
+        return intra * torch.tanh(values * signed.sum(0))
+    inter = torch.zeros_like(values)
+    for other in signed:
+        inter += torch.tanh(signed * other)
+    return intra * inter
+
+
+def _products(values: Tensor) -> Tensor:
+    """tau_i * tau_j of all pairs i <= j, ``[n (n + 1) / 2, *shape]``."""
+    return torch.cat([values[i] * values[i:] for i in range(len(values))])
+
+
+def _pair(one: int, other: int, n: int) -> int:
+    """The position of a pair among :func:`_products`."""
+    i, j = min(one, other), max(one, other)
+    return i * n - i * (i - 1) // 2 + j - i

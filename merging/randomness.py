@@ -1,0 +1,40 @@
+"""Random choices that belong to a place: the same on every device, in any order, for any cut into blocks."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+
+import torch
+from torch import Tensor
+
+__all__ = ["kept"]
+
+_GOLDEN, _FIRST, _SECOND = 0x9E3779B1, 0x7FEB352D, 0x846CA68B
+_WORD = 1 << 32
+
+
+def kept(share: float, start: int, count: int, device: torch.device, *place: object) -> Tensor:
+    """Which of ``count`` elements from position ``start`` on are kept, each with probability ``share``: ``[count]``.
+
+    Depends on the position and on ``place`` (seed, model, tensor) alone. A hash of the position, two rounds of multiply
+    and shift with constants after Wellons (lowbias32), keyed by SHA-256 of the place, in 32-bit integers that wrap.
+    """
+    if share >= 1:
+        return torch.ones(count, dtype=torch.bool, device=device)
+    rest = _WORD - start % _WORD
+    if count > rest:  # the upper half of the position is part of the key
+        parts = kept(share, start, rest, device, *place), kept(share, start + rest, count - rest, device, *place)
+        return torch.cat(parts)
+    digest = sha256("\0".join(map(str, (*place, start // _WORD))).encode()).digest()
+    first, second = (int.from_bytes(digest[i : i + 4], "little") for i in (0, 4))
+    bits = torch.arange(count, dtype=torch.int32, device=device)
+    bits.mul_(_signed(_GOLDEN)).add_(_signed(start * _GOLDEN + first))
+    bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(_signed(_FIRST)).bitwise_xor_(_signed(second))
+    bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).mul_(_signed(_SECOND))
+    return bits < round(share * _WORD) - _WORD // 2
+
+
+def _signed(value: int) -> int:
+    """A number modulo 2**32 as a signed integer of 32 bits."""
+    value %= _WORD
+    return value - _WORD if value >= _WORD // 2 else value

@@ -1,0 +1,66 @@
+"""Where a tensor sits in a model and what it is: told from its name and shape."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from merging.layers import Stacks
+
+__all__ = ["Kind", "Site", "site_of"]
+
+Kind = Literal["matrix", "embedding", "vector", "conv", "experts"]
+"""What a tensor is: a linear layer's weight, a table that is looked up by row, anything of one axis, a convolution (or
+anything else of three axes and more), matrices side by side along the first axis."""
+
+# The last part of the name tells a table: patch, time and context embedders hold linear layers or convolutions.
+_TABLE = re.compile(
+    r"(?:^|[._])(?:wte|wpe|shared|embd?|\w*embed|\w*embeddings?|embed_(?!out)\w+|relative_attention_bias)(?:\.weight)?$"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a tensor sits: its name in the base, its shape, and its layer in the stack of blocks it belongs to.
+
+    ``layer`` is None outside the stacks, where ``after`` tells the tensors behind the blocks (final norm, head) from
+    those before. ``start`` is the offset of a block of the tensor, in elements of the flattened whole. ``axis`` is that
+    of a matrix's inputs: 1 as PyTorch's linear layers have it, 0 for GPT-2's and for tables, whose input is the row.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layer: int | None = None
+    layers: int = 0
+    after: bool = False
+    start: int = 0
+    kind: Kind = "matrix"
+    axis: int = 1
+
+    @property
+    def depth(self) -> float:
+        """0 in the first block, 1 in the last (and in an only one); 0 outside the stacks."""
+        if self.layer is None:
+            return 0.0
+        return min(1.0, self.layer / (self.layers - 1)) if self.layers > 1 else 1.0
+
+    def block(self, shape: tuple[int, ...], start: int) -> Site:
+        """The same place, narrowed to a block of the given shape that starts at a flat offset."""
+        return replace(self, shape=shape, start=start)
+
+
+def site_of(name: str, shape: tuple[int, ...], stacks: Stacks, transposed: bool = False) -> Site:
+    """The site of a tensor; ``transposed`` says that a matrix is stored as inputs by outputs."""
+    place = stacks.place(name)
+    kind = _kind(name, shape)
+    axis = 0 if transposed or kind == "embedding" else 1
+    return Site(name, shape, place.layer, place.layers, place.after, kind=kind, axis=axis)
+
+
+def _kind(name: str, shape: tuple[int, ...]) -> Kind:
+    if len(shape) < 2:
+        return "vector"
+    if len(shape) == 2:
+        return "embedding" if _TABLE.search(name) else "matrix"
+    return "experts" if len(shape) == 3 and "expert" in name else "conv"
