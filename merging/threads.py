@@ -15,6 +15,9 @@ __all__ = ["Progress", "cores", "share_out"]
 W = TypeVar("W")
 U = TypeVar("U")
 
+_PATIENCE = 0.2
+"""Seconds after which a signal is noticed at the latest."""
+
 Progress = Callable[[int, int], None]
 """Told the bytes done and the bytes in all, from one thread at a time."""
 
@@ -69,7 +72,8 @@ def share_out(
             thread.start()
         begin.set()
         for thread in running:
-            thread.join()
+            while thread.is_alive():  # a signal that comes just before a wait is only seen after it
+                thread.join(_PATIENCE)
     except BaseException:
         stop.set()
         begin.set()
@@ -87,7 +91,7 @@ def _outlast(threads: Sequence[threading.Thread]) -> None:
     for thread in threads:
         while thread.is_alive():
             with suppress(KeyboardInterrupt):
-                thread.join()
+                thread.join(_PATIENCE)
 
 
 def _stream(device: torch.device) -> AbstractContextManager[object]:
