@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-__all__ = ["Delta", "Dense", "LowRank", "Stack"]
+__all__ = ["Delta", "Dense", "LowRank", "Stack", "weighted_sum"]
 
 Coefficient = float | Tensor
 
@@ -161,7 +161,7 @@ class Stack:
         weights = list(weights)
         if self.low_rank:
             return _concatenated([d for d in self.deltas if isinstance(d, LowRank)], weights)
-        return Dense(_weighted_sum(self.dense(), weights))
+        return Dense(weighted_sum(self.dense(), weights))
 
 
 def _concatenated(deltas: Sequence[LowRank], weights: Sequence[Coefficient]) -> LowRank:
@@ -172,7 +172,8 @@ def _concatenated(deltas: Sequence[LowRank], weights: Sequence[Coefficient]) -> 
     return LowRank(up, down, first.shape, first.transposed)
 
 
-def _weighted_sum(values: Tensor, weights: Sequence[Coefficient]) -> Tensor:
+def weighted_sum(values: Tensor | Sequence[Tensor], weights: Sequence[Coefficient]) -> Tensor:
+    """``sum_i w_i values_i``, added up in order."""
     taken = 1
     if (
         len(weights) > 1

@@ -54,15 +54,20 @@ class Rank:
         return min(max(index, 0), count - 1)
 
 
-def keys(values: Tensor) -> Tensor:
+def keys(values: Tensor, magnitudes: bool = False) -> Tensor:
     """A signed integer of the same width for each float, in the same order; equal floats, -0.0 and 0.0, have one key.
+
+    For each float's magnitude, if so asked.
 
     The bits without the sign are the key of a positive float (0 is 0) and, negated, of a negative one. Any shape;
     float32 to int32, float64 to int64. The keys of NaN lie beyond those of the infinities.
     """
     bits = values.view(KEYS[values.dtype])
+    sizes = bits & torch.iinfo(bits.dtype).max
+    if magnitudes:
+        return sizes
     signs = bits >> (values.dtype.itemsize * 8 - 1)
-    return (bits & torch.iinfo(bits.dtype).max).bitwise_xor_(signs).sub_(signs)
+    return sizes.bitwise_xor_(signs).sub_(signs)
 
 
 def floats(numbers: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -50,7 +49,7 @@ class Consensus(Method):
         values = values * column(self.weights, values)
         total = values.sum(0)
         agreed = masks(values, total, self.threshold).sum(0) >= self.agree
-        return Dense(torch.where(agreed, total, 0.0) * self.scale)
+        return Dense(total * agreed * self.scale)
 
 
 def masks(values: Tensor, total: Tensor, threshold: float) -> Tensor:

@@ -60,11 +60,11 @@ class Dare(Wrapper):
 
     def _dropped(self, stack: Stack, values: Tensor, site: Site) -> Tensor:
         shares = [1 - drop for drop in spread(self.drop, len(stack))]
-        masks = [
-            kept(share, site.start, value.numel(), value.device, self.seed, model, site.name).view(value.shape)
-            for share, value, model in zip(shares, values, stack.models, strict=True)
-        ]
-        return torch.stack([torch.where(mask, value, 0.0) for mask, value in zip(masks, values, strict=True)])
+        out = torch.empty_like(values)
+        for share, value, model, into in zip(shares, values, stack.models, out, strict=True):
+            mask = kept(share, site.start, value.numel(), value.device, self.seed, model, site.name)
+            torch.mul(value, mask.view(value.shape), out=into)
+        return out
 
     def enter(self, stack: Stack, site: Site, seen: Seen) -> Entered:
         values = self._dropped(stack, stack.dense(), site)

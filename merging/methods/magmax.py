@@ -39,4 +39,4 @@ class MagMax(Method):
 def largest(values: Tensor) -> Tensor:
     """Of ``[n, *shape]`` the value of largest magnitude over n, the positive one of two."""
     high, low = values.amax(0), values.amin(0)
-    return torch.where(high >= -low, high, low)
+    return torch.copysign(torch.maximum(high, -low), high + low)

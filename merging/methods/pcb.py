@@ -61,9 +61,9 @@ class Pcb(Method):
                 Round(_MASSES, Sum(), self._exponentials, per=self.scope),
                 Round(_CUT, cut, self._scores, per=self.scope),
             )
-        clip = Ranked((Rank.share(self.clip), Rank.upper(self.clip)))
+        clip = Ranked((Rank.share(self.clip), Rank.upper(self.clip)), magnitudes=True)
         return (
-            Round(_CLIP, clip, lambda stack, site, seen: stack.dense().abs(), per=self.scope),
+            Round(_CLIP, clip, lambda stack, site, seen: stack.dense(), per=self.scope),
             Round(_CUT, cut, self._scores, per=self.scope),
         )
 
@@ -87,9 +87,9 @@ class Pcb(Method):
         values, scores = stack.dense(), self._scores(stack, site, seen)
         cut, most = column(seen[_CUT][:, 0], scores), seen[_CUT]
         if self.variant == "paper":
-            shares, sizes = torch.where(scores >= cut, scores, 0.0), values
+            shares, sizes = scores * (scores >= cut), values
             mass = shares.sum(0)
-            mass = torch.where(mass > 0, mass, 1.0)
+            mass += mass == 0
         else:
             shares, sizes = minmax(torch.maximum(scores, cut), most), clipped(values, seen[_CLIP])
             mass = shares.sum(0).clamp(min=1e-12)
@@ -105,7 +105,7 @@ def clipped(values: Tensor, ends: Tensor) -> Tensor:
 def minmax(values: Tensor, ends: Tensor) -> Tensor:
     """``[n, *shape]`` mapped to [0, 1], from each model's ``ends [n, 2]``; 0 where these are equal."""
     low, high = column(ends[:, 0], values), column(ends[:, 1], values)
-    return torch.where(high > low, (values - low) / torch.where(high > low, high - low, 1.0), 0.0)
+    return (values - low) / torch.where(high > low, high - low, torch.inf)
 
 
 def competition(values: Tensor, ends: Tensor, variant: str) -> Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from merging.delta import Delta, Dense, Stack
+from merging.delta import Delta, Dense, Stack, weighted_sum
 from merging.errors import OptionError
 from merging.folds import Rank, Ranked, Sum
 from merging.method import Method, Round, Seen
@@ -62,8 +62,8 @@ class Ties(Method):
     def rounds(self) -> tuple[Round, ...]:
         rounds = []
         if not varies(self.density) and self._densities():
-            ranks = Ranked(tuple(map(Rank.largest, self._densities())))
-            rounds.append(Round(_THRESHOLDS, ranks, lambda stack, site, seen: stack.dense().abs(), per=self.scope))
+            ranks = Ranked(tuple(map(Rank.largest, self._densities())), magnitudes=True)
+            rounds.append(Round(_THRESHOLDS, ranks, lambda stack, site, seen: stack.dense(), per=self.scope))
         if self.zero == "majority":
             rounds.append(Round(_MAJORITY, Sum(), self._elected, per=self.scope))
         return tuple(rounds)
@@ -91,30 +91,40 @@ class Ties(Method):
         trimmed = self._trimmed(stack, seen)
         signs = elect(trimmed, self._votes(len(trimmed)))
         otherwise = -1.0 if self.zero == "majority" and float(seen[_MAJORITY]) < 0 else 1.0
-        signs = torch.where(signs == 0, otherwise, signs)
+        signs.add_(_ones(torch.eq, signs), alpha=otherwise)
         weights = self.coefficients(len(trimmed))
         return Dense(agreeing_mean(trimmed, signs, weights, self.normalize) * self.scale)
 
 
 def trim(values: Tensor, threshold: float) -> Tensor:
     """The values of at least this magnitude, and 0 for the others."""
-    return torch.where(values.abs() >= threshold, values, 0.0)
+    below = torch.nextafter(torch.tensor(threshold, dtype=values.dtype), torch.zeros((), dtype=values.dtype))
+    return torch.nn.functional.hardshrink(values, float(below))
 
 
 def elect(values: Sequence[Tensor], votes: Sequence[float]) -> Tensor:
     """The sign of ``sum_i votes_i values_i``, summed in order."""
-    total = values[0] * votes[0]
-    for value, vote in zip(values[1:], votes[1:], strict=True):
-        total.add_(value, alpha=vote)
-    return total.sign_()
+    return weighted_sum(values, votes).sign_()
 
 
 def agreeing_mean(values: Sequence[Tensor], signs: Tensor, weights: Sequence[Any], normalize: bool) -> Tensor:
-    """The weighted sum, over the weights' magnitudes if normalized, of those changes that have the elected sign."""
-    total = torch.zeros_like(signs)
-    mass = torch.zeros_like(signs)
-    for value, weight in zip(values, weights, strict=True):
-        agrees = value * (signs if number(weight) >= 0 else -signs) > 0
-        total = total + torch.where(agrees, value, 0.0) * weight
-        mass = mass + agrees.to(signs) * abs(weight)
-    return total / torch.where(mass > 0, mass, 1.0) if normalize else total
+    """The weighted sum, over the weights' magnitudes if normalized, of those changes that have the elected sign.
+
+    ``signs`` are 1 or -1, and a negative weight turns its change around.
+    """
+    sizes = [abs(weight) for weight in weights]
+    # what agrees, positive: a masked selection takes thirty times as long
+    agreeing = [
+        torch.relu(value * signs if number(weight) >= 0 else -value * signs)
+        for value, weight in zip(values, weights, strict=True)
+    ]
+    total = weighted_sum(agreeing, sizes) * signs
+    if not normalize:
+        return total
+    mass = weighted_sum([_ones(torch.gt, each) for each in agreeing], sizes)
+    return total / (mass + _ones(torch.eq, mass))
+
+
+def _ones(compare: Callable[..., Tensor], values: Tensor) -> Tensor:
+    """1 where values compare so to 0, else 0, in their type."""
+    return compare(values.detach(), 0, out=torch.empty_like(values, requires_grad=False))
