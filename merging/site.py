@@ -11,13 +11,16 @@ from merging.layers import Stacks
 __all__ = ["Kind", "Site", "site_of"]
 
 Kind = Literal["matrix", "embedding", "vector", "conv", "experts"]
-"""What a tensor is: a linear layer's weight, a table that is looked up by row, anything of one axis, a convolution (or
-anything else of three axes and more), matrices side by side along the first axis."""
+"""What a tensor is: a linear layer's weight, a table that is looked up by row, anything of one axis (or a norm, a bias
+or a learned token of more), a convolution (or anything else of three axes), matrices side by side in the first axis."""
 
 # The last part of the name tells a table: patch, time and context embedders hold linear layers or convolutions.
 _TABLE = re.compile(
     r"(?:^|[._])(?:wte|wpe|shared|embd?|\w*embed|\w*embeddings?|embed_(?!out)\w+|relative_attention_bias)(?:\.weight)?$"
 )
+
+# Norms by head, biases by expert or head, tables of biases, learned tokens: nothing that a vector is multiplied by.
+_NO_MAP = re.compile(r"(?:norm\.weight|bias|bias_table|A_log|tokens?|mask_emb|probe)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,7 @@ def site_of(name: str, shape: tuple[int, ...], stacks: Stacks, transposed: bool 
 
 
 def _kind(name: str, shape: tuple[int, ...]) -> Kind:
-    if len(shape) < 2:
+    if len(shape) < 2 or _NO_MAP.search(name) or (len(shape) > 2 and shape[0] == 1):
         return "vector"
     if len(shape) == 2:
         return "embedding" if _TABLE.search(name) else "matrix"

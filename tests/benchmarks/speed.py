@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,15 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Case:
-    """One merge in our words and in the peer's."""
+    """One merge in our words and in the peer's; ``peer`` is None where the peer has no such merge."""
 
     method: str
     models: tuple[str, ...]
     parameters: dict[str, Any]
-    peer: dict[str, Any]
+    peer: dict[str, Any] | None = None
     base: str | None = None
     peer_base: str | None = None
+    peer_method: str | None = None
     weights: tuple[float, ...] | None = None
 
     @property
@@ -80,7 +81,8 @@ class Case:
         models: list[dict[str, Any]] = [{"model": str(folder / name)} for name in self.models]
         for model, weight in zip(models, self.weights or (), strict=self.weights is not None):
             model["parameters"] = {"weight": weight}
-        config = {"merge_method": self.method, "models": models, "parameters": self.peer, "dtype": "bfloat16"}
+        method = self.peer_method or self.method
+        config = {"merge_method": method, "models": models, "parameters": self.peer, "dtype": "bfloat16"}
         base = self.peer_base or self.base
         return config if base is None else config | {"base_model": str(folder / base)}
 
@@ -305,7 +307,7 @@ class Bench:
             "ours/copy": ours["seconds"] / copied,
             "MB ours": ours["peak_private_bytes"] / 1e6,
         }
-        if self.peer is None:
+        if self.peer is None or case.peer is None:
             return found
         peer_whole = self.peer_whole(case)
         theirs = self.peer_alone(case)
@@ -359,6 +361,7 @@ COLUMNS = (
     ("MB ours", "{:.0f}"),
     ("MB peer", "{:.0f}"),
 )
+OUR_COLUMNS = tuple((key, text) for key, text in COLUMNS if "peer" not in key)
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
@@ -375,9 +378,9 @@ def memory_available() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
-def warm(bench: Bench) -> str:
+def warm(bench: Bench, names: tuple[str, ...] = NAMES) -> str:
     """Read every checkpoint and start every program once; say what that leaves in the page cache."""
-    files = [file for name in NAMES for file in (bench.folder / name).glob("*.safetensors")]
+    files = [file for name in names for file in (bench.folder / name).glob("*.safetensors")]
     with Path(os.devnull).open("wb") as nowhere:
         subprocess.run(["cat", *map(str, files)], stdout=nowhere, check=True)
     bench.run([*bench.our_command(), "--help"])
@@ -390,24 +393,43 @@ def warm(bench: Bench) -> str:
     return "NOT warm: inputs and outputs do not fit into memory together"
 
 
-def compare(sizes: list[float], repeats: int, work: Path, peer: str | None, threads: int | None) -> None:
-    """Print the table of merges."""
-    print(f"{os.cpu_count()} cores, threads {threads or 'as each program chooses'}, load {os.getloadavg()[0]:.1f}")
-    print(f"medians of {repeats} rounds; peak private memory above the level just after the imports")
+def conditions(repeats: int, threads: int | None) -> str:
+    """Under which the figures are taken."""
+    return (
+        f"{os.cpu_count()} cores, threads {threads or 'as each program chooses'}, load {os.getloadavg()[0]:.1f}\n"
+        f"medians of {repeats} rounds; peak private memory above the level just after the imports"
+    )
+
+
+def prepare(bench: Bench, gigabytes: float, names: tuple[str, ...] = NAMES) -> int:
+    """Write checkpoints of about that size and read them once; say so, and return the parameters of each."""
+    config, shapes = llama(gigabytes)
+    write_models(bench.folder, config, shapes, names)
+    parameters = sum(map(count, shapes.values()))
+    print(f"{2 * parameters / 1e9:.2f} GB each, {len(shapes)} tensors; page cache: {warm(bench, names)}", flush=True)
+    return parameters
+
+
+def median_cells(rounds: list[dict[str, float]], columns: tuple[tuple[str, str], ...]) -> list[str]:
+    """A row's cells: the medians of the rounds, and a dash for what was not measured."""
+    medians = {key: statistics.median(found[key] for found in rounds) for key in rounds[0]}
+    return [text.format(medians[key]) if key in medians else "-" for key, text in columns]
+
+
+def compare(bench: Bench, sizes: list[float], repeats: int, cases: dict[str, Case]) -> None:
+    """Print the table of merges; every size has a folder of its own in the bench's."""
+    print(conditions(repeats, bench.threads))
+    names = tuple(sorted({name for case in cases.values() for name in case.inputs}))
+    columns = COLUMNS if bench.peer else OUR_COLUMNS
     rows = []
     for size in sizes:
-        with tempfile.TemporaryDirectory(dir=work) as folder:
-            bench = Bench(Path(folder), peer, threads)
-            config, shapes = llama(size)
-            write_models(bench.folder, config, shapes)
-            each = 2 * sum(map(count, shapes.values())) / 1e9
-            print(f"{each:.2f} GB each, {len(shapes)} tensors; page cache: {warm(bench)}", flush=True)
-            for name, case in CASES.items():
-                rounds = [bench.round(case) for _ in range(repeats)]
-                medians = {key: statistics.median(found[key] for found in rounds) for key in rounds[0]}
-                cells = [text.format(medians[key]) if key in medians else "-" for key, text in COLUMNS]
-                rows.append([f"{name}, {each:.2f} GB", *cells])
-    print(table(["case", *(key for key, _ in COLUMNS)], rows))
+        with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+            here = replace(bench, folder=Path(folder))
+            each = 2 * prepare(here, size, names) / 1e9
+            for name, case in cases.items():
+                rounds = [here.round(case) for _ in range(repeats)]
+                rows.append([f"{name}, {each:.2f} GB", *median_cells(rounds, columns)])
+    print(table(["case", *(key for key, _ in columns)], rows))
 
 
 def planning(repeats: int, work: Path) -> None:
@@ -429,14 +451,20 @@ def planning(repeats: int, work: Path) -> None:
     print(table(["tensors", "seconds to plan", "microseconds a tensor"], rows))
 
 
-def main() -> None:
-    """Parse the command line and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(description: str | None) -> argparse.ArgumentParser:
+    """A parser of what every benchmark of merges can be told."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=float, nargs="+", default=[0.5], help="gigabytes of each checkpoint")
     parser.add_argument("--repeats", type=int, default=3, help="rounds")
     parser.add_argument("--threads", type=int, help="threads of every program (default: as each chooses)")
     parser.add_argument("--mergekit-python", default=os.environ.get("MERGEKIT_PYTHON"), help="the peer's Python")
     parser.add_argument("--work", type=Path, help="folder for the checkpoints (default: the temporary one)")
+    return parser
+
+
+def main() -> None:
+    """Parse the command line and print one table."""
+    parser = options(__doc__)
     parser.add_argument("--plan", action="store_true", help="time planning many small tensors instead")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -445,7 +473,9 @@ def main() -> None:
     elif chosen.plan:
         planning(chosen.repeats, chosen.work)
     else:
-        compare(chosen.size, chosen.repeats, chosen.work, chosen.mergekit_python, chosen.threads)
+        with tempfile.TemporaryDirectory(dir=chosen.work) as folder:
+            bench = Bench(Path(folder), chosen.mergekit_python, chosen.threads)
+            compare(bench, chosen.size, chosen.repeats, CASES)
 
 
 if __name__ == "__main__":
