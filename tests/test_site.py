@@ -1,0 +1,61 @@
+"""What a tensor is, told from its name and shape, against the modules of real architectures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from architectures import ARCHITECTURES, build
+from transformers.pytorch_utils import Conv1D
+
+from merging.layers import Stacks
+from merging.plan.sites import has_conv1d
+from merging.site import Site, site_of
+from merging.sources.checkpoint import Checkpoint
+
+
+def kind_of(module: torch.nn.Module, shape: tuple[int, ...]) -> str | None:
+    """What a parameter is, where its module tells."""
+    if len(shape) == 1 or "Norm" in type(module).__name__:
+        return "vector"
+    if isinstance(module, torch.nn.Embedding):
+        return "embedding"
+    if isinstance(module, (torch.nn.Linear, Conv1D)):
+        return "matrix"
+    if isinstance(module, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)):
+        return "conv" if shape[0] > 1 else None
+    return "experts" if type(module).__name__.endswith("Experts") and len(shape) == 3 else None
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kinds(architecture: str) -> None:
+    model = build(architecture, 0)
+    names = [name for name, _ in model.named_parameters()]
+    stacks = Stacks.from_names(names)
+    told = 0
+    for prefix, module in model.named_modules():
+        for name, value in module.named_parameters(prefix, recurse=False):
+            want = kind_of(module, tuple(value.shape))
+            if want is not None:
+                told += 1
+                assert site_of(name, tuple(value.shape), stacks).kind == want, name
+    assert told > len(names) / 2
+
+
+@pytest.mark.parametrize("config", [transformers.GPT2Config, transformers.GPTBigCodeConfig], ids=["gpt2", "bigcode"])
+def test_axis_of_inputs(config: type[transformers.PreTrainedConfig]) -> None:
+    """GPT-2's linear layers are stored as inputs by outputs, those of others with the same names are not."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config(n_layer=1))
+    reference = Checkpoint(path=Path("x"), files=(), tensors={}, config=model.config.to_dict())
+    linear = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
+    told = {name: has_conv1d(reference, name) for name in linear}
+    assert told == {name: isinstance(module, Conv1D) for name, module in linear.items()}
+    assert any(told.values()) == (config is transformers.GPT2Config)
+
+
+def test_depth() -> None:
+    assert [Site("a", (), layer, 3).depth for layer in (None, 0, 1, 2, 7)] == [0, 0, 0.5, 1, 1]
+    assert Site("a", (), 0, 1).depth == 1
