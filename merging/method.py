@@ -112,6 +112,11 @@ class Method(BaseModel, ABC):
         """Whether any parameter differs from place to place."""
         return any(varies(getattr(self, field)) for field in type(self).model_fields)
 
+    @property
+    def by_depth(self) -> bool:
+        """Whether the number of blocks matters."""
+        return self.varies
+
     def closings(self, models: int) -> tuple[Closing, ...]:
         """What :meth:`factor` must know about the merged changes."""
         return ()
@@ -216,6 +221,10 @@ class Wrapper(Method):
     @property
     def rescales(self) -> bool:
         return self.then.rescales
+
+    @property
+    def by_depth(self) -> bool:
+        return self.varies or self.then.by_depth
 
     def closings(self, models: int) -> tuple[Closing, ...]:
         return self.then.closings(models)

@@ -69,7 +69,7 @@ def run(
         share(units, partial(Worker, shared), Worker.emit, report)
     finally:
         shared.spool.close()
-    facts = {fact: fmean(found[name] for name in sorted(found)) for fact, found in sorted(shared.facts.items())}
+    facts = {fact: fmean(found[name] for name in sorted(found)) for fact, found in shared.facts.items()}
     facts |= plan.recipe.method.facts(shared.seen, len(plan.models))
     return Done(time.perf_counter() - began, sorted(shared.notices), shared.discarded, facts)
 

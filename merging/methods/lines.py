@@ -61,6 +61,10 @@ class Lines(Wrapper):
     def rescales(self) -> bool:
         return True
 
+    @property
+    def by_depth(self) -> bool:
+        return True
+
     def closings(self, models: int) -> tuple[Closing, ...]:
         inner = self.then.closings(models)
         fixed = self.alpha is not None and self.published

@@ -59,7 +59,7 @@ def _make_plan(recipe: Recipe, rank_steps: Sequence[int]) -> Plan:
     check_places(recipe.method, [item.site for item in items if item.form != "copy"], len(models))
     if all(item.form == "copy" for item in items):
         raise InputError("there is nothing to merge: the models share no tensor of floating-point numbers")
-    if guess and recipe.method.rescales:
+    if guess and recipe.method.by_depth:
         notices.append(guess)
     return Plan(
         recipe=recipe,

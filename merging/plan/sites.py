@@ -45,7 +45,7 @@ def find_stacks(
     if not stacks.lengths:
         return stacks, None
     declared = next((model.base for model in models if isinstance(model, Adapter) and model.base), None)
-    stated = _declared_layers(declared) if declared and recipe.method.rescales else None
+    stated = _declared_layers(declared) if declared and recipe.method.by_depth else None
     if stated and len(stacks.lengths) == 1:
         return stacks.with_layers(stated), None
     counted = ", ".join(f"{length} under {prefix}" for prefix, length in stacks.lengths.items())
