@@ -160,5 +160,5 @@ def column(value: Any, like: Tensor) -> Tensor:
     if isinstance(value, Tensor) and value.dim():
         flat = value.to(like)
     else:
-        flat = torch.stack([torch.as_tensor(each).to(like) for each in spread(value, len(like))])
+        flat = torch.stack([torch.as_tensor(each, dtype=torch.float64).to(like) for each in spread(value, len(like))])
     return flat.view(-1, *[1] * (like.dim() - 1))

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from merging.delta import Delta, Dense, Stack
+from merging.delta import Delta, Dense, Stack, weighted_sum
 from merging.errors import OptionError
 from merging.method import Method, Seen
 from merging.parameters import Coefficient, Local, PerModel, column
@@ -47,7 +47,7 @@ class Consensus(Method):
     def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
         values = stack.dense()
         values = values * column(self.weights, values)
-        total = values.sum(0)
+        total = weighted_sum(values, [1.0] * len(values))
         agreed = masks(values, total, self.threshold).sum(0) >= self.agree
         return Dense(total * agreed * self.scale)
 

@@ -27,7 +27,7 @@ class Dare(Wrapper):
     The kept entries are divided by 1 - drop, so that the expectation stays (`rescale = inverse`, the paper), or
     multiplied so that each tensor's L1 norm stays (`l1`), or left (`none`). Which entries are dropped follows from the
     seed, the content of the model, the name of the tensor and the position in it: not from the order of models or
-    tensors, nor from the device. Fine-tuned language models bear a drop of 0.9 and more where changes are small (below
+    tensors, the shards they lie in, or the device. Fine-tuned language models bear a drop of 0.9 and more where changes are small (below
     about 0.002); others want less. On adapters the merged change has full rank. Free but for the drawing, which is done
     anew in each sweep of the method inside.
     """

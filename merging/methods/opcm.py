@@ -21,7 +21,7 @@ __all__ = ["Opcm", "accumulate", "projected"]
 
 _SQUARES = "opcm.squares"
 
-_CONDITION = 1e-6
+_CONDITION = 1e-5
 """Smallest share of the largest singular value that the squares of a Gram matrix still tell well in float64."""
 
 

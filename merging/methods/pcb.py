@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merging.delta import Delta, Dense, Stack
+from merging.delta import Delta, Dense, Stack, weighted_sum
 from merging.folds import Rank, Ranked, Sum
 from merging.method import Method, Round, Seen
 from merging.parameters import Coefficient, Local, PerModel, column
@@ -36,7 +36,8 @@ class Pcb(Method):
     A model whose changes are all zero or all of one size competes with 0 or 1 instead of NaN. Parameters that no
     training ever touches shift all thresholds: leave them out with `exclude`. Being a mean, it wants a scale of 1 to 2;
     most parameters stay as in the base. All statistics are over the whole model, exact and in constant memory (or over
-    each tensor: another method, not the paper's): four sweeps over the inputs before the merge, five for `paper`. On
+    each tensor: another method, not the paper's): four sweeps over the inputs before the merge, five for `paper`
+    (whose memory grows with the square of the number of models). On
     adapters the merged change has full rank. From about 40 models on, exp(n u^2) is computed as exp(n (u^2 - 1)),
     which changes nothing but the overflow.
     """
@@ -88,12 +89,12 @@ class Pcb(Method):
         cut, most = column(seen[_CUT][:, 0], scores), seen[_CUT]
         if self.variant == "paper":
             shares, sizes = scores * (scores >= cut), values
-            mass = shares.sum(0)
+            mass = _sum(shares)
             mass += mass == 0
         else:
             shares, sizes = minmax(torch.maximum(scores, cut), most), clipped(values, seen[_CLIP])
-            mass = shares.sum(0).clamp(min=1e-12)
-        return Dense((sizes * shares * column(self.weights, values)).sum(0) / mass * self.scale)
+            mass = _sum(shares).clamp(min=1e-12)
+        return Dense(_sum(sizes * column(self.weights, values) * shares) / mass * self.scale)
 
 
 def clipped(values: Tensor, ends: Tensor) -> Tensor:
@@ -114,14 +115,19 @@ def competition(values: Tensor, ends: Tensor, variant: str) -> Tensor:
     sizes = minmax(values.abs().clamp(column(ends[:, 0], values), column(ends[:, 1], values)), ends)
     intra = torch.exp(n * (sizes**2 - 1)) if n >= 40 else torch.exp(n * sizes**2)
     if variant == "code":
-        return intra * torch.tanh(values * values.sum(0))
+        return intra * torch.tanh(values * _sum(values))
     signed = values.sign() * sizes
     if variant == "vision":
-        return intra * torch.tanh(values * signed.sum(0))
+        return intra * torch.tanh(values * _sum(signed))
     inter = torch.zeros_like(values)
     for other in signed:
         inter += torch.tanh(signed * other)
     return intra * inter
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Added up in the order of the models, which torch's own sum is not at the end of a tile."""
+    return weighted_sum(values, [1.0] * len(values))
 
 
 def _products(values: Tensor) -> Tensor:

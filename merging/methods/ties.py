@@ -103,8 +103,8 @@ def trim(values: Tensor, threshold: float) -> Tensor:
 
 
 def elect(values: Sequence[Tensor], votes: Sequence[float]) -> Tensor:
-    """The sign of ``sum_i votes_i values_i``, summed in order."""
-    return weighted_sum(values, votes).sign_()
+    """The sign of ``sum_i votes_i values_i``, summed in order; equal and opposite votes cancel out exactly."""
+    return weighted_sum([value * vote for value, vote in zip(values, votes, strict=True)], [1.0] * len(votes)).sign_()
 
 
 def agreeing_mean(values: Sequence[Tensor], signs: Tensor, weights: Sequence[Any], normalize: bool) -> Tensor:

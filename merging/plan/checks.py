@@ -24,7 +24,9 @@ def content_keys(models: Sequence[Checkpoint | Adapter]) -> tuple[tuple[str, ...
     notices: list[str] = []
     first: dict[str, str] = {}
     for model in models:
-        key = content_key(model.files)
+        changes = model.changes if isinstance(model, Adapter) else {}
+        parts = {f"{name} {i}": part for name, change in changes.items() for i, part in enumerate(change.tensors)}
+        key = content_key(model.tensors if isinstance(model, Checkpoint) else parts)
         if key in first:
             notices.append(f"{model.path} has the same content as {first[key]}: it counts twice in the merge")
         first.setdefault(key, str(model.path))
