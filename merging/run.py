@@ -18,6 +18,7 @@ import torch
 from merging.method import Closing, Round
 from merging.opened import Unit
 from merging.plan.items import CHUNK, Plan
+from merging.platform import keep_freed_memory
 from merging.spool import Spool
 from merging.threads import Progress, share_out
 from merging.tiles import GPU_TILE
@@ -55,6 +56,7 @@ def run(
     """
     began = time.perf_counter()
     device = device or torch.device("cpu")
+    keep_freed_memory()
     shared = Shared(plan, sink, device, Spool(scratch), keeps=plan.kept_bytes > 0)
     share = partial(share_out, threads=threads, device=device)
     stages = _stages(plan)

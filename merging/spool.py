@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import threading
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from merging.delta import Delta, Dense, LowRank
 from merging.errors import OutputError
+from merging.platform import read_at, write_at
 
 __all__ = ["Spool"]
 
@@ -72,10 +72,7 @@ class Spool:
                 if self._file is None:
                     self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 (closed by close)
                 offset, self._end = self._end, self._end + host.nbytes
-            data = memoryview(host.view(-1).view(torch.uint8).numpy().data)
-            done = 0
-            while done < len(data):
-                done += os.pwrite(self._file.fileno(), data[done:], offset + done)
+            write_at(self._file.fileno(), _bytes(host), offset)
         except OSError as error:
             raise OutputError(
                 f"{self.folder or tempfile.gettempdir()}: merged changes cannot be set aside: {error.strerror}"
@@ -85,11 +82,13 @@ class Spool:
     def _read(self, part: _Part) -> Tensor:
         assert self._file is not None
         values = torch.empty(part.shape, dtype=part.dtype)
-        data = memoryview(values.view(-1).view(torch.uint8).numpy().data)
-        done = 0
-        while done < len(data):
-            read = os.preadv(self._file.fileno(), [data[done:]], part.offset + done)
-            if not read:
-                raise OutputError(f"{self.folder}: merged changes that were set aside cannot be read back")
-            done += read
+        try:
+            read_at(self._file.fileno(), _bytes(values), part.offset)
+        except (OSError, EOFError) as error:
+            raise OutputError(f"{self.folder}: merged changes that were set aside cannot be read: {error}") from None
         return values.to(part.device)
+
+
+def _bytes(values: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(values.view(-1).view(torch.uint8).numpy().data)

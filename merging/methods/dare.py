@@ -27,9 +27,9 @@ class Dare(Wrapper):
     The kept entries are divided by 1 - drop, so that the expectation stays (`rescale = inverse`, the paper), or
     multiplied so that each tensor's L1 norm stays (`l1`), or left (`none`). Which entries are dropped follows from the
     seed, the content of the model, the name of the tensor and the position in it: not from the order of models or
-    tensors, the shards they lie in, or the device. Fine-tuned language models bear a drop of 0.9 and more where changes are small (below
-    about 0.002); others want less. On adapters the merged change has full rank. Free but for the drawing, which is done
-    anew in each sweep of the method inside.
+    tensors, the shards they lie in, or the device. Fine-tuned language models bear a drop of 0.9 and more where changes
+    are small (below about 0.002); others want less. On adapters the merged change has full rank. Free but for the
+    drawing, which is done anew in each sweep of the method inside.
     """
 
     name: ClassVar[str] = "dare"
@@ -62,7 +62,8 @@ class Dare(Wrapper):
         shares = [1 - drop for drop in spread(self.drop, len(stack))]
         out = torch.empty_like(values)
         for share, value, model, into in zip(shares, values, stack.models, out, strict=True):
-            mask = kept(share, site.start, value.numel(), value.device, self.seed, model, site.name)
+            place = self.seed, model, site.name
+            mask = kept(share, site.start, value.numel(), value.device, *place, dtype=value.dtype)
             torch.mul(value, mask.view(value.shape), out=into)
         return out
 

@@ -18,6 +18,9 @@ __all__ = ["Orthogonalize", "orthogonalized", "overlap"]
 
 _SMALLEST_STEP = 1e-12
 
+_NOISE = 1e-15
+"""A gain that is so small a share of the cost is lost in its rounding: there is nothing left to descend."""
+
 
 class Orthogonalize(Wrapper):
     """Nudge the row spaces, and the column spaces, of the adapters' changes towards mutual orthogonality.
@@ -89,7 +92,7 @@ def orthogonalized(factors: Sequence[Tensor], steps: int, gamma: float) -> list[
         slope = 4 * (products * between) @ coordinates + 2 * gamma * (coordinates - identity)
         with_gram = slope @ gram
         steepness = float((with_gram * slope).sum())
-        if not steepness:
+        if steepness * step <= _NOISE * value:
             break
         cross, square = with_gram @ coordinates.mT, with_gram @ slope.mT
         while step >= _SMALLEST_STEP:
