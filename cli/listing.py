@@ -38,8 +38,8 @@ def methods_command(name: str | None, as_json: bool, markdown: bool) -> None:
 
 
 def _table() -> str:
-    from merging.method import Wrapper
     from merging.methods import METHODS, chain, method_class
+    from merging.wrapper import Wrapper
 
     rows = ["| method | what it does | merges | on adapters | paper |", "|---|---|---|---|---|"]
     for name, listed in METHODS.items():

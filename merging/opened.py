@@ -11,10 +11,11 @@ from torch import Tensor
 from merging.delta import Delta, Dense, LowRank, Stack
 from merging.errors import InputError
 from merging.folds import State
-from merging.method import Entered, Round, Seen, descend
+from merging.method import Round, Seen
 from merging.plan.items import TILE, Item
 from merging.site import Site
 from merging.tiles import Tiler, row_step
+from merging.wrapper import Entered, descend
 
 __all__ = ["Opened", "Unit", "blocks", "feed"]
 

@@ -12,13 +12,14 @@ from merging.delta import Delta, Dense, LowRank, Stack
 from merging.errors import InputError, OptionError
 from merging.folds import Fold
 from merging.layers import Stacks
-from merging.method import Entered, Method, Seen, check_places, descend
+from merging.method import Method, Seen, check_places
 from merging.methods import chain
 from merging.parameters import all_matching
 from merging.site import Site, site_of
 from merging.sources.adapter import LoraChange
 from merging.sources.peft import peft_changes
 from merging.sources.stored import MappedTensor
+from merging.wrapper import Entered, descend
 
 __all__ = ["merge_deltas", "merge_state_dicts", "peft_deltas", "peft_state_dict"]
 

@@ -14,7 +14,7 @@ from merging.delta import Delta, Dense, LowRank, Stack
 from merging.errors import InputError
 from merging.folds import State
 from merging.linalg import compress, truncate
-from merging.method import Closing, Entered, Round
+from merging.method import Closing, Round
 from merging.opened import Opened, Unit, blocks, feed
 from merging.parameters import Coefficient
 from merging.plan.items import Item, Plan
@@ -22,6 +22,7 @@ from merging.sources.adapter import LoraChange
 from merging.sources.stored import DTYPES, Out, Stored
 from merging.spool import Spool
 from merging.tiles import Tiler
+from merging.wrapper import Entered
 
 __all__ = ["Shared", "Sink", "Worker"]
 

@@ -79,6 +79,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "site",
         "parameters",
         "method",
+        "wrapper",
         "methods",
     ),
     "files": ("sources", "writer", "landing", "platform"),

@@ -20,13 +20,14 @@ from merging.delta import Delta, Dense, Stack
 from merging.errors import FormatError, InputError, OptionError
 from merging.files import merge_plan, plan_for
 from merging.folds import Rank, Ranked, Sum
-from merging.method import Entered, Method, Round, Seen, Wrapper
+from merging.method import Method, Round, Seen
 from merging.methods import chain
 from merging.methods.lines import Lines
 from merging.methods.slerp import Slerp
 from merging.methods.task_arithmetic import TaskArithmetic
 from merging.recipe import Recipe
 from merging.site import Site
+from merging.wrapper import Entered, Wrapper
 
 Tensors = dict[str, Tensor]
 

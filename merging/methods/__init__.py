@@ -60,7 +60,7 @@ def links(text: str) -> list[type[Method]]:
 
     A wrapper that ends a chain wraps task arithmetic. Raises :class:`~merging.errors.OptionError`.
     """
-    from merging.method import Wrapper
+    from merging.wrapper import Wrapper
 
     classes = [method_class(name.strip()) for name in text.split("+")]
     if issubclass(classes[-1], Wrapper):

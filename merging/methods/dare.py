@@ -11,10 +11,11 @@ from torch import Tensor
 from merging.delta import Stack
 from merging.folds import Sum
 from merging.linalg import safe_ratio
-from merging.method import Entered, Round, Seen, Wrapper
+from merging.method import Round, Seen
 from merging.parameters import PerModel, column, spread
 from merging.randomness import kept
 from merging.site import Site
+from merging.wrapper import Entered, Wrapper
 
 __all__ = ["Dare"]
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from merging.delta import Delta, Dense, LowRank, Stack
-from merging.method import Entered, Seen, Wrapper
+from merging.method import Seen
 from merging.site import Site
+from merging.wrapper import Entered, Wrapper
 
 __all__ = ["Decouple", "column_norms"]
 

@@ -12,9 +12,10 @@ from merging.delta import Delta, Stack
 from merging.errors import OptionError
 from merging.folds import Sum
 from merging.linalg import safe_ratio
-from merging.method import Closing, Seen, Wrapper
+from merging.method import Closing, Seen
 from merging.parameters import Coefficient, number
 from merging.site import Site
+from merging.wrapper import Wrapper
 
 __all__ = ["Lines"]
 

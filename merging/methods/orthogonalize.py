@@ -11,8 +11,9 @@ from torch import Tensor
 
 from merging.delta import LowRank, Stack
 from merging.linalg import balance
-from merging.method import Entered, Seen, Wrapper
+from merging.method import Seen
 from merging.site import Site
+from merging.wrapper import Entered, Wrapper
 
 __all__ = ["Orthogonalize", "orthogonalized", "overlap"]
 

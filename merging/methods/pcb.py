@@ -35,11 +35,12 @@ class Pcb(Method):
 
     A model whose changes are all zero or all of one size competes with 0 or 1 instead of NaN. Parameters that no
     training ever touches shift all thresholds: leave them out with `exclude`. Being a mean, it wants a scale of 1 to 2;
-    most parameters stay as in the base. All statistics are over the whole model, exact and in constant memory (or over
-    each tensor: another method, not the paper's): four sweeps over the inputs before the merge, five for `paper`
-    (whose memory grows with the square of the number of models). On
-    adapters the merged change has full rank. From about 40 models on, exp(n u^2) is computed as exp(n (u^2 - 1)),
-    which changes nothing but the overflow.
+    most parameters stay as in the base. On adapters the merged change has full rank. From 40 models on, exp(n u^2) is
+    computed as exp(n (u^2 - 1)), which changes nothing but the overflow.
+
+    All statistics are exact, over the whole model (or over each tensor: another method, not the paper's), in memory
+    that does not grow with the model: four sweeps over the inputs before the merge, five for `paper`, whose memory
+    grows with the square of the number of models.
     """
 
     name: ClassVar[str] = "pcb"
