@@ -100,30 +100,40 @@ class Pcb(Method):
 
 def clipped(values: Tensor, ends: Tensor) -> Tensor:
     """``[n, *shape]`` with magnitudes clipped to each model's ``ends [n, 2]``; zeros stay zeros."""
-    low, high = column(ends[:, 0], values), column(ends[:, 1], values)
-    return values.sign() * values.abs().clamp(low, high)
+    sizes = _clamped(values, ends)
+    return sizes.mul_(values.sign())
 
 
 def minmax(values: Tensor, ends: Tensor) -> Tensor:
     """``[n, *shape]`` mapped to [0, 1], from each model's ``ends [n, 2]``; 0 where these are equal."""
-    low, high = column(ends[:, 0], values), column(ends[:, 1], values)
-    return (values - low) / torch.where(high > low, high - low, torch.inf)
+    out = torch.empty_like(values)
+    for value, (low, high), into in zip(values, ends.to(values), out, strict=True):
+        torch.sub(value, low, out=into).div_(torch.where(high > low, high - low, torch.inf))
+    return out
 
 
 def competition(values: Tensor, ends: Tensor, variant: str) -> Tensor:
     """beta ``[n, *shape]``: how each model's change at each entry competes, given the ends of its magnitudes."""
     n = len(values)
-    sizes = minmax(values.abs().clamp(column(ends[:, 0], values), column(ends[:, 1], values)), ends)
-    intra = torch.exp(n * (sizes**2 - 1)) if n >= 40 else torch.exp(n * sizes**2)
+    sizes = minmax(_clamped(values, ends), ends)
     if variant == "code":
-        return intra * torch.tanh(values * _sum(values))
-    signed = values.sign() * sizes
-    if variant == "vision":
-        return intra * torch.tanh(values * _sum(signed))
-    inter = torch.zeros_like(values)
-    for other in signed:
-        inter += torch.tanh(signed * other)
-    return intra * inter
+        inter = (values * _sum(values)).tanh_()
+    else:
+        signed = values.sign().mul_(sizes)
+        if variant == "vision":
+            inter = (values * _sum(signed)).tanh_()
+        else:
+            inter = sum(((signed * other).tanh_() for other in signed[1:]), (signed * signed[0]).tanh_())
+    squares = sizes.square_()
+    return (squares.sub_(1) if n >= 40 else squares).mul_(n).exp_().mul_(inter)
+
+
+def _clamped(values: Tensor, ends: Tensor) -> Tensor:
+    """Magnitudes clipped; to numbers, which takes a seventh of the time of clipping to tensors."""
+    out = values.abs()
+    for value, (low, high) in zip(out, ends.tolist(), strict=True):
+        value.clamp_(low, high)
+    return out
 
 
 def _sum(values: Tensor) -> Tensor:
