@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ import click
 from merging.errors import MergingError
 
 __all__ = ["reported"]
+
+_NO_MEMORY = re.compile("can't allocate memory|out of memory")
+"""What torch says, in errors of no kind of their own."""
 
 
 @contextmanager
@@ -27,7 +31,9 @@ def reported(debug: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo("Interrupted: nothing was written.", err=True)
         sys.exit(130)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):
+            raise
         raise click.ClickException("there is not enough memory: lower --threads, or set --max-memory") from None
     finally:
         for number, handler in before.items():

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from merging.method import Method
 
-__all__ = ["Values", "chain_options", "field_option"]
+__all__ = ["Values", "chain_options", "choices", "field_option"]
 
 
 class Values(click.ParamType):
@@ -28,7 +28,12 @@ class Values(click.ParamType):
         try:
             numbers = tuple(part if _runs(part) else float(part) for part in value.split(","))
         except ValueError:
-            self.fail(f"{value!r} is neither a number nor a comma list of numbers", param, ctx)
+            self.fail(
+                f"{value!r} is neither a number nor a comma list of numbers, nor such that run from the first block to "
+                f"the last (0.2:0.8)",
+                param,
+                ctx,
+            )
         return numbers if "," in value else numbers[0]
 
 
@@ -52,6 +57,8 @@ def chain_options(classes: Sequence[type[Method]]) -> list[click.Option]:
 
 def field_option(flag: str, field: FieldInfo, prefix: str = "") -> click.Option:
     """The option of one field: ``--flag``, or ``--flag / --no-flag`` for a switch. Unset, it passes nothing on."""
+    from merging.parameters import Gradient
+
     flag = flag.replace("_", "-") if "." not in flag else flag
     name = flag.replace("-", "_").replace(".", "__")
     default = (
@@ -63,9 +70,17 @@ def field_option(flag: str, field: FieldInfo, prefix: str = "") -> click.Option:
     types_ = [each for each in _alternatives(field.annotation) if each is not type(None)]
     if bool in types_:
         return click.Option([f"--{flag}/--no-{flag}", name], default=None, help=text)
-    choices = [str(value) for each in types_ if get_origin(each) is Literal for value in get_args(each)]
-    kind: Any = click.Choice(choices) if choices else int if int in types_ else Values() if float in types_ else str
+    among = choices(field)
+    kind: Any = click.Choice(among) if among else int if int in types_ else str
+    if float in types_:
+        kind = Values() if Gradient in types_ else float
     return click.Option([f"--{flag}", name], type=kind, default=None, help=text)
+
+
+def choices(field: FieldInfo) -> list[str]:
+    """The words that a field takes, if it takes only some."""
+    kinds = _alternatives(field.annotation)
+    return [str(value) for each in kinds if get_origin(each) is Literal for value in get_args(each)]
 
 
 def _alternatives(annotation: Any) -> list[Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .errors import reported
+from .fields import choices
 
 if TYPE_CHECKING:
     from merging.method import Method
@@ -56,10 +57,14 @@ def _show(cls: type[Method], as_json: bool) -> None:
     parameters = {field: info for field, info in cls.model_fields.items() if field != "then"}
     if as_json:
         facts: dict[str, Any] = {"name": cls.name, "summary": cls.summary, "paper": cls.paper}
-        facts["parameters"] = {f: {"default": i.default, "help": i.description} for f, i in parameters.items()}
+        facts["parameters"] = {
+            f: {"default": i.default, "help": i.description, **({"choices": choices(i)} if choices(i) else {})}
+            for f, i in parameters.items()
+        }
         click.echo(json.dumps(facts, indent=2))
         return
     click.echo(f"{cls.name}: {cls.summary}\n{cls.paper}\n\n{inspect.cleandoc(cls.__doc__ or '')}\n")
     for field, info in parameters.items():
         default = "none" if info.default is None else str(info.default).lower()
-        click.echo(f"  --{field.replace('_', '-'):14} {info.description}  [default: {default}]")
+        among = f" ({' | '.join(choices(info))})" if choices(info) else ""
+        click.echo(f"  --{field.replace('_', '-'):14} {info.description}{among}  [default: {default}]")

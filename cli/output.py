@@ -76,6 +76,7 @@ def echo_plan(plan: Plan, destination: Path, threads: int | None, max_memory: in
         "read_bytes": plan.read_bytes,
         "write_bytes": plan.out_bytes,
         "workers": workers,
+        "set_aside_bytes": plan.spool_bytes,
         "peak_memory_bytes": workers * plan.worker_bytes + plan.kept_bytes,
         "matched": list(plan.matched),
         "notices": list(plan.notices),
@@ -88,6 +89,8 @@ def echo_plan(plan: Plan, destination: Path, threads: int | None, max_memory: in
     click.echo(f"  reads   {size_text(plan.read_bytes)}")
     click.echo(f"  writes  {size_text(plan.out_bytes)} in {len(plan.outs)} tensors")
     click.echo(f"  memory  {size_text(facts['peak_memory_bytes'])} at most for {workers} workers, above the imports")
+    if plan.spool_bytes:
+        click.echo(f"  disk    {size_text(plan.spool_bytes)} to set merged changes aside meanwhile")
     for line in plan.matched:
         click.echo(f"  {line}")
     _notices(plan.notices)
@@ -114,7 +117,7 @@ def _notices(notices: tuple[str, ...]) -> None:
 
 
 def _discarded(discarded: dict[str, float]) -> None:
-    if discarded:
+    if discarded and max(discarded.values()) >= 5e-4:
         worst = max(discarded, key=lambda name: discarded[name])
         mean = sum(discarded.values()) / len(discarded)
         warning = "warning" if discarded[worst] > 0.1 else "note"

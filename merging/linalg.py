@@ -7,7 +7,7 @@ from torch import Tensor
 
 from merging.delta import Delta, LowRank
 
-__all__ = ["balance", "compress", "factored_svd", "safe_ratio", "squared_norm", "truncate"]
+__all__ = ["balance", "compress", "even", "factored_svd", "safe_ratio", "squared_norm", "truncate"]
 
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 2
@@ -33,6 +33,18 @@ def balance(delta: LowRank) -> LowRank:
     """The same change with the singular values of the product split evenly between its factors, float64."""
     u, s, vh = factored_svd(delta.up, delta.down)
     return _balanced(u, s, vh, len(s), torch.float64, delta.shape, delta.transposed)[0]
+
+
+def even(delta: LowRank, dtype: torch.dtype) -> LowRank:
+    """The same product with the size of every term of rank one split evenly between its factors, in a type.
+
+    Neither factor then leaves the range of half precision before the product does.
+    """
+    up, down = delta.up.double(), delta.down.double()
+    sizes = torch.linalg.vector_norm(down, dim=-1), torch.linalg.vector_norm(up, dim=-2)
+    ratio = torch.where((sizes[0] > 0) & (sizes[1] > 0), sizes[0] / sizes[1], 1.0).sqrt()
+    up, down = up * ratio[..., None, :], down / ratio[..., :, None]
+    return LowRank(up.to(dtype), down.to(dtype), delta.shape, delta.transposed)
 
 
 def truncate(delta: LowRank, rank: int) -> tuple[LowRank, float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from merging.delta import Delta, Stack
 from merging.errors import OptionError, nearest
 from merging.folds import Fold
-from merging.parameters import Coefficient, bound, spread, varies
+from merging.parameters import Coefficient, all_matching, bound, patterns, spread, varies
 from merging.site import Site
 
 __all__ = ["Closing", "Method", "Round", "Seen", "build", "check_places"]
@@ -61,8 +61,8 @@ class Method(BaseModel, ABC):
     paper: ClassVar[str] = ""
     models: ClassVar[tuple[int, int | None]] = (1, None)
     """The fewest and the most models it merges; None is no limit."""
-    random: ClassVar[bool] = False
-    """Whether it makes random choices, for which it must be able to tell the models by their content."""
+    workspace: ClassVar[int] = 3
+    """About how many copies of a tile of all models a merge has in memory at once, for the plan."""
 
     @property
     def origin(self) -> Literal["base", "none"]:
@@ -175,9 +175,17 @@ class Method(BaseModel, ABC):
 
 def check_places(method: Method, sites: Iterable[Site], models: int) -> None:
     """Check the parameters at every place, where they differ from place to place."""
-    if any(link.varies for link in method.links()):
-        for site in sites:
-            method.at(site).check(models)
+    if not any(link.varies for link in method.links()):
+        return
+    sites = list(sites)
+    for link in method.links():
+        values = [getattr(link, field) for field in type(link).model_fields]
+        all_matching([pattern for value in values for pattern in patterns(value)], [site.name for site in sites])
+    for site in sites:
+        method.at(site).check(models)
+
+
+_FORMS = ("is_instance_of", "model_type", "model_attributes_type", "tuple_type", "missing")
 
 
 def build(cls: type[Method], parameters: Mapping[str, Any]) -> Method:
@@ -188,7 +196,9 @@ def build(cls: type[Method], parameters: Mapping[str, Any]) -> Method:
     try:
         return cls(**parameters)
     except ValidationError as error:
-        first = error.errors()[0]
+        # of the forms that a value may have, the numbers tell best what is wrong with it
+        found = error.errors()
+        first = next((each for each in found if each["type"] not in _FORMS), found[0])
         field = str(first["loc"][0]) if first["loc"] else ""
         if first["type"] == "extra_forbidden":
             known = [name for name in cls.model_fields if name != "then"]

@@ -125,7 +125,7 @@ def feed(state: State, values: Tensor, site: Site) -> None:
     try:
         state.add(values, site.name)
     except ValueError as error:
-        raise InputError(str(error)) from None
+        raise InputError(f"{error}: this method cannot merge such values") from None
 
 
 def blocks(delta: Delta, device: torch.device) -> Iterator[tuple[int, int, Delta]]:

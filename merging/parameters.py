@@ -24,6 +24,7 @@ __all__ = [
     "column",
     "matches",
     "number",
+    "patterns",
     "plain",
     "spread",
     "varies",
@@ -114,8 +115,8 @@ def all_matching(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
     found: set[str] = set()
     for pattern in patterns:
         meant = [name for name in names if matches(pattern, name)]
-        if not meant:
-            raise OptionError(f"{pattern!r} matches no tensor{nearest(pattern, names)}")
+        if not meant or not pattern:
+            raise OptionError(f"{pattern!r} names no tensor{nearest(pattern, names)}")
         found.update(meant)
     return found
 
@@ -123,6 +124,13 @@ def all_matching(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
 def varies(value: Any) -> bool:
     """Whether a parameter differs from place to place."""
     return isinstance(value, _Varying) or (isinstance(value, tuple) and any(map(varies, value)))
+
+
+def patterns(value: Any) -> list[str]:
+    """The patterns by which a parameter tells tensors apart."""
+    if isinstance(value, tuple):
+        return [pattern for each in value for pattern in patterns(each)]
+    return [pattern for pattern, _ in value.rules] if isinstance(value, ByName) else []
 
 
 def bound(value: Any, site: Site) -> Any:

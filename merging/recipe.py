@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -60,6 +61,11 @@ class Recipe(BaseModel):
             values["method"] = chain(values["method"], parameters)
         return values
 
+    @field_validator("exclude", mode="before")
+    @classmethod
+    def _one_pattern(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
     @field_validator("models", "base", mode="before")
     @classmethod
     def _paths(cls, value: Any) -> Any:
@@ -111,7 +117,10 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error: one of the two would be lost."""
+    """YAML in which a key that stands twice is an error, as one of the two would be lost, and 1:2 is no number.
+
+    To YAML 1.1 it is one of base 60; here it is a value that runs from block to block.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """The mapping of a node, its keys each seen once."""
@@ -120,6 +129,14 @@ class _Loader(yaml.SafeLoader):
             if any(key.value == earlier.value for earlier in keys[:position]):
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
         return super().construct_mapping(node, deep)
+
+
+def _unless_sexagesimal(construct: Callable[[_Loader, yaml.ScalarNode], Any]) -> Callable[..., Any]:
+    return lambda loader, node: node.value if ":" in node.value else construct(loader, node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _unless_sexagesimal(_Loader.construct_yaml_int))
+_Loader.add_constructor("tag:yaml.org,2002:float", _unless_sexagesimal(_Loader.construct_yaml_float))
 
 
 def load_recipe(text: str, where: str = "recipe") -> Recipe:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from merging.layers import Stacks
 
-__all__ = ["Kind", "Site", "site_of"]
+__all__ = ["Kind", "Site", "inputs_by_outputs", "site_of"]
 
 Kind = Literal["matrix", "embedding", "vector", "conv", "experts"]
 """What a tensor is: a linear layer's weight, a table that is looked up by row, anything of one axis (or a norm, a bias
@@ -18,6 +19,8 @@ or a learned token of more), a convolution (or anything else of three axes), mat
 _TABLE = re.compile(
     r"(?:^|[._])(?:wte|wpe|shared|embd?|\w*embed|\w*embeddings?|embed_(?!out)\w+|relative_attention_bias)(?:\.weight)?$"
 )
+
+_CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight", "q_attn.weight")
 
 # Norms by head, biases by expert or head, tables of biases, learned tokens: nothing that a vector is multiplied by.
 _NO_MAP = re.compile(r"(?:norm\.weight|bias|bias_table|A_log|tokens?|mask_emb|probe)$")
@@ -51,6 +54,18 @@ class Site:
     def block(self, shape: tuple[int, ...], start: int) -> Site:
         """The same place, narrowed to a block of the given shape that starts at a flat offset."""
         return replace(self, shape=shape, start=start)
+
+
+def inputs_by_outputs(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+    """The matrices that are stored as inputs by outputs, as GPT-2's and its kin's are, told by their attention's shape.
+
+    Others (GPT-BigCode) use the same names for ordinary linear layers.
+    """
+    turned = any(
+        name.endswith("c_attn.weight") and len(shape) == 2 and shape[1] == 3 * shape[0]
+        for name, shape in shapes.items()
+    )
+    return {name for name in shapes if name.endswith(_CONV1D)} if turned else set()
 
 
 def site_of(name: str, shape: tuple[int, ...], stacks: Stacks, transposed: bool = False) -> Site:

@@ -15,7 +15,7 @@ from merging.layers import Stacks
 from merging.method import Method, Seen, check_places
 from merging.methods import chain
 from merging.parameters import all_matching
-from merging.site import Site, site_of
+from merging.site import Site, inputs_by_outputs, site_of
 from merging.sources.adapter import LoraChange
 from merging.sources.peft import peft_changes
 from merging.sources.stored import MappedTensor
@@ -41,8 +41,8 @@ def merge_state_dicts(
     Tensors that hold no floating-point numbers are the base's. Coefficients among ``parameters`` may be tensors, and
     gradients reach them. ``layers`` is the number of blocks where the names do not tell; tensors that ``exclude`` names
     (or part of their names, or wildcards) stay the base's. ``transposed`` names those that are stored as inputs by
-    outputs, as GPT-2's are, for methods that ask. ``keys`` tell the models apart for methods that make random choices:
-    the same key, the same choices; by default the positions.
+    outputs, for methods that ask (GPT-2's are known). ``keys`` tell the models apart for methods that make random
+    choices: the same key, the same choices; by default the positions.
 
     Raises :class:`~merging.errors.InputError` for names or shapes that differ, and
     :class:`~merging.errors.OptionError` for a method that needs the base.
@@ -57,7 +57,7 @@ def merge_state_dicts(
     merged: dict[str, Tensor] = {}
     left = all_matching(exclude, reference)
     floating = {n: value for n, value in reference.items() if value.is_floating_point() and n not in left}
-    turned = all_matching(transposed, floating)
+    turned = all_matching(transposed, floating) | inputs_by_outputs({n: tuple(v.shape) for n, v in floating.items()})
     sites = {name: site_of(name, tuple(value.shape), stacks, name in turned) for name, value in floating.items()}
     weights = bound.origin == "none"
 

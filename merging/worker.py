@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Protocol
@@ -66,6 +67,10 @@ class Worker:
 
     def see(self, unit: Unit, folds: Sequence[Round | Closing]) -> None:
         """Feed folds with a unit: rounds with what the models bring, closings with what they merge to."""
+        with _decomposing(unit.item):
+            self._see(unit, folds)
+
+    def _see(self, unit: Unit, folds: Sequence[Round | Closing]) -> None:
         self._advise(unit)
         opened = self._open(unit, keep=True)
         closings = [each for each in folds if isinstance(each, Closing)]
@@ -118,6 +123,10 @@ class Worker:
 
     def emit(self, unit: Unit) -> None:
         """Merge a unit and write it."""
+        with _decomposing(unit.item):
+            self._emit(unit)
+
+    def _emit(self, unit: Unit) -> None:
         self._advise(unit)
         item, method = unit.item, self.plan.recipe.method
         if item.form == "copy":
@@ -197,9 +206,8 @@ class Worker:
     def _write(self, out: Out, values: Tensor, start: int = 0) -> None:
         flat = self.tiler.outgoing(values, DTYPES[out.kind])
         if not self.plan.recipe.allow_nonfinite and self._doubtful(values, out) and not bool(flat.isfinite().all()):
-            raise InputError(
-                f"{out.name}: the merged values are beyond the range of {out.kind}: set a wider --dtype, as float32"
-            )
+            wider = "" if out.kind in ("F32", "F64") else ": set a wider --dtype, as float32"
+            raise InputError(f"{out.name}: the merged values are beyond the range of {out.kind}{wider}")
         self.shared.sink.write(out.name, flat, start)
 
     @staticmethod
@@ -224,6 +232,16 @@ class Worker:
                         self.shared.notices.add(
                             f"{item.site.name} of {path} differs, and integers are not merged: kept the base's"
                         )
+
+
+@contextmanager
+def _decomposing(item: Item) -> Iterator[None]:
+    """Values that no decomposition is found for become an error that names the tensor."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        reason = str(error).rstrip(".")
+        raise InputError(f"{item.site.name}: cannot be decomposed, as NaN and infinities cannot: {reason}") from None
 
 
 def _as_changes(merged: Delta, stack: Stack, base: Tensor) -> tuple[Delta, Stack]:

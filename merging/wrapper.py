@@ -42,7 +42,8 @@ class Wrapper(Method):
 
     @property
     def origin(self) -> Literal["base", "none"]:
-        return self.then.origin
+        """What it makes of changes, any method may merge: `dare+linear` is the mean of thinned changes."""
+        return self.then.origin if self.transparent else "base"
 
     @property
     def grain(self) -> Literal["element", "matrix"]:

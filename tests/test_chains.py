@@ -149,13 +149,15 @@ def merged(chain: list[str], models: list[Change], given: Inputs, keys: tuple[st
         return merged(inside or ["task_arithmetic"], thinned, given, keys, own)
     if head == "decouple":
         sizes, directions = {}, [dict(each) for each in models]
-        for name in (name for name, value in like.items() if value.dim() == 2):
-            lengths, units = decoupled(torch.stack([turned(name, each[name]) for each in models]))
-            sizes[name] = lengths[brought[name]].mean(0)
+        for name, value in like.items():
+            columns = [turned(name, each[name]) if value.dim() == 2 else each[name][:, None] for each in models]
+            lengths, units = decoupled(torch.stack(columns))
+            mean = lengths[brought[name]].mean(0)
+            sizes[name] = turned(name, mean[None]) if value.dim() == 2 else mean
             for each, unit in zip(directions, units, strict=True):
-                each[name] = turned(name, unit)
+                each[name] = turned(name, unit) if value.dim() == 2 else unit[:, 0]
         inner = merged(inside, directions, given, keys, own)
-        return inner | {n: turned(n, turned(n, inner[n]) * size) for n, size in sizes.items()}
+        return {name: value * sizes[name] for name, value in inner.items()}
     if head == "lines":
         inner, layer = merged(inside, models, given, keys, own), {name: LAYERS.get(name, 0) for name in like}
         nu, growth = tau.sum(0).abs().sum() / flatten([inner]).abs().sum(), own["beta"] / max(layer.values())
@@ -221,7 +223,7 @@ def test_facts(small: dict[str, Inputs], tmp_path: Path) -> None:
     tau = flatten([{name: torch.zeros_like(v) for name, v in given.changes[0].items()} | c for c in given.changes])
     nu = float(tau.sum(0).abs().sum() / ties(tau, 0.4).abs().sum())
     facts = merge(given, "lines+ties", tmp_path / "lines").facts
-    assert facts == {"lines: size of the sum of changes / size of the merged change": pytest.approx(nu)}
+    assert facts == {"lines: nu": pytest.approx(nu)}
     # of equal matrices the second adds nothing, of equal tables all
     twice = Inputs(given.base, [given.paths[0]] * 2, given.changes, given.pairs)
     squares = {name: float(value.square().sum()) for name, value in given.changes[0].items()}

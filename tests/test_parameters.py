@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,20 @@ import pytest
 import references
 import torch
 from changes import (
+    CPU,
     changes,
     dense,
 )
 from references import flatten, unflatten
+from safetensors.torch import load_file, save_file
 from tiny import fine_tune, identical, load, model, save
 from torch import Tensor, equal
 
 import merging
-from merging.errors import OptionError
+from merging.errors import InputError, OptionError
+from merging.methods import chain
+from merging.randomness import kept
+from merging.recipe import load_recipe
 
 # ---- parameters that differ from place to place, and what is left out
 
@@ -110,5 +117,67 @@ def test_exclude(method: str, tmp_path: Path) -> None:
     assert identical({name: found[name] for name in out}, {name: base[name] for name in out})
     for refused in (lambda: merging.merge_state_dicts(tuned, method=method, base=base, exclude=["embed", "nothing"]),
                     lambda: merging.merge(paths[1:], exclude=["nothing"], overwrite=True, **options)):  # fmt: skip
-        with pytest.raises(OptionError, match="'nothing' matches no tensor"):
+        with pytest.raises(OptionError, match="'nothing' names no tensor"):
             refused()
+
+
+def test_patterns_that_name_nothing_are_refused() -> None:
+    """A typo in a name would go unnoticed."""
+    models = changes(2)
+    for density in ({"nothere": 0.3, "*": 0.2}, ({"": 0.3, "*": 0.2}, 0.5)):
+        with pytest.raises(OptionError, match="names no tensor"):
+            merging.merge_deltas(dense(models), method="ties", scope="tensor", density=density)
+
+
+def test_values_by_depth_in_recipes_are_no_numbers_of_base_60() -> None:
+    recipe = load_recipe("{models: [a], method: task_arithmetic, parameters: {scale: 1:2, weights: [1:0.5]}}")
+    assert recipe.to_dict()["parameters"] == {"scale": "1:2", "weights": ["1:0.5"]}
+    assert load_recipe(recipe.to_yaml()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("method", "value", "message"),
+    [
+        ("task_arithmetic", {"scale": float("inf")}, "scale = inf: Input should be"),
+        ("ties", {"density": float("nan")}, "density = nan: Input should be less than or equal to 1"),
+        ("orthogonalize", {"gamma": float("inf")}, "gamma = inf: Input should be less than or equal"),
+        ("do", {"steps": 10**18}, "steps = 1000000000000000000: Input should be less than or equal"),
+    ],
+)
+def test_values_out_of_bounds(method: str, value: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        chain(method, value)
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"), [("TIES", "'ties'"), ("dare_ties", "'dare+ties'"), ("dare-linear", "'dare+")]
+)
+def test_names_that_others_give_the_methods(word: str, hint: str) -> None:
+    with pytest.raises(OptionError, match=rf"did you mean {re.escape(hint)}"):
+        chain(word)
+
+
+def test_wrappers_make_a_method_of_weights_one_of_changes(tmp_path: Path) -> None:
+    base = model(0)
+    tuned = [fine_tune(base, i) for i in (1, 2)]
+    with pytest.raises(OptionError, match="give base="):
+        merging.merge_state_dicts(tuned, method="dare+linear")
+    got = merging.merge_state_dicts(tuned, method="dare+linear", base=base, drop=0.5)
+    masks = [{n: kept(0.5, 0, v.numel(), CPU, 0, i, n).view(v.shape) for n, v in base.items()} for i in "01"]
+    thinned = [{n: (t[n] - base[n]) * m[n] * 2 for n in base} for t, m in zip(tuned, masks, strict=True)]
+    for name, value in base.items():
+        assert torch.allclose(got[name], value + (thinned[0][name] + thinned[1][name]) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["ties", "opcm", "do", "lines+ties", "orthogonalize"])
+def test_values_that_a_method_cannot_merge_are_named(method: str, tmp_path: Path) -> None:
+    """Whatever is allowed."""
+    adapters = Path(__file__).parents[1] / "examples" / "adapters"
+    spoilt = tmp_path / "spoilt"
+    shutil.copytree(adapters / "bbc", spoilt)
+    state = load_file(spoilt / "adapter_model.safetensors")
+    next(iter(state.values()))[0, 0] = torch.nan
+    save_file(state, spoilt / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"holds NaN|infinities or NaN|cannot be decomposed"):
+        merging.merge([adapters / "spam", spoilt], method=method, output=tmp_path / "out", allow_nonfinite=True)
+    assert not (tmp_path / "out").exists()

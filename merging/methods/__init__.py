@@ -50,7 +50,11 @@ def method_class(name: str) -> type[Method]:
     """The class of a method. Raises :class:`~merging.errors.OptionError` for an unknown name, offering the nearest."""
     listed = METHODS.get(name)
     if listed is None:
-        hint = nearest(name, METHODS) or ": the methods are " + ", ".join(METHODS)
+        parts = name.lower().replace("-", "_").split("_")
+        chained = "+".join("task_arithmetic" if part == "linear" else part for part in parts)
+        known = all(part in METHODS for part in chained.split("+"))
+        hint = f" (did you mean {chained!r}?)" if known else nearest(name.lower(), METHODS)
+        hint = hint or ": the methods are " + ", ".join(METHODS)
         raise OptionError(f"there is no method {name!r}{hint}")
     return cast("type[Method]", getattr(import_module(f"{__name__}.{listed.module}"), listed.cls))
 

@@ -36,7 +36,7 @@ class Dare(Wrapper):
     name: ClassVar[str] = "dare"
     summary: ClassVar[str] = "drop most of each change at random and rescale the rest, before any method"
     paper: ClassVar[str] = "DARE, Yu et al. 2024, arXiv 2311.03099"
-    random: ClassVar[bool] = True
+    workspace: ClassVar[int] = 6
 
     drop: PerModel[Annotated[float, Field(ge=0, lt=1)]] = Field(
         0.9, description="share of each model's change that is dropped; one for all, or one each"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from merging.delta import Delta, Dense, LowRank, Stack
+from merging.linalg import even
 from merging.method import Seen
 from merging.site import Site
 from merging.wrapper import Entered, Wrapper
@@ -24,7 +25,7 @@ class Decouple(Wrapper):
     tau_i = magnitude_i * direction_i with magnitude_i[j] = |tau_i[:, j]|_2, one a column, that is one an input feature
     (for an embedding, a token). What the method inside makes of the directions, columns of length 1, is multiplied by
     the mean magnitude of the models that have the tensor. So no model outweighs the others by the size of its change.
-    A column without change has no direction and stays 0. One-dimensional tensors are handed on as they are.
+    A column without change has no direction and stays 0. A bias or a norm is one column.
 
     One half of DO-Merging, to go with any other method, as its paper offers: `decouple+ties`. A merge inside that is
     factored stays so, and no matrix is built. Full tensors are held in memory one at a time.
@@ -36,8 +37,6 @@ class Decouple(Wrapper):
     whole: ClassVar[bool] = True
 
     def enter(self, stack: Stack, site: Site, seen: Seen) -> Entered:
-        if site.kind == "vector":
-            return super().enter(stack, site, seen)
         norms = torch.stack([column_norms(delta, site) for delta in stack.deltas])
         dead = norms <= _DEAD * torch.finfo(stack.dtype).eps * norms.square().sum(-1, keepdim=True).sqrt()
         inverse = torch.where(dead, 0.0, 1 / torch.where(dead, 1.0, norms))
@@ -64,6 +63,8 @@ def column_norms(delta: Delta, site: Site) -> Tensor:
 
 def _matrix(value: Tensor, site: Site) -> Tensor:
     """A tensor as matrices ``[..., out, in]``."""
+    if site.kind == "vector":
+        return value.reshape(-1, 1)
     if site.kind == "conv":
         return value.flatten(1)
     return value.mT if site.axis == 0 else value
@@ -73,8 +74,8 @@ def _by_column(delta: Delta, factors: Tensor, site: Site) -> Delta:
     """A change whose columns are multiplied, by ``[..., in]``."""
     factors = factors[..., None, :]
     if isinstance(delta, LowRank):
-        down = (delta.down * factors).to(delta.down.dtype)
-        return LowRank(delta.up, down, delta.shape, delta.transposed)
+        return even(LowRank(delta.up, delta.down * factors, delta.shape, delta.transposed), delta.up.dtype)
     matrix = _matrix(delta.value, site)
     scaled = matrix * factors.to(matrix.dtype)
-    return Dense((scaled.mT if site.axis == 0 and site.kind != "conv" else scaled).reshape(delta.shape))
+    turned = site.axis == 0 and site.kind in ("matrix", "embedding")
+    return Dense((scaled.mT if turned else scaled).reshape(delta.shape))

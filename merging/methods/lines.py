@@ -92,8 +92,7 @@ class Lines(Wrapper):
     def facts(self, seen: Seen, models: int) -> dict[str, float]:
         found = self.then.facts(seen, models)
         if models > 1 and _NORMS in seen:
-            plain, merged = seen[_NORMS].tolist()
-            found["lines: size of the sum of changes / size of the merged change"] = safe_ratio(plain, merged)
+            found["lines: nu"] = self._nu(seen, models, self.then.factor(Site("", ()), seen, models))
         return found
 
     def _nu(self, seen: Seen, models: int, inner: Coefficient) -> float:

@@ -27,6 +27,7 @@ class MagMax(Method):
     name: ClassVar[str] = "magmax"
     summary: ClassVar[str] = "of every parameter the largest change"
     paper: ClassVar[str] = "MagMax, Marczak et al. 2024, arXiv 2407.06322"
+    workspace: ClassVar[int] = 4
 
     weights: PerModel[Coefficient] = Field(1.0, description="one weight for all models, or one each; may be negative")
     scale: Local[Coefficient] = Field(1.0, description="what the merged change is multiplied by")

@@ -45,8 +45,8 @@ class Orthogonalize(Wrapper):
     paper: ClassVar[str] = "DO-Merging, Zheng et al. 2025, arXiv 2505.15875"
     whole: ClassVar[bool] = True
 
-    steps: int = Field(100, ge=0, description="steps of gradient descent; 0 leaves the factors as they are")
-    gamma: float = Field(1.0, ge=0, description="how dear it is to move a factor; 0 is nothing")
+    steps: int = Field(100, ge=0, le=10_000, description="steps of gradient descent; 0 leaves the factors as they are")
+    gamma: float = Field(1.0, ge=0, le=1e9, description="how dear it is to move a factor; 0 is nothing")
 
     def enter(self, stack: Stack, site: Site, seen: Seen) -> Entered:
         deltas = [delta for delta in stack.deltas if isinstance(delta, LowRank)]
@@ -73,9 +73,12 @@ class Orthogonalize(Wrapper):
 
 def overlap(factors: Sequence[Tensor]) -> float:
     """The mean of ``|A_i A_j^T|_F^2`` over pairs of factors ``[r_i, k]`` of unit norm: 0 if all are orthogonal."""
-    stacked, _, masks = _normalised(factors)
+    factors = [factor for factor in factors if factor.any()]  # an adapter without the module overlaps with none
     pairs = len(factors) * (len(factors) - 1)
-    return float((stacked @ stacked.mT * masks).square().sum()) / pairs if pairs else 0.0
+    if not pairs:
+        return 0.0
+    stacked, _, masks = _normalised(factors)
+    return float((stacked @ stacked.mT * masks).square().sum()) / pairs
 
 
 def orthogonalized(factors: Sequence[Tensor], steps: int, gamma: float) -> list[Tensor]:

@@ -35,7 +35,8 @@ class Pcb(Method):
 
     A model whose changes are all zero or all of one size competes with 0 or 1 instead of NaN. Parameters that no
     training ever touches shift all thresholds: leave them out with `exclude`. Being a mean, it wants a scale of 1 to 2;
-    most parameters stay as in the base. On adapters the merged change has full rank. From 40 models on, exp(n u^2) is
+    most parameters stay as in the base, all of them where there are fewer than 1/ratio, as the last to compete has no
+    weight. On adapters the merged change has full rank. From 40 models on, exp(n u^2) is
     computed as exp(n (u^2 - 1)), which changes nothing but the overflow.
 
     All statistics are exact, over the whole model (or over each tensor: another method, not the paper's), in memory
@@ -46,6 +47,7 @@ class Pcb(Method):
     name: ClassVar[str] = "pcb"
     summary: ClassVar[str] = "weigh each parameter by its size and its agreement with the other models"
     paper: ClassVar[str] = "PCB-Merging, Du et al. 2024, arXiv 2410.02396"
+    workspace: ClassVar[int] = 24
 
     ratio: float = Field(0.1, gt=0, le=1, description="share of each model's parameters that compete")
     clip: float = Field(0.01, ge=0, lt=0.5, description="share of magnitudes that is clipped at either end")

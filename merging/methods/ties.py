@@ -40,6 +40,7 @@ class Ties(Method):
     name: ClassVar[str] = "ties"
     summary: ClassVar[str] = "keep large changes, and of these the ones that agree in sign"
     paper: ClassVar[str] = "TIES-Merging, Yadav et al. 2023, arXiv 2306.01708"
+    workspace: ClassVar[int] = 7
 
     density: PerModel[Annotated[float, Field(gt=0, le=1)]] = Field(
         0.2, description="share of each model's change that is kept, the largest magnitudes; one for all, or one each"

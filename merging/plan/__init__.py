@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 
-from merging.errors import InputError
+from merging.errors import InputError, OptionError
 from merging.method import check_places
 from merging.plan.checks import check_bases, check_options, check_origin, content_keys
 from merging.plan.items import Item, Plan
@@ -57,6 +57,8 @@ def _make_plan(recipe: Recipe, rank_steps: Sequence[int]) -> Plan:
         stacks, guess = find_stacks(recipe, models, reference, ())
         items, matched, untied = model_items(recipe, models, reference, base, stacks, weights)
     check_places(recipe.method, [item.site for item in items if item.form != "copy"], len(models))
+    if recipe.exclude and all(item.form == "copy" for item in items):
+        raise OptionError("exclude leaves nothing to merge: name fewer tensors")
     if all(item.form == "copy" for item in items):
         raise InputError("there is nothing to merge: the models share no tensor of floating-point numbers")
     if guess and recipe.method.by_depth:

@@ -159,7 +159,8 @@ class Plan:
         rows = 64 * (item.numel // max(1, item.site.shape[0])) if item.site.shape else 1
         whole = self.recipe.method.grain == "matrix" and not self.as_factors(item)
         tile = item.numel if whole else min(item.numel, max(rows, TILE))
-        needed = tile * width * (5 * models + 6) + (8 * 6 * item.numel if whole else 0)
+        copies = sum(link.workspace for link in self.recipe.method.links())
+        needed = tile * width * (copies * models + 6) + (8 * 6 * item.numel if whole else 0)
         changes = [each for each in item.inputs if isinstance(each, Change)]
         needed += 3 * width * sum(prod(t.shape) for change in changes for t in change.tensors)
         needed += (

@@ -12,17 +12,7 @@ from merging.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
 from merging.sources.checkpoint import config_layers
 
-__all__ = ["find_stacks", "has_conv1d"]
-
-_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-_CONV1D_NAMES = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight", ".q_attn.weight")
-
-
-def has_conv1d(reference: Checkpoint | None, name: str) -> bool:
-    """Whether a matrix of this name is stored as inputs by outputs, as the linear layers of GPT-2 and its kin are."""
-    if reference is None or reference.config.get("model_type") not in _CONV1D_MODELS:
-        return False
-    return name.endswith(_CONV1D_NAMES)
+__all__ = ["find_stacks"]
 
 
 def find_stacks(

@@ -11,9 +11,8 @@ from merging.layers import Stacks
 from merging.parameters import all_matching
 from merging.plan.items import Form, Item
 from merging.plan.resolve import resolve_adapter
-from merging.plan.sites import has_conv1d
 from merging.recipe import DTYPES, Recipe
-from merging.site import site_of
+from merging.site import inputs_by_outputs, site_of
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change, LoraChange
 from merging.sources.stored import DTYPE_NAMES, Out, Stored
@@ -85,10 +84,11 @@ def adapter_items(
     low = {name for name, changes in targets.items() if _is_lora(changes)}
     rank = _rank(recipe, [(targets[name], shapes[name]) for name in low], rank_steps)
     _check_biases(targets, low, labels, adapters)
+    turned = inputs_by_outputs({name: stored.shape for name, stored in base.tensors.items()}) if base else set()
     items = []
     for name, changes in targets.items():
         transposed = any(isinstance(each, LoraChange) and each.is_transposed(shapes[name]) for each in changes)
-        site = site_of(name, shapes[name], stacks, transposed or has_conv1d(base, name))
+        site = site_of(name, shapes[name], stacks, transposed or name in turned)
         stored = base.lookup(name) if base else None
         outs = _outs(labels[name], changes, shapes[name], rank, kind)
         form: Form = "factors" if name in low else "delta" if _is_bias(changes) else "dense"

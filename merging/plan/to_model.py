@@ -9,9 +9,8 @@ from merging.layers import Stacks
 from merging.parameters import all_matching
 from merging.plan.items import Item
 from merging.plan.resolve import resolve_adapter
-from merging.plan.sites import has_conv1d
 from merging.recipe import DTYPES, Recipe
-from merging.site import Site, site_of
+from merging.site import Site, inputs_by_outputs, site_of
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.checkpoint import HEADS
@@ -61,9 +60,10 @@ def model_items(
         matched.append(f"{len(skip)} tensors that differ are {reference.path.name}'s (--on-mismatch base)")
     names, untied = _with_tied_copy(known, inputs, reference, skip)
     left = all_matching(recipe.exclude, names)
+    turned = inputs_by_outputs({name: stored.shape for name, stored in names.items()})
     items = [
         _item(
-            site_of(name, stored.shape, stacks, has_conv1d(reference, name)),
+            site_of(name, stored.shape, stacks, name in turned),
             stored,
             base,
             inputs,
