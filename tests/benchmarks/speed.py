@@ -429,6 +429,7 @@ def compare(bench: Bench, sizes: list[float], repeats: int, cases: dict[str, Cas
             for name, case in cases.items():
                 rounds = [here.round(case) for _ in range(repeats)]
                 rows.append([f"{name}, {each:.2f} GB", *median_cells(rounds, columns)])
+                print(*rows[-1], sep="  ", file=sys.stderr, flush=True)  # not lost if the run is stopped
     print(table(["case", *(key for key, _ in columns)], rows))
 
 
