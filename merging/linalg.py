@@ -7,7 +7,9 @@ from torch import Tensor
 
 from merging.delta import Delta, LowRank
 
-__all__ = ["balance", "compress", "even", "factored_svd", "safe_ratio", "squared_norm", "truncate"]
+__all__ = ["balance", "compress", "even", "factored_svd", "safe_ratio", "spans", "squared_norm", "truncate"]
+
+_SPAN = 1 << 12
 
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 2
@@ -16,6 +18,15 @@ _POWER_ITERATIONS = 2
 def safe_ratio(numerator: float, denominator: float) -> float:
     """``numerator / denominator``, and 0 where the denominator is 0: a change that vanished has no size to restore."""
     return numerator / denominator if denominator else 0.0
+
+
+def spans(values: Tensor) -> tuple[Tensor, Tensor]:
+    """``[n, *shape]`` flat, in spans so short that a float32 sum loses nothing that matters: ``[n, s, span]``, and the
+    rest ``[n, r]``.
+    """
+    flat = values.reshape(len(values), -1)
+    whole = flat.shape[1] // _SPAN * _SPAN
+    return flat[:, :whole].reshape(len(flat), whole // _SPAN, _SPAN), flat[:, whole:]
 
 
 def factored_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:

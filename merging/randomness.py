@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from hashlib import sha256
 
 import torch
@@ -31,11 +32,16 @@ def kept(
         return torch.cat([below, kept(share, start + rest, count - rest, device, *place, dtype=dtype)])
     digest = sha256("\0".join(map(str, (*place, start // _WORD))).encode()).digest()
     first, second = (int.from_bytes(digest[i : i + 4], "little") for i in (0, 4))
-    bits = torch.arange(count, dtype=torch.int32, device=device)
-    bits.mul_(_signed(_GOLDEN)).add_(_signed(start * _GOLDEN + first))
+    bits = _steps(count, device) + _signed(start * _GOLDEN + first)
     bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(_signed(_FIRST)).bitwise_xor_(_signed(second))
     bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).mul_(_signed(_SECOND))
     return torch.lt(bits, round(share * _WORD) - _WORD // 2, out=torch.empty(count, dtype=dtype, device=device))
+
+
+@lru_cache(maxsize=2)
+def _steps(count: int, device: torch.device) -> Tensor:
+    """Multiples of an odd constant, the same for all tiles of a size: ``[count]``."""
+    return torch.arange(count, dtype=torch.int32, device=device).mul_(_signed(_GOLDEN))
 
 
 def _signed(value: int) -> int:

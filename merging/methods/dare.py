@@ -10,7 +10,7 @@ from torch import Tensor
 
 from merging.delta import Stack
 from merging.folds import Sum
-from merging.linalg import safe_ratio
+from merging.linalg import safe_ratio, spans
 from merging.method import Round, Seen
 from merging.parameters import PerModel, column, spread
 from merging.randomness import kept
@@ -55,9 +55,10 @@ class Dare(Wrapper):
         return own + super().rounds()
 
     def _norms(self, stack: Stack, site: Site, seen: Seen) -> Tensor:
-        """L1 norms of each change before and after dropping, ``[2 n, *shape]``."""
+        """Parts of the L1 norms of each change before and after dropping, ``[2 n, parts]``."""
         values = stack.dense()
-        return torch.cat([values.abs(), self._dropped(stack, values, site).abs()])
+        both = [spans(each.abs()) for each in (values, self._dropped(stack, values, site))]
+        return torch.cat([torch.cat([whole.sum(-1), rest.sum(-1, keepdim=True)], 1) for whole, rest in both])
 
     def _dropped(self, stack: Stack, values: Tensor, site: Site) -> Tensor:
         shares = [1 - drop for drop in spread(self.drop, len(stack))]

@@ -35,9 +35,7 @@ class Do(Method):
     summary: ClassVar[str] = "magnitudes and directions averaged apart, after orthogonalising the adapters"
     paper: ClassVar[str] = "DO-Merging, Zheng et al. 2025, arXiv 2505.15875"
 
-    steps: int = Field(
-        100, ge=0, le=10_000, description="steps of descent that orthogonalise; 0 only decouples"
-    )
+    steps: int = Field(100, ge=0, le=10_000, description="steps of descent that orthogonalise; 0 only decouples")
     gamma: float = Field(1.0, ge=0, le=1e9, description="how dear it is to move a factor; 0 is nothing")
     scale: Local[Coefficient] = Field(1.0, description="what the merged change is multiplied by (1 to sqrt(n))")
 

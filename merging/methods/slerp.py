@@ -11,6 +11,7 @@ from torch import Tensor
 
 from merging.delta import Delta, Stack
 from merging.folds import Sum
+from merging.linalg import spans
 from merging.method import Method, Round, Seen
 from merging.parameters import Coefficient, Local
 from merging.site import Site
@@ -19,8 +20,6 @@ __all__ = ["Slerp", "slerp_weights"]
 
 COLLINEAR = 0.9995
 """Cosine from which the arc is so flat that its formula loses digits and the chord is taken, as is customary."""
-
-_SPAN = 1 << 12
 
 
 class Slerp(Method):
@@ -52,10 +51,8 @@ class Slerp(Method):
 
 def _products(stack: Stack, site: Site, seen: Seen) -> Tensor:
     """v0.v0, v1.v1 and v0.v1 over spans so short that float32 loses nothing that matters; the fold adds them up."""
-    values = stack.dense().reshape(2, -1)
-    spans = values.shape[1] // _SPAN
-    whole = values[:, : spans * _SPAN].reshape(2, spans, _SPAN).transpose(0, 1)
-    rest = values[:, spans * _SPAN :]
+    whole, rest = spans(stack.dense())
+    whole = whole.transpose(0, 1)
     grams = torch.cat([whole @ whole.mT, (rest @ rest.mT)[None]])
     return torch.stack([grams[:, 0, 0], grams[:, 1, 1], grams[:, 0, 1]])
 
