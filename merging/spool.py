@@ -38,27 +38,21 @@ class Spool:
         self._file: IO[bytes] | None = None
         self._end = 0
         self._lock = threading.Lock()
-        self._kept: dict[str, tuple[tuple[_Part, ...], Delta]] = {}
+        self._kept: dict[str, tuple[tuple[_Part, ...], tuple[tuple[int, ...], bool] | None]] = {}
 
     def put(self, name: str, delta: Delta) -> None:
         """Keep a change."""
         parts = (delta.up, delta.down) if isinstance(delta, LowRank) else (delta.value,)
-        like: Delta = delta
-        if isinstance(delta, LowRank):  # what is remembered of it has no elements
-            like = LowRank(delta.up[..., :0], delta.down[..., :0, :], delta.shape, delta.transposed)
-        else:
-            like = Dense(delta.value.new_empty(0))
-        self._kept[name] = tuple(self._write(part) for part in parts), like
+        shape = (delta.shape, delta.transposed) if isinstance(delta, LowRank) else None
+        self._kept[name] = tuple(self._write(part) for part in parts), shape
 
     def take(self, name: str) -> Delta | None:
         """The change that was kept under a name, if any."""
         if name not in self._kept:
             return None
-        parts, like = self._kept[name]
+        parts, shape = self._kept[name]
         values = [self._read(part) for part in parts]
-        if isinstance(like, LowRank):
-            return LowRank(values[0], values[1], like.shape, like.transposed)
-        return Dense(values[0])
+        return Dense(values[0]) if shape is None else LowRank(values[0], values[1], *shape)
 
     def close(self) -> None:
         """Give the space back."""
