@@ -190,7 +190,7 @@ class _Selection(State):
             raise TypeError(f"{key}: {rows.dtype} values are wider than the {self.fold.dtype} to be ranked")
         self._admit(len(rows))
         self.count += rows.shape[1]
-        for piece in _pieces(rows, 1 << 15):
+        for piece in _pieces(rows, 1 << 18):
             keys = order.keys(piece.to(self.fold.dtype), self.fold.magnitudes)
             if not self.bins and order.has_nan(keys):
                 raise ValueError(f"{key} holds NaN, which has no rank")
@@ -288,7 +288,7 @@ def _rows(values: Tensor) -> Tensor:
 
 
 def _pieces(rows: Tensor, width: int) -> Iterator[Tensor]:
-    """Columns in turn: as many as keep what is computed from them in a processor's cache, or a GPU busy."""
+    """Columns in turn: as many as bound what is computed from them; fewer would have threads wait for Python's lock."""
     width = width if rows.device.type == "cpu" else 1 << 22
     return (rows[:, start : start + width] for start in range(0, rows.shape[1], width))
 
