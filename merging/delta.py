@@ -32,6 +32,10 @@ class Dense:
         """Rows ``start`` to ``stop`` of the first axis."""
         return Dense(self.value[start:stop])
 
+    def to(self, device: torch.device | str) -> Dense:
+        """The same on a device."""
+        return Dense(self.value.to(device))
+
     def scaled(self, factor: Coefficient) -> Dense:
         """The change times a number."""
         return Dense(self.value * factor)
@@ -81,6 +85,10 @@ class LowRank:
         if self.transposed:
             return LowRank(self.up, self.down[:, start:stop], shape, True)
         return LowRank(self.up[start:stop], self.down, shape)
+
+    def to(self, device: torch.device | str) -> LowRank:
+        """The same on a device."""
+        return LowRank(self.up.to(device), self.down.to(device), self.shape, self.transposed)
 
     def scaled(self, factor: Coefficient) -> LowRank:
         """The change times a number, which goes into ``up``."""

@@ -9,7 +9,7 @@ from math import isfinite, prod
 import torch
 from torch import Tensor
 
-from merging.delta import Delta, Dense, LowRank, Stack
+from merging.delta import Delta, LowRank, Stack
 from merging.errors import InputError
 from merging.plan.items import TILE, Item, Plan
 from merging.sources.adapter import Change, LoraChange
@@ -142,9 +142,7 @@ class Tiler:
         parts = (delta.up, delta.down) if isinstance(delta, LowRank) else (delta.value,)
         if not self.plan.recipe.allow_nonfinite and not all(bool(part.isfinite().all()) for part in parts):
             raise self._not_finite(self.plan.models[slot].path, change.target)
-        if isinstance(delta, LowRank):
-            return LowRank(delta.up.to(self.device), delta.down.to(self.device), delta.shape, delta.transposed)
-        return Dense(delta.value.to(self.device))
+        return delta.to(self.device)
 
     def _check_layer(self, item: Item, slot: int) -> None:
         """Refuse factors whose own copy of the base's layer is another one: they belong on top of that copy."""

@@ -451,3 +451,18 @@ def test_methods_are_values(row: Row) -> None:
     with pytest.raises(ValueError, match="frozen"):
         one.then = again  # type: ignore[attr-defined]
     assert one.chain == "+".join(cls.name for cls in links(row.chain))
+
+
+@rows
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_cpu_and_gpu_agree(row: Row) -> None:
+    """To rounding, on tensors that stay where they are."""
+    base, tuned = parts(6, width=32, vocab=300)
+    there = [{name: value.cuda() for name, value in each.items()} for each in (base, *tuned)]
+    got = merged(row, there[1:], there[0])
+    assert all(value.is_cuda for value in got.values())
+    assert close({name: value.cpu() for name, value in got.items()}, merged(row, tuned, base), 1e-4)
+    if row.on_changes:
+        adapters = factors(6)
+        moved = [{n: d.to("cuda") for n, d in each.items()} for each in adapters]
+        assert close({n: v.cpu() for n, v in changes(row, moved).items()}, changes(row, adapters), 1e-4)
