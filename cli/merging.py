@@ -100,7 +100,7 @@ def execution_options(command: Any) -> Any:
     "--as", "as_", type=click.Choice(["adapter", "model"]), help="what to write  [default: adapters make an adapter]"
 )
 @click.option("--dtype", type=click.Choice(["float64", "float32", "bfloat16", "float16"]), help="type of every tensor")
-@click.option("--rank", type=int, help="rank of a merged adapter  [default: lossless, the sum of the ranks]")
+@click.option("--rank", type=int, help="rank of a merged adapter  [default: the sum of the ranks]")
 @click.option("--layers", type=int, help="number of blocks, instead of what the base or the adapters tell")
 @click.option("--lora-alpha", type=float, help="LoRA alpha of adapters, instead of what they state")
 @click.option("--shard-size", type=Size(), help="most bytes in one file of a model's folder  [default: 5GB]")

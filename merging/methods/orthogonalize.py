@@ -17,6 +17,8 @@ from merging.wrapper import Entered, Wrapper
 
 __all__ = ["Orthogonalize", "orthogonalized", "overlap"]
 
+_TURNED = "orthogonalize: share of tensors turned"
+
 _SMALLEST_STEP = 1e-12
 
 _NOISE = 1e-15
@@ -37,7 +39,7 @@ class Orthogonalize(Wrapper):
     changes alone, not on how they were factored. The overlaps before and after are reported.
 
     One half of DO-Merging, to go with any other method: `orthogonalize+task_arithmetic`. It acts on low-rank adapters;
-    changes that come in full, and convolutions of experts, have no factors and pass unchanged.
+    changes that come in full have no factors and pass unchanged; the share of tensors that were turned is reported.
     """
 
     name: ClassVar[str] = "orthogonalize"
@@ -51,9 +53,9 @@ class Orthogonalize(Wrapper):
     def enter(self, stack: Stack, site: Site, seen: Seen) -> Entered:
         deltas = [delta for delta in stack.deltas if isinstance(delta, LowRank)]
         if not self.steps or not stack.low_rank or deltas[0].up.dim() > 2 or len(deltas) < 2:
-            return super().enter(stack, site, seen)
+            return Entered(self.then, stack, site, lambda merged: merged, {_TURNED: 0.0})
         balanced = [balance(delta) for delta in deltas]
-        facts = {}
+        facts = {_TURNED: 1.0}
         sides = []
         for side, factors in (
             ("down", [delta.down for delta in balanced]),
