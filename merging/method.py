@@ -16,10 +16,13 @@ from merging.folds import Fold
 from merging.parameters import Coefficient, all_matching, bound, patterns, spread, varies
 from merging.site import Site
 
-__all__ = ["Closing", "Method", "Round", "Seen", "build", "check_places"]
+__all__ = ["Closing", "Grain", "Method", "Round", "Seen", "build", "check_places"]
 
 Seen = Mapping[str, Tensor]
 """Results of the rounds so far, by name."""
+
+Grain = Literal["element", "row", "matrix"]
+"""A piece of a tensor: any elements, whole rows (see :attr:`~merging.site.Site.row`), or all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +76,13 @@ class Method(BaseModel, ABC):
         return "base"
 
     @property
-    def grain(self) -> Literal["element", "matrix"]:
+    def grain(self) -> Grain:
         """The smallest piece of a tensor on which :meth:`merge` is exact."""
         return "element"
+
+    def grain_at(self, site: Site) -> Grain:
+        """The same at a place, where less may be enough."""
+        return self.grain
 
     @property
     def factored(self) -> bool:

@@ -53,7 +53,7 @@ class Opened:
         self.entered: Entered | None = None
         if plan.as_factors(item):
             self.stack = tiler.stack(item)
-        elif self.method.grain == "matrix" and item.numel:
+        elif self.method.grain_at(item.site) == "matrix" and item.numel:
             (tile,) = tiler.tiles(item, unit.start, unit.stop)
             self.stack, self.base = tile.stack, tile.base
         if self.stack is not None:
@@ -70,7 +70,9 @@ class Opened:
             return
         stack, site = entered.stack, entered.site
         by_factors = self.method.factored and stack.low_rank
-        if by_factors or self.method.grain == "matrix" or not site.shape:
+        grain = self.method.grain_at(site)
+        one_row = grain == "row" and site.kind == "vector"
+        if by_factors or grain == "matrix" or one_row or not site.shape:
             yield site, stack, None
             return
         columns = torch.Size(site.shape[1:]).numel()

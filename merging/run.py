@@ -17,11 +17,11 @@ import torch
 
 from merging.method import Closing, Round
 from merging.opened import Unit
-from merging.plan.items import CHUNK, Plan
+from merging.plan.items import CHUNK, TILE, Plan
 from merging.platform import keep_freed_memory
 from merging.spool import Spool
 from merging.threads import Progress, share_out
-from merging.tiles import GPU_TILE
+from merging.tiles import GPU_TILE, whole_rows
 from merging.worker import Shared, Sink, Worker
 
 __all__ = ["Done", "Sink", "run"]
@@ -84,12 +84,16 @@ def _stages(plan: Plan) -> list[list[Round | Closing]]:
 
 
 def _units(plan: Plan, device: torch.device) -> list[Unit]:
-    method = plan.recipe.method
-    whole = method.grain == "matrix" or any(each.per == "tensor" for each in method.rounds())
     chunk = CHUNK if device.type == "cpu" else 4 * GPU_TILE
     units = []
     for item in plan.items:
+        method = plan.recipe.method.at(item.site)
+        grain = method.grain_at(item.site)
+        whole = grain == "matrix" or any(each.per == "tensor" for each in method.rounds())
         step = max(1, item.numel) if (whole or not item.by_chunks) and item.form != "copy" else chunk
+        if grain == "row" and step == chunk:
+            tile = whole_rows(item, "row", TILE if device.type == "cpu" else GPU_TILE)
+            step = max(1, chunk // tile) * tile
         units += [Unit(item, start, min(start + step, item.numel)) for start in range(0, max(1, item.numel), step)]
     return units
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal
 
 from merging.layers import Stacks
@@ -50,6 +51,14 @@ class Site:
         if self.layer is None:
             return 0.0
         return min(1.0, self.layer / (self.layers - 1)) if self.layers > 1 else 1.0
+
+    @property
+    def row(self) -> int:
+        """Elements in a row: of a matrix or table as it lies in memory; what makes one output of a convolution; all of
+        a vector."""
+        if self.kind == "vector" or not self.shape:
+            return max(1, prod(self.shape))
+        return max(1, prod(self.shape[1:]) if self.kind == "conv" else self.shape[-1])
 
     def block(self, shape: tuple[int, ...], start: int) -> Site:
         """The same place, narrowed to a block of the given shape that starts at a flat offset."""

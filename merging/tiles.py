@@ -11,11 +11,12 @@ from torch import Tensor
 
 from merging.delta import Delta, LowRank, Stack
 from merging.errors import InputError
+from merging.method import Grain
 from merging.plan.items import TILE, Item, Plan
 from merging.sources.adapter import Change, LoraChange
 from merging.sources.stored import Stored
 
-__all__ = ["GPU_TILE", "Tile", "Tiler", "row_step"]
+__all__ = ["GPU_TILE", "Tile", "Tiler", "row_step", "whole_rows"]
 
 GPU_TILE = 1 << 24
 """Elements of one model merged at a time on a GPU, which wants few large kernels."""
@@ -46,9 +47,10 @@ class Tiler:
 
     def tile_size(self, item: Item) -> int:
         """Elements in one tile of an item that lies in full."""
-        if self.plan.recipe.method.grain == "matrix":
+        grain = self.plan.recipe.method.grain_at(item.site)
+        if grain == "matrix":
             return max(1, item.numel)
-        return TILE if self.device.type == "cpu" else GPU_TILE
+        return whole_rows(item, grain, TILE if self.device.type == "cpu" else GPU_TILE)
 
     def tiles(self, item: Item, start: int, stop: int) -> Iterator[Tile]:
         """The tiles of an item from one flat offset to another."""
@@ -58,7 +60,8 @@ class Tiler:
         dtype, count = self.plan.dtype(item), len(item.inputs)
         present = tuple(each is not None for each in item.inputs)
         step = self.tile_size(item)
-        whole = item.site.shape if self.plan.recipe.method.grain == "matrix" else None
+        shapes = {"element": (-1,), "row": (-1, item.site.row), "matrix": item.site.shape}
+        shape = shapes[self.plan.recipe.method.grain_at(item.site)]
         for position in range(start, stop, step):
             size = min(step, stop - position)
             base = self._read("base", item.base, position, size, dtype) if item.base is not None else None
@@ -68,8 +71,7 @@ class Tiler:
                 self._bring(values[slot], stored, position, base)
             if not self.plan.recipe.allow_nonfinite:
                 self._check(item, values, base)
-            if whole is not None:
-                values, base = values.view(count, *whole), base.view(whole) if base is not None else None
+            values, base = values.view(count, *shape), base.view(shape) if base is not None else None
             yield Tile(position, Stack.of(values, self.plan.keys, present), base)
 
     def _bring(self, into: Tensor, stored: Stored | None, start: int, base: Tensor | None) -> None:
@@ -100,7 +102,8 @@ class Tiler:
         columns = prod(shape[1:])
         present = tuple(each is not None for each in item.inputs)
         loaded = {slot: self.change(item, slot) for slot, each in enumerate(item.inputs) if isinstance(each, Change)}
-        whole = self.plan.recipe.method.grain == "matrix"
+        grain = self.plan.recipe.method.grain_at(item.site)
+        whole = grain == "matrix" or (grain == "row" and item.site.kind == "vector")
         step = shape[0] if whole else row_step(columns, self.device)
         for first in range(0, shape[0], step):
             last = min(first + step, shape[0])
@@ -201,6 +204,11 @@ class Tiler:
             device = torch.device("cpu") if on_host else self.device
             buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device, pin_memory=pinned)
         return buffer[:numel]
+
+
+def whole_rows(item: Item, grain: Grain, size: int) -> int:
+    """About so many elements of an item, in whole rows (at least one) where the grain wants them."""
+    return max(1, size // item.site.row) * item.site.row if grain == "row" else size
 
 
 def row_step(columns: int, device: torch.device) -> int:

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from merging.delta import Delta, Stack
-from merging.method import Closing, Method, Round, Seen
+from merging.method import Closing, Grain, Method, Round, Seen
 from merging.parameters import Coefficient
 from merging.site import Site
 
@@ -46,8 +46,11 @@ class Wrapper(Method):
         return self.then.origin if self.transparent else "base"
 
     @property
-    def grain(self) -> Literal["element", "matrix"]:
+    def grain(self) -> Grain:
         return "matrix" if self.whole else self.then.grain
+
+    def grain_at(self, site: Site) -> Grain:
+        return "matrix" if self.whole else self.then.grain_at(site)
 
     @property
     def factored(self) -> bool:

@@ -131,7 +131,7 @@ class Plan:
         for item in self.items:
             if item.form != "copy" and self.as_factors(item) and method.factored:
                 total += self._factor_bytes(item)
-            elif item.form != "copy" and (self.as_factors(item) or method.grain == "matrix"):
+            elif item.form != "copy" and (self.as_factors(item) or method.grain_at(item.site) == "matrix"):
                 total += self.dtype(item).itemsize * item.numel
         return total
 
@@ -157,7 +157,9 @@ class Plan:
         width = self.dtype(item).itemsize
         models = len(item.inputs)
         rows = 64 * (item.numel // max(1, item.site.shape[0])) if item.site.shape else 1
-        whole = self.recipe.method.grain == "matrix" and not self.as_factors(item)
+        grain = self.recipe.method.grain_at(item.site)
+        whole = grain == "matrix" and not self.as_factors(item)
+        rows = max(rows, item.site.row) if grain == "row" else rows
         tile = item.numel if whole else min(item.numel, max(rows, TILE))
         copies = sum(link.workspace for link in self.recipe.method.links())
         needed = tile * width * (copies * models + 6) + (8 * 6 * item.numel if whole else 0)
