@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from merging.delta import Delta, LowRank
 
-__all__ = ["balance", "compress", "even", "factored_svd", "safe_ratio", "spans", "squared_norm", "truncate"]
+__all__ = [
+    "CUT",
+    "Svd",
+    "balance",
+    "compress",
+    "decomposed",
+    "even",
+    "factored_svd",
+    "inner",
+    "joint_core",
+    "leading",
+    "output_basis",
+    "polar",
+    "safe_ratio",
+    "spans",
+    "squared_norm",
+    "truncate",
+]
+
+CUT = 1e-6
+"""The share of the largest singular value up to which others count as zero."""
 
 _SPAN = 1 << 12
+
+_CONDITION = 1e-5
+"""Smallest share of the largest singular value that the squares of a Gram matrix still tell well in float64."""
+
+_SMALL = 64
+"""Matrices of so few rows or columns are quickly decomposed by SVD, which is exact."""
+
+Svd = tuple[Tensor, Tensor, Tensor]
+"""``U [m, k], S [k], Vh [k, n]``."""
 
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 2
@@ -38,6 +70,76 @@ def factored_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q_down, r_down = torch.linalg.qr(down.double().mT)
     u, s, vh = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
     return q_up @ u, s, vh @ q_down.mT
+
+
+def joint_core(deltas: Sequence[LowRank]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Orthonormal bases ``up [out, k]`` and ``down [k', in]`` that all changes lie in, and each of them there.
+
+    A change is ``up @ core @ down`` with a core of ``[k, k']``, both at most the sum of the ranks; all float64.
+    """
+    up, up_core = torch.linalg.qr(torch.cat([delta.up for delta in deltas], -1).double())
+    down, down_core = torch.linalg.qr(torch.cat([delta.down for delta in deltas], -2).double().mT)
+    ranks = [delta.rank for delta in deltas]
+    ups, downs = up_core.split(ranks, -1), down_core.split(ranks, -1)
+    return up, down.mT, [left @ right.mT for left, right in zip(ups, downs, strict=True)]
+
+
+def decomposed(matrix: Tensor, how: Literal["gram", "thin"] = "gram", needed: int | None = None) -> Svd:
+    """The SVD of a float64 matrix, the ``needed`` largest values only if so asked, ``s`` descending.
+
+    By eigenvalues of its shorter side's Gram matrix (``gram``), several times faster, unless the values asked for are
+    too small a share of the largest to be told by their squares, or by SVD (``thin``).
+    """
+    needed = min(matrix.shape) if needed is None else min(needed, *matrix.shape)
+    if how == "gram" and min(matrix.shape) > _SMALL:
+        wide = matrix.shape[0] <= matrix.shape[1]
+        short = matrix if wide else matrix.mT
+        squares, vectors = torch.linalg.eigh(short @ short.mT)
+        s = squares.flip(0)[:needed].clamp(min=0).sqrt()
+        if float(s[-1]) > _CONDITION * float(s[0]):
+            vectors = vectors.flip(1)[:, :needed]
+            others = (vectors.mT @ short) / s[:, None]
+            return (vectors, s, others) if wide else (others.mT, s, vectors.mT)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u[:, :needed], s[:needed], vh[:needed]
+
+
+def leading(matrix: Tensor, most: int | None = None) -> Svd:
+    """The SVD of a matrix without its zero singular values (``CUT``), and the largest ``most`` only; float64."""
+    u, s, vh = decomposed(matrix.double(), needed=most)
+    rank = int((s > CUT * s[:1]).sum())
+    return u[:, :rank], s[:rank], vh[:rank]
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """The nearest matrix whose singular values are 1, and 0 where those of ``matrix`` are."""
+    u, _, vh = leading(matrix)
+    return u @ vh
+
+
+def output_basis(changes: Sequence[Delta]) -> Tensor:
+    """The left singular vectors ``[out, k]`` of all changes side by side, float64, zero singular values left out.
+
+    At least one, whose largest entry is positive, so that the basis follows from the changes alone. ``Dense`` changes
+    are ``[out, in]``; the Gram matrix of outputs tells.
+    """
+    low = [change for change in changes if isinstance(change, LowRank)]
+    if len(low) == len(changes):
+        up, up_core = torch.linalg.qr(torch.cat([change.up for change in low], -1).double())
+        cores = [
+            core @ torch.linalg.qr(change.down.double().mT, mode="r")[1].mT
+            for core, change in zip(up_core.split([change.rank for change in low], -1), low, strict=True)
+        ]
+        inside, s, _ = torch.linalg.svd(torch.cat(cores, -1), full_matrices=False)
+        basis = up @ inside
+    else:
+        gram = sum(matrix @ matrix.mT for matrix in (change.dense().double() for change in changes))
+        squares, vectors = torch.linalg.eigh(gram)
+        basis, s = vectors.flip(1), squares.flip(0).clamp(min=0).sqrt()
+    basis = basis[:, : max(1, int((s > CUT * s[:1]).sum()))]
+    largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
+    signed: Tensor = basis * torch.where(largest < 0, -1.0, 1.0)
+    return signed
 
 
 def balance(delta: LowRank) -> LowRank:
@@ -99,10 +201,16 @@ def _balanced(
     return LowRank(up, down, shape, transposed), safe_ratio(float(energy[rank:].sum()), float(energy.sum()))
 
 
+def inner(one: LowRank, other: LowRank) -> Tensor:
+    """The inner product of two changes of one tensor, float64, through the products of their factors."""
+    ups = one.up.double().mT @ other.up.double()
+    downs = one.down.double() @ other.down.double().mT
+    return (ups * downs).sum()
+
+
 def squared_norm(delta: Delta) -> Tensor:
     """The sum of squares of a change, float64; of factors through their Gram matrices."""
     if isinstance(delta, LowRank):
-        up, down = delta.up.double(), delta.down.double()
-        return ((up.mT @ up) * (down @ down.mT)).sum()
+        return inner(delta, delta)
     pieces = torch.split(delta.value.reshape(-1), 1 << 20)
     return torch.stack([piece.double().square().sum() for piece in pieces]).sum()

@@ -21,12 +21,14 @@ class Rank:
     Positions out of range are moved to the nearest end. The products are rounded as the papers' code rounds them.
     """
 
-    kind: Literal["share", "upper", "largest"]
+    kind: Literal["share", "upper", "largest", "quantile", "lowest", "highest"]
     q: float
+    above: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.q <= 1:
-            raise ValueError(f"a rank is a share of the elements, between 0 and 1, and {self.q} was given")
+        for share in (self.q, self.above):
+            if not 0 <= share <= 1:
+                raise ValueError(f"a rank is a share of the elements, between 0 and 1, and {share} was given")
 
     @classmethod
     def share(cls, q: float) -> Rank:
@@ -43,14 +45,32 @@ class Rank:
         """The k-th largest element, k = int(density * d) but at least 1: what `density` of the elements reach."""
         return cls("largest", density)
 
+    @classmethod
+    def quantile(cls, q: float) -> Rank:
+        """Index int(q * (d - 1)), ascending."""
+        return cls("quantile", q)
+
+    @classmethod
+    def band(cls, density: float, above: float) -> tuple[Rank, Rank]:
+        """The smallest and the largest of those k = int(density * d), at least 1, that remain without the int(above *
+        d) largest and then the smallest; fewer of the largest are left out if k would not remain.
+        """
+        return cls("lowest", density, above), cls("highest", density, above)
+
     def index(self, count: int) -> int:
         """The position, ascending from 0, among ``count`` elements."""
         if self.kind == "share":
             index = int(count * self.q)
         elif self.kind == "upper":
             index = int(count * (1 - self.q) - 1)
-        else:
+        elif self.kind == "quantile":
+            index = int(self.q * (count - 1))
+        elif self.kind == "largest":
             index = count - int(self.q * count)
+        else:
+            kept = max(1, int(self.q * count))
+            highest = count - 1 - min(int(self.above * count), count - kept)
+            index = highest if self.kind == "highest" else highest - kept + 1
         return min(max(index, 0), count - 1)
 
 

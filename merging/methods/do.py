@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 
 from merging.delta import Delta, Stack
-from merging.method import Method, Seen
+from merging.method import Grain, Method, Seen
 from merging.methods.decouple import Decouple
 from merging.methods.orthogonalize import Orthogonalize
 from merging.parameters import Coefficient, Local
@@ -40,7 +40,7 @@ class Do(Method):
     scale: Local[Coefficient] = Field(1.0, description="what the merged change is multiplied by (1 to sqrt(n))")
 
     @property
-    def grain(self) -> Literal["element", "matrix"]:
+    def grain(self) -> Grain:
         return "matrix"
 
     @property

@@ -12,17 +12,14 @@ from torch import Tensor
 
 from merging.delta import Delta, Dense, LowRank, Stack
 from merging.folds import Sum
-from merging.linalg import safe_ratio, squared_norm
-from merging.method import Closing, Method, Seen
+from merging.linalg import decomposed, joint_core, safe_ratio, squared_norm
+from merging.method import Closing, Grain, Method, Seen
 from merging.parameters import Coefficient
 from merging.site import Site
 
 __all__ = ["Opcm", "accumulate", "projected"]
 
 _SQUARES = "opcm.squares"
-
-_CONDITION = 1e-5
-"""Smallest share of the largest singular value that the squares of a Gram matrix still tell well in float64."""
 
 
 class Opcm(Method):
@@ -58,8 +55,11 @@ class Opcm(Method):
     svd: Literal["gram", "thin"] = Field("gram", description="how full matrices are decomposed")
 
     @property
-    def grain(self) -> Literal["element", "matrix"]:
+    def grain(self) -> Grain:
         return "matrix"
+
+    def grain_at(self, site: Site) -> Grain:
+        return "matrix" if site.kind in ("matrix", "experts") else "element"
 
     @property
     def factored(self) -> bool:
@@ -98,14 +98,10 @@ class Opcm(Method):
     def _merge_factors(self, deltas: Sequence[LowRank]) -> LowRank:
         """The same in the joint column and row space of all factors, where every matrix is a small core."""
         first = deltas[0]
-        up, up_core = torch.linalg.qr(torch.cat([delta.up for delta in deltas], -1).double())
-        down, down_core = torch.linalg.qr(torch.cat([delta.down for delta in deltas], -2).double().mT)
-        ranks = [delta.rank for delta in deltas]
-        ups, downs = up_core.split(ranks, -1), down_core.split(ranks, -1)
-        cores = [left @ right.mT for left, right in zip(ups, downs, strict=True)]
-        null = _null(first.up.dtype, (len(up), len(down)))
+        up, down, cores = joint_core(deltas)
+        null = _null(first.up.dtype, (len(up), down.shape[1]))
         merged = accumulate(cores, self.alpha, self.mode, null, "thin")
-        return LowRank((up @ merged).to(first.up.dtype), down.mT.to(first.down.dtype), first.shape, first.transposed)
+        return LowRank((up @ merged).to(first.up.dtype), down.to(first.down.dtype), first.shape, first.transposed)
 
 
 def _squares(merged: Delta, stack: Stack, site: Site) -> Tensor:
@@ -118,7 +114,9 @@ def _null(dtype: torch.dtype, shape: Sequence[int]) -> float:
     return max(shape) * torch.finfo(dtype).eps
 
 
-def accumulate(deltas: Sequence[Tensor], alpha: float, mode: str, null: float, svd: str = "gram") -> Tensor:
+def accumulate(
+    deltas: Sequence[Tensor], alpha: float, mode: str, null: float, svd: Literal["gram", "thin"] = "gram"
+) -> Tensor:
     """S_T of matrices ``[m, k]`` in order, ``[m, k]`` float64."""
     total = deltas[0].double()
     for delta in deltas[1:]:
@@ -127,13 +125,18 @@ def accumulate(deltas: Sequence[Tensor], alpha: float, mode: str, null: float, s
 
 
 def projected(
-    delta: Tensor, previous: Tensor, alpha: float, mode: str = "block", null: float = 1e-12, svd: str = "gram"
+    delta: Tensor,
+    previous: Tensor,
+    alpha: float,
+    mode: str = "block",
+    null: float = 1e-12,
+    svd: Literal["gram", "thin"] = "gram",
 ) -> Tensor:
     """P(delta; previous): ``delta [m, k]`` without what would disturb ``previous [m, k]``, both float64.
 
     Directions whose singular values are at most the share ``null`` of the largest are null directions.
     """
-    u, s, vh = _decomposed(previous, svd)
+    u, s, vh = decomposed(previous, svd)
     rank = int((s > null * s[:1]).sum())
     if not rank:
         return delta
@@ -152,18 +155,3 @@ def projected(
     rest = rest - (rest @ right.mT) @ right
     u, vh = u[:, split:], vh[split:]
     return rest - (u * (u.mT @ rest * vh).sum(1)) @ vh
-
-
-def _decomposed(matrix: Tensor, svd: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The thin SVD, ``s`` descending."""
-    if svd == "gram" and matrix.numel():
-        wide = matrix.shape[0] <= matrix.shape[1]
-        short = matrix if wide else matrix.mT
-        squares, vectors = torch.linalg.eigh(short @ short.mT)
-        s = squares.flip(0).clamp(min=0).sqrt()
-        if float(s[-1]) > _CONDITION * float(s[0]):
-            vectors = vectors.flip(1)
-            others = (vectors.mT @ short) / s[:, None]
-            return (vectors, s, others) if wide else (others.mT, s, vectors.mT)
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return u, s, vh

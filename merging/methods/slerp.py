@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from merging.delta import Delta, Stack
-from merging.folds import Sum
-from merging.linalg import spans
 from merging.method import Method, Round, Seen
 from merging.parameters import Coefficient, Local
 from merging.site import Site
+from merging.sphere import GRAM, arc_weights, gram, plain_weights
 
-__all__ = ["Slerp", "slerp_weights"]
+__all__ = ["Slerp"]
 
 COLLINEAR = 0.9995
 """Cosine from which the arc is so flat that its formula loses digits and the chord is taken, as is customary."""
@@ -43,29 +40,7 @@ class Slerp(Method):
         return "none"
 
     def rounds(self) -> tuple[Round, ...]:
-        return (Round("products", Sum(), _products, per="tensor"),)
+        return (GRAM,)
 
     def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
-        return stack.weighted_sum(slerp_weights(seen["products"], self.t))
-
-
-def _products(stack: Stack, site: Site, seen: Seen) -> Tensor:
-    """v0.v0, v1.v1 and v0.v1 over spans so short that float32 loses nothing that matters; the fold adds them up."""
-    whole, rest = spans(stack.dense())
-    whole = whole.transpose(0, 1)
-    grams = torch.cat([whole @ whole.mT, (rest @ rest.mT)[None]])
-    return torch.stack([grams[:, 0, 0], grams[:, 1, 1], grams[:, 0, 1]])
-
-
-def slerp_weights(products: Tensor, t: float | Tensor) -> list[float | Tensor]:
-    """The weights of v0 and v1, from ``products = (v0.v0, v1.v1, v0.v1)``."""
-    first, second, cross = products.tolist()
-    cosine = cross / math.sqrt(first * second) if first and second else 1.0
-    if abs(cosine) > COLLINEAR:
-        return [1 - t, t]
-    omega = math.acos(cosine)
-    return [_sine((1 - t) * omega) / math.sin(omega), _sine(t * omega) / math.sin(omega)]
-
-
-def _sine(angle: float | Tensor) -> float | Tensor:
-    return torch.sin(angle) if isinstance(angle, Tensor) else math.sin(angle)
+        return stack.weighted_sum(plain_weights(torch.stack(arc_weights(gram(seen), self.t, COLLINEAR))))

@@ -1,0 +1,93 @@
+"""The Karcher mean: the point of the sphere whose squared distances along the sphere to all models are smallest."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from merging.delta import Delta, Stack
+from merging.errors import OptionError
+from merging.method import Method, Round, Seen
+from merging.parameters import Coefficient, PerModel, column, number
+from merging.site import Site
+from merging.sphere import GRAM, cosines, gram, plain_weights
+
+__all__ = ["Karcher", "karcher_mean"]
+
+
+class Karcher(Method):
+    """The weighted mean on the sphere of each tensor's direction u_i = x_i / |x_i|, times sum_i w_i |x_i|.
+
+    From the normalised sum_i w_i u_i, steps m <- exp_m(sum_i w_i log_m(u_i)) until one is shorter than `tol` (radians)
+    or `max_iter` are done. Every iterate is a weighted sum of the models, so the steps are taken on their inner
+    products: one pass over each tensor gathers these, one adds up. A zero tensor has no direction and takes no part.
+    Of fine-tunes of one base, whose weights are all but parallel, the outcome is the plain mean at full length; with
+    `space = changes` directions of what they changed are averaged, on adapters exactly and without a base.
+    """
+
+    name: ClassVar[str] = "karcher"
+    summary: ClassVar[str] = "mean along the sphere of the models' directions, at their mean length"
+    paper: ClassVar[str] = "Karcher mean merging, 2026, arXiv 2603.04972"
+
+    weights: PerModel[Coefficient] = Field(1.0, description="one weight for all models, or one each; at least 0")
+    max_iter: int = Field(10, ge=1, le=1000, description="most steps")
+    tol: float = Field(1e-5, gt=0, lt=1, description="a step so short ends the search, in radians")
+    space: Literal["weights", "changes"] = Field("weights", description="merge weights, or changes from the base")
+
+    def check(self, models: int) -> None:
+        super().check(models)
+        if self.varies:
+            return
+        weights = list(map(number, self.coefficients(models)))
+        if min(weights) < 0 or sum(weights) == 0:
+            raise OptionError(f"karcher.weights = {self.weights}: a mean on the sphere needs weights of at least 0")
+
+    @property
+    def origin(self) -> Literal["base", "none"]:
+        return "base" if self.space == "changes" else "none"
+
+    @property
+    def factored(self) -> bool:
+        return self.space == "changes"
+
+    def rounds(self) -> tuple[Round, ...]:
+        return (GRAM,)
+
+    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+        weights = column(self.weights, gram(seen)).view(-1)
+        norms, angles = cosines(gram(seen))
+        taken = norms > 0
+        if not taken.any():
+            return stack.weighted_sum([0.0] * len(stack))
+        mean = karcher_mean(angles[taken][:, taken], weights[taken], self.max_iter, self.tol)
+        factors = torch.zeros_like(norms).masked_scatter(taken, mean / norms[taken])
+        return stack.weighted_sum(plain_weights(factors * (weights @ norms / weights.sum())))
+
+
+def karcher_mean(angles: Tensor, weights: Tensor, max_iter: int, tol: float) -> Tensor:
+    """The mean as a weighted sum of unit vectors: their coefficients ``[n]``, from the vectors' cosines ``[n, n]``."""
+    total = weights.sum()
+    if not total:
+        return weights
+    weights = weights / total
+
+    def length(coefficients: Tensor) -> Tensor:
+        return (coefficients @ angles @ coefficients).clamp(min=0).sqrt()
+
+    # directions that cancel out have many means: the search then starts at the first
+    mean = weights / length(weights) if number(length(weights)) >= tol else torch.eye(len(weights)).to(weights)[0]
+    for _ in range(max_iter):
+        dots = (angles @ mean).clamp(-1, 1)
+        omega = torch.acos(dots)
+        near = (omega < tol) | (omega.sin() < 1e-12)
+        pull = torch.where(near, 0.0, weights * omega / torch.where(near, 1.0, omega.sin()))
+        tangent = pull - (pull @ dots) * mean
+        step = length(tangent)
+        if number(step) < tol:
+            break
+        mean = step.cos() * mean + step.sin() * tangent / step
+        mean = mean / length(mean)
+    return mean

@@ -1,0 +1,76 @@
+"""Multislerp: the weighted mean direction of any number of models, at their weighted mean length."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from merging.delta import Delta, Stack
+from merging.errors import InputError, OptionError
+from merging.method import Method, Round, Seen
+from merging.parameters import Coefficient, PerModel, column, number
+from merging.site import Site
+from merging.sphere import GRAM, cosines, gram, plain_weights
+
+__all__ = ["MultiSlerp"]
+
+_VANISHED = 1e-8
+
+
+class MultiSlerp(Method):
+    """m * sum_i w_i |x_i|, where m is the direction of sum_i w_i x_i / |x_i|; for each tensor x, taken flat.
+
+    The published procedure then walks from m along the tangent T = sum_i w_i (u_i - (u_i . m) m) with u_i = x_i/|x_i|.
+    That sum is zero whatever the models are, since sum_i w_i u_i is parallel to m: what is computed is the mean above.
+    `karcher` is the mean along the sphere. Of the weights, or with `space = changes` of what the models changed in a
+    base; on adapters that is exact and needs no base. Directions that cancel out have no mean: two models are then
+    added up as they are, more are an error. Costs two passes over each tensor.
+    """
+
+    name: ClassVar[str] = "multislerp"
+    summary: ClassVar[str] = "mean direction of all models at their mean length"
+    paper: ClassVar[str] = "MultiSLERP, Goddard 2025, in mergekit"
+
+    weights: PerModel[Coefficient] = Field(1.0, description="one weight for all models, or one each")
+    normalize: bool = Field(True, description="divide the weights by their sum")
+    space: Literal["weights", "changes"] = Field("weights", description="merge weights, or changes from the base")
+
+    def check(self, models: int) -> None:
+        super().check(models)
+        if self.normalize and not self.varies and sum(map(number, self.coefficients(models))) == 0:
+            raise OptionError(
+                "the weights of multislerp sum to zero, so there is no mean: change them, or use --no-normalize"
+            )
+
+    @property
+    def origin(self) -> Literal["base", "none"]:
+        return "base" if self.space == "changes" else "none"
+
+    @property
+    def factored(self) -> bool:
+        return self.space == "changes"
+
+    def rounds(self) -> tuple[Round, ...]:
+        return (GRAM,)
+
+    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+        weights = column(self.weights, gram(seen)).view(-1)
+        weights = weights / weights.sum() if self.normalize else weights
+        return stack.weighted_sum(plain_weights(self._on_the_sphere(weights, gram(seen), site)))
+
+    def _on_the_sphere(self, weights: Tensor, grams: Tensor, site: Site) -> Tensor:
+        """What each tensor is multiplied by."""
+        norms, angles = cosines(grams)
+        if not norms.any():
+            return weights
+        length = (weights @ angles @ weights).clamp(min=0).sqrt()
+        if number(length) <= _VANISHED * number(weights.abs().sum()):
+            if len(weights) == 2:
+                return weights
+            raise InputError(
+                f"{site.name}: the models' directions cancel out, so there is no mean on the sphere: change the weights"
+            )
+        return torch.where(norms > 0, weights / torch.where(norms > 0, norms, 1.0), 0.0) * (weights @ norms) / length

@@ -1,0 +1,81 @@
+"""NuSLERP: spherical interpolation by weights, of whole tensors or of each row or column, of weights or of changes."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from merging.delta import Delta, Dense, Stack
+from merging.errors import OptionError
+from merging.method import Grain, Method, Round, Seen
+from merging.parameters import Coefficient, PerModel, number
+from merging.site import Site
+from merging.sphere import GRAM, arc_weights, gram, plain_weights
+
+__all__ = ["NuSlerp"]
+
+_COLLINEAR = 1 - 1e-12
+"""Only beyond this cosine has the arc's formula lost all its digits, in float64."""
+
+
+class NuSlerp(Method):
+    """Each tensor a step t = w_2 / (w_1 + w_2) along the arc from the first model's to the second's.
+
+    The formula is `slerp`'s; taken of tensors as a whole (`axis = flat`), or of each row or each column of a matrix by
+    itself (a vector is one row; `rows` are those in memory, the outputs of most linear layers). Of the weights, or with
+    `space = changes` of what the models changed in a base, where angles are wide and the arc differs from the chord; on
+    adapters that is exact and needs no base, unless by row or column. Costs two passes over each tensor.
+    """
+
+    name: ClassVar[str] = "nuslerp"
+    summary: ClassVar[str] = "spherical interpolation by weights, whole or row by row"
+    paper: ClassVar[str] = "NuSLERP, Goddard 2024, in mergekit"
+    models: ClassVar[tuple[int, int | None]] = (2, 2)
+
+    weights: PerModel[Coefficient] = Field(1.0, description="one weight for both models, or one each")
+    axis: Literal["flat", "rows", "columns"] = Field("flat", description="what the angle is taken of")
+    space: Literal["weights", "changes"] = Field("weights", description="interpolate weights, or changes from the base")
+
+    def check(self, models: int) -> None:
+        super().check(models)
+        if not self.varies and models == 2 and sum(map(number, self.coefficients(2))) == 0:
+            raise OptionError("the weights of nuslerp sum to zero, so there is no step between the models: change them")
+
+    @property
+    def origin(self) -> Literal["base", "none"]:
+        return "base" if self.space == "changes" else "none"
+
+    @property
+    def grain(self) -> Grain:
+        return {"flat": "element", "rows": "row", "columns": "matrix"}[self.axis]  # type: ignore[return-value]
+
+    @property
+    def factored(self) -> bool:
+        return self.space == "changes" and self.axis == "flat"
+
+    def rounds(self) -> tuple[Round, ...]:
+        return (GRAM,) if self.axis == "flat" else ()
+
+    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+        first, second = self.coefficients(2)
+        step = second / (first + second)
+        if self.axis == "flat":
+            return stack.weighted_sum(plain_weights(torch.stack(arc_weights(gram(seen), step, _COLLINEAR))))
+        values = stack.dense()
+        rows = values.reshape(2, -1, site.row)
+        along = -2 if self.axis == "columns" and site.kind != "vector" else -1
+        if along == -2 and site.kind == "experts":
+            rows = values
+        weights = arc_weights(_grams(rows, along), step, _COLLINEAR)
+        merged = sum(row * weight.unsqueeze(along).to(row) for row, weight in zip(rows, weights, strict=True))
+        assert isinstance(merged, Tensor)
+        return Dense(merged.reshape(values.shape[1:]))
+
+
+def _grams(rows: Tensor, along: int) -> Tensor:
+    """The inner products ``[2, 2, ...]`` float64 of two models' rows, or columns."""
+    products = [[(one * other).sum(along, dtype=torch.float64) for other in rows] for one in rows]
+    return torch.stack([torch.stack(each) for each in products])

@@ -1,0 +1,44 @@
+"""Passthrough: one model as it is, or scaled."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from merging.delta import Delta, Stack
+from merging.method import Method, Seen
+from merging.parameters import Coefficient, Local, number, varies
+from merging.site import Site
+
+__all__ = ["Passthrough"]
+
+
+class Passthrough(Method):
+    """theta = scale * theta_1.
+
+    Of a full checkpoint the weights themselves are scaled, of an adapter its change, exactly. With a scale of 1 a model
+    comes out as it went in: to convert its type (`--dtype`), its shards, or an adapter to a model (`--as model`), or to
+    scale a few tensors by name. Costs one pass over the bytes.
+    """
+
+    name: ClassVar[str] = "passthrough"
+    summary: ClassVar[str] = "one model as it is, or scaled"
+    paper: ClassVar[str] = ""
+    models: ClassVar[tuple[int, int | None]] = (1, 1)
+
+    scale: Local[Coefficient] = Field(1.0, description="what the weights, or an adapter's change, are multiplied by")
+
+    @property
+    def origin(self) -> Literal["base", "none"]:
+        return "none"
+
+    @property
+    def factored(self) -> bool:
+        return True
+
+    def multiple(self, models: int) -> float | None:
+        return None if varies(self.scale) else number(self.scale)
+
+    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+        return stack.weighted_sum([self.scale])
