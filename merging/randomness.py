@@ -8,7 +8,7 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-__all__ = ["kept"]
+__all__ = ["kept", "uniform"]
 
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B1, 0x7FEB352D, 0x846CA68B
 _WORD = 1 << 32
@@ -21,21 +21,36 @@ def kept(
 
     As 0 and 1 of a type; floats to multiply by take a third of the time of a mask.
 
-    Depends on the position and on ``place`` (seed, model, tensor) alone. A hash of the position, two rounds of multiply
-    and shift with constants after Wellons (lowbias32), keyed by SHA-256 of the place, in 32-bit integers that wrap.
+    Depends on the position and on ``place`` (seed, model, tensor) alone.
     """
     if share >= 1:
         return torch.ones(count, dtype=dtype, device=device)
+    bits = _bits(start, count, device, *place)
+    return torch.lt(bits, round(share * _WORD) - _WORD // 2, out=torch.empty(count, dtype=dtype, device=device))
+
+
+def uniform(start: int, count: int, device: torch.device, *place: object) -> Tensor:
+    """A random number in [0, 1) for each of ``count`` elements from position ``start`` on: ``[count]`` float32.
+
+    A multiple of 2**-24; otherwise like :func:`kept`.
+    """
+    return (_bits(start, count, device, *place) >> 8).float().add_(1 << 23).mul_(2.0**-24)
+
+
+def _bits(start: int, count: int, device: torch.device, *place: object) -> Tensor:
+    """Random bits ``[count]`` int32.
+
+    A hash of the position, two rounds of multiply and shift with constants after Wellons (lowbias32), keyed by SHA-256
+    of the place, in 32-bit integers that wrap.
+    """
     rest = _WORD - start % _WORD
     if count > rest:  # the upper half of the position is part of the key
-        below = kept(share, start, rest, device, *place, dtype=dtype)
-        return torch.cat([below, kept(share, start + rest, count - rest, device, *place, dtype=dtype)])
+        return torch.cat([_bits(start, rest, device, *place), _bits(start + rest, count - rest, device, *place)])
     digest = sha256("\0".join(map(str, (*place, start // _WORD))).encode()).digest()
     first, second = (int.from_bytes(digest[i : i + 4], "little") for i in (0, 4))
     bits = _steps(count, device) + _signed(start * _GOLDEN + first)
     bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(_signed(_FIRST)).bitwise_xor_(_signed(second))
-    bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).mul_(_signed(_SECOND))
-    return torch.lt(bits, round(share * _WORD) - _WORD // 2, out=torch.empty(count, dtype=dtype, device=device))
+    return bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).mul_(_signed(_SECOND))
 
 
 @lru_cache(maxsize=2)

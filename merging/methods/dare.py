@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from merging.delta import Stack
-from merging.folds import Sum
-from merging.linalg import safe_ratio, spans
-from merging.method import Round, Seen
+from merging.dropping import Dropping
 from merging.parameters import PerModel, column, spread
 from merging.randomness import kept
 from merging.site import Site
-from merging.wrapper import Entered, Wrapper
 
 __all__ = ["Dare"]
 
-_NORMS = "dare.norms"
 
-
-class Dare(Wrapper):
+class Dare(Dropping):
     """Drop and rescale: each entry of a change is dropped with probability `drop`, the kept ones grow to make up.
 
     The kept entries are divided by 1 - drop, so that the expectation stays (`rescale = inverse`, the paper), or
@@ -41,39 +36,12 @@ class Dare(Wrapper):
     drop: PerModel[Annotated[float, Field(ge=0, lt=1)]] = Field(
         0.9, description="share of each model's change that is dropped; one for all, or one each"
     )
-    rescale: Literal["inverse", "l1", "none"] = Field(
-        "inverse", description="how the kept entries make up for the rest"
-    )
-    seed: int = Field(0, description="another seed drops other entries")
 
-    @property
-    def factored(self) -> bool:
-        return False
-
-    def rounds(self) -> tuple[Round, ...]:
-        own = (Round(_NORMS, Sum(), self._norms, per="tensor"),) if self.rescale == "l1" else ()
-        return own + super().rounds()
-
-    def _norms(self, stack: Stack, site: Site, seen: Seen) -> Tensor:
-        """Parts of the L1 norms of each change before and after dropping, ``[2 n, parts]``."""
-        values = stack.dense()
-        both = [spans(each.abs()) for each in (values, self._dropped(stack, values, site))]
-        return torch.cat([torch.cat([whole.sum(-1), rest.sum(-1, keepdim=True)], 1) for whole, rest in both])
-
-    def _dropped(self, stack: Stack, values: Tensor, site: Site) -> Tensor:
-        shares = [1 - drop for drop in spread(self.drop, len(stack))]
+    def thinned(self, stack: Stack, site: Site, divide: bool) -> Tensor:
+        values, shares = stack.dense(), [1 - drop for drop in spread(self.drop, len(stack))]
         out = torch.empty_like(values)
         for share, value, model, into in zip(shares, values, stack.models, out, strict=True):
             place = self.seed, model, site.name
             mask = kept(share, site.start, value.numel(), value.device, *place, dtype=value.dtype)
             torch.mul(value, mask.view(value.shape), out=into)
-        return out
-
-    def enter(self, stack: Stack, site: Site, seen: Seen) -> Entered:
-        values = self._dropped(stack, stack.dense(), site)
-        if self.rescale == "inverse":
-            values /= column([1 - drop for drop in spread(self.drop, len(stack))], values)
-        elif self.rescale == "l1":
-            before, after = seen[_NORMS].view(2, -1).tolist()
-            values *= column([safe_ratio(b, a) for b, a in zip(before, after, strict=True)], values)
-        return Entered(self.then, Stack.of(values, stack.models, stack.present), site, lambda merged: merged)
+        return out.div_(column(shares, out)) if divide else out

@@ -1,0 +1,77 @@
+"""Breadcrumbs: drop the largest and the smallest changes of each tensor, before any method."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from merging.delta import Stack
+from merging.folds import Rank, Ranked
+from merging.method import Round, Seen
+from merging.methods.ties import trim
+from merging.parameters import PerModel, spread, varies
+from merging.site import Site
+from merging.wrapper import Entered, Wrapper
+
+__all__ = ["Breadcrumbs"]
+
+_ENDS = "breadcrumbs.ends"
+
+
+class Breadcrumbs(Wrapper):
+    """Of each tensor's change the share `gamma` of largest magnitude is dropped, then the smallest until `density` is
+    left; if both cannot be had, fewer of the largest are dropped.
+
+    What is dropped is 0, and nothing is rescaled. Outliers are held to be as harmful as noise here; the other
+    sparsifiers keep them. Everything equal to a threshold is kept (bfloat16 checkpoints have many exact ties). On
+    adapters the merged change has full rank. Costs two sweeps over each tensor before the merge.
+    """
+
+    name: ClassVar[str] = "breadcrumbs"
+    summary: ClassVar[str] = "drop the largest and the smallest changes, before any method"
+    paper: ClassVar[str] = "Model Breadcrumbs, Davari and Belilovsky 2023, arXiv 2312.06795"
+    workspace: ClassVar[int] = 4
+
+    density: PerModel[Annotated[float, Field(gt=0, le=1)]] = Field(
+        0.9, description="share of each model's change that is kept; one for all, or one each"
+    )
+    gamma: PerModel[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        0.01, description="share of the largest that is dropped; one for all, or one each"
+    )
+
+    @property
+    def factored(self) -> bool:
+        return False
+
+    def _bands(self) -> list[tuple[float, float]]:
+        """Every density with every gamma that occurs, but all of a change, which is kept without looking."""
+        densities, gammas = (sorted({*spread(each, 1)}) for each in (self.density, self.gamma))
+        return [band for band in product(densities, gammas) if band[0] < 1]
+
+    def rounds(self) -> tuple[Round, ...]:
+        if varies(self.density) or varies(self.gamma) or not self._bands():
+            return super().rounds()
+        ranks = tuple(rank for band in self._bands() for rank in Rank.band(*band))
+        own = Round(_ENDS, Ranked(ranks, magnitudes=True), lambda stack, site, seen: stack.dense(), per="tensor")
+        return (own, *super().rounds())
+
+    def enter(self, stack: Stack, site: Site, seen: Seen) -> Entered:
+        values, bands = stack.dense(), self._bands()
+        densities, gammas = spread(self.density, len(values)), spread(self.gamma, len(values))
+        kept = torch.empty_like(values)
+        for model, (value, *band) in enumerate(zip(values, densities, gammas, strict=True)):
+            if band[0] < 1:
+                first = 2 * bands.index((band[0], band[1]))
+                low, high = seen[_ENDS][model, first : first + 2].tolist()
+                value = within(value, low, high)
+            kept[model] = value
+        return Entered(self.then, Stack.of(kept, stack.models, stack.present), site, lambda merged: merged)
+
+
+def within(values: Tensor, low: float, high: float) -> Tensor:
+    """The values of magnitudes from low to high, both included, and 0 for the others."""
+    return trim(values, low).sub_(torch.nn.functional.hardshrink(values, high))

@@ -1,0 +1,98 @@
+"""DELLA: drop small changes more often than large ones, at random, before any method."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from merging import order
+from merging.delta import Stack
+from merging.dropping import Dropping
+from merging.errors import OptionError
+from merging.method import Grain
+from merging.parameters import PerModel, number, spread
+from merging.randomness import uniform
+from merging.site import Site
+
+__all__ = ["Della", "probabilities"]
+
+
+class Della(Dropping):
+    """MAGPRUNE: within each row an entry is kept with a probability that grows with the rank of its magnitude.
+
+    The smallest of a row is kept with probability density - epsilon, the largest with density + epsilon, those between
+    in even steps (a vector is one row; rows as they lie in memory; equal magnitudes rank by position). Kept entries are
+    divided by their own probability, so that the expectation stays (`rescale = inverse`, the paper), or multiplied so
+    that each tensor's L1 norm stays (`l1`), or left (`none`). Which are kept follows from the seed, the content of the
+    model, the name of the tensor and the position: not from the order of models or tensors, shards, or the device. On
+    adapters the merged change has full rank. Ranking sorts each row, anew in each sweep of the method inside.
+    """
+
+    name: ClassVar[str] = "della"
+    summary: ClassVar[str] = "drop small changes more often than large ones, before any method"
+    paper: ClassVar[str] = "DELLA-Merging, Deep et al. 2024, arXiv 2406.11617"
+    workspace: ClassVar[int] = 9
+
+    density: PerModel[Annotated[float, Field(gt=0, le=1)]] = Field(
+        0.7, description="share of each model's change that is kept on average; one for all, or one each"
+    )
+    epsilon: PerModel[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        0.15, description="how far probabilities lie around the density; one for all, or one each"
+    )
+
+    @property
+    def grain(self) -> Grain:
+        return "matrix" if self.then.grain == "matrix" else "row"
+
+    def grain_at(self, site: Site) -> Grain:
+        return "matrix" if self.then.grain_at(site) == "matrix" else "row"
+
+    def check(self, models: int) -> None:
+        super().check(models)
+        if self.varies:
+            return
+        for density, epsilon in zip(spread(self.density, models), spread(self.epsilon, models), strict=True):
+            if number(density) - number(epsilon) <= 0 or number(density) + number(epsilon) > 1:
+                raise OptionError(
+                    f"della.density = {density:g} and della.epsilon = {epsilon:g}: probabilities run from density - "
+                    f"epsilon, above 0, to density + epsilon, at most 1: choose a smaller epsilon"
+                )
+
+    def thinned(self, stack: Stack, site: Site, divide: bool) -> Tensor:
+        values = stack.dense()
+        densities, epsilons = spread(self.density, len(values)), spread(self.epsilon, len(values))
+        out = torch.empty_like(values)
+        for value, density, epsilon, model, into in zip(values, densities, epsilons, stack.models, out, strict=True):
+            keep = probabilities(value.reshape(-1, site.row), density, epsilon).view(value.shape)
+            drawn = uniform(site.start, value.numel(), value.device, self.seed, model, site.name).view(value.shape)
+            torch.mul(value, torch.lt(drawn, keep, out=torch.empty_like(value)), out=into)
+            if divide:
+                into.div_(keep)
+        return out
+
+
+def probabilities(rows: Tensor, density: float, epsilon: float) -> Tensor:
+    """With which probability each entry of ``[rows, columns]`` is kept, float32."""
+    columns = rows.shape[1]
+    # a row of one entry ranks neither low nor high
+    steps = torch.linspace(density - epsilon, density + epsilon, columns, dtype=torch.float64, device=rows.device)
+    steps = (steps if columns > 1 else torch.full_like(steps, density)).float()
+    places = _ascending(rows)
+    return torch.empty(rows.shape, device=rows.device).scatter_(1, places, steps.expand(rows.shape))
+
+
+def _ascending(rows: Tensor) -> Tensor:
+    """The columns of each row by rising magnitude, equal ones by position, int64."""
+    keys = order.keys(rows.detach().contiguous(), magnitudes=True)
+    if keys.dtype == torch.int64:
+        return torch.sort(keys, dim=1, stable=True).indices
+    # magnitude and column in one number: plain sorting is several times faster than sorting indices
+    packed = (keys.long() << 32).add_(torch.arange(rows.shape[1], device=rows.device))
+    if rows.device.type == "cpu":
+        packed.numpy().sort(axis=1)
+    else:
+        packed = packed.sort(1).values
+    return packed.bitwise_and_(0xFFFFFFFF)
