@@ -1,0 +1,106 @@
+"""RAM: add up what one model alone changed, average what several did."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from merging.delta import Delta, Dense, Stack, weighted_sum
+from merging.folds import Sum
+from merging.method import Method, Round, Seen
+from merging.parameters import Coefficient, Local
+from merging.site import Site
+
+__all__ = ["Ram", "RamPlus"]
+
+_SIZES, _COUNTS = "ram.sizes", "ram.counts"
+
+
+class Ram(Method):
+    """Reinforced agent merging: each entry is the mean over the models that are active there.
+
+    A model is active where |tau_i| > epsilon times the root mean square of its change of the tensor, or with `relative`
+    off > epsilon itself (the authors' 1e-5; which tells nothing where changes are of that size). What is not active is
+    dropped, and what one model alone changed is kept whole, not diluted by the others: meant for agents trained by
+    reinforcement, whose changes are sparse. On adapters the merged change has full rank. Costs two passes over each
+    tensor, one with an absolute epsilon.
+    """
+
+    name: ClassVar[str] = "ram"
+    summary: ClassVar[str] = "mean over the models that changed an entry at all"
+    paper: ClassVar[str] = "Behavior knowledge merge in reinforced agentic models, 2026, arXiv 2601.13572"
+    workspace: ClassVar[int] = 5
+
+    epsilon: Annotated[float, Field(ge=0, le=1e9)] = Field(1e-3, description="size from which a change counts")
+    relative: bool = Field(True, description="epsilon is a share of the change's root mean square in the tensor")
+    scale: Local[Coefficient] = Field(1.0, description="what the merged change is multiplied by")
+
+    def rounds(self) -> tuple[Round, ...]:
+        return (Round(_SIZES, Sum(), _sizes, per="tensor"),) if self.relative else ()
+
+    def _active(self, stack: Stack, seen: Seen) -> list[Tensor]:
+        """Each model's change, 0 where it is not active."""
+        values, sizes = stack.dense(), [1.0] * len(stack)
+        if self.relative:
+            *squares, count = seen[_SIZES].tolist()
+            sizes = [(square / max(1.0, count)) ** 0.5 for square in squares]
+        return [
+            torch.nn.functional.hardshrink(value, self.epsilon * size)
+            for value, size in zip(values, sizes, strict=True)
+        ]
+
+    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+        active = self._active(stack, seen)
+        return Dense(weighted_sum(active, [1.0] * len(active)) / _how_many(active).clamp_(min=1) * self.scale)
+
+
+class RamPlus(Ram):
+    """RAM, with what one model alone changed enlarged to make up for what averaging takes from that model.
+
+    The unique entries of model i are multiplied by 1 + r * min(rho_i, alpha), where rho_i is the number of its active
+    entries that it shares over the number of those that it has alone, in each tensor. All else is as in `ram`.
+    """
+
+    name: ClassVar[str] = "ramplus_tl"
+    summary: ClassVar[str] = "ram, with what one model alone changed enlarged"
+
+    r: Annotated[float, Field(ge=0, le=1e9)] = Field(0.1, description="how much unique changes grow")
+    alpha: Annotated[float, Field(ge=0, le=1e9)] = Field(0.2, description="largest overlap that is made up for")
+
+    def rounds(self) -> tuple[Round, ...]:
+        return (*super().rounds(), Round(_COUNTS, Sum(), self._counts, per="tensor"))
+
+    def _counts(self, stack: Stack, site: Site, seen: Seen) -> Tensor:
+        """Which entries of each model are shared, then which are its own, ``[2 n, *shape]``."""
+        active = self._active(stack, seen)
+        several, changed = (_how_many(active) > 1).to(active[0]), [_changed(each) for each in active]
+        shared = [each * several for each in changed]
+        return torch.stack([*shared, *(each - other for each, other in zip(changed, shared, strict=True))])
+
+    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+        active = self._active(stack, seen)
+        count = _how_many(active)
+        alone = torch.eq(count, 1, out=torch.empty_like(count))
+        shared, own = seen[_COUNTS].view(2, -1).tolist()
+        gains = [self.r * min(several / max(1.0, one), self.alpha) for several, one in zip(shared, own, strict=True)]
+        total = weighted_sum(active, [1.0] * len(active)) + weighted_sum(active, gains) * alone
+        return Dense(total / count.clamp_(min=1) * self.scale)
+
+
+def _sizes(stack: Stack, site: Site, seen: Seen) -> Tensor:
+    """The squares of each change, and 1 for each entry, ``[n + 1, *shape]``."""
+    squares = stack.dense().square()
+    return torch.cat([squares, torch.ones_like(squares[:1])])
+
+
+def _changed(values: Tensor) -> Tensor:
+    """1 where a change is not 0, else 0, in its type."""
+    return torch.ne(values, 0, out=torch.empty_like(values))
+
+
+def _how_many(active: list[Tensor]) -> Tensor:
+    """In how many models each entry is active."""
+    return weighted_sum([_changed(each) for each in active], [1.0] * len(active))

@@ -1,0 +1,52 @@
+"""VaRM: the mean of the changes, weighted by how much each model moved the tensor."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from merging.delta import Delta, Stack
+from merging.folds import Sum
+from merging.linalg import squared_norm
+from merging.method import Method, Round, Seen
+from merging.methods.sce import shares_of
+from merging.parameters import Coefficient, Local
+from merging.site import Site
+
+__all__ = ["Varm"]
+
+_SQUARES = "varm.squares"
+
+
+class Varm(Method):
+    """tau = sum_i eta_i tau_i with eta_i = |tau_i|^2 / sum_j |tau_j|^2, for each tensor.
+
+    Variation ratio merging: the model that moved a tensor farthest counts most, by the square. There is no number to
+    tune; a model that was overtrained, or scaled, takes over. On adapters exact: the squared norms follow from the
+    factors' products, and the rank is the sum of the ranks. Costs two passes over each tensor.
+    """
+
+    name: ClassVar[str] = "varm"
+    summary: ClassVar[str] = "mean of the changes, weighted by squared size tensor by tensor"
+    paper: ClassVar[str] = "FuseChat, Wan et al. 2024, arXiv 2408.07990 (its first version)"
+
+    scale: Local[Coefficient] = Field(1.0, description="what the merged change is multiplied by")
+
+    @property
+    def factored(self) -> bool:
+        return True
+
+    def rounds(self) -> tuple[Round, ...]:
+        return (Round(_SQUARES, Sum(), _squares, per="tensor"),)
+
+    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+        return stack.weighted_sum([share * self.scale for share in shares_of(seen[_SQUARES])])
+
+
+def _squares(stack: Stack, site: Site, seen: Seen) -> Tensor:
+    if stack.low_rank:
+        return torch.stack([squared_norm(delta) for delta in stack.deltas])[:, None]
+    return stack.dense().square()
