@@ -30,15 +30,39 @@ class Listed:
 METHODS: dict[str, Listed] = {
     "linear": Listed("weighted mean of the models", "linear", "Linear"),
     "task_arithmetic": Listed("weighted sum of what each model changed", "task_arithmetic", "TaskArithmetic"),
-    "slerp": Listed("spherical interpolation between two models", "slerp", "Slerp"),
+    "varm": Listed("mean of the changes, weighted by squared size tensor by tensor", "varm", "Varm"),
+    "passthrough": Listed("one model as it is, or scaled", "passthrough", "Passthrough"),
     "ties": Listed("keep large changes, and of these the ones that agree in sign", "ties", "Ties"),
     "pcb": Listed("weigh each parameter by its size and its agreement with the other models", "pcb", "Pcb"),
+    "sce": Listed("mean of what agrees in sign, weighted by squared size where the models differ", "sce", "Sce"),
     "magmax": Listed("of every parameter the largest change", "magmax", "MagMax"),
     "consensus": Listed("sum of the changes, where several models need it", "consensus", "Consensus"),
+    "ram": Listed("mean over the models that changed an entry at all", "ram", "Ram"),
+    "ramplus_tl": Listed("ram, with what one model alone changed enlarged", "ram", "RamPlus"),
+    "nearswap": Listed("one model's change, clipped to a largest step", "nearswap", "NearSwap"),
+    "arcee_fusion": Listed(
+        "the second model's weights where they differ most from the first's", "arcee_fusion", "ArceeFusion"
+    ),
+    "slerp": Listed("spherical interpolation between two models", "slerp", "Slerp"),
+    "nuslerp": Listed("spherical interpolation by weights, whole or row by row", "nuslerp", "NuSlerp"),
+    "multislerp": Listed("mean direction of all models at their mean length", "multislerp", "MultiSlerp"),
+    "karcher": Listed("mean along the sphere of the models' directions, at their mean length", "karcher", "Karcher"),
+    "model_stock": Listed(
+        "from the base towards the mean, as far as the changes point the same way", "model_stock", "ModelStock"
+    ),
+    "tsv": Listed("leading singular vectors of each model, made orthogonal to the others'", "tsv", "Tsv"),
+    "iso_c": Listed("sum of the changes with equal singular values", "iso_c", "IsoC"),
+    "iso_cts": Listed("common and task-specific directions of equal size", "iso_cts", "IsoCts"),
+    "wudi": Listed("least interference on what each model's change acts on", "wudi", "Wudi"),
+    "svd": Listed("sum of the changes without its small singular values", "svd", "Svd"),
     "opcm": Listed("one model after the other, projected off the merge so far", "opcm", "Opcm"),
     "do": Listed("magnitudes and directions averaged apart, after orthogonalising the adapters", "do", "Do"),
     "lines": Listed("scale the merged change by depth, around any method", "lines", "Lines"),
     "dare": Listed("drop most of each change at random and rescale the rest, before any method", "dare", "Dare"),
+    "della": Listed("drop small changes more often than large ones, before any method", "della", "Della"),
+    "breadcrumbs": Listed("drop the largest and the smallest changes, before any method", "breadcrumbs", "Breadcrumbs"),
+    "knots": Listed("changes in one common basis of outputs, before any method", "knots", "Knots"),
+    "core": Listed("changes in common bases of outputs and inputs, before any method", "core", "Core"),
     "decouple": Listed("merge directions by the method inside and magnitudes by the mean", "decouple", "Decouple"),
     "orthogonalize": Listed(
         "turn adapters' factors away from each other, before any method", "orthogonalize", "Orthogonalize"

@@ -1,0 +1,46 @@
+"""SVD: the sum of the changes without its smallest singular values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from merging.linalg import leading
+from merging.methods.iso_c import total
+from merging.parameters import Coefficient, PerModel
+from merging.spectral import Spectral
+
+__all__ = ["Svd"]
+
+
+class Svd(Spectral):
+    """scale * sum_i w_i tau_i, each matrix cut to its leading singular triples.
+
+    The fewest whose squared values add up to the share `energy` of all, and at most `components`: the best
+    approximation of the sum by so many. Small singular values of a sum of task vectors are mostly noise; to store the
+    result as an adapter of some rank, `--rank` does the same. All other tensors, and tables unless `embeddings`, take
+    the sum. On adapters exact, in the joint spaces of the factors. On full checkpoints one eigenvalue problem of a
+    matrix's shorter side, one matrix in memory at a time.
+    """
+
+    name: ClassVar[str] = "svd"
+    summary: ClassVar[str] = "sum of the changes without its small singular values"
+    paper: ClassVar[str] = "The approximation of one matrix by another of lower rank, Eckart and Young 1936"
+
+    energy: Annotated[float, Field(gt=0, le=1)] = Field(0.95, description="share of each matrix's squares that is kept")
+    components: Annotated[int, Field(ge=1)] | None = Field(None, description="most singular values that are kept")
+    weights: PerModel[Coefficient] = Field(1.0, description="one weight for all models, or one each; may be negative")
+
+    def others(self, models: int) -> list[Coefficient]:
+        return self.coefficients(models)
+
+    def combine(self, changes: Sequence[Tensor], size: int) -> Tensor:
+        weighted = [change * weight for change, weight in zip(changes, self.coefficients(len(changes)), strict=True)]
+        u, values, vh = leading(total(weighted), self.components)
+        squares = values.square().cumsum(0)
+        # up to rounding, so that a share of 1 keeps all
+        kept = int((squares < self.energy * (1 - 1e-12) * squares[-1:]).sum()) + 1
+        return u[:, :kept] * values[:kept] @ vh[:kept]
