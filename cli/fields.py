@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import click
@@ -42,14 +42,16 @@ def _runs(text: str) -> bool:
     return ":" in text and all(math.isfinite(float(part)) for part in text.split(":"))
 
 
-def chain_options(classes: Sequence[type[Method]]) -> list[click.Option]:
-    """The options of all links of a chain; a name that several links share is written with its link's."""
+def chain_options(classes: Sequence[type[Method]], fixed: Collection[str] = ()) -> list[click.Option]:
+    """The options of all links of a chain but the fixed ones; a name that several links share is written with its
+    link's."""
     from merging.methods import parameters_of
 
-    every = [field for cls in classes for field in parameters_of(cls)]
+    free = {cls: [field for field in parameters_of(cls) if f"{cls.name}.{field}" not in fixed] for cls in classes}
+    every = [field for fields in free.values() for field in fields]
     options = []
-    for cls in classes:
-        for field in parameters_of(cls):
+    for cls, fields in free.items():
+        for field in fields:
             flag = field if every.count(field) == 1 else f"{cls.name}.{field}"
             options.append(field_option(flag, cls.model_fields[field], f"[{cls.name}] "))
     return options

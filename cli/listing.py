@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,9 +13,33 @@ from .errors import reported
 from .fields import choices
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from merging.method import Method
 
 __all__ = ["methods_command"]
+
+LEGEND = """\
+merges   weights themselves, changes from a base (full checkpoints need --base), or by the method inside (any)
+LoRA     exact: adapters stay low-rank and nothing is lost; cut: the merge has full rank, cut to --rank (exact with
+         --as model); base: weights are merged, so that adapters need --base; inner: as the method inside
+reads    how often the inputs are read; + SVD: full matrices are decomposed, seconds to minutes each (adapters: ms)
+
+None needs data. Chains go left to right, the merger last: dare+ties, knots+ties, lines+tsv. mergekit's names are known:
+{aliases}. One method in full: merge methods NAME"""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one needs to know of a method to choose it."""
+
+    name: str
+    group: str
+    summary: str
+    merges: str
+    adapters: str
+    reads: str
+    paper: str
 
 
 @click.command(name="methods")
@@ -23,34 +48,73 @@ __all__ = ["methods_command"]
 @click.option("--markdown", is_flag=True, help="print the README's table")
 def methods_command(name: str | None, as_json: bool, markdown: bool) -> None:
     """List the methods, or show one in full: what it does, its paper, its parameters."""
-    from merging.methods import METHODS, method_class
+    from merging.methods import ALIASES, method_class
 
     with reported():
-        if name is not None:
+        if name in ALIASES:
+            fixed = ", ".join(f"{key} = {value:g}" for key, value in ALIASES[name].fixed.items())
+            click.echo(f"{name} is mergekit's name for {ALIASES[name].chain}{' with ' + fixed if fixed else ''}")
+        elif name is not None:
             _show(method_class(name), as_json)
-        elif markdown:
-            click.echo(_table())
         elif as_json:
-            click.echo(json.dumps({method: listed.summary for method, listed in METHODS.items()}, indent=2))
+            click.echo(json.dumps({each.name: asdict(each) for each in _choices()}, indent=2))
         else:
-            for method, listed in METHODS.items():
-                click.echo(f"{method:16} {listed.summary}")
-            click.echo("\nChains are written lines+task_arithmetic. More on one: merge methods NAME")
+            click.echo(_markdown() if markdown else _screen())
 
 
-def _table() -> str:
-    from merging.methods import METHODS, chain, method_class
+def _choices() -> Iterator[Choice]:
+    from merging.methods import GROUPS, chain, method_class
     from merging.wrapper import Wrapper
 
-    rows = ["| method | what it does | merges | on adapters | paper |", "|---|---|---|---|---|"]
-    for name, listed in METHODS.items():
-        method = chain(name)
-        around = issubclass(method_class(name), Wrapper)
-        merges = "around any method" if around else "weights" if method.origin == "none" else "changes from the base"
-        based = "with the base, compressed" if method.origin == "none" else "compressed"
-        adapters = based if not method.factored else "as the method inside" if around else "exact"
-        rows.append(f"| `{name}` | {listed.summary} | {merges} | {adapters} | {method_class(name).paper} |")
-    return "\n".join(rows)
+    for group, methods in GROUPS.items():
+        for name, listed in methods.items():
+            cls, method = method_class(name), chain(name)
+            around = issubclass(cls, Wrapper)
+            passes = 1 + sum(each.fold.sweeps for each in method.rounds())
+            yield Choice(
+                name,
+                group,
+                listed.summary,
+                "any" if around else "weights" if method.origin == "none" else "changes",
+                _on_adapters(cls, method),
+                f"{passes}{' + SVD' if cls.takes_apart else ''}",
+                cls.paper,
+            )
+
+
+def _on_adapters(cls: type[Method], method: Method) -> str:
+    from merging.methods import chain
+
+    if method.factored:
+        # around a method of full rank it is seen whether it is the wrapper that keeps adapters low-rank
+        return "inner" if "then" in cls.model_fields and not chain(f"{cls.name}+ties").factored else "exact"
+    return "base" if method.origin == "none" else "cut"
+
+
+def _screen() -> str:
+    from merging.methods import ALIASES
+
+    lines, group = [], ""
+    for each in _choices():
+        if each.group != group:
+            group = each.group
+            head = "  " + f"{group:73} merges  LoRA  reads"
+            lines += ["", head[2:]] if lines else [head[2:]]
+        lines.append(f"  {each.name:15} {each.summary:57} {each.merges:7} {each.adapters:5} {each.reads}")
+    return "\n".join([*lines, "", LEGEND.format(aliases=", ".join(ALIASES))])
+
+
+def _markdown() -> str:
+    lines = ["| method | what it does | merges | on adapters | reads | paper |", "|---|---|---|---|---|---|"]
+    group = ""
+    for each in _choices():
+        if each.group != group:
+            group = each.group
+            lines.append(f"| **{group}** | | | | | |")
+        lines.append(
+            f"| `{each.name}` | {each.summary} | {each.merges} | {each.adapters} | {each.reads} | {each.paper} |"
+        )
+    return "\n".join(lines)
 
 
 def _show(cls: type[Method], as_json: bool) -> None:

@@ -35,10 +35,10 @@ class ChainCommand(click.Command):
         written = _written_method(args)
         if written is not None:
             with reported():
-                from merging.methods import links
+                from merging.methods import expanded, links
 
                 classes = links(written)
-                self.params = [*self.own, *chain_options(classes)]
+                self.params = [*self.own, *chain_options(classes, expanded(written)[1])]
                 _refuse_strangers(self, args, classes, written)
         return super().parse_args(ctx, args)
 

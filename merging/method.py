@@ -64,6 +64,8 @@ class Method(BaseModel, ABC):
     paper: ClassVar[str] = ""
     models: ClassVar[tuple[int, int | None]] = (1, None)
     """The fewest and the most models it merges; None is no limit."""
+    takes_apart: ClassVar[bool] = False
+    """Whether it takes matrices apart into singular vectors, which costs far more than reading them in full."""
     workspace: ClassVar[int] = 3
     """About how many copies of a tile of all models a merge has in memory at once, for the plan."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -24,6 +25,8 @@ class Spectral(Method):
     What a method makes of matrices must not depend on the basis they are written in: low-rank changes are then merged
     in their joint row and column spaces, where all matrices are of the sum of ranks, exactly.
     """
+
+    takes_apart: ClassVar[bool] = True
 
     scale: Local[Coefficient] = Field(1.0, description="what the merged change is multiplied by")
     embeddings: bool = Field(False, description="take tables apart as well, instead of their mean")

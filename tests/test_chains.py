@@ -315,7 +315,8 @@ def test_methods_and_options_are_shown_in_full() -> None:
         shown = ok("methods", cls.name).stdout
         assert shown.startswith(f"{cls.name}: {cls.summary}\n{cls.paper}\n")
         for field in parameters_of(cls):
-            assert re.search(rf"--{field} +{re.escape(str(cls.model_fields[field].description))}", shown)
+            flag = field.replace("_", "-")
+            assert re.search(rf"--{flag} +{re.escape(str(cls.model_fields[field].description))}", shown)
     shown = " ".join(ok("--method", "decouple+ties", "--help").stdout.split())
     assert all(f"--{field} " in shown for field in parameters_of(links("decouple+ties")[1])) and "--drop" not in shown
     assert "[ties] share of each model's change that is kept" in shown

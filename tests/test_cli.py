@@ -11,13 +11,14 @@ from typing import Any
 import click
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner, Result
 from merging.cli.main import cli
 from merging.cli.output import Size, size_text
 from tiny import checkpoint, identical, load, model, save
 
 import merging
-from merging.methods import METHODS
+from merging.methods import GROUPS, METHODS
 
 
 def merge(*words: object) -> Result:
@@ -180,7 +181,7 @@ def test_no_method_lists_them() -> None:
         ("-m linear+lines a", "linear is no wrapper, so it can only stand last in the chain 'linear+lines'"),
         ("-m lines+lines a", "lines stands twice"),
         ("-m linear", "there is nothing to merge"),
-        ("-m linear a b --t 0.3", "'t' is a parameter of slerp, which the chain 'linear' does not have"),
+        ("-m linear a b --t 0.3", "'t' is a parameter of nearswap, slerp, which the chain 'linear' does not have"),
         ("-m linear a b --no-published", "'published' is a parameter of lines"),
         ("-m linear --weights 0.1,0.2,-0.3 tuned0 tuned1 tuned0", "the weights of linear sum to zero"),
         ("-m linear tuned0 tuned1 --rank 4", "--rank is the rank of a merged adapter"),
@@ -315,9 +316,32 @@ def test_recipes_that_are_refused(folder: Path, text: str | bytes, message: str)
 
 
 def test_methods() -> None:
+    """On one screen."""
     listed = ok("methods").stdout
-    assert all(f"{name} " in listed for name in METHODS)
-    assert json.loads(ok("methods", "--json").stdout) == {name: each.summary for name, each in METHODS.items()}
+    assert all(f"  {name} " in listed and each.summary in listed for name, each in METHODS.items())
+    assert all(group in listed for group in GROUPS)
+    assert len(listed.splitlines()) <= 50
+    assert max(map(len, listed.splitlines())) <= 120
+    facts = json.loads(ok("methods", "--json").stdout)
+    assert {name: each["summary"] for name, each in facts.items()} == {n: each.summary for n, each in METHODS.items()}
+    assert {name: facts[name]["adapters"] for name in ("linear", "ties", "slerp", "decouple", "knots")} == {
+        "linear": "exact", "ties": "cut", "slerp": "base", "decouple": "inner", "knots": "exact"
+    }  # fmt: skip
+    assert facts["ties"]["reads"] == "4"
+    assert facts["tsv"]["reads"] == "1 + SVD"
+
+
+def test_names_of_the_peer(tmp_path: Path) -> None:
+    """They are chains, with what the peer fixes fixed."""
+    assert "dare+ties with ties.density = 1" in ok("methods", "dare_ties").stdout
+    said = ok("--method", "breadcrumbs_ties", "--help").stdout
+    assert "--density" in said
+    assert "ties.density" not in said
+    recipe = yaml.safe_load(ok("-m", "breadcrumbs_ties", "--density", "0.6", "a", "b", "--recipe-only").stdout)
+    assert recipe["method"] == "breadcrumbs+ties"
+    assert recipe["parameters"] == {"breadcrumbs.density": 0.6, "ties.density": 1.0}
+    error = refused("-m", "dare_ties", "--density", "0.5", "a", "b")
+    assert "ties.density is fixed at 1 in 'dare_ties': write dare+ties to choose it" in error
 
 
 @pytest.mark.parametrize("name", METHODS)

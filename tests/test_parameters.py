@@ -150,7 +150,7 @@ def test_values_out_of_bounds(method: str, value: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "hint"), [("TIES", "'ties'"), ("dare_ties", "'dare+ties'"), ("dare-linear", "'dare+")]
+    ("word", "hint"), [("TIES", "'ties'"), ("lines_ties", "'lines+ties'"), ("dare-linear", "'dare+")]
 )
 def test_names_that_others_give_the_methods(word: str, hint: str) -> None:
     with pytest.raises(OptionError, match=rf"did you mean {re.escape(hint)}"):

@@ -15,7 +15,19 @@ from merging.errors import OptionError, nearest
 if TYPE_CHECKING:
     from merging.method import Method
 
-__all__ = ["METHODS", "Listed", "chain", "links", "method_class", "owner_of", "parameters_of"]
+__all__ = [
+    "ALIASES",
+    "GROUPS",
+    "METHODS",
+    "Alias",
+    "Listed",
+    "chain",
+    "expanded",
+    "links",
+    "method_class",
+    "owner_of",
+    "parameters_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,47 +39,71 @@ class Listed:
     cls: str
 
 
-METHODS: dict[str, Listed] = {
-    "linear": Listed("weighted mean of the models", "linear", "Linear"),
-    "task_arithmetic": Listed("weighted sum of what each model changed", "task_arithmetic", "TaskArithmetic"),
-    "varm": Listed("mean of the changes, weighted by squared size tensor by tensor", "varm", "Varm"),
-    "passthrough": Listed("one model as it is, or scaled", "passthrough", "Passthrough"),
-    "ties": Listed("keep large changes, and of these the ones that agree in sign", "ties", "Ties"),
-    "pcb": Listed("weigh each parameter by its size and its agreement with the other models", "pcb", "Pcb"),
-    "sce": Listed("mean of what agrees in sign, weighted by squared size where the models differ", "sce", "Sce"),
-    "magmax": Listed("of every parameter the largest change", "magmax", "MagMax"),
-    "consensus": Listed("sum of the changes, where several models need it", "consensus", "Consensus"),
-    "ram": Listed("mean over the models that changed an entry at all", "ram", "Ram"),
-    "ramplus_tl": Listed("ram, with what one model alone changed enlarged", "ram", "RamPlus"),
-    "nearswap": Listed("one model's change, clipped to a largest step", "nearswap", "NearSwap"),
-    "arcee_fusion": Listed(
-        "the second model's weights where they differ most from the first's", "arcee_fusion", "ArceeFusion"
-    ),
-    "slerp": Listed("spherical interpolation between two models", "slerp", "Slerp"),
-    "nuslerp": Listed("spherical interpolation by weights, whole or row by row", "nuslerp", "NuSlerp"),
-    "multislerp": Listed("mean direction of all models at their mean length", "multislerp", "MultiSlerp"),
-    "karcher": Listed("mean along the sphere of the models' directions, at their mean length", "karcher", "Karcher"),
-    "model_stock": Listed(
-        "from the base towards the mean, as far as the changes point the same way", "model_stock", "ModelStock"
-    ),
-    "tsv": Listed("leading singular vectors of each model, made orthogonal to the others'", "tsv", "Tsv"),
-    "iso_c": Listed("sum of the changes with equal singular values", "iso_c", "IsoC"),
-    "iso_cts": Listed("common and task-specific directions of equal size", "iso_cts", "IsoCts"),
-    "wudi": Listed("least interference on what each model's change acts on", "wudi", "Wudi"),
-    "svd": Listed("sum of the changes without its small singular values", "svd", "Svd"),
-    "opcm": Listed("one model after the other, projected off the merge so far", "opcm", "Opcm"),
-    "do": Listed("magnitudes and directions averaged apart, after orthogonalising the adapters", "do", "Do"),
-    "lines": Listed("scale the merged change by depth, around any method", "lines", "Lines"),
-    "dare": Listed("drop most of each change at random and rescale the rest, before any method", "dare", "Dare"),
-    "della": Listed("drop small changes more often than large ones, before any method", "della", "Della"),
-    "breadcrumbs": Listed("drop the largest and the smallest changes, before any method", "breadcrumbs", "Breadcrumbs"),
-    "knots": Listed("changes in one common basis of outputs, before any method", "knots", "Knots"),
-    "core": Listed("changes in common bases of outputs and inputs, before any method", "core", "Core"),
-    "decouple": Listed("merge directions by the method inside and magnitudes by the mean", "decouple", "Decouple"),
-    "orthogonalize": Listed(
-        "turn adapters' factors away from each other, before any method", "orthogonalize", "Orthogonalize"
-    ),
+GROUPS: dict[str, dict[str, Listed]] = {
+    "Sums and means": {
+        "linear": Listed("weighted mean of the models", "linear", "Linear"),
+        "task_arithmetic": Listed("weighted sum of what each model changed", "task_arithmetic", "TaskArithmetic"),
+        "varm": Listed("mean of the changes, weighted by squared size", "varm", "Varm"),
+        "passthrough": Listed("one model as it is, or scaled", "passthrough", "Passthrough"),
+    },
+    "Entry by entry, by sign and size": {
+        "ties": Listed("keep large changes, and the ones that agree in sign", "ties", "Ties"),
+        "pcb": Listed("weigh parameters by size and agreement with the others", "pcb", "Pcb"),
+        "sce": Listed("mean of what agrees in sign, weighted by squared size", "sce", "Sce"),
+        "magmax": Listed("of every parameter the largest change", "magmax", "MagMax"),
+        "consensus": Listed("sum of the changes, where several models need it", "consensus", "Consensus"),
+        "ram": Listed("mean over the models that changed an entry at all", "ram", "Ram"),
+        "ramplus_tl": Listed("ram, with what one model alone changed enlarged", "ram", "RamPlus"),
+        "nearswap": Listed("one model's change, clipped to a largest step", "nearswap", "NearSwap"),
+        "arcee_fusion": Listed("the second model where it differs most from the first", "arcee_fusion", "ArceeFusion"),
+    },
+    "On the sphere, by angle": {
+        "slerp": Listed("spherical interpolation between two models", "slerp", "Slerp"),
+        "nuslerp": Listed("spherical interpolation by weights, whole or by row", "nuslerp", "NuSlerp"),
+        "multislerp": Listed("mean direction of all models at their mean length", "multislerp", "MultiSlerp"),
+        "karcher": Listed("mean direction along the sphere, at the mean length", "karcher", "Karcher"),
+        "model_stock": Listed("from the base to the mean, as far as changes agree", "model_stock", "ModelStock"),
+    },
+    "Matrix by matrix, by singular values and directions": {
+        "tsv": Listed("leading singular vectors of all, made orthogonal", "tsv", "Tsv"),
+        "iso_c": Listed("sum of the changes with equal singular values", "iso_c", "IsoC"),
+        "iso_cts": Listed("common and task-specific directions of equal size", "iso_cts", "IsoCts"),
+        "wudi": Listed("least interference on what each model's change acts on", "wudi", "Wudi"),
+        "svd": Listed("sum of the changes without its small singular values", "svd", "Svd"),
+        "opcm": Listed("one after the other, projected off the merge so far", "opcm", "Opcm"),
+        "do": Listed("magnitudes and directions apart, adapters orthogonalised", "do", "Do"),
+    },
+    "Around any of these: what it is given, where, or how much": {
+        "dare": Listed("drop most of each change at random, rescale the rest", "dare", "Dare"),
+        "della": Listed("drop small changes more often than large ones", "della", "Della"),
+        "breadcrumbs": Listed("drop the largest and the smallest changes", "breadcrumbs", "Breadcrumbs"),
+        "knots": Listed("changes in one common basis of outputs", "knots", "Knots"),
+        "core": Listed("changes in common bases of outputs and of inputs", "core", "Core"),
+        "decouple": Listed("merge directions inside, and magnitudes by their mean", "decouple", "Decouple"),
+        "orthogonalize": Listed("turn adapters' factors away from each other", "orthogonalize", "Orthogonalize"),
+        "lines": Listed("scale the merged change by depth", "lines", "Lines"),
+    },
 }
+"""Every method once, under what it is for; wrappers, which go around or before another method, last."""
+
+METHODS: dict[str, Listed] = {name: listed for group in GROUPS.values() for name, listed in group.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """Another name of a chain, in which some parameters are fixed."""
+
+    chain: str
+    fixed: Mapping[str, Any]
+
+
+ALIASES: dict[str, Alias] = {
+    "dare_linear": Alias("dare+task_arithmetic", {}),
+    "dare_ties": Alias("dare+ties", {"ties.density": 1.0}),
+    "della_linear": Alias("della+task_arithmetic", {}),
+    "breadcrumbs_ties": Alias("breadcrumbs+ties", {"ties.density": 1.0}),
+}
+"""mergekit's names, in which TIES trims nothing more."""
 
 
 def method_class(name: str) -> type[Method]:
@@ -83,6 +119,12 @@ def method_class(name: str) -> type[Method]:
     return cast("type[Method]", getattr(import_module(f"{__name__}.{listed.module}"), listed.cls))
 
 
+def expanded(text: str) -> tuple[str, dict[str, Any]]:
+    """A chain without aliases, and the parameters that these fix, by ``link.field``."""
+    aliases = [ALIASES.get(name.strip(), Alias(name, {})) for name in text.split("+")]
+    return "+".join(alias.chain for alias in aliases), {key: v for alias in aliases for key, v in alias.fixed.items()}
+
+
 def links(text: str) -> list[type[Method]]:
     """The classes of a chain as it is written (``"lines+task_arithmetic"``): wrappers to the left, the merger last.
 
@@ -90,7 +132,7 @@ def links(text: str) -> list[type[Method]]:
     """
     from merging.wrapper import Wrapper
 
-    classes = [method_class(name.strip()) for name in text.split("+")]
+    classes = [method_class(name.strip()) for name in expanded(text)[0].split("+")]
     if issubclass(classes[-1], Wrapper):
         classes.append(method_class("task_arithmetic"))
     for cls in classes[:-1]:
@@ -115,8 +157,8 @@ def chain(text: str, parameters: Mapping[str, Any] | None = None) -> Method:
     """
     from merging.method import build
 
-    classes = links(text)
-    own: list[dict[str, Any]] = [{} for _ in classes]
+    classes, fixed = links(text), expanded(text)[1]
+    own = [{key.rpartition(".")[2]: fixed[key] for key in fixed if key.startswith(f"{cls.name}.")} for cls in classes]
     for key, value in (parameters or {}).items():
         own[owner_of(key, classes, text)][key.rpartition(".")[2]] = value
     method = build(classes[-1], own[-1])
@@ -128,9 +170,14 @@ def chain(text: str, parameters: Mapping[str, Any] | None = None) -> Method:
 def owner_of(key: str, classes: list[type[Method]], text: str) -> int:
     """Which link of a chain has a parameter; for none, :class:`~merging.errors.OptionError` tells who has."""
     link, _, field = key.rpartition(".")
-    owners = [i for i, cls in enumerate(classes) if field in parameters_of(cls) and link in ("", cls.name)]
+    fixed = expanded(text)[1]
+    every = [i for i, cls in enumerate(classes) if field in parameters_of(cls) and link in ("", cls.name)]
+    owners = [i for i in every if f"{classes[i].name}.{field}" not in fixed]
     if len(owners) == 1:
         return owners[0]
+    if every and not owners:
+        name = f"{classes[every[0]].name}.{field}"
+        raise OptionError(f"{name} is fixed at {fixed[name]:g} in {text!r}: write {expanded(text)[0]} to choose it")
     if owners:
         choices = " or ".join(f"{classes[i].name}.{field}" for i in owners)
         raise OptionError(f"{key!r} is a parameter of several methods in {text!r}: write {choices}")

@@ -27,7 +27,7 @@ class ArceeFusion(Method):
     """
 
     name: ClassVar[str] = "arcee_fusion"
-    summary: ClassVar[str] = "the second model's weights where they differ most from the first's"
+    summary: ClassVar[str] = "the second model where it differs most from the first"
     paper: ClassVar[str] = "Arcee Fusion, Arcee AI 2024, in mergekit"
     models: ClassVar[tuple[int, int | None]] = (2, 2)
     workspace: ClassVar[int] = 12

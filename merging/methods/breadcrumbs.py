@@ -32,7 +32,7 @@ class Breadcrumbs(Wrapper):
     """
 
     name: ClassVar[str] = "breadcrumbs"
-    summary: ClassVar[str] = "drop the largest and the smallest changes, before any method"
+    summary: ClassVar[str] = "drop the largest and the smallest changes"
     paper: ClassVar[str] = "Model Breadcrumbs, Davari and Belilovsky 2023, arXiv 2312.06795"
     workspace: ClassVar[int] = 4
 

@@ -28,8 +28,9 @@ class Core(Wrapper):
     """
 
     name: ClassVar[str] = "core"
-    summary: ClassVar[str] = "changes in common bases of outputs and inputs, before any method"
+    summary: ClassVar[str] = "changes in common bases of outputs and of inputs"
     paper: ClassVar[str] = "Core Space, Panariello et al. 2025, arXiv 2509.17786"
+    takes_apart: ClassVar[bool] = True
     whole: ClassVar[bool] = True
     workspace: ClassVar[int] = 6
 

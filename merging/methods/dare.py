@@ -29,7 +29,7 @@ class Dare(Dropping):
     """
 
     name: ClassVar[str] = "dare"
-    summary: ClassVar[str] = "drop most of each change at random and rescale the rest, before any method"
+    summary: ClassVar[str] = "drop most of each change at random, rescale the rest"
     paper: ClassVar[str] = "DARE, Yu et al. 2024, arXiv 2311.03099"
     workspace: ClassVar[int] = 6
 

@@ -32,7 +32,7 @@ class Decouple(Wrapper):
     """
 
     name: ClassVar[str] = "decouple"
-    summary: ClassVar[str] = "merge directions by the method inside and magnitudes by the mean"
+    summary: ClassVar[str] = "merge directions inside, and magnitudes by their mean"
     paper: ClassVar[str] = "DO-Merging, Zheng et al. 2025, arXiv 2505.15875"
     whole: ClassVar[bool] = True
 

@@ -32,7 +32,7 @@ class Della(Dropping):
     """
 
     name: ClassVar[str] = "della"
-    summary: ClassVar[str] = "drop small changes more often than large ones, before any method"
+    summary: ClassVar[str] = "drop small changes more often than large ones"
     paper: ClassVar[str] = "DELLA-Merging, Deep et al. 2024, arXiv 2406.11617"
     workspace: ClassVar[int] = 9
 

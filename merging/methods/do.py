@@ -32,7 +32,7 @@ class Do(Method):
     """
 
     name: ClassVar[str] = "do"
-    summary: ClassVar[str] = "magnitudes and directions averaged apart, after orthogonalising the adapters"
+    summary: ClassVar[str] = "magnitudes and directions apart, adapters orthogonalised"
     paper: ClassVar[str] = "DO-Merging, Zheng et al. 2025, arXiv 2505.15875"
 
     steps: int = Field(100, ge=0, le=10_000, description="steps of descent that orthogonalise; 0 only decouples")

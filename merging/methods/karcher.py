@@ -29,7 +29,7 @@ class Karcher(Method):
     """
 
     name: ClassVar[str] = "karcher"
-    summary: ClassVar[str] = "mean along the sphere of the models' directions, at their mean length"
+    summary: ClassVar[str] = "mean direction along the sphere, at the mean length"
     paper: ClassVar[str] = "Karcher mean merging, 2026, arXiv 2603.04972"
 
     weights: PerModel[Coefficient] = Field(1.0, description="one weight for all models, or one each; at least 0")

@@ -33,8 +33,9 @@ class Knots(Wrapper):
     """
 
     name: ClassVar[str] = "knots"
-    summary: ClassVar[str] = "changes in one common basis of outputs, before any method"
+    summary: ClassVar[str] = "changes in one common basis of outputs"
     paper: ClassVar[str] = "KnOTS, Stoica et al. 2025, arXiv 2410.19735"
+    takes_apart: ClassVar[bool] = True
     whole: ClassVar[bool] = True
     workspace: ClassVar[int] = 6
 

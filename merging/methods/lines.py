@@ -38,7 +38,7 @@ class Lines(Wrapper):
     """
 
     name: ClassVar[str] = "lines"
-    summary: ClassVar[str] = "scale the merged change by depth, around any method"
+    summary: ClassVar[str] = "scale the merged change by depth"
     paper: ClassVar[str] = "LiNeS, Wang et al. 2025, arXiv 2410.17146"
 
     beta: Coefficient = Field(0.5, description="how much the factor grows from the first block to the last")

@@ -26,7 +26,7 @@ class ModelStock(Method):
     """
 
     name: ClassVar[str] = "model_stock"
-    summary: ClassVar[str] = "from the base towards the mean, as far as the changes point the same way"
+    summary: ClassVar[str] = "from the base to the mean, as far as changes agree"
     paper: ClassVar[str] = "Model Stock, Jang et al. 2024, arXiv 2403.19522"
     models: ClassVar[tuple[int, int | None]] = (2, None)
 

@@ -31,7 +31,7 @@ class NuSlerp(Method):
     """
 
     name: ClassVar[str] = "nuslerp"
-    summary: ClassVar[str] = "spherical interpolation by weights, whole or row by row"
+    summary: ClassVar[str] = "spherical interpolation by weights, whole or by row"
     paper: ClassVar[str] = "NuSLERP, Goddard 2024, in mergekit"
     models: ClassVar[tuple[int, int | None]] = (2, 2)
 

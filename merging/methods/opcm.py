@@ -45,8 +45,9 @@ class Opcm(Method):
     """
 
     name: ClassVar[str] = "opcm"
-    summary: ClassVar[str] = "one model after the other, projected off the merge so far"
+    summary: ClassVar[str] = "one after the other, projected off the merge so far"
     paper: ClassVar[str] = "Merging Models on the Fly, Tang et al. 2025, arXiv 2501.09522"
+    takes_apart: ClassVar[bool] = True
 
     alpha: float = Field(
         0.5, ge=0, le=1, description="share of the merge's singular values whose directions are kept free"

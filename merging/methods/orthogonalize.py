@@ -43,7 +43,7 @@ class Orthogonalize(Wrapper):
     """
 
     name: ClassVar[str] = "orthogonalize"
-    summary: ClassVar[str] = "turn adapters' factors away from each other, before any method"
+    summary: ClassVar[str] = "turn adapters' factors away from each other"
     paper: ClassVar[str] = "DO-Merging, Zheng et al. 2025, arXiv 2505.15875"
     whole: ClassVar[bool] = True
 

@@ -45,7 +45,7 @@ class Pcb(Method):
     """
 
     name: ClassVar[str] = "pcb"
-    summary: ClassVar[str] = "weigh each parameter by its size and its agreement with the other models"
+    summary: ClassVar[str] = "weigh parameters by size and agreement with the others"
     paper: ClassVar[str] = "PCB-Merging, Du et al. 2024, arXiv 2410.02396"
     workspace: ClassVar[int] = 24
 

@@ -38,7 +38,7 @@ class Sce(Method):
     """
 
     name: ClassVar[str] = "sce"
-    summary: ClassVar[str] = "mean of what agrees in sign, weighted by squared size where the models differ"
+    summary: ClassVar[str] = "mean of what agrees in sign, weighted by squared size"
     paper: ClassVar[str] = "FuseChat, Wan et al. 2024, arXiv 2408.07990"
     workspace: ClassVar[int] = 7
 

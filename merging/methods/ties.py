@@ -38,7 +38,7 @@ class Ties(Method):
     """
 
     name: ClassVar[str] = "ties"
-    summary: ClassVar[str] = "keep large changes, and of these the ones that agree in sign"
+    summary: ClassVar[str] = "keep large changes, and the ones that agree in sign"
     paper: ClassVar[str] = "TIES-Merging, Yadav et al. 2023, arXiv 2306.01708"
     workspace: ClassVar[int] = 7
 

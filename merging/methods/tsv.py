@@ -28,7 +28,7 @@ class Tsv(Spectral):
     """
 
     name: ClassVar[str] = "tsv"
-    summary: ClassVar[str] = "leading singular vectors of each model, made orthogonal to the others'"
+    summary: ClassVar[str] = "leading singular vectors of all, made orthogonal"
     paper: ClassVar[str] = "Task Singular Vectors, Gargiulo et al. 2025, arXiv 2412.00081"
     workspace: ClassVar[int] = 5
 

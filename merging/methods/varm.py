@@ -30,7 +30,7 @@ class Varm(Method):
     """
 
     name: ClassVar[str] = "varm"
-    summary: ClassVar[str] = "mean of the changes, weighted by squared size tensor by tensor"
+    summary: ClassVar[str] = "mean of the changes, weighted by squared size"
     paper: ClassVar[str] = "FuseChat, Wan et al. 2024, arXiv 2408.07990 (its first version)"
 
     scale: Local[Coefficient] = Field(1.0, description="what the merged change is multiplied by")
