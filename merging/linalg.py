@@ -104,10 +104,13 @@ def decomposed(matrix: Tensor, how: Literal["gram", "thin"] = "gram", needed: in
     return u[:, :needed], s[:needed], vh[:needed]
 
 
-def leading(matrix: Tensor, most: int | None = None) -> Svd:
-    """The SVD of a matrix without its zero singular values (``CUT``), and the largest ``most`` only; float64."""
+def leading(matrix: Tensor, most: int | None = None, size: float = 0.0) -> Svd:
+    """The SVD of a matrix without its zero singular values, and the largest ``most`` only; float64.
+
+    Zero is what is at most the share ``CUT`` of the largest, or of ``size``.
+    """
     u, s, vh = decomposed(matrix.double(), needed=most)
-    rank = int((s > CUT * s[:1]).sum())
+    rank = int((s > CUT * s[:1].clamp(min=size)).sum())
     return u[:, :rank], s[:rank], vh[:rank]
 
 

@@ -34,6 +34,7 @@ class Site:
     ``layer`` is None outside the stacks, where ``after`` tells the tensors behind the blocks (final norm, head) from
     those before. ``start`` is the offset of a block of the tensor, in elements of the flattened whole. ``axis`` is that
     of a matrix's inputs: 1 as PyTorch's linear layers have it, 0 for GPT-2's and for tables, whose input is the row.
+    ``side`` is the shorter side of the matrix that a core is of, where the shape is that of a core.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Site:
     start: int = 0
     kind: Kind = "matrix"
     axis: int = 1
+    side: int = 0
 
     @property
     def depth(self) -> float:

@@ -52,11 +52,11 @@ class Spectral(Method):
         if self.factored and stack.low_rank and len(stack.deltas[0].shape) == 2:
             deltas = [delta for delta in stack.deltas if isinstance(delta, LowRank)]
             up, down, cores = joint_core(deltas)
-            merged = up @ self.combine(cores, min(len(up), down.shape[1]))
+            merged = up @ self.combine(cores, site.side or min(len(up), down.shape[1]))
             like = deltas[0]
             return LowRank(merged.to(stack.dtype), down.to(stack.dtype), like.shape, like.transposed).scaled(self.scale)
         values = matrices(stack.dense(), site)
-        size = min(values.shape[-2:])
+        size = site.side or min(values.shape[-2:])
         if values.dim() == 3:
             merged = self.combine(list(values), size)
         else:  # experts side by side

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar
 
 from merging.delta import Delta, Dense, LowRank, Stack
 from merging.linalg import output_basis
 from merging.method import Grain, Seen
-from merging.methods.knots import back, coordinates, turned
+from merging.methods.knots import back, coordinates, inner_site, turned
 from merging.site import Site
 from merging.wrapper import Entered, Wrapper
 
@@ -54,6 +53,6 @@ class Core(Wrapper):
             else:
                 cores.append(Dense(up.mT @ change.value @ down.mT))
 
-        place = replace(site, shape=cores[0].shape, kind="matrix", axis=1, start=0)
+        place = inner_site(site, cores[0].shape, changes[0].shape)
         inside = Stack(cores, stack.models, stack.present)
         return Entered(self.then, inside, place, lambda merged: back(up @ merged.dense(), down, stack, site))

@@ -75,13 +75,12 @@ class Della(Dropping):
 
 
 def probabilities(rows: Tensor, density: float, epsilon: float) -> Tensor:
-    """With which probability each entry of ``[rows, columns]`` is kept, float32."""
+    """With which probability each entry of ``[rows, columns]`` is kept, in its type."""
     columns = rows.shape[1]
     # a row of one entry ranks neither low nor high
     steps = torch.linspace(density - epsilon, density + epsilon, columns, dtype=torch.float64, device=rows.device)
-    steps = (steps if columns > 1 else torch.full_like(steps, density)).float()
-    places = _ascending(rows)
-    return torch.empty(rows.shape, device=rows.device).scatter_(1, places, steps.expand(rows.shape))
+    steps = (steps if columns > 1 else torch.full_like(steps, density)).to(rows.dtype)
+    return torch.empty_like(rows).scatter_(1, _ascending(rows), steps.expand(rows.shape))
 
 
 def _ascending(rows: Tensor) -> Tensor:

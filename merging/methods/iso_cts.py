@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merging.linalg import leading, polar
+from merging.linalg import Svd, leading, polar
 from merging.methods.iso_c import total
 from merging.parameters import Coefficient, Local
 from merging.spectral import Spectral
@@ -45,7 +45,11 @@ class IsoCts(Spectral):
         shared = len(values) - own * len(changes)
         u, values, vh = u[:, :shared], values[:shared], vh[:shared]
         if own:
-            rests = (change.double() - u @ (u.mT @ change.double()) for change in changes)
-            us, sizes, vhs = zip(*(leading(rest, own) for rest in rests), strict=True)
+            us, sizes, vhs = zip(*(_outside(change.double(), u, own) for change in changes), strict=True)
             u, values, vh = torch.cat([u, *us], 1), torch.cat([values, *sizes]), torch.cat([vh, *vhs])
         return values.sum() / max(1, len(values)) * polar(u) @ polar(vh)
+
+
+def _outside(change: Tensor, common: Tensor, most: int) -> Svd:
+    """The leading singular triples of a change outside the common outputs; none of what is but rounding."""
+    return leading(change - common @ (common.mT @ change), most, size=float(torch.linalg.matrix_norm(change)))

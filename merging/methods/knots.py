@@ -15,7 +15,7 @@ from merging.site import Site
 from merging.spectral import as_stored, matrices
 from merging.wrapper import Entered, Wrapper
 
-__all__ = ["Knots", "coordinates", "turned"]
+__all__ = ["Knots", "back", "coordinates", "inner_site", "turned"]
 
 
 class Knots(Wrapper):
@@ -63,7 +63,7 @@ class Knots(Wrapper):
             up, down = (core, basis.mT) if turn else (basis, core)
             return back(up, down, stack, site)
 
-        place = replace(site, shape=inside[0].shape, kind="matrix", axis=1, start=0)
+        place = inner_site(site, inside[0].shape, changes[0].shape)
         return Entered(self.then, Stack(inside, stack.models, stack.present), place, leave)
 
 
@@ -78,6 +78,11 @@ def coordinates(stack: Stack, site: Site) -> list[Delta] | None:
     if site.kind != "matrix":
         return None
     return [Dense(value) for value in matrices(stack.dense(), site)]
+
+
+def inner_site(site: Site, shape: tuple[int, ...], full: tuple[int, ...]) -> Site:
+    """The place of what matrices of a full shape are in other bases."""
+    return replace(site, shape=shape, axis=1, start=0, side=site.side or min(full))
 
 
 def back(up: Tensor, down: Tensor, stack: Stack, site: Site) -> Delta:
