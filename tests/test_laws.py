@@ -30,9 +30,9 @@ class Row:
 
     ``alone`` are the parameters at which one model is returned as it is (None: there are none), of those that merge
     one at all (``least``). ``swapped`` are those of the merge of the models in reverse order, the same where nothing
-    goes with a model; ``ordered``: the order matters. Of more than ``most`` models the first are merged. ``homogeneous``: scaled changes scale the result. ``on_changes``:
-    it merges adapters without their base; ``dense``: full changes as it merges factors. ``gradients`` are the
-    coefficients that have one.
+    goes with a model; ``ordered``: the order matters. Of more than ``most`` models the first are merged.
+    ``homogeneous``: scaled changes scale the result. ``on_changes``: it merges adapters without their base; ``dense``:
+    full changes as it merges factors. ``gradients`` are the coefficients that have one.
     """
 
     chain: str
@@ -301,7 +301,7 @@ def test_rows_tell_the_truth_about_their_methods(row: Row) -> None:
 def test_one_model_is_returned(row: Row, seed: int) -> None:
     base, (one,) = parts(seed, 1)
     if row.least > 1:
-        with pytest.raises(OptionError, match="merges (at least )?2 models, and 1 were given"):
+        with pytest.raises(OptionError, match=r"merges (at least )?2 models, and 1 were given"):
             merged(row, [one], base)
     elif row.alone is None:
         assert not close(merged(row, [one], base, {}), one)
