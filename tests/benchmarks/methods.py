@@ -4,11 +4,13 @@
     python tests/benchmarks/methods.py --ours
     python tests/benchmarks/methods.py --memory --size 0.5 2
     python tests/benchmarks/methods.py --adapters
+    python tests/benchmarks/methods.py --dense
 
 `--peer` has the methods that mergekit has too, against it; `--ours` every method that merges full checkpoints, against
 reading the inputs and copying the output. `--memory` tells what PCB takes, whose released code holds every task vector
 at once. `--adapters` merges LoRA adapters of a 7B model by the methods that work on factors, and times one step of OPCM
-on a matrix in full beside them. Rounds, medians and the words of the columns are those of speed.py.
+on a matrix in full beside them. `--dense` merges one full matrix by
+TSV, and by SVDs as its formula stands. Rounds, medians and the words of the columns are those of speed.py.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from speed import (
@@ -46,7 +49,8 @@ from speed import (
 )
 
 THREE = ("a", "b", "c")
-TRIMMED = {"density": 0.5, "scope": "tensor", "vote": "weighted", "zero": "plus"}
+PLAIN = {"scope": "tensor", "vote": "weighted", "zero": "plus"}
+TRIMMED = PLAIN | {"density": 0.5}
 PEER = {"weight": 1.0, "density": 0.5, "normalize": True, "lambda": 1.0}
 
 PEER_CASES = {
@@ -59,11 +63,22 @@ PEER_CASES = {
         base="base",
         peer_method="dare_ties",
     ),
+    "sce": Case("sce", THREE, {"density": 0.5, "select": "deltas"}, {"select_topk": 0.5}, base="base"),
+    "della": Case(
+        "della+ties",
+        THREE,
+        PLAIN | {"ties.density": 1, "della.density": 0.5, "rescale": "l1"},
+        PEER,
+        base="base",
+        peer_method="della",
+    ),
+    "breadcrumbs": Case("breadcrumbs", THREE, {"density": 0.5}, {"weight": 1.0, "density": 0.5}, base="base"),
+    "karcher": Case("karcher", THREE, {}, {}),
     "ties, whole model": Case("ties", THREE, {"density": 0.5}, base="base"),
     "pcb": Case("pcb", THREE, {}, base="base"),
 }
 
-NO_CHECKPOINTS = ("orthogonalize",)  # hands full checkpoints on as they are
+NO_CHECKPOINTS = ("orthogonalize",)  # hands full checkpoints on as they are; methods of singular values: --dense
 
 PCB = Case("pcb", THREE, {}, base="base")
 RELEASED_SHARE = 12  # the released PCB takes about so many times its task vectors
@@ -80,7 +95,20 @@ MODULES = {
     "mlp.up_proj": (INNER, HIDDEN),
     "mlp.down_proj": (HIDDEN, INNER),
 }
-ADAPTER_METHODS = ("opcm", "do", "orthogonalize")
+ADAPTER_METHODS: dict[str, dict[str, Any]] = {
+    "opcm": {},
+    "do": {},
+    "orthogonalize": {},
+    "tsv": {},
+    "iso_c": {},
+    "iso_cts": {},
+    "wudi": {},
+    "svd": {},
+    "knots+ties": {"density": 1.0},
+    "core+tsv": {},
+    "varm": {},
+    "karcher": {"space": "changes"},
+}
 
 
 # ---------------------------------------------------------------- full checkpoints
@@ -94,7 +122,7 @@ def our_cases() -> dict[str, Case]:
         method = merging.chain(name)
         most = min(link.models[1] or len(THREE) for link in method.links())
         base = "base" if method.origin == "base" else None
-        if name not in NO_CHECKPOINTS:
+        if name not in NO_CHECKPOINTS and not any(link.takes_apart for link in method.links()):
             cases[method.chain] = Case(name, THREE[:most], {}, base=base)
     return cases
 
@@ -223,17 +251,21 @@ def of_adapters(bench: Bench, chosen: argparse.Namespace) -> None:
     write_adapters(bench.folder, chosen.layers)
     each = tensor_bytes(bench.folder / ADAPTERS[0]) / 1e6
     print(
-        f"{len(ADAPTERS)} adapters of rank {RANK}, {chosen.layers} layers, {each:.0f} MB each; target for opcm with 32"
+        f"{len(ADAPTERS)} adapters of rank {RANK}, {chosen.layers} layers, {each:.0f} MB each; target with 32 layers: a"
     )
-    print("layers: a minute on 2 cores", flush=True)
+    print("minute on 2 cores", flush=True)
     rows, seconds = [], 0.0
-    for name in ADAPTER_METHODS:
-        rounds = [bench.round(Case(name, ADAPTERS, {})) for _ in range(chosen.repeats)]
+    wanted = set(chosen.cases or ADAPTER_METHODS)
+    for name, parameters in ADAPTER_METHODS.items():
+        if name not in wanted:
+            continue
+        rounds = [bench.round(Case(name, ADAPTERS, parameters)) for _ in range(chosen.repeats)]
         rows.append([name, *median_cells(rounds, OUR_COLUMNS)])
         if name == "opcm":
             seconds = statistics.median(found["merge ours"] for found in rounds)
     print(table(["case", *(key for key, _ in OUR_COLUMNS)], rows))
-    dense_steps(seconds, chosen.layers)
+    if seconds:
+        dense_steps(seconds, chosen.layers)
 
 
 def dense_steps(factored: float, layers: int) -> None:
@@ -258,6 +290,44 @@ def dense_step(rows: int, columns: int) -> float:
     return time.perf_counter() - start
 
 
+# ---------------------------------------------------------------- full matrices
+
+
+def of_full_matrices(bench: Bench, chosen: argparse.Namespace) -> None:
+    """Print what TSV of one full matrix takes, and what its formula does by plain SVDs."""
+    from merging.methods.tsv import Tsv
+
+    torch.set_num_threads(bench.threads)
+    print(f"TSV of one matrix of {HIDDEN} x {HIDDEN}, {len(ADAPTERS)} changes of full rank; {bench.threads} threads")
+    generator = torch.Generator().manual_seed(0)
+    changes = list(torch.randn(len(ADAPTERS), HIDDEN, HIDDEN, generator=generator))
+    seconds, merged = {}, {}
+    for name, work in {
+        "ours": lambda: Tsv().combine(changes, HIDDEN),
+        "plain SVDs, float32": lambda: tsv_by_svd(changes),
+        "plain SVDs, float64": lambda: tsv_by_svd([change.double() for change in changes]),
+    }.items():
+        start = time.perf_counter()
+        merged[name] = work().double()
+        seconds[name] = time.perf_counter() - start
+        print(f"{name}: {seconds[name]:.0f} s", file=sys.stderr, flush=True)
+    ours = merged["ours"]
+    heads = ["case", "seconds", "times ours", "relative difference from ours"]
+    apart = {name: float((each - ours).norm() / ours.norm()) for name, each in merged.items()}
+    print(table(heads, [[n, f"{s:.1f}", f"{s / seconds['ours']:.1f}", f"{apart[n]:.1e}"] for n, s in seconds.items()]))
+
+
+def tsv_by_svd(changes: list[torch.Tensor]) -> torch.Tensor:
+    """The formula as it is published."""
+    kept = HIDDEN // len(changes)
+    parts = [torch.linalg.svd(change, full_matrices=False) for change in changes]
+    left = torch.linalg.svd(torch.cat([u[:, :kept] for u, _, _ in parts], 1), full_matrices=False)
+    right = torch.linalg.svd(torch.cat([vh[:kept] for _, _, vh in parts]), full_matrices=False)
+    values = torch.cat([s[:kept] for _, s, _ in parts])
+    merged: torch.Tensor = (left[0] @ left[2]) * values @ (right[0] @ right[2])
+    return merged
+
+
 # ---------------------------------------------------------------- the command line
 
 TABLES = {
@@ -265,6 +335,7 @@ TABLES = {
     "ours": (against_copying, "all methods on full checkpoints, against copying"),
     "memory": (memory_of_pcb, "of PCB, against its released procedure"),
     "adapters": (of_adapters, "methods that merge factors, on adapters of a 7B model"),
+    "dense": (of_full_matrices, "TSV of a full matrix, against plain SVDs"),
 }
 
 
@@ -275,7 +346,7 @@ def main() -> None:
     for name, (_, meaning) in TABLES.items():
         kinds.add_argument(f"--{name}", dest="table", action="store_const", const=name, help=meaning)
     kinds.add_argument("--released", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--cases", nargs="+", help="these rows of --peer or --ours alone")
+    parser.add_argument("--cases", nargs="+", help="these rows of --peer, --ours or --adapters alone")
     parser.add_argument("--layers", type=int, default=32, help="layers of the adapters' model")
     chosen = parser.parse_args()
     if chosen.released:
