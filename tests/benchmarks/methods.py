@@ -297,8 +297,11 @@ def of_full_matrices(bench: Bench, chosen: argparse.Namespace) -> None:
     """Print what TSV of one full matrix takes, and what its formula does by plain SVDs."""
     from merging.methods.tsv import Tsv
 
-    torch.set_num_threads(bench.threads)
-    print(f"TSV of one matrix of {HIDDEN} x {HIDDEN}, {len(ADAPTERS)} changes of full rank; {bench.threads} threads")
+    torch.set_num_threads(bench.threads or torch.get_num_threads())
+    print(
+        f"TSV of one matrix of {HIDDEN} x {HIDDEN}, {len(ADAPTERS)} changes of full rank; {torch.get_num_threads()} "
+        f"threads"
+    )
     generator = torch.Generator().manual_seed(0)
     changes = list(torch.randn(len(ADAPTERS), HIDDEN, HIDDEN, generator=generator))
     seconds, merged = {}, {}
