@@ -364,7 +364,7 @@ def test_dropping(peer: Peer, tmp_path: Path, wrapper: str, rescale: str) -> Non
     """Entries are kept with the papers' probabilities, DELLA's by rank, by either tool.
 
     Mergekit's kept ones do not grow by these but so that each tensor's L1 norm stays, as far as it is known in float32;
-    that is our `l1`. Our probabilities of DELLA are float32, too, and so are the factors that make up for them.
+    that is our `l1`.
     """
     tolerance = 1e-8 if rescale == "theirs" else 1e-15
     folder = peer.inputs(PLACES[0], "float32")
