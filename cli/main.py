@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from .continual import continual_command
 from .inspecting import inspect_command
 from .listing import methods_command
 from .merging import merge_command
@@ -18,6 +19,7 @@ Sub-commands, as the first word:
   merge run RECIPE       carry out a recipe (YAML)
   merge methods [NAME]   the methods, or one method in full
   merge inspect PATH     what a model or adapter file holds
+  merge continual ...    a store that grows as models arrive
 A file of such a name is reached as ./inspect.
 """
 
@@ -34,7 +36,7 @@ class Merge(click.Group):
 
 
 merge_command.epilog = EPILOG
-cli = Merge(name="merge", commands=[run_command, methods_command, inspect_command])
+cli = Merge(name="merge", commands=[run_command, methods_command, inspect_command, continual_command])
 
 
 def main() -> None:

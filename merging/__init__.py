@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from merging.errors import FormatError, InputError, MergingError, OptionError, OutputError
 
 if TYPE_CHECKING:
+    from merging.continual import ContinualStore
     from merging.delta import Delta, Dense, LowRank
     from merging.files import Merged, merge, preview
     from merging.methods import METHODS, chain
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
+    "ContinualStore": "continual",
     "Delta": "delta",
     "Dense": "delta",
     "LowRank": "delta",
@@ -40,6 +42,7 @@ _WHERE = {
 
 __all__ = [
     "METHODS",
+    "ContinualStore",
     "Delta",
     "Dense",
     "FormatError",

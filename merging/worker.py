@@ -19,7 +19,7 @@ from merging.method import Closing, Round
 from merging.opened import Opened, Unit, blocks, feed
 from merging.parameters import Coefficient
 from merging.plan.items import Item, Plan
-from merging.sources.adapter import LoraChange
+from merging.sources.adapter import Change
 from merging.sources.stored import DTYPES, Out, Stored
 from merging.spool import Spool
 from merging.tiles import Tiler
@@ -186,7 +186,7 @@ class Worker:
     def _emit_compressed(self, item: Item, full: Tensor) -> None:
         """A merged change that came out in full, as the best factors of the output's rank."""
         shape = item.site.shape
-        transposed = next(e.is_transposed(shape) for e in item.inputs if isinstance(e, LoraChange))
+        transposed = any(each.is_transposed(shape) for each in item.inputs if isinstance(each, Change))
         matrix = full.mT if transposed else full.reshape(shape[0], -1)
         factors, discarded = compress(matrix, self.plan.rank, shape, transposed)
         self.shared.discarded[item.site.name] = discarded

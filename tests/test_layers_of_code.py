@@ -88,7 +88,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "files": ("sources", "writer", "landing", "platform"),
     "intent": ("recipe", "plan"),
     "run": ("run", "worker", "opened", "spool", "tiles", "threads", "vetting"),
-    "above": ("files", "tensors", "companions", "inspect"),
+    "above": ("files", "tensors", "companions", "inspect", "continual"),
     "cli": ("cli",),
     "ground": ("errors",),
 }

@@ -137,6 +137,8 @@ def projected(
 
     Directions whose singular values are at most the share ``null`` of the largest are null directions.
     """
+    if not previous.any():
+        return delta
     u, s, vh = decomposed(previous, svd)
     rank = int((s > null * s[:1]).sum())
     if not rank:

@@ -15,7 +15,7 @@ from merging.plan.to_model import model_items
 from merging.recipe import Recipe
 from merging.sources import Adapter, Checkpoint, open_model
 
-__all__ = ["PORTABLE_RANKS", "Item", "Plan", "make_plan"]
+__all__ = ["PORTABLE_RANKS", "Item", "Plan", "make_plan", "plan_of"]
 
 PORTABLE_RANKS = (8, 16, 32, 64, 128, 256)
 """Ranks that every program serves; a merged adapter's folder is padded with zeros up to the next of them."""
@@ -27,20 +27,31 @@ def make_plan(recipe: Recipe, rank_steps: Sequence[int] = ()) -> Plan:
     ``rank_steps`` are the ranks that a merged adapter may have (:data:`PORTABLE_RANKS`), any if there are none. Raises
     :class:`~merging.errors.MergingError` for all that cannot be merged as the recipe says.
     """
+    models = tuple(open_model(path, recipe.lora_alpha) for path in recipe.models)
+    recipe.method.check(len(models))
+    return plan_of(recipe, models, _open_base(recipe), rank_steps)
+
+
+def plan_of(
+    recipe: Recipe,
+    models: Sequence[Checkpoint | Adapter],
+    base: Checkpoint | None,
+    rank_steps: Sequence[int] = (),
+) -> Plan:
+    """The plan of a recipe whose models and base are open already."""
     # A plan of 50,000 tensors is a million objects that all live on: collecting garbage among them doubles the time.
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return _make_plan(recipe, rank_steps)
+        return _plan_of(recipe, tuple(models), base, rank_steps)
     finally:
         if collecting:
             gc.enable()
 
 
-def _make_plan(recipe: Recipe, rank_steps: Sequence[int]) -> Plan:
-    models = tuple(open_model(path, recipe.lora_alpha) for path in recipe.models)
-    recipe.method.check(len(models))
-    base = _open_base(recipe)
+def _plan_of(
+    recipe: Recipe, models: tuple[Checkpoint | Adapter, ...], base: Checkpoint | None, rank_steps: Sequence[int]
+) -> Plan:
     output, weights = check_origin(recipe, models, base)
     check_options(recipe, models, output)
     check_bases(models, recipe.allow_different_bases)

@@ -87,7 +87,7 @@ def adapter_items(
     turned = inputs_by_outputs({name: stored.shape for name, stored in base.tensors.items()}) if base else set()
     items = []
     for name, changes in targets.items():
-        transposed = any(isinstance(each, LoraChange) and each.is_transposed(shapes[name]) for each in changes)
+        transposed = any(each.is_transposed(shapes[name]) for each in changes if each)
         site = site_of(name, shapes[name], stacks, transposed or name in turned)
         stored = base.lookup(name) if base else None
         outs = _outs(labels[name], changes, shapes[name], rank, kind)
@@ -122,7 +122,7 @@ def _shape(
 
 def _is_lora(changes: tuple[Change | None, ...]) -> bool:
     """Whether the target's merged change goes into factors: no adapter brings it in full."""
-    return all(isinstance(change, LoraChange) for change in changes if change)
+    return all(change.kind in ("linear", "embedding", "conv") for change in changes if change)
 
 
 def _is_bias(changes: tuple[Change | None, ...]) -> bool:
@@ -170,11 +170,14 @@ def _outs(
     label: str, changes: tuple[Change | None, ...], shape: tuple[int, ...], rank: int, kind: str
 ) -> tuple[Out, ...]:
     module = PREFIX + _module(label)
-    change = next((each for each in changes if isinstance(each, LoraChange)), None)
-    if not _is_lora(changes) or change is None:
+    change = next(each for each in changes if each)
+    if not _is_lora(changes):
         name = f"{module}.lora_B.bias" if _is_bias(changes) else PREFIX + label
         return (Out(name, kind, shape),)
-    outputs, inputs, kernel = change.up.shape[0], change.down.shape[1], change.down.shape[2:]
+    if isinstance(change, LoraChange):
+        outputs, inputs, kernel = change.up.shape[0], change.down.shape[1], change.down.shape[2:]
+    else:
+        (outputs, inputs), kernel = shape[::-1] if change.is_transposed(shape) else shape, ()
     if change.kind == "embedding":
         names = f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
     else:

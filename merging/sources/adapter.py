@@ -57,6 +57,10 @@ class Change(ABC):
         """Whether the base's tensor may have this shape."""
         return shape == self.shape
 
+    def is_transposed(self, shape: tuple[int, ...]) -> bool:
+        """Whether a target of this shape is the transpose of ``up @ down``, if factors are what is wanted."""
+        return False
+
     @abstractmethod
     def read(self, shape: tuple[int, ...], base: Callable[[], Tensor], dtype: torch.dtype) -> Delta:
         """The change of a base tensor of this shape, computed in ``dtype``; ``base`` reads that tensor in ``dtype``."""
@@ -103,7 +107,6 @@ class LoraChange(Change):
         return shape == self.shape or (self.kind == "linear" and shape == self.shape[::-1])
 
     def is_transposed(self, shape: tuple[int, ...]) -> bool:
-        """Whether a target of this shape is the transpose of ``up @ down``."""
         return self.transposed if shape == self.shape else not self.transposed
 
     def read(self, shape: tuple[int, ...], base: Callable[[], Tensor], dtype: torch.dtype) -> Delta:

@@ -1,0 +1,5 @@
+"""Merging models as they arrive: a durable store that grows by one at a time."""
+
+from merging.continual.store import ContinualStore, Verdict
+
+__all__ = ["ContinualStore", "Verdict"]

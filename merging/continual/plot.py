@@ -1,0 +1,49 @@
+"""Pictures of how a store grew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from merging.continual.store import ContinualStore
+from merging.errors import InputError, OptionError, OutputError
+
+__all__ = ["plot"]
+
+
+def plot(store: ContinualStore, output: str | Path) -> None:
+    """Draw norms, kept shares, cosines and ranks over the steps of a store, as PNG, SVG or PDF by the name's ending.
+
+    Needs matplotlib, the extra ``report``. Raises :class:`~merging.errors.MergingError`.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise OptionError("plots need matplotlib: pip install 'merging[report]'") from None
+    steps, output = store.manifest().steps, Path(output)
+    if not steps:
+        raise InputError(f"{store.path}: holds no model yet: add one first")
+    if output.suffix not in (".png", ".svg", ".pdf"):
+        raise OptionError(f"{output}: a plot is a .png, .svg or .pdf")
+    numbers = [step.number for step in steps]
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    curves: dict[str, dict[str, list[float]]] = {
+        "norms": {"change": [step.norm for step in steps], "held": [step.merged for step in steps]},
+        "share of the change that is kept": {"kept": [step.kept for step in steps]},
+        "cosine of the change to the merge": {"cosine": [step.cosine for step in steps]},
+        "rank of what is held": {"rank": [float(step.rank) for step in steps]},
+    }
+    for panel, (title, lines) in zip(figure.subplots(2, 2, sharex=True).flat, curves.items(), strict=True):
+        for label, values in lines.items():
+            panel.plot(numbers, values, marker="o", markersize=3, label=label)
+        panel.set_title(title)
+        panel.set_ylim(bottom=0)
+        if len(lines) > 1:
+            panel.legend()
+    figure.supxlabel("step")
+    figure.suptitle(f"{store.path.name}: {len(steps)} models by {store.method.chain}")
+    try:
+        figure.savefig(output)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written: {error.strerror}") from None

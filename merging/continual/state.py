@@ -1,0 +1,161 @@
+"""What a store holds after each step, as files: written by a merge, read as a source of the next one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from merging.delta import Delta, Dense
+from merging.errors import FormatError
+from merging.method import Method
+from merging.plan.items import Item, Plan
+from merging.recipe import Recipe
+from merging.site import Site
+from merging.sources import Adapter
+from merging.sources.adapter import Change, FullChange, LoraChange
+from merging.sources.stored import DTYPE_NAMES, Out, open_safetensors
+
+__all__ = ["Accumulated", "open_state", "state_metadata", "step_plan"]
+
+_TENSORS = "merging_tensors"
+
+_FULL, _DOWN, _UP = "full/", "down/", "up/"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Accumulated(FullChange):
+    """A change that is held in full. ``transposed``: a matrix that lies as ``[in, out]``."""
+
+    transposed: bool = False
+
+    def is_transposed(self, shape: tuple[int, ...]) -> bool:
+        return self.transposed
+
+    def read(self, shape: tuple[int, ...], base: Callable[[], Tensor], dtype: torch.dtype) -> Delta:
+        return Dense(self.value.read().to(dtype))
+
+
+def open_state(path: Path) -> Adapter:
+    """A state's file as a source of changes, by the base's names. Raises FormatError for what is none."""
+    stored, metadata = open_safetensors(path)
+    changes: dict[str, Change] = {}
+    try:
+        for name, facts in json.loads(metadata[_TENSORS]).items():
+            label, kind, transposed = str(facts["label"]), facts["kind"], bool(facts["transposed"])
+            if _FULL + name in stored:
+                changes[name] = Accumulated(label, kind, stored[_FULL + name], transposed=transposed)
+            else:
+                down, up = stored[_DOWN + name], stored[_UP + name]
+                changes[name] = LoraChange(label, kind, down=down, up=up, scale=1.0, transposed=transposed)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path}: is no state of a store: {type(error).__name__}: {error}") from None
+    return Adapter(path, changes, (path,), "state")
+
+
+def state_metadata(plan: Plan) -> dict[str, str]:
+    """What the header of the state that a step's plan writes must say of its tensors."""
+    held = plan.models[0]
+    facts = {
+        name: {"label": change.target, "kind": change.kind, "transposed": change.is_transposed(change.shape)}
+        for name, change in (held.changes if isinstance(held, Adapter) else {}).items()
+    }
+    for item in plan.items:
+        if item.form != "copy":
+            facts[item.site.name] = _facts(item)
+    return {_TENSORS: json.dumps(facts)}
+
+
+def _facts(item: Item) -> dict[str, object]:
+    """What an adapter calls the tensor, what kind of target it is there, and which way it lies."""
+    brought = [each for each in item.inputs if isinstance(each, Change)]
+    lora = next((each for each in brought if isinstance(each, LoraChange)), None)
+    label = brought[0].target if brought else item.site.name
+    if lora:
+        return {"label": label, "kind": lora.kind, "transposed": lora.is_transposed(item.site.shape)}
+    matrix = item.site.kind == "matrix"
+    return {"label": label, "kind": "linear" if matrix else "full", "transposed": matrix and item.site.axis == 0}
+
+
+def step_plan(held: Adapter | None, plan: Plan, update: Method, key: str, most: int | None) -> Plan:
+    """The plan of a step: what is held and the one model of ``plan`` become what is held then, in float32 or wider.
+
+    A tensor stays factored while the method keeps factors, all models brought factors, and these take less room than
+    the full tensor at the rank of the step: the sum of the ranks, at most ``most``.
+    """
+    changes = held.changes if held else {}
+    low, rank = _factored(changes, plan, update.factored, most)
+    items: list[Item] = []
+    for item in plan.items:
+        name, own = item.site.name, changes.get(item.site.name)
+        if item.form == "copy":
+            items += _copies(name, own) if own else []
+            continue
+        kind = DTYPE_NAMES[plan.dtype(item)]
+        if own:
+            kind = "F64" if "F64" in (kind, *(part.kind for part in own.tensors)) else kind
+        outs = _factor_outs(item, rank, kind) if name in low else (Out(_FULL + name, kind, item.site.shape),)
+        items.append(Item(item.site, (own, *item.inputs), item.base, outs, "factors" if name in low else "delta"))
+    names = {item.site.name for item in plan.items}
+    items += [copy for name, own in changes.items() if name not in names for copy in _copies(name, own)]
+    state = held or Adapter(Path("nothing"), {}, (), "state")
+    return Plan(
+        recipe=Recipe(models=("held", *plan.recipe.models), method=update, allow_nonfinite=plan.recipe.allow_nonfinite),
+        models=(state, *plan.models),
+        base=plan.base,
+        keys=("held", key),
+        output="model",
+        weights=False,
+        items=tuple(sorted(items, key=Item.order)),
+        rank=rank,
+        notices=plan.notices,
+        matched=plan.matched,
+    )
+
+
+def _factored(changes: Mapping[str, Change], plan: Plan, keeps_factors: bool, most: int | None) -> tuple[set[str], int]:
+    """The tensors that the step holds as factors, and their rank."""
+    sums: dict[str, tuple[int, tuple[int, ...]]] = {}
+    for item in plan.items:
+        own = changes.get(item.site.name)
+        brought = [change for change in (own, *item.inputs) if change is not None]
+        if item.form == "copy" or not keeps_factors or len(item.site.shape) < 2:
+            continue
+        if all(isinstance(change, LoraChange) and change.low_rank for change in brought):
+            total = sum(change.rank for change in brought if isinstance(change, Change))
+            sums[item.site.name] = (min(total, most or total), item.site.shape)
+    while True:
+        rank = max((total for total, _ in sums.values()), default=0)
+        dear = {name for name, (_, shape) in sums.items() if not _worth(rank, shape)}
+        if not dear:
+            return set(sums), rank
+        sums = {name: entry for name, entry in sums.items() if name not in dear}
+
+
+def _worth(rank: int, shape: Sequence[int]) -> bool:
+    """Whether factors of a rank take less room than the tensor they make."""
+    return rank * (shape[0] + prod(shape[1:])) < prod(shape)
+
+
+def _factor_outs(item: Item, rank: int, kind: str) -> tuple[Out, Out]:
+    lora = next(each for each in item.inputs if isinstance(each, LoraChange))
+    outputs, inputs, kernel = lora.up.shape[0], lora.down.shape[1], lora.down.shape[2:]
+    name = item.site.name
+    return (
+        Out(_DOWN + name, kind, (rank, inputs, *kernel)),
+        Out(_UP + name, kind, (outputs, rank, *(1 for _ in kernel))),
+    )
+
+
+def _copies(name: str, own: Change) -> list[Item]:
+    """Items that write a held tensor again as it is."""
+    prefixes = (_DOWN, _UP) if isinstance(own, LoraChange) else (_FULL,)
+    return [
+        Item(Site(prefix + name, part.shape), (), part, (Out(prefix + name, part.kind, part.shape),), "copy")
+        for prefix, part in zip(prefixes, own.tensors, strict=True)
+    ]

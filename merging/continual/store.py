@@ -1,0 +1,453 @@
+"""A merge that grows: a folder that takes one model after the other, and can always be opened whole."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from math import sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from merging import platform
+from merging.continual import growth
+from merging.continual.manifest import Base, Manifest, Part, Refused, StepRecord, read_manifest, write_manifest
+from merging.continual.state import open_state, state_metadata, step_plan
+from merging.errors import FormatError, InputError, MergingError, OptionError, OutputError
+from merging.files import Merged, merge_plan, pick_device, workers_within
+from merging.linalg import safe_ratio
+from merging.methods import chain
+from merging.methods.task_arithmetic import TaskArithmetic
+from merging.plan import PORTABLE_RANKS, Plan, plan_of
+from merging.plan.checks import same_base
+from merging.recipe import Recipe, make_recipe
+from merging.run import Done, run
+from merging.sources import Adapter, Checkpoint, open_model
+from merging.sources.checkpoint import content_key
+from merging.threads import Progress, cores
+from merging.vetting import UNRELATED, relative_changes
+from merging.writer import TensorWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from merging.method import Method
+
+__all__ = ["ContinualStore", "Verdict"]
+
+_STATES, _LOCK, _UNFINISHED = "states", ".lock", ".unfinished."
+
+_PIECE = 1 << 22
+
+
+class ContinualStore:
+    """One merged model that takes models as they arrive, in their order, in memory and time that do not grow.
+
+    A folder with a manifest and numbered states, none of which is ever changed: a step writes its state beside the
+    others, makes it durable, and then moves a new manifest into place. Killed at any instant, the store has the old
+    step or the new one. One process writes at a time; any number read.
+
+    Raises :class:`~merging.errors.MergingError` for what cannot be done; the store is as it was then.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.manifest()
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        base: str | Path,
+        method: str = "opcm",
+        max_rank: int | None = None,
+        **parameters: Any,
+    ) -> ContinualStore:
+        """An empty store for models that were trained from ``base``, which grows by ``method``.
+
+        ``max_rank`` caps the rank of what is held as factors; the energy that is lost is told at each step.
+        """
+        path, grows = Path(path), chain(method, parameters)
+        growth.check(grows)
+        grows.check(2)
+        if max_rank is not None and max_rank < 1:
+            raise OptionError(f"max_rank = {max_rank}: at least 1 is needed")
+        if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+            raise OutputError(f"{path}: exists already: choose another folder for the store")
+        opened = _open_base(base)
+        identity = Base(
+            path=str(Path(base).expanduser().resolve()),
+            key=content_key(opened.tensors),
+            sha256={file.name: _sha256(file) for file in opened.files},
+        )
+        values = Recipe(models=("nothing",), method=grows).to_dict()
+        manifest = Manifest(
+            method=values["method"], parameters=values.get("parameters", {}), max_rank=max_rank, base=identity
+        )
+        try:
+            (path / _STATES).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be made: {error.strerror}") from None
+        write_manifest(path, manifest)
+        return cls(path)
+
+    # ---- reading
+
+    def manifest(self) -> Manifest:
+        """The record as it is now."""
+        return read_manifest(self.path)
+
+    @property
+    def method(self) -> Method:
+        """The method that it grows by."""
+        manifest = self.manifest()
+        return chain(manifest.method, manifest.parameters)
+
+    def status(self) -> dict[str, Any]:
+        """What it holds and what each model brought, in plain values."""
+        manifest = self.manifest()
+        last = manifest.steps[-1] if manifest.steps else None
+        return {
+            "method": manifest.method,
+            "parameters": manifest.parameters,
+            "base": manifest.base.path,
+            "max_rank": manifest.max_rank,
+            "holds": _holds(last, manifest.max_rank) if last else ["nothing yet"],
+            "steps": [step.model_dump() for step in manifest.steps],
+            "refused": [each.model_dump() for each in manifest.refused],
+        }
+
+    # ---- growing
+
+    def add(
+        self,
+        model: str | Path,
+        *,
+        again: bool = False,
+        device: str = "cpu",
+        threads: int | None = None,
+        max_memory: int | None = None,
+        allow_different_bases: bool = False,
+        wait: float = -1,
+        progress: Progress | None = None,
+    ) -> StepRecord | None:
+        """Merge one more model; None if one of the same content was added before, unless ``again``.
+
+        Waits for another writer for up to ``wait`` seconds, without end by default.
+        """
+        with self._writing(wait):
+            manifest = self.manifest()
+            source = open_model(model)
+            content = _content(source)
+            if not again and any(step.sha256 == content for step in manifest.steps):
+                return None
+            base = self._base(manifest)
+            alone = _plan_alone(source, base, manifest, allow_different_bases)
+            folder = self._new_folder()
+            try:
+                record = self._grow(manifest, source, content, alone, folder, device, threads, max_memory, progress)
+                write_manifest(self.path, manifest.model_copy(update={"steps": (*manifest.steps, record)}))
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            return record
+
+    def _grow(
+        self,
+        manifest: Manifest,
+        source: Checkpoint | Adapter,
+        content: str,
+        alone: Plan,
+        folder: Path,
+        device: str,
+        threads: int | None,
+        max_memory: int | None,
+        progress: Progress | None,
+    ) -> StepRecord:
+        """Write the parts of the next state, put them in place, and tell of them."""
+        grows = chain(manifest.method, manifest.parameters)
+        last = manifest.steps[-1] if manifest.steps else None
+        parts: dict[str, Part] = {}
+        first: tuple[Plan, Done] | None = None
+        for name, update in growth.parts(grows).items():
+            held = open_state(self.path / last.parts[name].file) if last else None
+            plan = step_plan(held, alone, growth.Step(then=update), content, manifest.max_rank)
+            workers = workers_within(plan, cores() if threads is None else threads, max_memory)
+            writer = TensorWriter(folder, name, plan.outs, state_metadata(plan), None)
+            try:
+                done = run(plan, writer, device=pick_device(device), threads=workers, progress=progress, scratch=folder)
+                writer.finish()
+            finally:
+                writer.close()
+            first = first or (plan, done)
+        assert first is not None
+        digest = {name: _sha256(folder / f"{name}.safetensors") for name in growth.parts(grows)}
+        number = len(manifest.steps) + 1
+        final = (
+            self.path / _STATES / f"{number:06}-{hashlib.sha256(''.join(digest.values()).encode()).hexdigest()[:12]}"
+        )
+        self._settle(folder, final)
+        for name, sha256 in digest.items():
+            file = final / f"{name}.safetensors"
+            parts[name] = Part(file=str(file.relative_to(self.path)), sha256=sha256, bytes=file.stat().st_size)
+        return _record(number, source, content, parts, *first)
+
+    @staticmethod
+    def _settle(folder: Path, final: Path) -> None:
+        """Give a finished state its name. One that is there already, of the same content, was left by a killed step."""
+        try:
+            platform.sync_folder(folder)
+            if not final.is_dir():
+                folder.rename(final)
+            platform.sync_folder(final.parent)
+        except OSError as error:
+            raise OutputError(f"{final}: cannot be put in place: {error.strerror}") from None
+
+    def _base(self, manifest: Manifest) -> Checkpoint:
+        base = _open_base(manifest.base.path)
+        if content_key(base.tensors) != manifest.base.key:
+            raise InputError(f"{manifest.base.path}: is no longer the base that {self.path} was made for")
+        return base
+
+    def _new_folder(self) -> Path:
+        try:
+            return Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.path / _STATES))
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written to: {error.strerror}") from None
+
+    @contextmanager
+    def _writing(self, wait: float) -> Iterator[None]:
+        """Be the only writer; what a killed one left is removed. The lock goes with its process, so none is stale."""
+        try:
+            lock = FileLock(self.path / _LOCK, timeout=wait)
+            lock.acquire()
+        except Timeout:
+            raise OutputError(f"{self.path}: another process is writing to this store: try again later") from None
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written to: {error.strerror}") from None
+        try:
+            for left in (self.path / _STATES).glob(f"{_UNFINISHED}*"):
+                shutil.rmtree(left, ignore_errors=True)
+            yield
+        finally:
+            lock.release()
+
+    def refuse(self, refused: Refused, *, wait: float = -1) -> None:
+        """Note a model that was refused, in the place of an earlier note on it."""
+        with self._writing(wait):
+            manifest = self.manifest()
+            others = tuple(each for each in manifest.refused if each.source != refused.source)
+            write_manifest(self.path, manifest.model_copy(update={"refused": (*others, refused)}))
+
+    # ---- publishing
+
+    def export(
+        self,
+        output: str | Path,
+        *,
+        kind: str = "model",
+        rank: int | None = None,
+        dtype: str | None = None,
+        device: str = "cpu",
+        threads: int | None = None,
+        max_memory: int | None = None,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> Merged:
+        """Write the merge of all models so far, as a full ``model`` or as an ``adapter`` of a rank."""
+        manifest = self.manifest()
+        if not manifest.steps:
+            raise InputError(f"{self.path}: holds no model yet: add one first")
+        grows, last = chain(manifest.method, manifest.parameters), manifest.steps[-1]
+        states = [open_state(self.path / part.file) for part in last.parts.values()]
+        method = growth.published(grows, [step.norm for step in manifest.steps], last.merged)
+        names = tuple(state.path.name for state in states)
+        recipe = make_recipe({"models": names, "method": method, "as": kind, "dtype": dtype, "rank": rank}, "export")
+        destination = Path(output)
+        plan = plan_of(recipe, states, self._base(manifest), () if destination.suffix else PORTABLE_RANKS)
+        return merge_plan(
+            plan,
+            destination,
+            device=pick_device(device),
+            threads=threads,
+            max_memory=max_memory,
+            overwrite=overwrite,
+            progress=progress,
+        )
+
+    # ---- keeping
+
+    def rollback(self, to: int, *, wait: float = -1) -> Manifest:
+        """Go back to the state after a step (0 is the empty store); later ones are forgotten."""
+        with self._writing(wait):
+            manifest = self.manifest()
+            if not 0 <= to <= len(manifest.steps):
+                raise OptionError(f"there is no step {to}: {self.path} has {len(manifest.steps)}")
+            missing = to and next((p for p in self._files(manifest.steps[to - 1]) if not p.is_file()), None)
+            if missing:
+                raise InputError(f"{missing}: the state of step {to} was removed by gc, so there is no way back to it")
+            earlier = manifest.model_copy(update={"steps": manifest.steps[:to]})
+            write_manifest(self.path, earlier)
+            self._sweep(earlier, keep=None)
+            return earlier
+
+    def gc(self, keep: int, *, wait: float = -1) -> list[str]:
+        """Remove all states but those of the last ``keep`` steps, and whatever no step refers to; what was removed."""
+        if keep < 1:
+            raise OptionError(f"keep = {keep}: the last state must stay")
+        with self._writing(wait):
+            return self._sweep(self.manifest(), keep)
+
+    def _sweep(self, manifest: Manifest, keep: int | None) -> list[str]:
+        steps = manifest.steps if keep is None else manifest.steps[-keep:]
+        wanted = {file.parent.name for step in steps for file in self._files(step)}
+        gone = sorted(path for path in (self.path / _STATES).iterdir() if path.name not in wanted)
+        for path in gone:
+            shutil.rmtree(path, ignore_errors=True)
+        return [path.name for path in gone]
+
+    def _files(self, step: StepRecord) -> list[Path]:
+        return [self.path / part.file for part in step.parts.values()]
+
+    def verify(self) -> Verdict:
+        """Hash every state that is there and the base's files, and hold them against the manifest."""
+        manifest, problems, removed = self.manifest(), [], []
+        for step in manifest.steps:
+            for part in step.parts.values():
+                file = self.path / part.file
+                if not file.is_file():
+                    removed.append(step.number)
+                elif file.stat().st_size != part.bytes or _sha256(file) != part.sha256:
+                    problems.append(f"{file}: its content is not what was written")
+                elif step is manifest.steps[-1]:
+                    problems += _odd(file)
+        if manifest.steps and manifest.steps[-1].number in removed:
+            problems.append(f"the state of the last step, {manifest.steps[-1].number}, is gone")
+        problems += self._odd_base(manifest)
+        return Verdict(len(manifest.steps), sorted(set(removed)), problems)
+
+    @staticmethod
+    def _odd_base(manifest: Manifest) -> list[str]:
+        try:
+            base = _open_base(manifest.base.path)
+        except MergingError as error:
+            return [str(error)]
+        found = {file.name: _sha256(file) for file in base.files}
+        return [] if found == manifest.base.sha256 else [f"{manifest.base.path}: is no longer the base of the store"]
+
+
+def _holds(last: StepRecord, max_rank: int | None) -> list[str]:
+    """What is held after a step, in words."""
+    size = sum(part.bytes for part in last.parts.values())
+    lines = [f"{size / 1e6:.1f} MB in {', '.join(last.parts)}"]
+    if last.factored:
+        capped = f", capped at {max_rank}" if max_rank else ""
+        lines.append(
+            f"{last.factored} tensors as factors of rank {last.rank}{capped}; one is held in full as soon as its "
+            f"factors would take more room"
+        )
+    if last.full:
+        lines.append(f"{last.full} tensors in full")
+    return lines
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What verifying found: the number of steps, those whose states were removed, and what is wrong."""
+
+    steps: int
+    removed: list[int]
+    problems: list[str]
+
+
+def _odd(file: Path) -> list[str]:
+    """What is wrong with a state that is as it was written."""
+    try:
+        tensors = [tensor for change in open_state(file).changes.values() for tensor in change.tensors]
+    except FormatError as error:
+        return [str(error)]
+    return [f"{file}: holds values that are not finite" for t in tensors if not bool(torch.isfinite(t.read()).all())][
+        :1
+    ]
+
+
+def _open_base(path: str | Path) -> Checkpoint:
+    base = open_model(path)
+    if isinstance(base, Adapter):
+        raise InputError(f"{path}: is an adapter, and the base of a store is the full model that all were trained from")
+    return base
+
+
+def _plan_alone(source: Checkpoint | Adapter, base: Checkpoint, manifest: Manifest, different: bool) -> Plan:
+    """The plan of the new model by itself on the base; refuses one that belongs to another."""
+    if isinstance(source, Adapter) and source.base and not different:
+        stated = (step.stated_base for step in manifest.steps)
+        other = next((name for name in stated if name and not same_base(name, source.base)), None)
+        if other:
+            raise InputError(
+                f"{source.path} was trained on {source.base}, and earlier ones on {other}: if they are the same model "
+                f"under two names, use --allow-different-bases"
+            )
+    recipe = Recipe(models=(str(source.path),), method=TaskArithmetic(), base=str(base.path), kind="model")
+    plan = plan_of(recipe, (source,), base)
+    change = relative_changes(plan)[0]
+    if change > UNRELATED and not different:
+        raise InputError(
+            f"{source.path} differs from the base {base.path} by {change:.0%} of its norm, so it is hardly a fine-tune "
+            f"of it: use --allow-different-bases to add it all the same"
+        )
+    return plan
+
+
+def _record(
+    number: int, source: Checkpoint | Adapter, content: str, parts: Mapping[str, Part], plan: Plan, done: Done
+) -> StepRecord:
+    held, square, with_held, with_next, merged = (
+        done.facts[name] for name in ("held.held", "next.next", "held.merged", "next.merged", "merged.merged")
+    )
+    forms = [item.form for item in plan.items if item.form != "copy"]
+    return StepRecord(
+        number=number,
+        source=str(source.path.resolve()),
+        sha256=content,
+        kind="adapter" if isinstance(source, Adapter) else "model",
+        stated_base=source.base if isinstance(source, Adapter) else None,
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        parts=dict(parts),
+        norm=sqrt(square),
+        kept=safe_ratio(sqrt(max(0.0, merged - 2 * with_held + held)), sqrt(square)),
+        cosine=safe_ratio(with_next, sqrt(square * merged)),
+        merged=sqrt(merged),
+        rank=plan.rank,
+        factored=forms.count("factors"),
+        full=forms.count("delta"),
+        discarded=max(done.discarded.values(), default=0.0),
+    )
+
+
+def _content(source: Checkpoint | Adapter) -> str:
+    """A hash of a model's files: their bytes, in the order of their names, and an adapter's config."""
+    digest = hashlib.sha256()
+    files = {*source.files, *([source.path / "adapter_config.json"] if isinstance(source, Adapter) else [])}
+    for file in sorted(file for file in files if file.is_file()):
+        digest.update(bytes.fromhex(_sha256(file)))
+    return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            digest = hashlib.sha256()
+            while piece := stream.read(_PIECE):
+                digest.update(piece)
+            return digest.hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
