@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -9,13 +10,26 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from merging import platform
-from merging.errors import FormatError, OutputError
+from merging.errors import FormatError, InputError, OutputError
 
-__all__ = ["NAME", "SCHEMA", "Base", "Manifest", "Part", "Refused", "StepRecord", "read_manifest", "write_manifest"]
+__all__ = [
+    "NAME",
+    "SCHEMA",
+    "Base",
+    "Manifest",
+    "Part",
+    "Refused",
+    "StepRecord",
+    "read_manifest",
+    "sha256_of",
+    "write_manifest",
+]
 
 NAME = "manifest.json"
 
 SCHEMA = 1
+
+_PIECE = 1 << 22
 
 
 class _Record(BaseModel):
@@ -83,6 +97,35 @@ class Manifest(_Record):
     steps: tuple[StepRecord, ...] = ()
     refused: tuple[Refused, ...] = ()
 
+    def status(self) -> dict[str, Any]:
+        """What the store holds and what each model brought, in plain values."""
+        return {
+            "method": self.method,
+            "parameters": self.parameters,
+            "base": self.base.path,
+            "max_rank": self.max_rank,
+            "holds": self.holds(),
+            "steps": [step.model_dump() for step in self.steps],
+            "refused": [each.model_dump() for each in self.refused],
+        }
+
+    def holds(self) -> list[str]:
+        """What is held after the last step, in words."""
+        if not self.steps:
+            return ["nothing yet"]
+        last = self.steps[-1]
+        size = sum(part.bytes for part in last.parts.values())
+        lines = [f"{size / 1e6:.1f} MB in {', '.join(last.parts)}"]
+        if last.factored:
+            capped = f", capped at {self.max_rank}" if self.max_rank else ""
+            lines.append(
+                f"{last.factored} tensors as factors of rank {last.rank}{capped}; one is held in full as soon as its "
+                f"factors would take more room"
+            )
+        if last.full:
+            lines.append(f"{last.full} tensors in full")
+        return lines
+
 
 def read_manifest(store: Path) -> Manifest:
     """The manifest of a store. Raises :class:`~merging.errors.FormatError` for what is none."""
@@ -112,3 +155,15 @@ def write_manifest(store: Path, manifest: Manifest) -> None:
         platform.sync_folder(store)
     except OSError as error:
         raise OutputError(f"{store}: the manifest cannot be written: {error.strerror}") from None
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file, read in pieces. Raises :class:`~merging.errors.InputError`."""
+    try:
+        with path.open("rb") as stream:
+            digest = hashlib.sha256()
+            while piece := stream.read(_PIECE):
+                digest.update(piece)
+            return digest.hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None

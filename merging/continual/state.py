@@ -21,7 +21,7 @@ from merging.sources import Adapter
 from merging.sources.adapter import Change, FullChange, LoraChange
 from merging.sources.stored import DTYPE_NAMES, Out, open_safetensors
 
-__all__ = ["Accumulated", "open_state", "state_metadata", "step_plan"]
+__all__ = ["Accumulated", "odd_values", "open_state", "state_metadata", "step_plan"]
 
 _TENSORS = "merging_tensors"
 
@@ -56,6 +56,16 @@ def open_state(path: Path) -> Adapter:
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise FormatError(f"{path}: is no state of a store: {type(error).__name__}: {error}") from None
     return Adapter(path, changes, (path,), "state")
+
+
+def odd_values(path: Path) -> list[str]:
+    """What is wrong with a state's file that is as it was written."""
+    try:
+        tensors = [tensor for change in open_state(path).changes.values() for tensor in change.tensors]
+    except FormatError as error:
+        return [str(error)]
+    finite = all(bool(torch.isfinite(tensor.read()).all()) for tensor in tensors)
+    return [] if finite else [f"{path}: holds values that are not finite"]
 
 
 def state_metadata(plan: Plan) -> dict[str, str]:

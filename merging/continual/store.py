@@ -6,35 +6,35 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from filelock import FileLock, Timeout
 
 from merging import platform
 from merging.continual import growth
-from merging.continual.manifest import Base, Manifest, Part, Refused, StepRecord, read_manifest, write_manifest
-from merging.continual.state import open_state, state_metadata, step_plan
-from merging.errors import FormatError, InputError, MergingError, OptionError, OutputError
-from merging.files import Merged, merge_plan, pick_device, workers_within
-from merging.linalg import safe_ratio
+from merging.continual.manifest import (
+    Base,
+    Manifest,
+    Part,
+    Refused,
+    StepRecord,
+    read_manifest,
+    sha256_of,
+    write_manifest,
+)
+from merging.continual.state import odd_values, open_state
+from merging.continual.step import Execution, Grown, content_of, grow, plan_alone, record
+from merging.errors import InputError, MergingError, OptionError, OutputError
+from merging.files import Merged, merge_plan, pick_device
 from merging.methods import chain
-from merging.methods.task_arithmetic import TaskArithmetic
-from merging.plan import PORTABLE_RANKS, Plan, plan_of
-from merging.plan.checks import same_base
+from merging.plan import PORTABLE_RANKS, plan_of
 from merging.recipe import Recipe, make_recipe
-from merging.run import Done, run
 from merging.sources import Adapter, Checkpoint, open_model
 from merging.sources.checkpoint import content_key
 from merging.threads import Progress, cores
-from merging.vetting import UNRELATED, relative_changes
-from merging.writer import TensorWriter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 __all__ = ["ContinualStore", "Verdict"]
 
 _STATES, _LOCK, _UNFINISHED = "states", ".lock", ".unfinished."
-
-_PIECE = 1 << 22
 
 
 class ContinualStore:
@@ -87,7 +85,7 @@ class ContinualStore:
         identity = Base(
             path=str(Path(base).expanduser().resolve()),
             key=content_key(opened.tensors),
-            sha256={file.name: _sha256(file) for file in opened.files},
+            sha256={file.name: sha256_of(file) for file in opened.files},
         )
         values = Recipe(models=("nothing",), method=grows).to_dict()
         manifest = Manifest(
@@ -114,17 +112,7 @@ class ContinualStore:
 
     def status(self) -> dict[str, Any]:
         """What it holds and what each model brought, in plain values."""
-        manifest = self.manifest()
-        last = manifest.steps[-1] if manifest.steps else None
-        return {
-            "method": manifest.method,
-            "parameters": manifest.parameters,
-            "base": manifest.base.path,
-            "max_rank": manifest.max_rank,
-            "holds": _holds(last, manifest.max_rank) if last else ["nothing yet"],
-            "steps": [step.model_dump() for step in manifest.steps],
-            "refused": [each.model_dump() for each in manifest.refused],
-        }
+        return self.manifest().status()
 
     # ---- growing
 
@@ -147,62 +135,28 @@ class ContinualStore:
         with self._writing(wait):
             manifest = self.manifest()
             source = open_model(model)
-            content = _content(source)
+            content = content_of(source)
             if not again and any(step.sha256 == content for step in manifest.steps):
                 return None
-            base = self._base(manifest)
-            alone = _plan_alone(source, base, manifest, allow_different_bases)
+            alone = plan_alone(source, self._base(manifest), manifest, allow_different_bases)
             folder = self._new_folder()
             try:
-                record = self._grow(manifest, source, content, alone, folder, device, threads, max_memory, progress)
-                write_manifest(self.path, manifest.model_copy(update={"steps": (*manifest.steps, record)}))
+                execution = Execution(
+                    pick_device(device), cores() if threads is None else threads, max_memory, progress
+                )
+                grown = grow(manifest, self.path, alone, content, folder, execution)
+                number = len(manifest.steps) + 1
+                parts = self._settle(folder, number, grown)
+                step = record(number, source, content, parts, grown)
+                write_manifest(self.path, manifest.model_copy(update={"steps": (*manifest.steps, step)}))
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
-            return record
+            return step
 
-    def _grow(
-        self,
-        manifest: Manifest,
-        source: Checkpoint | Adapter,
-        content: str,
-        alone: Plan,
-        folder: Path,
-        device: str,
-        threads: int | None,
-        max_memory: int | None,
-        progress: Progress | None,
-    ) -> StepRecord:
-        """Write the parts of the next state, put them in place, and tell of them."""
-        grows = chain(manifest.method, manifest.parameters)
-        last = manifest.steps[-1] if manifest.steps else None
-        parts: dict[str, Part] = {}
-        first: tuple[Plan, Done] | None = None
-        for name, update in growth.parts(grows).items():
-            held = open_state(self.path / last.parts[name].file) if last else None
-            plan = step_plan(held, alone, growth.Step(then=update), content, manifest.max_rank)
-            workers = workers_within(plan, cores() if threads is None else threads, max_memory)
-            writer = TensorWriter(folder, name, plan.outs, state_metadata(plan), None)
-            try:
-                done = run(plan, writer, device=pick_device(device), threads=workers, progress=progress, scratch=folder)
-                writer.finish()
-            finally:
-                writer.close()
-            first = first or (plan, done)
-        assert first is not None
-        digest = {name: _sha256(folder / f"{name}.safetensors") for name in growth.parts(grows)}
-        number = len(manifest.steps) + 1
-        final = (
-            self.path / _STATES / f"{number:06}-{hashlib.sha256(''.join(digest.values()).encode()).hexdigest()[:12]}"
-        )
-        self._settle(folder, final)
-        for name, sha256 in digest.items():
-            file = final / f"{name}.safetensors"
-            parts[name] = Part(file=str(file.relative_to(self.path)), sha256=sha256, bytes=file.stat().st_size)
-        return _record(number, source, content, parts, *first)
-
-    @staticmethod
-    def _settle(folder: Path, final: Path) -> None:
+    def _settle(self, folder: Path, number: int, grown: Grown) -> dict[str, Part]:
         """Give a finished state its name. One that is there already, of the same content, was left by a killed step."""
+        digest = hashlib.sha256("".join(grown.sha256.values()).encode()).hexdigest()[:12]
+        final = self.path / _STATES / f"{number:06}-{digest}"
         try:
             platform.sync_folder(folder)
             if not final.is_dir():
@@ -210,6 +164,11 @@ class ContinualStore:
             platform.sync_folder(final.parent)
         except OSError as error:
             raise OutputError(f"{final}: cannot be put in place: {error.strerror}") from None
+        files = {name: final / f"{name}.safetensors" for name in grown.sha256}
+        return {
+            name: Part(file=str(file.relative_to(self.path)), sha256=grown.sha256[name], bytes=file.stat().st_size)
+            for name, file in files.items()
+        }
 
     def _base(self, manifest: Manifest) -> Checkpoint:
         base = _open_base(manifest.base.path)
@@ -325,10 +284,10 @@ class ContinualStore:
                 file = self.path / part.file
                 if not file.is_file():
                     removed.append(step.number)
-                elif file.stat().st_size != part.bytes or _sha256(file) != part.sha256:
+                elif file.stat().st_size != part.bytes or sha256_of(file) != part.sha256:
                     problems.append(f"{file}: its content is not what was written")
                 elif step is manifest.steps[-1]:
-                    problems += _odd(file)
+                    problems += odd_values(file)
         if manifest.steps and manifest.steps[-1].number in removed:
             problems.append(f"the state of the last step, {manifest.steps[-1].number}, is gone")
         problems += self._odd_base(manifest)
@@ -340,23 +299,8 @@ class ContinualStore:
             base = _open_base(manifest.base.path)
         except MergingError as error:
             return [str(error)]
-        found = {file.name: _sha256(file) for file in base.files}
+        found = {file.name: sha256_of(file) for file in base.files}
         return [] if found == manifest.base.sha256 else [f"{manifest.base.path}: is no longer the base of the store"]
-
-
-def _holds(last: StepRecord, max_rank: int | None) -> list[str]:
-    """What is held after a step, in words."""
-    size = sum(part.bytes for part in last.parts.values())
-    lines = [f"{size / 1e6:.1f} MB in {', '.join(last.parts)}"]
-    if last.factored:
-        capped = f", capped at {max_rank}" if max_rank else ""
-        lines.append(
-            f"{last.factored} tensors as factors of rank {last.rank}{capped}; one is held in full as soon as its "
-            f"factors would take more room"
-        )
-    if last.full:
-        lines.append(f"{last.full} tensors in full")
-    return lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,86 +312,8 @@ class Verdict:
     problems: list[str]
 
 
-def _odd(file: Path) -> list[str]:
-    """What is wrong with a state that is as it was written."""
-    try:
-        tensors = [tensor for change in open_state(file).changes.values() for tensor in change.tensors]
-    except FormatError as error:
-        return [str(error)]
-    return [f"{file}: holds values that are not finite" for t in tensors if not bool(torch.isfinite(t.read()).all())][
-        :1
-    ]
-
-
 def _open_base(path: str | Path) -> Checkpoint:
     base = open_model(path)
     if isinstance(base, Adapter):
         raise InputError(f"{path}: is an adapter, and the base of a store is the full model that all were trained from")
     return base
-
-
-def _plan_alone(source: Checkpoint | Adapter, base: Checkpoint, manifest: Manifest, different: bool) -> Plan:
-    """The plan of the new model by itself on the base; refuses one that belongs to another."""
-    if isinstance(source, Adapter) and source.base and not different:
-        stated = (step.stated_base for step in manifest.steps)
-        other = next((name for name in stated if name and not same_base(name, source.base)), None)
-        if other:
-            raise InputError(
-                f"{source.path} was trained on {source.base}, and earlier ones on {other}: if they are the same model "
-                f"under two names, use --allow-different-bases"
-            )
-    recipe = Recipe(models=(str(source.path),), method=TaskArithmetic(), base=str(base.path), kind="model")
-    plan = plan_of(recipe, (source,), base)
-    change = relative_changes(plan)[0]
-    if change > UNRELATED and not different:
-        raise InputError(
-            f"{source.path} differs from the base {base.path} by {change:.0%} of its norm, so it is hardly a fine-tune "
-            f"of it: use --allow-different-bases to add it all the same"
-        )
-    return plan
-
-
-def _record(
-    number: int, source: Checkpoint | Adapter, content: str, parts: Mapping[str, Part], plan: Plan, done: Done
-) -> StepRecord:
-    held, square, with_held, with_next, merged = (
-        done.facts[name] for name in ("held.held", "next.next", "held.merged", "next.merged", "merged.merged")
-    )
-    forms = [item.form for item in plan.items if item.form != "copy"]
-    return StepRecord(
-        number=number,
-        source=str(source.path.resolve()),
-        sha256=content,
-        kind="adapter" if isinstance(source, Adapter) else "model",
-        stated_base=source.base if isinstance(source, Adapter) else None,
-        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        parts=dict(parts),
-        norm=sqrt(square),
-        kept=safe_ratio(sqrt(max(0.0, merged - 2 * with_held + held)), sqrt(square)),
-        cosine=safe_ratio(with_next, sqrt(square * merged)),
-        merged=sqrt(merged),
-        rank=plan.rank,
-        factored=forms.count("factors"),
-        full=forms.count("delta"),
-        discarded=max(done.discarded.values(), default=0.0),
-    )
-
-
-def _content(source: Checkpoint | Adapter) -> str:
-    """A hash of a model's files: their bytes, in the order of their names, and an adapter's config."""
-    digest = hashlib.sha256()
-    files = {*source.files, *([source.path / "adapter_config.json"] if isinstance(source, Adapter) else [])}
-    for file in sorted(file for file in files if file.is_file()):
-        digest.update(bytes.fromhex(_sha256(file)))
-    return digest.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            digest = hashlib.sha256()
-            while piece := stream.read(_PIECE):
-                digest.update(piece)
-            return digest.hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
