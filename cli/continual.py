@@ -124,14 +124,19 @@ def _told(step: StepRecord) -> str:
 
 @continual_command.command(name="status")
 @_store
+@click.option("--spectrum", is_flag=True, help="also how the merge is spread over layers and directions; reads it all")
 @_json
 @_debug
-def status_command(store: str, as_json: bool, debug: bool) -> None:
-    """What the store holds, and what each model brought."""
+def status_command(store: str, spectrum: bool, as_json: bool, debug: bool) -> None:
+    """What the store holds, and what each model brought.
+
+    norm: of the model's change. kept: the share of it that was added. cosine: between the change and the merge then.
+    rank: of what is held as factors. merge: the norm of what is held then, before the scale.
+    """
     with reported(debug):
         from merging.continual import ContinualStore
 
-        facts = ContinualStore(store).status()
+        facts = ContinualStore(store).status(spectrum=spectrum)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
@@ -139,11 +144,18 @@ def status_command(store: str, as_json: bool, debug: bool) -> None:
     for line in facts["holds"]:
         click.echo(f"  {line}")
     if facts["steps"]:
+        click.echo(f"  published times {facts['scale']:.4g}")
         click.echo(f"\n{'step':>4}  {'norm':>9}  {'kept':>6}  {'cosine':>6}  {'rank':>4}  {'merge':>9}  model")
     for step in facts["steps"]:
         click.echo(
             f"{step['number']:>4}  {step['norm']:>9.4g}  {step['kept']:>6.1%}  {step['cosine']:>+6.3f}  "
             f"{step['rank'] or '-':>4}  {step['merged']:>9.4g}  {step['source']}"
+        )
+    for layer in facts.get("layers", ()):
+        place = "outside" if layer["layer"] is None else f"layer {layer['layer']}"
+        click.echo(
+            f"{place:>10}: norm {layer['norm']:.4g}, leading directions {layer['leading']:.1%}, "
+            f"stable rank {layer['stable_rank']:.1f}"
         )
     for each in facts["refused"]:
         click.echo(f"refused: {each['source']}: {each['reason']}")

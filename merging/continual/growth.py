@@ -6,16 +6,16 @@ held and the next model's change, by a method that sees the two.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from merging.continual.manifest import Manifest
 from merging.delta import Delta, Dense, LowRank, Stack
 from merging.errors import OptionError
 from merging.folds import Rank, Ranked, Sum
-from merging.linalg import inner
+from merging.linalg import inner, safe_ratio
 from merging.method import Closing, Method, Round, Seen
 from merging.methods.linear import Linear
 from merging.methods.lines import Lines
@@ -27,7 +27,7 @@ from merging.parameters import Coefficient, number
 from merging.site import Site
 from merging.wrapper import Wrapper
 
-__all__ = ["GROWING", "Step", "check", "parts", "published"]
+__all__ = ["GROWING", "Step", "check", "parts", "published", "scale_of"]
 
 GROWING = ("opcm", "task_arithmetic", "linear", "magmax", "ties", "lines+task_arithmetic", "lines+linear")
 """The methods, and chains, that a store can grow by."""
@@ -74,24 +74,24 @@ def parts(method: Method) -> dict[str, Method]:
     return {"sum": TaskArithmetic()}
 
 
-def published(method: Method, norms: Sequence[float], merged: float) -> Method:
-    """The method that makes the merge of all models of what is kept of them.
+def scale_of(method: Method, manifest: Manifest) -> float:
+    """What is held is multiplied by this when it is published (before LiNeS and the vote of TIES)."""
+    last, norms = method.links()[-1], [step.norm for step in manifest.steps]
+    if isinstance(last, Opcm):
+        return safe_ratio(sum(norms) / len(norms), manifest.steps[-1].merged) if norms else 1.0
+    if isinstance(last, Linear):
+        return 1 / max(1, len(norms)) if last.normalize else 1.0
+    return number(getattr(last, "scale", 1.0))
 
-    ``norms`` are those of the models' changes, ``merged`` that of the first part.
-    """
-    last, models = method.links()[-1], len(norms)
+
+def published(method: Method, manifest: Manifest) -> Method:
+    """The method that makes the merge of all models of what is kept of them."""
+    outer, last = method.links()[0], method.links()[-1]
     if isinstance(last, Ties):
         return _Elected(scale=number(last.scale), zero=last.zero, normalize=last.normalize)
-    if isinstance(last, Opcm):
-        scale = sum(norms) / models / merged if merged else 0.0
-    elif isinstance(last, Linear):
-        scale = 1 / models if last.normalize else 1.0
-    else:
-        scale = number(getattr(last, "scale", 1.0))
-    lines = method.links()[0]
-    if isinstance(lines, Lines):
-        return _by_depth(lines, models)
-    return TaskArithmetic(scale=scale)
+    if isinstance(outer, Lines):
+        return _by_depth(outer, len(manifest.steps))
+    return TaskArithmetic(scale=scale_of(method, manifest))
 
 
 def _by_depth(lines: Lines, models: int) -> Method:

@@ -23,12 +23,12 @@ from merging.plan import Plan, plan_of
 from merging.plan.checks import same_base
 from merging.recipe import Recipe
 from merging.run import Done, run
-from merging.sources import Adapter, Checkpoint
+from merging.sources import Adapter, Checkpoint, open_model
 from merging.threads import Progress
 from merging.vetting import UNRELATED, relative_changes
 from merging.writer import TensorWriter
 
-__all__ = ["Execution", "Grown", "content_of", "grow", "plan_alone", "record"]
+__all__ = ["Execution", "Grown", "content_of", "grow", "open_base", "plan_alone", "record"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,14 @@ class Grown:
     sha256: dict[str, str]
     plan: Plan
     done: Done
+
+
+def open_base(path: str | Path) -> Checkpoint:
+    """The base of a store. Raises :class:`~merging.errors.MergingError`."""
+    base = open_model(path)
+    if isinstance(base, Adapter):
+        raise InputError(f"{path}: is an adapter, and the base of a store is the full model that all were trained from")
+    return base
 
 
 def plan_alone(source: Checkpoint | Adapter, base: Checkpoint, manifest: Manifest, allow_different: bool) -> Plan:

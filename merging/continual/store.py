@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +25,15 @@ from merging.continual.manifest import (
     sha256_of,
     write_manifest,
 )
+from merging.continual.spectrum import spectra
 from merging.continual.state import odd_values, open_state
-from merging.continual.step import Execution, Grown, content_of, grow, plan_alone, record
+from merging.continual.step import Execution, Grown, content_of, grow, open_base, plan_alone, record
 from merging.errors import InputError, MergingError, OptionError, OutputError
 from merging.files import Merged, merge_plan, pick_device
 from merging.methods import chain
 from merging.plan import PORTABLE_RANKS, plan_of
 from merging.recipe import Recipe, make_recipe
-from merging.sources import Adapter, Checkpoint, open_model
+from merging.sources import Checkpoint, open_model
 from merging.sources.checkpoint import content_key
 from merging.threads import Progress, cores
 
@@ -81,7 +82,7 @@ class ContinualStore:
             raise OptionError(f"max_rank = {max_rank}: at least 1 is needed")
         if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
             raise OutputError(f"{path}: exists already: choose another folder for the store")
-        opened = _open_base(base)
+        opened = open_base(base)
         identity = Base(
             path=str(Path(base).expanduser().resolve()),
             key=content_key(opened.tensors),
@@ -110,9 +111,15 @@ class ContinualStore:
         manifest = self.manifest()
         return chain(manifest.method, manifest.parameters)
 
-    def status(self) -> dict[str, Any]:
-        """What it holds and what each model brought, in plain values."""
-        return self.manifest().status()
+    def status(self, spectrum: bool = False) -> dict[str, Any]:
+        """What it holds and what each model brought, in plain values; with the spectra of its layers if so asked."""
+        manifest = self.manifest()
+        facts = manifest.status() | {"scale": growth.scale_of(self.method, manifest)}
+        if spectrum and manifest.steps:
+            first = next(iter(manifest.steps[-1].parts.values()))
+            layers = spectra(self.path / first.file, list(self._base(manifest).tensors))
+            facts["layers"] = [asdict(layer) for layer in layers]
+        return facts
 
     # ---- growing
 
@@ -171,7 +178,7 @@ class ContinualStore:
         }
 
     def _base(self, manifest: Manifest) -> Checkpoint:
-        base = _open_base(manifest.base.path)
+        base = open_base(manifest.base.path)
         if content_key(base.tensors) != manifest.base.key:
             raise InputError(f"{manifest.base.path}: is no longer the base that {self.path} was made for")
         return base
@@ -227,7 +234,7 @@ class ContinualStore:
             raise InputError(f"{self.path}: holds no model yet: add one first")
         grows, last = chain(manifest.method, manifest.parameters), manifest.steps[-1]
         states = [open_state(self.path / part.file) for part in last.parts.values()]
-        method = growth.published(grows, [step.norm for step in manifest.steps], last.merged)
+        method = growth.published(grows, manifest)
         names = tuple(state.path.name for state in states)
         recipe = make_recipe({"models": names, "method": method, "as": kind, "dtype": dtype, "rank": rank}, "export")
         destination = Path(output)
@@ -296,7 +303,7 @@ class ContinualStore:
     @staticmethod
     def _odd_base(manifest: Manifest) -> list[str]:
         try:
-            base = _open_base(manifest.base.path)
+            base = open_base(manifest.base.path)
         except MergingError as error:
             return [str(error)]
         found = {file.name: sha256_of(file) for file in base.files}
@@ -310,10 +317,3 @@ class Verdict:
     steps: int
     removed: list[int]
     problems: list[str]
-
-
-def _open_base(path: str | Path) -> Checkpoint:
-    base = open_model(path)
-    if isinstance(base, Adapter):
-        raise InputError(f"{path}: is an adapter, and the base of a store is the full model that all were trained from")
-    return base

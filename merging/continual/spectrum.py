@@ -1,0 +1,80 @@
+"""How what a store holds is spread over the layers of the model and over directions within its matrices."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from merging.continual.state import open_state
+from merging.delta import LowRank
+from merging.layers import Stacks
+from merging.linalg import factored_svd, safe_ratio
+from merging.sources.adapter import Change
+
+__all__ = ["LayerSpectrum", "spectra"]
+
+_POWERS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpectrum:
+    """One block of the model (None: what lies outside the blocks): the norm of what is held there, and of its matrices
+    the share of the energy that lies in their leading directions and the mean stable rank, energy over that share."""
+
+    layer: int | None
+    tensors: int
+    norm: float
+    leading: float
+    stable_rank: float
+
+
+def spectra(state: Path, names: list[str]) -> list[LayerSpectrum]:
+    """The layers of a state in order; ``names`` are the base's tensors. One tensor is in memory at a time."""
+    stacks = Stacks.from_names(names)
+    found: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for name, change in open_state(state).changes.items():
+        layer = stacks.place(name).layer
+        found[-1 if layer is None else layer].append(_energies(change))
+    return [_layer(layer, found[layer]) for layer in sorted(found)]
+
+
+def _layer(layer: int, energies: list[tuple[float, float]]) -> LayerSpectrum:
+    total = sum(each for each, _ in energies)
+    matrices = [(energy, first) for energy, first in energies if first]
+    energy, leading = sum(each for each, _ in matrices), sum(first for _, first in matrices)
+    ranks = [energy / first for energy, first in matrices]
+    return LayerSpectrum(
+        None if layer < 0 else layer,
+        len(energies),
+        sqrt(total),
+        safe_ratio(leading, energy),
+        safe_ratio(sum(ranks), len(ranks)),
+    )
+
+
+def _energies(change: Change) -> tuple[float, float]:
+    """The squared norm of a change, and the square of its largest singular value (0 of what is no matrix)."""
+    delta = change.read(change.shape, _no_base, torch.float32)
+    if isinstance(delta, LowRank):
+        values = factored_svd(delta.up, delta.down)[1]
+        return float(values.square().sum()), float(values[:1].square().sum())
+    value = delta.dense()
+    energy = float(value.double().square().sum())
+    return energy, _largest(value) ** 2 if value.dim() == 2 and energy else 0.0
+
+
+def _largest(matrix: Tensor) -> float:
+    """The largest singular value, to about one per cent, by power iterations from a fixed start."""
+    vector = torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(0))
+    for _ in range(_POWERS):
+        vector = matrix.mT @ (matrix @ (vector / vector.norm()))
+    return float((matrix @ (vector / vector.norm())).norm())
+
+
+def _no_base() -> Tensor:
+    raise AssertionError("what is held needs no base")
