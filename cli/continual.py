@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .errors import reported
+from .merging import written_method
 from .output import Size, progress_bar, size_text
 
 if TYPE_CHECKING:
@@ -48,19 +49,18 @@ def continual_command() -> None:
 class InitCommand(click.Command):
     """A command whose options include those of the method that its own arguments choose."""
 
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.own = list(self.params)
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Take the method's options in before the rest is read."""
         from merging.methods import links
 
         from .fields import chain_options
 
-        own = [param for param in self.params if not getattr(param, "of_method", False)]
-        method = next((args[i + 1] for i, word in enumerate(args[:-1]) if word in ("--method", "-m")), "opcm")
         with reported():
-            options = chain_options(links(method))
-        for option in options:
-            option.of_method = True  # type: ignore[attr-defined]
-        self.params = [*own, *options]
+            self.params = [*self.own, *chain_options(links(written_method(args) or "opcm"))]
         return super().parse_args(ctx, args)
 
 

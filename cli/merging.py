@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from merging.recipe import Recipe
 
-__all__ = ["execute", "execution_options", "merge_command"]
+__all__ = ["execute", "execution_options", "merge_command", "written_method"]
 
 RECIPE_OPTIONS = ("base", "as", "dtype", "rank", "layers", "lora_alpha", "shard_size", "on_mismatch",
                   "exclude", "allow_different_bases", "allow_nonfinite")  # fmt: skip
@@ -32,7 +32,7 @@ class ChainCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Find --method first, and take its chain's options in before the rest is read."""
         self.params = self.own
-        written = _written_method(args)
+        written = written_method(args)
         if written is not None:
             with reported():
                 from merging.methods import expanded, links
@@ -43,7 +43,8 @@ class ChainCommand(click.Command):
         return super().parse_args(ctx, args)
 
 
-def _written_method(args: list[str]) -> str | None:
+def written_method(args: list[str]) -> str | None:
+    """The method as the arguments name it."""
     for position, word in enumerate(args):
         if word in ("--method", "-m") and position + 1 < len(args):
             return args[position + 1]

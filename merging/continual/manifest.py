@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -154,6 +155,8 @@ def write_manifest(store: Path, manifest: Manifest) -> None:
         new.replace(store / NAME)
         platform.sync_folder(store)
     except OSError as error:
+        with suppress(OSError):
+            new.unlink()
         raise OutputError(f"{store}: the manifest cannot be written: {error.strerror}") from None
 
 
