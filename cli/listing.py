@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["methods_command"]
 
 LEGEND = """\
-merges   weights themselves, changes from a base (full checkpoints need --base), or by the method inside (any)
-LoRA     exact: adapters stay low-rank and nothing is lost; cut: the merge has full rank, cut to --rank (exact with
-         --as model); base: weights are merged, so that adapters need --base; inner: as the method inside
+merges   weights, or changes from a base, which full checkpoints then need (--base). Those marked any go around any
+         method and, all but lines, hand changes to it
+LoRA     exact: low-rank in and out; cut: of full rank, cut to --rank; base: adapters need --base; inner: as inside
 reads    how often the inputs are read; + SVD: full matrices are decomposed, seconds to minutes each (adapters: ms)
 
 None needs data. Chains go left to right, the merger last: dare+ties, knots+ties, lines+tsv. mergekit's names are known:
@@ -52,14 +52,27 @@ def methods_command(name: str | None, as_json: bool, markdown: bool) -> None:
 
     with reported():
         if name in ALIASES:
-            fixed = ", ".join(f"{key} = {value:g}" for key, value in ALIASES[name].fixed.items())
-            click.echo(f"{name} is mergekit's name for {ALIASES[name].chain}{' with ' + fixed if fixed else ''}")
+            click.echo(_alias(name))
         elif name is not None:
-            _show(method_class(name), as_json)
+            for link in name.split("+"):
+                _show(method_class(link.strip()), as_json)
         elif as_json:
             click.echo(json.dumps({each.name: asdict(each) for each in _choices()}, indent=2))
         else:
             click.echo(_markdown() if markdown else _screen())
+
+
+def _alias(name: str) -> str:
+    from merging.methods import ALIASES
+
+    alias = ALIASES[name]
+    fixed = [f"{key} = {plainly(value)}" for key, value in alias.fixed.items()]
+    defaults = [f"{key} = {plainly(value)}" for key, value in alias.defaults.items()]
+    lines = [f"{name}: mergekit's name for {alias.chain}", ""]
+    lines += [f"Fixed: {', '.join(fixed)}."] if fixed else []
+    lines += [f"Defaults as mergekit has them: {', '.join(defaults)}."]
+    lines += [f"{alias.hint[0].upper()}{alias.hint[1:]}."] if alias.hint else []
+    return "\n".join([*lines, f"Parameters: merge methods {alias.chain}"])
 
 
 def _choices() -> Iterator[Choice]:
@@ -127,8 +140,14 @@ def _show(cls: type[Method], as_json: bool) -> None:
         }
         click.echo(json.dumps(facts, indent=2))
         return
-    click.echo(f"{cls.name}: {cls.summary}\n{cls.paper}\n\n{inspect.cleandoc(cls.__doc__ or '')}\n")
+    paper = f"{cls.paper}\n" if cls.paper else ""
+    click.echo(f"{cls.name}: {cls.summary}\n{paper}\n{inspect.cleandoc(cls.__doc__ or '')}\n")
     for field, info in parameters.items():
-        default = "none" if info.default is None else str(info.default).lower()
+        default = plainly(info.default)
         among = f" ({' | '.join(choices(info))})" if choices(info) else ""
         click.echo(f"  --{field.replace('_', '-'):14} {info.description}{among}  [default: {default}]")
+
+
+def plainly(value: object) -> str:
+    """A default as it is written."""
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value).lower()

@@ -106,7 +106,11 @@ def execution_options(command: Any) -> Any:
 @click.option("--lora-alpha", type=float, help="LoRA alpha of adapters, instead of what they state")
 @click.option("--shard-size", type=Size(), help="most bytes in one file of a model's folder  [default: 5GB]")
 @click.option("--on-mismatch", type=click.Choice(["error", "base"]), help="tensors that differ in shape or are missing")
-@click.option("--exclude", multiple=True, help="leave tensors as in the base: a name, a part of names, or wildcards")
+@click.option(
+    "--exclude",
+    multiple=True,
+    help="leave tensors as in the base, or the first model: a name, a part of names, or wildcards",
+)
 @click.option("--allow-different-bases", is_flag=True, default=None, help="merge adapters that state different bases")
 @click.option("--allow-nonfinite", is_flag=True, default=None, help="merge inputs that hold NaN or infinities")
 @click.option("--recipe-only", is_flag=True, help="print the recipe as YAML: nothing is merged")

@@ -13,7 +13,7 @@ from torch import Tensor
 from merging.delta import Delta, Stack
 from merging.errors import OptionError, nearest
 from merging.folds import Fold
-from merging.parameters import Coefficient, all_matching, bound, patterns, spread, varies
+from merging.parameters import Coefficient, all_matching, bound, patterns, spread, unreached, varies
 from merging.site import Site
 
 __all__ = ["Closing", "Grain", "Method", "Round", "Seen", "build", "check_places"]
@@ -66,6 +66,8 @@ class Method(BaseModel, ABC):
     """The fewest and the most models it merges; None is no limit."""
     takes_apart: ClassVar[bool] = False
     """Whether it takes matrices apart into singular vectors, which costs far more than reading them in full."""
+    long_side: ClassVar[bool] = False
+    """Whether it may take apart the longer side of matrices, whose Gram matrices are then larger than they are."""
     workspace: ClassVar[int] = 3
     """About how many copies of a tile of all models a merge has in memory at once, for the plan."""
 
@@ -120,7 +122,9 @@ class Method(BaseModel, ABC):
         least, most = self.models
         if models < least or (most is not None and models > most):
             wanted = f"{least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
-            raise OptionError(f"{self.name} merges {wanted} models, and {models} were given")
+            noun, verb = "model" if wanted == "1" else "models", "was" if models == 1 else "were"
+            hint = ": the one it was trained from goes to --base" if most == 1 and self.origin == "base" else ""
+            raise OptionError(f"{self.name} merges {wanted} {noun}, and {models} {verb} given{hint}")
         for field in type(self).model_fields:
             value = getattr(self, field)
             given = len(value) if isinstance(value, tuple) or (isinstance(value, Tensor) and value.dim()) else None
@@ -189,7 +193,14 @@ def check_places(method: Method, sites: Iterable[Site], models: int) -> None:
     sites = list(sites)
     for link in method.links():
         values = [getattr(link, field) for field in type(link).model_fields]
-        all_matching([pattern for value in values for pattern in patterns(value)], [site.name for site in sites])
+        names = [site.name for site in sites]
+        all_matching([pattern for value in values for pattern in patterns(value)], names)
+        for field, value in zip(type(link).model_fields, values, strict=True):
+            if dead := unreached(value, names):
+                raise OptionError(
+                    f"{link.name}.{field}: {dead[0]!r} takes effect nowhere, since {dead[1]!r} comes before it and the "
+                    f"first that matches counts: put {dead[0]!r} first"
+                )
     for site in sites:
         method.at(site).check(models)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from merging.site import Site
 from merging.tiles import Tiler, row_step
 from merging.wrapper import Entered, descend
 
-__all__ = ["Opened", "Unit", "blocks", "feed"]
+__all__ = ["Opened", "Unit", "blocks", "decomposing", "feed"]
 
 Piece = tuple[Site, Stack, Tensor | None]
 """A block's site, what the models bring to it, and the base's values there if they are wanted."""
@@ -98,7 +99,7 @@ class Opened:
     def see(self, each: Round, state: State, seen: Seen) -> None:
         """Feed a round of the method with this unit."""
         for site, stack, _ in self.pieces():
-            feed(state, each.of(stack, site, seen), site)
+            feed(state, each.of(stack, site, seen), site.name)
 
     def round(self, name: str) -> Round:
         """A round of the method at this place."""
@@ -122,12 +123,25 @@ class Opened:
         return self.entered.leave(Dense(out))
 
 
-def feed(state: State, values: Tensor, site: Site) -> None:
-    """Give values to a fold, whose refusals become errors that name the tensor."""
+@contextmanager
+def decomposing(name: str) -> Iterator[None]:
+    """Values of a tensor that no decomposition is found for become an error that names it."""
     try:
-        state.add(values, site.name)
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        reason = str(error).rstrip(".")
+        raise InputError(f"{name}: cannot be decomposed, as NaN and infinities cannot: {reason}") from None
+
+
+def feed(state: State, values: Tensor, name: str) -> None:
+    """Give values of a tensor to a fold, whose refusals become errors that name it."""
+    try:
+        state.add(values, name)
     except ValueError as error:
-        raise InputError(f"{error}: this method cannot merge such values") from None
+        raise InputError(
+            f"{error}: this method cannot merge them: leave the tensor out with --exclude, or the model; if all values "
+            f"are finite, their squares are not in float32: use --dtype float64"
+        ) from None
 
 
 def blocks(delta: Delta, device: torch.device) -> Iterator[tuple[int, int, Delta]]:

@@ -27,6 +27,7 @@ __all__ = [
     "patterns",
     "plain",
     "spread",
+    "unreached",
     "varies",
 ]
 
@@ -119,6 +120,22 @@ def all_matching(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
             raise OptionError(f"{pattern!r} names no tensor{nearest(pattern, names)}")
         found.update(meant)
     return found
+
+
+def unreached(value: Any, names: Iterable[str]) -> tuple[str, str] | None:
+    """A pattern that takes effect nowhere, since others before it take all that it means, and one of these."""
+    if isinstance(value, tuple):
+        return next((found for each in value if (found := unreached(each, names))), None)
+    if not isinstance(value, ByName):
+        return None
+    firsts = {pattern: [name for name in names if matches(pattern, name)] for pattern, _ in value.rules}
+    taken: dict[str, str] = {}
+    for pattern, meant in firsts.items():
+        if meant and all(name in taken for name in meant):
+            return pattern, taken[meant[0]]
+        for name in meant:
+            taken.setdefault(name, pattern)
+    return None
 
 
 def varies(value: Any) -> bool:

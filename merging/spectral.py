@@ -20,7 +20,7 @@ __all__ = ["Spectral", "as_stored", "matrices"]
 
 
 class Spectral(Method):
-    """Matrices are merged one by one; all other tensors, and tables unless `embeddings`, take the mean.
+    """Matrices are merged one by one; all other tensors, and embedding tables unless `embeddings`, take the mean.
 
     What a method makes of matrices must not depend on the basis they are written in: low-rank changes are then merged
     in their joint row and column spaces, where all matrices are of the sum of ranks, exactly.
@@ -29,7 +29,7 @@ class Spectral(Method):
     takes_apart: ClassVar[bool] = True
 
     scale: Local[Coefficient] = Field(1.0, description="what the merged change is multiplied by")
-    embeddings: bool = Field(False, description="take tables apart as well, instead of their mean")
+    embeddings: bool = Field(False, description="take embedding tables apart as well, which else are averaged")
 
     @property
     def grain(self) -> Grain:

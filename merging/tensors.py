@@ -14,6 +14,7 @@ from merging.folds import Fold
 from merging.layers import Stacks
 from merging.method import Method, Seen, check_places
 from merging.methods import chain
+from merging.opened import decomposing, feed
 from merging.parameters import all_matching
 from merging.site import Site, inputs_by_outputs, site_of
 from merging.sources.adapter import LoraChange
@@ -138,17 +139,19 @@ def _merged(
 
     for each in method.rounds():
         if each.per == "model":
-            values = []
+            values = {}
             for name in sites:
-                _, entered, _ = opened(name)
-                local = _local(entered, seen, each.name)
-                bound = next(round for round in entered.then.rounds() if round.name == each.name)
-                values.append(bound.of(entered.stack, entered.site, local))
+                with decomposing(name):
+                    _, entered, _ = opened(name)
+                    local = _local(entered, seen, each.name)
+                    bound = next(round for round in entered.then.rounds() if round.name == each.name)
+                    values[name] = bound.of(entered.stack, entered.site, local)
             seen[each.name] = _gather(each.fold, values)
 
     def merge(name: str) -> tuple[Delta, Stack, Tensor | None]:
-        stack, entered, origin = opened(name)
-        merged = entered.leave(entered.then.merge(entered.stack, entered.site, _local(entered, seen)))
+        with decomposing(name):
+            stack, entered, origin = opened(name)
+            merged = entered.leave(entered.then.merge(entered.stack, entered.site, _local(entered, seen)))
         if weights and not method.rescales:
             return merged, stack, None
         if weights and origin is not None:
@@ -158,7 +161,7 @@ def _merged(
     closings = method.closings(models)
     raw = {name: merge(name) for name in sites} if closings else {}
     for position, closing in enumerate(closings):
-        values = [method.at(site).closings(models)[position].of(*raw[name][:2], site) for name, site in sites.items()]
+        values = {n: method.at(site).closings(models)[position].of(*raw[n][:2], site) for n, site in sites.items()}
         seen[closing.name] = _gather(closing.fold, values)
     for name, site in sites.items():
         merged, _, origin = raw[name] if closings else merge(name)
@@ -172,16 +175,16 @@ def _local(entered: Entered, seen: Seen, before: str | None = None) -> Seen:
         if each.name == before:
             break
         if each.per == "tensor":
-            local[each.name] = _gather(each.fold, [each.of(entered.stack, entered.site, local)])
+            local[each.name] = _gather(each.fold, {entered.site.name: each.of(entered.stack, entered.site, local)})
     return local
 
 
-def _gather(fold: Fold, values: Sequence[Tensor]) -> Tensor:
-    wide = any(value.dtype == torch.float64 for value in values)
+def _gather(fold: Fold, values: Mapping[str, Tensor]) -> Tensor:
+    wide = any(value.dtype == torch.float64 for value in values.values())
     state = fold.widened(torch.float64 if wide else torch.float32).start()
     while True:
-        for position, each in enumerate(values):
-            state.add(each, position)
+        for name, each in values.items():
+            feed(state, each, name)
         if not state.next():
             return state.result()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Protocol
@@ -16,7 +15,7 @@ from merging.errors import InputError
 from merging.folds import State
 from merging.linalg import compress, truncate
 from merging.method import Closing, Round
-from merging.opened import Opened, Unit, blocks, feed
+from merging.opened import Opened, Unit, blocks, decomposing, feed
 from merging.parameters import Coefficient
 from merging.plan.items import Item, Plan
 from merging.sources.adapter import Change
@@ -67,7 +66,7 @@ class Worker:
 
     def see(self, unit: Unit, folds: Sequence[Round | Closing]) -> None:
         """Feed folds with a unit: rounds with what the models bring, closings with what they merge to."""
-        with _decomposing(unit.item):
+        with decomposing(unit.item.site.name):
             self._see(unit, folds)
 
     def _see(self, unit: Unit, folds: Sequence[Round | Closing]) -> None:
@@ -100,7 +99,7 @@ class Worker:
                 if self.plan.weights and base is not None:
                     merged, stack = _as_changes(merged, stack, base)
                 for each, state in zip(bound, self.states, strict=True):
-                    feed(state, each.of(merged, stack, site), site)
+                    feed(state, each.of(merged, stack, site), site.name)
             return
         assert opened.stack is not None
         merged, stack = opened.merged(), opened.stack
@@ -109,11 +108,11 @@ class Worker:
         self.shared.spool.put(item.site.name, merged)
         for each, state in zip(bound, self.states, strict=True):
             if each.grain == "matrix":
-                feed(state, each.of(merged, stack, item.site), item.site)
+                feed(state, each.of(merged, stack, item.site), item.site.name)
                 continue
             for first, last, block in blocks(merged, self.tiler.device):
                 rows = stack.rows(first, last) if item.site.shape else stack
-                feed(state, each.of(block, rows, item.site), item.site)
+                feed(state, each.of(block, rows, item.site), item.site.name)
 
     def _advise(self, unit: Unit) -> None:
         """Have this piece read ahead, and the next one, which another worker takes meanwhile."""
@@ -123,7 +122,7 @@ class Worker:
 
     def emit(self, unit: Unit) -> None:
         """Merge a unit and write it."""
-        with _decomposing(unit.item):
+        with decomposing(unit.item.site.name):
             self._emit(unit)
 
     def _emit(self, unit: Unit) -> None:
@@ -232,16 +231,6 @@ class Worker:
                         self.shared.notices.add(
                             f"{item.site.name} of {path} differs, and integers are not merged: kept the base's"
                         )
-
-
-@contextmanager
-def _decomposing(item: Item) -> Iterator[None]:
-    """Values that no decomposition is found for become an error that names the tensor."""
-    try:
-        yield
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        reason = str(error).rstrip(".")
-        raise InputError(f"{item.site.name}: cannot be decomposed, as NaN and infinities cannot: {reason}") from None
 
 
 def _as_changes(merged: Delta, stack: Stack, base: Tensor) -> tuple[Delta, Stack]:

@@ -187,7 +187,7 @@ def test_no_method_lists_them() -> None:
         ("-m linear tuned0 tuned1 --rank 4", "--rank is the rank of a merged adapter"),
         ("-m linear tuned0 tuned1 --lora-alpha 4", "--lora-alpha is a setting of adapters"),
         ("-m linear --weights 1e30,1e30 --no-normalize tuned0 tuned1 --dtype float16", "beyond the range of F16"),
-        ("-m slerp tuned0", "slerp merges 2 models, and 1 were given"),
+        ("-m slerp tuned0", "slerp merges 2 models, and 1 was given"),
         ("-m linear --weights 1,2,3 tuned0 tuned1", "weights has 3 values for 2 models: give one value for all, or 2"),
         ("-m linear --weights 1,-1 tuned0 tuned1", "the weights of linear sum to zero"),
         ("-m linear --weights nan tuned0 tuned1", "linear.weights = "),
@@ -333,15 +333,18 @@ def test_methods() -> None:
 
 def test_names_of_the_peer(tmp_path: Path) -> None:
     """They are chains, with what the peer fixes fixed."""
-    assert "dare+ties with ties.density = 1" in ok("methods", "dare_ties").stdout
+    said = ok("methods", "dare_ties").stdout
+    assert "mergekit's name for dare+ties" in said
+    assert "Fixed: ties.density = 1.\nDefaults as mergekit has them: dare.rescale = l1, ties.normalize = false" in said
     said = ok("--method", "breadcrumbs_ties", "--help").stdout
     assert "--density" in said
     assert "ties.density" not in said
     recipe = yaml.safe_load(ok("-m", "breadcrumbs_ties", "--density", "0.6", "a", "b", "--recipe-only").stdout)
     assert recipe["method"] == "breadcrumbs+ties"
-    assert recipe["parameters"] == {"breadcrumbs.density": 0.6, "ties.density": 1.0}
+    summed = {"normalize": False, "vote": "weighted", "zero": "plus"}
+    assert recipe["parameters"] == {"breadcrumbs.density": 0.6, "ties.density": 1.0, **summed}
     error = refused("-m", "dare_ties", "--density", "0.5", "a", "b")
-    assert "ties.density is fixed at 1 in 'dare_ties': write dare+ties to choose it" in error
+    assert "ties.density is fixed at 1 in 'dare_ties': mergekit's density is 1 - drop: use drop instead" in error
 
 
 @pytest.mark.parametrize("name", METHODS)

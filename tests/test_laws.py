@@ -301,7 +301,7 @@ def test_rows_tell_the_truth_about_their_methods(row: Row) -> None:
 def test_one_model_is_returned(row: Row, seed: int) -> None:
     base, (one,) = parts(seed, 1)
     if row.least > 1:
-        with pytest.raises(OptionError, match=r"merges (at least )?2 models, and 1 were given"):
+        with pytest.raises(OptionError, match=r"merges (at least )?2 models, and 1 was given"):
             merged(row, [one], base)
     elif row.alone is None:
         assert not close(merged(row, [one], base, {}), one)

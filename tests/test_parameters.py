@@ -181,3 +181,28 @@ def test_values_that_a_method_cannot_merge_are_named(method: str, tmp_path: Path
     with pytest.raises(InputError, match=r"holds NaN|infinities or NaN|cannot be decomposed"):
         merging.merge([adapters / "spam", spoilt], method=method, output=tmp_path / "out", allow_nonfinite=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_patterns_that_others_precede_are_refused() -> None:
+    """The first that matches counts, so that one behind "*" would be ignored in silence."""
+    models = [{"mlp.weight": torch.ones(2, 2), "q.weight": torch.ones(2, 2)}] * 2
+    for scale in ({"*": 1.0, "mlp": 0.0}, {"mlp": 0.0, "weight": 1.0, "*": 0.5}):
+        with pytest.raises(OptionError, match=r"takes effect nowhere, since .* comes before it"):
+            merging.merge_state_dicts(models, method="task_arithmetic", base=models[0], scale=scale)
+    merging.merge_state_dicts(models, method="task_arithmetic", base=models[0], scale={"mlp": 0.0, "*": 1.0})
+
+
+@pytest.mark.parametrize("method", ["karcher", "varm", "ties", "arcee_fusion", "tsv", "wudi", "knots+ties"])
+def test_tensors_that_cannot_be_merged_are_named(method: str) -> None:
+    """In memory as well."""
+    odd = torch.ones(8, 8).index_fill(0, torch.tensor([3]), torch.nan)
+    models = [{"a.weight": torch.ones(8, 8), "q.weight": value} for value in (torch.rand(8, 8), odd)]
+    base = {"a.weight": torch.zeros(8, 8), "q.weight": torch.zeros(8, 8)}
+    with pytest.raises(InputError, match=r"q\.weight"):
+        merging.merge_state_dicts(models, method=method, base=base)
+
+
+def test_wudi_by_steps_refuses_what_is_not_finite() -> None:
+    models = [{"q.weight": torch.full((4, 4), torch.inf)}]
+    with pytest.raises(InputError, match=r"q\.weight: cannot be decomposed"):
+        merging.merge_state_dicts(models, method="wudi", mode="adam", base={"q.weight": torch.zeros(4, 4)})

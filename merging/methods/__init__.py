@@ -21,6 +21,7 @@ __all__ = [
     "METHODS",
     "Alias",
     "Listed",
+    "aliases",
     "chain",
     "expanded",
     "links",
@@ -91,19 +92,30 @@ METHODS: dict[str, Listed] = {name: listed for group in GROUPS.values() for name
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """Another name of a chain, in which some parameters are fixed."""
+    """Another name of a chain, in which some parameters are fixed and others have another default; and a hint."""
 
     chain: str
     fixed: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    hint: str = ""
 
+
+_SUM = {"ties.normalize": False, "ties.vote": "weighted", "ties.zero": "plus"}
 
 ALIASES: dict[str, Alias] = {
-    "dare_linear": Alias("dare+task_arithmetic", {}),
-    "dare_ties": Alias("dare+ties", {"ties.density": 1.0}),
-    "della_linear": Alias("della+task_arithmetic", {}),
-    "breadcrumbs_ties": Alias("breadcrumbs+ties", {"ties.density": 1.0}),
+    "dare_linear": Alias(
+        "dare+task_arithmetic", {}, {"dare.rescale": "l1"}, "mergekit's density is 1 - drop: use drop instead"
+    ),
+    "dare_ties": Alias(
+        "dare+ties",
+        {"ties.density": 1.0},
+        {"dare.rescale": "l1", **_SUM},
+        "mergekit's density is 1 - drop: use drop instead",
+    ),
+    "della_linear": Alias("della+task_arithmetic", {}, {"della.rescale": "l1"}),
+    "breadcrumbs_ties": Alias("breadcrumbs+ties", {"ties.density": 1.0}, _SUM),
 }
-"""mergekit's names, in which TIES trims nothing more."""
+"""mergekit's names, with its defaults, in which TIES trims nothing more."""
 
 
 def method_class(name: str) -> type[Method]:
@@ -113,16 +125,21 @@ def method_class(name: str) -> type[Method]:
         parts = name.lower().replace("-", "_").split("_")
         chained = "+".join("task_arithmetic" if part == "linear" else part for part in parts)
         known = all(part in METHODS for part in chained.split("+"))
-        hint = f" (did you mean {chained!r}?)" if known else nearest(name.lower(), METHODS)
+        hint = f" (did you mean {chained!r}?)" if known else nearest(name.lower(), [*METHODS, *ALIASES])
         hint = hint or ": the methods are " + ", ".join(METHODS)
         raise OptionError(f"there is no method {name!r}{hint}")
     return cast("type[Method]", getattr(import_module(f"{__name__}.{listed.module}"), listed.cls))
 
 
+def aliases(text: str) -> list[Alias]:
+    """The parts of a chain, each as an alias that may stand for itself."""
+    return [ALIASES.get(name.strip(), Alias(name.strip(), {}, {})) for name in text.split("+")]
+
+
 def expanded(text: str) -> tuple[str, dict[str, Any]]:
     """A chain without aliases, and the parameters that these fix, by ``link.field``."""
-    aliases = [ALIASES.get(name.strip(), Alias(name, {})) for name in text.split("+")]
-    return "+".join(alias.chain for alias in aliases), {key: v for alias in aliases for key, v in alias.fixed.items()}
+    parts = aliases(text)
+    return "+".join(part.chain for part in parts), {key: value for part in parts for key, value in part.fixed.items()}
 
 
 def links(text: str) -> list[type[Method]]:
@@ -157,8 +174,9 @@ def chain(text: str, parameters: Mapping[str, Any] | None = None) -> Method:
     """
     from merging.method import build
 
-    classes, fixed = links(text), expanded(text)[1]
-    own = [{key.rpartition(".")[2]: fixed[key] for key in fixed if key.startswith(f"{cls.name}.")} for cls in classes]
+    classes = links(text)
+    stated = {key: value for part in aliases(text) for key, value in {**part.fixed, **part.defaults}.items()}
+    own = [{key.rpartition(".")[2]: stated[key] for key in stated if key.startswith(f"{cls.name}.")} for cls in classes]
     for key, value in (parameters or {}).items():
         own[owner_of(key, classes, text)][key.rpartition(".")[2]] = value
     method = build(classes[-1], own[-1])
@@ -177,7 +195,8 @@ def owner_of(key: str, classes: list[type[Method]], text: str) -> int:
         return owners[0]
     if every and not owners:
         name = f"{classes[every[0]].name}.{field}"
-        raise OptionError(f"{name} is fixed at {fixed[name]:g} in {text!r}: write {expanded(text)[0]} to choose it")
+        hint = next((part.hint for part in aliases(text) if part.hint), f"write {expanded(text)[0]} to choose it")
+        raise OptionError(f"{name} is fixed at {fixed[name]:g} in {text!r}: {hint}")
     if owners:
         choices = " or ".join(f"{classes[i].name}.{field}" for i in owners)
         raise OptionError(f"{key!r} is a parameter of several methods in {text!r}: write {choices}")

@@ -22,8 +22,8 @@ class Core(Wrapper):
     U M V^T. Methods that compare entries (`ties`) depend on the basis; U and V are the singular vectors of the changes
     side by side and on top of each other, their largest entries positive. (The paper takes those of the factors side
     by side, which depend on how a change was factored.) Methods that take matrices apart (`tsv`, `iso_c`) give what
-    they give without it. Matrices of full checkpoints are merely turned, at the cost of two eigenvalue problems;
-    tensors that are neither matrices nor low-rank pass.
+    they give without it. Matrices of full checkpoints are merely turned, at the cost of two eigenvalue problems,
+    anew in each sweep of the method inside over the model; vectors, convolutions and embedding tables in full pass.
     """
 
     name: ClassVar[str] = "core"
@@ -31,6 +31,7 @@ class Core(Wrapper):
     paper: ClassVar[str] = "Core Space, Panariello et al. 2025, arXiv 2509.17786"
     takes_apart: ClassVar[bool] = True
     whole: ClassVar[bool] = True
+    long_side: ClassVar[bool] = True
     workspace: ClassVar[int] = 6
 
     @property

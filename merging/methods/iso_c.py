@@ -20,8 +20,10 @@ class IsoC(Spectral):
 
     A sum is dominated by the directions that a few models share; made equal, every direction counts. The mean is over
     the singular values above 1e-6 of the largest, and only their directions are kept: the paper fills up to the full
-    rank, which on adapters would put nine tenths of the energy into directions that no model has. Needs a scale of its
-    own (1.5 for eight tasks; search 0.5 to 3). Vectors, convolutions and tables take the mean.
+    rank, which on adapters would put nine tenths of the energy into directions that no model has. (So does the rounding
+    of adapters that were baked into bfloat16 checkpoints: merge the adapters themselves.) Needs a scale of its
+    own (1.5 for eight tasks; search 0.5 to 3). Vectors, convolutions and embedding tables
+    take scale times the mean.
 
     On adapters exact, in the joint spaces of the factors: hundredths of a second a module. On full checkpoints one
     eigenvalue problem of a matrix's shorter side, one matrix in memory at a time.

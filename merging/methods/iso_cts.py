@@ -27,8 +27,8 @@ class IsoCts(Spectral):
 
     The paper takes r to be the full rank; here it is the number of singular values above 1e-6 of the largest, which on
     adapters is at most the sum of the ranks. Better than `iso_c` for many models (14 or more). Vectors, convolutions
-    and tables take the mean. On adapters exact, in the joint spaces of the factors. On full checkpoints n + 3
-    eigenvalue problems of a matrix's shorter side, one matrix in memory at a time.
+    and embedding tables take scale times the mean. On adapters exact, in the joint spaces of the factors. On full
+    checkpoints n + 3 eigenvalue problems of a matrix's shorter side, one matrix in memory at a time.
     """
 
     name: ClassVar[str] = "iso_cts"

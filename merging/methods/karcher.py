@@ -24,8 +24,9 @@ class Karcher(Method):
     From the normalised sum_i w_i u_i, steps m <- exp_m(sum_i w_i log_m(u_i)) until one is shorter than `tol` (radians)
     or `max_iter` are done. Every iterate is a weighted sum of the models, so the steps are taken on their inner
     products: one pass over each tensor gathers these, one adds up. A zero tensor has no direction and takes no part.
-    Of fine-tunes of one base, whose weights are all but parallel, the outcome is the plain mean at full length; with
-    `space = changes` directions of what they changed are averaged, on adapters exactly and without a base.
+    Directions that cancel out have no one mean: the first model's is then taken. Of fine-tunes of one base, whose
+    weights are all but parallel, the outcome is the plain mean at full length; with `space = changes` directions of
+    what they changed are averaged, on adapters exactly and without a base.
     """
 
     name: ClassVar[str] = "karcher"
@@ -43,7 +44,8 @@ class Karcher(Method):
             return
         weights = list(map(number, self.coefficients(models)))
         if min(weights) < 0 or sum(weights) == 0:
-            raise OptionError(f"karcher.weights = {self.weights}: a mean on the sphere needs weights of at least 0")
+            reason = "of at least 0" if min(weights) < 0 else "that do not sum to 0"
+            raise OptionError(f"karcher.weights = {self.weights}: a mean on the sphere needs weights {reason}")
 
     @property
     def origin(self) -> Literal["base", "none"]:

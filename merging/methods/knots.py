@@ -29,7 +29,8 @@ class Knots(Wrapper):
 
     On adapters exact and low-rank whatever is inside: the merged adapter has at most the sum of the ranks, and
     thresholds that a method inside takes over the whole model are those of the coordinates. Matrices of full
-    checkpoints cost an eigenvalue problem of their outputs; tensors that are neither matrices nor low-rank pass.
+    checkpoints cost an eigenvalue problem of their outputs, anew in each sweep of the method inside over the model
+    (`--scope tensor` needs one); vectors, convolutions and embedding tables in full pass as they are.
     """
 
     name: ClassVar[str] = "knots"
@@ -37,6 +38,7 @@ class Knots(Wrapper):
     paper: ClassVar[str] = "KnOTS, Stoica et al. 2025, arXiv 2410.19735"
     takes_apart: ClassVar[bool] = True
     whole: ClassVar[bool] = True
+    long_side: ClassVar[bool] = True
     workspace: ClassVar[int] = 6
 
     align: Literal["outputs", "inputs"] = Field("outputs", description="which side the common basis is of")

@@ -19,10 +19,11 @@ __all__ = ["ModelStock", "share_of_mean"]
 class ModelStock(Method):
     """theta_0 + t * mean_i tau_i with t = n c / (1 + (n - 1) c), c the mean cosine between the models' changes.
 
-    For each tensor, or each row of it (`filter_wise`). Where changes are at right angles t is 0 and the base remains,
-    where they are parallel the mean does: meant for fine-tunes of one base on one task that differ by seed, whose
-    changes share a direction; task vectors of different tasks hardly do, and nearly nothing is merged. A model that
-    changed nothing is at a right angle to all. On adapters exact, unless row by row. Costs two passes over each tensor.
+    For each tensor, or each row of it as it lies in memory (`filter_wise`). Where changes are at right angles t is 0
+    and the base remains, where they are parallel the mean does: meant for fine-tunes of one base on one task that
+    differ by seed, whose changes share a direction; task vectors of different tasks hardly do, and nearly nothing is
+    merged. A model that changed nothing is at a right angle to all. On adapters exact, unless row by row. Costs two
+    passes over each tensor.
     """
 
     name: ClassVar[str] = "model_stock"

@@ -18,8 +18,8 @@ class NearSwap(Method):
     """theta_0 + min(1, t / |tau|) tau for one model's change tau, entry by entry: the change clipped to [-t, t].
 
     Changes up to `t` are taken whole, larger ones shortened to it, so that the base keeps its own where the two differ
-    much. `t` is in units of the weights, whose changes are often of 1e-4 to 1e-2. On adapters the merged change has
-    full rank. Costs one pass over the bytes.
+    much. The one model is merged with the base (`--base`). `t` is in units of the weights, whose changes are often of
+    1e-4 to 1e-2. On adapters the merged change has full rank. Costs one pass over the bytes.
     """
 
     name: ClassVar[str] = "nearswap"

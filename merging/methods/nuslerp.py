@@ -24,10 +24,11 @@ _COLLINEAR = 1 - 1e-12
 class NuSlerp(Method):
     """Each tensor a step t = w_2 / (w_1 + w_2) along the arc from the first model's to the second's.
 
-    The formula is `slerp`'s; taken of tensors as a whole (`axis = flat`), or of each row or each column of a matrix by
-    itself (a vector is one row; `rows` are those in memory, the outputs of most linear layers). Of the weights, or with
-    `space = changes` of what the models changed in a base, where angles are wide and the arc differs from the chord; on
-    adapters that is exact and needs no base, unless by row or column. Costs two passes over each tensor.
+    The formula is `slerp`'s, without the chord for all but collinear ones; taken of tensors as a whole (`axis = flat`),
+    or of each row or each column of a matrix by itself (a vector is one row; `rows` are those in memory, the outputs of
+    most linear layers). Of the weights, or with `space = changes` of what the models changed in a base, where angles
+    are wide and the arc differs from the chord; on adapters that is exact and needs no base, unless by row or column.
+    Costs two passes over each tensor.
     """
 
     name: ClassVar[str] = "nuslerp"

@@ -21,9 +21,9 @@ class Svd(Spectral):
 
     The fewest whose squared values add up to the share `energy` of all, and at most `components`: the best
     approximation of the sum by so many. Small singular values of a sum of task vectors are mostly noise; to store the
-    result as an adapter of some rank, `--rank` does the same. All other tensors, and tables unless `embeddings`, take
-    the sum. On adapters exact, in the joint spaces of the factors. On full checkpoints one eigenvalue problem of a
-    matrix's shorter side, one matrix in memory at a time.
+    result as an adapter of some rank, `--rank` does the same. All other tensors, and embedding tables unless
+    `embeddings`, take the sum. On adapters exact, in the joint spaces of the factors. On full checkpoints one
+    eigenvalue problem of a matrix's shorter side, one matrix in memory at a time.
     """
 
     name: ClassVar[str] = "svd"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -28,7 +29,7 @@ class Wudi(Spectral):
     |tau_i|^2, the pseudo-inverse without eigenvalues below 1e-6 of the largest. `adam` is what was published: `steps`
     steps of Adam from the sum of the changes, which ends well before the minimum. Its rate of 1e-5 suits a sum with
     root mean square 1e-3; here it is 0.01 of that, so that the size of the changes does not matter. Vectors,
-    convolutions and tables take the mean.
+    convolutions and embedding tables take the mean.
 
     `closed` is exact on adapters, in the joint spaces of the factors; on full checkpoints it is one eigenvalue problem
     of a matrix's inputs. `adam` depends on the basis, so that adapters are written out and the merged change has full
@@ -38,6 +39,7 @@ class Wudi(Spectral):
     name: ClassVar[str] = "wudi"
     summary: ClassVar[str] = "least interference on what each model's change acts on"
     paper: ClassVar[str] = "Whoever Started the Interference Should End It, Cheng et al. 2025, arXiv 2503.08099"
+    long_side: ClassVar[bool] = True
     workspace: ClassVar[int] = 5
 
     mode: Literal["closed", "adam"] = Field("closed", description="the minimum, or steps towards it")
@@ -78,6 +80,8 @@ def minimum(weights: Tensor, target: Tensor) -> Tensor:
 def descended(weights: Tensor, target: Tensor, start: Tensor, steps: int) -> Tensor:
     """What Adam makes of the sum, in units of its root mean square."""
     size = float(start.square().mean().sqrt())
+    if not isfinite(size):
+        raise torch.linalg.LinAlgError("the sum of the changes is not finite")  # type: ignore[attr-defined]
     if not size:
         return start
     target = target / size

@@ -89,7 +89,9 @@ def check_origin(
         if output == "model" and adapters:
             raise InputError("a model can be made of adapters only with --base")
         if weights and adapters:
-            raise InputError(f"{method.chain} merges weights, which adapters have only with --base")
+            spaces = any("space" in type(link).model_fields for link in method.links())
+            instead = ", or use --space changes" if spaces else ""
+            raise InputError(f"{method.chain} merges weights, which adapters have only with --base: give it{instead}")
         for adapter in adapters:
             adapter.require_base()
     return output, weights
