@@ -33,6 +33,7 @@ class Row:
     goes with a model; ``ordered``: the order matters. Of more than ``most`` models the first are merged.
     ``homogeneous``: scaled changes scale the result. ``on_changes``: it merges adapters without their base; ``dense``:
     full changes as it merges factors. ``gradients`` are the coefficients that have one.
+    ``within`` is how well it knows its result in float32, where directions that are nearly parallel are made orthogonal.
     """
 
     chain: str
@@ -48,6 +49,7 @@ class Row:
     ordered: bool = False
     least: int = 1
     most: int | None = None
+    within: float = 1e-4
 
 
 LINES = {"beta": 0.4, "tail": "depth"}
@@ -187,7 +189,7 @@ TABLE = [
     Row("model_stock", {"filter_wise": True}, {"filter_wise": True}, {}, least=2),
     Row("tsv", {}, {}, {"scale": torch.tensor(0.7)}, alone={}, idempotent=False),
     Row("iso_c", {}, {}, {"scale": torch.tensor(0.7)}, idempotent=False),
-    Row("iso_cts", {"common": 0.5}, {"common": 0.5}, {"scale": torch.tensor(0.7)}, idempotent=False),
+    Row("iso_cts", {"common": 0.5}, {"common": 0.5}, {"scale": torch.tensor(0.7)}, idempotent=False, within=2e-2),
     Row("wudi", {}, {}, {"scale": torch.tensor(0.7)}, alone={}),
     Row("wudi", {"mode": "adam", "steps": 5}, {"mode": "adam", "steps": 5}, {},
         alone={"mode": "adam"}, idempotent=False),
@@ -377,7 +379,7 @@ def test_scaled_changes_scale_the_result(row: Row, seed: int, scale: float) -> N
     scaled = [{name: delta.scaled(scale) for name, delta in adapter.items()} for adapter in adapters]
     want = {name: value * scale for name, value in changes(row, adapters).items()}
     got = changes(row, scaled)
-    assert all(torch.allclose(got[name], want[name], rtol=1e-4, atol=1e-4 * scale) for name in want)
+    assert all(torch.allclose(got[name], want[name], rtol=row.within, atol=row.within * scale) for name in want)
 
 
 @rows
@@ -388,7 +390,7 @@ def test_factors_and_dense_agree(row: Row, seed: int) -> None:
         return
     adapters = factors(seed)
     dense: list[dict[str, Delta]] = [{n: Dense(d.dense()) for n, d in adapter.items()} for adapter in adapters]
-    assert not row.dense or close(changes(row, adapters), changes(row, dense), 1e-4)
+    assert not row.dense or close(changes(row, adapters), changes(row, dense), row.within)
     out = merging.merge_deltas(adapters[: row.most], method=row.chain, **row.parameters)
     assert all(isinstance(delta, LowRank) for delta in out.values()) == chain(row.chain, row.parameters).factored
 
@@ -409,7 +411,7 @@ def test_gauge(row: Row, seed: int) -> None:
 
     adapters = factors(seed)
     other = [{name: turned(delta) for name, delta in adapter.items()} for adapter in adapters]
-    assert close(changes(row, adapters), changes(row, other), 1e-4)
+    assert close(changes(row, adapters), changes(row, other), row.within)
 
 
 @rows
