@@ -33,7 +33,7 @@ class Row:
     goes with a model; ``ordered``: the order matters. Of more than ``most`` models the first are merged.
     ``homogeneous``: scaled changes scale the result. ``on_changes``: it merges adapters without their base; ``dense``:
     full changes as it merges factors. ``gradients`` are the coefficients that have one.
-    ``within`` is how well it knows its result in float32, where directions that are nearly parallel are made orthogonal.
+    ``within`` is how well it knows its result in float32, where it makes nearly parallel directions orthogonal.
     """
 
     chain: str
