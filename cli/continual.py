@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -272,10 +273,6 @@ def watch_command(
     What is refused is noted in the store with the reason and left alone until it changes. A signal ends the watch; a
     step that is under way is finished first, or with a second signal given up (the store is then as before).
     """
-    import threading
-
-    stop = threading.Event()
-
     with reported(debug):
         from merging.continual import ContinualStore
         from merging.continual.watch import Event, watch
@@ -290,14 +287,23 @@ def watch_command(
 
         interrupt = signal.getsignal(signal.SIGTERM)
 
+        signals: list[int] = []
+
         def finish(number: int, frame: Any) -> None:
-            if stop.is_set() and callable(interrupt):
+            if signals and callable(interrupt):
                 interrupt(number, frame)
-            stop.set()
+            signals.append(number)
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, finish)
-        watch(ContinualStore(store), folder, interval=interval, stop=stop, tell=tell, once=once, **options)
+
+        def pause(seconds: float) -> bool:
+            end = time.monotonic() + seconds
+            while not signals and (left := end - time.monotonic()) > 0:
+                time.sleep(min(left, 0.2))
+            return bool(signals)
+
+        watch(ContinualStore(store), folder, interval=interval, pause=pause, tell=tell, once=once, **options)
 
 
 @continual_command.command(name="plot")

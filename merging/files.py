@@ -12,7 +12,7 @@ import torch
 
 from merging import __version__
 from merging.companions import adapter_config, write_adapter_companions, write_model_companions
-from merging.errors import OptionError
+from merging.errors import OptionError, OutputError
 from merging.landing import Landing, check_destination
 from merging.method import Method
 from merging.plan import PORTABLE_RANKS, Plan, make_plan
@@ -147,10 +147,13 @@ def merge_plan(
             writer.finish()
         finally:
             writer.close()
-        if not single and plan.output == "adapter":
-            write_adapter_companions(plan, landing.folder)
-        elif not single:
-            notices += write_model_companions(plan, landing.folder)
+        try:
+            if not single and plan.output == "adapter":
+                write_adapter_companions(plan, landing.folder)
+            elif not single:
+                notices += write_model_companions(plan, landing.folder)
+        except OSError as error:
+            raise OutputError(f"{destination}: cannot be written: {error.strerror}") from None
         landing.commit()
     return Merged(
         path=destination,

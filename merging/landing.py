@@ -8,13 +8,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from merging import platform
 from merging.errors import OutputError
 
-__all__ = ["Landing", "check_destination"]
+__all__ = ["Landing", "check_destination", "umask"]
 
 _SLACK = 1 << 24
 """Bytes for configs, tokenizer and index beside the weights of a folder, when space is checked."""
@@ -109,7 +110,8 @@ class Landing:
         if self.folder.is_dir() and not self.folder.is_symlink():
             shutil.rmtree(self.folder, ignore_errors=True)
         else:
-            self.folder.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.folder.unlink()
 
     def commit(self) -> None:
         """Make what was built durable and put it in place, atomically. Raises :class:`~merging.errors.OutputError`."""
@@ -148,7 +150,7 @@ class Landing:
             built.rename(self.destination)
 
     def _place_folder(self) -> None:
-        self.folder.chmod(0o777 & ~_umask())
+        self.folder.chmod(0o777 & ~umask())
         if self.overwrite and platform.exchange(self.folder, self.destination):
             return  # what was there has the temporary name now, and goes with it
         if self.overwrite and os.path.lexists(self.destination):
@@ -176,7 +178,8 @@ def _sync_file(path: Path) -> None:
         os.close(fd)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The bits that new files and folders do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

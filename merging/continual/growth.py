@@ -49,6 +49,10 @@ def check(method: Method) -> None:
         raise OptionError(f"{last.name}.weights: the models of a store all have the weight 1")
     if any(link.varies for link in method.links()):
         raise OptionError("the parameters of a store's method are the same everywhere: give one value for each")
+    if isinstance(last, Linear) and not last.normalize:
+        raise OptionError(
+            "a store's linear is the mean of its models (normalize): for a sum of changes, task_arithmetic"
+        )
     if isinstance(last, Ties) and (last.scope != "model" or isinstance(last.density, tuple)):
         raise OptionError("ties in a store has one density for all models, with scope = model")
 
@@ -80,7 +84,7 @@ def scale_of(method: Method, manifest: Manifest) -> float:
     if isinstance(last, Opcm):
         return safe_ratio(sum(norms) / len(norms), manifest.steps[-1].merged) if norms else 1.0
     if isinstance(last, Linear):
-        return 1 / max(1, len(norms)) if last.normalize else 1.0
+        return 1 / max(1, len(norms))
     return number(getattr(last, "scale", 1.0))
 
 
@@ -95,11 +99,14 @@ def published(method: Method, manifest: Manifest) -> Method:
 
 
 def _by_depth(lines: Lines, models: int) -> Method:
-    """LiNeS on a sum, which is 1/N + beta * depth of it whatever the sum is divided by."""
+    """LiNeS as it is around all models at once, around their sum: what it multiplies their mean or sum by, times what
+    that is of the sum."""
     if models == 1:
         return lines.model_copy(update={"then": TaskArithmetic()})
-    alpha = 1 / models if lines.alpha is None else lines.alpha
-    return Lines(alpha=alpha, beta=lines.beta, tail=lines.tail, then=TaskArithmetic())
+    share = lines.multiple(models) or 1.0
+    alpha = 1 / models if lines.alpha is None else number(lines.alpha) * share
+    beta = number(lines.beta) * (share if lines.published else 1.0)
+    return Lines(alpha=alpha, beta=beta, tail=lines.tail, then=TaskArithmetic())
 
 
 class Step(Wrapper):

@@ -38,7 +38,7 @@ def plot(store: ContinualStore, output: str | Path) -> None:
         for label, values in lines.items():
             panel.plot(numbers, values, marker="o", markersize=3, label=label)
         panel.set_title(title)
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(bottom=min(0.0, *(value for values in lines.values() for value in values)) * 1.1)
         if len(lines) > 1:
             panel.legend()
     figure.supxlabel("step")

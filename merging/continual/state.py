@@ -41,8 +41,11 @@ class Accumulated(FullChange):
         return Dense(self.value.read().to(dtype))
 
 
-def open_state(path: Path) -> Adapter:
-    """A state's file as a source of changes, by the base's names. Raises FormatError for what is none."""
+def open_state(path: Path, base: str | None = None) -> Adapter:
+    """A state's file as a source of changes, by the base's names; ``base`` is what adapters call it.
+
+    Raises :class:`~merging.errors.FormatError` for what is no state.
+    """
     stored, metadata = open_safetensors(path)
     changes: dict[str, Change] = {}
     try:
@@ -55,7 +58,7 @@ def open_state(path: Path) -> Adapter:
                 changes[name] = LoraChange(label, kind, down=down, up=up, scale=1.0, transposed=transposed)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise FormatError(f"{path}: is no state of a store: {type(error).__name__}: {error}") from None
-    return Adapter(path, changes, (path,), "state")
+    return Adapter(path, changes, (path,), "state", base)
 
 
 def odd_values(path: Path) -> list[str]:
@@ -89,7 +92,8 @@ def _facts(item: Item) -> dict[str, object]:
     if lora:
         return {"label": label, "kind": lora.kind, "transposed": lora.is_transposed(item.site.shape)}
     matrix = item.site.kind == "matrix"
-    return {"label": label, "kind": "linear" if matrix else "full", "transposed": matrix and item.site.axis == 0}
+    kind = brought[0].kind if brought else "linear" if matrix else "full"
+    return {"label": label, "kind": kind, "transposed": matrix and item.site.axis == 0}
 
 
 def step_plan(held: Adapter | None, plan: Plan, update: Method, key: str, most: int | None) -> Plan:

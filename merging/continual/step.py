@@ -102,16 +102,19 @@ def grow(manifest: Manifest, store: Path, alone: Plan, content: str, folder: Pat
 
 
 def record(
-    number: int, source: Checkpoint | Adapter, content: str, parts: Mapping[str, Part], grown: Grown
+    before: Manifest, source: Checkpoint | Adapter, content: str, parts: Mapping[str, Part], grown: Grown
 ) -> StepRecord:
-    """What the manifest says of a step."""
+    """What the manifest says of the next step."""
     plan, done = grown.plan, grown.done
     held, square, with_held, with_next, merged = (
         done.facts[name] for name in ("held.held", "next.next", "held.merged", "next.merged", "merged.merged")
     )
+    added = merged - 2 * with_held + held
+    # the sums are of the tensors that the new model touches; what is held of others stays
+    merged += max(0.0, before.steps[-1].merged ** 2 - held) if before.steps else 0.0
     forms = [item.form for item in plan.items if item.form != "copy"]
     return StepRecord(
-        number=number,
+        number=len(before.steps) + 1,
         source=str(source.path.resolve()),
         sha256=content,
         kind="adapter" if isinstance(source, Adapter) else "model",
@@ -119,7 +122,7 @@ def record(
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         parts=dict(parts),
         norm=sqrt(square),
-        kept=safe_ratio(sqrt(max(0.0, merged - 2 * with_held + held)), sqrt(square)),
+        kept=safe_ratio(sqrt(max(0.0, added)), sqrt(square)),
         cosine=safe_ratio(with_next, sqrt(square * merged)),
         merged=sqrt(merged),
         rank=plan.rank,

@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 from merging import platform
 from merging.continual import growth
+from merging.continual.folder import STATES, found, locked, remove, unfinished
 from merging.continual.manifest import (
     Base,
     Manifest,
@@ -30,6 +28,7 @@ from merging.continual.state import odd_values, open_state
 from merging.continual.step import Execution, Grown, content_of, grow, open_base, plan_alone, record
 from merging.errors import InputError, MergingError, OptionError, OutputError
 from merging.files import Merged, merge_plan, pick_device
+from merging.landing import umask
 from merging.methods import chain
 from merging.plan import PORTABLE_RANKS, plan_of
 from merging.recipe import Recipe, make_recipe
@@ -43,8 +42,6 @@ if TYPE_CHECKING:
     from merging.method import Method
 
 __all__ = ["ContinualStore", "Verdict"]
-
-_STATES, _LOCK, _UNFINISHED = "states", ".lock", ".unfinished."
 
 
 class ContinualStore:
@@ -80,6 +77,8 @@ class ContinualStore:
         grows.check(2)
         if max_rank is not None and max_rank < 1:
             raise OptionError(f"max_rank = {max_rank}: at least 1 is needed")
+        if max_rank is not None and not all(part.factored for part in growth.parts(grows).values()):
+            raise OptionError(f"max_rank caps factors, and {grows.chain} holds none: leave it out")
         if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
             raise OutputError(f"{path}: exists already: choose another folder for the store")
         opened = open_base(base)
@@ -92,11 +91,7 @@ class ContinualStore:
         manifest = Manifest(
             method=values["method"], parameters=values.get("parameters", {}), max_rank=max_rank, base=identity
         )
-        try:
-            (path / _STATES).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be made: {error.strerror}") from None
-        write_manifest(path, manifest)
+        found(path, manifest)
         return cls(path)
 
     # ---- reading
@@ -146,28 +141,27 @@ class ContinualStore:
             if not again and any(step.sha256 == content for step in manifest.steps):
                 return None
             alone = plan_alone(source, self._base(manifest), manifest, allow_different_bases)
-            folder = self._new_folder()
+            folder = unfinished(self.path)
             try:
                 execution = Execution(
                     pick_device(device), cores() if threads is None else threads, max_memory, progress
                 )
                 grown = grow(manifest, self.path, alone, content, folder, execution)
-                number = len(manifest.steps) + 1
-                parts = self._settle(folder, number, grown)
-                step = record(number, source, content, parts, grown)
-                write_manifest(self.path, manifest.model_copy(update={"steps": (*manifest.steps, step)}))
+                parts = self._settle(folder, len(manifest.steps) + 1, grown)
+                step = record(manifest, source, content, parts, grown)
+                self._commit(manifest, step)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
             return step
 
     def _settle(self, folder: Path, number: int, grown: Grown) -> dict[str, Part]:
-        """Give a finished state its name. One that is there already, of the same content, was left by a killed step."""
+        """Give a finished state its name."""
         digest = hashlib.sha256("".join(grown.sha256.values()).encode()).hexdigest()[:12]
-        final = self.path / _STATES / f"{number:06}-{digest}"
+        final = self.path / STATES / f"{number:06}-{digest}"
         try:
             platform.sync_folder(folder)
-            if not final.is_dir():
-                folder.rename(final)
+            folder.chmod(0o777 & ~umask())
+            folder.rename(final)
             platform.sync_folder(final.parent)
         except OSError as error:
             raise OutputError(f"{final}: cannot be put in place: {error.strerror}") from None
@@ -177,34 +171,31 @@ class ContinualStore:
             for name, file in files.items()
         }
 
+    def check_base(self) -> None:
+        """Raise :class:`~merging.errors.MergingError` if the base is gone or is another one."""
+        self._base(self.manifest())
+
+    def _commit(self, manifest: Manifest, step: StepRecord) -> None:
+        """Put a step into the manifest; where that fails its state goes again."""
+        notes = tuple(each for each in manifest.refused if each.source != step.source)
+        try:
+            write_manifest(self.path, manifest.model_copy(update={"steps": (*manifest.steps, step), "refused": notes}))
+        except MergingError:
+            self._sweep(self.manifest(), keep=None)
+            raise
+
     def _base(self, manifest: Manifest) -> Checkpoint:
         base = open_base(manifest.base.path)
         if content_key(base.tensors) != manifest.base.key:
             raise InputError(f"{manifest.base.path}: is no longer the base that {self.path} was made for")
         return base
 
-    def _new_folder(self) -> Path:
-        try:
-            return Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.path / _STATES))
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written to: {error.strerror}") from None
-
     @contextmanager
     def _writing(self, wait: float) -> Iterator[None]:
-        """Be the only writer; what a killed one left is removed. The lock goes with its process, so none is stale."""
-        try:
-            lock = FileLock(self.path / _LOCK, timeout=wait)
-            lock.acquire()
-        except Timeout:
-            raise OutputError(f"{self.path}: another process is writing to this store: try again later") from None
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written to: {error.strerror}") from None
-        try:
-            for left in (self.path / _STATES).glob(f"{_UNFINISHED}*"):
-                shutil.rmtree(left, ignore_errors=True)
+        """Be the only writer; what a killed one left is removed."""
+        with locked(self.path, wait):
+            self._sweep(self.manifest(), keep=None)
             yield
-        finally:
-            lock.release()
 
     def refuse(self, refused: Refused, *, wait: float = -1) -> None:
         """Note a model that was refused, in the place of an earlier note on it."""
@@ -233,7 +224,8 @@ class ContinualStore:
         if not manifest.steps:
             raise InputError(f"{self.path}: holds no model yet: add one first")
         grows, last = chain(manifest.method, manifest.parameters), manifest.steps[-1]
-        states = [open_state(self.path / part.file) for part in last.parts.values()]
+        stated = next((step.stated_base for step in manifest.steps if step.stated_base), None)
+        states = [open_state(self.path / part.file, stated) for part in last.parts.values()]
         method = growth.published(grows, manifest)
         names = tuple(state.path.name for state in states)
         recipe = make_recipe({"models": names, "method": method, "as": kind, "dtype": dtype, "rank": rank}, "export")
@@ -269,16 +261,16 @@ class ContinualStore:
         """Remove all states but those of the last ``keep`` steps, and whatever no step refers to; what was removed."""
         if keep < 1:
             raise OptionError(f"keep = {keep}: the last state must stay")
-        with self._writing(wait):
+        with locked(self.path, wait):
             return self._sweep(self.manifest(), keep)
 
     def _sweep(self, manifest: Manifest, keep: int | None) -> list[str]:
         steps = manifest.steps if keep is None else manifest.steps[-keep:]
         wanted = {file.parent.name for step in steps for file in self._files(step)}
-        gone = sorted(path for path in (self.path / _STATES).iterdir() if path.name not in wanted)
+        gone = sorted(path for path in (self.path / STATES).iterdir() if path.name not in wanted)
         for path in gone:
-            shutil.rmtree(path, ignore_errors=True)
-        return [path.name for path in gone]
+            remove(path)
+        return [path.name for path in gone if not path.name.startswith(".")]
 
     def _files(self, step: StepRecord) -> list[Path]:
         return [self.path / part.file for part in step.parts.values()]

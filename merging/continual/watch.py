@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections.abc import Callable, Iterator
+import os
+import stat
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
 
-from merging.continual.manifest import Refused
+from merging.continual.folder import Busy
+from merging.continual.manifest import Refused, StepRecord
 from merging.continual.store import ContinualStore
-from merging.errors import InputError, MergingError, OutputError
+from merging.errors import FormatError, InputError
 
 __all__ = ["Event", "watch"]
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+
+_SLICE = 0.2
+"""Seconds that another writer is waited for at a time."""
+
+Pause = Callable[[float], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +43,7 @@ def watch(
     folder: str | Path,
     *,
     interval: float = 10.0,
-    stop: threading.Event | None = None,
+    pause: Pause | None = None,
     tell: Callable[[Event], None] | None = None,
     once: bool = False,
     **options: object,
@@ -43,78 +52,102 @@ def watch(
 
     A model is a weights file, or a folder that holds one, directly in ``folder``. It is complete when nothing in it has
     changed since the look before. One that is refused is noted in the manifest with the reason, and tried again only
-    when it has changed; nothing in ``folder`` is ever touched. Ends when ``stop`` is set, at the latest after the step
-    that is under way; ``once``: after two looks. ``options`` are those of :meth:`ContinualStore.add`. Raises
-    :class:`~merging.errors.MergingError` for what is wrong with the store or the folder itself.
+    when it has changed; nothing in ``folder`` is ever touched. ``pause(seconds)`` waits and tells whether to end, as
+    ``threading.Event().wait`` does; a step that is under way is finished first. ``once``: ends after two looks.
+    ``options`` are those of :meth:`ContinualStore.add`. Raises :class:`~merging.errors.MergingError` for what is wrong
+    with the store or the folder itself.
     """
-    folder, stop = Path(folder), stop or threading.Event()
-    if not folder.is_dir():
-        raise InputError(f"{folder}: there is no such folder to watch")
+    folder, pause = Path(folder), pause or _pause
     before: dict[Path, str] = {}
     done: dict[Path, str] = {}
     looks = 0
-    while not stop.is_set():
+    while not pause(0):
         now = {path: _fingerprint(path) for path in _models(folder)}
         refused = {each.source: each.fingerprint for each in store.manifest().refused}
         for path, mark in now.items():
-            if stop.is_set():
+            if pause(0):
                 return
             settled = mark == before.get(path) and mark == _fingerprint(path)
             if settled and done.get(path) != mark and refused.get(str(path.resolve())) != mark:
-                event = _add(store, path, mark, options)
+                event = _add(store, path, mark, pause, options)
+                if event is None:
+                    return
                 done[path] = mark
                 if tell:
                     tell(event)
         before, looks = now, looks + 1
         if once and looks > 1:
             return
-        stop.wait(interval)
+        if pause(interval):
+            return
 
 
-def _add(store: ContinualStore, path: Path, mark: str, options: dict[str, object]) -> Event:
+def _add(store: ContinualStore, path: Path, mark: str, pause: Pause, options: dict[str, object]) -> Event | None:
+    """Add a model, or note why it is refused; None if told to stop while another process was writing."""
+    store.check_base()  # what is wrong with the store itself is no fault of the model
     try:
-        step = store.add(path, **options)  # type: ignore[arg-type]
-    except OutputError:
-        raise  # the store cannot be written to: no fault of the model
-    except MergingError as error:
-        store.refuse(
-            Refused(
-                source=str(path.resolve()),
-                fingerprint=mark,
-                reason=str(error),
-                time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            )
-        )
+        step = _added(store, path, pause, options)
+    except (InputError, FormatError) as error:
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        store.refuse(Refused(source=str(path.resolve()), fingerprint=mark, reason=str(error), time=now))
         return Event("refused", path, reason=str(error))
+    except Busy:
+        return None
     return Event("added", path, step.number) if step else Event("known", path)
+
+
+def _added(store: ContinualStore, path: Path, pause: Pause, options: dict[str, object]) -> StepRecord | None:
+    """Add a model as soon as no other process writes; that one is not waited for when told to stop."""
+    while True:
+        try:
+            return store.add(path, **{"wait": _SLICE, **options})  # type: ignore[arg-type]
+        except Busy:  # noqa: PERF203
+            if pause(0):
+                raise
+
+
+def _pause(seconds: float) -> bool:
+    time.sleep(seconds)
+    return False
 
 
 def _models(folder: Path) -> list[Path]:
     """What may be a model, the oldest first; hidden names are not looked at."""
-    found = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    models = [path for path in found if path.suffix in _WEIGHTS or (path.is_dir() and any(_weights(path)))]
+    try:
+        found = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    except FileNotFoundError:
+        raise InputError(f"{folder}: there is no such folder to watch") from None
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be watched: {error.strerror}") from None
+    models = [path for path in found if path.suffix in _WEIGHTS or any(_weights(path))]
     return sorted(models, key=lambda path: (_newest(path), path.name))
 
 
-def _weights(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.iterdir() if path.suffix in _WEIGHTS)
+def _weights(folder: Path) -> list[Path]:
+    """Weights files directly in a folder; none of what is no folder, or has just gone."""
+    try:
+        return [path for path in folder.iterdir() if path.suffix in _WEIGHTS]
+    except OSError:
+        return []
 
 
-def _files(path: Path) -> list[Path]:
-    return sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+def _files(path: Path) -> list[tuple[Path, os.stat_result]]:
+    found = []
+    for each in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        with suppress(OSError):  # it may go at any time
+            status = each.stat()
+            if stat.S_ISREG(status.st_mode):
+                found.append((each, status))
+    return found
 
 
 def _newest(path: Path) -> int:
-    return max((file.stat().st_mtime_ns for file in _files(path) if file.exists()), default=0)
+    return max((status.st_mtime_ns for _, status in _files(path)), default=0)
 
 
 def _fingerprint(path: Path) -> str:
     """Names, sizes and times of all files of a model: the same as long as nothing is written."""
     digest = hashlib.sha256()
-    for file in _files(path):
-        try:
-            status = file.stat()
-        except OSError:
-            continue
+    for file, status in _files(path):
         digest.update(f"{file.relative_to(path)} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]

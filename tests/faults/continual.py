@@ -1,0 +1,456 @@
+"""Kills and failing disks for the continual store, for real.
+
+    python tests/faults/continual.py --kills 200 --seed 0
+
+Two kinds of harm are done to `merge continual`, each in a process of its own that is forked when everything is
+imported, so that the harm falls on the work and not on the imports:
+
+- SIGKILL of `add` (of two models) at random moments of the time that it takes;
+- every call that changes the disk (opening for writing, write, allocate, fsync, rename, mkdir, unlink, rmdir) in turn:
+  the disk is full from that call on (ENOSPC), or the call fails alone (EIO), or the process is killed in its place.
+  Done to init, add, rollback, gc and export.
+
+Afterwards, each time, the store must open, verify must find nothing, and finishing the adds must give states and an
+export of the same bytes as a run that nothing disturbed. Also counted: what was left over that no step needs, and
+failures told by a traceback. Three streams: full checkpoints by opcm, adapters by opcm (factors), and full checkpoints
+by ties (four files a state). One line sums it up; the exit code is 1 if anything of that went wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import errno
+import hashlib
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a pool of threads would not outlive a fork
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from merging.cli.main import cli
+from safetensors.torch import save_file
+from tiny import checkpoint
+
+from merging.continual import ContinualStore
+from merging.errors import FormatError
+
+CHANGING = (
+    "write", "pwrite", "ftruncate", "posix_fallocate", "fsync", "fdatasync", "rename", "replace", "link", "mkdir",
+    "unlink", "rmdir",
+)  # fmt: skip
+"""Functions of os that change the disk; opening for writing is caught on its own."""
+
+FREEING = ("unlink", "rmdir")
+"""What a full disk lets through."""
+
+ERRORS = ("ENOSPC", "EIO", "kill")
+
+
+class Saboteur:
+    """Counts the calls that change the disk, and does harm at one of them. Lives in a forked process only."""
+
+    def __init__(self, at: int | None = None, error: str = "") -> None:
+        self.at, self.error = at, error
+        self.calls: list[str] = []
+        self._lock = threading.Lock()
+
+    def pass_by(self, name: str) -> None:
+        """Note a call; raise, or kill this process, if it is its turn."""
+        with self._lock:
+            self.calls.append(name)
+            turn = len(self.calls)
+        if self.at is None:
+            return
+        if self.error == "kill" and turn == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.error == "EIO" and turn == self.at:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if self.error == "ENOSPC" and turn >= self.at and name not in FREEING:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def install(self) -> None:
+        """Stand between this process and the disk, for good."""
+        for name in CHANGING:
+            if hasattr(os, name):
+                setattr(os, name, self._watched(name, getattr(os, name)))
+        plain_open = os.open
+
+        def open_watched(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+            if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                self.pass_by("open")
+            return plain_open(path, flags, *rest, **more)
+
+        os.open = open_watched
+        io.open = builtins.open = self._stream(io.open)
+
+    def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any, **named: Any) -> Any:
+            self.pass_by(name)
+            return function(*args, **named)
+
+        return watched
+
+    def _stream(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`open`, whose buffers are written by C behind our back: here each write of one passes by as well."""
+        saboteur = self
+
+        class Raw(io.FileIO):
+            def write(self, data: Any) -> int:
+                saboteur.pass_by("write")
+                return super().write(data)
+
+        def open_stream(file: Any, mode: str = "r", *rest: Any, **more: Any) -> Any:
+            if isinstance(file, int) or not set(mode) & set("wax+"):
+                return function(file, mode, *rest, **more)
+            saboteur.pass_by("open")
+            if "opener" in more or "+" in mode:  # a file without a name, which is only written by pwrite
+                return function(file, mode, *rest, **more)
+            buffered = io.BufferedWriter(Raw(file, mode.replace("b", "").replace("t", "")))
+            return buffered if "b" in mode else io.TextIOWrapper(buffered, more.get("encoding"), write_through=False)
+
+        return open_stream
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a forked process came to its end: its exit code (None: killed), what it said, the calls it made."""
+
+    code: int | None
+    said: str
+    calls: list[str]
+    seconds: float
+
+
+def command(words: Sequence[str], saboteur: Saboteur | None = None, kill_after: float | None = None) -> Ended:
+    """Run `merge` with these words in a fork of this process, which is killed after so many seconds."""
+    reading, writing = os.pipe()
+    began = time.perf_counter()
+    child = os.fork()
+    if not child:
+        _be_command(words, saboteur or Saboteur(), writing)
+    os.close(writing)
+    if kill_after is not None:
+        time.sleep(max(0.0, kill_after - (time.perf_counter() - began)))
+        os.kill(child, signal.SIGKILL)
+    with os.fdopen(reading, "rb") as stream:
+        answer = stream.read()
+    _, status = os.waitpid(child, 0)
+    seconds = time.perf_counter() - began
+    if os.WIFSIGNALED(status) or not answer:
+        return Ended(None, "", [], seconds)
+    return Ended(*pickle.loads(answer), seconds)
+
+
+def _be_command(words: Sequence[str], saboteur: Saboteur, answers: int) -> None:
+    """What the forked process does; never returns."""
+    write = os.write
+    sys.stdout = sys.stderr = said = io.StringIO()
+    code: Any = 0
+    try:
+        saboteur.install()
+        cli.main(list(words))
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        code = 70
+        said.write(traceback.format_exc())
+    answer = pickle.dumps((code, said.getvalue(), saboteur.calls))
+    while answer:
+        answer = answer[write(answers, answer) :]
+    os._exit(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Models for one store, the stores of one and of all of them, and what the latter holds undisturbed."""
+
+    name: str
+    base: Path
+    models: list[Path]
+    settings: list[str]
+    kind: str
+    begun: Path
+    complete: Path
+    wanted: dict[str, str]
+
+    def contents(self, store: Path, scratch: Path) -> dict[str, str]:
+        """The hashes of all that must not depend on what happened: states, steps but for their time, an export."""
+        opened = ContinualStore(store)
+        steps = [step.model_dump(exclude={"time"}) for step in opened.manifest().steps]
+        shutil.rmtree(scratch, ignore_errors=True)
+        opened.export(scratch, kind=self.kind, threads=1)
+        last = [store / part.file for part in opened.manifest().steps[-1].parts.values()]
+        exported = {f"export/{path.name}": _sha(path) for path in sorted(scratch.iterdir())}
+        held = {str(path.relative_to(store)): _sha(path) for path in last}
+        return {"steps": json.dumps(steps), **held, **exported}
+
+
+def _sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _adapters(folder: Path, count: int) -> tuple[Path, list[Path]]:
+    """A tiny base and adapters of it, of different ranks."""
+    base, _ = checkpoint(folder, 0, layers=2, width=16)
+    random_numbers = torch.Generator().manual_seed(5)
+    adapters = []
+    for number in range(count):
+        rank, tensors = 1 + number % 2, {}
+        for layer in range(2):
+            name = f"base_model.model.model.layers.{layer}.mlp.up_proj"
+            tensors[f"{name}.lora_A.weight"] = torch.randn(rank, 16, generator=random_numbers)
+            tensors[f"{name}.lora_B.weight"] = torch.randn(32, rank, generator=random_numbers)
+        adapter = folder / f"adapter{number}"
+        adapter.mkdir()
+        save_file(tensors, adapter / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2, "base_model_name_or_path": "tiny/base"}
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        adapters.append(adapter)
+    return base, adapters
+
+
+def streams(folder: Path) -> list[Stream]:
+    """The three streams, each with an undisturbed run."""
+    full = checkpoint(folder / "full", 3, layers=2)
+    factored = _adapters(folder / "factored", 3)
+    return [
+        _stream(folder, "full, opcm", *full, ["--method", "opcm"], "model"),
+        _stream(folder, "adapters, opcm", *factored, ["--method", "opcm"], "adapter"),
+        _stream(folder, "full, ties", *full, ["--method", "ties"], "model"),
+    ]
+
+
+def _stream(folder: Path, name: str, base: Path, models: list[Path], settings: list[str], kind: str) -> Stream:
+    begun, complete = (folder / f"{name.replace(', ', '-')}-{what}" for what in ("begun", "complete"))
+    stream = Stream(name, base, models, settings, kind, begun, complete, {})
+    _must(command(init_words(stream, begun)))
+    _must(command(add_words(begun, models[:1])))
+    shutil.copytree(begun, complete)
+    _must(command(add_words(complete, models[1:])))
+    stream.wanted.update(stream.contents(complete, folder / "exported"))
+    return stream
+
+
+def _must(ended: Ended) -> None:
+    if ended.code != 0:
+        raise SystemExit(f"an undisturbed command failed: {ended.said}")
+
+
+def init_words(stream: Stream, store: Path) -> list[str]:
+    return ["continual", "init", str(store), "--base", str(stream.base), *stream.settings]
+
+
+def add_words(store: Path, models: Sequence[Path]) -> list[str]:
+    return ["continual", "add", str(store), *map(str, models), "--threads", "1", "--quiet"]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What happened, and everything that should not have."""
+
+    moments: Counter[str] = field(default_factory=Counter)
+    failing: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+    damaged: list[str] = field(default_factory=list)
+    leftover: list[str] = field(default_factory=list)
+    untold: list[str] = field(default_factory=list)
+
+    def line(self) -> str:
+        """The summary."""
+        when = ", ".join(f"{self.moments[name]} {name}" for name in sorted(self.moments)) or "none"
+        calls = ", ".join(f"{name} {count}" for name, count in self.failing.most_common())
+        errors = ", ".join(f"{name} {self.errors[name]}" for name in ERRORS)
+        return (
+            f"{sum(self.moments.values())} kills at random moments ({when}); "
+            f"{sum(self.errors.values())} failing calls ({errors}; {calls}); "
+            f"stores damaged: {len(self.damaged)}, leaving litter: {len(self.leftover)}, "
+            f"failures told by a traceback: {len(self.untold)}"
+        )
+
+    @property
+    def clean(self) -> bool:
+        return not (self.damaged or self.leftover or self.untold)
+
+
+def inspect(stream: Stream, store: Path, what: str, tally: Tally, models: Sequence[Path]) -> None:
+    """Open, verify, finish the adds of ``models`` and compare with the undisturbed run."""
+    try:
+        opened = ContinualStore(store)
+        problems = list(opened.verify().problems)
+        for model in models:
+            opened.add(model, threads=1)
+        found = stream.contents(store, store.parent / "exported")
+        problems += [f"{name} is different" for name in stream.wanted if found.get(name) != stream.wanted[name]]
+        problems += opened.verify().problems
+    except Exception as error:
+        problems = [f"{type(error).__name__}: {error}"]
+    if problems:
+        tally.damaged.append(f"{stream.name}: {what}: {problems[0]}")
+    elif litter := _litter(store):
+        tally.leftover.append(f"{stream.name}: {what}: {litter}")
+
+
+def _litter(store: Path) -> list[str]:
+    """What lies in a store without belonging to a step."""
+    known = {Path(part.file).parent.name for s in ContinualStore(store).manifest().steps for part in s.parts.values()}
+    # what could not be removed has a name that the next writer removes
+    odd = [path.name for path in (store / "states").iterdir() if path.name not in known]
+    odd = [name for name in odd if not name.startswith(".unfinished.0")]
+    expected = ("manifest.json", "states", ".lock", ".manifest.json.new")  # the last is small, and replaced some time
+    return sorted(odd + [path.name for path in store.iterdir() if path.name not in expected])
+
+
+def kill_at_random(stream: Stream, kills: int, chance: random.Random, folder: Path, tally: Tally) -> None:
+    """SIGKILL `add` of two models that many times, evenly over the time that it takes."""
+    store = folder / "store"
+    usual = sorted(_timed(stream, store) for _ in range(5))[-2]
+    for _ in range(kills):
+        _fresh(stream.begun, store)
+        moment = chance.uniform(0, usual)
+        command(add_words(store, stream.models[1:]), kill_after=moment)
+        what = f"kill after {1000 * moment:.1f} ms"
+        try:
+            steps = len(ContinualStore(store).manifest().steps)
+        except Exception as error:
+            tally.damaged.append(f"{stream.name}: {what}: {type(error).__name__}: {error}")
+            continue
+        tally.moments[("before the first commit", "between both", "after the last")[steps - 1]] += 1
+        inspect(stream, store, what, tally, stream.models)
+
+
+def _timed(stream: Stream, store: Path) -> float:
+    _fresh(stream.begun, store)
+    return command(add_words(store, stream.models[1:])).seconds
+
+
+def _fresh(template: Path | None, store: Path) -> None:
+    shutil.rmtree(store, ignore_errors=True)
+    if template:
+        shutil.copytree(template, store)
+
+
+def fail_in_turn(stream: Stream, folder: Path, tally: Tally, chance: random.Random, sample: int | None) -> None:
+    """Let each disk-changing call of each command fail, or ``sample`` of them, chosen by ``chance``."""
+    store, output = folder / "store", folder / "output"
+    commands: dict[str, tuple[Path | None, list[str]]] = {
+        "init": (None, init_words(stream, store)),
+        "add": (stream.begun, add_words(store, stream.models[1:])),
+        "rollback": (stream.complete, ["continual", "rollback", str(store), "--to", "1"]),
+        "gc": (stream.complete, ["continual", "gc", str(store), "--keep", "1"]),
+        "export": (stream.complete, ["continual", "export", str(store), "-o", str(output), "--as", stream.kind]),
+    }
+    cases: list[tuple[str, int, str, str]] = []
+    for name, (template, words) in commands.items():
+        _fresh(template, store)
+        shutil.rmtree(output, ignore_errors=True)
+        dry = command(words)
+        _must(dry)
+        cases += [(name, turn, call, error) for turn, call in enumerate(dry.calls, 1) for error in ERRORS]
+    if sample is not None:
+        cases = sorted(chance.sample(cases, min(sample, len(cases))))
+    for name, turn, call, error in cases:
+        template, words = commands[name]
+        _fresh(template, store)
+        shutil.rmtree(output, ignore_errors=True)
+        ended = command(words, Saboteur(turn, error))
+        tally.errors[error] += 1
+        tally.failing[call] += 1
+        what = f"{name}, call {turn} ({call}): {error}"
+        _told(stream, ended, what, store, name, tally)
+        if name == "init":
+            _finish_init(stream, store, what, tally)
+        inspect(stream, store, what, tally, [] if name in ("gc", "export") else stream.models)
+        if name == "export":
+            _finish_export(stream, words, output, what, tally)
+
+
+def _told(stream: Stream, ended: Ended, what: str, store: Path, name: str, tally: Tally) -> None:
+    """A failure is told as one message; and what was refused leaves nothing behind but what its removal failed on."""
+    if ended.code is None:
+        return
+    if ended.code not in (0, 1) or "Traceback" in ended.said:
+        last = ended.said.strip().splitlines()[-1:]
+        tally.untold.append(f"{stream.name}: {what}: exit code {ended.code}: {last}")
+    removing = "unlink" in what or "rmdir" in what
+    if ended.code and name == "add" and not removing and (litter := _litter(store)):
+        tally.leftover.append(f"{stream.name}: {what}: refused, and {litter} stays")
+
+
+def _finish_init(stream: Stream, store: Path, what: str, tally: Tally) -> None:
+    """A store that was not made can be made; one that was made has its models still to come."""
+    try:
+        ContinualStore(store)
+    except FormatError:
+        ended = command(init_words(stream, store))
+        if ended.code != 0:
+            tally.damaged.append(f"{stream.name}: {what}: init again: {ended.said.strip()}")
+            _fresh(None, store)
+            _must(command(init_words(stream, store)))
+
+
+def _finish_export(stream: Stream, words: list[str], output: Path, what: str, tally: Tally) -> None:
+    """An export is there whole or not at all, and can be done again."""
+    _must(command([*words, "--overwrite"]))
+    found = {f"export/{path.name}": _sha(path) for path in output.iterdir()}
+    if any(found.get(name) != sha for name, sha in stream.wanted.items() if name.startswith("export/")):
+        tally.damaged.append(f"{stream.name}: {what}: exported again, it is different")
+    litter = list(output.parent.glob(".output*"))
+    if litter:
+        tally.leftover.append(f"{stream.name}: {what}: {[path.name for path in litter]}")
+    for path in litter:
+        shutil.rmtree(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--kills", type=int, default=200, help="at random moments, over all streams")
+    parser.add_argument("--calls", type=int, help="failing calls for each stream, at random  [default: all of them]")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--show", type=int, default=20, help="most lines about what went wrong")
+    memory = Path("/dev/shm")
+    parser.add_argument(
+        "--folder",
+        default=memory if memory.is_dir() else None,
+        help="where to work  [default: in memory if possible, since what a kill leaves is the same there]",
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    began, tally, chance = time.perf_counter(), Tally(), random.Random(args.seed)
+    with tempfile.TemporaryDirectory(dir=args.folder) as root:
+        folder = Path(root)
+        made = streams(folder)
+        for number, stream in enumerate(made):
+            share = len(range(number, args.kills, len(made)))
+            if share:
+                kill_at_random(stream, share, chance, folder, tally)
+            fail_in_turn(stream, folder, tally, chance, args.calls)
+    for kind in ("damaged", "leftover", "untold"):
+        lines = getattr(tally, kind)
+        for line in lines[: args.show]:
+            print(f"{kind}: {line}")
+        if len(lines) > args.show:
+            print(f"{kind}: and {len(lines) - args.show} more")
+    print(f"continual: {tally.line()}; {time.perf_counter() - began:.0f} s")
+    sys.exit(0 if tally.clean else 1)
+
+
+if __name__ == "__main__":
+    main()
