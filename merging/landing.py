@@ -77,11 +77,15 @@ class Landing:
         try:
             # Locked before it has the name of a partial output: no other merge may take it for abandoned.
             new = Path(tempfile.mkdtemp(".new", f".{destination.name}.", parent))
+        except OSError as error:
+            raise OutputError(f"{destination}: {parent} cannot be written to: {error.strerror}") from None
+        try:
             self._lock = platform.open_folder(new)
             if self._lock is not None:
                 platform.claim(self._lock)
             self.folder = new.rename(new.with_suffix(".partial"))
         except OSError as error:
+            shutil.rmtree(new, ignore_errors=True)
             raise OutputError(f"{destination}: {parent} cannot be written to: {error.strerror}") from None
 
     def _remove_abandoned(self, parent: Path) -> None:

@@ -164,6 +164,7 @@ class ContinualStore:
             folder.rename(final)
             platform.sync_folder(final.parent)
         except OSError as error:
+            remove(final)
             raise OutputError(f"{final}: cannot be put in place: {error.strerror}") from None
         files = {name: final / f"{name}.safetensors" for name in grown.sha256}
         return {

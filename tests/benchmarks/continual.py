@@ -1,7 +1,7 @@
 """What a continual store costs as models arrive, and what it keeps of real tasks.
 
-    python tests/benchmarks/continual.py --stream --steps 50 --size 0.1 --width 384
-    python tests/benchmarks/continual.py --factored --steps 8
+    python tests/benchmarks/continual.py --stream --width 192
+    python tests/benchmarks/continual.py --factored --steps 6 --width 512
     python tests/benchmarks/continual.py --tasks --json continual.json
 
 `--stream` adds full checkpoints, each deleted when it was added: seconds and memory of a step must not grow with their
@@ -418,10 +418,10 @@ def apart(one: Tensors, other: Tensors, base: Tensors) -> float:
     return float((gap / change) ** 0.5)
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], mean: str = "{:.1f}") -> str:
     """Mean and standard deviation over the orders."""
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}{deviation}"
+    return mean.format(statistics.fmean(values)) + deviation
 
 
 def of_tasks(bench: Bench, chosen: argparse.Namespace) -> None:
@@ -447,7 +447,7 @@ def of_tasks(bench: Bench, chosen: argparse.Namespace) -> None:
         for row in ROWS:
             start = time.perf_counter()
             kept = real.kept(row, finals)
-            transfer = spread([one.transfer for one in kept]) if kept[0].own else "-"
+            transfer = spread([one.transfer for one in kept], "{:+.1f}") if kept[0].own else "-"
             rows.append([row.title, spread([one.average for one in kept]), transfer])
             everything[kind][row.title] = [vars(one) for one in kept]
             print(*rows[-1], f"{time.perf_counter() - start:.0f} s", sep="  ", file=sys.stderr, flush=True)
@@ -475,7 +475,7 @@ def main() -> None:
     kinds.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=50, help="models of --stream or --factored")
     parser.add_argument("--size", type=float, default=0.1, help="gigabytes of each full checkpoint")
-    parser.add_argument("--width", type=int, default=384, help="of the matrices: OPCM takes each apart at each step")
+    parser.add_argument("--width", type=int, default=256, help="of the matrices: OPCM takes each apart at each step")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters of --factored")
     parser.add_argument("--method", default="opcm", help="how the stores of --stream and --factored grow")
     parser.add_argument("--threads", type=int, default=1, help="of a step")

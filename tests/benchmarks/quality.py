@@ -6,6 +6,9 @@ Trains what is not there yet (see --work), merges everything by each method of M
 on the validation texts, and prints accuracy on the test texts. Tasks, texts and encoder are those of examples/. A
 second run trains nothing, and never asks the same weights twice. A regression benchmark on one small encoder, and no
 evidence about methods: learning rates were chosen so that merging costs something.
+
+CHAINS are further compositions and variants. They are searched on the validation texts alone; which of all entries does
+best there is "chosen on validation", and only that one is asked the test texts, beside the best of METHODS.
 """
 
 from __future__ import annotations
@@ -87,9 +90,54 @@ METHODS = (
     Entry("running sum 0.3", "task_arithmetic", {"scale": 0.3}),
     Entry("opcm 0.5", "opcm", {"alpha": 0.5}, ordered=True),
     Entry("opcm", "opcm", {}, "alpha", grid(0.1, 0.9, 0.2), below=1.0, ordered=True),
+    Entry("varm", "varm", {}, "scale", grid(1.5, 3.0, 0.5)),
+    Entry("sce", "sce", {}, "scale", grid(1.2, 2.4, 0.3)),
+    Entry("sce deltas", "sce", {"select": "deltas"}, "scale", grid(2.0, 18.0, 2.0)),
+    Entry("ram", "ram", {}, "scale", grid(1.5, 3.0, 0.5)),
+    Entry("multislerp", "multislerp", {"space": "changes", "normalize": False}, "weights", grid(0.15, 0.3, 0.05)),
+    Entry("karcher", "karcher", {"space": "changes"}),
+    Entry("model_stock", "model_stock", {}),
+    Entry("breadcrumbs+ta", "breadcrumbs+task_arithmetic", {}, "scale", grid(0.4, 0.8, 0.1)),
+    Entry("breadcrumbs+ties", "breadcrumbs_ties", {}, "scale", grid(1.2, 2.1, 0.3)),
+    Entry("della+ta", "della+task_arithmetic", {}, "scale", grid(0.3, 0.7, 0.1)),
+    Entry("della+ties", "della+ties", {"ties.density": 1.0}, "scale", grid(0.9, 2.1, 0.3)),
+    Entry("tsv", "tsv", {}, "scale", grid(0.6, 1.4, 0.2)),
+    Entry("iso_c", "iso_c", {}, "scale", grid(0.75, 1.75, 0.25)),
+    Entry("iso_cts", "iso_cts", {}, "scale", grid(0.75, 1.75, 0.25)),
+    Entry("wudi", "wudi", {}, "scale", grid(0.6, 1.2, 0.2)),
+    Entry("svd", "svd", {}, "scale", grid(0.4, 0.7, 0.1)),
+    Entry("knots+ties", "knots+ties", {"density": 0.2}, "scale", grid(0.9, 2.1, 0.3), ("lora",)),
+    Entry("knots+ties all", "knots+ties", {"density": 1.0}, "scale", grid(0.9, 2.1, 0.3), ("lora",)),
+    Entry("core+ties", "core+ties", {"density": 0.2}, "scale", grid(0.9, 2.1, 0.3), ("lora",)),
+    Entry("core+tsv", "core+tsv", {}, "scale", grid(0.6, 1.4, 0.2), ("lora",)),
     Entry("do", "do", {"steps": 100}, "scale", QUARTERS, ("lora",)),
     Entry("do 0 steps", "do", {"steps": 0}, "scale", QUARTERS, ("lora",)),
     Entry("orthogonalize+ta", "orthogonalize+task_arithmetic", {}, "scale", TENTHS, ("lora",)),
+)
+# Written down before any test figure of the spectral methods was seen.
+CHAINS = (
+    Entry("lines+tsv", "lines+tsv", {}, "beta", grid(0.4, 1.0, 0.2)),
+    Entry("lines+iso_c", "lines+iso_c", {}, "beta", grid(0.4, 3.2, 0.4)),
+    Entry("lines+iso_cts", "lines+iso_cts", {}, "beta", grid(0.4, 1.0, 0.2)),
+    Entry("lines+pcb", "lines+pcb", {"ratio": 0.1}, "beta", grid(0.6, 1.2, 0.2)),
+    Entry("decouple+tsv", "decouple+tsv", {}, "scale", grid(0.6, 1.4, 0.2)),
+    Entry("decouple+iso_c", "decouple+iso_c", {}, "scale", grid(0.75, 1.75, 0.25)),
+    Entry("decouple+wudi", "decouple+wudi", {}, "scale", grid(0.6, 1.2, 0.2)),
+    Entry("iso_cts half", "iso_cts", {"common": 0.5}, "scale", grid(1.0, 4.0, 0.5)),
+    Entry("svd 0.7", "svd", {"energy": 0.7}, "scale", grid(0.4, 0.7, 0.1)),
+    Entry("breadcrumbs+tsv", "breadcrumbs+tsv", {}, "scale", grid(0.8, 1.4, 0.2), ("full",)),
+    Entry("breadcrumbs+iso_c", "breadcrumbs+iso_c", {}, "scale", grid(0.75, 1.75, 0.25), ("full",)),
+    Entry("dare+tsv", "dare+tsv", {"drop": 0.5}, "scale", grid(0.6, 1.2, 0.2), ("full",)),
+    Entry("knots+pcb", "knots+pcb", {"ratio": 0.1}, "scale", grid(0.8, 1.6, 0.2), ("lora",)),
+    Entry("knots+sce", "knots+sce", {}, "scale", grid(0.9, 2.1, 0.3), ("lora",)),
+    Entry("knots+magmax", "knots+magmax", {}, "scale", grid(0.8, 1.6, 0.2), ("lora",)),
+    Entry("knots+consensus", "knots+consensus", {"threshold": 0.4}, "scale", grid(0.4, 0.8, 0.1), ("lora",)),
+    Entry("core+pcb", "core+pcb", {"ratio": 0.1}, "scale", grid(0.8, 1.6, 0.2), ("lora",)),
+    Entry("lines+knots+ties", "lines+knots+ties", {"density": 0.2}, "beta", grid(0.4, 1.0, 0.2), ("lora",)),
+    Entry("orthogonalize+tsv", "orthogonalize+tsv", {}, "scale", grid(0.6, 1.4, 0.2), ("lora",)),
+    Entry("orthogonalize+iso_c", "orthogonalize+iso_c", {}, "scale", grid(0.75, 1.75, 0.25), ("lora",)),
+    Entry("orthogonalize+wudi", "orthogonalize+wudi", {}, "scale", grid(0.6, 1.2, 0.2), ("lora",)),
+    Entry("orthogonalize+knots+ties", "orthogonalize+knots+ties", {}, "scale", grid(0.9, 2.1, 0.3), ("lora",)),
 )
 
 
@@ -216,23 +264,29 @@ def best(points: Mapping[float, float]) -> float:
 
 
 def searched(entry: Entry, score: Callable[[float], float]) -> dict[float, float]:
-    """Scores of the grid, which is continued while its best value is its first or its last."""
+    """Scores of the grid, which is continued while its best value is its first or its last: by its steps, or by halves
+    where a step down would leave nothing."""
     points = {value: score(value) for value in entry.values}
     step = entry.values[1] - entry.values[0]
     for _ in range(EXTRA):
         chosen = best(points)
-        beyond = round(chosen + step if chosen == max(points) else chosen / 2, 6)
+        lower = chosen - step if chosen > 1.5 * step else chosen / 2
+        beyond = round(chosen + step if chosen == max(points) else lower, 6)
         if min(points) < chosen < max(points) or beyond >= entry.below:
             break
         points[beyond] = score(beyond)
     return dict(sorted(points.items()))
 
 
-def cells(row: Mapping[str, Any]) -> list[str]:
-    """A row as it is printed; a star marks a value that is still at the edge of its grid."""
+def edged(row: Mapping[str, Any]) -> str:
+    """The value that was chosen; a star marks one that is still at the edge of its grid."""
     value, points = row.get("value"), row.get("validation")
-    edge = "*" if points and value in (min(points), max(points)) else ""
-    shown = [row["method"], "-" if value is None else f"{value:g}{edge}"]
+    return "-" if value is None else f"{value:g}" + ("*" if points and value in (min(points), max(points)) else "")
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """A row as it is printed."""
+    shown = [row["method"], edged(row), f"{row['score']:.1f}" if "score" in row else "-"]
     shown += [f"{row['accuracy']:.1f}", f"{row['normalised']:.1f}", f"{row['difference']:+.1f} ± {row['error']:.1f}"]
     return [*shown, f"{row['seconds']:.2f}" if "seconds" in row else "-"]
 
@@ -244,46 +298,84 @@ def paired(mine: Right, other: Right) -> tuple[float, float]:
     return statistics.fmean(gap.mean().item() for gap in gaps), variance**0.5 / len(gaps)
 
 
-def judged(entry: Entry, models: Models, judge: Judge, own: Right) -> tuple[Right, dict[str, Any]]:
-    """The answers of one method to the test texts, and what it took to find its value."""
-    seconds: list[float] = []
+class Trial:
+    """One entry on its way: its answers, its value and score on the validation texts, and the seconds of its merges."""
 
-    def right(value: float | None, split: str) -> Right:
-        answers = [judge.right(merged, split) for merged in models.merges(entry, value, seconds)]
+    def __init__(self, entry: Entry, models: Models, judge: Judge, own: Right) -> None:
+        self.entry, self._models, self._judge = entry, models, judge
+        self._seconds: list[float] = []
+        if entry.search:
+            points = searched(entry, lambda value: normalised(self.right(value, "valid"), own))
+            self.value: float | None = best(points)
+            self.points, self.score = points, points[self.value]
+        else:
+            self.value, self.points = None, {}
+            self.score = normalised(self.right(None, "valid"), own)
+
+    def right(self, value: float | None, split: str) -> Right:
+        """What the merge at a value answers rightly, averaged over the orders."""
+        answers = [self._judge.right(merged, split) for merged in self._models.merges(self.entry, value, self._seconds)]
         return {name: torch.stack([each[name] for each in answers]).mean(0) for name in answers[0]}
 
-    points = searched(entry, lambda value: normalised(right(value, "valid"), own)) if entry.search else None
-    value = best(points) if points else None
-    found = right(value, "test")
-    return found, {"value": value, "validation": points, "seconds": statistics.median(seconds)}
+    def told(self) -> dict[str, Any]:
+        """What a row says about the search."""
+        found = {"value": self.value, "validation": self.points or None, "score": self.score}
+        return {**found, "seconds": statistics.median(self._seconds)}
 
 
-def compare(kind: str, entries: Iterable[Entry], judge: Judge, steps: int) -> list[dict[str, Any]]:
-    """What every method reached in per cent, after the base and each task's own model."""
+def compare(kind: str, entries: Sequence[Entry], judge: Judge, steps: int) -> dict[str, Any]:
+    """What every method reached in per cent, after the base and each task's own model; the scores of the chains on the
+    validation texts; and what was chosen there, with what it reached on the test texts."""
     models = Models(kind, judge, steps)
     each = list(zip(judge.tasks, models.each, strict=True))
     own = {s: {name: judge.right(weights, s, [name])[name] for name, weights in each} for s in judge.asked}
-    found: dict[str, tuple[Right, Any]] = {"base": (judge.right({}, "test"), {}), "individual": (own["test"], {})}
+    rights: dict[str, Right] = {"base": judge.right({}, "test"), "individual": own["test"]}
+    trials: list[Trial] = []
     for entry in entries:
         start = time.perf_counter()
         try:
-            found[entry.title] = judged(entry, models, judge, own["valid"])
+            trials.append(Trial(entry, models, judge, own["valid"]))
+            if entry in METHODS:
+                rights[entry.title] = trials[-1].right(trials[-1].value, "test")
         except merging.MergingError as refusal:
             print(f"{kind} {entry.title}: refused: {refusal}", flush=True)
         print(f"{kind} {entry.title}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    rows = []
-    for title, (right, more) in found.items():
+    winner = max(trials, key=lambda trial: trial.score)
+    published = max((trial for trial in trials if trial.entry in METHODS), key=lambda trial: trial.score)
+    told = {trial.entry.title: trial.told() for trial in trials}
+
+    def row(title: str, right: Right) -> dict[str, Any]:
         tasks = {name: 100 * each.mean().item() for name, each in right.items()}
         mean, share = statistics.fmean(tasks.values()), normalised(right, own["test"])
-        difference, error = paired(right, found[REFERENCE][0])
-        row = {"accuracy": mean, "normalised": share, "difference": difference, "error": error}
-        rows.append({"method": title, "tasks": tasks, **row, **more})
-    return rows
+        difference, error = paired(right, rights[REFERENCE])
+        reached = {"accuracy": mean, "normalised": share, "difference": difference, "error": error}
+        return {"method": title, "tasks": tasks, **reached, **told.get(title, {})}
+
+    title = winner.entry.title
+    right = rights[title] if title in rights else winner.right(winner.value, "test")
+    difference, error = paired(right, rights[published.entry.title])
+    against = {"published": published.entry.title, "against published": difference, "error": error}
+    return {
+        "rows": [row(title, right) for title, right in rights.items()],
+        "chains": [{"method": each.entry.title, **each.told()} for each in trials if each.entry in CHAINS],
+        "chosen on validation": {"row": row(title, right), **against, "of": len(trials)},
+    }
+
+
+def verdict(chosen: Mapping[str, Any]) -> str:
+    """What was chosen on validation and what the test texts say, in one line."""
+    row = chosen["row"]
+    shown = f"{row['method']} ({edged(row)}), the best of {chosen['of']} there with {row['score']:.1f}"
+    told = f"chosen on validation: {shown}: on the test texts {row['accuracy']:.1f}"
+    if row["method"] == chosen["published"]:
+        return f"{told}; it is a published method itself"
+    gap = f"{chosen['against published']:+.1f} ± {chosen['error']:.1f}"
+    return f"{told}, against the best published method there, {chosen['published']}, {gap}"
 
 
 def main() -> None:
     """Parse the command line, train what is missing, and print one pair of tables a kind."""
-    titles = [entry.title for entry in METHODS]
+    titles = [entry.title for entry in (*METHODS, *CHAINS)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default=",".join(TASKS | MORE), help="comma-separated, all by default: %(default)s")
     parser.add_argument("--kind", nargs="+", choices=list(RATES), default=list(RATES), help="what is merged")
@@ -295,18 +387,24 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write everything there")
     chosen = parser.parse_args()
     torch.set_num_threads(1)  # the sums of one thread come out the same on every run
-    wanted = [entry for entry in METHODS if entry.title in (REFERENCE, *chosen.methods)]
+    wanted = [entry for entry in (*METHODS, *CHAINS) if entry.title in (REFERENCE, *chosen.methods)]
     judge = Judge(chosen.tasks.split(","), chosen.work, DATA, chosen.valid, chosen.texts)
     found = {}
     for kind in chosen.kind:
         entries = [entry for entry in wanted if kind in entry.kinds]
-        rows = found[kind] = compare(kind, entries, judge, chosen.steps)
+        found[kind] = compare(kind, entries, judge, chosen.steps)
+        rows, chains = found[kind]["rows"], found[kind]["chains"]
         alone = [[name, *(f"{row['tasks'][name]:.1f}" for row in rows[:2])] for name in judge.tasks]
         print("\n" + table(["task", "base", f"its own {kind}"], alone), end="\n\n")
-        heads = [f"{kind} method", "chosen", "accuracy", "normalised", f"against {REFERENCE}", "seconds a merge"]
-        print(table(heads, [cells(row) for row in rows]), flush=True)
+        heads = ["chosen", "on validation", "accuracy", "normalised", f"against {REFERENCE}", "seconds a merge"]
+        print(table([f"{kind} method", *heads], [cells(row) for row in rows]), end="\n\n")
+        if chains:
+            shown = [[row["method"], edged(row), f"{row['score']:.1f}", f"{row['seconds']:.2f}"] for row in chains]
+            print(table([f"{kind} chain", *heads[:2], heads[-1]], shown), end="\n\n")
+        print(verdict(found[kind]["chosen on validation"]), flush=True)
     if chosen.json:
-        chosen.json.write_text(json.dumps({"settings": vars(chosen), "rows": found}, indent=1, default=str))
+        told = {part: {kind: each[part] for kind, each in found.items()} for part in next(iter(found.values()))}
+        chosen.json.write_text(json.dumps({"settings": vars(chosen), **told}, indent=1, default=str))
 
 
 if __name__ == "__main__":
