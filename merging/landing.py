@@ -85,7 +85,8 @@ class Landing:
                 platform.claim(self._lock)
             self.folder = new.rename(new.with_suffix(".partial"))
         except OSError as error:
-            shutil.rmtree(new, ignore_errors=True)
+            with suppress(OSError):
+                new.rmdir()
             raise OutputError(f"{destination}: {parent} cannot be written to: {error.strerror}") from None
 
     def _remove_abandoned(self, parent: Path) -> None:
