@@ -412,8 +412,8 @@ def _finish_export(stream: Stream, words: list[str], output: Path, what: str, ta
     found = {f"export/{path.name}": _sha(path) for path in output.iterdir()}
     if any(found.get(name) != sha for name, sha in stream.wanted.items() if name.startswith("export/")):
         tally.damaged.append(f"{stream.name}: {what}: exported again, it is different")
-    # killed before it has a name of its own, a merge leaves an empty folder
-    litter = [path for path in output.parent.glob(".output*") if not (path.suffix == ".new" and "kill" in what)]
+    # killed, or unable to remove anything, before it has a name of its own, a merge leaves an empty folder
+    litter = [path for path in output.parent.glob(".output*") if path.suffix != ".new"]
     if litter:
         tally.leftover.append(f"{stream.name}: {what}: {[path.name for path in litter]}")
     for path in litter:
