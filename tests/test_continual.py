@@ -693,6 +693,22 @@ def test_exports_that_are_refused(full: Models, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_export_stands_a_state_that_goes(full: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer may add a step and remove the old state between the manifest and the state that it names."""
+    store = grown(tmp_path / "store", full, 1, "task_arithmetic")
+    opens, writes = merging.continual.store.open_state, [lambda: (store.add(full.tuned[1]), store.gc(1))]
+
+    def open_late(*given: Any) -> Any:
+        if writes:
+            writes.pop()()
+        return opens(*given)
+
+    monkeypatch.setattr("merging.continual.store.open_state", open_late)
+    store.export(tmp_path / "out")
+    grown(tmp_path / "other", full, 2, "task_arithmetic").export(tmp_path / "wanted")
+    assert identical(load(tmp_path / "out"), load(tmp_path / "wanted"))
+
+
 # ---- keeping
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from merging import platform
 from merging.continual import growth
@@ -26,20 +27,16 @@ from merging.continual.manifest import (
 from merging.continual.spectrum import spectra
 from merging.continual.state import odd_values, open_state
 from merging.continual.step import Execution, Grown, content_of, grow, open_base, plan_alone, record
-from merging.errors import InputError, MergingError, OptionError, OutputError
+from merging.errors import FormatError, InputError, MergingError, OptionError, OutputError
 from merging.files import Merged, merge_plan, pick_device
 from merging.landing import umask
+from merging.method import Method
 from merging.methods import chain
 from merging.plan import PORTABLE_RANKS, plan_of
 from merging.recipe import Recipe, make_recipe
-from merging.sources import Checkpoint, open_model
+from merging.sources import Adapter, Checkpoint, open_model
 from merging.sources.checkpoint import content_key
 from merging.threads import Progress, cores
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from merging.method import Method
 
 __all__ = ["ContinualStore", "Verdict"]
 
@@ -221,12 +218,8 @@ class ContinualStore:
         progress: Progress | None = None,
     ) -> Merged:
         """Write the merge of all models so far, as a full ``model`` or as an ``adapter`` of a rank."""
-        manifest = self.manifest()
-        if not manifest.steps:
-            raise InputError(f"{self.path}: holds no model yet: add one first")
-        grows, last = chain(manifest.method, manifest.parameters), manifest.steps[-1]
-        stated = next((step.stated_base for step in manifest.steps if step.stated_base), None)
-        states = [open_state(self.path / part.file, stated) for part in last.parts.values()]
+        manifest, states = self._states()
+        grows = chain(manifest.method, manifest.parameters)
         method = growth.published(grows, manifest)
         names = tuple(state.path.name for state in states)
         recipe = make_recipe({"models": names, "method": method, "as": kind, "dtype": dtype, "rank": rank}, "export")
@@ -241,6 +234,19 @@ class ContinualStore:
             overwrite=overwrite,
             progress=progress,
         )
+
+    def _states(self) -> tuple[Manifest, list[Adapter]]:
+        """The manifest and the parts of its last state, opened; once more if a writer took that away meanwhile."""
+        while True:
+            manifest = self.manifest()
+            if not manifest.steps:
+                raise InputError(f"{self.path}: holds no model yet: add one first")
+            stated = next((step.stated_base for step in manifest.steps if step.stated_base), None)
+            try:
+                return manifest, [open_state(file, stated) for file in self._files(manifest.steps[-1])]
+            except FormatError:
+                if self.manifest() == manifest:
+                    raise
 
     # ---- keeping
 
