@@ -47,3 +47,5 @@ def test_installs_beside_another_cli(tmp_path: Path) -> None:
     assert Path(package).is_relative_to(site)
     assert Path(command) == site / "merging" / "cli" / "main.py"
     assert (site / "merging" / "py.typed").is_file()
+    ours = {path.relative_to(ROOT) for path in (ROOT / "merging").rglob("*.py")}
+    assert not [path for path in ours if not (site / path).is_file()]
