@@ -82,6 +82,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "wrapper",
         "dropping",
         "spectral",
+        "basis",
         "sphere",
         "methods",
     ),
