@@ -167,7 +167,7 @@ def model_card(plan: Plan) -> str:
     names = "\n".join(f"- `{Path(path).name}`" for path in plan.recipe.models)
     return (
         f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n\n# Merged {plan.output}\n\n"
-        f"{len(plan.models)} models merged by `{plan.recipe.method.chain}`:\n\n{names}\n\n"
+        f"{len(plan.recipe.models)} models merged by `{plan.recipe.method.chain}`:\n\n{names}\n\n"
         f"## Recipe\n\n```yaml\n{plan.recipe.to_yaml()}```\n"
     )
 

@@ -6,17 +6,20 @@ pass to gather these, one to add up, and on factors no matrix at all.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from merging.delta import LowRank, Stack
 from merging.folds import Sum
 from merging.linalg import inner, spans
-from merging.method import Round, Seen
-from merging.parameters import Coefficient, number
+from merging.method import Method, Round, Seen
+from merging.parameters import Coefficient, PerModel, number
 from merging.site import Site
 
-__all__ = ["GRAM", "arc_weights", "cosines", "gram", "plain_weights"]
+__all__ = ["GRAM", "OnSphere", "arc_weights", "cosines", "gram", "plain_weights"]
 
 _PRODUCTS = "inner products"
 
@@ -38,6 +41,27 @@ def _products(stack: Stack, site: Site, seen: Seen) -> Tensor:
 
 GRAM = Round(_PRODUCTS, Sum(), _products, per="tensor")
 """The inner products of the models' tensors, for :func:`gram`."""
+
+
+class OnSphere(Method):
+    """A method whose weights of the models follow from their inner products, of weights or of changes.
+
+    Of changes it is exact on adapters, and needs no base then.
+    """
+
+    weights: PerModel[Coefficient] = Field(1.0, description="one weight for all models, or one each")
+    space: Literal["weights", "changes"] = Field("weights", description="merge weights, or changes from the base")
+
+    @property
+    def origin(self) -> Literal["base", "none"]:
+        return "base" if self.space == "changes" else "none"
+
+    @property
+    def factored(self) -> bool:
+        return self.space == "changes"
+
+    def rounds(self) -> tuple[Round, ...]:
+        return (GRAM,)
 
 
 def gram(seen: Seen) -> Tensor:

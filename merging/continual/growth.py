@@ -23,7 +23,7 @@ from merging.methods.magmax import MagMax
 from merging.methods.opcm import Opcm
 from merging.methods.task_arithmetic import TaskArithmetic
 from merging.methods.ties import Ties, trim
-from merging.parameters import Coefficient, number
+from merging.parameters import Coefficient, number, spread
 from merging.site import Site
 from merging.wrapper import Wrapper
 
@@ -65,7 +65,7 @@ def parts(method: Method) -> dict[str, Method]:
     if isinstance(last, MagMax):
         return {"largest": MagMax()}
     if isinstance(last, Ties):
-        density = float(number(last.density)) if not isinstance(last.density, tuple) else 1.0
+        (density,) = spread(last.density, 1)
         return {
             name: _Tally(density=density, sign=sign, counts=counts)
             for name, sign, counts in (

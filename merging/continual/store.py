@@ -221,7 +221,7 @@ class ContinualStore:
         manifest, states = self._states()
         grows = chain(manifest.method, manifest.parameters)
         method = growth.published(grows, manifest)
-        names = tuple(state.path.name for state in states)
+        names = tuple(Path(step.source).name for step in manifest.steps)  # what the card tells
         recipe = make_recipe({"models": names, "method": method, "as": kind, "dtype": dtype, "rank": rank}, "export")
         destination = Path(output)
         plan = plan_of(recipe, states, self._base(manifest), () if destination.suffix else PORTABLE_RANKS)

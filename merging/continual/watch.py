@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from merging.continual.folder import Busy
 from merging.continual.manifest import Refused, StepRecord
@@ -46,7 +46,7 @@ def watch(
     pause: Pause | None = None,
     tell: Callable[[Event], None] | None = None,
     once: bool = False,
-    **options: object,
+    **options: Any,
 ) -> None:
     """Add every model of a folder that is new, the oldest first, and look again every ``interval`` seconds.
 
@@ -82,7 +82,7 @@ def watch(
             return
 
 
-def _add(store: ContinualStore, path: Path, mark: str, pause: Pause, options: dict[str, object]) -> Event | None:
+def _add(store: ContinualStore, path: Path, mark: str, pause: Pause, options: dict[str, Any]) -> Event | None:
     """Add a model, or note why it is refused; None if told to stop while another process was writing."""
     store.check_base()  # what is wrong with the store itself is no fault of the model
     try:
@@ -96,11 +96,11 @@ def _add(store: ContinualStore, path: Path, mark: str, pause: Pause, options: di
     return Event("added", path, step.number) if step else Event("known", path)
 
 
-def _added(store: ContinualStore, path: Path, pause: Pause, options: dict[str, object]) -> StepRecord | None:
+def _added(store: ContinualStore, path: Path, pause: Pause, options: dict[str, Any]) -> StepRecord | None:
     """Add a model as soon as no other process writes; that one is not waited for when told to stop."""
     while True:
         try:
-            return store.add(path, **{"wait": _SLICE, **options})  # type: ignore[arg-type]
+            return store.add(path, **{"wait": _SLICE, **options})
         except Busy:  # noqa: PERF203
             if pause(0):
                 raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from merging.delta import Delta, Stack
 from merging.errors import OptionError
-from merging.method import Method, Round, Seen
+from merging.method import Seen
 from merging.parameters import Coefficient, PerModel, column, number
 from merging.site import Site
-from merging.sphere import GRAM, cosines, gram, plain_weights
+from merging.sphere import OnSphere, cosines, gram, plain_weights
 
 __all__ = ["Karcher", "karcher_mean"]
 
 
-class Karcher(Method):
+class Karcher(OnSphere):
     """The weighted mean on the sphere of each tensor's direction u_i = x_i / |x_i|, times sum_i w_i |x_i|.
 
     From the normalised sum_i w_i u_i, steps m <- exp_m(sum_i w_i log_m(u_i)) until one is shorter than `tol` (radians)
@@ -36,7 +36,6 @@ class Karcher(Method):
     weights: PerModel[Coefficient] = Field(1.0, description="one weight for all models, or one each; at least 0")
     max_iter: int = Field(10, ge=1, le=1000, description="most steps")
     tol: float = Field(1e-5, gt=0, lt=1, description="a step so short ends the search, in radians")
-    space: Literal["weights", "changes"] = Field("weights", description="merge weights, or changes from the base")
 
     def check(self, models: int) -> None:
         super().check(models)
@@ -46,17 +45,6 @@ class Karcher(Method):
         if min(weights) < 0 or sum(weights) == 0:
             reason = "of at least 0" if min(weights) < 0 else "that do not sum to 0"
             raise OptionError(f"karcher.weights = {self.weights}: a mean on the sphere needs weights {reason}")
-
-    @property
-    def origin(self) -> Literal["base", "none"]:
-        return "base" if self.space == "changes" else "none"
-
-    @property
-    def factored(self) -> bool:
-        return self.space == "changes"
-
-    def rounds(self) -> tuple[Round, ...]:
-        return (GRAM,)
 
     def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
         weights = column(self.weights, gram(seen)).view(-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -10,17 +10,17 @@ from torch import Tensor
 
 from merging.delta import Delta, Stack
 from merging.errors import InputError, OptionError
-from merging.method import Method, Round, Seen
-from merging.parameters import Coefficient, PerModel, column, number
+from merging.method import Seen
+from merging.parameters import column, number
 from merging.site import Site
-from merging.sphere import GRAM, cosines, gram, plain_weights
+from merging.sphere import OnSphere, cosines, gram, plain_weights
 
 __all__ = ["MultiSlerp"]
 
 _VANISHED = 1e-8
 
 
-class MultiSlerp(Method):
+class MultiSlerp(OnSphere):
     """m * sum_i w_i |x_i|, where m is the direction of sum_i w_i x_i / |x_i|; for each tensor x, taken flat.
 
     The published procedure then walks from m along the tangent T = sum_i w_i (u_i - (u_i . m) m) with u_i = x_i/|x_i|.
@@ -34,9 +34,7 @@ class MultiSlerp(Method):
     summary: ClassVar[str] = "mean direction of all models at their mean length"
     paper: ClassVar[str] = "MultiSLERP, Goddard 2025, in mergekit"
 
-    weights: PerModel[Coefficient] = Field(1.0, description="one weight for all models, or one each")
     normalize: bool = Field(True, description="divide the weights by their sum")
-    space: Literal["weights", "changes"] = Field("weights", description="merge weights, or changes from the base")
 
     def check(self, models: int) -> None:
         super().check(models)
@@ -44,17 +42,6 @@ class MultiSlerp(Method):
             raise OptionError(
                 "the weights of multislerp sum to zero, so there is no mean: change them, or use --no-normalize"
             )
-
-    @property
-    def origin(self) -> Literal["base", "none"]:
-        return "base" if self.space == "changes" else "none"
-
-    @property
-    def factored(self) -> bool:
-        return self.space == "changes"
-
-    def rounds(self) -> tuple[Round, ...]:
-        return (GRAM,)
 
     def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
         weights = column(self.weights, gram(seen)).view(-1)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from merging.delta import Delta, Dense, Stack
 from merging.errors import OptionError
-from merging.method import Grain, Method, Round, Seen
-from merging.parameters import Coefficient, PerModel, number
+from merging.method import Grain, Round, Seen
+from merging.parameters import number
 from merging.site import Site
-from merging.sphere import GRAM, arc_weights, gram, plain_weights
+from merging.sphere import OnSphere, arc_weights, gram, plain_weights
 
 __all__ = ["NuSlerp"]
 
@@ -21,7 +21,10 @@ _COLLINEAR = 1 - 1e-12
 """Only beyond this cosine has the arc's formula lost all its digits, in float64."""
 
 
-class NuSlerp(Method):
+_GRAINS: dict[str, Grain] = {"flat": "element", "rows": "row", "columns": "matrix"}
+
+
+class NuSlerp(OnSphere):
     """Each tensor a step t = w_2 / (w_1 + w_2) along the arc from the first model's to the second's.
 
     The formula is `slerp`'s, without the chord for all but collinear ones; taken of tensors as a whole (`axis = flat`),
@@ -36,9 +39,7 @@ class NuSlerp(Method):
     paper: ClassVar[str] = "NuSLERP, Goddard 2024, in mergekit"
     models: ClassVar[tuple[int, int | None]] = (2, 2)
 
-    weights: PerModel[Coefficient] = Field(1.0, description="one weight for both models, or one each")
     axis: Literal["flat", "rows", "columns"] = Field("flat", description="what the angle is taken of")
-    space: Literal["weights", "changes"] = Field("weights", description="interpolate weights, or changes from the base")
 
     def check(self, models: int) -> None:
         super().check(models)
@@ -46,19 +47,15 @@ class NuSlerp(Method):
             raise OptionError("the weights of nuslerp sum to zero, so there is no step between the models: change them")
 
     @property
-    def origin(self) -> Literal["base", "none"]:
-        return "base" if self.space == "changes" else "none"
-
-    @property
     def grain(self) -> Grain:
-        return {"flat": "element", "rows": "row", "columns": "matrix"}[self.axis]  # type: ignore[return-value]
+        return _GRAINS[self.axis]
 
     @property
     def factored(self) -> bool:
-        return self.space == "changes" and self.axis == "flat"
+        return super().factored and self.axis == "flat"
 
     def rounds(self) -> tuple[Round, ...]:
-        return (GRAM,) if self.axis == "flat" else ()
+        return super().rounds() if self.axis == "flat" else ()
 
     def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
         first, second = self.coefficients(2)
