@@ -12,7 +12,7 @@ from pathlib import Path
 from merging.errors import FormatError, InputError
 from merging.sources import peft
 from merging.sources.adapter import Adapter
-from merging.sources.checkpoint import Checkpoint, open_checkpoint, read_json
+from merging.sources.checkpoint import Checkpoint, open_checkpoint
 from merging.sources.stored import Opened, Stored, open_tensors
 
 __all__ = ["DIALECTS", "Adapter", "Checkpoint", "open_model"]
@@ -50,9 +50,6 @@ def open_model(path: str | Path, alpha: float | None = None) -> Checkpoint | Ada
         if not (path / "adapter_config.json").is_file():
             bare = next((path / name for name in peft.WEIGHTS if (path / name).is_file()), None)
             return open_checkpoint(path) if bare is None else peft.open_peft(bare, alpha)
-        kind = read_json(path / "adapter_config.json").get("peft_type", "LORA")
-        if kind != "LORA":
-            raise FormatError(f"{path}: is a PEFT adapter of type {kind}; only LORA is read so far")
         return peft.open_peft(path, alpha)
     if path.suffix == ".json":
         return open_checkpoint(path)
