@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from merging.licences import Source, licence_sentence, source_of, strictest
 from merging.plan.items import Plan
 from merging.plan.to_adapter import PREFIX
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import LoraChange
 
-__all__ = ["adapter_config", "model_card", "write_adapter_companions", "write_model_companions"]
+__all__ = ["COMPANIONS", "adapter_config", "model_card", "write_adapter_companions", "write_model_companions"]
 
-_COPIED = (
+COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -62,7 +62,7 @@ def write_model_companions(plan: Plan, folder: Path) -> list[str]:
         return [
             f"{reference.path} is a bare file without a config, so the output has none: copy it from the model's folder"
         ]
-    for pattern in _COPIED:
+    for pattern in COMPANIONS:
         for path in reference.folder.glob(pattern):
             if path.is_file():
                 target = folder / path.relative_to(reference.folder)
@@ -156,29 +156,45 @@ def _saved_modules(plan: Plan, adapters: list[Adapter]) -> list[str]:
 
 
 def model_card(plan: Plan) -> str:
-    """The README of the output: metadata that the Hub reads, and the recipe."""
+    """The README of the output: metadata that the Hub reads, what it was made of, and the recipe."""
     facts: dict[str, Any] = {}
     ids = _hub_ids(plan)
     if ids:
         facts["base_model"] = ids
         facts["base_model_relation"] = "adapter" if plan.output == "adapter" else "merge"
     facts["library_name"] = "peft" if plan.output == "adapter" else "transformers"
+    licence = strictest([each.licence for each in _sources(plan)])
+    if licence:
+        facts["license"] = licence
     facts["tags"] = ["merge", *(["lora"] if plan.output == "adapter" else []), *plan.recipe.method.chain.split("+")]
-    names = "\n".join(f"- `{Path(path).name}`" for path in plan.recipe.models)
+    names = "\n".join(f"- {each}" for each in _sources(plan))
     return (
         f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n\n# Merged {plan.output}\n\n"
         f"{len(plan.recipe.models)} models merged by `{plan.recipe.method.chain}`:\n\n{names}\n\n"
+        f"{licence_sentence(licence)}\n\n"
         f"## Recipe\n\n```yaml\n{plan.recipe.to_yaml()}```\n"
     )
 
 
+def _sources(plan: Plan) -> list[Source]:
+    """What the output was made of, the base last."""
+    return [source_of(model) for model in plan.models] + ([source_of(plan.base, "base")] if plan.base else [])
+
+
 def _hub_ids(plan: Plan) -> list[str]:
     """Names of the Hub for what the output was made from: the base of an adapter, the models of a model."""
+    stated: list[object]
     if plan.output == "adapter":
-        stated: Iterable[object] = [model.base for model in plan.models if isinstance(model, Adapter)][:1]
+        stated = [plan.base.origin.repo] if plan.base and plan.base.origin else []
+        stated += [model.base for model in plan.models if isinstance(model, Adapter)]
+        stated = stated[:1]
     else:
-        checkpoints = [model for model in [*plan.models, plan.base] if isinstance(model, Checkpoint)]
-        stated = [model.config.get("_name_or_path") for model in checkpoints]
+        models = [model for model in [*plan.models, plan.base] if model]
+        stated = [
+            model.origin.repo if model.origin else model.config.get("_name_or_path")
+            for model in models
+            if isinstance(model, Checkpoint) or model.origin
+        ]
     names = [name for name in stated if isinstance(name, str) and _HUB_ID.fullmatch(name)]
     return list(dict.fromkeys(names))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ from typing import Any
 import torch
 
 from merging import __version__
-from merging.companions import adapter_config, write_adapter_companions, write_model_companions
+from merging.arrival import arrived
+from merging.companions import COMPANIONS, adapter_config, write_adapter_companions, write_model_companions
 from merging.errors import OptionError, OutputError
 from merging.landing import Landing, check_destination
 from merging.method import Method
@@ -71,6 +74,7 @@ def merge(
     threads: int | None = None,
     max_memory: int | None = None,
     overwrite: bool = False,
+    stream: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> Merged:
@@ -81,7 +85,8 @@ def merge(
     ``exclude``, ``allow_different_bases``, ``allow_nonfinite``: see :class:`~merging.recipe.Recipe`) and the method's
     parameters by name (``weights=(1, 1, -1)``). ``output`` ending in ``.safetensors`` is a single file, any other a
     folder; without it the output is ``merged.safetensors`` or the folder ``merged``. ``max_memory`` is in bytes, above
-    what the imports take. ``progress`` is told the bytes done and in all.
+    what the imports take. ``stream`` says that models of the Hub pass through the disk file by file instead of staying
+    in the library's cache. ``progress`` is told the bytes done and in all.
 
     Raises :class:`~merging.errors.MergingError`, and leaves nothing behind then.
     """
@@ -94,6 +99,7 @@ def merge(
         threads=threads,
         max_memory=max_memory,
         overwrite=overwrite,
+        stream=stream,
         progress=progress,
     )
 
@@ -130,14 +136,20 @@ def merge_plan(
     threads: int | None = None,
     max_memory: int | None = None,
     overwrite: bool = False,
+    stream: bool = False,
     progress: Progress | None = None,
 ) -> Merged:
-    """Carry out a plan, and put the output in place when it is whole."""
+    """Carry out a plan, and put the output in place when it is whole.
+
+    What lies on the Hub comes first, or with ``stream`` file by file as the merge comes to it.
+    """
     workers = workers_within(plan, cores() if threads is None else threads, max_memory)
     check_output(plan, destination, overwrite)
-    notices = [*plan.notices, *unrelated(plan)]
     single = destination.suffix == ".safetensors"
-    with Landing(destination, overwrite, single) as landing:
+    if not stream:
+        plan = arrived(plan, COMPANIONS, progress=progress)
+    with Landing(destination, overwrite, single) as landing, _streamed(plan, stream, destination) as plan:
+        notices = [*plan.notices, *unrelated(plan)]
         stem = destination.stem if single else "adapter_model" if plan.output == "adapter" else "model"
         most = None if single or plan.output == "adapter" else plan.recipe.shard_size
         writer = TensorWriter(landing.folder, stem, plan.outs, _metadata(plan), most)
@@ -167,6 +179,16 @@ def merge_plan(
         discarded=done.discarded,
         facts=done.facts,
     )
+
+
+@contextmanager
+def _streamed(plan: Plan, stream: bool, destination: Path) -> Iterator[Plan]:
+    """The plan with a folder beside the output that files of the Hub pass through, if they are to."""
+    if not stream:
+        yield plan
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as folder:
+        yield arrived(plan, COMPANIONS, stream=Path(folder))
 
 
 def check_output(plan: Plan, destination: Path, overwrite: bool) -> None:

@@ -192,7 +192,7 @@ def test_no_method_lists_them() -> None:
         ("-m linear --weights 1,-1 tuned0 tuned1", "the weights of linear sum to zero"),
         ("-m linear --weights nan tuned0 tuned1", "linear.weights = "),
         ("-m linear nowhere tuned1", "nowhere: there is no such file or folder"),
-        ("-m linear org/name tuned1", "org/name: there is no such file or folder: to use a model of the Hub"),
+        ("-m linear org/name tuned1", "org/name: there is no such file or folder, and no such model in the Hub"),
         ("-m task_arithmetic tuned0 tuned1", "full checkpoints with a method that works on changes need --base"),
         ("-m lines+linear tuned0 tuned1", "full checkpoints with a method that works on changes need --base"),
         ("-m linear --as adapter tuned0 tuned1", "a merge of full checkpoints makes a model"),

@@ -86,10 +86,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "sphere",
         "methods",
     ),
-    "files": ("sources", "writer", "landing", "platform"),
+    "files": ("sources", "hub", "writer", "landing", "platform"),
     "intent": ("recipe", "plan"),
     "run": ("run", "worker", "opened", "spool", "tiles", "threads", "vetting"),
-    "above": ("files", "tensors", "companions", "inspect", "continual"),
+    "above": ("files", "arrival", "licences", "tensors", "companions", "inspect", "continual"),
     "cli": ("cli",),
     "ground": ("errors",),
 }

@@ -53,6 +53,7 @@ def _plan_of(
     recipe: Recipe, models: tuple[Checkpoint | Adapter, ...], base: Checkpoint | None, rank_steps: Sequence[int]
 ) -> Plan:
     output, weights = check_origin(recipe, models, base)
+    recipe = _pinned(recipe, models, base)
     check_options(recipe, models, output)
     check_bases(models, recipe.allow_different_bases)
     keys, notices = content_keys(models)
@@ -87,6 +88,13 @@ def _plan_of(
         notices=tuple(notices),
         matched=tuple(matched),
     )
+
+
+def _pinned(recipe: Recipe, models: Sequence[Checkpoint | Adapter], base: Checkpoint | None) -> Recipe:
+    """The recipe with models of the Hub named by their commits, so that it means the same bytes for ever."""
+    named = zip(recipe.models, models, strict=True)
+    pinned = {"models": tuple(str(model.origin or name) for name, model in named)}
+    return recipe.model_copy(update=pinned | ({"base": str(base.origin)} if base and base.origin else {}))
 
 
 def _open_base(recipe: Recipe) -> Checkpoint | None:

@@ -9,7 +9,7 @@ from typing import Literal
 from merging.errors import InputError, OptionError
 from merging.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
-from merging.sources.checkpoint import content_key
+from merging.sources.checkpoint import content_key, files_key
 
 __all__ = ["check_bases", "check_options", "check_origin", "content_keys", "same_base"]
 
@@ -19,14 +19,18 @@ _QUANTISED = re.compile(
 
 
 def content_keys(models: Sequence[Checkpoint | Adapter]) -> tuple[tuple[str, ...], list[str]]:
-    """A key of each model's content, repeats numbered, and a notice for each model that repeats an earlier one."""
+    """A key of each model's content, repeats numbered, and a notice for each model that repeats an earlier one.
+
+    While a model's values are still elsewhere its key is made of the hashes of its files.
+    """
     keys: list[str] = []
     notices: list[str] = []
     first: dict[str, str] = {}
     for model in models:
         changes = model.changes if isinstance(model, Adapter) else {}
         parts = {f"{name} {i}": part for name, change in changes.items() for i, part in enumerate(change.tensors)}
-        key = content_key(model.tensors if isinstance(model, Checkpoint) else parts)
+        tensors = model.tensors if isinstance(model, Checkpoint) else parts
+        key = content_key(tensors) if all(each.at_hand for each in tensors.values()) else files_key(tensors)
         if key in first:
             notices.append(f"{model.path} has the same content as {first[key]}: it counts twice in the merge")
         first.setdefault(key, str(model.path))

@@ -7,12 +7,15 @@ A new file format is one module with ``recognises(names)`` and an opener that ma
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from merging.errors import FormatError, InputError
+from merging.errors import FormatError, InputError, MergingError
+from merging.hub.address import hub_address
 from merging.sources import peft
 from merging.sources.adapter import Adapter
 from merging.sources.checkpoint import Checkpoint, open_checkpoint
+from merging.sources.origin import Origin
 from merging.sources.stored import Opened, Stored, open_tensors
 
 __all__ = ["DIALECTS", "Adapter", "Checkpoint", "open_model"]
@@ -36,16 +39,36 @@ _FOREIGN_ENDINGS = tuple(_FOREIGN)
 _COMPONENTS = ("unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "diffusion_model.")
 
 
-def open_model(path: str | Path, alpha: float | None = None) -> Checkpoint | Adapter:
-    """Open what lies at ``path``: a folder or file with a full model or an adapter. Only headers are read.
+def open_model(name: str | Path, alpha: float | None = None) -> Checkpoint | Adapter:
+    """Open a full model or an adapter: a local folder or file, or an address on the Hub. Only headers are read.
 
     ``alpha`` is the LoRA alpha of adapters, instead of what they state. Raises :class:`~merging.errors.InputError` if
     there is nothing, :class:`~merging.errors.FormatError` if what is there cannot be understood exactly.
     """
-    given, path = str(path), Path(path).expanduser()
+    address = hub_address(str(name))
+    if address is None:
+        return _open_local(Path(name).expanduser(), alpha)
+    from merging.hub.repository import open_repository  # it reads files with what this package is made of
+
+    repository = open_repository(address)
+    origin = Origin(address.repo, repository.commit, address.path, repository.licence)
+
+    def named(text: str) -> str:
+        return text.replace(str(repository.folder), repository.name)
+
+    try:
+        model = _open_local(repository.folder / address.path, alpha)
+    except MergingError as error:
+        raise type(error)(named(str(error))) from None
+    if isinstance(model, Adapter):
+        return replace(model, path=Path(str(origin)), origin=origin, notices=tuple(map(named, model.notices)))
+    return replace(model, path=Path(str(origin)), origin=origin)
+
+
+def _open_local(path: Path, alpha: float | None) -> Checkpoint | Adapter:
     if not path.exists():
-        hint = f": to use a model of the Hub, download it first (hf download {given})" if given.count("/") == 1 else ""
-        raise InputError(f"{given}: there is no such file or folder{hint}")
+        hint = ": the Hub is meant by hf://ORG/NAME" if str(path).count("/") == 1 else ""
+        raise InputError(f"{path}: there is no such file or folder{hint}")
     if path.is_dir():
         if not (path / "adapter_config.json").is_file():
             bare = next((path / name for name in peft.WEIGHTS if (path / name).is_file()), None)

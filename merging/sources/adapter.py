@@ -17,11 +17,12 @@ from torch import Tensor
 
 from merging.delta import Delta, Dense, LowRank
 from merging.errors import InputError
+from merging.sources.origin import Origin
 from merging.sources.stored import Stored
 
 __all__ = ["Adapter", "AddedBias", "Change", "FullChange", "LoraChange", "Replacement"]
 
-Kind = Literal["linear", "embedding", "conv", "bias", "full"]
+Kind = Literal["linear", "embedding", "conv", "experts", "bias", "full"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -186,6 +187,7 @@ class Adapter:
     base: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    origin: Origin | None = None
 
     def require_base(self) -> None:
         """Raise :class:`~merging.errors.InputError` if some change cannot be told without the base."""

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from merging.errors import FormatError, InputError
+from merging.sources.origin import Origin
 from merging.sources.stored import Opened, Stored, open_tensors
 
-__all__ = ["HEADS", "Checkpoint", "config_layers", "content_key", "open_checkpoint", "read_json"]
+__all__ = ["HEADS", "Checkpoint", "config_layers", "content_key", "files_key", "open_checkpoint", "read_json"]
 
 _LAYOUTS = (
     "model.safetensors",
@@ -72,6 +73,7 @@ class Checkpoint:
     config: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     shared: dict[str, str] = field(default_factory=dict)
+    origin: Origin | None = None
 
     @property
     def tied(self) -> bool:
@@ -225,3 +227,8 @@ def content_key(tensors: Mapping[str, Stored]) -> str:
             stored.read_into(values, (stored.numel - len(values)) // 2)
             digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def files_key(tensors: Mapping[str, Stored]) -> str:
+    """A short key of the content of files that have not come yet, by what their repository states of them."""
+    return hashlib.sha256("".join(sorted({stored.source() for stored in tensors.values()})).encode()).hexdigest()[:16]

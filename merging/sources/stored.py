@@ -6,9 +6,11 @@ import os
 import pickle
 import zipfile
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +22,10 @@ from merging.sources.header import Entry, read_header
 __all__ = [
     "DTYPES",
     "DTYPE_NAMES",
+    "STAND_INS",
+    "File",
     "FileTensor",
+    "Holder",
     "MappedTensor",
     "Opened",
     "Out",
@@ -99,15 +104,50 @@ class Stored(ABC):
     def advise(self, start: int, count: int) -> None:
         """Say that these elements are wanted soon, so that they can be read ahead."""
 
+    @property
+    def at_hand(self) -> bool:
+        """Whether its values are on this machine."""
+        return True
+
+    def source(self) -> str:
+        """What names the content of the file it lies in."""
+        return self.order()[0]
+
     @abstractmethod
     def order(self) -> tuple[str, int]:
         """Where the tensor lies, so that tensors can be read in the order of their files."""
+
+
+class Holder(Protocol):
+    """What holds the bytes of tensors: a file on this disk, or one that is brought here when it is opened."""
+
+    path: Path
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether it is here already."""
+
+    def identity(self) -> str:
+        """What names its content."""
+
+    def read(self, into: memoryview, offset: int) -> None:
+        """Fill ``into`` with the bytes from ``offset`` on. Raises :class:`~merging.errors.FormatError`."""
+
+    def advise(self, offset: int, nbytes: int) -> None:
+        """Say that these bytes are wanted soon."""
 
 
 class File:
     """An open file; it stays open, and so readable under any later renaming, as long as one of its tensors lives."""
 
     __slots__ = ("fd", "path")
+
+    @property
+    def at_hand(self) -> bool:
+        return True
+
+    def identity(self) -> str:
+        return str(self.path)
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -117,31 +157,46 @@ class File:
         if hasattr(self, "fd"):
             os.close(self.fd)
 
+    def read(self, into: memoryview, offset: int) -> None:
+        """Fill ``into`` with the bytes from ``offset`` on. Raises :class:`~merging.errors.FormatError`."""
+        try:
+            platform.read_at(self.fd, into, offset)
+        except EOFError as error:
+            raise FormatError(f"{self.path}: {error}: it was cut while it was read") from None
+        except OSError as error:
+            raise FormatError(f"{self.path}: cannot be read: {error.strerror}") from None
+
+    def advise(self, offset: int, nbytes: int) -> None:
+        """Have the system read these bytes ahead."""
+        platform.advise(self.fd, offset, nbytes)
+
 
 class FileTensor(Stored):
     """A tensor of a safetensors file, read at its place: bounded memory, and a cut file is an error, not a signal."""
 
-    __slots__ = ("_file", "_start")
+    __slots__ = ("_start", "holder")
 
-    def __init__(self, file: File, entry: Entry) -> None:
+    def __init__(self, holder: Holder, entry: Entry) -> None:
         super().__init__(entry.dtype, entry.shape)
-        self._file = file
+        self.holder = holder
         self._start = entry.start
 
     def read_into(self, buffer: Tensor, start: int = 0) -> None:
-        try:
-            platform.read_at(self._file.fd, bytes_of(buffer), self._start + start * buffer.itemsize)
-        except EOFError as error:
-            raise FormatError(f"{self._file.path}: {error}: it was cut while it was read") from None
-        except OSError as error:
-            raise FormatError(f"{self._file.path}: cannot be read: {error.strerror}") from None
+        self.holder.read(bytes_of(buffer), self._start + start * buffer.itemsize)
 
     def advise(self, start: int, count: int) -> None:
         itemsize = self.dtype.itemsize
-        platform.advise(self._file.fd, self._start + start * itemsize, count * itemsize)
+        self.holder.advise(self._start + start * itemsize, count * itemsize)
+
+    @property
+    def at_hand(self) -> bool:
+        return self.holder.at_hand
+
+    def source(self) -> str:
+        return self.holder.identity()
 
     def order(self) -> tuple[str, int]:
-        return str(self._file.path), self._start
+        return str(self.holder.path), self._start
 
 
 class MappedTensor(Stored):
@@ -174,8 +229,14 @@ Opened = tuple[dict[str, "Stored"], dict[str, str]]
 """The tensors of a file, and its metadata, or the names that share memory in a PyTorch file."""
 
 
+STAND_INS: dict[Path, Callable[[], Opened]] = {}
+"""How those weights files are opened that only stand for one elsewhere, by their paths."""
+
+
 def open_tensors(path: Path) -> Opened:
     """The tensors of a weights file of either kind, told by its ending."""
+    if path in STAND_INS:
+        return STAND_INS[path]()
     return open_safetensors(path) if path.suffix == ".safetensors" else open_pickle(path)
 
 

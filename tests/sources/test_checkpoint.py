@@ -166,7 +166,7 @@ def test_file_without_tensors(tmp_path: Path) -> None:
 
 
 def test_missing_path_and_hub_name(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no such file or folder: to use a model of the Hub, download it first"):
+    with pytest.raises(InputError, match=r"no such file or folder, and no such model in the Hub"):
         open_model("org/name")
     with pytest.raises(InputError, match=r"no such file or folder$"):
         open_model(tmp_path / "nothing.safetensors")

@@ -1,0 +1,81 @@
+"""Bringing what a plan needs of the Hub to this machine, before the first value is merged or shard by shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from merging.dropping import Dropping
+from merging.hub.address import Address
+from merging.hub.remote import RemoteFile, Window
+from merging.hub.repository import open_repository
+from merging.plan import Plan
+from merging.plan.checks import content_keys
+from merging.sources import Checkpoint
+from merging.sources.adapter import Change
+from merging.sources.stored import FileTensor, Stored
+from merging.threads import Progress, share_out
+
+__all__ = ["arrived", "awaited"]
+
+_STREAMS = 4
+"""Files that are fetched at a time."""
+
+
+def awaited(plan: Plan) -> list[RemoteFile]:
+    """The files that the plan reads and that are not on this machine yet, in the order in which it reads them."""
+    found = {id(remote): remote for item in plan.items for remote in _remote(item.inputs, item.base)}
+    return [remote for remote in found.values() if not remote.at_hand]
+
+
+def _remote(inputs: Sequence[Stored | Change | None], base: Stored | None) -> Iterator[RemoteFile]:
+    for each in (*inputs, base):
+        for stored in each.tensors if isinstance(each, Change) else (each,):
+            if isinstance(stored, FileTensor) and isinstance(stored.holder, RemoteFile):
+                yield stored.holder
+
+
+def arrived(
+    plan: Plan, companions: Sequence[str], *, stream: Path | None = None, progress: Progress | None = None
+) -> Plan:
+    """The plan, when what it reads has come: whole files into the library's cache, checked by their hashes.
+
+    ``companions`` are patterns of the files that are copied beside the output. With ``stream``, a folder, files are
+    only fetched when the merge comes to them, and dropped behind it, so that at most two of each model lie there.
+    Raises :class:`~merging.errors.InputError` for what the Hub or the disk refuses.
+    """
+    reference = plan.base or next((model for model in plan.models if isinstance(model, Checkpoint)), None)
+    if reference is not None and reference.origin is not None and plan.output == "model":
+        origin = reference.origin
+        under = origin.path.rpartition("/")[0] if origin.path.endswith(".safetensors") else origin.path
+        open_repository(Address(origin.repo, origin.commit)).bring(companions, under)
+    files = awaited(plan)
+    if not files:
+        return plan
+    if stream is None:
+        _fetch(files, progress)
+    else:
+        windows = {remote.repo: Window(stream) for remote in files}
+        for remote in files:
+            remote.window = windows[remote.repo]
+        if not any(isinstance(link, Dropping) for link in plan.recipe.method.links()):
+            return plan  # only random masks need the keys of the contents
+    return replace(plan, keys=content_keys(plan.models)[0])
+
+
+def _fetch(files: Sequence[RemoteFile], progress: Progress | None) -> None:
+    total, done = sum(remote.size for remote in files), 0
+
+    def told(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress:
+            progress(done, total)
+
+    def work(worker: None, remote: RemoteFile) -> None:
+        remote.fetch(told)
+
+    share_out(files, lambda: None, work, lambda _: None, threads=_STREAMS, device=torch.device("cpu"))

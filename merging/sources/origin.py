@@ -1,0 +1,23 @@
+"""Where a model came from, if that is a place that others can name too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Origin"]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """A model on the Hub: ``path`` in the repository ``repo`` as of ``commit``, under the ``licence`` its card states.
+
+    As text it is the address that means these very bytes for ever.
+    """
+
+    repo: str
+    commit: str
+    path: str = ""
+    licence: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.commit}{'/' + self.path if self.path else ''}"
