@@ -1,0 +1,193 @@
+"""What the parts of diffusion models are called: by diffusers, as published, and by the LoRA files that change them.
+
+A base is a pipeline (``unet.down_blocks...``, ``text_encoder...``), one of its components, or a single file as it was
+published (``model.diffusion_model.input_blocks...``). Its tensors are known by the names of diffusers and by those of
+the publisher; where one of the two holds projections fused, a name stands for the rows that it means.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from merging.sources import unet_names
+from merging.sources.fused_names import Rows, Style, paired_names
+
+__all__ = ["Known", "known_names", "spellings"]
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_PREFIXES = {
+    "unet.": "unet",
+    "transformer.": "transformer",
+    "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+    "text_encoder_3.": "text_encoder_3",
+    "model.diffusion_model.": "",
+    "diffusion_model.": "",
+    "cond_stage_model.transformer.": "text_encoder",
+    "cond_stage_model.model.": "text_encoder",
+    "conditioner.embedders.0.transformer.": "text_encoder",
+    "conditioner.embedders.1.model.": "text_encoder_2",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+    "text_encoders.t5xxl.transformer.": "text_encoder_3",
+}
+"""What stands before the names of a component, in pipelines and in single files; "" is the denoiser, of either kind."""
+
+_UNET = ("down_blocks", "mid_block", "up_blocks", "input_blocks", "middle_block", "output_blocks", "conv_in",
+         "conv_norm_out", "conv_out", "time_embedding", "add_embedding", "time_embed", "label_emb", "out")  # fmt: skip
+_PUBLISHED_DENOISERS = ("double_blocks", "single_blocks", "joint_blocks")
+_TEXT = ("text_model.", "encoder.layers.", "encoder.block.", "transformer.resblocks.")
+_FOREIGN = ("vae", "first_stage_model", "cond_stage_model", "conditioner", "text_encoders", "model_ema", "base_model")
+
+_OPEN_CLIP = {
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+}
+
+_FLAT = {
+    "unet": ("lora_unet", "lora_prior_unet", "oft_unet", "lycoris"),
+    "transformer": ("lora_unet", "lora_transformer", "lycoris"),
+    "text_encoder": ("lora_te", "lora_te1", "oft_te"),
+    "text_encoder_2": ("lora_te2",),
+    "text_encoder_3": ("lora_te3",),
+}
+"""What stands before the flat names of Kohya's files and their kin."""
+
+_DOTTED = {
+    "unet": ("unet.", "diffusion_model.", "model.diffusion_model.", ""),
+    "transformer": ("transformer.", "diffusion_model.", "model.diffusion_model.", ""),
+    "text_encoder": ("text_encoder.", "text_encoders.clip_l.transformer.", "clip_l.transformer."),
+    "text_encoder_2": ("text_encoder_2.", "text_encoders.clip_g.transformer.", "clip_g.transformer."),
+    "text_encoder_3": ("text_encoder_3.", "text_encoders.t5xxl.transformer.", "t5xxl.transformer."),
+}
+"""What stands before dotted names in the files of diffusers, ComfyUI and their kin."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A tensor of a component under one of its names, and the rows of the base's tensors that it consists of.
+
+    ``styles`` says whose name it is; the names of text encoders are the same everywhere.
+    """
+
+    component: str
+    name: str
+    styles: tuple[Style, ...]
+    rows: tuple[Rows, ...]
+
+    @property
+    def flat(self) -> str:
+        """The name without dots but the one before ``weight`` or ``bias``."""
+        module, _, leaf = self.name.rpartition(".")
+        return f"{module.replace('.', '_')}.{leaf}"
+
+
+def known_names(shapes: Shapes) -> list[Known]:
+    """All names of tensors of these names on disk and shapes; nothing for what belongs to no diffusion model."""
+    components: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    for name in shapes:
+        prefix = next((each for each in _PREFIXES if name.startswith(each)), "")
+        short = name.removeprefix(prefix)
+        component = _PREFIXES.get(prefix) or _by_content(short)
+        if component and shapes[name]:
+            components[component][short] = name
+    found: list[Known] = []
+    for component, names in components.items():
+        for known in _component(component, {short: shapes[name] for short, name in names.items()}):
+            rows = tuple(replace(part, name=names[part.name]) for part in known.rows)
+            found.append(replace(known, rows=rows))
+    return found
+
+
+def spellings(known: Known, t5: bool = False) -> Iterator[str]:
+    """How LoRA files may spell a name. ``t5``: its text encoder is a T5, which some call the third even if it is the
+    second of its model."""
+    flat, dotted = _FLAT[known.component], _DOTTED[known.component]
+    if t5 and known.component == "text_encoder_2":
+        flat, dotted = (*flat, *_FLAT["text_encoder_3"]), (*dotted, *_DOTTED["text_encoder_3"])
+    for name in _levels(known):
+        yield from (f"{prefix}{name.name}" for prefix in dotted)
+        yield from (f"{prefix}_{name.flat}" for prefix in flat)
+
+
+def _levels(known: Known) -> Iterator[Known]:
+    """A name of CLIP with and without a level that newer versions of transformers have dropped."""
+    yield known
+    if known.name.startswith("text_model."):
+        yield replace(known, name=known.name.removeprefix("text_model."))
+
+
+def _by_content(name: str) -> str | None:
+    """The component of a name without a prefix, told from the block it is in."""
+    first = name.partition(".")[0]
+    if first in _UNET:
+        return "unet"
+    if name.startswith(_TEXT):
+        return "text_encoder"
+    return None if first in _FOREIGN else "transformer"
+
+
+def _component(component: str, shapes: Shapes) -> Iterator[Known]:
+    """The names of one component, whose tensors are given by their names without its prefix."""
+    if component == "unet":
+        return _unet(shapes)
+    if component == "transformer":
+        return _transformer(shapes)
+    return _text_encoder(component, shapes)
+
+
+def _unet(shapes: Shapes) -> Iterator[Known]:
+    resnets = unet_names.resnets_per_level(shapes)
+    attentive = {int(name.split(".")[1]) for name in shapes if name.startswith("up_blocks.") and ".attentions." in name}
+    for name, shape in shapes.items():
+        theirs = unet_names.diffusers_name(name, resnets)
+        ours = name if theirs else unet_names.published_name(name, resnets, attentive)
+        yield Known("unet", theirs or name, ("diffusers",), _whole(name, shape))
+        if ours:
+            yield Known("unet", ours, ("published",), _whole(name, shape))
+
+
+def _transformer(shapes: Shapes) -> Iterator[Known]:
+    others = dict.fromkeys(shapes)
+    for style, name, rows in paired_names(shapes):
+        others.pop(name, None)
+        yield Known("transformer", name, (style,), rows)
+    published = any(name.startswith(_PUBLISHED_DENOISERS) for name in shapes)
+    for name in others:
+        yield Known("transformer", name, ("published" if published else "diffusers",), _whole(name, shapes[name]))
+
+
+def _text_encoder(component: str, shapes: Shapes) -> Iterator[Known]:
+    for name, shape in shapes.items():
+        if name.startswith("transformer.resblocks."):
+            for theirs, rows in _open_clip(name, shape):
+                yield Known(component, theirs, ("diffusers", "published"), rows)
+        else:
+            clip = name.startswith(("encoder.layers.", "embeddings.", "final_layer_norm."))
+            yield Known(
+                component, f"text_model.{name}" if clip else name, ("diffusers", "published"), _whole(name, shape)
+            )
+
+
+def _open_clip(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[Rows, ...]]]:
+    """What transformers calls a tensor of OpenCLIP's text encoder, whose projections lie in one."""
+    layer, _, inner = name.removeprefix("transformer.resblocks.").partition(".")
+    module, _, leaf = inner.rpartition(".")
+    block = f"text_model.encoder.layers.{layer}"
+    if leaf.startswith("in_proj_"):
+        size = shape[0] // 3
+        for number, part in enumerate("qkv"):
+            rows = (Rows(name, number * size, size),)
+            yield f"{block}.self_attn.{part}_proj.{leaf.removeprefix('in_proj_')}", rows
+    elif module in _OPEN_CLIP:
+        yield f"{block}.{_OPEN_CLIP[module]}.{leaf}", _whole(name, shape)
+
+
+def _whole(name: str, shape: tuple[int, ...]) -> tuple[Rows, ...]:
+    return (Rows(name, 0, shape[0]),)
