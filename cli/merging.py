@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .errors import reported
+from .executing import EXECUTION, execute, execution_options
 from .fields import chain_options
-from .output import Size, echo_merged, echo_plan, progress_bar
+from .output import Size
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    pass
 
-    from merging.recipe import Recipe
-
-__all__ = ["execute", "execution_options", "merge_command", "written_method"]
+__all__ = ["merge_command", "written_method"]
 
 RECIPE_OPTIONS = ("base", "as", "dtype", "rank", "layers", "lora_alpha", "shard_size", "on_mismatch",
                   "exclude", "allow_different_bases", "allow_nonfinite")  # fmt: skip
@@ -68,25 +66,6 @@ def _refuse_strangers(command: click.Command, args: list[str], classes: list[Any
                 owner_of(field, classes, written)
 
 
-def execution_options(command: Any) -> Any:
-    """The options that say where a merge runs and where it goes, none of which changes a byte of a tensor."""
-    for option in reversed(
-        [
-            click.option("-o", "--output", type=click.Path(), help="a folder, or a single file ending in .safetensors"),
-            click.option("--overwrite", is_flag=True, help="replace an existing output"),
-            click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto"),
-            click.option("--threads", type=int, help="workers  [default: all cores]"),
-            click.option("--max-memory", type=Size(), help="most memory above the imports, such as 500MB"),
-            click.option("--dry-run", is_flag=True, help="show the plan: nothing is merged or written"),
-            click.option("--json", "as_json", is_flag=True, help="print the outcome as JSON"),
-            click.option("--progress/--quiet", default=None, help="progress bar on stderr  [default: on a terminal]"),
-            click.option("--debug", is_flag=True, help="show a traceback with errors"),
-        ]
-    ):
-        command = option(command)
-    return command
-
-
 @click.command(
     cls=ChainCommand,
     name="merge",
@@ -124,8 +103,9 @@ def merge_command(models: tuple[str, ...], method: str | None, recipe_only: bool
     merge --method lines --base BASE one/ two/ -o merged/
     merge --method task_arithmetic --weights 1,1,-1 a/ b/ c/ --base BASE -o out/
 
-    A MODEL is a folder or a weights file: a full checkpoint or a LoRA adapter. The options of a method are shown by
-    merge --method METHOD --help.
+    A MODEL is a folder, a weights file, or a model on the Hub (ORG/NAME, ORG/NAME@REVISION, hf://ORG/NAME/FILE, or the
+    address of its page): a full checkpoint or an adapter. The options of a method are shown by merge --method METHOD
+    --help.
     """
     execution = {name: options.pop(name) for name in EXECUTION}
     with reported(execution["debug"]):
@@ -147,45 +127,3 @@ def merge_command(models: tuple[str, ...], method: str | None, recipe_only: bool
             click.echo(recipe.to_yaml(), nl=False)
             return
         execute(recipe, **execution)
-
-
-EXECUTION = ("output", "overwrite", "device", "threads", "max_memory", "dry_run", "as_json", "progress", "debug")
-
-
-def execute(
-    recipe: Recipe,
-    output: str | Path | None,
-    overwrite: bool,
-    device: str,
-    threads: int | None,
-    max_memory: int | None,
-    dry_run: bool,
-    as_json: bool,
-    progress: bool | None,
-    debug: bool,
-) -> None:
-    """Carry out a recipe as the options say, and tell what came out."""
-    from pathlib import Path
-
-    from merging.files import check_output, default_destination, merge_plan, pick_device, plan_for
-
-    destination = Path(output) if output is not None else default_destination(recipe)
-    plan = plan_for(recipe, destination)
-    if dry_run:
-        check_output(plan, destination, overwrite)
-        echo_plan(plan, destination, threads, max_memory, as_json)
-        return
-    with progress_bar(progress) as report:
-        merged = merge_plan(
-            plan,
-            destination,
-            device=pick_device(device),
-            threads=threads,
-            max_memory=max_memory,
-            overwrite=overwrite,
-            progress=report,
-        )
-    if as_json:
-        click.echo(json.dumps(merged.to_dict(), indent=2))
-    else:
-        echo_merged(merged, plan)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .errors import reported
-from .merging import execute, execution_options
+from .executing import execute, execution_options
 
 __all__ = ["run_command"]
 

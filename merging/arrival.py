@@ -12,7 +12,7 @@ from merging.dropping import Dropping
 from merging.hub.address import Address
 from merging.hub.remote import RemoteFile, Window
 from merging.hub.repository import open_repository
-from merging.plan import Plan
+from merging.plan import Item, Plan
 from merging.plan.checks import content_keys
 from merging.sources import Checkpoint
 from merging.sources.adapter import Change
@@ -61,9 +61,15 @@ def arrived(
         windows = {remote.repo: Window(stream) for remote in files}
         for remote in files:
             remote.window = windows[remote.repo]
+        plan = replace(plan, items=tuple(sorted(plan.items, key=_files)))
         if not any(isinstance(link, Dropping) for link in plan.recipe.method.links()):
             return plan  # only random masks need the keys of the contents
     return replace(plan, keys=content_keys(plan.models)[0])
+
+
+def _files(item: Item) -> tuple[tuple[str, ...], tuple[str, int]]:
+    """The files that an item is read from, and its place, so that items of the same files follow each other."""
+    return tuple(remote.name for remote in _remote(item.inputs, item.base)), item.order()
 
 
 def _fetch(files: Sequence[RemoteFile], progress: Progress | None) -> None:

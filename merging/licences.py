@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import yaml
-
+from merging.hub.cards import stated_licence
 from merging.sources import Adapter, Checkpoint
 
 __all__ = ["Source", "licence_sentence", "source_of", "strictest"]
@@ -41,17 +39,6 @@ def source_of(model: Checkpoint | Adapter, role: str = "") -> Source:
         return Source(str(model.origin), role, model.origin.licence)
     folder = model.path if model.path.is_dir() else model.path.parent
     return Source(model.path.name, role, stated_licence(folder / "README.md"))
-
-
-def stated_licence(card: Path) -> str | None:
-    """The licence in the metadata at the head of a model card, if there is one."""
-    try:
-        text = card.read_text(encoding="utf-8")
-        facts = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---") else None
-    except (OSError, ValueError, IndexError, yaml.YAMLError):
-        return None
-    licence = facts.get("license") if isinstance(facts, dict) else None
-    return licence if isinstance(licence, str) else None
 
 
 def strictest(licences: Sequence[str | None]) -> str | None:

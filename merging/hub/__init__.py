@@ -4,3 +4,5 @@ A repository is mirrored as a folder of its small files and of empty stand-ins f
 folders reads it too. The stand-ins are opened by :mod:`merging.hub.remote`: headers by range requests, values when the
 merge comes to them.
 """
+
+__all__: list[str] = []

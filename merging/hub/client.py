@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -36,10 +37,14 @@ def endpoint() -> str:
 
 
 def api() -> Any:
-    """The library's client, with the user's token."""
+    """The library's client, with the user's token; its own progress bars stay off where nobody would see them."""
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
 
     from merging import __version__
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
 
     return HfApi(library_name="merging", library_version=__version__)
 
@@ -66,13 +71,13 @@ def patiently(ask: Callable[[], T], name: str, number: int = 0) -> T:
 def _pause(error: Exception, number: int) -> float | None:
     """Seconds to wait after the ``number``-th failure, None for one that will not pass."""
     from httpx2 import HTTPError
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled):
         return None
     backoff: float = min(_LONGEST, 2**number * random.uniform(0.5, 1))
     # The library wraps what went wrong in errors of its own, which name it as their cause.
-    while not isinstance(error, HfHubHTTPError) and isinstance(error.__cause__, Exception):
+    while not isinstance(error, HTTPError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     response = getattr(error, "response", None)
     if response is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +22,20 @@ _BLOCK = 1 << 22
 def download(url: str, target: Path, size: int, sha256: str | None, name: str, told: Told | None = None) -> None:
     """Bring ``url`` to ``target``, which is there whole and of that hash, or not at all.
 
-    What arrives lies in ``TARGET.part`` until then, where the next call goes on, in whatever process. Raises
+    What arrives lies in ``TARGET.part`` until then, where the next call goes on, in whatever process; two at once must
+    be kept apart by a lock. Raises
     :class:`~merging.errors.InputError` when the Hub keeps failing, the disk is full or the hash is wrong.
     """
-    from filelock import FileLock
-
     part = target.with_name(target.name + ".part")
-    with FileLock(f"{part}.lock"):
+    for _ in range(2):
         if target.exists():
             return
-        for _ in range(2):
-            patiently(lambda: _append(url, part, size, name, told), name)
-            if sha256 is None or hash_of(part) == sha256:
-                part.replace(target)
-                break
-            part.unlink()
-        else:
-            raise InputError(f"{name}: what arrives has another hash than the Hub states: it is damaged on its way")
-    with suppress(OSError):
-        Path(f"{part}.lock").unlink()
+        patiently(lambda: _append(url, part, size, name, told), name)
+        if sha256 is None or hash_of(part) == sha256:
+            part.replace(target)
+            return
+        part.unlink()
+    raise InputError(f"{name}: what arrives has another hash than the Hub states: it is damaged on its way")
 
 
 def _append(url: str, part: Path, size: int, name: str, told: Told | None) -> None:

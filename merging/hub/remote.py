@@ -20,7 +20,7 @@ _FIRST = 1 << 16
 """Bytes of the first request: most headers fit, so that one request is enough."""
 
 
-_FEW = 1 << 12
+_FEW = 1 << 16
 """Bytes that are asked for alone rather than with their whole file."""
 
 
@@ -88,13 +88,21 @@ class RemoteFile:
         return self._here
 
     def _downloaded(self, told: Told | None) -> Path:
+        from filelock import FileLock
         from huggingface_hub import constants, hf_hub_download
 
         by_library = self._in_chunks() or self.sha256 is None
         if not by_library:
-            blobs = Path(constants.HF_HUB_CACHE) / f"models--{self.repo.replace('/', '--')}" / "blobs"
-            blobs.mkdir(parents=True, exist_ok=True)
-            download(self.url, blobs / str(self.sha256), self.size, self.sha256, self.label, told)
+            folder = f"models--{self.repo.replace('/', '--')}"
+            blob = Path(constants.HF_HUB_CACHE) / folder / "blobs" / str(self.sha256)
+            lock = Path(constants.HF_HUB_CACHE) / ".locks" / folder / f"{self.sha256}.lock"  # the library's own
+            try:
+                blob.parent.mkdir(parents=True, exist_ok=True)
+                lock.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"{blob.parent}: cannot be written: {error.strerror}: set HF_HOME") from None
+            with FileLock(lock):
+                download(self.url, blob, self.size, self.sha256, self.label, told)
         path = Path(patiently(lambda: hf_hub_download(self.repo, self.name, revision=self.commit), self.label))
         if by_library:
             if self.sha256 is not None and hash_of(path) != self.sha256:
@@ -124,8 +132,8 @@ class Window:
     def __init__(self, folder: Path, count: int = 2) -> None:
         self.folder = folder
         self.count = count
-        self.fetched = 0
         self._lock = threading.Lock()
+        self._fetching = threading.Lock()
         self._open: OrderedDict[str, File] = OrderedDict()
 
     def holds(self, remote: RemoteFile) -> bool:
@@ -135,18 +143,30 @@ class Window:
 
     def file(self, remote: RemoteFile) -> File:
         """The file of a remote one, downloaded again if it was dropped."""
+        found = self._held(remote)
+        if found is None:
+            with self._fetching:  # one at a time, while others go on reading what is there
+                found = self._held(remote) or self._fetched(remote)
+        return found
+
+    def _held(self, remote: RemoteFile) -> File | None:
         with self._lock:
-            if remote.name not in self._open:
-                while len(self._open) >= self.count:
-                    self._open.popitem(last=False)  # closed, and so gone from the disk, when its last reader is done
-                place = self.folder / hashlib.sha256(remote.label.encode()).hexdigest()[:16]
-                download(remote.url, place, remote.size, remote.sha256, remote.label)
-                self._open[remote.name] = File(place)
-                self.fetched += 1
-                with suppress(OSError):
-                    place.unlink()
-            self._open.move_to_end(remote.name)
-            return self._open[remote.name]
+            if remote.name in self._open:
+                self._open.move_to_end(remote.name)
+            return self._open.get(remote.name)
+
+    def _fetched(self, remote: RemoteFile) -> File:
+        with self._lock:
+            while len(self._open) >= self.count:
+                self._open.popitem(last=False)  # closed, and so gone from the disk, when its last reader is done
+        place = self.folder / hashlib.sha256(remote.label.encode()).hexdigest()[:16]
+        download(remote.url, place, remote.size, remote.sha256, remote.label)
+        file = File(place)
+        with suppress(OSError):  # where open files cannot be removed they stay until the end
+            place.unlink()
+        with self._lock:
+            self._open[remote.name] = file
+        return file
 
 
 def opened_remote(remote: RemoteFile) -> Opened:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache
@@ -12,13 +13,14 @@ from typing import Any
 
 from merging.errors import InputError, nearest
 from merging.hub.address import Address
+from merging.hub.cards import stated_licence
 from merging.hub.client import api, explained, offline, patiently
 from merging.hub.remote import RemoteFile, opened_remote
 from merging.sources.stored import STAND_INS
 
 __all__ = ["Repository", "open_repository"]
 
-_PLANNED = ("config.json", "adapter_config.json", "model_index.json", "modules.json", "*.index.json")
+_PLANNED = ("README.md", "config.json", "adapter_config.json", "model_index.json", "modules.json", "*.index.json")
 """The files, by their last name, that a merge is planned from beside the headers of the weights."""
 
 _KNOWN: dict[str, Repository] = {}
@@ -31,19 +33,23 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 class Repository:
     """``repo`` at ``commit``; ``folder`` holds its small files and stands in for its weights.
 
-    ``sizes`` are the bytes of its files by name, ``licence`` what its card states, if anything.
+    ``sizes`` are the bytes of its files by name.
     """
 
     repo: str
     commit: str
     folder: Path
     sizes: dict[str, int]
-    licence: str | None
 
     @property
     def name(self) -> str:
         """The address that means these very bytes for ever."""
         return f"{self.repo}@{self.commit}"
+
+    @property
+    def licence(self) -> str | None:
+        """What its card states."""
+        return stated_licence(self.folder / "README.md")
 
     def bring(self, patterns: Iterable[str], under: str = "") -> None:
         """Download the files that match a pattern (and are no weights) into the mirror, where they are not there yet.
@@ -91,21 +97,26 @@ def _asked(repo: str, revision: str | None) -> Repository:
     info = patiently(lambda: api().model_info(repo, revision=revision, files_metadata=True), name)
     siblings = info.siblings or []
     folder = Path(_mirrors().name) / repo / info.sha
-    card = info.card_data or {}
-    licence = card.get("license")
-    found = Repository(
-        repo,
-        info.sha,
-        folder,
-        {each.rfilename: each.size or 0 for each in siblings if _safe(each.rfilename)},
-        licence if isinstance(licence, str) else None,
-    )
+    sizes = {each.rfilename: each.size or 0 for each in siblings if _safe(each.rfilename)}
+    found = Repository(repo, info.sha, folder, sizes)
     for each in siblings:
         if each.rfilename in found.sizes and each.rfilename.endswith(_WEIGHTS):
             sha256 = each.lfs.sha256 if each.lfs else None
             _stand_in(RemoteFile(repo, info.sha, each.rfilename, each.size or 0, sha256, folder / each.rfilename))
     folder.mkdir(parents=True, exist_ok=True)
+    _remember(repo, revision or "main", info.sha)
     return found
+
+
+def _remember(repo: str, revision: str, commit: str) -> None:
+    """Note in the library's cache what the revision means now, as the library does, for when there is no network."""
+    from huggingface_hub import constants
+
+    note = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "refs" / revision
+    if revision != commit:
+        with suppress(OSError):  # a cache that cannot be written to
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(commit)
 
 
 def _safe(name: str) -> bool:
@@ -152,4 +163,4 @@ def _cached_only(address: Address) -> Repository:
         what = OfflineModeIsEnabled() if isinstance(error, OSError) else error
         raise explained(what, str(address)) from None
     files = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
-    return Repository(address.repo, folder.name, folder, files, None)
+    return Repository(address.repo, folder.name, folder, files)
