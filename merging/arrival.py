@@ -14,12 +14,12 @@ from merging.hub.remote import RemoteFile, Window
 from merging.hub.repository import open_repository
 from merging.plan import Item, Plan
 from merging.plan.checks import content_keys
-from merging.sources import Checkpoint
+from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.stored import FileTensor, Stored
 from merging.threads import Progress, share_out
 
-__all__ = ["arrived", "awaited"]
+__all__ = ["arrived", "awaited", "brought"]
 
 _STREAMS = 4
 """Files that are fetched at a time."""
@@ -29,6 +29,18 @@ def awaited(plan: Plan) -> list[RemoteFile]:
     """The files that the plan reads and that are not on this machine yet, in the order in which it reads them."""
     found = {id(remote): remote for item in plan.items for remote in _remote(item.inputs, item.base)}
     return [remote for remote in found.values() if not remote.at_hand]
+
+
+def brought(model: Checkpoint | Adapter, progress: Progress | None = None) -> None:
+    """Download all weights of a model, so that its files lie where they seem to."""
+    tensors = (
+        list(model.tensors.values())
+        if isinstance(model, Checkpoint)
+        else [stored for change in model.changes.values() for stored in change.tensors]
+    )
+    found = {id(remote): remote for remote in _remote(tensors, None) if not remote.at_hand}
+    if found:
+        _fetch(list(found.values()), progress)
 
 
 def _remote(inputs: Sequence[Stored | Change | None], base: Stored | None) -> Iterator[RemoteFile]:

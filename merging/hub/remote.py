@@ -12,7 +12,7 @@ from merging.errors import InputError
 from merging.hub.client import patiently
 from merging.hub.download import Told, download, hash_of, range_of
 from merging.sources.header import header_length, parse_header
-from merging.sources.stored import File, FileTensor, Opened, open_pickle
+from merging.sources.stored import STAND_INS, File, FileTensor, Opened, open_pickle
 
 __all__ = ["RemoteFile", "Window", "opened_remote"]
 
@@ -85,6 +85,11 @@ class RemoteFile:
     def fetch(self, told: Told | None = None) -> Path:
         """Download the file into the library's cache, unless it is there, and return its path."""
         self._here = self.cached() or self._downloaded(told)
+        if self.path in STAND_INS:  # who reads the mirror from now on finds the file itself
+            link = self.path.with_name(f"{self.path.name}.{threading.get_ident()}")
+            link.symlink_to(self._here.resolve())
+            link.replace(self.path)
+            STAND_INS.pop(self.path, None)
         return self._here
 
     def _downloaded(self, told: Told | None) -> Path:

@@ -1,0 +1,117 @@
+"""Looking for models on the Hub: the adapters of a base, those of an author, the ones with a tag."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields, replace
+from datetime import datetime, timezone
+from itertools import islice
+from typing import Any, Literal
+
+from merging.errors import OptionError, nearest
+from merging.hub.address import Address
+from merging.hub.client import api, patiently
+
+__all__ = ["Found", "Query", "parse_query"]
+
+_PREFIX = "hub:"
+_EXPANDED = ["sha", "createdAt", "downloads", "gated", "tags"]
+_BASE = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A model that a query found: its commit, when it was made, how often it is downloaded, whether it is gated."""
+
+    repo: str
+    commit: str
+    created: datetime
+    downloads: int
+    gated: bool
+    tags: tuple[str, ...]
+
+    @property
+    def address(self) -> Address:
+        return Address(self.repo, self.commit)
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What is looked for: adapters of ``base``, of an ``author``, with a ``tag``, or a word in their names.
+
+    As text: ``hub:base=ORG/NAME,author=ORG,tag=TAG,search=WORD,limit=N``, each part as wanted. The first ``limit`` are
+    returned, by ``sort``: the latest, or the most downloaded.
+    """
+
+    base: str | None = None
+    author: str | None = None
+    tag: str | None = None
+    search: str | None = None
+    limit: int = 100
+    sort: Literal["created", "downloads"] = "created"
+
+    def models(self) -> list[Found]:
+        """What the Hub has now, the oldest first. Raises :class:`~merging.errors.InputError` if it cannot be asked."""
+        wanted = [f"base_model:adapter:{self.base}"] if self.base else []
+        wanted += [self.tag] if self.tag else []
+        asked: dict[str, Any] = {
+            "filter": wanted or None,
+            "author": self.author,
+            "search": self.search,
+            "sort": "created_at" if self.sort == "created" else "downloads",
+            "limit": self.limit,
+            "expand": _EXPANDED,
+        }
+        listed = patiently(lambda: list(islice(api().list_models(**asked), self.limit)), str(self))
+        found = [
+            Found(
+                info.id,
+                info.sha,
+                info.created_at or datetime.fromtimestamp(0, timezone.utc),
+                info.downloads or 0,
+                bool(info.gated),
+                tuple(info.tags or ()),
+            )
+            for info in listed
+            if info.sha
+        ]
+        return sorted(found, key=lambda each: (each.created, each.repo))
+
+    def __str__(self) -> str:
+        default = Query()
+        parts = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return _PREFIX + ",".join(f"{name}={value}" for name, value in parts if value != getattr(default, name))
+
+
+def parse_query(text: str) -> Query | None:
+    """The query that a text means, None if it is none (it does not begin with ``hub:``).
+
+    Raises :class:`~merging.errors.OptionError` for an unknown part.
+    """
+    if not text.startswith(_PREFIX):
+        return None
+    query = Query()
+    names = [field.name for field in fields(Query)]
+    for part in text.removeprefix(_PREFIX).split(","):
+        name, equals, value = part.strip().partition("=")
+        if not equals or not value or name not in names:
+            raise OptionError(
+                f"{text}: {part!r} is no part of a query{nearest(name, names)}: write hub:base=ORG/NAME,author=ORG,"
+                f"tag=TAG,search=WORD,limit=N"
+            )
+        query = replace(query, **{name: _value(text, name, value)})
+    if not (query.base or query.author or query.tag or query.search):
+        raise OptionError(f"{text}: asks for every model there is: name a base, an author, a tag or a word")
+    return query
+
+
+def _value(text: str, name: str, value: str) -> str | int:
+    if name == "limit":
+        if not value.isdigit() or not 0 < int(value) <= 100_000:
+            raise OptionError(f"{text}: limit = {value}: a number from 1 to 100000 is wanted")
+        return int(value)
+    if name == "base" and not _BASE.fullmatch(value):
+        raise OptionError(f"{text}: base = {value}: ORG/NAME is wanted")
+    if name == "sort" and value not in ("created", "downloads"):
+        raise OptionError(f"{text}: sort = {value}: created or downloads")
+    return value
