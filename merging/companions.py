@@ -12,7 +12,7 @@ import yaml
 
 from merging.licences import Source, licence_sentence, source_of, strictest
 from merging.plan.items import Plan
-from merging.plan.to_adapter import PREFIX
+from merging.plan.outs import PREFIX
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import LoraChange
 

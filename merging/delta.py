@@ -86,6 +86,12 @@ class LowRank:
             return LowRank(self.up, self.down[:, start:stop], shape, True)
         return LowRank(self.up[start:stop], self.down, shape)
 
+    def oriented(self, transposed: bool) -> LowRank:
+        """The same change as factors of the tensor, or of its transpose; not for convolutions, which have none."""
+        if transposed == self.transposed:
+            return self
+        return LowRank(self.down.mT, self.up.mT, self.shape, transposed)
+
     def to(self, device: torch.device | str) -> LowRank:
         """The same on a device."""
         return LowRank(self.up.to(device), self.down.to(device), self.shape, self.transposed)

@@ -148,7 +148,7 @@ def output_basis(changes: Sequence[Delta]) -> Tensor:
 def balance(delta: LowRank) -> LowRank:
     """The same change with the singular values of the product split evenly between its factors, float64."""
     u, s, vh = factored_svd(delta.up, delta.down)
-    return _balanced(u, s, vh, len(s), torch.float64, delta.shape, delta.transposed)[0]
+    return _balanced(u, s, vh, s.shape[-1], torch.float64, delta.shape, delta.transposed)[0]
 
 
 def even(delta: LowRank, dtype: torch.dtype) -> LowRank:
@@ -180,11 +180,12 @@ def compress(
     """Factors of at most ``rank`` for a full ``matrix [out, in]``, and the share of energy they discard.
 
     A randomised range finder (Halko, Martinsson, Tropp 2011, algorithm 4.4) with a fixed seed. ``shape`` and
-    ``transposed`` describe the base tensor that the factors belong to, as in :class:`~merging.delta.LowRank`.
+    ``transposed`` describe the base tensor that the factors belong to, as in :class:`~merging.delta.LowRank`. Leading
+    axes are batches (experts), each with factors of its own.
     """
-    width = min(rank + _OVERSAMPLING, *matrix.shape)
+    width = min(rank + _OVERSAMPLING, *matrix.shape[-2:])
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(matrix.shape[1], width, generator=generator, dtype=torch.float64)
+    probe = torch.randn(matrix.shape[-1], width, generator=generator, dtype=torch.float64)
     basis = torch.linalg.qr(matrix @ probe.to(matrix))[0]
     for _ in range(_POWER_ITERATIONS):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis)[0])[0]
@@ -192,16 +193,16 @@ def compress(
     shape = tuple(matrix.shape) if shape is None else shape
     factors, _ = _balanced(u, s, vh, rank, matrix.dtype, shape, transposed)
     total = float(matrix.double().square().sum())
-    return factors, max(0.0, safe_ratio(total - float(s[:rank].square().sum()), total))
+    return factors, max(0.0, safe_ratio(total - float(s[..., :rank].square().sum()), total))
 
 
 def _balanced(
     u: Tensor, s: Tensor, vh: Tensor, rank: int, dtype: torch.dtype, shape: tuple[int, ...], transposed: bool
 ) -> tuple[LowRank, float]:
-    root = s[:rank].sqrt()
-    up, down = (u[..., :rank] * root).to(dtype), (root[:, None] * vh[..., :rank, :]).to(dtype)
+    root = s[..., :rank].sqrt()
+    up, down = (u[..., :rank] * root[..., None, :]).to(dtype), (root[..., None] * vh[..., :rank, :]).to(dtype)
     energy = s.square()
-    return LowRank(up, down, shape, transposed), safe_ratio(float(energy[rank:].sum()), float(energy.sum()))
+    return LowRank(up, down, shape, transposed), safe_ratio(float(energy[..., rank:].sum()), float(energy.sum()))
 
 
 def inner(one: LowRank, other: LowRank) -> Tensor:

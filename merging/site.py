@@ -26,6 +26,8 @@ _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight", "q_attn.weight")
 # Norms by head, biases by expert or head, tables of biases, learned tokens: nothing that a vector is multiplied by.
 _NO_MAP = re.compile(r"(?:norm\.weight|bias|bias_table|A_log|tokens?|mask_emb|probe)$")
 
+_EXPERTS = re.compile(r"expert|_moe\b")
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -79,9 +81,14 @@ def inputs_by_outputs(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
     return {name for name in shapes if name.endswith(_CONV1D)} if turned else set()
 
 
-def site_of(name: str, shape: tuple[int, ...], stacks: Stacks, transposed: bool = False) -> Site:
-    """The site of a tensor; ``transposed`` says that a matrix is stored as inputs by outputs."""
-    place = stacks.place(name)
+def site_of(
+    name: str, shape: tuple[int, ...], stacks: Stacks, transposed: bool = False, beside: str | None = None
+) -> Site:
+    """The site of a tensor; ``transposed`` says that a matrix is stored as inputs by outputs.
+
+    ``beside`` is the name of a tensor of the same layer, by which the layer is told if the stacks know it and not this.
+    """
+    place = stacks.place(beside or name)
     kind = _kind(name, shape)
     axis = 0 if transposed or kind == "embedding" else 1
     return Site(name, shape, place.layer, place.layers, place.after, kind=kind, axis=axis)
@@ -92,4 +99,4 @@ def _kind(name: str, shape: tuple[int, ...]) -> Kind:
         return "vector"
     if len(shape) == 2:
         return "embedding" if _TABLE.search(name) else "matrix"
-    return "experts" if len(shape) == 3 and "expert" in name else "conv"
+    return "experts" if len(shape) == 3 and _EXPERTS.search(name) else "conv"

@@ -127,7 +127,9 @@ class Tiler:
         """All changes of an item that is merged factor by factor; an absent model is a zero of rank 0."""
         found = [self.change(item, slot) if each is not None else None for slot, each in enumerate(item.inputs)]
         like = next(delta for delta in found if isinstance(delta, LowRank))
-        deltas = [LowRank.zero(like) if delta is None else delta for delta in found]
+        deltas = [
+            delta.oriented(like.transposed) if isinstance(delta, LowRank) else LowRank.zero(like) for delta in found
+        ]
         return Stack(deltas, self.plan.keys, [delta is not None for delta in found])
 
     def change(self, item: Item, slot: int) -> Delta:

@@ -185,9 +185,10 @@ class Worker:
     def _emit_compressed(self, item: Item, full: Tensor) -> None:
         """A merged change that came out in full, as the best factors of the output's rank."""
         shape = item.site.shape
-        transposed = any(each.is_transposed(shape) for each in item.inputs if isinstance(each, Change))
-        matrix = full.mT if transposed else full.reshape(shape[0], -1)
-        factors, discarded = compress(matrix, self.plan.rank, shape, transposed)
+        changes = [each for each in item.inputs if isinstance(each, Change)]
+        transposed = any(each.is_transposed(shape) for each in changes)
+        matrices = full if any(each.kind == "experts" for each in changes) else full.reshape(shape[0], -1)
+        factors, discarded = compress(matrices.mT if transposed else matrices, self.plan.rank, shape, transposed)
         self.shared.discarded[item.site.name] = discarded
         self._emit_factors(item, factors)
 
@@ -199,6 +200,10 @@ class Worker:
         missing = self.plan.rank - merged.rank
         down = torch.nn.functional.pad(merged.down, (0, 0, 0, missing))
         up = torch.nn.functional.pad(merged.up, (0, missing))
+        if item.written != 1:
+            up = up * item.written
+        if up.dim() > 2:
+            up = up.permute(1, 2, 0)  # PEFT keeps the rows of down by expert and rank, and the columns of up by rank
         for out, values in zip(item.outs, (down, up), strict=True):
             self._write(out, values)
 

@@ -61,9 +61,10 @@ def _plan_of(
     rank, untied = 0, False
     if output == "adapter":
         adapters = [model for model in models if isinstance(model, Adapter)]
-        targets, labels, matched = adapter_targets(adapters, base)
+        targets = adapter_targets(adapters, base)
+        matched = targets.matched
         stacks, guess = find_stacks(recipe, models, base, targets)
-        items, rank = adapter_items(recipe, adapters, base, targets, labels, stacks, rank_steps)
+        items, rank = adapter_items(recipe, adapters, base, targets, stacks, weights, rank_steps)
     else:
         reference = base or next(model for model in models if isinstance(model, Checkpoint))
         stacks, guess = find_stacks(recipe, models, reference, ())

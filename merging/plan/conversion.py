@@ -1,46 +1,163 @@
-"""What transformers calls a checkpoint's tensors in memory, which is what adapters are trained on.
+"""How transformers loads a checkpoint: what becomes of its tensors in memory, where adapters are trained.
 
-The library renames tensors while it loads them, by rules that change with its releases. So its own rules are asked,
-on a model without memory, and only when an adapter's names do not fit the names on disk.
+The library renames, stacks, joins and splits tensors while it loads them, by rules that change with its releases. So
+its own rules are followed, on a model without memory, and only when an adapter's names do not fit the names on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
-__all__ = ["names_in_memory"]
+from merging.plan.laid import Laid
+from merging.sources.parts import Piece, whole
+
+__all__ = ["Loading"]
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
-def names_in_memory(names: Iterable[str], config: dict[str, Any]) -> dict[str, str]:
-    """The name on disk of each tensor by its name in memory, for the model that a config describes.
+class Loading:
+    """The loading of one architecture's checkpoints, by the rules of the installed transformers."""
 
-    Tensors that are fused or split on loading have no such name. Empty where transformers is not installed, is too old
-    to have such rules, or does not know the architecture.
-    """
-    architecture = next(iter(config.get("architectures") or []), None)
-    if not isinstance(architecture, str):
-        return {}
-    try:
-        import torch
-        import transformers
+    def __init__(self, model: Any) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError:
-        return {}
-    model_class = getattr(transformers, architecture, None)
-    if model_class is None or config.get("model_type") not in transformers.CONFIG_MAPPING:
-        return {}
-    parsed = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config)
-    with torch.device("meta"):
-        model = model_class(parsed)
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
-    meta = model.state_dict()
-    found: dict[str, str] = {}
-    for name in names:
-        in_memory, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, meta)
-        if converter is None and in_memory in meta:
-            found[in_memory] = name
-    return found
+        from transformers.core_model_loading import WeightRenaming
+
+        rules = get_model_conversion_mapping(model)
+        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
+        self._prefix = model.base_model_prefix
+        self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Loading | None:
+        """The loading of the model that a config describes.
+
+        None where transformers is not installed, is too old to have such rules, or does not know the architecture.
+        """
+        architecture = next(iter(config.get("architectures") or []), None)
+        if not isinstance(architecture, str):
+            return None
+        try:
+            import torch
+            import transformers
+            from transformers import conversion_mapping, core_model_loading  # noqa: F401
+        except ImportError:
+            return None
+        model_class = getattr(transformers, architecture, None)
+        if model_class is None or config.get("model_type") not in transformers.CONFIG_MAPPING:
+            return None
+        with torch.device("meta"):
+            return cls(model_class(transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config)))
+
+    def pieces(self, shapes: Shapes) -> dict[str, list[Piece]]:
+        """What tensors of these names and shapes are pieces of in memory.
+
+        Those that the model has no place for are left out, and those whose values are changed or shuffled on loading.
+        """
+        found: dict[str, list[Piece]] = defaultdict(list)
+        sources: dict[str, dict[str, dict[int, Laid]]] = defaultdict(lambda: defaultdict(dict))
+        for name, shape in shapes.items():
+            in_memory, pattern = self._renamed(name)
+            if in_memory in self._shapes and pattern is None:
+                found[name].append(whole(in_memory, shape))
+            elif in_memory in self._shapes and pattern is not None:
+                sources[in_memory][pattern][self._index(name, pattern)] = Laid.of(name, shape)
+        for first, collected in sources.items():
+            converter = next(each for each in self._converters if next(iter(collected)) in each.source_patterns)
+            for target, result in self._converted(converter, first, collected).items():
+                if result.shape == self._shapes.get(target):
+                    for name, piece in result.pieces.items():
+                        found[name].append(replace(piece, of=target))
+        return dict(found)
+
+    def _renamed(self, name: str) -> tuple[str, str | None]:
+        """A tensor's name in memory (the first one, if it becomes several), and the pattern of its conversion."""
+        from transformers.core_model_loading import rename_source_key
+
+        renamed: tuple[str, str | None] = rename_source_key(
+            name, self._renamings, self._converters, self._prefix, self._shapes
+        )
+        if renamed[0] not in self._shapes and name in self._shapes:
+            return name, None
+        return renamed
+
+    def _index(self, name: str, pattern: str) -> int:
+        """The number of a tensor among those that one pattern collects."""
+        if "*" not in pattern:
+            return 0
+        from transformers.core_model_loading import apply_renamings
+
+        numbered = re.search(pattern.replace("*.", r"(\d+)\."), apply_renamings(name, self._renamings))
+        return int(numbered[1]) if numbered else -1
+
+    def _converted(self, converter: Any, first: str, collected: Mapping[str, Mapping[int, Laid]]) -> dict[str, Laid]:
+        """What a conversion makes of its sources, by name in memory; nothing of operations that are not followed.
+
+        Sources may be missing, as an adapter need not have a change for each: their places are left empty.
+        """
+        targets = [first.replace(converter.target_patterns[0], each, 1) for each in converter.target_patterns]
+        kinds = [type(operation).__name__ for operation in converter.operations]
+        if any("*" in pattern for pattern in collected) != (kinds[0] == "MergeModulelist"):
+            return {}
+        final = self._shapes[first]
+        state = [_collected(collected.get(pattern), "*" in pattern, final) for pattern in converter.source_patterns]
+        for kind, operation in zip(kinds, converter.operations, strict=True):
+            axis = getattr(operation, "dim", 0)
+            if kind == "MergeModulelist" and axis == 0:
+                continue  # they were stacked when they were collected
+            if kind == "Concatenate" and not operation.num_shards_attribute:
+                state = [_joined(state, axis, final[axis])]
+            elif kind in ("Chunk", "Split") and state[0] and not getattr(operation, "num_shards_attribute", None):
+                size = state[0].shape[axis]
+                equal = [-(-size // len(targets))] * len(targets)
+                sizes = equal if kind == "Chunk" else [self._shapes[target][axis] for target in targets]
+                state = _divided(state[0], axis, sizes)
+            elif kind == "Transpose" and state[0]:
+                if not (operation.check_dims and state[0].shape == final):
+                    state = [state[0].swapped(operation.dim0, operation.dim1)]
+            else:
+                return {}
+        return {name: laid for name, laid in zip(targets, state, strict=True) if laid is not None}
+
+
+def _collected(found: Mapping[int, Laid] | None, numbered: bool, final: tuple[int, ...]) -> Laid | None:
+    """The tensors of one pattern as one, stacked by their numbers if they have any."""
+    if not found:
+        return None
+    if not numbered:
+        return found[0]
+    shape = next(iter(found.values())).shape
+    pieces = {
+        name: Piece(piece.of, (slice(number, number + 1), *piece.box), tuple(a + 1 for a in piece.axes), piece.start)
+        for number, laid in found.items()
+        for name, piece in laid.pieces.items()
+    }
+    odd = any(laid.shape != shape or not 0 <= number < final[0] for number, laid in found.items())
+    return None if odd else Laid((final[0], *shape), pieces)
+
+
+def _joined(parts: Sequence[Laid | None], axis: int, total: int) -> Laid | None:
+    """Tensors one behind the other along an axis of this length; those that are missing are of one size."""
+    known = [part for part in parts if part]
+    if not known:
+        return None
+    missing = len(parts) - len(known)
+    gap = (total - sum(part.shape[axis] for part in known)) // missing if missing else 0
+    pieces: dict[str, Piece] = {}
+    end = 0
+    for part in parts:
+        if part:
+            pieces.update(part.moved(axis, end).pieces)
+        end += part.shape[axis] if part else gap
+    return Laid((*known[0].shape[:axis], end, *known[0].shape[axis + 1 :]), pieces)
+
+
+def _divided(laid: Laid, axis: int, sizes: Sequence[int]) -> list[Laid | None]:
+    ends = list(accumulate(sizes))
+    return [laid.cut(axis, end - size, min(end, laid.shape[axis])) for end, size in zip(ends, sizes, strict=True)]

@@ -40,7 +40,8 @@ class Item:
 
     ``inputs`` has one entry a model, None for a model that does not touch the tensor. ``form`` says what is written:
     the bytes of ``base`` as they are (``copy``), the merged tensor (``dense``), the merged change alone (``delta``), or
-    the factors of that change (``factors``: down, then up).
+    the factors of that change (``factors``: down, then up). ``written`` is what factors are multiplied by when they are
+    written, where a reader of the output multiplies them again.
     """
 
     site: Site
@@ -48,6 +49,7 @@ class Item:
     base: Stored | None
     outs: tuple[Out, ...]
     form: Form
+    written: float = 1.0
 
     @property
     def numel(self) -> int:

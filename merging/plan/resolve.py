@@ -1,75 +1,226 @@
-"""Finding each target of an adapter among the base's tensors on disk."""
+"""Finding what each target of an adapter is among the base's tensors on disk."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
 from typing import Any
 
 from merging.errors import InputError, nearest
-from merging.plan.conversion import names_in_memory
+from merging.plan.conversion import Loading
 from merging.sources import Adapter
 from merging.sources.adapter import Change, LoraChange
+from merging.sources.experts import ExpertsChange
 from merging.sources.names import Renaming, find_renaming
+from merging.sources.parts import Assembled, Piece, Place, meet, part_of, whole
 from merging.sources.stored import Stored
 
-__all__ = ["resolve_adapter"]
+__all__ = ["Resolved", "Resolver"]
+
+_INPUTS_FIRST = {"gpt_oss", "openai_privacy_filter", "aria", "aria_text"}
+"""Models whose experts are stored as ``[E, in, out]`` and say so to PEFT."""
 
 
-def resolve_adapter(
-    adapter: Adapter, known: Mapping[str, Stored], config: dict[str, Any]
-) -> tuple[dict[str, Change], str]:
-    """An adapter's changes under the base's names on disk, and a line that tells by what rule they were found.
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """An adapter's ``changes`` by the base's names, and a ``line`` that tells by what rule they were found.
 
-    The names on disk are tried, then those that transformers gives the same tensors in memory. One target without a
-    place is an :class:`~merging.errors.InputError`, never a skip.
+    ``exact``: every target is one tensor of the base, and no target a part of one.
     """
-    on_disk = {name: name for name in known}
-    renaming, left = _match(adapter, known, on_disk)
-    if not left:
-        return _placed(adapter, known, on_disk, renaming, str(renaming))
-    in_memory = names_in_memory(known, config)
-    converted, unmatched = _match(adapter, known, in_memory)
-    if in_memory and not unmatched:
-        return _placed(adapter, known, in_memory, converted, f"transformers' names, {converted}")
-    raise _nowhere(adapter, known, renaming, left)
+
+    changes: dict[str, Change]
+    line: str
+    exact: bool = True
 
 
-def _match(adapter: Adapter, known: Mapping[str, Stored], names: Mapping[str, str]) -> tuple[Renaming, list[str]]:
-    def fits(target: str, match: str) -> bool:
-        return adapter.changes[target].fits(known[names[match]].shape)
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """For each target, what it is a piece of in memory, and its shape; and the rule it was found by."""
 
-    return find_renaming(adapter.changes, names, fits)
-
-
-def _placed(
-    adapter: Adapter, known: Mapping[str, Stored], names: Mapping[str, str], renaming: Renaming, rule: str
-) -> tuple[dict[str, Change], str]:
-    placed = {names[renaming(target) or target]: change for target, change in adapter.changes.items()}
-    placed = _oriented(adapter, placed, known)
-    return placed, f"{adapter.path}: {len(placed)} of {len(adapter.changes)} targets matched by {rule}"
+    pieces: Mapping[str, list[Piece]]
+    shapes: Mapping[str, tuple[int, ...]]
+    rule: str
 
 
-def _oriented(adapter: Adapter, placed: dict[str, Change], known: Mapping[str, Stored]) -> dict[str, Change]:
-    """The changes, square ones turned as all others are where no config says that the model stores ``[in, out]``."""
-    linear = {
-        name: change for name, change in placed.items() if isinstance(change, LoraChange) and change.kind == "linear"
-    }
-    turned = {c.is_transposed(known[name].shape) for name, c in linear.items() if c.shape != c.shape[::-1]}
-    if "fan_in_fan_out" in adapter.config or turned != {True}:
-        return placed
-    return placed | {name: replace(change, transposed=True) for name, change in linear.items()}
+class Resolver:
+    """Resolves adapters against the tensors of one base, by their names on disk, and its config."""
+
+    def __init__(self, known: Mapping[str, Stored], config: dict[str, Any]) -> None:
+        self._known, self._config = known, config
+        self._shapes = {name: stored.shape for name, stored in known.items()}
+
+    def resolve(self, adapter: Adapter) -> Resolved:
+        """The changes of the tensors on disk; one target without a place is an error, never a skip.
+
+        Names on disk are tried, then those that transformers gives the same tensors in memory, and then what it would
+        make of the adapter's own names, as of a checkpoint's: older releases' names are loaded so. Raises
+        :class:`~merging.errors.InputError`.
+        """
+        renaming, left = self._match(adapter, self._shapes)
+        if not left:
+            names = {target: renaming(target) or target for target in adapter.changes}
+            changes = self._oriented(adapter, {target: self._shapes[name] for target, name in names.items()})
+            placed = {names[target]: change for target, change in changes.items()}
+            return Resolved(placed, _line(adapter, str(renaming)))
+        found = self._by_memory(adapter)
+        if found is None:
+            raise self._nowhere(adapter, renaming, left)
+        return self._placed(adapter, found, self._pieces)
+
+    def resolve_in_memory(self, adapter: Adapter) -> Resolved:
+        """The changes of the tensors in memory, under their names on disk where they are the same there."""
+        renaming, left = self._match(adapter, self._shapes)
+        found: _Found | None
+        if left:
+            found = self._by_memory(adapter)
+        else:
+            names = {target: renaming(target) or target for target in adapter.changes}
+            pieces = {t: self._pieces.get(name, [whole(name, self._shapes[name])]) for t, name in names.items()}
+            found = _Found(pieces, {t: self._shapes[name] for t, name in names.items()}, str(renaming))
+        if found is None:
+            raise self._nowhere(adapter, renaming, left)
+        return self._placed(adapter, found, self._frame)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor of the base, on disk or in memory."""
+        return self._shapes[name] if name in self._shapes else self._in_memory[name]
+
+    def on_disk(self, name: str) -> str:
+        """A tensor on disk that a tensor in memory is, or holds."""
+        if name in self._shapes:
+            return name
+        return next(each for each, pieces in self._pieces.items() if any(piece.of == name for piece in pieces))
+
+    def _match(self, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Renaming, list[str]]:
+        def fits(target: str, match: str) -> bool:
+            return adapter.changes[target].fits(shapes[match])
+
+        return find_renaming(adapter.changes, shapes, fits)
+
+    def _by_memory(self, adapter: Adapter) -> _Found | None:
+        in_memory = self._in_memory
+        renaming, left = self._match(adapter, in_memory)
+        if not left:
+            names = {target: renaming(target) or target for target in adapter.changes}
+            shapes = {target: in_memory[name] for target, name in names.items()}
+            pieces = {target: [whole(name, in_memory[name])] for target, name in names.items()}
+            return _Found(pieces, shapes, f"transformers' names, {renaming}")
+        if self._loading is None:
+            return None
+        shapes = {target: change.shape for target, change in adapter.changes.items()}
+        pieces = self._loading.pieces(shapes)
+        if all(target in pieces and all(p.of in in_memory for p in pieces[target]) for target in adapter.changes):
+            return _Found(pieces, shapes, "what transformers makes of the names of an older release")
+        return None
+
+    @cached_property
+    def _loading(self) -> Loading | None:
+        return Loading.of(self._config)
+
+    @cached_property
+    def _pieces(self) -> dict[str, list[Piece]]:
+        """What each tensor on disk is a piece of in memory."""
+        return self._loading.pieces(self._shapes) if self._loading else {}
+
+    @cached_property
+    def _in_memory(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors in memory, as far as they lie on the disk."""
+        ends: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+        for piece in (piece for pieces in self._pieces.values() for piece in pieces):
+            ends[piece.of].append(tuple(each.stop for each in piece.box))
+        return {name: tuple(map(max, zip(*each, strict=True))) for name, each in ends.items()}
+
+    @cached_property
+    def _frame(self) -> dict[str, list[Piece]]:
+        """The tensors in memory, each whole; by the names on disk of those that are one tensor there, unchanged."""
+        alone = {
+            pieces[0].of: name
+            for name, pieces in self._pieces.items()
+            if pieces == [whole(pieces[0].of, self._shapes[name])]
+        }
+        frame = {alone.get(name, name): [whole(name, shape)] for name, shape in self._in_memory.items()}
+        others = {name: [whole(name, shape)] for name, shape in self._shapes.items() if name not in self._pieces}
+        return {**others, **frame}
+
+    def _placed(self, adapter: Adapter, found: _Found, places: Mapping[str, list[Piece]]) -> Resolved:
+        """An adapter's changes of the tensors at ``places``: those that are one target's, parts, and put together."""
+        holders: dict[str, list[tuple[str, Piece]]] = defaultdict(list)
+        for name, pieces in places.items():
+            for piece in pieces:
+                holders[piece.of].append((name, piece))
+        parts: dict[str, list[tuple[Change, Place]]] = defaultdict(list)
+        exact = True
+        for target, change in self._oriented(adapter, found.shapes).items():
+            shape, covered = found.shapes[target], 0
+            for piece in found.pieces[target]:
+                for name, other in holders[piece.of]:
+                    met = meet(piece, other)
+                    if met is None:
+                        continue
+                    part = part_of(change, shape, met[0])
+                    if part is None:
+                        raise InputError(
+                            f"{adapter.path}: {target} is in pieces on the disk ({name} is one), and its change cannot "
+                            f"be told piece by piece: save the adapter as a plain LoRA first"
+                        )
+                    exact &= part is change
+                    covered += prod(met[0].shape)
+                    parts[name].append((part, met[1]))
+            if covered != prod(shape):
+                raise InputError(
+                    f"{adapter.path}: {target} has only {covered} of its {prod(shape)} elements in the base"
+                )
+        changes = {name: _whole_change(name, self.shape(name), each) for name, each in parts.items()}
+        exact &= not any(isinstance(change, Assembled) for change in changes.values())
+        return Resolved(changes, _line(adapter, found.rule), exact)
+
+    def _oriented(self, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Change]:
+        """The changes, their factors the right way round for targets of these shapes where that is still open.
+
+        Square matrices are turned as all others are where no config says that the model stores ``[in, out]``.
+        """
+        changes = dict(adapter.changes)
+        linear = {t: c for t, c in changes.items() if isinstance(c, LoraChange) and c.kind == "linear"}
+        turned = {c.is_transposed(shapes[t]) for t, c in linear.items() if c.shape != c.shape[::-1]}
+        if "fan_in_fan_out" not in adapter.config and turned == {True}:
+            changes |= {target: replace(change, transposed=True) for target, change in linear.items()}
+        inner = self._config.get("text_config") or {}
+        inputs_first = not _INPUTS_FIRST.isdisjoint((self._config.get("model_type"), inner.get("model_type")))
+        for target, change in changes.items():
+            if isinstance(change, ExpertsChange):
+                changes[target] = change.settled(shapes[target], inputs_first)
+        return changes
+
+    def _nowhere(self, adapter: Adapter, renaming: Renaming, left: list[str]) -> InputError:
+        target, known = left[0], self._known
+        match = renaming(target)
+        if match is not None and match in known:
+            shape = adapter.changes[target].shape
+            reason = f"has the shape {shape}, and the base's tensor {tuple(known[match].shape)}"
+        else:
+            reason = f"is no tensor of the base{nearest(target, known) if len(known) < 5000 else ''}"
+        return InputError(
+            f"{adapter.path}: {target} {reason} ({len(left)} of {len(adapter.changes)} targets have no place): is this "
+            f"the base it was trained on{f' ({adapter.base})' if adapter.base else ''}?"
+        )
 
 
-def _nowhere(adapter: Adapter, known: Mapping[str, Stored], renaming: Renaming, left: list[str]) -> InputError:
-    target = left[0]
-    match = renaming(target)
-    if match is not None and match in known:
-        shape = adapter.changes[target].shape
-        reason = f"has the shape {shape}, and the base's tensor {tuple(known[match].shape)}"
+def _line(adapter: Adapter, rule: str) -> str:
+    return f"{adapter.path}: {len(adapter.changes)} of {len(adapter.changes)} targets matched by {rule}"
+
+
+def _whole_change(name: str, shape: tuple[int, ...], parts: list[tuple[Change, Place]]) -> Change:
+    """The change of a tensor, made of what changes its parts."""
+    first, place = parts[0]
+    if len(parts) == 1 and place.fills(shape):
+        return first
+    kinds = {change.kind for change, _ in parts}
+    if all(change.low_rank for change, _ in parts):
+        kind = "experts" if "experts" in kinds or len(place.box) > len(place.axes) else first.kind
     else:
-        reason = f"is no tensor of the base{nearest(target, known) if len(known) < 5000 else ''}"
-    return InputError(
-        f"{adapter.path}: {target} {reason} ({len(left)} of {len(adapter.changes)} targets have no place): is this the "
-        f"base it was trained on{f' ({adapter.base})' if adapter.base else ''}?"
-    )
+        kind = "bias" if kinds == {"bias"} else "full"
+    reason = next((change.needs_base for change, _ in parts if change.needs_base), None)
+    return Assembled(name, kind, shape, tuple(parts), needs_base=reason)

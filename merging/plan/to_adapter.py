@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,45 +11,59 @@ from merging.errors import InputError
 from merging.layers import Stacks
 from merging.parameters import all_matching
 from merging.plan.items import Form, Item
-from merging.plan.resolve import resolve_adapter
+from merging.plan.outs import PREFIX, Paths, factors, module_of
+from merging.plan.resolve import Resolver
 from merging.recipe import DTYPES, Recipe
 from merging.site import inputs_by_outputs, site_of
 from merging.sources import Adapter, Checkpoint
-from merging.sources.adapter import Change, LoraChange
+from merging.sources.adapter import Change
 from merging.sources.stored import DTYPE_NAMES, Out, Stored
 
-__all__ = ["adapter_items", "adapter_targets"]
-
-PREFIX = "base_model.model."
-"""What PEFT puts before the path of every module."""
+__all__ = ["Targets", "adapter_items", "adapter_targets"]
 
 
-def adapter_targets(
-    adapters: Sequence[Adapter], base: Checkpoint | None
-) -> tuple[dict[str, tuple[Change | None, ...]], dict[str, str], list[str]]:
-    """The changes at each target, one entry an adapter; the name each target has in PEFT's files; matching lines.
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What is to be merged: at each target the ``changes``, one entry an adapter, and its name in PEFT's files.
 
-    With a base, targets are its tensors on disk; without one, the adapters' own names, which must then agree.
+    With a base, targets are its tensors, and ``resolver`` knows them; without one they are the adapters' own names.
+    ``matched`` are lines about how names were found.
     """
-    matched: list[str] = []
-    named: list[dict[str, Change]] = []
-    labels: dict[str, str] = {}
-    for adapter in adapters:
-        if base is None:
-            changes = adapter.changes
-        else:
-            changes, line = resolve_adapter(adapter, _known(base, adapter), base.config)
-            matched.append(line)
-        for name, change in changes.items():
-            labels.setdefault(name, change.target)
-        named.append(changes)
-    if base is None:
+
+    changes: dict[str, tuple[Change | None, ...]]
+    labels: dict[str, str]
+    matched: list[str]
+    resolver: Resolver | None
+
+    def __iter__(self) -> Iterator[str]:
+        """Names on disk, which tell the depth."""
+        return iter(self.changes) if self.resolver is None else map(self.resolver.on_disk, self.changes)
+
+
+def adapter_targets(adapters: Sequence[Adapter], base: Checkpoint | None) -> Targets:
+    """What adapters change where. Raises :class:`~merging.errors.InputError` for names that do not fit together."""
+    resolver = Resolver(_known(base, adapters), base.config) if base is not None else None
+    if resolver is None:
         _refuse_drifted(adapters)
-    return {name: tuple(changes.get(name) for changes in named) for name in labels}, labels, matched
+        named = [adapter.changes for adapter in adapters]
+        matched = []
+    else:
+        resolved = [resolver.resolve(adapter) for adapter in adapters]
+        if not all(each.exact for each in resolved):
+            # An adapter is read by programs that hold the base as it is in memory.
+            resolved = [resolver.resolve_in_memory(adapter) for adapter in adapters]
+        named = [each.changes for each in resolved]
+        matched = [each.line for each in resolved]
+    labels: dict[str, str] = {}
+    for each in named:
+        for name, change in each.items():
+            labels.setdefault(name, change.target)
+    return Targets({name: tuple(each.get(name) for each in named) for name in labels}, labels, matched, resolver)
 
 
-def _known(base: Checkpoint, adapter: Adapter) -> dict[str, Stored]:
-    heads = {name: stored for name in adapter.changes if (stored := base.lookup(name)) is not None}
+def _known(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, Stored]:
+    names = {name for adapter in adapters for name in adapter.changes}
+    heads = {name: stored for name in names if (stored := base.lookup(name)) is not None}
     return {**base.tensors, **heads}
 
 
@@ -71,29 +86,50 @@ def adapter_items(
     recipe: Recipe,
     adapters: Sequence[Adapter],
     base: Checkpoint | None,
-    targets: dict[str, tuple[Change | None, ...]],
-    labels: dict[str, str],
+    targets: Targets,
     stacks: Stacks,
+    weights: bool,
     rank_steps: Sequence[int] = (),
 ) -> tuple[list[Item], int]:
     """The items, and the rank of the factors: as asked for, or one of ``rank_steps`` (or any) that loses nothing."""
-    left = all_matching(recipe.exclude, targets)
-    targets = {name: changes for name, changes in targets.items() if name not in left}
-    kind = DTYPES[recipe.dtype] if recipe.dtype else _widest(targets.values())
-    shapes = {name: _shape(name, changes, adapters, base) for name, changes in targets.items()}
-    low = {name for name, changes in targets.items() if _is_lora(changes)}
-    rank = _rank(recipe, [(targets[name], shapes[name]) for name in low], rank_steps)
-    _check_biases(targets, low, labels, adapters)
+    left = all_matching(recipe.exclude, targets.changes)
+    merged = {name: changes for name, changes in targets.changes.items() if name not in left}
+    labels = targets.labels
+    kind = DTYPES[recipe.dtype] if recipe.dtype else _widest(merged.values())
+    shapes = {name: _shape(name, changes, adapters, targets.resolver) for name, changes in merged.items()}
+    low = {name for name, changes in merged.items() if _is_lora(changes)}
+    rank = _rank(recipe, [(merged[name], shapes[name]) for name in low], rank_steps)
+    _check_biases(merged, low, labels, adapters)
     turned = inputs_by_outputs({name: stored.shape for name, stored in base.tensors.items()}) if base else set()
+    paths = Paths((labels[name] for name in low), (labels[name] for name in low if _is_experts(merged[name])))
     items = []
-    for name, changes in targets.items():
+    for name, changes in merged.items():
         transposed = any(each.is_transposed(shapes[name]) for each in changes if each)
-        site = site_of(name, shapes[name], stacks, transposed or name in turned)
+        site = site_of(name, shapes[name], stacks, transposed or name in turned, _on_disk(name, targets.resolver))
+        site = replace(site, kind="experts") if _is_experts(changes) else site
         stored = base.lookup(name) if base else None
-        outs = _outs(labels[name], changes, shapes[name], rank, kind)
+        if base is not None and stored is None:
+            _refuse_in_pieces(name, changes, weights, base)
         form: Form = "factors" if name in low else "delta" if _is_bias(changes) else "dense"
-        items.append(Item(site, changes, stored, outs, form))
+        written = 0.5 if form == "factors" and paths.applied_twice(labels[name]) else 1.0
+        items.append(
+            Item(site, changes, stored, _outs(labels[name], changes, shapes[name], rank, kind, paths), form, written)
+        )
     return items, rank
+
+
+def _on_disk(name: str, resolver: Resolver | None) -> str:
+    return name if resolver is None else resolver.on_disk(name)
+
+
+def _refuse_in_pieces(name: str, changes: tuple[Change | None, ...], weights: bool, base: Checkpoint) -> None:
+    """Refuse what wants a tensor of the base that lies there in pieces."""
+    reason = next((each.needs_base for each in changes if each and each.needs_base), None)
+    if weights or reason:
+        raise InputError(
+            f"{name} lies in several tensors of {base.path}, and {reason or 'this method merges weights'}: make a "
+            f"model with --as model"
+        )
 
 
 def _widest(targets: Iterable[tuple[Change | None, ...]]) -> str:
@@ -105,11 +141,10 @@ def _widest(targets: Iterable[tuple[Change | None, ...]]) -> str:
 
 
 def _shape(
-    name: str, changes: tuple[Change | None, ...], adapters: Sequence[Adapter], base: Checkpoint | None
+    name: str, changes: tuple[Change | None, ...], adapters: Sequence[Adapter], resolver: Resolver | None
 ) -> tuple[int, ...]:
-    stored = base.lookup(name) if base else None
-    if stored is not None:
-        return stored.shape
+    if resolver is not None:
+        return resolver.shape(name)
     first, *others = [(change, adapter) for change, adapter in zip(changes, adapters, strict=True) if change]
     for change, adapter in others:
         if not change.fits(first[0].shape):
@@ -122,7 +157,11 @@ def _shape(
 
 def _is_lora(changes: tuple[Change | None, ...]) -> bool:
     """Whether the target's merged change goes into factors: no adapter brings it in full."""
-    return all(change.kind in ("linear", "embedding", "conv") for change in changes if change)
+    return all(change.kind in ("linear", "embedding", "conv", "experts") for change in changes if change)
+
+
+def _is_experts(changes: tuple[Change | None, ...]) -> bool:
+    return any(change.kind == "experts" for change in changes if change)
 
 
 def _is_bias(changes: tuple[Change | None, ...]) -> bool:
@@ -139,7 +178,8 @@ def _rank(
     default = most = 0
     for changes, shape in modules:
         brought = [change for change in changes if change]
-        total, full = sum(change.rank for change in brought), min(shape[0], torch.Size(shape[1:]).numel())
+        matrix = shape[1:] if _is_experts(changes) else (shape[0], torch.Size(shape[1:]).numel())
+        total, full = sum(change.rank for change in brought), min(matrix)
         summed = recipe.method.factored and all(change.low_rank for change in brought)
         default = max(default, min(total, full))
         most = max(most, min(total, full) if summed else full)
@@ -152,8 +192,8 @@ def _check_biases(
     targets: dict[str, tuple[Change | None, ...]], low: set[str], labels: dict[str, str], adapters: Sequence[Adapter]
 ) -> None:
     """PEFT carries changes of biases only as ``lora_bias``, of every module that has factors or of none."""
-    biases = {_module(labels[name]): name for name, changes in targets.items() if _is_bias(changes)}
-    modules = {_module(labels[name]) for name in low}
+    biases = {module_of(labels[name]): name for name, changes in targets.items() if _is_bias(changes)}
+    modules = {module_of(labels[name]) for name in low}
     if biases and biases.keys() != modules:
         odd = sorted(biases.keys() ^ modules)[0]
         raise InputError(
@@ -162,27 +202,9 @@ def _check_biases(
         )
 
 
-def _module(label: str) -> str:
-    return label.rpartition(".")[0]
-
-
 def _outs(
-    label: str, changes: tuple[Change | None, ...], shape: tuple[int, ...], rank: int, kind: str
+    label: str, changes: tuple[Change | None, ...], shape: tuple[int, ...], rank: int, kind: str, paths: Paths
 ) -> tuple[Out, ...]:
-    module = PREFIX + _module(label)
-    change = next(each for each in changes if each)
-    if not _is_lora(changes):
-        name = f"{module}.lora_B.bias" if _is_bias(changes) else PREFIX + label
-        return (Out(name, kind, shape),)
-    if isinstance(change, LoraChange):
-        outputs, inputs, kernel = change.up.shape[0], change.down.shape[1], change.down.shape[2:]
-    else:
-        (outputs, inputs), kernel = shape[::-1] if change.is_transposed(shape) else shape, ()
-    if change.kind == "embedding":
-        names = f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
-    else:
-        names = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
-    return (
-        Out(names[0], kind, (rank, inputs, *kernel)),
-        Out(names[1], kind, (outputs, rank, *(1 for _ in kernel))),
-    )
+    if _is_lora(changes):
+        return factors(paths.of(label), next(each for each in changes if each), shape, rank, kind)
+    return (Out(PREFIX + (f"{module_of(label)}.lora_B.bias" if _is_bias(changes) else label), kind, shape),)

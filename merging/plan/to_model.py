@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from merging.errors import InputError, nearest
 from merging.layers import Stacks
 from merging.parameters import all_matching
+from merging.plan.heads import is_untied, own_heads, with_tied_copy
 from merging.plan.items import Item
-from merging.plan.resolve import resolve_adapter
+from merging.plan.resolve import Resolver
 from merging.recipe import DTYPES, Recipe
 from merging.site import Site, inputs_by_outputs, site_of
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
-from merging.sources.checkpoint import HEADS
 from merging.sources.names import find_renaming
 from merging.sources.stored import Out, Stored
 
@@ -37,14 +38,16 @@ def model_items(
     :class:`~merging.errors.InputError` for tensors that do not fit, unless the recipe keeps the base's.
     """
     known = dict(reference.tensors)
-    known |= _heads(models, reference)
+    known |= own_heads(models, reference)
+    resolver = Resolver(known, reference.config)
     matched: list[str] = []
     inputs: list[Inputs] = []
     mismatches: list[str] = []
     for model in models:
         brought: Inputs
         if isinstance(model, Adapter):
-            brought, line = resolve_adapter(model, known, reference.config)
+            resolved = resolver.resolve(model)
+            brought, line = resolved.changes, resolved.line
         else:
             brought, line = _align(model, known, mismatches)
         inputs.append(brought)
@@ -58,7 +61,8 @@ def model_items(
     skip = _incomplete(models, inputs, known) if mismatches else set()
     if mismatches:
         matched.append(f"{len(skip)} tensors that differ are {reference.path.name}'s (--on-mismatch base)")
-    names, untied = _with_tied_copy(known, inputs, reference, skip)
+    names = with_tied_copy(known, inputs, reference, skip)
+    untied = is_untied(names, reference)
     left = all_matching(recipe.exclude, names)
     turned = inputs_by_outputs({name: stored.shape for name, stored in names.items()})
     items = [
@@ -74,36 +78,6 @@ def model_items(
         for name, stored in names.items()
     ]
     return items, matched, untied
-
-
-def _heads(models: Sequence[Checkpoint | Adapter], reference: Checkpoint) -> dict[str, Stored]:
-    """Output heads that some model has of its own where the reference ties them: there they are its embedding."""
-    names = {
-        name
-        for model in models
-        for name in (model.changes if isinstance(model, Adapter) else model.tensors)
-        if name.endswith(HEADS) and name not in reference.tensors
-    }
-    return {name: stored for name in sorted(names) if (stored := reference.lookup(name)) is not None}
-
-
-def _with_tied_copy(
-    known: dict[str, Stored], inputs: list[Inputs], reference: Checkpoint, skip: set[str]
-) -> tuple[dict[str, Stored], bool]:
-    """The names to write, and whether among them is a head that the reference does not store.
-
-    An adapter that trained the embedding of a language model with a tied head did not train the head: merged into the
-    shared matrix it would change both, so the head is written out as it was.
-    """
-    untied = any(name not in reference.tensors for name in known)
-    architecture = str((reference.config.get("architectures") or [""])[0])
-    if architecture.endswith(("ForCausalLM", "LMHeadModel")) and HEADS[0] not in known:
-        embedding = reference.lookup(HEADS[0])
-        touched = {id(known[name]) for each in inputs for name, change in each.items() if isinstance(change, Change)}
-        if embedding is not None and id(embedding) in touched:
-            skip.add(HEADS[0])
-            return known | {HEADS[0]: embedding}, True
-    return known, untied
 
 
 def _align(model: Checkpoint, known: Mapping[str, Stored], mismatches: list[str]) -> tuple[Inputs, str]:
@@ -154,6 +128,8 @@ def _item(
     kind = DTYPES[recipe.dtype] if recipe.dtype and stored.floating else stored.kind
     outs = (Out(site.name, kind, stored.shape),)
     brought = tuple(each.get(site.name) for each in inputs)
+    if any(isinstance(each, Change) and each.kind == "experts" for each in brought):
+        site = replace(site, kind="experts")
     if plain or not stored.floating or not any(brought):
         return Item(site, () if plain else brought, stored, outs, "copy")
     # A base that only lends its names is not read.
