@@ -6,9 +6,12 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import tiny
+from hub_fixture import Hub
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,9 +20,9 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL
 MERGE = str(Path(sys.executable).parent / "merge")
 
 
-def run(command: list[str], folder: Path) -> str:
+def run(command: list[str], folder: Path, environment: Mapping[str, str] | None = None) -> str:
     """What a command prints on stdout; it must succeed."""
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -53,7 +56,11 @@ def models(workplace: Path) -> None:
 
 
 def merges(line: str) -> bool:
-    return line.startswith("merge ") and not line.startswith("merge continual ")
+    return line.startswith("merge ") and not line.startswith("merge continual ") and not asks_the_hub(line)
+
+
+def asks_the_hub(line: str) -> bool:
+    return " org/" in line or " me/" in line
 
 
 @pytest.mark.usefixtures("models")
@@ -77,6 +84,24 @@ def test_commands_of_a_store_work(workplace: Path) -> None:
     assert len(lines) == 8
     assert "added: incoming/late as step 2" in said[5]
     assert (workplace / "merged" / "model.safetensors").is_file()
+
+
+def test_commands_of_the_hub_work(hub: Hub, tmp_path: Path) -> None:
+    """One after the other, with a Hub that holds what they name."""
+    base, tuned = tiny.checkpoint(tmp_path / "local", 2)
+    for name, folder in (("base", base), ("one", tuned[0]), ("two", tuned[1]), ("name", tuned[0])):
+        hub.put(f"org/{name}", folder)
+    hub.tag("org/two", "v1.0")
+    for number, task in enumerate(("bbc", "spam"), 1):
+        hub.put(f"org/adapter-{number}", ROOT / "examples" / "adapters" / task)
+    environment = hub.environment(tmp_path / "home") | {"HF_TOKEN": hub.token}
+    lines = [line for line in COMMANDS if line.startswith("merge ") and asks_the_hub(line)]
+    for line in lines:
+        published = hub.files("me/merged") if "merge push" in line else {}
+        words = [*shlex.split(line, comments=True)[1:], *(["--overwrite"] if published or " -o " in line else [])]
+        run([MERGE, *words], tmp_path, environment)
+    assert len(lines) == 6
+    assert "adapter_model.safetensors" in hub.files("me/merged")
 
 
 def test_table_of_methods_is_generated(tmp_path: Path) -> None:
