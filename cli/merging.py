@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["merge_command", "written_method"]
 
-RECIPE_OPTIONS = ("base", "as", "dtype", "rank", "layers", "lora_alpha", "shard_size", "on_mismatch",
+RECIPE_OPTIONS = ("base", "as", "dtype", "rank", "layers", "lora_alpha", "shard_size", "on_mismatch", "dequantise",
                   "exclude", "allow_different_bases", "allow_nonfinite")  # fmt: skip
 
 
@@ -85,6 +85,7 @@ def _refuse_strangers(command: click.Command, args: list[str], classes: list[Any
 @click.option("--lora-alpha", type=float, help="LoRA alpha of adapters, instead of what they state")
 @click.option("--shard-size", type=Size(), help="most bytes in one file of a model's folder  [default: 5GB]")
 @click.option("--on-mismatch", type=click.Choice(["error", "base"]), help="tensors that differ in shape or are missing")
+@click.option("--dequantise", is_flag=True, default=None, help="read FP8, MXFP4 and 8-bit weights as ordinary ones")
 @click.option(
     "--exclude",
     multiple=True,

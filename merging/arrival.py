@@ -45,7 +45,8 @@ def brought(model: Checkpoint | Adapter, progress: Progress | None = None) -> No
 
 def _remote(inputs: Sequence[Stored | Change | None], base: Stored | None) -> Iterator[RemoteFile]:
     for each in (*inputs, base):
-        for stored in each.tensors if isinstance(each, Change) else (each,):
+        tensors = each.tensors if isinstance(each, Change) else (each,) if each is not None else ()
+        for stored in (part for tensor in tensors for part in tensor.made_of):
             if isinstance(stored, FileTensor) and isinstance(stored.holder, RemoteFile):
                 yield stored.holder
 

@@ -81,12 +81,11 @@ def merge(
     """Merge models or adapters from files into a file or folder.
 
     ``method`` is a method or a chain as it is written (``"lines+task_arithmetic"``). ``options`` are the recipe's
-    (``base``, ``dtype``, ``rank``, ``kind``, ``layers``, ``lora_alpha``, ``shard_size``, ``on_mismatch``,
-    ``exclude``, ``allow_different_bases``, ``allow_nonfinite``: see :class:`~merging.recipe.Recipe`) and the method's
-    parameters by name (``weights=(1, 1, -1)``). ``output`` ending in ``.safetensors`` is a single file, any other a
-    folder; without it the output is ``merged.safetensors`` or the folder ``merged``. ``max_memory`` is in bytes, above
-    what the imports take. ``stream`` says that models of the Hub pass through the disk file by file instead of staying
-    in the library's cache. ``progress`` is told the bytes done and in all.
+    (``base``, ``dtype``, ``rank``, ``kind``, ``exclude`` and the others of :class:`~merging.recipe.Recipe`) and the
+    method's parameters by name (``weights=(1, 1, -1)``). ``output`` ending in ``.safetensors`` is a single file, any
+    other a folder; without it the output is ``merged.safetensors`` or the folder ``merged``. ``max_memory`` is in
+    bytes, above what the imports take. ``stream`` says that models of the Hub pass through the disk file by file
+    instead of staying in the library's cache. ``progress`` is told the bytes done and in all.
 
     Raises :class:`~merging.errors.MergingError`, and leaves nothing behind then.
     """

@@ -45,6 +45,9 @@ class Recipe(BaseModel):
     on_mismatch: Literal["error", "base"] = Field(
         "error", description="tensors that differ in shape or that some model lacks: refuse, or keep the base's"
     )
+    dequantise: bool = Field(
+        False, description="read weights that are quantised in a simple way (FP8, MXFP4, 8-bit) as ordinary numbers"
+    )
     exclude: tuple[str, ...] = Field((), description="tensors that are left as in the base: names, parts, or wildcards")
     allow_different_bases: bool = Field(False, description="merge adapters that say they have different bases")
     allow_nonfinite: bool = Field(False, description="merge inputs that hold NaN or infinities")

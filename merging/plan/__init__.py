@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from merging.errors import InputError, OptionError
 from merging.method import check_places
 from merging.plan.checks import check_bases, check_options, check_origin, content_keys
+from merging.plan.heads import settled
 from merging.plan.items import Item, Plan
 from merging.plan.sites import find_stacks
 from merging.plan.to_adapter import adapter_items, adapter_targets
@@ -27,7 +28,7 @@ def make_plan(recipe: Recipe, rank_steps: Sequence[int] = ()) -> Plan:
     ``rank_steps`` are the ranks that a merged adapter may have (:data:`PORTABLE_RANKS`), any if there are none. Raises
     :class:`~merging.errors.MergingError` for all that cannot be merged as the recipe says.
     """
-    models = tuple(open_model(path, recipe.lora_alpha) for path in recipe.models)
+    models = tuple(open_model(path, recipe.lora_alpha, recipe.dequantise) for path in recipe.models)
     recipe.method.check(len(models))
     return plan_of(recipe, models, _open_base(recipe), rank_steps)
 
@@ -53,6 +54,7 @@ def _plan_of(
     recipe: Recipe, models: tuple[Checkpoint | Adapter, ...], base: Checkpoint | None, rank_steps: Sequence[int]
 ) -> Plan:
     output, weights = check_origin(recipe, models, base)
+    models, base = settled(models, base)
     recipe = _pinned(recipe, models, base)
     check_options(recipe, models, output)
     check_bases(models, recipe.allow_different_bases)
@@ -101,7 +103,7 @@ def _pinned(recipe: Recipe, models: Sequence[Checkpoint | Adapter], base: Checkp
 def _open_base(recipe: Recipe) -> Checkpoint | None:
     if recipe.base is None:
         return None
-    base = open_model(recipe.base)
+    base = open_model(recipe.base, dequantise=recipe.dequantise)
     if isinstance(base, Adapter):
         raise InputError(
             f"{recipe.base}: is an adapter, and --base wants the full model that the others were trained from"

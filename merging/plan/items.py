@@ -172,6 +172,7 @@ class Plan:
         needed += (
             3 * width * item.numel * sum(not change.low_rank or change.needs_base is not None for change in changes)
         )
+        needed += max((each.scratch for each in (*item.inputs, item.base) if isinstance(each, Stored)), default=0)
         if item.form == "factors" and not self.recipe.method.factored:
             needed += 4 * width * item.numel
         return needed

@@ -39,15 +39,16 @@ _FOREIGN_ENDINGS = tuple(_FOREIGN)
 _COMPONENTS = ("unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "diffusion_model.")
 
 
-def open_model(name: str | Path, alpha: float | None = None) -> Checkpoint | Adapter:
+def open_model(name: str | Path, alpha: float | None = None, dequantise: bool = False) -> Checkpoint | Adapter:
     """Open a full model or an adapter: a local folder or file, or an address on the Hub. Only headers are read.
 
-    ``alpha`` is the LoRA alpha of adapters, instead of what they state. Raises :class:`~merging.errors.InputError` if
+    ``alpha`` is the LoRA alpha of adapters, instead of what they state; ``dequantise`` makes ordinary weights of those
+    that are quantised in a simple way. Raises :class:`~merging.errors.InputError` if
     there is nothing, :class:`~merging.errors.FormatError` if what is there cannot be understood exactly.
     """
     address = hub_address(str(name))
     if address is None:
-        return _open_local(Path(name).expanduser(), alpha)
+        return _open_local(Path(name).expanduser(), alpha, dequantise)
     from merging.hub.repository import open_repository  # it reads files with what this package is made of
 
     repository = open_repository(address)
@@ -57,7 +58,7 @@ def open_model(name: str | Path, alpha: float | None = None) -> Checkpoint | Ada
         return text.replace(str(repository.folder), repository.name)
 
     try:
-        model = _open_local(repository.folder / address.path, alpha)
+        model = _open_local(repository.folder / address.path, alpha, dequantise)
     except MergingError as error:
         raise type(error)(named(str(error))) from None
     if isinstance(model, Adapter):
@@ -65,17 +66,17 @@ def open_model(name: str | Path, alpha: float | None = None) -> Checkpoint | Ada
     return replace(model, path=Path(str(origin)), origin=origin)
 
 
-def _open_local(path: Path, alpha: float | None) -> Checkpoint | Adapter:
+def _open_local(path: Path, alpha: float | None, dequantise: bool) -> Checkpoint | Adapter:
     if not path.exists():
         hint = ": the Hub is meant by hf://ORG/NAME" if str(path).count("/") == 1 else ""
         raise InputError(f"{path}: there is no such file or folder{hint}")
     if path.is_dir():
         if not (path / "adapter_config.json").is_file():
             bare = next((path / name for name in peft.WEIGHTS if (path / name).is_file()), None)
-            return open_checkpoint(path) if bare is None else peft.open_peft(bare, alpha)
+            return open_checkpoint(path, None, dequantise) if bare is None else peft.open_peft(bare, alpha)
         return peft.open_peft(path, alpha)
     if path.suffix == ".json":
-        return open_checkpoint(path)
+        return open_checkpoint(path, None, dequantise)
     if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
         raise FormatError(f"{path}: is no weights file: .safetensors, .bin, .pt or .pth are read, or a folder")
     opened = open_tensors(path)
@@ -83,7 +84,7 @@ def _open_local(path: Path, alpha: float | None) -> Checkpoint | Adapter:
     for recognises, opens in DIALECTS:
         if recognises(opened[0]):
             return opens(path, alpha, opened)
-    return open_checkpoint(path, opened)
+    return open_checkpoint(path, opened, dequantise)
 
 
 def _refuse_foreign(path: Path, names: Mapping[str, Stored]) -> None:

@@ -113,6 +113,16 @@ class Stored(ABC):
         """What names the content of the file it lies in."""
         return self.order()[0]
 
+    @property
+    def made_of(self) -> tuple[Stored, ...]:
+        """The tensors of files that it is read from: itself, unless it is computed from others."""
+        return (self,)
+
+    @property
+    def scratch(self) -> int:
+        """The bytes of memory that reading any piece of it takes beside the buffer, where they are many."""
+        return 0
+
     @abstractmethod
     def order(self) -> tuple[str, int]:
         """Where the tensor lies, so that tensors can be read in the order of their files."""

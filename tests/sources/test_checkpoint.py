@@ -16,7 +16,8 @@ from tiny import CONFIG, checkpoint, fine_tune, identical, load, model, save
 import merging
 from merging.errors import FormatError, InputError
 from merging.sources import open_model
-from merging.sources.checkpoint import _QUANTISED, Checkpoint, content_key, open_checkpoint
+from merging.sources.checkpoint import Checkpoint, content_key, open_checkpoint
+from merging.sources.quantised import QUANTISED
 
 INDEX = "model.safetensors.index.json"
 
@@ -287,14 +288,14 @@ def test_pickles_merge_like_safetensors(tmp_path: Path) -> None:
 
 CODES = torch.zeros(4, dtype=torch.uint8)
 NAMES = {
-    key: f"model.layers.0.mlp{key}" if key.startswith(".") else f"model.layers.0.mlp.gate{key}" for key in _QUANTISED
+    key: f"model.layers.0.mlp{key}" if key.startswith(".") else f"model.layers.0.mlp.gate{key}" for key in QUANTISED
 }
 
 
-@pytest.mark.parametrize("ending", _QUANTISED)
+@pytest.mark.parametrize("ending", QUANTISED)
 def test_quantised_by_the_name_of_a_tensor(tmp_path: Path, ending: str) -> None:
     folder = save(tmp_path / "m", {**model(1), NAMES[ending]: CODES})
-    with pytest.raises(FormatError, match=re.escape(f"is quantised ({_QUANTISED[ending]}, says {NAMES[ending]})")):
+    with pytest.raises(FormatError, match=re.escape(f"is quantised ({QUANTISED[ending]}, says {NAMES[ending]})")):
         open_model(folder)
 
 

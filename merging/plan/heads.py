@@ -1,0 +1,113 @@
+"""Output heads and input embeddings of models some of which tie the two: what is written once, and what twice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from merging.errors import InputError
+from merging.sources import Adapter, Checkpoint
+from merging.sources.adapter import Change
+from merging.sources.stored import Stored
+from merging.sources.ties import has_own_head, is_head, same_values, tied_to
+
+__all__ = ["is_untied", "own_heads", "scales_outputs", "settled", "with_tied_copy"]
+
+_T5 = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "pop2piano", "udop")
+"""Model types that multiply what goes into their head by a constant, unless their config unties it."""
+
+Model = Checkpoint | Adapter
+
+
+def settled(models: Sequence[Model], base: Checkpoint | None) -> tuple[tuple[Model, ...], Checkpoint | None]:
+    """The models without the copies of tied weights that some files hold, as others do not.
+
+    A head of its own is then one that differs from the embedding, or one of a model that its config unties; where all
+    such heads equal their embeddings while another model ties its own, they are copies too. Only where a file holds
+    what may be a copy are values compared. Raises :class:`~merging.errors.InputError` for a first model or base whose
+    head is missing, and for T5s of the two incompatible kinds.
+    """
+    given = [*models, base] if base else list(models)
+    checkpoints = [model for model in given if isinstance(model, Checkpoint)]
+    for model in (base or next(iter(checkpoints), None),):
+        if model is not None and not has_own_head(model.config, model.tensors):
+            raise InputError(
+                f"{model.path}: its config says that the output head is not tied to the embedding, and it has no head: "
+                f"set tie_word_embeddings to true in its config.json if it is, else complete the files"
+            )
+    _check_scaling(checkpoints)
+    plain = {id(model): _without_copies(model, model.tied) for model in checkpoints}
+    some_tied = any(model.tied and not _heads_of(model) for model in plain.values())
+    reference_ties = bool(checkpoints) and not _heads_of(plain[id(base or checkpoints[0])])
+    if some_tied and reference_ties:
+        tied = {key: _without_copies(model, True) for key, model in plain.items()}
+        if not any(_heads_of(model) for model in tied.values()):
+            plain = tied
+    kept = tuple(plain[id(model)] if isinstance(model, Checkpoint) else model for model in models)
+    return kept, plain[id(base)] if base else None
+
+
+def _heads_of(model: Checkpoint) -> list[str]:
+    return [name for name in model.tensors if is_head(name)]
+
+
+def _without_copies(model: Checkpoint, tied: bool) -> Checkpoint:
+    copies = {
+        name
+        for name, stored in model.tensors.items()
+        if (source := tied_to(name, model.tensors, tied)) is not None and same_values(stored, model.tensors[source])
+    }
+    kept = {name: stored for name, stored in model.tensors.items() if name not in copies}
+    return replace(model, tensors=kept) if copies else model
+
+
+def scales_outputs(config: Mapping[str, Any]) -> bool:
+    """Whether a T5 of this config multiplies what goes into its head, which no change of its weights replaces."""
+    if config.get("model_type") not in _T5:
+        return False
+    return bool(config.get("scale_decoder_outputs", config.get("tie_word_embeddings") is not False))
+
+
+def _check_scaling(checkpoints: Sequence[Checkpoint]) -> None:
+    t5 = [model for model in checkpoints if model.config.get("model_type") in _T5]
+    for model in t5[1:]:
+        if scales_outputs(model.config) != scales_outputs(t5[0].config):
+            raise InputError(
+                f"{model.path} and {t5[0].path}: one scales the outputs of its decoder and the other does not (its "
+                f"config unties the head): they are T5s of two kinds, whose weights do not mix"
+            )
+
+
+def own_heads(models: Sequence[Model], reference: Checkpoint) -> dict[str, Stored]:
+    """Output heads that some model has of its own where the reference ties them: there they are its embedding."""
+    names = {
+        name
+        for model in models
+        for name in (model.changes if isinstance(model, Adapter) else model.tensors)
+        if name not in reference.tensors and is_head(name)
+    }
+    return {name: stored for name in sorted(names) if (stored := reference.lookup(name)) is not None}
+
+
+def with_tied_copy(
+    known: dict[str, Stored], inputs: Sequence[Mapping[str, object]], reference: Checkpoint, skip: set[str]
+) -> dict[str, Stored]:
+    """The tensors to write, among them a head that is tied in the reference if only its embedding is trained.
+
+    An adapter that trained the embedding of a language model with a tied head did not train the head: merged into the
+    shared matrix it would change both, so the head is written out as it was (and joins ``skip``).
+    """
+    architecture = str((reference.config.get("architectures") or [""])[0])
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")) and not any(map(is_head, known)):
+        embedding = reference.lookup("lm_head.weight")
+        touched = {id(known[name]) for each in inputs for name, change in each.items() if isinstance(change, Change)}
+        if embedding is not None and id(embedding) in touched:
+            skip.add("lm_head.weight")
+            return known | {"lm_head.weight": embedding}
+    return known
+
+
+def is_untied(names: Mapping[str, object], reference: Checkpoint) -> bool:
+    """Whether the output has a head of its own although the reference's config ties it."""
+    return any(name not in reference.tensors or reference.tied for name in names if is_head(name))

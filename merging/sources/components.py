@@ -1,0 +1,56 @@
+"""Folders that hold several models: diffusers pipelines, and sentence-transformers' modules."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from merging.errors import FormatError
+from merging.sources.layout import find_weights, read_json
+
+__all__ = ["PIPELINE", "components_of"]
+
+PIPELINE = "model_index.json"
+"""What tells the folder of a diffusers pipeline."""
+
+_MODULES = "modules.json"
+
+
+def components_of(folder: Path) -> dict[str, Path]:
+    """The folders with weights that make up a model, by the names of the components; empty for an ordinary folder.
+
+    A component called "" lies in the folder itself. Raises :class:`~merging.errors.FormatError` for lists of
+    components that cannot be understood.
+    """
+    if (folder / PIPELINE).is_file():
+        listed = read_json(folder / PIPELINE)
+        names: Iterable[Any] = (name for name, made_of in listed.items() if isinstance(made_of, list) and any(made_of))
+        found = _with_weights(folder, folder / PIPELINE, names)
+        if not found:
+            raise FormatError(f"{folder / PIPELINE}: none of its components has weights here: complete the download")
+        return found
+    if (folder / _MODULES).is_file():
+        found = _with_weights(folder, folder / _MODULES, _module_paths(folder / _MODULES))
+        return found if found.keys() != {""} else {}
+    return {}
+
+
+def _module_paths(path: Path) -> list[Any]:
+    try:
+        modules = json.loads(path.read_text(encoding="utf-8"))
+        return [module["path"] for module in modules]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        raise FormatError(f"{path}: is no list of modules with their paths") from None
+
+
+def _with_weights(folder: Path, index: Path, names: Iterable[Any]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for name in names:
+        plain = isinstance(name, str) and name not in (".", "..") and "\\" not in name and Path(name).name == name
+        if not plain:
+            raise FormatError(f"{index}: {name!r} is no plain name of a folder")
+        if (folder / name).is_dir() and find_weights(folder / name) is not None:
+            found[name] = folder / name
+    return found

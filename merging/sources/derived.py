@@ -1,0 +1,34 @@
+"""Tensors that lie in no file as they are, but are made of tensors that do when they are read."""
+
+from __future__ import annotations
+
+from merging.sources.stored import Stored
+
+__all__ = ["Derived"]
+
+
+class Derived(Stored):
+    """A tensor that is computed from others, or put together of them; it lies where the first of them does."""
+
+    __slots__ = ("_made_of",)
+
+    def __init__(self, kind: str, shape: tuple[int, ...], made_of: tuple[Stored, ...]) -> None:
+        super().__init__(kind, shape)
+        self._made_of = made_of
+
+    @property
+    def made_of(self) -> tuple[Stored, ...]:
+        return tuple(inner for each in self._made_of for inner in each.made_of)
+
+    @property
+    def at_hand(self) -> bool:
+        return all(each.at_hand for each in self._made_of)
+
+    def source(self) -> str:
+        return "+".join(sorted({each.source() for each in self._made_of}))
+
+    def order(self) -> tuple[str, int]:
+        return self._made_of[0].order()
+
+    def advise(self, start: int, count: int) -> None:
+        """Nothing, unless a piece of it lies together in a file."""

@@ -1,0 +1,128 @@
+"""Where the weights lie in a model's folder: one file, shards with an index, or a variant of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from merging.errors import FormatError, InputError
+
+__all__ = ["agree", "find_weights", "is_standard", "read_json", "shards_of", "stem_of", "weights_of"]
+
+_STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
+_ENDINGS = ("safetensors", "safetensors.index.json", "bin", "bin.index.json")
+
+_LAYOUTS = tuple(
+    f"{stem}.{ending}"
+    for stems, endings in ((_STEMS[:2], _ENDINGS[:2]), (_STEMS[1:], _ENDINGS[2:]))
+    for stem in stems
+    for ending in endings
+)
+"""The files that hold a model's weights, in the order in which the libraries look for them."""
+
+_VARIANTS = tuple(
+    re.compile(rf"(?:{'|'.join(_STEMS)})\.{pattern}")
+    for pattern in (
+        r"(?P<variant>[\w-]+)\.safetensors",
+        r"safetensors\.index\.(?P<variant>[\w-]+)\.json",
+        r"safetensors\.(?P<variant>[\w-]+)\.index\.json",
+        r"(?P<variant>[\w-]+)\.bin",
+        r"bin\.index\.(?P<variant>[\w-]+)\.json",
+        r"bin\.(?P<variant>[\w-]+)\.index\.json",
+    )
+)
+"""What the weights of a variant (``fp16``) are called, in the order in which they are preferred."""
+
+_SHARD = re.compile(r"-[0-9]{5}-of-[0-9]{5}$|^[0-9]{5}-of-[0-9]{5}$")
+
+
+def is_standard(name: str) -> bool:
+    """Whether a file of that name holds the weights of the model whose folder it lies in."""
+    return name in _LAYOUTS or any(pattern.fullmatch(name) for pattern in _VARIANTS)
+
+
+def stem_of(weights: Path) -> str:
+    """What a model's weights are called in the output, by those of its input: as its library looks for them."""
+    return "diffusion_pytorch_model" if weights.name.startswith("diffusion_pytorch_model.") else "model"
+
+
+def find_weights(folder: Path) -> Path | None:
+    """The file or index with a model's weights, None where the folder has none by a standard name.
+
+    Where there are only variants (``model.fp16.safetensors``), the one there is. Raises
+    :class:`~merging.errors.InputError` if they are several.
+    """
+    for name in _LAYOUTS:
+        if (folder / name).is_file():
+            return folder / name
+    found: dict[str, Path] = {}
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    for pattern in _VARIANTS:
+        for name in names:
+            match = pattern.fullmatch(name)
+            if match and not _SHARD.search(match["variant"]):
+                found.setdefault(match["variant"], folder / name)
+    if len(found) > 1:
+        raise InputError(
+            f"{folder}: which weights? The folder holds only the variants {', '.join(sorted(found))}: leave one of "
+            f"them in it, or name the file"
+        )
+    return next(iter(found.values()), None)
+
+
+def weights_of(folder: Path) -> Path:
+    """The file or index with a model's weights; a single safetensors file may have any name.
+
+    Raises :class:`~merging.errors.InputError` where it is not clear which they are.
+    """
+    weights = find_weights(folder)
+    if weights is not None:
+        return weights
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    holds = ", ".join(p.name for p in found) if found else "none of model.safetensors, its index, pytorch_model.bin"
+    raise InputError(f"{folder}: which weights? The folder holds {holds}: name the file")
+
+
+def shards_of(index: Path) -> dict[Path, set[str]]:
+    """The tensor names that an index promises for each of its shards."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{index}: has no weight_map, so it is no index of shards")
+    shards: dict[Path, set[str]] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or shard in ("", ".", "..") or Path(shard).name != shard or "\\" in shard:
+            raise FormatError(f"{index}: {name} is said to be in {shard!r}, which is no plain file name")
+        shards.setdefault(index.parent / shard, set()).add(name)
+    for shard_path in shards:
+        if not shard_path.is_file():
+            raise FormatError(f"{index}: its shard {shard_path.name} is missing: complete the download")
+    return dict(sorted(shards.items()))
+
+
+def agree(index: Path, shard: Path, promised: set[str], found: set[str]) -> None:
+    """Refuse a shard that does not hold just what its index says."""
+    missing, extra = sorted(promised - found), sorted(found - promised)
+    if missing or extra:
+        what = f"lacks {missing[0]}" if missing else f"holds {extra[0]}, which the index does not list"
+        more = len(missing) + len(extra) - 1
+        raise FormatError(
+            f"{shard}: {what}{f' (and {more} more such names)' if more else ''}: {index.name} and its shards come from "
+            f"different saves, get them again together"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises :class:`~merging.errors.FormatError` for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: is not valid JSON: {str(error).splitlines()[0]}") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: should hold a JSON object, and holds a {type(value).__name__}")
+    return value

@@ -1,0 +1,203 @@
+"""Quantised weights: told by names and types, refused by name, or the simple kinds turned back into ordinary numbers.
+
+That happens piece by piece while they are read, so nothing is ever dequantised as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from merging.errors import FormatError
+from merging.sources.dequantised import Mxfp4, Scaled, fits
+from merging.sources.stored import Stored
+
+__all__ = ["QUANTISED", "dequantised", "refuse_quantised"]
+
+QUANTISED = {
+    ".bitsandbytes__nf4": "bitsandbytes 4-bit",
+    ".bitsandbytes__fp4": "bitsandbytes 4-bit",
+    ".absmax": "bitsandbytes 4-bit",
+    ".SCB": "bitsandbytes 8-bit",
+    ".qweight": "GPTQ or AWQ",
+    ".qzeros": "GPTQ or AWQ",
+    ".weight_scale_2": "NVFP4",
+    ".weight_global_scale": "NVFP4",
+    ".weight_packed": "compressed-tensors",
+    ".weight_zero_point": "compressed-tensors",
+    ".weight_scale_inv": "block FP8",
+    ".weight_scale": "scaled FP8 or integers",
+    "_blocks": "MXFP4",
+    ".W_q": "HQQ",
+    ".codes": "AQLM",
+    ".qbiases": "MLX",
+    ".weight_scales": "EETQ",
+    "._scale": "quanto",
+    ".centroids": "VPTQ",
+    ".dense_weights": "SpQR",
+}
+"""The last part of the name of a tensor that goes with quantised weights."""
+
+_INSTEAD = "merge the model it was made from, and quantise the result"
+_SIMPLE = ("block FP8", "scaled FP8 or integers", "MXFP4", "bitsandbytes 8-bit")
+_CODES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8")
+_PACKED = ("U8", "I8", "U32", "I32")
+_WAYS = {
+    "bitsandbytes 4-bit": "or load it in transformers with bitsandbytes, call dequantize() and save it",
+    "compressed-tensors": "or load it in transformers with run_compressed=False and save it",
+    "MLX": "or convert it with mlx_lm.convert --dequantize",
+    "NVFP4": "or have the program that made it write it in bfloat16",
+}
+"""What else helps, by kind."""
+
+_SCALES = ("_scale_inv", "_scale")
+_BESIDE = (
+    ".weight_format", ".input_scale", ".input_scale_ub", ".activation_scale", ".k_scale", ".v_scale", ".q_scale",
+    ".qscale_act", "_activation_scale", "_input_scale",
+)  # fmt: skip
+"""Tensors for quantised activations and caches, which ordinary weights have no use for."""
+
+
+def refuse_quantised(path: Path, tensors: Mapping[str, Stored], config: Mapping[str, Any], asked: bool = False) -> None:
+    """Raise :class:`~merging.errors.FormatError` for quantised weights, with their kind and a way out.
+
+    ``asked`` says that those of the simple kinds were dequantised already.
+    """
+    stated = _stated(config)
+    if stated is not None and not (asked and _is_simple(stated)):
+        kind = _method(stated)
+        raise FormatError(f"{path}: is quantised ({kind}, says its config): {_way(kind, _is_simple(stated), asked)}")
+    for name, stored in tensors.items():
+        # Only the tail of the name is compared: 50,000 names times 20 endings would be felt.
+        tail = name[name.rfind(".") :] if not name.endswith("_blocks") else "_blocks"
+        if tail in QUANTISED and (tail != "_blocks" or stored.kind == "U8" or not stored.floating):
+            kind = QUANTISED[tail]
+            raise FormatError(f"{path}: is quantised ({kind}, says {name}): {_way(kind, kind in _SIMPLE, asked)}")
+        if stored.kind.startswith(("F8_", "F6_")) or stored.kind == "F4":
+            way = _way("", any(name + ending in tensors for ending in _SCALES), asked)
+            raise FormatError(f"{path}: {name} holds {stored.kind} codes, so the model is quantised: {way}")
+        if tail == ".weight" and stored.kind in _PACKED and len(stored.shape) > 1:
+            way = _way("MLX" if stored.kind == "U32" else "", False, asked)
+            raise FormatError(f"{path}: {name} holds {stored.kind} codes, so the model is quantised: {way}")
+
+
+def _way(kind: str, simple: bool, asked: bool) -> str:
+    if simple and not asked:
+        return f"use --dequantise to merge it as ordinary numbers, or {_INSTEAD}"
+    beyond = "--dequantise does not understand these: " if asked else ""
+    return f"{beyond}{_INSTEAD}{', ' + _WAYS[kind] if kind in _WAYS else ''}"
+
+
+def _stated(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a config says of its quantisation, if anything."""
+    inner = config.get("text_config")
+    for part in (config, inner if isinstance(inner, dict) else {}):
+        for key in ("quantization_config", "compression_config", "quantization"):
+            if isinstance(part.get(key), dict):
+                return dict(part[key])
+    return None
+
+
+def _method(stated: Mapping[str, Any]) -> str:
+    """The kind that a config states, by the name it has here."""
+    method = str(stated.get("quant_method", "MLX" if "group_size" in stated else "unknown method"))
+    if method == "bitsandbytes":
+        return "bitsandbytes 8-bit" if stated.get("load_in_8bit") else "bitsandbytes 4-bit"
+    return method
+
+
+def _is_simple(stated: Mapping[str, Any]) -> bool:
+    """Whether weights of the kind that a config states are codes times a scale, or MXFP4."""
+    method = str(stated.get("quant_method"))
+    if method == "compressed-tensors":
+        return stated.get("format") in ("float-quantized", "int-quantized", "naive-quantized")
+    if method == "modelopt":
+        return stated.get("quant_algo") == "FP8"
+    return method in ("fp8", "fbgemm_fp8", "mxfp4") or _method(stated) == "bitsandbytes 8-bit"
+
+
+def dequantised(
+    path: Path, tensors: Mapping[str, Stored], config: Mapping[str, Any]
+) -> tuple[dict[str, Stored], dict[str, Any]]:
+    """A checkpoint's tensors and config with the quantised weights of simple kinds as ordinary ones.
+
+    Codes (FP8, 8-bit integers) times a scale for all, a row, or a block, as in transformers' ``fp8``, ``fbgemm_fp8``,
+    compressed-tensors and bitsandbytes 8-bit; and MXFP4 as gpt-oss has it. They have the type that the config states,
+    else bfloat16. Scales and the config's ``quantization_config`` are gone. Whatever else is quantised is left as it
+    is. Raises :class:`~merging.errors.FormatError` for scales that do not fit their weights.
+    """
+    kind = _type_of(config)
+    block = _block_of(_stated(config) or {})
+    found: dict[str, Stored] = {}
+    gone: set[str] = set()
+    for name, stored in tensors.items():
+        scale = _scale_of(name, stored, tensors)
+        if scale is None:
+            continue
+        scales = tensors[scale]
+        gone |= {name, scale}
+        if name.endswith("_blocks"):
+            if stored.shape[-1:] != (16,) or len(stored.shape) != 4 or scales.shape != stored.shape[:-1]:
+                raise FormatError(_misfit(path, name, stored, scales))
+            found[name.removesuffix("_blocks")] = Mxfp4(kind, stored, scales)
+            continue
+        if not fits(stored.shape, scales.shape, block):
+            raise FormatError(_misfit(path, name, stored, scales))
+        found[name] = Scaled(kind, stored, scales, block, 1 / 127 if scale.endswith(".SCB") else 1)
+    if found:
+        gone.update(name for name in tensors if name.endswith(_BESIDE))
+    kept = {name: found.get(name, stored) for name, stored in tensors.items() if name in found or name not in gone}
+    return kept | found, _without_quantisation(config)
+
+
+def _misfit(path: Path, name: str, stored: Stored, scales: Stored) -> str:
+    return (
+        f"{path}: {name} has the shape {tuple(stored.shape)} and its scales {tuple(scales.shape)}, which is none of "
+        f"the kinds that --dequantise understands: {_INSTEAD}"
+    )
+
+
+def _scale_of(name: str, stored: Stored, tensors: Mapping[str, Stored]) -> str | None:
+    """The name of the scales of a tensor of codes; None for one that is no such codes."""
+    if stored.kind == "U8" and name.endswith("_blocks"):
+        scale = name.removesuffix("_blocks") + "_scales"
+        return scale if scale in tensors and tensors[scale].kind == "U8" else None
+    if stored.kind not in _CODES:
+        return None
+    module = name.removesuffix(".weight")
+    candidates = [name + ending for ending in _SCALES]
+    if module != name:
+        if f"{name}_zero_point" in tensors or f"{name}_scale_2" in tensors:
+            return None
+        candidates += [f"{module}.SCB"] if stored.kind == "I8" else [f"{module}.scale", f"{module}.qscale_weight"]
+    return next((each for each in candidates if each in tensors), None)
+
+
+def _type_of(config: Mapping[str, Any]) -> str:
+    """The type of a model's ordinary weights, as its config states it."""
+    inner = config.get("text_config")
+    named = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    for part in (config, inner if isinstance(inner, dict) else {}):
+        for key in ("dtype", "torch_dtype"):
+            if part.get(key) in named:
+                return named[part[key]]
+    return "BF16"
+
+
+def _block_of(stated: Mapping[str, Any]) -> tuple[int, int]:
+    """The block that shares a scale, where there is one for a block."""
+    groups = stated.get("config_groups")
+    nested = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
+    sizes = [stated.get("weight_block_size"), *(each.get("block_structure") for each in nested if each)]
+    for size in sizes:
+        if isinstance(size, list) and len(size) == 2 and all(type(each) is int and each > 0 for each in size):
+            return size[0], size[1]
+    return 128, 128
+
+
+def _without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
+    left = {k: v for k, v in config.items() if k not in ("quantization_config", "compression_config", "quantization")}
+    if isinstance(left.get("text_config"), dict):
+        left["text_config"] = _without_quantisation(left["text_config"])
+    return left
