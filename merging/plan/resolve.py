@@ -11,6 +11,7 @@ from typing import Any
 
 from merging.errors import InputError, nearest
 from merging.plan.conversion import Loading
+from merging.plan.diffusion import Spellings
 from merging.sources import Adapter
 from merging.sources.adapter import Change, LoraChange
 from merging.sources.experts import ExpertsChange
@@ -66,9 +67,9 @@ class Resolver:
             placed = {names[target]: change for target, change in changes.items()}
             return Resolved(placed, _line(adapter, str(renaming)))
         found = self._by_memory(adapter)
-        if found is None:
-            raise self._nowhere(adapter, renaming, left)
-        return self._placed(adapter, found, self._pieces)
+        if found is not None:
+            return self._placed(adapter, found, self._pieces)
+        return self._by_spelling(adapter, renaming, left)
 
     def resolve_in_memory(self, adapter: Adapter) -> Resolved:
         """The changes of the tensors in memory, under their names on disk where they are the same there."""
@@ -80,9 +81,9 @@ class Resolver:
             names = {target: renaming(target) or target for target in adapter.changes}
             pieces = {t: self._pieces.get(name, [whole(name, self._shapes[name])]) for t, name in names.items()}
             found = _Found(pieces, {t: self._shapes[name] for t, name in names.items()}, str(renaming))
-        if found is None:
-            raise self._nowhere(adapter, renaming, left)
-        return self._placed(adapter, found, self._frame)
+        if found is not None:
+            return self._placed(adapter, found, self._frame)
+        return self._by_spelling(adapter, renaming, left)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor of the base, on disk or in memory."""
@@ -100,7 +101,22 @@ class Resolver:
 
         return find_renaming(adapter.changes, shapes, fits)
 
+    def _by_spelling(self, adapter: Adapter, renaming: Renaming, left: list[str]) -> Resolved:
+        """The changes of a diffusion model's tensors on disk, which are what all programs agree on."""
+        spelled = self._spellings.find(adapter)
+        if spelled is None:
+            raise self._nowhere(adapter, renaming, left)
+        found = _Found(spelled.pieces, spelled.shapes, f"the names of {adapter.dialect} files")
+        on_disk = {name: [whole(name, shape)] for name, shape in self._shapes.items()}
+        return replace(self._placed(adapter, found, on_disk), exact=True)
+
+    @cached_property
+    def _spellings(self) -> Spellings:
+        return Spellings(self._shapes)
+
     def _by_memory(self, adapter: Adapter) -> _Found | None:
+        if not adapter.dialect.startswith("PEFT"):
+            return None  # files of other programs have names of their own
         in_memory = self._in_memory
         renaming, left = self._match(adapter, in_memory)
         if not left:

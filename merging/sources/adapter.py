@@ -22,7 +22,7 @@ from merging.sources.stored import Stored
 
 __all__ = ["Adapter", "AddedBias", "Change", "FullChange", "LoraChange", "Replacement"]
 
-Kind = Literal["linear", "embedding", "conv", "experts", "bias", "full"]
+Kind = Literal["linear", "embedding", "conv", "experts", "bias", "tokens", "full"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,10 +105,16 @@ class LoraChange(Change):
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         # A flag in a config is weaker evidence than a shape: the base decides, and the flag only where it is square.
-        return shape == self.shape or (self.kind == "linear" and shape == self.shape[::-1])
+        return self._is_of(shape) or (self.kind == "linear" and shape == self.shape[::-1])
 
     def is_transposed(self, shape: tuple[int, ...]) -> bool:
-        return self.transposed if shape == self.shape else not self.transposed
+        return self.transposed == self._is_of(shape)
+
+    def _is_of(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of this shape is what the factors make, as a matrix or as a convolution of a single point."""
+        longest = max(len(shape), len(self.shape))
+        one, other = (each + (1,) * (longest - len(each)) for each in (shape, self.shape))
+        return one == other and len(shape) > 1
 
     def read(self, shape: tuple[int, ...], base: Callable[[], Tensor], dtype: torch.dtype) -> Delta:
         rank = self.down.shape[0]

@@ -19,7 +19,7 @@ from merging.sources.experts import ExpertsChange
 from merging.sources.stored import Stored
 from merging.sources.views import View, reshaped
 
-__all__ = ["Assembled", "Box", "Piece", "Place", "meet", "part_of", "whole"]
+__all__ = ["Assembled", "Box", "Cut", "Piece", "Place", "meet", "part_of", "whole"]
 
 Box = tuple[slice, ...]
 """What is meant of each axis of a tensor."""
@@ -95,6 +95,8 @@ def part_of(change: Change, shape: tuple[int, ...], place: Place) -> Change | No
         return _part_of_lora(change, shape, place)
     if isinstance(change, LoraChange) and change.kind == "conv" and place.shape[1:] == shape[1:]:
         return replace(change, up=_along(change.up, 0, place.box[0]))
+    if not change.needs_base and not isinstance(change, LoraChange):
+        return Cut(change.target, change.kind, change, shape, place)
     return None
 
 
@@ -129,6 +131,35 @@ def _viewed(view: View, place: Place) -> View:
     for _ in gone:
         view = view.selected(0)
     return view
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cut(Change):
+    """The part at ``place`` of a change ``of`` a tensor of a ``size``, which is computed as a whole and then cut."""
+
+    of: Change
+    size: tuple[int, ...]
+    place: Place
+
+    @property
+    def tensors(self) -> tuple[Stored, ...]:
+        return self.of.tensors
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.place.shape
+
+    @property
+    def rank(self) -> int:
+        return self.of.rank
+
+    def is_transposed(self, shape: tuple[int, ...]) -> bool:
+        return self.of.is_transposed(self.size)
+
+    def read(self, shape: tuple[int, ...], base: Callable[[], Tensor], dtype: torch.dtype) -> Delta:
+        value = self.of.read(self.size, base, dtype).dense()[self.place.box]
+        gone = [axis for axis in range(value.dim()) if axis not in self.place.axes]
+        return Dense(value.permute(*gone, *self.place.axes).reshape(shape))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
