@@ -1,0 +1,86 @@
+"""Finding the targets of a diffusion model's LoRA in a base, whatever names the two have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from merging.errors import InputError
+from merging.sources import Adapter
+from merging.sources.diffusion_names import Known, known_names, spellings
+from merging.sources.fused_names import Rows
+from merging.sources.parts import Piece
+
+__all__ = ["Spelled", "Spellings"]
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Spelled:
+    """Where the targets of an adapter lie in the base's tensors, and the shapes they would have in one piece."""
+
+    pieces: dict[str, list[Piece]]
+    shapes: dict[str, tuple[int, ...]]
+
+
+class Spellings:
+    """Every name by which a LoRA file may mean a tensor of a base, or some rows of several."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        self._shapes = shapes
+        known = known_names(shapes)
+        t5 = any(each.component == "text_encoder_2" and each.name.startswith("encoder.block.") for each in known)
+        self._known: dict[str, Known] = {}
+        for each in known:
+            for name in spellings(each, t5):
+                self._known.setdefault(name, each)
+
+    def find(self, adapter: Adapter) -> Spelled | None:
+        """Where the targets lie, None for an adapter none of whose names is known.
+
+        Raises :class:`~merging.errors.InputError` for one that has some names without a place, or two for one.
+        """
+        found = {target: self._known[target] for target in adapter.changes if target in self._known}
+        if not found or (adapter.dialect.startswith("PEFT") and len(found) < len(adapter.changes)):
+            return None
+        left = [target for target in adapter.changes if target not in found]
+        if left:
+            raise InputError(
+                f"{adapter.path}: {left[0]} is no tensor of the base ({len(left)} of {len(adapter.changes)} targets "
+                f"have no place): does the base hold every part of the model that this LoRA was trained on?"
+            )
+        shapes = {target: self._shape(known) for target, known in found.items()}
+        for target, shape in shapes.items():
+            if not adapter.changes[target].fits(shape):
+                raise InputError(
+                    f"{adapter.path}: {target} has the shape {adapter.changes[target].shape}, and the base's tensor "
+                    f"{shape}: is this the kind of model it was trained on?"
+                )
+        _refuse_overlaps(adapter, found)
+        return Spelled({target: self._pieces(known) for target, known in found.items()}, shapes)
+
+    def _shape(self, known: Known) -> tuple[int, ...]:
+        return sum(part.length for part in known.rows), *self._shapes[known.rows[0].name][1:]
+
+    def _pieces(self, known: Known) -> list[Piece]:
+        """What the tensor is a piece of, for each run of its rows."""
+        pieces, start = [], 0
+        for part in known.rows:
+            rest = self._shapes[part.name][1:]
+            box = (slice(part.start, part.start + part.length), *(slice(0, size) for size in rest))
+            pieces.append(Piece(part.name, box, tuple(range(len(box))), (start, *(0 for _ in rest))))
+            start += part.length
+        return pieces
+
+
+def _refuse_overlaps(adapter: Adapter, found: Mapping[str, Known]) -> None:
+    taken: dict[Rows, str] = {}
+    for target, known in found.items():
+        for part in known.rows:
+            other = taken.setdefault(part, target)
+            if other != target:
+                raise InputError(
+                    f"{adapter.path}: {other} and {target} are one tensor of the base ({part.name}), under two names: "
+                    f"give the base that has both, or remove one of them"
+                )
