@@ -14,10 +14,11 @@ from merging.plan.items import Form, Item
 from merging.plan.outs import PREFIX, Paths, factors, module_of
 from merging.plan.resolve import Resolver
 from merging.recipe import DTYPES, Recipe
-from merging.site import inputs_by_outputs, site_of
+from merging.site import Site, inputs_by_outputs, site_of
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.stored import DTYPE_NAMES, Out, Stored
+from merging.sources.tokens import TokenRows, TokenTable
 
 __all__ = ["Targets", "adapter_items", "adapter_targets"]
 
@@ -111,11 +112,36 @@ def adapter_items(
         if base is not None and stored is None:
             _refuse_in_pieces(name, changes, weights, base)
         form: Form = "factors" if name in low else "delta" if _is_bias(changes) else "dense"
+        if stored is not None and all(isinstance(each, TokenRows) for each in changes if each):
+            items.append(_token_item(site, changes, stored, labels[name], kind, alone=not low))
+            continue
         written = 0.5 if form == "factors" and paths.applied_twice(labels[name]) else 1.0
-        items.append(
-            Item(site, changes, stored, _outs(labels[name], changes, shapes[name], rank, kind, paths), form, written)
-        )
+        outs = _outs(labels[name], changes, shapes[name], rank, kind, paths)
+        items.append(Item(site, changes, stored, outs, form, written))
+    _check_tokens(items, rank)
     return items, rank
+
+
+def _token_item(
+    site: Site, changes: tuple[Change | None, ...], table: Stored, label: str, kind: str, alone: bool
+) -> Item:
+    """The rows that any adapter trained, as a table of their own."""
+    rows = [each for each in changes if isinstance(each, TokenRows)]
+    indices = sorted({index for each in rows for index in each.indices})
+    among = tuple(each.among(indices) if isinstance(each, TokenRows) else None for each in changes)
+    shape = (len(indices), site.shape[1])
+    out = Out(f"{PREFIX}{module_of(label)}.{'' if alone else 'token_adapter.'}trainable_tokens_delta", kind, shape)
+    return Item(replace(site, shape=shape), among, TokenTable(table, indices), (out,), "dense")
+
+
+def _check_tokens(items: Sequence[Item], rank: int) -> None:
+    """PEFT's format for rows of tokens without factors beside them has one list of rows, and nothing else."""
+    tables = [item.base for item in items if isinstance(item.base, TokenTable)]
+    if tables and not rank and (len(tables) < len(items) or len({table.indices for table in tables}) > 1):
+        raise InputError(
+            "the adapters hold rows of tokens and no factors, and PEFT's format keeps such rows of one module only: "
+            "make a model with --as model"
+        )
 
 
 def _on_disk(name: str, resolver: Resolver | None) -> str:

@@ -1,0 +1,82 @@
+"""Trained rows of an embedding table, or of an output head: a few tokens' vectors, which take the place of the base's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from merging.delta import Delta, Dense
+from merging.sources.adapter import Change
+from merging.sources.stored import Stored
+
+__all__ = ["TokenRows", "TokenTable"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenRows(Change):
+    """``value [n, width]`` in the place of the rows ``indices`` of a table; all other rows stay as they are."""
+
+    value: Stored
+    indices: tuple[int, ...]
+
+    @property
+    def tensors(self) -> tuple[Stored, ...]:
+        return (self.value,)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return max(self.indices) + 1, self.value.shape[1]
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return len(shape) == 2 and shape[1] == self.value.shape[1] and max(self.indices) < shape[0]
+
+    def among(self, indices: Sequence[int]) -> TokenRows:
+        """The same change of a table that holds these rows only."""
+        place = {index: position for position, index in enumerate(indices)}
+        return replace(self, indices=tuple(place[index] for index in self.indices))
+
+    def read(self, shape: tuple[int, ...], base: Callable[[], Tensor], dtype: torch.dtype) -> Delta:
+        change = torch.zeros(shape, dtype=dtype)
+        indices = list(self.indices)
+        change[indices] = self.value.read().to(dtype) - base()[indices]
+        return Dense(change)
+
+
+class TokenTable(Stored):
+    """Some rows of a stored table, read one by one."""
+
+    __slots__ = ("_of", "indices")
+
+    def __init__(self, of: Stored, indices: Sequence[int]) -> None:
+        super().__init__(of.kind, (len(indices), of.shape[1]))
+        self._of = of
+        self.indices = tuple(indices)
+
+    def read_into(self, buffer: Tensor, start: int = 0) -> None:
+        width = self.shape[1]
+        rows = range(start // width, -(-(start + len(buffer)) // width))
+        table = torch.empty(len(rows), width, dtype=self.dtype)
+        for row, values in zip(rows, table, strict=True):
+            self._of.read_into(values, self.indices[row] * width)
+        first = start - rows.start * width
+        buffer.copy_(table.view(-1)[first : first + len(buffer)])
+
+    def advise(self, start: int, count: int) -> None:
+        """Nothing: the rows lie far apart."""
+
+    @property
+    def at_hand(self) -> bool:
+        return self._of.at_hand
+
+    def source(self) -> str:
+        return self._of.source()
+
+    @property
+    def made_of(self) -> tuple[Stored, ...]:
+        return self._of.made_of
+
+    def order(self) -> tuple[str, int]:
+        return self._of.order()
