@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["merge_command", "written_method"]
 
-RECIPE_OPTIONS = ("base", "as", "dtype", "rank", "layers", "lora_alpha", "shard_size", "on_mismatch", "dequantise",
-                  "exclude", "allow_different_bases", "allow_nonfinite")  # fmt: skip
+RECIPE_OPTIONS = ("base", "as", "dtype", "rank", "layers", "lora_alpha", "shard_size", "on_mismatch", "vocabulary",
+                  "components", "dequantise", "exclude", "allow_different_bases", "allow_nonfinite")  # fmt: skip
 
 
 class ChainCommand(click.Command):
@@ -85,6 +85,14 @@ def _refuse_strangers(command: click.Command, args: list[str], classes: list[Any
 @click.option("--lora-alpha", type=float, help="LoRA alpha of adapters, instead of what they state")
 @click.option("--shard-size", type=Size(), help="most bytes in one file of a model's folder  [default: 5GB]")
 @click.option("--on-mismatch", type=click.Choice(["error", "base"]), help="tensors that differ in shape or are missing")
+@click.option(
+    "--vocabulary",
+    type=click.Choice(["error", "base", "largest"]),
+    help="vocabularies of different sizes: refuse, keep the base's rows, or all rows there are",
+)
+@click.option(
+    "--component", "components", multiple=True, help="merge this part of a pipeline, such as unet; the others are kept"
+)
 @click.option("--dequantise", is_flag=True, default=None, help="read FP8, MXFP4 and 8-bit weights as ordinary ones")
 @click.option(
     "--exclude",

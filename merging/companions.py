@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,77 +15,9 @@ from merging.plan.outs import PREFIX
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import LoraChange
 
-__all__ = ["COMPANIONS", "adapter_config", "model_card", "write_adapter_companions", "write_model_companions"]
-
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "*.tiktoken",
-    "tekken.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "modules.json",
-    "config_sentence_transformers.json",
-    "sentence_bert_config.json",
-    "[0-9]_*/config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
-"""Files that make a folder of weights a model; code is never copied, since it would run in the name of the merge."""
+__all__ = ["adapter_config", "model_card", "write_adapter_companions"]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-def write_model_companions(plan: Plan, folder: Path) -> list[str]:
-    """Copy what belongs to the model from its base (or first model), and write its config and card.
-
-    Returns remarks on what is missing.
-    """
-    reference = plan.base or next(model for model in plan.models if isinstance(model, Checkpoint))
-    _write(folder / "README.md", model_card(plan))
-    if reference.folder is None:
-        return [
-            f"{reference.path} is a bare file without a config, so the output has none: copy it from the model's folder"
-        ]
-    for pattern in COMPANIONS:
-        for path in reference.folder.glob(pattern):
-            if path.is_file():
-                target = folder / path.relative_to(reference.folder)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target)
-    if reference.config:
-        _write(folder / "config.json", json.dumps(_model_config(plan, reference.config), indent=2) + "\n")
-    if "auto_map" in reference.config:
-        return [
-            f"the model runs code of its own, which is not copied: copy *.py from {reference.folder} if you trust it"
-        ]
-    return []
-
-
-def _model_config(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
-    edited = {key: value for key, value in config.items() if key != "_name_or_path"}
-    inner = edited.get("text_config")
-    parts = [edited, inner] if isinstance(inner, dict) else [edited]
-    for part in parts:
-        if plan.recipe.dtype:
-            part.update({key: plan.recipe.dtype for key in ("dtype", "torch_dtype") if key in part or part is edited})
-        if plan.untied and (part is edited or "tie_word_embeddings" in part):
-            part["tie_word_embeddings"] = False
-    return edited
 
 
 def write_adapter_companions(plan: Plan, folder: Path) -> None:

@@ -14,17 +14,18 @@ import torch
 
 from merging import __version__
 from merging.arrival import arrived
-from merging.companions import COMPANIONS, adapter_config, write_adapter_companions, write_model_companions
+from merging.companions import adapter_config, write_adapter_companions
 from merging.errors import OptionError, OutputError
 from merging.landing import Landing, check_destination
 from merging.method import Method
+from merging.model_folder import companion_patterns, write_model_companions
 from merging.plan import PORTABLE_RANKS, Plan, make_plan
 from merging.recipe import Recipe, make_recipe
 from merging.run import run
 from merging.sources.peft import CONFIG_KEY
 from merging.threads import Progress, cores
 from merging.vetting import unrelated
-from merging.writer import TensorWriter
+from merging.writer import ComponentWriter, TensorWriter
 
 __all__ = [
     "Merged",
@@ -146,12 +147,10 @@ def merge_plan(
     check_output(plan, destination, overwrite)
     single = destination.suffix == ".safetensors"
     if not stream:
-        plan = arrived(plan, COMPANIONS, progress=progress)
+        plan = arrived(plan, companion_patterns(plan), progress=progress)
     with Landing(destination, overwrite, single) as landing, _streamed(plan, stream, destination) as plan:
         notices = [*plan.notices, *unrelated(plan)]
-        stem = destination.stem if single else "adapter_model" if plan.output == "adapter" else "model"
-        most = None if single or plan.output == "adapter" else plan.recipe.shard_size
-        writer = TensorWriter(landing.folder, stem, plan.outs, _metadata(plan), most)
+        writer = _writer(plan, landing.folder, destination)
         try:
             scratch = landing.folder
             done = run(plan, writer, device=device, threads=workers, progress=progress, scratch=scratch)
@@ -180,6 +179,20 @@ def merge_plan(
     )
 
 
+def _writer(plan: Plan, folder: Path, destination: Path) -> TensorWriter | ComponentWriter:
+    """What writes the weights of the output into a folder, by the names that its readers look for."""
+    metadata = _metadata(plan)
+    if destination.suffix == ".safetensors":
+        return TensorWriter(folder, destination.stem, plan.outs, metadata, None)
+    reference = plan.reference
+    if plan.output == "adapter" or reference is None:
+        return TensorWriter(folder, "adapter_model", plan.outs, metadata, None)
+    stems = {name: each.stem for name, each in reference.components.items() if name not in plan.kept}
+    if stems:
+        return ComponentWriter(folder, stems, plan.outs, metadata, plan.recipe.shard_size)
+    return TensorWriter(folder, reference.stem, plan.outs, metadata, plan.recipe.shard_size)
+
+
 @contextmanager
 def _streamed(plan: Plan, stream: bool, destination: Path) -> Iterator[Plan]:
     """The plan with a folder beside the output that files of the Hub pass through, if they are to."""
@@ -187,13 +200,16 @@ def _streamed(plan: Plan, stream: bool, destination: Path) -> Iterator[Plan]:
         yield plan
         return
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as folder:
-        yield arrived(plan, COMPANIONS, stream=Path(folder))
+        yield arrived(plan, companion_patterns(plan), stream=Path(folder))
 
 
 def check_output(plan: Plan, destination: Path, overwrite: bool) -> None:
     """Refuse a destination that the plan's output cannot or must not take."""
     inputs = [file for model in [*plan.models, plan.base] if model for file in (model.path, *model.files)]
-    check_destination(destination, inputs, plan.out_bytes + plan.spool_bytes, overwrite)
+    if destination.suffix == ".safetensors" and plan.output == "model" and plan.reference and plan.reference.components:
+        raise OutputError(f"{destination}: what comes out is made of several models, in a folder: choose another -o")
+    nbytes = plan.out_bytes + plan.spool_bytes + plan.kept_bytes_on_disk
+    check_destination(destination, inputs, nbytes, overwrite)
 
 
 def _metadata(plan: Plan) -> dict[str, str]:

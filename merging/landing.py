@@ -20,7 +20,15 @@ __all__ = ["Landing", "check_destination", "umask"]
 _SLACK = 1 << 24
 """Bytes for configs, tokenizer and index beside the weights of a folder, when space is checked."""
 
-_MODEL_FILES = ("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+_MODEL_FILES = (
+    "config.json",
+    "adapter_config.json",
+    "model_index.json",
+    "modules.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*.bin",
+)
 """What tells the folder of a model, which may be overwritten, from one of anything else."""
 
 

@@ -45,6 +45,13 @@ class Recipe(BaseModel):
     on_mismatch: Literal["error", "base"] = Field(
         "error", description="tensors that differ in shape or that some model lacks: refuse, or keep the base's"
     )
+    vocabulary: Literal["error", "base", "largest"] = Field(
+        "error",
+        description="models with vocabularies of different sizes: refuse, keep the base's rows, or all rows there are",
+    )
+    components: tuple[str, ...] = Field(
+        (), description="parts of a pipeline that are merged, such as unet; by default all, else the base's are kept"
+    )
     dequantise: bool = Field(
         False, description="read weights that are quantised in a simple way (FP8, MXFP4, 8-bit) as ordinary numbers"
     )
@@ -64,7 +71,7 @@ class Recipe(BaseModel):
             values["method"] = chain(values["method"], parameters)
         return values
 
-    @field_validator("exclude", mode="before")
+    @field_validator("exclude", "components", mode="before")
     @classmethod
     def _one_pattern(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value

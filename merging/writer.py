@@ -14,7 +14,7 @@ from merging import platform
 from merging.errors import OutputError
 from merging.sources.stored import Out, bytes_of
 
-__all__ = ["TensorWriter"]
+__all__ = ["ComponentWriter", "TensorWriter"]
 
 
 class TensorWriter:
@@ -96,6 +96,58 @@ class TensorWriter:
         """Close the files; the writer can then not be used any more."""
         while self._fds:
             os.close(self._fds.pop())
+
+
+class ComponentWriter:
+    """The tensors of a model that is made of several, each component's in a folder of its own.
+
+    ``stems`` are the names of the components' weights, without their endings, by the components. A tensor belongs to
+    the component that its name begins with, else to the one called "", which lies in ``folder`` itself.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        stems: Mapping[str, str],
+        outs: Sequence[Out],
+        metadata: Mapping[str, str],
+        shard_size: int | None,
+    ) -> None:
+        self._writers: dict[str, TensorWriter] = {}
+        parts: dict[str, list[Out]] = {component: [] for component in stems}
+        for out in outs:
+            component, name = _component(out.name, stems)
+            parts[component].append(Out(name, out.kind, out.shape))
+        try:
+            for component, stem in stems.items():
+                (folder / component).mkdir(exist_ok=True)
+                self._writers[component] = TensorWriter(
+                    folder / component, stem, parts[component], metadata, shard_size
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, name: str, values: Tensor, start: int = 0) -> None:
+        """Put the elements ``values`` (one axis, contiguous, on the CPU) at position ``start`` of a tensor."""
+        component, inner = _component(name, self._writers)
+        self._writers[component].write(inner, values, start)
+
+    def finish(self) -> None:
+        """Check that every byte was written, make the files durable and write the indexes of shards."""
+        for writer in self._writers.values():
+            writer.finish()
+
+    def close(self) -> None:
+        """Close the files; the writer can then not be used any more."""
+        for writer in self._writers.values():
+            writer.close()
+
+
+def _component(name: str, components: Mapping[str, object]) -> tuple[str, str]:
+    """The component that a tensor belongs to, and its name there."""
+    first, _, rest = name.partition(".")
+    return (first, rest) if first in components else ("", name)
 
 
 def _numel(out: Out) -> int:

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from merging.errors import InputError, OptionError
 from merging.method import check_places
 from merging.plan.checks import check_bases, check_options, check_origin, content_keys
+from merging.plan.chosen import chosen
 from merging.plan.heads import settled
 from merging.plan.items import Item, Plan
 from merging.plan.sites import find_stacks
 from merging.plan.to_adapter import adapter_items, adapter_targets
 from merging.plan.to_model import model_items
+from merging.plan.vocabulary import Vocabulary, fitted
 from merging.recipe import Recipe
 from merging.sources import Adapter, Checkpoint, open_model
 
@@ -54,13 +56,14 @@ def _plan_of(
     recipe: Recipe, models: tuple[Checkpoint | Adapter, ...], base: Checkpoint | None, rank_steps: Sequence[int]
 ) -> Plan:
     output, weights = check_origin(recipe, models, base)
-    models, base = settled(models, base)
+    models, base = settled(*chosen(recipe, models, base))
     recipe = _pinned(recipe, models, base)
     check_options(recipe, models, output)
     check_bases(models, recipe.allow_different_bases)
     keys, notices = content_keys(models)
     notices += [notice for model in models if isinstance(model, Adapter) for notice in model.notices]
     rank, untied = 0, False
+    vocabulary: Vocabulary | None = None
     if output == "adapter":
         adapters = [model for model in models if isinstance(model, Adapter)]
         targets = adapter_targets(adapters, base)
@@ -68,9 +71,11 @@ def _plan_of(
         stacks, guess = find_stacks(recipe, models, base, targets)
         items, rank = adapter_items(recipe, adapters, base, targets, stacks, weights, rank_steps)
     else:
-        reference = base or next(model for model in models if isinstance(model, Checkpoint))
+        alike, base_alike, vocabulary, remarks = fitted(recipe, models, base)
+        notices += remarks
+        reference = base_alike or next(model for model in alike if isinstance(model, Checkpoint))
         stacks, guess = find_stacks(recipe, models, reference, ())
-        items, matched, untied = model_items(recipe, models, reference, base, stacks, weights)
+        items, matched, untied = model_items(recipe, alike, reference, base_alike, stacks, weights)
     check_places(recipe.method, [item.site for item in items if item.form != "copy"], len(models))
     if recipe.exclude and all(item.form == "copy" for item in items):
         raise OptionError("exclude leaves nothing to merge: name fewer tensors")
@@ -90,6 +95,7 @@ def _plan_of(
         untied=untied,
         notices=tuple(notices),
         matched=tuple(matched),
+        vocabulary=vocabulary,
     )
 
 

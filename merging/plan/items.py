@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from merging.plan.vocabulary import Vocabulary
 from merging.recipe import Recipe
 from merging.site import Site
 from merging.sources import Adapter, Checkpoint
@@ -79,7 +80,8 @@ class Plan:
     """A merge that can be carried out: everything that can be known from headers has been checked.
 
     ``weights`` says that the models' weights are merged themselves, not their changes from the base. ``rank`` is that
-    of a merged adapter. ``untied`` says that the output writes a head of its own where the base ties it.
+    of a merged adapter. ``untied`` says that the output writes a head of its own where the base ties it, ``vocabulary``
+    whose vocabulary it has where those of the models differ in size.
     """
 
     recipe: Recipe
@@ -93,6 +95,25 @@ class Plan:
     untied: bool = False
     notices: tuple[str, ...] = ()
     matched: tuple[str, ...] = field(default=())
+    vocabulary: Vocabulary | None = None
+
+    @property
+    def reference(self) -> Checkpoint | None:
+        """The full model that the output takes after: the base, or else the first there is."""
+        return self.base or next((model for model in self.models if isinstance(model, Checkpoint)), None)
+
+    @property
+    def kept(self) -> dict[str, Checkpoint]:
+        """The components of a pipeline that are not merged, and are the reference's."""
+        components = self.reference.components if self.reference and self.output == "model" else {}
+        if not self.recipe.components:
+            return {}
+        return {name: each for name, each in components.items() if name not in self.recipe.components}
+
+    @property
+    def kept_bytes_on_disk(self) -> int:
+        """The bytes of the weights that are copied as they are."""
+        return sum(stored.nbytes for component in self.kept.values() for stored in component.tensors.values())
 
     @property
     def outs(self) -> list[Out]:

@@ -134,6 +134,10 @@ class Holder(Protocol):
     path: Path
 
     @property
+    def size(self) -> int:
+        """Its bytes."""
+
+    @property
     def at_hand(self) -> bool:
         """Whether it is here already."""
 
@@ -151,6 +155,10 @@ class File:
     """An open file; it stays open, and so readable under any later renaming, as long as one of its tensors lives."""
 
     __slots__ = ("fd", "path")
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self.fd).st_size
 
     @property
     def at_hand(self) -> bool:

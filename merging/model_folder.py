@@ -1,0 +1,162 @@
+"""What a model's folder holds beside the merged weights: config, tokenizer, licence, and components that stay."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from merging import platform
+from merging.companions import model_card
+from merging.errors import InputError
+from merging.plan.heads import scales_outputs
+from merging.plan.items import Plan
+from merging.sources import Checkpoint
+from merging.sources.components import PIPELINE
+from merging.sources.layout import find_weights
+from merging.sources.stored import STAND_INS, FileTensor
+
+__all__ = ["companion_patterns", "write_model_companions"]
+
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)
+
+_COMPANIONS = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "[0-9]_*/config.json",
+    PIPELINE,
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+"""Files that make a folder of weights a model; code is never copied, since it would run in the name of the merge."""
+
+_IN_PIPELINES = ("scheduler_config.json", "config.json", "*_config.json")
+
+_BLOCK = 1 << 24
+
+
+def companion_patterns(plan: Plan) -> tuple[str, ...]:
+    """Patterns of the files that are copied beside the output, in the reference's folder."""
+    plain = (*_TOKENIZER, *_COMPANIONS)
+    if plan.reference is None or not plan.reference.components:
+        return plain
+    return (*plain, *(f"*/{pattern}" for pattern in (*plain, *_IN_PIPELINES)))
+
+
+def write_model_companions(plan: Plan, folder: Path) -> list[str]:
+    """Copy what belongs to the model from its base (or first model), and write its config and card.
+
+    Returns remarks on what is missing.
+    """
+    reference = plan.reference
+    assert reference is not None
+    (folder / "README.md").write_text(model_card(plan), encoding="utf-8")
+    if reference.folder is None:
+        return [
+            f"{reference.path} is a bare file without a config, so the output has none: copy it from the model's folder"
+        ]
+    own = plan.vocabulary.of if plan.vocabulary else reference
+    others = [pattern for pattern in companion_patterns(plan) if pattern not in _TOKENIZER]
+    _copy(reference.folder, others, folder)
+    if own.folder is not None:
+        _copy(own.folder, _TOKENIZER, folder)
+    parts = reference.components or {"": reference}
+    for name, component in parts.items():
+        if name in plan.kept:
+            _copy_weights(component, folder / name)
+        elif component.config:
+            text = json.dumps(_model_config(plan, component.config), indent=2) + "\n"
+            (folder / name / "config.json").write_text(text, encoding="utf-8")
+    return _remarks(plan, reference, own)
+
+
+def _remarks(plan: Plan, reference: Checkpoint, own: Checkpoint) -> list[str]:
+    assert reference.folder is not None
+    remarks = []
+    if "auto_map" in reference.config or any(reference.folder.glob("*.py")) or any(reference.folder.glob("*/*.py")):
+        remarks.append(
+            f"the model runs code of its own, which is not copied: copy *.py from {reference.folder} if you trust it"
+        )
+    if own is not reference and own.folder is not None:
+        remarks.append(f"the tokenizer is that of {own.path}, which has the largest vocabulary")
+    return remarks
+
+
+def _copy(source: Path, patterns: Sequence[str], folder: Path) -> None:
+    for pattern in patterns:
+        for path in source.glob(pattern):
+            if path.is_file():
+                target = folder / path.relative_to(source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+
+
+def _copy_weights(component: Checkpoint, folder: Path) -> None:
+    """A component's weights as they are, byte for byte, and durable."""
+    assert component.folder is not None
+    folder.mkdir(exist_ok=True)
+    stored = [part for tensor in component.tensors.values() for part in tensor.made_of]
+    holders = {each.holder.path: each.holder for each in stored if isinstance(each, FileTensor)}
+    for file in component.files:
+        target = folder / file.name
+        if file not in holders and file in STAND_INS:
+            raise InputError(
+                f"{file.name} of {component.path}: PyTorch files on the Hub are not copied: download it first"
+            )
+        with target.open("wb") as stream:
+            if file in holders:
+                holder = holders[file]
+                block = memoryview(bytearray(_BLOCK))
+                for start in range(0, holder.size, _BLOCK):
+                    piece = block[: min(_BLOCK, holder.size - start)]
+                    holder.read(piece, start)
+                    stream.write(piece)
+            else:
+                with file.open("rb") as source:
+                    shutil.copyfileobj(source, stream, _BLOCK)
+            stream.flush()
+            platform.sync(stream.fileno())
+    index = find_weights(component.folder)
+    if index is not None and index.suffix == ".json":
+        shutil.copyfile(index, folder / index.name)
+
+
+def _model_config(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
+    edited = {key: value for key, value in config.items() if key != "_name_or_path"}
+    inner = edited.get("text_config")
+    if isinstance(inner, dict):
+        edited["text_config"] = inner = dict(inner)
+    parts = [edited, inner] if isinstance(inner, dict) else [edited]
+    for part in parts:
+        if plan.recipe.dtype and "_class_name" not in config:
+            part.update({key: plan.recipe.dtype for key in ("dtype", "torch_dtype") if key in part or part is edited})
+        # A scaled T5 would be taken for one that is not: transformers tells them by this setting.
+        if plan.untied and (part is edited or "tie_word_embeddings" in part) and not scales_outputs(config):
+            part["tie_word_embeddings"] = False
+        if plan.vocabulary and ("vocab_size" in part or (part is edited and inner is None)):
+            part["vocab_size"] = plan.vocabulary.rows
+    return edited

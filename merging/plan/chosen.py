@@ -1,0 +1,51 @@
+"""Which components of pipelines are merged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from merging.errors import InputError, OptionError, nearest
+from merging.recipe import Recipe
+from merging.sources import Adapter, Checkpoint
+
+__all__ = ["chosen"]
+
+Model = Checkpoint | Adapter
+
+
+def chosen(
+    recipe: Recipe, models: Sequence[Model], base: Checkpoint | None
+) -> tuple[tuple[Model, ...], Checkpoint | None]:
+    """The models with the tensors of the components that are to be merged, all unless the recipe names some.
+
+    Raises :class:`~merging.errors.OptionError` for names of no component, :class:`~merging.errors.InputError` for
+    pipelines that have different ones.
+    """
+    checkpoints = [model for model in ([base, *models] if base else models) if isinstance(model, Checkpoint)]
+    first = checkpoints[0] if checkpoints else None
+    if recipe.components and (first is None or not first.components):
+        what = first.path if first else recipe.models[0]
+        raise OptionError(f"--component chooses among the models of a pipeline, and {what} is none: leave it out")
+    if first is None or not first.components:
+        return tuple(models), base
+    for name in recipe.components:
+        if name not in first.components:
+            raise OptionError(
+                f"{first.path} has no component {name!r}{nearest(name, first.components)}: it has "
+                f"{', '.join(each or 'the model itself' for each in first.components)}"
+            )
+    wanted = recipe.components or tuple(first.components)
+    for model in checkpoints:
+        lacking = sorted(set(wanted) - set(model.components))
+        extra = sorted(set(model.components) - set(wanted)) if not recipe.components else []
+        if model.components and (lacking or extra):
+            what = f"lacks the component {lacking[0]}" if lacking else f"has a component {extra[0]}"
+            raise InputError(
+                f"{model.path} {what}, unlike {first.path}: name those to merge with --component, and the others are "
+                f"{first.path.name}'s"
+            )
+
+    def narrowed(model: Model) -> Model:
+        return model.narrowed(wanted) if isinstance(model, Checkpoint) and model.components else model
+
+    return tuple(map(narrowed, models)), base.narrowed(wanted) if base and base.components else base

@@ -1,0 +1,148 @@
+"""Models whose vocabularies differ in size: rows matched by their index, where the recipe asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+from merging.errors import InputError
+from merging.recipe import Recipe
+from merging.sources import Adapter, Checkpoint
+from merging.sources.names import find_renaming
+from merging.sources.rows import Rows
+from merging.sources.stored import Stored
+from merging.sources.ties import embeddings_among
+from merging.sources.tokenizers import token_conflict, tokens_of
+
+__all__ = ["Vocabulary", "fitted"]
+
+Model = Checkpoint | Adapter
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Vocabulary:
+    """The vocabulary of an output whose models have different ones: its rows, and the model whose tokenizer it has."""
+
+    rows: int
+    of: Checkpoint
+
+
+def fitted(
+    recipe: Recipe, models: Sequence[Model], base: Checkpoint | None
+) -> tuple[tuple[Model, ...], Checkpoint | None, Vocabulary | None, list[str]]:
+    """The models with vocabularies of one size, what that is if they differed, and remarks.
+
+    Raises :class:`~merging.errors.InputError` where they differ and the recipe does not say what to do, or where their
+    tokenizers give one row to different tokens.
+    """
+    checkpoints = [model for model in ([*models, base] if base else models) if isinstance(model, Checkpoint)]
+    rows = {id(model): _rows_of(model) for model in checkpoints}
+    found = sorted({each for each in rows.values() if each})
+    if len(found) < 2 or (recipe.vocabulary == "error" and recipe.on_mismatch == "base"):
+        return tuple(models), base, None, []
+    reference = base or checkpoints[0]
+    told = ", ".join(f"{model.path} {rows[id(model)]}" for model in checkpoints)
+    if recipe.vocabulary == "error":
+        raise InputError(
+            f"the models have vocabularies of different sizes ({told} rows). If the same row is the same token in all, "
+            f"--vocabulary base keeps those of {reference.path}, and --vocabulary largest all there are"
+        )
+    largest = max(checkpoints, key=lambda model: (rows[id(model)], model is reference))
+    of = reference if recipe.vocabulary == "base" else largest
+    remarks = _check_tokenizers(checkpoints, rows, of)
+    tables = _Tables(checkpoints, rows, reference, base if recipe.vocabulary == "largest" else reference)
+    resized = {id(model): tables.resized(model, rows[id(of)]) for model in checkpoints}
+    kept = tuple(resized[id(model)] if isinstance(model, Checkpoint) else model for model in models)
+    remarks.append(f"vocabularies of different sizes ({told} rows) were matched by index: {rows[id(of)]} rows come out")
+    return kept, resized[id(base)] if base else None, Vocabulary(rows[id(of)], of), remarks
+
+
+def _rows_of(model: Checkpoint) -> int:
+    """The rows of a model's embedding, 0 where it has none, or several of different sizes."""
+    sizes = {model.tensors[name].shape[0] for name in embeddings_among(model.tensors)}
+    return sizes.pop() if len(sizes) == 1 else 0
+
+
+class _Tables:
+    """The tensors with a row for each token, of all models, by the names that the reference has for them."""
+
+    def __init__(
+        self,
+        checkpoints: Sequence[Checkpoint],
+        rows: Mapping[int, int],
+        reference: Checkpoint,
+        preferred: Checkpoint | None,
+    ) -> None:
+        self._rows = rows
+        self._names = {id(model): self._aligned(model, reference) for model in checkpoints}
+        self._wanted = {
+            name
+            for model in checkpoints
+            for ours, name in self._names[id(model)].items()
+            if (other := reference.lookup(name)) is not None
+            and self._is_table(model, model.tensors[ours], rows[id(reference)], other)
+        }
+        lenders = [model for model in checkpoints if model is not preferred]
+        self._preferred = {name: self._table(preferred, name) if preferred else None for name in self._wanted}
+        self._others = {
+            name: tuple(stored for model in lenders if (stored := self._table(model, name))) for name in self._wanted
+        }
+
+    def _aligned(self, model: Checkpoint, reference: Checkpoint) -> dict[str, str]:
+        """The reference's name of each tensor of a model."""
+
+        def fits(name: str, match: str) -> bool:
+            return len(model.tensors[name].shape) == len(reference.tensors[match].shape)
+
+        renaming, _ = find_renaming(model.tensors, reference.tensors, fits)
+        return {name: match for name in model.tensors if (match := renaming(name)) is not None}
+
+    def _is_table(self, model: Checkpoint, ours: Stored, rows: int, other: Stored) -> bool:
+        """Whether two tensors differ just in the number of tokens, and their rows lie one after the other."""
+        if len(ours.shape) != len(other.shape):
+            return False
+        differ = [axis for axis, (a, b) in enumerate(zip(ours.shape, other.shape, strict=True)) if a != b]
+        if len(differ) != 1 or prod(ours.shape[: differ[0]]) != 1:
+            return False
+        return (ours.shape[differ[0]], other.shape[differ[0]]) == (self._rows[id(model)], rows)
+
+    def _table(self, model: Checkpoint, name: str) -> Stored | None:
+        own = next((ours for ours, theirs in self._names[id(model)].items() if theirs == name), name)
+        return model.lookup(own)
+
+    def resized(self, model: Checkpoint, rows: int) -> Checkpoint:
+        """A model with so many rows in each of these tensors."""
+        tensors = dict(model.tensors)
+        for ours, name in self._names[id(model)].items():
+            stored, old = tensors[ours], self._rows[id(model)]
+            if name in self._wanted and old != rows:
+                axis = stored.shape.index(old)
+                shape = (*stored.shape[:axis], rows, *stored.shape[axis + 1 :])
+                preferred = self._preferred[name]
+                tensors[ours] = Rows(stored, shape, None if preferred is stored else preferred, self._others[name])
+        return replace(model, tensors=tensors)
+
+
+def _check_tokenizers(checkpoints: Sequence[Checkpoint], rows: Mapping[int, int], of: Checkpoint) -> list[str]:
+    """Refuse tokenizers that give one row to different tokens; remarks on models that have none to compare."""
+    remarks: list[str] = []
+    known: dict[int, tuple[str, Checkpoint]] = {}
+    for model in dict.fromkeys([of, *checkpoints]):
+        tokens = tokens_of(model.folder) if model.folder else None
+        if tokens is None:
+            remarks.append(
+                f"{model.path} has no tokenizer beside it: that its rows are the others' tokens is not checked"
+            )
+            continue
+        within = {row: token for row, token in tokens.items() if row < min(rows[id(model)], rows[id(of)])}
+        conflict = token_conflict(within, {row: token for row, (token, _) in known.items()})
+        if conflict is not None:
+            token, other = known[conflict]
+            raise InputError(
+                f"row {conflict} is the token {within[conflict]!r} in {model.path} and {token!r} in {other.path}: "
+                f"their vocabularies do not match by index, and merging the rows would mix unrelated tokens"
+            )
+        for row, token in within.items():
+            known.setdefault(row, (token, model))
+    return remarks

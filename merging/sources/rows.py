@@ -1,0 +1,60 @@
+"""Tables that are read as if they had more rows than are stored, or fewer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from merging.sources.derived import Derived
+from merging.sources.stored import Stored
+
+__all__ = ["Rows"]
+
+
+class Rows(Derived):
+    """A stored table with its last rows left out, or with rows of others behind its own.
+
+    A row that it lacks is that of ``preferred`` if that has it, else the mean, over ``others``, of those that have it.
+    Rows lie one after the other, so that all is told by flat positions.
+    """
+
+    __slots__ = ("_of", "_others", "_preferred")
+
+    def __init__(
+        self, of: Stored, shape: tuple[int, ...], preferred: Stored | None, others: tuple[Stored, ...] = ()
+    ) -> None:
+        lent = (*((preferred,) if preferred else ()), *others)
+        super().__init__(of.kind, shape, (of, *lent))
+        self._of, self._preferred, self._others = of, preferred, others
+
+    def read_into(self, buffer: Tensor, start: int = 0) -> None:
+        position, stop = start, start + len(buffer)
+        while position < stop:
+            lenders = self._lenders(position)
+            until = min(stop, *(each.numel for each in lenders))
+            piece = buffer[position - start : until - start]
+            if lenders[0] is self._of:
+                self._of.read_into(piece, position)
+            else:
+                piece.copy_(_mean(lenders, position, len(piece)))
+            position = until
+
+    def _lenders(self, position: int) -> list[Stored]:
+        """The tensors that an element is taken from."""
+        for each in (self._of, self._preferred):
+            if each is not None and position < each.numel:
+                return [each]
+        return [each for each in self._others if position < each.numel]
+
+    def advise(self, start: int, count: int) -> None:
+        self._of.advise(start, min(count, max(0, self._of.numel - start)))
+
+
+def _mean(lenders: list[Stored], start: int, size: int) -> Tensor:
+    wide = torch.float64 if any(each.kind == "F64" for each in lenders) else torch.float32
+    total = torch.zeros(size, dtype=wide)
+    for each in lenders:
+        raw = torch.empty(size, dtype=each.dtype)
+        each.read_into(raw, start)
+        total += raw
+    return total.div_(len(lenders))

@@ -1,0 +1,57 @@
+"""What a tokenizer's files say of the rows of the embedding: which token each is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from merging.errors import FormatError
+from merging.sources.layout import read_json
+
+__all__ = ["token_conflict", "tokens_of"]
+
+
+def tokens_of(folder: Path) -> dict[int, str] | None:
+    """The tokens by their rows, None where the folder has no tokenizer of a kind that is read.
+
+    Read are ``tokenizer.json``, ``vocab.json`` and ``vocab.txt``, the latter two with ``added_tokens.json``. Raises
+    :class:`~merging.errors.FormatError` for files that are something else.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return _of_tokenizer(folder / "tokenizer.json")
+    if (folder / "vocab.json").is_file():
+        tokens = _inverted(read_json(folder / "vocab.json"), folder / "vocab.json")
+    elif (folder / "vocab.txt").is_file():
+        lines = (folder / "vocab.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+        tokens = {row: token.rstrip("\r") for row, token in enumerate(lines) if token}
+    else:
+        return None
+    added = folder / "added_tokens.json"
+    return tokens | _inverted(read_json(added), added) if added.is_file() else tokens
+
+
+def _of_tokenizer(path: Path) -> dict[int, str]:
+    content = read_json(path)
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    tokens: dict[int, str] = {}
+    if isinstance(vocabulary, dict):
+        tokens = _inverted(vocabulary, path)
+    elif isinstance(vocabulary, list):  # a unigram model: tokens with their scores
+        tokens = {row: str(entry[0]) for row, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
+    for added in content.get("added_tokens") or []:
+        if isinstance(added, dict) and type(added.get("id")) is int:
+            tokens[added["id"]] = str(added.get("content"))
+    return tokens
+
+
+def _inverted(vocabulary: Mapping[str, Any], path: Path) -> dict[int, str]:
+    if not all(type(row) is int for row in vocabulary.values()):
+        raise FormatError(f"{path}: should give each token its row")
+    return {row: token for token, row in vocabulary.items()}
+
+
+def token_conflict(one: Mapping[int, str], other: Mapping[int, str]) -> int | None:
+    """The first row that is different tokens in two tokenizers."""
+    return min((row for row in one.keys() & other.keys() if one[row] != other[row]), default=None)
