@@ -11,6 +11,7 @@ from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.stored import Stored
 from merging.sources.ties import has_own_head, is_head, same_values, tied_to
+from merging.sources.tokens import TokenRows
 
 __all__ = ["is_untied", "own_heads", "scales_outputs", "settled", "with_tied_copy"]
 
@@ -44,8 +45,21 @@ def settled(models: Sequence[Model], base: Checkpoint | None) -> tuple[tuple[Mod
         tied = {key: _without_copies(model, True) for key, model in plain.items()}
         if not any(_heads_of(model) for model in tied.values()):
             plain = tied
-    kept = tuple(plain[id(model)] if isinstance(model, Checkpoint) else model for model in models)
-    return kept, plain[id(base)] if base else None
+    base = plain[id(base)] if base else None
+    return tuple(
+        plain[id(model)] if isinstance(model, Checkpoint) else _without_tied_rows(model, base) for model in models
+    ), base
+
+
+def _without_tied_rows(adapter: Adapter, base: Checkpoint | None) -> Adapter:
+    """An adapter without the rows of a tied head, which PEFT saves a second time beside the embedding's."""
+    copies = {
+        name
+        for name, change in adapter.changes.items()
+        if isinstance(change, TokenRows) and is_head(name) and base and name not in base.tensors and base.lookup(name)
+    }
+    kept = {name: change for name, change in adapter.changes.items() if name not in copies}
+    return replace(adapter, changes=kept) if copies and kept else adapter
 
 
 def _heads_of(model: Checkpoint) -> list[str]:
@@ -91,19 +105,25 @@ def own_heads(models: Sequence[Model], reference: Checkpoint) -> dict[str, Store
 
 
 def with_tied_copy(
-    known: dict[str, Stored], inputs: Sequence[Mapping[str, object]], reference: Checkpoint, skip: set[str]
+    known: dict[str, Stored], inputs: Sequence[dict[str, Stored | Change]], reference: Checkpoint, skip: set[str]
 ) -> dict[str, Stored]:
     """The tensors to write, among them a head that is tied in the reference if only its embedding is trained.
 
     An adapter that trained the embedding of a language model with a tied head did not train the head: merged into the
-    shared matrix it would change both, so the head is written out as it was (and joins ``skip``).
+    shared matrix it would change both, so the head is written out as it was (and joins ``skip``). Rows of tokens alone
+    are trained in both, and become inputs of such a head too.
     """
     architecture = str((reference.config.get("architectures") or [""])[0])
     if architecture.endswith(("ForCausalLM", "LMHeadModel")) and not any(map(is_head, known)):
         embedding = reference.lookup("lm_head.weight")
-        touched = {id(known[name]) for each in inputs for name, change in each.items() if isinstance(change, Change)}
-        if embedding is not None and id(embedding) in touched:
-            skip.add("lm_head.weight")
+        brought = [(each, value) for each in inputs for name, value in each.items() if known[name] is embedding]
+        both = [(each, value) for each, value in brought if isinstance(value, (TokenRows, Stored))]
+        if embedding is not None and len(both) < len(brought):
+            if any(isinstance(value, TokenRows) for _, value in both):
+                for each, value in both:
+                    each["lm_head.weight"] = value
+            else:
+                skip.add("lm_head.weight")
             return known | {"lm_head.weight": embedding}
     return known
 

@@ -20,7 +20,7 @@ from merging.sources.stored import Out, Stored
 
 __all__ = ["model_items"]
 
-Inputs = Mapping[str, Stored | Change]
+Inputs = dict[str, Stored | Change]
 """What one model brings, by the reference's names."""
 
 
@@ -47,7 +47,7 @@ def model_items(
         brought: Inputs
         if isinstance(model, Adapter):
             resolved = resolver.resolve(model)
-            brought, line = resolved.changes, resolved.line
+            brought, line = dict(resolved.changes), resolved.line
         else:
             brought, line = _align(model, known, mismatches)
         inputs.append(brought)

@@ -1,4 +1,4 @@
-"""Trained rows of an embedding table, or of an output head: a few tokens' vectors, which take the place of the base's."""
+"""Trained rows of an embedding table or an output head: the vectors of a few tokens, in the place of the base's."""
 
 from __future__ import annotations
 
