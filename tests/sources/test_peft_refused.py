@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from adapters import (
-    LLAMA,
     QUIRKS,
     State,
     copied,
@@ -19,7 +18,6 @@ from adapters import (
     edit_tensors,
     llama_adapters,
     peft,
-    reload,
     save_base,
     train,
 )
@@ -28,6 +26,8 @@ from safetensors.torch import save_file
 import merging
 from merging.errors import FormatError, InputError, MergingError
 from merging.sources import open_model
+from merging.sources.peft.kinds import KINDS
+from merging.sources.peft.refused import REFUSED
 
 pytestmark = QUIRKS
 
@@ -44,12 +44,14 @@ REFUSED_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "lora_ga": ({"init_lora_weights": "lora_ga"}, "gradients that the file does not hold"),
     "loftq": ({"init_lora_weights": "loftq"}, "quantised approximation"),
     "unknown start": ({"init_lora_weights": "nova"}, "'nova'"),
-    "other type": ({"peft_type": "VERA"}, "type VERA; only LORA"),
+    "other type": ({"peft_type": "XLORA"}, "type XLORA: what it adds depends on each input"),
+    "unknown type": ({"peft_type": "NOVA"}, "type NOVA: this type is not known"),
+    "another's type": ({"peft_type": "VERA"}, "lora_A.weight is neither a part of VERA"),
     "replication": ({"layer_replication": [[0, 2], [0, 2]]}, "repeated layers"),
     "tokens": ({"trainable_token_indices": [1, 2]}, "trained token rows"),
     "parameters": ({"target_parameters": ["experts.gate_up_proj"]}, "expert parameters"),
     "aLoRA": ({"alora_invocation_tokens": [5, 6]}, "aLoRA"),
-    "KaSA": ({"kasa_config": {"beta": 0.1}}, "KaSA"),
+    "KaSA": ({"kasa_config": {"beta": 0.1}}, "has no lora_diag"),
     "rank": ({"r": 5}, "has rank 4, and its config says 5"),
     "rank pattern": ({"rank_pattern": {"q_proj": 3}}, "q_proj has rank 4, and its config says 3"),
     "no pattern": ({"rank_pattern": [1]}, "rank_pattern in its config is no mapping"),
@@ -100,7 +102,7 @@ REFUSED_TENSORS: dict[str, tuple[Callable[[State], State], str]] = {
         lambda t: t | {f"{Q0}.lora_A.weight": torch.ones(4, 31)},
         r"\(32, 31\), and the base's tensor \(32, 32\)",
     ),
-    "odd leaf": (lambda t: t | {f"{Q0}.lora_diag": torch.ones(4)}, "lora_diag is neither a LoRA factor"),
+    "odd leaf": (lambda t: t | {f"{Q0}.lora_odd": torch.ones(4)}, "lora_odd is neither a LoRA factor"),
     "bias of A": (lambda t: t | {f"{Q0}.lora_A.bias": torch.ones(4)}, "lora_A.bias has no place"),
     "unlisted module": (lambda t: t | {"base_model.model.lm_head.weight": torch.ones(96, 32)}, "modules_to_save: none"),
     "empty": (lambda _: {"x": torch.ones(1)}, "x is neither a LoRA factor"),
@@ -133,23 +135,13 @@ def test_variants_that_need_the_base_say_so(llama: Path, tmp_path: Path, kind: s
         merging.merge([llama / kind], method="linear", kind="model", output=tmp_path / "out")
 
 
-OTHER_TYPES = {
-    "ADALORA": lambda: peft.AdaLoraConfig(target_modules=LLAMA, init_r=4, total_step=10),
-    "IA3": lambda: peft.IA3Config(target_modules=["q_proj", "up_proj"], feedforward_modules=["up_proj"]),
-    "LOHA": lambda: peft.LoHaConfig(target_modules=LLAMA, r=4),
-}
-
-
-@pytest.mark.parametrize("kind", OTHER_TYPES)
-def test_other_types_of_peft_are_refused_by_their_name(llama: Path, tmp_path: Path, kind: str) -> None:
-    """As folders by what the config says, and as bare files by what is in them."""
-    peft.get_peft_model(reload(llama / "base"), OTHER_TYPES[kind]()).save_pretrained(tmp_path / "a")
-    with pytest.raises(FormatError, match=rf"is a PEFT adapter of type {kind}; only LORA"):
-        open_model(tmp_path / "a")
-    bare = tmp_path / "bare.safetensors"
-    shutil.copyfile(tmp_path / "a" / "adapter_model.safetensors", bare)
-    with pytest.raises(MergingError):
-        merging.merge([bare], method="linear", base=llama / "base", kind="model", output=tmp_path / "out")
+@pytest.mark.parametrize("kind", REFUSED)
+def test_types_that_are_not_read_are_refused_by_their_name(llama: Path, tmp_path: Path, kind: str) -> None:
+    """PEFT has each of them, and none that is named neither here nor among those that are read."""
+    adapter = edit_config(copied(llama, tmp_path / "a"), peft_type=kind)
+    with pytest.raises(FormatError, match=f"is a PEFT adapter of type {kind}: {re.escape(REFUSED[kind])}"):
+        open_model(adapter)
+    assert {each.value for each in peft.PeftType} == {*KINDS, *REFUSED} - {"BONE"}
 
 
 @pytest.mark.parametrize("targets", [{"trainable_token_indices": [1, 5]}, {"target_parameters": ["experts.down_proj"]}])

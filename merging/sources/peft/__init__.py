@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,12 @@ from typing import Any
 from merging.errors import FormatError
 from merging.sources.adapter import Adapter, Change, LoraChange, Replacement
 from merging.sources.checkpoint import read_json
+from merging.sources.computed import Computed
 from merging.sources.peft.config import Config
-from merging.sources.peft.kinds import KINDS
+from merging.sources.peft.kinds import KINDS, Kind
+from merging.sources.peft.lora import TRAINING_STATE
 from merging.sources.peft.module import Module
+from merging.sources.peft.refused import REFUSED
 from merging.sources.stored import Opened, Stored, open_tensors
 
 __all__ = ["CONFIG_KEY", "WEIGHTS", "open_peft", "peft_changes", "recognises"]
@@ -27,11 +30,17 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 """What PEFT calls the weights in an adapter's folder."""
 
 _PREFIX = "base_model.model."
+_DEFAULT = re.compile(r"\.default(?=\.|_topk_|$)")
+"""The name of PEFT's only adapter, in files that were saved without its help."""
+
+
+_LORA = re.compile(r"\.lora_(embedding_)?[AB](\.|$)")
+_ANY = re.compile(rf"base_model\..*({'|'.join(kind.leaf.pattern for kind in KINDS.values())})")
 
 
 def recognises(names: Mapping[str, Stored]) -> bool:
-    """Whether these are the tensor names of a PEFT LoRA file."""
-    return any(".lora_A" in name or ".lora_embedding_A" in name or ".lora_B" in name for name in names)
+    """Whether these are the tensor names of a PEFT file: LoRA under any prefix, the other types under PEFT's."""
+    return any(_LORA.search(name) or _ANY.match(name) for name in names)
 
 
 def open_peft(path: Path, alpha: float | None = None, opened: Opened | None = None) -> Adapter:
@@ -51,13 +60,13 @@ def open_peft(path: Path, alpha: float | None = None, opened: Opened | None = No
             notices = (f"{path}: carries no config, so its scale alpha / r is taken as 1: set it with --lora-alpha",)
     if alpha is not None:
         config = {**config, "lora_alpha": alpha, "alpha_pattern": {}}
-    where = str(path)
+    settings = Config(config, str(path))
     return Adapter(
         path=path,
-        changes=peft_changes(tensors, config, where),
+        changes=peft_changes(tensors, config, str(path)),
         files=(weights,),
-        dialect="PEFT LoRA",
-        base=Config(config, where).text("base_model_name_or_path"),
+        dialect=f"PEFT {settings.kind}",
+        base=settings.text("base_model_name_or_path"),
         config=config,
         notices=notices,
     )
@@ -92,29 +101,14 @@ def peft_changes(tensors: Mapping[str, Stored], config: Mapping[str, Any], where
     way the file does not tell, and for any name that has no place.
     """
     settings = Config(config, where)
-    name = config.get("peft_type", "LORA")
-    if name not in KINDS:
-        raise settings.error(f"is a PEFT adapter of type {name}; only LORA is read so far")
-    kind = KINDS[name]
+    kind = _kind(settings, tensors)
     kind.check(settings)
-    leaf = kind.leaf
-    parts: dict[str, dict[str, Stored]] = defaultdict(dict)
-    others: dict[str, Stored] = {}
-    for key, stored in tensors.items():
-        name = re.sub(r"\.default(?=\.|$)", "", key).removeprefix(_PREFIX)
-        found = leaf.search(name)
-        if found:
-            parts[name[: found.start()]][found[1] + (".bias" if found[2] == ".bias" else "")] = stored
-        else:
-            others[name] = stored
-    changes: dict[str, Change] = {}
-    for path, pieces in parts.items():
-        for change in kind.changes(Module(path, pieces, settings)):
-            changes[change.target] = change
+    modules, others = _modules(tensors, kind, settings)
+    changes = {change.target: change for module in modules for change in kind.changes(module)}
     for name, stored in others.items():
         target = settings.full_target(name)
         factors = changes.get(target)
-        if isinstance(factors, LoraChange):
+        if isinstance(factors, (LoraChange, Computed)):
             changes[target] = replace(factors, layer=stored)
             continue
         changes[target] = Replacement(
@@ -123,6 +117,39 @@ def peft_changes(tensors: Mapping[str, Stored], config: Mapping[str, Any], where
             value=stored,
             needs_base="it is saved in full, and what it changes is the difference from the base",
         )
-    if not changes:
-        raise settings.error("holds no LoRA factors")
+    if not modules and not changes:
+        raise settings.error(f"holds nothing of a {settings.kind} adapter")
     return changes
+
+
+def _kind(config: Config, names: Iterable[str]) -> Kind:
+    """The type of an adapter, or the refusal of one that is not read."""
+    name = config.kind
+    if not config.stated and not any(_LORA.search(each) for each in names):
+        name = next((kind for kind in KINDS if any(KINDS[kind].leaf.search(each) for each in names)), name)
+        if name != "LORA":
+            raise config.error(
+                f"holds tensors of a PEFT adapter of type {name}, which cannot be understood without its config: give the "
+                f"folder with its adapter_config.json"
+            )
+    if name in KINDS:
+        return KINDS[name]
+    reason = REFUSED.get(name, f"this type is not known here: {', '.join(KINDS)} are read")
+    raise config.error(f"is a PEFT adapter of type {name}: {reason}")
+
+
+def _modules(tensors: Mapping[str, Stored], kind: Kind, config: Config) -> tuple[list[Module], dict[str, Stored]]:
+    """The modules that an adapter changes, and the tensors that belong to none, by their names in the model."""
+    leaf = kind.leaf
+    parts: dict[str, dict[str, Stored]] = defaultdict(dict)
+    shared: dict[str, Stored] = {}
+    others: dict[str, Stored] = {}
+    for key, stored in tensors.items():
+        name = _DEFAULT.sub("", key).removeprefix(_PREFIX)
+        if name.removeprefix("base_model.") in kind.shared:
+            shared[name.removeprefix("base_model.")] = stored
+        elif found := leaf.search(name):
+            parts[name[: found.start()]][found[1] + (".bias" if found[2] == ".bias" else "")] = stored
+        elif not any(f".{state}" in name for state in TRAINING_STATE):
+            others[name] = stored
+    return [Module(path, pieces, config, shared, parts) for path, pieces in parts.items()], others

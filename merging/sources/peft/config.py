@@ -30,6 +30,11 @@ class Config:
         """Whether there is a config at all."""
         return "peft_type" in self.fields
 
+    @property
+    def kind(self) -> str:
+        """The type of the adapter, LORA where there is no config."""
+        return str(self.get("peft_type") or "LORA")
+
     def get(self, key: str, default: Any = None) -> Any:
         """A field as it is."""
         return self.fields.get(key, default)
@@ -45,30 +50,57 @@ class Config:
             raise self.error(f"{key} in its config is {value!r}, and should be a name")
         return value or None
 
+    def number(self, key: str, default: float, module: str = "", pattern: str = "") -> float:
+        """A field that should be a finite number, or what a pattern says of it for a module."""
+        value = self.pattern(pattern, module, self.get(key, default)) if pattern else self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
+            raise self.error(f"{key}{' of ' * bool(module)}{module} is {value!r}, and should be a number")
+        return value
+
+    def count(self, key: str, default: int, module: str = "", pattern: str = "") -> int:
+        """A field that should be a whole number above 0, or what a pattern says of it for a module."""
+        value = self.number(key, default, module, pattern)
+        if value != int(value) or not 0 < value < 2**31:
+            raise self.error(f"{key}{' of ' * bool(module)}{module} is {value!r}, and should be a whole number above 0")
+        return int(value)
+
     def pattern(self, field: str, module: str, default: Any) -> Any:
         """The first value whose key matches the end of a module's path as a regular expression, as in PEFT."""
         patterns = self.get(field) or {}
         if not isinstance(patterns, Mapping):
             raise self.error(f"{field} in its config is no mapping")
         for key, value in patterns.items():
-            if len(key) > 1000 or _CATASTROPHIC.search(key):
-                raise self.error(f"the {field} {key[:80]!r} could take for ever to match: write it out")
-            try:
-                if re.match(rf"(.*\.)?({key})$", module):
-                    return value
-            except re.error as error:
-                raise self.error(f"the {field} {key!r} is no regular expression: {error}") from None
+            if self.regex(rf"(.*\.)?({key})$", field).match(module):
+                return value
         return default
+
+    def regex(self, expression: str, field: str) -> re.Pattern[str]:
+        """A regular expression of the config; refused where it is none, or could take for ever to match."""
+        if len(expression) > 1000 or _CATASTROPHIC.search(expression):
+            raise self.error(f"the {field} {expression[:80]!r} could take for ever to match: write it out")
+        try:
+            return re.compile(expression)
+        except re.error as error:
+            raise self.error(f"the {field} {expression!r} is no regular expression: {error}") from None
+
+    def names(self, key: str) -> list[str]:
+        """A field that should be a list of names."""
+        value = self.get(key) or []
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise self.error(f"{key} in its config is {str(value)[:80]}, and should be a list of names")
+        return value
 
     def full_target(self, name: str) -> str:
         """The base's tensor that one saved in full replaces, or a refusal of a name that has no place."""
         target = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-        biases = self.get("bias", "none") in ("all", "lora_only") and target.endswith(".bias")
+        trained = str(self.get("bias", "none"))
+        biases = (trained == "all" or trained.endswith("_only")) and target.endswith(".bias")
         if biases or target != name or self.saves(target):
             return target
-        saved = self.get("modules_to_save") or []
+        saved = self.names("modules_to_save")
+        part = "a LoRA factor" if self.kind == "LORA" else f"a part of {self.kind}"
         raise self.error(
-            f"{name} is neither a LoRA factor nor part of a module saved in full "
+            f"{name} is neither {part} nor part of a module saved in full "
             f"(modules_to_save: {', '.join(map(str, saved)) or 'none'})"
         )
 
@@ -76,7 +108,6 @@ class Config:
         """Whether a tensor belongs to a module that the config says is saved in full."""
         if self.get("ensure_weight_tying") and target.endswith(HEADS):
             return True  # the head is saved along with the embedding that it is tied to
-        saved = self.get("modules_to_save") or []
         parts = target.split(".")[:-1]
         paths = {".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)}
-        return any(isinstance(module, str) and module in paths for module in saved)
+        return any(module in paths for module in self.names("modules_to_save"))

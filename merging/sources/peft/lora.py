@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import sqrt
-from typing import Literal
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from merging.sources.adapter import AddedBias, Change, LoraChange
+from merging.sources.computed import Computed, Place
 from merging.sources.peft.config import Config
 from merging.sources.peft.module import Module
 
-__all__ = ["LORA_LEAVES", "check_lora", "lora_changes", "lora_scale"]
+__all__ = ["LORA_LEAVES", "TRAINING_STATE", "check_lora", "lora_changes", "lora_scale"]
 
-LORA_LEAVES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+LORA_LEAVES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_diag")
 """What LoRA's tensors are called behind the path of their module."""
+
+TRAINING_STATE = ("lora_velora_embed", "lora_monteclora_sampler")
+"""What VeLoRA and MonteCLoRA keep for their training alone: at rest both are plain LoRA."""
 
 _PLAIN_STARTS = (True, False, None, "true", "false", "gaussian", "eva", "orthogonal", "mica")
 _LOST_STARTS = {
@@ -28,10 +36,8 @@ _UNSUPPORTED = {
     "target_parameters": "it changes expert parameters, which are not read yet",
     "trainable_token_indices": "it holds trained token rows, which are not read yet",
     "use_qalora": "its factors are grouped for a quantised base (QALoRA)",
-    "use_bdlora": "its factors are block diagonal (BD-LoRA)",
     "arrow_config": "it routes between experts at run time (Arrow)",
     "alora_invocation_tokens": "it acts only on what follows certain tokens (aLoRA)",
-    "kasa_config": "its base was cut to a lower rank at the start (KaSA)",
 }
 
 
@@ -58,6 +64,10 @@ def lora_changes(module: Module) -> list[Change]:
     """What LoRA changes in a module: its weight, and its bias where ``lora_bias`` trained one."""
     config, parts = module.config, module.parts
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
+    if config.get("use_bdlora"):
+        return [_block_diagonal(module)]
+    if "lora_diag" in parts or config.get("kasa_config"):
+        return [_kasa(module)]
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     down, up = module.part(names[0]), module.part(names[1])
     rank = down.shape[0] if down.shape else 0
@@ -66,6 +76,7 @@ def lora_changes(module: Module) -> list[Change]:
     if any(size != 1 for size in up.shape[2:]):
         raise module.error(f"its up factor {up.shape} has a kernel, which no LoRA has")
     module.check(*names, "lora_magnitude_vector", "lora_B.bias", beside=f"{names[0]} and {names[1]}")
+    module.check_types(*parts)
     scale, start = lora_scale(module, rank), _start(config)
     magnitude = parts.get("lora_magnitude_vector")
     if config.get("use_dora") and magnitude is None:
@@ -90,6 +101,61 @@ def lora_changes(module: Module) -> list[Change]:
     if "lora_B.bias" in parts:
         changes.append(AddedBias(f"{module.path}.bias", "bias", parts["lora_B.bias"], scale))
     return changes
+
+
+def _kasa(module: Module) -> Computed:
+    """KaSA (Wang et al. 2025, arXiv 2412.06071): ``s B diag(d) A``, on a base cut by its ``r`` least directions."""
+    size = module.sizes(lora_A="r i", lora_B="o r", lora_diag="r")
+    rank, scale = size["r"], lora_scale(module, size["r"])
+
+    def formula(parts: Mapping[str, Tensor], place: Place) -> tuple[Tensor, Tensor]:
+        u, s, vh = torch.linalg.svd(place.weight, full_matrices=False)
+        up = torch.cat([parts["lora_B"] * parts["lora_diag"] * scale, -u[:, -rank:] * s[-rank:]], 1)
+        return up, torch.cat([parts["lora_A"], vh[-rank:]], 0)
+
+    reason = "KaSA took the base's least singular values away at the start"
+    return module.computed(
+        formula,
+        "lora_A",
+        "lora_B",
+        "lora_diag",
+        outputs=size["o"],
+        inputs=size["i"],
+        allows=lambda outputs, width: rank < min(outputs, width),
+        factored=True,
+        trained=2 * rank,
+        transposed=False,
+        scale=scale,
+        needs_base=reason,
+    )
+
+
+def _block_diagonal(module: Module) -> Computed:
+    """BD-LoRA (Block-Diagonal LoRA, NeurIPS 2025): one factor is block diagonal, its blocks stacked in the file."""
+    options = module.config.get("use_bdlora")
+    options = Config(options if isinstance(options, Mapping) else {}, f"{module.config.where}: use_bdlora")
+    blocks, name = options.count("nblocks", 1), module.path.rpartition(".")[2]
+    diagonal = [any(part in name for part in options.names(f"target_modules_bd_{side}")) for side in "ab"]
+    layout = {"lora_A": "r i", "lora_B": "o q"} if diagonal[1] else {"lora_A": "r i", "lora_B": "o r"}
+    size = module.sizes(**layout)
+    rank, scale = size["r"], lora_scale(module, size["r"])
+    times = blocks if diagonal[1] else 1
+    if all(diagonal) or size.get("q", rank) * times != rank or (rank if diagonal[0] else size["o"]) % blocks:
+        raise module.error(f"its factors do not divide into the {blocks} blocks of use_bdlora in its config")
+
+    def formula(parts: Mapping[str, Tensor], place: Place) -> tuple[Tensor, Tensor]:
+        up, down = parts["lora_B"] * scale, parts["lora_A"]
+        return _unstacked(up, blocks) if diagonal[1] else up, _unstacked(down, blocks) if diagonal[0] else down
+
+    inputs = size["i"] * (blocks if diagonal[0] else 1)
+    facts: dict[str, Any] = {"outputs": size["o"], "inputs": inputs, "trained": rank, "scale": scale, "factored": True}
+    return module.computed(formula, *layout, **facts)
+
+
+def _unstacked(stacked: Tensor, blocks: int) -> Tensor:
+    """The block diagonal matrix whose blocks are the equal parts of the rows."""
+    diagonal: Tensor = torch.block_diag(*stacked.chunk(blocks))  # type: ignore[no-untyped-call]
+    return diagonal
 
 
 def lora_scale(module: Module, rank: int) -> float:

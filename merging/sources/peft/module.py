@@ -2,50 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from merging.errors import FormatError
+from merging.sources.adapter import Kind
+from merging.sources.computed import Computed, Formula
 from merging.sources.peft.config import Config
 from merging.sources.stored import Stored
 
 __all__ = ["Module"]
+
+_INTEGERS = ("U8", "I8", "I16", "I32", "I64")
 
 
 @dataclass(frozen=True, slots=True)
 class Module:
     """What an adapter holds for the module at ``path``: ``parts`` by leaf (``lora_A``), without ``.weight``.
 
-    ``shared`` are tensors that all modules share, which stand once in the file.
+    ``shared`` are tensors that all modules share, which stand once in the file; ``siblings`` the paths of all of them.
     """
 
     path: str
     parts: Mapping[str, Stored]
     config: Config
     shared: Mapping[str, Stored] = field(default_factory=dict)
+    siblings: Collection[str] = ()
 
     @property
     def target(self) -> str:
         """The base's tensor that is changed."""
         return f"{self.path}.weight"
 
-    def part(self, name: str) -> Stored:
-        """A part that must be there."""
-        if name not in self.parts:
-            raise self.config.error(f"{self.path} has no {name}: the file is incomplete, save or download it again")
-        return self.parts[name]
+    @property
+    def bias(self) -> str:
+        """The base's bias beside it."""
+        return f"{self.path}.bias"
 
     def error(self, reason: str) -> FormatError:
         """The refusal of this module, with the reason."""
         return self.config.error(f"{self.path}: {reason}")
 
+    def part(self, name: str) -> Stored:
+        """A part that must be there, of the module or of all."""
+        found = self.parts.get(name) or self.shared.get(name)
+        if found is None:
+            raise self.config.error(f"{self.path} has no {name}: the file is incomplete, save or download it again")
+        return found
+
+    def sizes(self, **layout: str) -> dict[str, int]:
+        """The sizes of the module's parts by the letters of their ``layout`` (``lora_A="r i"``), as in einsum.
+
+        A letter has one size wherever it stands, a number is that size, and a capital may be none. ``int`` in front
+        says that a part may hold integers. Raises :class:`~merging.errors.FormatError` for a part that is missing, has
+        another number of axes or no elements, does not fit the others, holds integers, or has no place in the layout.
+        """
+        sizes: dict[str, int] = {}
+        for name, axes in layout.items():
+            stored, letters = self.part(name), axes.removeprefix("int ").split()
+            for letter, size in zip(letters, stored.shape, strict=False):
+                sizes.setdefault(letter, int(letter) if letter.isdecimal() else size)
+            if stored.shape != tuple(sizes.get(letter, -1) for letter in letters):
+                known = ", ".join(f"{letter} = {sizes[letter]}" for letter in letters if letter in sizes)
+                raise self.error(
+                    f"{name} has the shape {stored.shape}, and should be [{', '.join(letters)}]"
+                    f"{' with ' * bool(known)}{known}: its parts do not belong together"
+                )
+            if any(size == 0 and not letter.isupper() for letter, size in zip(letters, stored.shape, strict=True)):
+                raise self.error(f"{name} has the shape {stored.shape}, and holds nothing: save or download it again")
+        self.check(*layout, beside=" and ".join(layout))
+        for name, axes in layout.items():
+            self._check_type(name, self.part(name), integers=axes.startswith("int "))
+        return sizes
+
     def check(self, *names: str, beside: str) -> None:
-        """Refuse parts of no use, and parts that hold no floating-point numbers."""
+        """Refuse parts that have no place among those named."""
         unknown = next((name for name in self.parts if name not in names), None)
         if unknown:
             raise self.config.error(f"{self.path}.{unknown} has no place beside {beside}")
-        for stored in self.parts.values():
-            if not stored.floating:
-                raise self.config.error(
-                    f"{self.path} holds {stored.kind} factors: only F16, BF16, F32 and F64 are read"
-                )
+
+    def check_types(self, *names: str) -> None:
+        """Refuse parts that hold no floating-point numbers."""
+        for name in names:
+            self._check_type(name, self.part(name), integers=False)
+
+    def _check_type(self, name: str, stored: Stored, integers: bool) -> None:
+        if not stored.floating and not (integers and stored.kind in _INTEGERS):
+            raise self.config.error(
+                f"{self.path}.{name} holds {stored.kind} factors: only F16, BF16, F32 and F64 are read"
+            )
+
+    def computed(self, formula: Formula, *names: str, kind: Kind = "linear", **facts: Any) -> Computed:
+        """The change that a formula makes of parts of this module; ``facts`` are fields of :class:`Computed`."""
+        parts = {name: self.part(name) for name in names}
+        turned = kind == "embedding" or (kind == "linear" and bool(self.config.get("fan_in_fan_out")))
+        return Computed(self.target, kind, **{"parts": parts, "formula": formula, "transposed": turned, **facts})
