@@ -7,36 +7,50 @@ A new file format is one module with ``recognises(names)`` and an opener that ma
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merging.errors import FormatError, InputError, MergingError
 from merging.hub.address import hub_address
-from merging.sources import peft
+from merging.sources import diffusion, kohya, peft
 from merging.sources.adapter import Adapter
 from merging.sources.checkpoint import Checkpoint, open_checkpoint
+from merging.sources.lycoris import METHODS
 from merging.sources.origin import Origin
 from merging.sources.stored import Opened, Stored, open_tensors
 
-__all__ = ["DIALECTS", "Adapter", "Checkpoint", "open_model"]
+__all__ = ["DIALECTS", "Adapter", "Checkpoint", "Dialect", "open_model"]
 
 Recognises = Callable[[Mapping[str, Stored]], bool]
 Opens = Callable[[Path, float | None, Opened], Adapter]
 
-DIALECTS: tuple[tuple[Recognises, Opens], ...] = ((peft.recognises, peft.open_peft),)
-"""How each adapter format is told by its tensor names, and opened."""
 
-_FOREIGN = {
-    ".lora_down.weight": "a Kohya or ComfyUI LoRA",
-    ".lora.down.weight": "an old diffusers LoRA",
-    ".lora_linear_layer.down.weight": "an old diffusers LoRA",
-    ".hada_w1_a": "a LyCORIS LoHa",
-    ".lokr_w1": "a LyCORIS LoKr",
-    ".lokr_w1_a": "a LyCORIS LoKr",
-    ".oft_blocks": "a LyCORIS OFT",
-}
-_FOREIGN_ENDINGS = tuple(_FOREIGN)
-_COMPONENTS = ("unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "diffusion_model.")
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """A format of adapters: how a file is told by its tensor names, and opened."""
+
+    name: str
+    summary: str
+    recognises: Recognises
+    opens: Opens
+
+
+DIALECTS = (
+    Dialect(
+        "Kohya",
+        f"LoRA of diffusion models with flat names; {', '.join(dict.fromkeys(m.summary for m in METHODS.values()))}",
+        kohya.recognises,
+        kohya.open_kohya,
+    ),
+    Dialect(
+        "diffusers",
+        "LoRA of diffusion models with dotted names: diffusers, old and new, ComfyUI and its kin, XLabs",
+        diffusion.recognises,
+        diffusion.open_diffusion,
+    ),
+    Dialect("PEFT", "adapters of PEFT, a folder or a bare file", peft.recognises, peft.open_peft),
+)
+"""All formats of adapters that are read; the first that recognises a file opens it."""
 
 
 def open_model(name: str | Path, alpha: float | None = None, dequantise: bool = False) -> Checkpoint | Adapter:
@@ -72,29 +86,23 @@ def _open_local(path: Path, alpha: float | None, dequantise: bool) -> Checkpoint
         raise InputError(f"{path}: there is no such file or folder{hint}")
     if path.is_dir():
         if not (path / "adapter_config.json").is_file():
-            bare = next((path / name for name in peft.WEIGHTS if (path / name).is_file()), None)
-            return open_checkpoint(path, None, dequantise) if bare is None else peft.open_peft(bare, alpha)
+            bare = _bare_adapter(path)
+            return open_checkpoint(path, None, dequantise) if bare is None else _open_local(bare, alpha, dequantise)
         return peft.open_peft(path, alpha)
     if path.suffix == ".json":
         return open_checkpoint(path, None, dequantise)
     if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
         raise FormatError(f"{path}: is no weights file: .safetensors, .bin, .pt or .pth are read, or a folder")
     opened = open_tensors(path)
-    _refuse_foreign(path, opened[0])
-    for recognises, opens in DIALECTS:
-        if recognises(opened[0]):
-            return opens(path, alpha, opened)
-    return open_checkpoint(path, opened, dequantise)
+    dialect = next((each for each in DIALECTS if each.recognises(opened[0])), None)
+    return open_checkpoint(path, opened, dequantise) if dialect is None else dialect.opens(path, alpha, opened)
 
 
-def _refuse_foreign(path: Path, names: Mapping[str, Stored]) -> None:
-    for name in names:
-        kind = None
-        if name.endswith(_FOREIGN_ENDINGS):
-            kind = next(kind for ending, kind in _FOREIGN.items() if name.endswith(ending))
-        elif ".lora_" in name and name.startswith(_COMPONENTS):
-            kind = "a diffusers or ComfyUI LoRA"
-        if kind:
-            raise FormatError(
-                f"{path}: is {kind} file ({name}), a format that is not read yet: convert it to PEFT first"
-            )
+def _bare_adapter(folder: Path) -> Path | None:
+    """The adapter's file in a folder without a config: one of a name that adapters have, or the only file there."""
+    named = next((folder / name for name in (*peft.WEIGHTS, *diffusion.WEIGHTS) if (folder / name).is_file()), None)
+    found = sorted(folder.glob("*.safetensors"))
+    if named is not None or len(found) != 1 or (folder / "config.json").is_file():
+        return named
+    names = open_tensors(found[0])[0]
+    return found[0] if any(dialect.recognises(names) for dialect in DIALECTS) else None

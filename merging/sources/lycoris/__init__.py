@@ -1,0 +1,98 @@
+"""What one module of a Kohya, LyCORIS or ComfyUI file changes: LoRA, LoCon, LoHa, LoKr and the rest of LyCORIS.
+
+The formulas are LyCORIS's (Yeh et al. 2024, arXiv 2309.14859). Where PEFT has a method of the same name, theirs may
+differ: in the kernels of LoKr, the side on which OFT rotates, the scale of IA3.
+
+A new method is a function from a module and its alpha to a change, and an entry in ``METHODS``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from merging.sources.adapter import AddedBias, Change, LoraChange
+from merging.sources.lycoris.multiplied import decomposed, glora, ia3, oft
+from merging.sources.lycoris.products import full, loha, lokr, lora, norm, number, replaced
+from merging.sources.peft.config import Config
+from merging.sources.peft.module import Module
+from merging.sources.stored import Stored
+
+__all__ = ["METHODS", "Method", "leaf_of", "module_changes"]
+
+_LEAF = re.compile(
+    r"\.(?:(lora_down|lora_up|lora_mid|lora_A|lora_B|a1|a2|b1|b2)(?:\.default)?\.weight"
+    r"|(lora_B\.bias|lora_magnitude_vector|dora_scale|alpha|hada_[wt][12](?:_[ab])?|lokr_[wt][12](?:_[ab])?"
+    r"|diff|diff_b|set_weight|w_norm|b_norm|on_input|oft_blocks|rescale)(?:\.weight)?)$"
+)
+_SAME = {
+    "lora_A": "lora_down",
+    "lora_B": "lora_up",
+    "lora_B.bias": "lora_up.bias",
+    "lora_magnitude_vector": "dora_scale",
+}
+_BIASES = ("diff_b", "b_norm", "lora_up.bias")
+
+
+def leaf_of(name: str) -> tuple[str, str] | None:
+    """The module that a tensor belongs to and which of its parts it is, None for names of no such part.
+
+    The part of IA3 that is called ``weight`` is none by itself: only the ``on_input`` beside it tells what it is.
+    """
+    found = _LEAF.search(name)
+    if found is None:
+        return None
+    leaf = found[1] or found[2]
+    return name[: found.start()], _SAME.get(leaf, leaf)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way to change a weight: what it is called, and the change of a module whose alpha is stated, or None."""
+
+    summary: str
+    change: Callable[[Module, float | None], Change]
+
+
+METHODS = {
+    "lora_down": Method("LoRA, LoCon, DyLoRA, LoRA-FA", lora),
+    "hada_w1_a": Method("LoHa", loha),
+    "lokr_w1": Method("LoKr", lokr),
+    "lokr_w1_a": Method("LoKr", lokr),
+    "a1": Method("GLoRA", glora),
+    "oft_blocks": Method("Diag-OFT, BOFT", oft),
+    "on_input": Method("IA3", ia3),
+    "diff": Method("changes trained in full", full),
+    "w_norm": Method("norms", norm),
+    "set_weight": Method("weights saved in full", replaced),
+}
+"""By the part that tells the method."""
+
+
+def module_changes(path: str, parts: Mapping[str, Stored], where: str, alpha: float | None = None) -> list[Change]:
+    """What a module changes: its weight, its bias, or both.
+
+    ``alpha`` replaces what the file states; without either, and where it is 0, alpha is the rank. Raises
+    :class:`~merging.errors.FormatError` for parts that do not make a whole.
+    """
+    config = Config({}, where)
+    if alpha is None and "alpha" in parts:
+        alpha = number(Module(path, parts, config), "alpha")
+    own = {name: part for name, part in parts.items() if name not in (*_BIASES, "alpha", "dora_scale")}
+    module = Module(path, own, config)
+    method = next((method for marker, method in METHODS.items() if marker in own), None)
+    changes: list[Change] = []
+    if method is not None:
+        changes.append(method.change(module, alpha))
+        if "dora_scale" in parts:
+            changes = [decomposed(module, changes[0], parts["dora_scale"])]
+    elif own or not any(name in parts for name in _BIASES):
+        odd = next(iter(own or parts))
+        raise module.error(f"has {odd}, and nothing that it goes with: the file is incomplete, or of a kind not known")
+    scale = next((change.scale for change in changes if isinstance(change, LoraChange)), 1.0)
+    for name in _BIASES:
+        if name in parts:
+            value = parts[name]
+            changes.append(AddedBias(module.bias, "bias", value, scale if name == "lora_up.bias" else 1.0))
+    return changes

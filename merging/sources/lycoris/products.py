@@ -1,0 +1,148 @@
+"""Changes that are products of factors: LoRA and LoCon, LoHa, LoKr; and those that are kept as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isfinite, prod
+
+import torch
+from torch import Tensor
+
+from merging.sources.adapter import AddedBias, Change, Kind, LoraChange, Replacement
+from merging.sources.computed import Place
+from merging.sources.formulas import hadamard, kronecker, tucker
+from merging.sources.peft.module import Module
+from merging.sources.stored import Stored
+
+__all__ = ["full", "kind_of", "loha", "lokr", "lora", "norm", "number", "replaced", "scale_of"]
+
+Parts = Mapping[str, Tensor]
+
+
+def number(module: Module, name: str) -> float:
+    """A part that holds a single number. It is read at once, as it decides what the other parts mean."""
+    stored = module.part(name)
+    value = float(stored.read().reshape(-1)[0]) if stored.numel == 1 else float("nan")
+    if not isfinite(value):
+        raise module.error(f"its {name} should be one number, and is of shape {stored.shape}, or not finite")
+    return value
+
+
+def scale_of(alpha: float | None, rank: int) -> float:
+    """alpha / r; an alpha that is missing or 0 is the rank."""
+    return alpha / rank if alpha else 1.0
+
+
+def kind_of(kernel: tuple[int, ...] | None) -> Kind:
+    """What a weight with this kernel is."""
+    return "conv" if kernel else "linear"
+
+
+def _axes(stored: Stored, letters: str) -> str:
+    """A layout of as many axes as a tensor has: the letters, as far as they go."""
+    return " ".join(letters[: len(stored.shape)])
+
+
+def lora(module: Module, alpha: float | None) -> Change:
+    """LoRA (Hu et al. 2021, arXiv 2106.09685): ``alpha / r up down``; a convolution's kernel is in ``down``, or in the
+    core ``mid`` between the two."""
+    down, up = module.part("lora_down"), module.part("lora_up")
+    ones = " 1" * (len(up.shape) - 2)
+    if "lora_mid" not in module.parts:
+        size = module.sizes(lora_down=_axes(down, "riklm"), lora_up=f"o r{ones}")
+        kind: Kind = "linear" if len(down.shape) == 2 else "conv"
+        return LoraChange(module.target, kind, down, up, scale_of(alpha, size["r"]))
+    inner = " 1" * (len(down.shape) - 2)
+    core = module.part("lora_mid")
+    size = module.sizes(lora_down=f"s i{inner}", lora_up=f"o r{ones}", lora_mid=_axes(core, "rsklm"))
+    scale, kernel = scale_of(alpha, size["r"]), core.shape[2:]
+
+    def formula(parts: Parts, place: Place) -> tuple[Tensor, Tensor]:
+        inputs = parts["lora_down"].flatten(1)
+        wide = torch.einsum("rs...,si->ri...", parts["lora_mid"], inputs)
+        return parts["lora_up"].flatten(1) * scale, wide.flatten(1)
+
+    facts = {"outputs": size["o"], "inputs": size["i"], "kernel": kernel, "trained": size["r"]}
+    return module.computed(
+        formula, "lora_down", "lora_up", "lora_mid", kind="conv", scale=scale, factored=True, **facts
+    )
+
+
+def loha(module: Module, alpha: float | None) -> Change:
+    """LoHa: ``alpha / r (w1_a w1_b) * (w2_a w2_b)``, entry by entry; with cores each is a Tucker product."""
+    cores = "hada_t1" in module.parts
+    layout = {"hada_w1_a": "r o" if cores else "o r", "hada_w1_b": "r i"}
+    layout |= {name.replace("1", "2"): axes for name, axes in layout.items()}
+    if cores:
+        layout |= {name: _axes(module.part(name), "rrklm") for name in ("hada_t1", "hada_t2")}
+    size = module.sizes(**layout)
+    scale = scale_of(alpha, size["r"])
+    kernel = module.part("hada_t1").shape[2:] if cores else None
+
+    def formula(parts: Parts, place: Place) -> Tensor:
+        first, second = (parts["hada_w1_a"], parts["hada_w1_b"]), (parts["hada_w2_a"], parts["hada_w2_b"])
+        return hadamard(first, second, (parts["hada_t1"], parts["hada_t2"]) if cores else None) * scale
+
+    facts = {"outputs": size["o"], "inputs": size["i"], "kernel": kernel, "trained": 0 if cores else size["r"] ** 2}
+    return module.computed(formula, *layout, kind=kind_of(kernel), scale=scale, **facts)
+
+
+def lokr(module: Module, alpha: float | None) -> Change:
+    """LoKr: ``alpha / r`` times the Kronecker product of ``w1 [a, b]`` and ``w2 [c, d, *kernel]``.
+
+    Both may be products themselves. Where neither is, the rank is not known and the scale is 1.
+    """
+    first = {"lokr_w1": "a b"} if "lokr_w1" in module.parts else {"lokr_w1_a": "a r", "lokr_w1_b": "r b"}
+    if "lokr_w2" in module.parts:
+        second = {"lokr_w2": _axes(module.part("lokr_w2"), "cdklm")}
+    elif "lokr_t2" in module.parts:
+        second = {"lokr_t2": _axes(module.part("lokr_t2"), "sqklm"), "lokr_w2_a": "s c", "lokr_w2_b": "q d"}
+    else:
+        second = {"lokr_w2_a": "c s", "lokr_w2_b": _axes(module.part("lokr_w2_b"), "sdklm")}
+    layout = {**first, **second}
+    size = module.sizes(**layout)
+    rank = size.get("r") or size.get("s")
+    scale = scale_of(alpha, rank) if rank else 1.0
+
+    def formula(parts: Parts, place: Place) -> Tensor:
+        left = parts["lokr_w1"] if "lokr_w1" in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
+        if "lokr_w2" in parts:
+            right = parts["lokr_w2"]
+        elif "lokr_t2" in parts:
+            right = tucker(parts["lokr_t2"], parts["lokr_w2_a"], parts["lokr_w2_b"])
+        else:
+            right = parts["lokr_w2_a"] @ parts["lokr_w2_b"].flatten(1)
+        return kronecker(left, right.flatten(1)) * scale
+
+    kernel = tuple(size[axis] for axis in "klm" if axis in size)
+    left = min(size["a"], size["b"], size.get("r", size["a"]))
+    right = min(size["c"], size["d"] * prod(kernel), size.get("s", size["c"]))
+    facts = {"outputs": size["a"] * size["c"], "inputs": size["b"] * size["d"], "kernel": kernel or None}
+    return module.computed(formula, *layout, kind=kind_of(kernel), scale=scale, trained=left * right, **facts)
+
+
+def full(module: Module, alpha: float | None) -> Change:
+    """A change that was trained in full."""
+    value = module.part("diff")
+    module.check("diff", beside="diff")
+    module.check_types("diff")
+    if len(value.shape) < 2:
+        return AddedBias(module.target, "bias", value, 1.0)
+    outputs, inputs, *kernel = value.shape
+    facts = {"outputs": outputs, "inputs": inputs, "kernel": tuple(kernel) or None}
+    return module.computed(lambda parts, place: parts["diff"], "diff", kind=kind_of(tuple(kernel)), **facts)
+
+
+def norm(module: Module, alpha: float | None) -> Change:
+    """A change of the weight of a norm."""
+    module.check("w_norm", beside="w_norm")
+    module.check_types("w_norm")
+    return AddedBias(module.target, "bias", module.part("w_norm"), 1.0)
+
+
+def replaced(module: Module, alpha: float | None) -> Change:
+    """A weight that takes the base's place."""
+    module.check("set_weight", beside="set_weight")
+    module.check_types("set_weight")
+    reason = "it is saved in full, and what it changes is the difference from the base"
+    return Replacement(module.target, "full", module.part("set_weight"), needs_base=reason)

@@ -1,0 +1,173 @@
+"""Tiny diffusion models with what a LoRA may change of them, and what diffusers makes of one and a LoRA."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+__all__ = ["MODELS", "Shape", "State", "closest", "components", "factors", "fused", "on_disk", "quietly", "state_of"]
+
+State = dict[str, Tensor]
+Shape = tuple[int, ...]
+
+_UNET: dict[str, Any] = {
+    "block_out_channels": (8, 16),
+    "cross_attention_dim": 8,
+    "attention_head_dim": 4,
+    "norm_num_groups": 4,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+
+
+def _text(cls: type[nn.Module] = CLIPTextModel) -> nn.Module:
+    settings = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "projection_dim": 8}
+    tokens = {"vocab_size": 20, "bos_token_id": 0, "eos_token_id": 1}
+    return cls(CLIPTextConfig(**settings, **tokens, num_hidden_layers=2))
+
+
+def _sd() -> DiffusionPipeline:
+    """Stable Diffusion, its U-Net two levels deep."""
+    return StableDiffusionPipeline(
+        vae=None,
+        text_encoder=_text(),
+        tokenizer=None,
+        unet=UNet2DConditionModel(**_UNET),
+        scheduler=DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _sdxl() -> DiffusionPipeline:
+    """SDXL: two text encoders, and a U-Net with linear projections around up to two transformer blocks."""
+    unet = UNet2DConditionModel(
+        **_UNET,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=32,
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+    )
+    return StableDiffusionXLPipeline(
+        vae=None,
+        text_encoder=_text(),
+        text_encoder_2=_text(CLIPTextModelWithProjection),
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=unet,
+        scheduler=DDIMScheduler(),
+    )
+
+
+def _flux() -> DiffusionPipeline:
+    """Flux with one block of each kind, and without its T5.
+
+    As wide as the real one where that decides what diffusers makes of fused layers, and thin elsewhere.
+    """
+    transformer = FluxTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=8,
+        axes_dims_rope=(2, 2, 4),
+    )
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=None,
+        text_encoder=_text(),
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        transformer=transformer,
+    )
+
+
+MODELS: dict[str, Callable[[], DiffusionPipeline]] = {"sd": _sd, "sdxl": _sdxl, "flux": _flux}
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the warnings of diffusers, and of libraries about what it asks of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def components(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The networks of a pipeline, by name."""
+    found = {name: getattr(pipeline, name, None) for name in ("unet", "transformer", "text_encoder", "text_encoder_2")}
+    return {name: module for name, module in found.items() if module is not None}
+
+
+def state_of(pipeline: DiffusionPipeline) -> State:
+    """All weights of a pipeline, behind the names of their components."""
+    return {
+        f"{part}.{name}": value.detach().clone()
+        for part, module in components(pipeline).items()
+        for name, value in module.state_dict().items()
+    }
+
+
+def on_disk(folder: Path) -> State:
+    """All weights of a pipeline's folder, behind the names of their components."""
+    return {
+        f"{file.parent.name}.{name}": value
+        for file in folder.glob("*/*.safetensors")
+        for name, value in load_file(file).items()
+    }
+
+
+def fused(pipeline: DiffusionPipeline, lora: Path) -> State:
+    """The weights of a pipeline when diffusers has loaded a LoRA's file and fused it."""
+    with quietly():
+        pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
+        pipeline.fuse_lora(components=list(components(pipeline)))
+        pipeline.unload_lora_weights()
+    return state_of(pipeline)
+
+
+def factors(path: Path, modules: Mapping[str, tuple[Shape, float | None]], seed: int = 1, rank: int = 2) -> Path:
+    """A file of Kohya's kind with random factors for modules of these shapes, and alphas where they are given."""
+    random = torch.Generator().manual_seed(seed)
+    state: State = {}
+    for module, ((outputs, inputs, *kernel), alpha) in modules.items():
+        down = torch.randn(rank, inputs, *kernel, generator=random)
+        up = torch.randn(outputs, rank, *(1 for _ in kernel), generator=random)
+        state |= {f"{module}.lora_down.weight": 0.3 * down, f"{module}.lora_up.weight": 0.3 * up}
+        if alpha is not None:
+            state[f"{module}.alpha"] = torch.tensor(float(alpha))
+    save_file(state, path)
+    return path
+
+
+def closest(
+    got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], before: Mapping[str, Tensor], changed: int
+) -> None:
+    """The same tensors within rounding, of which so many are not what they were before."""
+    assert got.keys() == wanted.keys()
+    off = {name: float((got[name] - wanted[name]).abs().max()) for name in wanted}
+    assert not {name: error for name, error in off.items() if not error <= 2e-6}
+    assert sum(not torch.equal(wanted[name], before[name]) for name in wanted) == changed
