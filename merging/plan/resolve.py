@@ -62,7 +62,7 @@ class Resolver:
         """
         renaming, left = self._match(adapter, self._shapes)
         if not left:
-            names = {target: renaming(target) or target for target in adapter.changes}
+            names = _renamed(adapter, renaming, self._shapes)
             changes = self._oriented(adapter, {target: self._shapes[name] for target, name in names.items()})
             placed = {names[target]: change for target, change in changes.items()}
             return Resolved(placed, _line(adapter, str(renaming)))
@@ -78,7 +78,7 @@ class Resolver:
         if left:
             found = self._by_memory(adapter)
         else:
-            names = {target: renaming(target) or target for target in adapter.changes}
+            names = _renamed(adapter, renaming, self._shapes)
             pieces = {t: self._pieces.get(name, [whole(name, self._shapes[name])]) for t, name in names.items()}
             found = _Found(pieces, {t: self._shapes[name] for t, name in names.items()}, str(renaming))
         if found is not None:
@@ -99,7 +99,8 @@ class Resolver:
         def fits(target: str, match: str) -> bool:
             return adapter.changes[target].fits(shapes[match])
 
-        return find_renaming(adapter.changes, shapes, fits)
+        required = [target for target, change in adapter.changes.items() if not change.optional]
+        return find_renaming(required, shapes, fits)
 
     def _by_spelling(self, adapter: Adapter, renaming: Renaming, left: list[str]) -> Resolved:
         """The changes of a diffusion model's tensors on disk, which are what all programs agree on."""
@@ -120,11 +121,11 @@ class Resolver:
         in_memory = self._in_memory
         renaming, left = self._match(adapter, in_memory)
         if not left:
-            names = {target: renaming(target) or target for target in adapter.changes}
+            names = _renamed(adapter, renaming, in_memory)
             shapes = {target: in_memory[name] for target, name in names.items()}
             pieces = {target: [whole(name, in_memory[name])] for target, name in names.items()}
             return _Found(pieces, shapes, f"transformers' names, {renaming}")
-        if self._loading is None:
+        if self._loading is None or any(min(change.shape, default=0) < 0 for change in adapter.changes.values()):
             return None
         shapes = {target: change.shape for target, change in adapter.changes.items()}
         pieces = self._loading.pieces(shapes)
@@ -198,7 +199,7 @@ class Resolver:
 
         Square matrices are turned as all others are where no config says that the model stores ``[in, out]``.
         """
-        changes = dict(adapter.changes)
+        changes = {target: change for target, change in adapter.changes.items() if target in shapes}
         linear = {t: c for t, c in changes.items() if isinstance(c, LoraChange) and c.kind == "linear"}
         turned = {c.is_transposed(shapes[t]) for t, c in linear.items() if c.shape != c.shape[::-1]}
         if "fan_in_fan_out" not in adapter.config and turned == {True}:
@@ -222,6 +223,12 @@ class Resolver:
             f"{adapter.path}: {target} {reason} ({len(left)} of {len(adapter.changes)} targets have no place): is this "
             f"the base it was trained on{f' ({adapter.base})' if adapter.base else ''}?"
         )
+
+
+def _renamed(adapter: Adapter, renaming: Renaming, known: Mapping[str, object]) -> dict[str, str]:
+    """The name of each target in the base, but for those that it lacks and need not have."""
+    names = {target: renaming(target) or target for target in adapter.changes}
+    return {target: name for target, name in names.items() if name in known or not adapter.changes[target].optional}
 
 
 def _line(adapter: Adapter, rule: str) -> str:

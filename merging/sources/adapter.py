@@ -33,6 +33,8 @@ class Change(ABC):
     kind: Kind
     needs_base: str | None = field(default=None, kw_only=True)
     """Why the change cannot be told without the base's tensor, if it cannot."""
+    optional: bool = field(default=False, kw_only=True)
+    """Whether the base need not have the target: the bias of a layer that may have none."""
 
     @property
     @abstractmethod

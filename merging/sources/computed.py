@@ -51,8 +51,7 @@ class Computed(Change):
     have where it is less than any (0: it is not known).
 
     ``transposed``: the target is ``[in, out]``, unless its shape says otherwise; always so for embeddings, whose
-    outputs are the features of a token. ``layer`` is the base's own tensor where it was saved along. ``optional``: a
-    target that the base need not have (the bias of a layer that may have none).
+    outputs are the features of a token. ``layer`` is the base's own tensor where it was saved along.
     """
 
     parts: Mapping[str, Stored]
@@ -66,7 +65,6 @@ class Computed(Change):
     transposed: bool = False
     scale: float | None = None
     layer: Stored | None = None
-    optional: bool = False
 
     @property
     def tensors(self) -> tuple[Stored, ...]:

@@ -119,7 +119,18 @@ def peft_changes(tensors: Mapping[str, Stored], config: Mapping[str, Any], where
         )
     if not modules and not changes:
         raise settings.error(f"holds nothing of a {settings.kind} adapter")
+    _check_complete(settings, changes)
     return changes
+
+
+def _check_complete(config: Config, changes: Mapping[str, Change]) -> None:
+    """Refuse an adapter that lacks what its config says it has beside the factors of modules."""
+    if config.get("trainable_token_indices") and not any(change.kind == "tokens" for change in changes.values()):
+        raise config.error("its config has trainable_token_indices, and the file no rows of tokens: it is incomplete")
+    parameters = config.names("target_parameters")
+    ends = tuple(f".{each}" for each in parameters)
+    if parameters and not any(f".{target}".endswith(ends) for target in changes):
+        raise config.error(f"its config names the parameter {parameters[0]}, and the file has no factors for it")
 
 
 def _kind(config: Config, names: Iterable[str]) -> Kind:
@@ -129,8 +140,8 @@ def _kind(config: Config, names: Iterable[str]) -> Kind:
         name = next((kind for kind in KINDS if any(KINDS[kind].leaf.search(each) for each in names)), name)
         if name != "LORA":
             raise config.error(
-                f"holds tensors of a PEFT adapter of type {name}, which cannot be understood without its config: give the "
-                f"folder with its adapter_config.json"
+                f"holds tensors of a PEFT adapter of type {name}, which needs its config to be understood: give the folder "
+                f"with its adapter_config.json"
             )
     if name in KINDS:
         return KINDS[name]
