@@ -100,8 +100,11 @@ def _plan_of(
 
 
 def _pinned(recipe: Recipe, models: Sequence[Checkpoint | Adapter], base: Checkpoint | None) -> Recipe:
-    """The recipe with models of the Hub named by their commits, so that it means the same bytes for ever."""
-    named = zip(recipe.models, models, strict=True)
+    """The recipe with models of the Hub named by their commits, so that it means the same bytes for ever.
+
+    There may be models that no name stands for (what a store holds): they come last.
+    """
+    named = zip(recipe.models, models, strict=False)
     pinned = {"models": tuple(str(model.origin or name) for name, model in named)}
     return recipe.model_copy(update=pinned | ({"base": str(base.origin)} if base and base.origin else {}))
 
