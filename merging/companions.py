@@ -93,7 +93,8 @@ def model_card(plan: Plan) -> str:
     if ids:
         facts["base_model"] = ids
         facts["base_model_relation"] = "adapter" if plan.output == "adapter" else "merge"
-    facts["library_name"] = "peft" if plan.output == "adapter" else "transformers"
+    full = plan.reference.library if plan.reference else "transformers"
+    facts["library_name"] = "peft" if plan.output == "adapter" else full
     licence = strictest([each.licence for each in _sources(plan)])
     if licence:
         facts["license"] = licence

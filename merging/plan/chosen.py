@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from merging.errors import InputError, OptionError, nearest
 from merging.recipe import Recipe
@@ -18,7 +19,7 @@ def chosen(
 ) -> tuple[tuple[Model, ...], Checkpoint | None]:
     """The models with the tensors of the components that are to be merged, all unless the recipe names some.
 
-    Raises :class:`~merging.errors.OptionError` for names of no component, :class:`~merging.errors.InputError` for
+    Where it names one, a model that is no pipeline stands for that component. Raises :class:`~merging.errors.OptionError` for names of no component, :class:`~merging.errors.InputError` for
     pipelines that have different ones.
     """
     checkpoints = [model for model in ([base, *models] if base else models) if isinstance(model, Checkpoint)]
@@ -36,6 +37,10 @@ def chosen(
             )
     wanted = recipe.components or tuple(first.components)
     for model in checkpoints:
+        if not model.components and len(wanted) > 1:
+            raise InputError(
+                f"{model.path} is no pipeline, unlike {first.path}: say by --component which part of one it is"
+            )
         lacking = sorted(set(wanted) - set(model.components))
         extra = sorted(set(model.components) - set(wanted)) if not recipe.components else []
         if model.components and (lacking or extra):
@@ -45,7 +50,13 @@ def chosen(
                 f"{first.path.name}'s"
             )
 
-    def narrowed(model: Model) -> Model:
-        return model.narrowed(wanted) if isinstance(model, Checkpoint) and model.components else model
+    return (
+        tuple(_narrowed(model, wanted) if isinstance(model, Checkpoint) else model for model in models),
+        _narrowed(base, wanted) if base else None,
+    )
 
-    return tuple(map(narrowed, models)), base.narrowed(wanted) if base and base.components else base
+
+def _narrowed(model: Checkpoint, wanted: Sequence[str]) -> Checkpoint:
+    if model.components:
+        return model.narrowed(wanted)
+    return replace(model, tensors={f"{wanted[0]}.{name}": stored for name, stored in model.tensors.items()})

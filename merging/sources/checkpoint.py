@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from merging.errors import FormatError
-from merging.sources.components import components_of
+from merging.sources.components import MODULES, PIPELINE, components_of
 from merging.sources.layout import agree, is_standard, read_json, shards_of, stem_of, weights_of
 from merging.sources.origin import Origin
 from merging.sources.quantised import dequantised, refuse_quantised
@@ -61,6 +61,14 @@ class Checkpoint:
     def layers(self) -> int | None:
         """The number of blocks the config states, where it states one."""
         return config_layers(self.config)
+
+    @property
+    def library(self) -> str:
+        """The library that loads it, by its name on the Hub."""
+        if "_class_name" in self.config or (self.folder and (self.folder / PIPELINE).is_file()):
+            return "diffusers"
+        listed = self.folder is not None and (self.folder / MODULES).is_file()
+        return "sentence-transformers" if listed else "transformers"
 
     def lookup(self, name: str) -> Stored | None:
         """The tensor of that name; one that is not stored because it is tied to another is that one."""

@@ -10,12 +10,13 @@ from typing import Any
 from merging.errors import FormatError
 from merging.sources.layout import find_weights, read_json
 
-__all__ = ["PIPELINE", "components_of"]
+__all__ = ["MODULES", "PIPELINE", "components_of"]
 
 PIPELINE = "model_index.json"
 """What tells the folder of a diffusers pipeline."""
 
-_MODULES = "modules.json"
+MODULES = "modules.json"
+"""What tells the folder of a model of sentence-transformers."""
 
 
 def components_of(folder: Path) -> dict[str, Path]:
@@ -31,8 +32,8 @@ def components_of(folder: Path) -> dict[str, Path]:
         if not found:
             raise FormatError(f"{folder / PIPELINE}: none of its components has weights here: complete the download")
         return found
-    if (folder / _MODULES).is_file():
-        found = _with_weights(folder, folder / _MODULES, _module_paths(folder / _MODULES))
+    if (folder / MODULES).is_file():
+        found = _with_weights(folder, folder / MODULES, _module_paths(folder / MODULES))
         return found if found.keys() != {""} else {}
     return {}
 
