@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from merging.sources.adapter import Change, LoraChange
 from merging.sources.peft.wrapped import in_order
@@ -52,14 +52,14 @@ class Paths:
 def factors(path: str, change: Change, shape: tuple[int, ...], rank: int, kind: str) -> tuple[Out, ...]:
     """The two factors, down then up, of a change of a tensor of this shape, as PEFT stores them."""
     batch: tuple[int, ...] = ()
-    kernel: tuple[int, ...] = ()
+    kernel: Sequence[int] = ()
     if change.kind == "experts":
         batch, shape = shape[:1], shape[1:]
         outputs, inputs = shape[::-1] if change.is_transposed((*batch, *shape)) else shape
     elif isinstance(change, LoraChange):
         outputs, inputs, kernel = change.up.shape[0], change.down.shape[1], change.down.shape[2:]
     else:
-        outputs, inputs = shape[::-1] if change.is_transposed(shape) else shape
+        outputs, inputs, *kernel = shape[::-1] if change.is_transposed(shape) else shape
     leaves = (
         ("lora_embedding_A", "lora_embedding_B") if change.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
     )

@@ -99,6 +99,8 @@ def adapter_items(
     kind = DTYPES[recipe.dtype] if recipe.dtype else _widest(merged.values())
     shapes = {name: _shape(name, changes, adapters, targets.resolver) for name, changes in merged.items()}
     low = {name for name, changes in merged.items() if _is_lora(changes)}
+    if not recipe.rank:
+        _refuse_full_rank(merged, low, adapters)
     rank = _rank(recipe, [(merged[name], shapes[name]) for name in low], rank_steps)
     _check_biases(merged, low, labels, adapters)
     turned = inputs_by_outputs({name: stored.shape for name, stored in base.tensors.items()}) if base else set()
@@ -119,6 +121,11 @@ def adapter_items(
         outs = _outs(labels[name], changes, shapes[name], rank, kind, paths)
         items.append(Item(site, changes, stored, outs, form, written))
     _check_tokens(items, rank)
+    if not low and all(item.form == "dense" and not isinstance(item.base, TokenTable) for item in items):
+        raise InputError(
+            "the adapters hold tensors in full and no factors, and PEFT reads these only beside factors: make a model "
+            "with --as model"
+        )
     return items, rank
 
 
@@ -159,7 +166,7 @@ def _refuse_in_pieces(name: str, changes: tuple[Change | None, ...], weights: bo
 
 
 def _widest(targets: Iterable[tuple[Change | None, ...]]) -> str:
-    dtypes = {t.dtype for changes in targets for change in changes if change for t in change.tensors}
+    dtypes = {t.dtype for changes in targets for change in changes if change for t in change.tensors if t.floating}
     widest = torch.float16 if dtypes == {torch.float16} else torch.bfloat16
     for dtype in sorted(dtypes, key=str):
         widest = torch.promote_types(widest, dtype)
@@ -201,6 +208,8 @@ def _rank(
 
     More than the sum is of use where the merged change is not the sum of the changes, or one of them came in full.
     """
+    if not modules:
+        return 0
     default = most = 0
     for changes, shape in modules:
         brought = [change for change in changes if change]
@@ -212,6 +221,20 @@ def _rank(
     if recipe.rank:
         return min(most, recipe.rank)
     return next((step for step in steps if step >= default), default)
+
+
+def _refuse_full_rank(
+    targets: dict[str, tuple[Change | None, ...]], low: set[str], adapters: Sequence[Adapter]
+) -> None:
+    """Refuse to choose a rank for changes that have none: of a full matrix, factors hold what their rank allows."""
+    for name, changes in targets.items():
+        for change, adapter in zip(changes, adapters, strict=True):
+            if name in low and change and not change.rank and not change.low_rank:
+                raise InputError(
+                    f"{adapter.path}: what a {adapter.dialect} adapter changes in {name} has full rank, and a LoRA "
+                    f"holds as much of it as its own rank allows: choose one with --rank, or make a model with "
+                    f"--as model"
+                )
 
 
 def _check_biases(

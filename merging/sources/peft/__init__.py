@@ -140,8 +140,8 @@ def _kind(config: Config, names: Iterable[str]) -> Kind:
         name = next((kind for kind in KINDS if any(KINDS[kind].leaf.search(each) for each in names)), name)
         if name != "LORA":
             raise config.error(
-                f"holds tensors of a PEFT adapter of type {name}, which needs its config to be understood: give the folder "
-                f"with its adapter_config.json"
+                f"holds tensors of a PEFT adapter of type {name}, which needs its config to be understood: give the "
+                f"folder with its adapter_config.json"
             )
     if name in KINDS:
         return KINDS[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def loha(module: Module) -> list[Change]:
             outputs=size["o"],
             inputs=size["i"],
             kernel=(size["k"], size["l"]) if cores else None,
-            trained=0 if cores else size["r"] ** 2,
+            trained=size["r"] ** 2,
         )
     ]
 
@@ -78,7 +79,8 @@ def lokr(module: Module) -> list[Change]:
         return (torch.kron(left, right) if right.dim() == 3 else kronecker(left, right)) * scale
 
     kernel = tuple(size[axis] for axis in "kl" if axis in size) or None
-    ranks = [min(size["a"], size["b"], size.get("r", size["a"])), min(size["c"], size["d"], size.get("r", size["c"]))]
+    left = min(size["a"], size["b"], size["r"] if "lokr_w1_a" in layout else size["a"])
+    right = min(size["c"], size["d"] * prod(kernel or ()), size["c"] if "lokr_w2" in layout else size["r"])
     return [
         module.computed(
             formula,
@@ -88,7 +90,7 @@ def lokr(module: Module) -> list[Change]:
             outputs=size["a"] * size["c"],
             inputs=size["b"] * size["d"],
             kernel=kernel,
-            trained=0 if kernel else ranks[0] * ranks[1],
+            trained=left * right if axes != "c d k" else 0,  # along the wrong axes they are no ranks
         )
     ]
 
