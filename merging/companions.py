@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from merging.licences import Source, licence_sentence, source_of, strictest
-from merging.plan.items import Plan
+from merging.plan.items import Item, Plan
 from merging.plan.outs import PREFIX
 from merging.sources import Adapter, Checkpoint
-from merging.sources.adapter import LoraChange
+from merging.sources.adapter import Change, LoraChange
+from merging.sources.tokens import TokenTable
 
 __all__ = ["adapter_config", "model_card", "write_adapter_companions"]
 
@@ -52,7 +54,49 @@ def adapter_config(plan: Plan) -> dict[str, Any]:
     }
     if any(item.form == "delta" for item in plan.items):
         config["lora_bias"] = True
+    if parameters := _parameters(plan, adapters):
+        config["target_parameters"] = parameters
+        config["peft_version"] = "0.19.0"  # the first that reads experts' factors this way round
+    tokens = _tokens(plan)
+    if tokens and plan.rank:
+        config["trainable_token_indices"] = tokens
+    elif tokens:
+        kept = ("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode")
+        indices = next(iter(tokens.values()))
+        return {
+            **{key: config[key] for key in kept},
+            "peft_type": "TRAINABLE_TOKENS",
+            "target_modules": sorted(tokens),
+            "token_indices": indices,
+        }
     return config
+
+
+def _is_experts(item: Item) -> bool:
+    return any(isinstance(each, Change) and each.kind == "experts" for each in item.inputs)
+
+
+def _parameters(plan: Plan, adapters: list[Adapter]) -> list[str]:
+    """The parameters of experts that are adapted, by the short names the inputs used if these mean all of them."""
+    experts = [item.inputs for item in plan.items if item.form == "factors" and _is_experts(item)]
+    names = {next(each.target for each in inputs if isinstance(each, Change)) for inputs in experts}
+    short = {name for adapter in adapters for name in adapter.config.get("target_parameters") or ()}
+    return sorted(short if _cover(short, names) else names) if names else []
+
+
+def _cover(short: Iterable[str], names: Iterable[str]) -> bool:
+    """Whether every name ends in one of the short ones."""
+    return all(any(name == end or name.endswith(f".{end}") for end in short) for name in names)
+
+
+def _tokens(plan: Plan) -> dict[str, list[int]]:
+    """The indices of the rows that are written, by module."""
+    found: dict[str, list[int]] = {}
+    for item in plan.items:
+        if isinstance(item.base, TokenTable):
+            module = item.outs[0].name.removeprefix(PREFIX).rpartition(".")[0].removesuffix(".token_adapter")
+            found[module] = list(item.base.indices)
+    return found
 
 
 def _target_modules(plan: Plan, adapters: list[Adapter]) -> list[str]:
@@ -68,19 +112,23 @@ def _target_modules(plan: Plan, adapters: list[Adapter]) -> list[str]:
         if not isinstance(named, list) or narrowed or not all(isinstance(name, str) for name in named):
             return sorted(_modules(plan))
         short.update(named)
-    covers = all(any(m == name or m.endswith("." + name) for name in short) for m in _modules(plan))
-    return sorted(short) if covers else sorted(_modules(plan))
+    modules = _modules(plan)
+    return sorted(short if _cover(short, modules) else modules)
 
 
 def _modules(plan: Plan) -> set[str]:
     leaves = (".lora_A.weight", ".lora_embedding_A")
-    names = [out.name for item in plan.items if item.form == "factors" for out in item.outs]
-    return {name.removeprefix(PREFIX).removesuffix(leaf) for name in names for leaf in leaves if name.endswith(leaf)}
+    adapted = [item for item in plan.items if item.form == "factors" and not _is_experts(item)]
+    names = [out.name for item in adapted for out in item.outs]
+    paths = {name.removeprefix(PREFIX).removesuffix(leaf) for name in names for leaf in leaves if name.endswith(leaf)}
+    # What is wrapped in another wrapper follows from that one.
+    return {path for path in paths if ".base_layer" not in path}
 
 
 def _saved_modules(plan: Plan, adapters: list[Adapter]) -> list[str]:
     """The modules saved in full, by the names of the inputs' configs; any that these leave out by its own."""
-    outs = [out.name for item in plan.items if item.form == "dense" for out in item.outs]
+    saved = [item for item in plan.items if item.form == "dense" and not isinstance(item.base, TokenTable)]
+    outs = [out.name for item in saved for out in item.outs]
     modules = {name.removeprefix(PREFIX).rpartition(".")[0] for name in outs}
     named = {name for adapter in adapters for name in adapter.config.get("modules_to_save") or [] if modules}
     return sorted(named | {module for module in modules if not any(f".{name}." in f".{module}." for name in named)})

@@ -129,9 +129,16 @@ class Resolver:
             return None
         shapes = {target: change.shape for target, change in adapter.changes.items()}
         pieces = self._loading.pieces(shapes)
-        if all(target in pieces and all(p.of in in_memory for p in pieces[target]) for target in adapter.changes):
-            return _Found(pieces, shapes, "what transformers makes of the names of an older release")
-        return None
+        for target, change in adapter.changes.items():
+            held = {piece.of for piece in pieces.get(target, ())}
+            if not held or not held <= in_memory.keys():
+                return None
+            name, *others = held
+            if not others and pieces[target] == [whole(name, shapes[target])]:  # it has another name, and that is all
+                if not change.fits(in_memory[name]):
+                    return None
+                shapes[target], pieces[target] = in_memory[name], [whole(name, in_memory[name])]
+        return _Found(pieces, shapes, "what transformers makes of the names of an older release")
 
     @cached_property
     def _loading(self) -> Loading | None:

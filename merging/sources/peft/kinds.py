@@ -17,9 +17,10 @@ from merging.sources.peft.factored import adalora, delora, gralora, hra, miss, v
 from merging.sources.peft.lora import LORA_LEAVES, check_lora, lora_changes
 from merging.sources.peft.lycoris import loha, lokr
 from merging.sources.peft.module import Module
-from merging.sources.peft.replaced import ln_tuning, trainable_tokens
+from merging.sources.peft.replaced import ln_tuning
 from merging.sources.peft.rotations import boft, oft, road
 from merging.sources.peft.scalings import hira, ia3
+from merging.sources.peft.tokens import trainable_tokens
 
 __all__ = ["KINDS", "Kind"]
 

@@ -13,10 +13,12 @@ from merging.sources.adapter import AddedBias, Change, LoraChange
 from merging.sources.computed import Computed, Place
 from merging.sources.peft.config import Config
 from merging.sources.peft.module import Module
+from merging.sources.peft.tokens import TOKENS, lora_tokens
+from merging.sources.peft.wrapped import attention_target, experts_change, parameter_of
 
 __all__ = ["LORA_LEAVES", "TRAINING_STATE", "check_lora", "lora_changes", "lora_scale"]
 
-LORA_LEAVES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_diag")
+LORA_LEAVES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_diag", TOKENS)
 """What LoRA's tensors are called behind the path of their module."""
 
 TRAINING_STATE = ("lora_velora_embed", "lora_monteclora_sampler")
@@ -33,8 +35,6 @@ _CONVERT = (
 )
 _UNSUPPORTED = {
     "layer_replication": "it was trained on a base with repeated layers",
-    "target_parameters": "it changes expert parameters, which are not read yet",
-    "trainable_token_indices": "it holds trained token rows, which are not read yet",
     "use_qalora": "its factors are grouped for a quantised base (QALoRA)",
     "arrow_config": "it routes between experts at run time (Arrow)",
     "alora_invocation_tokens": "it acts only on what follows certain tokens (aLoRA)",
@@ -62,6 +62,13 @@ def _start(config: Config) -> Literal["pissa", "olora"] | None:
 
 def lora_changes(module: Module) -> list[Change]:
     """What LoRA changes in a module: its weight, and its bias where ``lora_bias`` trained one."""
+    if TOKENS in module.parts:
+        return [lora_tokens(module)]
+    parameter, attention = parameter_of(module), attention_target(module)
+    if parameter:
+        return [experts_change(module, parameter, lora_scale)]
+    if attention:
+        return [_attention(module, *attention)]
     config, parts = module.config, module.parts
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
     if config.get("use_bdlora"):
@@ -101,6 +108,13 @@ def lora_changes(module: Module) -> list[Change]:
     if "lora_B.bias" in parts:
         changes.append(AddedBias(f"{module.path}.bias", "bias", parts["lora_B.bias"], scale))
     return changes
+
+
+def _attention(module: Module, target: str, times: float) -> LoraChange:
+    """Plain LoRA on a tensor of torch's multi-head attention, which PEFT adds so many times."""
+    module.sizes(lora_A="r i", lora_B="o r")
+    down, up = module.part("lora_A"), module.part("lora_B")
+    return LoraChange(target, "linear", down, up, times * lora_scale(module, down.shape[0]))
 
 
 def _kasa(module: Module) -> Computed:

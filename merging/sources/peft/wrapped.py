@@ -6,9 +6,23 @@ Neither is told by the names in the file alone. Several parameters of one module
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
-__all__ = ["in_order"]
+from merging.sources.adapter import Adapter, Change, LoraChange
+from merging.sources.experts import ExpertsChange
+from merging.sources.peft.config import Config
+from merging.sources.peft.module import Module
+from merging.sources.views import reshaped
+
+__all__ = ["attention_target", "experts_change", "in_order", "out_proj_once", "parameter_of"]
+
+_OUT_PROJ = ".base_layer.out_proj"
+"""Where PEFT keeps the factors on what projects the output of torch's multi-head attention."""
+
+_SWAPPED_SINCE = (0, 19)
+"""The version of PEFT from which on ``down`` is that of the inputs in all models."""
 
 
 def in_order(parameters: Iterable[str]) -> list[str]:
@@ -17,3 +31,95 @@ def in_order(parameters: Iterable[str]) -> list[str]:
     What goes into the experts comes first: ``gate_up_proj``, ``up_proj`` or ``w1`` before ``down_proj`` or ``w2``.
     """
     return sorted(parameters, key=lambda name: ("down" in name or name == "w2", name))
+
+
+def attention_target(module: Module) -> tuple[str, float] | None:
+    """The tensor of torch's multi-head attention that a module's factors change, and how often PEFT adds them.
+
+    PEFT up to 0.21 adds those on ``out_proj`` twice, in training and in merging, so what was trained is twice their
+    product; :func:`out_proj_once` takes that back for adapters of a version that adds them once.
+    """
+    path, others = module.path, module.siblings
+    if path.endswith(_OUT_PROJ) and path.removesuffix(_OUT_PROJ) in others:
+        return f"{path.removesuffix(_OUT_PROJ)}.out_proj.weight", 2.0
+    if path + _OUT_PROJ in others:
+        return f"{path}.in_proj_weight", 1.0
+    return None
+
+
+def out_proj_once(adapter: Adapter) -> Adapter:
+    """An adapter whose factors on the output of torch's multi-head attention were trained as if added once."""
+    changes = dict(adapter.changes)
+    for target, change in adapter.changes.items():
+        attention = target.removesuffix(".out_proj.weight")
+        if attention != target and f"{attention}.in_proj_weight" in changes and isinstance(change, LoraChange):
+            changes[target] = replace(change, scale=change.scale / 2)
+    return replace(adapter, changes=changes)
+
+
+def parameter_of(module: Module) -> str | None:
+    """The parameter that a module's factors change, if the config says that it is no module's weight.
+
+    Raises :class:`~merging.errors.FormatError` where the config names other parameters than the file has factors for.
+    """
+    config, path = module.config, module.path
+    plain = re.sub(r"(\.base_layer)+$", "", path)
+    named, dotted = set(), False
+    for target in config.names("target_parameters"):
+        parent, _, parameter = target.rpartition(".")
+        if not parent or plain == parent or plain.endswith(f".{parent}"):
+            named.add(parameter)
+            dotted |= bool(parent)
+    if not named:
+        return None
+    wrappers = {each for each in (path, *module.siblings) if re.fullmatch(rf"{re.escape(plain)}(\.base_layer)*", each)}
+    depth = path.count(".base_layer", len(plain))
+    # A name without its module's fits any module: the factors of many experts are larger than the rank.
+    stated = config.pattern("rank_pattern", path, config.get("r", 8))
+    if not dotted and len(wrappers) == 1 and module.part("lora_A").shape[:1] == (stated,):
+        return None
+    if len(named) != len(wrappers):
+        raise config.error(
+            f"{plain} has factors for {len(wrappers)} parameters, and target_parameters in its config name "
+            f"{', '.join(sorted(named))}: which of them are meant cannot be told"
+        )
+    return f"{plain}.{in_order(named)[len(wrappers) - 1 - depth]}"
+
+
+def experts_change(module: Module, parameter: str, scale_of: Callable[[Module, int], float]) -> Change:
+    """The change of a parameter: PEFT keeps ``down`` as ``[E * r, in]``, and ``up`` as ``[out, r * E]``.
+
+    A parameter of two axes has one expert, and is as any weight. ``scale_of`` gives the scale of factors of a rank.
+    """
+    module = replace(module, path=parameter)
+    module.check("lora_A", "lora_B", beside="lora_A and lora_B")
+    module.check_types("lora_A", "lora_B")
+    down, up = module.part("lora_A"), module.part("lora_B")
+    rank = module.config.count("r", 8, parameter, "rank_pattern")
+    if len(down.shape) != 2 or len(up.shape) != 2 or up.shape[1] != down.shape[0] or not down.numel or not up.numel:
+        raise module.error(f"factors of shapes {down.shape} and {up.shape} do not multiply")
+    if down.shape[0] % rank:
+        raise module.error(
+            f"has factors of {down.shape[0]} rows, which are no experts of the rank {rank} in its config"
+        )
+    experts, scale = down.shape[0] // rank, scale_of(module, rank)
+    if experts == 1:
+        return LoraChange(parameter, "linear", down, up, scale)
+    either = _version(module.config) < _SWAPPED_SINCE
+    reason = "PEFT before 0.19 took the inputs of most experts for their outputs, and only the base tells which"
+    return ExpertsChange(
+        parameter,
+        "experts",
+        reshaped(down, experts, rank, down.shape[1]),
+        reshaped(up, up.shape[0], rank, experts).permuted(2, 0, 1),
+        scale,
+        transposed=either,
+        either=either,
+        needs_base=reason if either else None,
+    )
+
+
+def _version(config: Config) -> tuple[int, int]:
+    """The first two numbers of the version that wrote the config, which states it since 0.18."""
+    found = re.match(r"(\d+)\.(\d+)", config.text("peft_version") or "")
+    return (int(found[1]), int(found[2])) if found else (0, 0)
