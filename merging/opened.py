@@ -77,7 +77,7 @@ class Opened:
             yield site, stack, None
             return
         columns = torch.Size(site.shape[1:]).numel()
-        step = row_step(columns, self.tiler.device)
+        step = row_step(columns, self.tiler.device, site.kind == "experts")
         for first in range(0, site.shape[0], step):
             last = min(first + step, site.shape[0])
             yield site.block((last - first, *site.shape[1:]), first * columns), stack.rows(first, last), None
@@ -150,7 +150,9 @@ def blocks(delta: Delta, device: torch.device) -> Iterator[tuple[int, int, Delta
         yield 0, 1, Dense(delta.value.view(1))
         return
     rows, columns = delta.shape[0], torch.Size(delta.shape[1:]).numel()
-    step = row_step(columns, device) if isinstance(delta, LowRank) else max(1, TILE // max(1, columns))
+    step = max(1, TILE // max(1, columns))
+    if isinstance(delta, LowRank):
+        step = row_step(columns, device, delta.up.dim() > 2)
     for first in range(0, rows, step):
         last = min(first + step, rows)
         yield first, last, delta.rows(first, last)

@@ -104,7 +104,7 @@ class Tiler:
         loaded = {slot: self.change(item, slot) for slot, each in enumerate(item.inputs) if isinstance(each, Change)}
         grain = self.plan.recipe.method.grain_at(item.site)
         whole = grain == "matrix" or (grain == "row" and item.site.kind == "vector")
-        step = shape[0] if whole else row_step(columns, self.device)
+        step = shape[0] if whole else row_step(columns, self.device, item.site.kind == "experts")
         for first in range(0, shape[0], step):
             last = min(first + step, shape[0])
             start, block = first * columns, (last - first, *shape[1:])
@@ -213,7 +213,11 @@ def whole_rows(item: Item, grain: Grain, size: int) -> int:
     return max(1, size // item.site.row) * item.site.row if grain == "row" else size
 
 
-def row_step(columns: int, device: torch.device) -> int:
-    """Rows in a tile: a multiple of 64 that no limit changes, since a product's last bits depend on the rows in it."""
+def row_step(columns: int, device: torch.device, experts: bool = False) -> int:
+    """Rows in a tile: a multiple of 64 that no limit changes, since a product's last bits depend on the rows in it.
+
+    Of ``experts`` every row is a matrix, and its product one of its own.
+    """
     size = TILE if device.type == "cpu" else GPU_TILE
-    return 64 * max(1, size // (64 * max(1, columns)))
+    rows = 1 if experts else 64
+    return rows * max(1, size // (rows * max(1, columns)))

@@ -179,7 +179,8 @@ class Plan:
         """About how much memory one worker needs for an item on a CPU: inputs, buffers and results together."""
         width = self.dtype(item).itemsize
         models = len(item.inputs)
-        rows = 64 * (item.numel // max(1, item.site.shape[0])) if item.site.shape else 1
+        least = 1 if item.site.kind == "experts" else 64
+        rows = least * (item.numel // max(1, item.site.shape[0])) if item.site.shape else 1
         grain = self.recipe.method.grain_at(item.site)
         whole = grain == "matrix" and not self.as_factors(item)
         rows = max(rows, item.site.row) if grain == "row" else rows
