@@ -23,7 +23,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-__all__ = ["MODELS", "Shape", "State", "closest", "components", "factors", "fused", "on_disk", "quietly", "state_of"]
+__all__ = [
+    "MODELS",
+    "Shape",
+    "State",
+    "build",
+    "closest",
+    "components",
+    "factors",
+    "fused",
+    "on_disk",
+    "quietly",
+    "state_of",
+]
 
 State = dict[str, Tensor]
 Shape = tuple[int, ...]
@@ -80,10 +92,7 @@ def _sdxl() -> DiffusionPipeline:
 
 
 def _flux() -> DiffusionPipeline:
-    """Flux with one block of each kind, and without its T5.
-
-    As wide as the real one where that decides what diffusers makes of fused layers, and thin elsewhere.
-    """
+    """Flux with one block of each kind, and without its T5."""
     transformer = FluxTransformer2DModel(
         in_channels=4,
         num_layers=1,
@@ -106,6 +115,13 @@ def _flux() -> DiffusionPipeline:
 
 
 MODELS: dict[str, Callable[[], DiffusionPipeline]] = {"sd": _sd, "sdxl": _sdxl, "flux": _flux}
+
+
+def build(name: str) -> DiffusionPipeline:
+    """One of the models, always with the same weights."""
+    torch.manual_seed(0)
+    with quietly():
+        return MODELS[name]()
 
 
 @contextmanager
