@@ -19,8 +19,9 @@ def chosen(
 ) -> tuple[tuple[Model, ...], Checkpoint | None]:
     """The models with the tensors of the components that are to be merged, all unless the recipe names some.
 
-    Where it names one, a model that is no pipeline stands for that component. Raises :class:`~merging.errors.OptionError` for names of no component, :class:`~merging.errors.InputError` for
-    pipelines that have different ones.
+    Where it names one, a model that is no pipeline stands for that component. Raises
+    :class:`~merging.errors.OptionError` for names of no component, :class:`~merging.errors.InputError` for pipelines
+    that have different ones.
     """
     checkpoints = [model for model in ([base, *models] if base else models) if isinstance(model, Checkpoint)]
     first = checkpoints[0] if checkpoints else None

@@ -112,11 +112,18 @@ class _Tables:
         return model.lookup(own)
 
     def resized(self, model: Checkpoint, rows: int) -> Checkpoint:
-        """A model with so many rows in each of these tensors."""
+        """A model with so many rows in each of these tensors; a tied head is written out where others have their own,
+        since its new rows are theirs."""
+        old, names = self._rows[id(model)], self._names[id(model)]
+        if old == rows:
+            return model
         tensors = dict(model.tensors)
-        for ours, name in self._names[id(model)].items():
-            stored, old = tensors[ours], self._rows[id(model)]
-            if name in self._wanted and old != rows:
+        tables = {ours: name for ours, name in names.items() if name in self._wanted}
+        if all(ours == name for ours, name in names.items()):
+            tables |= {name: name for name in self._wanted - names.keys()}
+        for ours, name in tables.items():
+            stored = model.lookup(ours)
+            if stored is not None:
                 axis = stored.shape.index(old)
                 shape = (*stored.shape[:axis], rows, *stored.shape[axis + 1 :])
                 preferred = self._preferred[name]
