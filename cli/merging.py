@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["merge_command", "written_method"]
 
-RECIPE_OPTIONS = ("base", "as", "dtype", "rank", "layers", "lora_alpha", "shard_size", "on_mismatch", "vocabulary",
-                  "components", "dequantise", "exclude", "allow_different_bases", "allow_nonfinite")  # fmt: skip
+RECIPE_OPTIONS = ("base", "as", "dtype", "rank", "layers", "lora_alpha", "out_proj_once", "shard_size",
+                  "on_mismatch", "vocabulary", "components", "dequantise", "exclude", "allow_different_bases",
+                  "allow_nonfinite")  # fmt: skip
 
 
 class ChainCommand(click.Command):

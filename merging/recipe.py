@@ -41,6 +41,9 @@ class Recipe(BaseModel):
     lora_alpha: float | None = Field(
         None, gt=0, le=1e6, allow_inf_nan=False, description="LoRA alpha of adapters, instead of what they state"
     )
+    out_proj_once: bool = Field(
+        False, description="count LoRA on the output of torch's MultiheadAttention once; PEFT up to 0.21 adds it twice"
+    )
     shard_size: int = Field(5_000_000_000, ge=1, description="most bytes in one file of a model's folder")
     on_mismatch: Literal["error", "base"] = Field(
         "error", description="tensors that differ in shape or that some model lacks: refuse, or keep the base's"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from merging.errors import InputError, OptionError
 from merging.method import check_places
-from merging.plan.checks import check_bases, check_options, check_origin, content_keys
+from merging.plan.checks import attention_counted, check_bases, check_options, check_origin, content_keys
 from merging.plan.chosen import chosen
 from merging.plan.heads import settled
 from merging.plan.items import Item, Plan
@@ -59,9 +59,10 @@ def _plan_of(
     models, base = settled(*chosen(recipe, models, base))
     recipe = _pinned(recipe, models, base)
     check_options(recipe, models, output)
+    models, remarks = attention_counted(recipe, models)
     check_bases(models, recipe.allow_different_bases)
     keys, notices = content_keys(models)
-    notices += [notice for model in models if isinstance(model, Adapter) for notice in model.notices]
+    notices += [notice for model in models if isinstance(model, Adapter) for notice in model.notices] + remarks
     rank, untied = 0, False
     vocabulary: Vocabulary | None = None
     if output == "adapter":

@@ -10,8 +10,9 @@ from merging.errors import InputError, OptionError
 from merging.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
 from merging.sources.checkpoint import content_key, files_key
+from merging.sources.peft.wrapped import added_twice, out_proj_once
 
-__all__ = ["check_bases", "check_options", "check_origin", "content_keys", "same_base"]
+__all__ = ["attention_counted", "check_bases", "check_options", "check_origin", "content_keys", "same_base"]
 
 _QUANTISED = re.compile(
     r"[-_.](unsloth|bnb|[0-9]bit|[0-9]-bit|int[0-9]|fp8|nf4|fp4|gptq|awq|gguf|exl2|quantized|dynamic)(?=[-_.]|$)"
@@ -57,6 +58,24 @@ def check_options(recipe: Recipe, models: Sequence[Checkpoint | Adapter], output
         raise OptionError("--rank is the rank of a merged adapter, and this merge makes a full model: leave it out")
     if recipe.lora_alpha is not None and not any(isinstance(model, Adapter) for model in models):
         raise OptionError("--lora-alpha is a setting of adapters, and there is none among the models: leave it out")
+
+
+def attention_counted(
+    recipe: Recipe, models: Sequence[Checkpoint | Adapter]
+) -> tuple[tuple[Checkpoint | Adapter, ...], list[str]]:
+    """The models, factors that PEFT adds twice counted as the recipe says, and remarks on adapters that have some."""
+    twice = [model for model in models if isinstance(model, Adapter) and added_twice(model)]
+    if recipe.out_proj_once:
+        if not twice:
+            raise OptionError(
+                "--out-proj-once is for LoRA on torch's MultiheadAttention, and there is none: leave it out"
+            )
+        return tuple(out_proj_once(model) if isinstance(model, Adapter) else model for model in models), []
+    return tuple(models), [
+        f"{model.path}: its factors on the output of torch's MultiheadAttention count twice, as PEFT up to 0.21 adds "
+        f"them: use --out-proj-once if what trained it adds them once"
+        for model in twice
+    ]
 
 
 def same_base(one: str, other: str) -> bool:

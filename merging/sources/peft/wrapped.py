@@ -16,7 +16,7 @@ from merging.sources.peft.config import Config
 from merging.sources.peft.module import Module
 from merging.sources.views import reshaped
 
-__all__ = ["attention_target", "experts_change", "in_order", "out_proj_once", "parameter_of"]
+__all__ = ["added_twice", "attention_target", "experts_change", "in_order", "out_proj_once", "parameter_of"]
 
 _OUT_PROJ = ".base_layer.out_proj"
 """Where PEFT keeps the factors on what projects the output of torch's multi-head attention."""
@@ -47,12 +47,18 @@ def attention_target(module: Module) -> tuple[str, float] | None:
     return None
 
 
+def added_twice(adapter: Adapter) -> list[str]:
+    """The targets of an adapter that PEFT up to 0.21 adds factors to twice."""
+    ends = [(target, target.removesuffix(".out_proj.weight")) for target in adapter.changes]
+    return [target for target, module in ends if module != target and f"{module}.in_proj_weight" in adapter.changes]
+
+
 def out_proj_once(adapter: Adapter) -> Adapter:
     """An adapter whose factors on the output of torch's multi-head attention were trained as if added once."""
     changes = dict(adapter.changes)
-    for target, change in adapter.changes.items():
-        attention = target.removesuffix(".out_proj.weight")
-        if attention != target and f"{attention}.in_proj_weight" in changes and isinstance(change, LoraChange):
+    for target in added_twice(adapter):
+        change = changes[target]
+        if isinstance(change, LoraChange):
             changes[target] = replace(change, scale=change.scale / 2)
     return replace(adapter, changes=changes)
 
