@@ -10,6 +10,7 @@ import torch
 
 from merging.layers import Stacks
 from merging.sources import Adapter, Checkpoint, open_model
+from merging.sources.derived import Derived
 from merging.sources.stored import Stored
 
 __all__ = ["inspect"]
@@ -20,25 +21,30 @@ _PIECE = 1 << 22
 def inspect(path: str | Path, *, values: bool = False) -> dict[str, Any]:
     """Facts about what lies at ``path``: kind, base, rank, modules, dtypes, layers, size in bytes.
 
-    With ``values``, also which tensors hold NaN or infinities (``nonfinite``). Raises
+    Quantised weights of the simple kinds are told as the ordinary ones that ``--dequantise`` makes of them
+    (``dequantised``: how many). With ``values``, also which tensors hold NaN or infinities (``nonfinite``). Raises
     :class:`~merging.errors.MergingError` for what cannot be understood.
     """
-    model = open_model(path)
+    model = open_model(path, dequantise=True)
     return _adapter(model, values) if isinstance(model, Adapter) else _checkpoint(model, values)
 
 
 def _adapter(adapter: Adapter, values: bool) -> dict[str, Any]:
-    changes = list(adapter.changes.values())
-    tensors = {f"{change.target} [{i}]": t for change in changes for i, t in enumerate(change.tensors)}
+    changes = [change for change in adapter.changes.values() if not change.optional]
+    # what modules share stands in the file once
+    shared = {id(t): (f"{change.target} [{i}]", t) for change in changes for i, t in enumerate(change.tensors)}
+    tensors = dict(shared.values())
     modules = sorted({".".join(change.target.split(".")[:-1]).rpartition(".")[2] for change in changes})
     ranks = sorted({change.rank for change in changes if change.rank})
     return {
         "path": str(adapter.path),
         "kind": f"adapter ({adapter.dialect})",
+        "about": adapter.about,
         "base": adapter.base,
         "rank": ranks[0] if len(ranks) == 1 else ranks,
-        "scales": sorted({change.scale for change in changes if hasattr(change, "scale")}),
+        "scales": sorted({scale for change in changes if (scale := getattr(change, "scale", None)) is not None}),
         "targets": len(changes),
+        "read_as": dict(Counter("factors" if change.low_rank else "full tensors" for change in changes)),
         "modules": modules,
         "needs_base": sorted({change.needs_base for change in changes if change.needs_base}),
         **_common(tensors, Stacks.from_names(adapter.changes, complete=False), values),
@@ -51,7 +57,9 @@ def _checkpoint(checkpoint: Checkpoint, values: bool) -> dict[str, Any]:
         "path": str(checkpoint.path),
         "kind": "checkpoint",
         "architecture": next(iter(checkpoint.config.get("architectures") or []), None),
+        "components": [name for name in checkpoint.components if name],
         "files": len(checkpoint.files),
+        "dequantised": sum(isinstance(stored, Derived) for stored in checkpoint.tensors.values()),
         "parameters": sum(t.numel for t in checkpoint.tensors.values()),
         **_common(checkpoint.tensors, Stacks.from_names(checkpoint.tensors), values),
     }

@@ -113,7 +113,7 @@ class LoraChange(Change):
         return self.transposed == self._is_of(shape)
 
     def _is_of(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of this shape is what the factors make, as a matrix or as a convolution of a single point."""
+        """Whether a tensor of this shape is what the factors make, a matrix or a convolution of one point."""
         longest = max(len(shape), len(self.shape))
         one, other = (each + (1,) * (longest - len(each)) for each in (shape, self.shape))
         return one == other and len(shape) > 1
@@ -186,7 +186,10 @@ class Replacement(FullChange):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """Changes by target, what the adapter says of its base, and what a reader should be told (``notices``)."""
+    """Changes by target, what the adapter says of its base, and what a reader should be told (``notices``).
+
+    ``about`` says in a few words what changes of its type are made of.
+    """
 
     path: Path
     changes: dict[str, Change]
@@ -195,6 +198,7 @@ class Adapter:
     base: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    about: str = ""
     origin: Origin | None = None
 
     def require_base(self) -> None:

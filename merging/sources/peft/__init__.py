@@ -16,7 +16,7 @@ from merging.sources.checkpoint import read_json
 from merging.sources.computed import Computed
 from merging.sources.peft.config import Config
 from merging.sources.peft.kinds import KINDS, Kind
-from merging.sources.peft.lora import TRAINING_STATE
+from merging.sources.peft.lora import TRAINING_STATE, lora_about
 from merging.sources.peft.module import Module
 from merging.sources.peft.refused import REFUSED
 from merging.sources.stored import Opened, Stored, open_tensors
@@ -33,7 +33,6 @@ _PREFIX = "base_model.model."
 _DEFAULT = re.compile(r"\.default(?=\.|_topk_|$)")
 """The name of PEFT's only adapter, in files that were saved without its help."""
 
-
 _LORA = re.compile(r"\.lora_(embedding_)?[AB](\.|$)")
 _ANY = re.compile(rf"base_model\..*({'|'.join(kind.leaf.pattern for kind in KINDS.values())})")
 
@@ -46,9 +45,9 @@ def recognises(names: Mapping[str, Stored]) -> bool:
 def open_peft(path: Path, alpha: float | None = None, opened: Opened | None = None) -> Adapter:
     """A PEFT adapter from its folder or its weights file; headers are read, values are not.
 
-    ``alpha`` replaces the config's ``lora_alpha``. A bare file has its config in its own header or, if it is called
-    ``adapter_model``, beside it; with neither its scale is 1, which the adapter's notices say. Raises
-    :class:`~merging.errors.FormatError` for what cannot be understood exactly.
+    ``alpha`` replaces the config's, whatever its type calls it. A bare file has its config in its own header or, if it
+    is called ``adapter_model``, beside it; with neither its scale is 1, which the adapter's notices say. Raises
+    :class:`~merging.errors.FormatError` for what cannot be understood.
     """
     weights = path if path.is_file() else _weights_of(path)
     tensors, metadata = opened or open_tensors(weights)
@@ -58,9 +57,13 @@ def open_peft(path: Path, alpha: float | None = None, opened: Opened | None = No
         config = {}
         if alpha is None:
             notices = (f"{path}: carries no config, so its scale alpha / r is taken as 1: set it with --lora-alpha",)
-    if alpha is not None:
-        config = {**config, "lora_alpha": alpha, "alpha_pattern": {}}
     settings = Config(config, str(path))
+    if alpha is not None and settings.kind in KINDS:
+        field = KINDS[settings.kind].alpha
+        if not field:
+            raise settings.error(f"is of type {settings.kind}, which has no alpha: leave --lora-alpha out")
+        config = {**config, field: alpha, "alpha_pattern": {}}
+        settings = Config(config, str(path))
     return Adapter(
         path=path,
         changes=peft_changes(tensors, config, str(path)),
@@ -69,6 +72,7 @@ def open_peft(path: Path, alpha: float | None = None, opened: Opened | None = No
         base=settings.text("base_model_name_or_path"),
         config=config,
         notices=notices,
+        about=lora_about(settings) if settings.kind == "LORA" else KINDS[settings.kind].summary,
     )
 
 

@@ -29,22 +29,28 @@ def _nothing(config: Config) -> None:
     pass
 
 
+Base = Literal["no", "some", "sizes", "yes"]
+"""Whether the base is needed to tell the change: never, by some variants, for the sizes of its tensors, always."""
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """One type of adapter.
 
     ``leaves`` are the names of its tensors behind the path of their module, without ``.weight``; those of them that are
     ``shared`` may stand once for all modules. ``changes`` makes of a module what it changes, ``check`` refuses configs
-    that cannot be followed. ``kept``: as factors or in full; ``base``: whether the base is needed to tell the change.
+    that cannot be followed. ``kept`` says how changes are held: as factors or in full; ``alpha`` is the config's field
+    for the number that ``--lora-alpha`` replaces.
     """
 
     summary: str
     kept: Literal["factors", "full"]
-    base: str
-    leaves: tuple[str, ...]
+    base: Base
     changes: Callable[[Module], Sequence[Change]]
-    check: Callable[[Config], None] = _nothing
+    leaves: tuple[str, ...]
     shared: tuple[str, ...] = ()
+    check: Callable[[Config], None] = _nothing
+    alpha: str = ""
 
     @property
     def leaf(self) -> re.Pattern[str]:
@@ -52,55 +58,118 @@ class Kind:
         return re.compile(rf"(?:^|\.)({'|'.join(map(re.escape, self.leaves))})(\.weight|\.bias)?$")
 
 
-_LOHA = tuple(f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"))
-_LOKR = tuple(f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"))
-_VERA = ("vera_A", "vera_B")
+def _leaves(prefix: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{prefix}{name}" for name in names)
+
+
+_VERA = _leaves("vera_", "A", "B")
 _BANK = ("vblora_vector_bank",)
-_BASES = ("randlora_A", "randlora_B")
-_LOGITS = tuple(f"vblora_logits_{side}{rest}" for side in "AB" for rest in ("", "_topk_indices", "_topk_weights"))
-_GRALORA = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general")
-_DELORA = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
-_HIRA = ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")
-_OSF = tuple(f"osf_svd_params.{name}" for name in ("U_low", "S_low", "V_low"))
-_FACTORS = "low-rank factors, with rsLoRA, lora_bias, DoRA, PiSSA, OLoRA, KaSA and BD-LoRA"
+_BASES = _leaves("randlora_", "A", "B")
+_MIXTURES = _leaves(
+    "vblora_logits_", *(f"{side}{rest}" for side in "AB" for rest in ("", "_topk_indices", "_topk_weights"))
+)
 
 KINDS: dict[str, Kind] = {
-    "LORA": Kind(_FACTORS, "factors", "DoRA, PiSSA, OLoRA, KaSA", LORA_LEAVES, lora_changes, check_lora),
-    "ADALORA": Kind(
-        "LoRA with a rank of its own in every module", "factors", "no", ("lora_A", "lora_B", "lora_E"), adalora
-    ),
-    "BOFT": Kind("inputs turned in blocks, outputs scaled", "full", "yes", ("boft_R", "boft_s"), boft),
-    "C3A": Kind("circulant blocks", "full", "no", ("c3a_kernel",), c3a),
-    "DELORA": Kind("LoRA of normed rows and columns", "factors", "no", _DELORA, delora),
-    "FOURIERFT": Kind("few entries of a spectrum", "full", "yes", ("fourierft_spectrum",), fourierft),
-    "GRALORA": Kind("a LoRA for every block of the matrix", "factors", "no", _GRALORA, gralora),
-    "HIRA": Kind("the weight times a low-rank matrix, entry by entry", "full", "yes", _HIRA, hira),
-    "HRA": Kind("the weight reflected at few hyperplanes", "factors", "yes", ("hra_u",), hra),
-    "IA3": Kind("outputs or inputs scaled", "full", "yes", ("ia3_l",), ia3),
-    "LN_TUNING": Kind("norms, saved in full", "full", "yes", ("ln_tuning_layers",), ln_tuning),
-    "LOHA": Kind("the entrywise product of two low-rank matrices", "full", "no", _LOHA, loha),
-    "LOKR": Kind("a Kronecker product", "full", "no", _LOKR, lokr),
-    "MISS": Kind(
-        "one block added all along the inputs (Bone before)", "factors", "yes", ("miss_block", "bone_block"), miss
-    ),
-    "OFT": Kind("inputs turned in blocks", "full", "yes", ("oft_R", "oft_embedding_R"), oft),
-    "OSF": Kind("the smallest singular directions, trained", "full", "yes", _OSF, osf),
-    "RANDLORA": Kind(
-        "random bases, scaled", "full", "yes", ("randlora_lambda", "randlora_gamma", *_BASES), randlora, shared=_BASES
-    ),
-    "ROAD": Kind("pairs of outputs turned and scaled", "full", "yes", ("road_theta", "road_alpha"), road),
-    "SHIRA": Kind("single entries of the weight", "full", "yes", ("shira_weight", "shira_indices"), shira),
-    "TRAINABLE_TOKENS": Kind("rows of embeddings", "factors", "yes", ("trainable_tokens_delta",), trainable_tokens),
-    "VBLORA": Kind("LoRA mixed from a bank of vectors", "factors", "no", (*_LOGITS, *_BANK), vblora, shared=_BANK),
-    "VERA": Kind(
-        "shared random projections, scaled",
+    "LORA": Kind(
+        "low-rank factors, also of experts and with tokens; rsLoRA, DoRA, PiSSA, OLoRA, KaSA, BD-LoRA",
         "factors",
+        "some",
+        lora_changes,
+        LORA_LEAVES,
+        check=check_lora,
+        alpha="lora_alpha",
+    ),
+    "ADALORA": Kind(
+        "low-rank factors, pruned to a rank of their own in every module",
+        "factors",
+        "no",
+        adalora,
+        _leaves("lora_", "A", "B", "E"),
+        alpha="lora_alpha",
+    ),
+    "BOFT": Kind("inputs turned in blocks, outputs scaled", "full", "yes", boft, _leaves("boft_", "R", "s")),
+    "C3A": Kind("circulant blocks", "full", "no", c3a, ("c3a_kernel",)),
+    "DELORA": Kind(
+        "low-rank factors of normed rows and columns",
+        "factors",
+        "no",
+        delora,
+        _leaves("delora_", "A", "B", "lambda", "w_norm"),
+    ),
+    "FOURIERFT": Kind("a few entries of a spectrum", "full", "sizes", fourierft, ("fourierft_spectrum",)),
+    "GRALORA": Kind(
+        "low-rank factors of every block of the matrix",
+        "factors",
+        "no",
+        gralora,
+        _leaves("gralora_", "A", "B", "A_general", "B_general"),
+        alpha="alpha",
+    ),
+    "HIRA": Kind(
+        "the weight times a low-rank matrix, entry by entry",
+        "full",
         "yes",
-        ("vera_lambda_b", "vera_lambda_d", *_VERA),
+        hira,
+        _leaves("hira_", "A", "B", "embedding_A", "embedding_B"),
+    ),
+    "HRA": Kind("the weight reflected at a few hyperplanes", "factors", "yes", hra, ("hra_u",)),
+    "IA3": Kind("outputs or inputs scaled", "full", "yes", ia3, ("ia3_l",)),
+    "LN_TUNING": Kind("norms, saved in full", "full", "yes", ln_tuning, ("ln_tuning_layers",)),
+    "LOHA": Kind(
+        "the product of two low-rank matrices, entry by entry",
+        "full",
+        "no",
+        loha,
+        _leaves("hada_", "w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"),
+        alpha="alpha",
+    ),
+    "LOKR": Kind(
+        "the Kronecker product of two small matrices",
+        "full",
+        "no",
+        lokr,
+        _leaves("lokr_", "w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"),
+        alpha="alpha",
+    ),
+    "MISS": Kind(
+        "one block added all along the inputs; Bone, its older name",
+        "factors",
+        "sizes",
+        miss,
+        ("miss_block", "bone_block"),
+    ),
+    "OFT": Kind("inputs turned in blocks", "full", "yes", oft, _leaves("oft_", "R", "embedding_R")),
+    "OSF": Kind(
+        "the smallest singular directions, trained",
+        "full",
+        "yes",
+        osf,
+        _leaves("osf_svd_params.", "U_low", "S_low", "V_low"),
+    ),
+    "RANDLORA": Kind(
+        "a sum of random bases, scaled",
+        "full",
+        "sizes",
+        randlora,
+        (*_leaves("randlora_", "lambda", "gamma"), *_BASES),
+        shared=_BASES,
+        alpha="randlora_alpha",
+    ),
+    "ROAD": Kind("pairs of outputs turned and scaled", "full", "yes", road, _leaves("road_", "theta", "alpha")),
+    "SHIRA": Kind("single entries of the weight", "full", "sizes", shira, _leaves("shira_", "weight", "indices")),
+    "TRAINABLE_TOKENS": Kind("rows of embeddings", "full", "yes", trainable_tokens, ("trainable_tokens_delta",)),
+    "VBLORA": Kind(
+        "low-rank factors mixed from a bank of vectors", "factors", "no", vblora, (*_MIXTURES, *_BANK), shared=_BANK
+    ),
+    "VERA": Kind(
+        "shared random factors, scaled",
+        "factors",
+        "sizes",
         vera,
+        (*_leaves("vera_lambda_", "b", "d"), *_VERA),
         shared=_VERA,
     ),
-    "WAVEFT": Kind("few wavelet coefficients (Haar)", "full", "yes", ("waveft_spectrum",), waveft),
+    "WAVEFT": Kind("a few wavelet coefficients (Haar)", "full", "sizes", waveft, ("waveft_spectrum",)),
 }
 """By PEFT's name of the type."""
 

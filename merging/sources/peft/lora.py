@@ -16,7 +16,7 @@ from merging.sources.peft.module import Module
 from merging.sources.peft.tokens import TOKENS, lora_tokens
 from merging.sources.peft.wrapped import attention_target, experts_change, parameter_of
 
-__all__ = ["LORA_LEAVES", "TRAINING_STATE", "check_lora", "lora_changes", "lora_scale"]
+__all__ = ["LORA_LEAVES", "TRAINING_STATE", "check_lora", "lora_about", "lora_changes", "lora_scale"]
 
 LORA_LEAVES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_diag", TOKENS)
 """What LoRA's tensors are called behind the path of their module."""
@@ -39,6 +39,22 @@ _UNSUPPORTED = {
     "arrow_config": "it routes between experts at run time (Arrow)",
     "alora_invocation_tokens": "it acts only on what follows certain tokens (aLoRA)",
 }
+_VARIANTS = {
+    "use_rslora": "rsLoRA",
+    "use_dora": "DoRA",
+    "use_bdlora": "BD-LoRA",
+    "kasa_config": "KaSA",
+    "lora_bias": "biases",
+    "target_parameters": "experts or other parameters",
+    "trainable_token_indices": "rows of tokens",
+    "modules_to_save": "modules saved in full",
+}
+
+
+def lora_about(config: Config) -> str:
+    """What a LoRA's changes are made of, its variants named."""
+    start = {"pissa": ["PiSSA"], "olora": ["OLoRA"]}.get(str(config.get("init_lora_weights")), [])
+    return ", ".join(["low-rank factors", *start, *(name for key, name in _VARIANTS.items() if config.get(key))])
 
 
 def check_lora(config: Config) -> None:
