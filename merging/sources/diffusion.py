@@ -161,7 +161,7 @@ def _by_config(
     components: defaultdict[str, dict[str, Stored]] = defaultdict(dict)
     for name, stored in named.items():
         component, _, rest = name.partition(".")
-        components[component][rest] = stored
+        components[component][rest.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.")] = stored
     changes: list[Change] = []
     for component, tensors in components.items():
         if component not in configs:
