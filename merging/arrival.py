@@ -60,11 +60,9 @@ def arrived(
     only fetched when the merge comes to them, and dropped behind it, so that at most two of each model lie there.
     Raises :class:`~merging.errors.InputError` for what the Hub or the disk refuses.
     """
-    reference = plan.base or next((model for model in plan.models if isinstance(model, Checkpoint)), None)
-    if reference is not None and reference.origin is not None and plan.output == "model":
-        origin = reference.origin
-        under = origin.path.rpartition("/")[0] if origin.path.endswith(".safetensors") else origin.path
-        open_repository(Address(origin.repo, origin.commit)).bring(companions, under)
+    if plan.reference is not None and plan.reference.origin is not None and plan.output == "model":
+        origin = plan.reference.origin
+        open_repository(Address(origin.repo, origin.commit)).bring(companions, origin.folder)
     files = awaited(plan)
     if not files:
         return plan

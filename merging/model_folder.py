@@ -17,40 +17,9 @@ from merging.sources import Checkpoint
 from merging.sources.components import PIPELINE
 from merging.sources.layout import find_weights
 from merging.sources.stored import STAND_INS, FileTensor
+from merging.sources.tokenizers import TOKENIZER_FILES
 
 __all__ = ["companion_patterns", "write_model_companions"]
-
-_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "*_vocab.json",
-    "vocab-*.json",
-    "merges.txt",
-    "vocab.txt",
-    "dict.txt",
-    "bpe.codes",
-    "tokenizer.model",
-    "tokenizer.model.v*",
-    "spiece.model",
-    "spm*.model",
-    "sentencepiece.model",
-    "sentencepiece.bpe.model",
-    "*.spm",
-    "*.tiktoken",
-    "tekken.json",
-    "prophetnet.tokenizer",
-    "byte_maps.json",
-    "emoji.json",
-    "normalizer.json",
-    "word_pronunciation.json",
-    "word_shape.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-)
 
 _COMPANIONS = (
     "generation_config.json",
@@ -76,7 +45,7 @@ _BLOCK = 1 << 24
 
 def companion_patterns(plan: Plan) -> tuple[str, ...]:
     """Patterns of the files that are copied beside the output, in the reference's folder."""
-    plain = (*_TOKENIZER, *_COMPANIONS)
+    plain = (*TOKENIZER_FILES, *_COMPANIONS)
     if plan.reference is None or not plan.reference.components:
         return plain
     return (*plain, *(f"*/{pattern}" for pattern in (*plain, *_IN_PIPELINES)))
@@ -95,10 +64,10 @@ def write_model_companions(plan: Plan, folder: Path) -> list[str]:
             f"{reference.path} is a bare file without a config, so the output has none: copy it from the model's folder"
         ]
     own = plan.vocabulary.of if plan.vocabulary else reference
-    others = [pattern for pattern in companion_patterns(plan) if pattern not in _TOKENIZER]
+    others = [pattern for pattern in companion_patterns(plan) if pattern not in TOKENIZER_FILES]
     _copy(reference.folder, others, folder)
     if own.folder is not None:
-        _copy(own.folder, _TOKENIZER, folder)
+        _copy(own.folder, TOKENIZER_FILES, folder)
     parts = reference.components or {"": reference}
     for name, component in parts.items():
         if name in plan.kept:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from hub_fixture import Hub
 from pipelines import COMPONENTS, diffusion_pipeline, sentence_encoder
 from safetensors.torch import load_file
-from tiny import load
+from tiny import identical, load
 from torch import Tensor
 from transformers import AutoModel
 
@@ -203,3 +206,26 @@ def test_modules_of_sentence_transformers(tmp_path: Path) -> None:
     encoder = merging.merge(paths, method="linear", components="2_Dense", output=tmp_path / "dense").path
     assert (encoder / "model.safetensors").read_bytes() == (paths[0] / "model.safetensors").read_bytes()
     assert close(load_file(encoder / "2_Dense" / "model.safetensors"), dense[2])
+
+
+# ---- on the Hub
+
+
+def test_a_pipeline_on_the_hub(pipelines: list[Path], hub: Hub, tmp_path: Path) -> None:
+    """What is merged and what is kept comes, and lies as if the pipelines were local."""
+    for path in pipelines:
+        hub.put(f"org/{path.name}", path)
+    words = ["-m", "task_arithmetic", "--component", "unet", "--base"]
+    for output, names in (("far", [f"org/{path.name}" for path in pipelines]), ("near", [str(p) for p in pipelines])):
+        done = subprocess.run(
+            [sys.executable, "-m", "merging", *words, *names, "-o", output, "--quiet"],
+            env=hub.environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "far") == files(tmp_path / "near")
+    for component in COMPONENTS:
+        one, two = (load_file(tmp_path / name / component / WEIGHTS[component]) for name in ("far", "near"))
+        assert identical(one, two)

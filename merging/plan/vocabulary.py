@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from merging.errors import InputError
+from merging.hub.address import Address
+from merging.hub.repository import open_repository
 from merging.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
 from merging.sources.names import find_renaming
 from merging.sources.rows import Rows
 from merging.sources.stored import Stored
 from merging.sources.ties import embeddings_among
-from merging.sources.tokenizers import token_conflict, tokens_of
+from merging.sources.tokenizers import TOKENIZER_FILES, token_conflict, tokens_of
 
 __all__ = ["Vocabulary", "fitted"]
 
@@ -131,11 +133,19 @@ class _Tables:
         return replace(model, tensors=tensors)
 
 
+def _bring_tokenizer(model: Checkpoint) -> None:
+    """Have the tokenizer's files at hand of a model on the Hub."""
+    if model.origin is not None:
+        repository = open_repository(Address(model.origin.repo, model.origin.commit))
+        repository.bring(TOKENIZER_FILES, model.origin.folder)
+
+
 def _check_tokenizers(checkpoints: Sequence[Checkpoint], rows: Mapping[int, int], of: Checkpoint) -> list[str]:
     """Refuse tokenizers that give one row to different tokens; remarks on models that have none to compare."""
     remarks: list[str] = []
     known: dict[int, tuple[str, Checkpoint]] = {}
     for model in dict.fromkeys([of, *checkpoints]):
+        _bring_tokenizer(model)
         tokens = tokens_of(model.folder) if model.folder else None
         if tokens is None:
             remarks.append(

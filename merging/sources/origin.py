@@ -19,5 +19,11 @@ class Origin:
     path: str = ""
     licence: str | None = None
 
+    @property
+    def folder(self) -> str:
+        """The folder in the repository that the model lies in."""
+        file = self.path.endswith((".safetensors", ".bin", ".pt", ".pth", ".json"))
+        return self.path.rpartition("/")[0] if file else self.path
+
     def __str__(self) -> str:
         return f"{self.repo}@{self.commit}{'/' + self.path if self.path else ''}"

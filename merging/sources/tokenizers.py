@@ -9,7 +9,40 @@ from typing import Any
 from merging.errors import FormatError
 from merging.sources.layout import read_json
 
-__all__ = ["token_conflict", "tokens_of"]
+__all__ = ["TOKENIZER_FILES", "token_conflict", "tokens_of"]
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "*_vocab.json",
+    "vocab-*.json",
+    "merges.txt",
+    "vocab.txt",
+    "dict.txt",
+    "bpe.codes",
+    "tokenizer.model",
+    "tokenizer.model.v*",
+    "spiece.model",
+    "spm*.model",
+    "sentencepiece.model",
+    "sentencepiece.bpe.model",
+    "*.spm",
+    "*.tiktoken",
+    "tekken.json",
+    "prophetnet.tokenizer",
+    "byte_maps.json",
+    "emoji.json",
+    "normalizer.json",
+    "word_pronunciation.json",
+    "word_shape.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)
+"""Patterns of the files of tokenizers."""
 
 
 def tokens_of(folder: Path) -> dict[int, str] | None:
