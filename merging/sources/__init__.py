@@ -16,6 +16,7 @@ from merging.sources import diffusion, kohya, peft
 from merging.sources.adapter import Adapter
 from merging.sources.checkpoint import Checkpoint, open_checkpoint
 from merging.sources.lycoris import METHODS
+from merging.sources.layout import of_llama_cpp
 from merging.sources.origin import Origin
 from merging.sources.stored import Opened, Stored, open_tensors
 
@@ -91,6 +92,8 @@ def _open_local(path: Path, alpha: float | None, dequantise: bool) -> Checkpoint
         return peft.open_peft(path, alpha)
     if path.suffix == ".json":
         return open_checkpoint(path, None, dequantise)
+    if path.suffix == ".gguf":
+        raise of_llama_cpp(path)
     if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
         raise FormatError(f"{path}: is no weights file: .safetensors, .bin, .pt or .pth are read, or a folder")
     opened = open_tensors(path)

@@ -9,7 +9,7 @@ from typing import Any
 
 from merging.errors import FormatError, InputError
 
-__all__ = ["agree", "find_weights", "is_standard", "read_json", "shards_of", "stem_of", "weights_of"]
+__all__ = ["agree", "find_weights", "is_standard", "of_llama_cpp", "read_json", "shards_of", "stem_of", "weights_of"]
 
 _STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 _ENDINGS = ("safetensors", "safetensors.index.json", "bin", "bin.index.json")
@@ -83,8 +83,18 @@ def weights_of(folder: Path) -> Path:
     found = sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
         return found[0]
+    for path in folder.glob("*.gguf") if not found else ():
+        raise of_llama_cpp(path)
     holds = ", ".join(p.name for p in found) if found else "none of model.safetensors, its index, pytorch_model.bin"
     raise InputError(f"{folder}: which weights? The folder holds {holds}: name the file")
+
+
+def of_llama_cpp(path: Path) -> FormatError:
+    """The refusal of a GGUF file."""
+    return FormatError(
+        f"{path}: is a GGUF file, the weights of which are quantised for llama.cpp: merge the model it was made from, "
+        f"and convert the result"
+    )
 
 
 def shards_of(index: Path) -> dict[Path, set[str]]:

@@ -19,6 +19,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import merging
 from merging.errors import FormatError
+from merging.inspect import inspect
 from merging.sources import open_model
 from merging.sources.checkpoint import Checkpoint
 
@@ -249,3 +250,16 @@ def test_zero_points_and_codes_without_scales(tmp_path: Path) -> None:
         tensors = {NAME: torch.zeros(16, 8, dtype=torch.int8), **beside}
         with pytest.raises(FormatError, match=message):
             open_model(quantised_folder(tmp_path / "m", tensors, None), dequantise=True)
+
+
+def test_files_of_llama_cpp(tmp_path: Path) -> None:
+    for path in (tmp_path / "m.gguf", tmp_path):
+        (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(60))
+        with pytest.raises(FormatError, match=r"m\.gguf: is a GGUF file.*merge the model it was made from"):
+            open_model(path)
+
+
+def test_inspect_tells_what_would_be_dequantised(tmp_path: Path) -> None:
+    packed, _ = gpt_oss(tmp_path, 1)
+    facts = inspect(packed)
+    assert (facts["dequantised"], facts["dtypes"]) == (4, {"BF16": facts["tensors"]})
