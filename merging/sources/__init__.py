@@ -15,8 +15,8 @@ from merging.hub.address import hub_address
 from merging.sources import diffusion, kohya, peft
 from merging.sources.adapter import Adapter
 from merging.sources.checkpoint import Checkpoint, open_checkpoint
-from merging.sources.lycoris import METHODS
 from merging.sources.layout import of_llama_cpp
+from merging.sources.lycoris import METHODS
 from merging.sources.origin import Origin
 from merging.sources.stored import Opened, Stored, open_tensors
 
