@@ -14,6 +14,7 @@ from merging.errors import InputError
 from merging.method import Grain
 from merging.plan.items import TILE, Item, Plan
 from merging.sources.adapter import Change, LoraChange
+from merging.sources.computed import Computed
 from merging.sources.stored import Stored
 
 __all__ = ["GPU_TILE", "Tile", "Tiler", "row_step", "whole_rows"]
@@ -152,7 +153,9 @@ class Tiler:
     def _check_layer(self, item: Item, slot: int) -> None:
         """Refuse factors whose own copy of the base's layer is another one: they belong on top of that copy."""
         change = item.inputs[slot]
-        if not isinstance(change, LoraChange) or change.layer is None or change.start or item.base is None:
+        if not isinstance(change, (LoraChange, Computed)) or change.layer is None or item.base is None:
+            return
+        if isinstance(change, LoraChange) and change.start:
             return
         for start in range(0, item.numel, TILE):
             size = min(TILE, item.numel - start)

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 
 from merging.errors import InputError, OptionError
 from merging.method import check_places
-from merging.plan.checks import attention_counted, check_bases, check_options, check_origin, content_keys
+from merging.plan.checks import (
+    attention_counted,
+    check_bases,
+    check_options,
+    check_origin,
+    content_keys,
+    taken_as_linear,
+)
 from merging.plan.chosen import chosen
 from merging.plan.heads import settled
 from merging.plan.items import Item, Plan
@@ -69,6 +76,7 @@ def _plan_of(
         adapters = [model for model in models if isinstance(model, Adapter)]
         targets = adapter_targets(adapters, base)
         matched = targets.matched
+        notices += taken_as_linear(adapters, base)
         stacks, guess = find_stacks(recipe, models, base, targets)
         items, rank = adapter_items(recipe, adapters, base, targets, stacks, weights, rank_steps)
     else:

@@ -10,9 +10,18 @@ from merging.errors import InputError, OptionError
 from merging.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
 from merging.sources.checkpoint import content_key, files_key
+from merging.sources.computed import Computed
 from merging.sources.peft.wrapped import added_twice, out_proj_once
 
-__all__ = ["attention_counted", "check_bases", "check_options", "check_origin", "content_keys", "same_base"]
+__all__ = [
+    "attention_counted",
+    "check_bases",
+    "check_options",
+    "check_origin",
+    "content_keys",
+    "same_base",
+    "taken_as_linear",
+]
 
 _QUANTISED = re.compile(
     r"[-_.](unsloth|bnb|[0-9]bit|[0-9]-bit|int[0-9]|fp8|nf4|fp4|gptq|awq|gguf|exl2|quantized|dynamic)(?=[-_.]|$)"
@@ -75,6 +84,16 @@ def attention_counted(
         f"{model.path}: its factors on the output of torch's MultiheadAttention count twice, as PEFT up to 0.21 adds "
         f"them: use --out-proj-once if what trained it adds them once"
         for model in twice
+    ]
+
+
+def taken_as_linear(adapters: Sequence[Adapter], base: Checkpoint | None) -> list[str]:
+    """A notice for each adapter whose file does not tell linear layers from convolutions, where no base does."""
+    return [
+        f"{adapter.path}: its modules are taken for linear layers, which its file does not tell from convolutions: "
+        f"give --base if it has any of these"
+        for adapter in adapters
+        if base is None and any(isinstance(each, Computed) and each.flat for each in adapter.changes.values())
     ]
 
 

@@ -51,7 +51,8 @@ class Computed(Change):
     have where it is less than any (0: it is not known).
 
     ``transposed``: the target is ``[in, out]``, unless its shape says otherwise; always so for embeddings, whose
-    outputs are the features of a token. ``layer`` is the base's own tensor where it was saved along.
+    outputs are the features of a token. ``layer`` is the base's own tensor where it was saved along. ``flat``: the
+    inputs may be those of a convolution, channels and kernel together, which only the base tells.
     """
 
     parts: Mapping[str, Stored]
@@ -65,6 +66,7 @@ class Computed(Change):
     transposed: bool = False
     scale: float | None = None
     layer: Stored | None = None
+    flat: bool = False
 
     @property
     def tensors(self) -> tuple[Stored, ...]:

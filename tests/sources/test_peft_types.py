@@ -3,196 +3,94 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from adapters import QUIRKS, State, peft
+from adapters import State, assert_close, edit_config, edit_tensors, peft
 from architectures import build
-from peft.tuners.lora.config import BdLoraConfig
-from transformers import PreTrainedModel
+from peft_types import CASES, TYPES, changes_by_peft, changes_by_us, make, opened
 
-from merging.sources import Adapter, open_model
-
-pytestmark = [
-    *QUIRKS,
-    # PEFT says what it makes of settings that a type does not know
-    pytest.mark.filterwarnings("ignore:.*fan_in_fan_out is set to"),
-    pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`"),
-    # and that its own layers are sparse, odd or none of the usual ones
-    pytest.mark.filterwarnings("ignore:Sparse invariant checks"),
-    pytest.mark.filterwarnings("ignore:The symmetric initialization can NOT"),
-    pytest.mark.filterwarnings("ignore:Unsupported layer type"),
-]
-
-LLAMA = ["q_proj", "k_proj", "up_proj", "down_proj"]
-GPT2 = ["c_attn", "c_proj"]
-T5 = ["q", "v", "wi", "wo"]
-VISION = ["q_proj", "fc1"]
-SQUARE = ["q_proj", "o_proj"]
-
-CASES: dict[str, tuple[str, str, list[str], dict[str, Any]]] = {
-    # name: architecture, PEFT's config, targets, settings
-    "AdaLoRA": ("llama", "AdaLoraConfig", LLAMA, {"init_r": 6, "lora_alpha": 9, "total_step": 10}),
-    "AdaLoRA t5": ("t5", "AdaLoraConfig", T5, {"init_r": 3, "total_step": 10}),
-    "AdaLoRA Conv1D": ("gpt2", "AdaLoraConfig", GPT2, {"init_r": 3, "total_step": 10, "fan_in_fan_out": True}),
-    "AdaLoRA conv2d": ("vit", "AdaLoraConfig", ["projection", "q_proj"], {"init_r": 3, "total_step": 10}),
-    "LoHa": ("llama", "LoHaConfig", LLAMA, {"r": 3, "alpha": 6}),
-    "LoHa patterns": (
-        "llama",
-        "LoHaConfig",
-        LLAMA,
-        {"r": 3, "rank_pattern": {r"layers\.0\..*q_proj": 5}, "alpha_pattern": {"^model.layers.1.mlp.up_proj": 1}},
-    ),
-    "LoHa conv2d": ("resnet", "LoHaConfig", ["convolution"], {"r": 3}),
-    "LoHa conv2d cp": ("resnet", "LoHaConfig", ["convolution"], {"r": 3, "use_effective_conv2d": True}),
-    "LoHa conv1d": ("whisper", "LoHaConfig", ["conv1", "conv2", "fc1"], {"r": 3}),
-    "LoHa conv1d cp": ("whisper", "LoHaConfig", ["conv1"], {"r": 3, "alpha": 30, "use_effective_conv2d": True}),
-    "LoHa grouped": ("convnext", "LoHaConfig", ["dwconv"], {"r": 3}),
-    "LoKr": ("llama", "LoKrConfig", LLAMA, {"r": 2, "alpha": 6}),
-    "LoKr full": ("llama", "LoKrConfig", LLAMA, {"r": 32, "alpha": 6}),
-    "LoKr both": ("clip", "LoKrConfig", VISION, {"r": 1, "decompose_both": True, "decompose_factor": 8}),
-    "LoKr conv2d": ("resnet", "LoKrConfig", ["convolution"], {"r": 1, "decompose_factor": 2}),
-    "LoKr conv2d cp": ("resnet", "LoKrConfig", ["convolution"], {"r": 1, "use_effective_conv2d": True}),
-    "LoKr conv2d full": ("vit", "LoKrConfig", ["projection"], {"r": 32, "alpha": 64}),
-    "LoKr conv1d": ("whisper", "LoKrConfig", ["conv1", "conv2"], {"r": 1}),
-    "LoKr conv1d full": ("whisper", "LoKrConfig", ["conv1", "conv2"], {"r": 32}),
-    "VeRA": ("llama", "VeraConfig", LLAMA, {"r": 5}),
-    "VeRA Conv1D": ("gpt2", "VeraConfig", GPT2, {"r": 5, "fan_in_fan_out": True}),
-    "RandLoRA": ("llama", "RandLoraConfig", LLAMA, {"r": 5, "randlora_alpha": 7}),
-    "RandLoRA sparse": ("t5", "RandLoraConfig", T5, {"r": 4, "sparse": True, "randlora_alpha": 7}),
-    "RandLoRA Conv1D": ("gpt2", "RandLoraConfig", GPT2, {"r": 5, "fan_in_fan_out": True}),
-    "MiSS": ("llama", "MissConfig", LLAMA, {"r": 5}),
-    "MiSS even": ("clip", "MissConfig", VISION, {"r": 4}),
-    "MiSS mini": ("llama", "MissConfig", LLAMA, {"r": 8, "mini_r": 4, "init_weights": "mini"}),
-    "MiSS bat": ("llama", "MissConfig", LLAMA, {"r": 4, "init_weights": "bat"}),
-    "OFT": ("llama", "OFTConfig", LLAMA, {"oft_block_size": 4}),
-    "OFT by number": ("t5", "OFTConfig", T5, {"r": 4, "oft_block_size": 0}),
-    "OFT exact": ("llama", "OFTConfig", LLAMA, {"oft_block_size": 4, "use_cayley_neumann": False}),
-    "OFT three terms": ("llama", "OFTConfig", LLAMA, {"oft_block_size": 4, "num_cayley_neumann_terms": 3}),
-    "OFT two terms": ("llama", "OFTConfig", LLAMA, {"oft_block_size": 4, "num_cayley_neumann_terms": 2}),
-    "OFT shared": ("clip", "OFTConfig", VISION, {"oft_block_size": 8, "block_share": True}),
-    "OFT constrained": ("llama", "OFTConfig", LLAMA, {"oft_block_size": 4, "coft": True, "eps": 0.2}),
-    "OFT conv2d": ("vit", "OFTConfig", ["projection"], {"oft_block_size": 4}),
-    "OFT embedding": ("bert", "OFTConfig", ["word_embeddings", "query"], {"oft_block_size": 8}),
-    "BOFT": ("llama", "BOFTConfig", LLAMA, {"boft_block_size": 4}),
-    "BOFT by number": ("t5", "BOFTConfig", T5, {"boft_block_num": 4, "boft_block_size": 0}),
-    "BOFT conv2d": ("vit", "BOFTConfig", ["projection"], {"boft_block_size": 4}),
-    "HRA": ("llama", "HRAConfig", LLAMA, {"r": 3}),
-    "HRA orthogonal": ("llama", "HRAConfig", LLAMA, {"r": 4, "apply_GS": True}),
-    "HRA conv2d": ("vit", "HRAConfig", ["projection", "q_proj"], {"r": 4}),
-    "IA3": ("llama", "IA3Config", LLAMA, {"feedforward_modules": ["down_proj"]}),
-    "IA3 biases": ("whisper", "IA3Config", ["k_proj", "v_proj", "fc2"], {"feedforward_modules": ["fc2"]}),
-    "IA3 Conv1D": ("gpt2", "IA3Config", GPT2, {"feedforward_modules": ["c_proj"], "fan_in_fan_out": True}),
-    "IA3 conv2d": ("resnet", "IA3Config", ["convolution"], {"feedforward_modules": r".*layers\.0.*"}),
-    "IA3 grouped": ("convnext", "IA3Config", ["dwconv"], {"feedforward_modules": ["dwconv"]}),
-    "HiRA": ("llama", "HiraConfig", LLAMA, {"r": 3, "rank_pattern": {"q_proj": 5}}),
-    "HiRA Conv1D": ("gpt2", "HiraConfig", GPT2, {"r": 3, "fan_in_fan_out": True}),
-    "HiRA conv2d": ("resnet", "HiraConfig", ["convolution"], {"r": 3}),
-    "HiRA conv1d": ("whisper", "HiraConfig", ["conv1", "conv2"], {"r": 3}),
-    "HiRA embedding": ("bert", "HiraConfig", ["word_embeddings", "query"], {"r": 3}),
-    "FourierFT": ("llama", "FourierFTConfig", LLAMA, {"n_frequency": 50, "n_frequency_pattern": {"q_proj": 20}}),
-    "FourierFT Conv1D": ("gpt2", "FourierFTConfig", GPT2, {"n_frequency": 50, "fan_in_fan_out": True}),
-    "WaveFT": ("llama", "WaveFTConfig", LLAMA, {"n_frequency": 300}),
-    "WaveFT odd": ("opt", "WaveFTConfig", ["q_proj", "project_in"], {"n_frequency": 100, "random_loc_seed": 3}),
-    "WaveFT direct": ("t5", "WaveFTConfig", T5, {"n_frequency": 50, "use_idwt": False}),
-    "VB-LoRA": ("llama", "VBLoRAConfig", LLAMA, {"r": 3, "num_vectors": 20, "vector_length": 8, "topk": 3}),
-    "VB-LoRA best": (
-        "llama",
-        "VBLoRAConfig",
-        LLAMA,
-        {"r": 3, "num_vectors": 20, "vector_length": 8, "save_only_topk_weights": True},
-    ),
-    "VB-LoRA Conv1D": (
-        "gpt2",
-        "VBLoRAConfig",
-        GPT2,
-        {"r": 3, "num_vectors": 300, "vector_length": 8, "fan_in_fan_out": True},
-    ),
-    "C3A": ("llama", "C3AConfig", LLAMA, {"block_size": 8, "block_size_pattern": {"q_proj": 16}}),
-    "DeLoRA": ("llama", "DeloraConfig", LLAMA, {"r": 3, "rank_pattern": {"q_proj": 5}}),
-    "SHiRA": ("llama", "ShiraConfig", LLAMA, {"r": 3, "random_seed": 1}),
-    "LayerNorm": ("llama", "LNTuningConfig", ["input_layernorm", "norm"], {}),
-    "LayerNorm biases": ("bert", "LNTuningConfig", ["LayerNorm"], {}),
-    "RoAD 1": ("llama", "RoadConfig", LLAMA, {"group_size": 8}),
-    "RoAD 2": ("whisper", "RoadConfig", ["q_proj", "k_proj", "fc1"], {"group_size": 4, "variant": "road_2"}),
-    "RoAD 4": ("llama-biases", "RoadConfig", LLAMA, {"group_size": 16, "variant": "road_4"}),
-    "GraLoRA": ("llama", "GraloraConfig", LLAMA, {"r": 8, "gralora_k": 4, "alpha": 9}),
-    "GraLoRA hybrid": ("llama", "GraloraConfig", LLAMA, {"r": 4, "hybrid_r": 3}),
-    "GraLoRA Conv1D": ("gpt2", "GraloraConfig", GPT2, {"r": 4, "hybrid_r": 2, "fan_in_fan_out": True}),
-    "OSF": ("llama", "OSFConfig", LLAMA, {"effective_rank": 20, "rank_pattern": {"q_proj": 0.5}}),
-    "trainable tokens": ("llama", "TrainableTokensConfig", ["embed_tokens"], {"token_indices": [3, 90, 7]}),
-    "KaSA": ("llama", "LoraConfig", LLAMA, {"r": 4, "kasa_config": peft.KasaConfig()}),
-    "KaSA rslora": ("t5", "LoraConfig", T5, {"r": 4, "kasa_config": peft.KasaConfig(), "use_rslora": True}),
-    "BD-LoRA": (
-        "llama",
-        "LoraConfig",
-        LLAMA,
-        {
-            "r": 4,
-            "use_bdlora": BdLoraConfig(
-                target_modules_bd_a=["down_proj"],
-                target_modules_bd_b=["q_proj", "up_proj"],
-                nblocks=2,
-                match_strict=False,
-            ),
-        },
-    ),
-    "VeLoRA": ("llama", "LoraConfig", LLAMA, {"r": 4, "velora_config": {"num_groups": 2}}),
-    "MonteCLoRA": ("llama", "LoraConfig", LLAMA, {"r": 4, "monteclora_config": peft.MontecloraConfig()}),
-}
-
-
-@pytest.fixture(autouse=True)
-def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT would try to compile a CUDA kernel for BOFT."""
-    monkeypatch.setattr(peft.tuners.boft.layer, "get_fbd_cuda", lambda: None)
-
-
-def make(folder: Path, case: str, dtype: torch.dtype = torch.float32) -> Path:
-    """An adapter of a case as PEFT saves it, every trained number random."""
-    architecture, config, targets, settings = CASES[case]
-    chosen = getattr(peft, config)(target_modules=targets, **settings)
-    model = peft.get_peft_model(build(architecture, 0, dtype), chosen)
-    random = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for value in model.parameters():
-            if value.requires_grad:
-                value.add_(0.2 * torch.randn(value.shape, generator=random))
-    model.save_pretrained(folder)
-    return folder
-
-
-def changes_by_peft(folder: Path, base: PreTrainedModel) -> State:
-    """What PEFT's merge changes, for every tensor of the model."""
-    before = {name: value.clone() for name, value in base.state_dict().items()}
-    merged = peft.PeftModel.from_pretrained(base, folder).merge_and_unload().state_dict()
-    return {name: merged[name].double() - before[name].double() for name in before}
-
-
-def changes_by_us(adapter: Adapter, base: PreTrainedModel, dtype: torch.dtype = torch.float32) -> State:
-    """What we read of an adapter, written out, for every tensor of the model."""
-    tensors = base.state_dict()
-    found = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in tensors.items()}
-    for target, change in adapter.changes.items():
-        if getattr(change, "optional", False) and target not in tensors:
-            continue
-        weight = tensors[target]
-        assert change.fits(tuple(weight.shape)), target
-        delta = change.read(tuple(weight.shape), lambda weight=weight: weight.to(dtype), dtype)
-        assert (type(delta).__name__ == "LowRank") == change.low_rank
-        for name, value in tensors.items():
-            if value.data_ptr() == weight.data_ptr():  # tied to it
-                found[name] = delta.dense().double()
-    return found
+pytestmark = TYPES
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_change_is_what_peft_merges(tmp_path: Path, case: str) -> None:
-    adapter = open_model(make(tmp_path / "a", case))
-    assert isinstance(adapter, Adapter)
+    adapter = opened(make(tmp_path / "a", case))
     wanted = changes_by_peft(tmp_path / "a", build(CASES[case][0], 0))
     got = changes_by_us(adapter, build(CASES[case][0], 0))
     off = {name: float((got[name] - wanted[name]).abs().max()) for name in wanted}
     assert not {name: error for name, error in off.items() if not error <= 1e-5}
     assert max(float(change.abs().max()) for change in wanted.values()) > 0.01
+
+
+def test_names_with_the_adapter_s_name_in_them(tmp_path: Path) -> None:
+    """Files that were saved from a raw state dict."""
+    for case in ("LoHa", "HRA", "VeRA", "VB-LoRA best", "LayerNorm"):
+        folder = make(tmp_path / case, case)
+        wanted = changes_by_us(opened(folder), build(CASES[case][0], 0))
+        edit_tensors(folder, lambda tensors: {_raw(name): value for name, value in tensors.items()})
+        assert_close(changes_by_us(opened(folder), build(CASES[case][0], 0)), wanted, 0)
+
+
+def _raw(name: str) -> str:
+    stem, topk, rest = name.partition("_topk_")
+    if topk:
+        return f"{stem}.default_topk_{rest}"
+    stem, dot, end = name.rpartition(".")
+    return f"{stem}.default.{end}" if end in ("weight", "bias") else f"{stem}{dot}{end}.default"
+
+
+@pytest.mark.parametrize("case", ["AdaLoRA", "LoHa", "VeRA", "MiSS", "OFT exact", "IA3", "HRA", "GraLoRA", "DeLoRA"])
+def test_bfloat16_adapters_are_read_to_the_last_bit_that_peft_keeps(tmp_path: Path, case: str) -> None:
+    """PEFT rounds the change to bfloat16 and then the sum; we round the sum alone: one unit in the last place apart."""
+    folder = make(tmp_path / "a", case, torch.bfloat16)
+    base = build(CASES[case][0], 0, torch.bfloat16)
+    got = changes_by_us(opened(folder), base)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    merged = peft.PeftModel.from_pretrained(base, folder).merge_and_unload().state_dict()
+    for name, value in before.items():
+        ours, theirs = (value.float() + got[name].float()).bfloat16(), merged[name]
+        # a unit in the last place of the largest number that either program rounds on its way
+        unit = torch.maximum(torch.maximum(value.abs(), theirs.abs()), got[name].abs()).float() * 2**-7
+        assert bool(((ours.float() - theirs.float()).abs() <= unit).all()), name
+
+
+def test_float64_adapters_are_computed_in_float64(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a", "LoHa", torch.float64)
+    got = changes_by_us(opened(folder), build("llama", 0, torch.float64), torch.float64)
+    base = build("llama", 0, torch.float64)
+    assert_close(got, changes_by_peft(folder, base), 1e-13)
+
+
+def test_pruned_adalora_keeps_the_scale_of_its_first_rank(tmp_path: Path) -> None:
+    """Modules lost ranks, one of them all; PEFT scales by the rank before."""
+    folder = make(tmp_path / "a", "AdaLoRA")
+    before = changes_by_us(opened(folder), build("llama", 0))
+    kept = {"model.layers.0.self_attn.q_proj": [0, 2, 3], "model.layers.1.mlp.up_proj": []}
+    masks = {f"{path}.lora_E": [i in kept.get(path, range(6)) for i in range(6)] for path in _paths(folder)}
+
+    def prune(tensors: State) -> State:
+        for path, ranks in kept.items():
+            for leaf, axis in (("lora_A", 0), ("lora_B", 1), ("lora_E", 0)):
+                name = f"base_model.model.{path}.{leaf}"
+                tensors[name] = tensors[name].index_select(axis, torch.tensor(ranks, dtype=torch.long))
+        return tensors
+
+    edit_tensors(edit_config(folder, rank_pattern=masks), prune)
+    got = changes_by_us(opened(folder), build("llama", 0))
+    assert_close(got, changes_by_peft(folder, build("llama", 0)))
+    assert not bool(got["model.layers.1.mlp.up_proj.weight"].any())
+    assert_close(got | {f"{path}.weight": before[f"{path}.weight"] for path in kept}, before)
+
+
+def _paths(folder: Path) -> list[str]:
+    return sorted({name.split(".weight")[0] for name in opened(folder).changes})
+
+
+def test_bone_is_what_miss_was_called(tmp_path: Path) -> None:
+    for case in ("MiSS", "MiSS bat"):
+        folder = make(tmp_path / case, case)
+        wanted = changes_by_us(opened(folder), build("llama", 0))
+        edit_config(folder, peft_type="BONE")
+        edit_tensors(folder, lambda t: {name.replace("miss_block", "bone_block"): value for name, value in t.items()})
+        assert_close(changes_by_us(opened(folder), build("llama", 0)), wanted, 0)

@@ -33,7 +33,7 @@ def adalora(module: Module) -> list[Change]:
     def formula(parts: Parts, place: Place) -> Factors:
         return parts["lora_B"] * scale, parts["lora_A"] * parts["lora_E"]
 
-    return [_low_rank(module, formula, "lora_A", "lora_B", "lora_E", size=size, scale=scale)]
+    return [_low_rank(module, formula, "lora_A", "lora_B", "lora_E", size=size, scale=scale, flat=True)]
 
 
 def _low_rank(module: Module, formula: Formula, *names: str, size: Mapping[str, int | None], **facts: Any) -> Computed:

@@ -44,6 +44,7 @@ def loha(module: Module) -> list[Change]:
             inputs=size["i"],
             kernel=(size["k"], size["l"]) if cores else None,
             trained=size["r"] ** 2,
+            flat=not cores,
         )
     ]
 
@@ -90,6 +91,7 @@ def lokr(module: Module) -> list[Change]:
             outputs=size["a"] * size["c"],
             inputs=size["b"] * size["d"],
             kernel=kernel,
+            flat=kernel is None,
             trained=left * right if axes != "c d k" else 0,  # along the wrong axes they are no ranks
         )
     ]
