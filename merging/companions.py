@@ -81,12 +81,13 @@ def _parameters(plan: Plan, adapters: list[Adapter]) -> list[str]:
     experts = [item.inputs for item in plan.items if item.form == "factors" and _is_experts(item)]
     names = {next(each.target for each in inputs if isinstance(each, Change)) for inputs in experts}
     short = {name for adapter in adapters for name in adapter.config.get("target_parameters") or ()}
-    return sorted(short if _cover(short, names) else names) if names else []
+    return _shortened(names, short)
 
 
-def _cover(short: Iterable[str], names: Iterable[str]) -> bool:
-    """Whether every name ends in one of the short ones."""
-    return all(any(name == end or name.endswith(f".{end}") for end in short) for name in names)
+def _shortened(names: Iterable[str], short: Iterable[str]) -> list[str]:
+    """Those of the short names that a name ends in, if every name ends in one; else the names themselves."""
+    ends = {name: {end for end in short if name == end or name.endswith(f".{end}")} for name in names}
+    return sorted(set().union(*ends.values()) if all(ends.values()) else ends)
 
 
 def _tokens(plan: Plan) -> dict[str, list[int]]:
@@ -112,8 +113,7 @@ def _target_modules(plan: Plan, adapters: list[Adapter]) -> list[str]:
         if not isinstance(named, list) or narrowed or not all(isinstance(name, str) for name in named):
             return sorted(_modules(plan))
         short.update(named)
-    modules = _modules(plan)
-    return sorted(short if _cover(short, modules) else modules)
+    return _shortened(_modules(plan), short)
 
 
 def _modules(plan: Plan) -> set[str]:

@@ -131,6 +131,9 @@ class Resolver:
         pieces = self._loading.pieces(shapes)
         for target, change in adapter.changes.items():
             held = {piece.of for piece in pieces.get(target, ())}
+            if not held and change.optional:
+                del shapes[target]
+                continue
             if not held or not held <= in_memory.keys():
                 return None
             name, *others = held
@@ -221,9 +224,11 @@ class Resolver:
     def _nowhere(self, adapter: Adapter, renaming: Renaming, left: list[str]) -> InputError:
         target, known = left[0], self._known
         match = renaming(target)
-        if match is not None and match in known:
+        # A name in memory tells more than one on the disk that only looks like it.
+        names = [name for name in (match, target) if name is not None and (name in known or name in self._in_memory)]
+        if names:
             shape = adapter.changes[target].shape
-            reason = f"has the shape {shape}, and the base's tensor {tuple(known[match].shape)}"
+            reason = f"has the shape {shape}, and the base's tensor {tuple(self.shape(names[0]))}"
         else:
             reason = f"is no tensor of the base{nearest(target, known) if len(known) < 5000 else ''}"
         return InputError(
