@@ -10,6 +10,7 @@ from .continual import continual_command
 from .inspecting import inspect_command
 from .listing import methods_command
 from .merging import merge_command
+from .pool import pool_command
 from .pushing import push_command
 from .recipes import run_command
 
@@ -21,6 +22,7 @@ Sub-commands, as the first word:
   merge methods [NAME]   the methods, or one method in full
   merge inspect PATH     what a model or adapter file holds
   merge push FOLDER ...  publish a folder on the Hub
+  merge pool ...         adapters that others left, audited
   merge continual ...    a store that grows as models arrive
 A file of such a name is reached as ./inspect.
 """
@@ -38,7 +40,7 @@ class Merge(click.Group):
 
 
 merge_command.epilog = EPILOG
-_COMMANDS = [run_command, methods_command, inspect_command, push_command, continual_command]
+_COMMANDS = [run_command, methods_command, inspect_command, push_command, continual_command, pool_command]
 cli = Merge(name="merge", commands=_COMMANDS)
 
 

@@ -89,7 +89,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "files": ("sources", "hub", "writer", "landing", "platform"),
     "intent": ("recipe", "plan"),
     "run": ("run", "worker", "opened", "spool", "tiles", "threads", "vetting"),
-    "above": ("files", "arrival", "licences", "tensors", "companions", "model_folder", "inspect", "continual"),
+    "above": ("files", "arrival", "licences", "pool", "tensors", "companions", "model_folder", "inspect", "continual"),
     "cli": ("cli",),
     "ground": ("errors",),
 }

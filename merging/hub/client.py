@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from merging.errors import InputError, MergingError
 
-__all__ = ["RETRIED", "api", "endpoint", "explained", "offline", "patiently"]
+__all__ = ["RETRIED", "Unreachable", "api", "endpoint", "explained", "offline", "patiently"]
 
 T = TypeVar("T")
 
@@ -20,6 +20,10 @@ RETRIED = (408, 429, 500, 502, 503, 504)
 _TRIES = 6
 _LONGEST = 60.0
 """Seconds waited before one more try, at most, also where the server asks for more."""
+
+
+class Unreachable(InputError):
+    """The Hub did not answer, or not sensibly, although it was asked again and again: later it may."""
 
 
 def offline() -> bool:
@@ -116,9 +120,9 @@ def explained(error: Exception, name: str) -> InputError:
         return InputError(f"{name}: is no name of a model on the Hub: {str(error).splitlines()[0]}")
     response = getattr(error, "response", None)
     if response is not None:
-        return InputError(f"{name}: the Hub answered {response.status_code} to every try: try again later")
+        return Unreachable(f"{name}: the Hub answered {response.status_code} to every try: try again later")
     reason = str(error).strip().splitlines()
-    return InputError(
+    return Unreachable(
         f"{name}: the Hub ({endpoint()}) cannot be reached: {reason[0] if reason else type(error).__name__}. What is "
         f"in the local cache can be used with HF_HUB_OFFLINE=1"
     )

@@ -99,7 +99,8 @@ def parse_query(text: str) -> Query | None:
                 f"{text}: {part!r} is no part of a query{nearest(name, names)}: write hub:base=ORG/NAME,author=ORG,"
                 f"tag=TAG,search=WORD,limit=N"
             )
-        query = replace(query, **{name: _value(text, name, value)})
+        stated: dict[str, Any] = {name: _value(text, name, value)}
+        query = replace(query, **stated)
     if not (query.base or query.author or query.tag or query.search):
         raise OptionError(f"{text}: asks for every model there is: name a base, an author, a tag or a word")
     return query

@@ -1,0 +1,205 @@
+"""The audit of one adapter, cheap checks first: what is stated of it, its config and headers, then its values.
+
+Every check gives findings, and a finding that rejects ends the audit: nothing dearer is spent on it. The figures that
+were computed until then are kept. The order and the limits follow the catalogue of defects seen in public adapters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+
+import torch
+
+from merging.arrival import brought
+from merging.delta import Delta, LowRank
+from merging.errors import MergingError
+from merging.hub.cards import stated_licence
+from merging.hub.client import Unreachable
+from merging.linalg import factored_svd, safe_ratio, squared_norm
+from merging.plan.checks import same_base
+from merging.plan.resolve import Resolver
+from merging.pool.index import VERDICTS, Entry, Finding, Verdict
+from merging.pool.sketches import empty, sketch
+from merging.sources import Adapter, Checkpoint, open_model
+from merging.sources.adapter import Change
+from merging.sources.stored import Stored
+
+__all__ = ["Auditor", "Candidate", "change_of"]
+
+_NOISE = 1e-7
+"""A change whose norm is a smaller share of the base's is none: rounding alone changes more."""
+
+_LARGEST = 1.0
+"""A module that is changed by more than its own norm is no fine-tune of it any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An adapter that may come into the pool: a path or address, and what a listing said of it."""
+
+    name: str
+    owner: str | None = None
+    created: str | None = None
+    downloads: int = 0
+    gated: bool = False
+
+
+@dataclass(slots=True)
+class _Audit:
+    """What is known of an adapter so far."""
+
+    entry: Entry
+    findings: list[Finding] = field(default_factory=list)
+    adapter: Adapter | None = None
+
+    def find(self, stage: str, verdict: Verdict, reason: str) -> None:
+        self.findings.append(Finding(stage, verdict, reason))
+
+    @property
+    def rejected(self) -> bool:
+        return any(finding.verdict == "rejected" for finding in self.findings)
+
+
+class Auditor:
+    """Audits adapters against their base; remembers the norms of the base's tensors, which are dear."""
+
+    def __init__(self, base: Checkpoint, base_names: tuple[str, ...], norms: dict[str, float]) -> None:
+        self.base = base
+        self.base_names = base_names
+        self.norms = norms
+        self._resolver = Resolver(base.tensors, base.config)
+
+    def audit(self, candidate: Candidate) -> tuple[Entry, Adapter | None]:
+        """The verdict on one adapter with every finding and figure, and the adapter, by the base's names, if it opens.
+
+        Raises :class:`~merging.hub.client.Unreachable` where the Hub does not answer: that is not the adapter's fault.
+        """
+        audit = _Audit(
+            Entry(candidate.name, owner=candidate.owner, created=candidate.created, downloads=candidate.downloads)
+        )
+        if candidate.gated:
+            audit.find("metadata", "rejected", "is gated: ask for access on its page, then build with --again")
+        for check in (self._headers, self._values):
+            if not audit.rejected:
+                check(audit)
+        worst = max((VERDICTS.index(each.verdict) for each in audit.findings), default=0)
+        time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        entry = replace(audit.entry, verdict=VERDICTS[worst], findings=tuple(audit.findings), time=time)
+        return entry, audit.adapter
+
+    def _headers(self, audit: _Audit) -> None:
+        """Config and headers: a type that is understood, of this base, all of whose targets have a place in it."""
+        try:
+            adapter = open_model(audit.entry.name)
+            if not isinstance(adapter, Adapter):
+                audit.find("headers", "rejected", "is a full model, and the pool is one of adapters")
+                return
+            audit.entry = _described(audit.entry, adapter)
+            pickled = next((file.name for file in adapter.files if file.suffix != ".safetensors"), None)
+            if pickled:
+                audit.find("headers", "rejected", f"is a pickle ({pickled}): only safetensors come into a pool")
+            elif adapter.base and not any(same_base(adapter.base, name) for name in self.base_names):
+                told = f"was trained on {adapter.base}, and the pool is of {self.base_names[0]}"
+                audit.find("headers", "rejected", told)
+            else:
+                changes = self._resolver.resolve(adapter).changes
+                self._repairs(audit, adapter)
+                audit.adapter = replace(adapter, changes=changes)
+        except Unreachable:
+            raise
+        except MergingError as error:
+            audit.find("headers", "rejected", str(error))
+
+    def _repairs(self, audit: _Audit, adapter: Adapter) -> None:
+        """What another program might take otherwise than it is meant, and is put right when it is read."""
+        for reason in sorted({change.needs_base for change in adapter.changes.values() if change.needs_base}):
+            audit.find("headers", "repaired", f"its change is computed with the base: {reason}")
+        for notice in adapter.notices:
+            audit.find("headers", "repaired", notice)
+        if not adapter.base:
+            audit.find("headers", "repaired", "names no base: its shapes fit this one's")
+        elif adapter.base not in self.base_names:
+            audit.find("headers", "repaired", f"names its base {adapter.base}, which is taken for {self.base_names[0]}")
+        if adapter.config.get("use_rslora"):
+            audit.find("headers", "repaired", "rsLoRA: its scale alpha / sqrt(r) is folded in")
+
+    def _values(self, audit: _Audit) -> None:
+        """The values, one module at a time: finite, not nothing, not destroyed."""
+        assert audit.adapter is not None
+        brought(audit.adapter)
+        squares: dict[str, float] = {}
+        top, total = 0.0, empty()
+        try:
+            for name, delta in self._changes(audit.adapter):
+                if not _finite(delta):
+                    audit.find("values", "rejected", f"{name} holds NaN or infinite values")
+                    return
+                squares[name] = float(squared_norm(delta))
+                if isinstance(delta, LowRank) and delta.up.dim() == 2:
+                    top = max(top, safe_ratio(float(factored_svd(delta.up, delta.down)[1][0]), self._norm(name)))
+                total += sketch(name, delta)
+        except MergingError as error:
+            audit.find("values", "rejected", str(error))
+            return
+        norm, weight = math.sqrt(sum(squares.values())), math.hypot(*(self._norm(name) for name in squares))
+        relative = {name: safe_ratio(math.sqrt(square), self._norm(name)) for name, square in squares.items()}
+        worst = max(relative, key=lambda name: relative[name])
+        audit.entry = replace(
+            audit.entry,
+            norm=norm,
+            relative=relative[worst],
+            sketch=total.numpy().tobytes(),
+            figures={
+                "relative_norm": safe_ratio(norm, weight),
+                "largest_change_at": worst,
+                "top_singular_value": top,
+                "unchanged_targets": sum(square == 0 for square in squares.values()),
+            },
+        )
+        if norm <= _NOISE * weight:
+            audit.find("values", "quarantined", "changes nothing: its factors are zero, or below rounding")
+        if relative[worst] > _LARGEST:
+            told = f"changes {worst} by {relative[worst]:.1f} times its norm: destroyed, or its alpha is wrong"
+            audit.find("values", "quarantined", told)
+
+    def _changes(self, adapter: Adapter) -> Iterator[tuple[str, Delta]]:
+        for name, change in adapter.changes.items():
+            yield name, change_of(change, self.base.tensors[name])
+
+    def _norm(self, name: str) -> float:
+        """The norm of one of the base's tensors, read by pieces."""
+        if name not in self.norms:
+            stored, total = self.base.tensors[name], 0.0
+            for start in range(0, stored.numel, 1 << 22):
+                buffer = torch.empty(min(1 << 22, stored.numel - start), dtype=stored.dtype)
+                stored.read_into(buffer, start)
+                total += float(buffer.double().square().sum())
+            self.norms[name] = math.sqrt(total)
+        return self.norms[name]
+
+
+def change_of(change: Change, stored: Stored) -> Delta:
+    """What an adapter changes in a tensor of the base, in float32."""
+    return change.read(stored.shape, lambda: stored.read().float(), torch.float32)
+
+
+def _described(entry: Entry, adapter: Adapter) -> Entry:
+    origin, changes = adapter.origin, adapter.changes.values()
+    return replace(
+        entry,
+        owner=entry.owner or (origin.repo.partition("/")[0] if origin else None),
+        licence=origin.licence if origin else stated_licence(adapter.files[0].parent / "README.md"),
+        stated_base=adapter.base,
+        kind=adapter.dialect,
+        rank=max((change.rank for change in changes), default=0),
+        targets=len(changes),
+        size=sum(stored.nbytes for change in changes for stored in change.tensors),
+    )
+
+
+def _finite(delta: Delta) -> bool:
+    parts = (delta.up, delta.down) if isinstance(delta, LowRank) else (delta.value,)
+    return all(bool(part.isfinite().all()) for part in parts)

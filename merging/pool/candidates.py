@@ -1,0 +1,46 @@
+"""Where adapters come from: files, folders of them, and the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from merging.errors import InputError
+from merging.hub.address import hub_address
+from merging.hub.query import Query
+from merging.pool.audit import Candidate
+
+__all__ = ["candidates_in", "candidates_of"]
+
+_WEIGHTS = (".safetensors", ".bin", ".pt")
+
+
+def candidates_in(path: str | Path) -> list[Candidate]:
+    """The adapters that a path or address means: itself, or for a folder of folders and files each of them, by name.
+
+    Raises :class:`~merging.errors.InputError` where there is none.
+    """
+    address = hub_address(str(path))
+    if address is not None:
+        return [Candidate(str(address), address.repo.partition("/")[0])]
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise InputError(f"{path}: there is no such file or folder")
+    if path.is_file() or _is_adapter(path):
+        return [Candidate(str(path.resolve()))]
+    inside = sorted(each for each in path.iterdir() if not each.name.startswith("."))
+    found = [each for each in inside if each.suffix in _WEIGHTS or (each.is_dir() and _is_adapter(each))]
+    if not found:
+        raise InputError(f"{path}: holds no adapter, and no folder of one")
+    return [Candidate(str(each.resolve())) for each in found]
+
+
+def candidates_of(query: Query) -> list[Candidate]:
+    """The adapters that a query finds on the Hub, the most downloaded first."""
+    return [
+        Candidate(str(each.address), each.repo.partition("/")[0], each.created.isoformat(), each.downloads, each.gated)
+        for each in sorted(query.models(), key=lambda each: -each.downloads)
+    ]
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() or any(folder.glob("adapter_model.*"))

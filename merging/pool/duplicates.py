@@ -1,0 +1,88 @@
+"""Adapters that are one: the same bytes, or the same change but for its scale, found by sketches and told exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from merging.delta import Delta, LowRank
+from merging.linalg import inner, safe_ratio, squared_norm
+from merging.plan.resolve import Resolver
+from merging.pool.audit import change_of
+from merging.pool.index import Entry, Finding
+from merging.sources import Adapter, Checkpoint, open_model
+from merging.sources.adapter import Change
+
+__all__ = ["SAME", "cosine", "duplicates"]
+
+SAME = 0.9999
+"""The cosine of two changes from which they count as one."""
+
+_SUSPECTED = 0.99
+_BLOCK = 1024
+
+
+def duplicates(pool: Path, base: Checkpoint, entries: Sequence[Entry]) -> dict[str, Finding]:
+    """A finding for each adapter that repeats one before it, of which the first is kept.
+
+    ``entries`` in the order in which they are to be kept. Sketches are compared by blocks, and only pairs that they
+    suspect are read: the exact cosine of their factors decides.
+    """
+    found: dict[str, Finding] = {}
+    first: dict[str, str] = {}
+    for entry in entries:
+        if entry.sha256 in first:
+            reason = f"has the same content as {first[str(entry.sha256)]}"
+            found[entry.name] = Finding("duplicates", "quarantined", reason)
+        first.setdefault(str(entry.sha256), entry.name)
+    left = [entry for entry in entries if entry.name not in found and entry.sketch and entry.norm]
+    resolver = Resolver(base.tensors, base.config)
+
+    def changes(entry: Entry) -> dict[str, Change]:
+        opened = open_model(pool / str(entry.folder))
+        assert isinstance(opened, Adapter)
+        return resolver.resolve(opened).changes
+
+    for one, other in _suspected(left):
+        if left[one].name in found or left[other].name in found:
+            continue
+        value = cosine(changes(left[one]), changes(left[other]), base)
+        if abs(value) > SAME:
+            reason = f"is {left[one].name} again (cosine {value:.6f} of their changes)"
+            found[left[other].name] = Finding("duplicates", "quarantined", reason)
+    return found
+
+
+def _suspected(entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
+    """Pairs, the earlier first, whose sketches have nearly the same direction."""
+    if len(entries) < 2:
+        return
+    sketches = torch.stack([torch.frombuffer(bytearray(entry.sketch or b""), dtype=torch.float64) for entry in entries])
+    sketches = torch.nn.functional.normalize(sketches, dim=1)
+    for start in range(0, len(sketches), _BLOCK):
+        close = (sketches[start : start + _BLOCK] @ sketches.mT).abs() > _SUSPECTED
+        for row, column in close.nonzero().tolist():
+            if start + row < column:
+                yield start + row, column
+
+
+def cosine(one: dict[str, Change], other: dict[str, Change], base: Checkpoint) -> float:
+    """The cosine of two adapters' changes over the whole model, computed in their factors where they have some."""
+    product = squares = others = 0.0
+    for name in sorted(one.keys() | other.keys()):
+        stored = base.tensors[name]
+        left, right = (change_of(each[name], stored) if name in each else None for each in (one, other))
+        squares += float(squared_norm(left)) if left is not None else 0.0
+        others += float(squared_norm(right)) if right is not None else 0.0
+        if left is not None and right is not None:
+            product += _product(left, right)
+    return safe_ratio(product, math.sqrt(squares * others))
+
+
+def _product(left: Delta, right: Delta) -> float:
+    if isinstance(left, LowRank) and isinstance(right, LowRank) and left.up.dim() == right.up.dim() == 2:
+        return float(inner(left, right))
+    return float((left.dense().double() * right.dense().double()).sum())

@@ -1,0 +1,195 @@
+"""The index of a pool: what is known of every adapter that was ever looked at, in one SQLite file."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from merging.errors import FormatError, InputError, OutputError, nearest
+
+__all__ = ["SCHEMA", "VERDICTS", "Entry", "Finding", "Index", "Verdict"]
+
+SCHEMA = 1
+
+Verdict = Literal["ok", "repaired", "quarantined", "rejected"]
+VERDICTS: tuple[Verdict, ...] = ("ok", "repaired", "quarantined", "rejected")
+"""From the best to the worst; an adapter has the worst that any finding gives it."""
+
+_NAME = "pool.sqlite"
+
+_TABLES = """
+CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE base (target TEXT PRIMARY KEY, norm REAL NOT NULL);
+CREATE TABLE adapters (
+    name TEXT PRIMARY KEY, verdict TEXT NOT NULL, owner TEXT, licence TEXT, stated_base TEXT, created TEXT,
+    downloads INTEGER NOT NULL, sha256 TEXT, folder TEXT, size INTEGER NOT NULL, kind TEXT, rank INTEGER NOT NULL,
+    targets INTEGER NOT NULL, norm REAL, relative REAL, sketch BLOB, figures TEXT NOT NULL, time TEXT NOT NULL
+);
+CREATE INDEX by_content ON adapters (sha256);
+CREATE TABLE findings (
+    adapter TEXT NOT NULL REFERENCES adapters (name) ON DELETE CASCADE,
+    stage TEXT NOT NULL, verdict TEXT NOT NULL, reason TEXT NOT NULL
+);
+CREATE INDEX of_adapter ON findings (adapter);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that a check found: at which stage, what follows from it, and why."""
+
+    stage: str
+    verdict: Verdict
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An adapter of the pool.
+
+    ``name`` is the address or path it came from, ``folder`` where its files lie in the pool (None if they were not
+    kept), ``sha256`` the hash of its content, ``size`` the bytes of its tensors. ``norm`` is the Frobenius norm of its
+    change, ``relative`` the largest ratio of a module's change to the module. ``figures`` holds every other number of
+    the audit.
+    """
+
+    name: str
+    verdict: Verdict = "ok"
+    owner: str | None = None
+    licence: str | None = None
+    stated_base: str | None = None
+    created: str | None = None
+    downloads: int = 0
+    sha256: str | None = None
+    folder: str | None = None
+    size: int = 0
+    kind: str | None = None
+    rank: int = 0
+    targets: int = 0
+    norm: float | None = None
+    relative: float | None = None
+    sketch: bytes | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
+    time: str = ""
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def usable(self) -> bool:
+        """Whether merges may choose it."""
+        return self.verdict in ("ok", "repaired")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same in plain values, for JSON; the sketch is left out."""
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "sketch"}
+        findings = [{"stage": f.stage, "verdict": f.verdict, "reason": f.reason} for f in self.findings]
+        return values | {"findings": findings}
+
+
+_COLUMNS = [each.name for each in fields(Entry) if each.name != "findings"]
+
+
+class Index:
+    """The SQLite file of a pool. Every method is one transaction, so that a kill leaves the state before or after it.
+
+    Raises :class:`~merging.errors.OutputError` for what the disk refuses, :class:`~merging.errors.FormatError` for a
+    file that is no index of this version.
+    """
+
+    def __init__(self, pool: Path, create: bool = False) -> None:
+        self.path = pool / _NAME
+        if not create and not self.path.is_file():
+            raise InputError(f"{pool}: is no pool (it has no {_NAME}): make one with merge pool build")
+        try:
+            self._file = sqlite3.connect(self.path, timeout=60)
+            self._file.row_factory = sqlite3.Row
+            self._file.execute("PRAGMA foreign_keys = ON")
+            self._file.execute("PRAGMA synchronous = FULL")
+            if create:
+                self._file.executescript(f"BEGIN; {_TABLES} INSERT INTO facts VALUES ('schema', '{SCHEMA}'); COMMIT;")
+            schema = self.fact("schema")
+        except sqlite3.DatabaseError as error:
+            raise FormatError(f"{self.path}: is no index of a pool: {error}") from None
+        if schema != str(SCHEMA):
+            raise FormatError(f"{self.path}: has the schema {schema}, and this version reads {SCHEMA}: use a newer one")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def fact(self, key: str) -> str | None:
+        """Something noted about the pool itself."""
+        row = self._file.execute("SELECT value FROM facts WHERE key = ?", (key,)).fetchone()
+        return None if row is None else str(row["value"])
+
+    def note(self, **facts: str) -> None:
+        """Note something about the pool itself."""
+        with self._writing():
+            self._file.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts.items())
+
+    def base_norms(self) -> dict[str, float]:
+        """The Frobenius norms of the base's tensors that were needed so far."""
+        return {row["target"]: row["norm"] for row in self._file.execute("SELECT * FROM base")}
+
+    def put(self, entry: Entry, base_norms: Mapping[str, float] | None = None) -> None:
+        """Note an adapter and its findings, instead of what was noted of it before."""
+        values = [getattr(entry, name) for name in _COLUMNS]
+        values[_COLUMNS.index("figures")] = json.dumps(entry.figures)
+        marks = ", ".join("?" * len(values))
+        found = [(entry.name, each.stage, each.verdict, each.reason) for each in entry.findings]
+        with self._writing():
+            self._file.execute("DELETE FROM findings WHERE adapter = ?", (entry.name,))
+            self._file.execute(f"INSERT OR REPLACE INTO adapters ({', '.join(_COLUMNS)}) VALUES ({marks})", values)
+            self._file.executemany("INSERT INTO findings VALUES (?, ?, ?, ?)", found)
+            self._file.executemany("INSERT OR REPLACE INTO base VALUES (?, ?)", (base_norms or {}).items())
+
+    def judge(self, stage: str, findings: Mapping[str, Finding]) -> None:
+        """Replace what one stage found of all adapters, and give each the worst verdict of all its findings."""
+        worth = " ".join(f"WHEN '{verdict}' THEN {step}" for step, verdict in enumerate(VERDICTS))
+        named = " ".join(f"WHEN {step} THEN '{verdict}'" for step, verdict in enumerate(VERDICTS))
+        worst = f"(SELECT MAX(CASE verdict {worth} END) FROM findings WHERE adapter = adapters.name)"
+        rows = [(name, found.stage, found.verdict, found.reason) for name, found in findings.items()]
+        with self._writing():
+            self._file.execute("DELETE FROM findings WHERE stage = ?", (stage,))
+            self._file.executemany("INSERT INTO findings VALUES (?, ?, ?, ?)", rows)
+            self._file.execute(f"UPDATE adapters SET verdict = CASE COALESCE({worst}, 0) {named} END")
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Forget adapters."""
+        with self._writing():
+            self._file.executemany("DELETE FROM adapters WHERE name = ?", ((name,) for name in names))
+
+    def names(self) -> set[str]:
+        """The names of all adapters that were looked at."""
+        return {row["name"] for row in self._file.execute("SELECT name FROM adapters")}
+
+    def entries(self, verdicts: Sequence[Verdict] = VERDICTS) -> list[Entry]:
+        """The adapters with one of these verdicts, in the order of their names."""
+        query = f"SELECT * FROM adapters WHERE verdict IN ({', '.join('?' * len(verdicts))}) ORDER BY name"
+        return [self._entry(row) for row in self._file.execute(query, tuple(verdicts)).fetchall()]
+
+    def entry(self, name: str) -> Entry:
+        """One adapter. Raises :class:`~merging.errors.InputError` for a name that is not there."""
+        row = self._file.execute("SELECT * FROM adapters WHERE name = ?", (name,)).fetchone()
+        if row is None:
+            raise InputError(f"{name}: is not in the pool{nearest(name, self.names())}")
+        return self._entry(row)
+
+    def _entry(self, row: sqlite3.Row) -> Entry:
+        rows = self._file.execute("SELECT * FROM findings WHERE adapter = ? ORDER BY rowid", (row["name"],))
+        findings = tuple(Finding(each["stage"], each["verdict"], each["reason"]) for each in rows)
+        values = {name: row[name] for name in _COLUMNS} | {"figures": json.loads(row["figures"])}
+        return Entry(**values, findings=findings)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            with self._file:
+                self._file.execute("BEGIN IMMEDIATE")
+                yield
+        except sqlite3.OperationalError as error:
+            raise OutputError(f"{self.path}: cannot be written: {error}") from None

@@ -1,0 +1,257 @@
+"""The folder of a pool: its index, and the files of every adapter worth keeping, by the hash of their content."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from merging.errors import InputError, OptionError, OutputError
+from merging.pool.audit import Auditor, Candidate
+from merging.pool.duplicates import duplicates
+from merging.pool.index import VERDICTS, Entry, Finding, Index
+from merging.sources import Adapter, Checkpoint, open_model
+
+__all__ = ["OWNER_CAP", "Built", "Pool"]
+
+OWNER_CAP = 10
+"""Adapters of one owner that merges may choose: a few training services hold most of what is public."""
+
+_OUTLIER = 10.0
+"""A norm so many times the median of the pool, or such a fraction of it, is for someone to look at."""
+
+_FOLDER = "adapters"
+_CONFIG = "adapter_config.json"
+_BESIDE = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md")
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What a build did: how many adapters were new, and the verdicts on all that the pool knows of."""
+
+    audited: int
+    verdicts: dict[str, int]
+
+
+class Pool:
+    """Adapters of one base in a folder: ``pool.sqlite``, and the files of each under ``adapters/``.
+
+    An adapter is audited once and noted with everything that was found, whatever the verdict: nothing is dropped in
+    silence. A build that is killed goes on with the next adapter. One process writes at a time, readers do not wait.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.index = Index(self.path)
+
+    @classmethod
+    def create(cls, path: str | Path, base: str | Path, base_names: Sequence[str] = ()) -> Pool:
+        """A new, empty pool of the adapters of ``base``, which is also known as ``base_names``.
+
+        Raises :class:`~merging.errors.OutputError` for a folder that holds something, and
+        :class:`~merging.errors.InputError` for a base that is none.
+        """
+        path, opened = Path(path), _open_base(base)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise OutputError(f"{path}: exists already: choose another folder for the pool")
+        stated = opened.config.get("_name_or_path")
+        own = str(opened.origin) if opened.origin else str(Path(base).expanduser().resolve())
+        repo = [opened.origin.repo] if opened.origin else []
+        names = [*base_names, *repo, *([stated] if isinstance(stated, str) and stated else []), own]
+        try:
+            (path / _FOLDER).mkdir(parents=True)
+            index = Index(path, create=True)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be created: {error.strerror}") from None
+        index.note(base=own, base_names="\n".join(dict.fromkeys(names)))
+        index.close()
+        return cls(path)
+
+    @property
+    def base(self) -> str:
+        """The path or address of the base."""
+        return self.index.fact("base") or ""
+
+    @property
+    def base_names(self) -> tuple[str, ...]:
+        """What the base is called."""
+        return tuple((self.index.fact("base_names") or "").split("\n"))
+
+    def verdicts(self) -> dict[str, int]:
+        """How many adapters have each verdict."""
+        counted = Counter(entry.verdict for entry in self.index.entries())
+        return {verdict: counted[verdict] for verdict in VERDICTS}
+
+    def usable(self) -> list[tuple[Entry, Path]]:
+        """The adapters that merges may choose, and where each lies."""
+        return [(e, self.path / e.folder) for e in self.index.entries(("ok", "repaired")) if e.folder]
+
+    def build(
+        self,
+        candidates: Iterable[Candidate],
+        *,
+        again: bool = False,
+        owner_cap: int = OWNER_CAP,
+        allow_unknown_licence: bool = False,
+        tell: Callable[[Entry], None] | None = None,
+    ) -> Built:
+        """Audit what is new (with ``again`` everything), keep what is worth it, and compare all with all.
+
+        ``tell`` is told of every adapter that was audited. Raises :class:`~merging.errors.MergingError` for what is
+        wrong with the pool, its base, or the network, never for an adapter: what is wrong with one is a finding.
+        """
+        _check_cap(owner_cap)
+        audited = 0
+        with self._writing():
+            base = _open_base(self.base)
+            known = set() if again else self.index.names()
+            auditor = Auditor(base, self.base_names, self.index.base_norms())
+            for candidate in candidates:
+                if candidate.name in known:
+                    continue
+                known.add(candidate.name)
+                before = set(auditor.norms)
+                entry, adapter = auditor.audit(candidate)
+                if adapter is not None and entry.verdict != "rejected":
+                    entry = self._keep(entry, adapter)
+                self.index.put(entry, {name: auditor.norms[name] for name in auditor.norms.keys() - before})
+                audited += 1
+                if tell:
+                    tell(entry)
+            self._compare(base, owner_cap, allow_unknown_licence)
+        return Built(audited, self.verdicts())
+
+    def dedupe(self, owner_cap: int = OWNER_CAP, allow_unknown_licence: bool = False) -> dict[str, int]:
+        """Compare all with all anew: norms, repeats, licences, owners. Returns the verdicts."""
+        _check_cap(owner_cap)
+        with self._writing():
+            self._compare(_open_base(self.base), owner_cap, allow_unknown_licence)
+        return self.verdicts()
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Forget adapters, and delete the files that no other one has."""
+        with self._writing():
+            for name in names:
+                self.index.entry(name)
+            self.index.remove(names)
+            self._sweep()
+
+    def _compare(self, base: Checkpoint, owner_cap: int, allow_unknown_licence: bool) -> None:
+        """What only the whole pool tells. An owner's places go to adapters that nothing else speaks against."""
+        kept = [entry for entry in self.index.entries() if entry.folder]
+        order = sorted(kept, key=lambda entry: (-entry.downloads, entry.created or "", entry.name))
+        self.index.judge("owners", {})
+        self.index.judge("norms", _outliers(kept))
+        self.index.judge("duplicates", duplicates(self.path, base, order))
+        self.index.judge("licence", {} if allow_unknown_licence else _unlicensed(kept))
+        usable = {entry.name for entry in self.index.entries(("ok", "repaired"))}
+        self.index.judge("owners", _over_the_cap([entry for entry in order if entry.name in usable], owner_cap))
+
+    def _keep(self, entry: Entry, adapter: Adapter) -> Entry:
+        """Copy an adapter's files into the pool, under the hash of its weights and config."""
+        weights = adapter.files[0]
+        # a config is only of weights that are called as PEFT calls them
+        config = [weights.parent / _CONFIG] if weights.stem == "adapter_model" else []
+        digest = hashlib.sha256()
+        new = Path(tempfile.mkdtemp(prefix=".new.", dir=self.path / _FOLDER))
+        try:
+            for file in (file for file in [weights, *config] if file.is_file()):
+                _copy(file, new / file.name, digest)
+            for file in (weights.parent / name for name in _BESIDE):
+                if file.is_file():
+                    _copy(file, new / file.name, None)
+            place = self.path / _FOLDER / digest.hexdigest()[:16]
+            if not place.exists():
+                new.rename(place)
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from None
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+        inside = place if config else place / weights.name
+        return replace(entry, sha256=digest.hexdigest(), folder=str(inside.relative_to(self.path)))
+
+    def _sweep(self) -> None:
+        """Delete files that belong to no adapter: of removed ones, and of a build that was killed."""
+        wanted = {Path(entry.folder).parts[1] for entry in self.index.entries() if entry.folder}
+        for folder in (self.path / _FOLDER).iterdir():
+            if folder.name not in wanted:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise OutputError(f"{self.path}: another process is writing to this pool: try again later") from None
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written to: {error.strerror}") from None
+        try:
+            self._sweep()
+            yield
+        finally:
+            lock.release()
+
+
+def _copy(source: Path, target: Path, digest: Any) -> None:
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while block := reader.read(1 << 22):
+            writer.write(block)
+            if digest is not None:
+                digest.update(block)
+        writer.flush()
+        with suppress(OSError):  # some file systems have nothing to make durable
+            os.fsync(writer.fileno())
+
+
+def _open_base(base: str | Path) -> Checkpoint:
+    opened = open_model(base)
+    if isinstance(opened, Adapter):
+        raise InputError(f"{base}: is an adapter, and a pool wants the full model that its adapters were trained from")
+    return opened
+
+
+def _check_cap(owner_cap: int) -> None:
+    if owner_cap < 1:
+        raise OptionError(f"owner_cap = {owner_cap}: at least one adapter of each owner is needed")
+
+
+def _outliers(entries: Sequence[Entry]) -> dict[str, Finding]:
+    """A finding for each adapter whose norm, relative to what it changes, is far from what is usual in the pool."""
+    sizes = {entry.name: float(entry.figures.get("relative_norm", 0.0)) for entry in entries}
+    usual = median([size for size in sizes.values() if size > 0] or [1.0])
+    found = {}
+    for name, size in sizes.items():
+        if len(entries) >= 5 and size > 0 and abs(math.log(size / usual)) > math.log(_OUTLIER):
+            reason = f"its norm is {size / usual:.2g} times the pool's median: is its alpha what it was trained with?"
+            found[name] = Finding("norms", "quarantined", reason)
+    return found
+
+
+def _unlicensed(entries: Sequence[Entry]) -> dict[str, Finding]:
+    """A finding for each adapter of somebody else's that does not say under which licence."""
+    why = Finding("licence", "quarantined", "states no licence (--allow-unknown-licence takes it all the same)")
+    return {entry.name: why for entry in entries if entry.owner and not entry.licence}
+
+
+def _over_the_cap(entries: Sequence[Entry], cap: int) -> dict[str, Finding]:
+    counted: Counter[str] = Counter()
+    found = {}
+    for entry in entries:
+        if entry.owner:
+            counted[entry.owner] += 1
+            if counted[entry.owner] > cap:
+                reason = f"{entry.owner} has {cap} others here already, and more would be a sample of one trainer"
+                found[entry.name] = Finding("owners", "quarantined", reason)
+    return found
