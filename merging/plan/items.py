@@ -9,13 +9,13 @@ from typing import Literal
 import torch
 
 from merging.plan.vocabulary import Vocabulary
-from merging.recipe import Recipe
+from merging.recipe import AdapterFormat, Recipe
 from merging.site import Site
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.stored import DTYPES, Out, Stored
 
-__all__ = ["CHUNK", "KEPT", "TILE", "Form", "Item", "Plan"]
+__all__ = ["CHUNK", "KEPT", "TILE", "Constant", "Form", "Item", "Placing", "Plan"]
 
 TILE = 1 << 19
 """Elements of one model that are merged at a time on a CPU: two megabytes, so that a few models fit into its caches.
@@ -35,6 +35,31 @@ Form = Literal["copy", "dense", "delta", "factors"]
 """What is written of an item."""
 
 
+@dataclass(frozen=True, slots=True)
+class Placing:
+    """Where factors go in tensors of the output that hold more than them, or only some of their rows.
+
+    The lower factor goes into ``down`` from the row ``term`` on (nowhere, if it is there already), the ``rows`` of the
+    upper factor into ``up`` from the row ``first`` and the column ``term`` on, with zeros beside them.
+    """
+
+    down: Out | None
+    up: Out
+    rows: slice
+    first: int
+    term: int
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A number that is written into a tensor of the output ``count`` times, from its element ``start`` on."""
+
+    out: Out
+    value: float
+    start: int = 0
+    count: int = 1
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Item:
     """One tensor of the merge.
@@ -42,7 +67,7 @@ class Item:
     ``inputs`` has one entry a model, None for a model that does not touch the tensor. ``form`` says what is written:
     the bytes of ``base`` as they are (``copy``), the merged tensor (``dense``), the merged change alone (``delta``), or
     the factors of that change (``factors``: down, then up). ``written`` is what factors are multiplied by when they are
-    written, where a reader of the output multiplies them again.
+    written, where a reader of the output multiplies them again; ``placings`` are where they go, unless into ``outs``.
     """
 
     site: Site
@@ -51,6 +76,7 @@ class Item:
     outs: tuple[Out, ...]
     form: Form
     written: float = 1.0
+    placings: tuple[Placing, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -80,7 +106,8 @@ class Plan:
     """A merge that can be carried out: everything that can be known from headers has been checked.
 
     ``weights`` says that the models' weights are merged themselves, not their changes from the base. ``rank`` is that
-    of a merged adapter. ``untied`` says that the output writes a head of its own where the base ties it, ``vocabulary``
+    of a merged adapter, ``format`` whose files it is in, and ``constants`` what these hold beside what is merged.
+    ``untied`` says that the output writes a head of its own where the base ties it, ``vocabulary``
     whose vocabulary it has where those of the models differ in size.
     """
 
@@ -96,6 +123,8 @@ class Plan:
     notices: tuple[str, ...] = ()
     matched: tuple[str, ...] = field(default=())
     vocabulary: Vocabulary | None = None
+    format: AdapterFormat = "peft"
+    constants: tuple[Constant, ...] = ()
 
     @property
     def reference(self) -> Checkpoint | None:
@@ -118,12 +147,13 @@ class Plan:
     @property
     def outs(self) -> list[Out]:
         """The tensors of the output, those of the largest elements first, so that all lie aligned in their file."""
-        outs = [out for item in self.items for out in item.outs]
-        return sorted(outs, key=lambda out: -DTYPES[out.kind].itemsize)
+        outs = {out.name: out for item in self.items for out in item.outs}
+        outs |= {constant.out.name: constant.out for constant in self.constants}
+        return sorted(outs.values(), key=lambda out: -DTYPES[out.kind].itemsize)
 
     @property
     def out_bytes(self) -> int:
-        return sum(out.nbytes for item in self.items for out in item.outs)
+        return sum(out.nbytes for out in self.outs)
 
     @property
     def read_bytes(self) -> int:
@@ -180,7 +210,8 @@ class Plan:
         width = self.dtype(item).itemsize
         models = len(item.inputs)
         least = 1 if item.site.kind == "experts" else 64
-        rows = least * (item.numel // max(1, item.site.shape[0])) if item.site.shape else 1
+        by_rows = item.site.shape and not item.by_chunks
+        rows = least * (item.numel // max(1, item.site.shape[0])) if by_rows else 1
         grain = self.recipe.method.grain_at(item.site)
         whole = grain == "matrix" and not self.as_factors(item)
         rows = max(rows, item.site.row) if grain == "row" else rows
