@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import click
@@ -19,8 +19,11 @@ _NO_MEMORY = re.compile("can't allocate memory|out of memory")
 
 
 @contextmanager
-def reported(debug: bool = False) -> Iterator[None]:
-    """Run a command's body: refusals are printed as one message, and a kill cleans up as Ctrl-C does."""
+def reported(debug: bool = False, standing: Callable[[], str] | None = None) -> Iterator[None]:
+    """Run a command's body: refusals are printed as one message, and a kill cleans up as Ctrl-C does.
+
+    ``standing`` says what is true after an interruption, of commands of which something may be done by then.
+    """
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -29,7 +32,7 @@ def reported(debug: bool = False) -> Iterator[None]:
             raise
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
-        click.echo("Interrupted: nothing was written.", err=True)
+        click.echo(f"Interrupted: {standing() if standing else 'nothing was written'}.", err=True)
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):

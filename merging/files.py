@@ -138,10 +138,12 @@ def merge_plan(
     overwrite: bool = False,
     stream: bool = False,
     progress: Progress | None = None,
+    shown: Plan | None = None,
 ) -> Merged:
     """Carry out a plan, and put the output in place when it is whole.
 
-    What lies on the Hub comes first, or with ``stream`` file by file as the merge comes to it.
+    What lies on the Hub comes first, or with ``stream`` file by file as the merge comes to it. ``shown`` is the plan
+    that header and card tell of, where the same output is better known by another one.
     """
     workers = workers_within(plan, cores() if threads is None else threads, max_memory)
     check_output(plan, destination, overwrite)
@@ -150,7 +152,8 @@ def merge_plan(
         plan = arrived(plan, companion_patterns(plan), progress=progress)
     with Landing(destination, overwrite, single) as landing, _streamed(plan, stream, destination) as plan:
         notices = [*plan.notices, *unrelated(plan)]
-        writer = _writer(plan, landing.folder, destination)
+        told = shown or plan
+        writer = _writer(told, landing.folder, destination)
         try:
             scratch = landing.folder
             done = run(plan, writer, device=device, threads=workers, progress=progress, scratch=scratch)
@@ -159,16 +162,16 @@ def merge_plan(
             writer.close()
         try:
             if not single and plan.output == "adapter":
-                write_adapter_companions(plan, landing.folder)
+                write_adapter_companions(told, landing.folder)
             elif not single:
-                notices += write_model_companions(plan, landing.folder)
+                notices += write_model_companions(told, landing.folder)
         except OSError as error:
             raise OutputError(f"{destination}: cannot be written: {error.strerror}") from None
         landing.commit()
     return Merged(
         path=destination,
         kind=plan.output,
-        method=plan.recipe.method.chain,
+        method=told.recipe.method.chain,
         tensors=len(plan.outs),
         bytes=plan.out_bytes,
         seconds=done.seconds,

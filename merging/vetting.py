@@ -58,4 +58,4 @@ def _sample(stored: Stored) -> Tensor:
     size = min(stored.numel, _ELEMENTS)
     buffer = torch.empty(size, dtype=stored.dtype)
     stored.read_into(buffer, (stored.numel - size) // 2)
-    return buffer.float()
+    return buffer.double()

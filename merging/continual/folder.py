@@ -7,16 +7,17 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from math import inf
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from merging import platform
-from merging.continual.manifest import Manifest, write_manifest
-from merging.errors import OutputError
+from merging.continual.manifest import NAME, Manifest, Unconfirmed, replace_manifest
+from merging.errors import OptionError, OutputError
 from merging.landing import umask
 
-__all__ = ["STATES", "Busy", "found", "locked", "remove", "unfinished"]
+__all__ = ["STATES", "Busy", "found", "locked", "refuse_within", "remove", "unfinished"]
 
 STATES = "states"
 
@@ -28,13 +29,15 @@ class Busy(OutputError):
 
 
 @contextmanager
-def locked(store: Path, wait: float) -> Iterator[None]:
-    """Hold the store's lock, for which others are waited so many seconds (without end if negative).
+def locked(store: Path, wait: float | None) -> Iterator[None]:
+    """Hold the store's lock, for which others are waited so many seconds (None: without end).
 
     The lock goes with its process, so none is ever stale. Raises :class:`Busy` if it was not to be had.
     """
+    if wait is not None and not 0 <= wait < inf:
+        raise OptionError(f"wait = {wait}: a number of seconds is needed, 0 or more")
     try:
-        lock = FileLock(store / _LOCK, timeout=wait)
+        lock = FileLock(store / _LOCK, timeout=-1 if wait is None else wait)
         lock.acquire()
     except Timeout:
         raise Busy(f"{store}: another process is writing to this store: try again later") from None
@@ -55,7 +58,10 @@ def unfinished(store: Path) -> Path:
 
 
 def found(path: Path, manifest: Manifest) -> None:
-    """Make an empty store, whole or not at all; what killed ones left beside it is removed."""
+    """Make an empty store, whole or not at all; what killed ones left beside it is removed.
+
+    Raises :class:`~merging.errors.OutputError`.
+    """
     try:
         for left in path.parent.glob(f".{glob.escape(path.name)}.*{_NEW}"):
             shutil.rmtree(left, ignore_errors=True)
@@ -65,14 +71,29 @@ def found(path: Path, manifest: Manifest) -> None:
         raise OutputError(f"{path}: cannot be made: {error.strerror}") from None
     try:
         (new / STATES).mkdir()
-        write_manifest(new, manifest)
+        replace_manifest(new, manifest)
+        platform.sync_folder(new)
         new.chmod(0o777 & ~umask())
         new.rename(path)  # onto nothing, or an empty folder
-        platform.sync_folder(path.parent)
     except OSError as error:
         raise OutputError(f"{path}: cannot be made: {error.strerror}") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
+    try:
+        platform.sync_folder(path.parent)
+    except OSError as error:
+        raise Unconfirmed(
+            f"{path}: is made, but the disk does not confirm it ({error.strerror}): after a power cut it may be gone"
+        ) from None
+
+
+def refuse_within(output: Path) -> None:
+    """Raise :class:`~merging.errors.OutputError` for a place inside a store, which removes what it does not know."""
+    for folder in output.expanduser().resolve().parents:
+        if (folder / NAME).is_file() and (folder / STATES).is_dir():
+            raise OutputError(
+                f"{output}: lies inside the store {folder}, which holds states alone: choose another place"
+            )
 
 
 def remove(folder: Path) -> None:

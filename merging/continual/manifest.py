@@ -6,9 +6,9 @@ import hashlib
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from merging import platform
 from merging.errors import FormatError, InputError, OutputError
@@ -21,7 +21,10 @@ __all__ = [
     "Part",
     "Refused",
     "StepRecord",
+    "Unconfirmed",
+    "printable",
     "read_manifest",
+    "replace_manifest",
     "sha256_of",
     "write_manifest",
 ]
@@ -30,7 +33,17 @@ NAME = "manifest.json"
 
 SCHEMA = 1
 
+_CHECKSUM = "checksum"
+
 _PIECE = 1 << 22
+
+_Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+_StateFile = Annotated[str, Field(pattern=r"^states/[0-9]{6,}-[0-9a-f]+/[a-z-]+\.safetensors$")]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Unconfirmed(OutputError):
+    """A change that is made, and of which the disk did not say that it will last."""
 
 
 class _Record(BaseModel):
@@ -38,44 +51,51 @@ class _Record(BaseModel):
 
 
 class Base(_Record):
-    """The model that all others were trained from: where it lies, and what tells it from any other."""
+    """The model that all others were trained from: where it lies, and what tells it from any other.
+
+    ``sha256`` is of its files, by their paths within its folder.
+    """
 
     path: str
     key: str
-    sha256: dict[str, str]
+    sha256: dict[str, _Digest]
 
 
 class Part(_Record):
     """A file of a state, relative to the store."""
 
-    file: str
-    sha256: str
-    bytes: int
+    file: _StateFile
+    sha256: _Digest
+    bytes: NonNegativeInt
 
 
 class StepRecord(_Record):
     """One model that was added.
 
     ``norm`` is that of its change, ``kept`` the share of that norm which was added (1 but for projections), ``cosine``
-    that of its change to the merge then, ``merged`` the norm of what is held then, ``rank`` that of its factors (0
-    where all is held in full) and ``discarded`` the largest share of a tensor's energy that a capped rank left out.
+    that of its change to the merge then, ``merged`` the norm of what is held then. Of what is held then too are
+    ``rank``, the largest of its factors (0 where all is held in full), and the tensors that are ``factored`` or held in
+    ``full``. ``discarded`` is the largest share of a tensor's energy that a capped rank left out in this step,
+    ``notices`` are what should be known about it, and ``licence`` is what the model's card states.
     """
 
-    number: int
+    number: PositiveInt
     source: str
-    sha256: str
+    sha256: _Digest
     kind: Literal["adapter", "model"]
     stated_base: str | None
+    licence: str | None = None
     time: str
-    parts: dict[str, Part]
-    norm: float
-    kept: float
-    cosine: float
-    merged: float
-    rank: int
-    factored: int
-    full: int
-    discarded: float
+    parts: Annotated[dict[str, Part], Field(min_length=1)]
+    norm: _Finite
+    kept: _Finite
+    cosine: _Finite
+    merged: _Finite
+    rank: NonNegativeInt
+    factored: NonNegativeInt
+    full: NonNegativeInt
+    discarded: _Finite
+    notices: tuple[str, ...] = ()
 
 
 class Refused(_Record):
@@ -93,10 +113,20 @@ class Manifest(_Record):
     schema_version: int = SCHEMA
     method: str
     parameters: dict[str, Any] = {}
-    max_rank: int | None = None
+    max_rank: PositiveInt | None = None
     base: Base
     steps: tuple[StepRecord, ...] = ()
     refused: tuple[Refused, ...] = ()
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Manifest:
+        if [step.number for step in self.steps] != list(range(1, len(self.steps) + 1)):
+            raise ValueError("the steps are not numbered one after the other")
+        return self
+
+    def has(self, content: str) -> bool:
+        """Whether a model of this content is in."""
+        return any(step.sha256 == content for step in self.steps)
 
     def status(self) -> dict[str, Any]:
         """What the store holds and what each model brought, in plain values."""
@@ -106,7 +136,7 @@ class Manifest(_Record):
             "base": self.base.path,
             "max_rank": self.max_rank,
             "holds": self.holds(),
-            "steps": [step.model_dump() for step in self.steps],
+            "steps": [step.model_dump(mode="json") for step in self.steps],
             "refused": [each.model_dump() for each in self.refused],
         }
 
@@ -129,35 +159,83 @@ class Manifest(_Record):
 
 
 def read_manifest(store: Path) -> Manifest:
-    """The manifest of a store. Raises :class:`~merging.errors.FormatError` for what is none."""
+    """The manifest of a store. Raises :class:`~merging.errors.FormatError` for what is none, or is damaged."""
     path = store / NAME
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it holds no JSON object")
         version = values.get("schema_version")
         if version != SCHEMA:
             raise FormatError(f"{path}: has the schema {version!r}, and this version reads {SCHEMA}: use the newer one")
-        return Manifest.model_validate(values)
+        stated = values.pop(_CHECKSUM, None)
+        manifest = Manifest.model_validate(values)
     except FileNotFoundError:
         raise FormatError(f"{store}: is no store: make one with merge continual init {store} --base BASE") from None
-    except (ValueError, AttributeError, ValidationError) as error:
-        raise FormatError(f"{path}: is no manifest of a store: {str(error).splitlines()[0]}") from None
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(each) for each in first["loc"]) or "all in all"
+        raise FormatError(f"{path}: is no manifest of a store, or is damaged: {where}: {first['msg']}") from None
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: is no manifest of a store, or is damaged: {error}") from None
+    if stated is not None and stated != _checksum(values):  # the first stores had none
+        raise FormatError(
+            f"{path}: is damaged, or was edited: its checksum is of other content. Put a copy of it back (for a base "
+            f"that was moved there is merge continual relocate)"
+        )
+    return manifest
 
 
-def write_manifest(store: Path, manifest: Manifest) -> None:
-    """Put a manifest in place of the old one, durably: at any instant a reader finds one or the other."""
-    text = json.dumps(manifest.model_dump(), indent=1, ensure_ascii=False) + "\n"
+def _checksum(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def replace_manifest(store: Path, manifest: Manifest) -> None:
+    """Put a manifest in place of the old one: at any instant a reader finds one or the other. Raises OSError.
+
+    It is not durable before the folder is.
+    """
+    values = manifest.model_dump()
+    values[_CHECKSUM] = _checksum(values)
+    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
     new = store / f".{NAME}.new"
     try:
-        with new.open("w", encoding="utf-8") as stream:
+        # odd bytes of a path, which no Unicode text can hold, become JSON's own escapes
+        with new.open("w", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(text)
             stream.flush()
             platform.sync(stream.fileno())
         new.replace(store / NAME)
-        platform.sync_folder(store)
-    except OSError as error:
+    except OSError:
         with suppress(OSError):
             new.unlink()
+        raise
+
+
+def write_manifest(store: Path, manifest: Manifest, made: str) -> None:
+    """Put a manifest in place of the old one, durably; ``made`` says what that changes ("step 3 is in").
+
+    Raises :class:`~merging.errors.OutputError` if nothing is changed, and :class:`Unconfirmed` if it is, but may not
+    outlast a power cut.
+    """
+    try:
+        replace_manifest(store, manifest)
+    except OSError as error:
         raise OutputError(f"{store}: the manifest cannot be written: {error.strerror}") from None
+    try:
+        platform.sync_folder(store)
+    except OSError as error:
+        raise Unconfirmed(
+            f"{store}: {made}, but the disk does not confirm it ({error.strerror}): after a power cut the store may be "
+            f"as it was before"
+        ) from None
+
+
+def printable(path: str | Path) -> str:
+    """A path as text that any terminal and any file can take: what is no printable character is escaped."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(path))
 
 
 def sha256_of(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from merging.continual.folder import refuse_within
 from merging.continual.store import ContinualStore
 from merging.errors import InputError, OptionError, OutputError
 
@@ -25,6 +26,7 @@ def plot(store: ContinualStore, output: str | Path) -> None:
         raise InputError(f"{store.path}: holds no model yet: add one first")
     if output.suffix not in (".png", ".svg", ".pdf"):
         raise OptionError(f"{output}: a plot is a .png, .svg or .pdf")
+    refuse_within(output)
     numbers = [step.number for step in steps]
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from math import sqrt
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from merging.continual.state import open_state
 from merging.delta import LowRank
 from merging.layers import Stacks
 from merging.linalg import factored_svd, safe_ratio
-from merging.sources.adapter import Change
+from merging.sources.adapter import Adapter, Change
 
 __all__ = ["LayerSpectrum", "spectra"]
 
@@ -33,11 +31,11 @@ class LayerSpectrum:
     stable_rank: float
 
 
-def spectra(state: Path, names: list[str]) -> list[LayerSpectrum]:
+def spectra(state: Adapter, names: list[str]) -> list[LayerSpectrum]:
     """The layers of a state in order; ``names`` are the base's tensors. One tensor is in memory at a time."""
     stacks = Stacks.from_names(names)
     found: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    for name, change in open_state(state).changes.items():
+    for name, change in state.changes.items():
         layer = stacks.place(name).layer
         found[-1 if layer is None else layer].append(_energies(change))
     return [_layer(layer, found[layer]) for layer in sorted(found)]

@@ -21,7 +21,7 @@ from merging.sources import Adapter
 from merging.sources.adapter import Change, FullChange, LoraChange
 from merging.sources.stored import DTYPE_NAMES, Out, open_safetensors
 
-__all__ = ["Accumulated", "odd_values", "open_state", "state_metadata", "step_plan"]
+__all__ = ["Accumulated", "held_forms", "odd_values", "open_state", "state_metadata", "step_plan"]
 
 _TENSORS = "merging_tensors"
 
@@ -69,6 +69,12 @@ def odd_values(path: Path) -> list[str]:
         return [str(error)]
     finite = all(bool(torch.isfinite(tensor.read()).all()) for tensor in tensors)
     return [] if finite else [f"{path}: holds values that are not finite"]
+
+
+def held_forms(plan: Plan) -> tuple[int, int, int]:
+    """Of what is held after a step: the largest rank, and how many tensors are held as factors and in full."""
+    downs = [out.shape for out in plan.outs if out.name.startswith(_DOWN)]
+    return max((shape[0] for shape in downs), default=0), len(downs), len(plan.outs) - 2 * len(downs)
 
 
 def state_metadata(plan: Plan) -> dict[str, str]:

@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from math import sqrt
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from merging.arrival import arrived
 from merging.continual import growth
-from merging.continual.manifest import Manifest, Part, StepRecord, sha256_of
-from merging.continual.state import open_state, state_metadata, step_plan
+from merging.continual.kinship import check_kinship
+from merging.continual.manifest import Manifest, Part, StepRecord, printable, sha256_of
+from merging.continual.state import held_forms, open_state, state_metadata, step_plan
 from merging.errors import InputError
 from merging.files import workers_within
+from merging.licences import source_of
 from merging.linalg import safe_ratio
 from merging.methods import chain
 from merging.methods.task_arithmetic import TaskArithmetic
-from merging.plan import Plan, plan_of
-from merging.plan.checks import same_base
+from merging.plan import Item, Plan, plan_of
 from merging.recipe import Recipe
 from merging.run import Done, run
-from merging.sources import Adapter, Checkpoint, open_model
+from merging.sources import Adapter, Checkpoint
+from merging.sources.adapter import Change
+from merging.sources.stored import Stored
 from merging.threads import Progress
-from merging.vetting import UNRELATED, relative_changes
 from merging.writer import TensorWriter
 
-__all__ = ["Execution", "Grown", "content_of", "grow", "open_base", "plan_alone", "record"]
+__all__ = ["Execution", "Grown", "content_of", "grow", "plan_alone", "record"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,35 +52,23 @@ class Grown:
     sha256: dict[str, str]
     plan: Plan
     done: Done
+    notices: tuple[str, ...]
 
 
-def open_base(path: str | Path) -> Checkpoint:
-    """The base of a store. Raises :class:`~merging.errors.MergingError`."""
-    base = open_model(path)
-    if isinstance(base, Adapter):
-        raise InputError(f"{path}: is an adapter, and the base of a store is the full model that all were trained from")
-    return base
-
-
-def plan_alone(source: Checkpoint | Adapter, base: Checkpoint, manifest: Manifest, allow_different: bool) -> Plan:
-    """The plan of the new model by itself on the base; refuses one that belongs to another."""
-    if isinstance(source, Adapter) and source.base and not allow_different:
-        stated = (step.stated_base for step in manifest.steps)
-        other = next((name for name in stated if name and not same_base(name, source.base)), None)
-        if other:
-            raise InputError(
-                f"{source.path} was trained on {source.base}, and earlier ones on {other}: if they are the same model "
-                f"under two names, use --allow-different-bases"
-            )
-    recipe = Recipe(models=(str(source.path),), method=TaskArithmetic(), base=str(base.path), kind="model")
-    plan = plan_of(recipe, (source,), base)
-    change = relative_changes(plan)[0]
-    if change > UNRELATED and not allow_different:
-        raise InputError(
-            f"{source.path} differs from the base {base.path} by {change:.0%} of its norm, so it is hardly a fine-tune "
-            f"of it: use --allow-different-bases to add it all the same"
-        )
-    return plan
+def plan_alone(
+    source: Checkpoint | Adapter,
+    base: Checkpoint,
+    manifest: Manifest,
+    allow_different: bool,
+    on_mismatch: str,
+    progress: Progress | None,
+) -> Plan:
+    """The plan of the new model by itself on the base, when its files have come; refuses one of another base."""
+    values = {"on_mismatch": on_mismatch, "base": str(base.path), "kind": "model"}
+    recipe = Recipe(models=(str(source.path),), method=TaskArithmetic(), **values)
+    plan = arrived(plan_of(recipe, (source,), base), (), progress=progress)
+    notices = check_kinship(plan, manifest, allow_different)
+    return replace(plan, notices=(*plan.notices, *notices))
 
 
 def grow(manifest: Manifest, store: Path, alone: Plan, content: str, folder: Path, execution: Execution) -> Grown:
@@ -94,11 +86,47 @@ def grow(manifest: Manifest, store: Path, alone: Plan, content: str, folder: Pat
                 plan, writer, device=execution.device, threads=workers, progress=execution.progress, scratch=folder
             )
             writer.finish()
+        except InputError:
+            _name_odd_values(alone)
+            raise
         finally:
             writer.close()
         shown.append((plan, done))
         digests[name] = sha256_of(folder / f"{name}.safetensors")
-    return Grown(digests, *shown[0])
+    plan, done = shown[0]
+    return Grown(digests, plan, done, tuple(dict.fromkeys([*alone.notices, *done.notices])))
+
+
+def _name_odd_values(alone: Plan) -> None:
+    """Say which values of a model that was refused are at fault, if any are; no option of a store lets them in."""
+    path = alone.models[0].path
+    for item in alone.items:
+        (brought,) = item.inputs
+        if brought is None or item.form == "copy":
+            continue
+        value = _values(item, brought, alone.dtype(item))
+        if not bool(value.isfinite().all()):
+            raise InputError(
+                f"{path}: {item.site.name} holds NaN or infinite values, which would stay in the merge for good: "
+                f"repair or leave out this model"
+            )
+        if not bool(value.square().sum().isfinite()):
+            raise InputError(
+                f"{path}: {item.site.name} holds values of up to {float(value.abs().max()):.0e}, whose squares have no "
+                f"sum: repair or leave out this model"
+            )
+
+
+def _values(item: Item, brought: Stored | Change, dtype: torch.dtype) -> Tensor:
+    """What a model brings to a tensor."""
+    if isinstance(brought, Stored):
+        return brought.read().to(dtype)
+
+    def base() -> Tensor:
+        assert item.base is not None
+        return item.base.read().to(dtype)
+
+    return brought.read(item.site.shape, base, dtype).dense()
 
 
 def record(
@@ -112,30 +140,37 @@ def record(
     added = merged - 2 * with_held + held
     # the sums are of the tensors that the new model touches; what is held of others stays
     merged += max(0.0, before.steps[-1].merged ** 2 - held) if before.steps else 0.0
-    forms = [item.form for item in plan.items if item.form != "copy"]
+    rank, factored, full = held_forms(plan)
     return StepRecord(
         number=len(before.steps) + 1,
-        source=str(source.path.resolve()),
+        source=printable(source.path if source.origin else source.path.resolve()),
         sha256=content,
         kind="adapter" if isinstance(source, Adapter) else "model",
         stated_base=source.base if isinstance(source, Adapter) else None,
+        licence=source_of(source).licence,
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         parts=dict(parts),
         norm=sqrt(square),
         kept=safe_ratio(sqrt(max(0.0, added)), sqrt(square)),
         cosine=safe_ratio(with_next, sqrt(square * merged)),
         merged=sqrt(merged),
-        rank=plan.rank,
-        factored=forms.count("factors"),
-        full=forms.count("delta"),
+        rank=rank,
+        factored=factored,
+        full=full,
         discarded=max(done.discarded.values(), default=0.0),
+        notices=grown.notices,
     )
 
 
 def content_of(source: Checkpoint | Adapter) -> str:
-    """A hash of a model's files: their bytes, in the order of their names, and an adapter's config."""
+    """A hash of a model's files: their bytes, in the order of their names, and an adapter's config.
+
+    The same for a folder and for the weights file in it. What lies on the Hub must have come.
+    """
     digest = hashlib.sha256()
-    files = {*source.files, *([source.path / "adapter_config.json"] if isinstance(source, Adapter) else [])}
+    files = set(source.files)
+    if isinstance(source, Adapter):
+        files |= {file.with_name("adapter_config.json") for file in source.files if file.stem == "adapter_model"}
     for file in sorted(file for file in files if file.is_file()):
         digest.update(bytes.fromhex(sha256_of(file)))
     return digest.hexdigest()

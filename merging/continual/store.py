@@ -7,38 +7,30 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from merging import platform
 from merging.continual import growth
-from merging.continual.folder import STATES, found, locked, remove, unfinished
-from merging.continual.manifest import (
-    Base,
-    Manifest,
-    Part,
-    Refused,
-    StepRecord,
-    read_manifest,
-    sha256_of,
-    write_manifest,
-)
+from merging.continual.folder import STATES, found, locked, refuse_within, remove, unfinished
+from merging.continual.manifest import Base, Manifest, Part, Refused, StepRecord, read_manifest, write_manifest
+from merging.continual.publishing import export
+from merging.continual.soundness import Verdict, base_of, hashes, open_base, require_whole, state_files, verify
 from merging.continual.spectrum import spectra
-from merging.continual.state import odd_values, open_state
-from merging.continual.step import Execution, Grown, content_of, grow, open_base, plan_alone, record
+from merging.continual.state import open_state
+from merging.continual.step import Execution, Grown, content_of, grow, plan_alone, record
 from merging.errors import FormatError, InputError, MergingError, OptionError, OutputError
-from merging.files import Merged, merge_plan, pick_device
+from merging.files import Merged, pick_device
 from merging.landing import umask
 from merging.method import Method
 from merging.methods import chain
-from merging.plan import PORTABLE_RANKS, plan_of
-from merging.recipe import Recipe, make_recipe
-from merging.sources import Adapter, Checkpoint, open_model
+from merging.recipe import Recipe
+from merging.sources import Adapter, open_model
 from merging.sources.checkpoint import content_key
 from merging.threads import Progress, cores
 
-__all__ = ["ContinualStore", "Verdict"]
+__all__ = ["ContinualStore"]
 
 
 class ContinualStore:
@@ -78,15 +70,10 @@ class ContinualStore:
             raise OptionError(f"max_rank caps factors, and {grows.chain} holds none: leave it out")
         if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
             raise OutputError(f"{path}: exists already: choose another folder for the store")
-        opened = open_base(base)
-        identity = Base(
-            path=str(Path(base).expanduser().resolve()),
-            key=content_key(opened.tensors),
-            sha256={file.name: sha256_of(file) for file in opened.files},
-        )
+        refuse_within(path)
         values = Recipe(models=("nothing",), method=grows).to_dict()
         manifest = Manifest(
-            method=values["method"], parameters=values.get("parameters", {}), max_rank=max_rank, base=identity
+            method=values["method"], parameters=values.get("parameters", {}), max_rank=max_rank, base=_identity(base)
         )
         found(path, manifest)
         return cls(path)
@@ -106,10 +93,14 @@ class ContinualStore:
     def status(self, spectrum: bool = False) -> dict[str, Any]:
         """What it holds and what each model brought, in plain values; with the spectra of its layers if so asked."""
         manifest = self.manifest()
-        facts = manifest.status() | {"scale": growth.scale_of(self.method, manifest)}
+        states: list[Adapter] = []
         if spectrum and manifest.steps:
-            first = next(iter(manifest.steps[-1].parts.values()))
-            layers = spectra(self.path / first.file, list(self._base(manifest).tensors))
+            manifest, states = self._states()
+        facts = manifest.status() | {"scale": growth.scale_of(chain(manifest.method, manifest.parameters), manifest)}
+        if len(states) > 1:
+            raise OptionError(f"{manifest.method} holds sums of either sign, which have no spectrum: leave it out")
+        if states:
+            layers = spectra(states[0], list(base_of(self.path, manifest).tensors))
             facts["layers"] = [asdict(layer) for layer in layers]
         return facts
 
@@ -124,20 +115,29 @@ class ContinualStore:
         threads: int | None = None,
         max_memory: int | None = None,
         allow_different_bases: bool = False,
-        wait: float = -1,
+        on_mismatch: str = "error",
+        wait: float | None = None,
         progress: Progress | None = None,
     ) -> StepRecord | None:
         """Merge one more model; None if one of the same content was added before, unless ``again``.
 
-        Waits for another writer for up to ``wait`` seconds, without end by default.
+        With ``on_mismatch="base"`` tensors that the model lacks, or has in another shape, are left as they are. Waits
+        for another writer for up to ``wait`` seconds, without end by default. Raises
+        :class:`~merging.continual.Unconfirmed` if the step is in but may not outlast a power cut.
         """
         with self._writing(wait):
             manifest = self.manifest()
             source = open_model(model)
-            content = content_of(source)
-            if not again and any(step.sha256 == content for step in manifest.steps):
+            content = "" if source.origin else content_of(source)  # what lies on the Hub has yet to come
+            if not again and manifest.has(content):
                 return None
-            alone = plan_alone(source, self._base(manifest), manifest, allow_different_bases)
+            base = base_of(self.path, manifest)
+            alone = plan_alone(source, base, manifest, allow_different_bases, on_mismatch, progress)
+            content = content or content_of(source)
+            if not again and manifest.has(content):
+                return None
+            if manifest.steps:
+                require_whole(self.path, manifest, len(manifest.steps))
             folder = unfinished(self.path)
             try:
                 execution = Execution(
@@ -165,42 +165,47 @@ class ContinualStore:
             raise OutputError(f"{final}: cannot be put in place: {error.strerror}") from None
         files = {name: final / f"{name}.safetensors" for name in grown.sha256}
         return {
-            name: Part(file=str(file.relative_to(self.path)), sha256=grown.sha256[name], bytes=file.stat().st_size)
+            name: Part(
+                file=file.relative_to(self.path).as_posix(), sha256=grown.sha256[name], bytes=file.stat().st_size
+            )
             for name, file in files.items()
         }
-
-    def check_base(self) -> None:
-        """Raise :class:`~merging.errors.MergingError` if the base is gone or is another one."""
-        self._base(self.manifest())
 
     def _commit(self, manifest: Manifest, step: StepRecord) -> None:
         """Put a step into the manifest; where that fails its state goes again."""
         notes = tuple(each for each in manifest.refused if each.source != step.source)
+        longer = manifest.model_copy(update={"steps": (*manifest.steps, step), "refused": notes})
         try:
-            write_manifest(self.path, manifest.model_copy(update={"steps": (*manifest.steps, step), "refused": notes}))
+            write_manifest(self.path, longer, f"step {step.number} is in")
         except MergingError:
             self._sweep(self.manifest(), keep=None)
             raise
 
-    def _base(self, manifest: Manifest) -> Checkpoint:
-        base = open_base(manifest.base.path)
-        if content_key(base.tensors) != manifest.base.key:
-            raise InputError(f"{manifest.base.path}: is no longer the base that {self.path} was made for")
-        return base
-
     @contextmanager
-    def _writing(self, wait: float) -> Iterator[None]:
+    def _writing(self, wait: float | None) -> Iterator[None]:
         """Be the only writer; what a killed one left is removed."""
         with locked(self.path, wait):
             self._sweep(self.manifest(), keep=None)
             yield
 
-    def refuse(self, refused: Refused, *, wait: float = -1) -> None:
+    def refuse(self, refused: Refused, *, wait: float | None = None) -> None:
         """Note a model that was refused, in the place of an earlier note on it."""
         with self._writing(wait):
             manifest = self.manifest()
             others = tuple(each for each in manifest.refused if each.source != refused.source)
-            write_manifest(self.path, manifest.model_copy(update={"refused": (*others, refused)}))
+            noted = manifest.model_copy(update={"refused": (*others, refused)})
+            write_manifest(self.path, noted, f"the refusal of {refused.source} is noted")
+
+    def relocate(self, base: str | Path, *, wait: float | None = None) -> Manifest:
+        """Note where the base lies now; every byte of its files must be what it was."""
+        with self._writing(wait):
+            manifest = self.manifest()
+            moved = _identity(base)
+            if moved.sha256 != manifest.base.sha256:
+                raise InputError(f"{base}: is not the base that {self.path} was made for")
+            manifest = manifest.model_copy(update={"base": moved})
+            write_manifest(self.path, manifest, f"the base is {moved.path} now")
+            return manifest
 
     # ---- publishing
 
@@ -218,16 +223,14 @@ class ContinualStore:
         progress: Progress | None = None,
     ) -> Merged:
         """Write the merge of all models so far, as a full ``model`` or as an ``adapter`` of a rank."""
+        refuse_within(Path(output))
         manifest, states = self._states()
-        grows = chain(manifest.method, manifest.parameters)
-        method = growth.published(grows, manifest)
-        names = tuple(Path(step.source).name for step in manifest.steps)  # what the card tells
-        recipe = make_recipe({"models": names, "method": method, "as": kind, "dtype": dtype, "rank": rank}, "export")
-        destination = Path(output)
-        plan = plan_of(recipe, states, self._base(manifest), () if destination.suffix else PORTABLE_RANKS)
-        return merge_plan(
-            plan,
-            destination,
+        return export(
+            manifest,
+            states,
+            base_of(self.path, manifest),
+            Path(output),
+            recipe={"as": kind, "dtype": dtype, "rank": rank},
             device=pick_device(device),
             threads=threads,
             max_memory=max_memory,
@@ -236,83 +239,72 @@ class ContinualStore:
         )
 
     def _states(self) -> tuple[Manifest, list[Adapter]]:
-        """The manifest and the parts of its last state, opened; once more if a writer took that away meanwhile."""
+        """The manifest and the parts of its last state, whole and opened; once more if a writer took that away."""
         while True:
             manifest = self.manifest()
             if not manifest.steps:
                 raise InputError(f"{self.path}: holds no model yet: add one first")
             stated = next((step.stated_base for step in manifest.steps if step.stated_base), None)
+            last = manifest.steps[-1]
             try:
-                return manifest, [open_state(file, stated) for file in self._files(manifest.steps[-1])]
-            except FormatError:
+                require_whole(self.path, manifest, last.number)
+                return manifest, [open_state(file, stated) for file in state_files(self.path, last)]
+            except (FormatError, InputError):
                 if self.manifest() == manifest:
                     raise
 
     # ---- keeping
 
-    def rollback(self, to: int, *, wait: float = -1) -> Manifest:
-        """Go back to the state after a step (0 is the empty store); later ones are forgotten."""
+    def rollback(self, to: int, *, wait: float | None = None) -> Manifest:
+        """Go back to the state after a step (0 is the empty store), which must be whole; later ones are forgotten."""
         with self._writing(wait):
             manifest = self.manifest()
             if not 0 <= to <= len(manifest.steps):
                 raise OptionError(f"there is no step {to}: {self.path} has {len(manifest.steps)}")
-            missing = to and next((p for p in self._files(manifest.steps[to - 1]) if not p.is_file()), None)
-            if missing:
-                raise InputError(f"{missing}: the state of step {to} was removed by gc, so there is no way back to it")
+            if to:
+                missing = next((p for p in state_files(self.path, manifest.steps[to - 1]) if not p.is_file()), None)
+                if missing:
+                    raise InputError(
+                        f"{missing}: the state of step {to} was removed by gc, so there is no way back to it"
+                    )
+                require_whole(self.path, manifest, to)
             earlier = manifest.model_copy(update={"steps": manifest.steps[:to]})
-            write_manifest(self.path, earlier)
+            write_manifest(self.path, earlier, f"it is back at step {to}")
             self._sweep(earlier, keep=None)
             return earlier
 
-    def gc(self, keep: int, *, wait: float = -1) -> list[str]:
-        """Remove all states but those of the last ``keep`` steps, and whatever no step refers to; what was removed."""
+    def gc(self, keep: int, *, wait: float | None = None) -> list[str]:
+        """Remove all states but those of the last ``keep`` steps, and whatever no step refers to; what was removed.
+
+        Nothing is removed unless the last state, on which the store goes on, is whole.
+        """
         if keep < 1:
             raise OptionError(f"keep = {keep}: the last state must stay")
         with locked(self.path, wait):
-            return self._sweep(self.manifest(), keep)
+            manifest = self.manifest()
+            if manifest.steps:
+                require_whole(self.path, manifest, len(manifest.steps))
+            return self._sweep(manifest, keep)
 
     def _sweep(self, manifest: Manifest, keep: int | None) -> list[str]:
         steps = manifest.steps if keep is None else manifest.steps[-keep:]
-        wanted = {file.parent.name for step in steps for file in self._files(step)}
+        wanted = {file.parent.name for step in steps for file in state_files(self.path, step)}
         gone = sorted(path for path in (self.path / STATES).iterdir() if path.name not in wanted)
         for path in gone:
             remove(path)
         return [path.name for path in gone if not path.name.startswith(".")]
 
-    def _files(self, step: StepRecord) -> list[Path]:
-        return [self.path / part.file for part in step.parts.values()]
-
     def verify(self) -> Verdict:
         """Hash every state that is there and the base's files, and hold them against the manifest."""
-        manifest, problems, removed = self.manifest(), [], []
-        for step in manifest.steps:
-            for part in step.parts.values():
-                file = self.path / part.file
-                if not file.is_file():
-                    removed.append(step.number)
-                elif file.stat().st_size != part.bytes or sha256_of(file) != part.sha256:
-                    problems.append(f"{file}: its content is not what was written")
-                elif step is manifest.steps[-1]:
-                    problems += odd_values(file)
-        if manifest.steps and manifest.steps[-1].number in removed:
-            problems.append(f"the state of the last step, {manifest.steps[-1].number}, is gone")
-        problems += self._odd_base(manifest)
-        return Verdict(len(manifest.steps), sorted(set(removed)), problems)
-
-    @staticmethod
-    def _odd_base(manifest: Manifest) -> list[str]:
-        try:
-            base = open_base(manifest.base.path)
-        except MergingError as error:
-            return [str(error)]
-        found = {file.name: sha256_of(file) for file in base.files}
-        return [] if found == manifest.base.sha256 else [f"{manifest.base.path}: is no longer the base of the store"]
+        while True:
+            manifest = self.manifest()
+            verdict = verify(self.path, manifest)
+            if not verdict.problems or self.manifest() == manifest:  # else a writer has taken states away meanwhile
+                return verdict
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What verifying found: the number of steps, those whose states were removed, and what is wrong."""
-
-    steps: int
-    removed: list[int]
-    problems: list[str]
+def _identity(base: str | Path) -> Base:
+    """What a store notes of its base; one on the Hub is fetched, and named by its commit."""
+    opened = open_base(base)
+    path = str(opened.path if opened.origin else Path(base).expanduser().resolve())
+    return Base(path=path, key=content_key(opened.tensors), sha256=hashes(opened))

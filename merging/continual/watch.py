@@ -10,13 +10,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
 from merging.continual.folder import Busy
-from merging.continual.manifest import Refused, StepRecord
+from merging.continual.manifest import Refused, StepRecord, printable
+from merging.continual.soundness import Damaged
 from merging.continual.store import ContinualStore
-from merging.errors import FormatError, InputError
+from merging.errors import FormatError, InputError, OptionError
 
 __all__ = ["Event", "watch"]
 
@@ -57,6 +59,8 @@ def watch(
     ``options`` are those of :meth:`ContinualStore.add`. Raises :class:`~merging.errors.MergingError` for what is wrong
     with the store or the folder itself.
     """
+    if not 0 < interval < inf:
+        raise OptionError(f"interval = {interval}: a number of seconds above 0 is needed")
     folder, pause = Path(folder), pause or _pause
     before: dict[Path, str] = {}
     done: dict[Path, str] = {}
@@ -68,7 +72,7 @@ def watch(
             if pause(0):
                 return
             settled = mark == before.get(path) and mark == _fingerprint(path)
-            if settled and done.get(path) != mark and refused.get(str(path.resolve())) != mark:
+            if settled and done.get(path) != mark and refused.get(_source(path)) != mark:
                 event = _add(store, path, mark, pause, options)
                 if event is None:
                     return
@@ -84,13 +88,14 @@ def watch(
 
 def _add(store: ContinualStore, path: Path, mark: str, pause: Pause, options: dict[str, Any]) -> Event | None:
     """Add a model, or note why it is refused; None if told to stop while another process was writing."""
-    store.check_base()  # what is wrong with the store itself is no fault of the model
     try:
         step = _added(store, path, pause, options)
+    except Damaged:  # what is wrong with the store itself is no fault of the model
+        raise
     except (InputError, FormatError) as error:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        store.refuse(Refused(source=str(path.resolve()), fingerprint=mark, reason=str(error), time=now))
-        return Event("refused", path, reason=str(error))
+        store.refuse(Refused(source=_source(path), fingerprint=mark, reason=printable(str(error)), time=now))
+        return Event("refused", path, reason=printable(str(error)))
     except Busy:
         return None
     return Event("added", path, step.number) if step else Event("known", path)
@@ -104,6 +109,10 @@ def _added(store: ContinualStore, path: Path, pause: Pause, options: dict[str, A
         except Busy:  # noqa: PERF203
             if pause(0):
                 raise
+
+
+def _source(path: Path) -> str:
+    return printable(path.resolve())
 
 
 def _pause(seconds: float) -> bool:

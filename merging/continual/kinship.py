@@ -1,0 +1,65 @@
+"""Whether a model belongs to the base of a store: by what it says, by what the base is called, and by its values."""
+
+from __future__ import annotations
+
+import re
+from math import inf
+from pathlib import Path
+
+from merging.continual.manifest import Manifest
+from merging.errors import InputError
+from merging.plan import Plan
+from merging.plan.checks import same_base
+from merging.sources import Adapter, Checkpoint
+from merging.vetting import UNRELATED, relative_changes
+
+__all__ = ["check_kinship"]
+
+_CACHED = re.compile(r"models--([\w.-]+)--([\w.-]+)")
+"""The folder of a repository in the Hub's cache."""
+
+
+def check_kinship(plan: Plan, manifest: Manifest, allow_different: bool) -> list[str]:
+    """Refuse a model, alone in ``plan``, of another base, unless that is allowed; remarks on what cannot be told.
+
+    Raises :class:`~merging.errors.InputError`.
+    """
+    (source,) = plan.models
+    base = plan.base
+    assert base is not None
+    if isinstance(source, Adapter):
+        return [] if allow_different or not source.base else _check_stated(source, source.base, base, manifest)
+    change = relative_changes(plan)[0]
+    if UNRELATED < change < inf and not allow_different:  # values without a sum are refused by name, by the step
+        raise InputError(
+            f"{source.path} differs from the base {base.path} by {change:.0%} of its norm, so it is hardly a fine-tune "
+            f"of it: use --allow-different-bases to add it all the same"
+        )
+    return []
+
+
+def _check_stated(source: Adapter, stated: str, base: Checkpoint, manifest: Manifest) -> list[str]:
+    """Compare the base that an adapter states with the names of the store's, and with what earlier ones stated.
+
+    A folder may be called anything, so that its name confirms and never contradicts; a name on the Hub does both.
+    """
+    advice = "if they are the same model under two names, use --allow-different-bases"
+    earlier = [step.stated_base for step in manifest.steps if step.stated_base]
+    other = next((name for name in earlier if not same_base(name, stated)), None)
+    if other:
+        raise InputError(f"{source.path} was trained on {stated}, and earlier ones on {other}: {advice}")
+    known = _hub_name(base)
+    if known and not same_base(known, stated):
+        raise InputError(f"{source.path} was trained on {stated}, and the base of the store is {known}: {advice}")
+    likely = [known, base.path.name, base.config.get("_name_or_path")]
+    if earlier or any(isinstance(name, str) and same_base(name, stated) for name in likely):
+        return []
+    return [f"{source.path} says that it was trained on {stated}: whether that is {base.path} its name does not tell"]
+
+
+def _hub_name(base: Checkpoint) -> str | None:
+    """What the base is called on the Hub, if it came from there."""
+    if base.origin is not None:
+        return base.origin.repo
+    cached = [_CACHED.fullmatch(part) for part in Path(base.path).resolve().parts]
+    return next(("/".join(found.groups()) for found in cached if found), None)

@@ -1,0 +1,66 @@
+"""Publishing what a store holds: the merge of all its models, under the name of the method that it grew by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from merging.continual import growth
+from merging.continual.manifest import Manifest, StepRecord
+from merging.files import Merged, merge_plan
+from merging.method import Method
+from merging.methods import chain
+from merging.plan import PORTABLE_RANKS, Plan, plan_of
+from merging.recipe import make_recipe
+from merging.sources import Adapter, Checkpoint
+from merging.sources.origin import Origin
+
+__all__ = ["export"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Noted(Origin):
+    """A model that was merged before: what the manifest noted of it, as it need not be anywhere any more."""
+
+    def __str__(self) -> str:
+        return self.repo
+
+
+def export(
+    manifest: Manifest,
+    states: Sequence[Adapter],
+    base: Checkpoint,
+    destination: Path,
+    *,
+    recipe: dict[str, Any],
+    **execution: Any,
+) -> Merged:
+    """Write the merge of all models of a store, of which ``states`` are the parts of the last state.
+
+    ``recipe`` has the settings of the output, ``execution`` those of :func:`~merging.files.merge_plan`.
+    """
+    grows = chain(manifest.method, manifest.parameters)
+    method = growth.published(grows, manifest)
+    names = tuple(_name(step) for step in manifest.steps)
+    carried_out = make_recipe({"models": names, "method": method, **recipe}, "export")
+    plan = plan_of(carried_out, states, base, () if destination.suffix else PORTABLE_RANKS)
+    return merge_plan(plan, destination, shown=_as_told(plan, manifest, grows, names), **execution)
+
+
+def _as_told(plan: Plan, manifest: Manifest, grows: Method, names: tuple[str, ...]) -> Plan:
+    """The plan as header and card tell it: the store's method on all its models, which is what the output equals."""
+    base = str(plan.base.origin) if plan.base and plan.base.origin else Path(manifest.base.path).name
+    recipe = plan.recipe.model_copy(update={"method": grows, "base": base})
+    models = (
+        Adapter(Path(name), {}, (), "merged before", step.stated_base, origin=_Noted(name, "", "", step.licence))
+        for name, step in zip(names, manifest.steps, strict=True)
+    )
+    return replace(plan, recipe=recipe, models=tuple(models))
+
+
+def _name(step: StepRecord) -> str:
+    """What the card calls a model: a name on the Hub, or that of its folder, as paths are nobody else's business."""
+    path = Path(step.source)
+    return path.name if path.is_absolute() else step.source

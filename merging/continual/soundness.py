@@ -1,0 +1,123 @@
+"""Whether a store is what was written: its states and its base by their hashes, and what to do where it is not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from merging.continual.manifest import Base, Manifest, Part, StepRecord, sha256_of
+from merging.continual.state import odd_values
+from merging.errors import InputError, MergingError
+from merging.sources import Adapter, Checkpoint, open_model
+from merging.sources.checkpoint import content_key
+
+__all__ = ["Damaged", "Verdict", "base_of", "hashes", "open_base", "require_whole", "state_files", "verify"]
+
+
+class Damaged(InputError):
+    """A state of a store, or its base, is gone or is not what it was; no model is to blame for that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What verifying found: the number of steps, those whose states were removed, what is wrong, and the last step
+    whose state is whole (0 if none is, which is the empty store)."""
+
+    steps: int
+    removed: list[int]
+    problems: list[str]
+    whole: int
+
+
+def open_base(path: str | Path) -> Checkpoint:
+    """A full model as the base of a store. Raises :class:`~merging.errors.MergingError`."""
+    base = open_model(path)
+    if isinstance(base, Adapter):
+        raise InputError(f"{path}: is an adapter, and the base of a store is the full model that all were trained from")
+    return base
+
+
+def hashes(base: Checkpoint) -> dict[str, str]:
+    """The hashes of a model's files, by their paths within its folder."""
+    root = base.folder or base.path.parent
+    return {
+        (file.relative_to(root) if root in file.parents else Path(file.name)).as_posix(): sha256_of(file)
+        for file in base.files
+    }
+
+
+def base_of(store: Path, manifest: Manifest) -> Checkpoint:
+    """The base of a store, opened; by a few of its values it is told from another. Raises :class:`Damaged`."""
+    path = manifest.base.path
+    try:
+        base = open_base(path)
+        if content_key(base.tensors) == manifest.base.key:
+            return base
+    except MergingError as error:
+        raise Damaged(f"the base of {store} cannot be read: {error}. {_relocate(store)}") from None
+    raise Damaged(f"{path}: is no longer the base that {store} was made for. {_relocate(store)}")
+
+
+def _relocate(store: Path) -> str:
+    return f"If it was moved: merge continual relocate {store} --base NEW"
+
+
+def state_files(store: Path, step: StepRecord) -> list[Path]:
+    """The files of the state after a step."""
+    return [store / part.file for part in step.parts.values()]
+
+
+def require_whole(store: Path, manifest: Manifest, number: int) -> None:
+    """Hash the state after a step. Raises :class:`Damaged` unless it is what was written."""
+    for part in manifest.steps[number - 1].parts.values():
+        problem = _odd_part(store, part)
+        if problem:
+            earlier = (step.number for step in manifest.steps[number - 2 :: -1] if number > 1)
+            back = next((each for each in earlier if _is_there(store, manifest.steps[each - 1])), 0)
+            raise Damaged(
+                f"{problem}, so step {number} cannot be built on: merge continual rollback {store} --to {back} goes "
+                f"back to the state before it"
+            )
+
+
+def _is_there(store: Path, step: StepRecord) -> bool:
+    return all(file.is_file() for file in state_files(store, step))
+
+
+def _odd_part(store: Path, part: Part) -> str | None:
+    """What is wrong with a file of a state."""
+    file = store / part.file
+    try:
+        same = file.stat().st_size == part.bytes and sha256_of(file) == part.sha256
+    except OSError as error:
+        return f"{file}: cannot be read: {error.strerror}"
+    except InputError as error:
+        return str(error)
+    return None if same else f"{file}: its content is not what was written"
+
+
+def verify(store: Path, manifest: Manifest) -> Verdict:
+    """Hash every state that is there and the base's files, and hold them against the manifest."""
+    problems: list[str] = []
+    removed: list[int] = []
+    whole = 0
+    for step in manifest.steps:
+        if not _is_there(store, step):
+            removed.append(step.number)
+            continue
+        found = [problem for part in step.parts.values() if (problem := _odd_part(store, part))]
+        if step is manifest.steps[-1] and not found:
+            found = [problem for file in state_files(store, step) for problem in odd_values(file)]
+        problems += found
+        whole = whole if found else step.number
+    if manifest.steps and manifest.steps[-1].number in removed:
+        problems.append(f"the state of the last step, {manifest.steps[-1].number}, is gone")
+    return Verdict(len(manifest.steps), removed, problems + _odd_base(manifest.base), whole)
+
+
+def _odd_base(stated: Base) -> list[str]:
+    try:
+        found = hashes(open_base(stated.path))
+    except MergingError as error:
+        return [str(error)]
+    return [] if found == stated.sha256 else [f"{stated.path}: is no longer the base of the store"]

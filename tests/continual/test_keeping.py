@@ -1,0 +1,115 @@
+"""Going back, removing states, and finding damage before anything is built on it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from adapters import QUIRKS, assert_close
+from stores import (
+    Models,
+    at_once,
+    contents,
+    export,
+    grown,
+    ok,
+    said,
+    states,
+    unchanged,
+)
+from tiny import checkpoint
+
+pytestmark = QUIRKS
+
+
+def test_rollback_and_gc(full: Models, tmp_path: Path) -> None:
+    store = grown(tmp_path / "store", full, 5, "task_arithmetic")
+    names = sorted(path.name for path in (store.path / "states").iterdir())
+    with unchanged(store.path):
+        assert "there is no step 6" in said("rollback", store.path, "--to", 6)
+        assert "there is no step -1" in said("rollback", store.path, "--to", -1)
+        assert "the last state must stay" in said("gc", store.path, "--keep", 0)
+        assert json.loads(ok("gc", store.path, "--keep", 9, "--json")) == {"removed": []}
+    assert json.loads(ok("gc", store.path, "--keep", 3, "--json")) == {"removed": names[:2]}
+    assert json.loads(ok("verify", store.path, "--json")) == {
+        "steps": 5,
+        "removed": [1, 2],
+        "problems": [],
+        "whole": 5,
+    }
+    assert "5 models, states of 2 removed, all as it was written" in ok("verify", store.path)
+    with unchanged(store.path):
+        assert "removed by gc, so there is no way back to it" in said("rollback", store.path, "--to", 2)
+    (store.path / "states" / ".unfinished.old").mkdir()
+    (store.path / "states" / "000009-left").mkdir()
+    assert ok("gc", store.path, "--keep", 3) == f"{store.path}: 1 states removed\n"
+    assert sorted(path.name for path in (store.path / "states").iterdir()) == names[2:]
+    assert json.loads(ok("rollback", store.path, "--to", 3, "--json")) == {"steps": 3}
+    store.add(full.tuned[5])
+    wanted = at_once(tmp_path / "batch", full.base, [*full.tuned[:3], full.tuned[5]], "task_arithmetic")
+    assert_close(export(store, tmp_path / "out"), wanted)
+    assert ok("rollback", store.path, "--to", 0) == f"{store.path}: 0 models\n"
+    assert list((store.path / "states").iterdir()) == []
+
+
+def test_a_rollback_that_was_interrupted(full: Models, tmp_path: Path) -> None:
+    """What is left of a state that was being removed is not taken for the state when its model comes again."""
+    store = grown(tmp_path / "store", full, 2, "ties")
+    before = states(store.path)
+    left = Path(shutil.copytree(next((store.path / "states").glob("000002-*")), tmp_path / "left"))
+    (left / "negative.safetensors").unlink()
+    store.rollback(1)
+    shutil.copytree(left, store.path / next(name for name in before if "/000002-" in name).rpartition("/")[0])
+    store.add(full.tuned[1])
+    assert store.verify().problems == []
+    assert states(store.path) == before
+
+
+@pytest.mark.parametrize("method", ["opcm", "ties"])
+def test_verify_finds_damage(full: Models, tmp_path: Path, method: str) -> None:
+    store = grown(tmp_path / "store", full, 2, method)
+    assert ok("verify", store.path) == f"{store.path}: 2 models, all as it was written\n"
+    whole = contents(store.path)
+    for name in states(store.path):
+        file = store.path / name
+        for spoil in (
+            lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
+            lambda data: data[:12] + bytes([data[12] ^ 1]) + data[13:],
+            lambda data: data[:-1],
+            lambda data: data + b"\0",
+        ):
+            file.write_bytes(spoil(whole[name]))
+            (problem,) = store.verify().problems
+            assert str(file) in problem
+        assert str(file) in said("verify", store.path)
+        file.unlink()
+        assert (store.verify().problems != []) == ("/000002-" in name)
+        file.write_bytes(whole[name])
+    assert store.verify().problems == []
+
+
+def test_verify_finds_one_changed_byte_of_the_base(tmp_path: Path) -> None:
+    """Beyond the samples that every add looks at."""
+    models = Models(*checkpoint(tmp_path, 1, width=64, vocab=300))
+    store = grown(tmp_path / "store", models)
+    file = models.base / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    assert [problem for problem in store.verify().problems if "no longer the base" in problem]
+
+
+def test_damage_is_told_when_the_store_is_used(full: Models, tmp_path: Path) -> None:
+    """As one message, and without a further step on top of it."""
+    store = grown(tmp_path / "store", full, 2)
+    file = store.path / store.manifest().steps[-1].parts["sum"].file
+    file.write_bytes(file.read_bytes()[:-40])
+    before = contents(store.path)
+    for words in (["add", store.path, full.tuned[2]], ["export", store.path, "-o", tmp_path / "out"]):
+        assert "sum.safetensors" in said(*words)
+    file.unlink()
+    for words in (["add", store.path, full.tuned[2]], ["export", store.path, "-o", tmp_path / "out"]):
+        assert "sum.safetensors" in said(*words)
+    assert contents(store.path).keys() == before.keys() - {str(file.relative_to(store.path))}
