@@ -14,10 +14,14 @@ from merging.method import Method
 from merging.methods import chain, parameters_of
 from merging.parameters import plain
 
-__all__ = ["DTYPES", "Recipe", "load_recipe"]
+__all__ = ["DTYPES", "AdapterFormat", "Recipe", "load_recipe"]
 
 DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """The types an output can be asked in, and their names in safetensors files."""
+
+
+AdapterFormat = Literal["peft", "diffusers", "kohya"]
+"""Whose files a merged adapter can be in."""
 
 
 class Recipe(BaseModel):
@@ -30,6 +34,9 @@ class Recipe(BaseModel):
     base: str | None = Field(None, description="the model that the others were trained from")
     kind: Literal["adapter", "model"] | None = Field(
         None, alias="as", description="write an adapter or a full model; by default adapters make an adapter"
+    )
+    format: AdapterFormat | None = Field(
+        None, description="whose files a merged adapter is in; by default those of the inputs, if they are alike"
     )
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = Field(
         None, description="type of every tensor; by default the base's, or the widest among adapters"
