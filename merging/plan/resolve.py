@@ -16,7 +16,7 @@ from merging.sources import Adapter
 from merging.sources.adapter import Change, LoraChange
 from merging.sources.experts import ExpertsChange
 from merging.sources.names import Renaming, find_renaming
-from merging.sources.parts import Assembled, Piece, Place, meet, part_of, whole
+from merging.sources.parts import Assembled, Piece, Place, meet, part_of, viewed, whole
 from merging.sources.stored import Stored
 
 __all__ = ["Resolved", "Resolver"]
@@ -89,11 +89,19 @@ class Resolver:
         """The shape of a tensor of the base, on disk or in memory."""
         return self._shapes[name] if name in self._shapes else self._in_memory[name]
 
+    def stored(self, name: str) -> Stored | None:
+        """A tensor of the base, also one that is a part of a tensor on disk; None for one that lies in several."""
+        if name in self._known:
+            return self._known[name]
+        held = self._holders[name]
+        found = meet(held[0][1], whole(name, self._in_memory[name])) if len(held) == 1 else None
+        return viewed(self._known[held[0][0]], found[0]) if found else None
+
     def on_disk(self, name: str) -> str:
         """A tensor on disk that a tensor in memory is, or holds."""
         if name in self._shapes:
             return name
-        return next(each for each, pieces in self._pieces.items() if any(piece.of == name for piece in pieces))
+        return self._holders[name][0][0]
 
     def _match(self, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Renaming, list[str]]:
         def fits(target: str, match: str) -> bool:
@@ -155,10 +163,13 @@ class Resolver:
     @cached_property
     def _in_memory(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors in memory, as far as they lie on the disk."""
-        ends: dict[str, list[tuple[int, ...]]] = defaultdict(list)
-        for piece in (piece for pieces in self._pieces.values() for piece in pieces):
-            ends[piece.of].append(tuple(each.stop for each in piece.box))
+        ends = {name: [[part.stop for part in piece.box] for _, piece in held] for name, held in self._holders.items()}
         return {name: tuple(map(max, zip(*each, strict=True))) for name, each in ends.items()}
+
+    @cached_property
+    def _holders(self) -> dict[str, list[tuple[str, Piece]]]:
+        """The tensors on disk that hold pieces of each tensor in memory."""
+        return _by_whole(self._pieces)
 
     @cached_property
     def _frame(self) -> dict[str, list[Piece]]:
@@ -174,16 +185,13 @@ class Resolver:
 
     def _placed(self, adapter: Adapter, found: _Found, places: Mapping[str, list[Piece]]) -> Resolved:
         """An adapter's changes of the tensors at ``places``: those that are one target's, parts, and put together."""
-        holders: dict[str, list[tuple[str, Piece]]] = defaultdict(list)
-        for name, pieces in places.items():
-            for piece in pieces:
-                holders[piece.of].append((name, piece))
+        holders = _by_whole(places)
         parts: dict[str, list[tuple[Change, Place]]] = defaultdict(list)
         exact = True
         for target, change in self._oriented(adapter, found.shapes).items():
             shape, covered = found.shapes[target], 0
             for piece in found.pieces[target]:
-                for name, other in holders[piece.of]:
+                for name, other in holders.get(piece.of, ()):
                     met = meet(piece, other)
                     if met is None:
                         continue
@@ -241,6 +249,15 @@ def _renamed(adapter: Adapter, renaming: Renaming, known: Mapping[str, object]) 
     """The name of each target in the base, but for those that it lacks and need not have."""
     names = {target: renaming(target) or target for target in adapter.changes}
     return {target: name for target, name in names.items() if name in known or not adapter.changes[target].optional}
+
+
+def _by_whole(pieces: Mapping[str, list[Piece]]) -> dict[str, list[tuple[str, Piece]]]:
+    """Which tensors hold pieces of each larger one."""
+    holders: dict[str, list[tuple[str, Piece]]] = defaultdict(list)
+    for name, each in pieces.items():
+        for piece in each:
+            holders[piece.of].append((name, piece))
+    return dict(holders)
 
 
 def _line(adapter: Adapter, rule: str) -> str:

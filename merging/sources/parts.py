@@ -19,7 +19,7 @@ from merging.sources.experts import ExpertsChange
 from merging.sources.stored import Stored
 from merging.sources.views import View, reshaped
 
-__all__ = ["Assembled", "Box", "Cut", "Piece", "Place", "meet", "part_of", "whole"]
+__all__ = ["Assembled", "Box", "Cut", "Piece", "Place", "meet", "part_of", "viewed", "whole"]
 
 Box = tuple[slice, ...]
 """What is meant of each axis of a tensor."""
@@ -90,7 +90,7 @@ def part_of(change: Change, shape: tuple[int, ...], place: Place) -> Change | No
     if place.fills(shape):
         return change
     if isinstance(change, FullChange):
-        return replace(change, value=_viewed(reshaped(change.value, *shape), place))
+        return replace(change, value=viewed(reshaped(change.value, *shape), place))
     if isinstance(change, LoraChange) and change.kind in ("linear", "experts"):
         return _part_of_lora(change, shape, place)
     if isinstance(change, LoraChange) and change.kind == "conv" and place.shape[1:] == shape[1:]:
@@ -122,8 +122,9 @@ def _along(stored: Stored, axis: int, kept: slice) -> View:
     return reshaped(stored).narrowed(axis % len(stored.shape), kept.start, _length(kept))
 
 
-def _viewed(view: View, place: Place) -> View:
+def viewed(stored: Stored, place: Place) -> View:
     """The part of a stored tensor at a place."""
+    view = reshaped(stored)
     for axis, kept in enumerate(place.box):
         view = view.narrowed(axis, kept.start, _length(kept))
     gone = [axis for axis in range(len(place.box)) if axis not in place.axes]
