@@ -13,11 +13,11 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
-from merging.cli.main import cli
-from merging.cli.output import Size, size_text
 from tiny import checkpoint, identical, load, model, save
 
 import merging
+from merging.cli.main import cli
+from merging.cli.output import Size, size_text
 from merging.methods import GROUPS, METHODS
 
 
@@ -388,6 +388,7 @@ def test_inspect(folder: Path) -> None:
     assert facts == {
         "path": "base", "kind": "checkpoint", "architecture": "LlamaForCausalLM", "files": 1, "parameters": 608,
         "tensors": 9, "dtypes": {"F32": 9}, "layers": {"model.layers": 3}, "bytes": 2432, "nonfinite": [],
+        "components": [], "dequantised": 0,
     }  # fmt: skip
     tensors = load(folder / "base")
     tensors["model.norm.weight"][0] = float("nan")

@@ -165,9 +165,12 @@ def test_variants_that_need_the_base_are_refused(
         merging.peft_deltas(*state_of(folders[0], adapter))
 
 
-def test_config_of_another_type_is_refused() -> None:
-    with pytest.raises(FormatError, match=r"the state dict: is a PEFT adapter of type IA3"):
-        merging.peft_deltas({}, {"peft_type": "IA3"})
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("IA3", "by its config, and holds nothing of one"), ("PROMPT_TUNING", "changes no weight")]
+)
+def test_config_without_a_change_is_refused(kind: str, reason: str) -> None:
+    with pytest.raises(FormatError, match=f"the state dict: is a PEFT adapter of type {kind}.*{reason}"):
+        merging.peft_deltas({}, {"peft_type": kind})
 
 
 def test_methods_on_weights_are_refused(folders: list[Path]) -> None:

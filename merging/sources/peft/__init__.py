@@ -122,7 +122,7 @@ def peft_changes(tensors: Mapping[str, Stored], config: Mapping[str, Any], where
             needs_base="it is saved in full, and what it changes is the difference from the base",
         )
     if not modules and not changes:
-        raise settings.error(f"holds nothing of a {settings.kind} adapter")
+        raise settings.error(f"is a PEFT adapter of type {settings.kind} by its config, and holds nothing of one")
     _check_complete(settings, changes)
     return changes
 

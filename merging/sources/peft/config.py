@@ -33,7 +33,8 @@ class Config:
     @property
     def kind(self) -> str:
         """The type of the adapter, LORA where there is no config."""
-        return str(self.get("peft_type") or "LORA")
+        value = self.get("peft_type") or "LORA"
+        return str(getattr(value, "value", value))  # PEFT's own configs hold an enum, whose text has the class in it
 
     def get(self, key: str, default: Any = None) -> Any:
         """A field as it is."""
