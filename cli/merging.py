@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["merge_command", "written_method"]
 
-RECIPE_OPTIONS = ("base", "as", "dtype", "rank", "layers", "lora_alpha", "out_proj_once", "shard_size",
+RECIPE_OPTIONS = ("base", "as", "format", "dtype", "rank", "layers", "lora_alpha", "out_proj_once", "shard_size",
                   "on_mismatch", "vocabulary", "components", "dequantise", "exclude", "allow_different_bases",
                   "allow_nonfinite")  # fmt: skip
 
@@ -79,6 +79,11 @@ def _refuse_strangers(command: click.Command, args: list[str], classes: list[Any
 @click.option("--base", help="the model that the others were trained from")
 @click.option(
     "--as", "as_", type=click.Choice(["adapter", "model"]), help="what to write  [default: adapters make an adapter]"
+)
+@click.option(
+    "--format",
+    type=click.Choice(["peft", "diffusers", "kohya"]),
+    help="whose files a merged adapter is in  [default: those of the inputs, if they are alike]",
 )
 @click.option("--dtype", type=click.Choice(["float64", "float32", "bfloat16", "float16"]), help="type of every tensor")
 @click.option("--rank", type=int, help="rank of a merged adapter  [default: the sum of the ranks]")

@@ -24,7 +24,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 def write_adapter_companions(plan: Plan, folder: Path) -> None:
     """Write the config that PEFT reads, and the card; tokenizers of adapters stay behind: the base has one."""
-    _write(folder / "adapter_config.json", json.dumps(adapter_config(plan), indent=2) + "\n")
+    if plan.format == "peft":
+        _write(folder / "adapter_config.json", json.dumps(adapter_config(plan), indent=2) + "\n")
     _write(folder / "README.md", model_card(plan))
 
 
@@ -35,7 +36,7 @@ def adapter_config(plan: Plan) -> dict[str, Any]:
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "auto_mapping": None,
-        "base_model_name_or_path": next((a.base for a in adapters if a.base), None),
+        "base_model_name_or_path": next((a.base for a in adapters if a.base and a.dialect.startswith("PEFT")), None),
         "revision": next((a.config["revision"] for a in adapters if a.config.get("revision")), None),
         "task_type": next((a.config["task_type"] for a in adapters if a.config.get("task_type")), None),
         "inference_mode": True,
@@ -142,7 +143,7 @@ def model_card(plan: Plan) -> str:
         facts["base_model"] = ids
         facts["base_model_relation"] = "adapter" if plan.output == "adapter" else "merge"
     full = plan.reference.library if plan.reference else "transformers"
-    facts["library_name"] = "peft" if plan.output == "adapter" else full
+    facts["library_name"] = full if plan.output == "model" else "peft" if plan.format == "peft" else "diffusers"
     licence = strictest([each.licence for each in _sources(plan)])
     if licence:
         facts["license"] = licence

@@ -14,15 +14,16 @@ import torch
 
 from merging import __version__
 from merging.arrival import arrived
-from merging.companions import adapter_config, write_adapter_companions
+from merging.companions import write_adapter_companions
 from merging.errors import OptionError, OutputError
 from merging.landing import Landing, check_destination
+from merging.lora_files import lora_metadata, lora_stem
 from merging.method import Method
 from merging.model_folder import companion_patterns, write_model_companions
 from merging.plan import PORTABLE_RANKS, Plan, make_plan
 from merging.recipe import Recipe, make_recipe
 from merging.run import run
-from merging.sources.peft import CONFIG_KEY
+from merging.sources.stored import DTYPES
 from merging.threads import Progress, cores
 from merging.vetting import unrelated
 from merging.writer import ComponentWriter, TensorWriter
@@ -157,6 +158,9 @@ def merge_plan(
         try:
             scratch = landing.folder
             done = run(plan, writer, device=device, threads=workers, progress=progress, scratch=scratch)
+            for constant in plan.constants:
+                values = torch.full((constant.count,), constant.value, dtype=DTYPES[constant.out.kind])
+                writer.write(constant.out.name, values, constant.start)
             writer.finish()
         finally:
             writer.close()
@@ -189,7 +193,7 @@ def _writer(plan: Plan, folder: Path, destination: Path) -> TensorWriter | Compo
         return TensorWriter(folder, destination.stem, plan.outs, metadata, None)
     reference = plan.reference
     if plan.output == "adapter" or reference is None:
-        return TensorWriter(folder, "adapter_model", plan.outs, metadata, None)
+        return TensorWriter(folder, lora_stem(plan, destination), plan.outs, metadata, None)
     stems = {name: each.stem for name, each in reference.components.items() if name not in plan.kept}
     if stems:
         return ComponentWriter(folder, stems, plan.outs, metadata, plan.recipe.shard_size)
@@ -222,9 +226,7 @@ def _metadata(plan: Plan) -> dict[str, str]:
         "merging_version": __version__,
         "torch_version": torch.__version__,
     }
-    if plan.output == "adapter":
-        metadata[CONFIG_KEY] = json.dumps(adapter_config(plan))
-    return metadata
+    return metadata | lora_metadata(plan) if plan.output == "adapter" else metadata
 
 
 def workers_within(plan: Plan, threads: int, max_memory: int | None) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from merging.delta import Delta, Dense, LowRank, Stack
 from merging.errors import InputError
 from merging.folds import State
-from merging.linalg import compress, truncate
+from merging.linalg import compress, even, truncate
 from merging.method import Closing, Round
 from merging.opened import Opened, Unit, blocks, decomposing, feed
 from merging.parameters import Coefficient
@@ -197,6 +197,8 @@ class Worker:
         if merged.rank > self.plan.rank:
             merged, discarded = truncate(merged, self.plan.rank)
             self.shared.discarded[item.site.name] = discarded
+        if item.outs[0].kind == "F16":
+            merged = even(merged, merged.up.dtype)
         missing = self.plan.rank - merged.rank
         down = torch.nn.functional.pad(merged.down, (0, 0, 0, missing))
         up = torch.nn.functional.pad(merged.up, (0, missing))
@@ -204,8 +206,15 @@ class Worker:
             up = up * item.written
         if up.dim() > 2:
             up = up.permute(1, 2, 0)  # PEFT keeps the rows of down by expert and rank, and the columns of up by rank
-        for out, values in zip(item.outs, (down, up), strict=True):
-            self._write(out, values)
+        if not item.placings:
+            for out, values in zip(item.outs, (down, up), strict=True):
+                self._write(out, values)
+        for each in item.placings:
+            width = each.up.shape[1]
+            beside = (each.term, width - each.term - self.plan.rank)
+            if each.down:
+                self._write(each.down, down, each.term * down.shape[1])
+            self._write(each.up, torch.nn.functional.pad(up[each.rows], beside), each.first * width)
 
     def _write(self, out: Out, values: Tensor, start: int = 0) -> None:
         flat = self.tiler.outgoing(values, DTYPES[out.kind])

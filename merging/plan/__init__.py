@@ -16,13 +16,14 @@ from merging.plan.checks import (
     taken_as_linear,
 )
 from merging.plan.chosen import chosen
+from merging.plan.exports import output_format
 from merging.plan.heads import settled
-from merging.plan.items import Item, Plan
+from merging.plan.items import Constant, Item, Plan
 from merging.plan.sites import find_stacks
 from merging.plan.to_adapter import adapter_items, adapter_targets
 from merging.plan.to_model import model_items
 from merging.plan.vocabulary import Vocabulary, fitted
-from merging.recipe import Recipe
+from merging.recipe import AdapterFormat, Recipe
 from merging.sources import Adapter, Checkpoint, open_model
 
 __all__ = ["PORTABLE_RANKS", "Item", "Plan", "make_plan", "plan_of"]
@@ -71,6 +72,8 @@ def _plan_of(
     keys, notices = content_keys(models)
     notices += [notice for model in models if isinstance(model, Adapter) for notice in model.notices] + remarks
     rank, untied = 0, False
+    format: AdapterFormat = "peft"
+    constants: tuple[Constant, ...] = ()
     vocabulary: Vocabulary | None = None
     if output == "adapter":
         adapters = [model for model in models if isinstance(model, Adapter)]
@@ -78,7 +81,9 @@ def _plan_of(
         matched = targets.matched
         notices += taken_as_linear(adapters, base)
         stacks, guess = find_stacks(recipe, models, base, targets)
-        items, rank = adapter_items(recipe, adapters, base, targets, stacks, weights, rank_steps)
+        format = output_format(recipe, adapters)
+        steps = rank_steps if format == "peft" else ()
+        items, rank, constants = adapter_items(recipe, adapters, base, targets, stacks, weights, steps, format)
     else:
         alike, base_alike, vocabulary, remarks = fitted(recipe, models, base)
         notices += remarks
@@ -105,6 +110,8 @@ def _plan_of(
         notices=tuple(notices),
         matched=tuple(matched),
         vocabulary=vocabulary,
+        format=format,
+        constants=constants,
     )
 
 

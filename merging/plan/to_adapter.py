@@ -10,10 +10,11 @@ import torch
 from merging.errors import InputError
 from merging.layers import Stacks
 from merging.parameters import all_matching
-from merging.plan.items import Form, Item
+from merging.plan.exports import Exporter, peft_labels
+from merging.plan.items import Constant, Form, Item
 from merging.plan.outs import PREFIX, Paths, factors, module_of
 from merging.plan.resolve import Resolver
-from merging.recipe import DTYPES, Recipe
+from merging.recipe import DTYPES, AdapterFormat, Recipe
 from merging.site import Site, inputs_by_outputs, site_of
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
@@ -91,8 +92,12 @@ def adapter_items(
     stacks: Stacks,
     weights: bool,
     rank_steps: Sequence[int] = (),
-) -> tuple[list[Item], int]:
-    """The items, and the rank of the factors: as asked for, or one of ``rank_steps`` (or any) that loses nothing."""
+    format: AdapterFormat = "peft",
+) -> tuple[list[Item], int, tuple[Constant, ...]]:
+    """The items, the rank of the factors, and what files of this ``format`` hold beside.
+
+    The rank is as asked for, or one of ``rank_steps`` (or any) that loses nothing.
+    """
     left = all_matching(recipe.exclude, targets.changes)
     merged = {name: changes for name, changes in targets.changes.items() if name not in left}
     labels = targets.labels
@@ -102,7 +107,15 @@ def adapter_items(
     if not recipe.rank:
         _refuse_full_rank(merged, low, adapters)
     rank = _rank(recipe, [(merged[name], shapes[name]) for name in low], rank_steps)
-    _check_biases(merged, low, labels, adapters)
+    named = {name: stored.shape for name, stored in base.tensors.items()} if base else shapes
+    exporter = None
+    if format != "peft":
+        factored = {name: shapes[name] for name in low}
+        exporter = Exporter(format, adapters, named, factored, rank, kind, base is not None)
+    elif not all(adapter.dialect.startswith("PEFT") for adapter in adapters):
+        labels = peft_labels(adapters, named, list(merged), base is not None)
+    if exporter is None:
+        _check_biases(merged, low, labels, adapters)
     turned = inputs_by_outputs({name: stored.shape for name, stored in base.tensors.items()}) if base else set()
     paths = Paths((labels[name] for name in low), (labels[name] for name in low if _is_experts(merged[name])))
     items = []
@@ -110,23 +123,28 @@ def adapter_items(
         transposed = any(each.is_transposed(shapes[name]) for each in changes if each)
         site = site_of(name, shapes[name], stacks, transposed or name in turned, _on_disk(name, targets.resolver))
         site = replace(site, kind="experts") if _is_experts(changes) else site
-        stored = base.lookup(name) if base else None
+        stored = targets.resolver.stored(name) if targets.resolver else None
         if base is not None and stored is None:
             _refuse_in_pieces(name, changes, weights, base)
         form: Form = "factors" if name in low else "delta" if _is_bias(changes) else "dense"
+        if exporter is not None:
+            items.append(exporter.item(site, changes, stored, form))
+            continue
         if stored is not None and all(isinstance(each, TokenRows) for each in changes if each):
             items.append(_token_item(site, changes, stored, labels[name], kind, alone=not low))
             continue
         written = 0.5 if form == "factors" and paths.applied_twice(labels[name]) else 1.0
         outs = _outs(labels[name], changes, shapes[name], rank, kind, paths)
         items.append(Item(site, changes, stored, outs, form, written))
+    if exporter is not None:
+        return items, rank, exporter.constants()
     _check_tokens(items, rank)
     if not low and all(item.form == "dense" and not isinstance(item.base, TokenTable) for item in items):
         raise InputError(
             "the adapters hold tensors in full and no factors, and PEFT reads these only beside factors: make a model "
             "with --as model"
         )
-    return items, rank
+    return items, rank, ()
 
 
 def _token_item(

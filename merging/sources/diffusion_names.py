@@ -88,18 +88,27 @@ class Known:
         return f"{module.replace('.', '_')}.{leaf}"
 
 
-def known_names(shapes: Shapes) -> list[Known]:
-    """All names of tensors of these names on disk and shapes; nothing for what belongs to no diffusion model."""
+def known_names(shapes: Shapes, strict: bool = False) -> list[Known]:
+    """All names of tensors of these names on disk and shapes; nothing for what belongs to no diffusion model.
+
+    Names that do not tell their component are taken for those of a transformer; with ``strict``, only beside blocks
+    that are called as in one.
+    """
+    guess = not strict or any(name.partition(".")[0].endswith("_blocks") for name in shapes)
     components: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    published: set[str] = set()
     for name in shapes:
         prefix = next((each for each in _PREFIXES if name.startswith(each)), "")
         short = name.removeprefix(prefix)
-        component = _PREFIXES.get(prefix) or _by_content(short)
+        component = _PREFIXES.get(prefix) or _by_content(short, guess)
         if component and shapes[name]:
             components[component][short] = name
+        if component and (prefix.endswith("diffusion_model.") or short.startswith(_PUBLISHED_DENOISERS)):
+            published.add(component)
     found: list[Known] = []
     for component, names in components.items():
-        for known in _component(component, {short: shapes[name] for short, name in names.items()}):
+        style: Style = "published" if component in published else "diffusers"
+        for known in _component(component, {short: shapes[name] for short, name in names.items()}, style):
             rows = tuple(replace(part, name=names[part.name]) for part in known.rows)
             found.append(replace(known, rows=rows))
     return found
@@ -123,22 +132,22 @@ def _levels(known: Known) -> Iterator[Known]:
         yield replace(known, name=known.name.removeprefix("text_model."))
 
 
-def _by_content(name: str) -> str | None:
+def _by_content(name: str, guess: bool) -> str | None:
     """The component of a name without a prefix, told from the block it is in."""
     first = name.partition(".")[0]
     if first in _UNET:
         return "unet"
     if name.startswith(_TEXT):
         return "text_encoder"
-    return None if first in _FOREIGN else "transformer"
+    return "transformer" if guess and first not in _FOREIGN else None
 
 
-def _component(component: str, shapes: Shapes) -> Iterator[Known]:
-    """The names of one component, whose tensors are given by their names without its prefix."""
+def _component(component: str, shapes: Shapes, style: Style) -> Iterator[Known]:
+    """The names of one component, whose tensors are given by their names without its prefix, in the style of those."""
     if component == "unet":
         return _unet(shapes)
     if component == "transformer":
-        return _transformer(shapes)
+        return _transformer(shapes, style)
     return _text_encoder(component, shapes)
 
 
@@ -153,14 +162,13 @@ def _unet(shapes: Shapes) -> Iterator[Known]:
             yield Known("unet", ours, ("published",), _whole(name, shape))
 
 
-def _transformer(shapes: Shapes) -> Iterator[Known]:
+def _transformer(shapes: Shapes, style: Style) -> Iterator[Known]:
     others = dict.fromkeys(shapes)
-    for style, name, rows in paired_names(shapes):
+    for whose, name, rows in paired_names(shapes):
         others.pop(name, None)
-        yield Known("transformer", name, (style,), rows)
-    published = any(name.startswith(_PUBLISHED_DENOISERS) for name in shapes)
+        yield Known("transformer", name, (whose,), rows)
     for name in others:
-        yield Known("transformer", name, ("published" if published else "diffusers",), _whole(name, shapes[name]))
+        yield Known("transformer", name, (style,), _whole(name, shapes[name]))
 
 
 def _text_encoder(component: str, shapes: Shapes) -> Iterator[Known]:
