@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from click.testing import CliRunner, Result
-from merging.cli.main import cli
 from tiny import load
 
 import merging
+from merging.cli.main import cli
 from merging.continual import ContinualStore
 
 __all__ = [

@@ -10,7 +10,16 @@ import torch
 
 from merging.sources.stored import Stored
 
-__all__ = ["HEADS", "embeddings_among", "has_own_head", "is_head", "same_values", "stated_tie", "text_config", "tied_to"]
+__all__ = [
+    "HEADS",
+    "embeddings_among",
+    "has_own_head",
+    "is_head",
+    "same_values",
+    "stated_tie",
+    "text_config",
+    "tied_to",
+]
 
 HEADS = (
     "lm_head.weight",

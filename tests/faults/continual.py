@@ -45,10 +45,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from merging.cli.main import cli
 from safetensors.torch import save_file
 from tiny import checkpoint
 
+from merging.cli.main import cli
 from merging.continual import ContinualStore
 from merging.errors import FormatError
 
