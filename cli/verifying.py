@@ -1,0 +1,74 @@
+"""``merge verify``: would a program load this, all of it?"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from .errors import reported
+
+if TYPE_CHECKING:
+    from merging.serving import Finding, Verdict
+
+__all__ = ["verify_command"]
+
+_SHOWN = 3
+
+
+@click.command(name="verify")
+@click.argument("path")
+@click.option(
+    "--for",
+    "programs",
+    multiple=True,
+    metavar="PROGRAM",
+    help="vllm, sglang, llama.cpp, peft, diffusers or transformers; may be given several times  [default: what fits]",
+)
+@click.option("--base", help="the folder of an adapter's base  [default: what its config names, if it is here]")
+@click.option("--max-lora-rank", type=click.IntRange(1), help="what the server is started for  [default: its own]")
+@click.option("--values", is_flag=True, help="read all values too, for NaN, infinities and copies of the embedding")
+@click.option("--load", is_flag=True, help="have PEFT, transformers or diffusers really load it")
+@click.option("--json", "as_json", is_flag=True, help="print as JSON")
+@click.option("--debug", is_flag=True, help="show a traceback with errors")
+def verify_command(
+    path: str,
+    programs: tuple[str, ...],
+    base: str | None,
+    max_lora_rank: int | None,
+    values: bool,
+    load: bool,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Say what a program would refuse or silently ignore in an adapter or model, before it is served.
+
+    Headers alone are read. The exit code is 0 if nothing is refused or silently ignored, else 1.
+    """
+    with reported(debug):
+        from merging.serving import verify
+
+        verdict = verify(path, programs, base=base, max_lora_rank=max_lora_rank, values=values, load=load)
+    if as_json:
+        click.echo(json.dumps({**asdict(verdict), "served": verdict.served}, indent=2))
+    else:
+        _print(verdict)
+    sys.exit(0 if verdict.served else 1)
+
+
+def _print(verdict: Verdict) -> None:
+    article = "an" if verdict.kind[0] in "aeiou" else "a"
+    click.echo(verdict.path if verdict.kind == "unknown" else f"{verdict.path}: {article} {verdict.kind}")
+    for finding in verdict.findings:
+        click.echo(f"  {finding.program:12} {finding.severity:8} {finding.what}")
+        for line in _details(finding):
+            click.echo(f"{'':24}{line}")
+
+
+def _details(finding: Finding) -> list[str]:
+    more = len(finding.where) - _SHOWN
+    lines = [*finding.where[:_SHOWN], *([f"and {more:,} more"] if more > 0 else [])]
+    return lines + ([f"-> {finding.todo}"] if finding.todo else [])

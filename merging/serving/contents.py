@@ -1,0 +1,250 @@
+"""Whether files say the same as their configs, and hold numbers: what is wrong with them in any program."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from merging.errors import MergingError
+from merging.layers import Stacks
+from merging.serving.rules import Program, Rule
+from merging.serving.subject import Subject
+from merging.sources import open_model
+from merging.sources.checkpoint import config_layers
+from merging.sources.peft.config import Config
+from merging.sources.quantised import refuse_quantised
+from merging.sources.stored import Stored
+from merging.sources.ties import embeddings_among, has_own_head, is_head, same_values, stated_tie
+
+__all__ = ["FILES", "nonfinite"]
+
+_PIECE = 1 << 22
+_WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "word_embed_proj_dim", "embedding_size")
+_BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|h|block|blocks)\.([0-9]+)\.")
+_STACKS = ("layers", "layer", "h", "block", "blocks")
+_PAIRS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
+_AGAIN = "save it again, or get its files again together"
+
+
+def nonfinite(subject: Subject) -> Iterator[str]:
+    """The tensors that hold NaN or infinities, if values are to be read."""
+    if subject.values:
+        yield from (name for name, stored in subject.tensors.items() if stored.floating and not _finite(stored))
+
+
+def _finite(stored: Stored) -> bool:
+    for start in range(0, stored.numel, _PIECE):
+        piece = torch.empty(min(_PIECE, stored.numel - start), dtype=stored.dtype)
+        stored.read_into(piece, start)
+        if not bool(piece.isfinite().all()):
+            return False
+    return True
+
+
+# ---- models
+
+
+def _blocks(subject: Subject) -> tuple[int, dict[str, set[int]]]:
+    """The number of blocks in the config (0 where there is none to compare), and the blocks there are, by stack."""
+    count = config_layers(subject.stated)
+    if not count or not embeddings_among(subject.tensors):
+        return 0, {}
+    found: dict[str, set[int]] = {}
+    for prefix in Stacks.from_names(subject.tensors, complete=False).lengths:
+        if prefix.rpartition(".")[2] not in _STACKS:
+            continue
+        start = f"{prefix}."
+        rests = (name[len(start) :].partition(".")[0] for name in subject.tensors if name.startswith(start))
+        found[prefix] = {int(rest) for rest in rests if rest.isdecimal()}
+    return count, found
+
+
+def _missing_blocks(subject: Subject) -> Iterator[str]:
+    count, stacks = _blocks(subject)
+    if stacks and not any(set(range(count)) <= found for found in stacks.values()):
+        prefix, most = max(stacks.items(), key=lambda item: len(item[1]))
+        yield from (f"{prefix}.{number} of {count}" for number in sorted(set(range(count)) - most))
+
+
+def _surplus_blocks(subject: Subject) -> Iterator[str]:
+    count, stacks = _blocks(subject)
+    allowed = count + int(subject.text_config.get("num_nextn_predict_layers") or 0)
+    if len(stacks) == 1:
+        (prefix, found), *_ = stacks.items()
+        yield from (f"{prefix}.{number}" for number in sorted(found) if number >= allowed)
+
+
+def _vocabulary(subject: Subject) -> Iterator[str]:
+    stated = subject.text_config.get("vocab_size")
+    for name in embeddings_among(subject.tensors):
+        rows = subject.tensors[name].shape[0]
+        if isinstance(stated, int) and rows != stated:
+            yield f"{name} has {rows:,} rows, vocab_size = {stated:,}"
+
+
+def _width(subject: Subject) -> Iterator[str]:
+    stated = {key: subject.text_config[key] for key in _WIDTHS if isinstance(subject.text_config.get(key), int)}
+    for name in embeddings_among(subject.tensors):
+        shape = subject.tensors[name].shape
+        if stated and shape[1:] and shape[1] not in stated.values():
+            yield f"{name} has {shape[1]:,} columns, {', '.join(f'{key} = {value:,}' for key, value in stated.items())}"
+
+
+def _headless(subject: Subject) -> Iterator[str]:
+    if not has_own_head(subject.stated, subject.tensors):
+        yield "tie_word_embeddings = False, and no lm_head.weight"
+
+
+def _second_heads(subject: Subject) -> Iterator[tuple[str, str]]:
+    """The head that a model stores although it is tied, and the embedding it is tied to."""
+    embeddings = embeddings_among(subject.tensors)
+    if stated_tie(subject.stated, subject.tensors) and len(embeddings) == 1:
+        yield from ((name, embeddings[0]) for name in subject.tensors if is_head(name))
+
+
+def _different_head(subject: Subject) -> Iterator[str]:
+    for head, embedding in _second_heads(subject):
+        one, other = subject.tensors[head], subject.tensors[embedding]
+        if one.shape != other.shape or (subject.values and not same_values(one, other)):
+            yield f"{head} is not {embedding}, and tie_word_embeddings is true"
+
+
+def _unknown_head(subject: Subject) -> Iterator[str]:
+    if not subject.values and not any(_different_head(subject)):
+        yield from (f"{head} beside {embedding}" for head, embedding in _second_heads(subject))
+
+
+def _unquantised(subject: Subject) -> Iterator[str]:
+    if _quantised(subject, config=True) and not _quantised(subject, config=False):
+        yield "quantization_config, and no tensor that belongs to it"
+
+
+def _unstated(subject: Subject) -> Iterator[str]:
+    if subject.config is not None and not _quantised(subject, config=True):
+        yield from _quantised(subject, config=False)
+
+
+def _quantised(subject: Subject, config: bool) -> list[str]:
+    """What says that a model is quantised: its config, or else its tensors."""
+    try:
+        refuse_quantised(Path(subject.name), {} if config else subject.tensors, subject.stated if config else {})
+    except MergingError as error:
+        return [str(error).removeprefix(f"{subject.name}: ").partition(": ")[0]]
+    return []
+
+
+def _both(subject: Subject) -> Iterator[str]:
+    for name, index in (("model.safetensors", "model.safetensors.index.json"),
+                        ("pytorch_model.bin", "pytorch_model.bin.index.json")):  # fmt: skip
+        if name in subject.files and index in subject.files:
+            yield f"{name} and {index}"
+
+
+# ---- adapters
+
+
+def _factors(subject: Subject) -> Iterator[str]:
+    if subject.method not in ("LORA", "ADALORA"):
+        return
+    for path, parts in subject.modules.items():
+        for down, up in _PAIRS.items():
+            if (down in parts) != (up in parts):
+                yield f"{path} has no {up if down in parts else down}"
+        if subject.stated.get("use_dora") and "lora_magnitude_vector" not in parts and "lora_A" in parts:
+            yield f"{path} has no lora_magnitude_vector"
+        # experts' factors hold the ranks of all experts, block-diagonal ones those of a block
+        if subject.stated.get("use_bdlora") or subject.stated.get("target_parameters"):
+            continue
+        for one, other in ((parts.get(down), parts.get(up)) for down, up in _PAIRS.items()):
+            if one and other and (len(one.shape) < 2 or len(other.shape) < 2 or one.shape[0] != other.shape[1]):
+                yield f"{path}: {list(one.shape)} and {list(other.shape)} do not multiply"
+
+
+def _ranks(subject: Subject) -> Iterator[str]:
+    if subject.config is None or subject.method != "LORA" or subject.stated.get("target_parameters"):
+        return
+    config = Config(subject.stated, subject.name)
+    for path, rank in subject.ranks.items():
+        try:
+            stated = config.pattern("rank_pattern", path, config.get("r", 8))
+        except MergingError as error:
+            yield str(error).removeprefix(f"{subject.name}: ")
+            return
+        if stated != rank:
+            yield f"{path} has rank {rank}, the config says {stated}"
+
+
+def _nothing(subject: Subject) -> Iterator[str]:
+    if not subject.tensors:
+        yield "there are no tensors"
+
+
+def _beyond(subject: Subject) -> Iterator[str]:
+    count = 0 if subject.stated.get("layer_replication") else config_layers(subject.base) or 0
+    for path in subject.modules if count else ():
+        block = _BLOCK.search(path)
+        if block and int(block[1]) >= count:
+            yield f"{path}: the base has {count} blocks"
+
+
+def _unread(subject: Subject) -> Iterator[str]:
+    try:
+        open_model(subject.name)
+    except MergingError as error:
+        yield str(error).removeprefix(f"{subject.name}: ")
+
+
+def _components(subject: Subject) -> Iterator[str]:
+    assert subject.folder is not None
+    for name, made_of in subject.stated.items():
+        if not isinstance(made_of, list) or len(made_of) != 2 or None in made_of:
+            continue
+        inside = {each.removeprefix(f"{name}/") for each in subject.files if each.startswith(f"{name}/")}
+        if not inside:
+            yield f"{name} ({made_of[1]}) is missing"
+        elif "config.json" in inside and not any(each.endswith((".safetensors", ".bin")) for each in inside):
+            yield f"{name} ({made_of[1]}) has a config and no weights"
+
+
+_NUMBERS = Rule(
+    "refuses", "it holds NaN or infinities, and so will its answers", nonfinite, "merge it again, look at the inputs"
+)
+
+FILES = Program(
+    "files",
+    {
+        "model": (
+            Rule("refuses", "blocks are missing, which would be random or an error", _missing_blocks, _AGAIN),
+            Rule("ignores", "there are more blocks than the config says", _surplus_blocks, "set num_hidden_layers"),
+            Rule("refuses", "embedding and config differ in the size of the vocabulary", _vocabulary, "set vocab_size"),
+            Rule("refuses", "embedding and config differ in width", _width, "take the config of the model itself"),
+            Rule("refuses", "there is no output head, and it is tied to nothing", _headless,
+                 "set tie_word_embeddings to true if the head is the embedding, else " + _AGAIN),
+            Rule("ignores", "a head of its own in a tied model: transformers before 5 and vLLM before August 2026 put "
+                 "the embedding in its place", _different_head, "set tie_word_embeddings to false"),
+            Rule("warns", "a tied model stores its head: whether it is a copy, its values tell", _unknown_head,
+                 "look again with --values"),
+            Rule("refuses", "the config says quantised, and the weights are not", _unquantised,
+                 "remove quantization_config"),
+            Rule("refuses", "the weights are quantised, and the config does not say so", _unstated,
+                 "take the config of the quantised model"),
+            Rule("ignores", "there are two sets of weights, and the single file wins", _both, "remove one of them"),
+            _NUMBERS,
+        ),
+        "adapter": (
+            Rule("refuses", "it is empty", _nothing, _AGAIN),
+            Rule("ignores", "blocks are adapted that the base does not have", _beyond, "take the base it was made for"),
+            Rule("refuses", "factors are missing or do not fit together", _factors, _AGAIN),
+            Rule("refuses", "tensors and config differ in rank", _ranks, "take the config it was saved with"),
+            Rule("warns", "merge itself does not read this", _unread),
+            _NUMBERS,
+        ),
+        "diffusion adapter": (Rule("warns", "merge itself does not read this", _unread), _NUMBERS),
+        "pipeline": (Rule("refuses", "components are not whole", _components, "complete the download"), _NUMBERS),
+    },
+    {},
+)  # fmt: skip
+"""Rules that hold for all programs."""

@@ -1,0 +1,85 @@
+"""What diffusers takes: LoRA files for its pipelines, pipelines, and single models of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from merging.serving.rules import Program, Rule, absent, no_config
+from merging.serving.subject import Subject
+from merging.sources.diffusion import METADATA_KEY
+
+__all__ = ["DIFFUSERS"]
+
+_OTHERS = (".hada_", ".oft_", ".boft", ".a1.weight", ".on_input", ".w_norm", ".b_norm", "bundle_emb", "emb_params")
+
+_BAKE = "merge it into its base with --as model"
+
+
+def _other_methods(subject: Subject) -> Iterator[str]:
+    yield from (name for name in subject.tensors if any(part in name for part in _OTHERS))
+
+
+def _some_methods(subject: Subject) -> Iterator[str]:
+    yield from (name for name in subject.tensors if ".lokr_" in name or name.endswith((".diff", ".diff_b")))
+
+
+def _dora(subject: Subject) -> Iterator[str]:
+    yield from (name for name in subject.tensors if name.endswith(".dora_scale"))
+
+
+def _two_alphas(subject: Subject) -> Iterator[str]:
+    alphas = [name for name in subject.tensors if name.endswith(".alpha")]
+    if METADATA_KEY in subject.metadata and alphas:
+        yield f"{METADATA_KEY} in the header, and {alphas[0]}"
+
+
+def _mixed_ranks(subject: Subject) -> Iterator[str]:
+    stated = METADATA_KEY in subject.metadata or any(name.endswith(".alpha") for name in subject.tensors)
+    downs = {t.shape[0] for n, t in subject.tensors.items() if n.endswith(".lora_A.weight") and t.shape}
+    if not stated and len(downs) > 1:
+        yield f"ranks {', '.join(map(str, sorted(downs)))}, and no alpha"
+
+
+def _wrapped(subject: Subject) -> Iterator[str]:
+    yield from (name for name in subject.tensors if name.startswith("base_model.model."))
+
+
+def _bare_names(subject: Subject) -> Iterator[str]:
+    if not any(_wrapped(subject)):
+        yield f"{subject.name} names no component of a pipeline"
+
+
+def _comfy(subject: Subject) -> Iterator[str]:
+    yield from (name for name in subject.tensors if name.startswith("diffusion_model."))
+
+
+DIFFUSERS = Program(
+    "diffusers",
+    {
+        "diffusion adapter": (
+            Rule("refuses", "only LoRA is loaded", _other_methods, _BAKE),
+            Rule("refuses", "alphas stand in the header and beside the factors", _two_alphas, "remove one of them"),
+            Rule("ignores", "DoRA's magnitudes are left out", _dora, _BAKE),
+            Rule("warns", "LoKr and full differences are loaded for some models only", _some_methods, _BAKE),
+            Rule("warns", "before August 2026 modules of other ranks than the first were given a wrong scale",
+                 _mixed_ranks, "merge it with merge --method passthrough, which writes one rank"),
+            Rule("warns", "names of ComfyUI are understood for some models only", _comfy,
+                 "merge it with --base PIPELINE, which writes diffusers' names"),
+        ),
+        "adapter": (
+            Rule("ignores", "pipelines read no names that begin with base_model.model.", _wrapped,
+                 "name them after their component (unet., transformer.), or load them with PEFT"),
+            Rule("refuses", "there are no adapters of language models in pipelines", _bare_names, "load it with PEFT"),
+        ),
+        "model": (
+            Rule("refuses", "models are folders with config.json", no_config, "put it in a folder with its config"),
+            Rule("refuses", "the config does not name a class of diffusers", absent("_class_name"),
+                 "it is no model of diffusers: load it with transformers"),
+        ),
+        "pipeline": (
+            Rule("refuses", "model_index.json does not name the pipeline", absent("_class_name"), "add _class_name"),
+        ),
+    },
+    {},
+)  # fmt: skip
+"""Facts of diffusers 0.42."""

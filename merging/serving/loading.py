@@ -1,0 +1,195 @@
+"""Loading for real, by the program itself: what it refuses, misses, or does not expect."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from merging.errors import OptionError
+from merging.serving.rules import Finding, Severity
+from merging.serving.subject import Subject
+
+__all__ = ["load"]
+
+_NOISE = ("is_gradient_checkpointing",)
+"""What libraries warn each other of."""
+
+
+def load(subject: Subject, program: str) -> list[Finding]:
+    """What PEFT, transformers or diffusers say when they load it, on this machine.
+
+    Adapters are put on a base that is built from its config; where their start or their magnitudes need values, these
+    are read. Raises :class:`~merging.errors.OptionError` where that cannot be: the program is not installed, the base
+    is not known, or the files are on the Hub.
+    """
+    if find_spec(program) is None or (subject.kind == "adapter" and find_spec("peft") is None):
+        missing = program if find_spec(program) is None else "peft"
+        raise OptionError(f"--load needs {missing}, which is not installed: pip install {missing}")
+    if subject.remote:
+        raise OptionError(f"{subject.name}: --load needs the files on this machine: download them first")
+    loads = _LOADS.get((program, subject.kind))
+    if loads is None or subject.folder is None:
+        return []
+    said: list[str] = []
+    with _heard(said):
+        try:
+            keys = loads(subject)
+        except OptionError:
+            raise
+        except Exception as error:  # whatever the library raises is its refusal
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            return [Finding(program, "refuses", "loading it failed", (reason,))]
+    findings = [_finding(program, subject, kind, names) for kind, names in keys.items() if names]
+    if said and not findings:
+        findings.append(Finding(program, "warns", "loading it warns", tuple(said)))
+    return findings or [Finding(program, "ok", "it was loaded, with no tensor missing or unexpected")]
+
+
+def _finding(program: str, subject: Subject, kind: str, names: list[str]) -> Finding:
+    """What it means that a loader reports tensors as ``missing``, ``unexpected``, ``mismatched`` or ``left out``."""
+    if kind == "missing" and "adapter" in subject.kind:
+        return Finding(program, "warns", "tensors are missing, and those it makes change nothing", tuple(names))
+    if kind == "missing":
+        return Finding(program, "refuses", "tensors are missing, and random ones take their place", tuple(names))
+    severity: Severity = "ignores" if kind in ("unexpected", "left out") else "refuses"
+    return Finding(program, severity, f"tensors are {kind} when it is loaded", tuple(names))
+
+
+@contextmanager
+def _heard(said: list[str]) -> Iterator[None]:
+    """Collect what libraries say by warnings and logs, once each."""
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            note(record.getMessage())
+
+    def note(message: str) -> None:
+        text = " ".join(message.split())[:300]
+        if text not in said and not any(noise in text for noise in _NOISE):
+            said.append(text)
+
+    # progress is for people who wait for a model, not for a verdict
+    for library in ("transformers", "diffusers"):
+        if find_spec(library):
+            import_module(f"{library}.utils.logging").disable_progress_bar()
+    loggers = [logging.getLogger(name) for name in ("diffusers", "peft")]
+    listener = Listener(logging.WARNING)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for logger in loggers:
+            logger.addHandler(listener)
+        try:
+            yield
+        finally:
+            for logger in loggers:
+                logger.removeHandler(listener)
+            for each in caught:
+                note(str(each.message))
+
+
+Keys = dict[str, list[str]]
+
+
+def _model(subject: Subject) -> Keys:
+    """A model by transformers, on the CPU."""
+    import transformers
+
+    named = subject.stated.get("architectures") or [None]
+    found = getattr(transformers, str(named[0]), transformers.AutoModel)
+    _, report = found.from_pretrained(str(subject.folder), output_loading_info=True)
+    return {kind.removesuffix("_keys"): sorted(map(str, keys)) for kind, keys in report.items() if keys}
+
+
+def _adapter(subject: Subject) -> Keys:
+    """An adapter by PEFT, on a base without values if it needs none."""
+    import torch
+
+    start = subject.stated.get("init_lora_weights", True)
+    if not (isinstance(start, str) or subject.stated.get("use_dora")):
+        with torch.device("meta"):
+            base = _empty_base(subject)
+        return _on_base(subject, base, empty=True)
+    return _on_base(subject, _full_base(subject), empty=False)
+
+
+def _on_base(subject: Subject, base: Any, empty: bool) -> Keys:
+    import peft
+
+    folder = str(subject.folder)
+    model = peft.PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=empty)
+    # once more, as it reports what it found only here
+    report = model.load_adapter(folder, "default", low_cpu_mem_usage=empty)
+    return {"missing": list(report.missing_keys), "unexpected": list(report.unexpected_keys)}
+
+
+def _empty_base(subject: Subject) -> Any:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(str(_base(subject)))
+    return _class_of(subject)(config)
+
+
+def _full_base(subject: Subject) -> Any:
+    return _class_of(subject).from_pretrained(str(_base(subject)))
+
+
+def _class_of(subject: Subject) -> Any:
+    import transformers
+
+    named = subject.base.get("architectures") or [None]
+    found = getattr(transformers, str(named[0]), None)
+    if found is None:
+        raise OptionError(f"{subject.base_path}: its config names no class of transformers: --load needs one")
+    return found
+
+
+def _base(subject: Subject) -> Any:
+    if subject.base_path is None or not subject.base:
+        raise OptionError(f"{subject.name}: --load needs the base: say where it is with --base")
+    return subject.base_path
+
+
+def _pipeline(subject: Subject) -> Keys:
+    """A pipeline by diffusers, on the CPU."""
+    import diffusers
+
+    pipelines: Any = diffusers.DiffusionPipeline
+    pipelines.from_pretrained(str(subject.folder))
+    return {}
+
+
+def _part(subject: Subject) -> Keys:
+    """One model by diffusers, on the CPU."""
+    import diffusers
+
+    found = getattr(diffusers, str(subject.stated.get("_class_name")))
+    _, report = found.from_pretrained(str(subject.folder), output_loading_info=True)
+    return {kind.removesuffix("_keys"): sorted(map(str, keys)) for kind, keys in report.items() if keys}
+
+
+def _pipeline_adapter(subject: Subject) -> Keys:
+    """A LoRA by diffusers, in the pipeline that is its base."""
+    import diffusers
+
+    if subject.base_path is None:
+        raise OptionError(f"{subject.name}: --load needs the pipeline: say where it is with --base")
+    pipelines: Any = diffusers.DiffusionPipeline
+    pipeline = pipelines.from_pretrained(str(subject.base_path))
+    assert subject.weights is not None
+    pipeline.load_lora_weights(str(subject.weights.parent), weight_name=subject.weights.name)
+    return {"left out": [] if pipeline.get_list_adapters() else sorted(subject.tensors)}
+
+
+_LOADS: dict[tuple[str, str], Callable[[Subject], Keys]] = {
+    ("transformers", "model"): _model,
+    ("transformers", "adapter"): _adapter,
+    ("peft", "adapter"): _adapter,
+    ("diffusers", "pipeline"): _pipeline,
+    ("diffusers", "model"): _part,
+    ("diffusers", "diffusion adapter"): _pipeline_adapter,
+}

@@ -1,0 +1,160 @@
+"""What PEFT takes, told as it looks for modules: by the config alone, whatever the file holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from merging.errors import MergingError
+from merging.serving.rules import Program, Rule, absent, no_config
+from merging.serving.subject import Subject
+from merging.sources.peft.config import Config
+from merging.sources.peft.kinds import KINDS
+from merging.sources.peft.refused import REFUSED
+
+__all__ = ["ADAPTERS", "PEFT"]
+
+_PREFIX = "base_model."
+_LOST = ("corda", "loftq")
+_UNREPEATED = ("lora_ga", "pissa_niter_")
+
+
+def _type(subject: Subject) -> Iterator[str]:
+    stated = subject.stated.get("peft_type")
+    if subject.config is not None and stated not in {*KINDS, *REFUSED}:
+        yield f"peft_type = {stated!r}"
+
+
+def _bone(subject: Subject) -> Iterator[str]:
+    if subject.method == "BONE":
+        yield "peft_type = 'BONE'"
+
+
+def _prefix(subject: Subject) -> Iterator[str]:
+    # prompts are saved under bare names
+    if subject.method in KINDS:
+        yield from (name for name in subject.tensors if not name.startswith(_PREFIX))
+
+
+def _untargeted(subject: Subject) -> Iterator[str]:
+    if (
+        subject.config is None
+        or subject.stated.get("target_parameters")
+        or subject.stated.get("target_modules") is None
+    ):
+        return
+    yield from (path for path in subject.modules if path and not _targeted(path, subject.stated))
+
+
+def _targeted(path: str, config: dict[str, Any]) -> bool:
+    """Whether PEFT adapts the module; where it cannot be told, it is."""
+    path = path.removesuffix(".base_layer")
+    targets, excluded = config["target_modules"], config.get("exclude_modules")
+    if excluded and _matches(path, excluded):
+        return False
+    if isinstance(targets, str):
+        return targets in ("all-linear", "all") or _matches(path, targets)
+    return _matches(path, targets) and _in_layers(path, config)
+
+
+def _matches(path: str, named: Any) -> bool:
+    if isinstance(named, str):
+        try:
+            return bool(Config({}, "").regex(named, "target_modules").fullmatch(path))
+        except MergingError:
+            return True
+    return isinstance(named, list) and any(path == each or path.endswith(f".{each}") for each in named)
+
+
+def _in_layers(path: str, config: dict[str, Any]) -> bool:
+    layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
+    if layers is None or path in config["target_modules"]:
+        return True
+    names = [pattern] if isinstance(pattern, str) else pattern or [r"[^.]*"]
+    found = next((m for m in (re.match(rf".*?\.{name}\.(\d+)\.", path) for name in names) if m), None)
+    return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+
+
+def _bad_pattern(subject: Subject) -> Iterator[str]:
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(subject.stated.get(field), str):
+            try:
+                re.compile(subject.stated[field])
+            except re.error as error:
+                yield f"{field} is no regular expression: {error}"
+
+
+def _lost(subject: Subject) -> Iterator[str]:
+    start = subject.stated.get("init_lora_weights")
+    if start == "corda" or (start == "loftq" and not subject.stated.get("loftq_config")):
+        yield f"init_lora_weights = {start!r}"
+
+
+def _unrepeated(subject: Subject) -> Iterator[str]:
+    start = subject.stated.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_UNREPEATED):
+        yield f"init_lora_weights = {start!r}"
+
+
+def _unsaved(subject: Subject) -> Iterator[str]:
+    saved = subject.stated.get("modules_to_save")
+    for module in saved if isinstance(saved, list) else []:
+        if not any(f".{module}." in name for name in subject.tensors):
+            yield f"modules_to_save: {module}"
+
+
+def _untrained_tokens(subject: Subject) -> Iterator[str]:
+    if subject.stated.get("trainable_token_indices") and not any(
+        "trainable_tokens_delta" in n for n in subject.tensors
+    ):
+        yield "trainable_token_indices, and no trainable_tokens_delta"
+
+
+def _stray_magnitudes(subject: Subject) -> Iterator[str]:
+    if subject.method == "LORA" and subject.config is not None and not subject.config.get("use_dora"):
+        yield from (name for name in subject.tensors if ".lora_magnitude_vector" in name)
+
+
+def _no_alpha(subject: Subject) -> Iterator[str]:
+    if subject.method == "LORA":
+        yield from absent("lora_alpha")(subject)
+
+
+def _bad_rank(subject: Subject) -> Iterator[str]:
+    rank = subject.stated.get("r", 8)
+    if subject.method == "LORA" and (not isinstance(rank, int) or rank < 1):
+        yield f"r = {rank!r}"
+
+
+ADAPTERS: tuple[Rule, ...] = (
+    Rule("refuses", "adapters are folders with adapter_config.json", no_config, "merge it with -o FOLDER"),
+    Rule("refuses", "there is no such type of adapter", _type, "save it with PEFT, or convert it"),
+    Rule("refuses", "Bone is called MISS since PEFT 0.19", _bone,
+         "set peft_type to MISS and rename bone_block to miss_block, or merge it"),
+    Rule("refuses", "the rank should be a whole number above 0", _bad_rank, "set r"),
+    Rule("refuses", "modules cannot be looked for", _bad_pattern, "write it as a list"),
+    Rule("refuses", "the start cannot be repeated without what it was made from", _lost,
+         "save it with path_initial_model_for_weight_conversion"),
+    Rule("refuses", "modules should be saved in full, and are not in the file", _unsaved,
+         "remove them from modules_to_save, or save it again"),
+    Rule("refuses", "tokens should be trained, and are not in the file", _untrained_tokens, "save it again"),
+    Rule("ignores", "tensors without the prefix base_model.model.", _prefix, "add the prefix to their names"),
+    Rule("ignores", "modules that the config does not target", _untargeted, "add them to target_modules"),
+    Rule("ignores", "DoRA's magnitudes, as the config does not say use_dora", _stray_magnitudes, "set use_dora"),
+    Rule("ignores", "the start that was trained on is not repeated as it was", _unrepeated,
+         "save it with path_initial_model_for_weight_conversion"),
+    Rule("warns", "there is no lora_alpha, so that it is 8", _no_alpha, "set lora_alpha"),
+)  # fmt: skip
+"""What PEFT does with an adapter, by itself or for transformers."""
+
+PEFT = Program(
+    "peft",
+    {"adapter": ADAPTERS},
+    {
+        "model": "it is a full model: load it with transformers",
+        "diffusion adapter": "load it with diffusers",
+        "pipeline": "load it with diffusers",
+    },
+)
+"""Facts of PEFT 0.21."""

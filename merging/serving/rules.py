@@ -1,0 +1,129 @@
+"""What a rule about a program is, and the questions that several programs ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from merging.serving.subject import Subject, SubjectKind
+
+__all__ = [
+    "Finding",
+    "Program",
+    "Question",
+    "Rule",
+    "Severity",
+    "absent",
+    "lost_starts",
+    "names_ending",
+    "no_config",
+    "no_tokenizer",
+    "states",
+]
+
+Severity = Literal["refuses", "ignores", "warns", "ok"]
+
+Question = Callable[[Subject], Iterable[str]]
+"""What is wrong, and where: nothing, where nothing is."""
+
+_HARMLESS: tuple[object, ...] = (None, False, {}, [], "", "none")
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a program does with something: ``refuses`` it, ``ignores`` it in silence, ``warns`` at most, or all is ok.
+
+    ``where`` are the fields of the config, modules or tensors concerned.
+    """
+
+    program: str
+    severity: Severity
+    what: str
+    where: tuple[str, ...] = ()
+    todo: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a program does where a question has answers, and what can be done about it."""
+
+    severity: Severity
+    what: str
+    where: Question
+    todo: str = ""
+
+    def findings(self, program: str, subject: Subject) -> Iterator[Finding]:
+        """The finding of this rule, if there is one."""
+        where = tuple(self.where(subject))
+        if where:
+            yield Finding(program, self.severity, self.what, where, self.todo)
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A program that serves or loads: its rules by what it is given. What is not among them it does not take at all."""
+
+    name: str
+    rules: Mapping[SubjectKind, tuple[Rule, ...]]
+    instead: Mapping[SubjectKind, str]
+    """What to do with what it does not take."""
+
+    def findings(self, subject: Subject) -> list[Finding]:
+        """Everything that this program would refuse, ignore or warn of; where there is nothing, that all is ok."""
+        if subject.kind not in self.rules:
+            what = f"{self.name} loads no {subject.kind} of this format"
+            return [Finding(self.name, "refuses", what, (subject.name,), self.instead.get(subject.kind, ""))]
+        found = [each for rule in self.rules[subject.kind] for each in rule.findings(self.name, subject)]
+        return found or [Finding(self.name, "ok", "nothing is refused or ignored")]
+
+
+def states(*fields: str) -> Question:
+    """The fields of the config that state more than a harmless value."""
+
+    def ask(subject: Subject) -> Iterator[str]:
+        for name in fields:
+            value = subject.stated.get(name)
+            if not any(value is each or value == each for each in _HARMLESS):
+                yield f"{name} = {value!r}"
+
+    return ask
+
+
+def absent(*fields: str) -> Question:
+    """The fields that the config lacks, where there is a config."""
+
+    def ask(subject: Subject) -> Iterator[str]:
+        if subject.config is not None:
+            yield from (f"{name} is missing" for name in fields if subject.config.get(name) is None)
+
+    return ask
+
+
+def names_ending(*endings: str) -> Question:
+    """The tensors whose names end so."""
+    return lambda subject: (name for name in subject.tensors if name.endswith(endings))
+
+
+def no_config(subject: Subject) -> Iterator[str]:
+    """What is no folder with a config."""
+    if subject.folder is None:
+        yield f"{subject.name} is a bare file"
+    elif subject.config is None:
+        yield f"no {'adapter_config.json' if subject.kind == 'adapter' else 'config.json'} in {subject.name}"
+
+
+def no_tokenizer(subject: Subject) -> Iterator[str]:
+    """A language model's folder without a tokenizer."""
+    language = subject.folder is not None and "vocab_size" in subject.text_config
+    if language and not any(name in subject.files for name in _TOKENIZERS):
+        yield f"no {_TOKENIZERS[0]}, {_TOKENIZERS[1]} or the like in {subject.name}"
+
+
+def lost_starts(subject: Subject) -> Iterator[str]:
+    """A start that took something off the base: programs that know factors alone add them to the base as it is."""
+    start = subject.stated.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(("pissa", "olora", "corda", "lora_ga", "loftq")):
+        yield f"init_lora_weights = {start!r}"

@@ -1,0 +1,184 @@
+"""What is to be served, as it lies there: nothing of it is interpreted, so that what is wrong with it can be told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from merging.errors import FormatError, InputError
+from merging.hub.address import hub_address
+from merging.sources import DIALECTS, Dialect, diffusion, peft
+from merging.sources.components import PIPELINE, components_of
+from merging.sources.layout import agree, find_weights, is_standard, read_json, shards_of, weights_of
+from merging.sources.peft.kinds import KINDS
+from merging.sources.stored import Stored, open_tensors
+from merging.sources.ties import text_config
+
+__all__ = ["Subject", "SubjectKind", "open_subject"]
+
+SubjectKind = Literal["adapter", "diffusion adapter", "model", "pipeline"]
+
+_CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An adapter, a model, or a pipeline of several, with its tensors by their names on disk.
+
+    ``config`` is its adapter_config.json, config.json or model_index.json, None where it has none; ``files`` are the
+    names in its folder; ``weights`` is the file that holds its tensors, or their index (a pipeline has several).
+    ``folder`` is None for a bare file. ``base`` is the config of an adapter's base, as far as it is known, and
+    ``max_rank`` the largest rank that the program was started for, None for its own default.
+    """
+
+    name: str
+    kind: SubjectKind
+    tensors: Mapping[str, Stored]
+    metadata: Mapping[str, str]
+    config: dict[str, Any] | None
+    files: frozenset[str]
+    weights: Path | None
+    folder: Path | None
+    base: dict[str, Any] = field(default_factory=dict)
+    base_path: Path | None = None
+    max_rank: int | None = None
+    values: bool = False
+    remote: bool = False
+
+    @property
+    def stated(self) -> dict[str, Any]:
+        """The config, empty where there is none."""
+        return self.config or {}
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The part of a model's config that is about its language."""
+        return text_config(self.stated)
+
+    @property
+    def method(self) -> str:
+        """PEFT's name of an adapter's type."""
+        return str(self.stated.get("peft_type") or "LORA")
+
+    @cached_property
+    def modules(self) -> dict[str, dict[str, Stored]]:
+        """The tensors of a PEFT adapter by the path of their module in the model and by leaf (``lora_A``)."""
+        found: dict[str, dict[str, Stored]] = {}
+        leaf = KINDS[self.method].leaf if self.method in KINDS else None
+        for name, stored in self.tensors.items():
+            path = name.removeprefix(_PREFIX)
+            match = leaf.search(path.replace(".default", "")) if leaf else None
+            if match and match[2] != ".bias":
+                found.setdefault(path[: match.start()], {})[match[1]] = stored
+        return found
+
+    @cached_property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each module of a LoRA, by its down factor."""
+        downs = {path: parts.get("lora_A", parts.get("lora_embedding_A")) for path, parts in self.modules.items()}
+        return {path: down.shape[0] for path, down in downs.items() if down is not None and down.shape}
+
+
+def open_subject(name: str, base: str | None, max_rank: int | None, values: bool) -> Subject:
+    """What lies at a path or at an address on the Hub.
+
+    ``base`` is where an adapter's base lies; where it is not given, the path that its config states is looked at.
+    Raises :class:`~merging.errors.MergingError` for what cannot even be opened.
+    """
+    address = hub_address(name)
+    path, remote = Path(name).expanduser(), address is not None
+    listed: frozenset[str] | None = None
+    if address is not None:
+        from merging.hub.repository import open_repository
+
+        repository = open_repository(address)
+        path = repository.folder / address.path
+        inside = path if path.is_dir() else path.parent
+        start = str(inside.relative_to(repository.folder)).removeprefix(".")
+        start = f"{start}/" if start else ""
+        listed = frozenset(each.removeprefix(start) for each in repository.sizes if each.startswith(start))
+    if not path.exists():
+        raise InputError(f"{name}: there is no such file or folder")
+    folder, weights, config = _found(path)
+    tensors, metadata = _opened(weights)
+    dialect = next((each for each in DIALECTS if each.recognises(tensors)), None)
+    stated = read_json(config) if config is not None else None
+    base_path, base_config = _base_of(base, stated or {})
+    return Subject(
+        name,
+        _kind(config, dialect),
+        tensors,
+        metadata,
+        stated,
+        listed if listed is not None else _names(folder),
+        weights.get(""),
+        folder,
+        base_config,
+        base_path,
+        max_rank,
+        values,
+        remote,
+    )
+
+
+def _found(path: Path) -> tuple[Path | None, dict[str, Path], Path | None]:
+    """The folder, the weights by component, and the config; a file that a folder is known by stands for the folder."""
+    if path.is_file():
+        if path.name in (*peft.WEIGHTS, _CONFIG) and (path.parent / _CONFIG).is_file():
+            return _found(path.parent)
+        if is_standard(path.name) and (path.parent / "config.json").is_file():
+            return path.parent, {"": path}, path.parent / "config.json"
+        return None, {"": path}, None
+    if (path / PIPELINE).is_file():
+        found = {name: find_weights(inner) for name, inner in components_of(path).items()}
+        return path, {name: weights for name, weights in found.items() if weights}, path / PIPELINE
+    if (path / _CONFIG).is_file():
+        named = next((path / name for name in peft.WEIGHTS if (path / name).is_file()), None)
+        if named is None:
+            raise FormatError(f"{path}: has an {_CONFIG}, but neither {peft.WEIGHTS[0]} nor {peft.WEIGHTS[1]}")
+        return path, {"": named}, path / _CONFIG
+    known = next((path / name for name in (*peft.WEIGHTS, *diffusion.WEIGHTS) if (path / name).is_file()), None)
+    config = path / "config.json" if (path / "config.json").is_file() else None
+    return path, {"": known or weights_of(path)}, config
+
+
+def _opened(weights: Mapping[str, Path]) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors, behind the names of their components, and the metadata; shards hold just what their index says."""
+    tensors: dict[str, Stored] = {}
+    metadata: dict[str, str] = {}
+    for component, file in weights.items():
+        shards = shards_of(file) if file.suffix == ".json" else {file: None}
+        for shard, promised in shards.items():
+            found, noted = open_tensors(shard)
+            if promised is not None:
+                agree(file, shard, promised, set(found))
+            tensors.update({f"{component}.{name}" if component else name: found[name] for name in found})
+            metadata.update(noted)
+    return tensors, metadata
+
+
+def _names(folder: Path | None) -> frozenset[str]:
+    return frozenset() if folder is None else frozenset(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def _kind(config: Path | None, dialect: Dialect | None) -> SubjectKind:
+    if config is not None and config.name in (PIPELINE, _CONFIG):
+        return "pipeline" if config.name == PIPELINE else "adapter"
+    if dialect is None:
+        return "model"
+    return "adapter" if dialect.name == "PEFT" else "diffusion adapter"
+
+
+def _base_of(base: str | None, stated: Mapping[str, Any]) -> tuple[Path | None, dict[str, Any]]:
+    """Where the base lies on this machine, if it does, and its config."""
+    said = base or stated.get("base_model_name_or_path")
+    path = Path(said).expanduser() if isinstance(said, str) and said else None
+    if path is None or not path.is_dir():
+        if base:
+            raise InputError(f"{base}: the base should be a folder on this machine")
+        return None, {}
+    return path, read_json(path / "config.json") if (path / "config.json").is_file() else {}

@@ -1,0 +1,87 @@
+"""What transformers takes: models in folders, whose files have names that it looks for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from merging.errors import MergingError
+from merging.serving.peft import ADAPTERS
+from merging.serving.rules import Program, Rule, absent, no_config
+from merging.serving.subject import Subject
+from merging.sources.layout import read_json
+from merging.sources.peft.refused import REFUSED
+
+__all__ = ["TRANSFORMERS", "stated_type"]
+
+_FILES = tuple(f"{stem}{rest}" for stem in ("model.safetensors", "pytorch_model.bin") for rest in ("", ".index.json"))
+_TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def _other_files(subject: Subject) -> Iterator[str]:
+    if subject.weights is not None and subject.config is not None and subject.weights.name not in _FILES:
+        yield subject.weights.name
+
+
+def _plain_index(subject: Subject) -> Iterator[str]:
+    if subject.weights is not None and subject.weights.suffix == ".json":
+        try:
+            metadata = read_json(subject.weights).get("metadata")
+        except MergingError as error:
+            yield str(error)
+            return
+        if not isinstance(metadata, dict):
+            yield f"{subject.weights.name} has no metadata"
+
+
+def _plain_header(subject: Subject) -> Iterator[str]:
+    safetensors = any(name.endswith(".safetensors") for name in subject.files)
+    if safetensors and subject.metadata.get("format") != "pt":
+        yield f"the header's format is {subject.metadata.get('format')!r}"
+
+
+def stated_type(subject: Subject) -> Iterator[str]:
+    """A type in the config that is not the type of most weights: loading them casts them."""
+    stated = subject.text_config.get("dtype", subject.text_config.get("torch_dtype"))
+    stated = stated or subject.stated.get("dtype", subject.stated.get("torch_dtype"))
+    kinds: Counter[str] = Counter()
+    for tensor in subject.tensors.values():
+        if tensor.floating:
+            kinds[tensor.kind] += tensor.numel
+    most = kinds.most_common(1)
+    if stated in _TYPES and most and most[0][0] != _TYPES[stated]:
+        yield f"most weights are {most[0][0]}, dtype = {stated!r}"
+
+
+def _prompts(subject: Subject) -> Iterator[str]:
+    if subject.method in REFUSED and ("PROMPT" in subject.method or "TUNING" in subject.method):
+        yield f"peft_type = {subject.method!r}"
+
+
+TRANSFORMERS = Program(
+    "transformers",
+    {
+        "model": (
+            Rule("refuses", "models are folders with config.json", no_config, "put it in a folder with its config"),
+            Rule("refuses", "the config does not say what model it is", absent("model_type"), "add model_type"),
+            Rule("refuses", "weights of this name are not looked for", _other_files,
+                 "rename them to model.safetensors; of a variant, state it: from_pretrained(..., variant=...)"),
+            Rule("refuses", "the index has no metadata", _plain_index, 'add "metadata": {} to it'),
+            Rule("warns", "the config does not name the class of the model", absent("architectures"),
+                 "add architectures"),
+            Rule("warns", "transformers before 5 and accelerate refuse files without format = pt", _plain_header,
+                 "save it again with that metadata"),
+            Rule("warns", "weights are cast to the type that the config states", stated_type,
+                 "set dtype in config.json"),
+        ),
+        "adapter": (
+            *ADAPTERS,
+            Rule("refuses", "prompts are loaded by PEFT alone", _prompts, "load it with PEFT"),
+        ),
+    },
+    {
+        "diffusion adapter": "load it with diffusers",
+        "pipeline": "load it with diffusers",
+    },
+)  # fmt: skip
+"""Facts of transformers 5.23."""
