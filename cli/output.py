@@ -45,7 +45,7 @@ def size_text(nbytes: float) -> str:
 
 
 @contextmanager
-def progress_bar(wanted: bool | None) -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(wanted: bool | None, what: str = "merging") -> Iterator[Callable[[int, int], None] | None]:
     """A bar on stderr, by default only if that is a terminal."""
     if not (sys.stderr.isatty() if wanted is None else wanted):
         yield None
@@ -55,7 +55,7 @@ def progress_bar(wanted: bool | None) -> Iterator[Callable[[int, int], None] | N
 
     columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("merging", total=None)
+        task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

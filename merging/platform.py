@@ -14,6 +14,7 @@ from pathlib import Path
 
 __all__ = [
     "advise",
+    "allow_open_files",
     "claim",
     "exchange",
     "keep_freed_memory",
@@ -101,6 +102,18 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 25)
         mallopt(_M_TRIM_THRESHOLD, 1 << 28)
+
+
+def allow_open_files(count: int) -> None:
+    """Let this process have so many files open, as far as the system lets it."""
+    try:
+        import resource
+    except ImportError:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and wanted > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def open_folder(path: Path) -> int | None:

@@ -1,0 +1,186 @@
+"""``merge compare``: how models lie to one another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .errors import reported
+from .output import Size, progress_bar
+
+if TYPE_CHECKING:
+    from merging.geometry import Comparison
+
+__all__ = ["compare_command"]
+
+_MATRIX = 12
+"""Models up to which a matrix is printed; of more, the closest pairs are."""
+
+_PAIRS = 20
+
+
+@click.command(name="compare", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--base", help="the model that the others were trained from; full checkpoints need it")
+@click.option("--signs", is_flag=True, help="how often signs agree, over a sample of every tensor")
+@click.option("--exact-signs", is_flag=True, help="the same over all entries")
+@click.option(
+    "--intruders", is_flag=True, help="intruder dimensions against --base, each of whose matrices is decomposed"
+)
+@click.option("--full-spectra", is_flag=True, help="decompose large full changes too: seconds to minutes each")
+@click.option("--plot", type=click.Path(), help="draw it: a .png, .svg or .pdf (needs matplotlib)")
+@click.option("--html", type=click.Path(), help="write it as one page that needs nothing else (needs matplotlib)")
+@click.option("--exclude", multiple=True, help="leave tensors out: names, parts, or wildcards; may be repeated")
+@click.option(
+    "--on-mismatch", type=click.Choice(["error", "base"]), help="base: leave out tensors that differ in shape"
+)
+@click.option("--allow-different-bases", is_flag=True, help="compare adapters that say they have different bases")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto")
+@click.option("--max-memory", type=Size(), help="most memory above the imports and headers  [default: 1GiB]")
+@click.option("--progress/--quiet", default=None, help="progress bar on stderr  [default: on a terminal]")
+@click.option("--json", "as_json", is_flag=True, help="print as JSON")
+@click.option("--debug", is_flag=True, help="show a traceback with errors")
+def compare_command(
+    models: tuple[str, ...],
+    signs: bool,
+    exact_signs: bool,
+    plot: str | None,
+    html: str | None,
+    device: str,
+    max_memory: int | None,
+    progress: bool | None,
+    as_json: bool,
+    debug: bool,
+    **options: Any,
+) -> None:
+    """Tell how models agree: angles, sizes, ranks, subspaces of what they change; signs and intruders if asked for.
+
+    Of adapters only the factors are read, whatever the size of the model.
+    """
+    with reported(debug):
+        from merging.files import pick_device
+        from merging.geometry import compare
+        from merging.geometry.alignment import MEMORY
+
+        if plot or html:
+            from merging.report.drawing import check_drawing
+
+            check_drawing(plot)
+        with progress_bar(progress, "comparing") as report:
+            found = compare(
+                models,
+                signs="all" if exact_signs else "sample" if signs else None,
+                max_memory=max_memory or MEMORY,
+                device=pick_device(device),
+                progress=report,
+                **options,
+            )
+        if plot or html:
+            from merging.geometry.pictures import page
+            from merging.geometry.pictures import plot as draw
+
+            if plot:
+                draw(found, plot)
+            if html:
+                page(found).write(html)
+    if as_json:
+        click.echo(json.dumps(found.to_dict(), indent=2))
+        return
+    _echo(found)
+    for written in filter(None, (plot, html)):
+        click.echo(written)
+
+
+def _echo(found: Comparison) -> None:
+    for notice in found.notices:
+        click.echo(f"note: {notice}", err=True)
+    _echo_models(found)
+    names = found.names
+    if len(names) > 1:
+        _echo_pairs("cosine", names, found.cosines, "+.3f")
+    if found.magnitudes:
+        sizes = found.magnitudes
+        columns = "" if sizes.columns is None else f", of single columns {sizes.columns:.3g}"
+        click.echo(
+            f"\nmagnitudes: the largest change of a tensor is {sizes.ratio:.3g} times the smallest, in the median of "
+            f"{sizes.tensors};\n  variance over squared mean: of norms {sizes.variance:.3g}{columns}"
+        )
+    _echo_layers(found)
+    if found.signs:
+        signs = found.signs
+        told = f"signs that agree, {signs.entries:,} of {signs.total:,} entries; 0.5 is chance"
+        _echo_pairs(told, names, signs.matrix, ".3f")
+    if found.overlaps and len(names) > 1:
+        overlaps = found.overlaps
+        for side, matrix, chance in (
+            ("outputs", overlaps.outputs, overlaps.chance_outputs),
+            ("inputs", overlaps.inputs, overlaps.chance_inputs),
+        ):
+            told = f"overlap of {side}, {overlaps.directions} leading directions at most; {chance:.3f} is chance"
+            _echo_pairs(told, names, matrix, ".3f")
+    if found.intruders:
+        _echo_intruders(found)
+
+
+def _echo_models(found: Comparison) -> None:
+    header = ["", "kind", "tensors", "rank", "norm", "largest", "effective", "stable", "90 %", "99 %"]
+    rows = []
+    for each in found.models:
+        told = each.spectrum
+        values = (told.largest, told.effective, told.stable, told.energy90, told.energy99) if told else ()
+        cells = [f"{value:.3g}" for value in values] or ["-"] * 5
+        rows.append([each.name, each.kind, str(each.tensors), each.rank_text, f"{each.norm:.4g}", *cells])
+    _table(header, rows)
+    click.echo("largest: singular value; effective, stable: ranks; 90 %, 99 %: directions with that much of the energy")
+
+
+def _echo_pairs(title: str, names: Sequence[str], matrix: Sequence[Sequence[float | None]], form: str) -> None:
+    """A matrix over models, or its largest pairs if there are many."""
+
+    def text(value: float | None) -> str:
+        return "-" if value is None else format(value, form)
+
+    click.echo(f"\n{title}")
+    if len(names) <= _MATRIX:
+        _table(["", *names], [[name, *map(text, row)] for name, row in zip(names, matrix, strict=True)])
+        return
+    rows = range(len(names))
+    pairs = [(value, i, j) for i in rows for j in rows[i + 1 :] if (value := matrix[i][j]) is not None]
+    for value, i, j in sorted(pairs, key=lambda pair: -pair[0])[:_PAIRS]:
+        click.echo(f"  {text(value)}  {names[i]}  {names[j]}")
+    click.echo(f"  the largest {min(_PAIRS, len(pairs))} of {len(pairs):,} pairs")
+
+
+def _echo_layers(found: Comparison) -> None:
+    names = found.names if len(found.names) <= _MATRIX else []
+    click.echo("\nnorm by layer" if names else "\nmean cosine by layer")
+    rows = []
+    for each in found.layers:
+        place = "other" if each.layer is None else f"layer {each.layer}"
+        cosine = "-" if each.cosine is None else f"{each.cosine:+.3f}"
+        rows.append([place, *(f"{norm:.4g}" for norm in each.norms[: len(names)]), cosine])
+    _table(["", *names, "mean cosine"], rows)
+
+
+def _echo_intruders(found: Comparison) -> None:
+    most = found.intruders[0].directions
+    click.echo(f"\nintruder dimensions among the {most} leading singular vectors of each matrix")
+    header = ["", "intruders", "matrices", "with intruders", "energy", "first at"]
+    rows = []
+    for name, each in zip(found.names, found.intruders, strict=True):
+        first = "-" if each.first is None else f"{each.first:.1f}"
+        rows.append([name, str(each.count), str(each.matrices), str(each.touched), f"{each.share:.2%}", first])
+    _table(header, rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        first, *rest = (
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        click.echo("  ".join(["", first, *rest]).rstrip())

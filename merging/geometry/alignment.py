@@ -1,0 +1,180 @@
+"""Models side by side: the tensors that any of them changes, under one name each, ready to be read piece by piece."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merging import platform
+from merging.arrival import arrived
+from merging.delta import Delta, Dense
+from merging.errors import InputError, OptionError
+from merging.layers import Stacks
+from merging.parameters import all_matching
+from merging.plan import Item, Plan, plan_of
+from merging.plan.checks import check_bases
+from merging.plan.to_adapter import adapter_targets
+from merging.recipe import Recipe, make_recipe
+from merging.site import site_of
+from merging.sources import Adapter, Checkpoint, open_model
+from merging.sources.adapter import Change
+from merging.sources.stored import Stored
+from merging.threads import Progress
+from merging.tiles import Tiler
+
+__all__ = ["MEMORY", "Model", "aligned", "factored", "matrix_sides", "narrowed", "read_change", "row_blocks"]
+
+MEMORY = 1 << 30
+"""Bytes that a comparison takes at most by default, above what the imports do."""
+
+Model = str | Path | Adapter | Checkpoint
+"""A model, or where it lies."""
+
+_BASE_OPTIONS = {"base", "exclude", "on_mismatch", "allow_different_bases", "lora_alpha", "dequantise"}
+
+
+def aligned(
+    models: Sequence[Model], *, reads_base: bool = False, progress: Progress | None = None, **options: Any
+) -> Plan:
+    """What each model changes in which tensor, as the plan of a sum that is never made.
+
+    Items are sorted by layer, and hold only tensors that some model changes. ``options`` are those of
+    :class:`~merging.recipe.Recipe` that tell what the models are (``base``, ``exclude``, ``on_mismatch``,
+    ``allow_different_bases``, ``lora_alpha``, ``dequantise``). ``reads_base`` keeps the base's tensors at hand even
+    where no change needs them. What lies on the Hub is downloaded, ``progress`` being told the bytes.
+
+    Raises :class:`~merging.errors.InputError` for models that do not fit together, and for full checkpoints without
+    a base; :class:`~merging.errors.OptionError` for other options.
+    """
+    if unknown := options.keys() - _BASE_OPTIONS:
+        raise OptionError(f"a comparison has no option {sorted(unknown)[0]!r}")
+    if not models:
+        raise InputError("there is nothing to compare: name at least one model")
+    platform.allow_open_files(len(models) + _SPARE)
+    stated = {name: value for name, value in options.items() if value is not None}
+    base = options.get("base")
+    if isinstance(base, Checkpoint):
+        stated["base"] = str(base.path)
+    names = [model.path if isinstance(model, (Adapter, Checkpoint)) else model for model in models]
+    stated |= {"models": [str(name) for name in names], "method": "task_arithmetic", "allow_nonfinite": True}
+    recipe = make_recipe(stated, "compare")
+    opened = [_opened(model, recipe) for model in models]
+    if base is None:
+        plan = _without_base(recipe, opened)
+    else:
+        full = base if isinstance(base, Checkpoint) else _opened(base, recipe)
+        if isinstance(full, Adapter):
+            raise InputError(
+                f"{full.path}: is an adapter, and --base wants the full model the others were trained from"
+            )
+        plan = plan_of(recipe.model_copy(update={"kind": "model"}), opened, full)
+    items = [item for item in plan.items if item.form != "copy" and item.numel]
+    if not reads_base:
+        items = [item if _needs_base(item) else replace(item, base=None) for item in items]
+    items.sort(key=lambda item: (item.site.layer is None, item.site.layer or 0))
+    return arrived(replace(plan, items=tuple(items)), (), progress=progress)
+
+
+_SPARE = 256
+"""Open files beside one a model: shards, the libraries' own."""
+
+
+def _opened(model: Model, recipe: Recipe) -> Adapter | Checkpoint:
+    if isinstance(model, (Adapter, Checkpoint)):
+        return model
+    try:
+        return open_model(model, recipe.lora_alpha, recipe.dequantise)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        raise InputError(f"{model}: more files are open than the system allows: raise it with ulimit -n") from None
+
+
+def _needs_base(item: Item) -> bool:
+    return any(isinstance(each, Stored) or (each is not None and each.needs_base) for each in item.inputs)
+
+
+def _without_base(recipe: Recipe, models: Sequence[Adapter | Checkpoint]) -> Plan:
+    adapters = [model for model in models if isinstance(model, Adapter)]
+    full = next((model for model in models if isinstance(model, Checkpoint)), None)
+    if full is not None:
+        raise InputError(
+            f"{full.path}: full checkpoints are compared by what they changed of the model they were trained from: "
+            f"give it with --base"
+        )
+    check_bases(adapters, recipe.allow_different_bases)
+    for adapter in adapters:
+        adapter.require_base()
+    targets = adapter_targets(adapters, None)
+    left = all_matching(recipe.exclude, targets.changes)
+    stacks = Stacks.from_names(targets, complete=False)
+    items = []
+    for name, changes in targets.changes.items():
+        if name in left:
+            continue
+        shape = _common_shape(name, changes, adapters)
+        turned = any(each.is_transposed(shape) for each in changes if each)
+        site = site_of(name, shape, stacks, turned)
+        if any(each.kind == "experts" for each in changes if each):
+            site = replace(site, kind="experts")
+        items.append(Item(site, changes, None, (), "dense"))
+    if not items:
+        raise InputError("there is nothing to compare: no tensor is left")
+    keys = tuple(map(str, range(len(adapters))))
+    notices = tuple(notice for adapter in adapters for notice in adapter.notices)
+    return Plan(recipe, tuple(adapters), None, keys, "adapter", False, tuple(items), notices=notices)
+
+
+def _common_shape(name: str, changes: Sequence[Change | None], adapters: Sequence[Adapter]) -> tuple[int, ...]:
+    first, *others = [(change, adapter) for change, adapter in zip(changes, adapters, strict=True) if change]
+    for change, adapter in others:
+        if not change.fits(first[0].shape):
+            raise InputError(
+                f"{name} is {first[0].shape} in {first[1].path} and {change.shape} in {adapter.path}: they were "
+                f"trained on bases of different sizes"
+            )
+    return first[0].shape
+
+
+def factored(item: Item) -> bool:
+    """Whether all that models change in a tensor is kept as factors."""
+    return all(each is None or (isinstance(each, Change) and each.low_rank) for each in item.inputs)
+
+
+def matrix_sides(item: Item) -> tuple[int, int, int]:
+    """The matrices in a tensor: how many, and the two sides of each."""
+    shape = item.site.shape
+    if item.site.kind == "experts":
+        return shape[0], shape[1], prod(shape[2:])
+    return 1, (shape[0] if shape else 1), prod(shape[1:])
+
+
+def narrowed(plan: Plan, item: Item, slots: Sequence[int]) -> tuple[Plan, Item]:
+    """The plan and the item with some of the models alone."""
+    models, keys = tuple(plan.models[slot] for slot in slots), tuple(plan.keys[slot] for slot in slots)
+    return replace(plan, models=models, keys=keys), replace(item, inputs=tuple(item.inputs[slot] for slot in slots))
+
+
+def row_blocks(plan: Plan, item: Item, slots: Sequence[int], device: torch.device) -> Iterator[Tensor]:
+    """What some models change in a tensor, block by block of rows: ``[models, elements]``, valid until the next."""
+    some, part = narrowed(plan, item, slots)
+    for tile in Tiler(some, device).tiles(part, 0, part.numel):
+        yield tile.stack.dense().flatten(1)
+
+
+def read_change(tiler: Tiler, item: Item, slot: int) -> Delta:
+    """What one model changes in a tensor, whole and on the tiler's device."""
+    stored = item.inputs[slot]
+    if not isinstance(stored, Stored):
+        return tiler.change(item, slot)
+    assert item.base is not None
+    dtype = tiler.plan.dtype(item)
+    value = stored.read().to(dtype)
+    return Dense(value.sub_(item.base.read().to(dtype)).to(tiler.device))

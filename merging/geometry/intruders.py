@@ -1,0 +1,201 @@
+"""Intruder dimensions: leading singular vectors of a changed matrix that are like none of the base's.
+
+Shuttleworth et al. 2024 (arXiv 2410.21228): ``u_j`` of ``W = W_0 + D`` is an intruder if ``max_i |cos(u_j, u0_i)|``
+is below a threshold, for the ``k`` leading ``u_j`` and all left singular vectors ``u0_i`` of ``W_0``. LoRA makes them,
+full fine-tuning hardly does, and they carry what is forgotten.
+
+In the base's singular bases ``W`` is ``diag(S_0) + (U_0^T B)(A V_0)``: its leading left vectors are found there by a
+block Krylov method, and their coordinates are the cosines. So a base is decomposed once, and each adapter costs
+milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from merging.delta import Delta, LowRank
+from merging.linalg import Svd, safe_ratio
+
+__all__ = ["Intruders", "intruders", "left_vectors"]
+
+_PRECISION = 1e-12
+"""How small a residual of an eigenvector is, as a share of the largest eigenvalue, when it is taken for found."""
+
+_SMALL, _LARGEST = 512, 1200
+"""Sides up to which a matrix is decomposed as it is, and dimensions of a Krylov space after which it is after all."""
+
+_MORE = 6
+"""Leading vectors of the base that the search begins with beside those that are wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Intruders:
+    """What intruded in one matrix.
+
+    ``similarity`` holds of each of the leading left singular vectors the largest cosine to any of the base's, and
+    ``outside`` the length of what of it lies outside of all of these (taller matrices have no more of them than
+    columns): a bound on its cosine to any vector that completes them. ``values`` are the vectors' singular values, and
+    ``which`` the numbers, from 0, of those that are intruders; ``share`` is what these have of the matrix's energy.
+    """
+
+    similarity: tuple[float, ...]
+    outside: tuple[float, ...]
+    values: tuple[float, ...]
+    which: tuple[int, ...]
+    share: float
+
+    @property
+    def first(self) -> int | None:
+        """The rank of the first intruder among the singular values, from 1."""
+        return self.which[0] + 1 if self.which else None
+
+
+def intruders(base: Svd, delta: Delta, weight: Tensor, *, k: int = 10, threshold: float = 0.5) -> Intruders:
+    """The intruders among the ``k`` leading left singular vectors of ``weight + delta``.
+
+    ``base`` is the thin SVD of ``weight [out, in]``, both float64. ``delta`` is ``[out, in]`` too: factors that are not
+    transposed, or a full matrix. Exact to about 1e-10 where the singular values are apart; of equal ones, vectors are
+    any of those that span their space.
+    """
+    u0, s0, _ = base
+    if isinstance(delta, LowRank):
+        changed = _InBasis.of(base, delta)
+        vectors, values = left_vectors(changed, k)
+        coordinates, energy = vectors[: len(s0)], changed.energy()
+        outside = torch.linalg.vector_norm(vectors[len(s0) :], dim=0)
+    else:
+        whole = _Whole(weight + delta.dense().double(), u0)
+        vectors, values = left_vectors(whole, k)
+        coordinates, energy = u0.mT @ vectors, float(whole.matrix.square().sum())
+        outside = torch.linalg.vector_norm(vectors - u0 @ coordinates, dim=0)
+    similarity = coordinates.abs().amax(0).clamp(max=1)
+    new = (similarity < threshold) & (values > 0)
+    share = safe_ratio(float(values[new].square().sum()), energy)
+    return Intruders(
+        tuple(similarity.tolist()),
+        tuple(outside.tolist()),
+        tuple(values.tolist()),
+        tuple(new.nonzero()[:, 0].tolist()),
+        share,
+    )
+
+
+@dataclass(slots=True)
+class _InBasis:
+    """``diag(s) + left @ right`` in the singular bases of the base, and in what factors have outside of these."""
+
+    s: Tensor
+    left: Tensor
+    right: Tensor
+
+    @classmethod
+    def of(cls, base: Svd, delta: LowRank) -> _InBasis:
+        """The factors by their coordinates; what is outside of a thin basis becomes new ones, at most the rank."""
+        u0, s0, v0h = base
+        return cls(s0, _coordinates(u0, delta.up.double()), _coordinates(v0h.mT, delta.down.double().mT).mT)
+
+    @property
+    def size(self) -> int:
+        return len(self.left)
+
+    def adjoint(self, x: Tensor) -> Tensor:
+        return self._diagonal(x, self.right.shape[1]) + self.right.mT @ (self.left.mT @ x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._diagonal(x, self.size) + self.left @ (self.right @ x)
+
+    def _diagonal(self, x: Tensor, size: int) -> Tensor:
+        out = x.new_zeros(size, x.shape[1])
+        out[: len(self.s)] = self.s[:, None] * x[: len(self.s)]
+        return out
+
+    def begin(self, k: int) -> Tensor:
+        """Vectors that the leading ones nearly lie in: the base's, and where the factors lead to."""
+        reached = self._diagonal(self.right.mT, self.size)
+        return torch.cat([torch.eye(self.size, min(k, len(self.s))).to(self.s), self.left, reached], 1)
+
+    def dense(self) -> Tensor:
+        return self.forward(torch.eye(self.right.shape[1]).to(self.s))
+
+    def energy(self) -> float:
+        """The sum of squares."""
+        size = len(self.s)
+        mixed = (self.left[:size] * self.right[:, :size].mT).sum(1)
+        product = (self.left.mT @ self.left) * (self.right @ self.right.mT)
+        return float(self.s.square().sum() + 2 * (self.s * mixed).sum() + product.sum())
+
+
+def _coordinates(basis: Tensor, factor: Tensor) -> Tensor:
+    """A factor ``[d, r]`` in an orthonormal basis ``[d, k]``, and in one of what is left of it: ``[k + r', r]``."""
+    inside = basis.mT @ factor
+    if basis.shape[0] == basis.shape[1]:
+        return inside
+    rest = torch.linalg.qr(factor - basis @ inside, mode="r")[1]
+    return torch.cat([inside, rest])
+
+
+@dataclass(slots=True)
+class _Whole:
+    """A matrix as it is, and the base's left vectors to begin with."""
+
+    matrix: Tensor
+    basis: Tensor
+
+    @property
+    def size(self) -> int:
+        return len(self.matrix)
+
+    def adjoint(self, x: Tensor) -> Tensor:
+        return self.matrix.mT @ x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.matrix @ x
+
+    def begin(self, k: int) -> Tensor:
+        return self.basis[:, :k]
+
+    def dense(self) -> Tensor:
+        return self.matrix
+
+
+def left_vectors(matrix: _InBasis | _Whole, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` leading left singular vectors ``[size, k]`` and singular values ``[k]`` of a matrix that is applied."""
+    if matrix.size > _SMALL:
+        found = _krylov(lambda x: matrix.forward(matrix.adjoint(x)), matrix.begin(k + _MORE), k)
+        if found is not None:
+            return found
+    u, s, _ = torch.linalg.svd(matrix.dense(), full_matrices=False)
+    return u[:, :k], s[:k]
+
+
+def _krylov(apply: Callable[[Tensor], Tensor], start: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+    """The ``k`` leading eigenvectors of a positive operator, and the roots of their eigenvalues.
+
+    A block Krylov space from ``start``, orthogonalised in full, grows until its Ritz vectors are eigenvectors; None if
+    it grows too large. Random vectors beside the first find what ``start`` is orthogonal to.
+    """
+    random = torch.Generator().manual_seed(0)
+    extra = torch.randn(len(start), 2, generator=random, dtype=torch.float64)
+    basis = torch.linalg.qr(torch.cat([start, extra.to(start)], 1))[0]
+    images = apply(basis)
+    newest = images
+    while True:
+        squares, turned = torch.linalg.eigh(basis.mT @ images)
+        top = turned[:, -k:]
+        residual = torch.linalg.vector_norm(images @ top - basis @ (top * squares[-k:]), dim=0)
+        if float(residual.max()) <= _PRECISION * float(squares[-1]):
+            return (basis @ top).flip(1), squares[-k:].flip(0).clamp(min=0).sqrt()
+        if basis.shape[1] + newest.shape[1] > min(_LARGEST, len(start)):
+            return None
+        for _ in range(2):
+            newest = newest - basis @ (basis.mT @ newest)
+        newest = torch.linalg.qr(newest)[0]
+        # What was orthogonalised to nothing but rounding is orthogonalised once more.
+        newest = torch.linalg.qr(newest - basis @ (basis.mT @ newest))[0]
+        basis = torch.cat([basis, newest], 1)
+        newest = apply(newest)
+        images = torch.cat([images, newest], 1)

@@ -1,0 +1,199 @@
+"""A comparison as pictures and as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merging.geometry.comparison import Comparison, Matrix
+from merging.report.drawing import Panel, bars, drawn, heatmap, lines, save
+from merging.report.page import Cell, Page
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["page", "panels", "plot"]
+
+_PAIRS, _MATRIX = 20, 24
+"""Pairs of models that are told one by one, and models up to which a matrix is printed."""
+
+
+def plot(comparison: Comparison, output: str | Path) -> None:
+    """Draw a comparison into one picture, PNG, SVG or PDF by the name's ending.
+
+    Needs matplotlib, the extra ``report``. Raises :class:`~merging.errors.MergingError`.
+    """
+    save(list(panels(comparison).values()), output, _title(comparison))
+
+
+def _title(comparison: Comparison) -> str:
+    names = comparison.names
+    return ", ".join(names) if len(names) <= 4 else f"{len(names)} models"
+
+
+def panels(comparison: Comparison) -> dict[str, Panel]:
+    """What there is to draw, by what it shows."""
+    names = comparison.names
+    side = min(9.0, 3.2 + 0.35 * min(len(names), 20))
+    square = (side + 1.2, side)
+    found = {
+        "cosines": Panel(
+            "cosine between changes",
+            "Cosine between what two models change, over all tensors: 1 is the same direction, 0 none in common, -1 "
+            "the opposite.",
+            lambda axes: _map(axes, comparison.cosines, names, 0.0, 0.1),
+            square,
+        ),
+        "layers": Panel(
+            "norm by layer",
+            "The norm of what each model changes in each block; the last place holds what lies outside of the blocks.",
+            lambda axes: lines(
+                axes,
+                {name: [layer.norms[i] for layer in comparison.layers] for i, name in enumerate(names)},
+                ("layer", "norm"),
+                ["other" if layer.layer is None else layer.layer for layer in comparison.layers],
+            ),
+        ),
+    }
+    curves = {each.name: each.spectrum.curve for each in comparison.models if each.spectrum and each.spectrum.curve}
+    if curves:
+        found["energy"] = Panel(
+            "energy in the leading directions",
+            "The share of a change's squared norm that lies in its 1, 2, ... leading singular directions, in the mean "
+            "of its matrices.",
+            lambda axes: lines(axes, curves, ("directions", "share of the energy")),
+        )
+    signs, overlaps = comparison.signs, comparison.overlaps
+    if signs:
+        found["signs"] = Panel(
+            "agreement of signs",
+            "Of the entries that both models change, the share that both change in the same direction: a half is "
+            "chance.",
+            lambda axes: _map(axes, signs.matrix, names, 0.5, 0.05),
+            square,
+        )
+    if overlaps:
+        for side_name, matrix, chance in (
+            ("outputs", overlaps.outputs, overlaps.chance_outputs),
+            ("inputs", overlaps.inputs, overlaps.chance_inputs),
+        ):
+            found[side_name] = Panel(
+                f"overlap of {side_name}",
+                f"How far the leading directions of {side_name} of two models coincide, in the mean of the tensors: "
+                f"1 is the same subspace, {chance:.2g} chance.",
+                lambda axes, matrix=matrix: _map(axes, matrix, names),  # type: ignore[misc]
+                square,
+            )
+    if comparison.intruders:
+        counts = {name: float(each.count) for name, each in zip(names, comparison.intruders, strict=True)}
+        found["intruders"] = Panel(
+            "intruder dimensions",
+            "Leading singular vectors of the changed matrices that are like none of the base's, in all matrices.",
+            lambda axes: bars(axes, counts, "intruders"),
+        )
+    return found
+
+
+def _map(axes: Axes, matrix: Matrix, names: Sequence[str], middle: float | None = None, least: float = 0.1) -> None:
+    """The pairs of different models as a heat map, its colours on both sides of a middle, or from 0 on.
+
+    They reach as far as the values do, and no less than ``least``, so that noise looks pale.
+    """
+    apart = [[None if i == j else value for j, value in enumerate(row)] for i, row in enumerate(matrix)]
+    values = [value for row in apart for value in row if value is not None]
+    reach = max(least, *(abs(value - (middle or 0)) for value in values)) if values else 1.0
+    if middle is None:
+        heatmap(axes, apart, names, (0.0, reach), "Blues")
+    else:
+        heatmap(axes, apart, names, (middle - reach, middle + reach))
+
+
+def page(comparison: Comparison) -> Page:
+    """A comparison as an HTML page. Needs matplotlib, the extra ``report``."""
+    figures = {name: (drawn(panel), panel.caption) for name, panel in panels(comparison).items()}
+    names = comparison.names
+    out = Page(f"Comparison: {_title(comparison)}", "What each model changes of its base, and how the changes agree.")
+    out.facts({"models": len(names), "base": comparison.base, "blocks": len(comparison.layers)})
+    for notice in comparison.notices:
+        out.note(notice)
+    out.section(
+        "Models",
+        "The norm is over all changed tensors. Of the matrices: the largest singular value of any, and in the mean the "
+        "effective and the stable rank, and the directions that hold 90 and 99 per cent of the energy.",
+    )
+    out.table(*_models(comparison))
+    if "energy" in figures:
+        out.figure(*figures["energy"])
+    out.section("Angles").figure(*figures["cosines"])
+    _matrix(out, names, comparison.cosines, "Cosines")
+    closest = comparison.pairs()[:_PAIRS]
+    if len(names) > 2:
+        rows: list[list[Cell]] = [[names[i], names[j], cosine] for cosine, i, j in closest]
+        out.table(["model", "and", "cosine"], rows, "The closest pairs")
+    out.section("Sizes")
+    magnitudes = comparison.magnitudes
+    if magnitudes:
+        out.text(
+            f"In the median tensor that several models change, the largest change is {magnitudes.ratio:.3g} times the "
+            f"smallest. Where changes differ much in size, a sum is mostly the largest ones."
+        )
+        out.facts(
+            {
+                "variance of norms, relative to their squared mean": magnitudes.variance,
+                "the same of single columns": magnitudes.columns,
+            }
+        )
+    out.figure(*figures["layers"])
+    out.table(*_layers(comparison))
+    if comparison.signs:
+        signs = comparison.signs
+        out.section("Signs", f"{signs.entries:,} of {signs.total:,} entries were looked at.")
+        out.figure(*figures["signs"])
+        _matrix(out, names, signs.matrix, "Share of entries changed in the same direction")
+    if comparison.overlaps:
+        out.section("Subspaces", f"Of up to {comparison.overlaps.directions} leading directions of each change.")
+        out.figure(*figures["outputs"]).figure(*figures["inputs"])
+    if comparison.intruders:
+        out.section(
+            "Intruder dimensions",
+            "Leading singular vectors of a changed matrix whose cosine to every one of the base's is below a half. "
+            "LoRA makes them; they go with forgetting.",
+        )
+        out.figure(*figures["intruders"]).table(*_intruders(comparison))
+    return out
+
+
+def _matrix(out: Page, names: Sequence[str], matrix: Matrix, caption: str) -> None:
+    if len(names) <= _MATRIX:
+        rows: list[list[Cell]] = [[name, *row] for name, row in zip(names, matrix, strict=True)]
+        out.table(["", *names], rows, caption)
+
+
+def _models(comparison: Comparison) -> tuple[list[str], list[list[Cell]]]:
+    header = ["model", "kind", "tensors", "rank", "norm", "largest", "effective", "stable", "90 %", "99 %"]
+    rows: list[list[Cell]] = []
+    for each in comparison.models:
+        told = each.spectrum
+        spectrum: list[Cell] = (
+            [told.largest, told.effective, told.stable, told.energy90, told.energy99] if told else [None] * 5
+        )
+        rows.append([each.name, each.kind, each.tensors, each.rank_text, each.norm, *spectrum])
+    return header, rows
+
+
+def _layers(comparison: Comparison) -> tuple[list[str], list[list[Cell]]]:
+    names = comparison.names if len(comparison.models) <= _MATRIX else []
+    rows: list[list[Cell]] = []
+    for each in comparison.layers:
+        place = "other" if each.layer is None else f"layer {each.layer}"
+        rows.append([place, *each.norms[: len(names)], each.cosine])
+    return ["", *(f"norm of {name}" for name in names), "mean cosine"], rows
+
+
+def _intruders(comparison: Comparison) -> tuple[list[str], list[list[Cell]]]:
+    rows: list[list[Cell]] = [
+        [name, each.count, each.matrices, each.touched, each.share, each.first]
+        for name, each in zip(comparison.names, comparison.intruders, strict=True)
+    ]
+    return ["model", "intruders", "matrices", "with intruders", "share of the energy", "mean rank of the first"], rows

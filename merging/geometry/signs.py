@@ -1,0 +1,161 @@
+"""How often models agree on the sign of a change: over all entries, or over a sample of every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from merging.delta import Delta, LowRank
+from merging.geometry.alignment import MEMORY, Model, aligned, row_blocks
+from merging.geometry.products import groups_of
+from merging.plan import Item, Plan
+from merging.sources.adapter import Change
+from merging.sources.stored import Stored
+from merging.tiles import Tiler
+
+__all__ = ["Signs", "count_signs", "sign_agreement"]
+
+_SAMPLE = 256
+"""Rows that are looked at in a tensor, and columns in each."""
+
+_BATCH = 8
+"""Experts that are looked at, of those whose rows are experts."""
+
+_EXACT = 1 << 20
+"""Entries counted at a time: whole numbers below 2**24 are added exactly in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signs:
+    """``agreement [n, n]`` float64: of the entries that both models change, the share that both change in the same
+    direction; NaN where two models share none. ``entries`` were looked at of each model, of ``total``."""
+
+    agreement: Tensor
+    entries: int
+    total: int
+
+
+def sign_agreement(
+    models: Sequence[Model],
+    *,
+    entries: Literal["sample", "all"] = "sample",
+    max_memory: int = MEMORY,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> Signs:
+    """How often models agree on the sign of a change; a half is chance.
+
+    With ``sample``, of every tensor 256 rows and columns are drawn (fixed ones, the same for all models) and what is
+    seen counts as much as the tensor is large; smaller tensors are counted in full, which is exact. With ``all``, every
+    entry is counted, by blocks of rows. No tensor is built as a whole in either. Takes the options of
+    :func:`~merging.geometry.alignment.aligned`.
+    """
+    plan = aligned(models, **options)
+    return count_signs(plan, entries, max_memory, torch.device(device))
+
+
+def count_signs(
+    plan: Plan, entries: Literal["sample", "all"], max_memory: int = MEMORY, device: torch.device | None = None
+) -> Signs:
+    """The same of an aligned plan."""
+    device = device or torch.device("cpu")
+    count = len(plan.models)
+    same, both = torch.zeros(2, count, count, dtype=torch.float64)
+    seen = total = 0
+    for item in plan.items:
+        if entries == "sample":
+            rows, columns = _drawn(item)
+            blocks, looked_at = _sampled(plan, item, rows, columns, device), len(rows) * len(columns)
+        else:
+            blocks, looked_at = _whole(plan, item, max_memory, device), item.numel
+        weight = item.numel / max(1, looked_at)
+        for group, other, difference, shared in blocks:
+            first, second = torch.tensor(group)[:, None], torch.tensor(other)
+            same[first, second] += weight * (shared + difference) / 2
+            both[first, second] += weight * shared
+        seen += looked_at
+        total += item.numel
+    same, both = (each.triu() + each.triu(1).mT for each in (same, both))
+    return Signs(torch.where(both > 0, same / both, torch.nan), seen, total)
+
+
+Counts = tuple[list[int], list[int], Tensor, Tensor]
+"""Two groups of models, at how many entries more they change in the same direction than in opposite ones, and at how
+many they both change, each ``[group, other]`` float64."""
+
+
+def _counted(group: list[int], other: list[int], signs: Tensor) -> Iterator[Counts]:
+    """The counts of signs (-1, 0, 1) at some entries, ``[models, entries]``: of one group, or one above the other."""
+    for piece in torch.split(signs, _EXACT, 1):
+        mine, theirs = piece[: len(group)], piece if other is group else piece[len(group) :]
+        yield (
+            group,
+            other,
+            (mine @ theirs.mT).cpu().double(),
+            (mine.abs() @ theirs.abs().mT).cpu().double(),
+        )
+
+
+def _whole(plan: Plan, item: Item, max_memory: int, device: torch.device) -> Iterator[Counts]:
+    groups = groups_of(plan, item, False, max_memory)
+    for group, other in combinations_with_replacement(groups, 2):
+        for block in row_blocks(plan, item, group if other is group else [*group, *other], device):
+            yield from _counted(group, other, block.sign())
+
+
+def _drawn(item: Item) -> tuple[Tensor, Tensor]:
+    """The rows of a tensor, and the columns in each, that are looked at; all of a small tensor."""
+    rows, columns = item.numel // max(1, _columns(item)), _columns(item)
+    most = _BATCH if item.site.kind == "experts" else _SAMPLE
+    width = min(columns, max(_SAMPLE, _SAMPLE**2 // min(rows, most)))
+    random = torch.Generator().manual_seed(0)
+    return tuple(  # type: ignore[return-value]
+        torch.randperm(size, generator=random)[:count].sort().values
+        for size, count in ((rows, _SAMPLE**2 // width if item.numel > _SAMPLE**2 else rows), (columns, width))
+    )
+
+
+def _columns(item: Item) -> int:
+    return prod(item.site.shape[1:])
+
+
+def _sampled(plan: Plan, item: Item, rows: Tensor, columns: Tensor, device: torch.device) -> Iterator[Counts]:
+    tiler = Tiler(plan, device)
+    slots = [slot for slot, each in enumerate(item.inputs) if each is not None]
+    signs = torch.empty(len(slots), len(rows) * len(columns), dtype=torch.int8, device=device)
+    for into, slot in zip(signs, slots, strict=True):
+        each = item.inputs[slot]
+        if isinstance(each, Change):
+            values = _entries(tiler.change(item, slot), rows.to(device), columns.to(device))
+        else:
+            values = torch.stack([_row(tiler, item, slot, row)[columns] for row in rows.tolist()])
+        into.copy_(values.sign().flatten())
+    for piece in torch.split(signs, 1 << 12, 1):
+        yield from _counted(slots, slots, piece.float())
+
+
+def _entries(delta: Delta, rows: Tensor, columns: Tensor) -> Tensor:
+    """Some rows and columns of a change."""
+    if isinstance(delta, LowRank) and delta.up.dim() == 2:
+        if delta.transposed:
+            return (delta.up[columns] @ delta.down[:, rows]).mT
+        return delta.up[rows] @ delta.down[:, columns]
+    if isinstance(delta, LowRank):
+        return torch.stack([delta.rows(row, row + 1).dense().flatten()[columns] for row in rows.tolist()])
+    value = delta.dense()
+    return value.reshape(value.shape[0] if value.dim() else 1, -1)[rows][:, columns]
+
+
+def _row(tiler: Tiler, item: Item, slot: int, row: int) -> Tensor:
+    """One row of what a full checkpoint changes."""
+    stored, size = item.inputs[slot], _columns(item)
+    assert isinstance(stored, Stored) and item.base is not None
+    dtype = tiler.plan.dtype(item)
+    value = tiler.raw(stored, row * size, size).to(dtype, copy=True)
+    return value - tiler.raw(item.base, row * size, size).to(dtype)

@@ -1,0 +1,5 @@
+"""Reports: self-contained HTML pages, and the pictures in them."""
+
+from merging.report.page import Page
+
+__all__ = ["Page"]

@@ -1,0 +1,174 @@
+"""A self-contained HTML page: sections of text, facts, tables and figures, which asks no host for anything.
+
+All text is escaped, as names of models are other people's. Figures are SVG drawings inside of the page, shown as
+images, in which no script runs; a content security policy forbids everything that is not in the page itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from html import escape
+from math import floor, isfinite, log10
+from pathlib import Path
+
+from merging.errors import OutputError
+from merging.landing import umask
+
+__all__ = ["Cell", "Page", "write_whole"]
+
+Cell = str | int | float | None
+"""What stands in a table: text, a number, or nothing to tell."""
+
+_STYLE = """
+:root { color-scheme: light; --ink: #1d2433; --soft: #5b6477; --line: #dde1ea; --tint: #f5f7fa; --mark: #24549c; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", Helvetica, sans-serif; }
+main { max-width: 64rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .4rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 2.6rem 0 .5rem; padding-top: .9rem; border-top: 1px solid var(--line); }
+p { max-width: 46rem; margin: .5rem 0; }
+.lead, figcaption, caption, .note { color: var(--soft); }
+nav { margin: 1.2rem 0 0; font-size: .92rem; }
+nav a { color: var(--mark); text-decoration: none; margin-right: 1.1rem; white-space: nowrap; }
+nav a:hover { text-decoration: underline; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.25rem; margin: .9rem 0; }
+dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+caption { caption-side: top; text-align: left; padding: 0 0 .4rem; }
+th, td { padding: .32rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+thead th { background: var(--tint); white-space: nowrap; } tbody th { font-weight: 500; }
+td.n, th.n { text-align: right; white-space: nowrap; }
+tbody tr:hover { background: var(--tint); }
+figure { margin: 1.2rem 0; } figure img { max-width: 100%; height: auto; display: block; }
+figcaption, .note { font-size: .9rem; max-width: 46rem; }
+.note { border-left: 3px solid #d9a441; padding-left: .8rem; }
+footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
+@media print { main { padding: 0; } nav { display: none; } figure, table { break-inside: avoid; } }
+"""
+
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+
+class Page:
+    """A page that is put together piece by piece; every piece is added below the last and returns the page.
+
+    ``Page("A title").section("Part").text("...").table(["model", "norm"], rows).figure(svg, "what it shows")``
+    """
+
+    def __init__(self, title: str, lead: str = "") -> None:
+        self.title = title
+        self.lead = lead
+        self._sections: list[str] = []
+        self._parts: list[str] = []
+
+    def section(self, heading: str, text: str = "") -> Page:
+        """Begin a section, with a first paragraph."""
+        self._sections.append(heading)
+        self._parts.append(f'<h2 id="s{len(self._sections)}">{escape(heading)}</h2>')
+        return self.text(text) if text else self
+
+    def text(self, text: str) -> Page:
+        """A paragraph."""
+        self._parts.append(f"<p>{escape(text)}</p>")
+        return self
+
+    def note(self, text: str) -> Page:
+        """A paragraph that stands out: what a reader should be warned of."""
+        self._parts.append(f'<p class="note">{escape(text)}</p>')
+        return self
+
+    def facts(self, facts: Mapping[str, Cell]) -> Page:
+        """Names and values, one a line."""
+        lines = "".join(f"<dt>{escape(name)}</dt><dd>{_shown(value)}</dd>" for name, value in facts.items())
+        self._parts.append(f"<dl>{lines}</dl>")
+        return self
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str = "") -> Page:
+        """A table whose first column names its rows; columns of numbers are flush right.
+
+        Raises ValueError for a row that is not as long as the header.
+        """
+        if any(len(row) != len(header) for row in rows):
+            raise ValueError("every row of a table has a cell for each column")
+        columns = [[row[column] for row in rows] for column in range(len(header))]
+        kinds = ["" if any(isinstance(cell, str) for cell in cells) else ' class="n"' for cells in columns]
+        shown = zip(*(_column(cells) for cells in columns), strict=True)
+        head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for name, kind in zip(header, kinds, strict=True))
+        body = "".join(f"<tr>{_row(row, kinds)}</tr>" for row in shown)
+        told = f"<caption>{escape(caption)}</caption>" if caption else ""
+        self._parts.append(
+            f'<div class="wide"><table>{told}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        )
+        return self
+
+    def figure(self, svg: str, caption: str) -> Page:
+        """An SVG drawing, and what it shows."""
+        data = base64.b64encode(svg.encode()).decode()
+        told = escape(caption)
+        self._parts.append(
+            f'<figure><img alt="{told}" src="data:image/svg+xml;base64,{data}"><figcaption>{told}</figcaption></figure>'
+        )
+        return self
+
+    def html(self) -> str:
+        """The page as text."""
+        from merging import __version__
+
+        links = "".join(f'<a href="#s{n}">{escape(name)}</a>' for n, name in enumerate(self._sections, 1))
+        contents = f"<nav>{links}</nav>" if len(self._sections) > 1 else ""
+        lead = f'<p class="lead">{escape(self.lead)}</p>' if self.lead else ""
+        return (
+            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{escape(self.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+            f"<h1>{escape(self.title)}</h1>\n{lead}\n{contents}\n"
+            + "\n".join(self._parts)
+            + f"\n<footer>Made by merging {escape(__version__)}</footer>\n</main>\n</body>\n</html>\n"
+        )
+
+    def write(self, path: str | Path) -> None:
+        """Write the page to a file, whole or not at all. Raises :class:`~merging.errors.OutputError`."""
+        write_whole(Path(path), self.html().encode("utf-8", "replace"))
+
+
+def _row(row: Sequence[str], kinds: Sequence[str]) -> str:
+    first, *rest = (f"{kind}>{cell}" for cell, kind in zip(row, kinds, strict=True))
+    return f'<th scope="row"{first}</th>' + "".join(f"<td{each}</td>" for each in rest)
+
+
+def _column(cells: Sequence[Cell]) -> list[str]:
+    """The cells of a column; its numbers have as many decimals as show four digits of the largest."""
+    largest = max((abs(cell) for cell in cells if isinstance(cell, float) and isfinite(cell)), default=0.0)
+    decimals = min(6, max(0, 3 - floor(log10(largest)))) if largest else 0
+    return [f"{cell:,.{decimals}f}" if isinstance(cell, float) else _shown(cell) for cell in cells]
+
+
+def _shown(value: Cell) -> str:
+    if value is None:
+        return "&ndash;"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else escape(value)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file beside its place and move it there. Raises :class:`~merging.errors.OutputError`."""
+    try:
+        fd, partial = tempfile.mkstemp(".partial", f".{path.name}.", path.parent)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(content)
+            Path(partial).chmod(0o666 & ~umask())
+            Path(partial).replace(path)
+        except BaseException:
+            with suppress(OSError):
+                Path(partial).unlink()
+            raise
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
