@@ -1,0 +1,82 @@
+"""Adapters that know nothing: what a merge of them gains is not transfer.
+
+Each keeps something of the adapters it stands for and destroys the rest, so that what remains of a gain tells where
+it came from. All draws depend on the seed and on the adapter's name alone.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from merging.delta import LowRank
+from merging.linalg import factored_svd, safe_ratio, squared_norm
+from merging.recycling.experts import Expert
+from merging.recycling.seeds import generator, order
+
+__all__ = ["CONTROLS", "Control", "random_norms", "random_spectra", "shuffled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """A kind of adapters that know nothing: the row's title, how they are made, and what they are in a sentence."""
+
+    title: str
+    make: Callable[[Expert, int], Expert]
+    stand_in: str
+
+
+def random_norms(expert: Expert, seed: int) -> Expert:
+    """Gaussian factors of the same ranks; each module's change has the norm that it had."""
+    deltas = {}
+    for name, delta in expert.deltas.items():
+        random = generator(seed, "norms", expert.name, name)
+        up = torch.randn(delta.up.shape, generator=random)
+        noise = LowRank(up, torch.randn(delta.down.shape, generator=random), delta.shape, delta.transposed)
+        factor = safe_ratio(float(squared_norm(delta)) ** 0.5, float(squared_norm(noise)) ** 0.5)
+        deltas[name] = noise.scaled(factor)
+    return replace(expert, deltas=deltas)
+
+
+def random_spectra(expert: Expert, seed: int) -> Expert:
+    """The same singular values in each module, between singular vectors that are drawn uniformly (Haar)."""
+    deltas = {}
+    for name, delta in expert.deltas.items():
+        random = generator(seed, "spectra", expert.name, name)
+        values = factored_svd(delta.up, delta.down)[1].float()
+        up = _orthonormal(delta.up.shape[0], len(values), random) * values
+        down = _orthonormal(delta.down.shape[1], len(values), random).mT
+        deltas[name] = LowRank(up, down.contiguous(), delta.shape, delta.transposed)
+    return replace(expert, deltas=deltas)
+
+
+def shuffled(expert: Expert, seed: int) -> Expert:
+    """The same changes on other modules of equal shape, none where it was unless it is the only one of its shape."""
+    alike: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    for name, delta in sorted(expert.deltas.items()):
+        alike[(delta.shape, delta.transposed)].append(name)
+    deltas: dict[str, LowRank] = {}
+    for shape, names in alike.items():
+        mixed = [names[i] for i in order(len(names), seed, "shuffled", expert.name, shape)]
+        # a cycle through a random order leaves nothing in its place
+        deltas |= {to: expert.deltas[of] for of, to in zip(mixed, mixed[1:] + mixed[:1], strict=True)}
+    return replace(expert, deltas={name: deltas[name] for name in expert.deltas})
+
+
+def _orthonormal(size: int, count: int, random: torch.Generator) -> Tensor:
+    """Columns ``[size, count]`` drawn uniformly among all orthonormal ones."""
+    q, r = torch.linalg.qr(torch.randn(size, count, generator=random))
+    uniform: Tensor = q * torch.where(r.diagonal() < 0, -1.0, 1.0)  # without the signs QR's choice would show
+    return uniform
+
+
+CONTROLS: Mapping[str, Control] = {
+    "norms": Control("random, same norms", random_norms, "random numbers of the same norms"),
+    "spectra": Control("random, same spectra", random_spectra, "random directions with the same singular values"),
+    "shuffled": Control("modules shuffled", shuffled, "the same changes on the wrong modules"),
+}
+"""The kinds that every report has, by short names."""

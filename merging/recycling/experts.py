@@ -1,0 +1,190 @@
+"""The adapters that may be recycled: where they are, whose they are, and which of them fit the base."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import sqrt
+from pathlib import Path
+
+import torch
+
+from merging.arrival import brought
+from merging.delta import LowRank
+from merging.errors import InputError, MergingError
+from merging.hub.address import hub_address
+from merging.linalg import squared_norm
+from merging.pool import Pool
+from merging.recycling.places import Place
+from merging.sources import Adapter, open_model
+from merging.sources.names import find_renaming
+
+__all__ = ["Candidate", "Expert", "Opened", "candidates", "open_expert", "opened"]
+
+_INDEX = "pool.sqlite"
+"""What tells the folder of a pool that ``merge pool`` built."""
+
+_HEADS = ("classifier", "score", "lm_head", "qa_outputs", "out_proj", "pooler")
+"""Modules that adapters of other tasks save in full, for their own answers alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An adapter of a pool: its path or address, a name to tell it by, and its owner if that is known."""
+
+    path: str
+    name: str
+    owner: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Expert:
+    """An adapter in memory: low-rank changes by the names of the network's weights, float32, every scale folded in."""
+
+    name: str
+    deltas: Mapping[str, LowRank]
+    owner: str | None = None
+    path: str | None = None
+    base: str | None = None
+    notices: tuple[str, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """The largest rank among its modules."""
+        return max(delta.rank for delta in self.deltas.values())
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of all it changes."""
+        return sqrt(sum(float(squared_norm(delta)) for delta in self.deltas.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The candidates that can be mixed, the modules that most of them change, and why the others cannot."""
+
+    usable: tuple[Candidate, ...]
+    modules: tuple[str, ...]
+    left_out: dict[str, str] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+
+
+def candidates(pool: str | Path | Iterable[str | Path]) -> tuple[Candidate, ...]:
+    """The adapters of a pool, in the order of their names whatever order they are given in.
+
+    Each entry is an adapter (folder, file, or address on the Hub), a pool that ``merge pool`` built, of which those
+    that it holds usable are taken, or a folder of adapters, directly or by owner (``POOL/adapter``,
+    ``POOL/owner/adapter``). Raises :class:`~merging.errors.InputError` for a place that holds none.
+    """
+    entries = [pool] if isinstance(pool, (str, Path)) else list(pool)
+    found: dict[str, Candidate] = {}
+    for entry in map(str, entries):
+        for each in _under(entry):
+            found.setdefault(each.path, each)
+    if not found:
+        raise InputError("the pool is empty: name adapters, or a folder of them")
+    return tuple(sorted(found.values(), key=lambda each: (each.name, each.path)))
+
+
+def _under(entry: str) -> list[Candidate]:
+    address = hub_address(entry)
+    if address is not None:
+        return [Candidate(entry, str(address), address.repo.partition("/")[0])]
+    path = Path(entry).expanduser()
+    if path.is_file() or _is_adapter(path):
+        return [Candidate(str(path), path.name)]
+    if not path.is_dir():
+        raise InputError(f"{entry}: there is no such adapter or folder of adapters")
+    if (path / _INDEX).is_file():
+        return [Candidate(str(folder), kept.name, kept.owner) for kept, folder in Pool(path).usable()]
+    direct = [Candidate(str(each), each.name) for each in sorted(path.iterdir()) if _is_adapter(each)]
+    owned = [
+        Candidate(str(each), f"{owner.name}/{each.name}", owner.name)
+        for owner in sorted(path.iterdir())
+        if owner.is_dir() and not _is_adapter(owner)
+        for each in sorted(owner.iterdir())
+        if _is_adapter(each)
+    ]
+    if not direct and not owned:
+        raise InputError(f"{entry}: holds no adapter: no folder in it has an adapter_config.json")
+    return direct + owned
+
+
+def _is_adapter(path: Path) -> bool:
+    return (path / "adapter_config.json").is_file()
+
+
+def open_expert(candidate: Candidate, places: Mapping[str, Place], network: str = "the base") -> Expert:
+    """An adapter's changes by the names of the network's weights, read and checked.
+
+    Heads that it saved in full for its own task stay behind, with a notice. Raises
+    :class:`~merging.errors.MergingError` for what is no adapter, does not fit, cannot be mixed as low-rank factors,
+    changes nothing, or holds NaN.
+    """
+    adapter = open_model(candidate.path)
+    if not isinstance(adapter, Adapter):
+        raise InputError(f"{candidate.path}: is a full checkpoint, and adapters are recycled: merge extract makes one")
+    heads = [target for target, change in adapter.changes.items() if not change.low_rank and _is_head(target)]
+    changes = {target: change for target, change in adapter.changes.items() if target not in heads}
+    odd = next((target for target, change in changes.items() if not change.low_rank), None)
+    if odd is not None:
+        raise InputError(f"{candidate.path}: changes {odd} otherwise than by low-rank factors, which cannot be mixed")
+    shapes = {name: place.shape for name, place in places.items()}
+    renaming, left = find_renaming(changes, shapes, lambda target, name: changes[target].fits(shapes[name]))
+    if left or not changes:
+        raise InputError(
+            f"{candidate.path}: {len(left)} of {len(changes)} targets have no place in {network}"
+            f"{f', {left[0]} among them' if left else ''}: is it an adapter of this base?"
+        )
+    brought(adapter)
+    deltas: dict[str, LowRank] = {}
+    for target, change in changes.items():
+        name = renaming(target) or target
+        place = places[name]
+
+        def base(place: Place = place) -> torch.Tensor:
+            return place.weight.detach().float().cpu()
+
+        delta = change.read(place.shape, base, torch.float32)
+        assert isinstance(delta, LowRank)
+        deltas[name] = delta.oriented(place.transposed)
+    _check_values(candidate, deltas)
+    notices = (f"{candidate.name}: its own head ({heads[0]}) stays behind",) if heads else ()
+    return Expert(candidate.name, deltas, candidate.owner, candidate.path, adapter.base, notices)
+
+
+def _is_head(target: str) -> bool:
+    return any(part in _HEADS for part in target.split("."))
+
+
+def _check_values(candidate: Candidate, deltas: Mapping[str, LowRank]) -> None:
+    for name, delta in deltas.items():
+        if not (delta.up.isfinite().all() and delta.down.isfinite().all()):
+            raise InputError(f"{candidate.path}: {name} holds NaN or infinities")
+    if all(not squared_norm(delta) for delta in deltas.values()):
+        raise InputError(f"{candidate.path}: changes nothing: all its factors multiply to zero")
+
+
+def opened(pool: Sequence[Candidate], places: Mapping[str, Place]) -> Opened:
+    """Which candidates can be mixed into a network with these places; each is read once, and none is kept.
+
+    Raises :class:`~merging.errors.InputError` if none can, with the first reason.
+    """
+    usable: list[Candidate] = []
+    left_out: dict[str, str] = {}
+    notices: list[str] = []
+    changed: Counter[str] = Counter()
+    for candidate in pool:
+        try:
+            expert = open_expert(candidate, places)
+        except MergingError as error:
+            left_out[candidate.name] = str(error)
+            continue
+        usable.append(candidate)
+        changed.update(expert.deltas.keys())
+        notices += expert.notices
+    if not usable:
+        raise InputError(f"none of the {len(pool)} adapters can be used: {next(iter(left_out.values()))}")
+    most = [name for name in places if 2 * changed[name] > len(usable)] or [name for name in places if changed[name]]
+    return Opened(tuple(usable), tuple(most), left_out, tuple(notices))

@@ -1,0 +1,124 @@
+"""Loading a base model for a task with transformers, which is imported here alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merging.errors import InputError, OptionError
+from merging.hub.address import hub_address
+from merging.recycling.data import Split, kind_of, labels_of
+from merging.recycling.model import Classifier, Decoder, Encoder, EncoderDecoder, TaskModel
+from merging.recycling.settings import Settings
+
+__all__ = ["load_model"]
+
+_MOST_TOKENS = 512
+
+
+def load_model(base: str, parts: Split, settings: Settings, device: torch.device) -> TaskModel:
+    """The base as a model of what the examples ask: a folder, or a name on the Hub.
+
+    Raises :class:`~merging.errors.InputError` for a base that cannot be loaded whole, and
+    :class:`~merging.errors.OptionError` for one that cannot do what is asked.
+    """
+    import transformers
+
+    where, options = _named(base)
+    with _quiet(), _explained(base):
+        config = transformers.AutoConfig.from_pretrained(where, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+    architecture = str((config.architectures or [""])[0])
+    kind = _kind(base, architecture, bool(config.is_encoder_decoder), kind_of(parts), settings)
+    loader = {
+        Decoder: transformers.AutoModelForCausalLM,
+        EncoderDecoder: transformers.AutoModelForSeq2SeqLM,
+        Classifier: transformers.AutoModelForSequenceClassification,
+        Encoder: transformers.AutoModel,
+    }[kind]
+    with _quiet(), _explained(base):
+        network, told = loader.from_pretrained(
+            where, dtype=_dtype(settings, device), output_loading_info=True, **options
+        )
+    missing = sorted(name for name in told["missing_keys"] if kind is not Encoder or ".pooler." not in f".{name}")
+    if missing:
+        raise InputError(f"{base}: lacks {missing[0]} and {len(missing) - 1} more of a {type(network).__name__}")
+    limit = min(settings.max_length or _MOST_TOKENS, tokenizer.model_max_length, _positions(config))
+    network = network.to(device)
+    if issubclass(kind, (Decoder, EncoderDecoder)):
+        generator: TaskModel = kind(network, tokenizer, limit, settings.chat)
+        return generator
+    model: TaskModel = kind(network, tokenizer, limit)
+    if isinstance(model, Encoder):
+        model.make_head(labels_of(parts), parts.train, "prototypes" if settings.head == "auto" else settings.head)
+    elif network.config.pad_token_id is None:
+        network.config.pad_token_id = tokenizer.pad_token_id or 0  # what tells a decoder's last token from padding
+    return model
+
+
+def _named(base: str) -> tuple[str, dict[str, Any]]:
+    address = hub_address(base)
+    if address is None:
+        if not Path(base).expanduser().is_dir():
+            raise InputError(f"{base}: is no folder of a model: recycling runs the base, so its config is needed")
+        return str(Path(base).expanduser()), {}
+    revision = {"revision": address.revision} if address.revision else {}
+    return address.repo, {**revision, **({"subfolder": address.path} if address.path else {})}
+
+
+def _kind(base: str, architecture: str, two_parts: bool, asked: str, settings: Settings) -> Any:
+    generates = architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    if asked == "completion":
+        if not generates:
+            raise OptionError(
+                f"{base} is a {architecture or 'model of no stated kind'}, which continues no prompts: give examples "
+                f"with text and label"
+            )
+        return EncoderDecoder if two_parts else Decoder
+    own = architecture.endswith("ForSequenceClassification")
+    if generates and not own:
+        raise OptionError(f"{base} is a {architecture}: give examples with prompt and completion instead of labels")
+    if settings.head == "model" and not own:
+        raise OptionError(f"{base} has no classification head: use --head labels or prototypes")
+    return Classifier if own and settings.head in ("auto", "model") else Encoder
+
+
+def _dtype(settings: Settings, device: torch.device) -> Any:
+    if settings.dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    return getattr(torch, settings.dtype)
+
+
+def _positions(config: Any) -> int:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else _MOST_TOKENS
+
+
+@contextmanager
+def _explained(base: str) -> Iterator[None]:
+    """What transformers cannot load becomes one message."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{base}: cannot be loaded by transformers: {reason[:300]}") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Neither bars nor remarks of the library: what is missing is told by us."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

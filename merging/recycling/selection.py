@@ -1,0 +1,172 @@
+"""Which adapters of a pool are mixed: all are scored, one at a time, and the best of different ones are taken."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import inf, isfinite
+
+import torch
+from torch import Tensor
+
+from merging.errors import OptionError
+from merging.linalg import safe_ratio
+from merging.recycling.closeness import CLOSENESS, closeness, cosine
+from merging.recycling.experts import Candidate, Expert, open_expert
+from merging.recycling.journal import Journal
+from merging.recycling.places import Place
+from merging.recycling.problem import Problem, alone
+from merging.recycling.seeds import order
+
+__all__ = ["Chosen", "choose", "gains", "gradients", "scored", "spearman"]
+
+_DUPLICATE = 0.9999
+
+_GRADIENT_BYTES = 4 << 30
+"""Most memory for gradients of the base's weights at a time; a larger model takes several passes."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chosen:
+    """The adapters to mix, best first, the score of every candidate, and why better ones were passed over."""
+
+    experts: tuple[Expert, ...]
+    scores: dict[str, float]
+    passed_over: dict[str, str] = field(default_factory=dict)
+
+
+def scored(pool: Sequence[Candidate], problem: Problem, target: Expert | None, journal: Journal) -> dict[str, float]:
+    """A score for each candidate by the strategy of the settings, larger for better ones.
+
+    Raises :class:`~merging.errors.OptionError` for a strategy that compares with a target LoRA where there is none.
+    """
+    kind = problem.settings.select
+    kept: dict[str, float] = journal.get("selection") or {}
+    if kind == "random":
+        places = order(len(pool), problem.settings.seed, "selection")
+        return {each.name: float(-place) for each, place in zip(pool, places, strict=True)}
+    if (kind in CLOSENESS or kind == "l2") and target is None:
+        raise OptionError(f"select = {kind}: compares with a target LoRA: give one, or train one (--target-lora)")
+    grads = gradients(problem) if kind == "screen" and len(kept) < len(pool) else {}
+    for each in pool:
+        if each.name not in kept:
+            expert = open_expert(each, problem.model.places)
+            kept[each.name] = _score(kind, expert, problem, target, grads)
+            journal.keep("selection", kept)
+    return kept
+
+
+def _score(kind: str, expert: Expert, problem: Problem, target: Expert | None, grads: dict[str, Tensor]) -> float:
+    if kind == "evaluation":
+        loss = alone(expert).scores(problem, problem.shots).loss
+        return -loss if isfinite(loss) else -inf
+    if kind == "screen":
+        return safe_ratio(-sum(gains(expert, grads).values()), expert.norm)
+    if kind == "rank":
+        return float(expert.rank)
+    assert target is not None
+    return closeness(expert.deltas, target.deltas, kind)
+
+
+def choose(
+    pool: Sequence[Candidate], scores: dict[str, float], problem: Problem, taken: Sequence[Expert] = ()
+) -> Chosen:
+    """The best candidates: at most ``k``, at most so many of an owner, and no two of the same changes.
+
+    ``taken`` are mixed in anyway, and what equals them is passed over. Of equal scores the first name wins.
+    """
+    settings = problem.settings
+    experts: list[Expert] = []
+    owners: Counter[str] = Counter()
+    passed_over: dict[str, str] = {}
+    for each in sorted(pool, key=lambda candidate: (-scores[candidate.name], candidate.name)):
+        if len(experts) == settings.k:
+            break
+        if each.owner and settings.owner_cap and owners[each.owner] == settings.owner_cap:
+            passed_over[each.name] = f"{each.owner} has {settings.owner_cap} among the chosen"
+            continue
+        expert = open_expert(each, problem.model.places)
+        twin = next((one for one in (*taken, *experts) if settings.dedupe and _same(one, expert)), None)
+        if twin is not None:
+            passed_over[each.name] = f"changes the same as {twin.name}"
+            continue
+        experts.append(expert)
+        owners.update([each.owner] if each.owner else [])
+    return Chosen(tuple(experts), scores, passed_over)
+
+
+def _same(one: Expert, other: Expert) -> bool:
+    return one.deltas.keys() == other.deltas.keys() and cosine(one.deltas, other.deltas) > _DUPLICATE
+
+
+def gradients(problem: Problem, most: int = _GRADIENT_BYTES) -> dict[str, Tensor]:
+    """``G = dL/dW0`` of each place's weight for the mean loss of the training examples, float32, as the weight lies.
+
+    One forward and backward pass over the examples, or several where the gradients take more than ``most`` bytes. The
+    gradient of a weight that is tied to another counts both uses.
+    """
+    found: dict[str, Tensor] = {}
+    for group in _groups(problem.model.places, most):
+        found |= _accumulated(problem, group)
+    return found
+
+
+def _groups(places: dict[str, Place], most: int) -> list[dict[str, Place]]:
+    groups: list[dict[str, Place]] = [{}]
+    size = 0
+    for name, place in places.items():
+        needed = 4 * place.inputs * place.outputs
+        if groups[-1] and size + needed > most:
+            groups.append({})
+            size = 0
+        groups[-1][name] = place
+        size += needed
+    return groups
+
+
+def _accumulated(problem: Problem, group: dict[str, Place]) -> dict[str, Tensor]:
+    model, step = problem.model, problem.settings.micro_batch
+    weights = {name: place.weight for name, place in group.items()}
+    sums = {name: torch.zeros(weight.shape, device=weight.device) for name, weight in weights.items()}
+    if not all(weight.is_floating_point() for weight in weights.values()):
+        raise OptionError("select = screen: needs the gradients of the base's weights, and these are quantised")
+    unique = list({id(weight): weight for weight in weights.values()}.values())
+    for weight in unique:
+        weight.requires_grad_(True)
+    try:
+        for start in range(0, len(problem.learn), step):
+            items = problem.learn[start : start + step]
+            loss = model.answers(items).losses(len(items)).sum() / len(problem.learn)
+            for weight, grad in zip(unique, torch.autograd.grad(loss, unique, allow_unused=True), strict=True):
+                for name in [name for name, each in weights.items() if each is weight and grad is not None]:
+                    sums[name] += grad.float()
+    finally:
+        for weight in unique:
+            weight.requires_grad_(False)
+    return sums
+
+
+def gains(expert: Expert, grads: dict[str, Tensor]) -> dict[str, float]:
+    """``<D, G>`` of each module: the first gradient of its coefficient where all are zero, so negative is good."""
+    found = {}
+    for name, delta in expert.deltas.items():
+        grad = grads[name].mT if delta.transposed else grads[name]
+        up, down = delta.up.to(grad.device), delta.down.to(grad.device)
+        found[name] = float(((up.mT @ grad) * down).sum())
+    return found
+
+
+def spearman(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Rank correlation of two scores of the same things, None of fewer than three or of constant ones."""
+    if len(one) < 3:
+        return None
+    ranks = [torch.tensor(_ranks(values), dtype=torch.float64) for values in (one, other)]
+    if any(bool((each == each[0]).all()) for each in ranks):
+        return None
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """Ranks, equal values sharing the mean of theirs."""
+    return [sum(v < value for v in values) + (sum(v == value for v in values) - 1) / 2 for value in values]
