@@ -6,13 +6,16 @@ import sys
 
 import click
 
+from .comparing import compare_command
 from .continual import continual_command
+from .formats import formats_command
 from .inspecting import inspect_command
 from .listing import methods_command
 from .merging import merge_command
 from .pool import pool_command
 from .pushing import push_command
 from .recipes import run_command
+from .verifying import verify_command
 
 __all__ = ["main"]
 
@@ -20,7 +23,10 @@ EPILOG = """\b
 Sub-commands, as the first word:
   merge run RECIPE       carry out a recipe (YAML)
   merge methods [NAME]   the methods, or one method in full
+  merge formats          what is read, and what is refused
   merge inspect PATH     what a model or adapter file holds
+  merge compare MODEL... how models agree in what they change
+  merge verify PATH      what a program would refuse or ignore in it
   merge push FOLDER ...  publish a folder on the Hub
   merge pool ...         adapters that others left, audited
   merge continual ...    a store that grows as models arrive
@@ -40,7 +46,17 @@ class Merge(click.Group):
 
 
 merge_command.epilog = EPILOG
-_COMMANDS = [run_command, methods_command, inspect_command, push_command, continual_command, pool_command]
+_COMMANDS = [
+    run_command,
+    methods_command,
+    formats_command,
+    inspect_command,
+    compare_command,
+    verify_command,
+    push_command,
+    pool_command,
+    continual_command,
+]
 cli = Merge(name="merge", commands=_COMMANDS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -56,7 +57,8 @@ def models(workplace: Path) -> None:
 
 
 def merges(line: str) -> bool:
-    return line.startswith("merge ") and not line.startswith("merge continual ") and not asks_the_hub(line)
+    told_apart = ("merge continual ", "merge formats")
+    return line.startswith("merge ") and not line.startswith(told_apart) and not asks_the_hub(line)
 
 
 def asks_the_hub(line: str) -> bool:
@@ -107,3 +109,12 @@ def test_commands_of_the_hub_work(hub: Hub, tmp_path: Path) -> None:
 def test_table_of_methods_is_generated(tmp_path: Path) -> None:
     """`merge methods --markdown` prints what stands in the README."""
     assert f"<!-- methods -->\n{run([MERGE, 'methods', '--markdown'], tmp_path)}" in README
+
+
+def test_table_of_formats_is_generated(tmp_path: Path) -> None:
+    """`merge formats --markdown` prints what stands in the README, and the screen and JSON name the same formats."""
+    assert f"<!-- formats -->\n{run([MERGE, 'formats', '--markdown'], tmp_path)}" in README
+    screen = " ".join(run([MERGE, "formats"], tmp_path).split())
+    for each in json.loads(run([MERGE, "formats", "--json"], tmp_path)):
+        assert each["name"].split(",")[0] in screen
+        assert f"| {each['name']} |" in README

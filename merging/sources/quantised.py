@@ -13,7 +13,7 @@ from merging.errors import FormatError
 from merging.sources.dequantised import Mxfp4, Scaled, fits
 from merging.sources.stored import Stored
 
-__all__ = ["QUANTISED", "dequantised", "refuse_quantised"]
+__all__ = ["QUANTISED", "SIMPLE", "dequantised", "refuse_quantised"]
 
 QUANTISED = {
     ".bitsandbytes__nf4": "bitsandbytes 4-bit",
@@ -40,7 +40,9 @@ QUANTISED = {
 """The last part of the name of a tensor that goes with quantised weights."""
 
 _INSTEAD = "merge the model it was made from, and quantise the result"
-_SIMPLE = ("block FP8", "scaled FP8 or integers", "MXFP4", "bitsandbytes 8-bit")
+SIMPLE = ("block FP8", "scaled FP8 or integers", "MXFP4", "bitsandbytes 8-bit")
+"""The kinds that are made ordinary numbers if asked."""
+
 _CODES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8")
 _PACKED = ("U8", "I8", "U32", "I32")
 _WAYS = {
@@ -73,7 +75,7 @@ def refuse_quantised(path: Path, tensors: Mapping[str, Stored], config: Mapping[
         tail = name[name.rfind(".") :] if not name.endswith("_blocks") else "_blocks"
         if tail in QUANTISED and (tail != "_blocks" or stored.kind == "U8" or not stored.floating):
             kind = QUANTISED[tail]
-            raise FormatError(f"{path}: is quantised ({kind}, says {name}): {_way(kind, kind in _SIMPLE, asked)}")
+            raise FormatError(f"{path}: is quantised ({kind}, says {name}): {_way(kind, kind in SIMPLE, asked)}")
         if stored.kind.startswith(("F8_", "F6_")) or stored.kind == "F4":
             way = _way("", any(name + ending in tensors for ending in _SCALES), asked)
             raise FormatError(f"{path}: {name} holds {stored.kind} codes, so the model is quantised: {way}")

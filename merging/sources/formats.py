@@ -1,0 +1,56 @@
+"""All formats there are to choose from, collected from where each is read: what is read how, and what is refused."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from merging.sources import DIALECTS
+from merging.sources.peft.kinds import KINDS, Base
+from merging.sources.peft.refused import REFUSED
+from merging.sources.quantised import QUANTISED, SIMPLE
+
+__all__ = ["Format", "formats"]
+
+_CHECKPOINTS = {
+    "safetensors": "one file, shards with an index, or a variant of them (fp16)",
+    "PyTorch": ".bin, .pt, .pth: mapped into memory, and no code in them is run",
+    "pipelines": "folders of diffusers and of sentence-transformers, component by component",
+}
+_PEFT = "Adapters of PEFT, by type"
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format: how its changes are held (``read``), and whether their base is needed to tell them."""
+
+    name: str
+    group: str
+    summary: str
+    read: Literal["in full", "as factors", "mixed", "refused"]
+    base: Base | Literal[""] = ""
+
+
+def formats() -> Iterator[Format]:
+    """Full checkpoints, LoRA files of diffusion models, and PEFT's types; in each group what is refused comes last."""
+    for name, summary in _CHECKPOINTS.items():
+        yield Format(name, "Full checkpoints", summary, "in full")
+    quantised = list(dict.fromkeys(QUANTISED.values()))
+    asked = ", ".join(kind for kind in quantised if kind in SIMPLE)
+    yield Format(asked, "Full checkpoints", "quantised; as ordinary numbers with --dequantise", "in full")
+    others = ", ".join(["GGUF", *(kind for kind in quantised if kind not in SIMPLE)])
+    reason = "quantised: merge the model it was made from, and quantise the result"
+    yield Format(others, "Full checkpoints", reason, "refused")
+    for dialect in DIALECTS:
+        if dialect.name != "PEFT":
+            yield Format(dialect.name, "LoRA files of diffusion models", dialect.summary, "mixed", "some")
+    for name, kind in KINDS.items():
+        if kind is not KINDS.get("MISS") or name == "MISS":
+            yield Format(name, _PEFT, kind.summary, "as factors" if kind.kept == "factors" else "in full", kind.base)
+    refused: defaultdict[str, list[str]] = defaultdict(list)
+    for name, why in REFUSED.items():
+        refused[why].append(name)
+    for why, names in refused.items():
+        yield Format(", ".join(names), _PEFT, why, "refused")
