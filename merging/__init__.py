@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from merging.files import Merged, merge, preview
     from merging.methods import METHODS, chain
     from merging.recipe import Recipe, load_recipe
+    from merging.recycling.run import Recycled, recycle
     from merging.tensors import merge_deltas, merge_state_dicts, peft_deltas, peft_state_dict
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ _WHERE = {
     "METHODS": "methods",
     "Merged": "files",
     "Recipe": "recipe",
+    "Recycled": "recycling.run",
     "chain": "methods",
     "load_recipe": "recipe",
     "merge": "files",
@@ -37,6 +39,7 @@ _WHERE = {
     "peft_deltas": "tensors",
     "peft_state_dict": "tensors",
     "preview": "files",
+    "recycle": "recycling.run",
 }
 """Public names that are imported when they are first used, since most of them bring torch along."""
 
@@ -53,6 +56,7 @@ __all__ = [
     "OptionError",
     "OutputError",
     "Recipe",
+    "Recycled",
     "__version__",
     "chain",
     "load_recipe",
@@ -62,6 +66,7 @@ __all__ = [
     "peft_deltas",
     "peft_state_dict",
     "preview",
+    "recycle",
 ]
 
 

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from math import log1p, sqrt
-from typing import Literal
 
 from torch import Tensor
 
 from merging.delta import LowRank
 from merging.linalg import inner, safe_ratio, squared_norm
 
-__all__ = ["CLOSENESS", "Aggregate", "closeness", "cosine"]
-
-Aggregate = Literal["macro", "micro"]
-"""One ratio of sums over all modules, or the mean over modules of each one's ratio, 0 where one side lacks it."""
+__all__ = ["CLOSENESS", "closeness", "cosine"]
 
 _ROWS = 1 << 20
 
@@ -28,19 +24,17 @@ def cosine(one: Deltas, other: Deltas) -> float:
     return closeness(one, other, "cosine")
 
 
-def closeness(one: Deltas, other: Deltas, kind: str, aggregate: Aggregate = "macro") -> float:
-    """The likeness of two adapters, larger for closer ones.
+def closeness(one: Deltas, other: Deltas, kind: str) -> float:
+    """The likeness of two adapters, larger for closer ones: one ratio of sums over all modules.
 
     ``cosine``; ``clamp`` (products of entries below zero count as zero), ``clamp_pm`` (so do whole modules'),
     ``abs`` (products of absolute values), ``quasi_fim`` (the root of the cosine of the squared entries), ``l2``
-    (``-log(1 + |D - D'|^2)``, always over all modules).
+    (``-log(1 + |D - D'|^2)``).
     """
     names = list(dict.fromkeys([*one, *other]))
     if kind == "l2":
         return -log1p(max(0.0, sum(_distance(one.get(name), other.get(name)) for name in names)))
     found = {name: CLOSENESS[kind](one[name], other[name]) for name in names if name in one and name in other}
-    if aggregate == "micro":
-        return sum(_ratio(parts, kind) for parts in found.values()) / len(names)
     # what only one side changes has no product, and counts in its size
     sizes = [sum(_size(deltas[name], kind) for name in names if name in deltas) for deltas in (one, other)]
     return _ratio((sum(parts[0] for parts in found.values()), sizes[0], sizes[1]), kind)

@@ -55,16 +55,24 @@ def random_spectra(expert: Expert, seed: int) -> Expert:
 
 
 def shuffled(expert: Expert, seed: int) -> Expert:
-    """The same changes on other modules of equal shape, none where it was unless it is the only one of its shape."""
+    """The same changes on other modules of equal shape, none where it was; a lone one gets its inputs shuffled."""
     alike: dict[tuple[object, ...], list[str]] = defaultdict(list)
     for name, delta in sorted(expert.deltas.items()):
         alike[(delta.shape, delta.transposed)].append(name)
     deltas: dict[str, LowRank] = {}
     for shape, names in alike.items():
+        if len(names) == 1:
+            deltas[names[0]] = _inputs_shuffled(expert.deltas[names[0]], seed, expert.name, names[0])
+            continue
         mixed = [names[i] for i in order(len(names), seed, "shuffled", expert.name, shape)]
         # a cycle through a random order leaves nothing in its place
         deltas |= {to: expert.deltas[of] for of, to in zip(mixed, mixed[1:] + mixed[:1], strict=True)}
     return replace(expert, deltas={name: deltas[name] for name in expert.deltas})
+
+
+def _inputs_shuffled(delta: LowRank, seed: int, *purpose: object) -> LowRank:
+    mixed = order(delta.down.shape[1], seed, "shuffled", *purpose)
+    return LowRank(delta.up, delta.down[:, mixed], delta.shape, delta.transposed)
 
 
 def _orthonormal(size: int, count: int, random: torch.Generator) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from merging.delta import LowRank
 from merging.errors import InputError, MergingError
 from merging.hub.address import hub_address
 from merging.linalg import squared_norm
+from merging.plan.checks import same_base
 from merging.pool import Pool
 from merging.recycling.places import Place
 from merging.sources import Adapter, open_model
@@ -70,24 +71,27 @@ class Opened:
     notices: tuple[str, ...] = ()
 
 
-def candidates(pool: str | Path | Iterable[str | Path]) -> tuple[Candidate, ...]:
+def candidates(pool: str | Path | Iterable[str | Path], base: str) -> tuple[Candidate, ...]:
     """The adapters of a pool, in the order of their names whatever order they are given in.
 
     Each entry is an adapter (folder, file, or address on the Hub), a pool that ``merge pool`` built, of which those
     that it holds usable are taken, or a folder of adapters, directly or by owner (``POOL/adapter``,
-    ``POOL/owner/adapter``). Raises :class:`~merging.errors.InputError` for a place that holds none.
+    ``POOL/owner/adapter``). Two of one name are told apart by their paths. Raises
+    :class:`~merging.errors.InputError` for a place that holds none, and for a pool of another base.
     """
     entries = [pool] if isinstance(pool, (str, Path)) else list(pool)
     found: dict[str, Candidate] = {}
     for entry in map(str, entries):
-        for each in _under(entry):
+        for each in _under(entry, base):
             found.setdefault(each.path, each)
     if not found:
         raise InputError("the pool is empty: name adapters, or a folder of them")
-    return tuple(sorted(found.values(), key=lambda each: (each.name, each.path)))
+    count = Counter(each.name for each in found.values())
+    told_apart = [each if count[each.name] == 1 else replace(each, name=each.path) for each in found.values()]
+    return tuple(sorted(told_apart, key=lambda each: each.name))
 
 
-def _under(entry: str) -> list[Candidate]:
+def _under(entry: str, base: str) -> list[Candidate]:
     address = hub_address(entry)
     if address is not None:
         return [Candidate(entry, str(address), address.repo.partition("/")[0])]
@@ -97,7 +101,7 @@ def _under(entry: str) -> list[Candidate]:
     if not path.is_dir():
         raise InputError(f"{entry}: there is no such adapter or folder of adapters")
     if (path / _INDEX).is_file():
-        return [Candidate(str(folder), kept.name, kept.owner) for kept, folder in Pool(path).usable()]
+        return _of_pool(path, base)
     direct = [Candidate(str(each), each.name) for each in sorted(path.iterdir()) if _is_adapter(each)]
     owned = [
         Candidate(str(each), f"{owner.name}/{each.name}", owner.name)
@@ -109,6 +113,21 @@ def _under(entry: str) -> list[Candidate]:
     if not direct and not owned:
         raise InputError(f"{entry}: holds no adapter: no folder in it has an adapter_config.json")
     return direct + owned
+
+
+def _of_pool(path: Path, base: str) -> list[Candidate]:
+    """The usable adapters of an audited pool, by the last part of where they came from if that is theirs alone."""
+    pool = Pool(path)
+    own = {base, str(Path(base).expanduser().resolve())}
+    if not any(same_base(one, other) for one in own for other in pool.base_names):
+        raise InputError(f"{path}: is a pool of adapters of {pool.base_names[0]}, and the base is {base}")
+    usable = pool.usable()
+    if not usable:
+        raise InputError(f"{path}: the pool has no adapter that may be used: merge pool list tells why")
+    last = {kept.name: Path(kept.name).name if Path(kept.name).is_absolute() else kept.name for kept, _ in usable}
+    count = Counter(last.values())
+    names = {name: short if count[short] == 1 else name for name, short in last.items()}
+    return [Candidate(str(folder), names[kept.name], kept.owner) for kept, folder in usable]
 
 
 def _is_adapter(path: Path) -> bool:
@@ -175,6 +194,7 @@ def opened(pool: Sequence[Candidate], places: Mapping[str, Place]) -> Opened:
     left_out: dict[str, str] = {}
     notices: list[str] = []
     changed: Counter[str] = Counter()
+    bases: Counter[str] = Counter()
     for candidate in pool:
         try:
             expert = open_expert(candidate, places)
@@ -184,7 +204,14 @@ def opened(pool: Sequence[Candidate], places: Mapping[str, Place]) -> Opened:
         usable.append(candidate)
         changed.update(expert.deltas.keys())
         notices += expert.notices
+        bases.update([expert.base] if expert.base else [])
     if not usable:
         raise InputError(f"none of the {len(pool)} adapters can be used: {next(iter(left_out.values()))}")
     most = [name for name in places if 2 * changed[name] > len(usable)] or [name for name in places if changed[name]]
+    usual = bases.most_common(1)[0][0] if bases else ""
+    others = {base: count for base, count in bases.items() if not same_base(base, usual)}
+    if others:
+        notices.append(
+            f"{sum(others.values())} adapters say that they were trained on {', '.join(others)}, not {usual}"
+        )
     return Opened(tuple(usable), tuple(most), left_out, tuple(notices))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from merging.delta import Dense, LowRank
 from merging.errors import OptionError, nearest
@@ -76,6 +77,8 @@ def check_method(settings: Settings, classifies: bool) -> None:
     if name == SEARCHED:
         if settings.granularity not in (None, "expert"):
             raise OptionError(f"{name} searches one coefficient an adapter: use ours for finer ones")
+        if find_spec("scipy") is None:
+            raise OptionError(f"{name} searches with scipy: pip install 'merging[recycle]'")
         return
     if not all(link in METHODS for link in name.split("+")):
         known = (*TUNED, SEARCHED, *METHODS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from merging.recycling.journal import Journal
 from merging.recycling.loading import load_model
 from merging.recycling.methods import check_method
 from merging.recycling.page import page
-from merging.recycling.problem import Problem, alone
+from merging.recycling.problem import Mixed, Problem, alone
 from merging.recycling.report import Report, make_report
 from merging.recycling.settings import Settings, make_settings
-from merging.recycling.stages import Outcome, Told, carried_out, measured
+from merging.recycling.stages import Outcome, Told, carried_out, guarded, measured
 
 __all__ = ["REPORT", "Recycled", "recycle"]
 
@@ -84,7 +84,7 @@ def recycle(
         chosen.seed,
     )
     check_method(chosen, kind_of(parts) == "label")
-    where, found = pick_device(device), candidates(pool)
+    where, found = pick_device(device), candidates(pool, base)
     _check_output(destination, found, overwrite)
     journal = Journal(
         destination.parent / f".{destination.name}.recycling", _plan(chosen, base, parts, found), resume, overwrite
@@ -96,8 +96,7 @@ def recycle(
     test_items = tuple(map(model.encode, parts.test))
     usable = opened(found, model.places)
     outcome = carried_out(problem, usable, journal, told)
-    folded = fold(outcome.merge, problem, usable.modules, chosen.rank)
-    lossy = alone(folded.expert) if folded.kept < 1 - _NOTICEABLE else None
+    outcome, folded, lossy = _folded(outcome, problem, usable.modules)
     rows = measured(problem, outcome, lossy, test_items or problem.valid, journal, told)
     report = make_report(
         rows,
@@ -113,6 +112,28 @@ def recycle(
     _write(destination, overwrite, problem, base, outcome, folded, report)
     journal.remove()
     return Recycled(destination, folded.rank, folded.kept, report)
+
+
+def _folded(outcome: Outcome, problem: Problem, modules: Sequence[str]) -> tuple[Outcome, Folded, Mixed | None]:
+    """What came back, folded; where that loses something, the best on validation of it and the trivial points folded.
+
+    The last is the folded adapter, to be measured, if it lost something.
+    """
+    rank = problem.settings.rank
+
+    def cut(mixed: Mixed) -> tuple[Folded, Mixed]:
+        folded = fold(mixed, problem, modules, rank)
+        return folded, alone(folded.expert)
+
+    folded, alike = cut(outcome.merge)
+    if folded.kept >= 1 - _NOTICEABLE:
+        return outcome, folded, None
+    others = [(name, cut(mixed)[1].validated(problem)) for name, mixed in outcome.trivial]
+    _, better = guarded(alike.validated(problem), others)
+    if better is not None and better != outcome.fallback:
+        outcome = replace(outcome, merge=dict(outcome.trivial)[better], fallback=better)
+        folded, alike = cut(outcome.merge)
+    return outcome, folded, alike if folded.kept < 1 - _NOTICEABLE else None
 
 
 def _check_output(destination: Path, found: Sequence[Candidate], overwrite: bool) -> None:

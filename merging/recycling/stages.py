@@ -18,7 +18,7 @@ from merging.recycling.report import AVERAGE, MERGE, SINGLE, Measured
 from merging.recycling.selection import Chosen, choose, scored, spearman
 from merging.recycling.verdict import BASE
 
-__all__ = ["Outcome", "Told", "carried_out", "measured"]
+__all__ = ["Outcome", "Told", "carried_out", "guarded", "measured"]
 
 Told = Callable[[str], None]
 """Told what begins now."""
@@ -26,7 +26,8 @@ Told = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
-    """What came of mixing. ``merge`` is what is returned: ``tuned``, or ``fallback`` where that validated better.
+    """What came of mixing. ``merge`` is what is returned: ``tuned``, or the one of the ``trivial`` points (base, target
+    alone, best single adapter) named ``fallback`` where that validated better.
 
     ``controls`` holds one mixture a draw for each kind of adapters that know nothing; ``losses`` those of the chosen
     adapters alone, on the examples; ``correlation`` that of the selection's scores with these losses' order.
@@ -38,6 +39,7 @@ class Outcome:
     tuned: Mixed
     merge: Mixed
     fallback: str | None
+    trivial: tuple[tuple[str, Mixed], ...]
     base: Mixed
     single: Mixed
     average: Mixed
@@ -66,8 +68,9 @@ def carried_out(problem: Problem, pool: Opened, journal: Journal, told: Told) ->
     told(f"mixing {len(experts)} adapters by {settings.method}")
     place = 0 if target else None
     tuned = fit(problem, experts, journal, "fit", place)
-    trivial = [(BASE, base), *((each.name, alone(each).validated(problem)) for each in taken)]
-    merge, fallback = _guarded(tuned, [*trivial, (best.name, single)])
+    unmixed = [(BASE, base), *((each.name, alone(each).validated(problem)) for each in taken)]
+    trivial = (*unmixed, (best.name, single))
+    merge, fallback = guarded(tuned, trivial)
     controls: dict[str, list[Mixed]] = {}
     for name, control in CONTROLS.items():
         told(f"mixing the same with {control.title}")
@@ -75,13 +78,13 @@ def carried_out(problem: Problem, pool: Opened, journal: Journal, told: Told) ->
         for draw in range(settings.draws):
             unknowing = [control.make(expert, settings.seed + 1_000_003 * draw) for expert in chosen.experts]
             mixed = fit(problem, [*taken, *unknowing], journal, f"{name} {draw}", place)
-            controls[name].append(_guarded(mixed, trivial)[0])
+            controls[name].append(guarded(mixed, unmixed)[0])
     several = len(chosen.experts) > 2 and settings.select not in ("evaluation", "random")
     names = [expert.name for expert in chosen.experts]
     correlation = spearman([scores[n] for n in names], [-losses[n] for n in names]) if several else None
     average = mean(experts).validated(problem)
     return Outcome(
-        chosen, yardstick, target, tuned, merge, fallback, base, single, average, controls, losses, correlation
+        chosen, yardstick, target, tuned, merge, fallback, trivial, base, single, average, controls, losses, correlation
     )
 
 
@@ -108,7 +111,7 @@ def _losses(problem: Problem, chosen: Chosen, journal: Journal) -> dict[str, flo
     return kept
 
 
-def _guarded(tuned: Mixed, trivial: Sequence[tuple[str, Mixed]]) -> tuple[Mixed, str | None]:
+def guarded(tuned: Mixed, trivial: Sequence[tuple[str, Mixed]]) -> tuple[Mixed, str | None]:
     """What is no worse on validation than any trivial point, and the name of the one that came back instead."""
     name, best = min(trivial, key=lambda pair: pair[1].loss)
     return (best, name) if best.loss < tuned.loss else (tuned, None)
@@ -142,7 +145,8 @@ def measured(
     rows.append(Measured(AVERAGE, scores("average", outcome.average), f"of {count}"))
     note = f"{settings.method}, {count} adapters"
     if outcome.fallback:
-        note += f": worse on validation than {outcome.fallback}, which came back"
+        rows.append(Measured("the mixture", scores("tuned", outcome.tuned), f"{note}: not what came back"))
+        note = f"{outcome.fallback} alone: better on validation than the mixture"
     rows.append(Measured(MERGE, scores("merge", outcome.merge), note))
     if folded:
         rows.append(Measured("the merge, folded", scores("folded", folded), f"to rank {settings.rank}"))
