@@ -51,10 +51,11 @@ def export(
 
 def _as_told(plan: Plan, manifest: Manifest, grows: Method, names: tuple[str, ...]) -> Plan:
     """The plan as header and card tell it: the store's method on all its models, which is what the output equals."""
+    dialect = next(model.dialect for model in plan.models if isinstance(model, Adapter))
     base = str(plan.base.origin) if plan.base and plan.base.origin else Path(manifest.base.path).name
     recipe = plan.recipe.model_copy(update={"method": grows, "base": base})
     models = (
-        Adapter(Path(name), {}, (), "merged before", step.stated_base, origin=_Noted(name, "", "", step.licence))
+        Adapter(Path(name), {}, (), dialect, step.stated_base, origin=_Noted(name, "", "", step.licence))
         for name, step in zip(names, manifest.steps, strict=True)
     )
     return replace(plan, recipe=recipe, models=tuple(models))

@@ -17,13 +17,16 @@ from merging.method import Method
 from merging.plan.items import Item, Plan
 from merging.recipe import Recipe
 from merging.site import Site
-from merging.sources import Adapter
+from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change, FullChange, LoraChange
 from merging.sources.stored import DTYPE_NAMES, Out, open_safetensors
 
 __all__ = ["Accumulated", "held_forms", "odd_values", "open_state", "state_metadata", "step_plan"]
 
-_TENSORS = "merging_tensors"
+_TENSORS, _DIALECT = "merging_tensors", "merging_dialect"
+
+_PEFT, _SEVERAL = "PEFT", "several"
+"""What a state calls the dialect of models whose names are PEFT's own, and of adapters of different programs."""
 
 _FULL, _DOWN, _UP = "full/", "down/", "up/"
 
@@ -58,7 +61,7 @@ def open_state(path: Path, base: str | None = None) -> Adapter:
                 changes[name] = LoraChange(label, kind, down=down, up=up, scale=1.0, transposed=transposed)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise FormatError(f"{path}: is no state of a store: {type(error).__name__}: {error}") from None
-    return Adapter(path, changes, (path,), "state", base)
+    return Adapter(path, changes, (path,), metadata.get(_DIALECT, _PEFT), base)
 
 
 def odd_values(path: Path) -> list[str]:
@@ -87,7 +90,14 @@ def state_metadata(plan: Plan) -> dict[str, str]:
     for item in plan.items:
         if item.form != "copy":
             facts[item.site.name] = _facts(item)
-    return {_TENSORS: json.dumps(facts)}
+    return {_TENSORS: json.dumps(facts), _DIALECT: _dialect(plan.models)}
+
+
+def _dialect(models: Sequence[Checkpoint | Adapter]) -> str:
+    """Whose names the adapters among some models have, which an adapter that is exported must tell."""
+    adapters = [model for model in models if isinstance(model, Adapter) and model.changes]
+    found = {_PEFT if adapter.dialect.startswith(_PEFT) else adapter.dialect for adapter in adapters}
+    return found.pop() if len(found) == 1 else _SEVERAL if found else _PEFT
 
 
 def _facts(item: Item) -> dict[str, object]:
@@ -123,7 +133,7 @@ def step_plan(held: Adapter | None, plan: Plan, update: Method, key: str, most: 
         items.append(Item(item.site, (own, *item.inputs), item.base, outs, "factors" if name in low else "delta"))
     names = {item.site.name for item in plan.items}
     items += [copy for name, own in changes.items() if name not in names for copy in _copies(name, own)]
-    state = held or Adapter(Path("nothing"), {}, (), "state")
+    state = held or Adapter(Path("nothing"), {}, (), _PEFT)
     return Plan(
         recipe=Recipe(models=("held", *plan.recipe.models), method=update, allow_nonfinite=plan.recipe.allow_nonfinite),
         models=(state, *plan.models),
