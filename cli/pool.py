@@ -19,8 +19,12 @@ __all__ = ["pool_command"]
 _pool = click.argument("pool", type=click.Path(path_type=Path))
 _json = click.option("--json", "as_json", is_flag=True, help="print as JSON")
 _debug = click.option("--debug", is_flag=True, help="show a traceback with errors")
-_cap = click.option("--owner-cap", type=int, default=10, show_default=True, help="adapters of one owner, at most")
-_licences = click.option("--allow-unknown-licence", is_flag=True, help="take adapters of the Hub that state no licence")
+_cap = click.option("--owner-cap", type=int, help="adapters of one owner, at most  [default: as before; at first 10]")
+_licences = click.option(
+    "--allow-unknown-licence/--refuse-unknown-licence",
+    default=None,
+    help="take adapters of the Hub that state no licence  [default: as before; at first no]",
+)
 
 
 @click.group(name="pool", context_settings={"help_option_names": ["-h", "--help"]})
@@ -30,6 +34,7 @@ def pool_command() -> None:
     \b
     merge pool build POOL --base BASE a/ b/ c/          from folders and files
     merge pool build POOL --base ORG/BASE --hub         from the Hub: all adapters that name this base
+    merge pool smoke POOL                               the base runs with each: destroyed, or no change?
     merge pool list POOL                                every adapter, its verdict and figures
     merge pool show POOL NAME                           all that was found of one
 
@@ -62,8 +67,8 @@ def build_command(
     limit: int,
     sort: Any,
     again: bool,
-    owner_cap: int,
-    allow_unknown_licence: bool,
+    owner_cap: int | None,
+    allow_unknown_licence: bool | None,
     as_json: bool,
     debug: bool,
 ) -> None:
@@ -84,8 +89,9 @@ def build_command(
             raise OptionError("which adapters? Name paths, or use --hub or --query")
         if (pool / "pool.sqlite").is_file():
             opened = Pool(pool)
-            if base_names or (base is not None and base != opened.base and str(Path(base).resolve()) != opened.base):
-                raise OptionError(f"{pool}: is a pool of {opened.base} already: leave out --base and --base-name")
+            if base is not None and base != opened.base and str(Path(base).resolve()) != opened.base:
+                raise OptionError(f"{pool}: is a pool of {opened.base} already: leave out --base")
+            opened.also_called(base_names)
         elif base is None:
             raise OptionError(f"{pool}: is a new pool: say with --base which model its adapters were trained from")
         else:
@@ -101,12 +107,8 @@ def build_command(
             if asked is None:
                 raise OptionError(f"--query {query}: begins with hub:")
             candidates += candidates_of(replace(asked, limit=min(limit, asked.limit), sort=sort))
-
-        def tell(entry: Entry) -> None:
-            click.echo(f"{entry.verdict:11} {entry.name}{_reasons(entry)}", err=True)
-
         built = opened.build(
-            candidates, again=again, owner_cap=owner_cap, allow_unknown_licence=allow_unknown_licence, tell=tell
+            candidates, again=again, owner_cap=owner_cap, allow_unknown_licence=allow_unknown_licence, tell=_tell
         )
     if as_json:
         click.echo(json.dumps({"pool": str(pool), "audited": built.audited, "verdicts": built.verdicts}, indent=2))
@@ -187,12 +189,36 @@ def audit_command(pool: Path, names: tuple[str, ...], as_json: bool, debug: bool
 @_licences
 @_json
 @_debug
-def dedupe_command(pool: Path, owner_cap: int, allow_unknown_licence: bool, as_json: bool, debug: bool) -> None:
+def dedupe_command(
+    pool: Path, owner_cap: int | None, allow_unknown_licence: bool | None, as_json: bool, debug: bool
+) -> None:
     """Compare all with all anew: repeats, owners with too many, norms far from the others', licences."""
     with reported(debug):
         from merging.pool import Pool
 
         verdicts = Pool(pool).dedupe(owner_cap, allow_unknown_licence)
+    _told(pool, verdicts, as_json)
+
+
+@pool_command.command(name="smoke")
+@_pool
+@click.option("--texts", type=click.Path(), help="plain texts of your own, one a line  [default: 24 English ones]")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N")
+@click.option("--again", is_flag=True, help="also those that were tested before")
+@_json
+@_debug
+def smoke_command(pool: Path, texts: str | None, device: str, again: bool, as_json: bool, debug: bool) -> None:
+    """Run the base with every adapter over a few texts, and quarantine what destroys it or changes nothing.
+
+    A language model is destroyed where plain text has over 3 times its perplexity, another where it hardly tells texts
+    apart. A test that was interrupted goes on when it is started again.
+    """
+    with reported(debug):
+        from merging.pool import Pool
+        from merging.pool.smoke import read_texts
+
+        chosen = read_texts(texts) if texts else None
+        verdicts = Pool(pool).smoke(chosen, device=device, again=again, tell=_tell)
     _told(pool, verdicts, as_json)
 
 
@@ -240,6 +266,10 @@ def plot_command(pool: Path, output: str, debug: bool) -> None:
 
         plot(Pool(pool), output)
     click.echo(output)
+
+
+def _tell(entry: Entry) -> None:
+    click.echo(f"{entry.verdict:11} {entry.name}{_reasons(entry)}", err=True)
 
 
 def _reasons(entry: Entry) -> str:

@@ -98,6 +98,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "tensors",
         "companions",
         "model_folder",
+        "networks",
         "inspect",
         "continual",
         "geometry",

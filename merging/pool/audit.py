@@ -102,7 +102,10 @@ class Auditor:
             if pickled:
                 audit.find("headers", "rejected", f"is a pickle ({pickled}): only safetensors come into a pool")
             elif adapter.base and not any(same_base(adapter.base, name) for name in self.base_names):
-                told = f"was trained on {adapter.base}, and the pool is of {self.base_names[0]}"
+                told = (
+                    f"was trained on {adapter.base}, and the pool is of {self.base_names[0]}: if these are one model, "
+                    f"build again with --base-name {adapter.base} --again"
+                )
                 audit.find("headers", "rejected", told)
             else:
                 changes = self._resolver.resolve(adapter).changes

@@ -6,7 +6,7 @@ import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,6 +83,11 @@ class Entry:
         """Whether merges may choose it."""
         return self.verdict in ("ok", "repaired")
 
+    @property
+    def smoked(self) -> bool:
+        """Whether the base was run with it."""
+        return bool(self.figures.get("smoked"))
+
     def to_dict(self) -> dict[str, Any]:
         """The same in plain values, for JSON; the sketch is left out."""
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "sketch"}
@@ -157,6 +162,14 @@ class Index:
             self._file.execute("DELETE FROM findings WHERE stage = ?", (stage,))
             self._file.executemany("INSERT INTO findings VALUES (?, ?, ?, ?)", rows)
             self._file.execute(f"UPDATE adapters SET verdict = CASE COALESCE({worst}, 0) {named} END")
+
+    def note_findings(self, name: str, stage: str, findings: Sequence[Finding], figures: Mapping[str, float]) -> None:
+        """Add what a stage found of one adapter, instead of what it found before, and its figures."""
+        entry = self.entry(name)
+        kept = tuple(found for found in entry.findings if found.stage != stage)
+        found = (*kept, *findings)
+        worst = VERDICTS[max((VERDICTS.index(each.verdict) for each in found), default=0)]
+        self.put(replace(entry, verdict=worst, findings=found, figures={**entry.figures, **figures}))
 
     def remove(self, names: Iterable[str]) -> None:
         """Forget adapters."""

@@ -13,15 +13,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from merging.errors import InputError, OptionError, OutputError
+from merging.errors import InputError, MergingError, OptionError, OutputError
+from merging.plan.resolve import Resolver
 from merging.pool.audit import Auditor, Candidate
 from merging.pool.duplicates import duplicates
 from merging.pool.index import VERDICTS, Entry, Finding, Index
 from merging.sources import Adapter, Checkpoint, open_model
+
+if TYPE_CHECKING:
+    from merging.pool.smoke import SmokeTest
 
 __all__ = ["OWNER_CAP", "Built", "Pool"]
 
@@ -88,6 +92,10 @@ class Pool:
         """What the base is called."""
         return tuple((self.index.fact("base_names") or "").split("\n"))
 
+    def also_called(self, names: Sequence[str]) -> None:
+        """Add names that adapters call the base by."""
+        self.index.note(base_names="\n".join(dict.fromkeys([*names, *self.base_names])))
+
     def verdicts(self) -> dict[str, int]:
         """How many adapters have each verdict."""
         counted = Counter(entry.verdict for entry in self.index.entries())
@@ -102,18 +110,19 @@ class Pool:
         candidates: Iterable[Candidate],
         *,
         again: bool = False,
-        owner_cap: int = OWNER_CAP,
-        allow_unknown_licence: bool = False,
+        owner_cap: int | None = None,
+        allow_unknown_licence: bool | None = None,
         tell: Callable[[Entry], None] | None = None,
     ) -> Built:
         """Audit what is new (with ``again`` everything), keep what is worth it, and compare all with all.
 
+        ``owner_cap`` (ten at first) and ``allow_unknown_licence`` (no at first) are remembered for later calls.
         ``tell`` is told of every adapter that was audited. Raises :class:`~merging.errors.MergingError` for what is
         wrong with the pool, its base, or the network, never for an adapter: what is wrong with one is a finding.
         """
-        _check_cap(owner_cap)
         audited = 0
         with self._writing():
+            self._remember(owner_cap, allow_unknown_licence)
             base = _open_base(self.base)
             known = set() if again else self.index.names()
             auditor = Auditor(base, self.base_names, self.index.base_norms())
@@ -129,15 +138,56 @@ class Pool:
                 audited += 1
                 if tell:
                     tell(entry)
-            self._compare(base, owner_cap, allow_unknown_licence)
+            self._compare(base)
         return Built(audited, self.verdicts())
 
-    def dedupe(self, owner_cap: int = OWNER_CAP, allow_unknown_licence: bool = False) -> dict[str, int]:
+    def dedupe(self, owner_cap: int | None = None, allow_unknown_licence: bool | None = None) -> dict[str, int]:
         """Compare all with all anew: norms, repeats, licences, owners. Returns the verdicts."""
-        _check_cap(owner_cap)
         with self._writing():
-            self._compare(_open_base(self.base), owner_cap, allow_unknown_licence)
+            self._remember(owner_cap, allow_unknown_licence)
+            self._compare(_open_base(self.base))
         return self.verdicts()
+
+    def smoke(
+        self,
+        texts: Sequence[str] | None = None,
+        *,
+        device: str = "cpu",
+        again: bool = False,
+        tell: Callable[[Entry], None] | None = None,
+    ) -> dict[str, int]:
+        """Run the base with each adapter that merges may choose, over a few texts. Returns the verdicts.
+
+        What it destroys, or leaves as it is, is quarantined. Each adapter is noted as it is done, so that a test that
+        is killed goes on; ``again`` does all anew. Raises :class:`~merging.errors.InputError` for a base that
+        transformers cannot load.
+        """
+        from merging.pool.smoke import TEXTS, SmokeTest
+
+        with self._writing():
+            source = _open_base(self.base)
+            waiting = [entry for entry in self.index.entries() if entry.folder and (again or not entry.smoked)]
+            waiting = [entry for entry in waiting if entry.usable or entry.smoked]
+            if waiting:
+                test, resolver = (
+                    SmokeTest(self.base, source, texts or TEXTS, device),
+                    Resolver(source.tensors, source.config),
+                )
+                for entry in waiting:
+                    self._smoke(entry, test, resolver)
+                    if tell:
+                        tell(self.index.entry(entry.name))
+            self._compare(source)
+        return self.verdicts()
+
+    def _smoke(self, entry: Entry, test: SmokeTest, resolver: Resolver) -> None:
+        try:
+            adapter = open_model(self.path / str(entry.folder))
+            assert isinstance(adapter, Adapter)
+            findings, figures = test.run(replace(adapter, changes=resolver.resolve(adapter).changes))
+        except MergingError as error:
+            findings, figures = [Finding("smoke", "ok", f"could not be run: {error}")], {}
+        self.index.note_findings(entry.name, "smoke", findings, {"smoked": 1.0, **figures})
 
     def remove(self, names: Sequence[str]) -> None:
         """Forget adapters, and delete the files that no other one has."""
@@ -147,16 +197,25 @@ class Pool:
             self.index.remove(names)
             self._sweep()
 
-    def _compare(self, base: Checkpoint, owner_cap: int, allow_unknown_licence: bool) -> None:
+    def _remember(self, owner_cap: int | None, allow_unknown_licence: bool | None) -> None:
+        if owner_cap is not None:
+            if owner_cap < 1:
+                raise OptionError(f"owner_cap = {owner_cap}: at least one adapter of each owner is needed")
+            self.index.note(owner_cap=str(owner_cap))
+        if allow_unknown_licence is not None:
+            self.index.note(allow_unknown_licence=str(allow_unknown_licence))
+
+    def _compare(self, base: Checkpoint) -> None:
         """What only the whole pool tells. An owner's places go to adapters that nothing else speaks against."""
+        cap, licences = int(self.index.fact("owner_cap") or OWNER_CAP), self.index.fact("allow_unknown_licence")
         kept = [entry for entry in self.index.entries() if entry.folder]
         order = sorted(kept, key=lambda entry: (-entry.downloads, entry.created or "", entry.name))
         self.index.judge("owners", {})
         self.index.judge("norms", _outliers(kept))
         self.index.judge("duplicates", duplicates(self.path, base, order))
-        self.index.judge("licence", {} if allow_unknown_licence else _unlicensed(kept))
+        self.index.judge("licence", {} if licences == "True" else _unlicensed(kept))
         usable = {entry.name for entry in self.index.entries(("ok", "repaired"))}
-        self.index.judge("owners", _over_the_cap([entry for entry in order if entry.name in usable], owner_cap))
+        self.index.judge("owners", _over_the_cap([entry for entry in order if entry.name in usable], cap))
 
     def _keep(self, entry: Entry, adapter: Adapter) -> Entry:
         """Copy an adapter's files into the pool, under the hash of its weights and config."""
@@ -220,11 +279,6 @@ def _open_base(base: str | Path) -> Checkpoint:
     if isinstance(opened, Adapter):
         raise InputError(f"{base}: is an adapter, and a pool wants the full model that its adapters were trained from")
     return opened
-
-
-def _check_cap(owner_cap: int) -> None:
-    if owner_cap < 1:
-        raise OptionError(f"owner_cap = {owner_cap}: at least one adapter of each owner is needed")
 
 
 def _outliers(entries: Sequence[Entry]) -> dict[str, Finding]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from merging.errors import InputError, OptionError
-from merging.hub.address import hub_address
+from merging.networks import explained, loadable, quiet
 from merging.recycling.data import Split, kind_of, labels_of
 from merging.recycling.model import Classifier, Decoder, Encoder, EncoderDecoder, TaskModel
 from merging.recycling.settings import Settings
@@ -28,8 +25,8 @@ def load_model(base: str, parts: Split, settings: Settings, device: torch.device
     """
     import transformers
 
-    where, options = _named(base)
-    with _quiet(), _explained(base):
+    where, options = loadable(base)
+    with quiet(), explained(base):
         config = transformers.AutoConfig.from_pretrained(where, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
     architecture = str((config.architectures or [""])[0])
@@ -40,7 +37,7 @@ def load_model(base: str, parts: Split, settings: Settings, device: torch.device
         Classifier: transformers.AutoModelForSequenceClassification,
         Encoder: transformers.AutoModel,
     }[kind]
-    with _quiet(), _explained(base):
+    with quiet(), explained(base):
         network, told = loader.from_pretrained(
             where, dtype=_dtype(settings, device), output_loading_info=True, **options
         )
@@ -58,16 +55,6 @@ def load_model(base: str, parts: Split, settings: Settings, device: torch.device
     elif network.config.pad_token_id is None:
         network.config.pad_token_id = tokenizer.pad_token_id or 0  # what tells a decoder's last token from padding
     return model
-
-
-def _named(base: str) -> tuple[str, dict[str, Any]]:
-    address = hub_address(base)
-    if address is None:
-        if not Path(base).expanduser().is_dir():
-            raise InputError(f"{base}: is no folder of a model: recycling runs the base, so its config is needed")
-        return str(Path(base).expanduser()), {}
-    revision = {"revision": address.revision} if address.revision else {}
-    return address.repo, {**revision, **({"subfolder": address.path} if address.path else {})}
 
 
 def _kind(base: str, architecture: str, two_parts: bool, asked: str, settings: Settings) -> Any:
@@ -96,29 +83,3 @@ def _dtype(settings: Settings, device: torch.device) -> Any:
 def _positions(config: Any) -> int:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else _MOST_TOKENS
-
-
-@contextmanager
-def _explained(base: str) -> Iterator[None]:
-    """What transformers cannot load becomes one message."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{base}: cannot be loaded by transformers: {reason[:300]}") from None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Neither bars nor remarks of the library: what is missing is told by us."""
-    from transformers.utils import logging
-
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

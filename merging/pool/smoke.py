@@ -1,0 +1,198 @@
+"""The smoke test: the base runs with each adapter, and says whether it still works, and whether anything changed.
+
+Norms do not tell all: of the public adapters that pass every check of their values, some eight in a hundred leave a
+model that answers nothing any more (recycling study of 2026, arXiv 2602.12323).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from merging.errors import FormatError, InputError
+from merging.networks import explained, loadable, quiet
+from merging.pool.audit import change_of
+from merging.pool.index import Finding
+from merging.sources import Adapter, Checkpoint
+from merging.sources.names import find_renaming
+
+__all__ = ["TEXTS", "SmokeTest", "read_texts"]
+
+_DESTROYED = 3.0
+"""An adapter whose base reads plain text with so many times its perplexity is taken for destroyed."""
+
+_NOTHING = 1e-3
+"""An adapter that moves the outputs by less, as a share of how much they vary, changes nothing that is seen."""
+
+_COLLAPSED = 0.1
+"""The share of its spread that is left to the texts' features where a model without words is taken for destroyed."""
+
+_AT_ONCE = 8
+_MOST_TOKENS = 128
+
+TEXTS = (
+    "The train to the coast leaves at seven in the morning and arrives shortly before noon.",
+    "She opened the window, and the smell of rain came into the room.",
+    "Water boils at a lower temperature on high mountains, because the pressure of the air is lower there.",
+    "How do I get a stain of red wine out of a white shirt?",
+    "The committee will meet again next week to decide about the budget for the coming year.",
+    "Question: What is the capital of France? Answer: The capital of France is Paris.",
+    "def add(a, b):\n    return a + b",
+    "He had never been to the north before, and the long evenings surprised him.",
+    "Photosynthesis turns light, water and carbon dioxide into sugar and oxygen.",
+    "Please find the invoice attached; payment is due within thirty days.",
+    "The second half began slowly, but two late goals decided the match.",
+    "To make the dough, mix flour, salt and yeast, add warm water, and knead for ten minutes.",
+    "The museum is closed on Mondays, except on public holidays.",
+    "Many birds fly south in autumn and come back in spring.",
+    "If all roses are flowers and some flowers fade quickly, do some roses fade quickly?",
+    "The company said on Tuesday that its profit had fallen by four per cent.",
+    "My grandmother kept bees at the end of the garden, behind the apple trees.",
+    "A prime number has exactly two divisors, one and itself.",
+    "The film is too long, but the last twenty minutes are worth the wait.",
+    "Turn left at the church, go down the hill, and the station is on your right.",
+    "Iron rusts when it meets water and air.",
+    "I would like to change my booking from Friday to Saturday, if that is possible.",
+    "The old bridge was built of stone in the fifteenth century and has been repaired twice.",
+    "Most of the islands have no fresh water, so rain is collected on the roofs.",
+)
+"""Plain English of several kinds, which a model of English reads with ease."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Said:
+    """What the base says about the texts: its outputs ``[tokens, width]``, and how surprised it is, if it has words."""
+
+    outputs: Tensor
+    loss: float | None
+    features: Tensor
+
+    @property
+    def spread(self) -> float:
+        """How far the texts' mean features ``[texts, width]`` are from their centre."""
+        return float((self.features - self.features.mean(0)).norm())
+
+
+class SmokeTest:
+    """The base, loaded whole by transformers, and what it says about a few texts.
+
+    Raises :class:`~merging.errors.InputError` for a base that cannot be loaded or has no tokenizer.
+    """
+
+    def __init__(self, base: str, source: Checkpoint, texts: Sequence[str] = TEXTS, device: str = "cpu") -> None:
+        import transformers
+
+        where, options = loadable(base)
+        with quiet(), explained(base):
+            config = transformers.AutoConfig.from_pretrained(where, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+            loader = getattr(transformers, str((config.architectures or [""])[0]), transformers.AutoModel)
+            self.network = loader.from_pretrained(where, dtype="auto", **options).eval().requires_grad_(False)
+        self.network.to(device)
+        self.source = source
+        self.parameters = dict(self.network.named_parameters())
+        given = [tokenizer(text)["input_ids"][:_MOST_TOKENS] for text in texts]
+        self.tokens = [row for row in given if len(row) > 1]
+        self.pad = tokenizer.pad_token_id or 0
+        self.base = self._said()
+
+    def run(self, adapter: Adapter) -> tuple[list[Finding], dict[str, float]]:
+        """What running the base with an adapter finds, and the figures; ``adapter`` has the base's own names.
+
+        ``perplexity_ratio`` is that of plain text with the adapter to that without (models with words only),
+        ``output_change`` the mean change of the outputs relative to how much these vary, ``spread_ratio`` how far apart
+        the features of different texts are, relative to the base's.
+        """
+        with self._changed(adapter):
+            said = self._said()
+        moved = (said.outputs - self.base.outputs).abs().mean() / self.base.outputs.std()
+        figures = {"output_change": float(moved), "spread_ratio": said.spread / max(self.base.spread, 1e-30)}
+        if not all(map(math.isfinite, figures.values())):
+            return [Finding("smoke", "quarantined", "with it the base answers NaN: destroyed")], {}
+        if said.loss is not None and self.base.loss is not None:
+            figures["perplexity_ratio"] = math.exp(min(said.loss - self.base.loss, 700.0))
+        return [*_findings(figures)], figures
+
+    @contextmanager
+    def _changed(self, adapter: Adapter) -> Iterator[None]:
+        """The network with an adapter's change in its weights; afterwards these are read again from the base."""
+        shapes = {name: tuple(value.shape) for name, value in self.parameters.items()}
+        targets = adapter.changes
+        renaming, left = find_renaming(
+            targets, shapes, lambda target, name: shapes[name] == tuple(self.source.tensors[target].shape)
+        )
+        if left:
+            raise InputError(f"{left[0]} is called otherwise, or joined with others, where transformers runs it")
+        named = {target: self.parameters[renaming(target) or target] for target in targets}
+        try:
+            for target, change in targets.items():
+                delta = change_of(change, self.source.tensors[target])
+                named[target].add_(delta.dense().to(named[target].device))
+            yield
+        finally:
+            for target, parameter in named.items():
+                parameter.copy_(self.source.tensors[target].read())
+
+    @torch.no_grad()
+    def _said(self) -> _Said:
+        outputs, features, losses = [], [], []
+        for start in range(0, len(self.tokens), _AT_ONCE):
+            rows = self.tokens[start : start + _AT_ONCE]
+            longest = max(map(len, rows))
+            padded = torch.tensor([[*row, *[self.pad] * (longest - len(row))] for row in rows])
+            mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+            given = {"input_ids": padded.to(self.network.device), "attention_mask": mask.to(self.network.device)}
+            if self.network.config.is_encoder_decoder:
+                given["decoder_input_ids"] = given["input_ids"]
+            told = self.network(**given)
+            words = getattr(told, "logits", None)
+            states = (words if words is not None else told.last_hidden_state).float().cpu()
+            if states.dim() < 3:  # a classifier says one thing of a whole text
+                outputs += list(states.unsqueeze(1))
+                features += list(states)
+                continue
+            for row, length, state in zip(rows, mask.sum(1).tolist(), states, strict=True):
+                outputs.append(state[:length])
+                features.append(state[:length].mean(0))
+                if self._reads:
+                    target = torch.tensor(row[1:])
+                    losses.append(torch.nn.functional.cross_entropy(state[: length - 1], target, reduction="none"))
+        loss = float(torch.cat(losses).mean()) if losses else None
+        return _Said(torch.cat(outputs), loss, torch.stack(features))
+
+    @property
+    def _reads(self) -> bool:
+        """Whether the network predicts each next word of a text."""
+        return type(self.network).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def _findings(figures: dict[str, float]) -> Iterator[Finding]:
+    ratio = figures.get("perplexity_ratio", 1.0)
+    if ratio > _DESTROYED:
+        yield Finding(
+            "smoke", "quarantined", f"with it the base reads plain text with {ratio:.3g} times its perplexity"
+        )
+    elif figures["spread_ratio"] < _COLLAPSED and "perplexity_ratio" not in figures:
+        yield Finding("smoke", "quarantined", "with it the base tells texts hardly apart any more: destroyed")
+    elif figures["output_change"] < _NOTHING:
+        yield Finding("smoke", "quarantined", "changes nothing that the base says of plain text")
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """The texts of a file, one a line. Raises :class:`~merging.errors.FormatError` for one without any."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise FormatError(f"{path}: is no text in UTF-8") from None
+    texts = [line.strip() for line in lines if line.strip()]
+    if len(texts) < 2:
+        raise FormatError(f"{path}: holds {len(texts)} texts, one a line: a smoke test wants some twenty")
+    return texts
