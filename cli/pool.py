@@ -144,14 +144,9 @@ def list_command(pool: Path, verdicts: tuple[Any, ...], as_json: bool, debug: bo
 def show_command(pool: Path, name: str, as_json: bool, debug: bool) -> None:
     """All that was found of one adapter; NAME as `list` prints it, or the end of it."""
     with reported(debug):
-        from merging.errors import OptionError
         from merging.pool import Pool
 
-        index = Pool(pool).index
-        ending = [known for known in sorted(index.names()) if known.rstrip("/").endswith(f"/{name}")]
-        if len(ending) > 1 and name not in index.names():
-            raise OptionError(f"{name}: may be {', '.join(ending[:5])}: write more of it")
-        entry = index.entry(ending[0] if ending and name not in index.names() else name)
+        entry = Pool(pool).index.entry(name)
     if as_json:
         click.echo(json.dumps(entry.to_dict(), indent=2))
         return

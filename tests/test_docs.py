@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+from click.testing import CliRunner
 from hub_fixture import Hub
+
+from merging.cli.main import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,13 +31,21 @@ def run(command: list[str], folder: Path, environment: Mapping[str, str] | None 
     return done.stdout
 
 
+def said(line: str) -> str:
+    """What a command of the README prints on stdout here and now; it must succeed, and runs in this process."""
+    done = CliRunner().invoke(cli, shlex.split(line, comments=True)[1:])
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
 @pytest.fixture
-def workplace(tmp_path: Path) -> Path:
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which the README's relative paths lead somewhere: adapters and checkpoints by the names it uses."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     adapters = sorted((ROOT / "examples" / "adapters").iterdir())
     for name, adapter in zip("abc", adapters, strict=False):
         (tmp_path / name).symlink_to(adapter)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
@@ -57,7 +68,7 @@ def models(workplace: Path) -> None:
 
 
 def merges(line: str) -> bool:
-    told_apart = ("merge continual ", "merge formats")
+    told_apart = ("merge continual ", "merge pool ", "merge formats")
     return line.startswith("merge ") and not line.startswith(told_apart) and not asks_the_hub(line)
 
 
@@ -68,12 +79,11 @@ def asks_the_hub(line: str) -> bool:
 @pytest.mark.usefixtures("models")
 @pytest.mark.parametrize("line", [line for line in COMMANDS if merges(line)])
 def test_commands_work(line: str, workplace: Path) -> None:
-    words = shlex.split(line, comments=True)
-    if words[1] == "inspect":
-        run([MERGE, "--method", "linear", "a", "b", "-o", "merged"], workplace)
-    run([MERGE, *words[1:]], workplace)
+    if line.startswith("merge inspect "):
+        said("merge --method linear a b -o merged")
+    said(line)
     made = [name for name in ("merged", "merged.safetensors", "analogy", "baked") if (workplace / name).exists()]
-    assert made or "--dry-run" in words
+    assert made or "--dry-run" in line
 
 
 @pytest.mark.usefixtures("models")
@@ -82,10 +92,20 @@ def test_commands_of_a_store_work(workplace: Path) -> None:
     (workplace / "incoming").mkdir()
     (workplace / "incoming" / "late").symlink_to(workplace / "c")
     lines = [line for line in COMMANDS if line.startswith("merge continual ")]
-    said = [run([MERGE, *shlex.split(line, comments=True)[1:]], workplace) for line in lines]
+    told = [said(line) for line in lines]
     assert len(lines) == 8
-    assert "added: incoming/late as step 2" in said[5]
+    assert "added: incoming/late as step 2" in told[5]
     assert (workplace / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.usefixtures("models")
+def test_commands_of_a_pool_work(workplace: Path) -> None:
+    """One after the other, on one pool."""
+    lines = [line for line in COMMANDS if line.startswith("merge pool ")]
+    told = [said(line) for line in lines]
+    assert len(lines) == 8
+    assert "4 ok, 0 repaired, 0 quarantined" in told[1]
+    assert (workplace / "pool.png").stat().st_size > 10_000
 
 
 def test_commands_of_the_hub_work(hub: Hub, tmp_path: Path) -> None:

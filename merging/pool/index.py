@@ -186,11 +186,19 @@ class Index:
         return [self._entry(row) for row in self._file.execute(query, tuple(verdicts)).fetchall()]
 
     def entry(self, name: str) -> Entry:
-        """One adapter. Raises :class:`~merging.errors.InputError` for a name that is not there."""
+        """One adapter, by its name or the end of it (``spam`` of ``/home/me/spam``).
+
+        Raises :class:`~merging.errors.InputError` for a name that is not there, or an end of several.
+        """
         row = self._file.execute("SELECT * FROM adapters WHERE name = ?", (name,)).fetchone()
-        if row is None:
+        if row is not None:
+            return self._entry(row)
+        ending = [known for known in sorted(self.names()) if known.rstrip("/").endswith(f"/{name.rstrip('/')}")]
+        if len(ending) > 1:
+            raise InputError(f"{name}: may be {', '.join(ending[:5])}: write more of it")
+        if not ending:
             raise InputError(f"{name}: is not in the pool{nearest(name, self.names())}")
-        return self._entry(row)
+        return self.entry(ending[0])
 
     def _entry(self, row: sqlite3.Row) -> Entry:
         rows = self._file.execute("SELECT * FROM findings WHERE adapter = ? ORDER BY rowid", (row["name"],))

@@ -192,9 +192,7 @@ class Pool:
     def remove(self, names: Sequence[str]) -> None:
         """Forget adapters, and delete the files that no other one has."""
         with self._writing():
-            for name in names:
-                self.index.entry(name)
-            self.index.remove(names)
+            self.index.remove([self.index.entry(name).name for name in names])
             self._sweep()
 
     def _remember(self, owner_cap: int | None, allow_unknown_licence: bool | None) -> None:
