@@ -3,7 +3,7 @@
     python tests/benchmarks/pool.py --adapters 1000
 
 The adapters are random ones of rank 8 for a Llama-shaped base of width 512 (every hundredth repeats the one before it
-in other factors). `build` runs in a process of its own, on a tenth of them and then, in a pool of its own, on all of them:
+in other factors). `build` runs in a process of its own, on a tenth of them and then, into another pool, on all of them:
 seconds and memory must grow no faster than their number, apart from comparing all with all, which is told apart.
 """
 
