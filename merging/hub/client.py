@@ -18,8 +18,15 @@ RETRIED = (408, 429, 500, 502, 503, 504)
 """Statuses after which the same request may succeed."""
 
 _TRIES = 6
+_FIRST_TRIES = 3
+"""Tries for a Hub that no request of this process has reached yet: most likely there is no network."""
+
 _LONGEST = 60.0
 """Seconds waited before one more try, at most, also where the server asks for more."""
+
+
+_reached: set[str] = set()
+"""The addresses of Hubs that have answered."""
 
 
 class Unreachable(InputError):
@@ -61,13 +68,18 @@ def patiently(ask: Callable[[], T], name: str, number: int = 0) -> T:
     cannot pass.
     """
     try:
-        return ask()
+        answer = ask()
     except MergingError:
         raise
     except Exception as error:
         pause = _pause(error, number)
-        if pause is None or number + 1 == _TRIES:
+        if _answer(error) is not None:
+            _reached.add(endpoint())
+        if pause is None or number + 1 == (_TRIES if endpoint() in _reached else _FIRST_TRIES):
             raise explained(error, name) from None
+    else:
+        _reached.add(endpoint())
+        return answer
     time.sleep(pause)
     return patiently(ask, name, number + 1)
 
@@ -80,10 +92,7 @@ def _pause(error: Exception, number: int) -> float | None:
     if isinstance(error, OfflineModeIsEnabled):
         return None
     backoff: float = min(_LONGEST, 2**number * random.uniform(0.5, 1))
-    # The library wraps what went wrong in errors of its own, which name it as their cause.
-    while not isinstance(error, HTTPError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    response = getattr(error, "response", None)
+    error, response = _origin(error), _answer(error)
     if response is not None:
         if response.status_code not in RETRIED:
             return None
@@ -91,6 +100,20 @@ def _pause(error: Exception, number: int) -> float | None:
         return min(_LONGEST, float(stated)) if stated.isdigit() else backoff
     # Without an answer: refused, reset, timed out or cut short.
     return backoff if isinstance(error, (HTTPError, OSError)) and not isinstance(error, FileNotFoundError) else None
+
+
+def _origin(error: Exception) -> Exception:
+    """What went wrong: the library wraps it in errors of its own, which name it as their cause."""
+    from httpx2 import HTTPError
+
+    while not isinstance(error, HTTPError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
+
+
+def _answer(error: Exception) -> Any:
+    """The Hub's answer that an error is about, None if there was none."""
+    return getattr(_origin(error), "response", None)
 
 
 def explained(error: Exception, name: str) -> InputError:
