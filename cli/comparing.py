@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -25,8 +25,13 @@ _PAIRS = 20
 @click.command(name="compare", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--base", help="the model that the others were trained from; full checkpoints need it")
-@click.option("--signs", is_flag=True, help="how often signs agree, over a sample of every tensor")
-@click.option("--exact-signs", is_flag=True, help="the same over all entries")
+@click.option(
+    "--signs",
+    type=click.Choice(["sample", "all", "none"]),
+    default="sample",
+    show_default=True,
+    help="how often signs agree: over a sample of every tensor, over all entries, or not at all",
+)
 @click.option(
     "--intruders", is_flag=True, help="intruder dimensions against --base, each of whose matrices is decomposed"
 )
@@ -45,8 +50,7 @@ _PAIRS = 20
 @click.option("--debug", is_flag=True, help="show a traceback with errors")
 def compare_command(
     models: tuple[str, ...],
-    signs: bool,
-    exact_signs: bool,
+    signs: Literal["sample", "all", "none"],
     plot: str | None,
     html: str | None,
     device: str,
@@ -56,7 +60,7 @@ def compare_command(
     debug: bool,
     **options: Any,
 ) -> None:
-    """Tell how models agree: angles, sizes, ranks, subspaces of what they change; signs and intruders if asked for.
+    """Tell how models agree: angles, sizes, ranks, signs, subspaces of what they change; intruders if asked for.
 
     Of adapters only the factors are read, whatever the size of the model.
     """
@@ -67,12 +71,14 @@ def compare_command(
 
         if plot or html:
             from merging.report.drawing import check_drawing
+            from merging.report.page import check_page
 
             check_drawing(plot)
+            check_page(html)
         with progress_bar(progress, "comparing") as report:
             found = compare(
                 models,
-                signs="all" if exact_signs else "sample" if signs else None,
+                signs=None if signs == "none" else signs,
                 max_memory=max_memory or MEMORY,
                 device=pick_device(device),
                 progress=report,
@@ -109,7 +115,7 @@ def _echo(found: Comparison) -> None:
             f"{sizes.tensors};\n  variance over squared mean: of norms {sizes.variance:.3g}{columns}"
         )
     _echo_layers(found)
-    if found.signs:
+    if found.signs and len(names) > 1:
         signs = found.signs
         told = f"signs that agree, {signs.entries:,} of {signs.total:,} entries; 0.5 is chance"
         _echo_pairs(told, names, signs.matrix, ".3f")

@@ -76,6 +76,8 @@ def aligned(
             )
         plan = plan_of(recipe.model_copy(update={"kind": "model"}), opened, full)
     items = [item for item in plan.items if item.form != "copy" and item.numel]
+    if not items:
+        raise InputError("there is nothing to compare: no tensor is left")
     if not reads_base:
         items = [item if _needs_base(item) else replace(item, base=None) for item in items]
     items.sort(key=lambda item: (item.site.layer is None, item.site.layer or 0))
@@ -125,8 +127,6 @@ def _without_base(recipe: Recipe, models: Sequence[Adapter | Checkpoint]) -> Pla
         if any(each.kind == "experts" for each in changes if each):
             site = replace(site, kind="experts")
         items.append(Item(site, changes, None, (), "dense"))
-    if not items:
-        raise InputError("there is nothing to compare: no tensor is left")
     keys = tuple(map(str, range(len(adapters))))
     notices = tuple(notice for adapter in adapters for notice in adapter.notices)
     return Plan(recipe, tuple(adapters), None, keys, "adapter", False, tuple(items), notices=notices)

@@ -79,8 +79,8 @@ class Magnitudes:
 
     ``ratio`` is how many times larger the largest change of a tensor is than the smallest, in the median of the
     ``tensors`` that several models change; ``variance`` the variance of the norms over their squared mean, in the mean
-    of these tensors. ``columns`` is the same of the norms of single columns, one an input feature, of ``modules``
-    tensors that adapters change.
+    of these tensors. ``columns`` is the same of the norms of single columns, one an input feature, of the ``modules``
+    among them whose changes are factors or small enough to be decomposed.
     """
 
     ratio: float
@@ -125,6 +125,10 @@ class IntruderCount:
     first: float | None
     by_tensor: dict[str, Intruders]
 
+    def below(self, threshold: float) -> int:
+        """How many there are at another threshold of similarity than a half."""
+        return sum(each.below(threshold) for each in self.by_tensor.values())
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -159,7 +163,7 @@ class Comparison:
 def compare(
     models: Sequence[Model],
     *,
-    signs: Literal["sample", "all"] | None = None,
+    signs: Literal["sample", "all"] | None = "sample",
     intruders: bool = False,
     full_spectra: bool = False,
     directions: int = 16,
@@ -168,9 +172,10 @@ def compare(
     progress: Progress | None = None,
     **options: Any,
 ) -> Comparison:
-    """Compare what models change: their angles, sizes, spectra, subspaces and, if asked for, signs and intruders.
+    """Compare what models change: their angles, sizes, spectra, subspaces, signs and, if asked for, intruders.
 
-    ``signs`` counts how often they agree, over a sample of every tensor or over all entries. ``intruders`` looks for
+    ``signs`` counts how often they agree, over a sample of every tensor or over all entries
+    (:func:`~merging.geometry.signs.sign_agreement`). ``intruders`` looks for
     intruder dimensions against the base, each of whose matrices is decomposed for it: seconds to minutes each for
     those of large models. ``full_spectra`` decomposes full changes of any size, not only of a short side of up to
     :data:`~merging.geometry.spectra.SIDE`; factors always are. ``directions`` is how many leading directions of each
@@ -205,7 +210,8 @@ def _matrix(values: Tensor) -> Matrix:
 
 def _profiles(plan: Plan, found: Gathered) -> tuple[Profile, ...]:
     paths = [str(model.path) for model in plan.models]
-    norms = found.total.diagonal().clamp(min=0).sqrt().tolist()
+    norms = found.total.diagonal().sqrt().tolist()
+    changed = (torch.stack(found.norms) > 0).sum(0).tolist()
     profiles = []
     for slot, (name, model) in enumerate(zip(short_names(paths), plan.models, strict=True)):
         brought = [each for item in plan.items if (each := item.inputs[slot]) is not None]
@@ -216,7 +222,7 @@ def _profiles(plan: Plan, found: Gathered) -> tuple[Profile, ...]:
                 name,
                 paths[slot],
                 "adapter" if isinstance(model, Adapter) else "checkpoint",
-                len(brought),
+                changed[slot],
                 tuple(ranks),
                 norms[slot],
                 len(spectra),

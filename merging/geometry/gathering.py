@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from merging.delta import Delta, LowRank
+from merging.delta import Delta, Dense, LowRank
 from merging.geometry.alignment import read_change
 from merging.geometry.intruders import Intruders, intruders
 from merging.geometry.products import module_grams
@@ -93,7 +93,7 @@ def gathered(
             layer, products_there = item.site.layer, square.clone()
         products_there += products
         found.total = found.total + products
-        found.norms.append(products.diagonal().clamp(min=0).sqrt())
+        found.norms.append(products.diagonal().sqrt())
         _look(tiler, item, wanted, found)
         done += item.read_bytes
         if progress:
@@ -113,6 +113,7 @@ def _layer(number: int | None, products: Tensor) -> Layer:
 def _look(tiler: Tiler, item: Item, wanted: Wanted, found: Gathered) -> None:
     """What single changes of one tensor tell: spectra, columns, subspaces, intruders; each is read once."""
     base = _base(tiler, item) if wanted.intruders and item.site.kind == "matrix" else None
+    site = replace(item.site, axis=1)
     columns: list[Tensor] = []
     bases: list[tuple[Tensor, Tensor] | None] = [None] * len(item.inputs)
     for slot, each in enumerate(item.inputs):
@@ -122,17 +123,16 @@ def _look(tiler: Tiler, item: Item, wanted: Wanted, found: Gathered) -> None:
         found.undecomposed += item.site.kind == "matrix" and not deep
         if not deep and base is None and not isinstance(each, Change):
             continue
-        delta = read_change(tiler, item, slot)
-        if isinstance(each, Change) and item.site.kind in ("matrix", "embedding", "experts"):
-            columns.append(column_norms(delta, item.site).cpu())
+        delta = _upright(read_change(tiler, item, slot), item)
+        if item.site.kind in ("matrix", "embedding", "experts"):
+            columns.append(column_norms(delta, site).cpu())
         if deep:
             found.spectra[slot].append(spectrum_of(singular_values(delta)))
-        if deep and wanted.directions and not (isinstance(delta, LowRank) and delta.up.dim() > 2):
-            bases[slot] = directions(delta, wanted.directions, item.site.axis == 0)
+        if deep and wanted.directions and item.site.kind != "experts":
+            bases[slot] = directions(delta, wanted.directions)
         if base is not None:
             weight, svd = base
-            intruding = intruders(svd, _upright(delta, item), weight, k=LEADING)
-            found.intruders[slot][item.site.name] = intruding
+            found.intruders[slot][item.site.name] = intruders(svd, delta, weight, k=LEADING)
     if len(columns) > 1:
         found.columns.append(_relative_variance(torch.stack(columns)))
     if wanted.directions:
@@ -148,12 +148,11 @@ def _base(tiler: Tiler, item: Item) -> tuple[Tensor, tuple[Tensor, Tensor, Tenso
 
 
 def _upright(delta: Delta, item: Item) -> Delta:
-    """A change as one of ``[out, in]``."""
+    """A change as one of ``[out, in]``, for factors as they are multiplied."""
     turned = item.site.axis == 0
     if isinstance(delta, LowRank):
-        factors = delta.oriented(turned)
-        return LowRank(factors.up, factors.down, delta.shape[::-1] if turned else delta.shape)
-    return type(delta)(delta.dense().mT) if turned else delta
+        return delta.oriented(turned)
+    return Dense(delta.value.mT) if turned else delta
 
 
 def _relative_variance(norms: Tensor) -> float:

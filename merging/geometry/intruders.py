@@ -53,6 +53,10 @@ class Intruders:
         """The rank of the first intruder among the singular values, from 1."""
         return self.which[0] + 1 if self.which else None
 
+    def below(self, threshold: float) -> int:
+        """How many of the leading vectors are less similar than that to all of the base's."""
+        return sum(likeness < threshold for likeness, value in zip(self.similarity, self.values, strict=True) if value)
+
 
 def intruders(base: Svd, delta: Delta, weight: Tensor, *, k: int = 10, threshold: float = 0.5) -> Intruders:
     """The intruders among the ``k`` leading left singular vectors of ``weight + delta``.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merging.geometry.comparison import Comparison, Matrix
-from merging.report.drawing import Panel, bars, drawn, heatmap, lines, save
+from merging.report.drawing import Panel, drawn, heatmap, lines, save
 from merging.report.page import Cell, Page
 
 if TYPE_CHECKING:
@@ -17,6 +17,9 @@ __all__ = ["page", "panels", "plot"]
 
 _PAIRS, _MATRIX = 20, 24
 """Pairs of models that are told one by one, and models up to which a matrix is printed."""
+
+_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Of the cosine, below which singular vectors are intruders: the range over which their paper looks."""
 
 
 def plot(comparison: Comparison, output: str | Path) -> None:
@@ -37,25 +40,28 @@ def panels(comparison: Comparison) -> dict[str, Panel]:
     names = comparison.names
     side = min(9.0, 3.2 + 0.35 * min(len(names), 20))
     square = (side + 1.2, side)
-    found = {
-        "cosines": Panel(
+    several = len(names) > 1
+    found = {}
+    if several:
+        found["cosines"] = Panel(
             "cosine between changes",
             "Cosine between what two models change, over all tensors: 1 is the same direction, 0 none in common, -1 "
             "the opposite.",
             lambda axes: _map(axes, comparison.cosines, names, 0.0, 0.1),
             square,
+        )
+    places = ["other" if layer.layer is None else layer.layer for layer in comparison.layers]
+    found["layers"] = Panel(
+        "norm by layer",
+        "The norm of what each model changes in each block"
+        + ("; the last place holds what lies outside of the blocks." if "other" in places else "."),
+        lambda axes: lines(
+            axes,
+            {name: [layer.norms[i] for layer in comparison.layers] for i, name in enumerate(names)},
+            ("layer", "norm"),
+            places,
         ),
-        "layers": Panel(
-            "norm by layer",
-            "The norm of what each model changes in each block; the last place holds what lies outside of the blocks.",
-            lambda axes: lines(
-                axes,
-                {name: [layer.norms[i] for layer in comparison.layers] for i, name in enumerate(names)},
-                ("layer", "norm"),
-                ["other" if layer.layer is None else layer.layer for layer in comparison.layers],
-            ),
-        ),
-    }
+    )
     curves = {each.name: each.spectrum.curve for each in comparison.models if each.spectrum and each.spectrum.curve}
     if curves:
         found["energy"] = Panel(
@@ -65,7 +71,7 @@ def panels(comparison: Comparison) -> dict[str, Panel]:
             lambda axes: lines(axes, curves, ("directions", "share of the energy")),
         )
     signs, overlaps = comparison.signs, comparison.overlaps
-    if signs:
+    if signs and several:
         found["signs"] = Panel(
             "agreement of signs",
             "Of the entries that both models change, the share that both change in the same direction: a half is "
@@ -73,7 +79,7 @@ def panels(comparison: Comparison) -> dict[str, Panel]:
             lambda axes: _map(axes, signs.matrix, names, 0.5, 0.05),
             square,
         )
-    if overlaps:
+    if overlaps and several:
         for side_name, matrix, chance in (
             ("outputs", overlaps.outputs, overlaps.chance_outputs),
             ("inputs", overlaps.inputs, overlaps.chance_inputs),
@@ -86,11 +92,15 @@ def panels(comparison: Comparison) -> dict[str, Panel]:
                 square,
             )
     if comparison.intruders:
-        counts = {name: float(each.count) for name, each in zip(names, comparison.intruders, strict=True)}
+        counts = {
+            name: [float(each.below(threshold)) for threshold in _THRESHOLDS]
+            for name, each in zip(names, comparison.intruders, strict=True)
+        }
         found["intruders"] = Panel(
             "intruder dimensions",
-            "Leading singular vectors of the changed matrices that are like none of the base's, in all matrices.",
-            lambda axes: bars(axes, counts, "intruders"),
+            f"Of the {comparison.intruders[0].directions} leading singular vectors of each changed matrix, those whose "
+            f"cosine to every one of the base's is below a threshold, in all matrices.",
+            lambda axes: lines(axes, counts, ("threshold", "intruders"), _THRESHOLDS),
         )
     return found
 
@@ -125,11 +135,11 @@ def page(comparison: Comparison) -> Page:
     out.table(*_models(comparison))
     if "energy" in figures:
         out.figure(*figures["energy"])
-    out.section("Angles").figure(*figures["cosines"])
-    _matrix(out, names, comparison.cosines, "Cosines")
-    closest = comparison.pairs()[:_PAIRS]
+    if "cosines" in figures:
+        out.section("Angles").figure(*figures["cosines"])
+        _matrix(out, names, comparison.cosines, "Cosines")
     if len(names) > 2:
-        rows: list[list[Cell]] = [[names[i], names[j], cosine] for cosine, i, j in closest]
+        rows: list[list[Cell]] = [[names[i], names[j], cosine] for cosine, i, j in comparison.pairs()[:_PAIRS]]
         out.table(["model", "and", "cosine"], rows, "The closest pairs")
     out.section("Sizes")
     magnitudes = comparison.magnitudes
@@ -146,12 +156,11 @@ def page(comparison: Comparison) -> Page:
         )
     out.figure(*figures["layers"])
     out.table(*_layers(comparison))
-    if comparison.signs:
-        signs = comparison.signs
+    if "signs" in figures and (signs := comparison.signs):
         out.section("Signs", f"{signs.entries:,} of {signs.total:,} entries were looked at.")
         out.figure(*figures["signs"])
         _matrix(out, names, signs.matrix, "Share of entries changed in the same direction")
-    if comparison.overlaps:
+    if "outputs" in figures and comparison.overlaps:
         out.section("Subspaces", f"Of up to {comparison.overlaps.directions} leading directions of each change.")
         out.figure(*figures["outputs"]).figure(*figures["inputs"])
     if comparison.intruders:

@@ -84,6 +84,8 @@ def module_grams(plan: Plan, max_memory: int = MEMORY, device: torch.device = _C
                 f"{path}: {item.site.name} holds NaN or infinite values, or such whose squares are not in float32: "
                 f"repair this model or leave it out"
             )
+        # Factors that cancel have a squared norm of rounding errors, which may be below zero.
+        products.diagonal().clamp_(min=0)
         yield item, products
 
 

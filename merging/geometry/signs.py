@@ -53,7 +53,8 @@ def sign_agreement(
 
     With ``sample``, of every tensor 256 rows and columns are drawn (fixed ones, the same for all models) and what is
     seen counts as much as the tensor is large; smaller tensors are counted in full, which is exact. With ``all``, every
-    entry is counted, by blocks of rows. No tensor is built as a whole in either. Takes the options of
+    entry is counted, by blocks of rows, for which ``max_memory`` counts. Factors are never multiplied out as a whole in
+    either. Entries that are zero but for rounding count with the sign of that. Takes the options of
     :func:`~merging.geometry.alignment.aligned`.
     """
     plan = aligned(models, **options)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from merging.delta import Delta, LowRank
-from merging.geometry.alignment import Model, aligned, read_change
+from merging.geometry.alignment import Model, aligned, matrix_sides, read_change
 from merging.geometry.products import segment_sums
-from merging.linalg import CUT, compress, factored_svd
+from merging.linalg import CUT, factored_svd, leading
 from merging.plan import Item, Plan
 from merging.sources.adapter import Change
 from merging.tiles import Tiler
@@ -21,6 +21,9 @@ __all__ = ["SIDE", "Spectrum", "decomposable", "directions", "overlaps", "singul
 
 SIDE = 1024
 """The shorter side up to which full matrices are decomposed unasked: a tenth of a second each, on a CPU."""
+
+_MATRICES = ("matrix", "conv")
+"""The kinds of tensors of which full changes are decomposed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ def singular_values(delta: Delta) -> Tensor:
 
 def spectrum_of(values: Tensor) -> Spectrum:
     """The summary of singular values ``[..., k]``."""
-    values = values.reshape(-1, values.shape[-1]).double()
+    values = values.double().flatten(0, -2) if values.dim() > 1 else values.double()[None]
     values = values[values.sum(-1) > 0]
     if not values.numel():
         return Spectrum(0.0, 0.0, 0.0, 0.0, 0.0, ())
@@ -116,20 +119,20 @@ def decomposable(plan: Plan, item: Item, slot: int, full: bool = False) -> bool:
         return False
     if isinstance(each, Change) and each.low_rank:
         return True
-    return item.site.kind == "matrix" and (full or min(item.site.shape) <= SIDE)
+    return item.site.kind in _MATRICES and (full or min(matrix_sides(item)[1:]) <= SIDE)
 
 
-def directions(delta: Delta, most: int, turned: bool = False) -> tuple[Tensor, Tensor]:
+def directions(delta: Delta, most: int) -> tuple[Tensor, Tensor]:
     """Bases of the outputs and of the inputs that a change's leading directions span: ``[k, out]``, ``[k, in]``.
 
     Float64, at most ``most`` of each and none whose singular value is below :data:`~merging.linalg.CUT` of the
-    largest. Of a full matrix they are found by a randomised range finder; ``turned`` says that it is ``[in, out]``.
-    Experts, which have many bases, have none here.
+    largest. The change is one of ``[out, in]``, or of a convolution ``[out, ...]``. Experts, which have many bases,
+    have none here.
     """
-    if not isinstance(delta, LowRank):
-        matrix = delta.dense().mT if turned else delta.dense()
-        delta = compress(matrix, most)[0]
-    u, s, vh = factored_svd(delta.up, delta.down)
+    if isinstance(delta, LowRank):
+        u, s, vh = factored_svd(delta.up, delta.down)
+    else:
+        u, s, vh = leading(delta.dense().flatten(1), most)
     kept = min(most, int((s > CUT * s[:1]).sum()))
     return u.mT[:kept], vh[:kept]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merging.errors import OptionError
-from merging.report.page import write_whole
+from merging.report.page import check_place, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Panel", "bars", "check_drawing", "drawn", "heatmap", "lines", "save"]
+__all__ = ["Panel", "check_drawing", "drawn", "heatmap", "lines", "save"]
 
 _ENDINGS = (".png", ".svg", ".pdf")
 _LABELLED = 20
@@ -49,13 +49,15 @@ class Panel:
 
 
 def check_drawing(output: str | Path | None = None) -> None:
-    """Raise :class:`~merging.errors.OptionError` if nothing can be drawn, or not to a file of that name."""
+    """Raise a :class:`~merging.errors.MergingError` if nothing can be drawn, or not to a file of that name."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise OptionError("plots need matplotlib: pip install 'merging[report]'") from None
-    if output is not None and Path(output).suffix not in _ENDINGS:
-        raise OptionError(f"{output}: a plot is a .png, .svg or .pdf")
+    if output is not None:
+        if Path(output).suffix not in _ENDINGS:
+            raise OptionError(f"{output}: a plot is a .png, .svg or .pdf")
+        check_place(Path(output))
 
 
 def drawn(panel: Panel) -> str:
@@ -145,15 +147,6 @@ def lines(
     axes.set_ylim(bottom=0)
     if few:
         axes.legend(fontsize=7)
-
-
-def bars(axes: Axes, heights: Mapping[str, float], label: str) -> None:
-    """One bar a name."""
-    axes.bar(range(len(heights)), list(heights.values()), width=0.6)
-    if len(heights) <= _LABELLED:
-        short = [_short(name) for name in heights]
-        axes.set_xticks(range(len(heights)), short, rotation=40, ha="right", rotation_mode="anchor")
-    axes.set_ylabel(label)
 
 
 def _short(name: str) -> str:

@@ -15,18 +15,23 @@ from html import escape
 from math import floor, isfinite, log10
 from pathlib import Path
 
-from merging.errors import OutputError
+from merging.errors import OptionError, OutputError
 from merging.landing import umask
 
-__all__ = ["Cell", "Page", "write_whole"]
+__all__ = ["Cell", "Page", "check_page", "check_place", "write_whole"]
 
 Cell = str | int | float | None
 """What stands in a table: text, a number, or nothing to tell."""
 
 _STYLE = """
-:root { color-scheme: light; --ink: #1d2433; --soft: #5b6477; --line: #dde1ea; --tint: #f5f7fa; --mark: #24549c; }
+:root { color-scheme: light dark;
+  --paper: #fff; --ink: #1d2433; --soft: #5b6477; --line: #dde1ea; --tint: #f5f7fa; --mark: #24549c; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #15181f; --ink: #e4e7ee; --soft: #a2abbd; --line: #323846; --tint: #1f242e; --mark: #8db4f2; }
+}
 * { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", Helvetica, sans-serif; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, "Segoe UI", Helvetica, sans-serif; }
 main { max-width: 64rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .4rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 2.6rem 0 .5rem; padding-top: .9rem; border-top: 1px solid var(--line); }
@@ -44,7 +49,9 @@ th, td { padding: .32rem .7rem; border-bottom: 1px solid var(--line); text-align
 thead th { background: var(--tint); white-space: nowrap; } tbody th { font-weight: 500; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 tbody tr:hover { background: var(--tint); }
-figure { margin: 1.2rem 0; } figure img { max-width: 100%; height: auto; display: block; }
+figure { margin: 1.2rem 0; }
+figure img { max-width: 100%; height: auto; display: block; background: #fff; border-radius: 4px; padding: .4rem; }
+figcaption { margin-top: .4rem; }
 figcaption, .note { font-size: .9rem; max-width: 46rem; }
 .note { border-left: 3px solid #d9a441; padding-left: .8rem; }
 footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
@@ -155,6 +162,22 @@ def _shown(value: Cell) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else escape(value)
+
+
+def check_page(path: str | Path | None) -> None:
+    """Raise a :class:`~merging.errors.MergingError` if no page can be written to that file (None: none is)."""
+    if path is not None:
+        if Path(path).suffix not in (".html", ".htm"):
+            raise OptionError(f"{path}: a page is a .html or .htm")
+        check_place(Path(path))
+
+
+def check_place(path: Path) -> None:
+    """Raise :class:`~merging.errors.OutputError` where no file of that name can be."""
+    if path.is_dir():
+        raise OutputError(f"{path}: cannot be written: it is a folder")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: cannot be written: there is no folder {path.parent}")
 
 
 def write_whole(path: Path, content: bytes) -> None:
