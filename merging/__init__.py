@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from merging.continual import ContinualStore
     from merging.delta import Delta, Dense, LowRank
     from merging.files import Merged, merge, preview
+    from merging.geometry import compare
     from merging.methods import METHODS, chain
     from merging.recipe import Recipe, load_recipe
     from merging.recycling.run import Recycled, recycle
@@ -32,6 +33,7 @@ _WHERE = {
     "Recipe": "recipe",
     "Recycled": "recycling.run",
     "chain": "methods",
+    "compare": "geometry",
     "load_recipe": "recipe",
     "merge": "files",
     "merge_deltas": "tensors",
@@ -59,6 +61,7 @@ __all__ = [
     "Recycled",
     "__version__",
     "chain",
+    "compare",
     "load_recipe",
     "merge",
     "merge_deltas",

@@ -3,6 +3,6 @@
 from merging.geometry.comparison import Comparison, compare
 from merging.geometry.products import cosines, gram
 from merging.geometry.signs import Signs, sign_agreement
-from merging.geometry.spectra import spectra
+from merging.geometry.spectrum import spectra
 
 __all__ = ["Comparison", "Signs", "compare", "cosines", "gram", "sign_agreement", "spectra"]

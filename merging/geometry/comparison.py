@@ -17,7 +17,7 @@ from merging.geometry.gathering import LEADING, OVERLAPPING, Gathered, Wanted, g
 from merging.geometry.intruders import Intruders
 from merging.geometry.labels import short_names
 from merging.geometry.signs import count_signs
-from merging.geometry.spectra import SIDE, Spectrum
+from merging.geometry.spectrum import SIDE, Spectrum
 from merging.plan import Plan
 from merging.sources import Adapter
 from merging.sources.adapter import Change
@@ -178,7 +178,7 @@ def compare(
     (:func:`~merging.geometry.signs.sign_agreement`). ``intruders`` looks for
     intruder dimensions against the base, each of whose matrices is decomposed for it: seconds to minutes each for
     those of large models. ``full_spectra`` decomposes full changes of any size, not only of a short side of up to
-    :data:`~merging.geometry.spectra.SIDE`; factors always are. ``directions`` is how many leading directions of each
+    :data:`~merging.geometry.spectrum.SIDE`; factors always are. ``directions`` is how many leading directions of each
     change the overlap of subspaces is taken over. ``max_memory`` is in bytes, for inner products and signs; what is
     decomposed is held whole, one tensor at a time. ``options`` are those of
     :func:`~merging.geometry.alignment.aligned` (``base`` and others). Raises :class:`~merging.errors.MergingError`.

@@ -13,7 +13,7 @@ from merging.delta import Delta, Dense, LowRank
 from merging.geometry.alignment import read_change
 from merging.geometry.intruders import Intruders, intruders
 from merging.geometry.products import module_grams
-from merging.geometry.spectra import (
+from merging.geometry.spectrum import (
     Spectrum,
     decomposable,
     directions,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ _DOUBLE = 1 << 33
 """Multiplications of factors up to which they are done in float64."""
 
 _ROWS = 1 << 25
-"""Bytes of a block of products of factors, of which two are held."""
+"""Most bytes of a block of products of factors, of which two are held."""
 
 _CPU = torch.device("cpu")
 
@@ -93,19 +94,28 @@ def _products(plan: Plan, item: Item, max_memory: int, device: torch.device) -> 
     """The inner products of one item, by groups of models so small that two of them are held at once."""
     by_factors = factored(item) and _factors_are_cheaper(item)
     groups = groups_of(plan, item, by_factors, max_memory)
-    tiler = Tiler(plan, device)
     out = torch.zeros(len(plan.models), len(plan.models), dtype=torch.float64)
     for position, group in enumerate(groups):
-        held = _Factors.of(tiler, item, group) if by_factors else None
-        for other in groups[position:]:
-            if held is None:
-                block = _by_rows(plan, item, group, other, device)
-            else:
-                block = held.products(held if other is group else _Factors.of(tiler, item, other))
-            rows, columns = torch.tensor(group)[:, None], torch.tensor(other)
+        others = groups[position:]
+        if by_factors:
+            blocks = _by_factors(Tiler(plan, device), item, group, others, _block_bytes(max_memory))
+        else:
+            blocks = (_by_rows(plan, item, group, other, device) for other in others)
+        rows = torch.tensor(group)[:, None]
+        for other, block in zip(others, blocks, strict=True):
+            columns = torch.tensor(other)
             out[rows, columns] = block
             out[columns[:, None], rows[:, 0]] = block.mT
     return out
+
+
+def _by_factors(
+    tiler: Tiler, item: Item, group: list[int], others: list[list[int]], block_bytes: int
+) -> Iterator[Tensor]:
+    """The inner products of a group of models with itself and with those after it, ``[group, other]`` each."""
+    held = _Factors.of(tiler, item, group)
+    for other in others:
+        yield held.products(held if other is group else _Factors.of(tiler, item, other), block_bytes)
 
 
 def _changes(item: Item) -> list[Change]:
@@ -131,12 +141,12 @@ def groups_of(plan: Plan, item: Item, by_factors: bool, max_memory: int) -> list
     sizes = {slot: _held(plan, item, slot, by_factors) for slot, each in enumerate(item.inputs) if each is not None}
     largest, models = max(sizes.values()), len(plan.models)
     # Reading a change takes it twice more for a moment; and there are a few matrices of all pairs.
-    room = max_memory - 2 * largest - 4 * 8 * models**2 - (2 * _ROWS if by_factors else 0)
+    room = max_memory - 2 * largest - 4 * 8 * models**2 - (2 * _block_bytes(max_memory) if by_factors else 0)
     if sum(sizes.values()) <= room:
         return [list(sizes)]
     if 2 * largest > room:
         needed = max_memory - room + 2 * largest
-        raise OptionError(f"{item.site.name} takes {needed / 1e6:.0f} MB to compare: raise --max-memory to that")
+        raise OptionError(f"{item.site.name} takes {ceil(needed / 1e6)} MB to compare: raise --max-memory to that")
     groups: list[list[int]] = [[]]
     taken = 0
     for slot, size in sizes.items():
@@ -145,6 +155,10 @@ def groups_of(plan: Plan, item: Item, by_factors: bool, max_memory: int) -> list
         groups[-1].append(slot)
         taken += size
     return groups
+
+
+def _block_bytes(max_memory: int) -> int:
+    return min(_ROWS, max_memory // 8)
 
 
 def _held(plan: Plan, item: Item, slot: int, by_factors: bool) -> int:
@@ -191,11 +205,11 @@ class _Factors:
         owners = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
         return cls(ups, downs, owners.to(ups.device), starts)
 
-    def products(self, other: _Factors) -> Tensor:
+    def products(self, other: _Factors, block_bytes: int) -> Tensor:
         """The inner products with others' changes, or of all pairs of these, ``[models, others]`` float64."""
         out = torch.zeros(len(self.starts) - 1, len(other.starts) - 1, dtype=torch.float64)
         width = self.ups.itemsize * max(1, other.starts[-1])
-        for first, last in self._blocks(_ROWS // width):
+        for first, last in self._blocks(block_bytes // width):
             # Of the pairs of one group those below the diagonal follow from the others.
             after = first if other is self else 0
             block = self._block(other, first, last, after)
