@@ -6,16 +6,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from merging.layers import Stacks
 from merging.sources import Adapter, Checkpoint, open_model
 from merging.sources.derived import Derived
 from merging.sources.stored import Stored
 
 __all__ = ["inspect"]
-
-_PIECE = 1 << 22
 
 
 def inspect(path: str | Path, *, values: bool = False) -> dict[str, Any]:
@@ -73,15 +69,5 @@ def _common(tensors: dict[str, Stored], stacks: Stacks, values: bool) -> dict[st
         "bytes": sum(stored.nbytes for stored in tensors.values()),
     }
     if values:
-        facts["nonfinite"] = [name for name, stored in tensors.items() if stored.floating and not _finite(stored)]
+        facts["nonfinite"] = [name for name, stored in tensors.items() if stored.floating and not stored.finite()]
     return facts
-
-
-def _finite(stored: Stored) -> bool:
-    buffer = torch.empty(min(_PIECE, stored.numel), dtype=stored.dtype)
-    for start in range(0, stored.numel, _PIECE):
-        piece = buffer[: min(_PIECE, stored.numel - start)]
-        stored.read_into(piece, start)
-        if not bool(piece.isfinite().all()):
-            return False
-    return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from merging.errors import MergingError, OptionError, nearest
+from merging.errors import FormatError, OptionError, nearest
 from merging.serving.contents import FILES
 from merging.serving.diffusers import DIFFUSERS
 from merging.serving.llama_cpp import LLAMA_CPP
@@ -57,17 +57,16 @@ def verify(
     By default those that load such a thing: PEFT, transformers, or diffusers. ``base`` is where an adapter's base
     lies, ``max_lora_rank`` what servers are started for (by default their own limit). Headers alone are read, and with
     ``values`` also the values, for NaN and infinities. With ``load``, PEFT, transformers and diffusers really load it,
-    where they are installed. Raises :class:`~merging.errors.OptionError` for an unknown program and
-    :class:`~merging.errors.InputError` where there is nothing.
+    where they are installed. Files that are damaged, or none of the kind, are a verdict too. Raises
+    :class:`~merging.errors.OptionError` for an unknown program, and for ``load`` where it cannot be, and
+    :class:`~merging.errors.InputError` where there is nothing, or nothing that holds weights.
     """
     for name in programs:
         if name not in PROGRAMS:
             raise OptionError(f"there is no program {name!r}{nearest(name, PROGRAMS)}: use {', '.join(PROGRAMS)}")
     try:
         subject = open_subject(path, base, max_lora_rank, values)
-    except MergingError as error:
-        if "there is no such file or folder" in str(error):
-            raise
+    except FormatError as error:
         broken = Finding("files", "refuses", "they cannot be opened", (str(error),))
         return Verdict(path, "unknown", tuple(programs), (broken,))
     chosen = tuple(dict.fromkeys(programs)) or _fitting(subject)

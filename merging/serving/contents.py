@@ -6,22 +6,19 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from merging.errors import MergingError
 from merging.layers import Stacks
+from merging.plan.resolve import Resolver
 from merging.serving.rules import Program, Rule
 from merging.serving.subject import Subject
-from merging.sources import open_model
+from merging.sources import Adapter, Checkpoint, open_model
 from merging.sources.checkpoint import config_layers
 from merging.sources.peft.config import Config
 from merging.sources.quantised import refuse_quantised
-from merging.sources.stored import Stored
 from merging.sources.ties import embeddings_among, has_own_head, is_head, same_values, stated_tie
 
-__all__ = ["FILES", "nonfinite"]
+__all__ = ["FILES"]
 
-_PIECE = 1 << 22
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "word_embed_proj_dim", "embedding_size")
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|h|block|blocks)\.([0-9]+)\.")
 _STACKS = ("layers", "layer", "h", "block", "blocks")
@@ -29,19 +26,10 @@ _PAIRS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
 _AGAIN = "save it again, or get its files again together"
 
 
-def nonfinite(subject: Subject) -> Iterator[str]:
+def _nonfinite(subject: Subject) -> Iterator[str]:
     """The tensors that hold NaN or infinities, if values are to be read."""
     if subject.values:
-        yield from (name for name, stored in subject.tensors.items() if stored.floating and not _finite(stored))
-
-
-def _finite(stored: Stored) -> bool:
-    for start in range(0, stored.numel, _PIECE):
-        piece = torch.empty(min(_PIECE, stored.numel - start), dtype=stored.dtype)
-        stored.read_into(piece, start)
-        if not bool(piece.isfinite().all()):
-            return False
-    return True
+        yield from (name for name, stored in subject.tensors.items() if stored.floating and not stored.finite())
 
 
 # ---- models
@@ -190,6 +178,20 @@ def _beyond(subject: Subject) -> Iterator[str]:
             yield f"{path}: the base has {count} blocks"
 
 
+def _misfit(subject: Subject) -> Iterator[str]:
+    if subject.base_path is None:
+        return
+    try:
+        base, adapter = open_model(subject.base_path, dequantise=True), open_model(subject.name)
+    except MergingError:
+        return
+    if isinstance(base, Checkpoint) and isinstance(adapter, Adapter):
+        try:
+            Resolver(base.tensors, base.config).resolve(adapter)
+        except MergingError as error:
+            yield str(error).removeprefix(f"{subject.name}: ")
+
+
 def _unread(subject: Subject) -> Iterator[str]:
     try:
         open_model(subject.name)
@@ -210,8 +212,10 @@ def _components(subject: Subject) -> Iterator[str]:
 
 
 _NUMBERS = Rule(
-    "refuses", "it holds NaN or infinities, and so will its answers", nonfinite, "merge it again, look at the inputs"
+    "refuses", "it holds NaN or infinities, and so will its answers", _nonfinite, "merge it again, look at the inputs"
 )
+_MISFIT = Rule("refuses", "it does not fit its base", _misfit, "take the base it was made for")
+_UNREAD = Rule("warns", "merge itself does not read this", _unread, "it may be served all the same, and not merged")
 
 FILES = Program(
     "files",
@@ -237,12 +241,13 @@ FILES = Program(
         "adapter": (
             Rule("refuses", "it is empty", _nothing, _AGAIN),
             Rule("ignores", "blocks are adapted that the base does not have", _beyond, "take the base it was made for"),
+            _MISFIT,
             Rule("refuses", "factors are missing or do not fit together", _factors, _AGAIN),
             Rule("refuses", "tensors and config differ in rank", _ranks, "take the config it was saved with"),
-            Rule("warns", "merge itself does not read this", _unread),
+            _UNREAD,
             _NUMBERS,
         ),
-        "diffusion adapter": (Rule("warns", "merge itself does not read this", _unread), _NUMBERS),
+        "diffusion adapter": (_MISFIT, _UNREAD, _NUMBERS),
         "pipeline": (Rule("refuses", "components are not whole", _components, "complete the download"), _NUMBERS),
     },
     {},

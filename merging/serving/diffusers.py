@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from merging.serving.rules import Program, Rule, absent, no_config
+from merging.serving.rules import BAKE, Program, Rule, absent, no_config
 from merging.serving.subject import Subject
 from merging.sources.diffusion import METADATA_KEY
 
 __all__ = ["DIFFUSERS"]
 
 _OTHERS = (".hada_", ".oft_", ".boft", ".a1.weight", ".on_input", ".w_norm", ".b_norm", "bundle_emb", "emb_params")
-
-_BAKE = "merge it into its base with --as model"
 
 
 def _other_methods(subject: Subject) -> Iterator[str]:
@@ -57,10 +55,10 @@ DIFFUSERS = Program(
     "diffusers",
     {
         "diffusion adapter": (
-            Rule("refuses", "only LoRA is loaded", _other_methods, _BAKE),
+            Rule("refuses", "only LoRA is loaded", _other_methods, BAKE),
             Rule("refuses", "alphas stand in the header and beside the factors", _two_alphas, "remove one of them"),
-            Rule("ignores", "DoRA's magnitudes are left out", _dora, _BAKE),
-            Rule("warns", "LoKr and full differences are loaded for some models only", _some_methods, _BAKE),
+            Rule("ignores", "DoRA's magnitudes are left out", _dora, BAKE),
+            Rule("warns", "LoKr and full differences are loaded for some models only", _some_methods, BAKE),
             Rule("warns", "before August 2026 modules of other ranks than the first were given a wrong scale",
                  _mixed_ranks, "merge it with merge --method passthrough, which writes one rank"),
             Rule("warns", "names of ComfyUI are understood for some models only", _comfy,

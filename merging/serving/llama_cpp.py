@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from merging.serving.rules import Program, Rule, absent, lost_starts, no_config, no_tokenizer, states
+from merging.serving.rules import (
+    BAKE,
+    ONE_SCALE,
+    PLAIN,
+    Program,
+    Rule,
+    absent,
+    convolutions,
+    lost_starts,
+    no_config,
+    no_tokenizer,
+    other_alphas,
+    states,
+)
 from merging.serving.subject import Subject
-from merging.serving.vllm import alphas
+from merging.sources.ties import text_config
 
 __all__ = ["LLAMA_CPP"]
 
 _FACTORS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 _PASSED = (".base_layer.weight", "_layernorm", ".norm")
 
-_BAKE = "merge it into its base with --as model, and convert that"
-_PLAIN = "merge it with merge --method passthrough if it is LoRA, else into its base with --as model"
-_AGAIN = "merge it with merge --method passthrough, which writes one rank and one scale"
+_UNDONE = ("bitnet", "compressed-tensors", "fp8", "gptq", "modelopt", "mxfp4")
+"""The kinds of quantisation that its converters make numbers of."""
 
 
 def _other_names(subject: Subject) -> Iterator[str]:
@@ -42,20 +55,39 @@ def _rslora(subject: Subject) -> Iterator[str]:
         yield "use_rslora = True"
 
 
+def _quantised(subject: Subject) -> Iterator[str]:
+    yield from _not_undone(subject.stated)
+
+
+def _quantised_base(subject: Subject) -> Iterator[str]:
+    yield from _not_undone(subject.base)
+
+
+def _not_undone(config: Mapping[str, Any]) -> Iterator[str]:
+    for part in (config, text_config(config)):
+        stated = part.get("quantization_config")
+        if isinstance(stated, dict) and stated.get("quant_method") not in _UNDONE:
+            yield f"quant_method = {stated.get('quant_method')!r}"
+            return
+
+
 LLAMA_CPP = Program(
     "llama.cpp",
     {
         "adapter": (
             Rule("refuses", "adapters are folders with adapter_config.json", no_config, "merge it with -o FOLDER"),
-            Rule("refuses", "the config lacks what the converter asks for", absent("lora_alpha"), _AGAIN),
-            Rule("refuses", "tensors whose names are not those of LoRA's factors", _other_names, _PLAIN),
-            Rule("refuses", "factors of stacked experts cannot be mapped", _experts, _BAKE),
-            Rule("refuses", "the head is tied to the embedding in the base", _tied_head, _BAKE),
-            Rule("ignores", "rank-stabilised scales: lora_alpha / rank is used", _rslora, _AGAIN),
-            Rule("ignores", "alphas by module: the scale is lora_alpha / rank for all", alphas, _AGAIN),
-            Rule("ignores", "what the start took off the base is not taken off", lost_starts, _BAKE),
+            Rule("refuses", "the config lacks what the converter asks for", absent("lora_alpha"), ONE_SCALE),
+            Rule("refuses", "tensors whose names are not those of LoRA's factors", _other_names, PLAIN),
+            Rule("refuses", "factors of convolutions cannot be mapped", convolutions, BAKE),
+            Rule("refuses", "factors of stacked experts cannot be mapped", _experts, BAKE),
+            Rule("refuses", "the head is tied to the embedding in the base", _tied_head, BAKE),
+            Rule("refuses", "the converter cannot undo the base's quantisation", _quantised_base,
+                 "name the model that was quantised with --base"),
+            Rule("ignores", "rank-stabilised scales: lora_alpha / rank is used", _rslora, ONE_SCALE),
+            Rule("ignores", "alphas by module: the scale is lora_alpha / rank for all", other_alphas, ONE_SCALE),
+            Rule("ignores", "what the start took off the base is not taken off", lost_starts, BAKE),
             Rule("ignores", "factors of this form are taken for plain ones",
-                 states("use_qalora", "use_bdlora", "layer_replication"), _BAKE),
+                 states("use_qalora", "use_bdlora", "layer_replication"), BAKE),
             Rule("warns", "the head is refused if the base ties it to the embedding", _unknown_head,
                  "say where the base is with --base"),
             Rule("warns", "the base has to be named to the converter with --base", absent("base_model_name_or_path")),
@@ -64,6 +96,7 @@ LLAMA_CPP = Program(
             Rule("refuses", "models are folders with config.json", no_config, "put it in a folder with its config"),
             Rule("refuses", "the config does not name the architecture", absent("architectures"), "add architectures"),
             Rule("refuses", "there is no tokenizer", no_tokenizer, "copy the base's"),
+            Rule("refuses", "the converter cannot undo this quantisation", _quantised, "take it before quantisation"),
         ),
     },
     {

@@ -19,6 +19,9 @@ __all__ = ["load"]
 _NOISE = ("is_gradient_checkpointing",)
 """What libraries warn each other of."""
 
+_NO_MATTER = ("vblora_vector_bank", "lora_monteclora_sampler", ".ranknum", "base_model.randlora_")
+"""Tensors that are reported missing or unexpected though they are shared, made again, or for training alone."""
+
 
 def load(subject: Subject, program: str) -> list[Finding]:
     """What PEFT, transformers or diffusers say when they load it, on this machine.
@@ -44,7 +47,8 @@ def load(subject: Subject, program: str) -> list[Finding]:
         except Exception as error:  # whatever the library raises is its refusal
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             return [Finding(program, "refuses", "loading it failed", (reason,))]
-    findings = [_finding(program, subject, kind, names) for kind, names in keys.items() if names]
+    counted = {kind: [n for n in names if not any(part in n for part in _NO_MATTER)] for kind, names in keys.items()}
+    findings = [_finding(program, subject, kind, names) for kind, names in counted.items() if names]
     if said and not findings:
         findings.append(Finding(program, "warns", "loading it warns", tuple(said)))
     return findings or [Finding(program, "ok", "it was loaded, with no tensor missing or unexpected")]
@@ -73,21 +77,24 @@ def _heard(said: list[str]) -> Iterator[None]:
         if text not in said and not any(noise in text for noise in _NOISE):
             said.append(text)
 
-    # progress is for people who wait for a model, not for a verdict
-    for library in ("transformers", "diffusers"):
-        if find_spec(library):
-            import_module(f"{library}.utils.logging").disable_progress_bar()
-    loggers = [logging.getLogger(name) for name in ("diffusers", "peft")]
+    # what they print is for people who wait for a model, not for a verdict
+    printing = [import_module(f"{name}.utils.logging") for name in ("transformers", "diffusers") if find_spec(name)]
+    for library in printing:
+        library.disable_progress_bar()
+        library.disable_default_handler()
     listener = Listener(logging.WARNING)
+    handlers = {"diffusers": listener, "peft": listener, "transformers": logging.NullHandler()}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for logger in loggers:
-            logger.addHandler(listener)
+        for name, handler in handlers.items():
+            logging.getLogger(name).addHandler(handler)
         try:
             yield
         finally:
-            for logger in loggers:
-                logger.removeHandler(listener)
+            for name, handler in handlers.items():
+                logging.getLogger(name).removeHandler(handler)
+            for library in printing:
+                library.enable_default_handler()
             for each in caught:
                 note(str(each.message))
 
@@ -105,26 +112,32 @@ def _model(subject: Subject) -> Keys:
     return {kind.removesuffix("_keys"): sorted(map(str, keys)) for kind, keys in report.items() if keys}
 
 
-def _adapter(subject: Subject) -> Keys:
+def _by_peft(subject: Subject) -> Keys:
     """An adapter by PEFT, on a base without values if it needs none."""
+    import peft
+
+    base, empty = _base_for(subject)
+    model = peft.PeftModel.from_pretrained(base, str(subject.folder), low_cpu_mem_usage=empty)
+    # once more, as it reports what it found only here
+    report = model.load_adapter(str(subject.folder), "default", low_cpu_mem_usage=empty)
+    return {"missing": list(report.missing_keys), "unexpected": list(report.unexpected_keys)}
+
+
+def _by_transformers(subject: Subject) -> Keys:
+    """An adapter by transformers, which looks for its tensors by itself."""
+    report = _full_base(subject).load_adapter(str(subject.folder))
+    return {kind: sorted(map(str, getattr(report, f"{kind}_keys"))) for kind in ("missing", "unexpected", "mismatched")}
+
+
+def _base_for(subject: Subject) -> tuple[Any, bool]:
+    """The base, and whether it has no values: but for plain LoRA, what is put on it may be made of them."""
     import torch
 
     start = subject.stated.get("init_lora_weights", True)
-    if not (isinstance(start, str) or subject.stated.get("use_dora")):
-        with torch.device("meta"):
-            base = _empty_base(subject)
-        return _on_base(subject, base, empty=True)
-    return _on_base(subject, _full_base(subject), empty=False)
-
-
-def _on_base(subject: Subject, base: Any, empty: bool) -> Keys:
-    import peft
-
-    folder = str(subject.folder)
-    model = peft.PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=empty)
-    # once more, as it reports what it found only here
-    report = model.load_adapter(folder, "default", low_cpu_mem_usage=empty)
-    return {"missing": list(report.missing_keys), "unexpected": list(report.unexpected_keys)}
+    if subject.method != "LORA" or isinstance(start, str) or subject.stated.get("use_dora"):
+        return _full_base(subject), False
+    with torch.device("meta"):
+        return _empty_base(subject), True
 
 
 def _empty_base(subject: Subject) -> Any:
@@ -187,8 +200,8 @@ def _pipeline_adapter(subject: Subject) -> Keys:
 
 _LOADS: dict[tuple[str, str], Callable[[Subject], Keys]] = {
     ("transformers", "model"): _model,
-    ("transformers", "adapter"): _adapter,
-    ("peft", "adapter"): _adapter,
+    ("transformers", "adapter"): _by_transformers,
+    ("peft", "adapter"): _by_peft,
     ("diffusers", "pipeline"): _pipeline,
     ("diffusers", "model"): _part,
     ("diffusers", "diffusion adapter"): _pipeline_adapter,

@@ -1,7 +1,8 @@
-"""What a rule about a program is, and the questions that several programs ask."""
+"""What a rule about a program is, and the questions and ways out that several programs share."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -9,18 +10,29 @@ from typing import Literal
 from merging.serving.subject import Subject, SubjectKind
 
 __all__ = [
+    "BAKE",
+    "ONE_SCALE",
+    "PLAIN",
     "Finding",
     "Program",
     "Question",
     "Rule",
     "Severity",
     "absent",
+    "convolutions",
     "lost_starts",
-    "names_ending",
     "no_config",
     "no_tokenizer",
+    "other_alphas",
+    "other_ranks",
+    "stated_type",
     "states",
 ]
+
+BAKE = "merge it into its base with --as model, and serve that"
+ONE_SCALE = "merge it with --method passthrough, which writes one rank and one scale"
+PLAIN = "merge it with --method passthrough if it is LoRA, else into its base with --as model"
+"""What can be done about an adapter that a program does not take as it is."""
 
 Severity = Literal["refuses", "ignores", "warns", "ok"]
 
@@ -28,6 +40,8 @@ Question = Callable[[Subject], Iterable[str]]
 """What is wrong, and where: nothing, where nothing is."""
 
 _HARMLESS: tuple[object, ...] = (None, False, {}, [], "", "none")
+
+_TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 
@@ -102,11 +116,6 @@ def absent(*fields: str) -> Question:
     return ask
 
 
-def names_ending(*endings: str) -> Question:
-    """The tensors whose names end so."""
-    return lambda subject: (name for name in subject.tensors if name.endswith(endings))
-
-
 def no_config(subject: Subject) -> Iterator[str]:
     """What is no folder with a config."""
     if subject.folder is None:
@@ -127,3 +136,37 @@ def lost_starts(subject: Subject) -> Iterator[str]:
     start = subject.stated.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(("pissa", "olora", "corda", "lora_ga", "loftq")):
         yield f"init_lora_weights = {start!r}"
+
+
+def other_ranks(subject: Subject) -> Iterator[str]:
+    """The modules whose rank is not the one that the config states for all."""
+    stated = subject.stated.get("r")
+    yield from (f"{path} has rank {rank}, r = {stated}" for path, rank in subject.ranks.items() if rank != stated)
+
+
+def other_alphas(subject: Subject) -> Iterator[str]:
+    """The entries of alpha_pattern that differ from the alpha for all."""
+    pattern = subject.stated.get("alpha_pattern")
+    for key, alpha in (pattern if isinstance(pattern, dict) else {}).items():
+        if alpha != subject.stated.get("lora_alpha"):
+            yield f"alpha_pattern: {key}: {alpha}"
+
+
+def convolutions(subject: Subject) -> Iterator[str]:
+    """The modules whose factors are those of a convolution."""
+    for path, parts in subject.modules.items():
+        if any(len(stored.shape) > 2 for stored in parts.values()):
+            yield path
+
+
+def stated_type(subject: Subject) -> Iterator[str]:
+    """A type in a model's config that is not the type of most of its weights: loading them casts them."""
+    stated = next((part[key] for part in (subject.text_config, subject.stated) for key in ("dtype", "torch_dtype")
+                   if part.get(key)), None)  # fmt: skip
+    kinds: Counter[str] = Counter()
+    for tensor in subject.tensors.values():
+        if tensor.floating:
+            kinds[tensor.kind] += tensor.numel
+    most = kinds.most_common(1)
+    if stated in _TYPES and most and most[0][0] != _TYPES[stated]:
+        yield f"most weights are {most[0][0]}, dtype = {stated!r}"

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from merging.serving.rules import Program, Rule, absent, lost_starts, no_config, no_tokenizer, states
+from merging.serving.rules import (
+    BAKE,
+    ONE_SCALE,
+    Program,
+    Rule,
+    absent,
+    convolutions,
+    lost_starts,
+    no_config,
+    no_tokenizer,
+    other_alphas,
+    other_ranks,
+    stated_type,
+    states,
+)
 from merging.serving.subject import Subject
-from merging.serving.transformers import stated_type
-from merging.serving.vllm import alphas, ranks
 
 __all__ = ["SGLANG"]
 
@@ -19,9 +31,6 @@ _MODULES = {
     "fc2_latent_proj",
 }  # fmt: skip
 """The modules whose sizes it can tell for any model; some classes of models know more."""
-
-_BAKE = "merge it into its base with --as model, and serve that"
-_AGAIN = "merge it with merge --method passthrough, which writes one rank and one scale"
 
 
 def _rslora(subject: Subject) -> Iterator[str]:
@@ -64,27 +73,28 @@ SGLANG = Program(
     {
         "adapter": (
             Rule("refuses", "adapters are folders with adapter_config.json", no_config, "merge it with -o FOLDER"),
-            Rule("refuses", "only LoRA is served", _other_type, _BAKE),
+            Rule("refuses", "only LoRA is served", _other_type, BAKE),
             Rule("refuses", "the config lacks what SGLang asks for", absent("r", "lora_alpha", "target_modules"),
-                 _AGAIN),
-            Rule("refuses", "target_modules is a regular expression, and should be a list", _one_string, _AGAIN),
+                 ONE_SCALE),
+            Rule("refuses", "target_modules is a regular expression, and should be a list", _one_string, ONE_SCALE),
             Rule("refuses", "this variant of LoRA is not served",
-                 states("use_dora", "use_qalora", "use_bdlora", "kasa_config"), _BAKE),
+                 states("use_dora", "use_qalora", "use_bdlora", "kasa_config"), BAKE),
+            Rule("refuses", "factors of convolutions are not served", convolutions, BAKE),
             Rule("refuses", "the rank is above the largest that the server is started for", _rank,
                  "start SGLang with a larger --max-lora-rank, or merge with a smaller --rank"),
-            Rule("ignores", "rank-stabilised scales: lora_alpha / r is used", _rslora, _AGAIN),
-            Rule("ignores", "ranks by module: one rank is used, newer versions refuse", ranks, _AGAIN),
-            Rule("ignores", "alphas by module: one alpha is used, newer versions refuse", alphas, _AGAIN),
-            Rule("ignores", "tensors that are no LoRA factors", _other_names, _BAKE),
-            Rule("ignores", "what the start took off the base is not taken off", lost_starts, _BAKE),
+            Rule("ignores", "rank-stabilised scales: lora_alpha / r is used", _rslora, ONE_SCALE),
+            Rule("ignores", "ranks by module: one rank is used, newer versions refuse", other_ranks, ONE_SCALE),
+            Rule("ignores", "alphas by module: one alpha is used, newer versions refuse", other_alphas, ONE_SCALE),
+            Rule("ignores", "tensors that are no LoRA factors", _other_names, BAKE),
+            Rule("ignores", "what the start took off the base is not taken off", lost_starts, BAKE),
             Rule("ignores", "repeated blocks do not exist in the base that is served", states("layer_replication"),
                  "expand the base"),
             Rule("ignores", "the adapter should act behind certain tokens only, and acts on all",
                  states("alora_invocation_tokens"), "serve it with a program that knows aLoRA"),
             Rule("ignores", "factors of stacked experts may be dropped without --lora-strict-loading",
-                 states("target_parameters"), _BAKE),
-            Rule("warns", "modules that SGLang knows for some architectures only", _unknown_modules, _BAKE),
-            Rule("warns", "adapters of embeddings and heads are served by recent versions only", _tables, _BAKE),
+                 states("target_parameters"), BAKE),
+            Rule("warns", "modules that SGLang knows for some architectures only", _unknown_modules, BAKE),
+            Rule("warns", "adapters of embeddings and heads are served by recent versions only", _tables, BAKE),
         ),
         "model": (
             Rule("refuses", "models are folders with config.json", no_config, "put it in a folder with its config"),

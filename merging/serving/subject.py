@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from merging.errors import FormatError, InputError
+from merging.errors import FormatError, InputError, MergingError
 from merging.hub.address import hub_address
 from merging.sources import DIALECTS, Dialect, diffusion, peft
 from merging.sources.components import PIPELINE, components_of
@@ -22,7 +22,7 @@ __all__ = ["Subject", "SubjectKind", "open_subject"]
 SubjectKind = Literal["adapter", "diffusion adapter", "model", "pipeline"]
 
 _CONFIG = "adapter_config.json"
-_PREFIX = "base_model.model."
+_SHARED, _PREFIX = "base_model.", "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,9 @@ class Subject:
         for name, stored in self.tensors.items():
             path = name.removeprefix(_PREFIX)
             match = leaf.search(path.replace(".default", "")) if leaf else None
+            # what all modules share stands beside the model
+            if match and name.startswith(_SHARED) and not name.startswith(_PREFIX):
+                continue
             if match and match[2] != ".bias":
                 found.setdefault(path[: match.start()], {})[match[1]] = stored
         return found
@@ -103,10 +106,13 @@ def open_subject(name: str, base: str | None, max_rank: int | None, values: bool
         listed = frozenset(each.removeprefix(start) for each in repository.sizes if each.startswith(start))
     if not path.exists():
         raise InputError(f"{name}: there is no such file or folder")
-    folder, weights, config = _found(path)
-    tensors, metadata = _opened(weights)
+    try:
+        folder, weights, config = _found(path)
+        tensors, metadata = _opened(weights)
+        stated = read_json(config) if config is not None else None
+    except MergingError as error:
+        raise type(error)(str(error).replace(str(path), name)) from None
     dialect = next((each for each in DIALECTS if each.recognises(tensors)), None)
-    stated = read_json(config) if config is not None else None
     base_path, base_config = _base_of(base, stated or {})
     return Subject(
         name,
@@ -162,7 +168,9 @@ def _opened(weights: Mapping[str, Path]) -> tuple[dict[str, Stored], dict[str, s
 
 
 def _names(folder: Path | None) -> frozenset[str]:
-    return frozenset() if folder is None else frozenset(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    """The files of a folder and of the components in it."""
+    found = [] if folder is None else [*folder.glob("*"), *folder.glob("*/*")]
+    return frozenset(path.relative_to(folder).as_posix() for path in found if folder)
 
 
 def _kind(config: Path | None, dialect: Dialect | None) -> SubjectKind:
@@ -174,11 +182,17 @@ def _kind(config: Path | None, dialect: Dialect | None) -> SubjectKind:
 
 
 def _base_of(base: str | None, stated: Mapping[str, Any]) -> tuple[Path | None, dict[str, Any]]:
-    """Where the base lies on this machine, if it does, and its config."""
+    """Where the base lies on this machine, if it does, and its config; one on the Hub is asked for if it was named."""
+    address = hub_address(base) if base else None
+    if address is not None:
+        from merging.hub.repository import open_repository
+
+        config = open_repository(address).folder / address.path / "config.json"
+        return None, read_json(config) if config.is_file() else {}
     said = base or stated.get("base_model_name_or_path")
     path = Path(said).expanduser() if isinstance(said, str) and said else None
     if path is None or not path.is_dir():
         if base:
-            raise InputError(f"{base}: the base should be a folder on this machine")
+            raise InputError(f"{base}: there is no such base: name its folder, or ORG/NAME on the Hub")
         return None, {}
     return path, read_json(path / "config.json") if (path / "config.json").is_file() else {}

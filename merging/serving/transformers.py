@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 
 from merging.errors import MergingError
 from merging.serving.peft import ADAPTERS
-from merging.serving.rules import Program, Rule, absent, no_config
+from merging.serving.rules import Program, Rule, absent, no_config, stated_type
 from merging.serving.subject import Subject
 from merging.sources.layout import read_json
 from merging.sources.peft.refused import REFUSED
 
-__all__ = ["TRANSFORMERS", "stated_type"]
+__all__ = ["TRANSFORMERS"]
 
 _FILES = tuple(f"{stem}{rest}" for stem in ("model.safetensors", "pytorch_model.bin") for rest in ("", ".index.json"))
-_TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_SHARING = ("FROD", "PVERA", "TINYLORA", "UNILORA", "VBLORA", "VERA")
+"""Types of PEFT adapters whose modules share tensors that stand beside them."""
 
 
 def _other_files(subject: Subject) -> Iterator[str]:
@@ -40,22 +40,18 @@ def _plain_header(subject: Subject) -> Iterator[str]:
         yield f"the header's format is {subject.metadata.get('format')!r}"
 
 
-def stated_type(subject: Subject) -> Iterator[str]:
-    """A type in the config that is not the type of most weights: loading them casts them."""
-    stated = subject.text_config.get("dtype", subject.text_config.get("torch_dtype"))
-    stated = stated or subject.stated.get("dtype", subject.stated.get("torch_dtype"))
-    kinds: Counter[str] = Counter()
-    for tensor in subject.tensors.values():
-        if tensor.floating:
-            kinds[tensor.kind] += tensor.numel
-    most = kinds.most_common(1)
-    if stated in _TYPES and most and most[0][0] != _TYPES[stated]:
-        yield f"most weights are {most[0][0]}, dtype = {stated!r}"
-
-
 def _prompts(subject: Subject) -> Iterator[str]:
     if subject.method in REFUSED and ("PROMPT" in subject.method or "TUNING" in subject.method):
         yield f"peft_type = {subject.method!r}"
+
+
+def _shared(subject: Subject) -> Iterator[str]:
+    if subject.method in _SHARING:
+        yield f"peft_type = {subject.method!r}"
+
+
+def _entries(subject: Subject) -> Iterator[str]:
+    yield from (name for name in subject.tensors if name.endswith(".shira_indices"))
 
 
 TRANSFORMERS = Program(
@@ -76,6 +72,8 @@ TRANSFORMERS = Program(
         ),
         "adapter": (
             *ADAPTERS,
+            Rule("refuses", "what its modules share is loaded by PEFT alone", _shared, "load it with PEFT"),
+            Rule("ignores", "which entries are adapted: it draws them anew", _entries, "load it with PEFT"),
             Rule("refuses", "prompts are loaded by PEFT alone", _prompts, "load it with PEFT"),
         ),
     },

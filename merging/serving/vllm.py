@@ -4,23 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from merging.serving.rules import Program, Rule, absent, lost_starts, no_config, no_tokenizer, states
+from merging.serving.rules import (
+    BAKE,
+    ONE_SCALE,
+    PLAIN,
+    Program,
+    Rule,
+    absent,
+    convolutions,
+    lost_starts,
+    no_config,
+    no_tokenizer,
+    other_alphas,
+    other_ranks,
+    stated_type,
+    states,
+)
 from merging.serving.subject import Subject
-from merging.serving.transformers import stated_type
 
-__all__ = ["MAX_RANKS", "VLLM", "alphas", "ranks"]
+__all__ = ["VLLM"]
 
-MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank may be."""
 
 _DEFAULT_RANK = 16
 
 _NAMES = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 _SKIPPED = ("embed_tokens.base_layer.weight", "lm_head.base_layer.weight")
-
-_BAKE = "merge it into its base with --as model, and serve that"
-_PLAIN = "merge it with merge --method passthrough if it is LoRA, else into its base with --as model"
-_AGAIN = "merge it with merge --method passthrough, which writes one rank and one scale"
 
 
 def _other_names(subject: Subject) -> Iterator[str]:
@@ -32,23 +42,9 @@ def _rank(subject: Subject) -> Iterator[str]:
     rank = max([stated if isinstance(stated, int) else 0, *subject.ranks.values()])
     if rank > most:
         enough = next(
-            (f"--max-lora-rank {each} is enough" for each in MAX_RANKS if each >= rank), "no setting allows it"
+            (f"--max-lora-rank {each} is enough" for each in _MAX_RANKS if each >= rank), "no setting allows it"
         )
         yield f"rank {rank}, --max-lora-rank {most}: {enough}"
-
-
-def ranks(subject: Subject) -> Iterator[str]:
-    """The modules whose rank is not the one that the config states for all."""
-    stated = subject.stated.get("r")
-    yield from (f"{path} has rank {rank}, r = {stated}" for path, rank in subject.ranks.items() if rank != stated)
-
-
-def alphas(subject: Subject) -> Iterator[str]:
-    """The entries of alpha_pattern that differ from the alpha for all."""
-    pattern = subject.stated.get("alpha_pattern")
-    for key, alpha in (pattern if isinstance(pattern, dict) else {}).items():
-        if alpha != subject.stated.get("lora_alpha"):
-            yield f"alpha_pattern: {key}: {alpha}"
 
 
 def _vocabulary(subject: Subject) -> Iterator[str]:
@@ -59,10 +55,9 @@ def _vocabulary(subject: Subject) -> Iterator[str]:
             yield f"{path} is for {table.shape[-1]:,} tokens, the base has {size:,}"
 
 
-def _beyond(subject: Subject) -> Iterator[str]:
-    replicated = subject.stated.get("layer_replication")
-    if replicated:
-        yield f"layer_replication = {replicated!r}"
+def _experts(subject: Subject) -> Iterator[str]:
+    if subject.stated.get("use_rslora"):
+        yield from (path for path in subject.modules if ".experts." in path)
 
 
 def _saved_tables(subject: Subject) -> Iterator[str]:
@@ -74,24 +69,29 @@ VLLM = Program(
     {
         "adapter": (
             Rule("refuses", "adapters are folders with adapter_config.json", no_config, "merge it with -o FOLDER"),
-            Rule("refuses", "the config lacks what vLLM asks for", absent("r", "lora_alpha", "target_modules"), _AGAIN),
-            Rule("refuses", "modules saved in full are not served", states("modules_to_save"), _BAKE),
+            Rule("refuses", "the config lacks what vLLM asks for", absent("r", "lora_alpha", "target_modules"),
+                 ONE_SCALE),
+            Rule("refuses", "modules saved in full are not served", states("modules_to_save"), BAKE),
             Rule("refuses", "this variant of LoRA is not served",
-                 states("use_dora", "use_qalora", "use_bdlora", "kasa_config"), _BAKE),
-            Rule("refuses", "trained biases are not served", states("bias", "lora_bias"), _BAKE),
-            Rule("refuses", "trained tokens are not served", states("trainable_token_indices"), _BAKE),
-            Rule("refuses", "tensors whose names are not those of LoRA's factors", _other_names, _PLAIN),
+                 states("use_dora", "use_qalora", "use_bdlora", "kasa_config"), BAKE),
+            Rule("refuses", "trained biases are not served", states("bias", "lora_bias"), BAKE),
+            Rule("refuses", "trained tokens are not served", states("trainable_token_indices"), BAKE),
+            Rule("refuses", "tensors whose names are not those of LoRA's factors", _other_names, PLAIN),
+            Rule("refuses", "factors of convolutions are not served", convolutions, BAKE),
             Rule("refuses", "the rank is above the largest that the server is started for", _rank,
                  "start vLLM with a larger --max-lora-rank, or merge with a smaller --rank"),
-            Rule("refuses", "the vocabulary is not the base's", _vocabulary, _BAKE),
-            Rule("ignores", "ranks by module: the scale is lora_alpha / r for all", ranks, _AGAIN),
-            Rule("ignores", "alphas by module: the scale is lora_alpha / r for all", alphas, _AGAIN),
-            Rule("ignores", "what the start took off the base is not taken off", lost_starts, _BAKE),
-            Rule("ignores", "repeated blocks do not exist in the base that is served", _beyond, "expand the base"),
+            Rule("refuses", "the vocabulary is not the base's", _vocabulary, BAKE),
+            Rule("ignores", "ranks by module: the scale is lora_alpha / r for all", other_ranks, ONE_SCALE),
+            Rule("ignores", "alphas by module: the scale is lora_alpha / r for all", other_alphas, ONE_SCALE),
+            Rule("ignores", "what the start took off the base is not taken off", lost_starts, BAKE),
+            Rule("ignores", "repeated blocks do not exist in the base that is served", states("layer_replication"),
+                 "expand the base"),
             Rule("ignores", "the adapter should act behind certain tokens only, and acts on all",
                  states("alora_invocation_tokens"), "serve it with a program that knows aLoRA"),
             Rule("warns", "factors of stacked experts are served for some architectures only",
-                 states("target_parameters"), _BAKE),
+                 states("target_parameters"), BAKE),
+            Rule("warns", "before September 2026 experts were given lora_alpha / r in spite of use_rslora", _experts,
+                 ONE_SCALE),
             Rule("warns", "the embedding that was saved along is not read: rows for added tokens are lost",
                  _saved_tables, "merge it into its base with --as model if tokens were added"),
         ),

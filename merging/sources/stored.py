@@ -47,6 +47,8 @@ DTYPES: dict[str, torch.dtype] = {
 
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
+_PIECE = 1 << 22
+
 
 @dataclass(frozen=True, slots=True)
 class Out:
@@ -99,6 +101,15 @@ class Stored(ABC):
         buffer = torch.empty(self.numel, dtype=self.dtype)
         self.read_into(buffer)
         return buffer.view(self.shape)
+
+    def finite(self) -> bool:
+        """Whether all values are finite numbers; read piece by piece up to the first that is not."""
+        for start in range(0, self.numel, _PIECE):
+            piece = torch.empty(min(_PIECE, self.numel - start), dtype=self.dtype)
+            self.read_into(piece, start)
+            if not bool(piece.isfinite().all()):
+                return False
+        return True
 
     @abstractmethod
     def advise(self, start: int, count: int) -> None:
