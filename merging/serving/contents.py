@@ -8,7 +8,7 @@ from pathlib import Path
 
 from merging.errors import MergingError
 from merging.layers import Stacks
-from merging.plan.resolve import Resolver
+from merging.plan.to_adapter import adapter_targets
 from merging.serving.rules import Program, Rule
 from merging.serving.subject import Subject
 from merging.sources import Adapter, Checkpoint, open_model
@@ -23,6 +23,11 @@ _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "word_embed_proj_dim", "em
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|h|block|blocks)\.([0-9]+)\.")
 _STACKS = ("layers", "layer", "h", "block", "blocks")
 _PAIRS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
+_MATES = (
+    ("lora_A.weight", "lora_B.weight"), ("lora_B.weight", "lora_A.weight"),
+    (".lora_down.", ".lora_up."), (".lora_up.", ".lora_down."),
+    ("lora.down.", "lora.up."), ("lora.up.", "lora.down."),
+)  # fmt: skip
 _AGAIN = "save it again, or get its files again together"
 
 
@@ -151,6 +156,12 @@ def _factors(subject: Subject) -> Iterator[str]:
                 yield f"{path}: {list(one.shape)} and {list(other.shape)} do not multiply"
 
 
+def _halves(subject: Subject) -> Iterator[str]:
+    for name in subject.tensors:
+        mates = {name.replace(one, other) for one, other in _MATES if one in name} - {name}
+        yield from (f"{name} has no {mate}" for mate in mates if mate not in subject.tensors)
+
+
 def _ranks(subject: Subject) -> Iterator[str]:
     if subject.config is None or subject.method != "LORA" or subject.stated.get("target_parameters"):
         return
@@ -187,7 +198,7 @@ def _misfit(subject: Subject) -> Iterator[str]:
         return
     if isinstance(base, Checkpoint) and isinstance(adapter, Adapter):
         try:
-            Resolver(base.tensors, base.config).resolve(adapter)
+            adapter_targets([adapter], base)
         except MergingError as error:
             yield str(error).removeprefix(f"{subject.name}: ")
 
@@ -247,7 +258,9 @@ FILES = Program(
             _UNREAD,
             _NUMBERS,
         ),
-        "diffusion adapter": (_MISFIT, _UNREAD, _NUMBERS),
+        "diffusion adapter": (
+            Rule("refuses", "factors are missing", _halves, _AGAIN),
+            _MISFIT, _UNREAD, _NUMBERS),
         "pipeline": (Rule("refuses", "components are not whole", _components, "complete the download"), _NUMBERS),
     },
     {},

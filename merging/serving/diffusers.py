@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from merging.serving.rules import BAKE, Program, Rule, absent, no_config
@@ -12,13 +13,24 @@ __all__ = ["DIFFUSERS"]
 
 _OTHERS = (".hada_", ".oft_", ".boft", ".a1.weight", ".on_input", ".w_norm", ".b_norm", "bundle_emb", "emb_params")
 
+_SOME = (".lokr_", ".diff")
+"""What some of its loaders turn into LoRA, for transformers as in Flux."""
+
+_UNET = re.compile(r"lora_unet_(?:down_blocks|up_blocks|mid_block|input_blocks|middle_block|output_blocks)_")
+
 
 def _other_methods(subject: Subject) -> Iterator[str]:
-    yield from (name for name in subject.tensors if any(part in name for part in _OTHERS))
+    for name in subject.tensors:
+        if any(part in name for part in _OTHERS) or (any(part in name for part in _SOME) and _of_unet(name)):
+            yield name
 
 
 def _some_methods(subject: Subject) -> Iterator[str]:
-    yield from (name for name in subject.tensors if ".lokr_" in name or name.endswith((".diff", ".diff_b")))
+    yield from (name for name in subject.tensors if any(part in name for part in _SOME) and not _of_unet(name))
+
+
+def _of_unet(name: str) -> bool:
+    return name.startswith("lora_te") or bool(_UNET.match(name))
 
 
 def _dora(subject: Subject) -> Iterator[str]:

@@ -17,6 +17,7 @@ from merging.serving.rules import (
     no_config,
     no_tokenizer,
     other_alphas,
+    saved_tables,
     states,
 )
 from merging.serving.subject import Subject
@@ -88,9 +89,12 @@ LLAMA_CPP = Program(
             Rule("ignores", "what the start took off the base is not taken off", lost_starts, BAKE),
             Rule("ignores", "factors of this form are taken for plain ones",
                  states("use_qalora", "use_bdlora", "layer_replication"), BAKE),
+            Rule("warns", "the embedding that was saved along is not read: rows for added tokens are lost",
+                 saved_tables, "merge it into its base with --as model if tokens were added"),
             Rule("warns", "the head is refused if the base ties it to the embedding", _unknown_head,
                  "say where the base is with --base"),
-            Rule("warns", "the base has to be named to the converter with --base", absent("base_model_name_or_path")),
+            Rule("warns", "the base is not named", absent("base_model_name_or_path"),
+                 "name it to the converter, with --base"),
         ),
         "model": (
             Rule("refuses", "models are folders with config.json", no_config, "put it in a folder with its config"),

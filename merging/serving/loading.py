@@ -16,10 +16,10 @@ from merging.serving.subject import Subject
 
 __all__ = ["load"]
 
-_NOISE = ("is_gradient_checkpointing",)
-"""What libraries warn each other of."""
+_NOISE = ("is_gradient_checkpointing", "No LoRA keys associated to")
+"""What libraries warn of where nothing is wrong."""
 
-_NO_MATTER = ("vblora_vector_bank", "lora_monteclora_sampler", ".ranknum", "base_model.randlora_")
+_NO_MATTER = ("vblora_vector_bank", "lora_monteclora_sampler", ".ranknum", "base_model.randlora_", "prompt_embeddings")
 """Tensors that are reported missing or unexpected though they are shared, made again, or for training alone."""
 
 
@@ -36,7 +36,7 @@ def load(subject: Subject, program: str) -> list[Finding]:
     if subject.remote:
         raise OptionError(f"{subject.name}: --load needs the files on this machine: download them first")
     loads = _LOADS.get((program, subject.kind))
-    if loads is None or subject.folder is None:
+    if loads is None or (subject.folder is None and subject.kind != "diffusion adapter"):
         return []
     said: list[str] = []
     with _heard(said):
@@ -57,7 +57,7 @@ def load(subject: Subject, program: str) -> list[Finding]:
 def _finding(program: str, subject: Subject, kind: str, names: list[str]) -> Finding:
     """What it means that a loader reports tensors as ``missing``, ``unexpected``, ``mismatched`` or ``left out``."""
     if kind == "missing" and "adapter" in subject.kind:
-        return Finding(program, "warns", "tensors are missing, and those it makes change nothing", tuple(names))
+        return Finding(program, "warns", "tensors are missing, and fresh ones take their place", tuple(names))
     if kind == "missing":
         return Finding(program, "refuses", "tensors are missing, and random ones take their place", tuple(names))
     severity: Severity = "ignores" if kind in ("unexpected", "left out") else "refuses"
@@ -106,6 +106,7 @@ def _model(subject: Subject) -> Keys:
     """A model by transformers, on the CPU."""
     import transformers
 
+    transformers.AutoConfig.from_pretrained(str(subject.folder))  # as everyone does who is not told the class
     named = subject.stated.get("architectures") or [None]
     found = getattr(transformers, str(named[0]), transformers.AutoModel)
     _, report = found.from_pretrained(str(subject.folder), output_loading_info=True)
@@ -148,7 +149,8 @@ def _empty_base(subject: Subject) -> Any:
 
 
 def _full_base(subject: Subject) -> Any:
-    return _class_of(subject).from_pretrained(str(_base(subject)))
+    folder = _base(subject)
+    return _class_of(subject).from_pretrained(str(folder))
 
 
 def _class_of(subject: Subject) -> Any:

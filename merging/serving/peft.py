@@ -13,7 +13,10 @@ from merging.sources.peft.config import Config
 from merging.sources.peft.kinds import KINDS
 from merging.sources.peft.refused import REFUSED
 
-__all__ = ["ADAPTERS", "PEFT"]
+__all__ = ["ADAPTERS", "PEFT", "unsaved", "untrained_tokens"]
+
+_TOKENS = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
+"""What trained tokens add to an embedding, whatever modules are targeted."""
 
 _PREFIX = "base_model."
 _LOST = ("corda", "loftq")
@@ -44,7 +47,9 @@ def _untargeted(subject: Subject) -> Iterator[str]:
         or subject.stated.get("target_modules") is None
     ):
         return
-    yield from (path for path in subject.modules if path and not _targeted(path, subject.stated))
+    for path, parts in subject.modules.items():
+        if any(part not in _TOKENS for part in parts) and not _targeted(path, subject.stated):
+            yield path
 
 
 def _targeted(path: str, config: dict[str, Any]) -> bool:
@@ -97,14 +102,16 @@ def _unrepeated(subject: Subject) -> Iterator[str]:
         yield f"init_lora_weights = {start!r}"
 
 
-def _unsaved(subject: Subject) -> Iterator[str]:
+def unsaved(subject: Subject) -> Iterator[str]:
+    """The modules that the config says are saved in full, and the file does not hold."""
     saved = subject.stated.get("modules_to_save")
     for module in saved if isinstance(saved, list) else []:
         if not any(f".{module}." in name for name in subject.tensors):
             yield f"modules_to_save: {module}"
 
 
-def _untrained_tokens(subject: Subject) -> Iterator[str]:
+def untrained_tokens(subject: Subject) -> Iterator[str]:
+    """Rows of tokens that the config says were trained, where the file holds none."""
     if subject.stated.get("trainable_token_indices") and not any(
         "trainable_tokens_delta" in n for n in subject.tensors
     ):
@@ -119,6 +126,11 @@ def _stray_magnitudes(subject: Subject) -> Iterator[str]:
 def _no_alpha(subject: Subject) -> Iterator[str]:
     if subject.method == "LORA":
         yield from absent("lora_alpha")(subject)
+
+
+def _no_targets(subject: Subject) -> Iterator[str]:
+    if subject.method in KINDS and not subject.stated.get("target_parameters"):
+        yield from absent("target_modules")(subject)
 
 
 def _bad_rank(subject: Subject) -> Iterator[str]:
@@ -136,25 +148,31 @@ ADAPTERS: tuple[Rule, ...] = (
     Rule("refuses", "modules cannot be looked for", _bad_pattern, "write it as a list"),
     Rule("refuses", "the start cannot be repeated without what it was made from", _lost,
          "save it with path_initial_model_for_weight_conversion"),
-    Rule("refuses", "modules should be saved in full, and are not in the file", _unsaved,
-         "remove them from modules_to_save, or save it again"),
-    Rule("refuses", "tokens should be trained, and are not in the file", _untrained_tokens, "save it again"),
-    Rule("ignores", "tensors without the prefix base_model.model.", _prefix, "add the prefix to their names"),
     Rule("ignores", "modules that the config does not target", _untargeted, "add them to target_modules"),
     Rule("ignores", "DoRA's magnitudes, as the config does not say use_dora", _stray_magnitudes, "set use_dora"),
     Rule("ignores", "the start that was trained on is not repeated as it was", _unrepeated,
          "save it with path_initial_model_for_weight_conversion"),
     Rule("warns", "there is no lora_alpha, so that it is 8", _no_alpha, "set lora_alpha"),
+    Rule("warns", "there are no target_modules, so that it takes those it knows for the model", _no_targets,
+         "set target_modules"),
 )  # fmt: skip
 """What PEFT does with an adapter, by itself or for transformers."""
 
 PEFT = Program(
     "peft",
-    {"adapter": ADAPTERS},
+    {
+        "adapter": (
+            *ADAPTERS,
+            Rule("refuses", "modules should be saved in full, and are not in the file", unsaved,
+                 "remove them from modules_to_save, or save it again"),
+            Rule("refuses", "tokens should be trained, and are not in the file", untrained_tokens, "save it again"),
+            Rule("ignores", "tensors without the prefix base_model.model.", _prefix, "add the prefix to their names"),
+        ),
+    },
     {
         "model": "it is a full model: load it with transformers",
         "diffusion adapter": "load it with diffusers",
         "pipeline": "load it with diffusers",
     },
-)
+)  # fmt: skip
 """Facts of PEFT 0.21."""

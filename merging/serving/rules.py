@@ -13,6 +13,7 @@ __all__ = [
     "BAKE",
     "ONE_SCALE",
     "PLAIN",
+    "TABLES",
     "Finding",
     "Program",
     "Question",
@@ -25,6 +26,7 @@ __all__ = [
     "no_tokenizer",
     "other_alphas",
     "other_ranks",
+    "saved_tables",
     "stated_type",
     "states",
 ]
@@ -38,6 +40,9 @@ Severity = Literal["refuses", "ignores", "warns", "ok"]
 
 Question = Callable[[Subject], Iterable[str]]
 """What is wrong, and where: nothing, where nothing is."""
+
+TABLES = ("embed_tokens.base_layer.weight", "lm_head.base_layer.weight")
+"""How the names of tables end that PEFT saves beside the factors on them."""
 
 _HARMLESS: tuple[object, ...] = (None, False, {}, [], "", "none")
 
@@ -157,6 +162,11 @@ def convolutions(subject: Subject) -> Iterator[str]:
     for path, parts in subject.modules.items():
         if any(len(stored.shape) > 2 for stored in parts.values()):
             yield path
+
+
+def saved_tables(subject: Subject) -> Iterator[str]:
+    """The embeddings and heads of the base that were saved beside the factors on them."""
+    yield from (name for name in subject.tensors if name.endswith(TABLES))
 
 
 def stated_type(subject: Subject) -> Iterator[str]:

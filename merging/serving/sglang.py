@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from merging.serving.rules import (
     BAKE,
     ONE_SCALE,
+    TABLES,
     Program,
     Rule,
     absent,
@@ -16,6 +17,7 @@ from merging.serving.rules import (
     no_tokenizer,
     other_alphas,
     other_ranks,
+    saved_tables,
     stated_type,
     states,
 )
@@ -60,8 +62,8 @@ def _rank(subject: Subject) -> Iterator[str]:
 
 
 def _other_names(subject: Subject) -> Iterator[str]:
-    leaves = (".lora_A", ".lora_B", ".lora_embedding_", ".lora_magnitude_vector")
-    yield from (name for name in subject.tensors if not any(leaf in name for leaf in leaves))
+    leaves = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B", ".lora_magnitude_vector")
+    yield from (name for name in subject.tensors if not name.endswith((*leaves, *TABLES)))
 
 
 def _tables(subject: Subject) -> Iterator[str]:
@@ -94,6 +96,8 @@ SGLANG = Program(
             Rule("ignores", "factors of stacked experts may be dropped without --lora-strict-loading",
                  states("target_parameters"), BAKE),
             Rule("warns", "modules that SGLang knows for some architectures only", _unknown_modules, BAKE),
+            Rule("warns", "the embedding that was saved along is not read: rows for added tokens are lost",
+                 saved_tables, "merge it into its base with --as model if tokens were added"),
             Rule("warns", "adapters of embeddings and heads are served by recent versions only", _tables, BAKE),
         ),
         "model": (

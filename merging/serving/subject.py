@@ -81,8 +81,12 @@ class Subject:
 
     @cached_property
     def ranks(self) -> dict[str, int]:
-        """The rank of each module of a LoRA, by its down factor."""
-        downs = {path: parts.get("lora_A", parts.get("lora_embedding_A")) for path, parts in self.modules.items()}
+        """The rank of each module of a LoRA, by its down factor; stacked experts have one each, and none here."""
+        downs = {
+            path: parts.get("lora_A", parts.get("lora_embedding_A"))
+            for path, parts in self.modules.items()
+            if not path.removesuffix(".base_layer").endswith("experts")
+        }
         return {path: down.shape[0] for path, down in downs.items() if down is not None and down.shape}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from merging.errors import MergingError
-from merging.serving.peft import ADAPTERS
+from merging.serving.peft import ADAPTERS, unsaved, untrained_tokens
 from merging.serving.rules import Program, Rule, absent, no_config, stated_type
 from merging.serving.subject import Subject
 from merging.sources.layout import read_json
@@ -50,6 +50,15 @@ def _shared(subject: Subject) -> Iterator[str]:
         yield f"peft_type = {subject.method!r}"
 
 
+def _named(subject: Subject) -> Iterator[str]:
+    yield from (name for name in subject.tensors if ".default." in name or name.endswith(".default"))
+
+
+def _magnitudes(subject: Subject) -> Iterator[str]:
+    if subject.stated.get("use_dora"):
+        yield from (name for name in subject.tensors if name.endswith(".lora_magnitude_vector"))
+
+
 def _entries(subject: Subject) -> Iterator[str]:
     yield from (name for name in subject.tensors if name.endswith(".shira_indices"))
 
@@ -73,7 +82,13 @@ TRANSFORMERS = Program(
         "adapter": (
             *ADAPTERS,
             Rule("refuses", "what its modules share is loaded by PEFT alone", _shared, "load it with PEFT"),
+            Rule("ignores", "DoRA's magnitudes, which it looks for by another name", _magnitudes, "load it with PEFT"),
             Rule("ignores", "which entries are adapted: it draws them anew", _entries, "load it with PEFT"),
+            Rule("ignores", "tensors whose names hold the name of an adapter", _named, "remove .default from them"),
+            Rule("ignores", "modules should be saved in full, are not in the file, and stay the base's", unsaved,
+                 "save it again"),
+            Rule("ignores", "tokens should be trained, are not in the file, and stay the base's", untrained_tokens,
+                 "save it again"),
             Rule("refuses", "prompts are loaded by PEFT alone", _prompts, "load it with PEFT"),
         ),
     },

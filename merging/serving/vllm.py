@@ -8,6 +8,7 @@ from merging.serving.rules import (
     BAKE,
     ONE_SCALE,
     PLAIN,
+    TABLES,
     Program,
     Rule,
     absent,
@@ -17,6 +18,7 @@ from merging.serving.rules import (
     no_tokenizer,
     other_alphas,
     other_ranks,
+    saved_tables,
     stated_type,
     states,
 )
@@ -30,11 +32,10 @@ _MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _DEFAULT_RANK = 16
 
 _NAMES = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
-_SKIPPED = ("embed_tokens.base_layer.weight", "lm_head.base_layer.weight")
 
 
 def _other_names(subject: Subject) -> Iterator[str]:
-    yield from (name for name in subject.tensors if not name.endswith((*_NAMES, *_SKIPPED)))
+    yield from (name for name in subject.tensors if not name.endswith((*_NAMES, *TABLES)))
 
 
 def _rank(subject: Subject) -> Iterator[str]:
@@ -58,10 +59,6 @@ def _vocabulary(subject: Subject) -> Iterator[str]:
 def _experts(subject: Subject) -> Iterator[str]:
     if subject.stated.get("use_rslora"):
         yield from (path for path in subject.modules if ".experts." in path)
-
-
-def _saved_tables(subject: Subject) -> Iterator[str]:
-    yield from (name for name in subject.tensors if name.endswith(_SKIPPED))
 
 
 VLLM = Program(
@@ -93,7 +90,7 @@ VLLM = Program(
             Rule("warns", "before September 2026 experts were given lora_alpha / r in spite of use_rslora", _experts,
                  ONE_SCALE),
             Rule("warns", "the embedding that was saved along is not read: rows for added tokens are lost",
-                 _saved_tables, "merge it into its base with --as model if tokens were added"),
+                 saved_tables, "merge it into its base with --as model if tokens were added"),
         ),
         "model": (
             Rule("refuses", "models are folders with config.json", no_config, "put it in a folder with its config"),
