@@ -16,6 +16,7 @@ from .pool import pool_command
 from .pushing import push_command
 from .recipes import run_command
 from .recycling import recycle_command
+from .routing import route_command
 from .verifying import verify_command
 
 __all__ = ["main"]
@@ -30,6 +31,7 @@ Sub-commands, as the first word:
   merge verify PATH      what a program would refuse or ignore in it
   merge push FOLDER ...  publish a folder on the Hub
   merge pool ...         adapters that others left, audited
+  merge route MODEL...   prototypes to choose among adapters by
   merge recycle POOL ... mix adapters of other tasks for a new one, and hold that against what needs none
   merge continual ...    a store that grows as models arrive
 A file of such a name is reached as ./inspect.
@@ -57,6 +59,7 @@ _COMMANDS = [
     verify_command,
     push_command,
     pool_command,
+    route_command,
     recycle_command,
     continual_command,
 ]

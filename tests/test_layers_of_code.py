@@ -103,6 +103,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "continual",
         "geometry",
         "recycling",
+        "routing",
         "report",
         "serving",
     ),

@@ -1,0 +1,38 @@
+"""``merge route``: what a server needs to choose among adapters, token by token."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from .errors import reported
+
+__all__ = ["route_command"]
+
+
+@click.command(name="route")
+@click.argument("models", nargs=-1, required=True, metavar="ADAPTER...")
+@click.option("-o", "--output", required=True, type=click.Path(), help="a .safetensors file")
+@click.option("--kind", type=click.Choice(["arrow", "spectr"]), default="arrow", show_default=True)
+@click.option("--normalise", is_flag=True, help="spectr: do not let larger changes win")
+@click.option("--overwrite", is_flag=True, help="replace an existing output")
+@click.option("--json", "as_json", is_flag=True, help="print the outcome as JSON")
+@click.option("--debug", is_flag=True, help="show a traceback with errors")
+def route_command(models: tuple[str, ...], output: str, as_json: bool, debug: bool, **options: Any) -> None:
+    """Export the prototypes by which a server routes tokens among adapters, instead of merging them.
+
+    arrow: the leading right singular vector of each change, scored by |v . x|. spectr: all of them times their singular
+    values, scored by |P x|, which is what the change does to x.
+    """
+    with reported(debug):
+        from merging.routing import export_prototypes
+
+        done = export_prototypes(models, output, **options)
+    for notice in done.notices:
+        click.echo(f"note: {notice}", err=True)
+    if as_json:
+        click.echo(json.dumps({"path": str(done.path), "adapters": done.adapters, "modules": done.modules}))
+    else:
+        click.echo(f"{done.path}: prototypes of {len(done.adapters)} adapters for {done.modules} modules")
