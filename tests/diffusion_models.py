@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,18 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 __all__ = [
+    "BLOCK",
+    "FLUX",
     "MODELS",
+    "PUBLISHED",
+    "TEXT",
     "Shape",
     "State",
     "build",
@@ -32,9 +38,11 @@ __all__ = [
     "components",
     "factors",
     "fused",
+    "kohya_modules",
     "on_disk",
     "quietly",
     "state_of",
+    "trained",
 ]
 
 State = dict[str, Tensor]
@@ -188,3 +196,94 @@ def closest(
     wrong = {name: error for name, error in off.items() if not error <= 2e-6}
     assert not wrong, wrong
     assert sum(not torch.equal(wanted[name], before[name]) for name in wanted) == changed
+
+
+TARGETS = {
+    "unet": ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1", "ff.net.0.proj"],
+    "transformer": ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "proj_mlp", "norm_out.linear"],
+    "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
+    "text_encoder_2": ["q_proj", "k_proj", "v_proj", "out_proj"],
+}
+"""What :func:`trained` changes of each component."""
+
+
+def trained(
+    model: str,
+    folder: Path,
+    *,
+    stated: bool = True,
+    parts: Sequence[str] = tuple(TARGETS),
+    converted: Sequence[str] = ("text_encoder", "text_encoder_2"),
+    seed: int = 5,
+    dtype: torch.dtype = torch.float32,
+    **config: Any,
+) -> Path:
+    """What diffusers saves of a pipeline with random LoRAs; ``stated``: with their configs in the header.
+
+    ``converted`` are the components whose names its training scripts turn into older ones before.
+    """
+    pipeline: DiffusionPipeline = build(model).to(dtype)
+    random = torch.Generator().manual_seed(seed)
+    layers: dict[str, Any] = {}
+    with quietly(), torch.no_grad():
+        for part, module in ((part, module) for part, module in components(pipeline).items() if part in parts):
+            settings = {"r": 2, "lora_alpha": 2, "target_modules": TARGETS[part], **config}
+            module.add_adapter(LoraConfig(**settings))
+            for name, value in module.named_parameters():
+                if "lora_" in name:
+                    noise = torch.randn(value.shape, generator=random)
+                    value.copy_(value * (1 + 0.2 * noise) if "magnitude" in name else 0.3 * noise)
+            state = get_peft_model_state_dict(module)
+            layers[f"{part}_lora_layers"] = convert_state_dict_to_diffusers(state) if part in converted else state
+            if stated:
+                layers[f"{part}_lora_adapter_metadata"] = module.peft_config["default"].to_dict()
+        pipeline.save_lora_weights(folder, **layers)
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+FLUX: dict[str, Shape] = {
+    "double_blocks.0.img_attn.qkv": (48, 16),
+    "double_blocks.0.txt_attn.qkv": (48, 16),
+    "double_blocks.0.img_attn.proj": (16, 16),
+    "double_blocks.0.img_mlp.0": (64, 16),
+    "double_blocks.0.txt_mlp.2": (16, 64),
+    "double_blocks.0.img_mod.lin": (96, 16),
+    "single_blocks.0.linear1": (112, 16),
+    "single_blocks.0.linear2": (16, 80),
+    "final_layer.linear": (4, 16),
+}
+"""Modules of the tiny Flux as published."""
+
+
+BLOCK, PUBLISHED = "lora_unet_down_blocks_1_attentions_0", "lora_unet_input_blocks_4_1"
+TEXT = "text_model_encoder_layers_0"
+
+
+def kohya_modules(model: str, alpha: float | None) -> dict[str, tuple[Shape, float | None]]:
+    """Modules of every kind, as sd-scripts names them, their shapes, and an alpha for each."""
+    shapes: dict[str, Shape] = {}
+    if model == "sd":
+        shapes |= {f"{BLOCK}_proj_in": (16, 16, 1, 1), "lora_unet_mid_block_attentions_0_proj_out": (16, 16, 1, 1)}
+        shapes |= {f"{BLOCK}_transformer_blocks_0_attn1_to_q": (16, 16)}
+        shapes |= {f"{BLOCK}_transformer_blocks_0_attn2_to_k": (16, 8)}
+        shapes |= {f"{BLOCK}_transformer_blocks_0_attn1_to_out_0": (16, 16)}
+        shapes |= {f"{BLOCK}_transformer_blocks_0_ff_net_0_proj": (128, 16)}
+        shapes |= {"lora_unet_up_blocks_0_resnets_1_conv1": (16, 32, 3, 3)}
+        shapes |= {"lora_unet_up_blocks_1_resnets_0_conv_shortcut": (8, 24, 1, 1)}
+        shapes |= {"lora_unet_down_blocks_1_resnets_0_time_emb_proj": (16, 32)}
+    if model == "sdxl":
+        shapes |= {f"{PUBLISHED}_proj_in": (16, 16), "lora_unet_middle_block_1_proj_out": (16, 16)}
+        shapes |= {f"{PUBLISHED}_transformer_blocks_0_attn1_to_q": (16, 16)}
+        shapes |= {f"{PUBLISHED}_transformer_blocks_1_attn2_to_k": (16, 8)}
+        shapes |= {f"{PUBLISHED}_transformer_blocks_1_ff_net_2": (16, 64)}
+        shapes |= {"lora_unet_output_blocks_2_2_conv": (16, 16, 3, 3), "lora_unet_input_blocks_3_0_op": (8, 8, 3, 3)}
+        shapes |= {"lora_unet_input_blocks_4_0_in_layers_2": (16, 8, 3, 3)}
+        shapes |= {"lora_unet_input_blocks_4_0_emb_layers_1": (16, 32)}
+        shapes |= {"lora_unet_input_blocks_4_0_skip_connection": (16, 8, 1, 1)}
+        shapes |= {"lora_unet_label_emb_0_0": (32, 32), "lora_unet_time_embed_2": (32, 32)}
+    if model == "flux":
+        shapes |= {"lora_unet_" + name.replace(".", "_"): shape for name, shape in FLUX.items()}
+    for prefix in {"sd": ("lora_te",), "sdxl": ("lora_te1", "lora_te2"), "flux": ("lora_te1",)}[model]:
+        attention = {f"{prefix}_{TEXT}_self_attn_{part}_proj": (8, 8) for part in ("q", "k", "v", "out")}
+        shapes |= {**attention, f"{prefix}_{TEXT}_mlp_fc1": (12, 8)}
+    return {name: (shape, alpha) for name, shape in shapes.items()}

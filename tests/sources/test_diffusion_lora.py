@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
-from diffusion_models import Shape, State, build, closest, components, factors, fused, on_disk, quietly
-from peft import LoraConfig, get_peft_model_state_dict
+from diffusion_models import FLUX, State, build, closest, factors, fused, on_disk, quietly, trained
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,14 +17,6 @@ import merging
 from merging.errors import FormatError, InputError
 from merging.sources import open_model
 from merging.sources.diffusion_names import known_names
-
-TARGETS = {
-    "unet": ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1", "ff.net.0.proj"],
-    "transformer": ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "proj_mlp", "norm_out.linear"],
-    "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
-    "text_encoder_2": ["q_proj", "k_proj", "v_proj", "out_proj"],
-}
-TEXT = ("text_encoder", "text_encoder_2")
 
 
 @pytest.fixture(scope="module")
@@ -39,38 +27,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in ("sd", "sdxl", "flux"):
             build(name).save_pretrained(folder / name)
     return folder
-
-
-def trained(
-    model: str,
-    folder: Path,
-    *,
-    stated: bool = True,
-    parts: Sequence[str] = tuple(TARGETS),
-    converted: Sequence[str] = TEXT,
-    **config: Any,
-) -> Path:
-    """What diffusers saves of a pipeline with random LoRAs; ``stated``: with their configs in the header.
-
-    ``converted`` are the components whose names its training scripts turn into older ones before.
-    """
-    pipeline: DiffusionPipeline = build(model)
-    random = torch.Generator().manual_seed(5)
-    layers: dict[str, Any] = {}
-    with quietly(), torch.no_grad():
-        for part, module in ((part, module) for part, module in components(pipeline).items() if part in parts):
-            settings = {"r": 2, "lora_alpha": 2, "target_modules": TARGETS[part], **config}
-            module.add_adapter(LoraConfig(**settings))
-            for name, value in module.named_parameters():
-                if "lora_" in name:
-                    noise = torch.randn(value.shape, generator=random)
-                    value.copy_(value * (1 + 0.2 * noise) if "magnitude" in name else 0.3 * noise)
-            state = get_peft_model_state_dict(module)
-            layers[f"{part}_lora_layers"] = convert_state_dict_to_diffusers(state) if part in converted else state
-            if stated:
-                layers[f"{part}_lora_adapter_metadata"] = module.peft_config["default"].to_dict()
-        pipeline.save_lora_weights(folder, **layers)
-    return folder / "pytorch_lora_weights.safetensors"
 
 
 def merged(lora: Path, base: Path, out: Path) -> State:
@@ -137,20 +93,6 @@ def test_as_old_versions_saved_it(models: Path, tmp_path: Path) -> None:
 
 
 # ---- Flux, whose projections are fused as published, and in the LoRA files of all programs but diffusers
-
-
-FLUX: dict[str, Shape] = {
-    "double_blocks.0.img_attn.qkv": (48, 16),
-    "double_blocks.0.txt_attn.qkv": (48, 16),
-    "double_blocks.0.img_attn.proj": (16, 16),
-    "double_blocks.0.img_mlp.0": (64, 16),
-    "double_blocks.0.txt_mlp.2": (16, 64),
-    "double_blocks.0.img_mod.lin": (96, 16),
-    "single_blocks.0.linear1": (112, 16),
-    "single_blocks.0.linear2": (16, 80),
-    "final_layer.linear": (4, 16),
-}
-"""Modules of the tiny Flux as published."""
 
 
 def kohya_flux(path: Path, alpha: float | None = 1) -> Path:

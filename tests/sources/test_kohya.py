@@ -7,44 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusion_models import Shape, State, build, closest, factors, fused, on_disk, quietly
+from diffusion_models import (
+    BLOCK,
+    PUBLISHED,
+    TEXT,
+    State,
+    build,
+    closest,
+    factors,
+    fused,
+    kohya_modules,
+    on_disk,
+    quietly,
+)
 from safetensors.torch import load_file, save_file
 
 import merging
 from merging.errors import FormatError, InputError
 from merging.sources import open_model
 from merging.sources.diffusion_names import known_names
-
-BLOCK, PUBLISHED = "lora_unet_down_blocks_1_attentions_0", "lora_unet_input_blocks_4_1"
-TEXT = "text_model_encoder_layers_0"
-
-
-def modules(model: str, alpha: float | None) -> dict[str, tuple[Shape, float | None]]:
-    """Modules of every kind, as sd-scripts names them, and their shapes."""
-    shapes: dict[str, Shape] = {}
-    if model == "sd":
-        shapes |= {f"{BLOCK}_proj_in": (16, 16, 1, 1), "lora_unet_mid_block_attentions_0_proj_out": (16, 16, 1, 1)}
-        shapes |= {f"{BLOCK}_transformer_blocks_0_attn1_to_q": (16, 16)}
-        shapes |= {f"{BLOCK}_transformer_blocks_0_attn2_to_k": (16, 8)}
-        shapes |= {f"{BLOCK}_transformer_blocks_0_attn1_to_out_0": (16, 16)}
-        shapes |= {f"{BLOCK}_transformer_blocks_0_ff_net_0_proj": (128, 16)}
-        shapes |= {"lora_unet_up_blocks_0_resnets_1_conv1": (16, 32, 3, 3)}
-        shapes |= {"lora_unet_up_blocks_1_resnets_0_conv_shortcut": (8, 24, 1, 1)}
-        shapes |= {"lora_unet_down_blocks_1_resnets_0_time_emb_proj": (16, 32)}
-    if model == "sdxl":
-        shapes |= {f"{PUBLISHED}_proj_in": (16, 16), "lora_unet_middle_block_1_proj_out": (16, 16)}
-        shapes |= {f"{PUBLISHED}_transformer_blocks_0_attn1_to_q": (16, 16)}
-        shapes |= {f"{PUBLISHED}_transformer_blocks_1_attn2_to_k": (16, 8)}
-        shapes |= {f"{PUBLISHED}_transformer_blocks_1_ff_net_2": (16, 64)}
-        shapes |= {"lora_unet_output_blocks_2_2_conv": (16, 16, 3, 3), "lora_unet_input_blocks_3_0_op": (8, 8, 3, 3)}
-        shapes |= {"lora_unet_input_blocks_4_0_in_layers_2": (16, 8, 3, 3)}
-        shapes |= {"lora_unet_input_blocks_4_0_emb_layers_1": (16, 32)}
-        shapes |= {"lora_unet_input_blocks_4_0_skip_connection": (16, 8, 1, 1)}
-        shapes |= {"lora_unet_label_emb_0_0": (32, 32), "lora_unet_time_embed_2": (32, 32)}
-    for prefix in {"sd": ("lora_te",), "sdxl": ("lora_te1", "lora_te2"), "flux": ("lora_te1",)}[model]:
-        attention = {f"{prefix}_{TEXT}_self_attn_{part}_proj": (8, 8) for part in ("q", "k", "v", "out")}
-        shapes |= {**attention, f"{prefix}_{TEXT}_mlp_fc1": (12, 8)}
-    return {name: (shape, alpha) for name, shape in shapes.items()}
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +46,10 @@ def merged(lora: Path, base: Path, out: Path) -> Path:
 @pytest.mark.parametrize("alpha", [1, None])
 @pytest.mark.parametrize("model", ["sd", "sdxl"])
 def test_into_a_pipeline(models: Path, tmp_path: Path, model: str, alpha: float | None) -> None:
-    lora = factors(tmp_path / "a.safetensors", modules(model, alpha))
+    lora = factors(tmp_path / "a.safetensors", kohya_modules(model, alpha))
     before = on_disk(models / model)
     wanted = fused(build(model), lora)
-    changed = len(modules(model, alpha))
+    changed = len(kohya_modules(model, alpha))
     closest(on_disk(merged(lora, models / model, tmp_path / "out")), wanted, before, changed)
 
 
@@ -89,19 +70,19 @@ def published(state: State) -> State:
 @pytest.mark.parametrize("model", ["sd", "sdxl"])
 def test_into_a_single_file(models: Path, tmp_path: Path, model: str) -> None:
     """The names of a single file are neither those of the pipeline nor those of the LoRA."""
-    lora = factors(tmp_path / "a.safetensors", modules(model, 1))
+    lora = factors(tmp_path / "a.safetensors", kohya_modules(model, 1))
     before = published(on_disk(models / model))
     save_file(before, tmp_path / "single.safetensors")
     wanted = published(fused(build(model), lora))
     got = load_file(merged(lora, tmp_path / "single.safetensors", tmp_path / "out.safetensors"))
-    closest(got, wanted, before, len(modules(model, 1)))
+    closest(got, wanted, before, len(kohya_modules(model, 1)))
 
 
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
 def test_into_a_component(models: Path, tmp_path: Path, component: str) -> None:
     """A LoRA of one component, and that component's folder; of several components it is refused."""
     prefix = {"unet": "lora_unet", "text_encoder": "lora_te"}[component]
-    own = {name: given for name, given in modules("sd", 1).items() if name.startswith(prefix)}
+    own = {name: given for name, given in kohya_modules("sd", 1).items() if name.startswith(prefix)}
     lora = factors(tmp_path / "a.safetensors", own)
     out = merged(lora, models / "sd" / component, tmp_path / "out")
     got = {
@@ -109,7 +90,7 @@ def test_into_a_component(models: Path, tmp_path: Path, component: str) -> None:
     }
     wanted, before = fused(build("sd"), lora), on_disk(models / "sd")
     closest(got, {n: wanted[n] for n in got}, {n: before[n] for n in got}, len(own))
-    both = factors(tmp_path / "b.safetensors", modules("sd", 1))
+    both = factors(tmp_path / "b.safetensors", kohya_modules("sd", 1))
     with pytest.raises(InputError, match=r"is no tensor of the base \(\d+ of \d+ targets have no place\).*every part"):
         merged(both, models / "sd" / component, tmp_path / "other")
 
@@ -137,15 +118,15 @@ def test_alphas_and_ranks_of_their_own(models: Path, tmp_path: Path) -> None:
 
 def test_without_a_base_flat_names_meet_flat_names(models: Path, tmp_path: Path) -> None:
     """Two files merge by their own names, and what comes out changes a base as the two together."""
-    one = factors(tmp_path / "a.safetensors", modules("sd", 1), seed=1)
-    some = dict(list(modules("sd", 2).items())[3:])
+    one = factors(tmp_path / "a.safetensors", kohya_modules("sd", 1), seed=1)
+    some = dict(list(kohya_modules("sd", 2).items())[3:])
     two = factors(tmp_path / "b.safetensors", some, seed=2)
     merging.merge([one, two], method="task_arithmetic", weights=(0.5, -1.0), output=tmp_path / "m.safetensors")
     got = on_disk(merged(tmp_path / "m.safetensors", models / "sd", tmp_path / "out"))
     before = on_disk(models / "sd")
     first, second = (on_disk(merged(each, models / "sd", tmp_path / each.stem)) for each in (one, two))
     wanted = {n: value + 0.5 * (first[n] - value) - (second[n] - value) for n, value in before.items()}
-    closest(got, wanted, before, len(modules("sd", 1)))
+    closest(got, wanted, before, len(kohya_modules("sd", 1)))
 
 
 def test_names_that_mean_one_tensor(models: Path, tmp_path: Path) -> None:
