@@ -71,6 +71,7 @@ def echo_plan(plan: Plan, destination: Path, threads: int | None, max_memory: in
         "base": plan.recipe.base,
         "output": str(destination),
         "kind": plan.output,
+        "format": plan.format if plan.output == "adapter" else None,
         "rank": plan.rank or None,
         "tensors": len(plan.outs),
         "read_bytes": plan.read_bytes,
@@ -85,7 +86,7 @@ def echo_plan(plan: Plan, destination: Path, threads: int | None, max_memory: in
         click.echo(json.dumps(facts, indent=2))
         return
     rank = f" of rank {plan.rank}" if plan.rank else ""
-    click.echo(f"{facts['method']}: {len(plan.models)} models into the {plan.output}{rank} {destination}")
+    click.echo(f"{facts['method']}: {len(plan.models)} models into the {_kind(plan)}{rank} {destination}")
     click.echo(f"  reads   {size_text(plan.read_bytes)}")
     click.echo(f"  writes  {size_text(plan.out_bytes)} in {len(plan.outs)} tensors")
     click.echo(f"  memory  {size_text(facts['peak_memory_bytes'])} at most for {workers} workers, above the imports")
@@ -106,9 +107,14 @@ def echo_merged(merged: Merged, plan: Plan) -> None:
         click.echo(f"{fact}: {value:.4g}", err=True)
     rank = f" of rank {merged.rank}" if merged.rank else ""
     click.echo(
-        f"{merged.path}: {merged.kind}{rank}, {len(plan.models)} models by {merged.method}, {merged.tensors} tensors, "
+        f"{merged.path}: {_kind(plan)}{rank}, {len(plan.models)} models by {merged.method}, {merged.tensors} tensors, "
         f"{size_text(merged.bytes)} in {merged.seconds:.1f} s"
     )
+
+
+def _kind(plan: Plan) -> str:
+    """What comes out; adapters that are not PEFT's with their format."""
+    return plan.output if plan.output == "model" or plan.format == "peft" else f"{plan.format} {plan.output}"
 
 
 def _notices(notices: tuple[str, ...]) -> None:

@@ -52,6 +52,7 @@ class Merged:
     bytes: int
     seconds: float
     rank: int | None = None
+    format: str | None = None
     notices: tuple[str, ...] = ()
     discarded: dict[str, float] = field(default_factory=dict)
     facts: dict[str, float] = field(default_factory=dict)
@@ -180,6 +181,7 @@ def merge_plan(
         bytes=plan.out_bytes,
         seconds=done.seconds,
         rank=plan.rank or None,
+        format=plan.format if plan.output == "adapter" else None,
         notices=(*notices, *done.notices),
         discarded=done.discarded,
         facts=done.facts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def _configs(plan: Plan) -> dict[str, object]:
     modules: defaultdict[str, list[str]] = defaultdict(list)
     for name in (out.name for out in plan.outs if out.name.endswith(_LEAF)):
         component, _, module = name.removesuffix(_LEAF).partition(".")
-        modules[component].append(module)
+        # PEFT looks for endings, so that this one is found in text encoders with and without the level.
+        modules[component].append(module.removeprefix("text_model."))
     config = {
         "peft_type": "LORA",
         "r": plan.rank,
@@ -57,13 +59,31 @@ def _configs(plan: Plan) -> dict[str, object]:
 
 
 def _kohya(plan: Plan) -> dict[str, str]:
-    adapters = [model for model in plan.models if isinstance(model, Adapter)]
+    """What sd-scripts writes of a LoRA that other programs go by: its rank, and the kind of model it is for."""
     ranks = {int(constant.value) for constant in plan.constants if constant.out.name.endswith(".alpha")}
     rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    kept = {key: {adapter.config.get(key) for adapter in adapters} for key in ("ss_base_model_version", "ss_v2")}
+    vectors = any(out.name.endswith(("_norm", ".diff_b")) for out in plan.outs)
     return {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "lycoris.kohya" if vectors else "networks.lora",
         "ss_network_dim": rank,
         "ss_network_alpha": rank,
-        **{key: str(values.pop()) for key, values in kept.items() if len(values) == 1 and None not in values},
+        **_family(plan),
+        **_stated(plan),
     }
+
+
+def _stated(plan: Plan) -> dict[str, str]:
+    """What the inputs that say so have in common."""
+    configs = [model.config for model in plan.models if isinstance(model, Adapter)]
+    found = {key: {config[key] for config in configs if key in config} for key in ("ss_base_model_version", "ss_v2")}
+    return {key: values.pop() for key, values in found.items() if len(values) == 1}
+
+
+def _family(plan: Plan) -> dict[str, str]:
+    """The kind of model as the names and widths tell it, where they do."""
+    shapes = {out.name: out.shape for out in plan.outs}
+    if any(re.match(r"lora_unet_(?:input|middle|output)_block", name) for name in shapes):
+        return {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"}
+    widths = {shape[1] for name, shape in shapes.items() if name.endswith("_attn2_to_k.lora_down.weight")}
+    by_width = {768: {"ss_base_model_version": "sd_v1", "ss_v2": "False"}, 1024: {"ss_v2": "True"}}
+    return by_width.get(widths.pop(), {}) if len(widths) == 1 else {}

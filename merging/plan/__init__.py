@@ -16,9 +16,9 @@ from merging.plan.checks import (
     taken_as_linear,
 )
 from merging.plan.chosen import chosen
-from merging.plan.exports import output_format
 from merging.plan.heads import settled
 from merging.plan.items import Constant, Item, Plan
+from merging.plan.labels import output_format
 from merging.plan.sites import find_stacks
 from merging.plan.to_adapter import adapter_items, adapter_targets
 from merging.plan.to_model import model_items

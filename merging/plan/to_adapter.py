@@ -10,8 +10,9 @@ import torch
 from merging.errors import InputError
 from merging.layers import Stacks
 from merging.parameters import all_matching
-from merging.plan.exports import Exporter, peft_labels
+from merging.plan.exports import Exporter
 from merging.plan.items import Constant, Form, Item
+from merging.plan.labels import peft_labels
 from merging.plan.outs import PREFIX, Paths, factors, module_of
 from merging.plan.resolve import Resolver
 from merging.recipe import DTYPES, AdapterFormat, Recipe

@@ -41,8 +41,9 @@ _OLD = (
     (re.compile(r"\.processor\."), "."),
     (re.compile(r"\.(?:lora|lora_linear_layer)\.(down|up)\.weight$"), r".lora_\1.weight"),
     (re.compile(r"\.lora\.alpha$"), ".alpha"),
+    (re.compile(r"^(text_encoder(?:_2)?)\.(?=encoder\.layers\.)"), r"\1.text_model."),
 )
-"""What old versions of diffusers wrote, and what is meant."""
+"""What other versions of diffusers and transformers wrote, and what is meant."""
 
 _XLABS = re.compile(
     r"(?:diffusion_model\.)?(double|single)_blocks\.(\d+)\.processor\.(qkv|proj)_lora([12]?)\.(down|up)\.weight"
@@ -110,7 +111,7 @@ def _refuse_others(path: Path, tensors: Mapping[str, Stored]) -> None:
 
 
 def _modern(path: Path, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-    """The tensors by the names that diffusers would give them today."""
+    """The tensors by the names that diffusers gives them, whatever version wrote them."""
     named: dict[str, Stored] = {}
     for name, stored in tensors.items():
         modern = name

@@ -91,8 +91,8 @@ class Known:
 def known_names(shapes: Shapes, strict: bool = False) -> list[Known]:
     """All names of tensors of these names on disk and shapes; nothing for what belongs to no diffusion model.
 
-    Names that do not tell their component are taken for those of a transformer; with ``strict``, only beside blocks
-    that are called as in one.
+    Names that do not tell their component are taken for those of a transformer; with ``strict``, only behind the
+    prefix of a denoiser, or beside blocks that are called as in one.
     """
     guess = not strict or any(name.partition(".")[0].endswith("_blocks") for name in shapes)
     components: defaultdict[str, dict[str, str]] = defaultdict(dict)
@@ -100,7 +100,7 @@ def known_names(shapes: Shapes, strict: bool = False) -> list[Known]:
     for name in shapes:
         prefix = next((each for each in _PREFIXES if name.startswith(each)), "")
         short = name.removeprefix(prefix)
-        component = _PREFIXES.get(prefix) or _by_content(short, guess)
+        component = _PREFIXES.get(prefix) or _by_content(short, guess or bool(prefix))
         if component and shapes[name]:
             components[component][short] = name
         if component and (prefix.endswith("diffusion_model.") or short.startswith(_PUBLISHED_DENOISERS)):
@@ -153,7 +153,10 @@ def _component(component: str, shapes: Shapes, style: Style) -> Iterator[Known]:
 
 def _unet(shapes: Shapes) -> Iterator[Known]:
     resnets = unet_names.resnets_per_level(shapes)
-    attentive = {int(name.split(".")[1]) for name in shapes if name.startswith("up_blocks.") and ".attentions." in name}
+    up = [name for name in shapes if name.startswith("up_blocks.")]
+    whole = "conv_in.weight" in shapes
+    # Of a part of a U-Net only SDXL's published names are wanted, whose upsamplers all come behind attentions.
+    attentive = {int(name.split(".")[1]) for name in up if ".attentions." in name or not whole}
     for name, shape in shapes.items():
         theirs = unet_names.diffusers_name(name, resnets)
         ours = name if theirs else unet_names.published_name(name, resnets, attentive)

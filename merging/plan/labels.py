@@ -1,0 +1,126 @@
+"""What the tensors that a merged LoRA changes are called in the files of PEFT, diffusers and Kohya."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from merging.errors import InputError
+from merging.recipe import AdapterFormat, Recipe
+from merging.sources import Adapter
+from merging.sources.diffusion_names import Known, known_names
+from merging.sources.fused_names import Rows
+
+__all__ = ["labelled_rows", "output_format", "peft_labels", "unnamed"]
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_OWN: dict[str, AdapterFormat] = {
+    "Kohya": "kohya",
+    "ComfyUI": "kohya",
+    "diffusers": "diffusers",
+    "XLabs": "diffusers",
+}
+"""The format in which a merge of files of one dialect comes out."""
+
+_SDXL = re.compile(r"\.transformer_blocks\.1\.|add_embedding\.")
+"""Names of diffusers' that a U-Net of SDXL has, and none of Stable Diffusion 1 and 2."""
+_SD = re.compile(r"(?:down|up)_blocks\.3\.|down_blocks\.0\.attentions\.|up_blocks\.2\.attentions\.")
+"""The other way round."""
+
+
+def output_format(recipe: Recipe, adapters: Sequence[Adapter]) -> AdapterFormat:
+    """The format of a merged adapter: as asked for, or that of the inputs.
+
+    Where these are not alike it is PEFT's if any of them is, else that of diffusers.
+    """
+    own = {_OWN.get(adapter.dialect, "peft") for adapter in adapters}
+    if recipe.format or len(own) == 1:
+        return recipe.format or own.pop()
+    return "peft" if "peft" in own else "diffusers"
+
+
+def unnamed(target: str, format: AdapterFormat, based: bool) -> InputError:
+    """What to say of a target whose name in a format is not known."""
+    without = "" if based else " without the model itself, so give that with --base if it is one of diffusion"
+    return InputError(
+        f"{target}: what it is called in LoRA files in the format of {format} is not known{without}: use another "
+        f"--format, or --as model"
+    )
+
+
+def peft_labels(adapters: Sequence[Adapter], shapes: Shapes, targets: Sequence[str], based: bool) -> dict[str, str]:
+    """The names of a diffusion model's tensors in an adapter of PEFT's, which is of one component alone.
+
+    ``shapes`` are those of the base's tensors if it is ``based`` on one, else of the targets. Raises
+    :class:`~merging.errors.InputError` for targets of several components, or of unknown names.
+    """
+    found: dict[str, Known] = {}
+    for known in () if _flat(adapters) and not based else known_names(shapes, strict=True):
+        rows = known.rows[0]
+        if "diffusers" in known.styles and known.rows == (Rows(rows.name, 0, shapes[rows.name][0]),):
+            found[rows.name] = known
+    components = sorted({found[target].component for target in targets if target in found})
+    if len(components) > 1:
+        raise InputError(
+            f"the LoRA is of {' and '.join(components)}, and an adapter of PEFT's is of one model: use --format "
+            f"diffusers or kohya"
+        )
+    for target in targets:
+        # The names of text encoders depend on the version of transformers.
+        if target not in found or (not based and found[target].component.startswith("text_encoder")):
+            raise unnamed(target, "peft", based)
+    return {target: _as_stored(found[target], target) for target in targets}
+
+
+def _as_stored(known: Known, stored: str) -> str:
+    """The name with or without the level that text encoders have lost, as the base has it."""
+    shorter = known.name.removeprefix("text_model.")
+    return known.name if stored.endswith(known.name) or not stored.endswith(shorter) else shorter
+
+
+def labelled_rows(
+    format: AdapterFormat, adapters: Sequence[Adapter], shapes: Shapes, based: bool
+) -> dict[str, tuple[Rows, ...]]:
+    """The names of tensors in files of diffusers or Kohya, and the rows of the targets that each consists of.
+
+    ``shapes`` are those of the base's tensors if it is ``based`` on one, else of the targets.
+    """
+    if _flat(adapters) and not based:
+        if format != "kohya" or not all(adapter.dialect == "Kohya" for adapter in adapters):
+            raise InputError("the names in Kohya's files do not tell those of the model's modules: give it with --base")
+        return {name: (Rows(name, 0, shape[0] if shape else 1),) for name, shape in shapes.items()}
+    known = known_names(shapes, strict=True)
+    if format == "diffusers":
+        return {f"{each.component}.{each.name}": each.rows for each in known if "diffusers" in each.styles}
+    family = _family(known, based)
+    return {label: each.rows for each in known if (label := _kohya_label(each, family))}
+
+
+def _flat(adapters: Sequence[Adapter]) -> bool:
+    """Whether there are names that only a base can tell."""
+    return any(adapter.dialect == "Kohya" for adapter in adapters)
+
+
+def _family(known: Sequence[Known], based: bool) -> str | None:
+    """The kind of model, as far as it decides how Kohya's files call its parts; None where nothing tells it."""
+    components = {each.component for each in known}
+    if "transformer" in components:
+        return "transformer"
+    unet = [each.name for each in known if each.component == "unet" and "diffusers" in each.styles]
+    if "text_encoder_2" in components or any(map(_SDXL.search, unet)):
+        return "sdxl"
+    return "sd" if (based and unet) or any(map(_SD.search, unet)) else None
+
+
+def _kohya_label(known: Known, family: str | None) -> str | None:
+    """What Kohya's files call a tensor, None if they call it by another of its names, or that is not known."""
+    if known.component in ("unet", "transformer"):
+        style = "diffusers" if family == "sd" else "published"
+        return f"lora_unet_{known.flat}" if family and style in known.styles else None
+    if known.name.startswith("encoder.block."):
+        return f"lora_te3_{known.flat}"  # a T5 is the third, also where there are two
+    if family is None or not known.name.startswith("text_model."):
+        return None
+    number = {"text_encoder": "1", "text_encoder_2": "2", "text_encoder_3": "3"}[known.component]
+    return f"lora_te{'' if family == 'sd' else number}_{known.flat}"
