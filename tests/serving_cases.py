@@ -524,7 +524,11 @@ LORAS: dict[str, tuple[Edit, Expected]] = {
     ),
     "unknown part": (
         lora(lambda s: s | {f"{UNET}.odd": torch.ones(2)}),
-        {"files": ("warns", "merge itself does not read this")},
+        {"files": ("warns", "merge itself does not read this"), "diffusers": ("refuses", "only LoRA is loaded")},
+    ),
+    "LoRA of convolutions with a core": (
+        lora(lambda s: s | {f"{UNET}.lora_mid.weight": torch.ones(2, 2)}),
+        {"diffusers": ("refuses", "only LoRA is loaded")},
     ),
 }
 

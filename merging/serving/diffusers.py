@@ -13,6 +13,9 @@ __all__ = ["DIFFUSERS"]
 
 _OTHERS = (".hada_", ".oft_", ".boft", ".a1.weight", ".on_input", ".w_norm", ".b_norm", "bundle_emb", "emb_params")
 
+_LORA = (".lora_down.weight", ".lora_up.weight", ".alpha", ".dora_scale")
+"""All that is understood of a U-Net's LoRA with Kohya's names."""
+
 _SOME = (".lokr_", ".diff")
 """What some of its loaders turn into LoRA, for transformers as in Flux."""
 
@@ -21,7 +24,7 @@ _UNET = re.compile(r"lora_unet_(?:down_blocks|up_blocks|mid_block|input_blocks|m
 
 def _other_methods(subject: Subject) -> Iterator[str]:
     for name in subject.tensors:
-        if any(part in name for part in _OTHERS) or (any(part in name for part in _SOME) and _of_unet(name)):
+        if not name.endswith(_LORA) if _of_unet(name) else any(part in name for part in _OTHERS):
             yield name
 
 
