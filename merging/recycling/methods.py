@@ -10,6 +10,7 @@ from merging.delta import Dense, LowRank
 from merging.errors import OptionError, nearest
 from merging.linalg import compress
 from merging.methods import METHODS, chain
+from merging.recycling.closeness import CLOSENESS
 from merging.recycling.experts import Expert
 from merging.recycling.journal import Journal
 from merging.recycling.mixture import Activation
@@ -61,11 +62,13 @@ SEARCHED = "lorahub"
 
 
 def check_method(settings: Settings, classifies: bool) -> None:
-    """Refuse, before anything is run, a method that is not known or cannot do what is asked.
+    """Refuse, before anything is run, a method or selection that is not known or cannot do what is asked.
 
     Raises :class:`~merging.errors.OptionError`.
     """
-    name = settings.method
+    name, select = settings.method, settings.select
+    if (select in CLOSENESS or select == "l2") and settings.target_lora == "none":
+        raise OptionError(f"select = {select}: compares with a target LoRA: give one, or train one (--target-lora)")
     if name in TUNED:
         if TUNED[name].entropy and not classifies:
             raise OptionError(

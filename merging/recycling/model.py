@@ -206,7 +206,8 @@ class EncoderDecoder(_Generator):
 class Classifier(TaskModel):
     """A model with a classification head of its own, whose labels are its config's."""
 
-    task_type = "SEQ_CLS"
+    # of an adapter that states SEQ_CLS, PEFT wants a head in its file, and this one leaves the base's as it is
+    task_type = None
     classifies = True
 
     def encode(self, example: Example) -> Item:

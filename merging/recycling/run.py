@@ -86,15 +86,16 @@ def recycle(
     check_method(chosen, kind_of(parts) == "label")
     where, found = pick_device(device), candidates(pool, base)
     _check_output(destination, found, overwrite)
-    journal = Journal(
-        destination.parent / f".{destination.name}.recycling", _plan(chosen, base, parts, found), resume, overwrite
-    )
     told = told or (lambda line: None)
     told(f"loading {base}")
     model = load_model(base, parts, chosen, where)
     problem = Problem(model, tuple(map(model.encode, parts.train)), tuple(map(model.encode, parts.valid)), chosen)
     test_items = tuple(map(model.encode, parts.test))
     usable = opened(found, model.places)
+    # only now: what is refused until here leaves nothing behind
+    journal = Journal(
+        destination.parent / f".{destination.name}.recycling", _plan(chosen, base, parts, found), resume, overwrite
+    )
     outcome = carried_out(problem, usable, journal, told)
     outcome, folded, lossy = _folded(outcome, problem, usable.modules)
     rows = measured(problem, outcome, lossy, test_items or problem.valid, journal, told)

@@ -34,6 +34,7 @@ def searched(problem: Problem, experts: Sequence[Expert], journal: Journal, stag
     mixture = problem.mixture(experts, "expert", "linear")
     owner = mixture.layout.experts
     kept: list[float] = journal.get(stage) or []
+    known = len(kept)
     tried: list[Any] = []
 
     def objective(weights: Any) -> float:
@@ -54,7 +55,8 @@ def searched(problem: Problem, experts: Sequence[Expert], journal: Journal, stag
     budget = max(settings.steps or _EVALUATIONS, 2 * len(experts) + 2)
     options = {"maxfev": budget, "initial_tr_radius": _REACH}
     minimize(objective, start, method="COBYQA", bounds=Bounds(-_BOUND, _BOUND), options=options)
-    journal.keep(stage, kept)
+    if len(kept) % settings.every and len(kept) > known:
+        journal.keep(stage, kept)
     best = tried[int(np.argmin(kept[: len(tried)]))]
     curve = tuple((number, value, None) for number, value in enumerate(kept, 1))
     found = Mixed(tuple(experts), torch.tensor(best, dtype=torch.float32)[owner], curve=curve)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from merging.errors import OptionError
 from merging.linalg import safe_ratio
-from merging.recycling.closeness import CLOSENESS, closeness, cosine
+from merging.recycling.closeness import closeness, cosine
 from merging.recycling.experts import Candidate, Expert, open_expert
 from merging.recycling.journal import Journal
 from merging.recycling.places import Place
@@ -37,17 +37,12 @@ class Chosen:
 
 
 def scored(pool: Sequence[Candidate], problem: Problem, target: Expert | None, journal: Journal) -> dict[str, float]:
-    """A score for each candidate by the strategy of the settings, larger for better ones.
-
-    Raises :class:`~merging.errors.OptionError` for a strategy that compares with a target LoRA where there is none.
-    """
+    """A score for each candidate by the strategy of the settings, larger for better ones."""
     kind = problem.settings.select
     kept: dict[str, float] = journal.get("selection") or {}
     if kind == "random":
         places = order(len(pool), problem.settings.seed, "selection")
         return {each.name: float(-place) for each, place in zip(pool, places, strict=True)}
-    if (kind in CLOSENESS or kind == "l2") and target is None:
-        raise OptionError(f"select = {kind}: compares with a target LoRA: give one, or train one (--target-lora)")
     grads = gradients(problem) if kind == "screen" and len(kept) < len(pool) else {}
     for each in pool:
         if each.name not in kept:
@@ -138,6 +133,8 @@ def _accumulated(problem: Problem, group: dict[str, Place]) -> dict[str, Tensor]
         for start in range(0, len(problem.learn), step):
             items = problem.learn[start : start + step]
             loss = model.answers(items).losses(len(items)).sum() / len(problem.learn)
+            if not loss.requires_grad:  # nothing of the group has a part in the answers, as an unused pooler
+                break
             for weight, grad in zip(unique, torch.autograd.grad(loss, unique, allow_unused=True), strict=True):
                 for name in [name for name, each in weights.items() if each is weight and grad is not None]:
                     sums[name] += grad.float()
