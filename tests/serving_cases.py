@@ -401,6 +401,7 @@ FOLDERS = dict.fromkeys(
 MODELS: dict[str, tuple[Edit, Expected]] = {
     "bare file": (alone, FOLDERS),
     "no config": (removed("config.json"), FOLDERS),
+    "empty": (holds(lambda _: {}), {"files": ("refuses", "it is empty")}),
     "no class": (
         settings(architectures=None),
         dict.fromkeys(SERVERS, ("refuses", "does not name the architecture"))

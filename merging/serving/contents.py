@@ -222,6 +222,7 @@ def _components(subject: Subject) -> Iterator[str]:
             yield f"{name} ({made_of[1]}) has a config and no weights"
 
 
+_EMPTY = Rule("refuses", "it is empty", _nothing, _AGAIN)
 _NUMBERS = Rule(
     "refuses", "it holds NaN or infinities, and so will its answers", _nonfinite, "merge it again, look at the inputs"
 )
@@ -232,6 +233,7 @@ FILES = Program(
     "files",
     {
         "model": (
+            _EMPTY,
             Rule("refuses", "blocks are missing, which would be random or an error", _missing_blocks, _AGAIN),
             Rule("ignores", "there are more blocks than the config says", _surplus_blocks, "set num_hidden_layers"),
             Rule("refuses", "embedding and config differ in the size of the vocabulary", _vocabulary, "set vocab_size"),
@@ -250,7 +252,7 @@ FILES = Program(
             _NUMBERS,
         ),
         "adapter": (
-            Rule("refuses", "it is empty", _nothing, _AGAIN),
+            _EMPTY,
             Rule("ignores", "blocks are adapted that the base does not have", _beyond, "take the base it was made for"),
             _MISFIT,
             Rule("refuses", "factors are missing or do not fit together", _factors, _AGAIN),

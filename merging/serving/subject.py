@@ -12,7 +12,7 @@ from merging.errors import FormatError, InputError, MergingError
 from merging.hub.address import hub_address
 from merging.sources import DIALECTS, Dialect, diffusion, peft
 from merging.sources.components import PIPELINE, components_of
-from merging.sources.layout import agree, find_weights, is_standard, read_json, shards_of, weights_of
+from merging.sources.layout import agree, check_suffix, find_weights, is_standard, read_json, shards_of, weights_of
 from merging.sources.peft.kinds import KINDS
 from merging.sources.stored import Stored, open_tensors
 from merging.sources.ties import text_config
@@ -116,7 +116,7 @@ def open_subject(name: str, base: str | None, max_rank: int | None, values: bool
         stated = read_json(config) if config is not None else None
     except MergingError as error:
         raise type(error)(str(error).replace(str(path), name)) from None
-    dialect = next((each for each in DIALECTS if each.recognises(tensors)), None)
+    dialect = next((each for each in DIALECTS if tensors and each.recognises(tensors)), None)
     base_path, base_config = _base_of(base, stated or {})
     return Subject(
         name,
@@ -140,6 +140,8 @@ def _found(path: Path) -> tuple[Path | None, dict[str, Path], Path | None]:
     if path.is_file():
         if path.name in (*peft.WEIGHTS, _CONFIG) and (path.parent / _CONFIG).is_file():
             return _found(path.parent)
+        if path.suffix != ".json":
+            check_suffix(path)
         if is_standard(path.name) and (path.parent / "config.json").is_file():
             return path.parent, {"": path}, path.parent / "config.json"
         return None, {"": path}, None

@@ -15,7 +15,7 @@ from merging.hub.address import hub_address
 from merging.sources import diffusion, kohya, peft
 from merging.sources.adapter import Adapter
 from merging.sources.checkpoint import Checkpoint, open_checkpoint
-from merging.sources.layout import of_llama_cpp
+from merging.sources.layout import check_suffix
 from merging.sources.lycoris import METHODS
 from merging.sources.origin import Origin
 from merging.sources.stored import Opened, Stored, open_tensors
@@ -92,11 +92,10 @@ def _open_local(path: Path, alpha: float | None, dequantise: bool) -> Checkpoint
         return peft.open_peft(path, alpha)
     if path.suffix == ".json":
         return open_checkpoint(path, None, dequantise)
-    if path.suffix == ".gguf":
-        raise of_llama_cpp(path)
-    if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
-        raise FormatError(f"{path}: is no weights file: .safetensors, .bin, .pt or .pth are read, or a folder")
+    check_suffix(path)
     opened = open_tensors(path)
+    if not opened[0]:
+        raise FormatError(f"{path}: holds no tensors")
     dialect = next((each for each in DIALECTS if each.recognises(opened[0])), None)
     return open_checkpoint(path, opened, dequantise) if dialect is None else dialect.opens(path, alpha, opened)
 

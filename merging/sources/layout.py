@@ -9,7 +9,17 @@ from typing import Any
 
 from merging.errors import FormatError, InputError
 
-__all__ = ["agree", "find_weights", "is_standard", "of_llama_cpp", "read_json", "shards_of", "stem_of", "weights_of"]
+__all__ = [
+    "agree",
+    "check_suffix",
+    "find_weights",
+    "is_standard",
+    "of_llama_cpp",
+    "read_json",
+    "shards_of",
+    "stem_of",
+    "weights_of",
+]
 
 _STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 _ENDINGS = ("safetensors", "safetensors.index.json", "bin", "bin.index.json")
@@ -87,6 +97,14 @@ def weights_of(folder: Path) -> Path:
         raise of_llama_cpp(path)
     holds = ", ".join(p.name for p in found) if found else "none of model.safetensors, its index, pytorch_model.bin"
     raise InputError(f"{folder}: which weights? The folder holds {holds}: name the file")
+
+
+def check_suffix(path: Path) -> None:
+    """Refuse a file that holds no weights, by its name. Raises :class:`~merging.errors.FormatError`."""
+    if path.suffix == ".gguf":
+        raise of_llama_cpp(path)
+    if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
+        raise FormatError(f"{path}: is no weights file: .safetensors, .bin, .pt or .pth are read, or a folder")
 
 
 def of_llama_cpp(path: Path) -> FormatError:
