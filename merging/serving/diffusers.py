@@ -77,11 +77,11 @@ DIFFUSERS = Program(
             Rule("warns", "before August 2026 modules of other ranks than the first were given a wrong scale",
                  _mixed_ranks, "merge it with merge --method passthrough, which writes one rank"),
             Rule("warns", "names of ComfyUI are understood for some models only", _comfy,
-                 "merge it with --base PIPELINE, which writes diffusers' names"),
+                 "convert it: merge --method passthrough --format diffusers --base PIPELINE"),
         ),
         "adapter": (
             Rule("ignores", "pipelines read no names that begin with base_model.model.", _wrapped,
-                 "name them after their component (unet., transformer.), or load them with PEFT"),
+                 "convert them: merge --method passthrough --format diffusers, or load them with PEFT"),
             Rule("refuses", "there are no adapters of language models in pipelines", _bare_names, "load it with PEFT"),
         ),
         "model": (
