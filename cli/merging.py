@@ -83,7 +83,7 @@ def _refuse_strangers(command: click.Command, args: list[str], classes: list[Any
 @click.option(
     "--format",
     type=click.Choice(["peft", "diffusers", "kohya"]),
-    help="whose files a merged adapter is in  [default: those of the inputs, if they are alike]",
+    help="whose files a merged adapter is in  [default: those of the inputs if alike, else peft or diffusers]",
 )
 @click.option("--dtype", type=click.Choice(["float64", "float32", "bfloat16", "float16"]), help="type of every tensor")
 @click.option("--rank", type=int, help="rank of a merged adapter  [default: the sum of the ranks]")

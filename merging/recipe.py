@@ -36,7 +36,9 @@ class Recipe(BaseModel):
         None, alias="as", description="write an adapter or a full model; by default adapters make an adapter"
     )
     format: AdapterFormat | None = Field(
-        None, description="whose files a merged adapter is in; by default those of the inputs, if they are alike"
+        None,
+        description="whose files a merged adapter is in; by default those of the inputs if they are alike, else peft, "
+        "or diffusers if none of them is PEFT's",
     )
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = Field(
         None, description="type of every tensor; by default the base's, or the widest among adapters"

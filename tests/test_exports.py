@@ -231,6 +231,17 @@ def test_flux_at_its_width_is_read_by_diffusers(tmp_path: Path) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
 
 
+def test_baked_in_they_are_what_diffusers_fuses(made: Made, tmp_path: Path) -> None:
+    """The same sum written into the pipeline, whose components load."""
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"weights": WEIGHTS, "base": made.base("sdxl"), "kind": "model", "output": out}
+    merging.merge(made.pair("sdxl", "dk"), method="task_arithmetic", **options)
+    wanted = made.together("sdxl", "dk")
+    for name, module in components(build("sdxl")).items():
+        loaded = type(module).from_pretrained(out, subfolder=name).state_dict()
+        close(dict(loaded), {key: wanted[f"{name}.{key}"] for key in loaded})
+
+
 # ---- what LyCORIS makes of them
 
 

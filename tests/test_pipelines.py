@@ -78,6 +78,20 @@ def test_every_component_is_merged_and_the_pipeline_runs(pipelines: list[Path], 
     assert image.shape == (1, 16, 16, 3)
 
 
+def test_the_mean_of_two_needs_no_base(pipelines: list[Path], tmp_path: Path) -> None:
+    out = merging.merge(pipelines[:2], method="linear", output=tmp_path / "out").path
+    loaded = [DiffusionPipeline.from_pretrained(path) for path in (*pipelines[:2], out)]
+    for component in COMPONENTS:
+        one, two, got = (dict(getattr(each, component).state_dict()) for each in loaded)
+        assert close(
+            got,
+            {
+                n: (v.double() + two[n].double()).div(2).to(v.dtype) if v.is_floating_point() else v
+                for n, v in one.items()
+            },
+        )
+
+
 def test_the_components_that_are_not_chosen_stay_byte_for_byte(pipelines: list[Path], tmp_path: Path) -> None:
     base, *tuned = pipelines
     out = merging.merge(

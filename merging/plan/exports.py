@@ -79,7 +79,7 @@ class Exporter:
     def item(self, site: Site, changes: tuple[Change | None, ...], stored: Stored | None, form: Form) -> Item:
         """The item of a target. Raises :class:`~merging.errors.InputError` for what the format cannot hold."""
         shares = self._shares[site.name]
-        if sum(share.length for share in shares) != site.shape[0]:
+        if sum(share.length for share in shares) != (site.shape or (1,))[0]:
             raise unnamed(site.name, self._format, self._based)
         if form != "factors":
             return Item(site, changes, stored, (self._vector(site, shares, form),), form)
@@ -90,8 +90,8 @@ class Exporter:
 
     def _vector(self, site: Site, shares: Sequence[_Share], form: Form) -> Out:
         """A bias, or the weight or bias of a norm: of what is changed in full, all that Kohya's files hold."""
-        label = shares[0].label
-        if form == "dense" or self._format != "kohya" or self._rows[label] != (Rows(site.name, 0, site.shape[0]),):
+        label, alone = shares[0].label, (Rows(site.name, 0, (site.shape or (1,))[0]),)
+        if form == "dense" or self._format != "kohya" or self._rows[label] != alone:
             raise InputError(
                 f"{site.name} is changed in full, which LoRA files in the format of {self._format} do not hold: make "
                 f"a model with --as model"
