@@ -28,8 +28,15 @@ _SHOWN = 3
     metavar="PROGRAM",
     help="vllm, sglang, llama.cpp, peft, diffusers or transformers; may be given several times  [default: what fits]",
 )
-@click.option("--base", help="the folder of an adapter's base  [default: what its config names, if it is here]")
-@click.option("--max-lora-rank", type=click.IntRange(1), help="what the server is started for  [default: its own]")
+@click.option(
+    "--base", help="an adapter's base: its folder, or ORG/NAME  [default: what its config names, if it is here]"
+)
+@click.option(
+    "--max-lora-rank",
+    type=click.IntRange(1),
+    metavar="RANK",
+    help="the largest rank that the server is started for  [default: its own]",
+)
 @click.option("--values", is_flag=True, help="read all values too, for NaN, infinities and copies of the embedding")
 @click.option("--load", is_flag=True, help="have PEFT, transformers or diffusers really load it")
 @click.option("--json", "as_json", is_flag=True, help="print as JSON")
@@ -46,7 +53,8 @@ def verify_command(
 ) -> None:
     """Say what a program would refuse or silently ignore in an adapter or model, before it is served.
 
-    Headers alone are read. The exit code is 0 if nothing is refused or silently ignored, else 1.
+    PATH is a folder, a file, or a name on the Hub. Headers alone are read. The exit code is 0 if nothing is refused or
+    silently ignored, else 1.
     """
     with reported(debug):
         from merging.serving import verify

@@ -18,6 +18,7 @@ from hub_fixture import Hub
 from safetensors.torch import save_file
 
 from merging.cli.main import cli
+from merging.serving import PROGRAMS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -84,11 +85,20 @@ def asks_the_hub(line: str) -> bool:
 @pytest.mark.usefixtures("models")
 @pytest.mark.parametrize("line", [line for line in COMMANDS if merges(line)])
 def test_commands_work(line: str, workplace: Path) -> None:
-    if line.startswith("merge inspect "):
+    if line.startswith(("merge inspect ", "merge verify ")):
         said("merge --method linear a b -o merged")
     said(line)
     made = [name for name in ("merged", "merged.safetensors", "analogy", "baked") if (workplace / name).exists()]
     assert made or "--dry-run" in line
+
+
+def test_verdict_is_what_is_shown(workplace: Path) -> None:
+    """And the table beside it names every program."""
+    said("merge --method linear a b -o merged")
+    line, shown = re.findall(r"<!-- verify -->\n```text\n\$ merge (.*?)\n(.*?)```", README, re.DOTALL)[0]
+    done = CliRunner().invoke(cli, line.split())
+    assert (done.exit_code, done.stdout) == (1, shown)
+    assert re.findall(r"^\| `(.*?)` \| [\w. ]+ \|", README, re.MULTILINE)[: len(PROGRAMS)] == list(PROGRAMS)
 
 
 @pytest.mark.usefixtures("models")
