@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from merging.sources.adapter import Change
 from merging.sources.stored import FileTensor, Stored
 from merging.threads import Progress, share_out
 
-__all__ = ["arrived", "awaited", "brought"]
+__all__ = ["absent", "arrived", "awaited", "brought"]
 
 _STREAMS = 4
 """Files that are fetched at a time."""
@@ -31,16 +32,22 @@ def awaited(plan: Plan) -> list[RemoteFile]:
     return [remote for remote in found.values() if not remote.at_hand]
 
 
-def brought(model: Checkpoint | Adapter, progress: Progress | None = None) -> None:
-    """Download all weights of a model, so that its files lie where they seem to."""
+def absent(model: Checkpoint | Adapter) -> list[RemoteFile]:
+    """The weights files of a model that are not on this machine yet."""
     tensors = (
         list(model.tensors.values())
         if isinstance(model, Checkpoint)
         else [stored for change in model.changes.values() for stored in change.tensors]
     )
     found = {id(remote): remote for remote in _remote(tensors, None) if not remote.at_hand}
-    if found:
-        _fetch(list(found.values()), progress)
+    return list(found.values())
+
+
+def brought(model: Checkpoint | Adapter, progress: Progress | None = None) -> None:
+    """Download all weights of a model, so that its files lie where they seem to."""
+    files = absent(model)
+    if files:
+        _fetch(files, progress)
 
 
 def _remote(inputs: Sequence[Stored | Change | None], base: Stored | None) -> Iterator[RemoteFile]:
@@ -85,9 +92,12 @@ def _files(item: Item) -> tuple[tuple[str, ...], tuple[str, int]]:
 
 def _fetch(files: Sequence[RemoteFile], progress: Progress | None) -> None:
     total, done = sum(remote.size for remote in files), 0
+    stop = threading.Event()
 
     def told(nbytes: int) -> None:
         nonlocal done
+        if stop.is_set():  # what has come stays, and is gone on with another time
+            raise KeyboardInterrupt
         done += nbytes
         if progress:
             progress(done, total)
@@ -95,4 +105,4 @@ def _fetch(files: Sequence[RemoteFile], progress: Progress | None) -> None:
     def work(worker: None, remote: RemoteFile) -> None:
         remote.fetch(told)
 
-    share_out(files, lambda: None, work, lambda _: None, threads=_STREAMS, device=torch.device("cpu"))
+    share_out(files, lambda: None, work, lambda _: None, threads=_STREAMS, device=torch.device("cpu"), stop=stop)

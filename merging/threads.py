@@ -35,14 +35,17 @@ def share_out(
     *,
     threads: int,
     device: torch.device,
+    stop: threading.Event | None = None,
 ) -> list[W]:
     """Have ``work(worker, unit)`` done for every unit by so many threads, each with a worker of its own.
 
     ``report`` is told of every unit done. The first error stops all threads and is raised here. Returns the workers.
+    ``stop`` is set then: an event that the work itself looks at, so that Ctrl-C need not wait for a long unit's end.
     """
     pending = iter(units)
     lock = threading.Lock()
-    stop = threading.Event()
+    patient = stop is None
+    stop = stop or threading.Event()
     begin = threading.Event()  # a thread that is only half started could not be waited for
     errors: list[BaseException] = []
     workers = [make_worker() for _ in range(max(1, min(threads, len(units))))]
@@ -77,7 +80,8 @@ def share_out(
     except BaseException:
         stop.set()
         begin.set()
-        _outlast(running)
+        if patient:
+            _outlast(running)
         raise
     finally:
         torch.set_num_threads(before)

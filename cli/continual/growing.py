@@ -58,7 +58,10 @@ def init_command(
         from merging.continual import ContinualStore
 
         parameters = {name.replace("__", "."): value for name, value in options.items() if value is not None}
-        made = ContinualStore.create(store, base=base, method=method, max_rank=max_rank, **parameters)
+        with progress_bar(None) as report:
+            made = ContinualStore.create(
+                store, base=base, method=method, max_rank=max_rank, progress=report, **parameters
+            )
         chain = made.method.chain
     click.echo(json.dumps({"store": store, "method": chain, "base": base}) if as_json else f"{store}: grows by {chain}")
 
@@ -121,20 +124,30 @@ def _placed(before: int, count: int) -> Iterator[None]:
 
 @click.command(name="watch")
 @store_argument
-@click.option("--from", "folder", required=True, type=click.Path(), help="where models appear")
+@click.option("--from", "source", required=True, metavar="FOLDER|hub:QUERY", help="where models appear")
 @click.option("--interval", type=float, default=10.0, show_default=True, help="seconds between two looks")
-@click.option("--once", is_flag=True, help="look twice, add what is complete, and end")
+@click.option("--once", is_flag=True, help="add what is complete now, and end")
 @lenient
 @working
 @as_json_option
 @debug_option
 def watch_command(
-    store: str, folder: str, interval: float, once: bool, as_json: bool, debug: bool, **options: Any
+    store: str, source: str, interval: float, once: bool, as_json: bool, debug: bool, **options: Any
 ) -> None:
-    """Add every new model of a folder when it is complete, the oldest first, until SIGTERM or Ctrl-C.
+    """Add every new model of a folder, or of the Hub, the oldest first, until SIGTERM or Ctrl-C.
+
+    \b
+    merge continual watch STORE --from incoming/
+    merge continual watch STORE --from hub:base=ORG/NAME,limit=20 --interval 3600
+
+    In a folder, a model is a weights file, or a folder that holds one; it is added when it has stopped growing. A query
+    is of base= (adapters that name it), author=, tag= and search= (a word of the name), as wanted; its limit= latest
+    models are looked at (default 100). Each is added as the commit that it is then, a new revision as another model
+    unless its weights are in. The files stay in the Hub's cache. A Hub that does not answer is asked again.
 
     What is refused is noted in the store with the reason and left alone until it changes. A signal ends the watch; a
-    step that is under way is finished first, or with a second signal given up (the store is then as before it).
+    step that is under way is finished first, or with a second signal given up (the store is then as before it); a
+    download is broken off, and goes on where it stopped when the watch is started again.
     """
     standing = Standing(store)
     with reported(debug, standing):
@@ -153,7 +166,7 @@ def watch_command(
 
         opened = ContinualStore(store)
         standing.before = len(opened.manifest().steps)
-        watch(opened, folder, interval=interval, pause=pause, tell=tell, once=once, **options)
+        watch(opened, source, interval=interval, pause=pause, tell=tell, once=once, **options)
 
 
 def _until_signalled() -> Callable[[float], bool]:

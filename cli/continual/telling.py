@@ -64,7 +64,7 @@ def log_command(store: str, as_json: bool, debug: bool) -> None:
     with reported(debug):
         from merging.continual import ContinualStore
 
-        steps = ContinualStore(store).manifest().steps[::-1]
+        steps = ContinualStore(store).log()
     if as_json:
         click.echo(json.dumps([step.model_dump() for step in steps], indent=2))
         return
@@ -89,7 +89,6 @@ def plot_command(store: str, output: str, debug: bool) -> None:
     """Draw norms, kept shares, cosines and ranks over the steps (needs matplotlib)."""
     with reported(debug):
         from merging.continual import ContinualStore
-        from merging.continual.plot import plot
 
-        plot(ContinualStore(store), output)
+        ContinualStore(store).plot(output)
     click.echo(output)

@@ -13,36 +13,49 @@ from merging.plan.checks import same_base
 from merging.sources import Adapter, Checkpoint
 from merging.vetting import UNRELATED, relative_changes
 
-__all__ = ["check_kinship"]
+__all__ = ["check_place", "check_stated", "check_values"]
 
 _CACHED = re.compile(r"models--([\w.-]+)--([\w.-]+)")
 """The folder of a repository in the Hub's cache."""
 
 
-def check_kinship(plan: Plan, manifest: Manifest, allow_different: bool) -> list[str]:
-    """Refuse a model, alone in ``plan``, of another base, unless that is allowed; remarks on what cannot be told.
+def check_place(source: Checkpoint, base: Checkpoint) -> None:
+    """Refuse what lies where the base lies on the Hub, which a query of an author's models finds as well.
 
     Raises :class:`~merging.errors.InputError`.
     """
-    (source,) = plan.models
-    base = plan.base
+    one, other = source.origin, base.origin
+    if one and other and (one.repo, one.path) == (other.repo, other.path):
+        raise InputError(
+            f"{source.path}: is the base of the store itself, in this or another revision: use --allow-different-bases "
+            f"to add it all the same"
+        )
+
+
+def check_values(plan: Plan) -> None:
+    """Refuse a full model, alone in ``plan``, that is too far from the base for a fine-tune of it.
+
+    Raises :class:`~merging.errors.InputError`.
+    """
+    (source,), base = plan.models, plan.base
     assert base is not None
-    if isinstance(source, Adapter):
-        return [] if allow_different or not source.base else _check_stated(source, source.base, base, manifest)
     change = relative_changes(plan)[0]
-    if UNRELATED < change < inf and not allow_different:  # values without a sum are refused by name, by the step
+    if UNRELATED < change < inf:  # values without a sum are refused by name, by the step
         raise InputError(
             f"{source.path} differs from the base {base.path} by {change:.0%} of its norm, so it is hardly a fine-tune "
             f"of it: use --allow-different-bases to add it all the same"
         )
-    return []
 
 
-def _check_stated(source: Adapter, stated: str, base: Checkpoint, manifest: Manifest) -> list[str]:
+def check_stated(source: Adapter, base: Checkpoint, manifest: Manifest) -> list[str]:
     """Compare the base that an adapter states with the names of the store's, and with what earlier ones stated.
 
     A folder may be called anything, so that its name confirms and never contradicts; a name on the Hub does both.
+    Returns remarks on what cannot be told. Raises :class:`~merging.errors.InputError`.
     """
+    stated = source.base
+    if not stated:
+        return []
     advice = "if they are the same model under two names, use --allow-different-bases"
     earlier = [step.stated_base for step in manifest.steps if step.stated_base]
     other = next((name for name in earlier if not same_base(name, stated)), None)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from merging.continual.folder import refuse_within
-from merging.continual.store import ContinualStore
 from merging.errors import InputError, OptionError, OutputError
+
+if TYPE_CHECKING:
+    from merging.continual.view import StoreView
 
 __all__ = ["plot"]
 
 
-def plot(store: ContinualStore, output: str | Path) -> None:
+def plot(store: StoreView, output: str | Path) -> None:
     """Draw norms, kept shares, cosines and ranks over the steps of a store, as PNG, SVG or PDF by the name's ending.
 
     Needs matplotlib, the extra ``report``. Raises :class:`~merging.errors.MergingError`.

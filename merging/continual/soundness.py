@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from merging.arrival import brought
 from merging.continual.manifest import Base, Manifest, Part, StepRecord, sha256_of
 from merging.continual.state import odd_values
 from merging.errors import InputError, MergingError
+from merging.hub.client import Unreachable
 from merging.sources import Adapter, Checkpoint, open_model
 from merging.sources.checkpoint import content_key
+from merging.threads import Progress
 
 __all__ = ["Damaged", "Verdict", "base_of", "hashes", "open_base", "require_whole", "state_files", "verify"]
 
@@ -29,11 +32,14 @@ class Verdict:
     whole: int
 
 
-def open_base(path: str | Path) -> Checkpoint:
-    """A full model as the base of a store. Raises :class:`~merging.errors.MergingError`."""
+def open_base(path: str | Path, progress: Progress | None = None) -> Checkpoint:
+    """A full model as the base of a store; all of it, if it is on the Hub. Raises
+    :class:`~merging.errors.MergingError`.
+    """
     base = open_model(path)
     if isinstance(base, Adapter):
         raise InputError(f"{path}: is an adapter, and the base of a store is the full model that all were trained from")
+    brought(base, progress)
     return base
 
 
@@ -47,12 +53,17 @@ def hashes(base: Checkpoint) -> dict[str, str]:
 
 
 def base_of(store: Path, manifest: Manifest) -> Checkpoint:
-    """The base of a store, opened; by a few of its values it is told from another. Raises :class:`Damaged`."""
+    """The base of a store, opened; by a few of its values it is told from another.
+
+    Raises :class:`Damaged`, or :class:`~merging.hub.client.Unreachable` if it is on a Hub that does not answer.
+    """
     path = manifest.base.path
     try:
         base = open_base(path)
         if content_key(base.tensors) == manifest.base.key:
             return base
+    except Unreachable:
+        raise
     except MergingError as error:
         raise Damaged(f"the base of {store} cannot be read: {error}. {_relocate(store)}") from None
     raise Damaged(f"{path}: is no longer the base that {store} was made for. {_relocate(store)}")

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from merging.arrival import arrived
+from merging.arrival import absent, arrived
 from merging.continual import growth
-from merging.continual.kinship import check_kinship
+from merging.continual.kinship import check_place, check_stated, check_values
 from merging.continual.manifest import Manifest, Part, StepRecord, printable, sha256_of
 from merging.continual.state import held_forms, open_state, state_metadata, step_plan
 from merging.errors import InputError
@@ -66,8 +66,16 @@ def plan_alone(
     """The plan of the new model by itself on the base, when its files have come; refuses one of another base."""
     values = {"on_mismatch": on_mismatch, "base": str(base.path), "kind": "model"}
     recipe = Recipe(models=(str(source.path),), method=TaskArithmetic(), **values)
-    plan = arrived(plan_of(recipe, (source,), base), (), progress=progress)
-    notices = check_kinship(plan, manifest, allow_different)
+    plan, notices = plan_of(recipe, (source,), base), []
+    if allow_different:
+        pass
+    elif isinstance(source, Adapter):
+        notices = check_stated(source, base, manifest)
+    else:
+        check_place(source, base)
+    plan = arrived(plan, (), progress=progress)
+    if isinstance(source, Checkpoint) and not allow_different:
+        check_values(plan)
     return replace(plan, notices=(*plan.notices, *notices))
 
 
@@ -165,12 +173,13 @@ def record(
 def content_of(source: Checkpoint | Adapter) -> str:
     """A hash of a model's files: their bytes, in the order of their names, and an adapter's config.
 
-    The same for a folder and for the weights file in it. What lies on the Hub must have come.
+    The same for a folder and for the weights file in it. Of what has yet to come from the Hub it must state the hashes.
     """
+    stated = {remote.path: remote.sha256 for remote in absent(source)}
     digest = hashlib.sha256()
     files = set(source.files)
     if isinstance(source, Adapter):
         files |= {file.with_name("adapter_config.json") for file in source.files if file.stem == "adapter_model"}
     for file in sorted(file for file in files if file.is_file()):
-        digest.update(bytes.fromhex(sha256_of(file)))
+        digest.update(bytes.fromhex(stated.get(file) or sha256_of(file)))
     return digest.hexdigest()

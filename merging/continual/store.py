@@ -7,33 +7,31 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from merging import platform
+from merging.arrival import absent, brought
 from merging.continual import growth
 from merging.continual.folder import STATES, found, locked, refuse_within, remove, unfinished
-from merging.continual.manifest import Base, Manifest, Part, Refused, StepRecord, read_manifest, write_manifest
-from merging.continual.publishing import export
-from merging.continual.soundness import Verdict, base_of, hashes, open_base, require_whole, state_files, verify
-from merging.continual.spectrum import spectra
-from merging.continual.state import open_state
+from merging.continual.manifest import Base, Manifest, Part, Refused, StepRecord, write_manifest
+from merging.continual.soundness import base_of, hashes, open_base, require_whole, state_files
 from merging.continual.step import Execution, Grown, content_of, grow, plan_alone, record
-from merging.errors import FormatError, InputError, MergingError, OptionError, OutputError
-from merging.files import Merged, pick_device
+from merging.continual.view import StoreView
+from merging.errors import InputError, MergingError, OptionError, OutputError
+from merging.files import pick_device
+from merging.hub.address import hub_address
 from merging.landing import umask
-from merging.method import Method
 from merging.methods import chain
 from merging.recipe import Recipe
-from merging.sources import Adapter, open_model
+from merging.sources import Adapter, Checkpoint, open_model
 from merging.sources.checkpoint import content_key
 from merging.threads import Progress, cores
 
 __all__ = ["ContinualStore"]
 
 
-class ContinualStore:
+class ContinualStore(StoreView):
     """One merged model that takes models as they arrive, in their order, in memory and time that do not grow.
 
     A folder with a manifest and numbered states, none of which is ever changed: a step writes its state beside the
@@ -43,10 +41,6 @@ class ContinualStore:
     Raises :class:`~merging.errors.MergingError` for what cannot be done; the store is as it was then.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.manifest()
-
     @classmethod
     def create(
         cls,
@@ -55,11 +49,13 @@ class ContinualStore:
         base: str | Path,
         method: str = "opcm",
         max_rank: int | None = None,
+        progress: Progress | None = None,
         **parameters: Any,
     ) -> ContinualStore:
         """An empty store for models that were trained from ``base``, which grows by ``method``.
 
-        ``max_rank`` caps the rank of what is held as factors; the energy that is lost is told at each step.
+        ``max_rank`` caps the rank of what is held as factors; the energy that is lost is told at each step. A base on
+        the Hub is fetched, and from then on means the commit that it is now. ``progress`` is told of its bytes.
         """
         path, grows = Path(path), chain(method, parameters)
         growth.check(grows)
@@ -72,37 +68,10 @@ class ContinualStore:
             raise OutputError(f"{path}: exists already: choose another folder for the store")
         refuse_within(path)
         values = Recipe(models=("nothing",), method=grows).to_dict()
-        manifest = Manifest(
-            method=values["method"], parameters=values.get("parameters", {}), max_rank=max_rank, base=_identity(base)
-        )
+        identity, parameters = _identity(base, progress), values.get("parameters", {})
+        manifest = Manifest(method=values["method"], parameters=parameters, max_rank=max_rank, base=identity)
         found(path, manifest)
         return cls(path)
-
-    # ---- reading
-
-    def manifest(self) -> Manifest:
-        """The record as it is now."""
-        return read_manifest(self.path)
-
-    @property
-    def method(self) -> Method:
-        """The method that it grows by."""
-        manifest = self.manifest()
-        return chain(manifest.method, manifest.parameters)
-
-    def status(self, spectrum: bool = False) -> dict[str, Any]:
-        """What it holds and what each model brought, in plain values; with the spectra of its layers if so asked."""
-        manifest = self.manifest()
-        states: list[Adapter] = []
-        if spectrum and manifest.steps:
-            manifest, states = self._states()
-        facts = manifest.status() | {"scale": growth.scale_of(chain(manifest.method, manifest.parameters), manifest)}
-        if len(states) > 1:
-            raise OptionError(f"{manifest.method} holds sums of either sign, which have no spectrum: leave it out")
-        if states:
-            layers = spectra(states[0], list(base_of(self.path, manifest).tensors))
-            facts["layers"] = [asdict(layer) for layer in layers]
-        return facts
 
     # ---- growing
 
@@ -121,21 +90,28 @@ class ContinualStore:
     ) -> StepRecord | None:
         """Merge one more model; None if one of the same content was added before, unless ``again``.
 
-        With ``on_mismatch="base"`` tensors that the model lacks, or has in another shape, are left as they are. Waits
-        for another writer for up to ``wait`` seconds, without end by default. Raises
+        One on the Hub is fetched first, while others may write; another revision of it is another model. With
+        ``on_mismatch="base"`` tensors that the model lacks, or has in another shape, are left as they are. Waits for
+        another writer for up to ``wait`` seconds, without end by default. Raises
         :class:`~merging.continual.Unconfirmed` if the step is in but may not outlast a power cut.
         """
+        fetched = None
+        if hub_address(str(model)):
+            fetched = self.fetch(
+                model,
+                again=again,
+                allow_different_bases=allow_different_bases,
+                on_mismatch=on_mismatch,
+                progress=progress,
+            )
         with self._writing(wait):
             manifest = self.manifest()
-            source = open_model(model)
-            content = "" if source.origin else content_of(source)  # what lies on the Hub has yet to come
+            source = fetched or open_model(model)
+            content = content_of(source)
             if not again and manifest.has(content):
                 return None
             base = base_of(self.path, manifest)
             alone = plan_alone(source, base, manifest, allow_different_bases, on_mismatch, progress)
-            content = content or content_of(source)
-            if not again and manifest.has(content):
-                return None
             if manifest.steps:
                 require_whole(self.path, manifest, len(manifest.steps))
             folder = unfinished(self.path)
@@ -146,10 +122,42 @@ class ContinualStore:
                 grown = grow(manifest, self.path, alone, content, folder, execution)
                 parts = self._settle(folder, len(manifest.steps) + 1, grown)
                 step = record(manifest, source, content, parts, grown)
-                self._commit(manifest, step)
+                self._commit(manifest, step, source)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
             return step
+
+    def fetch(
+        self,
+        model: str | Path,
+        *,
+        again: bool = False,
+        allow_different_bases: bool = False,
+        on_mismatch: str = "error",
+        progress: Progress | None = None,
+    ) -> Checkpoint | Adapter:
+        """Open a model, and bring what has to come from the Hub to this machine: of one that ``add`` would refuse by
+        its headers nothing, of one that is in by its hashes neither. The store is not changed, nor locked.
+        """
+        source, manifest = open_model(model), self.manifest()
+        missing = absent(source)
+        if not missing:
+            return source
+        known = all(remote.sha256 for remote in missing) and manifest.has(content_of(source))
+        if again or not known:
+            base = base_of(self.path, manifest)
+            plan_alone(source, base, manifest, allow_different_bases, on_mismatch, progress)
+            brought(source, progress)
+        return source
+
+    def watch(self, source: str | Path, **options: Any) -> None:
+        """Add what is new in a folder, or what a query of the Hub finds, as it appears.
+
+        As :func:`merging.continual.watch.watch`, whose options these are.
+        """
+        from merging.continual.watch import watch
+
+        watch(self, source, **options)
 
     def _settle(self, folder: Path, number: int, grown: Grown) -> dict[str, Part]:
         """Give a finished state its name."""
@@ -171,9 +179,10 @@ class ContinualStore:
             for name, file in files.items()
         }
 
-    def _commit(self, manifest: Manifest, step: StepRecord) -> None:
+    def _commit(self, manifest: Manifest, step: StepRecord, source: Checkpoint | Adapter) -> None:
         """Put a step into the manifest; where that fails its state goes again."""
-        notes = tuple(each for each in manifest.refused if each.source != step.source)
+        noted = source.origin.repo if source.origin else step.source
+        notes = tuple(each for each in manifest.refused if each.source != noted)
         longer = manifest.model_copy(update={"steps": (*manifest.steps, step), "refused": notes})
         try:
             write_manifest(self.path, longer, f"step {step.number} is in")
@@ -206,52 +215,6 @@ class ContinualStore:
             manifest = manifest.model_copy(update={"base": moved})
             write_manifest(self.path, manifest, f"the base is {moved.path} now")
             return manifest
-
-    # ---- publishing
-
-    def export(
-        self,
-        output: str | Path,
-        *,
-        kind: str = "model",
-        rank: int | None = None,
-        dtype: str | None = None,
-        device: str = "cpu",
-        threads: int | None = None,
-        max_memory: int | None = None,
-        overwrite: bool = False,
-        progress: Progress | None = None,
-    ) -> Merged:
-        """Write the merge of all models so far, as a full ``model`` or as an ``adapter`` of a rank."""
-        refuse_within(Path(output))
-        manifest, states = self._states()
-        return export(
-            manifest,
-            states,
-            base_of(self.path, manifest),
-            Path(output),
-            recipe={"as": kind, "dtype": dtype, "rank": rank},
-            device=pick_device(device),
-            threads=threads,
-            max_memory=max_memory,
-            overwrite=overwrite,
-            progress=progress,
-        )
-
-    def _states(self) -> tuple[Manifest, list[Adapter]]:
-        """The manifest and the parts of its last state, whole and opened; once more if a writer took that away."""
-        while True:
-            manifest = self.manifest()
-            if not manifest.steps:
-                raise InputError(f"{self.path}: holds no model yet: add one first")
-            stated = next((step.stated_base for step in manifest.steps if step.stated_base), None)
-            last = manifest.steps[-1]
-            try:
-                require_whole(self.path, manifest, last.number)
-                return manifest, [open_state(file, stated) for file in state_files(self.path, last)]
-            except (FormatError, InputError):
-                if self.manifest() == manifest:
-                    raise
 
     # ---- keeping
 
@@ -294,17 +257,9 @@ class ContinualStore:
             remove(path)
         return [path.name for path in gone if not path.name.startswith(".")]
 
-    def verify(self) -> Verdict:
-        """Hash every state that is there and the base's files, and hold them against the manifest."""
-        while True:
-            manifest = self.manifest()
-            verdict = verify(self.path, manifest)
-            if not verdict.problems or self.manifest() == manifest:  # else a writer has taken states away meanwhile
-                return verdict
 
-
-def _identity(base: str | Path) -> Base:
+def _identity(base: str | Path, progress: Progress | None = None) -> Base:
     """What a store notes of its base; one on the Hub is fetched, and named by its commit."""
-    opened = open_base(base)
+    opened = open_base(base, progress)
     path = str(opened.path if opened.origin else Path(base).expanduser().resolve())
     return Base(path=path, key=content_key(opened.tensors), sha256=hashes(opened))

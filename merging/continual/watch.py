@@ -1,48 +1,51 @@
-"""Watching a folder for models that appear, and adding each to a store when it is complete."""
+"""Watching a folder, or the Hub, for models that appear, and adding each to a store when it is complete."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from math import inf
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from merging.continual.folder import Busy
-from merging.continual.manifest import Refused, StepRecord, printable
+from merging.continual.incoming import Arrival, Ended, Pause, attended, incoming
+from merging.continual.manifest import Refused, printable
 from merging.continual.soundness import Damaged
 from merging.continual.store import ContinualStore
 from merging.errors import FormatError, InputError, OptionError
+from merging.hub.client import Unreachable
 
 __all__ = ["Event", "watch"]
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+T = TypeVar("T")
 
 _SLICE = 0.2
 """Seconds that another writer is waited for at a time."""
 
-Pause = Callable[[float], bool]
+_FETCHING = ("again", "allow_different_bases", "on_mismatch")
+"""The options of adding that decide what is fetched."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened to a model: it was added, was known already, or was refused, and why."""
+    """What happened to a model: it was added, was known already, or was refused, and why; or the Hub does not answer.
 
-    what: Literal["added", "known", "refused"]
-    source: Path
+    ``source`` is the path, or the name on the Hub with the commit; the query itself if that has no answer.
+    """
+
+    what: Literal["added", "known", "refused", "unreachable"]
+    source: Path | str
     step: int | None = None
     reason: str = ""
 
 
 def watch(
     store: ContinualStore,
-    folder: str | Path,
+    source: str | Path,
     *,
     interval: float = 10.0,
     pause: Pause | None = None,
@@ -50,113 +53,114 @@ def watch(
     once: bool = False,
     **options: Any,
 ) -> None:
-    """Add every model of a folder that is new, the oldest first, and look again every ``interval`` seconds.
+    """Add every model that is new in a folder or on the Hub, the oldest first; look again every ``interval`` seconds.
 
-    A model is a weights file, or a folder that holds one, directly in ``folder``. It is complete when nothing in it has
-    changed since the look before. One that is refused is noted in the manifest with the reason, and tried again only
-    when it has changed; nothing in ``folder`` is ever touched. ``pause(seconds)`` waits and tells whether to end, as
-    ``threading.Event().wait`` does; a step that is under way is finished first. ``once``: ends after two looks.
-    ``options`` are those of :meth:`ContinualStore.add`. Raises :class:`~merging.errors.MergingError` for what is wrong
-    with the store or the folder itself.
+    In a folder a model is a weights file, or a folder that holds one, directly in it. It is complete when nothing in it
+    has changed since the look before; nothing in the folder is ever touched. ``hub:base=ORG/NAME,limit=N`` and its like
+    (:class:`~merging.hub.query.Query`) are what the Hub finds, each as the commit that it is at that look: a new
+    revision is a new model, unless its weights are those of one that is in. One that is refused is noted in the
+    manifest with the reason, and tried again only when it has changed. A Hub that does not answer is told of once, and
+    asked again at the next look.
+
+    ``pause(seconds)`` waits and tells whether to end, as ``threading.Event().wait`` does; a step that is under way is
+    finished first, a download is broken off, and gone on with another time. ``once``: ends when all that is there now
+    was tried. ``options`` are those of :meth:`ContinualStore.add`. Raises :class:`~merging.errors.MergingError` for
+    what is wrong with the store, the folder or the query, and with ``once`` if the Hub does not answer.
     """
     if not 0 < interval < inf:
         raise OptionError(f"interval = {interval}: a number of seconds above 0 is needed")
-    folder, pause = Path(folder), pause or _pause
-    before: dict[Path, str] = {}
-    done: dict[Path, str] = {}
-    looks = 0
-    while not pause(0):
-        now = {path: _fingerprint(path) for path in _models(folder)}
-        refused = {each.source: each.fingerprint for each in store.manifest().refused}
-        for path, mark in now.items():
-            if pause(0):
+    pause = pause or _pause
+    watching = _Watch(store, source, pause, tell or (lambda event: None), options)
+    with suppress(Ended):
+        while not pause(0):
+            missed = watching.look()
+            if once and watching.looks == watching.incoming.looks:
+                if missed:
+                    raise missed
                 return
-            settled = mark == before.get(path) and mark == _fingerprint(path)
-            if settled and done.get(path) != mark and refused.get(_source(path)) != mark:
-                event = _add(store, path, mark, pause, options)
-                if event is None:
-                    return
-                done[path] = mark
-                if tell:
-                    tell(event)
-        before, looks = now, looks + 1
-        if once and looks > 1:
-            return
-        if pause(interval):
-            return
+            if pause(interval):
+                return
 
 
-def _add(store: ContinualStore, path: Path, mark: str, pause: Pause, options: dict[str, Any]) -> Event | None:
-    """Add a model, or note why it is refused; None if told to stop while another process was writing."""
-    try:
-        step = _added(store, path, pause, options)
-    except Damaged:  # what is wrong with the store itself is no fault of the model
-        raise
-    except (InputError, FormatError) as error:
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        store.refuse(Refused(source=_source(path), fingerprint=mark, reason=printable(str(error)), time=now))
-        return Event("refused", path, reason=printable(str(error)))
-    except Busy:
-        return None
-    return Event("added", path, step.number) if step else Event("known", path)
+class _Watch:
+    """What is known from one look to the next."""
 
+    def __init__(
+        self,
+        store: ContinualStore,
+        source: str | Path,
+        pause: Pause,
+        tell: Callable[[Event], None],
+        options: Mapping[str, Any],
+    ) -> None:
+        self.store, self.source, self.pause, self.tell, self.options = store, source, pause, tell, options
+        self.incoming = incoming(source)
+        self.looks = 0
+        self._done: dict[str, str] = {}
+        self._lost: set[Path | str] = set()
 
-def _added(store: ContinualStore, path: Path, pause: Pause, options: dict[str, Any]) -> StepRecord | None:
-    """Add a model as soon as no other process writes; that one is not waited for when told to stop."""
-    while True:
+    def look(self) -> Unreachable | None:
+        """Add what is new and complete; what the Hub did not give, if anything, is left for the next look."""
+        manifest = self.store.manifest()
+        refused = {each.source: each.fingerprint for each in manifest.refused}
+        missed: list[Unreachable] = []
+        self.looks += 1
         try:
-            return store.add(path, **{"wait": _SLICE, **options})
-        except Busy:  # noqa: PERF203
-            if pause(0):
-                raise
+            in_a_row = 0
+            for arrival in self.incoming.arrivals(manifest, self.pause):
+                if self.pause(0):
+                    raise Ended("between two models")
+                if arrival.mark in (self._done.get(arrival.source), refused.get(arrival.source)):
+                    continue
+                try:
+                    self._take(arrival)
+                    in_a_row = 0
+                except Unreachable as error:
+                    missed.append(self._missed(arrival.model, error))
+                    in_a_row += 1
+                    if in_a_row > 1:  # it is the Hub, and no single model
+                        break
+            self._lost.discard(self.source)
+        except Unreachable as error:
+            missed.append(self._missed(self.source, error))
+        return missed[-1] if missed else None
 
+    def _missed(self, source: Path | str, error: Unreachable) -> Unreachable:
+        """Tell that the Hub does not answer, unless that was told of the same before."""
+        if source not in self._lost:
+            self.tell(Event("unreachable", source, reason=printable(str(error))))
+        self._lost.add(source)
+        return error
 
-def _source(path: Path) -> str:
-    return printable(path.resolve())
+    def _take(self, arrival: Arrival) -> None:
+        """Add a model, or note why it is refused."""
+        try:
+            if arrival.remote:
+                options = {name: self.options[name] for name in _FETCHING if name in self.options}
+                attended(lambda told: self.store.fetch(arrival.model, progress=told, **options), self.pause)
+            step = self._when_free(lambda wait: self.store.add(arrival.model, **{"wait": wait, **self.options}))
+            event = Event("added", arrival.model, step.number) if step else Event("known", arrival.model)
+        except (Damaged, Unreachable):  # what is wrong with the store itself, or the Hub, is no fault of the model
+            raise
+        except (InputError, FormatError) as error:
+            reason, now = printable(str(error)), datetime.now(timezone.utc).isoformat(timespec="seconds")
+            note = Refused(source=arrival.source, fingerprint=arrival.mark, reason=reason, time=now)
+            self._when_free(lambda wait: self.store.refuse(note, wait=wait))
+            event = Event("refused", arrival.model, reason=reason)
+        self._done[arrival.source] = arrival.mark
+        self._lost.discard(arrival.model)
+        self.tell(event)
+
+    def _when_free(self, act: Callable[[float], T]) -> T:
+        """Do what needs the store as soon as no other process writes; that one is not waited for when told to end."""
+        while True:
+            try:
+                return act(_SLICE)
+            except Busy:  # noqa: PERF203
+                if self.pause(0):
+                    raise Ended("while another process was writing") from None
 
 
 def _pause(seconds: float) -> bool:
     time.sleep(seconds)
     return False
-
-
-def _models(folder: Path) -> list[Path]:
-    """What may be a model, the oldest first; hidden names are not looked at."""
-    try:
-        found = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    except FileNotFoundError:
-        raise InputError(f"{folder}: there is no such folder to watch") from None
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be watched: {error.strerror}") from None
-    models = [path for path in found if path.suffix in _WEIGHTS or any(_weights(path))]
-    return sorted(models, key=lambda path: (_newest(path), path.name))
-
-
-def _weights(folder: Path) -> list[Path]:
-    """Weights files directly in a folder; none of what is no folder, or has just gone."""
-    try:
-        return [path for path in folder.iterdir() if path.suffix in _WEIGHTS]
-    except OSError:
-        return []
-
-
-def _files(path: Path) -> list[tuple[Path, os.stat_result]]:
-    found = []
-    for each in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        with suppress(OSError):  # it may go at any time
-            status = each.stat()
-            if stat.S_ISREG(status.st_mode):
-                found.append((each, status))
-    return found
-
-
-def _newest(path: Path) -> int:
-    return max((status.st_mtime_ns for _, status in _files(path)), default=0)
-
-
-def _fingerprint(path: Path) -> str:
-    """Names, sizes and times of all files of a model: the same as long as nothing is written."""
-    digest = hashlib.sha256()
-    for file, status in _files(path):
-        digest.update(f"{file.relative_to(path)} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from merging.errors import InputError
-from merging.hub.client import patiently
+from merging.errors import InputError, OutputError
+from merging.hub.client import Unreachable, patiently
 
 __all__ = ["Told", "download", "hash_of", "range_of"]
 
@@ -23,8 +23,8 @@ def download(url: str, target: Path, size: int, sha256: str | None, name: str, t
     """Bring ``url`` to ``target``, which is there whole and of that hash, or not at all.
 
     What arrives lies in ``TARGET.part`` until then, where the next call goes on, in whatever process; two at once must
-    be kept apart by a lock. Raises
-    :class:`~merging.errors.InputError` when the Hub keeps failing, the disk is full or the hash is wrong.
+    be kept apart by a lock. Raises :class:`~merging.errors.InputError` when the Hub keeps failing or the hash is wrong,
+    :class:`~merging.errors.OutputError` when the disk is full.
     """
     part = target.with_name(target.name + ".part")
     for _ in range(2):
@@ -35,7 +35,7 @@ def download(url: str, target: Path, size: int, sha256: str | None, name: str, t
             part.replace(target)
             return
         part.unlink()
-    raise InputError(f"{name}: what arrives has another hash than the Hub states: it is damaged on its way")
+    raise Unreachable(f"{name}: what arrives has another hash than the Hub states: it is damaged on its way")
 
 
 def _append(url: str, part: Path, size: int, name: str, told: Told | None) -> None:
@@ -60,7 +60,7 @@ def _append(url: str, part: Path, size: int, name: str, told: Told | None) -> No
             os.fsync(stream.fileno())
         except OSError as error:
             if error.errno is not None and getattr(error, "response", None) is None and not _network(error):
-                raise InputError(f"{name}: cannot be stored in {part.parent}: {error.strerror}") from None
+                raise OutputError(f"{name}: cannot be stored in {part.parent}: {error.strerror}") from None
             raise
 
 

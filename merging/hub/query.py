@@ -8,9 +8,9 @@ from datetime import datetime, timezone
 from itertools import islice
 from typing import Any, Literal
 
-from merging.errors import OptionError, nearest
+from merging.errors import InputError, OptionError, nearest
 from merging.hub.address import Address
-from merging.hub.client import api, patiently
+from merging.hub.client import api, offline, patiently
 
 __all__ = ["Found", "Query", "parse_query"]
 
@@ -52,6 +52,8 @@ class Query:
 
     def models(self) -> list[Found]:
         """What the Hub has now, the oldest first. Raises :class:`~merging.errors.InputError` if it cannot be asked."""
+        if offline():
+            raise InputError(f"{self}: the Hub is not asked while HF_HUB_OFFLINE is set")
         wanted = [f"base_model:adapter:{self.base}"] if self.base else []
         wanted += [self.tag] if self.tag else []
         asked: dict[str, Any] = {

@@ -8,8 +8,8 @@ from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
 
-from merging.errors import InputError
-from merging.hub.client import patiently
+from merging.errors import OutputError
+from merging.hub.client import Unreachable, patiently
 from merging.hub.download import Told, download, hash_of, range_of
 from merging.sources.header import header_length, parse_header
 from merging.sources.stored import STAND_INS, File, FileTensor, Opened, open_pickle
@@ -105,14 +105,14 @@ class RemoteFile:
                 blob.parent.mkdir(parents=True, exist_ok=True)
                 lock.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise InputError(f"{blob.parent}: cannot be written: {error.strerror}: set HF_HOME") from None
+                raise OutputError(f"{blob.parent}: cannot be written: {error.strerror}: set HF_HOME") from None
             with FileLock(lock):
                 download(self.url, blob, self.size, self.sha256, self.label, told)
         path = Path(patiently(lambda: hf_hub_download(self.repo, self.name, revision=self.commit), self.label))
         if by_library:
             if self.sha256 is not None and hash_of(path) != self.sha256:
                 path.resolve().unlink()
-                raise InputError(f"{self.label}: what came has another hash than the Hub states: try again")
+                raise Unreachable(f"{self.label}: what came has another hash than the Hub states: try again")
             if told is not None:
                 told(self.size)
         return path
