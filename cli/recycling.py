@@ -68,7 +68,13 @@ def recycle_command(pool: tuple[str, ...], as_json: bool, progress: bool, debug:
         if progress:
             click.echo(f"[{time.monotonic() - start:.0f} s] {line}", err=True)
 
-    with reported(debug):
+    def standing() -> str:
+        from merging.recycling.run import unfinished
+
+        kept = unfinished(options["output"]).exists()
+        return "what is done so far is kept, and --resume goes on with it" if kept else "nothing was written"
+
+    with reported(debug, standing):
         import merging
 
         stated = {name: value for name, value in options.items() if value not in (None, ())}

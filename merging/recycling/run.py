@@ -26,7 +26,7 @@ from merging.recycling.report import Report, make_report
 from merging.recycling.settings import Settings, make_settings
 from merging.recycling.stages import Outcome, Told, carried_out, guarded, measured
 
-__all__ = ["REPORT", "Recycled", "recycle"]
+__all__ = ["REPORT", "Recycled", "recycle", "unfinished"]
 
 REPORT = "recycling"
 """What the report is called beside the adapter: ``recycling.json`` and ``recycling.html``."""
@@ -93,9 +93,7 @@ def recycle(
     test_items = tuple(map(model.encode, parts.test))
     usable = opened(found, model.places)
     # only now: what is refused until here leaves nothing behind
-    journal = Journal(
-        destination.parent / f".{destination.name}.recycling", _plan(chosen, base, parts, found), resume, overwrite
-    )
+    journal = Journal(unfinished(destination), _plan(chosen, base, parts, found), resume, overwrite)
     outcome = carried_out(problem, usable, journal, told)
     outcome, folded, lossy = _folded(outcome, problem, usable.modules)
     rows = measured(problem, outcome, lossy, test_items or problem.valid, journal, told)
@@ -113,6 +111,12 @@ def recycle(
     _write(destination, overwrite, problem, base, outcome, folded, report)
     journal.remove()
     return Recycled(destination, folded.rank, folded.kept, report)
+
+
+def unfinished(output: str | Path) -> Path:
+    """Where a run towards an output keeps what it has done so far."""
+    destination = Path(output)
+    return destination.parent / f".{destination.name}.recycling"
 
 
 def _folded(outcome: Outcome, problem: Problem, modules: Sequence[str]) -> tuple[Outcome, Folded, Mixed | None]:
