@@ -318,8 +318,10 @@ def test_an_audited_pool(world: World, tmp_path: Path) -> None:
 
 def test_two_of_one_name_are_told_apart(world: World, tmp_path: Path) -> None:
     shutil.copytree(world.pool / "a1", tmp_path / "a0")
-    found = candidates([world.pool / "a0", tmp_path / "a0", world.pool / "a2"], str(world.base))
-    assert sorted(each.name for each in found) == sorted(["a2", str(world.pool / "a0"), str(tmp_path / "a0")])
+    shutil.copytree(world.pool / "a3", tmp_path / "base")
+    found = candidates([world.pool / "a0", tmp_path / "a0", world.pool / "a2", tmp_path / "base"], str(world.base))
+    told_apart = ["a2", str(world.pool / "a0"), str(tmp_path / "a0"), str(tmp_path / "base")]
+    assert [each.name for each in found] == sorted(told_apart)
 
 
 # --- the same again ---------------------------------------------------------------------------------------------------

@@ -21,14 +21,14 @@ from merging.recycling.bootstrap import Gap, paired
 from merging.recycling.closeness import CLOSENESS, closeness
 from merging.recycling.controls import CONTROLS, random_norms, random_spectra, shuffled
 from merging.recycling.data import Example, overlaps, read_examples, split
-from merging.recycling.experts import Expert
+from merging.recycling.experts import BASE, FEW_SHOT, Expert
 from merging.recycling.fold import fold
 from merging.recycling.mixture import Layout, Mixture
 from merging.recycling.places import places_of
 from merging.recycling.problem import Mixed, Problem, mean
 from merging.recycling.seeds import batch
 from merging.recycling.selection import gains, gradients, spearman
-from merging.recycling.verdict import BASE, Evidence, judge
+from merging.recycling.verdict import Evidence, judge
 
 pytestmark = QUIRKS
 
@@ -384,6 +384,8 @@ def test_what_came_back_instead_is_said() -> None:
     told = judge(Evidence(UP, UP, EVEN, UP, controls, fallback="movie"), "accuracy")
     assert told.transfer
     assert "movie alone came back" in told.sentence
+    told = judge(Evidence(UP, EVEN, UP, UP, controls, fallback=FEW_SHOT), "accuracy")
+    assert "without any adapter of the pool" in told.sentence and not told.transfer
     assert "the base came back" in judge(Evidence(UP, UP, UP, UP, controls, fallback=BASE), "accuracy").sentence
     assert "best single adapter does as well" in judge(Evidence(UP, UP, EVEN, UP, controls), "accuracy").sentence
     assert "simple average does as well" in judge(Evidence(UP, UP, UP, EVEN, controls), "accuracy").sentence

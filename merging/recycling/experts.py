@@ -21,7 +21,10 @@ from merging.recycling.places import Place
 from merging.sources import Adapter, open_model
 from merging.sources.names import find_renaming
 
-__all__ = ["Candidate", "Expert", "Opened", "candidates", "open_expert", "opened"]
+__all__ = ["BASE", "FEW_SHOT", "Candidate", "Expert", "Opened", "candidates", "open_expert", "opened"]
+
+BASE, FEW_SHOT = "base", "few-shot LoRA"
+"""What adapters are measured beside; one of a pool that is called so goes by its path."""
 
 _INDEX = "pool.sqlite"
 """What tells the folder of a pool that ``merge pool`` built."""
@@ -87,6 +90,7 @@ def candidates(pool: str | Path | Iterable[str | Path], base: str) -> tuple[Cand
     if not found:
         raise InputError("the pool is empty: name adapters, or a folder of them")
     count = Counter(each.name for each in found.values())
+    count.update((BASE, FEW_SHOT))
     told_apart = [each if count[each.name] == 1 else replace(each, name=each.path) for each in found.values()]
     return tuple(sorted(told_apart, key=lambda each: each.name))
 

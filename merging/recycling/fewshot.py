@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 
 from merging.delta import LowRank
-from merging.recycling.experts import Expert
+from merging.recycling.experts import FEW_SHOT, Expert
 from merging.recycling.journal import Journal
 from merging.recycling.places import Beside, attached
 from merging.recycling.problem import Mixed, Problem, alone
 from merging.recycling.seeds import generator
 from merging.recycling.training import Course, Trained, train
 
-__all__ = ["FEW_SHOT", "FewShot", "few_shot"]
-
-FEW_SHOT = "few-shot LoRA"
+__all__ = ["FewShot", "few_shot"]
 
 _SCALE = 2.0
 _PATIENCE = 5

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from merging.recycling.bootstrap import LEVEL, Gap, Metric, paired
 from merging.recycling.controls import CONTROLS
+from merging.recycling.experts import BASE, FEW_SHOT
 from merging.recycling.model import Scores
-from merging.recycling.verdict import BASE, Evidence, Verdict, judge
+from merging.recycling.verdict import Evidence, Verdict, judge
 
 __all__ = ["AVERAGE", "MERGE", "SINGLE", "Measured", "Report", "Row", "make_report"]
 
@@ -105,8 +106,6 @@ def make_report(
 
     ``fallback`` names what came back instead of the tuned merge, if something did.
     """
-    from merging.recycling.fewshot import FEW_SHOT
-
     merge = next(each for each in measured if each.title == MERGE)
     gaps = {
         each.title: paired(merge.values(metric), each.values(metric), resamples, seed)

@@ -8,15 +8,14 @@ from math import inf, isfinite
 
 from merging.errors import InputError
 from merging.recycling.controls import CONTROLS
-from merging.recycling.experts import Candidate, Expert, Opened, open_expert
-from merging.recycling.fewshot import FEW_SHOT, FewShot, few_shot
+from merging.recycling.experts import BASE, FEW_SHOT, Candidate, Expert, Opened, open_expert
+from merging.recycling.fewshot import FewShot, few_shot
 from merging.recycling.journal import Journal
 from merging.recycling.methods import fit
 from merging.recycling.model import Item, Scores
 from merging.recycling.problem import Mixed, Problem, alone, mean
 from merging.recycling.report import AVERAGE, MERGE, SINGLE, Measured
 from merging.recycling.selection import Chosen, choose, scored, spearman
-from merging.recycling.verdict import BASE
 
 __all__ = ["Outcome", "Told", "carried_out", "guarded", "measured"]
 
@@ -29,8 +28,9 @@ class Outcome:
     """What came of mixing. ``merge`` is what is returned: ``tuned``, or the one of the ``trivial`` points (base, target
     alone, best single adapter) named ``fallback`` where that validated better.
 
-    ``controls`` holds one mixture a draw for each kind of adapters that know nothing; ``losses`` those of the chosen
-    adapters alone, on the examples; ``correlation`` that of the selection's scores with these losses' order.
+    ``controls`` holds for each kind of adapters that know nothing one mixture a draw, and what came back instead of it;
+    ``losses`` those of the chosen adapters alone, on the examples; ``correlation`` that of the selection's scores with
+    these losses' order.
     """
 
     chosen: Chosen
@@ -43,7 +43,7 @@ class Outcome:
     base: Mixed
     single: Mixed
     average: Mixed
-    controls: dict[str, list[Mixed]]
+    controls: dict[str, list[tuple[Mixed, str | None]]]
     losses: dict[str, float]
     correlation: float | None
 
@@ -71,14 +71,14 @@ def carried_out(problem: Problem, pool: Opened, journal: Journal, told: Told) ->
     unmixed = [(BASE, base), *((each.name, alone(each).validated(problem)) for each in taken)]
     trivial = (*unmixed, (best.name, single))
     merge, fallback = guarded(tuned, trivial)
-    controls: dict[str, list[Mixed]] = {}
+    controls: dict[str, list[tuple[Mixed, str | None]]] = {}
     for name, control in CONTROLS.items():
         told(f"mixing the same with {control.title}")
         controls[name] = []
         for draw in range(settings.draws):
             unknowing = [control.make(expert, settings.seed + 1_000_003 * draw) for expert in chosen.experts]
             mixed = fit(problem, [*taken, *unknowing], journal, f"{name} {draw}", place)
-            controls[name].append(guarded(mixed, unmixed)[0])
+            controls[name].append(guarded(mixed, unmixed))
     several = len(chosen.experts) > 2 and settings.select not in ("evaluation", "random")
     names = [expert.name for expert in chosen.experts]
     correlation = spearman([scores[n] for n in names], [-losses[n] for n in names]) if several else None
@@ -151,9 +151,11 @@ def measured(
     if folded:
         rows.append(Measured("the merge, folded", scores("folded", folded), f"to rank {settings.rank}"))
     for name, draws in outcome.controls.items():
-        each = [scores(f"{name} {draw}", mixed) for draw, mixed in enumerate(draws)]
+        each = [scores(f"{name} {draw}", mixed) for draw, (mixed, _) in enumerate(draws)]
         mean_of = Scores(
             *(sum(values) / len(each) for values in zip(*((e.losses, e.right) for e in each), strict=True))
         )
-        rows.append(Measured(CONTROLS[name].title, mean_of, f"mean of {len(each)} draws" if len(each) > 1 else ""))
+        remarks = [f"mean of {len(each)} draws"] if len(each) > 1 else []
+        remarks += [f"{instead} came back" for instead in dict.fromkeys(back for _, back in draws if back)]
+        rows.append(Measured(CONTROLS[name].title, mean_of, ", ".join(remarks)))
     return rows

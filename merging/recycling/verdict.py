@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from merging.recycling.bootstrap import LEVEL, Gap, Metric
 from merging.recycling.controls import CONTROLS
+from merging.recycling.experts import BASE, FEW_SHOT
 
-__all__ = ["BASE", "Evidence", "Verdict", "judge"]
-
-BASE = "base"
+__all__ = ["Evidence", "Verdict", "judge"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +54,9 @@ def judge(evidence: Evidence, metric: Metric) -> Verdict:
     if not evidence.base.above:
         how = "worse than" if evidence.base.high < 0 else "no better than"
         return Verdict(False, f"No gain: the merge is {how} the base ({gained})")
+    if evidence.fallback == FEW_SHOT:
+        told = "the LoRA trained on the same examples came back, as nothing mixed with it was better on validation"
+        return Verdict(False, f"Gain over the base ({gained}) without any adapter of the pool: {told}")
     unknowing = {name: gap for name, gap in evidence.controls.items() if not gap.above}
     if evidence.few_shot.above and not unknowing:
         return Verdict(True, f"Transfer: {_transfer(evidence, metric)}")
