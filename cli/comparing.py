@@ -139,7 +139,7 @@ def _echo_models(found: Comparison) -> None:
         values = (told.largest, told.effective, told.stable, told.energy90, told.energy99) if told else ()
         cells = [f"{value:.3g}" for value in values] or ["-"] * 5
         rows.append([each.name, each.kind, str(each.tensors), each.rank_text, f"{each.norm:.4g}", *cells])
-    _table(header, rows)
+    _table(header, *rows)
     click.echo("largest: singular value; effective, stable: ranks; 90 %, 99 %: directions with that much of the energy")
 
 
@@ -151,7 +151,7 @@ def _echo_pairs(title: str, names: Sequence[str], matrix: Sequence[Sequence[floa
 
     click.echo(f"\n{title}")
     if len(names) <= _MATRIX:
-        _table(["", *names], [[name, *map(text, row)] for name, row in zip(names, matrix, strict=True)])
+        _table(["", *names], *([name, *map(text, row)] for name, row in zip(names, matrix, strict=True)))
         return
     rows = range(len(names))
     pairs = [(value, i, j) for i in rows for j in rows[i + 1 :] if (value := matrix[i][j]) is not None]
@@ -163,12 +163,12 @@ def _echo_pairs(title: str, names: Sequence[str], matrix: Sequence[Sequence[floa
 def _echo_layers(found: Comparison) -> None:
     names = found.names if len(found.names) <= _MATRIX else []
     click.echo("\nnorm by layer" if names else "\nmean cosine by layer")
-    rows = []
+    rows = [["", *names, "mean cosine"]]
     for each in found.layers:
         place = "other" if each.layer is None else f"layer {each.layer}"
         cosine = "-" if each.cosine is None else f"{each.cosine:+.3f}"
         rows.append([place, *(f"{norm:.4g}" for norm in each.norms[: len(names)]), cosine])
-    _table(["", *names, "mean cosine"], rows)
+    _table(*(rows if len(found.names) > 1 else [row[:-1] for row in rows]))
 
 
 def _echo_intruders(found: Comparison) -> None:
@@ -179,12 +179,13 @@ def _echo_intruders(found: Comparison) -> None:
     for name, each in zip(found.names, found.intruders, strict=True):
         first = "-" if each.first is None else f"{each.first:.1f}"
         rows.append([name, str(each.count), str(each.matrices), str(each.touched), f"{each.share:.2%}", first])
-    _table(header, rows)
+    _table(header, *rows)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
+def _table(*rows: Sequence[str]) -> None:
+    """Rows, the header first, in columns; the first one flush left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
         first, *rest = (
             cell.ljust(width) if i == 0 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))

@@ -194,10 +194,11 @@ def _models(comparison: Comparison) -> tuple[list[str], list[list[Cell]]]:
 def _layers(comparison: Comparison) -> tuple[list[str], list[list[Cell]]]:
     names = comparison.names if len(comparison.models) <= _MATRIX else []
     rows: list[list[Cell]] = []
+    several = slice(None) if len(comparison.models) > 1 else slice(-1)
     for each in comparison.layers:
         place = "other" if each.layer is None else f"layer {each.layer}"
-        rows.append([place, *each.norms[: len(names)], each.cosine])
-    return ["", *(f"norm of {name}" for name in names), "mean cosine"], rows
+        rows.append([place, *each.norms[: len(names)], each.cosine][several])
+    return ["", *(f"norm of {name}" for name in names), "mean cosine"][several], rows
 
 
 def _intruders(comparison: Comparison) -> tuple[list[str], list[list[Cell]]]:
