@@ -37,10 +37,10 @@ h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .4rem; overflow-wrap: anyw
 h2 { font-size: 1.2rem; margin: 2.6rem 0 .5rem; padding-top: .9rem; border-top: 1px solid var(--line); }
 p { max-width: 46rem; margin: .5rem 0; }
 .lead, figcaption, caption, .note { color: var(--soft); }
-nav { margin: 1.2rem 0 0; font-size: .92rem; }
-nav a { color: var(--mark); text-decoration: none; margin-right: 1.1rem; white-space: nowrap; }
+nav { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin: 1.2rem 0 0; font-size: .92rem; }
+nav a { color: var(--mark); text-decoration: none; }
 nav a:hover { text-decoration: underline; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.25rem; margin: .9rem 0; }
+dl { display: grid; grid-template-columns: fit-content(45%) 1fr; gap: .25rem 1.25rem; margin: .9rem 0; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
@@ -150,10 +150,17 @@ def _row(row: Sequence[str], kinds: Sequence[str]) -> str:
 
 
 def _column(cells: Sequence[Cell]) -> list[str]:
-    """The cells of a column; its numbers have as many decimals as show four digits of the largest."""
+    """The cells of a column; its numbers have as many decimals as show four digits of the largest, or more rather than
+    to look like zeros."""
     largest = max((abs(cell) for cell in cells if isinstance(cell, float) and isfinite(cell)), default=0.0)
     decimals = min(6, max(0, 3 - floor(log10(largest)))) if largest else 0
-    return [f"{cell:,.{decimals}f}" if isinstance(cell, float) else _shown(cell) for cell in cells]
+
+    def shown(cell: Cell) -> str:
+        if not isinstance(cell, float):
+            return _shown(cell)
+        return f"{cell:,.{decimals}f}" if not cell or abs(cell) >= 0.5 / 10**decimals else f"{cell:.2g}"
+
+    return [shown(cell) for cell in cells]
 
 
 def _shown(value: Cell) -> str:
