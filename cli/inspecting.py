@@ -31,7 +31,9 @@ def inspect_command(paths: tuple[str, ...], values: bool, as_json: bool, debug: 
         click.echo(facts.pop("path"))
         for name, value in facts.items():
             if value not in (None, [], {}, "") or name in ("nonfinite", "needs_base"):
-                click.echo(f"  {name.replace('_', ' '):13} {size_text(value) if name == 'bytes' else _text(value)}")
+                click.echo(
+                    f"  {name.replace('_', ' '):13} {size_text(value) if name.endswith('bytes') else _text(value)}"
+                )
 
 
 def _text(value: Any) -> str:

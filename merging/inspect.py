@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from merging.layers import Stacks
 from merging.sources import Adapter, Checkpoint, open_model
 from merging.sources.derived import Derived
+from merging.sources.packs.codings import Packed
 from merging.sources.stored import Stored
 
 __all__ = ["inspect"]
@@ -18,7 +20,8 @@ def inspect(path: str | Path, *, values: bool = False) -> dict[str, Any]:
     """Facts about what lies at ``path``: kind, base, rank, modules, dtypes, layers, size in bytes.
 
     Quantised weights of the simple kinds are told as the ordinary ones that ``--dequantise`` makes of them
-    (``dequantised``: how many). With ``values``, also which tensors hold NaN or infinities (``nonfinite``). Raises
+    (``dequantised``: how many), tensors of packs as what they are read as (``packed_bytes``: what they take in the
+    file). With ``values``, also which tensors hold NaN or infinities (``nonfinite``). Raises
     :class:`~merging.errors.MergingError` for what cannot be understood.
     """
     model = open_model(path, dequantise=True)
@@ -34,7 +37,7 @@ def _adapter(adapter: Adapter, values: bool) -> dict[str, Any]:
     ranks = sorted({change.rank for change in changes if change.rank})
     return {
         "path": str(adapter.path),
-        "kind": f"adapter ({adapter.dialect})",
+        "kind": "pack of a model" if adapter.of_model else f"adapter ({adapter.dialect})",
         "about": adapter.about,
         "base": adapter.base,
         "rank": ranks[0] if len(ranks) == 1 else ranks,
@@ -44,8 +47,17 @@ def _adapter(adapter: Adapter, values: bool) -> dict[str, Any]:
         "modules": modules,
         "needs_base": sorted({change.needs_base for change in changes if change.needs_base}),
         **_common(tensors, Stacks.from_names(adapter.changes, complete=False), values),
+        "packed_bytes": _packed_bytes(tensors.values()),
         "notices": list(adapter.notices),
     }
+
+
+def _packed_bytes(tensors: Iterable[Stored]) -> int | None:
+    """What the tensors of a pack take in its file, None where they are none of a pack."""
+    tensors = list(tensors)
+    if not any(isinstance(stored, Packed) for stored in tensors):
+        return None
+    return sum(part.nbytes for stored in tensors for part in stored.made_of)
 
 
 def _checkpoint(checkpoint: Checkpoint, values: bool) -> dict[str, Any]:

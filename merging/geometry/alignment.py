@@ -19,7 +19,7 @@ from merging.errors import InputError, OptionError
 from merging.layers import Stacks
 from merging.parameters import all_matching
 from merging.plan import Item, Plan, plan_of
-from merging.plan.checks import check_bases
+from merging.plan.checks import check_bases, check_packed
 from merging.plan.to_adapter import adapter_targets
 from merging.recipe import Recipe, make_recipe
 from merging.site import site_of
@@ -112,6 +112,7 @@ def _without_base(recipe: Recipe, models: Sequence[Adapter | Checkpoint]) -> Pla
             f"give it with --base"
         )
     check_bases(adapters, recipe.allow_different_bases)
+    check_packed(adapters, None, recipe.allow_different_bases)
     for adapter in adapters:
         adapter.require_base()
     targets = adapter_targets(adapters, None)

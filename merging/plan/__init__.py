@@ -12,6 +12,7 @@ from merging.plan.checks import (
     check_bases,
     check_options,
     check_origin,
+    check_packed,
     content_keys,
     taken_as_linear,
 )
@@ -64,6 +65,7 @@ def _plan_of(
     recipe: Recipe, models: tuple[Checkpoint | Adapter, ...], base: Checkpoint | None, rank_steps: Sequence[int]
 ) -> Plan:
     output, weights = check_origin(recipe, models, base)
+    check_packed(models, base, recipe.allow_different_bases)
     models, base = settled(*chosen(recipe, models, base))
     recipe = _pinned(recipe, models, base)
     check_options(recipe, models, output)

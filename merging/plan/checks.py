@@ -18,6 +18,7 @@ __all__ = [
     "check_bases",
     "check_options",
     "check_origin",
+    "check_packed",
     "content_keys",
     "same_base",
     "taken_as_linear",
@@ -58,6 +59,28 @@ def check_bases(models: Sequence[Checkpoint | Adapter], allow_different: bool) -
             raise InputError(
                 f"{model.path} was trained on {base}, and {first.path} on {other}: adapters of different bases do not "
                 f"add up. If they are the same model under two names, use --allow-different-bases"
+            )
+
+
+def check_packed(models: Sequence[Checkpoint | Adapter], base: Checkpoint | None, allow_different: bool) -> None:
+    """Refuse packs that note the content of their base, and that of another is here or noted beside it."""
+    noted = [(model, model.base_key) for model in models if isinstance(model, Adapter) and model.base_key]
+    if allow_different or not noted:
+        return
+    at_hand = base is not None and all(stored.at_hand for stored in base.tensors.values())
+    here = content_key(base.tensors) if base is not None and at_hand else None
+    for model, key in noted:
+        if here is not None and key != here and base is not None:
+            raise InputError(
+                f"{model.path} was packed beside another base than {base.path}: give the one that it belongs to"
+                f"{f' ({model.base})' if model.base else ''}. If it is the same model in another type, use "
+                f"--allow-different-bases"
+            )
+        first, other = noted[0]
+        if key != other:
+            raise InputError(
+                f"{model.path} and {first.path} were packed beside different bases, and what they hold does not add "
+                f"up. If these are the same model in different types, use --allow-different-bases"
             )
 
 
@@ -116,8 +139,9 @@ def check_origin(
     method = recipe.method
     adapters = [model for model in models if isinstance(model, Adapter)]
     checkpoints = len(models) - len(adapters)
-    output = recipe.kind or ("model" if checkpoints else "adapter")
-    if output == "adapter" and checkpoints:
+    of_models = checkpoints + sum(adapter.of_model for adapter in adapters)
+    output = recipe.kind or ("model" if of_models else "adapter")
+    if output == "adapter" and of_models:
         raise InputError(
             "a merge of full checkpoints makes a model: an adapter comes out only when all inputs are adapters"
         )

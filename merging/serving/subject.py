@@ -117,6 +117,8 @@ def open_subject(name: str, base: str | None, max_rank: int | None, values: bool
     except MergingError as error:
         raise type(error)(str(error).replace(str(path), name)) from None
     dialect = next((each for each in DIALECTS if tensors and each.recognises(tensors)), None)
+    if dialect is not None and dialect.name == "pack":
+        raise InputError(f"{name}: is a pack, which no other program reads: merge decompress it first")
     base_path, base_config = _base_of(base, stated or {})
     return Subject(
         name,

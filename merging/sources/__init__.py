@@ -12,7 +12,7 @@ from pathlib import Path
 
 from merging.errors import FormatError, InputError, MergingError
 from merging.hub.address import hub_address
-from merging.sources import diffusion, kohya, peft
+from merging.sources import diffusion, kohya, packs, peft
 from merging.sources.adapter import Adapter
 from merging.sources.checkpoint import Checkpoint, open_checkpoint
 from merging.sources.layout import check_suffix
@@ -37,6 +37,12 @@ class Dialect:
 
 
 DIALECTS = (
+    Dialect(
+        "pack",
+        "what an adapter holds, or what a full model changed, in few bits: written by merge compress",
+        packs.recognises,
+        packs.open_pack,
+    ),
     Dialect(
         "Kohya",
         f"LoRA of diffusion models with flat names; {', '.join(dict.fromkeys(m.summary for m in METHODS.values()))}",

@@ -20,7 +20,7 @@ from merging.errors import InputError
 from merging.sources.origin import Origin
 from merging.sources.stored import Stored
 
-__all__ = ["Adapter", "AddedBias", "Change", "FullChange", "LoraChange", "Replacement"]
+__all__ = ["Adapter", "Added", "AddedBias", "Change", "Factors", "FullChange", "LoraChange", "Replacement"]
 
 Kind = Literal["linear", "embedding", "conv", "experts", "bias", "tokens", "full"]
 
@@ -185,10 +185,54 @@ class Replacement(FullChange):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Added(FullChange):
+    """A tensor that is added to the base's."""
+
+    def read(self, shape: tuple[int, ...], base: Callable[[], Tensor], dtype: torch.dtype) -> Delta:
+        return Dense(self.value.read().to(dtype))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factors(Change):
+    """up @ down as a change of a tensor of one ``size``: ``up`` is ``[..., out, r]`` and ``down`` ``[..., r, in]``.
+
+    ``transposed``: the target is the transpose of their product.
+    """
+
+    down: Stored
+    up: Stored
+    size: tuple[int, ...]
+    transposed: bool = False
+
+    @property
+    def tensors(self) -> tuple[Stored, ...]:
+        return (self.down, self.up)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.size
+
+    @property
+    def rank(self) -> int:
+        return self.up.shape[-1]
+
+    @property
+    def low_rank(self) -> bool:
+        return True
+
+    def is_transposed(self, shape: tuple[int, ...]) -> bool:
+        return self.transposed
+
+    def read(self, shape: tuple[int, ...], base: Callable[[], Tensor], dtype: torch.dtype) -> Delta:
+        return LowRank(self.up.read().to(dtype), self.down.read().to(dtype), self.size, self.transposed)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
     """Changes by target, what the adapter says of its base, and what a reader should be told (``notices``).
 
-    ``about`` says in a few words what changes of its type are made of.
+    ``about`` says in a few words what changes of its type are made of. ``base_key`` is the key of the base's content,
+    where that is known; ``of_model`` says that a full model changed this, so that merges of it make models.
     """
 
     path: Path
@@ -200,6 +244,8 @@ class Adapter:
     notices: tuple[str, ...] = ()
     about: str = ""
     origin: Origin | None = None
+    base_key: str | None = None
+    of_model: bool = False
 
     def require_base(self) -> None:
         """Raise :class:`~merging.errors.InputError` if some change cannot be told without the base."""

@@ -19,6 +19,10 @@ _CHECKPOINTS = {
     "PyTorch": ".bin, .pt, .pth: mapped into memory, and no code in them is run",
     "pipelines": "folders of diffusers and of sentence-transformers, component by component",
 }
+_PACKS = {
+    "pack of an adapter": "by merge compress: its factors as signs or in a few bits, all else as it is",
+    "pack of a model": "by merge compress: what it changed, as singular directions in a few bits, or as signs",
+}
 _PEFT = "Adapters of PEFT, by type"
 
 
@@ -44,8 +48,10 @@ def formats() -> Iterator[Format]:
     reason = "quantised: merge the model it was made from, and quantise the result"
     yield Format(others, "Full checkpoints", reason, "refused")
     for dialect in DIALECTS:
-        if dialect.name != "PEFT":
+        if dialect.name not in ("PEFT", "pack"):
             yield Format(dialect.name, "LoRA files of diffusion models", dialect.summary, "mixed", "some")
+    for name, summary in _PACKS.items():
+        yield Format(name, "Packs, decoded as they are read", summary, "mixed", "some" if "adapter" in name else "no")
     for name, kind in KINDS.items():
         if kind is not KINDS.get("MISS") or name == "MISS":
             yield Format(name, _PEFT, kind.summary, "as factors" if kind.kept == "factors" else "in full", kind.base)

@@ -1,0 +1,217 @@
+"""Packs, as ``merge compress`` writes them: what adapters hold, or what full models changed, in few bits.
+
+A pack is one safetensors file whose header says what its tensors ``packed.0``, ``packed.1``... stand for. It is read as
+what it was made of: an adapter of its own format, or the changes of a model by the base's names, decoded when they are
+read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from merging.errors import FormatError
+from merging.sources import diffusion, kohya, peft
+from merging.sources.adapter import Adapter, Added, Change, Factors
+from merging.sources.packs.codings import Coding, Kind, Packed, Raw
+from merging.sources.stored import Opened, Stored, open_tensors
+
+__all__ = [
+    "PACK_KEY",
+    "Base",
+    "Changed",
+    "Described",
+    "Manifest",
+    "open_pack",
+    "payload_name",
+    "recognises",
+    "unpacked",
+]
+
+PACK_KEY = "merging_pack"
+"""The metadata entry that says what a pack holds."""
+
+VERSION = 1
+
+_PAYLOAD = re.compile(r"packed\.[0-9]+")
+
+_OPENERS = {"PEFT": peft.open_peft, "Kohya": kohya.open_kohya, "diffusers": diffusion.open_diffusion}
+
+
+class _Stated(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Described(_Stated):
+    """A tensor: what it is called, its type, shape and coding."""
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    coding: Coding
+
+
+class Changed(_Stated):
+    """A tensor that a model changed: its kind as of :class:`~merging.sources.adapter.Change`, and its shape.
+
+    ``transposed``: it lies as ``[in, out]``, and factors make its transpose.
+    """
+
+    kind: Literal["linear", "conv", "experts", "full"]
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+
+class Base(_Stated):
+    """The model that changes are changes of: its name, its commit on the Hub, and the key of its content."""
+
+    name: str | None = None
+    revision: str | None = None
+    key: str | None = None
+
+
+class Manifest(_Stated):
+    """What a pack holds; ``config`` and ``metadata`` are those of the adapter that it was made of."""
+
+    version: Literal[1] = 1
+    method: str
+    settings: str
+    base: Base
+    dialect: Literal["PEFT", "Kohya", "diffusers"] | None = None
+    config: dict[str, Any] | None = None
+    metadata: dict[str, str] = {}
+    tensors: tuple[Described, ...]
+    changes: dict[str, Changed] = {}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unpacked:
+    """A pack's tensors by the names that they had, and its manifest."""
+
+    tensors: dict[str, Stored]
+    manifest: Manifest
+
+
+def payload_name(number: int) -> str:
+    """What the tensor of that number is called in the file."""
+    return f"packed.{number}"
+
+
+def recognises(names: Mapping[str, Stored]) -> bool:
+    """Whether these are the tensor names of a pack."""
+    return any(_PAYLOAD.fullmatch(name) for name in names)
+
+
+def unpacked(path: Path, opened: Opened | None = None) -> Unpacked:
+    """The tensors of a pack, none of which is decoded yet. Raises :class:`~merging.errors.FormatError`."""
+    stored, metadata = opened or open_tensors(path)
+    manifest = _manifest(path, metadata)
+    tensors: dict[str, Stored] = {}
+    try:
+        if stored.keys() != {payload_name(number) for number in range(len(manifest.tensors))}:
+            raise ValueError(f"describes {len(manifest.tensors)} tensors, and holds others")
+        for number, each in enumerate(manifest.tensors):
+            if each.name in tensors:
+                raise ValueError(f"holds {each.name} twice")
+            tensors[each.name] = _tensor(each, stored[payload_name(number)])
+    except ValueError as error:
+        raise FormatError(f"{path}: is a damaged pack: it {error}: get it again") from None
+    return Unpacked(tensors, manifest)
+
+
+def _manifest(path: Path, metadata: Mapping[str, str]) -> Manifest:
+    try:
+        stated = json.loads(metadata[PACK_KEY])
+        version = stated["version"]
+        if version != VERSION:
+            raise FormatError(
+                f"{path}: is a pack of version {str(version)[:20]}, and {VERSION} is read: update this program"
+            )
+        return Manifest.model_validate(stated)
+    except (KeyError, TypeError, RecursionError, ValidationError, ValueError) as error:
+        reason = error.errors()[0] if isinstance(error, ValidationError) else None
+        told = f"{'.'.join(map(str, reason['loc']))}: {reason['msg']}" if reason else f"no {PACK_KEY} that is one"
+        raise FormatError(f"{path}: is a damaged pack: its header has {told[:200]}: get it again") from None
+
+
+def _tensor(described: Described, stored: Stored) -> Stored:
+    name, kind, shape = described.name, described.kind, described.shape
+    if any(size < 0 for size in shape) or len(shape) > 16 or prod(filter(None, shape)) >= 1 << 63:
+        raise ValueError(f"holds {name[:80]} of the shape {str(shape)[:80]}")
+    if isinstance(described.coding, Raw):
+        if (stored.kind, stored.shape) != (kind, shape):
+            raise ValueError(f"holds {name[:80]} as {stored.kind} {list(stored.shape)}, not as {kind} {list(shape)}")
+        return stored
+    try:
+        return Packed(name, kind, shape, stored, described.coding)
+    except ValueError as error:
+        raise ValueError(f"holds {name[:80]}, which {error}") from None
+
+
+def open_pack(path: Path, alpha: float | None = None, opened: Opened | None = None) -> Adapter:
+    """What a pack holds, as an adapter; only the header is read.
+
+    ``alpha`` replaces what an adapter states. Raises :class:`~merging.errors.FormatError` for a damaged pack.
+    """
+    if path.stem == "adapter_model":
+        raise FormatError(f"{path}: is a pack, and has the name of an adapter of PEFT's: rename it")
+    pack = unpacked(path, opened)
+    manifest = pack.manifest
+    told = f"packed by {manifest.method}, {manifest.settings}"
+    if manifest.dialect is None:
+        if alpha is not None:
+            raise FormatError(f"{path}: holds what a full model changed, which has no alpha: leave --lora-alpha out")
+        return Adapter(
+            path=path,
+            changes=_changes(path, pack),
+            files=(path,),
+            dialect="pack",
+            base=manifest.base.name,
+            about=told,
+            base_key=manifest.base.key,
+            of_model=True,
+        )
+    config = {} if manifest.config is None else {peft.CONFIG_KEY: json.dumps(manifest.config)}
+    inner = _OPENERS[manifest.dialect](path, alpha, (pack.tensors, {**manifest.metadata, **config}))
+    about = f"{inner.about}, {told}" if inner.about else told
+    return replace(inner, about=about, base=inner.base or manifest.base.name, base_key=manifest.base.key)
+
+
+def _changes(path: Path, pack: Unpacked) -> dict[str, Change]:
+    changes: dict[str, Change] = {}
+    tensors = dict(pack.tensors)
+    try:
+        for target, stated in pack.manifest.changes.items():
+            if stated.kind == "full":
+                changes[target] = Added(target, "full", tensors.pop(f"full/{target}"))
+            else:
+                down, up = tensors.pop(f"down/{target}"), tensors.pop(f"up/{target}")
+                changes[target] = Factors(target, stated.kind, down, up, stated.shape, stated.transposed)
+    except KeyError as error:
+        raise FormatError(f"{path}: is a damaged pack: it lacks {error}") from None
+    if tensors:
+        raise FormatError(f"{path}: is a damaged pack: {next(iter(tensors))} belongs to no change")
+    for target, change in changes.items():
+        if not _whole(change, pack.manifest.changes[target].shape):
+            raise FormatError(f"{path}: is a damaged pack: the parts of {target} make no tensor of its shape")
+    return changes
+
+
+def _whole(change: Change, shape: tuple[int, ...]) -> bool:
+    """Whether a change's parts make a tensor of the shape that the pack states."""
+    if not isinstance(change, Factors):
+        return change.shape == shape
+    up, down = change.up.shape, change.down.shape
+    batch = shape[:1] if change.kind == "experts" else ()
+    sides = shape[len(batch) :]
+    if len(up) != 2 + len(batch) or len(down) != len(up) or len(sides) < 2 or (change.transposed and len(sides) > 2):
+        return False
+    outputs, inputs = (sides[1], sides[0]) if change.transposed else (sides[0], prod(sides[1:]))
+    return up == (*batch, outputs, up[-1]) and down == (*batch, up[-1], inputs)

@@ -1,0 +1,186 @@
+"""How tensors lie in a pack, and the ordinary tensors that they are read as, decoded when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Annotated, Literal
+from zlib import crc32
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from merging.errors import FormatError
+from merging.sources.derived import Derived
+from merging.sources.packs.frames import Frames, index_bytes
+from merging.sources.packs.golomb import Bits
+from merging.sources.packs.grouped import group_bytes, unpack_groups
+from merging.sources.stored import Stored
+
+__all__ = ["Bands", "Coding", "Kind", "Packed", "Raw", "Sparse", "Ternary"]
+
+Kind = Literal["F16", "BF16", "F32", "F64"]
+
+Fill = Callable[[Tensor, int], None]
+"""Puts the elements from an offset on into a buffer; raises ValueError for a payload that is damaged."""
+
+_MOST = 1 << 12
+"""Entries that a byte of a payload may stand for at most, as in the index of frames."""
+
+_Remainder = Annotated[int, Field(ge=-1, le=15)]
+_Scale = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Coded(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Raw(_Coded):
+    """A tensor as it is."""
+
+    coding: Literal["raw"] = "raw"
+
+
+class Ternary(_Coded):
+    """Signs at one scale, zeros elsewhere; ``b`` as in :func:`~merging.sources.packs.frames.frame_signs`."""
+
+    coding: Literal["ternary"] = "ternary"
+    b: _Remainder
+    scale: _Scale
+
+    def check(self, shape: tuple[int, ...], nbytes: int) -> None:
+        """Raise ValueError for a payload that is too short for a tensor of this shape."""
+        _check_index(shape, nbytes)
+
+    def decoder(self, shape: tuple[int, ...], payload: Stored) -> Fill:
+        """What fills buffers with elements of the tensor."""
+        frames = Frames(_reader(payload), payload.nbytes, prod(shape), self.b, "signs")
+
+        def fill(buffer: Tensor, start: int) -> None:
+            buffer.zero_()
+            levels = torch.tensor([-self.scale, self.scale], dtype=buffer.dtype)
+            for kept, positive in frames.signs(start, start + len(buffer)):
+                buffer[torch.from_numpy(kept - start)] = levels[torch.from_numpy(positive).long()]
+
+        return fill
+
+
+class Sparse(_Coded):
+    """Codes of a byte at one scale a group, zeros elsewhere; scales are multiples of ``unit``."""
+
+    coding: Literal["sparse"] = "sparse"
+    b: Annotated[int, Field(ge=0, le=15)]
+    unit: _Scale
+
+    def check(self, shape: tuple[int, ...], nbytes: int) -> None:
+        """Raise ValueError for a payload that is too short for a tensor of this shape."""
+        _check_index(shape, nbytes)
+
+    def decoder(self, shape: tuple[int, ...], payload: Stored) -> Fill:
+        """What fills buffers with elements of the tensor."""
+        frames = Frames(_reader(payload), payload.nbytes, prod(shape), self.b, "values")
+
+        def fill(buffer: Tensor, start: int) -> None:
+            buffer.zero_()
+            for kept, values in frames.values(start, start + len(buffer), self.unit):
+                buffer[torch.from_numpy(kept - start)] = torch.from_numpy(values).to(buffer.dtype)
+
+        return fill
+
+
+class Bands(_Coded):
+    """Factors whose directions have fewer bits the further back they are; those behind the last band are zero.
+
+    The tensor is seen as ``matrices`` ``[n, a, b]``, whose directions run along ``axis`` 1 or 2. ``bands`` are counts
+    and bits, ``checksum`` the CRC-32 of the payload.
+    """
+
+    coding: Literal["bands"] = "bands"
+    bands: tuple[tuple[Annotated[int, Field(ge=1)], Literal[8, 4, 2, 1]], ...]
+    matrices: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+    axis: Literal[1, 2]
+    unit: _Scale
+    checksum: int
+
+    def check(self, shape: tuple[int, ...], nbytes: int) -> None:
+        """Raise ValueError for a payload that is not one of these bands of a tensor of this shape."""
+        if prod(self.matrices) != prod(shape):
+            raise ValueError(f"is {list(shape)}, and its bands are of {list(self.matrices)}")
+        count, length = self.matrices[self.axis], self.matrices[3 - self.axis]
+        if sum(each for each, _ in self.bands) > count:
+            raise ValueError(f"has {count} directions, and its bands more")
+        needed = sum(group_bytes(self.matrices[0] * each, length, bits) for each, bits in self.bands)
+        # Directions behind the last band take no bytes, and a header may claim any number of them.
+        if needed != nbytes or prod(shape) > _MOST * nbytes:
+            raise ValueError(f"of {list(shape)} should have {needed} bytes, and has {nbytes}")
+
+    def decoder(self, shape: tuple[int, ...], payload: Stored) -> Fill:
+        """What fills buffers with elements of the tensor, all of which are computed each time."""
+        batch, length = self.matrices[0], self.matrices[3 - self.axis]
+
+        def fill(buffer: Tensor, start: int) -> None:
+            data = payload.read()
+            if crc32(data.numpy().tobytes()) != self.checksum:
+                raise ValueError("its checksum does not agree")
+            rows, taken, first = torch.zeros(batch, self.matrices[self.axis], length), 0, 0
+            for count, bits in self.bands:
+                nbytes = group_bytes(batch * count, length, bits)
+                piece = unpack_groups(data[taken : taken + nbytes], batch * count, length, bits, self.unit)
+                rows[:, first : first + count] = piece.view(batch, count, length)
+                taken, first = taken + nbytes, first + count
+            flat = (rows if self.axis == 1 else rows.mT).reshape(-1)
+            buffer.copy_(flat[start : start + len(buffer)])
+
+        return fill
+
+
+Coding = Annotated[Raw | Ternary | Sparse | Bands, Field(discriminator="coding")]
+
+
+class Packed(Derived):
+    """A tensor of a pack that is decoded when it is read, piece by piece where its coding allows that.
+
+    ``name`` is what messages call it. Raises ValueError for a payload that cannot be one of its coding.
+    """
+
+    __slots__ = ("_coding", "_fill", "_name", "_payload")
+
+    def __init__(
+        self, name: str, kind: Kind, shape: tuple[int, ...], payload: Stored, coding: Ternary | Sparse | Bands
+    ) -> None:
+        super().__init__(kind, shape, (payload,))
+        if payload.kind != "U8" or len(payload.shape) != 1:
+            raise ValueError(f"has a payload {payload.kind} {list(payload.shape)}, and no bytes")
+        coding.check(shape, payload.nbytes)
+        self._name, self._payload, self._coding = name, payload, coding
+        self._fill: Fill | None = None
+
+    def read_into(self, buffer: Tensor, start: int = 0) -> None:
+        try:
+            if self._fill is None:
+                self._fill = self._coding.decoder(self.shape, self._payload)
+            self._fill(buffer, start)
+        except ValueError as error:
+            where = self._payload.order()[0]
+            raise FormatError(f"{where}: {self._name} {error}: the pack is damaged, get it again") from None
+
+    @property
+    def packed_bytes(self) -> int:
+        """What it takes in its file."""
+        return self._payload.nbytes
+
+
+def _check_index(shape: tuple[int, ...], nbytes: int) -> None:
+    needed = index_bytes(prod(shape))
+    if nbytes < needed:
+        raise ValueError(f"of {list(shape)} should have more than {needed} bytes, and has {nbytes}")
+
+
+def _reader(payload: Stored) -> Callable[[int, int], Bits]:
+    def read(start: int, stop: int) -> Bits:
+        buffer = torch.empty(stop - start, dtype=torch.uint8)
+        payload.read_into(buffer, start)
+        return buffer.numpy()
+
+    return read
