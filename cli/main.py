@@ -7,6 +7,7 @@ import sys
 import click
 
 from .comparing import compare_command
+from .compressing import compress_command, decompress_command
 from .continual import continual_command
 from .formats import formats_command
 from .inspecting import inspect_command
@@ -28,6 +29,8 @@ Sub-commands, as the first word:
   merge formats          what is read, and what is refused
   merge inspect PATH     what a model or adapter file holds
   merge compare MODEL... how models agree in what they change
+  merge compress MODEL   a pack of it, many times smaller
+  merge decompress PACK  what it was made of
   merge verify PATH      what a program would refuse or ignore in it
   merge push FOLDER ...  publish a folder on the Hub
   merge pool ...         adapters that others left, audited
@@ -56,6 +59,8 @@ _COMMANDS = [
     formats_command,
     inspect_command,
     compare_command,
+    compress_command,
+    decompress_command,
     verify_command,
     push_command,
     pool_command,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from merging.errors import FormatError, InputError, MergingError, OptionError, OutputError
 
 if TYPE_CHECKING:
+    from merging.compression import compress, decompress
     from merging.continual import ContinualStore
     from merging.delta import Delta, Dense, LowRank
     from merging.files import Merged, merge, preview
@@ -34,6 +35,8 @@ _WHERE = {
     "Recycled": "recycling.run",
     "chain": "methods",
     "compare": "geometry",
+    "compress": "compression",
+    "decompress": "compression",
     "load_recipe": "recipe",
     "merge": "files",
     "merge_deltas": "tensors",
@@ -62,6 +65,8 @@ __all__ = [
     "__version__",
     "chain",
     "compare",
+    "compress",
+    "decompress",
     "load_recipe",
     "merge",
     "merge_deltas",

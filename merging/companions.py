@@ -17,9 +17,10 @@ from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change, LoraChange
 from merging.sources.tokens import TokenTable
 
-__all__ = ["adapter_config", "model_card", "write_adapter_companions"]
+__all__ = ["HUB_ID", "adapter_config", "model_card", "write_adapter_companions"]
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""What names of models on the Hub look like."""
 
 
 def write_adapter_companions(plan: Plan, folder: Path) -> None:
@@ -176,7 +177,7 @@ def _hub_ids(plan: Plan) -> list[str]:
             for model in models
             if isinstance(model, Checkpoint) or model.origin
         ]
-    names = [name for name in stated if isinstance(name, str) and _HUB_ID.fullmatch(name)]
+    names = [name for name in stated if isinstance(name, str) and HUB_ID.fullmatch(name)]
     return list(dict.fromkeys(names))
 
 

@@ -100,6 +100,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "model_folder",
         "networks",
         "inspect",
+        "compression",
         "continual",
         "geometry",
         "recycling",

@@ -1,0 +1,177 @@
+"""Packing an adapter: the factors in its file are coded, and whatever else it holds is kept as it is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from merging.compression.bands import pack_factors
+from merging.compression.parts import Assembly, Losses, held
+from merging.compression.settings import Settings
+from merging.compression.ternary import balanced, pack_signs
+from merging.delta import LowRank
+from merging.errors import InputError
+from merging.linalg import squared_norm
+from merging.sources import DIALECTS, Dialect
+from merging.sources.adapter import Adapter, LoraChange
+from merging.sources.packs import Described
+from merging.sources.packs.codings import Bands, Kind, Raw, Ternary
+from merging.sources.stored import Opened, Stored, open_tensors
+
+__all__ = ["AdapterFile", "adapter_file", "pack_adapter"]
+
+_METADATA = ("lora_adapter_metadata", "ss_base_model_version", "ss_v2", "ss_network_", "modelspec.architecture")
+"""How the metadata entries begin that are kept: others of Kohya's hold captions and paths."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFile:
+    """An adapter with the tensors of its file, of which some are factors of LoRA changes.
+
+    ``pairs`` are the names of lower and upper factors; ``alone`` those of factors that cannot be brought to another
+    gauge by themselves, of experts and shared ones.
+    """
+
+    path: Path
+    dialect: Dialect
+    opened: Opened
+    adapter: Adapter
+    pairs: tuple[tuple[str, str], ...]
+    alone: tuple[str, ...]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What is kept of the header's metadata."""
+        return {key: text for key, text in self.opened[1].items() if key.startswith(_METADATA)}
+
+    def holding(self, tensors: Mapping[str, Stored]) -> Adapter:
+        """The adapter that the file would be if it held these tensors."""
+        return self.dialect.opens(self.path, None, (dict(tensors), self.opened[1]))
+
+    def loras(self, adapter: Adapter) -> dict[str, LoraChange]:
+        """The changes that factors make, without what DoRA makes of them, which needs the base."""
+        found = {target: each for target, each in adapter.changes.items() if isinstance(each, LoraChange)}
+        return {target: replace(each, magnitude=None) for target, each in found.items()}
+
+
+def adapter_file(adapter: Adapter) -> AdapterFile:
+    """The file of an adapter, opened. Raises :class:`~merging.errors.InputError` for one that cannot be packed."""
+    path = adapter.files[0]
+    opened = open_tensors(path)
+    dialect = next(each for each in DIALECTS if each.recognises(opened[0]))
+    if dialect.name == "pack":
+        raise InputError(f"{adapter.path}: is a pack already: merge decompress it first")
+    adapter = replace(dialect.opens(path, None, opened), path=adapter.path, origin=adapter.origin)
+    names = {id(stored): name for name, stored in opened[0].items()}
+    changes = [each for each in adapter.changes.values() if isinstance(each, LoraChange)]
+    started = next((each for each in changes if each.start), None)
+    if started is not None:
+        raise InputError(
+            f"{adapter.path}: {started.target}: its factors hold directions of the base that its start took away "
+            f"({started.start}), which must not be lost: make a plain LoRA of it first, with merge --method "
+            f"passthrough --base BASE"
+        )
+    uses = Counter(id(part) for each in changes for part in (each.down, each.up))
+    pairs = tuple(
+        (names[id(each.down)], names[id(each.up)])
+        for each in changes
+        if all(id(part) in names and uses[id(part)] == 1 for part in (each.down, each.up))
+    )
+    paired = {name for pair in pairs for name in pair}
+    used = {names[id(of)] for each in changes for part in (each.down, each.up) for of in part.made_of}
+    if not used:
+        raise InputError(
+            f"{adapter.path}: holds no factors of a LoRA ({adapter.about or adapter.dialect}): make one of it first, "
+            f"with merge --method passthrough --rank N"
+        )
+    return AdapterFile(path, dialect, opened, adapter, pairs, tuple(sorted(used - paired)))
+
+
+def pack_adapter(file: AdapterFile, settings: Settings, assembly: Assembly) -> tuple[Losses, list[str]]:
+    """Code an adapter's factors into an assembly; what that loses, and remarks on what is kept as it is.
+
+    Raises :class:`~merging.errors.InputError` for values that are not finite.
+    """
+    if file.alone and settings.method == "bands":
+        raise InputError(
+            f"{file.adapter.path}: {file.alone[0]} holds factors of experts, or shared ones, whose directions cannot "
+            f"be told apart: use --method ternary"
+        )
+    tensors = dict(file.opened[0])
+    for down, up in file.pairs:
+        for described, payload in _pair(file, down, up, settings):
+            assembly.add(described, payload)
+            tensors[described.name] = held(described, payload)
+    for name in file.alone:
+        kind, coding, payload = pack_signs(
+            _values(file, name), _kind(tensors[name]), settings.density, settings.alpha, settings.bitmap
+        )
+        described = Described(name=name, kind=kind, shape=tensors[name].shape, coding=coding)
+        assembly.add(described, payload)
+        tensors[name] = held(described, payload)
+    coded = {name for pair in file.pairs for name in pair} | set(file.alone)
+    kept = [name for name in tensors if name not in coded]
+    for name in kept:
+        stored = tensors[name]
+        assembly.add(Described(name=name, kind=_kind(stored), shape=stored.shape, coding=Raw()), _values(file, name))
+    remarks = []
+    if kept:
+        size = sum(tensors[name].nbytes for name in kept)
+        remarks = [f"{len(kept)} tensors of {size:,} bytes are no factors and kept as they are ({kept[0]})"]
+    return _losses(file, file.holding(tensors)), remarks
+
+
+def _pair(file: AdapterFile, down: str, up: str, settings: Settings) -> list[tuple[Described, Tensor]]:
+    """The two factors of a product in the balanced gauge, coded."""
+    stored = [file.opened[0][name] for name in (up, down)]
+    rank = stored[1].shape[0]
+    left, right = balanced(_values(file, up).reshape(-1, rank), _values(file, down).reshape(rank, -1))
+    coded: Sequence[tuple[Kind, Bands | Ternary, Tensor]]
+    if settings.method == "bands":
+        factors = pack_factors(left, right, settings.bands)
+        coded = [(_kind(each), *factor) for each, factor in zip(stored, factors, strict=True)]
+    else:
+        coded = [
+            pack_signs(factor, _kind(each), settings.density, settings.alpha, settings.bitmap)
+            for factor, each in zip((left, right), stored, strict=True)
+        ]
+    return [
+        (Described(name=name, kind=kind, shape=each.shape, coding=coding), payload)
+        for name, each, (kind, coding, payload) in zip((up, down), stored, coded, strict=True)
+    ]
+
+
+def _values(file: AdapterFile, name: str) -> Tensor:
+    """A tensor of the file, which must be finite."""
+    values = file.opened[0][name].read()
+    if values.is_floating_point() and not bool(values.isfinite().all()):
+        raise InputError(f"{file.adapter.path}: {name} holds NaN or infinite values: repair the adapter first")
+    return values
+
+
+def _kind(stored: Stored) -> Kind:
+    return cast(Kind, stored.kind)
+
+
+def _losses(file: AdapterFile, packed: Adapter) -> Losses:
+    """What every product has lost, told from the factors."""
+    losses, after = Losses(), file.loras(packed)
+    for target, change in file.loras(file.adapter).items():
+        one, other = (_product(each) for each in (change, after[target]))
+        difference = LowRank(
+            torch.cat([one.up, -other.up], -1), torch.cat([one.down, other.down], -2), one.shape, one.transposed
+        )
+        losses.add(target, float(squared_norm(difference)), float(squared_norm(one)))
+    return losses
+
+
+def _product(change: LoraChange) -> LowRank:
+    delta = change.read(change.shape, lambda: torch.empty(0), torch.float64)
+    assert isinstance(delta, LowRank)
+    return delta

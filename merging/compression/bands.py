@@ -1,0 +1,138 @@
+"""SkillPack (GraftLLM, Du et al. 2025, arXiv 2505.18502): singular directions in bands, the leading ones in more bits.
+
+The bands are Delta-CoMe's (Ping et al. 2024, arXiv 2406.08903). Both quantise with GPTQ, whose error feedback needs the
+inputs that calibration data give a layer; without data none of it is possible. What is possible, and done, is to fit
+the outputs' factor anew to the inputs' factor as it comes out of its codes, by least squares, before it is put in codes
+itself: with slowly falling spectra this takes a tenth off the error of two-bit bands. Scales are of least squared error
+a group. Singular values are in the scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from merging.compression.ternary import ternary
+from merging.delta import LowRank
+from merging.errors import OptionError
+from merging.linalg import compress, decomposed
+from merging.sources.packs.codings import Bands, Packed, Sparse
+from merging.sources.packs.frames import frame_values
+from merging.sources.packs.golomb import parameter
+from merging.sources.packs.grouped import BITS, pack_groups
+from merging.sources.stored import MappedTensor
+
+__all__ = ["BandsSpec", "pack_factors", "pack_pruned", "parse_bands", "truncated"]
+
+BandsSpec = tuple[tuple[int | None, int], ...]
+"""Counts of directions and their bits; no count means all that are left."""
+
+_RANDOMISED = 0.5
+"""The share of the shorter side up to which a rank is found by random projections, and not by a whole SVD."""
+
+
+def parse_bands(text: str) -> BandsSpec:
+    """``20@8,180@4,*@2``: counts of directions and the bits of each. Raises :class:`~merging.errors.OptionError`."""
+    bands: list[tuple[int | None, int]] = []
+    for part in text.split(","):
+        count, _, bits = part.strip().partition("@")
+        known = bits in map(str, BITS) and (count == "*" or (count.isdecimal() and 0 < int(count) < 1 << 31))
+        if not known or (bands and bands[-1][0] is None):
+            raise OptionError(
+                f"bands = {text!r}: write directions and their bits (8, 4, 2 or 1), as in 20@8,180@4,800@2; * is all "
+                f"that are left, and comes last"
+            )
+        bands.append((None if count == "*" else int(count), int(bits)))
+    return tuple(bands)
+
+
+def total(bands: BandsSpec) -> int | None:
+    """The directions of all bands, None where the last takes what is left."""
+    counts = [count for count, _ in bands]
+    return None if None in counts else sum(cast(list[int], counts))
+
+
+def truncated(matrix: Tensor, bands: BandsSpec) -> LowRank:
+    """The leading singular directions of a matrix ``[out, in]``, or of several ``[n, out, in]``, as many as bands hold.
+
+    By a randomised range finder where they are few, else by the SVD.
+    """
+    wanted, side = total(bands), min(matrix.shape[-2:])
+    rank = side if wanted is None else min(wanted, side)
+    if rank <= _RANDOMISED * side:
+        return compress(matrix, rank)[0]
+    parts = [decomposed(each.double(), needed=rank) for each in matrix.reshape(-1, *matrix.shape[-2:])]
+    ups = torch.stack([u * s.sqrt() for u, s, _ in parts]).view(*matrix.shape[:-1], rank)
+    downs = torch.stack([s.sqrt()[:, None] * vh for _, s, vh in parts]).view(*matrix.shape[:-2], rank, -1)
+    return LowRank(ups.to(matrix.dtype), downs.to(matrix.dtype), tuple(matrix.shape))
+
+
+def pack_factors(
+    up: Tensor, down: Tensor, bands: BandsSpec, whole: Tensor | None = None
+) -> tuple[tuple[Bands, Tensor], tuple[Bands, Tensor]]:
+    """Codings and payloads of factors ``[..., out, r]`` and ``[..., r, in]``, directions in descending order.
+
+    The upper factor is fitted anew to the product, or to the ``whole`` matrix that it stands for, as the lower factor
+    has become.
+    """
+    fitted = _fitted(bands, down.shape[-2])
+    coded = _coded(down, fitted, axis=1)
+    lower = Packed("a factor", "F32", tuple(down.shape), MappedTensor(coded[1], ("", 0)), coded[0]).read().to(down)
+    upper = _refitted(up.double() @ down.double() if whole is None else whole.double(), lower.double())
+    return _coded(upper.to(up.dtype), fitted, axis=2), coded
+
+
+def _fitted(bands: BandsSpec, rank: int) -> tuple[tuple[int, int], ...]:
+    """The bands of so many directions."""
+    found, left = [], rank
+    for count, bits in bands:
+        taken = left if count is None else min(count, left)
+        found += [(taken, bits)] if taken else []
+        left -= taken
+    return tuple(found)
+
+
+def _refitted(matrix: Tensor, lower: Tensor) -> Tensor:
+    """The ``up`` for which ``up @ lower`` is closest to the matrix; zero where a row of ``lower`` is."""
+    used = lower.abs().amax(-1) > 0
+    gram = lower @ lower.mT
+    gram.diagonal(dim1=-2, dim2=-1).add_(torch.where(used, 0.0, 1.0))
+    sizes = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    # rows of one length, or the small directions would be lost in rounding
+    even = gram / (sizes[..., :, None] * sizes[..., None, :])
+    even.diagonal(dim1=-2, dim2=-1).add_(1e-12)
+    right = (matrix @ lower.mT) / sizes[..., None, :]
+    found: Tensor = torch.linalg.solve(even, right.mT).mT / sizes[..., None, :]
+    return found
+
+
+def _coded(factor: Tensor, bands: Sequence[tuple[int, int]], axis: int) -> tuple[Bands, Tensor]:
+    three = factor.reshape(-1, *factor.shape[-2:]).float().cpu()
+    rows = three if axis == 1 else three.mT
+    unit = float(rows.abs().amax()) if rows.numel() else 0.0
+    parts, first = [torch.empty(0, dtype=torch.uint8)], 0
+    for count, bits in bands:
+        piece = rows[:, first : first + count].reshape(-1, rows.shape[-1])
+        parts.append(pack_groups(piece, bits, unit or 1.0))
+        first += count
+    payload = torch.cat(parts)
+    matrices = cast(tuple[int, int, int], tuple(three.shape))
+    checksum = crc32(payload.numpy().tobytes())
+    return Bands(bands=tuple(bands), matrices=matrices, axis=axis, unit=unit or 1.0, checksum=checksum), payload
+
+
+def pack_pruned(values: Tensor, density: float) -> tuple[Sparse, Tensor]:
+    """The coding and the payload of the largest entries (by magnitude) of a tensor, in codes of a byte each.
+
+    ``int(density * n)`` are kept, at least one and none that is zero; of equal ones those of the lowest flat index.
+    """
+    flat = values.reshape(-1).float()
+    signs, _ = ternary(flat, density)
+    kept = torch.nonzero(signs)[:, 0]
+    unit = float(flat.abs().amax()) if len(kept) else 1.0
+    b = parameter(len(kept) / max(1, len(flat)))
+    return Sparse(b=b, unit=unit), frame_values(flat, kept, b, unit)

@@ -1,0 +1,268 @@
+"""Compressing a model into a pack, and a pack back into what it was made of."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from merging.arrival import brought
+from merging.companions import HUB_ID
+from merging.compression.adapters import adapter_file, pack_adapter
+from merging.compression.models import model_plan, pack_model
+from merging.compression.parts import Assembly, Losses
+from merging.compression.settings import Settings, make_settings
+from merging.errors import InputError, OutputError
+from merging.files import merge, pick_device
+from merging.landing import Landing, check_destination
+from merging.sources import Adapter, Checkpoint, open_model
+from merging.sources.checkpoint import content_key
+from merging.sources.diffusion import WEIGHTS
+from merging.sources.packs import Base, Manifest, recognises, unpacked
+from merging.sources.packs.codings import Raw
+from merging.sources.peft import CONFIG_KEY
+from merging.sources.stored import Out, open_tensors
+from merging.threads import Progress
+from merging.writer import TensorWriter
+
+__all__ = ["Compressed", "Decompressed", "compress", "decompress"]
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """What became of a model, and what it lost.
+
+    ``bits`` is what is coded takes for each number that it stands for. ``error`` is the relative error of all changes
+    together (Frobenius norms), ``errors`` that of each.
+    """
+
+    path: Path
+    kind: Literal["adapter", "model"]
+    method: str
+    settings: str
+    bytes_before: int
+    bytes_after: int
+    bits: float
+    error: float
+    median: float
+    seconds: float
+    errors: dict[str, float] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the pack is than the model's files."""
+        return self.bytes_before / max(1, self.bytes_after)
+
+    @property
+    def worst(self) -> str:
+        """The target whose change lost most of itself."""
+        return max(self.errors, key=lambda target: self.errors[target], default="")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same in plain values, for JSON."""
+        return {**asdict(self), "path": str(self.path), "ratio": self.ratio, "worst": self.worst}
+
+
+@dataclass(frozen=True, slots=True)
+class Decompressed:
+    """What a pack was made into, and where it lies."""
+
+    path: Path
+    kind: Literal["adapter", "model"]
+    tensors: int
+    bytes: int
+    notices: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same in plain values, for JSON."""
+        return {**asdict(self), "path": str(self.path)}
+
+
+def compress(
+    model: str | Path,
+    output: str | Path,
+    *,
+    base: str | Path | None = None,
+    method: Literal["ternary", "bands"] | None = None,
+    density: float | None = None,
+    coding: Literal["golomb", "bitmap"] | None = None,
+    alpha: float | None = None,
+    bands: str | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Compressed:
+    """Write what an adapter holds, or what a full model changed of its ``base``, into one small file.
+
+    ``method`` is ``"ternary"`` (the default for adapters: signs of the ``density`` largest entries of every tensor, at
+    one scale: the mean magnitude, or ``alpha`` standard deviations; positions in a Golomb code, or two bitmaps) or
+    ``"bands"`` (for models: leading singular directions in the bits that ``bands`` gives them; of embeddings and heads
+    the ``density`` largest entries; vectors as they are). A ``base`` given along with an adapter is only noted, so that
+    the pack is refused beside another.
+
+    Raises :class:`~merging.errors.MergingError`, and leaves nothing behind then.
+    """
+    destination, start = Path(output), time.monotonic()
+    opened, full = open_model(model), None if base is None else open_model(base)
+    if isinstance(full, Adapter):
+        raise InputError(f"{base}: is an adapter, and the base is the full model that others were trained from")
+    kind: Literal["adapter", "model"] = "adapter" if isinstance(opened, Adapter) else "model"
+    settings = make_settings(kind, method, density, coding, alpha, bands)
+    _check_pack(destination)
+    check_destination(destination, _files(opened, full), 0, overwrite)
+    brought(opened, progress)
+    if full is not None:
+        brought(full, progress)
+    before = sum(path.stat().st_size for path in opened.files)
+    with Landing(destination, overwrite, True) as landing:
+        assembly = Assembly(landing.folder)
+        try:
+            if isinstance(opened, Adapter):
+                losses, manifest, entries, notices = _adapter(opened, full, settings, assembly)
+            else:
+                losses, manifest, entries = _model(opened, full, settings, assembly, device, progress)
+                notices = []
+            after = assembly.write(destination.stem, manifest)
+        finally:
+            assembly.close()
+        landing.commit()
+    return Compressed(
+        path=destination,
+        kind=kind,
+        method=settings.method,
+        settings=settings.told,
+        bytes_before=before,
+        bytes_after=after,
+        bits=8 * assembly.coded_bytes / max(1, entries),
+        error=losses.overall,
+        median=losses.median,
+        seconds=time.monotonic() - start,
+        errors=losses.relative,
+        notices=tuple(notices),
+    )
+
+
+def _check_pack(destination: Path) -> None:
+    if destination.suffix != ".safetensors":
+        raise OutputError(f"{destination}: a pack is one file: give it a name that ends in .safetensors")
+    if destination.stem == "adapter_model":
+        raise OutputError(f"{destination}: is the name of an adapter of PEFT's, which a pack is not: choose another -o")
+
+
+def _files(*models: Adapter | Checkpoint | None) -> Iterable[Path]:
+    return (file for model in models if model for file in (model.path, *model.files))
+
+
+def _adapter(
+    adapter: Adapter, base: Checkpoint | None, settings: Settings, assembly: Assembly
+) -> tuple[Losses, Manifest, int, list[str]]:
+    file = adapter_file(adapter)
+    losses, notices = pack_adapter(file, settings, assembly)
+    noted = Base(name=adapter.base, revision=adapter.config.get("revision"))
+    if base is not None:
+        noted = noted.model_copy(update=_base(base).model_dump(exclude_none=True))
+    manifest = Manifest(
+        method=settings.method,
+        settings=settings.told,
+        base=noted,
+        dialect=file.dialect.name,
+        config=adapter.config if file.dialect.name == "PEFT" and adapter.config else None,
+        metadata=file.metadata,
+        tensors=tuple(assembly.described),
+    )
+    coded = [each for each in assembly.described if not isinstance(each.coding, Raw)]
+    return losses, manifest, sum(prod(each.shape) for each in coded), notices
+
+
+def _model(
+    model: Checkpoint,
+    base: Checkpoint | None,
+    settings: Settings,
+    assembly: Assembly,
+    device: str,
+    progress: Progress | None,
+) -> tuple[Losses, Manifest, int]:
+    if base is None:
+        raise InputError(f"{model.path}: of a full model what it changed is packed: give its base with --base")
+    plan = model_plan(model, base)
+    losses, changed, entries = pack_model(plan, settings, assembly, pick_device(device), progress)
+    tensors = tuple(assembly.described)
+    return (
+        losses,
+        Manifest(method=settings.method, settings=settings.told, base=_base(base), tensors=tensors, changes=changed),
+        entries,
+    )
+
+
+def _base(base: Checkpoint) -> Base:
+    """What a base is called where others can find it, and what is in it."""
+    stated = base.config.get("_name_or_path")
+    named = stated if isinstance(stated, str) and HUB_ID.fullmatch(stated) and not Path(stated).exists() else None
+    key = content_key(base.tensors)
+    if base.origin is not None:
+        return Base(name=base.origin.repo, revision=base.origin.commit, key=key)
+    return Base(name=named, key=key)
+
+
+def decompress(
+    pack: str | Path,
+    output: str | Path,
+    *,
+    base: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Decompressed:
+    """Write what a pack holds as an ordinary adapter, in the format that it was in, or as a full model.
+
+    An adapter is a folder, or a bare file where ``output`` ends in ``.safetensors``; its tensors are just those that
+    the pack is read as. A full model is its ``base`` with the changes added. Raises
+    :class:`~merging.errors.MergingError`, and leaves nothing behind then.
+    """
+    destination, opened = Path(output), open_model(pack)
+    if not isinstance(opened, Adapter) or not recognises(open_tensors(opened.files[0])[0]):
+        raise InputError(f"{pack}: is no pack: it can be used as it is")
+    if opened.of_model:
+        if base is None:
+            known = f" ({opened.base})" if opened.base else ""
+            raise InputError(f"{pack}: holds what a full model changed: give its base{known} with --base")
+        made = merge(
+            [pack], method="task_arithmetic", base=str(base), output=destination, overwrite=overwrite, progress=progress
+        )
+        return Decompressed(made.path, "model", made.tensors, made.bytes, made.notices)
+    if base is not None:
+        raise InputError(f"{pack}: holds an adapter, which is unpacked without a base: leave --base out")
+    brought(opened, progress)
+    return _unpacked_adapter(opened, destination, overwrite)
+
+
+def _unpacked_adapter(adapter: Adapter, destination: Path, overwrite: bool) -> Decompressed:
+    pack = unpacked(adapter.files[0])
+    manifest, single = pack.manifest, destination.suffix == ".safetensors"
+    config = None if manifest.config is None else json.dumps(manifest.config, indent=2)
+    if config is None and manifest.dialect == "PEFT" and not single:
+        raise OutputError(
+            f"{destination}: the pack has no config of PEFT's to go into a folder: use -o FILE.safetensors"
+        )
+    stems = {"PEFT": "adapter_model", "diffusers": Path(WEIGHTS[0]).stem}
+    stem = destination.stem if single else stems.get(str(manifest.dialect), destination.name)
+    metadata = manifest.metadata | ({CONFIG_KEY: config} if config and single else {})
+    outs = [Out(name, stored.kind, stored.shape) for name, stored in pack.tensors.items()]
+    nbytes = sum(out.nbytes for out in outs)
+    check_destination(destination, _files(adapter), nbytes, overwrite)
+    with Landing(destination, overwrite, single) as landing:
+        writer = TensorWriter(landing.folder, stem, outs, metadata, None)
+        try:
+            for name, stored in pack.tensors.items():
+                writer.write(name, stored.read().reshape(-1))
+            writer.finish()
+        finally:
+            writer.close()
+        if config and not single:
+            (landing.folder / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
+        landing.commit()
+    return Decompressed(destination, "adapter", len(outs), nbytes)
