@@ -117,7 +117,8 @@ def test_checkpoints_and_adapters_mixed(tmp_path: Path) -> None:
     assert base["cosines"][0][1] == pytest.approx(1, abs=1e-5)
     assert base["cosines"][0][2] == pytest.approx(base["cosines"][1][2], abs=1e-5)
     assert base["models"][0]["norm"] == pytest.approx(base["models"][1]["norm"], rel=1e-5)
-    assert base["models"][0]["tensors"] == 12, "what it did not change does not count"
+    assert [each["tensors"] for each in base["models"]] == [12, 12, 12], "what it did not change does not count"
+    assert base["models"][0]["spectrum"]["energy90"] == base["models"][1]["spectrum"]["energy90"]
     assert base["overlaps"]["outputs"][0][1] > 0.99
 
 

@@ -89,8 +89,9 @@ def test_commands_work(line: str, workplace: Path) -> None:
     if line.startswith(("merge inspect ", "merge verify ")):
         said("merge --method linear a b -o merged")
     said(line)
-    made = [name for name in ("merged", "merged.safetensors", "analogy", "baked") if (workplace / name).exists()]
-    assert made or "--dry-run" in line
+    outputs = ("merged", "merged.safetensors", "analogy", "baked", "comparison.html", "comparison.png")
+    made = [name for name in outputs if (workplace / name).exists()]
+    assert made or "--dry-run" in line or line.startswith("merge compare ")
 
 
 def test_verdict_is_what_is_shown(workplace: Path) -> None:
@@ -100,6 +101,11 @@ def test_verdict_is_what_is_shown(workplace: Path) -> None:
     done = CliRunner().invoke(cli, line.split())
     assert (done.exit_code, done.stdout) == (1, shown)
     assert re.findall(r"^\| `(.*?)` \| [\w. ]+ \|", README, re.MULTILINE)[: len(PROGRAMS)] == list(PROGRAMS)
+
+
+def test_comparison_is_what_is_shown(workplace: Path) -> None:
+    line, shown = re.findall(r"<!-- compare -->\n```text\n\$ (.*?)\n(.*?)```", README, re.DOTALL)[0]
+    assert said(line) == shown
 
 
 @pytest.mark.usefixtures("models")

@@ -153,7 +153,7 @@ def test_in_a_comparison(turned: bool, tmp_path: Path) -> None:
     wanted = dense(weight, change, 10, 0.5)
     assert wanted[2]
     assert_is(found[0].by_tensor[names[-1]], wanted)
-    assert (found[0].count, found[0].touched, found[0].matrices) == (len(wanted[2]), 1, len(names))
-    assert (found[1].count, found[1].touched, found[1].share) == (0, 0, 0.0)
+    assert (found[0].count, found[0].touched, found[0].matrices) == (len(wanted[2]), 1, 1)
+    assert (found[1].count, found[1].matrices, found[1].share) == (0, 0, 0.0)
     assert found[0].first == wanted[2][0] + 1
     assert found[1].first is None

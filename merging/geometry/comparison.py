@@ -114,8 +114,9 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class IntruderCount:
-    """One model's intruder dimensions: how many among the ``directions`` leading singular vectors of ``matrices``,
-    in how many of the matrices, the mean share of a matrix's energy that they carry, and the mean rank of the first."""
+    """One model's intruder dimensions: how many among the ``directions`` leading singular vectors of the ``matrices``
+    that it changes, how many of these are ``touched``, the mean ``share`` of a matrix's energy that they carry, and the
+    mean rank of the ``first``."""
 
     count: int
     matrices: int

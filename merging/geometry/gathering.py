@@ -111,13 +111,16 @@ def _layer(number: int | None, products: Tensor) -> Layer:
 
 
 def _look(tiler: Tiler, item: Item, wanted: Wanted, found: Gathered) -> None:
-    """What single changes of one tensor tell: spectra, columns, subspaces, intruders; each is read once."""
+    """What single changes of one tensor tell: spectra, columns, subspaces, intruders; each is read once.
+
+    Changes of nothing have none of these.
+    """
     base = _base(tiler, item) if wanted.intruders and item.site.kind == "matrix" else None
     site = replace(item.site, axis=1)
     columns: list[Tensor] = []
     bases: list[tuple[Tensor, Tensor] | None] = [None] * len(item.inputs)
     for slot, each in enumerate(item.inputs):
-        if each is None:
+        if each is None or not float(found.norms[-1][slot]):
             continue
         deep = decomposable(tiler.plan, item, slot, wanted.full_spectra)
         found.undecomposed += item.site.kind == "matrix" and not deep
