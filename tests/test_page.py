@@ -30,8 +30,11 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no browser is insta
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a comparison that has everything in it."""
     folder = tmp_path_factory.mktemp("page")
-    base, tuned = tiny.checkpoint(folder, 3)
+    weights = tiny.model(width=24)
+    base = tiny.save(folder / "base", weights)
+    tuned = [tiny.save(folder / f"tuned{i}", tiny.fine_tune(weights, i, size=3.0)) for i in range(3)]
     found = compare(tuned, base=base, intruders=True)
+    assert all(each.count for each in found.intruders)
     page(found).write(folder / "page.html")
     return folder / "page.html"
 
@@ -70,7 +73,11 @@ def test_plots_are_drawn(shown: Browser) -> None:
         drawn = pixels(shown.screenshot(plot["clip"]))
         assert len({tuple(pixel) for row in drawn[::2, ::2].tolist() for pixel in row}) > 30
     assert shown.value("Array.from(document.querySelectorAll('h2')).map(each => each.textContent)") == SECTIONS
-    assert shown.value("document.querySelectorAll('table').length") >= 6
+    assert shown.value("document.querySelectorAll('table').length") == 7
+    tensors = shown.value(
+        "Array.from(document.querySelectorAll('table:last-of-type td')).map(each => each.textContent)"
+    )
+    assert "model.layers.0.mlp.up_proj.weight" in tensors
     assert shown.value("document.querySelector('table tbody th').textContent") == "tuned0"
 
 

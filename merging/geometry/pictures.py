@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["page", "panels", "plot"]
 
-_PAIRS, _MATRIX = 20, 24
-"""Pairs of models that are told one by one, and models up to which a matrix is printed."""
+_PAIRS, _TENSORS, _MATRIX = 20, 40, 24
+"""Pairs of models and tensors with intruders that are told one by one, and models up to which a matrix is printed."""
 
 _THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Of the cosine, below which singular vectors are intruders: the range over which their paper looks."""
@@ -170,6 +170,9 @@ def page(comparison: Comparison) -> Page:
             "LoRA makes them; they go with forgetting.",
         )
         out.figure(*figures["intruders"]).table(*_intruders(comparison))
+        header, rows = _intruders_by_tensor(comparison)
+        if rows:
+            out.table(header, rows[:_TENSORS], f"Where they carry most of the energy, {len(rows)} changes in all")
     return out
 
 
@@ -207,3 +210,18 @@ def _intruders(comparison: Comparison) -> tuple[list[str], list[list[Cell]]]:
         for name, each in zip(comparison.names, comparison.intruders, strict=True)
     ]
     return ["model", "intruders", "matrices", "with intruders", "share of the energy", "mean rank of the first"], rows
+
+
+def _intruders_by_tensor(comparison: Comparison) -> tuple[list[str], list[list[Cell]]]:
+    """The changes that have intruders, those first in which they carry most of the energy."""
+    found = [
+        (each, name, tensor)
+        for name, model in zip(comparison.names, comparison.intruders, strict=True)
+        for tensor, each in model.by_tensor.items()
+        if each.which
+    ]
+    rows: list[list[Cell]] = []
+    for each, name, tensor in sorted(found, key=lambda one: -one[0].share):
+        values = ", ".join(f"{each.values[place]:.3g}" for place in each.which)
+        rows.append([name, tensor, len(each.which), each.first, each.share, values])
+    return ["model", "tensor", "intruders", "rank of the first", "share of the energy", "singular values"], rows
