@@ -19,7 +19,7 @@ __all__ = ["export_command", "gc_command", "relocate_command", "rollback_command
 @store_argument
 @click.option("-o", "--output", required=True, type=click.Path(), help="a folder, or a file ending in .safetensors")
 @click.option("--as", "kind", type=click.Choice(["model", "adapter"]), default="model", show_default=True)
-@click.option("--rank", type=int, help="rank of the adapter  [default: that of what is held]")
+@click.option("--rank", type=int, help="rank of the adapter  [default: that of what is held as factors]")
 @click.option("--dtype", type=click.Choice(["float64", "float32", "bfloat16", "float16"]), help="type of every tensor")
 @click.option("--overwrite", is_flag=True, help="replace an existing output")
 @working

@@ -166,6 +166,8 @@ def read_manifest(store: Path) -> Manifest:
         if not isinstance(values, dict):
             raise ValueError("it holds no JSON object")
         version = values.get("schema_version")
+        if not isinstance(version, int):
+            raise ValueError("it states no schema_version")
         if version != SCHEMA:
             raise FormatError(f"{path}: has the schema {version!r}, and this version reads {SCHEMA}: use the newer one")
         stated = values.pop(_CHECKSUM, None)

@@ -9,6 +9,8 @@ from typing import Any
 
 from merging.continual import growth
 from merging.continual.manifest import Manifest, StepRecord
+from merging.continual.state import Accumulated
+from merging.errors import OptionError
 from merging.files import Merged, merge_plan
 from merging.method import Method
 from merging.methods import chain
@@ -41,12 +43,25 @@ def export(
 
     ``recipe`` has the settings of the output, ``execution`` those of :func:`~merging.files.merge_plan`.
     """
+    if recipe["as"] == "adapter" and recipe["rank"] is None:
+        _require_rank(states)
     grows = chain(manifest.method, manifest.parameters)
     method = growth.published(grows, manifest)
     names = tuple(_name(step) for step in manifest.steps)
     carried_out = make_recipe({"models": names, "method": method, **recipe}, "export")
     plan = plan_of(carried_out, states, base, () if destination.suffix else PORTABLE_RANKS)
     return merge_plan(plan, destination, shown=_as_told(plan, manifest, grows, names), **execution)
+
+
+def _require_rank(states: Sequence[Adapter]) -> None:
+    """Raise :class:`~merging.errors.OptionError` for matrices that are held in full, which have no rank to go by."""
+    held = [change for state in states for change in state.changes.values() if isinstance(change, Accumulated)]
+    matrices = {change.target for change in held if change.kind != "full"}
+    if matrices:
+        raise OptionError(
+            f"of what is held {len(matrices)} matrices are in full ({min(matrices)} is one), and an adapter holds as "
+            f"much of them as its rank allows: choose one with --rank, or export a model"
+        )
 
 
 def _as_told(plan: Plan, manifest: Manifest, grows: Method, names: tuple[str, ...]) -> Plan:

@@ -149,6 +149,7 @@ def record(
     # the sums are of the tensors that the new model touches; what is held of others stays
     merged += max(0.0, before.steps[-1].merged ** 2 - held) if before.steps else 0.0
     rank, factored, full = held_forms(plan)
+    notices = grown.notices if square else (*grown.notices, "it changes nothing of the base")
     return StepRecord(
         number=len(before.steps) + 1,
         source=printable(source.path if source.origin else source.path.resolve()),
@@ -166,7 +167,7 @@ def record(
         factored=factored,
         full=full,
         discarded=max(done.discarded.values(), default=0.0),
-        notices=grown.notices,
+        notices=notices,
     )
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from adapters import QUIRKS, assert_close, baked, reload
+from diffusion_models import build, factors, on_disk, quietly
+from safetensors.torch import load_file
 from stores import (
     Models,
     export,
@@ -54,6 +56,7 @@ def test_store_of_full_models_as_adapter(lora: Models, tmp_path: Path) -> None:
     """Matrices become factors of the rank, everything else saved modules."""
     store = grown(tmp_path / "store", Models(lora.base, lora.tuned[5:]))
     wanted = export(store, tmp_path / "model")
+    assert "choose one with --rank" in said("export", store.path, "-o", tmp_path / "adapter", "--as", "adapter")
     merged = store.export(tmp_path / "adapter", kind="adapter", rank=4, threads=1)
     assert merged.rank == 4
     factored = ("_proj.weight", "lm_head.weight")
@@ -105,14 +108,34 @@ def test_exports_that_are_refused(full: Models, tmp_path: Path) -> None:
 def test_export_stands_a_state_that_goes(full: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer may add a step and remove the old state between the manifest and the state that it names."""
     store = grown(tmp_path / "store", full, 1, "task_arithmetic")
-    opens, writes = merging.continual.store.open_state, [lambda: (store.add(full.tuned[1]), store.gc(1))]
+    opens, writes = merging.continual.view.open_state, [lambda: (store.add(full.tuned[1]), store.gc(1))]
 
     def open_late(*given: Any) -> Any:
         if writes:
             writes.pop()()
         return opens(*given)
 
-    monkeypatch.setattr("merging.continual.store.open_state", open_late)
+    monkeypatch.setattr("merging.continual.view.open_state", open_late)
     store.export(tmp_path / "out")
     grown(tmp_path / "other", full, 2, "task_arithmetic").export(tmp_path / "wanted")
     assert identical(load(tmp_path / "out"), load(tmp_path / "wanted"))
+
+
+def test_store_of_kohya_files(tmp_path: Path) -> None:
+    """What programs of diffusion models call the tensors stays known from state to state, as the batch names it."""
+    base = tmp_path / "base"
+    with quietly():
+        build("sd").save_pretrained(base)
+    queries = {name: tuple(value.shape) for name, value in on_disk(base).items() if ".attn1.to_q." in name}
+    modules = {f"lora_unet_{name[5:-7].replace('.', '_')}": (shape, 4.0) for name, shape in queries.items()}
+    files = [factors(tmp_path / f"{seed}.safetensors", modules, seed) for seed in (1, 2)]
+    store = ContinualStore.create(tmp_path / "store", base=base, method="task_arithmetic")
+    for file in files:
+        store.add(file, threads=1)
+    store.export(tmp_path / "grown.safetensors", kind="adapter", threads=1)
+    merging.merge(files, method="task_arithmetic", base=base, output=tmp_path / "batch.safetensors", threads=1)
+    own, batch = (load_file(tmp_path / f"{name}.safetensors") for name in ("grown", "batch"))
+    assert {name: value.shape for name, value in own.items()} == {name: value.shape for name, value in batch.items()}
+    for module in modules:
+        one, other = (each[f"{module}.lora_up.weight"] @ each[f"{module}.lora_down.weight"] for each in (own, batch))
+        assert torch.allclose(one, other, atol=1e-6)

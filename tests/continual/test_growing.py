@@ -172,7 +172,12 @@ def test_a_model_that_changes_nothing(full: Models, tmp_path: Path) -> None:
     for path in (same, full.tuned[0], full.tuned[1]):
         step = store.add(path, threads=1)
         assert step is not None
-    assert [step.norm > 0 for step in store.manifest().steps] == [False, True, True]
+    steps = store.manifest().steps
+    assert [(step.norm > 0, step.notices) for step in steps] == [
+        (False, ("it changes nothing of the base",)),
+        (True, ()),
+        (True, ()),
+    ]
     wanted = at_once(tmp_path / "batch", full.base, [same, *full.tuned[:2]], "opcm")
     assert_close(export(store, tmp_path / "out"), wanted)
 

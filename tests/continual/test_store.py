@@ -111,7 +111,7 @@ def test_layout_of_the_manifest(full: Models, tmp_path: Path) -> None:
     ("spoil", "told"),
     [
         (lambda m: {**m, "schema_version": 2}, "has the schema 2, and this version reads 1: use the newer one"),
-        (lambda m: {**m, "schema_version": None}, "has the schema None"),
+        (lambda m: {**m, "schema_version": None}, "states no schema_version"),
         (lambda m: {**m, "surprise": 1}, "is no manifest"),
         (lambda m: {key: value for key, value in m.items() if key != "base"}, "is no manifest"),
         (lambda m: [m], "is no manifest"),
