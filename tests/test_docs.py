@@ -75,7 +75,7 @@ def models(workplace: Path) -> None:
 
 
 def merges(line: str) -> bool:
-    told_apart = ("merge continual ", "merge pool ", "merge formats")
+    told_apart = ("merge continual ", "merge pool ", "merge recycle ", "merge formats")
     return line.startswith("merge ") and not line.startswith(told_apart) and not asks_the_hub(line)
 
 
@@ -128,6 +128,24 @@ def test_commands_of_a_pool_work(workplace: Path) -> None:
     assert len(lines) == 8
     assert "4 ok, 0 repaired, 0 quarantined" in told[1]
     assert (workplace / "pool.png").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("models")
+def test_commands_of_recycling_work(workplace: Path) -> None:
+    """With the shipped adapters, a task of a few words, and hardly any training."""
+    (workplace / "pool").symlink_to(ROOT / "examples" / "adapters")
+    words = {"fruit": ("an apple", "two pears", "ripe plums", "sour cherries"), "tools": ("a saw", "nails", "a drill")}
+    texts = [{"text": f"{text} {n}", "label": label} for label, each in words.items() for text in each for n in "123"]
+    for part, start in (("train", 0), ("valid", 1), ("test", 2)):
+        lines = [json.dumps(text) for text in texts[start::3]]
+        (workplace / f"{part}.jsonl").write_text("\n".join(lines))
+    lines = [line for line in COMMANDS if line.startswith("merge recycle ")]
+    hardly = ["--steps", "2", "--lora-steps", "2", "--lora-rate", "0.001", "--resamples", "100", "--quiet"]
+    for line in lines:
+        said = run([MERGE, *shlex.split(line, comments=True)[1:], *hardly], workplace)
+        assert "modules shuffled" in said
+    assert len(lines) == 2
+    assert (workplace / "recycled-2" / "adapter_model.safetensors").is_file()
 
 
 def test_commands_of_the_hub_work(hub: Hub, tmp_path: Path) -> None:
