@@ -8,8 +8,27 @@ from collections.abc import Iterable
 __all__ = ["FormatError", "InputError", "MergingError", "OptionError", "OutputError", "nearest"]
 
 
+_LONGEST = 2000
+"""Characters of a message; of a longer one the middle is left out."""
+
+
 class MergingError(Exception):
-    """Base of every error raised on purpose; the command line prints it as one message and exits with 1."""
+    """Base of every error raised on purpose; the command line prints it as one message and exits with 1.
+
+    Messages quote names and values of files that may be hostile: what no terminal should be sent is escaped, and what
+    nobody would read is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_readable(message))
+
+
+def _readable(message: str) -> str:
+    if len(message) > _LONGEST:
+        message = f"{message[: _LONGEST * 2 // 3]} ... {message[-_LONGEST // 3 :]}"
+    if message.isprintable():
+        return message
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
 
 
 class FormatError(MergingError):

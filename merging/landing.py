@@ -37,7 +37,10 @@ def check_destination(destination: Path, inputs: Iterable[Path], nbytes: int, ov
 
     Raises :class:`~merging.errors.OutputError`.
     """
-    target = destination.resolve()
+    try:
+        target = destination.resolve()
+    except (OSError, RuntimeError):  # RuntimeError: in older Pythons
+        raise OutputError(f"{destination}: is a link to itself, or cannot be reached: choose another -o") from None
     for path in inputs:
         resolved = path.resolve()
         if resolved == target or target in resolved.parents:

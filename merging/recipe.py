@@ -75,6 +75,8 @@ class Recipe(BaseModel):
     @classmethod
     def _chain(cls, values: Any) -> Any:
         """A method may be given as it is written, a chain and its parameters by name."""
+        if isinstance(values, dict) and not isinstance(values.get("method", ""), (str, Method)):
+            raise OptionError(f"method should be a name, and is {str(values['method'])[:80]!r}")
         if isinstance(values, dict) and isinstance(values.get("method"), str):
             values = dict(values)
             parameters = values.pop("parameters", None) or {}
@@ -144,6 +146,16 @@ class _Loader(yaml.SafeLoader):
     To YAML 1.1 it is one of base 60; here it is a value that runs from block to block.
     """
 
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """The next node; an alias stands for a value or a list of values, as deeper ones can grow without end."""
+        alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None  # type: ignore[no-untyped-call]
+        node: yaml.Node | None = super().compose_node(parent, index)
+        if alias is not None and isinstance(node, yaml.CollectionNode):
+            flat = isinstance(node, yaml.SequenceNode) and all(isinstance(each, yaml.ScalarNode) for each in node.value)
+            if not flat or node.end_mark is None:
+                raise yaml.composer.ComposerError(None, None, f"*{alias.anchor} is no list of values", alias.start_mark)
+        return node
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """The mapping of a node, its keys each seen once."""
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -157,6 +169,9 @@ def _unless_sexagesimal(construct: Callable[[_Loader, yaml.ScalarNode], Any]) ->
     return lambda loader, node: node.value if ":" in node.value else construct(loader, node)
 
 
+_Loader.add_constructor(
+    "tag:yaml.org,2002:timestamp", lambda loader, node: str(node.value)
+)  # a name like a date is one
 _Loader.add_constructor("tag:yaml.org,2002:int", _unless_sexagesimal(_Loader.construct_yaml_int))
 _Loader.add_constructor("tag:yaml.org,2002:float", _unless_sexagesimal(_Loader.construct_yaml_float))
 
@@ -165,8 +180,10 @@ def load_recipe(text: str, where: str = "recipe") -> Recipe:
     """A recipe from YAML. Raises :class:`~merging.errors.FormatError` for what is no YAML mapping."""
     try:
         values = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, LookupError) as error:  # the latter two: of numbers and flags that are none
         raise FormatError(f"{where}: is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise FormatError(f"{where}: is nested too deeply to be a recipe") from None
     if not isinstance(values, dict):
         raise FormatError(f"{where}: should be a YAML mapping with models and method")
     return make_recipe(values, where)

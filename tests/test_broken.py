@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 import merging
-from merging.errors import FormatError, InputError
+from merging.errors import FormatError, InputError, MergingError, OutputError
+from merging.hub.address import hub_address
 from merging.sources import open_model
 from merging.sources.adapter import LoraChange
 
@@ -85,3 +86,111 @@ def test_key_twice_in_a_recipe() -> None:
 def test_scalars_slerp() -> None:
     merged = merging.merge_state_dicts([{"s": torch.tensor(1.0)}, {"s": torch.tensor(3.0)}], method="slerp")
     assert float(merged["s"]) == 2
+
+
+def test_messages_can_be_printed() -> None:
+    r"""What a file holds may be an escape of a terminal, half a character, or a book."""
+    message = str(FormatError("a\x1b[2J\u202e\ud800\0 b\nc é 模型"))
+    assert message == "a\\x1b[2J\\u202e\\ud800\\x00 b\nc é 模型"
+    assert len(str(FormatError("x" * 10**6))) < 2100
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("models: &a [*a]\nmethod: linear", "no list of values"),  # a list in itself
+        ("a: &a [1, 1]\nb: &b [*a, *a]\nmodels: [*b, *b]", "no list of values"),  # the beginning of a billion
+        ("models: [a]\nmethod: !!bool perhaps", "not valid YAML"),
+        ("models: [a]\nmethod: !!int ''", "not valid YAML"),
+        (f"models: [a]\nmethod: {'9' * 5000}", "not valid YAML"),
+        (f"models: {'[' * 3000}", "nested too deeply"),
+        ("models: [a]\nmethod: {linear: 1}", "method should be a name"),
+    ],
+)
+def test_recipes_that_are_none(text: str, told: str) -> None:
+    with pytest.raises(MergingError, match=told):
+        merging.load_recipe(text)
+
+
+def test_recipe_with_dates_for_names() -> None:
+    assert merging.load_recipe("models: [2001-01-01]\nmethod: linear").models == ("2001-01-01",)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("", "empty name"),
+        ("~nobody-of-this-name/model", "no such file"),
+        ("x" * 5000, "cannot be looked for"),
+        ("https://[::1/a/b", "is no address"),
+        ("a\0b", "no such file"),
+    ],
+)
+def test_names_that_are_none(name: str, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        open_model(name)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("architectures", 3),
+        ("architectures", {"0": "LlamaForCausalLM"}),
+        ("model_type", ["llama"]),
+        ("text_config", "x"),
+        ("tie_word_embeddings", "no"),
+        ("_name_or_path", "\ud800"),
+    ],
+)
+def test_config_of_a_model_with_wrong_types(tmp_path: Path, field: str, value: object) -> None:
+    save_file({"w": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({field: value}))
+    with pytest.raises(FormatError, match=r"config\.json: (.* should be|holds half a character)"):
+        open_model(tmp_path)
+
+
+def test_config_of_more_layers_than_there_are(tmp_path: Path) -> None:
+    """transformers would begin to make them all."""
+    save_file({"model.embed_tokens.weight": torch.ones(3, 2), "w": torch.ones(4, 4)}, tmp_path / "model.safetensors")
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 10**9}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    path = adapter(tmp_path / "a", {"peft_type": "LORA", "r": 2})
+    with pytest.raises(FormatError, match="num_hidden_layers is 1000000000, and its weights are 2 tensors"):
+        merging.preview([path], method="linear", base=tmp_path)
+
+
+def test_magnitudes_of_other_outputs(tmp_path: Path) -> None:
+    path = adapter(tmp_path / "a", {"peft_type": "LORA", "r": 2, "use_dora": True})
+    magnitudes = {"base_model.model.layers.0.q.lora_magnitude_vector": torch.ones(3)}
+    save_file(FACTORS | magnitudes, path / "adapter_model.safetensors")
+    with pytest.raises(FormatError, match="3 magnitudes are not those of 4 outputs"):
+        open_model(path)
+
+
+def test_tensors_of_a_pickle_that_are_not_in_it(tmp_path: Path) -> None:
+    """A number that is said to be a matrix of forty gigabytes, tensors without values, keys that are no names."""
+    cases = (
+        ({"w": torch.ones(1).expand(10**5, 10**5)}, "larger than its file"),
+        ({"w": torch.empty(3, device="meta")}, "no ordinary tensor"),
+        ({"w": torch.eye(3).to_sparse()}, "no ordinary tensor"),
+        ({3: torch.ones(2)}, "is no name"),
+    )
+    for state, told in cases:
+        torch.save(state, tmp_path / "a.bin")
+        with pytest.raises(FormatError, match=told):
+            open_model(tmp_path / "a.bin")
+
+
+def test_output_that_is_a_link_to_itself(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
+    (tmp_path / "loop").symlink_to("loop")
+    for output in (tmp_path / "loop", tmp_path / "loop" / "x"):
+        with pytest.raises(OutputError, match="is a link to itself"):
+            merging.merge([tmp_path / "a.safetensors"], method="linear", output=output)
+
+
+@pytest.mark.parametrize("revision", ["main", "refs/pr/3", "feature%2Fx", "refs%2F", "100%25"])
+def test_addresses_mean_what_they_print(revision: str) -> None:
+    address = hub_address(f"hf://org/name@{revision}/folder")
+    assert address is not None and hub_address(f"hf://{address}") == address
+    assert str(address) == f"org/name@{revision}/folder"

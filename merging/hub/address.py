@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from merging.errors import InputError
 
-__all__ = ["Address", "hub_address"]
+__all__ = ["Address", "hub_address", "local_path"]
 
 _SCHEME = "hf://"
 _PART = r"[A-Za-z0-9][\w.-]*"
+_REFERENCE = re.compile(r"refs/(?:pr|convert)/[^/%]+")
 _WRITTEN = re.compile(
     rf"(?P<repo>{_PART}/{_PART})(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?(?:/(?P<path>.*))?"
 )
@@ -29,8 +31,26 @@ class Address:
     path: str = ""
 
     def __str__(self) -> str:
-        revision = f"@{self.revision}" if self.revision else ""
-        return f"{self.repo}{revision}{'/' + self.path if self.path else ''}"
+        whole = self.revision and _REFERENCE.fullmatch(self.revision)
+        revision = self.revision if whole else quote(self.revision or "", safe="")  # as of a branch called a/b
+        return f"{self.repo}{'@' * bool(revision)}{revision}{'/' + self.path if self.path else ''}"
+
+
+def local_path(name: str) -> Path:
+    """The path that a name means; ``~`` is the home folder, where there is one.
+
+    Raises :class:`~merging.errors.InputError` for what the system takes for no path.
+    """
+    if not name:
+        raise InputError("a model has an empty name: is a variable of a script not set?")
+    path = Path(name)
+    with suppress(RuntimeError):  # ~nobody, of whom there is none, is a name as any other, as it is to a shell
+        path = path.expanduser()
+    try:
+        path.exists()
+    except OSError as error:
+        raise InputError(f"{name}: cannot be looked for: {error.strerror}") from None
+    return path
 
 
 def hub_address(name: str) -> Address | None:
@@ -45,7 +65,7 @@ def hub_address(name: str) -> Address | None:
     if name.startswith(("https://", "http://")):
         return _from_url(name)
     written = _WRITTEN.fullmatch(name)
-    if written is None or Path(name).expanduser().exists():
+    if written is None or local_path(name).exists():
         return None
     if written["revision"] is None:
         local = written["path"] is not None or name.endswith(_FILES) or Path(name).parent.is_dir()
@@ -67,7 +87,10 @@ def _from_url(url: str) -> Address:
     """The address of a page or file: ``https://HOST/org/name[/(tree|blob|resolve)/revision[/path]]``."""
     from huggingface_hub import constants
 
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise InputError(f"{url}: is no address: {error}") from None
     ours = urlsplit(constants.ENDPOINT).netloc
     if parts.netloc not in (*_HOSTS, ours):
         raise InputError(f"{url}: is not on the Hub ({ours}): download it, and name the file")

@@ -110,7 +110,7 @@ def parse_query(text: str) -> Query | None:
 
 def _value(text: str, name: str, value: str) -> str | int:
     if name == "limit":
-        if not value.isdigit() or not 0 < int(value) <= 100_000:
+        if not re.fullmatch("[0-9]{1,6}", value) or not 0 < int(value) <= 100_000:
             raise OptionError(f"{text}: limit = {value}: a number from 1 to 100000 is wanted")
         return int(value)
     if name == "base" and not _BASE.fullmatch(value):

@@ -13,6 +13,7 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
+from merging.errors import FormatError
 from merging.plan.laid import Laid
 from merging.sources.parts import Piece, whole
 
@@ -39,9 +40,10 @@ class Loading:
         """The loading of the model that a config describes.
 
         None where transformers is not installed, is too old to have such rules, or does not know the architecture.
+        Raises :class:`~merging.errors.FormatError` for a config that it can make no model of.
         """
         architecture = next(iter(config.get("architectures") or []), None)
-        if not isinstance(architecture, str):
+        if architecture is None:
             return None
         try:
             import torch
@@ -49,11 +51,18 @@ class Loading:
             from transformers import conversion_mapping, core_model_loading  # noqa: F401
         except ImportError:
             return None
-        model_class = getattr(transformers, architecture, None)
-        if model_class is None or config.get("model_type") not in transformers.CONFIG_MAPPING:
+        found = getattr(transformers, architecture, None)
+        if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
             return None
-        with torch.device("meta"):
-            return cls(model_class(transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config)))
+        if config.get("model_type") not in transformers.CONFIG_MAPPING:
+            return None
+        try:
+            with torch.device("meta"):
+                model = found(transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config))
+        except Exception as error:  # it trusts the config, and fails in as many ways as there are models
+            reason = f"{type(error).__name__}: {error}"[:300]
+            raise FormatError(f"transformers makes no {architecture} of the base's config.json: {reason}") from None
+        return cls(model)
 
     def pieces(self, shapes: Shapes) -> dict[str, list[Piece]]:
         """What tensors of these names and shapes are pieces of in memory.

@@ -15,6 +15,7 @@ from merging.plan.diffusion import Spellings
 from merging.sources import Adapter
 from merging.sources.adapter import Change, LoraChange
 from merging.sources.experts import ExpertsChange
+from merging.sources.model_config import check_counts
 from merging.sources.names import Renaming, find_renaming
 from merging.sources.parts import Assembled, Piece, Place, meet, part_of, viewed, whole
 from merging.sources.stored import Stored
@@ -153,6 +154,7 @@ class Resolver:
 
     @cached_property
     def _loading(self) -> Loading | None:
+        check_counts(self._config, len(self._known))
         return Loading.of(self._config)
 
     @cached_property

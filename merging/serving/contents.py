@@ -57,14 +57,16 @@ def _blocks(subject: Subject) -> tuple[int, dict[str, set[int]]]:
 
 def _missing_blocks(subject: Subject) -> Iterator[str]:
     count, stacks = _blocks(subject)
-    if stacks and not any(set(range(count)) <= found for found in stacks.values()):
+    wanted = set(range(min(count, len(subject.tensors) + 1)))  # a config may state any number
+    if stacks and not any(wanted <= found for found in stacks.values()):
         prefix, most = max(stacks.items(), key=lambda item: len(item[1]))
-        yield from (f"{prefix}.{number} of {count}" for number in sorted(set(range(count)) - most))
+        yield from (f"{prefix}.{number} of {count}" for number in sorted(wanted - most))
 
 
 def _surplus_blocks(subject: Subject) -> Iterator[str]:
     count, stacks = _blocks(subject)
-    allowed = count + int(subject.text_config.get("num_nextn_predict_layers") or 0)
+    more = subject.text_config.get("num_nextn_predict_layers")
+    allowed = count + (more if isinstance(more, int) else 0)
     if len(stacks) == 1:
         (prefix, found), *_ = stacks.items()
         yield from (f"{prefix}.{number}" for number in sorted(found) if number >= allowed)

@@ -25,7 +25,7 @@ _UNREPEATED = ("lora_ga", "pissa_niter_")
 
 def _type(subject: Subject) -> Iterator[str]:
     stated = subject.stated.get("peft_type")
-    if subject.config is not None and stated not in {*KINDS, *REFUSED}:
+    if subject.config is not None and stated not in [*KINDS, *REFUSED]:
         yield f"peft_type = {stated!r}"
 
 
@@ -60,7 +60,7 @@ def _targeted(path: str, config: dict[str, Any]) -> bool:
         return False
     if isinstance(targets, str):
         return targets in ("all-linear", "all") or _matches(path, targets)
-    return _matches(path, targets) and _in_layers(path, config)
+    return not isinstance(targets, list) or (_matches(path, targets) and _in_layers(path, config))
 
 
 def _matches(path: str, named: Any) -> bool:
@@ -76,9 +76,16 @@ def _in_layers(path: str, config: dict[str, Any]) -> bool:
     layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
     if layers is None or path in config["target_modules"]:
         return True
-    names = [pattern] if isinstance(pattern, str) else pattern or [r"[^.]*"]
+    named = [pattern] if isinstance(pattern, str) else pattern or [r"[^.]*"]
+    wanted = [layers] if isinstance(layers, int) else layers
+    if not isinstance(named, list) or not isinstance(wanted, list):
+        return True
+    try:
+        names = [Config({}, "").regex(str(name), "layers_pattern").pattern for name in named]
+    except MergingError:
+        return True
     found = next((m for m in (re.match(rf".*?\.{name}\.(\d+)\.", path) for name in names) if m), None)
-    return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+    return found is not None and int(found[1]) in wanted
 
 
 def _bad_pattern(subject: Subject) -> Iterator[str]:

@@ -172,7 +172,7 @@ def saved_tables(subject: Subject) -> Iterator[str]:
 def stated_type(subject: Subject) -> Iterator[str]:
     """A type in a model's config that is not the type of most of its weights: loading them casts them."""
     stated = next((part[key] for part in (subject.text_config, subject.stated) for key in ("dtype", "torch_dtype")
-                   if part.get(key)), None)  # fmt: skip
+                   if isinstance(part.get(key), str)), None)  # fmt: skip
     kinds: Counter[str] = Counter()
     for tensor in subject.tensors.values():
         if tensor.floating:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from merging.errors import FormatError, InputError, MergingError
-from merging.hub.address import hub_address
+from merging.hub.address import hub_address, local_path
 from merging.sources import DIALECTS, Dialect, diffusion, peft
 from merging.sources.components import PIPELINE, components_of
 from merging.sources.layout import agree, check_suffix, find_weights, is_standard, read_json, shards_of, weights_of
+from merging.sources.model_config import read_config
 from merging.sources.peft.kinds import KINDS
 from merging.sources.stored import Stored, open_tensors
 from merging.sources.ties import text_config
@@ -97,7 +98,7 @@ def open_subject(name: str, base: str | None, max_rank: int | None, values: bool
     Raises :class:`~merging.errors.MergingError` for what cannot even be opened.
     """
     address = hub_address(name)
-    path, remote = Path(name).expanduser(), address is not None
+    path, remote = local_path(name), address is not None
     listed: frozenset[str] | None = None
     if address is not None:
         from merging.hub.repository import open_repository
@@ -113,7 +114,8 @@ def open_subject(name: str, base: str | None, max_rank: int | None, values: bool
     try:
         folder, weights, config = _found(path)
         tensors, metadata = _opened(weights)
-        stated = read_json(config) if config is not None else None
+        read = read_config if config is not None and config.name == "config.json" else read_json
+        stated = read(config) if config is not None else None
     except MergingError as error:
         raise type(error)(str(error).replace(str(path), name)) from None
     dialect = next((each for each in DIALECTS if tensors and each.recognises(tensors)), None)
@@ -196,11 +198,11 @@ def _base_of(base: str | None, stated: Mapping[str, Any]) -> tuple[Path | None, 
         from merging.hub.repository import open_repository
 
         config = open_repository(address).folder / address.path / "config.json"
-        return None, read_json(config) if config.is_file() else {}
+        return None, read_config(config) if config.is_file() else {}
     said = base or stated.get("base_model_name_or_path")
-    path = Path(said).expanduser() if isinstance(said, str) and said else None
+    path = local_path(said) if isinstance(said, str) and said else None
     if path is None or not path.is_dir():
         if base:
             raise InputError(f"{base}: there is no such base: name its folder, or ORG/NAME on the Hub")
         return None, {}
-    return path, read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    return path, read_config(path / "config.json") if (path / "config.json").is_file() else {}

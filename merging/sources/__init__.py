@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merging.errors import FormatError, InputError, MergingError
-from merging.hub.address import hub_address
+from merging.hub.address import hub_address, local_path
 from merging.sources import diffusion, kohya, packs, peft
 from merging.sources.adapter import Adapter
 from merging.sources.checkpoint import Checkpoint, open_checkpoint
 from merging.sources.layout import check_suffix
 from merging.sources.lycoris import METHODS
 from merging.sources.origin import Origin
-from merging.sources.stored import Opened, Stored, open_tensors
+from merging.sources.stored import DTYPES, Opened, Stored, open_tensors
 
 __all__ = ["DIALECTS", "Adapter", "Checkpoint", "Dialect", "open_model"]
 
@@ -69,7 +69,7 @@ def open_model(name: str | Path, alpha: float | None = None, dequantise: bool = 
     """
     address = hub_address(str(name))
     if address is None:
-        return _open_local(Path(name).expanduser(), alpha, dequantise)
+        return _open_local(local_path(str(name)), alpha, dequantise)
     from merging.hub.repository import open_repository  # it reads files with what this package is made of
 
     repository = open_repository(address)
@@ -95,7 +95,7 @@ def _open_local(path: Path, alpha: float | None, dequantise: bool) -> Checkpoint
         if not (path / "adapter_config.json").is_file():
             bare = _bare_adapter(path)
             return open_checkpoint(path, None, dequantise) if bare is None else _open_local(bare, alpha, dequantise)
-        return peft.open_peft(path, alpha)
+        return _of_numbers(peft.open_peft(path, alpha))
     if path.suffix == ".json":
         return open_checkpoint(path, None, dequantise)
     check_suffix(path)
@@ -103,7 +103,18 @@ def _open_local(path: Path, alpha: float | None, dequantise: bool) -> Checkpoint
     if not opened[0]:
         raise FormatError(f"{path}: holds no tensors")
     dialect = next((each for each in DIALECTS if each.recognises(opened[0])), None)
-    return open_checkpoint(path, opened, dequantise) if dialect is None else dialect.opens(path, alpha, opened)
+    if dialect is None:
+        return open_checkpoint(path, opened, dequantise)
+    return _of_numbers(dialect.opens(path, alpha, opened))
+
+
+def _of_numbers(adapter: Adapter) -> Adapter:
+    """The adapter, if all of its tensors hold numbers that can be computed with."""
+    for target, change in adapter.changes.items():
+        for stored in change.tensors:
+            if stored.kind not in DTYPES or stored.kind == "C64":
+                raise FormatError(f"{adapter.path}: {target} is changed by values of type {stored.kind}: not read")
+    return adapter
 
 
 def _bare_adapter(folder: Path) -> Path | None:

@@ -13,6 +13,7 @@ import torch
 from merging.errors import FormatError
 from merging.sources.components import MODULES, PIPELINE, components_of
 from merging.sources.layout import agree, is_standard, read_json, shards_of, stem_of, weights_of
+from merging.sources.model_config import read_config
 from merging.sources.origin import Origin
 from merging.sources.quantised import dequantised, refuse_quantised
 from merging.sources.stored import Opened, Stored, open_tensors
@@ -96,7 +97,7 @@ def config_layers(config: dict[str, Any]) -> int | None:
     """The number of blocks that a model's config states, where it states one."""
     for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
         value = text_config(config).get(key, config.get(key))
-        if isinstance(value, int) and value > 0:
+        if type(value) is int and value > 0:
             return value
     return None
 
@@ -124,7 +125,7 @@ def _open_one(path: Path, opened: Opened | None, dequantise: bool) -> Checkpoint
     weights = path if path.is_file() else weights_of(path)
     named = is_standard(weights.name)
     folder = weights.parent if path.is_dir() or (named and (weights.parent / "config.json").is_file()) else None
-    config = read_json(folder / "config.json") if folder and (folder / "config.json").is_file() else {}
+    config = read_config(folder / "config.json") if folder and (folder / "config.json").is_file() else {}
     files = shards_of(weights) if weights.suffix == ".json" else {weights: None}
     tensors: dict[str, Stored] = {}
     shared: dict[str, str] = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError
-from merging.sources.layout import find_weights, read_json
+from merging.sources.layout import find_weights, is_plain_name, read_json
 
 __all__ = ["MODULES", "PIPELINE", "components_of"]
 
@@ -49,9 +49,8 @@ def _module_paths(path: Path) -> list[Any]:
 def _with_weights(folder: Path, index: Path, names: Iterable[Any]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for name in names:
-        plain = isinstance(name, str) and name not in (".", "..") and "\\" not in name and Path(name).name == name
-        if not plain:
-            raise FormatError(f"{index}: {name!r} is no plain name of a folder")
+        if name != "" and not is_plain_name(name):  # the folder itself may be a component
+            raise FormatError(f"{index}: {str(name)[:200]!r} is no plain name of a folder")
         if (folder / name).is_dir() and find_weights(folder / name) is not None:
             found[name] = folder / name
     return found

@@ -35,6 +35,7 @@ _MAX_HEADER = 100_000_000  # bytes, as in the reference reader
 _MAX_TENSORS = 2**20
 _MAX_NAME = 4096  # bytes
 _MAX_RANK = 64  # torch and numpy go no further; without a limit, the product of a long shape takes hours
+_MAX_DEPTH = 120  # of fields that nobody knows
 _MAX_COUNT = 2**63 - 1  # what torch can hold as a dimension or an offset
 
 # How a file begins that is something else, and what to tell its owner.
@@ -239,6 +240,8 @@ def _entry(fields: object, data: int) -> Entry:
         dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     except KeyError as missing:
         raise ValueError(f"{missing} is missing") from None
+    if len(fields) > 3:
+        _check_more(fields)
     if type(dtype) is not str or dtype not in DTYPE_BITS:
         raise ValueError(f"unknown dtype {_shorten.repr(dtype)}")
     shape, offsets = _counts(shape, "shape"), _counts(offsets, "data_offsets")
@@ -251,6 +254,22 @@ def _entry(fields: object, data: int) -> Entry:
     if bits != 8 * (end - start):
         raise ValueError(f"{dtype} of shape {[*shape]} does not fit the {end - start:,} bytes that it is given")
     return Entry(dtype, shape, data + start, end - start)
+
+
+def _check_more(fields: dict[str, Any]) -> None:
+    """Refuse what readers in other languages cannot parse in fields nobody looks at: deep nests, huge numbers."""
+    level: list[Any] = [fields]
+    for _ in range(_MAX_DEPTH):
+        inner = [each.values() if isinstance(each, dict) else each for each in level]
+        values = [value for each in inner for value in each]
+        for text in [key for each in level if isinstance(each, dict) for key in each] + values:
+            if isinstance(text, str):
+                _utf8(text)
+        if any(isinstance(value, (int, float)) and not abs(value) < 1e308 for value in values):
+            raise ValueError("its entry holds a number that is too large")
+        level = [value for value in values if isinstance(value, (dict, list, tuple))]
+    if level:
+        raise ValueError("its entry is nested too deeply")
 
 
 def _counts(value: object, field: str) -> tuple[int, ...]:

@@ -13,8 +13,10 @@ __all__ = [
     "agree",
     "check_suffix",
     "find_weights",
+    "is_plain_name",
     "is_standard",
     "of_llama_cpp",
+    "parse_json",
     "read_json",
     "shards_of",
     "stem_of",
@@ -44,6 +46,12 @@ _VARIANTS = tuple(
     )
 )
 """What the weights of a variant (``fp16``) are called, in the order in which they are preferred."""
+
+_DEPTH = 64
+"""How deep JSON may be nested."""
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""What may be half a character in JSON."""
 
 _SHARD = re.compile(r"-[0-9]{5}-of-[0-9]{5}$|^[0-9]{5}-of-[0-9]{5}$")
 
@@ -122,13 +130,20 @@ def shards_of(index: Path) -> dict[Path, set[str]]:
         raise FormatError(f"{index}: has no weight_map, so it is no index of shards")
     shards: dict[Path, set[str]] = {}
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or shard in ("", ".", "..") or Path(shard).name != shard or "\\" in shard:
+        if not is_plain_name(shard):
             raise FormatError(f"{index}: {name} is said to be in {shard!r}, which is no plain file name")
         shards.setdefault(index.parent / shard, set()).add(name)
     for shard_path in shards:
         if not shard_path.is_file():
             raise FormatError(f"{index}: its shard {shard_path.name} is missing: complete the download")
     return dict(sorted(shards.items()))
+
+
+def is_plain_name(value: object) -> bool:
+    """Whether a value of a file is the name of a file beside it, which leads nowhere else."""
+    if not isinstance(value, str) or value in ("", ".", "..") or Path(value).name != value:
+        return False
+    return "\\" not in value and "\0" not in value and len(value.encode(errors="replace")) < 256
 
 
 def agree(index: Path, shard: Path, promised: set[str], found: set[str]) -> None:
@@ -146,11 +161,41 @@ def agree(index: Path, shard: Path, promised: set[str], found: set[str]) -> None
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises :class:`~merging.errors.FormatError` for anything else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise FormatError(f"{path}: is not valid JSON: {error}") from None
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str, where: str) -> dict[str, Any]:
+    """A JSON object from a text, which was found at ``where``.
+
+    Raises :class:`~merging.errors.FormatError` for anything else, and for halves of characters, which JSON can spell
+    and no file can hold.
+    """
+    try:
+        value = json.loads(text)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise FormatError(f"{where}: holds half a character, which is no Unicode") from None
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: is not valid JSON: {str(error).splitlines()[0]}") from None
+        raise FormatError(f"{where}: is not valid JSON: {str(error).splitlines()[0]}") from None
     if not isinstance(value, dict):
-        raise FormatError(f"{path}: should hold a JSON object, and holds a {type(value).__name__}")
+        raise FormatError(f"{where}: should hold a JSON object, and holds a {type(value).__name__}")
+    if _is_deep(value):
+        raise FormatError(f"{where}: is nested too deeply")
     return value
+
+
+def _is_deep(value: object) -> bool:
+    """Whether a value of JSON is nested so deeply that it could be read, but not written or shown."""
+    level: list[Any] = [value]
+    for _ in range(_DEPTH):
+        inner = [each.values() if isinstance(each, dict) else each for each in level]
+        level = [each for values in inner for each in values if isinstance(each, (dict, list))]
+        if not level:
+            return False
+    return True

@@ -182,7 +182,7 @@ def _type_of(config: Mapping[str, Any]) -> str:
     named = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
     for part in (config, inner if isinstance(inner, dict) else {}):
         for key in ("dtype", "torch_dtype"):
-            if part.get(key) in named:
+            if str(part.get(key)) in named:
                 return named[part[key]]
     return "BF16"
 

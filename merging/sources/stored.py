@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
-import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +29,6 @@ __all__ = [
     "Out",
     "Stored",
     "bytes_of",
-    "open_pickle",
     "open_safetensors",
     "open_tensors",
 ]
@@ -266,7 +263,11 @@ def open_tensors(path: Path) -> Opened:
     """The tensors of a weights file of either kind, told by its ending."""
     if path in STAND_INS:
         return STAND_INS[path]()
-    return open_safetensors(path) if path.suffix == ".safetensors" else open_pickle(path)
+    if path.suffix == ".safetensors":
+        return open_safetensors(path)
+    from merging.sources.pickled import open_pickle  # it makes of a file what this module is about
+
+    return open_pickle(path)
 
 
 def open_safetensors(path: Path) -> Opened:
@@ -279,37 +280,3 @@ def open_safetensors(path: Path) -> Opened:
     if os.fstat(file.fd).st_size != header.size:
         raise FormatError(f"{path}: it changed while it was opened: try again when it is complete")
     return {name: FileTensor(file, entry) for name, entry in header.entries.items()}, header.metadata
-
-
-def open_pickle(path: Path) -> Opened:
-    """The tensors of a PyTorch file, mapped, and for each name that shares another's memory (tied weights) that other.
-
-    Loaded with ``weights_only=True``, which runs no code from the file. Raises :class:`~merging.errors.FormatError`.
-    """
-    if not zipfile.is_zipfile(path):
-        raise FormatError(
-            f"{path}: is no PyTorch zip file (cut short, or written before 2020), and the old format cannot be read "
-            f"lazily: load and save it as safetensors first"
-        )
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise FormatError(f"{path}: holds more than tensors, and nothing in it is run: {reason}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise FormatError(f"{path}: is a damaged PyTorch file: {str(error).splitlines()[0]}") from None
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise FormatError(f"{path}: is a PyTorch file, but not a state dict (names to tensors)")
-    tensors: dict[str, Stored] = {}
-    shared: dict[str, str] = {}
-    seen: dict[tuple[object, ...], str] = {}
-    for position, (name, tensor) in enumerate(state.items()):
-        if tensor.dtype not in DTYPE_NAMES:
-            raise FormatError(f"{path}: {name} has the type {tensor.dtype}, which cannot be merged")
-        identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        first = seen.setdefault(identity, name)
-        if first != name and tensor.numel():
-            shared[name] = first
-        tensors[name] = MappedTensor(tensor, (str(path), position))
-    return tensors, shared

@@ -73,7 +73,8 @@ def _of_tokenizer(path: Path) -> dict[int, str]:
         tokens = _inverted(vocabulary, path)
     elif isinstance(vocabulary, list):  # a unigram model: tokens with their scores
         tokens = {row: str(entry[0]) for row, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
-    for added in content.get("added_tokens") or []:
+    listed = content.get("added_tokens")
+    for added in listed if isinstance(listed, list) else []:
         if isinstance(added, dict) and type(added.get("id")) is int:
             tokens[added["id"]] = str(added.get("content"))
     return tokens

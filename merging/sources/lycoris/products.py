@@ -12,7 +12,7 @@ from merging.sources.adapter import AddedBias, Change, Kind, LoraChange, Replace
 from merging.sources.computed import Place
 from merging.sources.formulas import hadamard, kronecker, tucker
 from merging.sources.peft.module import Module
-from merging.sources.stored import Stored
+from merging.sources.stored import DTYPES, Stored
 
 __all__ = ["full", "kind_of", "loha", "lokr", "lora", "norm", "number", "replaced", "scale_of"]
 
@@ -22,9 +22,12 @@ Parts = Mapping[str, Tensor]
 def number(module: Module, name: str) -> float:
     """A part that holds a single number. It is read at once, as it decides what the other parts mean."""
     stored = module.part(name)
-    value = float(stored.read().reshape(-1)[0]) if stored.numel == 1 else float("nan")
+    known = stored.numel == 1 and stored.kind in DTYPES and not stored.dtype.is_complex
+    value = float(stored.read().reshape(-1)[0]) if known else float("nan")
     if not isfinite(value):
-        raise module.error(f"its {name} should be one number, and is of shape {stored.shape}, or not finite")
+        raise module.error(
+            f"its {name} should be one number, and is {stored.kind} of shape {stored.shape}, or not finite"
+        )
     return value
 
 
@@ -39,8 +42,8 @@ def kind_of(kernel: tuple[int, ...] | None) -> Kind:
 
 
 def _axes(stored: Stored, letters: str) -> str:
-    """A layout of as many axes as a tensor has: the letters, as far as they go."""
-    return " ".join(letters[: len(stored.shape)])
+    """A layout of as many axes as a tensor has, but at least a matrix's: the letters, as far as they go."""
+    return " ".join(letters[: max(2, len(stored.shape))])
 
 
 def lora(module: Module, alpha: float | None) -> Change:

@@ -107,6 +107,7 @@ def peft_changes(tensors: Mapping[str, Stored], config: Mapping[str, Any], where
     settings = Config(config, where)
     kind = _kind(settings, tensors)
     kind.check(settings)
+    settings.check_common()
     modules, others = _modules(tensors, kind, settings)
     changes = {change.target: change for module in modules for change in kind.changes(module)}
     for name, stored in others.items():

@@ -91,6 +91,12 @@ class Config:
             raise self.error(f"{key} in its config is {str(value)[:80]}, and should be a list of names")
         return value
 
+    def check_common(self) -> None:
+        """Refuse fields of the wrong kind that every type has, and that a merge passes on."""
+        self.names("modules_to_save")
+        for key in ("revision", "task_type"):
+            self.text(key)
+
     def full_target(self, name: str) -> str:
         """The base's tensor that one saved in full replaces, or a refusal of a name that has no place."""
         target = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
@@ -109,6 +115,5 @@ class Config:
         """Whether a tensor belongs to a module that the config says is saved in full."""
         if self.get("ensure_weight_tying") and target.endswith(HEADS):
             return True  # the head is saved along with the embedding that it is tied to
-        parts = target.split(".")[:-1]
-        paths = {".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)}
-        return any(module in paths for module in self.names("modules_to_save"))
+        module = f".{target.rpartition('.')[0]}."
+        return any(f".{saved}." in module for saved in self.names("modules_to_save"))

@@ -104,6 +104,8 @@ def lora_changes(module: Module) -> list[Change]:
     magnitude = parts.get("lora_magnitude_vector")
     if config.get("use_dora") and magnitude is None:
         raise config.error(f"{module.path} has no lora_magnitude_vector, and its config says DoRA: it is incomplete")
+    if magnitude is not None and magnitude.numel != up.shape[0]:
+        raise module.error(f"its {magnitude.numel} magnitudes are not those of {up.shape[0]} outputs")
     reasons = {
         "DoRA gives every output of the base's weight a new length": magnitude is not None,
         f"{start} took a part of the base's weight away at the start": start is not None,

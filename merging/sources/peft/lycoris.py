@@ -59,7 +59,7 @@ def lokr(module: Module) -> list[Change]:
     first = {"lokr_w1": "a b"} if "lokr_w1" in module.parts else {"lokr_w1_a": "a r", "lokr_w1_b": "r b"}
     axes = "c d k l"
     if "lokr_w2" in module.parts:
-        axes = axes[: 2 * len(module.parts["lokr_w2"].shape) - 1]
+        axes = axes[: 2 * max(2, len(module.parts["lokr_w2"].shape)) - 1]
         second = {"lokr_w2": axes}
     elif "lokr_t2" in module.parts:
         second = {"lokr_t2": "r r k l", "lokr_w2_a": "r c", "lokr_w2_b": "r d"}

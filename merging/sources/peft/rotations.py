@@ -101,7 +101,7 @@ def road(module: Module) -> list[Change]:
     pair, ``road_2`` one an output, ``road_4`` two an output.
     """
     size = module.sizes(road_theta="n", road_alpha="n")
-    variant, group = module.config.get("variant", "road_1"), module.config.count("group_size", 64)
+    variant, group = str(module.config.get("variant", "road_1")), module.config.count("group_size", 64)
     parts_of = {"road_1": (2, 1), "road_2": (1, 1), "road_4": (1, 2)}
     if variant not in parts_of:
         raise module.error(f"variant in its config is {variant!r}, and only road_1, road_2 and road_4 are known")
