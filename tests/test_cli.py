@@ -388,7 +388,9 @@ def test_inspect(folder: Path) -> None:
     assert facts == {
         "path": "base", "kind": "checkpoint", "architecture": "LlamaForCausalLM", "files": 1, "parameters": 608,
         "tensors": 9, "dtypes": {"F32": 9}, "layers": {"model.layers": 3}, "bytes": 2432, "nonfinite": [],
-        "components": [], "dequantised": 0,
+        "components": [], "dequantised": 0, "quantised": {}, "type": "llama", "library": "transformers",
+        "format": "safetensors", "vocabulary": 12, "head": "lm_head.weight", "experts": None, "merged_by": None,
+        "merged_from": [], "notices": [],
     }  # fmt: skip
     tensors = load(folder / "base")
     tensors["model.norm.weight"][0] = float("nan")

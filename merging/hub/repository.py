@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from merging.hub.address import Address
 from merging.hub.cards import stated_licence
 from merging.hub.client import api, explained, offline, patiently
 from merging.hub.remote import RemoteFile, opened_remote
-from merging.sources.stored import STAND_INS
+from merging.sources.stored import STAND_INS, Opened
 
 __all__ = ["Repository", "open_repository"]
 
@@ -133,7 +133,13 @@ def _stand_in(remote: RemoteFile) -> None:
         return
     remote.path.parent.mkdir(parents=True, exist_ok=True)
     remote.path.touch()
-    STAND_INS[remote.path] = lambda: opened_remote(remote)
+    opened = cache(partial(opened_remote, remote))  # of a commit, so that it stays as it is
+
+    def again() -> Opened:
+        tensors, metadata = opened()
+        return dict(tensors), dict(metadata)
+
+    STAND_INS[remote.path] = again
 
 
 def _link(place: Path, target: Path) -> None:

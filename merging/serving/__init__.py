@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from merging.errors import FormatError, OptionError, nearest
+from merging.errors import FormatError, InputError, OptionError, nearest
 from merging.serving.contents import FILES
 from merging.serving.diffusers import DIFFUSERS
 from merging.serving.llama_cpp import LLAMA_CPP
@@ -69,6 +69,8 @@ def verify(
     except FormatError as error:
         broken = Finding("files", "refuses", "they cannot be opened", (str(error),))
         return Verdict(path, "unknown", tuple(programs), (broken,))
+    if subject.kind == "pack":
+        raise InputError(f"{path}: is a pack, which no other program reads: merge decompress it first")
     chosen = tuple(dict.fromkeys(programs)) or _fitting(subject)
     findings = FILES.findings(subject)
     for name in chosen:

@@ -195,21 +195,21 @@ def _misfit(subject: Subject) -> Iterator[str]:
     if subject.base_path is None:
         return
     try:
-        base, adapter = open_model(subject.base_path, dequantise=True), open_model(subject.name)
+        base, adapter = open_model(subject.base_path, dequantise=True), open_model(subject.again)
     except MergingError:
         return
     if isinstance(base, Checkpoint) and isinstance(adapter, Adapter):
         try:
             adapter_targets([adapter], base)
         except MergingError as error:
-            yield str(error).removeprefix(f"{subject.name}: ")
+            yield str(error).removeprefix(f"{subject.again}: ")
 
 
 def _unread(subject: Subject) -> Iterator[str]:
     try:
-        open_model(subject.name)
+        open_model(subject.again)
     except MergingError as error:
-        yield str(error).removeprefix(f"{subject.name}: ")
+        yield str(error).removeprefix(f"{subject.again}: ")
 
 
 def _components(subject: Subject) -> Iterator[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from merging.errors import FormatError, InputError, MergingError
-from merging.hub.address import hub_address, local_path
+from merging.hub.address import Address, hub_address, local_path
 from merging.sources import DIALECTS, Dialect, diffusion, peft
 from merging.sources.components import PIPELINE, components_of
 from merging.sources.layout import agree, check_suffix, find_weights, is_standard, read_json, shards_of, weights_of
@@ -20,7 +20,7 @@ from merging.sources.ties import text_config
 
 __all__ = ["Subject", "SubjectKind", "open_subject"]
 
-SubjectKind = Literal["adapter", "diffusion adapter", "model", "pipeline"]
+SubjectKind = Literal["adapter", "diffusion adapter", "model", "pack", "pipeline"]
 
 _CONFIG = "adapter_config.json"
 _SHARED, _PREFIX = "base_model.", "base_model.model."
@@ -30,13 +30,15 @@ _SHARED, _PREFIX = "base_model.", "base_model.model."
 class Subject:
     """An adapter, a model, or a pipeline of several, with its tensors by their names on disk.
 
-    ``config`` is its adapter_config.json, config.json or model_index.json, None where it has none; ``files`` are the
-    names in its folder; ``weights`` is the file that holds its tensors, or their index (a pipeline has several).
-    ``folder`` is None for a bare file. ``base`` is the config of an adapter's base, as far as it is known, and
-    ``max_rank`` the largest rank that the program was started for, None for its own default.
+    ``config`` is its adapter_config.json, config.json or model_index.json, None where it has none; ``files`` are
+    the names in its folder; ``weights`` is the file that holds its tensors, or their index (a pipeline has
+    several). ``again`` is what it is opened by once more, at the same commit. ``folder`` is None for a bare file.
+    ``base`` is the config of an adapter's base, as far as it is known, and ``max_rank`` the largest rank that the
+    program was started for, None for its own default.
     """
 
     name: str
+    again: str
     kind: SubjectKind
     tensors: Mapping[str, Stored]
     metadata: Mapping[str, str]
@@ -98,13 +100,14 @@ def open_subject(name: str, base: str | None, max_rank: int | None, values: bool
     Raises :class:`~merging.errors.MergingError` for what cannot even be opened.
     """
     address = hub_address(name)
-    path, remote = local_path(name), address is not None
+    path, remote, again = local_path(name), address is not None, name
     listed: frozenset[str] | None = None
     if address is not None:
         from merging.hub.repository import open_repository
 
         repository = open_repository(address)
         path = repository.folder / address.path
+        again = str(Address(address.repo, repository.commit, address.path))
         inside = path if path.is_dir() else path.parent
         start = str(inside.relative_to(repository.folder)).removeprefix(".")
         start = f"{start}/" if start else ""
@@ -119,11 +122,10 @@ def open_subject(name: str, base: str | None, max_rank: int | None, values: bool
     except MergingError as error:
         raise type(error)(str(error).replace(str(path), name)) from None
     dialect = next((each for each in DIALECTS if tensors and each.recognises(tensors)), None)
-    if dialect is not None and dialect.name == "pack":
-        raise InputError(f"{name}: is a pack, which no other program reads: merge decompress it first")
     base_path, base_config = _base_of(base, stated or {})
     return Subject(
         name,
+        again,
         _kind(config, dialect),
         tensors,
         metadata,
@@ -188,7 +190,8 @@ def _kind(config: Path | None, dialect: Dialect | None) -> SubjectKind:
         return "pipeline" if config.name == PIPELINE else "adapter"
     if dialect is None:
         return "model"
-    return "adapter" if dialect.name == "PEFT" else "diffusion adapter"
+    kinds: dict[str, SubjectKind] = {"PEFT": "adapter", "pack": "pack"}
+    return kinds.get(dialect.name, "diffusion adapter")
 
 
 def _base_of(base: str | None, stated: Mapping[str, Any]) -> tuple[Path | None, dict[str, Any]]:

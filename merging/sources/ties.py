@@ -12,6 +12,7 @@ from merging.sources.stored import Stored
 
 __all__ = [
     "HEADS",
+    "WITH_HEAD",
     "embeddings_among",
     "has_own_head",
     "is_head",
@@ -48,7 +49,8 @@ _TIED_TYPES = (
 )  # fmt: skip
 """Model types whose head is tied where their config does not mention it."""
 
-_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
+WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
+"""How the classes of models with such a head end."""
 
 _BLOCK = re.compile(r"(?:^|\.)[0-9]+\.")
 
@@ -72,7 +74,7 @@ def stated_tie(config: Mapping[str, Any], names: Iterable[str]) -> bool:
     if config.get("model_type") in _TIED_TYPES:
         return True
     architecture = str((config.get("architectures") or [""])[0])
-    return architecture.endswith(_WITH_HEAD) and not any(map(is_head, names))
+    return architecture.endswith(WITH_HEAD) and not any(map(is_head, names))
 
 
 def is_head(name: str) -> bool:
@@ -88,7 +90,7 @@ def has_own_head(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> bo
     architecture = str((config.get("architectures") or [""])[0])
     stated = text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings"))
     embeddings = embeddings_among(tensors)
-    if stated is not False or not architecture.endswith(_WITH_HEAD[:3]) or not embeddings:
+    if stated is not False or not architecture.endswith(WITH_HEAD[:3]) or not embeddings:
         return True
     rows = {tensors[name].shape[0] for name in embeddings}
     outside = (name for name in tensors if name not in embeddings and not _BLOCK.search(name))
