@@ -298,6 +298,11 @@ ADAPTERS: dict[str, tuple[Edit, Expected]] = {
         both(again(use_rslora=True), named(lambda name: name.replace("mlp.up_proj", "mlp.experts.0.up_proj"))),
         {"vllm": ("warns", "before September 2026 experts")},
     ),
+    "text alone": (base_says(text_config={"model_type": "llama"}), {"vllm": ("warns", "names without language_model")}),
+    "vision tower": (
+        named(lambda name: name.replace("model.layers", "visual.layers")),
+        {"vllm": ("warns", "modules that see")},
+    ),
     "PiSSA": (again(init_lora_weights="pissa"), START),
     "CorDA": (says(init_lora_weights="corda"), START | NO_START),
     "LoftQ": (says(init_lora_weights="loftq"), START | NO_START),

@@ -30,13 +30,15 @@ UNLIKE = {
     "bare file": "there is no folder to load",
     "targets missing": "it depends on the model whether PEFT knows the modules that were adapted",
     "larger vocabulary": "the base's config is not that of its weights",
+    "text alone": "the base's config is not that of its weights",
+    "vision tower": "merge finds its modules under a drifted name, and only loading tells that PEFT does not",
     "base unnamed": "there is no base to load it on",
     "head": "there is no base to load it on",
     "quantised base": "bitsandbytes is wanted",
     "repeated blocks": "factors of the blocks that repeat others are missing",
     "NaN": "only the values tell",
 }
-"""Cases that loading says nothing of."""
+"""Cases of which loading says nothing, or alone says something."""
 
 AT_ODDS = {
     "no class": "AutoModel, which has no head, is taken",

@@ -33,6 +33,9 @@ _DEFAULT_RANK = 16
 
 _NAMES = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 
+_SEEING = ("vision", "visual", "multi_modal_projector", "mm_projector")
+"""What the parts of models are called that read images."""
+
 
 def _other_names(subject: Subject) -> Iterator[str]:
     yield from (name for name in subject.tensors if not name.endswith((*_NAMES, *TABLES)))
@@ -54,6 +57,15 @@ def _vocabulary(subject: Subject) -> Iterator[str]:
         table = parts.get("lora_embedding_A")
         if table is not None and isinstance(size, int) and table.shape[-1] != size:
             yield f"{path} is for {table.shape[-1]:,} tokens, the base has {size:,}"
+
+
+def _text_only(subject: Subject) -> Iterator[str]:
+    if isinstance(subject.base.get("text_config"), dict):
+        yield from (path for path in subject.modules if not any(part in path for part in ("language_model", *_SEEING)))
+
+
+def _seeing(subject: Subject) -> Iterator[str]:
+    yield from (path for path in subject.modules if any(part in path for part in _SEEING))
 
 
 def _experts(subject: Subject) -> Iterator[str]:
@@ -87,6 +99,10 @@ VLLM = Program(
                  states("alora_invocation_tokens"), "serve it with a program that knows aLoRA"),
             Rule("warns", "factors of stacked experts are served for some architectures only",
                  states("target_parameters"), BAKE),
+            Rule("warns", "the base takes more than text, and names without language_model may be left out", _text_only,
+                 "name the modules as the base of today does, or " + BAKE),
+            Rule("warns", "modules that see are served with --enable-tower-connector-lora alone", _seeing,
+                 "start vLLM with --enable-tower-connector-lora"),
             Rule("warns", "before September 2026 experts were given lora_alpha / r in spite of use_rslora", _experts,
                  ONE_SCALE),
             Rule("warns", "the embedding that was saved along is not read: rows for added tokens are lost",
