@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import stat
 import threading
@@ -102,7 +101,9 @@ class _Hub:
     def __init__(self, query: Query) -> None:
         self.query = query
         if "HF_HUB_VERBOSITY" not in os.environ:  # what the library says of every try, the watch says once
-            logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+            from huggingface_hub.utils import logging
+
+            logging.set_verbosity_error()
 
     def arrivals(self, manifest: Manifest, pause: Pause) -> Iterator[Arrival]:
         found = attended(lambda _: self.query.models(), pause)
