@@ -29,7 +29,10 @@ __all__ = ["compress_command", "decompress_command"]
     "--density", type=float, help="share of the entries kept, with bands in embeddings and heads  [default: 0.2]"
 )
 @click.option("--coding", type=click.Choice(["golomb", "bitmap"]), help="where the signs are  [default: golomb]")
-@click.option("--alpha", type=float, help="scale of signs in standard deviations  [default: least squares]")
+@click.option(
+    "--scale", type=click.Choice(["least-squares", "norm"]), help="of signs: least error, or the change's own norm"
+)
+@click.option("--alpha", type=float, help="scale of signs in standard deviations, instead of --scale")
 @click.option("--bands", help="directions@bits, the leading first  [default: *@4 for adapters, 20@8,180@4,800@2]")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto: decomposes full models")
 @click.option("--overwrite", is_flag=True, help="replace an existing output")

@@ -14,8 +14,8 @@ from merging.hub.address import Address
 from merging.hub.remote import RemoteFile, Window
 from merging.hub.repository import open_repository
 from merging.plan import Item, Plan
-from merging.plan.checks import content_keys
-from merging.sources import Adapter, Checkpoint
+from merging.plan.checks import check_packed, content_keys
+from merging.sources import Adapter, Checkpoint, open_model
 from merging.sources.adapter import Change
 from merging.sources.stored import FileTensor, Stored
 from merging.threads import Progress, share_out
@@ -82,7 +82,17 @@ def arrived(
         plan = replace(plan, items=tuple(sorted(plan.items, key=_files)))
         if not any(isinstance(link, Dropping) for link in plan.recipe.method.links()):
             return plan  # only random masks need the keys of the contents
+    _check_base(plan)
     return replace(plan, keys=content_keys(plan.models)[0])
+
+
+def _check_base(plan: Plan) -> None:
+    """Refuse packs beside a base of other content, which could not be told before its values were here."""
+    packed = any(isinstance(model, Adapter) and model.base_key for model in plan.models)
+    if packed and plan.base is not None and plan.base.origin is not None:
+        whole = open_model(str(plan.base.origin), dequantise=plan.recipe.dequantise)
+        assert isinstance(whole, Checkpoint)
+        check_packed(plan.models, whole, plan.recipe.allow_different_bases)
 
 
 def _files(item: Item) -> tuple[tuple[str, ...], tuple[str, int]]:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 import merging
 from merging.cli.main import cli
-from merging.compression.bands import pack_factors, parse_bands, truncated
+from merging.compression.bands import pack_factors, truncated
+from merging.compression.settings import Settings, parse_bands
 from merging.compression.ternary import balanced, pack_signs, ternary
 from merging.errors import FormatError, InputError, MergingError, OptionError, OutputError
 from merging.geometry import compare
@@ -85,7 +86,7 @@ def test_equal_magnitudes_are_kept_from_the_front_and_zeros_never() -> None:
 def test_sizes_are_those_of_the_paper(density: float, b: int, bits: float, error: float) -> None:
     """Measured on a Gaussian tensor, index, checksums and all; the squared error too."""
     values = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
-    kind, coding, payload = pack_signs(values, "BF16", density, None, False)
+    kind, coding, payload = pack_signs(values, "BF16", Settings("ternary", density))
     assert parameter(density) == coding.b == b
     assert payload.nbytes * 8 / values.numel() == pytest.approx(bits, rel=0.02)
     assert density * (mean_bits(density) + 1) == pytest.approx(bits, abs=6e-4)
@@ -93,7 +94,7 @@ def test_sizes_are_those_of_the_paper(density: float, b: int, bits: float, error
     read = decoded(coding, payload, (1024, 1024), kind).read()
     assert read.dtype == torch.bfloat16
     assert float((read - values).square().sum() / values.square().sum()) == pytest.approx(error, abs=0.02)
-    _, other, maps = pack_signs(values, "BF16", density, None, True)
+    _, other, maps = pack_signs(values, "BF16", Settings("ternary", density, bitmap=True))
     assert maps.nbytes * 8 / values.numel() == pytest.approx(2, rel=0.02)
     assert torch.equal(decoded(other, maps, (1024, 1024), "BF16").read(), read)
 
@@ -199,6 +200,20 @@ def test_dora_and_biases_keep_what_are_no_factors(llama: Path, tmp_path: Path) -
     assert all(torch.equal(one[name], other[name]) for name in one if "magnitude" in name)
     wanted, got = (adapters.baked(llama / "base", folder) for folder in (llama / "dora", tmp_path / "out"))
     adapters.assert_close(got, wanted, 5e-3)
+
+
+def test_scales_that_keep_the_norm(llama: Path, full: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    merging.compress(llama / "plain", tmp_path / "p.safetensors", scale="norm")
+    base, (one, _) = full
+    merging.compress(one, tmp_path / "q.safetensors", base=base, method="ternary", scale="norm")
+    whole = {name: tiny.load(one)[name].double() - each.double() for name, each in tiny.load(base).items()}
+    for pack, wanted in (("p", changes(llama / "plain")), ("q", whole)):
+        got = changes(tmp_path / f"{pack}.safetensors")
+        assert {n: float(got[n].norm()) for n in got} == pytest.approx(
+            {n: float(wanted[n].norm()) for n in got}, rel=1e-5
+        )
+    with pytest.raises(OptionError, match="leave one of alpha and scale out"):
+        merging.compress(llama / "plain", tmp_path / "r.safetensors", scale="norm", alpha=1.0)
 
 
 def test_starts_that_a_pack_would_lose_are_refused(llama: Path, tmp_path: Path) -> None:

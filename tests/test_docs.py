@@ -15,7 +15,7 @@ import tiny
 import torch
 from click.testing import CliRunner
 from hub_fixture import Hub
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from merging import ContinualStore
 from merging.cli.main import cli
@@ -76,7 +76,11 @@ def models(workplace: Path) -> None:
 
 def merges(line: str) -> bool:
     told_apart = ("merge continual ", "merge pool ", "merge recycle ", "merge formats")
-    return line.startswith("merge ") and not line.startswith(told_apart) and not asks_the_hub(line)
+    return line.startswith("merge ") and not (line.startswith(told_apart) or asks_the_hub(line) or of_packs(line))
+
+
+def of_packs(line: str) -> bool:
+    return ".pack.safetensors" in line
 
 
 def asks_the_hub(line: str) -> bool:
@@ -146,6 +150,26 @@ def test_commands_of_recycling_work(workplace: Path) -> None:
         assert "modules shuffled" in said
     assert len(lines) == 2
     assert (workplace / "recycled-2" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.usefixtures("models")
+def test_commands_of_packs_work(workplace: Path) -> None:
+    """One after the other, on a fine-tune of which two tensors differ from the base."""
+    tensors = load_file(workplace / "base" / "model.safetensors")
+    (workplace / "one").unlink()
+    (workplace / "one").mkdir()
+    for number, kind in enumerate(("query.weight", "query.bias")):
+        random = torch.Generator().manual_seed(number)
+        name = f"encoder.layer.1.attention.self.{kind}"
+        tensors[name] = tensors[name] + 0.01 * torch.randn(tensors[name].shape, generator=random)
+    save_file(tensors, workplace / "one" / "model.safetensors")
+    lines = [line for line in COMMANDS if of_packs(line)]
+    told = [said(line) for line in lines]
+    assert len(lines) == 6
+    assert "0.96 bits a parameter" in told[0]
+    assert (workplace / "adapter" / "adapter_config.json").is_file()
+    unpacked = load_file(workplace / "model" / "model.safetensors")
+    assert torch.allclose(unpacked[name], tensors[name], atol=1e-7)
 
 
 def test_commands_of_the_hub_work(hub: Hub, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from merging.compression.bands import pack_factors
 from merging.compression.parts import Assembly, Losses, held
 from merging.compression.settings import Settings
-from merging.compression.ternary import balanced, pack_signs
+from merging.compression.ternary import balanced, norm_factor, pack_signs
 from merging.delta import LowRank
 from merging.errors import InputError
 from merging.linalg import squared_norm
@@ -109,9 +109,7 @@ def pack_adapter(file: AdapterFile, settings: Settings, assembly: Assembly) -> t
             assembly.add(described, payload)
             tensors[described.name] = held(described, payload)
     for name in file.alone:
-        kind, coding, payload = pack_signs(
-            _values(file, name), _kind(tensors[name]), settings.density, settings.alpha, settings.bitmap
-        )
+        kind, coding, payload = pack_signs(_values(file, name), _kind(tensors[name]), settings)
         described = Described(name=name, kind=kind, shape=tensors[name].shape, coding=coding)
         assembly.add(described, payload)
         tensors[name] = held(described, payload)
@@ -137,8 +135,9 @@ def _pair(file: AdapterFile, down: str, up: str, settings: Settings) -> list[tup
         factors = pack_factors(left, right, settings.bands)
         coded = [(_kind(each), *factor) for each, factor in zip(stored, factors, strict=True)]
     else:
+        growth = norm_factor(settings.density, left, right) if settings.keeps_norm else 1.0
         coded = [
-            pack_signs(factor, _kind(each), settings.density, settings.alpha, settings.bitmap)
+            pack_signs(factor, _kind(each), settings, growth)
             for factor, each in zip((left, right), stored, strict=True)
         ]
     return [

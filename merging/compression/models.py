@@ -87,7 +87,7 @@ def _pack(item: Item, delta: Tensor, settings: Settings, assembly: Assembly) -> 
         assembly.add(Described(name=f"full/{name}", kind="F32", shape=shape, coding=Raw()), delta.cpu())
         return Changed(kind="full", shape=shape), delta
     if settings.method == "ternary":
-        _, signs, payload = pack_signs(delta.cpu(), "F32", settings.density, settings.alpha, settings.bitmap)
+        _, signs, payload = pack_signs(delta.cpu(), "F32", settings)
         return Changed(kind="full", shape=shape), _add(assembly, f"full/{name}", shape, signs, payload)
     return Changed(kind="full", shape=shape), _add(
         assembly, f"full/{name}", shape, *pack_pruned(delta.cpu(), settings.density)

@@ -92,6 +92,7 @@ def compress(
     density: float | None = None,
     coding: Literal["golomb", "bitmap"] | None = None,
     alpha: float | None = None,
+    scale: Literal["least-squares", "norm"] | None = None,
     bands: str | None = None,
     device: str = "cpu",
     overwrite: bool = False,
@@ -100,7 +101,8 @@ def compress(
     """Write what an adapter holds, or what a full model changed of its ``base``, into one small file.
 
     ``method`` is ``"ternary"`` (the default for adapters: signs of the ``density`` largest entries of every tensor, at
-    one scale: the mean magnitude, or ``alpha`` standard deviations; positions in a Golomb code, or two bitmaps) or
+    one scale: the mean magnitude, which is of least squares, or (``scale="norm"``) so much more that every change
+    keeps its norm, or ``alpha`` standard deviations; positions in a Golomb code, or two bitmaps) or
     ``"bands"`` (for models: leading singular directions in the bits that ``bands`` gives them; of embeddings and heads
     the ``density`` largest entries; vectors as they are). A ``base`` given along with an adapter is only noted, so that
     the pack is refused beside another.
@@ -112,7 +114,7 @@ def compress(
     if isinstance(full, Adapter):
         raise InputError(f"{base}: is an adapter, and the base is the full model that others were trained from")
     kind: Literal["adapter", "model"] = "adapter" if isinstance(opened, Adapter) else "model"
-    settings = make_settings(kind, method, density, coding, alpha, bands)
+    settings = make_settings(kind, method, density, coding, alpha, scale, bands)
     _check_pack(destination)
     check_destination(destination, _files(opened, full), 0, overwrite)
     brought(opened, progress)

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
 
-from merging.compression.bands import BandsSpec, parse_bands
 from merging.errors import OptionError
+from merging.sources.packs.grouped import BITS
 
-__all__ = ["BANDS", "DENSITY", "Method", "Settings", "make_settings"]
+__all__ = ["BANDS", "DENSITY", "BandsSpec", "Method", "Settings", "make_settings", "parse_bands"]
 
 Method = Literal["ternary", "bands"]
+
+BandsSpec = tuple[tuple[int | None, int], ...]
+"""Counts of directions and their bits; no count means all that are left."""
 
 DENSITY = 0.2
 
@@ -24,15 +27,31 @@ class Settings:
     """The method, the share of entries that are kept, and what else it takes.
 
     ``density`` is that of all tensors (ternary), or of embeddings and heads of a full model (bands). ``alpha`` is the
-    scale in standard deviations; without it scales are of least squares.
+    scale in standard deviations; without it scales are of least squares, or so much larger that changes ``keeps_norm``.
     """
 
     method: Method
     density: float = DENSITY
     bitmap: bool = False
     alpha: float | None = None
+    keeps_norm: bool = False
     bands: BandsSpec = ()
     told: str = ""
+
+
+def parse_bands(text: str) -> BandsSpec:
+    """``20@8,180@4,*@2``: counts of directions and the bits of each. Raises :class:`~merging.errors.OptionError`."""
+    bands: list[tuple[int | None, int]] = []
+    for part in text.split(","):
+        count, _, bits = part.strip().partition("@")
+        known = bits in map(str, BITS) and (count == "*" or (count.isdecimal() and 0 < int(count) < 1 << 31))
+        if not known or (bands and bands[-1][0] is None):
+            raise OptionError(
+                f"bands = {text!r}: write directions and their bits (8, 4, 2 or 1), as in 20@8,180@4,800@2; * is all "
+                f"that are left, and comes last"
+            )
+        bands.append((None if count == "*" else int(count), int(bits)))
+    return tuple(bands)
 
 
 def make_settings(
@@ -41,6 +60,7 @@ def make_settings(
     density: float | None,
     coding: str | None,
     alpha: float | None,
+    scale: str | None,
     bands: str | None,
 ) -> Settings:
     """The settings for an adapter or a model. Raises :class:`~merging.errors.OptionError` for what makes no sense."""
@@ -49,7 +69,8 @@ def make_settings(
     if not 0 < share <= 1:
         raise OptionError(f"density = {share}: the share of the entries that are kept, above 0 and at most 1")
     if chosen == "bands":
-        for name, value in (("coding", coding), ("alpha", alpha), ("density", density if kind == "adapter" else None)):
+        stated = {"coding": coding, "alpha": alpha, "scale": scale, "density": density if kind == "adapter" else None}
+        for name, value in stated.items():
             if value is not None:
                 raise OptionError(f"{name} is a setting of ternary packs, and these are bands: leave it out")
         written = bands or BANDS[kind]
@@ -64,6 +85,16 @@ def make_settings(
         raise OptionError(f"coding = {coding!r}: choose golomb or bitmap")
     if alpha is not None and not (alpha > 0 and isfinite(alpha)):
         raise OptionError(f"alpha = {alpha}: a scale in standard deviations, above 0")
-    scale = "least squares" if alpha is None else f"alpha {alpha:.4g}"
-    told = f"{share:.4g} of the entries kept, {scale}, {coding or 'golomb'}"
-    return Settings("ternary", share, coding == "bitmap", alpha, told=told)
+    if scale not in (None, "least-squares", "norm"):
+        raise OptionError(f"scale = {scale!r}: choose least-squares or norm")
+    if scale is not None and alpha is not None:
+        raise OptionError("alpha is a scale itself: leave one of alpha and scale out")
+    by = (
+        f"alpha {alpha:.4g}"
+        if alpha is not None
+        else "scales that keep the norm"
+        if scale == "norm"
+        else "least squares"
+    )
+    told = f"{share:.4g} of the entries kept, {by}, {coding or 'golomb'}"
+    return Settings("ternary", share, coding == "bitmap", alpha, scale == "norm", told=told)

@@ -35,16 +35,14 @@ import merging
 BASE = Path(get_model_path())
 PACKINGS: dict[str, dict[str, dict[str, Any]]] = {
     "lora": {
-        **{f"ternary {density:.0%}": {"density": density} for density in (0.05, 0.1, 0.2, 0.3, 0.5)},
-        **{f"ternary 20%, {alpha:g} sigma": {"alpha": alpha} for alpha in (1.0, 3.0)},
-        **{f"bands {bands}": {"method": "bands", "bands": bands} for bands in ("*@1", "*@2", "4@4", "*@4", "*@8")},
+        **{f"ternary {density:.0%}": {"density": density} for density in (0.05, 0.2, 0.5)},
+        **{f"ternary {density:.0%}, norm": {"density": density, "scale": "norm"} for density in (0.05, 0.1, 0.2, 0.5)},
+        **{f"bands {bands}": {"method": "bands", "bands": bands} for bands in ("*@2", "2@8,*@2", "4@4", "*@4")},
     },
     "full": {
-        **{f"ternary {density:.0%}": {"method": "ternary", "density": density} for density in (0.05, 0.2, 0.5)},
-        **{
-            f"bands {bands}": {"bands": bands}
-            for bands in ("8@8", "4@8,28@4", "4@8,28@4,96@2", "20@8,180@4,*@2", "*@4")
-        },
+        **{f"ternary {density:.0%}": {"method": "ternary", "density": density} for density in (0.05, 0.2)},
+        "ternary 20%, norm": {"method": "ternary", "scale": "norm"},
+        **{f"bands {bands}": {"bands": bands} for bands in ("8@8", "4@8,28@4", "4@8,28@4,96@2", "20@8,180@4,*@2")},
     },
 }
 
