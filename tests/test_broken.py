@@ -194,3 +194,18 @@ def test_addresses_mean_what_they_print(revision: str) -> None:
     address = hub_address(f"hf://org/name@{revision}/folder")
     assert address is not None and hub_address(f"hf://{address}") == address
     assert str(address) == f"org/name@{revision}/folder"
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="there is no such device here")
+@pytest.mark.parametrize("name", ["a.safetensors", "a.bin", "folder/adapter_model.bin", "folder/pytorch_model.bin"])
+def test_devices_are_not_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(MergingError, match=r"is not a regular file|which weights"):
+        open_model(tmp_path / name if name.startswith("a.") else tmp_path / "folder")
+
+
+@pytest.mark.parametrize("alpha", [1e999, 10**400, "4", True], ids=["infinite", "huge", "text", "flag"])
+def test_alpha_that_is_none(tmp_path: Path, alpha: object) -> None:
+    with pytest.raises(FormatError, match=r"lora_alpha of layers\.0\.q is .* should be a number"):
+        open_model(adapter(tmp_path / "a", {"peft_type": "LORA", "r": 2, "lora_alpha": alpha}))

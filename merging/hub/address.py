@@ -44,7 +44,7 @@ def local_path(name: str) -> Path:
     if not name:
         raise InputError("a model has an empty name: is a variable of a script not set?")
     path = Path(name)
-    with suppress(RuntimeError):  # ~nobody, of whom there is none, is a name as any other, as it is to a shell
+    with suppress(RuntimeError, ValueError):  # ~nobody, of whom there is none, is a name as any other, as it is to a shell
         path = path.expanduser()
     try:
         path.exists()
@@ -75,9 +75,9 @@ def hub_address(name: str) -> Address | None:
 
 def _parsed(name: str, text: str) -> Address:
     written = _WRITTEN.fullmatch(text)
-    if written is None:
+    if written is None or text.encode(errors="replace").decode() != text:
         raise InputError(f"{name}: is no address on the Hub: write hf://org/name@revision/path/in/it")
-    path = (written["path"] or "").strip("/")
+    path = (written["path"] or "").rstrip("/")
     if any(part in ("", ".", "..") for part in path.split("/")) and path:
         raise InputError(f"{name}: {path} is no path in a repository")
     return Address(written["repo"], unquote(written["revision"]) if written["revision"] else None, path)

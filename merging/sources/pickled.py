@@ -27,6 +27,8 @@ def open_pickle(path: Path) -> Opened:
 
     Loaded with ``weights_only=True``, which runs no code from the file. Raises :class:`~merging.errors.FormatError`.
     """
+    if not path.is_file():  # a device would be read for ever
+        raise FormatError(f"{path}: is not a regular file, not a PyTorch file")
     try:
         if not zipfile.is_zipfile(path):
             raise FormatError(

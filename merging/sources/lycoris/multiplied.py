@@ -26,6 +26,8 @@ def ia3(module: Module, alpha: float | None) -> Change:
     module.check("weight", "on_input", beside="on_input")
     module.check_types("weight")
     size, inputs = module.part("weight").numel, number(module, "on_input") != 0
+    if size == 0:
+        raise module.error("its weight of IA3 holds nothing: save or download it again")
 
     def formula(parts: Parts, place: Place) -> Tensor:
         if not inputs:
@@ -59,7 +61,7 @@ def glora(module: Module, alpha: float | None) -> Change:
     rank, outputs, inputs = shapes[b][0], shapes[c][0], shapes[b][1]
     kernel = shapes[d][2:]
     fitting = shapes[a][:2] == (inputs, rank) and shapes[c][1] == rank == shapes[d][0] and shapes[d][1] == inputs
-    if not fitting or any(size != 1 for name in (a, b, c) for size in shapes[name][2:]):
+    if not fitting or 0 in (rank, outputs, inputs) or any(size != 1 for name in (a, b, c) for size in shapes[name][2:]):
         raise module.error(f"a1, a2, b1 and b2 have shapes that do not multiply: {list(shapes.values())}")
     scale = scale_of(alpha, rank)
 
@@ -94,7 +96,7 @@ def oft(module: Module, alpha: float | None) -> Change:
         layout["rescale"] = "o" + " 1" * (len(module.part("rescale").shape) - 1)
     size = module.sizes(**layout)
     outputs = size["n"] * size["b"]
-    if size.get("o", outputs) != outputs or (butterfly and size["b"] % 2):
+    if size.get("o", outputs) != outputs or (butterfly and not _divides(size["m"], size["b"], outputs)):
         raise module.error(f"rescale or blocks do not fit {outputs} outputs: its parts do not belong together")
     bound = (alpha or 0.0) * outputs
 
@@ -108,6 +110,11 @@ def oft(module: Module, alpha: float | None) -> Change:
         return turned - place.weight
 
     return module.computed(formula, *layout, outputs=outputs, needs_base="OFT rotates the base's weight")
+
+
+def _divides(stages: int, block: int, outputs: int) -> bool:
+    """Whether so many stages of a butterfly can be gone through with blocks of this size."""
+    return block % 2 == 0 and stages < 64 and outputs % (2 ** (stages - 1) * block) == 0
 
 
 def _butterfly(rotations: Tensor, matrix: Tensor) -> Tensor:
@@ -129,7 +136,7 @@ def decomposed(module: Module, change: Change, magnitude: Stored) -> Change:
     """
     if not isinstance(change, (LoraChange, Computed)):
         raise module.error("has a dora_scale, which belongs to factors")
-    if not magnitude.floating or not magnitude.shape:
+    if not magnitude.floating or not magnitude.shape or not magnitude.numel:
         raise module.error(f"its dora_scale should be a vector of lengths, and is {magnitude.kind} {magnitude.shape}")
     on_inputs = len(magnitude.shape) > 1 and magnitude.shape[0] == 1 != magnitude.shape[1]
     inner = _as_computed(module, change)

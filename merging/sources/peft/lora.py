@@ -195,11 +195,13 @@ def lora_scale(module: Module, rank: int) -> float:
     config = module.config
     stated = config.pattern("rank_pattern", module.path, config.get("r", rank))
     if stated != rank:
-        raise config.error(f"{module.path} has rank {rank}, and its config says {stated}: they do not belong together")
+        raise config.error(
+            f"{module.path} has rank {rank}, and its config says {stated!r}: they do not belong together"
+        )
     # A config that leaves alpha out means PEFT's default, no config at all means scale 1.
     default = config.get("lora_alpha", 8 if config.stated else rank)
     alpha = config.pattern("alpha_pattern", module.path, default)
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e300:
         raise config.error(f"lora_alpha of {module.path} is {alpha!r}, and should be a number")
     if config.get("use_rslora"):
         return alpha / sqrt(rank)
