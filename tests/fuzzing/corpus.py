@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tiny import CONFIG, fine_tune, model
+from tiny import CONFIG, fine_tune, model, save
 from torch import Tensor, nn
 
 from fuzzing.weights import BITS, Weights
@@ -41,6 +41,7 @@ class Corpus:
     folder: Path
     peft: list[Adapted] = field(default_factory=list)
     diffusion: list[Adapted] = field(default_factory=list)
+    packs: list[Adapted] = field(default_factory=list)
     files: list[Weights] = field(default_factory=list)
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     pickles: list[bytes] = field(default_factory=list)
@@ -55,6 +56,7 @@ def gathered(folder: Path, cases: Iterable[str] | None = None) -> Corpus:
         _lycoris(made)
         if cases is None:
             _pipelines(made)
+    _packs(made)
     _files(made)
     _pickles(made)
     return made
@@ -93,6 +95,25 @@ def _peft(made: Corpus, cases: Iterable[str] | None) -> None:
     for architecture in sorted({*architectures.values()}):
         build(architecture, 0, torch.float32).save_pretrained(made.folder / architecture)
         made.configs[architecture] = json.loads((made.folder / architecture / "config.json").read_text())
+
+
+def _packs(made: Corpus) -> None:
+    """Adapters, and a model, as `merge compress` writes them, in every coding."""
+    from merging.compression import compress
+
+    tuned = save(made.folder / "tuned", fine_tune(model(layers=2, width=16), 1))
+    save(made.folder / "tiny", model(layers=2, width=16))
+    settings: list[tuple[str, str, dict[str, Any]]] = [
+        ("adapters/LoRA", "llama", {"method": "ternary"}),
+        ("adapters/LoRA", "llama", {"method": "ternary", "coding": "bitmap", "density": 0.5}),
+        ("adapters/LoRA", "llama", {"method": "bands", "bands": "1@8,1@4,*@2"}),
+        (str(tuned), "tiny", {"method": "bands", "base": made.folder / "tiny"}),
+        (str(tuned), "tiny", {"method": "ternary", "base": made.folder / "tiny"}),
+    ]
+    for number, (of, base, more) in enumerate(settings):
+        path = made.folder / f"pack{number}.safetensors"
+        compress(made.folder / of, path, **more)
+        made.packs.append(Adapted(path.stem, base, Weights.read(path.read_bytes())))
 
 
 def _lycoris(made: Corpus) -> None:

@@ -271,6 +271,25 @@ def _make_names(random: Random, corpus: Corpus) -> Sample:
     return _single(random, random.choice((adapted, other)), weights.file())
 
 
+def _make_pack(random: Random, corpus: Corpus) -> Sample:
+    """Packs: what their header says is harmed, or the bytes that it is said of."""
+    adapted = random.choice(corpus.packs)
+    weights = Weights(dict(adapted.weights.tensors), dict(adapted.weights.metadata))
+    kind = random.randrange(6)
+    if kind < 3:
+        tree = json_harmed(
+            random, json.loads(weights.metadata["merging_pack"]), ("k", "bits", "coding", "shape", "kind")
+        )
+        weights.metadata["merging_pack"] = dumped(random, tree).decode("utf-8", "replace")
+    elif kind < 5:
+        name = random.choice(list(weights.tensors))
+        data = bytes_harmed(random, weights.tensors[name][2])
+        weights.tensors[name] = "U8", (len(data),), data
+    else:
+        weights = harmed(random, weights)
+    return _single(random, adapted, weights.file())
+
+
 # --- PyTorch's files
 
 
@@ -648,7 +667,7 @@ def read_valid(corpus: Corpus) -> None:
 
     All of it must be taken, or the harm would be done to what is refused anyway.
     """
-    for adapted in (*corpus.peft, *corpus.diffusion):
+    for adapted in (*corpus.peft, *corpus.diffusion, *corpus.packs):
         with TemporaryDirectory() as scratch:
             name = "a" if adapted.config else "a.safetensors"
             config = json.dumps(adapted.config).encode() if adapted.config else None
@@ -668,6 +687,7 @@ TARGETS = {
     "metadata": Target(4, _make_metadata, _read_models),
     "LyCORIS": Target(7, _make_lycoris, _read_models),
     "names": Target(5, _make_names, _read_models),
+    "pack": Target(4, _make_pack, _read_models),
     "pickle": Target(5, _make_pickle, _read_models),
     "address": Target(5, _make_address, _read_address),
     "query": Target(3, _make_query, _read_query),
