@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from .errors import reported
-from .output import Size, progress_bar
+from .output import Size, echo, progress_bar
 
 if TYPE_CHECKING:
     from merging.geometry import Comparison
@@ -97,12 +97,12 @@ def compare_command(
         return
     _echo(found)
     for written in filter(None, (plot, html)):
-        click.echo(written)
+        echo(written)
 
 
 def _echo(found: Comparison) -> None:
     for notice in found.notices:
-        click.echo(f"note: {notice}", err=True)
+        echo(f"note: {notice}", err=True)
     _echo_models(found)
     names = found.names
     if len(names) > 1:
@@ -110,7 +110,7 @@ def _echo(found: Comparison) -> None:
     if found.magnitudes:
         sizes = found.magnitudes
         columns = "" if sizes.columns is None else f", of single columns {sizes.columns:.3g}"
-        click.echo(
+        echo(
             f"\nmagnitudes: the largest change of a tensor is {sizes.ratio:.3g} times the smallest, in the median of "
             f"{sizes.tensors};\n  variance over squared mean: of norms {sizes.variance:.3g}{columns}"
         )
@@ -140,7 +140,7 @@ def _echo_models(found: Comparison) -> None:
         cells = [f"{value:.3g}" for value in values] or ["-"] * 5
         rows.append([each.name, each.kind, str(each.tensors), each.rank_text, f"{each.norm:.4g}", *cells])
     _table(header, *rows)
-    click.echo("largest: singular value; effective, stable: ranks; 90 %, 99 %: directions with that much of the energy")
+    echo("largest: singular value; effective, stable: ranks; 90 %, 99 %: directions with that much of the energy")
 
 
 def _echo_pairs(title: str, names: Sequence[str], matrix: Sequence[Sequence[float | None]], form: str) -> None:
@@ -149,20 +149,20 @@ def _echo_pairs(title: str, names: Sequence[str], matrix: Sequence[Sequence[floa
     def text(value: float | None) -> str:
         return "-" if value is None else format(value, form)
 
-    click.echo(f"\n{title}")
+    echo(f"\n{title}")
     if len(names) <= _MATRIX:
         _table(["", *names], *([name, *map(text, row)] for name, row in zip(names, matrix, strict=True)))
         return
     rows = range(len(names))
     pairs = [(value, i, j) for i in rows for j in rows[i + 1 :] if (value := matrix[i][j]) is not None]
     for value, i, j in sorted(pairs, key=lambda pair: -pair[0])[:_PAIRS]:
-        click.echo(f"  {text(value)}  {names[i]}  {names[j]}")
-    click.echo(f"  the largest {min(_PAIRS, len(pairs))} of {len(pairs):,} pairs")
+        echo(f"  {text(value)}  {names[i]}  {names[j]}")
+    echo(f"  the largest {min(_PAIRS, len(pairs))} of {len(pairs):,} pairs")
 
 
 def _echo_layers(found: Comparison) -> None:
     names = found.names if len(found.names) <= _MATRIX else []
-    click.echo("\nnorm by layer" if names else "\nmean cosine by layer")
+    echo("\nnorm by layer" if names else "\nmean cosine by layer")
     rows = [["", *names, "mean cosine"]]
     for each in found.layers:
         place = "other" if each.layer is None else f"layer {each.layer}"
@@ -173,7 +173,7 @@ def _echo_layers(found: Comparison) -> None:
 
 def _echo_intruders(found: Comparison) -> None:
     most = found.intruders[0].directions
-    click.echo(f"\nintruder dimensions among the {most} leading singular vectors of each matrix")
+    echo(f"\nintruder dimensions among the {most} leading singular vectors of each matrix")
     header = ["", "intruders", "matrices", "with intruders", "energy", "first at"]
     rows = []
     for name, each in zip(found.names, found.intruders, strict=True):
@@ -190,4 +190,4 @@ def _table(*rows: Sequence[str]) -> None:
             cell.ljust(width) if i == 0 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
-        click.echo("  ".join(["", first, *rest]).rstrip())
+        echo("  ".join(["", first, *rest]).rstrip())

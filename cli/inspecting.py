@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from .errors import reported
-from .output import size_text
+from .output import echo, size_text
 
 __all__ = ["inspect_command"]
 
@@ -34,11 +34,11 @@ def inspect_command(paths: tuple[str, ...], values: bool, as_json: bool, debug: 
         click.echo(json.dumps(found, indent=2))
         return
     for facts in found:
-        click.echo(facts.pop("path"))
+        echo(facts.pop("path"))
         for name, value in facts.items():
             if value not in (None, 0, [], {}, "") or name in ("nonfinite", "needs_base"):
                 for line in _lines(name, value):
-                    click.echo(line)
+                    echo(line)
 
 
 def _lines(name: str, value: Any) -> Iterator[str]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from merging.files import Merged
     from merging.plan import Plan
 
-__all__ = ["Size", "echo_merged", "echo_plan", "progress_bar", "size_text"]
+__all__ = ["Size", "echo", "echo_merged", "echo_plan", "progress_bar", "size_text"]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -59,6 +59,13 @@ def progress_bar(wanted: bool | None, what: str = "merging") -> Iterator[Callabl
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def echo(text: str, err: bool = False) -> None:
+    """Print what may quote files: names and values in them are sent to no terminal as they are."""
+    from merging.errors import escaped
+
+    click.echo(escaped(text), err=err)
+
+
 def echo_plan(plan: Plan, destination: Path, threads: int | None, max_memory: int | None, as_json: bool) -> None:
     """The plan: what is read and written, how much memory it takes, and what should be known beforehand."""
     from merging.files import workers_within
@@ -86,27 +93,27 @@ def echo_plan(plan: Plan, destination: Path, threads: int | None, max_memory: in
         click.echo(json.dumps(facts, indent=2))
         return
     rank = f" of rank {plan.rank}" if plan.rank else ""
-    click.echo(f"{facts['method']}: {len(plan.models)} models into the {_kind(plan)}{rank} {destination}")
-    click.echo(f"  reads   {size_text(plan.read_bytes)}")
-    click.echo(f"  writes  {size_text(plan.out_bytes)} in {len(plan.outs)} tensors")
-    click.echo(f"  memory  {size_text(facts['peak_memory_bytes'])} at most for {workers} workers, above the imports")
+    echo(f"{facts['method']}: {len(plan.models)} models into the {_kind(plan)}{rank} {destination}")
+    echo(f"  reads   {size_text(plan.read_bytes)}")
+    echo(f"  writes  {size_text(plan.out_bytes)} in {len(plan.outs)} tensors")
+    echo(f"  memory  {size_text(facts['peak_memory_bytes'])} at most for {workers} workers, above the imports")
     if plan.spool_bytes:
-        click.echo(f"  disk    {size_text(plan.spool_bytes)} to set merged changes aside meanwhile")
+        echo(f"  disk    {size_text(plan.spool_bytes)} to set merged changes aside meanwhile")
     for line in plan.matched:
-        click.echo(f"  {line}")
+        echo(f"  {line}")
     _notices(plan.notices)
 
 
 def echo_merged(merged: Merged, plan: Plan) -> None:
     """Where the output is and what it is; notices go to stderr."""
     for line in plan.matched:
-        click.echo(line, err=True)
+        echo(line, err=True)
     _notices(merged.notices)
     _discarded(merged.discarded)
     for fact, value in merged.facts.items():
-        click.echo(f"{fact}: {value:.4g}", err=True)
+        echo(f"{fact}: {value:.4g}", err=True)
     rank = f" of rank {merged.rank}" if merged.rank else ""
-    click.echo(
+    echo(
         f"{merged.path}: {_kind(plan)}{rank}, {len(plan.models)} models by {merged.method}, {merged.tensors} tensors, "
         f"{size_text(merged.bytes)} in {merged.seconds:.1f} s"
     )
@@ -119,7 +126,7 @@ def _kind(plan: Plan) -> str:
 
 def _notices(notices: tuple[str, ...]) -> None:
     for notice in notices:
-        click.echo(f"note: {notice}", err=True)
+        echo(f"note: {notice}", err=True)
 
 
 def _discarded(discarded: dict[str, float]) -> None:
@@ -127,7 +134,7 @@ def _discarded(discarded: dict[str, float]) -> None:
         worst = max(discarded, key=lambda name: discarded[name])
         mean = sum(discarded.values()) / len(discarded)
         warning = "warning" if discarded[worst] > 0.1 else "note"
-        click.echo(
+        echo(
             f"{warning}: the rank discards {mean:.1%} of the energy of the change on average, {discarded[worst]:.1%} "
             f"at worst ({worst}): raise --rank, or use --as model",
             err=True,

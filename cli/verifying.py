@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .errors import reported
+from .output import echo
 
 if TYPE_CHECKING:
     from merging.serving import Finding, Verdict
@@ -69,11 +70,11 @@ def verify_command(
 
 def _print(verdict: Verdict) -> None:
     article = "an" if verdict.kind[0] in "aeiou" else "a"
-    click.echo(verdict.path if verdict.kind == "unknown" else f"{verdict.path}: {article} {verdict.kind}")
+    echo(verdict.path if verdict.kind == "unknown" else f"{verdict.path}: {article} {verdict.kind}")
     for finding in verdict.findings:
-        click.echo(f"  {finding.program:12} {finding.severity:8} {finding.what}")
+        echo(f"  {finding.program:12} {finding.severity:8} {finding.what}")
         for line in _details(finding):
-            click.echo(f"{'':24}{line}")
+            echo(f"{'':24}{line}")
 
 
 def _details(finding: Finding) -> list[str]:

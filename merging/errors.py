@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["FormatError", "InputError", "MergingError", "OptionError", "OutputError", "nearest"]
+__all__ = ["FormatError", "InputError", "MergingError", "OptionError", "OutputError", "escaped", "nearest"]
 
 
-_LONGEST = 2000
-"""Characters of a message; of a longer one the middle is left out."""
+_LONGEST = 6000
+"""Characters of a message; the list of all methods is half of that. Of a longer one the middle is left out."""
 
 
 class MergingError(Exception):
@@ -20,15 +20,16 @@ class MergingError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(_readable(message))
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST * 2 // 3]} ... {message[-_LONGEST // 3 :]}"
+        super().__init__(escaped(message))
 
 
-def _readable(message: str) -> str:
-    if len(message) > _LONGEST:
-        message = f"{message[: _LONGEST * 2 // 3]} ... {message[-_LONGEST // 3 :]}"
-    if message.isprintable():
-        return message
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
+def escaped(text: str) -> str:
+    """A text as any terminal and any file can take it: what is no printable character, nor ends a line, is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in text)
 
 
 class FormatError(MergingError):

@@ -75,8 +75,6 @@ class Recipe(BaseModel):
     @classmethod
     def _chain(cls, values: Any) -> Any:
         """A method may be given as it is written, a chain and its parameters by name."""
-        if isinstance(values, dict) and not isinstance(values.get("method", ""), (str, Method)):
-            raise OptionError(f"method should be a name, and is {str(values['method'])[:80]!r}")
         if isinstance(values, dict) and isinstance(values.get("method"), str):
             values = dict(values)
             parameters = values.pop("parameters", None) or {}
@@ -94,8 +92,11 @@ class Recipe(BaseModel):
     @classmethod
     def _paths(cls, value: Any) -> Any:
         if isinstance(value, (list, tuple)):
-            return tuple(str(each) if isinstance(each, Path) else each for each in value)
-        return str(value) if isinstance(value, Path) else value
+            return tuple(map(cls._paths, value))
+        value = str(value) if isinstance(value, Path) else value
+        if isinstance(value, str) and value.encode(errors="replace").decode() != value:
+            raise OptionError(f"{value}: the name is no Unicode, so that no recipe could state it: rename it")
+        return value
 
     def to_dict(self) -> dict[str, Any]:
         """What differs from the defaults, in plain values: the chain as it is written, its parameters by name.
@@ -127,6 +128,8 @@ def _parameters(method: Method) -> dict[str, Any]:
 
 def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
     """A recipe from plain values. Raises :class:`~merging.errors.OptionError`, naming the field and what it takes."""
+    if not isinstance(values.get("method", ""), (str, Method)):
+        raise OptionError(f"{where}: method should be a name, and is {str(values['method'])[:80]!r}")
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

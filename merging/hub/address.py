@@ -44,7 +44,9 @@ def local_path(name: str) -> Path:
     if not name:
         raise InputError("a model has an empty name: is a variable of a script not set?")
     path = Path(name)
-    with suppress(RuntimeError, ValueError):  # ~nobody, of whom there is none, is a name as any other, as it is to a shell
+    with suppress(
+        RuntimeError, ValueError
+    ):  # ~nobody, of whom there is none, is a name as any other, as it is to a shell
         path = path.expanduser()
     try:
         path.exists()

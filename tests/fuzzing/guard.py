@@ -23,7 +23,7 @@ SECONDS, PATIENCE = 5, 120
 MEMORY = 800_000_000
 """Most bytes that it may ask for at once, above what the process has; threads of malloc's own take some."""
 
-LONGEST = 4_000
+LONGEST = 10_000
 """Characters of a message that a person may be asked to read."""
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
