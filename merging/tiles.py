@@ -9,7 +9,7 @@ from math import isfinite, prod
 import torch
 from torch import Tensor
 
-from merging.delta import Delta, LowRank, Stack
+from merging.delta import Delta, Dense, LowRank, Stack
 from merging.errors import InputError
 from merging.method import Grain
 from merging.plan.items import TILE, Item, Plan
@@ -99,13 +99,15 @@ class Tiler:
 
     def _by_rows(self, item: Item) -> Iterator[Tile]:
         """Tiles of whole rows, for items whose inputs are partly factors or computed changes."""
-        dtype, shape = self.plan.dtype(item), item.site.shape
+        dtype, shape = self.plan.dtype(item), item.site.shape or (1,)
         columns = prod(shape[1:])
         present = tuple(each is not None for each in item.inputs)
         loaded = {slot: self.change(item, slot) for slot, each in enumerate(item.inputs) if isinstance(each, Change)}
+        if not item.site.shape:
+            loaded = {slot: Dense(delta.dense().view(1)) for slot, delta in loaded.items()}
         grain = self.plan.recipe.method.grain_at(item.site)
         whole = grain == "matrix" or (grain == "row" and item.site.kind == "vector")
-        step = shape[0] if whole else row_step(columns, self.device, item.site.kind == "experts")
+        step = max(1, shape[0]) if whole else row_step(columns, self.device, item.site.kind == "experts")
         for first in range(0, shape[0], step):
             last = min(first + step, shape[0])
             start, block = first * columns, (last - first, *shape[1:])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import merging
 from merging.cli.main import cli
@@ -229,3 +229,19 @@ def test_name_of_a_model_that_is_no_unicode(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"a\\udcff.safetensors: the name is no Unicode"):
         merging.merge([path], method="linear", output=tmp_path / "out.safetensors")
     assert sorted(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "tsv"])
+def test_change_of_a_single_number(tmp_path: Path, method: str) -> None:
+    """A module saved in full may hold a parameter without axes."""
+    base = {"layers.0.q.weight": torch.zeros(4, 4), "scale.value": torch.tensor(1.0)}
+    (tmp_path / "base").mkdir()
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    path = adapter(tmp_path / "a", {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "modules_to_save": ["scale"]})
+    saved = {"base_model.model.scale.value": torch.tensor(3.5)}
+    save_file(FACTORS | saved, path / "adapter_model.safetensors")
+    output = tmp_path / "out.safetensors"
+    merging.merge([path], method=method, base=tmp_path / "base", kind="model", output=output)
+    merged = load_file(output)
+    assert merged["scale.value"].shape == () and float(merged["scale.value"]) == 3.5
+    assert torch.allclose(merged["layers.0.q.weight"], torch.full((4, 4), 2.0))
