@@ -161,6 +161,12 @@ _ADAPTER_WORDS = (
 )  # fmt: skip
 
 
+_METHODS = (
+    "task_arithmetic", "ties", "pcb", "magmax", "tsv", "iso_c", "svd", "opcm", "do", "dare+ties", "knots+ties",
+    "core+tsv", "lines+ties", "breadcrumbs+linear", "orthogonalize+linear", "decouple+linear", "karcher", "varm", "sce",
+)  # fmt: skip
+
+
 def _adapter(random: Random, adapted: Adapted, config: bytes | None, weights: bytes) -> Sample:
     """An adapter to be read with or without its base, and merged, planned, looked at or verified."""
     files = {"a/adapter_model.safetensors": weights}
@@ -175,6 +181,8 @@ def _adapter(random: Random, adapted: Adapted, config: bytes | None, weights: by
         words["as"] = random.choice(("model", "adapter"))
     if random.random() < 0.1:
         words["lora_alpha"] = random.choice((1, 0.5, 1e6))
+    if random.random() < 0.15:
+        words["method"] = random.choice(_METHODS)
     return Sample(files, {}, words)
 
 
@@ -228,6 +236,8 @@ def _single(random: Random, adapted: Adapted, content: bytes) -> Sample:
         words["as"] = random.choice(("model", "adapter"))
     if random.random() < 0.05:
         words["lora_alpha"] = 3
+    if random.random() < 0.15:
+        words["method"] = random.choice(_METHODS)
     if words.get("as") != "model" and random.random() < 0.2:
         words["format"] = random.choice(("peft", "kohya", "diffusers"))
     return Sample({"a.safetensors": content}, {}, words)
