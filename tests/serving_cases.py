@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def of_type(config: Any) -> Edit:
     def edit(folder: Path) -> Path:
         base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
         shutil.rmtree(folder)
-        peft.get_peft_model(reload(Path(base)), config).save_pretrained(folder)
+        peft.get_peft_model(reload(Path(base)), deepcopy(config)).save_pretrained(folder)  # PEFT notes the base in it
         return folder
 
     return edit

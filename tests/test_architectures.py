@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 import merging
 
+pytestmark = pytest.mark.exhaustive
+
 # Checkpoints come in all three precisions; the rest of the table is float32.
 BF16 = {"llama", "llama-tied", "gemma3", "mixtral", "qwen3-moe", "gpt-oss", "t5-gated", "mamba", "resnet", "qwen2-vl"}
 FP16 = {"phi3", "whisper"}

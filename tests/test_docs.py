@@ -87,6 +87,7 @@ def asks_the_hub(line: str) -> bool:
     return " org/" in line or " me/" in line or " hub:" in line
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("models")
 @pytest.mark.parametrize("line", [line for line in COMMANDS if merges(line)])
 def test_commands_work(line: str, workplace: Path) -> None:
@@ -98,6 +99,7 @@ def test_commands_work(line: str, workplace: Path) -> None:
     assert made or "--dry-run" in line or line.startswith("merge compare ")
 
 
+@pytest.mark.exhaustive
 def test_verdict_is_what_is_shown(workplace: Path) -> None:
     """And the table beside it names every program."""
     said("merge --method linear a b -o merged")
@@ -107,11 +109,13 @@ def test_verdict_is_what_is_shown(workplace: Path) -> None:
     assert re.findall(r"^\| `(.*?)` \| [\w. ]+ \|", README, re.MULTILINE)[: len(PROGRAMS)] == list(PROGRAMS)
 
 
+@pytest.mark.exhaustive
 def test_comparison_is_what_is_shown(workplace: Path) -> None:
     line, shown = re.findall(r"<!-- compare -->\n```text\n\$ (.*?)\n(.*?)```", README, re.DOTALL)[0]
     assert said(line) == shown
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("models")
 def test_commands_of_a_store_work(workplace: Path) -> None:
     """One after the other, on one store."""
@@ -124,6 +128,7 @@ def test_commands_of_a_store_work(workplace: Path) -> None:
     assert (workplace / "merged" / "model.safetensors").is_file()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("models")
 def test_commands_of_a_pool_work(workplace: Path) -> None:
     """One after the other, on one pool."""
@@ -134,6 +139,7 @@ def test_commands_of_a_pool_work(workplace: Path) -> None:
     assert (workplace / "pool.png").stat().st_size > 10_000
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("models")
 def test_commands_of_recycling_work(workplace: Path) -> None:
     """With the shipped adapters, a task of a few words, and hardly any training."""
@@ -152,6 +158,7 @@ def test_commands_of_recycling_work(workplace: Path) -> None:
     assert (workplace / "recycled-2" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("models")
 def test_commands_of_packs_work(workplace: Path) -> None:
     """One after the other, on a fine-tune of which two tensors differ from the base."""
@@ -172,6 +179,7 @@ def test_commands_of_packs_work(workplace: Path) -> None:
     assert torch.allclose(unpacked[name], tensors[name], atol=1e-7)
 
 
+@pytest.mark.exhaustive
 def test_commands_of_the_hub_work(hub: Hub, tmp_path: Path) -> None:
     """One after the other, with a Hub that holds what they name."""
     base, tuned = tiny.checkpoint(tmp_path / "local", 2)

@@ -38,7 +38,7 @@ from merging.errors import InputError, MergingError
 from merging.inspect import inspect
 from merging.sources.diffusion_names import known_names
 
-pytestmark = QUIRKS
+pytestmark = [*QUIRKS, pytest.mark.exhaustive]
 
 WEIGHTS = (0.7, -0.4)
 

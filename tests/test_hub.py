@@ -21,6 +21,8 @@ from merging.errors import InputError
 from merging.hub.address import Address, hub_address
 from merging.licences import licence_sentence, strictest
 
+pytestmark = pytest.mark.exhaustive
+
 SHAPE = {"layers": 6, "width": 32, "vocab": 64}
 ADAPTERS = Path(__file__).parents[1] / "examples" / "adapters"
 

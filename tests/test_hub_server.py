@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import pytest
 import torch
 from hub_fixture import Hub
 from safetensors.torch import save
+
+pytestmark = pytest.mark.exhaustive
 
 WEIGHTS = save({"weight": torch.arange(5000, dtype=torch.float32), "half": torch.zeros(3, 2, dtype=torch.bfloat16)})
 

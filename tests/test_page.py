@@ -17,6 +17,8 @@ from merging.geometry import compare
 from merging.geometry.pictures import page
 from merging.report import Page
 
+pytestmark = pytest.mark.exhaustive
+
 image = pytest.importorskip("matplotlib.image")
 
 SECTIONS = ["Models", "Angles", "Sizes", "Signs", "Subspaces", "Intruder dimensions"]

@@ -36,7 +36,7 @@ from merging.recycling.settings import Settings
 from merging.recycling.training import Course
 from merging.recycling.training import train as tune
 
-pytestmark = QUIRKS
+pytestmark = [*QUIRKS, pytest.mark.exhaustive]
 
 ROWS = {"base", "few-shot LoRA", SINGLE, AVERAGE, MERGE, *(control.title for control in CONTROLS.values())}
 

@@ -17,6 +17,7 @@ from merging.errors import OptionError
 from merging.serving import Finding, verify
 
 pytestmark = [
+    pytest.mark.exhaustive,
     *QUIRKS,
     *TYPES,
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),

@@ -22,7 +22,7 @@ from merging.cli.verifying import verify_command
 from merging.errors import InputError, OptionError
 from merging.serving import PROGRAMS, verify
 
-pytestmark = QUIRKS
+pytestmark = [*QUIRKS, pytest.mark.exhaustive]
 
 
 def run(*words: object) -> Result:

@@ -22,6 +22,8 @@ from stores import PATIENCE, export, until
 
 from merging.continual import ContinualStore
 
+pytestmark = pytest.mark.exhaustive
+
 TRIES = 6
 """Failures of a request that are stood, at once where the Hub asks for no patience."""
 
