@@ -20,6 +20,7 @@ from merging.delta import LowRank
 from merging.errors import InputError, OptionError
 from merging.landing import Landing, check_destination
 from merging.linalg import factored_svd, safe_ratio
+from merging.plan.to_adapter import common_shape
 from merging.sources import Adapter, open_model
 from merging.sources.adapter import Change
 from merging.sources.stored import Out
@@ -141,11 +142,8 @@ def _modules(adapters: Sequence[Adapter]) -> tuple[list[str], list[str]]:
             notices.append(
                 f"{adapter.path}: {left[0]} and {len(left) - 1} others are no linear layers in factors: left out"
             )
-        sizes = {name: adapter.changes[name].shape for name in targets if name in adapter.changes}
-        for name, shape in sizes.items():
-            other = next(each for each in adapters if name in each.changes).changes[name].shape
-            if other != shape:
-                raise InputError(f"{adapter.path}: {name} is {list(shape)}, and {list(other)} in {adapters[0].path}")
+    for name in targets:
+        common_shape(name, [adapter.changes.get(name) for adapter in adapters], adapters)
     return targets, notices
 
 

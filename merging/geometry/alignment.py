@@ -20,7 +20,7 @@ from merging.layers import Stacks
 from merging.parameters import all_matching
 from merging.plan import Item, Plan, plan_of
 from merging.plan.checks import check_bases, check_packed
-from merging.plan.to_adapter import adapter_targets
+from merging.plan.to_adapter import adapter_targets, common_shape
 from merging.recipe import Recipe, make_recipe
 from merging.site import site_of
 from merging.sources import Adapter, Checkpoint, open_model
@@ -122,7 +122,7 @@ def _without_base(recipe: Recipe, models: Sequence[Adapter | Checkpoint]) -> Pla
     for name, changes in targets.changes.items():
         if name in left:
             continue
-        shape = _common_shape(name, changes, adapters)
+        shape = common_shape(name, changes, adapters)
         turned = any(each.is_transposed(shape) for each in changes if each)
         site = site_of(name, shape, stacks, turned)
         if any(each.kind == "experts" for each in changes if each):
@@ -131,17 +131,6 @@ def _without_base(recipe: Recipe, models: Sequence[Adapter | Checkpoint]) -> Pla
     keys = tuple(map(str, range(len(adapters))))
     notices = tuple(notice for adapter in adapters for notice in adapter.notices)
     return Plan(recipe, tuple(adapters), None, keys, "adapter", False, tuple(items), notices=notices)
-
-
-def _common_shape(name: str, changes: Sequence[Change | None], adapters: Sequence[Adapter]) -> tuple[int, ...]:
-    first, *others = [(change, adapter) for change, adapter in zip(changes, adapters, strict=True) if change]
-    for change, adapter in others:
-        if not change.fits(first[0].shape):
-            raise InputError(
-                f"{name} is {first[0].shape} in {first[1].path} and {change.shape} in {adapter.path}: they were "
-                f"trained on bases of different sizes"
-            )
-    return first[0].shape
 
 
 def factored(item: Item) -> bool:

@@ -22,7 +22,7 @@ from merging.sources.adapter import Change
 from merging.sources.stored import DTYPE_NAMES, Out, Stored
 from merging.sources.tokens import TokenRows, TokenTable
 
-__all__ = ["Targets", "adapter_items", "adapter_targets"]
+__all__ = ["Targets", "adapter_items", "adapter_targets", "common_shape"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,11 @@ def adapter_items(
     merged = {name: changes for name, changes in targets.changes.items() if name not in left}
     labels = targets.labels
     kind = DTYPES[recipe.dtype] if recipe.dtype else _widest(merged.values())
-    shapes = {name: _shape(name, changes, adapters, targets.resolver) for name, changes in merged.items()}
+    resolver = targets.resolver
+    shapes = {
+        name: resolver.shape(name) if resolver else common_shape(name, changes, adapters)
+        for name, changes in merged.items()
+    }
     low = {name for name, changes in merged.items() if _is_lora(changes)}
     if not recipe.rank:
         _refuse_full_rank(merged, low, adapters)
@@ -192,11 +196,11 @@ def _widest(targets: Iterable[tuple[Change | None, ...]]) -> str:
     return DTYPE_NAMES[widest]
 
 
-def _shape(
-    name: str, changes: tuple[Change | None, ...], adapters: Sequence[Adapter], resolver: Resolver | None
-) -> tuple[int, ...]:
-    if resolver is not None:
-        return resolver.shape(name)
+def common_shape(name: str, changes: Sequence[Change | None], adapters: Sequence[Adapter]) -> tuple[int, ...]:
+    """The shape of the tensor that adapters (each at the place of its change) change, as they tell it.
+
+    Raises :class:`~merging.errors.InputError` where they do not agree.
+    """
     first, *others = [(change, adapter) for change, adapter in zip(changes, adapters, strict=True) if change]
     for change, adapter in others:
         if not change.fits(first[0].shape):
