@@ -22,7 +22,7 @@ _MATRIX = 12
 _PAIRS = 20
 
 
-@click.command(name="compare", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command(name="compare")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--base", help="the model that the others were trained from; full checkpoints need it")
 @click.option(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["compress_command", "decompress_command"]
 
 
-@click.command(name="compress", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command(name="compress")
 @click.argument("model")
 @click.option("-o", "--output", required=True, type=click.Path(), help="the pack, a .safetensors file")
 @click.option("--base", help="what a full model was trained from; of an adapter's it is noted")
@@ -68,10 +68,13 @@ def _print(found: Compressed) -> None:
     click.echo("  what that means for its task only a measurement tells: evaluate the pack's model again")
 
 
-@click.command(name="decompress", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command(name="decompress")
 @click.argument("pack")
 @click.option("-o", "--output", required=True, type=click.Path(), help="a folder, or a file for a bare adapter")
 @click.option("--base", help="what the full model was trained from; adapters need none")
+@click.option(
+    "--allow-different-bases", is_flag=True, help="add it to a base of other content than it was packed beside"
+)
 @click.option("--overwrite", is_flag=True, help="replace an existing output")
 @click.option("--progress/--quiet", default=None, help="progress bar on stderr  [default: on a terminal]")
 @click.option("--json", "as_json", is_flag=True, help="print as JSON")

@@ -68,7 +68,11 @@ _COMMANDS = [
     recycle_command,
     continual_command,
 ]
-cli = Merge(name="merge", commands=_COMMANDS)
+cli = Merge(
+    name="merge",
+    commands=_COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ _licences = click.option(
 )
 
 
-@click.group(name="pool", context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(name="pool")
 def pool_command() -> None:
     """Adapters of one base that others left: audited, without repeats, indexed.
 
@@ -77,7 +77,7 @@ def build_command(
     A PATH is an adapter, a folder of adapters, or one on the Hub. A build that was interrupted goes on when it is
     started again.
     """
-    with reported(debug):
+    with reported(debug, lambda: _standing(pool)):
         from dataclasses import replace
 
         from merging.errors import OptionError
@@ -87,6 +87,7 @@ def build_command(
 
         if not paths and not hub and not query:
             raise OptionError("which adapters? Name paths, or use --hub or --query")
+        candidates = [each for path in paths for each in candidates_in(path)]
         if (pool / "pool.sqlite").is_file():
             opened = Pool(pool)
             if base is not None and base != opened.base and str(Path(base).resolve()) != opened.base:
@@ -96,7 +97,6 @@ def build_command(
             raise OptionError(f"{pool}: is a new pool: say with --base which model its adapters were trained from")
         else:
             opened = Pool.create(pool, base, base_names)
-        candidates = [each for path in paths for each in candidates_in(path)]
         if hub:
             repo = next((name for name in opened.base_names if name.count("/") == 1 and "@" not in name), None)
             if repo is None:
@@ -166,15 +166,18 @@ def show_command(pool: Path, name: str, as_json: bool, debug: bool) -> None:
 @_json
 @_debug
 def audit_command(pool: Path, names: tuple[str, ...], as_json: bool, debug: bool) -> None:
-    """Audit adapters of the pool anew, from where they came; without a NAME all of them."""
-    with reported(debug):
+    """Audit adapters of the pool anew, from where they came; without a NAME all of them.
+
+    NAME is as `list` prints it, or the end of it.
+    """
+    with reported(debug, lambda: _standing(pool)):
         from merging.pool import Pool
         from merging.pool.audit import Candidate
 
         opened = Pool(pool)
         entries = [opened.index.entry(name) for name in names] or opened.index.entries()
         candidates = [Candidate(e.name, e.owner, e.created, e.downloads) for e in entries]
-        built = opened.build(candidates, again=True)
+        built = opened.build(candidates, again=True, tell=_tell)
     _told(pool, built.verdicts, as_json)
 
 
@@ -191,14 +194,14 @@ def dedupe_command(
     with reported(debug):
         from merging.pool import Pool
 
-        verdicts = Pool(pool).dedupe(owner_cap, allow_unknown_licence)
+        verdicts = Pool(pool).dedupe(owner_cap, allow_unknown_licence, tell=_tell)
     _told(pool, verdicts, as_json)
 
 
 @pool_command.command(name="smoke")
 @_pool
 @click.option("--texts", type=click.Path(), help="plain texts of your own, one a line  [default: 24 English ones]")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto")
 @click.option("--again", is_flag=True, help="also those that were tested before")
 @_json
 @_debug
@@ -208,7 +211,7 @@ def smoke_command(pool: Path, texts: str | None, device: str, again: bool, as_js
     A language model is destroyed where plain text has over 3 times its perplexity, another where it hardly tells texts
     apart. A test that was interrupted goes on when it is started again.
     """
-    with reported(debug):
+    with reported(debug, lambda: _standing(pool)):
         from merging.pool import Pool
         from merging.pool.smoke import read_texts
 
@@ -220,14 +223,18 @@ def smoke_command(pool: Path, texts: str | None, device: str, again: bool, as_js
 @pool_command.command(name="remove")
 @_pool
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@_json
 @_debug
-def remove_command(pool: Path, names: tuple[str, ...], debug: bool) -> None:
-    """Forget adapters, and delete their files."""
+def remove_command(pool: Path, names: tuple[str, ...], as_json: bool, debug: bool) -> None:
+    """Forget adapters, and delete their files; NAME as `list` prints it, or the end of it."""
     with reported(debug):
         from merging.pool import Pool
 
-        Pool(pool).remove(names)
-    click.echo(f"{pool}: {len(names)} removed")
+        removed = Pool(pool).remove(names)
+    if as_json:
+        click.echo(json.dumps({"pool": str(pool), "removed": removed}, indent=2))
+    else:
+        click.echo(f"{pool}: {len(removed)} removed")
 
 
 @pool_command.command(name="stats")
@@ -261,6 +268,11 @@ def plot_command(pool: Path, output: str, debug: bool) -> None:
 
         plot(Pool(pool), output)
     click.echo(output)
+
+
+def _standing(pool: Path) -> str:
+    known = (pool / "pool.sqlite").is_file()
+    return "what was found so far is kept, and the same command goes on" if known else "nothing was written"
 
 
 def _tell(entry: Entry) -> None:

@@ -34,11 +34,7 @@ class RecycleCommand(click.Command):
         return super().parse_args(ctx, args)
 
 
-@click.command(
-    cls=RecycleCommand,
-    name="recycle",
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
+@click.command(cls=RecycleCommand, name="recycle")
 @click.argument("pool", nargs=-1, required=True, metavar="POOL...")
 @click.option("--base", required=True, help="the model that the adapters belong to: a folder, or ORG/NAME on the Hub")
 @click.option("--train", required=True, type=click.Path(), help="examples to tune on, as JSON lines; 100 will do")

@@ -15,8 +15,11 @@ __all__ = ["route_command"]
 @click.command(name="route")
 @click.argument("models", nargs=-1, required=True, metavar="ADAPTER...")
 @click.option("-o", "--output", required=True, type=click.Path(), help="a .safetensors file")
-@click.option("--kind", type=click.Choice(["arrow", "spectr"]), default="arrow", show_default=True)
+@click.option(
+    "--kind", type=click.Choice(["arrow", "spectr"]), default="arrow", show_default=True, help="what of each change"
+)
 @click.option("--normalise", is_flag=True, help="spectr: do not let larger changes win")
+@click.option("--allow-different-bases", is_flag=True, help="take adapters that state different bases")
 @click.option("--overwrite", is_flag=True, help="replace an existing output")
 @click.option("--json", "as_json", is_flag=True, help="print the outcome as JSON")
 @click.option("--debug", is_flag=True, help="show a traceback with errors")

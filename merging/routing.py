@@ -20,6 +20,7 @@ from merging.delta import LowRank
 from merging.errors import InputError, OptionError
 from merging.landing import Landing, check_destination
 from merging.linalg import factored_svd, safe_ratio
+from merging.plan.checks import check_bases
 from merging.plan.to_adapter import common_shape
 from merging.sources import Adapter, open_model
 from merging.sources.adapter import Change
@@ -64,6 +65,7 @@ def export_prototypes(
     *,
     kind: Kind = "arrow",
     normalise: bool = False,
+    allow_different_bases: bool = False,
     overwrite: bool = False,
 ) -> Routed:
     """Write the prototypes of adapters into one safetensors file.
@@ -71,13 +73,13 @@ def export_prototypes(
     Each module that some adapter changes by low-rank factors has a float32 tensor ``MODULE.prototypes`` ``[adapters, k,
     in]``, zeros where an adapter does not change it or has a smaller rank. The metadata name the ``kind``, the
     ``adapters`` in their order, and the ``ranks``. Convolutions, experts and what is changed in full are left out, with
-    a notice. Raises :class:`~merging.errors.InputError` for what is no adapter, and
-    :class:`~merging.errors.OptionError` for a choice that makes no sense.
+    a notice. Raises :class:`~merging.errors.InputError` for what is no adapter, for adapters that state different bases
+    (unless ``allow_different_bases``), and :class:`~merging.errors.OptionError` for a choice that makes no sense.
     """
     if kind not in ("arrow", "spectr"):
         raise OptionError(f"kind = {kind}: arrow or spectr")
     if normalise and kind == "arrow":
-        raise OptionError("prototypes of arrow have length 1 already: leave normalise out")
+        raise OptionError("prototypes of arrow have length 1 already: leave --normalise out")
     if len(models) < 2:
         raise OptionError(f"{len(models)} adapter: there is nothing to choose among, name two or more")
     names = [str(model) for model in models]
@@ -85,6 +87,7 @@ def export_prototypes(
     if destination.suffix != ".safetensors":
         raise OptionError(f"{output}: prototypes are one file: name it .safetensors")
     adapters = [_opened(model) for model in models]
+    check_bases(adapters, allow_different_bases)
     modules, notices = _modules(adapters)
     width = {name: _prototype_shape(name, adapters, kind) for name in modules}
     outs = [Out(f"{_module(name)}.prototypes", "F32", (len(adapters), *width[name])) for name in modules]
@@ -122,7 +125,12 @@ def _opened(model: str | Path) -> Adapter:
     adapter = open_model(model)
     if not isinstance(adapter, Adapter):
         raise InputError(f"{model}: is a full model, and prototypes are those of adapters")
-    adapter.require_base()
+    for name, change in adapter.changes.items():
+        if change.needs_base:
+            raise InputError(
+                f"{model}: {name}: {change.needs_base}, and prototypes are made of adapters alone: "
+                f"make a LoRA of it first, with merge --method passthrough {model} --base BASE -o LORA"
+            )
     return adapter
 
 

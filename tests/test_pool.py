@@ -198,9 +198,16 @@ def _run(*words: object, code: int = 0) -> str:
     return done.output
 
 
+def _quietly(*words: object) -> str:
+    """What a command prints without what it tells on stderr."""
+    return str(CliRunner().invoke(cli, ["pool", *map(str, words)]).stdout)
+
+
 def test_commands(base: Path, incoming: Path, tmp_path: Path) -> None:
     pool = tmp_path / "pool"
     assert "say with --base" in _run("build", pool, incoming, code=1)
+    assert "there is no such" in _run("build", pool, incoming / "none", "--base", base, code=1)
+    assert not pool.exists()
     told = _run("build", pool, incoming / "plain", incoming / "wide", incoming / "nan", "--base", base)
     assert "2 ok" in told and "1 rejected" in told
     listed = json.loads(_run("list", pool, "--json"))
@@ -208,10 +215,15 @@ def test_commands(base: Path, incoming: Path, tmp_path: Path) -> None:
     assert "NaN" in _run("list", pool, "--verdict", "rejected")
     assert "NaN" in _run("show", pool, "nan")
     assert json.loads(_run("stats", pool, "--json"))["usable"] == 2
-    _run("remove", pool, listed[1]["name"])
+    shutil.copytree(incoming / "plain", tmp_path / "twin")
+    told = _run("build", pool, tmp_path / "twin")
+    assert told.index("ok") < told.index("quarantined") and "has the same content as" in told
+    _run("remove", pool, "twin")
+    removed = json.loads(_run("remove", pool, "plain", listed[1]["name"], "--json"))["removed"]
+    assert removed == [listed[1]["name"]]
     assert len(list((pool / "adapters").iterdir())) == 1
     assert "is not in the pool" in _run("remove", pool, "nothing", code=1)
-    assert json.loads(_run("audit", pool, "--json"))["verdicts"]["ok"] == 1
+    assert json.loads(_quietly("audit", pool, "--json"))["verdicts"]["ok"] == 1
     assert json.loads(_run("dedupe", pool, "--json"))["verdicts"]["ok"] == 1
     _run("plot", pool, "-o", tmp_path / "x.svg")
     assert "<svg" in (tmp_path / "x.svg").read_text()

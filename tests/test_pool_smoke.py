@@ -175,6 +175,7 @@ def test_commands_and_what_cannot_be_run(words: Pool, tmp_path: Path) -> None:
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(FormatError, match="UTF-8"):
         read_texts(tmp_path / "bytes.txt")
+    assert "use cpu, cuda" in run(words.path, "--device", "gpu", code=1)
     assert "1 quarantined" in run(words.path)
     bare = tmp_path / "bare"
     shutil.copytree(Path(words.base), bare)

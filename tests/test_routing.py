@@ -103,12 +103,18 @@ def test_what_cannot_be_routed(adapters: list[Path], tmp_path: Path) -> None:
         export_prototypes([adapters[0], base], out)
     with pytest.raises(OptionError, match=r"name it \.safetensors"):
         export_prototypes(adapters, tmp_path / "p")
-    with pytest.raises(OptionError, match="leave normalise out"):
+    with pytest.raises(OptionError, match="leave --normalise out"):
         export_prototypes(adapters, out, normalise=True)
     model = peft.get_peft_model(reload(base), peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[]))
     model.save_pretrained(tmp_path / "ia3")
-    with pytest.raises(InputError, match=r"give the base|nothing to route by"):
+    with pytest.raises(InputError, match=r"merge --method passthrough .*ia3 --base BASE"):
         export_prototypes([tmp_path / "ia3", tmp_path / "ia3"], out)
+    other = train(tmp_path / "other", base, 4, QV)
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "another/model"}))
+    with pytest.raises(InputError, match="different bases"):
+        export_prototypes([adapters[0], other], out)
+    assert export_prototypes([adapters[0], other], tmp_path / "q.safetensors", allow_different_bases=True).modules == 4
     broken = train(tmp_path / "nan", base, 3, QV)
     edit_tensors(broken, lambda t: {name: value * float("nan") for name, value in t.items()})
     with pytest.raises(InputError, match="NaN"):

@@ -11,7 +11,7 @@ from .telling import log_command, plot_command, status_command
 __all__ = ["continual_command"]
 
 
-@click.group(name="continual", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(name="continual")
 def continual_command() -> None:
     """Merge models as they arrive, one step each, in constant memory, without keeping the old ones.
 

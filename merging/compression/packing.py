@@ -216,14 +216,15 @@ def decompress(
     output: str | Path,
     *,
     base: str | Path | None = None,
+    allow_different_bases: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Decompressed:
     """Write what a pack holds as an ordinary adapter, in the format that it was in, or as a full model.
 
     An adapter is a folder, or a bare file where ``output`` ends in ``.safetensors``; its tensors are just those that
-    the pack is read as. A full model is its ``base`` with the changes added. Raises
-    :class:`~merging.errors.MergingError`, and leaves nothing behind then.
+    the pack is read as. A full model is its ``base`` with the changes added, which has the content that the pack notes
+    unless ``allow_different_bases``. Raises :class:`~merging.errors.MergingError`, and leaves nothing behind then.
     """
     destination, opened = Path(output), open_model(pack)
     if not isinstance(opened, Adapter) or not recognises(open_tensors(opened.files[0])[0]):
@@ -233,7 +234,13 @@ def decompress(
             known = f" ({opened.base})" if opened.base else ""
             raise InputError(f"{pack}: holds what a full model changed: give its base{known} with --base")
         made = merge(
-            [pack], method="task_arithmetic", base=str(base), output=destination, overwrite=overwrite, progress=progress
+            [pack],
+            method="task_arithmetic",
+            base=str(base),
+            output=destination,
+            allow_different_bases=allow_different_bases,
+            overwrite=overwrite,
+            progress=progress,
         )
         return Decompressed(made.path, "model", made.tensors, made.bytes, made.notices)
     if base is not None:

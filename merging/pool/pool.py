@@ -117,8 +117,9 @@ class Pool:
         """Audit what is new (with ``again`` everything), keep what is worth it, and compare all with all.
 
         ``owner_cap`` (ten at first) and ``allow_unknown_licence`` (no at first) are remembered for later calls.
-        ``tell`` is told of every adapter that was audited. Raises :class:`~merging.errors.MergingError` for what is
-        wrong with the pool, its base, or the network, never for an adapter: what is wrong with one is a finding.
+        ``tell`` is told of every adapter that was audited, and of those whose verdict the comparison changes. Raises
+        :class:`~merging.errors.MergingError` for what is wrong with the pool, its base, or the network, never for an
+        adapter: what is wrong with one is a finding.
         """
         audited = 0
         with self._writing():
@@ -138,14 +139,20 @@ class Pool:
                 audited += 1
                 if tell:
                     tell(entry)
-            self._compare(base)
+            self._compare(base, tell)
         return Built(audited, self.verdicts())
 
-    def dedupe(self, owner_cap: int | None = None, allow_unknown_licence: bool | None = None) -> dict[str, int]:
-        """Compare all with all anew: norms, repeats, licences, owners. Returns the verdicts."""
+    def dedupe(
+        self,
+        owner_cap: int | None = None,
+        allow_unknown_licence: bool | None = None,
+        *,
+        tell: Callable[[Entry], None] | None = None,
+    ) -> dict[str, int]:
+        """Compare all with all anew, and ``tell`` what verdicts this changes. Returns the verdicts."""
         with self._writing():
             self._remember(owner_cap, allow_unknown_licence)
-            self._compare(_open_base(self.base))
+            self._compare(_open_base(self.base), tell)
         return self.verdicts()
 
     def smoke(
@@ -169,15 +176,13 @@ class Pool:
             waiting = [entry for entry in self.index.entries() if entry.folder and (again or not entry.smoked)]
             waiting = [entry for entry in waiting if entry.usable or entry.smoked]
             if waiting:
-                test, resolver = (
-                    SmokeTest(self.base, source, texts or TEXTS, device),
-                    Resolver(source.tensors, source.config),
-                )
+                test = SmokeTest(self.base, source, texts or TEXTS, device)
+                resolver = Resolver(source.tensors, source.config)
                 for entry in waiting:
                     self._smoke(entry, test, resolver)
                     if tell:
                         tell(self.index.entry(entry.name))
-            self._compare(source)
+            self._compare(source, tell)
         return self.verdicts()
 
     def _smoke(self, entry: Entry, test: SmokeTest, resolver: Resolver) -> None:
@@ -189,11 +194,13 @@ class Pool:
             findings, figures = [Finding("smoke", "ok", f"could not be run: {error}")], {}
         self.index.note_findings(entry.name, "smoke", findings, {"smoked": 1.0, **figures})
 
-    def remove(self, names: Sequence[str]) -> None:
-        """Forget adapters, and delete the files that no other one has."""
+    def remove(self, names: Sequence[str]) -> list[str]:
+        """Forget adapters, and delete the files that no other one has. Returns their names in full."""
         with self._writing():
-            self.index.remove([self.index.entry(name).name for name in names])
+            removed = list(dict.fromkeys(self.index.entry(name).name for name in names))
+            self.index.remove(removed)
             self._sweep()
+        return removed
 
     def _remember(self, owner_cap: int | None, allow_unknown_licence: bool | None) -> None:
         if owner_cap is not None:
@@ -203,8 +210,9 @@ class Pool:
         if allow_unknown_licence is not None:
             self.index.note(allow_unknown_licence=str(allow_unknown_licence))
 
-    def _compare(self, base: Checkpoint) -> None:
+    def _compare(self, base: Checkpoint, tell: Callable[[Entry], None] | None) -> None:
         """What only the whole pool tells. An owner's places go to adapters that nothing else speaks against."""
+        before = {entry.name: entry.verdict for entry in self.index.entries()}
         cap, licences = int(self.index.fact("owner_cap") or OWNER_CAP), self.index.fact("allow_unknown_licence")
         kept = [entry for entry in self.index.entries() if entry.folder]
         order = sorted(kept, key=lambda entry: (-entry.downloads, entry.created or "", entry.name))
@@ -214,6 +222,9 @@ class Pool:
         self.index.judge("licence", {} if licences == "True" else _unlicensed(kept))
         usable = {entry.name for entry in self.index.entries(("ok", "repaired"))}
         self.index.judge("owners", _over_the_cap([entry for entry in order if entry.name in usable], cap))
+        for entry in self.index.entries():
+            if tell and entry.verdict != before[entry.name]:
+                tell(entry)
 
     def _keep(self, entry: Entry, adapter: Adapter) -> Entry:
         """Copy an adapter's files into the pool, under the hash of its weights and config."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from merging.errors import FormatError, InputError
+from merging.files import pick_device
 from merging.networks import explained, loadable, quiet
 from merging.pool.audit import change_of
 from merging.pool.index import Finding
@@ -82,10 +83,12 @@ class _Said:
 class SmokeTest:
     """The base, loaded whole by transformers, and what it says about a few texts.
 
-    Raises :class:`~merging.errors.InputError` for a base that cannot be loaded or has no tokenizer.
+    Raises :class:`~merging.errors.InputError` for a base that cannot be loaded or has no tokenizer, and
+    :class:`~merging.errors.OptionError` for a device that is not there.
     """
 
     def __init__(self, base: str, source: Checkpoint, texts: Sequence[str] = TEXTS, device: str = "cpu") -> None:
+        place = pick_device(device)
         import transformers
 
         where, options = loadable(base)
@@ -94,7 +97,7 @@ class SmokeTest:
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
             loader = getattr(transformers, str((config.architectures or [""])[0]), transformers.AutoModel)
             self.network = loader.from_pretrained(where, dtype="auto", **options).eval().requires_grad_(False)
-        self.network.to(device)
+        self.network.to(place)
         self.source = source
         self.parameters = dict(self.network.named_parameters())
         given = [tokenizer(text)["input_ids"][:_MOST_TOKENS] for text in texts]
