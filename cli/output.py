@@ -113,8 +113,9 @@ def echo_merged(merged: Merged, plan: Plan) -> None:
     for fact, value in merged.facts.items():
         echo(f"{fact}: {value:.4g}", err=True)
     rank = f" of rank {merged.rank}" if merged.rank else ""
+    models = "1 model" if len(plan.models) == 1 else f"{len(plan.models)} models"
     echo(
-        f"{merged.path}: {_kind(plan)}{rank}, {len(plan.models)} models by {merged.method}, {merged.tensors} tensors, "
+        f"{merged.path}: {_kind(plan)}{rank}, {models} by {merged.method}, {merged.tensors} tensors, "
         f"{size_text(merged.bytes)} in {merged.seconds:.1f} s"
     )
 

@@ -226,11 +226,11 @@ def smoke_command(pool: Path, texts: str | None, device: str, again: bool, as_js
 @_json
 @_debug
 def remove_command(pool: Path, names: tuple[str, ...], as_json: bool, debug: bool) -> None:
-    """Forget adapters, and delete their files; NAME as `list` prints it, or the end of it."""
+    """Forget adapters, delete their files, and compare what is left; NAME as `list` prints it, or the end of it."""
     with reported(debug):
         from merging.pool import Pool
 
-        removed = Pool(pool).remove(names)
+        removed = Pool(pool).remove(names, tell=_tell)
     if as_json:
         click.echo(json.dumps({"pool": str(pool), "removed": removed}, indent=2))
     else:

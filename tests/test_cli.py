@@ -379,8 +379,8 @@ def test_help_and_version() -> None:
         assert "merge run RECIPE" in said
         assert "--weights" not in said.partition("Options:")[2]
     assert ok("--version").stdout == f"merge, version {merging.__version__}\n"
-    for command in ("run", "methods", "inspect"):
-        assert ok(command, "--help").stdout.startswith(f"Usage: merge {command}")
+    for command in cli.commands:
+        assert ok(command, "-h").stdout.startswith(f"Usage: merge {command}")
 
 
 def test_inspect(folder: Path) -> None:

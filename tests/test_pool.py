@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -218,9 +219,11 @@ def test_commands(base: Path, incoming: Path, tmp_path: Path) -> None:
     shutil.copytree(incoming / "plain", tmp_path / "twin")
     told = _run("build", pool, tmp_path / "twin")
     assert told.index("ok") < told.index("quarantined") and "has the same content as" in told
-    _run("remove", pool, "twin")
-    removed = json.loads(_run("remove", pool, "plain", listed[1]["name"], "--json"))["removed"]
+    assert told.endswith("2 ok, 0 repaired, 1 quarantined, 1 rejected\n")
+    removed = json.loads(_quietly("remove", pool, "plain", listed[1]["name"], "--json"))["removed"]
     assert removed == [listed[1]["name"]]
+    assert json.loads(_run("stats", pool, "--json"))["usable"] == 2, "what repeated the one that is gone is free"
+    _run("remove", pool, os.path.relpath(tmp_path / "twin"))
     assert len(list((pool / "adapters").iterdir())) == 1
     assert "is not in the pool" in _run("remove", pool, "nothing", code=1)
     assert json.loads(_quietly("audit", pool, "--json"))["verdicts"]["ok"] == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -186,11 +187,13 @@ class Index:
         return [self._entry(row) for row in self._file.execute(query, tuple(verdicts)).fetchall()]
 
     def entry(self, name: str) -> Entry:
-        """One adapter, by its name or the end of it (``spam`` of ``/home/me/spam``).
+        """One adapter, by its name or the end of it (``spam`` of ``/home/me/spam``), or a path from here to it.
 
         Raises :class:`~merging.errors.InputError` for a name that is not there, or an end of several.
         """
-        row = self._file.execute("SELECT * FROM adapters WHERE name = ?", (name,)).fetchone()
+        here = str(Path(name).expanduser().absolute())
+        rows = "SELECT * FROM adapters WHERE name IN (?, ?) ORDER BY name != ?"
+        row = self._file.execute(rows, (name, os.path.normpath(here), name)).fetchone()
         if row is not None:
             return self._entry(row)
         ending = [known for known in sorted(self.names()) if known.rstrip("/").endswith(f"/{name.rstrip('/')}")]

@@ -173,9 +173,8 @@ class Pool:
 
         with self._writing():
             source = _open_base(self.base)
-            waiting = [entry for entry in self.index.entries() if entry.folder and (again or not entry.smoked)]
-            waiting = [entry for entry in waiting if entry.usable or entry.smoked]
-            if waiting:
+            kept = [entry for entry in self.index.entries() if entry.folder and (again or not entry.smoked)]
+            if waiting := [entry for entry in kept if entry.usable or entry.smoked]:
                 test = SmokeTest(self.base, source, texts or TEXTS, device)
                 resolver = Resolver(source.tensors, source.config)
                 for entry in waiting:
@@ -194,12 +193,13 @@ class Pool:
             findings, figures = [Finding("smoke", "ok", f"could not be run: {error}")], {}
         self.index.note_findings(entry.name, "smoke", findings, {"smoked": 1.0, **figures})
 
-    def remove(self, names: Sequence[str]) -> list[str]:
-        """Forget adapters, and delete the files that no other one has. Returns their names in full."""
+    def remove(self, names: Sequence[str], *, tell: Callable[[Entry], None] | None = None) -> list[str]:
+        """Forget adapters, delete the files that no other one has, and compare what is left. Returns the full names."""
         with self._writing():
-            removed = list(dict.fromkeys(self.index.entry(name).name for name in names))
+            base, removed = _open_base(self.base), list(dict.fromkeys(self.index.entry(name).name for name in names))
             self.index.remove(removed)
             self._sweep()
+            self._compare(base, tell)
         return removed
 
     def _remember(self, owner_cap: int | None, allow_unknown_licence: bool | None) -> None:
