@@ -50,7 +50,7 @@ def pool_command() -> None:
 @click.option("--base-name", "base_names", multiple=True, metavar="ORG/NAME", help="what adapters call this base too")
 @click.option("--hub", is_flag=True, help="the adapters of the base on the Hub")
 @click.option("--query", metavar="hub:...", help="other adapters of the Hub: hub:author=ORG,tag=TAG,search=WORD")
-@click.option("--limit", type=int, default=1000, show_default=True, help="adapters of the Hub, at most")
+@click.option("--limit", type=click.IntRange(1), default=1000, show_default=True, help="adapters of the Hub, at most")
 @click.option("--sort", type=click.Choice(["downloads", "created"]), default="downloads", show_default=True)
 @click.option("--again", is_flag=True, help="audit also what was audited before")
 @_cap
@@ -87,6 +87,9 @@ def build_command(
 
         if not paths and not hub and not query:
             raise OptionError("which adapters? Name paths, or use --hub or --query")
+        asked = parse_query(query) if query else None
+        if query and asked is None:
+            raise OptionError(f"--query {query}: begins with hub:")
         candidates = [each for path in paths for each in candidates_in(path)]
         if (pool / "pool.sqlite").is_file():
             opened = Pool(pool)
@@ -102,10 +105,7 @@ def build_command(
             if repo is None:
                 raise OptionError("--hub: what is the base called on the Hub? Say so with --base-name ORG/NAME")
             candidates += candidates_of(Query(base=repo, limit=limit, sort=sort))
-        if query:
-            asked = parse_query(query)
-            if asked is None:
-                raise OptionError(f"--query {query}: begins with hub:")
+        if asked:
             candidates += candidates_of(replace(asked, limit=min(limit, asked.limit), sort=sort))
         built = opened.build(
             candidates, again=again, owner_cap=owner_cap, allow_unknown_licence=allow_unknown_licence, tell=_tell

@@ -175,6 +175,8 @@ def test_a_model_named_twice() -> None:
         (["x", "x", "y"], ["x #1", "x #2", "y"]),
         (["/m"], ["m"]),
         (["org/one", "other/one"], ["org", "other"]),
+        (["org/one@" + 40 * "a", "org/two@" + 40 * "b"], ["one", "two"]),
+        (["one@" + 40 * "a", "one@" + 40 * "b"], ["one@" + 40 * "a", "one@" + 40 * "b"]),
     ],
 )
 def test_names_are_as_long_as_needed(paths: list[str], names: list[str]) -> None:

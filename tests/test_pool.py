@@ -231,6 +231,13 @@ def test_commands(base: Path, incoming: Path, tmp_path: Path) -> None:
     _run("plot", pool, "-o", tmp_path / "x.svg")
     assert "<svg" in (tmp_path / "x.svg").read_text()
     assert "is no pool" in _run("list", tmp_path, code=1)
+    shutil.rmtree(pool / "adapters")
+    assert "its files are no longer in the pool" in _run("dedupe", pool)
+    assert json.loads(_run("stats", pool, "--json"))["usable"] == 0
+    assert "1 ok" in _run("audit", pool)
+    assert len(list((pool / "adapters").iterdir())) == 1
+    assert "begins with hub:" in _run("build", tmp_path / "other", "--base", base, "--query", "x", code=1)
+    assert not (tmp_path / "other").exists()
     assert "already" in _run("build", pool, incoming, "--base", incoming, code=1)
 
 
@@ -253,6 +260,7 @@ def test_owners_have_so_many_places_and_licences_are_asked_for(
     assert [f.stage for f in found["you/rslora"].findings if f.verdict == "quarantined"] == ["licence"]
     assert found["they/gated"].verdict == "rejected"
     assert "is gated" in found["they/gated"].findings[0].reason
+    assert Pool(tmp_path / "pool").index.entry("you/rslora") == found["you/rslora"]
 
 
 def test_a_build_that_is_killed_goes_on(base: Path, incoming: Path, tmp_path: Path) -> None:

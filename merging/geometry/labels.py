@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import PurePath
 
 __all__ = ["short_names"]
 
+_COMMIT = re.compile("@[0-9a-f]{40}(?=/|$)")
+
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """The shortest endings of the paths that differ, without what they all end in; repeats are numbered."""
+    """The shortest endings of the paths that differ, without what they all end in; repeats are numbered.
+
+    Commits of the Hub are left out where the rest tells the models apart.
+    """
+    bare = [_COMMIT.sub("", path) for path in paths]
+    paths = bare if len(set(bare)) == len(set(paths)) else paths
     parts = [list(PurePath(path).parts) or [path] for path in paths]
     while len(set(paths)) > 1 and all(len(each) > 1 for each in parts) and len({each[-1] for each in parts}) == 1:
         parts = [each[:-1] for each in parts]

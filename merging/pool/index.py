@@ -189,6 +189,8 @@ class Index:
     def entry(self, name: str) -> Entry:
         """One adapter, by its name or the end of it (``spam`` of ``/home/me/spam``), or a path from here to it.
 
+        The commit of one on the Hub may be left out.
+
         Raises :class:`~merging.errors.InputError` for a name that is not there, or an end of several.
         """
         here = str(Path(name).expanduser().absolute())
@@ -196,7 +198,12 @@ class Index:
         row = self._file.execute(rows, (name, os.path.normpath(here), name)).fetchone()
         if row is not None:
             return self._entry(row)
-        ending = [known for known in sorted(self.names()) if known.rstrip("/").endswith(f"/{name.rstrip('/')}")]
+        end = f"/{name.rstrip('/')}"
+        ending = [
+            known
+            for known in sorted(self.names())
+            if any(f"/{each}".endswith(end) for each in (known.rstrip("/"), known.partition("@")[0]))
+        ]
         if len(ending) > 1:
             raise InputError(f"{name}: may be {', '.join(ending[:5])}: write more of it")
         if not ending:

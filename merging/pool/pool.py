@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import shutil
 import tempfile
@@ -12,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
@@ -22,6 +20,7 @@ from merging.plan.resolve import Resolver
 from merging.pool.audit import Auditor, Candidate
 from merging.pool.duplicates import duplicates
 from merging.pool.index import VERDICTS, Entry, Finding, Index
+from merging.pool.judging import missing, outliers, over_the_cap, unlicensed
 from merging.sources import Adapter, Checkpoint, open_model
 
 if TYPE_CHECKING:
@@ -31,9 +30,6 @@ __all__ = ["OWNER_CAP", "Built", "Pool"]
 
 OWNER_CAP = 10
 """Adapters of one owner that merges may choose: a few training services hold most of what is public."""
-
-_OUTLIER = 10.0
-"""A norm so many times the median of the pool, or such a fraction of it, is for someone to look at."""
 
 _FOLDER = "adapters"
 _CONFIG = "adapter_config.json"
@@ -215,13 +211,16 @@ class Pool:
         before = {entry.name: entry.verdict for entry in self.index.entries()}
         cap, licences = int(self.index.fact("owner_cap") or OWNER_CAP), self.index.fact("allow_unknown_licence")
         kept = [entry for entry in self.index.entries() if entry.folder]
+        gone = missing(self.path, kept)
+        kept = [entry for entry in kept if entry.name not in gone]
+        self.index.judge("files", gone)
         order = sorted(kept, key=lambda entry: (-entry.downloads, entry.created or "", entry.name))
         self.index.judge("owners", {})
-        self.index.judge("norms", _outliers(kept))
+        self.index.judge("norms", outliers(kept))
         self.index.judge("duplicates", duplicates(self.path, base, order))
-        self.index.judge("licence", {} if licences == "True" else _unlicensed(kept))
+        self.index.judge("licence", {} if licences == "True" else unlicensed(kept))
         usable = {entry.name for entry in self.index.entries(("ok", "repaired"))}
-        self.index.judge("owners", _over_the_cap([entry for entry in order if entry.name in usable], cap))
+        self.index.judge("owners", over_the_cap([entry for entry in order if entry.name in usable], cap))
         for entry in self.index.entries():
             if tell and entry.verdict != before[entry.name]:
                 tell(entry)
@@ -252,6 +251,7 @@ class Pool:
     def _sweep(self) -> None:
         """Delete files that belong to no adapter: of removed ones, and of a build that was killed."""
         wanted = {Path(entry.folder).parts[1] for entry in self.index.entries() if entry.folder}
+        (self.path / _FOLDER).mkdir(exist_ok=True)
         for folder in (self.path / _FOLDER).iterdir():
             if folder.name not in wanted:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -288,33 +288,3 @@ def _open_base(base: str | Path) -> Checkpoint:
     if isinstance(opened, Adapter):
         raise InputError(f"{base}: is an adapter, and a pool wants the full model that its adapters were trained from")
     return opened
-
-
-def _outliers(entries: Sequence[Entry]) -> dict[str, Finding]:
-    """A finding for each adapter whose norm, relative to what it changes, is far from what is usual in the pool."""
-    sizes = {entry.name: float(entry.figures.get("relative_norm", 0.0)) for entry in entries}
-    usual = median([size for size in sizes.values() if size > 0] or [1.0])
-    found = {}
-    for name, size in sizes.items():
-        if len(entries) >= 5 and size > 0 and abs(math.log(size / usual)) > math.log(_OUTLIER):
-            reason = f"its norm is {size / usual:.2g} times the pool's median: is its alpha what it was trained with?"
-            found[name] = Finding("norms", "quarantined", reason)
-    return found
-
-
-def _unlicensed(entries: Sequence[Entry]) -> dict[str, Finding]:
-    """A finding for each adapter of somebody else's that does not say under which licence."""
-    why = Finding("licence", "quarantined", "states no licence (--allow-unknown-licence takes it all the same)")
-    return {entry.name: why for entry in entries if entry.owner and not entry.licence}
-
-
-def _over_the_cap(entries: Sequence[Entry], cap: int) -> dict[str, Finding]:
-    counted: Counter[str] = Counter()
-    found = {}
-    for entry in entries:
-        if entry.owner:
-            counted[entry.owner] += 1
-            if counted[entry.owner] > cap:
-                reason = f"{entry.owner} has {cap} others here already, and more would be a sample of one trainer"
-                found[entry.name] = Finding("owners", "quarantined", reason)
-    return found
