@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import click
+
+from merging.errors import nearest
 
 from .comparing import compare_command
 from .compressing import compress_command, decompress_command
@@ -48,8 +51,17 @@ class Merge(click.Group):
         """Hand all arguments to the default command, unless the first word names a sub-command."""
         words = list(sys.argv[1:] if args is None else args)
         if not words or words[0] not in self.commands:
+            self._check_spelling(words)
             return merge_command.main(words, **{"prog_name": "merge", **extra})
         return super().main(words, **{"prog_name": "merge", **extra})
+
+    def _check_spelling(self, words: list[str]) -> None:
+        """Refuse a first word that is no file but nearly a sub-command, with no method to merge it by."""
+        if not words or {"-m", "--method"} & set(words) or words[0].startswith("-") or Path(words[0]).exists():
+            return
+        if near := nearest(words[0], self.commands):
+            click.echo(f"Error: {words[0]}: there is no such sub-command, file or folder{near}", err=True)
+            sys.exit(2)
 
 
 merge_command.epilog = EPILOG

@@ -93,7 +93,7 @@ def echo_plan(plan: Plan, destination: Path, threads: int | None, max_memory: in
         click.echo(json.dumps(facts, indent=2))
         return
     rank = f" of rank {plan.rank}" if plan.rank else ""
-    echo(f"{facts['method']}: {len(plan.models)} models into the {_kind(plan)}{rank} {destination}")
+    echo(f"{facts['method']}: {_models(plan)} into the {_kind(plan)}{rank} {destination}")
     echo(f"  reads   {size_text(plan.read_bytes)}")
     echo(f"  writes  {size_text(plan.out_bytes)} in {len(plan.outs)} tensors")
     echo(f"  memory  {size_text(facts['peak_memory_bytes'])} at most for {workers} workers, above the imports")
@@ -113,11 +113,14 @@ def echo_merged(merged: Merged, plan: Plan) -> None:
     for fact, value in merged.facts.items():
         echo(f"{fact}: {value:.4g}", err=True)
     rank = f" of rank {merged.rank}" if merged.rank else ""
-    models = "1 model" if len(plan.models) == 1 else f"{len(plan.models)} models"
     echo(
-        f"{merged.path}: {_kind(plan)}{rank}, {models} by {merged.method}, {merged.tensors} tensors, "
+        f"{merged.path}: {_kind(plan)}{rank}, {_models(plan)} by {merged.method}, {merged.tensors} tensors, "
         f"{size_text(merged.bytes)} in {merged.seconds:.1f} s"
     )
+
+
+def _models(plan: Plan) -> str:
+    return "1 model" if len(plan.models) == 1 else f"{len(plan.models)} models"
 
 
 def _kind(plan: Plan) -> str:

@@ -435,6 +435,10 @@ def test_sizes_as_text() -> None:
 # ---- in a process of its own
 
 
+def test_sub_command_that_is_misspelt(tmp_path: Path) -> None:
+    assert "did you mean 'inspect'?" in refused("inspct", tmp_path, code=2)
+
+
 def test_help_imports_nothing_heavy() -> None:
     script = (
         "import sys\nsys.argv = ['merge', '--help']\nfrom merging.cli.main import main\n"

@@ -19,6 +19,7 @@ from merging.compression.settings import Settings, make_settings
 from merging.errors import InputError, OutputError
 from merging.files import merge, pick_device
 from merging.landing import Landing, check_destination
+from merging.plan.to_adapter import adapter_targets
 from merging.sources import Adapter, Checkpoint, open_model
 from merging.sources.checkpoint import content_key
 from merging.sources.diffusion import WEIGHTS
@@ -104,8 +105,8 @@ def compress(
     one scale: the mean magnitude, which is of least squares, or (``scale="norm"``) so much more that every change
     keeps its norm, or ``alpha`` standard deviations; positions in a Golomb code, or two bitmaps) or
     ``"bands"`` (for models: leading singular directions in the bits that ``bands`` gives them; of embeddings and heads
-    the ``density`` largest entries; vectors as they are). A ``base`` given along with an adapter is only noted, so that
-    the pack is refused beside another.
+    the ``density`` largest entries; vectors as they are). A ``base`` given along with an adapter has to have a
+    place for all that it changes, and is only noted, so that the pack is refused beside another.
 
     Raises :class:`~merging.errors.MergingError`, and leaves nothing behind then.
     """
@@ -117,6 +118,8 @@ def compress(
     settings = make_settings(kind, method, density, coding, alpha, scale, bands)
     _check_pack(destination)
     check_destination(destination, _files(opened, full), 0, overwrite)
+    if isinstance(opened, Adapter) and full is not None:
+        adapter_targets([opened], full)
     brought(opened, progress)
     if full is not None:
         brought(full, progress)

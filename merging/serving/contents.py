@@ -11,7 +11,7 @@ from merging.layers import Stacks
 from merging.plan.to_adapter import adapter_targets
 from merging.serving.rules import Program, Rule
 from merging.serving.subject import Subject
-from merging.sources import Adapter, Checkpoint, open_model
+from merging.sources import Adapter, open_model
 from merging.sources.checkpoint import config_layers
 from merging.sources.peft.config import Config
 from merging.sources.quantised import refuse_quantised
@@ -198,7 +198,9 @@ def _misfit(subject: Subject) -> Iterator[str]:
         base, adapter = open_model(subject.base_path, dequantise=True), open_model(subject.again)
     except MergingError:
         return
-    if isinstance(base, Checkpoint) and isinstance(adapter, Adapter):
+    if isinstance(base, Adapter):
+        yield f"{base.path} is an adapter itself"
+    elif isinstance(adapter, Adapter):
         try:
             adapter_targets([adapter], base)
         except MergingError as error:
