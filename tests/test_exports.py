@@ -610,7 +610,7 @@ def test_command_line(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert json.loads(run(*words, "--dry-run", "--json"))["format"] == "kohya"
     (tmp_path / "recipe.yaml").write_text(run(*words, "--recipe-only"))
     assert "format: kohya\n" in (tmp_path / "recipe.yaml").read_text()
-    assert run(*words).startswith("one.safetensors: kohya adapter of rank 2, 1 models by linear")
+    assert run(*words).startswith("one.safetensors: kohya adapter of rank 2, 1 model by linear")
     assert json.loads(run("run", "recipe.yaml", "-o", "two.safetensors", "--json"))["format"] == "kohya"
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
     assert "adapter (Kohya)" in run("inspect", "one.safetensors")
