@@ -90,7 +90,7 @@ def unchanged(store: Path) -> Iterator[None]:
 
 def run(*words: object) -> Result:
     """Run ``merge continual`` with these words."""
-    return CliRunner().invoke(cli.commands["continual"], [str(word) for word in words])
+    return CliRunner().invoke(cli, ["continual", *map(str, words)])
 
 
 def ok(*words: object) -> str:

@@ -221,7 +221,7 @@ def _notices(problem: Problem, pool: Opened, parts: Split) -> list[str]:
         notices.append(f"{problem.model.cut} texts were longer than {problem.model.limit} tokens and were cut")
     if pool.left_out:
         name, reason = next(iter(pool.left_out.items()))
-        notices.append(f"{len(pool.left_out)} adapters were left out, {name} among them: {reason}")
+        notices.append(f"left out of the pool: {len(pool.left_out)}, {name} among them: {reason}")
     return notices
 
 
