@@ -46,15 +46,17 @@ def share_out(
     lock = threading.Lock()
     patient = stop is None
     stop = stop or threading.Event()
-    begin = threading.Event()  # a thread that is only half started could not be waited for
+    begin = threading.Event()  # nothing is begun before all threads are there: half started ones cannot be waited for
     errors: list[BaseException] = []
     workers = [make_worker() for _ in range(max(1, min(threads, len(units))))]
 
-    def loop(worker: W) -> None:
-        # Every thread merges on its own: torch splitting small operations over more threads would only cost.
+    def loop(worker: W, ended: threading.Event) -> None:
         begin.wait()
-        torch.set_num_threads(1)
         try:
+            if stop.is_set():
+                return
+            # Every thread merges on its own: torch splitting small operations over more threads would only cost.
+            torch.set_num_threads(1)
             with torch.inference_mode(), _stream(device):
                 while not stop.is_set():
                     with lock:
@@ -67,21 +69,25 @@ def share_out(
         except BaseException as error:
             errors.append(error)
             stop.set()
+        finally:
+            ended.set()
 
     before = torch.get_num_threads()
-    running = [threading.Thread(target=loop, args=(worker,), daemon=True) for worker in workers]
+    # Python before 3.13 takes a thread for ended when a signal interrupts its join(), so each says itself when it is.
+    ends = [threading.Event() for _ in workers]
     try:
-        for thread in running:
-            thread.start()
+        for worker, ended in zip(workers, ends, strict=True):
+            threading.Thread(target=loop, args=(worker, ended), daemon=True).start()
         begin.set()
-        for thread in running:
-            while thread.is_alive():  # a signal that comes just before a wait is only seen after it
-                thread.join(_PATIENCE)
+        for ended in ends:
+            while not ended.wait(_PATIENCE):  # a signal that comes just before a wait is only seen after it
+                pass
     except BaseException:
         stop.set()
+        begun = begin.is_set()
         begin.set()
-        if patient:
-            _outlast(running)
+        if patient and begun:
+            _outlast(ends)
         raise
     finally:
         torch.set_num_threads(before)
@@ -90,12 +96,12 @@ def share_out(
     return workers
 
 
-def _outlast(threads: Sequence[threading.Thread]) -> None:
+def _outlast(ends: Sequence[threading.Event]) -> None:
     """Wait for threads that were told to stop, through any further Ctrl-C: what they write to will be removed."""
-    for thread in threads:
-        while thread.is_alive():
+    for ended in ends:
+        while not ended.is_set():
             with suppress(KeyboardInterrupt):
-                thread.join(_PATIENCE)
+                ended.wait(_PATIENCE)
 
 
 def _stream(device: torch.device) -> AbstractContextManager[object]:
