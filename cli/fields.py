@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import click
@@ -12,7 +11,6 @@ import click
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-    from merging.method import Method
 
 __all__ = ["Values", "chain_options", "choices", "field_option"]
 
@@ -42,33 +40,40 @@ def _runs(text: str) -> bool:
     return ":" in text and all(math.isfinite(float(part)) for part in text.split(":"))
 
 
-def chain_options(classes: Sequence[type[Method]], fixed: Collection[str] = ()) -> list[click.Option]:
-    """The options of all links of a chain but the fixed ones; a name that several links share is written with its
-    link's."""
-    from merging.methods import parameters_of
+def chain_options(text: str) -> list[click.Option]:
+    """The options of all links of a chain, with the defaults that it has under this name, but for the fixed ones.
 
-    free = {cls: [field for field in parameters_of(cls) if f"{cls.name}.{field}" not in fixed] for cls in classes}
+    A name that several links share is written with its link's.
+    """
+    from merging.methods import chain, expanded, parameters_of
+
+    fixed = expanded(text)[1]
+    free = {
+        link: [field for field in parameters_of(type(link)) if f"{link.name}.{field}" not in fixed]
+        for link in chain(text).links()
+    }
     every = [field for fields in free.values() for field in fields]
     options = []
-    for cls, fields in free.items():
+    for link, fields in free.items():
         for field in fields:
-            flag = field if every.count(field) == 1 else f"{cls.name}.{field}"
-            options.append(field_option(flag, cls.model_fields[field], f"[{cls.name}] "))
+            flag = field if every.count(field) == 1 else f"{link.name}.{field}"
+            info = type(link).model_fields[field]
+            options.append(field_option(flag, info, f"[{link.name}] ", getattr(link, field)))
     return options
 
 
-def field_option(flag: str, field: FieldInfo, prefix: str = "") -> click.Option:
-    """The option of one field: ``--flag``, or ``--flag / --no-flag`` for a switch. Unset, it passes nothing on."""
+def field_option(flag: str, field: FieldInfo, prefix: str = "", default: object = None) -> click.Option:
+    """The option of one field: ``--flag``, or ``--flag / --no-flag`` for a switch. Unset, it passes nothing on.
+
+    ``default`` is the default to show, the field's own if it is None.
+    """
     from merging.parameters import Gradient
 
     flag = flag.replace("_", "-") if "." not in flag else flag
     name = flag.replace("-", "_").replace(".", "__")
-    default = (
-        ""
-        if field.default is None
-        else f"  [default: {str(field.default).lower() if isinstance(field.default, bool) else field.default}]"
-    )
-    text = prefix + (field.description or "") + default
+    value = field.default if default is None else default
+    shown = str(value).lower() if isinstance(value, bool) else value
+    text = prefix + (field.description or "") + ("" if value is None else f"  [default: {shown}]")
     types_ = [each for each in _alternatives(field.annotation) if each is not type(None)]
     if bool in types_:
         return click.Option([f"--{flag}/--no-{flag}", name], default=None, help=text)

@@ -15,7 +15,10 @@ from .fields import choices
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pydantic.fields import FieldInfo
+
     from merging.method import Method
+    from merging.methods import Alias
 
 __all__ = ["methods_command"]
 
@@ -63,16 +66,38 @@ def methods_command(name: str | None, as_json: bool, markdown: bool) -> None:
 
 
 def _alias(name: str) -> str:
-    from merging.methods import ALIASES
+    from merging.methods import ALIASES, chain, parameters_of
 
     alias = ALIASES[name]
     fixed = [f"{key} = {plainly(value)}" for key, value in alias.fixed.items()]
-    defaults = [f"{key} = {plainly(value)}" for key, value in alias.defaults.items()]
-    lines = [f"{name}: mergekit's name for {alias.chain}", ""]
+    lines = [f"{name}: mergekit's name for {alias.chain}, with mergekit's defaults", ""]
     lines += [f"Fixed: {', '.join(fixed)}."] if fixed else []
-    lines += [f"Defaults as mergekit has them: {', '.join(defaults)}."]
     lines += [f"{alias.hint[0].upper()}{alias.hint[1:]}."] if alias.hint else []
-    return "\n".join([*lines, f"Parameters: merge methods {alias.chain}"])
+    own = [(link, field) for link in chain(name).links() for field in parameters_of(type(link))]
+    for link, field in own:
+        if f"{link.name}.{field}" not in alias.fixed:
+            shared = sum(each == field for _, each in own) > 1
+            label = f"{link.name}.{field}" if shared and field not in _fields_fixed(alias) else field
+            lines.append(_parameter(label, type(link).model_fields[field], getattr(link, field)))
+    return "\n".join([*lines, "", f"More about the methods: merge methods {alias.chain}"])
+
+
+def _fields_fixed(alias: Alias) -> set[str]:
+    return {key.rpartition(".")[2] for key in alias.fixed}
+
+
+def _parameter(name: str, info: FieldInfo, default: object) -> str:
+    among = f" ({' | '.join(choices(info))})" if choices(info) else ""
+    return f"  --{name.replace('_', '-'):14} {info.description}{among}  [default: {plainly(default)}]"
+
+
+def _peer(name: str) -> str:
+    """The settings that do the same as mergekit's method of this name with no parameter given."""
+    from merging.methods import MERGEKIT
+
+    method, parameters = MERGEKIT[name]
+    given = ", ".join(f"{key} = {plainly(value)}" for key, value in parameters.items())
+    return f"mergekit's {name} has other defaults: it is {method} here with {given}."
 
 
 def _choices() -> Iterator[Choice]:
@@ -131,6 +156,8 @@ def _markdown() -> str:
 
 
 def _show(cls: type[Method], as_json: bool) -> None:
+    from merging.methods import MERGEKIT
+
     parameters = {field: info for field, info in cls.model_fields.items() if field != "then"}
     if as_json:
         facts: dict[str, Any] = {"name": cls.name, "summary": cls.summary, "paper": cls.paper}
@@ -143,9 +170,9 @@ def _show(cls: type[Method], as_json: bool) -> None:
     paper = f"{cls.paper}\n" if cls.paper else ""
     click.echo(f"{cls.name}: {cls.summary}\n{paper}\n{inspect.cleandoc(cls.__doc__ or '')}\n")
     for field, info in parameters.items():
-        default = plainly(info.default)
-        among = f" ({' | '.join(choices(info))})" if choices(info) else ""
-        click.echo(f"  --{field.replace('_', '-'):14} {info.description}{among}  [default: {default}]")
+        click.echo(_parameter(field, info, info.default))
+    if cls.name in MERGEKIT:
+        click.echo(f"\n{_peer(cls.name)}")
 
 
 def plainly(value: object) -> str:

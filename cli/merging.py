@@ -34,10 +34,10 @@ class ChainCommand(click.Command):
         written = written_method(args)
         if written is not None:
             with reported():
-                from merging.methods import expanded, links
+                from merging.methods import links
 
                 classes = links(written)
-                self.params = [*self.own, *chain_options(classes, expanded(written)[1])]
+                self.params = [*self.own, *chain_options(written)]
                 _refuse_strangers(self, args, classes, written)
         return super().parse_args(ctx, args)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import merging
+from merging.methods import MERGEKIT
 
 __all__ = [
     "CASES",
@@ -381,6 +382,49 @@ def nearswap(name: str, t: float) -> Case:
     return Case(name, "nearswap", ("a",), {"t": t}, {"t": t}, 5e-16, 1e-7, "base")
 
 
+REQUIRED = {"slerp": {"t": 0.5}, "nearswap": {"t": 0.001}}
+"""Parameters that the peer demands, at our defaults."""
+
+
+def defaults(name: str, models: int = 3, base: str | None = "base") -> Case:
+    """A name of the peer's with no parameter given, but for those that it demands (a weight of 1 among them)."""
+    chain, ours = MERGEKIT.get(name, (name, {}))
+    float64, float32 = {"ramplus_tl": (3e-9, 1e-7), "arcee_fusion": (2e-16, None)}.get(name, (1e-12, 1e-6))
+    if name == "multislerp":
+        float64 = 2e-9
+    peer = REQUIRED.get(name) or ({"weight": 1.0} if name not in WEIGHTLESS else {})
+    case = Case(
+        f"defaults-{name}",
+        chain,
+        ("a", "b", "c")[:models],
+        dict(ours),
+        peer,
+        float64,
+        float32,
+        base,
+        peer_method=name,
+        exact=False,
+        places=PLACES[:1],
+    )
+    return replace(case, edges=arcee(name).edges) if name == "arcee_fusion" else case
+
+
+WEIGHTLESS = ("karcher", "sce", "ram", "ramplus_tl", "model_stock", "arcee_fusion", "passthrough")
+DEFAULTS = (
+    defaults("linear", base=None),
+    defaults("passthrough", 1, base=None),
+    defaults("karcher", base=None),
+    defaults("slerp", 2, base=None),
+    defaults("nuslerp", 2, base=None),
+    defaults("multislerp", base=None),
+    defaults("arcee_fusion", 2, base=None),
+    defaults("nearswap", 1),
+    *(defaults(name) for name in ("task_arithmetic", "ties", "sce", "ram", "ramplus_tl", "model_stock")),
+    *(defaults(name) for name in ("dare_linear", "dare_ties", "della", "della_linear")),
+    *(defaults(name) for name in ("breadcrumbs", "breadcrumbs_ties")),
+)
+"""All twenty names, so that the defaults that the list of methods tells of are the peer's."""
+
 CLASSIC = {"self_attn": "0:0.5:0.3:0.7:1", "mlp": "1:0.5:0.7:0.3:0", "*": 0.5}
 LISTED = (
     linear("linear-2", 0.5, 0.5),
@@ -435,6 +479,7 @@ LISTED = (
     model_stock("model-stock", "a", "b", "c", filter_wise=False),
     model_stock("model-stock-filters", "a", "b", "c", filter_wise=True),
     nearswap("nearswap", 0.001),
+    *DEFAULTS,
 )
 CASES = {case.name: case for case in LISTED}
 assert len(CASES) == len(LISTED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -335,7 +336,14 @@ def test_names_of_the_peer(tmp_path: Path) -> None:
     """They are chains, with what the peer fixes fixed."""
     said = ok("methods", "dare_ties").stdout
     assert "mergekit's name for dare+ties" in said
-    assert "Fixed: ties.density = 1.\nDefaults as mergekit has them: dare.rescale = l1, ties.normalize = false" in said
+    assert "Fixed: ties.density = 1.\n" in said
+    for option, default in {"drop": "0", "rescale": "l1", "normalize": "false", "vote": "weighted"}.items():
+        assert re.search(rf"--{option} .*\[default: {default}\]", said), option
+    assert "mergekit's ties has other defaults: it is ties here with density = 1, scope = tensor" in (
+        ok("methods", "ties").stdout
+    )
+    shown = " ".join(ok("--method", "dare_ties", "--help").stdout.split())
+    assert re.search(r"--drop NUMBERS [^-]*\[default: 0\.0\]", shown)
     said = ok("--method", "breadcrumbs_ties", "--help").stdout
     assert "--density" in said
     assert "ties.density" not in said

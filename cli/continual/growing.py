@@ -29,12 +29,11 @@ class InitCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Take the method's options in before the rest is read."""
-        from merging.methods import links
 
         from ..fields import chain_options
 
         with reported():
-            self.params = [*self.own, *chain_options(links(written_method(args) or "opcm"))]
+            self.params = [*self.own, *chain_options(written_method(args) or "opcm")]
         return super().parse_args(ctx, args)
 
 

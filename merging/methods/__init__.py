@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ALIASES",
     "GROUPS",
+    "MERGEKIT",
     "METHODS",
     "Alias",
     "Listed",
@@ -100,22 +101,29 @@ class Alias:
     hint: str = ""
 
 
-_SUM = {"ties.normalize": False, "ties.vote": "weighted", "ties.zero": "plus"}
+_VOTES = {"ties.vote": "weighted", "ties.zero": "plus"}
+_SUM = {"ties.normalize": False, **_VOTES}
+_DARE = {"dare.drop": 0.0, "dare.rescale": "l1"}
 
 ALIASES: dict[str, Alias] = {
-    "dare_linear": Alias(
-        "dare+task_arithmetic", {}, {"dare.rescale": "l1"}, "mergekit's density is 1 - drop: use drop instead"
-    ),
+    "dare_linear": Alias("dare+task_arithmetic", {}, _DARE, "mergekit's density is 1 - drop: use drop instead"),
     "dare_ties": Alias(
-        "dare+ties",
-        {"ties.density": 1.0},
-        {"dare.rescale": "l1", **_SUM},
-        "mergekit's density is 1 - drop: use drop instead",
+        "dare+ties", {"ties.density": 1.0}, {**_DARE, **_SUM}, "mergekit's density is 1 - drop: use drop instead"
     ),
-    "della_linear": Alias("della+task_arithmetic", {}, {"della.rescale": "l1"}),
-    "breadcrumbs_ties": Alias("breadcrumbs+ties", {"ties.density": 1.0}, _SUM),
+    "della_linear": Alias("della+task_arithmetic", {}, {"della.density": 1.0, "della.rescale": "l1"}),
+    "breadcrumbs_ties": Alias("breadcrumbs+ties", {"ties.density": 1.0}, {"breadcrumbs.density": 1.0, **_SUM}),
 }
-"""mergekit's names, with its defaults, in which TIES trims nothing more."""
+"""mergekit's names for chains, with its defaults: nothing is dropped unless a density or drop is given."""
+
+MERGEKIT: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "breadcrumbs": ("breadcrumbs+task_arithmetic", {"breadcrumbs.density": 1.0}),
+    "della": ("della+ties", {"della.density": 1.0, "della.rescale": "l1", "ties.density": 1.0, **_VOTES}),
+    "ram": ("ram", {"epsilon": 1e-5, "relative": False}),
+    "ramplus_tl": ("ramplus_tl", {"epsilon": 1e-5, "relative": False}),
+    "sce": ("sce", {"density": 1.0, "select": "deltas"}),
+    "ties": ("ties", {"density": 1.0, "scope": "tensor", "vote": "weighted", "zero": "plus"}),
+}
+"""Names that mergekit has too, with other defaults: the chain and the parameters that do the same as its name alone."""
 
 
 def method_class(name: str) -> type[Method]:

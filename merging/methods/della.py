@@ -24,7 +24,8 @@ class Della(Dropping):
     """MAGPRUNE: within each row an entry is kept with a probability that grows with the rank of its magnitude.
 
     The smallest of a row is kept with probability density - epsilon, the largest with density + epsilon, those between
-    in even steps (a vector is one row; rows as they lie in memory; equal magnitudes rank by position). Kept entries are
+    in even steps (a vector is one row; rows as they lie in memory; equal magnitudes rank by position). A density of 1
+    keeps every entry, whatever epsilon (as mergekit does; the paper has no such case). Kept entries are
     divided by their own probability, so that the expectation stays (`rescale = inverse`, the paper), or multiplied so
     that each tensor's L1 norm stays (`l1`), or left (`none`). Which are kept follows from the seed, the content of the
     model, the name of the tensor and the position: not from the order of models or tensors, shards, or the device. On
@@ -55,7 +56,7 @@ class Della(Dropping):
         if self.varies:
             return
         for density, epsilon in zip(spread(self.density, models), spread(self.epsilon, models), strict=True):
-            if number(density) - number(epsilon) <= 0 or number(density) + number(epsilon) > 1:
+            if number(density) < 1 and not number(epsilon) < number(density) <= 1 - number(epsilon):
                 raise OptionError(
                     f"della.density = {density:g} and della.epsilon = {epsilon:g}: probabilities run from density - "
                     f"epsilon, above 0, to density + epsilon, at most 1: choose a smaller epsilon"
@@ -76,6 +77,8 @@ class Della(Dropping):
 
 def probabilities(rows: Tensor, density: float, epsilon: float) -> Tensor:
     """With which probability each entry of ``[rows, columns]`` is kept, in its type."""
+    if density == 1:
+        return torch.ones_like(rows)
     columns = rows.shape[1]
     # a row of one entry ranks neither low nor high
     steps = torch.linspace(density - epsilon, density + epsilon, columns, dtype=torch.float64, device=rows.device)
