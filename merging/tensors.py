@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ def merge_state_dicts(
     exclude: Sequence[str] = (),
     transposed: Sequence[str] = (),
     keys: Sequence[str] | None = None,
+    allow_nonfinite: bool = False,
     **parameters: Any,
 ) -> dict[str, Tensor]:
     """Merge full models given as state dicts: the same names, shapes and devices, and what comes out has them too.
@@ -43,10 +45,11 @@ def merge_state_dicts(
     gradients reach them. ``layers`` is the number of blocks where the names do not tell; tensors that ``exclude`` names
     (or part of their names, or wildcards) stay the base's. ``transposed`` names those that are stored as inputs by
     outputs, for methods that ask (GPT-2's are known). ``keys`` tell the models apart for methods that make random
-    choices: the same key, the same choices; by default the positions.
+    choices: the same key, the same choices; by default the positions. ``allow_nonfinite`` lets NaN and infinities in,
+    which spread over the merge.
 
-    Raises :class:`~merging.errors.InputError` for names or shapes that differ, and
-    :class:`~merging.errors.OptionError` for a method that needs the base.
+    Raises :class:`~merging.errors.InputError` for names or shapes that differ, for values that are not finite, or that
+    are not once they are cast, and :class:`~merging.errors.OptionError` for a method that needs the base.
     """
     models = list(models)
     bound = _method(method, parameters, len(models))
@@ -61,6 +64,12 @@ def merge_state_dicts(
     turned = all_matching(transposed, floating) | inputs_by_outputs({n: tuple(v.shape) for n, v in floating.items()})
     sites = {name: site_of(name, tuple(value.shape), stacks, name in turned) for name, value in floating.items()}
     weights = bound.origin == "none"
+    if not allow_nonfinite:
+        named = {f"model {number}": model for number, model in enumerate(models, 1)} | (
+            {"the base": base} if base else {}
+        )
+        for label, model in named.items():
+            _check_finite(label, {name: (model[name],) for name in floating})
 
     def stack(name: str) -> tuple[Stack, Tensor | None]:
         dtype = torch.float64 if floating[name].dtype == torch.float64 else torch.float32
@@ -77,6 +86,11 @@ def merge_state_dicts(
             continue
         result, origin = results[name]
         merged[name] = (result if origin is None else origin + result).to(value.dtype)
+        if not allow_nonfinite and not _finite(merged[name]):
+            raise InputError(
+                f"{name}: the merged values are beyond the range of {value.dtype}: give the models in a wider type, or "
+                f"use allow_nonfinite=True"
+            )
     return merged
 
 
@@ -88,13 +102,15 @@ def merge_deltas(
     exclude: Sequence[str] = (),
     transposed: Sequence[str] = (),
     keys: Sequence[str] | None = None,
+    allow_nonfinite: bool = False,
     **parameters: Any,
 ) -> dict[str, Delta]:
     """Merge adapters given as changes by target (``LowRank`` or ``Dense``, as :func:`peft_deltas` makes them).
 
     A target that an adapter lacks is unchanged by it. Factored methods give ``LowRank`` for ``LowRank``. ``layers`` is
     the number of blocks, by default the largest index among the targets; ``exclude`` (what it names
-    is left out), ``transposed`` (of full changes) and ``keys`` are those of :func:`merge_state_dicts`. Raises
+    is left out), ``transposed`` (of full changes), ``keys`` and ``allow_nonfinite`` are those of
+    :func:`merge_state_dicts`. Raises :class:`~merging.errors.InputError` for values that are not finite, and
     :class:`~merging.errors.OptionError` for a method that merges weights, which changes alone do not tell.
     """
     adapters = list(adapters)
@@ -104,6 +120,8 @@ def merge_deltas(
     names = dict.fromkeys(name for adapter in adapters for name in adapter)
     for name in all_matching(exclude, names):
         del names[name]
+    for number, adapter in enumerate(adapters if not allow_nonfinite else (), 1):
+        _check_finite(f"adapter {number}", {name: _parts(adapter[name]) for name in names if name in adapter})
     shapes = {name: _shape(name, adapters) for name in names}
     stacks = _stacks(shapes, layers, complete=False)
     turned = all_matching(transposed, names)
@@ -212,6 +230,26 @@ def _check_names(models: Sequence[Mapping[str, Tensor]], reference: Mapping[str,
                 raise InputError(
                     f"{name} of model {number} is {tuple(model[name].shape)} instead of {tuple(value.shape)}"
                 )
+
+
+def _check_finite(label: str, tensors: Mapping[str, Sequence[Tensor]]) -> None:
+    """Refuse tensors, each in its parts, that hold NaN or infinities."""
+    for name, parts in tensors.items():
+        if not all(map(_finite, parts)):
+            raise InputError(
+                f"{label}: {name} holds NaN or infinite values, which would spread over the merge: repair or leave out "
+                f"this model, or use allow_nonfinite=True"
+            )
+
+
+def _finite(values: Tensor) -> bool:
+    values = values.detach().float() if values.element_size() == 1 else values.detach()
+    # One sum tells of most tensors that they are finite; only a sum that is not is looked into.
+    return math.isfinite(float(values.sum())) or bool(values.isfinite().all())
+
+
+def _parts(delta: Delta) -> Sequence[Tensor]:
+    return (delta.up, delta.down) if isinstance(delta, LowRank) else (delta.dense(),)
 
 
 def _shape(name: str, adapters: Sequence[Mapping[str, Delta]]) -> tuple[int, ...]:

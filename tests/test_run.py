@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -428,6 +429,37 @@ def test_nonfinite_values_can_be_allowed(tmp_path: Path) -> None:
     wrong = {name: int((~value.isfinite()).sum()) for name, value in load(tmp_path / "out").items()}
     assert wrong.pop("model.layers.1.mlp.up_proj.weight") == 1
     assert not any(wrong.values())
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("where", ["the base", "model 2"])
+@pytest.mark.parametrize("method", ["task_arithmetic", "lines+slerp"])
+def test_nonfinite_values_in_memory(tmp_path: Path, method: str, where: str, value: float) -> None:
+    """As from files: refused by model and name, or let through."""
+    base, tuned = poisoned(tmp_path, "base" if where == "the base" else "tuned1", value)
+    models, name = [load(path) for path in tuned], "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(InputError, match=rf"{where}: {re.escape(name)} holds NaN or infinite values"):
+        merging.merge_state_dicts(models, method=method, base=load(base))
+    merged = merging.merge_state_dicts(models, method="task_arithmetic", base=load(base), allow_nonfinite=True)
+    assert int((~merged[name].isfinite()).sum()) == 1
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_nonfinite_changes_in_memory(value: float) -> None:
+    up, down = torch.ones(4, 2), torch.ones(2, 3)
+    good, poor = merging.LowRank(up, down, (4, 3)), merging.LowRank(up * value, down, (4, 3))
+    dense = merging.Dense(torch.full((4, 3), value))
+    for bad in (poor, dense):
+        with pytest.raises(InputError, match=r"adapter 2: a\.weight holds NaN or infinite values"):
+            merging.merge_deltas([{"a.weight": good}, {"a.weight": bad}], method="linear")
+        merged = merging.merge_deltas([{"a.weight": good}, {"a.weight": bad}], method="linear", allow_nonfinite=True)
+        assert not merged["a.weight"].dense().isfinite().any()
+
+
+def test_values_in_memory_beyond_their_type() -> None:
+    models = [{"layers.0.w": torch.full((4,), 6e4, dtype=torch.float16)}] * 2
+    with pytest.raises(InputError, match=r"layers\.0\.w: the merged values are beyond the range of torch\.float16"):
+        merging.merge_state_dicts(models, method="linear", normalize=False)
 
 
 def test_finite_values_whose_sum_is_not(tmp_path: Path) -> None:
