@@ -13,6 +13,7 @@ from merging.plan.checks import (
     check_options,
     check_origin,
     check_packed,
+    check_related,
     content_keys,
     taken_as_linear,
 )
@@ -34,7 +35,10 @@ PORTABLE_RANKS = (8, 16, 32, 64, 128, 256)
 
 
 def make_plan(recipe: Recipe, rank_steps: Sequence[int] = ()) -> Plan:
-    """Everything about the merge that headers and configs can tell. No value of any tensor is read.
+    """Everything about the merge that headers and configs can tell.
+
+    Few values are read: samples of each tensor, from which the models' content keys are made, and a head whole where a
+    file holds one that may be a copy of the embedding.
 
     ``rank_steps`` are the ranks that a merged adapter may have (:data:`PORTABLE_RANKS`), any if there are none. Raises
     :class:`~merging.errors.MergingError` for all that cannot be merged as the recipe says.
@@ -80,6 +84,7 @@ def _plan_of(
     if output == "adapter":
         adapters = [model for model in models if isinstance(model, Adapter)]
         targets = adapter_targets(adapters, base)
+        notices += check_related(adapters, recipe.allow_different_bases) if base is None else []
         matched = targets.matched
         notices += taken_as_linear(adapters, base)
         stacks, guess = find_stacks(recipe, models, base, targets)

@@ -19,6 +19,7 @@ __all__ = [
     "check_options",
     "check_origin",
     "check_packed",
+    "check_related",
     "content_keys",
     "same_base",
     "taken_as_linear",
@@ -60,6 +61,33 @@ def check_bases(models: Sequence[Checkpoint | Adapter], allow_different: bool) -
                 f"{model.path} was trained on {base}, and {first.path} on {other}: adapters of different bases do not "
                 f"add up. If they are the same model under two names, use --allow-different-bases"
             )
+
+
+def check_related(adapters: Sequence[Adapter], allow_different: bool) -> list[str]:
+    """Refuse adapters that share no target and state no common base: nothing says that they belong to one model.
+
+    Returns a notice instead where different bases are allowed.
+    """
+    first, *rest = adapters
+    related = [first]
+    while near := [each for each in rest if any(_related(each, other) for other in related)]:
+        related += near
+        rest = [each for each in rest if each not in near]
+    if not rest:
+        return []
+    found = f"{rest[0].path} and {first.path} adapt no tensor in common"
+    if allow_different:
+        return [f"{found}: their changes are put side by side, not added up"]
+    raise InputError(
+        f"{found}, and do not state one base: are they adapters of the same model? If so, give it with --base, or use "
+        f"--allow-different-bases to put them side by side"
+    )
+
+
+def _related(one: Adapter, other: Adapter) -> bool:
+    if not one.changes.keys().isdisjoint(other.changes):
+        return True
+    return bool(one.base and other.base and same_base(one.base, other.base))
 
 
 def check_packed(models: Sequence[Checkpoint | Adapter], base: Checkpoint | None, allow_different: bool) -> None:

@@ -205,3 +205,32 @@ def test_adapters_of_different_bases_do_not_add_up(
     with pytest.raises(InputError, match=r"adapters of different bases do not add up.*--allow-different-bases"):
         merging.merge(adapters, method="linear", output=tmp_path / "out")
     merging.merge(adapters, method="linear", output=tmp_path / "out", allow_different_bases=True)
+
+
+def test_adapters_that_share_nothing_are_not_put_side_by_side(llama: Path, tmp_path: Path) -> None:
+    """Two bare files of different models; those of one model that adapt other modules are told how."""
+    bert = save_base(tmp_path / "bert", "bert")
+    other = train(tmp_path / "other", bert, 1, ["query", "value"])
+    bare = tmp_path / "bare.safetensors"
+    shutil.copy(other / "adapter_model.safetensors", bare)
+    models, out = [llama / "plain", bare], tmp_path / "out"
+    with pytest.raises(InputError, match=r"adapt no tensor in common.*--base, or use --allow-different-bases"):
+        merging.merge(models, method="linear", output=out)
+    assert not out.exists()
+    told = merging.merge(models, method="linear", output=out, allow_different_bases=True).notices
+    assert any("put side by side" in notice for notice in told)
+
+
+def test_adapters_of_one_base_may_share_nothing(tmp_path: Path) -> None:
+    """Attention here, the rest there: the base that both state, or --base, says that they belong together."""
+    base = save_base(tmp_path / "base", "llama")
+    parts = [train(tmp_path / f"{i}", base, i, [name]) for i, name in enumerate(("q_proj", "up_proj"))]
+    merging.merge(parts, method="linear", output=tmp_path / "stated")
+    for part in parts:
+        edit_config(part, base_model_name_or_path=None)
+    with pytest.raises(InputError, match="adapt no tensor in common"):
+        merging.merge(parts, method="linear", output=tmp_path / "out")
+    merging.merge(parts, method="linear", output=tmp_path / "out", base=base)
+    # a third that shares tensors with each of the two ties them together
+    third = train(tmp_path / "third", base, 3, ["q_proj", "up_proj"])
+    assert merging.merge([*parts, third], method="linear", output=tmp_path / "three").tensors == 8
