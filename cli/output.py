@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from merging.files import Merged
     from merging.plan import Plan
 
-__all__ = ["Size", "echo", "echo_merged", "echo_plan", "progress_bar", "size_text"]
+__all__ = ["Size", "echo", "echo_merged", "echo_notices", "echo_plan", "progress_bar", "size_text"]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -101,15 +101,14 @@ def echo_plan(plan: Plan, destination: Path, threads: int | None, max_memory: in
         echo(f"  disk    {size_text(plan.spool_bytes)} to set merged changes aside meanwhile")
     for line in plan.matched:
         echo(f"  {line}")
-    _notices(plan.notices)
+    echo_notices(plan.notices)
 
 
 def echo_merged(merged: Merged, plan: Plan) -> None:
     """Where the output is and what it is; notices go to stderr."""
     for line in plan.matched:
         echo(line, err=True)
-    _notices(merged.notices)
-    _discarded(merged.discarded)
+    echo_notices(merged.notices)
     for fact, value in merged.facts.items():
         echo(f"{fact}: {value:.4g}", err=True)
     rank = f" of rank {merged.rank}" if merged.rank else ""
@@ -128,18 +127,7 @@ def _kind(plan: Plan) -> str:
     return plan.output if plan.output == "model" or plan.format == "peft" else f"{plan.format} {plan.output}"
 
 
-def _notices(notices: tuple[str, ...]) -> None:
+def echo_notices(notices: tuple[str, ...]) -> None:
+    """Print what should be known of a plan or an outcome, on stderr."""
     for notice in notices:
-        echo(f"note: {notice}", err=True)
-
-
-def _discarded(discarded: dict[str, float]) -> None:
-    if discarded and max(discarded.values()) >= 5e-4:
-        worst = max(discarded, key=lambda name: discarded[name])
-        mean = sum(discarded.values()) / len(discarded)
-        warning = "warning" if discarded[worst] > 0.1 else "note"
-        echo(
-            f"{warning}: the rank discards {mean:.1%} of the energy of the change on average, {discarded[worst]:.1%} "
-            f"at worst ({worst}): raise --rank, or use --as model",
-            err=True,
-        )
+        echo(notice if notice.startswith("warning: ") else f"note: {notice}", err=True)

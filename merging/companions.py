@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,14 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 """What names of models on the Hub look like."""
 
 
-def write_adapter_companions(plan: Plan, folder: Path) -> None:
-    """Write the config that PEFT reads, and the card; tokenizers of adapters stay behind: the base has one."""
+def write_adapter_companions(plan: Plan, folder: Path, remarks: Sequence[str] = ()) -> None:
+    """Write the config that PEFT reads, and the card; tokenizers of adapters stay behind: the base has one.
+
+    ``remarks`` are sentences about the merged values, for the card.
+    """
     if plan.format == "peft":
         _write(folder / "adapter_config.json", json.dumps(adapter_config(plan), indent=2) + "\n")
-    _write(folder / "README.md", model_card(plan))
+    _write(folder / "README.md", model_card(plan, remarks))
 
 
 def adapter_config(plan: Plan) -> dict[str, Any]:
@@ -136,8 +139,8 @@ def _saved_modules(plan: Plan, adapters: list[Adapter]) -> list[str]:
     return sorted(named | {module for module in modules if not any(f".{name}." in f".{module}." for name in named)})
 
 
-def model_card(plan: Plan) -> str:
-    """The README of the output: metadata that the Hub reads, what it was made of, and the recipe."""
+def model_card(plan: Plan, remarks: Sequence[str] = ()) -> str:
+    """The README of the output: metadata that the Hub reads, its sources, remarks on the values, and the recipe."""
     facts: dict[str, Any] = {}
     ids = _hub_ids(plan)
     if ids:
@@ -150,10 +153,11 @@ def model_card(plan: Plan) -> str:
         facts["license"] = licence
     facts["tags"] = ["merge", *(["lora"] if plan.output == "adapter" else []), *plan.recipe.method.chain.split("+")]
     names = "\n".join(f"- {each}" for each in _sources(plan))
+    noted = "".join(f"Note: {remark.removeprefix('warning: ')}.\n\n" for remark in remarks)
     return (
         f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n\n# Merged {plan.output}\n\n"
         f"{len(plan.recipe.models)} models merged by `{plan.recipe.method.chain}`:\n\n{names}\n\n"
-        f"{licence_sentence(licence)}\n\n"
+        f"{licence_sentence(licence)}\n\n{noted}"
         f"## Recipe\n\n```yaml\n{plan.recipe.to_yaml()}```\n"
     )
 

@@ -159,6 +159,7 @@ def merge_plan(
         try:
             scratch = landing.folder
             done = run(plan, writer, device=device, threads=workers, progress=progress, scratch=scratch)
+            cut = [done.energy_notice] if done.energy_notice else []
             for constant in plan.constants:
                 values = torch.full((constant.count,), constant.value, dtype=DTYPES[constant.out.kind])
                 writer.write(constant.out.name, values, constant.start)
@@ -167,7 +168,7 @@ def merge_plan(
             writer.close()
         try:
             if not single and plan.output == "adapter":
-                write_adapter_companions(told, landing.folder)
+                write_adapter_companions(told, landing.folder, cut)
             elif not single:
                 notices += write_model_companions(told, landing.folder)
         except OSError as error:
@@ -182,7 +183,7 @@ def merge_plan(
         seconds=done.seconds,
         rank=plan.rank or None,
         format=plan.format if plan.output == "adapter" else None,
-        notices=(*notices, *done.notices),
+        notices=(*notices, *done.notices, *cut),
         discarded=done.discarded,
         facts=done.facts,
     )

@@ -39,6 +39,18 @@ class Done:
     discarded: dict[str, float]
     facts: dict[str, float]
 
+    @property
+    def energy_notice(self) -> str | None:
+        """The energy that the rank cuts off the change, if it is worth saying; a warning above a tenth."""
+        if not self.discarded or max(self.discarded.values()) < 5e-4:
+            return None
+        worst, most = max(self.discarded.items(), key=lambda each: each[1])
+        mean, warning = fmean(self.discarded.values()), "warning: " if most > 0.1 else ""
+        return (
+            f"{warning}the rank discards {mean:.1%} of the energy of the change on average, {most:.1%} at worst "
+            f"({worst}): raise --rank, or use --as model"
+        )
+
 
 def run(
     plan: Plan,

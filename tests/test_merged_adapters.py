@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -162,6 +163,11 @@ def test_lower_rank_is_the_best_there_is(three: Trained, tmp_path: Path) -> None
     assert_close(base_state(tmp_path / "model"), wanted)
     assert done.discarded == pytest.approx(discarded, rel=1e-3)
     assert {name.split(".")[4] for name in discarded} == {"q_proj", "v_proj", "k_proj", "down_proj"}
+    folder = tmp_path / "folder"
+    (notice,) = merging.merge(three.adapters, method="task_arithmetic", output=folder, rank=4).notices
+    mean, worst = (f"{value:.1%}" for value in (fmean(discarded.values()), max(discarded.values())))
+    assert f"the rank discards {mean} of the energy of the change on average, {worst} at worst" in notice
+    assert notice.removeprefix("warning: ") in (folder / "README.md").read_text()
 
 
 def test_layers_that_only_some_adapters_touch(tmp_path: Path) -> None:

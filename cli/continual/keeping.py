@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..errors import reported
-from ..output import progress_bar, size_text
+from ..output import echo_notices, progress_bar, size_text
 from .options import Standing, as_json_option, debug_option, store_argument, wait_option, working
 
 __all__ = ["export_command", "gc_command", "relocate_command", "rollback_command", "verify_command"]
@@ -38,8 +38,7 @@ def export_command(store: str, output: str, progress: bool | None, as_json: bool
         return
     rank = f" of rank {merged.rank}" if merged.rank and merged.kind == "adapter" else ""
     click.echo(f"{output}: {merged.kind}{rank}, {merged.tensors} tensors, {size_text(merged.bytes)}")
-    if merged.discarded:
-        click.echo(f"energy kept: {1 - sum(merged.discarded.values()) / len(merged.discarded):.1%} on average")
+    echo_notices(merged.notices)
 
 
 @click.command(name="rollback")
