@@ -13,10 +13,10 @@ from torch import Tensor
 from merging.delta import Delta, Stack
 from merging.errors import OptionError, nearest
 from merging.folds import Fold
-from merging.parameters import Coefficient, all_matching, bound, patterns, spread, unreached, varies
+from merging.parameters import Coefficient, all_matching, bound, patterns, reached, spread, unreached, varies
 from merging.site import Site
 
-__all__ = ["Closing", "Grain", "Method", "Round", "Seen", "build", "check_places"]
+__all__ = ["Closing", "Grain", "Method", "Round", "Seen", "build", "check_places", "idle_parameters"]
 
 Seen = Mapping[str, Tensor]
 """Results of the rounds so far, by name."""
@@ -147,6 +147,10 @@ class Method(BaseModel, ABC):
         except ValueError as error:
             raise OptionError(f"{self.name}: {error}") from None
 
+    def idle(self, site: Site) -> Mapping[str, str]:
+        """The parameters that have no effect at a place, each with the reason; asked of the method bound there."""
+        return {}
+
     def rounds(self) -> tuple[Round, ...]:
         """What must be known before :meth:`merge`, in the order in which it is gathered."""
         return ()
@@ -203,6 +207,29 @@ def check_places(method: Method, sites: Iterable[Site], models: int) -> None:
                 )
     for site in sites:
         method.at(site).check(models)
+
+
+def idle_parameters(method: Method, sites: Iterable[Site]) -> list[str]:
+    """A notice for each parameter that was given, or each of its patterns, and has no effect at any of its places."""
+    links = method.links()
+    given = {
+        (index, field): getattr(link, field)
+        for index, link in enumerate(links)
+        for field in sorted(link.model_fields_set - {"then"})
+    }
+    if not any(link.varies for link in links):  # then places of one kind are alike
+        sites = {site.kind: site for site in sites}.values()
+    reasons: dict[tuple[int, str, str | None], set[str]] = {}
+    for site in sites if given else ():
+        idle = [link.idle(site) for link in method.at(site).links()]
+        for (index, field), value in given.items():
+            reasons.setdefault((index, field, reached(value, site)), set()).add(idle[index].get(field, ""))
+    notices = []
+    for (index, field, pattern), found in reasons.items():
+        if "" not in found:
+            where = f" on {pattern!r}" if pattern else ""
+            notices.append(f"{links[index].name}.{field} has no effect{where}: {' and '.join(sorted(found))}")
+    return notices
 
 
 _FORMS = ("is_instance_of", "model_type", "model_attributes_type", "tuple_type", "missing")

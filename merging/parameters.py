@@ -26,6 +26,7 @@ __all__ = [
     "number",
     "patterns",
     "plain",
+    "reached",
     "spread",
     "unreached",
     "varies",
@@ -136,6 +137,12 @@ def unreached(value: Any, names: Iterable[str]) -> tuple[str, str] | None:
         for name in meant:
             taken.setdefault(name, pattern)
     return None
+
+
+def reached(value: Any, site: Site) -> str | None:
+    """The pattern by which a value that depends on names is found at a place; None for any other value."""
+    rules = value.rules if isinstance(value, ByName) else ()
+    return next((pattern for pattern, _ in rules if matches(pattern, site.name)), None)
 
 
 def varies(value: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -45,6 +45,16 @@ class Spectral(Method):
     def decomposes(self, site: Site) -> bool:
         """Whether a tensor is taken apart."""
         return site.kind in ("matrix", "experts") or (self.embeddings and site.kind == "embedding")
+
+    def idle(self, site: Site) -> Mapping[str, str]:
+        if self.decomposes(site) and site.kind == "embedding":
+            return {}
+        found = {"embeddings": "there is no embedding table"}
+        if self.decomposes(site):
+            return found
+        everywhere = {"scale", "weights", "embeddings"}
+        own = dict.fromkeys(type(self).model_fields.keys() - everywhere, f"{self.name} takes only matrices apart")
+        return own | found
 
     def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
         if not self.decomposes(site):

@@ -215,7 +215,7 @@ ENTRIES: Any = {
     ),
     "svd-components": (
         "svd",
-        {"energy": 1.0, "components": 3},
+        {"energy": 1.0, "max_rank": 3},
         lambda m: by_kind(m, lambda x: field.svd(x, 1.0, 3), lambda x: x.sum(0)),
     ),
 }
@@ -335,7 +335,7 @@ LOW: Any = {
     "iso_cts-own": ("iso_cts", {"common": 0.4, "scale": 0.7}, inner(field.iso_cts, common=0.4, scale=0.7)),
     "wudi": ("wudi", {}, field.wudi),
     "svd": ("svd", {"energy": 0.8, "weights": EXACT}, inner(field.svd, energy=0.8, weights=EXACT)),
-    "svd-components": ("svd", {"energy": 1.0, "components": 3}, inner(field.svd, energy=1.0, components=3)),
+    "svd-components": ("svd", {"energy": 1.0, "max_rank": 3}, inner(field.svd, energy=1.0, components=3)),
     "varm": ("varm", {"scale": 0.7}, on_flat(field.varm, scale=0.7)),
     "model_stock": ("model_stock", {}, on_flat(field.model_stock)),
     "multislerp": ("multislerp", {"space": "changes"}, on_flat(field.multislerp)),
@@ -1106,7 +1106,7 @@ REFUSED: Any = [
     ("wudi", {"steps": -1}),
     ("svd", {"energy": 0.0}),
     ("svd", {"energy": 1.1}),
-    ("svd", {"components": 0}),
+    ("svd", {"max_rank": 0}),
 ]
 
 

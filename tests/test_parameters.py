@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ from changes import (
 )
 from references import flatten, unflatten
 from safetensors.torch import load_file, save_file
-from tiny import fine_tune, identical, load, model, save
+from tiny import checkpoint, fine_tune, identical, load, model, save
 from torch import Tensor, equal
 
 import merging
+from merging.cli.executing import EXECUTION
 from merging.errors import InputError, OptionError
-from merging.methods import chain
+from merging.methods import METHODS, chain, method_class, parameters_of
 from merging.randomness import kept
-from merging.recipe import load_recipe
+from merging.recipe import Recipe, load_recipe
 
 # ---- parameters that differ from place to place, and what is left out
 
@@ -207,3 +209,46 @@ def test_wudi_by_steps_refuses_what_is_not_finite() -> None:
     base, options = {"q.weight": torch.zeros(4, 4)}, {"mode": "adam", "allow_nonfinite": True}
     with pytest.raises(InputError, match=r"q\.weight: cannot be decomposed"):
         merging.merge_state_dicts(models, method="wudi", base=base, **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "said"),
+    [
+        ("breadcrumbs_ties", {"gamma": 0.05}, ["breadcrumbs.gamma has no effect: a density of 1 keeps everything"]),
+        ("breadcrumbs_ties", {"gamma": 0.05, "breadcrumbs.density": 0.9}, []),
+        ("breadcrumbs_ties", {"breadcrumbs.density": {"mlp": 1, "*": 0.9}, "gamma": 0.05}, []),
+        (
+            "breadcrumbs_ties",
+            {"breadcrumbs.density": {"mlp": 1, "*": 0.9}, "gamma": {"mlp": 0.05, "*": 0.02}},
+            ["breadcrumbs.gamma has no effect on 'mlp': a density of 1 keeps everything"],
+        ),
+        ("della_linear", {"epsilon": 0.1}, ["della.epsilon has no effect: a density of 1 keeps everything"]),
+        ("dare_ties", {"seed": 3}, ["dare.seed has no effect: a drop of 0 keeps everything"]),
+        ("dare_ties", {"seed": 3, "drop": 0.5}, []),
+        ("wudi", {"steps": 30}, ["wudi.steps has no effect: mode = closed takes no steps"]),
+        ("tsv", {"embeddings": True}, []),
+        ("tsv", {"scale": {"norm": 0.5, "*": 1}}, []),
+    ],
+)
+def test_parameters_without_effect_are_said(
+    tmp_path: Path, method: str, parameters: dict[str, Any], said: list[str]
+) -> None:
+    """They were asked for, so silence would be taken for a merge that has them."""
+    base, tuned = checkpoint(tmp_path)
+    notices = merging.preview(tuned, method=method, base=base, **parameters).notices
+    assert [notice for notice in notices if "has no effect" in notice] == said
+
+
+def test_parameters_of_matrices_where_there_is_none(tmp_path: Path) -> None:
+    vectors = [save(tmp_path / f"{i}", {"layers.0.norm.weight": torch.ones(4) * i}) for i in range(3)]
+    notices = merging.preview(vectors[1:], method="svd", base=vectors[0], max_rank=2, embeddings=True).notices
+    assert "svd.max_rank has no effect: svd takes only matrices apart" in notices
+    assert "svd.embeddings has no effect: there is no embedding table" in notices
+
+
+def test_no_parameter_is_called_as_an_option_of_merging() -> None:
+    """From Python both are given by name, on the command line as well: one would hide the other."""
+    options = {*Recipe.model_fields, *(info.alias for info in Recipe.model_fields.values())}
+    options |= {*signature(merging.merge).parameters, *EXECUTION}
+    for name in METHODS:
+        assert not options & set(parameters_of(method_class(name))), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import product
 from typing import Annotated, ClassVar
 
@@ -51,6 +52,9 @@ class Breadcrumbs(Wrapper):
         """Every density with every gamma that occurs, but all of a change, which is kept without looking."""
         densities, gammas = (sorted({*spread(each, 1)}) for each in (self.density, self.gamma))
         return [band for band in product(densities, gammas) if band[0] < 1]
+
+    def idle(self, site: Site) -> Mapping[str, str]:
+        return {} if self._bands() else {"gamma": "a density of 1 keeps everything"}
 
     def rounds(self) -> tuple[Round, ...]:
         if varies(self.density) or varies(self.gamma) or not self._bands():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 import torch
@@ -36,6 +37,9 @@ class Dare(Dropping):
     drop: PerModel[Annotated[float, Field(ge=0, lt=1)]] = Field(
         0.9, description="share of each model's change that is dropped; one for all, or one each"
     )
+
+    def idle(self, site: Site) -> Mapping[str, str]:
+        return {} if any(spread(self.drop, 1)) else {"seed": "a drop of 0 keeps everything"}
 
     def thinned(self, stack: Stack, site: Site, divide: bool) -> Tensor:
         values, shares = stack.dense(), [1 - drop for drop in spread(self.drop, len(stack))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 import torch
@@ -50,6 +51,10 @@ class Della(Dropping):
 
     def grain_at(self, site: Site) -> Grain:
         return "matrix" if self.then.grain_at(site) == "matrix" else "row"
+
+    def idle(self, site: Site) -> Mapping[str, str]:
+        everything = all(density == 1 for density in spread(self.density, 1))
+        return dict.fromkeys(("epsilon", "seed"), "a density of 1 keeps everything") if everything else {}
 
     def check(self, models: int) -> None:
         super().check(models)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import sqrt
 from typing import ClassVar, Literal
 
@@ -54,6 +54,10 @@ class Opcm(Method):
     )
     mode: Literal["block", "two_sided"] = Field("block", description="what is projected away there")
     svd: Literal["gram", "thin"] = Field("gram", description="how full matrices are decomposed")
+
+    def idle(self, site: Site) -> Mapping[str, str]:
+        matrices = self.grain_at(site) == "matrix"
+        return {} if matrices else dict.fromkeys(("alpha", "mode", "svd"), "opcm takes only matrices apart")
 
     @property
     def grain(self) -> Grain:

@@ -19,7 +19,7 @@ __all__ = ["Svd"]
 class Svd(Spectral):
     """scale * sum_i w_i tau_i, each matrix cut to its leading singular triples.
 
-    The fewest whose squared values add up to the share `energy` of all, and at most `components`: the best
+    The fewest whose squared values add up to the share `energy` of all, and at most `max_rank`: the best
     approximation of the sum by so many. Small singular values of a sum of task vectors are mostly noise; to store the
     result as an adapter of some rank, `--rank` does the same. All other tensors, and embedding tables unless
     `embeddings`, take the sum. On adapters exact, in the joint spaces of the factors. On full checkpoints one
@@ -31,7 +31,7 @@ class Svd(Spectral):
     paper: ClassVar[str] = "The approximation of one matrix by another of lower rank, Eckart and Young 1936"
 
     energy: Annotated[float, Field(gt=0, le=1)] = Field(0.95, description="share of each matrix's squares that is kept")
-    components: Annotated[int, Field(ge=1)] | None = Field(None, description="most singular values that are kept")
+    max_rank: Annotated[int, Field(ge=1)] | None = Field(None, description="most singular values that are kept")
     weights: PerModel[Coefficient] = Field(1.0, description="one weight for all models, or one each; may be negative")
 
     def others(self, models: int) -> list[Coefficient]:
@@ -39,7 +39,7 @@ class Svd(Spectral):
 
     def combine(self, changes: Sequence[Tensor], size: int) -> Tensor:
         weighted = [change * weight for change, weight in zip(changes, self.coefficients(len(changes)), strict=True)]
-        u, values, vh = leading(total(weighted), self.components)
+        u, values, vh = leading(total(weighted), self.max_rank)
         squares = values.square().cumsum(0)
         # up to rounding, so that a share of 1 keeps all
         kept = int((squares < self.energy * (1 - 1e-12) * squares[-1:]).sum()) + 1

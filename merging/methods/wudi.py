@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Annotated, ClassVar, Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from merging.linalg import CUT
 from merging.methods.iso_c import total
+from merging.site import Site
 from merging.spectral import Spectral
 
 __all__ = ["Wudi", "descended", "interference", "minimum"]
@@ -48,6 +49,9 @@ class Wudi(Spectral):
     @property
     def factored(self) -> bool:
         return self.mode == "closed"
+
+    def idle(self, site: Site) -> Mapping[str, str]:
+        return {**super().idle(site), **({"steps": "mode = closed takes no steps"} if self.mode == "closed" else {})}
 
     def combine(self, changes: Sequence[Tensor], size: int) -> Tensor:
         weights, target = interference([change.double() for change in changes])

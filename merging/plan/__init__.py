@@ -6,7 +6,7 @@ import gc
 from collections.abc import Sequence
 
 from merging.errors import InputError, OptionError
-from merging.method import check_places
+from merging.method import check_places, idle_parameters
 from merging.plan.checks import (
     attention_counted,
     check_bases,
@@ -98,6 +98,7 @@ def _plan_of(
         stacks, guess = find_stacks(recipe, models, reference, ())
         items, matched, untied = model_items(recipe, alike, reference, base_alike, stacks, weights)
     check_places(recipe.method, [item.site for item in items if item.form != "copy"], len(models))
+    notices += idle_parameters(recipe.method, [item.site for item in items if item.form != "copy"])
     if recipe.exclude and all(item.form == "copy" for item in items):
         raise OptionError("exclude leaves nothing to merge: name fewer tensors")
     if all(item.form == "copy" for item in items):
