@@ -10,6 +10,7 @@ import click
 
 from .errors import reported
 from .output import size_text
+from .overruling import overrule_command
 
 if TYPE_CHECKING:
     from merging.pool import Entry
@@ -37,6 +38,7 @@ def pool_command() -> None:
     merge pool smoke POOL                               the base runs with each: destroyed, or no change?
     merge pool list POOL                                every adapter, its verdict and figures
     merge pool show POOL NAME                           all that was found of one
+    merge pool overrule POOL NAME --as ok --reason WHY  a verdict of your own
 
     A verdict is ok, repaired (read as it is meant, with the reason), quarantined (kept, but not chosen) or rejected.
     Nothing is dropped in silence: the index holds every adapter that was looked at.
@@ -201,23 +203,39 @@ def dedupe_command(
 @pool_command.command(name="smoke")
 @_pool
 @click.option("--texts", type=click.Path(), help="plain texts of your own, one a line  [default: 24 English ones]")
+@click.option("--destroyed", type=float, help="times the base's perplexity that are too many  [default: as before; 3]")
+@click.option(
+    "--collapsed", type=float, help="share of the features' spread that is too little  [default: as before; 0.1]"
+)
+@click.option("--unchanged", type=float, help="change of the outputs that is none  [default: as before; 0.001]")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto")
 @click.option("--again", is_flag=True, help="also those that were tested before")
 @_json
 @_debug
-def smoke_command(pool: Path, texts: str | None, device: str, again: bool, as_json: bool, debug: bool) -> None:
-    """Run the base with every adapter over a few texts, and quarantine what destroys it or changes nothing.
+def smoke_command(
+    pool: Path, texts: str | None, device: str, again: bool, as_json: bool, debug: bool, **limits: float | None
+) -> None:
+    """Run the base with every adapter over a few texts, and quarantine those that destroy it or change nothing.
 
     A language model is destroyed where plain text has over 3 times its perplexity, another where it hardly tells texts
-    apart. A test that was interrupted goes on when it is started again.
+    apart. New limits judge those that were tested before, too, by the figures that are noted. A test that was
+    interrupted goes on when it is started again.
     """
     with reported(debug, lambda: _standing(pool)):
+        from dataclasses import replace
+
         from merging.pool import Pool
         from merging.pool.smoke import read_texts
+        from merging.pool.smoke_run import smoke_limits
 
-        chosen = read_texts(texts) if texts else None
-        verdicts = Pool(pool).smoke(chosen, device=device, again=again, tell=_tell)
+        chosen, opened = read_texts(texts) if texts else None, Pool(pool)
+        given = {name: value for name, value in limits.items() if value is not None}
+        changed = replace(smoke_limits(opened.index), **given) if given else None
+        verdicts = opened.smoke(chosen, limits=changed, device=device, again=again, tell=_tell)
     _told(pool, verdicts, as_json)
+
+
+pool_command.add_command(overrule_command)
 
 
 @pool_command.command(name="remove")
@@ -280,7 +298,8 @@ def _tell(entry: Entry) -> None:
 
 
 def _reasons(entry: Entry) -> str:
-    worst = [finding.reason for finding in entry.findings if finding.verdict == entry.verdict]
+    own = [finding for finding in entry.findings if finding.stage == "overruled"]
+    worst = [finding.reason for finding in own or entry.findings if finding.verdict == entry.verdict]
     return f": {worst[0]}" if worst else ""
 
 

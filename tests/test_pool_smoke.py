@@ -158,7 +158,7 @@ def test_an_encoder_and_its_adapters(tmp_path: Path) -> None:
     )
     assert len(pool.usable()) == 4, [(e.relative, e.findings) for e in pool.index.entries()]
     pool.smoke()
-    assert findings(pool, "unused")[-1] == "quarantined: changes nothing that the base says of plain text"
+    assert findings(pool, "unused")[-1].startswith("quarantined: changes nothing in the base's answers to plain text")
     assert "hardly apart" in findings(pool, "flat")[-1]
     assert len(pool.usable()) == 2
 
@@ -188,3 +188,57 @@ def test_commands_and_what_cannot_be_run(words: Pool, tmp_path: Path) -> None:
     save_file({"x": torch.zeros(2)}, tmp_path / "alone.safetensors")
     with pytest.raises(InputError, match="is no folder of a model"):
         SmokeTest(str(tmp_path / "alone.safetensors"), source)
+
+
+def test_limits_are_settings_that_the_pool_remembers(words: Pool) -> None:
+    """New ones judge the figures that are noted: nothing is run once more."""
+
+    def run(*arguments: str, code: int = 0) -> str:
+        done = CliRunner().invoke(cli, ["pool", "smoke", str(words.path), *arguments])
+        assert done.exit_code == code, done.output
+        return done.output
+
+    assert "1 quarantined" in run()
+    ratio = next(e.figures["perplexity_ratio"] for e in words.index.entries() if e.name.endswith("b ruinous"))
+    assert f"{ratio:.3g} times its perplexity (above 3)" in findings(words, "b ruinous")[-1]
+    told = run("--destroyed", str(2 * ratio))
+    assert "0 quarantined" in told and "b ruinous" in told and "mild" not in told
+    assert "0 quarantined" in run("--again")  # remembered
+    assert "3 quarantined" in run("--unchanged", "0.99", "--destroyed", str(2 * ratio))
+    for wrong in (("--destroyed", "1"), ("--collapsed", "1"), ("--unchanged", "-0.1"), ("--destroyed", "nan")):
+        assert wrong[0].strip("-") in run(*wrong, code=1)
+
+
+def test_a_verdict_of_a_person_is_kept_with_its_reason(words: Pool) -> None:
+    def run(*arguments: str, code: int = 0) -> str:
+        done = CliRunner().invoke(cli, ["pool", *arguments])
+        assert done.exit_code == code, done.output
+        return done.output
+
+    def verdict(name: str) -> str:
+        return next(entry.verdict for entry in words.index.entries() if entry.name.endswith(name))
+
+    pool, reason = str(words.path), "read its answers: they are fine"
+    words.smoke()
+    assert "give a reason" in run("overrule", pool, "b ruinous", "--as", "ok", code=1)
+    assert "which verdict" in run("overrule", pool, "b ruinous", code=1)
+    assert verdict("b ruinous") == "quarantined"
+    run("overrule", pool, "b ruinous", "--as", "ok", "--reason", reason)
+    run("overrule", pool, "a mild", "--as", "quarantined", "--reason", "a licence that we may not use")
+    assert len(words.usable()) == 2
+    # later tests, comparisons and audits find the same as before, and the verdict stays
+    words.smoke(again=True)
+    words.dedupe()
+    words.build(candidates_in(words.path.parent), again=True)
+    assert (verdict("b ruinous"), verdict("a mild"), verdict("c mild too")) == ("ok", "quarantined", "ok")
+    assert reason in run("list", pool) and reason in run("show", pool, "b ruinous")
+    run("overrule", pool, "a mild", "b ruinous", "--undo")
+    words.smoke()
+    assert (verdict("a mild"), verdict("b ruinous")) == ("ok", "quarantined")
+    # what leaves nothing to merge cannot be undone
+    entry = words.index.entry("a mild")
+    run("overrule", pool, "a mild", "--as", "ok", "--reason", "mine")
+    shutil.rmtree(words.path / str(entry.folder))
+    words.dedupe()
+    assert verdict("a mild") == "quarantined"
+    assert "holds no files of it" in run("overrule", pool, "a mild", "--as", "ok", "--reason", "mine", code=1)

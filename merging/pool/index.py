@@ -13,13 +13,16 @@ from typing import Any, Literal
 
 from merging.errors import FormatError, InputError, OutputError, nearest
 
-__all__ = ["SCHEMA", "VERDICTS", "Entry", "Finding", "Index", "Verdict"]
+__all__ = ["OVERRULED", "SCHEMA", "VERDICTS", "Entry", "Finding", "Index", "Verdict", "verdict_of"]
 
 SCHEMA = 1
 
 Verdict = Literal["ok", "repaired", "quarantined", "rejected"]
 VERDICTS: tuple[Verdict, ...] = ("ok", "repaired", "quarantined", "rejected")
 """From the best to the worst; an adapter has the worst that any finding gives it."""
+
+OVERRULED = "overruled"
+"""The stage of a finding that a person made, which counts instead of the others."""
 
 _NAME = "pool.sqlite"
 
@@ -96,6 +99,17 @@ class Entry:
         return values | {"findings": findings}
 
 
+def verdict_of(findings: Iterable[Finding]) -> Verdict:
+    """The worst verdict of all findings; of an adapter that was overruled, of that one and those it cannot undo.
+
+    These are the ones that leave no files to read: the adapter was rejected, or its files are gone.
+    """
+    findings = list(findings)
+    if any(each.stage == OVERRULED for each in findings):
+        findings = [each for each in findings if each.stage in (OVERRULED, "files") or each.verdict == "rejected"]
+    return VERDICTS[max((VERDICTS.index(each.verdict) for each in findings), default=0)]
+
+
 _COLUMNS = [each.name for each in fields(Entry) if each.name != "findings"]
 
 
@@ -154,23 +168,20 @@ class Index:
             self._file.executemany("INSERT OR REPLACE INTO base VALUES (?, ?)", (base_norms or {}).items())
 
     def judge(self, stage: str, findings: Mapping[str, Finding]) -> None:
-        """Replace what one stage found of all adapters, and give each the worst verdict of all its findings."""
-        worth = " ".join(f"WHEN '{verdict}' THEN {step}" for step, verdict in enumerate(VERDICTS))
-        named = " ".join(f"WHEN {step} THEN '{verdict}'" for step, verdict in enumerate(VERDICTS))
-        worst = f"(SELECT MAX(CASE verdict {worth} END) FROM findings WHERE adapter = adapters.name)"
+        """Replace what one stage found of all adapters, and give each the verdict of all its findings."""
         rows = [(name, found.stage, found.verdict, found.reason) for name, found in findings.items()]
         with self._writing():
             self._file.execute("DELETE FROM findings WHERE stage = ?", (stage,))
             self._file.executemany("INSERT INTO findings VALUES (?, ?, ?, ?)", rows)
-            self._file.execute(f"UPDATE adapters SET verdict = CASE COALESCE({worst}, 0) {named} END")
+            verdicts = [(verdict_of(entry.findings), entry.name) for entry in self.entries()]
+            self._file.executemany("UPDATE adapters SET verdict = ? WHERE name = ?", verdicts)
 
     def note_findings(self, name: str, stage: str, findings: Sequence[Finding], figures: Mapping[str, float]) -> None:
         """Add what a stage found of one adapter, instead of what it found before, and its figures."""
         entry = self.entry(name)
         kept = tuple(found for found in entry.findings if found.stage != stage)
         found = (*kept, *findings)
-        worst = VERDICTS[max((VERDICTS.index(each.verdict) for each in found), default=0)]
-        self.put(replace(entry, verdict=worst, findings=found, figures={**entry.figures, **figures}))
+        self.put(replace(entry, verdict=verdict_of(found), findings=found, figures={**entry.figures, **figures}))
 
     def remove(self, names: Iterable[str]) -> None:
         """Forget adapters."""

@@ -11,20 +11,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock, Timeout
 
-from merging.errors import InputError, MergingError, OptionError, OutputError
-from merging.plan.resolve import Resolver
+from merging.errors import InputError, OptionError, OutputError
 from merging.pool.audit import Auditor, Candidate
 from merging.pool.duplicates import duplicates
-from merging.pool.index import VERDICTS, Entry, Finding, Index
+from merging.pool.index import OVERRULED, VERDICTS, Entry, Finding, Index, verdict_of
 from merging.pool.judging import missing, outliers, over_the_cap, unlicensed
 from merging.sources import Adapter, Checkpoint, open_model
 
 if TYPE_CHECKING:
-    from merging.pool.smoke import SmokeTest
+    from merging.pool.smoke import Limits
 
 __all__ = ["OWNER_CAP", "Built", "Pool"]
 
@@ -131,6 +130,7 @@ class Pool:
                 entry, adapter = auditor.audit(candidate)
                 if adapter is not None and entry.verdict != "rejected":
                     entry = self._keep(entry, adapter)
+                entry = self._overruled(entry)
                 self.index.put(entry, {name: auditor.norms[name] for name in auditor.norms.keys() - before})
                 audited += 1
                 if tell:
@@ -155,39 +155,51 @@ class Pool:
         self,
         texts: Sequence[str] | None = None,
         *,
+        limits: Limits | None = None,
         device: str = "cpu",
         again: bool = False,
         tell: Callable[[Entry], None] | None = None,
     ) -> dict[str, int]:
         """Run the base with each adapter that merges may choose, over a few texts. Returns the verdicts.
 
-        What it destroys, or leaves as it is, is quarantined. Each adapter is noted as it is done, so that a test that
-        is killed goes on; ``again`` does all anew. Raises :class:`~merging.errors.InputError` for a base that
-        transformers cannot load.
+        An adapter that destroys the base, or leaves it as it is, is quarantined; ``limits`` say from which figures on,
+        are remembered for later calls, and judge those that were tested before by the figures that are noted. Each
+        adapter is noted as it is done, so that a test that is killed goes on; ``again`` tests all once more. Raises
+        :class:`~merging.errors.InputError` for a base that transformers cannot load.
         """
-        from merging.pool.smoke import TEXTS, SmokeTest
+        from merging.pool.smoke_run import smoke
 
         with self._writing():
-            source = _open_base(self.base)
-            kept = [entry for entry in self.index.entries() if entry.folder and (again or not entry.smoked)]
-            if waiting := [entry for entry in kept if entry.usable or entry.smoked]:
-                test = SmokeTest(self.base, source, texts or TEXTS, device)
-                resolver = Resolver(source.tensors, source.config)
-                for entry in waiting:
-                    self._smoke(entry, test, resolver)
-                    if tell:
-                        tell(self.index.entry(entry.name))
-            self._compare(source, tell)
+            base = _open_base(self.base)
+            smoke(self, base, texts, limits, device, again, tell)
+            self._compare(base, tell)
         return self.verdicts()
 
-    def _smoke(self, entry: Entry, test: SmokeTest, resolver: Resolver) -> None:
-        try:
-            adapter = open_model(self.path / str(entry.folder))
-            assert isinstance(adapter, Adapter)
-            findings, figures = test.run(replace(adapter, changes=resolver.resolve(adapter).changes))
-        except MergingError as error:
-            findings, figures = [Finding("smoke", "ok", f"could not be run: {error}")], {}
-        self.index.note_findings(entry.name, "smoke", findings, {"smoked": 1.0, **figures})
+    def overrule(self, names: Sequence[str], verdict: Literal["ok", "quarantined"] | None, reason: str = "") -> None:
+        """Give adapters a verdict of your own, which counts instead of the findings and is kept with its reason.
+
+        It outlasts later audits, tests and comparisons; None takes it back. Raises
+        :class:`~merging.errors.OptionError` without a reason, and :class:`~merging.errors.InputError` for adapters that
+        are not there, or whose files the pool does not hold.
+        """
+        if verdict is not None and not reason.strip():
+            raise OptionError("why? Whoever uses this pool later wants to know: give a reason")
+        with self._writing():
+            entries = [self.index.entry(name) for name in names]
+            for entry in entries:
+                if verdict == "ok" and (not entry.folder or not (self.path / entry.folder).exists()):
+                    raise InputError(f"{entry.name}: the pool holds no files of it, so that merges cannot choose it")
+            for entry in entries:
+                found = [] if verdict is None else [Finding(OVERRULED, verdict, reason.strip())]
+                self.index.note_findings(entry.name, OVERRULED, found, {})
+
+    def _overruled(self, entry: Entry) -> Entry:
+        """An adapter that was audited once more, with the verdict that a person gave it before."""
+        if entry.name not in self.index.names():
+            return entry
+        kept = [each for each in self.index.entry(entry.name).findings if each.stage == OVERRULED]
+        findings = (*entry.findings, *kept)
+        return replace(entry, findings=findings, verdict=verdict_of(findings)) if kept else entry
 
     def remove(self, names: Sequence[str], *, tell: Callable[[Entry], None] | None = None) -> list[str]:
         """Forget adapters, delete the files that no other one has, and compare what is left. Returns the full names."""

@@ -7,7 +7,7 @@ model that answers nothing any more (recycling study of 2026, arXiv 2602.12323).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from merging.errors import FormatError, InputError
+from merging.errors import FormatError, InputError, OptionError
 from merging.files import pick_device
 from merging.networks import explained, loadable, quiet
 from merging.pool.audit import change_of
@@ -23,16 +23,7 @@ from merging.pool.index import Finding
 from merging.sources import Adapter, Checkpoint
 from merging.sources.names import find_renaming
 
-__all__ = ["TEXTS", "SmokeTest", "read_texts"]
-
-_DESTROYED = 3.0
-"""An adapter whose base reads plain text with so many times its perplexity is taken for destroyed."""
-
-_NOTHING = 1e-3
-"""An adapter that moves the outputs by less, as a share of how much they vary, changes nothing that is seen."""
-
-_COLLAPSED = 0.1
-"""The share of its spread that is left to the texts' features where a model without words is taken for destroyed."""
+__all__ = ["TEXTS", "Limits", "SmokeTest", "read_texts"]
 
 _AT_ONCE = 8
 _MOST_TOKENS = 128
@@ -66,6 +57,47 @@ TEXTS = (
 """Plain English of several kinds, which a model of English reads with ease."""
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """From which figures on an adapter is held back.
+
+    ``destroyed``: times the base's perplexity of plain text, for models that predict words. ``collapsed``: the share of
+    the spread of the texts' features that is left, for all others. ``unchanged``: the mean change of the outputs, as a
+    share of how much they vary. The defaults suit trained models of a usual size; a tiny base, which reads plain text
+    badly anyway, may want others. Raises :class:`~merging.errors.OptionError` for numbers that leave nothing.
+    """
+
+    destroyed: float = 3.0
+    collapsed: float = 0.1
+    unchanged: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not self.destroyed > 1:
+            raise OptionError(
+                f"destroyed = {self.destroyed:g}: above 1, how many times the base's perplexity is too much"
+            )
+        for name in ("collapsed", "unchanged"):
+            if not 0 <= getattr(self, name) < 1:
+                raise OptionError(f"{name} = {getattr(self, name):g}: a share, from 0 to below 1")
+
+    def findings(self, figures: Mapping[str, float]) -> list[Finding]:
+        """The findings that follow from the figures of a run of :class:`SmokeTest`."""
+        ratio = figures.get("perplexity_ratio", 1.0)
+        if ratio > self.destroyed:
+            reason = (
+                f"with it the base reads plain text with {ratio:.3g} times its perplexity (above {self.destroyed:g})"
+            )
+        elif figures["spread_ratio"] < self.collapsed and "perplexity_ratio" not in figures:
+            left = f"{figures['spread_ratio']:.2g} of their spread (below {self.collapsed:g})"
+            reason = f"with it the base tells texts hardly apart any more: their features keep {left}"
+        elif figures["output_change"] < self.unchanged:
+            moved = f"{figures['output_change']:.2g} of how much these vary (below {self.unchanged:g})"
+            reason = f"changes nothing in the base's answers to plain text: {moved}"
+        else:
+            return []
+        return [Finding("smoke", "quarantined", reason)]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Said:
     """What the base says about the texts: its outputs ``[tokens, width]``, and how surprised it is, if it has words."""
@@ -87,7 +119,15 @@ class SmokeTest:
     :class:`~merging.errors.OptionError` for a device that is not there.
     """
 
-    def __init__(self, base: str, source: Checkpoint, texts: Sequence[str] = TEXTS, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        base: str,
+        source: Checkpoint,
+        texts: Sequence[str] = TEXTS,
+        device: str = "cpu",
+        limits: Limits = Limits(),
+    ) -> None:
+        self.limits = limits
         place = pick_device(device)
         import transformers
 
@@ -120,7 +160,7 @@ class SmokeTest:
             return [Finding("smoke", "quarantined", "with it the base answers NaN: destroyed")], {}
         if said.loss is not None and self.base.loss is not None:
             figures["perplexity_ratio"] = math.exp(min(said.loss - self.base.loss, 700.0))
-        return [*_findings(figures)], figures
+        return self.limits.findings(figures), figures
 
     @contextmanager
     def _changed(self, adapter: Adapter) -> Iterator[None]:
@@ -173,18 +213,6 @@ class SmokeTest:
     def _reads(self) -> bool:
         """Whether the network predicts each next word of a text."""
         return type(self.network).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-
-
-def _findings(figures: dict[str, float]) -> Iterator[Finding]:
-    ratio = figures.get("perplexity_ratio", 1.0)
-    if ratio > _DESTROYED:
-        yield Finding(
-            "smoke", "quarantined", f"with it the base reads plain text with {ratio:.3g} times its perplexity"
-        )
-    elif figures["spread_ratio"] < _COLLAPSED and "perplexity_ratio" not in figures:
-        yield Finding("smoke", "quarantined", "with it the base tells texts hardly apart any more: destroyed")
-    elif figures["output_change"] < _NOTHING:
-        yield Finding("smoke", "quarantined", "changes nothing that the base says of plain text")
 
 
 def read_texts(path: str | Path) -> list[str]:

@@ -1,0 +1,65 @@
+"""The smoke test of a whole pool: every adapter once, noted as it is done, by limits that the pool remembers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+from merging.errors import MergingError
+from merging.plan.resolve import Resolver
+from merging.pool.index import Entry, Finding, Index
+from merging.pool.smoke import TEXTS, Limits, SmokeTest
+from merging.sources import Adapter, Checkpoint, open_model
+
+if TYPE_CHECKING:
+    from merging.pool.pool import Pool
+
+__all__ = ["smoke", "smoke_limits"]
+
+
+def smoke_limits(index: Index) -> Limits:
+    """The limits of a pool: as they were given last, or the defaults."""
+    return Limits(**json.loads(index.fact("smoke_limits") or "{}"))
+
+
+def smoke(
+    pool: Pool,
+    base: Checkpoint,
+    texts: Sequence[str] | None,
+    limits: Limits | None,
+    device: str,
+    again: bool,
+    tell: Callable[[Entry], None] | None,
+) -> None:
+    """Run the base with each adapter of a pool that was not tested before; see :meth:`~merging.pool.Pool.smoke`."""
+    index = pool.index
+    if limits is not None:
+        _judge(index, limits, tell)
+    kept = [entry for entry in index.entries() if entry.folder and (again or not entry.smoked)]
+    waiting = [entry for entry in kept if entry.usable or entry.smoked]
+    if not waiting:
+        return
+    test = SmokeTest(pool.base, base, texts or TEXTS, device, smoke_limits(index))
+    resolver = Resolver(base.tensors, base.config)
+    for entry in waiting:
+        try:
+            adapter = open_model(pool.path / str(entry.folder))
+            assert isinstance(adapter, Adapter)
+            findings, figures = test.run(replace(adapter, changes=resolver.resolve(adapter).changes))
+        except MergingError as error:
+            findings, figures = [Finding("smoke", "ok", f"could not be run: {error}")], {}
+        index.note_findings(entry.name, "smoke", findings, {"smoked": 1.0, **figures})
+        if tell:
+            tell(index.entry(entry.name))
+
+
+def _judge(index: Index, limits: Limits, tell: Callable[[Entry], None] | None) -> None:
+    """Remember limits, and judge the figures that are noted by them."""
+    index.note(smoke_limits=json.dumps(asdict(limits)))
+    for entry in index.entries():
+        if entry.smoked and "output_change" in entry.figures:
+            index.note_findings(entry.name, "smoke", limits.findings(entry.figures), {})
+            if tell and index.entry(entry.name).verdict != entry.verdict:
+                tell(index.entry(entry.name))
