@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -246,3 +247,25 @@ def test_importing_the_package_brings_no_torch() -> None:
 def test_files_stay_short(name: str) -> None:
     """One that grows becomes a folder."""
     assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= 320
+
+
+ENGLISH = """a adapters ahead and as beats because but by comes directions for grows has if in inputs inside into is it
+itself left makes may models needs of passes runs says so takes that the them then this to was weights what whose with
+would"""
+"""Words that follow "merge" in sentences of messages."""
+
+
+def test_commands_that_messages_name_exist() -> None:
+    """A message that advises a command which is not there leaves its reader with nothing."""
+    named: dict[str, str] = {}
+    for name, file in FILES.items():
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        definitions = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module)]
+        docstrings = {ast.get_docstring(node, clean=False) for node in definitions}
+        for node in ast.walk(tree):
+            text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+            if text not in docstrings or layer_of(name) == "cli":
+                named |= dict.fromkeys(re.findall(r"\bmerge ([a-z_]+)", text), name)
+    commands = import_module("merging.cli.main").cli.commands
+    assert {"pool", "continual", "methods"} <= named.keys()
+    assert {word: at for word, at in named.items() if word not in commands and word not in ENGLISH.split()} == {}

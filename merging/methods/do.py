@@ -25,10 +25,11 @@ class Do(Method):
     fine-tunes, so that a sum is dominated by a few; here each has an equal say. Exact on factors: the rank is the sum
     of the ranks and no matrix is built.
 
-    The mean of n nearly orthogonal directions has length 1/sqrt(n): scales of 1 to sqrt(n) are worth trying. Published
-    without code; the overlap, its penalty and the scale (mean times mean, 1/n^2 of sum times sum) are choices, see
-    `orthogonalize`. Full checkpoints are decoupled but not orthogonalised; a bias or a norm is one column. Costs some
-    tenths of a second a module of a large language model.
+    The mean of n nearly orthogonal directions has length 1/sqrt(n), so that the scale wants to grow with n: try 1
+    to n/2 (on eight adapters about n/2 was best). Published without code; the overlap, its penalty and the scale
+    (mean times mean, 1/n^2 of sum times sum) are choices, see `orthogonalize`. Full checkpoints are decoupled but
+    not orthogonalised; a bias or a norm is one column. Costs some tenths of a second a module of a large language
+    model.
     """
 
     name: ClassVar[str] = "do"
@@ -37,7 +38,7 @@ class Do(Method):
 
     steps: int = Field(100, ge=0, le=10_000, description="steps of descent that orthogonalise; 0 only decouples")
     gamma: float = Field(1.0, ge=0, le=1e9, description="how dear it is to move a factor; 0 is nothing")
-    scale: Local[Coefficient] = Field(1.0, description="what the merged change is multiplied by (1 to sqrt(n))")
+    scale: Local[Coefficient] = Field(1.0, description="what the merged change is multiplied by (1 to n/2)")
 
     @property
     def grain(self) -> Grain:

@@ -30,7 +30,8 @@ class Wudi(Spectral):
     |tau_i|^2, the pseudo-inverse without eigenvalues below 1e-6 of the largest. `adam` is what was published: `steps`
     steps of Adam from the sum of the changes, which ends well before the minimum. Its rate of 1e-5 suits a sum with
     root mean square 1e-3; here it is 0.01 of that, so that the size of the changes does not matter. Vectors,
-    convolutions and embedding tables take the mean.
+    convolutions and embedding tables take the mean. A scale of 1 suits full fine-tunes; adapters want 0.1 to 0.3, since
+    the change of `closed` has there some 3.5 times the norm of the plain sum.
 
     `closed` is exact on adapters, in the joint spaces of the factors; on full checkpoints it is one eigenvalue problem
     of a matrix's inputs. `adam` depends on the basis, so that adapters are written out and the merged change has full

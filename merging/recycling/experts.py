@@ -147,7 +147,10 @@ def open_expert(candidate: Candidate, places: Mapping[str, Place], network: str 
     """
     adapter = open_model(candidate.path)
     if not isinstance(adapter, Adapter):
-        raise InputError(f"{candidate.path}: is a full checkpoint, and adapters are recycled: merge extract makes one")
+        raise InputError(
+            f"{candidate.path}: is a full checkpoint, and only adapters are recycled: leave it out, or extract a LoRA "
+            f"from it with another program first"
+        )
     heads = [target for target, change in adapter.changes.items() if not change.low_rank and _is_head(target)]
     changes = {target: change for target, change in adapter.changes.items() if target not in heads}
     odd = next((target for target, change in changes.items() if not change.low_rank), None)
