@@ -1,17 +1,23 @@
-"""Files of PyTorch (.bin, .pt, .pth): mapped into memory, and no code in them is run."""
+"""Files of PyTorch (.bin, .pt, .pth): read at their tensors' places, and no code in them is run."""
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
 import struct
 import zipfile
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from merging.errors import FormatError
-from merging.sources.stored import DTYPE_NAMES, MappedTensor, Opened, Stored
+from merging.sources.header import Entry
+from merging.sources.stored import DTYPE_NAMES, File, FileTensor, Opened, Stored
+from merging.sources.unpickle import Other, TensorRecord, unpickle
 
 __all__ = ["open_pickle"]
 
@@ -19,48 +25,159 @@ _DAMAGE = (
     ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, NotImplementedError, RuntimeError,
     TypeError, ValueError, struct.error, zipfile.BadZipFile,
 )  # fmt: skip
-"""What torch raises for a damaged file, whose parts are handed to functions that expect others."""
+"""What is raised for damaged files, whose parts are handed to functions that expect others."""
+
+_LARGEST = 1 << 25
+"""Bytes of a file's list of records, and of its pickle, which describe the tensors and hold none."""
+
+_LOCAL = struct.Struct("<4s22xHH")
+"""What stands before a record: its mark, and the lengths of its name and of more fields."""
 
 
 def open_pickle(path: Path) -> Opened:
-    """The tensors of a PyTorch file, mapped, and for each name that shares another's memory (tied weights) that other.
+    """The tensors of a PyTorch file, and for each name that shares another's memory (tied weights) that other.
 
-    Loaded with ``weights_only=True``, which runs no code from the file. Raises :class:`~merging.errors.FormatError`.
+    Only their description is read. Raises :class:`~merging.errors.FormatError` for a file that holds more than
+    tensors, or whose records are compressed, as torch never saves them and a small one can grow without end.
     """
     if not path.is_file():  # a device would be read for ever
         raise FormatError(f"{path}: is not a regular file, not a PyTorch file")
+    file = File(path)
     try:
-        if not zipfile.is_zipfile(path):
-            raise FormatError(
-                f"{path}: is no PyTorch zip file (cut short, or written before 2020), and the old format cannot be "
-                f"read lazily: load and save it as safetensors first"
-            )
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        archive = _Archive(file)
+        loaded = unpickle(archive.read("data.pkl"))
+        state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+        if not isinstance(state, dict) or not all(isinstance(each, (TensorRecord, Other)) for each in state.values()):
+            raise FormatError(f"{path}: is a PyTorch file, but not a state dict (names to tensors)")
+        return _tensors(archive, state)
     except pickle.UnpicklingError as error:
-        reason = str(error).partition(".")[0]  # what follows are ways to run it all the same
-        raise FormatError(f"{path}: holds more than tensors, and nothing in it is run: {reason}") from None
+        raise FormatError(f"{path}: holds more than tensors, and nothing in it is run: {error}") from None
     except _DAMAGE as error:
         reason = str(error).partition("\n")[0]
         raise FormatError(f"{path}: is a damaged PyTorch file: {reason or type(error).__name__}") from None
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise FormatError(f"{path}: is a PyTorch file, but not a state dict (names to tensors)")
-    size = path.stat().st_size
+
+
+def _tensors(archive: _Archive, state: dict[Any, Any]) -> Opened:
+    path = archive.file.path
     tensors: dict[str, Stored] = {}
     shared: dict[str, str] = {}
-    seen: dict[tuple[object, ...], str] = {}
-    for position, (name, tensor) in enumerate(state.items()):
+    seen: dict[TensorRecord, str] = {}
+    for name, record in state.items():
         if not isinstance(name, str):
             raise FormatError(f"{path}: is a PyTorch file, but not a state dict: {str(name)[:80]!r} is no name")
-        if tensor.dtype not in DTYPE_NAMES:
-            raise FormatError(f"{path}: {name} has the type {tensor.dtype}, which cannot be merged")
-        if tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise FormatError(f"{path}: {name} is no ordinary tensor, but {tensor.layout} on {tensor.device}")
-        if tensor.nbytes > size:  # one number, perhaps, said to be a matrix of ten gigabytes
-            raise FormatError(f"{path}: {name} of the shape {tuple(tensor.shape)} is larger than its file")
-        identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        first = seen.setdefault(identity, name)
-        if first != name and tensor.numel():
+        if isinstance(record, Other):
+            raise FormatError(f"{path}: {name} is no ordinary tensor, but {record.kind}")
+        if record.dtype not in DTYPE_NAMES:
+            raise FormatError(f"{path}: {name} has the type {record.dtype}, which cannot be merged")
+        if prod(record.shape) * record.dtype.itemsize > archive.size:  # one number, said to be a matrix of gigabytes
+            raise FormatError(f"{path}: {name} of the shape {record.shape} is larger than its file")
+        first = seen.setdefault(record, name)
+        if first != name and prod(record.shape):
             shared[name] = first
-        tensors[name] = MappedTensor(tensor, (str(path), position))
+        tensors[name] = archive.tensor(record)
     return tensors, shared
+
+
+class _Archive:
+    """The zip file that torch saves: ``NAME/data.pkl``, and for each storage a record ``NAME/data/KEY``."""
+
+    def __init__(self, file: File) -> None:
+        self.file = file
+        self.size = file.size
+        with _Bounded(file.fd, closefd=False) as stream:
+            if not zipfile.is_zipfile(stream):
+                raise FormatError(
+                    f"{file.path}: is no PyTorch zip file (cut short, or written before 2020), and the old format "
+                    f"cannot be read lazily: load and save it as safetensors first"
+                )
+            with zipfile.ZipFile(stream) as archive:
+                self._records = {each.filename: each for each in archive.infolist()}
+        self._root = next((name[:-8] for name in self._records if name.endswith("/data.pkl")), "")
+        if self._root + "byteorder" in self._records and self.read("byteorder") != b"little":
+            raise ValueError("its numbers are stored with their highest byte first")
+
+    def read(self, name: str) -> bytes:
+        """A whole record."""
+        start, length = self._place(name)
+        if length > _LARGEST:
+            raise ValueError(f"{name} takes {length:,} bytes (limit {_LARGEST:,})")
+        content = bytearray(length)
+        self.file.read(memoryview(content), start)
+        return bytes(content)
+
+    def tensor(self, record: TensorRecord) -> Stored:
+        """The tensor of a description, at its place in the file."""
+        kind, itemsize, count = DTYPE_NAMES[record.dtype], record.dtype.itemsize, prod(record.shape)
+        if not count:
+            return FileTensor(self.file, Entry(kind, record.shape, 0, 0))
+        place, length = self._place(f"data/{record.storage.key}")
+        span = 1 + sum(stride * (side - 1) for side, stride in zip(record.shape, record.strides, strict=True))
+        stated = record.storage.count * record.storage.dtype.itemsize
+        if (record.offset + span) * itemsize > min(stated, length):
+            raise ValueError(f"a tensor of the shape {record.shape} goes beyond its storage")
+        start = place + record.offset * itemsize
+        if _contiguous(record):
+            return FileTensor(self.file, Entry(kind, record.shape, start, count * itemsize))
+        whole = FileTensor(self.file, Entry(kind, (span,), start, span * itemsize))
+        return _StridedTensor(whole, record)
+
+    def _place(self, name: str) -> tuple[int, int]:
+        """Where a record's bytes begin in the file, and their number."""
+        record = self._records[self._root + name]
+        if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+            raise ValueError(f"its record {name} is compressed, which torch.save never does")
+        head = bytearray(_LOCAL.size)
+        self.file.read(memoryview(head), record.header_offset)
+        mark, *lengths = _LOCAL.unpack(head)
+        start = record.header_offset + len(head) + sum(lengths)
+        if mark != b"PK\x03\x04" or record.header_offset < 0 or start + record.file_size > self.size:
+            raise ValueError(f"its record {name} is not where its list says")
+        return start, record.file_size
+
+
+class _Bounded(io.FileIO):
+    """A file of which nobody asks too much at once: the list of a zip file may say that it is of any size."""
+
+    def read(self, size: int | None = -1) -> Any:
+        """The next bytes."""
+        if size is None or size < 0:
+            size = os.fstat(self.fileno()).st_size - self.tell()
+        if size > _LARGEST:
+            raise ValueError(f"its list of records takes {size:,} bytes (limit {_LARGEST:,})")
+        return super().read(size)
+
+
+def _contiguous(record: TensorRecord) -> bool:
+    step = 1
+    for side, stride in zip(reversed(record.shape), reversed(record.strides), strict=True):
+        if side != 1 and stride != step:
+            return False
+        step *= side
+    return True
+
+
+class _StridedTensor(Stored):
+    """A tensor whose elements do not follow one another; read as the whole stretch that they lie in."""
+
+    __slots__ = ("_stretch", "_strides")
+
+    def __init__(self, stretch: FileTensor, record: TensorRecord) -> None:
+        super().__init__(stretch.kind, record.shape)
+        self._stretch = stretch
+        self._strides = record.strides
+
+    def read_into(self, buffer: Tensor, start: int = 0) -> None:
+        stretch = torch.empty(self._stretch.numel, dtype=self.dtype)
+        self._stretch.read_into(stretch)
+        flat = stretch.as_strided(self.shape, self._strides).reshape(-1)
+        buffer.copy_(flat[start : start + len(buffer)])
+
+    def advise(self, start: int, count: int) -> None:
+        self._stretch.advise(0, self._stretch.numel)
+
+    @property
+    def scratch(self) -> int:
+        return self._stretch.nbytes + self.nbytes
+
+    def order(self) -> tuple[str, int]:
+        return self._stretch.order()

@@ -1,0 +1,178 @@
+"""What a pickle of PyTorch describes, read without torch: no code of it is run, and it takes no more room than it has.
+
+Of tensors only their places are made out. Everything else becomes an object without content: a pickle could ask for
+gigabytes in a few bytes where a list is copied, a text encoded again and again, or a tensor made by its size.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+__all__ = ["Other", "Storage", "TensorRecord", "unpickle"]
+
+_MAX_STEPS = 1 << 22
+"""Instructions of one pickle: those of some hundred thousand tensors, which take seconds."""
+
+_MAX_BITS = 64
+"""Bits of an integer."""
+
+_REFUSED = frozenset({"BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "PERSID"})
+"""Instructions that nothing of PyTorch's needs; the first reserves as much memory as it states."""
+
+_DTYPES = {
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128, "UntypedStorage": torch.uint8,
+}  # fmt: skip
+"""The types of the storages that files name by a class."""
+
+_HARMLESS = frozenset(
+    f"{module}.{name}"
+    for module, names in {
+        "_codecs": "encode",
+        "builtins": "bytearray complex set",
+        "__builtin__": "bytearray complex set",
+        "collections": "Counter",
+        "torch": "device per_tensor_affine per_channel_affine per_tensor_symmetric per_channel_symmetric "
+        "per_channel_affine_float_qparams QInt8Storage QUInt8Storage QInt32Storage Tensor",
+        "torch.nn.parameter": "Parameter Buffer",
+        "torch.serialization": "_get_layout",
+        "torch._utils": "_rebuild_sparse_tensor _rebuild_meta_tensor_no_storage _rebuild_qtensor "
+        "_rebuild_nested_tensor _rebuild_wrapper_subclass _rebuild_device_tensor_from_numpy "
+        "_rebuild_device_tensor_from_cpu_tensor",
+    }.items()
+    for name in names.split()
+)
+"""What torch too lets stand in a file that it reads without running any of its code."""
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """The memory of tensors: the name of its record, its type, and the number of its elements."""
+
+    key: str
+    dtype: torch.dtype
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """A tensor by its place: the storage, its type, its first element, its shape, and the steps along its axes."""
+
+    storage: Storage
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Other:
+    """Something that is no ordinary tensor; only the name of its kind is kept."""
+
+    def __init__(self, kind: str, *_: object) -> None:
+        self.kind = kind
+
+    def __setstate__(self, _: object) -> None:
+        """Nothing: of such an object no content is kept."""
+
+    def __setitem__(self, *_: object) -> None:
+        """Nothing."""
+
+
+def unpickle(data: bytes) -> Any:
+    """What a pickle describes: plain values, with :class:`TensorRecord` and :class:`Other` in them.
+
+    Raises pickle.UnpicklingError for one that asks for anything else, and ValueError and its kin for a damaged one.
+    """
+    for step, (code, argument, _) in enumerate(pickletools.genops(data)):
+        if step > _MAX_STEPS:
+            raise ValueError(f"it has more than {_MAX_STEPS:,} instructions")
+        if code.name in _REFUSED:
+            raise pickle.UnpicklingError(f"it uses {code.name}")
+        # The memory for a memo is taken up to its largest number.
+        if isinstance(argument, int) and code.name in ("PUT", "LONG_BINPUT") and argument > len(data):
+            raise ValueError("it numbers more values than it holds")
+        if isinstance(argument, int) and argument.bit_length() > _MAX_BITS:
+            raise ValueError("it holds a number that is too large")
+    return _Reader(io.BytesIO(data)).load()
+
+
+class _Reader(pickle.Unpickler):
+    """An unpickler that knows how tensors are described, and makes nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What stands for a global name of a pickle."""
+        full = f"{module}.{name}"
+        if full in _MAKERS:
+            return _MAKERS[full]
+        if module in ("torch", "torch.storage") and name in _DTYPES:
+            return _DTYPES[name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if full in _HARMLESS:
+            return partial(Other, name.removeprefix("_rebuild_"))
+        raise pickle.UnpicklingError(f"it names {full[:200]}")
+
+    def persistent_load(self, pid: Any) -> Storage:
+        """The storage that a pickle refers to."""
+        match pid:
+            case ("storage", torch.dtype() as dtype, str() as key, str(), int() as count) if count >= 0:
+                return Storage(key, dtype, count)
+        raise ValueError("it refers to something that is no storage")
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> TensorRecord:
+    return _record(storage, offset, shape, strides, getattr(storage, "dtype", None))
+
+
+def _tensor_of_type(
+    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
+) -> TensorRecord:
+    return _record(storage, offset, shape, strides, dtype)
+
+
+def _record(storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any) -> TensorRecord:
+    places = (offset, *shape, *strides) if isinstance(shape, tuple) and isinstance(strides, tuple) else (None,)
+    if not all(type(each) is int and 0 <= each < 1 << 62 for each in places) or len(shape) != len(strides) > 64:
+        raise ValueError("it describes a tensor without a place")
+    if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype):
+        raise ValueError("it describes a tensor without a storage")
+    return TensorRecord(storage, dtype, offset, shape, strides)
+
+
+def _empty_dict(*content: Any) -> OrderedDict[Any, Any]:
+    if content:  # filled later, by instructions of its own; copies could be without end
+        raise ValueError("it copies a dict")
+    return OrderedDict()
+
+
+def _first(value: Any, *_: Any) -> Any:
+    return value
+
+
+def _subclass(function: Any, kind: Any, arguments: Any, *_: Any) -> Any:
+    if function not in (_tensor, _tensor_of_type, _first) or not isinstance(arguments, tuple):
+        raise ValueError("it describes a tensor in no known way")
+    return function(*arguments)
+
+
+_MAKERS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": _empty_dict,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_of_type,
+    "torch._utils._rebuild_parameter": _first,
+    "torch._utils._rebuild_parameter_with_state": _first,
+    "torch._tensor._rebuild_from_type_v2": _subclass,
+    "torch.Size": _first,
+}
