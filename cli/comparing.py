@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from .errors import reported
-from .output import Size, echo, progress_bar
+from .output import Size, echo, echo_json, echo_notices, echo_text, progress_bar
 
 if TYPE_CHECKING:
     from merging.geometry import Comparison
@@ -95,7 +94,7 @@ def compare_command(
             if html:
                 page(found).write(html)
     if as_json:
-        click.echo(json.dumps(found.to_dict(), indent=2))
+        echo_json(found.to_dict())
         return
     _echo(found)
     for written in filter(None, (plot, html)):
@@ -103,8 +102,7 @@ def compare_command(
 
 
 def _echo(found: Comparison) -> None:
-    for notice in found.notices:
-        echo(f"note: {notice}", err=True)
+    echo_notices(found.notices)
     _echo_models(found)
     names = found.names
     if len(names) > 1:
@@ -112,7 +110,7 @@ def _echo(found: Comparison) -> None:
     if found.magnitudes:
         sizes = found.magnitudes
         columns = "" if sizes.columns is None else f", of single columns {sizes.columns:.3g}"
-        echo(
+        echo_text(
             f"\nmagnitudes: the largest change of a tensor is {sizes.ratio:.3g} times the smallest, in the median of "
             f"{sizes.tensors};\n  variance over squared mean: of norms {sizes.variance:.3g}{columns}"
         )
@@ -151,7 +149,8 @@ def _echo_pairs(title: str, names: Sequence[str], matrix: Sequence[Sequence[floa
     def text(value: float | None) -> str:
         return "-" if value is None else format(value, form)
 
-    echo(f"\n{title}")
+    echo("")
+    echo(title)
     if len(names) <= _MATRIX:
         _table(["", *names], *([name, *map(text, row)] for name, row in zip(names, matrix, strict=True)))
         return
@@ -164,7 +163,7 @@ def _echo_pairs(title: str, names: Sequence[str], matrix: Sequence[Sequence[floa
 
 def _echo_layers(found: Comparison) -> None:
     names = found.names if len(found.names) <= _MATRIX else []
-    echo("\nnorm by layer" if names else "\nmean cosine by layer")
+    echo_text("\nnorm by layer" if names else "\nmean cosine by layer")
     rows = [["", *names, "mean cosine"]]
     for each in found.layers:
         place = "other" if each.layer is None else f"layer {each.layer}"
@@ -175,7 +174,7 @@ def _echo_layers(found: Comparison) -> None:
 
 def _echo_intruders(found: Comparison) -> None:
     most = found.intruders[0].directions
-    echo(f"\nintruder dimensions among the {most} leading singular vectors of each matrix")
+    echo_text(f"\nintruder dimensions among the {most} leading singular vectors of each matrix")
     header = ["", "intruders", "matrices", "with intruders", "energy", "first at"]
     rows = []
     for name, each in zip(found.names, found.intruders, strict=True):

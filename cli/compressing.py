@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .errors import reported
-from .output import progress_bar, size_text
+from .output import echo, echo_json, echo_notices, progress_bar, size_text
 
 if TYPE_CHECKING:
     from merging.compression import Compressed
@@ -50,22 +49,21 @@ def compress_command(model: str, progress: bool | None, as_json: bool, debug: bo
         with progress_bar(progress, "compressing") as report:
             found = compress(model, progress=report, **options)
     if as_json:
-        click.echo(json.dumps(found.to_dict(), indent=2))
+        echo_json(found.to_dict())
     else:
         _print(found)
 
 
 def _print(found: Compressed) -> None:
-    for notice in found.notices:
-        click.echo(f"note: {notice}", err=True)
-    click.echo(f"{found.path}: {found.kind} by {found.method} ({found.settings}) in {found.seconds:.1f} s")
-    click.echo(
+    echo_notices(found.notices)
+    echo(f"{found.path}: {found.kind} by {found.method} ({found.settings}) in {found.seconds:.1f} s")
+    echo(
         f"  size   {size_text(found.bytes_before)} -> {size_text(found.bytes_after)}, {found.ratio:.1f} times smaller; "
         f"{found.bits:.2f} bits a parameter"
     )
     worst = f", {found.errors[found.worst]:.3f} at worst ({found.worst})" if found.worst else ""
-    click.echo(f"  error  {found.error:.3f} of the change in all, {found.median:.3f} in the median tensor{worst}")
-    click.echo("  what that means for its task only a measurement tells: evaluate the pack's model again")
+    echo(f"  error  {found.error:.3f} of the change in all, {found.median:.3f} in the median tensor{worst}")
+    echo("  what that means for its task only a measurement tells: evaluate the pack's model again")
 
 
 @click.command(name="decompress")
@@ -90,8 +88,7 @@ def decompress_command(pack: str, progress: bool | None, as_json: bool, debug: b
         with progress_bar(progress, "unpacking") as report:
             found = decompress(pack, progress=report, **options)
     if as_json:
-        click.echo(json.dumps(found.to_dict(), indent=2))
+        echo_json(found.to_dict())
         return
-    for notice in found.notices:
-        click.echo(f"note: {notice}", err=True)
-    click.echo(f"{found.path}: {found.kind}, {found.tensors} tensors, {size_text(found.bytes)}")
+    echo_notices(found.notices)
+    echo(f"{found.path}: {found.kind}, {found.tensors} tensors, {size_text(found.bytes)}")

@@ -1,50 +1,134 @@
-"""One place where refusals become messages: exit code 1, and a traceback only with --debug."""
+"""One place where refusals become messages and exit codes: a traceback only with --debug."""
 
 from __future__ import annotations
 
+import io
+import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 import click
 
-from merging.errors import MergingError
+from merging.errors import FormatError, InputError, MergingError, OptionError, OutputError
 
-__all__ = ["reported"]
+from .output import echo_json, echo_text
+
+__all__ = ["Refusal", "answered", "end_signals", "reported"]
 
 _NO_MEMORY = re.compile("can't allocate memory|out of memory")
 """What torch says, in errors of no kind of their own."""
 
+_KINDS = {FormatError: "format", InputError: "input", OptionError: "option", OutputError: "output"}
+
+
+class Refusal(click.ClickException):
+    """An error with the kind that ``--json`` states."""
+
+    def __init__(self, message: str, kind: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.exit_code = exit_code
+
 
 @contextmanager
 def reported(debug: bool = False, standing: Callable[[], str] | None = None) -> Iterator[None]:
-    """Run a command's body: refusals are printed as one message, and a kill cleans up as Ctrl-C does.
+    """Run a command's body: refusals become one message, and a kill cleans up as Ctrl-C does.
 
     ``standing`` says what is true after an interruption, of commands of which something may be done by then.
     """
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, _interrupt) for number in end_signals()}
     try:
         yield
     except MergingError as error:
         if debug:
             raise
-        raise click.ClickException(str(error)) from None
+        kind = next((word for cls, word in _KINDS.items() if isinstance(error, cls)), "error")
+        raise Refusal(str(error), kind) from None
     except KeyboardInterrupt:
-        click.echo(f"Interrupted: {standing() if standing else 'nothing was written'}.", err=True)
-        sys.exit(130)
+        raise Refusal(f"{standing() if standing else 'nothing was written'}.", "interrupted", 130) from None
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):
             raise
-        raise click.ClickException("there is not enough memory: lower --threads, or set --max-memory") from None
+        raise Refusal("there is not enough memory: lower --threads, or set --max-memory", "memory") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
+def end_signals() -> list[signal.Signals]:
+    """The signals that end a command: a kill, Ctrl-C, and the end of its terminal, unless nohup has that ignored."""
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # Windows has none
+        numbers.append(signal.SIGHUP)
+    return numbers
+
+
 def _interrupt(number: int, frame: object) -> None:
     """Stop at the first signal, and let no further one stop the cleaning up."""
-    for each in (signal.SIGTERM, signal.SIGINT):
+    for each in end_signals():
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+@contextmanager
+def answered(as_json: bool = False) -> Iterator[None]:
+    """Print the error that ends a command, and exit with its code.
+
+    With ``as_json`` it is an object on standard output too: ``{"error": {"kind": ..., "message": ...}}``. A stream that
+    takes no more (a full disk) is one message as well.
+    """
+    try:
+        try:
+            yield
+        except click.Abort:
+            raise Refusal("no work was under way.", "interrupted", 130) from None
+    except click.ClickException as error:
+        code, shown = error.exit_code, error
+    except OSError as error:
+        if all(frame.f_code is not click.echo.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
+            raise
+        _silence_full_streams()
+        code, shown = 1, Refusal(f"what the command says cannot be printed: {error.strerror}", "print")
+    else:
+        return
+    try:
+        echo_text(_text(shown), err=True)
+        if as_json:
+            echo_json({"error": {"kind": _kind(shown), "message": shown.format_message()}}, indent=None)
+    except OSError:
+        _silence_full_streams()
+    sys.exit(code)
+
+
+def _kind(error: click.ClickException) -> str:
+    return error.kind if isinstance(error, Refusal) else "usage"
+
+
+def _text(error: click.ClickException) -> str:
+    """The message as people read it: lines after the first are set in, so that no name in it passes for a message."""
+    if not isinstance(error, Refusal):
+        shown = io.StringIO()
+        error.show(shown)
+        return shown.getvalue().rstrip("\n")
+    message = re.sub("\n(?! )", "\n  ", error.format_message())
+    return f"{'Interrupted' if error.kind == 'interrupted' else 'Error'}: {message}"
+
+
+def _silence_full_streams() -> None:
+    """Throw away the rest of a stream that takes no more: the interpreter would try it again at its end, and fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and _is_full(stream):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _is_full(stream: TextIO) -> bool:
+    try:
+        stream.flush()
+    except OSError:
+        return True
+    return False

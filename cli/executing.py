@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .output import Size, echo_merged, echo_plan, progress_bar
+from .output import Size, echo, echo_json, echo_merged, echo_plan, progress_bar
 
 if TYPE_CHECKING:
     from merging.recipe import Recipe
@@ -104,6 +103,6 @@ def execute(
         message = f"{len(plan.models)} models merged by {merged.method}"
         outcome["published"] = publish(destination, target, message)
     if as_json:
-        click.echo(json.dumps(outcome, indent=2))
+        echo_json(outcome)
     elif target is not None:
-        click.echo(f"published as {outcome['published']}")
+        echo(f"published as {outcome['published']}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .errors import reported
+from .output import echo_json, echo_text
 
 if TYPE_CHECKING:
     from merging.sources.formats import Format
@@ -34,9 +34,9 @@ def formats_command(as_json: bool, markdown: bool) -> None:
 
         found = list(formats())
         if as_json:
-            click.echo(json.dumps([asdict(each) for each in found], indent=2))
+            echo_json([asdict(each) for each in found])
         else:
-            click.echo(_markdown(found) if markdown else _screen(found))
+            echo_text(_markdown(found) if markdown else _screen(found))
 
 
 def _screen(found: list[Format]) -> str:

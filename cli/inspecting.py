@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import click
 
 from .errors import reported
-from .output import echo, size_text
+from .output import echo, echo_json, size_text
 
 __all__ = ["inspect_command"]
 
@@ -31,7 +30,7 @@ def inspect_command(paths: tuple[str, ...], values: bool, as_json: bool, debug: 
 
         found = [inspect(path, values=values) for path in paths]
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        echo_json(found)
         return
     for facts in found:
         echo(facts.pop("path"))

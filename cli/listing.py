@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import click
 
 from .errors import reported
 from .fields import choices
+from .output import echo, echo_json, echo_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,14 +55,14 @@ def methods_command(name: str | None, as_json: bool, markdown: bool) -> None:
 
     with reported():
         if name in ALIASES:
-            click.echo(_alias(name))
+            echo_text(_alias(name))
         elif name is not None:
             for link in name.split("+"):
                 _show(method_class(link.strip()), as_json)
         elif as_json:
-            click.echo(json.dumps({each.name: asdict(each) for each in _choices()}, indent=2))
+            echo_json({each.name: asdict(each) for each in _choices()})
         else:
-            click.echo(_markdown() if markdown else _screen())
+            echo_text(_markdown() if markdown else _screen())
 
 
 def _alias(name: str) -> str:
@@ -165,14 +165,14 @@ def _show(cls: type[Method], as_json: bool) -> None:
             f: {"default": i.default, "help": i.description, **({"choices": choices(i)} if choices(i) else {})}
             for f, i in parameters.items()
         }
-        click.echo(json.dumps(facts, indent=2))
+        echo_json(facts)
         return
     paper = f"{cls.paper}\n" if cls.paper else ""
-    click.echo(f"{cls.name}: {cls.summary}\n{paper}\n{inspect.cleandoc(cls.__doc__ or '')}\n")
+    echo_text(f"{cls.name}: {cls.summary}\n{paper}\n{inspect.cleandoc(cls.__doc__ or '')}\n")
     for field, info in parameters.items():
-        click.echo(_parameter(field, info, info.default))
+        echo(_parameter(field, info, info.default))
     if cls.name in MERGEKIT:
-        click.echo(f"\n{_peer(cls.name)}")
+        echo_text(f"\n{_peer(cls.name)}")
 
 
 def plainly(value: object) -> str:

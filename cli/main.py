@@ -12,6 +12,7 @@ from merging.errors import nearest
 from .comparing import compare_command
 from .compressing import compress_command, decompress_command
 from .continual import continual_command
+from .errors import Refusal, answered
 from .formats import formats_command
 from .inspecting import inspect_command
 from .listing import methods_command
@@ -50,18 +51,25 @@ class Merge(click.Group):
     def main(self, args: list[str] | None = None, **extra: object) -> object:
         """Hand all arguments to the default command, unless the first word names a sub-command."""
         words = list(sys.argv[1:] if args is None else args)
+        extra = {"prog_name": "merge", **extra}
+        if extra.pop("standalone_mode", True):
+            with answered("--json" in words):
+                code = self._run(words, extra)
+            sys.exit(code if isinstance(code, int) else 0)
+        return self._run(words, extra)
+
+    def _run(self, words: list[str], extra: dict[str, object]) -> object:
         if not words or words[0] not in self.commands:
             self._check_spelling(words)
-            return merge_command.main(words, **{"prog_name": "merge", **extra})
-        return super().main(words, **{"prog_name": "merge", **extra})
+            return merge_command.main(words, standalone_mode=False, **extra)
+        return super().main(words, standalone_mode=False, **extra)
 
     def _check_spelling(self, words: list[str]) -> None:
         """Refuse a first word that is no file but nearly a sub-command, with no method to merge it by."""
         if not words or {"-m", "--method"} & set(words) or words[0].startswith("-") or Path(words[0]).exists():
             return
         if near := nearest(words[0], self.commands):
-            click.echo(f"Error: {words[0]}: there is no such sub-command, file or folder{near}", err=True)
-            sys.exit(2)
+            raise Refusal(f"{words[0]}: there is no such sub-command, file or folder{near}", "usage", 2)
 
 
 merge_command.epilog = EPILOG

@@ -9,7 +9,7 @@ import click
 from .errors import reported
 from .executing import EXECUTION, execute, execution_options
 from .fields import chain_options
-from .output import Size
+from .output import Size, echo_text
 
 if TYPE_CHECKING:
     pass
@@ -140,6 +140,6 @@ def merge_command(models: tuple[str, ...], method: str | None, recipe_only: bool
         values = {name: value for name, value in stated.items() if value not in (None, ())}
         recipe = make_recipe({"models": list(models), "method": method, "parameters": parameters, **values}, "merge")
         if recipe_only:
-            click.echo(recipe.to_yaml(), nl=False)
+            echo_text(recipe.to_yaml().removesuffix("\n"))
             return
         execute(recipe, **execution)

@@ -1,15 +1,21 @@
-"""What the command prints: plans, outcomes, progress; and sizes as people write them."""
+"""The one door through which the command prints: lines, JSON, plans, outcomes, progress; and sizes as people write.
+
+Names and values of files may be hostile: all that is printed passes here, and is escaped.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from merging.errors import escaped
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,7 +23,17 @@ if TYPE_CHECKING:
     from merging.files import Merged
     from merging.plan import Plan
 
-__all__ = ["Size", "echo", "echo_merged", "echo_notices", "echo_plan", "progress_bar", "size_text"]
+__all__ = [
+    "Size",
+    "echo",
+    "echo_json",
+    "echo_merged",
+    "echo_notices",
+    "echo_plan",
+    "echo_text",
+    "progress_bar",
+    "size_text",
+]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -59,11 +75,27 @@ def progress_bar(wanted: bool | None, what: str = "merging") -> Iterator[Callabl
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def echo(text: str, err: bool = False) -> None:
-    """Print what may quote files: names and values in them are sent to no terminal as they are."""
-    from merging.errors import escaped
+def echo(line: str, err: bool = False) -> None:
+    """Print one line. Ends of lines in it are escaped like control characters, so that no name makes up lines."""
+    click.echo(escaped(line), err=err)
 
-    click.echo(escaped(text), err=err)
+
+def echo_text(text: str, err: bool = False) -> None:
+    """Print lines of the program's own, in which no name of a file stands."""
+    click.echo(escaped(text, lines=True), err=err)
+
+
+def echo_json(value: Any, indent: int | None = 2) -> None:
+    """Print JSON in ASCII; a number that JSON cannot hold (NaN, infinity) becomes null."""
+    click.echo(json.dumps(_finite(value), indent=indent, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def echo_plan(plan: Plan, destination: Path, threads: int | None, max_memory: int | None, as_json: bool) -> None:
@@ -90,7 +122,7 @@ def echo_plan(plan: Plan, destination: Path, threads: int | None, max_memory: in
         "notices": list(plan.notices),
     }
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
+        echo_json(facts)
         return
     rank = f" of rank {plan.rank}" if plan.rank else ""
     echo(f"{facts['method']}: {_models(plan)} into the {_kind(plan)}{rank} {destination}")
@@ -127,7 +159,7 @@ def _kind(plan: Plan) -> str:
     return plan.output if plan.output == "model" or plan.format == "peft" else f"{plan.format} {plan.output}"
 
 
-def echo_notices(notices: tuple[str, ...]) -> None:
+def echo_notices(notices: Sequence[str]) -> None:
     """Print what should be known of a plan or an outcome, on stderr."""
     for notice in notices:
         echo(notice if notice.startswith("warning: ") else f"note: {notice}", err=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
 from .errors import reported
-from .output import echo
+from .output import echo, echo_json
 
 __all__ = ["overrule_command"]
 
@@ -39,7 +38,7 @@ def overrule_command(
         opened.overrule(names, verdict, reason)
         entries = [opened.index.entry(name) for name in names]
     if as_json:
-        click.echo(json.dumps([entry.to_dict() for entry in entries], indent=2))
+        echo_json([entry.to_dict() for entry in entries])
         return
     for entry in entries:
         echo(f"{entry.verdict:11} {entry.name}")

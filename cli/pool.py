@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .errors import reported
-from .output import size_text
+from .output import echo, echo_json, size_text
 from .overruling import overrule_command
 
 if TYPE_CHECKING:
@@ -113,9 +112,9 @@ def build_command(
             candidates, again=again, owner_cap=owner_cap, allow_unknown_licence=allow_unknown_licence, tell=_tell
         )
     if as_json:
-        click.echo(json.dumps({"pool": str(pool), "audited": built.audited, "verdicts": built.verdicts}, indent=2))
+        echo_json({"pool": str(pool), "audited": built.audited, "verdicts": built.verdicts})
     else:
-        click.echo(f"{pool}: {built.audited} audited; {_counts(built.verdicts)}")
+        echo(f"{pool}: {built.audited} audited; {_counts(built.verdicts)}")
 
 
 @pool_command.command(name="list")
@@ -131,11 +130,11 @@ def list_command(pool: Path, verdicts: tuple[Any, ...], as_json: bool, debug: bo
 
         entries = Pool(pool).index.entries(verdicts or VERDICTS)
     if as_json:
-        click.echo(json.dumps([entry.to_dict() for entry in entries], indent=2))
+        echo_json([entry.to_dict() for entry in entries])
         return
     for entry in entries:
         size = f"{entry.figures.get('relative_norm', 0.0):.2%}" if entry.norm is not None else "-"
-        click.echo(f"{entry.verdict:11} {entry.rank or '-':>4} {size:>8}  {entry.name}{_reasons(entry)}")
+        echo(f"{entry.verdict:11} {entry.rank or '-':>4} {size:>8}  {entry.name}{_reasons(entry)}")
 
 
 @pool_command.command(name="show")
@@ -150,16 +149,16 @@ def show_command(pool: Path, name: str, as_json: bool, debug: bool) -> None:
 
         entry = Pool(pool).index.entry(name)
     if as_json:
-        click.echo(json.dumps(entry.to_dict(), indent=2))
+        echo_json(entry.to_dict())
         return
-    click.echo(entry.name)
+    echo(entry.name)
     facts = {key: value for key, value in entry.to_dict().items() if key not in ("name", "figures", "findings")}
     for key, value in {**facts, **entry.figures}.items():
         if value not in (None, ""):
             shown = size_text(value) if key == "size" else f"{value:.4g}" if isinstance(value, float) else value
-            click.echo(f"  {key:18} {shown}")
+            echo(f"  {key:18} {shown}")
     for finding in entry.findings:
-        click.echo(f"  {finding.stage:12} {finding.verdict}: {finding.reason}")
+        echo(f"  {finding.stage:12} {finding.verdict}: {finding.reason}")
 
 
 @pool_command.command(name="audit")
@@ -250,9 +249,9 @@ def remove_command(pool: Path, names: tuple[str, ...], as_json: bool, debug: boo
 
         removed = Pool(pool).remove(names, tell=_tell)
     if as_json:
-        click.echo(json.dumps({"pool": str(pool), "removed": removed}, indent=2))
+        echo_json({"pool": str(pool), "removed": removed})
     else:
-        click.echo(f"{pool}: {len(removed)} removed")
+        echo(f"{pool}: {len(removed)} removed")
 
 
 @pool_command.command(name="stats")
@@ -267,11 +266,11 @@ def stats_command(pool: Path, as_json: bool, debug: bool) -> None:
 
         facts = stats(Pool(pool))
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
+        echo_json(facts)
         return
     for key, value in facts.items():
         text = ", ".join(f"{name}: {each}" for name, each in value.items()) if isinstance(value, dict) else value
-        click.echo(f"{key:14} {size_text(value) if key == 'bytes' else text}")
+        echo(f"{key:14} {size_text(value) if key == 'bytes' else text}")
 
 
 @pool_command.command(name="plot")
@@ -285,7 +284,7 @@ def plot_command(pool: Path, output: str, debug: bool) -> None:
         from merging.pool.plot import plot
 
         plot(Pool(pool), output)
-    click.echo(output)
+    echo(output)
 
 
 def _standing(pool: Path) -> str:
@@ -294,7 +293,7 @@ def _standing(pool: Path) -> str:
 
 
 def _tell(entry: Entry) -> None:
-    click.echo(f"{entry.verdict:11} {entry.name}{_reasons(entry)}", err=True)
+    echo(f"{entry.verdict:11} {entry.name}{_reasons(entry)}", err=True)
 
 
 def _reasons(entry: Entry) -> str:
@@ -309,6 +308,6 @@ def _counts(verdicts: dict[str, int]) -> str:
 
 def _told(pool: Path, verdicts: dict[str, int], as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps({"pool": str(pool), "verdicts": verdicts}, indent=2))
+        echo_json({"pool": str(pool), "verdicts": verdicts})
     else:
-        click.echo(f"{pool}: {_counts(verdicts)}")
+        echo(f"{pool}: {_counts(verdicts)}")

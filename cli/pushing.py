@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from .errors import reported
+from .output import echo, echo_json
 
 __all__ = ["push_command"]
 
@@ -34,4 +34,7 @@ def push_command(
         open_model(folder)  # what cannot be understood is not published
         target = target_of(repository, private=private, overwrite=overwrite)
         address = push(folder, target, message or f"Merged: {folder.name}")
-    click.echo(json.dumps({"path": str(folder), "published": address}) if as_json else f"published as {address}")
+    if as_json:
+        echo_json({"path": str(folder), "published": address}, indent=None)
+    else:
+        echo(f"published as {address}")

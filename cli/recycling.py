@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import click
 
 from .errors import reported
+from .output import echo, echo_json, echo_notices
 
 __all__ = ["recycle_command"]
 
@@ -62,7 +62,7 @@ def recycle_command(pool: tuple[str, ...], as_json: bool, progress: bool, debug:
 
     def told(line: str) -> None:
         if progress:
-            click.echo(f"[{time.monotonic() - start:.0f} s] {line}", err=True)
+            echo(f"[{time.monotonic() - start:.0f} s] {line}", err=True)
 
     def standing() -> str:
         from merging.recycling.run import unfinished
@@ -76,14 +76,14 @@ def recycle_command(pool: tuple[str, ...], as_json: bool, progress: bool, debug:
         stated = {name: value for name, value in options.items() if value not in (None, ())}
         done = merging.recycle(pool, told=told, **stated)
     if as_json:
-        click.echo(json.dumps(done.to_dict(), indent=2))
+        echo_json(done.to_dict())
         return
-    for notice in done.report.notices:
-        click.echo(f"note: {notice}", err=True)
+    echo_notices(done.report.notices)
     for line in _aligned(done.report.table()):
-        click.echo(line)
-    click.echo(f"\n{done.report.verdict.sentence}.")
-    click.echo(f"{done.path}: adapter of rank {done.rank}, {done.kept:.1%} of the mixture's energy kept")
+        echo(line)
+    echo("")
+    echo(f"{done.report.verdict.sentence}.")
+    echo(f"{done.path}: adapter of rank {done.rank}, {done.kept:.1%} of the mixture's energy kept")
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

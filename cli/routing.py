@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 
 from .errors import reported
+from .output import echo, echo_json, echo_notices
 
 __all__ = ["route_command"]
 
@@ -33,9 +33,8 @@ def route_command(models: tuple[str, ...], output: str, as_json: bool, debug: bo
         from merging.routing import export_prototypes
 
         done = export_prototypes(models, output, **options)
-    for notice in done.notices:
-        click.echo(f"note: {notice}", err=True)
+    echo_notices(done.notices)
     if as_json:
-        click.echo(json.dumps({"path": str(done.path), "adapters": done.adapters, "modules": done.modules}))
+        echo_json({"path": str(done.path), "adapters": done.adapters, "modules": done.modules}, indent=None)
     else:
-        click.echo(f"{done.path}: prototypes of {len(done.adapters)} adapters for {done.modules} modules")
+        echo(f"{done.path}: prototypes of {len(done.adapters)} adapters for {done.modules} modules")

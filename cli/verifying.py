@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .errors import reported
-from .output import echo
+from .output import echo, echo_json
 
 if TYPE_CHECKING:
     from merging.serving import Finding, Verdict
@@ -62,7 +61,7 @@ def verify_command(
 
         verdict = verify(path, programs, base=base, max_lora_rank=max_lora_rank, values=values, load=load)
     if as_json:
-        click.echo(json.dumps({**asdict(verdict), "served": verdict.served}, indent=2))
+        echo_json({**asdict(verdict), "served": verdict.served})
     else:
         _print(verdict)
     sys.exit(0 if verdict.served else 1)

@@ -22,14 +22,17 @@ class MergingError(Exception):
     def __init__(self, message: str) -> None:
         if len(message) > _LONGEST:
             message = f"{message[: _LONGEST * 2 // 3]} ... {message[-_LONGEST // 3 :]}"
-        super().__init__(escaped(message))
+        super().__init__(escaped(message, lines=True))
 
 
-def escaped(text: str) -> str:
-    """A text as any terminal and any file can take it: what is no printable character, nor ends a line, is escaped."""
+def escaped(text: str, lines: bool = False) -> str:
+    """Escape every character that is not printable, so that any terminal and any file can take the text.
+
+    Ends of lines are escaped too, lest a name pass for a line of its own; ``lines`` keeps them.
+    """
     if text.isprintable():
         return text
-    return "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in text)
+    return "".join(each if each.isprintable() or (lines and each == "\n") else ascii(each)[1:-1] for each in text)
 
 
 class FormatError(MergingError):

@@ -112,7 +112,10 @@ class Recipe(BaseModel):
 
     def to_yaml(self) -> str:
         """The recipe as YAML, which :func:`load_recipe` reads back to an equal one."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        facts = self.to_dict()
+        text = yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)
+        plain = text.replace("\n", "").isprintable()  # else with escapes, which every terminal takes
+        return text if plain else yaml.safe_dump(facts, sort_keys=False)
 
 
 def _parameters(method: Method) -> dict[str, Any]:

@@ -194,10 +194,10 @@ def test_disk_that_fills_up_under_way(
 SCRIPT = """
 import os, resource, signal, sys, torch, merging
 from pathlib import Path
-from merging.cli.errors import reported
+from merging.cli.errors import answered, reported
 folder = Path(sys.argv[1])
 {setup}
-with reported():
+with answered(), reported():
     merging.merge([folder / "tuned0", folder / "tuned1"], method="linear", output=folder / "out", threads=2{options})
 """
 
@@ -254,7 +254,7 @@ def interrupt(done, total):
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
 def test_interruption_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     """Nor does a second one, while the threads of the merge finish what they are at."""
     base = {f"layers.{i}.weight": torch.zeros(1 << 18, dtype=torch.bfloat16) for i in range(24)}

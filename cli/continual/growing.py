@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -11,9 +10,9 @@ from typing import Any
 
 import click
 
-from ..errors import reported
+from ..errors import end_signals, reported
 from ..merging import written_method
-from ..output import progress_bar
+from ..output import echo, echo_json, echo_notices, progress_bar
 from .options import Standing, as_json_option, debug_option, lenient, store_argument, wait_option, working
 from .telling import told
 
@@ -62,7 +61,10 @@ def init_command(
                 store, base=base, method=method, max_rank=max_rank, progress=report, **parameters
             )
         chain = made.method.chain
-    click.echo(json.dumps({"store": store, "method": chain, "base": base}) if as_json else f"{store}: grows by {chain}")
+    if as_json:
+        echo_json({"store": store, "method": chain, "base": base}, indent=None)
+    else:
+        echo(f"{store}: grows by {chain}")
 
 
 @click.command(name="add")
@@ -85,23 +87,19 @@ def add_command(
     standing = Standing(store)
     with reported(debug, standing):
         from merging.continual import ContinualStore
-        from merging.continual.manifest import printable
 
         opened = ContinualStore(store)
         standing.before = len(opened.manifest().steps)
         for count, model in enumerate(models):
             with _placed(count, len(models)), progress_bar(progress) as report:
                 step = opened.add(model, progress=report, **options)
-            for notice in step.notices if step else ():
-                click.echo(f"note: {notice}", err=True)
+            echo_notices(step.notices if step else ())
             if as_json:
-                click.echo(json.dumps({"model": model, "step": step.model_dump() if step else None}))
+                echo_json({"model": model, "step": step.model_dump() if step else None}, indent=None)
             elif step:
-                click.echo(f"step {step.number}: {printable(model)}: {told(step)}")
+                echo(f"step {step.number}: {model}: {told(step)}")
             else:
-                click.echo(
-                    f"{printable(model)}: a model of the same content was added before: nothing to do (--again adds it)"
-                )
+                echo(f"{model}: a model of the same content was added before: nothing to do (--again adds it)")
 
 
 @contextmanager
@@ -152,16 +150,15 @@ def watch_command(
     with reported(debug, standing):
         pause = _until_signalled()  # before the imports, which take seconds
         from merging.continual import ContinualStore
-        from merging.continual.manifest import printable
         from merging.continual.watch import Event, watch
 
         def tell(event: Event) -> None:
             if as_json:
                 told = {"what": event.what, "model": str(event.source), "step": event.step, "reason": event.reason}
-                click.echo(json.dumps(told))
+                echo_json(told, indent=None)
             else:
                 more = f" as step {event.step}" if event.step else f": {event.reason}" if event.reason else ""
-                click.echo(f"{event.what}: {printable(event.source)}{more}")
+                echo(f"{event.what}: {event.source}{more}")
 
         opened = ContinualStore(store)
         standing.before = len(opened.manifest().steps)
@@ -178,7 +175,7 @@ def _until_signalled() -> Callable[[float], bool]:
             interrupt(number, frame)
         signals.append(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in end_signals():
         signal.signal(number, finish)
 
     def pause(seconds: float) -> bool:

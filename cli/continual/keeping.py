@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Any
 
 import click
 
 from ..errors import reported
-from ..output import echo_notices, progress_bar, size_text
+from ..output import echo, echo_json, echo_notices, progress_bar, size_text
 from .options import Standing, as_json_option, debug_option, store_argument, wait_option, working
 
 __all__ = ["export_command", "gc_command", "relocate_command", "rollback_command", "verify_command"]
@@ -34,10 +33,10 @@ def export_command(store: str, output: str, progress: bool | None, as_json: bool
         with progress_bar(progress) as report:
             merged = ContinualStore(store).export(output, progress=report, **options)
     if as_json:
-        click.echo(json.dumps(merged.to_dict(), indent=2))
+        echo_json(merged.to_dict())
         return
     rank = f" of rank {merged.rank}" if merged.rank and merged.kind == "adapter" else ""
-    click.echo(f"{output}: {merged.kind}{rank}, {merged.tensors} tensors, {size_text(merged.bytes)}")
+    echo(f"{output}: {merged.kind}{rank}, {merged.tensors} tensors, {size_text(merged.bytes)}")
     echo_notices(merged.notices)
 
 
@@ -56,7 +55,10 @@ def rollback_command(store: str, to: int, wait: float | None, as_json: bool, deb
         from merging.continual import ContinualStore
 
         steps = len(ContinualStore(store).rollback(to, wait=wait).steps)
-    click.echo(json.dumps({"steps": steps}) if as_json else f"{store}: {steps} models")
+    if as_json:
+        echo_json({"steps": steps}, indent=None)
+    else:
+        echo(f"{store}: {steps} models")
 
 
 @click.command(name="relocate")
@@ -71,7 +73,10 @@ def relocate_command(store: str, base: str, wait: float | None, as_json: bool, d
         from merging.continual import ContinualStore
 
         path = ContinualStore(store).relocate(base, wait=wait).base.path
-    click.echo(json.dumps({"base": path}) if as_json else f"{store}: the base is {path}")
+    if as_json:
+        echo_json({"base": path}, indent=None)
+    else:
+        echo(f"{store}: the base is {path}")
 
 
 @click.command(name="verify")
@@ -85,16 +90,14 @@ def verify_command(store: str, as_json: bool, debug: bool) -> None:
 
         verdict = ContinualStore(store).verify()
     if as_json:
-        click.echo(json.dumps(asdict(verdict), indent=2))
+        echo_json(asdict(verdict))
     elif not verdict.problems:
         gone = f", states of {len(verdict.removed)} removed" if verdict.removed else ""
-        click.echo(f"{store}: {verdict.steps} models{gone}, all as it was written")
+        echo(f"{store}: {verdict.steps} models{gone}, all as it was written")
     for problem in verdict.problems if not as_json else ():
-        click.echo(problem, err=True)
+        echo(problem, err=True)
     if verdict.whole < verdict.steps and not as_json:
-        click.echo(
-            f"the last whole state is that of step {verdict.whole}: merge continual rollback goes back", err=True
-        )
+        echo(f"the last whole state is that of step {verdict.whole}: merge continual rollback goes back", err=True)
     if verdict.problems:
         raise click.exceptions.Exit(1)
 
@@ -111,4 +114,7 @@ def gc_command(store: str, keep: int, wait: float | None, as_json: bool, debug: 
         from merging.continual import ContinualStore
 
         gone = ContinualStore(store).gc(keep, wait=wait)
-    click.echo(json.dumps({"removed": gone}) if as_json else f"{store}: {len(gone)} states removed")
+    if as_json:
+        echo_json({"removed": gone}, indent=None)
+    else:
+        echo(f"{store}: {len(gone)} states removed")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import click
 
 from ..errors import reported
+from ..output import echo, echo_json
 from .options import as_json_option, debug_option, store_argument
 
 if TYPE_CHECKING:
@@ -32,27 +32,28 @@ def status_command(store: str, spectrum: bool, as_json: bool, debug: bool) -> No
 
         facts = ContinualStore(store).status(spectrum=spectrum)
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
+        echo_json(facts)
         return
-    click.echo(f"{store}: {len(facts['steps'])} models by {facts['method']}, on {facts['base']}")
+    echo(f"{store}: {len(facts['steps'])} models by {facts['method']}, on {facts['base']}")
     for line in facts["holds"]:
-        click.echo(f"  {line}")
+        echo(f"  {line}")
     if facts["steps"]:
-        click.echo(f"  exported times {facts['scale']:.4g}")
-        click.echo(f"\n{'step':>4}  {'norm':>9}  {'kept':>6}  {'cosine':>6}  {'rank':>4}  {'merge':>9}  model")
+        echo(f"  exported times {facts['scale']:.4g}")
+        echo("")
+        echo(f"{'step':>4}  {'norm':>9}  {'kept':>6}  {'cosine':>6}  {'rank':>4}  {'merge':>9}  model")
     for step in facts["steps"]:
-        click.echo(
+        echo(
             f"{step['number']:>4}  {step['norm']:>9.4g}  {step['kept']:>6.1%}  {step['cosine']:>+6.3f}  "
             f"{step['rank'] or '-':>4}  {step['merged']:>9.4g}  {step['source']}"
         )
     for layer in facts.get("layers", ()):
         place = "outside" if layer["layer"] is None else f"layer {layer['layer']}"
-        click.echo(
+        echo(
             f"{place:>10}: norm {layer['norm']:.4g}, leading directions {layer['leading']:.1%}, "
             f"stable rank {layer['stable_rank']:.1f}"
         )
     for each in facts["refused"]:
-        click.echo(f"refused: {each['source']}: {each['reason']}")
+        echo(f"refused: {each['source']}: {each['reason']}")
 
 
 @click.command(name="log")
@@ -66,13 +67,14 @@ def log_command(store: str, as_json: bool, debug: bool) -> None:
 
         steps = ContinualStore(store).log()
     if as_json:
-        click.echo(json.dumps([step.model_dump() for step in steps], indent=2))
+        echo_json([step.model_dump() for step in steps])
         return
     for step in steps:
-        click.echo(f"step {step.number}  {step.time}\n  {step.source} ({step.kind}, sha256 {step.sha256[:16]})")
-        click.echo(f"  {told(step)}")
+        echo(f"step {step.number}  {step.time}")
+        echo(f"  {step.source} ({step.kind}, sha256 {step.sha256[:16]})")
+        echo(f"  {told(step)}")
         for notice in step.notices:
-            click.echo(f"  note: {notice}")
+            echo(f"  note: {notice}")
 
 
 def told(step: StepRecord) -> str:
@@ -91,4 +93,4 @@ def plot_command(store: str, output: str, debug: bool) -> None:
         from merging.continual import ContinualStore
 
         ContinualStore(store).plot(output)
-    click.echo(output)
+    echo(output)

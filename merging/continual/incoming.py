@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from merging.continual.manifest import Manifest, printable
-from merging.errors import InputError, MergingError
+from merging.continual.manifest import Manifest
+from merging.errors import InputError, MergingError, escaped
 from merging.hub.query import Query, parse_query
 from merging.threads import Progress
 
@@ -129,7 +129,7 @@ class _Folder:
         before, self._before = self._before, {path: _fingerprint(path) for path in _models(self.folder)}
         for path, mark in self._before.items():
             if mark == before.get(path) and mark == _fingerprint(path):
-                yield Arrival(path, printable(path.resolve()), mark)
+                yield Arrival(path, escaped(str(path.resolve())), mark)
 
 
 def _models(folder: Path) -> list[Path]:

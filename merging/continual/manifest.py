@@ -22,7 +22,6 @@ __all__ = [
     "Refused",
     "StepRecord",
     "Unconfirmed",
-    "printable",
     "read_manifest",
     "replace_manifest",
     "sha256_of",
@@ -233,11 +232,6 @@ def write_manifest(store: Path, manifest: Manifest, made: str) -> None:
             f"{store}: {made}, but the disk does not confirm it ({error.strerror}): after a power cut the store may be "
             f"as it was before"
         ) from None
-
-
-def printable(path: str | Path) -> str:
-    """A path as text that any terminal and any file can take: what is no printable character is escaped."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(path))
 
 
 def sha256_of(path: Path) -> str:

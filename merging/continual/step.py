@@ -15,9 +15,9 @@ from torch import Tensor
 from merging.arrival import absent, arrived
 from merging.continual import growth
 from merging.continual.kinship import check_place, check_stated, check_values
-from merging.continual.manifest import Manifest, Part, StepRecord, printable, sha256_of
+from merging.continual.manifest import Manifest, Part, StepRecord, sha256_of
 from merging.continual.state import held_forms, open_state, state_metadata, step_plan
-from merging.errors import InputError
+from merging.errors import InputError, escaped
 from merging.files import workers_within
 from merging.licences import source_of
 from merging.linalg import safe_ratio
@@ -152,7 +152,7 @@ def record(
     notices = grown.notices if square else (*grown.notices, "it changes nothing of the base")
     return StepRecord(
         number=len(before.steps) + 1,
-        source=printable(source.path if source.origin else source.path.resolve()),
+        source=escaped(str(source.path if source.origin else source.path.resolve())),
         sha256=content,
         kind="adapter" if isinstance(source, Adapter) else "model",
         stated_base=source.base if isinstance(source, Adapter) else None,

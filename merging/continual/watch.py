@@ -13,10 +13,10 @@ from typing import Any, Literal, TypeVar
 
 from merging.continual.folder import Busy
 from merging.continual.incoming import Arrival, Ended, Pause, attended, incoming
-from merging.continual.manifest import Refused, printable
+from merging.continual.manifest import Refused
 from merging.continual.soundness import Damaged
 from merging.continual.store import ContinualStore
-from merging.errors import FormatError, InputError, OptionError
+from merging.errors import FormatError, InputError, OptionError, escaped
 from merging.hub.client import Unreachable
 
 __all__ = ["Event", "watch"]
@@ -128,7 +128,7 @@ class _Watch:
     def _missed(self, source: Path | str, error: Unreachable) -> Unreachable:
         """Tell that the Hub does not answer, unless that was told of the same before."""
         if source not in self._lost:
-            self.tell(Event("unreachable", source, reason=printable(str(error))))
+            self.tell(Event("unreachable", source, reason=escaped(str(error))))
         self._lost.add(source)
         return error
 
@@ -143,7 +143,7 @@ class _Watch:
         except (Damaged, Unreachable):  # what is wrong with the store itself, or the Hub, is no fault of the model
             raise
         except (InputError, FormatError) as error:
-            reason, now = printable(str(error)), datetime.now(timezone.utc).isoformat(timespec="seconds")
+            reason, now = escaped(str(error)), datetime.now(timezone.utc).isoformat(timespec="seconds")
             note = Refused(source=arrival.source, fingerprint=arrival.mark, reason=reason, time=now)
             self._when_free(lambda wait: self.store.refuse(note, wait=wait))
             event = Event("refused", arrival.model, reason=reason)
