@@ -36,7 +36,7 @@ def test_installs_beside_another_cli(tmp_path: Path) -> None:
     copy = tmp_path / "merging"
     for part in ("merging", "cli"):
         shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-    for part in ("pyproject.toml", "README.md"):
+    for part in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / part, copy / part)
     for project in (copy, other):
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(project)]
@@ -51,5 +51,8 @@ def test_installs_beside_another_cli(tmp_path: Path) -> None:
     assert Path(package).is_relative_to(site)
     assert Path(command) == site / "merging" / "cli" / "main.py"
     assert (site / "merging" / "py.typed").is_file()
+    (facts,) = site.glob("merging-*.dist-info/METADATA")
+    assert "License-Expression: Apache-2.0" in facts.read_text(encoding="utf-8")
+    assert [*site.glob("merging-*.dist-info/**/LICENSE")]
     ours = {path.relative_to(ROOT) for path in (ROOT / "merging").rglob("*.py")}
     assert not [path for path in ours if not (site / path).is_file()]
