@@ -10,7 +10,8 @@ from pathlib import Path
 from merging.companions import adapter_config
 from merging.plan.items import Plan
 from merging.sources import Adapter
-from merging.sources.diffusion import METADATA_KEY, WEIGHTS
+from merging.sources.diffusion import WEIGHTS
+from merging.sources.lora_headers import METADATA_KEY
 from merging.sources.peft import CONFIG_KEY
 
 __all__ = ["lora_metadata", "lora_stem"]

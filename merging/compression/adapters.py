@@ -18,7 +18,7 @@ from merging.compression.ternary import balanced, norm_factor, pack_signs
 from merging.delta import LowRank
 from merging.errors import InputError
 from merging.linalg import squared_norm
-from merging.sources import DIALECTS, Dialect
+from merging.sources import Dialect, dialect_of
 from merging.sources.adapter import Adapter, LoraChange
 from merging.sources.packs import Described
 from merging.sources.packs.codings import Bands, Kind, Raw, Ternary
@@ -64,7 +64,8 @@ def adapter_file(adapter: Adapter) -> AdapterFile:
     """The file of an adapter, opened. Raises :class:`~merging.errors.InputError` for one that cannot be packed."""
     path = adapter.files[0]
     opened = open_tensors(path)
-    dialect = next(each for each in DIALECTS if each.recognises(opened[0]))
+    dialect = dialect_of(opened)
+    assert dialect is not None
     if dialect.name == "pack":
         raise InputError(f"{adapter.path}: is a pack already: merge decompress it first")
     adapter = replace(dialect.opens(path, None, opened), path=adapter.path, origin=adapter.origin)

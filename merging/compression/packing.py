@@ -230,7 +230,7 @@ def decompress(
     unless ``allow_different_bases``. Raises :class:`~merging.errors.MergingError`, and leaves nothing behind then.
     """
     destination, opened = Path(output), open_model(pack)
-    if not isinstance(opened, Adapter) or not recognises(open_tensors(opened.files[0])[0]):
+    if not isinstance(opened, Adapter) or not recognises(open_tensors(opened.files[0])):
         raise InputError(f"{pack}: is no pack: it can be used as it is")
     if opened.of_model:
         if base is None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from merging.serving.rules import BAKE, Program, Rule, absent, no_config
 from merging.serving.subject import Subject
-from merging.sources.diffusion import METADATA_KEY
+from merging.sources.lora_headers import METADATA_KEY
 
 __all__ = ["DIFFUSERS"]
 

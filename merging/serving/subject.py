@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from merging.errors import FormatError, InputError, MergingError
 from merging.hub.address import Address, hub_address, local_path
-from merging.sources import DIALECTS, Dialect, diffusion, peft
+from merging.sources import Dialect, dialect_of, diffusion, peft
 from merging.sources.components import PIPELINE, components_of
 from merging.sources.layout import agree, check_suffix, find_weights, is_standard, read_json, shards_of, weights_of
 from merging.sources.model_config import read_config
@@ -121,7 +121,7 @@ def open_subject(name: str, base: str | None, max_rank: int | None, values: bool
         stated = read(config) if config is not None else None
     except MergingError as error:
         raise type(error)(str(error).replace(str(path), name)) from None
-    dialect = next((each for each in DIALECTS if tensors and each.recognises(tensors)), None)
+    dialect = dialect_of((tensors, metadata)) if tensors else None
     base_path, base_config = _base_of(base, stated or {})
     return Subject(
         name,

@@ -1,12 +1,12 @@
 """Models as they lie on the disk: full checkpoints and adapters, opened from their headers and read piece by piece.
 
-A new file format is one module with ``recognises(names)`` and an opener that makes an ``Adapter``, and one line in
+A new file format is one module with ``recognises(opened)`` and an opener that makes an ``Adapter``, and one line in
 ``DIALECTS``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,17 +18,18 @@ from merging.sources.checkpoint import Checkpoint, open_checkpoint
 from merging.sources.layout import check_suffix
 from merging.sources.lycoris import METHODS
 from merging.sources.origin import Origin
-from merging.sources.stored import DTYPES, Opened, Stored, open_tensors
+from merging.sources.stored import DTYPES, Opened, open_tensors
+from merging.sources.unread import refuse_factors
 
-__all__ = ["DIALECTS", "Adapter", "Checkpoint", "Dialect", "open_model"]
+__all__ = ["DIALECTS", "Adapter", "Checkpoint", "Dialect", "dialect_of", "open_model"]
 
-Recognises = Callable[[Mapping[str, Stored]], bool]
+Recognises = Callable[[Opened], bool]
 Opens = Callable[[Path, float | None, Opened], Adapter]
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """A format of adapters: how a file is told by its tensor names, and opened."""
+    """A format of adapters: how a file is told by its tensor names and its header, and opened."""
 
     name: str
     summary: str
@@ -51,13 +52,18 @@ DIALECTS = (
     ),
     Dialect(
         "diffusers",
-        "LoRA of diffusion models with dotted names: diffusers, old and new, ComfyUI and its kin, XLabs",
+        "LoRA of diffusion models with dotted names: diffusers, old and new, ComfyUI and its kin, XLabs, bare ones",
         diffusion.recognises,
         diffusion.open_diffusion,
     ),
     Dialect("PEFT", "adapters of PEFT, a folder or a bare file", peft.recognises, peft.open_peft),
 )
 """All formats of adapters that are read; the first that recognises a file opens it."""
+
+
+def dialect_of(opened: Opened) -> Dialect | None:
+    """The format of an adapter's file, None for one that none of them recognises."""
+    return next((dialect for dialect in DIALECTS if dialect.recognises(opened)), None)
 
 
 def open_model(name: str | Path, alpha: float | None = None, dequantise: bool = False) -> Checkpoint | Adapter:
@@ -94,18 +100,27 @@ def _open_local(path: Path, alpha: float | None, dequantise: bool) -> Checkpoint
     if path.is_dir():
         if not (path / "adapter_config.json").is_file():
             bare = _bare_adapter(path)
-            return open_checkpoint(path, None, dequantise) if bare is None else _open_local(bare, alpha, dequantise)
+            return _checkpoint(path, None, dequantise) if bare is None else _open_local(bare, alpha, dequantise)
         return _of_numbers(peft.open_peft(path, alpha))
     if path.suffix == ".json":
-        return open_checkpoint(path, None, dequantise)
+        return _checkpoint(path, None, dequantise)
     check_suffix(path)
     opened = open_tensors(path)
     if not opened[0]:
         raise FormatError(f"{path}: holds no tensors")
-    dialect = next((each for each in DIALECTS if each.recognises(opened[0])), None)
+    dialect = dialect_of(opened)
     if dialect is None:
-        return open_checkpoint(path, opened, dequantise)
+        return _checkpoint(path, opened, dequantise)
     return _of_numbers(dialect.opens(path, alpha, opened))
+
+
+def _checkpoint(path: Path, opened: Opened | None, dequantise: bool) -> Checkpoint:
+    """A full model, none of whose tensors is a part of an adapter."""
+    checkpoint = open_checkpoint(path, opened, dequantise)
+    for part in checkpoint.components.values() or (checkpoint,):
+        stated = not {"model_type", "architectures", "_class_name"}.isdisjoint(part.config)
+        refuse_factors(part.path, part.tensors, stated=stated)
+    return checkpoint
 
 
 def _of_numbers(adapter: Adapter) -> Adapter:
@@ -123,5 +138,4 @@ def _bare_adapter(folder: Path) -> Path | None:
     found = sorted(folder.glob("*.safetensors"))
     if named is not None or len(found) != 1 or (folder / "config.json").is_file():
         return named
-    names = open_tensors(found[0])[0]
-    return found[0] if any(dialect.recognises(names) for dialect in DIALECTS) else None
+    return found[0] if dialect_of(open_tensors(found[0])) else None

@@ -1,38 +1,47 @@
-"""LoRA files of diffusion models with dotted names: of diffusers, old and new, of ComfyUI and its kin, of XLabs."""
+"""LoRA files of diffusion models with dotted names: of diffusers, old and new, of ComfyUI and its kin, of XLabs.
+
+A name is a component (``transformer.``, ``diffusion_model.``), or none, and the path of a module; the form of the
+factors behind it (A and B, down and up, with alphas or without) differs from trainer to trainer.
+"""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
+from math import isclose
 from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError
 from merging.sources.adapter import Adapter, Change, LoraChange
-from merging.sources.lycoris import leaf_of, module_changes
+from merging.sources.denoisers import is_denoiser
+from merging.sources.lora_headers import METADATA_KEY, base_facts, component_configs, config_of, unstated_alpha
+from merging.sources.lycoris import is_factor, leaf_of, module_changes
+from merging.sources.lycoris.products import number, scale_of
 from merging.sources.peft import peft_changes
+from merging.sources.peft.config import Config
+from merging.sources.peft.module import Module
 from merging.sources.stored import Opened, Stored, open_tensors
 from merging.sources.views import reshaped
 
-__all__ = ["METADATA_KEY", "WEIGHTS", "open_diffusion", "recognises"]
-
-METADATA_KEY = "lora_adapter_metadata"
-"""The metadata entry in which diffusers keeps the configs of its components, each field behind the component's name."""
+__all__ = ["WEIGHTS", "open_diffusion", "recognises"]
 
 WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 """What diffusers calls a LoRA's file in its folder."""
 
 _COMPONENT = re.compile(
-    r"(unet|transformer|text_encoder(?:_[23])?|diffusion_model|text_encoders\.\w+\.transformer)\.(.+)"
+    r"((unet|transformer(?:_2)?|text_encoder(?:_[234])?|(?:model\.)?diffusion_model|text_encoders\.\w+\.transformer)\."
+    r"(?:base_model\.model\.)?)(.+)"
 )
-_LANGUAGE = re.compile(
-    r"transformer\.(?:h|layers?|encoder|wte|wpe|embd|word_embeddings|ln_f)\."
-    r"|transformer\.blocks\.\d+\.(?!attn[12]\.|self_attn\.|cross_attn\.|ffn\.net\.)"
-)
+"""The prefix of a name, the component in it, and the rest."""
+
+_LANGUAGE = re.compile(r"transformer\.(?:h|layers?|encoder|wte|wpe|embd|word_embeddings|ln_f|blocks)\.")
 """Language models whose adapters, once PEFT's prefix is off, seem to name a component."""
+
+_DOWN_UP = re.compile(r"\.lora_(?:down|up)\.weight$")
+"""Factors that PEFT never calls so."""
 
 _OLD = (
     (re.compile(r"\.self_attn\.to_([qkv]|out)_lora\.(down|up|alpha)\b"), r".self_attn.\1_proj.lora.\2"),
@@ -45,6 +54,8 @@ _OLD = (
 )
 """What other versions of diffusers and transformers wrote, and what is meant."""
 
+_OLD_FACTORS = tuple(pattern for pattern, _ in (*_OLD[:3], _OLD[4]))
+
 _XLABS = re.compile(
     r"(?:diffusion_model\.)?(double|single)_blocks\.(\d+)\.processor\.(qkv|proj)_lora([12]?)\.(down|up)\.weight"
 )
@@ -54,27 +65,45 @@ _XLABS_PROJ = {"1": "attn.to_out.0", "2": "attn.to_add_out", "": "proj_out"}
 _EMBEDDINGS = frozenset({"emb_params", "clip_l", "clip_g", "t5xxl"})
 
 
-def recognises(names: Mapping[str, Stored]) -> bool:
-    """Whether these are the tensor names of a LoRA for parts of a diffusion model."""
-    return _EMBEDDINGS.issuperset(names) or any(_is_ours(name) for name in names)
+def recognises(opened: Opened) -> bool:
+    """Whether this is a LoRA for parts of a diffusion model, by its tensors' names and its header.
 
-
-def _is_ours(name: str) -> bool:
-    if name.startswith("base_model."):
-        return False
-    if _XLABS.fullmatch(name) or any(pattern.search(name) for pattern, _ in (*_OLD[:3], *_OLD[4:5])):
+    Names that a language model may have too count if the file has others that only a denoiser has, or if its header
+    holds configs as diffusers writes them.
+    """
+    names, metadata = opened
+    if names and _EMBEDDINGS.issuperset(names):
         return True
-    return bool(_COMPONENT.match(name)) and leaf_of(name) is not None and not _LANGUAGE.match(name)
+    if any(_XLABS.fullmatch(name) or any(old.search(name) for old in _OLD_FACTORS) for name in names):
+        return True
+    modules = {found[0] for name in names if is_factor(name) and (found := leaf_of(name))}
+    if not modules:
+        parts = [leaf_of(name) for name in names]
+        return bool(parts) and all(parts) and any(_is_diffusion(part[0]) for part in parts if part)
+    if any(_DOWN_UP.search(name) for name in names):
+        return True
+    if any(name.startswith("base_model.") for name in names):
+        return False
+    if any(_COMPONENT.match(module) and not _LANGUAGE.match(module) for module in modules):
+        return True
+    # Without A and B, forms of PEFT and of LyCORIS are told apart by the alphas that only the latter keep here.
+    paired = any(".lora_A." in name for name in names) or any(f"{module}.alpha" in names for module in modules)
+    return METADATA_KEY in metadata or (paired and any(map(is_denoiser, modules)))
+
+
+def _is_diffusion(module: str) -> bool:
+    return bool(_COMPONENT.match(module)) or is_denoiser(module)
 
 
 def open_diffusion(path: Path, alpha: float | None = None, opened: Opened | None = None) -> Adapter:
     """The adapter of such a file; values are not read, but for the alphas.
 
     An alpha is stated beside the factors, or in a config in the header, or it is the rank; ``alpha`` replaces it.
-    Raises :class:`~merging.errors.FormatError` for a file that states it in both places, and for any name that has no
+    Raises :class:`~merging.errors.FormatError` for a file that states two that differ, and for any name that has no
     place.
     """
     tensors, metadata = opened or open_tensors(path)
+    notices: tuple[str, ...] = ()
     _refuse_others(path, tensors)
     if any(_XLABS.fullmatch(name) for name in tensors):
         dialect, changes = "XLabs", _xlabs(path, tensors, alpha)
@@ -82,19 +111,17 @@ def open_diffusion(path: Path, alpha: float | None = None, opened: Opened | None
         named = _modern(path, tensors)
         comfy = any(name.startswith(("diffusion_model.", "text_encoders.")) for name in named)
         dialect = "ComfyUI" if comfy else "diffusers"
-        configs = _configs(path, metadata)
-        if configs and any(name.endswith(".alpha") for name in named):
-            raise FormatError(
-                f"{path}: states its alphas twice, beside the factors and in the {METADATA_KEY} of its header: remove "
-                f"one of the two"
-            )
+        configs = component_configs(path, metadata)
+        stated = any(name.endswith(".alpha") for name in named)
+        notices = unstated_alpha(path, metadata) if not configs and not stated and alpha is None else ()
         changes = _by_config(path, named, configs, alpha) if configs else _by_module(path, named, alpha)
     return Adapter(
         path=path,
         changes={change.target: change for change in changes},
         files=(path,),
         dialect=dialect,
-        config={},
+        config=base_facts(metadata),
+        notices=notices,
     )
 
 
@@ -139,42 +166,49 @@ def _by_module(path: Path, named: Mapping[str, Stored], alpha: float | None) -> 
     return [change for module, parts in modules.items() for change in module_changes(module, parts, where, alpha)]
 
 
-def _configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """The config of each component, if the header has any."""
-    if METADATA_KEY not in metadata:
-        return {}
-    try:
-        fields = json.loads(metadata[METADATA_KEY])
-    except (ValueError, RecursionError):
-        fields = None
-    if not isinstance(fields, dict):
-        raise FormatError(f"{path}: the {METADATA_KEY} in its header is not a JSON object")
-    configs: defaultdict[str, dict[str, Any]] = defaultdict(dict)
-    for name, value in fields.items():
-        component, _, field = name.partition(".")
-        configs[component][field] = value
-    return dict(configs)
-
-
 def _by_config(
     path: Path, named: Mapping[str, Stored], configs: Mapping[str, dict[str, Any]], alpha: float | None
 ) -> list[Change]:
-    components: defaultdict[str, dict[str, Stored]] = defaultdict(dict)
+    prefixes: defaultdict[tuple[str, str], dict[str, Stored]] = defaultdict(dict)
     for name, stored in named.items():
-        component, _, rest = name.partition(".")
-        components[component][rest.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.")] = stored
+        found = _COMPONENT.match(name)
+        prefix, component, rest = found.groups() if found else ("", "", name)
+        renamed = rest.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.")
+        prefixes[prefix, component][renamed] = stored
     changes: list[Change] = []
-    for component, tensors in components.items():
-        if component not in configs:
+    for (prefix, component), tensors in prefixes.items():
+        stated = config_of(configs, component)
+        if stated is None:
             raise FormatError(
-                f"{path}: has {component} tensors, but no config for them in the {METADATA_KEY} of its header"
+                f"{path}: has {component or 'other'} tensors, but no config for them in the {METADATA_KEY} of its "
+                f"header"
             )
-        config = {"peft_type": "LORA", **configs[component]}
+        config = {"peft_type": "LORA", **stated}
         if alpha is not None:
             config |= {"lora_alpha": alpha, "alpha_pattern": {}}
-        found = peft_changes(tensors, config, f"{path}: {component}")
-        changes += [replace(change, target=f"{component}.{target}") for target, change in found.items()]
+        factors = {name: part for name, part in tensors.items() if not name.endswith(".alpha")}
+        found_changes = peft_changes(factors, config, f"{path}: {component}")
+        if alpha is None:
+            _check_alphas(path, tensors, found_changes)
+        changes += [replace(change, target=prefix + target) for target, change in found_changes.items()]
     return changes
+
+
+def _check_alphas(path: Path, tensors: Mapping[str, Stored], changes: Mapping[str, Change]) -> None:
+    """Refuse alphas beside the factors that say something else than the config in the header."""
+    settings = Config({}, str(path))
+    for name, part in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf != "alpha":
+            continue
+        change = changes.get(f"{module}.weight")
+        value = number(Module(module, {"alpha": part}, settings), "alpha")
+        alike = isinstance(change, LoraChange) and isclose(change.scale, scale_of(value, change.rank), rel_tol=1e-2)
+        if not alike:
+            raise FormatError(
+                f"{path}: states its alphas twice, beside the factors and in the {METADATA_KEY} of its header, and "
+                f"not alike ({name}): remove one of the two, or give the right one with --lora-alpha"
+            )
 
 
 def _xlabs(path: Path, tensors: Mapping[str, Stored], alpha: float | None) -> list[Change]:
@@ -197,7 +231,7 @@ def _xlabs(path: Path, tensors: Mapping[str, Stored], alpha: float | None) -> li
         size, rest = divmod(whole.up.shape[0], 3)
         if rest:
             raise FormatError(f"{path}: {name} has {whole.up.shape[0]} outputs, which are not three equal parts")
-        for number, part in enumerate("qkv"):
-            up = reshaped(whole.up).narrowed(0, number * size, size)
+        for place, part in enumerate("qkv"):
+            up = reshaped(whole.up).narrowed(0, place * size, size)
             changes.append(replace(whole, target=f"{block}.{_XLABS_QKV[stream].format(part)}.weight", up=up))
     return changes

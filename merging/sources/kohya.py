@@ -1,4 +1,4 @@
-"""LoRA files of Kohya's sd-scripts, of LyCORIS and of OneTrainer, whose modules have flat names.
+"""LoRA files of Kohya's sd-scripts and musubi-tuner, of LyCORIS, OneTrainer and Tencent: modules with flat names.
 
 ``lora_unet_mid_block_attentions_0_proj_in`` was ``mid_block.attentions.0.proj_in`` once. The underscores cannot be
 turned back into dots, so flat names stay what they are until a base tells its modules' names.
@@ -9,22 +9,43 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from math import sqrt
 from pathlib import Path
+from typing import Any
 
 from merging.errors import FormatError
-from merging.sources.adapter import Adapter
+from merging.sources.adapter import Adapter, Change
+from merging.sources.lora_headers import base_facts, component_configs, config_of, unstated_alpha
 from merging.sources.lycoris import leaf_of, module_changes
+from merging.sources.peft.config import Config
 from merging.sources.stored import Opened, Stored, open_tensors
 
 __all__ = ["open_kohya", "recognises"]
 
-_FLAT = re.compile(r"(?:lora_(?:unet|te\d?|transformer|prior_unet|prior|text_encoder)|lycoris|oft_(?:unet|te))_[^.]+\.")
+_FLAT = re.compile(
+    r"(?:lora_(unet|te\d?|transformer|prior_unet|prior|text_encoder)|lycoris|oft_(unet|te)|Hunyuan_video_I2V_lora)"
+    r"_[^.]+\."
+)
+"""Flat names behind a prefix that is known, and the part of it that names a component."""
+
+_COMPONENTS = {"te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"}
+"""What diffusers calls a component, where that is not a denoiser."""
+
+_DOWN = re.compile(r"[^.]+\.lora_down\.weight")
 _EMBEDDINGS = ("bundle_emb.", "emb_params", "string_to_param")
 
 
-def recognises(names: Mapping[str, Stored]) -> bool:
-    """Whether these are the tensor names of a file with flat module names."""
-    return any(_FLAT.match(name) for name in names)
+def recognises(opened: Opened) -> bool:
+    """Whether a file has flat module names: some behind a known prefix, or all of them, of LoRA's down and up."""
+    names = opened[0]
+    return any(_FLAT.match(name) for name in names) or (
+        any(_DOWN.fullmatch(name) for name in names) and all(_is_flat(name) for name in names)
+    )
+
+
+def _is_flat(name: str) -> bool:
+    found = leaf_of(name)
+    return found is not None and "." not in found[0]
 
 
 def open_kohya(path: Path, alpha: float | None = None, opened: Opened | None = None) -> Adapter:
@@ -43,17 +64,41 @@ def open_kohya(path: Path, alpha: float | None = None, opened: Opened | None = N
         module, _, rest = name.partition(".")
         found = leaf_of(name)
         leaf = "weight" if rest == "weight" else found[1] if found and found[0] == module else None
-        if leaf is None or not _FLAT.match(name):
+        if leaf is None:
             raise FormatError(f"{path}: {name} is no tensor that a Kohya or LyCORIS file is known to hold")
         if leaf in modules[module]:
             raise FormatError(f"{path}: {name} is there twice, under two names")
         modules[module][leaf] = stored
-    changes = [change for module, parts in modules.items() for change in module_changes(module, parts, where, alpha)]
+    configs = component_configs(path, metadata)
+    stated = any("alpha" in parts for parts in modules.values())
+    notices = () if configs or stated or alpha is not None else unstated_alpha(path, metadata)
+    changes: list[Change] = []
+    for module, parts in modules.items():
+        own = _stated_alpha(module, parts, configs, where) if alpha is None and "alpha" not in parts else alpha
+        changes += module_changes(module, parts, where, own)
     return Adapter(
         path=path,
         changes={change.target: change for change in changes},
         files=(path,),
         dialect="Kohya",
         base=metadata.get("ss_base_model_version"),
-        config={key: metadata[key] for key in ("ss_base_model_version", "ss_v2") if key in metadata},
+        config=base_facts(metadata),
+        notices=notices,
     )
+
+
+def _stated_alpha(
+    module: str, parts: Mapping[str, Stored], configs: Mapping[str, dict[str, Any]], where: str
+) -> float | None:
+    """The alpha of a module as a config of diffusers' in the header states it, such that alpha / rank is its scale."""
+    found = _FLAT.match(f"{module}.")
+    config = config_of(configs, _COMPONENTS.get(found[1] or "", "") if found else "")
+    if config is None or "lora_down" not in parts:
+        return None
+    settings = Config({"peft_type": "LORA", **config}, where)
+    rank = parts["lora_down"].shape[0]
+    pattern = settings.get("alpha_pattern") or {}
+    flat = {str(key).replace(".", "_"): value for key, value in pattern.items()} if isinstance(pattern, dict) else {}
+    end = next((key for key in flat if f"_{module}".endswith(f"_{key}")), None)
+    alpha = settings.number("lora_alpha", 8) if end is None else Config(flat, where).number(end, 8)
+    return alpha * sqrt(rank) if settings.get("use_rslora") else alpha

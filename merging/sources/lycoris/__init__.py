@@ -19,20 +19,25 @@ from merging.sources.peft.config import Config
 from merging.sources.peft.module import Module
 from merging.sources.stored import Stored
 
-__all__ = ["METHODS", "Method", "leaf_of", "module_changes"]
+__all__ = ["METHODS", "Method", "is_factor", "leaf_of", "module_changes"]
 
 _LEAF = re.compile(
     r"\.(?:(lora_down|lora_up|lora_mid|lora_A|lora_B|a1|a2|b1|b2)(?:\.default)?\.weight"
     r"|(lora_B\.bias|lora_magnitude_vector|dora_scale|alpha|hada_[wt][12](?:_[ab])?|lokr_[wt][12](?:_[ab])?"
-    r"|diff|diff_b|set_weight|w_norm|b_norm|on_input|oft_blocks|rescale)(?:\.weight)?)$"
+    r"|(?:modulation\.)?diff|diff_[bm]|set_weight|w_norm|b_norm|on_input|oft_blocks|rescale)(?:\.weight)?)$"
 )
 _SAME = {
     "lora_A": "lora_down",
     "lora_B": "lora_up",
     "lora_B.bias": "lora_up.bias",
     "lora_magnitude_vector": "dora_scale",
+    "modulation.diff": "diff_m",
 }
-_BIASES = ("diff_b", "b_norm", "lora_up.bias")
+_BESIDE = {"diff_b": "bias", "b_norm": "bias", "lora_up.bias": "bias", "diff_m": "modulation"}
+"""Parts that change another tensor of the module than its weight, and what that is called."""
+
+_WEAK = {"alpha", "rescale", "a1", "a2", "b1", "b2", "diff", "diff_b", "diff_m", "w_norm", "b_norm"}
+"""Parts whose names a parameter of an ordinary model may have too."""
 
 
 def leaf_of(name: str) -> tuple[str, str] | None:
@@ -45,6 +50,12 @@ def leaf_of(name: str) -> tuple[str, str] | None:
         return None
     leaf = found[1] or found[2]
     return name[: found.start()], _SAME.get(leaf, leaf)
+
+
+def is_factor(name: str) -> bool:
+    """Whether a tensor's name alone tells that it is a part of an adapter."""
+    found = leaf_of(name)
+    return found is not None and found[1] not in _WEAK
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +82,7 @@ METHODS = {
 
 
 def module_changes(path: str, parts: Mapping[str, Stored], where: str, alpha: float | None = None) -> list[Change]:
-    """What a module changes: its weight, its bias, or both.
+    """What a module changes: its weight, its bias, the modulation that it holds (``diff_m``), or several of these.
 
     ``alpha`` replaces what the file states; without either, and where it is 0, alpha is the rank. Raises
     :class:`~merging.errors.FormatError` for parts that do not make a whole.
@@ -79,7 +90,7 @@ def module_changes(path: str, parts: Mapping[str, Stored], where: str, alpha: fl
     config = Config({}, where)
     if alpha is None and "alpha" in parts:
         alpha = number(Module(path, parts, config), "alpha")
-    own = {name: part for name, part in parts.items() if name not in (*_BIASES, "alpha", "dora_scale")}
+    own = {name: part for name, part in parts.items() if name not in (*_BESIDE, "alpha", "dora_scale")}
     module = Module(path, own, config)
     method = next((method for marker, method in METHODS.items() if marker in own), None)
     changes: list[Change] = []
@@ -87,12 +98,12 @@ def module_changes(path: str, parts: Mapping[str, Stored], where: str, alpha: fl
         changes.append(method.change(module, alpha))
         if "dora_scale" in parts:
             changes = [decomposed(module, changes[0], parts["dora_scale"])]
-    elif own or not any(name in parts for name in _BIASES):
+    elif own or not any(name in parts for name in _BESIDE):
         odd = next(iter(own or parts))
         raise module.error(f"has {odd}, and nothing that it goes with: the file is incomplete, or of a kind not known")
     scale = next((change.scale for change in changes if isinstance(change, LoraChange)), 1.0)
-    for name in _BIASES:
+    for name, changed in _BESIDE.items():
         if name in parts:
-            value = parts[name]
-            changes.append(AddedBias(module.bias, "bias", value, scale if name == "lora_up.bias" else 1.0))
+            factor = scale if name == "lora_up.bias" else 1.0
+            changes.append(AddedBias(f"{path}.{changed}", "bias", parts[name], factor))
     return changes

@@ -104,9 +104,9 @@ def payload_name(number: int) -> str:
     return f"packed.{number}"
 
 
-def recognises(names: Mapping[str, Stored]) -> bool:
-    """Whether these are the tensor names of a pack."""
-    return any(_PAYLOAD.fullmatch(name) for name in names)
+def recognises(opened: Opened) -> bool:
+    """Whether a file has the tensor names of a pack."""
+    return any(_PAYLOAD.fullmatch(name) for name in opened[0])
 
 
 def unpacked(path: Path, opened: Opened | None = None) -> Unpacked:

@@ -14,6 +14,7 @@ from merging.errors import FormatError
 from merging.sources.adapter import Adapter, Change, LoraChange, Replacement
 from merging.sources.checkpoint import read_json
 from merging.sources.computed import Computed
+from merging.sources.lora_headers import METADATA_KEY, component_configs, unstated_alpha
 from merging.sources.peft.config import Config
 from merging.sources.peft.kinds import KINDS, Kind
 from merging.sources.peft.lora import TRAINING_STATE, lora_about
@@ -37,16 +38,17 @@ _LORA = re.compile(r"\.lora_(embedding_)?[AB](\.|$)")
 _ANY = re.compile(rf"base_model\..*({'|'.join(kind.leaf.pattern for kind in KINDS.values())})")
 
 
-def recognises(names: Mapping[str, Stored]) -> bool:
-    """Whether these are the tensor names of a PEFT file: LoRA under any prefix, the other types under PEFT's."""
-    return any(_LORA.search(name) or _ANY.match(name) for name in names)
+def recognises(opened: Opened) -> bool:
+    """Whether a file has the tensor names of PEFT: LoRA under any prefix, the other types under PEFT's."""
+    return any(_LORA.search(name) or _ANY.match(name) for name in opened[0])
 
 
 def open_peft(path: Path, alpha: float | None = None, opened: Opened | None = None) -> Adapter:
     """A PEFT adapter from its folder or its weights file; headers are read, values are not.
 
-    ``alpha`` replaces the config's, whatever its type calls it. A bare file has its config in its own header or, if it
-    is called ``adapter_model``, beside it; with neither its scale is 1, which the adapter's notices say. Raises
+    ``alpha`` replaces the config's, whatever its type calls it. A bare file has its config in its own header, as we or
+    diffusers write it, or, if it is called ``adapter_model``, beside it; with none its scale is 1, which the adapter's
+    notices say. Raises
     :class:`~merging.errors.FormatError` for what cannot be understood.
     """
     weights = path if path.is_file() else _weights_of(path)
@@ -56,7 +58,8 @@ def open_peft(path: Path, alpha: float | None = None, opened: Opened | None = No
     if config is None:
         config = {}
         if alpha is None:
-            notices = (f"{path}: carries no config, so its scale alpha / r is taken as 1: set it with --lora-alpha",)
+            plain = f"{path}: carries no config, so its scale alpha / r is taken as 1: set it with --lora-alpha"
+            notices = unstated_alpha(path, metadata) or (plain,)
     settings = Config(config, str(path))
     if alpha is not None and settings.kind in KINDS:
         field = KINDS[settings.kind].alpha
@@ -88,7 +91,7 @@ def _config_of(weights: Path, metadata: Mapping[str, str]) -> dict[str, Any] | N
     if weights.stem == "adapter_model" and sidecar.is_file():
         return read_json(sidecar)
     if CONFIG_KEY not in metadata:
-        return None
+        return _component_config(weights, metadata)
     try:
         config = json.loads(metadata[CONFIG_KEY])
     except (ValueError, RecursionError):
@@ -96,6 +99,17 @@ def _config_of(weights: Path, metadata: Mapping[str, str]) -> dict[str, Any] | N
     if not isinstance(config, dict):
         raise FormatError(f"{weights}: the {CONFIG_KEY} in its header is not a JSON object")
     return config
+
+
+def _component_config(weights: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """The config that diffusers has written into a header; its names do not tell which, if there are several."""
+    configs = list(component_configs(weights, metadata).values())
+    if any(each != configs[0] for each in configs):
+        raise FormatError(
+            f"{weights}: the {METADATA_KEY} in its header has {len(configs)} configs, and the names of its tensors do "
+            f"not tell which is theirs: save every component in a file of its own"
+        )
+    return {"peft_type": "LORA", **configs[0]} if configs else None
 
 
 def peft_changes(tensors: Mapping[str, Stored], config: Mapping[str, Any], where: str) -> dict[str, Change]:

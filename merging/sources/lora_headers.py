@@ -1,0 +1,80 @@
+"""What the headers of LoRA files state about their training, whatever program wrote them."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from merging.errors import FormatError
+
+__all__ = ["METADATA_KEY", "base_facts", "component_configs", "config_of", "unstated_alpha"]
+
+METADATA_KEY = "lora_adapter_metadata"
+"""The metadata entry in which diffusers keeps the configs of its components, each field behind the component's name."""
+
+_DENOISERS = ("transformer", "unet", "transformer_2")
+_BASE_FACTS = ("ss_base_model_version", "ss_v2")
+
+
+def component_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The PEFT config of each component, where the header has any. diffusers and SimpleTuner write them.
+
+    Raises :class:`~merging.errors.FormatError` for an entry that is no JSON object.
+    """
+    if METADATA_KEY not in metadata:
+        return {}
+    try:
+        fields = json.loads(metadata[METADATA_KEY])
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise FormatError(f"{path}: the {METADATA_KEY} in its header is not a JSON object")
+    configs: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+    for name, value in fields.items():
+        component, _, field = name.partition(".")
+        if field:
+            configs[component][field] = value
+        else:
+            configs[""][name] = value  # one config for all, without a component
+    return dict(configs)
+
+
+def config_of(configs: Mapping[str, dict[str, Any]], component: str) -> dict[str, Any] | None:
+    """The config of a component; of a denoiser without its name in diffusers (``diffusion_model``, ``""``), that of
+    the only denoiser there."""
+    if component in configs:
+        return configs[component]
+    denoisers = [name for name in _DENOISERS if name in configs]
+    if component in ("", "diffusion_model", *_DENOISERS[:2]) and len(denoisers) == 1:
+        return configs[denoisers[0]]
+    return configs.get("")
+
+
+def base_facts(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What the header says of the kind of base, by the keys of Kohya's sd-scripts, which other trainers write too."""
+    return {key: metadata[key] for key in _BASE_FACTS if key in metadata}
+
+
+def unstated_alpha(path: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """A notice where a header names an alpha that no tensor of the file states.
+
+    Programs go by the tensors alone, and converters that fold the scale into the factors (musubi-tuner's) leave such a
+    header as it was: the scale is 1 then.
+    """
+    alpha, rank = metadata.get("ss_network_alpha"), metadata.get("ss_network_dim")
+    if alpha is None or _number(alpha) == _number(rank):
+        return ()
+    return (
+        f"{path}: its header states alpha {alpha[:20]} at rank {str(rank)[:20]}, and no tensor does: programs take "
+        f"the scale as 1, and so does this: if it is not folded into the factors, set it with --lora-alpha",
+    )
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text or "")
+    except ValueError:
+        return None

@@ -1,0 +1,73 @@
+"""Parts of adapters in files that no format of adapters recognises: they never make a full model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from merging.errors import FormatError
+from merging.sources.lycoris import leaf_of
+from merging.sources.peft.kinds import KINDS
+
+__all__ = ["refuse_factors"]
+
+_LEAVES = "|".join(sorted({re.escape(leaf) for kind in KINDS.values() for leaf in kind.leaves}))
+_FACTOR = re.compile(
+    r"(?:^|[._])(?:lora[._](?:[abAB]|down|up|mid)|lora_linear_layer|hada_[wt][12](?:_[ab])?|lokr_[wt][12](?:_[ab])?"
+    rf"|oft_blocks|dora_scale|set_weight|on_input|lora_controlnet|{_LEAVES})(?=\.|$)"
+)
+"""Names that only a part of an adapter has. Many parameters are called ``alpha`` or ``b1``: these tell nothing."""
+
+_NUMBER = re.compile(r"\.\d+$")
+"""The place of one of several factors at a module."""
+
+_KNOWN = (
+    "read are factors called lora_down and lora_up, lora_A and lora_B, lora.down and lora.up, with alphas or a config "
+    "in the header, LyCORIS's types in the files of Kohya, ComfyUI and diffusers, and PEFT's types beside their "
+    "adapter_config.json"
+)
+
+
+def refuse_factors(path: Path, names: Iterable[str], *, stated: bool) -> None:
+    """Refuse tensors that hold parts of adapters, which a merge as a full model would average one by one.
+
+    Some architectures have such parameters of their own, beside the weights that they belong to: they pass where the
+    model's config says what it is (``stated``). Raises :class:`~merging.errors.FormatError`.
+    """
+    listed = list(names)
+    factors = dict(_factors(listed))
+    if factors and ".default." in f"{''.join(factors)}." and any(".base_layer." in name for name in listed):
+        raise FormatError(
+            f"{path}: holds a model together with an adapter that is not merged into it ({next(iter(factors))}): save "
+            f"the model again after merge_and_unload(), or the adapter by itself with save_pretrained"
+        )
+    if not factors or (stated and _own(factors, listed)):
+        return
+    raise FormatError(
+        f"{path}: {next(iter(factors))} is a part of an adapter, in a layout that is not known, and no full model is "
+        f"made of such parts: {_KNOWN}"
+    )
+
+
+def _factors(names: list[str]) -> Iterator[tuple[str, str]]:
+    """The names that are parts of adapters, and the module that each belongs to."""
+    leaves = [leaf_of(name) for name in names]
+    if all(leaves):  # nothing but such parts: then also those count whose names tell nothing alone
+        yield from ((name, leaf[0]) for name, leaf in zip(names, leaves, strict=True) if leaf)
+        return
+    for name in names:
+        found = _FACTOR.search(name)
+        if found:
+            yield name, _NUMBER.sub("", name[: found.start()])
+
+
+def _own(factors: dict[str, str], names: list[str]) -> bool:
+    """Whether these parameters lie beside other weights of the same modules."""
+    modules = set(factors.values())
+    beside = {name[:match] for name in names if name not in factors for match in _dots(name)}
+    return modules <= beside
+
+
+def _dots(name: str) -> Iterator[int]:
+    return (index for index, letter in enumerate(name) if letter == ".")
