@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapters import LLAMA, State, edit_config, edit_tensors, peft, quiet, reload, save_base, train
+from adapters import State, edit_config, edit_tensors, peft, quiet, reload, save_base, train
 from diffusion_models import factors
 from pipelines import diffusion_pipeline
 from safetensors.torch import load_file, save_file
 
 __all__ = [
     "ADAPTERS",
+    "ALL",
     "LORAS",
     "MODELS",
     "OPTIONS",
     "OTHERS",
     "PIPELINES",
+    "SERVED",
     "SERVERS",
     "WRONG",
     "laid",
@@ -37,12 +39,16 @@ UNET = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
 FLUX = "lora_unet_double_blocks_0_img_mlp_0"
 
 
+SERVED = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
+"""Targets that every program takes."""
+
+
 def stocked(root: Path) -> Path:
     """Adapters and models as PEFT, transformers and diffusers save them: there is nothing wrong with any."""
     with quiet():
-        for name in ("llama", "llama-tied", "llama-biases", "mixtral", "whisper"):
+        for name in ("llama", "llama-tied", "llama-biases", "gpt2", "mixtral", "whisper"):
             (save_base(root / name, name) / "tokenizer.json").write_text("{}")
-        train(root / "adapter", root / "llama", 1, LLAMA)
+        train(root / "adapter", root / "llama", 1, SERVED)
         diffusion_pipeline(root / "pipeline", 0)
     return root
 
@@ -50,7 +56,7 @@ def stocked(root: Path) -> Path:
 # ---- what is done to a file
 
 
-def again(targets: Any = LLAMA, base: str = "llama", **config: Any) -> Edit:
+def again(targets: Any = SERVED, base: str = "llama", **config: Any) -> Edit:
     """Another adapter in the place of the plain one, as PEFT trains and saves it."""
 
     def edit(folder: Path) -> Path:
@@ -185,14 +191,18 @@ BARE = dict.fromkeys(
     ("refuses", "adapters are folders with adapter_config.json"),
 )
 NAMES = {"vllm": ("refuses", "not those of LoRA's factors"), "llama.cpp": ("refuses", "not those of LoRA's factors")}
-DROPPED = {"sglang": ("ignores", "tensors that are no LoRA factors")}
-START = dict.fromkeys(SERVERS, ("ignores", "what the start took off the base"))
+DROPPED = {"sglang": ("refuses", "tensors in the blocks that are no LoRA factors")}
+START = {
+    "vllm": ("refuses", "the start took something off the base"),
+    **dict.fromkeys(("sglang", "llama.cpp"), ("ignores", "what the start took off the base")),
+}
 TABLES = dict.fromkeys(SERVERS, ("warns", "the embedding that was saved along"))
 NO_START = dict.fromkeys(LIBRARIES, ("refuses", "the start cannot be repeated"))
 OTHER_START = dict.fromkeys(LIBRARIES, ("ignores", "the start that was trained on"))
 UNTARGETED = dict.fromkeys(LIBRARIES, ("ignores", "modules that the config does not target"))
 EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj"]}
 LOST = {"files": ("refuses", "factors are missing or do not fit")}
+TIED = {"llama.cpp": ("refuses", "embedding and head are one in the base")}
 
 ADAPTERS: dict[str, tuple[Edit, Expected]] = {
     "bare file": (alone, BARE | {"diffusers": ("ignores", "base_model.model.")}),
@@ -231,9 +241,28 @@ ADAPTERS: dict[str, tuple[Edit, Expected]] = {
         },
     ),
     "base unnamed": (says(base_model_name_or_path=None), {"llama.cpp": ("warns", "the base is not named")}),
+    "base by a path": (
+        says(base_model_name_or_path="./llama"),
+        {"llama.cpp": ("warns", "the base is named by a path")},
+    ),
     "modules in full": (
         again(modules_to_save=["lm_head"]),
-        NAMES | DROPPED | {"vllm": ("refuses", "modules saved in full")},
+        NAMES
+        | {
+            "vllm": ("refuses", "modules saved in full"),
+            "sglang": ("ignores", "outside of the blocks that are no LoRA"),
+        },
+    ),
+    "norms in full": (
+        again(modules_to_save=["input_layernorm"]),
+        {"llama.cpp": ("ignores", "norms saved in full"), **DROPPED},
+    ),
+    "two heads in full": (
+        both(
+            says(modules_to_save=["score", "classifier"]),
+            holds(lambda s: s | {f"base_model.model.{n}.weight": torch.ones(2, 2) for n in ("score", "classifier")}),
+        ),
+        {"vllm": ("refuses", "modules saved in full")},
     ),
     "modules not in the file": (
         says(modules_to_save=["lm_head"]),
@@ -256,9 +285,17 @@ ADAPTERS: dict[str, tuple[Edit, Expected]] = {
         again(base="llama-biases", lora_bias=True),
         NAMES | DROPPED | {"vllm": ("refuses", "trained biases")},
     ),
+    "LoRA's biases on layers without": (
+        again(lora_bias=True),
+        {"files": ("warns", "factors have biases on layers without")},
+    ),
     "tokens": (
         again(trainable_token_indices={"embed_tokens": [1, 2]}),
-        NAMES | DROPPED | {"vllm": ("refuses", "trained tokens")},
+        NAMES | {"vllm": ("refuses", "trained tokens"), "sglang": ("ignores", "outside of the blocks")},
+    ),
+    "added tokens": (
+        written("added_tokens.json", {"<old>": 1, "<new>": 1_000_000}),
+        {"sglang": ("refuses", "adapters that add tokens")},
     ),
     "tokens not in the file": (
         says(trainable_token_indices={"embed_tokens": [1, 2]}),
@@ -273,23 +310,37 @@ ADAPTERS: dict[str, tuple[Edit, Expected]] = {
         both(again(["q_proj", "embed_tokens"]), base_says(vocab_size=99)),
         {"vllm": ("refuses", "the vocabulary is not the base's")},
     ),
-    "embedding": (
-        again(["q_proj", "embed_tokens"]),
-        TABLES | {"sglang": ("warns", "adapters of embeddings and heads")},
-    ),
     "saved embedding": (again(["q_proj", "embed_tokens"]), TABLES),
     "head": (
         both(again(["q_proj", "lm_head"]), says(base_model_name_or_path="org/gone")),
-        {"llama.cpp": ("warns", "the head is refused if")},
+        {"llama.cpp": ("warns", "are refused if they are one")},
     ),
-    "tied head": (again(["q_proj", "lm_head"], "llama-tied"), {"llama.cpp": ("refuses", "the head is tied")}),
+    "tied head": (again(["q_proj", "lm_head"], "llama-tied"), TIED),
+    "tied embedding": (again(["q_proj", "v_proj", "embed_tokens"], "llama-tied"), TIED),
+    "queries alone": (again(["q_proj"]), {"sglang": ("refuses", "without the one that is looked for")}),
+    "queries and keys": (again(["q_proj", "k_proj"]), {"sglang": ("refuses", "without the one that is looked for")}),
+    "values alone": (again(["v_proj"]), {"sglang": ("refuses", "without the one that is looked for")}),
+    "no queries": (again(["k_proj", "v_proj"]), {"sglang": ("refuses", "without the one that is looked for")}),
+    "no gate": (again(["up_proj"]), {"sglang": ("refuses", "without the one that is looked for")}),
+    "router": (
+        named(lambda name: name.replace("self_attn.q_proj", "mlp.gate")),
+        {"sglang": ("refuses", "factors of stacked experts and of routers")},
+    ),
+    "square layers of GPT-2": (
+        again(["attn.c_proj"], "gpt2", fan_in_fan_out=True),
+        {"llama.cpp": ("ignores", "factors of GPT-2's square layers")},
+    ),
+    "other layers of GPT-2": (
+        again(["attn.c_attn"], "gpt2", fan_in_fan_out=True),
+        {"llama.cpp": ("refuses", "factors of GPT-2's layers")},
+    ),
     "ranks by module": (
         again(rank_pattern={"q_proj": 2}),
-        {"vllm": ("ignores", "ranks by module"), "sglang": ("ignores", "ranks by module")},
+        {"sglang": ("refuses", "ranks by module")},
     ),
     "alphas by module": (
         again(alpha_pattern={"q_proj": 2}),
-        dict.fromkeys(SERVERS, ("ignores", "alphas by module")),
+        dict.fromkeys(("sglang", "llama.cpp"), ("ignores", "alphas by module")),
     ),
     "rsLoRA": (
         again(use_rslora=True),
@@ -299,7 +350,6 @@ ADAPTERS: dict[str, tuple[Edit, Expected]] = {
         both(again(use_rslora=True), named(lambda name: name.replace("mlp.up_proj", "mlp.experts.0.up_proj"))),
         {"vllm": ("warns", "before September 2026 experts")},
     ),
-    "text alone": (base_says(text_config={"model_type": "llama"}), {"vllm": ("warns", "names without language_model")}),
     "vision tower": (
         named(lambda name: name.replace("model.layers", "visual.layers")),
         {"vllm": ("warns", "modules that see")},
@@ -307,27 +357,31 @@ ADAPTERS: dict[str, tuple[Edit, Expected]] = {
     "PiSSA": (again(init_lora_weights="pissa"), START),
     "CorDA": (says(init_lora_weights="corda"), START | NO_START),
     "LoftQ": (says(init_lora_weights="loftq"), START | NO_START),
-    "LoRA-GA": (says(init_lora_weights="lora_ga"), START | OTHER_START),
+    "LoRA-GA": (
+        says(init_lora_weights="lora_ga"),
+        START | OTHER_START | {"vllm": ("warns", "what LoRA-GA took off the base")},
+    ),
     "fast PiSSA": (says(init_lora_weights="pissa_niter_4"), START | OTHER_START),
     "repeated blocks": (
         says(layer_replication=[[0, 2], [0, 2]]),
-        {
-            "vllm": ("ignores", "repeated blocks"),
-            "sglang": ("ignores", "repeated blocks"),
-            "llama.cpp": ("ignores", "factors of this form"),
-        },
+        dict.fromkeys(SERVERS, ("refuses", "repeated blocks")),
     ),
+    "QA-LoRA": (says(use_qalora=True), {"llama.cpp": ("ignores", "factors of this form")}),
     "aLoRA": (
         says(alora_invocation_tokens=[1, 2]),
-        dict.fromkeys(("vllm", "sglang"), ("ignores", "behind certain tokens only")),
+        {"vllm": ("refuses", "behind certain tokens only"), "sglang": ("ignores", "behind certain tokens only")},
     ),
     "stacked experts": (
         again(["q_proj"], "mixtral", **EXPERTS),
         {
-            "vllm": ("warns", "factors of stacked experts"),
-            "sglang": ("ignores", "factors of stacked experts"),
+            "vllm": ("refuses", "factors of stacked experts"),
+            "sglang": ("refuses", "factors of stacked experts"),
             "llama.cpp": ("refuses", "factors of stacked experts"),
         },
+    ),
+    "stacked experts of an unknown base": (
+        both(again(["q_proj"], "mixtral", **EXPERTS), says(base_model_name_or_path="org/gone")),
+        {"vllm": ("warns", "factors of stacked experts")},
     ),
     "convolution": (
         again(["q_proj", "conv1"], "whisper"),
@@ -545,6 +599,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 OTHERS = {("llama", "diffusers"), ("adapter", "diffusers")}
 """What a program does not take, however sound."""
+ALL = {"adapter: base by a path"}
+"""What is so of the sound ones too."""
 
 WRONG = {
     **{f"adapter: {name}": ("adapter", *case) for name, case in ADAPTERS.items()},

@@ -21,6 +21,7 @@ pytestmark = [
     *QUIRKS,
     *TYPES,
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
+    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer"),
     pytest.mark.filterwarnings("ignore:.*torchvision"),
 ]
 
@@ -31,10 +32,11 @@ UNLIKE = {
     "bare file": "there is no folder to load",
     "targets missing": "it depends on the model whether PEFT knows the modules that were adapted",
     "larger vocabulary": "the base's config is not that of its weights",
-    "text alone": "the base's config is not that of its weights",
     "vision tower": "merge finds its modules under a drifted name, and only loading tells that PEFT does not",
     "base unnamed": "there is no base to load it on",
     "head": "there is no base to load it on",
+    "base by a path": "there is no base to load it on",
+    "stacked experts of an unknown base": "there is no base to load it on",
     "quantised base": "bitsandbytes is wanted",
     "repeated blocks": "factors of the blocks that repeat others are missing",
     "NaN": "only the values tell",

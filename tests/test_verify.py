@@ -16,6 +16,7 @@ from adapters import QUIRKS, edit_config, llama_adapters, train
 from click.testing import CliRunner, Result
 from hub_fixture import Hub
 from safetensors.torch import load_file, save_file
+from serving_cases import SERVED
 
 import merging
 from merging.cli.verifying import verify_command
@@ -85,6 +86,7 @@ def test_json(llama: Path) -> None:
         "what": "this variant of LoRA is not served",
         "where": ["use_dora = True"],
         "todo": "merge it into its base with --as model, and serve that",
+        "source": "vLLM 0.32.0: lora/peft_helper.py, run",
     }
 
 
@@ -221,6 +223,8 @@ def test_shards_that_do_not_belong_together(tmp_path: Path) -> None:
 
 # ---- what this package writes
 
+VARIANTS: dict[str, dict[str, Any]] = {"plain": {}, "dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}
+
 
 @pytest.mark.parametrize(
     "settings",
@@ -232,9 +236,13 @@ def test_shards_that_do_not_belong_together(tmp_path: Path) -> None:
     ids=str,
 )
 def test_merged_adapters_are_served(settings: dict[str, Any], llama: Path, tmp_path: Path) -> None:
+    for number, (name, config) in enumerate(VARIANTS.items()):
+        edit_config(
+            train(tmp_path / name, llama / "base", number, SERVED, **config), base_model_name_or_path="org/base"
+        )
     base = {"base": str(llama / "base")} if settings.pop("base", False) else {}
     names = settings.pop("models", ["plain", "plain"])
-    merging.merge([str(llama / name) for name in names], output=tmp_path / "merged", **settings, **base)
+    merging.merge([str(tmp_path / name) for name in names], output=tmp_path / "merged", **settings, **base)
     programs = ["vllm", "sglang", "llama.cpp", "peft", "transformers"]
     verdict = verify(str(tmp_path / "merged"), programs, base=str(llama / "base"), values=True, load=True)
     assert {each.severity for each in verdict.findings} == {"ok"}, verdict.findings

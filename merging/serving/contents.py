@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from merging.errors import MergingError
@@ -12,7 +13,8 @@ from merging.plan.to_adapter import adapter_targets
 from merging.serving.rules import Program, Rule
 from merging.serving.subject import Subject
 from merging.sources import Adapter, open_model
-from merging.sources.checkpoint import config_layers
+from merging.sources.adapter import AddedBias
+from merging.sources.checkpoint import Checkpoint, config_layers
 from merging.sources.peft.config import Config
 from merging.sources.quantised import refuse_quantised
 from merging.sources.ties import embeddings_among, has_own_head, is_head, same_values, stated_tie
@@ -192,19 +194,38 @@ def _beyond(subject: Subject) -> Iterator[str]:
 
 
 def _misfit(subject: Subject) -> Iterator[str]:
-    if subject.base_path is None:
-        return
-    try:
-        base, adapter = open_model(subject.base_path, dequantise=True), open_model(subject.again)
-    except MergingError:
-        return
+    base = _open(subject.base_path)
     if isinstance(base, Adapter):
         yield f"{base.path} is an adapter itself"
-    elif isinstance(adapter, Adapter):
-        try:
-            adapter_targets([adapter], base)
-        except MergingError as error:
-            yield str(error).removeprefix(f"{subject.again}: ")
+    elif base is not None:
+        yield from _without_place(subject, base, biases=not subject.stated.get("lora_bias"))
+
+
+def _biases_alone(subject: Subject) -> Iterator[str]:
+    """Biases of factors on layers that have none, where everything else has its place."""
+    base = _open(subject.base_path) if subject.stated.get("lora_bias") else None
+    if isinstance(base, Checkpoint) and not any(_misfit(subject)):
+        yield from _without_place(subject, base, biases=True)
+
+
+def _without_place(subject: Subject, base: Checkpoint, biases: bool) -> Iterator[str]:
+    """What of an adapter, with or without the biases of its factors, has no place in its base."""
+    adapter = _open(subject.again)
+    if not isinstance(adapter, Adapter):
+        return
+    changes = {name: each for name, each in adapter.changes.items() if biases or not isinstance(each, AddedBias)}
+    try:
+        adapter_targets([replace(adapter, changes=changes)], base)
+    except MergingError as error:
+        yield str(error).removeprefix(f"{subject.again}: ")
+
+
+def _open(path: str | Path | None) -> Adapter | Checkpoint | None:
+    """The adapter or model at a path, None where there is none that can be read."""
+    try:
+        return open_model(path, dequantise=True) if path is not None else None
+    except MergingError:
+        return None
 
 
 def _unread(subject: Subject) -> Iterator[str]:
@@ -231,6 +252,10 @@ _NUMBERS = Rule(
     "refuses", "it holds NaN or infinities, and so will its answers", _nonfinite, "merge it again, look at the inputs"
 )
 _MISFIT = Rule("refuses", "it does not fit its base", _misfit, "take the base it was made for")
+_BIASES = Rule(
+    "warns", "factors have biases on layers without: PEFT runs them, and they cannot be merged", _biases_alone,
+    "serve it with PEFT, unmerged",
+)  # fmt: skip
 _UNREAD = Rule("warns", "merge itself does not read this", _unread, "it may be served all the same, and not merged")
 
 FILES = Program(
@@ -261,6 +286,7 @@ FILES = Program(
             _MISFIT,
             Rule("refuses", "factors are missing or do not fit together", _factors, _AGAIN),
             Rule("refuses", "tensors and config differ in rank", _ranks, "take the config it was saved with"),
+            _BIASES,
             _UNREAD,
             _NUMBERS,
         ),

@@ -22,6 +22,10 @@ _SOME = (".lokr_", ".diff")
 _UNET = re.compile(r"lora_unet_(?:down_blocks|up_blocks|mid_block|input_blocks|middle_block|output_blocks)_")
 
 
+_PIPELINES = "loaders/lora_pipeline.py"
+_CONVERSION = "loaders/lora_conversion_utils.py"
+
+
 def _other_methods(subject: Subject) -> Iterator[str]:
     for name in subject.tensors:
         if not name.endswith(_LORA) if _of_unet(name) else any(part in name for part in _OTHERS):
@@ -70,29 +74,36 @@ DIFFUSERS = Program(
     "diffusers",
     {
         "diffusion adapter": (
-            Rule("refuses", "only LoRA is loaded", _other_methods, BAKE),
-            Rule("refuses", "alphas stand in the header and beside the factors", _two_alphas, "remove one of them"),
-            Rule("ignores", "DoRA's magnitudes are left out", _dora, BAKE),
-            Rule("warns", "LoKr and full differences are loaded for some models only", _some_methods, BAKE),
+            Rule("refuses", "only LoRA is loaded", _other_methods, BAKE, f"{_CONVERSION}, run"),
+            Rule("refuses", "alphas stand in the header and beside the factors", _two_alphas, "remove one of them",
+                 "utils/peft_utils.py, run"),
+            Rule("ignores", "DoRA's magnitudes are left out", _dora, BAKE, f"{_PIPELINES}, run"),
+            Rule("warns", "LoKr and full differences are loaded for some models only", _some_methods, BAKE,
+                 _CONVERSION),
             Rule("warns", "before August 2026 modules of other ranks than the first were given a wrong scale",
-                 _mixed_ranks, "merge it with merge --method passthrough, which writes one rank"),
+                 _mixed_ranks, "merge it with merge --method passthrough, which writes one rank",
+                 "utils/peft_utils.py"),
             Rule("warns", "names of ComfyUI are understood for some models only", _comfy,
-                 "convert it: merge --method passthrough --format diffusers --base PIPELINE"),
+                 "convert it: merge --method passthrough --format diffusers --base PIPELINE", f"{_PIPELINES}, run"),
         ),
         "adapter": (
             Rule("ignores", "pipelines read no names that begin with base_model.model.", _wrapped,
-                 "convert them: merge --method passthrough --format diffusers, or load them with PEFT"),
-            Rule("refuses", "there are no adapters of language models in pipelines", _bare_names, "load it with PEFT"),
+                 "convert them: merge --method passthrough --format diffusers, or load them with PEFT",
+                 f"{_PIPELINES}, run"),
+            Rule("refuses", "there are no adapters of language models in pipelines", _bare_names, "load it with PEFT",
+                 f"{_PIPELINES}, run"),
         ),
         "model": (
-            Rule("refuses", "models are folders with config.json", no_config, "put it in a folder with its config"),
+            Rule("refuses", "models are folders with config.json", no_config, "put it in a folder with its config",
+                 "models/modeling_utils.py, run"),
             Rule("refuses", "the config does not name a class of diffusers", absent("_class_name"),
-                 "it is no model of diffusers: load it with transformers"),
+                 "it is no model of diffusers: load it with transformers", "models/auto_model.py, run"),
         ),
         "pipeline": (
-            Rule("refuses", "model_index.json does not name the pipeline", absent("_class_name"), "add _class_name"),
+            Rule("refuses", "model_index.json does not name the pipeline", absent("_class_name"), "add _class_name",
+                 "pipelines/pipeline_utils.py, run"),
         ),
     },
     {},
+    "diffusers 0.42.1",
 )  # fmt: skip
-"""Facts of diffusers 0.42."""

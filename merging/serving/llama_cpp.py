@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -26,29 +27,69 @@ from merging.sources.ties import text_config
 __all__ = ["LLAMA_CPP"]
 
 _FACTORS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
-_PASSED = (".base_layer.weight", "_layernorm", ".norm")
+_NORMS = ("_layernorm", ".norm")
+_CONV1D = ("c_attn", "c_fc", "c_proj")
+
+_ON_THE_HUB = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
+_ADAPTERS = "convert_lora_to_gguf.py"
+_SERVER = "src/llama-adapter.cpp"
 
 _UNDONE = ("bitnet", "compressed-tensors", "fp8", "gptq", "modelopt", "mxfp4")
 """The kinds of quantisation that its converters make numbers of."""
 
 
 def _other_names(subject: Subject) -> Iterator[str]:
-    yield from (name for name in subject.tensors if not any(part in name for part in (*_FACTORS, *_PASSED)))
+    known = (*_FACTORS, *_NORMS, ".base_layer.weight")
+    yield from (name for name in subject.tensors if not any(part in name for part in known))
+
+
+def _norms(subject: Subject) -> Iterator[str]:
+    for name in subject.tensors:
+        if any(part in name for part in _NORMS) and not any(part in name for part in _FACTORS):
+            yield name
+
+
+def _transposed(subject: Subject) -> Iterator[tuple[str, bool]]:
+    """The modules of GPT-2's own kind of layer, whose factors are transposed once too often; are they square?"""
+    kind = subject.base.get("model_type")
+    if kind not in (None, "gpt2") or (kind is None and not subject.stated.get("fan_in_fan_out")):
+        return
+    for path, parts in subject.modules.items():
+        down, up = parts.get("lora_A"), parts.get("lora_B")
+        if down and up and path.rpartition(".")[2] in _CONV1D:
+            yield path, down.shape[-1] == up.shape[0]
+
+
+def _square(subject: Subject) -> Iterator[str]:
+    yield from (path for path, square in _transposed(subject) if square)
+
+
+def _oblong(subject: Subject) -> Iterator[str]:
+    yield from (path for path, square in _transposed(subject) if not square)
+
+
+def _local_base(subject: Subject) -> Iterator[str]:
+    said = subject.stated.get("base_model_name_or_path")
+    if isinstance(said, str) and not _ON_THE_HUB.fullmatch(said):
+        yield f"base_model_name_or_path = {said!r}"
 
 
 def _experts(subject: Subject) -> Iterator[str]:
     yield from (path for path in subject.modules if path.endswith((".experts", ".experts.base_layer")))
 
 
-def _tied_head(subject: Subject) -> Iterator[str]:
-    heads = [path for path in subject.modules if path.rpartition(".")[2] == "lm_head"]
-    if heads and subject.base.get("tie_word_embeddings"):
-        yield from heads
+def _tied(subject: Subject) -> Iterator[str]:
+    if subject.base.get("tie_word_embeddings"):
+        yield from _tables(subject)
 
 
-def _unknown_head(subject: Subject) -> Iterator[str]:
+def _perhaps_tied(subject: Subject) -> Iterator[str]:
     if not subject.base:
-        yield from (path for path in subject.modules if path.rpartition(".")[2] == "lm_head")
+        yield from _tables(subject)
+
+
+def _tables(subject: Subject) -> Iterator[str]:
+    yield from (path for path in subject.modules if path.rpartition(".")[2] in ("embed_tokens", "lm_head"))
 
 
 def _rslora(subject: Subject) -> Iterator[str]:
@@ -76,36 +117,57 @@ LLAMA_CPP = Program(
     "llama.cpp",
     {
         "adapter": (
-            Rule("refuses", "adapters are folders with adapter_config.json", no_config, "merge it with -o FOLDER"),
-            Rule("refuses", "the config lacks what the converter asks for", absent("lora_alpha"), ONE_SCALE),
-            Rule("refuses", "tensors whose names are not those of LoRA's factors", _other_names, PLAIN),
-            Rule("refuses", "factors of convolutions cannot be mapped", convolutions, BAKE),
-            Rule("refuses", "factors of stacked experts cannot be mapped", _experts, BAKE),
-            Rule("refuses", "the head is tied to the embedding in the base", _tied_head, BAKE),
+            Rule("refuses", "adapters are folders with adapter_config.json", no_config, "merge it with -o FOLDER",
+                 f"{_ADAPTERS}, run"),
+            Rule("refuses", "the config lacks what the converter asks for", absent("lora_alpha"), ONE_SCALE,
+                 f"{_ADAPTERS}, run"),
+            Rule("refuses", "tensors whose names are not those of LoRA's factors", _other_names, PLAIN,
+                 f"{_ADAPTERS}, run"),
+            Rule("refuses", "factors of convolutions cannot be mapped", convolutions, BAKE, _ADAPTERS),
+            Rule("refuses", "factors of stacked experts cannot be mapped", _experts, BAKE, f"{_ADAPTERS}, run"),
+            Rule("refuses", "embedding and head are one in the base: the server does not load factors on either",
+                 _tied, BAKE, f"{_SERVER}, run"),
+            Rule("refuses", "factors of GPT-2's layers are transposed once too often", _oblong, BAKE,
+                 "conversion/gpt2.py, run"),
+            Rule("refuses", "repeated blocks do not exist in the base that is served", states("layer_replication"),
+                 "expand the base", f"{_ADAPTERS}, run"),
             Rule("refuses", "the converter cannot undo the base's quantisation", _quantised_base,
-                 "name the model that was quantised with --base"),
-            Rule("ignores", "rank-stabilised scales: lora_alpha / rank is used", _rslora, ONE_SCALE),
-            Rule("ignores", "alphas by module: the scale is lora_alpha / rank for all", other_alphas, ONE_SCALE),
-            Rule("ignores", "what the start took off the base is not taken off", lost_starts, BAKE),
-            Rule("ignores", "factors of this form are taken for plain ones",
-                 states("use_qalora", "use_bdlora", "layer_replication"), BAKE),
+                 "name the model that was quantised with --base", "conversion/base.py"),
+            Rule("ignores", "factors of GPT-2's square layers are transposed once too often, and loaded", _square,
+                 BAKE, "conversion/gpt2.py, run"),
+            Rule("ignores", "norms saved in full are converted, and left out by the server", _norms, BAKE,
+                 f"{_SERVER}, run"),
+            Rule("ignores", "rank-stabilised scales: lora_alpha / rank is used", _rslora, ONE_SCALE,
+                 f"{_SERVER}, run"),
+            Rule("ignores", "alphas by module: the scale is lora_alpha / rank for all", other_alphas, ONE_SCALE,
+                 f"{_SERVER}, run"),
+            Rule("ignores", "what the start took off the base is not taken off", lost_starts, BAKE,
+                 f"{_ADAPTERS}, run"),
+            Rule("ignores", "factors of this form are taken for plain ones", states("use_qalora", "use_bdlora"), BAKE,
+                 _ADAPTERS),
             Rule("warns", "the embedding that was saved along is not read: rows for added tokens are lost",
-                 saved_tables, "merge it into its base with --as model if tokens were added"),
-            Rule("warns", "the head is refused if the base ties it to the embedding", _unknown_head,
-                 "say where the base is with --base"),
+                 saved_tables, "merge it into its base with --as model if tokens were added", f"{_ADAPTERS}, run"),
+            Rule("warns", "embedding and head are refused if they are one in the base", _perhaps_tied,
+                 "say where the base is with --base", f"{_SERVER}, run"),
             Rule("warns", "the base is not named", absent("base_model_name_or_path"),
-                 "name it to the converter, with --base"),
+                 "name it to the converter, with --base", f"{_ADAPTERS}, run"),
+            Rule("warns", "the base is named by a path, at which the converter stops", _local_base,
+                 "name it to the converter, with --base", f"{_ADAPTERS}, run"),
         ),
         "model": (
-            Rule("refuses", "models are folders with config.json", no_config, "put it in a folder with its config"),
-            Rule("refuses", "the config does not name the architecture", absent("architectures"), "add architectures"),
-            Rule("refuses", "there is no tokenizer", no_tokenizer, "copy the base's"),
-            Rule("refuses", "the converter cannot undo this quantisation", _quantised, "take it before quantisation"),
+            Rule("refuses", "models are folders with config.json", no_config, "put it in a folder with its config",
+                 "convert_hf_to_gguf.py"),
+            Rule("refuses", "the config does not name the architecture", absent("architectures"), "add architectures",
+                 "conversion/base.py"),
+            Rule("refuses", "there is no tokenizer", no_tokenizer, "copy the base's", "conversion/base.py"),
+            Rule("refuses", "the converter cannot undo this quantisation", _quantised, "take it before quantisation",
+                 "conversion/base.py"),
         ),
     },
     {
         "diffusion adapter": "it is for diffusion models",
         "pipeline": "it is made of several models",
     },
+    "llama.cpp b10605",
 )  # fmt: skip
-"""Facts of llama.cpp in September 2026; which architectures it converts is not looked at."""
+"""Which architectures it converts is not looked at."""

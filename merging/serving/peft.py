@@ -147,21 +147,27 @@ def _bad_rank(subject: Subject) -> Iterator[str]:
 
 
 ADAPTERS: tuple[Rule, ...] = (
-    Rule("refuses", "adapters are folders with adapter_config.json", no_config, "merge it with -o FOLDER"),
-    Rule("refuses", "there is no such type of adapter", _type, "save it with PEFT, or convert it"),
+    Rule("refuses", "adapters are folders with adapter_config.json", no_config, "merge it with -o FOLDER",
+         "peft/config.py, run"),
+    Rule("refuses", "there is no such type of adapter", _type, "save it with PEFT, or convert it",
+         "peft/config.py, run"),
     Rule("refuses", "Bone is called MISS since PEFT 0.19", _bone,
-         "set peft_type to MISS and rename bone_block to miss_block, or merge it"),
-    Rule("refuses", "the rank should be a whole number above 0", _bad_rank, "set r"),
-    Rule("refuses", "modules cannot be looked for", _bad_pattern, "write it as a list"),
+         "set peft_type to MISS and rename bone_block to miss_block, or merge it", "peft/config.py, run"),
+    Rule("refuses", "the rank should be a whole number above 0", _bad_rank, "set r", "peft/tuners/lora/layer.py, run"),
+    Rule("refuses", "modules cannot be looked for", _bad_pattern, "write it as a list",
+         "peft/tuners/tuners_utils.py, run"),
     Rule("refuses", "the start cannot be repeated without what it was made from", _lost,
-         "save it with path_initial_model_for_weight_conversion"),
-    Rule("ignores", "modules that the config does not target", _untargeted, "add them to target_modules"),
-    Rule("ignores", "DoRA's magnitudes, as the config does not say use_dora", _stray_magnitudes, "set use_dora"),
+         "save it with path_initial_model_for_weight_conversion", "peft/tuners/lora/layer.py, run"),
+    Rule("ignores", "modules that the config does not target", _untargeted, "add them to target_modules",
+         "peft/tuners/tuners_utils.py, run"),
+    Rule("ignores", "DoRA's magnitudes, as the config does not say use_dora", _stray_magnitudes, "set use_dora",
+         "peft/utils/save_and_load.py, run"),
     Rule("ignores", "the start that was trained on is not repeated as it was", _unrepeated,
-         "save it with path_initial_model_for_weight_conversion"),
-    Rule("warns", "there is no lora_alpha, so that it is 8", _no_alpha, "set lora_alpha"),
+         "save it with path_initial_model_for_weight_conversion", "peft/tuners/lora/layer.py, run"),
+    Rule("warns", "there is no lora_alpha, so that it is 8", _no_alpha, "set lora_alpha",
+         "peft/tuners/lora/config.py, run"),
     Rule("warns", "there are no target_modules, so that it takes those it knows for the model", _no_targets,
-         "set target_modules"),
+         "set target_modules", "peft/tuners/lora/model.py, run"),
 )  # fmt: skip
 """What PEFT does with an adapter, by itself or for transformers."""
 
@@ -171,9 +177,11 @@ PEFT = Program(
         "adapter": (
             *ADAPTERS,
             Rule("refuses", "modules should be saved in full, and are not in the file", unsaved,
-                 "remove them from modules_to_save, or save it again"),
-            Rule("refuses", "tokens should be trained, and are not in the file", untrained_tokens, "save it again"),
-            Rule("ignores", "tensors without the prefix base_model.model.", _prefix, "add the prefix to their names"),
+                 "remove them from modules_to_save, or save it again", "peft/utils/save_and_load.py, run"),
+            Rule("refuses", "tokens should be trained, and are not in the file", untrained_tokens, "save it again",
+                 "peft/utils/save_and_load.py, run"),
+            Rule("ignores", "tensors without the prefix base_model.model.", _prefix, "add the prefix to their names",
+                 "peft/utils/save_and_load.py, run"),
         ),
     },
     {
@@ -181,5 +189,5 @@ PEFT = Program(
         "diffusion adapter": "load it with diffusers",
         "pipeline": "load it with diffusers",
     },
+    "PEFT 0.21.2",
 )  # fmt: skip
-"""Facts of PEFT 0.21."""

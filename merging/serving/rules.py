@@ -27,6 +27,7 @@ __all__ = [
     "other_alphas",
     "other_ranks",
     "saved_tables",
+    "starts",
     "stated_type",
     "states",
 ]
@@ -63,22 +64,30 @@ class Finding:
     what: str
     where: tuple[str, ...] = ()
     todo: str = ""
+    source: str = ""
+    """The version of the program, and the file or the run that the rule was taken from; empty for the files' own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What a program does where a question has answers, and what can be done about it."""
+    """What a program does where a question has answers, and what can be done about it.
+
+    ``source`` is the program's file that the rule was read from; with ``, run`` behind it the program itself was also
+    seen to do so.
+    """
 
     severity: Severity
     what: str
     where: Question
-    todo: str = ""
+    todo: str
+    source: str = ""
 
-    def findings(self, program: str, subject: Subject) -> Iterator[Finding]:
+    def findings(self, program: Program, subject: Subject) -> Iterator[Finding]:
         """The finding of this rule, if there is one."""
         where = tuple(self.where(subject))
         if where:
-            yield Finding(program, self.severity, self.what, where, self.todo)
+            source = f"{program.version}: {self.source}" if self.source else program.version
+            yield Finding(program.name, self.severity, self.what, where, self.todo, source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +98,16 @@ class Program:
     rules: Mapping[SubjectKind, tuple[Rule, ...]]
     instead: Mapping[SubjectKind, str]
     """What to do with what it does not take."""
+    version: str = ""
+    """The version that the rules hold of; what older and newer ones do may differ."""
 
     def findings(self, subject: Subject) -> list[Finding]:
         """Everything that this program would refuse, ignore or warn of; where there is nothing, that all is ok."""
         if subject.kind not in self.rules:
             what = f"{self.name} loads no {subject.kind} of this format"
-            return [Finding(self.name, "refuses", what, (subject.name,), self.instead.get(subject.kind, ""))]
-        found = [each for rule in self.rules[subject.kind] for each in rule.findings(self.name, subject)]
+            instead = self.instead.get(subject.kind, "")
+            return [Finding(self.name, "refuses", what, (subject.name,), instead, self.version)]
+        found = [each for rule in self.rules[subject.kind] for each in rule.findings(self, subject)]
         return found or [Finding(self.name, "ok", "nothing is refused or ignored")]
 
 
@@ -138,9 +150,18 @@ def no_tokenizer(subject: Subject) -> Iterator[str]:
 
 def lost_starts(subject: Subject) -> Iterator[str]:
     """A start that took something off the base: programs that know factors alone add them to the base as it is."""
-    start = subject.stated.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(("pissa", "olora", "corda", "lora_ga", "loftq")):
-        yield f"init_lora_weights = {start!r}"
+    yield from starts("pissa", "olora", "corda", "lora_ga", "loftq")(subject)
+
+
+def starts(*names: str) -> Question:
+    """A start of the factors whose name begins with one of these."""
+
+    def ask(subject: Subject) -> Iterator[str]:
+        start = subject.stated.get("init_lora_weights")
+        if isinstance(start, str) and start.lower().startswith(names):
+            yield f"init_lora_weights = {start!r}"
+
+    return ask
 
 
 def other_ranks(subject: Subject) -> Iterator[str]:

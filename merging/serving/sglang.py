@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Iterator
 
+from merging.errors import MergingError
 from merging.serving.rules import (
     BAKE,
     ONE_SCALE,
@@ -22,6 +25,8 @@ from merging.serving.rules import (
     states,
 )
 from merging.serving.subject import Subject
+from merging.sources.layout import read_json
+from merging.sources.ties import text_config
 
 __all__ = ["SGLANG"]
 
@@ -33,6 +38,17 @@ _MODULES = {
     "fc2_latent_proj",
 }  # fmt: skip
 """The modules whose sizes it can tell for any model; some classes of models know more."""
+
+_UNGATED = ("nemotron",)
+"""How the types of models begin whose up_proj has no gate_proj beside it."""
+
+_ADDED = "added_tokens.json"
+_BLOCK = re.compile(r"\.layers\.\d+\.")
+
+_CONFIG = "srt/lora/lora_config.py"
+_LORA = "srt/lora/lora.py"
+_MANAGER = "srt/lora/lora_manager.py"
+_POOL = "srt/lora/mem_pool.py"
 
 
 def _rslora(subject: Subject) -> Iterator[str]:
@@ -61,57 +77,110 @@ def _rank(subject: Subject) -> Iterator[str]:
         yield f"rank {rank}, --max-lora-rank {subject.max_rank}"
 
 
-def _other_names(subject: Subject) -> Iterator[str]:
+def _other_names(subject: Subject, blocks: bool) -> Iterator[str]:
+    """Tensors that are no factors, inside of blocks or outside."""
     leaves = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B", ".lora_magnitude_vector")
-    yield from (name for name in subject.tensors if not name.endswith((*leaves, *TABLES)))
+    for name in subject.tensors:
+        if not name.endswith((*leaves, *TABLES)) and bool(_BLOCK.search(name)) == blocks:
+            yield name
 
 
-def _tables(subject: Subject) -> Iterator[str]:
-    yield from (path for path in subject.modules if path.endswith(("embed_tokens", "lm_head")))
+def _others_in_blocks(subject: Subject) -> Iterator[str]:
+    yield from _other_names(subject, blocks=True)
+
+
+def _others_outside(subject: Subject) -> Iterator[str]:
+    yield from _other_names(subject, blocks=False)
+
+
+def _incomplete(subject: Subject) -> Iterator[str]:
+    """Blocks where a projection is adapted without the one beside which SGLang looks for it."""
+    parents: defaultdict[str, set[str]] = defaultdict(set)
+    for path in subject.modules:
+        parent, _, name = path.rpartition(".")
+        parents[parent].add(name)
+    ungated = str(subject.base.get("model_type")).startswith(_UNGATED)
+    for parent, names in parents.items():
+        if "q_proj" in names and "v_proj" not in names:
+            yield f"{parent}: q_proj without v_proj"
+        if "q_proj" not in names and (alone := sorted(names & {"k_proj", "v_proj"})):
+            yield f"{parent}: {' and '.join(alone)} without q_proj"
+        if "up_proj" in names and "gate_proj" not in names and not ungated:
+            yield f"{parent}: up_proj without gate_proj"
+
+
+def _experts(subject: Subject) -> Iterator[str]:
+    yield from states("target_parameters")(subject)
+    yield from (path for path in subject.modules if path.endswith(".gate"))
+
+
+def _added_tokens(subject: Subject) -> Iterator[str]:
+    size = text_config(subject.base).get("vocab_size")
+    if subject.folder is None or _ADDED not in subject.files or not isinstance(size, int):
+        return
+    try:
+        added = read_json(subject.folder / _ADDED)
+    except MergingError as error:
+        yield str(error)
+        return
+    for token, number in added.items():
+        if isinstance(number, int) and number >= size:
+            yield f"{_ADDED}: {token!r} is token {number:,}, the base has {size:,}"
 
 
 SGLANG = Program(
     "sglang",
     {
         "adapter": (
-            Rule("refuses", "adapters are folders with adapter_config.json", no_config, "merge it with -o FOLDER"),
-            Rule("refuses", "only LoRA is served", _other_type, BAKE),
+            Rule("refuses", "adapters are folders with adapter_config.json", no_config, "merge it with -o FOLDER",
+                 _CONFIG),
+            Rule("refuses", "only LoRA is served", _other_type, BAKE, f"{_LORA}, run"),
             Rule("refuses", "the config lacks what SGLang asks for", absent("r", "lora_alpha", "target_modules"),
-                 ONE_SCALE),
-            Rule("refuses", "target_modules is a regular expression, and should be a list", _one_string, ONE_SCALE),
+                 ONE_SCALE, f"{_CONFIG}, run"),
+            Rule("refuses", "target_modules is a regular expression, and should be a list", _one_string, ONE_SCALE,
+                 "srt/lora/utils.py, run"),
             Rule("refuses", "this variant of LoRA is not served",
-                 states("use_dora", "use_qalora", "use_bdlora", "kasa_config"), BAKE),
-            Rule("refuses", "factors of convolutions are not served", convolutions, BAKE),
+                 states("use_dora", "use_qalora", "use_bdlora", "kasa_config"), BAKE, f"{_MANAGER}, run"),
+            Rule("refuses", "factors of convolutions are not served", convolutions, BAKE, _POOL),
             Rule("refuses", "the rank is above the largest that the server is started for", _rank,
-                 "start SGLang with a larger --max-lora-rank, or merge with a smaller --rank"),
-            Rule("ignores", "rank-stabilised scales: lora_alpha / r is used", _rslora, ONE_SCALE),
-            Rule("ignores", "ranks by module: one rank is used, newer versions refuse", other_ranks, ONE_SCALE),
-            Rule("ignores", "alphas by module: one alpha is used, newer versions refuse", other_alphas, ONE_SCALE),
-            Rule("ignores", "tensors that are no LoRA factors", _other_names, BAKE),
-            Rule("ignores", "what the start took off the base is not taken off", lost_starts, BAKE),
-            Rule("ignores", "repeated blocks do not exist in the base that is served", states("layer_replication"),
-                 "expand the base"),
+                 "start SGLang with a larger --max-lora-rank, or merge with a smaller --rank", _POOL),
+            Rule("refuses", "ranks by module: one rank is expected", other_ranks, ONE_SCALE, f"{_POOL}, run"),
+            Rule("refuses", "projections are adapted without the one that is looked for beside them", _incomplete,
+                 f"{BAKE}, or add factors of zeros", f"{_LORA}, run"),
+            Rule("refuses", "tensors in the blocks that are no LoRA factors", _others_in_blocks, BAKE, f"{_POOL}, run"),
+            Rule("refuses", "repeated blocks do not exist in the base that is served", states("layer_replication"),
+                 "expand the base", f"{_LORA}, run"),
+            Rule("refuses", "factors of stacked experts and of routers are not served", _experts, BAKE,
+                 f"{_POOL}, run"),
+            Rule("refuses", "adapters that add tokens are not served", _added_tokens,
+                 f"remove {_ADDED} if its tokens are not used, or {BAKE}", f"{_MANAGER}"),
+            Rule("ignores", "rank-stabilised scales: lora_alpha / r is used", _rslora, ONE_SCALE, f"{_LORA}, run"),
+            Rule("ignores", "alphas by module: one alpha is used, newer versions refuse", other_alphas, ONE_SCALE,
+                 f"{_LORA}, run"),
+            Rule("ignores", "tensors outside of the blocks that are no LoRA factors", _others_outside, BAKE,
+                 f"{_LORA}, run"),
+            Rule("ignores", "what the start took off the base is not taken off", lost_starts, BAKE, f"{_LORA}, run"),
             Rule("ignores", "the adapter should act behind certain tokens only, and acts on all",
-                 states("alora_invocation_tokens"), "serve it with a program that knows aLoRA"),
-            Rule("ignores", "factors of stacked experts may be dropped without --lora-strict-loading",
-                 states("target_parameters"), BAKE),
-            Rule("warns", "modules that SGLang knows for some architectures only", _unknown_modules, BAKE),
+                 states("alora_invocation_tokens"), "serve it with a program that knows aLoRA", _CONFIG),
+            Rule("warns", "modules that SGLang knows for some architectures only", _unknown_modules, BAKE,
+                 "srt/lora/utils.py"),
             Rule("warns", "the embedding that was saved along is not read: rows for added tokens are lost",
-                 saved_tables, "merge it into its base with --as model if tokens were added"),
-            Rule("warns", "adapters of embeddings and heads are served by recent versions only", _tables, BAKE),
+                 saved_tables, "merge it into its base with --as model if tokens were added", _LORA),
         ),
         "model": (
-            Rule("refuses", "models are folders with config.json", no_config, "put it in a folder with its config"),
-            Rule("refuses", "the config does not name the architecture", absent("architectures"), "add architectures"),
+            Rule("refuses", "models are folders with config.json", no_config, "put it in a folder with its config",
+                 "srt/configs/model_config.py"),
+            Rule("refuses", "the config does not name the architecture", absent("architectures"), "add architectures",
+                 "srt/configs/model_config.py"),
             Rule("refuses", "there is no tokenizer", no_tokenizer,
-                 "copy the base's, or start SGLang with --tokenizer-path"),
+                 "copy the base's, or start SGLang with --tokenizer-path", "srt/utils/hf_transformers_utils.py"),
             Rule("warns", "weights are served in the type that the config states", stated_type,
-                 "set dtype in config.json, or start SGLang with --dtype"),
+                 "set dtype in config.json, or start SGLang with --dtype", "srt/configs/model_config.py"),
         ),
     },
     {
         "diffusion adapter": "it is for diffusion models",
         "pipeline": "it is made of several models: serve it with diffusers",
     },
+    "SGLang 0.5.23",
 )  # fmt: skip
-"""Facts of SGLang in September 2026; what older and newer versions do may differ."""

@@ -1,4 +1,4 @@
-"""What vLLM takes: LoRA of one rank and one scale, read by the names of its tensors."""
+"""What vLLM takes: LoRA, read by the names of its tensors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from merging.serving.rules import (
     Rule,
     absent,
     convolutions,
-    lost_starts,
     no_config,
     no_tokenizer,
-    other_alphas,
-    other_ranks,
     saved_tables,
+    starts,
     stated_type,
     states,
 )
@@ -36,14 +34,39 @@ _NAMES = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedd
 _SEEING = ("vision", "visual", "multi_modal_projector", "mm_projector")
 """What the parts of models are called that read images."""
 
+_HEADS = ("classifier", "score")
+"""The modules that it serves as they were saved in full, for classifiers."""
+
+_STACKED = ("gpt_oss", "qwen3_5_moe", "qwen3_vl_moe", "qwen3_omni_moe", "interns1_pro")
+"""How the types of models begin whose experts it keeps in one tensor (``is_3d_moe_weight``)."""
+
+_HELPER = "lora/peft_helper.py"
+_MODEL = "lora/lora_model.py"
+
 
 def _other_names(subject: Subject) -> Iterator[str]:
-    yield from (name for name in subject.tensors if not name.endswith((*_NAMES, *TABLES)))
+    saved = tuple(f".{head}.{leaf}" for head in _saved_heads(subject) for leaf in ("weight", "bias"))
+    yield from (name for name in subject.tensors if not name.endswith((*_NAMES, *TABLES, *saved)))
+
+
+def _saved_heads(subject: Subject) -> list[str]:
+    saved = subject.stated.get("modules_to_save")
+    return [name for name in _HEADS if name in saved] if isinstance(saved, list) else []
+
+
+def _saved(subject: Subject) -> Iterator[str]:
+    saved = subject.stated.get("modules_to_save")
+    if not isinstance(saved, list) or len(_saved_heads(subject)) < len(saved):
+        yield from states("modules_to_save")(subject)
+    elif all(any(f".{head}." in name for name in subject.tensors) for head in _HEADS):
+        yield f"modules_to_save = {saved!r}: one head alone is served"
 
 
 def _rank(subject: Subject) -> Iterator[str]:
-    stated, most = subject.stated.get("r"), subject.max_rank or _DEFAULT_RANK
-    rank = max([stated if isinstance(stated, int) else 0, *subject.ranks.values()])
+    stated, pattern = subject.stated.get("r"), subject.stated.get("rank_pattern")
+    ranks = [stated, *(pattern.values() if isinstance(pattern, dict) else ()), *subject.ranks.values()]
+    rank = max([0, *(each for each in ranks if isinstance(each, int))])
+    most = subject.max_rank or _DEFAULT_RANK
     if rank > most:
         enough = next(
             (f"--max-lora-rank {each} is enough" for each in _MAX_RANKS if each >= rank), "no setting allows it"
@@ -59,11 +82,6 @@ def _vocabulary(subject: Subject) -> Iterator[str]:
             yield f"{path} is for {table.shape[-1]:,} tokens, the base has {size:,}"
 
 
-def _text_only(subject: Subject) -> Iterator[str]:
-    if isinstance(subject.base.get("text_config"), dict):
-        yield from (path for path in subject.modules if not any(part in path for part in ("language_model", *_SEEING)))
-
-
 def _seeing(subject: Subject) -> Iterator[str]:
     yield from (path for path in subject.modules if any(part in path for part in _SEEING))
 
@@ -73,52 +91,72 @@ def _experts(subject: Subject) -> Iterator[str]:
         yield from (path for path in subject.modules if ".experts." in path)
 
 
+def _stacked(subject: Subject) -> Iterator[str]:
+    """Factors of stacked experts, on a base that is known to keep its experts apart."""
+    kind = subject.base.get("model_type")
+    if isinstance(kind, str) and not kind.startswith(_STACKED):
+        yield from states("target_parameters")(subject)
+
+
+def _stacked_on_any(subject: Subject) -> Iterator[str]:
+    if not isinstance(subject.base.get("model_type"), str):
+        yield from states("target_parameters")(subject)
+
+
 VLLM = Program(
     "vllm",
     {
         "adapter": (
-            Rule("refuses", "adapters are folders with adapter_config.json", no_config, "merge it with -o FOLDER"),
+            Rule("refuses", "adapters are folders with adapter_config.json", no_config, "merge it with -o FOLDER",
+                 f"{_HELPER}, run"),
             Rule("refuses", "the config lacks what vLLM asks for", absent("r", "lora_alpha", "target_modules"),
-                 ONE_SCALE),
-            Rule("refuses", "modules saved in full are not served", states("modules_to_save"), BAKE),
+                 ONE_SCALE, f"{_HELPER}, run"),
+            Rule("refuses", "modules saved in full are not served, but for the heads of classifiers", _saved, BAKE,
+                 f"{_HELPER}, run"),
             Rule("refuses", "this variant of LoRA is not served",
-                 states("use_dora", "use_qalora", "use_bdlora", "kasa_config"), BAKE),
-            Rule("refuses", "trained biases are not served", states("bias", "lora_bias"), BAKE),
-            Rule("refuses", "trained tokens are not served", states("trainable_token_indices"), BAKE),
-            Rule("refuses", "tensors whose names are not those of LoRA's factors", _other_names, PLAIN),
-            Rule("refuses", "factors of convolutions are not served", convolutions, BAKE),
+                 states("use_dora", "use_qalora", "use_bdlora", "kasa_config"), BAKE, f"{_HELPER}, run"),
+            Rule("refuses", "trained biases are not served", states("bias", "lora_bias"), BAKE, f"{_HELPER}, run"),
+            Rule("refuses", "trained tokens are not served", states("trainable_token_indices"), BAKE, f"{_MODEL}, run"),
+            Rule("refuses", "tensors whose names are not those of LoRA's factors", _other_names, PLAIN,
+                 "lora/utils.py, run"),
+            Rule("refuses", "factors of convolutions are not served", convolutions, BAKE, _MODEL),
             Rule("refuses", "the rank is above the largest that the server is started for", _rank,
-                 "start vLLM with a larger --max-lora-rank, or merge with a smaller --rank"),
-            Rule("refuses", "the vocabulary is not the base's", _vocabulary, BAKE),
-            Rule("ignores", "ranks by module: the scale is lora_alpha / r for all", other_ranks, ONE_SCALE),
-            Rule("ignores", "alphas by module: the scale is lora_alpha / r for all", other_alphas, ONE_SCALE),
-            Rule("ignores", "what the start took off the base is not taken off", lost_starts, BAKE),
-            Rule("ignores", "repeated blocks do not exist in the base that is served", states("layer_replication"),
-                 "expand the base"),
-            Rule("ignores", "the adapter should act behind certain tokens only, and acts on all",
-                 states("alora_invocation_tokens"), "serve it with a program that knows aLoRA"),
-            Rule("warns", "factors of stacked experts are served for some architectures only",
-                 states("target_parameters"), BAKE),
-            Rule("warns", "the base takes more than text, and names without language_model may be left out", _text_only,
-                 "name the modules as the base of today does, or " + BAKE),
+                 "start vLLM with a larger --max-lora-rank, or merge with a smaller --rank", f"{_HELPER}, run"),
+            Rule("refuses", "the vocabulary is not the base's", _vocabulary, BAKE, _MODEL),
+            Rule("refuses", "the start took something off the base, which is not taken off",
+                 starts("pissa", "olora", "corda", "loftq"), BAKE, f"{_HELPER}, run"),
+            Rule("refuses", "repeated blocks do not exist in the base that is served", states("layer_replication"),
+                 "expand the base", f"{_HELPER}, run"),
+            Rule("refuses", "the adapter should act behind certain tokens only", states("alora_invocation_tokens"),
+                 "serve it with a program that knows aLoRA", f"{_HELPER}, run"),
+            Rule("refuses", "factors of stacked experts are not served for this architecture", _stacked,
+                 f"start vLLM with --enable-mixed-moe-lora-format and say is_3d_lora_weight in the request, or {BAKE}",
+                 "lora/model_manager.py"),
+            Rule("warns", "factors of stacked experts are served for some architectures only", _stacked_on_any,
+                 "say where the base is with --base", "lora/model_manager.py"),
+            Rule("warns", "what LoRA-GA took off the base in training is not taken off, as in PEFT",
+                 starts("lora_ga"), BAKE, f"{_HELPER}, run"),
             Rule("warns", "modules that see are served with --enable-tower-connector-lora alone", _seeing,
-                 "start vLLM with --enable-tower-connector-lora"),
+                 "start vLLM with --enable-tower-connector-lora", "lora/model_manager.py"),
             Rule("warns", "before September 2026 experts were given lora_alpha / r in spite of use_rslora", _experts,
-                 ONE_SCALE),
+                 ONE_SCALE, "lora/lora_weights.py"),
             Rule("warns", "the embedding that was saved along is not read: rows for added tokens are lost",
-                 saved_tables, "merge it into its base with --as model if tokens were added"),
+                 saved_tables, "merge it into its base with --as model if tokens were added", "lora/utils.py, run"),
         ),
         "model": (
-            Rule("refuses", "models are folders with config.json", no_config, "put it in a folder with its config"),
-            Rule("refuses", "the config does not name the architecture", absent("architectures"), "add architectures"),
-            Rule("refuses", "there is no tokenizer", no_tokenizer, "copy the base's, or start vLLM with --tokenizer"),
+            Rule("refuses", "models are folders with config.json", no_config, "put it in a folder with its config",
+                 "transformers_utils/config.py"),
+            Rule("refuses", "the config does not name the architecture", absent("architectures"), "add architectures",
+                 "model_executor/models/registry.py"),
+            Rule("refuses", "there is no tokenizer", no_tokenizer, "copy the base's, or start vLLM with --tokenizer",
+                 "tokenizers/registry.py"),
             Rule("warns", "weights are served in the type that the config states", stated_type,
-                 "set dtype in config.json, or start vLLM with --dtype"),
+                 "set dtype in config.json, or start vLLM with --dtype", "config/model.py"),
         ),
     },
     {
         "diffusion adapter": "it is for diffusion models",
         "pipeline": "it is made of several models: serve it with diffusers",
     },
+    "vLLM 0.32.0",
 )  # fmt: skip
-"""Facts of vLLM in September 2026; what older and newer versions do may differ."""
