@@ -15,7 +15,7 @@ from merging.hub.address import hub_address, local_path
 from merging.sources import diffusion, kohya, packs, peft
 from merging.sources.adapter import Adapter
 from merging.sources.checkpoint import Checkpoint, open_checkpoint
-from merging.sources.layout import check_suffix
+from merging.sources.layout import check_suffix, find_weights
 from merging.sources.lycoris import METHODS
 from merging.sources.origin import Origin
 from merging.sources.stored import DTYPES, Opened, open_tensors
@@ -98,6 +98,7 @@ def _open_local(path: Path, alpha: float | None, dequantise: bool) -> Checkpoint
         hint = ": the Hub is meant by hf://ORG/NAME" if str(path).count("/") == 1 else ""
         raise InputError(f"{path}: there is no such file or folder{hint}")
     if path.is_dir():
+        _check_one_model(path)
         if not (path / "adapter_config.json").is_file():
             bare = _bare_adapter(path)
             return _checkpoint(path, None, dequantise) if bare is None else _open_local(bare, alpha, dequantise)
@@ -121,6 +122,22 @@ def _checkpoint(path: Path, opened: Opened | None, dequantise: bool) -> Checkpoi
         stated = not {"model_type", "architectures", "_class_name"}.isdisjoint(part.config)
         refuse_factors(part.path, part.tensors, stated=stated)
     return checkpoint
+
+
+def _check_one_model(folder: Path) -> None:
+    """Refuse a folder that holds a full model and an adapter: either may have been left over."""
+    adapters = [name for name in (*peft.WEIGHTS, *diffusion.WEIGHTS) if (folder / name).is_file()]
+    if not adapters and not (folder / "adapter_config.json").is_file():
+        return
+    weights = find_weights(folder)
+    if weights is None:
+        return
+    what = f"an adapter ({adapters[0]})" if adapters else "the config of an adapter (adapter_config.json)"
+    names = [str(folder / name) for name in (weights.name, *adapters[:1])]
+    raise InputError(
+        f"{folder}: holds a full model ({weights.name}) and {what}: name the file of the one that is meant: "
+        f"{' or '.join(names)}"
+    )
 
 
 def _of_numbers(adapter: Adapter) -> Adapter:

@@ -12,8 +12,18 @@ import torch
 
 from merging.errors import FormatError
 from merging.sources.components import MODULES, PIPELINE, components_of
-from merging.sources.layout import agree, is_standard, read_json, shards_of, stem_of, weights_of
+from merging.sources.layout import (
+    agree,
+    check_absent,
+    is_standard,
+    read_json,
+    shards_of,
+    shards_without_index,
+    stem_of,
+    weights_of,
+)
 from merging.sources.model_config import read_config
+from merging.sources.names import unwrapped
 from merging.sources.origin import Origin
 from merging.sources.quantised import dequantised, refuse_quantised
 from merging.sources.stored import Opened, Stored, open_tensors
@@ -126,18 +136,26 @@ def _open_one(path: Path, opened: Opened | None, dequantise: bool) -> Checkpoint
     named = is_standard(weights.name)
     folder = weights.parent if path.is_dir() or (named and (weights.parent / "config.json").is_file()) else None
     config = read_config(folder / "config.json") if folder and (folder / "config.json").is_file() else {}
-    files = shards_of(weights) if weights.suffix == ".json" else {weights: None}
     tensors: dict[str, Stored] = {}
     shared: dict[str, str] = {}
+    absent: dict[str, Path] = {}
+    files = _files_of(weights, path.is_dir())
     for file, expected in files.items():
         pickled = file.suffix in (".bin", ".pt", ".pth")
         found, extra = opened or open_tensors(file)
         if expected is not None:
-            agree(weights, file, expected, set(found))
+            absent |= dict.fromkeys(agree(weights, file, expected, set(found)), file)
+        twice = next((name for name in found if name in tensors), None)
+        if twice is not None:
+            raise FormatError(f"{file}: holds {twice}, which another shard holds too: get them again together")
         tensors.update(found)
         shared.update(extra if pickled else {})
     if not tensors:
         raise FormatError(f"{path}: holds no tensors")
+    check_absent(weights, absent, tensors, config)
+    names = unwrapped(tensors)
+    tensors = {names[name]: stored for name, stored in tensors.items()}
+    shared = {names[name]: names[other] for name, other in shared.items()}
     plain, config_left = dequantised(path, tensors, config) if dequantise else (tensors, config)
     refuse_quantised(path, plain, config, dequantise)
     # A PyTorch file repeats tied weights under every name; written once, transformers ties them again.
@@ -145,6 +163,14 @@ def _open_one(path: Path, opened: Opened | None, dequantise: bool) -> Checkpoint
     for name in () if untied else shared:
         del plain[name]
     return Checkpoint(path, plain, tuple(files), config_left, folder, shared, stem=stem_of(weights))
+
+
+def _files_of(weights: Path, in_folder: bool) -> Mapping[Path, set[str] | None]:
+    """The files of a model by its weights, each with the names that an index promises of it."""
+    if weights.suffix == ".json":
+        return shards_of(weights)
+    shards = shards_without_index(weights.parent) if in_folder else []
+    return dict.fromkeys(shards if weights in shards else [weights])
 
 
 def content_key(tensors: Mapping[str, Stored]) -> str:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError, InputError
+from merging.sources.stored import Stored
+from merging.sources.ties import stated_tie, tied_to
 
 __all__ = [
     "agree",
+    "check_absent",
     "check_suffix",
     "find_weights",
     "is_plain_name",
@@ -19,6 +23,7 @@ __all__ = [
     "parse_json",
     "read_json",
     "shards_of",
+    "shards_without_index",
     "stem_of",
     "weights_of",
 ]
@@ -55,6 +60,9 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 _SHARD = re.compile(r"-[0-9]{5}-of-[0-9]{5}$|^[0-9]{5}-of-[0-9]{5}$")
 
+_NUMBERED = re.compile(r"(?P<set>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.(?P<ending>safetensors|bin)")
+"""What a shard is called: its set, its number, and how many shards there are."""
+
 
 def is_standard(name: str) -> bool:
     """Whether a file of that name holds the weights of the model whose folder it lies in."""
@@ -87,7 +95,30 @@ def find_weights(folder: Path) -> Path | None:
             f"{folder}: which weights? The folder holds only the variants {', '.join(sorted(found))}: leave one of "
             f"them in it, or name the file"
         )
-    return next(iter(found.values()), None)
+    return next(iter(found.values()), None) or next(iter(shards_without_index(folder)), None)
+
+
+def shards_without_index(folder: Path) -> list[Path]:
+    """The shards of a model whose folder has no index of them; none where there are none, or several models' shards.
+
+    Raises :class:`~merging.errors.InputError` if one is missing.
+    """
+    sets: dict[tuple[str, str, str], dict[int, Path]] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if match := _NUMBERED.fullmatch(path.name):
+            shards = sets.setdefault((match["set"], match["count"], match["ending"]), {})
+            shards[int(match["number"])] = path
+    safe = {key: shards for key, shards in sets.items() if key[2] == "safetensors"} or sets
+    if len(safe) != 1:
+        return []
+    ((name, count, ending), shards) = next(iter(safe.items()))
+    missing = [number for number in range(1, int(count) + 1) if number not in shards] if int(count) < 10_000 else [0]
+    if missing:
+        raise InputError(
+            f"{folder}: holds {len(shards)} of the {int(count)} shards of a model, and no index: "
+            f"{name}-{missing[0]:05}-of-{count}.{ending} is missing: complete the download"
+        )
+    return [shards[number] for number in sorted(shards)]
 
 
 def weights_of(folder: Path) -> Path:
@@ -103,8 +134,24 @@ def weights_of(folder: Path) -> Path:
         return found[0]
     for path in folder.glob("*.gguf") if not found else ():
         raise of_llama_cpp(path)
-    holds = ", ".join(p.name for p in found) if found else "none of model.safetensors, its index, pytorch_model.bin"
-    raise InputError(f"{folder}: which weights? The folder holds {holds}: name the file")
+    if found:
+        raise InputError(
+            f"{folder}: which weights? The folder holds {', '.join(path.name for path in found)}: name the file"
+        )
+    inner = _folders_of_models(folder)
+    if inner:
+        raise InputError(
+            f"{folder}: holds no weights itself, but folders that do: name those to merge: {', '.join(inner[:4])}"
+            f"{f' (of {len(inner)})' if len(inner) > 4 else ''}"
+        )
+    raise InputError(f"{folder}: holds no weights: none of model.safetensors, its index, or pytorch_model.bin is there")
+
+
+def _folders_of_models(folder: Path) -> list[str]:
+    """The folders inside of one that hold an adapter or a model."""
+    signs = ("adapter_config.json", "adapter_model.safetensors", *_LAYOUTS)
+    inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [str(path) for path in inner if any((path / sign).is_file() for sign in signs)]
 
 
 def check_suffix(path: Path) -> None:
@@ -146,16 +193,32 @@ def is_plain_name(value: object) -> bool:
     return "\\" not in value and "\0" not in value and len(value.encode(errors="replace")) < 256
 
 
-def agree(index: Path, shard: Path, promised: set[str], found: set[str]) -> None:
-    """Refuse a shard that does not hold just what its index says."""
-    missing, extra = sorted(promised - found), sorted(found - promised)
-    if missing or extra:
-        what = f"lacks {missing[0]}" if missing else f"holds {extra[0]}, which the index does not list"
-        more = len(missing) + len(extra) - 1
-        raise FormatError(
-            f"{shard}: {what}{f' (and {more} more such names)' if more else ''}: {index.name} and its shards come from "
-            f"different saves, get them again together"
-        )
+def agree(index: Path, shard: Path, promised: set[str], found: set[str]) -> set[str]:
+    """The names that an index promises and its shard lacks. Refuses a shard that holds more than its index lists."""
+    extra = sorted(found - promised)
+    if extra:
+        raise _disagreement(index, shard, f"holds {extra[0]}, which the index does not list", len(extra) - 1)
+    return promised - found
+
+
+def check_absent(
+    index: Path, absent: Mapping[str, Path], tensors: Mapping[str, Stored], config: Mapping[str, Any]
+) -> None:
+    """Refuse names that an index lists and their shards lack, unless they are other names of tensors that are there.
+
+    Some savers list the copies of tied weights, and leave them out of the shards.
+    """
+    tied = stated_tie(config, tensors)
+    lost = sorted(name for name in absent if tied_to(name, tensors, tied) is None)
+    if lost:
+        raise _disagreement(index, absent[lost[0]], f"lacks {lost[0]}", len(lost) - 1)
+
+
+def _disagreement(index: Path, shard: Path, what: str, more: int) -> FormatError:
+    return FormatError(
+        f"{shard}: {what}{f' (and {more} more such names)' if more else ''}: {index.name} and its shards come from "
+        f"different saves, get them again together"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Renaming", "find_renaming"]
+__all__ = ["Renaming", "find_renaming", "unwrapped"]
 
 _PREFIXES = (
     "model.",
@@ -20,6 +20,9 @@ _PREFIXES = (
     "vit.",
 )
 """What wrappers of the same network put before its names, in one version of transformers or another."""
+
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What torch.compile, FSDP and activation checkpointing put into the names of what they wrap, at any place."""
 
 Norms = Literal["same", "new", "old"]
 """Which names of layer norms are wanted."""
@@ -56,6 +59,17 @@ class Renaming:
         if not self.strip and not self.add:
             return "the same names" if self.norms == "same" else f"{self.norms} names of norms"
         return f"{self.strip + '*' if self.strip else '*'} -> {self.add}*"
+
+
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """The names without those of wrappers for training, which no library expects in a file; by the names as they are.
+
+    ``module.``, of data-parallel training, is one where all names begin with it. Names stay where two would be one.
+    """
+    plain = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) or name for name in names}
+    if plain and all(name.startswith("module.") for name in plain.values()):
+        plain = {name: short.removeprefix("module.") for name, short in plain.items()}
+    return plain if len(set(plain.values())) == len(plain) else {name: name for name in plain}
 
 
 def find_renaming(

@@ -34,6 +34,10 @@ _LOCAL = struct.Struct("<4s22xHH")
 """What stands before a record: its mark, and the lengths of its name and of more fields."""
 
 
+_NESTS = ("state_dict", "model_state_dict", "model", "module")
+"""What programs for training call a model's state dict in a file that holds more than it."""
+
+
 def open_pickle(path: Path) -> Opened:
     """The tensors of a PyTorch file, and for each name that shares another's memory (tied weights) that other.
 
@@ -46,15 +50,32 @@ def open_pickle(path: Path) -> Opened:
     try:
         archive = _Archive(file)
         loaded = unpickle(archive.read("data.pkl"))
-        state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-        if not isinstance(state, dict) or not all(isinstance(each, (TensorRecord, Other)) for each in state.values()):
-            raise FormatError(f"{path}: is a PyTorch file, but not a state dict (names to tensors)")
+        state = _state_dict(loaded)
+        if not _holds_tensors(state):
+            raise FormatError(
+                f"{path}: is a PyTorch file, but not a state dict (names to tensors): load it, and save the one in it "
+                f"as safetensors"
+            )
         return _tensors(archive, state)
     except pickle.UnpicklingError as error:
         raise FormatError(f"{path}: holds more than tensors, and nothing in it is run: {error}") from None
     except _DAMAGE as error:
         reason = str(error).partition("\n")[0]
         raise FormatError(f"{path}: is a damaged PyTorch file: {reason or type(error).__name__}") from None
+
+
+def _state_dict(loaded: Any) -> Any:
+    """The state dict that a file holds, perhaps two levels down; where that is not clear, what it holds itself."""
+    for _ in range(2):
+        if not isinstance(loaded, dict) or (loaded and _holds_tensors(loaded)):
+            break
+        inner = [loaded[name] for name in _NESTS if isinstance(loaded.get(name), dict)]
+        loaded = inner[0] if len(inner) == 1 else loaded
+    return loaded
+
+
+def _holds_tensors(state: Any) -> bool:
+    return isinstance(state, dict) and all(isinstance(each, (TensorRecord, Other)) for each in state.values())
 
 
 def _tensors(archive: _Archive, state: dict[Any, Any]) -> Opened:

@@ -152,7 +152,7 @@ def test_index_and_config_that_are_no_json_object(tmp_path: Path, text: str, rea
 
 def test_folder_with_no_weights_or_several(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"which weights\? The folder holds none of model.safetensors"):
+    with pytest.raises(InputError, match=r"holds no weights: none of model.safetensors"):
         open_checkpoint(tmp_path / "empty")
     for name in ("x.safetensors", "y.safetensors"):
         save_file(model(1), tmp_path / "empty" / name)
