@@ -43,7 +43,13 @@ _PAIRS = 20
 )
 @click.option("--allow-different-bases", is_flag=True, help="compare adapters that say they have different bases")
 @click.option("--lora-alpha", type=float, help="LoRA alpha of adapters, instead of what they state")
-@click.option("--dequantise", is_flag=True, help="read FP8, MXFP4 and 8-bit weights as ordinary ones")
+@click.option(
+    "--dequantize",
+    "--dequantise",
+    "dequantise",
+    is_flag=True,
+    help="read FP8, MXFP4 and 8-bit weights as ordinary ones",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto")
 @click.option("--max-memory", type=Size(), help="most memory above the imports and headers  [default: 1GiB]")
 @click.option("--progress/--quiet", default=None, help="progress bar on stderr  [default: on a terminal]")

@@ -100,7 +100,14 @@ def _refuse_strangers(command: click.Command, args: list[str], classes: list[Any
     "--component", "components", multiple=True, help="merge this part of a pipeline, such as unet; the others are kept"
 )
 @click.option("--out-proj-once", is_flag=True, default=None, help="count LoRA on MultiheadAttention's output once")
-@click.option("--dequantise", is_flag=True, default=None, help="read FP8, MXFP4 and 8-bit weights as ordinary ones")
+@click.option(
+    "--dequantize",
+    "--dequantise",
+    "dequantise",
+    is_flag=True,
+    default=None,
+    help="read FP8, MXFP4 and 8-bit weights as ordinary ones",
+)
 @click.option(
     "--exclude",
     multiple=True,

@@ -21,7 +21,7 @@ from merging.lora_files import lora_metadata, lora_stem
 from merging.method import Method
 from merging.model_folder import companion_patterns, write_model_companions
 from merging.plan import PORTABLE_RANKS, Plan, make_plan
-from merging.recipe import Recipe, make_recipe
+from merging.recipe import FIELDS, Recipe, make_recipe
 from merging.run import run
 from merging.sources.stored import DTYPES
 from merging.threads import Progress, cores
@@ -109,8 +109,8 @@ def merge(
 def _recipe(models: Sequence[str | Path], method: str | Method, options: dict[str, Any]) -> Recipe:
     if isinstance(models, (str, Path)):
         raise OptionError(f"models should be a list of paths, and is {str(models)!r}")
-    stated = {key: value for key, value in options.items() if key in Recipe.model_fields and value is not None}
-    parameters = {key: value for key, value in options.items() if key not in Recipe.model_fields}
+    stated = {key: value for key, value in options.items() if key in FIELDS and value is not None}
+    parameters = {key: value for key, value in options.items() if key not in FIELDS}
     if isinstance(method, Method) and parameters:
         raise OptionError(f"{next(iter(parameters))!r} is no option of merge: give it to the method itself")
     values = {"models": [str(path) for path in models], "method": method, **stated}

@@ -30,7 +30,7 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 def inspect(path: str | Path, *, values: bool = False) -> dict[str, Any]:
     """Facts about what lies at ``path``: kind, base, rank, modules, dtypes, layers, size in bytes, what is odd.
 
-    Quantised weights of the simple kinds are told as the ordinary ones that ``--dequantise`` makes of them
+    Quantised weights of the simple kinds are told as the ordinary ones that ``--dequantize`` makes of them
     (``dequantised``: how many; ``quantised``: of what type they are on the disk), tensors of packs as they are read
     (``packed_bytes``: what they take in the file). What came out of a merge says of which (``merged_by``,
     ``merged_from``). ``notices`` are sentences for people. With ``values``, also which tensors hold NaN or infinities
@@ -102,7 +102,7 @@ def _checkpoint(checkpoint: Checkpoint, subject: Subject, values: bool) -> dict[
         **_common(tensors, Stacks.from_names(tensors), values),
         "bytes": sum({id(part): part.nbytes for stored in tensors.values() for part in stored.made_of}.values()),
         "notices": [
-            *(["its weights are quantised, and read with --dequantise alone"] if derived else []),
+            *(["its weights are quantised, and read with --dequantize alone"] if derived else []),
             *(f"{each.what}: {each.where[0]}" for each in FILES.findings(subject) if each.severity != "ok"),
         ],
     }

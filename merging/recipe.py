@@ -14,7 +14,7 @@ from merging.method import Method
 from merging.methods import chain, parameters_of
 from merging.parameters import plain
 
-__all__ = ["DTYPES", "AdapterFormat", "Recipe", "load_recipe"]
+__all__ = ["DTYPES", "FIELDS", "AdapterFormat", "Recipe", "load_recipe"]
 
 DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """The types an output can be asked in, and their names in safetensors files."""
@@ -65,7 +65,9 @@ class Recipe(BaseModel):
         (), description="parts of a pipeline that are merged, such as unet; by default all, else the base's are kept"
     )
     dequantise: bool = Field(
-        False, description="read weights that are quantised in a simple way (FP8, MXFP4, 8-bit) as ordinary numbers"
+        False,
+        alias="dequantize",
+        description="read weights that are quantised in a simple way (FP8, MXFP4, 8-bit) as ordinary numbers",
     )
     exclude: tuple[str, ...] = Field((), description="tensors that are left as in the base: names, parts, or wildcards")
     allow_different_bases: bool = Field(False, description="merge adapters that say they have different bases")
@@ -116,6 +118,10 @@ class Recipe(BaseModel):
         text = yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)
         plain = text.replace("\n", "").isprintable()  # else with escapes, which every terminal takes
         return text if plain else yaml.safe_dump(facts, sort_keys=False)
+
+
+FIELDS = frozenset(name for field, info in Recipe.model_fields.items() for name in (field, info.alias) if name)
+"""What recipes can state, by every name that it goes by; all else are parameters of the method."""
 
 
 def _parameters(method: Method) -> dict[str, Any]:

@@ -155,7 +155,7 @@ GALLERY: dict[str, tuple[Make, Facts]] = {
         fp8,
         {
             "quantised": "F8_E4M3: 8", "dequantised": "8", "dtypes": "BF16: 21", "bytes": "37.2 kB",
-            "notices": "its weights are quantised, and read with --dequantise alone",
+            "notices": "its weights are quantised, and read with --dequantize alone",
         },
     ),
     "PyTorch's own format": (
@@ -324,7 +324,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "Git LFS": (text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n"), "run git lfs pull"),
     "4 bits": (four_bits, "is quantised (bitsandbytes 4-bit, says its config)"),
     "wrong rank": (lambda folder: edit_config(lora()(folder), r=5), "has rank 4, and its config says 5"),
-    "folder": (lambda path: path.mkdir() or path, "which weights? The folder holds none of model.safetensors"),
+    "folder": (lambda path: path.mkdir() or path, "holds no weights: none of model.safetensors"),
 }
 
 

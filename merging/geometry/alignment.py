@@ -37,7 +37,7 @@ MEMORY = 1 << 30
 Model = str | Path | Adapter | Checkpoint
 """A model, or where it lies."""
 
-_BASE_OPTIONS = {"base", "exclude", "on_mismatch", "allow_different_bases", "lora_alpha", "dequantise"}
+_BASE_OPTIONS = {"base", "exclude", "on_mismatch", "allow_different_bases", "lora_alpha", "dequantise", "dequantize"}
 
 
 def aligned(

@@ -10,7 +10,7 @@ from torch import Tensor
 from merging.sources.derived import Derived
 from merging.sources.stored import Stored
 
-__all__ = ["Mxfp4", "Scaled", "fits"]
+__all__ = ["Cast", "Mxfp4", "Scaled", "fits"]
 
 _PIECE = 1 << 17
 """About so many elements are computed at a time."""
@@ -43,6 +43,26 @@ def _step(size: int, steps: int, block: int) -> int:
     if steps == 1:
         return max(1, size)
     return 1 if steps == size else block if steps == -(-size // block) else 0
+
+
+class Cast(Derived):
+    """Numbers of one byte as those of an ordinary type."""
+
+    __slots__ = ("_codes",)
+
+    def __init__(self, kind: str, codes: Stored) -> None:
+        super().__init__(kind, codes.shape, (codes,))
+        self._codes = codes
+
+    def read_into(self, buffer: Tensor, start: int = 0) -> None:
+        for first in range(0, len(buffer), _PIECE):
+            piece = buffer[first : first + _PIECE]
+            codes = torch.empty(len(piece), dtype=self._codes.dtype)
+            self._codes.read_into(codes, start + first)
+            piece.copy_(_numbers(codes))
+
+    def advise(self, start: int, count: int) -> None:
+        self._codes.advise(start, count)
 
 
 class Scaled(Derived):

@@ -43,7 +43,12 @@ def formats() -> Iterator[Format]:
         yield Format(name, "Full checkpoints", summary, "in full")
     quantised = list(dict.fromkeys(QUANTISED.values()))
     asked = ", ".join(kind for kind in quantised if kind in SIMPLE)
-    yield Format(asked, "Full checkpoints", "quantised; as ordinary numbers with --dequantise", "in full")
+    yield Format(
+        asked,
+        "Full checkpoints",
+        "quantised (FP8 also without scales); as ordinary numbers with --dequantize",
+        "in full",
+    )
     others = ", ".join(["GGUF", *(kind for kind in quantised if kind not in SIMPLE)])
     reason = "quantised: merge the model it was made from, and quantise the result"
     yield Format(others, "Full checkpoints", reason, "refused")

@@ -5,12 +5,13 @@ That happens piece by piece while they are read, so nothing is ever dequantised 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError
-from merging.sources.dequantised import Mxfp4, Scaled, fits
+from merging.sources.dequantised import Cast, Mxfp4, Scaled, fits
 from merging.sources.stored import Stored
 
 __all__ = ["QUANTISED", "SIMPLE", "dequantised", "refuse_quantised"]
@@ -39,6 +40,9 @@ QUANTISED = {
 }
 """The last part of the name of a tensor that goes with quantised weights."""
 
+_MARKER = 1 << 12
+"""The most bytes of a marker that is read."""
+
 _INSTEAD = "merge the model it was made from, and quantise the result"
 SIMPLE = ("block FP8", "scaled FP8 or integers", "MXFP4", "bitsandbytes 8-bit")
 """The kinds that are made ordinary numbers if asked."""
@@ -53,10 +57,18 @@ _WAYS = {
 }
 """What else helps, by kind."""
 
+_CAST = ("F8_E4M3", "F8_E5M2")
+"""Types that files hold without scales too, as the numbers that they are."""
+
+_COMFY = (".comfy_quant", "scaled_fp8")
+"""Markers of ComfyUI's: how a layer is quantised, as JSON, and that scales are called ``scale_weight``."""
+
+_COMFY_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
+
 _SCALES = ("_scale_inv", "_scale")
 _BESIDE = (
     ".weight_format", ".input_scale", ".input_scale_ub", ".activation_scale", ".k_scale", ".v_scale", ".q_scale",
-    ".qscale_act", "_activation_scale", "_input_scale",
+    ".qscale_act", "_activation_scale", "_input_scale", ".scale_input", *_COMFY,
 )  # fmt: skip
 """Tensors for quantised activations and caches, which ordinary weights have no use for."""
 
@@ -71,23 +83,41 @@ def refuse_quantised(path: Path, tensors: Mapping[str, Stored], config: Mapping[
         kind = _method(stated)
         raise FormatError(f"{path}: is quantised ({kind}, says its config): {_way(kind, _is_simple(stated), asked)}")
     for name, stored in tensors.items():
-        # Only the tail of the name is compared: 50,000 names times 20 endings would be felt.
-        tail = name[name.rfind(".") :] if not name.endswith("_blocks") else "_blocks"
+        tail = _tail(name)
         if tail in QUANTISED and (tail != "_blocks" or stored.kind == "U8" or not stored.floating):
             kind = QUANTISED[tail]
             raise FormatError(f"{path}: is quantised ({kind}, says {name}): {_way(kind, kind in SIMPLE, asked)}")
         if stored.kind.startswith(("F8_", "F6_")) or stored.kind == "F4":
-            way = _way("", any(name + ending in tensors for ending in _SCALES), asked)
+            way = _way("", stored.kind in _CAST or any(name + ending in tensors for ending in _SCALES), asked)
             raise FormatError(f"{path}: {name} holds {stored.kind} codes, so the model is quantised: {way}")
         if tail == ".weight" and stored.kind in _PACKED and len(stored.shape) > 1:
             way = _way("MLX" if stored.kind == "U32" else "", False, asked)
             raise FormatError(f"{path}: {name} holds {stored.kind} codes, so the model is quantised: {way}")
 
 
+def _tail(name: str) -> str:
+    """The end of a name that may tell of quantised weights: 50,000 names times 20 endings would be felt."""
+    return "_blocks" if name.endswith("_blocks") else name[name.rfind(".") :]
+
+
+def _check_marker(path: Path, name: str, stored: Stored) -> None:
+    """Refuse a layer that ComfyUI's marker says is quantised otherwise than by codes times a scale."""
+    if not stored.at_hand or stored.kind != "U8" or stored.numel > _MARKER:
+        return  # its codes tell as much, if less plainly
+    text = bytes(stored.read().flatten().tolist()).decode(errors="replace")
+    try:
+        stated = json.loads(text)
+    except (ValueError, RecursionError):
+        stated = None
+    format = stated.get("format") if isinstance(stated, dict) else None
+    if format not in _COMFY_FORMATS:
+        raise FormatError(f"{path}: is quantised ({str(format)[:40]!r}, says {name}): {_way('', False, True)}")
+
+
 def _way(kind: str, simple: bool, asked: bool) -> str:
     if simple and not asked:
-        return f"use --dequantise to merge it as ordinary numbers, or {_INSTEAD}"
-    beyond = "--dequantise does not understand these: " if asked else ""
+        return f"use --dequantize to merge it as ordinary numbers, or {_INSTEAD}"
+    beyond = "--dequantize does not understand these: " if asked else ""
     return f"{beyond}{_INSTEAD}{', ' + _WAYS[kind] if kind in _WAYS else ''}"
 
 
@@ -125,15 +155,18 @@ def dequantised(
     """A checkpoint's tensors and config with the quantised weights of simple kinds as ordinary ones.
 
     Codes (FP8, 8-bit integers) times a scale for all, a row, or a block, as in transformers' ``fp8``, ``fbgemm_fp8``,
-    compressed-tensors and bitsandbytes 8-bit; and MXFP4 as gpt-oss has it. They have the type that the config states,
-    else bfloat16. Scales and the config's ``quantization_config`` are gone. Whatever else is quantised is left as it
-    is. Raises :class:`~merging.errors.FormatError` for scales that do not fit their weights.
+    compressed-tensors, bitsandbytes 8-bit and ComfyUI; MXFP4 as gpt-oss has it; and FP8 where nothing is scaled, as
+    the numbers that it holds. They have the type that the config states, else bfloat16. Scales, ComfyUI's markers and
+    the config's ``quantization_config`` are gone. Whatever else is quantised is left as it is. Raises
+    :class:`~merging.errors.FormatError` for scales that do not fit their weights, and for markers of other kinds.
     """
     kind = _type_of(config)
     block = _block_of(_stated(config) or {})
     found: dict[str, Stored] = {}
     gone: set[str] = set()
     for name, stored in tensors.items():
+        if name.endswith(_COMFY[0]):
+            _check_marker(path, name, stored)
         scale = _scale_of(name, stored, tensors)
         if scale is None:
             continue
@@ -147,6 +180,8 @@ def dequantised(
         if not fits(stored.shape, scales.shape, block):
             raise FormatError(_misfit(path, name, stored, scales))
         found[name] = Scaled(kind, stored, scales, block, 1 / 127 if scale.endswith(".SCB") else 1)
+    if not found and _stated(config) is None and not any(_tail(name) in QUANTISED for name in tensors):
+        found = {name: Cast(kind, stored) for name, stored in tensors.items() if stored.kind in _CAST}
     if found:
         gone.update(name for name in tensors if name.endswith(_BESIDE))
     kept = {name: found.get(name, stored) for name, stored in tensors.items() if name in found or name not in gone}
@@ -156,7 +191,7 @@ def dequantised(
 def _misfit(path: Path, name: str, stored: Stored, scales: Stored) -> str:
     return (
         f"{path}: {name} has the shape {tuple(stored.shape)} and its scales {tuple(scales.shape)}, which is none of "
-        f"the kinds that --dequantise understands: {_INSTEAD}"
+        f"the kinds that --dequantize understands: {_INSTEAD}"
     )
 
 
@@ -172,7 +207,8 @@ def _scale_of(name: str, stored: Stored, tensors: Mapping[str, Stored]) -> str |
     if module != name:
         if f"{name}_zero_point" in tensors or f"{name}_scale_2" in tensors:
             return None
-        candidates += [f"{module}.SCB"] if stored.kind == "I8" else [f"{module}.scale", f"{module}.qscale_weight"]
+        eight = [f"{module}.{end}" for end in ("scale", "qscale_weight", "scale_weight")]
+        candidates += [f"{module}.SCB"] if stored.kind == "I8" else eight
     return next((each for each in candidates if each in tensors), None)
 
 

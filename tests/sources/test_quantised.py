@@ -226,12 +226,12 @@ def test_other_kinds_stay_refused(tmp_path: Path, kind: str) -> None:
 def test_the_message_names_the_flag_where_it_helps(tmp_path: Path) -> None:
     codes = {NAME: fp8_codes(1, 16, 8), NAME + "_scale_inv": scales(2, 1, 1)}
     for stated in ({"quant_method": "fp8"}, None):
-        with pytest.raises(FormatError, match=r"use --dequantise to merge it as ordinary numbers, or merge the model"):
+        with pytest.raises(FormatError, match=r"use --dequantize to merge it as ordinary numbers, or merge the model"):
             open_model(quantised_folder(tmp_path / "m", codes, stated))
     for stated in ({"quant_method": "gptq"}, {"quant_method": "bitsandbytes", "load_in_4bit": True}):
         with pytest.raises(FormatError) as refused:
             open_model(quantised_folder(tmp_path / "m", codes, stated))
-        assert "--dequantise" not in str(refused.value)
+        assert "--dequantize" not in str(refused.value)
 
 
 @pytest.mark.parametrize("grid", [(3, 1), (16, 2, 1), (2, 2)])
@@ -245,7 +245,7 @@ def test_scales_of_another_shape(tmp_path: Path, grid: tuple[int, ...]) -> None:
 def test_zero_points_and_codes_without_scales(tmp_path: Path) -> None:
     for beside, message in (
         ({NAME + "_zero_point": torch.zeros(16, 1, dtype=torch.int8), NAME + "_scale": scales(2, 16, 1)}, "quantised"),
-        ({}, r"holds I8 codes, so the model is quantised: --dequantise does not understand"),
+        ({}, r"holds I8 codes, so the model is quantised: --dequantize does not understand"),
     ):
         tensors = {NAME: torch.zeros(16, 8, dtype=torch.int8), **beside}
         with pytest.raises(FormatError, match=message):
@@ -263,3 +263,70 @@ def test_inspect_tells_what_would_be_dequantised(tmp_path: Path) -> None:
     packed, _ = gpt_oss(tmp_path, 1)
     facts = inspect(packed)
     assert (facts["dequantised"], facts["dtypes"]) == (4, {"BF16": facts["tensors"]})
+
+
+# ---- ComfyUI's files, and FP8 without scales
+
+
+def comfy(path: Path, seed: int, style: str, kind: torch.dtype = FP8, **more: Tensor) -> tuple[Path, Tensor]:
+    """A diffusion model's file in one of ComfyUI's styles, and the numbers that its one FP8 layer stands for."""
+    codes, scale, name = (random(seed, 24, 16) * 100).to(kind), scales(seed + 1, 1)[0], "model.diffusion_model.proj"
+    tensors = {f"{name}.weight": codes, f"{name}.bias": random(seed + 2, 24).half()}
+    if style == "markers":
+        marker = json.dumps({"format": str(kind).removeprefix("torch."), "full_precision_matrix_mult": False}).encode()
+        tensors |= {f"{name}.comfy_quant": torch.tensor(list(marker), dtype=torch.uint8)}
+        tensors |= {f"{name}.weight_scale": scale, f"{name}.input_scale": torch.tensor(1.0)}
+    elif style == "scaled_fp8":
+        tensors |= {"model.diffusion_model.scaled_fp8": torch.zeros(2).to(kind)}
+        tensors |= {f"{name}.scale_weight": scale, f"{name}.scale_input": torch.tensor(1.0)}
+    save_file(tensors | more, path)
+    factor = 1.0 if style == "none" else scale
+    return path, codes.float() * factor
+
+
+@pytest.mark.parametrize("kind", [FP8, torch.float8_e5m2], ids=["e4m3", "e5m2"])
+@pytest.mark.parametrize("style", ["markers", "scaled_fp8", "none"])
+def test_fp8_of_diffusion_models_is_read_as_numbers_when_asked(tmp_path: Path, style: str, kind: torch.dtype) -> None:
+    """Weights are codes times scale, whatever the scale is called; no marker is left that would have them cast."""
+    one, first = comfy(tmp_path / "a.safetensors", 1, style, kind)
+    two, second = comfy(tmp_path / "b.safetensors", 5, style, kind)
+    with pytest.raises(FormatError, match="use --dequantize to merge it as ordinary numbers"):
+        open_model(one)
+    out = tmp_path / "out.safetensors"
+    merging.merge([one, two], method="linear", dequantize=True, dtype="float32", output=out)
+    found = load(out)
+    assert set(found) == {"model.diffusion_model.proj.weight", "model.diffusion_model.proj.bias"}
+    # each file's numbers are those of bfloat16, the type of ordinary weights
+    mean = (first.bfloat16().float() + second.bfloat16().float()) / 2
+    assert torch.equal(found["model.diffusion_model.proj.weight"], mean)
+
+
+def test_fp8_without_scales_is_read_by_pieces(tmp_path: Path) -> None:
+    path, numbers = comfy(tmp_path / "a.safetensors", 1, "none")
+    stored = opened(path).tensors["model.diffusion_model.proj.weight"]
+    assert torch.equal(in_pieces(stored), numbers.bfloat16())
+
+
+def test_markers_of_other_kinds_are_refused(tmp_path: Path) -> None:
+    """Blocks of MXFP8 lie in an order of their own, which scales of the right shape do not tell."""
+    marker = torch.tensor(list(b'{"format": "mxfp8"}'), dtype=torch.uint8)
+    path, _ = comfy(tmp_path / "a.safetensors", 1, "none", **{"model.diffusion_model.proj.comfy_quant": marker})
+    with pytest.raises(FormatError, match=r"'mxfp8', says model.diffusion_model.proj.comfy_quant.*merge the model it"):
+        open_model(path, dequantise=True)
+
+
+def test_fp8_whose_scales_are_not_understood_is_no_plain_fp8(tmp_path: Path) -> None:
+    path, _ = comfy(
+        tmp_path / "a.safetensors", 1, "none", **{"model.diffusion_model.proj.weight_scale_2": torch.ones(1)}
+    )
+    with pytest.raises(FormatError, match="does not understand"):
+        open_model(path, dequantise=True)
+
+
+def test_both_spellings_of_dequantize(tmp_path: Path) -> None:
+    path, _ = comfy(tmp_path / "a.safetensors", 1, "none")
+    spelled = [
+        merging.merge([path], method="linear", output=tmp_path / f"{word}.safetensors", **{word: True})
+        for word in ("dequantize", "dequantise")
+    ]
+    assert spelled[0].path.read_bytes() == spelled[1].path.read_bytes()
