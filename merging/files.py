@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,13 +150,14 @@ def merge_plan(
     single = destination.suffix == ".safetensors"
     if not stream:
         plan = arrived(plan, companion_patterns(plan), progress=progress)
-    with Landing(destination, overwrite, single) as landing, _streamed(plan, stream, destination) as plan:
+    with Landing(destination, overwrite, single) as landing:
+        if stream:
+            plan = arrived(plan, companion_patterns(plan), stream=landing.scratch)
         notices = [*plan.notices, *unrelated(plan)]
         told = shown or plan
         writer = _writer(told, landing.folder, destination)
         try:
-            scratch = landing.folder
-            done = run(plan, writer, device=device, threads=workers, progress=progress, scratch=scratch)
+            done = run(plan, writer, device=device, threads=workers, progress=progress, scratch=landing.scratch)
             cut = [done.energy_notice] if done.energy_notice else []
             for constant in plan.constants:
                 values = torch.full((constant.count,), constant.value, dtype=DTYPES[constant.out.kind])
@@ -166,13 +165,10 @@ def merge_plan(
             writer.finish()
         finally:
             writer.close()
-        try:
-            if not single and plan.output == "adapter":
-                write_adapter_companions(told, landing.folder, cut)
-            elif not single:
-                notices += write_model_companions(told, landing.folder)
-        except OSError as error:
-            raise OutputError(f"{destination}: cannot be written: {error.strerror}") from None
+        if not single and plan.output == "adapter":
+            write_adapter_companions(told, landing.folder, cut)
+        elif not single:
+            notices += write_model_companions(told, landing.folder)
         landing.commit()
     return Merged(
         path=destination,
@@ -183,7 +179,7 @@ def merge_plan(
         seconds=done.seconds,
         rank=plan.rank or None,
         format=plan.format if plan.output == "adapter" else None,
-        notices=(*notices, *done.notices, *cut),
+        notices=(*notices, *done.notices, *cut, *landing.notices),
         discarded=done.discarded,
         facts=done.facts,
     )
@@ -201,16 +197,6 @@ def _writer(plan: Plan, folder: Path, destination: Path) -> TensorWriter | Compo
     if stems:
         return ComponentWriter(folder, stems, plan.outs, metadata, plan.recipe.shard_size)
     return TensorWriter(folder, reference.stem, plan.outs, metadata, plan.recipe.shard_size)
-
-
-@contextmanager
-def _streamed(plan: Plan, stream: bool, destination: Path) -> Iterator[Plan]:
-    """The plan with a folder beside the output that files of the Hub pass through, if they are to."""
-    if not stream:
-        yield plan
-        return
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as folder:
-        yield arrived(plan, companion_patterns(plan), stream=Path(folder))
 
 
 def check_output(plan: Plan, destination: Path, overwrite: bool) -> None:

@@ -1,4 +1,9 @@
-"""Where an output comes down: built beside its destination, made durable, and moved there whole or not at all."""
+"""Where an output comes down: built beside its destination, made durable, and moved there whole or not at all.
+
+An output is built in a hidden folder ``.NAME.*.partial``, whose lock its merge holds: ``out`` in there becomes the
+output, and ``old`` is what it replaces, where two names cannot be exchanged in one step. One that no living merge holds
+was left by a kill: the next merge to the same place moves ``old`` back if nothing took its place, and removes the rest.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +12,21 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from merging import platform
-from merging.errors import OutputError
+from merging.errors import MergingError, OutputError
 
 __all__ = ["Landing", "check_destination", "umask"]
 
 _SLACK = 1 << 24
 """Bytes for configs, tokenizer and index beside the weights of a folder, when space is checked."""
+
+_PARTIAL, _OLD = ".partial", "old"
 
 _MODEL_FILES = (
     "config.json",
@@ -35,6 +43,8 @@ _MODEL_FILES = (
 def check_destination(destination: Path, inputs: Iterable[Path], nbytes: int, overwrite: bool) -> None:
     """Refuse a destination that exists (unless it may be overwritten), lies on top of an input, or has no room.
 
+    What a merge that was killed had moved out of the way of its output is first moved back there.
+
     Raises :class:`~merging.errors.OutputError`.
     """
     try:
@@ -45,6 +55,7 @@ def check_destination(destination: Path, inputs: Iterable[Path], nbytes: int, ov
         resolved = path.resolve()
         if resolved == target or target in resolved.parents:
             raise OutputError(f"{destination}: the output would replace the input {path}: choose another -o")
+    _put_back(destination)
     if os.path.lexists(destination) and not overwrite:
         raise OutputError(f"{destination}: exists already: choose another -o, or use --overwrite")
     _check_replaced(destination)
@@ -75,44 +86,36 @@ def _check_replaced(destination: Path) -> None:
 class Landing:
     """A temporary folder beside ``destination`` that becomes it, or (``file`` given) one file of which becomes it.
 
-    Used as a context manager: :meth:`commit` moves the output into place, leaving without it removes every trace. A
-    process that is killed leaves a hidden folder ``.NAME.*.partial``, which the next merge to the same place removes.
+    ``folder`` is where the output is built, ``scratch`` one for what is only needed meanwhile. Used as a context
+    manager: :meth:`commit` moves the output into place, leaving without it removes every trace. ``notices`` then say
+    what could not be removed. Raises :class:`~merging.errors.OutputError` for what the disk refuses, in the body too.
     """
 
     def __init__(self, destination: Path, overwrite: bool, file: bool) -> None:
         self.destination = destination
         self.overwrite = overwrite
         self.file = file
-        parent = destination.parent
-        self._remove_abandoned(parent)
+        self.notices: list[str] = []
+        self._committed = False
+        for abandoned, lock in _abandoned(destination):
+            shutil.rmtree(abandoned, ignore_errors=True)
+            os.close(lock)
         try:
-            # Locked before it has the name of a partial output: no other merge may take it for abandoned.
-            new = Path(tempfile.mkdtemp(".new", f".{destination.name}.", parent))
+            self.scratch, self._lock = _claimed(destination)
         except OSError as error:
-            raise OutputError(f"{destination}: {parent} cannot be written to: {error.strerror}") from None
+            raise self._refused(f"{destination.parent} cannot be written to", error) from None
+        self.folder = self.scratch / "out"
         try:
-            self._lock = platform.open_folder(new)
-            if self._lock is not None:
-                platform.claim(self._lock)
-            self.folder = new.rename(new.with_suffix(".partial"))
+            self.folder.mkdir()
         except OSError as error:
-            with suppress(OSError):
-                new.rmdir()
-            raise OutputError(f"{destination}: {parent} cannot be written to: {error.strerror}") from None
+            self._remove()
+            raise self._refused(f"{destination.parent} cannot be written to", error) from None
 
-    def _remove_abandoned(self, parent: Path) -> None:
-        for folder in parent.glob(f".{glob.escape(self.destination.name)}.*.partial"):
-            try:
-                fd = platform.open_folder(folder)
-            except OSError:  # it has just become an output, or was removed
-                continue
-            if fd is None:
-                continue
-            try:
-                if platform.claim(fd):
-                    shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(fd)
+    def _refused(self, what: str, error: OSError) -> OutputError:
+        return OutputError(f"{self.destination}: {what}: {error.strerror or error}{self._left()}")
+
+    def _left(self) -> str:
+        return "".join(f"; {notice}" for notice in self.notices)
 
     def __enter__(self) -> Landing:
         return self
@@ -120,17 +123,36 @@ class Landing:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._remove()
+        if isinstance(error, OSError):
+            elsewhere = error.filename is not None and str(self.scratch) not in str(error.filename)
+            raise self._refused(f"cannot be written: {error.filename}" if elsewhere else "cannot be written", error)
+        if isinstance(error, MergingError) and self.notices:
+            error.args = (f"{error}{self._left()}",)
+        elif error is not None and self.notices:
+            warnings.warn(self.notices[0], stacklevel=2)
+
+    def _remove(self) -> None:
+        """Remove what is left of the temporary folder, and note it if that fails."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        try:
+            shutil.rmtree(self.scratch)  # whatever was left is tried once more, for the reason
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self.notices.append(
+                f"the temporary folder {self.scratch} could not be removed ({error.strerror}): the next merge to "
+                f"{self.destination} removes it"
+            )
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-        if self.folder.is_dir() and not self.folder.is_symlink():
-            shutil.rmtree(self.folder, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                self.folder.unlink()
 
     def commit(self) -> None:
-        """Make what was built durable and put it in place, atomically. Raises :class:`~merging.errors.OutputError`."""
+        """Make what was built durable and put it in place, atomically. Raises :class:`~merging.errors.OutputError`.
+
+        Also raised if the disk does not confirm the new name of an output that is in place.
+        """
         try:
             for path in sorted(self.folder.rglob("*")):
                 if path.is_file() and path.suffix != ".safetensors":  # those were synced when they were closed
@@ -139,15 +161,20 @@ class Landing:
                     platform.sync_folder(path)
             platform.sync_folder(self.folder)
             self._place_file() if self.file else self._place_folder()
-            platform.sync_folder(self.destination.parent)
-        except FileExistsError:
-            raise OutputError(f"{self.destination}: was created by someone else meanwhile: choose another -o") from None
         except OSError as error:
-            if error.errno == errno.ENOTEMPTY:  # a folder that appeared between the last look and the renaming
+            # not empty: a folder that appeared between the last look and the renaming
+            if isinstance(error, FileExistsError) or error.errno == errno.ENOTEMPTY:
                 raise OutputError(
                     f"{self.destination}: was created by someone else meanwhile: choose another -o"
                 ) from None
             raise OutputError(f"{self.destination}: cannot be put in place: {error.strerror}") from None
+        try:
+            platform.sync_folder(self.destination.parent)
+        except OSError as error:
+            raise OutputError(
+                f"{self.destination}: is in place, but the disk does not confirm it ({error.strerror}): after a power "
+                f"cut it may be gone"
+            ) from None
 
     def _place_file(self) -> None:
         (built,) = self.folder.iterdir()
@@ -166,24 +193,66 @@ class Landing:
             built.rename(self.destination)
 
     def _place_folder(self) -> None:
-        self.folder.chmod(0o777 & ~umask())
         if self.overwrite and platform.exchange(self.folder, self.destination):
             return  # what was there has the temporary name now, and goes with it
-        if self.overwrite and os.path.lexists(self.destination):
-            old = Path(tempfile.mkdtemp(".replaced", f".{self.destination.name}.", self.destination.parent))
-            self.destination.rename(old / "old")
-            try:
-                self.folder.rename(self.destination)
-            except OSError:
-                (old / "old").rename(self.destination)
-                old.rmdir()
-                raise
-            # Only now may the next merge remove it, should this one be killed here.
-            shutil.rmtree(old.rename(old.with_suffix(".partial")), ignore_errors=True)
-        elif os.path.lexists(self.destination):
-            raise FileExistsError
-        else:
+        if not os.path.lexists(self.destination):
             self.folder.rename(self.destination)
+            return
+        if not self.overwrite:
+            raise FileExistsError
+        old = self.scratch / _OLD
+        self.destination.rename(old)
+        try:
+            self.folder.rename(self.destination)
+        except OSError:
+            old.rename(self.destination)
+            raise
+
+
+def _claimed(destination: Path) -> tuple[Path, int | None]:
+    """A new temporary folder for an output, and a descriptor that holds its lock."""
+    while True:
+        folder = Path(tempfile.mkdtemp(_PARTIAL, f".{destination.name}.", destination.parent))
+        lock = None
+        try:
+            lock = platform.open_folder(folder)
+            if lock is None:
+                return folder, None
+            if platform.claim(lock) is not False and os.path.samestat(os.fstat(lock), folder.stat()):
+                return folder, lock
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            with suppress(OSError):
+                folder.rmdir()
+            raise
+        # another merge to this place began just now, and took the folder for abandoned
+        if lock is not None:
+            os.close(lock)
+
+
+def _abandoned(destination: Path) -> Iterator[tuple[Path, int]]:
+    """The temporary folders that no living merge holds, each with a descriptor that holds its lock."""
+    for folder in destination.parent.glob(f".{glob.escape(destination.name)}.*{_PARTIAL}"):
+        try:
+            lock = None if folder.is_symlink() else platform.open_folder(folder)
+        except OSError:  # no folder, or it was removed just now
+            continue
+        if lock is None:
+            continue
+        if platform.claim(lock):
+            yield folder, lock
+        else:
+            os.close(lock)
+
+
+def _put_back(destination: Path) -> None:
+    """Move back what a merge, killed between two renames, had moved out of the way of its output."""
+    for folder, lock in _abandoned(destination):
+        if os.path.lexists(folder / _OLD) and not os.path.lexists(destination):
+            with suppress(OSError):
+                (folder / _OLD).rename(destination)
+        os.close(lock)
 
 
 def _sync_file(path: Path) -> None:

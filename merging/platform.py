@@ -7,6 +7,7 @@ weaker promise. Everything that differs between systems is in this file.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import sys
 import threading
@@ -130,6 +131,9 @@ def sync_folder(path: Path) -> None:
         return
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that sync files only
+            raise
     finally:
         os.close(fd)
 
@@ -143,17 +147,19 @@ def exchange(one: Path, other: Path) -> bool:
     return bool(libc.renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0)
 
 
-def claim(fd: int) -> bool:
+def claim(fd: int) -> bool | None:
     """Take the lock of an open file or folder until it is closed or the process dies; False if another holds it.
 
-    Systems without such locks never grant one, so that nothing is ever taken for abandoned there.
+    Systems without such locks never grant one (None), so that nothing is ever taken for abandoned there.
     """
     try:
         import fcntl
     except ImportError:
-        return False
+        return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:
+        return None
     return True

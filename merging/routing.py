@@ -118,7 +118,7 @@ def export_prototypes(
         finally:
             writer.close()
         landing.commit()
-    return Routed(destination, tuple(names), len(modules), tuple(notices))
+    return Routed(destination, tuple(names), len(modules), (*notices, *landing.notices))
 
 
 def _opened(model: str | Path) -> Adapter:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections import namedtuple
@@ -16,6 +18,7 @@ import torch
 from tiny import checkpoint, fine_tune, identical, load, model, save
 
 import merging
+from merging import platform
 from merging.errors import OutputError
 from merging.landing import Landing
 
@@ -240,9 +243,9 @@ def test_abandoned_and_live_folders(tmp_path: Path, tuned: list[Path], output: P
     abandoned.mkdir()
     (abandoned / "model.safetensors").write_bytes(bytes(100))
     with Landing(output, overwrite=False, file=output.suffix == ".safetensors") as landing:
-        assert hidden(tmp_path) == [landing.folder]
+        assert hidden(tmp_path) == [landing.scratch]
         merging.merge(tuned, method="linear", output=output)
-        assert hidden(tmp_path) == [landing.folder]
+        assert hidden(tmp_path) == [landing.scratch]
     assert not hidden(tmp_path)
 
 
@@ -332,3 +335,103 @@ def test_same_bytes_again(tmp_path: Path, tuned: list[Path]) -> None:
     for name in ("one", "two"):
         merging.merge(tuned, method="linear", output=tmp_path / name)
     assert identical(load(tmp_path / "one"), load(tmp_path / "two"))
+
+
+def test_a_live_claim_is_never_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another merge that takes the folder for abandoned, before or after its lock is taken, is stepped aside for."""
+    plain, thieves = platform.open_folder, []
+
+    def steal_before(path: Path) -> int | None:
+        if not thieves:
+            thieves.append(path)
+            shutil.rmtree(path)  # between its creation and its opening
+        return plain(path)
+
+    monkeypatch.setattr(platform, "open_folder", steal_before)
+    with Landing(tmp_path / "out", overwrite=False, file=False) as landing:
+        assert hidden(tmp_path) == [landing.scratch] != thieves
+
+    def steal_after(path: Path) -> int | None:
+        opened = plain(path)
+        if len(thieves) < 2:
+            thieves.append(path)
+            shutil.rmtree(path)  # between its opening and the lock
+        return opened
+
+    monkeypatch.setattr(platform, "open_folder", steal_after)
+    with Landing(tmp_path / "out", overwrite=False, file=False) as landing:
+        assert hidden(tmp_path) == [landing.scratch] != thieves[1:]
+
+    def hold(path: Path) -> int | None:
+        if len(thieves) < 4:
+            held = plain(path)
+            assert held is not None
+            thieves.append(path)
+            locks.append(held)
+            assert platform.claim(held)  # by the other merge, which is about to remove it
+        return plain(path)
+
+    locks: list[int] = []
+    monkeypatch.setattr(platform, "open_folder", hold)
+    with Landing(tmp_path / "out", overwrite=False, file=False) as landing:
+        assert landing.scratch not in thieves
+    for lock in locks:
+        os.close(lock)
+
+
+def test_what_cannot_be_removed_is_said(tmp_path: Path, tuned: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a merge as a notice, in a refusal along with it."""
+
+    def fail(*args: object, **named: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", fail)
+        done = merging.merge(tuned, method="linear", output=tmp_path / "out")
+        (left,) = hidden(tmp_path)
+        assert done.notices[-1].startswith(f"the temporary folder {left} could not be removed (Input/output error)")
+        patch.setattr(platform, "reserve", fail)
+        with pytest.raises(OutputError, match=r"cannot be written: Input/output error; the temporary folder \S+ could"):
+            merging.merge(tuned, method="linear", output=tmp_path / "out", overwrite=True)
+    merging.merge(tuned, method="linear", output=tmp_path / "out", overwrite=True)
+    assert not hidden(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EINVAL])
+def test_the_disk_does_not_confirm(
+    tmp_path: Path, tuned: list[Path], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """What is in place is called so; a file system that syncs no folders does it in its own time."""
+    plain = os.fsync
+
+    def fsync(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode) and (tmp_path / "out").is_dir():
+            raise OSError(number, os.strerror(number))
+        plain(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if number == errno.EINVAL:
+        merging.merge(tuned, method="linear", output=tmp_path / "out")
+    else:
+        with pytest.raises(OutputError, match=r"out: is in place, but the disk does not confirm it \(Input/output err"):
+            merging.merge(tuned, method="linear", output=tmp_path / "out")
+    assert right(tmp_path / "out", tuned)
+    assert not hidden(tmp_path)
+
+
+def test_a_disk_that_fills_beside_the_weights(
+    tmp_path: Path, tuned: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the index of shards is written: one message, nothing left."""
+    plain = Path.write_text
+
+    def write_text(path: Path, text: str, *args: object, **named: object) -> int:
+        if path.name.endswith(".index.json"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return plain(path, text, *args, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(OutputError, match=r"out: cannot be written: No space left on device$"):
+        merging.merge(tuned, method="linear", output=tmp_path / "out", shard_size=600)
+    assert set(tmp_path.iterdir()) == before

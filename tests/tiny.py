@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["CONFIG", "checkpoint", "fine_tune", "identical", "load", "model", "save"]
+__all__ = ["CONFIG", "adapters", "checkpoint", "fine_tune", "identical", "load", "model", "save"]
 
 CONFIG: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
 
@@ -85,3 +85,23 @@ def identical(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 def _bits(value: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
     return value.dtype, tuple(value.shape), value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def adapters(folder: Path, count: int) -> tuple[Path, list[Path]]:
+    """A tiny base and adapters of it, of different ranks."""
+    base, _ = checkpoint(folder, 0, layers=2, width=16)
+    random_numbers = torch.Generator().manual_seed(5)
+    made = []
+    for number in range(count):
+        rank, tensors = 1 + number % 2, {}
+        for layer in range(2):
+            name = f"base_model.model.model.layers.{layer}.mlp.up_proj"
+            tensors[f"{name}.lora_A.weight"] = torch.randn(rank, 16, generator=random_numbers)
+            tensors[f"{name}.lora_B.weight"] = torch.randn(32, rank, generator=random_numbers)
+        adapter = folder / f"adapter{number}"
+        adapter.mkdir()
+        save_file(tensors, adapter / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2, "base_model_name_or_path": "tiny/base"}
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        made.append(adapter)
+    return base, made

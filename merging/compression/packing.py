@@ -148,7 +148,7 @@ def compress(
         median=losses.median,
         seconds=time.monotonic() - start,
         errors=losses.relative,
-        notices=tuple(notices),
+        notices=(*notices, *landing.notices),
     )
 
 
@@ -277,4 +277,4 @@ def _unpacked_adapter(adapter: Adapter, destination: Path, overwrite: bool) -> D
         if config and not single:
             (landing.folder / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
         landing.commit()
-    return Decompressed(destination, "adapter", len(outs), nbytes)
+    return Decompressed(destination, "adapter", len(outs), nbytes, tuple(landing.notices))

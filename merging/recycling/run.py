@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from merging import __version__
-from merging.errors import OptionError, OutputError
+from merging.errors import OptionError
 from merging.files import pick_device
 from merging.landing import Landing, check_destination
 from merging.recycling.bootstrap import Metric
@@ -108,8 +108,9 @@ def recycle(
         _facts(problem, base, usable, outcome, folded),
         _notices(problem, usable, parts),
     )
-    _write(destination, overwrite, problem, base, outcome, folded, report)
+    notices = _write(destination, overwrite, problem, base, outcome, folded, report)
     journal.remove()
+    report = replace(report, notices=(*report.notices, *notices))
     return Recycled(destination, folded.rank, folded.kept, report)
 
 
@@ -233,14 +234,12 @@ def _write(
     outcome: Outcome,
     folded: Folded,
     report: Report,
-) -> None:
+) -> list[str]:
     with Landing(destination, overwrite, False) as landing:
-        try:
-            used = [expert for expert in outcome.merge.experts if expert.path]
-            write_adapter(folded, problem, base, used, landing.folder, f"{report.verdict.sentence}.")
-            text = json.dumps(report.to_dict(), indent=1) + "\n"
-            (landing.folder / f"{REPORT}.json").write_text(text, encoding="utf-8")
-            (landing.folder / f"{REPORT}.html").write_text(page(report), encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{destination}: cannot be written: {error.strerror}") from None
+        used = [expert for expert in outcome.merge.experts if expert.path]
+        write_adapter(folded, problem, base, used, landing.folder, f"{report.verdict.sentence}.")
+        text = json.dumps(report.to_dict(), indent=1) + "\n"
+        (landing.folder / f"{REPORT}.json").write_text(text, encoding="utf-8")
+        (landing.folder / f"{REPORT}.html").write_text(page(report), encoding="utf-8")
         landing.commit()
+    return landing.notices

@@ -19,163 +19,29 @@ by ties (four files a state). One line sums it up; the exit code is 1 if anythin
 from __future__ import annotations
 
 import argparse
-import builtins
-import errno
 import hashlib
-import io
 import json
 import os
-import pickle
 import random
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 import time
-import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a pool of threads would not outlive a fork
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from safetensors.torch import save_file
-from tiny import checkpoint
+from saboteur import ERRORS, Ended, Saboteur, command
+from tiny import adapters, checkpoint
 
-from merging.cli.main import cli
 from merging.continual import ContinualStore
 from merging.errors import FormatError
-
-CHANGING = (
-    "write", "pwrite", "ftruncate", "posix_fallocate", "fsync", "fdatasync", "rename", "replace", "link", "mkdir",
-    "unlink", "rmdir",
-)  # fmt: skip
-"""Functions of os that change the disk; opening for writing is caught on its own."""
-
-FREEING = ("unlink", "rmdir")
-"""What a full disk lets through."""
-
-ERRORS = ("ENOSPC", "EIO", "kill")
-
-
-class Saboteur:
-    """Counts the calls that change the disk, and does harm at one of them. Lives in a forked process only."""
-
-    def __init__(self, at: int | None = None, error: str = "") -> None:
-        self.at, self.error = at, error
-        self.calls: list[str] = []
-        self._lock = threading.Lock()
-
-    def pass_by(self, name: str) -> None:
-        """Note a call; raise, or kill this process, if it is its turn."""
-        with self._lock:
-            self.calls.append(name)
-            turn = len(self.calls)
-        if self.at is None:
-            return
-        if self.error == "kill" and turn == self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.error == "EIO" and turn == self.at:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        if self.error == "ENOSPC" and turn >= self.at and name not in FREEING:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def install(self) -> None:
-        """Stand between this process and the disk, for good."""
-        for name in CHANGING:
-            if hasattr(os, name):
-                setattr(os, name, self._watched(name, getattr(os, name)))
-        plain_open = os.open
-
-        def open_watched(path: Any, flags: int, *rest: Any, **more: Any) -> int:
-            if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-                self.pass_by("open")
-            return plain_open(path, flags, *rest, **more)
-
-        os.open = open_watched
-        io.open = builtins.open = self._stream(io.open)
-
-    def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*args: Any, **named: Any) -> Any:
-            self.pass_by(name)
-            return function(*args, **named)
-
-        return watched
-
-    def _stream(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`open`, whose buffers are written by C behind our back: here each write of one passes by as well."""
-        saboteur = self
-
-        class Raw(io.FileIO):
-            def write(self, data: Any) -> int:
-                saboteur.pass_by("write")
-                return super().write(data)
-
-        def open_stream(file: Any, mode: str = "r", *rest: Any, **more: Any) -> Any:
-            if isinstance(file, int) or not set(mode) & set("wax+"):
-                return function(file, mode, *rest, **more)
-            saboteur.pass_by("open")
-            if "opener" in more or "+" in mode:  # a file without a name, which is only written by pwrite
-                return function(file, mode, *rest, **more)
-            buffered = io.BufferedWriter(Raw(file, mode.replace("b", "").replace("t", "")))
-            return buffered if "b" in mode else io.TextIOWrapper(buffered, more.get("encoding"), write_through=False)
-
-        return open_stream
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """How a forked process came to its end: its exit code (None: killed), what it said, the calls it made."""
-
-    code: int | None
-    said: str
-    calls: list[str]
-    seconds: float
-
-
-def command(words: Sequence[str], saboteur: Saboteur | None = None, kill_after: float | None = None) -> Ended:
-    """Run `merge` with these words in a fork of this process, which is killed after so many seconds."""
-    reading, writing = os.pipe()
-    began = time.perf_counter()
-    child = os.fork()
-    if not child:
-        _be_command(words, saboteur or Saboteur(), writing)
-    os.close(writing)
-    if kill_after is not None:
-        time.sleep(max(0.0, kill_after - (time.perf_counter() - began)))
-        os.kill(child, signal.SIGKILL)
-    with os.fdopen(reading, "rb") as stream:
-        answer = stream.read()
-    _, status = os.waitpid(child, 0)
-    seconds = time.perf_counter() - began
-    if os.WIFSIGNALED(status) or not answer:
-        return Ended(None, "", [], seconds)
-    return Ended(*pickle.loads(answer), seconds)
-
-
-def _be_command(words: Sequence[str], saboteur: Saboteur, answers: int) -> None:
-    """What the forked process does; never returns."""
-    write = os.write
-    sys.stdout = sys.stderr = said = io.StringIO()
-    code: Any = 0
-    try:
-        saboteur.install()
-        cli.main(list(words))
-    except SystemExit as end:
-        code = end.code or 0
-    except BaseException:
-        code = 70
-        said.write(traceback.format_exc())
-    answer = pickle.dumps((code, said.getvalue(), saboteur.calls))
-    while answer:
-        answer = answer[write(answers, answer) :]
-    os._exit(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,30 +73,10 @@ def _sha(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _adapters(folder: Path, count: int) -> tuple[Path, list[Path]]:
-    """A tiny base and adapters of it, of different ranks."""
-    base, _ = checkpoint(folder, 0, layers=2, width=16)
-    random_numbers = torch.Generator().manual_seed(5)
-    adapters = []
-    for number in range(count):
-        rank, tensors = 1 + number % 2, {}
-        for layer in range(2):
-            name = f"base_model.model.model.layers.{layer}.mlp.up_proj"
-            tensors[f"{name}.lora_A.weight"] = torch.randn(rank, 16, generator=random_numbers)
-            tensors[f"{name}.lora_B.weight"] = torch.randn(32, rank, generator=random_numbers)
-        adapter = folder / f"adapter{number}"
-        adapter.mkdir()
-        save_file(tensors, adapter / "adapter_model.safetensors")
-        config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2, "base_model_name_or_path": "tiny/base"}
-        (adapter / "adapter_config.json").write_text(json.dumps(config))
-        adapters.append(adapter)
-    return base, adapters
-
-
 def streams(folder: Path) -> list[Stream]:
     """The three streams, each with an undisturbed run."""
     full = checkpoint(folder / "full", 3, layers=2)
-    factored = _adapters(folder / "factored", 3)
+    factored = adapters(folder / "factored", 3)
     return [
         _stream(folder, "full, opcm", *full, ["--method", "opcm"], "model"),
         _stream(folder, "adapters, opcm", *factored, ["--method", "opcm"], "adapter"),

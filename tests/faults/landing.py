@@ -1,0 +1,217 @@
+"""Kills and failing disks for everything that writes an output, for real.
+
+    python tests/faults/landing.py
+
+Every call that changes the disk (opening for writing, write, allocate, fsync, rename, exchange, mkdir, unlink, rmdir)
+in turn: the disk is full from that call on (ENOSPC), or the call fails alone (EIO), or the process is killed in its
+place. Done to merges into a folder of shards, an adapter's folder and a file, to the same over an old output, with and
+without file systems that can exchange two names, to packs, and to pools.
+
+Afterwards, each time: the old output is there or the new one, whole, or none if there was none; a failure is told in
+one message, which is true; what was not removed is named in it; and the same command, given again, gives the bytes of
+a run that nothing disturbed and removes all that was left. One line sums it up; the exit code is 1 if anything of that
+went wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a pool of threads would not outlive a fork
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from saboteur import ERRORS, Ended, Saboteur, command
+from tiny import adapters, checkpoint
+
+from merging.errors import MergingError
+from merging.pool import Pool
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A command that makes ``output``, over an old one if there is a template of it; ``look`` says what lies there."""
+
+    name: str
+    words: list[str]
+    output: Path
+    look: Callable[[Path], object]
+    old: Path | None = None
+    exchanges: bool = True
+
+    def again(self) -> list[str]:
+        """The words that make the output whatever lies there."""
+        return self.words if "pool" in self.words or "--overwrite" in self.words else [*self.words, "--overwrite"]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What happened, and everything that should not have."""
+
+    errors: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+
+    def line(self) -> str:
+        """The summary."""
+        errors = ", ".join(f"{name} {self.errors[name]}" for name in ERRORS)
+        calls = ", ".join(f"{name} {count}" for name, count in self.calls.most_common())
+        return f"{sum(self.errors.values())} failing calls ({errors}; {calls}); wrong: {len(self.wrong)}"
+
+
+def bytes_at(path: Path) -> object:
+    """The hashes of all files of an output; None if there is none."""
+    if not os.path.lexists(path):
+        return None
+    files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
+    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def verdicts_at(path: Path) -> object:
+    """The adapters of a pool and their verdicts; None where there is no pool yet."""
+    try:
+        pool = Pool(path)
+    except MergingError:
+        return None
+    return {entry.name: (entry.verdict, entry.sha256) for entry in pool.index.entries()}
+
+
+def cases(folder: Path) -> list[Case]:
+    """All commands, with old outputs to replace."""
+    _, tuned = checkpoint(folder / "models", 2, layers=1)
+    base, factored = adapters(folder / "adapters", 2)
+    models, changes = [str(path) for path in tuned], [str(path) for path in factored]
+    out, file, pool = (folder / "work" / name for name in ("out", "out.safetensors", "pool"))
+    quiet = ["--threads", "1", "--quiet"]
+
+    def merge(inputs: list[str], to: Path, *more: str) -> list[str]:
+        return ["--method", "linear", *inputs, "-o", str(to), *more, *quiet]
+
+    shards = ("--shard-size", "600")
+    to_folder = merge(models, out, *shards)
+    old = {path: folder / f"old{path.suffix}" for path in (out, file)}
+    for path in (out, file):
+        _must(command(merge(models, old[path], "--weights", "0.9,0.1")))
+    over = [*merge(models, out, *shards), "--overwrite"]
+    build = ["pool", "build", str(pool), "--base", str(base), "--base-name", "tiny/base", *changes]
+    return [
+        Case("a folder", to_folder, out, bytes_at),
+        Case("a file", merge(models, file), file, bytes_at),
+        Case("an adapter", merge(changes, out), out, bytes_at),
+        Case("over a folder", over, out, bytes_at, old[out]),
+        Case("over a folder, no exchange", over, out, bytes_at, old[out], exchanges=False),
+        Case("over a file", [*merge(models, file), "--overwrite"], file, bytes_at, old[file]),
+        Case("a pack", ["compress", changes[0], "-o", str(file)], file, bytes_at),
+        Case("a pool", build, pool, verdicts_at),
+    ]
+
+
+def _must(ended: Ended) -> None:
+    if ended.code != 0:
+        raise SystemExit(f"an undisturbed command failed: {ended.said}")
+
+
+def _fresh(case: Case) -> None:
+    work = case.output.parent
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    if case.old is not None:
+        (shutil.copytree if case.old.is_dir() else shutil.copyfile)(case.old, case.output)
+
+
+def _hidden(case: Case) -> list[str]:
+    return sorted(path.name for path in case.output.parent.iterdir() if path != case.output)
+
+
+def harm(case: Case, turn: int, call: str, error: str, wanted: object, tally: Tally) -> None:
+    """Do one harm, and look at what is left."""
+    _fresh(case)
+    before = case.look(case.output)
+    ended = command(case.words, Saboteur(turn, error, case.exchanges))
+    tally.errors[error] += 1
+    tally.calls[call] += 1
+    what = f"{case.name}, call {turn} ({call}): {error}"
+    found = case.look(case.output)
+    if "pool" not in case.words and found != wanted and found != before and not (ended.code is None and found is None):
+        tally.wrong.append(f"{what}: the output is neither the old nor the new one")
+    if ended.code is not None:
+        tally.wrong += [f"{what}: {each}" for each in _untrue(case, ended, found, wanted)]
+    elif found is None and before is not None:  # killed between two renames: the next merge puts it right
+        refused = command([word for word in case.words if word != "--overwrite"])
+        if refused.code != 1 or "exists already" not in refused.said or case.look(case.output) != before:
+            tally.wrong.append(f"{what}: the old output is not put back: {refused.said}")
+        _fresh_kill(case, turn)
+    ended = command(case.again() if found is not None else case.words, Saboteur(exchanges=case.exchanges))
+    if ended.code != 0 or case.look(case.output) != wanted:
+        tally.wrong.append(f"{what}: done again, it is different: {ended.said}")
+    elif hidden := _hidden(case):
+        tally.wrong.append(f"{what}: done again, {hidden} stays")
+
+
+def _fresh_kill(case: Case, turn: int) -> None:
+    """The state after a kill again, for the command that replaces what is put back."""
+    _fresh(case)
+    command(case.words, Saboteur(turn, "kill", case.exchanges))
+
+
+def _untrue(case: Case, ended: Ended, found: object, wanted: object) -> list[str]:
+    """What a command that was not killed said wrongly."""
+    problems = []
+    if ended.code not in (0, 1) or "Traceback" in ended.said or (ended.code and ended.said.count("Error: ") != 1):
+        problems.append(f"exit code {ended.code}: {ended.said.strip().splitlines()[-1:]}")
+    if ended.code == 0 and found != wanted:
+        problems.append("exit code 0 without the output")
+    if ended.code and found == wanted and "pool" not in case.words and "is in place" not in ended.said:
+        problems.append(f"the output is in place, and it says: {ended.said.strip()}")
+    return problems + [
+        f"{name} stays, unsaid: {ended.said.strip()}" for name in _hidden(case) if name not in ended.said
+    ]
+
+
+def run(folder: Path, sample: int | None, chance: random.Random, only: Sequence[str]) -> Tally:
+    """Do every harm to every command, or ``sample`` of them to each."""
+    tally = Tally()
+    for case in cases(folder):
+        if only and case.name not in only:
+            continue
+        _fresh(case)
+        dry = command(case.words, Saboteur(exchanges=case.exchanges))
+        _must(dry)
+        wanted = case.look(case.output)
+        harms = [(turn, call, error) for turn, call in enumerate(dry.calls, 1) for error in ERRORS]
+        for turn, call, error in harms if sample is None else chance.sample(harms, min(sample, len(harms))):
+            harm(case, turn, call, error, wanted, tally)
+    return tally
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--calls", type=int, help="harms to each command, at random  [default: all of them]")
+    parser.add_argument("--only", action="append", default=[], help="this command only; may repeat")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--show", type=int, default=20, help="most lines about what went wrong")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    began, memory = time.perf_counter(), Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as root:
+        tally = run(Path(root), args.calls, random.Random(args.seed), args.only)
+    for line in tally.wrong[: args.show]:
+        print(f"wrong: {line}")
+    print(f"landing: {tally.line()}; {time.perf_counter() - began:.0f} s")
+    sys.exit(1 if tally.wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
