@@ -55,7 +55,9 @@ def check_destination(destination: Path, inputs: Iterable[Path], nbytes: int, ov
         resolved = path.resolve()
         if resolved == target or target in resolved.parents:
             raise OutputError(f"{destination}: the output would replace the input {path}: choose another -o")
-    _put_back(destination)
+    for abandoned, lock in _abandoned(destination):
+        _put_back(abandoned, destination)
+        os.close(lock)
     if os.path.lexists(destination) and not overwrite:
         raise OutputError(f"{destination}: exists already: choose another -o, or use --overwrite")
     _check_replaced(destination)
@@ -96,9 +98,9 @@ class Landing:
         self.overwrite = overwrite
         self.file = file
         self.notices: list[str] = []
-        self._committed = False
         for abandoned, lock in _abandoned(destination):
-            shutil.rmtree(abandoned, ignore_errors=True)
+            if _put_back(abandoned, destination) is None:
+                shutil.rmtree(abandoned, ignore_errors=True)
             os.close(lock)
         try:
             self.scratch, self._lock = _claimed(destination)
@@ -134,9 +136,15 @@ class Landing:
 
     def _remove(self) -> None:
         """Remove what is left of the temporary folder, and note it if that fails."""
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        old = _put_back(self.scratch, self.destination)
         try:
-            shutil.rmtree(self.scratch)  # whatever was left is tried once more, for the reason
+            if old is None:
+                shutil.rmtree(self.scratch, ignore_errors=True)
+                shutil.rmtree(self.scratch)  # whatever was left is tried once more, for the reason
+            else:
+                self.notices.append(
+                    f"{old} is what was there before: the next merge to {self.destination} moves it back"
+                )
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -200,13 +208,8 @@ class Landing:
             return
         if not self.overwrite:
             raise FileExistsError
-        old = self.scratch / _OLD
-        self.destination.rename(old)
-        try:
-            self.folder.rename(self.destination)
-        except OSError:
-            old.rename(self.destination)
-            raise
+        self.destination.rename(self.scratch / _OLD)
+        self.folder.rename(self.destination)
 
 
 def _claimed(destination: Path) -> tuple[Path, int | None]:
@@ -246,13 +249,16 @@ def _abandoned(destination: Path) -> Iterator[tuple[Path, int]]:
             os.close(lock)
 
 
-def _put_back(destination: Path) -> None:
-    """Move back what a merge, killed between two renames, had moved out of the way of its output."""
-    for folder, lock in _abandoned(destination):
-        if os.path.lexists(folder / _OLD) and not os.path.lexists(destination):
-            with suppress(OSError):
-                (folder / _OLD).rename(destination)
-        os.close(lock)
+def _put_back(folder: Path, destination: Path) -> Path | None:
+    """Move what had been moved out of the way of an output back, if nothing took its place; where it is if it stays."""
+    old = folder / _OLD
+    if not os.path.lexists(old) or os.path.lexists(destination):
+        return None
+    try:
+        old.rename(destination)
+    except OSError:
+        return old
+    return None
 
 
 def _sync_file(path: Path) -> None:

@@ -280,6 +280,21 @@ def test_a_build_that_is_killed_goes_on(base: Path, incoming: Path, tmp_path: Pa
     assert {path.name for path in (pool / "adapters").iterdir()} == folders
 
 
+def test_a_pool_whose_making_was_killed_is_made(base: Path, incoming: Path, tmp_path: Path) -> None:
+    """By the same command, whatever it had come to; what else lies there is nobody's to take for a pool."""
+    pool = tmp_path / "pool"
+    (pool / "adapters").mkdir(parents=True)
+    (pool / ".pool.sqlite.new").write_bytes(b"half an index")
+    (pool / ".pool.sqlite.new-journal").write_bytes(b"and its journal")
+    made = Pool.create(pool, base)
+    assert (made.base, made.index.names()) == (str(base), set())
+    assert sorted(path.name for path in pool.iterdir()) == ["adapters", "pool.sqlite"]
+    (pool / "pool.sqlite").unlink()
+    (pool / "adapters" / "mine").mkdir()
+    with pytest.raises(OutputError, match="exists already"):
+        Pool.create(pool, base)
+
+
 def test_one_writer_at_a_time(base: Path, incoming: Path, tmp_path: Path) -> None:
     pool = Pool.create(tmp_path / "pool", base)
     with pool._writing(), pytest.raises(OutputError, match="another process is writing"):

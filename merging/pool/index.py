@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from merging import platform
 from merging.errors import FormatError, InputError, OutputError, nearest
 
 __all__ = ["OVERRULED", "SCHEMA", "VERDICTS", "Entry", "Finding", "Index", "Verdict", "verdict_of"]
@@ -25,6 +26,9 @@ OVERRULED = "overruled"
 """The stage of a finding that a person made, which counts instead of the others."""
 
 _NAME = "pool.sqlite"
+
+UNFINISHED = (".pool.sqlite.new", ".pool.sqlite.new-journal")
+"""What a kill may leave of an index that was being made."""
 
 _TABLES = """
 CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -120,22 +124,42 @@ class Index:
     file that is no index of this version.
     """
 
-    def __init__(self, pool: Path, create: bool = False) -> None:
+    def __init__(self, pool: Path) -> None:
         self.path = pool / _NAME
-        if not create and not self.path.is_file():
+        if not self.path.is_file():
             raise InputError(f"{pool}: is no pool (it has no {_NAME}): make one with merge pool build")
         try:
             self._file = sqlite3.connect(self.path, timeout=60)
             self._file.row_factory = sqlite3.Row
             self._file.execute("PRAGMA foreign_keys = ON")
             self._file.execute("PRAGMA synchronous = FULL")
-            if create:
-                self._file.executescript(f"BEGIN; {_TABLES} INSERT INTO facts VALUES ('schema', '{SCHEMA}'); COMMIT;")
             schema = self.fact("schema")
         except sqlite3.DatabaseError as error:
             raise FormatError(f"{self.path}: is no index of a pool: {error}") from None
         if schema != str(SCHEMA):
             raise FormatError(f"{self.path}: has the schema {schema}, and this version reads {SCHEMA}: use a newer one")
+
+    @classmethod
+    def create(cls, pool: Path, **facts: str) -> Index:
+        """The index of a new pool, of which something is noted: there whole, or not at all."""
+        new = pool / UNFINISHED[0]
+        try:
+            for left in UNFINISHED:  # by one that was killed
+                (pool / left).unlink(missing_ok=True)
+            file = sqlite3.connect(new)
+            try:
+                file.executescript(f"PRAGMA synchronous = FULL; BEGIN; {_TABLES}")
+                file.executemany("INSERT INTO facts VALUES (?, ?)", {"schema": str(SCHEMA), **facts}.items())
+                file.commit()
+            finally:
+                file.close()
+            new.replace(pool / _NAME)
+            platform.sync_folder(pool)
+        except OSError as error:
+            raise OutputError(f"{pool}: cannot be created: {error.strerror}") from None
+        except sqlite3.OperationalError as error:
+            raise OutputError(f"{pool}: cannot be created: {error}") from None
+        return cls(pool)
 
     def close(self) -> None:
         """Close the file."""

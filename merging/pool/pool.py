@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from merging.errors import InputError, OptionError, OutputError
 from merging.pool.audit import Auditor, Candidate
 from merging.pool.duplicates import duplicates
-from merging.pool.index import OVERRULED, VERDICTS, Entry, Finding, Index, verdict_of
+from merging.pool.index import OVERRULED, UNFINISHED, VERDICTS, Entry, Finding, Index, verdict_of
 from merging.pool.judging import missing, outliers, over_the_cap, unlicensed
 from merging.sources import Adapter, Checkpoint, open_model
 
@@ -58,23 +58,21 @@ class Pool:
     def create(cls, path: str | Path, base: str | Path, base_names: Sequence[str] = ()) -> Pool:
         """A new, empty pool of the adapters of ``base``, which is also known as ``base_names``.
 
-        Raises :class:`~merging.errors.OutputError` for a folder that holds something, and
+        Killed, it can be done again. Raises :class:`~merging.errors.OutputError` for a folder that holds something, and
         :class:`~merging.errors.InputError` for a base that is none.
         """
         path, opened = Path(path), _open_base(base)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or _holds_something(path)):
             raise OutputError(f"{path}: exists already: choose another folder for the pool")
         stated = opened.config.get("_name_or_path")
         own = str(opened.origin) if opened.origin else str(Path(base).expanduser().resolve())
         repo = [opened.origin.repo] if opened.origin else []
         names = [*base_names, *repo, *([stated] if isinstance(stated, str) and stated else []), own]
         try:
-            (path / _FOLDER).mkdir(parents=True)
-            index = Index(path, create=True)
+            (path / _FOLDER).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{path}: cannot be created: {error.strerror}") from None
-        index.note(base=own, base_names="\n".join(dict.fromkeys(names)))
-        index.close()
+        Index.create(path, base=own, base_names="\n".join(dict.fromkeys(names))).close()
         return cls(path)
 
     @property
@@ -242,9 +240,9 @@ class Pool:
         weights = adapter.files[0]
         # a config is only of weights that are called as PEFT calls them
         config = [weights.parent / _CONFIG] if weights.stem == "adapter_model" else []
-        digest = hashlib.sha256()
-        new = Path(tempfile.mkdtemp(prefix=".new.", dir=self.path / _FOLDER))
+        digest, new = hashlib.sha256(), None
         try:
+            new = Path(tempfile.mkdtemp(prefix=".new.", dir=self.path / _FOLDER))
             for file in (file for file in [weights, *config] if file.is_file()):
                 _copy(file, new / file.name, digest)
             for file in (weights.parent / name for name in _BESIDE):
@@ -256,17 +254,21 @@ class Pool:
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from None
         finally:
-            shutil.rmtree(new, ignore_errors=True)
+            if new is not None:
+                shutil.rmtree(new, ignore_errors=True)
         inside = place if config else place / weights.name
         return replace(entry, sha256=digest.hexdigest(), folder=str(inside.relative_to(self.path)))
 
     def _sweep(self) -> None:
         """Delete files that belong to no adapter: of removed ones, and of a build that was killed."""
         wanted = {Path(entry.folder).parts[1] for entry in self.index.entries() if entry.folder}
-        (self.path / _FOLDER).mkdir(exist_ok=True)
-        for folder in (self.path / _FOLDER).iterdir():
-            if folder.name not in wanted:
-                shutil.rmtree(folder, ignore_errors=True)
+        try:
+            (self.path / _FOLDER).mkdir(exist_ok=True)
+            for folder in (self.path / _FOLDER).iterdir():
+                if folder.name not in wanted:
+                    shutil.rmtree(folder, ignore_errors=True)
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written to: {error.strerror}") from None
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -282,6 +284,12 @@ class Pool:
             yield
         finally:
             lock.release()
+
+
+def _holds_something(path: Path) -> bool:
+    """Whether a folder has more in it than what a kill leaves of a new pool."""
+    names = {each.name for each in path.iterdir()}
+    return bool(names - {_FOLDER, *UNFINISHED}) or (_FOLDER in names and any((path / _FOLDER).iterdir()))
 
 
 def _copy(source: Path, target: Path, digest: Any) -> None:

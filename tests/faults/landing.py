@@ -144,26 +144,22 @@ def harm(case: Case, turn: int, call: str, error: str, wanted: object, tally: Ta
     tally.calls[call] += 1
     what = f"{case.name}, call {turn} ({call}): {error}"
     found = case.look(case.output)
-    if "pool" not in case.words and found != wanted and found != before and not (ended.code is None and found is None):
+    aside = found is None and (ended.code is None or "moves it back" in ended.said)
+    if "pool" not in case.words and found != wanted and found != before and not aside:
         tally.wrong.append(f"{what}: the output is neither the old nor the new one")
     if ended.code is not None:
         tally.wrong += [f"{what}: {each}" for each in _untrue(case, ended, found, wanted)]
-    elif found is None and before is not None:  # killed between two renames: the next merge puts it right
+    if found is None and before is not None:  # stopped between two renames: the next merge puts it right
         refused = command([word for word in case.words if word != "--overwrite"])
         if refused.code != 1 or "exists already" not in refused.said or case.look(case.output) != before:
             tally.wrong.append(f"{what}: the old output is not put back: {refused.said}")
-        _fresh_kill(case, turn)
+        _fresh(case)
+        command(case.words, Saboteur(turn, error, case.exchanges))
     ended = command(case.again() if found is not None else case.words, Saboteur(exchanges=case.exchanges))
     if ended.code != 0 or case.look(case.output) != wanted:
         tally.wrong.append(f"{what}: done again, it is different: {ended.said}")
     elif hidden := _hidden(case):
         tally.wrong.append(f"{what}: done again, {hidden} stays")
-
-
-def _fresh_kill(case: Case, turn: int) -> None:
-    """The state after a kill again, for the command that replaces what is put back."""
-    _fresh(case)
-    command(case.words, Saboteur(turn, "kill", case.exchanges))
 
 
 def _untrue(case: Case, ended: Ended, found: object, wanted: object) -> list[str]:
