@@ -25,6 +25,7 @@ import merging
 from merging.cli.executing import EXECUTION
 from merging.errors import InputError, OptionError
 from merging.methods import METHODS, chain, method_class, parameters_of
+from merging.parameters import matches
 from merging.randomness import kept
 from merging.recipe import Recipe, load_recipe
 
@@ -252,3 +253,10 @@ def test_no_parameter_is_called_as_an_option_of_merging() -> None:
     options |= {*signature(merging.merge).parameters, *EXECUTION}
     for name in METHODS:
         assert not options & set(parameters_of(method_class(name))), name
+
+
+@pytest.mark.parametrize("pattern", ["*a" * 25 + "*[bc]", "[!b]*" * 50 + "b", "*?" * 60 + "b"])
+def test_wildcards_of_a_recipe_end(pattern: str) -> None:
+    """However many: each takes what it first can, and nothing is tried again."""
+    assert not matches(pattern, "a" * 300)
+    assert matches(pattern, "a" * 300 + "b")

@@ -15,7 +15,6 @@ from merging.serving.subject import Subject
 from merging.sources import Adapter, open_model
 from merging.sources.adapter import AddedBias
 from merging.sources.checkpoint import Checkpoint, config_layers
-from merging.sources.peft.config import Config
 from merging.sources.quantised import refuse_quantised
 from merging.sources.ties import embeddings_among, has_own_head, is_head, same_values, stated_tie
 
@@ -169,7 +168,7 @@ def _halves(subject: Subject) -> Iterator[str]:
 def _ranks(subject: Subject) -> Iterator[str]:
     if subject.config is None or subject.method != "LORA" or subject.stated.get("target_parameters"):
         return
-    config = Config(subject.stated, subject.name)
+    config = subject.settings
     for path, rank in subject.ranks.items():
         try:
             stated = config.pattern("rank_pattern", path, config.get("r", 8))

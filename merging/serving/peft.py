@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from typing import Any
 
 from merging.errors import MergingError
 from merging.serving.rules import Program, Rule, absent, no_config
 from merging.serving.subject import Subject
-from merging.sources.peft.config import Config
 from merging.sources.peft.kinds import KINDS
 from merging.sources.peft.refused import REFUSED
 
@@ -41,60 +38,57 @@ def _prefix(subject: Subject) -> Iterator[str]:
 
 
 def _untargeted(subject: Subject) -> Iterator[str]:
-    if (
-        subject.config is None
-        or subject.stated.get("target_parameters")
-        or subject.stated.get("target_modules") is None
-    ):
+    if subject.stated.get("target_parameters") or next(_bad_pattern(subject), None):
         return
     for path, parts in subject.modules.items():
-        if any(part not in _TOKENS for part in parts) and not _targeted(path, subject.stated):
+        if any(part not in _TOKENS for part in parts) and not _targeted(path, subject):
             yield path
 
 
-def _targeted(path: str, config: dict[str, Any]) -> bool:
-    """Whether PEFT adapts the module; where it cannot be told, it is."""
+def _targeted(path: str, subject: Subject) -> bool:
+    """Whether PEFT adapts the module; where the config cannot tell, it does."""
     path = path.removesuffix(".base_layer")
-    targets, excluded = config["target_modules"], config.get("exclude_modules")
-    if excluded and _matches(path, excluded):
+    targets = subject.stated.get("target_modules")
+    if targets is None:
+        return True
+    if _named(path, "exclude_modules", subject):
         return False
     if isinstance(targets, str):
-        return targets in ("all-linear", "all") or _matches(path, targets)
-    return not isinstance(targets, list) or (_matches(path, targets) and _in_layers(path, config))
+        return targets in ("all-linear", "all") or _named(path, "target_modules", subject)
+    return not isinstance(targets, list) or (_named(path, "target_modules", subject) and _in_layers(path, subject))
 
 
-def _matches(path: str, named: Any) -> bool:
+def _named(path: str, field: str, subject: Subject) -> bool:
+    """Whether a field names a module: by a regular expression, or in a list by the end of its path."""
+    named = subject.stated.get(field)
     if isinstance(named, str):
-        try:
-            return bool(Config({}, "").regex(named, "target_modules").fullmatch(path))
-        except MergingError:
-            return True
+        return bool(named) and subject.settings.match(named, field, path, whole=True) is not None
     return isinstance(named, list) and any(path == each or path.endswith(f".{each}") for each in named)
 
 
-def _in_layers(path: str, config: dict[str, Any]) -> bool:
-    layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
-    if layers is None or path in config["target_modules"]:
-        return True
-    named = [pattern] if isinstance(pattern, str) else pattern or [r"[^.]*"]
+def _in_layers(path: str, subject: Subject) -> bool:
+    """Whether a module is in a block that is to be adapted, its number found as PEFT finds it."""
+    layers, named = subject.stated.get("layers_to_transform"), subject.stated.get("layers_pattern")
     wanted = [layers] if isinstance(layers, int) else layers
+    if not wanted or path in subject.stated["target_modules"]:
+        return True
+    named = [named] if isinstance(named, str) and named else named or [None]
     if not isinstance(named, list) or not isinstance(wanted, list):
         return True
-    try:
-        names = [Config({}, "").regex(str(name), "layers_pattern").pattern for name in named]
-    except MergingError:
-        return True
-    found = next((m for m in (re.match(rf".*?\.{name}\.(\d+)\.", path) for name in names) if m), None)
-    return found is not None and int(found[1]) in wanted
+    for name in named:
+        expression = r".*?\.[^.]*" if name is None else rf"(?:^|.*?\.){name}"
+        if match := subject.settings.match(rf"{expression}\.(?P<idx>\d+)\.", "layers_pattern", path):
+            return match["idx"] is not None and int(match["idx"]) in wanted
+    return False
 
 
 def _bad_pattern(subject: Subject) -> Iterator[str]:
-    for field in ("target_modules", "exclude_modules"):
-        if isinstance(subject.stated.get(field), str):
-            try:
-                re.compile(subject.stated[field])
-            except re.error as error:
-                yield f"{field} is no regular expression: {error}"
+    """The pattern that cannot be matched with the modules, and why."""
+    try:
+        for path in subject.modules:
+            _targeted(path, subject)
+    except MergingError as error:
+        yield str(error).removeprefix(f"{subject.name}: ")
 
 
 def _lost(subject: Subject) -> Iterator[str]:

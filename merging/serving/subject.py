@@ -14,6 +14,7 @@ from merging.sources import Dialect, dialect_of, diffusion, peft
 from merging.sources.components import PIPELINE, components_of
 from merging.sources.layout import agree, check_suffix, find_weights, is_standard, read_json, shards_of, weights_of
 from merging.sources.model_config import read_config
+from merging.sources.peft.config import Config
 from merging.sources.peft.kinds import KINDS
 from merging.sources.stored import Stored, open_tensors
 from merging.sources.ties import text_config
@@ -56,6 +57,11 @@ class Subject:
     def stated(self) -> dict[str, Any]:
         """The config, empty where there is none."""
         return self.config or {}
+
+    @cached_property
+    def settings(self) -> Config:
+        """The config of a PEFT adapter as it is looked up; all rules share the time that its patterns may take."""
+        return Config(self.stated, self.name)
 
     @property
     def text_config(self) -> Mapping[str, Any]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from merging.errors import FormatError
 from merging.sources.checkpoint import HEADS
+from merging.sources.peft.patterns import PatternError, Patterns
 
 __all__ = ["Config"]
-
-_CATASTROPHIC = re.compile(r"\([^)]*[*+}][^)]*\)[*+{]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +22,7 @@ class Config:
 
     fields: Mapping[str, Any]
     where: str
+    _patterns: Patterns = field(default_factory=Patterns, init=False, repr=False, compare=False)
 
     @property
     def stated(self) -> bool:
@@ -70,19 +69,21 @@ class Config:
         patterns = self.get(field) or {}
         if not isinstance(patterns, Mapping):
             raise self.error(f"{field} in its config is no mapping")
-        for key, value in patterns.items():
-            if self.regex(rf"(.*\.)?({key})$", field).match(module):
-                return value
-        return default
-
-    def regex(self, expression: str, field: str) -> re.Pattern[str]:
-        """A regular expression of the config; refused where it is none, or could take for ever to match."""
-        if len(expression) > 1000 or _CATASTROPHIC.search(expression):
-            raise self.error(f"the {field} {expression[:80]!r} could take for ever to match: write it out")
         try:
-            return re.compile(expression)
-        except re.error as error:
-            raise self.error(f"the {field} {expression!r} is no regular expression: {error}") from None
+            key = self._patterns.first(field, patterns, module)
+        except PatternError as error:
+            raise self.error(f"the {field} {error}") from None
+        return default if key is None else patterns[key]
+
+    def match(self, expression: str, field: str, path: str, whole: bool = False) -> Any:
+        """The match of a regular expression of the config at the start of a module's path, or with the ``whole`` of it.
+
+        None without one. Refused where the expression is none, or takes too long.
+        """
+        try:
+            return self._patterns.match(expression, path, whole)
+        except PatternError as error:
+            raise self.error(f"the {field} {error}") from None
 
     def names(self, key: str) -> list[str]:
         """A field that should be a list of names."""

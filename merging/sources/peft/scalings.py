@@ -56,7 +56,7 @@ def ia3(module: Module) -> list[Change]:
 def _feeds_forward(module: Module) -> bool:
     named = module.config.get("feedforward_modules") or []
     if isinstance(named, str):
-        return module.config.regex(named, "feedforward_modules").fullmatch(module.path) is not None
+        return module.config.match(named, "feedforward_modules", module.path, whole=True) is not None
     return any(module.path.endswith(name) for name in module.config.names("feedforward_modules"))
 
 

@@ -1,0 +1,138 @@
+"""Regular expressions out of files: they match as Python's re has it, and in bounded time whatever they are.
+
+PEFT matches them by ``re``, where a few characters can keep it busy for years. The engine here is ``regex``, which
+transformers needs too: it takes what ``re`` takes, look-ahead included, and can be stopped. Names that are written out,
+which is what PEFT itself saves, are looked up.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+__all__ = ["PatternError", "Patterns"]
+
+_SECONDS, _SECONDS_EACH = 1.0, 50e-6
+"""Processor time that all look-ups of one config share, and what each adds: an ordinary one takes a tenth of it."""
+
+_LONGEST, _MOST_REPEATS = 10_000, 1000
+"""Characters of an expression; and the product of its counts (``{100}``), as it is compiled into so many copies."""
+
+_SIGNS = frozenset("\\^$*+?{}[]()|")
+_COUNT = re.compile(r"\{(\d*),?(\d*)\}")
+_FUZZY = re.compile(r"\{[^\d,}]")
+"""Where regex reads how many errors are allowed, and re reads plain text."""
+
+
+class PatternError(ValueError):
+    """An expression that is none, or that takes too long; the message quotes it."""
+
+
+class Patterns:
+    """The expressions of one config. All matching of them together is bounded."""
+
+    def __init__(self) -> None:
+        self._left = _SECONDS
+        self._compiled: dict[str, Any] = {}
+        self._keys: dict[str, tuple[_Names, dict[int, str]]] = {}
+
+    def match(self, expression: str, text: str, whole: bool = False) -> Any:
+        """The match at the start of a text, or of the ``whole`` of it, None without one; as ``re.match`` has it.
+
+        Raises :class:`PatternError`.
+        """
+        with self._timed(expression):
+            return self._match(expression, text, whole)
+
+    def first(self, field: str, keys: Iterable[str], path: str) -> str | None:
+        """The first of a field's keys that matches a module's path or the end of it, as in PEFT; None without one.
+
+        Raises :class:`PatternError`.
+        """
+        if field not in self._keys:
+            listed = list(keys)
+            plain = {key: place for place, key in enumerate(listed) if not _SIGNS & set(key)}
+            others = {place: key for place, key in enumerate(listed) if key not in plain}
+            self._keys[field] = _Names(plain), others
+        names, others = self._keys[field]
+        with self._timed(field):
+            place, found = names.first(path)
+            for other, key in others.items():
+                if place is not None and place < other:
+                    break
+                if self._match(rf"(.*\.)?({key})$", path, whole=False):
+                    return key
+            return found
+
+    def _match(self, expression: str, text: str, whole: bool) -> Any:
+        if expression not in self._compiled:
+            self._compiled[expression] = _compile(expression)
+        compiled = self._compiled[expression]
+        try:
+            return (compiled.fullmatch if whole else compiled.match)(text, timeout=max(self._left, 1e-3))
+        except TimeoutError:
+            raise _too_long(expression) from None
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        """Take the time of a look-up off the time that is left."""
+        if self._left > 0:
+            start = time.process_time()
+            try:
+                yield
+            finally:
+                self._left += _SECONDS_EACH - (time.process_time() - start)
+        if self._left <= 0:
+            raise _too_long(what)
+
+
+class _Names:
+    """Names among the keys, in which only a dot is a sign: found by their length, and by where their dots are."""
+
+    def __init__(self, places: dict[str, int]) -> None:
+        self._lengths: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
+        for name, place in places.items():
+            dots = tuple(i for i, each in enumerate(name) if each == ".")
+            self._lengths.setdefault(len(name), {}).setdefault(dots, {})[name] = place
+
+    def first(self, path: str) -> tuple[int | None, str | None]:
+        """The first name that a path ends in, at its start or after a dot, and its place among the keys."""
+        found: list[tuple[int, str]] = []
+        for length, shapes in self._lengths.items():
+            start = len(path) - length
+            if start < 0 or (start > 0 and path[start - 1] != "."):
+                continue
+            for dots, names in shapes.items():
+                end = list(path[start:])
+                for dot in dots:  # which matches any character
+                    end[dot] = "."
+                if (name := "".join(end)) in names:
+                    found.append((names[name], name))
+        return min(found, default=(None, None))
+
+
+def _compile(expression: str) -> Any:
+    import regex
+
+    shown = repr(expression[:80])
+    counts = (max(int(least or 0), int(most or 0), 1) for least, most in _COUNT.findall(expression))
+    if len(expression) > _LONGEST or math.prod(counts) > _MOST_REPEATS:
+        raise _too_long(expression)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            re.compile(expression)
+            if _FUZZY.search(expression):
+                raise PatternError(f"{shown} has a brace that is no count: write it as \\{{")
+            return regex.compile(expression)
+    except (re.error, regex.error, OverflowError, RecursionError, Warning) as error:
+        raise PatternError(f"{shown} is no regular expression: {error}") from None
+
+
+def _too_long(expression: str) -> PatternError:
+    return PatternError(f"{expression[:80]!r} takes too long to match: write the names out")
