@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["merge_command", "written_method"]
 
-RECIPE_OPTIONS = ("base", "as", "format", "dtype", "rank", "layers", "lora_alpha", "out_proj_once", "shard_size",
-                  "on_mismatch", "vocabulary", "components", "dequantise", "exclude", "allow_different_bases",
-                  "allow_nonfinite")  # fmt: skip
+RECIPE_OPTIONS = ("base", "as", "format", "dtype", "rank", "experts", "layers", "lora_alpha", "out_proj_once",
+                  "shard_size", "on_mismatch", "vocabulary", "components", "dequantise", "exclude",
+                  "allow_different_bases", "allow_nonfinite")  # fmt: skip
 
 
 class ChainCommand(click.Command):
@@ -87,6 +87,11 @@ def _refuse_strangers(command: click.Command, args: list[str], classes: list[Any
 )
 @click.option("--dtype", type=click.Choice(["float64", "float32", "bfloat16", "float16"]), help="type of every tensor")
 @click.option("--rank", type=int, help="rank of a merged adapter  [default: the sum of the ranks]")
+@click.option(
+    "--experts",
+    type=click.Choice(["together", "apart"]),
+    help="factors of experts: stacked, or apart, with names for each expert  [default: together]",
+)
 @click.option("--layers", type=int, help="number of blocks, instead of what the base or the adapters tell")
 @click.option("--lora-alpha", type=float, help="LoRA alpha of adapters, instead of what they state")
 @click.option("--shard-size", type=Size(), help="most bytes in one file of a model's folder  [default: 5GB]")

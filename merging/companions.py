@@ -78,7 +78,8 @@ def adapter_config(plan: Plan) -> dict[str, Any]:
 
 
 def _is_experts(item: Item) -> bool:
-    return any(isinstance(each, Change) and each.kind == "experts" for each in item.inputs)
+    """Whether an item is the parameter of experts, stacked."""
+    return not item.placings and any(isinstance(each, Change) and each.kind == "experts" for each in item.inputs)
 
 
 def _parameters(plan: Plan, adapters: list[Adapter]) -> list[str]:
@@ -118,7 +119,17 @@ def _target_modules(plan: Plan, adapters: list[Adapter]) -> list[str]:
         if not isinstance(named, list) or narrowed or not all(isinstance(name, str) for name in named):
             return sorted(_modules(plan))
         short.update(named)
+    short |= _expert_leaves(plan)
     return _shortened(_modules(plan), short)
+
+
+def _expert_leaves(plan: Plan) -> set[str]:
+    """The last names of the projections of experts that are written apart, unless other modules are called so too."""
+    apart = {out.name for item in plan.items if item.form == "factors" for each in item.placings for out in [each.up]}
+    leaves = {name.removesuffix(".lora_B.weight").rpartition(".")[2] for name in apart}
+    adapted = _modules(plan)
+    modules = {name.removesuffix(".weight") for name in plan.base.tensors} if plan.base else set()
+    return leaves - {module.rpartition(".")[2] for module in modules - adapted}
 
 
 def _modules(plan: Plan) -> set[str]:

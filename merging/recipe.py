@@ -14,10 +14,14 @@ from merging.method import Method
 from merging.methods import chain, parameters_of
 from merging.parameters import plain
 
-__all__ = ["DTYPES", "FIELDS", "AdapterFormat", "Recipe", "load_recipe"]
+__all__ = ["DTYPES", "FIELDS", "AdapterFormat", "Experts", "Recipe", "load_recipe"]
 
 DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """The types an output can be asked in, and their names in safetensors files."""
+
+
+Experts = Literal["together", "apart"]
+"""How a merged adapter names what it changes in experts: as the model in memory does, or each expert by itself."""
 
 
 AdapterFormat = Literal["peft", "diffusers", "kohya"]
@@ -44,6 +48,11 @@ class Recipe(BaseModel):
         None, description="type of every tensor; by default the base's, or the widest among adapters"
     )
     rank: int | None = Field(None, ge=1, description="rank of a merged adapter; by default the sum of the ranks")
+    experts: Experts = Field(
+        "together",
+        description="factors of experts in a merged adapter: stacked, as PEFT trains them, or apart, with names for "
+        "each expert, as llama.cpp and SGLang read them",
+    )
     layers: int | None = Field(
         None, ge=1, description="number of blocks, instead of what the base or the adapters tell"
     )

@@ -204,17 +204,18 @@ class Worker:
         up = torch.nn.functional.pad(merged.up, (0, missing))
         if item.written != 1:
             up = up * item.written
-        if up.dim() > 2:
+        if up.dim() > 2 and not item.placings:
             up = up.permute(1, 2, 0)  # PEFT keeps the rows of down by expert and rank, and the columns of up by rank
         if not item.placings:
             for out, values in zip(item.outs, (down, up), strict=True):
                 self._write(out, values)
         for each in item.placings:
+            lower, upper = (down, up) if each.expert is None else (down[each.expert], up[each.expert])
             width = each.up.shape[1]
             beside = (each.term, width - each.term - self.plan.rank)
             if each.down:
-                self._write(each.down, down, each.term * down.shape[1])
-            self._write(each.up, torch.nn.functional.pad(up[each.rows], beside), each.first * width)
+                self._write(each.down, lower, each.term * lower.shape[1])
+            self._write(each.up, torch.nn.functional.pad(upper[each.rows], beside), each.first * width)
 
     def _write(self, out: Out, values: Tensor, start: int = 0) -> None:
         flat = self.tiler.outgoing(values, DTYPES[out.kind])

@@ -118,6 +118,8 @@ def check_options(recipe: Recipe, models: Sequence[Checkpoint | Adapter], output
         raise OptionError("--rank is the rank of a merged adapter, and this merge makes a full model: leave it out")
     if recipe.format is not None and output == "model":
         raise OptionError("--format is that of a merged adapter, and this merge makes a full model: leave it out")
+    if recipe.experts == "apart" and output == "model":
+        raise OptionError("--experts is of a merged adapter, and this merge makes a full model: leave it out")
     if recipe.lora_alpha is not None and not any(isinstance(model, Adapter) for model in models):
         raise OptionError("--lora-alpha is a setting of adapters, and there is none among the models: leave it out")
 

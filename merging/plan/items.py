@@ -39,8 +39,9 @@ Form = Literal["copy", "dense", "delta", "factors"]
 class Placing:
     """Where factors go in tensors of the output that hold more than them, or only some of their rows.
 
-    The lower factor goes into ``down`` from the row ``term`` on (nowhere, if it is there already), the ``rows`` of the
-    upper factor into ``up`` from the row ``first`` and the column ``term`` on, with zeros beside them.
+    Of experts, ``expert`` is the one whose factors they are. The lower factor goes into ``down`` from the row ``term``
+    on (nowhere, if it is there already), the ``rows`` of the upper factor into ``up`` from the row ``first`` and the
+    column ``term`` on, with zeros beside them.
     """
 
     down: Out | None
@@ -48,6 +49,7 @@ class Placing:
     rows: slice
     first: int
     term: int
+    expert: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,6 +104,12 @@ class Resolver:
             return name
         return self._holders[name][0][0]
 
+    def held(self, name: str) -> list[tuple[str, Piece]]:
+        """The tensors on disk that hold a tensor in memory, and what each has of it."""
+        if name in self._shapes and name not in self._holders:
+            return [(name, whole(name, self._shapes[name]))]
+        return self._holders[name]
+
     def _match(self, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Renaming, list[str]]:
         def fits(target: str, match: str) -> bool:
             return adapter.changes[target].fits(shapes[match])

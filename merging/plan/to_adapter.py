@@ -10,6 +10,7 @@ import torch
 from merging.errors import InputError
 from merging.layers import Stacks
 from merging.parameters import all_matching
+from merging.plan.apart import check_apart, expert_placings
 from merging.plan.exports import Exporter
 from merging.plan.items import Constant, Form, Item
 from merging.plan.labels import peft_labels
@@ -112,6 +113,8 @@ def adapter_items(
     if not recipe.rank:
         _refuse_full_rank(merged, low, adapters)
     rank = _rank(recipe, [(merged[name], shapes[name]) for name in low], rank_steps)
+    if recipe.experts == "apart":
+        check_apart(labels.values(), any(map(_is_experts, merged.values())))
     named = {name: stored.shape for name, stored in base.tensors.items()} if base else shapes
     exporter = None
     if format != "peft":
@@ -137,6 +140,12 @@ def adapter_items(
             continue
         if stored is not None and all(isinstance(each, TokenRows) for each in changes if each):
             items.append(_token_item(site, changes, stored, labels[name], kind, alone=not low))
+            continue
+        if recipe.experts == "apart" and form == "factors" and _is_experts(changes):
+            first = next(each for each in changes if each)
+            placings = expert_placings(name, first, shapes[name], rank, kind, targets.resolver)
+            outs = tuple(out for each in placings for out in (each.down, each.up) if out)
+            items.append(Item(site, changes, stored, outs, form, placings=placings))
             continue
         written = 0.5 if form == "factors" and paths.applied_twice(labels[name]) else 1.0
         outs = _outs(labels[name], changes, shapes[name], rank, kind, paths)

@@ -1,0 +1,67 @@
+"""LoRA of experts with a name for each expert: what llama.cpp, SGLang and vLLM read, and PEFT stacks again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from merging.errors import InputError, OptionError
+from merging.plan.items import Placing
+from merging.plan.outs import PREFIX, module_of
+from merging.plan.resolve import Resolver
+from merging.sources.adapter import Change
+from merging.sources.parts import Piece
+from merging.sources.stored import Out
+
+__all__ = ["check_apart", "expert_placings"]
+
+_EXPERT = re.compile(r"experts\.[0-9]+\.")
+
+
+def check_apart(targets: Iterable[str], experts: bool) -> None:
+    """Refuse to take experts apart where nothing is changed in any.
+
+    Raises :class:`~merging.errors.OptionError`.
+    """
+    if not experts and not any(map(_EXPERT.search, targets)):
+        raise OptionError("--experts is for LoRA on experts, and the adapters change none: leave it out")
+
+
+def expert_placings(
+    name: str, change: Change, shape: tuple[int, ...], rank: int, kind: str, resolver: Resolver | None
+) -> tuple[Placing, ...]:
+    """Where the factors of experts that are one tensor in memory go: into two tensors of each projection of each.
+
+    Projections that are fused in memory share their lower factor, of which each has a copy, and have each their rows
+    of the upper one; so the change is the same to the bit. Raises :class:`~merging.errors.InputError` where the base
+    does not tell what single experts are called.
+    """
+    if resolver is None:
+        raise InputError(
+            f"{name}: what single experts are called is told by the files of the base: give it with --base, or leave "
+            f"--experts apart out"
+        )
+    turned = change.is_transposed(shape)
+    return tuple(_placings(name, resolver.held(name), shape, turned, rank, kind))
+
+
+def _placings(
+    name: str, held: Sequence[tuple[str, Piece]], shape: tuple[int, ...], turned: bool, rank: int, kind: str
+) -> Iterator[Placing]:
+    outer, inner = (2, 1) if turned else (1, 2)
+    for stored, piece in held:
+        expert, rows, columns = piece.box[0], piece.box[outer], piece.box[inner]
+        if len(piece.axes) != 2 or not stored.endswith(".weight") or columns != slice(0, shape[inner]):
+            raise InputError(
+                f"{name}: the base keeps its experts together ({stored}), so that single ones have no names: leave "
+                f"--experts apart out"
+            )
+        path = PREFIX + module_of(stored)
+        yield Placing(
+            Out(f"{path}.lora_A.weight", kind, (rank, shape[inner])),
+            Out(f"{path}.lora_B.weight", kind, (rows.stop - rows.start, rank)),
+            rows,
+            first=0,
+            term=0,
+            expert=expert.start,
+        )
