@@ -84,7 +84,8 @@ def _plan_of(
     if output == "adapter":
         adapters = [model for model in models if isinstance(model, Adapter)]
         targets = adapter_targets(adapters, base)
-        notices += check_related(adapters, recipe.allow_different_bases) if base is None else []
+        alone = base is None
+        notices += check_related(adapters, targets.changes.values(), recipe.allow_different_bases) if alone else []
         matched = targets.matched
         notices += taken_as_linear(adapters, base)
         stacks, guess = find_stacks(recipe, models, base, targets)

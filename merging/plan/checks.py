@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from merging.errors import InputError, OptionError
 from merging.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
+from merging.sources.adapter import Change
 from merging.sources.checkpoint import content_key, files_key
 from merging.sources.computed import Computed
 from merging.sources.peft.wrapped import added_twice, out_proj_once
@@ -63,19 +64,22 @@ def check_bases(models: Sequence[Checkpoint | Adapter], allow_different: bool) -
             )
 
 
-def check_related(adapters: Sequence[Adapter], allow_different: bool) -> list[str]:
+def check_related(
+    adapters: Sequence[Adapter], changes: Iterable[tuple[Change | None, ...]], allow_different: bool
+) -> list[str]:
     """Refuse adapters that share no target and state no common base: nothing says that they belong to one model.
 
-    Returns a notice instead where different bases are allowed.
+    ``changes`` are those of each target, one entry an adapter. Returns a notice instead where different bases are
+    allowed.
     """
-    first, *rest = adapters
-    related = [first]
-    while near := [each for each in rest if any(_related(each, other) for other in related)]:
-        related += near
-        rest = [each for each in rest if each not in near]
+    sharing = {frozenset(place for place, change in enumerate(each) if change) for each in changes}
+    related, rest = {0}, set(range(1, len(adapters)))
+    while near := {each for each in rest if any(_related(adapters, each, other, sharing) for other in related)}:
+        related |= near
+        rest -= near
     if not rest:
         return []
-    found = f"{rest[0].path} and {first.path} adapt no tensor in common"
+    found = f"{adapters[min(rest)].path} and {adapters[0].path} adapt no tensor in common"
     if allow_different:
         return [f"{found}: their changes are put side by side, not added up"]
     raise InputError(
@@ -84,10 +88,11 @@ def check_related(adapters: Sequence[Adapter], allow_different: bool) -> list[st
     )
 
 
-def _related(one: Adapter, other: Adapter) -> bool:
-    if not one.changes.keys().isdisjoint(other.changes):
+def _related(adapters: Sequence[Adapter], one: int, other: int, sharing: set[frozenset[int]]) -> bool:
+    if any({one, other} <= each for each in sharing):
         return True
-    return bool(one.base and other.base and same_base(one.base, other.base))
+    base, their_base = adapters[one].base, adapters[other].base
+    return bool(base and their_base and same_base(base, their_base))
 
 
 def check_packed(models: Sequence[Checkpoint | Adapter], base: Checkpoint | None, allow_different: bool) -> None:

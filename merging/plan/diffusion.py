@@ -9,6 +9,7 @@ from merging.errors import InputError
 from merging.sources import Adapter
 from merging.sources.diffusion_names import Known, known_names, spellings
 from merging.sources.fused_names import Rows
+from merging.sources.lora_names import normal_name
 from merging.sources.parts import Piece
 
 __all__ = ["Spelled", "Spellings"]
@@ -25,15 +26,16 @@ class Spelled:
 
 
 class Spellings:
-    """Every name by which a LoRA file may mean a tensor of a base, or some rows of several."""
+    """Every name by which a LoRA file may mean a tensor of a base, or some rows of several, in the normal form."""
 
     def __init__(self, shapes: Shapes) -> None:
         self._shapes = shapes
         known = known_names(shapes)
         t5 = any(each.component == "text_encoder_2" and each.name.startswith("encoder.block.") for each in known)
-        self._known: dict[str, Known] = {}
+        alone = not any(name.startswith("transformer_2.") for name in shapes)
+        self._known: dict[tuple[str, str], Known] = {}
         for each in known:
-            for name in spellings(each, t5):
+            for name in spellings(each, t5, alone):
                 self._known.setdefault(name, each)
 
     def find(self, adapter: Adapter) -> Spelled | None:
@@ -41,7 +43,8 @@ class Spellings:
 
         Raises :class:`~merging.errors.InputError` for one that has some names without a place, or two for one.
         """
-        found = {target: self._known[target] for target in adapter.changes if target in self._known}
+        named = {target: self._known.get(normal_name(target)) for target in adapter.changes}
+        found = {target: known for target, known in named.items() if known}
         if not found or (adapter.dialect.startswith("PEFT") and len(found) < len(adapter.changes)):
             return None
         left = [target for target in adapter.changes if target not in found]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,7 @@ from merging.plan.apart import check_apart, expert_placings
 from merging.plan.exports import Exporter
 from merging.plan.items import Constant, Form, Item
 from merging.plan.labels import peft_labels
+from merging.plan.matching import common_names
 from merging.plan.outs import PREFIX, Paths, factors, module_of
 from merging.plan.resolve import Resolver
 from merging.recipe import DTYPES, AdapterFormat, Recipe
@@ -48,8 +49,11 @@ def adapter_targets(adapters: Sequence[Adapter], base: Checkpoint | None) -> Tar
     """What adapters change where. Raises :class:`~merging.errors.InputError` for names that do not fit together."""
     resolver = Resolver(_known(base, adapters), base.config) if base is not None else None
     if resolver is None:
-        _refuse_drifted(adapters)
-        named = [adapter.changes for adapter in adapters]
+        named = [
+            {names[target]: change for target, change in adapter.changes.items()}
+            for names, adapter in zip(common_names(adapters), adapters, strict=True)
+        ]
+        _refuse_drifted(adapters, named)
         matched = []
     else:
         resolved = [resolver.resolve(adapter) for adapter in adapters]
@@ -71,13 +75,13 @@ def _known(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, Stored]:
     return {**base.tensors, **heads}
 
 
-def _refuse_drifted(adapters: Sequence[Adapter]) -> None:
+def _refuse_drifted(adapters: Sequence[Adapter], named: Sequence[Mapping[str, Change]]) -> None:
     """Refuse adapters that name the same modules under different prefixes, whose changes would be put side by side."""
-    first = adapters[0].changes
-    for adapter in adapters[1:]:
-        if not first.keys().isdisjoint(adapter.changes):
+    first = named[0]
+    for adapter, changes in zip(adapters[1:], named[1:], strict=True):
+        if not first.keys().isdisjoint(changes):
             continue
-        for name in adapter.changes:
+        for name in changes:
             other = next((o for o in first if o.endswith("." + name) or name.endswith("." + o)), None)
             if other:
                 raise InputError(

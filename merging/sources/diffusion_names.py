@@ -12,7 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from merging.sources import unet_names
+from merging.sources.denoisers import is_denoiser
+from merging.sources.families import rules_of
 from merging.sources.fused_names import Rows, Style, paired_names
+from merging.sources.lora_names import within
 
 __all__ = ["Known", "known_names", "spellings"]
 
@@ -50,24 +53,6 @@ _OPEN_CLIP = {
     "ln_2": "layer_norm2",
 }
 
-_FLAT = {
-    "unet": ("lora_unet", "lora_prior_unet", "oft_unet", "lycoris"),
-    "transformer": ("lora_unet", "lora_transformer", "lycoris"),
-    "text_encoder": ("lora_te", "lora_te1", "oft_te"),
-    "text_encoder_2": ("lora_te2",),
-    "text_encoder_3": ("lora_te3",),
-}
-"""What stands before the flat names of Kohya's files and their kin."""
-
-_DOTTED = {
-    "unet": ("unet.", "diffusion_model.", "model.diffusion_model.", ""),
-    "transformer": ("transformer.", "diffusion_model.", "model.diffusion_model.", ""),
-    "text_encoder": ("text_encoder.", "text_encoders.clip_l.transformer.", "clip_l.transformer."),
-    "text_encoder_2": ("text_encoder_2.", "text_encoders.clip_g.transformer.", "clip_g.transformer."),
-    "text_encoder_3": ("text_encoder_3.", "text_encoders.t5xxl.transformer.", "t5xxl.transformer."),
-}
-"""What stands before dotted names in the files of diffusers, ComfyUI and their kin."""
-
 
 @dataclass(frozen=True, slots=True)
 class Known:
@@ -94,7 +79,7 @@ def known_names(shapes: Shapes, strict: bool = False) -> list[Known]:
     Names that do not tell their component are taken for those of a transformer; with ``strict``, only behind the
     prefix of a denoiser, or beside blocks that are called as in one.
     """
-    guess = not strict or any(name.partition(".")[0].endswith("_blocks") for name in shapes)
+    guess = not strict or any(is_denoiser(name.rpartition(".")[0]) for name in shapes)
     components: defaultdict[str, dict[str, str]] = defaultdict(dict)
     published: set[str] = set()
     for name in shapes:
@@ -114,22 +99,19 @@ def known_names(shapes: Shapes, strict: bool = False) -> list[Known]:
     return found
 
 
-def spellings(known: Known, t5: bool = False) -> Iterator[str]:
-    """How LoRA files may spell a name. ``t5``: its text encoder is a T5, which some call the third even if it is the
-    second of its model."""
-    flat, dotted = _FLAT[known.component], _DOTTED[known.component]
-    if t5 and known.component == "text_encoder_2":
-        flat, dotted = (*flat, *_FLAT["text_encoder_3"]), (*dotted, *_DOTTED["text_encoder_3"])
-    for name in _levels(known):
-        yield from (f"{prefix}{name.name}" for prefix in dotted)
-        yield from (f"{prefix}_{name.flat}" for prefix in flat)
+def spellings(known: Known, t5: bool = False, alone: bool = True) -> Iterator[tuple[str, str]]:
+    """What :func:`~merging.sources.lora_names.normal_name` makes of the names that LoRA files have for a tensor.
 
-
-def _levels(known: Known) -> Iterator[Known]:
-    """A name of CLIP with and without a level that newer versions of transformers have dropped."""
-    yield known
-    if known.name.startswith("text_model."):
-        yield replace(known, name=known.name.removeprefix("text_model."))
+    ``t5``: its text encoder is a T5, which some call the third even if it is the second of its model. ``alone``: there
+    is one denoiser, which is meant also where a file is for the second of two.
+    """
+    component = "denoiser" if known.component in ("unet", "transformer") else known.component
+    name = within(component, known.name)
+    yield component, name
+    if t5 and component == "text_encoder_2":
+        yield "text_encoder_3", name
+    if alone and component == "denoiser":
+        yield "denoiser_2", name
 
 
 def _by_content(name: str, guess: bool) -> str | None:
@@ -167,11 +149,12 @@ def _unet(shapes: Shapes) -> Iterator[Known]:
 
 def _transformer(shapes: Shapes, style: Style) -> Iterator[Known]:
     others = dict.fromkeys(shapes)
+    styles: tuple[Style, ...] = (style,) if rules_of(shapes) else ("diffusers", "published")
     for whose, name, rows in paired_names(shapes):
         others.pop(name, None)
         yield Known("transformer", name, (whose,), rows)
     for name in others:
-        yield Known("transformer", name, (style,), _whole(name, shapes[name]))
+        yield Known("transformer", name, styles, _whole(name, shapes[name]))
 
 
 def _text_encoder(component: str, shapes: Shapes) -> Iterator[Known]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-__all__ = ["diffusers_name", "published_name", "resnets_per_level"]
+__all__ = ["diffusers_flat", "diffusers_name", "published_name", "resnets_per_level"]
 
 _STEM = {
     "input_blocks.0.0": "conv_in",
@@ -33,6 +33,9 @@ _MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
 
 _PUBLISHED = re.compile(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)")
 _PUBLISHED_MIDDLE = re.compile(r"middle_block\.([012])\.(.+)")
+_FLAT = re.compile(r"(?:((?:input|output)_blocks_\d+_\d+)|(middle_block_[012]))_(.+)")
+_FLAT_STEM = {name.replace(".", "_"): name for name in _STEM}
+_FLAT_RESNET = {name.replace(".", "_"): name for name in _RESNET}
 _DIFFUSERS = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 _DIFFUSERS_MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.([01])\.(.+)")
 
@@ -64,6 +67,27 @@ def diffusers_name(name: str, resnets: int = 2) -> str | None:
     if not down and part != "0" and rest.startswith("conv."):
         return f"{block}.upsamplers.0.{rest}"
     return _inner(f"{block}.{'resnets' if part == '0' else 'attentions'}.{number}", rest)
+
+
+def diffusers_flat(name: str) -> str:
+    """What diffusers calls a tensor of a U-Net as published, both in flat names; any other name as it is.
+
+    A level is taken to have two resnets, as in every published model.
+    """
+    module, _, leaf = name.rpartition(".")
+    found = _FLAT.fullmatch(module)
+    if found:
+        place, rest = found[1] or found[2], found[3]
+        dotted = f"{_dotted(place)}.{_FLAT_RESNET.get(rest, rest)}.{leaf}"
+    else:
+        dotted = f"{_FLAT_STEM.get(module, module)}.{leaf}"
+    known, _, leaf = (diffusers_name(dotted) or "").rpartition(".")
+    return f"{known.replace('.', '_')}.{leaf}" if known else name
+
+
+def _dotted(place: str) -> str:
+    """A block with its numbers behind dots."""
+    return re.sub(r"_(?=\d)", ".", place)
 
 
 def published_name(name: str, resnets: int = 2, attentive: Iterable[int] = ()) -> str | None:

@@ -1,0 +1,68 @@
+"""Which targets of several adapters are the same module, where no base is given and their files name it differently."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from merging.errors import InputError
+from merging.sources import Adapter
+from merging.sources.families import partners
+from merging.sources.lora_names import normal_name
+from merging.sources.unet_names import diffusers_flat
+
+__all__ = ["common_names"]
+
+Key = tuple[str, str]
+"""A component, and the normal form of a name in it."""
+
+
+def common_names(adapters: Sequence[Adapter]) -> list[dict[str, str]]:
+    """For each adapter the common name of each of its targets: that in the first adapter which has the module.
+
+    Adapters of language models keep their own names: these drift by prefixes that may also tell two towers apart.
+    Raises :class:`~merging.errors.InputError` for a file with one module under two names, and for files of which one
+    fuses what the other keeps apart.
+    """
+    if all(adapter.dialect.startswith("PEFT") for adapter in adapters):
+        return [{target: target for target in adapter.changes} for adapter in adapters]
+    known: dict[Key, tuple[str, Adapter]] = {}
+    common = []
+    for adapter in adapters:
+        names: dict[str, str] = {}
+        own: dict[str, str] = {}
+        for target in adapter.changes:
+            key = _key(target)
+            names[target] = _found(key, known, adapter) or target
+            other = own.setdefault(names[target], target)
+            if other != target:
+                raise InputError(
+                    f"{adapter.path}: {other} and {target} are one module under two names: remove one of them"
+                )
+            _refuse_fused(key, target, known, adapter)
+        for target, name in names.items():
+            known.setdefault(_key(target), (name, adapter))
+        common.append(names)
+    return common
+
+
+def _key(target: str) -> Key:
+    component, name = normal_name(target)
+    return component, diffusers_flat(name) if component == "denoiser" else name
+
+
+def _found(key: Key, known: Mapping[Key, tuple[str, Adapter]], adapter: Adapter) -> str | None:
+    """The common name of a module that an earlier adapter has, under whatever name."""
+    component, name = key
+    others = ((component, other) for other, same in partners(name).items() if same)
+    return next((known[each][0] for each in (key, *others) if each in known), None)
+
+
+def _refuse_fused(key: Key, target: str, known: Mapping[Key, tuple[str, Adapter]], adapter: Adapter) -> None:
+    component, name = key
+    for other, same in partners(name).items():
+        if not same and (component, other) in known:
+            theirs, first = known[component, other]
+            raise InputError(
+                f"{first.path} has {theirs} where {adapter.path} has {target}: one of the two is a part of the other, "
+                f"or has its rows in another order: give the model with --base, so that both can be matched"
+            )
