@@ -8,9 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from merging.licences import Source, licence_sentence, source_of, strictest
+from merging.model_card import card, code, fenced, prose, sources_listed
 from merging.plan.items import Item, Plan
 from merging.plan.outs import PREFIX
 from merging.sources import Adapter, Checkpoint
@@ -163,14 +162,15 @@ def model_card(plan: Plan, remarks: Sequence[str] = ()) -> str:
     if licence:
         facts["license"] = licence
     facts["tags"] = ["merge", *(["lora"] if plan.output == "adapter" else []), *plan.recipe.method.chain.split("+")]
-    names = "\n".join(f"- {each}" for each in _sources(plan))
-    noted = "".join(f"Note: {remark.removeprefix('warning: ')}.\n\n" for remark in remarks)
-    return (
-        f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n\n# Merged {plan.output}\n\n"
-        f"{len(plan.recipe.models)} models merged by `{plan.recipe.method.chain}`:\n\n{names}\n\n"
-        f"{licence_sentence(licence)}\n\n{noted}"
-        f"## Recipe\n\n```yaml\n{plan.recipe.to_yaml()}```\n"
-    )
+    parts = [
+        f"{len(plan.recipe.models)} models merged by {code(plan.recipe.method.chain)}:",
+        sources_listed(_sources(plan)),
+        prose(licence_sentence(licence)),
+        *(prose(f"Note: {remark.removeprefix('warning: ')}.") for remark in remarks),
+        "## Recipe",
+        fenced(plan.recipe.to_yaml(), "yaml"),
+    ]
+    return card(facts, f"Merged {plan.output}", parts)
 
 
 def _sources(plan: Plan) -> list[Source]:

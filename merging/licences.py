@@ -28,10 +28,6 @@ class Source:
     role: str
     licence: str | None
 
-    def __str__(self) -> str:
-        part = f"{self.role}: " if self.role else ""
-        return f"{part}`{self.name}` (licence: {self.licence or 'not stated'})"
-
 
 def source_of(model: Checkpoint | Adapter, role: str = "") -> Source:
     """What the card says of a model. Of local ones the folder's name, as paths are nobody else's business."""

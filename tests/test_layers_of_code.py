@@ -95,6 +95,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "lora_files",
         "arrival",
         "licences",
+        "model_card",
         "pool",
         "tensors",
         "companions",

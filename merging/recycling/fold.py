@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from torch.nn.functional import pad
 
 from merging import __version__
+from merging.companions import HUB_ID
 from merging.delta import LowRank
 from merging.errors import OptionError
 from merging.licences import licence_sentence, source_of, strictest
 from merging.linalg import even, safe_ratio, squared_norm, truncate
+from merging.model_card import card, prose, sources_listed
 from merging.plan import PORTABLE_RANKS
 from merging.recycling.experts import Expert
 from merging.recycling.places import Place
@@ -142,11 +143,8 @@ def _card(experts: Sequence[Expert], base: str, told: str) -> str:
     """The README of the output: metadata that the Hub reads, what it was made of, and what the report says of it."""
     sources = [source_of(open_model(expert.path)) for expert in experts if expert.path]
     licence = strictest([each.licence for each in sources])
-    facts: dict[str, Any] = {"base_model": base} if not Path(base).exists() else {}
+    facts: dict[str, Any] = {"base_model": base} if HUB_ID.fullmatch(base) and not Path(base).exists() else {}
     facts |= {"base_model_relation": "adapter", "library_name": "peft", **({"license": licence} if licence else {})}
     facts["tags"] = ["merge", "lora", "recycled"]
-    made = "\n".join(f"- {each}" for each in sources) or "- a LoRA trained on the examples"
-    return (
-        f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n\n# Recycled adapter\n\n{told}\n\nMixed of\n\n{made}\n\n"
-        f"{licence_sentence(licence)}\n"
-    )
+    made = sources_listed(sources) or "- a LoRA trained on the examples"
+    return card(facts, "Recycled adapter", [prose(told), "Mixed of", made, prose(licence_sentence(licence))])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from merging.recycling.bootstrap import LEVEL
 from merging.recycling.report import MERGE, Report, Row
 from merging.report import Page
-from merging.report.drawing import Panel, drawn
+from merging.report.drawing import Panel, drawn, plain
 from merging.report.page import Cell
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _ahead(axes: Axes, rows: Sequence[Row], metric: str) -> None:
         axes.plot([low, high], [place, place], color=colour, linewidth=2)
         axes.plot([mean], [place], marker="o", color=colour)
     axes.axvline(0, color="#5b6477", linewidth=0.8)
-    axes.set_yticks(range(len(compared)), [row.title for row in compared])
+    axes.set_yticks(range(len(compared)), [plain(row.title) for row in compared])
     axes.set_xlabel("points of accuracy" if metric == "accuracy" else "lower loss")
 
 
@@ -142,5 +142,5 @@ def _weights(axes: Axes, weights: dict[str, Any]) -> None:
     most = float(np.nanmax(np.abs(values))) or 1.0
     image = axes.imshow(values, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
     axes.figure.colorbar(image, ax=axes, shrink=0.85)
-    axes.set_yticks(range(len(table)), [name[-28:] for name in table])
+    axes.set_yticks(range(len(table)), [plain(name)[-28:] for name in table])
     axes.set_xlabel(f"{len(weights['groups'])} groups, from {weights['groups'][0]} to {weights['groups'][-1]}"[:90])

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Panel", "check_drawing", "drawn", "heatmap", "lines", "save"]
+__all__ = ["Panel", "check_drawing", "drawn", "heatmap", "lines", "plain", "save"]
 
 _ENDINGS = (".png", ".svg", ".pdf")
 _LABELLED = 20
@@ -83,7 +83,7 @@ def save(panels: Sequence[Panel], output: str | Path, title: str) -> None:
             spot.set_title(panel.title)
         for spot in spots[len(panels) :]:
             spot.axis("off")
-        figure.suptitle(_plain(title))
+        figure.suptitle(plain(title))
         figure.savefig(content, format=Path(output).suffix[1:], dpi=150)
     write_whole(Path(output), content.getvalue())
 
@@ -151,11 +151,11 @@ def lines(
 
 def _short(name: str) -> str:
     """A name that fits beside an axis: its beginning and its end."""
-    plain = _plain(name)
-    plain = plain if len(plain) <= 24 else f"{plain[:10]}…{plain[-13:]}"
-    return f" {plain}" if plain.startswith("_") else plain  # matplotlib leaves such out of its legends
+    shown = plain(name)
+    shown = shown if len(shown) <= 24 else f"{shown[:10]}…{shown[-13:]}"
+    return f" {shown}" if shown.startswith("_") else shown  # matplotlib leaves such out of its legends
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text without what no drawing may hold."""
     return "".join(each if each.isprintable() else "?" for each in text)

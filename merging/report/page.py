@@ -1,7 +1,7 @@
 """A self-contained HTML page: sections of text, facts, tables and figures, which asks no host for anything.
 
-All text is escaped, as names of models are other people's. Figures are SVG drawings inside of the page, shown as
-images, in which no script runs; a content security policy forbids everything that is not in the page itself.
+All text is escaped by one function, as names of models are other people's. Figures are SVG drawings inside of the page,
+shown as images, in which no script runs; a content security policy forbids everything that is not in the page itself.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from html import escape
+from html import escape as escape_markup
 from math import floor, isfinite, log10
 from pathlib import Path
 
-from merging.errors import OptionError, OutputError
+from merging.errors import OptionError, OutputError, escaped
 from merging.landing import umask
 
 __all__ = ["Cell", "Page", "check_page", "check_place", "write_whole"]
@@ -142,6 +142,11 @@ class Page:
     def write(self, path: str | Path) -> None:
         """Write the page to a file, whole or not at all. Raises :class:`~merging.errors.OutputError`."""
         write_whole(Path(path), self.html().encode("utf-8", "replace"))
+
+
+def escape(text: str) -> str:
+    """A text in a page: markup of it is text, and control characters are escaped too."""
+    return escape_markup(escaped(text, lines=True))
 
 
 def _row(row: Sequence[str], kinds: Sequence[str]) -> str:
