@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +15,9 @@ from merging.hub.remote import RemoteFile, Window
 from merging.hub.repository import open_repository
 from merging.plan import Item, Plan
 from merging.plan.checks import check_packed, content_keys
-from merging.sources import Adapter, Checkpoint, open_model
+from merging.sources import Adapter, Checkpoint, open_model, tensors_of
 from merging.sources.adapter import Change
-from merging.sources.stored import FileTensor, Stored
+from merging.sources.stored import holders_of
 from merging.threads import Progress, share_out
 
 __all__ = ["absent", "arrived", "awaited", "brought"]
@@ -28,19 +28,13 @@ _STREAMS = 4
 
 def awaited(plan: Plan) -> list[RemoteFile]:
     """The files that the plan reads and that are not on this machine yet, in the order in which it reads them."""
-    found = {id(remote): remote for item in plan.items for remote in _remote(item.inputs, item.base)}
-    return [remote for remote in found.values() if not remote.at_hand]
+    found = dict.fromkeys(remote for item in plan.items for remote in _remote(item))
+    return [remote for remote in found if not remote.at_hand]
 
 
 def absent(model: Checkpoint | Adapter) -> list[RemoteFile]:
     """The weights files of a model that are not on this machine yet."""
-    tensors = (
-        list(model.tensors.values())
-        if isinstance(model, Checkpoint)
-        else [stored for change in model.changes.values() for stored in change.tensors]
-    )
-    found = {id(remote): remote for remote in _remote(tensors, None) if not remote.at_hand}
-    return list(found.values())
+    return [each for each in holders_of(tensors_of(model)) if isinstance(each, RemoteFile) and not each.at_hand]
 
 
 def brought(model: Checkpoint | Adapter, progress: Progress | None = None) -> None:
@@ -50,12 +44,10 @@ def brought(model: Checkpoint | Adapter, progress: Progress | None = None) -> No
         _fetch(files, progress)
 
 
-def _remote(inputs: Sequence[Stored | Change | None], base: Stored | None) -> Iterator[RemoteFile]:
-    for each in (*inputs, base):
-        tensors = each.tensors if isinstance(each, Change) else (each,) if each is not None else ()
-        for stored in (part for tensor in tensors for part in tensor.made_of):
-            if isinstance(stored, FileTensor) and isinstance(stored.holder, RemoteFile):
-                yield stored.holder
+def _remote(item: Item) -> list[RemoteFile]:
+    parts = [each for each in (*item.inputs, item.base) if each is not None]
+    tensors = [tensor for each in parts for tensor in (each.tensors if isinstance(each, Change) else (each,))]
+    return [holder for holder in holders_of(tensors) if isinstance(holder, RemoteFile)]
 
 
 def arrived(
@@ -97,7 +89,7 @@ def _check_base(plan: Plan) -> None:
 
 def _files(item: Item) -> tuple[tuple[str, ...], tuple[str, int]]:
     """The files that an item is read from, and its place, so that items of the same files follow each other."""
-    return tuple(remote.name for remote in _remote(item.inputs, item.base)), item.order()
+    return tuple(remote.name for remote in _remote(item)), item.order()
 
 
 def _fetch(files: Sequence[RemoteFile], progress: Progress | None) -> None:

@@ -16,7 +16,7 @@ from merging.plan.items import Plan
 from merging.sources import Checkpoint
 from merging.sources.components import PIPELINE
 from merging.sources.layout import find_weights
-from merging.sources.stored import STAND_INS, FileTensor
+from merging.sources.stored import STAND_INS, holders_of
 from merging.sources.tokenizers import TOKENIZER_FILES
 
 __all__ = ["companion_patterns", "write_model_companions"]
@@ -103,8 +103,7 @@ def _copy_weights(component: Checkpoint, folder: Path) -> None:
     """A component's weights as they are, byte for byte, and durable."""
     assert component.folder is not None
     folder.mkdir(exist_ok=True)
-    stored = [part for tensor in component.tensors.values() for part in tensor.made_of]
-    holders = {each.holder.path: each.holder for each in stored if isinstance(each, FileTensor)}
+    holders = {holder.path: holder for holder in holders_of(component.tensors.values())}
     for file in component.files:
         target = folder / file.name
         if file not in holders and file in STAND_INS:

@@ -26,7 +26,7 @@ from merging.methods.task_arithmetic import TaskArithmetic
 from merging.plan import Item, Plan, plan_of
 from merging.recipe import Recipe
 from merging.run import Done, run
-from merging.sources import Adapter, Checkpoint
+from merging.sources import Adapter, Checkpoint, check_in_place
 from merging.sources.adapter import Change
 from merging.sources.stored import Stored
 from merging.threads import Progress
@@ -183,4 +183,5 @@ def content_of(source: Checkpoint | Adapter) -> str:
         files |= {file.with_name("adapter_config.json") for file in source.files if file.stem == "adapter_model"}
     for file in sorted(file for file in files if file.is_file()):
         digest.update(bytes.fromhex(stated.get(file) or sha256_of(file)))
+    check_in_place(source)
     return digest.hexdigest()

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock, Timeout
 
-from merging.errors import InputError, OptionError, OutputError
+from merging.errors import FormatError, InputError, OptionError, OutputError
 from merging.pool.audit import Auditor, Candidate
 from merging.pool.duplicates import duplicates
 from merging.pool.index import OVERRULED, UNFINISHED, VERDICTS, Entry, Finding, Index, verdict_of
 from merging.pool.judging import missing, outliers, over_the_cap, unlicensed
-from merging.sources import Adapter, Checkpoint, open_model
+from merging.sources import Adapter, Checkpoint, check_in_place, open_model
 
 if TYPE_CHECKING:
     from merging.pool.smoke import Limits
@@ -245,12 +245,17 @@ class Pool:
             new = Path(tempfile.mkdtemp(prefix=".new.", dir=self.path / _FOLDER))
             for file in (file for file in [weights, *config] if file.is_file()):
                 _copy(file, new / file.name, digest)
+            check_in_place(adapter)  # what was audited is what was copied
             for file in (weights.parent / name for name in _BESIDE):
                 if file.is_file():
                     _copy(file, new / file.name, None)
             place = self.path / _FOLDER / digest.hexdigest()[:16]
             if not place.exists():
                 new.rename(place)
+        except FormatError as error:
+            return replace(
+                entry, verdict="rejected", findings=(*entry.findings, Finding("values", "rejected", str(error)))
+            )
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from None
         finally:

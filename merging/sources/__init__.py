@@ -18,10 +18,19 @@ from merging.sources.checkpoint import Checkpoint, open_checkpoint
 from merging.sources.layout import check_suffix, find_weights
 from merging.sources.lycoris import METHODS
 from merging.sources.origin import Origin
-from merging.sources.stored import DTYPES, Opened, open_tensors
+from merging.sources.stored import DTYPES, File, Opened, Stored, holders_of, open_tensors
 from merging.sources.unread import refuse_factors
 
-__all__ = ["DIALECTS", "Adapter", "Checkpoint", "Dialect", "dialect_of", "open_model"]
+__all__ = [
+    "DIALECTS",
+    "Adapter",
+    "Checkpoint",
+    "Dialect",
+    "check_in_place",
+    "dialect_of",
+    "open_model",
+    "tensors_of",
+]
 
 Recognises = Callable[[Opened], bool]
 Opens = Callable[[Path, float | None, Opened], Adapter]
@@ -64,6 +73,20 @@ DIALECTS = (
 def dialect_of(opened: Opened) -> Dialect | None:
     """The format of an adapter's file, None for one that none of them recognises."""
     return next((dialect for dialect in DIALECTS if dialect.recognises(opened)), None)
+
+
+def tensors_of(model: Checkpoint | Adapter) -> list[Stored]:
+    """All tensors that a model has in its files."""
+    if isinstance(model, Checkpoint):
+        return list(model.tensors.values())
+    return [stored for change in model.changes.values() for stored in change.tensors]
+
+
+def check_in_place(model: Checkpoint | Adapter) -> None:
+    """Raise :class:`~merging.errors.FormatError` if the weights files of a model are not those that were opened."""
+    for holder in holders_of(tensors_of(model)):
+        if isinstance(holder, File):
+            holder.check_place()
 
 
 def open_model(name: str | Path, alpha: float | None = None, dequantise: bool = False) -> Checkpoint | Adapter:

@@ -15,13 +15,13 @@ import stat
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError
 
-__all__ = ["DTYPE_BITS", "Entry", "Header", "header_length", "parse_header", "read_header"]
+__all__ = ["DTYPE_BITS", "Entry", "Header", "header_length", "parse_header", "read_header", "stamp_of"]
 
 # Bits per element. F4 and F6 elements share bytes, so that only whole tensors have a size in bytes.
 DTYPE_BITS: dict[str, int] = {
@@ -66,11 +66,20 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file holds: its tensors by name in order of offset, its metadata, and its size in bytes."""
+    """What a file holds: its tensors by name in order of offset, its metadata, and its size in bytes.
+
+    ``stamp`` is what tells the file that it was read from, and its state, where it was read from one.
+    """
 
     entries: dict[str, Entry]
     metadata: dict[str, str]
     size: int
+    stamp: tuple[int, ...] = ()
+
+
+def stamp_of(status: os.stat_result) -> tuple[int, ...]:
+    """What is another if a file was replaced, written to or cut; renaming and removing it leave it as it is."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_header(path: Path) -> Header:
@@ -86,15 +95,15 @@ def read_header(path: Path) -> Header:
             kind = "is a directory" if stat.S_ISDIR(mode) else "is not a regular file"
             raise FormatError(f"{where}: {kind}, not a safetensors file")
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = header_length(file.read(64), size, where)
+            status = os.fstat(file.fileno())
+            length = header_length(file.read(64), status.st_size, where)
             file.seek(8)
             raw = file.read(length)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise FormatError(f"{where}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if len(raw) < length:
         raise FormatError(f"{where}: became shorter while it was read")
-    return parse_header(raw, size, where)
+    return replace(parse_header(raw, status.st_size, where), stamp=stamp_of(status))
 
 
 def header_length(head: bytes, size: int, where: str) -> int:

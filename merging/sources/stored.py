@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from merging import platform
 from merging.errors import FormatError
-from merging.sources.header import Entry, read_header
+from merging.sources.header import Entry, read_header, stamp_of
 
 __all__ = [
     "DTYPES",
@@ -29,6 +29,7 @@ __all__ = [
     "Out",
     "Stored",
     "bytes_of",
+    "holders_of",
     "open_safetensors",
     "open_tensors",
 ]
@@ -160,9 +161,12 @@ class Holder(Protocol):
 
 
 class File:
-    """An open file; it stays open, and so readable under any later renaming, as long as one of its tensors lives."""
+    """An open file; it stays open, and so readable under any later renaming, as long as one of its tensors lives.
 
-    __slots__ = ("fd", "path")
+    All that is read of it is of one state: it is refused from the moment on that somebody writes to it.
+    """
+
+    __slots__ = ("fd", "path", "stamp")
 
     @property
     def size(self) -> int:
@@ -178,6 +182,7 @@ class File:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self.stamp = stamp_of(os.fstat(self.fd))
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):
@@ -191,6 +196,21 @@ class File:
             raise FormatError(f"{self.path}: {error}: it was cut while it was read") from None
         except OSError as error:
             raise FormatError(f"{self.path}: cannot be read: {error.strerror}") from None
+        self.check()
+
+    def check(self) -> None:
+        """Raise :class:`~merging.errors.FormatError` if somebody wrote to the file since it was opened."""
+        if stamp_of(os.fstat(self.fd)) != self.stamp:
+            raise FormatError(f"{self.path}: changed while it was read: try again when it is complete")
+
+    def check_place(self) -> None:
+        """The same, and if another file has taken its place, so that what reads it by its path reads another one."""
+        try:
+            there = stamp_of(self.path.stat())
+        except OSError:
+            there = ()
+        if there != self.stamp:
+            raise FormatError(f"{self.path}: changed while it was read: try again when it is complete")
 
     def advise(self, offset: int, nbytes: int) -> None:
         """Have the system read these bytes ahead."""
@@ -246,6 +266,12 @@ class MappedTensor(Stored):
         return self._order
 
 
+def holders_of(tensors: Iterable[Stored]) -> list[Holder]:
+    """What holds the bytes of tensors, each once, in the order in which they are found."""
+    parts = (part for tensor in tensors for part in tensor.made_of)
+    return list({id(part.holder): part.holder for part in parts if isinstance(part, FileTensor)}.values())
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor of one axis, as bytes."""
     return tensor.view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
@@ -277,6 +303,6 @@ def open_safetensors(path: Path) -> Opened:
     """
     header = read_header(path)
     file = File(path)
-    if os.fstat(file.fd).st_size != header.size:
+    if file.stamp != header.stamp:
         raise FormatError(f"{path}: it changed while it was opened: try again when it is complete")
     return {name: FileTensor(file, entry) for name, entry in header.entries.items()}, header.metadata
