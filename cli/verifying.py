@@ -26,7 +26,8 @@ _SHOWN = 3
     "programs",
     multiple=True,
     metavar="PROGRAM",
-    help="vllm, sglang, llama.cpp, peft, diffusers or transformers; may be given several times  [default: what fits]",
+    help="vllm, sglang, llama.cpp, peft, diffusers, transformers or comfyui; may be given several times  "
+    "[default: what fits]",
 )
 @click.option(
     "--base", help="an adapter's base: its folder, or ORG/NAME  [default: what its config names, if it is here]"

@@ -205,7 +205,10 @@ LOST = {"files": ("refuses", "factors are missing or do not fit")}
 TIED = {"llama.cpp": ("refuses", "embedding and head are one in the base")}
 
 ADAPTERS: dict[str, tuple[Edit, Expected]] = {
-    "bare file": (alone, BARE | {"diffusers": ("ignores", "base_model.model.")}),
+    "bare file": (
+        alone,
+        BARE | {"diffusers": ("ignores", "base_model.model."), "comfyui": ("refuses", "of language models")},
+    ),
     "without its prefix": (
         named(lambda name: name.removeprefix("base_model.model.")),
         {"peft": ("ignores", "without the prefix"), "diffusers": ("refuses", "no adapters of language models")},
@@ -459,6 +462,7 @@ FOLDERS = dict.fromkeys(
 )
 
 MODELS: dict[str, tuple[Edit, Expected]] = {
+    "any": (lambda folder: folder, {"comfyui": ("warns", "which models it loads is not looked at")}),
     "bare file": (alone, FOLDERS),
     "no config": (removed("config.json"), FOLDERS),
     "empty": (holds(lambda _: {}), {"files": ("refuses", "it is empty")}),
@@ -548,6 +552,11 @@ def dotted(state: State) -> State:
     }
 
 
+def under(module: str) -> Edit:
+    """Factors of one module."""
+    return lora(lambda _: {f"{module}.lora_{side}.weight": torch.ones(2, 2) for side in "AB"})
+
+
 LORAS: dict[str, tuple[Edit, Expected]] = {
     "LoHa": (
         lora(lambda _: {f"{UNET}.hada_{part}": torch.ones(2, 2) for part in ("w1_a", "w1_b", "w2_a", "w2_b")}),
@@ -570,9 +579,38 @@ LORAS: dict[str, tuple[Edit, Expected]] = {
         {"diffusers": ("refuses", "alphas stand in the header")},
     ),
     "ranks": (lora(dotted), {"diffusers": ("warns", "before August 2026")}),
-    "ComfyUI": (
-        lora(lambda _: {f"diffusion_model.double_blocks.0.img_mlp.0.lora_{s}.weight": torch.ones(2, 2) for s in "AB"}),
-        {"diffusers": ("warns", "names of ComfyUI")},
+    "ComfyUI": (under("diffusion_model.odd.0.to_q"), {"diffusers": ("warns", "names of ComfyUI")}),
+    "of Flux or of Flux.2": (
+        under("diffusion_model.double_blocks.0.img_mlp.0"),
+        {"diffusers": ("warns", "loads for some of the models")},
+    ),
+    "of Wan, by diffusers": (
+        under("transformer.blocks.0.attn1.to_q"),
+        {"comfyui": ("ignores", "modules under names that are not in its map")},
+    ),
+    "of Flux or of HunyuanVideo": (
+        under("transformer.transformer_blocks.0.ff.net.0.proj"),
+        {"comfyui": ("warns", "in its map for some of the models")},
+    ),
+    "of Anima, flat": (
+        under("lora_unet_blocks_0_mlp_layer1"),
+        {"diffusers": ("ignores", "modules under names that it does not load")},
+    ),
+    "attention of a U-Net": (lora(dotted), {"comfyui": ("ignores", "attention of a U-Net")}),
+    "newer text encoder": (
+        under("text_encoder.encoder.layers.0.self_attn.q_proj"),
+        {"comfyui": ("ignores", "modules of text encoders")},
+    ),
+    "magnitudes of diffusers": (
+        lora(lambda s: s | {f"{UNET}.lora_magnitude_vector": torch.ones(8)}),
+        {"comfyui": ("ignores", "tensors of a kind that it does not know")},
+    ),
+    "alphas in the header": (
+        lora(
+            lambda s: {name: value for name, value in dotted(s).items() if ".to_q." in name},
+            lora_adapter_metadata='{"unet.r": 2, "unet.lora_alpha": 4, "unet.target_modules": ["to_q"]}',
+        ),
+        {"comfyui": ("ignores", "alphas that stand in a config")},
     ),
     "of another model": (
         lora(lambda s: {n.replace("down_blocks_1", "down_blocks_7"): v for n, v in s.items()}),
@@ -597,7 +635,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "model: copied head": {"values": False},
     "LoRA file: of another model": {"base": "pipeline"},
 }
-OTHERS = {("llama", "diffusers"), ("adapter", "diffusers")}
+OTHERS = {(kind, program) for kind in ("llama", "adapter") for program in ("diffusers", "comfyui")}
 """What a program does not take, however sound."""
 ALL = {"adapter: base by a path"}
 """What is so of the sound ones too."""

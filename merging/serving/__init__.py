@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from merging.errors import FormatError, InputError, OptionError, nearest
+from merging.serving.comfyui import COMFYUI
 from merging.serving.contents import FILES
 from merging.serving.diffusers import DIFFUSERS
 from merging.serving.llama_cpp import LLAMA_CPP
@@ -23,7 +24,7 @@ from merging.serving.vllm import VLLM
 __all__ = ["PROGRAMS", "Finding", "Verdict", "verify"]
 
 PROGRAMS: dict[str, Program] = {
-    program.name: program for program in (VLLM, SGLANG, LLAMA_CPP, PEFT, DIFFUSERS, TRANSFORMERS)
+    program.name: program for program in (VLLM, SGLANG, LLAMA_CPP, PEFT, DIFFUSERS, TRANSFORMERS, COMFYUI)
 }
 """By their names."""
 

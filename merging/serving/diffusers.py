@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from merging.serving.families import Layout, families_of, modules_of, names_not_taken
 from merging.serving.rules import BAKE, Program, Rule, absent, no_config
 from merging.serving.subject import Subject
 from merging.sources.lora_headers import METADATA_KEY
@@ -57,18 +58,63 @@ def _mixed_ranks(subject: Subject) -> Iterator[str]:
         yield f"ranks {', '.join(map(str, sorted(downs)))}, and no alpha"
 
 
+_TAKEN: dict[str, tuple[Layout, ...]] = {
+    "": (("transformer.", "diffusers", "A"), ("transformer.", "own", "A")),
+    "Stable Diffusion": (
+        *((prefix, style, "A down") for prefix in ("unet.", "lora_unet_") for style in ("diffusers", "own")),
+        ("lora_unet_", "published", "down"),
+    ),
+    "Flux": (("lora_unet_", "published", "down"), ("lora_transformer_", "diffusers", "down"),
+             ("base_model.model.", "published", "A")),
+    "Flux.2": (
+        *((prefix, style, "A") for prefix in ("diffusion_model.", "base_model.model.")
+          for style in ("published", "modulation")),
+        ("lora_unet_", "published", "down"),
+    ),
+    "HunyuanVideo": (("transformer.", "first", "A"), ("diffusion_model.", "first", "A")),
+    "Wan": (("diffusion_model.", "published", "A down"), ("lora_unet_", "published", "down")),
+    "Qwen-Image": (("", "diffusers", "default down"), ("diffusion_model.", "diffusers", "A down"),
+                   ("lora_unet_", "diffusers", "down")),
+    "Z-Image": (("", "diffusers", "default down"), ("diffusion_model.", "diffusers", "A down"),
+                ("lora_unet_", "diffusers", "down"), ("lora_unet_", "published", "down")),
+    "Lumina 2": (("diffusion_model.", "published", "A"),),
+    "LTX-Video": (("diffusion_model.", "published", "A"), ("diffusion_model.", "diffusers", "A")),
+    "LTX-2": (("diffusion_model.", "published", "A"), ("diffusion_model.", "diffusers", "A")),
+    "HiDream": (("diffusion_model.", "diffusers", "A"),),
+    "Anima": (("diffusion_model.", "published", "A"),),
+    "Ernie-Image": (("diffusion_model.", "diffusers", "A"), ("base_model.model.", "diffusers", "A")),
+}  # fmt: skip
+"""The names that its pipelines load, under "" those that all do."""
+
+_CONVERT = "convert it: merge --method passthrough --format diffusers --base PIPELINE"
+
+
+def _unknown(subject: Subject) -> Iterator[str]:
+    """Names that no family of the table knows."""
+    modules = modules_of(subject.tensors)
+    if not families_of(modules):
+        yield from (module.name for module in modules)
+
+
 def _wrapped(subject: Subject) -> Iterator[str]:
-    yield from (name for name in subject.tensors if name.startswith("base_model.model."))
+    yield from (name for name in _unknown(subject) if name.startswith("base_model.model."))
 
 
 def _bare_names(subject: Subject) -> Iterator[str]:
-    if not any(_wrapped(subject)):
+    if not any(_wrapped(subject)) and not families_of(modules_of(subject.tensors)):
         yield f"{subject.name} names no component of a pipeline"
 
 
 def _comfy(subject: Subject) -> Iterator[str]:
-    yield from (name for name in subject.tensors if name.startswith("diffusion_model."))
+    yield from (name for name in _unknown(subject) if name.startswith("diffusion_model."))
 
+
+_LAYOUTS = (
+    Rule("ignores", "modules under names that it does not load, or stops at",
+         names_not_taken(_TAKEN, by="all"), _CONVERT, f"{_PIPELINES}, run"),
+    Rule("warns", "modules under names that it loads for some of the models that have such modules",
+         names_not_taken(_TAKEN, by="some"), _CONVERT, f"{_PIPELINES}, run"),
+)  # fmt: skip
 
 DIFFUSERS = Program(
     "diffusers",
@@ -83,8 +129,9 @@ DIFFUSERS = Program(
             Rule("warns", "before August 2026 modules of other ranks than the first were given a wrong scale",
                  _mixed_ranks, "merge it with merge --method passthrough, which writes one rank",
                  "utils/peft_utils.py"),
-            Rule("warns", "names of ComfyUI are understood for some models only", _comfy,
-                 "convert it: merge --method passthrough --format diffusers --base PIPELINE", f"{_PIPELINES}, run"),
+            Rule("warns", "names of ComfyUI are understood for some models only", _comfy, _CONVERT,
+                 f"{_PIPELINES}, run"),
+            *_LAYOUTS,
         ),
         "adapter": (
             Rule("ignores", "pipelines read no names that begin with base_model.model.", _wrapped,
@@ -92,6 +139,7 @@ DIFFUSERS = Program(
                  f"{_PIPELINES}, run"),
             Rule("refuses", "there are no adapters of language models in pipelines", _bare_names, "load it with PEFT",
                  f"{_PIPELINES}, run"),
+            *_LAYOUTS,
         ),
         "model": (
             Rule("refuses", "models are folders with config.json", no_config, "put it in a folder with its config",

@@ -30,7 +30,7 @@ _FACTORS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embe
 _NORMS = ("_layernorm", ".norm")
 _CONV1D = ("c_attn", "c_fc", "c_proj")
 
-_ON_THE_HUB = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
+_ON_THE_HUB = re.compile(r"\w[\w.-]*(?:/[\w.-]+)?")
 _ADAPTERS = "convert_lora_to_gguf.py"
 _SERVER = "src/llama-adapter.cpp"
 
