@@ -254,7 +254,31 @@ def test_a_hub_that_is_down_is_said_in_seconds(tmp_path: Path, hub: Hub) -> None
         timeout=100,
     )
     assert done.returncode == 1
+    assert "org/base: there is no such file or folder here, and the Hub" in done.stderr
     assert "cannot be reached" in done.stderr and "HF_HUB_OFFLINE=1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "loras/count"),
+        ("verify", "loras/count"),
+        ("-m", "linear", "loras/count", "loras/counts"),
+        ("compare", "loras/count", "loras/counts"),
+        ("continual", "init", "store", "--base", "loras/count"),
+        ("pool", "build", "pool", "--base", "org/base", "loras/count"),
+    ],
+    ids=" ".join,
+)
+def test_a_name_in_a_folder_that_is_here_is_not_asked_of_the_hub(
+    site: Site, shell: Shell, words: tuple[str, ...]
+) -> None:
+    """A typing error in a local name: the folder is here, and has a name that is near."""
+    (shell.folder / "loras" / "counts").mkdir(parents=True)
+    site.hub.clear()
+    told = shell(*words, code=1)
+    assert "loras/count: there is no such file or folder (did you mean 'counts'?)" in told
+    assert not site.hub.log()
 
 
 def test_a_token_opens_gated_models_and_goes_to_no_other_host(site: Site, shell: Shell) -> None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-from merging.errors import InputError
+from merging.errors import InputError, nearest
 
-__all__ = ["Address", "hub_address", "local_path"]
+__all__ = ["Address", "hub_address", "local_path", "no_such_path"]
 
 _SCHEME = "hf://"
 _PART = r"[A-Za-z0-9][\w.-]*"
@@ -53,6 +53,16 @@ def local_path(name: str) -> Path:
     except OSError as error:
         raise InputError(f"{name}: cannot be looked for: {error.strerror}") from None
     return path
+
+
+def no_such_path(path: Path) -> InputError:
+    """The refusal of a local path where nothing is, with the name there that is nearest to it."""
+    try:
+        near = nearest(path.name, [each.name for each in path.parent.iterdir()])
+    except OSError:
+        near = ""
+    hint = near or (": the Hub is meant by hf://ORG/NAME" if _WRITTEN.fullmatch(str(path)) else "")
+    return InputError(f"{path}: there is no such file or folder{hint}")
 
 
 def hub_address(name: str) -> Address | None:

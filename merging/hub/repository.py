@@ -14,7 +14,7 @@ from typing import Any
 from merging.errors import InputError, nearest
 from merging.hub.address import Address
 from merging.hub.cards import stated_licence
-from merging.hub.client import api, explained, offline, patiently
+from merging.hub.client import Unreachable, api, explained, offline, patiently
 from merging.hub.remote import RemoteFile, opened_remote
 from merging.sources.stored import STAND_INS, Opened
 
@@ -94,7 +94,11 @@ def _mirrors() -> Any:
 
 def _asked(repo: str, revision: str | None) -> Repository:
     name = f"{repo}@{revision}" if revision else repo
-    info = patiently(lambda: api().model_info(repo, revision=revision, files_metadata=True), name)
+    try:
+        info = patiently(lambda: api().model_info(repo, revision=revision, files_metadata=True), name)
+    except Unreachable as error:
+        reason = str(error).removeprefix(f"{name}: ")
+        raise Unreachable(f"{name}: there is no such file or folder here, and {reason}") from None
     siblings = info.siblings or []
     folder = Path(_mirrors().name) / repo / info.sha
     sizes = {each.rfilename: each.size or 0 for each in siblings if _safe(each.rfilename)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from merging.errors import InputError
-from merging.hub.address import hub_address
+from merging.hub.address import hub_address, no_such_path
 from merging.hub.query import Query
 from merging.pool.audit import Candidate
 
@@ -24,7 +24,7 @@ def candidates_in(path: str | Path) -> list[Candidate]:
         return [Candidate(str(address), address.repo.partition("/")[0])]
     path = Path(path).expanduser()
     if not path.exists():
-        raise InputError(f"{path}: there is no such file or folder")
+        raise no_such_path(path)
     if path.is_file() or _is_adapter(path):
         return [Candidate(str(path.resolve()))]
     inside = sorted(each for each in path.iterdir() if not each.name.startswith("."))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from merging.errors import FormatError, InputError, MergingError
-from merging.hub.address import Address, hub_address, local_path
+from merging.hub.address import Address, hub_address, local_path, no_such_path
 from merging.sources import Dialect, dialect_of, diffusion, peft
 from merging.sources.components import PIPELINE, components_of
 from merging.sources.layout import agree, check_suffix, find_weights, is_standard, read_json, shards_of, weights_of
@@ -119,7 +119,7 @@ def open_subject(name: str, base: str | None, max_rank: int | None, values: bool
         start = f"{start}/" if start else ""
         listed = frozenset(each.removeprefix(start) for each in repository.sizes if each.startswith(start))
     if not path.exists():
-        raise InputError(f"{name}: there is no such file or folder")
+        raise no_such_path(path)
     try:
         folder, weights, config = _found(path)
         tensors, metadata = _opened(weights)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merging.errors import FormatError, InputError, MergingError
-from merging.hub.address import hub_address, local_path
+from merging.hub.address import hub_address, local_path, no_such_path
 from merging.sources import diffusion, kohya, packs, peft
 from merging.sources.adapter import Adapter
 from merging.sources.checkpoint import Checkpoint, open_checkpoint
@@ -118,8 +118,7 @@ def open_model(name: str | Path, alpha: float | None = None, dequantise: bool = 
 
 def _open_local(path: Path, alpha: float | None, dequantise: bool) -> Checkpoint | Adapter:
     if not path.exists():
-        hint = ": the Hub is meant by hf://ORG/NAME" if str(path).count("/") == 1 else ""
-        raise InputError(f"{path}: there is no such file or folder{hint}")
+        raise no_such_path(path)
     if path.is_dir():
         _check_one_model(path)
         if not (path / "adapter_config.json").is_file():
