@@ -250,13 +250,21 @@ def _basis(tau: Tensor) -> Tensor:
 def knots(tau: Tensor) -> tuple[Tensor, Tensor]:
     """KnOTS (2410.19735): the joint basis `U [out, k]`, and the models in it, `[n, k, in]`; model i is `U p_i`."""
     u = _basis(tau)
-    return u, u.T @ tau  # S V_i^T, without the rounding errors that S and V have where nothing changes
+    return u, _evened(u.T @ tau)  # S V_i^T, without the rounding errors that S and V have where nothing changes
 
 
 def core(tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Core Space (2509.17786): the joint bases `U [out, k]` and `V [in, l]`, and the models in them, `[n, k, l]`."""
     u, v = _basis(tau), _basis(tau.mT)
-    return u, v, u.T @ tau @ v
+    return u, v, _evened(u.T @ tau @ v)
+
+
+def _evened(parts: Tensor) -> Tensor:
+    """Without the last bits, which depend on the processor: opposite models cancel out, and an election is tied."""
+    if not parts.any():
+        return parts
+    step = parts.abs().max() * 2.0**-40
+    return (parts / step).round() * step
 
 
 def wudi_loss(merged: Tensor, tau: Tensor) -> float:
