@@ -9,19 +9,22 @@ from pathlib import Path
 
 from merging.companions import adapter_config
 from merging.plan.items import Plan
+from merging.plan.outs import PREFIX
 from merging.sources import Adapter
-from merging.sources.diffusion import WEIGHTS
+from merging.sources.diffusion import WEIGHTS, modern_name
 from merging.sources.lora_headers import METADATA_KEY
 from merging.sources.peft import CONFIG_KEY
 
 __all__ = ["lora_metadata", "lora_stem"]
 
-_LEAF = ".lora_A.weight"
+_LOWER = re.compile(r"\.lora_(?:A|down)\.weight$")
+"""What the lower factor of a module is called behind it."""
 
 
 def lora_stem(plan: Plan, folder: Path) -> str:
     """What the file is called in its folder, without its ending: as each program looks for it."""
-    return {"peft": "adapter_model", "diffusers": Path(WEIGHTS[0]).stem, "kohya": folder.name}[plan.format]
+    stems = {"peft": "adapter_model", "diffusers": Path(WEIGHTS[0]).stem}
+    return stems.get(plan.format, folder.name)
 
 
 def lora_metadata(plan: Plan) -> dict[str, str]:
@@ -29,18 +32,21 @@ def lora_metadata(plan: Plan) -> dict[str, str]:
 
     Of the inputs' own headers only the kind of model is kept: those of Kohya's hold captions and paths.
     """
-    if plan.format == "peft":
+    if plan.header == "peft":
         return {CONFIG_KEY: json.dumps(adapter_config(plan))}
-    return {METADATA_KEY: json.dumps(_configs(plan))} if plan.format == "diffusers" else _kohya(plan)
+    if plan.header == "diffusers":
+        return {METADATA_KEY: json.dumps(_configs(plan))}
+    return _kohya(plan) if plan.header == "kohya" else {}
 
 
 def _configs(plan: Plan) -> dict[str, object]:
-    """A config of PEFT's for each component: one rank, alpha equal to it, its modules by their full names."""
-    modules: defaultdict[str, list[str]] = defaultdict(list)
-    for name in (out.name for out in plan.outs if out.name.endswith(_LEAF)):
-        component, _, module = name.removesuffix(_LEAF).partition(".")
-        # PEFT looks for endings, so that this one is found in text encoders with and without the level.
-        modules[component].append(module.removeprefix("text_model."))
+    """A config of PEFT's for each component: alpha equal to the rank, its modules by their full names."""
+    modules: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    for name, rank in ((modern_name(out.name), out.shape[0]) for out in plan.outs if out.shape):
+        if _LOWER.search(name):
+            component, _, module = _LOWER.sub("", name).partition(".")
+            # PEFT looks for endings, so that this one is found in text encoders with and without the level.
+            modules[component][module.removeprefix(PREFIX).removeprefix("text_model.")] = rank
     config = {
         "peft_type": "LORA",
         "r": plan.rank,
@@ -49,14 +55,13 @@ def _configs(plan: Plan) -> dict[str, object]:
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
     }
-    return {
-        f"{component}.{key}": value
-        for component, names in sorted(modules.items())
-        for key, value in {**config, "target_modules": sorted(names)}.items()
-    }
+    found: dict[str, object] = {}
+    for component, ranks in sorted(modules.items()):
+        others = {module: rank for module, rank in sorted(ranks.items()) if rank != plan.rank}
+        own = {**config, "rank_pattern": others, "alpha_pattern": others, "target_modules": sorted(ranks)}
+        found |= {f"{component}.{key}": value for key, value in own.items()}
+    return found
 
 
 def _kohya(plan: Plan) -> dict[str, str]:

@@ -19,13 +19,12 @@ from merging.plan.checks import (
 )
 from merging.plan.chosen import chosen
 from merging.plan.heads import settled
-from merging.plan.items import Constant, Item, Plan
-from merging.plan.labels import output_format
+from merging.plan.items import Item, Plan
 from merging.plan.sites import find_stacks
-from merging.plan.to_adapter import adapter_items, adapter_targets
+from merging.plan.to_adapter import AdapterItems, adapter_items, adapter_targets
 from merging.plan.to_model import model_items
 from merging.plan.vocabulary import Vocabulary, fitted
-from merging.recipe import AdapterFormat, Recipe
+from merging.recipe import Recipe
 from merging.sources import Adapter, Checkpoint, open_model
 
 __all__ = ["PORTABLE_RANKS", "Item", "Plan", "make_plan", "plan_of"]
@@ -77,9 +76,7 @@ def _plan_of(
     check_bases(models, recipe.allow_different_bases)
     keys, notices = content_keys(models)
     notices += [notice for model in models if isinstance(model, Adapter) for notice in model.notices] + remarks
-    rank, untied = 0, False
-    format: AdapterFormat = "peft"
-    constants: tuple[Constant, ...] = ()
+    untied = False
     vocabulary: Vocabulary | None = None
     if output == "adapter":
         adapters = [model for model in models if isinstance(model, Adapter)]
@@ -89,15 +86,16 @@ def _plan_of(
         matched = targets.matched
         notices += taken_as_linear(adapters, base)
         stacks, guess = find_stacks(recipe, models, base, targets)
-        format = output_format(recipe, adapters)
-        steps = rank_steps if format == "peft" else ()
-        items, rank, constants = adapter_items(recipe, adapters, base, targets, stacks, weights, steps, format)
+        made = adapter_items(recipe, adapters, base, targets, stacks, weights, rank_steps)
+        notices += made.notices
     else:
         alike, base_alike, vocabulary, remarks = fitted(recipe, models, base)
         notices += remarks
         reference = base_alike or next(model for model in alike if isinstance(model, Checkpoint))
         stacks, guess = find_stacks(recipe, models, reference, ())
         items, matched, untied = model_items(recipe, alike, reference, base_alike, stacks, weights)
+        made = AdapterItems(items, 0)
+    items = made.items
     check_places(recipe.method, [item.site for item in items if item.form != "copy"], len(models))
     notices += idle_parameters(recipe.method, [item.site for item in items if item.form != "copy"])
     if recipe.exclude and all(item.form == "copy" for item in items):
@@ -114,13 +112,14 @@ def _plan_of(
         output=output,
         weights=weights,
         items=tuple(sorted(items, key=Item.order)),
-        rank=rank,
+        rank=made.rank,
         untied=untied,
         notices=tuple(notices),
         matched=tuple(matched),
         vocabulary=vocabulary,
-        format=format,
-        constants=constants,
+        format=made.format,
+        header=made.header,
+        constants=made.constants,
     )
 
 

@@ -1,4 +1,4 @@
-"""Which factors of a merged LoRA go where in files of diffusers or Kohya, and what else these hold."""
+"""Which factors of a merged LoRA go where in files of other programs than PEFT, and what else these hold."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from dataclasses import dataclass
 
 from merging.errors import InputError
 from merging.plan.items import Constant, Form, Item, Placing
-from merging.plan.labels import labelled_rows, unnamed
-from merging.recipe import AdapterFormat
+from merging.plan.names import Names
 from merging.site import Site
-from merging.sources import Adapter
 from merging.sources.adapter import Change
 from merging.sources.computed import Computed
 from merging.sources.fused_names import Rows
@@ -21,12 +19,6 @@ from merging.sources.stored import Out, Stored
 __all__ = ["Exporter"]
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-_LEAVES: dict[AdapterFormat, tuple[str, str]] = {
-    "diffusers": ("lora_A.weight", "lora_B.weight"),
-    "kohya": ("lora_down.weight", "lora_up.weight"),
-}
-"""What the lower and the upper factor of a module are called."""
 
 _CONVOLUTION = re.compile(r"(?:conv\w*|proj_in|proj_out|_op|in_layers_2|out_layers_3|skip_connection)$")
 """Endings of modules that may be convolutions."""
@@ -43,7 +35,7 @@ class _Share:
 
 
 class Exporter:
-    """Lays out the items of a merged LoRA as files of diffusers or Kohya have them.
+    """Lays out the items of a merged LoRA under their ``names`` in its file.
 
     ``shapes`` are those of the base's tensors if it is ``based`` on one, else of the targets; ``factored`` those of the
     targets that become factors, of ``rank`` and of the type ``kind``. Where the output fuses what the targets keep
@@ -53,17 +45,16 @@ class Exporter:
 
     def __init__(
         self,
-        format: AdapterFormat,
-        adapters: Sequence[Adapter],
+        names: Names,
         shapes: Shapes,
         factored: Shapes,
         rank: int,
         kind: str,
         based: bool,
     ) -> None:
-        self._format, self._based, self._rank, self._kind = format, based, rank, kind
+        self._names, self._based, self._rank, self._kind = names, based, rank, kind
         self._shapes, self._factored = shapes, factored
-        self._rows = labelled_rows(format, adapters, shapes, based)
+        self._rows = names.rows
         self._shares: defaultdict[str, list[_Share]] = defaultdict(list)
         for label, rows in self._rows.items():
             first = 0
@@ -79,33 +70,30 @@ class Exporter:
     def item(self, site: Site, changes: tuple[Change | None, ...], stored: Stored | None, form: Form) -> Item:
         """The item of a target. Raises :class:`~merging.errors.InputError` for what the format cannot hold."""
         shares = self._shares[site.name]
-        if sum(share.length for share in shares) != (site.shape or (1,))[0]:
-            raise unnamed(site.name, self._format, self._based)
         if form != "factors":
-            return Item(site, changes, stored, (self._vector(site, shares, form),), form)
+            return Item(site, changes, stored, (self._full(site, shares, form),), form)
         self._check(site, [change for change in changes if change])
         placings = tuple(self._placings(site, shares))
         outs = tuple(out for each in placings for out in (each.down, each.up) if out)
         return Item(site, changes, stored, tuple(dict.fromkeys(outs)), form, placings=placings)
 
-    def _vector(self, site: Site, shares: Sequence[_Share], form: Form) -> Out:
-        """A bias, or the weight or bias of a norm: of what is changed in full, all that Kohya's files hold."""
+    def _full(self, site: Site, shares: Sequence[_Share], form: Form) -> Out:
+        """A change in full, of what files under these names hold so: biases and norms mostly."""
         label, alone = shares[0].label, (Rows(site.name, 0, (site.shape or (1,))[0]),)
-        if form == "dense" or self._format != "kohya" or self._rows[label] != alone:
-            raise InputError(
-                f"{site.name} is changed in full, which LoRA files in the format of {self._format} do not hold: make "
-                f"a model with --as model"
-            )
-        module, _, leaf = label.rpartition(".")
         weight = self._shapes.get(f"{site.name.rpartition('.')[0]}.weight", ())
-        name = "w_norm" if leaf == "weight" else "b_norm" if len(weight) == 1 else "diff_b"
-        return Out(f"{module}.{name}", self._kind, site.shape)
+        name = self._names.in_full(label, weight) if form != "dense" and self._rows[label] == alone else None
+        if name is None:
+            raise InputError(
+                f"{site.name} is changed in full, which LoRA files in the format of {self._names.format} do not hold: "
+                f"make a model with --as model"
+            )
+        return Out(name, self._kind, site.shape)
 
     def _check(self, site: Site, changes: Sequence[Change]) -> None:
         if any(change.kind in ("embedding", "experts") or change.is_transposed(site.shape) for change in changes):
             raise InputError(
                 f"{site.name} is an embedding, or lies the other way round, which a LoRA in the format of "
-                f"{self._format} does not hold: use --format peft, or --as model"
+                f"{self._names.format} does not hold: use --format peft, or --as model"
             )
         flattened = all(isinstance(change, Computed) and not change.kernel for change in changes)
         if not self._based and flattened and _CONVOLUTION.search(site.name.rpartition(".")[0]):
@@ -124,13 +112,13 @@ class Exporter:
 
     def _factors(self, label: str, shape: tuple[int, ...]) -> tuple[Out, Out]:
         """The two factors of a tensor of the output that is made of targets of this ``shape``, but for their rows."""
-        module, width = label.rpartition(".")[0], self._rank * len(self._terms[label])
+        width = self._rank * len(self._terms[label])
         _, inputs, *kernel = shape
         outputs = sum(part.length for part in self._rows[label])
-        down, up = _LEAVES[self._format]
+        down, up = self._names.factors(label)
         return (
-            Out(f"{module}.{down}", self._kind, (width, inputs, *kernel)),
-            Out(f"{module}.{up}", self._kind, (outputs, width, *(1 for _ in kernel))),
+            Out(down, self._kind, (width, inputs, *kernel)),
+            Out(up, self._kind, (outputs, width, *(1 for _ in kernel))),
         )
 
     def constants(self) -> tuple[Constant, ...]:
@@ -138,8 +126,8 @@ class Exporter:
         found: list[Constant] = []
         for label, terms in self._terms.items():
             width = self._rank * len(terms)
-            if self._format == "kohya":
-                found.append(Constant(Out(f"{label.rpartition('.')[0]}.alpha", "F32", ()), float(width)))
+            if alpha := self._names.alpha(label):
+                found.append(Constant(Out(alpha, "F32", ()), float(width)))
             _, upper = self._factors(label, self._factored[next(iter(terms))])
             first = 0
             for part in self._rows[label]:

@@ -108,7 +108,8 @@ class Plan:
     """A merge that can be carried out: everything that can be known from headers has been checked.
 
     ``weights`` says that the models' weights are merged themselves, not their changes from the base. ``rank`` is that
-    of a merged adapter, ``format`` whose files it is in, and ``constants`` what these hold beside what is merged.
+    of a merged adapter, ``format`` what the form of its file is called, ``header`` whose entries the file's header has,
+    and ``constants`` what the file holds beside what is merged.
     ``untied`` says that the output writes a head of its own where the base ties it, ``vocabulary``
     whose vocabulary it has where those of the models differ in size.
     """
@@ -125,7 +126,8 @@ class Plan:
     notices: tuple[str, ...] = ()
     matched: tuple[str, ...] = field(default=())
     vocabulary: Vocabulary | None = None
-    format: AdapterFormat = "peft"
+    format: str = "peft"
+    header: AdapterFormat | None = "peft"
     constants: tuple[Constant, ...] = ()
 
     @property

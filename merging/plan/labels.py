@@ -11,7 +11,7 @@ from merging.sources import Adapter
 from merging.sources.diffusion_names import Known, known_names
 from merging.sources.fused_names import Rows
 
-__all__ = ["labelled_rows", "output_format", "peft_labels", "unnamed"]
+__all__ = ["Shapes", "labelled_rows", "output_format", "peft_labels", "unnamed"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -40,12 +40,13 @@ def output_format(recipe: Recipe, adapters: Sequence[Adapter]) -> AdapterFormat:
     return "peft" if "peft" in own else "diffusers"
 
 
-def unnamed(target: str, format: AdapterFormat, based: bool) -> InputError:
-    """What to say of a target whose name in a format is not known."""
+def unnamed(target: str, format: str, based: bool, kept: bool = False) -> InputError:
+    """What to say of a target whose name in a format is not known; ``kept``: the inputs' own could be kept."""
+    keep = "leave --format out, so that the output keeps the inputs' names, or " if kept else ""
     without = "" if based else " without the model itself, so give that with --base if it is one of diffusion"
     return InputError(
-        f"{target}: what it is called in LoRA files in the format of {format} is not known{without}: use another "
-        f"--format, or --as model"
+        f"{target}: what it is called in LoRA files in the format of {format} is not known{without}: "
+        f"{keep}use another --format, or --as model"
     )
 
 

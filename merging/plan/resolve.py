@@ -15,6 +15,7 @@ from merging.plan.diffusion import Spellings
 from merging.sources import Adapter
 from merging.sources.adapter import Change, LoraChange
 from merging.sources.experts import ExpertsChange
+from merging.sources.fused_names import Rows
 from merging.sources.model_config import check_counts
 from merging.sources.names import Renaming, find_renaming
 from merging.sources.parts import Assembled, Piece, Place, meet, part_of, viewed, whole
@@ -30,11 +31,13 @@ _INPUTS_FIRST = {"gpt_oss", "openai_privacy_filter", "aria", "aria_text"}
 class Resolved:
     """An adapter's ``changes`` by the base's names, and a ``line`` that tells by what rule they were found.
 
-    ``exact``: every target is one tensor of the base, and no target a part of one.
+    ``exact``: every target is one tensor of the base, and no target a part of one. ``rows`` are the rows of the base's
+    tensors that each target consists of, in order; targets that are no such rows are left out.
     """
 
     changes: dict[str, Change]
     line: str
+    rows: Mapping[str, tuple[Rows, ...]]
     exact: bool = True
 
 
@@ -66,7 +69,8 @@ class Resolver:
             names = _renamed(adapter, renaming, self._shapes)
             changes = self._oriented(adapter, {target: self._shapes[name] for target, name in names.items()})
             placed = {names[target]: change for target, change in changes.items()}
-            return Resolved(placed, _line(adapter, str(renaming)))
+            rows = {target: (Rows(name, 0, (self._shapes[name] or (1,))[0]),) for target, name in names.items()}
+            return Resolved(placed, _line(adapter, str(renaming)), rows)
         found = self._by_memory(adapter)
         if found is not None:
             return self._placed(adapter, found, self._pieces)
@@ -195,6 +199,7 @@ class Resolver:
         """An adapter's changes of the tensors at ``places``: those that are one target's, parts, and put together."""
         holders = _by_whole(places)
         parts: dict[str, list[tuple[Change, Place]]] = defaultdict(list)
+        rows: dict[str, dict[int, Rows]] = defaultdict(dict)
         exact = True
         for target, change in self._oriented(adapter, found.shapes).items():
             shape, covered = found.shapes[target], 0
@@ -212,13 +217,18 @@ class Resolver:
                     exact &= part is change
                     covered += prod(met[0].shape)
                     parts[name].append((part, met[1]))
+                    if _are_rows(met[0], shape) and _are_rows(met[1], self.shape(name)):
+                        first, held = met[0].box[0], met[1].box[0]
+                        rows[target][first.start] = Rows(name, held.start, held.stop - held.start)
             if covered != prod(shape):
                 raise InputError(
                     f"{adapter.path}: {target} has only {covered} of its {prod(shape)} elements in the base"
                 )
         changes = {name: _whole_change(name, self.shape(name), each) for name, each in parts.items()}
         exact &= not any(isinstance(change, Assembled) for change in changes.values())
-        return Resolved(changes, _line(adapter, found.rule), exact)
+        ordered = {target: tuple(each[first] for first in sorted(each)) for target, each in rows.items()}
+        whole_rows = {t: each for t, each in ordered.items() if sum(r.length for r in each) == found.shapes[t][0]}
+        return Resolved(changes, _line(adapter, found.rule), whole_rows, exact)
 
     def _oriented(self, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Change]:
         """The changes, their factors the right way round for targets of these shapes where that is still open.
@@ -251,6 +261,11 @@ class Resolver:
             f"{adapter.path}: {target} {reason} ({len(left)} of {len(adapter.changes)} targets have no place): is this "
             f"the base it was trained on{f' ({adapter.base})' if adapter.base else ''}?"
         )
+
+
+def _are_rows(place: Place, shape: tuple[int, ...]) -> bool:
+    """Whether what lies at a place of a tensor of this shape is some of its rows."""
+    return place.axes == tuple(range(len(shape))) and bool(shape) and place.shape[1:] == shape[1:]
 
 
 def _renamed(adapter: Adapter, renaming: Renaming, known: Mapping[str, object]) -> dict[str, str]:

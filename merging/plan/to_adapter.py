@@ -15,16 +15,18 @@ from merging.plan.exports import Exporter
 from merging.plan.items import Constant, Form, Item
 from merging.plan.labels import peft_labels
 from merging.plan.matching import common_names
+from merging.plan.names import Placed, choose_names
 from merging.plan.outs import PREFIX, Paths, factors, module_of
 from merging.plan.resolve import Resolver
 from merging.recipe import DTYPES, AdapterFormat, Recipe
 from merging.site import Site, inputs_by_outputs, site_of
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
+from merging.sources.fused_names import Rows
 from merging.sources.stored import DTYPE_NAMES, Out, Stored
 from merging.sources.tokens import TokenRows, TokenTable
 
-__all__ = ["Targets", "adapter_items", "adapter_targets", "common_shape"]
+__all__ = ["AdapterItems", "Targets", "adapter_items", "adapter_targets", "common_shape"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +34,13 @@ class Targets:
     """What is to be merged: at each target the ``changes``, one entry an adapter, and its name in PEFT's files.
 
     With a base, targets are its tensors, and ``resolver`` knows them; without one they are the adapters' own names.
-    ``matched`` are lines about how names were found.
+    ``placed`` are the rows of them that each adapter's own targets consist of, and ``matched`` lines about how names
+    were found.
     """
 
     changes: dict[str, tuple[Change | None, ...]]
     labels: dict[str, str]
+    placed: list[Placed]
     matched: list[str]
     resolver: Resolver | None
 
@@ -49,11 +53,16 @@ def adapter_targets(adapters: Sequence[Adapter], base: Checkpoint | None) -> Tar
     """What adapters change where. Raises :class:`~merging.errors.InputError` for names that do not fit together."""
     resolver = Resolver(_known(base, adapters), base.config) if base is not None else None
     if resolver is None:
+        common = common_names(adapters)
         named = [
             {names[target]: change for target, change in adapter.changes.items()}
-            for names, adapter in zip(common_names(adapters), adapters, strict=True)
+            for names, adapter in zip(common, adapters, strict=True)
         ]
         _refuse_drifted(adapters, named)
+        placed: list[Placed] = [
+            {target: (Rows(name, 0, (changes[name].shape or (1,))[0]),) for target, name in names.items()}
+            for names, changes in zip(common, named, strict=True)
+        ]
         matched = []
     else:
         resolved = [resolver.resolve(adapter) for adapter in adapters]
@@ -61,12 +70,15 @@ def adapter_targets(adapters: Sequence[Adapter], base: Checkpoint | None) -> Tar
             # An adapter is read by programs that hold the base as it is in memory.
             resolved = [resolver.resolve_in_memory(adapter) for adapter in adapters]
         named = [each.changes for each in resolved]
+        placed = [each.rows for each in resolved]
         matched = [each.line for each in resolved]
     labels: dict[str, str] = {}
     for each in named:
         for name, change in each.items():
             labels.setdefault(name, change.target)
-    return Targets({name: tuple(each.get(name) for each in named) for name in labels}, labels, matched, resolver)
+    return Targets(
+        {name: tuple(each.get(name) for each in named) for name in labels}, labels, placed, matched, resolver
+    )
 
 
 def _known(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, Stored]:
@@ -90,6 +102,22 @@ def _refuse_drifted(adapters: Sequence[Adapter], named: Sequence[Mapping[str, Ch
                 )
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterItems:
+    """What a merged adapter consists of: its ``items`` and ``constants``, and the ``rank`` of the factors.
+
+    ``format`` is what the form of its file is called, ``header`` whose entries the file's header has, if it has any;
+    ``notices`` say how these were chosen.
+    """
+
+    items: list[Item]
+    rank: int
+    constants: tuple[Constant, ...] = ()
+    format: str = "peft"
+    header: AdapterFormat | None = "peft"
+    notices: tuple[str, ...] = ()
+
+
 def adapter_items(
     recipe: Recipe,
     adapters: Sequence[Adapter],
@@ -98,11 +126,11 @@ def adapter_items(
     stacks: Stacks,
     weights: bool,
     rank_steps: Sequence[int] = (),
-    format: AdapterFormat = "peft",
-) -> tuple[list[Item], int, tuple[Constant, ...]]:
-    """The items, the rank of the factors, and what files of this ``format`` hold beside.
+) -> AdapterItems:
+    """What the merged adapter consists of.
 
-    The rank is as asked for, or one of ``rank_steps`` (or any) that loses nothing.
+    The rank is as asked for, or one that loses nothing: for an adapter of PEFT's one of ``rank_steps``, if there are
+    any.
     """
     left = all_matching(recipe.exclude, targets.changes)
     merged = {name: changes for name, changes in targets.changes.items() if name not in left}
@@ -113,17 +141,18 @@ def adapter_items(
         name: resolver.shape(name) if resolver else common_shape(name, changes, adapters)
         for name, changes in merged.items()
     }
+    named = {name: stored.shape for name, stored in base.tensors.items()} if base else shapes
+    names, notices = choose_names(recipe, adapters, targets.placed, shapes, named if base else None)
     low = {name for name, changes in merged.items() if _is_lora(changes)}
+    low -= names.kept_in_full(named) if names else set()
     if not recipe.rank:
         _refuse_full_rank(merged, low, adapters)
-    rank = _rank(recipe, [(merged[name], shapes[name]) for name in low], rank_steps)
+    rank = _rank(recipe, [(merged[name], shapes[name]) for name in low], () if names else rank_steps)
     if recipe.experts == "apart":
         check_apart(labels.values(), any(map(_is_experts, merged.values())))
-    named = {name: stored.shape for name, stored in base.tensors.items()} if base else shapes
     exporter = None
-    if format != "peft":
-        factored = {name: shapes[name] for name in low}
-        exporter = Exporter(format, adapters, named, factored, rank, kind, base is not None)
+    if names is not None:
+        exporter = Exporter(names, named, {name: shapes[name] for name in low}, rank, kind, base is not None)
     elif not all(adapter.dialect.startswith("PEFT") for adapter in adapters):
         labels = peft_labels(adapters, named, list(merged), base is not None)
     if exporter is None:
@@ -138,7 +167,8 @@ def adapter_items(
         stored = targets.resolver.stored(name) if targets.resolver else None
         if base is not None and stored is None:
             _refuse_in_pieces(name, changes, weights, base)
-        form: Form = "factors" if name in low else "delta" if _is_bias(changes) else "dense"
+        added = _is_bias(changes) or (exporter is not None and _is_lora(changes))
+        form: Form = "factors" if name in low else "delta" if added else "dense"
         if exporter is not None:
             items.append(exporter.item(site, changes, stored, form))
             continue
@@ -154,15 +184,15 @@ def adapter_items(
         written = 0.5 if form == "factors" and paths.applied_twice(labels[name]) else 1.0
         outs = _outs(labels[name], changes, shapes[name], rank, kind, paths)
         items.append(Item(site, changes, stored, outs, form, written))
-    if exporter is not None:
-        return items, rank, exporter.constants()
+    if exporter is not None and names is not None:
+        return AdapterItems(items, rank, exporter.constants(), names.format, names.header, tuple(notices))
     _check_tokens(items, rank)
     if not low and all(item.form == "dense" and not isinstance(item.base, TokenTable) for item in items):
         raise InputError(
             "the adapters hold tensors in full and no factors, and PEFT reads these only beside factors: make a model "
             "with --as model"
         )
-    return items, rank, ()
+    return AdapterItems(items, rank, notices=tuple(notices))
 
 
 def _token_item(

@@ -20,6 +20,7 @@ from merging.sources.lycoris import METHODS
 from merging.sources.origin import Origin
 from merging.sources.stored import DTYPES, File, Opened, Stored, holders_of, open_tensors
 from merging.sources.unread import refuse_factors
+from merging.sources.written import with_written
 
 __all__ = [
     "DIALECTS",
@@ -134,7 +135,7 @@ def _open_local(path: Path, alpha: float | None, dequantise: bool) -> Checkpoint
     dialect = dialect_of(opened)
     if dialect is None:
         return _checkpoint(path, opened, dequantise)
-    return _of_numbers(dialect.opens(path, alpha, opened))
+    return _of_numbers(with_written(dialect.opens(path, alpha, opened), opened))
 
 
 def _checkpoint(path: Path, opened: Opened | None, dequantise: bool) -> Checkpoint:

@@ -7,7 +7,7 @@ below; every scale is folded in when the factors are read.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from merging.errors import InputError
 from merging.sources.origin import Origin
 from merging.sources.stored import Stored
 
-__all__ = ["Adapter", "Added", "AddedBias", "Change", "Factors", "FullChange", "LoraChange", "Replacement"]
+__all__ = ["Adapter", "Added", "AddedBias", "Change", "Factors", "FullChange", "LoraChange", "Replacement", "Written"]
 
 Kind = Literal["linear", "embedding", "conv", "experts", "bias", "tokens", "full"]
 
@@ -227,12 +227,32 @@ class Factors(Change):
         return LowRank(self.up.read().to(dtype), self.down.read().to(dtype), self.size, self.transposed)
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The names that a file gives to one change: ``stem`` is the path of the module, ``names`` those of its tensors.
+
+    ``names`` are the lower and the upper factor of a LoRA, or the one tensor of any other change; empty if it has
+    several. ``alpha``: the file states an alpha beside them.
+    """
+
+    stem: str
+    names: tuple[str, ...]
+    alpha: bool = False
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """The names behind the path of the module."""
+        return tuple(name[len(self.stem) + 1 :] for name in self.names)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
     """Changes by target, what the adapter says of its base, and what a reader should be told (``notices``).
 
     ``about`` says in a few words what changes of its type are made of. ``base_key`` is the key of the base's content,
     where that is known; ``of_model`` says that a full model changed this, so that merges of it make models.
+    ``written`` are the names in its file by target, and ``configured`` says that the file's header has a config of
+    diffusers' for each component.
     """
 
     path: Path
@@ -246,6 +266,8 @@ class Adapter:
     origin: Origin | None = None
     base_key: str | None = None
     of_model: bool = False
+    written: Mapping[str, Written] = field(default_factory=dict)
+    configured: bool = False
 
     def require_base(self) -> None:
         """Raise :class:`~merging.errors.InputError` if some change cannot be told without the base."""

@@ -26,7 +26,7 @@ from merging.sources.peft.module import Module
 from merging.sources.stored import Opened, Stored, open_tensors
 from merging.sources.views import reshaped
 
-__all__ = ["WEIGHTS", "open_diffusion", "recognises"]
+__all__ = ["WEIGHTS", "modern_name", "open_diffusion", "recognises"]
 
 WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 """What diffusers calls a LoRA's file in its folder."""
@@ -141,13 +141,18 @@ def _modern(path: Path, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     """The tensors by the names that diffusers gives them, whatever version wrote them."""
     named: dict[str, Stored] = {}
     for name, stored in tensors.items():
-        modern = name
-        for pattern, meant in _OLD:
-            modern = pattern.sub(meant, modern)
+        modern = modern_name(name)
         if modern in named:
             raise FormatError(f"{path}: {name} is there twice, under two names")
         named[modern] = stored
     return named
+
+
+def modern_name(name: str) -> str:
+    """The name that diffusers gives a tensor today, whatever version named it."""
+    for pattern, meant in _OLD:
+        name = pattern.sub(meant, name)
+    return name
 
 
 def _by_module(path: Path, named: Mapping[str, Stored], alpha: float | None) -> list[Change]:

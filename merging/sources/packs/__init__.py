@@ -22,6 +22,7 @@ from merging.sources import diffusion, kohya, peft
 from merging.sources.adapter import Adapter, Added, Change, Factors
 from merging.sources.packs.codings import Coding, Kind, Packed, Raw
 from merging.sources.stored import Opened, Stored, open_tensors
+from merging.sources.written import with_written
 
 __all__ = [
     "PACK_KEY",
@@ -179,7 +180,8 @@ def open_pack(path: Path, alpha: float | None = None, opened: Opened | None = No
             of_model=True,
         )
     config = {} if manifest.config is None else {peft.CONFIG_KEY: json.dumps(manifest.config)}
-    inner = _OPENERS[manifest.dialect](path, alpha, (pack.tensors, {**manifest.metadata, **config}))
+    held = pack.tensors, {**manifest.metadata, **config}
+    inner = with_written(_OPENERS[manifest.dialect](path, alpha, held), held)
     about = f"{inner.about}, {told}" if inner.about else told
     return replace(inner, about=about, base=inner.base or manifest.base.name, base_key=manifest.base.key)
 

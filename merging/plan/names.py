@@ -1,0 +1,234 @@
+"""What a merged LoRA's file calls its tensors: by the inputs' own names, or as files of one program have them."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from merging.errors import InputError
+from merging.plan.labels import Shapes, labelled_rows, output_format, unnamed
+from merging.plan.outs import PREFIX
+from merging.recipe import AdapterFormat, Recipe
+from merging.sources import Adapter
+from merging.sources.adapter import Change, Written
+from merging.sources.fused_names import Rows
+
+__all__ = ["FormatNames", "InputNames", "Names", "Placed", "choose_names"]
+
+Placed = Mapping[str, tuple[Rows, ...]]
+"""The rows of the merged tensors that each target of an adapter consists of."""
+
+_FORMATS = {"Kohya": "kohya", "ComfyUI": "comfyui", "diffusers": "diffusers"}
+"""What the form of a dialect's files is called; that of any other is ``as given``."""
+
+_COMPONENT = re.compile(r"(?:unet|transformer(?:_2)?|text_encoder(?:_\d)?)\.")
+"""What pipelines of diffusers call their parts."""
+
+_IN_FULL = frozenset({"diff", "diff_b", "diff_m", "w_norm", "b_norm", "lora_B.bias", "lora_up.bias"})
+"""What changes in full are called behind their module."""
+
+_FLAT, _DOTTED = ("lora_down.weight", "lora_up.weight"), ("lora_A.weight", "lora_B.weight")
+"""The lower and the upper factor of a module, as Kohya's files and as those of diffusers have them."""
+
+
+class Names(ABC):
+    """Names of a file's tensors. Each label stands for a weight or a bias, and for the ``rows`` that it consists of.
+
+    ``format`` is what the form of the file is called, and ``header`` whose entries its header has, if it has any.
+    """
+
+    format: str
+    header: AdapterFormat | None
+    rows: Mapping[str, tuple[Rows, ...]]
+
+    @abstractmethod
+    def factors(self, label: str) -> tuple[str, str]:
+        """The lower and the upper factor."""
+
+    @abstractmethod
+    def alpha(self, label: str) -> str | None:
+        """The alpha beside the factors, None for files that state none."""
+
+    @abstractmethod
+    def in_full(self, label: str, weight: tuple[int, ...]) -> str | None:
+        """A change in full, in a module whose weight has a shape; None where files hold none of this kind."""
+
+    def kept_in_full(self, shapes: Shapes) -> set[str]:
+        """The weights that are merged as they are stored, in full, and not as factors."""
+        return {
+            rows[0].name
+            for label, rows in self.rows.items()
+            if len(rows) == 1 and self.in_full(label, shapes.get(rows[0].name, ())) and label.endswith(".weight")
+        }
+
+
+class FormatNames(Names):
+    """The names that files of diffusers or Kohya have, as far as the tables of their programs hold them.
+
+    ``shapes`` are those of the base's tensors if it is ``based`` on one, else of the targets.
+    """
+
+    def __init__(self, format: AdapterFormat, adapters: Sequence[Adapter], shapes: Shapes, based: bool) -> None:
+        self.format, self.header = format, format
+        self.rows = labelled_rows(format, adapters, shapes, based)
+
+    def factors(self, label: str) -> tuple[str, str]:
+        module = label.rpartition(".")[0]
+        down, up = _FLAT if self.header == "kohya" else _DOTTED
+        return f"{module}.{down}", f"{module}.{up}"
+
+    def alpha(self, label: str) -> str | None:
+        return f"{label.rpartition('.')[0]}.alpha" if self.header == "kohya" else None
+
+    def in_full(self, label: str, weight: tuple[int, ...]) -> str | None:
+        # Of what is changed in full, Kohya's files hold biases, and the weights and biases of norms.
+        module, _, leaf = label.rpartition(".")
+        if self.header != "kohya" or (leaf == "weight" and len(weight) > 1):
+            return None
+        return f"{module}.{'w_norm' if leaf == 'weight' else 'b_norm' if len(weight) == 1 else 'diff_b'}"
+
+
+@dataclass
+class _Given:
+    """What one or more inputs call the tensors of the merge: by label, the names and where they lie."""
+
+    rows: dict[str, tuple[Rows, ...]] = field(default_factory=dict)
+    written: dict[str, list[Written]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, adapter: Adapter, placed: Placed, merged: Shapes) -> bool:
+        """Add the names of an adapter's targets that are merged; False if one has none that can be kept."""
+        for target, change in adapter.changes.items():
+            rows = placed.get(target, ())
+            if (rows and merged.keys().isdisjoint(part.name for part in rows)) or (not rows and change.optional):
+                continue
+            written = adapter.written.get(target)
+            if not rows or written is None or not _can_be_kept(adapter, change, written, merged):
+                return False
+            label = f"{written.stem}.{target.rpartition('.')[2]}"
+            if self.rows.setdefault(label, rows) != rows:
+                return False
+            self.written[label].append(written)
+        return True
+
+    def is_clear(self) -> bool:
+        """Whether no row has two names."""
+        spans = sorted((part.name, part.start, part.length) for rows in self.rows.values() for part in rows)
+        return all(one[0] != other[0] or one[1] + one[2] <= other[1] for one, other in pairwise(spans))
+
+    def covers(self, others: Sequence[Placed], merged: Shapes) -> bool:
+        """Whether there are names for all rows that the adapters change."""
+        own = {(part.name, row) for rows in self.rows.values() for part in rows for row in _marks(part)}
+        wanted = (part for placed in others for rows in placed.values() for part in rows if part.name in merged)
+        return all((part.name, row) in own for part in wanted for row in _marks(part))
+
+
+def _can_be_kept(adapter: Adapter, change: Change, written: Written, merged: Shapes) -> bool:
+    """Whether an adapter's name for a change may stay: PEFT's adapters are written as PEFT does, and so is all that
+    only these hold."""
+    if adapter.dialect.startswith("PEFT") and written.stem.startswith(PREFIX):
+        return False
+    turned = change.target in merged and change.is_transposed(merged[change.target])
+    return change.kind in ("linear", "conv", "bias") and not turned
+
+
+def _marks(part: Rows) -> range:
+    return range(part.start, part.start + part.length)
+
+
+class InputNames(Names):
+    """The names of the inputs' own files: a merge of files that name and store a module alike does so too."""
+
+    def __init__(self, adapters: Sequence[Adapter], given: _Given) -> None:
+        self.format = _FORMATS.get(adapters[0].dialect, "as given")
+        self.rows, self._written = given.rows, given.written
+        every = [each for many in given.written.values() for each in many]
+        pairs = [each.leaves for each in every if len(each.names) == 2]
+        flat = not any("." in each.stem for each in every)
+        default = _FLAT if flat else _DOTTED
+        self._leaves = next((leaves for leaves in pairs if leaves[0].startswith("lora_")), default)
+        self._alphas = flat or any(each.alpha for each in every)
+        self.header = "kohya" if flat else "diffusers" if self._is_configured(adapters, every) else None
+
+    def _is_configured(self, adapters: Sequence[Adapter], every: Sequence[Written]) -> bool:
+        """Whether the header has diffusers' configs, as an input's has. Without them and alphas, scales are 1."""
+        stated = any(adapter.configured for adapter in adapters) and not self._alphas
+        return stated and self._leaves == _DOTTED and all(_COMPONENT.match(each.stem) for each in every)
+
+    @classmethod
+    def agreed(cls, adapters: Sequence[Adapter], placed: Sequence[Placed], merged: Shapes) -> InputNames | None:
+        """The names on which all inputs agree, None if there are none."""
+        given = _Given()
+        one_form = len({adapter.dialect for adapter in adapters}) == 1
+        known = one_form and all(given.add(each, rows, merged) for each, rows in zip(adapters, placed, strict=True))
+        return cls(adapters, given) if known and given.is_clear() else None
+
+    @classmethod
+    def covering(
+        cls, adapters: Sequence[Adapter], placed: Sequence[Placed], merged: Shapes
+    ) -> tuple[InputNames, Adapter] | None:
+        """The names of the first input that has some for all that any input changes, and that input."""
+        for adapter, rows in zip(adapters, placed, strict=True):
+            given = _Given()
+            if given.add(adapter, rows, merged) and given.is_clear() and given.covers(placed, merged):
+                return cls([adapter], given), adapter
+        return None
+
+    def factors(self, label: str) -> tuple[str, str]:
+        pair = next((each for each in self._written[label] if len(each.names) == 2), None)
+        if pair and not pair.leaves[0].startswith("lora_"):
+            return pair.names[0], pair.names[1]
+        stem = self._written[label][0].stem
+        return f"{stem}.{self._leaves[0]}", f"{stem}.{self._leaves[1]}"
+
+    def alpha(self, label: str) -> str | None:
+        return f"{self._written[label][0].stem}.alpha" if self._alphas else None
+
+    def in_full(self, label: str, weight: tuple[int, ...]) -> str | None:
+        written = self._written[label]
+        return written[0].names[0] if all(each.leaves and each.leaves[0] in _IN_FULL for each in written) else None
+
+
+def choose_names(
+    recipe: Recipe, adapters: Sequence[Adapter], placed: Sequence[Placed], targets: Shapes, base: Shapes | None
+) -> tuple[Names | None, list[str]]:
+    """Whose names a merged LoRA has, None for those of PEFT's adapters; and what should be known of the choice.
+
+    ``targets`` are the shapes of what is merged, ``base`` those of a base's tensors. A format asked for is that; else
+    the inputs' own names are kept where they agree on them. Raises :class:`~merging.errors.InputError` for targets that
+    a format has no name for.
+    """
+    own = InputNames.agreed(adapters, placed, targets)
+    if own and recipe.format is None:
+        return own, []
+    format = output_format(recipe, adapters)
+    differ = len(adapters) > 1 and recipe.format is None and any(adapter.written for adapter in adapters)
+    if format == "peft":
+        mixed = differ and not all(adapter.dialect.startswith("PEFT") for adapter in adapters)
+        return None, ["the inputs' names differ: the output has those of PEFT's adapters"] if mixed else []
+    one_form = recipe.format is None and len({adapter.dialect for adapter in adapters}) == 1
+    if one_form and (found := InputNames.covering(adapters, placed, targets)):
+        return found[0], [f"the inputs' names differ: the output has those of {found[1].path}"] if differ else []
+    try:
+        names = FormatNames(format, adapters, targets if base is None else base, base is not None)
+        _check_named(names, targets, base is not None, bool(own))
+    except InputError:
+        found = None if recipe.format else InputNames.covering(adapters, placed, targets)
+        if found is None:
+            raise
+        return found[0], [f"the inputs' names differ: the output has those of {found[1].path}"] if differ else []
+    return names, [f"the inputs' names differ: the output has those of files of {format}"] if differ else []
+
+
+def _check_named(names: FormatNames, targets: Shapes, based: bool, kept: bool) -> None:
+    """Raise :class:`~merging.errors.InputError` for a target that some rows of have no name in a format."""
+    rows: Counter[str] = Counter()
+    for parts in names.rows.values():
+        for part in parts:
+            rows[part.name] += part.length
+    for target, shape in targets.items():
+        if rows[target] != (shape or (1,))[0]:
+            raise unnamed(target, names.format, based, kept)

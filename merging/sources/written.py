@@ -1,0 +1,41 @@
+"""Reading the names that an adapter's file gives to what it changes, for a merged adapter that keeps them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from merging.sources.adapter import Adapter, Change, LoraChange, Written
+from merging.sources.lora_headers import METADATA_KEY
+from merging.sources.lycoris import leaf_of
+from merging.sources.stored import Opened
+
+__all__ = ["with_written"]
+
+
+def with_written(adapter: Adapter, opened: Opened) -> Adapter:
+    """The adapter of an ``opened`` file, with the names that the file gives to each target.
+
+    Names that the adapter has already (those inside a pack) stay. Targets that share a tensor of the file, or take
+    parts of one, have no names of their own and are left out.
+    """
+    tensors, metadata = opened
+    names = {id(stored): name for name, stored in tensors.items()}
+    uses = Counter(id(of) for change in adapter.changes.values() for part in change.tensors for of in part.made_of)
+    written = dict(adapter.written)
+    for target, change in adapter.changes.items():
+        if change.tensors and all(id(part) in names and uses[id(part)] == 1 for part in change.tensors):
+            found = _written(change, [names[id(part)] for part in change.tensors])
+            written[target] = replace(found, alpha=f"{found.stem}.alpha" in tensors)
+    return replace(adapter, written=written, configured=adapter.configured or METADATA_KEY in metadata)
+
+
+def _written(change: Change, names: Sequence[str]) -> Written:
+    if isinstance(change, LoraChange):
+        down, up = (name.split(".") for name in names[:2])
+        same = next(place for place, parts in enumerate(zip(down, up, strict=True)) if len(set(parts)) > 1)
+        return Written(".".join(down[:same]), (names[0], names[1]))
+    leaf = leaf_of(names[0])
+    stem = leaf[0] if leaf else names[0].rpartition(".")[0]
+    return Written(stem, (names[0],) if len(names) == 1 else ())
