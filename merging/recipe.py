@@ -41,8 +41,8 @@ class Recipe(BaseModel):
     )
     format: AdapterFormat | None = Field(
         None,
-        description="whose files a merged adapter is in; by default those of the inputs if they are alike, else peft, "
-        "or diffusers if none of them is PEFT's",
+        description="whose files a merged adapter is in; by default it keeps the inputs' names and form where they "
+        "agree, else peft, or diffusers if none of them is PEFT's",
     )
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = Field(
         None, description="type of every tensor; by default the base's, or the widest among adapters"

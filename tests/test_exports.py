@@ -589,7 +589,7 @@ def test_text_encoders_under_the_names_of_two_versions_are_one(tmp_path: Path) -
 def test_models_with_one_set_of_names(tmp_path: Path) -> None:
     """ComfyUI's names of any denoiser are those of Kohya's files, without their dots."""
     lora = dotted("diffusion_model.blocks.0.self_attn.q")(tmp_path)
-    file = merge([lora], tmp_path / "out.safetensors")
+    file = merge([lora], tmp_path / "out.safetensors", format="kohya")
     assert modules(file) == {"lora_unet_blocks_0_self_attn_q"}
 
 

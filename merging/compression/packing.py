@@ -19,7 +19,7 @@ from merging.compression.settings import Settings, make_settings
 from merging.errors import InputError, OutputError
 from merging.files import merge, pick_device
 from merging.landing import Landing, check_destination
-from merging.plan.to_adapter import adapter_targets
+from merging.plan.targets import adapter_targets
 from merging.sources import Adapter, Checkpoint, open_model
 from merging.sources.checkpoint import content_key
 from merging.sources.diffusion import WEIGHTS

@@ -20,7 +20,8 @@ from merging.layers import Stacks
 from merging.parameters import all_matching
 from merging.plan import Item, Plan, plan_of
 from merging.plan.checks import check_bases, check_packed
-from merging.plan.to_adapter import adapter_targets, common_shape
+from merging.plan.targets import adapter_targets
+from merging.plan.to_adapter import common_shape
 from merging.recipe import Recipe, make_recipe
 from merging.site import site_of
 from merging.sources import Adapter, Checkpoint, open_model

@@ -21,7 +21,8 @@ from merging.plan.chosen import chosen
 from merging.plan.heads import settled
 from merging.plan.items import Item, Plan
 from merging.plan.sites import find_stacks
-from merging.plan.to_adapter import AdapterItems, adapter_items, adapter_targets
+from merging.plan.targets import adapter_targets
+from merging.plan.to_adapter import AdapterItems, adapter_items
 from merging.plan.to_model import model_items
 from merging.plan.vocabulary import Vocabulary, fitted
 from merging.recipe import Recipe

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from merging.errors import MergingError
 from merging.layers import Stacks
-from merging.plan.to_adapter import adapter_targets
+from merging.plan.targets import adapter_targets
 from merging.serving.rules import Program, Rule
 from merging.serving.subject import Subject
 from merging.sources import Adapter, open_model

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import merging
 from merging.errors import InputError
-from merging.plan.to_adapter import adapter_targets
+from merging.plan.targets import adapter_targets
 from merging.sources import Adapter, open_model
 from merging.sources.adapter import Change
 

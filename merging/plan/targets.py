@@ -1,0 +1,90 @@
+"""What a merge of adapters changes: the targets of all of them, matched to each other or to those of a base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from merging.errors import InputError
+from merging.plan.matching import common_names
+from merging.plan.names import Placed
+from merging.plan.resolve import Resolver
+from merging.sources import Adapter, Checkpoint
+from merging.sources.adapter import Change
+from merging.sources.fused_names import Rows
+from merging.sources.stored import Stored
+
+__all__ = ["Targets", "adapter_targets"]
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What is to be merged: at each target the ``changes``, one entry an adapter, and its name in PEFT's files.
+
+    With a base, targets are its tensors, and ``resolver`` knows them; without one they are the adapters' own names.
+    ``placed`` are the rows of them that each adapter's own targets consist of, and ``matched`` lines about how names
+    were found.
+    """
+
+    changes: dict[str, tuple[Change | None, ...]]
+    labels: dict[str, str]
+    placed: list[Placed]
+    matched: list[str]
+    resolver: Resolver | None
+
+    def __iter__(self) -> Iterator[str]:
+        """Names on disk, which tell the depth."""
+        return iter(self.changes) if self.resolver is None else map(self.resolver.on_disk, self.changes)
+
+
+def adapter_targets(adapters: Sequence[Adapter], base: Checkpoint | None) -> Targets:
+    """What adapters change where. Raises :class:`~merging.errors.InputError` for names that do not fit together."""
+    resolver = Resolver(_known(base, adapters), base.config) if base is not None else None
+    if resolver is None:
+        common = common_names(adapters)
+        named = [
+            {names[target]: change for target, change in adapter.changes.items()}
+            for names, adapter in zip(common, adapters, strict=True)
+        ]
+        _refuse_drifted(adapters, named)
+        placed: list[Placed] = [
+            {target: (Rows(name, 0, (changes[name].shape or (1,))[0]),) for target, name in names.items()}
+            for names, changes in zip(common, named, strict=True)
+        ]
+        matched = []
+    else:
+        resolved = [resolver.resolve(adapter) for adapter in adapters]
+        if not all(each.exact for each in resolved):
+            # An adapter is read by programs that hold the base as it is in memory.
+            resolved = [resolver.resolve_in_memory(adapter) for adapter in adapters]
+        named = [each.changes for each in resolved]
+        placed = [each.rows for each in resolved]
+        matched = [each.line for each in resolved]
+    labels: dict[str, str] = {}
+    for each in named:
+        for name, change in each.items():
+            labels.setdefault(name, change.target)
+    return Targets(
+        {name: tuple(each.get(name) for each in named) for name in labels}, labels, placed, matched, resolver
+    )
+
+
+def _known(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, Stored]:
+    names = {name for adapter in adapters for name in adapter.changes}
+    heads = {name: stored for name in names if (stored := base.lookup(name)) is not None}
+    return {**base.tensors, **heads}
+
+
+def _refuse_drifted(adapters: Sequence[Adapter], named: Sequence[Mapping[str, Change]]) -> None:
+    """Refuse adapters that name the same modules under different prefixes, whose changes would be put side by side."""
+    first = named[0]
+    for adapter, changes in zip(adapters[1:], named[1:], strict=True):
+        if not first.keys().isdisjoint(changes):
+            continue
+        for name in changes:
+            other = next((o for o in first if o.endswith("." + name) or name.endswith("." + o)), None)
+            if other:
+                raise InputError(
+                    f"{adapters[0].path} has {other} where {adapter.path} has {name}: these look like the same module "
+                    f"under the names of two library versions: give the base with --base, so that both can be matched"
+                )
