@@ -19,11 +19,7 @@ __all__ = ["run_command"]
 def run_command(recipe: Path, **execution: Any) -> None:
     """Carry out a RECIPE: YAML with models, method and parameters, as --recipe-only prints it."""
     with reported(execution["debug"]):
-        from merging.errors import FormatError
         from merging.recipe import load_recipe
+        from merging.small_files import RECIPE_LIMIT, read_text
 
-        try:
-            text = recipe.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise FormatError(f"{recipe}: is no text in UTF-8, so it is no recipe") from None
-        execute(load_recipe(text, str(recipe)), **execution)
+        execute(load_recipe(read_text(recipe, RECIPE_LIMIT, given=True), str(recipe)), **execution)

@@ -17,7 +17,7 @@ from merging.errors import OptionError, OutputError
 from merging.landing import Landing, check_destination
 from merging.lora_files import lora_metadata, lora_stem
 from merging.method import Method
-from merging.model_folder import companion_patterns, write_model_companions
+from merging.model_folder import check_companions, companion_patterns, write_model_companions
 from merging.plan import PORTABLE_RANKS, Plan, make_plan
 from merging.recipe import FIELDS, Recipe, make_recipe
 from merging.run import run
@@ -150,6 +150,8 @@ def merge_plan(
     single = destination.suffix == ".safetensors"
     if not stream:
         plan = arrived(plan, companion_patterns(plan), progress=progress)
+    if not single:
+        check_companions(plan)
     with Landing(destination, overwrite, single) as landing:
         if stream:
             plan = arrived(plan, companion_patterns(plan), stream=landing.scratch)

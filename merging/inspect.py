@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from merging.errors import FormatError
 from merging.layers import Stacks
 from merging.serving.contents import FILES
 from merging.serving.subject import Subject, open_subject
+from merging.small_files import parse_json
 from merging.sources import Adapter, Checkpoint, open_model
 from merging.sources.derived import Derived
 from merging.sources.packs.codings import Packed
@@ -118,10 +119,10 @@ def _head(checkpoint: Checkpoint) -> str | None:
 def _origin(subject: Subject) -> dict[str, Any]:
     """The method and the models of the merge that it came out of, by the recipe in its header."""
     try:
-        recipe = json.loads(subject.metadata.get("merging_recipe", "{}"))
+        recipe = parse_json(subject.metadata.get("merging_recipe", "{}"), "its recipe")
         models = [each if isinstance(each, str) else str(each["model"]) for each in recipe.get("models", [])]
         return {"merged_by": recipe.get("method"), "merged_from": models}
-    except (ValueError, AttributeError, KeyError, TypeError):
+    except (FormatError, KeyError, TypeError):
         return {"merged_by": None, "merged_from": []}
 
 

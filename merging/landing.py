@@ -21,7 +21,7 @@ from types import TracebackType
 from merging import platform
 from merging.errors import MergingError, OutputError
 
-__all__ = ["Landing", "check_destination", "umask"]
+__all__ = ["Landing", "check_destination"]
 
 _SLACK = 1 << 24
 """Bytes for configs, tokenizer and index beside the weights of a folder, when space is checked."""
@@ -267,10 +267,3 @@ def _sync_file(path: Path) -> None:
         platform.sync(fd)
     finally:
         os.close(fd)
-
-
-def umask() -> int:
-    """The bits that new files and folders do not get."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ from merging.companions import model_card
 from merging.errors import InputError
 from merging.plan.heads import scales_outputs
 from merging.plan.items import Plan
+from merging.small_files import check_file, copy_file
 from merging.sources import Checkpoint
 from merging.sources.components import PIPELINE
 from merging.sources.layout import find_weights
 from merging.sources.stored import STAND_INS, holders_of
 from merging.sources.tokenizers import TOKENIZER_FILES
 
-__all__ = ["companion_patterns", "write_model_companions"]
+__all__ = ["check_companions", "companion_patterns", "write_model_companions"]
 
 _COMPANIONS = (
     "generation_config.json",
@@ -64,10 +65,9 @@ def write_model_companions(plan: Plan, folder: Path) -> list[str]:
             f"{reference.path} is a bare file without a config, so the output has none: copy it from the model's folder"
         ]
     own = plan.vocabulary.of if plan.vocabulary else reference
-    others = [pattern for pattern in companion_patterns(plan) if pattern not in TOKENIZER_FILES]
-    _copy(reference.folder, others, folder)
-    if own.folder is not None:
-        _copy(own.folder, TOKENIZER_FILES, folder)
+    for name, source in _companions(plan).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(source, folder / name)
     parts = reference.components or {"": reference}
     for name, component in parts.items():
         if name in plan.kept:
@@ -90,13 +90,28 @@ def _remarks(plan: Plan, reference: Checkpoint, own: Checkpoint) -> list[str]:
     return remarks
 
 
-def _copy(source: Path, patterns: Sequence[str], folder: Path) -> None:
-    for pattern in patterns:
-        for path in source.glob(pattern):
-            if path.is_file():
-                target = folder / path.relative_to(source)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target)
+def _companions(plan: Plan) -> dict[str, Path]:
+    """The files that are copied, by their names in the output; each is one that may be read."""
+    reference, own = plan.reference, plan.vocabulary.of if plan.vocabulary else plan.reference
+    others = [pattern for pattern in companion_patterns(plan) if pattern not in TOKENIZER_FILES]
+    found: dict[str, Path] = {}
+    for model, patterns in ((reference, others), (own, TOKENIZER_FILES)):
+        folder = model.folder if model else None
+        for path in sorted(path for pattern in patterns if folder for path in folder.glob(pattern)):
+            if folder and not path.is_dir():
+                found[path.relative_to(folder).as_posix()] = check_file(path, folder)
+    return found
+
+
+def check_companions(plan: Plan) -> None:
+    """Look at the files that are copied beside the output, before it is made.
+
+    Raises :class:`~merging.errors.FormatError` for one that is no ordinary file, is huge, or is a link out of its
+    folder, as strangers' folders can hold them: what it leads to would be published.
+    """
+    model_card(plan)
+    if plan.output == "model":
+        _companions(plan)
 
 
 def _copy_weights(component: Checkpoint, folder: Path) -> None:
@@ -110,7 +125,7 @@ def _copy_weights(component: Checkpoint, folder: Path) -> None:
             raise InputError(
                 f"{file.name} of {component.path}: PyTorch files on the Hub are not copied: download it first"
             )
-        with target.open("wb") as stream:
+        with platform.create(target) as stream:
             if file in holders:
                 holder = holders[file]
                 block = memoryview(bytearray(_BLOCK))
@@ -119,13 +134,13 @@ def _copy_weights(component: Checkpoint, folder: Path) -> None:
                     holder.read(piece, start)
                     stream.write(piece)
             else:
-                with file.open("rb") as source:
+                with os.fdopen(platform.open_regular(file), "rb") as source:
                     shutil.copyfileobj(source, stream, _BLOCK)
             stream.flush()
             platform.sync(stream.fileno())
     index = find_weights(component.folder)
     if index is not None and index.suffix == ".json":
-        shutil.copyfile(index, folder / index.name)
+        copy_file(check_file(index), folder / index.name)
 
 
 def _model_config(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:

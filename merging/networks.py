@@ -9,6 +9,7 @@ from typing import Any
 
 from merging.errors import InputError
 from merging.hub.address import hub_address
+from merging.links import check_inside
 
 __all__ = ["explained", "loadable", "quiet"]
 
@@ -22,7 +23,10 @@ def loadable(base: str) -> tuple[str, dict[str, Any]]:
     if address is None:
         if not Path(base).expanduser().is_dir():
             raise InputError(f"{base}: is no folder of a model: it has to run, so its config is needed")
-        return str(Path(base).expanduser()), {}
+        folder = Path(base).expanduser()
+        for path in folder.rglob("*"):  # transformers would follow any link
+            check_inside(path, folder)
+        return str(folder), {}
     revision = {"revision": address.revision} if address.revision else {}
     return address.repo, {**revision, **({"subfolder": address.path} if address.path else {})}
 

@@ -9,21 +9,28 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import stat
 import sys
 import threading
 from pathlib import Path
+from typing import BinaryIO
 
 __all__ = [
     "advise",
     "allow_open_files",
     "claim",
+    "create",
     "exchange",
     "keep_freed_memory",
+    "kind_of",
     "open_folder",
+    "open_regular",
     "read_at",
     "reserve",
     "sync",
     "sync_folder",
+    "umask",
+    "without_links",
     "write_at",
 ]
 
@@ -115,6 +122,57 @@ def allow_open_files(count: int) -> None:
     wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
     if soft != resource.RLIM_INFINITY and wanted > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def kind_of(mode: int) -> str:
+    """The kind of what has this mode, in words."""
+    return next((kind for is_kind, kind in _KINDS if is_kind(mode)), "a file")
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor to read a regular file by. Raises OSError for anything else, without waiting for it."""
+    _require_regular(path.stat().st_mode)  # before it is opened, which can do something to a device
+    wanted = ("O_NONBLOCK", "O_NOCTTY", "O_BINARY")
+    fd = os.open(path, os.O_RDONLY | sum(getattr(os, flag, 0) for flag in wanted))
+    try:
+        _require_regular(os.fstat(fd).st_mode)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _require_regular(mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, f"it is {kind_of(mode)}, and should be a file")
+
+
+def create(path: Path) -> BinaryIO:
+    """A new file to write to. Raises OSError if anything has that name, be it a link to nowhere."""
+    wanted = ("O_NOFOLLOW", "O_BINARY")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | sum(getattr(os, flag, 0) for flag in wanted)
+    return os.fdopen(os.open(path, flags, 0o666), "wb")
+
+
+def without_links(path: str, flags: int) -> int:
+    """An opener that follows no link at the end of a path."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def umask() -> int:
+    """The bits that new files and folders do not get."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def open_folder(path: Path) -> int | None:

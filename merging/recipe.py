@@ -13,6 +13,7 @@ from merging.errors import FormatError, OptionError, nearest
 from merging.method import Method
 from merging.methods import chain, parameters_of
 from merging.parameters import plain
+from merging.plain_yaml import FAULTS, check_yaml
 
 __all__ = ["DTYPES", "FIELDS", "AdapterFormat", "Experts", "Recipe", "load_recipe"]
 
@@ -179,10 +180,11 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """The mapping of a node, its keys each seen once."""
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for position, key in enumerate(keys):
-            if any(key.value == earlier.value for earlier in keys[:position]):
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -200,8 +202,9 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _unless_sexagesimal(_Loader.c
 def load_recipe(text: str, where: str = "recipe") -> Recipe:
     """A recipe from YAML. Raises :class:`~merging.errors.FormatError` for what is no YAML mapping."""
     try:
+        check_yaml(text, where)
         values = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, LookupError) as error:  # the latter two: of numbers and flags that are none
+    except FAULTS as error:
         raise FormatError(f"{where}: is not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise FormatError(f"{where}: is nested too deeply to be a recipe") from None

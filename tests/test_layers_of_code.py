@@ -87,7 +87,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "sphere",
         "methods",
     ),
-    "files": ("sources", "hub", "writer", "landing", "platform"),
+    "files": ("sources", "hub", "writer", "landing", "platform", "links", "small_files", "atomic", "plain_yaml"),
     "intent": ("recipe", "plan"),
     "run": ("run", "worker", "opened", "spool", "tiles", "threads", "vetting"),
     "above": (

@@ -13,13 +13,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from merging import platform
-from merging.continual.manifest import NAME, Manifest, Unconfirmed, replace_manifest
+from merging.continual.manifest import NAME, STATES, Manifest, Unconfirmed, replace_manifest
 from merging.errors import OptionError, OutputError
-from merging.landing import umask
+from merging.links import refuse_link
 
-__all__ = ["STATES", "Busy", "found", "locked", "refuse_within", "remove", "unfinished"]
-
-STATES = "states"
+__all__ = ["Busy", "found", "locked", "refuse_within", "remove", "unfinished"]
 
 _LOCK, _UNFINISHED, _NEW = ".lock", ".unfinished.", ".new"
 
@@ -36,6 +34,7 @@ def locked(store: Path, wait: float | None) -> Iterator[None]:
     """
     if wait is not None and not 0 <= wait < inf:
         raise OptionError(f"wait = {wait}: a number of seconds is needed, 0 or more")
+    refuse_link(store / _LOCK)
     try:
         lock = FileLock(store / _LOCK, timeout=-1 if wait is None else wait)
         lock.acquire()
@@ -73,7 +72,7 @@ def found(path: Path, manifest: Manifest) -> None:
         (new / STATES).mkdir()
         replace_manifest(new, manifest)
         platform.sync_folder(new)
-        new.chmod(0o777 & ~umask())
+        new.chmod(0o777 & ~platform.umask())
         new.rename(path)  # onto nothing, or an empty folder
     except OSError as error:
         raise OutputError(f"{path}: cannot be made: {error.strerror}") from None
@@ -101,4 +100,6 @@ def remove(folder: Path) -> None:
     going = folder.with_name(f"{_UNFINISHED}{folder.name}")
     with suppress(OSError):
         folder = folder.rename(going)
+        if not folder.is_dir() or folder.is_symlink():
+            folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import suppress
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from merging import platform
+from merging.atomic import replace_file
 from merging.errors import FormatError, InputError, OutputError
+from merging.links import refuse_link
+from merging.small_files import LIST_LIMIT, read_json
 
 __all__ = [
     "NAME",
     "SCHEMA",
+    "STATES",
     "Base",
     "Manifest",
     "Part",
@@ -29,6 +33,8 @@ __all__ = [
 ]
 
 NAME = "manifest.json"
+
+STATES = "states"
 
 SCHEMA = 1
 
@@ -160,10 +166,15 @@ class Manifest(_Record):
 def read_manifest(store: Path) -> Manifest:
     """The manifest of a store. Raises :class:`~merging.errors.FormatError` for what is none, or is damaged."""
     path = store / NAME
+    if not os.path.lexists(path):
+        raise FormatError(f"{store}: is no store: make one with merge continual init {store} --base BASE")
+    refuse_link(path)
+    refuse_link(store / STATES)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it holds no JSON object")
+        values = read_json(path, LIST_LIMIT, halves=True)
+    except FormatError as error:
+        raise FormatError(f"{error}: it is no manifest of a store, or is damaged") from None
+    try:
         version = values.get("schema_version")
         if not isinstance(version, int):
             raise ValueError("it states no schema_version")
@@ -171,10 +182,6 @@ def read_manifest(store: Path) -> Manifest:
             raise FormatError(f"{path}: has the schema {version!r}, and this version reads {SCHEMA}: use the newer one")
         stated = values.pop(_CHECKSUM, None)
         manifest = Manifest.model_validate(values)
-    except FileNotFoundError:
-        raise FormatError(f"{store}: is no store: make one with merge continual init {store} --base BASE") from None
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(each) for each in first["loc"]) or "all in all"
@@ -201,18 +208,8 @@ def replace_manifest(store: Path, manifest: Manifest) -> None:
     values = manifest.model_dump()
     values[_CHECKSUM] = _checksum(values)
     text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
-    new = store / f".{NAME}.new"
-    try:
-        # odd bytes of a path, which no Unicode text can hold, become JSON's own escapes
-        with new.open("w", encoding="utf-8", errors="backslashreplace") as stream:
-            stream.write(text)
-            stream.flush()
-            platform.sync(stream.fileno())
-        new.replace(store / NAME)
-    except OSError:
-        with suppress(OSError):
-            new.unlink()
-        raise
+    # odd bytes of a path, which no Unicode text can hold, become JSON's own escapes
+    replace_file(store / NAME, text.encode("utf-8", "backslashreplace"))
 
 
 def write_manifest(store: Path, manifest: Manifest, made: str) -> None:
@@ -237,7 +234,7 @@ def write_manifest(store: Path, manifest: Manifest, made: str) -> None:
 def sha256_of(path: Path) -> str:
     """The hash of a file, read in pieces. Raises :class:`~merging.errors.InputError`."""
     try:
-        with path.open("rb") as stream:
+        with os.fdopen(platform.open_regular(path), "rb") as stream:
             digest = hashlib.sha256()
             while piece := stream.read(_PIECE):
                 digest.update(piece)

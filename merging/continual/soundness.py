@@ -10,6 +10,7 @@ from merging.continual.manifest import Base, Manifest, Part, StepRecord, sha256_
 from merging.continual.state import odd_values
 from merging.errors import InputError, MergingError
 from merging.hub.client import Unreachable
+from merging.links import refuse_link
 from merging.sources import Adapter, Checkpoint, open_model
 from merging.sources.checkpoint import content_key
 from merging.threads import Progress
@@ -74,8 +75,12 @@ def _relocate(store: Path) -> str:
 
 
 def state_files(store: Path, step: StepRecord) -> list[Path]:
-    """The files of the state after a step."""
-    return [store / part.file for part in step.parts.values()]
+    """The files of the state after a step, none of which is a link."""
+    files = [store / part.file for part in step.parts.values()]
+    for file in files:
+        refuse_link(file.parent)
+        refuse_link(file)
+    return files
 
 
 def require_whole(store: Path, manifest: Manifest, number: int) -> None:

@@ -17,6 +17,7 @@ from merging.method import Method
 from merging.plan.items import Item, Plan
 from merging.recipe import Recipe
 from merging.site import Site
+from merging.small_files import parse_json
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change, FullChange, LoraChange
 from merging.sources.stored import DTYPE_NAMES, Out, open_safetensors
@@ -52,7 +53,7 @@ def open_state(path: Path, base: str | None = None) -> Adapter:
     stored, metadata = open_safetensors(path)
     changes: dict[str, Change] = {}
     try:
-        for name, facts in json.loads(metadata[_TENSORS]).items():
+        for name, facts in parse_json(metadata[_TENSORS], f"{path}: its list of tensors").items():
             label, kind, transposed = str(facts["label"]), facts["kind"], bool(facts["transposed"])
             if _FULL + name in stored:
                 changes[name] = Accumulated(label, kind, stored[_FULL + name], transposed=transposed)

@@ -12,16 +12,16 @@ from typing import Any
 
 from merging import platform
 from merging.arrival import absent, brought
+from merging.atomic import remove_unplaced
 from merging.continual import growth
-from merging.continual.folder import STATES, found, locked, refuse_within, remove, unfinished
-from merging.continual.manifest import Base, Manifest, Part, Refused, StepRecord, write_manifest
+from merging.continual.folder import found, locked, refuse_within, remove, unfinished
+from merging.continual.manifest import NAME, STATES, Base, Manifest, Part, Refused, StepRecord, write_manifest
 from merging.continual.soundness import base_of, hashes, open_base, require_whole, state_files
 from merging.continual.step import Execution, Grown, content_of, grow, plan_alone, record
 from merging.continual.view import StoreView
 from merging.errors import InputError, MergingError, OptionError, OutputError
 from merging.files import pick_device
 from merging.hub.address import hub_address
-from merging.landing import umask
 from merging.methods import chain
 from merging.recipe import Recipe
 from merging.sources import Adapter, Checkpoint, open_model
@@ -165,7 +165,7 @@ class ContinualStore(StoreView):
         final = self.path / STATES / f"{number:06}-{digest}"
         try:
             platform.sync_folder(folder)
-            folder.chmod(0o777 & ~umask())
+            folder.chmod(0o777 & ~platform.umask())
             folder.rename(final)
             platform.sync_folder(final.parent)
         except OSError as error:
@@ -250,6 +250,7 @@ class ContinualStore(StoreView):
             return self._sweep(manifest, keep)
 
     def _sweep(self, manifest: Manifest, keep: int | None) -> list[str]:
+        remove_unplaced(self.path / NAME)
         steps = manifest.steps if keep is None else manifest.steps[-keep:]
         wanted = {file.parent.name for step in steps for file in state_files(self.path, step)}
         gone = sorted(path for path in (self.path / STATES).iterdir() if path.name not in wanted)

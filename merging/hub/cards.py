@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
+from merging.plain_yaml import FAULTS, load_yaml
+from merging.small_files import is_there, read_text
 
 __all__ = ["stated_licence"]
 
 
 def stated_licence(card: Path) -> str | None:
-    """The licence in the metadata at the head of a model card, if there is one."""
+    """The licence in the metadata at the head of a model card, None without a card or a head that can be read.
+
+    Raises :class:`~merging.errors.FormatError` for a card that is no ordinary file, or a head that is hostile.
+    """
+    if not is_there(card):
+        return None
+    parts = read_text(card, errors="replace").split("---", 2)
+    if len(parts) < 3 or parts[0]:
+        return None
     try:
-        text = card.read_text(encoding="utf-8")
-        facts = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---") else None
-    except (OSError, ValueError, IndexError, yaml.YAMLError):
+        facts = load_yaml(parts[1], str(card))
+    except FAULTS:
         return None
     licence = facts.get("license") if isinstance(facts, dict) else None
     return licence if isinstance(licence, str) else None

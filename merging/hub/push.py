@@ -9,6 +9,7 @@ from typing import Any
 from merging.errors import InputError, OptionError, OutputError
 from merging.hub.address import hub_address
 from merging.hub.client import api, endpoint, explained, offline, patiently
+from merging.links import check_inside
 
 __all__ = ["Target", "push", "target_of"]
 
@@ -70,16 +71,18 @@ def _check_token(name: str) -> None:
 def push(folder: Path, target: Target, message: str) -> str:
     """Publish a folder as one commit, and return the address that means it for ever.
 
-    What the repository held is replaced. Raises :class:`~merging.errors.OutputError` if someone else has changed the
+    What the repository held is replaced. Raises :class:`~merging.errors.FormatError` for a link out of the folder, and
+    :class:`~merging.errors.OutputError` if someone else has changed the
     repository since it was looked at: nothing is published then.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
     from huggingface_hub.errors import HfHubHTTPError
 
+    found = [check_inside(path, folder) for path in sorted(folder.rglob("*"))]
+    files = {path.relative_to(folder).as_posix(): path for path in found if path.is_file()}
     try:
         parent = target.parent or _created(target)
         held = {each.rfilename for each in api().model_info(target.repo, revision=parent).siblings or []}
-        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
         operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
         gone = held - files.keys() - {".gitattributes"}
         operations += [CommitOperationDelete(name) for name in sorted(gone)]

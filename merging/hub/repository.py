@@ -16,6 +16,7 @@ from merging.hub.address import Address
 from merging.hub.cards import stated_licence
 from merging.hub.client import Unreachable, api, explained, offline, patiently
 from merging.hub.remote import RemoteFile, opened_remote
+from merging.links import trust_links
 from merging.sources.stored import STAND_INS, Opened
 
 __all__ = ["Repository", "open_repository"]
@@ -89,7 +90,9 @@ def open_repository(address: Address) -> Repository:
 @cache
 def _mirrors() -> Any:
     """The folder of this process's mirrors, removed when it ends."""
-    return tempfile.TemporaryDirectory(prefix="merging-hub-")
+    folder = tempfile.TemporaryDirectory(prefix="merging-hub-")
+    trust_links(Path(folder.name))  # to the library's cache, by names that stay in their repository's folder
+    return folder
 
 
 def _asked(repo: str, revision: str | None) -> Repository:

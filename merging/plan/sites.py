@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
+from merging.errors import MergingError
 from merging.layers import Stacks
 from merging.recipe import Recipe
+from merging.small_files import read_json
 from merging.sources import Adapter, Checkpoint
 from merging.sources.checkpoint import config_layers
 
@@ -52,10 +52,9 @@ def _declared_layers(name: str) -> int | None:
     if path is None:
         return None
     try:
-        config: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return config_layers(read_json(path))
+    except MergingError:
         return None
-    return config_layers(config) if isinstance(config, dict) else None
 
 
 def _hub_config(name: str) -> Path | None:

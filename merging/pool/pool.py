@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock, Timeout
 
+from merging import platform
 from merging.errors import FormatError, InputError, OptionError, OutputError
 from merging.pool.audit import Auditor, Candidate
 from merging.pool.duplicates import duplicates
 from merging.pool.index import OVERRULED, UNFINISHED, VERDICTS, Entry, Finding, Index, verdict_of
 from merging.pool.judging import missing, outliers, over_the_cap, unlicensed
+from merging.small_files import is_there
 from merging.sources import Adapter, Checkpoint, check_in_place, open_model
 
 if TYPE_CHECKING:
@@ -247,7 +249,7 @@ class Pool:
                 _copy(file, new / file.name, digest)
             check_in_place(adapter)  # what was audited is what was copied
             for file in (weights.parent / name for name in _BESIDE):
-                if file.is_file():
+                if is_there(file):
                     _copy(file, new / file.name, None)
             place = self.path / _FOLDER / digest.hexdigest()[:16]
             if not place.exists():
@@ -298,7 +300,7 @@ def _holds_something(path: Path) -> bool:
 
 
 def _copy(source: Path, target: Path, digest: Any) -> None:
-    with source.open("rb") as reader, target.open("wb") as writer:
+    with os.fdopen(platform.open_regular(source), "rb") as reader, platform.create(target) as writer:
         while block := reader.read(1 << 22):
             writer.write(block)
             if digest is not None:

@@ -20,6 +20,7 @@ from merging.files import pick_device
 from merging.networks import explained, loadable, quiet
 from merging.pool.audit import change_of
 from merging.pool.index import Finding
+from merging.small_files import DATA_LIMIT, read_text
 from merging.sources import Adapter, Checkpoint
 from merging.sources.names import find_renaming
 
@@ -217,12 +218,7 @@ class SmokeTest:
 
 def read_texts(path: str | Path) -> list[str]:
     """The texts of a file, one a line. Raises :class:`~merging.errors.FormatError` for one without any."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise FormatError(f"{path}: is no text in UTF-8") from None
+    lines = read_text(Path(path), DATA_LIMIT, given=True).splitlines()
     texts = [line.strip() for line in lines if line.strip()]
     if len(texts) < 2:
         raise FormatError(f"{path}: holds {len(texts)} texts, one a line: a smoke test wants some twenty")

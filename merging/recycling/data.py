@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from merging.errors import FormatError, InputError, nearest
 from merging.recycling.seeds import order
+from merging.small_files import DATA_LIMIT, read_text
 
 __all__ = ["Example", "Kind", "Split", "kind_of", "labels_of", "overlaps", "read_examples", "split"]
 
@@ -66,12 +67,7 @@ def read_examples(source: str | Path | Sequence[Mapping[str, Any]], name: str = 
     if not isinstance(source, (str, Path)):
         return _alike([_example(values, f"{name}, number {i}") for i, values in enumerate(source, 1)], name)
     path = Path(source)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError:
-        raise FormatError(f"{path}: is no text in UTF-8: examples are JSON lines") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    lines = read_text(path, DATA_LIMIT, given=True).split("\n")
     numbered = [(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     return _alike([_example(_parsed(line, where), where) for line, where in numbered], str(path))
 

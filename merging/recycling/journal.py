@@ -11,7 +11,10 @@ from typing import Any
 import torch
 
 from merging import platform
+from merging.atomic import replace_file
 from merging.errors import OptionError, OutputError
+from merging.links import refuse_link
+from merging.small_files import LIST_LIMIT, read_json
 
 __all__ = ["Journal"]
 
@@ -27,14 +30,14 @@ class Journal:
     """
 
     def __init__(self, folder: Path, plan: dict[str, Any], resume: bool = False, overwrite: bool = False) -> None:
-        self.folder = folder
+        self.folder = refuse_link(folder)
         written = folder / _PLAN
         if written.is_file() and not resume and not overwrite:
             raise OptionError(
                 f"{folder}: an unfinished run lies there: --resume goes on with it, --overwrite begins anew"
             )
         if written.is_file() and resume:
-            earlier = json.loads(written.read_text(encoding="utf-8"))
+            earlier = read_json(written, LIST_LIMIT)
             changed = sorted(key for key in plan.keys() | earlier.keys() if plan.get(key) != earlier.get(key))
             if changed:
                 raise OptionError(
@@ -56,7 +59,7 @@ class Journal:
         """What was kept of a stage, or None: tensors on the CPU and plain values."""
         if stage not in self:
             return None
-        return torch.load(self._file(stage), map_location="cpu", weights_only=True)
+        return torch.load(refuse_link(self._file(stage)), map_location="cpu", weights_only=True)
 
     def keep(self, stage: str, values: Any) -> None:
         """Keep tensors and plain values of a stage, in the place of what was kept of it before."""
@@ -76,13 +79,8 @@ class Journal:
         return self.folder / f"{stage.replace(' ', '-')}.pt"
 
     def _place(self, path: Path, data: bytes) -> None:
-        beside = path.with_name(path.name + ".new")
         try:
-            with beside.open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                platform.sync(stream.fileno())
-            beside.replace(path)
+            replace_file(path, data)
             platform.sync_folder(path.parent)
         except OSError as error:
             raise OutputError(f"{path}: cannot be written: {error.strerror}") from None

@@ -7,16 +7,13 @@ shown as images, in which no script runs; a content security policy forbids ever
 from __future__ import annotations
 
 import base64
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from html import escape as escape_markup
 from math import floor, isfinite, log10
 from pathlib import Path
 
+from merging.atomic import replace_file
 from merging.errors import OptionError, OutputError, escaped
-from merging.landing import umask
 
 __all__ = ["Cell", "Page", "check_page", "check_place", "write_whole"]
 
@@ -195,15 +192,6 @@ def check_place(path: Path) -> None:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file beside its place and move it there. Raises :class:`~merging.errors.OutputError`."""
     try:
-        fd, partial = tempfile.mkstemp(".partial", f".{path.name}.", path.parent)
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(content)
-            Path(partial).chmod(0o666 & ~umask())
-            Path(partial).replace(path)
-        except BaseException:
-            with suppress(OSError):
-                Path(partial).unlink()
-            raise
+        replace_file(path, content)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from None

@@ -25,7 +25,7 @@ from merging.serving.rules import (
     states,
 )
 from merging.serving.subject import Subject
-from merging.sources.layout import read_json
+from merging.small_files import LIST_LIMIT, read_json
 from merging.sources.ties import text_config
 
 __all__ = ["SGLANG"]
@@ -119,7 +119,7 @@ def _added_tokens(subject: Subject) -> Iterator[str]:
     if subject.folder is None or _ADDED not in subject.files or not isinstance(size, int):
         return
     try:
-        added = read_json(subject.folder / _ADDED)
+        added = read_json(subject.folder / _ADDED, LIST_LIMIT)
     except MergingError as error:
         yield str(error)
         return

@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 from merging.errors import FormatError, InputError, MergingError
 from merging.hub.address import Address, hub_address, local_path, no_such_path
+from merging.links import check_inside
+from merging.small_files import is_there, read_json
 from merging.sources import Dialect, dialect_of, diffusion, peft
 from merging.sources.components import PIPELINE, components_of
-from merging.sources.layout import agree, check_suffix, find_weights, is_standard, read_json, shards_of, weights_of
+from merging.sources.layout import agree, check_suffix, find_weights, is_standard, shards_of, weights_of
 from merging.sources.model_config import read_config
 from merging.sources.peft.config import Config
 from merging.sources.peft.kinds import KINDS
@@ -150,24 +152,24 @@ def open_subject(name: str, base: str | None, max_rank: int | None, values: bool
 def _found(path: Path) -> tuple[Path | None, dict[str, Path], Path | None]:
     """The folder, the weights by component, and the config; a file that a folder is known by stands for the folder."""
     if path.is_file():
-        if path.name in (*peft.WEIGHTS, _CONFIG) and (path.parent / _CONFIG).is_file():
+        if path.name in (*peft.WEIGHTS, _CONFIG) and is_there(path.parent / _CONFIG):
             return _found(path.parent)
         if path.suffix != ".json":
             check_suffix(path)
-        if is_standard(path.name) and (path.parent / "config.json").is_file():
+        if is_standard(path.name) and is_there(path.parent / "config.json"):
             return path.parent, {"": path}, path.parent / "config.json"
         return None, {"": path}, None
-    if (path / PIPELINE).is_file():
+    if is_there(path / PIPELINE):
         found = {name: find_weights(inner) for name, inner in components_of(path).items()}
         return path, {name: weights for name, weights in found.items() if weights}, path / PIPELINE
-    if (path / _CONFIG).is_file():
+    if is_there(path / _CONFIG):
         named = next((path / name for name in peft.WEIGHTS if (path / name).is_file()), None)
         if named is None:
             raise FormatError(f"{path}: has an {_CONFIG}, but neither {peft.WEIGHTS[0]} nor {peft.WEIGHTS[1]}")
-        return path, {"": named}, path / _CONFIG
+        return path, {"": check_inside(named, path)}, path / _CONFIG
     known = next((path / name for name in (*peft.WEIGHTS, *diffusion.WEIGHTS) if (path / name).is_file()), None)
-    config = path / "config.json" if (path / "config.json").is_file() else None
-    return path, {"": known or weights_of(path)}, config
+    config = path / "config.json" if is_there(path / "config.json") else None
+    return path, {"": check_inside(known, path) if known else weights_of(path)}, config
 
 
 def _opened(weights: Mapping[str, Path]) -> tuple[dict[str, Stored], dict[str, str]]:
@@ -207,11 +209,11 @@ def _base_of(base: str | None, stated: Mapping[str, Any]) -> tuple[Path | None, 
         from merging.hub.repository import open_repository
 
         config = open_repository(address).folder / address.path / "config.json"
-        return None, read_config(config) if config.is_file() else {}
+        return None, read_config(config) if is_there(config) else {}
     said = base or stated.get("base_model_name_or_path")
     path = local_path(said) if isinstance(said, str) and said else None
     if path is None or not path.is_dir():
         if base:
             raise InputError(f"{base}: there is no such base: name its folder, or ORG/NAME on the Hub")
         return None, {}
-    return path, read_config(path / "config.json") if (path / "config.json").is_file() else {}
+    return path, read_config(path / "config.json") if is_there(path / "config.json") else {}

@@ -8,7 +8,7 @@ from merging.errors import MergingError
 from merging.serving.peft import ADAPTERS, unsaved, untrained_tokens
 from merging.serving.rules import Program, Rule, absent, no_config, stated_type
 from merging.serving.subject import Subject
-from merging.sources.layout import read_json
+from merging.small_files import LIST_LIMIT, read_json
 from merging.sources.peft.refused import REFUSED
 
 __all__ = ["TRANSFORMERS"]
@@ -26,7 +26,7 @@ def _other_files(subject: Subject) -> Iterator[str]:
 def _plain_index(subject: Subject) -> Iterator[str]:
     if subject.weights is not None and subject.weights.suffix == ".json":
         try:
-            metadata = read_json(subject.weights).get("metadata")
+            metadata = read_json(subject.weights, LIST_LIMIT).get("metadata")
         except MergingError as error:
             yield str(error)
             return

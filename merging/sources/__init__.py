@@ -12,6 +12,9 @@ from pathlib import Path
 
 from merging.errors import FormatError, InputError, MergingError
 from merging.hub.address import hub_address, local_path, no_such_path
+from merging.links import check_inside
+from merging.platform import kind_of
+from merging.small_files import is_there
 from merging.sources import diffusion, kohya, packs, peft
 from merging.sources.adapter import Adapter
 from merging.sources.checkpoint import Checkpoint, open_checkpoint
@@ -122,10 +125,12 @@ def _open_local(path: Path, alpha: float | None, dequantise: bool) -> Checkpoint
         raise no_such_path(path)
     if path.is_dir():
         _check_one_model(path)
-        if not (path / "adapter_config.json").is_file():
+        if not is_there(path / "adapter_config.json"):
             bare = _bare_adapter(path)
             return _checkpoint(path, None, dequantise) if bare is None else _open_local(bare, alpha, dequantise)
         return _of_numbers(peft.open_peft(path, alpha))
+    if not path.is_file():
+        raise FormatError(f"{path}: is {kind_of(path.stat().st_mode)}, and should be a file or a folder")
     if path.suffix == ".json":
         return _checkpoint(path, None, dequantise)
     check_suffix(path)
@@ -149,7 +154,7 @@ def _checkpoint(path: Path, opened: Opened | None, dequantise: bool) -> Checkpoi
 
 def _check_one_model(folder: Path) -> None:
     """Refuse a folder that holds a full model and an adapter: either may have been left over."""
-    adapters = [name for name in (*peft.WEIGHTS, *diffusion.WEIGHTS) if (folder / name).is_file()]
+    adapters = [name for name in (*peft.WEIGHTS, *diffusion.WEIGHTS) if is_there(folder / name, None)]
     if not adapters and not (folder / "adapter_config.json").is_file():
         return
     weights = find_weights(folder)
@@ -174,8 +179,8 @@ def _of_numbers(adapter: Adapter) -> Adapter:
 
 def _bare_adapter(folder: Path) -> Path | None:
     """The adapter's file in a folder without a config: one of a name that adapters have, or the only file there."""
-    named = next((folder / name for name in (*peft.WEIGHTS, *diffusion.WEIGHTS) if (folder / name).is_file()), None)
+    named = next((folder / name for name in (*peft.WEIGHTS, *diffusion.WEIGHTS) if is_there(folder / name, None)), None)
     found = sorted(folder.glob("*.safetensors"))
-    if named is not None or len(found) != 1 or (folder / "config.json").is_file():
+    if named is not None or len(found) != 1 or is_there(folder / "config.json"):
         return named
-    return found[0] if dialect_of(open_tensors(found[0])) else None
+    return found[0] if dialect_of(open_tensors(check_inside(found[0], folder))) else None

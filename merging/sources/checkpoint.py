@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from merging.errors import FormatError
+from merging.small_files import is_there
 from merging.sources.components import MODULES, PIPELINE, components_of
 from merging.sources.layout import (
     agree,
     check_absent,
     is_standard,
-    read_json,
     shards_of,
     shards_without_index,
     stem_of,
@@ -36,7 +36,6 @@ __all__ = [
     "content_key",
     "files_key",
     "open_checkpoint",
-    "read_json",
     "text_config",
 ]
 
@@ -134,8 +133,8 @@ def _composed(path: Path, components: dict[str, Checkpoint]) -> Checkpoint:
 def _open_one(path: Path, opened: Opened | None, dequantise: bool) -> Checkpoint:
     weights = path if path.is_file() else weights_of(path)
     named = is_standard(weights.name)
-    folder = weights.parent if path.is_dir() or (named and (weights.parent / "config.json").is_file()) else None
-    config = read_config(folder / "config.json") if folder and (folder / "config.json").is_file() else {}
+    folder = weights.parent if path.is_dir() or (named and is_there(weights.parent / "config.json")) else None
+    config = read_config(folder / "config.json") if folder and is_there(folder / "config.json") else {}
     tensors: dict[str, Stored] = {}
     shared: dict[str, str] = {}
     absent: dict[str, Path] = {}
@@ -168,7 +167,7 @@ def _open_one(path: Path, opened: Opened | None, dequantise: bool) -> Checkpoint
 def _files_of(weights: Path, in_folder: bool) -> Mapping[Path, set[str] | None]:
     """The files of a model by its weights, each with the names that an index promises of it."""
     if weights.suffix == ".json":
-        return shards_of(weights)
+        return shards_of(weights, given=not in_folder)
     shards = shards_without_index(weights.parent) if in_folder else []
     return dict.fromkeys(shards if weights in shards else [weights])
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError
-from merging.sources.layout import find_weights, is_plain_name, read_json
+from merging.links import check_inside
+from merging.small_files import is_there, read_json, read_json_list
+from merging.sources.layout import find_weights, is_plain_name
 
 __all__ = ["MODULES", "PIPELINE", "components_of"]
 
@@ -25,14 +26,14 @@ def components_of(folder: Path) -> dict[str, Path]:
     A component called "" lies in the folder itself. Raises :class:`~merging.errors.FormatError` for lists of
     components that cannot be understood.
     """
-    if (folder / PIPELINE).is_file():
+    if is_there(folder / PIPELINE):
         listed = read_json(folder / PIPELINE)
         names: Iterable[Any] = (name for name, made_of in listed.items() if isinstance(made_of, list) and any(made_of))
         found = _with_weights(folder, folder / PIPELINE, names)
         if not found:
             raise FormatError(f"{folder / PIPELINE}: none of its components has weights here: complete the download")
         return found
-    if (folder / MODULES).is_file():
+    if is_there(folder / MODULES):
         found = _with_weights(folder, folder / MODULES, _module_paths(folder / MODULES))
         return found if found.keys() != {""} else {}
     return {}
@@ -40,9 +41,8 @@ def components_of(folder: Path) -> dict[str, Path]:
 
 def _module_paths(path: Path) -> list[Any]:
     try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
-        return [module["path"] for module in modules]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return [module["path"] for module in read_json_list(path)]
+    except (TypeError, KeyError):
         raise FormatError(f"{path}: is no list of modules with their paths") from None
 
 
@@ -51,6 +51,6 @@ def _with_weights(folder: Path, index: Path, names: Iterable[Any]) -> dict[str, 
     for name in names:
         if name != "" and not is_plain_name(name):  # the folder itself may be a component
             raise FormatError(f"{index}: {str(name)[:200]!r} is no plain name of a folder")
-        if (folder / name).is_dir() and find_weights(folder / name) is not None:
+        if (folder / name).is_dir() and find_weights(check_inside(folder / name, folder)) is not None:
             found[name] = folder / name
     return found

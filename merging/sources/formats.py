@@ -16,7 +16,7 @@ __all__ = ["Format", "formats"]
 
 _CHECKPOINTS = {
     "safetensors": "one file, shards with an index, or a variant of them (fp16)",
-    "PyTorch": ".bin, .pt, .pth: mapped into memory, and no code in them is run",
+    "PyTorch": ".bin, .pt, .pth: read at their places, and no code in them is run",
     "pipelines": "folders of diffusers and of sentence-transformers, component by component",
 }
 _PACKS = {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError, InputError
+from merging.links import check_inside
+from merging.small_files import LIST_LIMIT, is_there, read_json
 from merging.sources.stored import Stored
 from merging.sources.ties import stated_tie, tied_to
 
@@ -20,8 +21,6 @@ __all__ = [
     "is_plain_name",
     "is_standard",
     "of_llama_cpp",
-    "parse_json",
-    "read_json",
     "shards_of",
     "shards_without_index",
     "stem_of",
@@ -52,12 +51,6 @@ _VARIANTS = tuple(
 )
 """What the weights of a variant (``fp16``) are called, in the order in which they are preferred."""
 
-_DEPTH = 64
-"""How deep JSON may be nested."""
-
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-"""What may be half a character in JSON."""
-
 _SHARD = re.compile(r"-[0-9]{5}-of-[0-9]{5}$|^[0-9]{5}-of-[0-9]{5}$")
 
 _NUMBERED = re.compile(r"(?P<set>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.(?P<ending>safetensors|bin)")
@@ -81,7 +74,7 @@ def find_weights(folder: Path) -> Path | None:
     :class:`~merging.errors.InputError` if they are several.
     """
     for name in _LAYOUTS:
-        if (folder / name).is_file():
+        if is_there(folder / name, None):
             return folder / name
     found: dict[str, Path] = {}
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
@@ -95,7 +88,8 @@ def find_weights(folder: Path) -> Path | None:
             f"{folder}: which weights? The folder holds only the variants {', '.join(sorted(found))}: leave one of "
             f"them in it, or name the file"
         )
-    return next(iter(found.values()), None) or next(iter(shards_without_index(folder)), None)
+    weights = next(iter(found.values()), None) or next(iter(shards_without_index(folder)), None)
+    return weights and check_inside(weights, folder)
 
 
 def shards_without_index(folder: Path) -> list[Path]:
@@ -118,7 +112,7 @@ def shards_without_index(folder: Path) -> list[Path]:
             f"{folder}: holds {len(shards)} of the {int(count)} shards of a model, and no index: "
             f"{name}-{missing[0]:05}-of-{count}.{ending} is missing: complete the download"
         )
-    return [shards[number] for number in sorted(shards)]
+    return [check_inside(shards[number], folder) for number in sorted(shards)]
 
 
 def weights_of(folder: Path) -> Path:
@@ -131,7 +125,7 @@ def weights_of(folder: Path) -> Path:
         return weights
     found = sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
-        return found[0]
+        return check_inside(found[0], folder)
     for path in folder.glob("*.gguf") if not found else ():
         raise of_llama_cpp(path)
     if found:
@@ -170,9 +164,9 @@ def of_llama_cpp(path: Path) -> FormatError:
     )
 
 
-def shards_of(index: Path) -> dict[Path, set[str]]:
-    """The tensor names that an index promises for each of its shards."""
-    weight_map = read_json(index).get("weight_map")
+def shards_of(index: Path, *, given: bool = False) -> dict[Path, set[str]]:
+    """The tensor names that an index promises for each of its shards; a ``given`` one was named by the user."""
+    weight_map = read_json(index, LIST_LIMIT, given=given).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: has no weight_map, so it is no index of shards")
     shards: dict[Path, set[str]] = {}
@@ -183,6 +177,7 @@ def shards_of(index: Path) -> dict[Path, set[str]]:
     for shard_path in shards:
         if not shard_path.is_file():
             raise FormatError(f"{index}: its shard {shard_path.name} is missing: complete the download")
+        check_inside(shard_path, index.parent)
     return dict(sorted(shards.items()))
 
 
@@ -219,46 +214,3 @@ def _disagreement(index: Path, shard: Path, what: str, more: int) -> FormatError
         f"{shard}: {what}{f' (and {more} more such names)' if more else ''}: {index.name} and its shards come from "
         f"different saves, get them again together"
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises :class:`~merging.errors.FormatError` for anything else."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise FormatError(f"{path}: is not valid JSON: {error}") from None
-    return parse_json(text, str(path))
-
-
-def parse_json(text: str, where: str) -> dict[str, Any]:
-    """A JSON object from a text, which was found at ``where``.
-
-    Raises :class:`~merging.errors.FormatError` for anything else, and for halves of characters, which JSON can spell
-    and no file can hold.
-    """
-    try:
-        value = json.loads(text)
-        if _SURROGATE.search(text):
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise FormatError(f"{where}: holds half a character, which is no Unicode") from None
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where}: is not valid JSON: {str(error).splitlines()[0]}") from None
-    if not isinstance(value, dict):
-        raise FormatError(f"{where}: should hold a JSON object, and holds a {type(value).__name__}")
-    if _is_deep(value):
-        raise FormatError(f"{where}: is nested too deeply")
-    return value
-
-
-def _is_deep(value: object) -> bool:
-    """Whether a value of JSON is nested so deeply that it could be read, but not written or shown."""
-    level: list[Any] = [value]
-    for _ in range(_DEPTH):
-        inner = [each.values() if isinstance(each, dict) else each for each in level]
-        level = [each for values in inner for each in values if isinstance(each, (dict, list))]
-        if not level:
-            return False
-    return True

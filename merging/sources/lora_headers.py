@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from merging.errors import FormatError
+from merging.small_files import parse_json
 
 __all__ = ["METADATA_KEY", "base_facts", "component_configs", "config_of", "unstated_alpha"]
 
@@ -26,12 +25,7 @@ def component_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict
     """
     if METADATA_KEY not in metadata:
         return {}
-    try:
-        fields = json.loads(metadata[METADATA_KEY])
-    except (ValueError, RecursionError):
-        fields = None
-    if not isinstance(fields, dict):
-        raise FormatError(f"{path}: the {METADATA_KEY} in its header is not a JSON object")
+    fields = parse_json(metadata[METADATA_KEY], f"{path}: the {METADATA_KEY} in its header")
     configs: defaultdict[str, dict[str, Any]] = defaultdict(dict)
     for name, value in fields.items():
         component, _, field = name.partition(".")

@@ -181,7 +181,7 @@ class File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self.fd = platform.open_regular(path)
         self.stamp = stamp_of(os.fstat(self.fd))
 
     def __del__(self) -> None:

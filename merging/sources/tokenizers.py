@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError
-from merging.sources.layout import read_json
+from merging.small_files import LIST_LIMIT, is_there, read_json, read_text
 
 __all__ = ["TOKENIZER_FILES", "token_conflict", "tokens_of"]
 
@@ -51,26 +51,26 @@ def tokens_of(folder: Path) -> dict[int, str] | None:
     Read are ``tokenizer.json``, ``vocab.json`` and ``vocab.txt``, the latter two with ``added_tokens.json``. Raises
     :class:`~merging.errors.FormatError` for files that are something else.
     """
-    if (folder / "tokenizer.json").is_file():
+    if is_there(folder / "tokenizer.json"):
         return _of_tokenizer(folder / "tokenizer.json")
-    if (folder / "vocab.json").is_file():
-        tokens = _inverted(read_json(folder / "vocab.json"), folder / "vocab.json")
-    elif (folder / "vocab.txt").is_file():
-        lines = (folder / "vocab.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+    if is_there(folder / "vocab.json"):
+        tokens = _inverted(folder / "vocab.json")
+    elif is_there(folder / "vocab.txt"):
+        lines = read_text(folder / "vocab.txt", LIST_LIMIT, errors="replace").split("\n")
         tokens = {row: token.rstrip("\r") for row, token in enumerate(lines) if token}
     else:
         return None
     added = folder / "added_tokens.json"
-    return tokens | _inverted(read_json(added), added) if added.is_file() else tokens
+    return tokens | _inverted(added) if is_there(added) else tokens
 
 
 def _of_tokenizer(path: Path) -> dict[int, str]:
-    content = read_json(path)
+    content = read_json(path, LIST_LIMIT)
     model = content.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     tokens: dict[int, str] = {}
     if isinstance(vocabulary, dict):
-        tokens = _inverted(vocabulary, path)
+        tokens = _by_row(vocabulary, path)
     elif isinstance(vocabulary, list):  # a unigram model: tokens with their scores
         tokens = {row: str(entry[0]) for row, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
     listed = content.get("added_tokens")
@@ -80,7 +80,11 @@ def _of_tokenizer(path: Path) -> dict[int, str]:
     return tokens
 
 
-def _inverted(vocabulary: Mapping[str, Any], path: Path) -> dict[int, str]:
+def _inverted(path: Path) -> dict[int, str]:
+    return _by_row(read_json(path, LIST_LIMIT), path)
+
+
+def _by_row(vocabulary: Mapping[str, Any], path: Path) -> dict[int, str]:
     if not all(type(row) is int for row in vocabulary.values()):
         raise FormatError(f"{path}: should give each token its row")
     return {row: token for token, row in vocabulary.items()}

@@ -23,6 +23,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -160,8 +161,10 @@ def _litter(store: Path) -> list[str]:
     # what could not be removed has a name that the next writer removes
     odd = [path.name for path in (store / "states").iterdir() if path.name not in known]
     odd = [name for name in odd if not name.startswith(".unfinished.0")]
-    expected = ("manifest.json", "states", ".lock", ".manifest.json.new")  # the last is small, and replaced some time
-    return sorted(odd + [path.name for path in store.iterdir() if path.name not in expected])
+    expected = ("manifest.json", "states", ".lock")
+    small = re.compile(r"\.manifest\.json\..*\.new")  # the next writer removes it
+    names = [path.name for path in store.iterdir() if not small.fullmatch(path.name)]
+    return sorted(odd + [name for name in names if name not in expected])
 
 
 def kill_at_random(stream: Stream, kills: int, chance: random.Random, folder: Path, tally: Tally) -> None:

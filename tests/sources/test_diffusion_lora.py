@@ -227,7 +227,7 @@ STATED = {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 2
 REFUSED: dict[str, tuple[State, dict[str, str], str]] = {
     "alphas twice": ({**PAIR, f"{Q}.alpha": torch.tensor(1.0)}, STATED, "states its alphas twice"),
     "no config for a part": ({**PAIR, f"text_encoder{Q[4:]}.lora_A.weight": DOWN + 1}, STATED, "no config for them"),
-    "no JSON": (PAIR, {"lora_adapter_metadata": "{"}, "is not a JSON object"),
+    "no JSON": (PAIR, {"lora_adapter_metadata": "{"}, "is not valid JSON"),
     "another rank": (PAIR, {"lora_adapter_metadata": json.dumps({"unet.r": 4})}, "rank"),
     "half a pair": ({f"{Q}.lora_A.weight": DOWN}, {}, "has no lora_up"),
     "stray": ({**PAIR, "unet.x.weight": UP.clone()}, {}, "unet.x.weight is no tensor that a LoRA"),

@@ -170,7 +170,7 @@ def test_lora_on_a_grouped_convolution_is_refused(tmp_path: Path) -> None:
 def test_config_in_a_header_that_is_no_object(tmp_path: Path, given: str) -> None:
     tensors = {"q.lora_A.weight": torch.ones(2, 3), "q.lora_B.weight": torch.ones(3, 2)}
     save_file(tensors, tmp_path / "a.safetensors", {"adapter_config": given})
-    with pytest.raises(FormatError, match="adapter_config in its header is not a JSON object"):
+    with pytest.raises(FormatError, match=r"adapter_config in its header: (is not valid JSON|should hold)"):
         open_model(tmp_path / "a.safetensors")
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from merging.errors import FormatError
+from merging.small_files import parse_json
 from merging.sources import diffusion, kohya, peft
 from merging.sources.adapter import Adapter, Added, Change, Factors
 from merging.sources.packs.codings import Coding, Kind, Packed, Raw
@@ -129,7 +130,7 @@ def unpacked(path: Path, opened: Opened | None = None) -> Unpacked:
 
 def _manifest(path: Path, metadata: Mapping[str, str]) -> Manifest:
     try:
-        stated = json.loads(metadata[PACK_KEY])
+        stated = parse_json(metadata[PACK_KEY], f"{path}: the {PACK_KEY} in its header")
         version = stated["version"]
         if version != VERSION:
             raise FormatError(

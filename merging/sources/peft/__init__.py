@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError
+from merging.links import check_inside
+from merging.small_files import is_there, parse_json, read_json
 from merging.sources.adapter import Adapter, Change, LoraChange, Replacement
-from merging.sources.checkpoint import read_json
 from merging.sources.computed import Computed
 from merging.sources.lora_headers import METADATA_KEY, component_configs, unstated_alpha
 from merging.sources.peft.config import Config
@@ -82,23 +82,17 @@ def open_peft(path: Path, alpha: float | None = None, opened: Opened | None = No
 def _weights_of(folder: Path) -> Path:
     for name in WEIGHTS:
         if (folder / name).is_file():
-            return folder / name
+            return check_inside(folder / name, folder)
     raise FormatError(f"{folder}: has an adapter_config.json, but neither adapter_model.safetensors nor .bin")
 
 
 def _config_of(weights: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
     sidecar = weights.parent / "adapter_config.json"
-    if weights.stem == "adapter_model" and sidecar.is_file():
+    if weights.stem == "adapter_model" and is_there(sidecar):
         return read_json(sidecar)
     if CONFIG_KEY not in metadata:
         return _component_config(weights, metadata)
-    try:
-        config = json.loads(metadata[CONFIG_KEY])
-    except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise FormatError(f"{weights}: the {CONFIG_KEY} in its header is not a JSON object")
-    return config
+    return parse_json(metadata[CONFIG_KEY], f"{weights}: the {CONFIG_KEY} in its header")
 
 
 def _component_config(weights: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:

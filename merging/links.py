@@ -1,0 +1,65 @@
+"""Links in folders of strangers: nothing is read or written through one that leads out of its folder.
+
+A file that a user names may be a link, and so may a folder: those are the user's own. In the Hub's cache a snapshot
+links to the blobs of its repository, and those links are followed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from merging.errors import FormatError
+
+__all__ = ["check_inside", "refuse_link", "trust_links"]
+
+_is_junction = getattr(os.path, "isjunction", None)
+"""Links of Windows to folders that are no symbolic ones; known to Python from 3.12 on."""
+
+_TRUSTED: set[str] = set()
+"""Folders whose links this process made itself."""
+
+
+def check_inside(path: Path, folder: Path) -> Path:
+    """The path, which is or will be read, if it leads nowhere out of ``folder``.
+
+    Raises :class:`~merging.errors.FormatError` for a link out of it.
+    """
+    real, root = os.path.realpath(path), os.path.realpath(folder)
+    if not any(_is_within(real, each) for each in (root, *_trusted(root))):
+        raise FormatError(
+            f"{path}: is a link out of its folder, to {real}, and nothing is read through one: put the file itself in "
+            f"its place"
+        )
+    return path
+
+
+def refuse_link(path: Path) -> Path:
+    """The path, which is part of a folder that this program made, if it is no link.
+
+    Raises :class:`~merging.errors.FormatError` for one: this program makes none there, and what it leads to would be
+    changed or deleted.
+    """
+    if path.is_symlink() or (_is_junction is not None and _is_junction(path)):
+        raise FormatError(f"{path}: is a link, to {os.path.realpath(path)}: nothing is read, written or deleted there")
+    return path
+
+
+def trust_links(folder: Path) -> None:
+    """Follow the links in a folder wherever they lead, since this process makes them itself."""
+    _TRUSTED.add(os.path.realpath(folder))
+
+
+def _trusted(root: str) -> Iterator[str]:
+    """Where links from a folder may lead: to the blobs of its repository in the Hub's cache."""
+    if any(_is_within(root, each) for each in _TRUSTED):
+        yield os.path.sep
+    parts = Path(root)
+    for parent in (parts, *parts.parents):
+        if parent.name == "snapshots":
+            yield str(parent.parent / "blobs")
+
+
+def _is_within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip(os.path.sep) + os.path.sep)
