@@ -14,6 +14,11 @@ __all__ = ["Place", "Stacks"]
 # sentence-transformers. The bound keeps int() cheap whatever a file claims.
 _INDEX = re.compile(r"\.([0-9]{1,6})\.")
 
+# Flat names of LoRA files: a component, and a module whose dots are underscores. All of its numbers are looked at, as
+# in dotted names: whether one counts blocks is decided there.
+_FLAT_PREFIX = re.compile(r"(lora_(?:prior_unet|unet|te[0-9]?|[a-z]+)|lycoris|oft_[a-z]+[0-9]?|[A-Z]\w*?_lora)_+")
+_BEFORE_NUMBER, _BEHIND_NUMBER = re.compile(r"_(?=[0-9]{1,6}[_.])"), re.compile(r"(?<=\.)([0-9]{1,6})_")
+
 # What the blocks of one stage are called in hierarchical backbones; the number may also follow at once (SegFormer).
 _BLOCK = re.compile(r"(?:(layers?|blocks?)\.)?([0-9]{1,6})\.")
 
@@ -94,10 +99,11 @@ class Stacks:
         The leftmost number in a name is its index, and what precedes it the prefix. Of a whole model (``complete``) a
         prefix is a stack if its indices are exactly 0 to n-1, n at least 2. An adapter may cover few layers: there any
         index will do, and the largest one tells n. Neither experts nor rows of bare layers (``mlp.0.weight``) are
-        stacks. Stages of blocks (Swin, ConvNeXt, ResNet, SegFormer) are flattened into one row of blocks.
+        stacks. Stages of blocks (Swin, ConvNeXt, ResNet, SegFormer) are flattened into one row of blocks. Flat names of
+        LoRA files carry their block as well (``lora_unet_blocks_4_ffn_0``).
         """
         rests: defaultdict[str, defaultdict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
-        for name in names:
+        for name in map(_dotted, names):
             found = _INDEX.search(name)
             if found:
                 rests[name[: found.start()]][int(found[1])].append(name[found.end() :])
@@ -130,6 +136,7 @@ class Stacks:
 
     def place(self, name: str) -> Place:
         """The place of a tensor, whether or not it was among the names."""
+        name = _dotted(name)
         found = _INDEX.search(name)
         numbering = self.numberings.get(name[: found.start()]) if found else None
         if found is None or numbering is None:
@@ -139,6 +146,14 @@ class Stacks:
 
     def _map(self, change: Callable[[_Numbering], _Numbering]) -> Stacks:
         return Stacks({prefix: change(numbering) for prefix, numbering in self.numberings.items()})
+
+
+def _dotted(name: str) -> str:
+    """A flat name with its component and its numbers between dots; any other name as it is."""
+    if name.count(".") > 1:
+        return name
+    apart = _BEFORE_NUMBER.sub(".", _FLAT_PREFIX.sub(r"\1.", name, count=1))
+    return _BEHIND_NUMBER.sub(r"\1.", apart)
 
 
 def _positive(layers: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from merging.delta import Delta, Stack
 from merging.errors import OptionError, nearest
 from merging.folds import Fold
-from merging.parameters import Coefficient, all_matching, bound, patterns, reached, spread, unreached, varies
+from merging.parameters import Coefficient, all_matching, bound, graded, patterns, reached, spread, unreached, varies
 from merging.site import Site
 
 __all__ = ["Closing", "Grain", "Method", "Round", "Seen", "build", "check_places", "idle_parameters"]
@@ -110,8 +110,8 @@ class Method(BaseModel, ABC):
 
     @property
     def by_depth(self) -> bool:
-        """Whether the number of blocks matters."""
-        return self.varies
+        """Whether the depth of a place matters."""
+        return any(graded(getattr(self, field)) for field in type(self).model_fields)
 
     def closings(self, models: int) -> tuple[Closing, ...]:
         """What :meth:`factor` must know about the merged changes."""
@@ -190,11 +190,19 @@ class Method(BaseModel, ABC):
         return "+".join(link.name for link in self.links())
 
 
-def check_places(method: Method, sites: Iterable[Site], models: int) -> None:
-    """Check the parameters at every place, where they differ from place to place."""
+def check_places(method: Method, sites: Iterable[Site], models: int, remedy: str = "") -> None:
+    """Check the parameters at every place, where they differ from place to place.
+
+    ``remedy`` is what else can be done where the names tell no depth, and something needs it.
+    """
+    sites = list(sites)
+    if method.by_depth and sites and all(site.layer is None for site in sites):
+        raise OptionError(
+            f"{_by_depth(method)} goes by the depth of each tensor in the model, and none of their names tells it "
+            f"({sites[0].name} is one): {remedy}leave it out, or choose a value that is the same everywhere"
+        )
     if not any(link.varies for link in method.links()):
         return
-    sites = list(sites)
     for link in method.links():
         values = [getattr(link, field) for field in type(link).model_fields]
         names = [site.name for site in sites]
@@ -207,6 +215,13 @@ def check_places(method: Method, sites: Iterable[Site], models: int) -> None:
                 )
     for site in sites:
         method.at(site).check(models)
+
+
+def _by_depth(method: Method) -> str:
+    """The method or the parameter that goes by depth, the innermost."""
+    link = next(link for link in reversed(method.links()) if link.by_depth)
+    field = next((field for field in type(link).model_fields if graded(getattr(link, field))), None)
+    return f"{link.name}.{field}" if field else link.name
 
 
 def idle_parameters(method: Method, sites: Iterable[Site]) -> list[str]:

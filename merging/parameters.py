@@ -22,6 +22,7 @@ __all__ = [
     "all_matching",
     "bound",
     "column",
+    "graded",
     "matches",
     "number",
     "patterns",
@@ -148,6 +149,14 @@ def reached(value: Any, site: Site) -> str | None:
 def varies(value: Any) -> bool:
     """Whether a parameter differs from place to place."""
     return isinstance(value, _Varying) or (isinstance(value, tuple) and any(map(varies, value)))
+
+
+def graded(value: Any) -> bool:
+    """Whether a parameter differs with the depth of the place."""
+    if isinstance(value, tuple):
+        return any(map(graded, value))
+    each = [rule for _, rule in value.rules] if isinstance(value, ByName) else [value]
+    return any(isinstance(one, Gradient) for one in each)
 
 
 def patterns(value: Any) -> list[str]:

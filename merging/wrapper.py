@@ -71,7 +71,7 @@ class Wrapper(Method):
 
     @property
     def by_depth(self) -> bool:
-        return self.varies or self.then.by_depth
+        return super().by_depth or self.then.by_depth
 
     def closings(self, models: int) -> tuple[Closing, ...]:
         return self.then.closings(models)

@@ -97,7 +97,7 @@ def _plan_of(
         items, matched, untied = model_items(recipe, alike, reference, base_alike, stacks, weights)
         made = AdapterItems(items, 0)
     items = made.items
-    check_places(recipe.method, [item.site for item in items if item.form != "copy"], len(models))
+    check_places(recipe.method, [item.site for item in items if item.form != "copy"], len(models), _depth_remedy(base))
     notices += idle_parameters(recipe.method, [item.site for item in items if item.form != "copy"])
     if recipe.exclude and all(item.form == "copy" for item in items):
         raise OptionError("exclude leaves nothing to merge: name fewer tensors")
@@ -122,6 +122,11 @@ def _plan_of(
         header=made.header,
         constants=made.constants,
     )
+
+
+def _depth_remedy(base: Checkpoint | None) -> str:
+    """What can be done where the names of what is merged tell no depth."""
+    return "" if base else "give the model with --base, whose names may tell it, or "
 
 
 def _pinned(recipe: Recipe, models: Sequence[Checkpoint | Adapter], base: Checkpoint | None) -> Recipe:
