@@ -112,16 +112,20 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 1 << 28)
 
 
-def allow_open_files(count: int) -> None:
-    """Let this process have so many files open, as far as the system lets it."""
+def allow_open_files(count: int) -> bool:
+    """Let this process have so many files open; False if the system does not let it."""
     try:
         import resource
     except ImportError:
-        return
+        return True
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
-    if soft != resource.RLIM_INFINITY and wanted > soft:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if soft == resource.RLIM_INFINITY or count <= soft:
+        return True
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 _KINDS = (

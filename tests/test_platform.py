@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -111,3 +112,31 @@ def test_merges_are_the_same_without_a_call(
 def files(path: Path) -> dict[str, bytes]:
     """Everything in a folder or file, by name."""
     return {file.name: file.read_bytes() for file in ([path] if path.is_file() else path.iterdir())}
+
+
+FEW_FILES = """
+import resource, sys, torch, merging
+from pathlib import Path
+from safetensors.torch import save_file
+folder, soft, hard = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+paths = [folder / f"{i}.safetensors" for i in range(120)]
+for path in paths:
+    save_file({"weight": torch.ones(2, 2)}, path)
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+print(merging.merge(paths, method="linear", output=folder / "out.safetensors").tensors)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_more_inputs_than_files_that_may_be_open(tmp_path: Path) -> None:
+    """The soft limit is raised as far as it may be; beyond that it is one message that says the way out."""
+
+    def run(soft: int, hard: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", FEW_FILES, str(tmp_path), str(soft), str(hard)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    refused = run(100, 150)
+    assert "InputError" in refused.stderr
+    assert "take fewer at once, or raise its limit (ulimit -n)" in refused.stderr
+    done = run(100, 400)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merging import platform
 from merging.arrival import arrived
 from merging.delta import Delta, Dense
 from merging.errors import InputError, OptionError
@@ -58,7 +57,6 @@ def aligned(
         raise OptionError(f"a comparison has no option {sorted(unknown)[0]!r}")
     if not models:
         raise InputError("there is nothing to compare: name at least one model")
-    platform.allow_open_files(len(models) + _SPARE)
     stated = {name: value for name, value in options.items() if value is not None}
     base = options.get("base")
     if isinstance(base, Checkpoint):
@@ -83,10 +81,6 @@ def aligned(
         items = [item if _needs_base(item) else replace(item, base=None) for item in items]
     items.sort(key=lambda item: (item.site.layer is None, item.site.layer or 0))
     return arrived(replace(plan, items=tuple(items)), (), progress=progress)
-
-
-_SPARE = 256
-"""Open files beside one a model: shards, the libraries' own."""
 
 
 def _opened(model: Model, recipe: Recipe) -> Adapter | Checkpoint:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from merging import platform
-from merging.errors import FormatError
+from merging.errors import FormatError, InputError
 from merging.sources.header import Entry, read_header, stamp_of
 
 __all__ = [
@@ -46,6 +46,9 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 _PIECE = 1 << 22
+
+_SPARE_FILES = 64
+"""Files that may be open beside the inputs: outputs, spools, locks, what libraries open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +185,12 @@ class File:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.fd = platform.open_regular(path)
+        # the lowest free number is about the count of open files
+        if not platform.allow_open_files(self.fd + _SPARE_FILES):
+            raise InputError(
+                f"{path}: the system allows this process no more than {self.fd} open inputs: take fewer at once, or "
+                f"raise its limit (ulimit -n)"
+            )
         self.stamp = stamp_of(os.fstat(self.fd))
 
     def __del__(self) -> None:
