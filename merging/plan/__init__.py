@@ -22,6 +22,7 @@ from merging.plan.heads import settled
 from merging.plan.items import Item, Plan
 from merging.plan.sites import find_stacks
 from merging.plan.targets import adapter_targets
+from merging.plan.task_heads import NO_HEADS, TaskHeads, find_task_heads
 from merging.plan.to_adapter import AdapterItems, adapter_items
 from merging.plan.to_model import model_items
 from merging.plan.vocabulary import Vocabulary, fitted
@@ -45,7 +46,8 @@ def make_plan(recipe: Recipe, rank_steps: Sequence[int] = ()) -> Plan:
     """
     models = tuple(open_model(path, recipe.lora_alpha, recipe.dequantise) for path in recipe.models)
     recipe.method.check(len(models))
-    return plan_of(recipe, models, _open_base(recipe), rank_steps)
+    base = _open_base(recipe)
+    return plan_of(recipe, models, base, rank_steps, find_task_heads(models, base, recipe.exclude))
 
 
 def plan_of(
@@ -53,22 +55,27 @@ def plan_of(
     models: Sequence[Checkpoint | Adapter],
     base: Checkpoint | None,
     rank_steps: Sequence[int] = (),
+    heads: TaskHeads = NO_HEADS,
 ) -> Plan:
-    """The plan of a recipe whose models and base are open already."""
+    """The plan of a recipe whose models and base are open already; ``heads`` stand for what the base has none of."""
     # A plan of 50,000 tensors is a million objects that all live on: collecting garbage among them doubles the time.
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return _plan_of(recipe, tuple(models), base, rank_steps)
+        return _plan_of(recipe, heads.without_excluded(models), heads.on_base(base), rank_steps, heads)
     finally:
         if collecting:
             gc.enable()
 
 
 def _plan_of(
-    recipe: Recipe, models: tuple[Checkpoint | Adapter, ...], base: Checkpoint | None, rank_steps: Sequence[int]
+    recipe: Recipe,
+    models: tuple[Checkpoint | Adapter, ...],
+    base: Checkpoint | None,
+    rank_steps: Sequence[int],
+    heads: TaskHeads,
 ) -> Plan:
-    output, weights = check_origin(recipe, models, base)
+    output, weights = check_origin(recipe, models, base, heads.tensors)
     check_packed(models, base, recipe.allow_different_bases)
     models, base = settled(*chosen(recipe, models, base))
     recipe = _pinned(recipe, models, base)
@@ -76,12 +83,13 @@ def _plan_of(
     models, remarks = attention_counted(recipe, models)
     check_bases(models, recipe.allow_different_bases)
     keys, notices = content_keys(models)
-    notices += [notice for model in models if isinstance(model, Adapter) for notice in model.notices] + remarks
+    notices += [notice for model in models if isinstance(model, Adapter) for notice in model.notices]
+    notices += remarks + heads.notices
     untied = False
     vocabulary: Vocabulary | None = None
     if output == "adapter":
         adapters = [model for model in models if isinstance(model, Adapter)]
-        targets = adapter_targets(adapters, base)
+        targets = adapter_targets(adapters, base, heads)
         alone = base is None
         notices += check_related(adapters, targets.changes.values(), recipe.allow_different_bases) if alone else []
         matched = targets.matched
@@ -94,7 +102,7 @@ def _plan_of(
         notices += remarks
         reference = base_alike or next(model for model in alike if isinstance(model, Checkpoint))
         stacks, guess = find_stacks(recipe, models, reference, ())
-        items, matched, untied = model_items(recipe, alike, reference, base_alike, stacks, weights)
+        items, matched, untied = model_items(recipe, alike, reference, base_alike, stacks, weights, heads.excluded)
         made = AdapterItems(items, 0)
     items = made.items
     check_places(recipe.method, [item.site for item in items if item.form != "copy"], len(models), _depth_remedy(base))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
 from merging.errors import InputError, OptionError
@@ -168,9 +168,12 @@ def _bare(name: str) -> str:
 
 
 def check_origin(
-    recipe: Recipe, models: Sequence[Checkpoint | Adapter], base: Checkpoint | None
+    recipe: Recipe, models: Sequence[Checkpoint | Adapter], base: Checkpoint | None, known: Collection[str] = ()
 ) -> tuple[Literal["adapter", "model"], bool]:
-    """What comes out, and whether weights are merged themselves; refuses what lacks the base it needs."""
+    """What comes out, and whether weights are merged themselves; refuses what lacks the base it needs.
+
+    Of the targets ``known`` there is something that stands for the base's.
+    """
     method = recipe.method
     adapters = [model for model in models if isinstance(model, Adapter)]
     checkpoints = len(models) - len(adapters)
@@ -196,5 +199,5 @@ def check_origin(
             instead = ", or use --space changes" if spaces else ""
             raise InputError(f"{method.chain} merges weights, which adapters have only with --base: give it{instead}")
         for adapter in adapters:
-            adapter.require_base()
+            adapter.require_base(known)
     return output, weights

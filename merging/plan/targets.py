@@ -9,6 +9,7 @@ from merging.errors import InputError
 from merging.plan.matching import common_names
 from merging.plan.names import Placed
 from merging.plan.resolve import Resolver
+from merging.plan.task_heads import NO_HEADS, TaskHeads
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.fused_names import Rows
@@ -23,7 +24,7 @@ class Targets:
 
     With a base, targets are its tensors, and ``resolver`` knows them; without one they are the adapters' own names.
     ``placed`` are the rows of them that each adapter's own targets consist of, and ``matched`` lines about how names
-    were found.
+    were found; ``heads`` stand for heads that no base has.
     """
 
     changes: dict[str, tuple[Change | None, ...]]
@@ -31,13 +32,14 @@ class Targets:
     placed: list[Placed]
     matched: list[str]
     resolver: Resolver | None
+    heads: TaskHeads = NO_HEADS
 
     def __iter__(self) -> Iterator[str]:
         """Names on disk, which tell the depth."""
         return iter(self.changes) if self.resolver is None else map(self.resolver.on_disk, self.changes)
 
 
-def adapter_targets(adapters: Sequence[Adapter], base: Checkpoint | None) -> Targets:
+def adapter_targets(adapters: Sequence[Adapter], base: Checkpoint | None, heads: TaskHeads = NO_HEADS) -> Targets:
     """What adapters change where. Raises :class:`~merging.errors.InputError` for names that do not fit together."""
     resolver = Resolver(_known(base, adapters), base.config) if base is not None else None
     if resolver is None:
@@ -64,9 +66,8 @@ def adapter_targets(adapters: Sequence[Adapter], base: Checkpoint | None) -> Tar
     for each in named:
         for name, change in each.items():
             labels.setdefault(name, change.target)
-    return Targets(
-        {name: tuple(each.get(name) for each in named) for name in labels}, labels, placed, matched, resolver
-    )
+    changes = {name: tuple(each.get(name) for each in named) for name in labels}
+    return Targets(changes, labels, placed, matched, resolver, heads)
 
 
 def _known(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, Stored]:

@@ -58,7 +58,7 @@ def adapter_items(
     The rank is as asked for, or one that loses nothing: for an adapter of PEFT's one of ``rank_steps``, if there are
     any.
     """
-    left = all_matching(recipe.exclude, targets.changes)
+    left = all_matching(recipe.exclude, [*targets.changes, *targets.heads.excluded])
     merged = {name: changes for name, changes in targets.changes.items() if name not in left}
     labels = targets.labels
     kind = DTYPES[recipe.dtype] if recipe.dtype else _widest(merged.values())
@@ -90,7 +90,7 @@ def adapter_items(
         transposed = any(each.is_transposed(shapes[name]) for each in changes if each)
         site = site_of(name, shapes[name], stacks, transposed or name in turned, _on_disk(name, targets.resolver))
         site = replace(site, kind="experts") if _is_experts(changes) else site
-        stored = targets.resolver.stored(name) if targets.resolver else None
+        stored = targets.resolver.stored(name) if targets.resolver else targets.heads.tensors.get(name)
         if base is not None and stored is None:
             _refuse_in_pieces(name, changes, weights, base)
         added = _is_bias(changes) or (exporter is not None and _is_lora(changes))

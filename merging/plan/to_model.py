@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from merging.errors import InputError, nearest
@@ -31,11 +31,13 @@ def model_items(
     base: Checkpoint | None,
     stacks: Stacks,
     weights: bool,
+    excluded: Collection[str] = (),
 ) -> tuple[list[Item], list[str], bool]:
     """The items of the merge, lines about how names were matched, and whether the output head is untied.
 
-    ``reference`` gives names, shapes and dtypes: the base, or else the first model. Raises
-    :class:`~merging.errors.InputError` for tensors that do not fit, unless the recipe keeps the base's.
+    ``reference`` gives names, shapes and dtypes: the base, or else the first model. ``excluded`` are targets that are
+    left out already, which patterns may mean too. Raises :class:`~merging.errors.InputError` for tensors that do not
+    fit, unless the recipe keeps the base's.
     """
     known = dict(reference.tensors)
     known |= own_heads(models, reference)
@@ -63,7 +65,7 @@ def model_items(
         matched.append(f"{len(skip)} tensors that differ are {reference.path.name}'s (--on-mismatch base)")
     names = with_tied_copy(known, inputs, reference, skip)
     untied = is_untied(names, reference)
-    left = all_matching(recipe.exclude, names)
+    left = all_matching(recipe.exclude, [*names, *excluded])
     turned = inputs_by_outputs({name: stored.shape for name, stored in names.items()})
     items = [
         _item(

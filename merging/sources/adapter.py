@@ -7,7 +7,7 @@ below; every scale is folded in when the factors are read.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -269,8 +269,11 @@ class Adapter:
     written: Mapping[str, Written] = field(default_factory=dict)
     configured: bool = False
 
-    def require_base(self) -> None:
-        """Raise :class:`~merging.errors.InputError` if some change cannot be told without the base."""
-        for change in self.changes.values():
-            if change.needs_base:
+    def require_base(self, known: Collection[str] = ()) -> None:
+        """Raise :class:`~merging.errors.InputError` if some change cannot be told without the base.
+
+        Of the targets ``known`` there is something that stands for the base's.
+        """
+        for target, change in self.changes.items():
+            if change.needs_base and target not in known:
                 raise InputError(f"{self.path}: {change.target}: {change.needs_base}: give the base with --base")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from merging.sources.derived import Derived
 from merging.sources.stored import Stored
 
-__all__ = ["Rows"]
+__all__ = ["Mean", "Rows"]
 
 
 class Rows(Derived):
@@ -50,7 +52,20 @@ class Rows(Derived):
         self._of.advise(start, min(count, max(0, self._of.numel - start)))
 
 
-def _mean(lenders: list[Stored], start: int, size: int) -> Tensor:
+class Mean(Derived):
+    """The mean of tensors of one shape."""
+
+    __slots__ = ("_of",)
+
+    def __init__(self, of: tuple[Stored, ...]) -> None:
+        super().__init__("F64" if any(each.kind == "F64" for each in of) else "F32", of[0].shape, of)
+        self._of = of
+
+    def read_into(self, buffer: Tensor, start: int = 0) -> None:
+        buffer.copy_(_mean(self._of, start, len(buffer)))
+
+
+def _mean(lenders: Sequence[Stored], start: int, size: int) -> Tensor:
     wide = torch.float64 if any(each.kind == "F64" for each in lenders) else torch.float32
     total = torch.zeros(size, dtype=wide)
     for each in lenders:

@@ -1,0 +1,91 @@
+"""Heads for a task that adapters save in full, and that no base has: those of classifiers, which PEFT saves along."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from merging.errors import InputError
+from merging.parameters import matches
+from merging.sources import Adapter, Checkpoint
+from merging.sources.adapter import Change, Replacement
+from merging.sources.rows import Mean
+from merging.sources.stored import Stored
+
+__all__ = ["NO_HEADS", "TaskHeads", "find_task_heads"]
+
+_HEAD = re.compile(r"(?:^|\.)(?:score|classifier|qa_outputs|pre_classifier|classification_head)\.")
+"""Modules that transformers puts on top of a model for a task, with values that are drawn for every training."""
+_BLOCK = re.compile(r"(?:^|\.)[0-9]+\.")
+
+Model = Checkpoint | Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class TaskHeads:
+    """What stands for the base where it has no such head: ``tensors`` by target, the mean of those that adapters hold.
+
+    A merge of changes from the mean is the mean for every sum whose weights add up to 1. ``excluded`` are targets that
+    the recipe leaves out, and that no base need have.
+    """
+
+    tensors: Mapping[str, Stored] = field(default_factory=dict)
+    excluded: frozenset[str] = frozenset()
+
+    def on_base(self, base: Checkpoint | None) -> Checkpoint | None:
+        """A base with these heads among its tensors."""
+        return replace(base, tensors={**base.tensors, **self.tensors}) if base and self.tensors else base
+
+    def without_excluded(self, models: Sequence[Model]) -> tuple[Model, ...]:
+        """The models without the heads that are left out."""
+        return tuple(self._without(model) if isinstance(model, Adapter) else model for model in models)
+
+    def _without(self, adapter: Adapter) -> Adapter:
+        kept = {target: change for target, change in adapter.changes.items() if target not in self.excluded}
+        return adapter if len(kept) == len(adapter.changes) else replace(adapter, changes=kept)
+
+    @property
+    def notices(self) -> list[str]:
+        """What is to be said of them."""
+        if not self.tensors:
+            return []
+        return [
+            f"{', '.join(sorted(self.tensors))}: saved in full and in no base here, so that the mean stands for the "
+            f"base's: give --base if that has it, or leave it out with --exclude"
+        ]
+
+
+NO_HEADS = TaskHeads()
+"""That there are none, or that the base has them."""
+
+
+def find_task_heads(models: Sequence[Model], base: Checkpoint | None, exclude: Sequence[str]) -> TaskHeads:
+    """The heads that adapters hold in full and ``base`` lacks, which may be None.
+
+    Raises :class:`~merging.errors.InputError` for heads of different sizes.
+    """
+    found: defaultdict[str, list[tuple[Adapter, Replacement]]] = defaultdict(list)
+    for model in models:
+        for target, change in model.changes.items() if isinstance(model, Adapter) else ():
+            if _is_task_head(target, change) and (base is None or base.lookup(target) is None):
+                found[target].append((model, change))  # type: ignore[arg-type]
+    excluded = {target for target in found if any(matches(pattern, target) for pattern in exclude)}
+    tensors = {}
+    for target, held in found.items():
+        if target in excluded:
+            continue
+        (first, change), *others = held
+        for other, its in others:
+            if its.shape != change.shape:
+                raise InputError(
+                    f"{target} is {change.shape} in {first.path} and {its.shape} in {other.path}: these heads are for "
+                    f"different labels: leave them out with --exclude {target.partition('.')[0]}"
+                )
+        tensors[target] = Mean(tuple(its.value for _, its in held))
+    return TaskHeads(tensors, frozenset(excluded))
+
+
+def _is_task_head(target: str, change: Change) -> bool:
+    return isinstance(change, Replacement) and bool(_HEAD.search(target)) and not _BLOCK.search(target)
