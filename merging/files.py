@@ -17,7 +17,7 @@ from merging.errors import OptionError, OutputError
 from merging.landing import Landing, check_destination
 from merging.lora_files import lora_metadata, lora_stem
 from merging.method import Method
-from merging.model_folder import check_companions, companion_patterns, write_model_companions
+from merging.model_folder import check_companions, companion_patterns, copy_companions, write_model_companions
 from merging.plan import PORTABLE_RANKS, Plan, make_plan
 from merging.recipe import FIELDS, Recipe, make_recipe
 from merging.run import run
@@ -169,6 +169,7 @@ def merge_plan(
             writer.close()
         if not single and plan.output == "adapter":
             write_adapter_companions(told, landing.folder, cut)
+            copy_companions(told, landing.folder)
         elif not single:
             notices += write_model_companions(told, landing.folder)
         landing.commit()

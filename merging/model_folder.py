@@ -20,7 +20,7 @@ from merging.sources.layout import find_weights
 from merging.sources.stored import STAND_INS, holders_of
 from merging.sources.tokenizers import TOKENIZER_FILES
 
-__all__ = ["check_companions", "companion_patterns", "write_model_companions"]
+__all__ = ["check_companions", "companion_patterns", "copy_companions", "write_model_companions"]
 
 _COMPANIONS = (
     "generation_config.json",
@@ -65,9 +65,7 @@ def write_model_companions(plan: Plan, folder: Path) -> list[str]:
             f"{reference.path} is a bare file without a config, so the output has none: copy it from the model's folder"
         ]
     own = plan.vocabulary.of if plan.vocabulary else reference
-    for name, source in _companions(plan).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        copy_file(source, folder / name)
+    copy_companions(plan, folder)
     parts = reference.components or {"": reference}
     for name, component in parts.items():
         if name in plan.kept:
@@ -76,6 +74,16 @@ def write_model_companions(plan: Plan, folder: Path) -> list[str]:
             text = json.dumps(_model_config(plan, component.config), indent=2) + "\n"
             (folder / name / "config.json").write_text(text, encoding="utf-8")
     return _remarks(plan, reference, own)
+
+
+def copy_companions(plan: Plan, folder: Path) -> None:
+    """Copy the files that belong to the output: those of a model, and the tokenizer of an adapter with its own tokens.
+
+    The tokenizer of any other adapter is its base's, and stays where it is.
+    """
+    for name, source in _companions(plan).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(source, folder / name)
 
 
 def _remarks(plan: Plan, reference: Checkpoint, own: Checkpoint) -> list[str]:
@@ -94,6 +102,8 @@ def _companions(plan: Plan) -> dict[str, Path]:
     """The files that are copied, by their names in the output; each is one that may be read."""
     reference, own = plan.reference, plan.vocabulary.of if plan.vocabulary else plan.reference
     others = [pattern for pattern in companion_patterns(plan) if pattern not in TOKENIZER_FILES]
+    if plan.output == "adapter":
+        others, own = [], None if own is plan.base else own
     found: dict[str, Path] = {}
     for model, patterns in ((reference, others), (own, TOKENIZER_FILES)):
         folder = model.folder if model else None
@@ -110,8 +120,7 @@ def check_companions(plan: Plan) -> None:
     folder, as strangers' folders can hold them: what it leads to would be published.
     """
     model_card(plan)
-    if plan.output == "model":
-        _companions(plan)
+    _companions(plan)
 
 
 def _copy_weights(component: Checkpoint, folder: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from adapters import QUIRKS, State, assert_close, deep_base, quiet
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaForSequenceClassification, PreTrainedModel
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
 import merging
 from merging.errors import InputError
@@ -87,3 +87,99 @@ def test_heads_for_other_labels_are_left_out_as_the_refusal_says(
     merging.merge([one, other], method="linear", exclude="score", output=tmp_path / "out", **options)
     assert not any("score" in name for name in load_file(tmp_path / "out" / "adapter_model.safetensors"))
     assert not json.loads((tmp_path / "out" / "adapter_config.json").read_text())["modules_to_save"]
+
+
+# ---- vocabularies that were resized in training
+
+
+ROWS = 96
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+WAYS = {"saved along": {}, "in full": {"modules_to_save": ["embed_tokens", "lm_head"]}, "targeted": {}}
+
+
+def train_resized(folder: Path, base: Path, seed: int, rows: int, way: str) -> Path:
+    """An adapter trained on a base whose embedding and head were resized, with rows of its own."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    targets = ["q_proj", *(["embed_tokens", "lm_head"] if way == "targeted" else [])]
+    tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules=targets, **WAYS[way]))
+    with torch.no_grad():
+        for value in tuned.parameters():
+            if value.requires_grad:
+                value.add_(0.1 * torch.randn(value.shape))
+        if way == "saved along":
+            tuned.get_input_embeddings().weight.add_(0.1 * torch.randn(rows, 32))
+    tuned.save_pretrained(folder, save_embedding_layers=way != "in full")
+    (folder / "vocab.txt").write_text("\n".join(f"t{row}" for row in range(rows)))
+    return folder
+
+
+def resized_state(base: Path, adapter: Path, rows: int) -> State:
+    model = LlamaForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    return dict(PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict())
+
+
+@pytest.fixture(scope="module")
+def resized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model, and adapters of it with two and three tokens more. None is changed by a test."""
+    root = tmp_path_factory.mktemp("resized")
+    with quiet():
+        deep_base(root / "base", 2)
+        for way in WAYS:
+            for number, rows in ((1, ROWS + 2), (2, ROWS + 3)):
+                train_resized(root / f"{way} {number}", root / "base", number, rows, way)
+    return root
+
+
+def merged_rows(first: State, second: State) -> State:
+    """The mean of two models, in their first rows; rows that only one has are its own."""
+    found = {}
+    for name, value in first.items():
+        other = second[name]
+        rows = len(value) if name in TABLES else None
+        found[name] = (value + other[:rows]) / 2 if rows else (value + other) / 2
+        if rows:
+            found[name] = torch.cat([found[name], other[rows:]])
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", WAYS)
+def test_resized_vocabularies_merge_into_a_model(resized: Path, tmp_path: Path, way: str) -> None:
+    """Rows of new tokens match by index; transformers loads what comes out with all of them."""
+    one, two = (resized / f"{way} {number}" for number in (1, 2))
+    options = {"method": "linear", "base": resized / "base", "kind": "model"}
+    with pytest.raises(InputError, match=r"vocabularies of different sizes .* --vocabulary largest"):
+        merging.merge([one, two], output=tmp_path / "out", **options)
+    merging.merge([one, two], vocabulary="largest", output=tmp_path / "out", **options)
+    wanted = merged_rows(resized_state(resized / "base", one, ROWS + 2), resized_state(resized / "base", two, ROWS + 3))
+    assert_close(LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict(), wanted)
+    assert len((tmp_path / "out" / "vocab.txt").read_text().split()) == ROWS + 3
+    merging.merge([one, two], vocabulary="base", output=tmp_path / "base rows", **options)
+    kept = LlamaForCausalLM.from_pretrained(tmp_path / "base rows").state_dict()
+    assert_close(kept, {name: value[:ROWS] if name in TABLES else value for name, value in wanted.items()})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", WAYS)
+def test_resized_vocabularies_merge_into_an_adapter(resized: Path, tmp_path: Path, way: str) -> None:
+    """As PEFT reads it on a base with that many rows; the tokenizer comes along."""
+    one, two = (resized / f"{way} {number}" for number in (1, 2))
+    merging.merge([one, two], method="linear", base=resized / "base", vocabulary="largest", output=tmp_path / "out")
+    wanted = merged_rows(resized_state(resized / "base", one, ROWS + 2), resized_state(resized / "base", two, ROWS + 3))
+    assert_close(resized_state(resized / "base", tmp_path / "out", ROWS + 3), wanted)
+    assert len((tmp_path / "out" / "vocab.txt").read_text().split()) == ROWS + 3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_embeddings_saved_along_are_read_where_sizes_agree(resized: Path, tmp_path: Path) -> None:
+    """With the resized base saved, nothing differs, and the embeddings are modules saved in full."""
+    base = LlamaForCausalLM.from_pretrained(resized / "base")
+    base.resize_token_embeddings(ROWS + 2, mean_resizing=False)
+    base.save_pretrained(tmp_path / "base")
+    one = resized / "saved along 1"
+    merging.merge([one], method="linear", base=tmp_path / "base", kind="model", output=tmp_path / "out")
+    found = LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert_close(found, resized_state(resized / "base", one, ROWS + 2))

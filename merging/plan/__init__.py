@@ -25,7 +25,7 @@ from merging.plan.targets import adapter_targets
 from merging.plan.task_heads import NO_HEADS, TaskHeads, find_task_heads
 from merging.plan.to_adapter import AdapterItems, adapter_items
 from merging.plan.to_model import model_items
-from merging.plan.vocabulary import Vocabulary, fitted
+from merging.plan.vocabulary import fitted
 from merging.recipe import Recipe
 from merging.sources import Adapter, Checkpoint, open_model
 
@@ -86,23 +86,22 @@ def _plan_of(
     notices += [notice for model in models if isinstance(model, Adapter) for notice in model.notices]
     notices += remarks + heads.notices
     untied = False
-    vocabulary: Vocabulary | None = None
+    alike, based, vocabulary, remarks = fitted(recipe, models, base)
+    notices += remarks
     if output == "adapter":
-        adapters = [model for model in models if isinstance(model, Adapter)]
-        targets = adapter_targets(adapters, base, heads)
-        alone = base is None
+        adapters = [model for model in alike if isinstance(model, Adapter)]
+        targets = adapter_targets(adapters, based, heads)
+        alone = based is None
         notices += check_related(adapters, targets.changes.values(), recipe.allow_different_bases) if alone else []
         matched = targets.matched
-        notices += taken_as_linear(adapters, base)
-        stacks, guess = find_stacks(recipe, models, base, targets)
-        made = adapter_items(recipe, adapters, base, targets, stacks, weights, rank_steps)
+        notices += taken_as_linear(adapters, based)
+        stacks, guess = find_stacks(recipe, models, based, targets)
+        made = adapter_items(recipe, adapters, based, targets, stacks, weights, rank_steps)
         notices += made.notices
     else:
-        alike, base_alike, vocabulary, remarks = fitted(recipe, models, base)
-        notices += remarks
-        reference = base_alike or next(model for model in alike if isinstance(model, Checkpoint))
+        reference = based or next(model for model in alike if isinstance(model, Checkpoint))
         stacks, guess = find_stacks(recipe, models, reference, ())
-        items, matched, untied = model_items(recipe, alike, reference, base_alike, stacks, weights, heads.excluded)
+        items, matched, untied = model_items(recipe, alike, reference, based, stacks, weights, heads.excluded)
         made = AdapterItems(items, 0)
     items = made.items
     check_places(recipe.method, [item.site for item in items if item.form != "copy"], len(models), _depth_remedy(base))

@@ -9,12 +9,13 @@ from math import prod
 from merging.errors import InputError
 from merging.hub.address import Address
 from merging.hub.repository import open_repository
+from merging.plan.trained_tables import as_checkpoint, with_tables
 from merging.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
 from merging.sources.names import find_renaming
 from merging.sources.rows import Rows
 from merging.sources.stored import Stored
-from merging.sources.ties import embeddings_among
+from merging.sources.ties import embeddings_among, is_table
 from merging.sources.tokenizers import TOKENIZER_FILES, token_conflict, tokens_of
 
 __all__ = ["Vocabulary", "fitted"]
@@ -39,11 +40,15 @@ def fitted(
     tokenizers give one row to different tokens.
     """
     checkpoints = [model for model in ([*models, base] if base else models) if isinstance(model, Checkpoint)]
+    if not checkpoints:
+        return tuple(models), base, None, []
+    reference = base or checkpoints[0]
+    trained = {id(model): as_checkpoint(model, reference) for model in models if isinstance(model, Adapter)}
+    checkpoints = [*(tables for tables in trained.values() if tables), *checkpoints]
     rows = {id(model): _rows_of(model) for model in checkpoints}
     found = sorted({each for each in rows.values() if each})
     if len(found) < 2 or (recipe.vocabulary == "error" and recipe.on_mismatch == "base"):
         return tuple(models), base, None, []
-    reference = base or checkpoints[0]
     told = ", ".join(f"{model.path} {rows[id(model)]}" for model in checkpoints)
     if recipe.vocabulary == "error":
         raise InputError(
@@ -55,14 +60,21 @@ def fitted(
     remarks = _check_tokenizers(checkpoints, rows, of)
     tables = _Tables(checkpoints, rows, reference, base if recipe.vocabulary == "largest" else reference)
     resized = {id(model): tables.resized(model, rows[id(of)]) for model in checkpoints}
-    kept = tuple(resized[id(model)] if isinstance(model, Checkpoint) else model for model in models)
+    kept: list[Model] = []
+    for model in models:
+        if isinstance(model, Checkpoint):
+            kept.append(resized[id(model)])
+        else:
+            tables_of = trained[id(model)]
+            kept.append(with_tables(model, resized[id(tables_of)].tensors, reference) if tables_of else model)
     remarks.append(f"vocabularies of different sizes ({told} rows) were matched by index: {rows[id(of)]} rows come out")
-    return kept, resized[id(base)] if base else None, Vocabulary(rows[id(of)], of), remarks
+    return tuple(kept), resized[id(base)] if base else None, Vocabulary(rows[id(of)], of), remarks
 
 
 def _rows_of(model: Checkpoint) -> int:
     """The rows of a model's embedding, 0 where it has none, or several of different sizes."""
-    sizes = {model.tensors[name].shape[0] for name in embeddings_among(model.tensors)}
+    names = embeddings_among(model.tensors) or list(filter(is_table, model.tensors))
+    sizes = {model.tensors[name].shape[0] for name in names}
     return sizes.pop() if len(sizes) == 1 else 0
 
 

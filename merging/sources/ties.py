@@ -16,6 +16,7 @@ __all__ = [
     "embeddings_among",
     "has_own_head",
     "is_head",
+    "is_table",
     "same_values",
     "stated_tie",
     "text_config",
@@ -80,6 +81,11 @@ def stated_tie(config: Mapping[str, Any], names: Iterable[str]) -> bool:
 def is_head(name: str) -> bool:
     """Whether a tensor is the output head of its model, by its name; projections inside of blocks may end alike."""
     return name.endswith(HEADS) and not _BLOCK.search(name)
+
+
+def is_table(name: str) -> bool:
+    """Whether a tensor has a row for each token, by its name: an embedding or an output head."""
+    return is_head(name) or (name.endswith(_EMBEDDINGS) and not _BLOCK.search(name))
 
 
 def has_own_head(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> bool:

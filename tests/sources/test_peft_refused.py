@@ -105,7 +105,10 @@ REFUSED_TENSORS: dict[str, tuple[Callable[[State], State], str]] = {
     ),
     "odd leaf": (lambda t: t | {f"{Q0}.lora_odd": torch.ones(4)}, "lora_odd is neither a LoRA factor"),
     "bias of A": (lambda t: t | {f"{Q0}.lora_A.bias": torch.ones(4)}, "lora_A.bias has no place"),
-    "unlisted module": (lambda t: t | {"base_model.model.lm_head.weight": torch.ones(96, 32)}, "modules_to_save: none"),
+    "unlisted module": (
+        lambda t: t | {"base_model.model.model.norm.weight": torch.ones(96, 32)},
+        "modules_to_save: none",
+    ),
     "empty": (lambda _: {"x": torch.ones(1)}, "x is neither a LoRA factor"),
 }
 

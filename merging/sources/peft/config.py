@@ -9,6 +9,7 @@ from typing import Any
 from merging.errors import FormatError
 from merging.sources.checkpoint import HEADS
 from merging.sources.peft.patterns import PatternError, Patterns
+from merging.sources.ties import is_table
 
 __all__ = ["Config"]
 
@@ -103,7 +104,8 @@ class Config:
         target = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         trained = str(self.get("bias", "none"))
         biases = (trained == "all" or trained.endswith("_only")) and target.endswith(".bias")
-        if biases or target != name or self.saves(target):
+        # PEFT saves embeddings and heads along that were resized, and names them nowhere
+        if biases or target != name or self.saves(target) or is_table(target):
             return target
         saved = self.names("modules_to_save")
         part = "a LoRA factor" if self.kind == "LORA" else f"a part of {self.kind}"
