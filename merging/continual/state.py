@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,12 +19,12 @@ from merging.recipe import Recipe
 from merging.site import Site
 from merging.small_files import parse_json
 from merging.sources import Adapter, Checkpoint
-from merging.sources.adapter import Change, FullChange, LoraChange
+from merging.sources.adapter import Change, FullChange, LoraChange, Written
 from merging.sources.stored import DTYPE_NAMES, Out, open_safetensors
 
 __all__ = ["Accumulated", "held_forms", "odd_values", "open_state", "state_metadata", "step_plan"]
 
-_TENSORS, _DIALECT = "merging_tensors", "merging_dialect"
+_TENSORS, _DIALECT, _CONFIGURED = "merging_tensors", "merging_dialect", "merging_configured"
 
 _PEFT, _SEVERAL = "PEFT", "several"
 """What a state calls the dialect of models whose names are PEFT's own, and of adapters of different programs."""
@@ -52,6 +52,7 @@ def open_state(path: Path, base: str | None = None) -> Adapter:
     """
     stored, metadata = open_safetensors(path)
     changes: dict[str, Change] = {}
+    written: dict[str, Written] = {}
     try:
         for name, facts in parse_json(metadata[_TENSORS], f"{path}: its list of tensors").items():
             label, kind, transposed = str(facts["label"]), facts["kind"], bool(facts["transposed"])
@@ -60,9 +61,13 @@ def open_state(path: Path, base: str | None = None) -> Adapter:
             else:
                 down, up = stored[_DOWN + name], stored[_UP + name]
                 changes[name] = LoraChange(label, kind, down=down, up=up, scale=1.0, transposed=transposed)
+            if "written" in facts:
+                stem, names, alpha = facts["written"]
+                written[name] = Written(str(stem), tuple(map(str, names)), bool(alpha))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise FormatError(f"{path}: is no state of a store: {type(error).__name__}: {error}") from None
-    return Adapter(path, changes, (path,), metadata.get(_DIALECT, _PEFT), base)
+    dialect, configured = metadata.get(_DIALECT, _PEFT), _CONFIGURED in metadata
+    return Adapter(path, changes, (path,), dialect, base, written=written, configured=configured)
 
 
 def odd_values(path: Path) -> list[str]:
@@ -84,14 +89,31 @@ def held_forms(plan: Plan) -> tuple[int, int, int]:
 def state_metadata(plan: Plan) -> dict[str, str]:
     """What the header of the state that a step's plan writes must say of its tensors."""
     held = plan.models[0]
-    facts = {
-        name: {"label": change.target, "kind": change.kind, "transposed": change.is_transposed(change.shape)}
-        for name, change in (held.changes if isinstance(held, Adapter) else {}).items()
-    }
+    facts: dict[str, dict[str, object]] = {}
+    for name, change in (held.changes if isinstance(held, Adapter) else {}).items():
+        own = {"label": change.target, "kind": change.kind, "transposed": change.is_transposed(change.shape)}
+        facts[name] = own | _names([held.written.get(name)] if isinstance(held, Adapter) else [])
     for item in plan.items:
         if item.form != "copy":
-            facts[item.site.name] = _facts(item)
-    return {_TENSORS: json.dumps(facts), _DIALECT: _dialect(plan.models)}
+            facts[item.site.name] = _facts(item) | _names(_written(plan, item))
+    configured = any(isinstance(model, Adapter) and model.configured for model in plan.models)
+    return {_TENSORS: json.dumps(facts), _DIALECT: _dialect(plan.models)} | ({_CONFIGURED: "1"} if configured else {})
+
+
+def _written(plan: Plan, item: Item) -> Iterator[Written | None]:
+    """What the files of adapters call a tensor that they change whole. A state keeps these names by the base's."""
+    if _dialect(plan.models) == _SEVERAL:
+        return
+    for model, change in zip(plan.models, item.inputs, strict=True):
+        if isinstance(model, Adapter) and isinstance(change, Change):
+            name = item.site.name if model.changes.get(item.site.name) is change else change.target
+            whole = name in model.changes and change.shape == model.changes[name].shape
+            yield model.written.get(name) if whole else None
+
+
+def _names(written: Iterable[Written | None]) -> dict[str, object]:
+    found = next((each for each in written if each), None)
+    return {"written": [found.stem, found.names, found.alpha]} if found else {}
 
 
 def _dialect(models: Sequence[Checkpoint | Adapter]) -> str:

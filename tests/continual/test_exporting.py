@@ -122,13 +122,14 @@ def test_export_stands_a_state_that_goes(full: Models, tmp_path: Path, monkeypat
     assert identical(load(tmp_path / "out"), load(tmp_path / "wanted"))
 
 
-def test_store_of_kohya_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["lora_unet", "lycoris"])
+def test_store_of_kohya_files(tmp_path: Path, prefix: str) -> None:
     """What programs of diffusion models call the tensors stays known from state to state, as the batch names it."""
     base = tmp_path / "base"
     with quietly():
         build("sd").save_pretrained(base)
     queries = {name: tuple(value.shape) for name, value in on_disk(base).items() if ".attn1.to_q." in name}
-    modules = {f"lora_unet_{name[5:-7].replace('.', '_')}": (shape, 4.0) for name, shape in queries.items()}
+    modules = {f"{prefix}_{name[5:-7].replace('.', '_')}": (shape, 4.0) for name, shape in queries.items()}
     files = [factors(tmp_path / f"{seed}.safetensors", modules, seed) for seed in (1, 2)]
     store = ContinualStore.create(tmp_path / "store", base=base, method="task_arithmetic")
     for file in files:
@@ -137,6 +138,7 @@ def test_store_of_kohya_files(tmp_path: Path) -> None:
     merging.merge(files, method="task_arithmetic", base=base, output=tmp_path / "batch.safetensors", threads=1)
     own, batch = (load_file(tmp_path / f"{name}.safetensors") for name in ("grown", "batch"))
     assert {name: value.shape for name, value in own.items()} == {name: value.shape for name, value in batch.items()}
+    assert {name.partition(".")[0] for name in own} == modules.keys()
     for module in modules:
         one, other = (each[f"{module}.lora_up.weight"] @ each[f"{module}.lora_down.weight"] for each in (own, batch))
         assert torch.allclose(one, other, atol=1e-6)
