@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusion_families import ROWS, by_definition, diffusers_reads, write
-from safetensors.torch import load_file
+from diffusion_models import FLUX, build
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import merging
+from merging.errors import InputError
+from merging.serving import verify
 
 WEIGHTS = (0.7, -0.4)
 
@@ -43,3 +48,130 @@ def test_names_and_form_stay(tmp_path: Path, family: str) -> None:
         taken = [diffusers_reads(row, path) for path in inputs]
         assert taken[0]
         close(diffusers_reads(row, out), weighted(taken))
+
+
+def merged(inputs: list[Path], out: Path, **options: Any) -> merging.Merged:
+    """Their weighted sum, by default."""
+    settings = {"method": "task_arithmetic", "weights": WEIGHTS[: len(inputs)], **options}
+    return merging.merge(inputs, output=out, threads=1, **settings)
+
+
+# ---- a format that is asked for
+
+_NATIVE = "z-image native"  # diffusers keeps its fused attention under a name that its model does not have
+
+
+@pytest.mark.parametrize("family", [name for name, row in ROWS.items() if row.loader and name != _NATIVE])
+def test_diffusers_takes_its_format(tmp_path: Path, family: str) -> None:
+    """Under its own names it takes what it took under others; where these are not known, the format is refused."""
+    row = ROWS[family]
+    given = write(row, tmp_path / "a.safetensors", 1, 2, 3.0)
+    out = tmp_path / "out.safetensors"
+    try:
+        merged([given], out, format="diffusers", weights=1.0)
+    except InputError as error:
+        assert "--base" in str(error)
+        assert "leave --format out" in str(error)
+        assert row.flat or family in ("ltx-2 comfyui", "ltx-2 connectors", "anima comfyui")
+        return
+    close(diffusers_reads(replace(row, configured=True), out), diffusers_reads(row, given))
+
+
+@pytest.mark.parametrize("family", ROWS)
+def test_comfyui_takes_kohyas_format(tmp_path: Path, family: str) -> None:
+    row = ROWS[family]
+    out = tmp_path / "out.safetensors"
+    try:
+        merged([write(row, tmp_path / "a.safetensors", 1, 2, 3.0)], out, format="kohya", weights=1.0)
+    except InputError as error:
+        assert "leave --format out" in str(error)
+        assert family in ("z-image musubi", "lumina 2 diffusers", "ltx-2 connectors", "hunyuan i2v")
+        return
+    assert not [each for each in verify(str(out), ["comfyui"]).findings if each.severity == "ignores"]
+
+
+# ---- changes in full, forms that differ, names that differ
+
+
+def test_changes_in_full_stay_in_full(tmp_path: Path) -> None:
+    """lightx2v's files: weights, biases and norms beside factors, each under its name, without a rank to choose."""
+    row = ROWS["wan lightx2v"]
+    states = []
+    for seed in (1, 2):
+        state = load_file(write(row, tmp_path / f"{seed}.safetensors", seed, 2, 4.0))
+        random = torch.Generator().manual_seed(seed)
+        full = {
+            "blocks.0.self_attn.q.diff_b": (8,),
+            "blocks.0.norm3.diff": (8,),
+            "patch_embedding.diff": (8, 4, 1, 2, 2),
+            "head.head.diff": (4, 8),
+            "head.head.diff_b": (4,),
+        }
+        state |= {f"diffusion_model.{name}": torch.randn(shape, generator=random) for name, shape in full.items()}
+        save_file(state, tmp_path / f"{seed}.safetensors")
+        states.append(state)
+    out = tmp_path / "out.safetensors"
+    merged([tmp_path / "1.safetensors", tmp_path / "2.safetensors"], out)
+    got = load_file(out)
+    assert got.keys() == states[0].keys()
+    for name in got:
+        if ".diff" in name:
+            torch.testing.assert_close(got[name], WEIGHTS[0] * states[0][name] + WEIGHTS[1] * states[1][name])
+
+
+def test_two_forms_of_one_naming(tmp_path: Path) -> None:
+    """The first input's factors, and alphas since one input has them."""
+    one = write(ROWS["wan comfyui"], tmp_path / "1.safetensors", 1, 2, None)
+    two = write(ROWS["wan lightx2v"], tmp_path / "2.safetensors", 2, 2, 6.0)
+    merged([one, two], tmp_path / "out.safetensors")
+    names = load_file(tmp_path / "out.safetensors").keys()
+    assert names == load_file(one).keys() | {name for name in load_file(two) if name.endswith(".alpha")}
+    close(by_definition(tmp_path / "out.safetensors"), weighted([by_definition(path) for path in (one, two)]))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "named"),
+    [
+        (("qwen comfyui", "qwen lightning"), "diffusers"),
+        (("wan musubi", "wan fun"), None),
+        (("qwen lycoris", "qwen musubi"), None),
+        (("hunyuan official", "hunyuan comfyui"), "diffusers"),
+    ],
+)
+def test_names_that_differ(tmp_path: Path, kinds: tuple[str, str], named: str | None) -> None:
+    """The names are those of the first input that has some for all modules, or of a format; a note says which."""
+    files = [write(ROWS[kind], tmp_path / f"{n}.safetensors", n, 2, 2.0) for n, kind in enumerate(kinds)]
+    done = merged(files, tmp_path / "out.safetensors")
+    (said,) = [each for each in done.notices if "names differ" in each]
+    assert said.endswith(f"of files of {named}" if named else f"those of {files[0]}")
+    if named is None:
+        assert load_file(tmp_path / "out.safetensors").keys() <= load_file(files[0]).keys()
+
+
+# ---- with a base, from packs
+
+
+def test_a_base_changes_no_names(tmp_path: Path) -> None:
+    """Where the base keeps apart what the files fuse, the merge fuses it again."""
+    build("flux").save_pretrained(tmp_path / "base")
+    prefix = "diffusion_model."
+    files = []
+    for seed in (1, 2):
+        random = torch.Generator().manual_seed(seed)
+        state = {}
+        for module, (outputs, inputs) in FLUX.items():
+            state[f"{prefix}{module}.lora_A.weight"] = torch.randn(2, inputs, generator=random)
+            state[f"{prefix}{module}.lora_B.weight"] = torch.randn(outputs, 2, generator=random)
+        save_file(state, tmp_path / f"{seed}.safetensors")
+        files.append(tmp_path / f"{seed}.safetensors")
+    out = tmp_path / "out.safetensors"
+    merged(files, out, base=tmp_path / "base")
+    assert load_file(out).keys() == load_file(files[0]).keys()
+    close(by_definition(out), weighted([by_definition(path) for path in files]))
+
+
+def test_packs_keep_names(tmp_path: Path) -> None:
+    given = write(ROWS["z-image ai-toolkit"], tmp_path / "a.safetensors", 1, 2, None)
+    merging.compress(given, tmp_path / "pack.safetensors", method="bands")
+    merged([tmp_path / "pack.safetensors"], tmp_path / "out.safetensors", weights=1.0)
+    assert load_file(tmp_path / "out.safetensors").keys() == load_file(given).keys()

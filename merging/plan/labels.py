@@ -23,6 +23,24 @@ _OWN: dict[str, AdapterFormat] = {
 }
 """The format in which a merge of files of one dialect comes out."""
 
+_PUBLISHED_ONLY = re.compile(
+    r"(?:audio_)?(?:patchify_proj|adaln_single)\.|(?:audio_)?prompt_adaln_single\.|av_ca_\w+_adaln_single\."
+    r"|blocks\.\d+\.(?:(?:self|cross)_attn\.(?:[qkv]|output)_proj|mlp\.layer[12]|adaln_modulation_\w+\.\d)\."
+)
+"""Modules of LTX, LTX-2 and Anima as published, which diffusers calls otherwise."""
+_NOT_KOHYA = re.compile(
+    r"(?:lora_unet|lora_transformer|lycoris)_+(?:(?:layers|noise_refiner|context_refiner)_\d+_(?:attention_to|attn_to)_"
+    r"|(?:layers|noise_refiner|context_refiner)_\d+_(?:feed_forward_linear_\d|norm1_linear)\."
+    r"|blocks_\d+_(?:attn[12]_(?:to|add)_|ffn_net_)|single_transformer_blocks_)|Hunyuan_video_I2V_lora_"
+)
+"""Flat names that ComfyUI does not take: of diffusers' modules, where the published ones differ, and Tencent's."""
+_TENCENT = (
+    (re.compile(r"(_(?:img|txt)_mlp)_fc1\."), r"\1_0."),
+    (re.compile(r"(_(?:img|txt)_mlp)_fc2\."), r"\1_2."),
+    (re.compile(r"(blocks_\d+_(?:img_mod|txt_mod|modulation))_linear\."), r"\1_lin."),
+)
+"""Tencent's names of HunyuanVideo's modules, and those that ComfyUI has."""
+
 _SDXL = re.compile(r"\.transformer_blocks\.1\.|add_embedding\.")
 """Names of diffusers' that a U-Net of SDXL has, and none of Stable Diffusion 1 and 2."""
 _SD = re.compile(r"(?:down|up)_blocks\.3\.|down_blocks\.0\.attentions\.|up_blocks\.2\.attentions\.")
@@ -89,11 +107,16 @@ def labelled_rows(
     """
     if _flat(adapters) and not based:
         if format != "kohya" or not all(adapter.dialect == "Kohya" for adapter in adapters):
-            raise InputError("the names in Kohya's files do not tell those of the model's modules: give it with --base")
-        return {name: (Rows(name, 0, shape[0] if shape else 1),) for name, shape in shapes.items()}
+            raise InputError(
+                "the names in Kohya's files do not tell those of the model's modules: give it with --base, or leave "
+                "--format out, so that the output keeps the inputs' names"
+            )
+        kept = (name for name in shapes if not _NOT_KOHYA.match(name))
+        return {name: (Rows(name, 0, (shapes[name] or (1,))[0]),) for name in kept}
     known = known_names(shapes, strict=True)
     if format == "diffusers":
-        return {f"{each.component}.{each.name}": each.rows for each in known if "diffusers" in each.styles}
+        named = (each for each in known if "diffusers" in each.styles and not _PUBLISHED_ONLY.match(each.name))
+        return {f"{each.component}.{each.name}": each.rows for each in named}
     family = _family(known, based)
     return {label: each.rows for each in known if (label := _kohya_label(each, family))}
 
@@ -106,7 +129,9 @@ def _flat(adapters: Sequence[Adapter]) -> bool:
 def _family(known: Sequence[Known], based: bool) -> str | None:
     """The kind of model, as far as it decides how Kohya's files call its parts; None where nothing tells it."""
     components = {each.component for each in known}
-    if "transformer" in components:
+    if {"transformer", "transformer_2"} <= components:
+        return None  # flat names do not tell the two apart: each has a file of its own
+    if not components.isdisjoint(("transformer", "transformer_2")):
         return "transformer"
     unet = [each.name for each in known if each.component == "unet" and "diffusers" in each.styles]
     if "text_encoder_2" in components or any(map(_SDXL.search, unet)):
@@ -114,11 +139,18 @@ def _family(known: Sequence[Known], based: bool) -> str | None:
     return "sd" if (based and unet) or any(map(_SD.search, unet)) else None
 
 
+def _comfyui(flat: str) -> str:
+    """The flat name that ComfyUI has for a published module."""
+    for pattern, meant in _TENCENT:
+        flat = pattern.sub(meant, flat)
+    return flat
+
+
 def _kohya_label(known: Known, family: str | None) -> str | None:
     """What Kohya's files call a tensor, None if they call it by another of its names, or that is not known."""
-    if known.component in ("unet", "transformer"):
+    if known.component in ("unet", "transformer", "transformer_2"):
         style = "diffusers" if family == "sd" else "published"
-        return f"lora_unet_{known.flat}" if family and style in known.styles else None
+        return f"lora_unet_{_comfyui(known.flat)}" if family and style in known.styles else None
     if known.name.startswith("encoder.block."):
         return f"lora_te3_{known.flat}"  # a T5 is the third, also where there are two
     if family is None or not known.name.startswith("text_model."):

@@ -106,7 +106,8 @@ class _Given:
             if (rows and merged.keys().isdisjoint(part.name for part in rows)) or (not rows and change.optional):
                 continue
             written = adapter.written.get(target)
-            if not rows or written is None or not _can_be_kept(adapter, change, written, merged):
+            shape = merged.get(rows[0].name) if len(rows) == 1 else None
+            if not rows or written is None or not _can_be_kept(adapter, change, written, shape):
                 return False
             label = f"{written.stem}.{target.rpartition('.')[2]}"
             if self.rows.setdefault(label, rows) != rows:
@@ -126,13 +127,14 @@ class _Given:
         return all((part.name, row) in own for part in wanted for row in _marks(part))
 
 
-def _can_be_kept(adapter: Adapter, change: Change, written: Written, merged: Shapes) -> bool:
-    """Whether an adapter's name for a change may stay: PEFT's adapters are written as PEFT does, and so is all that
-    only these hold."""
+def _can_be_kept(adapter: Adapter, change: Change, written: Written, shape: tuple[int, ...] | None) -> bool:
+    """Whether an adapter's name for a change of a tensor of a shape may stay.
+
+    PEFT's adapters are written as PEFT does, and so are the kinds of change that only these hold.
+    """
     if adapter.dialect.startswith("PEFT") and written.stem.startswith(PREFIX):
         return False
-    turned = change.target in merged and change.is_transposed(merged[change.target])
-    return change.kind in ("linear", "conv", "bias") and not turned
+    return change.kind in ("linear", "conv", "bias") and not (shape and change.is_transposed(shape))
 
 
 def _marks(part: Rows) -> range:

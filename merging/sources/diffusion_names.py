@@ -24,6 +24,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 _PREFIXES = {
     "unet.": "unet",
     "transformer.": "transformer",
+    "transformer_2.": "transformer_2",
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
     "text_encoder_3.": "text_encoder_3",
@@ -38,6 +39,9 @@ _PREFIXES = {
     "text_encoders.t5xxl.transformer.": "text_encoder_3",
 }
 """What stands before the names of a component, in pipelines and in single files; "" is the denoiser, of either kind."""
+
+_DENOISERS = {"unet": "denoiser", "transformer": "denoiser", "transformer_2": "denoiser_2"}
+"""What LoRA files mean by one of a pipeline's denoisers."""
 
 _UNET = ("down_blocks", "mid_block", "up_blocks", "input_blocks", "middle_block", "output_blocks", "conv_in",
          "conv_norm_out", "conv_out", "time_embedding", "add_embedding", "time_embed", "label_emb", "out")  # fmt: skip
@@ -105,7 +109,7 @@ def spellings(known: Known, t5: bool = False, alone: bool = True) -> Iterator[tu
     ``t5``: its text encoder is a T5, which some call the third even if it is the second of its model. ``alone``: there
     is one denoiser, which is meant also where a file is for the second of two.
     """
-    component = "denoiser" if known.component in ("unet", "transformer") else known.component
+    component = _DENOISERS.get(known.component, known.component)
     name = within(component, known.name)
     yield component, name
     if t5 and component == "text_encoder_2":
@@ -128,8 +132,8 @@ def _component(component: str, shapes: Shapes, style: Style) -> Iterator[Known]:
     """The names of one component, whose tensors are given by their names without its prefix, in the style of those."""
     if component == "unet":
         return _unet(shapes)
-    if component == "transformer":
-        return _transformer(shapes, style)
+    if component in _DENOISERS:
+        return _transformer(component, shapes, style)
     return _text_encoder(component, shapes)
 
 
@@ -147,14 +151,14 @@ def _unet(shapes: Shapes) -> Iterator[Known]:
             yield Known("unet", ours, ("published",), _whole(name, shape))
 
 
-def _transformer(shapes: Shapes, style: Style) -> Iterator[Known]:
+def _transformer(component: str, shapes: Shapes, style: Style) -> Iterator[Known]:
     others = dict.fromkeys(shapes)
     styles: tuple[Style, ...] = (style,) if rules_of(shapes) else ("diffusers", "published")
     for whose, name, rows in paired_names(shapes):
         others.pop(name, None)
-        yield Known("transformer", name, (whose,), rows)
+        yield Known(component, name, (whose,), rows)
     for name in others:
-        yield Known("transformer", name, styles, _whole(name, shapes[name]))
+        yield Known(component, name, styles, _whole(name, shapes[name]))
 
 
 def _text_encoder(component: str, shapes: Shapes) -> Iterator[Known]:

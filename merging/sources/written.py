@@ -22,7 +22,8 @@ def with_written(adapter: Adapter, opened: Opened) -> Adapter:
     """
     tensors, metadata = opened
     names = {id(stored): name for name, stored in tensors.items()}
-    uses = Counter(id(of) for change in adapter.changes.values() for part in change.tensors for of in part.made_of)
+    parts = (part for change in adapter.changes.values() for part in change.tensors)
+    uses = Counter(each for part in parts for each in {id(part), *map(id, part.made_of)})
     written = dict(adapter.written)
     for target, change in adapter.changes.items():
         if change.tensors and all(id(part) in names and uses[id(part)] == 1 for part in change.tensors):
