@@ -1,4 +1,7 @@
-"""What every test lives with: one thread, and no Hub but the project's own, for those that ask for it."""
+"""Common to all tests: one thread, no Hub but the project's own for those that ask for it, and few random examples.
+
+``pytest --hypothesis-profile many`` draws more examples of the laws that hold of every method, other ones each time.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from hub_fixture import hub
+from hypothesis import settings
 
 __all__ = ["hub"]
 
 torch.set_num_threads(1)
+settings.register_profile("few", max_examples=5, deadline=None, derandomize=True)
+settings.register_profile("many", max_examples=20, deadline=None)
+settings.load_profile("few")

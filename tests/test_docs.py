@@ -199,15 +199,15 @@ def test_commands_of_the_hub_work(hub: Hub, tmp_path: Path) -> None:
     assert "adapter_model.safetensors" in hub.files("me/merged")
 
 
-def test_table_of_methods_is_generated(tmp_path: Path) -> None:
+def test_table_of_methods_is_generated() -> None:
     """`merge methods --markdown` prints what stands in the README."""
-    assert f"<!-- methods -->\n{run([MERGE, 'methods', '--markdown'], tmp_path)}" in README
+    assert f"<!-- methods -->\n{said('merge methods --markdown')}" in README
 
 
-def test_table_of_formats_is_generated(tmp_path: Path) -> None:
+def test_table_of_formats_is_generated() -> None:
     """`merge formats --markdown` prints what stands in the README, and the screen and JSON name the same formats."""
-    assert f"<!-- formats -->\n{run([MERGE, 'formats', '--markdown'], tmp_path)}" in README
-    screen = " ".join(run([MERGE, "formats"], tmp_path).split())
-    for each in json.loads(run([MERGE, "formats", "--json"], tmp_path)):
+    assert f"<!-- formats -->\n{said('merge formats --markdown')}" in README
+    screen = " ".join(said("merge formats").split())
+    for each in json.loads(said("merge formats --json")):
         assert each["name"].split(",")[0] in screen
         assert f"| {each['name']} |" in README

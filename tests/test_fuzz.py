@@ -20,12 +20,14 @@ pytestmark = [
 FUZZ = Path(__file__).parent / "faults" / "fuzz.py"
 
 
-def test_short_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("inputs", [200, pytest.param(800, marks=pytest.mark.exhaustive)])
+def test_short_run(tmp_path: Path, inputs: int) -> None:
     """Every reader, by the command itself, in a process of its own: what is found is named in its output."""
-    words = [sys.executable, str(FUZZ), "--inputs", "800", "--seed", "11", "--quick", "--kept", str(tmp_path / "kept")]
+    options = ["--inputs", str(inputs), "--seed", "11", "--quick", "--kept", str(tmp_path / "kept")]
+    words = [sys.executable, str(FUZZ), *options]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "800 inputs (header " in done.stdout and "findings: 0" in done.stdout
+    assert f"{inputs} inputs (header " in done.stdout and "findings: 0" in done.stdout
 
 
 def _writes(output: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import fine_tune, identical, load, model, save
 from torch import Tensor
@@ -224,7 +224,6 @@ TABLE = [
 
 NAMES = ["-".join([row.chain, *(v for v in row.parameters.values() if isinstance(v, str))]) for row in TABLE]
 rows = pytest.mark.parametrize("row", TABLE, ids=NAMES)
-few = settings(max_examples=15, deadline=None)
 seeds = st.integers(0, 2**20)
 
 
@@ -299,7 +298,6 @@ def test_rows_tell_the_truth_about_their_methods(row: Row) -> None:
 
 @rows
 @given(seed=seeds)
-@few
 def test_one_model_is_returned(row: Row, seed: int) -> None:
     base, (one,) = parts(seed, 1)
     if row.least > 1:
@@ -320,7 +318,6 @@ def test_equal_models_are_returned(row: Row) -> None:
 
 @rows
 @given(seed=seeds)
-@few
 def test_order_of_models(row: Row, seed: int) -> None:
     """Models that change places with their weights change nothing."""
     base, tuned = parts(seed)
@@ -338,7 +335,6 @@ def test_order_of_models_with_the_weights_left_behind(row: Row) -> None:
 
 @rows
 @given(seed=seeds, order=st.randoms(use_true_random=False))
-@few
 def test_order_of_tensors(row: Row, seed: int, order: Any) -> None:
     """Bit for bit."""
     base, tuned = parts(seed)
@@ -351,7 +347,6 @@ def test_order_of_tensors(row: Row, seed: int, order: Any) -> None:
 
 @rows
 @given(seed=seeds)
-@few
 def test_no_change_stays_none(row: Row, seed: int) -> None:
     """Fine-tunes that are their base merge to it, and zero tensors never to NaN."""
     base = model(seed) | {"zero.weight": torch.zeros(3, 3)}
@@ -360,7 +355,6 @@ def test_no_change_stays_none(row: Row, seed: int) -> None:
 
 @rows
 @given(seed=seeds)
-@few
 def test_zero_deltas_give_zero(row: Row, seed: int) -> None:
     if not row.on_changes:
         return
@@ -371,7 +365,6 @@ def test_zero_deltas_give_zero(row: Row, seed: int) -> None:
 
 @rows
 @given(seed=seeds, scale=st.floats(0.01, 100))
-@few
 def test_scaled_changes_scale_the_result(row: Row, seed: int, scale: float) -> None:
     if not row.homogeneous:
         return
@@ -384,7 +377,6 @@ def test_scaled_changes_scale_the_result(row: Row, seed: int, scale: float) -> N
 
 @rows
 @given(seed=seeds)
-@few
 def test_factors_and_dense_agree(row: Row, seed: int) -> None:
     if not row.on_changes:
         return
@@ -397,7 +389,6 @@ def test_factors_and_dense_agree(row: Row, seed: int) -> None:
 
 @rows
 @given(seed=seeds)
-@few
 def test_gauge(row: Row, seed: int) -> None:
     """(B, A) and (B G, G^-1 A) are one change."""
     if not row.on_changes:

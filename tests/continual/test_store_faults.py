@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from adapters import QUIRKS
 
 pytestmark = QUIRKS
@@ -14,9 +15,10 @@ pytestmark = QUIRKS
 FAULTS = Path(__file__).parents[1] / "faults" / "continual.py"
 
 
-def test_kills_and_failing_calls() -> None:
+@pytest.mark.parametrize(("kills", "calls"), [(3, 3), pytest.param(9, 10, marks=pytest.mark.exhaustive)])
+def test_kills_and_failing_calls(kills: int, calls: int) -> None:
     """A small version of the command, which has hundreds of them."""
-    words = [sys.executable, str(FAULTS), "--kills", "9", "--calls", "10", "--seed", "1"]
+    words = [sys.executable, str(FAULTS), "--kills", str(kills), "--calls", str(calls), "--seed", "1"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"9 kills at random moments .*30 failing calls .*stores damaged: 0", done.stdout)
+    assert re.search(rf"{kills} kills at random moments .*{3 * calls} failing calls .*stores damaged: 0", done.stdout)
