@@ -21,6 +21,7 @@ from merging.site import Site, inputs_by_outputs, site_of
 from merging.sources.adapter import LoraChange
 from merging.sources.peft import peft_changes
 from merging.sources.stored import MappedTensor
+from merging.sources.unread import refuse_factors
 from merging.wrapper import Entered, descend
 
 __all__ = ["merge_deltas", "merge_state_dicts", "peft_deltas", "peft_state_dict"]
@@ -49,7 +50,8 @@ def merge_state_dicts(
     which spread over the merge.
 
     Raises :class:`~merging.errors.InputError` for names or shapes that differ, for values that are not finite, or that
-    are not once they are cast, and :class:`~merging.errors.OptionError` for a method that needs the base.
+    are not once they are cast, :class:`~merging.errors.FormatError` for parts of adapters, whose changes
+    :func:`merge_deltas` merges, and :class:`~merging.errors.OptionError` for a method that needs the base.
     """
     models = list(models)
     bound = _method(method, parameters, len(models))
@@ -57,6 +59,7 @@ def merge_state_dicts(
         raise OptionError(f"{bound.chain} merges changes from a base: give base=")
     reference = models[0] if base is None else base
     _check_names(models, reference)
+    refuse_factors("the state dicts", reference, stated=True, remedy="peft_deltas and merge_deltas are for adapters")
     stacks = _stacks(reference, layers, complete=True)
     merged: dict[str, Tensor] = {}
     left = all_matching(exclude, reference)

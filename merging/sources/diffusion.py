@@ -17,7 +17,14 @@ from typing import Any
 from merging.errors import FormatError
 from merging.sources.adapter import Adapter, Change, LoraChange
 from merging.sources.denoisers import is_denoiser
-from merging.sources.lora_headers import METADATA_KEY, base_facts, component_configs, config_of, unstated_alpha
+from merging.sources.lora_headers import (
+    METADATA_KEY,
+    alphas_differ,
+    base_facts,
+    component_configs,
+    config_of,
+    unstated_alpha,
+)
 from merging.sources.lycoris import is_factor, leaf_of, module_changes
 from merging.sources.lycoris.products import number, scale_of
 from merging.sources.peft import peft_changes
@@ -182,7 +189,7 @@ def _by_config(
         prefixes[prefix, component][renamed] = stored
     changes: list[Change] = []
     for (prefix, component), tensors in prefixes.items():
-        stated = config_of(configs, component)
+        stated = config_of(configs, prefix + next(iter(tensors)))
         if stated is None:
             raise FormatError(
                 f"{path}: has {component or 'other'} tensors, but no config for them in the {METADATA_KEY} of its "
@@ -210,10 +217,7 @@ def _check_alphas(path: Path, tensors: Mapping[str, Stored], changes: Mapping[st
         value = number(Module(module, {"alpha": part}, settings), "alpha")
         alike = isinstance(change, LoraChange) and isclose(change.scale, scale_of(value, change.rank), rel_tol=1e-2)
         if not alike:
-            raise FormatError(
-                f"{path}: states its alphas twice, beside the factors and in the {METADATA_KEY} of its header, and "
-                f"not alike ({name}): remove one of the two, or give the right one with --lora-alpha"
-            )
+            raise alphas_differ(path, name)
 
 
 def _xlabs(path: Path, tensors: Mapping[str, Stored], alpha: float | None) -> list[Change]:

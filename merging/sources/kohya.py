@@ -9,27 +9,32 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from math import sqrt
+from math import isclose, sqrt
 from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError
 from merging.sources.adapter import Adapter, Change
-from merging.sources.lora_headers import base_facts, component_configs, config_of, unstated_alpha
+from merging.sources.lora_headers import (
+    alphas_differ,
+    base_facts,
+    component_configs,
+    config_of,
+    unstated_alpha,
+)
 from merging.sources.lycoris import leaf_of, module_changes
+from merging.sources.lycoris.products import number
 from merging.sources.peft.config import Config
+from merging.sources.peft.module import Module
 from merging.sources.stored import Opened, Stored, open_tensors
 
 __all__ = ["open_kohya", "recognises"]
 
 _FLAT = re.compile(
-    r"(?:lora_(unet|te\d?|transformer|prior_unet|prior|text_encoder)|lycoris|oft_(unet|te)|Hunyuan_video_I2V_lora)"
+    r"(?:lora_(?:unet|te\d?|transformer|prior_unet|prior|text_encoder)|lycoris|oft_(?:unet|te)|Hunyuan_video_I2V_lora)"
     r"_[^.]+\."
 )
-"""Flat names behind a prefix that is known, and the part of it that names a component."""
-
-_COMPONENTS = {"te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"}
-"""What diffusers calls a component, where that is not a denoiser."""
+"""Flat names behind a prefix that is known."""
 
 _DOWN = re.compile(r"[^.]+\.lora_down\.weight")
 _EMBEDDINGS = ("bundle_emb.", "emb_params", "string_to_param")
@@ -74,7 +79,11 @@ def open_kohya(path: Path, alpha: float | None = None, opened: Opened | None = N
     notices = () if configs or stated or alpha is not None else unstated_alpha(path, metadata)
     changes: list[Change] = []
     for module, parts in modules.items():
-        own = _stated_alpha(module, parts, configs, where) if alpha is None and "alpha" not in parts else alpha
+        own = _config_alpha(module, parts, configs, where) if alpha is None else alpha
+        if alpha is None and own is not None and "alpha" in parts:
+            beside = number(Module(module, parts, Config({}, where)), "alpha")
+            if not isclose(beside, own, rel_tol=1e-2):
+                raise alphas_differ(path, f"{module}.alpha")
         changes += module_changes(module, parts, where, own)
     return Adapter(
         path=path,
@@ -87,12 +96,11 @@ def open_kohya(path: Path, alpha: float | None = None, opened: Opened | None = N
     )
 
 
-def _stated_alpha(
+def _config_alpha(
     module: str, parts: Mapping[str, Stored], configs: Mapping[str, dict[str, Any]], where: str
 ) -> float | None:
     """The alpha of a module as a config of diffusers' in the header states it, such that alpha / rank is its scale."""
-    found = _FLAT.match(f"{module}.")
-    config = config_of(configs, _COMPONENTS.get(found[1] or "", "") if found else "")
+    config = config_of(configs, f"{module}.weight")
     if config is None or "lora_down" not in parts:
         return None
     settings = Config({"peft_type": "LORA", **config}, where)

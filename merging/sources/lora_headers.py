@@ -7,14 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from merging.errors import FormatError
 from merging.small_files import parse_json
+from merging.sources.lora_names import normal_name
 
-__all__ = ["METADATA_KEY", "base_facts", "component_configs", "config_of", "unstated_alpha"]
+__all__ = ["METADATA_KEY", "alphas_differ", "base_facts", "component_configs", "config_of", "unstated_alpha"]
 
 METADATA_KEY = "lora_adapter_metadata"
 """The metadata entry in which diffusers keeps the configs of its components, each field behind the component's name."""
 
-_DENOISERS = ("transformer", "unet", "transformer_2")
+_DENOISERS = {"denoiser": ("transformer", "unet"), "denoiser_2": ("transformer_2",)}
+"""What diffusers calls a denoiser."""
+
 _BASE_FACTS = ("ss_base_model_version", "ss_v2")
 
 
@@ -36,20 +40,24 @@ def component_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict
     return dict(configs)
 
 
-def config_of(configs: Mapping[str, dict[str, Any]], component: str) -> dict[str, Any] | None:
-    """The config of a component; of a denoiser without its name in diffusers (``diffusion_model``, ``""``), that of
-    the only denoiser there."""
-    if component in configs:
-        return configs[component]
-    denoisers = [name for name in _DENOISERS if name in configs]
-    if component in ("", "diffusion_model", *_DENOISERS[:2]) and len(denoisers) == 1:
-        return configs[denoisers[0]]
-    return configs.get("")
+def config_of(configs: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any] | None:
+    """The config of the component that a name belongs to, however the file spells it; None if the header has none."""
+    component, _ = normal_name(name)
+    named = (name.partition(".")[0], *_DENOISERS.get(component, (component,)), "")
+    return next((configs[each] for each in named if each in configs), None)
 
 
 def base_facts(metadata: Mapping[str, str]) -> dict[str, str]:
     """What the header says of the kind of base, by the keys of Kohya's sd-scripts, which other trainers write too."""
     return {key: metadata[key] for key in _BASE_FACTS if key in metadata}
+
+
+def alphas_differ(path: Path, name: str) -> FormatError:
+    """The refusal of a file whose tensor ``name`` states another alpha than the config in its header."""
+    return FormatError(
+        f"{path}: states its alphas twice, beside the factors and in the {METADATA_KEY} of its header, and not alike "
+        f"({name}): remove one of the two, or give the right one with --lora-alpha"
+    )
 
 
 def unstated_alpha(path: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
@@ -58,12 +66,13 @@ def unstated_alpha(path: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
     Programs go by the tensors alone, and converters that fold the scale into the factors (musubi-tuner's) leave such a
     header as it was: the scale is 1 then.
     """
-    alpha, rank = metadata.get("ss_network_alpha"), metadata.get("ss_network_dim")
+    alpha, rank = metadata.get("ss_network_alpha", metadata.get("alpha")), metadata.get("ss_network_dim")
     if alpha is None or _number(alpha) == _number(rank):
         return ()
+    at = "" if rank is None else f" at rank {rank[:20]}"
     return (
-        f"{path}: its header states alpha {alpha[:20]} at rank {str(rank)[:20]}, and no tensor does: programs take "
-        f"the scale as 1, and so does this: if it is not folded into the factors, set it with --lora-alpha",
+        f"{path}: its header states alpha {alpha[:20]}{at}, and no tensor does: programs take the scale as 1, and so "
+        f"does this: if it is not folded into the factors, set it with --lora-alpha",
     )
 
 

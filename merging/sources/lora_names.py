@@ -1,4 +1,4 @@
-"""Names in LoRA files of diffusion models, brought to one form: a component, and the name of a tensor without dots.
+"""The normal form of names in LoRA files of diffusion models: a component, and the name of a tensor without dots.
 
 Files put prefixes of their own before the same module, write dots as underscores, or wrap names once more; underscores
 cannot be turned back into dots, so that all are compared without them.

@@ -23,13 +23,13 @@ _NUMBER = re.compile(r"\.\d+$")
 """The place of one of several factors at a module."""
 
 _KNOWN = (
-    "read are factors called lora_down and lora_up, lora_A and lora_B, lora.down and lora.up, with alphas or a config "
-    "in the header, LyCORIS's types in the files of Kohya, ComfyUI and diffusers, and PEFT's types beside their "
-    "adapter_config.json"
+    "its layout is not known: read are factors called lora_down and lora_up, lora_A and lora_B, lora.down and lora.up, "
+    "with alphas or a config in the header, LyCORIS's types in the files of Kohya, ComfyUI and diffusers, and PEFT's "
+    "types beside their adapter_config.json"
 )
 
 
-def refuse_factors(path: Path, names: Iterable[str], *, stated: bool) -> None:
+def refuse_factors(where: Path | str, names: Iterable[str], *, stated: bool, remedy: str = _KNOWN) -> None:
     """Refuse tensors that hold parts of adapters, which a merge as a full model would average one by one.
 
     Some architectures have such parameters of their own, beside the weights that they belong to: they pass where the
@@ -39,14 +39,13 @@ def refuse_factors(path: Path, names: Iterable[str], *, stated: bool) -> None:
     factors = dict(_factors(listed))
     if factors and ".default." in f"{''.join(factors)}." and any(".base_layer." in name for name in listed):
         raise FormatError(
-            f"{path}: holds a model together with an adapter that is not merged into it ({next(iter(factors))}): save "
+            f"{where}: holds a model together with an adapter that is not merged into it ({next(iter(factors))}): save "
             f"the model again after merge_and_unload(), or the adapter by itself with save_pretrained"
         )
     if not factors or (stated and _own(factors, listed)):
         return
     raise FormatError(
-        f"{path}: {next(iter(factors))} is a part of an adapter, in a layout that is not known, and no full model is "
-        f"made of such parts: {_KNOWN}"
+        f"{where}: {next(iter(factors))} is a part of an adapter, and no full model is made of such parts: {remedy}"
     )
 
 

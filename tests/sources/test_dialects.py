@@ -167,9 +167,8 @@ def test_every_reader_takes_the_config(tmp_path: Path, reader: str) -> None:
 def test_alphas_beside_the_factors_and_in_the_header(tmp_path: Path, reader: str) -> None:
     name, module, _ = READERS[reader]
     assert scale(opened(tmp_path / "a.safetensors", name, module, STATED, alpha=8)) == 4
-    if reader != "Kohya":
-        with pytest.raises(FormatError, match="states its alphas twice"):
-            opened(tmp_path / "b.safetensors", name, module, STATED, alpha=2)
+    with pytest.raises(FormatError, match="states its alphas twice"):
+        opened(tmp_path / "b.safetensors", name, module, STATED, alpha=2)
 
 
 def test_flat_names_and_patterns(tmp_path: Path) -> None:
@@ -281,8 +280,14 @@ def test_factors_are_no_model(tmp_path: Path, layout: str, config: dict[str, str
     for given in (path, path.parent):
         if layout == "a magnitude among weights" and config:
             continue  # a parameter of its own beside its module's weight
-        with pytest.raises(FormatError, match=r"is a part of an adapter, in a layout that is not known.*read are"):
+        with pytest.raises(FormatError, match=r"is a part of an adapter, and no full.*layout is not known: read are"):
             open_model(given)
+
+
+def test_state_dicts_of_adapters_are_no_models() -> None:
+    states = [{"q.lora_A.weight": torch.ones(2, 16), "q.lora_B.weight": torch.ones(16, 2)}] * 2
+    with pytest.raises(FormatError, match=r"q.lora_A.weight is a part of an adapter.*merge_deltas"):
+        merging.merge_state_dicts(states, method="linear")
 
 
 def test_a_wrapped_model_is_no_model(tmp_path: Path) -> None:
