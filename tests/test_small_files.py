@@ -36,7 +36,7 @@ ALLOWED = {
     "merging/sources/header.py": {"open", "json.loads"},
     "merging/sources/stored.py": {"open_regular"},
     "merging/model_folder.py": {"fdopen", "open_regular"},
-    "merging/pool/pool.py": {"fdopen", "open_regular"},
+    "merging/pool/folder.py": {"fdopen", "open_regular"},
     "merging/continual/manifest.py": {"fdopen", "open_regular"},
     "merging/hub/download.py": {"open", "fdopen", "open_regular"},
     "merging/writer.py": {"open"},
@@ -47,8 +47,6 @@ ALLOWED = {
     "merging/recycling/journal.py": {"torch.load"},
     "merging/recycling/run.py": {"json.loads"},
     # texts in an index or a file that came through a door
-    "merging/pool/index.py": {"json.loads"},
-    "merging/pool/smoke_run.py": {"json.loads"},
     "merging/recycling/data.py": {"json.loads"},
 }
 

@@ -23,11 +23,15 @@ from merging.plan.checks import same_base
 from merging.plan.resolve import Resolver
 from merging.pool.index import VERDICTS, Entry, Finding, Verdict
 from merging.pool.sketches import empty, sketch
+from merging.small_files import is_there
 from merging.sources import Adapter, Checkpoint, open_model
 from merging.sources.adapter import Change
 from merging.sources.stored import Stored
 
-__all__ = ["Auditor", "Candidate", "change_of"]
+__all__ = ["BESIDE", "Auditor", "Candidate", "change_of"]
+
+BESIDE = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md")
+"""What is kept of an adapter beside its weights and config."""
 
 _NOISE = 1e-7
 """A change whose norm is a smaller share of the base's is none: rounding alone changes more."""
@@ -97,6 +101,8 @@ class Auditor:
             if not isinstance(adapter, Adapter):
                 audit.find("headers", "rejected", "is a full model, and the pool is one of adapters")
                 return
+            for name in BESIDE:
+                is_there(adapter.files[0].parent / name)
             audit.entry = _described(audit.entry, adapter)
             pickled = next((file.name for file in adapter.files if file.suffix != ".safetensors"), None)
             if pickled:

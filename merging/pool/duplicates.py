@@ -42,7 +42,7 @@ def duplicates(pool: Path, base: Checkpoint, entries: Sequence[Entry]) -> dict[s
     resolver = Resolver(base.tensors, base.config)
 
     def changes(entry: Entry) -> dict[str, Change]:
-        opened = open_model(pool / str(entry.folder))
+        opened = open_model(entry.place(pool))
         assert isinstance(opened, Adapter)
         return resolver.resolve(opened).changes
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from merging import platform
 from merging.errors import FormatError, InputError, OutputError, nearest
+from merging.links import refuse_link
+from merging.pool.database import SCHEMA, TABLES, Database
+from merging.pool.sketches import LENGTH
+from merging.small_files import parse_json
 
 __all__ = ["OVERRULED", "SCHEMA", "VERDICTS", "Entry", "Finding", "Index", "Verdict", "verdict_of"]
-
-SCHEMA = 1
 
 Verdict = Literal["ok", "repaired", "quarantined", "rejected"]
 VERDICTS: tuple[Verdict, ...] = ("ok", "repaired", "quarantined", "rejected")
@@ -30,21 +32,14 @@ _NAME = "pool.sqlite"
 UNFINISHED = (".pool.sqlite.new", ".pool.sqlite.new-journal")
 """What a kill may leave of an index that was being made."""
 
-_TABLES = """
-CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE base (target TEXT PRIMARY KEY, norm REAL NOT NULL);
-CREATE TABLE adapters (
-    name TEXT PRIMARY KEY, verdict TEXT NOT NULL, owner TEXT, licence TEXT, stated_base TEXT, created TEXT,
-    downloads INTEGER NOT NULL, sha256 TEXT, folder TEXT, size INTEGER NOT NULL, kind TEXT, rank INTEGER NOT NULL,
-    targets INTEGER NOT NULL, norm REAL, relative REAL, sketch BLOB, figures TEXT NOT NULL, time TEXT NOT NULL
-);
-CREATE INDEX by_content ON adapters (sha256);
-CREATE TABLE findings (
-    adapter TEXT NOT NULL REFERENCES adapters (name) ON DELETE CASCADE,
-    stage TEXT NOT NULL, verdict TEXT NOT NULL, reason TEXT NOT NULL
-);
-CREATE INDEX of_adapter ON findings (adapter);
-"""
+_FOLDER = re.compile(r"adapters/[0-9a-f]{16}(/(?!\.\.?$)[^/\\\0]+)?")
+"""Where the files of an adapter lie, within the pool."""
+
+_NAMED = ("largest_change_at",)
+"""Figures that are names."""
+
+_TEXTS = ("owner", "licence", "stated_base", "created", "sha256", "folder", "kind")
+_COUNTS = ("downloads", "size", "rank", "targets")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +91,13 @@ class Entry:
         """Whether the base was run with it."""
         return bool(self.figures.get("smoked"))
 
+    def place(self, pool: Path) -> Path:
+        """Where its files lie in a pool. Raises :class:`~merging.errors.FormatError` if any of them is a link."""
+        place = pool / str(self.folder)
+        for path in (place, place.parent, *(place.iterdir() if place.is_dir() else ())):
+            refuse_link(path)
+        return place
+
     def to_dict(self) -> dict[str, Any]:
         """The same in plain values, for JSON; the sketch is left out."""
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "sketch"}
@@ -126,18 +128,9 @@ class Index:
 
     def __init__(self, pool: Path) -> None:
         self.path = pool / _NAME
-        if not self.path.is_file():
+        if not os.path.lexists(self.path):
             raise InputError(f"{pool}: is no pool (it has no {_NAME}): make one with merge pool build")
-        try:
-            self._file = sqlite3.connect(self.path, timeout=60)
-            self._file.row_factory = sqlite3.Row
-            self._file.execute("PRAGMA foreign_keys = ON")
-            self._file.execute("PRAGMA synchronous = FULL")
-            schema = self.fact("schema")
-        except sqlite3.DatabaseError as error:
-            raise FormatError(f"{self.path}: is no index of a pool: {error}") from None
-        if schema != str(SCHEMA):
-            raise FormatError(f"{self.path}: has the schema {schema}, and this version reads {SCHEMA}: use a newer one")
+        self._database = Database(self.path)
 
     @classmethod
     def create(cls, pool: Path, **facts: str) -> Index:
@@ -146,9 +139,10 @@ class Index:
         try:
             for left in UNFINISHED:  # by one that was killed
                 (pool / left).unlink(missing_ok=True)
+            platform.create(new).close()
             file = sqlite3.connect(new)
             try:
-                file.executescript(f"PRAGMA synchronous = FULL; BEGIN; {_TABLES}")
+                file.executescript(f"PRAGMA synchronous = FULL; BEGIN; {TABLES}")
                 file.executemany("INSERT INTO facts VALUES (?, ?)", {"schema": str(SCHEMA), **facts}.items())
                 file.commit()
             finally:
@@ -163,21 +157,24 @@ class Index:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._database.close()
 
     def fact(self, key: str) -> str | None:
         """Something noted about the pool itself."""
-        row = self._file.execute("SELECT value FROM facts WHERE key = ?", (key,)).fetchone()
-        return None if row is None else str(row["value"])
+        rows = self._database.rows("SELECT value FROM facts WHERE key = ?", (key,))
+        return str(rows[0]["value"]) if rows else None
 
     def note(self, **facts: str) -> None:
         """Note something about the pool itself."""
-        with self._writing():
-            self._file.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts.items())
+        with self._database.writing():
+            self._database.change("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts.items())
 
     def base_norms(self) -> dict[str, float]:
         """The Frobenius norms of the base's tensors that were needed so far."""
-        return {row["target"]: row["norm"] for row in self._file.execute("SELECT * FROM base")}
+        norms = {row["target"]: row["norm"] for row in self._database.rows("SELECT * FROM base")}
+        if not all(_is(name, str) and _is_number(norm) and norm >= 0 for name, norm in norms.items()):
+            raise self._altered("a norm of the base is none")
+        return norms
 
     def put(self, entry: Entry, base_norms: Mapping[str, float] | None = None) -> None:
         """Note an adapter and its findings, instead of what was noted of it before."""
@@ -185,20 +182,20 @@ class Index:
         values[_COLUMNS.index("figures")] = json.dumps(entry.figures)
         marks = ", ".join("?" * len(values))
         found = [(entry.name, each.stage, each.verdict, each.reason) for each in entry.findings]
-        with self._writing():
-            self._file.execute("DELETE FROM findings WHERE adapter = ?", (entry.name,))
-            self._file.execute(f"INSERT OR REPLACE INTO adapters ({', '.join(_COLUMNS)}) VALUES ({marks})", values)
-            self._file.executemany("INSERT INTO findings VALUES (?, ?, ?, ?)", found)
-            self._file.executemany("INSERT OR REPLACE INTO base VALUES (?, ?)", (base_norms or {}).items())
+        with self._database.writing():
+            self._database.change("DELETE FROM findings WHERE adapter = ?", [(entry.name,)])
+            self._database.change(f"INSERT OR REPLACE INTO adapters ({', '.join(_COLUMNS)}) VALUES ({marks})", [values])
+            self._database.change("INSERT INTO findings VALUES (?, ?, ?, ?)", found)
+            self._database.change("INSERT OR REPLACE INTO base VALUES (?, ?)", (base_norms or {}).items())
 
     def judge(self, stage: str, findings: Mapping[str, Finding]) -> None:
         """Replace what one stage found of all adapters, and give each the verdict of all its findings."""
         rows = [(name, found.stage, found.verdict, found.reason) for name, found in findings.items()]
-        with self._writing():
-            self._file.execute("DELETE FROM findings WHERE stage = ?", (stage,))
-            self._file.executemany("INSERT INTO findings VALUES (?, ?, ?, ?)", rows)
+        with self._database.writing():
+            self._database.change("DELETE FROM findings WHERE stage = ?", [(stage,)])
+            self._database.change("INSERT INTO findings VALUES (?, ?, ?, ?)", rows)
             verdicts = [(verdict_of(entry.findings), entry.name) for entry in self.entries()]
-            self._file.executemany("UPDATE adapters SET verdict = ? WHERE name = ?", verdicts)
+            self._database.change("UPDATE adapters SET verdict = ? WHERE name = ?", verdicts)
 
     def note_findings(self, name: str, stage: str, findings: Sequence[Finding], figures: Mapping[str, float]) -> None:
         """Add what a stage found of one adapter, instead of what it found before, and its figures."""
@@ -209,17 +206,17 @@ class Index:
 
     def remove(self, names: Iterable[str]) -> None:
         """Forget adapters."""
-        with self._writing():
-            self._file.executemany("DELETE FROM adapters WHERE name = ?", ((name,) for name in names))
+        with self._database.writing():
+            self._database.change("DELETE FROM adapters WHERE name = ?", ((name,) for name in names))
 
     def names(self) -> set[str]:
         """The names of all adapters that were looked at."""
-        return {row["name"] for row in self._file.execute("SELECT name FROM adapters")}
+        return {row["name"] for row in self._database.rows("SELECT name FROM adapters")}
 
     def entries(self, verdicts: Sequence[Verdict] = VERDICTS) -> list[Entry]:
         """The adapters with one of these verdicts, in the order of their names."""
-        query = f"SELECT * FROM adapters WHERE verdict IN ({', '.join('?' * len(verdicts))}) ORDER BY name"
-        return [self._entry(row) for row in self._file.execute(query, tuple(verdicts)).fetchall()]
+        found = map(self._entry, self._database.rows("SELECT * FROM adapters ORDER BY name"))
+        return [entry for entry in found if entry.verdict in verdicts]
 
     def entry(self, name: str) -> Entry:
         """One adapter, by its name or the end of it (``spam`` of ``/home/me/spam``), or a path from here to it.
@@ -230,9 +227,8 @@ class Index:
         """
         here = str(Path(name).expanduser().absolute())
         rows = "SELECT * FROM adapters WHERE name IN (?, ?) ORDER BY name != ?"
-        row = self._file.execute(rows, (name, os.path.normpath(here), name)).fetchone()
-        if row is not None:
-            return self._entry(row)
+        if found := self._database.rows(rows, (name, os.path.normpath(here), name)):
+            return self._entry(found[0])
         end = f"/{name.rstrip('/')}"
         ending = [
             known
@@ -246,16 +242,40 @@ class Index:
         return self.entry(ending[0])
 
     def _entry(self, row: sqlite3.Row) -> Entry:
-        rows = self._file.execute("SELECT * FROM findings WHERE adapter = ? ORDER BY rowid", (row["name"],))
+        rows = self._database.rows("SELECT * FROM findings WHERE adapter = ? ORDER BY rowid", (row["name"],))
         findings = tuple(Finding(each["stage"], each["verdict"], each["reason"]) for each in rows)
-        values = {name: row[name] for name in _COLUMNS} | {"figures": json.loads(row["figures"])}
+        values = {name: row[name] for name in _COLUMNS}
+        if odd := _odd_value(values, findings):
+            raise self._altered(f"the {odd} of an adapter is none")
+        values["figures"] = parse_json(values["figures"], f"{self.path}: the figures of {values['name']}")
+        if not all(_is_number(value) or key in _NAMED for key, value in values["figures"].items()):
+            raise self._altered("a figure of an adapter is no number")
         return Entry(**values, findings=findings)
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            with self._file:
-                self._file.execute("BEGIN IMMEDIATE")
-                yield
-        except sqlite3.OperationalError as error:
-            raise OutputError(f"{self.path}: cannot be written: {error}") from None
+    def _altered(self, reason: str) -> FormatError:
+        return FormatError(f"{self.path}: is damaged, or was altered: {reason}: build the pool again")
+
+
+def _odd_value(values: Mapping[str, Any], findings: Sequence[Finding]) -> str | None:
+    """The name of a value that no adapter has."""
+    odd = [name for name in ("name", "verdict", "figures", "time") if not _is(values[name], str)]
+    odd += [name for name in _TEXTS if values[name] is not None and not _is(values[name], str)]
+    odd += [name for name in _COUNTS if not _is(values[name], int)]
+    odd += [name for name in ("norm", "relative") if values[name] is not None and not _is_number(values[name])]
+    if odd:
+        return odd[0]
+    if values["sketch"] is not None and not (_is(values["sketch"], bytes) and len(values["sketch"]) == 8 * LENGTH):
+        return "sketch"
+    if values["folder"] is not None and not _FOLDER.fullmatch(values["folder"]):
+        return "folder"
+    if any(not (_is(each.stage, str) and _is(each.reason, str)) for each in findings):
+        return "finding"
+    return None if {values["verdict"], *(each.verdict for each in findings)} <= {*VERDICTS} else "verdict"
+
+
+def _is(value: object, kind: type) -> bool:
+    return type(value) is kind
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)

@@ -19,7 +19,7 @@ _OUTLIER = 10.0
 def missing(pool: Path, entries: Sequence[Entry]) -> dict[str, Finding]:
     """A finding for each adapter whose files somebody has taken out of the pool."""
     why = Finding("files", "quarantined", "its files are no longer in the pool: merge pool audit fetches them again")
-    return {entry.name: why for entry in entries if not (pool / str(entry.folder)).exists()}
+    return {entry.name: why for entry in entries if not entry.place(pool).exists()}
 
 
 def outliers(entries: Sequence[Entry]) -> dict[str, Finding]:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import re
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from filelock import FileLock, Timeout
 
-from merging import platform
 from merging.errors import FormatError, InputError, OptionError, OutputError
-from merging.pool.audit import Auditor, Candidate
+from merging.links import refuse_link
+from merging.pool.audit import BESIDE, Auditor, Candidate
 from merging.pool.duplicates import duplicates
-from merging.pool.index import OVERRULED, UNFINISHED, VERDICTS, Entry, Finding, Index, verdict_of
+from merging.pool.folder import FOLDER, copy, holds_something, remove
+from merging.pool.index import OVERRULED, VERDICTS, Entry, Finding, Index, verdict_of
 from merging.pool.judging import missing, outliers, over_the_cap, unlicensed
 from merging.small_files import is_there
 from merging.sources import Adapter, Checkpoint, check_in_place, open_model
@@ -32,9 +33,7 @@ __all__ = ["OWNER_CAP", "Built", "Pool"]
 OWNER_CAP = 10
 """Adapters of one owner that merges may choose: a few training services hold most of what is public."""
 
-_FOLDER = "adapters"
 _CONFIG = "adapter_config.json"
-_BESIDE = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +54,7 @@ class Pool:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.index = Index(self.path)
+        refuse_link(self.path / FOLDER)
 
     @classmethod
     def create(cls, path: str | Path, base: str | Path, base_names: Sequence[str] = ()) -> Pool:
@@ -64,14 +64,14 @@ class Pool:
         :class:`~merging.errors.InputError` for a base that is none.
         """
         path, opened = Path(path), _open_base(base)
-        if path.exists() and (not path.is_dir() or _holds_something(path)):
+        if path.exists() and (not path.is_dir() or holds_something(path)):
             raise OutputError(f"{path}: exists already: choose another folder for the pool")
         stated = opened.config.get("_name_or_path")
         own = str(opened.origin) if opened.origin else str(Path(base).expanduser().resolve())
         repo = [opened.origin.repo] if opened.origin else []
         names = [*base_names, *repo, *([stated] if isinstance(stated, str) and stated else []), own]
         try:
-            (path / _FOLDER).mkdir(parents=True, exist_ok=True)
+            (path / FOLDER).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{path}: cannot be created: {error.strerror}") from None
         Index.create(path, base=own, base_names="\n".join(dict.fromkeys(names))).close()
@@ -98,7 +98,7 @@ class Pool:
 
     def usable(self) -> list[tuple[Entry, Path]]:
         """The adapters that merges may choose, and where each lies."""
-        return [(e, self.path / e.folder) for e in self.index.entries(("ok", "repaired")) if e.folder]
+        return [(e, e.place(self.path)) for e in self.index.entries(("ok", "repaired")) if e.folder]
 
     def build(
         self,
@@ -221,7 +221,10 @@ class Pool:
     def _compare(self, base: Checkpoint, tell: Callable[[Entry], None] | None) -> None:
         """What only the whole pool tells. An owner's places go to adapters that nothing else speaks against."""
         before = {entry.name: entry.verdict for entry in self.index.entries()}
-        cap, licences = int(self.index.fact("owner_cap") or OWNER_CAP), self.index.fact("allow_unknown_licence")
+        stated = self.index.fact("owner_cap") or str(OWNER_CAP)
+        if not re.fullmatch("[1-9][0-9]{0,9}", stated):
+            raise FormatError(f"{self.path}: its owner_cap is {stated[:20]!r}, and should be a number: set it again")
+        cap, licences = int(stated), self.index.fact("allow_unknown_licence")
         kept = [entry for entry in self.index.entries() if entry.folder]
         gone = missing(self.path, kept)
         kept = [entry for entry in kept if entry.name not in gone]
@@ -244,15 +247,15 @@ class Pool:
         config = [weights.parent / _CONFIG] if weights.stem == "adapter_model" else []
         digest, new = hashlib.sha256(), None
         try:
-            new = Path(tempfile.mkdtemp(prefix=".new.", dir=self.path / _FOLDER))
+            new = Path(tempfile.mkdtemp(prefix=".new.", dir=self.path / FOLDER))
             for file in (file for file in [weights, *config] if file.is_file()):
-                _copy(file, new / file.name, digest)
+                copy(file, new / file.name, digest)
             check_in_place(adapter)  # what was audited is what was copied
-            for file in (weights.parent / name for name in _BESIDE):
+            for file in (weights.parent / name for name in BESIDE):
                 if is_there(file):
-                    _copy(file, new / file.name, None)
-            place = self.path / _FOLDER / digest.hexdigest()[:16]
-            if not place.exists():
+                    copy(file, new / file.name, None)
+            place = self.path / FOLDER / digest.hexdigest()[:16]
+            if not refuse_link(place).exists():
                 new.rename(place)
         except FormatError as error:
             return replace(
@@ -270,16 +273,17 @@ class Pool:
         """Delete files that belong to no adapter: of removed ones, and of a build that was killed."""
         wanted = {Path(entry.folder).parts[1] for entry in self.index.entries() if entry.folder}
         try:
-            (self.path / _FOLDER).mkdir(exist_ok=True)
-            for folder in (self.path / _FOLDER).iterdir():
+            (self.path / FOLDER).mkdir(exist_ok=True)
+            for folder in (self.path / FOLDER).iterdir():
                 if folder.name not in wanted:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    remove(folder)
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written to: {error.strerror}") from None
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        lock = FileLock(self.path / ".lock", timeout=0)
+        refuse_link(self.path / FOLDER)
+        lock = FileLock(refuse_link(self.path / ".lock"), timeout=0)
         try:
             lock.acquire()
         except Timeout:
@@ -291,23 +295,6 @@ class Pool:
             yield
         finally:
             lock.release()
-
-
-def _holds_something(path: Path) -> bool:
-    """Whether a folder has more in it than what a kill leaves of a new pool."""
-    names = {each.name for each in path.iterdir()}
-    return bool(names - {_FOLDER, *UNFINISHED}) or (_FOLDER in names and any((path / _FOLDER).iterdir()))
-
-
-def _copy(source: Path, target: Path, digest: Any) -> None:
-    with os.fdopen(platform.open_regular(source), "rb") as reader, platform.create(target) as writer:
-        while block := reader.read(1 << 22):
-            writer.write(block)
-            if digest is not None:
-                digest.update(block)
-        writer.flush()
-        with suppress(OSError):  # some file systems have nothing to make durable
-            os.fsync(writer.fileno())
 
 
 def _open_base(base: str | Path) -> Checkpoint:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from merging.errors import MergingError
+from merging.errors import FormatError, MergingError, OptionError
 from merging.plan.resolve import Resolver
 from merging.pool.index import Entry, Finding, Index
 from merging.pool.smoke import TEXTS, Limits, SmokeTest
+from merging.small_files import parse_json
 from merging.sources import Adapter, Checkpoint, open_model
 
 if TYPE_CHECKING:
@@ -21,7 +22,11 @@ __all__ = ["smoke", "smoke_limits"]
 
 def smoke_limits(index: Index) -> Limits:
     """The limits of a pool: as they were given last, or the defaults."""
-    return Limits(**json.loads(index.fact("smoke_limits") or "{}"))
+    where = f"{index.path}: its limits of the smoke test"
+    try:
+        return Limits(**parse_json(index.fact("smoke_limits") or "{}", where))
+    except (TypeError, OptionError) as error:
+        raise FormatError(f"{where}: {error}") from None
 
 
 def smoke(
@@ -45,7 +50,7 @@ def smoke(
     resolver = Resolver(base.tensors, base.config)
     for entry in waiting:
         try:
-            adapter = open_model(pool.path / str(entry.folder))
+            adapter = open_model(entry.place(pool.path))
             assert isinstance(adapter, Adapter)
             findings, figures = test.run(replace(adapter, changes=resolver.resolve(adapter).changes))
         except MergingError as error:
@@ -59,7 +64,7 @@ def _judge(index: Index, limits: Limits, tell: Callable[[Entry], None] | None) -
     """Remember limits, and judge the figures that are noted by them."""
     index.note(smoke_limits=json.dumps(asdict(limits)))
     for entry in index.entries():
-        if entry.smoked and "output_change" in entry.figures:
+        if entry.smoked and {"output_change", "spread_ratio"} <= entry.figures.keys():
             index.note_findings(entry.name, "smoke", limits.findings(entry.figures), {})
             if tell and index.entry(entry.name).verdict != entry.verdict:
                 tell(index.entry(entry.name))
