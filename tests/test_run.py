@@ -326,7 +326,7 @@ def test_nothing_but_the_recipe_changes_a_byte(tmp_path: Path, method: Method) -
         merging.merge([folder / "tuned0", folder / "tuned1"], **options, **execution)
         return load(output)
 
-    least = plan_for(recipe(tmp_path / "plain", method), None).worker_bytes
+    least = plan_for(recipe(tmp_path / "plain", method), None).memory(1)
     first = merged(0, "plain", threads=1)
     others: list[tuple[str, dict[str, Any]]] = [
         ("plain", {"threads": 2}),
@@ -491,7 +491,7 @@ def test_file_cut_after_planning(tmp_path: Path, method: str) -> None:
     file = tuned[1] / "model.safetensors"
     with file.open("r+b") as opened:
         opened.truncate(file.stat().st_size - 20)
-    with pytest.raises(FormatError, match=r"tuned1/model\.safetensors: the file ends 20 bytes too early"):
+    with pytest.raises(FormatError, match=r"tuned1/model\.safetensors: .*was cut while it was read"):
         merge_plan(plan, tmp_path / "out", threads=2)
     assert not (tmp_path / "out").exists()
 

@@ -209,8 +209,10 @@ class File:
 
     def check(self) -> None:
         """Raise :class:`~merging.errors.FormatError` if somebody wrote to the file since it was opened."""
-        if stamp_of(os.fstat(self.fd)) != self.stamp:
-            raise FormatError(f"{self.path}: changed while it was read: try again when it is complete")
+        status = os.fstat(self.fd)
+        if stamp_of(status) != self.stamp:
+            how = "was cut" if status.st_size < self.stamp[2] else "changed"
+            raise FormatError(f"{self.path}: {how} while it was read: try again when it is complete")
 
     def check_place(self) -> None:
         """The same, and if another file has taken its place, so that what reads it by its path reads another one."""
