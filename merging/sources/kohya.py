@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import isclose, sqrt
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from merging.sources.lora_headers import (
     unstated_alpha,
 )
 from merging.sources.lycoris import leaf_of, module_changes
-from merging.sources.lycoris.products import number
+from merging.sources.lycoris.products import number, scale_of
 from merging.sources.peft.config import Config
 from merging.sources.peft.module import Module
 from merging.sources.stored import Opened, Stored, open_tensors
@@ -74,15 +75,18 @@ def open_kohya(path: Path, alpha: float | None = None, opened: Opened | None = N
         if leaf in modules[module]:
             raise FormatError(f"{path}: {name} is there twice, under two names")
         modules[module][leaf] = stored
-    configs = component_configs(path, metadata)
+    configs = {name: _Stated.of(config, where) for name, config in component_configs(path, metadata).items()}
     stated = any("alpha" in parts for parts in modules.values())
     notices = () if configs or stated or alpha is not None else unstated_alpha(path, metadata)
     changes: list[Change] = []
     for module, parts in modules.items():
-        own = _config_alpha(module, parts, configs, where) if alpha is None else alpha
-        if alpha is None and own is not None and "alpha" in parts:
-            beside = number(Module(module, parts, Config({}, where)), "alpha")
-            if not isclose(beside, own, rel_tol=1e-2):
+        config = config_of(configs, f"{module}.weight") if alpha is None and "lora_down" in parts else None
+        own = alpha
+        if config is not None:
+            rank = max((1, *parts["lora_down"].shape[:1]))
+            own = config.alpha(module, rank)
+            beside = number(Module(module, parts, config.settings), "alpha") if "alpha" in parts else own
+            if not isclose(scale_of(beside, rank), scale_of(own, rank), rel_tol=1e-2):
                 raise alphas_differ(path, f"{module}.alpha")
         changes += module_changes(module, parts, where, own)
     return Adapter(
@@ -96,17 +100,26 @@ def open_kohya(path: Path, alpha: float | None = None, opened: Opened | None = N
     )
 
 
-def _config_alpha(
-    module: str, parts: Mapping[str, Stored], configs: Mapping[str, dict[str, Any]], where: str
-) -> float | None:
-    """The alpha of a module as a config of diffusers' in the header states it, such that alpha / rank is its scale."""
-    config = config_of(configs, f"{module}.weight")
-    if config is None or "lora_down" not in parts:
-        return None
-    settings = Config({"peft_type": "LORA", **config}, where)
-    rank = parts["lora_down"].shape[0]
-    pattern = settings.get("alpha_pattern") or {}
-    flat = {str(key).replace(".", "_"): value for key, value in pattern.items()} if isinstance(pattern, dict) else {}
-    end = next((key for key in flat if f"_{module}".endswith(f"_{key}")), None)
-    alpha = settings.number("lora_alpha", 8) if end is None else Config(flat, where).number(end, 8)
-    return alpha * sqrt(rank) if settings.get("use_rslora") else alpha
+@dataclass(frozen=True, slots=True)
+class _Stated:
+    """A config of diffusers' in the header, and what its ``alpha_pattern`` says by flat names."""
+
+    settings: Config
+    alphas: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], where: str) -> _Stated:
+        settings = Config({"peft_type": "LORA", **config}, where)
+        patterns = settings.get("alpha_pattern") or {}
+        flat = (
+            {str(key).replace(".", "_"): each for key, each in patterns.items()} if isinstance(patterns, dict) else {}
+        )
+        return cls(settings, flat)
+
+    def alpha(self, module: str, rank: int) -> float:
+        """The alpha of a module such that alpha / rank is its scale."""
+        ends = (module[start:] for start in (0, *(place.end() for place in re.finditer("_", module))))
+        end = next((end for end in ends if end in self.alphas), None)
+        fields = self.settings if end is None else Config({"lora_alpha": self.alphas[end]}, self.settings.where)
+        value = fields.number("lora_alpha", 8)
+        return value * sqrt(rank) if self.settings.get("use_rslora") else value

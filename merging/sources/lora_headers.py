@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from merging.errors import FormatError
 from merging.small_files import parse_json
 from merging.sources.lora_names import normal_name
 
 __all__ = ["METADATA_KEY", "alphas_differ", "base_facts", "component_configs", "config_of", "unstated_alpha"]
+
+T = TypeVar("T")
 
 METADATA_KEY = "lora_adapter_metadata"
 """The metadata entry in which diffusers keeps the configs of its components, each field behind the component's name."""
@@ -40,7 +42,7 @@ def component_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict
     return dict(configs)
 
 
-def config_of(configs: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any] | None:
+def config_of(configs: Mapping[str, T], name: str) -> T | None:
     """The config of the component that a name belongs to, however the file spells it; None if the header has none."""
     component, _ = normal_name(name)
     named = (name.partition(".")[0], *_DENOISERS.get(component, (component,)), "")

@@ -62,7 +62,7 @@ def _factors(names: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _own(factors: dict[str, str], names: list[str]) -> bool:
-    """Whether these parameters lie beside other weights of the same modules."""
+    """Whether all modules that have these parameters have other weights too."""
     modules = set(factors.values())
     beside = {name[:match] for name in names if name not in factors for match in _dots(name)}
     return modules <= beside
