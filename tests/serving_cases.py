@@ -362,11 +362,11 @@ ADAPTERS: dict[str, tuple[Edit, Expected]] = {
     "LoftQ": (says(init_lora_weights="loftq"), START | NO_START),
     "LoRA-GA": (
         says(init_lora_weights="lora_ga"),
-        START | OTHER_START | {"vllm": ("warns", "what LoRA-GA took off the base")},
+        OTHER_START | dict.fromkeys(SERVERS, ("warns", "what LoRA-GA took off the base")),
     ),
     "fast PiSSA": (says(init_lora_weights="pissa_niter_4"), START | OTHER_START),
     "repeated blocks": (
-        says(layer_replication=[[0, 2], [0, 2]]),
+        again(layer_replication=[[0, 2], [0, 2]]),
         dict.fromkeys(SERVERS, ("refuses", "repeated blocks")),
     ),
     "QA-LoRA": (says(use_qalora=True), {"llama.cpp": ("ignores", "factors of this form")}),

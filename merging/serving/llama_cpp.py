@@ -8,6 +8,7 @@ from typing import Any
 
 from merging.serving.rules import (
     BAKE,
+    GRADIENTS,
     ONE_SCALE,
     PLAIN,
     Program,
@@ -19,6 +20,7 @@ from merging.serving.rules import (
     no_tokenizer,
     other_alphas,
     saved_tables,
+    starts,
     states,
 )
 from merging.serving.subject import Subject
@@ -145,6 +147,7 @@ LLAMA_CPP = Program(
                  f"{_ADAPTERS}, run"),
             Rule("ignores", "factors of this form are taken for plain ones", states("use_qalora", "use_bdlora"), BAKE,
                  _ADAPTERS),
+            Rule("warns", GRADIENTS, starts("lora_ga"), BAKE, f"{_ADAPTERS}, run"),
             Rule("warns", "the embedding that was saved along is not read: rows for added tokens are lost",
                  saved_tables, "merge it into its base with --as model if tokens were added", f"{_ADAPTERS}, run"),
             Rule("warns", "embedding and head are refused if they are one in the base", _perhaps_tied,

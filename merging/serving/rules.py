@@ -11,6 +11,7 @@ from merging.serving.subject import Subject, SubjectKind
 
 __all__ = [
     "BAKE",
+    "GRADIENTS",
     "ONE_SCALE",
     "PLAIN",
     "TABLES",
@@ -41,6 +42,9 @@ Severity = Literal["refuses", "ignores", "warns", "ok"]
 
 Question = Callable[[Subject], Iterable[str]]
 """What is wrong, and where: nothing, where nothing is."""
+
+GRADIENTS = "what LoRA-GA took off the base in training is not taken off, as in PEFT"
+"""What programs do with an adapter whose start changed the base while it was trained, and not when it is loaded."""
 
 TABLES = ("embed_tokens.base_layer.weight", "lm_head.base_layer.weight")
 """How the names of tables end that PEFT saves beside the factors on them."""
@@ -150,7 +154,7 @@ def no_tokenizer(subject: Subject) -> Iterator[str]:
 
 def lost_starts(subject: Subject) -> Iterator[str]:
     """A start that took something off the base: programs that know factors alone add them to the base as it is."""
-    yield from starts("pissa", "olora", "corda", "lora_ga", "loftq")(subject)
+    yield from starts("pissa", "olora", "corda", "loftq")(subject)
 
 
 def starts(*names: str) -> Question:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from merging.errors import MergingError
 from merging.serving.rules import (
     BAKE,
+    GRADIENTS,
     ONE_SCALE,
     TABLES,
     Program,
@@ -21,6 +22,7 @@ from merging.serving.rules import (
     other_alphas,
     other_ranks,
     saved_tables,
+    starts,
     stated_type,
     states,
 )
@@ -162,6 +164,7 @@ SGLANG = Program(
             Rule("ignores", "what the start took off the base is not taken off", lost_starts, BAKE, f"{_LORA}, run"),
             Rule("ignores", "the adapter should act behind certain tokens only, and acts on all",
                  states("alora_invocation_tokens"), "serve it with a program that knows aLoRA", _CONFIG),
+            Rule("warns", GRADIENTS, starts("lora_ga"), BAKE, f"{_LORA}, run"),
             Rule("warns", "modules that SGLang knows for some architectures only", _unknown_modules, BAKE,
                  "srt/lora/utils.py"),
             Rule("warns", "the embedding that was saved along is not read: rows for added tokens are lost",
