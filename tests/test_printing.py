@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 from tiny import checkpoint
 
+from merging.cli.errors import Refusal, reported
 from merging.cli.main import cli
 
 CLI = Path(__file__).parents[1] / "cli"
@@ -77,6 +79,22 @@ def test_a_closed_pipe(tmp_path: Path) -> None:
     done = run("methods", stdout=write)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_nohup_is_honoured() -> None:
+    """The end of the terminal ends a command, unless it was told to outlive it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with reported():
+            os.kill(os.getpid(), signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(Refusal, match="nothing was written") as refusal, reported():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert (refusal.value.kind, refusal.value.exit_code) == ("interrupted", 130)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from typing import Any
 
 __all__ = ["PatternError", "Patterns"]
 
-_SECONDS, _SECONDS_EACH = 1.0, 50e-6
-"""Processor time that all look-ups of one config share, and what each adds: an ordinary one takes a tenth of it."""
+_SECONDS, _SECONDS_EACH, _MOST_SECONDS = 1.0, 20e-6, 30.0
+"""Processor time that all matching of one config shares, what each match adds (an ordinary one takes a tenth of that),
+and the most there is."""
 
 _LONGEST, _MOST_REPEATS = 10_000, 1000
 """Characters of an expression; and the product of its counts (``{100}``), as it is compiled into so many copies."""
@@ -37,7 +38,7 @@ class Patterns:
     """The expressions of one config. All matching of them together is bounded."""
 
     def __init__(self) -> None:
-        self._left = _SECONDS
+        self._spent, self._tries = 0.0, 0
         self._compiled: dict[str, Any] = {}
         self._keys: dict[str, tuple[_Names, dict[int, str]]] = {}
 
@@ -46,7 +47,7 @@ class Patterns:
 
         Raises :class:`PatternError`.
         """
-        with self._timed(expression):
+        with self._timed(repr(expression[:80])):
             return self._match(expression, text, whole)
 
     def first(self, field: str, keys: Iterable[str], path: str) -> str | None:
@@ -60,7 +61,7 @@ class Patterns:
             others = {place: key for place, key in enumerate(listed) if key not in plain}
             self._keys[field] = _Names(plain), others
         names, others = self._keys[field]
-        with self._timed(field):
+        with self._timed("as a whole"):
             place, found = names.first(path)
             for other, key in others.items():
                 if place is not None and place < other:
@@ -70,24 +71,29 @@ class Patterns:
             return found
 
     def _match(self, expression: str, text: str, whole: bool) -> Any:
+        self._tries += 1
         if expression not in self._compiled:
             self._compiled[expression] = _compile(expression)
         compiled = self._compiled[expression]
         try:
-            return (compiled.fullmatch if whole else compiled.match)(text, timeout=max(self._left, 1e-3))
+            return (compiled.fullmatch if whole else compiled.match)(text, timeout=max(self._left(), 1e-3))
         except TimeoutError:
-            raise _too_long(expression) from None
+            raise _too_long(repr(expression[:80])) from None
+
+    def _left(self) -> float:
+        return min(_SECONDS + _SECONDS_EACH * self._tries, _MOST_SECONDS) - self._spent
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
-        """Take the time of a look-up off the time that is left."""
-        if self._left > 0:
+        """Count the time of a look-up. Raises :class:`PatternError` where none is left."""
+        self._tries += 1
+        if self._left() > 0:
             start = time.process_time()
             try:
                 yield
             finally:
-                self._left += _SECONDS_EACH - (time.process_time() - start)
-        if self._left <= 0:
+                self._spent += time.process_time() - start
+        if self._left() <= 0:
             raise _too_long(what)
 
 
@@ -122,7 +128,7 @@ def _compile(expression: str) -> Any:
     shown = repr(expression[:80])
     counts = (max(int(least or 0), int(most or 0), 1) for least, most in _COUNT.findall(expression))
     if len(expression) > _LONGEST or math.prod(counts) > _MOST_REPEATS:
-        raise _too_long(expression)
+        raise _too_long(shown)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -134,5 +140,5 @@ def _compile(expression: str) -> Any:
         raise PatternError(f"{shown} is no regular expression: {error}") from None
 
 
-def _too_long(expression: str) -> PatternError:
-    return PatternError(f"{expression[:80]!r} takes too long to match: write the names out")
+def _too_long(shown: str) -> PatternError:
+    return PatternError(f"{shown} takes too long to match: write the names out")
