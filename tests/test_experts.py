@@ -398,3 +398,26 @@ def test_experts_that_cannot_be_told_are_refused(mixtral: Path, tmp_path: Path, 
     with pytest.raises((FormatError, InputError), match=reason):
         merging.merge([adapter], method="linear", base=mixtral / "base", kind="model", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_of_gpt_oss_that_were_made_layers(tmp_path: Path) -> None:
+    """Unsloth trains ``gate_up_projs.N``, linear layers that are the experts' matrices the other way round."""
+    base, generator = save(tmp_path / "base", "gpt-oss"), torch.Generator().manual_seed(4)
+    state, wanted, tensors = base_state(base), base_state(base), {}
+    for name in state:
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            continue
+        for expert, matrix in enumerate(state[name]):
+            down = torch.randn(3, matrix.shape[0], generator=generator) * 0.1
+            up = torch.randn(matrix.shape[1], 3, generator=generator) * 0.1
+            path = f"base_model.model.{name}s.{expert}"
+            tensors |= {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
+            wanted[name][expert] += 2 * (up @ down).T
+    (tmp_path / "a").mkdir()
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["gate_up_projs", "down_projs"]}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors", {"format": "pt"})
+    merging.merge([tmp_path / "a"], method="linear", base=base, kind="model", output=tmp_path / "out")
+    assert_close(base_state(tmp_path / "out"), wanted)
+    merging.merge([tmp_path / "a"], method="linear", base=base, output=tmp_path / "adapter")
+    assert_close(change_of(base, tmp_path / "adapter"), {name: wanted[name] - state[name] for name in wanted})

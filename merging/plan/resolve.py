@@ -12,6 +12,7 @@ from typing import Any
 from merging.errors import InputError, nearest
 from merging.plan.conversion import Loading
 from merging.plan.diffusion import Spellings
+from merging.plan.single_experts import layers_of_experts
 from merging.sources import Adapter
 from merging.sources.adapter import Change, LoraChange
 from merging.sources.experts import ExpertsChange
@@ -74,6 +75,9 @@ class Resolver:
         found = self._by_memory(adapter)
         if found is not None:
             return self._placed(adapter, found, self._pieces)
+        single = self._by_single_experts(adapter)
+        if single is not None:
+            return self._placed(adapter, single, {name: [whole(name, shape)] for name, shape in self._shapes.items()})
         return self._by_spelling(adapter, renaming, left)
 
     def resolve_in_memory(self, adapter: Adapter) -> Resolved:
@@ -86,6 +90,7 @@ class Resolver:
             names = _renamed(adapter, renaming, self._shapes)
             pieces = {t: self._pieces.get(name, [whole(name, self._shapes[name])]) for t, name in names.items()}
             found = _Found(pieces, {t: self._shapes[name] for t, name in names.items()}, str(renaming))
+        found = found or self._by_single_experts(adapter)
         if found is not None:
             return self._placed(adapter, found, self._frame)
         return self._by_spelling(adapter, renaming, left)
@@ -133,6 +138,13 @@ class Resolver:
     @cached_property
     def _spellings(self) -> Spellings:
         return Spellings(self._shapes)
+
+    def _by_single_experts(self, adapter: Adapter) -> _Found | None:
+        pieces = layers_of_experts(adapter.changes, self._shapes)
+        if pieces is None:
+            return None
+        shapes = {target: adapter.changes[target].shape for target in pieces}
+        return _Found(pieces, shapes, "their names in a model whose experts were made layers")
 
     def _by_memory(self, adapter: Adapter) -> _Found | None:
         if not adapter.dialect.startswith("PEFT"):

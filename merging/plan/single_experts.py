@@ -1,0 +1,38 @@
+"""Experts of gpt-oss that a program for training made linear layers, in a base that has them side by side."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from merging.sources.adapter import Change
+from merging.sources.parts import Piece, whole
+
+__all__ = ["layers_of_experts"]
+
+_LAYER = re.compile(r"(?P<path>.+\.experts\.(?:gate_up|down))_projs\.(?P<number>[0-9]{1,6})\.weight")
+
+
+def layers_of_experts(
+    changes: Mapping[str, Change], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, list[Piece]] | None:
+    """For each target, what it is a piece of among tensors of these ``shapes``; None where one has no place there.
+
+    ``experts.gate_up_projs.3``, as Unsloth names it, is ``gate_up_proj[3]`` the other way round.
+    """
+    pieces: dict[str, list[Piece]] = {}
+    for target, change in changes.items():
+        expert = _LAYER.fullmatch(target)
+        name = f"{expert['path']}_proj" if expert else target
+        shape = shapes.get(name, ())
+        if expert and len(shape) == 3 and int(expert["number"]) < shape[0]:
+            number, (_, inputs, outputs) = int(expert["number"]), shape
+            box = (slice(number, number + 1), slice(0, inputs), slice(0, outputs))
+            pieces[target], shape = [Piece(name, box, (2, 1), (0, 0))], (outputs, inputs)
+        elif not expert and name in shapes:
+            pieces[target] = [whole(name, shape)]
+        else:
+            return None
+        if change.shape != shape:
+            return None
+    return pieces
