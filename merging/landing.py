@@ -20,6 +20,7 @@ from types import TracebackType
 
 from merging import platform
 from merging.errors import MergingError, OutputError
+from merging.sources.model_files import foreign_names
 
 __all__ = ["Landing", "check_destination"]
 
@@ -27,17 +28,6 @@ _SLACK = 1 << 24
 """Bytes for configs, tokenizer and index beside the weights of a folder, when space is checked."""
 
 _PARTIAL, _OLD = ".partial", "old"
-
-_MODEL_FILES = (
-    "config.json",
-    "adapter_config.json",
-    "model_index.json",
-    "modules.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "pytorch_model*.bin",
-)
-"""What tells the folder of a model, which may be overwritten, from one of anything else."""
 
 
 def check_destination(destination: Path, inputs: Iterable[Path], nbytes: int, overwrite: bool) -> None:
@@ -71,7 +61,7 @@ def check_destination(destination: Path, inputs: Iterable[Path], nbytes: int, ov
 
 
 def _check_replaced(destination: Path) -> None:
-    """Only a file is overwritten by a file, and only the folder of a model, or an empty one, by a folder."""
+    """Only a file is overwritten by a file, and only the folder of one model, or an empty one, by a folder."""
     if not os.path.lexists(destination):
         return
     single = destination.suffix == ".safetensors"
@@ -81,8 +71,13 @@ def _check_replaced(destination: Path) -> None:
         raise OutputError(f"{destination}: is no ordinary file: choose another -o")
     if not single and not destination.is_dir():
         raise OutputError(f"{destination}: is no folder, and the output is one: choose another -o")
-    if not single and any(destination.iterdir()) and not any(any(destination.glob(name)) for name in _MODEL_FILES):
-        raise OutputError(f"{destination}: is a folder of something else than a model, which is not overwritten")
+    foreign = [] if single else foreign_names(destination)
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise OutputError(
+            f"{destination}: is a folder of something else than one model, which is not overwritten: it holds "
+            f"{', '.join(foreign[:3])}{more}: choose another -o"
+        )
 
 
 class Landing:
@@ -201,6 +196,8 @@ class Landing:
             built.rename(self.destination)
 
     def _place_folder(self) -> None:
+        if self.overwrite:
+            _check_replaced(self.destination)  # once more: something may have come there since the beginning
         if self.overwrite and platform.exchange(self.folder, self.destination):
             return  # what was there has the temporary name now, and goes with it
         if not os.path.lexists(self.destination):

@@ -15,41 +15,22 @@ from merging.plan.heads import scales_outputs
 from merging.plan.items import Plan
 from merging.small_files import check_file, copy_file
 from merging.sources import Checkpoint
-from merging.sources.components import PIPELINE
 from merging.sources.layout import find_weights
+from merging.sources.model_files import COMPANIONS, IN_PIPELINES
 from merging.sources.stored import STAND_INS, holders_of
 from merging.sources.tokenizers import TOKENIZER_FILES
 
 __all__ = ["check_companions", "companion_patterns", "copy_companions", "write_model_companions"]
-
-_COMPANIONS = (
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "audio_tokenizer_config.json",
-    "modules.json",
-    "config_sentence_transformers.json",
-    "sentence_*_config.json",
-    "[0-9]_*/config.json",
-    PIPELINE,
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
-"""Files that make a folder of weights a model; code is never copied, since it would run in the name of the merge."""
-
-_IN_PIPELINES = ("scheduler_config.json", "config.json", "*_config.json")
 
 _BLOCK = 1 << 24
 
 
 def companion_patterns(plan: Plan) -> tuple[str, ...]:
     """Patterns of the files that are copied beside the output, in the reference's folder."""
-    plain = (*TOKENIZER_FILES, *_COMPANIONS)
+    plain = (*TOKENIZER_FILES, *COMPANIONS)
     if plan.reference is None or not plan.reference.components:
         return plain
-    return (*plain, *(f"*/{pattern}" for pattern in (*plain, *_IN_PIPELINES)))
+    return (*plain, *(f"*/{pattern}" for pattern in (*plain, *IN_PIPELINES)))
 
 
 def write_model_companions(plan: Plan, folder: Path) -> list[str]:

@@ -73,8 +73,8 @@ def test_overwrite_replaces_all(tmp_path: Path, tuned: list[Path]) -> None:
     """Nothing of the old folder stays: neither its shards nor its index nor its tokenizer."""
     output = save(tmp_path / "out", model(9), shards=3)
     (output / "tokenizer.json").write_text("{}")
-    (output / "deeper").mkdir()
-    (output / "deeper" / "file").write_text("x")
+    (output / "additional_chat_templates").mkdir()
+    (output / "additional_chat_templates" / "tool.jinja").write_text("x")
     merging.merge(tuned, method="linear", output=output, overwrite=True)
     assert {file.name for file in output.iterdir()} == {"README.md", "config.json", "model.safetensors"}
     assert right(output, tuned)

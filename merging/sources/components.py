@@ -10,14 +10,9 @@ from merging.errors import FormatError
 from merging.links import check_inside
 from merging.small_files import is_there, read_json, read_json_list
 from merging.sources.layout import find_weights, is_plain_name
+from merging.sources.model_files import MODULES, PIPELINE
 
 __all__ = ["MODULES", "PIPELINE", "components_of"]
-
-PIPELINE = "model_index.json"
-"""What tells the folder of a diffusers pipeline."""
-
-MODULES = "modules.json"
-"""What tells the folder of a model of sentence-transformers."""
 
 
 def components_of(folder: Path) -> dict[str, Path]:

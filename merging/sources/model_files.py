@@ -1,0 +1,124 @@
+"""The names of the files of one model's folder, and what in a folder is none of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+from merging.errors import FormatError
+from merging.small_files import read_json, read_json_list
+from merging.sources.layout import is_standard
+from merging.sources.tokenizers import TOKENIZER_FILES
+
+__all__ = ["COMPANIONS", "IN_PIPELINES", "MODULES", "PIPELINE", "foreign_names"]
+
+PIPELINE = "model_index.json"
+"""What tells the folder of a diffusers pipeline."""
+
+MODULES = "modules.json"
+"""What tells the folder of a model of sentence-transformers."""
+
+COMPANIONS = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+    MODULES,
+    "config_sentence_transformers.json",
+    "sentence_*_config.json",
+    "[0-9]_*/config.json",
+    PIPELINE,
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+"""Files that make a folder of weights a model; code is never copied, since it would run in the name of the merge."""
+
+IN_PIPELINES = ("scheduler_config.json", "config.json", "*_config.json")
+
+_BESIDE = (
+    *TOKENIZER_FILES,
+    *COMPANIONS,
+    *IN_PIPELINES,
+    "README.md",
+    ".gitattributes",
+    "modeling_*.py",
+    "configuration_*.py",
+    "tokenization_*.py",
+    "recycling.json",  # the report of a recycled adapter
+    "recycling.html",
+)
+"""What may lie beside a model's weights, as libraries and this program write it."""
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+
+_INDEX = re.compile(r".+\.(safetensors|bin)(\.index)?(\.[\w-]+)?(\.index)?\.json")
+
+_SHARD = re.compile(r"-[0-9]{5}-of-[0-9]{5}$")
+
+_TEMPLATES = "additional_chat_templates"
+
+
+def foreign_names(folder: Path) -> list[str]:
+    """What lies in a folder that is no file of one model: its own files are weights and what belongs to them.
+
+    Of a folder with several models' or adapters' files all weights are foreign but those of the first, of a folder
+    without weights everything is.
+    """
+    parts = _components(folder)
+    foreign, weights = _sorted_out(folder)
+    inside = [path for path in folder.iterdir() if path.is_dir()]
+    for path in inside:
+        if path.is_symlink() or path.name not in parts:
+            foreign += [] if path.name == _TEMPLATES and _holds_templates(path) else [f"{path.name}/"]
+            continue
+        odd, more = _sorted_out(path)
+        odd += [f"{each.name}/" for each in path.iterdir() if each.is_dir()]
+        foreign += [f"{path.name}/{name}" for name in odd]
+        weights = weights or more
+    if not weights:
+        return sorted(path.name for path in folder.iterdir())
+    return sorted(foreign)
+
+
+def _sorted_out(folder: Path) -> tuple[list[str], bool]:
+    """The files in a folder that are foreign there, and whether it holds weights that are not."""
+    foreign = []
+    models: dict[str, list[str]] = {}
+    for path in sorted(path for path in folder.iterdir() if not path.is_dir()):
+        if not path.is_file():
+            foreign.append(path.name)
+        elif path.suffix in _WEIGHTS and not any(fnmatch(path.name, pattern) for pattern in _BESIDE):
+            models.setdefault(_model_of(path), []).append(path.name)
+        elif not _INDEX.fullmatch(path.name) and not any(fnmatch(path.name, pattern) for pattern in _BESIDE):
+            foreign.append(path.name)
+    kept = "" if "" in models else next(iter(models), None)
+    return foreign + [name for model, names in models.items() if model != kept for name in names], bool(models)
+
+
+def _model_of(weights: Path) -> str:
+    """What tells one model's weights in a folder from another's: "" for those that libraries look for by name."""
+    stem = _SHARD.sub("", weights.stem)
+    return "" if is_standard(f"{stem}{weights.suffix}") else stem
+
+
+def _components(folder: Path) -> set[str]:
+    """The folders that a model's list of components or modules names."""
+    return {name for name in _listed(folder) if isinstance(name, str)}
+
+
+def _listed(folder: Path) -> Iterator[object]:
+    try:
+        if (folder / PIPELINE).is_file():
+            yield from (name for name, made_of in read_json(folder / PIPELINE).items() if isinstance(made_of, list))
+        if (folder / MODULES).is_file():
+            yield from (each.get("path") for each in read_json_list(folder / MODULES) if isinstance(each, dict))
+    except FormatError:
+        return
+
+
+def _holds_templates(folder: Path) -> bool:
+    return all(path.suffix == ".jinja" and path.is_file() for path in folder.iterdir())
