@@ -437,19 +437,21 @@ def test_files_and_tensors_agree(row: Row, tmp_path: Path) -> None:
 
 @rows
 def test_same_recipe_same_bytes(row: Row, tmp_path: Path) -> None:
-    """Again, with other threads, and for inputs that lie in other shards: the very files are equal."""
+    """With other threads, in the least memory, and for inputs in other shards: the promise of the README."""
     base, tuned = parts(4, dtype=torch.bfloat16)
     for i, each in enumerate([base, *tuned]):
         save(tmp_path / f"{i}", each)
         save(tmp_path / f"sharded{i}", each, shards=i + 2)
     written = []
-    for number, (threads, kind) in enumerate([(1, ""), (1, "sharded"), (3, "")]):
+    for number, (kind, threads, limited) in enumerate([("", 1, 0), ("sharded", 1, 0), ("", 3, 0), ("", 2, 1)]):
         output = tmp_path / f"out{number}"
-        options: dict[str, Any] = {"base": tmp_path / f"{kind}0", "output": output, "threads": threads}
+        options: dict[str, Any] = {"method": row.chain, "base": tmp_path / f"{kind}0"} | row.parameters
         paths = [tmp_path / f"{kind}{i}" for i in (1, 2)][: row.most]
-        merging.merge(paths, method=row.chain, **options, **row.parameters)
+        plan = merging.preview(paths, **options)
+        memory = plan.worker_bytes + plan.kept_bytes if limited else None
+        merging.merge(paths, output=output, threads=threads, max_memory=memory, **options)
         written.append((output / "model.safetensors").read_bytes())
-    assert written[0] == written[2]
+    assert written[0] == written[2] == written[3]
     assert identical(load(tmp_path / "out0"), load(tmp_path / "out1")), "only the paths in the header differ"
 
 
