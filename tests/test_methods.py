@@ -42,13 +42,13 @@ modes = pytest.mark.parametrize("mode", ["block", "two_sided"])
 
 @cache
 def trained() -> Any:
-    """Two layers of the shipped adapters: 590,000 numbers each when written out."""
+    """One layer of the shipped adapters: 295,000 numbers each when written out."""
     adapters = []
     for file in sorted(Path(__file__).parents[1].glob("examples/adapters/*/adapter_config.json")):
         state = load_file(file.with_name("adapter_model.safetensors"))
         deltas = merging.peft_deltas(state, json.loads(file.read_text())).items()
-        adapters.append({name: delta for name, delta in deltas if ".layer.0." in name or ".layer.3." in name})
-    assert len(adapters) == len(adapters[0]) == 4
+        adapters.append({name: delta for name, delta in deltas if ".layer.3." in name})
+    assert (len(adapters), len(adapters[0])) == (4, 2)
     return adapters
 
 
