@@ -155,8 +155,9 @@ def _models(plan: Plan) -> str:
 
 
 def _kind(plan: Plan) -> str:
-    """What comes out; adapters that are not PEFT's with their format."""
-    return plan.output if plan.output == "model" or plan.format == "peft" else f"{plan.format} {plan.output}"
+    """What comes out; adapters that are not PEFT's with their format, where it has a name."""
+    plain = plan.output == "model" or plan.format in ("peft", "as given")
+    return plan.output if plain else f"{plan.format} {plan.output}"
 
 
 def echo_notices(notices: Sequence[str]) -> None:

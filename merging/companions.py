@@ -157,7 +157,9 @@ def model_card(plan: Plan, remarks: Sequence[str] = ()) -> str:
         facts["base_model"] = ids
         facts["base_model_relation"] = "adapter" if plan.output == "adapter" else "merge"
     full = plan.reference.library if plan.reference else "transformers"
-    facts["library_name"] = full if plan.output == "model" else "peft" if plan.format == "peft" else "diffusers"
+    peft = all(isinstance(model, Adapter) and model.dialect.startswith("PEFT") for model in plan.models)
+    own = "peft" if plan.format == "peft" or peft else "diffusers"
+    facts["library_name"] = full if plan.output == "model" else own
     licence = strictest([each.licence for each in _sources(plan)])
     if licence:
         facts["license"] = licence

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusion_families import ROWS, by_definition, diffusers_reads, write
+from diffusion_families import ROWS, Row, by_definition, diffusers_reads, write
 from diffusion_models import FLUX, build
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,6 +36,11 @@ def weighted(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
+def _is_raw(row: Row) -> bool:
+    """Whether the names are those that PEFT gives the modules of a model."""
+    return row.prefix == "base_model.model."
+
+
 @pytest.mark.parametrize("family", ROWS)
 def test_names_and_form_stay(tmp_path: Path, family: str) -> None:
     row = ROWS[family]
@@ -42,6 +48,11 @@ def test_names_and_form_stay(tmp_path: Path, family: str) -> None:
     out = tmp_path / "out.safetensors"
     merging.merge(inputs, method="task_arithmetic", weights=WEIGHTS, output=out)
     assert load_file(out).keys() == load_file(inputs[0]).keys()
+    with safe_open(out, "pt") as opened:
+        header = opened.metadata()
+    assert "merging_recipe" in header
+    stated = {"lora_adapter_metadata": row.configured, "ss_network_dim": row.flat, "adapter_config": _is_raw(row)}
+    assert {key: key in header for key in stated} == stated
     if not row.configured:
         close(by_definition(out), weighted([by_definition(path) for path in inputs]))
     if row.loader:
@@ -175,3 +186,17 @@ def test_packs_keep_names(tmp_path: Path) -> None:
     merging.compress(given, tmp_path / "pack.safetensors", method="bands")
     merged([tmp_path / "pack.safetensors"], tmp_path / "out.safetensors", weights=1.0)
     assert load_file(tmp_path / "out.safetensors").keys() == load_file(given).keys()
+
+
+def test_xlabs_becomes_diffusers(tmp_path: Path) -> None:
+    """Its one pair of factors for queries, keys and values makes three modules, which it has no names for."""
+    state = {}
+    for part, outputs in (("qkv", 24), ("proj", 8)):
+        name = f"double_blocks.0.processor.{part}_lora1"
+        state |= {f"{name}.down.weight": torch.randn(2, 8), f"{name}.up.weight": torch.randn(outputs, 2)}
+    save_file(state, tmp_path / "a.safetensors")
+    done = merged([tmp_path / "a.safetensors"] * 2, tmp_path / "out.safetensors")
+    assert done.format == "diffusers"
+    assert not any("names differ" in each for each in done.notices)
+    modules = {name.partition(".lora_")[0] for name in load_file(tmp_path / "out.safetensors")}
+    assert modules == {f"transformer.transformer_blocks.0.attn.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")}

@@ -122,9 +122,17 @@ class _Given:
 
     def covers(self, others: Sequence[Placed], merged: Shapes) -> bool:
         """Whether there are names for all rows that the adapters change."""
-        own = {(part.name, row) for rows in self.rows.values() for part in rows for row in _marks(part)}
+        own: defaultdict[str, list[Rows]] = defaultdict(list)
+        for rows in self.rows.values():
+            for part in rows:
+                own[part.name].append(part)
         wanted = (part for placed in others for rows in placed.values() for part in rows if part.name in merged)
-        return all((part.name, row) in own for part in wanted for row in _marks(part))
+        return all(sum(_shared(part, held) for held in own[part.name]) == part.length for part in wanted)
+
+
+def _shared(one: Rows, other: Rows) -> int:
+    """How many rows two runs of one tensor's rows have in common."""
+    return max(0, min(one.start + one.length, other.start + other.length) - max(one.start, other.start))
 
 
 def _can_be_kept(adapter: Adapter, change: Change, written: Written, shape: tuple[int, ...] | None) -> bool:
@@ -135,10 +143,6 @@ def _can_be_kept(adapter: Adapter, change: Change, written: Written, shape: tupl
     if adapter.dialect.startswith("PEFT") and written.stem.startswith(PREFIX):
         return False
     return change.kind in ("linear", "conv", "bias") and not (shape and change.is_transposed(shape))
-
-
-def _marks(part: Rows) -> range:
-    return range(part.start, part.start + part.length)
 
 
 class InputNames(Names):
@@ -207,7 +211,10 @@ def choose_names(
     if own and recipe.format is None:
         return own, []
     format = output_format(recipe, adapters)
-    differ = len(adapters) > 1 and recipe.format is None and any(adapter.written for adapter in adapters)
+    told_apart = len({adapter.dialect for adapter in adapters}) > 1 or all(
+        adapter.written.keys() >= adapter.changes.keys() for adapter in adapters
+    )
+    differ = len(adapters) > 1 and recipe.format is None and told_apart
     if format == "peft":
         mixed = differ and not all(adapter.dialect.startswith("PEFT") for adapter in adapters)
         return None, ["the inputs' names differ: the output has those of PEFT's adapters"] if mixed else []
