@@ -143,20 +143,38 @@ def test_two_forms_of_one_naming(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kinds", "named"),
     [
-        (("qwen comfyui", "qwen lightning"), "diffusers"),
-        (("wan musubi", "wan fun"), None),
-        (("qwen lycoris", "qwen musubi"), None),
-        (("hunyuan official", "hunyuan comfyui"), "diffusers"),
+        (("qwen comfyui", "qwen lightning"), 0),
+        (("wan musubi", "wan fun"), 0),
+        (("qwen lycoris", "qwen musubi"), 0),
+        (("wan musubi", "wan from images"), 1),
+        (("hunyuan comfyui", "hunyuan official"), 1),
+        (("flux.2 raw", "flux.2 comfyui"), 1),
     ],
 )
-def test_names_that_differ(tmp_path: Path, kinds: tuple[str, str], named: str | None) -> None:
-    """The names are those of the first input that has some for all modules, or of a format; a note says which."""
+def test_names_that_differ(tmp_path: Path, kinds: tuple[str, str], named: int) -> None:
+    """The names are those of the first input that has some for all modules; a note says which."""
     files = [write(ROWS[kind], tmp_path / f"{n}.safetensors", n, 2, 2.0) for n, kind in enumerate(kinds)]
     done = merged(files, tmp_path / "out.safetensors")
     (said,) = [each for each in done.notices if "names differ" in each]
-    assert said.endswith(f"of files of {named}" if named else f"those of {files[0]}")
-    if named is None:
-        assert load_file(tmp_path / "out.safetensors").keys() <= load_file(files[0]).keys()
+    assert said.endswith(f"the output has those of {files[named]}")
+    assert load_file(tmp_path / "out.safetensors").keys() == load_file(files[named]).keys()
+
+
+def test_names_of_no_input_alone(tmp_path: Path) -> None:
+    """Where no input has a name for every module, the format has one."""
+    attention = {name: shape for name, shape in ROWS["wan comfyui"].modules.items() if "attn" in name}
+    kinds = (
+        replace(ROWS["wan comfyui"], modules=attention),
+        replace(ROWS["wan diffusers"], modules={"blocks.0.attn1.to_q": (8, 8), "blocks.0.ffn.net.2": (8, 16)}),
+    )
+    files = [write(row, tmp_path / f"{n}.safetensors", n, 2, 2.0) for n, row in enumerate(kinds)]
+    done = merged(files, tmp_path / "out.safetensors")
+    assert done.format == "diffusers"
+    assert any(each.endswith("the output has those of files of diffusers") for each in done.notices)
+    taken = diffusers_reads(kinds[1], tmp_path / "out.safetensors")
+    one, other = (diffusers_reads(row, path) for row, path in zip(kinds, files, strict=True))
+    zeros = {name: torch.zeros_like(value) for name, value in taken.items()}
+    close(taken, weighted([{**zeros, **one}, {**zeros, **other}]))
 
 
 # ---- with a base, from packs

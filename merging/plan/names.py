@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from merging.errors import InputError
 from merging.plan.labels import Shapes, labelled_rows, output_format, unnamed
 from merging.plan.outs import PREFIX
 from merging.recipe import AdapterFormat, Recipe
@@ -204,32 +203,31 @@ def choose_names(
     """Whose names a merged LoRA has, None for those of PEFT's adapters; and what should be known of the choice.
 
     ``targets`` are the shapes of what is merged, ``base`` those of a base's tensors. A format asked for is that; else
-    the inputs' own names are kept where they agree on them. Raises :class:`~merging.errors.InputError` for targets that
+    the inputs' own names are kept where they agree on them, or else those of the first input that has some for all that
+    is merged, or else those of files of PEFT or diffusers. Raises :class:`~merging.errors.InputError` for targets that
     a format has no name for.
     """
     own = InputNames.agreed(adapters, placed, targets)
     if own and recipe.format is None:
         return own, []
     format = output_format(recipe, adapters)
-    told_apart = len({adapter.dialect for adapter in adapters}) > 1 or all(
-        adapter.written.keys() >= adapter.changes.keys() for adapter in adapters
-    )
-    differ = len(adapters) > 1 and recipe.format is None and told_apart
+    free = recipe.format is None and not all(adapter.dialect.startswith("PEFT") for adapter in adapters)
+    if free and (found := InputNames.covering(adapters, placed, targets)):
+        return found[0], _differing(adapters, str(found[1].path))
+    note = _differing(adapters, f"files of {format}") if recipe.format is None else []
     if format == "peft":
-        mixed = differ and not all(adapter.dialect.startswith("PEFT") for adapter in adapters)
-        return None, ["the inputs' names differ: the output has those of PEFT's adapters"] if mixed else []
-    one_form = recipe.format is None and len({adapter.dialect for adapter in adapters}) == 1
-    if one_form and (found := InputNames.covering(adapters, placed, targets)):
-        return found[0], [f"the inputs' names differ: the output has those of {found[1].path}"] if differ else []
-    try:
-        names = FormatNames(format, adapters, targets if base is None else base, base is not None)
-        _check_named(names, targets, base is not None, bool(own))
-    except InputError:
-        found = None if recipe.format else InputNames.covering(adapters, placed, targets)
-        if found is None:
-            raise
-        return found[0], [f"the inputs' names differ: the output has those of {found[1].path}"] if differ else []
-    return names, [f"the inputs' names differ: the output has those of files of {format}"] if differ else []
+        return None, note
+    names = FormatNames(format, adapters, targets if base is None else base, base is not None)
+    _check_named(names, targets, base is not None, bool(own))
+    return names, note
+
+
+def _differing(adapters: Sequence[Adapter], chosen: str) -> list[str]:
+    """A note of the names chosen where those of adapters differ; PEFT's and XLabs' have one naming each."""
+    dialects = {adapter.dialect.partition(" ")[0] for adapter in adapters}
+    if len(adapters) == 1 or dialects in ({"PEFT"}, {"XLabs"}):
+        return []
+    return [f"the inputs' names differ: the output has those of {chosen}"]
 
 
 def _check_named(names: FormatNames, targets: Shapes, based: bool, kept: bool) -> None:
