@@ -117,7 +117,7 @@ def echo_plan(plan: Plan, destination: Path, threads: int | None, max_memory: in
         "write_bytes": plan.out_bytes,
         "workers": workers,
         "set_aside_bytes": plan.spool_bytes,
-        "peak_memory_bytes": workers * plan.worker_bytes + plan.kept_bytes,
+        "peak_memory_bytes": plan.memory(workers),
         "matched": list(plan.matched),
         "notices": list(plan.notices),
     }

@@ -19,6 +19,7 @@ from merging.lora_files import lora_metadata, lora_stem
 from merging.method import Method
 from merging.model_folder import check_companions, companion_patterns, copy_companions, write_model_companions
 from merging.plan import PORTABLE_RANKS, Plan, make_plan
+from merging.platform import available_memory
 from merging.recipe import FIELDS, Recipe, make_recipe
 from merging.run import run
 from merging.sources.stored import DTYPES
@@ -224,18 +225,24 @@ def _metadata(plan: Plan) -> dict[str, str]:
 def workers_within(plan: Plan, threads: int, max_memory: int | None) -> int:
     """How many workers fit into ``max_memory`` bytes above the imports, at most ``threads``.
 
+    Without a limit they take half of the memory that is available at most; one always works.
     Raises :class:`~merging.errors.OptionError` with the number needed if not even one does.
     """
     if threads < 1:
         raise OptionError(f"threads = {threads}: at least one is needed")
     if max_memory is None:
-        return threads
-    needed = plan.worker_bytes + plan.kept_bytes
+        available = available_memory()
+        return threads if available is None else max(1, _fitting(plan, threads, available // 2))
+    needed = plan.memory(1)
     if needed > max_memory:
         raise OptionError(
             f"max_memory = {max_memory / 1e6:.0f} MB is too little: this merge needs {needed / 1e6:.0f} MB"
         )
-    return min(threads, (max_memory - plan.kept_bytes) // max(1, plan.worker_bytes))
+    return _fitting(plan, threads, max_memory)
+
+
+def _fitting(plan: Plan, threads: int, memory: int) -> int:
+    return min(threads, (memory - plan.memory(0)) // max(1, plan.worker_bytes))
 
 
 def pick_device(name: str) -> torch.device:

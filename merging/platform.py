@@ -18,6 +18,7 @@ from typing import BinaryIO
 __all__ = [
     "advise",
     "allow_open_files",
+    "available_memory",
     "claim",
     "create",
     "exchange",
@@ -25,7 +26,9 @@ __all__ = [
     "kind_of",
     "open_folder",
     "open_regular",
+    "private_memory",
     "read_at",
+    "release_freed_memory",
     "reserve",
     "sync",
     "sync_folder",
@@ -110,6 +113,37 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 25)
         mallopt(_M_TRIM_THRESHOLD, 1 << 28)
+
+
+def release_freed_memory() -> None:
+    """Have the C library give back the freed blocks that it keeps, which lie scattered after a while."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def private_memory() -> int:
+    """The bytes of memory that this process holds and shares with no file; 0 where the system does not say."""
+    try:
+        with Path("/proc/self/statm").open("rb") as file:
+            _, resident, shared = map(int, file.read().split()[:3])
+    except (OSError, ValueError):
+        return 0
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+
+
+def available_memory() -> int | None:
+    """The bytes of memory that could be had now, or are allowed to this container; None where no system says so."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        return None
+    try:
+        allowed = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        allowed = "max"
+    return min(available, int(allowed)) if allowed.isdigit() else available
 
 
 def allow_open_files(count: int) -> bool:

@@ -18,7 +18,7 @@ import torch
 from merging.method import Closing, Round
 from merging.opened import Unit
 from merging.plan.items import CHUNK, TILE, Plan
-from merging.platform import keep_freed_memory
+from merging.platform import keep_freed_memory, private_memory, release_freed_memory
 from merging.spool import Spool
 from merging.threads import Progress, share_out
 from merging.tiles import GPU_TILE, whole_rows
@@ -71,12 +71,13 @@ def run(
     keep_freed_memory()
     shared = Shared(plan, sink, device, Spool(scratch), keeps=plan.kept_bytes > 0)
     share = partial(share_out, threads=threads, device=device)
+    most = private_memory() + plan.memory(threads)
     stages = _stages(plan)
     units = _units(plan, device)
     merged = [unit for unit in units if unit.item.form != "copy"]
     sweeps = sum(max(each.fold.sweeps for each in stage) for stage in stages)
     total = sum(unit.bytes for unit in units) + sum(unit.bytes for unit in merged) * sweeps
-    report = _Counter(progress, total)
+    report = _Counter(progress, total, most)
     try:
         for stage in stages:
             _gather(shared, stage, merged, share, report)
@@ -111,13 +112,15 @@ def _units(plan: Plan, device: torch.device) -> list[Unit]:
 
 
 class _Counter:
-    """Adds up the bytes done over all sweeps for a progress bar."""
+    """Adds up the bytes done over all sweeps for a progress bar, and keeps the process's memory below ``most``."""
 
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self.progress, self.total, self.done = progress, total, 0
+    def __init__(self, progress: Progress | None, total: int, most: int) -> None:
+        self.progress, self.total, self.most, self.done = progress, total, most, 0
 
     def __call__(self, unit: Unit) -> None:
         self.done += unit.bytes
+        if private_memory() > self.most:
+            release_freed_memory()
         if self.progress:
             self.progress(self.done, self.total)
 
@@ -139,9 +142,11 @@ def _gather(
             worker.states = [state.fork() for state in states]
             return worker
 
-        for each in share(units, worker, partial(Worker.see, folds=folds), report):
-            for state, gathered in zip(states, each.states, strict=True):
-                state.merge(gathered)
+        swept = [each.states for each in share(units, worker, partial(Worker.see, folds=folds), report)]
+        for gathered in swept:
+            for state, part in zip(states, gathered, strict=True):
+                state.merge(part)
+        release_freed_memory()  # the next sweep has threads of its own, which do not find all that was freed
         unfinished = [state.next() for state in states]  # each of them must be told
         if not any(unfinished):
             break

@@ -206,7 +206,7 @@ def test_chain_of_files(small: dict[str, Inputs], tmp_path: Path, chain: str, ki
 def test_tensors_of_several_tiles(large: dict[str, Inputs], tmp_path: Path, chain: str, kind: str) -> None:
     """Against the reference, and the same bytes for three threads and in the least memory that is enough."""
     plan = merging.preview(large[kind].paths, method=chain, base=large[kind].base, kind="model", **CHAINS[chain])
-    least = plan.worker_bytes + plan.kept_bytes
+    least = plan.memory(1)
     with pytest.raises(merging.OptionError, match="is too little: this merge needs"):
         workers_within(plan, 1, least - 1)
     for number, how in enumerate(({"threads": 1}, {"threads": 3}, {"threads": 3, "max_memory": least})):

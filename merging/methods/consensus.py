@@ -29,7 +29,7 @@ class Consensus(Method):
     name: ClassVar[str] = "consensus"
     summary: ClassVar[str] = "sum of the changes, where several models need it"
     paper: ClassVar[str] = "Consensus Merging, Wang et al. 2024, arXiv 2405.07813"
-    workspace: ClassVar[int] = 7
+    workspace: ClassVar[int] = 9
 
     threshold: Local[Annotated[float, Field(ge=0, le=1e9)]] = Field(
         0.4, description="share of the others' change that a model's own must reach (0.2 to 0.6)"

@@ -31,6 +31,12 @@ CHUNK = 1 << 22
 KEPT = 1 << 29
 """Most bytes of entered factors that are kept for later sweeps; where there are more, they are entered anew."""
 
+SCATTERED = 1.4
+"""Memory that a worker takes over what it has in use: blocks that were freed, and fit nothing that is wanted."""
+
+RUN = 1 << 24
+"""Bytes that a merge takes by itself: counters, threads, and what libraries load when they are first used."""
+
 Form = Literal["copy", "dense", "delta", "factors"]
 """What is written of an item."""
 
@@ -236,5 +242,9 @@ class Plan:
 
     @property
     def worker_bytes(self) -> int:
-        """The memory of one worker, whose buffers fit the largest item."""
-        return max((self.working_bytes(item) for item in self.items), default=0)
+        """The memory of one worker, whose buffers fit the largest item, and what lies unused between them."""
+        return int(SCATTERED * max((self.working_bytes(item) for item in self.items), default=0))
+
+    def memory(self, workers: int) -> int:
+        """The most memory that a merge by so many workers takes, above the imports."""
+        return workers * self.worker_bytes + self.kept_bytes + RUN
