@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peaks import peak_of
-from tiny import fine_tune, save
+from tiny import save
 
 import merging
 from merging import files, platform
@@ -25,7 +25,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     random = torch.Generator().manual_seed(0)
     shapes = {f"layers.{layer}.mlp.up_proj.weight": (4100, 1024) for layer in range(4)}
     base = {name: torch.randn(shape, generator=random).to(torch.bfloat16) for name, shape in shapes.items()}
-    tuned = [fine_tune(base, number) for number in range(3)]
+    tuned = [{name: value.roll(number, 0) for name, value in base.items()} for number in (1, 2, 3)]
     return [str(save(folder / str(number), tensors)) for number, tensors in enumerate([base, *tuned])]
 
 
