@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from merging.serving.rules import (
+    APART,
     BAKE,
     GRADIENTS,
     ONE_SCALE,
@@ -126,7 +127,7 @@ LLAMA_CPP = Program(
             Rule("refuses", "tensors whose names are not those of LoRA's factors", _other_names, PLAIN,
                  f"{_ADAPTERS}, run"),
             Rule("refuses", "factors of convolutions cannot be mapped", convolutions, BAKE, _ADAPTERS),
-            Rule("refuses", "factors of stacked experts cannot be mapped", _experts, BAKE, f"{_ADAPTERS}, run"),
+            Rule("refuses", "factors of stacked experts cannot be mapped", _experts, APART, f"{_ADAPTERS}, run"),
             Rule("refuses", "embedding and head are one in the base: the server does not load factors on either",
                  _tied, BAKE, f"{_SERVER}, run"),
             Rule("refuses", "factors of GPT-2's layers are transposed once too often", _oblong, BAKE,

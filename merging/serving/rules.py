@@ -10,6 +10,7 @@ from typing import Literal
 from merging.serving.subject import Subject, SubjectKind
 
 __all__ = [
+    "APART",
     "BAKE",
     "GRADIENTS",
     "ONE_SCALE",
@@ -205,3 +206,7 @@ def stated_type(subject: Subject) -> Iterator[str]:
     most = kinds.most_common(1)
     if stated in _TYPES and most and most[0][0] != _TYPES[stated]:
         yield f"most weights are {most[0][0]}, dtype = {stated!r}"
+
+
+APART = f"give each expert its own names with --experts apart --base BASE, or {BAKE}"
+"""What to do about factors of stacked experts where those of single ones are served."""

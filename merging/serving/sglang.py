@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from merging.errors import MergingError
 from merging.serving.rules import (
+    APART,
     BAKE,
     GRADIENTS,
     ONE_SCALE,
@@ -152,7 +153,7 @@ SGLANG = Program(
             Rule("refuses", "tensors in the blocks that are no LoRA factors", _others_in_blocks, BAKE, f"{_POOL}, run"),
             Rule("refuses", "repeated blocks do not exist in the base that is served", states("layer_replication"),
                  "expand the base", f"{_LORA}, run"),
-            Rule("refuses", "factors of stacked experts and of routers are not served", _experts, BAKE,
+            Rule("refuses", "factors of stacked experts and of routers are not served", _experts, APART,
                  f"{_POOL}, run"),
             Rule("refuses", "adapters that add tokens are not served", _added_tokens,
                  f"remove {_ADDED} if its tokens are not used, or {BAKE}", f"{_MANAGER}"),

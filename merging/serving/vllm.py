@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from merging.serving.rules import (
+    APART,
     BAKE,
     GRADIENTS,
     ONE_SCALE,
@@ -132,7 +133,7 @@ VLLM = Program(
             Rule("refuses", "the adapter should act behind certain tokens only", states("alora_invocation_tokens"),
                  "serve it with a program that knows aLoRA", f"{_HELPER}, run"),
             Rule("refuses", "factors of stacked experts are not served for this architecture", _stacked,
-                 f"start vLLM with --enable-mixed-moe-lora-format and say is_3d_lora_weight in the request, or {BAKE}",
+                 f"start vLLM with --enable-mixed-moe-lora-format and say is_3d_lora_weight in the request, or {APART}",
                  "lora/model_manager.py"),
             Rule("warns", "factors of stacked experts are served for some architectures only", _stacked_on_any,
                  "say where the base is with --base", "lora/model_manager.py"),
