@@ -143,7 +143,7 @@ def test_all_programs_in_their_order(llama: Path) -> None:
     ("words", "message"),
     [
         ("nowhere", "nowhere: there is no such file or folder"),
-        ("empty", "which weights? The folder holds none of model.safetensors"),
+        ("empty", "empty: holds no weights: none of model.safetensors, its index, or pytorch_model.bin is there"),
         ("plain --for vlm", "there is no program 'vlm' (did you mean 'vllm'?): use vllm, sglang, llama.cpp, peft,"),
         ("plain --for gguf", "there is no program 'gguf': use vllm"),
         ("plain --base nowhere", "nowhere: there is no such base: name its folder, or ORG/NAME on the Hub"),
