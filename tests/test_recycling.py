@@ -119,9 +119,10 @@ def planted(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
     with torch.no_grad(), alone(expert).mixture(problem).at(torch.ones(1)):
         margins = torch.cat([problem.model.answers([item]).logits for item in items]).diff(dim=1)[:, 0]
     tensors = load_file(base / "model.safetensors")
-    tensors["classifier.bias"][1] -= margins.median()
+    threshold = margins.quantile(0.5)  # between the two in the middle: no margin is 0 but for rounding
+    tensors["classifier.bias"][1] -= threshold
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    labelled = [{"text": text, "label": "high" if margin > margins.median() else "low"}
+    labelled = [{"text": text, "label": "high" if margin > threshold else "low"}
                 for text, margin in zip(words, margins, strict=True)]  # fmt: skip
     return World(base, pool, labelled[:16], labelled[16:32], labelled[32:])
 
