@@ -17,8 +17,10 @@ import merging
 from merging.cli.main import cli
 from merging.errors import FormatError, MergingError
 from merging.hub.cards import stated_licence
+from merging.hub.push import Target, push
 from merging.plain_yaml import load_yaml
 from merging.recipe import load_recipe
+from merging.recycling.journal import Journal
 from merging.small_files import TEXT_LIMIT, read_json, read_text
 from merging.sources import open_model
 
@@ -201,6 +203,26 @@ def test_links_of_the_hubs_cache_and_of_users_go_on_working(tmp_path: Path) -> N
     (repository / "blobs").symlink_to(tmp_path / "blobs")
     with pytest.raises(FormatError, match="is a link out of its folder"):
         open_model(snapshot)
+
+
+def test_links_out_of_a_folder_are_not_published(tmp_path: Path) -> None:
+    """Before anything is asked of the Hub."""
+    folder = save(tmp_path / "out", model(1))
+    (tmp_path / "secret").write_text("secret")
+    (folder / "LICENSE").symlink_to(tmp_path / "secret")
+    with pytest.raises(FormatError, match="LICENSE: is a link out of its folder"):
+        push(folder, Target("org/name", False, "0" * 40), "a merge")
+
+
+def test_links_of_unfinished_runs(tmp_path: Path) -> None:
+    """A run is neither gone on with, nor removed, through a link."""
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "plan.json").write_text("{}")
+    (tmp_path / "run").symlink_to(tmp_path / "precious")
+    for options in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(FormatError, match="run: is a link"):
+            Journal(tmp_path / "run", {}, **options)
+    assert (tmp_path / "precious" / "plan.json").exists()
 
 
 # ---- YAML
