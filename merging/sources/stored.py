@@ -229,7 +229,7 @@ class File:
 
 
 class FileTensor(Stored):
-    """A tensor of a safetensors file, read at its place: bounded memory, and a cut file is an error, not a signal."""
+    """A tensor of a file, read at its place: bounded memory, and a cut file is an error, not a signal."""
 
     __slots__ = ("_start", "holder")
 
@@ -257,7 +257,7 @@ class FileTensor(Stored):
 
 
 class MappedTensor(Stored):
-    """A tensor of a PyTorch file that torch has mapped into memory; its pages are read as they are touched."""
+    """A tensor that lies in memory already, or that torch has mapped there."""
 
     __slots__ = ("_order", "tensor")
 
