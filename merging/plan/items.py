@@ -31,7 +31,7 @@ CHUNK = 1 << 22
 KEPT = 1 << 29
 """Most bytes of entered factors that are kept for later sweeps; where there are more, they are entered anew."""
 
-SCATTERED = 1.4
+SCATTERED = 1.8
 """Memory that a worker takes over what it has in use: blocks that were freed, and fit nothing that is wanted."""
 
 RUN = 1 << 24
