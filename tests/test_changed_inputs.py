@@ -183,7 +183,7 @@ def test_what_is_replaced_is_not_noted_as_added(tmp_path: Path, monkeypatch: pyt
 def test_a_pool_keeps_what_it_audited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An adapter that changes between its audit and its copy is not kept, and the others are."""
     base, made = adapters(tmp_path / "inputs", 3)
-    plain = module._copy
+    plain = module.copy
 
     def copy(source: Path, *rest: object) -> None:
         plain(source, *rest)  # type: ignore[arg-type]
@@ -192,7 +192,7 @@ def test_a_pool_keeps_what_it_audited(tmp_path: Path, monkeypatch: pytest.Monkey
 
     for path in made:
         os.utime(path / "adapter_model.safetensors", ns=(0, 0))
-    monkeypatch.setattr(module, "_copy", copy)
+    monkeypatch.setattr(module, "copy", copy)
     pool = Pool.create(tmp_path / "pool", base, ["tiny/base"])
     pool.build([each for path in made for each in candidates_in(path)])
     kept = {Path(entry.name).name: entry.folder is not None for entry in pool.index.entries()}
