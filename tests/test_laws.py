@@ -448,7 +448,7 @@ def test_same_recipe_same_bytes(row: Row, tmp_path: Path) -> None:
         options: dict[str, Any] = {"method": row.chain, "base": tmp_path / f"{kind}0"} | row.parameters
         paths = [tmp_path / f"{kind}{i}" for i in (1, 2)][: row.most]
         plan = merging.preview(paths, **options)
-        memory = plan.worker_bytes + plan.kept_bytes if limited else None
+        memory = plan.memory(1) if limited else None
         merging.merge(paths, output=output, threads=threads, max_memory=memory, **options)
         written.append((output / "model.safetensors").read_bytes())
     assert written[0] == written[2] == written[3]
