@@ -26,8 +26,8 @@ def push_command(
     """Publish a merged model's or adapter's FOLDER on the Hub as one commit."""
     with reported(debug):
         from merging.errors import InputError
+        from merging.hub.open_model import open_model
         from merging.hub.push import push, target_of
-        from merging.sources import open_model
 
         if not folder.is_dir():
             raise InputError(f"{folder}: is no folder: publish the folder of a model or an adapter")

@@ -11,11 +11,12 @@ import torch
 
 from merging.dropping import Dropping
 from merging.hub.address import Address
+from merging.hub.open_model import open_model
 from merging.hub.remote import RemoteFile, Window
 from merging.hub.repository import open_repository
 from merging.plan import Item, Plan
 from merging.plan.checks import check_packed, content_keys
-from merging.sources import Adapter, Checkpoint, open_model, tensors_of
+from merging.sources import Adapter, Checkpoint, tensors_of
 from merging.sources.adapter import Change
 from merging.sources.stored import holders_of
 from merging.threads import Progress, share_out

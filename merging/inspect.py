@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError
+from merging.hub.open_model import open_model
 from merging.layers import Stacks
 from merging.serving.contents import FILES
 from merging.serving.subject import Subject, open_subject
 from merging.small_files import parse_json
-from merging.sources import Adapter, Checkpoint, open_model
+from merging.sources import Adapter, Checkpoint
 from merging.sources.derived import Derived
 from merging.sources.packs.codings import Packed
 from merging.sources.stored import Stored

@@ -18,11 +18,12 @@ from merging import __version__
 from merging.arrival import brought
 from merging.delta import LowRank
 from merging.errors import InputError, OptionError
+from merging.hub.open_model import open_model
 from merging.landing import Landing, check_destination
 from merging.linalg import factored_svd, safe_ratio
 from merging.plan.checks import check_bases
 from merging.plan.to_adapter import common_shape
-from merging.sources import Adapter, open_model
+from merging.sources import Adapter
 from merging.sources.adapter import Change
 from merging.sources.stored import Out
 from merging.writer import TensorWriter

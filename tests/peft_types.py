@@ -12,7 +12,8 @@ from architectures import build
 from peft.tuners.lora.config import BdLoraConfig
 from transformers import PreTrainedModel
 
-from merging.sources import Adapter, open_model
+from merging.hub.open_model import open_model
+from merging.sources import Adapter
 
 __all__ = ["CASES", "TYPES", "changes_by_peft", "changes_by_us", "make", "opened"]
 

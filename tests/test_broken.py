@@ -14,7 +14,7 @@ import merging
 from merging.cli.main import cli
 from merging.errors import FormatError, InputError, MergingError, OptionError, OutputError
 from merging.hub.address import hub_address
-from merging.sources import open_model
+from merging.hub.open_model import open_model
 from merging.sources.adapter import LoraChange
 
 FACTORS = {

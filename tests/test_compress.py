@@ -28,8 +28,9 @@ from merging.compression.settings import Settings, parse_bands
 from merging.compression.ternary import balanced, pack_signs, ternary
 from merging.errors import FormatError, InputError, MergingError, OptionError, OutputError
 from merging.geometry import compare
+from merging.hub.open_model import open_model
 from merging.inspect import inspect
-from merging.sources import Adapter, open_model
+from merging.sources import Adapter
 from merging.sources.packs.codings import Packed, Ternary
 from merging.sources.packs.frames import FRAME, frame_signs
 from merging.sources.packs.golomb import entropy, mean_bits, parameter, positions, remainder_bytes, streams

@@ -20,7 +20,7 @@ from transformers import AutoModel
 
 import merging
 from merging.errors import FormatError, InputError, OptionError, OutputError
-from merging.sources import open_model
+from merging.hub.open_model import open_model
 from merging.sources.checkpoint import Checkpoint
 
 WEIGHTS = {

@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from merging import merge
 from merging.cli.main import cli
 from merging.errors import InputError, OptionError, OutputError
+from merging.hub.open_model import open_model
 from merging.pool import Pool
 from merging.pool.candidates import candidates_in
-from merging.sources import Adapter, open_model
+from merging.sources import Adapter
 
 pytestmark = QUIRKS
 

@@ -16,11 +16,12 @@ from transformers import PreTrainedTokenizerFast
 
 from merging.cli.main import cli
 from merging.errors import FormatError, InputError
+from merging.hub.open_model import open_model
 from merging.plan.resolve import Resolver
 from merging.pool import Pool
 from merging.pool.candidates import candidates_in
 from merging.pool.smoke import TEXTS, SmokeTest, read_texts
-from merging.sources import Adapter, Checkpoint, open_model
+from merging.sources import Adapter, Checkpoint
 
 pytestmark = [*QUIRKS, pytest.mark.filterwarnings("ignore:Unsupported layer type")]
 

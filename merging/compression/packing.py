@@ -18,9 +18,10 @@ from merging.compression.parts import Assembly, Losses
 from merging.compression.settings import Settings, make_settings
 from merging.errors import InputError, OutputError
 from merging.files import merge, pick_device
+from merging.hub.open_model import open_model
 from merging.landing import Landing, check_destination
 from merging.plan.targets import adapter_targets
-from merging.sources import Adapter, Checkpoint, open_model
+from merging.sources import Adapter, Checkpoint
 from merging.sources.checkpoint import content_key
 from merging.sources.diffusion import WEIGHTS
 from merging.sources.packs import Base, Manifest, recognises, unpacked

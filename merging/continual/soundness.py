@@ -10,8 +10,9 @@ from merging.continual.manifest import Base, Manifest, Part, StepRecord, sha256_
 from merging.continual.state import odd_values
 from merging.errors import InputError, MergingError
 from merging.hub.client import Unreachable
+from merging.hub.open_model import open_model
 from merging.links import refuse_link
-from merging.sources import Adapter, Checkpoint, open_model
+from merging.sources import Adapter, Checkpoint
 from merging.sources.checkpoint import content_key
 from merging.threads import Progress
 

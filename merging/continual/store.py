@@ -22,9 +22,10 @@ from merging.continual.view import StoreView
 from merging.errors import InputError, MergingError, OptionError, OutputError
 from merging.files import pick_device
 from merging.hub.address import hub_address
+from merging.hub.open_model import open_model
 from merging.methods import chain
 from merging.recipe import Recipe
-from merging.sources import Adapter, Checkpoint, open_model
+from merging.sources import Adapter, Checkpoint
 from merging.sources.checkpoint import content_key
 from merging.threads import Progress, cores
 

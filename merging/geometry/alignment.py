@@ -15,6 +15,7 @@ from torch import Tensor
 from merging.arrival import arrived
 from merging.delta import Delta, Dense
 from merging.errors import InputError, OptionError
+from merging.hub.open_model import open_model
 from merging.layers import Stacks
 from merging.parameters import all_matching
 from merging.plan import Item, Plan, plan_of
@@ -23,7 +24,7 @@ from merging.plan.targets import adapter_targets
 from merging.plan.to_adapter import common_shape
 from merging.recipe import Recipe, make_recipe
 from merging.site import site_of
-from merging.sources import Adapter, Checkpoint, open_model
+from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.stored import Stored
 from merging.threads import Progress

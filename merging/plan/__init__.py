@@ -6,6 +6,7 @@ import gc
 from collections.abc import Sequence
 
 from merging.errors import InputError, OptionError
+from merging.hub.open_model import open_model
 from merging.method import check_places, idle_parameters
 from merging.plan.checks import (
     attention_counted,
@@ -27,7 +28,7 @@ from merging.plan.to_adapter import AdapterItems, adapter_items
 from merging.plan.to_model import model_items
 from merging.plan.vocabulary import fitted
 from merging.recipe import Recipe
-from merging.sources import Adapter, Checkpoint, open_model
+from merging.sources import Adapter, Checkpoint
 
 __all__ = ["PORTABLE_RANKS", "Item", "Plan", "make_plan", "plan_of"]
 

@@ -18,13 +18,14 @@ from merging.delta import Delta, LowRank
 from merging.errors import MergingError
 from merging.hub.cards import stated_licence
 from merging.hub.client import Unreachable
+from merging.hub.open_model import open_model
 from merging.linalg import factored_svd, safe_ratio, squared_norm
 from merging.plan.checks import same_base
 from merging.plan.resolve import Resolver
 from merging.pool.index import VERDICTS, Entry, Finding, Verdict
 from merging.pool.sketches import empty, sketch
 from merging.small_files import is_there
-from merging.sources import Adapter, Checkpoint, open_model
+from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.stored import Stored
 

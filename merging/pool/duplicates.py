@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from merging.delta import Delta, LowRank
+from merging.hub.open_model import open_model
 from merging.linalg import inner, safe_ratio, squared_norm
 from merging.plan.resolve import Resolver
 from merging.pool.audit import change_of
 from merging.pool.index import Entry, Finding
-from merging.sources import Adapter, Checkpoint, open_model
+from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 
 __all__ = ["SAME", "cosine", "duplicates"]

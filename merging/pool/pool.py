@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from filelock import FileLock, Timeout
 
 from merging.errors import FormatError, InputError, OptionError, OutputError
+from merging.hub.open_model import open_model
 from merging.links import refuse_link
 from merging.pool.audit import BESIDE, Auditor, Candidate
 from merging.pool.duplicates import duplicates
@@ -23,7 +24,7 @@ from merging.pool.folder import FOLDER, copy, holds_something, remove
 from merging.pool.index import OVERRULED, VERDICTS, Entry, Finding, Index, verdict_of
 from merging.pool.judging import missing, outliers, over_the_cap, unlicensed
 from merging.small_files import is_there
-from merging.sources import Adapter, Checkpoint, check_in_place, open_model
+from merging.sources import Adapter, Checkpoint, check_in_place
 
 if TYPE_CHECKING:
     from merging.pool.smoke import Limits

@@ -8,11 +8,12 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from merging.errors import FormatError, MergingError, OptionError
+from merging.hub.open_model import open_model
 from merging.plan.resolve import Resolver
 from merging.pool.index import Entry, Finding, Index
 from merging.pool.smoke import TEXTS, Limits, SmokeTest
 from merging.small_files import parse_json
-from merging.sources import Adapter, Checkpoint, open_model
+from merging.sources import Adapter, Checkpoint
 
 if TYPE_CHECKING:
     from merging.pool.pool import Pool

@@ -14,11 +14,12 @@ from merging.arrival import brought
 from merging.delta import LowRank
 from merging.errors import InputError, MergingError
 from merging.hub.address import hub_address
+from merging.hub.open_model import open_model
 from merging.linalg import squared_norm
 from merging.plan.checks import same_base
 from merging.pool import Pool
 from merging.recycling.places import Place
-from merging.sources import Adapter, open_model
+from merging.sources import Adapter
 from merging.sources.names import find_renaming
 
 __all__ = ["BASE", "FEW_SHOT", "Candidate", "Expert", "Opened", "candidates", "open_expert", "opened"]

@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from merging.errors import MergingError
+from merging.hub.open_model import open_model
 from merging.layers import Stacks
 from merging.plan.targets import adapter_targets
 from merging.serving.rules import Program, Rule
 from merging.serving.subject import Subject
-from merging.sources import Adapter, open_model
+from merging.sources import Adapter
 from merging.sources.adapter import AddedBias
 from merging.sources.checkpoint import Checkpoint, config_layers
 from merging.sources.quantised import refuse_quantised

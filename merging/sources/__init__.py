@@ -7,11 +7,10 @@ A new file format is one module with ``recognises(opened)`` and an opener that m
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from merging.errors import FormatError, InputError, MergingError
-from merging.hub.address import hub_address, local_path, no_such_path
+from merging.errors import FormatError, InputError
 from merging.links import check_inside
 from merging.platform import kind_of
 from merging.small_files import is_there
@@ -20,7 +19,6 @@ from merging.sources.adapter import Adapter
 from merging.sources.checkpoint import Checkpoint, open_checkpoint
 from merging.sources.layout import check_suffix, find_weights
 from merging.sources.lycoris import METHODS
-from merging.sources.origin import Origin
 from merging.sources.stored import DTYPES, File, Opened, Stored, holders_of, open_tensors
 from merging.sources.unread import refuse_factors
 from merging.sources.written import with_written
@@ -32,7 +30,7 @@ __all__ = [
     "Dialect",
     "check_in_place",
     "dialect_of",
-    "open_model",
+    "open_local",
     "tensors_of",
 ]
 
@@ -93,41 +91,16 @@ def check_in_place(model: Checkpoint | Adapter) -> None:
             holder.check_place()
 
 
-def open_model(name: str | Path, alpha: float | None = None, dequantise: bool = False) -> Checkpoint | Adapter:
-    """Open a full model or an adapter: a local folder or file, or an address on the Hub. Only headers are read.
+def open_local(path: Path, alpha: float | None = None, dequantise: bool = False) -> Checkpoint | Adapter:
+    """Open a full model or an adapter in a folder or file that is there.
 
-    ``alpha`` is the LoRA alpha of adapters, instead of what they state; ``dequantise`` makes ordinary weights of those
-    that are quantised in a simple way. Raises :class:`~merging.errors.InputError` if
-    there is nothing, :class:`~merging.errors.FormatError` if what is there cannot be understood exactly.
+    As :func:`~merging.hub.open_model.open_model`, which also takes names of the Hub.
     """
-    address = hub_address(str(name))
-    if address is None:
-        return _open_local(local_path(str(name)), alpha, dequantise)
-    from merging.hub.repository import open_repository  # it reads files with what this package is made of
-
-    repository = open_repository(address)
-    origin = Origin(address.repo, repository.commit, address.path, repository.licence)
-
-    def named(text: str) -> str:
-        return text.replace(str(repository.folder), repository.name)
-
-    try:
-        model = _open_local(repository.folder / address.path, alpha, dequantise)
-    except MergingError as error:
-        raise type(error)(named(str(error))) from None
-    if isinstance(model, Adapter):
-        return replace(model, path=Path(str(origin)), origin=origin, notices=tuple(map(named, model.notices)))
-    return replace(model, path=Path(str(origin)), origin=origin)
-
-
-def _open_local(path: Path, alpha: float | None, dequantise: bool) -> Checkpoint | Adapter:
-    if not path.exists():
-        raise no_such_path(path)
     if path.is_dir():
         _check_one_model(path)
         if not is_there(path / "adapter_config.json"):
             bare = _bare_adapter(path)
-            return _checkpoint(path, None, dequantise) if bare is None else _open_local(bare, alpha, dequantise)
+            return _checkpoint(path, None, dequantise) if bare is None else open_local(bare, alpha, dequantise)
         return _of_numbers(peft.open_peft(path, alpha))
     if not path.is_file():
         raise FormatError(f"{path}: is {kind_of(path.stat().st_mode)}, and should be a file or a folder")

@@ -26,10 +26,10 @@ from fuzzing.weights import BITS, Weights, harmed, joined
 from merging.errors import MergingError
 from merging.files import check_output, merge_plan, plan_for
 from merging.hub.address import hub_address
+from merging.hub.open_model import open_model
 from merging.hub.query import parse_query
 from merging.inspect import inspect
 from merging.recipe import load_recipe, make_recipe
-from merging.sources import open_model
 from merging.sources.header import read_header
 
 __all__ = ["TARGETS", "Sample", "Target", "read_valid"]

@@ -15,7 +15,7 @@ from tiny import CONFIG, checkpoint, fine_tune, identical, load, model, save
 
 import merging
 from merging.errors import FormatError, InputError
-from merging.sources import open_model
+from merging.hub.open_model import open_model
 from merging.sources.checkpoint import Checkpoint, content_key, open_checkpoint
 from merging.sources.quantised import QUANTISED
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import merging
 from merging.errors import FormatError
-from merging.sources import Adapter, Checkpoint, open_model
+from merging.hub.open_model import open_model
+from merging.sources import Adapter, Checkpoint
 
 MODULES: dict[str, dict[str, Shape]] = {
     "z-image": {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import merging
 from merging.errors import FormatError, InputError
-from merging.sources import open_model
+from merging.hub.open_model import open_model
 from merging.sources.diffusion_names import known_names
 
 

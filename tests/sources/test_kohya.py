@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import merging
 from merging.errors import FormatError, InputError
-from merging.sources import open_model
+from merging.hub.open_model import open_model
 from merging.sources.diffusion_names import known_names
 
 

@@ -14,7 +14,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 import merging
 from merging.errors import FormatError, InputError
-from merging.sources import Adapter, open_model
+from merging.hub.open_model import open_model
+from merging.sources import Adapter
 from merging.sources.checkpoint import Checkpoint
 
 INDEX = "model.safetensors.index.json"

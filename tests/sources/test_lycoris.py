@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from merging.errors import FormatError
-from merging.sources import Adapter, open_model
+from merging.hub.open_model import open_model
+from merging.sources import Adapter
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(12, 16),

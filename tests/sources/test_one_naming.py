@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import merging
 from merging.errors import InputError
+from merging.hub.open_model import open_model
 from merging.plan.targets import adapter_targets
-from merging.sources import Adapter, open_model
+from merging.sources import Adapter
 from merging.sources.adapter import Change
 
 Name = Callable[[str, str], str]

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 import merging
 from merging.errors import FormatError, InputError, MergingError
-from merging.sources import open_model
+from merging.hub.open_model import open_model
 from merging.sources.peft.kinds import KINDS
 from merging.sources.peft.refused import REFUSED
 

@@ -25,8 +25,9 @@ from safetensors.torch import load_file
 
 import merging
 from merging.errors import FormatError, InputError
+from merging.hub.open_model import open_model
 from merging.inspect import inspect
-from merging.sources import Adapter, open_model
+from merging.sources import Adapter
 from merging.sources.peft.kinds import KINDS
 
 pytestmark = TYPES

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import merging
 from merging.errors import FormatError, MergingError
-from merging.sources import open_model
+from merging.hub.open_model import open_model
 
 pytestmark = TYPES
 

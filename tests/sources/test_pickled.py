@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from merging.errors import FormatError
-from merging.sources import open_model
+from merging.hub.open_model import open_model
 from merging.sources.pickled import open_pickle
 from merging.sources.unpickle import Other, unpickle
 

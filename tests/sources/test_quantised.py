@@ -19,8 +19,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import merging
 from merging.errors import FormatError
+from merging.hub.open_model import open_model
 from merging.inspect import inspect
-from merging.sources import open_model
 from merging.sources.checkpoint import Checkpoint
 
 FP8 = torch.float8_e4m3fn
