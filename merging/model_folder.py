@@ -17,7 +17,8 @@ from merging.small_files import check_file, copy_file
 from merging.sources import Checkpoint
 from merging.sources.layout import find_weights
 from merging.sources.model_files import COMPANIONS, IN_PIPELINES
-from merging.sources.stored import STAND_INS, holders_of
+from merging.sources.opening import STAND_INS
+from merging.sources.stored import holders_of
 from merging.sources.tokenizers import TOKENIZER_FILES
 
 __all__ = ["check_companions", "companion_patterns", "copy_companions", "write_model_companions"]

@@ -20,9 +20,10 @@ from merging.errors import InputError
 from merging.linalg import squared_norm
 from merging.sources import Dialect, dialect_of
 from merging.sources.adapter import Adapter, LoraChange
+from merging.sources.opening import open_tensors
 from merging.sources.packs import Described
 from merging.sources.packs.codings import Bands, Kind, Raw, Ternary
-from merging.sources.stored import Opened, Stored, open_tensors
+from merging.sources.stored import Opened, Stored
 
 __all__ = ["AdapterFile", "adapter_file", "pack_adapter"]
 

@@ -24,10 +24,11 @@ from merging.plan.targets import adapter_targets
 from merging.sources import Adapter, Checkpoint
 from merging.sources.checkpoint import content_key
 from merging.sources.diffusion import WEIGHTS
+from merging.sources.opening import open_tensors
 from merging.sources.packs import Base, Manifest, recognises, unpacked
 from merging.sources.packs.codings import Raw
 from merging.sources.peft import CONFIG_KEY
-from merging.sources.stored import Out, open_tensors
+from merging.sources.stored import Out
 from merging.threads import Progress
 from merging.writer import TensorWriter
 

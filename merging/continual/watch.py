@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from math import inf
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from merging.continual.folder import Busy
 from merging.continual.incoming import Arrival, Ended, Pause, attended, incoming
 from merging.continual.manifest import Refused
 from merging.continual.soundness import Damaged
-from merging.continual.store import ContinualStore
 from merging.errors import FormatError, InputError, OptionError, escaped
 from merging.hub.client import Unreachable
+
+if TYPE_CHECKING:
+    from merging.continual.store import ContinualStore
 
 __all__ = ["Event", "watch"]
 

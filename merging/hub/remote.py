@@ -12,8 +12,9 @@ from merging.errors import OutputError
 from merging.hub.client import Unreachable, patiently
 from merging.hub.download import Told, download, hash_of, range_of
 from merging.sources.header import header_length, parse_header
+from merging.sources.opening import STAND_INS
 from merging.sources.pickled import open_pickle
-from merging.sources.stored import STAND_INS, File, FileTensor, Opened
+from merging.sources.stored import File, FileTensor, Opened
 
 __all__ = ["RemoteFile", "Window", "opened_remote"]
 

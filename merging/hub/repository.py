@@ -17,7 +17,8 @@ from merging.hub.cards import stated_licence
 from merging.hub.client import Unreachable, api, explained, offline, patiently
 from merging.hub.remote import RemoteFile, opened_remote
 from merging.links import trust_links
-from merging.sources.stored import STAND_INS, Opened
+from merging.sources.opening import STAND_INS
+from merging.sources.stored import Opened
 
 __all__ = ["Repository", "open_repository"]
 

@@ -16,9 +16,10 @@ from merging.sources import Dialect, dialect_of, diffusion, peft
 from merging.sources.components import PIPELINE, components_of
 from merging.sources.layout import agree, check_suffix, find_weights, is_standard, shards_of, weights_of
 from merging.sources.model_config import read_config
+from merging.sources.opening import open_tensors
 from merging.sources.peft.config import Config
 from merging.sources.peft.kinds import KINDS
-from merging.sources.stored import Stored, open_tensors
+from merging.sources.stored import Stored
 from merging.sources.ties import text_config
 
 __all__ = ["Subject", "SubjectKind", "open_subject"]

@@ -19,7 +19,8 @@ from merging.sources.adapter import Adapter
 from merging.sources.checkpoint import Checkpoint, open_checkpoint
 from merging.sources.layout import check_suffix, find_weights
 from merging.sources.lycoris import METHODS
-from merging.sources.stored import DTYPES, File, Opened, Stored, holders_of, open_tensors
+from merging.sources.opening import open_tensors
+from merging.sources.stored import DTYPES, File, Opened, Stored, holders_of
 from merging.sources.unread import refuse_factors
 from merging.sources.written import with_written
 

@@ -24,9 +24,10 @@ from merging.sources.layout import (
 )
 from merging.sources.model_config import read_config
 from merging.sources.names import unwrapped
+from merging.sources.opening import open_tensors
 from merging.sources.origin import Origin
 from merging.sources.quantised import dequantised, refuse_quantised
-from merging.sources.stored import Opened, Stored, open_tensors
+from merging.sources.stored import Opened, Stored
 from merging.sources.ties import HEADS, stated_tie, text_config, tied_to
 
 __all__ = [

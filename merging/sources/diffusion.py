@@ -27,10 +27,11 @@ from merging.sources.lora_headers import (
 )
 from merging.sources.lycoris import is_factor, leaf_of, module_changes
 from merging.sources.lycoris.products import number, scale_of
+from merging.sources.opening import open_tensors
 from merging.sources.peft import peft_changes
 from merging.sources.peft.config import Config
 from merging.sources.peft.module import Module
-from merging.sources.stored import Opened, Stored, open_tensors
+from merging.sources.stored import Opened, Stored
 from merging.sources.views import reshaped
 
 __all__ = ["WEIGHTS", "modern_name", "open_diffusion", "recognises"]

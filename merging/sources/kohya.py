@@ -25,9 +25,10 @@ from merging.sources.lora_headers import (
 )
 from merging.sources.lycoris import leaf_of, module_changes
 from merging.sources.lycoris.products import number, scale_of
+from merging.sources.opening import open_tensors
 from merging.sources.peft.config import Config
 from merging.sources.peft.module import Module
-from merging.sources.stored import Opened, Stored, open_tensors
+from merging.sources.stored import Opened, Stored
 
 __all__ = ["open_kohya", "recognises"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,7 +20,6 @@ from merging.sources.header import Entry, read_header, stamp_of
 __all__ = [
     "DTYPES",
     "DTYPE_NAMES",
-    "STAND_INS",
     "File",
     "FileTensor",
     "Holder",
@@ -31,7 +30,6 @@ __all__ = [
     "bytes_of",
     "holders_of",
     "open_safetensors",
-    "open_tensors",
 ]
 
 DTYPES: dict[str, torch.dtype] = {
@@ -290,21 +288,6 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 Opened = tuple[dict[str, "Stored"], dict[str, str]]
 """The tensors of a file, and its metadata, or the names that share memory in a PyTorch file."""
-
-
-STAND_INS: dict[Path, Callable[[], Opened]] = {}
-"""How those weights files are opened that only stand for one elsewhere, by their paths."""
-
-
-def open_tensors(path: Path) -> Opened:
-    """The tensors of a weights file of either kind, told by its ending."""
-    if path in STAND_INS:
-        return STAND_INS[path]()
-    if path.suffix == ".safetensors":
-        return open_safetensors(path)
-    from merging.sources.pickled import open_pickle  # it makes of a file what this module is about
-
-    return open_pickle(path)
 
 
 def open_safetensors(path: Path) -> Opened:

@@ -15,12 +15,13 @@ from merging.small_files import is_there, parse_json, read_json
 from merging.sources.adapter import Adapter, Change, LoraChange, Replacement
 from merging.sources.computed import Computed
 from merging.sources.lora_headers import METADATA_KEY, component_configs, unstated_alpha
+from merging.sources.opening import open_tensors
 from merging.sources.peft.config import Config
 from merging.sources.peft.kinds import KINDS, Kind
 from merging.sources.peft.lora import TRAINING_STATE, lora_about
 from merging.sources.peft.module import Module
 from merging.sources.peft.refused import REFUSED
-from merging.sources.stored import Opened, Stored, open_tensors
+from merging.sources.stored import Opened, Stored
 
 __all__ = ["CONFIG_KEY", "WEIGHTS", "open_peft", "peft_changes", "recognises"]
 
