@@ -10,7 +10,7 @@ import click
 from .output import Size, echo, echo_json, echo_merged, echo_plan, progress_bar
 
 if TYPE_CHECKING:
-    from merging.recipe import Recipe
+    from merging.plan.recipe import Recipe
 
 __all__ = ["EXECUTION", "execute", "execution_options"]
 
@@ -69,8 +69,8 @@ def execute(
     debug: bool,
 ) -> None:
     """Carry out a recipe as the options say, and tell what came out."""
+    from merging.api.merge_files import check_output, default_destination, merge_plan, pick_device, plan_for
     from merging.errors import OptionError
-    from merging.files import check_output, default_destination, merge_plan, pick_device, plan_for
     from merging.hub.push import push as publish
     from merging.hub.push import target_of
 

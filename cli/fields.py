@@ -67,7 +67,7 @@ def field_option(flag: str, field: FieldInfo, prefix: str = "", default: object 
 
     ``default`` is the default to show, the field's own if it is None.
     """
-    from merging.parameters import Gradient
+    from merging.maths.parameters import Gradient
 
     flag = flag.replace("_", "-") if "." not in flag else flag
     name = flag.replace("-", "_").replace(".", "__")

@@ -26,7 +26,7 @@ _LISTED, _TOLD = 2 * (_WIDTH - _LABEL), 3
 def inspect_command(paths: tuple[str, ...], values: bool, as_json: bool, debug: bool) -> None:
     """Tell what a model or adapter is: kind, base, rank, modules, types, layers, size. Headers alone are read."""
     with reported(debug):
-        from merging.inspect import inspect
+        from merging.api.inspect import inspect
 
         found = [inspect(path, values=values) for path in paths]
     if as_json:

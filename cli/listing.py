@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from pydantic.fields import FieldInfo
 
-    from merging.method import Method
     from merging.methods import Alias
+    from merging.methods.contract.method import Method
 
 __all__ = ["methods_command"]
 
@@ -102,7 +102,7 @@ def _peer(name: str) -> str:
 
 def _choices() -> Iterator[Choice]:
     from merging.methods import GROUPS, chain, method_class
-    from merging.wrapper import Wrapper
+    from merging.methods.contract.wrapper import Wrapper
 
     for group, methods in GROUPS.items():
         for name, listed in methods.items():

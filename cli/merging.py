@@ -139,7 +139,7 @@ def merge_command(models: tuple[str, ...], method: str | None, recipe_only: bool
     with reported(execution["debug"]):
         from merging.errors import OptionError
         from merging.methods import METHODS
-        from merging.recipe import make_recipe
+        from merging.plan.recipe import make_recipe
 
         if method is None:
             listed = "\n".join(f"  {name:16} {entry.summary}" for name, entry in METHODS.items())

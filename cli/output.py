@@ -20,7 +20,7 @@ from merging.errors import escaped
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from merging.files import Merged
+    from merging.api.merge_files import Merged
     from merging.plan import Plan
 
 __all__ = [
@@ -100,8 +100,8 @@ def _finite(value: Any) -> Any:
 
 def echo_plan(plan: Plan, destination: Path, threads: int | None, max_memory: int | None, as_json: bool) -> None:
     """The plan: what is read and written, how much memory it takes, and what should be known beforehand."""
-    from merging.files import workers_within
-    from merging.threads import cores
+    from merging.api.merge_files import workers_within
+    from merging.engine.threads import cores
 
     workers = workers_within(plan, cores() if threads is None else threads, max_memory)
     facts: dict[str, Any] = {

@@ -19,7 +19,7 @@ __all__ = ["run_command"]
 def run_command(recipe: Path, **execution: Any) -> None:
     """Carry out a RECIPE: YAML with models, method and parameters, as --recipe-only prints it."""
     with reported(execution["debug"]):
-        from merging.recipe import load_recipe
-        from merging.small_files import RECIPE_LIMIT, read_text
+        from merging.plan.recipe import load_recipe
+        from merging.sources.small_files import RECIPE_LIMIT, read_text
 
         execute(load_recipe(read_text(recipe, RECIPE_LIMIT, given=True), str(recipe)), **execution)

@@ -30,7 +30,7 @@ def route_command(models: tuple[str, ...], output: str, as_json: bool, debug: bo
     values, scored by |P x|, which is what the change does to x.
     """
     with reported(debug):
-        from merging.routing import export_prototypes
+        from merging.api.prototypes import export_prototypes
 
         done = export_prototypes(models, output, **options)
     echo_notices(done.notices)

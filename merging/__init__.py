@@ -12,38 +12,38 @@ from typing import TYPE_CHECKING
 from merging.errors import FormatError, InputError, MergingError, OptionError, OutputError
 
 if TYPE_CHECKING:
+    from merging.api.merge_files import Merged, merge, preview
+    from merging.api.merge_tensors import merge_deltas, merge_state_dicts, peft_deltas, peft_state_dict
     from merging.compression import compress, decompress
     from merging.continual import ContinualStore
-    from merging.delta import Delta, Dense, LowRank
-    from merging.files import Merged, merge, preview
     from merging.geometry import compare
+    from merging.maths.delta import Delta, Dense, LowRank
     from merging.methods import METHODS, chain
-    from merging.recipe import Recipe, load_recipe
+    from merging.plan.recipe import Recipe, load_recipe
     from merging.recycling.run import Recycled, recycle
-    from merging.tensors import merge_deltas, merge_state_dicts, peft_deltas, peft_state_dict
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "ContinualStore": "continual",
-    "Delta": "delta",
-    "Dense": "delta",
-    "LowRank": "delta",
+    "Delta": "maths.delta",
+    "Dense": "maths.delta",
+    "LowRank": "maths.delta",
     "METHODS": "methods",
-    "Merged": "files",
-    "Recipe": "recipe",
+    "Merged": "api.merge_files",
+    "Recipe": "plan.recipe",
     "Recycled": "recycling.run",
     "chain": "methods",
     "compare": "geometry",
     "compress": "compression",
     "decompress": "compression",
-    "load_recipe": "recipe",
-    "merge": "files",
-    "merge_deltas": "tensors",
-    "merge_state_dicts": "tensors",
-    "peft_deltas": "tensors",
-    "peft_state_dict": "tensors",
-    "preview": "files",
+    "load_recipe": "plan.recipe",
+    "merge": "api.merge_files",
+    "merge_deltas": "api.merge_tensors",
+    "merge_state_dicts": "api.merge_tensors",
+    "peft_deltas": "api.merge_tensors",
+    "peft_state_dict": "api.merge_tensors",
+    "preview": "api.merge_files",
     "recycle": "recycling.run",
 }
 """Public names that are imported when they are first used, since most of them bring torch along."""

@@ -9,7 +9,7 @@ from references import flatten
 from torch import Tensor
 
 import merging
-from merging.delta import Dense, LowRank
+from merging.maths.delta import Dense, LowRank
 from merging.plan.items import TILE
 
 __all__ = [

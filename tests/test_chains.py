@@ -20,10 +20,10 @@ from tiny import load, model, save
 from torch import Tensor
 
 import merging
-from merging.files import workers_within
+from merging.api.merge_files import workers_within
+from merging.maths.randomness import kept
 from merging.methods import links, method_class, parameters_of
 from merging.plan import items
-from merging.randomness import kept
 
 Change = dict[str, Tensor]
 EMBEDDING = "model.embed_tokens.weight"

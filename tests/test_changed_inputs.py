@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tiny import adapters, checkpoint, load
 
 import merging
-from merging import platform
+from merging import os_calls as platform
 from merging.compression import compress, decompress
 from merging.continual import ContinualStore, step
 from merging.errors import FormatError, MergingError

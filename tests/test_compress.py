@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import merging
+from merging.api.inspect import inspect
 from merging.cli.main import cli
 from merging.compression.bands import pack_factors, truncated
 from merging.compression.settings import Settings, parse_bands
@@ -29,7 +30,6 @@ from merging.compression.ternary import balanced, pack_signs, ternary
 from merging.errors import FormatError, InputError, MergingError, OptionError, OutputError
 from merging.geometry import compare
 from merging.hub.open_model import open_model
-from merging.inspect import inspect
 from merging.sources import Adapter
 from merging.sources.packs.codings import Packed, Ternary
 from merging.sources.packs.frames import FRAME, frame_signs

@@ -27,10 +27,10 @@ from architectures import ARCHITECTURES, DECODER, HEAD, tiny
 from safetensors.torch import load_file, save_file
 
 import merging
-from merging.delta import LowRank
 from merging.errors import FormatError, InputError
+from merging.maths.delta import LowRank
 from merging.plan import make_plan
-from merging.recipe import make_recipe
+from merging.plan.recipe import make_recipe
 from merging.sources.adapter import Change
 
 UNMATCHED = "The following (rank|alpha)_pattern keys did not match any targeted module"

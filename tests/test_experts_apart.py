@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import merging
 from merging.errors import InputError, OptionError
-from merging.recipe import load_recipe, make_recipe
+from merging.plan.recipe import load_recipe, make_recipe
 
 UNMATCHED = "The following (rank|alpha)_pattern keys did not match any targeted module"
 pytestmark = [*QUIRKS, pytest.mark.filterwarnings(f"ignore:{UNMATCHED}:RuntimeWarning")]

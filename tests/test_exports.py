@@ -33,9 +33,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import merging
+from merging.api.inspect import inspect
 from merging.cli.main import cli
 from merging.errors import InputError, MergingError
-from merging.inspect import inspect
 from merging.sources.diffusion_names import known_names
 
 pytestmark = [*QUIRKS, pytest.mark.exhaustive]

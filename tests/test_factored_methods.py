@@ -26,13 +26,13 @@ from references import flatten
 from torch import Tensor, equal
 
 import merging
-from merging.delta import Dense, LowRank, Stack
-from merging.layers import Stacks
+from merging.maths.delta import Dense, LowRank, Stack
+from merging.maths.layers import Stacks
+from merging.maths.site import site_of
 from merging.methods import chain
+from merging.methods.contract.wrapper import descend
 from merging.methods.opcm import accumulate, projected
 from merging.methods.orthogonalize import orthogonalized, overlap
-from merging.site import site_of
-from merging.wrapper import descend
 
 weighings = pytest.mark.parametrize("weights", [{}, {"weights": EXACT}], ids=["plain", "weighted"])
 variants = pytest.mark.parametrize("variant", ["code", "vision", "es", "paper"])

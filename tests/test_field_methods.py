@@ -37,13 +37,13 @@ from tiny import load, save
 from torch import Tensor, equal
 
 import merging
-from merging.delta import LowRank, Stack
 from merging.errors import InputError, OptionError
-from merging.layers import Stacks
+from merging.maths.delta import LowRank, Stack
+from merging.maths.layers import Stacks
+from merging.maths.site import site_of
 from merging.methods import chain
+from merging.methods.contract.wrapper import descend
 from merging.plan.items import TILE
-from merging.site import site_of
-from merging.wrapper import descend
 
 TABLE = "embed_tokens.weight"
 MATRICES = (Q, K, "layers.0.k.weight", "layers.1.q.weight")

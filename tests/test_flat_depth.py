@@ -11,9 +11,9 @@ from denoisers import write_lora
 from safetensors.torch import load_file
 
 import merging
-from merging.delta import Dense
 from merging.errors import OptionError
-from merging.layers import Stacks
+from merging.maths.delta import Dense
+from merging.maths.layers import Stacks
 
 BLOCKS = 4
 MODULES: dict[str, list[str]] = {

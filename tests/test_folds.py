@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from merging import folds, order
-from merging.folds import Fold, Rank, Ranked, State, Sum
-from merging.order import floats, has_nan, keys
+from merging.maths import order_statistics as order
+from merging.maths import reductions as folds
+from merging.maths.order_statistics import floats, has_nan, keys
+from merging.maths.reductions import Fold, Rank, Ranked, State, Sum
 
 INFINITY = float("inf")
 TINY = 2.0**-149

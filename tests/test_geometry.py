@@ -22,11 +22,11 @@ from scipy.linalg import subspace_angles
 from torch import Tensor
 
 import merging
-from merging.delta import Dense, LowRank
 from merging.errors import InputError, OptionError
 from merging.geometry import Comparison, compare, cosines, gram, products, sign_agreement, spectra
 from merging.geometry.alignment import aligned
 from merging.geometry.spectrum import directions, overlaps, singular_values, spectrum_of
+from merging.maths.delta import Dense, LowRank
 
 pytestmark = QUIRKS
 

@@ -19,7 +19,7 @@ from hub_fixture import Hub, Request, serve
 
 from merging.errors import InputError
 from merging.hub.address import Address, hub_address
-from merging.licences import licence_sentence, strictest
+from merging.output.licences import licence_sentence, strictest
 
 pytestmark = pytest.mark.exhaustive
 

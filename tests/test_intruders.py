@@ -10,10 +10,10 @@ import tiny
 import torch
 from torch import Tensor
 
-from merging.delta import Delta, Dense, LowRank
 from merging.geometry import compare, intruders
 from merging.geometry.intruders import Intruders
-from merging.linalg import decomposed
+from merging.maths.delta import Delta, Dense, LowRank
+from merging.maths.linalg import decomposed
 
 F64 = torch.float64
 

@@ -18,9 +18,9 @@ import torch
 from tiny import checkpoint, fine_tune, identical, load, model, save
 
 import merging
-from merging import platform
+from merging import os_calls as platform
 from merging.errors import OutputError
-from merging.landing import Landing
+from merging.storage.staging import Landing
 
 Usage = namedtuple("Usage", "total used free")
 

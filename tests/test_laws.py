@@ -16,10 +16,10 @@ from tiny import fine_tune, identical, load, model, save
 from torch import Tensor
 
 import merging
-from merging.delta import Delta, Dense, LowRank
 from merging.errors import OptionError
+from merging.maths.delta import Delta, Dense, LowRank
 from merging.methods import METHODS, chain, links
-from merging.recipe import Recipe, load_recipe
+from merging.plan.recipe import Recipe, load_recipe
 
 Tensors = dict[str, Tensor]
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 
-from merging import layers
-from merging.layers import Place, Stacks
+from merging.maths import layers
+from merging.maths.layers import Place, Stacks
 
 # Default configs on the meta device: the names of the published base sizes.
 ARCHITECTURES: dict[str, dict[str, int]] = {

@@ -1,4 +1,4 @@
-"""What never imports what: the architecture's table of layers, held against the syntax tree of every file."""
+"""Which room of the package imports which, held against the syntax tree of every file."""
 
 from __future__ import annotations
 
@@ -69,50 +69,20 @@ def under(module: str, *packages: str) -> bool:
     return any(module == package or module.startswith(package + ".") for package in packages)
 
 
-LAYERS: dict[str, tuple[str, ...]] = {
-    "maths": (
-        "delta",
-        "linalg",
-        "folds",
-        "order",
-        "randomness",
-        "layers",
-        "site",
-        "parameters",
-        "method",
-        "wrapper",
-        "dropping",
-        "spectral",
-        "basis",
-        "sphere",
-        "methods",
-    ),
-    "files": ("sources", "hub", "writer", "landing", "platform", "links", "small_files", "atomic", "plain_yaml"),
-    "intent": ("recipe", "plan"),
-    "run": ("run", "worker", "opened", "spool", "tiles", "threads", "vetting"),
-    "above": (
-        "files",
-        "lora_files",
-        "arrival",
-        "licences",
-        "model_card",
-        "pool",
-        "tensors",
-        "companions",
-        "model_folder",
-        "networks",
-        "inspect",
-        "compression",
-        "continual",
-        "geometry",
-        "recycling",
-        "routing",
-        "report",
-        "serving",
-    ),
-    "cli": ("cli",),
-    "ground": ("errors",),
-}
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors", "os_calls"),
+    ("maths",),
+    ("methods", "sources"),
+    ("hub", "storage"),
+    ("plan", "report"),
+    ("engine", "output", "serving"),
+    ("api", "geometry"),
+    ("compression", "continual", "pool"),
+    ("recycling",),
+    ("cli",),
+)
+"""The rooms of the package from the ground up: folders, and the files at its root."""
+
 PURE = {
     "__future__",
     "abc",
@@ -129,89 +99,98 @@ PURE = {
     "typing",
 }
 NEVER: dict[str, tuple[str, ...]] = {
-    "files": (
-        "merging.methods",
-        "merging.folds",
-        "merging.recipe",
-        "merging.plan",
-        "merging.run",
-        "click",
-        "transformers",
-    ),
-    "intent": ("merging.writer", "merging.run", "merging.landing", "merging.files", "click"),
-    "run": ("click", "transformers", "yaml", "merging.writer", "merging.landing"),
-    "above": ("merging.cli", "click"),
+    "hub": ("click", "transformers"),
+    "methods": ("click", "transformers"),
+    "sources": ("click", "transformers"),
+    "storage": ("click", "transformers"),
+    "plan": ("click",),
+    "engine": ("click", "transformers", "yaml", "merging.storage"),
+    "api": ("click",),
+    "compression": ("click",),
+    "continual": ("click",),
+    "geometry": ("click",),
+    "output": ("click",),
+    "pool": ("click",),
+    "recycling": ("click",),
+    "report": ("click",),
+    "serving": ("click",),
 }
 NEVER_AT_IMPORT: dict[str, tuple[str, ...]] = {
-    "intent": ("transformers", "huggingface_hub"),
-    "above": ("transformers",),
+    **dict.fromkeys(("api", "compression", "continual", "engine", "geometry", "output"), ("transformers",)),
+    **dict.fromkeys(("pool", "recycling", "report", "serving"), ("transformers",)),
+    "plan": ("transformers", "huggingface_hub"),
     "cli": ("torch", "safetensors", "numpy", "transformers", "pydantic", "rich", "yaml"),
 }
 
 
-def layer_of(name: str) -> str:
-    """The layer of a module, "" for the package itself."""
-    if name in ("merging", "merging.__main__"):
-        return ""
-    (layer,) = [each for each, parts in LAYERS.items() if under(name, *(f"merging.{part}" for part in parts))]
-    return layer
+def room_of(name: str) -> str:
+    """The folder of the package that a module is in, or its own name at the root; "" for the package itself."""
+    return "" if name in ("merging", "merging.__main__") else name.split(".")[1]
 
 
-def modules(layer: str) -> list[str]:
-    return [name for name in FILES if layer_of(name) == layer]
+def modules(room: str) -> list[str]:
+    return [name for name in FILES if room_of(name) == room]
 
 
-def test_every_file_has_a_layer() -> None:
-    assert len(FILES) > 30
-    assert all(modules(layer) for layer in LAYERS)
-    for parts in LAYERS.values():
-        assert all(f"merging.{part}" in FILES for part in parts), "the table names what is not there"
+def test_every_room_has_a_floor() -> None:
+    rooms = [room for floor in FLOORS for room in floor]
+    assert len(FILES) > 200
+    assert sorted(rooms) == sorted({room_of(name) for name in FILES} - {""})
+    assert len(FLOORS) <= 11
+    assert len(list((ROOT / "merging").glob("*.py"))) <= 6
 
 
 def test_imports_are_found() -> None:
     """The tests below would pass if nothing were."""
-    assert Import("merging.errors", False) in imports("merging.landing")
-    assert Import("merging.platform", False) in imports("merging.landing")
+    assert Import("merging.errors", False) in imports("merging.storage.staging")
+    assert Import("merging.os_calls", False) in imports("merging.storage.staging")
     assert Import("merging.cli.errors", False) in imports("merging.cli.merging")
-    assert Import("merging.recipe", True) in imports("merging.cli.merging")
-    assert Import("merging.recipe", False) not in imports("merging.cli.merging")
+    assert Import("merging.plan.recipe", True) in imports("merging.cli.merging")
+    assert Import("merging.plan.recipe", False) not in imports("merging.cli.merging")
     assert Import("huggingface_hub", True) in imports("merging.plan.sites")
 
 
-@pytest.mark.parametrize("name", modules("maths") + modules("ground"))
+@pytest.mark.parametrize("name", [name for name in FILES if room_of(name)])
+def test_no_import_runs_up(name: str) -> None:
+    """At import or lazily, a file imports from its own room and from the floors below it."""
+    floors = {room: height for height, floor in enumerate(FLOORS) for room in floor}
+    for each in imports(name):
+        if under(each.module, "merging") and room_of(each.module) not in ("", room_of(name)):
+            assert floors[room_of(each.module)] < floors[room_of(name)], each
+
+
+def test_no_two_files_import_each_other() -> None:
+    used = {name: {each.module for each in imports(name)} & FILES.keys() - {name} for name in FILES}
+    assert {(one, other) for one in used for other in used[one] if one < other and one in used[other]} == set()
+
+
+@pytest.mark.parametrize("name", modules("maths") + modules("methods") + modules("errors"))
 def test_maths_imports_nothing_but_maths(name: str) -> None:
     """No files, no devices, no logging: torch, pydantic, the standard library's maths, and itself."""
-    allowed = PURE | ({"torch", "pydantic"} if layer_of(name) == "maths" else {"difflib"})
+    allowed = PURE | ({"difflib"} if room_of(name) == "errors" else {"torch", "pydantic"})
     for each in imports(name):
         if under(each.module, "merging"):
-            assert layer_of(each.module) in ("maths", "ground"), each
+            assert room_of(each.module) in ("maths", "methods", "errors"), each
         else:
             assert each.module.partition(".")[0] in allowed, each
 
 
-@pytest.mark.parametrize("name", [name for layer in NEVER for name in modules(layer)])
+@pytest.mark.parametrize("name", [name for room in NEVER for name in modules(room)])
 def test_never_imported(name: str) -> None:
     for each in imports(name):
-        assert not under(each.module, *NEVER[layer_of(name)]), each
+        assert not under(each.module, *NEVER[room_of(name)]), each
 
 
-@pytest.mark.parametrize("name", [name for layer in NEVER_AT_IMPORT for name in modules(layer)])
+@pytest.mark.parametrize("name", [name for room in NEVER_AT_IMPORT for name in modules(room)])
 def test_never_imported_at_import_time(name: str) -> None:
     for each in imports(name):
-        assert each.lazy or not under(each.module, *NEVER_AT_IMPORT[layer_of(name)]), each
+        assert each.lazy or not under(each.module, *NEVER_AT_IMPORT[room_of(name)]), each
 
 
 @pytest.mark.parametrize("name", modules("cli"))
 def test_the_command_line_imports_the_package_when_it_runs(name: str) -> None:
     eager = [each.module for each in imports(name) if not each.lazy and under(each.module, "merging")]
     assert all(under(each, "merging.cli", "merging.errors") for each in eager), eager
-
-
-def test_nothing_imports_the_command_line() -> None:
-    users = {
-        name for name in FILES if layer_of(name) != "cli" for each in imports(name) if under(each.module, "merging.cli")
-    }
-    assert users <= {"merging.__main__"}
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name not in ("merging.__main__", "merging.cli")])
@@ -227,7 +206,7 @@ def test_public_names_of_the_package() -> None:
     """All of them, lazy ones too; what is not there is refused."""
     assert set(merging.__all__) == set(dir(merging))
     assert set(merging._WHERE) <= set(merging.__all__)
-    assert merging.merge is import_module("merging.files").merge
+    assert merging.merge is import_module("merging.api.merge_files").merge
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = merging.nothing  # type: ignore[attr-defined]
 
@@ -265,7 +244,7 @@ def test_commands_that_messages_name_exist() -> None:
         docstrings = {ast.get_docstring(node, clean=False) for node in definitions}
         for node in ast.walk(tree):
             text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
-            if text not in docstrings or layer_of(name) == "cli":
+            if text not in docstrings or room_of(name) == "cli":
                 named |= dict.fromkeys(re.findall(r"\bmerge ([a-z_]+)", text), name)
     commands = import_module("merging.cli.main").cli.commands
     assert {"pool", "continual", "methods"} <= named.keys()

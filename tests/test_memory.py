@@ -12,7 +12,8 @@ from peaks import peak_of
 from tiny import save
 
 import merging
-from merging import files, platform
+from merging import os_calls as platform
+from merging.api import merge_files as files
 from merging.errors import OptionError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what a process takes")

@@ -32,8 +32,8 @@ from tiny import identical, load, save
 from torch import Tensor, equal
 
 import merging
-from merging.delta import LowRank
-from merging.randomness import kept
+from merging.maths.delta import LowRank
+from merging.maths.randomness import kept
 
 weighings = pytest.mark.parametrize("weights", [{}, {"weights": EXACT}], ids=["plain", "weighted"])
 variants = pytest.mark.parametrize("variant", ["code", "vision", "es", "paper"])

@@ -10,8 +10,8 @@ import yaml
 from markdown_it import MarkdownIt
 
 from merging.errors import escaped
-from merging.licences import Source
-from merging.model_card import card, code, fenced, prose, sources_listed
+from merging.output.licences import Source
+from merging.output.markdown import card, code, fenced, prose, sources_listed
 from merging.report import Page
 
 HOSTILE = [

@@ -12,7 +12,7 @@ import transformers
 from tiny import CONFIG, model, save
 
 import merging
-from merging.model_folder import companion_patterns
+from merging.output.model_folder import companion_patterns
 from merging.plan import Plan
 
 

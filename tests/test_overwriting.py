@@ -11,7 +11,7 @@ from tiny import checkpoint
 
 import merging
 from merging.errors import OutputError
-from merging.landing import Landing
+from merging.storage.staging import Landing
 
 
 @pytest.fixture

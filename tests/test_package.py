@@ -36,7 +36,7 @@ def test_installs_beside_another_cli(tmp_path: Path) -> None:
     copy = tmp_path / "merging"
     for part in ("merging", "cli"):
         shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-    for part in ("pyproject.toml", "README.md", "LICENSE"):
+    for part in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / part, copy / part)
     for project in (copy, other):
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(project)]

@@ -24,10 +24,10 @@ from torch import Tensor, equal
 import merging
 from merging.cli.executing import EXECUTION
 from merging.errors import InputError, OptionError
+from merging.maths.parameters import matches
+from merging.maths.randomness import kept
 from merging.methods import METHODS, chain, method_class, parameters_of
-from merging.parameters import matches
-from merging.randomness import kept
-from merging.recipe import Recipe, load_recipe
+from merging.plan.recipe import Recipe, load_recipe
 
 # ---- parameters that differ from place to place, and what is left out
 

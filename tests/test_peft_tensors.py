@@ -11,8 +11,8 @@ from adapters import QUIRKS, State, assert_close, base_state, deep_base, peft, q
 from torch import Tensor
 
 import merging
-from merging.delta import Delta, Dense, LowRank
 from merging.errors import FormatError, InputError, OptionError
+from merging.maths.delta import Delta, Dense, LowRank
 
 pytestmark = QUIRKS
 

@@ -11,7 +11,7 @@ import pytest
 from tiny import checkpoint
 
 import merging
-from merging import platform
+from merging import os_calls as platform
 
 MISSING = ["preadv", "pwrite", "posix_fallocate", "posix_fadvise", "O_DIRECTORY"]
 

@@ -15,8 +15,8 @@ from recycling_tasks import World, causal, classifier, encoder, seq2seq, texts
 from scipy.stats import bootstrap as scipy_bootstrap
 from scipy.stats import spearmanr
 
-from merging.delta import LowRank
-from merging.linalg import squared_norm
+from merging.maths.delta import LowRank
+from merging.maths.linalg import squared_norm
 from merging.recycling.bootstrap import Gap, paired
 from merging.recycling.closeness import CLOSENESS, closeness
 from merging.recycling.controls import CONTROLS, random_norms, random_spectra, shuffled

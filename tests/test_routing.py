@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from merging.api.prototypes import export_prototypes, prototype
 from merging.cli.main import cli
-from merging.delta import LowRank
 from merging.errors import InputError, OptionError, OutputError
-from merging.routing import export_prototypes, prototype
+from merging.maths.delta import LowRank
 
 pytestmark = QUIRKS
 

@@ -16,19 +16,19 @@ from tiny import CONFIG, checkpoint, fine_tune, identical, load, model, save
 from torch import Tensor
 
 import merging
-from merging import run, tiles
-from merging.delta import Delta, Dense, Stack
+from merging.api.merge_files import merge_plan, plan_for
+from merging.engine import run, tiles
 from merging.errors import FormatError, InputError, OptionError
-from merging.files import merge_plan, plan_for
-from merging.folds import Rank, Ranked, Sum
-from merging.method import Method, Round, Seen
+from merging.maths.delta import Delta, Dense, Stack
+from merging.maths.reductions import Rank, Ranked, Sum
+from merging.maths.site import Site
 from merging.methods import chain
+from merging.methods.contract.method import Method, Round, Seen
+from merging.methods.contract.wrapper import Entered, Wrapper
 from merging.methods.lines import Lines
 from merging.methods.slerp import Slerp
 from merging.methods.task_arithmetic import TaskArithmetic
-from merging.recipe import Recipe
-from merging.site import Site
-from merging.wrapper import Entered, Wrapper
+from merging.plan.recipe import Recipe
 
 Tensors = dict[str, Tensor]
 

@@ -8,8 +8,8 @@ import transformers
 from architectures import ARCHITECTURES, build
 from transformers.pytorch_utils import Conv1D
 
-from merging.layers import Stacks
-from merging.site import Site, inputs_by_outputs, site_of
+from merging.maths.layers import Stacks
+from merging.maths.site import Site, inputs_by_outputs, site_of
 
 
 def kind_of(module: torch.nn.Module, shape: tuple[int, ...]) -> str | None:

@@ -19,10 +19,10 @@ from merging.errors import FormatError, MergingError
 from merging.hub.cards import stated_licence
 from merging.hub.open_model import open_model
 from merging.hub.push import Target, push
-from merging.plain_yaml import load_yaml
-from merging.recipe import load_recipe
+from merging.plan.recipe import load_recipe
 from merging.recycling.journal import Journal
-from merging.small_files import TEXT_LIMIT, read_json, read_text
+from merging.sources.plain_yaml import load_yaml
+from merging.sources.small_files import TEXT_LIMIT, read_json, read_text
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from merging.delta import Dense, LowRank
+from merging.engine.spool import Spool
 from merging.errors import OutputError
-from merging.spool import Spool
+from merging.maths.delta import Dense, LowRank
 
 
 def test_what_comes_back(tmp_path: Path) -> None:

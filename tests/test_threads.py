@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from merging.threads import share_out
+from merging.engine.threads import share_out
 
 CPU = torch.device("cpu")
 

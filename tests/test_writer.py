@@ -15,7 +15,7 @@ import merging
 from merging.errors import OutputError
 from merging.sources.checkpoint import open_checkpoint
 from merging.sources.stored import DTYPE_NAMES, Out
-from merging.writer import TensorWriter
+from merging.storage.writer import TensorWriter
 
 
 def outs(tensors: dict[str, Tensor]) -> list[Out]:

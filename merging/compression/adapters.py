@@ -15,9 +15,9 @@ from merging.compression.bands import pack_factors
 from merging.compression.parts import Assembly, Losses, held
 from merging.compression.settings import Settings
 from merging.compression.ternary import balanced, norm_factor, pack_signs
-from merging.delta import LowRank
 from merging.errors import InputError
-from merging.linalg import squared_norm
+from merging.maths.delta import LowRank
+from merging.maths.linalg import squared_norm
 from merging.sources import Dialect, dialect_of
 from merging.sources.adapter import Adapter, LoraChange
 from merging.sources.opening import open_tensors

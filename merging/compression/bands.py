@@ -18,8 +18,8 @@ from torch import Tensor
 
 from merging.compression.settings import BandsSpec
 from merging.compression.ternary import ternary
-from merging.delta import LowRank
-from merging.linalg import compress, decomposed
+from merging.maths.delta import LowRank
+from merging.maths.linalg import compress, decomposed
 from merging.sources.packs.codings import Bands, Packed, Sparse
 from merging.sources.packs.frames import frame_values
 from merging.sources.packs.golomb import parameter

@@ -12,6 +12,8 @@ from merging.compression.bands import pack_factors, pack_pruned, truncated
 from merging.compression.parts import Assembly, Losses, held
 from merging.compression.settings import Settings
 from merging.compression.ternary import pack_signs
+from merging.engine.threads import Progress
+from merging.engine.tiles import Tiler
 from merging.errors import InputError
 from merging.geometry.alignment import aligned, read_change
 from merging.plan import Item, Plan
@@ -19,8 +21,6 @@ from merging.sources import Checkpoint
 from merging.sources.packs import Changed, Described
 from merging.sources.packs.codings import Bands, Raw, Sparse, Ternary
 from merging.sources.ties import is_head
-from merging.threads import Progress
-from merging.tiles import Tiler
 
 __all__ = ["model_plan", "pack_model"]
 

@@ -10,16 +10,16 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from merging.arrival import brought
-from merging.companions import HUB_ID
+from merging.api.merge_files import merge, pick_device
 from merging.compression.adapters import adapter_file, pack_adapter
 from merging.compression.models import model_plan, pack_model
 from merging.compression.parts import Assembly, Losses
 from merging.compression.settings import Settings, make_settings
+from merging.engine.download import brought
+from merging.engine.threads import Progress
 from merging.errors import InputError, OutputError
-from merging.files import merge, pick_device
 from merging.hub.open_model import open_model
-from merging.landing import Landing, check_destination
+from merging.output.peft_config import HUB_ID
 from merging.plan.targets import adapter_targets
 from merging.sources import Adapter, Checkpoint
 from merging.sources.checkpoint import content_key
@@ -29,8 +29,8 @@ from merging.sources.packs import Base, Manifest, recognises, unpacked
 from merging.sources.packs.codings import Raw
 from merging.sources.peft import CONFIG_KEY
 from merging.sources.stored import Out
-from merging.threads import Progress
-from merging.writer import TensorWriter
+from merging.storage.staging import Landing, check_destination
+from merging.storage.writer import TensorWriter
 
 __all__ = ["Compressed", "Decompressed", "compress", "decompress"]
 

@@ -11,13 +11,13 @@ from statistics import median
 from torch import Tensor
 
 from merging import __version__
-from merging.delta import Dense
-from merging.linalg import safe_ratio
+from merging.engine.spool import Spool
+from merging.maths.delta import Dense
+from merging.maths.linalg import safe_ratio
 from merging.sources.packs import PACK_KEY, Described, Manifest, payload_name
 from merging.sources.packs.codings import Bands, Packed, Raw, Sparse, Ternary
 from merging.sources.stored import DTYPE_NAMES, DTYPES, MappedTensor, Out
-from merging.spool import Spool
-from merging.writer import TensorWriter
+from merging.storage.writer import TensorWriter
 
 __all__ = ["Assembly", "Losses", "held"]
 

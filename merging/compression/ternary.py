@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from merging.compression.settings import Settings
-from merging.delta import LowRank
-from merging.linalg import factored_svd, safe_ratio, squared_norm
+from merging.maths.delta import LowRank
+from merging.maths.linalg import factored_svd, safe_ratio, squared_norm
 from merging.sources.packs.codings import Kind, Ternary
 from merging.sources.packs.frames import BITMAP, frame_signs
 from merging.sources.packs.golomb import parameter

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from merging import platform
+from merging import os_calls as platform
 from merging.continual.manifest import NAME, STATES, Manifest, Unconfirmed, replace_manifest
 from merging.errors import OptionError, OutputError
-from merging.links import refuse_link
+from merging.sources.links import refuse_link
 
 __all__ = ["Busy", "found", "locked", "refuse_within", "remove", "unfinished"]
 

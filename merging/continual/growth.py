@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 from merging.continual.manifest import Manifest
-from merging.delta import Delta, Dense, LowRank, Stack
 from merging.errors import OptionError
-from merging.folds import Rank, Ranked, Sum
-from merging.linalg import inner, safe_ratio
-from merging.method import Closing, Method, Round, Seen
+from merging.maths.delta import Delta, Dense, LowRank, Stack
+from merging.maths.linalg import inner, safe_ratio
+from merging.maths.parameters import Coefficient, number, spread
+from merging.maths.reductions import Rank, Ranked, Sum
+from merging.maths.site import Site
+from merging.methods.contract.method import Closing, Method, Round, Seen
+from merging.methods.contract.wrapper import Wrapper
 from merging.methods.linear import Linear
 from merging.methods.lines import Lines
 from merging.methods.magmax import MagMax
 from merging.methods.opcm import Opcm
 from merging.methods.task_arithmetic import TaskArithmetic
 from merging.methods.ties import Ties, trim
-from merging.parameters import Coefficient, number, spread
-from merging.site import Site
-from merging.wrapper import Wrapper
 
 __all__ = ["GROWING", "Step", "check", "parts", "published", "scale_of"]
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from merging.continual.manifest import Manifest
+from merging.engine.threads import Progress
 from merging.errors import InputError, MergingError, escaped
 from merging.hub.query import Query, parse_query
-from merging.threads import Progress
 
 __all__ = ["Arrival", "Ended", "Incoming", "Pause", "attended", "incoming"]
 

@@ -7,11 +7,11 @@ from math import inf
 from pathlib import Path
 
 from merging.continual.manifest import Manifest
+from merging.engine.sanity import UNRELATED, relative_changes
 from merging.errors import InputError
 from merging.plan import Plan
 from merging.plan.checks import same_base
 from merging.sources import Adapter, Checkpoint
-from merging.vetting import UNRELATED, relative_changes
 
 __all__ = ["check_place", "check_stated", "check_values"]
 

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from merging import platform
-from merging.atomic import replace_file
+from merging import os_calls as platform
 from merging.errors import FormatError, InputError, OutputError
-from merging.links import refuse_link
-from merging.small_files import LIST_LIMIT, read_json
+from merging.sources.links import refuse_link
+from merging.sources.small_files import LIST_LIMIT, read_json
+from merging.storage.atomic import replace_file
 
 __all__ = [
     "NAME",

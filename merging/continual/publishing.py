@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from merging.api.merge_files import Merged, merge_plan
 from merging.continual import growth
 from merging.continual.manifest import Manifest, StepRecord
 from merging.continual.state import Accumulated
 from merging.errors import OptionError
-from merging.files import Merged, merge_plan
-from merging.method import Method
 from merging.methods import chain
+from merging.methods.contract.method import Method
 from merging.plan import PORTABLE_RANKS, Plan, plan_of
-from merging.recipe import make_recipe
+from merging.plan.recipe import make_recipe
 from merging.sources import Adapter, Checkpoint
 from merging.sources.origin import Origin
 
@@ -41,7 +41,7 @@ def export(
 ) -> Merged:
     """Write the merge of all models of a store, of which ``states`` are the parts of the last state.
 
-    ``recipe`` has the settings of the output, ``execution`` those of :func:`~merging.files.merge_plan`.
+    ``recipe`` has the settings of the output, ``execution`` those of :func:`~merging.api.merge_files.merge_plan`.
     """
     if recipe["as"] == "adapter" and recipe["rank"] is None:
         _require_rank(states)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from merging.arrival import brought
 from merging.continual.manifest import Base, Manifest, Part, StepRecord, sha256_of
 from merging.continual.state import odd_values
+from merging.engine.download import brought
+from merging.engine.threads import Progress
 from merging.errors import InputError, MergingError
 from merging.hub.client import Unreachable
 from merging.hub.open_model import open_model
-from merging.links import refuse_link
 from merging.sources import Adapter, Checkpoint
 from merging.sources.checkpoint import content_key
-from merging.threads import Progress
+from merging.sources.links import refuse_link
 
 __all__ = ["Damaged", "Verdict", "base_of", "hashes", "open_base", "require_whole", "state_files", "verify"]
 

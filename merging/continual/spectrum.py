@@ -9,9 +9,9 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from merging.delta import LowRank
-from merging.layers import Stacks
-from merging.linalg import factored_svd, safe_ratio
+from merging.maths.delta import LowRank
+from merging.maths.layers import Stacks
+from merging.maths.linalg import factored_svd, safe_ratio
 from merging.sources.adapter import Adapter, Change
 
 __all__ = ["LayerSpectrum", "spectra"]

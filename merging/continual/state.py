@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from merging.delta import Delta, Dense
 from merging.errors import FormatError
-from merging.method import Method
+from merging.maths.delta import Delta, Dense
+from merging.maths.site import Site
+from merging.methods.contract.method import Method
 from merging.plan.items import Item, Plan
-from merging.recipe import Recipe
-from merging.site import Site
-from merging.small_files import parse_json
+from merging.plan.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change, FullChange, LoraChange, Written
+from merging.sources.small_files import parse_json
 from merging.sources.stored import DTYPE_NAMES, Out, open_safetensors
 
 __all__ = ["Accumulated", "held_forms", "odd_values", "open_state", "state_metadata", "step_plan"]

@@ -12,25 +12,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from merging.arrival import absent, arrived
+from merging.api.merge_files import workers_within
 from merging.continual import growth
 from merging.continual.kinship import check_place, check_stated, check_values
 from merging.continual.manifest import Manifest, Part, StepRecord, sha256_of
 from merging.continual.state import held_forms, open_state, state_metadata, step_plan
+from merging.engine.download import absent, arrived
+from merging.engine.run import Done, run
+from merging.engine.threads import Progress
 from merging.errors import InputError, escaped
-from merging.files import workers_within
-from merging.licences import source_of
-from merging.linalg import safe_ratio
+from merging.maths.linalg import safe_ratio
 from merging.methods import chain
 from merging.methods.task_arithmetic import TaskArithmetic
+from merging.output.licences import source_of
 from merging.plan import Item, Plan, plan_of
-from merging.recipe import Recipe
-from merging.run import Done, run
+from merging.plan.recipe import Recipe
 from merging.sources import Adapter, Checkpoint, check_in_place
 from merging.sources.adapter import Change
 from merging.sources.stored import Stored
-from merging.threads import Progress
-from merging.writer import TensorWriter
+from merging.storage.writer import TensorWriter
 
 __all__ = ["Execution", "Grown", "content_of", "grow", "plan_alone", "record"]
 

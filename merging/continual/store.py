@@ -10,24 +10,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from merging import platform
-from merging.arrival import absent, brought
-from merging.atomic import remove_unplaced
+from merging import os_calls as platform
+from merging.api.merge_files import pick_device
 from merging.continual import growth
 from merging.continual.folder import found, locked, refuse_within, remove, unfinished
 from merging.continual.manifest import NAME, STATES, Base, Manifest, Part, Refused, StepRecord, write_manifest
 from merging.continual.soundness import base_of, hashes, open_base, require_whole, state_files
 from merging.continual.step import Execution, Grown, content_of, grow, plan_alone, record
 from merging.continual.view import StoreView
+from merging.engine.download import absent, brought
+from merging.engine.threads import Progress, cores
 from merging.errors import InputError, MergingError, OptionError, OutputError
-from merging.files import pick_device
 from merging.hub.address import hub_address
 from merging.hub.open_model import open_model
 from merging.methods import chain
-from merging.recipe import Recipe
+from merging.plan.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
 from merging.sources.checkpoint import content_key
-from merging.threads import Progress, cores
+from merging.storage.atomic import remove_unplaced
 
 __all__ = ["ContinualStore"]
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from merging.api.merge_files import Merged, pick_device
 from merging.continual import growth
 from merging.continual.folder import refuse_within
 from merging.continual.manifest import Manifest, StepRecord, read_manifest
@@ -13,12 +14,11 @@ from merging.continual.publishing import export
 from merging.continual.soundness import Verdict, base_of, require_whole, state_files, verify
 from merging.continual.spectrum import spectra
 from merging.continual.state import open_state
+from merging.engine.threads import Progress
 from merging.errors import FormatError, InputError, OptionError
-from merging.files import Merged, pick_device
-from merging.method import Method
 from merging.methods import chain
+from merging.methods.contract.method import Method
 from merging.sources import Adapter
-from merging.threads import Progress
 
 __all__ = ["StoreView"]
 

@@ -12,23 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merging.arrival import arrived
-from merging.delta import Delta, Dense
+from merging.engine.download import arrived
+from merging.engine.threads import Progress
+from merging.engine.tiles import Tiler
 from merging.errors import InputError, OptionError
 from merging.hub.open_model import open_model
-from merging.layers import Stacks
-from merging.parameters import all_matching
+from merging.maths.delta import Delta, Dense
+from merging.maths.layers import Stacks
+from merging.maths.parameters import all_matching
+from merging.maths.site import site_of
 from merging.plan import Item, Plan, plan_of
 from merging.plan.checks import check_bases, check_packed
+from merging.plan.recipe import Recipe, make_recipe
 from merging.plan.targets import adapter_targets
 from merging.plan.to_adapter import common_shape
-from merging.recipe import Recipe, make_recipe
-from merging.site import site_of
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.stored import Stored
-from merging.threads import Progress
-from merging.tiles import Tiler
 
 __all__ = ["MEMORY", "Model", "aligned", "factored", "matrix_sides", "narrowed", "read_change", "row_blocks"]
 
@@ -47,7 +47,7 @@ def aligned(
     """What each model changes in which tensor, as the plan of a sum that is never made.
 
     Items are sorted by layer, and hold only tensors that some model changes. ``options`` are those of
-    :class:`~merging.recipe.Recipe` that tell what the models are (``base``, ``exclude``, ``on_mismatch``,
+    :class:`~merging.plan.recipe.Recipe` that tell what the models are (``base``, ``exclude``, ``on_mismatch``,
     ``allow_different_bases``, ``lora_alpha``, ``dequantise``). ``reads_base`` keeps the base's tensors at hand even
     where no change needs them. What lies on the Hub is downloaded, ``progress`` being told the bytes.
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from merging.engine.threads import Progress
 from merging.errors import OptionError
 from merging.geometry.alignment import MEMORY, Model, aligned
 from merging.geometry.gathering import LEADING, OVERLAPPING, Gathered, Wanted, gathered
@@ -18,11 +19,10 @@ from merging.geometry.intruders import Intruders
 from merging.geometry.labels import short_names
 from merging.geometry.signs import count_signs
 from merging.geometry.spectrum import SIDE, Spectrum
+from merging.methods.families.spherical import cosines as normalised
 from merging.plan import Plan
 from merging.sources import Adapter
 from merging.sources.adapter import Change
-from merging.sphere import cosines as normalised
-from merging.threads import Progress
 
 __all__ = [
     "Agreement",

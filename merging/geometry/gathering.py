@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from merging.delta import Delta, Dense, LowRank
+from merging.engine.threads import Progress
+from merging.engine.tiles import Tiler
 from merging.geometry.alignment import read_change
 from merging.geometry.intruders import Intruders, intruders
 from merging.geometry.products import module_grams
@@ -21,13 +22,12 @@ from merging.geometry.spectrum import (
     singular_values,
     spectrum_of,
 )
-from merging.linalg import decomposed
+from merging.maths.delta import Delta, Dense, LowRank
+from merging.maths.linalg import decomposed
 from merging.methods.decouple import column_norms
+from merging.methods.families.spherical import cosines as normalised
 from merging.plan import Item, Plan
 from merging.sources.adapter import Change
-from merging.sphere import cosines as normalised
-from merging.threads import Progress
-from merging.tiles import Tiler
 
 __all__ = ["LEADING", "OVERLAPPING", "Gathered", "Wanted", "gathered"]
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from merging.delta import Delta, LowRank
-from merging.linalg import Svd, safe_ratio
+from merging.maths.delta import Delta, LowRank
+from merging.maths.linalg import Svd, safe_ratio
 
 __all__ = ["Intruders", "intruders", "left_vectors"]
 

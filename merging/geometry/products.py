@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merging.delta import LowRank
+from merging.engine.threads import Progress
+from merging.engine.tiles import Tiler
 from merging.errors import InputError, OptionError
 from merging.geometry.alignment import MEMORY, Model, aligned, factored, matrix_sides, row_blocks
-from merging.linalg import spans
+from merging.maths.delta import LowRank
+from merging.maths.linalg import spans
+from merging.methods.families.spherical import cosines as normalised
 from merging.plan import Item, Plan
 from merging.plan.items import TILE
 from merging.sources.adapter import Change
-from merging.sphere import cosines as normalised
-from merging.threads import Progress
-from merging.tiles import Tiler
 
 __all__ = ["cosines", "gram", "groups_of", "module_grams", "segment_sums"]
 

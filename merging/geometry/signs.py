@@ -11,13 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from merging.delta import Delta, LowRank
+from merging.engine.tiles import Tiler
 from merging.geometry.alignment import MEMORY, Model, aligned, row_blocks
 from merging.geometry.products import groups_of
+from merging.maths.delta import Delta, LowRank
 from merging.plan import Item, Plan
 from merging.sources.adapter import Change
 from merging.sources.stored import Stored
-from merging.tiles import Tiler
 
 __all__ = ["Signs", "count_signs", "sign_agreement"]
 

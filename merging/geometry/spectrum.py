@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merging.delta import Delta, LowRank
+from merging.engine.tiles import Tiler
 from merging.geometry.alignment import Model, aligned, matrix_sides, read_change
 from merging.geometry.products import segment_sums
-from merging.linalg import CUT, factored_svd, leading
+from merging.maths.delta import Delta, LowRank
+from merging.maths.linalg import CUT, factored_svd, leading
 from merging.plan import Item, Plan
 from merging.sources.adapter import Change
-from merging.tiles import Tiler
 
 __all__ = ["SIDE", "Spectrum", "decomposable", "directions", "overlaps", "singular_values", "spectra", "spectrum_of"]
 
@@ -125,7 +125,7 @@ def decomposable(plan: Plan, item: Item, slot: int, full: bool = False) -> bool:
 def directions(delta: Delta, most: int) -> tuple[Tensor, Tensor]:
     """Bases of the outputs and of the inputs that a change's leading directions span: ``[k, out]``, ``[k, in]``.
 
-    Float64, at most ``most`` of each and none whose singular value is below :data:`~merging.linalg.CUT` of the
+    Float64, at most ``most`` of each and none whose singular value is below :data:`~merging.maths.linalg.CUT` of the
     largest. The change is one of ``[out, in]``, or of a convolution ``[out, ...]``. Experts, which have many bases,
     have none here.
     """

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from merging.plain_yaml import FAULTS, load_yaml
-from merging.small_files import is_there, read_text
+from merging.sources.plain_yaml import FAULTS, load_yaml
+from merging.sources.small_files import is_there, read_text
 
 __all__ = ["stated_licence"]
 

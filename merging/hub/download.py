@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from merging import platform
+from merging import os_calls as platform
 from merging.errors import InputError, OutputError
 from merging.hub.client import Unreachable, patiently
 

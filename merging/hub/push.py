@@ -9,7 +9,7 @@ from typing import Any
 from merging.errors import InputError, OptionError, OutputError
 from merging.hub.address import hub_address
 from merging.hub.client import api, endpoint, explained, offline, patiently
-from merging.links import check_inside
+from merging.sources.links import check_inside
 
 __all__ = ["Target", "push", "target_of"]
 

@@ -16,7 +16,7 @@ from merging.hub.address import Address
 from merging.hub.cards import stated_licence
 from merging.hub.client import Unreachable, api, explained, offline, patiently
 from merging.hub.remote import RemoteFile, opened_remote
-from merging.links import trust_links
+from merging.sources.links import trust_links
 from merging.sources.opening import STAND_INS
 from merging.sources.stored import Opened
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from merging.errors import OptionError, nearest
 
 if TYPE_CHECKING:
-    from merging.method import Method
+    from merging.methods.contract.method import Method
 
 __all__ = [
     "ALIASES",
@@ -155,7 +155,7 @@ def links(text: str) -> list[type[Method]]:
 
     A wrapper that ends a chain wraps task arithmetic. Raises :class:`~merging.errors.OptionError`.
     """
-    from merging.wrapper import Wrapper
+    from merging.methods.contract.wrapper import Wrapper
 
     classes = [method_class(name.strip()) for name in expanded(text)[0].split("+")]
     if issubclass(classes[-1], Wrapper):
@@ -180,7 +180,7 @@ def chain(text: str, parameters: Mapping[str, Any] | None = None) -> Method:
 
     Raises :class:`~merging.errors.OptionError` for a parameter that no link has or that several share.
     """
-    from merging.method import build
+    from merging.methods.contract.method import build
 
     classes = links(text)
     stated = {key: value for part in aliases(text) for key, value in {**part.fixed, **part.defaults}.items()}

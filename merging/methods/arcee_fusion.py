@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from merging.delta import Delta, Dense, Stack
-from merging.folds import Rank, Ranked
-from merging.method import Grain, Method, Round, Seen
-from merging.site import Site
+from merging.maths.delta import Delta, Dense, Stack
+from merging.maths.reductions import Rank, Ranked
+from merging.maths.site import Site
+from merging.methods.contract.method import Grain, Method, Round, Seen
 
 __all__ = ["ArceeFusion", "importance"]
 

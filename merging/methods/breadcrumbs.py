@@ -10,13 +10,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merging.delta import Stack
-from merging.folds import Rank, Ranked
-from merging.method import Round, Seen
+from merging.maths.delta import Stack
+from merging.maths.parameters import PerModel, spread, varies
+from merging.maths.reductions import Rank, Ranked
+from merging.maths.site import Site
+from merging.methods.contract.method import Round, Seen
+from merging.methods.contract.wrapper import Entered, Wrapper
 from merging.methods.ties import trim
-from merging.parameters import PerModel, spread, varies
-from merging.site import Site
-from merging.wrapper import Entered, Wrapper
 
 __all__ = ["Breadcrumbs"]
 

@@ -7,11 +7,11 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from merging.delta import Delta, Dense, Stack, weighted_sum
 from merging.errors import OptionError
-from merging.method import Method, Seen
-from merging.parameters import Coefficient, Local, PerModel, column
-from merging.site import Site
+from merging.maths.delta import Delta, Dense, Stack, weighted_sum
+from merging.maths.parameters import Coefficient, Local, PerModel, column
+from merging.maths.site import Site
+from merging.methods.contract.method import Method, Seen
 
 __all__ = ["Consensus", "masks"]
 

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import torch
 
-from merging.basis import InBasis, Turned, turned
-from merging.delta import Delta, Dense, LowRank
-from merging.linalg import output_basis
+from merging.maths.delta import Delta, Dense, LowRank
+from merging.maths.linalg import output_basis
+from merging.methods.families.shared_basis import InBasis, Turned, turned
 
 __all__ = ["Core"]
 

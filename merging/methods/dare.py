@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merging.delta import Stack
-from merging.dropping import Dropping
-from merging.parameters import PerModel, column, spread
-from merging.randomness import kept
-from merging.site import Site
+from merging.maths.delta import Stack
+from merging.maths.parameters import PerModel, column, spread
+from merging.maths.randomness import kept
+from merging.maths.site import Site
+from merging.methods.families.dropping import Dropping
 
 __all__ = ["Dare"]
 

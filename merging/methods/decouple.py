@@ -7,11 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from merging.delta import Delta, Dense, LowRank, Stack
-from merging.linalg import even
-from merging.method import Seen
-from merging.site import Site
-from merging.wrapper import Entered, Wrapper
+from merging.maths.delta import Delta, Dense, LowRank, Stack
+from merging.maths.linalg import even
+from merging.maths.site import Site
+from merging.methods.contract.method import Seen
+from merging.methods.contract.wrapper import Entered, Wrapper
 
 __all__ = ["Decouple", "column_norms"]
 

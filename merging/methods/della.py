@@ -9,14 +9,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merging import order
-from merging.delta import Stack
-from merging.dropping import Dropping
 from merging.errors import OptionError
-from merging.method import Grain
-from merging.parameters import PerModel, number, spread
-from merging.randomness import uniform
-from merging.site import Site
+from merging.maths import order_statistics as order
+from merging.maths.delta import Stack
+from merging.maths.parameters import PerModel, number, spread
+from merging.maths.randomness import uniform
+from merging.maths.site import Site
+from merging.methods.contract.method import Grain
+from merging.methods.families.dropping import Dropping
 
 __all__ = ["Della", "probabilities"]
 

@@ -6,12 +6,12 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from merging.delta import Delta, Stack
-from merging.method import Grain, Method, Seen
+from merging.maths.delta import Delta, Stack
+from merging.maths.parameters import Coefficient, Local
+from merging.maths.site import Site
+from merging.methods.contract.method import Grain, Method, Seen
 from merging.methods.decouple import Decouple
 from merging.methods.orthogonalize import Orthogonalize
-from merging.parameters import Coefficient, Local
-from merging.site import Site
 
 __all__ = ["Do"]
 

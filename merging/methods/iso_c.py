@@ -8,9 +8,9 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from merging.linalg import leading
-from merging.parameters import Coefficient, Local
-from merging.spectral import Spectral
+from merging.maths.linalg import leading
+from merging.maths.parameters import Coefficient, Local
+from merging.methods.families.spectral import Spectral
 
 __all__ = ["IsoC", "total"]
 

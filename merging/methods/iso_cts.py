@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merging.linalg import Svd, leading, polar
+from merging.maths.linalg import Svd, leading, polar
+from merging.maths.parameters import Coefficient, Local
+from merging.methods.families.spectral import Spectral
 from merging.methods.iso_c import total
-from merging.parameters import Coefficient, Local
-from merging.spectral import Spectral
 
 __all__ = ["IsoCts"]
 

@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from merging.delta import Delta, Stack
 from merging.errors import OptionError
-from merging.method import Method, Seen
-from merging.parameters import Coefficient, PerModel, number
-from merging.site import Site
+from merging.maths.delta import Delta, Stack
+from merging.maths.parameters import Coefficient, PerModel, number
+from merging.maths.site import Site
+from merging.methods.contract.method import Method, Seen
 
 __all__ = ["Linear"]
 

@@ -8,14 +8,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merging.delta import Delta, Stack
 from merging.errors import OptionError
-from merging.folds import Sum
-from merging.linalg import safe_ratio
-from merging.method import Closing, Seen
-from merging.parameters import Coefficient, number
-from merging.site import Site
-from merging.wrapper import Wrapper
+from merging.maths.delta import Delta, Stack
+from merging.maths.linalg import safe_ratio
+from merging.maths.parameters import Coefficient, number
+from merging.maths.reductions import Sum
+from merging.maths.site import Site
+from merging.methods.contract.method import Closing, Seen
+from merging.methods.contract.wrapper import Wrapper
 
 __all__ = ["Lines"]
 

@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merging.delta import Delta, Dense, Stack
-from merging.method import Method, Seen
-from merging.parameters import Coefficient, Local, PerModel, column
-from merging.site import Site
+from merging.maths.delta import Delta, Dense, Stack
+from merging.maths.parameters import Coefficient, Local, PerModel, column
+from merging.maths.site import Site
+from merging.methods.contract.method import Method, Seen
 
 __all__ = ["MagMax", "largest"]
 

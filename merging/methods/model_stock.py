@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merging.delta import Delta, Dense, Stack, weighted_sum
-from merging.method import Grain, Method, Round, Seen
-from merging.site import Site
-from merging.sphere import GRAM, cosines, gram
+from merging.maths.delta import Delta, Dense, Stack, weighted_sum
+from merging.maths.site import Site
+from merging.methods.contract.method import Grain, Method, Round, Seen
+from merging.methods.families.spherical import GRAM, cosines, gram
 
 __all__ = ["ModelStock", "share_of_mean"]
 

@@ -8,12 +8,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merging.delta import Delta, Stack
 from merging.errors import InputError, OptionError
-from merging.method import Seen
-from merging.parameters import column, number
-from merging.site import Site
-from merging.sphere import OnSphere, cosines, gram, plain_weights
+from merging.maths.delta import Delta, Stack
+from merging.maths.parameters import column, number
+from merging.maths.site import Site
+from merging.methods.contract.method import Seen
+from merging.methods.families.spherical import OnSphere, cosines, gram, plain_weights
 
 __all__ = ["MultiSlerp"]
 

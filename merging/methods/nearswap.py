@@ -6,10 +6,10 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from merging.delta import Delta, Dense, Stack
-from merging.method import Method, Seen
-from merging.parameters import Local
-from merging.site import Site
+from merging.maths.delta import Delta, Dense, Stack
+from merging.maths.parameters import Local
+from merging.maths.site import Site
+from merging.methods.contract.method import Method, Seen
 
 __all__ = ["NearSwap"]
 

@@ -8,12 +8,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merging.delta import Delta, Dense, Stack
 from merging.errors import OptionError
-from merging.method import Grain, Round, Seen
-from merging.parameters import number
-from merging.site import Site
-from merging.sphere import OnSphere, arc_weights, gram, plain_weights
+from merging.maths.delta import Delta, Dense, Stack
+from merging.maths.parameters import number
+from merging.maths.site import Site
+from merging.methods.contract.method import Grain, Round, Seen
+from merging.methods.families.spherical import OnSphere, arc_weights, gram, plain_weights
 
 __all__ = ["NuSlerp"]
 

@@ -10,12 +10,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merging.delta import Delta, Dense, LowRank, Stack
-from merging.folds import Sum
-from merging.linalg import decomposed, joint_core, safe_ratio, squared_norm
-from merging.method import Closing, Grain, Method, Seen
-from merging.parameters import Coefficient
-from merging.site import Site
+from merging.maths.delta import Delta, Dense, LowRank, Stack
+from merging.maths.linalg import decomposed, joint_core, safe_ratio, squared_norm
+from merging.maths.parameters import Coefficient
+from merging.maths.reductions import Sum
+from merging.maths.site import Site
+from merging.methods.contract.method import Closing, Grain, Method, Seen
 
 __all__ = ["Opcm", "accumulate", "projected"]
 

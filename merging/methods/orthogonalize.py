@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merging.delta import LowRank, Stack
-from merging.linalg import balance
-from merging.method import Seen
-from merging.site import Site
-from merging.wrapper import Entered, Wrapper
+from merging.maths.delta import LowRank, Stack
+from merging.maths.linalg import balance
+from merging.maths.site import Site
+from merging.methods.contract.method import Seen
+from merging.methods.contract.wrapper import Entered, Wrapper
 
 __all__ = ["Orthogonalize", "orthogonalized", "overlap"]
 

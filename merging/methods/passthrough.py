@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from merging.delta import Delta, Stack
-from merging.method import Method, Seen
-from merging.parameters import Coefficient, Local, number, varies
-from merging.site import Site
+from merging.maths.delta import Delta, Stack
+from merging.maths.parameters import Coefficient, Local, number, varies
+from merging.maths.site import Site
+from merging.methods.contract.method import Method, Seen
 
 __all__ = ["Passthrough"]
 

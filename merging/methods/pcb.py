@@ -8,11 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merging.delta import Delta, Dense, Stack, weighted_sum
-from merging.folds import Rank, Ranked, Sum
-from merging.method import Method, Round, Seen
-from merging.parameters import Coefficient, Local, PerModel, column
-from merging.site import Site
+from merging.maths.delta import Delta, Dense, Stack, weighted_sum
+from merging.maths.parameters import Coefficient, Local, PerModel, column
+from merging.maths.reductions import Rank, Ranked, Sum
+from merging.maths.site import Site
+from merging.methods.contract.method import Method, Round, Seen
 
 __all__ = ["Pcb", "clipped", "competition", "minmax"]
 

@@ -8,13 +8,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merging.delta import Delta, Dense, Stack, weighted_sum
-from merging.folds import Rank, Ranked, Sum
-from merging.linalg import safe_ratio
-from merging.method import Method, Round, Seen
+from merging.maths.delta import Delta, Dense, Stack, weighted_sum
+from merging.maths.linalg import safe_ratio
+from merging.maths.parameters import Coefficient, Local
+from merging.maths.reductions import Rank, Ranked, Sum
+from merging.maths.site import Site
+from merging.methods.contract.method import Method, Round, Seen
 from merging.methods.ties import agreeing_mean, elect
-from merging.parameters import Coefficient, Local
-from merging.site import Site
 
 __all__ = ["Sce", "shares_of", "variance"]
 

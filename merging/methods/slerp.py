@@ -7,11 +7,11 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from merging.delta import Delta, Stack
-from merging.method import Method, Round, Seen
-from merging.parameters import Coefficient, Local
-from merging.site import Site
-from merging.sphere import GRAM, arc_weights, gram, plain_weights
+from merging.maths.delta import Delta, Stack
+from merging.maths.parameters import Coefficient, Local
+from merging.maths.site import Site
+from merging.methods.contract.method import Method, Round, Seen
+from merging.methods.families.spherical import GRAM, arc_weights, gram, plain_weights
 
 __all__ = ["Slerp"]
 

@@ -8,10 +8,10 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from merging.linalg import leading
+from merging.maths.linalg import leading
+from merging.maths.parameters import Coefficient, PerModel
+from merging.methods.families.spectral import Spectral
 from merging.methods.iso_c import total
-from merging.parameters import Coefficient, PerModel
-from merging.spectral import Spectral
 
 __all__ = ["Svd"]
 

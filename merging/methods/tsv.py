@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from merging.linalg import leading, polar
-from merging.spectral import Spectral
+from merging.maths.linalg import leading, polar
+from merging.methods.families.spectral import Spectral
 
 __all__ = ["Tsv"]
 

@@ -8,13 +8,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merging.delta import Delta, Stack
-from merging.folds import Sum
-from merging.linalg import squared_norm
-from merging.method import Method, Round, Seen
+from merging.maths.delta import Delta, Stack
+from merging.maths.linalg import squared_norm
+from merging.maths.parameters import Coefficient, Local
+from merging.maths.reductions import Sum
+from merging.maths.site import Site
+from merging.methods.contract.method import Method, Round, Seen
 from merging.methods.sce import shares_of
-from merging.parameters import Coefficient, Local
-from merging.site import Site
 
 __all__ = ["Varm"]
 

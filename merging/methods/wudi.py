@@ -10,10 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merging.linalg import CUT
+from merging.maths.linalg import CUT
+from merging.maths.site import Site
+from merging.methods.families.spectral import Spectral
 from merging.methods.iso_c import total
-from merging.site import Site
-from merging.spectral import Spectral
 
 __all__ = ["Wudi", "descended", "interference", "minimum"]
 

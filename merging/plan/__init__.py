@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from merging.errors import InputError, OptionError
 from merging.hub.open_model import open_model
-from merging.method import check_places, idle_parameters
+from merging.methods.contract.method import check_places, idle_parameters
 from merging.plan.checks import (
     attention_counted,
     check_bases,
@@ -21,13 +21,13 @@ from merging.plan.checks import (
 from merging.plan.chosen import chosen
 from merging.plan.heads import settled
 from merging.plan.items import Item, Plan
+from merging.plan.recipe import Recipe
 from merging.plan.sites import find_stacks
 from merging.plan.targets import adapter_targets
 from merging.plan.task_heads import NO_HEADS, TaskHeads, find_task_heads
 from merging.plan.to_adapter import AdapterItems, adapter_items
 from merging.plan.to_model import model_items
 from merging.plan.vocabulary import fitted
-from merging.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
 
 __all__ = ["PORTABLE_RANKS", "Item", "Plan", "make_plan", "plan_of"]

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
 from merging.errors import InputError, OptionError
-from merging.recipe import Recipe
+from merging.plan.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.checkpoint import content_key, files_key

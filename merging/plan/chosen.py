@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from merging.errors import InputError, OptionError, nearest
-from merging.recipe import Recipe
+from merging.plan.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
 
 __all__ = ["chosen"]

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from merging.errors import InputError
+from merging.maths.site import Site
 from merging.plan.items import Constant, Form, Item, Placing
 from merging.plan.names import Names
-from merging.site import Site
 from merging.sources.adapter import Change
 from merging.sources.computed import Computed
 from merging.sources.fused_names import Rows

@@ -8,9 +8,9 @@ from typing import Literal
 
 import torch
 
+from merging.maths.site import Site
+from merging.plan.recipe import AdapterFormat, Recipe
 from merging.plan.vocabulary import Vocabulary
-from merging.recipe import AdapterFormat, Recipe
-from merging.site import Site
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.stored import DTYPES, Out, Stored

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from merging.errors import InputError
-from merging.recipe import AdapterFormat, Recipe
+from merging.plan.recipe import AdapterFormat, Recipe
 from merging.sources import Adapter
 from merging.sources.diffusion_names import Known, known_names
 from merging.sources.fused_names import Rows

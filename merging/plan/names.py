@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from merging.plan.labels import Shapes, labelled_rows, output_format, unnamed
 from merging.plan.outs import PREFIX
-from merging.recipe import AdapterFormat, Recipe
+from merging.plan.recipe import AdapterFormat, Recipe
 from merging.sources import Adapter
 from merging.sources.adapter import Change, Written
 from merging.sources.fused_names import Rows

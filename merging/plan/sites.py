@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from merging.errors import MergingError
-from merging.layers import Stacks
-from merging.recipe import Recipe
-from merging.small_files import read_json
+from merging.maths.layers import Stacks
+from merging.plan.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
 from merging.sources.checkpoint import config_layers
+from merging.sources.small_files import read_json
 
 __all__ = ["find_stacks"]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from merging.errors import InputError
-from merging.parameters import matches
+from merging.maths.parameters import matches
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change, Replacement
 from merging.sources.rows import Mean

@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 import torch
 
 from merging.errors import InputError
-from merging.layers import Stacks
-from merging.parameters import all_matching
+from merging.maths.layers import Stacks
+from merging.maths.parameters import all_matching
+from merging.maths.site import Site, inputs_by_outputs, site_of
 from merging.plan.apart import check_apart, expert_placings
 from merging.plan.exports import Exporter
 from merging.plan.items import Constant, Form, Item
 from merging.plan.labels import peft_labels
 from merging.plan.names import choose_names
 from merging.plan.outs import PREFIX, Paths, factors, module_of
+from merging.plan.recipe import DTYPES, AdapterFormat, Recipe
 from merging.plan.resolve import Resolver
 from merging.plan.targets import Targets
-from merging.recipe import DTYPES, AdapterFormat, Recipe
-from merging.site import Site, inputs_by_outputs, site_of
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.stored import DTYPE_NAMES, Out, Stored

@@ -6,13 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from merging.errors import InputError, nearest
-from merging.layers import Stacks
-from merging.parameters import all_matching
+from merging.maths.layers import Stacks
+from merging.maths.parameters import all_matching
+from merging.maths.site import Site, inputs_by_outputs, site_of
 from merging.plan.heads import is_untied, own_heads, with_tied_copy
 from merging.plan.items import Item
+from merging.plan.recipe import DTYPES, Recipe
 from merging.plan.resolve import Resolver
-from merging.recipe import DTYPES, Recipe
-from merging.site import Site, inputs_by_outputs, site_of
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.names import find_renaming

@@ -9,8 +9,8 @@ from math import prod
 from merging.errors import InputError
 from merging.hub.address import Address
 from merging.hub.repository import open_repository
+from merging.plan.recipe import Recipe
 from merging.plan.trained_tables import as_checkpoint, with_tables
-from merging.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
 from merging.sources.names import find_renaming
 from merging.sources.rows import Rows

@@ -13,20 +13,20 @@ from datetime import datetime, timezone
 
 import torch
 
-from merging.arrival import brought
-from merging.delta import Delta, LowRank
+from merging.engine.download import brought
 from merging.errors import MergingError
 from merging.hub.cards import stated_licence
 from merging.hub.client import Unreachable
 from merging.hub.open_model import open_model
-from merging.linalg import factored_svd, safe_ratio, squared_norm
+from merging.maths.delta import Delta, LowRank
+from merging.maths.linalg import factored_svd, safe_ratio, squared_norm
 from merging.plan.checks import same_base
 from merging.plan.resolve import Resolver
 from merging.pool.index import VERDICTS, Entry, Finding, Verdict
 from merging.pool.sketches import empty, sketch
-from merging.small_files import is_there
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
+from merging.sources.small_files import is_there
 from merging.sources.stored import Stored
 
 __all__ = ["BESIDE", "Auditor", "Candidate", "change_of"]

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError, OutputError
-from merging.links import refuse_link
-from merging.small_files import check_file
+from merging.sources.links import refuse_link
+from merging.sources.small_files import check_file
 
 __all__ = ["SCHEMA", "TABLES", "Database"]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from merging.delta import Delta, LowRank
 from merging.hub.open_model import open_model
-from merging.linalg import inner, safe_ratio, squared_norm
+from merging.maths.delta import Delta, LowRank
+from merging.maths.linalg import inner, safe_ratio, squared_norm
 from merging.plan.resolve import Resolver
 from merging.pool.audit import change_of
 from merging.pool.index import Entry, Finding

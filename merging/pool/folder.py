@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from merging import platform
+from merging import os_calls as platform
 from merging.pool.index import UNFINISHED
 
 __all__ = ["FOLDER", "copy", "holds_something", "remove"]

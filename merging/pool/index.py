@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from merging import platform
+from merging import os_calls as platform
 from merging.errors import FormatError, InputError, OutputError, nearest
-from merging.links import refuse_link
 from merging.pool.database import SCHEMA, TABLES, Database
 from merging.pool.sketches import LENGTH
-from merging.small_files import parse_json
+from merging.sources.links import refuse_link
+from merging.sources.small_files import parse_json
 
 __all__ = ["OVERRULED", "SCHEMA", "VERDICTS", "Entry", "Finding", "Index", "Verdict", "verdict_of"]
 

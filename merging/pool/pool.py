@@ -17,14 +17,14 @@ from filelock import FileLock, Timeout
 
 from merging.errors import FormatError, InputError, OptionError, OutputError
 from merging.hub.open_model import open_model
-from merging.links import refuse_link
 from merging.pool.audit import BESIDE, Auditor, Candidate
 from merging.pool.duplicates import duplicates
 from merging.pool.folder import FOLDER, copy, holds_something, remove
 from merging.pool.index import OVERRULED, VERDICTS, Entry, Finding, Index, verdict_of
 from merging.pool.judging import missing, outliers, over_the_cap, unlicensed
-from merging.small_files import is_there
 from merging.sources import Adapter, Checkpoint, check_in_place
+from merging.sources.links import refuse_link
+from merging.sources.small_files import is_there
 
 if TYPE_CHECKING:
     from merging.pool.smoke import Limits

@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from merging.delta import Delta, LowRank
+from merging.maths.delta import Delta, LowRank
 
 __all__ = ["LENGTH", "empty", "sketch"]
 

@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from merging.api.merge_files import pick_device
 from merging.errors import FormatError, InputError, OptionError
-from merging.files import pick_device
-from merging.networks import explained, loadable, quiet
 from merging.pool.audit import change_of
 from merging.pool.index import Finding
-from merging.small_files import DATA_LIMIT, read_text
+from merging.pool.network import explained, loadable, quiet
 from merging.sources import Adapter, Checkpoint
 from merging.sources.names import find_renaming
+from merging.sources.small_files import DATA_LIMIT, read_text
 
 __all__ = ["TEXTS", "Limits", "SmokeTest", "read_texts"]
 

@@ -12,8 +12,8 @@ from merging.hub.open_model import open_model
 from merging.plan.resolve import Resolver
 from merging.pool.index import Entry, Finding, Index
 from merging.pool.smoke import TEXTS, Limits, SmokeTest
-from merging.small_files import parse_json
 from merging.sources import Adapter, Checkpoint
+from merging.sources.small_files import parse_json
 
 if TYPE_CHECKING:
     from merging.pool.pool import Pool

@@ -7,8 +7,8 @@ from math import log1p, sqrt
 
 from torch import Tensor
 
-from merging.delta import LowRank
-from merging.linalg import inner, safe_ratio, squared_norm
+from merging.maths.delta import LowRank
+from merging.maths.linalg import inner, safe_ratio, squared_norm
 
 __all__ = ["CLOSENESS", "closeness", "cosine"]
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from merging.delta import LowRank
-from merging.linalg import factored_svd, safe_ratio, squared_norm
+from merging.maths.delta import LowRank
+from merging.maths.linalg import factored_svd, safe_ratio, squared_norm
 from merging.recycling.experts import Expert
 from merging.recycling.seeds import generator, order
 

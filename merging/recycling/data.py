@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from merging.errors import FormatError, InputError, nearest
 from merging.recycling.seeds import order
-from merging.small_files import DATA_LIMIT, read_text
+from merging.sources.small_files import DATA_LIMIT, read_text
 
 __all__ = ["Example", "Kind", "Split", "kind_of", "labels_of", "overlaps", "read_examples", "split"]
 

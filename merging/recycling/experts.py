@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from merging.arrival import brought
-from merging.delta import LowRank
+from merging.engine.download import brought
 from merging.errors import InputError, MergingError
 from merging.hub.address import hub_address
 from merging.hub.open_model import open_model
-from merging.linalg import squared_norm
+from merging.maths.delta import LowRank
+from merging.maths.linalg import squared_norm
 from merging.plan.checks import same_base
 from merging.pool import Pool
 from merging.recycling.places import Place

@@ -10,7 +10,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from merging.delta import LowRank
+from merging.maths.delta import LowRank
 from merging.recycling.experts import FEW_SHOT, Expert
 from merging.recycling.journal import Journal
 from merging.recycling.places import Beside, attached

@@ -13,19 +13,19 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from merging import __version__
-from merging.companions import HUB_ID
-from merging.delta import LowRank
 from merging.errors import OptionError
 from merging.hub.open_model import open_model
-from merging.licences import licence_sentence, source_of, strictest
-from merging.linalg import even, safe_ratio, squared_norm, truncate
-from merging.model_card import card, prose, sources_listed
+from merging.maths.delta import LowRank
+from merging.maths.linalg import even, safe_ratio, squared_norm, truncate
+from merging.output.licences import licence_sentence, source_of, strictest
+from merging.output.markdown import card, prose, sources_listed
+from merging.output.peft_config import HUB_ID
 from merging.plan import PORTABLE_RANKS
 from merging.recycling.experts import Expert
 from merging.recycling.places import Place
 from merging.recycling.problem import Mixed, Problem
 from merging.sources.stored import DTYPE_NAMES, Out
-from merging.writer import TensorWriter
+from merging.storage.writer import TensorWriter
 
 __all__ = ["Folded", "fold", "write_adapter"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from merging.errors import InputError, OptionError
-from merging.networks import explained, loadable, quiet
+from merging.pool.network import explained, loadable, quiet
 from merging.recycling.data import Split, kind_of, labels_of
 from merging.recycling.model import Classifier, Decoder, Encoder, EncoderDecoder, TaskModel
 from merging.recycling.settings import Settings

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from merging.delta import Dense, LowRank
+from merging.api.merge_tensors import merge_deltas
 from merging.errors import OptionError, nearest
-from merging.linalg import compress
+from merging.maths.delta import Dense, LowRank
+from merging.maths.linalg import compress
 from merging.methods import METHODS, chain
 from merging.recycling.closeness import CLOSENESS
 from merging.recycling.experts import Expert
@@ -18,7 +19,6 @@ from merging.recycling.problem import Mixed, Problem, alone
 from merging.recycling.search import searched
 from merging.recycling.settings import Granularity, Settings
 from merging.recycling.training import Course, train
-from merging.tensors import merge_deltas
 
 __all__ = ["SEARCHED", "TUNED", "Tuning", "check_method", "fit"]
 

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from merging.delta import LowRank
-from merging.layers import Stacks
+from merging.maths.delta import LowRank
+from merging.maths.layers import Stacks
 from merging.recycling.experts import Expert
 from merging.recycling.places import Beside, Place, attached
 from merging.recycling.settings import Granularity

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from merging import __version__
+from merging.api.merge_files import pick_device
 from merging.errors import OptionError
-from merging.files import pick_device
-from merging.landing import Landing, check_destination
 from merging.recycling.bootstrap import Metric
 from merging.recycling.data import Example, Split, kind_of, overlaps, read_examples, split
 from merging.recycling.experts import Candidate, Opened, candidates, opened
@@ -25,6 +24,7 @@ from merging.recycling.problem import Mixed, Problem, alone
 from merging.recycling.report import Report, make_report
 from merging.recycling.settings import Settings, make_settings
 from merging.recycling.stages import Outcome, Told, carried_out, guarded, measured
+from merging.storage.staging import Landing, check_destination
 
 __all__ = ["REPORT", "Recycled", "recycle", "unfinished"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from merging.errors import OptionError
-from merging.linalg import safe_ratio
+from merging.maths.linalg import safe_ratio
 from merging.recycling.closeness import closeness, cosine
 from merging.recycling.experts import Candidate, Expert, open_expert
 from merging.recycling.journal import Journal

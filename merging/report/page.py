@@ -12,8 +12,8 @@ from html import escape as escape_markup
 from math import floor, isfinite, log10
 from pathlib import Path
 
-from merging.atomic import replace_file
 from merging.errors import OptionError, OutputError, escaped
+from merging.storage.atomic import replace_file
 
 __all__ = ["Cell", "Page", "check_page", "check_place", "write_whole"]
 

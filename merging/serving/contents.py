@@ -9,7 +9,7 @@ from pathlib import Path
 
 from merging.errors import MergingError
 from merging.hub.open_model import open_model
-from merging.layers import Stacks
+from merging.maths.layers import Stacks
 from merging.plan.targets import adapter_targets
 from merging.serving.rules import Program, Rule
 from merging.serving.subject import Subject

@@ -28,7 +28,7 @@ from merging.serving.rules import (
     states,
 )
 from merging.serving.subject import Subject
-from merging.small_files import LIST_LIMIT, read_json
+from merging.sources.small_files import LIST_LIMIT, read_json
 from merging.sources.ties import text_config
 
 __all__ = ["SGLANG"]

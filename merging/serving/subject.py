@@ -10,15 +10,15 @@ from typing import Any, Literal
 
 from merging.errors import FormatError, InputError, MergingError
 from merging.hub.address import Address, hub_address, local_path, no_such_path
-from merging.links import check_inside
-from merging.small_files import is_there, read_json
 from merging.sources import Dialect, dialect_of, diffusion, peft
 from merging.sources.components import PIPELINE, components_of
 from merging.sources.layout import agree, check_suffix, find_weights, is_standard, shards_of, weights_of
+from merging.sources.links import check_inside
 from merging.sources.model_config import read_config
 from merging.sources.opening import open_tensors
 from merging.sources.peft.config import Config
 from merging.sources.peft.kinds import KINDS
+from merging.sources.small_files import is_there, read_json
 from merging.sources.stored import Stored
 from merging.sources.ties import text_config
 

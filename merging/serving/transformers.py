@@ -8,8 +8,8 @@ from merging.errors import MergingError
 from merging.serving.peft import ADAPTERS, unsaved, untrained_tokens
 from merging.serving.rules import Program, Rule, absent, no_config, stated_type
 from merging.serving.subject import Subject
-from merging.small_files import LIST_LIMIT, read_json
 from merging.sources.peft.refused import REFUSED
+from merging.sources.small_files import LIST_LIMIT, read_json
 
 __all__ = ["TRANSFORMERS"]
 

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merging.errors import FormatError, InputError
-from merging.links import check_inside
-from merging.platform import kind_of
-from merging.small_files import is_there
+from merging.os_calls import kind_of
 from merging.sources import diffusion, kohya, packs, peft
 from merging.sources.adapter import Adapter
 from merging.sources.checkpoint import Checkpoint, open_checkpoint
 from merging.sources.layout import check_suffix, find_weights
+from merging.sources.links import check_inside
 from merging.sources.lycoris import METHODS
 from merging.sources.opening import open_tensors
+from merging.sources.small_files import is_there
 from merging.sources.stored import DTYPES, File, Opened, Stored, holders_of
 from merging.sources.unread import refuse_factors
 from merging.sources.written import with_written

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from merging.delta import Delta, Dense, LowRank
 from merging.errors import InputError
+from merging.maths.delta import Delta, Dense, LowRank
 from merging.sources.origin import Origin
 from merging.sources.stored import Stored
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from merging.errors import FormatError
-from merging.small_files import is_there
 from merging.sources.components import MODULES, PIPELINE, components_of
 from merging.sources.layout import (
     agree,
@@ -27,6 +26,7 @@ from merging.sources.names import unwrapped
 from merging.sources.opening import open_tensors
 from merging.sources.origin import Origin
 from merging.sources.quantised import dequantised, refuse_quantised
+from merging.sources.small_files import is_there
 from merging.sources.stored import Opened, Stored
 from merging.sources.ties import HEADS, stated_tie, text_config, tied_to
 

@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from merging.delta import Delta, Dense, LowRank
+from merging.maths.delta import Delta, Dense, LowRank
 from merging.sources.adapter import Change
 from merging.sources.stored import Stored
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from merging.delta import Delta, LowRank
+from merging.maths.delta import Delta, LowRank
 from merging.sources.adapter import LoraChange
 from merging.sources.views import reshaped
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError, InputError
-from merging.links import check_inside
-from merging.small_files import LIST_LIMIT, is_there, read_json
+from merging.sources.links import check_inside
+from merging.sources.small_files import LIST_LIMIT, is_there, read_json
 from merging.sources.stored import Stored
 from merging.sources.ties import stated_tie, tied_to
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from merging.errors import FormatError
-from merging.small_files import parse_json
 from merging.sources.lora_names import normal_name
+from merging.sources.small_files import parse_json
 
 __all__ = ["METADATA_KEY", "alphas_differ", "base_facts", "component_configs", "config_of", "unstated_alpha"]
 

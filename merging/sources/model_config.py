@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError
-from merging.small_files import read_json
+from merging.sources.small_files import read_json
 
 __all__ = ["check_counts", "read_config"]
 

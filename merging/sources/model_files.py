@@ -8,8 +8,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from merging.errors import FormatError
-from merging.small_files import read_json, read_json_list
 from merging.sources.layout import is_standard
+from merging.sources.small_files import read_json, read_json_list
 from merging.sources.tokenizers import TOKENIZER_FILES
 
 __all__ = ["COMPANIONS", "IN_PIPELINES", "MODULES", "PIPELINE", "foreign_names"]

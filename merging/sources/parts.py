@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from merging.delta import Delta, Dense, LowRank
+from merging.maths.delta import Delta, Dense, LowRank
 from merging.sources.adapter import Change, FullChange, LoraChange
 from merging.sources.experts import ExpertsChange
 from merging.sources.stored import Stored

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from merging import platform
+from merging import os_calls as platform
 from merging.errors import FormatError, InputError
 from merging.sources.header import Entry, read_header, stamp_of
 

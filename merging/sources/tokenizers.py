@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError
-from merging.small_files import LIST_LIMIT, is_there, read_json, read_text
+from merging.sources.small_files import LIST_LIMIT, is_there, read_json, read_text
 
 __all__ = ["TOKENIZER_FILES", "token_conflict", "tokens_of"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from merging.delta import Delta, Dense
+from merging.maths.delta import Delta, Dense
 from merging.sources.adapter import Change
 from merging.sources.stored import Stored
 

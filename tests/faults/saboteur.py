@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from merging import platform
+from merging import os_calls as platform
 from merging.cli.main import cli
 
 __all__ = ["CHANGING", "ERRORS", "Ended", "Saboteur", "command"]

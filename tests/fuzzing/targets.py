@@ -23,13 +23,13 @@ from tiny import fine_tune, model
 from fuzzing.corpus import Adapted, Corpus
 from fuzzing.mutation import STRANGE, bytes_harmed, dumped, json_harmed, text_harmed, value
 from fuzzing.weights import BITS, Weights, harmed, joined
+from merging.api.inspect import inspect
+from merging.api.merge_files import check_output, merge_plan, plan_for
 from merging.errors import MergingError
-from merging.files import check_output, merge_plan, plan_for
 from merging.hub.address import hub_address
 from merging.hub.open_model import open_model
 from merging.hub.query import parse_query
-from merging.inspect import inspect
-from merging.recipe import load_recipe, make_recipe
+from merging.plan.recipe import load_recipe, make_recipe
 from merging.sources.header import read_header
 
 __all__ = ["TARGETS", "Sample", "Target", "read_valid"]

@@ -24,9 +24,9 @@ from peft_types import CASES, TYPES, changes_by_peft, changes_by_us, make, opene
 from safetensors.torch import load_file
 
 import merging
+from merging.api.inspect import inspect
 from merging.errors import FormatError, InputError
 from merging.hub.open_model import open_model
-from merging.inspect import inspect
 from merging.sources import Adapter
 from merging.sources.peft.kinds import KINDS
 

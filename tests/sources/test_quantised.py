@@ -18,9 +18,9 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize, _dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import merging
+from merging.api.inspect import inspect
 from merging.errors import FormatError
 from merging.hub.open_model import open_model
-from merging.inspect import inspect
 from merging.sources.checkpoint import Checkpoint
 
 FP8 = torch.float8_e4m3fn

@@ -18,11 +18,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from merging.errors import FormatError
-from merging.small_files import parse_json
 from merging.sources import diffusion, kohya, peft
 from merging.sources.adapter import Adapter, Added, Change, Factors
 from merging.sources.opening import open_tensors
 from merging.sources.packs.codings import Coding, Kind, Packed, Raw
+from merging.sources.small_files import parse_json
 from merging.sources.stored import Opened, Stored
 from merging.sources.written import with_written
 

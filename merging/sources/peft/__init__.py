@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError
-from merging.links import check_inside
-from merging.small_files import is_there, parse_json, read_json
 from merging.sources.adapter import Adapter, Change, LoraChange, Replacement
 from merging.sources.computed import Computed
+from merging.sources.links import check_inside
 from merging.sources.lora_headers import METADATA_KEY, component_configs, unstated_alpha
 from merging.sources.opening import open_tensors
 from merging.sources.peft.config import Config
@@ -21,6 +20,7 @@ from merging.sources.peft.kinds import KINDS, Kind
 from merging.sources.peft.lora import TRAINING_STATE, lora_about
 from merging.sources.peft.module import Module
 from merging.sources.peft.refused import REFUSED
+from merging.sources.small_files import is_there, parse_json, read_json
 from merging.sources.stored import Opened, Stored
 
 __all__ = ["CONFIG_KEY", "WEIGHTS", "open_peft", "peft_changes", "recognises"]

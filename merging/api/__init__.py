@@ -1,0 +1,3 @@
+"""The verbs of ``import merging``: merging files and tensors, looking into files, exporting prototypes."""
+
+__all__: list[str] = []

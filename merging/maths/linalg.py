@@ -1,0 +1,220 @@
+"""Decompositions through thin factors: a product of rank r never becomes its full matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from merging.maths.delta import Delta, LowRank
+
+__all__ = [
+    "CUT",
+    "Svd",
+    "balance",
+    "compress",
+    "decomposed",
+    "even",
+    "factored_svd",
+    "inner",
+    "joint_core",
+    "leading",
+    "output_basis",
+    "polar",
+    "safe_ratio",
+    "spans",
+    "squared_norm",
+    "truncate",
+]
+
+CUT = 1e-6
+"""The share of the largest singular value up to which others count as zero."""
+
+_SPAN = 1 << 12
+
+_CONDITION = 1e-5
+"""Smallest share of the largest singular value that the squares of a Gram matrix still tell well in float64."""
+
+_SMALL = 64
+"""Matrices of so few rows or columns are quickly decomposed by SVD, which is exact."""
+
+Svd = tuple[Tensor, Tensor, Tensor]
+"""``U [m, k], S [k], Vh [k, n]``."""
+
+_OVERSAMPLING = 8
+_POWER_ITERATIONS = 2
+
+
+def safe_ratio(numerator: float, denominator: float) -> float:
+    """``numerator / denominator``, and 0 where the denominator is 0: a change that vanished has no size to restore."""
+    return numerator / denominator if denominator else 0.0
+
+
+def spans(values: Tensor) -> tuple[Tensor, Tensor]:
+    """``[n, *shape]`` flat, in spans so short that a float32 sum loses nothing that matters: ``[n, s, span]``, and the
+    rest ``[n, r]``.
+    """
+    flat = values.reshape(len(values), -1)
+    whole = flat.shape[1] // _SPAN * _SPAN
+    return flat[:, :whole].reshape(len(flat), whole // _SPAN, _SPAN), flat[:, whole:]
+
+
+def factored_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The thin SVD ``U [out, k], S [k], Vh [k, in]`` of ``up @ down``, with ``k = min(out, r, in)``.
+
+    Two thin QRs and one small core in float64: O((out + in) r^2) instead of O(out in min(out, in)).
+    """
+    q_up, r_up = torch.linalg.qr(up.double())
+    q_down, r_down = torch.linalg.qr(down.double().mT)
+    u, s, vh = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
+    return q_up @ u, s, vh @ q_down.mT
+
+
+def joint_core(deltas: Sequence[LowRank]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Orthonormal bases ``up [out, k]`` and ``down [k', in]`` that all changes lie in, and each of them there.
+
+    A change is ``up @ core @ down`` with a core of ``[k, k']``, both at most the sum of the ranks; all float64.
+    """
+    up, up_core = torch.linalg.qr(torch.cat([delta.up for delta in deltas], -1).double())
+    down, down_core = torch.linalg.qr(torch.cat([delta.down for delta in deltas], -2).double().mT)
+    ranks = [delta.rank for delta in deltas]
+    ups, downs = up_core.split(ranks, -1), down_core.split(ranks, -1)
+    return up, down.mT, [left @ right.mT for left, right in zip(ups, downs, strict=True)]
+
+
+def decomposed(matrix: Tensor, how: Literal["gram", "thin"] = "gram", needed: int | None = None) -> Svd:
+    """The SVD of a float64 matrix, the ``needed`` largest values only if so asked, ``s`` descending.
+
+    By eigenvalues of its shorter side's Gram matrix (``gram``), several times faster, unless the values asked for are
+    too small a share of the largest to be told by their squares, or by SVD (``thin``).
+    """
+    needed = min(matrix.shape) if needed is None else min(needed, *matrix.shape)
+    if how == "gram" and min(matrix.shape) > _SMALL:
+        wide = matrix.shape[0] <= matrix.shape[1]
+        short = matrix if wide else matrix.mT
+        squares, vectors = torch.linalg.eigh(short @ short.mT)
+        s = squares.flip(0)[:needed].clamp(min=0).sqrt()
+        if float(s[-1]) > _CONDITION * float(s[0]):
+            vectors = vectors.flip(1)[:, :needed]
+            others = (vectors.mT @ short) / s[:, None]
+            return (vectors, s, others) if wide else (others.mT, s, vectors.mT)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u[:, :needed], s[:needed], vh[:needed]
+
+
+def leading(matrix: Tensor, most: int | None = None, size: float = 0.0) -> Svd:
+    """The SVD of a matrix without its zero singular values, and the largest ``most`` only; float64.
+
+    Zero is what is at most the share ``CUT`` of the largest, or of ``size``.
+    """
+    u, s, vh = decomposed(matrix.double(), needed=most)
+    rank = int((s > CUT * s[:1].clamp(min=size)).sum())
+    return u[:, :rank], s[:rank], vh[:rank]
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """The nearest matrix whose singular values are 1, and 0 where those of ``matrix`` are."""
+    u, _, vh = leading(matrix)
+    return u @ vh
+
+
+def output_basis(changes: Sequence[Delta]) -> Tensor:
+    """The left singular vectors ``[out, k]`` of all changes side by side, float64, zero singular values left out.
+
+    At least one, whose largest entry is positive, so that the basis follows from the changes alone. ``Dense`` changes
+    are ``[out, in]``; the Gram matrix of outputs tells.
+    """
+    low = [change for change in changes if isinstance(change, LowRank)]
+    if len(low) == len(changes):
+        up, up_core = torch.linalg.qr(torch.cat([change.up for change in low], -1).double())
+        cores = [
+            core @ torch.linalg.qr(change.down.double().mT, mode="r")[1].mT
+            for core, change in zip(up_core.split([change.rank for change in low], -1), low, strict=True)
+        ]
+        inside, s, _ = torch.linalg.svd(torch.cat(cores, -1), full_matrices=False)
+        basis = up @ inside
+    else:
+        gram = sum(matrix @ matrix.mT for matrix in (change.dense().double() for change in changes))
+        squares, vectors = torch.linalg.eigh(gram)
+        basis, s = vectors.flip(1), squares.flip(0).clamp(min=0).sqrt()
+    basis = basis[:, : max(1, int((s > CUT * s[:1]).sum()))]
+    largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
+    signed: Tensor = basis * torch.where(largest < 0, -1.0, 1.0)
+    return signed
+
+
+def balance(delta: LowRank) -> LowRank:
+    """The same change with the singular values of the product split evenly between its factors, float64."""
+    u, s, vh = factored_svd(delta.up, delta.down)
+    return _balanced(u, s, vh, s.shape[-1], torch.float64, delta.shape, delta.transposed)[0]
+
+
+def even(delta: LowRank, dtype: torch.dtype) -> LowRank:
+    """The same product with the size of every term of rank one split evenly between its factors, in a type.
+
+    Neither factor then leaves the range of half precision before the product does.
+    """
+    up, down = delta.up.double(), delta.down.double()
+    sizes = torch.linalg.vector_norm(down, dim=-1), torch.linalg.vector_norm(up, dim=-2)
+    ratio = torch.where((sizes[0] > 0) & (sizes[1] > 0), sizes[0] / sizes[1], 1.0).sqrt()
+    up, down = up * ratio[..., None, :], down / ratio[..., :, None]
+    return LowRank(up.to(dtype), down.to(dtype), delta.shape, delta.transposed)
+
+
+def truncate(delta: LowRank, rank: int) -> tuple[LowRank, float]:
+    """The best approximation of ``delta`` of at most ``rank`` (Frobenius norm), and the share of energy it discards.
+
+    The singular values are split evenly between the factors, which keeps both in the range of half precision.
+    """
+    if delta.rank <= rank:
+        return delta, 0.0
+    u, s, vh = factored_svd(delta.up, delta.down)
+    return _balanced(u, s, vh, rank, delta.up.dtype, delta.shape, delta.transposed)
+
+
+def compress(
+    matrix: Tensor, rank: int, shape: tuple[int, ...] | None = None, transposed: bool = False
+) -> tuple[LowRank, float]:
+    """Factors of at most ``rank`` for a full ``matrix [out, in]``, and the share of energy they discard.
+
+    A randomised range finder (Halko, Martinsson, Tropp 2011, algorithm 4.4) with a fixed seed. ``shape`` and
+    ``transposed`` describe the base tensor that the factors belong to, as in
+    :class:`~merging.maths.delta.LowRank`. Leading axes are batches (experts), each with factors of its own.
+    """
+    width = min(rank + _OVERSAMPLING, *matrix.shape[-2:])
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(matrix.shape[-1], width, generator=generator, dtype=torch.float64)
+    basis = torch.linalg.qr(matrix @ probe.to(matrix))[0]
+    for _ in range(_POWER_ITERATIONS):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis)[0])[0]
+    u, s, vh = factored_svd(basis, basis.mT @ matrix)
+    shape = tuple(matrix.shape) if shape is None else shape
+    factors, _ = _balanced(u, s, vh, rank, matrix.dtype, shape, transposed)
+    total = float(matrix.double().square().sum())
+    return factors, max(0.0, safe_ratio(total - float(s[..., :rank].square().sum()), total))
+
+
+def _balanced(
+    u: Tensor, s: Tensor, vh: Tensor, rank: int, dtype: torch.dtype, shape: tuple[int, ...], transposed: bool
+) -> tuple[LowRank, float]:
+    root = s[..., :rank].sqrt()
+    up, down = (u[..., :rank] * root[..., None, :]).to(dtype), (root[..., None] * vh[..., :rank, :]).to(dtype)
+    energy = s.square()
+    return LowRank(up, down, shape, transposed), safe_ratio(float(energy[..., rank:].sum()), float(energy.sum()))
+
+
+def inner(one: LowRank, other: LowRank) -> Tensor:
+    """The inner product of two changes of one tensor, float64, through the products of their factors."""
+    ups = one.up.double().mT @ other.up.double()
+    downs = one.down.double() @ other.down.double().mT
+    return (ups * downs).sum()
+
+
+def squared_norm(delta: Delta) -> Tensor:
+    """The sum of squares of a change, float64; of factors through their Gram matrices."""
+    if isinstance(delta, LowRank):
+        return inner(delta, delta)
+    pieces = torch.split(delta.value.reshape(-1), 1 << 20)
+    return torch.stack([piece.double().square().sum() for piece in pieces]).sum()

@@ -1,0 +1,3 @@
+"""Base classes that several methods share."""
+
+__all__: list[str] = []

@@ -1,0 +1,58 @@
+"""What wrappers have in common that drop entries at random: the seed, and how the kept ones make up for the rest."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from merging.maths.delta import Stack
+from merging.maths.linalg import safe_ratio, spans
+from merging.maths.parameters import column
+from merging.maths.reductions import Sum
+from merging.maths.site import Site
+from merging.methods.contract.method import Round, Seen
+from merging.methods.contract.wrapper import Entered, Wrapper
+
+__all__ = ["Dropping"]
+
+_NORMS = "dropping.norms"
+
+
+class Dropping(Wrapper):
+    """Entries of each change are dropped at random, and the kept ones grow to make up for them.
+
+    Which are dropped follows from the seed, the content of the model, the name of the tensor and the position in it.
+    """
+
+    rescale: Literal["inverse", "l1", "none"] = Field(
+        "inverse", description="how the kept entries make up for the rest"
+    )
+    seed: int = Field(0, description="another seed drops other entries")
+
+    @property
+    def factored(self) -> bool:
+        return False
+
+    @abstractmethod
+    def thinned(self, stack: Stack, site: Site, divide: bool) -> Tensor:
+        """The changes ``[n, *shape]`` with 0 for what is dropped, the rest divided by its probability if so asked."""
+
+    def rounds(self) -> tuple[Round, ...]:
+        own = (Round(_NORMS, Sum(), self._norms, per="tensor"),) if self.rescale == "l1" else ()
+        return own + super().rounds()
+
+    def _norms(self, stack: Stack, site: Site, seen: Seen) -> Tensor:
+        """Parts of the L1 norms of each change before and after dropping, ``[2 n, parts]``."""
+        both = [spans(each.abs()) for each in (stack.dense(), self.thinned(stack, site, divide=False))]
+        return torch.cat([torch.cat([whole.sum(-1), rest.sum(-1, keepdim=True)], 1) for whole, rest in both])
+
+    def enter(self, stack: Stack, site: Site, seen: Seen) -> Entered:
+        values = self.thinned(stack, site, divide=self.rescale == "inverse")
+        if self.rescale == "l1":
+            before, after = seen[_NORMS].view(2, -1).tolist()
+            values *= column([safe_ratio(b, a) for b, a in zip(before, after, strict=True)], values)
+        return Entered(self.then, Stack.of(values, stack.models, stack.present), site, lambda merged: merged)

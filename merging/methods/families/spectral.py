@@ -1,0 +1,92 @@
+"""What methods have in common that take matrices apart by their singular values."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from merging.maths.delta import Delta, Dense, LowRank, Stack
+from merging.maths.linalg import joint_core
+from merging.maths.parameters import Coefficient, Local
+from merging.maths.site import Site
+from merging.methods.contract.method import Grain, Method, Seen
+
+__all__ = ["Spectral", "as_stored", "matrices"]
+
+
+class Spectral(Method):
+    """Matrices are merged one by one; all other tensors, and embedding tables unless `embeddings`, take the mean.
+
+    What a method makes of matrices must not depend on the basis they are written in: low-rank changes are then merged
+    in their joint row and column spaces, where all matrices are of the sum of ranks, exactly.
+    """
+
+    takes_apart: ClassVar[bool] = True
+
+    scale: Local[Coefficient] = Field(1.0, description="what the merged change is multiplied by")
+    embeddings: bool = Field(False, description="take embedding tables apart as well, which else are averaged")
+
+    @property
+    def grain(self) -> Grain:
+        return "matrix"
+
+    def grain_at(self, site: Site) -> Grain:
+        return "matrix" if self.decomposes(site) else "element"
+
+    @property
+    def factored(self) -> bool:
+        return True
+
+    def decomposes(self, site: Site) -> bool:
+        """Whether a tensor is taken apart."""
+        return site.kind in ("matrix", "experts") or (self.embeddings and site.kind == "embedding")
+
+    def idle(self, site: Site) -> Mapping[str, str]:
+        if self.decomposes(site) and site.kind == "embedding":
+            return {}
+        found = {"embeddings": "there is no embedding table"}
+        if self.decomposes(site):
+            return found
+        everywhere = {"scale", "weights", "embeddings"}
+        own = dict.fromkeys(type(self).model_fields.keys() - everywhere, f"{self.name} takes only matrices apart")
+        return own | found
+
+    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+        if not self.decomposes(site):
+            return stack.weighted_sum([weight * self.scale for weight in self.others(len(stack))])
+        if self.factored and stack.low_rank and len(stack.deltas[0].shape) == 2:
+            deltas = [delta for delta in stack.deltas if isinstance(delta, LowRank)]
+            up, down, cores = joint_core(deltas)
+            merged = up @ self.combine(cores, site.side or min(len(up), down.shape[1]))
+            like = deltas[0]
+            return LowRank(merged.to(stack.dtype), down.to(stack.dtype), like.shape, like.transposed).scaled(self.scale)
+        values = matrices(stack.dense(), site)
+        size = site.side or min(values.shape[-2:])
+        if values.dim() == 3:
+            merged = self.combine(list(values), size)
+        else:  # experts side by side
+            merged = torch.stack([self.combine(list(each), size) for each in values.transpose(0, 1)])
+        return Dense(as_stored(merged.to(values.dtype), site)).scaled(self.scale)
+
+    def others(self, models: int) -> list[Coefficient]:
+        """The weights that models have where nothing is taken apart."""
+        return [1 / models] * models
+
+    @abstractmethod
+    def combine(self, changes: Sequence[Tensor], size: int) -> Tensor:
+        """The merged matrix, float64, of changes ``[out, in]``; ``size`` is the shorter side of the full matrices, of
+        which these may be cores."""
+
+
+def matrices(values: Tensor, site: Site) -> Tensor:
+    """Matrices or tables as ``[..., out, in]``, whichever way they lie."""
+    return values.mT if site.axis == 0 else values
+
+
+as_stored = matrices
+"""The way back."""

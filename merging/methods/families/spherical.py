@@ -1,0 +1,100 @@
+"""Angles between what the models bring to a tensor: all that methods on the sphere must know of it.
+
+Whatever they make of the tensors is a weighted sum of them, whose weights follow from the inner products alone: one
+pass to gather these, one to add up, and on factors no matrix at all.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from merging.maths.delta import LowRank, Stack
+from merging.maths.linalg import inner, spans
+from merging.maths.parameters import Coefficient, PerModel, number
+from merging.maths.reductions import Sum
+from merging.maths.site import Site
+from merging.methods.contract.method import Method, Round, Seen
+
+__all__ = ["GRAM", "OnSphere", "arc_weights", "cosines", "gram", "plain_weights"]
+
+_PRODUCTS = "inner products"
+
+
+def _products(stack: Stack, site: Site, seen: Seen) -> Tensor:
+    """Parts of the inner products of all pairs i <= j, ``[n (n + 1) / 2, parts]``, which the fold adds up.
+
+    Over spans so short that float32 loses nothing that matters; of factors through theirs.
+    """
+    upper = torch.triu_indices(len(stack), len(stack))
+    if stack.low_rank:
+        deltas = [delta for delta in stack.deltas if isinstance(delta, LowRank)]
+        return torch.stack([inner(deltas[i], deltas[j]) for i, j in upper.mT.tolist()])[:, None]
+    whole, rest = spans(stack.dense())
+    whole = whole.transpose(0, 1)
+    grams = torch.cat([whole @ whole.mT, (rest @ rest.mT)[None]])
+    return grams[:, upper[0], upper[1]].mT
+
+
+GRAM = Round(_PRODUCTS, Sum(), _products, per="tensor")
+"""The inner products of the models' tensors, for :func:`gram`."""
+
+
+class OnSphere(Method):
+    """A method whose weights of the models follow from their inner products, of weights or of changes.
+
+    Of changes it is exact on adapters, and needs no base then.
+    """
+
+    weights: PerModel[Coefficient] = Field(1.0, description="one weight for all models, or one each")
+    space: Literal["weights", "changes"] = Field("weights", description="merge weights, or changes from the base")
+
+    @property
+    def origin(self) -> Literal["base", "none"]:
+        return "base" if self.space == "changes" else "none"
+
+    @property
+    def factored(self) -> bool:
+        return self.space == "changes"
+
+    def rounds(self) -> tuple[Round, ...]:
+        return (GRAM,)
+
+
+def gram(seen: Seen) -> Tensor:
+    """The inner products ``[n, n]`` float64 that :data:`GRAM` gathered."""
+    products = seen[_PRODUCTS]
+    n = int((2 * len(products) + 0.25) ** 0.5)
+    upper = torch.triu_indices(n, n)
+    out = products.new_empty(n, n)
+    out[upper[0], upper[1]] = out[upper[1], upper[0]] = products
+    return out
+
+
+def cosines(grams: Tensor) -> tuple[Tensor, Tensor]:
+    """Norms ``[n, ...]`` and cosines ``[n, n, ...]`` from inner products; a zero tensor is at a right angle to all."""
+    norms = torch.stack([grams[i, i] for i in range(len(grams))]).sqrt()
+    sizes = norms[:, None] * norms
+    return norms, torch.where(sizes > 0, grams / torch.where(sizes > 0, sizes, 1.0), 0.0).clamp(-1, 1)
+
+
+def arc_weights(grams: Tensor, t: Coefficient, flat_from: float) -> tuple[Tensor, Tensor]:
+    """The weights of two tensors a step ``t`` along the arc between them, from ``grams [2, 2, ...]``.
+
+    sin((1 - t) omega) / sin(omega) and sin(t omega) / sin(omega), and 1 - t and t where the cosine's magnitude is
+    beyond ``flat_from`` or a tensor is zero.
+    """
+    norms, angles = cosines(grams)
+    cosine = angles[0, 1]
+    flat = (cosine.abs() > flat_from) | (norms[0] * norms[1] == 0)
+    omega = torch.acos(torch.where(flat, 0.0, cosine))
+    first, second = ((1 - t) * omega).sin() / omega.sin(), (t * omega).sin() / omega.sin()
+    return torch.where(flat, 1 - t, first), torch.where(flat, t, second)
+
+
+def plain_weights(weights: Tensor) -> list[Coefficient]:
+    """One weight a model, as numbers unless a gradient flows through them."""
+    return list(weights.unbind()) if weights.requires_grad else [number(weight) for weight in weights]

@@ -1,0 +1,95 @@
+"""What the header of a merged LoRA's file says in each format, and what the file is called."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from merging.output.peft_config import adapter_config
+from merging.plan.items import Plan
+from merging.plan.outs import PREFIX
+from merging.sources import Adapter
+from merging.sources.diffusion import WEIGHTS, modern_name
+from merging.sources.lora_headers import METADATA_KEY
+from merging.sources.peft import CONFIG_KEY
+
+__all__ = ["lora_metadata", "lora_stem"]
+
+_LOWER = re.compile(r"\.lora_(?:A|down)\.weight$")
+"""What the lower factor of a module is called behind it."""
+
+
+def lora_stem(plan: Plan, folder: Path) -> str:
+    """What the file is called in its folder, without its ending: as each program looks for it."""
+    stems = {"peft": "adapter_model", "diffusers": Path(WEIGHTS[0]).stem}
+    return stems.get(plan.format, folder.name)
+
+
+def lora_metadata(plan: Plan) -> dict[str, str]:
+    """What the program that a merged LoRA is for reads in its header.
+
+    Of the inputs' own headers only the kind of model is kept: those of Kohya's hold captions and paths.
+    """
+    if plan.header == "peft":
+        return {CONFIG_KEY: json.dumps(adapter_config(plan))}
+    if plan.header == "diffusers":
+        return {METADATA_KEY: json.dumps(_configs(plan))}
+    return _kohya(plan) if plan.header == "kohya" else {}
+
+
+def _configs(plan: Plan) -> dict[str, object]:
+    """A config of PEFT's for each component: alpha equal to the rank, its modules by their full names."""
+    modules: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    for name, rank in ((modern_name(out.name), out.shape[0]) for out in plan.outs if out.shape):
+        if _LOWER.search(name):
+            component, _, module = _LOWER.sub("", name).partition(".")
+            # PEFT looks for endings, so that this one is found in text encoders with and without the level.
+            modules[component][module.removeprefix(PREFIX).removeprefix("text_model.")] = rank
+    config = {
+        "peft_type": "LORA",
+        "r": plan.rank,
+        "lora_alpha": plan.rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    found: dict[str, object] = {}
+    for component, ranks in sorted(modules.items()):
+        others = {module: rank for module, rank in sorted(ranks.items()) if rank != plan.rank}
+        own = {**config, "rank_pattern": others, "alpha_pattern": others, "target_modules": sorted(ranks)}
+        found |= {f"{component}.{key}": value for key, value in own.items()}
+    return found
+
+
+def _kohya(plan: Plan) -> dict[str, str]:
+    """What sd-scripts writes of a LoRA that other programs go by: its rank, and the kind of model it is for."""
+    ranks = {int(constant.value) for constant in plan.constants if constant.out.name.endswith(".alpha")}
+    rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+    vectors = any(out.name.endswith(("_norm", ".diff_b")) for out in plan.outs)
+    return {
+        "ss_network_module": "lycoris.kohya" if vectors else "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
+        **_family(plan),
+        **_stated(plan),
+    }
+
+
+def _stated(plan: Plan) -> dict[str, str]:
+    """What the inputs that say so have in common."""
+    configs = [model.config for model in plan.models if isinstance(model, Adapter)]
+    found = {key: {config[key] for config in configs if key in config} for key in ("ss_base_model_version", "ss_v2")}
+    return {key: values.pop() for key, values in found.items() if len(values) == 1}
+
+
+def _family(plan: Plan) -> dict[str, str]:
+    """The kind of model as the names and widths tell it, where they do."""
+    shapes = {out.name: out.shape for out in plan.outs}
+    if any(re.match(r"lora_unet_(?:input|middle|output)_block", name) for name in shapes):
+        return {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"}
+    widths = {shape[1] for name, shape in shapes.items() if name.endswith("_attn2_to_k.lora_down.weight")}
+    by_width = {768: {"ss_base_model_version": "sd_v1", "ss_v2": "False"}, 1024: {"ss_v2": "True"}}
+    return by_width.get(widths.pop(), {}) if len(widths) == 1 else {}

@@ -1,0 +1,66 @@
+"""The one door for model cards: YAML for the Hub and Markdown, in which no name of a file means anything but itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from merging.errors import escaped
+from merging.output.licences import Source
+
+__all__ = ["card", "code", "fenced", "prose", "sources_listed"]
+
+_MARKS = re.compile(r"[\\`*\[\]<>&|~!#$@]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.|:(?=//)", re.IGNORECASE)
+"""What Markdown may read as markup, an entity, or an address to link."""
+
+
+def card(facts: Mapping[str, Any], title: str, parts: Sequence[str]) -> str:
+    """A card: its metadata, a heading, and parts of Markdown, one below the other.
+
+    Whoever makes parts puts what comes from files into them by :func:`code`, :func:`prose` or :func:`fenced`.
+    """
+    head = yaml.safe_dump(_plain(facts), sort_keys=False)
+    return "\n\n".join([f"---\n{head}---", f"# {title}", *parts]) + "\n"
+
+
+def code(text: str) -> str:
+    """A text as a span of code, with as many backticks around it as it needs."""
+    text = escaped(text)
+    fence = "`" * (_longest_run(text) + 1)
+    space = " " if text.startswith(("`", " ")) or text.endswith(("`", " ")) or not text else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def prose(text: str) -> str:
+    """A text as part of a paragraph, with what Markdown would read as markup escaped."""
+    return _MARKS.sub(r"\\\g<0>", escaped(text))
+
+
+def fenced(text: str, language: str) -> str:
+    """Lines as a block of code that none of them can end."""
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return f"{fence}{language}\n{escaped(text, lines=True).rstrip()}\n{fence}"
+
+
+def sources_listed(sources: Sequence[Source]) -> str:
+    """What a model was made of, one a line, each with its licence."""
+    return "\n".join(
+        f"- {f'{each.role}: ' if each.role else ''}{code(each.name)} (licence: {prose(each.licence or 'not stated')})"
+        for each in sources
+    )
+
+
+def _longest_run(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
+def _plain(value: Any) -> Any:
+    """Metadata without ends of lines and control characters."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return escaped(value) if isinstance(value, str) else value

@@ -1,0 +1,151 @@
+"""What a model's folder holds beside the merged weights: config, tokenizer, licence, and components that stay."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from merging import os_calls as platform
+from merging.errors import InputError
+from merging.output.peft_config import model_card
+from merging.plan.heads import scales_outputs
+from merging.plan.items import Plan
+from merging.sources import Checkpoint
+from merging.sources.layout import find_weights
+from merging.sources.model_files import COMPANIONS, IN_PIPELINES
+from merging.sources.opening import STAND_INS
+from merging.sources.small_files import check_file, copy_file
+from merging.sources.stored import holders_of
+from merging.sources.tokenizers import TOKENIZER_FILES
+
+__all__ = ["check_companions", "companion_patterns", "copy_companions", "write_model_companions"]
+
+_BLOCK = 1 << 24
+
+
+def companion_patterns(plan: Plan) -> tuple[str, ...]:
+    """Patterns of the files that are copied beside the output, in the reference's folder."""
+    plain = (*TOKENIZER_FILES, *COMPANIONS)
+    if plan.reference is None or not plan.reference.components:
+        return plain
+    return (*plain, *(f"*/{pattern}" for pattern in (*plain, *IN_PIPELINES)))
+
+
+def write_model_companions(plan: Plan, folder: Path) -> list[str]:
+    """Copy what belongs to the model from its base (or first model), and write its config and card.
+
+    Returns remarks on what is missing.
+    """
+    reference = plan.reference
+    assert reference is not None
+    (folder / "README.md").write_text(model_card(plan), encoding="utf-8")
+    if reference.folder is None:
+        return [
+            f"{reference.path} is a bare file without a config, so the output has none: copy it from the model's folder"
+        ]
+    own = plan.vocabulary.of if plan.vocabulary else reference
+    copy_companions(plan, folder)
+    parts = reference.components or {"": reference}
+    for name, component in parts.items():
+        if name in plan.kept:
+            _copy_weights(component, folder / name)
+        elif component.config:
+            text = json.dumps(_model_config(plan, component.config), indent=2) + "\n"
+            (folder / name / "config.json").write_text(text, encoding="utf-8")
+    return _remarks(plan, reference, own)
+
+
+def copy_companions(plan: Plan, folder: Path) -> None:
+    """Copy the files that belong to the output: those of a model, and the tokenizer of an adapter with its own tokens.
+
+    The tokenizer of any other adapter is its base's, and stays where it is.
+    """
+    for name, source in _companions(plan).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(source, folder / name)
+
+
+def _remarks(plan: Plan, reference: Checkpoint, own: Checkpoint) -> list[str]:
+    assert reference.folder is not None
+    remarks = []
+    if "auto_map" in reference.config or any(reference.folder.glob("*.py")) or any(reference.folder.glob("*/*.py")):
+        remarks.append(
+            f"the model runs code of its own, which is not copied: copy *.py from {reference.folder} if you trust it"
+        )
+    if own is not reference and own.folder is not None:
+        remarks.append(f"the tokenizer is that of {own.path}, which has the largest vocabulary")
+    return remarks
+
+
+def _companions(plan: Plan) -> dict[str, Path]:
+    """The files that are copied, by their names in the output; each is one that may be read."""
+    reference, own = plan.reference, plan.vocabulary.of if plan.vocabulary else plan.reference
+    others = [pattern for pattern in companion_patterns(plan) if pattern not in TOKENIZER_FILES]
+    if plan.output == "adapter":
+        others, own = [], None if own is plan.base else own
+    found: dict[str, Path] = {}
+    for model, patterns in ((reference, others), (own, TOKENIZER_FILES)):
+        folder = model.folder if model else None
+        for path in sorted(path for pattern in patterns if folder for path in folder.glob(pattern)):
+            if folder and not path.is_dir():
+                found[path.relative_to(folder).as_posix()] = check_file(path, folder)
+    return found
+
+
+def check_companions(plan: Plan) -> None:
+    """Look at the files that are copied beside the output, before it is made.
+
+    Raises :class:`~merging.errors.FormatError` for one that is no ordinary file, is huge, or is a link out of its
+    folder, as strangers' folders can hold them: what it leads to would be published.
+    """
+    model_card(plan)
+    _companions(plan)
+
+
+def _copy_weights(component: Checkpoint, folder: Path) -> None:
+    """A component's weights as they are, byte for byte, and durable."""
+    assert component.folder is not None
+    folder.mkdir(exist_ok=True)
+    holders = {holder.path: holder for holder in holders_of(component.tensors.values())}
+    for file in component.files:
+        target = folder / file.name
+        if file not in holders and file in STAND_INS:
+            raise InputError(
+                f"{file.name} of {component.path}: PyTorch files on the Hub are not copied: download it first"
+            )
+        with platform.create(target) as stream:
+            if file in holders:
+                holder = holders[file]
+                block = memoryview(bytearray(_BLOCK))
+                for start in range(0, holder.size, _BLOCK):
+                    piece = block[: min(_BLOCK, holder.size - start)]
+                    holder.read(piece, start)
+                    stream.write(piece)
+            else:
+                with os.fdopen(platform.open_regular(file), "rb") as source:
+                    shutil.copyfileobj(source, stream, _BLOCK)
+            stream.flush()
+            platform.sync(stream.fileno())
+    index = find_weights(component.folder)
+    if index is not None and index.suffix == ".json":
+        copy_file(check_file(index), folder / index.name)
+
+
+def _model_config(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
+    edited = {key: value for key, value in config.items() if key != "_name_or_path"}
+    inner = edited.get("text_config")
+    if isinstance(inner, dict):
+        edited["text_config"] = inner = dict(inner)
+    parts = [edited, inner] if isinstance(inner, dict) else [edited]
+    for part in parts:
+        if plan.recipe.dtype and "_class_name" not in config:
+            part.update({key: plan.recipe.dtype for key in ("dtype", "torch_dtype") if key in part or part is edited})
+        # A scaled T5 would be taken for one that is not: transformers tells them by this setting.
+        if plan.untied and (part is edited or "tie_word_embeddings" in part) and not scales_outputs(config):
+            part["tie_word_embeddings"] = False
+        if plan.vocabulary and ("vocab_size" in part or (part is edited and inner is None)):
+            part["vocab_size"] = plan.vocabulary.rows
+    return edited

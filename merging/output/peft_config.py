@@ -1,0 +1,202 @@
+"""What lies beside the weights: config, tokenizer, licence, the adapter's config, the model card."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from merging.output.licences import Source, licence_sentence, source_of, strictest
+from merging.output.markdown import card, code, fenced, prose, sources_listed
+from merging.plan.items import Item, Plan
+from merging.plan.outs import PREFIX
+from merging.sources import Adapter, Checkpoint
+from merging.sources.adapter import Change, LoraChange
+from merging.sources.tokens import TokenTable
+
+__all__ = ["HUB_ID", "adapter_config", "model_card", "write_adapter_companions"]
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""What names of models on the Hub look like."""
+
+
+def write_adapter_companions(plan: Plan, folder: Path, remarks: Sequence[str] = ()) -> None:
+    """Write the config that PEFT reads, and the card; tokenizers of adapters stay behind: the base has one.
+
+    ``remarks`` are sentences about the merged values, for the card.
+    """
+    if plan.format == "peft":
+        _write(folder / "adapter_config.json", json.dumps(adapter_config(plan), indent=2) + "\n")
+    _write(folder / "README.md", model_card(plan, remarks))
+
+
+def adapter_config(plan: Plan) -> dict[str, Any]:
+    """PEFT's config of a merged adapter: one rank, alpha equal to it, no variants; every scale is in the factors."""
+    adapters = [model for model in plan.models if isinstance(model, Adapter)]
+    changes = [change for item in plan.items if item.form == "factors" for change in item.inputs if change]
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "auto_mapping": None,
+        "base_model_name_or_path": next((a.base for a in adapters if a.base and a.dialect.startswith("PEFT")), None),
+        "revision": next((a.config["revision"] for a in adapters if a.config.get("revision")), None),
+        "task_type": next((a.config["task_type"] for a in adapters if a.config.get("task_type")), None),
+        "inference_mode": True,
+        "r": plan.rank,
+        "lora_alpha": plan.rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(isinstance(c, LoraChange) and c.kind == "linear" and c.transposed for c in changes),
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "target_modules": _target_modules(plan, adapters),
+        "modules_to_save": _saved_modules(plan, adapters) or None,
+    }
+    if any(item.form == "delta" for item in plan.items):
+        config["lora_bias"] = True
+    if parameters := _parameters(plan, adapters):
+        config["target_parameters"] = parameters
+        config["peft_version"] = "0.19.0"  # the first that reads experts' factors this way round
+    tokens = _tokens(plan)
+    if tokens and plan.rank:
+        config["trainable_token_indices"] = tokens
+    elif tokens:
+        kept = ("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode")
+        indices = next(iter(tokens.values()))
+        return {
+            **{key: config[key] for key in kept},
+            "peft_type": "TRAINABLE_TOKENS",
+            "target_modules": sorted(tokens),
+            "token_indices": indices,
+        }
+    return config
+
+
+def _is_experts(item: Item) -> bool:
+    """Whether an item is the parameter of experts, stacked."""
+    return not item.placings and any(isinstance(each, Change) and each.kind == "experts" for each in item.inputs)
+
+
+def _parameters(plan: Plan, adapters: list[Adapter]) -> list[str]:
+    """The parameters of experts that are adapted, by the short names the inputs used if these mean all of them."""
+    experts = [item.inputs for item in plan.items if item.form == "factors" and _is_experts(item)]
+    names = {next(each.target for each in inputs if isinstance(each, Change)) for inputs in experts}
+    short = {name for adapter in adapters for name in adapter.config.get("target_parameters") or ()}
+    return _shortened(names, short)
+
+
+def _shortened(names: Iterable[str], short: Iterable[str]) -> list[str]:
+    """Those of the short names that a name ends in, if every name ends in one; else the names themselves."""
+    ends = {name: {end for end in short if name == end or name.endswith(f".{end}")} for name in names}
+    return sorted(set().union(*ends.values()) if all(ends.values()) else ends)
+
+
+def _tokens(plan: Plan) -> dict[str, list[int]]:
+    """The indices of the rows that are written, by module."""
+    found: dict[str, list[int]] = {}
+    for item in plan.items:
+        if isinstance(item.base, TokenTable):
+            module = item.outs[0].name.removeprefix(PREFIX).rpartition(".")[0].removesuffix(".token_adapter")
+            found[module] = list(item.base.indices)
+    return found
+
+
+def _target_modules(plan: Plan, adapters: list[Adapter]) -> list[str]:
+    """The adapted modules by the short names the inputs used, where these together mean exactly the adapted ones.
+
+    A short name means all modules that end in it; that is true of the merge if it was true of every input. Else the
+    modules are named in full.
+    """
+    short: set[str] = set()
+    for adapter in adapters:
+        named = adapter.config.get("target_modules")
+        narrowed = any(adapter.config.get(key) for key in ("layers_to_transform", "exclude_modules"))
+        if not isinstance(named, list) or narrowed or not all(isinstance(name, str) for name in named):
+            return sorted(_modules(plan))
+        short.update(named)
+    short |= _expert_leaves(plan)
+    return _shortened(_modules(plan), short)
+
+
+def _expert_leaves(plan: Plan) -> set[str]:
+    """The last names of the projections of experts that are written apart, unless other modules are called so too."""
+    apart = {out.name for item in plan.items if item.form == "factors" for each in item.placings for out in [each.up]}
+    leaves = {name.removesuffix(".lora_B.weight").rpartition(".")[2] for name in apart}
+    adapted = _modules(plan)
+    modules = {name.removesuffix(".weight") for name in plan.base.tensors} if plan.base else set()
+    return leaves - {module.rpartition(".")[2] for module in modules - adapted}
+
+
+def _modules(plan: Plan) -> set[str]:
+    leaves = (".lora_A.weight", ".lora_embedding_A")
+    adapted = [item for item in plan.items if item.form == "factors" and not _is_experts(item)]
+    names = [out.name for item in adapted for out in item.outs]
+    paths = {name.removeprefix(PREFIX).removesuffix(leaf) for name in names for leaf in leaves if name.endswith(leaf)}
+    # What is wrapped in another wrapper follows from that one.
+    return {path for path in paths if ".base_layer" not in path}
+
+
+def _saved_modules(plan: Plan, adapters: list[Adapter]) -> list[str]:
+    """The modules saved in full, by the names of the inputs' configs; any that these leave out by its own."""
+    saved = [item for item in plan.items if item.form == "dense" and not isinstance(item.base, TokenTable)]
+    outs = [out.name for item in saved for out in item.outs]
+    modules = {name.removeprefix(PREFIX).rpartition(".")[0] for name in outs}
+    named = {name for adapter in adapters for name in adapter.config.get("modules_to_save") or [] if modules}
+    return sorted(named | {module for module in modules if not any(f".{name}." in f".{module}." for name in named)})
+
+
+def model_card(plan: Plan, remarks: Sequence[str] = ()) -> str:
+    """The README of the output: metadata that the Hub reads, its sources, remarks on the values, and the recipe."""
+    facts: dict[str, Any] = {}
+    ids = _hub_ids(plan)
+    if ids:
+        facts["base_model"] = ids
+        facts["base_model_relation"] = "adapter" if plan.output == "adapter" else "merge"
+    full = plan.reference.library if plan.reference else "transformers"
+    peft = all(isinstance(model, Adapter) and model.dialect.startswith("PEFT") for model in plan.models)
+    own = "peft" if plan.format == "peft" or peft else "diffusers"
+    facts["library_name"] = full if plan.output == "model" else own
+    licence = strictest([each.licence for each in _sources(plan)])
+    if licence:
+        facts["license"] = licence
+    facts["tags"] = ["merge", *(["lora"] if plan.output == "adapter" else []), *plan.recipe.method.chain.split("+")]
+    parts = [
+        f"{len(plan.recipe.models)} models merged by {code(plan.recipe.method.chain)}:",
+        sources_listed(_sources(plan)),
+        prose(licence_sentence(licence)),
+        *(prose(f"Note: {remark.removeprefix('warning: ')}.") for remark in remarks),
+        "## Recipe",
+        fenced(plan.recipe.to_yaml(), "yaml"),
+    ]
+    return card(facts, f"Merged {plan.output}", parts)
+
+
+def _sources(plan: Plan) -> list[Source]:
+    """What the output was made of, the base last."""
+    return [source_of(model) for model in plan.models] + ([source_of(plan.base, "base")] if plan.base else [])
+
+
+def _hub_ids(plan: Plan) -> list[str]:
+    """Names of the Hub for what the output was made from: the base of an adapter, the models of a model."""
+    stated: list[object]
+    if plan.output == "adapter":
+        stated = [plan.base.origin.repo] if plan.base and plan.base.origin else []
+        stated += [model.base for model in plan.models if isinstance(model, Adapter)]
+        stated = stated[:1]
+    else:
+        models = [model for model in [*plan.models, plan.base] if model]
+        stated = [
+            model.origin.repo if model.origin else model.config.get("_name_or_path")
+            for model in models
+            if isinstance(model, Checkpoint) or model.origin
+        ]
+    names = [name for name in stated if isinstance(name, str) and HUB_ID.fullmatch(name)]
+    return list(dict.fromkeys(names))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

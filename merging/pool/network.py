@@ -1,0 +1,57 @@
+"""Running a model needs transformers: where it loads one from, without its bars, and its errors as one message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from merging.errors import InputError
+from merging.hub.address import hub_address
+from merging.sources.links import check_inside
+
+__all__ = ["explained", "loadable", "quiet"]
+
+
+def loadable(base: str) -> tuple[str, dict[str, Any]]:
+    """What transformers loads a model from, and the options that say which revision and folder of it.
+
+    Raises :class:`~merging.errors.InputError` for what is no folder: to run a model, its config is needed.
+    """
+    address = hub_address(base)
+    if address is None:
+        if not Path(base).expanduser().is_dir():
+            raise InputError(f"{base}: is no folder of a model: it has to run, so its config is needed")
+        folder = Path(base).expanduser()
+        for path in folder.rglob("*"):  # transformers would follow any link
+            check_inside(path, folder)
+        return str(folder), {}
+    revision = {"revision": address.revision} if address.revision else {}
+    return address.repo, {**revision, **({"subfolder": address.path} if address.path else {})}
+
+
+@contextmanager
+def explained(base: str) -> Iterator[None]:
+    """What transformers cannot load becomes one message."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{base}: cannot be loaded by transformers: {reason[:300]}") from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Neither bars nor remarks of the library: what is missing is told by us."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

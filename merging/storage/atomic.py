@@ -1,0 +1,43 @@
+"""One way to replace a file: written beside it, made durable, and moved into its place."""
+
+from __future__ import annotations
+
+import glob
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from merging import os_calls as platform
+
+__all__ = ["remove_unplaced", "replace_file"]
+
+_NEW = ".new"
+"""How the names of files end that are not yet in their place."""
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put a file with this content in the place of what is there, so that a reader finds one or the other.
+
+    It is written beside it as a new file of a name that nobody can foresee, so never through a link. The content is
+    durable then; that the name is needs :func:`merging.os_calls.sync_folder`. Raises OSError, with nothing left.
+    """
+    fd, new = tempfile.mkstemp(_NEW, f".{path.name}.", path.parent)
+    try:
+        with os.fdopen(fd, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            platform.sync(stream.fileno())
+        Path(new).chmod(0o666 & ~platform.umask())
+        Path(new).replace(path)
+    except BaseException:
+        with suppress(OSError):
+            Path(new).unlink()
+        raise
+
+
+def remove_unplaced(path: Path) -> None:
+    """Remove what killed processes left beside a file that they were to replace; for who is its only writer."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_NEW}"):
+        with suppress(OSError):
+            left.unlink()

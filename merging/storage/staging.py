@@ -1,0 +1,266 @@
+"""Where an output comes down: built beside its destination, made durable, and moved there whole or not at all.
+
+An output is built in a hidden folder ``.NAME.*.partial``, whose lock its merge holds: ``out`` in there becomes the
+output, and ``old`` is what it replaces, where two names cannot be exchanged in one step. One that no living merge holds
+was left by a kill: the next merge to the same place moves ``old`` back if nothing took its place, and removes the rest.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+from merging import os_calls as platform
+from merging.errors import MergingError, OutputError
+from merging.sources.model_files import foreign_names
+
+__all__ = ["Landing", "check_destination"]
+
+_SLACK = 1 << 24
+"""Bytes for configs, tokenizer and index beside the weights of a folder, when space is checked."""
+
+_PARTIAL, _OLD = ".partial", "old"
+
+
+def check_destination(destination: Path, inputs: Iterable[Path], nbytes: int, overwrite: bool) -> None:
+    """Refuse a destination that exists (unless it may be overwritten), lies on top of an input, or has no room.
+
+    What a merge that was killed had moved out of the way of its output is first moved back there.
+
+    Raises :class:`~merging.errors.OutputError`.
+    """
+    try:
+        target = destination.resolve()
+    except (OSError, RuntimeError):  # RuntimeError: in older Pythons
+        raise OutputError(f"{destination}: is a link to itself, or cannot be reached: choose another -o") from None
+    for path in inputs:
+        resolved = path.resolve()
+        if resolved == target or target in resolved.parents:
+            raise OutputError(f"{destination}: the output would replace the input {path}: choose another -o")
+    for abandoned, lock in _abandoned(destination):
+        _put_back(abandoned, destination)
+        os.close(lock)
+    if os.path.lexists(destination) and not overwrite:
+        raise OutputError(f"{destination}: exists already: choose another -o, or use --overwrite")
+    _check_replaced(destination)
+    parent = destination.parent
+    if not parent.is_dir():
+        raise OutputError(f"{destination}: the folder {parent} does not exist: create it first")
+    needed = nbytes + (0 if destination.suffix == ".safetensors" else _SLACK)
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OutputError(f"{destination}: needs {needed / 1e6:.1f} MB, and {parent} has {free / 1e6:.1f} MB free")
+
+
+def _check_replaced(destination: Path) -> None:
+    """Only a file is overwritten by a file, and only the folder of one model, or an empty one, by a folder."""
+    if not os.path.lexists(destination):
+        return
+    single = destination.suffix == ".safetensors"
+    if single and destination.is_dir():
+        raise OutputError(f"{destination}: is a folder, and the output is a file: choose another -o")
+    if single and not destination.is_file() and not destination.is_symlink():
+        raise OutputError(f"{destination}: is no ordinary file: choose another -o")
+    if not single and not destination.is_dir():
+        raise OutputError(f"{destination}: is no folder, and the output is one: choose another -o")
+    foreign = [] if single else foreign_names(destination)
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise OutputError(
+            f"{destination}: is a folder of something else than one model, which is not overwritten: it holds "
+            f"{', '.join(foreign[:3])}{more}: choose another -o"
+        )
+
+
+class Landing:
+    """A temporary folder beside ``destination`` that becomes it, or (``file`` given) one file of which becomes it.
+
+    ``folder`` is where the output is built, ``scratch`` one for what is only needed meanwhile. Used as a context
+    manager: :meth:`commit` moves the output into place, leaving without it removes every trace. ``notices`` then say
+    what could not be removed. Raises :class:`~merging.errors.OutputError` for what the disk refuses, in the body too.
+    """
+
+    def __init__(self, destination: Path, overwrite: bool, file: bool) -> None:
+        self.destination = destination
+        self.overwrite = overwrite
+        self.file = file
+        self.notices: list[str] = []
+        for abandoned, lock in _abandoned(destination):
+            if _put_back(abandoned, destination) is None:
+                shutil.rmtree(abandoned, ignore_errors=True)
+            os.close(lock)
+        try:
+            self.scratch, self._lock = _claimed(destination)
+        except OSError as error:
+            raise self._refused(f"{destination.parent} cannot be written to", error) from None
+        self.folder = self.scratch / "out"
+        try:
+            self.folder.mkdir()
+        except OSError as error:
+            self._remove()
+            raise self._refused(f"{destination.parent} cannot be written to", error) from None
+
+    def _refused(self, what: str, error: OSError) -> OutputError:
+        return OutputError(f"{self.destination}: {what}: {error.strerror or error}{self._left()}")
+
+    def _left(self) -> str:
+        return "".join(f"; {notice}" for notice in self.notices)
+
+    def __enter__(self) -> Landing:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._remove()
+        if isinstance(error, OSError):
+            elsewhere = error.filename is not None and str(self.scratch) not in str(error.filename)
+            raise self._refused(f"cannot be written: {error.filename}" if elsewhere else "cannot be written", error)
+        if isinstance(error, MergingError) and self.notices:
+            error.args = (f"{error}{self._left()}",)
+        elif error is not None and self.notices:
+            warnings.warn(self.notices[0], stacklevel=2)
+
+    def _remove(self) -> None:
+        """Remove what is left of the temporary folder, and note it if that fails."""
+        old = _put_back(self.scratch, self.destination)
+        try:
+            if old is None:
+                shutil.rmtree(self.scratch, ignore_errors=True)
+                shutil.rmtree(self.scratch)  # whatever was left is tried once more, for the reason
+            else:
+                self.notices.append(
+                    f"{old} is what was there before: the next merge to {self.destination} moves it back"
+                )
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self.notices.append(
+                f"the temporary folder {self.scratch} could not be removed ({error.strerror}): the next merge to "
+                f"{self.destination} removes it"
+            )
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def commit(self) -> None:
+        """Make what was built durable and put it in place, atomically. Raises :class:`~merging.errors.OutputError`.
+
+        Also raised if the disk does not confirm the new name of an output that is in place.
+        """
+        try:
+            for path in sorted(self.folder.rglob("*")):
+                if path.is_file() and path.suffix != ".safetensors":  # those were synced when they were closed
+                    _sync_file(path)
+                elif path.is_dir():
+                    platform.sync_folder(path)
+            platform.sync_folder(self.folder)
+            self._place_file() if self.file else self._place_folder()
+        except OSError as error:
+            # not empty: a folder that appeared between the last look and the renaming
+            if isinstance(error, FileExistsError) or error.errno == errno.ENOTEMPTY:
+                raise OutputError(
+                    f"{self.destination}: was created by someone else meanwhile: choose another -o"
+                ) from None
+            raise OutputError(f"{self.destination}: cannot be put in place: {error.strerror}") from None
+        try:
+            platform.sync_folder(self.destination.parent)
+        except OSError as error:
+            raise OutputError(
+                f"{self.destination}: is in place, but the disk does not confirm it ({error.strerror}): after a power "
+                f"cut it may be gone"
+            ) from None
+
+    def _place_file(self) -> None:
+        (built,) = self.folder.iterdir()
+        if self.overwrite:
+            if self.destination.is_dir():
+                raise OutputError(f"{self.destination}: is a folder, and the output is a file: choose another -o")
+            built.replace(self.destination)
+            return
+        try:
+            os.link(built, self.destination)  # unlike a rename, it never replaces what appeared meanwhile
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            if os.path.lexists(self.destination):
+                raise FileExistsError from None
+            built.rename(self.destination)
+
+    def _place_folder(self) -> None:
+        if self.overwrite:
+            _check_replaced(self.destination)  # once more: something may have come there since the beginning
+        if self.overwrite and platform.exchange(self.folder, self.destination):
+            return  # what was there has the temporary name now, and goes with it
+        if not os.path.lexists(self.destination):
+            self.folder.rename(self.destination)
+            return
+        if not self.overwrite:
+            raise FileExistsError
+        self.destination.rename(self.scratch / _OLD)
+        self.folder.rename(self.destination)
+
+
+def _claimed(destination: Path) -> tuple[Path, int | None]:
+    """A new temporary folder for an output, and a descriptor that holds its lock."""
+    while True:
+        folder = Path(tempfile.mkdtemp(_PARTIAL, f".{destination.name}.", destination.parent))
+        lock = None
+        try:
+            lock = platform.open_folder(folder)
+            if lock is None:
+                return folder, None
+            if platform.claim(lock) is not False and os.path.samestat(os.fstat(lock), folder.stat()):
+                return folder, lock
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            with suppress(OSError):
+                folder.rmdir()
+            raise
+        # another merge to this place began just now, and took the folder for abandoned
+        if lock is not None:
+            os.close(lock)
+
+
+def _abandoned(destination: Path) -> Iterator[tuple[Path, int]]:
+    """The temporary folders that no living merge holds, each with a descriptor that holds its lock."""
+    for folder in destination.parent.glob(f".{glob.escape(destination.name)}.*{_PARTIAL}"):
+        try:
+            lock = None if folder.is_symlink() else platform.open_folder(folder)
+        except OSError:  # no folder, or it was removed just now
+            continue
+        if lock is None:
+            continue
+        if platform.claim(lock):
+            yield folder, lock
+        else:
+            os.close(lock)
+
+
+def _put_back(folder: Path, destination: Path) -> Path | None:
+    """Move what had been moved out of the way of an output back, if nothing took its place; where it is if it stays."""
+    old = folder / _OLD
+    if not os.path.lexists(old) or os.path.lexists(destination):
+        return None
+    try:
+        old.rename(destination)
+    except OSError:
+        return old
+    return None
+
+
+def _sync_file(path: Path) -> None:
+    fd = os.open(path, os.O_RDWR)
+    try:
+        platform.sync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,186 @@
+"""Writing safetensors without holding them: the header first, then any piece at its place, from any thread."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from merging import os_calls as platform
+from merging.errors import OutputError
+from merging.sources.stored import Out, bytes_of
+
+__all__ = ["ComponentWriter", "TensorWriter"]
+
+
+class TensorWriter:
+    """Tensors of known names, types and shapes, written positionally into one file or several shards of a folder.
+
+    ``stem`` is the file's name without its ending; shards are called ``STEM-0000i-of-0000N.safetensors`` and come with
+    an index. Files take their full size at once, so a full disk shows before anything is computed. Raises
+    :class:`~merging.errors.OutputError` for what the disk refuses.
+    """
+
+    def __init__(
+        self, folder: Path, stem: str, outs: Sequence[Out], metadata: Mapping[str, str], shard_size: int | None
+    ) -> None:
+        shards = _shards(outs, shard_size)
+        self.folder = folder
+        self.stem = stem
+        self.files: dict[str, list[Out]] = {}
+        self._places: dict[str, tuple[int, int]] = {}
+        self._left = {out.name: out.nbytes for out in outs}
+        self._lock = threading.Lock()
+        self._fds: list[int] = []
+        for number, shard in enumerate(shards, 1):
+            name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
+            self.files[name] = shard
+            self._create(folder / name, shard, metadata)
+
+    def _create(self, path: Path, outs: Sequence[Out], metadata: Mapping[str, str]) -> None:
+        header = _header(outs, metadata)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+            self._fds.append(fd)
+            platform.reserve(fd, len(header) + sum(out.nbytes for out in outs))
+            platform.write_at(fd, memoryview(header), 0)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
+        position = len(header)
+        for out in outs:
+            self._places[out.name] = (fd, position)
+            position += out.nbytes
+
+    def write(self, name: str, values: Tensor, start: int = 0) -> None:
+        """Put the elements ``values`` (one axis, contiguous, on the CPU) at position ``start`` of a tensor."""
+        fd, position = self._places[name]
+        data = bytes_of(values)
+        try:
+            platform.write_at(fd, data, position + start * values.itemsize)
+            platform.begin_writeback(fd, position + start * values.itemsize, len(data))
+        except OSError as error:
+            raise OutputError(f"{self.folder}: {name} cannot be written: {error.strerror}") from None
+        with self._lock:
+            self._left[name] -= len(data)
+
+    def finish(self) -> None:
+        """Check that every byte was written, make the files durable and write the index of shards."""
+        unwritten = [name for name, left in self._left.items() if left]
+        if unwritten:
+            raise AssertionError(f"{unwritten[0]} and {len(unwritten) - 1} more were not written completely")
+        try:
+            for fd in self._fds:
+                platform.sync(fd)
+        except OSError as error:
+            raise OutputError(f"{self.folder}: cannot be written: {error.strerror}") from None
+        self.close()
+        if len(self.files) > 1:
+            self._write_index()
+
+    def _write_index(self) -> None:
+        every = [(out, file) for file, outs in self.files.items() for out in outs]
+        index = {
+            "metadata": {
+                "total_parameters": sum(_numel(out) for out, _ in every),
+                "total_size": sum(out.nbytes for out, _ in every),
+            },
+            "weight_map": {out.name: file for out, file in sorted(every, key=lambda pair: pair[0].name)},
+        }
+        (self.folder / f"{self.stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Close the files; the writer can then not be used any more."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+
+class ComponentWriter:
+    """The tensors of a model that is made of several, each component's in a folder of its own.
+
+    ``stems`` are the names of the components' weights, without their endings, by the components. A tensor belongs to
+    the component that its name begins with, else to the one called "", which lies in ``folder`` itself.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        stems: Mapping[str, str],
+        outs: Sequence[Out],
+        metadata: Mapping[str, str],
+        shard_size: int | None,
+    ) -> None:
+        self._writers: dict[str, TensorWriter] = {}
+        parts: dict[str, list[Out]] = {component: [] for component in stems}
+        for out in outs:
+            component, name = _component(out.name, stems)
+            parts[component].append(Out(name, out.kind, out.shape))
+        try:
+            for component, stem in stems.items():
+                (folder / component).mkdir(exist_ok=True)
+                self._writers[component] = TensorWriter(
+                    folder / component, stem, parts[component], metadata, shard_size
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, name: str, values: Tensor, start: int = 0) -> None:
+        """Put the elements ``values`` (one axis, contiguous, on the CPU) at position ``start`` of a tensor."""
+        component, inner = _component(name, self._writers)
+        self._writers[component].write(inner, values, start)
+
+    def finish(self) -> None:
+        """Check that every byte was written, make the files durable and write the indexes of shards."""
+        for writer in self._writers.values():
+            writer.finish()
+
+    def close(self) -> None:
+        """Close the files; the writer can then not be used any more."""
+        for writer in self._writers.values():
+            writer.close()
+
+
+def _component(name: str, components: Mapping[str, object]) -> tuple[str, str]:
+    """The component that a tensor belongs to, and its name there."""
+    first, _, rest = name.partition(".")
+    return (first, rest) if first in components else ("", name)
+
+
+def _numel(out: Out) -> int:
+    count = 1
+    for size in out.shape:
+        count *= size
+    return count
+
+
+def _shards(outs: Sequence[Out], most: int | None) -> list[list[Out]]:
+    """The tensors in order, cut before each that would make a file larger than ``most`` bytes."""
+    shards: list[list[Out]] = [[]]
+    size = 0
+    for out in outs:
+        if most is not None and shards[-1] and size + out.nbytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(out)
+        size += out.nbytes
+    return shards
+
+
+def _header(outs: Sequence[Out], metadata: Mapping[str, str]) -> bytes:
+    """The header of a file with these tensors one after the other, padded so that the data begin at a multiple of 8."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+    position = 0
+    for out in outs:
+        entries[out.name] = {
+            "dtype": out.kind,
+            "shape": list(out.shape),
+            "data_offsets": [position, position + out.nbytes],
+        }
+        position += out.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
