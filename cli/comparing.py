@@ -72,7 +72,7 @@ def compare_command(
     Of adapters only the factors are read, whatever the size of the model.
     """
     with reported(debug):
-        from merging.api.merge_files import pick_device
+        from merging.engine.resources import pick_device
         from merging.geometry import compare
         from merging.geometry.alignment import MEMORY
 

@@ -69,7 +69,8 @@ def execute(
     debug: bool,
 ) -> None:
     """Carry out a recipe as the options say, and tell what came out."""
-    from merging.api.merge_files import check_output, default_destination, merge_plan, pick_device, plan_for
+    from merging.api.merge_files import check_output, default_destination, merge_plan, plan_for
+    from merging.engine.resources import pick_device
     from merging.errors import OptionError
     from merging.hub.push import push as publish
     from merging.hub.push import target_of

@@ -100,7 +100,7 @@ def _finite(value: Any) -> Any:
 
 def echo_plan(plan: Plan, destination: Path, threads: int | None, max_memory: int | None, as_json: bool) -> None:
     """The plan: what is read and written, how much memory it takes, and what should be known beforehand."""
-    from merging.api.merge_files import workers_within
+    from merging.engine.resources import workers_within
     from merging.engine.threads import cores
 
     workers = workers_within(plan, cores() if threads is None else threads, max_memory)

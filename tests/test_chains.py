@@ -20,7 +20,7 @@ from tiny import load, model, save
 from torch import Tensor
 
 import merging
-from merging.api.merge_files import workers_within
+from merging.engine.resources import workers_within
 from merging.maths.randomness import kept
 from merging.methods import links, method_class, parameters_of
 from merging.plan import items

@@ -10,12 +10,13 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from merging.api.merge_files import merge, pick_device
+from merging.api.merge_files import merge
 from merging.compression.adapters import adapter_file, pack_adapter
 from merging.compression.models import model_plan, pack_model
 from merging.compression.parts import Assembly, Losses
 from merging.compression.settings import Settings, make_settings
 from merging.engine.download import brought
+from merging.engine.resources import pick_device
 from merging.engine.threads import Progress
 from merging.errors import InputError, OutputError
 from merging.hub.open_model import open_model

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from merging.api.merge_files import workers_within
 from merging.continual import growth
 from merging.continual.kinship import check_place, check_stated, check_values
 from merging.continual.manifest import Manifest, Part, StepRecord, sha256_of
 from merging.continual.state import held_forms, open_state, state_metadata, step_plan
 from merging.engine.download import absent, arrived
+from merging.engine.resources import workers_within
 from merging.engine.run import Done, run
 from merging.engine.threads import Progress
 from merging.errors import InputError, escaped

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from merging import os_calls as platform
-from merging.api.merge_files import pick_device
 from merging.continual import growth
 from merging.continual.folder import found, locked, refuse_within, remove, unfinished
 from merging.continual.manifest import NAME, STATES, Base, Manifest, Part, Refused, StepRecord, write_manifest
@@ -19,6 +18,7 @@ from merging.continual.soundness import base_of, hashes, open_base, require_whol
 from merging.continual.step import Execution, Grown, content_of, grow, plan_alone, record
 from merging.continual.view import StoreView
 from merging.engine.download import absent, brought
+from merging.engine.resources import pick_device
 from merging.engine.threads import Progress, cores
 from merging.errors import InputError, MergingError, OptionError, OutputError
 from merging.hub.address import hub_address

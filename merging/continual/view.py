@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from merging.api.merge_files import Merged, pick_device
+from merging.api.merge_files import Merged
 from merging.continual import growth
 from merging.continual.folder import refuse_within
 from merging.continual.manifest import Manifest, StepRecord, read_manifest
@@ -14,6 +14,7 @@ from merging.continual.publishing import export
 from merging.continual.soundness import Verdict, base_of, require_whole, state_files, verify
 from merging.continual.spectrum import spectra
 from merging.continual.state import open_state
+from merging.engine.resources import pick_device
 from merging.engine.threads import Progress
 from merging.errors import FormatError, InputError, OptionError
 from merging.methods import chain

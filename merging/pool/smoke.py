@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from merging.api.merge_files import pick_device
+from merging.engine.resources import pick_device
 from merging.errors import FormatError, InputError, OptionError
 from merging.pool.audit import change_of
 from merging.pool.index import Finding

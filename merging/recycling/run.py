@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from merging import __version__
-from merging.api.merge_files import pick_device
+from merging.engine.resources import pick_device
 from merging.errors import OptionError
 from merging.recycling.bootstrap import Metric
 from merging.recycling.data import Example, Split, kind_of, overlaps, read_examples, split
