@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from merging.errors import FormatError, InputError, MergingError, OptionError, OutputError
+from merging.version import __version__
 
 if TYPE_CHECKING:
     from merging.api.merge_files import Merged, merge, preview
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from merging.methods import METHODS, chain
     from merging.plan.recipe import Recipe, load_recipe
     from merging.recycling.run import Recycled, recycle
-
-__version__ = "0.1.0"
 
 _WHERE = {
     "ContinualStore": "continual",

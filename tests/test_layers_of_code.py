@@ -70,7 +70,7 @@ def under(module: str, *packages: str) -> bool:
 
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "os_calls"),
+    ("errors", "os_calls", "version"),
     ("maths",),
     ("methods", "sources"),
     ("hub", "storage"),

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from merging import __version__
 from merging.engine.download import arrived
 from merging.engine.resources import pick_device, workers_within
 from merging.engine.run import run
@@ -26,6 +25,7 @@ from merging.plan.recipe import FIELDS, Recipe, make_recipe
 from merging.sources.stored import DTYPES
 from merging.storage.staging import Landing, check_destination
 from merging.storage.writer import ComponentWriter, TensorWriter
+from merging.version import __version__
 
 __all__ = [
     "Merged",

@@ -14,7 +14,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from merging import __version__
 from merging.engine.download import brought
 from merging.errors import InputError, OptionError
 from merging.hub.open_model import open_model
@@ -27,6 +26,7 @@ from merging.sources.adapter import Change
 from merging.sources.stored import Out
 from merging.storage.staging import Landing, check_destination
 from merging.storage.writer import TensorWriter
+from merging.version import __version__
 
 __all__ = ["Routed", "export_prototypes", "prototype"]
 

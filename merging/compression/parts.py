@@ -10,7 +10,6 @@ from statistics import median
 
 from torch import Tensor
 
-from merging import __version__
 from merging.engine.spool import Spool
 from merging.maths.delta import Dense
 from merging.maths.linalg import safe_ratio
@@ -18,6 +17,7 @@ from merging.sources.packs import PACK_KEY, Described, Manifest, payload_name
 from merging.sources.packs.codings import Bands, Packed, Raw, Sparse, Ternary
 from merging.sources.stored import DTYPE_NAMES, DTYPES, MappedTensor, Out
 from merging.storage.writer import TensorWriter
+from merging.version import __version__
 
 __all__ = ["Assembly", "Losses", "held"]
 

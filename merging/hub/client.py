@@ -52,7 +52,7 @@ def api() -> Any:
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
 
-    from merging import __version__
+    from merging.version import __version__
 
     if not sys.stderr.isatty():
         disable_progress_bars()

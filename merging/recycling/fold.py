@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from merging import __version__
 from merging.errors import OptionError
 from merging.hub.open_model import open_model
 from merging.maths.delta import LowRank
@@ -26,6 +25,7 @@ from merging.recycling.places import Place
 from merging.recycling.problem import Mixed, Problem
 from merging.sources.stored import DTYPE_NAMES, Out
 from merging.storage.writer import TensorWriter
+from merging.version import __version__
 
 __all__ = ["Folded", "fold", "write_adapter"]
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from merging import __version__
 from merging.engine.resources import pick_device
 from merging.errors import OptionError
 from merging.recycling.bootstrap import Metric
@@ -25,6 +24,7 @@ from merging.recycling.report import Report, make_report
 from merging.recycling.settings import Settings, make_settings
 from merging.recycling.stages import Outcome, Told, carried_out, guarded, measured
 from merging.storage.staging import Landing, check_destination
+from merging.version import __version__
 
 __all__ = ["REPORT", "Recycled", "recycle", "unfinished"]
 

@@ -121,7 +121,7 @@ class Page:
 
     def html(self) -> str:
         """The page as text."""
-        from merging import __version__
+        from merging.version import __version__
 
         links = "".join(f'<a href="#s{n}">{escape(name)}</a>' for n, name in enumerate(self._sections, 1))
         contents = f"<nav>{links}</nav>" if len(self._sections) > 1 else ""
