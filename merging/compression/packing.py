@@ -20,7 +20,7 @@ from merging.engine.resources import pick_device
 from merging.engine.threads import Progress
 from merging.errors import InputError, OutputError
 from merging.hub.open_model import open_model
-from merging.output.peft_config import HUB_ID
+from merging.output.model_card import HUB_ID
 from merging.plan.targets import adapter_targets
 from merging.sources import Adapter, Checkpoint
 from merging.sources.checkpoint import content_key

@@ -10,7 +10,7 @@ from typing import Any
 
 from merging import os_calls as platform
 from merging.errors import InputError
-from merging.output.peft_config import model_card
+from merging.output.model_card import model_card
 from merging.plan.heads import scales_outputs
 from merging.plan.items import Plan
 from merging.sources import Checkpoint

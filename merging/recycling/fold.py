@@ -18,7 +18,7 @@ from merging.maths.delta import LowRank
 from merging.maths.linalg import even, safe_ratio, squared_norm, truncate
 from merging.output.licences import licence_sentence, source_of, strictest
 from merging.output.markdown import card, prose, sources_listed
-from merging.output.peft_config import HUB_ID
+from merging.output.model_card import HUB_ID
 from merging.plan import PORTABLE_RANKS
 from merging.recycling.experts import Expert
 from merging.recycling.places import Place

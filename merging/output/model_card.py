@@ -1,0 +1,66 @@
+"""The model card of an output: the README with the metadata that the Hub reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from merging.output.licences import Source, licence_sentence, source_of, strictest
+from merging.output.markdown import card, code, fenced, prose, sources_listed
+from merging.plan.items import Plan
+from merging.sources import Adapter, Checkpoint
+
+__all__ = ["HUB_ID", "model_card"]
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""The form of a model's name on the Hub."""
+
+
+def model_card(plan: Plan, remarks: Sequence[str] = ()) -> str:
+    """The README of the output: metadata that the Hub reads, its sources, remarks on the values, and the recipe."""
+    facts: dict[str, Any] = {}
+    ids = _hub_ids(plan)
+    if ids:
+        facts["base_model"] = ids
+        facts["base_model_relation"] = "adapter" if plan.output == "adapter" else "merge"
+    full = plan.reference.library if plan.reference else "transformers"
+    peft = all(isinstance(model, Adapter) and model.dialect.startswith("PEFT") for model in plan.models)
+    own = "peft" if plan.format == "peft" or peft else "diffusers"
+    facts["library_name"] = full if plan.output == "model" else own
+    licence = strictest([each.licence for each in _sources(plan)])
+    if licence:
+        facts["license"] = licence
+    facts["tags"] = ["merge", *(["lora"] if plan.output == "adapter" else []), *plan.recipe.method.chain.split("+")]
+    parts = [
+        f"{len(plan.recipe.models)} models merged by {code(plan.recipe.method.chain)}:",
+        sources_listed(_sources(plan)),
+        prose(licence_sentence(licence)),
+        *(prose(f"Note: {remark.removeprefix('warning: ')}.") for remark in remarks),
+        "## Recipe",
+        fenced(plan.recipe.to_yaml(), "yaml"),
+    ]
+    return card(facts, f"Merged {plan.output}", parts)
+
+
+def _sources(plan: Plan) -> list[Source]:
+    """What the output was made of, the base last."""
+    return [source_of(model) for model in plan.models] + ([source_of(plan.base, "base")] if plan.base else [])
+
+
+def _hub_ids(plan: Plan) -> list[str]:
+    """Names of the Hub for what the output was made from: the base of an adapter, the models of a model."""
+    stated: list[object]
+    if plan.output == "adapter":
+        stated = [plan.base.origin.repo] if plan.base and plan.base.origin else []
+        stated += [model.base for model in plan.models if isinstance(model, Adapter)]
+        stated = stated[:1]
+    else:
+        models = [model for model in [*plan.models, plan.base] if model]
+        stated = [
+            model.origin.repo if model.origin else model.config.get("_name_or_path")
+            for model in models
+            if isinstance(model, Checkpoint) or model.origin
+        ]
+    names = [name for name in stated if isinstance(name, str) and HUB_ID.fullmatch(name)]
+    return list(dict.fromkeys(names))
