@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tiny import adapters, checkpoint, load
 
 import merging
-from merging import os_calls as platform
+from merging import os_calls
 from merging.compression import compress, decompress
 from merging.continual import ContinualStore, step
 from merging.errors import FormatError, MergingError
@@ -94,8 +94,8 @@ class Harm:
     def __init__(self, path: Path, how: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch) -> None:
         self.path, self.how, self.reads, self.last = path, how, 0, 0
         self._inode = path.stat().st_ino
-        self._plain = platform.read_at
-        monkeypatch.setattr(platform, "read_at", self.read_at)
+        self._plain = os_calls.read_at
+        monkeypatch.setattr(os_calls, "read_at", self.read_at)
 
     def read_at(self, fd: int, buffer: memoryview, offset: int) -> None:
         if os.fstat(fd).st_ino == self._inode:

@@ -267,7 +267,7 @@ def test_a_way_out_ends_in_a_merge(hint: str, tmp_path: Path) -> None:
 def messages() -> Iterator[str]:
     """What refusals of planning and loading say that name an option to use; one to leave out is its own way out."""
     files = [path for folder in ("plan", "sources") for path in sorted((ROOT / folder).rglob("*.py"))]
-    for path in [*files, ROOT / "tiles.py", ROOT / "opened.py"]:
+    for path in [*files, ROOT / "engine" / "tiles.py", ROOT / "engine" / "unit.py"]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call) or not node.args or not _makes_error(node.func):
                 continue

@@ -18,7 +18,7 @@ import torch
 from tiny import checkpoint, fine_tune, identical, load, model, save
 
 import merging
-from merging import os_calls as platform
+from merging import os_calls
 from merging.errors import OutputError
 from merging.storage.staging import Landing
 
@@ -339,7 +339,7 @@ def test_same_bytes_again(tmp_path: Path, tuned: list[Path]) -> None:
 
 def test_a_live_claim_is_never_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another merge that takes the folder for abandoned, before or after its lock is taken, is stepped aside for."""
-    plain, thieves = platform.open_folder, []
+    plain, thieves = os_calls.open_folder, []
 
     def steal_before(path: Path) -> int | None:
         if not thieves:
@@ -347,7 +347,7 @@ def test_a_live_claim_is_never_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             shutil.rmtree(path)  # between its creation and its opening
         return plain(path)
 
-    monkeypatch.setattr(platform, "open_folder", steal_before)
+    monkeypatch.setattr(os_calls, "open_folder", steal_before)
     with Landing(tmp_path / "out", overwrite=False, file=False) as landing:
         assert hidden(tmp_path) == [landing.scratch] != thieves
 
@@ -358,7 +358,7 @@ def test_a_live_claim_is_never_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             shutil.rmtree(path)  # between its opening and the lock
         return opened
 
-    monkeypatch.setattr(platform, "open_folder", steal_after)
+    monkeypatch.setattr(os_calls, "open_folder", steal_after)
     with Landing(tmp_path / "out", overwrite=False, file=False) as landing:
         assert hidden(tmp_path) == [landing.scratch] != thieves[1:]
 
@@ -368,11 +368,11 @@ def test_a_live_claim_is_never_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             assert held is not None
             thieves.append(path)
             locks.append(held)
-            assert platform.claim(held)  # by the other merge, which is about to remove it
+            assert os_calls.claim(held)  # by the other merge, which is about to remove it
         return plain(path)
 
     locks: list[int] = []
-    monkeypatch.setattr(platform, "open_folder", hold)
+    monkeypatch.setattr(os_calls, "open_folder", hold)
     with Landing(tmp_path / "out", overwrite=False, file=False) as landing:
         assert landing.scratch not in thieves
     for lock in locks:
@@ -390,7 +390,7 @@ def test_what_cannot_be_removed_is_said(tmp_path: Path, tuned: list[Path], monke
         done = merging.merge(tuned, method="linear", output=tmp_path / "out")
         (left,) = hidden(tmp_path)
         assert done.notices[-1].startswith(f"the temporary folder {left} could not be removed (Input/output error)")
-        patch.setattr(platform, "reserve", fail)
+        patch.setattr(os_calls, "reserve", fail)
         with pytest.raises(OutputError, match=r"cannot be written: Input/output error; the temporary folder \S+ could"):
             merging.merge(tuned, method="linear", output=tmp_path / "out", overwrite=True)
     merging.merge(tuned, method="linear", output=tmp_path / "out", overwrite=True)

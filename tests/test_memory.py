@@ -12,8 +12,8 @@ from peaks import peak_of
 from tiny import save
 
 import merging
-from merging import os_calls as platform
-from merging.api import merge_files as files
+from merging import os_calls
+from merging.engine import resources
 from merging.errors import OptionError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what a process takes")
@@ -68,10 +68,10 @@ def test_without_a_limit_half_of_what_is_available(
     plan = merging.preview(**options(models, "ties", tmp_path))
     assert plan.memory(3) - plan.memory(2) == plan.worker_bytes
     for available, workers in ((None, 64), (2 * plan.memory(3), 3), (2 * plan.memory(3) - 2, 2), (1000, 1)):
-        monkeypatch.setattr(files, "available_memory", lambda available=available: available)
-        assert files.workers_within(plan, 64, None) == workers
+        monkeypatch.setattr(resources, "available_memory", lambda available=available: available)
+        assert resources.workers_within(plan, 64, None) == workers
     with pytest.raises(OptionError, match="is too little"):
-        files.workers_within(plan, 64, plan.memory(1) - 1)
+        resources.workers_within(plan, 64, plan.memory(1) - 1)
     monkeypatch.undo()
-    assert 0 < (platform.available_memory() or 0) < 1 << 50
-    assert 0 < platform.private_memory() < 1 << 40
+    assert 0 < (os_calls.available_memory() or 0) < 1 << 50
+    assert 0 < os_calls.private_memory() < 1 << 40

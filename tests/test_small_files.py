@@ -29,20 +29,20 @@ ROOT = Path(__file__).parents[1]
 OPENERS = ("open", "fdopen", "read_text", "read_bytes", "open_regular", "mmap")
 LOADERS = ("json.load", "json.loads", "yaml.load", "yaml.safe_load", "yaml.parse", "torch.load", "shutil.copyfile")
 ALLOWED = {
-    "merging/small_files.py": {"fdopen", "open_regular", "json.loads"},
-    "merging/plain_yaml.py": {"yaml.load", "yaml.parse"},
-    "merging/recipe.py": {"yaml.load"},  # behind check_yaml, by a loader that tells where a fault is
-    "merging/platform.py": {"open", "fdopen", "read_text"},  # the last of the system's own
-    "merging/atomic.py": {"fdopen"},
+    "merging/sources/small_files.py": {"fdopen", "open_regular", "json.loads"},
+    "merging/sources/plain_yaml.py": {"yaml.load", "yaml.parse"},
+    "merging/plan/recipe.py": {"yaml.load"},  # behind check_yaml, by a loader that tells where a fault is
+    "merging/os_calls.py": {"open", "fdopen", "read_text"},  # the last of the system's own
+    "merging/storage/atomic.py": {"fdopen"},
     # weights, which are large
     "merging/sources/header.py": {"open", "json.loads"},
     "merging/sources/stored.py": {"open_regular"},
-    "merging/model_folder.py": {"fdopen", "open_regular"},
+    "merging/output/model_folder.py": {"fdopen", "open_regular"},
     "merging/pool/folder.py": {"fdopen", "open_regular"},
     "merging/continual/manifest.py": {"fdopen", "open_regular"},
     "merging/hub/download.py": {"open", "fdopen", "open_regular"},
-    "merging/writer.py": {"open"},
-    "merging/landing.py": {"open"},  # to make what was written durable
+    "merging/storage/writer.py": {"open"},
+    "merging/storage/staging.py": {"open"},  # to make what was written durable
     "cli/errors.py": {"open"},  # the null device
     "merging/sources/quantised.py": {"json.loads"},  # a marker of a few bytes
     # what this process wrote or made itself

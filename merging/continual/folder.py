@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from merging import os_calls as platform
+from merging import os_calls
 from merging.continual.manifest import NAME, STATES, Manifest, Unconfirmed, replace_manifest
 from merging.errors import OptionError, OutputError
 from merging.sources.links import refuse_link
@@ -71,15 +71,15 @@ def found(path: Path, manifest: Manifest) -> None:
     try:
         (new / STATES).mkdir()
         replace_manifest(new, manifest)
-        platform.sync_folder(new)
-        new.chmod(0o777 & ~platform.umask())
+        os_calls.sync_folder(new)
+        new.chmod(0o777 & ~os_calls.umask())
         new.rename(path)  # onto nothing, or an empty folder
     except OSError as error:
         raise OutputError(f"{path}: cannot be made: {error.strerror}") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
     try:
-        platform.sync_folder(path.parent)
+        os_calls.sync_folder(path.parent)
     except OSError as error:
         raise Unconfirmed(
             f"{path}: is made, but the disk does not confirm it ({error.strerror}): after a power cut it may be gone"

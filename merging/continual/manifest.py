@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from merging import os_calls as platform
+from merging import os_calls
 from merging.errors import FormatError, InputError, OutputError
 from merging.sources.links import refuse_link
 from merging.sources.small_files import LIST_LIMIT, read_json
@@ -223,7 +223,7 @@ def write_manifest(store: Path, manifest: Manifest, made: str) -> None:
     except OSError as error:
         raise OutputError(f"{store}: the manifest cannot be written: {error.strerror}") from None
     try:
-        platform.sync_folder(store)
+        os_calls.sync_folder(store)
     except OSError as error:
         raise Unconfirmed(
             f"{store}: {made}, but the disk does not confirm it ({error.strerror}): after a power cut the store may be "
@@ -234,7 +234,7 @@ def write_manifest(store: Path, manifest: Manifest, made: str) -> None:
 def sha256_of(path: Path) -> str:
     """The hash of a file, read in pieces. Raises :class:`~merging.errors.InputError`."""
     try:
-        with os.fdopen(platform.open_regular(path), "rb") as stream:
+        with os.fdopen(os_calls.open_regular(path), "rb") as stream:
             digest = hashlib.sha256()
             while piece := stream.read(_PIECE):
                 digest.update(piece)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from merging import os_calls as platform
+from merging import os_calls
 from merging.continual import growth
 from merging.continual.folder import found, locked, refuse_within, remove, unfinished
 from merging.continual.manifest import NAME, STATES, Base, Manifest, Part, Refused, StepRecord, write_manifest
@@ -165,10 +165,10 @@ class ContinualStore(StoreView):
         digest = hashlib.sha256("".join(grown.sha256.values()).encode()).hexdigest()[:12]
         final = self.path / STATES / f"{number:06}-{digest}"
         try:
-            platform.sync_folder(folder)
-            folder.chmod(0o777 & ~platform.umask())
+            os_calls.sync_folder(folder)
+            folder.chmod(0o777 & ~os_calls.umask())
             folder.rename(final)
-            platform.sync_folder(final.parent)
+            os_calls.sync_folder(final.parent)
         except OSError as error:
             remove(final)
             raise OutputError(f"{final}: cannot be put in place: {error.strerror}") from None

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from merging import os_calls as platform
+from merging import os_calls
 from merging.errors import InputError, OutputError
 from merging.hub.client import Unreachable, patiently
 
@@ -44,7 +44,7 @@ def _append(url: str, part: Path, size: int, name: str, told: Told | None) -> No
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
-    with open(part, "ab", opener=platform.without_links) as stream:
+    with open(part, "ab", opener=os_calls.without_links) as stream:
         there = stream.tell()
         if there > size:
             stream.truncate(0)
@@ -94,7 +94,7 @@ def _bar(told: Told | None) -> Any:
 def hash_of(path: Path) -> str:
     """The SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
-    with os.fdopen(platform.open_regular(path), "rb", buffering=0) as stream:
+    with os.fdopen(os_calls.open_regular(path), "rb", buffering=0) as stream:
         while block := stream.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()

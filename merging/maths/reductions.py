@@ -26,7 +26,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from merging.maths import order_statistics as order
+from merging.maths import order_statistics
 from merging.maths.order_statistics import Rank
 
 __all__ = ["Fold", "Rank", "Ranked", "State", "Sum"]
@@ -154,7 +154,7 @@ class Ranked(Fold):
     magnitudes: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in order.KEYS:
+        if self.dtype not in order_statistics.KEYS:
             raise ValueError(f"ranks are taken of float32 or float64, not of {self.dtype}")
 
     @property
@@ -191,8 +191,8 @@ class _Selection(State):
         self._admit(len(rows))
         self.count += rows.shape[1]
         for piece in _pieces(rows, 1 << 18):
-            keys = order.keys(piece.to(self.fold.dtype), self.fold.magnitudes)
-            if not self.bins and order.has_nan(keys):
+            keys = order_statistics.keys(piece.to(self.fold.dtype), self.fold.magnitudes)
+            if not self.bins and order_statistics.has_nan(keys):
                 raise ValueError(f"{key} holds NaN, which has no rank")
             self._count(keys)
 
@@ -272,7 +272,7 @@ class _Selection(State):
         if self.shift >= 0:  # no elements: a search that ended has used up all bits
             return torch.full((len(self.counts), len(self.fold.ranks)), torch.nan, dtype=torch.float64)
         keys = [[lowest for lowest, _ in wanted] for wanted in self.wanted]
-        return order.floats(torch.tensor(keys, dtype=order.KEYS[self.fold.dtype])).double()
+        return order_statistics.floats(torch.tensor(keys, dtype=order_statistics.KEYS[self.fold.dtype])).double()
 
 
 def _selected(values: Tensor, mask: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from merging.errors import OptionError
-from merging.maths import order_statistics as order
+from merging.maths import order_statistics
 from merging.maths.delta import Stack
 from merging.maths.parameters import PerModel, number, spread
 from merging.maths.randomness import uniform
@@ -93,7 +93,7 @@ def probabilities(rows: Tensor, density: float, epsilon: float) -> Tensor:
 
 def _ascending(rows: Tensor) -> Tensor:
     """The columns of each row by rising magnitude, equal ones by position, int64."""
-    keys = order.keys(rows.detach().contiguous(), magnitudes=True)
+    keys = order_statistics.keys(rows.detach().contiguous(), magnitudes=True)
     if keys.dtype == torch.int64:
         return torch.sort(keys, dim=1, stable=True).indices
     # magnitude and column in one number: plain sorting is several times faster than sorting indices

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from merging import os_calls as platform
+from merging import os_calls
 from merging.errors import InputError
 from merging.output.model_card import model_card
 from merging.plan.heads import scales_outputs
@@ -116,7 +116,7 @@ def _copy_weights(component: Checkpoint, folder: Path) -> None:
             raise InputError(
                 f"{file.name} of {component.path}: PyTorch files on the Hub are not copied: download it first"
             )
-        with platform.create(target) as stream:
+        with os_calls.create(target) as stream:
             if file in holders:
                 holder = holders[file]
                 block = memoryview(bytearray(_BLOCK))
@@ -125,10 +125,10 @@ def _copy_weights(component: Checkpoint, folder: Path) -> None:
                     holder.read(piece, start)
                     stream.write(piece)
             else:
-                with os.fdopen(platform.open_regular(file), "rb") as source:
+                with os.fdopen(os_calls.open_regular(file), "rb") as source:
                     shutil.copyfileobj(source, stream, _BLOCK)
             stream.flush()
-            platform.sync(stream.fileno())
+            os_calls.sync(stream.fileno())
     index = find_weights(component.folder)
     if index is not None and index.suffix == ".json":
         copy_file(check_file(index), folder / index.name)

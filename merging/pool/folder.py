@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from merging import os_calls as platform
+from merging import os_calls
 from merging.pool.index import UNFINISHED
 
 __all__ = ["FOLDER", "copy", "holds_something", "remove"]
@@ -21,7 +21,7 @@ _BLOCK = 1 << 22
 
 def copy(source: Path, target: Path, digest: Any) -> None:
     """Copy a file to a new one, durably, and add it to a digest if there is one. Raises OSError."""
-    with os.fdopen(platform.open_regular(source), "rb") as reader, platform.create(target) as writer:
+    with os.fdopen(os_calls.open_regular(source), "rb") as reader, os_calls.create(target) as writer:
         while block := reader.read(_BLOCK):
             writer.write(block)
             if digest is not None:

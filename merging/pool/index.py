@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from merging import os_calls as platform
+from merging import os_calls
 from merging.errors import FormatError, InputError, OutputError, nearest
 from merging.pool.database import SCHEMA, TABLES, Database
 from merging.pool.sketches import LENGTH
@@ -139,7 +139,7 @@ class Index:
         try:
             for left in UNFINISHED:  # by one that was killed
                 (pool / left).unlink(missing_ok=True)
-            platform.create(new).close()
+            os_calls.create(new).close()
             file = sqlite3.connect(new)
             try:
                 file.executescript(f"PRAGMA synchronous = FULL; BEGIN; {TABLES}")
@@ -148,7 +148,7 @@ class Index:
             finally:
                 file.close()
             new.replace(pool / _NAME)
-            platform.sync_folder(pool)
+            os_calls.sync_folder(pool)
         except OSError as error:
             raise OutputError(f"{pool}: cannot be created: {error.strerror}") from None
         except sqlite3.OperationalError as error:

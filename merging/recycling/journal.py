@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from merging import os_calls as platform
+from merging import os_calls
 from merging.errors import OptionError, OutputError
 from merging.sources.links import refuse_link
 from merging.sources.small_files import LIST_LIMIT, read_json
@@ -81,6 +81,6 @@ class Journal:
     def _place(self, path: Path, data: bytes) -> None:
         try:
             replace_file(path, data)
-            platform.sync_folder(path.parent)
+            os_calls.sync_folder(path.parent)
         except OSError as error:
             raise OutputError(f"{path}: cannot be written: {error.strerror}") from None

@@ -13,7 +13,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from merging import os_calls as platform
+from merging import os_calls
 from merging.errors import FormatError, InputError
 from merging.sources.links import check_inside
 
@@ -75,7 +75,7 @@ def check_file(path: Path, folder: Path | None = None, limit: int | None = LIST_
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
     if not stat.S_ISREG(status.st_mode):
-        raise FormatError(f"{path}: is {platform.kind_of(status.st_mode)}, and should be a file")
+        raise FormatError(f"{path}: is {os_calls.kind_of(status.st_mode)}, and should be a file")
     if limit is not None:
         _check_size(path, status.st_size, limit)
     return path
@@ -90,7 +90,7 @@ def read_bytes(path: Path, limit: int = TEXT_LIMIT, *, given: bool = False) -> b
     if not given:
         check_inside(path, path.parent)
     try:
-        with os.fdopen(platform.open_regular(path), "rb") as stream:
+        with os.fdopen(os_calls.open_regular(path), "rb") as stream:
             _check_size(path, os.fstat(stream.fileno()).st_size, limit)
             content = stream.read(limit + 1)  # some files of the system state no size
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -152,7 +152,7 @@ def _parsed(text: str, where: str, halves: bool) -> Any:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file, which :func:`check_file` has let through, to a new one. Raises OSError."""
-    with os.fdopen(platform.open_regular(source), "rb") as reader, platform.create(target) as writer:
+    with os.fdopen(os_calls.open_regular(source), "rb") as reader, os_calls.create(target) as writer:
         while block := reader.read(_BLOCK):
             writer.write(block)
 

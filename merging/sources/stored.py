@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from merging import os_calls as platform
+from merging import os_calls
 from merging.errors import FormatError, InputError
 from merging.sources.header import Entry, read_header, stamp_of
 
@@ -182,9 +182,9 @@ class File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.fd = platform.open_regular(path)
+        self.fd = os_calls.open_regular(path)
         # the lowest free number is about the count of open files
-        if not platform.allow_open_files(self.fd + _SPARE_FILES):
+        if not os_calls.allow_open_files(self.fd + _SPARE_FILES):
             raise InputError(
                 f"{path}: the system allows this process no more than {self.fd} open inputs: take fewer at once, or "
                 f"raise its limit (ulimit -n)"
@@ -198,7 +198,7 @@ class File:
     def read(self, into: memoryview, offset: int) -> None:
         """Fill ``into`` with the bytes from ``offset`` on. Raises :class:`~merging.errors.FormatError`."""
         try:
-            platform.read_at(self.fd, into, offset)
+            os_calls.read_at(self.fd, into, offset)
         except EOFError as error:
             raise FormatError(f"{self.path}: {error}: it was cut while it was read") from None
         except OSError as error:
@@ -223,7 +223,7 @@ class File:
 
     def advise(self, offset: int, nbytes: int) -> None:
         """Have the system read these bytes ahead."""
-        platform.advise(self.fd, offset, nbytes)
+        os_calls.advise(self.fd, offset, nbytes)
 
 
 class FileTensor(Stored):

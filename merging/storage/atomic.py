@@ -8,7 +8,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from merging import os_calls as platform
+from merging import os_calls
 
 __all__ = ["remove_unplaced", "replace_file"]
 
@@ -27,8 +27,8 @@ def replace_file(path: Path, content: bytes) -> None:
         with os.fdopen(fd, "wb") as stream:
             stream.write(content)
             stream.flush()
-            platform.sync(stream.fileno())
-        Path(new).chmod(0o666 & ~platform.umask())
+            os_calls.sync(stream.fileno())
+        Path(new).chmod(0o666 & ~os_calls.umask())
         Path(new).replace(path)
     except BaseException:
         with suppress(OSError):

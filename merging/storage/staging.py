@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from merging import os_calls as platform
+from merging import os_calls
 from merging.errors import MergingError, OutputError
 from merging.sources.model_files import foreign_names
 
@@ -161,8 +161,8 @@ class Landing:
                 if path.is_file() and path.suffix != ".safetensors":  # those were synced when they were closed
                     _sync_file(path)
                 elif path.is_dir():
-                    platform.sync_folder(path)
-            platform.sync_folder(self.folder)
+                    os_calls.sync_folder(path)
+            os_calls.sync_folder(self.folder)
             self._place_file() if self.file else self._place_folder()
         except OSError as error:
             # not empty: a folder that appeared between the last look and the renaming
@@ -172,7 +172,7 @@ class Landing:
                 ) from None
             raise OutputError(f"{self.destination}: cannot be put in place: {error.strerror}") from None
         try:
-            platform.sync_folder(self.destination.parent)
+            os_calls.sync_folder(self.destination.parent)
         except OSError as error:
             raise OutputError(
                 f"{self.destination}: is in place, but the disk does not confirm it ({error.strerror}): after a power "
@@ -198,7 +198,7 @@ class Landing:
     def _place_folder(self) -> None:
         if self.overwrite:
             _check_replaced(self.destination)  # once more: something may have come there since the beginning
-        if self.overwrite and platform.exchange(self.folder, self.destination):
+        if self.overwrite and os_calls.exchange(self.folder, self.destination):
             return  # what was there has the temporary name now, and goes with it
         if not os.path.lexists(self.destination):
             self.folder.rename(self.destination)
@@ -215,10 +215,10 @@ def _claimed(destination: Path) -> tuple[Path, int | None]:
         folder = Path(tempfile.mkdtemp(_PARTIAL, f".{destination.name}.", destination.parent))
         lock = None
         try:
-            lock = platform.open_folder(folder)
+            lock = os_calls.open_folder(folder)
             if lock is None:
                 return folder, None
-            if platform.claim(lock) is not False and os.path.samestat(os.fstat(lock), folder.stat()):
+            if os_calls.claim(lock) is not False and os.path.samestat(os.fstat(lock), folder.stat()):
                 return folder, lock
         except FileNotFoundError:
             pass
@@ -235,12 +235,12 @@ def _abandoned(destination: Path) -> Iterator[tuple[Path, int]]:
     """The temporary folders that no living merge holds, each with a descriptor that holds its lock."""
     for folder in destination.parent.glob(f".{glob.escape(destination.name)}.*{_PARTIAL}"):
         try:
-            lock = None if folder.is_symlink() else platform.open_folder(folder)
+            lock = None if folder.is_symlink() else os_calls.open_folder(folder)
         except OSError:  # no folder, or it was removed just now
             continue
         if lock is None:
             continue
-        if platform.claim(lock):
+        if os_calls.claim(lock):
             yield folder, lock
         else:
             os.close(lock)
@@ -261,6 +261,6 @@ def _put_back(folder: Path, destination: Path) -> Path | None:
 def _sync_file(path: Path) -> None:
     fd = os.open(path, os.O_RDWR)
     try:
-        platform.sync(fd)
+        os_calls.sync(fd)
     finally:
         os.close(fd)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from merging import os_calls as platform
+from merging import os_calls
 from merging.errors import OutputError
 from merging.sources.stored import Out, bytes_of
 
@@ -46,8 +46,8 @@ class TensorWriter:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
             self._fds.append(fd)
-            platform.reserve(fd, len(header) + sum(out.nbytes for out in outs))
-            platform.write_at(fd, memoryview(header), 0)
+            os_calls.reserve(fd, len(header) + sum(out.nbytes for out in outs))
+            os_calls.write_at(fd, memoryview(header), 0)
         except OSError as error:
             raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
         position = len(header)
@@ -60,8 +60,8 @@ class TensorWriter:
         fd, position = self._places[name]
         data = bytes_of(values)
         try:
-            platform.write_at(fd, data, position + start * values.itemsize)
-            platform.begin_writeback(fd, position + start * values.itemsize, len(data))
+            os_calls.write_at(fd, data, position + start * values.itemsize)
+            os_calls.begin_writeback(fd, position + start * values.itemsize, len(data))
         except OSError as error:
             raise OutputError(f"{self.folder}: {name} cannot be written: {error.strerror}") from None
         with self._lock:
@@ -74,7 +74,7 @@ class TensorWriter:
             raise AssertionError(f"{unwritten[0]} and {len(unwritten) - 1} more were not written completely")
         try:
             for fd in self._fds:
-                platform.sync(fd)
+                os_calls.sync(fd)
         except OSError as error:
             raise OutputError(f"{self.folder}: cannot be written: {error.strerror}") from None
         self.close()

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from merging import os_calls as platform
+from merging import os_calls
 from merging.cli.main import cli
 
 __all__ = ["CHANGING", "ERRORS", "Ended", "Saboteur", "command"]
@@ -76,7 +76,7 @@ class Saboteur:
 
         os.open = open_watched
         io.open = builtins.open = self._stream(io.open)
-        platform.exchange = self._exchange(platform.exchange)
+        os_calls.exchange = self._exchange(os_calls.exchange)
 
     def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **named: Any) -> Any:

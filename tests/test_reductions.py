@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from merging.maths import order_statistics as order
-from merging.maths import reductions as folds
+from merging.maths import order_statistics, reductions
 from merging.maths.order_statistics import floats, has_nan, keys
 from merging.maths.reductions import Fold, Rank, Ranked, State, Sum
 
@@ -275,5 +274,5 @@ def test_keys_sort_as_floats_do(values, dtype):
 
 
 def test_public_names():
-    for module in (folds, order):
+    for module in (reductions, order_statistics):
         assert all(hasattr(module, name) for name in module.__all__)

@@ -11,7 +11,7 @@ import pytest
 from tiny import checkpoint
 
 import merging
-from merging import os_calls as platform
+from merging import os_calls
 
 MISSING = ["preadv", "pwrite", "posix_fallocate", "posix_fadvise", "O_DIRECTORY"]
 
@@ -29,20 +29,20 @@ def take_away(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 @pytest.mark.parametrize("missing", ["", "preadv", "pwrite", "posix_fallocate", "posix_fadvise"])
 def test_bytes_come_back_from_their_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
-    monkeypatch.setattr(platform, "_PIECE", 3)  # several calls each
+    monkeypatch.setattr(os_calls, "_PIECE", 3)  # several calls each
     take_away(monkeypatch, missing)
     fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     try:
-        platform.reserve(fd, 20)
+        os_calls.reserve(fd, 20)
         assert os.fstat(fd).st_size == 20
-        platform.write_at(fd, memoryview(b"0123456789"), 5)
-        platform.advise(fd, 0, 20)
-        platform.sync(fd)
+        os_calls.write_at(fd, memoryview(b"0123456789"), 5)
+        os_calls.advise(fd, 0, 20)
+        os_calls.sync(fd)
         buffer = bytearray(12)
-        platform.read_at(fd, memoryview(buffer), 4)
+        os_calls.read_at(fd, memoryview(buffer), 4)
         assert bytes(buffer) == b"\x000123456789\x00"
-        platform.write_at(fd, memoryview(b""), 0)
-        platform.read_at(fd, memoryview(bytearray()), 99)
+        os_calls.write_at(fd, memoryview(b""), 0)
+        os_calls.read_at(fd, memoryview(bytearray()), 99)
     finally:
         os.close(fd)
     assert (tmp_path / "file").read_bytes() == bytes(5) + b"0123456789" + bytes(5)
@@ -52,7 +52,7 @@ def test_bytes_come_back_from_their_places(tmp_path: Path, monkeypatch: pytest.M
 def test_an_empty_file_is_reserved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     take_away(monkeypatch, missing)
     with (tmp_path / "file").open("wb") as file:
-        platform.reserve(file.fileno(), 0)
+        os_calls.reserve(file.fileno(), 0)
     assert (tmp_path / "file").stat().st_size == 0
 
 
@@ -63,19 +63,19 @@ def test_reading_past_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, m
     fd = os.open(tmp_path / "file", os.O_RDONLY)
     try:
         with pytest.raises(EOFError, match="ends 4 bytes too early"):
-            platform.read_at(fd, memoryview(bytearray(6)), 3)
+            os_calls.read_at(fd, memoryview(bytearray(6)), 3)
     finally:
         os.close(fd)
 
 
 def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
-    first, second = platform.open_folder(tmp_path), platform.open_folder(tmp_path)
+    first, second = os_calls.open_folder(tmp_path), os_calls.open_folder(tmp_path)
     if first is None or second is None:
         pytest.skip("this system does not open folders")
-    assert platform.claim(first)
-    assert not platform.claim(second)
+    assert os_calls.claim(first)
+    assert not os_calls.claim(second)
     os.close(first)
-    assert platform.claim(second)
+    assert os_calls.claim(second)
     os.close(second)
 
 
@@ -83,13 +83,13 @@ def test_without_locks_nothing_is_granted(tmp_path: Path, monkeypatch: pytest.Mo
     """So that nobody's live folder is taken for abandoned."""
     monkeypatch.setitem(sys.modules, "fcntl", None)
     with (tmp_path / "file").open("wb") as file:
-        assert not platform.claim(file.fileno())
+        assert not os_calls.claim(file.fileno())
 
 
 def test_without_folder_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     take_away(monkeypatch, "O_DIRECTORY")
-    assert platform.open_folder(tmp_path) is None
-    platform.sync_folder(tmp_path)
+    assert os_calls.open_folder(tmp_path) is None
+    os_calls.sync_folder(tmp_path)
 
 
 @pytest.mark.parametrize("missing", [*[[name] for name in available()], available()], ids="+".join)
