@@ -228,6 +228,13 @@ def test_wudi_by_steps_refuses_what_is_not_finite() -> None:
         ("dare_ties", {"seed": 3, "drop": 0.5}, []),
         ("wudi", {"steps": 30}, ["wudi.steps has no effect: mode = closed takes no steps"]),
         ("tsv", {"embeddings": True}, []),
+        (
+            "ties",
+            {"density": 1, "scope": "tensor", "zero": "plus"},
+            ["ties.scope has no effect: a density of 1 trims nothing"],
+        ),
+        ("ties", {"density": 1, "scope": "tensor"}, []),  # the majority is of the tensor then
+        ("task_arithmetic", {"layers": 7}, ["--layers has no effect: task_arithmetic does not depend on depth"]),
         ("tsv", {"scale": {"norm": 0.5, "*": 1}}, []),
     ],
 )
@@ -260,3 +267,19 @@ def test_wildcards_of_a_recipe_end(pattern: str) -> None:
     """However many: each takes what it first can, and nothing is tried again."""
     assert not matches(pattern, "a" * 300)
     assert matches(pattern, "a" * 300 + "b")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_coefficients_in_tensors_are_finite(value: float) -> None:
+    """The merged values would be blamed else."""
+    models = [{"layers.0.w": torch.ones(2)}] * 2
+    with pytest.raises(OptionError, match=r"linear\.weights holds NaN or infinities"):
+        merging.merge_state_dicts(models, method="linear", weights=torch.tensor([value, 1.0]))
+    with pytest.raises(OptionError, match=r"task_arithmetic\.scale holds NaN or infinities"):
+        merging.merge_state_dicts(models, method="task_arithmetic", base=models[0], scale=torch.tensor(value))
+
+
+def test_density_of_dare_is_pointed_to_drop() -> None:
+    for name in ("dare_linear", "dare_ties"):
+        with pytest.raises(OptionError, match="use drop instead"):
+            chain(name, {"density": 0.5})

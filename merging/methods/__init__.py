@@ -208,6 +208,8 @@ def owner_of(key: str, classes: list[type[Method]], text: str) -> int:
     if owners:
         choices = " or ".join(f"{classes[i].name}.{field}" for i in owners)
         raise OptionError(f"{key!r} is a parameter of several methods in {text!r}: write {choices}")
+    if hint := next((part.hint for part in aliases(text) if part.hint), ""):
+        raise OptionError(f"{text!r} has no parameter {key!r}: {hint}")
     elsewhere = [name for name in METHODS if field in parameters_of(method_class(name))]
     if elsewhere:
         raise OptionError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -59,6 +59,10 @@ class Ties(Method):
                 "ties.density is a share of the whole model, so it cannot differ from place to place: use "
                 "scope = tensor, or one density"
             )
+
+    def idle(self, site: Site) -> Mapping[str, str]:
+        trims = varies(self.density) or bool(self._densities())
+        return {} if trims or self.zero == "majority" else {"scope": "a density of 1 trims nothing"}
 
     def rounds(self) -> tuple[Round, ...]:
         rounds = []

@@ -16,6 +16,7 @@ from merging.plan.checks import (
     check_packed,
     check_related,
     content_keys,
+    idle_options,
     taken_as_linear,
 )
 from merging.plan.chosen import chosen
@@ -106,6 +107,7 @@ def _plan_of(
         made = AdapterItems(items, 0)
     items = made.items
     check_places(recipe.method, [item.site for item in items if item.form != "copy"], len(models), _depth_remedy(base))
+    notices += idle_options(recipe, output)
     notices += idle_parameters(recipe.method, [item.site for item in items if item.form != "copy"])
     if recipe.exclude and all(item.form == "copy" for item in items):
         raise OptionError("exclude leaves nothing to merge: name fewer tensors")

@@ -22,6 +22,7 @@ __all__ = [
     "check_packed",
     "check_related",
     "content_keys",
+    "idle_options",
     "same_base",
     "taken_as_linear",
 ]
@@ -127,6 +128,16 @@ def check_options(recipe: Recipe, models: Sequence[Checkpoint | Adapter], output
         raise OptionError("--experts is of a merged adapter, and this merge makes a full model: leave it out")
     if recipe.lora_alpha is not None and not any(isinstance(model, Adapter) for model in models):
         raise OptionError("--lora-alpha is a setting of adapters, and there is none among the models: leave it out")
+
+
+def idle_options(recipe: Recipe, output: str) -> list[str]:
+    """A notice for each option of the recipe that has no effect on this merge."""
+    notices = []
+    if recipe.layers is not None and not recipe.method.by_depth:
+        notices.append(f"--layers has no effect: {recipe.method.chain} does not depend on depth")
+    if "shard_size" in recipe.model_fields_set and output == "adapter":
+        notices.append("--shard-size has no effect: an adapter is one file")
+    return notices
 
 
 def attention_counted(

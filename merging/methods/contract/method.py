@@ -137,6 +137,9 @@ class Method(BaseModel, ABC):
             raise OptionError(f"{self.name} merges {wanted} {noun}, and {models} {verb} given{hint}")
         for field in type(self).model_fields:
             value = getattr(self, field)
+            tensors = [each for each in (value if isinstance(value, tuple) else [value]) if isinstance(each, Tensor)]
+            if not all(bool(each.detach().isfinite().all()) for each in tensors):
+                raise OptionError(f"{self.name}.{field} holds NaN or infinities, and a parameter is a finite number")
             given = len(value) if isinstance(value, tuple) or (isinstance(value, Tensor) and value.dim()) else None
             if given is not None and given != models:
                 raise OptionError(
