@@ -82,17 +82,18 @@ def _tensors(archive: _Archive, state: dict[Any, Any]) -> Opened:
     path = archive.file.path
     tensors: dict[str, Stored] = {}
     shared: dict[str, str] = {}
-    seen: dict[TensorRecord, str] = {}
+    seen: dict[str, str] = {}  # by texts: tuples can be made whose hashes are the same
     for name, record in state.items():
         if not isinstance(name, str):
-            raise FormatError(f"{path}: is a PyTorch file, but not a state dict: {str(name)[:80]!r} is no name")
+            kind = name.kind if isinstance(name, Other) else repr(name)[:80]
+            raise FormatError(f"{path}: is a PyTorch file, but not a state dict: {kind} is no name")
         if isinstance(record, Other):
             raise FormatError(f"{path}: {name} is no ordinary tensor, but {record.kind}")
         if record.dtype not in DTYPE_NAMES:
             raise FormatError(f"{path}: {name} has the type {record.dtype}, which cannot be merged")
         if prod(record.shape) * record.dtype.itemsize > archive.size:  # one number, said to be a matrix of gigabytes
             raise FormatError(f"{path}: {name} of the shape {record.shape} is larger than its file")
-        first = seen.setdefault(record, name)
+        first = seen.setdefault(repr(record), name)
         if first != name and prod(record.shape):
             shared[name] = first
         tensors[name] = archive.tensor(record)

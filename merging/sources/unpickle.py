@@ -1,7 +1,8 @@
 """What a pickle of PyTorch describes, read without torch: no code of it is run, and it takes no more room than it has.
 
 Of tensors only their places are made out. Everything else becomes an object without content: a pickle could ask for
-gigabytes in a few bytes where a list is copied, a text encoded again and again, or a tensor made by its size.
+gigabytes in a few bytes where a list is copied, a text encoded again and again, or a tensor made by its size; and for
+years where a tuple of tuples, each of which holds the one before thrice, is hashed or compared.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -24,6 +25,12 @@ _MAX_STEPS = 1 << 22
 
 _MAX_BITS = 64
 """Bits of an integer."""
+
+_LONGEST_KEY = 4096
+"""Characters of a text that anything is found by; longer ones could be compared again and again."""
+
+_MOST_ARGUMENTS = 64
+"""Values that a function is given, and axes of a tensor; more could be copied again and again."""
 
 _REFUSED = frozenset({"BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "PERSID"})
 """Instructions that nothing of PyTorch's needs; the first reserves as much memory as it states."""
@@ -77,13 +84,10 @@ class TensorRecord:
 
 
 class Other:
-    """Something that is no ordinary tensor; only the name of its kind is kept."""
+    """Something that is no ordinary tensor, or no plain key; only the name of its kind is kept."""
 
     def __init__(self, kind: str, *_: object) -> None:
         self.kind = kind
-
-    def __setstate__(self, _: object) -> None:
-        """Nothing: of such an object no content is kept."""
 
     def __setitem__(self, *_: object) -> None:
         """Nothing."""
@@ -107,8 +111,14 @@ def unpickle(data: bytes) -> Any:
     return _Reader(io.BytesIO(data)).load()
 
 
-class _Reader(pickle.Unpickler):
-    """An unpickler that knows how tensors are described, and makes nothing else."""
+class _Reader(pickle._Unpickler):
+    """An unpickler that knows how tensors are described, and makes nothing else.
+
+    It is the one in Python, since the one in C lets nobody see a key before it is hashed.
+    """
+
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
 
     def find_class(self, module: str, name: str) -> Any:
         """What stands for a global name of a pickle."""
@@ -127,8 +137,61 @@ class _Reader(pickle.Unpickler):
         """The storage that a pickle refers to."""
         match pid:
             case ("storage", torch.dtype() as dtype, str() as key, str(), int() as count) if count >= 0:
-                return Storage(key, dtype, count)
+                if len(key) <= _LONGEST_KEY:
+                    return Storage(key, dtype, count)
         raise ValueError("it refers to something that is no storage")
+
+    def _set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.stack[-1][_key(key)] = value
+
+    def _set_items(self) -> None:
+        items = self.pop_mark()
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            self.stack[-1][_key(key)] = value
+
+    def _make_dict(self) -> None:
+        items = self.pop_mark()
+        self.stack.append({_key(key): value for key, value in zip(items[::2], items[1::2], strict=True)})
+
+    def _make_set(self) -> None:
+        self.stack.append(Other("set"))
+
+    def _make_full_set(self) -> None:
+        self.pop_mark()
+        self.stack.append(Other("set"))
+
+    def _fill_set(self) -> None:
+        self.pop_mark()
+
+    def _call(self) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        if not isinstance(arguments, tuple) or len(arguments) > _MOST_ARGUMENTS:
+            raise ValueError("it calls a function in no known way")
+        self.stack.append(function(*arguments))
+
+    def _set_state(self) -> None:
+        self.stack.pop()  # the attributes of a state dict are not wanted, and those of anything else could do harm
+
+    dispatch: ClassVar[dict[int, Any]] = pickle._Unpickler.dispatch | {
+        pickle.SETITEM[0]: _set_item,
+        pickle.SETITEMS[0]: _set_items,
+        pickle.DICT[0]: _make_dict,
+        pickle.EMPTY_SET[0]: _make_set,
+        pickle.FROZENSET[0]: _make_full_set,
+        pickle.ADDITEMS[0]: _fill_set,
+        pickle.REDUCE[0]: _call,
+        pickle.BUILD[0]: _set_state,
+    }
+
+
+def _key(value: Any) -> Any:
+    """A key of a dict that is hashed and compared at once: a plain value, or what stands for another."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, (str, bytes)) and len(value) <= _LONGEST_KEY:
+        return value
+    return Other(type(value).__name__)
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> TensorRecord:
@@ -142,8 +205,11 @@ def _tensor_of_type(
 
 
 def _record(storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any) -> TensorRecord:
-    places = (offset, *shape, *strides) if isinstance(shape, tuple) and isinstance(strides, tuple) else (None,)
-    if not all(type(each) is int and 0 <= each < 1 << 62 for each in places) or len(shape) != len(strides) > 64:
+    if not isinstance(shape, tuple) or not isinstance(strides, tuple) or len(shape) != len(strides):
+        raise ValueError("it describes a tensor without a place")
+    if len(shape) > _MOST_ARGUMENTS:
+        raise ValueError(f"it describes a tensor of {len(shape):,} axes")
+    if not all(type(each) is int and 0 <= each < 1 << 62 for each in (offset, *shape, *strides)):
         raise ValueError("it describes a tensor without a place")
     if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype):
         raise ValueError("it describes a tensor without a storage")
@@ -161,7 +227,8 @@ def _first(value: Any, *_: Any) -> Any:
 
 
 def _subclass(function: Any, kind: Any, arguments: Any, *_: Any) -> Any:
-    if function not in (_tensor, _tensor_of_type, _first) or not isinstance(arguments, tuple):
+    known = isinstance(arguments, tuple) and len(arguments) <= _MOST_ARGUMENTS
+    if not known or function not in (_tensor, _tensor_of_type, _first):
         raise ValueError("it describes a tensor in no known way")
     return function(*arguments)
 

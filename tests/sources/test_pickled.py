@@ -59,6 +59,21 @@ def long(value: int) -> bytes:
     return b"\x8a" + bytes([len(data)]) + data
 
 
+def nest() -> bytes:
+    """Keeps a tuple as number 39: forty deep, each holds the one before thrice, 3**38 values in all."""
+    deeper = (b"h%c" % (level - 1) * 3 + b"\x87q%c0" % level for level in range(2, 40))
+    return b"K\1\x85q\x010" + b"".join(deeper)
+
+
+MADE = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage() + b"K\0))\x89)tR"
+"""A number as a tensor."""
+
+MANY = b"(" + b"N" * 100_000 + b"tq\1" + b"0"
+"""Keeps a tuple of 100,000 values as number 1."""
+LONG = text("k" * 1_000_000) + text("k" * 1_000_000) + b"q\x010"
+"""A long text, and as number 1 another that has to be compared with it to the end."""
+
+
 BOMBS = {
     "a memo of 16 GB": b"\x80\x02}r\xff\xff\xff\x7f.",
     "bytes of 16 GB": b"\x80\x05\x96" + struct.pack("<Q", 1 << 34) + b".",
@@ -72,6 +87,20 @@ BOMBS = {
     "a tensor by its size": b"\x80\x02ctorch\nFloatTensor\n(J\xff\xff\xff\x7ftR.",
     "a number of the system's": b"\x80\x02cos\nsystem\n" + text("true") + b"\x85R.",
     "a deep nest": b"\x80\x02" + b"]q\0" + b"]h\0a" * 100_000 + b".",
+    "a nest for a key": b"\x80\x02}" + nest() + b"h\x27K\1s.",
+    "a nest among keys": b"\x80\x02}" + nest() + b"(h\x27K\1h\x26K\1u.",
+    "a nest in a dict": b"\x80\x02" + nest() + b"(h\x27K\1d.",
+    "a nest in a set": b"\x80\x04" + nest() + b"\x8f(h\x27\x90.",
+    "a nest in a set for good": b"\x80\x04" + nest() + b"(h\x27\x91.",
+    "a nest for a state": b"\x80\x02" + nest() + MADE + b"}h\x27K\1sb.",
+    "a nest for a place": b"\x80\x02" + nest() + MADE.replace(b"))", b"h\x27h\x27") + b".",
+    "a nest for a storage": b"\x80\x02" + nest() + b"h\x27Q.",
+    "a nest for a type": b"\x80\x02" + nest() + b"ctorch._tensor\n_rebuild_from_type_v2\n(h\x27h\x27h\x27tR.",
+    "a long key again and again": b"\x80\x02}" + LONG + b"K\1s" + b"h\1K\1s" * 100_000 + b".",
+    "many values again and again": (
+        b"\x80\x02" + MANY + b"ctorch.nn.parameter\nParameter\nq\x020" + b"h\2h\1R0" * 100_000 + b"N."
+    ),
+    "many axes again and again": tensor(MANY[:-3] + b"q\1", b"h\1"),
     "steps without end": b"\x80\x02" + b"N0" * (1 << 22) + b"N.",
 }  # fmt: skip
 
@@ -87,6 +116,16 @@ def test_a_text_that_doubles_is_not_made() -> None:
     """What torch would make, and nobody needs, stays without content."""
     made = unpickle(BOMBS["a text that doubles"])
     assert isinstance(made, Other) and vars(made) == {"kind": "encode"}
+
+
+def test_nothing_that_is_made_is_changed_by_a_file(tmp_path: Path) -> None:
+    """A state would give a tensor any shape, and a function of ours other defaults for the files to come."""
+    state = b"(" + storage() + b"ctorch\nfloat16\nK\0h\x27h\x27tb"
+    defaults = b"ctorch._utils\n_rebuild_parameter\nN}" + text("__defaults__") + b"K\1\x85s\x86b0"
+    saved(tmp_path / "a.bin", b"\x80\x02}" + nest() + text("w") + MADE + state + defaults + b"s.")
+    tensors, _ = open_pickle(tmp_path / "a.bin")
+    assert tensors["w"].shape == () and tensors["w"].dtype == torch.float32
+    assert unpickle(b"\x80\x02ctorch._utils\n_rebuild_parameter\n.").__defaults__ is None
 
 
 def test_compressed_records_are_refused(tmp_path: Path) -> None:
