@@ -16,6 +16,7 @@ from merging.sources.layout import (
     agree,
     check_absent,
     is_standard,
+    refuse_shard,
     shards_of,
     shards_without_index,
     stem_of,
@@ -169,6 +170,8 @@ def _files_of(weights: Path, in_folder: bool) -> Mapping[Path, set[str] | None]:
     """The files of a model by its weights, each with the names that an index promises of it."""
     if weights.suffix == ".json":
         return shards_of(weights, given=not in_folder)
+    if not in_folder:
+        refuse_shard(weights)
     shards = shards_without_index(weights.parent) if in_folder else []
     return dict.fromkeys(shards if weights in shards else [weights])
 

@@ -21,6 +21,7 @@ __all__ = [
     "is_plain_name",
     "is_standard",
     "of_llama_cpp",
+    "refuse_shard",
     "shards_of",
     "shards_without_index",
     "stem_of",
@@ -113,6 +114,16 @@ def shards_without_index(folder: Path) -> list[Path]:
             f"{name}-{missing[0]:05}-of-{count}.{ending} is missing: complete the download"
         )
     return [check_inside(shards[number], folder) for number in sorted(shards)]
+
+
+def refuse_shard(path: Path) -> None:
+    """Refuse a file that is one of several shards by its name. Raises :class:`~merging.errors.InputError`."""
+    match = _NUMBERED.fullmatch(path.name)
+    if match and int(match["count"]) > 1:
+        raise InputError(
+            f"{path}: is one of the {int(match['count'])} shards of a model by its name: name their folder, "
+            f"{path.parent}, or give the file another name if it is a whole model"
+        )
 
 
 def weights_of(folder: Path) -> Path:

@@ -502,6 +502,16 @@ def test_mismatch_can_keep_the_bases(tmp_path: Path, kind: str) -> None:
     assert close(got, mean(one, kept))
 
 
+def test_a_single_shard_is_no_model(tmp_path: Path) -> None:
+    folder = save(tmp_path / "m", model(1), shards=3)
+    shard = folder / "model-00001-of-00003.safetensors"
+    with pytest.raises(
+        InputError, match=rf"is one of the 3 shards of a model by its name: name their folder, {folder}"
+    ):
+        open_checkpoint(shard)
+    assert open_checkpoint(folder).tensors.keys() == model(1).keys()
+
+
 def test_unrelated_models_are_refused(tmp_path: Path) -> None:
     paths = [save(tmp_path / "a", model(1)), save(tmp_path / "b", bert(1, False))]
     with pytest.raises(InputError, match=r"do not hold the same tensors as \S*a: .* more"):
