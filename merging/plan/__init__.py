@@ -103,7 +103,8 @@ def _plan_of(
     else:
         reference = based or next(model for model in alike if isinstance(model, Checkpoint))
         stacks, guess = find_stacks(recipe, models, reference, ())
-        items, matched, untied = model_items(recipe, alike, reference, based, stacks, weights, heads.excluded)
+        items, matched, remarks, untied = model_items(recipe, alike, reference, based, stacks, weights, heads.excluded)
+        notices += remarks
         made = AdapterItems(items, 0)
     items = made.items
     check_places(recipe.method, [item.site for item in items if item.form != "copy"], len(models), _depth_remedy(base))

@@ -32,8 +32,8 @@ def model_items(
     stacks: Stacks,
     weights: bool,
     excluded: Collection[str] = (),
-) -> tuple[list[Item], list[str], bool]:
-    """The items of the merge, lines about how names were matched, and whether the output head is untied.
+) -> tuple[list[Item], list[str], list[str], bool]:
+    """The items of the merge, lines about how names were matched, notices, and whether the output head is untied.
 
     ``reference`` gives names, shapes and dtypes: the base, or else the first model. ``excluded`` are targets that are
     left out already, which patterns may mean too. Raises :class:`~merging.errors.InputError` for tensors that do not
@@ -45,24 +45,31 @@ def model_items(
     matched: list[str] = []
     inputs: list[Inputs] = []
     mismatches: list[str] = []
+    surplus: dict[str, None] = {}
     for model in models:
         brought: Inputs
         if isinstance(model, Adapter):
             resolved = resolver.resolve(model)
             brought, line = dict(resolved.changes), resolved.line
         else:
-            brought, line = _align(model, known, mismatches)
+            brought, line = _align(model, known, mismatches, surplus)
         inputs.append(brought)
         matched.append(line)
     if mismatches and recipe.on_mismatch == "error":
-        more = f", and {len(mismatches) - 3} more" if len(mismatches) > 3 else ""
         raise InputError(
-            f"the models do not hold the same tensors as {reference.path}: {'; '.join(mismatches[:3])}{more}. "
+            f"the models do not hold the same tensors as {reference.path}: {_first_three(mismatches, '; ')}. "
             f"Use --on-mismatch base to keep {reference.path.name}'s where they differ"
         )
     skip = _incomplete(models, inputs, known) if mismatches else set()
-    if mismatches:
-        matched.append(f"{len(skip)} tensors that differ are {reference.path.name}'s (--on-mismatch base)")
+    notices = []
+    if skip:
+        named = _first_three(sorted(skip))
+        matched.append(f"{_counted(skip)} that differ are {reference.path.name}'s (--on-mismatch base): {named}")
+    if surplus:
+        notices.append(
+            f"{_counted(surplus)} that {reference.path} lacks are left out (--on-mismatch base keeps its tensors "
+            f"alone): {_first_three(list(surplus))}"
+        )
     names = with_tied_copy(known, inputs, reference, skip)
     untied = is_untied(names, reference)
     left = all_matching(recipe.exclude, [*names, *excluded])
@@ -79,11 +86,24 @@ def model_items(
         )
         for name, stored in names.items()
     ]
-    return items, matched, untied
+    return items, matched, notices, untied
 
 
-def _align(model: Checkpoint, known: Mapping[str, Stored], mismatches: list[str]) -> tuple[Inputs, str]:
-    """A checkpoint's tensors under the reference's names; what does not fit goes to ``mismatches``."""
+def _counted(names: Collection[str]) -> str:
+    return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
+
+
+def _first_three(names: Sequence[str], between: str = ", ") -> str:
+    return between.join(names[:3]) + (f", and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _align(
+    model: Checkpoint, known: Mapping[str, Stored], mismatches: list[str], surplus: dict[str, None]
+) -> tuple[Inputs, str]:
+    """A checkpoint's tensors under the reference's names.
+
+    What does not fit goes to ``mismatches``, and the names that the reference lacks also to ``surplus``.
+    """
 
     def fits(name: str, match: str) -> bool:
         ours, theirs = model.tensors[name], known[match]
@@ -94,9 +114,12 @@ def _align(model: Checkpoint, known: Mapping[str, Stored], mismatches: list[str]
     brought: dict[str, Stored | Change] = {
         str(renaming(name)): stored for name, stored in model.tensors.items() if name not in gone
     }
+    more = 0
     for name in left:
         match = renaming(name)
         if match is None or match not in known:
+            more += 1
+            surplus[match or name] = None
             mismatches.append(
                 f"{model.path} has {name}, which the other lacks{nearest(name, known) if len(known) < 500 else ''}"
             )
@@ -110,7 +133,7 @@ def _align(model: Checkpoint, known: Mapping[str, Stored], mismatches: list[str]
             brought[name] = stored
         elif not any(renaming(other) == name for other in left):
             mismatches.append(f"{model.path} lacks {name}")
-    return brought, f"{model.path}: {len(brought)} of {len(known)} tensors matched by {renaming}"
+    return brought, f"{model.path}: {len(brought)} of {len(known) + more} tensors matched by {renaming}"
 
 
 def _incomplete(models: Sequence[Checkpoint | Adapter], inputs: list[Inputs], known: Mapping[str, Stored]) -> set[str]:

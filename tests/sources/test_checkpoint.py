@@ -502,6 +502,24 @@ def test_mismatch_can_keep_the_bases(tmp_path: Path, kind: str) -> None:
     assert close(got, mean(one, kept))
 
 
+@pytest.mark.parametrize("first", ["smaller", "larger"])
+def test_tensors_left_to_the_base_are_counted_and_named(tmp_path: Path, first: str) -> None:
+    """Whichever model comes first: the tensors of blocks that the other lacks are not dropped in silence."""
+    larger = model(1)
+    odd = sorted(name for name in larger if ".layers." in name)
+    smaller = {name: value for name, value in larger.items() if name not in odd}
+    paths = {"smaller": save(tmp_path / "smaller", smaller), "larger": save(tmp_path / "larger", larger)}
+    order = [first, *({"smaller", "larger"} - {first})]
+    plan = merging.preview([paths[name] for name in order], method="linear", on_mismatch="base")
+    lines = "\n".join([*plan.matched, *plan.notices])
+    assert f"{order[1]}: {len(smaller)} of {len(larger)} tensors matched" in lines
+    what = f"differ are {order[0]}'s" if first == "larger" else f"{paths['smaller']} lacks are left out"
+    assert f"{len(odd)} tensors that {what} (--on-mismatch base" in lines
+    assert all(name in lines for name in odd[:3])
+    assert f"and {len(odd) - 3} more" in lines
+    assert len(plan.items) == len(larger if first == "larger" else smaller)
+
+
 def test_a_single_shard_is_no_model(tmp_path: Path) -> None:
     folder = save(tmp_path / "m", model(1), shards=3)
     shard = folder / "model-00001-of-00003.safetensors"
