@@ -11,7 +11,15 @@ import torch
 from adapters import QUIRKS, State, assert_close, deep_base, quiet
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+)
 
 import merging
 from merging.errors import InputError
@@ -87,6 +95,57 @@ def test_heads_for_other_labels_are_left_out_as_the_refusal_says(
     merging.merge([one, other], method="linear", exclude="score", output=tmp_path / "out", **options)
     assert not any("score" in name for name in load_file(tmp_path / "out" / "adapter_model.safetensors"))
     assert not json.loads((tmp_path / "out" / "adapter_config.json").read_text())["modules_to_save"]
+
+
+# ---- classifiers whose base has its tensors under shorter names
+
+
+def bert_classifier(base: Path, seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    return BertForSequenceClassification.from_pretrained(base, num_labels=3).eval()
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An encoder saved plain (``encoder.*``) and in a language model (``bert.*``), and two classifiers' adapters."""
+    root = tmp_path_factory.mktemp("encoders")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with quiet():
+        torch.manual_seed(0)
+        encoder = BertModel(BertConfig(**sizes, vocab_size=32), add_pooling_layer=False)
+        encoder.save_pretrained(root / "plain")
+        language = BertForMaskedLM(encoder.config)
+        language.bert = encoder
+        language.save_pretrained(root / "language")
+        for seed, name in enumerate(("one", "two")):
+            config = LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
+            tuned = get_peft_model(bert_classifier(root / "plain", seed), config)
+            with torch.no_grad():
+                for value in tuned.parameters():
+                    if value.requires_grad:
+                        value.add_(0.1 * torch.randn(value.shape))
+            tuned.save_pretrained(root / name)
+    yield root
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["adapter", "model"])
+@pytest.mark.parametrize("base", ["plain", "language"])
+def test_heads_keep_their_names_on_a_base_of_other_prefixes(
+    encoders: Path, tmp_path: Path, base: str, kind: str
+) -> None:
+    """Adapters name ``bert.encoder.*`` and ``classifier.*``; what comes out, PEFT or transformers loads whole."""
+    adapters = [encoders / "one", encoders / "two"]
+    merging.merge(adapters, method="linear", base=encoders / base, kind=kind, output=tmp_path / "out")
+
+    def state_with(adapter: Path) -> State:
+        model = PeftModel.from_pretrained(bert_classifier(encoders / base, 9), adapter).merge_and_unload()
+        return {name: value.clone() for name, value in model.state_dict().items() if "pooler" not in name}
+
+    out = tmp_path / "out"
+    found = state_with(out) if kind == "adapter" else bert_classifier(out, 9).state_dict()
+    one, two = map(state_with, adapters)
+    assert_close({name: found[name] for name in one}, {name: (one[name] + two[name]) / 2 for name in one})
 
 
 # ---- vocabularies that were resized in training

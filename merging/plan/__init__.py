@@ -103,7 +103,7 @@ def _plan_of(
     else:
         reference = based or next(model for model in alike if isinstance(model, Checkpoint))
         stacks, guess = find_stacks(recipe, models, reference, ())
-        items, matched, remarks, untied = model_items(recipe, alike, reference, based, stacks, weights, heads.excluded)
+        items, matched, remarks, untied = model_items(recipe, alike, reference, based, stacks, weights, heads)
         notices += remarks
         made = AdapterItems(items, 0)
     items = made.items

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -52,10 +52,14 @@ class _Found:
 
 
 class Resolver:
-    """Resolves adapters against the tensors of one base, by their names on disk, and its config."""
+    """Resolves adapters against the tensors of one base, by their names on disk, and its config.
 
-    def __init__(self, known: Mapping[str, Stored], config: dict[str, Any]) -> None:
-        self._known, self._config = known, config
+    ``heads`` are names that adapters gave to some of them: such a head has no other name, whatever prefix the base's
+    own tensors have lost or gained.
+    """
+
+    def __init__(self, known: Mapping[str, Stored], config: dict[str, Any], heads: Collection[str] = ()) -> None:
+        self._known, self._config, self._heads = known, config, heads
         self._shapes = {name: stored.shape for name, stored in known.items()}
 
     def resolve(self, adapter: Adapter) -> Resolved:
@@ -67,7 +71,7 @@ class Resolver:
         """
         renaming, left = self._match(adapter, self._shapes)
         if not left:
-            names = _renamed(adapter, renaming, self._shapes)
+            names = self._renamed(adapter, renaming, self._shapes)
             changes = self._oriented(adapter, {target: self._shapes[name] for target, name in names.items()})
             placed = {names[target]: change for target, change in changes.items()}
             rows = {target: (Rows(name, 0, (self._shapes[name] or (1,))[0]),) for target, name in names.items()}
@@ -87,7 +91,7 @@ class Resolver:
         if left:
             found = self._by_memory(adapter)
         else:
-            names = _renamed(adapter, renaming, self._shapes)
+            names = self._renamed(adapter, renaming, self._shapes)
             pieces = {t: self._pieces.get(name, [whole(name, self._shapes[name])]) for t, name in names.items()}
             found = _Found(pieces, {t: self._shapes[name] for t, name in names.items()}, str(renaming))
         found = found or self._by_single_experts(adapter)
@@ -123,8 +127,13 @@ class Resolver:
         def fits(target: str, match: str) -> bool:
             return adapter.changes[target].fits(shapes[match])
 
-        required = [target for target, change in adapter.changes.items() if not change.optional]
+        required = [t for t, change in adapter.changes.items() if not change.optional and t not in self._heads]
         return find_renaming(required, shapes, fits)
+
+    def _renamed(self, adapter: Adapter, renaming: Renaming, known: Mapping[str, object]) -> dict[str, str]:
+        """The name of each target in the base, but for those that it lacks and need not have."""
+        names = {t: t if t in self._heads else renaming(t) or t for t in adapter.changes}
+        return {target: name for target, name in names.items() if name in known or not adapter.changes[target].optional}
 
     def _by_spelling(self, adapter: Adapter, renaming: Renaming, left: list[str]) -> Resolved:
         """The changes of a diffusion model's tensors on disk, which are what all programs agree on."""
@@ -152,7 +161,7 @@ class Resolver:
         in_memory = self._in_memory
         renaming, left = self._match(adapter, in_memory)
         if not left:
-            names = _renamed(adapter, renaming, in_memory)
+            names = self._renamed(adapter, renaming, in_memory)
             shapes = {target: in_memory[name] for target, name in names.items()}
             pieces = {target: [whole(name, in_memory[name])] for target, name in names.items()}
             return _Found(pieces, shapes, f"transformers' names, {renaming}")
@@ -278,12 +287,6 @@ class Resolver:
 def _are_rows(place: Place, shape: tuple[int, ...]) -> bool:
     """Whether what lies at a place of a tensor of this shape is some of its rows."""
     return place.axes == tuple(range(len(shape))) and bool(shape) and place.shape[1:] == shape[1:]
-
-
-def _renamed(adapter: Adapter, renaming: Renaming, known: Mapping[str, object]) -> dict[str, str]:
-    """The name of each target in the base, but for those that it lacks and need not have."""
-    names = {target: renaming(target) or target for target in adapter.changes}
-    return {target: name for target, name in names.items() if name in known or not adapter.changes[target].optional}
 
 
 def _by_whole(pieces: Mapping[str, list[Piece]]) -> dict[str, list[tuple[str, Piece]]]:

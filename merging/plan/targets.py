@@ -41,7 +41,7 @@ class Targets:
 
 def adapter_targets(adapters: Sequence[Adapter], base: Checkpoint | None, heads: TaskHeads = NO_HEADS) -> Targets:
     """What adapters change where. Raises :class:`~merging.errors.InputError` for names that do not fit together."""
-    resolver = Resolver(_known(base, adapters), base.config) if base is not None else None
+    resolver = Resolver(_known(base, adapters), base.config, heads.tensors) if base is not None else None
     if resolver is None:
         common = common_names(adapters)
         named = [

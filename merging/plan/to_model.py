@@ -13,6 +13,7 @@ from merging.plan.heads import is_untied, own_heads, with_tied_copy
 from merging.plan.items import Item
 from merging.plan.recipe import DTYPES, Recipe
 from merging.plan.resolve import Resolver
+from merging.plan.task_heads import NO_HEADS, TaskHeads
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.names import find_renaming
@@ -31,17 +32,17 @@ def model_items(
     base: Checkpoint | None,
     stacks: Stacks,
     weights: bool,
-    excluded: Collection[str] = (),
+    heads: TaskHeads = NO_HEADS,
 ) -> tuple[list[Item], list[str], list[str], bool]:
     """The items of the merge, lines about how names were matched, notices, and whether the output head is untied.
 
-    ``reference`` gives names, shapes and dtypes: the base, or else the first model. ``excluded`` are targets that are
-    left out already, which patterns may mean too. Raises :class:`~merging.errors.InputError` for tensors that do not
-    fit, unless the recipe keeps the base's.
+    ``reference`` gives names, shapes and dtypes: the base, or else the first model. ``heads`` stand for heads that no
+    base has; patterns may also mean those among them that are left out already. Raises
+    :class:`~merging.errors.InputError` for tensors that do not fit, unless the recipe keeps the base's.
     """
     known = dict(reference.tensors)
     known |= own_heads(models, reference)
-    resolver = Resolver(known, reference.config)
+    resolver = Resolver(known, reference.config, heads.tensors)
     matched: list[str] = []
     inputs: list[Inputs] = []
     mismatches: list[str] = []
@@ -72,7 +73,7 @@ def model_items(
         )
     names = with_tied_copy(known, inputs, reference, skip)
     untied = is_untied(names, reference)
-    left = all_matching(recipe.exclude, [*names, *excluded])
+    left = all_matching(recipe.exclude, [*names, *heads.excluded])
     turned = inputs_by_outputs({name: stored.shape for name, stored in names.items()})
     items = [
         _item(
