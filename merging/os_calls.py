@@ -1,4 +1,4 @@
-"""What the operating system does for us: positional reads and writes, preallocation, durable folders, locks.
+"""What the operating system does for us: positional reads and writes, preallocation, durable folders, locks, signals.
 
 Linux is served directly. Where a call does not exist (macOS, Windows) a plain fallback does the same, slower or with a
 weaker promise. Everything that differs between systems is in this file.
@@ -9,11 +9,15 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import signal
 import stat
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from types import FrameType
+from typing import Any, BinaryIO
 
 __all__ = [
     "advise",
@@ -33,6 +37,7 @@ __all__ = [
     "sync",
     "sync_folder",
     "umask",
+    "uninterrupted",
     "without_links",
     "write_at",
 ]
@@ -259,3 +264,25 @@ def claim(fd: int) -> bool | None:
     except OSError:
         return None
     return True
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Have signals wait until the end of the block, so that none of them leaves its work half done.
+
+    These are the ones with a handler in Python, which may raise wherever the main thread is; other threads see none.
+    """
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    waiting: list[tuple[int, FrameType | None]] = []
+    try:
+        for number in numbers if threading.current_thread() is threading.main_thread() else ():
+            if callable(handler := signal.getsignal(number)):
+                handlers[number] = handler
+                signal.signal(number, lambda *signalled: waiting.append(signalled))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, frame in waiting:
+            handlers[number](number, frame)
