@@ -83,7 +83,7 @@ def execute(
     plan = plan_for(recipe, destination)
     target = target_of(push, private=private, overwrite=overwrite) if push else None
     if dry_run:
-        check_output(plan, destination, overwrite)
+        check_output(plan, destination, overwrite, dry=True)
         echo_plan(plan, destination, threads, max_memory, as_json)
         return
     with progress_bar(progress) as report:

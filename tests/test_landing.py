@@ -20,7 +20,7 @@ from tiny import checkpoint, fine_tune, identical, load, model, save
 import merging
 from merging import os_calls
 from merging.errors import OutputError
-from merging.storage.staging import Landing
+from merging.storage.staging import Landing, check_destination
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -148,7 +148,7 @@ def test_folder_that_cannot_be_written(tmp_path: Path, tuned: list[Path]) -> Non
     with pytest.raises(OutputError, match="/proc/self"):
         merging.merge(tuned, method="linear", output="/proc/self/out")
     with pytest.raises(OutputError, match="/proc/self cannot be written to"):
-        Landing(Path("/proc/self/out"), overwrite=False, file=False)
+        Landing(Path("/proc/self/out"), overwrite=False, file=False).__enter__()
 
 
 def test_too_little_space(tmp_path: Path, tuned: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,13 +239,13 @@ def test_kill_and_the_next_merge(tmp_path: Path) -> None:
 
 def test_abandoned_and_live_folders(tmp_path: Path, tuned: list[Path], output: Path) -> None:
     """Whatever the name; a folder whose owner lives is left alone."""
-    abandoned = tmp_path / f".{output.name}.x.partial"
-    abandoned.mkdir()
+    abandoned = tmp_path / f".{output.name}.abcd_123.partial" / "out"
+    abandoned.mkdir(parents=True)
     (abandoned / "model.safetensors").write_bytes(bytes(100))
     with Landing(output, overwrite=False, file=output.suffix == ".safetensors") as landing:
-        assert hidden(tmp_path) == [landing.scratch]
+        assert hidden(tmp_path) == [landing.scratch.parent]
         merging.merge(tuned, method="linear", output=output)
-        assert hidden(tmp_path) == [landing.scratch]
+        assert hidden(tmp_path) == [landing.scratch.parent]
     assert not hidden(tmp_path)
 
 
@@ -349,7 +349,7 @@ def test_a_live_claim_is_never_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(os_calls, "open_folder", steal_before)
     with Landing(tmp_path / "out", overwrite=False, file=False) as landing:
-        assert hidden(tmp_path) == [landing.scratch] != thieves
+        assert hidden(tmp_path) == [landing.scratch.parent] != thieves
 
     def steal_after(path: Path) -> int | None:
         opened = plain(path)
@@ -360,7 +360,7 @@ def test_a_live_claim_is_never_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(os_calls, "open_folder", steal_after)
     with Landing(tmp_path / "out", overwrite=False, file=False) as landing:
-        assert hidden(tmp_path) == [landing.scratch] != thieves[1:]
+        assert hidden(tmp_path) == [landing.scratch.parent] != thieves[1:]
 
     def hold(path: Path) -> int | None:
         if len(thieves) < 4:
@@ -374,7 +374,7 @@ def test_a_live_claim_is_never_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     locks: list[int] = []
     monkeypatch.setattr(os_calls, "open_folder", hold)
     with Landing(tmp_path / "out", overwrite=False, file=False) as landing:
-        assert landing.scratch not in thieves
+        assert landing.scratch.parent not in thieves
     for lock in locks:
         os.close(lock)
 
@@ -435,3 +435,47 @@ def test_a_disk_that_fills_beside_the_weights(
     with pytest.raises(OutputError, match=r"out: cannot be written: No space left on device$"):
         merging.merge(tuned, method="linear", output=tmp_path / "out", shard_size=600)
     assert set(tmp_path.iterdir()) == before
+
+
+def test_only_leftovers_of_this_output_are_touched(tmp_path: Path, tuned: list[Path]) -> None:
+    """Another output's, whose name begins alike, with its only model; a person's own folders, named nearly alike."""
+    others = [
+        save(tmp_path / ".out.v2.abcd_123.partial" / "old", model(9)),
+        save(tmp_path / ".out.notes.partial", model(9)),
+        save(tmp_path / ".out.my_notes.partial", model(9)),
+        save(tmp_path / ".out.abcd_123.partial.old" / "old", model(9)),
+    ]
+    save(tmp_path / ".out.abcd_123.partial" / "old", model(9))
+    merging.merge(tuned, method="linear", output=tmp_path / "out", overwrite=True)
+    assert all(identical(load(other), model(9)) for other in others)
+    assert not (tmp_path / ".out.abcd_123.partial").exists()
+    assert right(tmp_path / "out", tuned)
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_refused_merge_moves_nothing(tmp_path: Path, tuned: list[Path], dry: bool) -> None:
+    """What a killed merge had moved away exists, and is what --overwrite would replace."""
+    old, rest = tmp_path / ".out.abcd_123.partial" / "old", tmp_path / ".out.abcd_124.partial" / "out"
+    save(old, model(9))
+    save(rest, model(8))
+    with pytest.raises(OutputError, match=rf"out: exists already \(a merge that was killed left it as {old}\): choose"):
+        check_destination(tmp_path / "out", tuned, 0, overwrite=False, dry=dry)
+    check_destination(tmp_path / "out", tuned, 0, overwrite=True, dry=dry)
+    assert identical(load(old), model(9))
+    assert rest.is_dir() == dry
+    assert not (tmp_path / "out").exists()
+    (old / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match=r"it holds thesis\.txt"):
+        merging.merge(tuned, method="linear", output=tmp_path / "out", overwrite=True)
+    assert old.is_dir()
+
+
+def test_a_refused_merge_removes_what_a_kill_left(tmp_path: Path, tuned: list[Path]) -> None:
+    """Of a merge that was killed when its output was in place already."""
+    merging.merge(tuned, method="linear", output=tmp_path / "out")
+    (tmp_path / ".out.abcd_123.partial").mkdir()
+    (tmp_path / ".out.abcd_124.partial" / "scratch").mkdir(parents=True)
+    with pytest.raises(OutputError, match="exists already: choose another -o, or use --overwrite"):
+        merging.merge(tuned, method="linear", output=tmp_path / "out")
+    assert not hidden(tmp_path)
+    assert right(tmp_path / "out", tuned)

@@ -201,13 +201,13 @@ def _writer(plan: Plan, folder: Path, destination: Path) -> TensorWriter | Compo
     return TensorWriter(folder, reference.stem, plan.outs, metadata, plan.recipe.shard_size)
 
 
-def check_output(plan: Plan, destination: Path, overwrite: bool) -> None:
-    """Refuse a destination that the plan's output cannot or must not take."""
+def check_output(plan: Plan, destination: Path, overwrite: bool, dry: bool = False) -> None:
+    """Refuse a destination that the plan's output cannot or must not take; with ``dry`` nothing is touched."""
     inputs = [file for model in [*plan.models, plan.base] if model for file in (model.path, *model.files)]
     if destination.suffix == ".safetensors" and plan.output == "model" and plan.reference and plan.reference.components:
         raise OutputError(f"{destination}: what comes out is made of several models, in a folder: choose another -o")
     nbytes = plan.out_bytes + plan.spool_bytes + plan.kept_bytes_on_disk
-    check_destination(destination, inputs, nbytes, overwrite)
+    check_destination(destination, inputs, nbytes, overwrite, dry)
 
 
 def _metadata(plan: Plan) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,14 +11,14 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from merging import os_calls
-from merging.continual.manifest import NAME, STATES, Manifest, Unconfirmed, replace_manifest
+from merging.continual.manifest import NAME, STATES, Manifest, replace_manifest
 from merging.errors import OptionError, OutputError
 from merging.sources.links import refuse_link
+from merging.storage.staging import Landing
 
 __all__ = ["Busy", "found", "locked", "refuse_within", "remove", "unfinished"]
 
-_LOCK, _UNFINISHED, _NEW = ".lock", ".unfinished.", ".new"
+_LOCK, _UNFINISHED = ".lock", ".unfinished."
 
 
 class Busy(OutputError):
@@ -57,33 +56,17 @@ def unfinished(store: Path) -> Path:
 
 
 def found(path: Path, manifest: Manifest) -> None:
-    """Make an empty store, whole or not at all; what killed ones left beside it is removed.
-
-    Raises :class:`~merging.errors.OutputError`.
-    """
+    """Make an empty store, whole or not at all. Raises :class:`~merging.errors.OutputError`."""
     try:
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*{_NEW}"):
-            shutil.rmtree(left, ignore_errors=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(_NEW, f".{path.name}.", path.parent))
     except OSError as error:
         raise OutputError(f"{path}: cannot be made: {error.strerror}") from None
-    try:
-        (new / STATES).mkdir()
-        replace_manifest(new, manifest)
-        os_calls.sync_folder(new)
-        new.chmod(0o777 & ~os_calls.umask())
-        new.rename(path)  # onto nothing, or an empty folder
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be made: {error.strerror}") from None
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    try:
-        os_calls.sync_folder(path.parent)
-    except OSError as error:
-        raise Unconfirmed(
-            f"{path}: is made, but the disk does not confirm it ({error.strerror}): after a power cut it may be gone"
-        ) from None
+    with Landing(path, overwrite=False, file=False) as landing:
+        (landing.folder / STATES).mkdir()
+        replace_manifest(landing.folder, manifest)
+        with suppress(OSError):
+            path.rmdir()  # an empty folder makes way
+        landing.commit()
 
 
 def refuse_within(output: Path) -> None:

@@ -1,14 +1,14 @@
 """Where an output comes down: built beside its destination, made durable, and moved there whole or not at all.
 
 An output is built in a hidden folder ``.NAME.*.partial``, whose lock its merge holds: ``out`` in there becomes the
-output, and ``old`` is what it replaces, where two names cannot be exchanged in one step. One that no living merge holds
-was left by a kill: the next merge to the same place moves ``old`` back if nothing took its place, and removes the rest.
+output, ``scratch`` is for what is only needed meanwhile, and ``old`` is what the output replaces, where two names
+cannot be exchanged in one step. Such a folder that holds nothing else, and that no living merge holds, was left by a
+kill: the next merge to the same place moves ``old`` back if nothing took its place, and removes the rest.
 """
 
 from __future__ import annotations
 
 import errno
-import glob
 import os
 import shutil
 import tempfile
@@ -21,19 +21,23 @@ from types import TracebackType
 from merging import os_calls
 from merging.errors import MergingError, OutputError
 from merging.sources.model_files import foreign_names
+from merging.storage.atomic import leftovers
 
 __all__ = ["Landing", "check_destination"]
 
 _SLACK = 1 << 24
 """Bytes for configs, tokenizer and index beside the weights of a folder, when space is checked."""
 
-_PARTIAL, _OLD = ".partial", "old"
+_PARTIAL, _OUT, _OLD, _SCRATCH = ".partial", "out", "old", "scratch"
 
 
-def check_destination(destination: Path, inputs: Iterable[Path], nbytes: int, overwrite: bool) -> None:
+def check_destination(
+    destination: Path, inputs: Iterable[Path], nbytes: int, overwrite: bool, dry: bool = False
+) -> None:
     """Refuse a destination that exists (unless it may be overwritten), lies on top of an input, or has no room.
 
-    What a merge that was killed had moved out of the way of its output is first moved back there.
+    What a merge that was killed had moved out of the way of its output exists, too; nothing is moved. What it left
+    besides is removed, unless ``dry`` says that nothing is to be touched.
 
     Raises :class:`~merging.errors.OutputError`.
     """
@@ -45,12 +49,16 @@ def check_destination(destination: Path, inputs: Iterable[Path], nbytes: int, ov
         resolved = path.resolve()
         if resolved == target or target in resolved.parents:
             raise OutputError(f"{destination}: the output would replace the input {path}: choose another -o")
-    for abandoned, lock in _abandoned(destination):
-        _put_back(abandoned, destination)
-        os.close(lock)
-    if os.path.lexists(destination) and not overwrite:
-        raise OutputError(f"{destination}: exists already: choose another -o, or use --overwrite")
-    _check_replaced(destination)
+    existing = destination
+    for abandoned in _abandoned(destination):
+        if os.path.lexists(abandoned / _OLD):
+            existing = destination if os.path.lexists(destination) else abandoned / _OLD
+        elif not dry:
+            shutil.rmtree(abandoned, ignore_errors=True)
+    if os.path.lexists(existing) and not overwrite:
+        where = "" if existing == destination else f" (a merge that was killed left it as {existing})"
+        raise OutputError(f"{destination}: exists already{where}: choose another -o, or use --overwrite")
+    _check_replaced(destination, existing)
     parent = destination.parent
     if not parent.is_dir():
         raise OutputError(f"{destination}: the folder {parent} does not exist: create it first")
@@ -60,18 +68,18 @@ def check_destination(destination: Path, inputs: Iterable[Path], nbytes: int, ov
         raise OutputError(f"{destination}: needs {needed / 1e6:.1f} MB, and {parent} has {free / 1e6:.1f} MB free")
 
 
-def _check_replaced(destination: Path) -> None:
+def _check_replaced(destination: Path, existing: Path) -> None:
     """Only a file is overwritten by a file, and only the folder of one model, or an empty one, by a folder."""
-    if not os.path.lexists(destination):
+    if not os.path.lexists(existing):
         return
     single = destination.suffix == ".safetensors"
-    if single and destination.is_dir():
+    if single and existing.is_dir():
         raise OutputError(f"{destination}: is a folder, and the output is a file: choose another -o")
-    if single and not destination.is_file() and not destination.is_symlink():
+    if single and not existing.is_file() and not existing.is_symlink():
         raise OutputError(f"{destination}: is no ordinary file: choose another -o")
-    if not single and not destination.is_dir():
+    if not single and not existing.is_dir():
         raise OutputError(f"{destination}: is no folder, and the output is one: choose another -o")
-    foreign = [] if single else foreign_names(destination)
+    foreign = [] if single else foreign_names(existing)
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         raise OutputError(
@@ -93,20 +101,8 @@ class Landing:
         self.overwrite = overwrite
         self.file = file
         self.notices: list[str] = []
-        for abandoned, lock in _abandoned(destination):
-            if _put_back(abandoned, destination) is None:
-                shutil.rmtree(abandoned, ignore_errors=True)
-            os.close(lock)
-        try:
-            self.scratch, self._lock = _claimed(destination)
-        except OSError as error:
-            raise self._refused(f"{destination.parent} cannot be written to", error) from None
-        self.folder = self.scratch / "out"
-        try:
-            self.folder.mkdir()
-        except OSError as error:
-            self._remove()
-            raise self._refused(f"{destination.parent} cannot be written to", error) from None
+        self._held: Path | None = None
+        self._lock: int | None = None
 
     def _refused(self, what: str, error: OSError) -> OutputError:
         return OutputError(f"{self.destination}: {what}: {error.strerror or error}{self._left()}")
@@ -115,14 +111,30 @@ class Landing:
         return "".join(f"; {notice}" for notice in self.notices)
 
     def __enter__(self) -> Landing:
+        try:
+            with os_calls.uninterrupted():
+                for abandoned in _abandoned(self.destination):
+                    if _put_back(abandoned, self.destination) is None:
+                        shutil.rmtree(abandoned, ignore_errors=True)
+                self._held, self._lock = _claimed(self.destination)
+                self.folder, self.scratch = self._held / _OUT, self._held / _SCRATCH
+                self.folder.mkdir()
+                self.scratch.mkdir()
+        except OSError as error:
+            self._remove()
+            raise self._refused(f"{self.destination.parent} cannot be written to", error) from None
+        except BaseException:
+            self._remove()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._remove()
+        with os_calls.uninterrupted():
+            self._remove()
         if isinstance(error, OSError):
-            elsewhere = error.filename is not None and str(self.scratch) not in str(error.filename)
+            elsewhere = error.filename is not None and str(self._held) not in str(error.filename)
             raise self._refused(f"cannot be written: {error.filename}" if elsewhere else "cannot be written", error)
         if isinstance(error, MergingError) and self.notices:
             error.args = (f"{error}{self._left()}",)
@@ -131,11 +143,13 @@ class Landing:
 
     def _remove(self) -> None:
         """Remove what is left of the temporary folder, and note it if that fails."""
-        old = _put_back(self.scratch, self.destination)
+        if self._held is None:
+            return
+        old = _put_back(self._held, self.destination)
         try:
             if old is None:
-                shutil.rmtree(self.scratch, ignore_errors=True)
-                shutil.rmtree(self.scratch)  # whatever was left is tried once more, for the reason
+                shutil.rmtree(self._held, ignore_errors=True)
+                shutil.rmtree(self._held)  # whatever was left is tried once more, for the reason
             else:
                 self.notices.append(
                     f"{old} is what was there before: the next merge to {self.destination} moves it back"
@@ -144,18 +158,24 @@ class Landing:
             pass
         except OSError as error:
             self.notices.append(
-                f"the temporary folder {self.scratch} could not be removed ({error.strerror}): the next merge to "
+                f"the temporary folder {self._held} could not be removed ({error.strerror}): the next merge to "
                 f"{self.destination} removes it"
             )
         if self._lock is not None:
             os.close(self._lock)
-            self._lock = None
+        self._held = self._lock = None
 
     def commit(self) -> None:
         """Make what was built durable and put it in place, atomically. Raises :class:`~merging.errors.OutputError`.
 
-        Also raised if the disk does not confirm the new name of an output that is in place.
+        Also raised if the disk does not confirm the new name of an output that is in place. A signal waits until it is
+        there, and nothing besides.
         """
+        with os_calls.uninterrupted():
+            self._put_in_place()
+            self._remove()
+
+    def _put_in_place(self) -> None:
         try:
             for path in sorted(self.folder.rglob("*")):
                 if path.is_file() and path.suffix != ".safetensors":  # those were synced when they were closed
@@ -197,7 +217,9 @@ class Landing:
 
     def _place_folder(self) -> None:
         if self.overwrite:
-            _check_replaced(self.destination)  # once more: something may have come there since the beginning
+            _check_replaced(
+                self.destination, self.destination
+            )  # once more: something may have come there since the beginning
         if self.overwrite and os_calls.exchange(self.folder, self.destination):
             return  # what was there has the temporary name now, and goes with it
         if not os.path.lexists(self.destination):
@@ -205,7 +227,7 @@ class Landing:
             return
         if not self.overwrite:
             raise FileExistsError
-        self.destination.rename(self.scratch / _OLD)
+        self.destination.rename(self.folder.with_name(_OLD))
         self.folder.rename(self.destination)
 
 
@@ -231,18 +253,21 @@ def _claimed(destination: Path) -> tuple[Path, int | None]:
             os.close(lock)
 
 
-def _abandoned(destination: Path) -> Iterator[tuple[Path, int]]:
-    """The temporary folders that no living merge holds, each with a descriptor that holds its lock."""
-    for folder in destination.parent.glob(f".{glob.escape(destination.name)}.*{_PARTIAL}"):
+def _abandoned(destination: Path) -> Iterator[Path]:
+    """The temporary folders that no living merge holds; the lock of each is held while it is looked at."""
+    for folder in leftovers(destination, _PARTIAL):
         try:
             lock = None if folder.is_symlink() else os_calls.open_folder(folder)
         except OSError:  # no folder, or it was removed just now
             continue
         if lock is None:
             continue
-        if os_calls.claim(lock):
-            yield folder, lock
-        else:
+        try:
+            if os_calls.claim(lock) and {each.name for each in folder.iterdir()} <= {_OUT, _OLD, _SCRATCH}:
+                yield folder
+        except FileNotFoundError:
+            pass
+        finally:
             os.close(lock)
 
 

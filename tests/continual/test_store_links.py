@@ -65,8 +65,8 @@ def test_names_of_new_manifests_are_nobodys(full: Models, tmp_path: Path) -> Non
     store = grown(tmp_path / "store", full, 1)
     (tmp_path / "precious").write_text("mine")
     (store.path / ".manifest.json.new").symlink_to(tmp_path / "precious")
-    (store.path / ".manifest.json.abc.new").symlink_to(tmp_path / "precious")
+    (store.path / ".manifest.json.abcd_123.new").symlink_to(tmp_path / "precious")
     store.add(full.tuned[1])
     assert (tmp_path / "precious").read_text() == "mine"
-    assert not (store.path / ".manifest.json.abc.new").is_symlink()
+    assert not (store.path / ".manifest.json.abcd_123.new").is_symlink()
     assert len(ContinualStore(store.path).log()) == 2
