@@ -151,20 +151,21 @@ def available_memory() -> int | None:
     return min(available, int(allowed)) if allowed.isdigit() else available
 
 
-def allow_open_files(count: int) -> bool:
-    """Let this process have so many files open; False if the system does not let it."""
+def allow_open_files(count: int) -> int:
+    """Let this process have so many files open, or as many as the system lets it; returns how many it may have."""
     try:
         import resource
     except ImportError:
-        return True
+        return count
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or count <= soft:
-        return True
+        return count
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     except (OSError, ValueError):
-        return False
-    return True
+        return soft
+    return wanted
 
 
 _KINDS = (

@@ -45,8 +45,8 @@ DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.ite
 
 _PIECE = 1 << 22
 
-_SPARE_FILES = 64
-"""Files that may be open beside the inputs: outputs, spools, locks, what libraries open."""
+_NEEDED_FILES, _WANTED_FILES = 8, 64
+"""Files that are open beside the inputs (the output, a spool, locks, a database), and with what libraries may open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,10 +184,11 @@ class File:
         self.path = path
         self.fd = os_calls.open_regular(path)
         # the lowest free number is about the count of open files
-        if not os_calls.allow_open_files(self.fd + _SPARE_FILES):
+        allowed = os_calls.allow_open_files(self.fd + _WANTED_FILES)
+        if allowed < self.fd + _NEEDED_FILES:
             raise InputError(
-                f"{path}: the system allows this process no more than {self.fd} open inputs: take fewer at once, or "
-                f"raise its limit (ulimit -n)"
+                f"{path}: the system allows this process {allowed} open files, and {self.fd} are open already, with "
+                f"{_NEEDED_FILES} more to come: take fewer inputs at once, or raise its limit (ulimit -n)"
             )
         self.stamp = stamp_of(os.fstat(self.fd))
 
