@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -161,6 +162,54 @@ def test_what_is_replaced_is_read_to_its_end(tmp_path: Path, monkeypatch: pytest
     read()
     assert all(torch.equal(value, undisturbed[name]) for name, value in load(out).items())
     assert load(path.parent).keys() == {"model.norm.weight"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not say when a file was last changed")
+def test_a_time_that_is_set_back_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read = full(tmp_path / "inputs")
+
+    def rewrite_unseen(path: Path) -> None:
+        before = path.stat()
+        rewrite(path)
+        while path.stat().st_ctime_ns == before.st_ctime_ns:
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert path.stat().st_mtime_ns == before.st_mtime_ns
+
+    Harm(path, rewrite_unseen, monkeypatch).last = 3
+    with pytest.raises(FormatError, match="changed while it was read"):
+        read()
+    assert not remains(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows lets nobody rename or remove an open file")
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda path: path.chmod(0o444),
+        lambda path: path.with_name("link").hardlink_to(path),
+        lambda path: path.rename(path.with_name("moved")),
+        lambda path: path.unlink(),
+    ],
+    ids=["chmod", "link", "rename", "remove"],
+)
+def test_what_changes_no_byte_is_no_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: Callable[[Path], None]
+) -> None:
+    path, read = full(tmp_path / "inputs")
+    before = path.stat().st_ctime_ns
+
+    def changed(path: Path) -> None:
+        held = os.open(path, os.O_RDONLY)
+        while os.fstat(held).st_ctime_ns == before:  # until the clock of files ticks
+            path.chmod(os.fstat(held).st_mode & 0o777)
+        how(path)
+        os.close(held)
+
+    harm = Harm(path, changed, monkeypatch)
+    harm.last = 3
+    read()
+    assert harm.reads > 3 and out.is_dir()
 
 
 def test_what_is_replaced_is_not_noted_as_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

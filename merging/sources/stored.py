@@ -15,7 +15,7 @@ from torch import Tensor
 
 from merging import os_calls
 from merging.errors import FormatError, InputError
-from merging.sources.header import Entry, read_header, stamp_of
+from merging.sources.header import Entry, Stamp, read_header, stamp_of
 
 __all__ = [
     "DTYPES",
@@ -208,19 +208,31 @@ class File:
 
     def check(self) -> None:
         """Raise :class:`~merging.errors.FormatError` if somebody wrote to the file since it was opened."""
-        status = os.fstat(self.fd)
-        if stamp_of(status) != self.stamp:
-            how = "was cut" if status.st_size < self.stamp[2] else "changed"
+        now = stamp_of(os.fstat(self.fd))
+        if now == self.stamp:
+            return
+        if not self.stamp.is_same_state(now) and not self._was_moved(now):
+            how = "was cut" if now.size < self.stamp.size else "changed"
             raise FormatError(f"{self.path}: {how} while it was read: try again when it is complete")
+        self.stamp = now
+
+    def _was_moved(self, now: Stamp) -> bool:
+        """Whether only the name is another, which changes the time of the last change as writing does."""
+        try:
+            there = stamp_of(self.path.stat())
+        except OSError:
+            return now[:4] == self.stamp[:4]
+        return now[:4] == self.stamp[:4] and there[:2] != now[:2]
 
     def check_place(self) -> None:
         """The same, and if another file has taken its place, so that what reads it by its path reads another one."""
         try:
             there = stamp_of(self.path.stat())
         except OSError:
-            there = ()
-        if there != self.stamp:
+            there = None
+        if there is None or there[:2] != self.stamp[:2]:
             raise FormatError(f"{self.path}: changed while it was read: try again when it is complete")
+        self.check()
 
     def advise(self, offset: int, nbytes: int) -> None:
         """Have the system read these bytes ahead."""
@@ -298,6 +310,6 @@ def open_safetensors(path: Path) -> Opened:
     """
     header = read_header(path)
     file = File(path)
-    if file.stamp != header.stamp:
+    if header.stamp is None or not header.stamp.is_same_state(file.stamp):
         raise FormatError(f"{path}: it changed while it was opened: try again when it is complete")
     return {name: FileTensor(file, entry) for name, entry in header.entries.items()}, header.metadata
