@@ -17,11 +17,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from merging.errors import FormatError
+from merging.sources.stamp import Stamp, stamp_of
 
-__all__ = ["DTYPE_BITS", "Entry", "Header", "Stamp", "header_length", "parse_header", "read_header", "stamp_of"]
+__all__ = ["DTYPE_BITS", "Entry", "Header", "header_length", "parse_header", "read_header"]
 
 # Bits per element. F4 and F6 elements share bytes, so that only whole tensors have a size in bytes.
 DTYPE_BITS: dict[str, int] = {
@@ -75,35 +76,6 @@ class Header:
     metadata: dict[str, str]
     size: int
     stamp: Stamp | None = None
-
-
-class Stamp(NamedTuple):
-    """What tells a file, and its state: the fields of its status of these names."""
-
-    dev: int
-    ino: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-    mode: int
-    nlink: int
-    uid: int
-    gid: int
-
-    def is_same_state(self, later: Stamp) -> bool:
-        """Whether nobody replaced the file, wrote to it or cut it.
-
-        Who writes to a file can set its time of writing back, but not that of its last change. Another mode, owner or
-        number of links is a change too, and one of no content: it explains another time.
-        """
-        if self[:4] != later[:4]:
-            return False
-        return self.ctime_ns == later.ctime_ns or self[5:] != later[5:]
-
-
-def stamp_of(status: os.stat_result) -> Stamp:
-    """The stamp of a file of this status."""
-    return Stamp(*(getattr(status, f"st_{field}") for field in Stamp._fields))
 
 
 def read_header(path: Path) -> Header:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from merging import os_calls
 from merging.errors import FormatError, InputError
-from merging.sources.header import Entry, Stamp, read_header, stamp_of
+from merging.sources.header import Entry, read_header
+from merging.sources.stamp import Stamp, stamp_of
 
 __all__ = [
     "DTYPES",
