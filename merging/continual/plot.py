@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merging.continual.folder import refuse_within
-from merging.errors import InputError, OptionError, OutputError
+from merging.errors import InputError, OptionError
+from merging.report.page import write_whole
 
 if TYPE_CHECKING:
     from merging.continual.view import StoreView
@@ -48,7 +50,6 @@ def plot(store: StoreView, output: str | Path) -> None:
             panel.legend()
     figure.supxlabel("step")
     figure.suptitle(f"{store.path.name}: {len(steps)} models by {store.method.chain}")
-    try:
-        figure.savefig(output)
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be written: {error.strerror}") from None
+    content = io.BytesIO()
+    figure.savefig(content, format=output.suffix[1:])
+    write_whole(output, content.getvalue())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
-from merging.errors import InputError, OptionError, OutputError
+from merging.errors import InputError, OptionError
 from merging.pool.index import VERDICTS
 from merging.pool.pool import Pool
+from merging.report.page import write_whole
 
 __all__ = ["plot"]
 
@@ -45,7 +47,6 @@ def plot(pool: Pool, output: str | Path) -> None:
     norms.set_xlabel("norm relative to what it changes")
     norms.set_ylabel("share of adapters below")
     norms.legend()
-    try:
-        figure.savefig(output)
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be written: {error.strerror}") from None
+    content = io.BytesIO()
+    figure.savefig(content, format=output.suffix[1:])
+    write_whole(output, content.getvalue())
