@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from .errors import reported
+from .errors import Placed, reported
 from .output import Size, echo, echo_json, echo_notices, echo_text, progress_bar
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def compare_command(
 
     Of adapters only the factors are read, whatever the size of the model.
     """
-    with reported(debug):
+    with reported(debug, Placed(plot, html)):
         from merging.engine.resources import pick_device
         from merging.geometry import compare
         from merging.geometry.alignment import MEMORY

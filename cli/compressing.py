@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .errors import reported
+from .errors import Placed, reported
 from .output import echo, echo_json, echo_notices, progress_bar, size_text
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def compress_command(model: str, progress: bool | None, as_json: bool, debug: bo
 
     A pack is a model like any other for every command: it is merged, compared and inspected as it is.
     """
-    with reported(debug):
+    with reported(debug, Placed(options["output"])):
         from merging.compression import compress
 
         with progress_bar(progress, "compressing") as report:
@@ -82,7 +82,7 @@ def decompress_command(pack: str, progress: bool | None, as_json: bool, debug: b
 
     Tensors are those that the pack is read as, to the last bit.
     """
-    with reported(debug):
+    with reported(debug, Placed(options["output"])):
         from merging.compression import decompress
 
         with progress_bar(progress, "unpacking") as report:

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO
 
 import click
@@ -18,7 +19,7 @@ from merging.errors import FormatError, InputError, MergingError, OptionError, O
 
 from .output import echo_json, echo_text
 
-__all__ = ["Refusal", "answered", "end_signals", "reported"]
+__all__ = ["Placed", "Refusal", "answered", "end_signals", "reported"]
 
 _NO_MEMORY = re.compile("can't allocate memory|out of memory")
 """What torch says, in errors of no kind of their own."""
@@ -39,7 +40,8 @@ class Refusal(click.ClickException):
 def reported(debug: bool = False, standing: Callable[[], str] | None = None) -> Iterator[None]:
     """Run a command's body: refusals become one message, and a kill cleans up as Ctrl-C does.
 
-    ``standing`` says what is true after an interruption, of commands of which something may be done by then.
+    ``standing`` says what is true after an interruption, of commands of which something may be done by then:
+    :class:`Placed` of those with an output.
     """
     before = {number: signal.signal(number, _interrupt) for number in end_signals()}
     try:
@@ -58,6 +60,39 @@ def reported(debug: bool = False, standing: Callable[[], str] | None = None) -> 
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Placed:
+    """What is true after an interruption, by the disk: an output that was not there at first is whole and in place."""
+
+    def __init__(self, *outputs: str | Path | None) -> None:
+        self._before: dict[str | Path, tuple[int, int] | None] = {}
+        self.publishing: str | None = None
+        for output in filter(None, outputs):
+            self.expect(output)
+
+    def expect(self, output: str | Path) -> None:
+        """Note what is at the place of an output before it is written."""
+        self._before[output] = _identity(output)
+
+    def outputs(self) -> list[str]:
+        """The outputs that are in place."""
+        return [str(output) for output, before in self._before.items() if _identity(output) not in (None, before)]
+
+    def __call__(self) -> str:
+        said = " and ".join(f"{output} is whole and in place" for output in self.outputs()) or "nothing was written"
+        if self.publishing:
+            said += f", and whether it was published is not known: look at {self.publishing}"
+        return said
+
+
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    """What tells a file or folder from one that has its name later."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def end_signals() -> list[signal.Signals]:

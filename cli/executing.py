@@ -12,6 +12,8 @@ from .output import Size, echo, echo_json, echo_merged, echo_plan, progress_bar
 if TYPE_CHECKING:
     from merging.plan.recipe import Recipe
 
+    from .errors import Placed
+
 __all__ = ["EXECUTION", "execute", "execution_options"]
 
 EXECUTION = (
@@ -55,6 +57,7 @@ def execution_options(command: Any) -> Any:
 
 def execute(
     recipe: Recipe,
+    standing: Placed,
     output: str | None,
     overwrite: bool,
     device: str,
@@ -68,7 +71,7 @@ def execute(
     progress: bool | None,
     debug: bool,
 ) -> None:
-    """Carry out a recipe as the options say, and tell what came out."""
+    """Carry out a recipe as the options say, and tell what came out; ``standing`` learns where that goes."""
     from merging.api.merge_files import check_output, default_destination, merge_plan, plan_for
     from merging.engine.resources import pick_device
     from merging.errors import OptionError
@@ -76,6 +79,7 @@ def execute(
     from merging.hub.push import target_of
 
     destination = Path(output) if output is not None else default_destination(recipe)
+    standing.expect(destination)
     if push and destination.suffix == ".safetensors":
         raise OptionError("--push publishes a folder, with its config and card: name a folder with -o")
     if private and not push:
@@ -101,6 +105,7 @@ def execute(
     if not as_json:
         echo_merged(merged, plan)
     if target is not None:
+        standing.publishing = target.repo
         message = f"{len(plan.models)} models merged by {merged.method}"
         outcome["published"] = publish(destination, target, message)
     if as_json:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .errors import reported
+from .errors import Placed, reported
 from .executing import EXECUTION, execute, execution_options
 from .fields import chain_options
 from .output import Size, echo_text
@@ -136,7 +136,8 @@ def merge_command(models: tuple[str, ...], method: str | None, recipe_only: bool
     --help.
     """
     execution = {name: options.pop(name) for name in EXECUTION}
-    with reported(execution["debug"]):
+    standing = Placed()
+    with reported(execution["debug"], standing):
         from merging.errors import OptionError
         from merging.methods import METHODS
         from merging.plan.recipe import make_recipe
@@ -154,4 +155,4 @@ def merge_command(models: tuple[str, ...], method: str | None, recipe_only: bool
         if recipe_only:
             echo_text(recipe.to_yaml().removesuffix("\n"))
             return
-        execute(recipe, **execution)
+        execute(recipe, standing, **execution)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .errors import reported
+from .errors import Placed, reported
 from .output import echo, echo_json, size_text
 from .overruling import overrule_command
 
@@ -279,7 +279,7 @@ def stats_command(pool: Path, as_json: bool, debug: bool) -> None:
 @_debug
 def plot_command(pool: Path, output: str, debug: bool) -> None:
     """Draw verdicts, ranks, and norms relative to the base (needs matplotlib)."""
-    with reported(debug):
+    with reported(debug, Placed(output)):
         from merging.pool import Pool
         from merging.pool.plot import plot
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .errors import reported
+from .errors import Placed, reported
 from .output import echo, echo_json
 
 __all__ = ["push_command"]
@@ -24,7 +24,8 @@ def push_command(
     folder: Path, repository: str, private: bool, overwrite: bool, message: str | None, as_json: bool, debug: bool
 ) -> None:
     """Publish a merged model's or adapter's FOLDER on the Hub as one commit."""
-    with reported(debug):
+    standing = Placed()
+    with reported(debug, standing):
         from merging.errors import InputError
         from merging.hub.open_model import open_model
         from merging.hub.push import push, target_of
@@ -33,6 +34,7 @@ def push_command(
             raise InputError(f"{folder}: is no folder: publish the folder of a model or an adapter")
         open_model(folder)  # what cannot be understood is not published
         target = target_of(repository, private=private, overwrite=overwrite)
+        standing.publishing = target.repo
         address = push(folder, target, message or f"Merged: {folder.name}")
     if as_json:
         echo_json({"path": str(folder), "published": address}, indent=None)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .errors import reported
+from .errors import Placed, reported
 from .executing import execute, execution_options
 
 __all__ = ["run_command"]
@@ -18,8 +18,9 @@ __all__ = ["run_command"]
 @execution_options
 def run_command(recipe: Path, **execution: Any) -> None:
     """Carry out a RECIPE: YAML with models, method and parameters, as --recipe-only prints it."""
-    with reported(execution["debug"]):
+    standing = Placed()
+    with reported(execution["debug"], standing):
         from merging.plan.recipe import load_recipe
         from merging.sources.small_files import RECIPE_LIMIT, read_text
 
-        execute(load_recipe(read_text(recipe, RECIPE_LIMIT, given=True), str(recipe)), **execution)
+        execute(load_recipe(read_text(recipe, RECIPE_LIMIT, given=True), str(recipe)), standing, **execution)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .errors import reported
+from .errors import Placed, reported
 from .output import echo, echo_json, echo_notices
 
 __all__ = ["recycle_command"]
@@ -64,11 +64,13 @@ def recycle_command(pool: tuple[str, ...], as_json: bool, progress: bool, debug:
         if progress:
             echo(f"[{time.monotonic() - start:.0f} s] {line}", err=True)
 
+    placed = Placed(options["output"])
+
     def standing() -> str:
         from merging.recycling.run import unfinished
 
-        kept = unfinished(options["output"]).exists()
-        return "what is done so far is kept, and --resume goes on with it" if kept else "nothing was written"
+        going = not placed.outputs() and unfinished(options["output"]).exists()
+        return "what is done so far is kept, and --resume goes on with it" if going else placed()
 
     with reported(debug, standing):
         import merging

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .errors import reported
+from .errors import Placed, reported
 from .output import echo, echo_json, echo_notices
 
 __all__ = ["route_command"]
@@ -29,7 +29,7 @@ def route_command(models: tuple[str, ...], output: str, as_json: bool, debug: bo
     arrow: the leading right singular vector of each change, scored by |v . x|. spectr: all of them times their singular
     values, scored by |P x|, which is what the change does to x.
     """
-    with reported(debug):
+    with reported(debug, Placed(output)):
         from merging.api.prototypes import export_prototypes
 
         done = export_prototypes(models, output, **options)

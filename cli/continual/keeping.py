@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..errors import reported
+from ..errors import Placed, reported
 from ..output import echo, echo_json, echo_notices, progress_bar, size_text
 from .options import Standing, as_json_option, debug_option, store_argument, wait_option, working
 
@@ -27,7 +27,7 @@ __all__ = ["export_command", "gc_command", "relocate_command", "rollback_command
 @debug_option
 def export_command(store: str, output: str, progress: bool | None, as_json: bool, debug: bool, **options: Any) -> None:
     """Write the merge of all models so far, as a full model or as an adapter."""
-    with reported(debug):
+    with reported(debug, Placed(output)):
         from merging.continual import ContinualStore
 
         with progress_bar(progress) as report:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import reported
+from ..errors import Placed, reported
 from ..output import echo, echo_json
 from .options import as_json_option, debug_option, store_argument
 
@@ -89,7 +89,7 @@ def told(step: StepRecord) -> str:
 @debug_option
 def plot_command(store: str, output: str, debug: bool) -> None:
     """Draw norms, kept shares, cosines and ranks over the steps (needs matplotlib)."""
-    with reported(debug):
+    with reported(debug, Placed(output)):
         from merging.continual import ContinualStore
 
         ContinualStore(store).plot(output)

@@ -120,13 +120,13 @@ class Landing:
                 self.folder, self.scratch = self._held / _OUT, self._held / _SCRATCH
                 self.folder.mkdir()
                 self.scratch.mkdir()
+            return self
         except OSError as error:
             self._remove()
             raise self._refused(f"{self.destination.parent} cannot be written to", error) from None
         except BaseException:
             self._remove()
             raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
