@@ -16,6 +16,9 @@ from merging.sources.tokens import TokenTable
 
 __all__ = ["adapter_config", "write_adapter_companions"]
 
+_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+"""Tasks for which PEFT saves a head along, and refuses an adapter without one."""
+
 
 def write_adapter_companions(plan: Plan, folder: Path, remarks: Sequence[str] = ()) -> None:
     """Write the config that PEFT reads, and the card; tokenizers of adapters stay behind: the base has one.
@@ -31,12 +34,13 @@ def adapter_config(plan: Plan) -> dict[str, Any]:
     """PEFT's config of a merged adapter: one rank, alpha equal to it, no variants; every scale is in the factors."""
     adapters = [model for model in plan.models if isinstance(model, Adapter)]
     changes = [change for item in plan.items if item.form == "factors" for change in item.inputs if change]
+    saved = _saved_modules(plan, adapters)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "auto_mapping": None,
         "base_model_name_or_path": next((a.base for a in adapters if a.base and a.dialect.startswith("PEFT")), None),
         "revision": next((a.config["revision"] for a in adapters if a.config.get("revision")), None),
-        "task_type": next((a.config["task_type"] for a in adapters if a.config.get("task_type")), None),
+        "task_type": _task_type(adapters, saved),
         "inference_mode": True,
         "r": plan.rank,
         "lora_alpha": plan.rank,
@@ -49,7 +53,7 @@ def adapter_config(plan: Plan) -> dict[str, Any]:
         "rank_pattern": {},
         "alpha_pattern": {},
         "target_modules": _target_modules(plan, adapters),
-        "modules_to_save": _saved_modules(plan, adapters) or None,
+        "modules_to_save": saved or None,
     }
     if any(item.form == "delta" for item in plan.items):
         config["lora_bias"] = True
@@ -69,6 +73,13 @@ def adapter_config(plan: Plan) -> dict[str, Any]:
             "token_indices": indices,
         }
     return config
+
+
+def _task_type(adapters: list[Adapter], saved: list[str]) -> str | None:
+    """The task of the inputs; none if their heads are left out, which PEFT would look for by the task."""
+    headless = not saved and any(adapter.config.get("modules_to_save") for adapter in adapters)
+    task = next((adapter.config["task_type"] for adapter in adapters if adapter.config.get("task_type")), None)
+    return None if headless and task in _WITH_HEADS else task
 
 
 def _is_experts(item: Item) -> bool:
