@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from adapters import QUIRKS, State, assert_close, deep_base, quiet
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -22,7 +23,8 @@ from transformers import (
 )
 
 import merging
-from merging.errors import InputError
+from merging.errors import InputError, OptionError
+from merging.serving import verify
 
 pytestmark = QUIRKS
 
@@ -147,6 +149,45 @@ def test_heads_keep_their_names_on_a_base_of_other_prefixes(
     found = state_with(out) if kind == "adapter" else bert_classifier(out, 9).state_dict()
     one, two = map(state_with, adapters)
     assert_close({name: found[name] for name in one}, {name: (one[name] + two[name]) / 2 for name in one})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("program", ["peft", "transformers"])
+@pytest.mark.parametrize("base", ["plain", "language", "classifier"])
+def test_classifiers_are_verified_on_the_class_of_their_task(
+    encoders: Path, tmp_path: Path, base: str, program: str
+) -> None:
+    """PEFT notes both names that a head may have, ``classifier`` and ``score``; the base need have no head."""
+    merging.merge([encoders / "one", encoders / "two"], method="linear", output=tmp_path / "out")
+    if base == "classifier":
+        bert_classifier(encoders / "plain", 1).save_pretrained(tmp_path / "classifier")
+    where = tmp_path / base if base == "classifier" else encoders / base
+    for adapter in (encoders / "one", tmp_path / "out"):
+        stated = json.loads((adapter / "adapter_config.json").read_text())
+        assert set(stated["modules_to_save"]) == {"classifier", "score"}
+        found = verify(str(adapter), [program], base=str(where), load=True).findings
+        assert [(each.severity, each.what) for each in found] == [
+            ("ok", "nothing is refused or ignored"),
+            ("ok", "it was loaded, with no tensor missing or unexpected"),
+        ]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_that_is_not_in_the_file_is_refused(encoders: Path, tmp_path: Path) -> None:
+    adapter = shutil.copytree(encoders / "one", tmp_path / "a")
+    kept = {n: v for n, v in load_file(adapter / "adapter_model.safetensors").items() if ".classifier." not in n}
+    save_file(kept, adapter / "adapter_model.safetensors")
+    (finding,) = [each for each in verify(str(adapter), ["peft"]).findings if each.program == "peft"]
+    assert (finding.severity, finding.where) == ("refuses", ("modules_to_save: classifier", "modules_to_save: score"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_task_that_no_class_is_for_is_said(encoders: Path, tmp_path: Path) -> None:
+    deep_base(tmp_path / "base", 2)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    with pytest.raises(OptionError, match="transformers has no SequenceClassification of type mamba"):
+        verify(str(encoders / "one"), ["peft"], base=str(tmp_path / "base"), load=True)
 
 
 # ---- vocabularies that were resized in training

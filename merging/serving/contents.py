@@ -11,6 +11,8 @@ from merging.errors import MergingError
 from merging.hub.open_model import open_model
 from merging.maths.layers import Stacks
 from merging.plan.targets import adapter_targets
+from merging.plan.task_heads import NO_HEADS, find_task_heads
+from merging.serving.peft import TASK_HEADS
 from merging.serving.rules import Program, Rule
 from merging.serving.subject import Subject
 from merging.sources import Adapter
@@ -214,8 +216,11 @@ def _without_place(subject: Subject, base: Checkpoint, biases: bool) -> Iterator
     if not isinstance(adapter, Adapter):
         return
     changes = {name: each for name, each in adapter.changes.items() if biases or not isinstance(each, AddedBias)}
+    placed = replace(adapter, changes=changes)
+    # a head that the base lacks is new where the task says that there is one
+    heads = find_task_heads([placed], base, ()) if subject.stated.get("task_type") in TASK_HEADS else NO_HEADS
     try:
-        adapter_targets([replace(adapter, changes=changes)], base)
+        adapter_targets([placed], heads.on_base(base), heads)
     except MergingError as error:
         yield str(error).removeprefix(f"{subject.again}: ")
 
@@ -251,7 +256,9 @@ _EMPTY = Rule("refuses", "it is empty", _nothing, _AGAIN)
 _NUMBERS = Rule(
     "refuses", "it holds NaN or infinities, and so will its answers", _nonfinite, "merge it again, look at the inputs"
 )
-_MISFIT = Rule("refuses", "it does not fit its base", _misfit, "take the base it was made for")
+_MISFIT = Rule(
+    "refuses", "it does not fit its base", _misfit, "take the base it was made for; for a new head, set task_type"
+)
 _BIASES = Rule(
     "warns", "factors have biases on layers without: PEFT runs them, and they cannot be merged", _biases_alone,
     "serve it with PEFT, unmerged",

@@ -101,6 +101,13 @@ def _heard(said: list[str]) -> Iterator[None]:
 
 Keys = dict[str, list[str]]
 
+_TASKS = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
+"""How classes end that put the head for a task on top of a model, which its base may be without."""
+
 
 def _model(subject: Subject) -> Keys:
     """A model by transformers, on the CPU."""
@@ -142,25 +149,45 @@ def _base_for(subject: Subject) -> tuple[Any, bool]:
 
 
 def _empty_base(subject: Subject) -> Any:
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(str(_base(subject)))
-    return _class_of(subject)(config)
+    made_for, config = _class_and_config(subject)
+    return made_for(config)
 
 
 def _full_base(subject: Subject) -> Any:
-    folder = _base(subject)
-    return _class_of(subject).from_pretrained(str(folder))
+    made_for, config = _class_and_config(subject)
+    return made_for.from_pretrained(str(_base(subject)), config=config)
 
 
-def _class_of(subject: Subject) -> Any:
+def _class_and_config(subject: Subject) -> tuple[Any, Any]:
+    """The class of the base, with a new head if the adapter was trained for a task, and its config."""
     import transformers
 
-    named = subject.base.get("architectures") or [None]
-    found = getattr(transformers, str(named[0]), None)
+    config = transformers.AutoConfig.from_pretrained(str(_base(subject)))
+    suffix = _TASKS.get(str(subject.stated.get("task_type")))
+    named = str((subject.base.get("architectures") or [None])[0])
+    if suffix and not named.endswith(suffix):
+        known = getattr(transformers, f"AutoModel{suffix}")._model_mapping
+        if type(config) not in known:
+            raise OptionError(
+                f"{subject.name}: --load cannot tell the class of its base: transformers has no {suffix[3:]} of type "
+                f"{config.model_type}, as task_type = {subject.stated['task_type']} says"
+            )
+        labels = _labels(subject)
+        if labels is not None:
+            config.num_labels = labels
+        found = known[type(config)]
+        return found[0] if isinstance(found, tuple) else found, config
+    found = getattr(transformers, named, None)
     if found is None:
         raise OptionError(f"{subject.base_path}: its config names no class of transformers: --load needs one")
-    return found
+    return found, config
+
+
+def _labels(subject: Subject) -> int | None:
+    """The labels that an adapter's own head tells apart, None where it has no such head."""
+    ends = (".classifier.weight", ".score.weight", ".out_proj.weight", ".qa_outputs.weight")
+    heads = [stored.shape for name, stored in subject.tensors.items() if name.endswith(ends) and "lora_" not in name]
+    return heads[-1][0] if heads and heads[-1] else None
 
 
 def _base(subject: Subject) -> Any:

@@ -10,13 +10,19 @@ from merging.serving.subject import Subject
 from merging.sources.peft.kinds import KINDS
 from merging.sources.peft.refused import REFUSED
 
-__all__ = ["ADAPTERS", "PEFT", "unsaved", "untrained_tokens"]
+__all__ = ["ADAPTERS", "PEFT", "TASK_HEADS", "unsaved", "untrained_tokens"]
 
 _TOKENS = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
 """What trained tokens add to an embedding, whatever modules are targeted."""
 
 _PREFIX = "base_model."
 _LOST = ("corda", "loftq")
+TASK_HEADS = {
+    "SEQ_CLS": {"classifier", "score"},
+    "TOKEN_CLS": {"classifier", "score"},
+    "QUESTION_ANS": {"qa_outputs"},
+}
+"""The heads that PEFT adds to modules_to_save for a task, of which a model has one."""
 _UNREPEATED = ("lora_ga", "pissa_niter_")
 
 
@@ -105,10 +111,13 @@ def _unrepeated(subject: Subject) -> Iterator[str]:
 
 def unsaved(subject: Subject) -> Iterator[str]:
     """The modules that the config says are saved in full, and the file does not hold."""
-    saved = subject.stated.get("modules_to_save")
-    for module in saved if isinstance(saved, list) else []:
-        if not any(f".{module}." in name for name in subject.tensors):
-            yield f"modules_to_save: {module}"
+    stated = subject.stated.get("modules_to_save")
+    saved = dict.fromkeys(map(str, stated if isinstance(stated, list) else ()))
+    absent = [module for module in saved if not any(f".{module}." in name for name in subject.tensors)]
+    heads = TASK_HEADS.get(str(subject.stated.get("task_type")), set())
+    if heads & (saved.keys() - absent):
+        absent = [module for module in absent if module not in heads]
+    yield from (f"modules_to_save: {module}" for module in absent)
 
 
 def untrained_tokens(subject: Subject) -> Iterator[str]:
