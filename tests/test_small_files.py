@@ -21,6 +21,7 @@ from merging.hub.open_model import open_model
 from merging.hub.push import Target, push
 from merging.plan.recipe import load_recipe
 from merging.recycling.journal import Journal
+from merging.sources.links import check_inside, refuse_link
 from merging.sources.plain_yaml import load_yaml
 from merging.sources.small_files import TEXT_LIMIT, read_json, read_text
 
@@ -147,6 +148,23 @@ def test_limits(tmp_path: Path) -> None:
 
 
 # ---- links
+
+
+@pytest.mark.parametrize("check", [refuse_link, lambda path: check_inside(path, path.parent)], ids=["refuse", "check"])
+def test_a_link_that_is_exchanged_while_it_is_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: Callable[[Path], Path]
+) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    readlink = os.readlink
+
+    def exchanged(path: str, **rest: int) -> str:
+        Path(path).unlink()
+        Path(path).write_text("")
+        return readlink(path, **rest)
+
+    monkeypatch.setattr(os, "readlink", exchanged)
+    with pytest.raises(FormatError, match=r"link: (cannot be followed to where it leads: Invalid|is a link, to)"):
+        check(tmp_path / "link")
 
 
 def test_links_out_of_a_model_are_not_read(tmp_path: Path) -> None:

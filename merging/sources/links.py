@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from merging.errors import FormatError
@@ -26,7 +27,7 @@ def check_inside(path: Path, folder: Path) -> Path:
 
     Raises :class:`~merging.errors.FormatError` for a link out of it.
     """
-    real, root = os.path.realpath(path), os.path.realpath(folder)
+    real, root = _real(path), _real(folder)
     if not any(_is_within(real, each) for each in (root, *_trusted(root))):
         raise FormatError(
             f"{path}: is a link out of its folder, to {real}, and nothing is read through one: put the file itself in "
@@ -41,14 +42,32 @@ def refuse_link(path: Path) -> Path:
     Raises :class:`~merging.errors.FormatError` for one: this program makes none there, and what it leads to would be
     changed or deleted.
     """
-    if path.is_symlink() or (_is_junction is not None and _is_junction(path)):
-        raise FormatError(f"{path}: is a link, to {os.path.realpath(path)}: nothing is read, written or deleted there")
+    with _one_message(path):
+        is_link = path.is_symlink() or (_is_junction is not None and _is_junction(path))
+    if is_link:
+        raise FormatError(f"{path}: is a link, to {_real(path)}: nothing is read, written or deleted there")
     return path
 
 
 def trust_links(folder: Path) -> None:
     """Follow the links in a folder wherever they lead, since this process makes them itself."""
     _TRUSTED.add(os.path.realpath(folder))
+
+
+def _real(path: Path) -> str:
+    """The path without links."""
+    with _one_message(path):
+        return os.path.realpath(path)
+
+
+@contextmanager
+def _one_message(path: Path) -> Iterator[None]:
+    """Raise :class:`~merging.errors.FormatError` where a path cannot be followed, or is exchanged in the meantime."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise FormatError(f"{path}: cannot be followed to where it leads: {reason}: try again") from None
 
 
 def _trusted(root: str) -> Iterator[str]:
