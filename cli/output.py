@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from merging.errors import escaped
+from merging.errors import escaped, shortened
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,6 +34,9 @@ __all__ = [
     "progress_bar",
     "size_text",
 ]
+
+_LONGEST = 4000
+"""Characters of a line; names and paths are shorter, and only texts of strangers are longer."""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -77,7 +80,7 @@ def progress_bar(wanted: bool | None, what: str = "merging") -> Iterator[Callabl
 
 def echo(line: str, err: bool = False) -> None:
     """Print one line. Ends of lines in it are escaped like control characters, so that no name makes up lines."""
-    click.echo(escaped(line), err=err)
+    click.echo(escaped(shortened(line, _LONGEST)), err=err)
 
 
 def echo_text(text: str, err: bool = False) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from merging.errors import shortened
+
 from .errors import Placed, reported
 from .output import echo, echo_json, size_text
 from .overruling import overrule_command
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
     from merging.pool import Entry
 
 __all__ = ["pool_command"]
+
+_REASON = 600
+"""Characters of a reason, which may quote values of a file."""
 
 _pool = click.argument("pool", type=click.Path(path_type=Path))
 _json = click.option("--json", "as_json", is_flag=True, help="print as JSON")
@@ -156,9 +161,9 @@ def show_command(pool: Path, name: str, as_json: bool, debug: bool) -> None:
     for key, value in {**facts, **entry.figures}.items():
         if value not in (None, ""):
             shown = size_text(value) if key == "size" else f"{value:.4g}" if isinstance(value, float) else value
-            echo(f"  {key:18} {shown}")
+            echo(f"  {key:18} {shortened(str(shown))}")
     for finding in entry.findings:
-        echo(f"  {finding.stage:12} {finding.verdict}: {finding.reason}")
+        echo(f"  {finding.stage:12} {finding.verdict}: {shortened(finding.reason, _REASON)}")
 
 
 @pool_command.command(name="audit")
@@ -299,7 +304,7 @@ def _tell(entry: Entry) -> None:
 def _reasons(entry: Entry) -> str:
     own = [finding for finding in entry.findings if finding.stage == "overruled"]
     worst = [finding.reason for finding in own or entry.findings if finding.verdict == entry.verdict]
-    return f": {worst[0]}" if worst else ""
+    return f": {shortened(worst[0], _REASON)}" if worst else ""
 
 
 def _counts(verdicts: dict[str, int]) -> str:

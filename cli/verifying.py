@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from merging.errors import shortened
+
 from .errors import reported
 from .output import echo, echo_json
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["verify_command"]
 
 _SHOWN = 3
+_WHAT = 600
+"""Characters of a finding, which may quote values of a file."""
 
 
 @click.command(name="verify")
@@ -72,12 +76,12 @@ def _print(verdict: Verdict) -> None:
     article = "an" if verdict.kind[0] in "aeiou" else "a"
     echo(verdict.path if verdict.kind == "unknown" else f"{verdict.path}: {article} {verdict.kind}")
     for finding in verdict.findings:
-        echo(f"  {finding.program:12} {finding.severity:8} {finding.what}")
+        echo(f"  {finding.program:12} {finding.severity:8} {shortened(finding.what, _WHAT)}")
         for line in _details(finding):
             echo(f"{'':24}{line}")
 
 
 def _details(finding: Finding) -> list[str]:
     more = len(finding.where) - _SHOWN
-    lines = [*finding.where[:_SHOWN], *([f"and {more:,} more"] if more > 0 else [])]
-    return lines + ([f"-> {finding.todo}"] if finding.todo else [])
+    lines = [*map(shortened, finding.where[:_SHOWN]), *([f"and {more:,} more"] if more > 0 else [])]
+    return lines + ([f"-> {shortened(finding.todo, _WHAT)}"] if finding.todo else [])

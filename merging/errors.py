@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["FormatError", "InputError", "MergingError", "OptionError", "OutputError", "escaped", "nearest"]
+__all__ = ["FormatError", "InputError", "MergingError", "OptionError", "OutputError", "escaped", "nearest", "shortened"]
 
 
 _LONGEST = 6000
@@ -20,9 +20,7 @@ class MergingError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        if len(message) > _LONGEST:
-            message = f"{message[: _LONGEST * 2 // 3]} ... {message[-_LONGEST // 3 :]}"
-        super().__init__(escaped(message, lines=True))
+        super().__init__(escaped(shortened(message, _LONGEST)))
 
 
 def escaped(text: str, lines: bool = False) -> str:
@@ -33,6 +31,13 @@ def escaped(text: str, lines: bool = False) -> str:
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() or (lines and each == "\n") else ascii(each)[1:-1] for each in text)
+
+
+def shortened(text: str, longest: int = 200) -> str:
+    """A text of a stranger's as people read it: of a longer one the middle is left out, and its length stated."""
+    if len(text) <= longest:
+        return text
+    return f"{text[: longest * 2 // 3]} ... {text[-longest // 3 :]} ({len(text):,} characters)"
 
 
 class FormatError(MergingError):

@@ -230,3 +230,31 @@ def test_every_text_of_a_pool(tmp_path: Path) -> None:
             seen += "\\x1b" in shown("pool", "show", tmp_path / "pool", name)
             shown("pool", "audit", tmp_path / "pool", name)
     assert seen >= 10, "names, owners, licences, bases and reasons are shown"
+
+
+def test_a_shard_whose_name_ends_a_line(tmp_path: Path) -> None:
+    """In an error too each line is the program's own."""
+    (tmp_path / "config.json").write_text("{}")
+    index = {"metadata": {}, "weight_map": {"w": "con\nFORGED: a line of its own"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert r"its shard con\nFORGED: a line of its own is missing" in shown("inspect", tmp_path)
+
+
+def test_texts_without_end_are_shortened(tmp_path: Path) -> None:
+    """Of a text of a stranger's its beginning, its end and its length are printed; JSON holds it in full."""
+    base, _ = checkpoint(tmp_path / "models", 1)
+    long = "long " * 20_000
+    made = adapter(tmp_path / "adapter", base_model_name_or_path=long, rank_pattern={long: 2}, revision=long)
+    (made / "README.md").write_text(f"---\nlicense: {long}\n---\n")
+    Pool.create(tmp_path / "pool", base, ["tiny/base"]).build(list(candidates_in(made)))
+    for words in (
+        ("pool", "list", tmp_path / "pool"),
+        ("pool", "show", tmp_path / "pool", "adapter"),
+        ("verify", made),
+        ("inspect", made),
+        ("--method", "linear", made, made, "--base", tmp_path / "none", "-o", tmp_path / "out"),
+    ):
+        text = shown(*words)
+        assert text and len(text) < 10_000, words
+    shown("pool", "show", tmp_path / "pool", "adapter", "--json")
+    assert "characters)" in shown("pool", "show", tmp_path / "pool", "adapter")
