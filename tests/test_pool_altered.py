@@ -183,15 +183,15 @@ def test_adapters_that_are_links(pool: Path, tmp_path: Path, part: Callable[[Pat
     assert done.exit_code == 1 and "is a link" in done.output
 
 
-def test_a_strange_link_goes_and_its_target_stays(pool: Path, tmp_path: Path) -> None:
+def test_a_strange_link_goes_and_its_target_and_what_is_not_ours_stay(pool: Path, tmp_path: Path) -> None:
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").touch()
-    (pool / "adapters" / "strange").symlink_to(tmp_path / "precious")
-    (pool / "adapters" / "note").touch()
+    (pool / "adapters" / "0123456789abcdef").symlink_to(tmp_path / "precious")
+    (pool / "adapters" / ".new.abcd_123").symlink_to(tmp_path / "precious")
+    (pool / "adapters" / "my notes").mkdir()
     Pool(pool).dedupe()
-    assert sorted(path.name for path in (pool / "adapters").iterdir()) == sorted(
-        Path(str(entry.folder)).name for entry in Pool(pool).index.entries()
-    )
+    kept = [Path(str(entry.folder)).name for entry in Pool(pool).index.entries()]
+    assert sorted(path.name for path in (pool / "adapters").iterdir()) == sorted([*kept, "my notes"])
     assert (tmp_path / "precious" / "file").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,14 +12,18 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from merging import os_calls
 from merging.continual.manifest import NAME, STATES, Manifest, replace_manifest
 from merging.errors import OptionError, OutputError
 from merging.sources.links import refuse_link
 from merging.storage.staging import Landing
 
-__all__ = ["Busy", "found", "locked", "refuse_within", "remove", "unfinished"]
+__all__ = ["Busy", "found", "locked", "refuse_within", "remove", "states", "unfinished"]
 
 _LOCK, _UNFINISHED = ".lock", ".unfinished."
+
+_STATE = re.compile(rf"\d{{6,}}-\w+|{re.escape(_UNFINISHED)}.+")
+"""How states are called: by number and hash, or as one that is being written or removed."""
 
 
 class Busy(OutputError):
@@ -47,12 +52,25 @@ def locked(store: Path, wait: float | None) -> Iterator[None]:
         lock.release()
 
 
-def unfinished(store: Path) -> Path:
-    """A new folder for a state that is being written."""
+@contextmanager
+def unfinished(store: Path) -> Iterator[Path]:
+    """A new folder for a state that is being written, which is removed if it has no other name by the end."""
+    folder = None
     try:
-        return Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=store / STATES))
-    except OSError as error:
-        raise OutputError(f"{store}: cannot be written to: {error.strerror}") from None
+        try:
+            with os_calls.uninterrupted():
+                folder = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=store / STATES))
+        except OSError as error:
+            raise OutputError(f"{store}: cannot be written to: {error.strerror}") from None
+        yield folder
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def states(store: Path) -> list[Path]:
+    """All states in a store's folder, finished or not, and nothing that somebody else has put there."""
+    return sorted(path for path in (store / STATES).iterdir() if _STATE.fullmatch(path.name))
 
 
 def found(path: Path, manifest: Manifest) -> None:
@@ -70,7 +88,7 @@ def found(path: Path, manifest: Manifest) -> None:
 
 
 def refuse_within(output: Path) -> None:
-    """Raise :class:`~merging.errors.OutputError` for a place inside a store, which removes what it does not know."""
+    """Raise :class:`~merging.errors.OutputError` for a place inside a store, which holds states alone."""
     for folder in output.expanduser().resolve().parents:
         if (folder / NAME).is_file() and (folder / STATES).is_dir():
             raise OutputError(

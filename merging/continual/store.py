@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from merging import os_calls
 from merging.continual import growth
-from merging.continual.folder import found, locked, refuse_within, remove, unfinished
+from merging.continual.folder import found, locked, refuse_within, remove, states, unfinished
 from merging.continual.manifest import NAME, STATES, Base, Manifest, Part, Refused, StepRecord, write_manifest
 from merging.continual.soundness import base_of, hashes, open_base, require_whole, state_files
 from merging.continual.step import Execution, Grown, content_of, grow, plan_alone, record
@@ -115,8 +114,7 @@ class ContinualStore(StoreView):
             alone = plan_alone(source, base, manifest, allow_different_bases, on_mismatch, progress)
             if manifest.steps:
                 require_whole(self.path, manifest, len(manifest.steps))
-            folder = unfinished(self.path)
-            try:
+            with unfinished(self.path) as folder:
                 execution = Execution(
                     pick_device(device), cores() if threads is None else threads, max_memory, progress
                 )
@@ -124,8 +122,6 @@ class ContinualStore(StoreView):
                 parts = self._settle(folder, len(manifest.steps) + 1, grown)
                 step = record(manifest, source, content, parts, grown)
                 self._commit(manifest, step, source)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
             return step
 
     def fetch(
@@ -254,7 +250,7 @@ class ContinualStore(StoreView):
         remove_unplaced(self.path / NAME)
         steps = manifest.steps if keep is None else manifest.steps[-keep:]
         wanted = {file.parent.name for step in steps for file in state_files(self.path, step)}
-        gone = sorted(path for path in (self.path / STATES).iterdir() if path.name not in wanted)
+        gone = [path for path in states(self.path) if path.name not in wanted]
         for path in gone:
             remove(path)
         return [path.name for path in gone if not path.name.startswith(".")]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from filelock import FileLock, Timeout
 
+from merging import os_calls
 from merging.errors import FormatError, InputError, OptionError, OutputError
 from merging.hub.open_model import open_model
 from merging.pool.audit import BESIDE, Auditor, Candidate
@@ -35,6 +36,9 @@ OWNER_CAP = 10
 """Adapters of one owner that merges may choose: a few training services hold most of what is public."""
 
 _CONFIG = "adapter_config.json"
+
+_KEPT = re.compile(r"[0-9a-f]{16}|\.new\.\w{8}")
+"""How folders of adapters are called: by their hash, or as one that is being copied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +252,8 @@ class Pool:
         config = [weights.parent / _CONFIG] if weights.stem == "adapter_model" else []
         digest, new = hashlib.sha256(), None
         try:
-            new = Path(tempfile.mkdtemp(prefix=".new.", dir=self.path / FOLDER))
+            with os_calls.uninterrupted():
+                new = Path(tempfile.mkdtemp(prefix=".new.", dir=self.path / FOLDER))
             for file in (file for file in [weights, *config] if file.is_file()):
                 copy(file, new / file.name, digest)
             check_in_place(adapter)  # what was audited is what was copied
@@ -276,7 +281,7 @@ class Pool:
         try:
             (self.path / FOLDER).mkdir(exist_ok=True)
             for folder in (self.path / FOLDER).iterdir():
-                if folder.name not in wanted:
+                if folder.name not in wanted and _KEPT.fullmatch(folder.name):
                     remove(folder)
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written to: {error.strerror}") from None

@@ -54,6 +54,18 @@ def test_rollback_and_gc(full: Models, tmp_path: Path) -> None:
     assert list((store.path / "states").iterdir()) == []
 
 
+def test_what_others_put_among_the_states_stays(full: Models, tmp_path: Path) -> None:
+    store = grown(tmp_path / "store", full, 2, "task_arithmetic")
+    mine = store.path / "states" / "my notes" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("years of work")
+    assert json.loads(ok("gc", store.path, "--keep", 1, "--json"))["removed"] != []
+    store.add(full.tuned[2])
+    store.rollback(2)
+    assert mine.read_text() == "years of work"
+    assert len(list(mine.parents[1].iterdir())) == 2
+
+
 def test_a_rollback_that_was_interrupted(full: Models, tmp_path: Path) -> None:
     """What is left of a state that was being removed is not taken for the state when its model comes again."""
     store = grown(tmp_path / "store", full, 2, "ties")
