@@ -228,7 +228,7 @@ HINTS: dict[str, Case] = {
     "the adapters hold rows of tokens and no factors": tokens,
     "these look like the same module under the names of two library versions": drifted,
     "say by --component which part of one it is": part_of_a_pipeline,
-    "an adapter of PEFT's is of one model: use --format diffusers or kohya": two_components,
+    "an adapter of PEFT's is of one model: use --format": two_components,
     "if all values are finite, their squares are not in float32: use --dtype float64": large,
     "--base wants the full model that the others were trained from": an_adapter_as_base,
 }
@@ -243,7 +243,7 @@ ELSEWHERE = {
     "which LoRA files in the format of {} do not hold": "test_exports.py",
     "is an embedding, or lies the other way round": "test_exports.py",
     "whose kernel the file does not tell": "test_exports.py",
-    "use another --format, or --as model": "test_exports.py",
+    "is not known{}: {}{} --as model": "test_exports.py",
     "the names in Kohya's files do not tell those of the model's modules": "test_exports.py",
     "one of the two is a part of the other": "sources/test_one_naming.py",
     "lies in several tensors of {}": "test_experts.py",
@@ -262,6 +262,16 @@ def test_a_way_out_ends_in_a_merge(hint: str, tmp_path: Path) -> None:
         merging.merge(output=tmp_path / "refused", **refused)
     for number, way in enumerate(ways):
         merging.merge(output=tmp_path / f"out {number}", **way)
+
+
+@pytest.mark.parametrize("format", ["peft", "kohya"])
+def test_formats_that_hold_no_pair_of_denoisers_are_not_advised(format: str, tmp_path: Path) -> None:
+    """Flat names do not tell Wan's two models apart, and PEFT's adapters are of one: diffusers' format is left."""
+    names = {f"{part}.blocks.0.self_attn.q": (8, 8) for part in ("transformer", "transformer_2")}
+    given = args(flat(tmp_path / "a.safetensors", names))
+    with pytest.raises(MergingError, match=r"use --format diffusers(, or --as model)?$"):
+        merging.merge(**given, format=format, output=tmp_path / "refused")
+    merging.merge(**given, format="diffusers", output=tmp_path / "out")
 
 
 def messages() -> Iterator[str]:

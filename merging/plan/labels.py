@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from merging.errors import InputError
@@ -11,7 +12,7 @@ from merging.sources import Adapter
 from merging.sources.diffusion_names import Known, known_names
 from merging.sources.fused_names import Rows
 
-__all__ = ["Shapes", "labelled_rows", "output_format", "peft_labels", "unnamed"]
+__all__ = ["Shapes", "first_unnamed", "formats_with_names", "labelled_rows", "output_format", "peft_labels", "unnamed"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -22,6 +23,8 @@ _OWN: dict[str, AdapterFormat] = {
     "XLabs": "diffusers",
 }
 """The format in which a merge of files of one dialect comes out."""
+
+_ONE_FILE: tuple[AdapterFormat, ...] = ("diffusers", "kohya")
 
 _PUBLISHED_ONLY = re.compile(
     r"(?:audio_)?(?:patchify_proj|adaln_single)\.|(?:audio_)?prompt_adaln_single\.|av_ca_\w+_adaln_single\."
@@ -58,14 +61,40 @@ def output_format(recipe: Recipe, adapters: Sequence[Adapter]) -> AdapterFormat:
     return "peft" if "peft" in own else "diffusers"
 
 
-def unnamed(target: str, format: str, based: bool, kept: bool = False) -> InputError:
-    """What to say of a target whose name in a format is not known; ``kept``: the inputs' own could be kept."""
+def unnamed(target: str, format: str, based: bool, others: Sequence[str], kept: bool = False) -> InputError:
+    """What to say of a target whose name in a format is not known; ``kept``: the inputs' own could be kept.
+
+    ``others`` are formats in which all targets have names.
+    """
+    instead = f"use --format {' or '.join(others)}, or" if others else "use"
     keep = "leave --format out, so that the output keeps the inputs' names, or " if kept else ""
     without = "" if based else " without the model itself, so give that with --base if it is one of diffusion"
     return InputError(
         f"{target}: what it is called in LoRA files in the format of {format} is not known{without}: "
-        f"{keep}use another --format, or --as model"
+        f"{keep}{instead} --as model"
     )
+
+
+def formats_with_names(adapters: Sequence[Adapter], shapes: Shapes, targets: Shapes, based: bool) -> list[str]:
+    """The formats of one file, those of diffusers and Kohya, in which all targets have names."""
+    found: list[str] = []
+    for format in _ONE_FILE:
+        try:
+            rows = labelled_rows(format, adapters, shapes, based)
+        except InputError:
+            continue
+        if first_unnamed(rows, targets) is None:
+            found.append(format)
+    return found
+
+
+def first_unnamed(labelled: Mapping[str, tuple[Rows, ...]], targets: Shapes) -> str | None:
+    """The first target some rows of which no label stands for."""
+    rows: Counter[str] = Counter()
+    for parts in labelled.values():
+        for part in parts:
+            rows[part.name] += part.length
+    return next((target for target, shape in targets.items() if rows[target] != (shape or (1,))[0]), None)
 
 
 def peft_labels(adapters: Sequence[Adapter], shapes: Shapes, targets: Sequence[str], based: bool) -> dict[str, str]:
@@ -80,15 +109,17 @@ def peft_labels(adapters: Sequence[Adapter], shapes: Shapes, targets: Sequence[s
         if "diffusers" in known.styles and known.rows == (Rows(rows.name, 0, shapes[rows.name][0]),):
             found[rows.name] = known
     components = sorted({found[target].component for target in targets if target in found})
+    wanted = {target: shapes[target] for target in targets}
     if len(components) > 1:
-        raise InputError(
-            f"the LoRA is of {' and '.join(components)}, and an adapter of PEFT's is of one model: use --format "
-            f"diffusers or kohya"
-        )
+        several = f"the LoRA is of {' and '.join(components)}"
+        others = formats_with_names(adapters, shapes, wanted, based)
+        if not others:
+            raise InputError(f"{several}, and an adapter of PEFT's is of one model: leave --format out")
+        raise InputError(f"{several}, and an adapter of PEFT's is of one model: use --format {' or '.join(others)}")
     for target in targets:
         # The names of text encoders depend on the version of transformers.
         if target not in found or (not based and found[target].component.startswith("text_encoder")):
-            raise unnamed(target, "peft", based)
+            raise unnamed(target, "peft", based, formats_with_names(adapters, shapes, wanted, based))
     return {target: _as_stored(found[target], target) for target in targets}
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from merging.plan.labels import Shapes, labelled_rows, output_format, unnamed
+from merging.plan.labels import Shapes, first_unnamed, formats_with_names, labelled_rows, output_format, unnamed
 from merging.plan.outs import PREFIX
 from merging.plan.recipe import AdapterFormat, Recipe
 from merging.sources import Adapter
@@ -218,7 +218,11 @@ def choose_names(
     if format == "peft":
         return None, note
     names = FormatNames(format, adapters, targets if base is None else base, base is not None)
-    _check_named(names, targets, base is not None, bool(own))
+    lost = first_unnamed(names.rows, targets)
+    if lost is not None:
+        based = base is not None
+        others = formats_with_names(adapters, base or targets, targets, based)
+        raise unnamed(lost, names.format, based, others, bool(own))
     return names, note
 
 
@@ -228,14 +232,3 @@ def _differing(adapters: Sequence[Adapter], chosen: str) -> list[str]:
     if len(adapters) == 1 or dialects in ({"PEFT"}, {"XLabs"}):
         return []
     return [f"the inputs' names differ: the output has those of {chosen}"]
-
-
-def _check_named(names: FormatNames, targets: Shapes, based: bool, kept: bool) -> None:
-    """Raise :class:`~merging.errors.InputError` for a target that some rows of have no name in a format."""
-    rows: Counter[str] = Counter()
-    for parts in names.rows.values():
-        for part in parts:
-            rows[part.name] += part.length
-    for target, shape in targets.items():
-        if rows[target] != (shape or (1,))[0]:
-            raise unnamed(target, names.format, based, kept)
