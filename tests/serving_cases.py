@@ -175,6 +175,16 @@ def sharded(folder: Path) -> Path:
     return written("model.safetensors.index.json", index)(folder)
 
 
+def unindexed(folder: Path) -> Path:
+    """All shards of a model, without their index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    for number in (0, 1):
+        part = {name: tensors[name] for name in sorted(tensors)[number::2]}
+        save_file(part, folder / f"model-0000{number + 1}-of-00002.safetensors", {"format": "pt"})
+    return folder
+
+
 def saved_plainly(folder: Path) -> Path:
     file = folder / "model.safetensors"
     save_file(load_file(file), file)
@@ -486,6 +496,7 @@ MODELS: dict[str, tuple[Edit, Expected]] = {
         {"transformers": ("refuses", "weights of this name")},
     ),
     "index": (sharded, {"transformers": ("refuses", "the index has no metadata")}),
+    "no index": (unindexed, {"transformers": ("refuses", "looked for by their index, which is missing")}),
     "plain header": (saved_plainly, {"transformers": ("warns", "without format = pt")}),
     "no last block": (without("layers.1."), {"files": ("refuses", "blocks are missing")}),
     "one block more": (settings(num_hidden_layers=1), {"files": ("ignores", "more blocks than the config says")}),

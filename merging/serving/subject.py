@@ -12,7 +12,17 @@ from merging.errors import FormatError, InputError, MergingError
 from merging.hub.address import Address, hub_address, local_path, no_such_path
 from merging.sources import Dialect, dialect_of, diffusion, peft
 from merging.sources.components import PIPELINE, components_of
-from merging.sources.layout import agree, check_suffix, find_weights, is_standard, shards_of, weights_of
+from merging.sources.layout import (
+    agree,
+    check_suffix,
+    find_weights,
+    is_shard,
+    is_standard,
+    refuse_shard,
+    shards_of,
+    shards_without_index,
+    weights_of,
+)
 from merging.sources.links import check_inside
 from merging.sources.model_config import read_config
 from merging.sources.opening import open_tensors
@@ -157,6 +167,7 @@ def _found(path: Path) -> tuple[Path | None, dict[str, Path], Path | None]:
             return _found(path.parent)
         if path.suffix != ".json":
             check_suffix(path)
+            refuse_shard(path)
         if is_standard(path.name) and is_there(path.parent / "config.json"):
             return path.parent, {"": path}, path.parent / "config.json"
         return None, {"": path}, None
@@ -178,7 +189,8 @@ def _opened(weights: Mapping[str, Path]) -> tuple[dict[str, Stored], dict[str, s
     tensors: dict[str, Stored] = {}
     metadata: dict[str, str] = {}
     for component, file in weights.items():
-        shards = shards_of(file) if file.suffix == ".json" else {file: None}
+        alone = shards_without_index(file.parent) if is_shard(file.name) else [file]
+        shards = shards_of(file) if file.suffix == ".json" else dict.fromkeys(alone)
         for shard, promised in shards.items():
             found, noted = open_tensors(shard)
             if promised is not None:

@@ -8,6 +8,7 @@ from merging.errors import MergingError
 from merging.serving.peft import ADAPTERS, unsaved, untrained_tokens
 from merging.serving.rules import Program, Rule, absent, no_config, stated_type
 from merging.serving.subject import Subject
+from merging.sources.layout import is_shard
 from merging.sources.peft.refused import REFUSED
 from merging.sources.small_files import LIST_LIMIT, read_json
 
@@ -18,9 +19,24 @@ _SHARING = ("FROD", "PVERA", "TINYLORA", "UNILORA", "VBLORA", "VERA")
 """Types of PEFT adapters whose modules share tensors that stand beside them."""
 
 
+def _unknown_weights(subject: Subject) -> str | None:
+    """The name of a model's weights, None where it is one that is looked for."""
+    if subject.weights is None or subject.config is None or subject.weights.name in _FILES:
+        return None
+    return subject.weights.name
+
+
 def _other_files(subject: Subject) -> Iterator[str]:
-    if subject.weights is not None and subject.config is not None and subject.weights.name not in _FILES:
-        yield subject.weights.name
+    name = _unknown_weights(subject)
+    if name and not is_shard(name):
+        yield name
+
+
+def _no_index(subject: Subject) -> Iterator[str]:
+    name = _unknown_weights(subject)
+    if name and is_shard(name):
+        stem, _, ending = name.partition(".")
+        yield f"{stem.rsplit('-', 3)[0]}.{ending}.index.json"
 
 
 def _plain_index(subject: Subject) -> Iterator[str]:
@@ -73,6 +89,9 @@ TRANSFORMERS = Program(
                  "models/auto/configuration_auto.py, run"),
             Rule("refuses", "weights of this name are not looked for", _other_files,
                  "rename them to model.safetensors; of a variant, state it: from_pretrained(..., variant=...)",
+                 "modeling_utils.py, run"),
+            Rule("refuses", "shards are looked for by their index, which is missing", _no_index,
+                 "write the model once more with its index: merge --method passthrough FOLDER -o NEW",
                  "modeling_utils.py, run"),
             Rule("refuses", "the index has no metadata", _plain_index, 'add "metadata": {} to it', "utils/hub.py, run"),
             Rule("warns", "the config does not name the class of the model", absent("architectures"),

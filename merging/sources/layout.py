@@ -19,6 +19,7 @@ __all__ = [
     "check_suffix",
     "find_weights",
     "is_plain_name",
+    "is_shard",
     "is_standard",
     "of_llama_cpp",
     "refuse_shard",
@@ -116,12 +117,17 @@ def shards_without_index(folder: Path) -> list[Path]:
     return [check_inside(shards[number], folder) for number in sorted(shards)]
 
 
+def is_shard(name: str) -> bool:
+    """Whether a file of that name is one of several shards."""
+    match = _NUMBERED.fullmatch(name)
+    return match is not None and int(match["count"]) > 1
+
+
 def refuse_shard(path: Path) -> None:
     """Refuse a file that is one of several shards by its name. Raises :class:`~merging.errors.InputError`."""
-    match = _NUMBERED.fullmatch(path.name)
-    if match and int(match["count"]) > 1:
+    if is_shard(path.name):
         raise InputError(
-            f"{path}: is one of the {int(match['count'])} shards of a model by its name: name their folder, "
+            f"{path}: is one of several shards of a model by its name: name their folder, "
             f"{path.parent}, or give the file another name if it is a whole model"
         )
 
