@@ -25,7 +25,7 @@ from merging.sources.lora_headers import (
     config_of,
     unstated_alpha,
 )
-from merging.sources.lycoris import is_factor, leaf_of, module_changes
+from merging.sources.lycoris import is_factor, leaf_of, module_changes, zero_alphas
 from merging.sources.lycoris.products import number, scale_of
 from merging.sources.opening import open_tensors
 from merging.sources.peft import peft_changes
@@ -123,6 +123,8 @@ def open_diffusion(path: Path, alpha: float | None = None, opened: Opened | None
         stated = any(name.endswith(".alpha") for name in named)
         notices = unstated_alpha(path, metadata) if not configs and not stated and alpha is None else ()
         changes = _by_config(path, named, configs, alpha) if configs else _by_module(path, named, alpha)
+        if not configs and alpha is None:
+            notices += zero_alphas(named, str(path))
     return Adapter(
         path=path,
         changes={change.target: change for change in changes},

@@ -23,7 +23,7 @@ from merging.sources.lora_headers import (
     config_of,
     unstated_alpha,
 )
-from merging.sources.lycoris import leaf_of, module_changes
+from merging.sources.lycoris import leaf_of, module_changes, zero_alphas
 from merging.sources.lycoris.products import number, scale_of
 from merging.sources.opening import open_tensors
 from merging.sources.peft.config import Config
@@ -90,6 +90,8 @@ def open_kohya(path: Path, alpha: float | None = None, opened: Opened | None = N
             if not isclose(scale_of(beside, rank), scale_of(own, rank), rel_tol=1e-2):
                 raise alphas_differ(path, f"{module}.alpha")
         changes += module_changes(module, parts, where, own)
+    if not configs and alpha is None:
+        notices += zero_alphas(tensors, where)
     return Adapter(
         path=path,
         changes={change.target: change for change in changes},

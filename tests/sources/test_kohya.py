@@ -162,3 +162,24 @@ def test_names_without_a_place(tmp_path: Path, name: str) -> None:
     save_file({**state, name: torch.ones(2)}, tmp_path / "a.safetensors")
     with pytest.raises(FormatError, match=re.escape(name)):
         open_model(tmp_path / "a.safetensors")
+
+
+# ---- alphas of 0, which programs read in two ways
+
+
+@pytest.mark.parametrize("zero", [True, False])
+@pytest.mark.parametrize("stem", ["lora_unet_{}", "diffusion_model.{}"])
+def test_an_alpha_of_zero_is_read_as_the_rank_and_said(tmp_path: Path, stem: str, zero: bool) -> None:
+    torch.manual_seed(0)
+    module = stem.format("double_blocks_0_img_mlp_0" if "unet" in stem else "double_blocks.0.img_mlp.0")
+    down, up = torch.randn(2, 8), torch.randn(6, 2)
+    parts = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(0.0 if zero else 2.0)}
+    path = tmp_path / "a.safetensors"
+    save_file({f"{module}.{leaf}": value for leaf, value in parts.items()}, path)
+    merging.merge([path], method="passthrough", output=tmp_path / "out.safetensors")
+    out = load_file(tmp_path / "out.safetensors")
+    got = out[f"{module}.lora_up.weight"] @ out[f"{module}.lora_down.weight"] * (out[f"{module}.alpha"] / 2)
+    torch.testing.assert_close(got, up @ down)
+    told = open_model(path).notices
+    assert [bool(re.search(r"alpha of 1 of its modules is 0 .* --lora-alpha", each)) for each in told] == [True] * zero
+    assert open_model(path, 1.0).notices == ()

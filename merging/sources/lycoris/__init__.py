@@ -19,7 +19,7 @@ from merging.sources.peft.config import Config
 from merging.sources.peft.module import Module
 from merging.sources.stored import Stored
 
-__all__ = ["METHODS", "Method", "is_factor", "leaf_of", "module_changes"]
+__all__ = ["METHODS", "Method", "is_factor", "leaf_of", "module_changes", "zero_alphas"]
 
 _LEAF = re.compile(
     r"\.(?:(lora_down|lora_up|lora_mid|lora_A|lora_B|a1|a2|b1|b2)(?:\.default)?\.weight"
@@ -35,6 +35,9 @@ _SAME = {
 }
 _BESIDE = {"diff_b": "bias", "b_norm": "bias", "lora_up.bias": "bias", "diff_m": "modulation"}
 """Parts that change another tensor of the module than its weight, and what that is called."""
+
+_SCALED = ("lora_down", "hada_w1_a", "lokr_w1_a", "lokr_w2_a")
+"""Parts that have a rank, by which alpha is divided."""
 
 _WEAK = {"alpha", "rescale", "a1", "a2", "b1", "b2", "diff", "diff_b", "diff_m", "w_norm", "b_norm"}
 """Parts whose names a parameter of an ordinary model may have too."""
@@ -79,6 +82,20 @@ METHODS = {
     "set_weight": Method("weights saved in full", replaced),
 }
 """By the part that tells the method."""
+
+
+def zero_alphas(tensors: Mapping[str, Stored], where: str) -> tuple[str, ...]:
+    """A notice where alphas beside factors are 0, which programs read in two ways."""
+    leaves = filter(None, map(leaf_of, tensors))
+    modules = dict.fromkeys(module for module, leaf in leaves if leaf in _SCALED and f"{module}.alpha" in tensors)
+    parts = {module: {"alpha": tensors[f"{module}.alpha"]} for module in modules}
+    zero = [module for module, part in parts.items() if number(Module(module, part, Config({}, where)), "alpha") == 0]
+    if not zero:
+        return ()
+    return (
+        f"{where}: the alpha of {len(zero)} of its modules is 0 ({zero[0]}): it is read as the rank, a scale of 1, as "
+        f"in sd-scripts and LyCORIS; ComfyUI multiplies by 0: give the right one with --lora-alpha",
+    )
 
 
 def module_changes(path: str, parts: Mapping[str, Stored], where: str, alpha: float | None = None) -> list[Change]:
