@@ -265,3 +265,17 @@ def test_names_of_no_base(models: Path, tmp_path: Path) -> None:
     save_file(state, tmp_path / "a.safetensors")
     with pytest.raises(InputError, match=r"down_blocks\.7.* is no tensor of the base"):
         merged(tmp_path / "a.safetensors", models / "sd", tmp_path / "out")
+
+
+def test_factors_in_eight_bits_are_refused_with_a_way_out(tmp_path: Path) -> None:
+    factors = {"lora_A": torch.randn(2, 8), "lora_B": torch.randn(8, 2)}
+    state = {f"diffusion_model.blocks.0.self_attn.q.{name}.weight": value for name, value in factors.items()}
+    eight = {name: value.to(torch.float8_e4m3fn) for name, value in state.items()}
+    save_file(eight, tmp_path / "a.safetensors")
+    with pytest.raises(FormatError, match=r"also with --dequantize: convert them first \(load_file, .to"):
+        open_model(tmp_path / "a.safetensors", dequantise=True)
+    save_file(
+        {name: v.to(torch.bfloat16) for name, v in load_file(tmp_path / "a.safetensors").items()},
+        tmp_path / "b.safetensors",
+    )
+    merging.merge([tmp_path / "b.safetensors"], method="passthrough", output=tmp_path / "out.safetensors")
