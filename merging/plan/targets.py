@@ -13,6 +13,7 @@ from merging.plan.task_heads import NO_HEADS, TaskHeads
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.fused_names import Rows
+from merging.sources.lora_names import normal_name
 from merging.sources.stored import Stored
 
 __all__ = ["Targets", "adapter_targets"]
@@ -84,7 +85,7 @@ def _refuse_drifted(adapters: Sequence[Adapter], named: Sequence[Mapping[str, Ch
             continue
         for name in changes:
             other = next((o for o in first if o.endswith("." + name) or name.endswith("." + o)), None)
-            if other:
+            if other and normal_name(other)[0] == normal_name(name)[0]:  # else they are parts of two models
                 raise InputError(
                     f"{adapters[0].path} has {other} where {adapter.path} has {name}: these look like the same module "
                     f"under the names of two library versions: give the base with --base, so that both can be matched"

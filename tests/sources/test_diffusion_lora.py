@@ -279,3 +279,17 @@ def test_factors_in_eight_bits_are_refused_with_a_way_out(tmp_path: Path) -> Non
         tmp_path / "b.safetensors",
     )
     merging.merge([tmp_path / "b.safetensors"], method="passthrough", output=tmp_path / "out.safetensors")
+
+
+def test_parts_of_two_models_are_not_said_to_be_one_module(tmp_path: Path) -> None:
+    """Wan's second model is called transformer_2 beside bare names of the first."""
+    factors = {"lora_A": torch.randn(2, 8), "lora_B": torch.randn(8, 2)}
+    paths = []
+    for number, prefix in enumerate(("", "transformer_2.")):
+        paths.append(tmp_path / f"{number}.safetensors")
+        save_file({f"{prefix}blocks.0.self_attn.q.{name}.weight": v for name, v in factors.items()}, paths[-1])
+    out = tmp_path / "out.safetensors"
+    with pytest.raises(InputError, match=r"no tensor in common.*--allow-different-bases to put them side by side"):
+        merging.merge(paths, method="linear", output=out)
+    merging.merge(paths, method="linear", allow_different_bases=True, output=out)
+    assert load_file(out).keys() == load_file(paths[0]).keys() | load_file(paths[1]).keys()
