@@ -375,6 +375,7 @@ def test_a_live_claim_is_never_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os_calls, "open_folder", hold)
     with Landing(tmp_path / "out", overwrite=False, file=False) as landing:
         assert landing.scratch.parent not in thieves
+        assert hidden(tmp_path) == [landing.scratch.parent], "one that only looked leaves it to us"
     for lock in locks:
         os.close(lock)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -14,6 +15,7 @@ import pytest
 from tiny import adapters, fine_tune, load, save
 
 import merging
+from merging import os_calls
 from merging.cli.main import cli
 from merging.continual import ContinualStore
 from merging.storage.staging import Landing
@@ -75,6 +77,28 @@ def test_one_signal_leaves_nothing_at_any_moment(
             out.rmdir()
     assert moment > 100
     assert ends == {"old" if overwrite else None, "new"}
+
+
+def test_only_handlers_that_may_raise_are_held_and_only_where_they_run() -> None:
+    caught: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: caught.append(number))
+    hangup = signal.getsignal(signal.SIGHUP)
+
+    def elsewhere() -> None:
+        with os_calls.uninterrupted():
+            caught.append(0)
+
+    try:
+        with os_calls.uninterrupted(), os_calls.uninterrupted():
+            signal.raise_signal(signal.SIGTERM)
+            assert (caught, signal.getsignal(signal.SIGHUP)) == ([], hangup)
+        assert caught == [signal.SIGTERM]
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        assert caught == [signal.SIGTERM, 0]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 COMMANDS = {

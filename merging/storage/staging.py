@@ -217,9 +217,8 @@ class Landing:
 
     def _place_folder(self) -> None:
         if self.overwrite:
-            _check_replaced(
-                self.destination, self.destination
-            )  # once more: something may have come there since the beginning
+            # once more: something may have come there since the beginning
+            _check_replaced(self.destination, self.destination)
         if self.overwrite and os_calls.exchange(self.folder, self.destination):
             return  # what was there has the temporary name now, and goes with it
         if not os.path.lexists(self.destination):
@@ -249,6 +248,8 @@ def _claimed(destination: Path) -> tuple[Path, int | None]:
                 folder.rmdir()
             raise
         # another merge to this place began just now, and took the folder for abandoned
+        with suppress(OSError):
+            folder.rmdir()
         if lock is not None:
             os.close(lock)
 
