@@ -30,6 +30,7 @@ __all__ = [
     "kind_of",
     "open_folder",
     "open_regular",
+    "path_of",
     "private_memory",
     "read_at",
     "release_freed_memory",
@@ -193,6 +194,15 @@ def open_regular(path: Path) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def path_of(fd: int) -> str | None:
+    """The path of an open file, without links; None where the system does not say it."""
+    try:
+        path = str(Path(f"/proc/self/fd/{fd}").readlink())
+    except OSError:
+        return None
+    return path if path.startswith("/") else None
 
 
 def _require_regular(mode: int) -> None:

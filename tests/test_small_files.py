@@ -6,6 +6,7 @@ import ast
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 from tiny import checkpoint, load, model, save
 
 import merging
+from merging import os_calls
 from merging.cli.main import cli
 from merging.errors import FormatError, MergingError
 from merging.hub.cards import stated_licence
@@ -23,7 +25,7 @@ from merging.plan.recipe import load_recipe
 from merging.recycling.journal import Journal
 from merging.sources.links import check_inside, refuse_link
 from merging.sources.plain_yaml import load_yaml
-from merging.sources.small_files import TEXT_LIMIT, read_json, read_text
+from merging.sources.small_files import TEXT_LIMIT, copy_file, read_json, read_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -167,6 +169,28 @@ def test_a_link_that_is_exchanged_while_it_is_followed(
         check(tmp_path / "link")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says where an open file lies")
+@pytest.mark.parametrize("use", [lambda path: copy_file(path, path.with_name("copy")), read_text], ids=["copy", "read"])
+def test_a_link_that_comes_after_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: Callable[[Path], object]
+) -> None:
+    """Where an open file lies is looked at once more, so that no secret is copied or read."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "model" / "LICENSE").write_text("free")
+    opened = os_calls.open_regular
+
+    def exchanged(path: Path) -> int:
+        path.unlink()
+        path.symlink_to(tmp_path / "secret")
+        return opened(path)
+
+    monkeypatch.setattr(os_calls, "open_regular", exchanged)
+    with pytest.raises(FormatError, match=r"LICENSE: is a link out of its folder, to .*secret"):
+        use(tmp_path / "model" / "LICENSE")
+    assert not any("secret" in path.read_text() for path in (tmp_path / "model").glob("copy"))
+
+
 def test_links_out_of_a_model_are_not_read(tmp_path: Path) -> None:
     """A licence, tokenizer, template, config or weights that lead elsewhere would be copied, and published."""
     (tmp_path / "secret").write_text("{}")
@@ -228,7 +252,7 @@ def test_links_out_of_a_folder_are_not_published(tmp_path: Path) -> None:
     folder = save(tmp_path / "out", model(1))
     (tmp_path / "secret").write_text("secret")
     (folder / "LICENSE").symlink_to(tmp_path / "secret")
-    with pytest.raises(FormatError, match="LICENSE: is a link out of its folder"):
+    with pytest.raises(FormatError, match=r"LICENSE: is a link out of its folder"):
         push(folder, Target("org/name", False, "0" * 40), "a merge")
 
 

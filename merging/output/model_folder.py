@@ -65,7 +65,7 @@ def copy_companions(plan: Plan, folder: Path) -> None:
     """
     for name, source in _companions(plan).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        copy_file(source, folder / name)
+        copy_file(source, folder / name, source.parents[name.count("/")])
 
 
 def _remarks(plan: Plan, reference: Checkpoint, own: Checkpoint) -> list[str]:

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from merging import os_calls
 from merging.errors import FormatError
 
-__all__ = ["check_inside", "refuse_link", "trust_links"]
+__all__ = ["check_inside", "check_opened", "refuse_link", "trust_links"]
 
 _is_junction = getattr(os.path, "isjunction", None)
 """Links of Windows to folders that are no symbolic ones; known to Python from 3.12 on."""
@@ -27,13 +28,27 @@ def check_inside(path: Path, folder: Path) -> Path:
 
     Raises :class:`~merging.errors.FormatError` for a link out of it.
     """
-    real, root = _real(path), _real(folder)
+    _check_place(_real(path), path, folder)
+    return path
+
+
+def check_opened(fd: int, path: Path, folder: Path) -> None:
+    """Check as :func:`check_inside` does where an open file lies: a link may have come since the path was checked.
+
+    Where the system does not say it (all but Linux), nothing is checked.
+    """
+    real = os_calls.path_of(fd)
+    if real is not None and not _is_below(real, folder):
+        _check_place(real, path, folder)
+
+
+def _check_place(real: str, path: Path, folder: Path) -> None:
+    root = _real(folder)
     if not any(_is_within(real, each) for each in (root, *_trusted(root))):
         raise FormatError(
             f"{path}: is a link out of its folder, to {real}, and nothing is read through one: put the file itself in "
             f"its place"
         )
-    return path
 
 
 def refuse_link(path: Path) -> Path:
@@ -78,6 +93,14 @@ def _trusted(root: str) -> Iterator[str]:
     for parent in (parts, *parts.parents):
         if parent.name == "snapshots":
             yield str(parent.parent / "blobs")
+
+
+def _is_below(real: str, folder: Path) -> bool:
+    """Whether a folder is above a path, in whatever case a file system spells either."""
+    try:
+        return any(parent.samefile(folder) for parent in Path(real).parents)
+    except OSError:
+        return False
 
 
 def _is_within(path: str, folder: str) -> bool:

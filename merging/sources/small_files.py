@@ -15,7 +15,7 @@ from typing import Any
 
 from merging import os_calls
 from merging.errors import FormatError, InputError
-from merging.sources.links import check_inside
+from merging.sources.links import check_inside, check_opened
 
 __all__ = [
     "DATA_LIMIT",
@@ -91,6 +91,8 @@ def read_bytes(path: Path, limit: int = TEXT_LIMIT, *, given: bool = False) -> b
         check_inside(path, path.parent)
     try:
         with os.fdopen(os_calls.open_regular(path), "rb") as stream:
+            if not given:
+                check_opened(stream.fileno(), path, path.parent)
             _check_size(path, os.fstat(stream.fileno()).st_size, limit)
             content = stream.read(limit + 1)  # some files of the system state no size
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -150,9 +152,13 @@ def _parsed(text: str, where: str, halves: bool) -> Any:
     return value
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file, which :func:`check_file` has let through, to a new one. Raises OSError."""
+def copy_file(source: Path, target: Path, folder: Path | None = None) -> None:
+    """Copy a file, which :func:`check_file` has let through for this folder, to a new one.
+
+    Raises OSError, and :class:`~merging.errors.FormatError` if a link out of the folder came in its place since.
+    """
     with os.fdopen(os_calls.open_regular(source), "rb") as reader, os_calls.create(target) as writer:
+        check_opened(reader.fileno(), source, folder or source.parent)
         while block := reader.read(_BLOCK):
             writer.write(block)
 
