@@ -12,10 +12,12 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from tiny import adapters, fine_tune, load, save
 
 import merging
 from merging import os_calls
+from merging.cli.errors import Placed, answered, reported
 from merging.cli.main import cli
 from merging.continual import ContinualStore
 from merging.storage.staging import Landing
@@ -124,6 +126,27 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("recipe.yaml").write_text("models: [tuned0, tuned1]\nmethod: linear\n")
     merging.compress("adapter0", output="pack.safetensors")
     ContinualStore.create("store", base="base").add("tuned0")
+
+
+@pytest.mark.usefixtures("inputs")
+def test_a_dry_run_touches_nothing(tmp_path: Path) -> None:
+    """Not even what a kill left."""
+    save(tmp_path / ".out.abcd_123.partial" / "old", load(Path("base")))
+    (tmp_path / ".out.abcd_124.partial" / "out").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    for more, code in ((["--overwrite"], 0), ([], 1)):
+        words = [*COMMANDS["merge"][0].split(), "-o", "out", "--dry-run", *more]
+        assert CliRunner().invoke(cli, words).exit_code == code
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_was_being_published_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
+    standing = Placed()
+    standing.publishing = "me/model"
+    with pytest.raises(SystemExit), answered(), reported(standing=standing):
+        raise KeyboardInterrupt
+    said = "Interrupted: nothing was written, and whether it was published is not known: look at me/model.\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.usefixtures("inputs")
