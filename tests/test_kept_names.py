@@ -218,3 +218,14 @@ def test_xlabs_becomes_diffusers(tmp_path: Path) -> None:
     assert not any("names differ" in each for each in done.notices)
     modules = {name.partition(".lora_")[0] for name in load_file(tmp_path / "out.safetensors")}
     assert modules == {f"transformer.transformer_blocks.0.attn.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")}
+
+
+@pytest.mark.parametrize("out", ["folder", "bare.safetensors"])
+def test_raw_names_of_peft_come_out_as_peft_saves_them(tmp_path: Path, out: str) -> None:
+    """``.default`` is the name of an adapter in memory; PEFT writes none, and looks for none in a file."""
+    values = {"lora_A": torch.randn(2, 8), "lora_B": torch.randn(8, 2)}
+    raw = {f"base_model.model.blocks.0.self_attn.q.{leaf}.default.weight": value for leaf, value in values.items()}
+    save_file(raw, tmp_path / "a.safetensors")
+    merging.merge([tmp_path / "a.safetensors"], method="passthrough", output=tmp_path / out)
+    written = tmp_path / out / "adapter_model.safetensors" if out == "folder" else tmp_path / out
+    assert load_file(written).keys() == {name.replace(".default", "") for name in raw}
