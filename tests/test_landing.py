@@ -453,22 +453,22 @@ def test_only_leftovers_of_this_output_are_touched(tmp_path: Path, tuned: list[P
     assert right(tmp_path / "out", tuned)
 
 
-@pytest.mark.parametrize("dry", [True, False])
-def test_a_refused_merge_moves_nothing(tmp_path: Path, tuned: list[Path], dry: bool) -> None:
-    """What a killed merge had moved away exists, and is what --overwrite would replace."""
+def test_a_model_that_a_kill_left_aside_is_moved_back(tmp_path: Path, tuned: list[Path]) -> None:
+    """By the next merge, also where that is refused; a dry run touches nothing, and counts it as being there."""
     old, rest = tmp_path / ".out.abcd_123.partial" / "old", tmp_path / ".out.abcd_124.partial" / "out"
     save(old, model(9))
     save(rest, model(8))
     with pytest.raises(OutputError, match=rf"out: exists already \(a merge that was killed left it as {old}\): choose"):
-        check_destination(tmp_path / "out", tuned, 0, overwrite=False, dry=dry)
-    check_destination(tmp_path / "out", tuned, 0, overwrite=True, dry=dry)
-    assert identical(load(old), model(9))
-    assert rest.is_dir() == dry
-    assert not (tmp_path / "out").exists()
+        check_destination(tmp_path / "out", tuned, 0, overwrite=False, dry=True)
+    check_destination(tmp_path / "out", tuned, 0, overwrite=True, dry=True)
+    assert old.is_dir() and rest.is_dir() and not (tmp_path / "out").exists()
     (old / "thesis.txt").write_text("years of work")
     with pytest.raises(OutputError, match=r"it holds thesis\.txt"):
         merging.merge(tuned, method="linear", output=tmp_path / "out", overwrite=True)
-    assert old.is_dir()
+    with pytest.raises(OutputError, match="exists already: choose another -o"):
+        merging.merge(tuned, method="linear", output=tmp_path / "out")
+    assert identical(load(tmp_path / "out"), model(9)) and (tmp_path / "out" / "thesis.txt").is_file()
+    assert not hidden(tmp_path)
 
 
 def test_a_refused_merge_removes_what_a_kill_left(tmp_path: Path, tuned: list[Path]) -> None:

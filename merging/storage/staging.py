@@ -36,8 +36,8 @@ def check_destination(
 ) -> None:
     """Refuse a destination that exists (unless it may be overwritten), lies on top of an input, or has no room.
 
-    What a merge that was killed had moved out of the way of its output exists, too; nothing is moved. What it left
-    besides is removed, unless ``dry`` says that nothing is to be touched.
+    A model that a killed merge to this place had moved out of the way is moved back, and the rest that it left is
+    removed; with ``dry`` nothing is touched, and such a model counts as being there.
 
     Raises :class:`~merging.errors.OutputError`.
     """
@@ -51,9 +51,10 @@ def check_destination(
             raise OutputError(f"{destination}: the output would replace the input {path}: choose another -o")
     existing = destination
     for abandoned in _abandoned(destination):
-        if os.path.lexists(abandoned / _OLD):
-            existing = destination if os.path.lexists(destination) else abandoned / _OLD
-        elif not dry:
+        aside = abandoned / _OLD if dry else _put_back(abandoned, destination)
+        if aside is not None and os.path.lexists(aside) and not os.path.lexists(destination):
+            existing = aside
+        elif not dry and not os.path.lexists(abandoned / _OLD):
             shutil.rmtree(abandoned, ignore_errors=True)
     if os.path.lexists(existing) and not overwrite:
         where = "" if existing == destination else f" (a merge that was killed left it as {existing})"
