@@ -40,8 +40,8 @@ class Refusal(click.ClickException):
 def reported(debug: bool = False, standing: Callable[[], str] | None = None) -> Iterator[None]:
     """Run a command's body: refusals become one message, and a kill cleans up as Ctrl-C does.
 
-    ``standing`` says what is true after an interruption, of commands of which something may be done by then:
-    :class:`Placed` of those with an output.
+    ``standing`` makes the sentence for an interruption, for commands that may have changed something by then; commands
+    with an output pass :class:`Placed`.
     """
     before = {number: signal.signal(number, _interrupt) for number in end_signals()}
     try:
@@ -63,7 +63,7 @@ def reported(debug: bool = False, standing: Callable[[], str] | None = None) -> 
 
 
 class Placed:
-    """What is true after an interruption, by the disk: an output that was not there at first is whole and in place."""
+    """The sentence for an interruption: it looks on the disk whether a new output is whole and in place."""
 
     def __init__(self, *outputs: str | Path | None) -> None:
         self._before: dict[str | Path, tuple[int, int] | None] = {}
@@ -87,7 +87,7 @@ class Placed:
 
 
 def _identity(path: str | Path) -> tuple[int, int] | None:
-    """What tells a file or folder from one that has its name later."""
+    """The identity of a file or folder, which a later one of the same name does not have."""
     try:
         found = os.lstat(path)
     except OSError:

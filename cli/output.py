@@ -158,7 +158,7 @@ def _models(plan: Plan) -> str:
 
 
 def _kind(plan: Plan) -> str:
-    """What comes out; adapters that are not PEFT's with their format, where it has a name."""
+    """The kind of the output; for an adapter in another format than PEFT's, that format too."""
     plain = plan.output == "model" or plan.format in ("peft", "as given")
     return plan.output if plain else f"{plan.format} {plan.output}"
 

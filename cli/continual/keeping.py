@@ -97,7 +97,8 @@ def verify_command(store: str, as_json: bool, debug: bool) -> None:
     for problem in verdict.problems if not as_json else ():
         echo(problem, err=True)
     if verdict.whole < verdict.steps and not as_json:
-        echo(f"the last whole state is that of step {verdict.whole}: merge continual rollback goes back", err=True)
+        back = f"merge continual rollback {store} --to {verdict.whole}"
+        echo(f"step {verdict.whole} is the last whole state: go back to it with {back}", err=True)
     if verdict.problems:
         raise click.exceptions.Exit(1)
 
