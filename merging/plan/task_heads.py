@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from merging.errors import InputError
 from merging.maths.parameters import matches
 from merging.sources import Adapter, Checkpoint
-from merging.sources.adapter import Change, Replacement
+from merging.sources.adapter import Replacement
 from merging.sources.rows import Mean
 from merging.sources.stored import Stored
 
@@ -67,10 +67,11 @@ def find_task_heads(models: Sequence[Model], base: Checkpoint | None, exclude: S
     Raises :class:`~merging.errors.InputError` for heads of different sizes.
     """
     found: defaultdict[str, list[tuple[Adapter, Replacement]]] = defaultdict(list)
-    for model in models:
-        for target, change in model.changes.items() if isinstance(model, Adapter) else ():
-            if _is_task_head(target, change) and (base is None or base.lookup(target) is None):
-                found[target].append((model, change))  # type: ignore[arg-type]
+    for model in (each for each in models if isinstance(each, Adapter)):
+        for target, change in model.changes.items():
+            named = _HEAD.search(target) and not _BLOCK.search(target)
+            if named and isinstance(change, Replacement) and (base is None or base.lookup(target) is None):
+                found[target].append((model, change))
     excluded = {target for target in found if any(matches(pattern, target) for pattern in exclude)}
     tensors = {}
     for target, held in found.items():
@@ -85,7 +86,3 @@ def find_task_heads(models: Sequence[Model], base: Checkpoint | None, exclude: S
                 )
         tensors[target] = Mean(tuple(its.value for _, its in held))
     return TaskHeads(tensors, frozenset(excluded))
-
-
-def _is_task_head(target: str, change: Change) -> bool:
-    return isinstance(change, Replacement) and bool(_HEAD.search(target)) and not _BLOCK.search(target)
