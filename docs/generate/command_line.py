@@ -1,0 +1,60 @@
+"""A page for each command of ``merge``, made from its click command."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from functools import cache
+
+import click
+from method_pages import cell
+
+from merging.cli.main import cli, merge_command
+
+
+@cache
+def command_pages() -> dict[str, str]:
+    """The text of each page by its path under docs/: merging itself first, then the sub-commands as listed."""
+    pages = {"cli/merge.md": _page("merge", merge_command)}
+    for name, command in cli.commands.items():
+        pages[f"cli/{name}.md"] = _page(f"merge {name}", command)
+    return pages
+
+
+def _page(path: str, command: click.Command) -> str:
+    parts = [f"---\ntitle: {path}\n---\n\n# `{path}`", *_parts(path, command)]
+    if isinstance(command, click.Group):
+        for name, inner in command.commands.items():
+            parts += [f"## `{path} {name}`", *_parts(f"{path} {name}", inner)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _parts(path: str, command: click.Command) -> Iterator[str]:
+    """Usage, help and options of one command."""
+    context = click.Context(command, info_name=path)
+    usage = " ".join([path, *command.collect_usage_pieces(context)])
+    yield f"```text\n{usage}\n```"
+    for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
+        verbatim = paragraph.startswith("\b")
+        yield f"```text\n{paragraph[1:].strip()}\n```" if verbatim else _escaped(paragraph)
+    options = [each for each in command.get_params(context) if isinstance(each, click.Option) and not each.hidden]
+    if options:
+        rows = [f"| {_flags(each, context)} | {_help(each, context)} |" for each in options]
+        yield "\n".join(["| option | what it does |", "|---|---|", *rows])
+
+
+def _flags(option: click.Option, context: click.Context) -> str:
+    record = option.get_help_record(context)
+    return " ".join(f"`{word}`" for word in cell(record[0] if record else "").split(", ")).replace("\\|", "|")
+
+
+def _help(option: click.Option, context: click.Context) -> str:
+    record = option.get_help_record(context)
+    return _escaped(cell(record[1] if record else ""))
+
+
+def _escaped(text: str) -> str:
+    """Text of a help page as Markdown, in which only code between backticks is marked."""
+    pieces = re.split(r"(`[^`]+`)", text)
+    return "".join(each if i % 2 else re.sub(r"([*_\[]|<(?!/))", r"\\\1", each) for i, each in enumerate(pieces))
