@@ -19,6 +19,7 @@ from merging.maths.site import Site, inputs_by_outputs, site_of
 from merging.methods import chain
 from merging.methods.contract.method import Method, Seen, check_places
 from merging.methods.contract.wrapper import Entered, descend
+from merging.output.peft_config import lora_config
 from merging.sources.adapter import LoraChange
 from merging.sources.peft import peft_changes
 from merging.sources.stored import MappedTensor
@@ -305,12 +306,6 @@ def peft_state_dict(deltas: Mapping[str, Delta]) -> tuple[dict[str, Tensor], dic
         missing = rank - delta.rank
         state[f"{module}.lora_A.weight"] = torch.nn.functional.pad(delta.down, (0, 0, 0, missing))
         state[f"{module}.lora_B.weight"] = torch.nn.functional.pad(delta.up, (0, missing))
-    config = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": rank,
-        "target_modules": sorted(target.removesuffix(".weight") for target in low),
-        "fan_in_fan_out": any(delta.transposed for delta in low.values()),
-        "bias": "none",
-    }
-    return state, config
+    modules = (target.removesuffix(".weight") for target in low)
+    transposed = any(delta.transposed for delta in low.values())
+    return state, lora_config(rank=rank, target_modules=modules, fan_in_fan_out=transposed)

@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from merging.output.peft_config import adapter_config
+from merging.output.peft_config import NO_VARIANTS, adapter_config, lora_config
 from merging.plan.items import Plan
 from merging.plan.outs import PREFIX
 from merging.sources import Adapter
@@ -47,19 +47,11 @@ def _configs(plan: Plan) -> dict[str, object]:
             component, _, module = _LOWER.sub("", name).partition(".")
             # PEFT looks for endings, so that this one is found in text encoders with and without the level.
             modules[component][module.removeprefix(PREFIX).removeprefix("text_model.")] = rank
-    config = {
-        "peft_type": "LORA",
-        "r": plan.rank,
-        "lora_alpha": plan.rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-    }
     found: dict[str, object] = {}
     for component, ranks in sorted(modules.items()):
         others = {module: rank for module, rank in sorted(ranks.items()) if rank != plan.rank}
-        own = {**config, "rank_pattern": others, "alpha_pattern": others, "target_modules": sorted(ranks)}
+        patterns = {"rank_pattern": others, "alpha_pattern": others}
+        own = lora_config(rank=plan.rank, target_modules=ranks, **{**NO_VARIANTS, **patterns})
         found |= {f"{component}.{key}": value for key, value in own.items()}
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,71 @@ from merging.sources import Adapter
 from merging.sources.adapter import Change, LoraChange
 from merging.sources.tokens import TokenTable
 
-__all__ = ["adapter_config", "write_adapter_companions"]
+__all__ = ["NO_VARIANTS", "SAVED", "adapter_config", "lora_config", "write_adapter_companions"]
+
+NO_VARIANTS: Mapping[str, Any] = {
+    "lora_dropout": 0.0,
+    "use_rslora": False,
+    "use_dora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+}
+"""Fields of PEFT's config that say: nothing but factors, with one rank and one alpha for all modules."""
+
+SAVED: Mapping[str, Any] = {
+    "auto_mapping": None,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "modules_to_save": None,
+}
+"""Fields that PEFT writes for any saved LoRA, at the values for one that is to be loaded as it is."""
+
+_FIELDS = (
+    "peft_type",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "inference_mode",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "bias",
+    "fan_in_fan_out",
+    "use_rslora",
+    "use_dora",
+    "init_lora_weights",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "modules_to_save",
+)
+"""The order of the fields in files."""
 
 _WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """Tasks for which PEFT saves a head along, and refuses an adapter without one."""
+
+
+def lora_config(*, rank: int, target_modules: Iterable[str], **fields: Any) -> dict[str, Any]:
+    """Return PEFT's config of a plain LoRA whose every scale is in its factors: alpha is equal to the rank.
+
+    Args:
+        rank: The rank of all modules, and their alpha.
+        target_modules: The adapted modules. They are sorted.
+        **fields: Further fields of the config, such as :data:`NO_VARIANTS` and :data:`SAVED`.
+
+    Returns:
+        The fields in the order in which files have them.
+    """
+    stated: dict[str, Any] = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "bias": "none",
+        "target_modules": sorted(target_modules),
+        **fields,
+    }
+    return {name: stated[name] for name in _FIELDS if name in stated} | stated
 
 
 def write_adapter_companions(plan: Plan, folder: Path, remarks: Sequence[str] = ()) -> None:
@@ -35,26 +96,16 @@ def adapter_config(plan: Plan) -> dict[str, Any]:
     adapters = [model for model in plan.models if isinstance(model, Adapter)]
     changes = [change for item in plan.items if item.form == "factors" for change in item.inputs if change]
     saved = _saved_modules(plan, adapters)
-    config: dict[str, Any] = {
-        "peft_type": "LORA",
-        "auto_mapping": None,
+    fields = {
+        **NO_VARIANTS,
+        **SAVED,
         "base_model_name_or_path": next((a.base for a in adapters if a.base and a.dialect.startswith("PEFT")), None),
         "revision": next((a.config["revision"] for a in adapters if a.config.get("revision")), None),
         "task_type": _task_type(adapters, saved),
-        "inference_mode": True,
-        "r": plan.rank,
-        "lora_alpha": plan.rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
         "fan_in_fan_out": any(isinstance(c, LoraChange) and c.kind == "linear" and c.transposed for c in changes),
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "target_modules": _target_modules(plan, adapters),
         "modules_to_save": saved or None,
     }
+    config = lora_config(rank=plan.rank, target_modules=_target_modules(plan, adapters), **fields)
     if any(item.form == "delta" for item in plan.items):
         config["lora_bias"] = True
     if parameters := _parameters(plan, adapters):

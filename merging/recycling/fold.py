@@ -19,6 +19,7 @@ from merging.maths.linalg import even, safe_ratio, squared_norm, truncate
 from merging.output.licences import licence_sentence, source_of, strictest
 from merging.output.markdown import card, prose, sources_listed
 from merging.output.model_card import HUB_ID
+from merging.output.peft_config import NO_VARIANTS, SAVED, lora_config
 from merging.plan import PORTABLE_RANKS
 from merging.recycling.experts import Expert
 from merging.recycling.places import Place
@@ -118,25 +119,15 @@ def _padded(delta: LowRank, rank: int) -> tuple[Tensor, Tensor]:
 def _config(folded: Folded, problem: Problem, base: str) -> dict[str, Any]:
     """PEFT's config: one rank, alpha equal to it, the modules in full, no variants."""
     places = problem.model.places
-    return {
-        "peft_type": "LORA",
-        "auto_mapping": None,
-        "base_model_name_or_path": base,
-        "task_type": problem.model.task_type,
-        "inference_mode": True,
-        "r": folded.rank,
-        "lora_alpha": folded.rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": any(places[name].transposed and places[name].kind == "linear" for name in folded.deltas),
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "target_modules": sorted(name.removesuffix(".weight") for name in folded.deltas),
-        "modules_to_save": None,
-    }
+    return lora_config(
+        rank=folded.rank,
+        target_modules=(name.removesuffix(".weight") for name in folded.deltas),
+        base_model_name_or_path=base,
+        task_type=problem.model.task_type,
+        fan_in_fan_out=any(places[name].transposed and places[name].kind == "linear" for name in folded.deltas),
+        **NO_VARIANTS,
+        **SAVED,
+    )
 
 
 def _card(experts: Sequence[Expert], base: str, told: str) -> str:
