@@ -20,7 +20,7 @@ from tiny import checkpoint, fine_tune, identical, load, model, save
 import merging
 from merging import os_calls
 from merging.errors import OutputError
-from merging.storage.staging import Landing, check_destination
+from merging.storage.staging import StagedOutput, check_destination
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -148,7 +148,7 @@ def test_folder_that_cannot_be_written(tmp_path: Path, tuned: list[Path]) -> Non
     with pytest.raises(OutputError, match="/proc/self"):
         merging.merge(tuned, method="linear", output="/proc/self/out")
     with pytest.raises(OutputError, match="/proc/self cannot be written to"):
-        Landing(Path("/proc/self/out"), overwrite=False, file=False).__enter__()
+        StagedOutput(Path("/proc/self/out"), overwrite=False, file=False).__enter__()
 
 
 def test_too_little_space(tmp_path: Path, tuned: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,10 +242,10 @@ def test_abandoned_and_live_folders(tmp_path: Path, tuned: list[Path], output: P
     abandoned = tmp_path / f".{output.name}.abcd_123.partial" / "out"
     abandoned.mkdir(parents=True)
     (abandoned / "model.safetensors").write_bytes(bytes(100))
-    with Landing(output, overwrite=False, file=output.suffix == ".safetensors") as landing:
-        assert hidden(tmp_path) == [landing.scratch.parent]
+    with StagedOutput(output, overwrite=False, file=output.suffix == ".safetensors") as staged:
+        assert hidden(tmp_path) == [staged.scratch.parent]
         merging.merge(tuned, method="linear", output=output)
-        assert hidden(tmp_path) == [landing.scratch.parent]
+        assert hidden(tmp_path) == [staged.scratch.parent]
     assert not hidden(tmp_path)
 
 
@@ -311,12 +311,12 @@ def test_two_processes_to_one_place(tmp_path: Path) -> None:
 
 def test_overtaken_between_look_and_rename(tmp_path: Path) -> None:
     """A folder that appears at the last moment is never mixed with ours, nor replaced."""
-    with Landing(tmp_path / "out", overwrite=False, file=False) as landing:
-        (landing.folder / "ours").write_text("x")
+    with StagedOutput(tmp_path / "out", overwrite=False, file=False) as staged:
+        (staged.folder / "ours").write_text("x")
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "theirs").write_text("y")
         with pytest.raises(OutputError, match="created by someone else"):
-            landing.commit()
+            staged.commit()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]
     assert not hidden(tmp_path)
 
@@ -348,8 +348,8 @@ def test_a_live_claim_is_never_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return plain(path)
 
     monkeypatch.setattr(os_calls, "open_folder", steal_before)
-    with Landing(tmp_path / "out", overwrite=False, file=False) as landing:
-        assert hidden(tmp_path) == [landing.scratch.parent] != thieves
+    with StagedOutput(tmp_path / "out", overwrite=False, file=False) as staged:
+        assert hidden(tmp_path) == [staged.scratch.parent] != thieves
 
     def steal_after(path: Path) -> int | None:
         opened = plain(path)
@@ -359,8 +359,8 @@ def test_a_live_claim_is_never_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return opened
 
     monkeypatch.setattr(os_calls, "open_folder", steal_after)
-    with Landing(tmp_path / "out", overwrite=False, file=False) as landing:
-        assert hidden(tmp_path) == [landing.scratch.parent] != thieves[1:]
+    with StagedOutput(tmp_path / "out", overwrite=False, file=False) as staged:
+        assert hidden(tmp_path) == [staged.scratch.parent] != thieves[1:]
 
     def hold(path: Path) -> int | None:
         if len(thieves) < 4:
@@ -373,9 +373,9 @@ def test_a_live_claim_is_never_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     locks: list[int] = []
     monkeypatch.setattr(os_calls, "open_folder", hold)
-    with Landing(tmp_path / "out", overwrite=False, file=False) as landing:
-        assert landing.scratch.parent not in thieves
-        assert hidden(tmp_path) == [landing.scratch.parent], "one that only looked leaves it to us"
+    with StagedOutput(tmp_path / "out", overwrite=False, file=False) as staged:
+        assert staged.scratch.parent not in thieves
+        assert hidden(tmp_path) == [staged.scratch.parent], "one that only looked leaves it to us"
     for lock in locks:
         os.close(lock)
 

@@ -11,7 +11,7 @@ from tiny import checkpoint
 
 import merging
 from merging.errors import OutputError
-from merging.storage.staging import Landing
+from merging.storage.staging import StagedOutput
 
 
 @pytest.fixture
@@ -58,8 +58,11 @@ def test_what_is_no_models_file_is_named_and_stays(tmp_path: Path, tuned: list[P
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     with pytest.raises(OutputError, match=rf"not overwritten: it holds .*({told})"):
         merging.merge(tuned, method="linear", output=output, overwrite=True)
-    with Landing(output, overwrite=True, file=False) as landing, pytest.raises(OutputError, match="not overwritten"):
-        landing.commit()
+    with (
+        StagedOutput(output, overwrite=True, file=False) as staged,
+        pytest.raises(OutputError, match="not overwritten"),
+    ):
+        staged.commit()
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
     assert not list(tmp_path.glob(".*"))
 

@@ -20,7 +20,7 @@ from merging import os_calls
 from merging.cli.errors import Placed, answered, reported
 from merging.cli.main import cli
 from merging.continual import ContinualStore
-from merging.storage.staging import Landing
+from merging.storage.staging import StagedOutput
 
 TRACED = ("staging.py", "os_calls.py", "tempfile.py", "contextlib.py", Path(__file__).name)
 
@@ -61,9 +61,9 @@ def test_one_signal_leaves_nothing_at_any_moment(
     ends = set()
 
     def place() -> None:
-        with Landing(out, overwrite, file) as landing:
-            (landing.folder / "model.safetensors").write_text("new")
-            landing.commit()
+        with StagedOutput(out, overwrite, file) as staged:
+            (staged.folder / "model.safetensors").write_text("new")
+            staged.commit()
 
     while came:
         moment += 1
@@ -157,14 +157,14 @@ def test_an_output_that_is_in_place_is_called_so(
     """A signal that comes just after its renaming, and one that comes just before, over an output and without."""
     words, ending = COMMANDS[command]
     output = Path(f"out{ending}")
-    plain = Landing._put_in_place
+    plain = StagedOutput._put_in_place
 
-    def before(landing: Landing) -> None:
+    def before(staged: StagedOutput) -> None:
         signal.raise_signal(signal.SIGINT)
         raise ZeroDivisionError
 
-    def after(landing: Landing) -> None:
-        plain(landing)
+    def after(staged: StagedOutput) -> None:
+        plain(staged)
         signal.raise_signal(signal.SIGINT)
 
     inode = None
@@ -174,7 +174,7 @@ def test_an_output_that_is_in_place_is_called_so(
         (before, " --overwrite", "nothing was written"),
         (after, " --overwrite", f"{output} is whole and in place"),
     ):
-        monkeypatch.setattr(Landing, "_put_in_place", place)
+        monkeypatch.setattr(StagedOutput, "_put_in_place", place)
         with pytest.raises(SystemExit) as end:
             cli.main(f"{words} -o {output}{more}".split())
         assert end.value.code == 130

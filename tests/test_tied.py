@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 import merging
 from merging.errors import InputError
-from merging.sources.ties import has_own_head, is_head, tied_to
+from merging.sources.tied_weights import has_own_head, is_head, tied_to
 
 Tensors = dict[str, Tensor]
 

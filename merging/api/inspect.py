@@ -18,7 +18,7 @@ from merging.sources.derived import Derived
 from merging.sources.packs.codings import Packed
 from merging.sources.small_files import parse_json
 from merging.sources.stored import Stored
-from merging.sources.ties import WITH_HEAD, embeddings_among, is_head, text_config
+from merging.sources.tied_weights import WITH_HEAD, embeddings_among, is_head, text_config
 
 __all__ = ["inspect"]
 

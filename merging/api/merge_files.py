@@ -23,7 +23,7 @@ from merging.output.peft_config import write_adapter_companions
 from merging.plan import PORTABLE_RANKS, Plan, make_plan
 from merging.plan.recipe import FIELDS, Recipe, make_recipe
 from merging.sources.stored import DTYPES
-from merging.storage.staging import Landing, check_destination
+from merging.storage.staging import StagedOutput, check_destination
 from merging.storage.writer import ComponentWriter, TensorWriter
 from merging.version import __version__
 
@@ -151,14 +151,14 @@ def merge_plan(
         plan = arrived(plan, companion_patterns(plan), progress=progress)
     if not single:
         check_companions(plan)
-    with Landing(destination, overwrite, single) as landing:
+    with StagedOutput(destination, overwrite, single) as staged:
         if stream:
-            plan = arrived(plan, companion_patterns(plan), stream=landing.scratch)
+            plan = arrived(plan, companion_patterns(plan), stream=staged.scratch)
         notices = [*plan.notices, *unrelated(plan)]
         told = shown or plan
-        writer = _writer(told, landing.folder, destination)
+        writer = _writer(told, staged.folder, destination)
         try:
-            done = run(plan, writer, device=device, threads=workers, progress=progress, scratch=landing.scratch)
+            done = run(plan, writer, device=device, threads=workers, progress=progress, scratch=staged.scratch)
             cut = [done.energy_notice] if done.energy_notice else []
             for constant in plan.constants:
                 values = torch.full((constant.count,), constant.value, dtype=DTYPES[constant.out.kind])
@@ -167,11 +167,11 @@ def merge_plan(
         finally:
             writer.close()
         if not single and plan.output == "adapter":
-            write_adapter_companions(told, landing.folder, cut)
-            copy_companions(told, landing.folder)
+            write_adapter_companions(told, staged.folder, cut)
+            copy_companions(told, staged.folder)
         elif not single:
-            notices += write_model_companions(told, landing.folder)
-        landing.commit()
+            notices += write_model_companions(told, staged.folder)
+        staged.commit()
     return Merged(
         path=destination,
         kind=plan.output,
@@ -181,7 +181,7 @@ def merge_plan(
         seconds=done.seconds,
         rank=plan.rank or None,
         format=plan.format if plan.output == "adapter" else None,
-        notices=(*notices, *done.notices, *cut, *landing.notices),
+        notices=(*notices, *done.notices, *cut, *staged.notices),
         discarded=done.discarded,
         facts=done.facts,
     )

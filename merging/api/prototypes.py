@@ -24,7 +24,7 @@ from merging.plan.to_adapter import common_shape
 from merging.sources import Adapter
 from merging.sources.adapter import Change
 from merging.sources.stored import Out
-from merging.storage.staging import Landing, check_destination
+from merging.storage.staging import StagedOutput, check_destination
 from merging.storage.writer import TensorWriter
 from merging.version import __version__
 
@@ -105,8 +105,8 @@ def export_prototypes(
     }
     for adapter in adapters:
         brought(adapter)
-    with Landing(destination, overwrite, True) as landing:
-        writer = TensorWriter(landing.folder, destination.stem, outs, metadata, None)
+    with StagedOutput(destination, overwrite, True) as staged:
+        writer = TensorWriter(staged.folder, destination.stem, outs, metadata, None)
         try:
             for name, out in zip(modules, outs, strict=True):
                 stacked = torch.zeros(out.shape)
@@ -118,8 +118,8 @@ def export_prototypes(
             writer.finish()
         finally:
             writer.close()
-        landing.commit()
-    return Routed(destination, tuple(names), len(modules), (*notices, *landing.notices))
+        staged.commit()
+    return Routed(destination, tuple(names), len(modules), (*notices, *staged.notices))
 
 
 def _opened(model: str | Path) -> Adapter:

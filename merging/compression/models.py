@@ -20,7 +20,7 @@ from merging.plan import Item, Plan
 from merging.sources import Checkpoint
 from merging.sources.packs import Changed, Described
 from merging.sources.packs.codings import Bands, Raw, Sparse, Ternary
-from merging.sources.ties import is_head
+from merging.sources.tied_weights import is_head
 
 __all__ = ["model_plan", "pack_model"]
 

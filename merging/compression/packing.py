@@ -30,7 +30,7 @@ from merging.sources.packs import Base, Manifest, recognises, unpacked
 from merging.sources.packs.codings import Raw
 from merging.sources.peft import CONFIG_KEY
 from merging.sources.stored import Out
-from merging.storage.staging import Landing, check_destination
+from merging.storage.staging import StagedOutput, check_destination
 from merging.storage.writer import TensorWriter
 
 __all__ = ["Compressed", "Decompressed", "compress", "decompress"]
@@ -127,8 +127,8 @@ def compress(
     if full is not None:
         brought(full, progress)
     before = sum(path.stat().st_size for path in opened.files)
-    with Landing(destination, overwrite, True) as landing:
-        assembly = Assembly(landing.folder)
+    with StagedOutput(destination, overwrite, True) as staged:
+        assembly = Assembly(staged.folder)
         try:
             if isinstance(opened, Adapter):
                 losses, manifest, entries, notices = _adapter(opened, full, settings, assembly)
@@ -138,7 +138,7 @@ def compress(
             after = assembly.write(destination.stem, manifest)
         finally:
             assembly.close()
-        landing.commit()
+        staged.commit()
     return Compressed(
         path=destination,
         kind=kind,
@@ -151,7 +151,7 @@ def compress(
         median=losses.median,
         seconds=time.monotonic() - start,
         errors=losses.relative,
-        notices=(*notices, *landing.notices),
+        notices=(*notices, *staged.notices),
     )
 
 
@@ -269,8 +269,8 @@ def _unpacked_adapter(adapter: Adapter, destination: Path, overwrite: bool) -> D
     outs = [Out(name, stored.kind, stored.shape) for name, stored in pack.tensors.items()]
     nbytes = sum(out.nbytes for out in outs)
     check_destination(destination, _files(adapter), nbytes, overwrite)
-    with Landing(destination, overwrite, single) as landing:
-        writer = TensorWriter(landing.folder, stem, outs, metadata, None)
+    with StagedOutput(destination, overwrite, single) as staged:
+        writer = TensorWriter(staged.folder, stem, outs, metadata, None)
         try:
             for name, stored in pack.tensors.items():
                 writer.write(name, stored.read().reshape(-1))
@@ -278,6 +278,6 @@ def _unpacked_adapter(adapter: Adapter, destination: Path, overwrite: bool) -> D
         finally:
             writer.close()
         if config and not single:
-            (landing.folder / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
-        landing.commit()
-    return Decompressed(destination, "adapter", len(outs), nbytes, tuple(landing.notices))
+            (staged.folder / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
+        staged.commit()
+    return Decompressed(destination, "adapter", len(outs), nbytes, tuple(staged.notices))

@@ -16,7 +16,7 @@ from merging import os_calls
 from merging.continual.manifest import NAME, STATES, Manifest, replace_manifest
 from merging.errors import OptionError, OutputError
 from merging.sources.links import refuse_link
-from merging.storage.staging import Landing
+from merging.storage.staging import StagedOutput
 
 __all__ = ["Busy", "found", "locked", "refuse_within", "remove", "states", "unfinished"]
 
@@ -79,12 +79,12 @@ def found(path: Path, manifest: Manifest) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{path}: cannot be made: {error.strerror}") from None
-    with Landing(path, overwrite=False, file=False) as landing:
-        (landing.folder / STATES).mkdir()
-        replace_manifest(landing.folder, manifest)
+    with StagedOutput(path, overwrite=False, file=False) as staged:
+        (staged.folder / STATES).mkdir()
+        replace_manifest(staged.folder, manifest)
         with suppress(OSError):
             path.rmdir()  # an empty folder makes way
-        landing.commit()
+        staged.commit()
 
 
 def refuse_within(output: Path) -> None:

@@ -10,7 +10,7 @@ from merging.errors import InputError
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.stored import Stored
-from merging.sources.ties import has_own_head, is_head, same_values, tied_to
+from merging.sources.tied_weights import has_own_head, is_head, same_values, tied_to
 from merging.sources.tokens import TokenRows
 
 __all__ = ["is_untied", "own_heads", "scales_outputs", "settled", "with_tied_copy"]

@@ -12,7 +12,7 @@ from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change, LoraChange, Replacement
 from merging.sources.derived import Derived
 from merging.sources.stored import Stored
-from merging.sources.ties import embeddings_among, is_head, is_table
+from merging.sources.tied_weights import embeddings_among, is_head, is_table
 
 __all__ = ["as_checkpoint", "with_tables"]
 

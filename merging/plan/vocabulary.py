@@ -15,7 +15,7 @@ from merging.sources import Adapter, Checkpoint
 from merging.sources.names import find_renaming
 from merging.sources.rows import Rows
 from merging.sources.stored import Stored
-from merging.sources.ties import embeddings_among, is_table
+from merging.sources.tied_weights import embeddings_among, is_table
 from merging.sources.tokenizers import TOKENIZER_FILES, token_conflict, tokens_of
 
 __all__ = ["Vocabulary", "fitted"]

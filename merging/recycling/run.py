@@ -23,7 +23,7 @@ from merging.recycling.problem import Mixed, Problem, alone
 from merging.recycling.report import Report, make_report
 from merging.recycling.settings import Settings, make_settings
 from merging.recycling.stages import Outcome, Told, carried_out, guarded, measured
-from merging.storage.staging import Landing, check_destination
+from merging.storage.staging import StagedOutput, check_destination
 from merging.version import __version__
 
 __all__ = ["REPORT", "Recycled", "recycle", "unfinished"]
@@ -235,11 +235,11 @@ def _write(
     folded: Folded,
     report: Report,
 ) -> list[str]:
-    with Landing(destination, overwrite, False) as landing:
+    with StagedOutput(destination, overwrite, False) as staged:
         used = [expert for expert in outcome.merge.experts if expert.path]
-        write_adapter(folded, problem, base, used, landing.folder, f"{report.verdict.sentence}.")
+        write_adapter(folded, problem, base, used, staged.folder, f"{report.verdict.sentence}.")
         text = json.dumps(report.to_dict(), indent=1) + "\n"
-        (landing.folder / f"{REPORT}.json").write_text(text, encoding="utf-8")
-        (landing.folder / f"{REPORT}.html").write_text(page(report), encoding="utf-8")
-        landing.commit()
-    return landing.notices
+        (staged.folder / f"{REPORT}.json").write_text(text, encoding="utf-8")
+        (staged.folder / f"{REPORT}.html").write_text(page(report), encoding="utf-8")
+        staged.commit()
+    return staged.notices

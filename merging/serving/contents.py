@@ -19,7 +19,7 @@ from merging.sources import Adapter
 from merging.sources.adapter import AddedBias
 from merging.sources.checkpoint import Checkpoint, config_layers
 from merging.sources.quantised import refuse_quantised
-from merging.sources.ties import embeddings_among, has_own_head, is_head, same_values, stated_tie
+from merging.sources.tied_weights import embeddings_among, has_own_head, is_head, same_values, stated_tie
 
 __all__ = ["FILES"]
 

@@ -25,7 +25,7 @@ from merging.serving.rules import (
     states,
 )
 from merging.serving.subject import Subject
-from merging.sources.ties import text_config
+from merging.sources.tied_weights import text_config
 
 __all__ = ["LLAMA_CPP"]
 

@@ -29,7 +29,7 @@ from merging.serving.rules import (
 )
 from merging.serving.subject import Subject
 from merging.sources.small_files import LIST_LIMIT, read_json
-from merging.sources.ties import text_config
+from merging.sources.tied_weights import text_config
 
 __all__ = ["SGLANG"]
 

@@ -30,7 +30,7 @@ from merging.sources.peft.config import Config
 from merging.sources.peft.kinds import KINDS
 from merging.sources.small_files import is_there, read_json
 from merging.sources.stored import Stored
-from merging.sources.ties import text_config
+from merging.sources.tied_weights import text_config
 
 __all__ = ["Subject", "SubjectKind", "open_subject"]
 

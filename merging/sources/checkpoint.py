@@ -29,7 +29,7 @@ from merging.sources.origin import Origin
 from merging.sources.quantised import dequantised, refuse_quantised
 from merging.sources.small_files import is_there
 from merging.sources.stored import Opened, Stored
-from merging.sources.ties import HEADS, stated_tie, text_config, tied_to
+from merging.sources.tied_weights import HEADS, stated_tie, text_config, tied_to
 
 __all__ = [
     "HEADS",

@@ -11,7 +11,7 @@ from merging.errors import FormatError, InputError
 from merging.sources.links import check_inside
 from merging.sources.small_files import LIST_LIMIT, is_there, read_json
 from merging.sources.stored import Stored
-from merging.sources.ties import stated_tie, tied_to
+from merging.sources.tied_weights import stated_tie, tied_to
 
 __all__ = [
     "agree",

@@ -23,7 +23,7 @@ from merging.errors import MergingError, OutputError
 from merging.sources.model_files import foreign_names
 from merging.storage.atomic import leftovers
 
-__all__ = ["Landing", "check_destination"]
+__all__ = ["StagedOutput", "check_destination"]
 
 _SLACK = 1 << 24
 """Bytes for configs, tokenizer and index beside the weights of a folder, when space is checked."""
@@ -89,7 +89,7 @@ def _check_replaced(destination: Path, existing: Path) -> None:
         )
 
 
-class Landing:
+class StagedOutput:
     """A temporary folder beside ``destination`` that becomes it, or (``file`` given) one file of which becomes it.
 
     ``folder`` is where the output is built, ``scratch`` one for what is only needed meanwhile. Used as a context
@@ -111,7 +111,7 @@ class Landing:
     def _left(self) -> str:
         return "".join(f"; {notice}" for notice in self.notices)
 
-    def __enter__(self) -> Landing:
+    def __enter__(self) -> StagedOutput:
         try:
             with os_calls.uninterrupted():
                 for abandoned in _abandoned(self.destination):

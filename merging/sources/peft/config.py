@@ -9,7 +9,7 @@ from typing import Any
 from merging.errors import FormatError
 from merging.sources.checkpoint import HEADS
 from merging.sources.peft.patterns import PatternError, Patterns
-from merging.sources.ties import is_table
+from merging.sources.tied_weights import is_table
 
 __all__ = ["Config"]
 
