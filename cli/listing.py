@@ -108,7 +108,7 @@ def _choices() -> Iterator[Choice]:
         for name, listed in methods.items():
             cls, method = method_class(name), chain(name)
             around = issubclass(cls, Wrapper)
-            passes = 1 + sum(each.fold.sweeps for each in method.rounds())
+            passes = 1 + sum(each.reduction.sweeps for each in method.required_statistics())
             yield Choice(
                 name,
                 group,

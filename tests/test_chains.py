@@ -265,9 +265,9 @@ def test_disk_that_is_full_while_spooling(tmp_path: Path) -> None:
 @pytest.mark.parametrize("chain", ["decouple+ties", "orthogonalize+decouple+pcb", "decouple+lines+ties"])
 def test_kept_wrappers(small: dict[str, Inputs], tmp_path: Path, chain: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given, wrapper, entered, files = small["adapter"], method_class("decouple"), Counter(), []
-    enter = wrapper.enter
+    unwrap = wrapper.unwrap
     for most in (items.KEPT, 0):
-        monkeypatch.setattr(wrapper, "enter", lambda *args, most=most: entered.update([most]) or enter(*args))
+        monkeypatch.setattr(wrapper, "unwrap", lambda *args, most=most: entered.update([most]) or unwrap(*args))
         monkeypatch.setattr(items, "KEPT", most)
         plan = merging.preview(given.paths, method=chain, base=given.base, kind="model")
         assert (plan.kept_bytes > 0) == (most > 0)

@@ -30,7 +30,7 @@ from merging.maths.delta import Dense, LowRank, Stack
 from merging.maths.layers import Stacks
 from merging.maths.site import site_of
 from merging.methods import chain
-from merging.methods.contract.wrapper import descend
+from merging.methods.contract.wrapper import unwrap_outer
 from merging.methods.opcm import accumulate, projected
 from merging.methods.orthogonalize import orthogonalized, overlap
 
@@ -161,11 +161,11 @@ def test_directions_have_columns_of_length_one() -> None:
         shape = PLACES.get(name, (7, 8))
         site = site_of(name, shape, Stacks.from_names(PLACES), transposed=name == "h.weight")
         stack = Stack([Dense(each[""]) for each in changes(2, 1, F64, {"": shape})])
-        for each in descend(chain("decouple+ties"), stack, site, {}).stack.deltas:
+        for each in unwrap_outer(chain("decouple+ties"), stack, site, {}).stack.deltas:
             norms = each.dense().norm(dim=outputs)
             assert torch.allclose(norms, torch.ones_like(norms), rtol=1e-12)
     made = pairs(9, 12, (2, 3))
-    factors = descend(
+    factors = unwrap_outer(
         chain("decouple+linear"), Stack([low(pair) for pair in made]), site_of(Q, (9, 12), Stacks({})), {}
     )
     assert factors.stack.low_rank and close(factors.stack.dense().norm(dim=1), torch.ones(2, 12, dtype=F64), 1e-12)

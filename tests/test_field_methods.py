@@ -42,7 +42,7 @@ from merging.maths.delta import LowRank, Stack
 from merging.maths.layers import Stacks
 from merging.maths.site import site_of
 from merging.methods import chain
-from merging.methods.contract.wrapper import descend
+from merging.methods.contract.wrapper import unwrap_outer
 from merging.plan.items import TILE
 
 TABLE = "embed_tokens.weight"
@@ -567,12 +567,12 @@ def test_knots_shows_the_projections(align: str, factored: bool, transposed: boo
     adapters = [{Q: low((u.double(), d.double()), transposed)} for u, d in pairs(12, 20, (2, 3, 1))]
     deltas = [each[Q] for each in (adapters if factored else dense(written(adapters)))]
     site = site_of(Q, (20, 12) if transposed else (12, 20), Stacks({}), transposed)
-    entered = descend(chain("knots+ties", {"align": align}), Stack(deltas), site, {})
+    unwrapped = unwrap_outer(chain("knots+ties", {"align": align}), Stack(deltas), site, {})
     tau = torch.stack([each[Q].up @ each[Q].down for each in adapters])
     parts = field.knots(tau)[1] if align == "outputs" else field.knots(tau.mT)[1].mT
-    assert close(entered.stack.dense(), parts, 1e-9)
-    for inside, change in zip(entered.stack.deltas, adapters, strict=True):
-        assert close(entered.leave(inside).dense(), change[Q].dense(), 1e-9)
+    assert close(unwrapped.stack.dense(), parts, 1e-9)
+    for inside, change in zip(unwrapped.stack.deltas, adapters, strict=True):
+        assert close(unwrapped.rewrap(inside).dense(), change[Q].dense(), 1e-9)
 
 
 @pytest.mark.parametrize("outer", ["knots", "core"])

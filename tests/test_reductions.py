@@ -17,7 +17,7 @@ from torch import Tensor
 
 from merging.maths import order_statistics, reductions
 from merging.maths.order_statistics import floats, has_nan, keys
-from merging.maths.reductions import Fold, Rank, Ranked, State, Sum
+from merging.maths.reductions import Accumulator, Rank, Ranked, Reduction, Sum
 
 INFINITY = float("inf")
 TINY = 2.0**-149
@@ -27,7 +27,7 @@ SHARES = st.sampled_from([0.0, 0.01, 0.2, 0.5, 0.7, 0.99, 1.0]) | st.floats(0, 1
 RANKS = st.builds(Rank, st.sampled_from(["share", "upper", "largest"]), SHARES)
 
 
-def fold(kind: Fold, tiles: Sequence[Tensor], workers: int = 1, passes: list[int] | None = None) -> Tensor:
+def reduction(kind: Reduction, tiles: Sequence[Tensor], workers: int = 1, passes: list[int] | None = None) -> Tensor:
     """The protocol of the module, with tiles dealt to the workers in turn, and everything pickled on the way."""
     state = kind.start()
     for sweep in itertools.count(1):
@@ -69,7 +69,7 @@ def test_ranks_are_those_of_a_flat_sort(tiling, ranks, workers):
     whole, tiles = tiling
     ordered = torch.sort(whole + 0.0, dim=1).values
     wanted = ordered[:, [index(rank, whole.shape[1]) for rank in ranks]].double()
-    found = fold(Ranked(tuple(ranks)), tiles, workers)
+    found = reduction(Ranked(tuple(ranks)), tiles, workers)
     assert torch.equal(found, wanted)
     assert not (found.signbit() & (found == 0)).any()
 
@@ -79,7 +79,7 @@ def test_ranks_are_those_of_a_flat_sort(tiling, ranks, workers):
 def test_ranks_of_doubles_take_four_sweeps(values, rank):
     whole = torch.tensor([values], dtype=torch.float64)
     passes: list[int] = []
-    found = fold(Ranked((rank,), torch.float64), [whole], passes=passes)
+    found = reduction(Ranked((rank,), torch.float64), [whole], passes=passes)
     assert torch.equal(found[0], torch.sort(whole + 0.0).values[0, [index(rank, len(values))]])
     assert passes == [4] == [Ranked((rank,), torch.float64).sweeps]
 
@@ -90,22 +90,22 @@ def test_ranks_of_a_large_tile_with_many_duplicates():
     ranks = (Rank.share(0.01), Rank.upper(0.01), Rank.largest(0.2), Rank.share(0), Rank.upper(0), Rank.share(0.0101))
     wanted = torch.sort(whole, dim=1).values[:, [2000, 197_999, 160_001, 0, 200_000, 2020]].double()
     passes: list[int] = []
-    assert torch.equal(fold(Ranked(ranks), [whole], passes=passes), wanted)
-    assert torch.equal(fold(Ranked(ranks), whole.split(997, 1), workers=3), wanted)
+    assert torch.equal(reduction(Ranked(ranks), [whole], passes=passes), wanted)
+    assert torch.equal(reduction(Ranked(ranks), whole.split(997, 1), workers=3), wanted)
     assert passes == [2] == [Ranked(ranks).sweeps]
 
 
 def test_ranks_of_infinities_and_subnormals():
     whole = torch.tensor([[INFINITY, -INFINITY, TINY, -TINY, 0.0, -0.0, INFINITY]])
     ranks = tuple(Rank.share(place / 7) for place in range(7))
-    found = fold(Ranked(ranks), [whole])[0].tolist()
+    found = reduction(Ranked(ranks), [whole])[0].tolist()
     assert found == [-INFINITY, -TINY, 0.0, 0.0, TINY, INFINITY, INFINITY]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_widened(dtype):
     whole = torch.randn(2, 101, generator=torch.Generator().manual_seed(1)).to(dtype)
-    assert torch.equal(fold(Ranked((Rank.share(0.5),)), [whole])[:, 0], whole.double().sort().values[:, 50])
+    assert torch.equal(reduction(Ranked((Rank.share(0.5),)), [whole])[:, 0], whole.double().sort().values[:, 50])
 
 
 def test_the_ranks_of_the_papers():
@@ -160,16 +160,16 @@ def test_sums_are_exact_and_rounded_once(tiling, workers):
     whole, tiles = tiling
     singles = [tile[:, [i]] for tile in tiles for i in range(tile.shape[1])]
     wanted = [float(sum(map(Fraction, row), Fraction(0))) for row in whole.tolist()]
-    assert fold(Sum(), singles, workers).tolist() == wanted
-    assert fold(Sum(), singles[::-1]).tolist() == wanted
-    assert fold(Sum(), tiles, workers).tolist() == pytest.approx(wanted, rel=1e-12, abs=1e25)
+    assert reduction(Sum(), singles, workers).tolist() == wanted
+    assert reduction(Sum(), singles[::-1]).tolist() == wanted
+    assert reduction(Sum(), tiles, workers).tolist() == pytest.approx(wanted, rel=1e-12, abs=1e25)
 
 
 def test_sums_depend_on_neither_order_nor_workers():
     torch.manual_seed(0)
     tiles = [torch.randn(2, 3, 7) * 10.0 ** (number % 30) for number in range(50)]
-    one = fold(Sum(), tiles)
-    assert fold(Sum(), tiles[::-1], workers=3).tolist() == one.tolist()
+    one = reduction(Sum(), tiles)
+    assert reduction(Sum(), tiles[::-1], workers=3).tolist() == one.tolist()
     flat = torch.cat([tile.flatten(1) for tile in tiles], 1)
     assert one.dtype == torch.float64
     torch.testing.assert_close(one, flat.double().sum(1), rtol=1e-12, atol=0)
@@ -182,7 +182,7 @@ def test_sums_of_a_large_tile_do_not_depend_on_torch_threads(models):
     try:
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
-            found.append(fold(Sum(), [whole]).tolist())
+            found.append(reduction(Sum(), [whole]).tolist())
     finally:
         torch.set_num_threads(before)
     assert found[0] == found[1] == found[2]
@@ -191,15 +191,15 @@ def test_sums_of_a_large_tile_do_not_depend_on_torch_threads(models):
 
 def test_sums_do_not_depend_on_the_layout_of_a_tile():
     whole = torch.randn(2, 300, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    wanted = fold(Sum(), [whole]).tolist()
-    assert fold(Sum(), [whole.transpose(1, 2).contiguous().transpose(1, 2)]).tolist() == wanted
-    assert fold(Sum(), [whole.flatten(1).T.contiguous().T]).tolist() == wanted
+    wanted = reduction(Sum(), [whole]).tolist()
+    assert reduction(Sum(), [whole.transpose(1, 2).contiguous().transpose(1, 2)]).tolist() == wanted
+    assert reduction(Sum(), [whole.flatten(1).T.contiguous().T]).tolist() == wanted
 
 
 def test_small_values_are_not_lost_beside_large_ones():
     tiles = [torch.tensor([[value]]) for value in (1e30, 1.0, -1e30, TINY)]
-    assert fold(Sum(), tiles).tolist() == [1.0]
-    assert fold(Sum(), [*tiles, torch.tensor([[-1.0]])]).tolist() == [TINY]
+    assert reduction(Sum(), tiles).tolist() == [1.0]
+    assert reduction(Sum(), [*tiles, torch.tensor([[-1.0]])]).tolist() == [TINY]
 
 
 @pytest.mark.parametrize("bad", [INFINITY, -INFINITY, math.nan])
@@ -222,17 +222,17 @@ def test_the_number_of_models_does_not_change(kind):
 
 def test_empty_folds():
     rank = Ranked((Rank.share(0.5), Rank.share(0.1)))
-    assert fold(Sum(), []).shape == (0,)
-    assert fold(Sum(), [torch.ones(3, 0, 4)]).tolist() == [0.0, 0.0, 0.0]
-    assert fold(rank, []).shape == (0, 2)
-    assert fold(rank, [torch.ones(3, 0)]).isnan().tolist() == [[True, True]] * 3
-    assert fold(rank, [torch.ones(3, 0), torch.ones(3)]).tolist() == [[1.0, 1.0]] * 3
+    assert reduction(Sum(), []).shape == (0,)
+    assert reduction(Sum(), [torch.ones(3, 0, 4)]).tolist() == [0.0, 0.0, 0.0]
+    assert reduction(rank, []).shape == (0, 2)
+    assert reduction(rank, [torch.ones(3, 0)]).isnan().tolist() == [[True, True]] * 3
+    assert reduction(rank, [torch.ones(3, 0), torch.ones(3)]).tolist() == [[1.0, 1.0]] * 3
 
 
 def test_gradients_stay_outside():
     whole = torch.ones(2, 3, requires_grad=True)
-    assert not fold(Sum(), [whole]).requires_grad
-    assert not fold(Ranked((Rank.share(0.5),)), [whole]).requires_grad
+    assert not reduction(Sum(), [whole]).requires_grad
+    assert not reduction(Ranked((Rank.share(0.5),)), [whole]).requires_grad
 
 
 def test_states_can_be_fed_by_real_threads():
@@ -242,7 +242,7 @@ def test_states_can_be_fed_by_real_threads():
     state = kind.start()
     again = True
 
-    def feed(fork: State, own: Sequence[Tensor]) -> None:
+    def feed(fork: Accumulator, own: Sequence[Tensor]) -> None:
         for tile in own:
             fork.add(tile, "tile")
 
@@ -253,7 +253,7 @@ def test_states_can_be_fed_by_real_threads():
             for each in forks:
                 state.merge(each)
             again = state.next()
-    assert torch.equal(state.result(), fold(kind, tiles))
+    assert torch.equal(state.result(), reduction(kind, tiles))
 
 
 def test_folds_are_values():

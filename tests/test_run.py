@@ -1,4 +1,4 @@
-"""Carrying out a plan: the same bytes under all conditions, values that are refused, rounds, grains and closings."""
+"""Carrying out a plan: the same bytes under all conditions, values that are refused, statistics and grains."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from merging.maths.delta import Delta, Dense, Stack
 from merging.maths.reductions import Rank, Ranked, Sum
 from merging.maths.site import Site
 from merging.methods import chain
-from merging.methods.contract.method import Method, Round, Seen
-from merging.methods.contract.wrapper import Entered, Wrapper
+from merging.methods.contract.method import Method, Statistic, Statistics
+from merging.methods.contract.wrapper import Unwrapped, Wrapper
 from merging.methods.lines import Lines
 from merging.methods.slerp import Slerp
 from merging.methods.task_arithmetic import TaskArithmetic
@@ -42,15 +42,15 @@ class Trim(Method):
     summary: ClassVar[str] = "test"
     density: float = Field(0.3)
 
-    def rounds(self) -> tuple[Round, ...]:
-        def of(stack: Stack, site: Site, seen: Seen) -> Tensor:
+    def required_statistics(self) -> tuple[Statistic, ...]:
+        def of(stack: Stack, site: Site, statistics: Statistics) -> Tensor:
             return stack.dense().abs()
 
-        return (Round("threshold", Ranked((Rank.largest(self.density),)), of),)
+        return (Statistic("threshold", Ranked((Rank.largest(self.density),)), of),)
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         values = stack.dense()
-        least = seen["threshold"][:, 0].to(values).view(-1, *[1] * (values.dim() - 1))
+        least = statistics["threshold"][:, 0].to(values).view(-1, *[1] * (values.dim() - 1))
         return Dense((values * (values.abs() >= least)).sum(0))
 
 
@@ -60,19 +60,19 @@ class Normed(Method):
     name: ClassVar[str] = "normed"
     summary: ClassVar[str] = "test"
 
-    def rounds(self) -> tuple[Round, ...]:
-        def sizes(stack: Stack, site: Site, seen: Seen) -> Tensor:
+    def required_statistics(self) -> tuple[Statistic, ...]:
+        def sizes(stack: Stack, site: Site, statistics: Statistics) -> Tensor:
             return stack.dense().abs()
 
-        def shares(stack: Stack, site: Site, seen: Seen) -> Tensor:
+        def shares(stack: Stack, site: Site, statistics: Statistics) -> Tensor:
             values = stack.dense()
-            return values.abs() / seen["model"].to(values).view(-1, *[1] * (values.dim() - 1))
+            return values.abs() / statistics["model"].to(values).view(-1, *[1] * (values.dim() - 1))
 
-        return Round("model", Sum(), sizes), Round("tensor", Sum(), shares, per="tensor")
+        return Statistic("model", Sum(), sizes), Statistic("tensor", Sum(), shares, per="tensor")
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         values = stack.dense()
-        return Dense((values / seen["tensor"].to(values).view(-1, *[1] * (values.dim() - 1))).mean(0))
+        return Dense((values / statistics["tensor"].to(values).view(-1, *[1] * (values.dim() - 1))).mean(0))
 
 
 class Nearest(Method):
@@ -85,7 +85,7 @@ class Nearest(Method):
     def grain(self) -> Literal["element", "matrix"]:
         return "matrix"
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         assert tuple(stack.dense().shape[1:]) == site.shape
         return Dense(nearest(stack.dense().mean(0)))
 
@@ -103,9 +103,9 @@ class Squared(Wrapper):
     name: ClassVar[str] = "squared"
     summary: ClassVar[str] = "test"
 
-    def enter(self, stack: Stack, site: Site, seen: Seen) -> Entered:
+    def unwrap(self, stack: Stack, site: Site, statistics: Statistics) -> Unwrapped:
         squares = stack.map(lambda d: Dense(square(d.dense())))
-        return Entered(self.then, squares, site, lambda merged: Dense(root(merged.dense())))
+        return Unwrapped(self.then, squares, site, lambda merged: Dense(root(merged.dense())))
 
 
 def square(values: Tensor) -> Tensor:
@@ -388,13 +388,13 @@ def test_too_little_memory(tmp_path: Path) -> None:
 def test_progress_adds_up(tmp_path: Path) -> None:
     """Over the rounds and the merge, and it ends at the whole."""
     base, paths = checkpoint(tmp_path, 2)
-    seen: list[tuple[int, int]] = []
+    statistics: list[tuple[int, int]] = []
     options: dict[str, Any] = {"base": base, "output": tmp_path / "out", "threads": 2}
-    merging.merge(paths, method=Trim(), progress=lambda done, whole: seen.append((done, whole)), **options)
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert {whole for _, whole in seen} == {seen[-1][0]}
+    merging.merge(paths, method=Trim(), progress=lambda done, whole: statistics.append((done, whole)), **options)
+    assert [done for done, _ in statistics] == sorted(done for done, _ in statistics)
+    assert {whole for _, whole in statistics} == {statistics[-1][0]}
     read = sum(value.nbytes for path in (base, *paths) for value in load(path).values())
-    assert seen[-1][0] == 3 * read
+    assert statistics[-1][0] == 3 * read
 
 
 # ---- values that are refused

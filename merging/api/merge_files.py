@@ -183,7 +183,7 @@ def merge_plan(
         format=plan.format if plan.output == "adapter" else None,
         notices=(*notices, *done.notices, *cut, *staged.notices),
         discarded=done.discarded,
-        facts=done.facts,
+        facts=done.metrics,
     )
 
 

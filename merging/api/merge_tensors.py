@@ -14,11 +14,11 @@ from merging.errors import InputError, OptionError
 from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.maths.layers import Stacks
 from merging.maths.parameters import all_matching
-from merging.maths.reductions import Fold
+from merging.maths.reductions import Reduction
 from merging.maths.site import Site, inputs_by_outputs, site_of
 from merging.methods import chain
-from merging.methods.contract.method import Method, Seen, check_places
-from merging.methods.contract.wrapper import Entered, descend
+from merging.methods.contract.method import Method, Statistics, check_places
+from merging.methods.contract.wrapper import Unwrapped, unwrap_outer
 from merging.output.peft_config import lora_config
 from merging.sources.adapter import LoraChange
 from merging.sources.peft import peft_changes
@@ -153,57 +153,64 @@ def _merged(
     """The merged change of every tensor with the base it belongs on, or the merged weight with no base."""
     models = len(stack_at(next(iter(sites)))[0]) if sites else 0
     check_places(method, sites.values(), models)
-    seen: dict[str, Tensor] = {}
+    statistics: dict[str, Tensor] = {}
 
-    def opened(name: str) -> tuple[Stack, Entered, Tensor | None]:
+    def opened(name: str) -> tuple[Stack, Unwrapped, Tensor | None]:
         stack, origin = stack_at(name)
-        return stack, descend(method.at(sites[name]), stack, sites[name], seen), origin
+        return stack, unwrap_outer(method.at(sites[name]), stack, sites[name], statistics), origin
 
-    for each in method.rounds():
+    for each in method.required_statistics():
         if each.per == "model":
             values = {}
             for name in sites:
                 with decomposing(name):
-                    _, entered, _ = opened(name)
-                    local = _local(entered, seen, each.name)
-                    bound = next(round for round in entered.then.rounds() if round.name == each.name)
-                    values[name] = bound.of(entered.stack, entered.site, local)
-            seen[each.name] = _gather(each.fold, values)
+                    _, unwrapped, _ = opened(name)
+                    local = _local(unwrapped, statistics, each.name)
+                    bound = next(round for round in unwrapped.then.required_statistics() if round.name == each.name)
+                    values[name] = bound.measure(unwrapped.stack, unwrapped.site, local)
+            statistics[each.name] = _gather(each.reduction, values)
 
     def merge(name: str) -> tuple[Delta, Stack, Tensor | None]:
         with decomposing(name):
-            stack, entered, origin = opened(name)
-            merged = entered.leave(entered.then.merge(entered.stack, entered.site, _local(entered, seen)))
+            stack, unwrapped, origin = opened(name)
+            merged = unwrapped.rewrap(
+                unwrapped.then.merge(unwrapped.stack, unwrapped.site, _local(unwrapped, statistics))
+            )
         if weights and not method.rescales:
             return merged, stack, None
         if weights and origin is not None:
             merged, stack = Dense(merged.dense() - origin), stack.map(lambda delta: Dense(delta.dense() - origin))
         return merged, stack, origin
 
-    closings = method.closings(models)
-    raw = {name: merge(name) for name in sites} if closings else {}
-    for position, closing in enumerate(closings):
-        values = {n: method.at(site).closings(models)[position].of(*raw[n][:2], site) for n, site in sites.items()}
-        seen[closing.name] = _gather(closing.fold, values)
+    result_statistics = method.result_statistics(models)
+    raw = {name: merge(name) for name in sites} if result_statistics else {}
+    for position, statistic in enumerate(result_statistics):
+        values = {
+            n: method.at(site).result_statistics(models)[position].measure(*raw[n][:2], site)
+            for n, site in sites.items()
+        }
+        statistics[statistic.name] = _gather(statistic.reduction, values)
     for name, site in sites.items():
-        merged, _, origin = raw[name] if closings else merge(name)
-        yield name, merged.scaled(method.at(site).factor(site, seen, models)), origin
+        merged, _, origin = raw[name] if result_statistics else merge(name)
+        yield name, merged.scaled(method.at(site).factor(site, statistics, models)), origin
 
 
-def _local(entered: Entered, seen: Seen, before: str | None = None) -> Seen:
+def _local(unwrapped: Unwrapped, statistics: Statistics, before: str | None = None) -> Statistics:
     """The results of all rounds, or of those before one, those over this tensor among them."""
-    local = dict(seen)
-    for each in entered.then.rounds():
+    local = dict(statistics)
+    for each in unwrapped.then.required_statistics():
         if each.name == before:
             break
         if each.per == "tensor":
-            local[each.name] = _gather(each.fold, {entered.site.name: each.of(entered.stack, entered.site, local)})
+            local[each.name] = _gather(
+                each.reduction, {unwrapped.site.name: each.measure(unwrapped.stack, unwrapped.site, local)}
+            )
     return local
 
 
-def _gather(fold: Fold, values: Mapping[str, Tensor]) -> Tensor:
+def _gather(reduction: Reduction, values: Mapping[str, Tensor]) -> Tensor:
     wide = any(value.dtype == torch.float64 for value in values.values())
-    state = fold.widened(torch.float64 if wide else torch.float32).start()
+    state = reduction.widened(torch.float64 if wide else torch.float32).start()
     while True:
         for name, each in values.items():
             feed(state, each, name)

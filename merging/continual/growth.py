@@ -18,7 +18,7 @@ from merging.maths.linalg import inner, safe_ratio
 from merging.maths.parameters import Coefficient, number, spread
 from merging.maths.reductions import Rank, Ranked, Sum
 from merging.maths.site import Site
-from merging.methods.contract.method import Closing, Method, Round, Seen
+from merging.methods.contract.method import Method, ResultStatistic, Statistic, Statistics
 from merging.methods.contract.wrapper import Wrapper
 from merging.methods.linear import Linear
 from merging.methods.lines import Lines
@@ -122,15 +122,15 @@ class Step(Wrapper):
     def rescales(self) -> bool:
         return False
 
-    def closings(self, models: int) -> tuple[Closing, ...]:
-        return (Closing(_PRODUCTS, Sum(), _products, grain="matrix"),)
+    def result_statistics(self, models: int) -> tuple[ResultStatistic, ...]:
+        return (ResultStatistic(_PRODUCTS, Sum(), _products, grain="matrix"),)
 
-    def factor(self, site: Site, seen: Seen, models: int) -> Coefficient:
+    def factor(self, site: Site, statistics: Statistics, models: int) -> Coefficient:
         return 1.0
 
-    def facts(self, seen: Seen, models: int) -> dict[str, float]:
+    def metrics(self, statistics: Statistics, models: int) -> dict[str, float]:
         names = ("held.held", "held.next", "next.next", "held.merged", "next.merged", "merged.merged")
-        return dict(zip(names, seen[_PRODUCTS].tolist(), strict=True))
+        return dict(zip(names, statistics[_PRODUCTS].tolist(), strict=True))
 
 
 def _products(merged: Delta, stack: Stack, site: Site) -> Tensor:
@@ -160,15 +160,15 @@ class _Tally(Method):
     sign: Literal[1, -1]
     counts: bool
 
-    def rounds(self) -> tuple[Round, ...]:
+    def required_statistics(self) -> tuple[Statistic, ...]:
         if self.density >= 1:
             return ()
         ranks = Ranked((Rank.largest(self.density),), magnitudes=True)
-        return (Round(_CUT, ranks, lambda stack, site, seen: stack.dense()[1:]),)
+        return (Statistic(_CUT, ranks, lambda stack, site, statistics: stack.dense()[1:]),)
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         held, following = stack.dense()
-        trimmed = following if self.density >= 1 else trim(following, float(seen[_CUT][0, 0]))
+        trimmed = following if self.density >= 1 else trim(following, float(statistics[_CUT][0, 0]))
         agreeing = torch.relu(trimmed * self.sign)
         added = torch.gt(agreeing, 0, out=torch.empty_like(agreeing)) if self.counts else agreeing
         return Dense(held + added)
@@ -185,13 +185,13 @@ class _Elected(Method):
     zero: Literal["majority", "plus"]
     normalize: bool
 
-    def rounds(self) -> tuple[Round, ...]:
-        majority = Round(_MAJORITY, Sum(), lambda stack, site, seen: _sign(stack)[None])
+    def required_statistics(self) -> tuple[Statistic, ...]:
+        majority = Statistic(_MAJORITY, Sum(), lambda stack, site, statistics: _sign(stack)[None])
         return (majority,) if self.zero == "majority" else ()
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         positive, negative, ups, downs = stack.dense()
-        otherwise = -1.0 if self.zero == "majority" and float(seen[_MAJORITY]) < 0 else 1.0
+        otherwise = -1.0 if self.zero == "majority" and float(statistics[_MAJORITY]) < 0 else 1.0
         signs = _sign(stack)
         signs = torch.where(signs == 0, otherwise, signs)
         if self.normalize:

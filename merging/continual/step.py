@@ -143,7 +143,7 @@ def record(
     """What the manifest says of the next step."""
     plan, done = grown.plan, grown.done
     held, square, with_held, with_next, merged = (
-        done.facts[name] for name in ("held.held", "next.next", "held.merged", "next.merged", "merged.merged")
+        done.metrics[name] for name in ("held.held", "next.next", "held.merged", "next.merged", "merged.merged")
     )
     added = merged - 2 * with_held + held
     # the sums are of the tensors that the new model touches; what is held of others stays

@@ -20,7 +20,7 @@ from merging.engine.threads import Progress, share_out
 from merging.engine.tiles import GPU_TILE, whole_rows
 from merging.engine.unit import Unit
 from merging.engine.worker import Shared, Sink, Worker
-from merging.methods.contract.method import Closing, Round
+from merging.methods.contract.method import ResultStatistic, Statistic
 from merging.os_calls import keep_freed_memory, private_memory, release_freed_memory
 from merging.plan.items import CHUNK, TILE, Plan
 
@@ -37,7 +37,7 @@ class Done:
     seconds: float
     notices: list[str]
     discarded: dict[str, float]
-    facts: dict[str, float]
+    metrics: dict[str, float]
 
     @property
     def energy_notice(self) -> str | None:
@@ -75,7 +75,7 @@ def run(
     stages = _stages(plan)
     units = _units(plan, device)
     merged = [unit for unit in units if unit.item.form != "copy"]
-    sweeps = sum(max(each.fold.sweeps for each in stage) for stage in stages)
+    sweeps = sum(max(each.reduction.sweeps for each in stage) for stage in stages)
     total = sum(unit.bytes for unit in units) + sum(unit.bytes for unit in merged) * sweeps
     report = _Counter(progress, total, most)
     try:
@@ -84,16 +84,18 @@ def run(
         share(units, partial(Worker, shared), Worker.emit, report)
     finally:
         shared.spool.close()
-    facts = {fact: fmean(found[name] for name in sorted(found)) for fact, found in shared.facts.items()}
-    facts |= plan.recipe.method.facts(shared.seen, len(plan.models))
-    return Done(time.perf_counter() - began, sorted(shared.notices), shared.discarded, facts)
+    metrics = {fact: fmean(found[name] for name in sorted(found)) for fact, found in shared.metrics.items()}
+    metrics |= plan.recipe.method.metrics(shared.statistics, len(plan.models))
+    return Done(time.perf_counter() - began, sorted(shared.notices), shared.discarded, metrics)
 
 
-def _stages(plan: Plan) -> list[list[Round | Closing]]:
+def _stages(plan: Plan) -> list[list[Statistic | ResultStatistic]]:
     """The folds over the whole model, those side by side that one sweep can gather."""
-    rounds: list[list[Round | Closing]] = [[each] for each in plan.recipe.method.rounds() if each.per == "model"]
-    closings = list(plan.recipe.method.closings(len(plan.models)))
-    return [*rounds, [*closings]] if closings else rounds
+    required_statistics: list[list[Statistic | ResultStatistic]] = [
+        [each] for each in plan.recipe.method.required_statistics() if each.per == "model"
+    ]
+    result_statistics = list(plan.recipe.method.result_statistics(len(plan.models)))
+    return [*required_statistics, [*result_statistics]] if result_statistics else required_statistics
 
 
 def _units(plan: Plan, device: torch.device) -> list[Unit]:
@@ -102,7 +104,7 @@ def _units(plan: Plan, device: torch.device) -> list[Unit]:
     for item in plan.items:
         method = plan.recipe.method.at(item.site)
         grain = method.grain_at(item.site)
-        whole = grain == "matrix" or any(each.per == "tensor" for each in method.rounds())
+        whole = grain == "matrix" or any(each.per == "tensor" for each in method.required_statistics())
         step = max(1, item.numel) if (whole or not item.by_chunks) and item.form != "copy" else chunk
         if grain == "row" and step == chunk:
             tile = whole_rows(item, "row", TILE if device.type == "cpu" else GPU_TILE)
@@ -127,14 +129,14 @@ class _Counter:
 
 def _gather(
     shared: Shared,
-    folds: Sequence[Round | Closing],
+    folds: Sequence[Statistic | ResultStatistic],
     units: Sequence[Unit],
     share: Callable[..., list[Worker]],
     report: _Counter,
 ) -> None:
     """Go through all units as often as the folds need, and note their results."""
     dtype = shared.plan.widest
-    states = [each.fold.widened(dtype).start() for each in folds]
+    states = [each.reduction.widened(dtype).start() for each in folds]
     while True:
 
         def worker() -> Worker:
@@ -150,5 +152,5 @@ def _gather(
         unfinished = [state.next() for state in states]  # each of them must be told
         if not any(unfinished):
             break
-    for fold, state in zip(folds, states, strict=True):
-        shared.seen[fold.name] = state.result()
+    for reduction, state in zip(folds, states, strict=True):
+        shared.statistics[reduction.name] = state.result()

@@ -12,10 +12,10 @@ from torch import Tensor
 from merging.engine.tiles import Tiler, row_step
 from merging.errors import InputError
 from merging.maths.delta import Delta, Dense, LowRank, Stack
-from merging.maths.reductions import State
+from merging.maths.reductions import Accumulator
 from merging.maths.site import Site
-from merging.methods.contract.method import Round, Seen
-from merging.methods.contract.wrapper import Entered, descend
+from merging.methods.contract.method import Statistic, Statistics
+from merging.methods.contract.wrapper import Unwrapped, unwrap_outer
 from merging.plan.items import TILE, Item
 
 __all__ = ["Opened", "Unit", "blocks", "decomposing", "feed"]
@@ -45,31 +45,31 @@ class Opened:
     goes by tiles.
     """
 
-    def __init__(self, unit: Unit, tiler: Tiler, seen: Seen, kept: dict[str, Entered]) -> None:
+    def __init__(self, unit: Unit, tiler: Tiler, statistics: Statistics, kept: dict[str, Unwrapped]) -> None:
         self.unit, self.tiler = unit, tiler
         item, plan = unit.item, tiler.plan
         self.method = plan.recipe.method.at(item.site)
         self.stack: Stack | None = None
         self.base: Tensor | None = None
-        self.entered: Entered | None = None
+        self.unwrapped: Unwrapped | None = None
         if plan.as_factors(item):
             self.stack = tiler.stack(item)
         elif self.method.grain_at(item.site) == "matrix" and item.numel:
             (tile,) = tiler.tiles(item, unit.start, unit.stop)
             self.stack, self.base = tile.stack, tile.base
         if self.stack is not None:
-            self.entered = kept.get(item.site.name) or descend(self.method, self.stack, item.site, seen)
-            self.method = self.entered.then
-        self._seen = dict(seen)
+            self.unwrapped = kept.get(item.site.name) or unwrap_outer(self.method, self.stack, item.site, statistics)
+            self.method = self.unwrapped.then
+        self._seen = dict(statistics)
 
     def pieces(self) -> Iterator[Piece]:
         """What the method is to merge, block by block."""
-        item, entered = self.unit.item, self.entered
-        if entered is None:
+        item, unwrapped = self.unit.item, self.unwrapped
+        if unwrapped is None:
             for tile in self.tiler.tiles(item, self.unit.start, self.unit.stop):
                 yield item.site.block(tuple(tile.stack.dense().shape[1:]), tile.start), tile.stack, tile.base
             return
-        stack, site = entered.stack, entered.site
+        stack, site = unwrapped.stack, unwrapped.site
         by_factors = self.method.factored and stack.low_rank
         grain = self.method.grain_at(site)
         one_row = grain == "row" and site.kind == "vector"
@@ -82,13 +82,13 @@ class Opened:
             last = min(first + step, site.shape[0])
             yield site.block((last - first, *site.shape[1:]), first * columns), stack.rows(first, last), None
 
-    def seen(self, before: str | None = None) -> Seen:
+    def statistics(self, before: str | None = None) -> Statistics:
         """The results of all rounds, or of those before one; those over this tensor alone are gathered now."""
-        for each in self.method.rounds():
+        for each in self.method.required_statistics():
             if each.name == before:
                 break
             if each.per == "tensor" and each.name not in self._seen:
-                state = each.fold.widened(self.tiler.plan.dtype(self.unit.item)).start()
+                state = each.reduction.widened(self.tiler.plan.dtype(self.unit.item)).start()
                 while True:
                     self.see(each, state, self._seen)
                     if not state.next():
@@ -96,31 +96,31 @@ class Opened:
                 self._seen[each.name] = state.result()
         return self._seen
 
-    def see(self, each: Round, state: State, seen: Seen) -> None:
+    def see(self, each: Statistic, state: Accumulator, statistics: Statistics) -> None:
         """Feed a round of the method with this unit."""
         for site, stack, _ in self.pieces():
-            feed(state, each.of(stack, site, seen), site.name)
+            feed(state, each.measure(stack, site, statistics), site.name)
 
-    def round(self, name: str) -> Round:
+    def round(self, name: str) -> Statistic:
         """A round of the method at this place."""
-        return next(each for each in self.method.rounds() if each.name == name)
+        return next(each for each in self.method.required_statistics() if each.name == name)
 
     def merged(self) -> Delta:
         """The merged change (or weight) of the whole item, which was entered."""
-        assert self.entered is not None
-        seen, shape = self.seen(), self.entered.site.shape
+        assert self.unwrapped is not None
+        statistics, shape = self.statistics(), self.unwrapped.site.shape
         out: Tensor | None = None
         for site, stack, _ in self.pieces():
-            merged = self.method.merge(stack, site, seen)
+            merged = self.method.merge(stack, site, statistics)
             if site.shape == shape:
-                return self.entered.leave(merged)
+                return self.unwrapped.rewrap(merged)
             values = merged.dense()
             if out is None:
                 out = values.new_empty(shape)
             first = site.start // max(1, torch.Size(shape[1:]).numel())
             out[first : first + len(values)] = values
         assert out is not None
-        return self.entered.leave(Dense(out))
+        return self.unwrapped.rewrap(Dense(out))
 
 
 @contextmanager
@@ -133,7 +133,7 @@ def decomposing(name: str) -> Iterator[None]:
         raise InputError(f"{name}: cannot be decomposed, as NaN and infinities cannot: {reason}") from None
 
 
-def feed(state: State, values: Tensor, name: str) -> None:
+def feed(state: Accumulator, values: Tensor, name: str) -> None:
     """Give values of a tensor to a fold, whose refusals become errors that name it."""
     try:
         state.add(values, name)

@@ -17,9 +17,9 @@ from merging.errors import InputError
 from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.maths.linalg import compress, even, truncate
 from merging.maths.parameters import Coefficient
-from merging.maths.reductions import State
-from merging.methods.contract.method import Closing, Round
-from merging.methods.contract.wrapper import Entered
+from merging.maths.reductions import Accumulator
+from merging.methods.contract.method import ResultStatistic, Statistic
+from merging.methods.contract.wrapper import Unwrapped
 from merging.plan.items import Item, Plan
 from merging.sources.adapter import Change
 from merging.sources.stored import DTYPES, Out, Stored
@@ -47,59 +47,59 @@ class Shared:
     device: torch.device
     spool: Spool
     keeps: bool
-    seen: dict[str, Tensor] = field(default_factory=dict)
-    kept: dict[str, Entered] = field(default_factory=dict)
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, Unwrapped] = field(default_factory=dict)
     notices: set[str] = field(default_factory=set)
     discarded: dict[str, float] = field(default_factory=dict)
-    facts: dict[str, dict[str, float]] = field(default_factory=dict)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 class Worker:
     """Does units with buffers of its own; ``states`` is what it gathers in a sweep, a state a fold."""
 
-    states: Sequence[State] = ()
+    states: Sequence[Accumulator] = ()
 
     def __init__(self, shared: Shared) -> None:
         self.shared = shared
         self.plan = shared.plan
         self.tiler = Tiler(shared.plan, shared.device)
 
-    def see(self, unit: Unit, folds: Sequence[Round | Closing]) -> None:
+    def see(self, unit: Unit, folds: Sequence[Statistic | ResultStatistic]) -> None:
         """Feed folds with a unit: rounds with what the models bring, closings with what they merge to."""
         with decomposing(unit.item.site.name):
             self._see(unit, folds)
 
-    def _see(self, unit: Unit, folds: Sequence[Round | Closing]) -> None:
+    def _see(self, unit: Unit, folds: Sequence[Statistic | ResultStatistic]) -> None:
         self._advise(unit)
         opened = self._open(unit, keep=True)
-        closings = [each for each in folds if isinstance(each, Closing)]
-        if closings:
-            self._see_merged(opened, closings)
+        result_statistics = [each for each in folds if isinstance(each, ResultStatistic)]
+        if result_statistics:
+            self._see_merged(opened, result_statistics)
             return
         for each, state in zip(folds, self.states, strict=True):
-            opened.see(opened.round(each.name), state, opened.seen(before=each.name))
+            opened.see(opened.round(each.name), state, opened.statistics(before=each.name))
 
     def _open(self, unit: Unit, keep: bool = False) -> Opened:
-        opened = Opened(unit, self.tiler, self.shared.seen, self.shared.kept)
+        opened = Opened(unit, self.tiler, self.shared.statistics, self.shared.kept)
         name = unit.item.site.name
-        if opened.entered is not None:
-            for fact, value in opened.entered.facts.items():
-                self.shared.facts.setdefault(fact, {})[name] = value
-            if keep and opened.stack is not opened.entered.stack and self.shared.keeps:
-                self.shared.kept[name] = opened.entered
+        if opened.unwrapped is not None:
+            for fact, value in opened.unwrapped.metrics.items():
+                self.shared.metrics.setdefault(fact, {})[name] = value
+            if keep and opened.stack is not opened.unwrapped.stack and self.shared.keeps:
+                self.shared.kept[name] = opened.unwrapped
         return opened
 
-    def _see_merged(self, opened: Opened, folds: Sequence[Closing]) -> None:
+    def _see_merged(self, opened: Opened, folds: Sequence[ResultStatistic]) -> None:
         """Feed closings; a merge of a whole tensor, which may be dear, is set aside for :meth:`emit`."""
-        item, seen = opened.unit.item, opened.seen()
-        bound = self.plan.recipe.method.at(item.site).closings(len(item.inputs))
-        if opened.entered is None:
+        item, statistics = opened.unit.item, opened.statistics()
+        bound = self.plan.recipe.method.at(item.site).result_statistics(len(item.inputs))
+        if opened.unwrapped is None:
             for site, stack, base in opened.pieces():
-                merged = opened.method.merge(stack, site, seen)
+                merged = opened.method.merge(stack, site, statistics)
                 if self.plan.weights and base is not None:
                     merged, stack = _as_changes(merged, stack, base)
                 for each, state in zip(bound, self.states, strict=True):
-                    feed(state, each.of(merged, stack, site), site.name)
+                    feed(state, each.measure(merged, stack, site), site.name)
             return
         assert opened.stack is not None
         merged, stack = opened.merged(), opened.stack
@@ -108,11 +108,11 @@ class Worker:
         self.shared.spool.put(item.site.name, merged)
         for each, state in zip(bound, self.states, strict=True):
             if each.grain == "matrix":
-                feed(state, each.of(merged, stack, item.site), item.site.name)
+                feed(state, each.measure(merged, stack, item.site), item.site.name)
                 continue
             for first, last, block in blocks(merged, self.tiler.device):
                 rows = stack.rows(first, last) if item.site.shape else stack
-                feed(state, each.of(block, rows, item.site), item.site.name)
+                feed(state, each.measure(block, rows, item.site), item.site.name)
 
     def _advise(self, unit: Unit) -> None:
         """Have this piece read ahead, and the next one, which another worker takes meanwhile."""
@@ -131,13 +131,13 @@ class Worker:
         if item.form == "copy":
             self._copy(unit)
             return
-        factor = method.at(item.site).factor(item.site, self.shared.seen, len(item.inputs))
+        factor = method.at(item.site).factor(item.site, self.shared.statistics, len(item.inputs))
         spooled = self.shared.spool.take(item.site.name)
         if spooled is not None:
             self._emit_whole(item, spooled, factor, change=True)
             return
         opened = self._open(unit)
-        if opened.entered is not None:
+        if opened.unwrapped is not None:
             merged, change = opened.merged(), not self.plan.weights
             if opened.base is not None and self.plan.weights and (method.rescales or item.form != "dense"):
                 merged, change = Dense(merged.dense() - opened.base), True
@@ -155,9 +155,9 @@ class Worker:
         """The values to write, tile by tile: the new weights, or their change where the output is an adapter's."""
         item, weights = opened.unit.item, self.plan.weights
         as_change = not weights or self.plan.recipe.method.rescales or item.form != "dense"
-        seen = opened.seen()
+        statistics = opened.statistics()
         for site, stack, base in opened.pieces():
-            values = opened.method.merge(stack, site, seen).dense()
+            values = opened.method.merge(stack, site, statistics).dense()
             if weights and as_change and base is not None:
                 values = values - base
             if item.form == "dense" and as_change and base is not None:

@@ -3,7 +3,7 @@
 The result depends on the values alone: not on the order of the tiles, nor on how they were shared out among threads.
 The protocol, for any number of threads::
 
-    state = fold.start()
+    state = reduction.start()
     while True:
         workers = [state.fork() for _ in range(threads)]    # each is fed by one thread: worker.add(values, key)
         for worker in workers:
@@ -29,9 +29,9 @@ from torch import Tensor
 from merging.maths import order_statistics
 from merging.maths.order_statistics import Rank
 
-__all__ = ["Fold", "Rank", "Ranked", "State", "Sum"]
+__all__ = ["Accumulator", "Rank", "Ranked", "Reduction", "Sum"]
 
-S = TypeVar("S", bound="State")
+S = TypeVar("S", bound="Accumulator")
 
 _SPAN = 1 << 14
 """Elements summed at once: below torch's grain for splitting one sum among threads, which would change last bits."""
@@ -44,7 +44,7 @@ _DIGIT = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Fold(ABC):
+class Reduction(ABC):
     """A reduction over all elements of n models at once: a value, which any number of runs may share."""
 
     @property
@@ -53,15 +53,15 @@ class Fold(ABC):
         """How often the data must be gone through."""
 
     @abstractmethod
-    def start(self) -> State:
+    def start(self) -> Accumulator:
         """A fresh accumulator, before the first sweep."""
 
-    def widened(self, dtype: torch.dtype) -> Fold:
+    def widened(self, dtype: torch.dtype) -> Reduction:
         """The same for values of float32 or float64."""
         return self
 
 
-class State(ABC):
+class Accumulator(ABC):
     """What has been gathered so far. It belongs to one thread at a time and can be pickled."""
 
     @abstractmethod
@@ -89,7 +89,7 @@ class State(ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class Sum(Fold):
+class Sum(Reduction):
     """The sum of all elements of each model: ``[n]`` float64; empty tiles sum to 0, no tile at all gives ``[0]``.
 
     A tile is summed in float64, by spans of 16,384 elements of each model's flattened row; the span sums are combined
@@ -100,11 +100,11 @@ class Sum(Fold):
     def sweeps(self) -> int:
         return 1
 
-    def start(self) -> State:
+    def start(self) -> Accumulator:
         return _Total()
 
 
-class _Total(State):
+class _Total(Accumulator):
     """Exact totals, as whole numbers of 2**-1074: addition in any order, merging and pickling for free."""
 
     def __init__(self) -> None:
@@ -139,7 +139,7 @@ class _Total(State):
 
 
 @dataclass(frozen=True, slots=True)
-class Ranked(Fold):
+class Ranked(Reduction):
     """Exact order statistics: ``[n, len(ranks)]`` float64, NaN for models without elements; no tile gives ``[0, k]``.
 
     Radix selection: floats become integers of the same order, of which each sweep counts 16 bits, and the next one
@@ -161,23 +161,23 @@ class Ranked(Fold):
     def sweeps(self) -> int:
         return self.dtype.itemsize * 8 // _DIGIT
 
-    def start(self) -> State:
+    def start(self) -> Accumulator:
         return _Selection(self)
 
     def widened(self, dtype: torch.dtype) -> Ranked:
         return replace(self, dtype=torch.promote_types(self.dtype, dtype))
 
 
-class _Selection(State):
+class _Selection(Accumulator):
     """Counts of the current 16 bits, in the bins that hold a rank.
 
     A bin is named by its lowest key. For each model, ``bins`` has the number of elements of each bin that is looked
     into, ``wanted`` a pair a rank (its bin, its position in there), ``counts`` the counts of each bin, int64 [65536].
     """
 
-    def __init__(self, fold: Ranked) -> None:
-        self.fold = fold
-        self.shift = fold.dtype.itemsize * 8 - _DIGIT
+    def __init__(self, reduction: Ranked) -> None:
+        self.reduction = reduction
+        self.shift = reduction.dtype.itemsize * 8 - _DIGIT
         self.bins: list[dict[int, int]] = []
         self.wanted: list[list[tuple[int, int]]] = []
         self.counts: list[dict[int, Tensor]] = []
@@ -186,12 +186,12 @@ class _Selection(State):
 
     def add(self, values: Tensor, key: object) -> None:
         rows = _rows(values)
-        if torch.promote_types(rows.dtype, self.fold.dtype) != self.fold.dtype:
-            raise TypeError(f"{key}: {rows.dtype} values are wider than the {self.fold.dtype} to be ranked")
+        if torch.promote_types(rows.dtype, self.reduction.dtype) != self.reduction.dtype:
+            raise TypeError(f"{key}: {rows.dtype} values are wider than the {self.reduction.dtype} to be ranked")
         self._admit(len(rows))
         self.count += rows.shape[1]
         for piece in _pieces(rows, 1 << 18):
-            keys = order_statistics.keys(piece.to(self.fold.dtype), self.fold.magnitudes)
+            keys = order_statistics.keys(piece.to(self.reduction.dtype), self.reduction.magnitudes)
             if not self.bins and order_statistics.has_nan(keys):
                 raise ValueError(f"{key} holds NaN, which has no rank")
             self._count(keys)
@@ -224,14 +224,14 @@ class _Selection(State):
         return (keys >> self.shift) - (lowest >> self.shift)
 
     def fork(self) -> _Selection:
-        other = _Selection(self.fold)
+        other = _Selection(self.reduction)
         other.shift, other.bins, other.wanted = self.shift, self.bins, self.wanted
         other.counts = [{} for _ in self.counts]
         return other
 
     def merge(self, other: _Selection) -> None:
-        if (other.fold, other.shift, other.bins) != (self.fold, self.shift, self.bins):
-            raise ValueError("only states of the same fold and the same sweep can be merged")
+        if (other.reduction, other.shift, other.bins) != (self.reduction, self.shift, self.bins):
+            raise ValueError("only states of the same reduction and the same sweep can be merged")
         if not other.counts:
             return
         self._admit(len(other.counts))
@@ -246,7 +246,7 @@ class _Selection(State):
         if not self.bins:
             (lowest,) = self._lowest(0)
             self.bins = [{lowest: self.count}] * len(self.counts)
-            self.wanted = [[(lowest, rank.index(self.count)) for rank in self.fold.ranks]] * len(self.counts)
+            self.wanted = [[(lowest, rank.index(self.count)) for rank in self.reduction.ranks]] * len(self.counts)
         narrowed = [self._narrow(*each) for each in zip(self.bins, self.wanted, self.counts, strict=True)]
         self.bins, self.wanted = [bins for bins, _ in narrowed], [wanted for _, wanted in narrowed]
         self.shift, self.count, self.counts = self.shift - _DIGIT, 0, [{} for _ in self.counts]
@@ -270,9 +270,9 @@ class _Selection(State):
 
     def result(self) -> Tensor:
         if self.shift >= 0:  # no elements: a search that ended has used up all bits
-            return torch.full((len(self.counts), len(self.fold.ranks)), torch.nan, dtype=torch.float64)
+            return torch.full((len(self.counts), len(self.reduction.ranks)), torch.nan, dtype=torch.float64)
         keys = [[lowest for lowest, _ in wanted] for wanted in self.wanted]
-        return order_statistics.floats(torch.tensor(keys, dtype=order_statistics.KEYS[self.fold.dtype])).double()
+        return order_statistics.floats(torch.tensor(keys, dtype=order_statistics.KEYS[self.reduction.dtype])).double()
 
 
 def _selected(values: Tensor, mask: Tensor) -> Tensor:

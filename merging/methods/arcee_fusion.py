@@ -10,7 +10,7 @@ from torch import Tensor
 from merging.maths.delta import Delta, Dense, Stack
 from merging.maths.reductions import Rank, Ranked
 from merging.maths.site import Site
-from merging.methods.contract.method import Grain, Method, Round, Seen
+from merging.methods.contract.method import Grain, Method, Statistic, Statistics
 
 __all__ = ["ArceeFusion", "importance"]
 
@@ -40,18 +40,18 @@ class ArceeFusion(Method):
     def grain(self) -> Grain:
         return "row"
 
-    def rounds(self) -> tuple[Round, ...]:
+    def required_statistics(self) -> tuple[Statistic, ...]:
         ranks = Ranked(tuple(map(Rank.quantile, (0.25, 0.5, 0.75))))
-        return (Round(_QUARTILES, ranks, _importances, per="tensor"),)
+        return (Statistic(_QUARTILES, ranks, _importances, per="tensor"),)
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         first, second = stack.dense()
-        low, median, high = seen[_QUARTILES][0].tolist()
-        moved = _importances(stack, site, seen)[0] >= median + 1.5 * (high - low)
+        low, median, high = statistics[_QUARTILES][0].tolist()
+        moved = _importances(stack, site, statistics)[0] >= median + 1.5 * (high - low)
         return Dense(torch.where(moved.view(first.shape), second, first))
 
 
-def _importances(stack: Stack, site: Site, seen: Seen) -> Tensor:
+def _importances(stack: Stack, site: Site, statistics: Statistics) -> Tensor:
     first, second = stack.dense().reshape(2, -1, site.row)
     return importance(first, second)[None]
 

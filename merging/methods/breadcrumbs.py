@@ -14,8 +14,8 @@ from merging.maths.delta import Stack
 from merging.maths.parameters import PerModel, spread, varies
 from merging.maths.reductions import Rank, Ranked
 from merging.maths.site import Site
-from merging.methods.contract.method import Round, Seen
-from merging.methods.contract.wrapper import Entered, Wrapper
+from merging.methods.contract.method import Statistic, Statistics
+from merging.methods.contract.wrapper import Unwrapped, Wrapper
 from merging.methods.ties import trim
 
 __all__ = ["Breadcrumbs"]
@@ -56,24 +56,26 @@ class Breadcrumbs(Wrapper):
     def idle(self, site: Site) -> Mapping[str, str]:
         return {} if self._bands() else {"gamma": "a density of 1 keeps everything"}
 
-    def rounds(self) -> tuple[Round, ...]:
+    def required_statistics(self) -> tuple[Statistic, ...]:
         if varies(self.density) or varies(self.gamma) or not self._bands():
-            return super().rounds()
+            return super().required_statistics()
         ranks = tuple(rank for band in self._bands() for rank in Rank.band(*band))
-        own = Round(_ENDS, Ranked(ranks, magnitudes=True), lambda stack, site, seen: stack.dense(), per="tensor")
-        return (own, *super().rounds())
+        own = Statistic(
+            _ENDS, Ranked(ranks, magnitudes=True), lambda stack, site, statistics: stack.dense(), per="tensor"
+        )
+        return (own, *super().required_statistics())
 
-    def enter(self, stack: Stack, site: Site, seen: Seen) -> Entered:
+    def unwrap(self, stack: Stack, site: Site, statistics: Statistics) -> Unwrapped:
         values, bands = stack.dense(), self._bands()
         densities, gammas = spread(self.density, len(values)), spread(self.gamma, len(values))
         kept = torch.empty_like(values)
         for model, (value, *band) in enumerate(zip(values, densities, gammas, strict=True)):
             if band[0] < 1:
                 first = 2 * bands.index((band[0], band[1]))
-                low, high = seen[_ENDS][model, first : first + 2].tolist()
+                low, high = statistics[_ENDS][model, first : first + 2].tolist()
                 value = within(value, low, high)
             kept[model] = value
-        return Entered(self.then, Stack.of(kept, stack.models, stack.present), site, lambda merged: merged)
+        return Unwrapped(self.then, Stack.of(kept, stack.models, stack.present), site, lambda merged: merged)
 
 
 def within(values: Tensor, low: float, high: float) -> Tensor:

@@ -11,7 +11,7 @@ from merging.errors import OptionError
 from merging.maths.delta import Delta, Dense, Stack, weighted_sum
 from merging.maths.parameters import Coefficient, Local, PerModel, column
 from merging.maths.site import Site
-from merging.methods.contract.method import Method, Seen
+from merging.methods.contract.method import Method, Statistics
 
 __all__ = ["Consensus", "masks"]
 
@@ -45,7 +45,7 @@ class Consensus(Method):
                 f"consensus.agree = {self.agree}, and {models} models were given: so many never agree; lower it"
             )
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         values = stack.dense()
         values = values * column(self.weights, values)
         total = weighted_sum(values, [1.0] * len(values))

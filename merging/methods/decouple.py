@@ -10,8 +10,8 @@ from torch import Tensor
 from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.maths.linalg import even
 from merging.maths.site import Site
-from merging.methods.contract.method import Seen
-from merging.methods.contract.wrapper import Entered, Wrapper
+from merging.methods.contract.method import Statistics
+from merging.methods.contract.wrapper import Unwrapped, Wrapper
 
 __all__ = ["Decouple", "column_norms"]
 
@@ -36,13 +36,13 @@ class Decouple(Wrapper):
     paper: ClassVar[str] = "DO-Merging, Zheng et al. 2025, arXiv 2505.15875"
     whole: ClassVar[bool] = True
 
-    def enter(self, stack: Stack, site: Site, seen: Seen) -> Entered:
+    def unwrap(self, stack: Stack, site: Site, statistics: Statistics) -> Unwrapped:
         norms = torch.stack([column_norms(delta, site) for delta in stack.deltas])
         dead = norms <= _DEAD * torch.finfo(stack.dtype).eps * norms.square().sum(-1, keepdim=True).sqrt()
         inverse = torch.where(dead, 0.0, 1 / torch.where(dead, 1.0, norms))
         directions = [_by_column(delta, each, site) for delta, each in zip(stack.deltas, inverse, strict=True)]
         mean = norms[list(stack.present)].mean(0)
-        return Entered(
+        return Unwrapped(
             self.then,
             Stack(directions, stack.models, stack.present),
             site,

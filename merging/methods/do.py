@@ -9,7 +9,7 @@ from pydantic import Field
 from merging.maths.delta import Delta, Stack
 from merging.maths.parameters import Coefficient, Local
 from merging.maths.site import Site
-from merging.methods.contract.method import Grain, Method, Seen
+from merging.methods.contract.method import Grain, Method, Statistics
 from merging.methods.decouple import Decouple
 from merging.methods.orthogonalize import Orthogonalize
 
@@ -52,8 +52,8 @@ class Do(Method):
     def inside(self) -> Method:
         return Orthogonalize(steps=self.steps, gamma=self.gamma, then=Decouple(then=_Mean(scale=self.scale)))
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
-        return self.inside.merge(stack, site, seen)
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
+        return self.inside.merge(stack, site, statistics)
 
 
 class _Mean(Method):
@@ -68,5 +68,5 @@ class _Mean(Method):
     def factored(self) -> bool:
         return True
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         return stack.weighted_sum([self.scale * has / sum(stack.present) for has in stack.present])

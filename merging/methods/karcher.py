@@ -12,7 +12,7 @@ from merging.errors import OptionError
 from merging.maths.delta import Delta, Stack
 from merging.maths.parameters import Coefficient, PerModel, column, number
 from merging.maths.site import Site
-from merging.methods.contract.method import Seen
+from merging.methods.contract.method import Statistics
 from merging.methods.families.spherical import OnSphere, cosines, gram, plain_weights
 
 __all__ = ["Karcher", "karcher_mean"]
@@ -46,9 +46,9 @@ class Karcher(OnSphere):
             reason = "of at least 0" if min(weights) < 0 else "that do not sum to 0"
             raise OptionError(f"karcher.weights = {self.weights}: a mean on the sphere needs weights {reason}")
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
-        weights = column(self.weights, gram(seen)).view(-1)
-        norms, angles = cosines(gram(seen))
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
+        weights = column(self.weights, gram(statistics)).view(-1)
+        norms, angles = cosines(gram(statistics))
         taken = norms > 0
         if not taken.any():
             return stack.weighted_sum([0.0] * len(stack))

@@ -11,7 +11,7 @@ from merging.errors import OptionError
 from merging.maths.delta import Delta, Stack
 from merging.maths.parameters import Coefficient, PerModel, number
 from merging.maths.site import Site
-from merging.methods.contract.method import Method, Seen
+from merging.methods.contract.method import Method, Statistics
 
 __all__ = ["Linear"]
 
@@ -55,7 +55,7 @@ class Linear(Method):
             return 1.0
         return None if self.varies else 1 / sum(map(number, self.coefficients(models)))
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         weights = self.coefficients(len(stack))
         return stack.weighted_sum(mean_weights(weights) if self.normalize else weights)
 

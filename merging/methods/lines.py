@@ -14,7 +14,7 @@ from merging.maths.linalg import safe_ratio
 from merging.maths.parameters import Coefficient, number
 from merging.maths.reductions import Sum
 from merging.maths.site import Site
-from merging.methods.contract.method import Closing, Seen
+from merging.methods.contract.method import ResultStatistic, Statistics
 from merging.methods.contract.wrapper import Wrapper
 
 __all__ = ["Lines"]
@@ -66,12 +66,12 @@ class Lines(Wrapper):
     def by_depth(self) -> bool:
         return True
 
-    def closings(self, models: int) -> tuple[Closing, ...]:
-        inner = self.then.closings(models)
+    def result_statistics(self, models: int) -> tuple[ResultStatistic, ...]:
+        inner = self.then.result_statistics(models)
         fixed = self.alpha is not None and self.published
         if models == 1 or fixed or self.multiple(models) is not None:
             return inner
-        return (*inner, Closing(_NORMS, Sum(), self._norms))
+        return (*inner, ResultStatistic(_NORMS, Sum(), self._norms))
 
     def _norms(self, merged: Delta, stack: Stack, site: Site) -> Tensor:
         plain = stack.weighted_sum(self.coefficients(len(stack))).dense()
@@ -80,27 +80,27 @@ class Lines(Wrapper):
     def multiple(self, models: int) -> float | None:
         return self.then.multiple(models)
 
-    def factor(self, site: Site, seen: Seen, models: int) -> Coefficient:
+    def factor(self, site: Site, statistics: Statistics, models: int) -> Coefficient:
         depth = 1.0 if self.tail == "depth" and site.layer is None and site.after else site.depth
-        inner = self.then.factor(site, seen, models)
+        inner = self.then.factor(site, statistics, models)
         if models == 1:
             return inner * ((0.5 if self.alpha is None else self.alpha) + self.beta * depth)
-        nu = self._nu(seen, models, inner)
+        nu = self._nu(statistics, models, inner)
         alpha = nu / models if self.alpha is None else self.alpha
         return inner * (alpha + self.beta * depth * (1.0 if self.published else nu))
 
-    def facts(self, seen: Seen, models: int) -> dict[str, float]:
-        found = self.then.facts(seen, models)
-        if models > 1 and _NORMS in seen:
-            found["lines: nu"] = self._nu(seen, models, self.then.factor(Site("", ()), seen, models))
+    def metrics(self, statistics: Statistics, models: int) -> dict[str, float]:
+        found = self.then.metrics(statistics, models)
+        if models > 1 and _NORMS in statistics:
+            found["lines: nu"] = self._nu(statistics, models, self.then.factor(Site("", ()), statistics, models))
         return found
 
-    def _nu(self, seen: Seen, models: int, inner: Coefficient) -> float:
+    def _nu(self, statistics: Statistics, models: int, inner: Coefficient) -> float:
         """``inner`` is the factor of the method inside, which is the same at every place."""
         known = self.multiple(models)
         if known is not None:
             return safe_ratio(1.0, abs(known))
-        if _NORMS not in seen:
+        if _NORMS not in statistics:
             return 1.0  # alpha and beta are both given as published, and nu is nowhere in them
-        plain, merged = seen[_NORMS].tolist()
+        plain, merged = statistics[_NORMS].tolist()
         return safe_ratio(plain, merged * abs(number(inner)))

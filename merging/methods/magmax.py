@@ -11,7 +11,7 @@ from torch import Tensor
 from merging.maths.delta import Delta, Dense, Stack
 from merging.maths.parameters import Coefficient, Local, PerModel, column
 from merging.maths.site import Site
-from merging.methods.contract.method import Method, Seen
+from merging.methods.contract.method import Method, Statistics
 
 __all__ = ["MagMax", "largest"]
 
@@ -32,7 +32,7 @@ class MagMax(Method):
     weights: PerModel[Coefficient] = Field(1.0, description="one weight for all models, or one each; may be negative")
     scale: Local[Coefficient] = Field(1.0, description="what the merged change is multiplied by")
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         values = stack.dense()
         return Dense(largest(values * column(self.weights, values)) * self.scale)
 

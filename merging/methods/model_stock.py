@@ -10,7 +10,7 @@ from torch import Tensor
 
 from merging.maths.delta import Delta, Dense, Stack, weighted_sum
 from merging.maths.site import Site
-from merging.methods.contract.method import Grain, Method, Round, Seen
+from merging.methods.contract.method import Grain, Method, Statistic, Statistics
 from merging.methods.families.spherical import GRAM, cosines, gram
 
 __all__ = ["ModelStock", "share_of_mean"]
@@ -41,13 +41,13 @@ class ModelStock(Method):
     def factored(self) -> bool:
         return not self.filter_wise
 
-    def rounds(self) -> tuple[Round, ...]:
+    def required_statistics(self) -> tuple[Statistic, ...]:
         return () if self.filter_wise else (GRAM,)
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         n = len(stack)
         if not self.filter_wise:
-            return stack.weighted_sum([float(share_of_mean(gram(seen))) / n] * n)
+            return stack.weighted_sum([float(share_of_mean(gram(statistics))) / n] * n)
         rows = stack.dense().reshape(n, -1, site.row)
         products = [[(one * other).sum(-1, dtype=torch.float64) for other in rows] for one in rows]
         share = share_of_mean(torch.stack([torch.stack(each) for each in products]))

@@ -12,7 +12,7 @@ from merging.errors import InputError, OptionError
 from merging.maths.delta import Delta, Stack
 from merging.maths.parameters import column, number
 from merging.maths.site import Site
-from merging.methods.contract.method import Seen
+from merging.methods.contract.method import Statistics
 from merging.methods.families.spherical import OnSphere, cosines, gram, plain_weights
 
 __all__ = ["MultiSlerp"]
@@ -43,10 +43,10 @@ class MultiSlerp(OnSphere):
                 "the weights of multislerp sum to zero, so there is no mean: change them, or use --no-normalize"
             )
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
-        weights = column(self.weights, gram(seen)).view(-1)
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
+        weights = column(self.weights, gram(statistics)).view(-1)
         weights = weights / weights.sum() if self.normalize else weights
-        return stack.weighted_sum(plain_weights(self._on_the_sphere(weights, gram(seen), site)))
+        return stack.weighted_sum(plain_weights(self._on_the_sphere(weights, gram(statistics), site)))
 
     def _on_the_sphere(self, weights: Tensor, grams: Tensor, site: Site) -> Tensor:
         """What each tensor is multiplied by."""

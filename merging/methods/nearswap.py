@@ -9,7 +9,7 @@ from pydantic import Field
 from merging.maths.delta import Delta, Dense, Stack
 from merging.maths.parameters import Local
 from merging.maths.site import Site
-from merging.methods.contract.method import Method, Seen
+from merging.methods.contract.method import Method, Statistics
 
 __all__ = ["NearSwap"]
 
@@ -29,6 +29,6 @@ class NearSwap(Method):
 
     t: Local[Annotated[float, Field(ge=0, le=1e30)]] = Field(0.001, description="largest change of a weight")
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         (change,) = stack.dense()
         return Dense(change.clamp(-self.t, self.t))

@@ -12,7 +12,7 @@ from merging.errors import OptionError
 from merging.maths.delta import Delta, Dense, Stack
 from merging.maths.parameters import number
 from merging.maths.site import Site
-from merging.methods.contract.method import Grain, Round, Seen
+from merging.methods.contract.method import Grain, Statistic, Statistics
 from merging.methods.families.spherical import OnSphere, arc_weights, gram, plain_weights
 
 __all__ = ["NuSlerp"]
@@ -54,14 +54,14 @@ class NuSlerp(OnSphere):
     def factored(self) -> bool:
         return super().factored and self.axis == "flat"
 
-    def rounds(self) -> tuple[Round, ...]:
-        return super().rounds() if self.axis == "flat" else ()
+    def required_statistics(self) -> tuple[Statistic, ...]:
+        return super().required_statistics() if self.axis == "flat" else ()
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         first, second = self.coefficients(2)
         step = second / (first + second)
         if self.axis == "flat":
-            return stack.weighted_sum(plain_weights(torch.stack(arc_weights(gram(seen), step, _COLLINEAR))))
+            return stack.weighted_sum(plain_weights(torch.stack(arc_weights(gram(statistics), step, _COLLINEAR))))
         values = stack.dense()
         rows = values.reshape(2, -1, site.row)
         along = -2 if self.axis == "columns" and site.kind != "vector" else -1

@@ -15,7 +15,7 @@ from merging.maths.linalg import decomposed, joint_core, safe_ratio, squared_nor
 from merging.maths.parameters import Coefficient
 from merging.maths.reductions import Sum
 from merging.maths.site import Site
-from merging.methods.contract.method import Closing, Grain, Method, Seen
+from merging.methods.contract.method import Grain, Method, ResultStatistic, Statistics
 
 __all__ = ["Opcm", "accumulate", "projected"]
 
@@ -74,19 +74,19 @@ class Opcm(Method):
     def rescales(self) -> bool:
         return True
 
-    def closings(self, models: int) -> tuple[Closing, ...]:
-        return (Closing(_SQUARES, Sum(), _squares, grain="matrix"),) if models > 1 else ()
+    def result_statistics(self, models: int) -> tuple[ResultStatistic, ...]:
+        return (ResultStatistic(_SQUARES, Sum(), _squares, grain="matrix"),) if models > 1 else ()
 
-    def factor(self, site: Site, seen: Seen, models: int) -> Coefficient:
+    def factor(self, site: Site, statistics: Statistics, models: int) -> Coefficient:
         if models == 1:
             return 1.0
-        *each, merged = (sqrt(square) for square in seen[_SQUARES].tolist())
+        *each, merged = (sqrt(square) for square in statistics[_SQUARES].tolist())
         return safe_ratio(sum(each) / models, merged)
 
-    def facts(self, seen: Seen, models: int) -> dict[str, float]:
-        return {"opcm: what the sum is multiplied by": float(self.factor(Site("", ()), seen, models))}
+    def metrics(self, statistics: Statistics, models: int) -> dict[str, float]:
+        return {"opcm: what the sum is multiplied by": float(self.factor(Site("", ()), statistics, models))}
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         if site.kind not in ("matrix", "experts"):
             return stack.weighted_sum([1.0] * len(stack))
         if stack.low_rank and site.kind == "matrix":

@@ -12,8 +12,8 @@ from torch import Tensor
 from merging.maths.delta import LowRank, Stack
 from merging.maths.linalg import balance
 from merging.maths.site import Site
-from merging.methods.contract.method import Seen
-from merging.methods.contract.wrapper import Entered, Wrapper
+from merging.methods.contract.method import Statistics
+from merging.methods.contract.wrapper import Unwrapped, Wrapper
 
 __all__ = ["Orthogonalize", "orthogonalized", "overlap"]
 
@@ -50,27 +50,27 @@ class Orthogonalize(Wrapper):
     steps: int = Field(100, ge=0, le=10_000, description="steps of gradient descent; 0 leaves the factors as they are")
     gamma: float = Field(1.0, ge=0, le=1e9, description="how dear it is to move a factor; 0 is nothing")
 
-    def enter(self, stack: Stack, site: Site, seen: Seen) -> Entered:
+    def unwrap(self, stack: Stack, site: Site, statistics: Statistics) -> Unwrapped:
         deltas = [delta for delta in stack.deltas if isinstance(delta, LowRank)]
         if not self.steps or not stack.low_rank or deltas[0].up.dim() > 2 or len(deltas) < 2:
-            return Entered(self.then, stack, site, lambda merged: merged, {_TURNED: 0.0})
+            return Unwrapped(self.then, stack, site, lambda merged: merged, {_TURNED: 0.0})
         balanced = [balance(delta) for delta in deltas]
-        facts = {_TURNED: 1.0}
+        metrics = {_TURNED: 1.0}
         sides = []
         for side, factors in (
             ("down", [delta.down for delta in balanced]),
             ("up", [delta.up.mT for delta in balanced]),
         ):
             turned = orthogonalized(factors, self.steps, self.gamma)
-            facts[f"orthogonalize: overlap of {side} factors before"] = overlap(factors)
-            facts[f"orthogonalize: overlap of {side} factors after"] = overlap(turned)
+            metrics[f"orthogonalize: overlap of {side} factors before"] = overlap(factors)
+            metrics[f"orthogonalize: overlap of {side} factors after"] = overlap(turned)
             sides.append(turned)
         moved = [
             LowRank(up.mT.to(delta.up.dtype), down.to(delta.down.dtype), delta.shape, delta.transposed)
             for delta, down, up in zip(deltas, *sides, strict=True)
         ]
         turned_stack = Stack(moved, stack.models, stack.present)
-        return Entered(self.then, turned_stack, site, lambda merged: merged, facts)
+        return Unwrapped(self.then, turned_stack, site, lambda merged: merged, metrics)
 
 
 def overlap(factors: Sequence[Tensor]) -> float:

@@ -9,7 +9,7 @@ from pydantic import Field
 from merging.maths.delta import Delta, Stack
 from merging.maths.parameters import Coefficient, Local, number, varies
 from merging.maths.site import Site
-from merging.methods.contract.method import Method, Seen
+from merging.methods.contract.method import Method, Statistics
 
 __all__ = ["Passthrough"]
 
@@ -40,5 +40,5 @@ class Passthrough(Method):
     def multiple(self, models: int) -> float | None:
         return None if varies(self.scale) else number(self.scale)
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         return stack.weighted_sum([self.scale])

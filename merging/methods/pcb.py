@@ -12,7 +12,7 @@ from merging.maths.delta import Delta, Dense, Stack, weighted_sum
 from merging.maths.parameters import Coefficient, Local, PerModel, column
 from merging.maths.reductions import Rank, Ranked, Sum
 from merging.maths.site import Site
-from merging.methods.contract.method import Method, Round, Seen
+from merging.methods.contract.method import Method, Statistic, Statistics
 
 __all__ = ["Pcb", "clipped", "competition", "minmax"]
 
@@ -56,46 +56,46 @@ class Pcb(Method):
     variant: Literal["code", "vision", "es", "paper"] = Field("code", description="which of the published forms")
     scope: Literal["model", "tensor"] = Field("model", description="what statistics are taken over")
 
-    def rounds(self) -> tuple[Round, ...]:
+    def required_statistics(self) -> tuple[Statistic, ...]:
         cut = Ranked((Rank.share(1 - self.ratio), Rank.upper(0)))
         if self.variant == "paper":
             ends = Ranked((Rank.share(0), Rank.upper(0)))
             return (
-                Round(_EXTREMES, ends, lambda stack, site, seen: _products(stack.dense()), per=self.scope),
-                Round(_MASSES, Sum(), self._exponentials, per=self.scope),
-                Round(_CUT, cut, self._scores, per=self.scope),
+                Statistic(_EXTREMES, ends, lambda stack, site, statistics: _products(stack.dense()), per=self.scope),
+                Statistic(_MASSES, Sum(), self._exponentials, per=self.scope),
+                Statistic(_CUT, cut, self._scores, per=self.scope),
             )
         clip = Ranked((Rank.share(self.clip), Rank.upper(self.clip)), magnitudes=True)
         return (
-            Round(_CLIP, clip, lambda stack, site, seen: stack.dense(), per=self.scope),
-            Round(_CUT, cut, self._scores, per=self.scope),
+            Statistic(_CLIP, clip, lambda stack, site, statistics: stack.dense(), per=self.scope),
+            Statistic(_CUT, cut, self._scores, per=self.scope),
         )
 
-    def _exponentials(self, stack: Stack, site: Site, seen: Seen) -> Tensor:
+    def _exponentials(self, stack: Stack, site: Site, statistics: Statistics) -> Tensor:
         """What the softmaxes are normalised by: n of the models alone, then those of all pairs."""
-        norms = minmax(_products(stack.dense()), seen[_EXTREMES])
+        norms = minmax(_products(stack.dense()), statistics[_EXTREMES])
         alone = norms[[_pair(i, i, len(stack)) for i in range(len(stack))]]
         return torch.cat([(alone * len(stack)).exp(), norms.exp()])
 
-    def _scores(self, stack: Stack, site: Site, seen: Seen) -> Tensor:
+    def _scores(self, stack: Stack, site: Site, statistics: Statistics) -> Tensor:
         """beta ``[n, *shape]``."""
         values = stack.dense()
         if self.variant != "paper":
-            return competition(values, seen[_CLIP], self.variant)
+            return competition(values, statistics[_CLIP], self.variant)
         n = len(values)
-        shares = self._exponentials(stack, site, seen)
-        shares = shares / column(seen[_MASSES], shares)
+        shares = self._exponentials(stack, site, statistics)
+        shares = shares / column(statistics[_MASSES], shares)
         return torch.stack([shares[i] * sum(shares[n + _pair(i, j, n)] for j in range(n)) for i in range(n)])
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
-        values, scores = stack.dense(), self._scores(stack, site, seen)
-        cut, most = column(seen[_CUT][:, 0], scores), seen[_CUT]
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
+        values, scores = stack.dense(), self._scores(stack, site, statistics)
+        cut, most = column(statistics[_CUT][:, 0], scores), statistics[_CUT]
         if self.variant == "paper":
             shares, sizes = scores * (scores >= cut), values
             mass = _sum(shares)
             mass += mass == 0
         else:
-            shares, sizes = minmax(torch.maximum(scores, cut), most), clipped(values, seen[_CLIP])
+            shares, sizes = minmax(torch.maximum(scores, cut), most), clipped(values, statistics[_CLIP])
             mass = _sum(shares).clamp(min=1e-12)
         return Dense(_sum(sizes * column(self.weights, values) * shares) / mass * self.scale)
 

@@ -12,7 +12,7 @@ from merging.maths.delta import Delta, Dense, Stack, weighted_sum
 from merging.maths.parameters import Coefficient, Local
 from merging.maths.reductions import Sum
 from merging.maths.site import Site
-from merging.methods.contract.method import Method, Round, Seen
+from merging.methods.contract.method import Method, Statistic, Statistics
 
 __all__ = ["Ram", "RamPlus"]
 
@@ -38,22 +38,22 @@ class Ram(Method):
     relative: bool = Field(True, description="epsilon is a share of the change's root mean square in the tensor")
     scale: Local[Coefficient] = Field(1.0, description="what the merged change is multiplied by")
 
-    def rounds(self) -> tuple[Round, ...]:
-        return (Round(_SIZES, Sum(), _sizes, per="tensor"),) if self.relative else ()
+    def required_statistics(self) -> tuple[Statistic, ...]:
+        return (Statistic(_SIZES, Sum(), _sizes, per="tensor"),) if self.relative else ()
 
-    def _active(self, stack: Stack, seen: Seen) -> list[Tensor]:
+    def _active(self, stack: Stack, statistics: Statistics) -> list[Tensor]:
         """Each model's change, 0 where it is not active."""
         values, sizes = stack.dense(), [1.0] * len(stack)
         if self.relative:
-            *squares, count = seen[_SIZES].tolist()
+            *squares, count = statistics[_SIZES].tolist()
             sizes = [(square / max(1.0, count)) ** 0.5 for square in squares]
         return [
             torch.nn.functional.hardshrink(value, self.epsilon * size)
             for value, size in zip(values, sizes, strict=True)
         ]
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
-        active = self._active(stack, seen)
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
+        active = self._active(stack, statistics)
         return Dense(weighted_sum(active, [1.0] * len(active)) / _how_many(active).clamp_(min=1) * self.scale)
 
 
@@ -70,27 +70,27 @@ class RamPlus(Ram):
     r: Annotated[float, Field(ge=0, le=1e9)] = Field(0.1, description="how much unique changes grow")
     alpha: Annotated[float, Field(ge=0, le=1e9)] = Field(0.2, description="largest overlap that is made up for")
 
-    def rounds(self) -> tuple[Round, ...]:
-        return (*super().rounds(), Round(_COUNTS, Sum(), self._counts, per="tensor"))
+    def required_statistics(self) -> tuple[Statistic, ...]:
+        return (*super().required_statistics(), Statistic(_COUNTS, Sum(), self._counts, per="tensor"))
 
-    def _counts(self, stack: Stack, site: Site, seen: Seen) -> Tensor:
+    def _counts(self, stack: Stack, site: Site, statistics: Statistics) -> Tensor:
         """Which entries of each model are shared, then which are its own, ``[2 n, *shape]``."""
-        active = self._active(stack, seen)
+        active = self._active(stack, statistics)
         several, changed = (_how_many(active) > 1).to(active[0]), [_changed(each) for each in active]
         shared = [each * several for each in changed]
         return torch.stack([*shared, *(each - other for each, other in zip(changed, shared, strict=True))])
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
-        active = self._active(stack, seen)
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
+        active = self._active(stack, statistics)
         count = _how_many(active)
         alone = torch.eq(count, 1, out=torch.empty_like(count))
-        shared, own = seen[_COUNTS].view(2, -1).tolist()
+        shared, own = statistics[_COUNTS].view(2, -1).tolist()
         gains = [self.r * min(several / max(1.0, one), self.alpha) for several, one in zip(shared, own, strict=True)]
         total = weighted_sum(active, [1.0] * len(active)) + weighted_sum(active, gains) * alone
         return Dense(total / count.clamp_(min=1) * self.scale)
 
 
-def _sizes(stack: Stack, site: Site, seen: Seen) -> Tensor:
+def _sizes(stack: Stack, site: Site, statistics: Statistics) -> Tensor:
     """The squares of each change, and 1 for each entry, ``[n + 1, *shape]``."""
     squares = stack.dense().square()
     return torch.cat([squares, torch.ones_like(squares[:1])])

@@ -13,7 +13,7 @@ from merging.maths.linalg import safe_ratio
 from merging.maths.parameters import Coefficient, Local
 from merging.maths.reductions import Rank, Ranked, Sum
 from merging.maths.site import Site
-from merging.methods.contract.method import Method, Round, Seen
+from merging.methods.contract.method import Method, Statistic, Statistics
 from merging.methods.ties import agreeing_mean, elect
 
 __all__ = ["Sce", "shares_of", "variance"]
@@ -46,29 +46,29 @@ class Sce(Method):
     select: Literal["weights", "deltas"] = Field("weights", description="what the selection decides")
     scale: Local[Coefficient] = Field(1.0, description="what the merged change is multiplied by")
 
-    def rounds(self) -> tuple[Round, ...]:
-        cut = Round(_CUT, Ranked((Rank.largest(self.density),)), _variances, per="tensor")
-        squares = Round(_SQUARES, Sum(), self._squares, per="tensor")
+    def required_statistics(self) -> tuple[Statistic, ...]:
+        cut = Statistic(_CUT, Ranked((Rank.largest(self.density),)), _variances, per="tensor")
+        squares = Statistic(_SQUARES, Sum(), self._squares, per="tensor")
         return (cut, squares) if self.density < 1 else (squares,)
 
-    def _selected(self, stack: Stack, seen: Seen) -> Tensor:
+    def _selected(self, stack: Stack, statistics: Statistics) -> Tensor:
         """The changes ``[n, *shape]``, 0 where nothing is selected."""
         values = stack.dense()
         if self.density >= 1:
             return values
         chosen = variance(values)
-        cut = float(seen[_CUT].sum())  # one number, or none and NaN where no entry varies
-        chosen = torch.ge(chosen, cut, out=chosen) if seen[_CUT].numel() else torch.zeros_like(chosen)
+        cut = float(statistics[_CUT].sum())  # one number, or none and NaN where no entry varies
+        chosen = torch.ge(chosen, cut, out=chosen) if statistics[_CUT].numel() else torch.zeros_like(chosen)
         return values * chosen
 
-    def _squares(self, stack: Stack, site: Site, seen: Seen) -> Tensor:
-        return self._selected(stack, seen).square()
+    def _squares(self, stack: Stack, site: Site, statistics: Statistics) -> Tensor:
+        return self._selected(stack, statistics).square()
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
-        values = self._selected(stack, seen) if self.select == "deltas" else stack.dense()
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
+        values = self._selected(stack, statistics) if self.select == "deltas" else stack.dense()
         signs = elect(list(values), [1.0] * len(values))
         signs.add_(torch.eq(signs, 0, out=torch.empty_like(signs)))
-        return Dense(agreeing_mean(list(values), signs, shares_of(seen[_SQUARES]), normalize=True) * self.scale)
+        return Dense(agreeing_mean(list(values), signs, shares_of(statistics[_SQUARES]), normalize=True) * self.scale)
 
 
 def variance(values: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def variance(values: Tensor) -> Tensor:
     return total
 
 
-def _variances(stack: Stack, site: Site, seen: Seen) -> Tensor:
+def _variances(stack: Stack, site: Site, statistics: Statistics) -> Tensor:
     """The variances that are not 0, ``[1, entries]``."""
     found = variance(stack.dense()).flatten()
     return (found if found.numel() and float(found.min()) > 0 else found[found > 0])[None]

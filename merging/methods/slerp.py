@@ -10,7 +10,7 @@ from pydantic import Field
 from merging.maths.delta import Delta, Stack
 from merging.maths.parameters import Coefficient, Local
 from merging.maths.site import Site
-from merging.methods.contract.method import Method, Round, Seen
+from merging.methods.contract.method import Method, Statistic, Statistics
 from merging.methods.families.spherical import GRAM, arc_weights, gram, plain_weights
 
 __all__ = ["Slerp"]
@@ -39,8 +39,8 @@ class Slerp(Method):
     def origin(self) -> Literal["base", "none"]:
         return "none"
 
-    def rounds(self) -> tuple[Round, ...]:
+    def required_statistics(self) -> tuple[Statistic, ...]:
         return (GRAM,)
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
-        return stack.weighted_sum(plain_weights(torch.stack(arc_weights(gram(seen), self.t, COLLINEAR))))
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
+        return stack.weighted_sum(plain_weights(torch.stack(arc_weights(gram(statistics), self.t, COLLINEAR))))

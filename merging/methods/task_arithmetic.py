@@ -9,7 +9,7 @@ from pydantic import Field
 from merging.maths.delta import Delta, Stack
 from merging.maths.parameters import Coefficient, Local, PerModel, number, varies
 from merging.maths.site import Site
-from merging.methods.contract.method import Method, Seen
+from merging.methods.contract.method import Method, Statistics
 
 __all__ = ["TaskArithmetic"]
 
@@ -36,5 +36,5 @@ class TaskArithmetic(Method):
     def multiple(self, models: int) -> float | None:
         return None if varies(self.scale) else number(self.scale)
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         return stack.weighted_sum([weight * self.scale for weight in self.coefficients(len(stack))])

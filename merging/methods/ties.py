@@ -14,7 +14,7 @@ from merging.maths.delta import Delta, Dense, Stack, weighted_sum
 from merging.maths.parameters import Coefficient, Local, PerModel, number, spread, varies
 from merging.maths.reductions import Rank, Ranked, Sum
 from merging.maths.site import Site
-from merging.methods.contract.method import Method, Round, Seen
+from merging.methods.contract.method import Method, Statistic, Statistics
 
 __all__ = ["Ties", "agreeing_mean", "elect", "trim"]
 
@@ -64,24 +64,28 @@ class Ties(Method):
         trims = varies(self.density) or bool(self._densities())
         return {} if trims or self.zero == "majority" else {"scope": "a density of 1 trims nothing"}
 
-    def rounds(self) -> tuple[Round, ...]:
-        rounds = []
+    def required_statistics(self) -> tuple[Statistic, ...]:
+        required_statistics = []
         if not varies(self.density) and self._densities():
             ranks = Ranked(tuple(map(Rank.largest, self._densities())), magnitudes=True)
-            rounds.append(Round(_THRESHOLDS, ranks, lambda stack, site, seen: stack.dense(), per=self.scope))
+            required_statistics.append(
+                Statistic(_THRESHOLDS, ranks, lambda stack, site, statistics: stack.dense(), per=self.scope)
+            )
         if self.zero == "majority":
-            rounds.append(Round(_MAJORITY, Sum(), self._elected, per=self.scope))
-        return tuple(rounds)
+            required_statistics.append(Statistic(_MAJORITY, Sum(), self._elected, per=self.scope))
+        return tuple(required_statistics)
 
     def _densities(self) -> list[float]:
         """The densities whose thresholds must be found; all of a change is kept without looking."""
         return sorted({density for density in spread(self.density, 1) if density < 1})
 
-    def _trimmed(self, stack: Stack, seen: Seen) -> list[Tensor]:
+    def _trimmed(self, stack: Stack, statistics: Statistics) -> list[Tensor]:
         values = list(stack.dense())
         densities = spread(self.density, len(values))
         return [
-            trim(value, float(seen[_THRESHOLDS][model, self._densities().index(density)])) if density < 1 else value
+            trim(value, float(statistics[_THRESHOLDS][model, self._densities().index(density)]))
+            if density < 1
+            else value
             for model, (value, density) in enumerate(zip(values, densities, strict=True))
         ]
 
@@ -89,13 +93,13 @@ class Ties(Method):
         weights = [number(weight) for weight in self.coefficients(models)]
         return weights if self.vote == "weighted" else [(weight > 0) - (weight < 0) for weight in weights]
 
-    def _elected(self, stack: Stack, site: Site, seen: Seen) -> Tensor:
-        return elect(self._trimmed(stack, seen), self._votes(len(stack)))[None]
+    def _elected(self, stack: Stack, site: Site, statistics: Statistics) -> Tensor:
+        return elect(self._trimmed(stack, statistics), self._votes(len(stack)))[None]
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
-        trimmed = self._trimmed(stack, seen)
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
+        trimmed = self._trimmed(stack, statistics)
         signs = elect(trimmed, self._votes(len(trimmed)))
-        otherwise = -1.0 if self.zero == "majority" and float(seen[_MAJORITY]) < 0 else 1.0
+        otherwise = -1.0 if self.zero == "majority" and float(statistics[_MAJORITY]) < 0 else 1.0
         signs.add_(_ones(torch.eq, signs), alpha=otherwise)
         weights = self.coefficients(len(trimmed))
         return Dense(agreeing_mean(trimmed, signs, weights, self.normalize) * self.scale)

@@ -13,7 +13,7 @@ from merging.maths.linalg import squared_norm
 from merging.maths.parameters import Coefficient, Local
 from merging.maths.reductions import Sum
 from merging.maths.site import Site
-from merging.methods.contract.method import Method, Round, Seen
+from merging.methods.contract.method import Method, Statistic, Statistics
 from merging.methods.sce import shares_of
 
 __all__ = ["Varm"]
@@ -39,14 +39,14 @@ class Varm(Method):
     def factored(self) -> bool:
         return True
 
-    def rounds(self) -> tuple[Round, ...]:
-        return (Round(_SQUARES, Sum(), _squares, per="tensor"),)
+    def required_statistics(self) -> tuple[Statistic, ...]:
+        return (Statistic(_SQUARES, Sum(), _squares, per="tensor"),)
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
-        return stack.weighted_sum([share * self.scale for share in shares_of(seen[_SQUARES])])
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
+        return stack.weighted_sum([share * self.scale for share in shares_of(statistics[_SQUARES])])
 
 
-def _squares(stack: Stack, site: Site, seen: Seen) -> Tensor:
+def _squares(stack: Stack, site: Site, statistics: Statistics) -> Tensor:
     if stack.low_rank:
         return torch.stack([squared_norm(delta) for delta in stack.deltas])[:, None]
     return stack.dense().square()

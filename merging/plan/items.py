@@ -179,7 +179,9 @@ class Plan:
     def kept_bytes(self) -> int:
         """The memory of what wrappers make of all factors, if later sweeps need it; 0 if that is more than KEPT."""
         method = self.recipe.method
-        if not method.closings(len(self.models)) and all(each.per == "tensor" for each in method.rounds()):
+        if not method.result_statistics(len(self.models)) and all(
+            each.per == "tensor" for each in method.required_statistics()
+        ):
             return 0
         total = sum(self._factor_bytes(item) for item in self.items if self.as_factors(item))
         return total if total <= KEPT else 0
@@ -188,7 +190,7 @@ class Plan:
     def spool_bytes(self) -> int:
         """The space on the disk for merged tensors that wait for the factor they are to be multiplied by."""
         method = self.recipe.method
-        if not method.closings(len(self.models)):
+        if not method.result_statistics(len(self.models)):
             return 0
         total = 0
         for item in self.items:

@@ -23,41 +23,41 @@ from merging.maths.parameters import (
     unreached,
     varies,
 )
-from merging.maths.reductions import Fold
+from merging.maths.reductions import Reduction
 from merging.maths.site import Site
 
-__all__ = ["Closing", "Grain", "Method", "Round", "Seen", "build", "check_places", "idle_parameters"]
+__all__ = ["Grain", "Method", "ResultStatistic", "Statistic", "Statistics", "build", "check_places", "idle_parameters"]
 
-Seen = Mapping[str, Tensor]
-"""Results of the rounds so far, by name."""
+Statistics = Mapping[str, Tensor]
+"""Values of the statistics known so far, by name."""
 
 Grain = Literal["element", "row", "matrix"]
 """A piece of a tensor: any elements, whole rows (see :attr:`~merging.maths.site.Site.row`), or all of it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Round:
-    """A statistic that a merge needs beforehand: ``fold`` over ``of(stack, site, seen) -> [n, ...]``.
+class Statistic:
+    """A statistic that a merge needs beforehand: ``reduction`` over ``measure(stack, site, statistics) -> [n, ...]``.
 
     Taken over all tensors that are merged (``per = "model"``) or over one tensor at a time (``per = "tensor"``).
     """
 
     name: str
-    fold: Fold
-    of: Callable[[Stack, Site, Seen], Tensor]
+    reduction: Reduction
+    measure: Callable[[Stack, Site, Statistics], Tensor]
     per: Literal["model", "tensor"] = "model"
 
 
 @dataclass(frozen=True, slots=True)
-class Closing:
-    """A statistic over the *merged* changes: ``fold`` over ``of(merged, stack, site) -> [k, ...]``.
+class ResultStatistic:
+    """A statistic over the *merged* changes: ``reduction`` over ``measure(merged, stack, site) -> [k, ...]``.
 
     By row blocks, or on whole tensors and their factors where the statistic follows from these (``grain``).
     """
 
     name: str
-    fold: Fold
-    of: Callable[[Delta, Stack, Site], Tensor]
+    reduction: Reduction
+    measure: Callable[[Delta, Stack, Site], Tensor]
     grain: Literal["element", "matrix"] = "element"
 
 
@@ -123,8 +123,8 @@ class Method(BaseModel, ABC):
         """Whether the depth of a place matters."""
         return any(graded(getattr(self, field)) for field in type(self).model_fields)
 
-    def closings(self, models: int) -> tuple[Closing, ...]:
-        """What :meth:`factor` must know about the merged changes."""
+    def result_statistics(self, models: int) -> tuple[ResultStatistic, ...]:
+        """The statistics of the merged changes that :meth:`factor` needs."""
         return ()
 
     def check(self, models: int) -> None:
@@ -164,12 +164,12 @@ class Method(BaseModel, ABC):
         """The parameters that have no effect at a place, each with the reason; asked of the method bound there."""
         return {}
 
-    def rounds(self) -> tuple[Round, ...]:
-        """What must be known before :meth:`merge`, in the order in which it is gathered."""
+    def required_statistics(self) -> tuple[Statistic, ...]:
+        """The statistics that :meth:`merge` needs, in the order in which they are gathered."""
         return ()
 
     @abstractmethod
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         """The merged change (or weight, for origin "none") of one tensor, or of one block of it."""
 
     def coefficients(self, models: int) -> list[Any]:
@@ -180,12 +180,12 @@ class Method(BaseModel, ABC):
         """c if the merge is known to be ``c sum_i w_i delta_i`` without looking at it, else None."""
         return None
 
-    def factor(self, site: Site, seen: Seen, models: int) -> Coefficient:
+    def factor(self, site: Site, statistics: Statistics, models: int) -> Coefficient:
         """What the merged change of a tensor is multiplied by at the end."""
         return 1.0
 
-    def facts(self, seen: Seen, models: int) -> dict[str, float]:
-        """Numbers worth telling of the whole merge, by name, when it is done."""
+    def metrics(self, statistics: Statistics, models: int) -> dict[str, float]:
+        """Numbers to report of the whole merge, by name."""
         return {}
 
     @property

@@ -12,23 +12,23 @@ from torch import Tensor
 from merging.maths.delta import Delta, Stack
 from merging.maths.parameters import Coefficient
 from merging.maths.site import Site
-from merging.methods.contract.method import Closing, Grain, Method, Round, Seen
+from merging.methods.contract.method import Grain, Method, ResultStatistic, Statistic, Statistics
 
-__all__ = ["Entered", "Wrapper", "descend"]
+__all__ = ["Unwrapped", "Wrapper", "unwrap_outer"]
 
 
 @dataclass(frozen=True, slots=True)
-class Entered:
-    """What a wrapper made of a stack: what is left to do, on what, and the way back.
+class Unwrapped:
+    """A stack as a wrapper transformed it: the method left to apply, its stack and site, and the way back.
 
-    ``facts`` are numbers worth telling of this tensor, by name; their means over the tensors are reported.
+    ``metrics`` are numbers to report of this tensor, by name; a merge reports their means over the tensors.
     """
 
     then: Method
     stack: Stack
     site: Site
-    leave: Callable[[Delta], Delta]
-    facts: Mapping[str, float] = field(default_factory=dict)
+    rewrap: Callable[[Delta], Delta]
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class Wrapper(Method):
@@ -37,8 +37,8 @@ class Wrapper(Method):
     then: Method = Field(description="the method inside")
 
     whole: ClassVar[bool] = False
-    """Whether :meth:`enter` must see all of a tensor, not a block. It then takes factors as they are, and has no rounds
-    of its own."""
+    """Whether :meth:`unwrap` needs the whole tensor, not a block. It then takes factors as they are, and has no
+    statistics of its own."""
 
     @property
     def origin(self) -> Literal["base", "none"]:
@@ -63,7 +63,7 @@ class Wrapper(Method):
     @property
     def transparent(self) -> bool:
         """Whether it leaves the changes as they are, and acts elsewhere."""
-        return type(self).enter is Wrapper.enter
+        return type(self).unwrap is Wrapper.unwrap
 
     @property
     def rescales(self) -> bool:
@@ -73,8 +73,8 @@ class Wrapper(Method):
     def by_depth(self) -> bool:
         return super().by_depth or self.then.by_depth
 
-    def closings(self, models: int) -> tuple[Closing, ...]:
-        return self.then.closings(models)
+    def result_statistics(self, models: int) -> tuple[ResultStatistic, ...]:
+        return self.then.result_statistics(models)
 
     def check(self, models: int) -> None:
         super().check(models)
@@ -84,54 +84,54 @@ class Wrapper(Method):
         own, then = super().at(site), self.then.at(site)
         return own if then is self.then else own.model_copy(update={"then": then})
 
-    def enter(self, stack: Stack, site: Site, seen: Seen) -> Entered:
-        """What ``then`` works on, and the way back out of it."""
-        return Entered(self.then, stack, site, lambda merged: merged)
+    def unwrap(self, stack: Stack, site: Site, statistics: Statistics) -> Unwrapped:
+        """Transform the stack into the one that ``then`` merges; the result says how to go back."""
+        return Unwrapped(self.then, stack, site, lambda merged: merged)
 
-    def rounds(self) -> tuple[Round, ...]:
-        def inside(of: Callable[[Stack, Site, Seen], Tensor]) -> Callable[[Stack, Site, Seen], Tensor]:
-            def entered_of(stack: Stack, site: Site, seen: Seen) -> Tensor:
-                entered = self.enter(stack, site, seen)
-                return of(entered.stack, entered.site, seen)
+    def required_statistics(self) -> tuple[Statistic, ...]:
+        def inside(of: Callable[[Stack, Site, Statistics], Tensor]) -> Callable[[Stack, Site, Statistics], Tensor]:
+            def unwrapped_of(stack: Stack, site: Site, statistics: Statistics) -> Tensor:
+                unwrapped = self.unwrap(stack, site, statistics)
+                return of(unwrapped.stack, unwrapped.site, statistics)
 
-            return entered_of
+            return unwrapped_of
 
-        return tuple(replace(each, of=inside(each.of)) for each in self.then.rounds())
+        return tuple(replace(each, measure=inside(each.measure)) for each in self.then.required_statistics())
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
-        entered = self.enter(stack, site, seen)
-        return entered.leave(entered.then.merge(entered.stack, entered.site, seen))
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
+        unwrapped = self.unwrap(stack, site, statistics)
+        return unwrapped.rewrap(unwrapped.then.merge(unwrapped.stack, unwrapped.site, statistics))
 
     def coefficients(self, models: int) -> list[Any]:
         return self.then.coefficients(models)
 
-    def factor(self, site: Site, seen: Seen, models: int) -> Coefficient:
-        return self.then.factor(site, seen, models)
+    def factor(self, site: Site, statistics: Statistics, models: int) -> Coefficient:
+        return self.then.factor(site, statistics, models)
 
-    def facts(self, seen: Seen, models: int) -> dict[str, float]:
-        return self.then.facts(seen, models)
+    def metrics(self, statistics: Statistics, models: int) -> dict[str, float]:
+        return self.then.metrics(statistics, models)
 
     def links(self) -> list[Method]:
         return [self, *self.then.links()]
 
 
-def descend(method: Method, stack: Stack, site: Site, seen: Seen) -> Entered:
-    """Go through the outer wrappers that see whole tensors, down to the method that is left to do inside.
+def unwrap_outer(method: Method, stack: Stack, site: Site, statistics: Statistics) -> Unwrapped:
+    """Apply the outer wrappers that need whole tensors, and return the method left to apply inside.
 
-    ``stack`` is all of a tensor. Done once for all rounds of the tensor and its merge, however dear.
+    ``stack`` holds a whole tensor. Called once for all statistics of the tensor and its merge, as it may be slow.
     """
-    leaves: list[Callable[[Delta], Delta]] = []
-    facts: dict[str, float] = {}
+    rewraps: list[Callable[[Delta], Delta]] = []
+    metrics: dict[str, float] = {}
     method = method.inside or method
     while isinstance(method, Wrapper) and (method.whole or method.transparent):
-        entered = method.enter(stack, site, seen)
-        method, stack, site = entered.then.inside or entered.then, entered.stack, entered.site
-        leaves.insert(0, entered.leave)
-        facts |= entered.facts
+        unwrapped = method.unwrap(stack, site, statistics)
+        method, stack, site = unwrapped.then.inside or unwrapped.then, unwrapped.stack, unwrapped.site
+        rewraps.insert(0, unwrapped.rewrap)
+        metrics |= unwrapped.metrics
 
-    def leave(merged: Delta) -> Delta:
-        for each in leaves:
+    def rewrap(merged: Delta) -> Delta:
+        for each in rewraps:
             merged = each(merged)
         return merged
 
-    return Entered(method, stack, site, leave, facts)
+    return Unwrapped(method, stack, site, rewrap, metrics)

@@ -14,8 +14,8 @@ from merging.maths.linalg import safe_ratio, spans
 from merging.maths.parameters import column
 from merging.maths.reductions import Sum
 from merging.maths.site import Site
-from merging.methods.contract.method import Round, Seen
-from merging.methods.contract.wrapper import Entered, Wrapper
+from merging.methods.contract.method import Statistic, Statistics
+from merging.methods.contract.wrapper import Unwrapped, Wrapper
 
 __all__ = ["Dropping"]
 
@@ -41,18 +41,18 @@ class Dropping(Wrapper):
     def thinned(self, stack: Stack, site: Site, divide: bool) -> Tensor:
         """The changes ``[n, *shape]`` with 0 for what is dropped, the rest divided by its probability if so asked."""
 
-    def rounds(self) -> tuple[Round, ...]:
-        own = (Round(_NORMS, Sum(), self._norms, per="tensor"),) if self.rescale == "l1" else ()
-        return own + super().rounds()
+    def required_statistics(self) -> tuple[Statistic, ...]:
+        own = (Statistic(_NORMS, Sum(), self._norms, per="tensor"),) if self.rescale == "l1" else ()
+        return own + super().required_statistics()
 
-    def _norms(self, stack: Stack, site: Site, seen: Seen) -> Tensor:
+    def _norms(self, stack: Stack, site: Site, statistics: Statistics) -> Tensor:
         """Parts of the L1 norms of each change before and after dropping, ``[2 n, parts]``."""
         both = [spans(each.abs()) for each in (stack.dense(), self.thinned(stack, site, divide=False))]
         return torch.cat([torch.cat([whole.sum(-1), rest.sum(-1, keepdim=True)], 1) for whole, rest in both])
 
-    def enter(self, stack: Stack, site: Site, seen: Seen) -> Entered:
+    def unwrap(self, stack: Stack, site: Site, statistics: Statistics) -> Unwrapped:
         values = self.thinned(stack, site, divide=self.rescale == "inverse")
         if self.rescale == "l1":
-            before, after = seen[_NORMS].view(2, -1).tolist()
+            before, after = statistics[_NORMS].view(2, -1).tolist()
             values *= column([safe_ratio(b, a) for b, a in zip(before, after, strict=True)], values)
-        return Entered(self.then, Stack.of(values, stack.models, stack.present), site, lambda merged: merged)
+        return Unwrapped(self.then, Stack.of(values, stack.models, stack.present), site, lambda merged: merged)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.maths.site import Site
-from merging.methods.contract.method import Grain, Seen
-from merging.methods.contract.wrapper import Entered, Wrapper
+from merging.methods.contract.method import Grain, Statistics
+from merging.methods.contract.wrapper import Unwrapped, Wrapper
 from merging.methods.families.spectral import as_stored, matrices
 
 __all__ = ["InBasis", "Turned", "turned"]
@@ -44,15 +44,15 @@ class InBasis(Wrapper):
     def turn(self, changes: list[Delta], dtype: torch.dtype) -> Turned:
         """The changes, matrices ``[out, in]``, in their bases, in a type; and the way back."""
 
-    def enter(self, stack: Stack, site: Site, seen: Seen) -> Entered:
+    def unwrap(self, stack: Stack, site: Site, statistics: Statistics) -> Unwrapped:
         changes = _coordinates(stack, site)
         if changes is None:
-            return Entered(self.then, stack, site, lambda merged: merged)
+            return Unwrapped(self.then, stack, site, lambda merged: merged)
         inside, factors = self.turn(changes, stack.dtype)
         side = site.side or min(changes[0].shape)
         place = replace(site, shape=inside[0].shape, axis=1, start=0, side=side)
         inner = Stack(inside, stack.models, stack.present)
-        return Entered(self.then, inner, place, lambda merged: _back(*factors(merged.dense()), stack, site))
+        return Unwrapped(self.then, inner, place, lambda merged: _back(*factors(merged.dense()), stack, site))
 
 
 def _coordinates(stack: Stack, site: Site) -> list[Delta] | None:

@@ -14,7 +14,7 @@ from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.maths.linalg import joint_core
 from merging.maths.parameters import Coefficient, Local
 from merging.maths.site import Site
-from merging.methods.contract.method import Grain, Method, Seen
+from merging.methods.contract.method import Grain, Method, Statistics
 
 __all__ = ["Spectral", "as_stored", "matrices"]
 
@@ -56,7 +56,7 @@ class Spectral(Method):
         own = dict.fromkeys(type(self).model_fields.keys() - everywhere, f"{self.name} takes only matrices apart")
         return own | found
 
-    def merge(self, stack: Stack, site: Site, seen: Seen) -> Delta:
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         if not self.decomposes(site):
             return stack.weighted_sum([weight * self.scale for weight in self.others(len(stack))])
         if self.factored and stack.low_rank and len(stack.deltas[0].shape) == 2:

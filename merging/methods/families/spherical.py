@@ -17,15 +17,15 @@ from merging.maths.linalg import inner, spans
 from merging.maths.parameters import Coefficient, PerModel, number
 from merging.maths.reductions import Sum
 from merging.maths.site import Site
-from merging.methods.contract.method import Method, Round, Seen
+from merging.methods.contract.method import Method, Statistic, Statistics
 
 __all__ = ["GRAM", "OnSphere", "arc_weights", "cosines", "gram", "plain_weights"]
 
 _PRODUCTS = "inner products"
 
 
-def _products(stack: Stack, site: Site, seen: Seen) -> Tensor:
-    """Parts of the inner products of all pairs i <= j, ``[n (n + 1) / 2, parts]``, which the fold adds up.
+def _products(stack: Stack, site: Site, statistics: Statistics) -> Tensor:
+    """Parts of the inner products of all pairs i <= j, ``[n (n + 1) / 2, parts]``, which the reduction adds up.
 
     Over spans so short that float32 loses nothing that matters; of factors through theirs.
     """
@@ -39,7 +39,7 @@ def _products(stack: Stack, site: Site, seen: Seen) -> Tensor:
     return grams[:, upper[0], upper[1]].mT
 
 
-GRAM = Round(_PRODUCTS, Sum(), _products, per="tensor")
+GRAM = Statistic(_PRODUCTS, Sum(), _products, per="tensor")
 """The inner products of the models' tensors, for :func:`gram`."""
 
 
@@ -60,13 +60,13 @@ class OnSphere(Method):
     def factored(self) -> bool:
         return self.space == "changes"
 
-    def rounds(self) -> tuple[Round, ...]:
+    def required_statistics(self) -> tuple[Statistic, ...]:
         return (GRAM,)
 
 
-def gram(seen: Seen) -> Tensor:
+def gram(statistics: Statistics) -> Tensor:
     """The inner products ``[n, n]`` float64 that :data:`GRAM` gathered."""
-    products = seen[_PRODUCTS]
+    products = statistics[_PRODUCTS]
     n = int((2 * len(products) + 0.25) ** 0.5)
     upper = torch.triu_indices(n, n)
     out = products.new_empty(n, n)
