@@ -90,6 +90,7 @@ def build_command(
         from merging.hub.query import Query, parse_query
         from merging.pool import Pool
         from merging.pool.candidates import candidates_in, candidates_of
+        from merging.pool.index import is_pool
 
         if not paths and not hub and not query:
             raise OptionError("which adapters? Name paths, or use --hub or --query")
@@ -97,7 +98,7 @@ def build_command(
         if query and asked is None:
             raise OptionError(f"--query {query}: begins with hub:")
         candidates = [each for path in paths for each in candidates_in(path)]
-        if (pool / "pool.sqlite").is_file():
+        if is_pool(pool):
             opened = Pool(pool)
             if base is not None and base != opened.base and str(Path(base).resolve()) != opened.base:
                 raise OptionError(f"{pool}: is a pool of {opened.base} already: leave out --base")
@@ -293,8 +294,9 @@ def plot_command(pool: Path, output: str, debug: bool) -> None:
 
 
 def _standing(pool: Path) -> str:
-    known = (pool / "pool.sqlite").is_file()
-    return "what was found so far is kept, and the same command goes on" if known else "nothing was written"
+    from merging.pool.index import is_pool
+
+    return "what was found so far is kept, and the same command goes on" if is_pool(pool) else "nothing was written"
 
 
 def _tell(entry: Entry) -> None:

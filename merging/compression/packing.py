@@ -19,7 +19,7 @@ from merging.engine.download import brought
 from merging.engine.resources import pick_device
 from merging.engine.threads import Progress
 from merging.errors import InputError, OutputError
-from merging.hub.open_model import open_model
+from merging.hub.open_model import open_base, open_model
 from merging.output.model_card import HUB_ID
 from merging.plan.targets import adapter_targets
 from merging.sources import Adapter, Checkpoint
@@ -114,9 +114,8 @@ def compress(
     Raises :class:`~merging.errors.MergingError`, and leaves nothing behind then.
     """
     destination, start = Path(output), time.monotonic()
-    opened, full = open_model(model), None if base is None else open_model(base)
-    if isinstance(full, Adapter):
-        raise InputError(f"{base}: is an adapter, and the base is the full model that others were trained from")
+    opened = open_model(model)
+    full = None if base is None else open_base(base, "--base")
     kind: Literal["adapter", "model"] = "adapter" if isinstance(opened, Adapter) else "model"
     settings = make_settings(kind, method, density, coding, alpha, scale, bands)
     _check_pack(destination)

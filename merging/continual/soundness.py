@@ -11,12 +11,12 @@ from merging.engine.download import brought
 from merging.engine.threads import Progress
 from merging.errors import InputError, MergingError
 from merging.hub.client import Unreachable
-from merging.hub.open_model import open_model
-from merging.sources import Adapter, Checkpoint
+from merging.hub.open_model import open_base
+from merging.sources import Checkpoint
 from merging.sources.checkpoint import content_key
 from merging.sources.links import refuse_link
 
-__all__ = ["Damaged", "Verdict", "base_of", "hashes", "open_base", "require_whole", "state_files", "verify"]
+__all__ = ["Damaged", "Verdict", "base_of", "download_base", "hashes", "require_whole", "state_files", "verify"]
 
 
 class Damaged(InputError):
@@ -34,13 +34,12 @@ class Verdict:
     whole: int
 
 
-def open_base(path: str | Path, progress: Progress | None = None) -> Checkpoint:
-    """A full model as the base of a store; all of it, if it is on the Hub. Raises
-    :class:`~merging.errors.MergingError`.
+def download_base(path: str | Path, progress: Progress | None = None) -> Checkpoint:
+    """Open the full model that a store is based on; one on the Hub is downloaded whole.
+
+    Raises :class:`~merging.errors.MergingError`.
     """
-    base = open_model(path)
-    if isinstance(base, Adapter):
-        raise InputError(f"{path}: is an adapter, and the base of a store is the full model that all were trained from")
+    base = open_base(path, "a store")
     brought(base, progress)
     return base
 
@@ -61,7 +60,7 @@ def base_of(store: Path, manifest: Manifest) -> Checkpoint:
     """
     path = manifest.base.path
     try:
-        base = open_base(path)
+        base = download_base(path)
         if content_key(base.tensors) == manifest.base.key:
             return base
     except Unreachable:
@@ -134,7 +133,7 @@ def verify(store: Path, manifest: Manifest) -> Verdict:
 
 def _odd_base(stated: Base) -> list[str]:
     try:
-        found = hashes(open_base(stated.path))
+        found = hashes(download_base(stated.path))
     except MergingError as error:
         return [str(error)]
     return [] if found == stated.sha256 else [f"{stated.path}: is no longer the base of the store"]

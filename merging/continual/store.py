@@ -13,7 +13,7 @@ from merging import os_calls
 from merging.continual import growth
 from merging.continual.folder import found, locked, refuse_within, remove, states, unfinished
 from merging.continual.manifest import NAME, STATES, Base, Manifest, Part, Refused, StepRecord, write_manifest
-from merging.continual.soundness import base_of, hashes, open_base, require_whole, state_files
+from merging.continual.soundness import base_of, download_base, hashes, require_whole, state_files
 from merging.continual.step import Execution, Grown, content_of, grow, plan_alone, record
 from merging.continual.view import StoreView
 from merging.engine.download import absent, brought
@@ -258,6 +258,6 @@ class ContinualStore(StoreView):
 
 def _identity(base: str | Path, progress: Progress | None = None) -> Base:
     """What a store notes of its base; one on the Hub is fetched, and named by its commit."""
-    opened = open_base(base, progress)
+    opened = download_base(base, progress)
     path = str(opened.path if opened.origin else Path(base).expanduser().resolve())
     return Base(path=path, key=content_key(opened.tensors), sha256=hashes(opened))

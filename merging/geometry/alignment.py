@@ -16,7 +16,7 @@ from merging.engine.download import arrived
 from merging.engine.threads import Progress
 from merging.engine.tiles import Tiler
 from merging.errors import InputError, OptionError
-from merging.hub.open_model import open_model
+from merging.hub.open_model import open_model, require_full
 from merging.maths.delta import Delta, Dense
 from merging.maths.layers import Stacks
 from merging.maths.parameters import all_matching
@@ -24,6 +24,7 @@ from merging.maths.site import site_of
 from merging.plan import Item, Plan, plan_of
 from merging.plan.checks import check_bases, check_packed
 from merging.plan.recipe import Recipe, make_recipe
+from merging.plan.sites import mark_experts
 from merging.plan.targets import adapter_targets
 from merging.plan.to_adapter import common_shape
 from merging.sources import Adapter, Checkpoint
@@ -69,11 +70,8 @@ def aligned(
     if base is None:
         plan = _without_base(recipe, opened)
     else:
-        full = base if isinstance(base, Checkpoint) else _opened(base, recipe)
-        if isinstance(full, Adapter):
-            raise InputError(
-                f"{full.path}: is an adapter, and --base wants the full model the others were trained from"
-            )
+        opened_base = _opened(base, recipe)
+        full = require_full(opened_base, opened_base.path, "--base")
         plan = plan_of(recipe.model_copy(update={"kind": "model"}), opened, full)
     items = [item for item in plan.items if item.form != "copy" and item.numel]
     if not items:
@@ -120,9 +118,7 @@ def _without_base(recipe: Recipe, models: Sequence[Adapter | Checkpoint]) -> Pla
             continue
         shape = common_shape(name, changes, adapters)
         turned = any(each.is_transposed(shape) for each in changes if each)
-        site = site_of(name, shape, stacks, turned)
-        if any(each.kind == "experts" for each in changes if each):
-            site = replace(site, kind="experts")
+        site = mark_experts(site_of(name, shape, stacks, turned), changes)
         items.append(Item(site, changes, None, (), "dense"))
     keys = tuple(map(str, range(len(adapters))))
     notices = tuple(notice for adapter in adapters for notice in adapter.notices)

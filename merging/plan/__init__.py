@@ -6,7 +6,7 @@ import gc
 from collections.abc import Sequence
 
 from merging.errors import InputError, OptionError
-from merging.hub.open_model import open_model
+from merging.hub.open_model import open_base, open_model
 from merging.methods.contract.method import check_places, idle_parameters
 from merging.plan.checks import (
     attention_counted,
@@ -48,7 +48,7 @@ def make_plan(recipe: Recipe, rank_steps: Sequence[int] = ()) -> Plan:
     """
     models = tuple(open_model(path, recipe.lora_alpha, recipe.dequantise) for path in recipe.models)
     recipe.method.check(len(models))
-    base = _open_base(recipe)
+    base = None if recipe.base is None else open_base(recipe.base, "--base", recipe.dequantise)
     return plan_of(recipe, models, base, rank_steps, find_task_heads(models, base, recipe.exclude))
 
 
@@ -148,14 +148,3 @@ def _pinned(recipe: Recipe, models: Sequence[Checkpoint | Adapter], base: Checkp
     named = zip(recipe.models, models, strict=False)
     pinned = {"models": tuple(str(model.origin or name) for name, model in named)}
     return recipe.model_copy(update=pinned | ({"base": str(base.origin)} if base and base.origin else {}))
-
-
-def _open_base(recipe: Recipe) -> Checkpoint | None:
-    if recipe.base is None:
-        return None
-    base = open_model(recipe.base, dequantise=recipe.dequantise)
-    if isinstance(base, Adapter):
-        raise InputError(
-            f"{recipe.base}: is an adapter, and --base wants the full model that the others were trained from"
-        )
-    return base

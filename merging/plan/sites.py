@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from merging.errors import MergingError
 from merging.maths.layers import Stacks
+from merging.maths.site import Site
 from merging.plan.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
+from merging.sources.adapter import Change
 from merging.sources.checkpoint import config_layers
 from merging.sources.small_files import read_json
 
-__all__ = ["find_stacks"]
+__all__ = ["find_stacks", "mark_experts"]
 
 
 def find_stacks(
@@ -43,6 +46,13 @@ def find_stacks(
         stacks,
         f"the number of blocks is taken from the adapters ({counted}): give --base or --layers if it is larger",
     )
+
+
+def mark_experts(site: Site, inputs: Iterable[object]) -> Site:
+    """Return the site as one of stacked experts if any of the inputs is a change of experts."""
+    if any(isinstance(each, Change) and each.kind == "experts" for each in inputs):
+        return replace(site, kind="experts")
+    return site
 
 
 def _declared_layers(name: str) -> int | None:

@@ -19,6 +19,7 @@ from merging.plan.names import choose_names
 from merging.plan.outs import PREFIX, Paths, factors, module_of
 from merging.plan.recipe import DTYPES, AdapterFormat, Recipe
 from merging.plan.resolve import Resolver
+from merging.plan.sites import mark_experts
 from merging.plan.targets import Targets
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
@@ -89,7 +90,7 @@ def adapter_items(
     for name, changes in merged.items():
         transposed = any(each.is_transposed(shapes[name]) for each in changes if each)
         site = site_of(name, shapes[name], stacks, transposed or name in turned, _on_disk(name, targets.resolver))
-        site = replace(site, kind="experts") if _is_experts(changes) else site
+        site = mark_experts(site, changes)
         stored = targets.resolver.stored(name) if targets.resolver else targets.heads.tensors.get(name)
         if base is not None and stored is None:
             _refuse_in_pieces(name, changes, weights, base)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 
 from merging.errors import InputError, nearest
 from merging.maths.layers import Stacks
@@ -13,6 +12,7 @@ from merging.plan.heads import is_untied, own_heads, with_tied_copy
 from merging.plan.items import Item
 from merging.plan.recipe import DTYPES, Recipe
 from merging.plan.resolve import Resolver
+from merging.plan.sites import mark_experts
 from merging.plan.task_heads import NO_HEADS, TaskHeads
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
@@ -154,8 +154,7 @@ def _item(
     kind = DTYPES[recipe.dtype] if recipe.dtype and stored.floating else stored.kind
     outs = (Out(site.name, kind, stored.shape),)
     brought = tuple(each.get(site.name) for each in inputs)
-    if any(isinstance(each, Change) and each.kind == "experts" for each in brought):
-        site = replace(site, kind="experts")
+    site = mark_experts(site, brought)
     if plain or not stored.floating or not any(brought):
         return Item(site, () if plain else brought, stored, outs, "copy")
     # A base that only lends its names is not read.

@@ -18,7 +18,7 @@ from merging.pool.sketches import LENGTH
 from merging.sources.links import refuse_link
 from merging.sources.small_files import parse_json
 
-__all__ = ["OVERRULED", "SCHEMA", "VERDICTS", "Entry", "Finding", "Index", "Verdict", "verdict_of"]
+__all__ = ["OVERRULED", "SCHEMA", "VERDICTS", "Entry", "Finding", "Index", "Verdict", "is_pool", "verdict_of"]
 
 Verdict = Literal["ok", "repaired", "quarantined", "rejected"]
 VERDICTS: tuple[Verdict, ...] = ("ok", "repaired", "quarantined", "rejected")
@@ -103,6 +103,11 @@ class Entry:
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "sketch"}
         findings = [{"stage": f.stage, "verdict": f.verdict, "reason": f.reason} for f in self.findings]
         return values | {"findings": findings}
+
+
+def is_pool(folder: Path) -> bool:
+    """Whether a folder is a pool: it has an index."""
+    return (folder / _NAME).is_file()
 
 
 def verdict_of(findings: Iterable[Finding]) -> Verdict:

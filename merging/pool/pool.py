@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from merging import os_calls
 from merging.errors import FormatError, InputError, OptionError, OutputError
-from merging.hub.open_model import open_model
+from merging.hub.open_model import open_base
 from merging.pool.audit import BESIDE, Auditor, Candidate
 from merging.pool.duplicates import duplicates
 from merging.pool.folder import FOLDER, copy, holds_something, remove
@@ -68,7 +68,7 @@ class Pool:
         Killed, it can be done again. Raises :class:`~merging.errors.OutputError` for a folder that holds something, and
         :class:`~merging.errors.InputError` for a base that is none.
         """
-        path, opened = Path(path), _open_base(base)
+        path, opened = Path(path), open_base(base, "a pool")
         if path.exists() and (not path.is_dir() or holds_something(path)):
             raise OutputError(f"{path}: exists already: choose another folder for the pool")
         stated = opened.config.get("_name_or_path")
@@ -124,7 +124,7 @@ class Pool:
         audited = 0
         with self._writing():
             self._remember(owner_cap, allow_unknown_licence)
-            base = _open_base(self.base)
+            base = open_base(self.base, "a pool")
             known = set() if again else self.index.names()
             auditor = Auditor(base, self.base_names, self.index.base_norms())
             for candidate in candidates:
@@ -153,7 +153,7 @@ class Pool:
         """Compare all with all anew, and ``tell`` what verdicts this changes. Returns the verdicts."""
         with self._writing():
             self._remember(owner_cap, allow_unknown_licence)
-            self._compare(_open_base(self.base), tell)
+            self._compare(open_base(self.base, "a pool"), tell)
         return self.verdicts()
 
     def smoke(
@@ -175,7 +175,7 @@ class Pool:
         from merging.pool.smoke_run import smoke
 
         with self._writing():
-            base = _open_base(self.base)
+            base = open_base(self.base, "a pool")
             smoke(self, base, texts, limits, device, again, tell)
             self._compare(base, tell)
         return self.verdicts()
@@ -209,7 +209,10 @@ class Pool:
     def remove(self, names: Sequence[str], *, tell: Callable[[Entry], None] | None = None) -> list[str]:
         """Forget adapters, delete the files that no other one has, and compare what is left. Returns the full names."""
         with self._writing():
-            base, removed = _open_base(self.base), list(dict.fromkeys(self.index.entry(name).name for name in names))
+            base, removed = (
+                open_base(self.base, "a pool"),
+                list(dict.fromkeys(self.index.entry(name).name for name in names)),
+            )
             self.index.remove(removed)
             self._sweep()
             self._compare(base, tell)
@@ -301,10 +304,3 @@ class Pool:
             yield
         finally:
             lock.release()
-
-
-def _open_base(base: str | Path) -> Checkpoint:
-    opened = open_model(base)
-    if isinstance(opened, Adapter):
-        raise InputError(f"{base}: is an adapter, and a pool wants the full model that its adapters were trained from")
-    return opened

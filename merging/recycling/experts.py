@@ -18,6 +18,7 @@ from merging.maths.delta import LowRank
 from merging.maths.linalg import squared_norm
 from merging.plan.checks import same_base
 from merging.pool import Pool
+from merging.pool.index import is_pool
 from merging.recycling.places import Place
 from merging.sources import Adapter
 from merging.sources.names import find_renaming
@@ -26,9 +27,6 @@ __all__ = ["BASE", "FEW_SHOT", "Candidate", "Expert", "Opened", "candidates", "o
 
 BASE, FEW_SHOT = "base", "few-shot LoRA"
 """What adapters are measured beside; one of a pool that is called so goes by its path."""
-
-_INDEX = "pool.sqlite"
-"""What tells the folder of a pool that ``merge pool`` built."""
 
 _HEADS = ("classifier", "score", "lm_head", "qa_outputs", "out_proj", "pooler")
 """Modules that adapters of other tasks save in full, for their own answers alone."""
@@ -105,7 +103,7 @@ def _under(entry: str, base: str) -> list[Candidate]:
         return [Candidate(str(path), path.name)]
     if not path.is_dir():
         raise InputError(f"{entry}: there is no such adapter or folder of adapters")
-    if (path / _INDEX).is_file():
+    if is_pool(path):
         return _of_pool(path, base)
     direct = [Candidate(str(each), each.name) for each in sorted(path.iterdir()) if _is_adapter(each)]
     owned = [
