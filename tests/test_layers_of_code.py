@@ -104,7 +104,7 @@ NEVER: dict[str, tuple[str, ...]] = {
     "sources": ("click", "transformers"),
     "storage": ("click", "transformers"),
     "plan": ("click",),
-    "engine": ("click", "transformers", "yaml", "merging.storage"),
+    "engine": ("click", "transformers", "yaml", "merging.storage.staging", "merging.storage.writer"),
     "api": ("click",),
     "compression": ("click",),
     "continual": ("click",),

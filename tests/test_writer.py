@@ -14,12 +14,13 @@ from torch import Tensor
 import merging
 from merging.errors import OutputError
 from merging.sources.checkpoint import open_checkpoint
-from merging.sources.stored import DTYPE_NAMES, Out
+from merging.sources.stored import DTYPE_NAMES
+from merging.storage.output_tensor import OutputTensor
 from merging.storage.writer import TensorWriter
 
 
-def outs(tensors: dict[str, Tensor]) -> list[Out]:
-    return [Out(name, DTYPE_NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()]
+def outs(tensors: dict[str, Tensor]) -> list[OutputTensor]:
+    return [OutputTensor(name, DTYPE_NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()]
 
 
 def write(folder: Path, tensors: dict[str, Tensor], shard_size: int | None = None, **metadata: str) -> TensorWriter:

@@ -95,7 +95,7 @@ def _checkpoint(checkpoint: Checkpoint, subject: Subject, values: bool) -> dict[
         **_origin(subject),
         "files": len(checkpoint.files),
         "format": "safetensors" if checkpoint.files[0].suffix == ".safetensors" else "PyTorch",
-        "quantised": dict(Counter(stored.made_of[0].kind for stored in derived)),
+        "quantised": dict(Counter(stored.made_of[0].dtype_name for stored in derived)),
         "dequantised": len(derived),
         "experts": next((n for key in _EXPERTS if isinstance(n := text_config(config).get(key), int)), None),
         "parameters": sum(stored.numel for stored in tensors.values()),
@@ -130,7 +130,7 @@ def _origin(subject: Subject) -> dict[str, Any]:
 def _common(tensors: dict[str, Stored], stacks: Stacks, values: bool) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "tensors": len(tensors),
-        "dtypes": dict(Counter(stored.kind for stored in tensors.values()).most_common()),
+        "dtypes": dict(Counter(stored.dtype_name for stored in tensors.values()).most_common()),
         "layers": dict(stacks.lengths),
         "bytes": sum(stored.nbytes for stored in tensors.values()),
     }

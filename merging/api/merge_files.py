@@ -161,7 +161,7 @@ def merge_plan(
             done = run(plan, writer, device=device, threads=workers, progress=progress, scratch=staged.scratch)
             cut = [done.energy_notice] if done.energy_notice else []
             for constant in plan.constants:
-                values = torch.full((constant.count,), constant.value, dtype=DTYPES[constant.out.kind])
+                values = torch.full((constant.count,), constant.value, dtype=DTYPES[constant.out.dtype_name])
                 writer.write(constant.out.name, values, constant.start)
             writer.finish()
         finally:

@@ -23,7 +23,7 @@ from merging.plan.checks import check_bases
 from merging.plan.to_adapter import common_shape
 from merging.sources import Adapter
 from merging.sources.adapter import Change
-from merging.sources.stored import Out
+from merging.storage.output_tensor import OutputTensor
 from merging.storage.staging import StagedOutput, check_destination
 from merging.storage.writer import TensorWriter
 from merging.version import __version__
@@ -91,7 +91,7 @@ def export_prototypes(
     check_bases(adapters, allow_different_bases)
     modules, notices = _modules(adapters)
     width = {name: _prototype_shape(name, adapters, kind) for name in modules}
-    outs = [Out(f"{_module(name)}.prototypes", "F32", (len(adapters), *width[name])) for name in modules]
+    outs = [OutputTensor(f"{_module(name)}.prototypes", "F32", (len(adapters), *width[name])) for name in modules]
     check_destination(
         destination, [file for each in adapters for file in each.files], sum(out.nbytes for out in outs), overwrite
     )

@@ -157,7 +157,7 @@ def _values(file: AdapterFile, name: str) -> Tensor:
 
 
 def _kind(stored: Stored) -> Kind:
-    return cast(Kind, stored.kind)
+    return cast(Kind, stored.dtype_name)
 
 
 def _losses(file: AdapterFile, packed: Adapter) -> Losses:

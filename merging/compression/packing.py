@@ -29,7 +29,7 @@ from merging.sources.opening import open_tensors
 from merging.sources.packs import Base, Manifest, recognises, unpacked
 from merging.sources.packs.codings import Raw
 from merging.sources.peft import CONFIG_KEY
-from merging.sources.stored import Out
+from merging.storage.output_tensor import OutputTensor
 from merging.storage.staging import StagedOutput, check_destination
 from merging.storage.writer import TensorWriter
 
@@ -265,7 +265,7 @@ def _unpacked_adapter(adapter: Adapter, destination: Path, overwrite: bool) -> D
     stems = {"PEFT": "adapter_model", "diffusers": Path(WEIGHTS[0]).stem}
     stem = destination.stem if single else stems.get(str(manifest.dialect), destination.name)
     metadata = manifest.metadata | ({CONFIG_KEY: config} if config and single else {})
-    outs = [Out(name, stored.kind, stored.shape) for name, stored in pack.tensors.items()]
+    outs = [OutputTensor(name, stored.dtype_name, stored.shape) for name, stored in pack.tensors.items()]
     nbytes = sum(out.nbytes for out in outs)
     check_destination(destination, _files(adapter), nbytes, overwrite)
     with StagedOutput(destination, overwrite, single) as staged:

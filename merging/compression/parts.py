@@ -15,7 +15,8 @@ from merging.maths.delta import Dense
 from merging.maths.linalg import safe_ratio
 from merging.sources.packs import PACK_KEY, Described, Manifest, payload_name
 from merging.sources.packs.codings import Bands, Packed, Raw, Sparse, Ternary
-from merging.sources.stored import DTYPE_NAMES, DTYPES, MappedTensor, Out
+from merging.sources.stored import DTYPE_NAMES, DTYPES, MappedTensor
+from merging.storage.output_tensor import OutputTensor
 from merging.storage.writer import TensorWriter
 from merging.version import __version__
 
@@ -61,7 +62,7 @@ class Assembly:
     def __init__(self, folder: Path) -> None:
         self._spool = Spool(folder)
         self._folder = folder
-        self._outs: list[Out] = []
+        self._outs: list[OutputTensor] = []
         self.described: list[Described] = []
         self.coded_bytes = 0
 
@@ -69,13 +70,13 @@ class Assembly:
         """Take a coded tensor, or one as it is (:class:`~merging.sources.packs.codings.Raw`)."""
         name = payload_name(len(self.described))
         self.described.append(described)
-        self._outs.append(Out(name, DTYPE_NAMES[payload.dtype], tuple(payload.shape)))
+        self._outs.append(OutputTensor(name, DTYPE_NAMES[payload.dtype], tuple(payload.shape)))
         self.coded_bytes += 0 if isinstance(described.coding, Raw) else payload.nbytes
         self._spool.put(name, Dense(payload))
 
     def write(self, stem: str, manifest: Manifest) -> int:
         """Write the file, and return its bytes. Tensors of the largest elements come first, so that all are aligned."""
-        outs = sorted(self._outs, key=lambda out: -DTYPES[out.kind].itemsize)
+        outs = sorted(self._outs, key=lambda out: -DTYPES[out.dtype_name].itemsize)
         metadata: Mapping[str, str] = {
             PACK_KEY: manifest.model_dump_json(),
             "merging_version": __version__,

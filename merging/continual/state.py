@@ -20,7 +20,8 @@ from merging.plan.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change, FullChange, LoraChange, Written
 from merging.sources.small_files import parse_json
-from merging.sources.stored import DTYPE_NAMES, Out, open_safetensors
+from merging.sources.stored import DTYPE_NAMES, open_safetensors
+from merging.storage.output_tensor import OutputTensor
 
 __all__ = ["Accumulated", "held_forms", "odd_values", "open_state", "state_metadata", "step_plan"]
 
@@ -151,8 +152,8 @@ def step_plan(held: Adapter | None, plan: Plan, update: Method, key: str, most: 
             continue
         kind = DTYPE_NAMES[plan.dtype(item)]
         if own:
-            kind = "F64" if "F64" in (kind, *(part.kind for part in own.tensors)) else kind
-        outs = _factor_outs(item, rank, kind) if name in low else (Out(_FULL + name, kind, item.site.shape),)
+            kind = "F64" if "F64" in (kind, *(part.dtype_name for part in own.tensors)) else kind
+        outs = _factor_outs(item, rank, kind) if name in low else (OutputTensor(_FULL + name, kind, item.site.shape),)
         items.append(Item(item.site, (own, *item.inputs), item.base, outs, "factors" if name in low else "delta"))
     names = {item.site.name for item in plan.items}
     items += [copy for name, own in changes.items() if name not in names for copy in _copies(name, own)]
@@ -195,13 +196,13 @@ def _worth(rank: int, shape: Sequence[int]) -> bool:
     return rank * (shape[0] + prod(shape[1:])) < prod(shape)
 
 
-def _factor_outs(item: Item, rank: int, kind: str) -> tuple[Out, Out]:
+def _factor_outs(item: Item, rank: int, kind: str) -> tuple[OutputTensor, OutputTensor]:
     lora = next(each for each in item.inputs if isinstance(each, LoraChange))
     outputs, inputs, kernel = lora.up.shape[0], lora.down.shape[1], lora.down.shape[2:]
     name = item.site.name
     return (
-        Out(_DOWN + name, kind, (rank, inputs, *kernel)),
-        Out(_UP + name, kind, (outputs, rank, *(1 for _ in kernel))),
+        OutputTensor(_DOWN + name, kind, (rank, inputs, *kernel)),
+        OutputTensor(_UP + name, kind, (outputs, rank, *(1 for _ in kernel))),
     )
 
 
@@ -209,6 +210,12 @@ def _copies(name: str, own: Change) -> list[Item]:
     """Items that write a held tensor again as it is."""
     prefixes = (_DOWN, _UP) if isinstance(own, LoraChange) else (_FULL,)
     return [
-        Item(Site(prefix + name, part.shape), (), part, (Out(prefix + name, part.kind, part.shape),), "copy")
+        Item(
+            Site(prefix + name, part.shape),
+            (),
+            part,
+            (OutputTensor(prefix + name, part.dtype_name, part.shape),),
+            "copy",
+        )
         for prefix, part in zip(prefixes, own.tensors, strict=True)
     ]

@@ -22,7 +22,8 @@ from merging.methods.contract.method import ResultStatistic, Statistic
 from merging.methods.contract.wrapper import Unwrapped
 from merging.plan.items import Item, Plan
 from merging.sources.adapter import Change
-from merging.sources.stored import DTYPES, Out, Stored
+from merging.sources.stored import DTYPES, Stored
+from merging.storage.output_tensor import OutputTensor
 
 __all__ = ["Shared", "Sink", "Worker"]
 
@@ -197,7 +198,7 @@ class Worker:
         if merged.rank > self.plan.rank:
             merged, discarded = truncate(merged, self.plan.rank)
             self.shared.discarded[item.site.name] = discarded
-        if item.outs[0].kind == "F16":
+        if item.outs[0].dtype_name == "F16":
             merged = even(merged, merged.up.dtype)
         missing = self.plan.rank - merged.rank
         down = torch.nn.functional.pad(merged.down, (0, 0, 0, missing))
@@ -217,17 +218,17 @@ class Worker:
                 self._write(each.down, lower, each.term * lower.shape[1])
             self._write(each.up, torch.nn.functional.pad(upper[each.rows], beside), each.first * width)
 
-    def _write(self, out: Out, values: Tensor, start: int = 0) -> None:
-        flat = self.tiler.outgoing(values, DTYPES[out.kind])
+    def _write(self, out: OutputTensor, values: Tensor, start: int = 0) -> None:
+        flat = self.tiler.outgoing(values, DTYPES[out.dtype_name])
         if not self.plan.recipe.allow_nonfinite and self._doubtful(values, out) and not bool(flat.isfinite().all()):
-            wider = "" if out.kind in ("F32", "F64") else ": set a wider --dtype, as float32"
-            raise InputError(f"{out.name}: the merged values are beyond the range of {out.kind}{wider}")
+            wider = "" if out.dtype_name in ("F32", "F64") else ": set a wider --dtype, as float32"
+            raise InputError(f"{out.name}: the merged values are beyond the range of {out.dtype_name}{wider}")
         self.shared.sink.write(out.name, flat, start)
 
     @staticmethod
-    def _doubtful(values: Tensor, out: Out) -> bool:
+    def _doubtful(values: Tensor, out: OutputTensor) -> bool:
         """Whether values may have left the range of their type: one sum tells of most that they have not."""
-        narrowed = out.kind == "F16" or (values.dtype == torch.float64 and out.kind != "F64")
+        narrowed = out.dtype_name == "F16" or (values.dtype == torch.float64 and out.dtype_name != "F64")
         return narrowed or (values.is_floating_point() and not isfinite(float(values.sum())))
 
     def _copy(self, unit: Unit) -> None:

@@ -11,7 +11,7 @@ from merging.plan.outs import PREFIX, module_of
 from merging.plan.resolve import Resolver
 from merging.sources.adapter import Change
 from merging.sources.parts import Piece
-from merging.sources.stored import Out
+from merging.storage.output_tensor import OutputTensor
 
 __all__ = ["check_apart", "expert_placings"]
 
@@ -58,8 +58,8 @@ def _placings(
             )
         path = PREFIX + module_of(stored)
         yield Placing(
-            Out(f"{path}.lora_A.weight", kind, (rank, shape[inner])),
-            Out(f"{path}.lora_B.weight", kind, (rows.stop - rows.start, rank)),
+            OutputTensor(f"{path}.lora_A.weight", kind, (rank, shape[inner])),
+            OutputTensor(f"{path}.lora_B.weight", kind, (rows.stop - rows.start, rank)),
             rows,
             first=0,
             term=0,

@@ -14,7 +14,8 @@ from merging.plan.names import Names
 from merging.sources.adapter import Change
 from merging.sources.computed import Computed
 from merging.sources.fused_names import Rows
-from merging.sources.stored import Out, Stored
+from merging.sources.stored import Stored
+from merging.storage.output_tensor import OutputTensor
 
 __all__ = ["Exporter"]
 
@@ -77,7 +78,7 @@ class Exporter:
         outs = tuple(out for each in placings for out in (each.down, each.up) if out)
         return Item(site, changes, stored, tuple(dict.fromkeys(outs)), form, placings=placings)
 
-    def _full(self, site: Site, shares: Sequence[_Share], form: Form) -> Out:
+    def _full(self, site: Site, shares: Sequence[_Share], form: Form) -> OutputTensor:
         """A change in full, of what files under these names hold so: biases and norms mostly."""
         label, alone = shares[0].label, (Rows(site.name, 0, (site.shape or (1,))[0]),)
         weight = self._shapes.get(f"{site.name.rpartition('.')[0]}.weight", ())
@@ -87,7 +88,7 @@ class Exporter:
                 f"{site.name} is changed in full, which LoRA files in the format of {self._names.format} do not hold: "
                 f"make a model with --as model"
             )
-        return Out(name, self._kind, site.shape)
+        return OutputTensor(name, self._kind, site.shape)
 
     def _check(self, site: Site, changes: Sequence[Change]) -> None:
         if any(change.kind in ("embedding", "experts") or change.is_transposed(site.shape) for change in changes):
@@ -110,15 +111,15 @@ class Exporter:
             begun.add(share.label)
             yield Placing(None if again else lower, upper, rows, share.first, self._terms[share.label][site.name])
 
-    def _factors(self, label: str, shape: tuple[int, ...]) -> tuple[Out, Out]:
+    def _factors(self, label: str, shape: tuple[int, ...]) -> tuple[OutputTensor, OutputTensor]:
         """The two factors of a tensor of the output that is made of targets of this ``shape``, but for their rows."""
         width = self._rank * len(self._terms[label])
         _, inputs, *kernel = shape
         outputs = sum(part.length for part in self._rows[label])
         down, up = self._names.factors(label)
         return (
-            Out(down, self._kind, (width, inputs, *kernel)),
-            Out(up, self._kind, (outputs, width, *(1 for _ in kernel))),
+            OutputTensor(down, self._kind, (width, inputs, *kernel)),
+            OutputTensor(up, self._kind, (outputs, width, *(1 for _ in kernel))),
         )
 
     def constants(self) -> tuple[Constant, ...]:
@@ -127,7 +128,7 @@ class Exporter:
         for label, terms in self._terms.items():
             width = self._rank * len(terms)
             if alpha := self._names.alpha(label):
-                found.append(Constant(Out(alpha, "F32", ()), float(width)))
+                found.append(Constant(OutputTensor(alpha, "F32", ()), float(width)))
             _, upper = self._factors(label, self._factored[next(iter(terms))])
             first = 0
             for part in self._rows[label]:

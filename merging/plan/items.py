@@ -13,7 +13,8 @@ from merging.plan.recipe import AdapterFormat, Recipe
 from merging.plan.vocabulary import Vocabulary
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
-from merging.sources.stored import DTYPES, Out, Stored
+from merging.sources.stored import DTYPES, Stored
+from merging.storage.output_tensor import OutputTensor
 
 __all__ = ["CHUNK", "KEPT", "TILE", "Constant", "Form", "Item", "Placing", "Plan"]
 
@@ -50,8 +51,8 @@ class Placing:
     column ``term`` on, with zeros beside them.
     """
 
-    down: Out | None
-    up: Out
+    down: OutputTensor | None
+    up: OutputTensor
     rows: slice
     first: int
     term: int
@@ -62,7 +63,7 @@ class Placing:
 class Constant:
     """A number that is written into a tensor of the output ``count`` times, from its element ``start`` on."""
 
-    out: Out
+    out: OutputTensor
     value: float
     start: int = 0
     count: int = 1
@@ -81,7 +82,7 @@ class Item:
     site: Site
     inputs: tuple[Stored | Change | None, ...]
     base: Stored | None
-    outs: tuple[Out, ...]
+    outs: tuple[OutputTensor, ...]
     form: Form
     written: float = 1.0
     placings: tuple[Placing, ...] = ()
@@ -155,11 +156,11 @@ class Plan:
         return sum(stored.nbytes for component in self.kept.values() for stored in component.tensors.values())
 
     @property
-    def outs(self) -> list[Out]:
+    def outs(self) -> list[OutputTensor]:
         """The tensors of the output, those of the largest elements first, so that all lie aligned in their file."""
         outs = {out.name: out for item in self.items for out in item.outs}
         outs |= {constant.out.name: constant.out for constant in self.constants}
-        return sorted(outs.values(), key=lambda out: -DTYPES[out.kind].itemsize)
+        return sorted(outs.values(), key=lambda out: -DTYPES[out.dtype_name].itemsize)
 
     @property
     def out_bytes(self) -> int:
@@ -208,7 +209,7 @@ class Plan:
         """The type an item is computed in: float32, or float64 if an input or the output is."""
         changes = [t for each in item.inputs if isinstance(each, Change) for t in each.tensors]
         stored = [each for each in (*item.inputs, item.base) if isinstance(each, Stored)]
-        kinds = {each.kind for each in [*changes, *stored]} | {out.kind for out in item.outs}
+        kinds = {each.dtype_name for each in [*changes, *stored]} | {out.dtype_name for out in item.outs}
         return torch.float64 if "F64" in kinds else torch.float32
 
     @property

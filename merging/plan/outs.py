@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from merging.sources.adapter import Change, LoraChange
 from merging.sources.peft.wrapped import in_order
-from merging.sources.stored import Out
+from merging.storage.output_tensor import OutputTensor
 
 __all__ = ["PREFIX", "Paths", "factors", "module_of"]
 
@@ -49,7 +49,7 @@ class Paths:
         return module.endswith(".out_proj") and f"{module_of(module)}.in_proj_weight" in self._labels
 
 
-def factors(path: str, change: Change, shape: tuple[int, ...], rank: int, kind: str) -> tuple[Out, ...]:
+def factors(path: str, change: Change, shape: tuple[int, ...], rank: int, kind: str) -> tuple[OutputTensor, ...]:
     """The two factors, down then up, of a change of a tensor of this shape, as PEFT stores them."""
     batch: tuple[int, ...] = ()
     kernel: Sequence[int] = ()
@@ -65,6 +65,6 @@ def factors(path: str, change: Change, shape: tuple[int, ...], rank: int, kind: 
     )
     terms = rank * (batch[0] if batch else 1)
     return (
-        Out(f"{PREFIX}{path}.{leaves[0]}", kind, (terms, inputs, *kernel)),
-        Out(f"{PREFIX}{path}.{leaves[1]}", kind, (outputs, terms, *(1 for _ in kernel))),
+        OutputTensor(f"{PREFIX}{path}.{leaves[0]}", kind, (terms, inputs, *kernel)),
+        OutputTensor(f"{PREFIX}{path}.{leaves[1]}", kind, (outputs, terms, *(1 for _ in kernel))),
     )

@@ -23,8 +23,9 @@ from merging.plan.sites import mark_experts
 from merging.plan.targets import Targets
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
-from merging.sources.stored import DTYPE_NAMES, Out, Stored
+from merging.sources.stored import DTYPE_NAMES, Stored
 from merging.sources.tokens import TokenRows, TokenTable
+from merging.storage.output_tensor import OutputTensor
 
 __all__ = ["AdapterItems", "adapter_items", "common_shape"]
 
@@ -130,7 +131,9 @@ def _token_item(
     indices = sorted({index for each in rows for index in each.indices})
     among = tuple(each.among(indices) if isinstance(each, TokenRows) else None for each in changes)
     shape = (len(indices), site.shape[1])
-    out = Out(f"{PREFIX}{module_of(label)}.{'' if alone else 'token_adapter.'}trainable_tokens_delta", kind, shape)
+    out = OutputTensor(
+        f"{PREFIX}{module_of(label)}.{'' if alone else 'token_adapter.'}trainable_tokens_delta", kind, shape
+    )
     return Item(replace(site, shape=shape), among, TokenTable(table, indices), (out,), "dense")
 
 
@@ -246,7 +249,7 @@ def _check_biases(
 
 def _outs(
     label: str, changes: tuple[Change | None, ...], shape: tuple[int, ...], rank: int, kind: str, paths: Paths
-) -> tuple[Out, ...]:
+) -> tuple[OutputTensor, ...]:
     if _is_lora(changes):
         return factors(paths.of(label), next(each for each in changes if each), shape, rank, kind)
-    return (Out(PREFIX + (f"{module_of(label)}.lora_B.bias" if _is_bias(changes) else label), kind, shape),)
+    return (OutputTensor(PREFIX + (f"{module_of(label)}.lora_B.bias" if _is_bias(changes) else label), kind, shape),)

@@ -17,7 +17,8 @@ from merging.plan.task_heads import NO_HEADS, TaskHeads
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.names import find_renaming
-from merging.sources.stored import Out, Stored
+from merging.sources.stored import Stored
+from merging.storage.output_tensor import OutputTensor
 
 __all__ = ["model_items"]
 
@@ -126,7 +127,11 @@ def _align(
             )
         else:
             shape, other = tuple(model.tensors[name].shape), tuple(known[match].shape)
-            what = f"the shape {shape} instead of {other}" if shape != other else f"the type {model.tensors[name].kind}"
+            what = (
+                f"the shape {shape} instead of {other}"
+                if shape != other
+                else f"the type {model.tensors[name].dtype_name}"
+            )
             mismatches.append(f"{name} of {model.path} has {what}")
     for name in known.keys() - brought.keys():
         stored = model.lookup(name)
@@ -151,8 +156,8 @@ def _item(
     weights: bool,
     plain: bool,
 ) -> Item:
-    kind = DTYPES[recipe.dtype] if recipe.dtype and stored.floating else stored.kind
-    outs = (Out(site.name, kind, stored.shape),)
+    kind = DTYPES[recipe.dtype] if recipe.dtype and stored.floating else stored.dtype_name
+    outs = (OutputTensor(site.name, kind, stored.shape),)
     brought = tuple(each.get(site.name) for each in inputs)
     site = mark_experts(site, brought)
     if plain or not stored.floating or not any(brought):

@@ -24,7 +24,8 @@ from merging.plan import PORTABLE_RANKS
 from merging.recycling.experts import Expert
 from merging.recycling.places import Place
 from merging.recycling.problem import Mixed, Problem
-from merging.sources.stored import DTYPE_NAMES, Out
+from merging.sources.stored import DTYPE_NAMES
+from merging.storage.output_tensor import OutputTensor
 from merging.storage.writer import TensorWriter
 from merging.version import __version__
 
@@ -97,7 +98,7 @@ def write_adapter(
             tensors |= {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise OptionError(f"the mixture does not fit into {dtype}: run it with --dtype float32")
-    outs = [Out(name, DTYPE_NAMES[dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    outs = [OutputTensor(name, DTYPE_NAMES[dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
     writer = TensorWriter(folder, _STEM, outs, {"merging_version": __version__}, None)
     try:
         for name, tensor in tensors.items():

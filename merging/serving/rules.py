@@ -202,7 +202,7 @@ def stated_type(subject: Subject) -> Iterator[str]:
     kinds: Counter[str] = Counter()
     for tensor in subject.tensors.values():
         if tensor.floating:
-            kinds[tensor.kind] += tensor.numel
+            kinds[tensor.dtype_name] += tensor.numel
     most = kinds.most_common(1)
     if stated in _TYPES and most and most[0][0] != _TYPES[stated]:
         yield f"most weights are {most[0][0]}, dtype = {stated!r}"

@@ -146,8 +146,10 @@ def _of_numbers(adapter: Adapter) -> Adapter:
     """The adapter, if all of its tensors hold numbers that can be computed with."""
     for target, change in adapter.changes.items():
         for stored in change.tensors:
-            if stored.kind not in DTYPES or stored.kind == "C64":
-                raise FormatError(f"{adapter.path}: {target} is changed by values of type {stored.kind}: not read")
+            if stored.dtype_name not in DTYPES or stored.dtype_name == "C64":
+                raise FormatError(
+                    f"{adapter.path}: {target} is changed by values of type {stored.dtype_name}: not read"
+                )
     return adapter
 
 

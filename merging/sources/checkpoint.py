@@ -186,7 +186,7 @@ def content_key(tensors: Mapping[str, Stored]) -> str:
     stride = -(-len(names) // _LOOKED_AT) or 1
     for number, name in enumerate(names):
         stored = tensors[name]
-        digest.update(f"{name} {stored.kind} {stored.shape}\n".encode())
+        digest.update(f"{name} {stored.dtype_name} {stored.shape}\n".encode())
         if number % stride == 0:
             values = torch.empty(min(_SAMPLE, stored.numel), dtype=stored.dtype)
             stored.read_into(values, (stored.numel - len(values)) // 2)

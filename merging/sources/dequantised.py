@@ -50,8 +50,8 @@ class Cast(Derived):
 
     __slots__ = ("_codes",)
 
-    def __init__(self, kind: str, codes: Stored) -> None:
-        super().__init__(kind, codes.shape, (codes,))
+    def __init__(self, dtype_name: str, codes: Stored) -> None:
+        super().__init__(dtype_name, codes.shape, (codes,))
         self._codes = codes
 
     def read_into(self, buffer: Tensor, start: int = 0) -> None:
@@ -73,8 +73,10 @@ class Scaled(Derived):
 
     __slots__ = ("_codes", "_factor", "_grid", "_scales", "_steps")
 
-    def __init__(self, kind: str, codes: Stored, scales: Stored, block: tuple[int, int], factor: float = 1) -> None:
-        super().__init__(kind, codes.shape, (codes, scales))
+    def __init__(
+        self, dtype_name: str, codes: Stored, scales: Stored, block: tuple[int, int], factor: float = 1
+    ) -> None:
+        super().__init__(dtype_name, codes.shape, (codes, scales))
         self._codes, self._scales, self._factor = codes, scales, factor
         matrix = codes.shape[-2:] if len(codes.shape) > 1 else (1, codes.numel)
         self._grid = _as_matrices((1, 1, *codes.shape)[-max(2, len(codes.shape)) :], scales.shape)
@@ -108,7 +110,7 @@ class Scaled(Derived):
         begin = int(place.min())
         raw = torch.empty((int(place.max()) + 1 - begin) * width, dtype=_storage(self._scales))
         self._scales.read_into(raw, begin * width)
-        scales = _powers(raw) if self._scales.kind in ("F8_E8M0", "U8") else raw.float()
+        scales = _powers(raw) if self._scales.dtype_name in ("F8_E8M0", "U8") else raw.float()
         return scales.view(-1, width)[place - begin]
 
     def advise(self, start: int, count: int) -> None:
@@ -125,9 +127,9 @@ class Mxfp4(Derived):
 
     __slots__ = ("_blocks", "_scales")
 
-    def __init__(self, kind: str, blocks: Stored, scales: Stored) -> None:
+    def __init__(self, dtype_name: str, blocks: Stored, scales: Stored) -> None:
         experts, outputs, groups, _ = blocks.shape
-        super().__init__(kind, (experts, groups * 32, outputs), (blocks, scales))
+        super().__init__(dtype_name, (experts, groups * 32, outputs), (blocks, scales))
         self._blocks, self._scales = blocks, scales
 
     @property
@@ -171,7 +173,7 @@ class Mxfp4(Derived):
 
 def _storage(scales: Stored) -> torch.dtype:
     """The type that scales are read in: exponents alone are bytes, whatever torch knows of them."""
-    return torch.uint8 if scales.kind == "F8_E8M0" else scales.dtype
+    return torch.uint8 if scales.dtype_name == "F8_E8M0" else scales.dtype
 
 
 def _powers(exponents: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ class Derived(Stored):
 
     __slots__ = ("_made_of",)
 
-    def __init__(self, kind: str, shape: tuple[int, ...], made_of: tuple[Stored, ...]) -> None:
-        super().__init__(kind, shape)
+    def __init__(self, dtype_name: str, shape: tuple[int, ...], made_of: tuple[Stored, ...]) -> None:
+        super().__init__(dtype_name, shape)
         self._made_of = made_of
 
     @property

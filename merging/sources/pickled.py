@@ -184,7 +184,7 @@ class _StridedTensor(Stored):
     __slots__ = ("_stretch", "_strides")
 
     def __init__(self, stretch: FileTensor, record: TensorRecord) -> None:
-        super().__init__(stretch.kind, record.shape)
+        super().__init__(stretch.dtype_name, record.shape)
         self._stretch = stretch
         self._strides = record.strides
 

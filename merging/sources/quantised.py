@@ -84,15 +84,15 @@ def refuse_quantised(path: Path, tensors: Mapping[str, Stored], config: Mapping[
         raise FormatError(f"{path}: is quantised ({kind}, says its config): {_way(kind, _is_simple(stated), asked)}")
     for name, stored in tensors.items():
         tail = _tail(name)
-        if tail in QUANTISED and (tail != "_blocks" or stored.kind == "U8" or not stored.floating):
+        if tail in QUANTISED and (tail != "_blocks" or stored.dtype_name == "U8" or not stored.floating):
             kind = QUANTISED[tail]
             raise FormatError(f"{path}: is quantised ({kind}, says {name}): {_way(kind, kind in SIMPLE, asked)}")
-        if stored.kind.startswith(("F8_", "F6_")) or stored.kind == "F4":
-            way = _way("", stored.kind in _CAST or any(name + ending in tensors for ending in _SCALES), asked)
-            raise FormatError(f"{path}: {name} holds {stored.kind} codes, so the model is quantised: {way}")
-        if tail == ".weight" and stored.kind in _PACKED and len(stored.shape) > 1:
-            way = _way("MLX" if stored.kind == "U32" else "", False, asked)
-            raise FormatError(f"{path}: {name} holds {stored.kind} codes, so the model is quantised: {way}")
+        if stored.dtype_name.startswith(("F8_", "F6_")) or stored.dtype_name == "F4":
+            way = _way("", stored.dtype_name in _CAST or any(name + ending in tensors for ending in _SCALES), asked)
+            raise FormatError(f"{path}: {name} holds {stored.dtype_name} codes, so the model is quantised: {way}")
+        if tail == ".weight" and stored.dtype_name in _PACKED and len(stored.shape) > 1:
+            way = _way("MLX" if stored.dtype_name == "U32" else "", False, asked)
+            raise FormatError(f"{path}: {name} holds {stored.dtype_name} codes, so the model is quantised: {way}")
 
 
 def _tail(name: str) -> str:
@@ -102,7 +102,7 @@ def _tail(name: str) -> str:
 
 def _check_marker(path: Path, name: str, stored: Stored) -> None:
     """Refuse a layer that ComfyUI's marker says is quantised otherwise than by codes times a scale."""
-    if not stored.at_hand or stored.kind != "U8" or stored.numel > _MARKER:
+    if not stored.at_hand or stored.dtype_name != "U8" or stored.numel > _MARKER:
         return  # its codes tell as much, if less plainly
     text = bytes(stored.read().flatten().tolist()).decode(errors="replace")
     try:
@@ -181,7 +181,7 @@ def dequantised(
             raise FormatError(_misfit(path, name, stored, scales))
         found[name] = Scaled(kind, stored, scales, block, 1 / 127 if scale.endswith(".SCB") else 1)
     if not found and _stated(config) is None and not any(_tail(name) in QUANTISED for name in tensors):
-        found = {name: Cast(kind, stored) for name, stored in tensors.items() if stored.kind in _CAST}
+        found = {name: Cast(kind, stored) for name, stored in tensors.items() if stored.dtype_name in _CAST}
     if found:
         gone.update(name for name in tensors if name.endswith(_BESIDE))
     kept = {name: found.get(name, stored) for name, stored in tensors.items() if name in found or name not in gone}
@@ -197,10 +197,10 @@ def _misfit(path: Path, name: str, stored: Stored, scales: Stored) -> str:
 
 def _scale_of(name: str, stored: Stored, tensors: Mapping[str, Stored]) -> str | None:
     """The name of the scales of a tensor of codes; None for one that is no such codes."""
-    if stored.kind == "U8" and name.endswith("_blocks"):
+    if stored.dtype_name == "U8" and name.endswith("_blocks"):
         scale = name.removesuffix("_blocks") + "_scales"
-        return scale if scale in tensors and tensors[scale].kind == "U8" else None
-    if stored.kind not in _CODES:
+        return scale if scale in tensors and tensors[scale].dtype_name == "U8" else None
+    if stored.dtype_name not in _CODES:
         return None
     module = name.removesuffix(".weight")
     candidates = [name + ending for ending in _SCALES]
@@ -208,7 +208,7 @@ def _scale_of(name: str, stored: Stored, tensors: Mapping[str, Stored]) -> str |
         if f"{name}_zero_point" in tensors or f"{name}_scale_2" in tensors:
             return None
         eight = [f"{module}.{end}" for end in ("scale", "qscale_weight", "scale_weight")]
-        candidates += [f"{module}.SCB"] if stored.kind == "I8" else eight
+        candidates += [f"{module}.SCB"] if stored.dtype_name == "I8" else eight
     return next((each for each in candidates if each in tensors), None)
 
 

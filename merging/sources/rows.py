@@ -26,7 +26,7 @@ class Rows(Derived):
         self, of: Stored, shape: tuple[int, ...], preferred: Stored | None, others: tuple[Stored, ...] = ()
     ) -> None:
         lent = (*((preferred,) if preferred else ()), *others)
-        super().__init__(of.kind, shape, (of, *lent))
+        super().__init__(of.dtype_name, shape, (of, *lent))
         self._of, self._preferred, self._others = of, preferred, others
 
     def read_into(self, buffer: Tensor, start: int = 0) -> None:
@@ -58,7 +58,7 @@ class Mean(Derived):
     __slots__ = ("_of",)
 
     def __init__(self, of: tuple[Stored, ...]) -> None:
-        super().__init__("F64" if any(each.kind == "F64" for each in of) else "F32", of[0].shape, of)
+        super().__init__("F64" if any(each.dtype_name == "F64" for each in of) else "F32", of[0].shape, of)
         self._of = of
 
     def read_into(self, buffer: Tensor, start: int = 0) -> None:
@@ -66,7 +66,7 @@ class Mean(Derived):
 
 
 def _mean(lenders: Sequence[Stored], start: int, size: int) -> Tensor:
-    wide = torch.float64 if any(each.kind == "F64" for each in lenders) else torch.float32
+    wide = torch.float64 if any(each.dtype_name == "F64" for each in lenders) else torch.float32
     total = torch.zeros(size, dtype=wide)
     for each in lenders:
         raw = torch.empty(size, dtype=each.dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Protocol
@@ -26,7 +25,6 @@ __all__ = [
     "Holder",
     "MappedTensor",
     "Opened",
-    "Out",
     "Stored",
     "bytes_of",
     "holders_of",
@@ -50,31 +48,18 @@ _NEEDED_FILES, _WANTED_FILES = 8, 64
 """Files that are open beside the inputs (the output, a spool, locks, a database), and with what libraries may open."""
 
 
-@dataclass(frozen=True, slots=True)
-class Out:
-    """A tensor that is to be written: name, dtype as in safetensors files, and shape."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * DTYPES[self.kind].itemsize
-
-
 class Stored(ABC):
-    """A tensor in a file. ``kind`` is its dtype's name in safetensors files ("BF16"), ``shape`` its shape."""
+    """A tensor in a file. ``dtype_name`` is its dtype as safetensors files name it ("BF16"), ``shape`` its shape."""
 
-    __slots__ = ("kind", "shape")
+    __slots__ = ("dtype_name", "shape")
 
-    def __init__(self, kind: str, shape: tuple[int, ...]) -> None:
-        self.kind = kind
+    def __init__(self, dtype_name: str, shape: tuple[int, ...]) -> None:
+        self.dtype_name = dtype_name
         self.shape = shape
 
     @property
     def dtype(self) -> torch.dtype:
-        return DTYPES[self.kind]
+        return DTYPES[self.dtype_name]
 
     @property
     def numel(self) -> int:
@@ -83,7 +68,7 @@ class Stored(ABC):
     @property
     def floating(self) -> bool:
         """Whether it holds ordinary floating-point numbers, which are what merges."""
-        return self.kind in ("F16", "BF16", "F32", "F64")
+        return self.dtype_name in ("F16", "BF16", "F32", "F64")
 
     @property
     def nbytes(self) -> int:

@@ -135,7 +135,7 @@ def _copied(name: str, tensors: Mapping[str, Stored]) -> str | None:
 def same_values(one: Stored, other: Stored) -> bool:
     """Whether two stored tensors are equal in type, shape and every bit; read piece by piece up to the first that is
     not."""
-    if one.kind != other.kind or one.shape != other.shape:
+    if one.dtype_name != other.dtype_name or one.shape != other.shape:
         return False
     for start in range(0, one.numel, _PIECE):
         size = min(_PIECE, one.numel - start)

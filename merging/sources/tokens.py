@@ -51,7 +51,7 @@ class TokenTable(Stored):
     __slots__ = ("_of", "indices")
 
     def __init__(self, of: Stored, indices: Sequence[int]) -> None:
-        super().__init__(of.kind, (len(indices), of.shape[1]))
+        super().__init__(of.dtype_name, (len(indices), of.shape[1]))
         self._of = of
         self.indices = tuple(indices)
 

@@ -21,7 +21,7 @@ class View(Stored):
     __slots__ = ("_of", "_start", "_strides")
 
     def __init__(self, of: Stored, shape: tuple[int, ...], strides: tuple[int, ...], start: int = 0) -> None:
-        super().__init__(of.kind, shape)
+        super().__init__(of.dtype_name, shape)
         self._of, self._strides, self._start = of, strides, start
 
     @property

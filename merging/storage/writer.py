@@ -12,7 +12,8 @@ from torch import Tensor
 
 from merging import os_calls
 from merging.errors import OutputError
-from merging.sources.stored import Out, bytes_of
+from merging.sources.stored import bytes_of
+from merging.storage.output_tensor import OutputTensor
 
 __all__ = ["ComponentWriter", "TensorWriter"]
 
@@ -26,12 +27,12 @@ class TensorWriter:
     """
 
     def __init__(
-        self, folder: Path, stem: str, outs: Sequence[Out], metadata: Mapping[str, str], shard_size: int | None
+        self, folder: Path, stem: str, outs: Sequence[OutputTensor], metadata: Mapping[str, str], shard_size: int | None
     ) -> None:
         shards = _shards(outs, shard_size)
         self.folder = folder
         self.stem = stem
-        self.files: dict[str, list[Out]] = {}
+        self.files: dict[str, list[OutputTensor]] = {}
         self._places: dict[str, tuple[int, int]] = {}
         self._left = {out.name: out.nbytes for out in outs}
         self._lock = threading.Lock()
@@ -41,7 +42,7 @@ class TensorWriter:
             self.files[name] = shard
             self._create(folder / name, shard, metadata)
 
-    def _create(self, path: Path, outs: Sequence[Out], metadata: Mapping[str, str]) -> None:
+    def _create(self, path: Path, outs: Sequence[OutputTensor], metadata: Mapping[str, str]) -> None:
         header = _header(outs, metadata)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
@@ -109,15 +110,15 @@ class ComponentWriter:
         self,
         folder: Path,
         stems: Mapping[str, str],
-        outs: Sequence[Out],
+        outs: Sequence[OutputTensor],
         metadata: Mapping[str, str],
         shard_size: int | None,
     ) -> None:
         self._writers: dict[str, TensorWriter] = {}
-        parts: dict[str, list[Out]] = {component: [] for component in stems}
+        parts: dict[str, list[OutputTensor]] = {component: [] for component in stems}
         for out in outs:
             component, name = _component(out.name, stems)
-            parts[component].append(Out(name, out.kind, out.shape))
+            parts[component].append(OutputTensor(name, out.dtype_name, out.shape))
         try:
             for component, stem in stems.items():
                 (folder / component).mkdir(exist_ok=True)
@@ -150,16 +151,16 @@ def _component(name: str, components: Mapping[str, object]) -> tuple[str, str]:
     return (first, rest) if first in components else ("", name)
 
 
-def _numel(out: Out) -> int:
+def _numel(out: OutputTensor) -> int:
     count = 1
     for size in out.shape:
         count *= size
     return count
 
 
-def _shards(outs: Sequence[Out], most: int | None) -> list[list[Out]]:
+def _shards(outs: Sequence[OutputTensor], most: int | None) -> list[list[OutputTensor]]:
     """The tensors in order, cut before each that would make a file larger than ``most`` bytes."""
-    shards: list[list[Out]] = [[]]
+    shards: list[list[OutputTensor]] = [[]]
     size = 0
     for out in outs:
         if most is not None and shards[-1] and size + out.nbytes > most:
@@ -170,13 +171,13 @@ def _shards(outs: Sequence[Out], most: int | None) -> list[list[Out]]:
     return shards
 
 
-def _header(outs: Sequence[Out], metadata: Mapping[str, str]) -> bytes:
+def _header(outs: Sequence[OutputTensor], metadata: Mapping[str, str]) -> bytes:
     """The header of a file with these tensors one after the other, padded so that the data begin at a multiple of 8."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     position = 0
     for out in outs:
         entries[out.name] = {
-            "dtype": out.kind,
+            "dtype": out.dtype_name,
             "shape": list(out.shape),
             "data_offsets": [position, position + out.nbytes],
         }

@@ -85,7 +85,7 @@ def test_fp8_blocks_are_what_transformers_makes_of_them(
     if shape[-2] % 128 == shape[-1] % 128 == 0:
         assert torch.equal(want, Fp8Dequantize(None)._dequantize_one(codes, scale, torch.bfloat16))
     stored = opened(folder).tensors[NAME]
-    assert (stored.kind, stored.shape) == ("BF16", shape)
+    assert (stored.dtype_name, stored.shape) == ("BF16", shape)
     assert torch.equal(stored.read(), want)
     assert torch.equal(in_pieces(stored), want)
     assert NAME + "_scale_inv" not in opened(folder).tensors

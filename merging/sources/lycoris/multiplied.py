@@ -137,7 +137,9 @@ def decomposed(module: Module, change: Change, magnitude: Stored) -> Change:
     if not isinstance(change, (LoraChange, Computed)):
         raise module.error("has a dora_scale, which belongs to factors")
     if not magnitude.floating or not magnitude.shape or not magnitude.numel:
-        raise module.error(f"its dora_scale should be a vector of lengths, and is {magnitude.kind} {magnitude.shape}")
+        raise module.error(
+            f"its dora_scale should be a vector of lengths, and is {magnitude.dtype_name} {magnitude.shape}"
+        )
     on_inputs = len(magnitude.shape) > 1 and magnitude.shape[0] == 1 != magnitude.shape[1]
     inner = _as_computed(module, change)
 

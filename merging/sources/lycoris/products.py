@@ -22,11 +22,11 @@ Parts = Mapping[str, Tensor]
 def number(module: Module, name: str) -> float:
     """A part that holds a single number. It is read at once, as it decides what the other parts mean."""
     stored = module.part(name)
-    known = stored.numel == 1 and stored.kind in DTYPES and not stored.dtype.is_complex
+    known = stored.numel == 1 and stored.dtype_name in DTYPES and not stored.dtype.is_complex
     value = float(stored.read().reshape(-1)[0]) if known else float("nan")
     if not isfinite(value):
         raise module.error(
-            f"its {name} should be one number, and is {stored.kind} of shape {stored.shape}, or not finite"
+            f"its {name} should be one number, and is {stored.dtype_name} of shape {stored.shape}, or not finite"
         )
     return value
 

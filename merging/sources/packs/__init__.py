@@ -149,8 +149,10 @@ def _tensor(described: Described, stored: Stored) -> Stored:
     if any(size < 0 for size in shape) or len(shape) > 16 or prod(filter(None, shape)) >= 1 << 63:
         raise ValueError(f"holds {name[:80]} of the shape {str(shape)[:80]}")
     if isinstance(described.coding, Raw):
-        if (stored.kind, stored.shape) != (kind, shape):
-            raise ValueError(f"holds {name[:80]} as {stored.kind} {list(stored.shape)}, not as {kind} {list(shape)}")
+        if (stored.dtype_name, stored.shape) != (kind, shape):
+            raise ValueError(
+                f"holds {name[:80]} as {stored.dtype_name} {list(stored.shape)}, not as {kind} {list(shape)}"
+            )
         return stored
     try:
         return Packed(name, kind, shape, stored, described.coding)

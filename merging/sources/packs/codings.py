@@ -147,11 +147,11 @@ class Packed(Derived):
     __slots__ = ("_coding", "_fill", "_name", "_payload")
 
     def __init__(
-        self, name: str, kind: Kind, shape: tuple[int, ...], payload: Stored, coding: Ternary | Sparse | Bands
+        self, name: str, dtype_name: Kind, shape: tuple[int, ...], payload: Stored, coding: Ternary | Sparse | Bands
     ) -> None:
-        super().__init__(kind, shape, (payload,))
-        if payload.kind != "U8" or len(payload.shape) != 1:
-            raise ValueError(f"has a payload {payload.kind} {list(payload.shape)}, and no bytes")
+        super().__init__(dtype_name, shape, (payload,))
+        if payload.dtype_name != "U8" or len(payload.shape) != 1:
+            raise ValueError(f"has a payload {payload.dtype_name} {list(payload.shape)}, and no bytes")
         coding.check(shape, payload.nbytes)
         self._name, self._payload, self._coding = name, payload, coding
         self._fill: Fill | None = None

@@ -88,12 +88,12 @@ class Module:
             self._check_type(name, self.part(name), integers=False)
 
     def _check_type(self, name: str, stored: Stored, integers: bool) -> None:
-        if not stored.floating and not (integers and stored.kind in _INTEGERS):
+        if not stored.floating and not (integers and stored.dtype_name in _INTEGERS):
             way_out = ""
-            if stored.kind.startswith("F8"):
+            if stored.dtype_name.startswith("F8"):
                 way_out = ", also with --dequantize: convert them first (load_file, .to(torch.bfloat16), save_file)"
             raise self.config.error(
-                f"{self.path}.{name} holds {stored.kind} factors: only F16, BF16, F32 and F64 are read{way_out}"
+                f"{self.path}.{name} holds {stored.dtype_name} factors: only F16, BF16, F32 and F64 are read{way_out}"
             )
 
     def computed(self, formula: Formula, *names: str, kind: Kind = "linear", **facts: Any) -> Computed:

@@ -1,0 +1,23 @@
+"""The description of a tensor that is to be written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from merging.sources.stored import DTYPES
+
+__all__ = ["OutputTensor"]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A tensor that is to be written: its name, its dtype as safetensors files name it, and its shape."""
+
+    name: str
+    dtype_name: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPES[self.dtype_name].itemsize
