@@ -56,15 +56,15 @@ def test_flat_names_have_the_depth_of_dotted_ones(prefix: str, kind: str) -> Non
     flat = [f"{prefix}{name.replace('.', '_')}.weight" for name in names]
     theirs, ours = (Stacks.from_names(each, complete=False) for each in (dotted, flat))
     for one, other in zip(dotted, flat, strict=True):
-        wanted, got = theirs.place(one), ours.place(other)
+        wanted, got = theirs.position(one), ours.position(other)
         assert (got.layer, got.layers, got.after) == (wanted.layer, wanted.layers, wanted.after), other
-    assert any(theirs.place(name).layer for name in dotted)
+    assert any(theirs.position(name).layer for name in dotted)
 
 
 def test_both_stacks_of_flux_count_on() -> None:
     names = [f"lora_unet_{name.replace('.', '_')}.weight" for name in MODULES["Flux"][:5]]
     stacks = Stacks.from_names(names, complete=False)
-    assert [stacks.place(name).layer for name in names] == [0, 1, 2, 3, 4]
+    assert [stacks.position(name).layer for name in names] == [0, 1, 2, 3, 4]
 
 
 WAN = {f"blocks.{n}.self_attn.q": (8, 8) for n in range(BLOCKS)}

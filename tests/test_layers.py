@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from merging.maths import layers
-from merging.maths.layers import Place, Stacks
+from merging.maths.layers import LayerPosition, Stacks
 
 # Default configs on the meta device: the names of the published base sizes.
 ARCHITECTURES: dict[str, dict[str, int]] = {
@@ -97,12 +97,14 @@ def test_stacks_of(architecture):
     assert stacks.lengths == ARCHITECTURES[architecture]
     seen = {prefix: set() for prefix in stacks.lengths}
     for name in names(architecture):
-        place = stacks.place(name)
-        if place.stack is not None:
+        position = stacks.position(name)
+        if position.stack is not None:
             assert (
-                name.startswith(f"{place.stack}.") and place.layers == stacks.lengths[place.stack] and not place.after
+                name.startswith(f"{position.stack}.")
+                and position.layers == stacks.lengths[position.stack]
+                and not position.after
             )
-            seen[place.stack].add(place.layer)
+            seen[position.stack].add(position.layer)
     assert seen == {prefix: set(range(length)) for prefix, length in stacks.lengths.items()}
 
 
@@ -113,7 +115,7 @@ def test_a_shuffled_model_has_the_same_stacks():
 
 def layer(architecture: str, name: str) -> int | None:
     assert name in names(architecture)
-    return Stacks.from_names(names(architecture)).place(name).layer
+    return Stacks.from_names(names(architecture)).position(name).layer
 
 
 def test_stages_are_flattened_in_order():
@@ -138,31 +140,31 @@ def test_stages_whose_blocks_have_no_name():
         for part in ("layer_norm_1", "attention.self.query", "mlp.dense1")
     )
     assert stacks.lengths == {"segformer.encoder.block": 16}
-    assert stacks.place("segformer.encoder.block.2.5.mlp.dense1.weight").layer == 12
+    assert stacks.position("segformer.encoder.block.2.5.mlp.dense1.weight").layer == 12
 
 
 def test_blocks_numbered_through_all_stages():
     stacks = Stacks.from_names(
         f"blocks.{i // 10}.{i}.{part}.weight" for i in range(40) for part in ("norm1", "attn.qkv")
     )
-    assert [stacks.place(f"blocks.{i // 10}.{i}.attn.qkv.weight").layer for i in range(40)] == list(range(40))
+    assert [stacks.position(f"blocks.{i // 10}.{i}.attn.qkv.weight").layer for i in range(40)] == list(range(40))
 
 
 def test_parts_of_a_t5_block_are_not_blocks():
     stacks = Stacks.from_names(names("T5ForConditionalGeneration"))
-    assert stacks.place("decoder.block.3.layer.2.DenseReluDense.wi.weight") == Place("decoder.block", 3, 6)
-    assert stacks.place("decoder.block.5.layer.0.SelfAttention.q.weight").depth == 1.0
-    assert stacks.place("encoder.block.0.layer.1.layer_norm.weight").depth == 0.0
+    assert stacks.position("decoder.block.3.layer.2.DenseReluDense.wi.weight") == LayerPosition("decoder.block", 3, 6)
+    assert stacks.position("decoder.block.5.layer.0.SelfAttention.q.weight").depth == 1.0
+    assert stacks.position("encoder.block.0.layer.1.layer_norm.weight").depth == 0.0
 
 
 def test_only_the_whole_number_of_the_block_counts():
     stacks = Stacks.from_names(f"model.layers.{i}.mlp.experts.{e}.w1.weight" for i in range(12) for e in range(8))
     assert stacks.lengths == {"model.layers": 12}
-    assert stacks.place("model.layers.3.mlp.experts.5.w1.weight") == Place("model.layers", 3, 12)
-    assert [stacks.place(f"model.layers.{i}.mlp.w").layer for i in (1, 11)] == [1, 11]
-    assert stacks.place("model.layers.11.self_attn.q_proj.weight").depth == 1.0
-    assert stacks.place("other.model.layers.3.mlp.w1.weight").stack is None
-    assert stacks.place("model.layers_2.3.mlp.w1.weight").stack is None
+    assert stacks.position("model.layers.3.mlp.experts.5.w1.weight") == LayerPosition("model.layers", 3, 12)
+    assert [stacks.position(f"model.layers.{i}.mlp.w").layer for i in (1, 11)] == [1, 11]
+    assert stacks.position("model.layers.11.self_attn.q_proj.weight").depth == 1.0
+    assert stacks.position("other.model.layers.3.mlp.w1.weight").stack is None
+    assert stacks.position("model.layers_2.3.mlp.w1.weight").stack is None
 
 
 @pytest.mark.parametrize(
@@ -173,7 +175,7 @@ def test_only_the_whole_number_of_the_block_counts():
 def test_what_is_no_stack(indices, suffix):
     stacks = Stacks.from_names(f"model.mlp.{i}.{suffix}" for i in indices)
     assert stacks.lengths == {}
-    assert stacks.place(f"model.mlp.{indices[0]}.{suffix}") == Place(after=True)
+    assert stacks.position(f"model.mlp.{indices[0]}.{suffix}") == LayerPosition(after=True)
 
 
 def test_experts_are_no_stack():
@@ -185,7 +187,7 @@ def test_a_number_in_front_is_a_container():
     found = [f"0.auto_model.encoder.layer.{i}.output.dense.weight" for i in range(6)]
     stacks = Stacks.from_names([*found, "0.auto_model.embeddings.LayerNorm.weight", "1.linear.weight"])
     assert stacks.lengths == {"0.auto_model.encoder.layer": 6}
-    assert stacks.place(found[2]).layer == 2
+    assert stacks.position(found[2]).layer == 2
 
 
 def test_absurd_numbers_do_no_harm():
@@ -200,7 +202,7 @@ def test_absurd_numbers_do_no_harm():
         "a.-1.b.c",
     ]
     assert Stacks.from_names(absurd, complete=False).lengths == {}
-    assert all(Stacks.from_names([]).place(name).layer is None for name in absurd)
+    assert all(Stacks.from_names([]).position(name).layer is None for name in absurd)
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])
@@ -212,8 +214,8 @@ def test_a_double_stack_counts_on(prefix, double, single):
     second = [f"{prefix}{single}.{i}.attn.to_q.weight" for i in range(38)]
     stacks = Stacks.from_names(second + first)
     assert stacks.lengths == {prefix + double: 57, prefix + single: 57}
-    assert [stacks.place(name).layer for name in first + second] == list(range(57))
-    assert Stacks.from_names(second).place(second[3]).layer == 3
+    assert [stacks.position(name).layer for name in first + second] == list(range(57))
+    assert Stacks.from_names(second).position(second[3]).layer == 3
 
 
 BEFORE = [
@@ -278,16 +280,16 @@ AFTER = [
 
 @pytest.mark.parametrize("after, name", [(False, name) for name in BEFORE] + [(True, name) for name in AFTER])
 def test_sides_of_the_blocks(after, name):
-    place = Stacks.from_names(names("BertForMaskedLM")).place(name)
-    assert place == Place(None, None, 0, after)
-    assert place.depth == 0.0
+    position = Stacks.from_names(names("BertForMaskedLM")).position(name)
+    assert position == LayerPosition(None, None, 0, after)
+    assert position.depth == 0.0
 
 
 def test_layers_for_multi_token_prediction_lie_at_depth_one():
     deepseek = [f"model.layers.{i}.mlp.gate_proj.weight" for i in range(62)]
     stacks = Stacks.from_names(deepseek).limited(61)
     assert stacks.lengths == {"model.layers": 61}
-    assert [stacks.place(deepseek[i]).depth for i in (0, 30, 60, 61)] == [0.0, 0.5, 1.0, 1.0]
+    assert [stacks.position(deepseek[i]).depth for i in (0, 30, 60, 61)] == [0.0, 0.5, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -314,8 +316,8 @@ def test_stages_are_not_shortened():
 def test_the_users_number_of_layers():
     stacks = Stacks.from_names(names("WhisperForConditionalGeneration")).with_layers(7)
     assert stacks.lengths == {"model.encoder.layers": 7, "model.decoder.layers": 7}
-    assert stacks.place("model.encoder.layers.3.fc1.weight").depth == 0.5
-    assert stacks.with_layers(1).place("model.encoder.layers.0.fc1.weight").depth == 1.0
+    assert stacks.position("model.encoder.layers.3.fc1.weight").depth == 0.5
+    assert stacks.with_layers(1).position("model.encoder.layers.0.fc1.weight").depth == 1.0
     for change in (stacks.with_layers, stacks.limited):
         with pytest.raises(ValueError, match="at least one layer, and 0"):
             change(0)
@@ -326,16 +328,16 @@ def test_an_adapter_may_cover_few_layers():
         ["encoder.layer.3.attention.self.query.weight", "encoder.layer.9.attention.self.query.weight"], complete=False
     )
     assert stacks.lengths == {"encoder.layer": 10}
-    assert stacks.place("encoder.layer.3.attention.self.query.weight") == Place("encoder.layer", 3, 10)
-    assert stacks.place("encoder.layer.4.output.dense.weight").layer == 4
-    assert stacks.with_layers(12).place("encoder.layer.9.attention.self.query.weight").depth == 9 / 11
+    assert stacks.position("encoder.layer.3.attention.self.query.weight") == LayerPosition("encoder.layer", 3, 10)
+    assert stacks.position("encoder.layer.4.output.dense.weight").layer == 4
+    assert stacks.with_layers(12).position("encoder.layer.9.attention.self.query.weight").depth == 9 / 11
 
 
 def test_module_paths_of_an_adapter():
     found = [f"model.layers.{i}.{part}" for i in (4, 7) for part in ("self_attn.q_proj", "mlp.experts.11.w1")]
     stacks = Stacks.from_names(found, complete=False)
     assert stacks.lengths == {"model.layers": 8}
-    assert [stacks.place(name).layer for name in found] == [4, 4, 7, 7]
+    assert [stacks.position(name).layer for name in found] == [4, 4, 7, 7]
 
 
 def test_an_adapter_of_stages():
@@ -344,8 +346,8 @@ def test_an_adapter_of_stages():
         f"swin.encoder.layers.{s}.blocks.{b}.attention.self.query.weight" for s in range(4) for b in range(depths[s])
     ]
     stacks = Stacks.from_names(found, complete=False)
-    assert [stacks.place(name).layer for name in found] == list(range(12))
-    assert stacks.place("swin.encoder.layers.3.blocks.9.attention.self.query.weight").depth == 1.0
+    assert [stacks.position(name).layer for name in found] == list(range(12))
+    assert stacks.position("swin.encoder.layers.3.blocks.9.attention.self.query.weight").depth == 1.0
 
 
 def test_an_adapter_of_t5():
@@ -354,14 +356,14 @@ def test_an_adapter_of_t5():
     ]
     stacks = Stacks.from_names(found, complete=False)
     assert stacks.lengths == {"decoder.block": 6}
-    assert stacks.place(found[-1]).depth == 1.0
+    assert stacks.position(found[-1]).depth == 1.0
 
 
 def test_fifty_thousand_names_take_no_time():
     found = [f"model.layers.{i}.mlp.experts.{e}.{w}.weight" for i in range(62) for e in range(269) for w in "abc"]
     start = time.process_time()
     stacks = Stacks.from_names(found)
-    placed = [stacks.place(name).layer for name in found]
+    placed = [stacks.position(name).layer for name in found]
     # a second is ten times what it takes; a search through all names for each would take minutes
     assert time.process_time() - start < 1.0
     assert placed == [i for i in range(62) for _ in range(269 * 3)]

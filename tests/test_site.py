@@ -8,7 +8,7 @@ import transformers
 from architectures import ARCHITECTURES, build
 from transformers.pytorch_utils import Conv1D
 
-from merging.maths.layers import Stacks
+from merging.maths.layers import LayerPosition, Stacks
 from merging.maths.site import Site, inputs_by_outputs, site_of
 
 
@@ -52,5 +52,5 @@ def test_axis_of_inputs(config: type[transformers.PreTrainedConfig]) -> None:
 
 
 def test_depth() -> None:
-    assert [Site("a", (), layer, 3).depth for layer in (None, 0, 1, 2, 7)] == [0, 0, 0.5, 1, 1]
-    assert Site("a", (), 0, 1).depth == 1
+    assert [Site("a", (), LayerPosition(None, layer, 3)).depth for layer in (None, 0, 1, 2, 7)] == [0, 0, 0.5, 1, 1]
+    assert Site("a", (), LayerPosition(None, 0, 1)).depth == 1

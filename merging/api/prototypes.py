@@ -30,7 +30,7 @@ from merging.version import __version__
 
 __all__ = ["Routed", "export_prototypes", "prototype"]
 
-Kind = Literal["arrow", "spectr"]
+PrototypeKind = Literal["arrow", "spectr"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Routed:
     notices: tuple[str, ...]
 
 
-def prototype(delta: LowRank, kind: Kind, normalise: bool = False) -> Tensor:
+def prototype(delta: LowRank, kind: PrototypeKind, normalise: bool = False) -> Tensor:
     """What tells which inputs a change acts on, float32 ``[k, in]``; ``delta`` is that of a matrix ``[out, in]``.
 
     ``arrow`` (Ostapenko et al. 2024, arXiv 2405.11157): the leading right singular vector, ``k = 1``; a token's score
@@ -64,7 +64,7 @@ def export_prototypes(
     models: Sequence[str | Path],
     output: str | Path,
     *,
-    kind: Kind = "arrow",
+    kind: PrototypeKind = "arrow",
     normalise: bool = False,
     allow_different_bases: bool = False,
     overwrite: bool = False,
@@ -170,7 +170,7 @@ def _no_base() -> Tensor:
     raise InputError("a change that needs its base has no prototype")
 
 
-def _prototype_shape(name: str, adapters: Sequence[Adapter], kind: Kind) -> tuple[int, int]:
+def _prototype_shape(name: str, adapters: Sequence[Adapter], kind: PrototypeKind) -> tuple[int, int]:
     changes = [adapter.changes[name] for adapter in adapters if name in adapter.changes]
     inputs = changes[0].shape[0] if changes[0].is_transposed(changes[0].shape) else changes[0].shape[1]
     most = max(min(change.rank, *change.shape) for change in changes)

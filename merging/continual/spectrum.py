@@ -36,7 +36,7 @@ def spectra(state: Adapter, names: list[str]) -> list[LayerSpectrum]:
     stacks = Stacks.from_names(names)
     found: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for name, change in state.changes.items():
-        layer = stacks.place(name).layer
+        layer = stacks.position(name).layer
         found[-1 if layer is None else layer].append(_energies(change))
     return [_layer(layer, found[layer]) for layer in sorted(found)]
 

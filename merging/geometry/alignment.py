@@ -78,7 +78,7 @@ def aligned(
         raise InputError("there is nothing to compare: no tensor is left")
     if not reads_base:
         items = [item if _needs_base(item) else replace(item, base=None) for item in items]
-    items.sort(key=lambda item: (item.site.layer is None, item.site.layer or 0))
+    items.sort(key=lambda item: (item.site.position.layer is None, item.site.position.layer or 0))
     return arrived(replace(plan, items=tuple(items)), (), progress=progress)
 
 

@@ -84,13 +84,13 @@ def gathered(
     count = len(plan.models)
     square = torch.zeros(count, count, dtype=torch.float64)
     found = Gathered(square, torch.stack([square, square]), torch.stack([square, square]), square.clone())
-    layer, products_there = plan.items[0].site.layer, square.clone()
+    layer, products_there = plan.items[0].site.position.layer, square.clone()
     tiler = Tiler(plan, device)
     done, whole = 0, plan.read_bytes
     for item, products in module_grams(plan, max_memory, device):
-        if item.site.layer != layer:
+        if item.site.position.layer != layer:
             found.layers.append(_layer(layer, products_there))
-            layer, products_there = item.site.layer, square.clone()
+            layer, products_there = item.site.position.layer, square.clone()
         products_there += products
         found.total = found.total + products
         found.norms.append(products.diagonal().sqrt())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from merging.maths.delta import Delta, LowRank
-from merging.maths.linalg import Svd, safe_ratio
+from merging.maths.linalg import ThinSvd, safe_ratio
 
 __all__ = ["Intruders", "intruders", "left_vectors"]
 
@@ -58,7 +58,7 @@ class Intruders:
         return sum(likeness < threshold for likeness, value in zip(self.similarity, self.values, strict=True) if value)
 
 
-def intruders(base: Svd, delta: Delta, weight: Tensor, *, k: int = 10, threshold: float = 0.5) -> Intruders:
+def intruders(base: ThinSvd, delta: Delta, weight: Tensor, *, k: int = 10, threshold: float = 0.5) -> Intruders:
     """The intruders among the ``k`` leading left singular vectors of ``weight + delta``.
 
     ``base`` is the thin SVD of ``weight [out, in]``, both float64. ``delta`` is ``[out, in]`` too: factors that are not
@@ -97,7 +97,7 @@ class _InBasis:
     right: Tensor
 
     @classmethod
-    def of(cls, base: Svd, delta: LowRank) -> _InBasis:
+    def of(cls, base: ThinSvd, delta: LowRank) -> _InBasis:
         """The factors by their coordinates; what is outside of a thin basis becomes new ones, at most the rank."""
         u0, s0, v0h = base
         return cls(s0, _coordinates(u0, delta.up.double()), _coordinates(v0h.mT, delta.down.double().mT).mT)

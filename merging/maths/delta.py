@@ -11,7 +11,7 @@ from torch import Tensor
 
 __all__ = ["Delta", "Dense", "LowRank", "Stack", "weighted_sum"]
 
-Coefficient = float | Tensor
+Scalar = float | Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,7 +36,7 @@ class Dense:
         """The same on a device."""
         return Dense(self.value.to(device))
 
-    def scaled(self, factor: Coefficient) -> Dense:
+    def scaled(self, factor: Scalar) -> Dense:
         """The change times a number."""
         return Dense(self.value * factor)
 
@@ -96,7 +96,7 @@ class LowRank:
         """The same on a device."""
         return LowRank(self.up.to(device), self.down.to(device), self.shape, self.transposed)
 
-    def scaled(self, factor: Coefficient) -> LowRank:
+    def scaled(self, factor: Scalar) -> LowRank:
         """The change times a number, which goes into ``up``."""
         return LowRank(self.up * factor, self.down, self.shape, self.transposed)
 
@@ -170,7 +170,7 @@ class Stack:
         """The stack with ``function`` applied to each change."""
         return Stack([function(delta) for delta in self.deltas], self.models, self.present)
 
-    def weighted_sum(self, weights: Iterable[Coefficient]) -> Delta:
+    def weighted_sum(self, weights: Iterable[Scalar]) -> Delta:
         """``sum_i w_i delta_i``: concatenated factors (exact, rank is the sum of ranks) or a dense tensor."""
         weights = list(weights)
         if self.low_rank:
@@ -178,7 +178,7 @@ class Stack:
         return Dense(weighted_sum(self.dense(), weights))
 
 
-def _concatenated(deltas: Sequence[LowRank], weights: Sequence[Coefficient]) -> LowRank:
+def _concatenated(deltas: Sequence[LowRank], weights: Sequence[Scalar]) -> LowRank:
     """``[w_1 B_1 | ... | w_n B_n]`` and ``[A_1; ...; A_n]``, never the average of factors, which adds cross terms."""
     first = deltas[0]
     up = torch.cat([delta.up * weight for delta, weight in zip(deltas, weights, strict=True)], dim=-1)
@@ -186,7 +186,7 @@ def _concatenated(deltas: Sequence[LowRank], weights: Sequence[Coefficient]) -> 
     return LowRank(up, down, first.shape, first.transposed)
 
 
-def weighted_sum(values: Tensor | Sequence[Tensor], weights: Sequence[Coefficient]) -> Tensor:
+def weighted_sum(values: Tensor | Sequence[Tensor], weights: Sequence[Scalar]) -> Tensor:
     """``sum_i w_i values_i``, added up in order."""
     taken = 1
     if (

@@ -1,4 +1,4 @@
-"""Where a tensor sits in the depth of a model, told from the names of its tensors alone."""
+"""The stacks of blocks in a model and each tensor's position in them, found from the tensors' names alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-__all__ = ["Place", "Stacks"]
+__all__ = ["BEFORE_BLOCKS", "LayerPosition", "Stacks"]
 
 # The leftmost segment that is a number, with names on both sides: a number in front is a container such as that of
 # sentence-transformers. The bound keeps int() cheap whatever a file claims.
@@ -39,12 +39,16 @@ _FRONT = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a tensor sits: in which stack of blocks and at which layer of how many, or outside the stacks.
+class LayerPosition:
+    """The position of a tensor in the depth of a model: a layer of a stack of blocks, or outside the stacks.
 
-    ``layer`` may reach ``layers`` and beyond, where the length comes from elsewhere (a config, the user). Outside,
-    ``stack`` and ``layer`` are None, ``layers`` is 0, and ``after`` tells what lies behind the blocks (final norm,
-    head, pooler, projection) from embeddings, stems and the like, which lie before them.
+    Attributes:
+        stack: the prefix of the stack's names; None outside the stacks.
+        layer: the index of the layer; None outside the stacks. It may reach ``layers`` and beyond where the length
+            comes from elsewhere (a config, the user).
+        layers: the number of layers in the stack; 0 outside the stacks.
+        after: outside the stacks, whether the tensor comes after the blocks (final norm, head, pooler, projection)
+            and not before them (embeddings, stems).
     """
 
     stack: str | None = None
@@ -54,10 +58,19 @@ class Place:
 
     @property
     def depth(self) -> float:
-        """0 in the first block, 1 in the last, in those beyond and in an only one; 0 outside the stacks."""
+        """0 in the first block; 1 in the last, beyond it, and in a stack of one; 0 outside the stacks."""
         if self.layer is None:
             return 0.0
         return min(1.0, self.layer / (self.layers - 1)) if self.layers > 1 else 1.0
+
+    @property
+    def depth_with_tail(self) -> float:
+        """The same, but 1 for tensors after the blocks."""
+        return 1.0 if self.layer is None and self.after else self.depth
+
+
+BEFORE_BLOCKS = LayerPosition()
+"""The position of embeddings, stems and all else before the blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,15 +147,15 @@ class Stacks:
         _positive(layers)
         return self._map(lambda each: replace(each, layers=layers))
 
-    def place(self, name: str) -> Place:
-        """The place of a tensor, whether or not it was among the names."""
+    def position(self, name: str) -> LayerPosition:
+        """Return the position of a tensor, whether or not it was among the names."""
         name = _dotted(name)
         found = _INDEX.search(name)
         numbering = self.numberings.get(name[: found.start()]) if found else None
         if found is None or numbering is None:
-            return Place(after=bool(_TAIL.search(name)) or not _FRONT.search(name))
+            return LayerPosition(after=bool(_TAIL.search(name)) or not _FRONT.search(name))
         layer = numbering.layer(int(found[1]), name[found.end() :])
-        return Place(name[: found.start()], layer, numbering.layers)
+        return LayerPosition(name[: found.start()], layer, numbering.layers)
 
     def _map(self, change: Callable[[_Numbering], _Numbering]) -> Stacks:
         return Stacks({prefix: change(numbering) for prefix, numbering in self.numberings.items()})

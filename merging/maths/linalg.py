@@ -12,7 +12,7 @@ from merging.maths.delta import Delta, LowRank
 
 __all__ = [
     "CUT",
-    "Svd",
+    "ThinSvd",
     "balance",
     "compress",
     "decomposed",
@@ -40,7 +40,7 @@ _CONDITION = 1e-5
 _SMALL = 64
 """Matrices of so few rows or columns are quickly decomposed by SVD, which is exact."""
 
-Svd = tuple[Tensor, Tensor, Tensor]
+ThinSvd = tuple[Tensor, Tensor, Tensor]
 """``U [m, k], S [k], Vh [k, n]``."""
 
 _OVERSAMPLING = 8
@@ -84,7 +84,7 @@ def joint_core(deltas: Sequence[LowRank]) -> tuple[Tensor, Tensor, list[Tensor]]
     return up, down.mT, [left @ right.mT for left, right in zip(ups, downs, strict=True)]
 
 
-def decomposed(matrix: Tensor, how: Literal["gram", "thin"] = "gram", needed: int | None = None) -> Svd:
+def decomposed(matrix: Tensor, how: Literal["gram", "thin"] = "gram", needed: int | None = None) -> ThinSvd:
     """The SVD of a float64 matrix, the ``needed`` largest values only if so asked, ``s`` descending.
 
     By eigenvalues of its shorter side's Gram matrix (``gram``), several times faster, unless the values asked for are
@@ -104,7 +104,7 @@ def decomposed(matrix: Tensor, how: Literal["gram", "thin"] = "gram", needed: in
     return u[:, :needed], s[:needed], vh[:needed]
 
 
-def leading(matrix: Tensor, most: int | None = None, size: float = 0.0) -> Svd:
+def leading(matrix: Tensor, most: int | None = None, size: float = 0.0) -> ThinSvd:
     """The SVD of a matrix without its zero singular values, and the largest ``most`` only; float64.
 
     Zero is what is at most the share ``CUT`` of the largest, or of ``size``.

@@ -61,7 +61,7 @@ class Gradient(_Varying):
 
     def at(self, site: Site) -> float:
         """The value at a place."""
-        position = (1.0 if site.layer is None and site.after else site.depth) * (len(self.points) - 1)
+        position = site.position.depth_with_tail * (len(self.points) - 1)
         index = min(int(position), len(self.points) - 2)
         return self.points[index] + (position - index) * (self.points[index + 1] - self.points[index])
 

@@ -1,4 +1,4 @@
-"""Where a tensor sits in a model and what it is: told from its name and shape."""
+"""What a tensor of a model is and where it sits, found from its name and shape."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-from merging.maths.layers import Stacks
+from merging.maths.layers import BEFORE_BLOCKS, LayerPosition, Stacks
 
-__all__ = ["Kind", "Site", "inputs_by_outputs", "site_of"]
+__all__ = ["Site", "TensorKind", "inputs_by_outputs", "site_of"]
 
-Kind = Literal["matrix", "embedding", "vector", "conv", "experts"]
+TensorKind = Literal["matrix", "embedding", "vector", "conv", "experts"]
 """What a tensor is: a linear layer's weight, a table that is looked up by row, anything of one axis (or a norm, a bias
 or a learned token of more), a convolution (or anything else of three axes), matrices side by side in the first axis."""
 
@@ -31,30 +31,31 @@ _EXPERTS = re.compile(r"expert|_moe\b")
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where a tensor sits: its name in the base, its shape, and its layer in the stack of blocks it belongs to.
+    """A tensor of the model, or a block of one: its name, shape and kind, and its position in the depth.
 
-    ``layer`` is None outside the stacks, where ``after`` tells the tensors behind the blocks (final norm, head) from
-    those before. ``start`` is the offset of a block of the tensor, in elements of the flattened whole. ``axis`` is that
-    of a matrix's inputs: 1 as PyTorch's linear layers have it, 0 for GPT-2's and for tables, whose input is the row.
-    ``side`` is the shorter side of the matrix that a core is of, where the shape is that of a core.
+    Attributes:
+        name: the name in the base.
+        shape: the shape of the tensor, or of the block.
+        position: the position in the depth of the model.
+        start: the offset of a block, in elements of the flattened tensor.
+        kind: what the tensor is.
+        axis: the axis of a matrix's inputs: 1 as in PyTorch's linear layers, 0 in GPT-2's and in tables, whose input
+            is the row.
+        side: the shorter side of the original matrix when this is the small core of a factored one, else 0.
     """
 
     name: str
     shape: tuple[int, ...]
-    layer: int | None = None
-    layers: int = 0
-    after: bool = False
+    position: LayerPosition = BEFORE_BLOCKS
     start: int = 0
-    kind: Kind = "matrix"
+    kind: TensorKind = "matrix"
     axis: int = 1
     side: int = 0
 
     @property
     def depth(self) -> float:
-        """0 in the first block, 1 in the last (and in an only one); 0 outside the stacks."""
-        if self.layer is None:
-            return 0.0
-        return min(1.0, self.layer / (self.layers - 1)) if self.layers > 1 else 1.0
+        """The depth of the position: 0 in the first block, 1 in the last; 0 outside the stacks."""
+        return self.position.depth
 
     @property
     def row(self) -> int:
@@ -88,13 +89,13 @@ def site_of(
 
     ``beside`` is the name of a tensor of the same layer, by which the layer is told if the stacks know it and not this.
     """
-    place = stacks.place(beside or name)
+    position = stacks.position(beside or name)
     kind = _kind(name, shape)
     axis = 0 if transposed or kind == "embedding" else 1
-    return Site(name, shape, place.layer, place.layers, place.after, kind=kind, axis=axis)
+    return Site(name, shape, position, kind=kind, axis=axis)
 
 
-def _kind(name: str, shape: tuple[int, ...]) -> Kind:
+def _kind(name: str, shape: tuple[int, ...]) -> TensorKind:
     if len(shape) < 2 or _NO_MAP.search(name) or (len(shape) > 2 and shape[0] == 1):
         return "vector"
     if len(shape) == 2:

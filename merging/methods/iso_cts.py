@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merging.maths.linalg import Svd, leading, polar
+from merging.maths.linalg import ThinSvd, leading, polar
 from merging.maths.parameters import Coefficient, Local
 from merging.methods.families.spectral import Spectral
 from merging.methods.iso_c import total
@@ -50,6 +50,6 @@ class IsoCts(Spectral):
         return values.sum() / max(1, len(values)) * polar(u) @ polar(vh)
 
 
-def _outside(change: Tensor, common: Tensor, most: int) -> Svd:
+def _outside(change: Tensor, common: Tensor, most: int) -> ThinSvd:
     """The leading singular triples of a change outside the common outputs; none of what is but rounding."""
     return leading(change - common @ (common.mT @ change), most, size=float(torch.linalg.matrix_norm(change)))

@@ -81,7 +81,7 @@ class Lines(Wrapper):
         return self.then.multiple(models)
 
     def factor(self, site: Site, statistics: Statistics, models: int) -> Coefficient:
-        depth = 1.0 if self.tail == "depth" and site.layer is None and site.after else site.depth
+        depth = site.position.depth_with_tail if self.tail == "depth" else site.depth
         inner = self.then.factor(site, statistics, models)
         if models == 1:
             return inner * ((0.5 if self.alpha is None else self.alpha) + self.beta * depth)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from merging.errors import InputError
 from merging.maths.site import Site
-from merging.plan.items import Constant, Form, Item, Placing
+from merging.plan.items import Constant, Item, ItemForm, Placing
 from merging.plan.names import Names
 from merging.sources.adapter import Change
 from merging.sources.computed import Computed
@@ -68,7 +68,7 @@ class Exporter:
                 terms = self._terms[share.label]
                 terms.setdefault(name, rank * len(terms))
 
-    def item(self, site: Site, changes: tuple[Change | None, ...], stored: Stored | None, form: Form) -> Item:
+    def item(self, site: Site, changes: tuple[Change | None, ...], stored: Stored | None, form: ItemForm) -> Item:
         """The item of a target. Raises :class:`~merging.errors.InputError` for what the format cannot hold."""
         shares = self._shares[site.name]
         if form != "factors":
@@ -78,7 +78,7 @@ class Exporter:
         outs = tuple(out for each in placings for out in (each.down, each.up) if out)
         return Item(site, changes, stored, tuple(dict.fromkeys(outs)), form, placings=placings)
 
-    def _full(self, site: Site, shares: Sequence[_Share], form: Form) -> OutputTensor:
+    def _full(self, site: Site, shares: Sequence[_Share], form: ItemForm) -> OutputTensor:
         """A change in full, of what files under these names hold so: biases and norms mostly."""
         label, alone = shares[0].label, (Rows(site.name, 0, (site.shape or (1,))[0]),)
         weight = self._shapes.get(f"{site.name.rpartition('.')[0]}.weight", ())

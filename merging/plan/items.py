@@ -16,7 +16,7 @@ from merging.sources.adapter import Change
 from merging.sources.stored import DTYPES, Stored
 from merging.storage.output_tensor import OutputTensor
 
-__all__ = ["CHUNK", "KEPT", "TILE", "Constant", "Form", "Item", "Placing", "Plan"]
+__all__ = ["CHUNK", "KEPT", "TILE", "Constant", "Item", "ItemForm", "Placing", "Plan"]
 
 TILE = 1 << 19
 """Elements of one model that are merged at a time on a CPU: two megabytes, so that a few models fit into its caches.
@@ -38,7 +38,7 @@ SCATTERED = 1.8
 RUN = 1 << 24
 """Bytes that a merge takes by itself: counters, threads, and what libraries load when they are first used."""
 
-Form = Literal["copy", "dense", "delta", "factors"]
+ItemForm = Literal["copy", "dense", "delta", "factors"]
 """What is written of an item."""
 
 
@@ -83,7 +83,7 @@ class Item:
     inputs: tuple[Stored | Change | None, ...]
     base: Stored | None
     outs: tuple[OutputTensor, ...]
-    form: Form
+    form: ItemForm
     written: float = 1.0
     placings: tuple[Placing, ...] = ()
 

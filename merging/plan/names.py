@@ -16,9 +16,9 @@ from merging.sources import Adapter
 from merging.sources.adapter import Change, Written
 from merging.sources.fused_names import Rows
 
-__all__ = ["FormatNames", "InputNames", "Names", "Placed", "choose_names"]
+__all__ = ["FormatNames", "InputNames", "Names", "TargetRows", "choose_names"]
 
-Placed = Mapping[str, tuple[Rows, ...]]
+TargetRows = Mapping[str, tuple[Rows, ...]]
 """The rows of the merged tensors that each target of an adapter consists of."""
 
 _FORMATS = {"Kohya": "kohya", "ComfyUI": "comfyui", "diffusers": "diffusers"}
@@ -98,7 +98,7 @@ class _Given:
     rows: dict[str, tuple[Rows, ...]] = field(default_factory=dict)
     written: dict[str, list[Written]] = field(default_factory=lambda: defaultdict(list))
 
-    def add(self, adapter: Adapter, placed: Placed, merged: Shapes) -> bool:
+    def add(self, adapter: Adapter, placed: TargetRows, merged: Shapes) -> bool:
         """Add the names of an adapter's targets that are merged; False if one has none that can be kept."""
         for target, change in adapter.changes.items():
             rows = placed.get(target, ())
@@ -119,7 +119,7 @@ class _Given:
         spans = sorted((part.name, part.start, part.length) for rows in self.rows.values() for part in rows)
         return all(one[0] != other[0] or one[1] + one[2] <= other[1] for one, other in pairwise(spans))
 
-    def covers(self, others: Sequence[Placed], merged: Shapes) -> bool:
+    def covers(self, others: Sequence[TargetRows], merged: Shapes) -> bool:
         """Whether there are names for all rows that the adapters change."""
         own: defaultdict[str, list[Rows]] = defaultdict(list)
         for rows in self.rows.values():
@@ -164,7 +164,7 @@ class InputNames(Names):
         return stated and self._leaves == _DOTTED and all(_COMPONENT.match(each.stem) for each in every)
 
     @classmethod
-    def agreed(cls, adapters: Sequence[Adapter], placed: Sequence[Placed], merged: Shapes) -> InputNames | None:
+    def agreed(cls, adapters: Sequence[Adapter], placed: Sequence[TargetRows], merged: Shapes) -> InputNames | None:
         """The names on which all inputs agree, None if there are none."""
         given = _Given()
         one_form = len({adapter.dialect for adapter in adapters}) == 1
@@ -173,7 +173,7 @@ class InputNames(Names):
 
     @classmethod
     def covering(
-        cls, adapters: Sequence[Adapter], placed: Sequence[Placed], merged: Shapes
+        cls, adapters: Sequence[Adapter], placed: Sequence[TargetRows], merged: Shapes
     ) -> tuple[InputNames, Adapter] | None:
         """The names of the first input that has some for all that any input changes, and that input."""
         for adapter, rows in zip(adapters, placed, strict=True):
@@ -198,7 +198,7 @@ class InputNames(Names):
 
 
 def choose_names(
-    recipe: Recipe, adapters: Sequence[Adapter], placed: Sequence[Placed], targets: Shapes, base: Shapes | None
+    recipe: Recipe, adapters: Sequence[Adapter], placed: Sequence[TargetRows], targets: Shapes, base: Shapes | None
 ) -> tuple[Names | None, list[str]]:
     """Whose names a merged LoRA has, None for those of PEFT's adapters; and what should be known of the choice.
 

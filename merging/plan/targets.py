@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from merging.errors import InputError
 from merging.plan.matching import common_names
-from merging.plan.names import Placed
+from merging.plan.names import TargetRows
 from merging.plan.resolve import Resolver
 from merging.plan.task_heads import NO_HEADS, TaskHeads
 from merging.sources import Adapter, Checkpoint
@@ -30,7 +30,7 @@ class Targets:
 
     changes: dict[str, tuple[Change | None, ...]]
     labels: dict[str, str]
-    placed: list[Placed]
+    placed: list[TargetRows]
     matched: list[str]
     resolver: Resolver | None
     heads: TaskHeads = NO_HEADS
@@ -50,7 +50,7 @@ def adapter_targets(adapters: Sequence[Adapter], base: Checkpoint | None, heads:
             for names, adapter in zip(common, adapters, strict=True)
         ]
         _refuse_drifted(adapters, named)
-        placed: list[Placed] = [
+        placed: list[TargetRows] = [
             {target: (Rows(name, 0, (changes[name].shape or (1,))[0]),) for target, name in names.items()}
             for names, changes in zip(common, named, strict=True)
         ]

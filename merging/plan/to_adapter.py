@@ -13,7 +13,7 @@ from merging.maths.parameters import all_matching
 from merging.maths.site import Site, inputs_by_outputs, site_of
 from merging.plan.apart import check_apart, expert_placings
 from merging.plan.exports import Exporter
-from merging.plan.items import Constant, Form, Item
+from merging.plan.items import Constant, Item, ItemForm
 from merging.plan.labels import peft_labels
 from merging.plan.names import choose_names
 from merging.plan.outs import PREFIX, Paths, factors, module_of
@@ -96,7 +96,7 @@ def adapter_items(
         if base is not None and stored is None:
             _refuse_in_pieces(name, changes, weights, base)
         added = _is_bias(changes) or (exporter is not None and _is_lora(changes))
-        form: Form = "factors" if name in low else "delta" if added else "dense"
+        form: ItemForm = "factors" if name in low else "delta" if added else "dense"
         if exporter is not None:
             items.append(exporter.item(site, changes, stored, form))
             continue

@@ -74,9 +74,9 @@ def _group(name: str, row: int, granularity: Granularity, stacks: Stacks) -> str
     if granularity in ("module", "rank"):
         module = name.removesuffix(".weight")
         return module if granularity == "module" else f"{module}[{row}]"
-    place = stacks.place(name)
-    layer = f"{place.stack}{place.layer}" if place.layer is not None else name.removesuffix(".weight")
-    if granularity == "layer" or place.layer is None:
+    position = stacks.position(name)
+    layer = f"{position.stack}{position.layer}" if position.layer is not None else name.removesuffix(".weight")
+    if granularity == "layer" or position.layer is None:
         return layer
     inside = any(word in part.lower() for part in name.split(".") for word in _ATTENTION)
     return f"{layer} {'attention' if inside else 'mlp'}"

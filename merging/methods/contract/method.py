@@ -209,7 +209,7 @@ def check_places(method: Method, sites: Iterable[Site], models: int, remedy: str
     ``remedy`` is what else can be done where the names tell no depth, and something needs it.
     """
     sites = list(sites)
-    if method.by_depth and sites and all(site.layer is None for site in sites):
+    if method.by_depth and sites and all(site.position.layer is None for site in sites):
         raise OptionError(
             f"{_by_depth(method)} goes by the depth of each tensor in the model, and none of their names tells it "
             f"({sites[0].name} is one): {remedy}leave it out, or choose a value that is the same everywhere"
