@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from merging.errors import escaped, shortened
+from merging.errors import escape_unprintable, shorten
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,12 +80,12 @@ def progress_bar(wanted: bool | None, what: str = "merging") -> Iterator[Callabl
 
 def echo(line: str, err: bool = False) -> None:
     """Print one line. Ends of lines in it are escaped like control characters, so that no name makes up lines."""
-    click.echo(escaped(shortened(line, _LONGEST)), err=err)
+    click.echo(escape_unprintable(shorten(line, _LONGEST)), err=err)
 
 
 def echo_text(text: str, err: bool = False) -> None:
     """Print lines of the program's own, in which no name of a file stands."""
-    click.echo(escaped(text, lines=True), err=err)
+    click.echo(escape_unprintable(text, lines=True), err=err)
 
 
 def echo_json(value: Any, indent: int | None = 2) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from merging.errors import shortened
+from merging.errors import shorten
 
 from .errors import Placed, reported
 from .output import echo, echo_json, size_text
@@ -162,9 +162,9 @@ def show_command(pool: Path, name: str, as_json: bool, debug: bool) -> None:
     for key, value in {**facts, **entry.figures}.items():
         if value not in (None, ""):
             shown = size_text(value) if key == "size" else f"{value:.4g}" if isinstance(value, float) else value
-            echo(f"  {key:18} {shortened(str(shown))}")
+            echo(f"  {key:18} {shorten(str(shown))}")
     for finding in entry.findings:
-        echo(f"  {finding.stage:12} {finding.verdict}: {shortened(finding.reason, _REASON)}")
+        echo(f"  {finding.stage:12} {finding.verdict}: {shorten(finding.reason, _REASON)}")
 
 
 @pool_command.command(name="audit")
@@ -306,7 +306,7 @@ def _tell(entry: Entry) -> None:
 def _reasons(entry: Entry) -> str:
     own = [finding for finding in entry.findings if finding.stage == "overruled"]
     worst = [finding.reason for finding in own or entry.findings if finding.verdict == entry.verdict]
-    return f": {shortened(worst[0], _REASON)}" if worst else ""
+    return f": {shorten(worst[0], _REASON)}" if worst else ""
 
 
 def _counts(verdicts: dict[str, int]) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from merging.errors import shortened
+from merging.errors import shorten
 
 from .errors import reported
 from .output import echo, echo_json
@@ -76,12 +76,12 @@ def _print(verdict: Verdict) -> None:
     article = "an" if verdict.kind[0] in "aeiou" else "a"
     echo(verdict.path if verdict.kind == "unknown" else f"{verdict.path}: {article} {verdict.kind}")
     for finding in verdict.findings:
-        echo(f"  {finding.program:12} {finding.severity:8} {shortened(finding.what, _WHAT)}")
+        echo(f"  {finding.program:12} {finding.severity:8} {shorten(finding.what, _WHAT)}")
         for line in _details(finding):
             echo(f"{'':24}{line}")
 
 
 def _details(finding: Finding) -> list[str]:
     more = len(finding.where) - _SHOWN
-    lines = [*map(shortened, finding.where[:_SHOWN]), *([f"and {more:,} more"] if more > 0 else [])]
-    return lines + ([f"-> {shortened(finding.todo, _WHAT)}"] if finding.todo else [])
+    lines = [*map(shorten, finding.where[:_SHOWN]), *([f"and {more:,} more"] if more > 0 else [])]
+    return lines + ([f"-> {shorten(finding.todo, _WHAT)}"] if finding.todo else [])

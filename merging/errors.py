@@ -5,7 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["FormatError", "InputError", "MergingError", "OptionError", "OutputError", "escaped", "nearest", "shortened"]
+__all__ = [
+    "FormatError",
+    "InputError",
+    "MergingError",
+    "OptionError",
+    "OutputError",
+    "escape_unprintable",
+    "nearest",
+    "shorten",
+]
 
 
 _LONGEST = 6000
@@ -20,10 +29,10 @@ class MergingError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(escaped(shortened(message, _LONGEST)))
+        super().__init__(escape_unprintable(shorten(message, _LONGEST)))
 
 
-def escaped(text: str, lines: bool = False) -> str:
+def escape_unprintable(text: str, lines: bool = False) -> str:
     """Escape every character that is not printable, so that any terminal and any file can take the text.
 
     Ends of lines are escaped too, lest a name pass for a line of its own; ``lines`` keeps them.
@@ -33,7 +42,7 @@ def escaped(text: str, lines: bool = False) -> str:
     return "".join(each if each.isprintable() or (lines and each == "\n") else ascii(each)[1:-1] for each in text)
 
 
-def shortened(text: str, longest: int = 200) -> str:
+def shorten(text: str, longest: int = 200) -> str:
     """A text of a stranger's as people read it: of a longer one the middle is left out, and its length stated."""
     if len(text) <= longest:
         return text

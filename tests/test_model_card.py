@@ -9,7 +9,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from merging.errors import escaped
+from merging.errors import escape_unprintable
 from merging.output.licences import Source
 from merging.output.markdown import card, code, fenced, prose, sources_listed
 from merging.report import Page
@@ -51,7 +51,7 @@ def test_nothing_in_a_card_is_markup(text: str) -> None:
     assert all(each.isprintable() for each in whole.split("\n"))
     head = re.fullmatch(r"---\n(.*?)\n---\n\n(.*)", whole, re.DOTALL)
     assert head
-    assert yaml.safe_load(head[1]) == {"license": escaped(text), "tags": ["merge", escaped(text)]}
+    assert yaml.safe_load(head[1]) == {"license": escape_unprintable(text), "tags": ["merge", escape_unprintable(text)]}
     marks = [each.type for each in rendered(head[2])]
     expected = card({}, "Merged adapter", [sources_listed([Source("x", "base", "x")]), "Note: x.", "```yaml\nx\n```"])
     plain = [each.type for each in rendered(expected.partition("---\n\n")[2])]

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 from merging.continual.manifest import Manifest
 from merging.engine.threads import Progress
-from merging.errors import InputError, MergingError, escaped
+from merging.errors import InputError, MergingError, escape_unprintable
 from merging.hub.query import Query, parse_query
 
 __all__ = ["Arrival", "Ended", "Incoming", "Pause", "attended", "incoming"]
@@ -129,7 +129,7 @@ class _Folder:
         before, self._before = self._before, {path: _fingerprint(path) for path in _models(self.folder)}
         for path, mark in self._before.items():
             if mark == before.get(path) and mark == _fingerprint(path):
-                yield Arrival(path, escaped(str(path.resolve())), mark)
+                yield Arrival(path, escape_unprintable(str(path.resolve())), mark)
 
 
 def _models(folder: Path) -> list[Path]:

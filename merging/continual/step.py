@@ -20,7 +20,7 @@ from merging.engine.download import absent, arrived
 from merging.engine.resources import workers_within
 from merging.engine.run import Done, run
 from merging.engine.threads import Progress
-from merging.errors import InputError, escaped
+from merging.errors import InputError, escape_unprintable
 from merging.maths.linalg import safe_ratio
 from merging.methods import chain
 from merging.methods.task_arithmetic import TaskArithmetic
@@ -152,7 +152,7 @@ def record(
     notices = grown.notices if square else (*grown.notices, "it changes nothing of the base")
     return StepRecord(
         number=len(before.steps) + 1,
-        source=escaped(str(source.path if source.origin else source.path.resolve())),
+        source=escape_unprintable(str(source.path if source.origin else source.path.resolve())),
         sha256=content,
         kind="adapter" if isinstance(source, Adapter) else "model",
         stated_base=source.base if isinstance(source, Adapter) else None,

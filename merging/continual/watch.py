@@ -15,7 +15,7 @@ from merging.continual.folder import Busy
 from merging.continual.incoming import Arrival, Ended, Pause, attended, incoming
 from merging.continual.manifest import Refused
 from merging.continual.soundness import Damaged
-from merging.errors import FormatError, InputError, OptionError, escaped
+from merging.errors import FormatError, InputError, OptionError, escape_unprintable
 from merging.hub.client import Unreachable
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class _Watch:
     def _missed(self, source: Path | str, error: Unreachable) -> Unreachable:
         """Tell that the Hub does not answer, unless that was told of the same before."""
         if source not in self._lost:
-            self.tell(Event("unreachable", source, reason=escaped(str(error))))
+            self.tell(Event("unreachable", source, reason=escape_unprintable(str(error))))
         self._lost.add(source)
         return error
 
@@ -145,7 +145,7 @@ class _Watch:
         except (Damaged, Unreachable):  # what is wrong with the store itself, or the Hub, is no fault of the model
             raise
         except (InputError, FormatError) as error:
-            reason, now = escaped(str(error)), datetime.now(timezone.utc).isoformat(timespec="seconds")
+            reason, now = escape_unprintable(str(error)), datetime.now(timezone.utc).isoformat(timespec="seconds")
             note = Refused(source=arrival.source, fingerprint=arrival.mark, reason=reason, time=now)
             self._when_free(lambda wait: self.store.refuse(note, wait=wait))
             event = Event("refused", arrival.model, reason=reason)

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from merging.errors import escaped
+from merging.errors import escape_unprintable
 from merging.output.licences import Source
 
 __all__ = ["card", "code", "fenced", "prose", "sources_listed"]
@@ -28,7 +28,7 @@ def card(facts: Mapping[str, Any], title: str, parts: Sequence[str]) -> str:
 
 def code(text: str) -> str:
     """A text as a span of code, with as many backticks around it as it needs."""
-    text = escaped(text)
+    text = escape_unprintable(text)
     fence = "`" * (_longest_run(text) + 1)
     space = " " if text.startswith(("`", " ")) or text.endswith(("`", " ")) or not text else ""
     return f"{fence}{space}{text}{space}{fence}"
@@ -36,13 +36,13 @@ def code(text: str) -> str:
 
 def prose(text: str) -> str:
     """A text as part of a paragraph, with what Markdown would read as markup escaped."""
-    return _MARKS.sub(r"\\\g<0>", escaped(text))
+    return _MARKS.sub(r"\\\g<0>", escape_unprintable(text))
 
 
 def fenced(text: str, language: str) -> str:
     """Lines as a block of code that none of them can end."""
     fence = "`" * max(3, _longest_run(text) + 1)
-    return f"{fence}{language}\n{escaped(text, lines=True).rstrip()}\n{fence}"
+    return f"{fence}{language}\n{escape_unprintable(text, lines=True).rstrip()}\n{fence}"
 
 
 def sources_listed(sources: Sequence[Source]) -> str:
@@ -63,4 +63,4 @@ def _plain(value: Any) -> Any:
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
-    return escaped(value) if isinstance(value, str) else value
+    return escape_unprintable(value) if isinstance(value, str) else value

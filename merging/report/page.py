@@ -12,7 +12,7 @@ from html import escape as escape_markup
 from math import floor, isfinite, log10
 from pathlib import Path
 
-from merging.errors import OptionError, OutputError, escaped
+from merging.errors import OptionError, OutputError, escape_unprintable
 from merging.storage.atomic import replace_file
 
 __all__ = ["Cell", "Page", "check_page", "check_place", "write_whole"]
@@ -143,7 +143,7 @@ class Page:
 
 def escape(text: str) -> str:
     """A text in a page: markup of it is text, and control characters are escaped too."""
-    return escape_markup(escaped(text, lines=True))
+    return escape_markup(escape_unprintable(text, lines=True))
 
 
 def _row(row: Sequence[str], kinds: Sequence[str]) -> str:
