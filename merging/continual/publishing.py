@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from merging.api.merge_files import Merged, merge_plan
-from merging.continual import growth
 from merging.continual.manifest import Manifest, StepRecord
 from merging.continual.state import Accumulated
+from merging.continual.update_rules import history_of, rule_of
 from merging.errors import OptionError
 from merging.methods import chain
 from merging.methods.contract.method import Method
@@ -46,7 +46,7 @@ def export(
     if recipe["as"] == "adapter" and recipe["rank"] is None:
         _require_rank(states)
     grows = chain(manifest.method, manifest.parameters)
-    method = growth.published(grows, manifest)
+    method = rule_of(manifest).result(history_of(manifest))
     names = tuple(_name(step) for step in manifest.steps)
     carried_out = make_recipe({"models": names, "method": method, **recipe}, "export")
     plan = plan_of(carried_out, states, base, () if destination.suffix else PORTABLE_RANKS)

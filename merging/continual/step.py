@@ -12,17 +12,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from merging.continual import growth
 from merging.continual.kinship import check_place, check_stated, check_values
 from merging.continual.manifest import Manifest, Part, StepRecord, sha256_of
 from merging.continual.state import held_forms, open_state, state_metadata, step_plan
+from merging.continual.update_rules import rule_of
 from merging.engine.download import absent, arrived
 from merging.engine.resources import workers_within
 from merging.engine.run import Done, run
 from merging.engine.threads import Progress
 from merging.errors import InputError, escape_unprintable
 from merging.maths.linalg import safe_ratio
-from merging.methods import chain
+from merging.methods.contract.update_rule import UpdateStep
 from merging.methods.task_arithmetic import TaskArithmetic
 from merging.output.licences import source_of
 from merging.plan import Item, Plan, plan_of
@@ -84,9 +84,9 @@ def grow(manifest: Manifest, store: Path, alone: Plan, content: str, folder: Pat
     last = manifest.steps[-1] if manifest.steps else None
     shown: list[tuple[Plan, Done]] = []
     digests: dict[str, str] = {}
-    for name, update in growth.parts(chain(manifest.method, manifest.parameters)).items():
+    for name, update in rule_of(manifest).parts.items():
         held = open_state(store / last.parts[name].file) if last else None
-        plan = step_plan(held, alone, growth.Step(then=update), content, manifest.max_rank)
+        plan = step_plan(held, alone, UpdateStep(then=update), content, manifest.max_rank)
         workers = workers_within(plan, execution.threads, execution.max_memory)
         writer = TensorWriter(folder, name, plan.outs, state_metadata(plan), None)
         try:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from merging import os_calls
-from merging.continual import growth
 from merging.continual.folder import found, locked, refuse_within, remove, states, unfinished
 from merging.continual.manifest import NAME, STATES, Base, Manifest, Part, Refused, StepRecord, write_manifest
 from merging.continual.soundness import base_of, download_base, hashes, require_whole, state_files
 from merging.continual.step import Execution, Grown, content_of, grow, plan_alone, record
+from merging.continual.update_rules import checked_rule
 from merging.continual.view import StoreView
 from merging.engine.download import absent, brought
 from merging.engine.resources import pick_device
@@ -58,11 +58,11 @@ class ContinualStore(StoreView):
         the Hub is fetched, and from then on means the commit that it is now. ``progress`` is told of its bytes.
         """
         path, grows = Path(path), chain(method, parameters)
-        growth.check(grows)
+        rule = checked_rule(grows)
         grows.check(2)
         if max_rank is not None and max_rank < 1:
             raise OptionError(f"max_rank = {max_rank}: at least 1 is needed")
-        if max_rank is not None and not all(part.factored for part in growth.parts(grows).values()):
+        if max_rank is not None and not all(part.factored for part in rule.parts.values()):
             raise OptionError(f"max_rank caps factors, and {grows.chain} holds none: leave it out")
         if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
             raise OutputError(f"{path}: exists already: choose another folder for the store")

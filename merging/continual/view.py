@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from merging.api.merge_files import Merged
-from merging.continual import growth
 from merging.continual.folder import refuse_within
 from merging.continual.manifest import Manifest, StepRecord, read_manifest
 from merging.continual.publishing import export
 from merging.continual.soundness import Verdict, base_of, require_whole, state_files, verify
 from merging.continual.spectrum import spectra
 from merging.continual.state import open_state
+from merging.continual.update_rules import history_of, rule_of
 from merging.engine.resources import pick_device
 from merging.engine.threads import Progress
 from merging.errors import FormatError, InputError, OptionError
@@ -50,7 +50,7 @@ class StoreView:
         states: list[Adapter] = []
         if spectrum and manifest.steps:
             manifest, states = self._states()
-        facts = manifest.status() | {"scale": growth.scale_of(chain(manifest.method, manifest.parameters), manifest)}
+        facts = manifest.status() | {"scale": rule_of(manifest).scale(history_of(manifest))}
         if len(states) > 1:
             raise OptionError(f"{manifest.method} holds sums of either sign, which have no spectrum: leave it out")
         if states:

@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-__all__ = ["Delta", "Dense", "LowRank", "Stack", "weighted_sum"]
+__all__ = ["Delta", "Dense", "LowRank", "Stack", "sum_in_order", "weighted_sum"]
 
 Scalar = float | Tensor
 
@@ -184,6 +184,11 @@ def _concatenated(deltas: Sequence[LowRank], weights: Sequence[Scalar]) -> LowRa
     up = torch.cat([delta.up * weight for delta, weight in zip(deltas, weights, strict=True)], dim=-1)
     down = torch.cat([delta.down for delta in deltas], dim=-2)
     return LowRank(up, down, first.shape, first.transposed)
+
+
+def sum_in_order(values: Tensor | Sequence[Tensor]) -> Tensor:
+    """``sum_i values_i``, added up in order, which torch's own sum does not always do."""
+    return weighted_sum(values, [1.0] * len(values))
 
 
 def weighted_sum(values: Tensor | Sequence[Tensor], weights: Sequence[Scalar]) -> Tensor:

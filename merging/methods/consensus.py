@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from merging.errors import OptionError
-from merging.maths.delta import Delta, Dense, Stack, weighted_sum
+from merging.maths.delta import Delta, Dense, Stack, sum_in_order
 from merging.maths.parameters import Coefficient, Local, PerModel, column
 from merging.maths.site import Site
 from merging.methods.contract.method import Method, Statistics
@@ -48,7 +48,7 @@ class Consensus(Method):
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         values = stack.dense()
         values = values * column(self.weights, values)
-        total = weighted_sum(values, [1.0] * len(values))
+        total = sum_in_order(values)
         agreed = masks(values, total, self.threshold).sum(0) >= self.agree
         return Dense(total * agreed * self.scale)
 

@@ -12,6 +12,8 @@ from merging.maths.delta import Delta, Stack
 from merging.maths.parameters import Coefficient, PerModel, number
 from merging.maths.site import Site
 from merging.methods.contract.method import Method, Statistics
+from merging.methods.contract.update_rule import UpdateRule
+from merging.methods.task_arithmetic import TaskArithmetic, scaled_state
 
 __all__ = ["Linear"]
 
@@ -54,6 +56,13 @@ class Linear(Method):
         if not self.normalize:
             return 1.0
         return None if self.varies else 1 / sum(map(number, self.coefficients(models)))
+
+    def update_rule(self) -> UpdateRule:
+        if not self.normalize:
+            raise OptionError(
+                "a store's linear is the mean of its models (normalize): for a sum of changes, task_arithmetic"
+            )
+        return scaled_state("sum", TaskArithmetic(), lambda history: 1 / max(1, history.models))
 
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         weights = self.coefficients(len(stack))

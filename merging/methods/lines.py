@@ -15,7 +15,9 @@ from merging.maths.parameters import Coefficient, number
 from merging.maths.reductions import Sum
 from merging.maths.site import Site
 from merging.methods.contract.method import ResultStatistic, Statistics
+from merging.methods.contract.update_rule import UpdateRule
 from merging.methods.contract.wrapper import Wrapper
+from merging.methods.task_arithmetic import TaskArithmetic
 
 __all__ = ["Lines"]
 
@@ -88,6 +90,22 @@ class Lines(Wrapper):
         nu = self._nu(statistics, models, inner)
         alpha = nu / models if self.alpha is None else self.alpha
         return inner * (alpha + self.beta * depth * (1.0 if self.published else nu))
+
+    def update_rule(self) -> UpdateRule | None:
+        """That of a sum inside: the scale by depth is applied to the sum when the merge is asked for."""
+        inner = self.then.update_rule()
+        if inner is None or inner.parts != {"sum": TaskArithmetic()}:
+            return None
+        return UpdateRule(inner.parts, inner.scale, lambda history: self._around_sum(history.models))
+
+    def _around_sum(self, models: int) -> Lines:
+        """The LiNeS that makes of the plain sum of all changes, as one model, what this one makes of all models."""
+        if models == 1:
+            return self.model_copy(update={"then": TaskArithmetic()})
+        share = self.multiple(models) or 1.0
+        alpha = 1 / models if self.alpha is None else number(self.alpha) * share
+        beta = number(self.beta) * (share if self.published else 1.0)
+        return Lines(alpha=alpha, beta=beta, tail=self.tail, then=TaskArithmetic())
 
     def metrics(self, statistics: Statistics, models: int) -> dict[str, float]:
         found = self.then.metrics(statistics, models)

@@ -9,9 +9,11 @@ from pydantic import Field
 from torch import Tensor
 
 from merging.maths.delta import Delta, Dense, Stack
-from merging.maths.parameters import Coefficient, Local, PerModel, column
+from merging.maths.parameters import Coefficient, Local, PerModel, column, number
 from merging.maths.site import Site
 from merging.methods.contract.method import Method, Statistics
+from merging.methods.contract.update_rule import UpdateRule
+from merging.methods.task_arithmetic import scaled_state
 
 __all__ = ["MagMax", "largest"]
 
@@ -35,6 +37,9 @@ class MagMax(Method):
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         values = stack.dense()
         return Dense(largest(values * column(self.weights, values)) * self.scale)
+
+    def update_rule(self) -> UpdateRule:
+        return scaled_state("largest", MagMax(), lambda history: number(self.scale))
 
 
 def largest(values: Tensor) -> Tensor:

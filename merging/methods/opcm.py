@@ -16,6 +16,8 @@ from merging.maths.parameters import Coefficient
 from merging.maths.reductions import Sum
 from merging.maths.site import Site
 from merging.methods.contract.method import Grain, Method, ResultStatistic, Statistics
+from merging.methods.contract.update_rule import History, UpdateRule
+from merging.methods.task_arithmetic import scaled_state
 
 __all__ = ["Opcm", "accumulate", "projected"]
 
@@ -100,6 +102,9 @@ class Opcm(Method):
             merged = torch.stack(experts)
         return Dense(merged.to(values.dtype))
 
+    def update_rule(self) -> UpdateRule:
+        return scaled_state("sum", self, _mean_size)
+
     def _merge_factors(self, deltas: Sequence[LowRank]) -> LowRank:
         """The same in the joint column and row space of all factors, where every matrix is a small core."""
         first = deltas[0]
@@ -107,6 +112,11 @@ class Opcm(Method):
         null = _null(first.up.dtype, (len(up), down.shape[1]))
         merged = accumulate(cores, self.alpha, self.mode, null, "thin")
         return LowRank((up @ merged).to(first.up.dtype), down.to(first.down.dtype), first.shape, first.transposed)
+
+
+def _mean_size(history: History) -> float:
+    """What the sum is multiplied by, so that it is as large as the models' changes are on average."""
+    return safe_ratio(sum(history.norms) / history.models, history.state_norm) if history.models else 1.0
 
 
 def _squares(merged: Delta, stack: Stack, site: Site) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merging.maths.delta import Delta, Dense, Stack, weighted_sum
+from merging.maths.delta import Delta, Dense, Stack, sum_in_order
 from merging.maths.parameters import Coefficient, Local, PerModel, column
 from merging.maths.reductions import Rank, Ranked, Sum
 from merging.maths.site import Site
@@ -92,12 +92,12 @@ class Pcb(Method):
         cut, most = column(statistics[_CUT][:, 0], scores), statistics[_CUT]
         if self.variant == "paper":
             shares, sizes = scores * (scores >= cut), values
-            mass = _sum(shares)
+            mass = sum_in_order(shares)
             mass += mass == 0
         else:
             shares, sizes = minmax(torch.maximum(scores, cut), most), clipped(values, statistics[_CLIP])
-            mass = _sum(shares).clamp(min=1e-12)
-        return Dense(_sum(sizes * column(self.weights, values) * shares) / mass * self.scale)
+            mass = sum_in_order(shares).clamp(min=1e-12)
+        return Dense(sum_in_order(sizes * column(self.weights, values) * shares) / mass * self.scale)
 
 
 def clipped(values: Tensor, ends: Tensor) -> Tensor:
@@ -119,11 +119,11 @@ def competition(values: Tensor, ends: Tensor, variant: str) -> Tensor:
     n = len(values)
     sizes = minmax(_clamped(values, ends), ends)
     if variant == "code":
-        inter = (values * _sum(values)).tanh_()
+        inter = (values * sum_in_order(values)).tanh_()
     else:
         signed = values.sign().mul_(sizes)
         if variant == "vision":
-            inter = (values * _sum(signed)).tanh_()
+            inter = (values * sum_in_order(signed)).tanh_()
         else:
             inter = sum(((signed * other).tanh_() for other in signed[1:]), (signed * signed[0]).tanh_())
     squares = sizes.square_()
@@ -136,11 +136,6 @@ def _clamped(values: Tensor, ends: Tensor) -> Tensor:
     for value, (low, high) in zip(out, ends.tolist(), strict=True):
         value.clamp_(low, high)
     return out
-
-
-def _sum(values: Tensor) -> Tensor:
-    """Added up in the order of the models, which torch's own sum is not at the end of a tile."""
-    return weighted_sum(values, [1.0] * len(values))
 
 
 def _products(values: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merging.maths.delta import Delta, Dense, Stack, weighted_sum
+from merging.maths.delta import Delta, Dense, Stack, sum_in_order, weighted_sum
 from merging.maths.parameters import Coefficient, Local
 from merging.maths.reductions import Sum
 from merging.maths.site import Site
@@ -54,7 +54,7 @@ class Ram(Method):
 
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         active = self._active(stack, statistics)
-        return Dense(weighted_sum(active, [1.0] * len(active)) / _how_many(active).clamp_(min=1) * self.scale)
+        return Dense(sum_in_order(active) / _how_many(active).clamp_(min=1) * self.scale)
 
 
 class RamPlus(Ram):
@@ -86,7 +86,7 @@ class RamPlus(Ram):
         alone = torch.eq(count, 1, out=torch.empty_like(count))
         shared, own = statistics[_COUNTS].view(2, -1).tolist()
         gains = [self.r * min(several / max(1.0, one), self.alpha) for several, one in zip(shared, own, strict=True)]
-        total = weighted_sum(active, [1.0] * len(active)) + weighted_sum(active, gains) * alone
+        total = sum_in_order(active) + weighted_sum(active, gains) * alone
         return Dense(total / count.clamp_(min=1) * self.scale)
 
 
@@ -103,4 +103,4 @@ def _changed(values: Tensor) -> Tensor:
 
 def _how_many(active: list[Tensor]) -> Tensor:
     """In how many models each entry is active."""
-    return weighted_sum([_changed(each) for each in active], [1.0] * len(active))
+    return sum_in_order([_changed(each) for each in active])

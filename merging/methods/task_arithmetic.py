@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 from pydantic import Field
@@ -10,8 +11,9 @@ from merging.maths.delta import Delta, Stack
 from merging.maths.parameters import Coefficient, Local, PerModel, number, varies
 from merging.maths.site import Site
 from merging.methods.contract.method import Method, Statistics
+from merging.methods.contract.update_rule import History, UpdateRule
 
-__all__ = ["TaskArithmetic"]
+__all__ = ["TaskArithmetic", "scaled_state"]
 
 
 class TaskArithmetic(Method):
@@ -38,3 +40,11 @@ class TaskArithmetic(Method):
 
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         return stack.weighted_sum([weight * self.scale for weight in self.coefficients(len(stack))])
+
+    def update_rule(self) -> UpdateRule:
+        return scaled_state("sum", TaskArithmetic(), lambda history: number(self.scale))
+
+
+def scaled_state(name: str, update: Method, scale: Callable[[History], float]) -> UpdateRule:
+    """The rule of a method whose merge is a multiple of a state with one part."""
+    return UpdateRule({name: update}, scale, lambda history: TaskArithmetic(scale=scale(history)))

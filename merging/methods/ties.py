@@ -10,11 +10,12 @@ from pydantic import Field
 from torch import Tensor
 
 from merging.errors import OptionError
-from merging.maths.delta import Delta, Dense, Stack, weighted_sum
+from merging.maths.delta import Delta, Dense, Stack, sum_in_order, weighted_sum
 from merging.maths.parameters import Coefficient, Local, PerModel, number, spread, varies
 from merging.maths.reductions import Rank, Ranked, Sum
 from merging.maths.site import Site
 from merging.methods.contract.method import Method, Statistic, Statistics
+from merging.methods.contract.update_rule import UpdateRule
 
 __all__ = ["Ties", "agreeing_mean", "elect", "trim"]
 
@@ -104,6 +105,76 @@ class Ties(Method):
         weights = self.coefficients(len(trimmed))
         return Dense(agreeing_mean(trimmed, signs, weights, self.normalize) * self.scale)
 
+    def update_rule(self) -> UpdateRule:
+        if self.scope != "model" or isinstance(self.density, tuple):
+            raise OptionError("ties in a store has one density for all models, with scope = model")
+        density, scale = self.density, number(self.scale)
+        parts = {
+            "positive": Tally(density=density, sign=1, counts=False),
+            "negative": Tally(density=density, sign=-1, counts=False),
+            "positive-counts": Tally(density=density, sign=1, counts=True),
+            "negative-counts": Tally(density=density, sign=-1, counts=True),
+        }
+        elected = Elected(scale=scale, zero=self.zero, normalize=self.normalize)
+        return UpdateRule(parts, lambda history: scale, lambda history: elected)
+
+
+class Tally(Method):
+    """One of the four sums that TIES goes on with: of the trimmed changes of one sign, or of their number.
+
+    Merges (the sum so far, the next model's change).
+    """
+
+    name: ClassVar[str] = "tally"
+    summary: ClassVar[str] = "sum, or number, of trimmed changes of one sign"
+    models: ClassVar[tuple[int, int | None]] = (2, 2)
+
+    density: float = Field(description="share of the next change that is kept, the largest magnitudes")
+    sign: Literal[1, -1] = Field(description="the sign of the changes that count")
+    counts: bool = Field(description="add 1 for each change instead of its magnitude")
+
+    def required_statistics(self) -> tuple[Statistic, ...]:
+        if self.density >= 1:
+            return ()
+        ranks = Ranked((Rank.largest(self.density),), magnitudes=True)
+        return (Statistic(_THRESHOLDS, ranks, lambda stack, site, statistics: stack.dense()[1:]),)
+
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
+        held, following = stack.dense()
+        trimmed = following if self.density >= 1 else trim(following, float(statistics[_THRESHOLDS][0, 0]))
+        agreeing = torch.relu(trimmed * self.sign)
+        return Dense(held + (_ones(torch.gt, agreeing) if self.counts else agreeing))
+
+
+class Elected(Method):
+    """TIES of four tallies: the sums of positive and of negative changes, and the numbers of both."""
+
+    name: ClassVar[str] = "elected"
+    summary: ClassVar[str] = "TIES of tallied changes"
+    models: ClassVar[tuple[int, int | None]] = (4, 4)
+
+    scale: float
+    zero: Literal["majority", "plus"]
+    normalize: bool
+
+    def required_statistics(self) -> tuple[Statistic, ...]:
+        majority = Statistic(_MAJORITY, Sum(), lambda stack, site, statistics: _tallied_sign(stack)[None])
+        return (majority,) if self.zero == "majority" else ()
+
+    def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
+        positive, negative, positives, negatives = stack.dense()
+        otherwise = -1.0 if self.zero == "majority" and float(statistics[_MAJORITY]) < 0 else 1.0
+        signs = _tallied_sign(stack)
+        signs = torch.where(signs == 0, otherwise, signs)
+        if self.normalize:
+            positive, negative = positive / positives.clamp(min=1), negative / negatives.clamp(min=1)
+        return Dense(torch.where(signs > 0, positive, -negative) * self.scale)
+
+
+def _tallied_sign(stack: Stack) -> Tensor:
+    positive, negative, *_ = stack.dense()
+    return torch.sign(positive - negative)
+
 
 def trim(values: Tensor, threshold: float) -> Tensor:
     """The values of at least this magnitude, and 0 for the others."""
@@ -113,7 +184,9 @@ def trim(values: Tensor, threshold: float) -> Tensor:
 
 def elect(values: Sequence[Tensor], votes: Sequence[float]) -> Tensor:
     """The sign of ``sum_i votes_i values_i``, summed in order; equal and opposite votes cancel out exactly."""
-    return weighted_sum([value * vote for value, vote in zip(values, votes, strict=True)], [1.0] * len(votes)).sign_()
+    # a product that was not rounded before it is added would leave a rest of its rounding
+    counted = [value * vote for value, vote in zip(values, votes, strict=True)]
+    return sum_in_order(counted).sign_()
 
 
 def agreeing_mean(values: Sequence[Tensor], signs: Tensor, weights: Sequence[Any], normalize: bool) -> Tensor:

@@ -29,7 +29,7 @@ from tiny import checkpoint, identical, load, model, save
 
 import merging
 from merging.continual import ContinualStore
-from merging.continual.growth import GROWING
+from merging.continual.update_rules import continual_methods
 from merging.errors import OutputError
 
 pytestmark = QUIRKS
@@ -67,7 +67,7 @@ def test_full_checkpoints(full: Models, tmp_path: Path, method: str, parameters:
 
 
 def test_every_growing_method_is_compared() -> None:
-    assert {method for method, _ in VARIANTS} == set(GROWING)
+    assert {method for method, _ in VARIANTS} == set(continual_methods())
 
 
 ORDERS = {
@@ -79,7 +79,7 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("method", [method for method in GROWING if method != "ties"])
+@pytest.mark.parametrize("method", [method for method in continual_methods() if method != "ties"])
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 def test_adapters(lora: Models, tmp_path: Path, method: str, order: list[int]) -> None:
     chosen = Models(lora.base, [lora.tuned[i] for i in order])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
@@ -25,6 +25,9 @@ from merging.maths.parameters import (
 )
 from merging.maths.reductions import Reduction
 from merging.maths.site import Site
+
+if TYPE_CHECKING:
+    from merging.methods.contract.update_rule import UpdateRule
 
 __all__ = ["Grain", "Method", "ResultStatistic", "Statistic", "Statistics", "build", "check_places", "idle_parameters"]
 
@@ -187,6 +190,14 @@ class Method(BaseModel, ABC):
     def metrics(self, statistics: Statistics, models: int) -> dict[str, float]:
         """Numbers to report of the whole merge, by name."""
         return {}
+
+    def update_rule(self) -> UpdateRule | None:
+        """How a merge by this method takes in one more model in constant memory; None if it must see all at once.
+
+        Asked of a method whose models all weigh the same and whose parameters are the same everywhere. Raises
+        :class:`~merging.errors.OptionError` for parameters with which it cannot be continued.
+        """
+        return None
 
     @property
     def inside(self) -> Method | None:
