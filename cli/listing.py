@@ -113,7 +113,7 @@ def _choices() -> Iterator[Choice]:
                 name,
                 group,
                 listed.summary,
-                "any" if around else "weights" if method.origin == "none" else "changes",
+                "any" if around else "weights" if method.merge_space == "weights" else "changes",
                 _on_adapters(cls, method),
                 f"{passes}{' + SVD' if cls.takes_apart else ''}",
                 cls.paper,
@@ -126,7 +126,7 @@ def _on_adapters(cls: type[Method], method: Method) -> str:
     if method.factored:
         # around a method of full rank it is seen whether it is the wrapper that keeps adapters low-rank
         return "inner" if "then" in cls.model_fields and not chain(f"{cls.name}+ties").factored else "exact"
-    return "base" if method.origin == "none" else "cut"
+    return "base" if method.merge_space == "weights" else "cut"
 
 
 def _screen() -> str:

@@ -283,8 +283,8 @@ def test_every_method_has_a_row() -> None:
 def test_rows_tell_the_truth_about_their_methods(row: Row) -> None:
     """What a row leaves out is refused, or does not hold."""
     method = chain(row.chain, row.parameters)
-    assert row.needs_base == (method.origin == "base" or method.rescales)
-    assert row.on_changes == (method.origin == "base" or method.factored)
+    assert row.needs_base == (method.merge_space == "delta" or method.rescales)
+    assert row.on_changes == (method.merge_space == "delta" or method.factored)
     if not row.on_changes:
         with pytest.raises(OptionError, match="merges weights, and these are changes"):
             changes(row, factors(0))

@@ -56,7 +56,7 @@ def merge_state_dicts(
     """
     models = list(models)
     bound = _method(method, parameters, len(models))
-    if base is None and (bound.origin == "base" or bound.rescales):
+    if base is None and (bound.merge_space == "delta" or bound.rescales):
         raise OptionError(f"{bound.chain} merges changes from a base: give base=")
     reference = models[0] if base is None else base
     _check_names(models, reference)
@@ -67,7 +67,7 @@ def merge_state_dicts(
     floating = {n: value for n, value in reference.items() if value.is_floating_point() and n not in left}
     turned = all_matching(transposed, floating) | inputs_by_outputs({n: tuple(v.shape) for n, v in floating.items()})
     sites = {name: site_of(name, tuple(value.shape), stacks, name in turned) for name, value in floating.items()}
-    weights = bound.origin == "none"
+    weights = bound.merge_space == "weights"
     if not allow_nonfinite:
         named = {f"model {number}": model for number, model in enumerate(models, 1)} | (
             {"the base": base} if base else {}
@@ -119,7 +119,7 @@ def merge_deltas(
     """
     adapters = list(adapters)
     bound = _method(method, parameters, len(adapters))
-    if bound.origin == "none" and not bound.factored:
+    if bound.merge_space == "weights" and not bound.factored:
         raise OptionError(f"{bound.chain} merges weights, and these are changes: add them to the base first")
     names = dict.fromkeys(name for adapter in adapters for name in adapter)
     for name in all_matching(exclude, names):

@@ -33,8 +33,8 @@ class ArceeFusion(Method):
     workspace: ClassVar[int] = 12
 
     @property
-    def origin(self) -> Literal["base", "none"]:
-        return "none"
+    def merge_space(self) -> Literal["delta", "weights"]:
+        return "weights"
 
     @property
     def grain(self) -> Grain:

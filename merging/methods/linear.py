@@ -35,8 +35,8 @@ class Linear(Method):
     normalize: bool = Field(True, description="divide by the sum of the weights")
 
     @property
-    def origin(self) -> Literal["base", "none"]:
-        return "none"
+    def merge_space(self) -> Literal["delta", "weights"]:
+        return "weights"
 
     @property
     def factored(self) -> bool:

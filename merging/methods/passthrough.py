@@ -30,8 +30,8 @@ class Passthrough(Method):
     scale: Local[Coefficient] = Field(1.0, description="what the weights, or an adapter's change, are multiplied by")
 
     @property
-    def origin(self) -> Literal["base", "none"]:
-        return "none"
+    def merge_space(self) -> Literal["delta", "weights"]:
+        return "weights"
 
     @property
     def factored(self) -> bool:

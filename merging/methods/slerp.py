@@ -36,8 +36,8 @@ class Slerp(Method):
     t: Local[Coefficient] = Field(0.5, description="0 is the first model, 1 the second")
 
     @property
-    def origin(self) -> Literal["base", "none"]:
-        return "none"
+    def merge_space(self) -> Literal["delta", "weights"]:
+        return "weights"
 
     def required_statistics(self) -> tuple[Statistic, ...]:
         return (GRAM,)

@@ -194,9 +194,9 @@ def check_origin(
         raise InputError(
             "a merge of full checkpoints makes a model: an adapter comes out only when all inputs are adapters"
         )
-    weights = method.origin == "none" and not (method.factored and not checkpoints)
+    weights = method.merge_space == "weights" and not (method.factored and not checkpoints)
     if base is None:
-        if checkpoints and (method.origin == "base" or method.rescales):
+        if checkpoints and (method.merge_space == "delta" or method.rescales):
             raise InputError(
                 f"full checkpoints with a method that works on changes need --base: {method.chain} merges what each "
                 f"model changed of the model they were all trained from"

@@ -89,7 +89,7 @@ def check_method(settings: Settings, classifies: bool) -> None:
             f"there is no method {name!r}{nearest(name, known)}: use {', '.join((*TUNED, SEARCHED))}, or one of merge "
             f"methods"
         )
-    if chain(name, {}).origin == "none" and name != "linear":
+    if chain(name, {}).merge_space == "weights" and name != "linear":
         raise OptionError(f"{name} merges weights, and adapters are changes: use another method")
 
 

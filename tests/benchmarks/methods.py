@@ -121,7 +121,7 @@ def our_cases() -> dict[str, Case]:
     for name in merging.METHODS:
         method = merging.chain(name)
         most = min(link.models[1] or len(THREE) for link in method.links())
-        base = "base" if method.origin == "base" else None
+        base = "base" if method.merge_space == "delta" else None
         if name not in NO_CHECKPOINTS and not any(link.takes_apart for link in method.links()):
             cases[method.chain] = Case(name, THREE[:most], {}, base=base)
     return cases

@@ -85,12 +85,12 @@ class Method(BaseModel, ABC):
     """About how many copies of a tile of all models a merge has in memory at once, for the plan."""
 
     @property
-    def origin(self) -> Literal["base", "none"]:
+    def merge_space(self) -> Literal["delta", "weights"]:
         """Whether it merges changes from a base, or the weights themselves.
 
-        A method of origin "none" that is ``factored`` is linear, so that on adapters it acts on their changes.
+        A method of weights that is ``factored`` is linear, so that on adapters it acts on their changes.
         """
-        return "base"
+        return "delta"
 
     @property
     def grain(self) -> Grain:
@@ -136,7 +136,7 @@ class Method(BaseModel, ABC):
         if models < least or (most is not None and models > most):
             wanted = f"{least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
             noun, verb = "model" if wanted == "1" else "models", "was" if models == 1 else "were"
-            hint = ": the one it was trained from goes to --base" if most == 1 and self.origin == "base" else ""
+            hint = ": the one it was trained from goes to --base" if most == 1 and self.merge_space == "delta" else ""
             raise OptionError(f"{self.name} merges {wanted} {noun}, and {models} {verb} given{hint}")
         for field in type(self).model_fields:
             value = getattr(self, field)
@@ -173,7 +173,7 @@ class Method(BaseModel, ABC):
 
     @abstractmethod
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
-        """The merged change (or weight, for origin "none") of one tensor, or of one block of it."""
+        """The merged change (or weight, as :attr:`merge_space` says) of one tensor, or of one block of it."""
 
     def coefficients(self, models: int) -> list[Any]:
         """The weights that the models enter with, one each: 1 unless the method has weights of its own."""

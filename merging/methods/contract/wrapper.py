@@ -41,9 +41,9 @@ class Wrapper(Method):
     statistics of its own."""
 
     @property
-    def origin(self) -> Literal["base", "none"]:
+    def merge_space(self) -> Literal["delta", "weights"]:
         """What it makes of changes, any method may merge: `dare+linear` is the mean of thinned changes."""
-        return self.then.origin if self.transparent else "base"
+        return self.then.merge_space if self.transparent else "delta"
 
     @property
     def grain(self) -> Grain:

@@ -53,8 +53,8 @@ class OnSphere(Method):
     space: Literal["weights", "changes"] = Field("weights", description="merge weights, or changes from the base")
 
     @property
-    def origin(self) -> Literal["base", "none"]:
-        return "base" if self.space == "changes" else "none"
+    def merge_space(self) -> Literal["delta", "weights"]:
+        return "delta" if self.space == "changes" else "weights"
 
     @property
     def factored(self) -> bool:
