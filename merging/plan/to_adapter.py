@@ -80,7 +80,8 @@ def adapter_items(
         check_apart(labels.values(), any(map(_is_experts, merged.values())))
     exporter = None
     if names is not None:
-        exporter = Exporter(names, named, {name: shapes[name] for name in low}, rank, kind, base is not None)
+        factored = {name: shape for name, shape in shapes.items() if name in low}  # in an order: low has none
+        exporter = Exporter(names, named, factored, rank, kind, base is not None)
     elif not all(adapter.dialect.startswith("PEFT") for adapter in adapters):
         labels = peft_labels(adapters, named, list(merged), base is not None)
     if exporter is None:
