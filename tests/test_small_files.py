@@ -47,7 +47,7 @@ ALLOWED = {
     "merging/storage/writer.py": {"open"},
     "merging/storage/staging.py": {"open"},  # to make what was written durable
     "cli/errors.py": {"open"},  # the null device
-    "merging/sources/quantised.py": {"json.loads"},  # a marker of a few bytes
+    "merging/sources/quantized_weights.py": {"json.loads"},  # a marker of a few bytes
     # what this process wrote or made itself
     "merging/recycling/journal.py": {"torch.load"},
     "merging/recycling/run.py": {"json.loads"},

@@ -21,9 +21,9 @@ from merging.methods.contract.method import Method, Statistics, check_places
 from merging.methods.contract.wrapper import Unwrapped, unwrap_outer
 from merging.output.peft_config import lora_config
 from merging.sources.adapter import LoraChange
+from merging.sources.loose_factors import refuse_factors
 from merging.sources.peft import peft_changes
 from merging.sources.stored import MappedTensor
-from merging.sources.unread import refuse_factors
 
 __all__ = ["merge_deltas", "merge_state_dicts", "peft_deltas", "peft_state_dict"]
 

@@ -22,8 +22,8 @@ from merging.sources import Dialect, dialect_of
 from merging.sources.adapter import Adapter, LoraChange
 from merging.sources.opening import open_tensors
 from merging.sources.packs import Described
-from merging.sources.packs.codings import Bands, Kind, Raw, Ternary
-from merging.sources.stored import Opened, Stored
+from merging.sources.packs.codings import Bands, DtypeName, Raw, Ternary
+from merging.sources.stored import FileContents, Stored
 
 __all__ = ["AdapterFile", "adapter_file", "pack_adapter"]
 
@@ -41,7 +41,7 @@ class AdapterFile:
 
     path: Path
     dialect: Dialect
-    opened: Opened
+    opened: FileContents
     adapter: Adapter
     pairs: tuple[tuple[str, str], ...]
     alone: tuple[str, ...]
@@ -132,7 +132,7 @@ def _pair(file: AdapterFile, down: str, up: str, settings: Settings) -> list[tup
     stored = [file.opened[0][name] for name in (up, down)]
     rank = stored[1].shape[0]
     left, right = balanced(_values(file, up).reshape(-1, rank), _values(file, down).reshape(rank, -1))
-    coded: Sequence[tuple[Kind, Bands | Ternary, Tensor]]
+    coded: Sequence[tuple[DtypeName, Bands | Ternary, Tensor]]
     if settings.method == "bands":
         factors = pack_factors(left, right, settings.bands)
         coded = [(_kind(each), *factor) for each, factor in zip(stored, factors, strict=True)]
@@ -156,8 +156,8 @@ def _values(file: AdapterFile, name: str) -> Tensor:
     return values
 
 
-def _kind(stored: Stored) -> Kind:
-    return cast(Kind, stored.dtype_name)
+def _kind(stored: Stored) -> DtypeName:
+    return cast(DtypeName, stored.dtype_name)
 
 
 def _losses(file: AdapterFile, packed: Adapter) -> Losses:

@@ -24,9 +24,9 @@ from merging.output.model_card import HUB_ID
 from merging.plan.targets import adapter_targets
 from merging.sources import Adapter, Checkpoint
 from merging.sources.checkpoint import content_key
-from merging.sources.diffusion import WEIGHTS
+from merging.sources.diffusion_loras import WEIGHTS
 from merging.sources.opening import open_tensors
-from merging.sources.packs import Base, Manifest, recognises, unpacked
+from merging.sources.packs import PackBase, PackManifest, read_pack, recognises
 from merging.sources.packs.codings import Raw
 from merging.sources.peft import CONFIG_KEY
 from merging.storage.output_tensor import OutputTensor
@@ -167,13 +167,13 @@ def _files(*models: Adapter | Checkpoint | None) -> Iterable[Path]:
 
 def _adapter(
     adapter: Adapter, base: Checkpoint | None, settings: Settings, assembly: Assembly
-) -> tuple[Losses, Manifest, int, list[str]]:
+) -> tuple[Losses, PackManifest, int, list[str]]:
     file = adapter_file(adapter)
     losses, notices = pack_adapter(file, settings, assembly)
-    noted = Base(name=adapter.base, revision=adapter.config.get("revision"))
+    noted = PackBase(name=adapter.base, revision=adapter.config.get("revision"))
     if base is not None:
         noted = noted.model_copy(update=_base(base).model_dump(exclude_none=True))
-    manifest = Manifest(
+    manifest = PackManifest(
         method=settings.method,
         settings=settings.told,
         base=noted,
@@ -193,7 +193,7 @@ def _model(
     assembly: Assembly,
     device: str,
     progress: Progress | None,
-) -> tuple[Losses, Manifest, int]:
+) -> tuple[Losses, PackManifest, int]:
     if base is None:
         raise InputError(f"{model.path}: of a full model what it changed is packed: give its base with --base")
     plan = model_plan(model, base)
@@ -201,19 +201,21 @@ def _model(
     tensors = tuple(assembly.described)
     return (
         losses,
-        Manifest(method=settings.method, settings=settings.told, base=_base(base), tensors=tensors, changes=changed),
+        PackManifest(
+            method=settings.method, settings=settings.told, base=_base(base), tensors=tensors, changes=changed
+        ),
         entries,
     )
 
 
-def _base(base: Checkpoint) -> Base:
+def _base(base: Checkpoint) -> PackBase:
     """What a base is called where others can find it, and what is in it."""
     stated = base.config.get("_name_or_path")
     named = stated if isinstance(stated, str) and HUB_ID.fullmatch(stated) and not Path(stated).exists() else None
     key = content_key(base.tensors)
     if base.origin is not None:
-        return Base(name=base.origin.repo, revision=base.origin.commit, key=key)
-    return Base(name=named, key=key)
+        return PackBase(name=base.origin.repo, revision=base.origin.commit, key=key)
+    return PackBase(name=named, key=key)
 
 
 def decompress(
@@ -255,7 +257,7 @@ def decompress(
 
 
 def _unpacked_adapter(adapter: Adapter, destination: Path, overwrite: bool) -> Decompressed:
-    pack = unpacked(adapter.files[0])
+    pack = read_pack(adapter.files[0])
     manifest, single = pack.manifest, destination.suffix == ".safetensors"
     config = None if manifest.config is None else json.dumps(manifest.config, indent=2)
     if config is None and manifest.dialect == "PEFT" and not single:

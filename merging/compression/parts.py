@@ -13,7 +13,7 @@ from torch import Tensor
 from merging.engine.spool import Spool
 from merging.maths.delta import Dense
 from merging.maths.linalg import safe_ratio
-from merging.sources.packs import PACK_KEY, Described, Manifest, payload_name
+from merging.sources.packs import PACK_KEY, Described, PackManifest, payload_name
 from merging.sources.packs.codings import Bands, Packed, Raw, Sparse, Ternary
 from merging.sources.stored import DTYPE_NAMES, DTYPES, MappedTensor
 from merging.storage.output_tensor import OutputTensor
@@ -74,7 +74,7 @@ class Assembly:
         self.coded_bytes += 0 if isinstance(described.coding, Raw) else payload.nbytes
         self._spool.put(name, Dense(payload))
 
-    def write(self, stem: str, manifest: Manifest) -> int:
+    def write(self, stem: str, manifest: PackManifest) -> int:
         """Write the file, and return its bytes. Tensors of the largest elements come first, so that all are aligned."""
         outs = sorted(self._outs, key=lambda out: -DTYPES[out.dtype_name].itemsize)
         metadata: Mapping[str, str] = {

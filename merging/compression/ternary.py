@@ -14,7 +14,7 @@ from torch import Tensor
 from merging.compression.settings import Settings
 from merging.maths.delta import LowRank
 from merging.maths.linalg import factored_svd, safe_ratio, squared_norm
-from merging.sources.packs.codings import Kind, Ternary
+from merging.sources.packs.codings import DtypeName, Ternary
 from merging.sources.packs.frames import BITMAP, frame_signs
 from merging.sources.packs.golomb import parameter
 from merging.sources.stored import DTYPES
@@ -74,8 +74,8 @@ def _norm(*factors: Tensor) -> float:
 
 
 def pack_signs(
-    values: Tensor, kind: Kind, settings: Settings, factor: float | None = None
-) -> tuple[Kind, Ternary, Tensor]:
+    values: Tensor, kind: DtypeName, settings: Settings, factor: float | None = None
+) -> tuple[DtypeName, Ternary, Tensor]:
     """The type that a tensor is read as, its coding and its payload.
 
     Scales are ``factor`` times what :func:`ternary` says; without it the settings tell. The type is ``kind``, or

@@ -18,7 +18,7 @@ from merging.methods.contract.method import Method
 from merging.plan.items import Item, Plan
 from merging.plan.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
-from merging.sources.adapter import Change, FullChange, LoraChange, Written
+from merging.sources.adapter import Change, FullChange, LoraChange, TensorNames
 from merging.sources.small_files import parse_json
 from merging.sources.stored import DTYPE_NAMES, open_safetensors
 from merging.storage.output_tensor import OutputTensor
@@ -53,7 +53,7 @@ def open_state(path: Path, base: str | None = None) -> Adapter:
     """
     stored, metadata = open_safetensors(path)
     changes: dict[str, Change] = {}
-    written: dict[str, Written] = {}
+    written: dict[str, TensorNames] = {}
     try:
         for name, facts in parse_json(metadata[_TENSORS], f"{path}: its list of tensors").items():
             label, kind, transposed = str(facts["label"]), facts["kind"], bool(facts["transposed"])
@@ -64,11 +64,11 @@ def open_state(path: Path, base: str | None = None) -> Adapter:
                 changes[name] = LoraChange(label, kind, down=down, up=up, scale=1.0, transposed=transposed)
             if "written" in facts:
                 stem, names, alpha = facts["written"]
-                written[name] = Written(str(stem), tuple(map(str, names)), bool(alpha))
+                written[name] = TensorNames(str(stem), tuple(map(str, names)), bool(alpha))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise FormatError(f"{path}: is no state of a store: {type(error).__name__}: {error}") from None
     dialect, configured = metadata.get(_DIALECT, _PEFT), _CONFIGURED in metadata
-    return Adapter(path, changes, (path,), dialect, base, written=written, configured=configured)
+    return Adapter(path, changes, (path,), dialect, base, tensor_names=written, configured=configured)
 
 
 def odd_values(path: Path) -> list[str]:
@@ -93,7 +93,7 @@ def state_metadata(plan: Plan) -> dict[str, str]:
     facts: dict[str, dict[str, object]] = {}
     for name, change in (held.changes if isinstance(held, Adapter) else {}).items():
         own = {"label": change.target, "kind": change.kind, "transposed": change.is_transposed(change.shape)}
-        facts[name] = own | _names([held.written.get(name)] if isinstance(held, Adapter) else [])
+        facts[name] = own | _names([held.tensor_names.get(name)] if isinstance(held, Adapter) else [])
     for item in plan.items:
         if item.form != "copy":
             facts[item.site.name] = _facts(item) | _names(_written(plan, item))
@@ -101,7 +101,7 @@ def state_metadata(plan: Plan) -> dict[str, str]:
     return {_TENSORS: json.dumps(facts), _DIALECT: _dialect(plan.models)} | ({_CONFIGURED: "1"} if configured else {})
 
 
-def _written(plan: Plan, item: Item) -> Iterator[Written | None]:
+def _written(plan: Plan, item: Item) -> Iterator[TensorNames | None]:
     """What the files of adapters call a tensor that they change whole. A state keeps these names by the base's."""
     if _dialect(plan.models) == _SEVERAL:
         return
@@ -109,10 +109,10 @@ def _written(plan: Plan, item: Item) -> Iterator[Written | None]:
         if isinstance(model, Adapter) and isinstance(change, Change):
             name = item.site.name if model.changes.get(item.site.name) is change else change.target
             whole = name in model.changes and change.shape == model.changes[name].shape
-            yield model.written.get(name) if whole else None
+            yield model.tensor_names.get(name) if whole else None
 
 
-def _names(written: Iterable[Written | None]) -> dict[str, object]:
+def _names(written: Iterable[TensorNames | None]) -> dict[str, object]:
     found = next((each for each in written if each), None)
     return {"written": [found.stem, found.names, found.alpha]} if found else {}
 

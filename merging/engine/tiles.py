@@ -14,7 +14,7 @@ from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.methods.contract.method import Grain
 from merging.plan.items import TILE, Item, Plan
 from merging.sources.adapter import Change, LoraChange
-from merging.sources.computed import Computed
+from merging.sources.computed import ComputedChange
 from merging.sources.stored import Stored
 
 __all__ = ["GPU_TILE", "Tile", "Tiler", "row_step", "whole_rows"]
@@ -155,7 +155,7 @@ class Tiler:
     def _check_layer(self, item: Item, slot: int) -> None:
         """Refuse factors whose own copy of the base's layer is another one: they belong on top of that copy."""
         change = item.inputs[slot]
-        if not isinstance(change, (LoraChange, Computed)) or change.layer is None or item.base is None:
+        if not isinstance(change, (LoraChange, ComputedChange)) or change.layer is None or item.base is None:
             return
         if isinstance(change, LoraChange) and change.start:
             return

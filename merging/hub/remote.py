@@ -14,7 +14,7 @@ from merging.hub.download import Told, download, hash_of, range_of
 from merging.sources.header import header_length, parse_header
 from merging.sources.opening import STAND_INS
 from merging.sources.pickled import open_pickle
-from merging.sources.stored import File, FileTensor, Opened
+from merging.sources.stored import File, FileContents, FileTensor
 
 __all__ = ["RemoteFile", "Window", "opened_remote"]
 
@@ -176,7 +176,7 @@ class Window:
         return file
 
 
-def opened_remote(remote: RemoteFile) -> Opened:
+def opened_remote(remote: RemoteFile) -> FileContents:
     """The tensors of a remote file: of a safetensors file from its header alone, any other is downloaded for it."""
     if not remote.name.endswith(".safetensors"):
         return open_pickle(remote.fetch())

@@ -18,7 +18,7 @@ from merging.hub.client import Unreachable, api, explained, offline, patiently
 from merging.hub.remote import RemoteFile, opened_remote
 from merging.sources.links import trust_links
 from merging.sources.opening import STAND_INS
-from merging.sources.stored import Opened
+from merging.sources.stored import FileContents
 
 __all__ = ["Repository", "open_repository"]
 
@@ -143,7 +143,7 @@ def _stand_in(remote: RemoteFile) -> None:
     remote.path.touch()
     opened = cache(partial(opened_remote, remote))  # of a commit, so that it stays as it is
 
-    def again() -> Opened:
+    def again() -> FileContents:
         tensors, metadata = opened()
         return dict(tensors), dict(metadata)
 

@@ -14,12 +14,12 @@ from merging.output.model_card import model_card
 from merging.plan.heads import scales_outputs
 from merging.plan.items import Plan
 from merging.sources import Checkpoint
-from merging.sources.layout import find_weights
 from merging.sources.model_files import COMPANIONS, IN_PIPELINES
 from merging.sources.opening import STAND_INS
 from merging.sources.small_files import check_file, copy_file
 from merging.sources.stored import holders_of
 from merging.sources.tokenizers import TOKENIZER_FILES
+from merging.sources.weight_files import find_weights
 
 __all__ = ["check_companions", "companion_patterns", "copy_companions", "write_model_companions"]
 

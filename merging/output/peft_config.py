@@ -12,7 +12,7 @@ from merging.plan.items import Item, Plan
 from merging.plan.outs import PREFIX
 from merging.sources import Adapter
 from merging.sources.adapter import Change, LoraChange
-from merging.sources.tokens import TokenTable
+from merging.sources.token_rows import TokenTable
 
 __all__ = ["NO_VARIANTS", "SAVED", "adapter_config", "lora_config", "write_adapter_companions"]
 

@@ -10,7 +10,7 @@ from merging.plan.items import Placing
 from merging.plan.outs import PREFIX, module_of
 from merging.plan.resolve import Resolver
 from merging.sources.adapter import Change
-from merging.sources.parts import Piece
+from merging.sources.regions import TensorPart
 from merging.storage.output_tensor import OutputTensor
 
 __all__ = ["check_apart", "expert_placings"]
@@ -46,7 +46,7 @@ def expert_placings(
 
 
 def _placings(
-    name: str, held: Sequence[tuple[str, Piece]], shape: tuple[int, ...], turned: bool, rank: int, kind: str
+    name: str, held: Sequence[tuple[str, TensorPart]], shape: tuple[int, ...], turned: bool, rank: int, kind: str
 ) -> Iterator[Placing]:
     outer, inner = (2, 1) if turned else (1, 2)
     for stored, piece in held:

@@ -11,7 +11,7 @@ from merging.plan.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.checkpoint import content_key, files_key
-from merging.sources.computed import Computed
+from merging.sources.computed import ComputedChange
 from merging.sources.peft.wrapped import added_twice, out_proj_once
 
 __all__ = [
@@ -164,7 +164,7 @@ def taken_as_linear(adapters: Sequence[Adapter], base: Checkpoint | None) -> lis
         f"{adapter.path}: its modules are taken for linear layers, which its file does not tell from convolutions: "
         f"give --base if it has any of these"
         for adapter in adapters
-        if base is None and any(isinstance(each, Computed) and each.flat for each in adapter.changes.values())
+        if base is None and any(isinstance(each, ComputedChange) and each.flat for each in adapter.changes.values())
     ]
 
 

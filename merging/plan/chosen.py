@@ -59,5 +59,5 @@ def chosen(
 
 def _narrowed(model: Checkpoint, wanted: Sequence[str]) -> Checkpoint:
     if model.components:
-        return model.narrowed(wanted)
+        return model.narrow(wanted)
     return replace(model, tensors={f"{wanted[0]}.{name}": stored for name, stored in model.tensors.items()})

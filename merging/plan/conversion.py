@@ -15,7 +15,7 @@ from typing import Any
 
 from merging.errors import FormatError
 from merging.plan.laid import Laid
-from merging.sources.parts import Piece, whole
+from merging.sources.regions import TensorPart, whole
 
 __all__ = ["Loading"]
 
@@ -64,12 +64,12 @@ class Loading:
             raise FormatError(f"transformers makes no {architecture} of the base's config.json: {reason}") from None
         return cls(model)
 
-    def pieces(self, shapes: Shapes) -> dict[str, list[Piece]]:
+    def pieces(self, shapes: Shapes) -> dict[str, list[TensorPart]]:
         """What tensors of these names and shapes are pieces of in memory.
 
         Those that the model has no place for are left out, and those whose values are changed or shuffled on loading.
         """
-        found: dict[str, list[Piece]] = defaultdict(list)
+        found: dict[str, list[TensorPart]] = defaultdict(list)
         sources: dict[str, dict[str, dict[int, Laid]]] = defaultdict(lambda: defaultdict(dict))
         for name, shape in shapes.items():
             in_memory, pattern = self._renamed(name)
@@ -143,7 +143,9 @@ def _collected(found: Mapping[int, Laid] | None, numbered: bool, final: tuple[in
         return found[0]
     shape = next(iter(found.values())).shape
     pieces = {
-        name: Piece(piece.of, (slice(number, number + 1), *piece.box), tuple(a + 1 for a in piece.axes), piece.start)
+        name: TensorPart(
+            piece.of, (slice(number, number + 1), *piece.box), tuple(a + 1 for a in piece.axes), piece.start
+        )
         for number, laid in found.items()
         for name, piece in laid.pieces.items()
     }
@@ -158,7 +160,7 @@ def _joined(parts: Sequence[Laid | None], axis: int, total: int) -> Laid | None:
         return None
     missing = len(parts) - len(known)
     gap = (total - sum(part.shape[axis] for part in known)) // missing if missing else 0
-    pieces: dict[str, Piece] = {}
+    pieces: dict[str, TensorPart] = {}
     end = 0
     for part in parts:
         if part:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from merging.errors import InputError
 from merging.sources import Adapter
 from merging.sources.diffusion_names import Known, known_names, spellings
-from merging.sources.fused_names import Rows
+from merging.sources.fused_names import RowRange
 from merging.sources.lora_names import normal_name
-from merging.sources.parts import Piece
+from merging.sources.regions import TensorPart
 
 __all__ = ["Spelled", "Spellings"]
 
@@ -21,7 +21,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Spelled:
     """Where the targets of an adapter lie in the base's tensors, and the shapes they would have in one piece."""
 
-    pieces: dict[str, list[Piece]]
+    pieces: dict[str, list[TensorPart]]
     shapes: dict[str, tuple[int, ...]]
 
 
@@ -66,19 +66,19 @@ class Spellings:
     def _shape(self, known: Known) -> tuple[int, ...]:
         return sum(part.length for part in known.rows), *self._shapes[known.rows[0].name][1:]
 
-    def _pieces(self, known: Known) -> list[Piece]:
+    def _pieces(self, known: Known) -> list[TensorPart]:
         """What the tensor is a piece of, for each run of its rows."""
         pieces, start = [], 0
         for part in known.rows:
             rest = self._shapes[part.name][1:]
             box = (slice(part.start, part.start + part.length), *(slice(0, size) for size in rest))
-            pieces.append(Piece(part.name, box, tuple(range(len(box))), (start, *(0 for _ in rest))))
+            pieces.append(TensorPart(part.name, box, tuple(range(len(box))), (start, *(0 for _ in rest))))
             start += part.length
         return pieces
 
 
 def _refuse_overlaps(adapter: Adapter, found: Mapping[str, Known]) -> None:
-    taken: dict[Rows, str] = {}
+    taken: dict[RowRange, str] = {}
     for target, known in found.items():
         for part in known.rows:
             other = taken.setdefault(part, target)

@@ -12,8 +12,8 @@ from merging.maths.site import Site
 from merging.plan.items import Constant, Item, ItemForm, Placing
 from merging.plan.names import Names
 from merging.sources.adapter import Change
-from merging.sources.computed import Computed
-from merging.sources.fused_names import Rows
+from merging.sources.computed import ComputedChange
+from merging.sources.fused_names import RowRange
 from merging.sources.stored import Stored
 from merging.storage.output_tensor import OutputTensor
 
@@ -80,7 +80,7 @@ class Exporter:
 
     def _full(self, site: Site, shares: Sequence[_Share], form: ItemForm) -> OutputTensor:
         """A change in full, of what files under these names hold so: biases and norms mostly."""
-        label, alone = shares[0].label, (Rows(site.name, 0, (site.shape or (1,))[0]),)
+        label, alone = shares[0].label, (RowRange(site.name, 0, (site.shape or (1,))[0]),)
         weight = self._shapes.get(f"{site.name.rpartition('.')[0]}.weight", ())
         name = self._names.in_full(label, weight) if form != "dense" and self._rows[label] == alone else None
         if name is None:
@@ -96,7 +96,7 @@ class Exporter:
                 f"{site.name} is an embedding, or lies the other way round, which a LoRA in the format of "
                 f"{self._names.format} does not hold: use --format peft, or --as model"
             )
-        flattened = all(isinstance(change, Computed) and not change.kernel for change in changes)
+        flattened = all(isinstance(change, ComputedChange) and not change.kernel for change in changes)
         if not self._based and flattened and _CONVOLUTION.search(site.name.rpartition(".")[0]):
             raise InputError(
                 f"{site.name} may be a convolution, whose kernel the file does not tell: give the model with --base"

@@ -11,7 +11,7 @@ from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.stored import Stored
 from merging.sources.tied_weights import has_own_head, is_head, same_values, tied_to
-from merging.sources.tokens import TokenRows
+from merging.sources.token_rows import TokenRows
 
 __all__ = ["is_untied", "own_heads", "scales_outputs", "settled", "with_tied_copy"]
 

@@ -10,7 +10,7 @@ from merging.errors import InputError
 from merging.plan.recipe import AdapterFormat, Recipe
 from merging.sources import Adapter
 from merging.sources.diffusion_names import Known, known_names
-from merging.sources.fused_names import Rows
+from merging.sources.fused_names import RowRange
 
 __all__ = ["Shapes", "first_unnamed", "formats_with_names", "labelled_rows", "output_format", "peft_labels", "unnamed"]
 
@@ -88,7 +88,7 @@ def formats_with_names(adapters: Sequence[Adapter], shapes: Shapes, targets: Sha
     return found
 
 
-def first_unnamed(labelled: Mapping[str, tuple[Rows, ...]], targets: Shapes) -> str | None:
+def first_unnamed(labelled: Mapping[str, tuple[RowRange, ...]], targets: Shapes) -> str | None:
     """The first target some rows of which no label stands for."""
     rows: Counter[str] = Counter()
     for parts in labelled.values():
@@ -106,7 +106,7 @@ def peft_labels(adapters: Sequence[Adapter], shapes: Shapes, targets: Sequence[s
     found: dict[str, Known] = {}
     for known in () if _flat(adapters) and not based else known_names(shapes, strict=True):
         rows = known.rows[0]
-        if "diffusers" in known.styles and known.rows == (Rows(rows.name, 0, shapes[rows.name][0]),):
+        if "diffusers" in known.styles and known.rows == (RowRange(rows.name, 0, shapes[rows.name][0]),):
             found[rows.name] = known
     components = sorted({found[target].component for target in targets if target in found})
     wanted = {target: shapes[target] for target in targets}
@@ -131,7 +131,7 @@ def _as_stored(known: Known, stored: str) -> str:
 
 def labelled_rows(
     format: AdapterFormat, adapters: Sequence[Adapter], shapes: Shapes, based: bool
-) -> dict[str, tuple[Rows, ...]]:
+) -> dict[str, tuple[RowRange, ...]]:
     """The names of tensors in files of diffusers or Kohya, and the rows of the targets that each consists of.
 
     ``shapes`` are those of the base's tensors if it is ``based`` on one, else of the targets.
@@ -143,7 +143,7 @@ def labelled_rows(
                 "--format out, so that the output keeps the inputs' names"
             )
         kept = (name for name in shapes if not _NOT_KOHYA.match(name))
-        return {name: (Rows(name, 0, (shapes[name] or (1,))[0]),) for name in kept}
+        return {name: (RowRange(name, 0, (shapes[name] or (1,))[0]),) for name in kept}
     known = known_names(shapes, strict=True)
     if format == "diffusers":
         named = (each for each in known if "diffusers" in each.styles and not _PUBLISHED_ONLY.match(each.name))

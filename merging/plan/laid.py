@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from merging.sources.parts import Piece, whole
+from merging.sources.regions import TensorPart, whole
 
 __all__ = ["Laid"]
 
@@ -15,7 +15,7 @@ class Laid:
     """A tensor that is laid out of ``pieces``, each the piece that the tensor of that name is of it."""
 
     shape: tuple[int, ...]
-    pieces: Mapping[str, Piece]
+    pieces: Mapping[str, TensorPart]
 
     @classmethod
     def of(cls, name: str, shape: tuple[int, ...]) -> Laid:
@@ -48,13 +48,13 @@ class Laid:
         return Laid(shape, pieces)
 
 
-def _moved(piece: Piece, axis: int, by: int) -> Piece:
+def _moved(piece: TensorPart, axis: int, by: int) -> TensorPart:
     kept = piece.box[axis]
     box = (*piece.box[:axis], slice(kept.start + by, kept.stop + by), *piece.box[axis + 1 :])
     return replace(piece, box=box)
 
 
-def _cut(piece: Piece, axis: int, start: int, stop: int) -> Piece:
+def _cut(piece: TensorPart, axis: int, start: int, stop: int) -> TensorPart:
     """What is left of a piece between ``start`` and ``stop``, counted from there; a box that ends at 0 or before holds
     nothing."""
     kept = piece.box[axis]

@@ -13,12 +13,12 @@ from merging.plan.labels import Shapes, first_unnamed, formats_with_names, label
 from merging.plan.outs import PREFIX
 from merging.plan.recipe import AdapterFormat, Recipe
 from merging.sources import Adapter
-from merging.sources.adapter import Change, Written
-from merging.sources.fused_names import Rows
+from merging.sources.adapter import Change, TensorNames
+from merging.sources.fused_names import RowRange
 
 __all__ = ["FormatNames", "InputNames", "Names", "TargetRows", "choose_names"]
 
-TargetRows = Mapping[str, tuple[Rows, ...]]
+TargetRows = Mapping[str, tuple[RowRange, ...]]
 """The rows of the merged tensors that each target of an adapter consists of."""
 
 _FORMATS = {"Kohya": "kohya", "ComfyUI": "comfyui", "diffusers": "diffusers"}
@@ -42,7 +42,7 @@ class Names(ABC):
 
     format: str
     header: AdapterFormat | None
-    rows: Mapping[str, tuple[Rows, ...]]
+    rows: Mapping[str, tuple[RowRange, ...]]
 
     @abstractmethod
     def factors(self, label: str) -> tuple[str, str]:
@@ -95,8 +95,8 @@ class FormatNames(Names):
 class _Given:
     """What one or more inputs call the tensors of the merge: by label, the names and where they lie."""
 
-    rows: dict[str, tuple[Rows, ...]] = field(default_factory=dict)
-    written: dict[str, list[Written]] = field(default_factory=lambda: defaultdict(list))
+    rows: dict[str, tuple[RowRange, ...]] = field(default_factory=dict)
+    written: dict[str, list[TensorNames]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, adapter: Adapter, placed: TargetRows, merged: Shapes) -> bool:
         """Add the names of an adapter's targets that are merged; False if one has none that can be kept."""
@@ -104,7 +104,7 @@ class _Given:
             rows = placed.get(target, ())
             if (rows and merged.keys().isdisjoint(part.name for part in rows)) or (not rows and change.optional):
                 continue
-            written = adapter.written.get(target)
+            written = adapter.tensor_names.get(target)
             shape = merged.get(rows[0].name) if len(rows) == 1 else None
             if not rows or written is None or not _can_be_kept(adapter, change, written, shape):
                 return False
@@ -121,7 +121,7 @@ class _Given:
 
     def covers(self, others: Sequence[TargetRows], merged: Shapes) -> bool:
         """Whether there are names for all rows that the adapters change."""
-        own: defaultdict[str, list[Rows]] = defaultdict(list)
+        own: defaultdict[str, list[RowRange]] = defaultdict(list)
         for rows in self.rows.values():
             for part in rows:
                 own[part.name].append(part)
@@ -129,12 +129,12 @@ class _Given:
         return all(sum(_shared(part, held) for held in own[part.name]) == part.length for part in wanted)
 
 
-def _shared(one: Rows, other: Rows) -> int:
+def _shared(one: RowRange, other: RowRange) -> int:
     """How many rows two runs of one tensor's rows have in common."""
     return max(0, min(one.start + one.length, other.start + other.length) - max(one.start, other.start))
 
 
-def _can_be_kept(adapter: Adapter, change: Change, written: Written, shape: tuple[int, ...] | None) -> bool:
+def _can_be_kept(adapter: Adapter, change: Change, written: TensorNames, shape: tuple[int, ...] | None) -> bool:
     """Whether an adapter's name for a change of a tensor of a shape may stay.
 
     PEFT's adapters are written as PEFT does, and so are the kinds of change that only these hold.
@@ -158,7 +158,7 @@ class InputNames(Names):
         self._alphas = flat or any(each.alpha for each in every)
         self.header = "kohya" if flat else "diffusers" if self._is_configured(adapters, every) else None
 
-    def _is_configured(self, adapters: Sequence[Adapter], every: Sequence[Written]) -> bool:
+    def _is_configured(self, adapters: Sequence[Adapter], every: Sequence[TensorNames]) -> bool:
         """Whether the header has diffusers' configs, as an input's has. Without them and alphas, scales are 1."""
         stated = any(adapter.configured for adapter in adapters) and not self._alphas
         return stated and self._leaves == _DOTTED and all(_COMPONENT.match(each.stem) for each in every)

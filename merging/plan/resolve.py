@@ -15,11 +15,11 @@ from merging.plan.diffusion import Spellings
 from merging.plan.single_experts import layers_of_experts
 from merging.sources import Adapter
 from merging.sources.adapter import Change, LoraChange
-from merging.sources.experts import ExpertsChange
-from merging.sources.fused_names import Rows
+from merging.sources.expert_stacks import ExpertsChange
+from merging.sources.fused_names import RowRange
 from merging.sources.model_config import check_counts
-from merging.sources.names import Renaming, find_renaming
-from merging.sources.parts import Assembled, Piece, Place, meet, part_of, viewed, whole
+from merging.sources.regions import AssembledChange, Region, TensorPart, meet, part_of, view_region, whole
+from merging.sources.renaming import Renaming, find_renaming
 from merging.sources.stored import Stored
 
 __all__ = ["Resolved", "Resolver"]
@@ -38,7 +38,7 @@ class Resolved:
 
     changes: dict[str, Change]
     line: str
-    rows: Mapping[str, tuple[Rows, ...]]
+    rows: Mapping[str, tuple[RowRange, ...]]
     exact: bool = True
 
 
@@ -46,7 +46,7 @@ class Resolved:
 class _Found:
     """For each target, what it is a piece of in memory, and its shape; and the rule it was found by."""
 
-    pieces: Mapping[str, list[Piece]]
+    pieces: Mapping[str, list[TensorPart]]
     shapes: Mapping[str, tuple[int, ...]]
     rule: str
 
@@ -74,7 +74,7 @@ class Resolver:
             names = self._renamed(adapter, renaming, self._shapes)
             changes = self._oriented(adapter, {target: self._shapes[name] for target, name in names.items()})
             placed = {names[target]: change for target, change in changes.items()}
-            rows = {target: (Rows(name, 0, (self._shapes[name] or (1,))[0]),) for target, name in names.items()}
+            rows = {target: (RowRange(name, 0, (self._shapes[name] or (1,))[0]),) for target, name in names.items()}
             return Resolved(placed, _line(adapter, str(renaming)), rows)
         found = self._by_memory(adapter)
         if found is not None:
@@ -109,7 +109,7 @@ class Resolver:
             return self._known[name]
         held = self._holders[name]
         found = meet(held[0][1], whole(name, self._in_memory[name])) if len(held) == 1 else None
-        return viewed(self._known[held[0][0]], found[0]) if found else None
+        return view_region(self._known[held[0][0]], found[0]) if found else None
 
     def on_disk(self, name: str) -> str:
         """A tensor on disk that a tensor in memory is, or holds."""
@@ -117,7 +117,7 @@ class Resolver:
             return name
         return self._holders[name][0][0]
 
-    def held(self, name: str) -> list[tuple[str, Piece]]:
+    def held(self, name: str) -> list[tuple[str, TensorPart]]:
         """The tensors on disk that hold a tensor in memory, and what each has of it."""
         if name in self._shapes and name not in self._holders:
             return [(name, whole(name, self._shapes[name]))]
@@ -189,7 +189,7 @@ class Resolver:
         return Loading.of(self._config)
 
     @cached_property
-    def _pieces(self) -> dict[str, list[Piece]]:
+    def _pieces(self) -> dict[str, list[TensorPart]]:
         """What each tensor on disk is a piece of in memory."""
         return self._loading.pieces(self._shapes) if self._loading else {}
 
@@ -200,12 +200,12 @@ class Resolver:
         return {name: tuple(map(max, zip(*each, strict=True))) for name, each in ends.items()}
 
     @cached_property
-    def _holders(self) -> dict[str, list[tuple[str, Piece]]]:
+    def _holders(self) -> dict[str, list[tuple[str, TensorPart]]]:
         """The tensors on disk that hold pieces of each tensor in memory."""
         return _by_whole(self._pieces)
 
     @cached_property
-    def _frame(self) -> dict[str, list[Piece]]:
+    def _frame(self) -> dict[str, list[TensorPart]]:
         """The tensors in memory, each whole; by the names on disk of those that are one tensor there, unchanged."""
         alone = {
             pieces[0].of: name
@@ -216,11 +216,11 @@ class Resolver:
         others = {name: [whole(name, shape)] for name, shape in self._shapes.items() if name not in self._pieces}
         return {**others, **frame}
 
-    def _placed(self, adapter: Adapter, found: _Found, places: Mapping[str, list[Piece]]) -> Resolved:
+    def _placed(self, adapter: Adapter, found: _Found, places: Mapping[str, list[TensorPart]]) -> Resolved:
         """An adapter's changes of the tensors at ``places``: those that are one target's, parts, and put together."""
         holders = _by_whole(places)
-        parts: dict[str, list[tuple[Change, Place]]] = defaultdict(list)
-        rows: dict[str, dict[int, Rows]] = defaultdict(dict)
+        parts: dict[str, list[tuple[Change, Region]]] = defaultdict(list)
+        rows: dict[str, dict[int, RowRange]] = defaultdict(dict)
         exact = True
         for target, change in self._oriented(adapter, found.shapes).items():
             shape, covered = found.shapes[target], 0
@@ -240,13 +240,13 @@ class Resolver:
                     parts[name].append((part, met[1]))
                     if _are_rows(met[0], shape) and _are_rows(met[1], self.shape(name)):
                         first, held = met[0].box[0], met[1].box[0]
-                        rows[target][first.start] = Rows(name, held.start, held.stop - held.start)
+                        rows[target][first.start] = RowRange(name, held.start, held.stop - held.start)
             if covered != prod(shape):
                 raise InputError(
                     f"{adapter.path}: {target} has only {covered} of its {prod(shape)} elements in the base"
                 )
         changes = {name: _whole_change(name, self.shape(name), each) for name, each in parts.items()}
-        exact &= not any(isinstance(change, Assembled) for change in changes.values())
+        exact &= not any(isinstance(change, AssembledChange) for change in changes.values())
         ordered = {target: tuple(each[first] for first in sorted(each)) for target, each in rows.items()}
         whole_rows = {t: each for t, each in ordered.items() if sum(r.length for r in each) == found.shapes[t][0]}
         return Resolved(changes, _line(adapter, found.rule), whole_rows, exact)
@@ -265,7 +265,7 @@ class Resolver:
         inputs_first = not _INPUTS_FIRST.isdisjoint((self._config.get("model_type"), inner.get("model_type")))
         for target, change in changes.items():
             if isinstance(change, ExpertsChange):
-                changes[target] = change.settled(shapes[target], inputs_first)
+                changes[target] = change.with_orientation(shapes[target], inputs_first)
         return changes
 
     def _nowhere(self, adapter: Adapter, renaming: Renaming, left: list[str]) -> InputError:
@@ -284,14 +284,14 @@ class Resolver:
         )
 
 
-def _are_rows(place: Place, shape: tuple[int, ...]) -> bool:
+def _are_rows(place: Region, shape: tuple[int, ...]) -> bool:
     """Whether what lies at a place of a tensor of this shape is some of its rows."""
     return place.axes == tuple(range(len(shape))) and bool(shape) and place.shape[1:] == shape[1:]
 
 
-def _by_whole(pieces: Mapping[str, list[Piece]]) -> dict[str, list[tuple[str, Piece]]]:
+def _by_whole(pieces: Mapping[str, list[TensorPart]]) -> dict[str, list[tuple[str, TensorPart]]]:
     """Which tensors hold pieces of each larger one."""
-    holders: dict[str, list[tuple[str, Piece]]] = defaultdict(list)
+    holders: dict[str, list[tuple[str, TensorPart]]] = defaultdict(list)
     for name, each in pieces.items():
         for piece in each:
             holders[piece.of].append((name, piece))
@@ -302,7 +302,7 @@ def _line(adapter: Adapter, rule: str) -> str:
     return f"{adapter.path}: {len(adapter.changes)} of {len(adapter.changes)} targets matched by {rule}"
 
 
-def _whole_change(name: str, shape: tuple[int, ...], parts: list[tuple[Change, Place]]) -> Change:
+def _whole_change(name: str, shape: tuple[int, ...], parts: list[tuple[Change, Region]]) -> Change:
     """The change of a tensor, made of what changes its parts."""
     first, place = parts[0]
     if len(parts) == 1 and place.fills(shape):
@@ -313,4 +313,4 @@ def _whole_change(name: str, shape: tuple[int, ...], parts: list[tuple[Change, P
     else:
         kind = "bias" if kinds == {"bias"} else "full"
     reason = next((change.needs_base for change, _ in parts if change.needs_base), None)
-    return Assembled(name, kind, shape, tuple(parts), needs_base=reason)
+    return AssembledChange(name, kind, shape, tuple(parts), needs_base=reason)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from merging.sources.adapter import Change
-from merging.sources.parts import Piece, whole
+from merging.sources.regions import TensorPart, whole
 
 __all__ = ["layers_of_experts"]
 
@@ -15,12 +15,12 @@ _LAYER = re.compile(r"(?P<path>.+\.experts\.(?:gate_up|down))_projs\.(?P<number>
 
 def layers_of_experts(
     changes: Mapping[str, Change], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, list[Piece]] | None:
+) -> dict[str, list[TensorPart]] | None:
     """For each target, what it is a piece of among tensors of these ``shapes``; None where one has no place there.
 
     ``experts.gate_up_projs.3``, as Unsloth names it, is ``gate_up_proj[3]`` the other way round.
     """
-    pieces: dict[str, list[Piece]] = {}
+    pieces: dict[str, list[TensorPart]] = {}
     for target, change in changes.items():
         expert = _LAYER.fullmatch(target)
         name = f"{expert['path']}_proj" if expert else target
@@ -28,7 +28,7 @@ def layers_of_experts(
         if expert and len(shape) == 3 and int(expert["number"]) < shape[0]:
             number, (_, inputs, outputs) = int(expert["number"]), shape
             box = (slice(number, number + 1), slice(0, inputs), slice(0, outputs))
-            pieces[target], shape = [Piece(name, box, (2, 1), (0, 0))], (outputs, inputs)
+            pieces[target], shape = [TensorPart(name, box, (2, 1), (0, 0))], (outputs, inputs)
         elif not expert and name in shapes:
             pieces[target] = [whole(name, shape)]
         else:

@@ -12,7 +12,7 @@ from merging.plan.resolve import Resolver
 from merging.plan.task_heads import NO_HEADS, TaskHeads
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
-from merging.sources.fused_names import Rows
+from merging.sources.fused_names import RowRange
 from merging.sources.lora_names import normal_name
 from merging.sources.stored import Stored
 
@@ -51,7 +51,7 @@ def adapter_targets(adapters: Sequence[Adapter], base: Checkpoint | None, heads:
         ]
         _refuse_drifted(adapters, named)
         placed: list[TargetRows] = [
-            {target: (Rows(name, 0, (changes[name].shape or (1,))[0]),) for target, name in names.items()}
+            {target: (RowRange(name, 0, (changes[name].shape or (1,))[0]),) for target, name in names.items()}
             for names, changes in zip(common, named, strict=True)
         ]
         matched = []

@@ -11,7 +11,7 @@ from merging.errors import InputError
 from merging.maths.parameters import matches
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Replacement
-from merging.sources.rows import Mean
+from merging.sources.extended_tables import MeanTable
 from merging.sources.stored import Stored
 
 __all__ = ["NO_HEADS", "TaskHeads", "find_task_heads"]
@@ -84,5 +84,5 @@ def find_task_heads(models: Sequence[Model], base: Checkpoint | None, exclude: S
                     f"{target} is {change.shape} in {first.path} and {its.shape} in {other.path}: these heads are for "
                     f"different labels: leave them out with --exclude {target.partition('.')[0]}"
                 )
-        tensors[target] = Mean(tuple(its.value for _, its in held))
+        tensors[target] = MeanTable(tuple(its.value for _, its in held))
     return TaskHeads(tensors, frozenset(excluded))

@@ -24,7 +24,7 @@ from merging.plan.targets import Targets
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.stored import DTYPE_NAMES, Stored
-from merging.sources.tokens import TokenRows, TokenTable
+from merging.sources.token_rows import TokenRows, TokenTable
 from merging.storage.output_tensor import OutputTensor
 
 __all__ = ["AdapterItems", "adapter_items", "common_shape"]

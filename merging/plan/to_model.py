@@ -16,7 +16,7 @@ from merging.plan.sites import mark_experts
 from merging.plan.task_heads import NO_HEADS, TaskHeads
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
-from merging.sources.names import find_renaming
+from merging.sources.renaming import find_renaming
 from merging.sources.stored import Stored
 from merging.storage.output_tensor import OutputTensor
 

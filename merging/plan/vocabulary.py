@@ -12,8 +12,8 @@ from merging.hub.repository import open_repository
 from merging.plan.recipe import Recipe
 from merging.plan.trained_tables import as_checkpoint, with_tables
 from merging.sources import Adapter, Checkpoint
-from merging.sources.names import find_renaming
-from merging.sources.rows import Rows
+from merging.sources.extended_tables import ExtendedTable
+from merging.sources.renaming import find_renaming
 from merging.sources.stored import Stored
 from merging.sources.tied_weights import embeddings_among, is_table
 from merging.sources.tokenizers import TOKENIZER_FILES, token_conflict, tokens_of
@@ -141,7 +141,9 @@ class _Tables:
                 axis = stored.shape.index(old)
                 shape = (*stored.shape[:axis], rows, *stored.shape[axis + 1 :])
                 preferred = self._preferred[name]
-                tensors[ours] = Rows(stored, shape, None if preferred is stored else preferred, self._others[name])
+                tensors[ours] = ExtendedTable(
+                    stored, shape, None if preferred is stored else preferred, self._others[name]
+                )
         return replace(model, tensors=tensors)
 
 

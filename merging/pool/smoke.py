@@ -21,7 +21,7 @@ from merging.pool.audit import change_of
 from merging.pool.index import Finding
 from merging.pool.network import explained, loadable, quiet
 from merging.sources import Adapter, Checkpoint
-from merging.sources.names import find_renaming
+from merging.sources.renaming import find_renaming
 from merging.sources.small_files import DATA_LIMIT, read_text
 
 __all__ = ["TEXTS", "Limits", "SmokeTest", "read_texts"]

@@ -21,7 +21,7 @@ from merging.pool import Pool
 from merging.pool.index import is_pool
 from merging.recycling.places import Place
 from merging.sources import Adapter
-from merging.sources.names import find_renaming
+from merging.sources.renaming import find_renaming
 
 __all__ = ["BASE", "FEW_SHOT", "Candidate", "Expert", "Opened", "candidates", "open_expert", "opened"]
 

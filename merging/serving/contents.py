@@ -18,7 +18,7 @@ from merging.serving.subject import Subject
 from merging.sources import Adapter
 from merging.sources.adapter import AddedBias
 from merging.sources.checkpoint import Checkpoint, config_layers
-from merging.sources.quantised import refuse_quantised
+from merging.sources.quantized_weights import refuse_quantised
 from merging.sources.tied_weights import embeddings_among, has_own_head, is_head, same_values, stated_tie
 
 __all__ = ["FILES"]

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from merging.errors import MergingError
 from merging.serving.rules import Program, Rule, absent, no_config
 from merging.serving.subject import Subject
-from merging.sources.peft.kinds import KINDS
-from merging.sources.peft.refused import REFUSED
+from merging.sources.peft.adapter_types import PEFT_TYPES
+from merging.sources.peft.unsupported_types import UNSUPPORTED
 
 __all__ = ["ADAPTERS", "PEFT", "TASK_HEADS", "unsaved", "untrained_tokens"]
 
@@ -28,7 +28,7 @@ _UNREPEATED = ("lora_ga", "pissa_niter_")
 
 def _type(subject: Subject) -> Iterator[str]:
     stated = subject.stated.get("peft_type")
-    if subject.config is not None and stated not in [*KINDS, *REFUSED]:
+    if subject.config is not None and stated not in [*PEFT_TYPES, *UNSUPPORTED]:
         yield f"peft_type = {stated!r}"
 
 
@@ -39,7 +39,7 @@ def _bone(subject: Subject) -> Iterator[str]:
 
 def _prefix(subject: Subject) -> Iterator[str]:
     # prompts are saved under bare names
-    if subject.method in KINDS:
+    if subject.method in PEFT_TYPES:
         yield from (name for name in subject.tensors if not name.startswith(_PREFIX))
 
 
@@ -139,7 +139,7 @@ def _no_alpha(subject: Subject) -> Iterator[str]:
 
 
 def _no_targets(subject: Subject) -> Iterator[str]:
-    if subject.method in KINDS and not subject.stated.get("target_parameters"):
+    if subject.method in PEFT_TYPES and not subject.stated.get("target_parameters"):
         yield from absent("target_modules")(subject)
 
 

@@ -10,9 +10,17 @@ from typing import Any, Literal
 
 from merging.errors import FormatError, InputError, MergingError
 from merging.hub.address import Address, hub_address, local_path, no_such_path
-from merging.sources import Dialect, dialect_of, diffusion, peft
+from merging.sources import Dialect, dialect_of, diffusion_loras, peft
 from merging.sources.components import PIPELINE, components_of
-from merging.sources.layout import (
+from merging.sources.links import check_inside
+from merging.sources.model_config import read_config
+from merging.sources.opening import open_tensors
+from merging.sources.peft.adapter_types import PEFT_TYPES
+from merging.sources.peft.config import Config
+from merging.sources.small_files import is_there, read_json
+from merging.sources.stored import Stored
+from merging.sources.tied_weights import text_config
+from merging.sources.weight_files import (
     agree,
     check_suffix,
     find_weights,
@@ -23,14 +31,6 @@ from merging.sources.layout import (
     shards_without_index,
     weights_of,
 )
-from merging.sources.links import check_inside
-from merging.sources.model_config import read_config
-from merging.sources.opening import open_tensors
-from merging.sources.peft.config import Config
-from merging.sources.peft.kinds import KINDS
-from merging.sources.small_files import is_there, read_json
-from merging.sources.stored import Stored
-from merging.sources.tied_weights import text_config
 
 __all__ = ["Subject", "SubjectKind", "open_subject"]
 
@@ -90,7 +90,7 @@ class Subject:
     def modules(self) -> dict[str, dict[str, Stored]]:
         """The tensors of a PEFT adapter by the path of their module in the model and by leaf (``lora_A``)."""
         found: dict[str, dict[str, Stored]] = {}
-        leaf = KINDS[self.method].leaf if self.method in KINDS else None
+        leaf = PEFT_TYPES[self.method].leaf if self.method in PEFT_TYPES else None
         for name, stored in self.tensors.items():
             path = name.removeprefix(_PREFIX)
             match = leaf.search(path.replace(".default", "")) if leaf else None
@@ -179,7 +179,7 @@ def _found(path: Path) -> tuple[Path | None, dict[str, Path], Path | None]:
         if named is None:
             raise FormatError(f"{path}: has an {_CONFIG}, but neither {peft.WEIGHTS[0]} nor {peft.WEIGHTS[1]}")
         return path, {"": check_inside(named, path)}, path / _CONFIG
-    known = next((path / name for name in (*peft.WEIGHTS, *diffusion.WEIGHTS) if (path / name).is_file()), None)
+    known = next((path / name for name in (*peft.WEIGHTS, *diffusion_loras.WEIGHTS) if (path / name).is_file()), None)
     config = path / "config.json" if is_there(path / "config.json") else None
     return path, {"": check_inside(known, path) if known else weights_of(path)}, config
 

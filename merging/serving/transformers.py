@@ -8,9 +8,9 @@ from merging.errors import MergingError
 from merging.serving.peft import ADAPTERS, unsaved, untrained_tokens
 from merging.serving.rules import Program, Rule, absent, no_config, stated_type
 from merging.serving.subject import Subject
-from merging.sources.layout import is_shard
-from merging.sources.peft.refused import REFUSED
+from merging.sources.peft.unsupported_types import UNSUPPORTED
 from merging.sources.small_files import LIST_LIMIT, read_json
+from merging.sources.weight_files import is_shard
 
 __all__ = ["TRANSFORMERS"]
 
@@ -57,7 +57,7 @@ def _plain_header(subject: Subject) -> Iterator[str]:
 
 
 def _prompts(subject: Subject) -> Iterator[str]:
-    if subject.method in REFUSED and ("PROMPT" in subject.method or "TUNING" in subject.method):
+    if subject.method in UNSUPPORTED and ("PROMPT" in subject.method or "TUNING" in subject.method):
         yield f"peft_type = {subject.method!r}"
 
 

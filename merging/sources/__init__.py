@@ -12,17 +12,17 @@ from pathlib import Path
 
 from merging.errors import FormatError, InputError
 from merging.os_calls import kind_of
-from merging.sources import diffusion, kohya, packs, peft
+from merging.sources import diffusion_loras, kohya, packs, peft
 from merging.sources.adapter import Adapter
 from merging.sources.checkpoint import Checkpoint, open_checkpoint
-from merging.sources.layout import check_suffix, find_weights
 from merging.sources.links import check_inside
-from merging.sources.lycoris import METHODS
+from merging.sources.loose_factors import refuse_factors
+from merging.sources.lycoris import LYCORIS_TYPES
 from merging.sources.opening import open_tensors
 from merging.sources.small_files import is_there
-from merging.sources.stored import DTYPES, File, Opened, Stored, holders_of
-from merging.sources.unread import refuse_factors
-from merging.sources.written import with_written
+from merging.sources.stored import DTYPES, File, FileContents, Stored, holders_of
+from merging.sources.tensor_names import add_tensor_names
+from merging.sources.weight_files import check_suffix, find_weights
 
 __all__ = [
     "DIALECTS",
@@ -35,8 +35,8 @@ __all__ = [
     "tensors_of",
 ]
 
-Recognises = Callable[[Opened], bool]
-Opens = Callable[[Path, float | None, Opened], Adapter]
+Recognises = Callable[[FileContents], bool]
+Opens = Callable[[Path, float | None, FileContents], Adapter]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,8 @@ class Dialect:
     opens: Opens
 
 
+_LYCORIS = ", ".join(dict.fromkeys(kind.summary for kind in LYCORIS_TYPES.values()))
+
 DIALECTS = (
     Dialect(
         "pack",
@@ -58,22 +60,22 @@ DIALECTS = (
     ),
     Dialect(
         "Kohya",
-        f"LoRA of diffusion models with flat names; {', '.join(dict.fromkeys(m.summary for m in METHODS.values()))}",
+        f"LoRA of diffusion models with flat names; {_LYCORIS}",
         kohya.recognises,
         kohya.open_kohya,
     ),
     Dialect(
         "diffusers",
         "LoRA of diffusion models with dotted names: diffusers, old and new, ComfyUI and its kin, XLabs, bare ones",
-        diffusion.recognises,
-        diffusion.open_diffusion,
+        diffusion_loras.recognises,
+        diffusion_loras.open_diffusion,
     ),
     Dialect("PEFT", "adapters of PEFT, a folder or a bare file", peft.recognises, peft.open_peft),
 )
 """All formats of adapters that are read; the first that recognises a file opens it."""
 
 
-def dialect_of(opened: Opened) -> Dialect | None:
+def dialect_of(opened: FileContents) -> Dialect | None:
     """The format of an adapter's file, None for one that none of them recognises."""
     return next((dialect for dialect in DIALECTS if dialect.recognises(opened)), None)
 
@@ -114,10 +116,10 @@ def open_local(path: Path, alpha: float | None = None, dequantise: bool = False)
     dialect = dialect_of(opened)
     if dialect is None:
         return _checkpoint(path, opened, dequantise)
-    return _of_numbers(with_written(dialect.opens(path, alpha, opened), opened))
+    return _of_numbers(add_tensor_names(dialect.opens(path, alpha, opened), opened))
 
 
-def _checkpoint(path: Path, opened: Opened | None, dequantise: bool) -> Checkpoint:
+def _checkpoint(path: Path, opened: FileContents | None, dequantise: bool) -> Checkpoint:
     """A full model, none of whose tensors is a part of an adapter."""
     checkpoint = open_checkpoint(path, opened, dequantise)
     for part in checkpoint.components.values() or (checkpoint,):
@@ -128,7 +130,7 @@ def _checkpoint(path: Path, opened: Opened | None, dequantise: bool) -> Checkpoi
 
 def _check_one_model(folder: Path) -> None:
     """Refuse a folder that holds a full model and an adapter: either may have been left over."""
-    adapters = [name for name in (*peft.WEIGHTS, *diffusion.WEIGHTS) if is_there(folder / name, None)]
+    adapters = [name for name in (*peft.WEIGHTS, *diffusion_loras.WEIGHTS) if is_there(folder / name, None)]
     if not adapters and not (folder / "adapter_config.json").is_file():
         return
     weights = find_weights(folder)
@@ -155,7 +157,9 @@ def _of_numbers(adapter: Adapter) -> Adapter:
 
 def _bare_adapter(folder: Path) -> Path | None:
     """The adapter's file in a folder without a config: one of a name that adapters have, or the only file there."""
-    named = next((folder / name for name in (*peft.WEIGHTS, *diffusion.WEIGHTS) if is_there(folder / name, None)), None)
+    named = next(
+        (folder / name for name in (*peft.WEIGHTS, *diffusion_loras.WEIGHTS) if is_there(folder / name, None)), None
+    )
     found = sorted(folder.glob("*.safetensors"))
     if named is not None or len(found) != 1 or is_there(folder / "config.json"):
         return named

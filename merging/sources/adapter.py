@@ -20,9 +20,19 @@ from merging.maths.delta import Delta, Dense, LowRank
 from merging.sources.origin import Origin
 from merging.sources.stored import Stored
 
-__all__ = ["Adapter", "Added", "AddedBias", "Change", "Factors", "FullChange", "LoraChange", "Replacement", "Written"]
+__all__ = [
+    "Adapter",
+    "AddedBias",
+    "AddedTensor",
+    "Change",
+    "FactorsChange",
+    "FullChange",
+    "LoraChange",
+    "Replacement",
+    "TensorNames",
+]
 
-Kind = Literal["linear", "embedding", "conv", "experts", "bias", "tokens", "full"]
+ChangeKind = Literal["linear", "embedding", "conv", "experts", "bias", "tokens", "full"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,7 +40,7 @@ class Change(ABC):
     """What an adapter changes in one tensor, ``target`` (its name as the adapter gives it, ``...query.weight``)."""
 
     target: str
-    kind: Kind
+    kind: ChangeKind
     needs_base: str | None = field(default=None, kw_only=True)
     """Why the change cannot be told without the base's tensor, if it cannot."""
     optional: bool = field(default=False, kw_only=True)
@@ -185,7 +195,7 @@ class Replacement(FullChange):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Added(FullChange):
+class AddedTensor(FullChange):
     """A tensor that is added to the base's."""
 
     def read(self, shape: tuple[int, ...], base: Callable[[], Tensor], dtype: torch.dtype) -> Delta:
@@ -193,7 +203,7 @@ class Added(FullChange):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Factors(Change):
+class FactorsChange(Change):
     """up @ down as a change of a tensor of one ``size``: ``up`` is ``[..., out, r]`` and ``down`` ``[..., r, in]``.
 
     ``transposed``: the target is the transpose of their product.
@@ -228,7 +238,7 @@ class Factors(Change):
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class TensorNames:
     """The names that a file gives to one change: ``stem`` is the path of the module, ``names`` those of its tensors.
 
     ``names`` are the lower and the upper factor of a LoRA, or the one tensor of any other change; empty if it has
@@ -251,7 +261,7 @@ class Adapter:
 
     ``about`` says in a few words what changes of its type are made of. ``base_key`` is the key of the base's content,
     where that is known; ``of_model`` says that a full model changed this, so that merges of it make models.
-    ``written`` are the names in its file by target, and ``configured`` says that the file's header has a config of
+    ``tensor_names`` are the names in its file by target, and ``configured`` says that the file's header has a config of
     diffusers' for each component.
     """
 
@@ -266,7 +276,7 @@ class Adapter:
     origin: Origin | None = None
     base_key: str | None = None
     of_model: bool = False
-    written: Mapping[str, Written] = field(default_factory=dict)
+    tensor_names: Mapping[str, TensorNames] = field(default_factory=dict)
     configured: bool = False
 
     def require_base(self, known: Collection[str] = ()) -> None:

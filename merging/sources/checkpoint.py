@@ -12,7 +12,15 @@ import torch
 
 from merging.errors import FormatError
 from merging.sources.components import MODULES, PIPELINE, components_of
-from merging.sources.layout import (
+from merging.sources.model_config import read_config
+from merging.sources.opening import open_tensors
+from merging.sources.origin import Origin
+from merging.sources.quantized_weights import dequantize, refuse_quantised
+from merging.sources.renaming import strip_wrappers
+from merging.sources.small_files import is_there
+from merging.sources.stored import FileContents, Stored
+from merging.sources.tied_weights import HEADS, stated_tie, text_config, tied_to
+from merging.sources.weight_files import (
     agree,
     check_absent,
     is_standard,
@@ -22,14 +30,6 @@ from merging.sources.layout import (
     stem_of,
     weights_of,
 )
-from merging.sources.model_config import read_config
-from merging.sources.names import unwrapped
-from merging.sources.opening import open_tensors
-from merging.sources.origin import Origin
-from merging.sources.quantised import dequantised, refuse_quantised
-from merging.sources.small_files import is_there
-from merging.sources.stored import Opened, Stored
-from merging.sources.tied_weights import HEADS, stated_tie, text_config, tied_to
 
 __all__ = [
     "HEADS",
@@ -90,13 +90,13 @@ class Checkpoint:
             return None if source is None else self.tensors[source]
         return stored
 
-    def narrowed(self, components: Iterable[str]) -> Checkpoint:
+    def narrow(self, components: Iterable[str]) -> Checkpoint:
         """The same with the tensors of these components alone."""
         kept = {name: self.components[name] for name in components}
-        return replace(self, tensors=_prefixed(kept))
+        return replace(self, tensors=_prefix_names(kept))
 
 
-def _prefixed(components: Mapping[str, Checkpoint]) -> dict[str, Stored]:
+def _prefix_names(components: Mapping[str, Checkpoint]) -> dict[str, Stored]:
     return {
         f"{name}.{inner}" if name else inner: stored
         for name, component in components.items()
@@ -113,7 +113,7 @@ def config_layers(config: dict[str, Any]) -> int | None:
     return None
 
 
-def open_checkpoint(path: Path, opened: Opened | None = None, dequantise: bool = False) -> Checkpoint:
+def open_checkpoint(path: Path, opened: FileContents | None = None, dequantise: bool = False) -> Checkpoint:
     """Open a model's folder or weights file (``opened`` already, perhaps); headers are read, values are not.
 
     With ``dequantise``, quantised weights of the simple kinds are ordinary ones, which are computed when they are read.
@@ -122,17 +122,17 @@ def open_checkpoint(path: Path, opened: Opened | None = None, dequantise: bool =
     """
     folders = components_of(path) if path.is_dir() else {}
     if folders:
-        return _composed(path, {name: _open_one(path / name, None, dequantise) for name, folder in folders.items()})
+        return _compose(path, {name: _open_one(path / name, None, dequantise) for name, folder in folders.items()})
     return _open_one(path, opened, dequantise)
 
 
-def _composed(path: Path, components: dict[str, Checkpoint]) -> Checkpoint:
+def _compose(path: Path, components: dict[str, Checkpoint]) -> Checkpoint:
     files = tuple(file for component in components.values() for file in component.files)
     config = components[""].config if "" in components else {}
-    return Checkpoint(path, _prefixed(components), files, config, path, components=components)
+    return Checkpoint(path, _prefix_names(components), files, config, path, components=components)
 
 
-def _open_one(path: Path, opened: Opened | None, dequantise: bool) -> Checkpoint:
+def _open_one(path: Path, opened: FileContents | None, dequantise: bool) -> Checkpoint:
     weights = path if path.is_file() else weights_of(path)
     named = is_standard(weights.name)
     folder = weights.parent if path.is_dir() or (named and is_there(weights.parent / "config.json")) else None
@@ -154,10 +154,10 @@ def _open_one(path: Path, opened: Opened | None, dequantise: bool) -> Checkpoint
     if not tensors:
         raise FormatError(f"{path}: holds no tensors")
     check_absent(weights, absent, tensors, config)
-    names = unwrapped(tensors)
+    names = strip_wrappers(tensors)
     tensors = {names[name]: stored for name, stored in tensors.items()}
     shared = {names[name]: names[other] for name, other in shared.items()}
-    plain, config_left = dequantised(path, tensors, config) if dequantise else (tensors, config)
+    plain, config_left = dequantize(path, tensors, config) if dequantise else (tensors, config)
     refuse_quantised(path, plain, config, dequantise)
     # A PyTorch file repeats tied weights under every name; written once, transformers ties them again.
     untied = text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings")) is False

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError
-from merging.sources.layout import find_weights, is_plain_name
 from merging.sources.links import check_inside
 from merging.sources.model_files import MODULES, PIPELINE
 from merging.sources.small_files import is_there, read_json, read_json_list
+from merging.sources.weight_files import find_weights, is_plain_name
 
 __all__ = ["MODULES", "PIPELINE", "components_of"]
 

@@ -14,10 +14,10 @@ from merging.maths.delta import Delta, Dense, LowRank
 from merging.sources.adapter import Change
 from merging.sources.stored import Stored
 
-__all__ = ["Computed", "Formula", "Place"]
+__all__ = ["ComputedChange", "Formula", "WeightView"]
 
 
-class Place:
+class WeightView:
     """The base's tensor that a formula works for, seen as ``[outputs, inputs, *kernel]`` whichever way it lies.
 
     ``width`` is what a row of its matrix holds: ``inputs`` times the size of the kernel.
@@ -36,13 +36,13 @@ class Place:
         return self._base().reshape(self.outputs, self.width)
 
 
-Formula = Callable[[Mapping[str, Tensor], Place], Tensor | tuple[Tensor, Tensor]]
+Formula = Callable[[Mapping[str, Tensor], WeightView], Tensor | tuple[Tensor, Tensor]]
 """What an adapter's parts make of a matrix: the change as ``[outputs, inputs, *kernel]``, any reshape of it, or factors
 ``up [outputs, r]`` and ``down [r, width]``. Parts that hold no floating-point numbers come as they are stored."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Computed(Change):
+class ComputedChange(Change):
     """A change that ``formula`` makes of ``parts``.
 
     ``outputs`` and ``inputs`` are the target's sizes as far as the parts tell them. With a ``kernel``, ``inputs``
@@ -97,7 +97,7 @@ class Computed(Change):
             return shape == (self.outputs,) and not transposed
         if len(shape) < 2 or (transposed and len(shape) > 2) or (self.kind == "embedding" and not transposed):
             return False
-        place = Place(shape[::-1] if transposed else shape)
+        place = WeightView(shape[::-1] if transposed else shape)
         if self.kernel is not None:
             known = place.shape[1] == self.inputs and _same_kernel(place.shape[2:], self.kernel)
         else:
@@ -110,7 +110,7 @@ class Computed(Change):
     def read(self, shape: tuple[int, ...], base: Callable[[], Tensor], dtype: torch.dtype) -> Delta:
         transposed = self.is_transposed(shape)
         parts = {name: part.read().to(dtype) if part.floating else part.read() for name, part in self.parts.items()}
-        place = Place(shape[::-1] if transposed else shape, lambda: base().mT if transposed else base())
+        place = WeightView(shape[::-1] if transposed else shape, lambda: base().mT if transposed else base())
         made = self.formula(parts, place)
         if isinstance(made, tuple):
             return LowRank(*made, shape, transposed)

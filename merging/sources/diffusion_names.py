@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from merging.sources import unet_names
+from merging.sources.denoiser_rules import rules_of
 from merging.sources.denoisers import is_denoiser
-from merging.sources.families import rules_of
-from merging.sources.fused_names import Rows, Style, paired_names
+from merging.sources.fused_names import NameStyle, RowRange, paired_names
 from merging.sources.lora_names import within
 
 __all__ = ["Known", "known_names", "spellings"]
@@ -67,8 +67,8 @@ class Known:
 
     component: str
     name: str
-    styles: tuple[Style, ...]
-    rows: tuple[Rows, ...]
+    styles: tuple[NameStyle, ...]
+    rows: tuple[RowRange, ...]
 
     @property
     def flat(self) -> str:
@@ -96,7 +96,7 @@ def known_names(shapes: Shapes, strict: bool = False) -> list[Known]:
             published.add(component)
     found: list[Known] = []
     for component, names in components.items():
-        style: Style = "published" if component in published else "diffusers"
+        style: NameStyle = "published" if component in published else "diffusers"
         for known in _component(component, {short: shapes[name] for short, name in names.items()}, style):
             rows = tuple(replace(part, name=names[part.name]) for part in known.rows)
             found.append(replace(known, rows=rows))
@@ -128,7 +128,7 @@ def _by_content(name: str, guess: bool) -> str | None:
     return "transformer" if guess and first not in _FOREIGN else None
 
 
-def _component(component: str, shapes: Shapes, style: Style) -> Iterator[Known]:
+def _component(component: str, shapes: Shapes, style: NameStyle) -> Iterator[Known]:
     """The names of one component, whose tensors are given by their names without its prefix, in the style of those."""
     if component == "unet":
         return _unet(shapes)
@@ -151,9 +151,9 @@ def _unet(shapes: Shapes) -> Iterator[Known]:
             yield Known("unet", ours, ("published",), _whole(name, shape))
 
 
-def _transformer(component: str, shapes: Shapes, style: Style) -> Iterator[Known]:
+def _transformer(component: str, shapes: Shapes, style: NameStyle) -> Iterator[Known]:
     others = dict.fromkeys(shapes)
-    styles: tuple[Style, ...] = (style,) if rules_of(shapes) else ("diffusers", "published")
+    styles: tuple[NameStyle, ...] = (style,) if rules_of(shapes) else ("diffusers", "published")
     for whose, name, rows in paired_names(shapes):
         others.pop(name, None)
         yield Known(component, name, (whose,), rows)
@@ -173,7 +173,7 @@ def _text_encoder(component: str, shapes: Shapes) -> Iterator[Known]:
             )
 
 
-def _open_clip(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[Rows, ...]]]:
+def _open_clip(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[RowRange, ...]]]:
     """What transformers calls a tensor of OpenCLIP's text encoder, whose projections lie in one."""
     layer, _, inner = name.removeprefix("transformer.resblocks.").partition(".")
     module, _, leaf = inner.rpartition(".")
@@ -181,11 +181,11 @@ def _open_clip(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[R
     if leaf.startswith("in_proj_"):
         size = shape[0] // 3
         for number, part in enumerate("qkv"):
-            rows = (Rows(name, number * size, size),)
+            rows = (RowRange(name, number * size, size),)
             yield f"{block}.self_attn.{part}_proj.{leaf.removeprefix('in_proj_')}", rows
     elif module in _OPEN_CLIP:
         yield f"{block}.{_OPEN_CLIP[module]}.{leaf}", _whole(name, shape)
 
 
-def _whole(name: str, shape: tuple[int, ...]) -> tuple[Rows, ...]:
-    return (Rows(name, 0, shape[0]),)
+def _whole(name: str, shape: tuple[int, ...]) -> tuple[RowRange, ...]:
+    return (RowRange(name, 0, shape[0]),)

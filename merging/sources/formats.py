@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from merging.sources import DIALECTS
-from merging.sources.peft.kinds import KINDS, Base
-from merging.sources.peft.refused import REFUSED
-from merging.sources.quantised import QUANTISED, SIMPLE
+from merging.sources.peft.adapter_types import PEFT_TYPES, BaseNeed
+from merging.sources.peft.unsupported_types import UNSUPPORTED
+from merging.sources.quantized_weights import QUANTISED, SIMPLE
 
 __all__ = ["Format", "formats"]
 
@@ -34,7 +34,7 @@ class Format:
     group: str
     summary: str
     read: Literal["in full", "as factors", "mixed", "refused"]
-    base: Base | Literal[""] = ""
+    base: BaseNeed | Literal[""] = ""
 
 
 def formats() -> Iterator[Format]:
@@ -57,11 +57,11 @@ def formats() -> Iterator[Format]:
             yield Format(dialect.name, "LoRA files of diffusion models", dialect.summary, "mixed", "some")
     for name, summary in _PACKS.items():
         yield Format(name, "Packs, decoded as they are read", summary, "mixed", "some" if "adapter" in name else "no")
-    for name, kind in KINDS.items():
-        if kind is not KINDS.get("MISS") or name == "MISS":
+    for name, kind in PEFT_TYPES.items():
+        if kind is not PEFT_TYPES.get("MISS") or name == "MISS":
             yield Format(name, _PEFT, kind.summary, "as factors" if kind.kept == "factors" else "in full", kind.base)
     refused: defaultdict[str, list[str]] = defaultdict(list)
-    for name, why in REFUSED.items():
+    for name, why in UNSUPPORTED.items():
         refused[why].append(name)
     for why, names in refused.items():
         yield Format(", ".join(names), _PEFT, why, "refused")

@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from merging.sources.families import NUMBER, Rule, rules_of
+from merging.sources.denoiser_rules import NUMBER, NameRule, rules_of
 
-__all__ = ["Rows", "Style", "paired_names"]
+__all__ = ["NameStyle", "RowRange", "paired_names"]
 
 Shapes = Mapping[str, tuple[int, ...]]
-Style = Literal["diffusers", "published"]
+NameStyle = Literal["diffusers", "published"]
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class RowRange:
     """``length`` rows of a stored tensor from ``start`` on."""
 
     name: str
@@ -23,7 +23,7 @@ class Rows:
     length: int
 
 
-def paired_names(shapes: Shapes) -> Iterator[tuple[Style, str, tuple[Rows, ...]]]:
+def paired_names(shapes: Shapes) -> Iterator[tuple[NameStyle, str, tuple[RowRange, ...]]]:
     """Whose name it is, a tensor's name, and the rows of the given tensors that it consists of.
 
     ``shapes`` are those of a denoiser's tensors, or of some of them, under either names. Tensors that no rule knows
@@ -48,7 +48,9 @@ def _pattern(name: str) -> str:
     return NUMBER.sub("{}", name, count=1)
 
 
-def _pair(rule: Rule, block: str, ending: str, shapes: Shapes) -> Iterator[tuple[Style, str, tuple[Rows, ...]]]:
+def _pair(
+    rule: NameRule, block: str, ending: str, shapes: Shapes
+) -> Iterator[tuple[NameStyle, str, tuple[RowRange, ...]]]:
     """One rule at one block: each name, and where its rows lie."""
     published = rule.published.format(block) + ending
     diffusers = [each.format(block) + ending for each in rule.diffusers]
@@ -56,21 +58,21 @@ def _pair(rule: Rule, block: str, ending: str, shapes: Shapes) -> Iterator[tuple
         total = shapes[published][0]
         weight = shapes.get(f"{rule.published.format(block)}.weight", ())
         sizes = _sizes(rule, total, weight)
-        yield "published", published, (Rows(published, 0, total),)
+        yield "published", published, (RowRange(published, 0, total),)
         start = 0
         for name, size in zip(diffusers, sizes, strict=False):
-            yield "diffusers", name, _turned(rule, (Rows(published, start, size),), weight)
+            yield "diffusers", name, _swap_halves(rule, (RowRange(published, start, size),), weight)
             start += size
         return
-    whole = {name: (Rows(name, 0, shapes[name][0]),) for name in diffusers if name in shapes}
+    whole = {name: (RowRange(name, 0, shapes[name][0]),) for name in diffusers if name in shapes}
     for name, rows in whole.items():
         yield "diffusers", name, rows
     if len(whole) == len(diffusers):
         weight = shapes.get(f"{rule.diffusers[0].format(block)}.weight", ())
-        yield "published", published, _turned(rule, tuple(row for rows in whole.values() for row in rows), weight)
+        yield "published", published, _swap_halves(rule, tuple(row for rows in whole.values() for row in rows), weight)
 
 
-def _sizes(rule: Rule, total: int, weight: tuple[int, ...]) -> list[int]:
+def _sizes(rule: NameRule, total: int, weight: tuple[int, ...]) -> list[int]:
     """How many rows each of diffusers' modules has; empty if that cannot be told."""
     parts = len(rule.diffusers)
     if not rule.narrow and not rule.grouped:
@@ -83,10 +85,10 @@ def _sizes(rule: Rule, total: int, weight: tuple[int, ...]) -> list[int]:
     return [*[width] * (parts - 1), rest] if rest > 0 else []
 
 
-def _turned(rule: Rule, rows: tuple[Rows, ...], weight: tuple[int, ...]) -> tuple[Rows, ...]:
+def _swap_halves(rule: NameRule, rows: tuple[RowRange, ...], weight: tuple[int, ...]) -> tuple[RowRange, ...]:
     """The halves of a module that only scales and shifts, in the other order."""
     (first, *others) = rows
     if not rule.swapped or others or len(weight) != 2 or weight[0] != 2 * weight[1]:
         return rows
     half = first.length // 2
-    return Rows(first.name, first.start + half, half), Rows(first.name, first.start, half)
+    return RowRange(first.name, first.start + half, half), RowRange(first.name, first.start, half)

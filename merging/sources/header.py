@@ -22,7 +22,7 @@ from typing import Any
 from merging.errors import FormatError
 from merging.sources.stamp import Stamp, stamp_of
 
-__all__ = ["DTYPE_BITS", "Entry", "Header", "header_length", "parse_header", "read_header"]
+__all__ = ["DTYPE_BITS", "Header", "HeaderEntry", "header_length", "parse_header", "read_header"]
 
 # Bits per element. F4 and F6 elements share bytes, so that only whole tensors have a size in bytes.
 DTYPE_BITS: dict[str, int] = {
@@ -56,7 +56,7 @@ _shorten.maxlist = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class HeaderEntry:
     """One tensor of a file: its safetensors dtype ("BF16"), shape, and place in bytes from the start of the file."""
 
     dtype: str
@@ -72,7 +72,7 @@ class Header:
     ``stamp`` is what tells the file that it was read from, and its state, where it was read from one.
     """
 
-    entries: dict[str, Entry]
+    entries: dict[str, HeaderEntry]
     metadata: dict[str, str]
     size: int
     stamp: Stamp | None = None
@@ -176,7 +176,7 @@ def _document(raw: bytes) -> dict[str, Any]:
         raise ValueError(f"the header is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except ValueError as error:
         raise ValueError(f"the header is not JSON: {error}") from None
-    return _unrepeated(document, "the header")
+    return _mapping(document, "the header")
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> object:
@@ -185,7 +185,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> object:
     return unique if len(unique) == len(pairs) else tuple(pairs)
 
 
-def _unrepeated(value: object, what: str) -> dict[str, Any]:
+def _mapping(value: object, what: str) -> dict[str, Any]:
     """`value` as the dict that it must be. Of a repeated key, other readers silently keep the last value."""
     if isinstance(value, dict):
         return value
@@ -202,7 +202,7 @@ def _refuse_constant(literal: str) -> object:
 def _metadata(value: object) -> dict[str, str]:
     if value is None:
         return {}
-    metadata = _unrepeated(value, "__metadata__")
+    metadata = _mapping(value, "__metadata__")
     for key, text in metadata.items():
         if type(text) is not str:
             raise ValueError(f"__metadata__ maps {_shorten.repr(key)} to {_shorten.repr(text)}, not to a string")
@@ -219,7 +219,7 @@ def _utf8(text: str) -> bytes:
         raise ValueError(f"{_shorten.repr(text)} is not valid Unicode") from None
 
 
-def _entries(document: dict[str, Any], data: int) -> dict[str, Entry]:
+def _entries(document: dict[str, Any], data: int) -> dict[str, HeaderEntry]:
     """The tensors of the header in order of offset, each checked by itself; the data starts at byte `data`."""
     entries, name = {}, ""
     try:
@@ -239,8 +239,8 @@ def _check_name(name: str) -> None:
         raise ValueError("its name contains NUL")
 
 
-def _entry(fields: object, data: int) -> Entry:
-    fields = _unrepeated(fields, "its entry")
+def _entry(fields: object, data: int) -> HeaderEntry:
+    fields = _mapping(fields, "its entry")
     try:
         dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     except KeyError as missing:
@@ -258,7 +258,7 @@ def _entry(fields: object, data: int) -> Entry:
         raise ValueError(f"{dtype} of shape {[*shape]} does not fill whole bytes")
     if bits != 8 * (end - start):
         raise ValueError(f"{dtype} of shape {[*shape]} does not fit the {end - start:,} bytes that it is given")
-    return Entry(dtype, shape, data + start, end - start)
+    return HeaderEntry(dtype, shape, data + start, end - start)
 
 
 def _check_more(fields: dict[str, Any]) -> None:
@@ -295,7 +295,7 @@ def _elements(shape: tuple[int, ...]) -> int:
     return count
 
 
-def _check_tiling(entries: dict[str, Entry], data: int, size: int) -> None:
+def _check_tiling(entries: dict[str, HeaderEntry], data: int, size: int) -> None:
     """Refuse holes, overlaps, missing and surplus bytes: a byte of the data belongs to exactly one tensor."""
     end, before = data, ""
     for name, entry in entries.items():

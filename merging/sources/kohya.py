@@ -28,7 +28,7 @@ from merging.sources.lycoris.products import number, scale_of
 from merging.sources.opening import open_tensors
 from merging.sources.peft.config import Config
 from merging.sources.peft.module import Module
-from merging.sources.stored import Opened, Stored
+from merging.sources.stored import FileContents, Stored
 
 __all__ = ["open_kohya", "recognises"]
 
@@ -42,7 +42,7 @@ _DOWN = re.compile(r"[^.]+\.lora_down\.weight")
 _EMBEDDINGS = ("bundle_emb.", "emb_params", "string_to_param")
 
 
-def recognises(opened: Opened) -> bool:
+def recognises(opened: FileContents) -> bool:
     """Whether a file has flat module names: some behind a known prefix, or all of them, of LoRA's down and up."""
     names = opened[0]
     return any(_FLAT.match(name) for name in names) or (
@@ -55,7 +55,7 @@ def _is_flat(name: str) -> bool:
     return found is not None and "." not in found[0]
 
 
-def open_kohya(path: Path, alpha: float | None = None, opened: Opened | None = None) -> Adapter:
+def open_kohya(path: Path, alpha: float | None = None, opened: FileContents | None = None) -> Adapter:
     """The adapter of such a file; values are not read, but for the alphas.
 
     ``alpha`` replaces what the file states. Raises :class:`~merging.errors.FormatError` for any name that has no place.
@@ -76,7 +76,7 @@ def open_kohya(path: Path, alpha: float | None = None, opened: Opened | None = N
         if leaf in modules[module]:
             raise FormatError(f"{path}: {name} is there twice, under two names")
         modules[module][leaf] = stored
-    configs = {name: _Stated.of(config, where) for name, config in component_configs(path, metadata).items()}
+    configs = {name: _HeaderConfig.of(config, where) for name, config in component_configs(path, metadata).items()}
     stated = any("alpha" in parts for parts in modules.values())
     notices = () if configs or stated or alpha is not None else unstated_alpha(path, metadata)
     changes: list[Change] = []
@@ -104,14 +104,14 @@ def open_kohya(path: Path, alpha: float | None = None, opened: Opened | None = N
 
 
 @dataclass(frozen=True, slots=True)
-class _Stated:
+class _HeaderConfig:
     """A config of diffusers' in the header, and what its ``alpha_pattern`` says by flat names."""
 
     settings: Config
     alphas: Mapping[str, Any]
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], where: str) -> _Stated:
+    def of(cls, config: Mapping[str, Any], where: str) -> _HeaderConfig:
         settings = Config({"peft_type": "LORA", **config}, where)
         patterns = settings.get("alpha_pattern") or {}
         flat = (

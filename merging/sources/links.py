@@ -14,7 +14,7 @@ from pathlib import Path
 from merging import os_calls
 from merging.errors import FormatError
 
-__all__ = ["check_inside", "check_opened", "refuse_link", "trust_links"]
+__all__ = ["check_inside", "check_open_file", "refuse_link", "trust_links"]
 
 _is_junction = getattr(os.path, "isjunction", None)
 """Links of Windows to folders that are no symbolic ones; known to Python from 3.12 on."""
@@ -32,7 +32,7 @@ def check_inside(path: Path, folder: Path) -> Path:
     return path
 
 
-def check_opened(fd: int, path: Path, folder: Path) -> None:
+def check_open_file(fd: int, path: Path, folder: Path) -> None:
     """Check as :func:`check_inside` does where an open file lies: a link may have come since the path was checked.
 
     Where the system does not say it (all but Linux), nothing is checked.
@@ -44,7 +44,7 @@ def check_opened(fd: int, path: Path, folder: Path) -> None:
 
 def _check_place(real: str, path: Path, folder: Path) -> None:
     root = _real(folder)
-    if not any(_is_within(real, each) for each in (root, *_trusted(root))):
+    if not any(_is_within(real, each) for each in (root, *_trusted_roots(root))):
         raise FormatError(
             f"{path}: is a link out of its folder, to {real}, and nothing is read through one: put the file itself in "
             f"its place"
@@ -85,7 +85,7 @@ def _one_message(path: Path) -> Iterator[None]:
         raise FormatError(f"{path}: cannot be followed to where it leads: {reason}: try again") from None
 
 
-def _trusted(root: str) -> Iterator[str]:
+def _trusted_roots(root: str) -> Iterator[str]:
     """Where links from a folder may lead: to the blobs of its repository in the Hub's cache."""
     if any(_is_within(root, each) for each in _TRUSTED):
         yield os.path.sep

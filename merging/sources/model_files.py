@@ -8,9 +8,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from merging.errors import FormatError
-from merging.sources.layout import is_standard
 from merging.sources.small_files import read_json, read_json_list
 from merging.sources.tokenizers import TOKENIZER_FILES
+from merging.sources.weight_files import is_standard
 
 __all__ = ["COMPANIONS", "IN_PIPELINES", "MODULES", "PIPELINE", "foreign_names"]
 
@@ -69,13 +69,13 @@ def foreign_names(folder: Path) -> list[str]:
     without weights everything is.
     """
     parts = _components(folder)
-    foreign, weights = _sorted_out(folder)
+    foreign, weights = _sort_files(folder)
     inside = [path for path in folder.iterdir() if path.is_dir()]
     for path in inside:
         if path.is_symlink() or path.name not in parts:
             foreign += [] if path.name == _TEMPLATES and _holds_templates(path) else [f"{path.name}/"]
             continue
-        odd, more = _sorted_out(path)
+        odd, more = _sort_files(path)
         odd += [f"{each.name}/" for each in path.iterdir() if each.is_dir()]
         foreign += [f"{path.name}/{name}" for name in odd]
         weights = weights or more
@@ -84,7 +84,7 @@ def foreign_names(folder: Path) -> list[str]:
     return sorted(foreign)
 
 
-def _sorted_out(folder: Path) -> tuple[list[str], bool]:
+def _sort_files(folder: Path) -> tuple[list[str], bool]:
     """The files in a folder that are foreign there, and whether it holds weights that are not."""
     foreign = []
     models: dict[str, list[str]] = {}
@@ -107,10 +107,10 @@ def _model_of(weights: Path) -> str:
 
 def _components(folder: Path) -> set[str]:
     """The folders that a model's list of components or modules names."""
-    return {name for name in _listed(folder) if isinstance(name, str)}
+    return {name for name in _component_names(folder) if isinstance(name, str)}
 
 
-def _listed(folder: Path) -> Iterator[object]:
+def _component_names(folder: Path) -> Iterator[object]:
     try:
         if (folder / PIPELINE).is_file():
             yield from (name for name, made_of in read_json(folder / PIPELINE).items() if isinstance(made_of, list))

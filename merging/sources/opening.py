@@ -6,15 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from merging.sources.pickled import open_pickle
-from merging.sources.stored import Opened, open_safetensors
+from merging.sources.stored import FileContents, open_safetensors
 
 __all__ = ["STAND_INS", "open_tensors"]
 
-STAND_INS: dict[Path, Callable[[], Opened]] = {}
+STAND_INS: dict[Path, Callable[[], FileContents]] = {}
 """How those weights files are opened that only stand for one elsewhere, by their paths."""
 
 
-def open_tensors(path: Path) -> Opened:
+def open_tensors(path: Path) -> FileContents:
     """The tensors of a weights file of either kind, told by its ending."""
     if path in STAND_INS:
         return STAND_INS[path]()

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from merging.errors import FormatError
-from merging.sources.header import Entry
-from merging.sources.stored import DTYPE_NAMES, File, FileTensor, Opened, Stored
+from merging.sources.header import HeaderEntry
+from merging.sources.stored import DTYPE_NAMES, File, FileContents, FileTensor, Stored
 from merging.sources.unpickle import Other, TensorRecord, unpickle
 
 __all__ = ["open_pickle"]
@@ -38,7 +38,7 @@ _NESTS = ("state_dict", "model_state_dict", "model", "module")
 """What programs for training call a model's state dict in a file that holds more than it."""
 
 
-def open_pickle(path: Path) -> Opened:
+def open_pickle(path: Path) -> FileContents:
     """The tensors of a PyTorch file, and for each name that shares another's memory (tied weights) that other.
 
     Only their description is read. Raises :class:`~merging.errors.FormatError` for a file that holds more than
@@ -78,7 +78,7 @@ def _holds_tensors(state: Any) -> bool:
     return isinstance(state, dict) and all(isinstance(each, (TensorRecord, Other)) for each in state.values())
 
 
-def _tensors(archive: _Archive, state: dict[Any, Any]) -> Opened:
+def _tensors(archive: _Archive, state: dict[Any, Any]) -> FileContents:
     path = archive.file.path
     tensors: dict[str, Stored] = {}
     shared: dict[str, str] = {}
@@ -131,7 +131,7 @@ class _Archive:
         """The tensor of a description, at its place in the file."""
         kind, itemsize, count = DTYPE_NAMES[record.dtype], record.dtype.itemsize, prod(record.shape)
         if not count:
-            return FileTensor(self.file, Entry(kind, record.shape, 0, 0))
+            return FileTensor(self.file, HeaderEntry(kind, record.shape, 0, 0))
         place, length = self._place(f"data/{record.storage.key}")
         span = 1 + sum(stride * (side - 1) for side, stride in zip(record.shape, record.strides, strict=True))
         stated = record.storage.count * record.storage.dtype.itemsize
@@ -139,8 +139,8 @@ class _Archive:
             raise ValueError(f"a tensor of the shape {record.shape} goes beyond its storage")
         start = place + record.offset * itemsize
         if _contiguous(record):
-            return FileTensor(self.file, Entry(kind, record.shape, start, count * itemsize))
-        whole = FileTensor(self.file, Entry(kind, (span,), start, span * itemsize))
+            return FileTensor(self.file, HeaderEntry(kind, record.shape, start, count * itemsize))
+        whole = FileTensor(self.file, HeaderEntry(kind, (span,), start, span * itemsize))
         return _StridedTensor(whole, record)
 
     def _place(self, name: str) -> tuple[int, int]:

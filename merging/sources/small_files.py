@@ -15,7 +15,7 @@ from typing import Any
 
 from merging import os_calls
 from merging.errors import FormatError, InputError
-from merging.sources.links import check_inside, check_opened
+from merging.sources.links import check_inside, check_open_file
 
 __all__ = [
     "DATA_LIMIT",
@@ -92,7 +92,7 @@ def read_bytes(path: Path, limit: int = TEXT_LIMIT, *, given: bool = False) -> b
     try:
         with os.fdopen(os_calls.open_regular(path), "rb") as stream:
             if not given:
-                check_opened(stream.fileno(), path, path.parent)
+                check_open_file(stream.fileno(), path, path.parent)
             _check_size(path, os.fstat(stream.fileno()).st_size, limit)
             content = stream.read(limit + 1)  # some files of the system state no size
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -117,7 +117,7 @@ def read_json(path: Path, limit: int = TEXT_LIMIT, *, given: bool = False, halve
 
 def read_json_list(path: Path) -> list[Any]:
     """A JSON list from a file. Raises as :func:`read_json` does."""
-    value = _parsed(read_text(path), str(path), False)
+    value = _parse(read_text(path), str(path), False)
     if not isinstance(value, list):
         raise FormatError(f"{path}: should hold a JSON list, and holds a {type(value).__name__}")
     return value
@@ -130,13 +130,13 @@ def parse_json(text: str, where: str, *, halves: bool = False) -> dict[str, Any]
     unless ``halves`` are wanted (in them Python keeps odd bytes of paths) for halves of characters, which JSON can
     spell and no file can hold.
     """
-    value = _parsed(text, where, halves)
+    value = _parse(text, where, halves)
     if not isinstance(value, dict):
         raise FormatError(f"{where}: should hold a JSON object, and holds a {type(value).__name__}")
     return value
 
 
-def _parsed(text: str, where: str, halves: bool) -> Any:
+def _parse(text: str, where: str, halves: bool) -> Any:
     if text.count("[") + text.count("{") > _CONTAINERS:
         raise FormatError(f"{where}: holds more than {_CONTAINERS:,} lists and objects")
     try:
@@ -158,7 +158,7 @@ def copy_file(source: Path, target: Path, folder: Path | None = None) -> None:
     Raises OSError, and :class:`~merging.errors.FormatError` if a link out of the folder came in its place since.
     """
     with os.fdopen(os_calls.open_regular(source), "rb") as reader, os_calls.create(target) as writer:
-        check_opened(reader.fileno(), source, folder or source.parent)
+        check_open_file(reader.fileno(), source, folder or source.parent)
         while block := reader.read(_BLOCK):
             writer.write(block)
 

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from merging import os_calls
 from merging.errors import FormatError, InputError
-from merging.sources.header import Entry, read_header
+from merging.sources.header import HeaderEntry, read_header
 from merging.sources.stamp import Stamp, stamp_of
 
 __all__ = [
     "DTYPES",
     "DTYPE_NAMES",
     "File",
+    "FileContents",
     "FileTensor",
     "Holder",
     "MappedTensor",
-    "Opened",
     "Stored",
     "bytes_of",
     "holders_of",
@@ -230,7 +230,7 @@ class FileTensor(Stored):
 
     __slots__ = ("_start", "holder")
 
-    def __init__(self, holder: Holder, entry: Entry) -> None:
+    def __init__(self, holder: Holder, entry: HeaderEntry) -> None:
         super().__init__(entry.dtype, entry.shape)
         self.holder = holder
         self._start = entry.start
@@ -285,11 +285,11 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
-Opened = tuple[dict[str, "Stored"], dict[str, str]]
+FileContents = tuple[dict[str, "Stored"], dict[str, str]]
 """The tensors of a file, and its metadata, or the names that share memory in a PyTorch file."""
 
 
-def open_safetensors(path: Path) -> Opened:
+def open_safetensors(path: Path) -> FileContents:
     """The tensors of a safetensors file, and its metadata; only the header is read.
 
     Raises :class:`~merging.errors.FormatError` for a file that breaks the format.

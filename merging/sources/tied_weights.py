@@ -106,7 +106,7 @@ def has_own_head(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> bo
 def embeddings_among(tensors: Mapping[str, Stored]) -> list[str]:
     """The names of the tables that are looked up by token, without the copies of a shared one."""
     names = [name for name in tensors if name.endswith(_EMBEDDINGS) and not _BLOCK.search(name)]
-    return [name for name in names if _copied(name, tensors) is None]
+    return [name for name in names if _copy_source(name, tensors) is None]
 
 
 def tied_to(name: str, tensors: Mapping[str, Stored], tied: bool) -> str | None:
@@ -114,7 +114,7 @@ def tied_to(name: str, tensors: Mapping[str, Stored], tied: bool) -> str | None:
 
     Heads are tied where the model ties them (``tied``); some copies exist in any case.
     """
-    copied = _copied(name, tensors)
+    copied = _copy_source(name, tensors)
     if copied is not None or not tied or not is_head(name):
         return copied
     found = embeddings_among(tensors)
@@ -124,7 +124,7 @@ def tied_to(name: str, tensors: Mapping[str, Stored], tied: bool) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _copied(name: str, tensors: Mapping[str, Stored]) -> str | None:
+def _copy_source(name: str, tensors: Mapping[str, Stored]) -> str | None:
     for ending, original in _COPIES.items():
         if name == ending or name.endswith("." + ending):
             source = name.removesuffix(ending) + original

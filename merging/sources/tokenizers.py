@@ -54,14 +54,14 @@ def tokens_of(folder: Path) -> dict[int, str] | None:
     if is_there(folder / "tokenizer.json"):
         return _of_tokenizer(folder / "tokenizer.json")
     if is_there(folder / "vocab.json"):
-        tokens = _inverted(folder / "vocab.json")
+        tokens = _read_vocabulary(folder / "vocab.json")
     elif is_there(folder / "vocab.txt"):
         lines = read_text(folder / "vocab.txt", LIST_LIMIT, errors="replace").split("\n")
         tokens = {row: token.rstrip("\r") for row, token in enumerate(lines) if token}
     else:
         return None
     added = folder / "added_tokens.json"
-    return tokens | _inverted(added) if is_there(added) else tokens
+    return tokens | _read_vocabulary(added) if is_there(added) else tokens
 
 
 def _of_tokenizer(path: Path) -> dict[int, str]:
@@ -80,7 +80,7 @@ def _of_tokenizer(path: Path) -> dict[int, str]:
     return tokens
 
 
-def _inverted(path: Path) -> dict[int, str]:
+def _read_vocabulary(path: Path) -> dict[int, str]:
     return _by_row(read_json(path, LIST_LIMIT), path)
 
 

@@ -58,7 +58,7 @@ def diffusers_name(name: str, resnets: int = 2) -> str | None:
         return _inner(f"mid_block.{_MIDDLE[found[1]]}", found[2])
     found = _PUBLISHED.fullmatch(name)
     if not found or (found[1] == "input" and found[2] == "0"):
-        return _renamed(name, _STEM)
+        return _rename(name, _STEM)
     down, part, rest = found[1] == "input", found[3], found[4]
     level, number = divmod(int(found[2]) - down, resnets + 1)
     block = f"{'down' if down else 'up'}_blocks.{level}"
@@ -78,14 +78,14 @@ def diffusers_flat(name: str) -> str:
     found = _FLAT.fullmatch(module)
     if found:
         place, rest = found[1] or found[2], found[3]
-        dotted = f"{_dotted(place)}.{_FLAT_RESNET.get(rest, rest)}.{leaf}"
+        dotted = f"{_add_dots(place)}.{_FLAT_RESNET.get(rest, rest)}.{leaf}"
     else:
         dotted = f"{_FLAT_STEM.get(module, module)}.{leaf}"
     known, _, leaf = (diffusers_name(dotted) or "").rpartition(".")
     return f"{known.replace('.', '_')}.{leaf}" if known else name
 
 
-def _dotted(place: str) -> str:
+def _add_dots(place: str) -> str:
     """A block with its numbers behind dots."""
     return re.sub(r"_(?=\d)", ".", place)
 
@@ -101,7 +101,7 @@ def published_name(name: str, resnets: int = 2, attentive: Iterable[int] = ()) -
         return _outer(f"middle_block.{place}", found[1], found[3])
     found = _DIFFUSERS.fullmatch(name)
     if not found:
-        return _renamed(name, {theirs: ours for ours, theirs in _STEM.items()})
+        return _rename(name, {theirs: ours for ours, theirs in _STEM.items()})
     down, level, kind, number, rest = found[1] == "down", int(found[2]), found[3], int(found[4]), found[5]
     block = f"{'input' if down else 'output'}_blocks"
     first = level * (resnets + 1) + down
@@ -113,15 +113,15 @@ def published_name(name: str, resnets: int = 2, attentive: Iterable[int] = ()) -
 
 
 def _inner(block: str, rest: str) -> str | None:
-    found = _renamed(rest, _RESNET) if ".resnets." in block else rest
+    found = _rename(rest, _RESNET) if ".resnets." in block else rest
     return found and f"{block}.{found}"
 
 
 def _outer(block: str, kind: str, rest: str) -> str | None:
-    found = _renamed(rest, {theirs: ours for ours, theirs in _RESNET.items()}) if kind == "resnets" else rest
+    found = _rename(rest, {theirs: ours for ours, theirs in _RESNET.items()}) if kind == "resnets" else rest
     return found and f"{block}.{found}"
 
 
-def _renamed(name: str, table: dict[str, str]) -> str | None:
+def _rename(name: str, table: dict[str, str]) -> str | None:
     module, _, leaf = name.rpartition(".")
     return f"{table[module]}.{leaf}" if module in table else None

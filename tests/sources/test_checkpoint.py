@@ -17,7 +17,7 @@ import merging
 from merging.errors import FormatError, InputError
 from merging.hub.open_model import open_model
 from merging.sources.checkpoint import Checkpoint, content_key, open_checkpoint
-from merging.sources.quantised import QUANTISED
+from merging.sources.quantized_weights import QUANTISED
 
 INDEX = "model.safetensors.index.json"
 

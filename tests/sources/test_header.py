@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from merging.errors import FormatError
-from merging.sources.header import DTYPE_BITS, Entry, Header, header_length, parse_header, read_header
+from merging.sources.header import DTYPE_BITS, Header, HeaderEntry, header_length, parse_header, read_header
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 F32_JSON = '"dtype":"F32","shape":[2],"data_offsets":[0,8]'
@@ -297,7 +297,7 @@ def test_many_tensors_are_read_quickly() -> None:
         entries = parse_header(raw, 8 + len(raw) + count * nbytes, "FILE").entries
         seconds.append(time.process_time() - start)
     assert list(entries) == list(header)
-    assert entries["model.layers.0.mlp.experts.1.up_proj.weight"] == Entry(
+    assert entries["model.layers.0.mlp.experts.1.up_proj.weight"] == HeaderEntry(
         "BF16", (4096, 11008), 8 + len(raw) + nbytes, nbytes
     )
     # 0.2 s alone on a slow core; the rest is for machines shared with others.

@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 import merging
 from merging.errors import FormatError, InputError, MergingError
 from merging.hub.open_model import open_model
-from merging.sources.peft.kinds import KINDS
-from merging.sources.peft.refused import REFUSED
+from merging.sources.peft.adapter_types import PEFT_TYPES
+from merging.sources.peft.unsupported_types import UNSUPPORTED
 
 pytestmark = QUIRKS
 
@@ -139,13 +139,13 @@ def test_variants_that_need_the_base_say_so(llama: Path, tmp_path: Path, kind: s
         merging.merge([llama / kind], method="linear", kind="model", output=tmp_path / "out")
 
 
-@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("kind", UNSUPPORTED)
 def test_types_that_are_not_read_are_refused_by_their_name(llama: Path, tmp_path: Path, kind: str) -> None:
     """PEFT has each of them, and none that is named neither here nor among those that are read."""
     adapter = edit_config(copied(llama, tmp_path / "a"), peft_type=kind)
-    with pytest.raises(FormatError, match=f"is a PEFT adapter of type {kind}: {re.escape(REFUSED[kind])}"):
+    with pytest.raises(FormatError, match=f"is a PEFT adapter of type {kind}: {re.escape(UNSUPPORTED[kind])}"):
         open_model(adapter)
-    assert {each.value for each in peft.PeftType} == {*KINDS, *REFUSED} - {"BONE"}
+    assert {each.value for each in peft.PeftType} == {*PEFT_TYPES, *UNSUPPORTED} - {"BONE"}
 
 
 @pytest.mark.parametrize("targets", [{"trainable_token_indices": [1, 5]}, {"target_parameters": ["experts.down_proj"]}])

@@ -28,7 +28,7 @@ from merging.api.inspect import inspect
 from merging.errors import FormatError, InputError
 from merging.hub.open_model import open_model
 from merging.sources import Adapter
-from merging.sources.peft.kinds import KINDS
+from merging.sources.peft.adapter_types import PEFT_TYPES
 
 pytestmark = TYPES
 
@@ -119,7 +119,7 @@ def test_inspect_tells_the_type(tmp_path: Path, case: str) -> None:
     facts = inspect(adapter)
     kind = json.loads((adapter / "adapter_config.json").read_text())["peft_type"]
     assert facts["kind"] == f"adapter (PEFT {kind})"
-    assert facts["about"] == (KINDS[kind].summary if kind != "LORA" else "low-rank factors, KaSA")
-    assert facts["needs_base"] == [] if KINDS[kind].base == "no" else facts["needs_base"]
+    assert facts["about"] == (PEFT_TYPES[kind].summary if kind != "LORA" else "low-rank factors, KaSA")
+    assert facts["needs_base"] == [] if PEFT_TYPES[kind].base == "no" else facts["needs_base"]
     assert sum(facts["read_as"].values()) == facts["targets"]
     assert facts["tensors"] == len(load_file(adapter / "adapter_model.safetensors"))

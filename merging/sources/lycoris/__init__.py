@@ -3,7 +3,7 @@
 The formulas are LyCORIS's (Yeh et al. 2024, arXiv 2309.14859). Where PEFT has a method of the same name, theirs may
 differ: in the kernels of LoKr, the side on which OFT rotates, the scale of IA3.
 
-A new method is a function from a module and its alpha to a change, and an entry in ``METHODS``.
+A new method is a function from a module and its alpha to a change, and an entry in ``LYCORIS_TYPES``.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from merging.sources.adapter import AddedBias, Change, LoraChange
-from merging.sources.lycoris.multiplied import decomposed, glora, ia3, oft
-from merging.sources.lycoris.products import full, loha, lokr, lora, norm, number, replaced
+from merging.sources.lycoris.multiplicative import dora, glora, ia3, oft
+from merging.sources.lycoris.products import full, loha, lokr, lora, norm, number, replacement
 from merging.sources.peft.config import Config
 from merging.sources.peft.module import Module
 from merging.sources.stored import Stored
 
-__all__ = ["METHODS", "Method", "is_factor", "leaf_of", "module_changes", "zero_alphas"]
+__all__ = ["LYCORIS_TYPES", "LycorisType", "is_factor", "leaf_of", "module_changes", "zero_alphas"]
 
 _LEAF = re.compile(
     r"\.(?:(lora_down|lora_up|lora_mid|lora_A|lora_B|a1|a2|b1|b2)(?:\.default)?\.weight"
@@ -62,24 +62,24 @@ def is_factor(name: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
+class LycorisType:
     """One way to change a weight: what it is called, and the change of a module whose alpha is stated, or None."""
 
     summary: str
     change: Callable[[Module, float | None], Change]
 
 
-METHODS = {
-    "lora_down": Method("LoRA, LoCon, DyLoRA, LoRA-FA", lora),
-    "hada_w1_a": Method("LoHa", loha),
-    "lokr_w1": Method("LoKr", lokr),
-    "lokr_w1_a": Method("LoKr", lokr),
-    "a1": Method("GLoRA", glora),
-    "oft_blocks": Method("Diag-OFT, BOFT", oft),
-    "on_input": Method("IA3", ia3),
-    "diff": Method("changes trained in full", full),
-    "w_norm": Method("norms", norm),
-    "set_weight": Method("weights saved in full", replaced),
+LYCORIS_TYPES = {
+    "lora_down": LycorisType("LoRA, LoCon, DyLoRA, LoRA-FA", lora),
+    "hada_w1_a": LycorisType("LoHa", loha),
+    "lokr_w1": LycorisType("LoKr", lokr),
+    "lokr_w1_a": LycorisType("LoKr", lokr),
+    "a1": LycorisType("GLoRA", glora),
+    "oft_blocks": LycorisType("Diag-OFT, BOFT", oft),
+    "on_input": LycorisType("IA3", ia3),
+    "diff": LycorisType("changes trained in full", full),
+    "w_norm": LycorisType("norms", norm),
+    "set_weight": LycorisType("weights saved in full", replacement),
 }
 """By the part that tells the method."""
 
@@ -109,12 +109,12 @@ def module_changes(path: str, parts: Mapping[str, Stored], where: str, alpha: fl
         alpha = number(Module(path, parts, config), "alpha")
     own = {name: part for name, part in parts.items() if name not in (*_BESIDE, "alpha", "dora_scale")}
     module = Module(path, own, config)
-    method = next((method for marker, method in METHODS.items() if marker in own), None)
+    method = next((method for marker, method in LYCORIS_TYPES.items() if marker in own), None)
     changes: list[Change] = []
     if method is not None:
         changes.append(method.change(module, alpha))
         if "dora_scale" in parts:
-            changes = [decomposed(module, changes[0], parts["dora_scale"])]
+            changes = [dora(module, changes[0], parts["dora_scale"])]
     elif own or not any(name in parts for name in _BESIDE):
         odd = next(iter(own or parts))
         raise module.error(f"has {odd}, and nothing that it goes with: the file is incomplete, or of a kind not known")

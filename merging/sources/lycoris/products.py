@@ -8,13 +8,13 @@ from math import isfinite, prod
 import torch
 from torch import Tensor
 
-from merging.sources.adapter import AddedBias, Change, Kind, LoraChange, Replacement
-from merging.sources.computed import Place
-from merging.sources.formulas import hadamard, kronecker, tucker
+from merging.sources.adapter import AddedBias, Change, ChangeKind, LoraChange, Replacement
+from merging.sources.adapter_maths import hadamard, kronecker, tucker
+from merging.sources.computed import WeightView
 from merging.sources.peft.module import Module
 from merging.sources.stored import DTYPES, Stored
 
-__all__ = ["full", "kind_of", "loha", "lokr", "lora", "norm", "number", "replaced", "scale_of"]
+__all__ = ["full", "kind_of", "loha", "lokr", "lora", "norm", "number", "replacement", "scale_of"]
 
 Parts = Mapping[str, Tensor]
 
@@ -36,7 +36,7 @@ def scale_of(alpha: float | None, rank: int) -> float:
     return alpha / rank if alpha else 1.0
 
 
-def kind_of(kernel: tuple[int, ...] | None) -> Kind:
+def kind_of(kernel: tuple[int, ...] | None) -> ChangeKind:
     """What a weight with this kernel is."""
     return "conv" if kernel else "linear"
 
@@ -53,14 +53,14 @@ def lora(module: Module, alpha: float | None) -> Change:
     ones = " 1" * (len(up.shape) - 2)
     if "lora_mid" not in module.parts:
         size = module.sizes(lora_down=_axes(down, "riklm"), lora_up=f"o r{ones}")
-        kind: Kind = "linear" if len(down.shape) == 2 else "conv"
+        kind: ChangeKind = "linear" if len(down.shape) == 2 else "conv"
         return LoraChange(module.target, kind, down, up, scale_of(alpha, size["r"]))
     inner = " 1" * (len(down.shape) - 2)
     core = module.part("lora_mid")
     size = module.sizes(lora_down=f"s i{inner}", lora_up=f"o r{ones}", lora_mid=_axes(core, "rsklm"))
     scale, kernel = scale_of(alpha, size["r"]), core.shape[2:]
 
-    def formula(parts: Parts, place: Place) -> tuple[Tensor, Tensor]:
+    def formula(parts: Parts, place: WeightView) -> tuple[Tensor, Tensor]:
         inputs = parts["lora_down"].flatten(1)
         wide = torch.einsum("rs...,si->ri...", parts["lora_mid"], inputs)
         return parts["lora_up"].flatten(1) * scale, wide.flatten(1)
@@ -82,7 +82,7 @@ def loha(module: Module, alpha: float | None) -> Change:
     scale = scale_of(alpha, size["r"])
     kernel = module.part("hada_t1").shape[2:] if cores else None
 
-    def formula(parts: Parts, place: Place) -> Tensor:
+    def formula(parts: Parts, place: WeightView) -> Tensor:
         first, second = (parts["hada_w1_a"], parts["hada_w1_b"]), (parts["hada_w2_a"], parts["hada_w2_b"])
         return hadamard(first, second, (parts["hada_t1"], parts["hada_t2"]) if cores else None) * scale
 
@@ -107,7 +107,7 @@ def lokr(module: Module, alpha: float | None) -> Change:
     rank = size.get("r") or size.get("s")
     scale = scale_of(alpha, rank) if rank else 1.0
 
-    def formula(parts: Parts, place: Place) -> Tensor:
+    def formula(parts: Parts, place: WeightView) -> Tensor:
         left = parts["lokr_w1"] if "lokr_w1" in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
         if "lokr_w2" in parts:
             right = parts["lokr_w2"]
@@ -143,7 +143,7 @@ def norm(module: Module, alpha: float | None) -> Change:
     return AddedBias(module.target, "bias", module.part("w_norm"), 1.0)
 
 
-def replaced(module: Module, alpha: float | None) -> Change:
+def replacement(module: Module, alpha: float | None) -> Change:
     """A weight that takes the base's place."""
     module.check("set_weight", beside="set_weight")
     module.check_types("set_weight")

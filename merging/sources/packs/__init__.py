@@ -18,24 +18,24 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from merging.errors import FormatError
-from merging.sources import diffusion, kohya, peft
-from merging.sources.adapter import Adapter, Added, Change, Factors
+from merging.sources import diffusion_loras, kohya, peft
+from merging.sources.adapter import Adapter, AddedTensor, Change, FactorsChange
 from merging.sources.opening import open_tensors
-from merging.sources.packs.codings import Coding, Kind, Packed, Raw
+from merging.sources.packs.codings import Coding, DtypeName, Packed, Raw
 from merging.sources.small_files import parse_json
-from merging.sources.stored import Opened, Stored
-from merging.sources.written import with_written
+from merging.sources.stored import FileContents, Stored
+from merging.sources.tensor_names import add_tensor_names
 
 __all__ = [
     "PACK_KEY",
-    "Base",
     "Changed",
     "Described",
-    "Manifest",
+    "PackBase",
+    "PackManifest",
     "open_pack",
     "payload_name",
+    "read_pack",
     "recognises",
-    "unpacked",
 ]
 
 PACK_KEY = "merging_pack"
@@ -45,23 +45,23 @@ VERSION = 1
 
 _PAYLOAD = re.compile(r"packed\.[0-9]+")
 
-_OPENERS = {"PEFT": peft.open_peft, "Kohya": kohya.open_kohya, "diffusers": diffusion.open_diffusion}
+_OPENERS = {"PEFT": peft.open_peft, "Kohya": kohya.open_kohya, "diffusers": diffusion_loras.open_diffusion}
 
 
-class _Stated(BaseModel):
+class _StatedChange(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Described(_Stated):
+class Described(_StatedChange):
     """A tensor: what it is called, its type, shape and coding."""
 
     name: str
-    kind: Kind
+    kind: DtypeName
     shape: tuple[int, ...]
     coding: Coding
 
 
-class Changed(_Stated):
+class Changed(_StatedChange):
     """A tensor that a model changed: its kind as of :class:`~merging.sources.adapter.Change`, and its shape.
 
     ``transposed``: it lies as ``[in, out]``, and factors make its transpose.
@@ -72,7 +72,7 @@ class Changed(_Stated):
     transposed: bool = False
 
 
-class Base(_Stated):
+class PackBase(_StatedChange):
     """The model that changes are changes of: its name, its commit on the Hub, and the key of its content."""
 
     name: str | None = None
@@ -80,13 +80,13 @@ class Base(_Stated):
     key: str | None = None
 
 
-class Manifest(_Stated):
+class PackManifest(_StatedChange):
     """What a pack holds; ``config`` and ``metadata`` are those of the adapter that it was made of."""
 
     version: Literal[1] = 1
     method: str
     settings: str
-    base: Base
+    base: PackBase
     dialect: Literal["PEFT", "Kohya", "diffusers"] | None = None
     config: dict[str, Any] | None = None
     metadata: dict[str, str] = {}
@@ -95,11 +95,11 @@ class Manifest(_Stated):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Unpacked:
+class PackContents:
     """A pack's tensors by the names that they had, and its manifest."""
 
     tensors: dict[str, Stored]
-    manifest: Manifest
+    manifest: PackManifest
 
 
 def payload_name(number: int) -> str:
@@ -107,12 +107,12 @@ def payload_name(number: int) -> str:
     return f"packed.{number}"
 
 
-def recognises(opened: Opened) -> bool:
+def recognises(opened: FileContents) -> bool:
     """Whether a file has the tensor names of a pack."""
     return any(_PAYLOAD.fullmatch(name) for name in opened[0])
 
 
-def unpacked(path: Path, opened: Opened | None = None) -> Unpacked:
+def read_pack(path: Path, opened: FileContents | None = None) -> PackContents:
     """The tensors of a pack, none of which is decoded yet. Raises :class:`~merging.errors.FormatError`."""
     stored, metadata = opened or open_tensors(path)
     manifest = _manifest(path, metadata)
@@ -126,10 +126,10 @@ def unpacked(path: Path, opened: Opened | None = None) -> Unpacked:
             tensors[each.name] = _tensor(each, stored[payload_name(number)])
     except ValueError as error:
         raise FormatError(f"{path}: is a damaged pack: it {error}: get it again") from None
-    return Unpacked(tensors, manifest)
+    return PackContents(tensors, manifest)
 
 
-def _manifest(path: Path, metadata: Mapping[str, str]) -> Manifest:
+def _manifest(path: Path, metadata: Mapping[str, str]) -> PackManifest:
     try:
         stated = parse_json(metadata[PACK_KEY], f"{path}: the {PACK_KEY} in its header")
         version = stated["version"]
@@ -137,7 +137,7 @@ def _manifest(path: Path, metadata: Mapping[str, str]) -> Manifest:
             raise FormatError(
                 f"{path}: is a pack of version {str(version)[:20]}, and {VERSION} is read: update this program"
             )
-        return Manifest.model_validate(stated)
+        return PackManifest.model_validate(stated)
     except (KeyError, TypeError, RecursionError, ValidationError, ValueError) as error:
         reason = error.errors()[0] if isinstance(error, ValidationError) else None
         told = f"{'.'.join(map(str, reason['loc']))}: {reason['msg']}" if reason else f"no {PACK_KEY} that is one"
@@ -160,14 +160,14 @@ def _tensor(described: Described, stored: Stored) -> Stored:
         raise ValueError(f"holds {name[:80]}, which {error}") from None
 
 
-def open_pack(path: Path, alpha: float | None = None, opened: Opened | None = None) -> Adapter:
+def open_pack(path: Path, alpha: float | None = None, opened: FileContents | None = None) -> Adapter:
     """What a pack holds, as an adapter; only the header is read.
 
     ``alpha`` replaces what an adapter states. Raises :class:`~merging.errors.FormatError` for a damaged pack.
     """
     if path.stem == "adapter_model":
         raise FormatError(f"{path}: is a pack, and has the name of an adapter of PEFT's: rename it")
-    pack = unpacked(path, opened)
+    pack = read_pack(path, opened)
     manifest = pack.manifest
     told = f"packed by {manifest.method}, {manifest.settings}"
     if manifest.dialect is None:
@@ -185,21 +185,21 @@ def open_pack(path: Path, alpha: float | None = None, opened: Opened | None = No
         )
     config = {} if manifest.config is None else {peft.CONFIG_KEY: json.dumps(manifest.config)}
     held = pack.tensors, {**manifest.metadata, **config}
-    inner = with_written(_OPENERS[manifest.dialect](path, alpha, held), held)
+    inner = add_tensor_names(_OPENERS[manifest.dialect](path, alpha, held), held)
     about = f"{inner.about}, {told}" if inner.about else told
     return replace(inner, about=about, base=inner.base or manifest.base.name, base_key=manifest.base.key)
 
 
-def _changes(path: Path, pack: Unpacked) -> dict[str, Change]:
+def _changes(path: Path, pack: PackContents) -> dict[str, Change]:
     changes: dict[str, Change] = {}
     tensors = dict(pack.tensors)
     try:
         for target, stated in pack.manifest.changes.items():
             if stated.kind == "full":
-                changes[target] = Added(target, "full", tensors.pop(f"full/{target}"))
+                changes[target] = AddedTensor(target, "full", tensors.pop(f"full/{target}"))
             else:
                 down, up = tensors.pop(f"down/{target}"), tensors.pop(f"up/{target}")
-                changes[target] = Factors(target, stated.kind, down, up, stated.shape, stated.transposed)
+                changes[target] = FactorsChange(target, stated.kind, down, up, stated.shape, stated.transposed)
     except KeyError as error:
         raise FormatError(f"{path}: is a damaged pack: it lacks {error}") from None
     if tensors:
@@ -212,7 +212,7 @@ def _changes(path: Path, pack: Unpacked) -> dict[str, Change]:
 
 def _whole(change: Change, shape: tuple[int, ...]) -> bool:
     """Whether a change's parts make a tensor of the shape that the pack states."""
-    if not isinstance(change, Factors):
+    if not isinstance(change, FactorsChange):
         return change.shape == shape
     up, down = change.up.shape, change.down.shape
     batch = shape[:1] if change.kind == "experts" else ()

@@ -18,9 +18,9 @@ from merging.sources.packs.golomb import Bits
 from merging.sources.packs.grouped import group_bytes, unpack_groups
 from merging.sources.stored import Stored
 
-__all__ = ["Bands", "Coding", "Kind", "Packed", "Raw", "Sparse", "Ternary"]
+__all__ = ["Bands", "Coding", "DtypeName", "Packed", "Raw", "Sparse", "Ternary"]
 
-Kind = Literal["F16", "BF16", "F32", "F64"]
+DtypeName = Literal["F16", "BF16", "F32", "F64"]
 
 Fill = Callable[[Tensor, int], None]
 """Puts the elements from an offset on into a buffer; raises ValueError for a payload that is damaged."""
@@ -147,7 +147,12 @@ class Packed(Derived):
     __slots__ = ("_coding", "_fill", "_name", "_payload")
 
     def __init__(
-        self, name: str, dtype_name: Kind, shape: tuple[int, ...], payload: Stored, coding: Ternary | Sparse | Bands
+        self,
+        name: str,
+        dtype_name: DtypeName,
+        shape: tuple[int, ...],
+        payload: Stored,
+        coding: Ternary | Sparse | Bands,
     ) -> None:
         super().__init__(dtype_name, shape, (payload,))
         if payload.dtype_name != "U8" or len(payload.shape) != 1:

@@ -51,7 +51,7 @@ def frame_signs(signs: Tensor, b: int) -> Tensor:
         unary, remainders = streams(kept, b)
         return len(unary), unary.tobytes() + remainders.tobytes() + packed_bits(positive).tobytes()
 
-    return _framed(np.flatnonzero(flat), len(flat), frame)
+    return _payload(np.flatnonzero(flat), len(flat), frame)
 
 
 def frame_values(values: Tensor, kept: Tensor, b: int, unit: float) -> Tensor:
@@ -64,7 +64,7 @@ def frame_values(values: Tensor, kept: Tensor, b: int, unit: float) -> Tensor:
         codes = pack_groups(values[torch.from_numpy(first + here)][None], 8, unit)
         return len(unary), unary.tobytes() + remainders.tobytes() + codes.numpy().tobytes()
 
-    return _framed(kept.numpy(), len(values), frame)
+    return _payload(kept.numpy(), len(values), frame)
 
 
 def _bitmap(kept: Positions, size: int) -> Bits:
@@ -73,7 +73,7 @@ def _bitmap(kept: Positions, size: int) -> Bits:
     return packed_bits(bits)
 
 
-def _framed(kept: Positions, size: int, frame: Callable[[int, Positions], tuple[int, bytes]]) -> Tensor:
+def _payload(kept: Positions, size: int, frame: Callable[[int, Positions], tuple[int, bytes]]) -> Tensor:
     starts = range(0, size, FRAME)
     bounds = np.searchsorted(kept, [*starts, size])
     index = np.zeros(len(starts), dtype=_INDEX)
@@ -132,17 +132,17 @@ class Frames:
         """The positions that are kept between two entries, frame by frame, and which of them are positive."""
         for first, kept, data in self.within(start, stop):
             positive = np.unpackbits(data, count=len(kept)).astype(np.bool_)
-            yield self._cut(first + kept, positive, start, stop)
+            yield self._crop(first + kept, positive, start, stop)
 
     def values(self, start: int, stop: int, unit: float) -> Iterator[tuple[Positions, NDArray[np.float32]]]:
         """The positions that are kept between two entries, frame by frame, and their values."""
         for first, kept, data in self.within(start, stop):
             if len(kept):
                 found = unpack_groups(torch.from_numpy(data), 1, len(kept), 8, unit)[0].numpy()
-                yield self._cut(first + kept, found, start, stop)
+                yield self._crop(first + kept, found, start, stop)
 
     @staticmethod
-    def _cut(kept: Positions, told: NDArray[np.generic], start: int, stop: int) -> tuple[Positions, NDArray[Any]]:
+    def _crop(kept: Positions, told: NDArray[np.generic], start: int, stop: int) -> tuple[Positions, NDArray[Any]]:
         here = slice(*np.searchsorted(kept, [start, stop]))
         return kept[here], told[here]
 

@@ -11,17 +11,17 @@ from typing import Any
 
 from merging.errors import FormatError
 from merging.sources.adapter import Adapter, Change, LoraChange, Replacement
-from merging.sources.computed import Computed
+from merging.sources.computed import ComputedChange
 from merging.sources.links import check_inside
 from merging.sources.lora_headers import METADATA_KEY, component_configs, unstated_alpha
 from merging.sources.opening import open_tensors
+from merging.sources.peft.adapter_types import PEFT_TYPES, PeftType
 from merging.sources.peft.config import Config
-from merging.sources.peft.kinds import KINDS, Kind
 from merging.sources.peft.lora import TRAINING_STATE, lora_about
 from merging.sources.peft.module import Module
-from merging.sources.peft.refused import REFUSED
+from merging.sources.peft.unsupported_types import UNSUPPORTED
 from merging.sources.small_files import is_there, parse_json, read_json
-from merging.sources.stored import Opened, Stored
+from merging.sources.stored import FileContents, Stored
 
 __all__ = ["CONFIG_KEY", "WEIGHTS", "open_peft", "peft_changes", "recognises"]
 
@@ -36,15 +36,15 @@ _DEFAULT = re.compile(r"\.default(?=\.|_topk_|$)")
 """The name of PEFT's only adapter, in files that were saved without its help."""
 
 _LORA = re.compile(r"\.lora_(embedding_)?[AB](\.|$)")
-_ANY = re.compile(rf"base_model\..*({'|'.join(kind.leaf.pattern for kind in KINDS.values())})")
+_ANY = re.compile(rf"base_model\..*({'|'.join(kind.leaf.pattern for kind in PEFT_TYPES.values())})")
 
 
-def recognises(opened: Opened) -> bool:
+def recognises(opened: FileContents) -> bool:
     """Whether a file has the tensor names of PEFT: LoRA under any prefix, the other types under PEFT's."""
     return any(_LORA.search(name) or _ANY.match(name) for name in opened[0])
 
 
-def open_peft(path: Path, alpha: float | None = None, opened: Opened | None = None) -> Adapter:
+def open_peft(path: Path, alpha: float | None = None, opened: FileContents | None = None) -> Adapter:
     """A PEFT adapter from its folder or its weights file; headers are read, values are not.
 
     ``alpha`` replaces the config's, whatever its type calls it. A bare file has its config in its own header, as we or
@@ -62,8 +62,8 @@ def open_peft(path: Path, alpha: float | None = None, opened: Opened | None = No
             plain = f"{path}: carries no config, so its scale alpha / r is taken as 1: set it with --lora-alpha"
             notices = unstated_alpha(path, metadata) or (plain,)
     settings = Config(config, str(path))
-    if alpha is not None and settings.kind in KINDS:
-        field = KINDS[settings.kind].alpha
+    if alpha is not None and settings.kind in PEFT_TYPES:
+        field = PEFT_TYPES[settings.kind].alpha
         if not field:
             raise settings.error(f"is of type {settings.kind}, which has no alpha: leave --lora-alpha out")
         config = {**config, field: alpha, "alpha_pattern": {}}
@@ -76,7 +76,7 @@ def open_peft(path: Path, alpha: float | None = None, opened: Opened | None = No
         base=settings.text("base_model_name_or_path"),
         config=config,
         notices=notices,
-        about=lora_about(settings) if settings.kind == "LORA" else KINDS[settings.kind].summary,
+        about=lora_about(settings) if settings.kind == "LORA" else PEFT_TYPES[settings.kind].summary,
     )
 
 
@@ -122,7 +122,7 @@ def peft_changes(tensors: Mapping[str, Stored], config: Mapping[str, Any], where
     for name, stored in others.items():
         target = settings.full_target(name)
         factors = changes.get(target)
-        if isinstance(factors, (LoraChange, Computed)):
+        if isinstance(factors, (LoraChange, ComputedChange)):
             changes[target] = replace(factors, layer=stored)
             continue
         changes[target] = Replacement(
@@ -147,23 +147,23 @@ def _check_complete(config: Config, changes: Mapping[str, Change]) -> None:
         raise config.error(f"its config names the parameter {parameters[0]}, and the file has no factors for it")
 
 
-def _kind(config: Config, names: Iterable[str]) -> Kind:
+def _kind(config: Config, names: Iterable[str]) -> PeftType:
     """The type of an adapter, or the refusal of one that is not read."""
     name = config.kind
     if not config.stated and not any(_LORA.search(each) for each in names):
-        name = next((kind for kind in KINDS if any(KINDS[kind].leaf.search(each) for each in names)), name)
+        name = next((kind for kind in PEFT_TYPES if any(PEFT_TYPES[kind].leaf.search(each) for each in names)), name)
         if name != "LORA":
             raise config.error(
                 f"holds tensors of a PEFT adapter of type {name}, which needs its config to be understood: give the "
                 f"folder with its adapter_config.json"
             )
-    if name in KINDS:
-        return KINDS[name]
-    reason = REFUSED.get(name, f"this type is not known here: {', '.join(KINDS)} are read")
+    if name in PEFT_TYPES:
+        return PEFT_TYPES[name]
+    reason = UNSUPPORTED.get(name, f"this type is not known here: {', '.join(PEFT_TYPES)} are read")
     raise config.error(f"is a PEFT adapter of type {name}: {reason}")
 
 
-def _modules(tensors: Mapping[str, Stored], kind: Kind, config: Config) -> tuple[list[Module], dict[str, Stored]]:
+def _modules(tensors: Mapping[str, Stored], kind: PeftType, config: Config) -> tuple[list[Module], dict[str, Stored]]:
     """The modules that an adapter changes, and the tensors that belong to none, by their names in the model."""
     leaf = kind.leaf
     parts: dict[str, dict[str, Stored]] = defaultdict(dict)

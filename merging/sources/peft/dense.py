@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from merging.sources.adapter import Change
-from merging.sources.computed import Computed, Formula, Place
+from merging.sources.computed import ComputedChange, Formula, WeightView
 from merging.sources.peft.module import Module
 
 __all__ = ["c3a", "fourierft", "osf", "randlora", "shira", "waveft"]
@@ -25,8 +25,8 @@ def fourierft(module: Module) -> list[Change]:
     count = module.sizes(fourierft_spectrum="n")["n"]
     scale, seed = module.config.number("scaling", 150), _seed(module)
 
-    def formula(parts: Parts, place: Place) -> Tensor:
-        spectrum = _scattered(parts["fourierft_spectrum"], place, seed)
+    def formula(parts: Parts, place: WeightView) -> Tensor:
+        spectrum = _scatter(parts["fourierft_spectrum"], place, seed)
         change: Tensor = torch.fft.ifft2(spectrum).real * scale
         return change
 
@@ -46,8 +46,8 @@ def waveft(module: Module) -> list[Change]:
     if back and family not in ("db1", "haar"):
         raise module.config.error(f"its wavelets are {family!r}, and only db1 (Haar) is read")
 
-    def formula(parts: Parts, place: Place) -> Tensor:
-        entries = _scattered(parts["waveft_spectrum"], place, seed)
+    def formula(parts: Parts, place: WeightView) -> Tensor:
+        entries = _scatter(parts["waveft_spectrum"], place, seed)
         if not back:
             return entries * scale
         padded = torch.nn.functional.pad(entries, (0, place.width % 2, 0, place.outputs % 2))
@@ -69,7 +69,7 @@ def _seed(module: Module) -> int:
     return int(seed)
 
 
-def _scattered(values: Tensor, place: Place, seed: int) -> Tensor:
+def _scatter(values: Tensor, place: WeightView, seed: int) -> Tensor:
     """Zeros ``[outputs, width]`` with the values at the first places of a seeded permutation."""
     order = torch.randperm(place.outputs * place.width, generator=torch.Generator().manual_seed(seed))
     flat = values.new_zeros(len(order))
@@ -77,7 +77,7 @@ def _scattered(values: Tensor, place: Place, seed: int) -> Tensor:
     return flat.reshape(place.outputs, place.width)
 
 
-def _scattering(module: Module, formula: Formula, name: str, count: int, scale: float) -> Computed:
+def _scattering(module: Module, formula: Formula, name: str, count: int, scale: float) -> ComputedChange:
     return module.computed(
         formula,
         name,
@@ -91,7 +91,7 @@ def shira(module: Module) -> list[Change]:
     """SHiRA (Bhardwaj et al. 2024, arXiv 2406.13175): entries of the weight, at ``indices [2, n]`` (output, input)."""
     module.sizes(shira_weight="n", shira_indices="int 2 n")
 
-    def formula(parts: Parts, place: Place) -> Tensor:
+    def formula(parts: Parts, place: WeightView) -> Tensor:
         rows, columns = (each.long() for each in parts["shira_indices"])
         inside = (rows >= 0) & (rows < place.outputs) & (columns >= 0) & (columns < place.width)
         if not bool(inside.all()):
@@ -114,7 +114,7 @@ def c3a(module: Module) -> list[Change]:
     """C3A (Chen et al. 2024, arXiv 2407.19342): circulant blocks of ``kernel [out / b, in / b, b]``, over ``in``."""
     size = module.sizes(c3a_kernel="m n b")
 
-    def formula(parts: Parts, place: Place) -> Tensor:
+    def formula(parts: Parts, place: WeightView) -> Tensor:
         steps = torch.arange(size["b"])
         blocks = parts["c3a_kernel"][:, :, (steps[None] - steps[:, None]) % size["b"]]
         return blocks.transpose(1, 2).reshape(place.outputs, place.width) / place.width
@@ -147,7 +147,7 @@ def randlora(module: Module) -> list[Change]:
         raise module.error(f"needs {bases} random bases of {least}, and its file has {size['b']} of {size['w']}")
     scale = module.config.number("randlora_alpha", 640) / size["r"]
 
-    def formula(parts: Parts, place: Place) -> Tensor:
+    def formula(parts: Parts, place: WeightView) -> Tensor:
         most = max(place.outputs, place.width)
         scaled = parts["randlora_lambda"][:, :, None] * parts["randlora_A"][..., :least] * parts["randlora_gamma"]
         product = parts["randlora_B"][:most, :bases].flatten(1) @ scaled.flatten(0, 1)
@@ -170,7 +170,7 @@ def osf(module: Module) -> list[Change]:
     size = module.sizes(**names)
     count = size["N"]
 
-    def formula(parts: Parts, place: Place) -> Tensor:
+    def formula(parts: Parts, place: WeightView) -> Tensor:
         u, s, vh = torch.linalg.svd(place.weight, full_matrices=False)
         trained: Tensor = parts["osf_svd_params.U_low"] * parts["osf_svd_params.S_low"] @ parts["osf_svd_params.V_low"]
         least = slice(len(s) - count, None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from merging.sources.adapter import Change
-from merging.sources.computed import Computed, Formula, Place
+from merging.sources.computed import ComputedChange, Formula, WeightView
 from merging.sources.peft.module import Module
 
 __all__ = ["adalora", "delora", "gralora", "hra", "miss", "vblora", "vera"]
@@ -30,13 +30,15 @@ def adalora(module: Module) -> list[Change]:
         raise module.error(f"has rank {size['r']}, and init_r in its config is {rank}: they do not belong together")
     scale = (alpha if alpha > 0 else size["r"]) / (rank + 1e-5)
 
-    def formula(parts: Parts, place: Place) -> Factors:
+    def formula(parts: Parts, place: WeightView) -> Factors:
         return parts["lora_B"] * scale, parts["lora_A"] * parts["lora_E"]
 
     return [_low_rank(module, formula, "lora_A", "lora_B", "lora_E", size=size, scale=scale, flat=True)]
 
 
-def _low_rank(module: Module, formula: Formula, *names: str, size: Mapping[str, int | None], **facts: Any) -> Computed:
+def _low_rank(
+    module: Module, formula: Formula, *names: str, size: Mapping[str, int | None], **facts: Any
+) -> ComputedChange:
     """A change kept as factors, of the outputs ``o``, inputs ``i`` and rank ``r`` among the sizes."""
     known = {"outputs": size.get("o"), "inputs": size.get("i"), "trained": size["r"]}
     return module.computed(formula, *names, **{"factored": True, **known, **facts})
@@ -55,7 +57,7 @@ def vera(module: Module) -> list[Change]:
             )
     size = module.sizes(vera_lambda_b="o", vera_lambda_d="r", vera_A="r w", vera_B="t r")
 
-    def formula(parts: Parts, place: Place) -> Factors:
+    def formula(parts: Parts, place: WeightView) -> Factors:
         up = parts["vera_lambda_b"][:, None] * parts["vera_B"][: place.outputs]
         return up, parts["vera_lambda_d"][:, None] * parts["vera_A"][:, : place.width]
 
@@ -111,7 +113,7 @@ def vblora(module: Module) -> list[Change]:
             weights = torch.cat([most, 1 - most.sum(-1, keepdim=True)], dim=-1)
         return (weights[..., None] * bank[places]).sum(-2)
 
-    def formula(parts: Parts, place: Place) -> Factors:
+    def formula(parts: Parts, place: WeightView) -> Factors:
         down = mixed(parts, "A").reshape(size["r"], -1)
         return mixed(parts, "B").transpose(1, 2).reshape(-1, size["r"]), down
 
@@ -124,7 +126,7 @@ def delora(module: Module) -> list[Change]:
     names = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
     size = module.sizes(delora_A="r i", delora_B="o r", delora_lambda="1", delora_w_norm="i")
 
-    def formula(parts: Parts, place: Place) -> Factors:
+    def formula(parts: Parts, place: WeightView) -> Factors:
         down, up = parts["delora_A"], parts["delora_B"]
         lengths = down.norm(dim=1).clamp(min=1e-4) * up.norm(dim=0).clamp(min=1e-4)
         return up * (parts["delora_lambda"] / size["r"] / lengths), down * parts["delora_w_norm"]
@@ -145,7 +147,7 @@ def miss(module: Module) -> list[Change]:
     size = module.sizes(**{name: "r o"})
     rank, mini = size["r"], way == "mini"
 
-    def formula(parts: Parts, place: Place) -> Factors:
+    def formula(parts: Parts, place: WeightView) -> Factors:
         block = parts[name]
         rows = torch.arange(place.width).remainder(rank)
         down = torch.nn.functional.one_hot(rows, rank).T.to(block.dtype)
@@ -164,10 +166,10 @@ def miss(module: Module) -> list[Change]:
     ]
 
 
-def _bat(module: Module, name: str) -> Computed:
+def _bat(module: Module, name: str) -> ComputedChange:
     size = module.sizes(**{name: "n r r"})
 
-    def formula(parts: Parts, place: Place) -> Tensor:
+    def formula(parts: Parts, place: WeightView) -> Tensor:
         blocks, rank = parts[name], size["r"]
         weight = place.weight.reshape(size["n"], rank, -1, rank).transpose(1, 2)
         return (weight @ blocks[:, None] + blocks[:, None]).transpose(1, 2)
@@ -189,7 +191,7 @@ def hra(module: Module) -> list[Change]:
     size = module.sizes(hra_u="i r")
     orthogonal = bool(module.config.get("apply_GS"))
 
-    def formula(parts: Parts, place: Place) -> Factors:
+    def formula(parts: Parts, place: WeightView) -> Factors:
         normals = _orthogonal(parts["hra_u"]) if orthogonal else parts["hra_u"] / parts["hra_u"].norm(dim=0)
         left: list[Tensor] = []
         for index, normal in enumerate(normals.T):
@@ -234,7 +236,7 @@ def gralora(module: Module) -> list[Change]:
         )
     scale = module.config.number("alpha", 64) / (rank + hybrid)
 
-    def formula(parts: Parts, place: Place) -> Factors:
+    def formula(parts: Parts, place: WeightView) -> Factors:
         each = rank // groups
         up = parts["gralora_A"].new_zeros(groups, size["o"], groups, groups, each)
         down = parts["gralora_A"].new_zeros(groups, groups, each, groups, size["i"])

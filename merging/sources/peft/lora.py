@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from merging.sources.adapter import AddedBias, Change, LoraChange
-from merging.sources.computed import Computed, Place
+from merging.sources.computed import ComputedChange, WeightView
 from merging.sources.peft.config import Config
 from merging.sources.peft.module import Module
-from merging.sources.peft.tokens import TOKENS, lora_tokens
+from merging.sources.peft.trainable_tokens import TOKENS, lora_tokens
 from merging.sources.peft.wrapped import attention_target, experts_change, parameter_of
 
 __all__ = ["LORA_LEAVES", "TRAINING_STATE", "check_lora", "lora_about", "lora_changes", "lora_scale"]
@@ -135,12 +135,12 @@ def _attention(module: Module, target: str, times: float) -> LoraChange:
     return LoraChange(target, "linear", down, up, times * lora_scale(module, down.shape[0]))
 
 
-def _kasa(module: Module) -> Computed:
+def _kasa(module: Module) -> ComputedChange:
     """KaSA (Wang et al. 2025, arXiv 2412.06071): ``s B diag(d) A``, on a base cut by its ``r`` least directions."""
     size = module.sizes(lora_A="r i", lora_B="o r", lora_diag="r")
     rank, scale = size["r"], lora_scale(module, size["r"])
 
-    def formula(parts: Mapping[str, Tensor], place: Place) -> tuple[Tensor, Tensor]:
+    def formula(parts: Mapping[str, Tensor], place: WeightView) -> tuple[Tensor, Tensor]:
         u, s, vh = torch.linalg.svd(place.weight, full_matrices=False)
         up = torch.cat([parts["lora_B"] * parts["lora_diag"] * scale, -u[:, -rank:] * s[-rank:]], 1)
         return up, torch.cat([parts["lora_A"], vh[-rank:]], 0)
@@ -162,7 +162,7 @@ def _kasa(module: Module) -> Computed:
     )
 
 
-def _block_diagonal(module: Module) -> Computed:
+def _block_diagonal(module: Module) -> ComputedChange:
     """BD-LoRA (Block-Diagonal LoRA, NeurIPS 2025): one factor is block diagonal, its blocks stacked in the file."""
     options = module.config.get("use_bdlora")
     options = Config(options if isinstance(options, Mapping) else {}, f"{module.config.where}: use_bdlora")
@@ -175,16 +175,16 @@ def _block_diagonal(module: Module) -> Computed:
     if all(diagonal) or size.get("q", rank) * times != rank or (rank if diagonal[0] else size["o"]) % blocks:
         raise module.error(f"its factors do not divide into the {blocks} blocks of use_bdlora in its config")
 
-    def formula(parts: Mapping[str, Tensor], place: Place) -> tuple[Tensor, Tensor]:
+    def formula(parts: Mapping[str, Tensor], place: WeightView) -> tuple[Tensor, Tensor]:
         up, down = parts["lora_B"] * scale, parts["lora_A"]
-        return _unstacked(up, blocks) if diagonal[1] else up, _unstacked(down, blocks) if diagonal[0] else down
+        return _unstack(up, blocks) if diagonal[1] else up, _unstack(down, blocks) if diagonal[0] else down
 
     inputs = size["i"] * (blocks if diagonal[0] else 1)
     facts: dict[str, Any] = {"outputs": size["o"], "inputs": inputs, "trained": rank, "scale": scale, "factored": True}
     return module.computed(formula, *layout, **facts)
 
 
-def _unstacked(stacked: Tensor, blocks: int) -> Tensor:
+def _unstack(stacked: Tensor, blocks: int) -> Tensor:
     """The block diagonal matrix whose blocks are the equal parts of the rows."""
     diagonal: Tensor = torch.block_diag(*stacked.chunk(blocks))  # type: ignore[no-untyped-call]
     return diagonal

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from merging.sources.adapter import Change
-from merging.sources.computed import Place
-from merging.sources.formulas import hadamard, kronecker, tucker
+from merging.sources.adapter_maths import hadamard, kronecker, tucker
+from merging.sources.computed import WeightView
 from merging.sources.peft.module import Module
 
 __all__ = ["loha", "lokr"]
@@ -30,7 +30,7 @@ def loha(module: Module) -> list[Change]:
     size = module.sizes(**layout)
     scale = _scale(module, size["r"])
 
-    def formula(parts: Parts, place: Place) -> Tensor:
+    def formula(parts: Parts, place: WeightView) -> Tensor:
         first, second = (parts["hada_w1_a"], parts["hada_w1_b"]), (parts["hada_w2_a"], parts["hada_w2_b"])
         return hadamard(first, second, (parts["hada_t1"], parts["hada_t2"]) if cores else None) * scale
 
@@ -69,7 +69,7 @@ def lokr(module: Module) -> list[Change]:
     size = module.sizes(**layout)
     scale = _scale(module, size.get("r"))
 
-    def formula(parts: Parts, place: Place) -> Tensor:
+    def formula(parts: Parts, place: WeightView) -> Tensor:
         left = parts["lokr_w1"] if "lokr_w1" in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
         if "lokr_w2" in parts:
             right = parts["lokr_w2"]

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from merging.errors import FormatError
-from merging.sources.adapter import Kind
-from merging.sources.computed import Computed, Formula
+from merging.sources.adapter import ChangeKind
+from merging.sources.computed import ComputedChange, Formula
 from merging.sources.peft.config import Config
 from merging.sources.stored import Stored
 
@@ -96,8 +96,8 @@ class Module:
                 f"{self.path}.{name} holds {stored.dtype_name} factors: only F16, BF16, F32 and F64 are read{way_out}"
             )
 
-    def computed(self, formula: Formula, *names: str, kind: Kind = "linear", **facts: Any) -> Computed:
-        """The change that a formula makes of parts of this module; ``facts`` are fields of :class:`Computed`."""
+    def computed(self, formula: Formula, *names: str, kind: ChangeKind = "linear", **facts: Any) -> ComputedChange:
+        """The change that a formula makes of parts of this module; ``facts`` are fields of :class:`ComputedChange`."""
         parts = {name: self.part(name) for name in names}
         turned = kind == "embedding" or (kind == "linear" and bool(self.config.get("fan_in_fan_out")))
-        return Computed(self.target, kind, **{"parts": parts, "formula": formula, "transposed": turned, **facts})
+        return ComputedChange(self.target, kind, **{"parts": parts, "formula": formula, "transposed": turned, **facts})

@@ -47,7 +47,7 @@ class Patterns:
 
         Raises :class:`PatternError`.
         """
-        with self._timed(repr(expression[:80])):
+        with self._time_limit(repr(expression[:80])):
             return self._match(expression, text, whole)
 
     def first(self, field: str, keys: Iterable[str], path: str) -> str | None:
@@ -61,7 +61,7 @@ class Patterns:
             others = {place: key for place, key in enumerate(listed) if key not in plain}
             self._keys[field] = _Names(plain), others
         names, others = self._keys[field]
-        with self._timed("as a whole"):
+        with self._time_limit("as a whole"):
             place, found = names.first(path)
             for other, key in others.items():
                 if place is not None and place < other:
@@ -84,7 +84,7 @@ class Patterns:
         return min(_SECONDS + _SECONDS_EACH * self._tries, _MOST_SECONDS) - self._spent
 
     @contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
+    def _time_limit(self, what: str) -> Iterator[None]:
         """Count the time of a look-up. Raises :class:`PatternError` where none is left."""
         self._tries += 1
         if self._left() > 0:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from merging.sources.adapter import Change
-from merging.sources.computed import Computed, Place
-from merging.sources.formulas import blockwise, cayley, cayley_series, skew
+from merging.sources.adapter_maths import blockwise, cayley, cayley_series, skew
+from merging.sources.computed import ComputedChange, WeightView
 from merging.sources.peft.module import Module
 
 __all__ = ["boft", "oft", "road"]
@@ -37,7 +37,7 @@ def oft(module: Module) -> list[Change]:
     if shared and size["n"] != 1:
         raise module.error(f"has {size['n']} blocks, and its config says that one is shared")
 
-    def formula(parts: Parts, place: Place) -> Tensor:
+    def formula(parts: Parts, place: WeightView) -> Tensor:
         skewed = skew(parts[name], side)
         if config.get("coft"):
             norm = skewed.norm(dim=(1, 2), keepdim=True)
@@ -76,7 +76,7 @@ def boft(module: Module) -> list[Change]:
         )
     size = module.sizes(boft_R="1 n b b", boft_s="1 o" if module.part("boft_s").shape[:1] == (1,) else "o 1")
 
-    def formula(parts: Parts, place: Place) -> Tensor:
+    def formula(parts: Parts, place: WeightView) -> Tensor:
         matrices = parts["boft_R"][0]
         turned = blockwise(cayley((matrices - matrices.mT) / 2), place.weight.mT).mT
         return turned * parts["boft_s"].reshape(-1, 1) - place.weight
@@ -121,12 +121,12 @@ def road(module: Module) -> list[Change]:
         swapped = torch.stack([-halves[:, 1], halves[:, 0]], 1).reshape(rows.shape)
         return rows * own + swapped * other - rows
 
-    def formula(parts: Parts, place: Place) -> Tensor:
+    def formula(parts: Parts, place: WeightView) -> Tensor:
         return turned(parts, place.weight)
 
     reason = "RoAD turns the outputs of the base's weight"
     stored = {name: module.part(name) for name in ("road_theta", "road_alpha")}
     return [
         module.computed(formula, *stored, transposed=False, outputs=outputs, needs_base=reason),
-        Computed(module.bias, "bias", stored, formula, outputs=outputs, optional=True, needs_base=reason),
+        ComputedChange(module.bias, "bias", stored, formula, outputs=outputs, optional=True, needs_base=reason),
     ]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from merging.sources.adapter import Change
-from merging.sources.computed import Computed, Place
+from merging.sources.computed import ComputedChange, WeightView
 from merging.sources.peft.module import Module
 
 __all__ = ["hira", "ia3"]
@@ -32,7 +32,7 @@ def ia3(module: Module) -> list[Change]:
         layout = "n 1"
     count = module.sizes(ia3_l=layout)["n"]
 
-    def formula(parts: Parts, place: Place) -> Tensor:
+    def formula(parts: Parts, place: WeightView) -> Tensor:
         factors = parts["ia3_l"].flatten() - 1
         if not inwards:
             return place.weight * factors[:, None]
@@ -48,7 +48,9 @@ def ia3(module: Module) -> list[Change]:
     changes: list[Change] = [module.computed(formula, "ia3_l", needs_base=reason, **facts)]
     if not inwards:
         changes.append(
-            Computed(module.bias, "bias", {"ia3_l": stored}, formula, outputs=count, optional=True, needs_base=reason)
+            ComputedChange(
+                module.bias, "bias", {"ia3_l": stored}, formula, outputs=count, optional=True, needs_base=reason
+            )
         )
     return changes
 
@@ -70,7 +72,7 @@ def hira(module: Module) -> list[Change]:
     kernel = "k l m"[: max(0, 2 * len(module.part(down).shape) - 5)]
     size = module.sizes(**{down: f"r i {kernel}", up: f"o r {' '.join('1' for _ in kernel.split())}"})
 
-    def formula(parts: Parts, place: Place) -> Tensor:
+    def formula(parts: Parts, place: WeightView) -> Tensor:
         return place.weight * (parts[up].reshape(-1, size["r"]) @ parts[down].reshape(size["r"], -1))
 
     return [

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from merging.sources.adapter import Adapter, Change, LoraChange
-from merging.sources.experts import ExpertsChange
+from merging.sources.expert_stacks import ExpertsChange
 from merging.sources.peft.config import Config
 from merging.sources.peft.module import Module
-from merging.sources.views import reshaped
+from merging.sources.tensor_views import view
 
 __all__ = ["added_twice", "attention_target", "experts_change", "in_order", "out_proj_once", "parameter_of"]
 
@@ -116,8 +116,8 @@ def experts_change(module: Module, parameter: str, scale_of: Callable[[Module, i
     return ExpertsChange(
         parameter,
         "experts",
-        reshaped(down, experts, rank, down.shape[1]),
-        reshaped(up, up.shape[0], rank, experts).permuted(2, 0, 1),
+        view(down, experts, rank, down.shape[1]),
+        view(up, up.shape[0], rank, experts).permute(2, 0, 1),
         scale,
         transposed=either,
         either=either,

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from merging.errors import FormatError
 from merging.sources.lycoris import leaf_of
-from merging.sources.peft.kinds import KINDS
+from merging.sources.peft.adapter_types import PEFT_TYPES
 
 __all__ = ["refuse_factors"]
 
-_LEAVES = "|".join(sorted({re.escape(leaf) for kind in KINDS.values() for leaf in kind.leaves}))
+_LEAVES = "|".join(sorted({re.escape(leaf) for kind in PEFT_TYPES.values() for leaf in kind.leaves}))
 _FACTOR = re.compile(
     r"(?:^|[._])(?:lora[._](?:[abAB]|down|up|mid)|lora_linear_layer|hada_[wt][12](?:_[ab])?|lokr_[wt][12](?:_[ab])?"
     rf"|oft_blocks|dora_scale|set_weight|on_input|lora_controlnet|{_LEAVES})(?=\.|$)"

@@ -1,6 +1,6 @@
 """The types of PEFT adapters that are read: how each is told, and what its modules change.
 
-A new type is a function from a :class:`~merging.sources.peft.module.Module` to changes, and an entry in ``KINDS``.
+A new type is a function from a :class:`~merging.sources.peft.module.Module` to changes, and an entry in ``PEFT_TYPES``.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from merging.sources.peft.factored import adalora, delora, gralora, hra, miss, v
 from merging.sources.peft.lora import LORA_LEAVES, check_lora, lora_changes
 from merging.sources.peft.lycoris import loha, lokr
 from merging.sources.peft.module import Module
-from merging.sources.peft.replaced import ln_tuning
+from merging.sources.peft.norms import ln_tuning
 from merging.sources.peft.rotations import boft, oft, road
 from merging.sources.peft.scalings import hira, ia3
-from merging.sources.peft.tokens import trainable_tokens
+from merging.sources.peft.trainable_tokens import trainable_tokens
 
-__all__ = ["KINDS", "Kind"]
+__all__ = ["PEFT_TYPES", "PeftType"]
 
 
 def _nothing(config: Config) -> None:
     pass
 
 
-Base = Literal["no", "some", "sizes", "yes"]
+BaseNeed = Literal["no", "some", "sizes", "yes"]
 """Whether the base is needed to tell the change: never, by some variants, for the sizes of its tensors, always."""
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class PeftType:
     """One type of adapter.
 
     ``leaves`` are the names of its tensors behind the path of their module, without ``.weight``; those of them that are
@@ -45,7 +45,7 @@ class Kind:
 
     summary: str
     kept: Literal["factors", "full"]
-    base: Base
+    base: BaseNeed
     changes: Callable[[Module], Sequence[Change]]
     leaves: tuple[str, ...]
     shared: tuple[str, ...] = ()
@@ -69,8 +69,8 @@ _MIXTURES = _leaves(
     "vblora_logits_", *(f"{side}{rest}" for side in "AB" for rest in ("", "_topk_indices", "_topk_weights"))
 )
 
-KINDS: dict[str, Kind] = {
-    "LORA": Kind(
+PEFT_TYPES: dict[str, PeftType] = {
+    "LORA": PeftType(
         "low-rank factors, also of experts and with tokens; rsLoRA, DoRA, PiSSA, OLoRA, KaSA, BD-LoRA",
         "factors",
         "some",
@@ -79,7 +79,7 @@ KINDS: dict[str, Kind] = {
         check=check_lora,
         alpha="lora_alpha",
     ),
-    "ADALORA": Kind(
+    "ADALORA": PeftType(
         "low-rank factors, pruned to a rank of their own in every module",
         "factors",
         "no",
@@ -87,17 +87,17 @@ KINDS: dict[str, Kind] = {
         _leaves("lora_", "A", "B", "E"),
         alpha="lora_alpha",
     ),
-    "BOFT": Kind("inputs turned in blocks, outputs scaled", "full", "yes", boft, _leaves("boft_", "R", "s")),
-    "C3A": Kind("circulant blocks", "full", "no", c3a, ("c3a_kernel",)),
-    "DELORA": Kind(
+    "BOFT": PeftType("inputs turned in blocks, outputs scaled", "full", "yes", boft, _leaves("boft_", "R", "s")),
+    "C3A": PeftType("circulant blocks", "full", "no", c3a, ("c3a_kernel",)),
+    "DELORA": PeftType(
         "low-rank factors of normed rows and columns",
         "factors",
         "no",
         delora,
         _leaves("delora_", "A", "B", "lambda", "w_norm"),
     ),
-    "FOURIERFT": Kind("a few entries of a spectrum", "full", "sizes", fourierft, ("fourierft_spectrum",)),
-    "GRALORA": Kind(
+    "FOURIERFT": PeftType("a few entries of a spectrum", "full", "sizes", fourierft, ("fourierft_spectrum",)),
+    "GRALORA": PeftType(
         "low-rank factors of every block of the matrix",
         "factors",
         "no",
@@ -105,17 +105,17 @@ KINDS: dict[str, Kind] = {
         _leaves("gralora_", "A", "B", "A_general", "B_general"),
         alpha="alpha",
     ),
-    "HIRA": Kind(
+    "HIRA": PeftType(
         "the weight times a low-rank matrix, entry by entry",
         "full",
         "yes",
         hira,
         _leaves("hira_", "A", "B", "embedding_A", "embedding_B"),
     ),
-    "HRA": Kind("the weight reflected at a few hyperplanes", "factors", "yes", hra, ("hra_u",)),
-    "IA3": Kind("outputs or inputs scaled", "full", "yes", ia3, ("ia3_l",)),
-    "LN_TUNING": Kind("norms, saved in full", "full", "yes", ln_tuning, ("ln_tuning_layers",)),
-    "LOHA": Kind(
+    "HRA": PeftType("the weight reflected at a few hyperplanes", "factors", "yes", hra, ("hra_u",)),
+    "IA3": PeftType("outputs or inputs scaled", "full", "yes", ia3, ("ia3_l",)),
+    "LN_TUNING": PeftType("norms, saved in full", "full", "yes", ln_tuning, ("ln_tuning_layers",)),
+    "LOHA": PeftType(
         "the product of two low-rank matrices, entry by entry",
         "full",
         "no",
@@ -123,7 +123,7 @@ KINDS: dict[str, Kind] = {
         _leaves("hada_", "w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"),
         alpha="alpha",
     ),
-    "LOKR": Kind(
+    "LOKR": PeftType(
         "the Kronecker product of two small matrices",
         "full",
         "no",
@@ -131,22 +131,22 @@ KINDS: dict[str, Kind] = {
         _leaves("lokr_", "w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"),
         alpha="alpha",
     ),
-    "MISS": Kind(
+    "MISS": PeftType(
         "one block added all along the inputs; Bone, its older name",
         "factors",
         "sizes",
         miss,
         ("miss_block", "bone_block"),
     ),
-    "OFT": Kind("inputs turned in blocks", "full", "yes", oft, _leaves("oft_", "R", "embedding_R")),
-    "OSF": Kind(
+    "OFT": PeftType("inputs turned in blocks", "full", "yes", oft, _leaves("oft_", "R", "embedding_R")),
+    "OSF": PeftType(
         "the smallest singular directions, trained",
         "full",
         "yes",
         osf,
         _leaves("osf_svd_params.", "U_low", "S_low", "V_low"),
     ),
-    "RANDLORA": Kind(
+    "RANDLORA": PeftType(
         "a sum of random bases, scaled",
         "full",
         "sizes",
@@ -155,13 +155,13 @@ KINDS: dict[str, Kind] = {
         shared=_BASES,
         alpha="randlora_alpha",
     ),
-    "ROAD": Kind("pairs of outputs turned and scaled", "full", "yes", road, _leaves("road_", "theta", "alpha")),
-    "SHIRA": Kind("single entries of the weight", "full", "sizes", shira, _leaves("shira_", "weight", "indices")),
-    "TRAINABLE_TOKENS": Kind("rows of embeddings", "full", "yes", trainable_tokens, ("trainable_tokens_delta",)),
-    "VBLORA": Kind(
+    "ROAD": PeftType("pairs of outputs turned and scaled", "full", "yes", road, _leaves("road_", "theta", "alpha")),
+    "SHIRA": PeftType("single entries of the weight", "full", "sizes", shira, _leaves("shira_", "weight", "indices")),
+    "TRAINABLE_TOKENS": PeftType("rows of embeddings", "full", "yes", trainable_tokens, ("trainable_tokens_delta",)),
+    "VBLORA": PeftType(
         "low-rank factors mixed from a bank of vectors", "factors", "no", vblora, (*_MIXTURES, *_BANK), shared=_BANK
     ),
-    "VERA": Kind(
+    "VERA": PeftType(
         "shared random factors, scaled",
         "factors",
         "sizes",
@@ -169,8 +169,8 @@ KINDS: dict[str, Kind] = {
         (*_leaves("vera_lambda_", "b", "d"), *_VERA),
         shared=_VERA,
     ),
-    "WAVEFT": Kind("a few wavelet coefficients (Haar)", "full", "sizes", waveft, ("waveft_spectrum",)),
+    "WAVEFT": PeftType("a few wavelet coefficients (Haar)", "full", "sizes", waveft, ("waveft_spectrum",)),
 }
 """By PEFT's name of the type."""
 
-KINDS["BONE"] = KINDS["MISS"]
+PEFT_TYPES["BONE"] = PEFT_TYPES["MISS"]

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from merging.sources.adapter import Change, LoraChange
-from merging.sources.computed import Computed, Place
-from merging.sources.formulas import blockwise, cayley, rescaled
+from merging.sources.adapter_maths import blockwise, cayley, rescale
+from merging.sources.computed import ComputedChange, WeightView
 from merging.sources.lycoris.products import kind_of, number, scale_of
 from merging.sources.peft.module import Module
 from merging.sources.stored import Stored
 
-__all__ = ["decomposed", "glora", "ia3", "oft"]
+__all__ = ["dora", "glora", "ia3", "oft"]
 
 Parts = Mapping[str, Tensor]
 
@@ -29,7 +29,7 @@ def ia3(module: Module, alpha: float | None) -> Change:
     if size == 0:
         raise module.error("its weight of IA3 holds nothing: save or download it again")
 
-    def formula(parts: Parts, place: Place) -> Tensor:
+    def formula(parts: Parts, place: WeightView) -> Tensor:
         if not inputs:
             return parts["weight"].reshape(-1, 1) * place.weight
         per_channel = place.weight.reshape(place.outputs, size, -1)
@@ -65,7 +65,7 @@ def glora(module: Module, alpha: float | None) -> Change:
         raise module.error(f"a1, a2, b1 and b2 have shapes that do not multiply: {list(shapes.values())}")
     scale = scale_of(alpha, rank)
 
-    def formula(parts: Parts, place: Place) -> Tensor:
+    def formula(parts: Parts, place: WeightView) -> Tensor:
         turn = parts[a].flatten(1) @ parts[b].flatten(1)
         turned = torch.einsum("oi...,ij->oj...", place.weight.reshape(place.outputs, inputs, -1), turn)
         return (turned.flatten(1) + parts[c].flatten(1) @ parts[d].flatten(1)) * scale
@@ -100,7 +100,7 @@ def oft(module: Module, alpha: float | None) -> Change:
         raise module.error(f"rescale or blocks do not fit {outputs} outputs: its parts do not belong together")
     bound = (alpha or 0.0) * outputs
 
-    def formula(parts: Parts, place: Place) -> Tensor:
+    def formula(parts: Parts, place: WeightView) -> Tensor:
         skewed = parts["oft_blocks"] - parts["oft_blocks"].mT
         norm = float(skewed.norm())
         skewed = skewed * (bound / norm) if 0 < bound < norm else skewed
@@ -128,33 +128,33 @@ def _butterfly(rotations: Tensor, matrix: Tensor) -> Tensor:
     return matrix
 
 
-def decomposed(module: Module, change: Change, magnitude: Stored) -> Change:
+def dora(module: Module, change: Change, magnitude: Stored) -> Change:
     """DoRA (Liu et al. 2024, arXiv 2402.09353) on top of another change: what comes out has the lengths ``dora_scale``.
 
     The lengths are those of W and its change together, as LyCORIS trains them, of the outputs or (in older files, whose
     ``dora_scale`` is ``[1, in]``) of the inputs. ComfyUI takes those of W alone, and gives other results.
     """
-    if not isinstance(change, (LoraChange, Computed)):
+    if not isinstance(change, (LoraChange, ComputedChange)):
         raise module.error("has a dora_scale, which belongs to factors")
     if not magnitude.floating or not magnitude.shape or not magnitude.numel:
         raise module.error(
             f"its dora_scale should be a vector of lengths, and is {magnitude.dtype_name} {magnitude.shape}"
         )
     on_inputs = len(magnitude.shape) > 1 and magnitude.shape[0] == 1 != magnitude.shape[1]
-    inner = _as_computed(module, change)
+    inner = _computed(module, change)
 
-    def formula(parts: Parts, place: Place) -> Tensor:
+    def formula(parts: Parts, place: WeightView) -> Tensor:
         made = inner.formula(parts, place)
         delta = made[0] @ made[1] if isinstance(made, tuple) else made
         total = place.weight + delta.reshape(place.weight.shape)
         lengths = parts["dora_scale"].reshape(-1)
         if not on_inputs:
-            return rescaled(total, lengths, (1,)) - place.weight
+            return rescale(total, lengths, (1,)) - place.weight
         cube = total.reshape(place.outputs, len(lengths), -1)
-        return rescaled(cube, lengths, (0, 2)).reshape(total.shape) - place.weight
+        return rescale(cube, lengths, (0, 2)).reshape(total.shape) - place.weight
 
     reason = "DoRA gives every output of the base's weight a new length"
-    return Computed(
+    return ComputedChange(
         inner.target,
         inner.kind,
         {**inner.parts, "dora_scale": magnitude},
@@ -169,12 +169,12 @@ def decomposed(module: Module, change: Change, magnitude: Stored) -> Change:
     )
 
 
-def _as_computed(module: Module, change: LoraChange | Computed) -> Computed:
-    if isinstance(change, Computed):
+def _computed(module: Module, change: LoraChange | ComputedChange) -> ComputedChange:
+    if isinstance(change, ComputedChange):
         return change
     scale = change.scale
 
-    def formula(parts: Parts, place: Place) -> tuple[Tensor, Tensor]:
+    def formula(parts: Parts, place: WeightView) -> tuple[Tensor, Tensor]:
         return parts["lora_up"].flatten(1) * scale, parts["lora_down"].flatten(1)
 
     outputs, inputs, *kernel = change.shape

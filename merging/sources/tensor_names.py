@@ -6,15 +6,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from merging.sources.adapter import Adapter, Change, LoraChange, Written
+from merging.sources.adapter import Adapter, Change, LoraChange, TensorNames
 from merging.sources.lora_headers import METADATA_KEY
 from merging.sources.lycoris import leaf_of
-from merging.sources.stored import Opened
+from merging.sources.stored import FileContents
 
-__all__ = ["with_written"]
+__all__ = ["add_tensor_names"]
 
 
-def with_written(adapter: Adapter, opened: Opened) -> Adapter:
+def add_tensor_names(adapter: Adapter, opened: FileContents) -> Adapter:
     """The adapter of an ``opened`` file, with the names that the file gives to each target.
 
     Names that the adapter has already (those inside a pack) stay. Targets that share a tensor of the file, or take
@@ -24,19 +24,19 @@ def with_written(adapter: Adapter, opened: Opened) -> Adapter:
     names = {id(stored): name for name, stored in tensors.items()}
     parts = (part for change in adapter.changes.values() for part in change.tensors)
     uses = Counter(each for part in parts for each in {id(part), *map(id, part.made_of)})
-    written = dict(adapter.written)
+    written = dict(adapter.tensor_names)
     for target, change in adapter.changes.items():
         if change.tensors and all(id(part) in names and uses[id(part)] == 1 for part in change.tensors):
-            found = _written(change, [names[id(part)] for part in change.tensors])
+            found = _tensor_names(change, [names[id(part)] for part in change.tensors])
             written[target] = replace(found, alpha=f"{found.stem}.alpha" in tensors)
-    return replace(adapter, written=written, configured=adapter.configured or METADATA_KEY in metadata)
+    return replace(adapter, tensor_names=written, configured=adapter.configured or METADATA_KEY in metadata)
 
 
-def _written(change: Change, names: Sequence[str]) -> Written:
+def _tensor_names(change: Change, names: Sequence[str]) -> TensorNames:
     if isinstance(change, LoraChange):
         down, up = (name.split(".") for name in names[:2])
         same = next(place for place, parts in enumerate(zip(down, up, strict=True)) if len(set(parts)) > 1)
-        return Written(".".join(down[:same]), (names[0], names[1]))
+        return TensorNames(".".join(down[:same]), (names[0], names[1]))
     leaf = leaf_of(names[0])
     stem = leaf[0] if leaf else names[0].rpartition(".")[0]
-    return Written(stem, (names[0],) if len(names) == 1 else ())
+    return TensorNames(stem, (names[0],) if len(names) == 1 else ())

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Renaming", "find_renaming", "unwrapped"]
+__all__ = ["Renaming", "find_renaming", "strip_wrappers"]
 
 _PREFIXES = (
     "model.",
@@ -61,7 +61,7 @@ class Renaming:
         return f"{self.strip + '*' if self.strip else '*'} -> {self.add}*"
 
 
-def unwrapped(names: Iterable[str]) -> dict[str, str]:
+def strip_wrappers(names: Iterable[str]) -> dict[str, str]:
     """The names without those of wrappers for training, which no library expects in a file; by the names as they are.
 
     ``module.``, of data-parallel training, is one where all names begin with it. Names stay where two would be one.
@@ -83,17 +83,17 @@ def find_renaming(
     two towers.
     """
     names = list(names)
-    best, unmatched = Renaming(), _unmatched(names, Renaming(), known, fits)
+    best, unmatched = Renaming(), _names_unmatched(names, Renaming(), known, fits)
     for renaming in _candidates(names, unmatched, known):
         if not unmatched:
             break
-        left = _unmatched(names, renaming, known, fits)
+        left = _names_unmatched(names, renaming, known, fits)
         if len(left) < len(unmatched):
             best, unmatched = renaming, left
     return best, unmatched
 
 
-def _unmatched(
+def _names_unmatched(
     names: list[str], renaming: Renaming, known: Mapping[str, object], fits: Callable[[str, str], bool]
 ) -> list[str]:
     renamed = ((name, renaming(name)) for name in names)

@@ -7,14 +7,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-__all__ = ["NUMBER", "Rule", "partners", "rules_of"]
+__all__ = ["NUMBER", "NameRule", "partners", "rules_of"]
 
 NUMBER = re.compile(r"(?<=[._])\d+(?=[._])")
 """The number of a block, the first in a name, dotted or flat."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class NameRule:
     """A published module, and what diffusers has instead; ``{}`` is the number of the block.
 
     Several modules take its rows one after the other: equal shares; or all but the last one as many as it has inputs
@@ -30,9 +30,11 @@ class Rule:
     swapped: bool = False
 
 
-def _block(published: str, diffusers: str, modules: Mapping[str, str]) -> list[Rule]:
+def _block(published: str, diffusers: str, modules: Mapping[str, str]) -> list[NameRule]:
     return [
-        Rule(f"{published}.{theirs}", tuple(f"{diffusers}.{each}" for each in ours.split()), swapped="adaLN" in theirs)
+        NameRule(
+            f"{published}.{theirs}", tuple(f"{diffusers}.{each}" for each in ours.split()), swapped="adaLN" in theirs
+        )
         for theirs, ours in modules.items()
     ]
 
@@ -54,7 +56,7 @@ _FLUX = [
             "txt_mod.lin": "norm1_context.linear",
         },
     ),
-    Rule(
+    NameRule(
         "single_blocks.{}.linear1",
         tuple(f"single_transformer_blocks.{{}}.{each}" for each in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")),
         narrow=True,
@@ -62,10 +64,10 @@ _FLUX = [
     *_block(
         "single_blocks.{}", "single_transformer_blocks.{}", {"linear2": "proj_out", "modulation.lin": "norm.linear"}
     ),
-    Rule("img_in", ("x_embedder",)),
-    Rule("txt_in", ("context_embedder",)),
+    NameRule("img_in", ("x_embedder",)),
+    NameRule("txt_in", ("context_embedder",)),
     *(
-        Rule(f"{theirs}.{layer}_layer", (f"time_text_embed.{ours}.linear_{number}",))
+        NameRule(f"{theirs}.{layer}_layer", (f"time_text_embed.{ours}.linear_{number}",))
         for theirs, ours in (
             ("time_in", "timestep_embedder"),
             ("vector_in", "text_embedder"),
@@ -98,17 +100,17 @@ _SD3 = [
         "transformer_blocks.{}",
         {"attn2.qkv": "attn2.to_q attn2.to_k attn2.to_v", "attn2.proj": "attn2.to_out.0"},
     ),
-    Rule("x_embedder.proj", ("pos_embed.proj",)),
-    Rule("context_embedder", ("context_embedder",)),
+    NameRule("x_embedder.proj", ("pos_embed.proj",)),
+    NameRule("context_embedder", ("context_embedder",)),
     *(
-        Rule(f"{theirs}.mlp.{place}", (f"time_text_embed.{ours}.linear_{number}",))
+        NameRule(f"{theirs}.mlp.{place}", (f"time_text_embed.{ours}.linear_{number}",))
         for theirs, ours in (("t_embedder", "timestep_embedder"), ("y_embedder", "text_embedder"))
         for number, place in ((1, 0), (2, 2))
     ),
 ]
 _LAST = [
-    Rule("final_layer.linear", ("proj_out",)),
-    Rule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swapped=True),
+    NameRule("final_layer.linear", ("proj_out",)),
+    NameRule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swapped=True),
 ]
 
 _QKV = {"img_attn": "attn.to_q attn.to_k attn.to_v", "txt_attn": "attn.add_q_proj attn.add_k_proj attn.add_v_proj"}
@@ -134,13 +136,13 @@ _FLUX2 = [
         {"linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out"},
     ),
     *(
-        Rule(f"{name}.lin", (f"{name}.linear",))
+        NameRule(f"{name}.lin", (f"{name}.linear",))
         for name in ("single_stream_modulation", "double_stream_modulation_img", "double_stream_modulation_txt")
     ),
-    Rule("img_in", ("x_embedder",)),
-    Rule("txt_in", ("context_embedder",)),
+    NameRule("img_in", ("x_embedder",)),
+    NameRule("txt_in", ("context_embedder",)),
     *(
-        Rule(f"{name}_in.{layer}_layer", (f"time_guidance_embed.{ours}_embedder.linear_{number}",))
+        NameRule(f"{name}_in.{layer}_layer", (f"time_guidance_embed.{ours}_embedder.linear_{number}",))
         for name, ours in (("time", "timestep"), ("guidance", "guidance"))
         for number, layer in ((1, "in"), (2, "out"))
     ),
@@ -190,16 +192,16 @@ _WAN = [
             "norm3": "norm2",
         },
     ),
-    Rule("patch_embedding", ("patch_embedding",)),
-    Rule("blocks.{}.modulation", ("blocks.{}.scale_shift_table",)),
-    Rule("head.modulation", ("scale_shift_table",)),
-    Rule("head.head", ("proj_out",)),
+    NameRule("patch_embedding", ("patch_embedding",)),
+    NameRule("blocks.{}.modulation", ("blocks.{}.scale_shift_table",)),
+    NameRule("head.modulation", ("scale_shift_table",)),
+    NameRule("head.head", ("proj_out",)),
     *(
-        Rule(f"{part}_embedding.{number}", (f"condition_embedder.{part}_embedder.linear_{name}",))
+        NameRule(f"{part}_embedding.{number}", (f"condition_embedder.{part}_embedder.linear_{name}",))
         for part in ("text", "time")
         for number, name in ((0, 1), (2, 2))
     ),
-    Rule("time_projection.1", ("condition_embedder.time_proj",)),
+    NameRule("time_projection.1", ("condition_embedder.time_proj",)),
 ]
 _Z_IMAGE = [
     rule
@@ -210,7 +212,7 @@ _Z_IMAGE = [
         {"qkv": "to_q to_k to_v", "out": "to_out.0"},
     )
 ] + [
-    Rule(name, (name,))
+    NameRule(name, (name,))
     for stack in ("layers", "noise_refiner", "context_refiner")
     for part in ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0")
     for name in (f"{stack}.{{}}.{part}",)
@@ -219,11 +221,11 @@ _LUMINA = [
     rule
     for stack in ("layers", "noise_refiner", "context_refiner")
     for rule in (
-        Rule(f"{stack}.{{}}.attention.qkv", tuple(f"{stack}.{{}}.attn.to_{part}" for part in "qkv"), grouped=True),
-        Rule(f"{stack}.{{}}.attention.out", (f"{stack}.{{}}.attn.to_out.0",)),
-        Rule(f"{stack}.{{}}.adaLN_modulation.1", (f"{stack}.{{}}.norm1.linear",)),
+        NameRule(f"{stack}.{{}}.attention.qkv", tuple(f"{stack}.{{}}.attn.to_{part}" for part in "qkv"), grouped=True),
+        NameRule(f"{stack}.{{}}.attention.out", (f"{stack}.{{}}.attn.to_out.0",)),
+        NameRule(f"{stack}.{{}}.adaLN_modulation.1", (f"{stack}.{{}}.norm1.linear",)),
         *(
-            Rule(f"{stack}.{{}}.feed_forward.w{number}", (f"{stack}.{{}}.feed_forward.linear_{number}",))
+            NameRule(f"{stack}.{{}}.feed_forward.w{number}", (f"{stack}.{{}}.feed_forward.linear_{number}",))
             for number in (1, 2, 3)
         ),
     )
@@ -241,7 +243,7 @@ _MARKS = (
 """Families by names that tell them; the first that has one is meant."""
 
 
-def rules_of(names: Iterable[str]) -> list[Rule]:
+def rules_of(names: Iterable[str]) -> list[NameRule]:
     """The rules of the family that a denoiser's names belong to; none for a denoiser that has one set of names."""
     listed = list(names)
     first = {name.partition(".")[0] for name in listed}

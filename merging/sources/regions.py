@@ -1,7 +1,7 @@
 """Changes of a part of a tensor, and of tensors whose change is put together of several: experts, fused projections.
 
 A part of a change is again a change of its kind, on views of the adapter's tensors; what several adapters' modules
-change in one tensor is :class:`Assembled`. So whoever reads changes need not know how the base lies on the disk.
+change in one tensor is :class:`AssembledChange`. So whoever reads changes need not know how the base lies on the disk.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor
 
 from merging.maths.delta import Delta, Dense, LowRank
 from merging.sources.adapter import Change, FullChange, LoraChange
-from merging.sources.experts import ExpertsChange
+from merging.sources.expert_stacks import ExpertsChange
 from merging.sources.stored import Stored
-from merging.sources.views import View, reshaped
+from merging.sources.tensor_views import View, view
 
-__all__ = ["Assembled", "Box", "Cut", "Piece", "Place", "meet", "part_of", "viewed", "whole"]
+__all__ = ["AssembledChange", "Box", "Region", "RegionChange", "TensorPart", "meet", "part_of", "view_region", "whole"]
 
 Box = tuple[slice, ...]
 """What is meant of each axis of a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Region:
     """Where a tensor lies in a larger one: ``box`` is what it takes of each axis of the larger one, and ``axes`` are
     those axes that its own run along, in order. Of any other axis it takes one entry (an expert).
     """
@@ -45,7 +45,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TensorPart:
     """What a tensor has in common with a larger one, ``of``: that one's ``box``.
 
     The tensor's axis ``k`` runs along the axis ``axes[k]`` of the larger one, and the box begins at its ``start[k]``.
@@ -57,12 +57,12 @@ class Piece:
     start: tuple[int, ...]
 
 
-def whole(name: str, shape: tuple[int, ...]) -> Piece:
+def whole(name: str, shape: tuple[int, ...]) -> TensorPart:
     """The piece that is all of a tensor."""
-    return Piece(name, tuple(slice(0, size) for size in shape), tuple(range(len(shape))), (0,) * len(shape))
+    return TensorPart(name, tuple(slice(0, size) for size in shape), tuple(range(len(shape))), (0,) * len(shape))
 
 
-def meet(one: Piece, other: Piece) -> tuple[Place, Place] | None:
+def meet(one: TensorPart, other: TensorPart) -> tuple[Region, Region] | None:
     """Where what two pieces of one tensor share lies in each of their tensors, its axes in the order of the other's.
 
     None if they share nothing.
@@ -79,10 +79,10 @@ def meet(one: Piece, other: Piece) -> tuple[Place, Place] | None:
         for piece in (one, other)
     ]
     axes = [tuple(piece.axes.index(axis) for axis in shared) for piece in (one, other)]
-    return Place(boxes[0], axes[0]), Place(boxes[1], axes[1])
+    return Region(boxes[0], axes[0]), Region(boxes[1], axes[1])
 
 
-def part_of(change: Change, shape: tuple[int, ...], place: Place) -> Change | None:
+def part_of(change: Change, shape: tuple[int, ...], place: Region) -> Change | None:
     """What a change of a tensor of this shape changes in the part at ``place``.
 
     None where that cannot be told of the part alone, as with PiSSA of a part.
@@ -90,57 +90,57 @@ def part_of(change: Change, shape: tuple[int, ...], place: Place) -> Change | No
     if place.fills(shape):
         return change
     if isinstance(change, FullChange):
-        return replace(change, value=viewed(reshaped(change.value, *shape), place))
+        return replace(change, value=view_region(view(change.value, *shape), place))
     if isinstance(change, LoraChange) and change.kind in ("linear", "experts"):
         return _part_of_lora(change, shape, place)
     if isinstance(change, LoraChange) and change.kind == "conv" and place.shape[1:] == shape[1:]:
         return replace(change, up=_along(change.up, 0, place.box[0]))
     if not change.needs_base and not isinstance(change, LoraChange):
-        return Cut(change.target, change.kind, change, shape, place)
+        return RegionChange(change.target, change.kind, change, shape, place)
     return None
 
 
-def _part_of_lora(change: LoraChange, shape: tuple[int, ...], place: Place) -> Change | None:
+def _part_of_lora(change: LoraChange, shape: tuple[int, ...], place: Region) -> Change | None:
     turned = change.is_transposed(shape)
     rows, columns = place.box[-2:][::-1] if turned else place.box[-2:]
     wide = _length(columns) == change.down.shape[-1]
     if change.start or change.layer or (change.magnitude is not None and not wide):
         return None
     up, down = _along(change.up, -2, rows), _along(change.down, -1, columns)
-    magnitude = change.magnitude and _along(reshaped(change.magnitude, change.magnitude.numel), 0, rows)
+    magnitude = change.magnitude and _along(view(change.magnitude, change.magnitude.numel), 0, rows)
     matrix = [axis - len(shape) for axis in place.axes][-2:]
     turned ^= matrix == [-1, -2]
     if isinstance(change, ExpertsChange):
         up, down = (_along(each, 0, place.box[0]) for each in (up, down))
         if 0 not in place.axes:
-            up, down = up.selected(0), down.selected(0)
+            up, down = up.select(0), down.select(0)
             return LoraChange(change.target, "linear", down, up, change.scale, turned)
     return replace(change, up=up, down=down, magnitude=magnitude, transposed=turned)
 
 
 def _along(stored: Stored, axis: int, kept: slice) -> View:
-    return reshaped(stored).narrowed(axis % len(stored.shape), kept.start, _length(kept))
+    return view(stored).narrow(axis % len(stored.shape), kept.start, _length(kept))
 
 
-def viewed(stored: Stored, place: Place) -> View:
+def view_region(stored: Stored, place: Region) -> View:
     """The part of a stored tensor at a place."""
-    view = reshaped(stored)
+    view = view(stored)
     for axis, kept in enumerate(place.box):
-        view = view.narrowed(axis, kept.start, _length(kept))
+        view = view.narrow(axis, kept.start, _length(kept))
     gone = [axis for axis in range(len(place.box)) if axis not in place.axes]
-    view = view.permuted(*gone, *place.axes)
+    view = view.permute(*gone, *place.axes)
     for _ in gone:
-        view = view.selected(0)
+        view = view.select(0)
     return view
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Cut(Change):
+class RegionChange(Change):
     """The part at ``place`` of a change ``of`` a tensor of a ``size``, which is computed as a whole and then cut."""
 
     of: Change
     size: tuple[int, ...]
-    place: Place
+    place: Region
 
     @property
     def tensors(self) -> tuple[Stored, ...]:
@@ -164,11 +164,11 @@ class Cut(Change):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Assembled(Change):
+class AssembledChange(Change):
     """What changes of parts make of a whole tensor of a shape; ``parts`` are the changes, each with its place."""
 
     size: tuple[int, ...]
-    parts: tuple[tuple[Change, Place], ...]
+    parts: tuple[tuple[Change, Region], ...]
 
     @property
     def tensors(self) -> tuple[Stored, ...]:
@@ -185,7 +185,7 @@ class Assembled(Change):
     @property
     def rank(self) -> int:
         """The sum of the parts' ranks; of the parts of one expert, where it is largest."""
-        return self._laid([change.rank for change, _ in self.parts])[1]
+        return self._rank_starts([change.rank for change, _ in self.parts])[1]
 
     def is_transposed(self, shape: tuple[int, ...]) -> bool:
         change, place = self.parts[0]
@@ -207,7 +207,7 @@ class Assembled(Change):
 
     def _factors(self, deltas: list[LowRank]) -> LowRank:
         """The parts' factors side by side in the rank, each in its rows and columns, and zeros elsewhere."""
-        starts, rank = self._laid([delta.rank for delta in deltas])
+        starts, rank = self._rank_starts([delta.rank for delta in deltas])
         batch = self.size[:1] if self.kind == "experts" else ()
         first, *rest = self.size[len(batch) :]
         turned = deltas[0].transposed
@@ -221,7 +221,7 @@ class Assembled(Change):
             down[(*place.box[: len(batch)], terms, columns)] = delta.down
         return LowRank(up, down, self.size, turned)
 
-    def _laid(self, ranks: list[int]) -> tuple[list[int], int]:
+    def _rank_starts(self, ranks: list[int]) -> tuple[list[int], int]:
         """Where in the rank each part begins, and the rank of all; parts of different experts lie side by side."""
         taken = [0] * (self.size[0] if self.kind == "experts" else 1)
         starts = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from merging.sources.adapter import Change
 from merging.sources.peft.module import Module
-from merging.sources.tokens import TokenRows
+from merging.sources.token_rows import TokenRows
 
 __all__ = ["TOKENS", "lora_tokens", "trainable_tokens"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["blockwise", "cayley", "cayley_series", "hadamard", "kronecker", "rescaled", "skew", "tucker"]
+__all__ = ["blockwise", "cayley", "cayley_series", "hadamard", "kronecker", "rescale", "skew", "tucker"]
 
 
 def tucker(core: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def blockwise(blocks: Tensor, matrix: Tensor) -> Tensor:
     return (blocks @ matrix.reshape(-1, size, matrix.shape[1])).reshape(matrix.shape)
 
 
-def rescaled(weight: Tensor, magnitude: Tensor, axes: tuple[int, ...]) -> Tensor:
+def rescale(weight: Tensor, magnitude: Tensor, axes: tuple[int, ...]) -> Tensor:
     """A weight whose slices over ``axes`` get the lengths ``magnitude`` (DoRA, Liu et al. 2024, arXiv 2402.09353)."""
     norm = weight.square().sum(axes, keepdim=True).sqrt()
     return weight * (magnitude.reshape(norm.shape) / norm)

@@ -31,8 +31,8 @@ from merging.sources.opening import open_tensors
 from merging.sources.peft import peft_changes
 from merging.sources.peft.config import Config
 from merging.sources.peft.module import Module
-from merging.sources.stored import Opened, Stored
-from merging.sources.views import reshaped
+from merging.sources.stored import FileContents, Stored
+from merging.sources.tensor_views import view
 
 __all__ = ["WEIGHTS", "modern_name", "open_diffusion", "recognises"]
 
@@ -73,7 +73,7 @@ _XLABS_PROJ = {"1": "attn.to_out.0", "2": "attn.to_add_out", "": "proj_out"}
 _EMBEDDINGS = frozenset({"emb_params", "clip_l", "clip_g", "t5xxl"})
 
 
-def recognises(opened: Opened) -> bool:
+def recognises(opened: FileContents) -> bool:
     """Whether this is a LoRA for parts of a diffusion model, by its tensors' names and its header.
 
     Names that a language model may have too count if the file has others that only a denoiser has, or if its header
@@ -103,7 +103,7 @@ def _is_diffusion(module: str) -> bool:
     return bool(_COMPONENT.match(module)) or is_denoiser(module)
 
 
-def open_diffusion(path: Path, alpha: float | None = None, opened: Opened | None = None) -> Adapter:
+def open_diffusion(path: Path, alpha: float | None = None, opened: FileContents | None = None) -> Adapter:
     """The adapter of such a file; values are not read, but for the alphas.
 
     An alpha is stated beside the factors, or in a config in the header, or it is the rank; ``alpha`` replaces it.
@@ -244,6 +244,6 @@ def _xlabs(path: Path, tensors: Mapping[str, Stored], alpha: float | None) -> li
         if rest:
             raise FormatError(f"{path}: {name} has {whole.up.shape[0]} outputs, which are not three equal parts")
         for place, part in enumerate("qkv"):
-            up = reshaped(whole.up).narrowed(0, place * size, size)
+            up = view(whole.up).narrow(0, place * size, size)
             changes.append(replace(whole, target=f"{block}.{_XLABS_QKV[stream].format(part)}.weight", up=up))
     return changes

@@ -10,10 +10,10 @@ from torch import Tensor
 from merging.sources.derived import Derived
 from merging.sources.stored import Stored
 
-__all__ = ["Mean", "Rows"]
+__all__ = ["ExtendedTable", "MeanTable"]
 
 
-class Rows(Derived):
+class ExtendedTable(Derived):
     """A stored table with its last rows left out, or with rows of others behind its own.
 
     A row that it lacks is that of ``preferred`` if that has it, else the mean, over ``others``, of those that have it.
@@ -52,7 +52,7 @@ class Rows(Derived):
         self._of.advise(start, min(count, max(0, self._of.numel - start)))
 
 
-class Mean(Derived):
+class MeanTable(Derived):
     """The mean of tensors of one shape."""
 
     __slots__ = ("_of",)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from merging.sources.stored import Stored
 
-__all__ = ["View", "reshaped"]
+__all__ = ["View", "view"]
 
 
 class View(Stored):
@@ -61,22 +61,22 @@ class View(Stored):
         file, place = self._of.order()
         return file, place + self._start * self.dtype.itemsize
 
-    def permuted(self, *axes: int) -> View:
+    def permute(self, *axes: int) -> View:
         """The same with its axes in another order."""
         order = [tuple(each[axis] for axis in axes) for each in (self.shape, self._strides)]
         return View(self._of, order[0], order[1], self._start)
 
-    def narrowed(self, axis: int, start: int, length: int) -> View:
+    def narrow(self, axis: int, start: int, length: int) -> View:
         """``length`` entries of an axis from ``start`` on."""
         shape = (*self.shape[:axis], length, *self.shape[axis + 1 :])
         return View(self._of, shape, self._strides, self._start + start * self._strides[axis])
 
-    def selected(self, index: int) -> View:
+    def select(self, index: int) -> View:
         """One entry of the first axis, without that axis."""
         return View(self._of, self.shape[1:], self._strides[1:], self._start + index * self._strides[0])
 
 
-def reshaped(stored: Stored, *shape: int) -> View:
+def view(stored: Stored, *shape: int) -> View:
     """A stored tensor in another shape of as many elements (its own, if none is given)."""
     if isinstance(stored, View) and not shape:
         return stored

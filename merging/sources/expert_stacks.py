@@ -10,7 +10,7 @@ from torch import Tensor
 
 from merging.maths.delta import Delta, LowRank
 from merging.sources.adapter import LoraChange
-from merging.sources.views import reshaped
+from merging.sources.tensor_views import view
 
 __all__ = ["ExpertsChange"]
 
@@ -28,16 +28,16 @@ class ExpertsChange(LoraChange):
     @property
     def shape(self) -> tuple[int, ...]:
         natural = (*self.up.shape[:2], self.down.shape[2])
-        return _turned(natural) if self.transposed else natural
+        return _swap_last_axes(natural) if self.transposed else natural
 
     @property
     def rank(self) -> int:
         return self.down.shape[1]
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        return shape in (self.shape, _turned(self.shape))
+        return shape in (self.shape, _swap_last_axes(self.shape))
 
-    def settled(self, shape: tuple[int, ...], inputs_first: bool) -> ExpertsChange:
+    def with_orientation(self, shape: tuple[int, ...], inputs_first: bool) -> ExpertsChange:
         """The same, for a base whose tensor has this shape and is known to be ``[E, in, out]``, or not to be.
 
         A shape says more than a name: only where inputs and outputs are of one size must the latter be believed.
@@ -47,7 +47,7 @@ class ExpertsChange(LoraChange):
             return replace(self, transposed=inputs_first) if square else self
         if self.is_transposed(shape) == inputs_first:
             return replace(self, either=False, needs_base=None)
-        up, down = reshaped(self.up).permuted(0, 2, 1), reshaped(self.down).permuted(0, 2, 1)
+        up, down = view(self.up).permute(0, 2, 1), view(self.down).permute(0, 2, 1)
         return replace(self, up=down, down=up, transposed=inputs_first, either=False, needs_base=None)
 
     def read(self, shape: tuple[int, ...], base: Callable[[], Tensor], dtype: torch.dtype) -> Delta:
@@ -55,5 +55,5 @@ class ExpertsChange(LoraChange):
         return LowRank(up * self.scale, down, shape, self.is_transposed(shape))
 
 
-def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _swap_last_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[0], *shape[:0:-1])

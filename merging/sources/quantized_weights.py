@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError
-from merging.sources.dequantised import Cast, Mxfp4, Scaled, fits
+from merging.sources.dequantized_tensors import Cast, Mxfp4, Scaled, fits
 from merging.sources.stored import Stored
 
-__all__ = ["QUANTISED", "SIMPLE", "dequantised", "refuse_quantised"]
+__all__ = ["QUANTISED", "SIMPLE", "dequantize", "refuse_quantised"]
 
 QUANTISED = {
     ".bitsandbytes__nf4": "bitsandbytes 4-bit",
@@ -78,7 +78,7 @@ def refuse_quantised(path: Path, tensors: Mapping[str, Stored], config: Mapping[
 
     ``asked`` says that those of the simple kinds were dequantised already.
     """
-    stated = _stated(config)
+    stated = _stated_quantisation(config)
     if stated is not None and not (asked and _is_simple(stated)):
         kind = _method(stated)
         raise FormatError(f"{path}: is quantised ({kind}, says its config): {_way(kind, _is_simple(stated), asked)}")
@@ -121,7 +121,7 @@ def _way(kind: str, simple: bool, asked: bool) -> str:
     return f"{beyond}{_INSTEAD}{', ' + _WAYS[kind] if kind in _WAYS else ''}"
 
 
-def _stated(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def _stated_quantisation(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What a config says of its quantisation, if anything."""
     inner = config.get("text_config")
     for part in (config, inner if isinstance(inner, dict) else {}):
@@ -149,7 +149,7 @@ def _is_simple(stated: Mapping[str, Any]) -> bool:
     return method in ("fp8", "fbgemm_fp8", "mxfp4") or _method(stated) == "bitsandbytes 8-bit"
 
 
-def dequantised(
+def dequantize(
     path: Path, tensors: Mapping[str, Stored], config: Mapping[str, Any]
 ) -> tuple[dict[str, Stored], dict[str, Any]]:
     """A checkpoint's tensors and config with the quantised weights of simple kinds as ordinary ones.
@@ -161,7 +161,7 @@ def dequantised(
     :class:`~merging.errors.FormatError` for scales that do not fit their weights, and for markers of other kinds.
     """
     kind = _type_of(config)
-    block = _block_of(_stated(config) or {})
+    block = _block_of(_stated_quantisation(config) or {})
     found: dict[str, Stored] = {}
     gone: set[str] = set()
     for name, stored in tensors.items():
@@ -180,7 +180,7 @@ def dequantised(
         if not fits(stored.shape, scales.shape, block):
             raise FormatError(_misfit(path, name, stored, scales))
         found[name] = Scaled(kind, stored, scales, block, 1 / 127 if scale.endswith(".SCB") else 1)
-    if not found and _stated(config) is None and not any(_tail(name) in QUANTISED for name in tensors):
+    if not found and _stated_quantisation(config) is None and not any(_tail(name) in QUANTISED for name in tensors):
         found = {name: Cast(kind, stored) for name, stored in tensors.items() if stored.dtype_name in _CAST}
     if found:
         gone.update(name for name in tensors if name.endswith(_BESIDE))
