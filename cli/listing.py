@@ -115,7 +115,7 @@ def _choices() -> Iterator[Choice]:
                 listed.summary,
                 "any" if around else "weights" if method.merge_space == "weights" else "changes",
                 _on_adapters(cls, method),
-                f"{passes}{' + SVD' if cls.takes_apart else ''}",
+                f"{passes}{' + SVD' if cls.decomposed_side else ''}",
                 cls.paper,
             )
 

@@ -81,8 +81,7 @@ class Nearest(Method):
     name: ClassVar[str] = "nearest"
     summary: ClassVar[str] = "test"
 
-    @property
-    def grain(self) -> Literal["element", "matrix"]:
+    def grain_at(self, site: Site) -> Literal["element", "matrix"]:
         return "matrix"
 
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:

@@ -17,7 +17,8 @@ from merging.maths.parameters import all_matching
 from merging.maths.reductions import Reduction
 from merging.maths.site import Site, inputs_by_outputs, site_of
 from merging.methods import chain
-from merging.methods.contract.method import Method, Statistics, check_places
+from merging.methods.contract.method import Method, Statistics
+from merging.methods.contract.places import check_places
 from merging.methods.contract.wrapper import Unwrapped, unwrap_outer
 from merging.output.peft_config import lora_config
 from merging.sources.adapter import LoraChange

@@ -36,8 +36,7 @@ class ArceeFusion(Method):
     def merge_space(self) -> Literal["delta", "weights"]:
         return "weights"
 
-    @property
-    def grain(self) -> Grain:
+    def grain_at(self, site: Site) -> Grain:
         return "row"
 
     def required_statistics(self) -> tuple[Statistic, ...]:

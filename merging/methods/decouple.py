@@ -34,7 +34,7 @@ class Decouple(Wrapper):
     name: ClassVar[str] = "decouple"
     summary: ClassVar[str] = "merge directions inside, and magnitudes by their mean"
     paper: ClassVar[str] = "DO-Merging, Zheng et al. 2025, arXiv 2505.15875"
-    whole: ClassVar[bool] = True
+    needs_whole: ClassVar[bool] = True
 
     def unwrap(self, stack: Stack, site: Site, statistics: Statistics) -> Unwrapped:
         norms = torch.stack([column_norms(delta, site) for delta in stack.deltas])

@@ -45,10 +45,6 @@ class Della(Dropping):
         0.15, description="how far probabilities lie around the density; one for all, or one each"
     )
 
-    @property
-    def grain(self) -> Grain:
-        return "matrix" if self.then.grain == "matrix" else "row"
-
     def grain_at(self, site: Site) -> Grain:
         return "matrix" if self.then.grain_at(site) == "matrix" else "row"
 

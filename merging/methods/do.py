@@ -40,8 +40,7 @@ class Do(Method):
     gamma: float = Field(1.0, ge=0, le=1e9, description="how dear it is to move a factor; 0 is nothing")
     scale: Local[Coefficient] = Field(1.0, description="what the merged change is multiplied by (1 to n/2)")
 
-    @property
-    def grain(self) -> Grain:
+    def grain_at(self, site: Site) -> Grain:
         return "matrix"
 
     @property
@@ -49,11 +48,11 @@ class Do(Method):
         return True
 
     @property
-    def inside(self) -> Method:
+    def expansion(self) -> Method:
         return Orthogonalize(steps=self.steps, gamma=self.gamma, then=Decouple(then=_Mean(scale=self.scale)))
 
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
-        return self.inside.merge(stack, site, statistics)
+        return self.expansion.merge(stack, site, statistics)
 
 
 class _Mean(Method):

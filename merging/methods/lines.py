@@ -61,10 +61,6 @@ class Lines(Wrapper):
             )
 
     @property
-    def rescales(self) -> bool:
-        return True
-
-    @property
     def by_depth(self) -> bool:
         return True
 

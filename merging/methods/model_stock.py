@@ -33,8 +33,7 @@ class ModelStock(Method):
 
     filter_wise: bool = Field(False, description="take angles of each row instead of the whole tensor")
 
-    @property
-    def grain(self) -> Grain:
+    def grain_at(self, site: Site) -> Grain:
         return "row" if self.filter_wise else "element"
 
     @property

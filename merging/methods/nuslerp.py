@@ -46,8 +46,7 @@ class NuSlerp(OnSphere):
         if not self.varies and models == 2 and sum(map(number, self.coefficients(2))) == 0:
             raise OptionError("the weights of nuslerp sum to zero, so there is no step between the models: change them")
 
-    @property
-    def grain(self) -> Grain:
+    def grain_at(self, site: Site) -> Grain:
         return _GRAINS[self.axis]
 
     @property

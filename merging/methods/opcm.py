@@ -49,7 +49,7 @@ class Opcm(Method):
     name: ClassVar[str] = "opcm"
     summary: ClassVar[str] = "one after the other, projected off the merge so far"
     paper: ClassVar[str] = "Merging Models on the Fly, Tang et al. 2025, arXiv 2501.09522"
-    takes_apart: ClassVar[bool] = True
+    decomposed_side: ClassVar[Literal["shorter", "longer"] | None] = "shorter"
 
     alpha: float = Field(
         0.5, ge=0, le=1, description="share of the merge's singular values whose directions are kept free"
@@ -61,19 +61,11 @@ class Opcm(Method):
         matrices = self.grain_at(site) == "matrix"
         return {} if matrices else dict.fromkeys(("alpha", "mode", "svd"), "opcm takes only matrices apart")
 
-    @property
-    def grain(self) -> Grain:
-        return "matrix"
-
     def grain_at(self, site: Site) -> Grain:
         return "matrix" if site.kind in ("matrix", "experts") else "element"
 
     @property
     def factored(self) -> bool:
-        return True
-
-    @property
-    def rescales(self) -> bool:
         return True
 
     def result_statistics(self, models: int) -> tuple[ResultStatistic, ...]:

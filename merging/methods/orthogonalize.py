@@ -45,7 +45,7 @@ class Orthogonalize(Wrapper):
     name: ClassVar[str] = "orthogonalize"
     summary: ClassVar[str] = "turn adapters' factors away from each other"
     paper: ClassVar[str] = "DO-Merging, Zheng et al. 2025, arXiv 2505.15875"
-    whole: ClassVar[bool] = True
+    needs_whole: ClassVar[bool] = True
 
     steps: int = Field(100, ge=0, le=10_000, description="steps of gradient descent; 0 leaves the factors as they are")
     gamma: float = Field(1.0, ge=0, le=1e9, description="how dear it is to move a factor; 0 is nothing")

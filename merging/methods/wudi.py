@@ -41,7 +41,7 @@ class Wudi(Spectral):
     name: ClassVar[str] = "wudi"
     summary: ClassVar[str] = "least interference on what each model's change acts on"
     paper: ClassVar[str] = "Whoever Started the Interference Should End It, Cheng et al. 2025, arXiv 2503.08099"
-    long_side: ClassVar[bool] = True
+    decomposed_side: ClassVar[Literal["shorter", "longer"] | None] = "longer"
     workspace: ClassVar[int] = 5
 
     mode: Literal["closed", "adam"] = Field("closed", description="the minimum, or steps towards it")

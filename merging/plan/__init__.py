@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from merging.errors import InputError, OptionError
 from merging.hub.open_model import open_base, open_model
-from merging.methods.contract.method import check_places, idle_parameters
+from merging.methods.contract.places import check_places, idle_parameters
 from merging.plan.checks import (
     attention_counted,
     check_bases,

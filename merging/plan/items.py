@@ -231,7 +231,7 @@ class Plan:
         tile = item.numel if whole else min(item.numel, max(rows, TILE))
         copies = sum(link.workspace for link in self.recipe.method.links())
         needed = tile * width * (copies * models + 6) + (8 * 6 * item.numel if whole else 0)
-        if whole and any(link.long_side for link in self.recipe.method.links()):
+        if whole and any(link.decomposed_side == "longer" for link in self.recipe.method.links()):
             needed += 8 * 4 * max(item.site.shape) ** 2
         changes = [each for each in item.inputs if isinstance(each, Change)]
         needed += 3 * width * sum(prod(t.shape) for change in changes for t in change.tensors)

@@ -122,7 +122,7 @@ def our_cases() -> dict[str, Case]:
         method = merging.chain(name)
         most = min(link.models[1] or len(THREE) for link in method.links())
         base = "base" if method.merge_space == "delta" else None
-        if name not in NO_CHECKPOINTS and not any(link.takes_apart for link in method.links()):
+        if name not in NO_CHECKPOINTS and not any(link.decomposed_side for link in method.links()):
             cases[method.chain] = Case(name, THREE[:most], {}, base=base)
     return cases
 

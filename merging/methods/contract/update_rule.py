@@ -67,10 +67,6 @@ class UpdateStep(Wrapper):
     name: ClassVar[str] = "step"
     summary: ClassVar[str] = "one update of a merge that is continued"
 
-    @property
-    def rescales(self) -> bool:
-        return False
-
     def result_statistics(self, models: int) -> tuple[ResultStatistic, ...]:
         return (ResultStatistic(_PRODUCTS, Sum(), _products, grain="matrix"),)
 

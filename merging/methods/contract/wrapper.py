@@ -36,7 +36,7 @@ class Wrapper(Method):
 
     then: Method = Field(description="the method inside")
 
-    whole: ClassVar[bool] = False
+    needs_whole: ClassVar[bool] = False
     """Whether :meth:`unwrap` needs the whole tensor, not a block. It then takes factors as they are, and has no
     statistics of its own."""
 
@@ -45,12 +45,8 @@ class Wrapper(Method):
         """What it makes of changes, any method may merge: `dare+linear` is the mean of thinned changes."""
         return self.then.merge_space if self.transparent else "delta"
 
-    @property
-    def grain(self) -> Grain:
-        return "matrix" if self.whole else self.then.grain
-
     def grain_at(self, site: Site) -> Grain:
-        return "matrix" if self.whole else self.then.grain_at(site)
+        return "matrix" if self.needs_whole else self.then.grain_at(site)
 
     @property
     def factored(self) -> bool:
@@ -58,7 +54,7 @@ class Wrapper(Method):
 
     @property
     def takes_factors(self) -> bool:
-        return self.whole or (self.transparent and self.then.takes_factors) or self.factored
+        return self.needs_whole or (self.transparent and self.then.takes_factors) or self.factored
 
     @property
     def transparent(self) -> bool:
@@ -67,7 +63,7 @@ class Wrapper(Method):
 
     @property
     def rescales(self) -> bool:
-        return self.then.rescales
+        return type(self).factor is not Wrapper.factor or self.then.rescales
 
     @property
     def by_depth(self) -> bool:
@@ -122,10 +118,10 @@ def unwrap_outer(method: Method, stack: Stack, site: Site, statistics: Statistic
     """
     rewraps: list[Callable[[Delta], Delta]] = []
     metrics: dict[str, float] = {}
-    method = method.inside or method
-    while isinstance(method, Wrapper) and (method.whole or method.transparent):
+    method = method.expansion or method
+    while isinstance(method, Wrapper) and (method.needs_whole or method.transparent):
         unwrapped = method.unwrap(stack, site, statistics)
-        method, stack, site = unwrapped.then.inside or unwrapped.then, unwrapped.stack, unwrapped.site
+        method, stack, site = unwrapped.then.expansion or unwrapped.then, unwrapped.stack, unwrapped.site
         rewraps.insert(0, unwrapped.rewrap)
         metrics |= unwrapped.metrics
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -28,9 +28,8 @@ class InBasis(Wrapper):
     Vectors, convolutions and embedding tables that come in full, and experts, pass as they are.
     """
 
-    takes_apart: ClassVar[bool] = True
-    whole: ClassVar[bool] = True
-    long_side: ClassVar[bool] = True
+    needs_whole: ClassVar[bool] = True
+    decomposed_side: ClassVar[Literal["shorter", "longer"] | None] = "longer"
     workspace: ClassVar[int] = 6
 
     @property

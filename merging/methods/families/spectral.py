@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -26,14 +26,10 @@ class Spectral(Method):
     in their joint row and column spaces, where all matrices are of the sum of ranks, exactly.
     """
 
-    takes_apart: ClassVar[bool] = True
+    decomposed_side: ClassVar[Literal["shorter", "longer"] | None] = "shorter"
 
     scale: Local[Coefficient] = Field(1.0, description="what the merged change is multiplied by")
     embeddings: bool = Field(False, description="take embedding tables apart as well, which else are averaged")
-
-    @property
-    def grain(self) -> Grain:
-        return "matrix"
 
     def grain_at(self, site: Site) -> Grain:
         return "matrix" if self.decomposes(site) else "element"

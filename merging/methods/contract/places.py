@@ -1,0 +1,69 @@
+"""Parameters held against the places where a method merges: values missing there, and values without effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from merging.errors import OptionError
+from merging.maths.parameters import all_matching, graded, patterns, reached, unreached
+from merging.maths.site import Site
+from merging.methods.contract.method import Method
+
+__all__ = ["check_places", "idle_parameters"]
+
+
+def check_places(method: Method, sites: Iterable[Site], models: int, remedy: str = "") -> None:
+    """Check the parameters at every place, where they differ from place to place.
+
+    ``remedy`` is what else can be done where the names tell no depth, and something needs it.
+    """
+    sites = list(sites)
+    if method.by_depth and sites and all(site.position.layer is None for site in sites):
+        raise OptionError(
+            f"{_by_depth(method)} goes by the depth of each tensor in the model, and none of their names tells it "
+            f"({sites[0].name} is one): {remedy}leave it out, or choose a value that is the same everywhere"
+        )
+    if not any(link.varies for link in method.links()):
+        return
+    for link in method.links():
+        values = [getattr(link, field) for field in type(link).model_fields]
+        names = [site.name for site in sites]
+        all_matching([pattern for value in values for pattern in patterns(value)], names)
+        for field, value in zip(type(link).model_fields, values, strict=True):
+            if dead := unreached(value, names):
+                raise OptionError(
+                    f"{link.name}.{field}: {dead[0]!r} takes effect nowhere, since {dead[1]!r} comes before it and the "
+                    f"first that matches counts: put {dead[0]!r} first"
+                )
+    for site in sites:
+        method.at(site).check(models)
+
+
+def _by_depth(method: Method) -> str:
+    """The method or the parameter that goes by depth, the innermost."""
+    link = next(link for link in reversed(method.links()) if link.by_depth)
+    field = next((field for field in type(link).model_fields if graded(getattr(link, field))), None)
+    return f"{link.name}.{field}" if field else link.name
+
+
+def idle_parameters(method: Method, sites: Iterable[Site]) -> list[str]:
+    """A notice for each parameter that was given, or each of its patterns, and has no effect at any of its places."""
+    links = method.links()
+    given = {
+        (index, field): getattr(link, field)
+        for index, link in enumerate(links)
+        for field in sorted(link.model_fields_set - {"then"})
+    }
+    if not any(link.varies for link in links):  # then places of one kind are alike
+        sites = {site.kind: site for site in sites}.values()
+    reasons: dict[tuple[int, str, str | None], set[str]] = {}
+    for site in sites if given else ():
+        idle = [link.idle(site) for link in method.at(site).links()]
+        for (index, field), value in given.items():
+            reasons.setdefault((index, field, reached(value, site)), set()).add(idle[index].get(field, ""))
+    notices = []
+    for (index, field, pattern), found in reasons.items():
+        if "" not in found:
+            where = f" on {pattern!r}" if pattern else ""
+            notices.append(f"{links[index].name}.{field} has no effect{where}: {' and '.join(sorted(found))}")
+    return notices
