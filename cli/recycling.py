@@ -60,23 +60,23 @@ def recycle_command(pool: tuple[str, ...], as_json: bool, progress: bool, debug:
     """
     start = time.monotonic()
 
-    def told(line: str) -> None:
+    def show(line: str) -> None:
         if progress:
             echo(f"[{time.monotonic() - start:.0f} s] {line}", err=True)
 
     placed = Placed(options["output"])
 
     def standing() -> str:
-        from merging.recycling.run import unfinished
+        from merging.recycling.workflow import checkpoint_folder
 
-        going = not placed.outputs() and unfinished(options["output"]).exists()
+        going = not placed.outputs() and checkpoint_folder(options["output"]).exists()
         return "what is done so far is kept, and --resume goes on with it" if going else placed()
 
     with reported(debug, standing):
         import merging
 
         stated = {name: value for name, value in options.items() if value not in (None, ())}
-        done = merging.recycle(pool, told=told, **stated)
+        done = merging.recycle(pool, on_event=show, **stated)
     if as_json:
         echo_json(done.to_dict())
         return

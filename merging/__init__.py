@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from merging.maths.delta import Delta, Dense, LowRank
     from merging.methods import METHODS, chain
     from merging.plan.recipe import Recipe, load_recipe
-    from merging.recycling.run import Recycled, recycle
+    from merging.recycling.workflow import Recycled, recycle
 
 _WHERE = {
     "ContinualStore": "continual",
@@ -31,7 +31,7 @@ _WHERE = {
     "METHODS": "methods",
     "Merged": "api.merge_files",
     "Recipe": "plan.recipe",
-    "Recycled": "recycling.run",
+    "Recycled": "recycling.workflow",
     "chain": "methods",
     "compare": "geometry",
     "compress": "compression",
@@ -43,7 +43,7 @@ _WHERE = {
     "peft_deltas": "api.merge_tensors",
     "peft_state_dict": "api.merge_tensors",
     "preview": "api.merge_files",
-    "recycle": "recycling.run",
+    "recycle": "recycling.workflow",
 }
 """Public names that are imported when they are first used, since most of them bring torch along."""
 

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from merging.recycling.data import read_examples, split
-from merging.recycling.experts import Candidate, Expert, open_expert
-from merging.recycling.loading import load_model
+from merging.recycling.load_base import load_model
+from merging.recycling.pool_adapters import AdapterRef, Expert, open_expert
 from merging.recycling.problem import Problem
 from merging.recycling.settings import make_settings
 
@@ -57,7 +57,7 @@ class World:
     def experts(self, problem: Problem) -> list[Expert]:
         """All adapters of the pool."""
         folders = sorted(self.pool.iterdir())
-        return [open_expert(Candidate(str(each), each.name), problem.model.places) for each in folders]
+        return [open_expert(AdapterRef(str(each), each.name), problem.model.hook_points) for each in folders]
 
 
 def texts(count: int, seed: int, length: int = 6) -> list[str]:

@@ -26,14 +26,14 @@ from merging.errors import FormatError, InputError, MergingError, OptionError, O
 from merging.pool import Pool
 from merging.pool.candidates import candidates_in
 from merging.recycling.controls import CONTROLS
-from merging.recycling.experts import candidates, open_expert, opened
-from merging.recycling.journal import Journal
-from merging.recycling.methods import TUNED, fit
-from merging.recycling.problem import alone
+from merging.recycling.mixing import TUNED, fit
+from merging.recycling.pool_adapters import find_usable, list_adapters, open_expert
+from merging.recycling.problem import single_adapter
 from merging.recycling.report import AVERAGE, MERGE, SINGLE
-from merging.recycling.selection import choose, scored
+from merging.recycling.run_checkpoint import RunCheckpoint
+from merging.recycling.selection import choose, score_candidates
 from merging.recycling.settings import Settings
-from merging.recycling.training import Course
+from merging.recycling.training import TrainingPlan
 from merging.recycling.training import train as tune
 
 pytestmark = [*QUIRKS, pytest.mark.exhaustive]
@@ -94,9 +94,9 @@ def test_the_written_adapter_merges_and_is_cut_to_a_rank(planted: World, tmp_pat
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {value.shape[0] for name, value in tensors.items() if "lora_A" in name} == {1}
     # what is written is no worse on validation than the base, best single and what they are when cut
-    expert = open_expert(candidates(tmp_path / "out", str(world.base))[0], world.problem().model.places)
+    expert = open_expert(list_adapters(tmp_path / "out", str(world.base))[0], world.problem().model.hook_points)
     problem = world.problem()
-    assert alone(expert).validated(problem).loss <= folded["validation_loss"]["base"] + 1e-6
+    assert single_adapter(expert).validate(problem).loss <= folded["validation_loss"]["base"] + 1e-6
     merged = merging.merge(
         [tmp_path / "out"], method="linear", base=world.base, kind="model", output=tmp_path / "model"
     )
@@ -116,7 +116,7 @@ def planted(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
     expert = next(each for each in world.__class__(base, pool, [], []).experts(problem) if each.name == "a3")
     words = texts(400, 11)
     items = [problem.model.encode(example) for example in _read([{"text": text, "label": "low"} for text in words])]
-    with torch.no_grad(), alone(expert).mixture(problem).at(torch.ones(1)):
+    with torch.no_grad(), single_adapter(expert).mixture(problem).at(torch.ones(1)):
         margins = torch.cat([problem.model.answers([item]).logits for item in items]).diff(dim=1)[:, 0]
     tensors = load_file(base / "model.safetensors")
     threshold = margins.quantile(0.5)  # between the two in the middle: no margin is 0 but for rounding
@@ -135,7 +135,7 @@ def _read(records: list[dict[str, Any]]) -> Any:
 
 def test_transfer_is_found_where_it_is(planted: World, tmp_path: Path) -> None:
     told: list[str] = []
-    done = merging.recycle(**planted.arguments(output=tmp_path / "out", steps=20, told=told.append, resamples=1000))
+    done = merging.recycle(**planted.arguments(output=tmp_path / "out", steps=20, on_event=told.append, resamples=1000))
     rows = {row.title: row for row in done.report.rows}
     assert rows[SINGLE].note == "a3"
     assert rows[SINGLE].accuracy == 1
@@ -168,8 +168,8 @@ def test_methods(method: str, world: World, tmp_path: Path) -> None:
     """Each comes with a loss that is what its coefficients give, and what is tuned is no worse than its start."""
     problem = world.problem(method=method)
     experts = world.experts(problem)[:3]
-    journal = Journal(tmp_path / "journal", {})
-    found = fit(problem, experts, journal, "fit", 1)
+    checkpoint = RunCheckpoint(tmp_path / "checkpoint", {})
+    found = fit(problem, experts, checkpoint, "fit", 1)
     assert found.loss == pytest.approx(found.scores(problem, problem.valid).loss, rel=1e-6)
     if method in TUNED:
         assert found.loss <= found.curve[0][2] + 1e-12
@@ -179,7 +179,7 @@ def test_methods(method: str, world: World, tmp_path: Path) -> None:
         assert 0 <= float(found.coefficients.min()) <= float(found.coefficients.max()) <= 1
     if method == "lorahub":
         values = [value for _, value, _ in found.curve]
-        start = alone(experts[1]).scores(problem, problem.learn).loss + 0.05 / 3
+        start = single_adapter(experts[1]).scores(problem, problem.learn).loss + 0.05 / 3
         assert values[0] == pytest.approx(start, rel=1e-5)  # the target alone
         assert float(found.coefficients.abs().max()) <= 1.5
         loss = found.scores(problem, problem.learn).loss + 0.05 * float(found.coefficients.abs().mean())
@@ -201,10 +201,10 @@ def test_entropy_makes_answers_sure_without_labels(world: World, tmp_path: Path)
                 return float(problem.model.answers(problem.learn).entropies(len(problem.learn)).mean())
 
         before = mean_entropy()
-        course = Course(rate=0.1, steps=20, every=20, entropy=True, bounds=(0.0, 1.0))
-        journal = Journal(tmp_path / f"journal {wrong}", {})
-        tune([coefficients], lambda: mixture.at(coefficients), problem.model, problem.learn, problem.valid, course,
-             journal, "fit")  # fmt: skip
+        plan = TrainingPlan(rate=0.1, steps=20, every=20, entropy=True, bounds=(0.0, 1.0))
+        checkpoint = RunCheckpoint(tmp_path / f"checkpoint {wrong}", {})
+        tune([coefficients], lambda: mixture.at(coefficients), problem.model, problem.learn, problem.valid, plan,
+             checkpoint, "fit")  # fmt: skip
         return before, mean_entropy(), coefficients.detach()
 
     right, wrong = entropy(False), entropy(True)
@@ -215,7 +215,7 @@ def test_entropy_makes_answers_sure_without_labels(world: World, tmp_path: Path)
 @pytest.mark.parametrize("granularity", ["expert", "layer", "sublayer", "module", "rank"])
 def test_granularities_are_tuned(granularity: Any, world: World, tmp_path: Path) -> None:
     problem = world.problem(granularity=granularity)
-    found = fit(problem, world.experts(problem)[:2], Journal(tmp_path / "journal", {}), "fit")
+    found = fit(problem, world.experts(problem)[:2], RunCheckpoint(tmp_path / "checkpoint", {}), "fit")
     groups = {"expert": 1, "layer": 2, "sublayer": 4, "module": 6}  # three modules in each of two layers
     wanted = 6 * (2 + 3) if granularity == "rank" else 2 * groups[granularity]
     assert len(found.coefficients) == wanted
@@ -227,28 +227,28 @@ def test_granularities_are_tuned(granularity: Any, world: World, tmp_path: Path)
 @pytest.mark.parametrize("select", Settings.model_fields["select"].annotation.__args__)
 def test_selection(select: str, world: World, tmp_path: Path) -> None:
     problem = world.problem(select=select, k=2)
-    found = candidates(world.pool, str(world.base))
+    found = list_adapters(world.pool, str(world.base))
     experts = {each.name: each for each in world.experts(problem)}
     target = experts["a1"]
-    scores = scored(found, problem, target, Journal(tmp_path / "journal", {}))
+    scores = score_candidates(found, problem, target, RunCheckpoint(tmp_path / "checkpoint", {}))
     assert scores.keys() == experts.keys()
     best = sorted(scores, key=lambda name: (-scores[name], name))
     chosen = choose(found, scores, problem)
     assert [each.name for each in chosen.experts] == best[:2]
-    again = scored(tuple(reversed(found)) if select != "random" else found, problem, target,
-                   Journal(tmp_path / "other", {}))  # fmt: skip
+    again = score_candidates(tuple(reversed(found)) if select != "random" else found, problem, target,
+                   RunCheckpoint(tmp_path / "other", {}))  # fmt: skip
     assert again == pytest.approx(scores)
     if select == "evaluation":
-        losses = {name: alone(each).scores(problem, problem.shots).loss for name, each in experts.items()}
+        losses = {name: single_adapter(each).scores(problem, problem.shots).loss for name, each in experts.items()}
         assert scores == pytest.approx({name: -loss for name, loss in losses.items()})
     elif select == "rank":
         assert scores == {f"a{i}": float(2 + i % 3) for i in range(5)}
     elif select == "screen":
         # a small step along an adapter changes the loss as the score says
         step = 1e-3
-        base = alone(None).scores(problem, problem.learn).loss
+        base = single_adapter(None).scores(problem, problem.learn).loss
         for name, expert in experts.items():
-            small = alone(expert).mixture(problem)
+            small = single_adapter(expert).mixture(problem)
             with small.at(torch.full((1,), step)):
                 loss = problem.model.scores(problem.learn).loss
             assert (base - loss) / step / expert.norm == pytest.approx(scores[name], rel=0.1, abs=1e-3)
@@ -257,10 +257,12 @@ def test_selection(select: str, world: World, tmp_path: Path) -> None:
 
 
 def test_random_selection_follows_the_seed(world: World, tmp_path: Path) -> None:
-    found = candidates(world.pool, str(world.base))
+    found = list_adapters(world.pool, str(world.base))
 
     def drawn(seed: int) -> dict[str, float]:
-        return scored(found, world.problem(select="random", seed=seed), None, Journal(tmp_path / f"{seed}", {}, True))
+        return score_candidates(
+            found, world.problem(select="random", seed=seed), None, RunCheckpoint(tmp_path / f"{seed}", {}, True)
+        )
 
     assert drawn(1) == drawn(1)
     assert any(drawn(1) != drawn(seed) for seed in (2, 3))
@@ -273,7 +275,7 @@ def test_owners_and_repeats_are_passed_over(world: World, tmp_path: Path) -> Non
     shutil.copytree(world.pool / "a1", gauge)
     edit_tensors(gauge, lambda t: {n: v * 4 if "lora_A" in n else v / 4 for n, v in t.items()})
     problem = world.problem(select="rank", owner_cap=1, k=4)
-    found = candidates(tmp_path / "pool", str(world.base))
+    found = list_adapters(tmp_path / "pool", str(world.base))
     assert [each.name for each in found] == ["me/a0", "me/a1", "you/a2", "you/again"]
     chosen = choose(found, {"me/a0": 1.0, "me/a1": 4.0, "you/again": 3.0, "you/a2": 2.0}, problem)
     assert [each.name for each in chosen.experts] == ["me/a1", "you/a2"]
@@ -292,7 +294,7 @@ def test_what_cannot_be_mixed_is_left_out_and_said(world: World, tmp_path: Path)
     edit_tensors(pool / "a1", lambda t: {n: v * 0 if "lora_B" in n else v for n, v in t.items()})
     edit_tensors(pool / "a2", lambda t: {n: v[:, :-1] if "lora_A" in n else v for n, v in t.items()})
     edit_config(pool / "a3", base_model_name_or_path="someone/else")
-    found = opened(candidates(pool, str(world.base)), world.problem().model.places)
+    found = find_usable(list_adapters(pool, str(world.base)), world.problem().model.hook_points)
     assert [each.name for each in found.usable] == ["a3", "a4"]
     assert "NaN" in found.left_out["a0"]
     assert "changes nothing" in found.left_out["a1"]
@@ -301,7 +303,7 @@ def test_what_cannot_be_mixed_is_left_out_and_said(world: World, tmp_path: Path)
     for name in ("a3", "a4"):
         shutil.rmtree(pool / name)
     with pytest.raises(InputError, match=r"none of the 3 adapters can be used: .*NaN"):
-        opened(candidates(pool, str(world.base)), world.problem().model.places)
+        find_usable(list_adapters(pool, str(world.base)), world.problem().model.hook_points)
 
 
 def test_an_audited_pool(world: World, tmp_path: Path) -> None:
@@ -309,18 +311,18 @@ def test_an_audited_pool(world: World, tmp_path: Path) -> None:
     edit_tensors(incoming / "a0", lambda t: {n: v * float("nan") for n, v in t.items()})
     pool = Pool.create(tmp_path / "pool", world.base)
     pool.build(candidates_in(incoming))
-    names = [each.name for each in candidates(pool.path, str(world.base))]
+    names = [each.name for each in list_adapters(pool.path, str(world.base))]
     assert names == [Path(entry.name).name for entry, _ in pool.usable()]
     assert "a0" not in names and names
     other = shutil.copytree(world.base, tmp_path / "other")
     with pytest.raises(InputError, match=r"is a pool of adapters of .*base, and the base is .*other"):
-        candidates(pool.path, str(other))
+        list_adapters(pool.path, str(other))
 
 
 def test_two_of_one_name_are_told_apart(world: World, tmp_path: Path) -> None:
     shutil.copytree(world.pool / "a1", tmp_path / "a0")
     shutil.copytree(world.pool / "a3", tmp_path / "base")
-    found = candidates([world.pool / "a0", tmp_path / "a0", world.pool / "a2", tmp_path / "base"], str(world.base))
+    found = list_adapters([world.pool / "a0", tmp_path / "a0", world.pool / "a2", tmp_path / "base"], str(world.base))
     told_apart = ["a2", str(world.pool / "a0"), str(tmp_path / "a0"), str(tmp_path / "base")]
     assert [each.name for each in found] == sorted(told_apart)
 
@@ -341,18 +343,18 @@ def test_a_run_that_died_after_any_stage_comes_to_the_same(
 ) -> None:
     arguments = world.arguments(k=2, method=method, steps=8, every=4, lora_steps=4, target_lora="none")
     merging.recycle(**arguments, output=tmp_path / "whole")
-    keep = Journal.keep
+    keep = RunCheckpoint.keep
 
     class Died(Exception):
         pass
 
-    def dying(self: Journal, stage: str, values: Any) -> None:
+    def dying(self: RunCheckpoint, stage: str, values: Any) -> None:
         keep(self, stage, values)
         raise Died
 
     stages = []
     for _ in range(100):
-        monkeypatch.setattr(Journal, "keep", dying)
+        monkeypatch.setattr(RunCheckpoint, "keep", dying)
         try:
             merging.recycle(**arguments, output=tmp_path / "out", resume=True)
         except Died:
@@ -372,20 +374,20 @@ def test_a_killed_run_goes_on(world: World, tmp_path: Path) -> None:
     for part in ("train", "valid", "test"):
         words += [f"--{part}", f"{part}.jsonl"]
     words += ["--k", "3", "--steps", "16", "--every", "1", "--lora-steps", "5", "--lora-rate", "0.01", "-o", "out"]
-    journal = tmp_path / ".out.recycling"
+    checkpoint = tmp_path / ".out.recycling"
     with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
-        while not (journal / "fit.pt").is_file():
+        while not (checkpoint / "fit.pt").is_file():
             assert process.poll() is None
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
-    step = torch.load(journal / "fit.pt", weights_only=True)["step"]
+    step = torch.load(checkpoint / "fit.pt", weights_only=True)["step"]
     assert 0 < step < 16
     os.chdir(tmp_path)
     settings = {"k": 3, "steps": 16, "every": 1, "lora_steps": 5, "lora_rates": (0.01,)}
     parts = {part: f"{part}.jsonl" for part in ("train", "valid", "test")}
-    with pytest.raises(OptionError, match="an unfinished run lies there: --resume goes on"):
+    with pytest.raises(OptionError, match="holds an unfinished run: --resume continues"):
         merging.recycle(str(world.pool), base=world.base, output="out", **parts, **settings)
     with pytest.raises(OptionError, match="had another steps"):
         merging.recycle(
@@ -394,7 +396,7 @@ def test_a_killed_run_goes_on(world: World, tmp_path: Path) -> None:
     merging.recycle(str(world.pool), base=world.base, output="out", resume=True, **parts, **settings)
     merging.recycle(str(world.pool), base=world.base, output="whole", **parts, **settings)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert not journal.exists()
+    assert not checkpoint.exists()
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -440,7 +442,7 @@ def _write(name: str, text: str) -> Callable[[Path], list[object]]:
 
 GOOD = '{"text": "w1 w2", "label": "low"}\n'
 WRONG: dict[str, tuple[Callable[[Path], list[object]], str]] = {
-    "no JSON": (_write("train.jsonl", GOOD + '{"text": "w1", "label"\n'), "train.jsonl, line 2: is no JSON"),
+    "no JSON": (_write("train.jsonl", GOOD + '{"text": "w1", "label"\n'), "train.jsonl, line 2: is not JSON"),
     "no object": (_write("train.jsonl", "\n" + GOOD + "[1]\n"), "train.jsonl, line 3: should be an object"),
     "a typo": (_write("train.jsonl", '{"txt": "w1", "label": "low"}\n'), "no field 'txt' (did you mean 'text'?)"),
     "no label": (_write("train.jsonl", GOOD + '{"text": "w1", "label": null}\n'), "line 2: the label is None"),
@@ -528,15 +530,15 @@ def test_texts_are_refused_what_makes_answers_sure(tmp_path: Path) -> None:
 
 
 def test_a_full_model_is_no_adapter(world: World, tmp_path: Path) -> None:
-    places = world.problem().model.places
+    hook_points = world.problem().model.hook_points
     full = world.base / "model.safetensors"
     with pytest.raises(MergingError, match="is a full checkpoint"):
-        open_expert(candidates(full, str(world.base))[0], places)
+        open_expert(list_adapters(full, str(world.base))[0], hook_points)
 
 
 def test_heads_of_other_tasks_stay_behind(world: World, tmp_path: Path) -> None:
     train(tmp_path / "headed", world.base, 3, ["query"], modules_to_save=["classifier"])
-    expert = open_expert(candidates(tmp_path / "headed", str(world.base))[0], world.problem().model.places)
+    expert = open_expert(list_adapters(tmp_path / "headed", str(world.base))[0], world.problem().model.hook_points)
     assert all(".query." in name for name in expert.deltas)
     assert "its own head" in expert.notices[0]
 

@@ -17,17 +17,17 @@ from scipy.stats import spearmanr
 
 from merging.maths.delta import LowRank
 from merging.maths.linalg import squared_norm
-from merging.recycling.bootstrap import Gap, paired
-from merging.recycling.closeness import CLOSENESS, closeness
-from merging.recycling.controls import CONTROLS, random_norms, random_spectra, shuffled
+from merging.recycling.bootstrap import Gap, paired_bootstrap
+from merging.recycling.controls import CONTROLS, random_norms, random_spectra, shuffle_modules
 from merging.recycling.data import Example, overlaps, read_examples, split
-from merging.recycling.experts import BASE, FEW_SHOT, Expert
 from merging.recycling.fold import fold
-from merging.recycling.mixture import Layout, Mixture
-from merging.recycling.places import places_of
-from merging.recycling.problem import Mixed, Problem, mean
+from merging.recycling.hooks import find_hook_points
+from merging.recycling.mixture import CoefficientLayout, Mixture
+from merging.recycling.pool_adapters import BASE, FEW_SHOT, Expert
+from merging.recycling.problem import Problem, WeightedAdapters, simple_average
 from merging.recycling.seeds import batch
 from merging.recycling.selection import gains, gradients, spearman
+from merging.recycling.similarity import SIMILARITIES, similarity
 from merging.recycling.verdict import Evidence, judge
 
 pytestmark = QUIRKS
@@ -69,7 +69,7 @@ def test_a_module_gives_the_sum_of_what_its_adapters_give() -> None:
     network = torch.nn.ModuleDict({"layer": linear})
     experts = [Expert(f"e{i}", {"layer.weight": _delta(9, 2 + i, 12, i)}) for i in range(3)]
     given = torch.randn(7, 12, generator=torch.Generator().manual_seed(9))
-    mixture = Mixture(places_of(network), experts, "expert")
+    mixture = Mixture(find_hook_points(network), experts, "expert")
     weights = torch.tensor([0.5, -1.0, 2.0])
     with torch.no_grad(), mixture.at(weights):
         got = linear(given)
@@ -113,8 +113,8 @@ def test_coefficients_of_zero_give_the_base_bit_for_bit(
 
 
 def test_an_adapter_twice_by_mean_is_the_adapter(problem: Problem, experts: list[Expert]) -> None:
-    one = Mixed((experts[0],), torch.ones(1)).scores(problem, problem.valid)
-    twice = mean([experts[0], experts[0]]).scores(problem, problem.valid)
+    one = WeightedAdapters((experts[0],), torch.ones(1)).scores(problem, problem.valid)
+    twice = simple_average([experts[0], experts[0]]).scores(problem, problem.valid)
     torch.testing.assert_close(twice.losses, one.losses, rtol=1e-6, atol=1e-6)
 
 
@@ -130,7 +130,7 @@ def test_the_order_of_adapters_changes_nothing(problem: Problem, experts: list[E
 @pytest.mark.parametrize("granularity", ["expert", "layer", "sublayer", "module", "rank"])
 def test_a_coefficient_belongs_to(granularity: Any, problem: Problem, experts: list[Expert]) -> None:
     """Two layers of two modules, one in the attention and one in the MLP; ranks 2, 3, 4, 2, 3."""
-    layout = Layout([expert.deltas for expert in experts], granularity)
+    layout = CoefficientLayout([expert.deltas for expert in experts], granularity)
     groups = {"expert": 1, "layer": 2, "sublayer": 4, "module": 4}
     ranks = [expert.rank for expert in experts]
     assert ranks == [2, 3, 4, 2, 3]
@@ -145,12 +145,12 @@ def test_a_coefficient_belongs_to(granularity: Any, problem: Problem, experts: l
 
 
 def test_shares_of_each_group_add_up_to_one(experts: list[Expert]) -> None:
-    layout = Layout([expert.deltas for expert in experts], "layer")
+    layout = CoefficientLayout([expert.deltas for expert in experts], "layer")
     values = torch.randn(layout.size, generator=torch.Generator().manual_seed(1))
-    shares = layout.activated(values, "softmax")
+    shares = layout.activate(values, "softmax")
     totals = torch.zeros(2).index_add(0, layout.groups, shares)
     torch.testing.assert_close(totals, torch.ones(2))
-    torch.testing.assert_close(layout.activated(values, "leaky"), torch.where(values > 0, values, 0.01 * values))
+    torch.testing.assert_close(layout.activate(values, "leaky"), torch.where(values > 0, values, 0.01 * values))
 
 
 @pytest.mark.parametrize("make", [classifier, encoder, causal, seq2seq])
@@ -182,7 +182,7 @@ def test_the_same_weights_on_deltas() -> None:
     experts = [
         Expert(f"e{i}", {"layer.weight": LowRank(torch.tensor(b[i]), torch.tensor(a[i]), (6, 5))}) for i in range(3)
     ]
-    mixture = Mixture(places_of(network), experts, "expert")
+    mixture = Mixture(find_hook_points(network), experts, "expert")
     merged = mixture.deltas(torch.tensor([0.5, -0.3, 0.8]))["layer.weight"].dense().double()
     figures = [float(merged.norm()), float(merged.sum()), float(merged[0, 0]), float(merged[5, 4])]
     assert figures == pytest.approx([2.455880, 4.406223, 0.735557, -0.051979], abs=2e-6)
@@ -199,8 +199,8 @@ def test_folding_loses_nothing_at_the_sum_of_ranks_and_says_what_it_loses_below(
 ) -> None:
     mixture = problem.mixture(experts, "module", "leaky")
     coefficients = torch.randn(mixture.size, generator=torch.Generator().manual_seed(4))
-    mixed = Mixed(tuple(experts), coefficients, granularity="module", activation="leaky")
-    values = mixture.layout.activated(coefficients, "leaky")
+    mixed = WeightedAdapters(tuple(experts), coefficients, granularity="module", activation="leaky")
+    values = mixture.layout.activate(coefficients, "leaky")
     dense: dict[str, np.ndarray] = {}
     for value, expert, module in zip(values, mixture.layout.experts.tolist(), mixture.layout.names, strict=True):
         name = f"{module}.weight"
@@ -223,7 +223,7 @@ def test_folding_loses_nothing_at_the_sum_of_ranks_and_says_what_it_loses_below(
 
 def test_the_base_folds_to_nothing(problem: Problem, experts: list[Expert]) -> None:
     names = list(experts[0].deltas)
-    folded = fold(Mixed((), torch.zeros(0)), problem, names, 4)
+    folded = fold(WeightedAdapters((), torch.zeros(0)), problem, names, 4)
     assert list(folded.deltas) == names
     assert all(float(squared_norm(delta)) == 0 for delta in folded.deltas.values())
 
@@ -270,7 +270,7 @@ def test_random_directions_are_uniform() -> None:
 
 def test_shuffled_changes_are_the_same_on_other_modules() -> None:
     expert = _expert()
-    made = shuffled(expert, 5)
+    made = shuffle_modules(expert, 5)
     layers = [name for name in expert.deltas if name.startswith("layer")]
     before = {id(expert.deltas[name]) for name in layers}
     assert {id(made.deltas[name]) for name in layers} == before
@@ -314,14 +314,14 @@ def _dense_closeness(one: dict[str, LowRank], other: dict[str, LowRank], kind: s
     return math.sqrt(ratio) if kind == "quasi_fim" else ratio
 
 
-@pytest.mark.parametrize("kind", [*CLOSENESS, "l2"])
+@pytest.mark.parametrize("kind", [*SIMILARITIES, "l2"])
 def test_closeness_is_that_of_full_matrices(kind: str) -> None:
     one = {"a": _delta(6, 2, 5, 1), "b": _delta(4, 1, 7, 2), "only one": _delta(3, 1, 3, 3)}
     other = {"b": _delta(4, 3, 7, 4), "a": _delta(6, 1, 5, 5), "only other": _delta(2, 1, 3, 6)}
-    assert closeness(one, other, kind) == pytest.approx(_dense_closeness(one, other, kind), rel=1e-5)
-    assert closeness(one, other, kind) == pytest.approx(closeness(other, one, kind), rel=1e-9)
+    assert similarity(one, other, kind) == pytest.approx(_dense_closeness(one, other, kind), rel=1e-5)
+    assert similarity(one, other, kind) == pytest.approx(similarity(other, one, kind), rel=1e-9)
     if kind != "l2":
-        assert closeness(one, one, kind) == pytest.approx(1, rel=1e-6)
+        assert similarity(one, one, kind) == pytest.approx(1, rel=1e-6)
 
 
 def test_rank_correlation_is_scipys() -> None:
@@ -341,13 +341,13 @@ def test_intervals_are_scipys_up_to_chance() -> None:
     draw = torch.Generator().manual_seed(1)
     mine, other = (torch.rand(200, generator=draw).round().double() for _ in range(2))
     mine = torch.maximum(mine, (torch.rand(200, generator=draw) < 0.2).double())
-    found = paired(mine, other, 10_000, 0)
+    found = paired_bootstrap(mine, other, 10_000, 0)
     difference = (mine - other).numpy()
     wanted = scipy_bootstrap((difference,), np.mean, n_resamples=10_000, method="percentile", rng=0).confidence_interval
     assert found.mean == pytest.approx(difference.mean(), abs=1e-12)
     assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), abs=0.011)
-    assert paired(mine, other, 10_000, 0) == found
-    assert paired(mine, mine, 1000, 0) == Gap(0.0, 0.0, 0.0)
+    assert paired_bootstrap(mine, other, 10_000, 0) == found
+    assert paired_bootstrap(mine, mine, 1000, 0) == Gap(0.0, 0.0, 0.0)
 
 
 UP, EVEN, DOWN = Gap(0.1, 0.05, 0.15), Gap(0.01, -0.02, 0.04), Gap(-0.1, -0.15, -0.05)

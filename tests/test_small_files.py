@@ -22,7 +22,7 @@ from merging.hub.cards import stated_licence
 from merging.hub.open_model import open_model
 from merging.hub.push import Target, push
 from merging.plan.recipe import load_recipe
-from merging.recycling.journal import Journal
+from merging.recycling.run_checkpoint import RunCheckpoint
 from merging.sources.links import check_inside, refuse_link
 from merging.sources.plain_yaml import load_yaml
 from merging.sources.small_files import TEXT_LIMIT, copy_file, read_json, read_text
@@ -49,8 +49,8 @@ ALLOWED = {
     "cli/errors.py": {"open"},  # the null device
     "merging/sources/quantized_weights.py": {"json.loads"},  # a marker of a few bytes
     # what this process wrote or made itself
-    "merging/recycling/journal.py": {"torch.load"},
-    "merging/recycling/run.py": {"json.loads"},
+    "merging/recycling/run_checkpoint.py": {"torch.load"},
+    "merging/recycling/workflow.py": {"json.loads"},
     # texts in an index or a file that came through a door
     "merging/recycling/data.py": {"json.loads"},
 }
@@ -263,7 +263,7 @@ def test_links_of_unfinished_runs(tmp_path: Path) -> None:
     (tmp_path / "run").symlink_to(tmp_path / "precious")
     for options in ({"resume": True}, {"overwrite": True}):
         with pytest.raises(FormatError, match="run: is a link"):
-            Journal(tmp_path / "run", {}, **options)
+            RunCheckpoint(tmp_path / "run", {}, **options)
     assert (tmp_path / "precious" / "plan.json").exists()
 
 

@@ -1,4 +1,4 @@
-"""Differences between two models on the same examples, with an interval that tells chance from gain."""
+"""Paired bootstrap: the mean difference of two models on the same examples, with its confidence interval."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from torch import Tensor
 
 from merging.recycling.seeds import generator
 
-__all__ = ["LEVEL", "Gap", "Metric", "paired"]
+__all__ = ["LEVEL", "Gap", "Metric", "paired_bootstrap"]
 
 Metric = Literal["accuracy", "loss"]
-"""What models are compared by."""
+"""The measure by which models are compared."""
 
 LEVEL = 0.95
-"""The share of resamples that an interval holds."""
+"""The confidence level of an interval."""
 
 _AT_ONCE = 1 << 22
+"""Resampled values that are held in memory at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """A mean difference, and the interval of it."""
+    """A mean difference with its confidence interval."""
 
     mean: float
     low: float
@@ -31,21 +32,26 @@ class Gap:
 
     @property
     def above(self) -> bool:
-        """Whether it is a gain beyond chance: the whole interval is above zero."""
+        """Whether the gain is beyond chance: the whole interval is above zero."""
         return self.low > 0
 
-    def shown(self, metric: Metric) -> str:
-        """As people read it, in points of accuracy or in units of the loss."""
+    def text(self, metric: Metric) -> str:
+        """Return the difference as text, in points of accuracy or in units of the loss."""
         times, digits = (100, 1) if metric == "accuracy" else (1, 3)
         mean, low, high = (f"{times * value:+.{digits}f}" for value in (self.mean, self.low, self.high))
         return f"{mean} ({low} to {high})"
 
 
-def paired(mine: Tensor, other: Tensor, resamples: int, seed: int) -> Gap:
-    """The mean of ``mine - other`` (``[examples]``, of the same examples) and its percentile bootstrap interval.
+def paired_bootstrap(mine: Tensor, other: Tensor, resamples: int, seed: int) -> Gap:
+    """Return the mean of ``mine - other`` and its percentile bootstrap interval.
 
-    Examples are resampled with replacement, the two models always on the same ones (Efron and Tibshirani 1993, chapter
-    13). The same seed gives the same resamples for any two models.
+    See Efron and Tibshirani 1993, chapter 13.
+
+    Args:
+        mine: Values of one model, ``[examples]``.
+        other: Values of the other model on the same examples, ``[examples]``.
+        resamples: The number of resamples. Each draws the same examples, with replacement, for both models.
+        seed: The seed. It gives the same resamples for any two models.
     """
     difference = (mine - other).double()
     count = len(difference)

@@ -1,7 +1,7 @@
-"""Adapters that know nothing: what a merge of them gains is not transfer.
+"""Control adapters without any knowledge: the gain of a merge of them is not transfer.
 
-Each keeps something of the adapters it stands for and destroys the rest, so that what remains of a gain tells where
-it came from. All draws depend on the seed and on the adapter's name alone.
+Each control keeps one property of the original adapters and destroys the rest. So the rest of a gain shows its cause.
+All draws depend on the seed and on the adapter's name alone.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 
 from merging.maths.delta import LowRank
 from merging.maths.linalg import factored_svd, safe_ratio, squared_norm
-from merging.recycling.experts import Expert
+from merging.recycling.pool_adapters import Expert
 from merging.recycling.seeds import generator, order
 
-__all__ = ["CONTROLS", "Control", "random_norms", "random_spectra", "shuffled"]
+__all__ = ["CONTROLS", "Control", "random_norms", "random_spectra", "shuffle_modules"]
 
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """A kind of adapters that know nothing: the row's title, how they are made, and what they are in a sentence."""
+    """A kind of control: the title of its row, the function that makes its adapters, and a description."""
 
     title: str
     make: Callable[[Expert, int], Expert]
@@ -31,7 +31,7 @@ class Control:
 
 
 def random_norms(expert: Expert, seed: int) -> Expert:
-    """Gaussian factors of the same ranks; each module's change has the norm that it had."""
+    """Return Gaussian factors of the same ranks, with the norm of each module's change kept."""
     deltas = {}
     for name, delta in expert.deltas.items():
         random = generator(seed, "norms", expert.name, name)
@@ -43,7 +43,7 @@ def random_norms(expert: Expert, seed: int) -> Expert:
 
 
 def random_spectra(expert: Expert, seed: int) -> Expert:
-    """The same singular values in each module, between singular vectors that are drawn uniformly (Haar)."""
+    """Return changes of the same singular values, with singular vectors drawn uniformly (Haar measure)."""
     deltas = {}
     for name, delta in expert.deltas.items():
         random = generator(seed, "spectra", expert.name, name)
@@ -54,37 +54,37 @@ def random_spectra(expert: Expert, seed: int) -> Expert:
     return replace(expert, deltas=deltas)
 
 
-def shuffled(expert: Expert, seed: int) -> Expert:
-    """The same changes on other modules of equal shape, none where it was; a lone one gets its inputs shuffled."""
+def shuffle_modules(expert: Expert, seed: int) -> Expert:
+    """Move every change to another module of equal shape. A change without such a module gets its inputs shuffled."""
     alike: dict[tuple[object, ...], list[str]] = defaultdict(list)
     for name, delta in sorted(expert.deltas.items()):
         alike[(delta.shape, delta.transposed)].append(name)
     deltas: dict[str, LowRank] = {}
     for shape, names in alike.items():
         if len(names) == 1:
-            deltas[names[0]] = _inputs_shuffled(expert.deltas[names[0]], seed, expert.name, names[0])
+            deltas[names[0]] = _shuffle_inputs(expert.deltas[names[0]], seed, expert.name, names[0])
             continue
         mixed = [names[i] for i in order(len(names), seed, "shuffled", expert.name, shape)]
-        # a cycle through a random order leaves nothing in its place
+        # A cycle through a random order leaves nothing in its place.
         deltas |= {to: expert.deltas[of] for of, to in zip(mixed, mixed[1:] + mixed[:1], strict=True)}
     return replace(expert, deltas={name: deltas[name] for name in expert.deltas})
 
 
-def _inputs_shuffled(delta: LowRank, seed: int, *purpose: object) -> LowRank:
+def _shuffle_inputs(delta: LowRank, seed: int, *purpose: object) -> LowRank:
     mixed = order(delta.down.shape[1], seed, "shuffled", *purpose)
     return LowRank(delta.up, delta.down[:, mixed], delta.shape, delta.transposed)
 
 
 def _orthonormal(size: int, count: int, random: torch.Generator) -> Tensor:
-    """Columns ``[size, count]`` drawn uniformly among all orthonormal ones."""
+    """Return orthonormal columns ``[size, count]``, drawn uniformly."""
     q, r = torch.linalg.qr(torch.randn(size, count, generator=random))
-    uniform: Tensor = q * torch.where(r.diagonal() < 0, -1.0, 1.0)  # without the signs QR's choice would show
+    uniform: Tensor = q * torch.where(r.diagonal() < 0, -1.0, 1.0)  # else the signs that QR chooses would show
     return uniform
 
 
 CONTROLS: Mapping[str, Control] = {
     "norms": Control("random, same norms", random_norms, "random numbers of the same norms"),
     "spectra": Control("random, same spectra", random_spectra, "random directions with the same singular values"),
-    "shuffled": Control("modules shuffled", shuffled, "the same changes on the wrong modules"),
+    "shuffled": Control("modules shuffled", shuffle_modules, "the same changes on the wrong modules"),
 }
-"""The kinds that every report has, by short names."""
+"""The controls of every report, by short names."""

@@ -1,4 +1,4 @@
-"""Examples of a task, as JSON lines: read and checked line by line, split and shuffled by a seed alone."""
+"""Examples of a task, as JSON lines: read and checked line by line, split and shuffled by a seed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from merging.errors import FormatError, InputError, nearest
 from merging.recycling.seeds import order
 from merging.sources.small_files import DATA_LIMIT, read_text
 
-__all__ = ["Example", "Kind", "Split", "kind_of", "labels_of", "overlaps", "read_examples", "split"]
+__all__ = ["Example", "Split", "TaskKind", "kind_of", "labels_of", "overlaps", "read_examples", "split"]
 
-Kind = Literal["label", "completion"]
-"""What is asked of a model: the label of a text, or what continues a prompt."""
+TaskKind = Literal["label", "completion"]
+"""The task of a model: predict the label of a text, or continue a prompt."""
 
 _KNOWN = ("text", "label", "prompt", "completion")
 _VALID_SHARE = 0.2
@@ -23,9 +23,9 @@ _VALID_SHARE = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One line: a ``text`` and its ``label``, or a prompt (``text``) and its ``completion``.
+    """One example: a ``text`` and its ``label``, or a prompt (``text``) and its ``completion``.
 
-    ``where`` is the file and line that it came from, for messages.
+    ``where`` is its file and line, for messages.
     """
 
     text: str
@@ -34,18 +34,18 @@ class Example:
     where: str
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> TaskKind:
         return "label" if self.completion is None else "completion"
 
     @property
     def content(self) -> tuple[str, str | int | None]:
-        """What makes two examples the same."""
+        """The values in which equal examples agree."""
         return self.text, self.label if self.completion is None else self.completion
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The examples of a task: to tune on, to stop and choose by, and, if there are any, to report on."""
+    """The examples of a task: to tune on, to stop and choose by, and to report on (may be empty)."""
 
     train: tuple[Example, ...]
     valid: tuple[Example, ...]
@@ -53,26 +53,36 @@ class Split:
 
     @property
     def shots(self) -> tuple[Example, ...]:
-        """All that may be looked at: what single adapters are compared on."""
+        """Training and validation examples: single adapters are compared on them."""
         return self.train + self.valid
 
 
 def read_examples(source: str | Path | Sequence[Mapping[str, Any]], name: str = "examples") -> tuple[Example, ...]:
-    """The examples of a file of JSON lines (blank ones are passed over) or of a list of mappings, all of one kind.
+    """Read the examples of a task, all of one kind.
 
-    Each is ``{"text", "label"}`` (a class), ``{"prompt", "completion"}`` (an answer), or ``{"text"}`` alone (all of
-    it is to be predicted). Raises :class:`~merging.errors.FormatError` with the line, and
-    :class:`~merging.errors.InputError` for a file that is not there.
+    An example is ``{"text", "label"}`` (a class), ``{"prompt", "completion"}`` (an answer), or ``{"text"}`` alone (the
+    whole text is predicted).
+
+    Args:
+        source: A file of JSON lines, in which blank lines are ignored, or a list of mappings.
+        name: The name of a list, for messages.
+
+    Returns:
+        The examples in their order.
+
+    Raises:
+        merging.errors.FormatError: For a wrong example, with its line.
+        merging.errors.InputError: For a file that does not exist.
     """
     if not isinstance(source, (str, Path)):
-        return _alike([_example(values, f"{name}, number {i}") for i, values in enumerate(source, 1)], name)
+        return _check_alike([_example(values, f"{name}, number {i}") for i, values in enumerate(source, 1)], name)
     path = Path(source)
     lines = read_text(path, DATA_LIMIT, given=True).split("\n")
     numbered = [(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-    return _alike([_example(_parsed(line, where), where) for line, where in numbered], str(path))
+    return _check_alike([_example(_parse(line, where), where) for line, where in numbered], str(path))
 
 
-def _alike(found: Sequence[Example], name: str) -> tuple[Example, ...]:
+def _check_alike(found: Sequence[Example], name: str) -> tuple[Example, ...]:
     if not found:
         raise FormatError(f"{name}: holds no examples")
     for each in found:
@@ -81,11 +91,11 @@ def _alike(found: Sequence[Example], name: str) -> tuple[Example, ...]:
     return tuple(found)
 
 
-def _parsed(line: str, where: str) -> Any:
+def _parse(line: str, where: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise FormatError(f"{where}: is no JSON: {error.msg} at column {error.colno}") from None
+        raise FormatError(f"{where}: is not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise FormatError(f"{where}: is nested too deeply to be an example") from None
 
@@ -122,10 +132,10 @@ def _text(values: Mapping[str, Any], name: str, where: str, empty: bool = False)
 def split(
     train: Sequence[Example], valid: Sequence[Example] | None, test: Sequence[Example] | None, seed: int
 ) -> Split:
-    """The parts of a task. Without ``valid``, a fifth of the training examples (by seed) is kept for it.
+    """Return the parts of a task. Without ``valid``, a fifth of the training examples (by seed) is set apart.
 
-    Raises :class:`~merging.errors.FormatError` for parts of different kinds and test labels that no other part has, and
-    :class:`~merging.errors.InputError` for fewer than two examples.
+    Raises :class:`~merging.errors.FormatError` for parts of different kinds and for test labels without a training
+    example, and :class:`~merging.errors.InputError` for fewer than two examples.
     """
     if valid is None:
         shuffled = [train[i] for i in order(len(train), seed, "split")]
@@ -144,19 +154,19 @@ def split(
     return parts
 
 
-def kind_of(parts: Split) -> Kind:
-    """What is asked, the same in all parts."""
+def kind_of(parts: Split) -> TaskKind:
+    """Return the task, which is the same in all parts."""
     return parts.train[0].kind
 
 
 def labels_of(parts: Split) -> tuple[str | int, ...]:
-    """The labels in use, numbers before names, each in order."""
+    """Return the labels in use, numbers before names, each in order."""
     found = {each.label for each in parts.shots if each.label is not None}
     return tuple(sorted(found, key=lambda label: (isinstance(label, str), label)))
 
 
 def overlaps(parts: Split) -> list[str]:
-    """Remarks on examples that stand in two parts, and so make figures look better than they are."""
+    """Return remarks on examples in two parts, which make figures look better than they are."""
     seen = {each.content for each in parts.shots}
     held = {each.content for each in parts.valid}
     both = sum(each.content in held for each in parts.train)

@@ -1,4 +1,4 @@
-"""The yardstick: a small LoRA trained on the very examples that coefficients are tuned on."""
+"""The few-shot baseline: a small LoRA trained on the same examples that coefficients are tuned on."""
 
 from __future__ import annotations
 
@@ -11,64 +11,64 @@ import torch
 from torch import Tensor
 
 from merging.maths.delta import LowRank
-from merging.recycling.experts import FEW_SHOT, Expert
-from merging.recycling.journal import Journal
-from merging.recycling.places import Beside, attached
-from merging.recycling.problem import Mixed, Problem, alone
+from merging.recycling.hooks import LowRankBranch, attach_branches
+from merging.recycling.pool_adapters import FEW_SHOT, Expert
+from merging.recycling.problem import Problem, WeightedAdapters, single_adapter
+from merging.recycling.run_checkpoint import RunCheckpoint
 from merging.recycling.seeds import generator
-from merging.recycling.training import Course, Trained, train
+from merging.recycling.training import TrainingPlan, TrainingResult, train
 
-__all__ = ["FewShot", "few_shot"]
+__all__ = ["FewShot", "train_few_shot"]
 
 _SCALE = 2.0
 _PATIENCE = 5
-"""Validations without a better one, after which a rate is given up: too high ones are tried as well."""
+"""Validations without improvement after which a learning rate is given up."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FewShot:
-    """The trained LoRA, the rate it was trained with, and what each rate reached: the validation loss."""
+    """The trained LoRA, its learning rate, and the validation loss that each rate reached."""
 
     expert: Expert
-    mixed: Mixed
+    mixed: WeightedAdapters
     rate: float
     tried: Mapping[float, float]
 
 
-def few_shot(problem: Problem, modules: Sequence[str], journal: Journal) -> FewShot:
-    """A LoRA on the modules that the pool changes, at the rate and step of the lowest validation loss.
+def train_few_shot(problem: Problem, modules: Sequence[str], checkpoint: RunCheckpoint) -> FewShot:
+    """Train a LoRA on the modules that the pool changes, and return it at the lowest validation loss of all rates.
 
-    ``A`` starts uniform within ``1/sqrt(in)`` and ``B`` at zero as in PEFT, alpha is twice the rank. There is no
-    dropout; stopping by validation takes its place.
+    As in PEFT, ``A`` starts uniform within ``1/sqrt(in)`` and ``B`` at zero. Alpha is twice the rank. Early stopping
+    replaces dropout.
     """
     rates = problem.settings.lora_rates
-    runs = {rate: _trained(problem, modules, rate, journal) for rate in rates}
+    runs = {rate: _train(problem, modules, rate, checkpoint) for rate in rates}
     rate = min(rates, key=lambda each: runs[each].loss)
     expert = Expert(FEW_SHOT, _deltas(problem, modules, runs[rate].values))
-    mixed = replace(alone(expert).validated(problem), curve=runs[rate].curve)
+    mixed = replace(single_adapter(expert).validate(problem), curve=runs[rate].curve)
     return FewShot(expert, mixed, rate, {each: run.loss for each, run in runs.items()})
 
 
-def _trained(problem: Problem, modules: Sequence[str], rate: float, journal: Journal) -> Trained:
+def _train(problem: Problem, modules: Sequence[str], rate: float, checkpoint: RunCheckpoint) -> TrainingResult:
     settings, model = problem.settings, problem.model
     factors: list[Tensor] = []
     for name in modules:
-        place, random = model.places[name], generator(settings.seed, FEW_SHOT, name)
-        width = min(settings.lora_rank, place.inputs, place.outputs)
-        down = (2 * torch.rand(width, place.inputs, generator=random) - 1) / sqrt(place.inputs)
-        up = torch.zeros(place.outputs, width)
+        point, random = model.hook_points[name], generator(settings.seed, FEW_SHOT, name)
+        width = min(settings.lora_rank, point.inputs, point.outputs)
+        down = (2 * torch.rand(width, point.inputs, generator=random) - 1) / sqrt(point.inputs)
+        up = torch.zeros(point.outputs, width)
         factors += [part.to(model.device).requires_grad_(True) for part in (down, up)]
     gates = {name: factors[2 * i].new_full((len(factors[2 * i]),), _SCALE) for i, name in enumerate(modules)}
     dtype = model.dtype
 
     def running() -> AbstractContextManager[None]:
-        beside = {
-            name: Beside(factors[2 * i].to(dtype), factors[2 * i + 1].to(dtype), gates[name])
+        branches = {
+            name: LowRankBranch(factors[2 * i].to(dtype), factors[2 * i + 1].to(dtype), gates[name])
             for i, name in enumerate(modules)
         }
-        return attached(model.places, beside)
+        return attach_branches(model.hook_points, branches)
 
-    course = Course(
+    plan = TrainingPlan(
         rate=rate,
         steps=settings.lora_steps,
         size=settings.batch,
@@ -77,12 +77,12 @@ def _trained(problem: Problem, modules: Sequence[str], rate: float, journal: Jou
         patience=_PATIENCE,
         seed=settings.seed,
     )
-    return train(factors, running, model, problem.learn, problem.valid, course, journal, f"lora {rate:g}")
+    return train(factors, running, model, problem.learn, problem.valid, plan, checkpoint, f"lora {rate:g}")
 
 
 def _deltas(problem: Problem, modules: Sequence[str], factors: Sequence[Tensor]) -> dict[str, LowRank]:
     found = {}
     for i, name in enumerate(modules):
-        place = problem.model.places[name]
-        found[name] = LowRank(_SCALE * factors[2 * i + 1], factors[2 * i], place.shape, place.transposed)
+        point = problem.model.hook_points[name]
+        found[name] = LowRank(_SCALE * factors[2 * i + 1], factors[2 * i], point.shape, point.transposed)
     return found

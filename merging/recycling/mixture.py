@@ -1,8 +1,8 @@
-"""Adapters mixed while a model runs: one fused low-rank product a module, and few numbers that say how much of each.
+"""Adapters mixed while a model runs: one fused low-rank product a module, with few coefficients.
 
-For a module, ``y = W0 x + B diag(f(c)) A x`` with ``A [R, in]`` and ``B [out, R]`` the factors of all adapters one
-below or beside the other, ``R`` the sum of their ranks, and each adapter's coefficient repeated over its rows (section
-1.5 of the recycling study's recipe, arXiv 2602.12323).
+For a module, ``y = W0 x + B diag(f(c)) A x``. ``A [R, in]`` and ``B [out, R]`` are the concatenated factors of all
+adapters, ``R`` is the sum of their ranks, and each adapter's coefficient is repeated over its rows (section 1.5 of the
+recycling study's recipe, arXiv 2602.12323).
 """
 
 from __future__ import annotations
@@ -16,24 +16,28 @@ from torch import Tensor, nn
 
 from merging.maths.delta import LowRank
 from merging.maths.layers import Stacks
-from merging.recycling.experts import Expert
-from merging.recycling.places import Beside, Place, attached
+from merging.recycling.hooks import HookPoint, LowRankBranch, attach_branches
+from merging.recycling.pool_adapters import Expert
 from merging.recycling.settings import Granularity
 
-__all__ = ["Activation", "Layout", "Mixture", "concatenated"]
+__all__ = ["Activation", "CoefficientLayout", "Mixture", "concatenate_factors"]
 
 Activation = Literal["linear", "leaky", "softmax"]
-"""What becomes of a coefficient: itself; a leaky ReLU of slope 0.01; its softmax over the adapters of its group."""
+"""The function of a coefficient: identity; leaky ReLU of slope 0.01; softmax over the adapters of its group."""
 
 _SLOPE = 0.01
 _ATTENTION = ("attn", "attention", "self_attention", "crossattention", "encdecattention", "selfattention")
 
 
-class Layout:
-    """Which coefficient each rank row of each adapter has in each module.
+class CoefficientLayout:
+    """The assignment of coefficients to the rank rows of adapters.
 
-    ``rows[name]`` holds a position among the ``size`` coefficients for each of the module's concatenated rows;
-    ``groups[p]`` tells the group (layer, module...) and ``experts[p]`` the adapter of coefficient ``p``.
+    Attributes:
+        rows: For each module, the position of every concatenated row's coefficient.
+        size: The number of coefficients.
+        experts: The adapter of each coefficient, ``[size]``.
+        groups: The group (layer, module...) of each coefficient, ``[size]``.
+        names: The name of each coefficient's group.
     """
 
     def __init__(self, experts: Sequence[Mapping[str, LowRank]], granularity: Granularity) -> None:
@@ -55,8 +59,8 @@ class Layout:
         numbered = {group: number for number, group in enumerate(dict.fromkeys(self.names))}
         self.groups = torch.tensor([numbered[group] for group in self.names], dtype=torch.long)
 
-    def activated(self, coefficients: Tensor, activation: Activation) -> Tensor:
-        """f(c) of all coefficients, ``[size]``."""
+    def activate(self, coefficients: Tensor, activation: Activation) -> Tensor:
+        """Return f(c) of all coefficients, ``[size]``."""
         if activation == "leaky":
             return nn.functional.leaky_relu(coefficients, _SLOPE)
         if activation == "softmax":
@@ -68,7 +72,7 @@ class Layout:
 
 
 def _group(name: str, row: int, granularity: Granularity, stacks: Stacks) -> str:
-    """What a coefficient belongs to beside its adapter."""
+    """Return the group of a rank row's coefficient."""
     if granularity == "expert":
         return ""
     if granularity in ("module", "rank"):
@@ -83,15 +87,15 @@ def _group(name: str, row: int, granularity: Granularity, stacks: Stacks) -> str
 
 
 class Mixture:
-    """Some adapters beside a network, ready to run at any coefficients.
+    """Adapters on a network, ready to run at any coefficients.
 
-    The factors are held once, concatenated, in the network's type and on its device; the coefficients are float32, and
-    gradients reach them alone.
+    The factors are held once, concatenated, in the network's dtype and on its device. The coefficients are float32, and
+    only they receive gradients.
     """
 
     def __init__(
         self,
-        places: Mapping[str, Place],
+        hook_points: Mapping[str, HookPoint],
         experts: Sequence[Expert],
         granularity: Granularity = "module",
         activation: Activation = "linear",
@@ -99,48 +103,47 @@ class Mixture:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.places, self.experts, self.activation = places, tuple(experts), activation
-        self.layout = Layout([expert.deltas for expert in experts], granularity)
+        self.hook_points, self.experts, self.activation = hook_points, tuple(experts), activation
+        self.layout = CoefficientLayout([expert.deltas for expert in experts], granularity)
         self.size = self.layout.size
         self._device = torch.device(device)
         self._rows = {name: rows.to(device) for name, rows in self.layout.rows.items()}
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
         for name in self.layout.rows:
-            down, up = concatenated(experts, name)
+            down, up = concatenate_factors(experts, name)
             self._factors[name] = down.to(device, dtype), up.to(device, dtype)
 
     def full(self, value: float) -> Tensor:
-        """All coefficients at one value, float32 ``[size]``."""
+        """Return all coefficients at one value, float32 ``[size]``."""
         return torch.full((self.size,), value, dtype=torch.float32, device=self._device)
 
     def gates(self, coefficients: Tensor) -> dict[str, Tensor]:
-        """f(c) of every row of every module, ``[R]`` each."""
-        activated = self.layout.activated(coefficients.to(self._device), self.activation)
+        """Return f(c) for every row of every module, ``[R]`` each."""
+        activated = self.layout.activate(coefficients.to(self._device), self.activation)
         return {name: activated[rows] for name, rows in self._rows.items()}
 
     @contextmanager
     def at(self, coefficients: Tensor) -> Iterator[None]:
-        """Within the block the network is the mixture at these coefficients."""
+        """Make the network the mixture at these coefficients within the block."""
         gates = self.gates(coefficients)
-        with attached(
-            self.places, {name: Beside(*self._factors[name], gates[name]) for name in gates if len(gates[name])}
-        ):
+        branches = {name: LowRankBranch(*self._factors[name], gate) for name, gate in gates.items() if len(gate)}
+        with attach_branches(self.hook_points, branches):
             yield
 
     def deltas(self, coefficients: Tensor) -> dict[str, LowRank]:
-        """The mixture as one low-rank change a module, of the full sum of ranks, float32 on the CPU.
+        """Return the mixture as one low-rank change a module, of the full sum of ranks, float32 on the CPU.
 
-        Made of the adapters' own factors, not of what they are rounded to while the model runs.
+        It is made of the adapters' own factors, not of their rounded copies on the network.
         """
         found = {}
         for name, gate in self.gates(coefficients.detach()).items():
-            down, up = concatenated(self.experts, name)
-            place = self.places[name]
-            found[name] = LowRank(up * gate.cpu(), down, place.shape, place.transposed)
+            down, up = concatenate_factors(self.experts, name)
+            point = self.hook_points[name]
+            found[name] = LowRank(up * gate.cpu(), down, point.shape, point.transposed)
         return found
 
 
-def concatenated(experts: Sequence[Expert], name: str) -> tuple[Tensor, Tensor]:
-    """``A [R, in]`` and ``B [out, R]`` of all experts that change a module."""
+def concatenate_factors(experts: Sequence[Expert], name: str) -> tuple[Tensor, Tensor]:
+    """Return ``A [R, in]`` and ``B [out, R]`` of all experts that change a module."""
     present = [expert.deltas[name] for expert in experts if name in expert.deltas]
     return torch.cat([delta.down for delta in present], 0), torch.cat([delta.up for delta in present], 1)

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 __all__ = ["page"]
 
 _SHOWN = 40
-"""Adapters that are listed, and groups of coefficients that are drawn."""
+"""The most adapters that are listed."""
 
 
 def page(report: Report) -> str:
-    """A self-contained page; without matplotlib (the extra ``report``) it has tables alone."""
+    """Return a self-contained HTML page. Without matplotlib (the extra ``report``) it has only tables."""
     facts = report.facts
     made = Page("Recycled adapters", f"{report.verdict.sentence}.")
     counts = report.examples
@@ -51,9 +51,9 @@ def page(report: Report) -> str:
 def _rows(made: Page, report: Report) -> None:
     on = "test" if report.tested else "validation"
     made.section(
-        "What the merge is held against",
-        "Every run measures the same rows. The last ones are mixtures of adapters that know nothing, tuned in the same "
-        "way: what they gain too is no knowledge of the adapters'.",
+        "Comparison of the merge",
+        "Every run measures the same rows. The last rows are mixtures of adapters without any knowledge, tuned in the "
+        "same way: a gain of theirs is no knowledge of the adapters.",
     )
     header, *rows = report.table()
     made.table(
@@ -73,11 +73,11 @@ def _adapters(made: Page, facts: dict[str, Any] | Any) -> None:
     made.table(
         ["adapter", "owner", "rank", "loss alone", "mean weight"],
         rows,
-        "Loss on the training and validation examples; the mean of what became of its coefficients.",
+        "Loss on the training and validation examples; the mean of its final coefficients.",
     )
     correlation = facts["selection_correlation"]
     if correlation is not None:
-        made.text(f"Rank correlation of the selection's scores with the losses of those chosen: {correlation:.2f}.")
+        made.text(f"Rank correlation of the selection's scores with the chosen adapters' losses: {correlation:.2f}.")
     others = {**facts["passed_over"], **facts["left_out"]}
     if others:
         made.table(["not mixed", "why"], [[name, why] for name, why in list(others.items())[:_SHOWN]])
@@ -91,15 +91,15 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _panels(report: Report) -> list[Panel]:
     panels = [
         Panel(
-            "How far the merge is ahead",
-            f"differences in {report.metric} with {LEVEL:.0%} intervals; what reaches the line at zero is not beaten",
+            "Lead of the merge",
+            f"differences in {report.metric} with {LEVEL:.0%} intervals; a row is beaten if its interval is above zero",
             lambda axes: _ahead(axes, report.rows, report.metric),
             (7.0, 0.6 + 0.42 * len(report.rows)),
         )
     ]
     curves = {name: curve for name, curve in report.facts["curves"].items() if len(curve) > 1}
     if curves:
-        panels.append(Panel("Tuning", "loss by step; what came back is the lowest validation loss",
+        panels.append(Panel("Tuning", "loss by step; the result has the lowest validation loss",
                             lambda axes: _curves(axes, curves)))  # fmt: skip
     weights = report.facts["weights"]
     if len(weights["groups"]) > 1:
@@ -112,12 +112,12 @@ def _panels(report: Report) -> list[Panel]:
 def _ahead(axes: Axes, rows: Sequence[Row], metric: str) -> None:
     compared = [row for row in rows if row.ahead is not None][::-1]
     times = 100 if metric == "accuracy" else 1
-    for place, row in enumerate(compared):
+    for height, row in enumerate(compared):
         assert row.ahead is not None
         low, mean, high = (times * value for value in (row.ahead.low, row.ahead.mean, row.ahead.high))
-        colour = "#24549c" if row.ahead.above else "#9a6b15"
-        axes.plot([low, high], [place, place], color=colour, linewidth=2)
-        axes.plot([mean], [place], marker="o", color=colour)
+        color = "#24549c" if row.ahead.above else "#9a6b15"
+        axes.plot([low, high], [height, height], color=color, linewidth=2)
+        axes.plot([mean], [height], marker="o", color=color)
     axes.axvline(0, color="#5b6477", linewidth=0.8)
     axes.set_yticks(range(len(compared)), [plain(row.title) for row in compared])
     axes.set_xlabel("points of accuracy" if metric == "accuracy" else "lower loss")
@@ -127,7 +127,7 @@ def _curves(axes: Axes, curves: dict[str, Any]) -> None:
     for name, curve in curves.items():
         title = MERGE if name == "merge" else name
         steps, training, valid = zip(*curve, strict=True)
-        (line,) = axes.plot(steps, training, linewidth=0.8, linestyle=":", label=f"{title}, minimised")
+        (line,) = axes.plot(steps, training, linewidth=0.8, linestyle=":", label=f"{title}, minimized")
         if None not in valid:
             axes.plot(steps, valid, color=line.get_color(), marker="o", markersize=3, label=f"{title}, validation")
     axes.set(xlabel="step", ylabel="loss")

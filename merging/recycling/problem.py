@@ -1,4 +1,4 @@
-"""A task as methods see it, and adapters at coefficients, which are what methods find."""
+"""A task as methods see it, and adapters at coefficients: the input and the result of a method."""
 
 from __future__ import annotations
 
@@ -9,42 +9,48 @@ from math import inf, isfinite
 import torch
 from torch import Tensor
 
-from merging.recycling.experts import Expert
 from merging.recycling.mixture import Activation, Mixture
-from merging.recycling.model import Item, Scores, TaskModel
+from merging.recycling.model import EncodedExample, Scores, TaskModel
+from merging.recycling.pool_adapters import Expert
 from merging.recycling.settings import Granularity, Settings
 
-__all__ = ["Curve", "Mixed", "Problem", "alone", "mean"]
+__all__ = ["Curve", "Problem", "WeightedAdapters", "simple_average", "single_adapter"]
 
 Curve = tuple[tuple[int, float, float | None], ...]
-"""Step, what is minimised, and validation loss where it was looked at."""
+"""Points of a training curve: step, objective, and validation loss where it was measured."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Problem:
-    """A task as the methods see it: a model, what to tune on, what to validate on, and the settings."""
+    """A task: the model, the examples to tune on (``learn``) and to validate on, and the settings."""
 
     model: TaskModel
-    learn: tuple[Item, ...]
-    valid: tuple[Item, ...]
+    learn: tuple[EncodedExample, ...]
+    valid: tuple[EncodedExample, ...]
     settings: Settings
 
     @property
-    def shots(self) -> tuple[Item, ...]:
-        """All examples that may be looked at."""
+    def shots(self) -> tuple[EncodedExample, ...]:
+        """Training and validation examples."""
         return self.learn + self.valid
 
     def mixture(self, experts: Sequence[Expert], granularity: Granularity, activation: Activation) -> Mixture:
-        """Adapters beside the model."""
+        """Return the model with these adapters, ready to run."""
         model = self.model
-        return Mixture(model.places, experts, granularity, activation, dtype=model.dtype, device=model.device)
+        return Mixture(model.hook_points, experts, granularity, activation, dtype=model.dtype, device=model.device)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Mixed:
-    """Adapters at coefficients: what is measured, and what is written. No adapters are the base.
+class WeightedAdapters:
+    """Adapters at coefficients; without adapters, the base.
 
-    ``loss`` is that of validation; ``curve`` tells how it was found.
+    Attributes:
+        experts: The adapters.
+        coefficients: One number for each adapter and group, float32.
+        loss: The validation loss.
+        granularity: The parts of an adapter that share a coefficient.
+        activation: The function that is applied to coefficients.
+        curve: The training curve that led here.
     """
 
     experts: tuple[Expert, ...]
@@ -54,28 +60,28 @@ class Mixed:
     activation: Activation = "linear"
     curve: Curve = ()
 
-    def scores(self, problem: Problem, items: Sequence[Item]) -> Scores:
-        """Losses and right answers on some examples."""
+    def scores(self, problem: Problem, items: Sequence[EncodedExample]) -> Scores:
+        """Return losses and right answers on some examples."""
         if not self.experts:
             return problem.model.scores(items)
         with self.mixture(problem).at(self.coefficients):
             return problem.model.scores(items)
 
     def mixture(self, problem: Problem) -> Mixture:
-        """The adapters beside the model."""
+        """Return the model with the adapters, ready to run."""
         return problem.mixture(self.experts, self.granularity, self.activation)
 
-    def validated(self, problem: Problem) -> Mixed:
-        """The same with its loss on the validation examples."""
+    def validate(self, problem: Problem) -> WeightedAdapters:
+        """Return the same with its loss on the validation examples."""
         loss = self.scores(problem, problem.valid).loss
         return replace(self, loss=loss if isfinite(loss) else inf)
 
 
-def alone(expert: Expert | None) -> Mixed:
-    """One adapter as it is, or the base."""
-    return Mixed((expert,), torch.ones(1)) if expert else Mixed((), torch.zeros(0))
+def single_adapter(expert: Expert | None) -> WeightedAdapters:
+    """Return one adapter with coefficient 1, or the base."""
+    return WeightedAdapters((expert,), torch.ones(1)) if expert else WeightedAdapters((), torch.zeros(0))
 
 
-def mean(experts: Sequence[Expert]) -> Mixed:
-    """The simple average."""
-    return Mixed(tuple(experts), torch.full((len(experts),), 1 / len(experts)))
+def simple_average(experts: Sequence[Expert]) -> WeightedAdapters:
+    """Return the adapters with equal coefficients that sum to 1."""
+    return WeightedAdapters(tuple(experts), torch.full((len(experts),), 1 / len(experts)))

@@ -1,4 +1,4 @@
-"""What a run found: a row for the merge and for everything that it must be held against, always."""
+"""The report of a run: a row for the merge and for everything that it must be compared with."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from typing import Any
 
 from torch import Tensor
 
-from merging.recycling.bootstrap import LEVEL, Gap, Metric, paired
+from merging.recycling.bootstrap import LEVEL, Gap, Metric, paired_bootstrap
 from merging.recycling.controls import CONTROLS
-from merging.recycling.experts import BASE, FEW_SHOT
 from merging.recycling.model import Scores
-from merging.recycling.verdict import Evidence, Verdict, judge
+from merging.recycling.pool_adapters import BASE, FEW_SHOT
+from merging.recycling.verdict import Evidence, TransferVerdict, judge
 
-__all__ = ["AVERAGE", "MERGE", "SINGLE", "Measured", "Report", "Row", "make_report"]
+__all__ = ["AVERAGE", "MERGE", "SINGLE", "Measurement", "Report", "Row", "make_report"]
 
 MERGE, SINGLE, AVERAGE = "the merge", "best single adapter", "simple average"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Measured:
-    """One thing that was measured: its title, what is to be known of it, and its scores on the same examples."""
+class Measurement:
+    """The scores of one row on the same examples, with its title and a note."""
 
     title: str
     scores: Scores
     note: str = ""
 
     def values(self, metric: Metric) -> Tensor:
-        """Of each example, larger for better."""
+        """Return the value of each example. Better values are larger."""
         return self.scores.right if metric == "accuracy" else -self.scores.losses
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of the report: mean loss and accuracy, and by how much the merge is ahead of it (None of itself)."""
+    """A line of the report: mean loss and accuracy, and the lead of the merge (None for the merge itself)."""
 
     title: str
     note: str
@@ -46,10 +46,20 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything that a run found. ``tested``: the rows are of test examples, not of those the merge was chosen on."""
+    """The results of a run.
+
+    Attributes:
+        rows: The rows of the table, the merge among them.
+        verdict: The verdict on transfer.
+        metric: The measure by which rows are compared.
+        tested: Whether the rows were measured on test examples, or on the validation examples.
+        examples: The number of examples of each part.
+        facts: All other figures, for JSON.
+        notices: Remarks on the run.
+    """
 
     rows: tuple[Row, ...]
-    verdict: Verdict
+    verdict: TransferVerdict
     metric: Metric
     tested: bool
     examples: Mapping[str, int]
@@ -57,8 +67,8 @@ class Report:
     notices: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The same in plain values, for JSON."""
-        told = {
+        """Return the same in plain values, for JSON."""
+        values = {
             "verdict": self.verdict.sentence,
             "transfer": self.verdict.transfer,
             "metric": self.metric,
@@ -69,21 +79,21 @@ class Report:
             **self.facts,
             "notices": list(self.notices),
         }
-        plain: dict[str, Any] = _plain(told)
+        plain: dict[str, Any] = _plain(values)
         return plain
 
     def table(self) -> list[tuple[str, ...]]:
-        """The rows as they are printed, after a line of headings."""
+        """Return the rows as they are printed, after a line of headings."""
         ahead = f"merge ahead by ({LEVEL:.0%} interval)"
         return [("", "accuracy", "loss", ahead, ""), *(self._cells(row) for row in self.rows)]
 
     def _cells(self, row: Row) -> tuple[str, ...]:
-        ahead = row.ahead.shown(self.metric) if row.ahead else ""
+        ahead = row.ahead.text(self.metric) if row.ahead else ""
         return row.title, f"{100 * row.accuracy:.1f}", f"{row.loss:.3f}", ahead, row.note
 
 
 def _plain(value: Any) -> Any:
-    """The same with None for what is no number, which JSON cannot say."""
+    """Return the same with None for infinities and NaN, which JSON cannot hold."""
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -92,7 +102,8 @@ def _plain(value: Any) -> Any:
 
 
 def make_report(
-    measured: Sequence[Measured],
+    measured: Sequence[Measurement],
+    *,
     metric: Metric,
     tested: bool,
     fallback: str | None,
@@ -102,13 +113,22 @@ def make_report(
     facts: Mapping[str, Any],
     notices: Sequence[str],
 ) -> Report:
-    """The report of what was measured: the rows named in this module, the few-shot LoRA's and the controls' included.
+    """Return the report of all measurements.
 
-    ``fallback`` names what came back instead of the tuned merge, if something did.
+    Args:
+        measured: The rows: the merge, the base, the few-shot LoRA, the baselines, and all controls.
+        metric: The measure by which rows are compared.
+        tested: Whether the rows were measured on test examples.
+        fallback: The baseline that replaced the tuned merge, if one did.
+        examples: The number of examples of each part.
+        resamples: Resamples of the bootstrap.
+        seed: Seed of the bootstrap.
+        facts: All other figures, for JSON.
+        notices: Remarks on the run.
     """
     merge = next(each for each in measured if each.title == MERGE)
     gaps = {
-        each.title: paired(merge.values(metric), each.values(metric), resamples, seed)
+        each.title: paired_bootstrap(merge.values(metric), each.values(metric), resamples, seed)
         for each in measured
         if each is not merge
     }
@@ -122,4 +142,12 @@ def make_report(
         fallback=fallback,
     )
     rows = [Row(e.title, e.note, e.scores.loss, e.scores.accuracy, gaps.get(e.title)) for e in measured]
-    return Report(tuple(rows), judge(evidence, metric), metric, tested, examples, facts, tuple(notices))
+    return Report(
+        rows=tuple(rows),
+        verdict=judge(evidence, metric),
+        metric=metric,
+        tested=tested,
+        examples=examples,
+        facts=facts,
+        notices=tuple(notices),
+    )

@@ -8,23 +8,25 @@ from typing import Any
 
 import torch
 
-from merging.recycling.experts import Expert
-from merging.recycling.journal import Journal
-from merging.recycling.problem import Mixed, Problem
+from merging.recycling.pool_adapters import Expert
+from merging.recycling.problem import Problem, WeightedAdapters
+from merging.recycling.run_checkpoint import RunCheckpoint
 
-__all__ = ["searched"]
+__all__ = ["search_weights"]
 
 _BOUND, _L1, _EVALUATIONS, _REACH = 1.5, 0.05, 100, 0.5
 _NOWHERE = 1e9
-"""What stands for a loss that is no number."""
+"""The value in place of a loss that is not finite."""
 
 
-def searched(problem: Problem, experts: Sequence[Expert], journal: Journal, stage: str, target: int | None) -> Mixed:
-    """The weights within 1.5 of zero with the lowest training loss plus 0.05 times their mean size.
+def search_weights(
+    problem: Problem, experts: Sequence[Expert], checkpoint: RunCheckpoint, stage: str, target: int | None
+) -> WeightedAdapters:
+    """Search weights within 1.5 of zero that minimize the training loss plus 0.05 times their mean absolute value.
 
-    Departs from the paper in three points: changes are added, not factors, whose products across adapters mean
-    nothing; the search starts at the target LoRA (weight 1, ``target``) where there is one, since searches from zero
-    were found not to reach it; and COBYQA (Ragonneau and Zhang 2024) takes the place of Nevergrad's choice.
+    Departures from the paper: changes are added instead of factors, whose products across adapters mean nothing. The
+    search starts at the target LoRA (position ``target``, weight 1) if there is one, as searches from zero did not
+    reach it. COBYQA (Ragonneau and Zhang 2024) replaces Nevergrad's choice.
     """
     import numpy as np
     from scipy.optimize import Bounds, minimize
@@ -33,31 +35,31 @@ def searched(problem: Problem, experts: Sequence[Expert], journal: Journal, stag
     l1 = _L1 if settings.l1 is None else settings.l1
     mixture = problem.mixture(experts, "expert", "linear")
     owner = mixture.layout.experts
-    kept: list[float] = journal.get(stage) or []
+    kept: list[float] = checkpoint.get(stage) or []
     known = len(kept)
     tried: list[Any] = []
 
     def objective(weights: Any) -> float:
-        """The value at some weights; a run that goes on is told the values that it found before."""
+        """Return the objective at some weights. A resumed run receives the values that it computed before."""
         if len(tried) == len(kept):
             with mixture.at(torch.tensor(weights, dtype=torch.float32)[owner]):
                 loss = model.scores(problem.learn).loss
             kept.append(loss + l1 * float(np.abs(weights).mean()) if isfinite(loss) else _NOWHERE)
             if len(kept) % settings.every == 0:
-                journal.keep(stage, kept)
+                checkpoint.keep(stage, kept)
         tried.append(np.array(weights))
         return kept[len(tried) - 1]
 
     start = np.zeros(len(experts))
     if target is not None:
         start[target] = 1.0
-    # its first model of the loss takes two looks a weight, whatever it is allowed
+    # COBYQA's first model of the loss takes two evaluations a weight, whatever its budget.
     budget = max(settings.steps or _EVALUATIONS, 2 * len(experts) + 2)
     options = {"maxfev": budget, "initial_tr_radius": _REACH}
     minimize(objective, start, method="COBYQA", bounds=Bounds(-_BOUND, _BOUND), options=options)
     if len(kept) % settings.every and len(kept) > known:
-        journal.keep(stage, kept)
+        checkpoint.keep(stage, kept)
     best = tried[int(np.argmin(kept[: len(tried)]))]
     curve = tuple((number, value, None) for number, value in enumerate(kept, 1))
-    found = Mixed(tuple(experts), torch.tensor(best, dtype=torch.float32)[owner], curve=curve)
-    return found.validated(problem)
+    found = WeightedAdapters(tuple(experts), torch.tensor(best, dtype=torch.float32)[owner], curve=curve)
+    return found.validate(problem)

@@ -1,4 +1,4 @@
-"""Random numbers that depend on a seed and on what they are for, never on what was drawn before."""
+"""Random numbers that depend on a seed and a purpose, never on earlier draws."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ __all__ = ["batch", "generator", "order"]
 
 
 def generator(seed: int, *purpose: object) -> torch.Generator:
-    """A generator of its own for each purpose."""
+    """Return a separate generator for each purpose."""
     digest = sha256("\0".join(map(str, (seed, *purpose))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def order(count: int, seed: int, *purpose: object) -> list[int]:
-    """A random order of so many things."""
+    """Return a random order of ``count`` things."""
     positions: list[int] = torch.randperm(count, generator=generator(seed, *purpose)).tolist()
     return positions
 
 
 def batch(step: int, size: int, count: int, seed: int) -> list[int]:
-    """The positions of a step's examples: all are seen once before any is seen again, in a new order each time.
+    """Return the positions of a step's examples. An epoch covers all examples, in a new order each time.
 
-    Follows from the step alone, so that training goes on after a stop as if there had been none.
+    The result depends on the step alone, so that training continues after an interruption as if there had been none.
     """
     return [order(count, seed, "epoch", at // count)[at % count] for at in range(step * size, (step + 1) * size)]

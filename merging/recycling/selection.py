@@ -1,4 +1,4 @@
-"""Which adapters of a pool are mixed: all are scored, one at a time, and the best of different ones are taken."""
+"""Select the adapters to mix: score all of a pool, one at a time, and take the best that differ."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from merging.errors import OptionError
 from merging.maths.linalg import safe_ratio
-from merging.recycling.closeness import closeness, cosine
-from merging.recycling.experts import Candidate, Expert, open_expert
-from merging.recycling.journal import Journal
-from merging.recycling.places import Place
-from merging.recycling.problem import Problem, alone
+from merging.recycling.hooks import HookPoint
+from merging.recycling.pool_adapters import AdapterRef, Expert, open_expert
+from merging.recycling.problem import Problem, single_adapter
+from merging.recycling.run_checkpoint import RunCheckpoint
 from merging.recycling.seeds import order
+from merging.recycling.similarity import cosine, similarity
 
-__all__ = ["Chosen", "choose", "gains", "gradients", "scored", "spearman"]
+__all__ = ["ChosenAdapters", "choose", "gains", "gradients", "score_candidates", "spearman"]
 
 _DUPLICATE = 0.9999
 
@@ -28,48 +28,51 @@ _GRADIENT_BYTES = 4 << 30
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Chosen:
-    """The adapters to mix, best first, the score of every candidate, and why better ones were passed over."""
+class ChosenAdapters:
+    """The adapters to mix, best first, the score of every candidate, and why better candidates were passed over."""
 
     experts: tuple[Expert, ...]
     scores: dict[str, float]
     passed_over: dict[str, str] = field(default_factory=dict)
 
 
-def scored(pool: Sequence[Candidate], problem: Problem, target: Expert | None, journal: Journal) -> dict[str, float]:
-    """A score for each candidate by the strategy of the settings, larger for better ones."""
+def score_candidates(
+    pool: Sequence[AdapterRef], problem: Problem, target: Expert | None, checkpoint: RunCheckpoint
+) -> dict[str, float]:
+    """Score each candidate by the strategy of the settings. Better adapters have larger scores."""
     kind = problem.settings.select
-    kept: dict[str, float] = journal.get("selection") or {}
+    kept: dict[str, float] = checkpoint.get("selection") or {}
     if kind == "random":
-        places = order(len(pool), problem.settings.seed, "selection")
-        return {each.name: float(-place) for each, place in zip(pool, places, strict=True)}
+        positions = order(len(pool), problem.settings.seed, "selection")
+        return {each.name: float(-position) for each, position in zip(pool, positions, strict=True)}
     grads = gradients(problem) if kind == "screen" and len(kept) < len(pool) else {}
     for each in pool:
         if each.name not in kept:
-            expert = open_expert(each, problem.model.places)
+            expert = open_expert(each, problem.model.hook_points)
             kept[each.name] = _score(kind, expert, problem, target, grads)
-            journal.keep("selection", kept)
+            checkpoint.keep("selection", kept)
     return kept
 
 
 def _score(kind: str, expert: Expert, problem: Problem, target: Expert | None, grads: dict[str, Tensor]) -> float:
     if kind == "evaluation":
-        loss = alone(expert).scores(problem, problem.shots).loss
+        loss = single_adapter(expert).scores(problem, problem.shots).loss
         return -loss if isfinite(loss) else -inf
     if kind == "screen":
         return safe_ratio(-sum(gains(expert, grads).values()), expert.norm)
     if kind == "rank":
         return float(expert.rank)
     assert target is not None
-    return closeness(expert.deltas, target.deltas, kind)
+    return similarity(expert.deltas, target.deltas, kind)
 
 
 def choose(
-    pool: Sequence[Candidate], scores: dict[str, float], problem: Problem, taken: Sequence[Expert] = ()
-) -> Chosen:
-    """The best candidates: at most ``k``, at most so many of an owner, and no two of the same changes.
+    pool: Sequence[AdapterRef], scores: dict[str, float], problem: Problem, taken: Sequence[Expert] = ()
+) -> ChosenAdapters:
+    """Choose the best candidates: at most ``k``, at most ``owner_cap`` of an owner, and no two with the same changes.
 
-    ``taken`` are mixed in anyway, and what equals them is passed over. Of equal scores the first name wins.
+    The adapters in ``taken`` are mixed in anyway, and candidates that equal them are passed over. Of equal scores the
+    first name wins.
     """
     settings = problem.settings
     experts: list[Expert] = []
@@ -81,14 +84,14 @@ def choose(
         if each.owner and settings.owner_cap and owners[each.owner] == settings.owner_cap:
             passed_over[each.name] = f"{each.owner} has {settings.owner_cap} among the chosen"
             continue
-        expert = open_expert(each, problem.model.places)
+        expert = open_expert(each, problem.model.hook_points)
         twin = next((one for one in (*taken, *experts) if settings.dedupe and _same(one, expert)), None)
         if twin is not None:
             passed_over[each.name] = f"changes the same as {twin.name}"
             continue
         experts.append(expert)
         owners.update([each.owner] if each.owner else [])
-    return Chosen(tuple(experts), scores, passed_over)
+    return ChosenAdapters(tuple(experts), scores, passed_over)
 
 
 def _same(one: Expert, other: Expert) -> bool:
@@ -96,33 +99,33 @@ def _same(one: Expert, other: Expert) -> bool:
 
 
 def gradients(problem: Problem, most: int = _GRADIENT_BYTES) -> dict[str, Tensor]:
-    """``G = dL/dW0`` of each place's weight for the mean loss of the training examples, float32, as the weight lies.
+    """Return ``G = dL/dW0`` of the mean training loss for every hook point's weight, float32, in the weight's layout.
 
-    One forward and backward pass over the examples, or several where the gradients take more than ``most`` bytes. The
-    gradient of a weight that is tied to another counts both uses.
+    This takes one forward and backward pass over the examples, or several if the gradients need more than ``most``
+    bytes. The gradient of a tied weight counts both uses.
     """
     found: dict[str, Tensor] = {}
-    for group in _groups(problem.model.places, most):
-        found |= _accumulated(problem, group)
+    for group in _groups(problem.model.hook_points, most):
+        found |= _accumulate(problem, group)
     return found
 
 
-def _groups(places: dict[str, Place], most: int) -> list[dict[str, Place]]:
-    groups: list[dict[str, Place]] = [{}]
+def _groups(points: dict[str, HookPoint], most: int) -> list[dict[str, HookPoint]]:
+    groups: list[dict[str, HookPoint]] = [{}]
     size = 0
-    for name, place in places.items():
-        needed = 4 * place.inputs * place.outputs
+    for name, point in points.items():
+        needed = 4 * point.inputs * point.outputs
         if groups[-1] and size + needed > most:
             groups.append({})
             size = 0
-        groups[-1][name] = place
+        groups[-1][name] = point
         size += needed
     return groups
 
 
-def _accumulated(problem: Problem, group: dict[str, Place]) -> dict[str, Tensor]:
+def _accumulate(problem: Problem, group: dict[str, HookPoint]) -> dict[str, Tensor]:
     model, step = problem.model, problem.settings.micro_batch
-    weights = {name: place.weight for name, place in group.items()}
+    weights = {name: point.weight for name, point in group.items()}
     sums = {name: torch.zeros(weight.shape, device=weight.device) for name, weight in weights.items()}
     if not all(weight.is_floating_point() for weight in weights.values()):
         raise OptionError("select = screen: needs the gradients of the base's weights, and these are quantised")
@@ -133,7 +136,7 @@ def _accumulated(problem: Problem, group: dict[str, Place]) -> dict[str, Tensor]
         for start in range(0, len(problem.learn), step):
             items = problem.learn[start : start + step]
             loss = model.answers(items).losses(len(items)).sum() / len(problem.learn)
-            if not loss.requires_grad:  # nothing of the group has a part in the answers, as an unused pooler
+            if not loss.requires_grad:  # no weight of the group has a part in the answers, as with an unused pooler
                 break
             for weight, grad in zip(unique, torch.autograd.grad(loss, unique, allow_unused=True), strict=True):
                 for name in [name for name, each in weights.items() if each is weight and grad is not None]:
@@ -145,7 +148,7 @@ def _accumulated(problem: Problem, group: dict[str, Place]) -> dict[str, Tensor]
 
 
 def gains(expert: Expert, grads: dict[str, Tensor]) -> dict[str, float]:
-    """``<D, G>`` of each module: the first gradient of its coefficient where all are zero, so negative is good."""
+    """Return ``<D, G>`` of each module: the gradient of its coefficient at zero. Negative values are good."""
     found = {}
     for name, delta in expert.deltas.items():
         grad = grads[name].mT if delta.transposed else grads[name]
@@ -155,7 +158,7 @@ def gains(expert: Expert, grads: dict[str, Tensor]) -> dict[str, float]:
 
 
 def spearman(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Rank correlation of two scores of the same things, None of fewer than three or of constant ones."""
+    """Return the rank correlation of two scores of the same things. None for fewer than three, or constant scores."""
     if len(one) < 3:
         return None
     ranks = [torch.tensor(_ranks(values), dtype=torch.float64) for values in (one, other)]
@@ -165,5 +168,5 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float | None:
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
-    """Ranks, equal values sharing the mean of theirs."""
+    """Return ranks. Equal values share the mean of their ranks."""
     return [sum(v < value for v in values) + (sum(v == value for v in values) - 1) / 2 for value in values]

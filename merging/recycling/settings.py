@@ -1,4 +1,4 @@
-"""The settings of a recycling run: declared once with default, bounds and one line of help."""
+"""The settings of a recycling run: declared once, with default, bounds and one line of help."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from merging.errors import OptionError, nearest
 __all__ = ["Granularity", "Selection", "Settings", "make_settings"]
 
 Granularity = Literal["expert", "layer", "sublayer", "module", "rank"]
-"""What a coefficient belongs to: an adapter, or its part in a layer, in a layer's attention or MLP, in a module, or one
-of its ranks in a module."""
+"""The unit of a coefficient: an adapter, or its part in a layer, in a layer's attention or MLP, in a module, or in one
+rank of a module."""
 
 Selection = Literal["evaluation", "screen", "cosine", "clamp", "clamp_pm", "abs", "quasi_fim", "l2", "random", "rank"]
 
 
 class Settings(BaseModel):
-    """Everything that decides what comes out, but the pool, the base and the examples."""
+    """Everything that decides the result, except the pool, the base and the examples."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     select: Selection = Field(
         "evaluation",
         description="how adapters are ranked: by their loss on the examples (evaluation), by one gradient of the base "
-        "(screen), by likeness to the target LoRA (cosine and its variants, l2), at random, or by their rank",
+        "(screen), by similarity to the target LoRA (cosine and its variants, l2), at random, or by their rank",
     )
     k: int = Field(30, ge=1, description="how many adapters are mixed")
     owner_cap: int | None = Field(10, ge=1, description="most adapters of one owner")
@@ -40,13 +40,13 @@ class Settings(BaseModel):
         "merge methods, untuned, such as linear or ties",
     )
     granularity: Granularity | None = Field(
-        None, description="what a coefficient belongs to, instead of the method's own choice"
+        None, description="the unit of a coefficient, instead of the method's own choice"
     )
     rank: int | None = Field(None, ge=1, description="rank of the result; by default lossless")
     head: Literal["auto", "model", "labels", "prototypes"] = Field(
         "auto",
-        description="what tells classes apart: the model's own head, the embeddings of the labels' names, or the mean "
-        "embeddings of the training texts of each class; none of them is tuned",
+        description="how classes are distinguished: by the model's own head, the embeddings of the labels' names, or "
+        "the mean embeddings of the training texts of each class; no head is tuned",
     )
     chat: bool = Field(False, description="put prompts into the tokenizer's chat template")
     max_length: Annotated[int | None, Field(ge=2)] = Field(
@@ -62,7 +62,7 @@ class Settings(BaseModel):
     )
     batch: int = Field(8, ge=1, description="examples a step of tuning")
     micro_batch: int = Field(8, ge=1, description="examples that go through the model at once, when it is tuned")
-    every: int = Field(10, ge=1, description="steps between validations, after each of which a killed run can go on")
+    every: int = Field(10, ge=1, description="steps between validations; a killed run can resume after each of them")
     patience: int = Field(20, ge=1, description="validations without a better one, after which tuning stops")
     lora_rank: int = Field(16, ge=1, description="rank of the LoRA trained on the examples")
     lora_steps: int = Field(200, ge=1, description="steps it is trained for")
@@ -70,7 +70,8 @@ class Settings(BaseModel):
         (3e-4, 1e-3, 3e-3), min_length=1, description="learning rates it is tried with"
     )
     metric: Literal["auto", "accuracy", "loss"] = Field(
-        "auto", description="what rows are compared by; by default accuracy, or loss where texts are only continued"
+        "auto",
+        description="measure by which rows are compared; by default accuracy, or loss where texts are only continued",
     )
     draws: int = Field(1, ge=1, description="random draws of each control")
     resamples: int = Field(10_000, ge=100, description="resamples of the bootstrap")
@@ -78,7 +79,7 @@ class Settings(BaseModel):
 
 
 def make_settings(values: dict[str, Any]) -> Settings:
-    """Settings from plain values. Raises :class:`~merging.errors.OptionError`, naming the field and what it takes."""
+    """Return settings from plain values. Raises :class:`~merging.errors.OptionError`, naming the field."""
     try:
         return Settings.model_validate(values)
     except ValidationError as error:

@@ -1,161 +1,220 @@
-"""The stages of a run: what is trained, chosen, mixed and guarded, and what it is held against."""
+"""The stages of a run: train the few-shot LoRA, choose adapters, mix them, mix the controls, and measure everything."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 
+import torch
+
 from merging.errors import InputError
 from merging.recycling.controls import CONTROLS
-from merging.recycling.experts import BASE, FEW_SHOT, Candidate, Expert, Opened, open_expert
-from merging.recycling.fewshot import FewShot, few_shot
-from merging.recycling.journal import Journal
-from merging.recycling.methods import fit
-from merging.recycling.model import Item, Scores
-from merging.recycling.problem import Mixed, Problem, alone, mean
-from merging.recycling.report import AVERAGE, MERGE, SINGLE, Measured
-from merging.recycling.selection import Chosen, choose, scored, spearman
+from merging.recycling.fewshot import FewShot, train_few_shot
+from merging.recycling.mixing import fit
+from merging.recycling.model import EncodedExample, Scores
+from merging.recycling.pool_adapters import BASE, FEW_SHOT, AdapterRef, Expert, UsableAdapters, open_expert
+from merging.recycling.problem import Problem, WeightedAdapters, simple_average, single_adapter
+from merging.recycling.report import AVERAGE, MERGE, SINGLE, Measurement
+from merging.recycling.run_checkpoint import RunCheckpoint
+from merging.recycling.selection import ChosenAdapters, choose, score_candidates, spearman
 
-__all__ = ["Outcome", "Told", "carried_out", "guarded", "measured"]
+__all__ = ["OnEvent", "Outcome", "best_of", "measure", "run_stages"]
 
-Told = Callable[[str], None]
-"""Told what begins now."""
+OnEvent = Callable[[str], None]
+"""Receives a line about each stage when it begins."""
+
+_SEED_STEP = 1_000_003
+"""Distance between the seeds of two draws of a control."""
+
+Guarded = tuple[WeightedAdapters, str | None]
+"""A mixture, and the name of the baseline that replaced it, if one did."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Outcome:
-    """What came of mixing. ``merge`` is what is returned: ``tuned``, or the one of the ``trivial`` points (base, target
-    alone, best single adapter) named ``fallback`` where that validated better.
+    """The results of mixing.
 
-    ``controls`` holds for each kind of adapters that know nothing one mixture a draw, and what came back instead of it;
-    ``losses`` those of the chosen adapters alone, on the examples; ``correlation`` that of the selection's scores with
-    these losses' order.
+    Attributes:
+        chosen: The adapters that were selected from the pool.
+        few_shot: The LoRA trained on the examples.
+        target: The adapter for this very task that was mixed in first, if any.
+        tuned: The mixture as the method found it.
+        merge: The result: ``tuned``, or the baseline ``fallback`` where that has the lower validation loss.
+        fallback: The name of the baseline that replaced ``tuned``, or None.
+        trivial: The baselines by name: the base, the target alone, the best single adapter.
+        base: The base without adapters.
+        single: The best single adapter.
+        average: The simple average of the mixed adapters.
+        controls: For each kind of control one guarded mixture a draw.
+        losses: The loss of each chosen adapter alone, on training and validation examples.
+        correlation: Rank correlation of the selection's scores with these losses (negated), where both exist.
     """
 
-    chosen: Chosen
+    chosen: ChosenAdapters
     few_shot: FewShot
     target: Expert | None
-    tuned: Mixed
-    merge: Mixed
+    tuned: WeightedAdapters
+    merge: WeightedAdapters
     fallback: str | None
-    trivial: tuple[tuple[str, Mixed], ...]
-    base: Mixed
-    single: Mixed
-    average: Mixed
-    controls: dict[str, list[tuple[Mixed, str | None]]]
-    losses: dict[str, float]
+    trivial: tuple[tuple[str, WeightedAdapters], ...]
+    base: WeightedAdapters
+    single: WeightedAdapters
+    average: WeightedAdapters
+    controls: Mapping[str, Sequence[Guarded]]
+    losses: Mapping[str, float]
     correlation: float | None
 
 
-def carried_out(problem: Problem, pool: Opened, journal: Journal, told: Told) -> Outcome:
-    """Train the few-shot LoRA, choose adapters, mix them, and do the same with adapters that know nothing."""
+def run_stages(problem: Problem, pool: UsableAdapters, checkpoint: RunCheckpoint, on_event: OnEvent) -> Outcome:
+    """Train the few-shot LoRA, choose adapters, mix them, and mix the controls in the same way.
+
+    Raises :class:`~merging.errors.InputError` if every adapter equals the target LoRA.
+    """
     settings = problem.settings
-    told("training a LoRA on the examples")
-    yardstick = few_shot(problem, pool.modules, journal)
-    target = _target(problem, yardstick)
-    told(f"choosing among {len(pool.usable)} adapters by {settings.select}")
-    scores = scored(pool.usable, problem, target, journal)
+    on_event("training a LoRA on the examples")
+    few_shot = train_few_shot(problem, pool.modules, checkpoint)
+    target = _target(problem, few_shot)
+    on_event(f"choosing among {len(pool.usable)} adapters by {settings.select}")
+    scores = score_candidates(pool.usable, problem, target, checkpoint)
     taken = [target] if target else []
     chosen = choose(pool.usable, scores, problem, taken)
     if not chosen.experts:
         raise InputError("no adapter of the pool is left to mix: all are the same as the target LoRA")
-    losses = _losses(problem, chosen, journal)
-    base = alone(None).validated(problem)
+    losses = _losses(problem, chosen, checkpoint)
+    base = single_adapter(None).validate(problem)
     best = min(chosen.experts, key=lambda expert: (losses[expert.name], expert.name))
-    single = alone(best).validated(problem)
+    single = single_adapter(best).validate(problem)
     experts = [*taken, *chosen.experts]
-    told(f"mixing {len(experts)} adapters by {settings.method}")
-    place = 0 if target else None
-    tuned = fit(problem, experts, journal, "fit", place)
-    unmixed = [(BASE, base), *((each.name, alone(each).validated(problem)) for each in taken)]
+    on_event(f"mixing {len(experts)} adapters by {settings.method}")
+    tuned = fit(problem, experts, checkpoint, "fit", target=0 if target else None)
+    unmixed = [(BASE, base), *((each.name, single_adapter(each).validate(problem)) for each in taken)]
     trivial = (*unmixed, (best.name, single))
-    merge, fallback = guarded(tuned, trivial)
-    controls: dict[str, list[tuple[Mixed, str | None]]] = {}
-    for name, control in CONTROLS.items():
-        told(f"mixing the same with {control.title}")
-        controls[name] = []
-        for draw in range(settings.draws):
-            unknowing = [control.make(expert, settings.seed + 1_000_003 * draw) for expert in chosen.experts]
-            mixed = fit(problem, [*taken, *unknowing], journal, f"{name} {draw}", place)
-            controls[name].append(guarded(mixed, unmixed))
-    several = len(chosen.experts) > 2 and settings.select not in ("evaluation", "random")
-    names = [expert.name for expert in chosen.experts]
-    correlation = spearman([scores[n] for n in names], [-losses[n] for n in names]) if several else None
-    average = mean(experts).validated(problem)
+    merge, fallback = best_of(tuned, trivial)
     return Outcome(
-        chosen, yardstick, target, tuned, merge, fallback, trivial, base, single, average, controls, losses, correlation
+        chosen=chosen,
+        few_shot=few_shot,
+        target=target,
+        tuned=tuned,
+        merge=merge,
+        fallback=fallback,
+        trivial=trivial,
+        base=base,
+        single=single,
+        controls=_mix_controls(problem, chosen, taken, unmixed, checkpoint, on_event),
+        average=simple_average(experts).validate(problem),
+        losses=losses,
+        correlation=_correlation(problem, chosen, losses),
     )
 
 
-def _target(problem: Problem, yardstick: FewShot) -> Expert | None:
-    """The LoRA for this very task that is mixed in first, if one is wanted."""
+def _target(problem: Problem, few_shot: FewShot) -> Expert | None:
+    """Return the LoRA for this very task that is mixed in first, if the settings ask for one."""
     wanted = problem.settings.target_lora
     if wanted == "none":
         return None
     if wanted == "train":
-        return yardstick.expert
-    return open_expert(Candidate(wanted, wanted), problem.model.places)
+        return few_shot.expert
+    return open_expert(AdapterRef(wanted, wanted), problem.model.hook_points)
 
 
-def _losses(problem: Problem, chosen: Chosen, journal: Journal) -> dict[str, float]:
-    """The loss of each chosen adapter alone, on all examples that may be looked at."""
+def _losses(problem: Problem, chosen: ChosenAdapters, checkpoint: RunCheckpoint) -> dict[str, float]:
+    """Return the loss of each chosen adapter alone, on training and validation examples."""
     if problem.settings.select == "evaluation":
         return {expert.name: -chosen.scores[expert.name] for expert in chosen.experts}
-    kept: dict[str, float] = journal.get("singles") or {}
+    known: dict[str, float] = checkpoint.get("singles") or {}
     for expert in chosen.experts:
-        if expert.name not in kept:
-            loss = alone(expert).scores(problem, problem.shots).loss
-            kept[expert.name] = loss if isfinite(loss) else inf
-            journal.keep("singles", kept)
-    return kept
+        if expert.name not in known:
+            loss = single_adapter(expert).scores(problem, problem.shots).loss
+            known[expert.name] = loss if isfinite(loss) else inf
+            checkpoint.keep("singles", known)
+    return known
 
 
-def guarded(tuned: Mixed, trivial: Sequence[tuple[str, Mixed]]) -> tuple[Mixed, str | None]:
-    """What is no worse on validation than any trivial point, and the name of the one that came back instead."""
+def _mix_controls(
+    problem: Problem,
+    chosen: ChosenAdapters,
+    taken: Sequence[Expert],
+    unmixed: Sequence[tuple[str, WeightedAdapters]],
+    checkpoint: RunCheckpoint,
+    on_event: OnEvent,
+) -> dict[str, list[Guarded]]:
+    """Mix adapters without knowledge in the place of the chosen ones, as often as the settings ask for."""
+    settings = problem.settings
+    controls: dict[str, list[Guarded]] = {}
+    for name, control in CONTROLS.items():
+        on_event(f"mixing the same with {control.title}")
+        controls[name] = []
+        for draw in range(settings.draws):
+            unknowing = [control.make(expert, settings.seed + _SEED_STEP * draw) for expert in chosen.experts]
+            mixed = fit(problem, [*taken, *unknowing], checkpoint, f"{name} {draw}", target=0 if taken else None)
+            controls[name].append(best_of(mixed, unmixed))
+    return controls
+
+
+def _correlation(problem: Problem, chosen: ChosenAdapters, losses: Mapping[str, float]) -> float | None:
+    """Return the rank correlation of scores and losses; None for few adapters, and for scores that are losses."""
+    if len(chosen.experts) <= 2 or problem.settings.select in ("evaluation", "random"):
+        return None
+    names = [expert.name for expert in chosen.experts]
+    return spearman([chosen.scores[name] for name in names], [-losses[name] for name in names])
+
+
+def best_of(tuned: WeightedAdapters, trivial: Sequence[tuple[str, WeightedAdapters]]) -> Guarded:
+    """Return the mixture, or the best baseline with its name if its validation loss is lower."""
     name, best = min(trivial, key=lambda pair: pair[1].loss)
     return (best, name) if best.loss < tuned.loss else (tuned, None)
 
 
-def measured(
-    problem: Problem, outcome: Outcome, folded: Mixed | None, items: Sequence[Item], journal: Journal, told: Told
-) -> list[Measured]:
-    """All rows of the report, on the same examples; ``folded`` is the truncated merge, if truncating lost something."""
-    told("measuring")
+def measure(
+    problem: Problem,
+    outcome: Outcome,
+    folded: WeightedAdapters | None,
+    items: Sequence[EncodedExample],
+    checkpoint: RunCheckpoint,
+) -> list[Measurement]:
+    """Measure all rows of the report on the same examples.
 
-    def scores(stage: str, mixed: Mixed) -> Scores:
-        kept = journal.get(f"scores {stage}")
-        if kept is None:
+    ``folded`` is the merge after folding, if folding lost a part of it.
+    """
+
+    def scores(stage: str, mixed: WeightedAdapters) -> Scores:
+        known = checkpoint.get(f"scores {stage}")
+        if known is None:
             found = mixed.scores(problem, items)
-            kept = {"losses": found.losses, "right": found.right}
-            journal.keep(f"scores {stage}", kept)
-        return Scores(kept["losses"], kept["right"])
+            known = {"losses": found.losses, "right": found.right}
+            checkpoint.keep(f"scores {stage}", known)
+        return Scores(known["losses"], known["right"])
 
-    settings, target = problem.settings, outcome.target
-    yardstick = outcome.few_shot
-    note = f"rank {yardstick.expert.rank}, rate {yardstick.rate:g}"
+    settings, target, few_shot = problem.settings, outcome.target, outcome.few_shot
+    note = f"rank {few_shot.expert.rank}, rate {few_shot.rate:g}"
     rows = [
-        Measured(BASE, scores(BASE, outcome.base)),
-        Measured(FEW_SHOT, scores("few-shot", yardstick.mixed), note),
+        Measurement(BASE, scores(BASE, outcome.base)),
+        Measurement(FEW_SHOT, scores("few-shot", few_shot.mixed), note),
     ]
-    if target and target is not yardstick.expert:
-        rows.append(Measured("target LoRA", scores("target", alone(target)), target.name))
+    if target and target is not few_shot.expert:
+        rows.append(Measurement("target LoRA", scores("target", single_adapter(target)), target.name))
     count = len(outcome.average.experts)
-    rows.append(Measured(SINGLE, scores("single", outcome.single), outcome.single.experts[0].name))
-    rows.append(Measured(AVERAGE, scores("average", outcome.average), f"of {count}"))
+    rows.append(Measurement(SINGLE, scores("single", outcome.single), outcome.single.experts[0].name))
+    rows.append(Measurement(AVERAGE, scores("average", outcome.average), f"of {count}"))
     note = f"{settings.method}, {count} adapters"
     if outcome.fallback:
-        rows.append(Measured("the mixture", scores("tuned", outcome.tuned), f"{note}: not what came back"))
+        rows.append(Measurement("the mixture", scores("tuned", outcome.tuned), f"{note}: not what came back"))
         note = f"{outcome.fallback} alone: better on validation than the mixture"
-    rows.append(Measured(MERGE, scores("merge", outcome.merge), note))
+    rows.append(Measurement(MERGE, scores("merge", outcome.merge), note))
     if folded:
-        rows.append(Measured("the merge, folded", scores("folded", folded), f"to rank {settings.rank}"))
+        rows.append(Measurement("the merge, folded", scores("folded", folded), f"to rank {settings.rank}"))
     for name, draws in outcome.controls.items():
-        each = [scores(f"{name} {draw}", mixed) for draw, (mixed, _) in enumerate(draws)]
-        mean_of = Scores(
-            *(sum(values) / len(each) for values in zip(*((e.losses, e.right) for e in each), strict=True))
-        )
-        remarks = [f"mean of {len(each)} draws"] if len(each) > 1 else []
-        remarks += [f"{instead} came back" for instead in dict.fromkeys(back for _, back in draws if back)]
-        rows.append(Measured(CONTROLS[name].title, mean_of, ", ".join(remarks)))
+        measured = [scores(f"{name} {draw}", mixed) for draw, (mixed, _) in enumerate(draws)]
+        replaced = dict.fromkeys(fallback for _, fallback in draws if fallback)
+        remarks = [f"mean of {len(measured)} draws"] if len(measured) > 1 else []
+        remarks += [f"{fallback} came back" for fallback in replaced]
+        rows.append(Measurement(CONTROLS[name].title, _mean_scores(measured), ", ".join(remarks)))
     return rows
+
+
+def _mean_scores(draws: Sequence[Scores]) -> Scores:
+    """Return the mean over draws of the loss and the right answers of each example."""
+    losses = sum((each.losses for each in draws), start=torch.tensor(0.0))
+    right = sum((each.right for each in draws), start=torch.tensor(0.0))
+    return Scores(losses / len(draws), right / len(draws))

@@ -1,4 +1,4 @@
-"""Training a few numbers on few examples: AdamW, a warm cosine, the best by validation loss, resumable at each one."""
+"""Training of few parameters on few examples: AdamW, a cosine with warm-up, early stopping, resumable."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merging.recycling.journal import Journal
-from merging.recycling.model import Item, TaskModel
+from merging.recycling.model import EncodedExample, TaskModel
+from merging.recycling.run_checkpoint import RunCheckpoint
 from merging.recycling.seeds import batch
 
-__all__ = ["Course", "Trained", "train"]
+__all__ = ["TrainingPlan", "TrainingResult", "train"]
 
 _WARM_UP = 0.1
 
@@ -23,11 +23,20 @@ Running = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
-    """How training goes: ``size`` examples a step, ``micro`` of them through the model at once.
+class TrainingPlan:
+    """The hyperparameters of a training.
 
-    ``entropy`` asks for sure answers instead of right ones, ``bounds`` are kept after each step, ``l1`` weighs the mean
-    size of the numbers, and training stops after ``patience`` validations without a better one.
+    Attributes:
+        rate: The largest learning rate.
+        steps: The number of steps.
+        size: The examples of a step.
+        micro: The examples in one forward pass.
+        every: The steps between validations.
+        patience: The validations without improvement after which training stops.
+        entropy: Whether the entropy of the predictions is minimized instead of the labels' loss.
+        bounds: The range to which parameters are clamped after each step.
+        l1: The weight of the parameters' mean absolute value in the objective.
+        seed: The seed of the examples' order.
     """
 
     rate: float
@@ -42,7 +51,7 @@ class Course:
     seed: int = 0
 
     def rate_at(self, step: int) -> float:
-        """The learning rate of a step: up in the first tenth of them, then down a cosine."""
+        """Return the learning rate of a step: linear warm-up in the first tenth of all steps, then a cosine to zero."""
         warm = max(1, round(_WARM_UP * self.steps))
         if step < warm:
             return self.rate * (step + 1) / warm
@@ -50,10 +59,10 @@ class Course:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Trained:
-    """The numbers with the lowest validation loss, that loss, and the curve: step, training loss, validation loss.
+class TrainingResult:
+    """The parameters with the lowest validation loss, that loss, and the curve: step, training and validation loss.
 
-    The curve begins at step 0, before any training, so that what comes back is never worse than the start.
+    The curve begins at step 0, before any training, so that the result is never worse than the start.
     """
 
     values: tuple[Tensor, ...]
@@ -65,41 +74,50 @@ def train(
     parameters: Sequence[Tensor],
     running: Running,
     model: TaskModel,
-    learn: Sequence[Item],
-    valid: Sequence[Item],
-    course: Course,
-    journal: Journal,
+    learn: Sequence[EncodedExample],
+    valid: Sequence[EncodedExample],
+    plan: TrainingPlan,
+    checkpoint: RunCheckpoint,
     stage: str,
-) -> Trained:
-    """Train ``parameters`` in place; the network depends on them while ``running()``.
+) -> TrainingResult:
+    """Train parameters in place, and return them at the lowest validation loss.
 
-    After every validation the state is kept in the journal: a run that goes on from there ends the same. Validation is
-    by the labels' loss, also where entropy is what is trained.
+    After every validation the state is kept in the checkpoint: a resumed run ends the same. Validation uses the labels'
+    loss, also where entropy is trained.
+
+    Args:
+        parameters: The tensors to train.
+        running: Returns a context in which the network depends on the parameters.
+        model: The model.
+        learn: The training examples.
+        valid: The validation examples.
+        plan: The hyperparameters.
+        checkpoint: The folder of the run.
+        stage: The name of the training in the folder.
     """
-    optimizer = torch.optim.AdamW(list(parameters), lr=course.rate, betas=(0.9, 0.999), weight_decay=0.0)
-    state = journal.get(stage) or _begun(parameters, _validated(running, model, valid))
+    optimizer = torch.optim.AdamW(list(parameters), lr=plan.rate, betas=(0.9, 0.999), weight_decay=0.0)
+    state = checkpoint.get(stage) or _first_state(parameters, _validation_loss(running, model, valid))
     if not state["done"] and state["step"]:
         optimizer.load_state_dict(state["optimizer"])
         for parameter, value in zip(parameters, state["values"], strict=True):
             parameter.data.copy_(value)
     while not state["done"]:
-        told = [_step(parameters, running, model, learn, course, optimizer, step) for step in _until(state, course)]
-        state["step"] += len(told)
-        loss = _validated(running, model, valid)
-        state["curve"].append((state["step"], sum(told) / len(told), loss))
+        losses = [_step(parameters, running, model, learn, plan, optimizer, step) for step in _until(state, plan)]
+        state["step"] += len(losses)
+        loss = _validation_loss(running, model, valid)
+        state["curve"].append((state["step"], sum(losses) / len(losses), loss))
         if loss < state["loss"]:
             state.update(loss=loss, best=_copies(parameters), stale=0)
         else:
             state["stale"] += 1
         lost = not all(bool(parameter.isfinite().all()) for parameter in parameters)
-        state["done"] = state["step"] == course.steps or state["stale"] == course.patience or lost
-        now = {"values": [], "optimizer": {}} if state["done"] else _now(parameters, optimizer)
-        state.update(now)
-        journal.keep(stage, state)
-    return Trained(tuple(state["best"]), state["loss"], tuple(tuple(point) for point in state["curve"]))
+        state["done"] = state["step"] == plan.steps or state["stale"] == plan.patience or lost
+        state.update({"values": [], "optimizer": {}} if state["done"] else _current_state(parameters, optimizer))
+        checkpoint.keep(stage, state)
+    return TrainingResult(tuple(state["best"]), state["loss"], tuple(tuple(point) for point in state["curve"]))
 
 
-def _begun(parameters: Sequence[Tensor], loss: float) -> dict[str, Any]:
+def _first_state(parameters: Sequence[Tensor], loss: float) -> dict[str, Any]:
     return {
         "step": 0,
         "done": False,
@@ -110,7 +128,7 @@ def _begun(parameters: Sequence[Tensor], loss: float) -> dict[str, Any]:
     }
 
 
-def _now(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _current_state(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"values": _copies(parameters), "optimizer": optimizer.state_dict()}
 
 
@@ -118,12 +136,12 @@ def _copies(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [parameter.detach().cpu().clone() for parameter in parameters]
 
 
-def _until(state: dict[str, Any], course: Course) -> range:
-    """The steps up to the next validation."""
-    return range(state["step"], min(course.steps, state["step"] + course.every))
+def _until(state: dict[str, Any], plan: TrainingPlan) -> range:
+    """Return the steps up to the next validation."""
+    return range(state["step"], min(plan.steps, state["step"] + plan.every))
 
 
-def _validated(running: Running, model: TaskModel, valid: Sequence[Item]) -> float:
+def _validation_loss(running: Running, model: TaskModel, valid: Sequence[EncodedExample]) -> float:
     with running(), torch.no_grad():
         loss = model.scores(valid).loss
     return loss if isfinite(loss) else inf
@@ -133,29 +151,29 @@ def _step(
     parameters: Sequence[Tensor],
     running: Running,
     model: TaskModel,
-    learn: Sequence[Item],
-    course: Course,
+    learn: Sequence[EncodedExample],
+    plan: TrainingPlan,
     optimizer: torch.optim.Optimizer,
     step: int,
 ) -> float:
-    """One step, and the loss before it."""
-    chosen = [learn[i] for i in batch(step, min(course.size, len(learn)), len(learn), course.seed)]
+    """Do one step, and return the loss before it."""
+    chosen = [learn[i] for i in batch(step, min(plan.size, len(learn)), len(learn), plan.seed)]
     optimizer.zero_grad()
     total = 0.0
-    for start in range(0, len(chosen), course.micro):
-        part = chosen[start : start + course.micro]
+    for start in range(0, len(chosen), plan.micro):
+        part = chosen[start : start + plan.micro]
         with running():
-            said = model.answers(part)
-        each = said.entropies(len(part)) if course.entropy else said.losses(len(part))
+            answers = model.answers(part)
+        each = answers.entropies(len(part)) if plan.entropy else answers.losses(len(part))
         loss = each.sum() / len(chosen)
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
-    if course.l1:
-        size = course.l1 * sum(p.abs().sum() for p in parameters) / sum(p.numel() for p in parameters)
+    if plan.l1:
+        size = plan.l1 * sum(p.abs().sum() for p in parameters) / sum(p.numel() for p in parameters)
         size.backward()  # type: ignore[union-attr]
-    optimizer.param_groups[0]["lr"] = course.rate_at(step)
+    optimizer.param_groups[0]["lr"] = plan.rate_at(step)
     optimizer.step()
-    if course.bounds:
+    if plan.bounds:
         for parameter in parameters:
-            parameter.data.clamp_(*course.bounds)
+            parameter.data.clamp_(*plan.bounds)
     return total

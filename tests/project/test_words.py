@@ -14,7 +14,7 @@ ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.
 STYLE = ROOT / "docs" / "contributing" / "style.md"
 
 RETIRED = re.compile(
-    r"\b(?:brought|anew|(?:is|are)\s+told|tells|lies?\s+beside|(?:that|those)\s+of|of\s+which|for\s+ever|so\s+many"
+    r"\b(?:brought|anew|(?:is|are)\s+told|tells|lies?\s+beside|(?:that|those)\s+of|of\s+which|for\s+ever\b|so\s+many"
     r"|which\s+of\s+(?:them|it|these|those)|the\s+one(?=\s+(?:that|which|who|whose|of|in|on|at|to|for|from|with|without"
     r"|by|it|they|there|is|was|called|named|given|before|behind|beside|under|and)\b|\s*[.,;:)]|\s+``))",
     re.IGNORECASE,
@@ -49,7 +49,7 @@ CEILINGS: dict[str, tuple[int, int]] = {
     "output": (17, 3),
     "plan": (105, 27),
     "pool": (35, 16),
-    "recycling": (56, 30),
+    "recycling": (2, 0),
     "report": (2, 3),
     "serving": (47, 18),
     "sources": (163, 38),

@@ -1,4 +1,4 @@
-"""The adapters that may be recycled: where they are, whose they are, and which of them fit the base."""
+"""The adapters of a pool: find them, and open those that fit the base."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from merging.maths.linalg import squared_norm
 from merging.plan.checks import same_base
 from merging.pool import Pool
 from merging.pool.index import is_pool
-from merging.recycling.places import Place
+from merging.recycling.hooks import HookPoint
 from merging.sources import Adapter
 from merging.sources.renaming import find_renaming
 
-__all__ = ["BASE", "FEW_SHOT", "Candidate", "Expert", "Opened", "candidates", "open_expert", "opened"]
+__all__ = ["BASE", "FEW_SHOT", "AdapterRef", "Expert", "UsableAdapters", "find_usable", "list_adapters", "open_expert"]
 
 BASE, FEW_SHOT = "base", "few-shot LoRA"
-"""What adapters are measured beside; one of a pool that is called so goes by its path."""
+"""Names of rows in the report. An adapter of a pool with such a name is called by its path."""
 
 _HEADS = ("classifier", "score", "lm_head", "qa_outputs", "out_proj", "pooler")
-"""Modules that adapters of other tasks save in full, for their own answers alone."""
+"""Modules that adapters of other tasks save in full, for their own labels."""
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """An adapter of a pool: its path or address, a name to tell it by, and its owner if that is known."""
+class AdapterRef:
+    """A reference to an adapter of a pool: its path or address, a unique name, and its owner if known."""
 
     path: str
     name: str
@@ -43,7 +43,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Expert:
-    """An adapter in memory: low-rank changes by the names of the network's weights, float32, every scale folded in."""
+    """An adapter in memory: low-rank changes by the network's weights, float32, with every scale folded in."""
 
     name: str
     deltas: Mapping[str, LowRank]
@@ -54,35 +54,36 @@ class Expert:
 
     @property
     def rank(self) -> int:
-        """The largest rank among its modules."""
+        """The largest rank of any module."""
         return max(delta.rank for delta in self.deltas.values())
 
     @property
     def norm(self) -> float:
-        """Frobenius norm of all it changes."""
+        """Frobenius norm of the whole change."""
         return sqrt(sum(float(squared_norm(delta)) for delta in self.deltas.values()))
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
-    """The candidates that can be mixed, the modules that most of them change, and why the others cannot."""
+class UsableAdapters:
+    """The adapters that can be mixed, the modules that most of them change, and why the others cannot be mixed."""
 
-    usable: tuple[Candidate, ...]
+    usable: tuple[AdapterRef, ...]
     modules: tuple[str, ...]
     left_out: dict[str, str] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
 
 
-def candidates(pool: str | Path | Iterable[str | Path], base: str) -> tuple[Candidate, ...]:
-    """The adapters of a pool, in the order of their names whatever order they are given in.
+def list_adapters(pool: str | Path | Iterable[str | Path], base: str) -> tuple[AdapterRef, ...]:
+    """List the adapters of a pool, sorted by name.
 
-    Each entry is an adapter (folder, file, or address on the Hub), a pool that ``merge pool`` built, of which those
-    that it holds usable are taken, or a folder of adapters, directly or by owner (``POOL/adapter``,
-    ``POOL/owner/adapter``). Two of one name are told apart by their paths. Raises
-    :class:`~merging.errors.InputError` for a place that holds none, and for a pool of another base.
+    An entry of ``pool`` is an adapter (a folder, a file, or an address on the Hub), a pool that ``merge pool`` built
+    (its usable adapters are taken), or a folder of adapters, directly or by owner (``POOL/adapter``,
+    ``POOL/owner/adapter``). Adapters of the same name are called by their paths.
+
+    Raises :class:`~merging.errors.InputError` for an entry without any adapter, and for a pool of another base.
     """
     entries = [pool] if isinstance(pool, (str, Path)) else list(pool)
-    found: dict[str, Candidate] = {}
+    found: dict[str, AdapterRef] = {}
     for entry in map(str, entries):
         for each in _under(entry, base):
             found.setdefault(each.path, each)
@@ -90,24 +91,24 @@ def candidates(pool: str | Path | Iterable[str | Path], base: str) -> tuple[Cand
         raise InputError("the pool is empty: name adapters, or a folder of them")
     count = Counter(each.name for each in found.values())
     count.update((BASE, FEW_SHOT))
-    told_apart = [each if count[each.name] == 1 else replace(each, name=each.path) for each in found.values()]
-    return tuple(sorted(told_apart, key=lambda each: each.name))
+    renamed = [each if count[each.name] == 1 else replace(each, name=each.path) for each in found.values()]
+    return tuple(sorted(renamed, key=lambda each: each.name))
 
 
-def _under(entry: str, base: str) -> list[Candidate]:
+def _under(entry: str, base: str) -> list[AdapterRef]:
     address = hub_address(entry)
     if address is not None:
-        return [Candidate(entry, str(address), address.repo.partition("/")[0])]
+        return [AdapterRef(entry, str(address), address.repo.partition("/")[0])]
     path = Path(entry).expanduser()
     if path.is_file() or _is_adapter(path):
-        return [Candidate(str(path), path.name)]
+        return [AdapterRef(str(path), path.name)]
     if not path.is_dir():
         raise InputError(f"{entry}: there is no such adapter or folder of adapters")
     if is_pool(path):
         return _of_pool(path, base)
-    direct = [Candidate(str(each), each.name) for each in sorted(path.iterdir()) if _is_adapter(each)]
+    direct = [AdapterRef(str(each), each.name) for each in sorted(path.iterdir()) if _is_adapter(each)]
     owned = [
-        Candidate(str(each), f"{owner.name}/{each.name}", owner.name)
+        AdapterRef(str(each), f"{owner.name}/{each.name}", owner.name)
         for owner in sorted(path.iterdir())
         if owner.is_dir() and not _is_adapter(owner)
         for each in sorted(owner.iterdir())
@@ -118,31 +119,31 @@ def _under(entry: str, base: str) -> list[Candidate]:
     return direct + owned
 
 
-def _of_pool(path: Path, base: str) -> list[Candidate]:
-    """The usable adapters of an audited pool, by the last part of where they came from if that is theirs alone."""
+def _of_pool(path: Path, base: str) -> list[AdapterRef]:
+    """List the usable adapters of an audited pool, by the last part of their paths where it is unique."""
     pool = Pool(path)
     own = {base, str(Path(base).expanduser().resolve())}
     if not any(same_base(one, other) for one in own for other in pool.base_names):
         raise InputError(f"{path}: is a pool of adapters of {pool.base_names[0]}, and the base is {base}")
     usable = pool.usable()
     if not usable:
-        raise InputError(f"{path}: the pool has no adapter that may be used: merge pool list tells why")
+        raise InputError(f"{path}: the pool has no adapter that may be used: merge pool list says why")
     last = {kept.name: Path(kept.name).name if Path(kept.name).is_absolute() else kept.name for kept, _ in usable}
     count = Counter(last.values())
     names = {name: short if count[short] == 1 else name for name, short in last.items()}
-    return [Candidate(str(folder), names[kept.name], kept.owner) for kept, folder in usable]
+    return [AdapterRef(str(folder), names[kept.name], kept.owner) for kept, folder in usable]
 
 
 def _is_adapter(path: Path) -> bool:
     return (path / "adapter_config.json").is_file()
 
 
-def open_expert(candidate: Candidate, places: Mapping[str, Place], network: str = "the base") -> Expert:
-    """An adapter's changes by the names of the network's weights, read and checked.
+def open_expert(candidate: AdapterRef, hook_points: Mapping[str, HookPoint], network: str = "the base") -> Expert:
+    """Read and check an adapter's changes, by the names of the network's weights.
 
-    Heads that it saved in full for its own task stay behind, with a notice. Raises
-    :class:`~merging.errors.MergingError` for what is no adapter, does not fit, cannot be mixed as low-rank factors,
-    changes nothing, or holds NaN.
+    Heads that the adapter saved in full for its own task are left out, with a notice. Raises
+    :class:`~merging.errors.MergingError` for a full model, and for an adapter that does not fit, is not made of
+    low-rank factors, changes nothing, or holds NaN.
     """
     adapter = open_model(candidate.path)
     if not isinstance(adapter, Adapter):
@@ -155,7 +156,7 @@ def open_expert(candidate: Candidate, places: Mapping[str, Place], network: str 
     odd = next((target for target, change in changes.items() if not change.low_rank), None)
     if odd is not None:
         raise InputError(f"{candidate.path}: changes {odd} otherwise than by low-rank factors, which cannot be mixed")
-    shapes = {name: place.shape for name, place in places.items()}
+    shapes = {name: point.shape for name, point in hook_points.items()}
     renaming, left = find_renaming(changes, shapes, lambda target, name: changes[target].fits(shapes[name]))
     if left or not changes:
         raise InputError(
@@ -166,14 +167,14 @@ def open_expert(candidate: Candidate, places: Mapping[str, Place], network: str 
     deltas: dict[str, LowRank] = {}
     for target, change in changes.items():
         name = renaming(target) or target
-        place = places[name]
+        point = hook_points[name]
 
-        def base(place: Place = place) -> torch.Tensor:
-            return place.weight.detach().float().cpu()
+        def base(point: HookPoint = point) -> torch.Tensor:
+            return point.weight.detach().float().cpu()
 
-        delta = change.read(place.shape, base, torch.float32)
+        delta = change.read(point.shape, base, torch.float32)
         assert isinstance(delta, LowRank)
-        deltas[name] = delta.oriented(place.transposed)
+        deltas[name] = delta.oriented(point.transposed)
     _check_values(candidate, deltas)
     notices = (f"{candidate.name}: its own head ({heads[0]}) stays behind",) if heads else ()
     return Expert(candidate.name, deltas, candidate.owner, candidate.path, adapter.base, notices)
@@ -183,7 +184,7 @@ def _is_head(target: str) -> bool:
     return any(part in _HEADS for part in target.split("."))
 
 
-def _check_values(candidate: Candidate, deltas: Mapping[str, LowRank]) -> None:
+def _check_values(candidate: AdapterRef, deltas: Mapping[str, LowRank]) -> None:
     for name, delta in deltas.items():
         if not (delta.up.isfinite().all() and delta.down.isfinite().all()):
             raise InputError(f"{candidate.path}: {name} holds NaN or infinities")
@@ -191,19 +192,19 @@ def _check_values(candidate: Candidate, deltas: Mapping[str, LowRank]) -> None:
         raise InputError(f"{candidate.path}: changes nothing: all its factors multiply to zero")
 
 
-def opened(pool: Sequence[Candidate], places: Mapping[str, Place]) -> Opened:
-    """Which candidates can be mixed into a network with these places; each is read once, and none is kept.
+def find_usable(pool: Sequence[AdapterRef], hook_points: Mapping[str, HookPoint]) -> UsableAdapters:
+    """Find the adapters that can be mixed into a network with these hook points. Each is read once, and none is kept.
 
-    Raises :class:`~merging.errors.InputError` if none can, with the first reason.
+    Raises :class:`~merging.errors.InputError` with the first reason if no adapter can be mixed.
     """
-    usable: list[Candidate] = []
+    usable: list[AdapterRef] = []
     left_out: dict[str, str] = {}
     notices: list[str] = []
     changed: Counter[str] = Counter()
     bases: Counter[str] = Counter()
     for candidate in pool:
         try:
-            expert = open_expert(candidate, places)
+            expert = open_expert(candidate, hook_points)
         except MergingError as error:
             left_out[candidate.name] = str(error)
             continue
@@ -213,11 +214,12 @@ def opened(pool: Sequence[Candidate], places: Mapping[str, Place]) -> Opened:
         bases.update([expert.base] if expert.base else [])
     if not usable:
         raise InputError(f"none of the {len(pool)} adapters can be used: {next(iter(left_out.values()))}")
-    most = [name for name in places if 2 * changed[name] > len(usable)] or [name for name in places if changed[name]]
+    modules = [name for name in hook_points if 2 * changed[name] > len(usable)]
+    modules = modules or [name for name in hook_points if changed[name]]
     usual = bases.most_common(1)[0][0] if bases else ""
     others = {base: count for base, count in bases.items() if not same_base(base, usual)}
     if others:
         notices.append(
             f"{sum(others.values())} adapters say that they were trained on {', '.join(others)}, not {usual}"
         )
-    return Opened(tuple(usable), tuple(most), left_out, tuple(notices))
+    return UsableAdapters(tuple(usable), tuple(modules), left_out, tuple(notices))

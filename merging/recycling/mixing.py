@@ -1,4 +1,4 @@
-"""How adapters are mixed for a task: tuned by gradient, searched without one, or by a merging method as it is."""
+"""Mix adapters for a task: tune coefficients by gradient, search them without, or apply a merge method."""
 
 from __future__ import annotations
 
@@ -11,21 +11,33 @@ from merging.errors import OptionError, nearest
 from merging.maths.delta import Dense, LowRank
 from merging.maths.linalg import compress
 from merging.methods import METHODS, chain
-from merging.recycling.closeness import CLOSENESS
-from merging.recycling.experts import Expert
-from merging.recycling.journal import Journal
 from merging.recycling.mixture import Activation
-from merging.recycling.problem import Mixed, Problem, alone
-from merging.recycling.search import searched
+from merging.recycling.pool_adapters import Expert
+from merging.recycling.problem import Problem, WeightedAdapters, single_adapter
+from merging.recycling.run_checkpoint import RunCheckpoint
+from merging.recycling.search import search_weights
 from merging.recycling.settings import Granularity, Settings
-from merging.recycling.training import Course, train
+from merging.recycling.similarity import SIMILARITIES
+from merging.recycling.training import TrainingPlan, train
 
 __all__ = ["SEARCHED", "TUNED", "Tuning", "check_method", "fit"]
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """Coefficients by gradient: what belongs to one, what becomes of it, where it starts ("mean" is 1/N), how fast."""
+    """A method that tunes coefficients by gradient.
+
+    Attributes:
+        summary: One line about the method.
+        granularity: The parts of an adapter that share a coefficient.
+        activation: The function that is applied to coefficients.
+        start: The initial value of every coefficient.
+        rate: The learning rate.
+        steps: The number of steps.
+        size: The examples of a step; by default, as the settings say.
+        entropy: Whether the entropy of the predictions is minimized instead of the labels' loss.
+        bounds: The range to which coefficients are clamped after each step.
+    """
 
     summary: str
     granularity: Granularity
@@ -39,21 +51,33 @@ class Tuning:
 
 
 TUNED: dict[str, Tuning] = {
-    # The winner of the study's search (arXiv 2602.12323): from the base itself, softly kept from negative coefficients.
-    "ours": Tuning("one coefficient a module, from zero, by the loss", "module", "leaky", 0.0, 5e-2),
-    # LoRA Soups (arXiv 2410.13025): their rate of 1e-4 is for ten thousand examples; with a hundred nothing would move.
-    "cat": Tuning("shares of each layer that add up to 1, by the loss", "layer", "softmax", 0.0, 5e-2),
-    # AdaMerging (arXiv 2310.02575), layer-wise: its constants, except that the labels' loss tells when to stop.
+    # The winner of the study's search (arXiv 2602.12323): starts at the base, and dampens negative coefficients.
+    "ours": Tuning(
+        "one coefficient a module, from zero, by the loss",
+        granularity="module",
+        activation="leaky",
+        start=0.0,
+        rate=5e-2,
+    ),
+    # LoRA Soups (arXiv 2410.13025): their rate of 1e-4 is for ten thousand examples; with a hundred, nothing moves.
+    "cat": Tuning(
+        "shares of each layer that add up to 1, by the loss",
+        granularity="layer",
+        activation="softmax",
+        start=0.0,
+        rate=5e-2,
+    ),
+    # AdaMerging (arXiv 2310.02575), layer-wise, with its constants. But the labels' loss decides when to stop.
     "adamerging": Tuning(
-        "one coefficient a module, by how sure the answers are",
-        "module",
-        "linear",
-        0.3,
-        1e-3,
-        500,
-        16,
-        True,
-        (0.0, 1.0),
+        "one coefficient a module, by the certainty of the answers",
+        granularity="module",
+        activation="linear",
+        start=0.3,
+        rate=1e-3,
+        steps=500,
+        size=16,
+        entropy=True,
+        bounds=(0.0, 1.0),
     ),
 }
 """The methods that are tuned by gradient."""
@@ -62,12 +86,12 @@ SEARCHED = "lorahub"
 
 
 def check_method(settings: Settings, classifies: bool) -> None:
-    """Refuse, before anything is run, a method or selection that is not known or cannot do what is asked.
+    """Check that the method and the selection exist and can do the task.
 
     Raises :class:`~merging.errors.OptionError`.
     """
     name, select = settings.method, settings.select
-    if (select in CLOSENESS or select == "l2") and settings.target_lora == "none":
+    if (select in SIMILARITIES or select == "l2") and settings.target_lora == "none":
         raise OptionError(f"select = {select}: compares with a target LoRA: give one, or train one (--target-lora)")
     if name in TUNED:
         if TUNED[name].entropy and not classifies:
@@ -93,22 +117,26 @@ def check_method(settings: Settings, classifies: bool) -> None:
         raise OptionError(f"{name} merges weights, and adapters are changes: use another method")
 
 
-def fit(problem: Problem, experts: Sequence[Expert], journal: Journal, stage: str, target: int | None = None) -> Mixed:
-    """Mix adapters by the method of the settings; ``target`` is the position of the one for this very task."""
+def fit(
+    problem: Problem, experts: Sequence[Expert], checkpoint: RunCheckpoint, stage: str, target: int | None = None
+) -> WeightedAdapters:
+    """Mix adapters by the method of the settings. ``target`` is the position of the adapter for this very task."""
     name = problem.settings.method
     if name in TUNED:
-        return _tuned(problem, experts, TUNED[name], journal, stage)
+        return _tune(problem, experts, TUNED[name], checkpoint, stage)
     if name == SEARCHED:
-        return searched(problem, experts, journal, stage, target)
-    return _static(problem, experts, name)
+        return search_weights(problem, experts, checkpoint, stage, target)
+    return _apply_merge_method(problem, experts, name)
 
 
-def _tuned(problem: Problem, experts: Sequence[Expert], tuning: Tuning, journal: Journal, stage: str) -> Mixed:
+def _tune(
+    problem: Problem, experts: Sequence[Expert], tuning: Tuning, checkpoint: RunCheckpoint, stage: str
+) -> WeightedAdapters:
     settings = problem.settings
     granularity = settings.granularity or tuning.granularity
     mixture = problem.mixture(experts, granularity, tuning.activation)
     coefficients = mixture.full(tuning.start).requires_grad_(True)
-    course = Course(
+    plan = TrainingPlan(
         rate=settings.rate or tuning.rate,
         steps=settings.steps or tuning.steps,
         size=tuning.size or settings.batch,
@@ -120,28 +148,28 @@ def _tuned(problem: Problem, experts: Sequence[Expert], tuning: Tuning, journal:
         l1=settings.l1 or 0.0,
         seed=settings.seed,
     )
-    done = train(
+    result = train(
         [coefficients],
         lambda: mixture.at(coefficients),
         problem.model,
         problem.learn,
         problem.valid,
-        course,
-        journal,
+        plan,
+        checkpoint,
         stage,
     )
-    return Mixed(tuple(experts), done.values[0], done.loss, granularity, tuning.activation, done.curve)
+    return WeightedAdapters(tuple(experts), result.values[0], result.loss, granularity, tuning.activation, result.curve)
 
 
-def _static(problem: Problem, experts: Sequence[Expert], name: str) -> Mixed:
-    """A merging method with its defaults: one change a module, cut to the sum of the ranks where it is of full rank."""
+def _apply_merge_method(problem: Problem, experts: Sequence[Expert], name: str) -> WeightedAdapters:
+    """Apply a merge method with its defaults. Changes of full rank are truncated to the sum of the adapters' ranks."""
     merged = merge_deltas([expert.deltas for expert in experts], method=name, keys=[each.name for each in experts])
     deltas: dict[str, LowRank] = {}
     for target, delta in merged.items():
         if isinstance(delta, Dense):
             rank = sum(expert.deltas[target].rank for expert in experts if target in expert.deltas)
-            transposed = problem.model.places[target].transposed
+            transposed = problem.model.hook_points[target].transposed
             matrix = delta.value.mT if transposed else delta.value
             delta = compress(matrix, rank, tuple(delta.value.shape), transposed)[0]
         deltas[target] = delta
-    return alone(Expert(name, deltas)).validated(problem)
+    return single_adapter(Expert(name, deltas)).validate(problem)

@@ -1,4 +1,4 @@
-"""Loading a base model for a task with transformers, which is imported here alone."""
+"""Loading a base model for a task. Only this file imports transformers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _MOST_TOKENS = 512
 
 
 def load_model(base: str, parts: Split, settings: Settings, device: torch.device) -> TaskModel:
-    """The base as a model of what the examples ask: a folder, or a name on the Hub.
+    """Load the base, a folder or a name on the Hub, as a model for the examples' task.
 
     Raises :class:`~merging.errors.InputError` for a base that cannot be loaded whole, and
-    :class:`~merging.errors.OptionError` for one that cannot do what is asked.
+    :class:`~merging.errors.OptionError` for a base that cannot do the task.
     """
     import transformers
 
@@ -38,22 +38,22 @@ def load_model(base: str, parts: Split, settings: Settings, device: torch.device
         Encoder: transformers.AutoModel,
     }[kind]
     with quiet(), explained(base):
-        network, told = loader.from_pretrained(
+        network, loading = loader.from_pretrained(
             where, dtype=_dtype(settings, device), output_loading_info=True, **options
         )
-    missing = sorted(name for name in told["missing_keys"] if kind is not Encoder or ".pooler." not in f".{name}")
+    missing = sorted(name for name in loading["missing_keys"] if kind is not Encoder or ".pooler." not in f".{name}")
     if missing:
         raise InputError(f"{base}: lacks {missing[0]} and {len(missing) - 1} more of a {type(network).__name__}")
     limit = min(settings.max_length or _MOST_TOKENS, tokenizer.model_max_length, _positions(config))
     network = network.to(device)
     if issubclass(kind, (Decoder, EncoderDecoder)):
-        generator: TaskModel = kind(network, tokenizer, limit, settings.chat)
-        return generator
+        language_model: TaskModel = kind(network, tokenizer, limit, settings.chat)
+        return language_model
     model: TaskModel = kind(network, tokenizer, limit)
     if isinstance(model, Encoder):
         model.make_head(labels_of(parts), parts.train, "prototypes" if settings.head == "auto" else settings.head)
     elif network.config.pad_token_id is None:
-        network.config.pad_token_id = tokenizer.pad_token_id or 0  # what tells a decoder's last token from padding
+        network.config.pad_token_id = tokenizer.pad_token_id or 0  # separates a decoder's last token from padding
     return model
 
 

@@ -1,4 +1,4 @@
-"""How alike two adapters are, module by module: the scores by which a target LoRA picks its neighbours."""
+"""Similarity of two adapters over all modules: the scores by which a target LoRA selects its neighbors."""
 
 from __future__ import annotations
 
@@ -10,37 +10,40 @@ from torch import Tensor
 from merging.maths.delta import LowRank
 from merging.maths.linalg import inner, safe_ratio, squared_norm
 
-__all__ = ["CLOSENESS", "closeness", "cosine"]
+__all__ = ["SIMILARITIES", "cosine", "similarity"]
 
 _ROWS = 1 << 20
 
 Deltas = Mapping[str, LowRank]
-Parts = tuple[float, float, float]
-"""Product, and squared sizes of the one and the other, whose ratio is a score."""
+CosineTerms = tuple[float, float, float]
+"""Inner product of two changes and the squared size of each: the terms of a cosine."""
 
 
 def cosine(one: Deltas, other: Deltas) -> float:
-    """``<D, D'> / (|D| |D'|)`` over all modules, through the factors."""
-    return closeness(one, other, "cosine")
+    """Return ``<D, D'> / (|D| |D'|)`` over all modules, computed on the factors."""
+    return similarity(one, other, "cosine")
 
 
-def closeness(one: Deltas, other: Deltas, kind: str) -> float:
-    """The likeness of two adapters, larger for closer ones: one ratio of sums over all modules.
+def similarity(one: Deltas, other: Deltas, kind: str) -> float:
+    """Return the similarity of two adapters, larger for closer ones: one ratio of sums over all modules.
 
-    ``cosine``; ``clamp`` (products of entries below zero count as zero), ``clamp_pm`` (so do whole modules'),
-    ``abs`` (products of absolute values), ``quasi_fim`` (the root of the cosine of the squared entries), ``l2``
-    (``-log(1 + |D - D'|^2)``).
+    Args:
+        one: The low-rank changes of one adapter by weight.
+        other: The changes of the other.
+        kind: ``"cosine"``; ``"clamp"`` (negative products of entries count as zero); ``"clamp_pm"`` (negative
+            products of modules count as zero); ``"abs"`` (absolute values of the products); ``"quasi_fim"`` (the root
+            of the cosine of the squared entries); or ``"l2"`` (``-log(1 + |D - D'|^2)``).
     """
     names = list(dict.fromkeys([*one, *other]))
     if kind == "l2":
         return -log1p(max(0.0, sum(_distance(one.get(name), other.get(name)) for name in names)))
-    found = {name: CLOSENESS[kind](one[name], other[name]) for name in names if name in one and name in other}
-    # what only one side changes has no product, and counts in its size
+    found = {name: SIMILARITIES[kind](one[name], other[name]) for name in names if name in one and name in other}
+    # A module that only one adapter changes has no product, and counts in that adapter's size.
     sizes = [sum(_size(deltas[name], kind) for name in names if name in deltas) for deltas in (one, other)]
     return _ratio((sum(parts[0] for parts in found.values()), sizes[0], sizes[1]), kind)
 
 
-def _ratio(parts: Parts, kind: str) -> float:
+def _ratio(parts: CosineTerms, kind: str) -> float:
     ratio = safe_ratio(parts[0], sqrt(parts[1] * parts[2]))
     return sqrt(max(0.0, ratio)) if kind == "quasi_fim" else ratio
 
@@ -58,32 +61,32 @@ def _distance(one: LowRank | None, other: LowRank | None) -> float:
 
 
 def _blocks(delta: LowRank) -> Iterator[Tensor]:
-    """The product, some rows at a time, float64."""
+    """Yield the product of the factors, some rows at a time, float64."""
     step = max(1, _ROWS // delta.down.shape[1])
     up, down = delta.up.double(), delta.down.double()
     for start in range(0, len(up), step):
         yield up[start : start + step] @ down
 
 
-def _entries(one: LowRank, other: LowRank, product: Callable[[Tensor, Tensor], Tensor], kind: str) -> Parts:
+def _entries(one: LowRank, other: LowRank, product: Callable[[Tensor, Tensor], Tensor], kind: str) -> CosineTerms:
     total = sum(float(product(a, b).sum()) for a, b in zip(_blocks(one), _blocks(other), strict=True))
     return total, _size(one, kind), _size(other, kind)
 
 
-def _factored(one: LowRank, other: LowRank) -> Parts:
+def _cosine_terms(one: LowRank, other: LowRank) -> CosineTerms:
     return float(inner(one, other)), float(squared_norm(one)), float(squared_norm(other))
 
 
-def _clamped(one: LowRank, other: LowRank) -> Parts:
-    product, *sizes = _factored(one, other)
+def _clamped_terms(one: LowRank, other: LowRank) -> CosineTerms:
+    product, *sizes = _cosine_terms(one, other)
     return max(0.0, product), sizes[0], sizes[1]
 
 
-CLOSENESS: dict[str, Callable[[LowRank, LowRank], Parts]] = {
-    "cosine": _factored,
+SIMILARITIES: dict[str, Callable[[LowRank, LowRank], CosineTerms]] = {
+    "cosine": _cosine_terms,
     "clamp": lambda one, other: _entries(one, other, lambda a, b: (a * b).clamp(min=0), "clamp"),
-    "clamp_pm": _clamped,
+    "clamp_pm": _clamped_terms,
     "abs": lambda one, other: _entries(one, other, lambda a, b: (a * b).abs(), "abs"),
     "quasi_fim": lambda one, other: _entries(one, other, lambda a, b: (a * b).square(), "quasi_fim"),
 }
-"""What is made of two changes of one module."""
+"""The terms of each kind of similarity for two changes of one module."""

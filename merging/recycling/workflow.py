@@ -1,0 +1,260 @@
+"""A recycling run, from a pool and examples to an adapter and its report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from merging.engine.resources import pick_device
+from merging.errors import OptionError
+from merging.recycling.bootstrap import Metric
+from merging.recycling.data import Example, Split, kind_of, overlaps, read_examples, split
+from merging.recycling.fold import FoldedLora, fold, write_adapter
+from merging.recycling.load_base import load_model
+from merging.recycling.mixing import check_method
+from merging.recycling.page import page
+from merging.recycling.pool_adapters import AdapterRef, UsableAdapters, find_usable, list_adapters
+from merging.recycling.problem import Problem, WeightedAdapters, single_adapter
+from merging.recycling.report import Report, make_report
+from merging.recycling.run_checkpoint import RunCheckpoint
+from merging.recycling.settings import Settings, make_settings
+from merging.recycling.stages import OnEvent, Outcome, best_of, measure, run_stages
+from merging.storage.staging import StagedOutput, check_destination
+from merging.version import __version__
+
+__all__ = ["REPORT", "Recycled", "checkpoint_folder", "recycle"]
+
+REPORT = "recycling"
+"""The name of the report's files next to the adapter: ``recycling.json`` and ``recycling.html``."""
+
+_NOTICEABLE = 1e-6
+"""Share of the energy that folding may lose before the folded adapter is measured by itself."""
+
+Examples = str | Path | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Recycled:
+    """The result of a run.
+
+    Attributes:
+        path: The adapter's folder, with the report in it.
+        rank: The adapter's rank.
+        kept: The share of the mixture's energy (squared Frobenius norm) that the adapter keeps.
+        report: The report.
+    """
+
+    path: Path
+    rank: int
+    kept: float
+    report: Report
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the same in plain values, for JSON."""
+        return {"path": str(self.path), "rank": self.rank, "energy_kept": self.kept, **self.report.to_dict()}
+
+
+def recycle(
+    pool: str | Path | Iterable[str | Path],
+    *,
+    base: str | Path,
+    train: Examples,
+    valid: Examples | None = None,
+    test: Examples | None = None,
+    output: str | Path = "recycled",
+    device: str = "cpu",
+    resume: bool = False,
+    overwrite: bool = False,
+    on_event: OnEvent | None = None,
+    **settings: Any,
+) -> Recycled:
+    """Choose adapters of a pool, tune how they are mixed for a task, and write one LoRA with a report.
+
+    The report compares the LoRA with the base, a LoRA trained on the same examples, the best single adapter, and
+    adapters without any knowledge.
+
+    Args:
+        pool: A folder of adapters, or several adapters and folders.
+        base: The folder or name of the adapters' base model.
+        train: Training examples: a file of JSON lines, or a list of mappings
+            (:func:`~merging.recycling.data.read_examples`).
+        valid: Validation examples in the same form. Without them a fifth of the training examples is set apart.
+        test: Test examples in the same form. Without them the report draws no conclusion.
+        output: The folder to write.
+        device: The device that the base runs on, such as ``"cpu"`` or ``"cuda"``.
+        resume: Continue a run that was killed. The result is the same as without the interruption.
+        overwrite: Replace an existing output, and start again after a killed run.
+        on_event: Receives a line when a stage begins.
+        **settings: The fields of :class:`~merging.recycling.settings.Settings`.
+
+    Returns:
+        The adapter's folder, its rank, and the report.
+
+    Raises:
+        merging.errors.MergingError: For wrong options, examples, adapters or bases. No output is written then.
+    """
+    chosen, destination, base = make_settings(settings), Path(output), str(base)
+    parts = split(
+        read_examples(train, "train"),
+        None if valid is None else read_examples(valid, "valid"),
+        None if test is None else read_examples(test, "test"),
+        chosen.seed,
+    )
+    check_method(chosen, kind_of(parts) == "label")
+    where, found = pick_device(device), list_adapters(pool, base)
+    _check_output(destination, found, overwrite)
+    on_event = on_event or (lambda line: None)
+    on_event(f"loading {base}")
+    model = load_model(base, parts, chosen, where)
+    problem = Problem(model, tuple(map(model.encode, parts.train)), tuple(map(model.encode, parts.valid)), chosen)
+    test_items = tuple(map(model.encode, parts.test))
+    usable = find_usable(found, model.hook_points)
+    # Only now: a run that is refused before this line leaves nothing behind.
+    plan = _plan(chosen, base, parts, found)
+    checkpoint = RunCheckpoint(checkpoint_folder(destination), plan, resume, overwrite)
+    outcome = run_stages(problem, usable, checkpoint, on_event)
+    outcome, folded, lossy = _fold_best(outcome, problem, usable.modules)
+    on_event("measuring")
+    report = make_report(
+        measure(problem, outcome, lossy, test_items or problem.valid, checkpoint),
+        metric=_metric(chosen, parts),
+        tested=bool(test_items),
+        fallback=outcome.fallback,
+        examples={"train": len(parts.train), "valid": len(parts.valid), "test": len(parts.test)},
+        resamples=chosen.resamples,
+        seed=chosen.seed,
+        facts=_facts(problem, base, usable, outcome, folded),
+        notices=_notices(problem, usable, parts),
+    )
+    with StagedOutput(destination, overwrite, False) as staged:
+        _write(staged.folder, problem, base, outcome, folded, report)
+        staged.commit()
+    checkpoint.remove()
+    report = replace(report, notices=(*report.notices, *staged.notices))
+    return Recycled(destination, folded.rank, folded.kept, report)
+
+
+def checkpoint_folder(output: str | Path) -> Path:
+    """Return the folder in which an unfinished run towards an output keeps its results."""
+    destination = Path(output)
+    return destination.parent / f".{destination.name}.recycling"
+
+
+def _fold_best(
+    outcome: Outcome, problem: Problem, modules: Sequence[str]
+) -> tuple[Outcome, FoldedLora, WeightedAdapters | None]:
+    """Fold the result into one LoRA. If folding loses energy, validate again and fall back to the best baseline.
+
+    Returns the outcome, the folded LoRA, and the folded LoRA to be measured if it lost energy.
+    """
+
+    def fold_one(mixed: WeightedAdapters) -> tuple[FoldedLora, WeightedAdapters]:
+        folded = fold(mixed, problem, modules, problem.settings.rank)
+        return folded, single_adapter(folded.expert)
+
+    folded, to_measure = fold_one(outcome.merge)
+    if folded.kept >= 1 - _NOTICEABLE:
+        return outcome, folded, None
+    baselines = [(name, fold_one(mixed)[1].validate(problem)) for name, mixed in outcome.trivial]
+    _, better = best_of(to_measure.validate(problem), baselines)
+    if better is not None and better != outcome.fallback:
+        outcome = replace(outcome, merge=dict(outcome.trivial)[better], fallback=better)
+        folded, to_measure = fold_one(outcome.merge)
+    return outcome, folded, to_measure if folded.kept < 1 - _NOTICEABLE else None
+
+
+def _check_output(destination: Path, found: Sequence[AdapterRef], overwrite: bool) -> None:
+    if destination.suffix == ".safetensors":
+        raise OptionError(f"{destination}: an adapter comes with its report: name a folder with -o")
+    check_destination(destination, [Path(each.path) for each in found], 0, overwrite)
+
+
+def _plan(settings: Settings, base: str, parts: Split, pool: Sequence[AdapterRef]) -> dict[str, Any]:
+    """Return everything that decides the outcome, to recognize the run that a kill interrupted."""
+
+    def digest(examples: Sequence[Example]) -> str:
+        contents = json.dumps([each.content for each in examples])
+        return hashlib.sha256(contents.encode()).hexdigest()[:16]
+
+    def size(path: Path) -> int:
+        files = path.glob("*") if path.is_dir() else [path] if path.is_file() else []
+        return sum(file.stat().st_size for file in files if file.is_file())
+
+    sizes = {each.path: size(Path(each.path)) for each in pool}
+    examples = {name: digest(getattr(parts, name)) for name in ("train", "valid", "test")}
+    plain = json.loads(settings.model_dump_json())
+    return {"version": __version__, "base": base, "pool": sizes, **examples, **plain}
+
+
+def _metric(settings: Settings, parts: Split) -> Metric:
+    if settings.metric != "auto":
+        return settings.metric
+    texts_alone = all(each.completion is not None and not each.text for each in parts.train)
+    return "loss" if texts_alone else "accuracy"
+
+
+def _facts(problem: Problem, base: str, pool: UsableAdapters, outcome: Outcome, folded: FoldedLora) -> dict[str, Any]:
+    """Return the figures of the run, for the report's JSON."""
+    chosen = [
+        {"name": expert.name, "owner": expert.owner, "loss": outcome.losses[expert.name], "rank": expert.rank}
+        for expert in outcome.chosen.experts
+    ]
+    validated = {
+        "base": outcome.base.loss,
+        "few-shot LoRA": outcome.few_shot.mixed.loss,
+        "best single adapter": outcome.single.loss,
+        "simple average": outcome.average.loss,
+        "tuned": outcome.tuned.loss,
+        "returned": outcome.merge.loss,
+    }
+    return {
+        "base": base,
+        "settings": json.loads(problem.settings.model_dump_json()),
+        "candidates": len(pool.usable) + len(pool.left_out),
+        "left_out": pool.left_out,
+        "passed_over": outcome.chosen.passed_over,
+        "scores": outcome.chosen.scores,
+        "chosen": chosen,
+        "selection_correlation": outcome.correlation,
+        "came_back_instead": outcome.fallback,
+        "few_shot": {"rate": outcome.few_shot.rate, "validation": dict(outcome.few_shot.tried)},
+        "validation_loss": validated,
+        "weights": _weights(problem, outcome),
+        "curves": {"merge": outcome.tuned.curve, "few-shot LoRA": outcome.few_shot.mixed.curve},
+        "fold": {"rank": folded.rank, "energy_kept": folded.kept, "lost": dict(folded.lost)},
+    }
+
+
+def _weights(problem: Problem, outcome: Outcome) -> dict[str, Any]:
+    """Return the final coefficients by adapter, one for each group; None where an adapter has no part in a group."""
+    tuned = outcome.tuned
+    layout = tuned.mixture(problem).layout
+    values = layout.activate(tuned.coefficients, tuned.activation).tolist()
+    groups = {group: number for number, group in enumerate(dict.fromkeys(layout.names))}
+    table: dict[str, list[float | None]] = {expert.name: [None] * len(groups) for expert in tuned.experts}
+    for value, expert, group in zip(values, layout.experts.tolist(), layout.names, strict=True):
+        table[tuned.experts[expert].name][groups[group]] = value
+    return {"granularity": tuned.granularity, "groups": list(groups), "by_adapter": table}
+
+
+def _notices(problem: Problem, pool: UsableAdapters, parts: Split) -> list[str]:
+    notices = [*overlaps(parts), *pool.notices]
+    if problem.model.cut:
+        notices.append(f"{problem.model.cut} texts were longer than {problem.model.limit} tokens and were cut")
+    if pool.left_out:
+        name, reason = next(iter(pool.left_out.items()))
+        notices.append(f"left out of the pool: {len(pool.left_out)}, {name} among them: {reason}")
+    return notices
+
+
+def _write(folder: Path, problem: Problem, base: str, outcome: Outcome, folded: FoldedLora, report: Report) -> None:
+    """Write the adapter and the report into a folder."""
+    used = [expert for expert in outcome.merge.experts if expert.path]
+    write_adapter(folded, problem, base, used, folder, f"{report.verdict.sentence}.")
+    text = json.dumps(report.to_dict(), indent=1) + "\n"
+    (folder / f"{REPORT}.json").write_text(text, encoding="utf-8")
+    (folder / f"{REPORT}.html").write_text(page(report), encoding="utf-8")
