@@ -5,7 +5,6 @@ from setuptools import find_packages, setup
 setup(
     packages=[
         *find_packages(include=["merging", "merging.*"]),
-        "merging.cli",
         *(f"merging.cli.{name}" for name in find_packages("cli")),
     ],
     package_dir={"merging.cli": "cli"},

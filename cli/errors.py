@@ -19,7 +19,7 @@ from merging.errors import FormatError, InputError, MergingError, OptionError, O
 
 from .output import echo_json, echo_text
 
-__all__ = ["Placed", "Refusal", "answered", "end_signals", "reported"]
+__all__ = ["OutputStatus", "Refusal", "end_signals", "exit_with_message", "handle_errors"]
 
 _NO_MEMORY = re.compile("can't allocate memory|out of memory")
 """What torch says, in errors of no kind of their own."""
@@ -37,11 +37,11 @@ class Refusal(click.ClickException):
 
 
 @contextmanager
-def reported(debug: bool = False, standing: Callable[[], str] | None = None) -> Iterator[None]:
+def handle_errors(debug: bool = False, status: Callable[[], str] | None = None) -> Iterator[None]:
     """Run a command's body: refusals become one message, and a kill cleans up as Ctrl-C does.
 
-    ``standing`` makes the sentence for an interruption, for commands that may have changed something by then; commands
-    with an output pass :class:`Placed`.
+    ``status`` makes the sentence for an interruption, for commands that may have changed something by then; commands
+    with an output pass :class:`OutputStatus`.
     """
     before = {number: signal.signal(number, _interrupt) for number in end_signals()}
     try:
@@ -52,7 +52,7 @@ def reported(debug: bool = False, standing: Callable[[], str] | None = None) -> 
         kind = next((word for cls, word in _KINDS.items() if isinstance(error, cls)), "error")
         raise Refusal(str(error), kind) from None
     except KeyboardInterrupt:
-        raise Refusal(f"{standing() if standing else 'nothing was written'}.", "interrupted", 130) from None
+        raise Refusal(f"{status() if status else 'nothing was written'}.", "interrupted", 130) from None
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):
             raise
@@ -62,7 +62,7 @@ def reported(debug: bool = False, standing: Callable[[], str] | None = None) -> 
             signal.signal(number, handler)
 
 
-class Placed:
+class OutputStatus:
     """The sentence for an interruption: it looks on the disk whether a new output is whole and in place."""
 
     def __init__(self, *outputs: str | Path | None) -> None:
@@ -111,7 +111,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 @contextmanager
-def answered(as_json: bool = False) -> Iterator[None]:
+def exit_with_message(as_json: bool = False) -> Iterator[None]:
     """Print the error that ends a command, and exit with its code.
 
     With ``as_json`` it is an object on standard output too: ``{"error": {"kind": ..., "message": ...}}``. A stream that

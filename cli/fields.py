@@ -1,49 +1,83 @@
-"""Options made from the fields of a method or a recipe, each declared there with its default, bounds and help."""
+"""Options made from the fields of a method or of settings, which state their default, bounds and help."""
 
 from __future__ import annotations
 
-import math
 import types
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import click
+
+from merging.errors import MergingError
+
+from .errors import handle_errors
+from .types import Values
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 
-__all__ = ["Values", "chain_options", "choices", "field_option"]
+__all__ = ["FieldsCommand", "chain_options", "choices", "field_option"]
+
+_FIELDS = f"{__name__}.options"
+"""Key of the options of the fields in the context's ``meta``."""
 
 
-class Values(click.ParamType):
-    """One number for all models, or a comma list with one a model; each may run from block to block, as 0.2:0.8."""
+class FieldsCommand(click.Command):
+    """A command with options that pydantic fields declare, which may depend on its other options.
 
-    name = "numbers"
+    ``fields`` makes these options from the values of the command's own options as they were typed, by name. The
+    command's function gets their values as the dictionary ``fields``, without those that were not given.
+    """
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            return value
+    def __init__(self, *args: Any, fields: Callable[[Mapping[str, Any]], list[click.Option]], **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.fields = fields
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return the command's own options, those of the fields, and help."""
+        if _FIELDS not in ctx.meta:
+            ctx.meta[_FIELDS] = self.fields({})
+        *own, help_option = super().get_params(ctx)
+        return [*own, *ctx.meta[_FIELDS], help_option]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the command's own options first, and then all, with the options of the fields that these choose."""
+        with handle_errors():
+            typed = self._typed(ctx, args)
+            try:
+                ctx.meta[_FIELDS] = self.fields(typed)
+                rest = super().parse_args(ctx, args)
+            except click.NoSuchOption as error:
+                self.explain(error.option_name, typed)
+                raise
+            except MergingError:
+                if not ctx.resilient_parsing:
+                    raise
+                rest = super().parse_args(ctx, args)
+        names = [option.name for option in ctx.meta[_FIELDS]]
+        given = {name: ctx.params.pop(name) for name in names}
+        ctx.params["fields"] = {name: value for name, value in given.items() if value not in (None, ())}
+        return rest
+
+    def _typed(self, ctx: click.Context, args: list[str]) -> Mapping[str, Any]:
+        """Return the values of the command's own options, and pass over all others."""
+        ctx.meta[_FIELDS] = []
+        parser = self.make_parser(ctx)
+        parser.ignore_unknown_options = True
         try:
-            numbers = tuple(part if _runs(part) else float(part) for part in value.split(","))
-        except ValueError:
-            self.fail(
-                f"{value!r} is neither a number nor a comma list of numbers, nor such that run from the first block to "
-                f"the last (0.2:0.8)",
-                param,
-                ctx,
-            )
-        return numbers if "," in value else numbers[0]
+            return parser.parse_args(list(args))[0]
+        except click.UsageError:
+            return {}  # the second reading reports it
 
-
-def _runs(text: str) -> bool:
-    """Whether numbers with colons between them are written there."""
-    return ":" in text and all(math.isfinite(float(part)) for part in text.split(":"))
+    def explain(self, option: str, typed: Mapping[str, Any]) -> None:
+        """Raise a better error for an option that is unknown with these values of the others, if there is one."""
 
 
 def chain_options(text: str) -> list[click.Option]:
-    """The options of all links of a chain, with the defaults that it has under this name, but for the fixed ones.
+    """Return the options of all links of a chain, with its defaults, but for the fields that it fixes.
 
-    A name that several links share is written with its link's.
+    An option that several links share is called by link and field: ``--ties.density``.
     """
     from merging.methods import chain, expanded, parameters_of
 
@@ -63,7 +97,7 @@ def chain_options(text: str) -> list[click.Option]:
 
 
 def field_option(flag: str, field: FieldInfo, prefix: str = "", default: object = None) -> click.Option:
-    """The option of one field: ``--flag``, or ``--flag / --no-flag`` for a switch. Unset, it passes nothing on.
+    """Return the option of one field: ``--flag``, or ``--flag / --no-flag`` for a switch. Unset, it is None.
 
     ``default`` is the default to show, the field's own if it is None.
     """
@@ -74,24 +108,24 @@ def field_option(flag: str, field: FieldInfo, prefix: str = "", default: object 
     value = field.default if default is None else default
     shown = str(value).lower() if isinstance(value, bool) else value
     text = prefix + (field.description or "") + ("" if value is None else f"  [default: {shown}]")
-    types_ = [each for each in _alternatives(field.annotation) if each is not type(None)]
-    if bool in types_:
+    kinds = [each for each in _alternatives(field.annotation) if each is not type(None)]
+    if bool in kinds:
         return click.Option([f"--{flag}/--no-{flag}", name], default=None, help=text)
     among = choices(field)
-    kind: Any = click.Choice(among) if among else int if int in types_ else str
-    if float in types_:
-        kind = Values() if Gradient in types_ else float
+    kind: Any = click.Choice(among) if among else int if int in kinds else str
+    if float in kinds:
+        kind = Values() if Gradient in kinds else float
     return click.Option([f"--{flag}", name], type=kind, default=None, help=text)
 
 
 def choices(field: FieldInfo) -> list[str]:
-    """The words that a field takes, if it takes only some."""
+    """Return the words that a field takes, if it takes only some."""
     kinds = _alternatives(field.annotation)
     return [str(value) for each in kinds if get_origin(each) is Literal for value in get_args(each)]
 
 
 def _alternatives(annotation: Any) -> list[Any]:
-    """The plain types that an annotation allows, unions and metadata taken apart."""
+    """Return the plain types that an annotation allows, unions and metadata taken apart."""
     origin = get_origin(annotation)
     if origin in (Union, types.UnionType):
         return [each for part in get_args(annotation) for each in _alternatives(part)]

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .errors import reported
+from .errors import handle_errors
+from .options import json_option
 from .output import echo_json, echo_text
 
 if TYPE_CHECKING:
@@ -24,12 +25,12 @@ read     as factors: an adapter stays low-rank, and merges of sums lose nothing.
 base     whether --base is needed to tell what the adapter changes; to make a model it always is"""
 
 
-@click.command(name="formats")
-@click.option("--json", "as_json", is_flag=True, help="print as JSON")
+@click.command(name="formats", short_help="the formats that are read, and those that are refused")
+@json_option
 @click.option("--markdown", is_flag=True, help="print the README's table")
 def formats_command(as_json: bool, markdown: bool) -> None:
     """List the formats of models and adapters: what is read, how, and what is refused and why."""
-    with reported():
+    with handle_errors():
         from merging.sources.formats import formats
 
         found = list(formats())

@@ -1,98 +1,94 @@
-"""The command ``merge``: models without a sub-command are merged, a first word that is a sub-command is that."""
+"""The command ``merge``: its sub-commands, of which merging is the default."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
 from merging.errors import nearest
+from merging.version import __version__
 
-from .comparing import compare_command
-from .compressing import compress_command, decompress_command
+from .compare import compare_command
+from .compress import compress_command
 from .continual import continual_command
-from .errors import Refusal, answered
+from .decompress import decompress_command
+from .errors import Refusal, exit_with_message
 from .formats import formats_command
-from .inspecting import inspect_command
-from .listing import methods_command
-from .merging import merge_command
+from .help import CONTEXT, SectionedGroup
+from .inspect import inspect_command
+from .merge import merge_command
+from .methods import methods_command
+from .output import echo_text
 from .pool import pool_command
-from .pushing import push_command
-from .recipes import run_command
-from .recycling import recycle_command
-from .routing import route_command
-from .verifying import verify_command
+from .push import push_command
+from .recycle import recycle_command
+from .route import route_command
+from .run import run_command
+from .verify import verify_command
 
 __all__ = ["main"]
 
-EPILOG = """\b
-Sub-commands, as the first word:
-  merge run RECIPE       carry out a recipe (YAML)
-  merge methods [NAME]   the methods, or one method in full
-  merge formats          what is read, and what is refused
-  merge inspect PATH     what a model or adapter file holds
-  merge compare MODEL... how models agree in what they change
-  merge compress MODEL   a pack of it, many times smaller
-  merge decompress PACK  what it was made of
-  merge verify PATH      what a program would refuse or ignore in it
-  merge push FOLDER ...  publish a folder on the Hub
-  merge pool ...         adapters that others left, audited
-  merge route MODEL...   prototypes to choose among adapters by
-  merge recycle POOL ... mix adapters of other tasks for a new one, and hold that against what needs none
-  merge continual ...    a store that grows as models arrive
-A file of such a name is reached as ./inspect.
-"""
 
+class DefaultGroup(SectionedGroup):
+    """A group with a default command: ``merge a.safetensors b.safetensors --method linear`` works as written."""
 
-class Merge(click.Group):
-    """A group whose default command merges: ``merge a.safetensors b.safetensors --method linear`` works as written."""
-
-    def main(self, args: list[str] | None = None, **extra: object) -> object:
-        """Hand all arguments to the default command, unless the first word names a sub-command."""
+    def main(self, args: Sequence[str] | None = None, *more: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run the command of these arguments; as a program, print its errors and exit with its code."""
         words = list(sys.argv[1:] if args is None else args)
         extra = {"prog_name": "merge", **extra}
-        if extra.pop("standalone_mode", True):
-            with answered("--json" in words):
-                code = self._run(words, extra)
-            sys.exit(code if isinstance(code, int) else 0)
-        return self._run(words, extra)
+        if not standalone_mode:
+            return super().main(words, *more, standalone_mode=False, **extra)
+        with exit_with_message("--json" in words):
+            code = super().main(words, *more, standalone_mode=False, **extra)
+        sys.exit(code if isinstance(code, int) else 0)
 
-    def _run(self, words: list[str], extra: dict[str, object]) -> object:
-        if not words or words[0] not in self.commands:
-            self._check_spelling(words)
-            return merge_command.main(words, standalone_mode=False, **extra)
-        return super().main(words, standalone_mode=False, **extra)
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the default command first, unless a command or an option of the group is there."""
+        if not args and not ctx.resilient_parsing:
+            echo_text(ctx.get_help())
+            ctx.exit(1)
+        own = {name for param in self.get_params(ctx) for name in param.opts}
+        if args and args[0] not in self.commands and args[0] not in own:
+            self._check_spelling(args)
+            args = ["merge", *args]
+        return super().parse_args(ctx, args)
 
-    def _check_spelling(self, words: list[str]) -> None:
+    def _check_spelling(self, args: list[str]) -> None:
         """Refuse a first word that is no file but nearly a sub-command, with no method to merge it by."""
-        if not words or {"-m", "--method"} & set(words) or words[0].startswith("-") or Path(words[0]).exists():
+        if {"-m", "--method"} & set(args) or args[0].startswith("-") or Path(args[0]).exists():
             return
-        if near := nearest(words[0], self.commands):
-            raise Refusal(f"{words[0]}: there is no such sub-command, file or folder{near}", "usage", 2)
+        if near := nearest(args[0], self.commands):
+            raise Refusal(f"{args[0]}: there is no such sub-command, file or folder{near}", "usage", 2)
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write both ways to call it."""
+        formatter.write_usage(ctx.command_path, "--method METHOD [OPTIONS] MODEL...")
+        formatter.write_usage(ctx.command_path, "COMMAND [ARGUMENTS]", prefix="       ")
 
 
-merge_command.epilog = EPILOG
-_COMMANDS = [
-    run_command,
-    methods_command,
-    formats_command,
-    inspect_command,
-    compare_command,
-    compress_command,
-    decompress_command,
-    verify_command,
-    push_command,
-    pool_command,
-    route_command,
-    recycle_command,
-    continual_command,
-]
-cli = Merge(
-    name="merge",
-    commands=_COMMANDS,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
+SECTIONS = {
+    "Merge": [merge_command, run_command, continual_command, recycle_command],
+    "Choose": [methods_command, formats_command, inspect_command, compare_command, verify_command, route_command],
+    "Keep and share": [pool_command, compress_command, decompress_command, push_command],
+}
+
+
+@click.command(cls=DefaultGroup, sections=SECTIONS, name="merge", context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="merge")
+def cli() -> None:
+    """Merge fine-tuned models or LoRA adapters into one.
+
+    \b
+    merge --method linear a.safetensors b.safetensors
+    merge --method ties --base BASE one/ two/ -o merged/
+    merge --method lines+tsv --base ORG/BASE ORG/ONE ORG/TWO -o merged/
+
+    Options of merging: merge merge -h. Options of a method: merge --method METHOD -h.
+    """
 
 
 def main() -> None:

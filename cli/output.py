@@ -1,4 +1,4 @@
-"""The one door through which the command prints: lines, JSON, plans, outcomes, progress; and sizes as people write.
+"""The one door through which the command prints: lines, JSON, plans, outcomes, progress.
 
 Names and values of files may be hostile: all that is printed passes here, and is escaped.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,36 +22,22 @@ if TYPE_CHECKING:
     from merging.api.merge_files import Merged
     from merging.plan import Plan
 
+    from .execution import Execution
+
 __all__ = [
-    "Size",
     "echo",
     "echo_json",
     "echo_merged",
     "echo_notices",
     "echo_plan",
     "echo_text",
+    "plural",
     "progress_bar",
     "size_text",
 ]
 
 _LONGEST = 4000
 """Characters of a line; names and paths are shorter, and only texts of strangers are longer."""
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-
-
-class Size(click.ParamType):
-    """Bytes, as in 500MB, 2GiB or 1000000."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?I?)B?\s*", str(value).upper())
-        if not found or found[2] not in _UNITS or float(found[1]) <= 0:
-            self.fail(f"{value!r} is no size: write 500MB, 2GB or 2GiB", param, ctx)
-        return int(float(found[1]) * _UNITS[found[2]])
 
 
 def size_text(nbytes: float) -> str:
@@ -61,6 +46,11 @@ def size_text(nbytes: float) -> str:
         if nbytes >= factor:
             return f"{nbytes / factor:.1f} {unit}"
     return f"{nbytes:.0f} bytes"
+
+
+def plural(count: int, noun: str) -> str:
+    """Return a count with its noun: ``1 model``, ``2 models``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 @contextmanager
@@ -101,12 +91,13 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def echo_plan(plan: Plan, destination: Path, threads: int | None, max_memory: int | None, as_json: bool) -> None:
-    """The plan: what is read and written, how much memory it takes, and what should be known beforehand."""
+def echo_plan(plan: Plan, destination: Path, execution: Execution) -> None:
+    """Print a plan: the bytes to read and write, the memory that it takes, and its notices."""
     from merging.engine.resources import workers_within
     from merging.engine.threads import cores
 
-    workers = workers_within(plan, cores() if threads is None else threads, max_memory)
+    threads = cores() if execution.threads is None else execution.threads
+    workers = workers_within(plan, threads, execution.max_memory)
     facts: dict[str, Any] = {
         "method": plan.recipe.method.chain,
         "models": list(plan.recipe.models),
@@ -124,11 +115,11 @@ def echo_plan(plan: Plan, destination: Path, threads: int | None, max_memory: in
         "matched": list(plan.matched),
         "notices": list(plan.notices),
     }
-    if as_json:
+    if execution.as_json:
         echo_json(facts)
         return
     rank = f" of rank {plan.rank}" if plan.rank else ""
-    echo(f"{facts['method']}: {_models(plan)} into the {_kind(plan)}{rank} {destination}")
+    echo(f"{facts['method']}: {plural(len(plan.models), 'model')} into the {_kind(plan)}{rank} {destination}")
     echo(f"  reads   {size_text(plan.read_bytes)}")
     echo(f"  writes  {size_text(plan.out_bytes)} in {len(plan.outs)} tensors")
     echo(f"  memory  {size_text(facts['peak_memory_bytes'])} at most for {workers} workers, above the imports")
@@ -148,13 +139,9 @@ def echo_merged(merged: Merged, plan: Plan) -> None:
         echo(f"{fact}: {value:.4g}", err=True)
     rank = f" of rank {merged.rank}" if merged.rank else ""
     echo(
-        f"{merged.path}: {_kind(plan)}{rank}, {_models(plan)} by {merged.method}, {merged.tensors} tensors, "
-        f"{size_text(merged.bytes)} in {merged.seconds:.1f} s"
+        f"{merged.path}: {_kind(plan)}{rank}, {plural(len(plan.models), 'model')} by {merged.method}, "
+        f"{merged.tensors} tensors, {size_text(merged.bytes)} in {merged.seconds:.1f} s"
     )
-
-
-def _models(plan: Plan) -> str:
-    return "1 model" if len(plan.models) == 1 else f"{len(plan.models)} models"
 
 
 def _kind(plan: Plan) -> str:

@@ -18,7 +18,8 @@ from tiny import checkpoint, identical, load, model, save
 
 import merging
 from merging.cli.main import cli
-from merging.cli.output import Size, size_text
+from merging.cli.output import size_text
+from merging.cli.types import Size
 from merging.methods import GROUPS, METHODS
 
 
@@ -168,10 +169,9 @@ def test_progress(folder: Path) -> None:
 
 
 def test_no_method_lists_them() -> None:
-    for words in ([], ["a", "b"]):
-        said = refused(*words)
-        assert "which method?" in said
-        assert all(f"  {name} " in said and listed.summary in said for name, listed in METHODS.items())
+    said = refused("a", "b")
+    assert "which method?" in said
+    assert all(f"  {name} " in said and listed.summary in said for name, listed in METHODS.items())
 
 
 @pytest.mark.parametrize(
@@ -383,11 +383,17 @@ def test_help_of_a_chain_has_its_options(name: str) -> None:
 def test_help_and_version() -> None:
     for words in (["--help"], ["-h"]):
         said = ok(*words).stdout
-        assert said.startswith("Usage: merge [OPTIONS] MODEL...")
-        assert "merge run RECIPE" in said
-        assert "--weights" not in said.partition("Options:")[2]
+        assert said.startswith("Usage: merge --method METHOD [OPTIONS] MODEL...\n       merge COMMAND [ARGUMENTS]\n")
+        assert "merge merge -h" in said
+    for words in ([], ["--help"], ["-h"]):
+        done = merge(*words)
+        assert (done.exit_code, done.stdout) == (0 if words else 1, said)
+    said = ok("merge", "-h").stdout
+    assert said.startswith("Usage: merge [OPTIONS] MODEL...")
+    assert "--base" in said
+    assert "--weights" not in said.partition("Options:")[2]
     assert ok("--version").stdout == f"merge, version {merging.__version__}\n"
-    for command in cli.commands:
+    for command in cli.commands.keys() - {"merge"}:
         assert ok(command, "-h").stdout.startswith(f"Usage: merge {command}")
 
 

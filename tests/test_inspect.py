@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from serving_cases import UNET, kohya
 
 import merging
-from merging.cli.inspecting import inspect_command
+from merging.cli.inspect import inspect_command
 
 pytestmark = [*QUIRKS, *TYPES]
 

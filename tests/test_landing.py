@@ -197,10 +197,10 @@ def test_disk_that_fills_up_under_way(
 SCRIPT = """
 import os, resource, signal, sys, torch, merging
 from pathlib import Path
-from merging.cli.errors import answered, reported
+from merging.cli.errors import exit_with_message, handle_errors
 folder = Path(sys.argv[1])
 {setup}
-with answered(), reported():
+with exit_with_message(), handle_errors():
     merging.merge([folder / "tuned0", folder / "tuned1"], method="linear", output=folder / "out", threads=2{options})
 """
 

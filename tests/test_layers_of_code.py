@@ -144,9 +144,9 @@ def test_imports_are_found() -> None:
     """The tests below would pass if nothing were."""
     assert Import("merging.errors", False) in imports("merging.storage.staging")
     assert Import("merging.os_calls", False) in imports("merging.storage.staging")
-    assert Import("merging.cli.errors", False) in imports("merging.cli.merging")
-    assert Import("merging.plan.recipe", True) in imports("merging.cli.merging")
-    assert Import("merging.plan.recipe", False) not in imports("merging.cli.merging")
+    assert Import("merging.cli.errors", False) in imports("merging.cli.merge")
+    assert Import("merging.plan.recipe", True) in imports("merging.cli.merge")
+    assert Import("merging.plan.recipe", False) not in imports("merging.cli.merge")
     assert Import("huggingface_hub", True) in imports("merging.plan.sites")
 
 
@@ -190,7 +190,7 @@ def test_never_imported_at_import_time(name: str) -> None:
 @pytest.mark.parametrize("name", modules("cli"))
 def test_the_command_line_imports_the_package_when_it_runs(name: str) -> None:
     eager = [each.module for each in imports(name) if not each.lazy and under(each.module, "merging")]
-    assert all(under(each, "merging.cli", "merging.errors") for each in eager), eager
+    assert all(under(each, "merging.cli", "merging.errors", "merging.version") for each in eager), eager
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name not in ("merging.__main__", "merging.cli")])

@@ -22,7 +22,7 @@ from tiny import checkpoint, fine_tune, identical, load, model, save
 from torch import Tensor, equal
 
 import merging
-from merging.cli.executing import EXECUTION
+from merging.cli.execution import Execution
 from merging.errors import InputError, OptionError
 from merging.maths.parameters import matches
 from merging.maths.randomness import kept
@@ -257,7 +257,7 @@ def test_parameters_of_matrices_where_there_is_none(tmp_path: Path) -> None:
 def test_no_parameter_is_called_as_an_option_of_merging() -> None:
     """From Python both are given by name, on the command line as well: one would hide the other."""
     options = {*Recipe.model_fields, *(info.alias for info in Recipe.model_fields.values())}
-    options |= {*signature(merging.merge).parameters, *EXECUTION}
+    options |= {*signature(merging.merge).parameters, *Execution.__annotations__}
     for name in METHODS:
         assert not options & set(parameters_of(method_class(name))), name
 

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from tiny import checkpoint
 
-from merging.cli.errors import Refusal, reported
+from merging.cli.errors import Refusal, handle_errors
 from merging.cli.main import cli
 
 CLI = Path(__file__).parents[1] / "cli"
@@ -86,10 +86,10 @@ def test_nohup_is_honoured() -> None:
     """The end of the terminal ends a command, unless it was told to outlive it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with reported():
+        with handle_errors():
             os.kill(os.getpid(), signal.SIGHUP)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        with pytest.raises(Refusal, match="nothing was written") as refusal, reported():
+        with pytest.raises(Refusal, match="nothing was written") as refusal, handle_errors():
             os.kill(os.getpid(), signal.SIGHUP)
         assert (refusal.value.kind, refusal.value.exit_code) == ("interrupted", 130)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL

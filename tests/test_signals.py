@@ -17,7 +17,7 @@ from tiny import adapters, fine_tune, load, save
 
 import merging
 from merging import os_calls
-from merging.cli.errors import Placed, answered, reported
+from merging.cli.errors import OutputStatus, exit_with_message, handle_errors
 from merging.cli.main import cli
 from merging.continual import ContinualStore
 from merging.storage.staging import StagedOutput
@@ -141,9 +141,9 @@ def test_a_dry_run_touches_nothing(tmp_path: Path) -> None:
 
 
 def test_what_was_being_published_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
-    standing = Placed()
-    standing.publishing = "me/model"
-    with pytest.raises(SystemExit), answered(), reported(standing=standing):
+    status = OutputStatus()
+    status.publishing = "me/model"
+    with pytest.raises(SystemExit), exit_with_message(), handle_errors(status=status):
         raise KeyboardInterrupt
     said = "Interrupted: nothing was written, and whether it was published is not known: look at me/model.\n"
     assert capsys.readouterr().err == said

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from serving_cases import SERVED
 
 import merging
-from merging.cli.verifying import verify_command
+from merging.cli.verify import verify_command
 from merging.errors import InputError, OptionError
 from merging.serving import PROGRAMS, verify
 

@@ -1,54 +1,31 @@
-"""What commands of a store share: arguments, options, and what they say when they are interrupted."""
+"""Arguments and options that commands of a store share, and what they say when they are interrupted."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
-from ..output import Size
+from ..options import add_options, device_option, max_memory_option, threads_option
+from ..output import plural
 
-__all__ = ["Standing", "as_json_option", "debug_option", "lenient", "store_argument", "wait_option", "working"]
+__all__ = ["StoreStatus", "leniency_options", "resource_options", "store_argument", "wait_option"]
 
-as_json_option = click.option("--json", "as_json", is_flag=True, help="print as JSON")
-debug_option = click.option("--debug", is_flag=True, help="show a traceback with errors")
 store_argument = click.argument("store", type=click.Path())
 wait_option = click.option("--wait", type=float, help="most seconds to wait for another writer  [default: no limit]")
+resource_options = add_options(device_option, threads_option, max_memory_option)
+leniency_options = add_options(
+    click.option("--allow-different-bases", is_flag=True, help="add what says, or seems, to be of another base"),
+    click.option(
+        "--on-mismatch",
+        type=click.Choice(["error", "base"]),
+        default="error",
+        show_default=True,
+        help="tensors that a model lacks or has in another shape: refuse it, or leave them as they are",
+    ),
+)
 
 
-def working(command: Any) -> Any:
-    """Give a command the options of those that merge."""
-    return _with(
-        command,
-        click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto"),
-        click.option("--threads", type=int, help="workers  [default: all cores]"),
-        click.option("--max-memory", type=Size(), help="most memory above the imports, such as 500MB"),
-    )
-
-
-def lenient(command: Any) -> Any:
-    """Give a command the options that let models in which do not quite fit."""
-    return _with(
-        command,
-        click.option("--allow-different-bases", is_flag=True, help="add what says, or seems, to be of another base"),
-        click.option(
-            "--on-mismatch",
-            type=click.Choice(["error", "base"]),
-            default="error",
-            show_default=True,
-            help="tensors that a model lacks or has in another shape: refuse it, or leave them as they are",
-        ),
-    )
-
-
-def _with(command: Any, *options: Any) -> Any:
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-class Standing:
-    """What is true of a store after a command on it was interrupted, by its manifest.
+class StoreStatus:
+    """The sentence about a store after a command on it was interrupted, by its manifest.
 
     ``before`` is the number of models that it held when the command began, where that may have grown.
     """
@@ -66,4 +43,4 @@ class Standing:
         except MergingError:
             return f"there is no store {self.store}"
         more = "" if self.before is None else f", {models - self.before} more than before"
-        return f"{self.store} is whole, and holds {models} model{'s' * (models != 1)}{more}"
+        return f"{self.store} is whole, and holds {plural(models, 'model')}{more}"

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from .errors import Placed, reported
-from .executing import execute, execution_options
+from .errors import OutputStatus, handle_errors
+from .execution import Execution, execute, execution_options
 
 __all__ = ["run_command"]
 
 
-@click.command(name="run")
+@click.command(name="run", short_help="carry out a recipe (YAML)")
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @execution_options
-def run_command(recipe: Path, **execution: Any) -> None:
+def run_command(recipe: Path, execution: Execution) -> None:
     """Carry out a RECIPE: YAML with models, method and parameters, as --recipe-only prints it."""
-    standing = Placed()
-    with reported(execution["debug"], standing):
+    status = OutputStatus()
+    with handle_errors(execution.debug, status):
         from merging.plan.recipe import load_recipe
         from merging.sources.small_files import RECIPE_LIMIT, read_text
 
-        execute(load_recipe(read_text(recipe, RECIPE_LIMIT, given=True), str(recipe)), standing, **execution)
+        execute(load_recipe(read_text(recipe, RECIPE_LIMIT, given=True), str(recipe)), execution, status)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .errors import reported
+from .errors import handle_errors
 from .fields import choices
+from .options import json_option
 from .output import echo, echo_json, echo_text
 
 if TYPE_CHECKING:
@@ -45,15 +46,15 @@ class Choice:
     paper: str
 
 
-@click.command(name="methods")
+@click.command(name="methods", short_help="the methods, or one method in full")
 @click.argument("name", required=False)
-@click.option("--json", "as_json", is_flag=True, help="print as JSON")
+@json_option
 @click.option("--markdown", is_flag=True, help="print the README's table")
 def methods_command(name: str | None, as_json: bool, markdown: bool) -> None:
     """List the methods, or show one in full: what it does, its paper, its parameters."""
     from merging.methods import ALIASES, method_class
 
-    with reported():
+    with handle_errors():
         if name in ALIASES:
             echo_text(_alias(name))
         elif name is not None:

@@ -6,30 +6,32 @@ from typing import Any
 
 import click
 
-from .errors import Placed, reported
+from .errors import OutputStatus, handle_errors
+from .options import debug_option, different_bases_option, json_option, overwrite_option
 from .output import echo, echo_json, echo_notices
+from .types import MODEL
 
 __all__ = ["route_command"]
 
 
-@click.command(name="route")
-@click.argument("models", nargs=-1, required=True, metavar="ADAPTER...")
+@click.command(name="route", short_help="prototypes by which a server chooses among adapters")
+@click.argument("models", nargs=-1, required=True, type=MODEL, metavar="ADAPTER...")
 @click.option("-o", "--output", required=True, type=click.Path(), help="a .safetensors file")
 @click.option(
     "--kind", type=click.Choice(["arrow", "spectr"]), default="arrow", show_default=True, help="what of each change"
 )
 @click.option("--normalise", is_flag=True, help="spectr: do not let larger changes win")
-@click.option("--allow-different-bases", is_flag=True, help="take adapters that state different bases")
-@click.option("--overwrite", is_flag=True, help="replace an existing output")
-@click.option("--json", "as_json", is_flag=True, help="print the outcome as JSON")
-@click.option("--debug", is_flag=True, help="show a traceback with errors")
+@different_bases_option
+@overwrite_option
+@json_option
+@debug_option
 def route_command(models: tuple[str, ...], output: str, as_json: bool, debug: bool, **options: Any) -> None:
     """Export the prototypes by which a server routes tokens among adapters, instead of merging them.
 
     arrow: the leading right singular vector of each change, scored by |v . x|. spectr: all of them times their singular
     values, scored by |P x|, which is what the change does to x.
     """
-    with reported(debug, Placed(output)):
+    with handle_errors(debug, OutputStatus(output)):
         from merging.api.prototypes import export_prototypes
 
         done = export_prototypes(models, output, **options)

@@ -1,4 +1,4 @@
-"""``merge compress`` and ``merge decompress``: packs of models, and models of packs."""
+"""``merge compress``: a pack of an adapter or of a model's change."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .errors import Placed, reported
+from .errors import OutputStatus, handle_errors
+from .options import debug_option, device_option, json_option, overwrite_option, progress_option
 from .output import echo, echo_json, echo_notices, progress_bar, size_text
+from .types import MODEL
 
 if TYPE_CHECKING:
     from merging.compression import Compressed
 
-__all__ = ["compress_command", "decompress_command"]
+__all__ = ["compress_command"]
 
 
-@click.command(name="compress")
-@click.argument("model")
+@click.command(name="compress", short_help="a pack of a model, many times smaller")
+@click.argument("model", type=MODEL)
 @click.option("-o", "--output", required=True, type=click.Path(), help="the pack, a .safetensors file")
-@click.option("--base", help="what a full model was trained from; of an adapter's it is noted")
+@click.option("--base", type=MODEL, help="what a full model was trained from; of an adapter's it is noted")
 @click.option(
     "--method",
     type=click.Choice(["ternary", "bands"]),
@@ -33,17 +35,17 @@ __all__ = ["compress_command", "decompress_command"]
 )
 @click.option("--alpha", type=float, help="scale of signs in standard deviations, instead of --scale")
 @click.option("--bands", help="directions@bits, the leading first  [default: *@4 for adapters, 20@8,180@4,800@2]")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto: decomposes full models")
-@click.option("--overwrite", is_flag=True, help="replace an existing output")
-@click.option("--progress/--quiet", default=None, help="progress bar on stderr  [default: on a terminal]")
-@click.option("--json", "as_json", is_flag=True, help="print as JSON, with the error of every change")
-@click.option("--debug", is_flag=True, help="show a traceback with errors")
+@device_option
+@overwrite_option
+@progress_option
+@json_option
+@debug_option
 def compress_command(model: str, progress: bool | None, as_json: bool, debug: bool, **options: Any) -> None:
     """Write an adapter, or what a full model changed of its base, into one file of few bits, and say what that loses.
 
     A pack is a model like any other for every command: it is merged, compared and inspected as it is.
     """
-    with reported(debug, Placed(options["output"])):
+    with handle_errors(debug, OutputStatus(options["output"])):
         from merging.compression import compress
 
         with progress_bar(progress, "compressing") as report:
@@ -64,31 +66,3 @@ def _print(found: Compressed) -> None:
     worst = f", {found.errors[found.worst]:.3f} at worst ({found.worst})" if found.worst else ""
     echo(f"  error  {found.error:.3f} of the change in all, {found.median:.3f} in the median tensor{worst}")
     echo("  what that means for its task only a measurement tells: evaluate the pack's model again")
-
-
-@click.command(name="decompress")
-@click.argument("pack")
-@click.option("-o", "--output", required=True, type=click.Path(), help="a folder, or a file for a bare adapter")
-@click.option("--base", help="what the full model was trained from; adapters need none")
-@click.option(
-    "--allow-different-bases", is_flag=True, help="add it to a base of other content than it was packed beside"
-)
-@click.option("--overwrite", is_flag=True, help="replace an existing output")
-@click.option("--progress/--quiet", default=None, help="progress bar on stderr  [default: on a terminal]")
-@click.option("--json", "as_json", is_flag=True, help="print as JSON")
-@click.option("--debug", is_flag=True, help="show a traceback with errors")
-def decompress_command(pack: str, progress: bool | None, as_json: bool, debug: bool, **options: Any) -> None:
-    """Write what a pack holds as an ordinary adapter, or as a full model.
-
-    Tensors are those that the pack is read as, to the last bit.
-    """
-    with reported(debug, Placed(options["output"])):
-        from merging.compression import decompress
-
-        with progress_bar(progress, "unpacking") as report:
-            found = decompress(pack, progress=report, **options)
-    if as_json:
-        echo_json(found.to_dict())
-        return
-    echo_notices(found.notices)
-    echo(f"{found.path}: {found.kind}, {found.tensors} tensors, {size_text(found.bytes)}")

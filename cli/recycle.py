@@ -3,80 +3,82 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 
-from .errors import Placed, reported
+from .errors import OutputStatus, handle_errors
+from .fields import FieldsCommand, field_option
+from .options import debug_option, device_option, json_option
 from .output import echo, echo_json, echo_notices
+from .types import MODEL
 
 __all__ = ["recycle_command"]
 
 
-class RecycleCommand(click.Command):
-    """A command whose options include the fields of the settings, which pydantic brings along."""
+def settings_options(typed: Mapping[str, Any]) -> list[click.Option]:
+    """Return the options of the settings of recycling."""
+    from merging.recycling.settings import Settings
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self.own = list(self.params)
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Take the settings' options in before the rest is read."""
-        from merging.recycling.settings import Settings
-
-        from .fields import field_option
-
-        fields = dict(Settings.model_fields)
-        rates = fields.pop("lora_rates").description
-        several = click.Option(["--lora-rate", "lora_rates"], multiple=True, type=float, default=None, help=rates)
-        self.params = [*self.own, *(field_option(name, field) for name, field in fields.items()), several]
-        return super().parse_args(ctx, args)
+    fields = dict(Settings.model_fields)
+    rates = fields.pop("lora_rates").description
+    several = click.Option(["--lora-rate", "lora_rates"], multiple=True, type=float, default=None, help=rates)
+    return [*(field_option(name, field) for name, field in fields.items()), several]
 
 
-@click.command(cls=RecycleCommand, name="recycle")
-@click.argument("pool", nargs=-1, required=True, metavar="POOL...")
-@click.option("--base", required=True, help="the model that the adapters belong to: a folder, or ORG/NAME on the Hub")
+@click.command(
+    cls=FieldsCommand,
+    fields=settings_options,
+    name="recycle",
+    short_help="mix adapters of other tasks into one LoRA for a new task",
+)
+@click.argument("pool", nargs=-1, required=True, type=MODEL, metavar="POOL...")
+@click.option(
+    "--base", type=MODEL, required=True, help="the model that the adapters belong to: a folder, or ORG/NAME on the Hub"
+)
 @click.option("--train", required=True, type=click.Path(), help="examples to tune on, as JSON lines; 100 will do")
 @click.option("--valid", type=click.Path(), help="examples to stop and choose by  [default: a fifth of the others]")
 @click.option("--test", type=click.Path(), help="examples that nothing is chosen on; without them nothing is concluded")
 @click.option("-o", "--output", default="recycled", show_default=True, type=click.Path(), help="the adapter's folder")
 @click.option("--overwrite", is_flag=True, help="replace an existing output, and an unfinished run")
 @click.option("--resume", is_flag=True, help="go on with a run that was killed")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto")
-@click.option("--json", "as_json", is_flag=True, help="print the report as JSON")
+@device_option
+@json_option
 @click.option("--progress/--quiet", default=True, help="tell on stderr what is being done  [default: yes]")
-@click.option("--debug", is_flag=True, help="show a traceback with errors")
-def recycle_command(pool: tuple[str, ...], as_json: bool, progress: bool, debug: bool, **options: Any) -> None:
+@debug_option
+def recycle_command(
+    pool: tuple[str, ...], as_json: bool, progress: bool, debug: bool, fields: dict[str, Any], **options: Any
+) -> None:
     """Pick adapters of other tasks, tune how they are mixed for a new one, and write one LoRA.
 
     \b
     merge recycle adapters/ --base BASE --train train.jsonl --test test.jsonl -o recycled/
 
-    An example is {"text": ..., "label": ...} or {"prompt": ..., "completion": ...}. The report beside the adapter
+    An example is {"text": ..., "label": ...} or {"prompt": ..., "completion": ...}. The report next to the adapter
     (recycling.json, recycling.html) always holds it against the base, a LoRA trained on the same examples, the best
     single adapter, their simple average, and adapters that know nothing. POOL is a folder of adapters, a pool that
     merge pool built, or adapters by name.
     """
     start = time.monotonic()
 
-    def show(line: str) -> None:
+    def echo_step(line: str) -> None:
         if progress:
             echo(f"[{time.monotonic() - start:.0f} s] {line}", err=True)
 
-    placed = Placed(options["output"])
+    output_status = OutputStatus(options["output"])
 
-    def standing() -> str:
+    def status() -> str:
         from merging.recycling.workflow import checkpoint_folder
 
-        going = not placed.outputs() and checkpoint_folder(options["output"]).exists()
-        return "what is done so far is kept, and --resume goes on with it" if going else placed()
+        resumable = not output_status.outputs() and checkpoint_folder(options["output"]).exists()
+        return "what is done so far is kept, and --resume goes on with it" if resumable else output_status()
 
-    with reported(debug, standing):
+    with handle_errors(debug, status):
         import merging
 
-        stated = {name: value for name, value in options.items() if value not in (None, ())}
-        done = merging.recycle(pool, on_event=show, **stated)
+        stated = {name: value for name, value in options.items() if value is not None}
+        done = merging.recycle(pool, on_event=echo_step, **stated, **fields)
     if as_json:
         echo_json(done.to_dict())
         return

@@ -1,4 +1,4 @@
-"""``merge pool overrule``: a verdict of a person's own on adapters of a pool."""
+"""``merge pool overrule``: a person's own verdict on adapters of a pool."""
 
 from __future__ import annotations
 
@@ -7,28 +7,30 @@ from typing import Any
 
 import click
 
-from .errors import reported
-from .output import echo, echo_json
+from ..errors import handle_errors
+from ..options import debug_option, json_option
+from ..output import echo, echo_json
+from .options import pool_argument
 
 __all__ = ["overrule_command"]
 
 
-@click.command(name="overrule")
-@click.argument("pool", type=click.Path(path_type=Path))
+@click.command(name="overrule", short_help="give an adapter a verdict of your own")
+@pool_argument
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @click.option("--as", "verdict", type=click.Choice(["ok", "quarantined"]), help="the verdict that counts instead")
-@click.option("--reason", default="", help="why: kept beside the verdict")
+@click.option("--reason", default="", help="why: kept with the verdict")
 @click.option("--undo", is_flag=True, help="let the findings count again")
-@click.option("--json", "as_json", is_flag=True, help="print as JSON")
-@click.option("--debug", is_flag=True, help="show a traceback with errors")
+@json_option
+@debug_option
 def overrule_command(
     pool: Path, names: tuple[str, ...], verdict: Any, reason: str, undo: bool, as_json: bool, debug: bool
 ) -> None:
-    """Give adapters a verdict of your own, with the reason; NAME as `list` prints it, or the end of it.
+    """Give adapters a verdict of your own, with the reason; NAME is as `list` prints it, or the end of it.
 
     It counts instead of all findings, and outlasts later audits, tests and comparisons.
     """
-    with reported(debug):
+    with handle_errors(debug):
         from merging.errors import OptionError
         from merging.pool import Pool
 

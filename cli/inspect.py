@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from .errors import reported
+from .errors import handle_errors
+from .options import debug_option, json_option
 from .output import echo, echo_json, size_text
 
 __all__ = ["inspect_command"]
@@ -18,14 +19,14 @@ _LISTED, _TOLD = 2 * (_WIDTH - _LABEL), 3
 """The letters that a list may take, and the sentences that are told."""
 
 
-@click.command(name="inspect")
+@click.command(name="inspect", short_help="the content of a model or adapter")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option("--values", is_flag=True, help="read all values too, and name tensors with NaN or infinities")
-@click.option("--json", "as_json", is_flag=True, help="print as JSON, a list with one entry a path")
-@click.option("--debug", is_flag=True, help="show a traceback with errors")
+@json_option
+@debug_option
 def inspect_command(paths: tuple[str, ...], values: bool, as_json: bool, debug: bool) -> None:
     """Tell what a model or adapter is: kind, base, rank, modules, types, layers, size. Headers alone are read."""
-    with reported(debug):
+    with handle_errors(debug):
         from merging.api.inspect import inspect
 
         found = [inspect(path, values=values) for path in paths]

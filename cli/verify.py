@@ -10,7 +10,8 @@ import click
 
 from merging.errors import shorten
 
-from .errors import reported
+from .errors import handle_errors
+from .options import debug_option, json_option
 from .output import echo, echo_json
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _WHAT = 600
 """Characters of a finding, which may quote values of a file."""
 
 
-@click.command(name="verify")
+@click.command(name="verify", short_help="faults for which a program would refuse or ignore a model")
 @click.argument("path")
 @click.option(
     "--for",
@@ -44,8 +45,8 @@ _WHAT = 600
 )
 @click.option("--values", is_flag=True, help="read all values too, for NaN, infinities and copies of the embedding")
 @click.option("--load", is_flag=True, help="have PEFT, transformers or diffusers really load it")
-@click.option("--json", "as_json", is_flag=True, help="print as JSON")
-@click.option("--debug", is_flag=True, help="show a traceback with errors")
+@json_option
+@debug_option
 def verify_command(
     path: str,
     programs: tuple[str, ...],
@@ -61,7 +62,7 @@ def verify_command(
     PATH is a folder, a file, or a name on the Hub. Headers alone are read. The exit code is 0 if nothing is refused or
     silently ignored, else 1.
     """
-    with reported(debug):
+    with handle_errors(debug):
         from merging.serving import verify
 
         verdict = verify(path, programs, base=base, max_lora_rank=max_lora_rank, values=values, load=load)

@@ -7,8 +7,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from .errors import Placed, reported
-from .output import Size, echo, echo_json, echo_notices, echo_text, progress_bar
+from .errors import OutputStatus, handle_errors
+from .options import (
+    debug_option,
+    dequantize_option,
+    device_option,
+    different_bases_option,
+    json_option,
+    lora_alpha_option,
+    progress_option,
+)
+from .output import echo, echo_json, echo_notices, echo_text, progress_bar
+from .types import MODEL, SIZE
 
 if TYPE_CHECKING:
     from merging.geometry import Comparison
@@ -21,9 +31,9 @@ _MATRIX = 12
 _PAIRS = 20
 
 
-@click.command(name="compare")
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@click.option("--base", help="the model that the others were trained from; full checkpoints need it")
+@click.command(name="compare", short_help="the agreement of models in their changes")
+@click.argument("models", nargs=-1, required=True, type=MODEL, metavar="MODEL...")
+@click.option("--base", type=MODEL, help="the model that the others were trained from; full checkpoints need it")
 @click.option(
     "--signs",
     type=click.Choice(["sample", "all", "none"]),
@@ -41,20 +51,14 @@ _PAIRS = 20
 @click.option(
     "--on-mismatch", type=click.Choice(["error", "base"]), help="base: leave out tensors that differ in shape"
 )
-@click.option("--allow-different-bases", is_flag=True, help="compare adapters that say they have different bases")
-@click.option("--lora-alpha", type=float, help="LoRA alpha of adapters, instead of what they state")
-@click.option(
-    "--dequantize",
-    "--dequantise",
-    "dequantise",
-    is_flag=True,
-    help="read FP8, MXFP4 and 8-bit weights as ordinary ones",
-)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto")
-@click.option("--max-memory", type=Size(), help="most memory above the imports and headers  [default: 1GiB]")
-@click.option("--progress/--quiet", default=None, help="progress bar on stderr  [default: on a terminal]")
-@click.option("--json", "as_json", is_flag=True, help="print as JSON")
-@click.option("--debug", is_flag=True, help="show a traceback with errors")
+@different_bases_option
+@lora_alpha_option
+@dequantize_option
+@device_option
+@click.option("--max-memory", type=SIZE, help="most memory above the imports and headers  [default: 1GiB]")
+@progress_option
+@json_option
+@debug_option
 def compare_command(
     models: tuple[str, ...],
     signs: Literal["sample", "all", "none"],
@@ -71,7 +75,7 @@ def compare_command(
 
     Of adapters only the factors are read, whatever the size of the model.
     """
-    with reported(debug, Placed(plot, html)):
+    with handle_errors(debug, OutputStatus(plot, html)):
         from merging.engine.resources import pick_device
         from merging.geometry import compare
         from merging.geometry.alignment import MEMORY

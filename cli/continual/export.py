@@ -1,0 +1,40 @@
+"""``merge continual export``: the merge of all models so far."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ..errors import OutputStatus, handle_errors
+from ..options import debug_option, dtype_option, json_option, overwrite_option, progress_option
+from ..output import echo, echo_json, echo_notices, progress_bar, size_text
+from .options import resource_options, store_argument
+
+__all__ = ["export_command"]
+
+
+@click.command(name="export", short_help="write the merge of all models so far")
+@store_argument
+@click.option("-o", "--output", required=True, type=click.Path(), help="a folder, or a file ending in .safetensors")
+@click.option("--as", "kind", type=click.Choice(["model", "adapter"]), default="model", show_default=True)
+@click.option("--rank", type=int, help="rank of the adapter  [default: that of what is held as factors]")
+@dtype_option
+@overwrite_option
+@resource_options
+@progress_option
+@json_option
+@debug_option
+def export_command(store: str, output: str, progress: bool | None, as_json: bool, debug: bool, **options: Any) -> None:
+    """Write the merge of all models so far, as a full model or as an adapter."""
+    with handle_errors(debug, OutputStatus(output)):
+        from merging.continual import ContinualStore
+
+        with progress_bar(progress) as report:
+            merged = ContinualStore(store).export(output, progress=report, **options)
+    if as_json:
+        echo_json(merged.to_dict())
+        return
+    rank = f" of rank {merged.rank}" if merged.rank and merged.kind == "adapter" else ""
+    echo(f"{output}: {merged.kind}{rank}, {merged.tensors} tensors, {size_text(merged.bytes)}")
+    echo_notices(merged.notices)

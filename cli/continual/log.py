@@ -1,0 +1,34 @@
+"""``merge continual log``: the history of a store."""
+
+from __future__ import annotations
+
+import click
+
+from ..errors import handle_errors
+from ..options import debug_option, json_option
+from ..output import echo, echo_json
+from .options import store_argument
+from .steps import describe_step
+
+__all__ = ["log_command"]
+
+
+@click.command(name="log", short_help="the history of a store")
+@store_argument
+@json_option
+@debug_option
+def log_command(store: str, as_json: bool, debug: bool) -> None:
+    """The history: every step, the newest first."""
+    with handle_errors(debug):
+        from merging.continual import ContinualStore
+
+        steps = ContinualStore(store).log()
+    if as_json:
+        echo_json([step.model_dump() for step in steps])
+        return
+    for step in steps:
+        echo(f"step {step.number}  {step.time}")
+        echo(f"  {step.source} ({step.kind}, sha256 {step.sha256[:16]})")
+        echo(f"  {describe_step(step)}")
+        for notice in step.notices:
+            echo(f"  note: {notice}")

@@ -1,0 +1,52 @@
+"""``merge continual status``: the models and figures of a store."""
+
+from __future__ import annotations
+
+import click
+
+from ..errors import handle_errors
+from ..options import debug_option, json_option
+from ..output import echo, echo_json
+from .options import store_argument
+
+__all__ = ["status_command"]
+
+
+@click.command(name="status", short_help="the models and figures of a store")
+@store_argument
+@click.option("--spectrum", is_flag=True, help="also how the merge is spread over layers and directions; reads it all")
+@json_option
+@debug_option
+def status_command(store: str, spectrum: bool, as_json: bool, debug: bool) -> None:
+    """What the store holds, and what each model brought.
+
+    norm: of the model's change. kept: the share of it that was added. cosine: between the change and the merge then.
+    rank: of what is held as factors. merge: the norm of what is held then, before it is multiplied for an export.
+    """
+    with handle_errors(debug):
+        from merging.continual import ContinualStore
+
+        facts = ContinualStore(store).status(spectrum=spectrum)
+    if as_json:
+        echo_json(facts)
+        return
+    echo(f"{store}: {len(facts['steps'])} models by {facts['method']}, on {facts['base']}")
+    for line in facts["holds"]:
+        echo(f"  {line}")
+    if facts["steps"]:
+        echo(f"  exported times {facts['scale']:.4g}")
+        echo("")
+        echo(f"{'step':>4}  {'norm':>9}  {'kept':>6}  {'cosine':>6}  {'rank':>4}  {'merge':>9}  model")
+    for step in facts["steps"]:
+        echo(
+            f"{step['number']:>4}  {step['norm']:>9.4g}  {step['kept']:>6.1%}  {step['cosine']:>+6.3f}  "
+            f"{step['rank'] or '-':>4}  {step['merged']:>9.4g}  {step['source']}"
+        )
+    for layer in facts.get("layers", ()):
+        place = "outside" if layer["layer"] is None else f"layer {layer['layer']}"
+        echo(
+            f"{place:>10}: norm {layer['norm']:.4g}, leading directions {layer['leading']:.1%}, "
+            f"stable rank {layer['stable_rank']:.1f}"
+        )
+    for each in facts["refused"]:
+        echo(f"refused: {each['source']}: {each['reason']}")

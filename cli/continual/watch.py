@@ -1,0 +1,85 @@
+"""``merge continual watch``: grow a store as models appear."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from ..errors import end_signals, handle_errors
+from ..options import debug_option, json_option
+from ..output import echo, echo_json
+from .options import StoreStatus, leniency_options, resource_options, store_argument
+
+__all__ = ["watch_command"]
+
+
+@click.command(name="watch", short_help="add models as they appear in a folder or on the Hub")
+@store_argument
+@click.option("--from", "source", required=True, metavar="FOLDER|hub:QUERY", help="where models appear")
+@click.option("--interval", type=float, default=10.0, show_default=True, help="seconds between two looks")
+@click.option("--once", is_flag=True, help="add what is complete now, and end")
+@leniency_options
+@resource_options
+@json_option
+@debug_option
+def watch_command(
+    store: str, source: str, interval: float, once: bool, as_json: bool, debug: bool, **options: Any
+) -> None:
+    """Add every new model of a folder, or of the Hub, the oldest first, until SIGTERM or Ctrl-C.
+
+    \b
+    merge continual watch STORE --from incoming/
+    merge continual watch STORE --from hub:base=ORG/NAME,limit=20 --interval 3600
+
+    In a folder, a model is a weights file, or a folder that holds one; it is added when it has stopped growing. A query
+    is of base= (adapters that name it), author=, tag= and search= (a word of the name), as wanted; its limit= latest
+    models are looked at (default 100). Each is added as the commit that it is then, a new revision as another model
+    unless its weights are in. The files stay in the Hub's cache. A Hub that does not answer is asked again.
+
+    What is refused is noted in the store with the reason and left alone until it changes. A signal ends the watch; a
+    step that is under way is finished first, or with a second signal given up (the store is then as before it); a
+    download is broken off, and goes on where it stopped when the watch is started again.
+    """
+    status = StoreStatus(store)
+    with handle_errors(debug, status):
+        pause = _wait_for_signals()  # before the imports, which take seconds
+        from merging.continual import ContinualStore
+        from merging.continual.watch import Event, watch
+
+        def tell(event: Event) -> None:
+            if as_json:
+                told = {"what": event.what, "model": str(event.source), "step": event.step, "reason": event.reason}
+                echo_json(told, indent=None)
+            else:
+                more = f" as step {event.step}" if event.step else f": {event.reason}" if event.reason else ""
+                echo(f"{event.what}: {event.source}{more}")
+
+        opened = ContinualStore(store)
+        status.before = len(opened.manifest().steps)
+        watch(opened, source, interval=interval, pause=pause, tell=tell, once=once, **options)
+
+
+def _wait_for_signals() -> Callable[[float], bool]:
+    """Note the first signal only; the next interrupts. Return a function that waits, and says whether one came."""
+    interrupt = signal.getsignal(signal.SIGTERM)
+    signals: list[int] = []
+
+    def finish(number: int, frame: Any) -> None:
+        if signals and callable(interrupt):
+            interrupt(number, frame)
+        signals.append(number)
+
+    for number in end_signals():
+        signal.signal(number, finish)
+
+    def pause(seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while not signals and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 0.2))
+        return bool(signals)
+
+    return pause

@@ -1,0 +1,40 @@
+"""``merge decompress``: the adapter or model that a pack holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .errors import OutputStatus, handle_errors
+from .options import debug_option, json_option, overwrite_option, progress_option
+from .output import echo, echo_json, echo_notices, progress_bar, size_text
+from .types import MODEL
+
+__all__ = ["decompress_command"]
+
+
+@click.command(name="decompress", short_help="the model or adapter that a pack holds")
+@click.argument("pack", type=click.Path())
+@click.option("-o", "--output", required=True, type=click.Path(), help="a folder, or a file for a bare adapter")
+@click.option("--base", type=MODEL, help="what the full model was trained from; adapters need none")
+@click.option("--allow-different-bases", is_flag=True, help="add it to a base of other content than it was packed for")
+@overwrite_option
+@progress_option
+@json_option
+@debug_option
+def decompress_command(pack: str, progress: bool | None, as_json: bool, debug: bool, **options: Any) -> None:
+    """Write what a pack holds as an ordinary adapter, or as a full model.
+
+    Tensors are those that the pack is read as, to the last bit.
+    """
+    with handle_errors(debug, OutputStatus(options["output"])):
+        from merging.compression import decompress
+
+        with progress_bar(progress, "unpacking") as report:
+            found = decompress(pack, progress=report, **options)
+    if as_json:
+        echo_json(found.to_dict())
+        return
+    echo_notices(found.notices)
+    echo(f"{found.path}: {found.kind}, {found.tensors} tensors, {size_text(found.bytes)}")

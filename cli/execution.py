@@ -1,0 +1,120 @@
+"""The execution of a recipe: the options that say where it runs and where its output goes, and the run itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import (
+    add_options,
+    debug_option,
+    device_option,
+    json_option,
+    max_memory_option,
+    overwrite_option,
+    private_option,
+    progress_option,
+    threads_option,
+)
+from .output import echo, echo_json, echo_merged, echo_plan, progress_bar
+
+if TYPE_CHECKING:
+    from merging.plan.recipe import Recipe
+
+    from .errors import OutputStatus
+
+__all__ = ["Execution", "execute", "execution_options"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """Where and how a recipe is carried out; nothing of it changes a byte of a tensor."""
+
+    output: str | None
+    overwrite: bool
+    device: str
+    threads: int | None
+    max_memory: int | None
+    stream: bool
+    push: str | None
+    private: bool
+    dry_run: bool
+    as_json: bool
+    progress: bool | None
+    debug: bool
+
+
+_options = add_options(
+    click.option("-o", "--output", type=click.Path(), help="a folder, or a single file ending in .safetensors"),
+    overwrite_option,
+    device_option,
+    threads_option,
+    max_memory_option,
+    click.option("--stream", is_flag=True, help="models of the Hub pass through the disk file by file"),
+    click.option("--push", metavar="ORG/NAME", help="publish the output on the Hub too, as one commit"),
+    private_option,
+    click.option("--dry-run", is_flag=True, help="show the plan: nothing is merged or written"),
+    json_option,
+    progress_option,
+    debug_option,
+)
+
+
+def execution_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of :class:`Execution`, and its function one as ``execution``."""
+
+    @wraps(function)
+    def collect(**values: Any) -> None:
+        execution = Execution(**{field.name: values.pop(field.name) for field in fields(Execution)})
+        function(execution=execution, **values)
+
+    return _options(collect)
+
+
+def execute(recipe: Recipe, execution: Execution, status: OutputStatus) -> None:
+    """Carry out a recipe and print the outcome; ``status`` learns where the output goes."""
+    from merging.api.merge_files import check_output, default_destination, merge_plan, plan_for
+    from merging.engine.resources import pick_device
+    from merging.errors import OptionError
+    from merging.hub.push import push, target_of
+
+    destination = Path(execution.output) if execution.output is not None else default_destination(recipe)
+    status.expect(destination)
+    if execution.push and destination.suffix == ".safetensors":
+        raise OptionError("--push publishes a folder, with its config and card: name a folder with -o")
+    if execution.private and not execution.push:
+        raise OptionError("--private is a setting of --push: name the repository")
+    plan = plan_for(recipe, destination)
+    target = None
+    if execution.push:
+        target = target_of(execution.push, private=execution.private, overwrite=execution.overwrite)
+    if execution.dry_run:
+        check_output(plan, destination, execution.overwrite, dry=True)
+        echo_plan(plan, destination, execution)
+        return
+    with progress_bar(execution.progress) as report:
+        merged = merge_plan(
+            plan,
+            destination,
+            device=pick_device(execution.device),
+            threads=execution.threads,
+            max_memory=execution.max_memory,
+            overwrite=execution.overwrite,
+            stream=execution.stream,
+            progress=report,
+        )
+    outcome = merged.to_dict()
+    if not execution.as_json:
+        echo_merged(merged, plan)
+    if target is not None:
+        status.publishing = target.repo
+        outcome["published"] = push(destination, target, f"{len(plan.models)} models merged by {merged.method}")
+    if execution.as_json:
+        echo_json(outcome)
+    elif target is not None:
+        echo(f"published as {outcome['published']}")

@@ -1,0 +1,145 @@
+"""The default command: merge models or adapters into one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from .errors import OutputStatus, handle_errors
+from .execution import Execution, execute, execution_options
+from .fields import FieldsCommand, chain_options
+from .options import (
+    add_options,
+    base_option,
+    dequantize_option,
+    different_bases_option,
+    dtype_option,
+    lora_alpha_option,
+)
+from .output import echo_text
+from .types import MODEL, SIZE
+
+__all__ = ["merge_command"]
+
+
+def method_options(typed: Mapping[str, Any]) -> list[click.Option]:
+    """Return the options of the chosen method's chain."""
+    return chain_options(typed["method"]) if typed.get("method") else []
+
+
+class MergeCommand(FieldsCommand):
+    """The command that merges, with the options of the chosen method; its own name may be left out."""
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the usage as people type it, without the command's name."""
+        formatter.write_usage(ctx.find_root().command_path, " ".join(self.collect_usage_pieces(ctx)))
+
+    def explain(self, option: str, typed: Mapping[str, Any]) -> None:
+        """Refuse an option of a method outside the chain, as a merge would; it is not unknown."""
+        from merging.methods import METHODS, links, method_class, owner_of, parameters_of
+
+        method = typed.get("method")
+        field = option.lstrip("-").removeprefix("no-").replace("-", "_").rpartition(".")[2]
+        if method and any(field in parameters_of(method_class(name)) for name in METHODS):
+            owner_of(field, links(method), method)
+
+
+recipe_options = add_options(
+    base_option,
+    click.option(
+        "--as", type=click.Choice(["adapter", "model"]), help="what to write  [default: adapters make an adapter]"
+    ),
+    click.option(
+        "--format",
+        type=click.Choice(["peft", "diffusers", "kohya"]),
+        help="whose files a merged adapter is in  [default: those of the inputs if alike, else peft or diffusers]",
+    ),
+    dtype_option,
+    click.option("--rank", type=int, help="rank of a merged adapter  [default: the sum of the ranks]"),
+    click.option(
+        "--experts",
+        type=click.Choice(["together", "apart"]),
+        help="factors of experts: stacked, or apart, with names for each expert  [default: together]",
+    ),
+    click.option("--layers", type=int, help="number of blocks, instead of what the base or the adapters tell"),
+    lora_alpha_option,
+    click.option("--shard-size", type=SIZE, help="most bytes in one file of a model's folder  [default: 5GB]"),
+    click.option(
+        "--on-mismatch", type=click.Choice(["error", "base"]), help="tensors that differ in shape or are missing"
+    ),
+    click.option(
+        "--vocabulary",
+        type=click.Choice(["error", "base", "largest"]),
+        help="vocabularies of different sizes: refuse, keep the base's rows, or all rows there are",
+    ),
+    click.option(
+        "--component",
+        "components",
+        multiple=True,
+        help="merge this part of a pipeline, such as unet; the others are kept",
+    ),
+    click.option("--out-proj-once", is_flag=True, help="count LoRA on MultiheadAttention's output once"),
+    dequantize_option,
+    click.option(
+        "--exclude",
+        multiple=True,
+        help="leave tensors as in the base, or the first model: a name, a part of names, or wildcards",
+    ),
+    different_bases_option,
+    click.option("--allow-nonfinite", is_flag=True, help="merge inputs that hold NaN or infinities"),
+)
+"""The options that a recipe states too."""
+
+
+@click.command(
+    cls=MergeCommand,
+    fields=method_options,
+    name="merge",
+    short_help="merge models; the default, so its name may be left out",
+)
+@click.argument("models", nargs=-1, type=MODEL, metavar="MODEL...")
+@click.option(
+    "-m", "--method", help="a method or chain, such as linear or lines+task_arithmetic; its options join these"
+)
+@recipe_options
+@click.option("--recipe-only", is_flag=True, help="print the recipe as YAML: nothing is merged")
+@execution_options
+def merge_command(
+    models: tuple[str, ...],
+    method: str | None,
+    recipe_only: bool,
+    execution: Execution,
+    fields: dict[str, Any],
+    **stated: Any,
+) -> None:
+    """Merge fine-tuned models or LoRA adapters into one.
+
+    \b
+    merge --method linear a.safetensors b.safetensors
+    merge --method lines --base BASE one/ two/ -o merged/
+    merge --method task_arithmetic --weights 1,1,-1 a/ b/ c/ --base BASE -o out/
+
+    A MODEL is a folder, a weights file, or a model on the Hub (ORG/NAME, ORG/NAME@REVISION, hf://ORG/NAME/FILE, or the
+    address of its page): a full checkpoint or an adapter. The options of a method are shown by merge --method METHOD
+    --help.
+    """
+    status = OutputStatus()
+    with handle_errors(execution.debug, status):
+        from merging.errors import OptionError
+        from merging.methods import METHODS
+        from merging.plan.recipe import make_recipe
+
+        if method is None:
+            listed = "\n".join(f"  {name:16} {entry.summary}" for name, entry in METHODS.items())
+            raise OptionError(f"which method? Choose one with --method:\n{listed}")
+        if not models:
+            raise OptionError("there is nothing to merge: name at least one model")
+        parameters = {name.replace("__", "."): value for name, value in fields.items()}
+        values = {name: value for name, value in stated.items() if value not in (None, ()) and value is not False}
+        recipe = make_recipe({"models": list(models), "method": method, "parameters": parameters, **values}, "merge")
+        if recipe_only:
+            echo_text(recipe.to_yaml().removesuffix("\n"))
+        else:
+            execute(recipe, execution, status)

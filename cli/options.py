@@ -1,0 +1,68 @@
+"""Options that several commands share, each declared once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from .types import MODEL, SIZE
+
+__all__ = [
+    "add_options",
+    "base_option",
+    "debug_option",
+    "dequantize_option",
+    "device_option",
+    "different_bases_option",
+    "dtype_option",
+    "json_option",
+    "lora_alpha_option",
+    "max_memory_option",
+    "overwrite_option",
+    "private_option",
+    "progress_option",
+    "threads_option",
+]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Decorator = Callable[[Any], Any]
+
+
+def add_options(*options: Decorator) -> Callable[[Function], Function]:
+    """Return a decorator that gives a command these options, shown in this order."""
+
+    def decorate(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="print as JSON")
+debug_option = click.option("--debug", is_flag=True, help="show a traceback with errors")
+overwrite_option = click.option("--overwrite", is_flag=True, help="replace an existing output")
+progress_option = click.option(
+    "--progress/--quiet", default=None, help="progress bar on stderr  [default: on a terminal]"
+)
+device_option = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto")
+threads_option = click.option("--threads", type=int, help="workers  [default: all cores]")
+max_memory_option = click.option("--max-memory", type=SIZE, help="most memory above the imports, such as 500MB")
+base_option = click.option("--base", type=MODEL, help="the model that the others were trained from")
+dtype_option = click.option(
+    "--dtype", type=click.Choice(["float64", "float32", "bfloat16", "float16"]), help="type of every tensor"
+)
+lora_alpha_option = click.option("--lora-alpha", type=float, help="LoRA alpha of adapters, instead of what they state")
+private_option = click.option("--private", is_flag=True, help="only you may see the repository, if it is new")
+dequantize_option = click.option(
+    "--dequantize",
+    "--dequantise",
+    "dequantise",
+    is_flag=True,
+    help="read FP8, MXFP4 and 8-bit weights as ordinary ones",
+)
+different_bases_option = click.option(
+    "--allow-different-bases", is_flag=True, help="take adapters that state different bases"
+)
