@@ -38,7 +38,7 @@ def inspect(path: str | Path, *, values: bool = False) -> dict[str, Any]:
     ``merged_from``). ``notices`` are sentences for people. With ``values``, also which tensors hold NaN or infinities
     (``nonfinite``). Raises :class:`~merging.errors.MergingError` for what cannot be understood.
     """
-    model = open_model(path, dequantise=True)
+    model = open_model(path, dequantize=True)
     subject = open_subject(str(model.origin or path), None, None, False)
     return _adapter(model, subject, values) if isinstance(model, Adapter) else _checkpoint(model, subject, values)
 

@@ -25,8 +25,7 @@ from merging.plan.targets import adapter_targets
 from merging.sources import Adapter, Checkpoint
 from merging.sources.checkpoint import content_key
 from merging.sources.diffusion_loras import WEIGHTS
-from merging.sources.opening import open_tensors
-from merging.sources.packs import PackBase, PackManifest, read_pack, recognises
+from merging.sources.packs import PackBase, PackManifest, read_pack
 from merging.sources.packs.codings import Raw
 from merging.sources.peft import CONFIG_KEY
 from merging.storage.output_tensor import OutputTensor
@@ -234,7 +233,7 @@ def decompress(
     unless ``allow_different_bases``. Raises :class:`~merging.errors.MergingError`, and leaves nothing behind then.
     """
     destination, opened = Path(output), open_model(pack)
-    if not isinstance(opened, Adapter) or not recognises(open_tensors(opened.files[0])):
+    if not isinstance(opened, Adapter) or not opened.packed:
         raise InputError(f"{pack}: is no pack: it can be used as it is")
     if opened.of_model:
         if base is None:

@@ -62,7 +62,7 @@ def arrived(
     """
     if plan.reference is not None and plan.reference.origin is not None and plan.output == "model":
         origin = plan.reference.origin
-        open_repository(Address(origin.repo, origin.commit)).bring(companions, origin.folder)
+        open_repository(Address(origin.repo, origin.commit)).download_files(companions, origin.folder)
     files = awaited(plan)
     if not files:
         return plan
@@ -83,7 +83,7 @@ def _check_base(plan: Plan) -> None:
     """Refuse packs beside a base of other content, which could not be told before its values were here."""
     packed = any(isinstance(model, Adapter) and model.base_key for model in plan.models)
     if packed and plan.base is not None and plan.base.origin is not None:
-        whole = open_model(str(plan.base.origin), dequantise=plan.recipe.dequantise)
+        whole = open_model(str(plan.base.origin), dequantize=plan.recipe.dequantise)
         assert isinstance(whole, Checkpoint)
         check_packed(plan.models, whole, plan.recipe.allow_different_bases)
 
@@ -94,18 +94,17 @@ def _files(item: Item) -> tuple[tuple[str, ...], tuple[str, int]]:
 
 
 def _fetch(files: Sequence[RemoteFile], progress: Progress | None) -> None:
-    total, done = sum(remote.size for remote in files), 0
+    total, done = sum(remote.size for remote in files), dict.fromkeys(files, 0)
     stop = threading.Event()
 
-    def told(nbytes: int) -> None:
-        nonlocal done
-        if stop.is_set():  # what has come stays, and is gone on with another time
-            raise KeyboardInterrupt
-        done += nbytes
-        if progress:
-            progress(done, total)
-
     def work(worker: None, remote: RemoteFile) -> None:
-        remote.fetch(told)
+        def count(file_done: int, _: int) -> None:
+            if stop.is_set():  # the part that was downloaded is kept, and continued another time
+                raise KeyboardInterrupt
+            done[remote] = file_done
+            if progress:
+                progress(sum(done.values()), total)
+
+        remote.fetch(count)
 
     share_out(files, lambda: None, work, lambda _: None, threads=_STREAMS, device=torch.device("cpu"), stop=stop)

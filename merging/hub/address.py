@@ -1,4 +1,4 @@
-"""What a user writes to name a model on the Hub: ``org/name``, ``org/name@revision``, ``hf://...``, or a page's URL."""
+"""Addresses of models on the Hub: ``org/name``, ``org/name@revision``, ``hf://...``, or the URL of a page."""
 
 from __future__ import annotations
 
@@ -33,20 +33,19 @@ class Address:
     def __str__(self) -> str:
         whole = self.revision and _REFERENCE.fullmatch(self.revision)
         revision = self.revision if whole else quote(self.revision or "", safe="")  # as of a branch called a/b
-        return f"{self.repo}{'@' * bool(revision)}{revision}{'/' + self.path if self.path else ''}"
+        name = f"{self.repo}@{revision}" if revision else self.repo
+        return f"{name}/{self.path}" if self.path else name
 
 
 def local_path(name: str) -> Path:
-    """The path that a name means; ``~`` is the home folder, where there is one.
+    """Return the path that a name means; ``~`` is the home folder, where there is one.
 
-    Raises :class:`~merging.errors.InputError` for what the system takes for no path.
+    Raises :class:`~merging.errors.InputError` if the name is empty, or no valid path.
     """
     if not name:
         raise InputError("a model has an empty name: is a variable of a script not set?")
     path = Path(name)
-    with suppress(
-        RuntimeError, ValueError
-    ):  # ~nobody, of whom there is none, is a name as any other, as it is to a shell
+    with suppress(RuntimeError, ValueError):  # a ~name without such a user is an ordinary name, as in a shell
         path = path.expanduser()
     try:
         path.exists()
@@ -56,7 +55,7 @@ def local_path(name: str) -> Path:
 
 
 def no_such_path(path: Path) -> InputError:
-    """The refusal of a local path where nothing is, with the name there that is nearest to it."""
+    """Return the error for a local path that does not exist, with the most similar existing name."""
     try:
         near = nearest(path.name, [each.name for each in path.parent.iterdir()])
     except OSError:
@@ -66,14 +65,14 @@ def no_such_path(path: Path) -> InputError:
 
 
 def hub_address(name: str) -> Address | None:
-    """The address that a name means, or None for one that is a local path.
+    """Return the address that a name means, None for a local path.
 
-    What exists locally is local; ``hf://`` forces the Hub. ``org/name`` with nothing more is the Hub if it can be
-    nothing else: no such folder, no ending of a file, no folder ``org`` here. A single word is never the Hub. Raises
-    :class:`~merging.errors.InputError` for something that begins as an address and is none.
+    An existing path is local; ``hf://`` forces the Hub. A plain ``org/name`` is an address if nothing suggests a path:
+    it does not exist, has no file's ending, and there is no folder ``org``. A single word is never an address. Raises
+    :class:`~merging.errors.InputError` for a malformed address.
     """
     if name.startswith(_SCHEME):
-        return _parsed(name, name[len(_SCHEME) :])
+        return _parse(name, name[len(_SCHEME) :])
     if name.startswith(("https://", "http://")):
         return _from_url(name)
     written = _WRITTEN.fullmatch(name)
@@ -82,10 +81,10 @@ def hub_address(name: str) -> Address | None:
     if written["revision"] is None:
         local = written["path"] is not None or name.endswith(_FILES) or Path(name).parent.is_dir()
         return None if local else Address(name)
-    return _parsed(name, name)
+    return _parse(name, name)
 
 
-def _parsed(name: str, text: str) -> Address:
+def _parse(name: str, text: str) -> Address:
     written = _WRITTEN.fullmatch(text)
     if written is None or text.encode(errors="replace").decode() != text:
         raise InputError(f"{name}: is no address on the Hub: write hf://org/name@revision/path/in/it")
@@ -96,7 +95,7 @@ def _parsed(name: str, text: str) -> Address:
 
 
 def _from_url(url: str) -> Address:
-    """The address of a page or file: ``https://HOST/org/name[/(tree|blob|resolve)/revision[/path]]``."""
+    """Return the address of a page or file: ``https://HOST/org/name[/(tree|blob|resolve)/revision[/path]]``."""
     from huggingface_hub import constants
 
     try:
@@ -113,4 +112,4 @@ def _from_url(url: str) -> Address:
     path = words[4:]
     if words[3:4] == ["refs"]:
         revision, path = "@" + "/".join(words[3:6]), words[6:]
-    return _parsed(url, "/".join(words[:2]) + revision + ("/" + "/".join(path) if path else ""))
+    return _parse(url, "/".join(words[:2]) + revision + ("/" + "/".join(path) if path else ""))

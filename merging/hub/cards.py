@@ -1,4 +1,4 @@
-"""What a model card says in the metadata at its head."""
+"""The metadata at the head of a model card."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["stated_licence"]
 
 
 def stated_licence(card: Path) -> str | None:
-    """The licence in the metadata at the head of a model card, None without a card or a head that can be read.
+    """Return the licence that a model card states, None without a card or a readable head.
 
-    Raises :class:`~merging.errors.FormatError` for a card that is no ordinary file, or a head that is hostile.
+    Raises :class:`~merging.errors.FormatError` if the card is no ordinary file, or its head is hostile.
     """
     if not is_there(card):
         return None

@@ -1,4 +1,4 @@
-"""Talking to the Hub through its own library: patiently where that may help, and with errors that say what to do."""
+"""Requests to the Hub through its own library, with retries where they may help, and errors that say what to do."""
 
 from __future__ import annotations
 
@@ -10,45 +10,44 @@ from typing import Any, TypeVar
 
 from merging.errors import InputError, MergingError
 
-__all__ = ["RETRIED", "Unreachable", "api", "endpoint", "explained", "offline", "patiently"]
+__all__ = ["RETRIED_STATUSES", "Unreachable", "api", "endpoint", "explain_error", "offline", "with_retries"]
 
 T = TypeVar("T")
 
-RETRIED = (408, 429, 500, 502, 503, 504)
-"""Statuses after which the same request may succeed."""
+RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
+"""HTTP statuses after which the same request may succeed."""
 
 _TRIES = 6
 _FIRST_TRIES = 3
-"""Tries for a Hub that no request of this process has reached yet: most likely there is no network."""
+"""Tries as long as no request of this process has reached the Hub: most likely there is no network."""
 
 _LONGEST = 60.0
-"""Seconds waited before one more try, at most, also where the server asks for more."""
-
+"""The longest wait in seconds before another try, even if the server asks for more."""
 
 _reached: set[str] = set()
-"""The addresses of Hubs that have answered."""
+"""Addresses of the Hubs that have answered."""
 
 
 class Unreachable(InputError):
-    """The Hub did not answer, or not sensibly, although it was asked again and again: later it may."""
+    """The Hub did not answer correctly in any of several tries; it may later."""
 
 
 def offline() -> bool:
-    """Whether HF_HUB_OFFLINE says that only what was downloaded before is to be used."""
+    """Whether HF_HUB_OFFLINE restricts this process to earlier downloads."""
     from huggingface_hub import is_offline_mode
 
     return bool(is_offline_mode())
 
 
 def endpoint() -> str:
-    """The Hub's address (HF_ENDPOINT)."""
+    """Return the Hub's address (HF_ENDPOINT)."""
     from huggingface_hub import constants
 
     return str(constants.ENDPOINT)
 
 
 def api() -> Any:
-    """The library's client, with the user's token; its own progress bars stay off where nobody would see them."""
+    """Return the library's client, with the user's token; its progress bars are off where nobody would see them."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
 
@@ -60,12 +59,18 @@ def api() -> Any:
     return HfApi(library_name="merging", library_version=__version__)
 
 
-def patiently(ask: Callable[[], T], name: str, number: int = 0) -> T:
-    """What ``ask`` returns, asked again after failures that may pass, each time a little later.
+def with_retries(ask: Callable[[], T], name: str, number: int = 0) -> T:
+    """Return the result of ``ask``, which is tried again after temporary failures, each time a little later.
 
-    A ``Retry-After`` is honoured. Only for requests that change nothing. ``name`` is what is asked for, ``number`` how
-    often it failed before. Raises :class:`~merging.errors.InputError` when it keeps failing, and at once for what
-    cannot pass.
+    A ``Retry-After`` header is honoured.
+
+    Args:
+        ask: A request that changes nothing.
+        name: The name of the requested thing in messages.
+        number: How often the request failed before.
+
+    Raises:
+        InputError: The request keeps failing, or fails in a way that no further try can mend.
     """
     try:
         answer = ask()
@@ -73,37 +78,37 @@ def patiently(ask: Callable[[], T], name: str, number: int = 0) -> T:
         raise
     except Exception as error:
         pause = _pause(error, number)
-        if _answer(error) is not None:
+        if _response(error) is not None:
             _reached.add(endpoint())
         if pause is None or number + 1 == (_TRIES if endpoint() in _reached else _FIRST_TRIES):
-            raise explained(error, name) from None
+            raise explain_error(error, name) from None
     else:
         _reached.add(endpoint())
         return answer
     time.sleep(pause)
-    return patiently(ask, name, number + 1)
+    return with_retries(ask, name, number + 1)
 
 
 def _pause(error: Exception, number: int) -> float | None:
-    """Seconds to wait after the ``number``-th failure, None for one that will not pass."""
+    """Return the seconds to wait after the ``number``-th failure, None for a permanent one."""
     from httpx2 import HTTPError
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled):
         return None
     backoff: float = min(_LONGEST, 2**number * random.uniform(0.5, 1))
-    error, response = _origin(error), _answer(error)
+    error, response = _http_error(error), _response(error)
     if response is not None:
-        if response.status_code not in RETRIED:
+        if response.status_code not in RETRIED_STATUSES:
             return None
         stated = response.headers.get("Retry-After", "")
         return min(_LONGEST, float(stated)) if stated.isdigit() else backoff
-    # Without an answer: refused, reset, timed out or cut short.
+    # There was no answer: the connection was refused, reset, timed out or cut short.
     return backoff if isinstance(error, (HTTPError, OSError)) and not isinstance(error, FileNotFoundError) else None
 
 
-def _origin(error: Exception) -> Exception:
-    """What went wrong: the library wraps it in errors of its own, which name it as their cause."""
+def _http_error(error: Exception) -> Exception:
+    """Return the HTTP error behind an error of the library, which names it as its cause."""
     from httpx2 import HTTPError
 
     while not isinstance(error, HTTPError) and isinstance(error.__cause__, Exception):
@@ -111,13 +116,13 @@ def _origin(error: Exception) -> Exception:
     return error
 
 
-def _answer(error: Exception) -> Any:
-    """The Hub's answer that an error is about, None if there was none."""
-    return getattr(_origin(error), "response", None)
+def _response(error: Exception) -> Any:
+    """Return the Hub's answer that an error is about, None if there was none."""
+    return getattr(_http_error(error), "response", None)
 
 
-def explained(error: Exception, name: str) -> InputError:
-    """The library's error in words that say what to do about it."""
+def explain_error(error: Exception, name: str) -> InputError:
+    """Return an error that says what to do about an error of the library."""
     from huggingface_hub import errors
 
     page = f"{endpoint()}/{name.partition('@')[0]}"

@@ -1,4 +1,4 @@
-"""Bringing a file of the Hub to the disk: resumed after a kill, tried again after a failure, checked by its hash."""
+"""Downloads from the Hub: resumed after a kill, tried again after a failure, checked by their hash."""
 
 from __future__ import annotations
 
@@ -10,57 +10,69 @@ from typing import Any
 
 from merging import os_calls
 from merging.errors import InputError, OutputError
-from merging.hub.client import Unreachable, patiently
+from merging.hub.client import Unreachable, with_retries
 
-__all__ = ["Told", "download", "hash_of", "range_of"]
+__all__ = ["Progress", "download", "fetch_range", "file_hash"]
 
-Told = Callable[[int], None]
-"""Told how many bytes have arrived since the last time."""
+Progress = Callable[[int, int], None]
+"""A callback that receives the bytes (or steps) done so far, and their total."""
 
 _BLOCK = 1 << 22
 
 
-def download(url: str, target: Path, size: int, sha256: str | None, name: str, told: Told | None = None) -> None:
-    """Bring ``url`` to ``target``, which is there whole and of that hash, or not at all.
+def download(
+    url: str, target: Path, size: int, sha256: str | None, name: str, progress: Progress | None = None
+) -> None:
+    """Download ``url`` to ``target``, which afterwards exists whole and with this hash, or not at all.
 
-    What arrives lies in ``TARGET.part`` until then, where the next call goes on, in whatever process; two at once must
-    be kept apart by a lock. Raises :class:`~merging.errors.InputError` when the Hub keeps failing or the hash is wrong,
-    :class:`~merging.errors.OutputError` when the disk is full.
+    Until it is complete the file is called ``TARGET.part``. The next call continues it, in whatever process. A lock
+    must keep two calls at once apart.
+
+    Args:
+        url: The address of the file.
+        target: The path of the downloaded file.
+        size: The size of the file in bytes.
+        sha256: The hash that the Hub states, None where it states none.
+        name: The name of the file in messages.
+        progress: Called with the bytes of the file that are here, and ``size``.
+
+    Raises:
+        InputError: The Hub keeps failing, or the hash is wrong.
+        OutputError: The disk is full.
     """
     part = target.with_name(target.name + ".part")
     for _ in range(2):
         if target.exists():
             return
-        patiently(lambda: _append(url, part, size, name, told), name)
-        if sha256 is None or hash_of(part) == sha256:
+        with_retries(lambda: _fetch_rest(url, part, size, name, progress), name)
+        if sha256 is None or file_hash(part) == sha256:
             part.replace(target)
             return
         part.unlink()
     raise Unreachable(f"{name}: what arrives has another hash than the Hub states: it is damaged on its way")
 
 
-def _append(url: str, part: Path, size: int, name: str, told: Told | None) -> None:
-    """Fetch what ``part`` lacks."""
+def _fetch_rest(url: str, part: Path, size: int, name: str, progress: Progress | None) -> None:
+    """Append the missing bytes to ``part``."""
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
     with open(part, "ab", opener=os_calls.without_links) as stream:
-        there = stream.tell()
-        if there > size:
+        done = stream.tell()
+        if done > size:
             stream.truncate(0)
-            there = 0
+            done = 0
         try:
-            # the room is taken at once, so that a full disk shows before the first byte
+            # the space is reserved at once, so that a full disk is noticed before the first byte
             _reserve(stream.fileno(), size)
-            if there < size:
-                counted = _bar(told)
-                http_get(
-                    url, stream, resume_size=there, headers=build_hf_headers(), expected_size=size, tqdm_class=counted
-                )
+            if done < size:
+                bar = _progress_bar(progress, done, size)
+                headers = build_hf_headers()
+                http_get(url, stream, resume_size=done, headers=headers, expected_size=size, tqdm_class=bar)
             stream.flush()
             os.fsync(stream.fileno())
         except OSError as error:
-            if error.errno is not None and getattr(error, "response", None) is None and not _network(error):
+            if error.errno is not None and getattr(error, "response", None) is None and not _is_network_error(error):
                 raise OutputError(f"{name}: cannot be stored in {part.parent}: {error.strerror}") from None
             raise
 
@@ -72,27 +84,29 @@ def _reserve(fd: int, size: int) -> None:
         raise OSError(28, f"{lacking / 1e6:.1f} MB are needed, and {free.f_bavail * free.f_frsize / 1e6:.1f} MB free")
 
 
-def _network(error: OSError) -> bool:
+def _is_network_error(error: OSError) -> bool:
     return isinstance(error, (ConnectionError, TimeoutError))
 
 
-def _bar(told: Told | None) -> Any:
-    """What the library takes for a progress bar, telling ``told`` alone."""
+def _progress_bar(progress: Progress | None, done: int, total: int) -> Any:
+    """Return a class that the library takes for a progress bar, and that only calls ``progress``."""
     from tqdm import tqdm
 
-    class Counted(tqdm):  # type: ignore[misc]
+    class Counter(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})
+            self.done = done
 
         def update(self, n: float | None = 1) -> None:
-            if told is not None and n:
-                told(int(n))
+            if progress is not None and n:
+                self.done += int(n)
+                progress(self.done, total)
 
-    return Counted
+    return Counter
 
 
-def hash_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes."""
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
     with os.fdopen(os_calls.open_regular(path), "rb", buffering=0) as stream:
         while block := stream.read(_BLOCK):
@@ -100,10 +114,10 @@ def hash_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def range_of(url: str, start: int, stop: int, name: str) -> bytes:
-    """Bytes ``start`` to ``stop`` of a file, fetched alone.
+def fetch_range(url: str, start: int, stop: int, name: str) -> bytes:
+    """Fetch the bytes ``start`` to ``stop`` of a file alone.
 
-    Raises :class:`~merging.errors.InputError` where a server sends something else.
+    Raises :class:`~merging.errors.InputError` if the server sends something else.
     """
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -120,4 +134,4 @@ def range_of(url: str, start: int, stop: int, name: str) -> bytes:
             raise ConnectionError(f"{len(found)} of {stop - start} bytes came")
         return found
 
-    return patiently(ask, name)
+    return with_retries(ask, name)

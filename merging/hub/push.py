@@ -1,4 +1,4 @@
-"""Publishing an output on the Hub: one commit, on top of the very state that was looked at before the merge."""
+"""Publishing an output on the Hub: one commit on top of the state that was checked before the merge."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 from merging.errors import InputError, OptionError, OutputError
 from merging.hub.address import hub_address
-from merging.hub.client import api, endpoint, explained, offline, patiently
+from merging.hub.client import api, endpoint, explain_error, offline, with_retries
 from merging.sources.links import check_inside
 
 __all__ = ["Target", "push", "target_of"]
 
 _OURS = (".gitattributes", "README.md", "LICENSE")
-"""Files that a repository may hold without being a model that is in use."""
+"""Files that an unused repository may hold."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The repository that an output goes to: ``parent`` is its last commit, None if it is yet to be created."""
+    """The repository for an output: ``parent`` is its last commit, None if the repository is to be created."""
 
     repo: str
     private: bool
@@ -27,10 +27,20 @@ class Target:
 
 
 def target_of(name: str, *, private: bool, overwrite: bool) -> Target:
-    """The repository of that name, looked at before anything is merged.
+    """Check, before anything is merged, the repository that an output is to be published in.
 
-    Raises :class:`~merging.errors.OptionError` for what is no name, :class:`~merging.errors.InputError` without a
-    token, and :class:`~merging.errors.OutputError` for a repository that holds a model, unless it may be overwritten.
+    Args:
+        name: The repository, ``org/name``.
+        private: Whether a new repository is private.
+        overwrite: Whether a model that it holds may be replaced.
+
+    Returns:
+        The repository and its last commit.
+
+    Raises:
+        OptionError: ``name`` is not the name of a repository, or the Hub must not be used.
+        InputError: There is no token, or the Hub cannot be reached.
+        OutputError: The repository holds a model, and ``overwrite`` is not set.
     """
     address = hub_address(name if name.startswith("hf://") else f"hf://{name}")
     if address is None or address.revision or address.path:
@@ -48,7 +58,7 @@ def target_of(name: str, *, private: bool, overwrite: bool) -> Target:
                 raise
             return None
 
-    info = patiently(look, address.repo)
+    info = with_retries(look, address.repo)
     if info is None:
         return Target(address.repo, private, None)
     held = [each.rfilename for each in info.siblings or [] if not each.rfilename.startswith(_OURS)]
@@ -65,15 +75,24 @@ def _check_token(name: str) -> None:
 
     if get_token() is None:
         raise InputError(f"--push {name}: log in first, with `hf auth login` or HF_TOKEN, and a token that may write")
-    patiently(lambda: api().whoami(), "your token")
+    with_retries(lambda: api().whoami(), "your token")
 
 
 def push(folder: Path, target: Target, message: str) -> str:
-    """Publish a folder as one commit, and return the address that means it for ever.
+    """Publish a folder as one commit, which replaces the repository's content.
 
-    What the repository held is replaced. Raises :class:`~merging.errors.FormatError` for a link out of the folder, and
-    :class:`~merging.errors.OutputError` if someone else has changed the
-    repository since it was looked at: nothing is published then.
+    Args:
+        folder: The complete output.
+        target: The repository, from :func:`target_of`.
+        message: The commit's message.
+
+    Returns:
+        The permanent address of the output, ``org/name@commit``.
+
+    Raises:
+        FormatError: The folder contains a link that leads out of it.
+        OutputError: Someone else changed the repository since it was checked, or the Hub refuses the commit. Nothing
+            is published then.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
     from huggingface_hub.errors import HfHubHTTPError
@@ -81,7 +100,7 @@ def push(folder: Path, target: Target, message: str) -> str:
     found = [check_inside(path, folder) for path in sorted(folder.rglob("*"))]
     files = {path.relative_to(folder).as_posix(): path for path in found if path.is_file()}
     try:
-        parent = target.parent or _created(target)
+        parent = target.parent or _create(target)
         held = {each.rfilename for each in api().model_info(target.repo, revision=parent).siblings or []}
         operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
         gone = held - files.keys() - {".gitattributes"}
@@ -93,25 +112,25 @@ def push(folder: Path, target: Target, message: str) -> str:
                 f"{target.repo}: was changed by someone else meanwhile: nothing was published. {folder} is complete: "
                 f"look at what is there, then publish it with `merge push {folder} {target.repo} --overwrite`"
             ) from None
-        raise _failed(error, folder, target) from None
+        raise _push_error(error, folder, target) from None
     except OSError as error:
-        raise _failed(error, folder, target) from None
+        raise _push_error(error, folder, target) from None
     return f"{target.repo}@{commit.oid}"
 
 
-def _created(target: Target) -> str:
+def _create(target: Target) -> str:
     api().create_repo(target.repo, private=target.private, exist_ok=False)
     return str(api().model_info(target.repo).sha)
 
 
-def _failed(error: Exception, folder: Path, target: Target) -> OutputError:
+def _push_error(error: Exception, folder: Path, target: Target) -> OutputError:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         reason = f"your token may not write to {target.repo} on {endpoint()}"
     elif status == 409:
         reason = f"{target.repo} was created by someone else meanwhile"
     else:
-        reason = str(explained(error, target.repo))
+        reason = str(explain_error(error, target.repo))
     return OutputError(
         f"nothing was published: {reason}. {folder} is complete: try again with `merge push {folder} {target.repo}`"
     )

@@ -1,4 +1,4 @@
-"""Looking for models on the Hub: the adapters of a base, those of an author, the ones with a tag."""
+"""Queries for models on the Hub: adapters by base, author, tag or word."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from merging.errors import InputError, OptionError, nearest
 from merging.hub.address import Address
-from merging.hub.client import api, offline, patiently
+from merging.hub.client import api, offline, with_retries
 
-__all__ = ["Found", "Query", "parse_query"]
+__all__ = ["HubModel", "Query", "parse_query"]
 
 _PREFIX = "hub:"
 _EXPANDED = ["sha", "createdAt", "downloads", "gated", "tags"]
@@ -20,8 +20,8 @@ _BASE = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """A model that a query found: its commit, when it was made, how often it is downloaded, whether it is gated."""
+class HubModel:
+    """A model that a query found: commit, date of creation, number of downloads, whether it is gated, and tags."""
 
     repo: str
     commit: str
@@ -37,10 +37,10 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What is looked for: adapters of ``base``, of an ``author``, with a ``tag``, or a word in their names.
+    """A query for adapters of a ``base`` or an ``author``, with a ``tag``, or with the word ``search`` in their names.
 
-    As text: ``hub:base=ORG/NAME,author=ORG,tag=TAG,search=WORD,limit=N``, each part as wanted. The first ``limit`` are
-    returned, by ``sort``: the latest, or the most downloaded.
+    As text: ``hub:base=ORG/NAME,author=ORG,tag=TAG,search=WORD,limit=N``; each part is optional. The query returns the
+    first ``limit`` models in the order ``sort``: the latest first, or the most downloaded.
     """
 
     base: str | None = None
@@ -50,8 +50,8 @@ class Query:
     limit: int = 100
     sort: Literal["created", "downloads"] = "created"
 
-    def models(self) -> list[Found]:
-        """What the Hub has now, the oldest first. Raises :class:`~merging.errors.InputError` if it cannot be asked."""
+    def models(self) -> list[HubModel]:
+        """Return the models, oldest first. Raises :class:`~merging.errors.InputError` if the Hub cannot be asked."""
         if offline():
             raise InputError(f"{self}: the Hub is not asked while HF_HUB_OFFLINE is set")
         wanted = [f"base_model:adapter:{self.base}"] if self.base else []
@@ -64,9 +64,9 @@ class Query:
             "limit": self.limit,
             "expand": _EXPANDED,
         }
-        listed = patiently(lambda: list(islice(api().list_models(**asked), self.limit)), str(self))
+        listed = with_retries(lambda: list(islice(api().list_models(**asked), self.limit)), str(self))
         found = [
-            Found(
+            HubModel(
                 info.id,
                 info.sha,
                 info.created_at or datetime.fromtimestamp(0, timezone.utc),
@@ -86,7 +86,7 @@ class Query:
 
 
 def parse_query(text: str) -> Query | None:
-    """The query that a text means, None if it is none (it does not begin with ``hub:``).
+    """Return the query that a text means, None if it does not begin with ``hub:``.
 
     Raises :class:`~merging.errors.OptionError` for an unknown part.
     """

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from merging import os_calls
-from merging.errors import InputError
 from merging.output.model_card import model_card
 from merging.plan.heads import scales_outputs
 from merging.plan.items import Plan
 from merging.sources import Checkpoint
 from merging.sources.model_files import COMPANIONS, IN_PIPELINES
-from merging.sources.opening import STAND_INS
 from merging.sources.small_files import check_file, copy_file
 from merging.sources.stored import holders_of
 from merging.sources.tokenizers import TOKENIZER_FILES
@@ -112,10 +110,6 @@ def _copy_weights(component: Checkpoint, folder: Path) -> None:
     holders = {holder.path: holder for holder in holders_of(component.tensors.values())}
     for file in component.files:
         target = folder / file.name
-        if file not in holders and file in STAND_INS:
-            raise InputError(
-                f"{file.name} of {component.path}: PyTorch files on the Hub are not copied: download it first"
-            )
         with os_calls.create(target) as stream:
             if file in holders:
                 holder = holders[file]

@@ -151,7 +151,7 @@ def _bring_tokenizer(model: Checkpoint) -> None:
     """Have the tokenizer's files at hand of a model on the Hub."""
     if model.origin is not None:
         repository = open_repository(Address(model.origin.repo, model.origin.commit))
-        repository.bring(TOKENIZER_FILES, model.origin.folder)
+        repository.download_files(TOKENIZER_FILES, model.origin.folder)
 
 
 def _check_tokenizers(checkpoints: Sequence[Checkpoint], rows: Mapping[int, int], of: Checkpoint) -> list[str]:

@@ -228,7 +228,7 @@ def _without_place(subject: Subject, base: Checkpoint, biases: bool) -> Iterator
 def _open(path: str | Path | None) -> Adapter | Checkpoint | None:
     """The adapter or model at a path, None where there is none that can be read."""
     try:
-        return open_model(path, dequantise=True) if path is not None else None
+        return open_model(path, dequantize=True) if path is not None else None
     except MergingError:
         return None
 

@@ -14,7 +14,7 @@ from merging.sources import Dialect, dialect_of, diffusion_loras, peft
 from merging.sources.components import PIPELINE, components_of
 from merging.sources.links import check_inside
 from merging.sources.model_config import read_config
-from merging.sources.opening import open_tensors
+from merging.sources.opening import FileOpener, open_tensors
 from merging.sources.peft.adapter_types import PEFT_TYPES
 from merging.sources.peft.config import Config
 from merging.sources.small_files import is_there, read_json
@@ -121,11 +121,12 @@ def open_subject(name: str, base: str | None, max_rank: int | None, values: bool
     address = hub_address(name)
     path, remote, again = local_path(name), address is not None, name
     listed: frozenset[str] | None = None
+    open_file: FileOpener = open_tensors
     if address is not None:
         from merging.hub.repository import open_repository
 
         repository = open_repository(address)
-        path = repository.folder / address.path
+        path, open_file = repository.folder / address.path, repository.open_file
         again = str(Address(address.repo, repository.commit, address.path))
         inside = path if path.is_dir() else path.parent
         start = str(inside.relative_to(repository.folder)).removeprefix(".")
@@ -135,7 +136,7 @@ def open_subject(name: str, base: str | None, max_rank: int | None, values: bool
         raise no_such_path(path)
     try:
         folder, weights, config = _found(path)
-        tensors, metadata = _opened(weights)
+        tensors, metadata = _opened(weights, open_file)
         read = read_config if config is not None and config.name == "config.json" else read_json
         stated = read(config) if config is not None else None
     except MergingError as error:
@@ -184,7 +185,7 @@ def _found(path: Path) -> tuple[Path | None, dict[str, Path], Path | None]:
     return path, {"": check_inside(known, path) if known else weights_of(path)}, config
 
 
-def _opened(weights: Mapping[str, Path]) -> tuple[dict[str, Stored], dict[str, str]]:
+def _opened(weights: Mapping[str, Path], open_file: FileOpener) -> tuple[dict[str, Stored], dict[str, str]]:
     """The tensors, behind the names of their components, and the metadata; shards hold just what their index says."""
     tensors: dict[str, Stored] = {}
     metadata: dict[str, str] = {}
@@ -192,7 +193,7 @@ def _opened(weights: Mapping[str, Path]) -> tuple[dict[str, Stored], dict[str, s
         alone = shards_without_index(file.parent) if is_shard(file.name) else [file]
         shards = shards_of(file) if file.suffix == ".json" else dict.fromkeys(alone)
         for shard, promised in shards.items():
-            found, noted = open_tensors(shard)
+            found, noted = open_file(shard)
             if promised is not None:
                 agree(file, shard, promised, set(found))
             tensors.update({f"{component}.{name}" if component else name: found[name] for name in found})

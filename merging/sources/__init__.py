@@ -18,7 +18,7 @@ from merging.sources.checkpoint import Checkpoint, open_checkpoint
 from merging.sources.links import check_inside
 from merging.sources.loose_factors import refuse_factors
 from merging.sources.lycoris import LYCORIS_TYPES
-from merging.sources.opening import open_tensors
+from merging.sources.opening import FileOpener, open_tensors
 from merging.sources.small_files import is_there
 from merging.sources.stored import DTYPES, File, FileContents, Stored, holders_of
 from merging.sources.tensor_names import add_tensor_names
@@ -94,34 +94,37 @@ def check_in_place(model: Checkpoint | Adapter) -> None:
             holder.check_place()
 
 
-def open_local(path: Path, alpha: float | None = None, dequantise: bool = False) -> Checkpoint | Adapter:
-    """Open a full model or an adapter in a folder or file that is there.
+def open_local(
+    path: Path, alpha: float | None = None, dequantize: bool = False, open_file: FileOpener = open_tensors
+) -> Checkpoint | Adapter:
+    """Open a full model or an adapter in an existing folder or file.
 
-    As :func:`~merging.hub.open_model.open_model`, which also takes names of the Hub.
+    ``open_file`` opens its weights files. The other arguments are those of
+    :func:`~merging.hub.open_model.open_model`, which also takes names of the Hub.
     """
     if path.is_dir():
         _check_one_model(path)
-        if not is_there(path / "adapter_config.json"):
-            bare = _bare_adapter(path)
-            return _checkpoint(path, None, dequantise) if bare is None else open_local(bare, alpha, dequantise)
-        return _of_numbers(peft.open_peft(path, alpha))
+        if is_there(path / "adapter_config.json"):
+            return _check_numbers(peft.open_peft(path, alpha, open_file=open_file))
+        bare = _bare_adapter(path, open_file)
+        return open_local(bare, alpha, dequantize, open_file) if bare else _checkpoint(path, dequantize, open_file)
     if not path.is_file():
         raise FormatError(f"{path}: is {kind_of(path.stat().st_mode)}, and should be a file or a folder")
     if path.suffix == ".json":
-        return _checkpoint(path, None, dequantise)
+        return _checkpoint(path, dequantize, open_file)
     check_suffix(path)
-    opened = open_tensors(path)
-    if not opened[0]:
+    contents = open_file(path)
+    if not contents[0]:
         raise FormatError(f"{path}: holds no tensors")
-    dialect = dialect_of(opened)
+    dialect = dialect_of(contents)
     if dialect is None:
-        return _checkpoint(path, opened, dequantise)
-    return _of_numbers(add_tensor_names(dialect.opens(path, alpha, opened), opened))
+        return _checkpoint(path, dequantize, lambda _: contents)
+    return _check_numbers(add_tensor_names(dialect.opens(path, alpha, contents), contents))
 
 
-def _checkpoint(path: Path, opened: FileContents | None, dequantise: bool) -> Checkpoint:
-    """A full model, none of whose tensors is a part of an adapter."""
-    checkpoint = open_checkpoint(path, opened, dequantise)
+def _checkpoint(path: Path, dequantize: bool, open_file: FileOpener) -> Checkpoint:
+    """Open a full model. Refuse it if one of its tensors is a part of an adapter."""
+    checkpoint = open_checkpoint(path, dequantize, open_file)
     for part in checkpoint.components.values() or (checkpoint,):
         stated = not {"model_type", "architectures", "_class_name"}.isdisjoint(part.config)
         refuse_factors(part.path, part.tensors, stated=stated)
@@ -144,8 +147,8 @@ def _check_one_model(folder: Path) -> None:
     )
 
 
-def _of_numbers(adapter: Adapter) -> Adapter:
-    """The adapter, if all of its tensors hold numbers that can be computed with."""
+def _check_numbers(adapter: Adapter) -> Adapter:
+    """Return the adapter. Refuse it if a tensor holds no numbers that can be computed with."""
     for target, change in adapter.changes.items():
         for stored in change.tensors:
             if stored.dtype_name not in DTYPES or stored.dtype_name == "C64":
@@ -155,7 +158,7 @@ def _of_numbers(adapter: Adapter) -> Adapter:
     return adapter
 
 
-def _bare_adapter(folder: Path) -> Path | None:
+def _bare_adapter(folder: Path, open_file: FileOpener) -> Path | None:
     """The adapter's file in a folder without a config: one of a name that adapters have, or the only file there."""
     named = next(
         (folder / name for name in (*peft.WEIGHTS, *diffusion_loras.WEIGHTS) if is_there(folder / name, None)), None
@@ -163,4 +166,4 @@ def _bare_adapter(folder: Path) -> Path | None:
     found = sorted(folder.glob("*.safetensors"))
     if named is not None or len(found) != 1 or is_there(folder / "config.json"):
         return named
-    return found[0] if dialect_of(open_tensors(check_inside(found[0], folder))) else None
+    return found[0] if dialect_of(open_file(check_inside(found[0], folder))) else None

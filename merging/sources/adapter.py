@@ -278,6 +278,7 @@ class Adapter:
     of_model: bool = False
     tensor_names: Mapping[str, TensorNames] = field(default_factory=dict)
     configured: bool = False
+    packed: bool = False
 
     def require_base(self, known: Collection[str] = ()) -> None:
         """Raise :class:`~merging.errors.InputError` if some change cannot be told without the base.

@@ -13,12 +13,12 @@ import torch
 from merging.errors import FormatError
 from merging.sources.components import MODULES, PIPELINE, components_of
 from merging.sources.model_config import read_config
-from merging.sources.opening import open_tensors
+from merging.sources.opening import FileOpener, open_tensors
 from merging.sources.origin import Origin
-from merging.sources.quantized_weights import dequantize, refuse_quantised
+from merging.sources.quantized_weights import dequantize_tensors, refuse_quantised
 from merging.sources.renaming import strip_wrappers
 from merging.sources.small_files import is_there
-from merging.sources.stored import FileContents, Stored
+from merging.sources.stored import Stored
 from merging.sources.tied_weights import HEADS, stated_tie, text_config, tied_to
 from merging.sources.weight_files import (
     agree,
@@ -113,17 +113,18 @@ def config_layers(config: dict[str, Any]) -> int | None:
     return None
 
 
-def open_checkpoint(path: Path, opened: FileContents | None = None, dequantise: bool = False) -> Checkpoint:
-    """Open a model's folder or weights file (``opened`` already, perhaps); headers are read, values are not.
+def open_checkpoint(path: Path, dequantize: bool = False, open_file: FileOpener = open_tensors) -> Checkpoint:
+    """Open a model's folder or weights file; headers are read, values are not.
 
-    With ``dequantise``, quantised weights of the simple kinds are ordinary ones, which are computed when they are read.
+    With ``dequantize``, quantised weights of simple kinds are ordinary ones, computed when they are read. ``open_file``
+    opens each weights file.
     Raises :class:`~merging.errors.FormatError` for damaged or quantised files and for an index that does not agree
     with its shards, :class:`~merging.errors.InputError` for a folder without weights.
     """
     folders = components_of(path) if path.is_dir() else {}
     if folders:
-        return _compose(path, {name: _open_one(path / name, None, dequantise) for name, folder in folders.items()})
-    return _open_one(path, opened, dequantise)
+        return _compose(path, {name: _open_one(path / name, dequantize, open_file) for name, folder in folders.items()})
+    return _open_one(path, dequantize, open_file)
 
 
 def _compose(path: Path, components: dict[str, Checkpoint]) -> Checkpoint:
@@ -132,7 +133,7 @@ def _compose(path: Path, components: dict[str, Checkpoint]) -> Checkpoint:
     return Checkpoint(path, _prefix_names(components), files, config, path, components=components)
 
 
-def _open_one(path: Path, opened: FileContents | None, dequantise: bool) -> Checkpoint:
+def _open_one(path: Path, dequantize: bool, open_file: FileOpener) -> Checkpoint:
     weights = path if path.is_file() else weights_of(path)
     named = is_standard(weights.name)
     folder = weights.parent if path.is_dir() or (named and is_there(weights.parent / "config.json")) else None
@@ -143,7 +144,7 @@ def _open_one(path: Path, opened: FileContents | None, dequantise: bool) -> Chec
     files = _files_of(weights, path.is_dir())
     for file, expected in files.items():
         pickled = file.suffix in (".bin", ".pt", ".pth")
-        found, extra = opened or open_tensors(file)
+        found, extra = open_file(file)
         if expected is not None:
             absent |= dict.fromkeys(agree(weights, file, expected, set(found)), file)
         twice = next((name for name in found if name in tensors), None)
@@ -157,8 +158,8 @@ def _open_one(path: Path, opened: FileContents | None, dequantise: bool) -> Chec
     names = strip_wrappers(tensors)
     tensors = {names[name]: stored for name, stored in tensors.items()}
     shared = {names[name]: names[other] for name, other in shared.items()}
-    plain, config_left = dequantize(path, tensors, config) if dequantise else (tensors, config)
-    refuse_quantised(path, plain, config, dequantise)
+    plain, config_left = dequantize_tensors(path, tensors, config) if dequantize else (tensors, config)
+    refuse_quantised(path, plain, config, dequantize)
     # A PyTorch file repeats tied weights under every name; written once, transformers ties them again.
     untied = text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings")) is False
     for name in () if untied else shared:

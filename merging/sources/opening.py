@@ -1,4 +1,4 @@
-"""Opening the weights in one file, of whichever kind it is."""
+"""Opening the weights in one file, whatever its kind."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from pathlib import Path
 from merging.sources.pickled import open_pickle
 from merging.sources.stored import FileContents, open_safetensors
 
-__all__ = ["STAND_INS", "open_tensors"]
+__all__ = ["FileOpener", "open_tensors"]
 
-STAND_INS: dict[Path, Callable[[], FileContents]] = {}
-"""How those weights files are opened that only stand for one elsewhere, by their paths."""
+FileOpener = Callable[[Path], FileContents]
+"""A function that opens a weights file by its path; the Hub's also opens files that have not been downloaded yet."""
 
 
 def open_tensors(path: Path) -> FileContents:
-    """The tensors of a weights file of either kind, told by its ending."""
-    if path in STAND_INS:
-        return STAND_INS[path]()
+    """Open a weights file on this disk: safetensors, or a file of PyTorch's, as its ending says."""
     if path.suffix == ".safetensors":
         return open_safetensors(path)
     return open_pickle(path)

@@ -14,7 +14,7 @@ from merging.errors import FormatError
 from merging.sources.dequantized_tensors import Cast, Mxfp4, Scaled, fits
 from merging.sources.stored import Stored
 
-__all__ = ["QUANTISED", "SIMPLE", "dequantize", "refuse_quantised"]
+__all__ = ["QUANTISED", "SIMPLE", "dequantize_tensors", "refuse_quantised"]
 
 QUANTISED = {
     ".bitsandbytes__nf4": "bitsandbytes 4-bit",
@@ -149,7 +149,7 @@ def _is_simple(stated: Mapping[str, Any]) -> bool:
     return method in ("fp8", "fbgemm_fp8", "mxfp4") or _method(stated) == "bitsandbytes 8-bit"
 
 
-def dequantize(
+def dequantize_tensors(
     path: Path, tensors: Mapping[str, Stored], config: Mapping[str, Any]
 ) -> tuple[dict[str, Stored], dict[str, Any]]:
     """A checkpoint's tensors and config with the quantised weights of simple kinds as ordinary ones.

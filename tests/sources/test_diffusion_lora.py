@@ -273,7 +273,7 @@ def test_factors_in_eight_bits_are_refused_with_a_way_out(tmp_path: Path) -> Non
     eight = {name: value.to(torch.float8_e4m3fn) for name, value in state.items()}
     save_file(eight, tmp_path / "a.safetensors")
     with pytest.raises(FormatError, match=r"also with --dequantize: convert them first \(load_file, .to"):
-        open_model(tmp_path / "a.safetensors", dequantise=True)
+        open_model(tmp_path / "a.safetensors", dequantize=True)
     save_file(
         {name: v.to(torch.bfloat16) for name, v in load_file(tmp_path / "a.safetensors").items()},
         tmp_path / "b.safetensors",

@@ -32,7 +32,7 @@ def random(seed: int, *shape: int) -> Tensor:
 
 
 def opened(folder: Path) -> Checkpoint:
-    found = open_model(folder, dequantise=True)
+    found = open_model(folder, dequantize=True)
     assert isinstance(found, Checkpoint)
     return found
 
@@ -220,7 +220,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
 def test_other_kinds_stay_refused(tmp_path: Path, kind: str) -> None:
     make, message = REFUSED[kind]
     with pytest.raises(FormatError, match=message):
-        open_model(make(tmp_path / "m"), dequantise=True)
+        open_model(make(tmp_path / "m"), dequantize=True)
 
 
 def test_the_message_names_the_flag_where_it_helps(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_scales_of_another_shape(tmp_path: Path, grid: tuple[int, ...]) -> None:
     tensors = {NAME: fp8_codes(1, 16, 8), NAME + "_scale_inv": scales(2, *grid)}
     folder = quantised_folder(tmp_path / "m", tensors, {"quant_method": "fp8"})
     with pytest.raises(FormatError, match=re.escape(f"its scales {grid}, which is none of the kinds")):
-        open_model(folder, dequantise=True)
+        open_model(folder, dequantize=True)
 
 
 def test_zero_points_and_codes_without_scales(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_zero_points_and_codes_without_scales(tmp_path: Path) -> None:
     ):
         tensors = {NAME: torch.zeros(16, 8, dtype=torch.int8), **beside}
         with pytest.raises(FormatError, match=message):
-            open_model(quantised_folder(tmp_path / "m", tensors, None), dequantise=True)
+            open_model(quantised_folder(tmp_path / "m", tensors, None), dequantize=True)
 
 
 def test_files_of_llama_cpp(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_markers_of_other_kinds_are_refused(tmp_path: Path) -> None:
     marker = torch.tensor(list(b'{"format": "mxfp8"}'), dtype=torch.uint8)
     path, _ = comfy(tmp_path / "a.safetensors", 1, "none", **{"model.diffusion_model.proj.comfy_quant": marker})
     with pytest.raises(FormatError, match=r"'mxfp8', says model.diffusion_model.proj.comfy_quant.*merge the model it"):
-        open_model(path, dequantise=True)
+        open_model(path, dequantize=True)
 
 
 def test_fp8_whose_scales_are_not_understood_is_no_plain_fp8(tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_fp8_whose_scales_are_not_understood_is_no_plain_fp8(tmp_path: Path) -> 
         tmp_path / "a.safetensors", 1, "none", **{"model.diffusion_model.proj.weight_scale_2": torch.ones(1)}
     )
     with pytest.raises(FormatError, match="does not understand"):
-        open_model(path, dequantise=True)
+        open_model(path, dequantize=True)
 
 
 def test_both_spellings_of_dequantize(tmp_path: Path) -> None:

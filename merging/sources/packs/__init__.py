@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -45,7 +45,11 @@ VERSION = 1
 
 _PAYLOAD = re.compile(r"packed\.[0-9]+")
 
-_OPENERS = {"PEFT": peft.open_peft, "Kohya": kohya.open_kohya, "diffusers": diffusion_loras.open_diffusion}
+_OPENERS: dict[str, Callable[[Path, float | None, FileContents], Adapter]] = {
+    "PEFT": peft.open_peft,
+    "Kohya": kohya.open_kohya,
+    "diffusers": diffusion_loras.open_diffusion,
+}
 
 
 class _StatedChange(BaseModel):
@@ -182,12 +186,13 @@ def open_pack(path: Path, alpha: float | None = None, opened: FileContents | Non
             about=told,
             base_key=manifest.base.key,
             of_model=True,
+            packed=True,
         )
     config = {} if manifest.config is None else {peft.CONFIG_KEY: json.dumps(manifest.config)}
     held = pack.tensors, {**manifest.metadata, **config}
     inner = add_tensor_names(_OPENERS[manifest.dialect](path, alpha, held), held)
     about = f"{inner.about}, {told}" if inner.about else told
-    return replace(inner, about=about, base=inner.base or manifest.base.name, base_key=manifest.base.key)
+    return replace(inner, about=about, base=inner.base or manifest.base.name, base_key=manifest.base.key, packed=True)
 
 
 def _changes(path: Path, pack: PackContents) -> dict[str, Change]:

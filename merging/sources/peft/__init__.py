@@ -14,7 +14,7 @@ from merging.sources.adapter import Adapter, Change, LoraChange, Replacement
 from merging.sources.computed import ComputedChange
 from merging.sources.links import check_inside
 from merging.sources.lora_headers import METADATA_KEY, component_configs, unstated_alpha
-from merging.sources.opening import open_tensors
+from merging.sources.opening import FileOpener, open_tensors
 from merging.sources.peft.adapter_types import PEFT_TYPES, PeftType
 from merging.sources.peft.config import Config
 from merging.sources.peft.lora import TRAINING_STATE, lora_about
@@ -44,7 +44,13 @@ def recognises(opened: FileContents) -> bool:
     return any(_LORA.search(name) or _ANY.match(name) for name in opened[0])
 
 
-def open_peft(path: Path, alpha: float | None = None, opened: FileContents | None = None) -> Adapter:
+def open_peft(
+    path: Path,
+    alpha: float | None = None,
+    contents: FileContents | None = None,
+    *,
+    open_file: FileOpener = open_tensors,
+) -> Adapter:
     """A PEFT adapter from its folder or its weights file; headers are read, values are not.
 
     ``alpha`` replaces the config's, whatever its type calls it. A bare file has its config in its own header, as we or
@@ -53,7 +59,7 @@ def open_peft(path: Path, alpha: float | None = None, opened: FileContents | Non
     :class:`~merging.errors.FormatError` for what cannot be understood.
     """
     weights = path if path.is_file() else _weights_of(path)
-    tensors, metadata = opened or open_tensors(weights)
+    tensors, metadata = contents or open_file(weights)
     config = _config_of(weights, metadata)
     notices: tuple[str, ...] = ()
     if config is None:
