@@ -14,7 +14,8 @@ from merging.version import __version__
 
 if TYPE_CHECKING:
     from merging.api.merge_files import Merged, merge, preview
-    from merging.api.merge_tensors import merge_deltas, merge_state_dicts, peft_deltas, peft_state_dict
+    from merging.api.merge_tensors import merge_deltas, merge_state_dicts
+    from merging.api.peft_tensors import peft_deltas, peft_state_dict
     from merging.compression import compress, decompress
     from merging.continual import ContinualStore
     from merging.geometry import compare
@@ -40,8 +41,8 @@ _WHERE = {
     "merge": "api.merge_files",
     "merge_deltas": "api.merge_tensors",
     "merge_state_dicts": "api.merge_tensors",
-    "peft_deltas": "api.merge_tensors",
-    "peft_state_dict": "api.merge_tensors",
+    "peft_deltas": "api.peft_tensors",
+    "peft_state_dict": "api.peft_tensors",
     "preview": "api.merge_files",
     "recycle": "recycling.workflow",
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import merging
 from merging.api.merge_files import merge_plan, plan_for
-from merging.engine import run, tiles
+from merging.engine import tiles
 from merging.errors import FormatError, InputError, OptionError
 from merging.maths.delta import Delta, Dense, Stack
 from merging.maths.reductions import Rank, Ranked, Sum
@@ -362,7 +362,7 @@ def test_large_tiles_as_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     plan = plan_for(recipe(tmp_path, method), None)
     merge_plan(plan, tmp_path / "small", threads=2)
     monkeypatch.setattr(tiles, "TILE", tiles.GPU_TILE)
-    monkeypatch.setattr(run, "CHUNK", 4 * tiles.GPU_TILE)
+    monkeypatch.setattr(tiles, "CHUNK", 4 * tiles.GPU_TILE)
     merge_plan(plan, tmp_path / "large", threads=2)
     assert close(load(tmp_path / "small"), load(tmp_path / "large"), 1e-6)
 

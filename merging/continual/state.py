@@ -15,7 +15,7 @@ from merging.errors import FormatError
 from merging.maths.delta import Delta, Dense
 from merging.maths.site import Site
 from merging.methods.contract.method import Method
-from merging.plan.items import Item, Plan
+from merging.plan.items import Item, Plan, cut_items
 from merging.plan.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change, FullChange, LoraChange, TensorNames
@@ -165,7 +165,7 @@ def step_plan(held: Adapter | None, plan: Plan, update: Method, key: str, most: 
         keys=("held", key),
         output="model",
         weights=False,
-        items=tuple(sorted(items, key=Item.order)),
+        items=cut_items(sorted(items, key=Item.order), update, weights=False),
         rank=rank,
         notices=plan.notices,
         matched=plan.matched,

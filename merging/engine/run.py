@@ -1,7 +1,7 @@
-"""Carrying out a plan: read by pieces, merge by tiles, write each piece at its place, on all cores or on a GPU.
+"""Running a plan: read, merge and write piece by piece, on all cores or on a GPU.
 
-An item that lies in full is cut into units of work, any other is one unit; workers take them in the order of the
-files. Tiles are the same for any number of workers, and sums over them are exact, so the bytes that come out are too.
+The plan says how each tensor is cut. Workers take the units of work in the order of the files. Tiles are the same for
+any number of workers, and sums over them are exact, so the output's bytes do not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -15,23 +15,28 @@ from statistics import fmean
 
 import torch
 
+from merging.engine.outputs import Sink
 from merging.engine.spool import Spool
 from merging.engine.threads import Progress, share_out
-from merging.engine.tiles import GPU_TILE, whole_rows
-from merging.engine.unit import Unit
-from merging.engine.worker import Shared, Sink, Worker
+from merging.engine.tiles import tile_size, unit_size
+from merging.engine.unit import Span
+from merging.engine.worker import Shared, Worker
 from merging.methods.contract.method import ResultStatistic, Statistic
 from merging.os_calls import keep_freed_memory, private_memory, release_freed_memory
-from merging.plan.items import CHUNK, TILE, Plan
+from merging.plan.items import Plan
 
 __all__ = ["Done", "Sink", "run"]
 
 
 @dataclass(slots=True)
 class Done:
-    """What carrying out a plan showed: seconds, remarks, and per module the energy that a lower rank discarded.
+    """The record of a run.
 
-    ``facts`` are what the method tells of the merge, by name: for what it tells of single tensors the mean.
+    Attributes:
+        seconds: the time it took.
+        notices: remarks for people.
+        discarded: the share of the change's energy that a lower rank discarded, by tensor.
+        metrics: numbers that the method reports, by name; those of single tensors as their mean.
     """
 
     seconds: float
@@ -41,7 +46,7 @@ class Done:
 
     @property
     def energy_notice(self) -> str | None:
-        """The energy that the rank cuts off the change, if it is worth saying; a warning above a tenth."""
+        """A sentence about the energy that the rank discards, a warning above a tenth; None if it is tiny."""
         if not self.discarded or max(self.discarded.values()) < 5e-4:
             return None
         worst, most = max(self.discarded.items(), key=lambda each: each[1])
@@ -61,10 +66,22 @@ def run(
     progress: Progress | None = None,
     scratch: Path | None = None,
 ) -> Done:
-    """Carry out a plan with so many workers, writing to ``sink``; ``scratch`` is a folder for what is set aside.
+    """Run a plan, and write the merged tensors to a sink.
 
-    Raises :class:`~merging.errors.MergingError` for values that cannot be merged, files that changed under way, and
-    what the sink refuses; nothing is left running then.
+    Args:
+        plan: the plan.
+        sink: the receiver of the merged tensors.
+        device: the device to compute on; the CPU by default.
+        threads: the number of workers.
+        progress: called with the bytes done and the bytes in all, over all sweeps.
+        scratch: a folder for merged changes that are set aside meanwhile; the system's temporary one by default.
+
+    Returns:
+        The record of the run.
+
+    Raises:
+        MergingError: for values that cannot be merged, files that changed meanwhile, and values that the sink refuses.
+            No worker is left running.
     """
     began = time.perf_counter()
     device = device or torch.device("cpu")
@@ -73,44 +90,43 @@ def run(
     share = partial(share_out, threads=threads, device=device)
     most = private_memory() + plan.memory(threads)
     stages = _stages(plan)
-    units = _units(plan, device)
-    merged = [unit for unit in units if unit.item.form != "copy"]
+    spans = _spans(plan, device)
+    merged = [span for span in spans if span.item.form != "copy"]
     sweeps = sum(max(each.reduction.sweeps for each in stage) for stage in stages)
-    total = sum(unit.bytes for unit in units) + sum(unit.bytes for unit in merged) * sweeps
-    report = _Counter(progress, total, most)
+    total = sum(span.bytes for span in spans) + sum(span.bytes for span in merged) * sweeps
+    counter = _Counter(progress, total, most)
     try:
         for stage in stages:
-            _gather(shared, stage, merged, share, report)
-        share(units, partial(Worker, shared), Worker.emit, report)
+            _gather(shared, stage, merged, share, counter)
+        share(spans, partial(Worker, shared), Worker.merge_unit, counter)
     finally:
         shared.spool.close()
-    metrics = {fact: fmean(found[name] for name in sorted(found)) for fact, found in shared.metrics.items()}
+    metrics = {name: fmean(values[tensor] for tensor in sorted(values)) for name, values in shared.metrics.items()}
     metrics |= plan.recipe.method.metrics(shared.statistics, len(plan.models))
     return Done(time.perf_counter() - began, sorted(shared.notices), shared.discarded, metrics)
 
 
 def _stages(plan: Plan) -> list[list[Statistic | ResultStatistic]]:
-    """The folds over the whole model, those side by side that one sweep can gather."""
-    required_statistics: list[list[Statistic | ResultStatistic]] = [
-        [each] for each in plan.recipe.method.required_statistics() if each.per == "model"
+    """Return the statistics over the whole model, those together that one sweep can gather.
+
+    :mod:`merging.engine.in_memory` goes through the same stages with tensors in memory: change both.
+    """
+    method = plan.recipe.method
+    stages: list[list[Statistic | ResultStatistic]] = [
+        [each] for each in method.required_statistics() if each.per == "model"
     ]
-    result_statistics = list(plan.recipe.method.result_statistics(len(plan.models)))
-    return [*required_statistics, [*result_statistics]] if result_statistics else required_statistics
+    results = list(method.result_statistics(len(plan.models)))
+    return [*stages, [*results]] if results else stages
 
 
-def _units(plan: Plan, device: torch.device) -> list[Unit]:
-    chunk = CHUNK if device.type == "cpu" else 4 * GPU_TILE
-    units = []
+def _spans(plan: Plan, device: torch.device) -> list[Span]:
+    """Return the units of work: items in one piece, or in pieces of a size that depends on the device alone."""
+    spans = []
     for item in plan.items:
-        method = plan.recipe.method.at(item.site)
-        grain = method.grain_at(item.site)
-        whole = grain == "matrix" or any(each.per == "tensor" for each in method.required_statistics())
-        step = max(1, item.numel) if (whole or not item.by_chunks) and item.form != "copy" else chunk
-        if grain == "row" and step == chunk:
-            tile = whole_rows(item, "row", TILE if device.type == "cpu" else GPU_TILE)
-            step = max(1, chunk // tile) * tile
-        units += [Unit(item, start, min(start + step, item.numel)) for start in range(0, max(1, item.numel), step)]
-    return units
+        tile = item.cut.elements(tile_size(device))
+        step = tile * max(1, unit_size(device) // tile) if item.cut.splits else max(1, item.numel)
+        spans += [Span(item, start, min(start + step, item.numel)) for start in range(0, max(1, item.numel), step)]
+    return spans
 
 
 class _Counter:
@@ -119,8 +135,8 @@ class _Counter:
     def __init__(self, progress: Progress | None, total: int, most: int) -> None:
         self.progress, self.total, self.most, self.done = progress, total, most, 0
 
-    def __call__(self, unit: Unit) -> None:
-        self.done += unit.bytes
+    def __call__(self, span: Span) -> None:
+        self.done += span.bytes
         if private_memory() > self.most:
             release_freed_memory()
         if self.progress:
@@ -129,28 +145,30 @@ class _Counter:
 
 def _gather(
     shared: Shared,
-    folds: Sequence[Statistic | ResultStatistic],
-    units: Sequence[Unit],
+    stage: Sequence[Statistic | ResultStatistic],
+    spans: Sequence[Span],
     share: Callable[..., list[Worker]],
-    report: _Counter,
+    counter: _Counter,
 ) -> None:
-    """Go through all units as often as the folds need, and note their results."""
+    """Go through all spans as often as the statistics of a stage need, and store their results."""
     dtype = shared.plan.widest
-    states = [each.reduction.widened(dtype).start() for each in folds]
+    totals = [each.reduction.widened(dtype).start() for each in stage]
     while True:
 
-        def worker() -> Worker:
+        def make_worker() -> Worker:
             worker = Worker(shared)
-            worker.states = [state.fork() for state in states]
+            worker.accumulators = [total.fork() for total in totals]
             return worker
 
-        swept = [each.states for each in share(units, worker, partial(Worker.see, folds=folds), report)]
-        for gathered in swept:
-            for state, part in zip(states, gathered, strict=True):
-                state.merge(part)
+        sweep = share(spans, make_worker, partial(Worker.gather, stage=stage), counter)
+        gathered = [worker.accumulators for worker in sweep]
+        del sweep  # its workers' buffers are not needed any more
+        for accumulators in gathered:
+            for total, part in zip(totals, accumulators, strict=True):
+                total.merge(part)
         release_freed_memory()  # the next sweep has threads of its own, which do not find all that was freed
-        unfinished = [state.next() for state in states]  # each of them must be told
+        unfinished = [total.next() for total in totals]  # every one must end its sweep
         if not any(unfinished):
             break
-    for reduction, state in zip(folds, states, strict=True):
-        shared.statistics[reduction.name] = state.result()
+    for each, total in zip(stage, totals, strict=True):
+        shared.statistics[each.name] = total.result()

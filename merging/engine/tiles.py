@@ -11,13 +11,12 @@ from torch import Tensor
 
 from merging.errors import InputError
 from merging.maths.delta import Delta, Dense, LowRank, Stack
-from merging.methods.contract.method import Grain
-from merging.plan.items import TILE, Item, Plan
+from merging.plan.items import CHUNK, TILE, Item, Plan
 from merging.sources.adapter import Change, LoraChange
 from merging.sources.computed import ComputedChange
 from merging.sources.stored import Stored
 
-__all__ = ["GPU_TILE", "Tile", "Tiler", "row_step", "whole_rows"]
+__all__ = ["GPU_TILE", "Tile", "Tiler", "tile_size", "unit_size"]
 
 GPU_TILE = 1 << 24
 """Elements of one model merged at a time on a GPU, which wants few large kernels."""
@@ -46,37 +45,37 @@ class Tiler:
         self.device = device
         self._buffers: dict[object, Tensor] = {}
 
-    def tile_size(self, item: Item) -> int:
-        """Elements in one tile of an item that lies in full."""
-        grain = self.plan.recipe.method.grain_at(item.site)
-        if grain == "matrix":
-            return max(1, item.numel)
-        return whole_rows(item, grain, TILE if self.device.type == "cpu" else GPU_TILE)
-
     def tiles(self, item: Item, start: int, stop: int) -> Iterator[Tile]:
-        """The tiles of an item from one flat offset to another."""
-        return self._flat(item, start, stop) if item.by_chunks else self._by_rows(item)
-
-    def _flat(self, item: Item, start: int, stop: int) -> Iterator[Tile]:
-        dtype, count = self.plan.dtype(item), len(item.inputs)
+        """Yield the tiles of an item from one flat offset to another."""
+        dtype, shape = self.plan.dtype(item), item.cut.shape(item.site)
         present = tuple(each is not None for each in item.inputs)
-        step = self.tile_size(item)
-        shapes = {"element": (-1,), "row": (-1, item.site.row), "matrix": item.site.shape}
-        shape = shapes[self.plan.recipe.method.grain_at(item.site)]
+        changes = {slot: self._by_rows(item, slot) for slot, each in enumerate(item.inputs) if isinstance(each, Change)}
+        columns = prod(item.site.shape[1:])
+        step = item.cut.elements(tile_size(self.device))
         for position in range(start, stop, step):
             size = min(step, stop - position)
             base = self._read("base", item.base, position, size, dtype) if item.base is not None else None
-            values = self._buffer("stack", count * size, dtype).view(count, size)
-            for slot, stored in enumerate(item.inputs):
-                assert stored is None or isinstance(stored, Stored)
-                self._bring(values[slot], stored, position, base)
+            values = self._buffer("stack", len(present) * size, dtype).view(len(present), size)
+            for slot, each in enumerate(item.inputs):
+                if isinstance(each, Change):
+                    first, last = position // columns, (position + size) // columns
+                    values[slot].copy_(changes[slot].rows(first, last).dense().reshape(-1))
+                    if self.plan.weights and base is not None:
+                        values[slot].add_(base)
+                else:
+                    self._read_change(values[slot], each, position, base)
             if not self.plan.recipe.allow_nonfinite:
                 self._check(item, values, base)
-            values, base = values.view(count, *shape), base.view(shape) if base is not None else None
-            yield Tile(position, Stack.of(values, self.plan.keys, present), base)
+            stack = Stack.of(values.view(len(present), *shape), self.plan.keys, present)
+            yield Tile(position, stack, base.view(shape) if base is not None else None)
 
-    def _bring(self, into: Tensor, stored: Stored | None, start: int, base: Tensor | None) -> None:
-        """One model's values at a piece, or their change from the base; an absent model changes nothing."""
+    def _by_rows(self, item: Item, slot: int) -> Delta:
+        """One adapter's change of an item, in a form that has rows."""
+        change = self.change(item, slot)
+        return change if item.site.shape else Dense(change.dense().view(1))
+
+    def _read_change(self, into: Tensor, stored: Stored | None, start: int, base: Tensor | None) -> None:
+        """Read one model's values of a tile, or their change from the base; a missing tensor changes nothing."""
         if stored is not None:
             into.copy_(self.raw(stored, start, len(into)))
             if not self.plan.weights and base is not None:
@@ -96,35 +95,6 @@ class Tiler:
 
     def _read(self, slot: str, stored: Stored, start: int, size: int, dtype: torch.dtype) -> Tensor:
         return self._buffer(slot, size, dtype).copy_(self.raw(stored, start, size))
-
-    def _by_rows(self, item: Item) -> Iterator[Tile]:
-        """Tiles of whole rows, for items whose inputs are partly factors or computed changes."""
-        dtype, shape = self.plan.dtype(item), item.site.shape or (1,)
-        columns = prod(shape[1:])
-        present = tuple(each is not None for each in item.inputs)
-        loaded = {slot: self.change(item, slot) for slot, each in enumerate(item.inputs) if isinstance(each, Change)}
-        if not item.site.shape:
-            loaded = {slot: Dense(delta.dense().view(1)) for slot, delta in loaded.items()}
-        grain = self.plan.recipe.method.grain_at(item.site)
-        whole = grain == "matrix" or (grain == "row" and item.site.kind == "vector")
-        step = max(1, shape[0]) if whole else row_step(columns, self.device, item.site.kind == "experts")
-        for first in range(0, shape[0], step):
-            last = min(first + step, shape[0])
-            start, block = first * columns, (last - first, *shape[1:])
-            size = prod(block)
-            base = self._read("base", item.base, start, size, dtype).view(block) if item.base is not None else None
-            values = self._buffer("stack", len(present) * size, dtype).view(len(present), *block)
-            for slot, each in enumerate(item.inputs):
-                if slot in loaded:
-                    values[slot].copy_(loaded[slot].rows(first, last).dense())
-                    if self.plan.weights and base is not None:
-                        values[slot].add_(base)
-                else:
-                    assert each is None or isinstance(each, Stored)
-                    self._bring(values[slot].view(-1), each, start, base.view(-1) if base is not None else None)
-            if not self.plan.recipe.allow_nonfinite:
-                self._check(item, values, base)
-            yield Tile(start, Stack.of(values, self.plan.keys, present), base)
 
     def stack(self, item: Item) -> Stack:
         """All changes of an item that is merged factor by factor; an absent model is a zero of rank 0."""
@@ -213,16 +183,11 @@ class Tiler:
         return buffer[:numel]
 
 
-def whole_rows(item: Item, grain: Grain, size: int) -> int:
-    """About so many elements of an item, in whole rows (at least one) where the grain wants them."""
-    return max(1, size // item.site.row) * item.site.row if grain == "row" else size
+def tile_size(device: torch.device) -> int:
+    """Return the number of elements of one model in a tile, which no limit changes."""
+    return TILE if device.type == "cpu" else GPU_TILE
 
 
-def row_step(columns: int, device: torch.device, experts: bool = False) -> int:
-    """Rows in a tile: a multiple of 64 that no limit changes, since a product's last bits depend on the rows in it.
-
-    Of ``experts`` every row is a matrix, and its product one of its own.
-    """
-    size = TILE if device.type == "cpu" else GPU_TILE
-    rows = 1 if experts else 64
-    return rows * max(1, size // (rows * max(1, columns)))
+def unit_size(device: torch.device) -> int:
+    """Return the number of elements of one model in a unit of work."""
+    return CHUNK if device.type == "cpu" else 4 * GPU_TILE

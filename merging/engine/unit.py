@@ -1,32 +1,32 @@
-"""A unit of work laid open for its method: in tiles as they are read, or entered whole by the outer wrappers first."""
+"""One unit of work, read as tiles, or as a whole tensor where a method or a wrapper needs it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from merging.engine.tiles import Tiler, row_step
+from merging.engine.tiles import Tiler, tile_size
 from merging.errors import InputError
 from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.maths.reductions import Accumulator
 from merging.maths.site import Site
 from merging.methods.contract.method import Statistic, Statistics
 from merging.methods.contract.wrapper import Unwrapped, unwrap_outer
+from merging.plan.cuts import cut_rows, cut_stack
 from merging.plan.items import TILE, Item
 
-__all__ = ["Opened", "Unit", "blocks", "decomposing", "feed"]
-
-Piece = tuple[Site, Stack, Tensor | None]
-"""A block's site, what the models bring to it, and the base's values there if they are wanted."""
+__all__ = ["Block", "Span", "WorkUnit", "accumulate", "name_failures", "row_blocks"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Unit:
-    """A piece of an item, by flat offsets; the whole item unless it lies in full."""
+class Span:
+    """The elements of an item from ``start`` to ``stop``, which one worker merges at a time."""
 
     item: Item
     start: int
@@ -37,95 +37,109 @@ class Unit:
         return self.item.read_bytes * (self.stop - self.start) // max(1, self.item.numel)
 
 
-class Opened:
-    """A unit whose method is bound at its place.
+class Block(NamedTuple):
+    """A block that a method merges: its site, the models' changes, and the base's values where they are needed."""
 
-    Where the method wants tensors whole, or factors, ``entered`` is what the outer wrappers made of all of the item,
-    ``stack`` what the models brought to it, and ``base`` its base, if that is wanted. Else both are None and the unit
-    goes by tiles.
+    site: Site
+    stack: Stack
+    base: Tensor | None
+
+
+class WorkUnit:
+    """A span of an item, with the method bound at its site.
+
+    Attributes:
+        method: the method that is left to apply.
+        stack: the models' changes of the whole item, where the method needs it whole or as factors, else None.
+        base: the base's values of the whole item, where ``stack`` is there and they are needed.
+        unwrapped: ``stack`` as the outer wrappers transformed it; None where the unit is read as tiles.
     """
 
-    def __init__(self, unit: Unit, tiler: Tiler, statistics: Statistics, kept: dict[str, Unwrapped]) -> None:
-        self.unit, self.tiler = unit, tiler
-        item, plan = unit.item, tiler.plan
-        self.method = plan.recipe.method.at(item.site)
+    def __init__(self, span: Span, tiler: Tiler, statistics: Statistics, kept: dict[str, Unwrapped]) -> None:
+        self.span, self.tiler = span, tiler
+        item = span.item
+        self.method = tiler.plan.recipe.method.at(item.site)
         self.stack: Stack | None = None
         self.base: Tensor | None = None
         self.unwrapped: Unwrapped | None = None
-        if plan.as_factors(item):
+        if item.cut.way == "factors":
             self.stack = tiler.stack(item)
-        elif self.method.grain_at(item.site) == "matrix" and item.numel:
-            (tile,) = tiler.tiles(item, unit.start, unit.stop)
+        elif item.cut.way == "whole" and item.numel:
+            (tile,) = tiler.tiles(item, span.start, span.stop)
             self.stack, self.base = tile.stack, tile.base
         if self.stack is not None:
             self.unwrapped = kept.get(item.site.name) or unwrap_outer(self.method, self.stack, item.site, statistics)
             self.method = self.unwrapped.then
-        self._seen = dict(statistics)
+        self._statistics = dict(statistics)
 
-    def pieces(self) -> Iterator[Piece]:
-        """What the method is to merge, block by block."""
-        item, unwrapped = self.unit.item, self.unwrapped
+    def blocks(self) -> Iterator[Block]:
+        """Yield the blocks that the method merges."""
+        item, unwrapped = self.span.item, self.unwrapped
         if unwrapped is None:
-            for tile in self.tiler.tiles(item, self.unit.start, self.unit.stop):
-                yield item.site.block(tuple(tile.stack.dense().shape[1:]), tile.start), tile.stack, tile.base
+            for tile in self.tiler.tiles(item, self.span.start, self.span.stop):
+                yield Block(item.site.block(tuple(tile.stack.dense().shape[1:]), tile.start), tile.stack, tile.base)
             return
         stack, site = unwrapped.stack, unwrapped.site
-        by_factors = self.method.factored and stack.low_rank
-        grain = self.method.grain_at(site)
-        one_row = grain == "row" and site.kind == "vector"
-        if by_factors or grain == "matrix" or one_row or not site.shape:
-            yield site, stack, None
+        cut = cut_stack(site, stack.low_rank, self.method)
+        if cut.way != "blocks":
+            yield Block(site, stack, None)
             return
-        columns = torch.Size(site.shape[1:]).numel()
-        step = row_step(columns, self.tiler.device, site.kind == "experts")
+        columns = prod(site.shape[1:])
+        step = max(1, cut.elements(tile_size(self.tiler.device)) // max(1, columns))
         for first in range(0, site.shape[0], step):
             last = min(first + step, site.shape[0])
-            yield site.block((last - first, *site.shape[1:]), first * columns), stack.rows(first, last), None
+            yield Block(site.block((last - first, *site.shape[1:]), first * columns), stack.rows(first, last), None)
 
     def statistics(self, before: str | None = None) -> Statistics:
-        """The results of all rounds, or of those before one; those over this tensor alone are gathered now."""
+        """Return the statistics, or the ones before ``before``; gather those of this tensor alone.
+
+        :mod:`merging.engine.in_memory` does the same for tensors in memory: change both.
+        """
         for each in self.method.required_statistics():
             if each.name == before:
                 break
-            if each.per == "tensor" and each.name not in self._seen:
-                state = each.reduction.widened(self.tiler.plan.dtype(self.unit.item)).start()
+            if each.per == "tensor" and each.name not in self._statistics:
+                accumulator = each.reduction.widened(self.tiler.plan.dtype(self.span.item)).start()
                 while True:
-                    self.see(each, state, self._seen)
-                    if not state.next():
+                    self.accumulate(each, accumulator, self._statistics)
+                    if not accumulator.next():
                         break
-                self._seen[each.name] = state.result()
-        return self._seen
+                self._statistics[each.name] = accumulator.result()
+        return self._statistics
 
-    def see(self, each: Statistic, state: Accumulator, statistics: Statistics) -> None:
-        """Feed a round of the method with this unit."""
-        for site, stack, _ in self.pieces():
-            feed(state, each.measure(stack, site, statistics), site.name)
+    def accumulate(self, statistic: Statistic, accumulator: Accumulator, statistics: Statistics) -> None:
+        """Feed an accumulator with what a statistic measures of this unit."""
+        for site, stack, _ in self.blocks():
+            accumulate(accumulator, statistic.measure(stack, site, statistics), site.name)
 
-    def round(self, name: str) -> Statistic:
-        """A round of the method at this place."""
+    def statistic(self, name: str) -> Statistic:
+        """Return a statistic of the method as it is bound at this site."""
         return next(each for each in self.method.required_statistics() if each.name == name)
 
     def merged(self) -> Delta:
-        """The merged change (or weight) of the whole item, which was entered."""
+        """Merge the whole item, which is unwrapped, into its change (or weight)."""
         assert self.unwrapped is not None
         statistics, shape = self.statistics(), self.unwrapped.site.shape
         out: Tensor | None = None
-        for site, stack, _ in self.pieces():
+        for site, stack, _ in self.blocks():
             merged = self.method.merge(stack, site, statistics)
             if site.shape == shape:
                 return self.unwrapped.rewrap(merged)
             values = merged.dense()
             if out is None:
                 out = values.new_empty(shape)
-            first = site.start // max(1, torch.Size(shape[1:]).numel())
+            first = site.start // max(1, prod(shape[1:]))
             out[first : first + len(values)] = values
         assert out is not None
         return self.unwrapped.rewrap(Dense(out))
 
 
 @contextmanager
-def decomposing(name: str) -> Iterator[None]:
-    """Values of a tensor that no decomposition is found for become an error that names it."""
+def name_failures(name: str) -> Iterator[None]:
+    """Turn a decomposition that fails into an error that names the tensor.
+
+    Raises :class:`~merging.errors.InputError`.
+    """
     try:
         yield
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
@@ -133,10 +147,13 @@ def decomposing(name: str) -> Iterator[None]:
         raise InputError(f"{name}: cannot be decomposed, as NaN and infinities cannot: {reason}") from None
 
 
-def feed(state: Accumulator, values: Tensor, name: str) -> None:
-    """Give values of a tensor to a fold, whose refusals become errors that name it."""
+def accumulate(accumulator: Accumulator, values: Tensor, name: str) -> None:
+    """Feed an accumulator with values of a tensor, which an error then names.
+
+    Raises :class:`~merging.errors.InputError` for values that poison the result.
+    """
     try:
-        state.add(values, name)
+        accumulator.add(values, name)
     except ValueError as error:
         raise InputError(
             f"{error}: this method cannot merge them: leave the tensor out with --exclude, or the model; if all values "
@@ -144,15 +161,15 @@ def feed(state: Accumulator, values: Tensor, name: str) -> None:
         ) from None
 
 
-def blocks(delta: Delta, device: torch.device) -> Iterator[tuple[int, int, Delta]]:
-    """A change by blocks of rows: the first row, the one behind the last, and the rows."""
+def row_blocks(delta: Delta, device: torch.device) -> Iterator[tuple[int, int, Delta]]:
+    """Yield a change by blocks of rows: the first row, the end of the block, and its rows."""
     if isinstance(delta, Dense) and not delta.shape:
         yield 0, 1, Dense(delta.value.view(1))
         return
-    rows, columns = delta.shape[0], torch.Size(delta.shape[1:]).numel()
-    step = max(1, TILE // max(1, columns))
+    rows, columns = delta.shape[0], max(1, prod(delta.shape[1:]))
+    step = max(1, TILE // columns)
     if isinstance(delta, LowRank):
-        step = row_step(columns, device, delta.up.dim() > 2)
+        step = cut_rows(columns, delta.up.dim() > 2).elements(tile_size(device)) // columns
     for first in range(0, rows, step):
         last = min(first + step, rows)
         yield first, last, delta.rows(first, last)

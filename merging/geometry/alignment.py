@@ -23,6 +23,7 @@ from merging.maths.parameters import all_matching
 from merging.maths.site import site_of
 from merging.plan import Item, Plan, plan_of
 from merging.plan.checks import check_bases, check_packed
+from merging.plan.items import cut_items
 from merging.plan.recipe import Recipe, make_recipe
 from merging.plan.sites import mark_experts
 from merging.plan.targets import adapter_targets
@@ -122,7 +123,16 @@ def _without_base(recipe: Recipe, models: Sequence[Adapter | Checkpoint]) -> Pla
         items.append(Item(site, changes, None, (), "dense"))
     keys = tuple(map(str, range(len(adapters))))
     notices = tuple(notice for adapter in adapters for notice in adapter.notices)
-    return Plan(recipe, tuple(adapters), None, keys, "adapter", False, tuple(items), notices=notices)
+    return Plan(
+        recipe=recipe,
+        models=tuple(adapters),
+        base=None,
+        keys=keys,
+        output="adapter",
+        weights=False,
+        items=cut_items(items, recipe.method, weights=False),
+        notices=notices,
+    )
 
 
 def factored(item: Item) -> bool:
@@ -141,7 +151,10 @@ def matrix_sides(item: Item) -> tuple[int, int, int]:
 def narrowed(plan: Plan, item: Item, slots: Sequence[int]) -> tuple[Plan, Item]:
     """The plan and the item with some of the models alone."""
     models, keys = tuple(plan.models[slot] for slot in slots), tuple(plan.keys[slot] for slot in slots)
-    return replace(plan, models=models, keys=keys), replace(item, inputs=tuple(item.inputs[slot] for slot in slots))
+    (part,) = cut_items(
+        [replace(item, inputs=tuple(item.inputs[slot] for slot in slots))], plan.recipe.method, plan.weights
+    )
+    return replace(plan, models=models, keys=keys), part
 
 
 def row_blocks(plan: Plan, item: Item, slots: Sequence[int], device: torch.device) -> Iterator[Tensor]:

@@ -21,7 +21,7 @@ from merging.plan.checks import (
 )
 from merging.plan.chosen import chosen
 from merging.plan.heads import settled
-from merging.plan.items import Item, Plan
+from merging.plan.items import Item, Plan, cut_items
 from merging.plan.recipe import Recipe
 from merging.plan.sites import find_stacks
 from merging.plan.targets import adapter_targets
@@ -123,7 +123,7 @@ def _plan_of(
         keys=keys,
         output=output,
         weights=weights,
-        items=tuple(sorted(items, key=Item.order)),
+        items=cut_items(sorted(items, key=Item.order), recipe.method, weights),
         rank=made.rank,
         untied=untied,
         notices=tuple(notices),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal
 
 import torch
 
 from merging.maths.site import Site
+from merging.methods.contract.method import Method
+from merging.plan.cuts import COPIED, Cut, cut_tensor
 from merging.plan.recipe import AdapterFormat, Recipe
 from merging.plan.vocabulary import Vocabulary
 from merging.sources import Adapter, Checkpoint
@@ -16,7 +19,7 @@ from merging.sources.adapter import Change
 from merging.sources.stored import DTYPES, Stored
 from merging.storage.output_tensor import OutputTensor
 
-__all__ = ["CHUNK", "KEPT", "TILE", "Constant", "Item", "ItemForm", "Placing", "Plan"]
+__all__ = ["CHUNK", "KEPT", "TILE", "Constant", "Item", "ItemForm", "Placing", "Plan", "cut_items"]
 
 TILE = 1 << 19
 """Elements of one model that are merged at a time on a CPU: two megabytes, so that a few models fit into its caches.
@@ -86,15 +89,11 @@ class Item:
     form: ItemForm
     written: float = 1.0
     placings: tuple[Placing, ...] = ()
+    cut: Cut = COPIED
 
     @property
     def numel(self) -> int:
         return prod(self.site.shape)
-
-    @property
-    def by_chunks(self) -> bool:
-        """Whether all inputs lie in full, so that any piece of the tensor can be merged on its own."""
-        return not any(isinstance(each, Change) for each in self.inputs)
 
     @property
     def read_bytes(self) -> int:
@@ -108,6 +107,14 @@ class Item:
         if isinstance(first, Change):
             first = first.tensors[0]
         return first.order() if first is not None else ("", 0)
+
+
+def cut_items(items: Iterable[Item], method: Method, weights: bool) -> tuple[Item, ...]:
+    """Return the items, each with its cut for a method; ``weights`` says that it merges weights and not changes."""
+    return tuple(
+        item if item.form == "copy" else replace(item, cut=cut_tensor(item.site, item.inputs, method, weights))
+        for item in items
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -170,12 +177,6 @@ class Plan:
     def read_bytes(self) -> int:
         return sum(item.read_bytes for item in self.items)
 
-    def as_factors(self, item: Item) -> bool:
-        """Whether an item's changes are brought to the method as factors, without ever building a matrix."""
-        if self.weights or item.by_chunks or not self.recipe.method.takes_factors:
-            return False
-        return all(each is None or (isinstance(each, Change) and each.low_rank) for each in item.inputs)
-
     @property
     def kept_bytes(self) -> int:
         """The memory of what wrappers make of all factors, if later sweeps need it; 0 if that is more than KEPT."""
@@ -184,7 +185,7 @@ class Plan:
             each.per == "tensor" for each in method.required_statistics()
         ):
             return 0
-        total = sum(self._factor_bytes(item) for item in self.items if self.as_factors(item))
+        total = sum(self._factor_bytes(item) for item in self.items if item.cut.way == "factors")
         return total if total <= KEPT else 0
 
     @property
@@ -195,9 +196,9 @@ class Plan:
             return 0
         total = 0
         for item in self.items:
-            if item.form != "copy" and self.as_factors(item) and method.factored:
+            if item.cut.way == "factors" and method.factored:
                 total += self._factor_bytes(item)
-            elif item.form != "copy" and (self.as_factors(item) or method.grain_at(item.site) == "matrix"):
+            elif item.cut.way in ("factors", "whole"):
                 total += self.dtype(item).itemsize * item.numel
         return total
 
@@ -222,13 +223,8 @@ class Plan:
         """About how much memory one worker needs for an item on a CPU: inputs, buffers and results together."""
         width = self.dtype(item).itemsize
         models = len(item.inputs)
-        least = 1 if item.site.kind == "experts" else 64
-        by_rows = item.site.shape and not item.by_chunks
-        rows = least * (item.numel // max(1, item.site.shape[0])) if by_rows else 1
-        grain = self.recipe.method.grain_at(item.site)
-        whole = grain == "matrix" and not self.as_factors(item)
-        rows = max(rows, item.site.row) if grain == "row" else rows
-        tile = item.numel if whole else min(item.numel, max(rows, TILE))
+        whole = item.cut.way == "whole"
+        tile = min(item.numel, max(item.cut.granule, TILE))
         copies = sum(link.workspace for link in self.recipe.method.links())
         needed = tile * width * (copies * models + 6) + (8 * 6 * item.numel if whole else 0)
         if whole and any(link.decomposed_side == "longer" for link in self.recipe.method.links()):

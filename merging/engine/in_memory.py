@@ -1,0 +1,140 @@
+"""Merging tensors that are in memory, tensor by tensor: gradients go through the coefficients.
+
+The stages are those of a run over files (:mod:`merging.engine.run`, :mod:`merging.engine.worker` and
+:mod:`merging.engine.unit`), which cuts tensors and shares them out over threads: change both. That both give the same
+result is a law, which the tests hold for every method (``test_files_and_tensors_agree``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from merging.engine.unit import accumulate, name_failures
+from merging.maths.delta import Delta, Dense, Stack
+from merging.maths.reductions import Reduction
+from merging.maths.site import Site
+from merging.methods.contract.method import Method, Statistics
+from merging.methods.contract.places import check_places
+from merging.methods.contract.wrapper import Unwrapped, unwrap_outer
+
+__all__ = ["Inputs", "MergedTensor", "merge_in_memory"]
+
+
+class Inputs(NamedTuple):
+    """The models' changes (or weights) of one tensor, and the base's values, None where there is no base."""
+
+    stack: Stack
+    base: Tensor | None
+
+
+class MergedTensor(NamedTuple):
+    """One merged tensor: its name, and its change from ``base``, or its weight where ``base`` is None."""
+
+    name: str
+    delta: Delta
+    base: Tensor | None
+
+
+def merge_in_memory(
+    method: Method, sites: Mapping[str, Site], read: Callable[[str], Inputs], weights: bool
+) -> Iterator[MergedTensor]:
+    """Merge tensors one after the other.
+
+    Args:
+        method: the method, with parameters that may differ from site to site.
+        sites: the site of each tensor that is merged, by name.
+        read: returns the inputs of a tensor by its name; called again for every statistic.
+        weights: whether the stacks hold weights, and not changes from the base.
+
+    Yields:
+        The merged tensors, in the order of ``sites``.
+
+    Raises:
+        MergingError: for parameters that have no value at some site, and for values that cannot be merged.
+    """
+    models = len(read(next(iter(sites))).stack) if sites else 0
+    check_places(method, sites.values(), models)
+    yield from _Run(method, sites, read, weights, models).merge_all()
+
+
+@dataclass
+class _Run:
+    method: Method
+    sites: Mapping[str, Site]
+    read: Callable[[str], Inputs]
+    weights: bool
+    models: int
+
+    def merge_all(self) -> Iterator[MergedTensor]:
+        """Gather the statistics over the whole model, merge, and scale by the factor of each site."""
+        statistics: dict[str, Tensor] = {}
+        for each in self.method.required_statistics():
+            if each.per == "model":
+                values = {name: self._measure(name, each.name, statistics) for name in self.sites}
+                statistics[each.name] = _reduce(each.reduction, values)
+        results = self.method.result_statistics(self.models)
+        merged = {name: self._merge(name, statistics) for name in self.sites} if results else {}
+        for position, result in enumerate(results):
+            values = {}
+            for name, site in self.sites.items():
+                bound = self.method.at(site).result_statistics(self.models)[position]
+                change, stack, _ = merged[name]
+                values[name] = bound.measure(change, stack, site)
+            statistics[result.name] = _reduce(result.reduction, values)
+        for name, site in self.sites.items():
+            change, _, base = merged[name] if results else self._merge(name, statistics)
+            factor = self.method.at(site).factor(site, statistics, self.models)
+            yield MergedTensor(name, change.scaled(factor), base)
+
+    def _measure(self, name: str, statistic: str, statistics: Statistics) -> Tensor:
+        """Return what one statistic measures of a tensor, before its reduction."""
+        with name_failures(name):
+            unwrapped = self._unwrap(name, self.read(name).stack, statistics)
+            bound = next(each for each in unwrapped.then.required_statistics() if each.name == statistic)
+            return bound.measure(unwrapped.stack, unwrapped.site, _with_local(unwrapped, statistics, before=statistic))
+
+    def _unwrap(self, name: str, stack: Stack, statistics: Statistics) -> Unwrapped:
+        site = self.sites[name]
+        return unwrap_outer(self.method.at(site), stack, site, statistics)
+
+    def _merge(self, name: str, statistics: Statistics) -> tuple[Delta, Stack, Tensor | None]:
+        """Merge a tensor: its change (or weight), the models' changes (or weights), and the base of the change."""
+        stack, base = self.read(name)
+        with name_failures(name):
+            unwrapped = self._unwrap(name, stack, statistics)
+            local = _with_local(unwrapped, statistics)
+            merged = unwrapped.rewrap(unwrapped.then.merge(unwrapped.stack, unwrapped.site, local))
+        if not self.weights:
+            return merged, stack, base
+        if base is None or not self.method.rescales:
+            return merged, stack, None
+        origin = base
+        changes = stack.map(lambda weight: Dense(weight.dense() - origin))
+        return Dense(merged.dense() - base), changes, base
+
+
+def _with_local(unwrapped: Unwrapped, statistics: Statistics, before: str | None = None) -> Statistics:
+    """Return the statistics with those of one tensor alone added, all or the ones before ``before``."""
+    local = dict(statistics)
+    for each in unwrapped.then.required_statistics():
+        if each.name == before:
+            break
+        if each.per == "tensor":
+            values = {unwrapped.site.name: each.measure(unwrapped.stack, unwrapped.site, local)}
+            local[each.name] = _reduce(each.reduction, values)
+    return local
+
+
+def _reduce(reduction: Reduction, values: Mapping[str, Tensor]) -> Tensor:
+    wide = any(value.dtype == torch.float64 for value in values.values())
+    accumulator = reduction.widened(torch.float64 if wide else torch.float32).start()
+    while True:
+        for name, each in values.items():
+            accumulate(accumulator, each, name)
+        if not accumulator.next():
+            return accumulator.result()

@@ -1,0 +1,130 @@
+"""Writing merged tensors in the form of the output: values, values on top of the base, or factors."""
+
+from __future__ import annotations
+
+from math import isfinite, prod
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from merging.engine.tiles import Tiler
+from merging.engine.unit import Span, row_blocks
+from merging.errors import InputError
+from merging.maths.delta import Delta, LowRank
+from merging.maths.linalg import compress, even, truncate
+from merging.maths.parameters import Coefficient
+from merging.plan.items import Item
+from merging.sources.adapter import Change
+from merging.sources.stored import DTYPES, Stored
+from merging.storage.output_tensor import OutputTensor
+
+__all__ = ["Output", "Sink"]
+
+
+class Sink(Protocol):
+    """The receiver of merged tensors."""
+
+    def write(self, name: str, values: Tensor, start: int = 0) -> None:
+        """Take the elements ``values`` (one axis, on the CPU) of a tensor, from position ``start`` on."""
+
+
+class Output:
+    """Writes merged items to a sink, with the buffers of one worker.
+
+    ``discarded`` receives the share of energy that a lower rank cuts off, by tensor; ``notices`` remarks for people.
+    """
+
+    def __init__(self, sink: Sink, tiler: Tiler, discarded: dict[str, float], notices: set[str]) -> None:
+        self.sink, self.tiler, self.plan = sink, tiler, tiler.plan
+        self.discarded, self.notices = discarded, notices
+
+    def write_whole(self, item: Item, merged: Delta, factor: Coefficient, change: bool) -> None:
+        """Write a whole merged tensor, or with ``change`` a merged change, times a factor."""
+        merged = merged.scaled(factor) if factor != 1 else merged
+        if item.form == "factors":
+            if isinstance(merged, LowRank):
+                self.write_factors(item, merged)
+            else:
+                self.write_compressed(item, merged.dense())
+            return
+        columns = prod(item.site.shape[1:])
+        for first, _, block in row_blocks(merged, self.tiler.device):
+            values = block.dense()
+            if change and item.form == "dense" and item.base is not None:
+                values = values + self.tiler.raw(item.base, first * columns, values.numel()).view(values.shape)
+            self.write(item.outs[0], values, first * columns)
+
+    def write_compressed(self, item: Item, full: Tensor) -> None:
+        """Write a merged change that is there in full as the best factors of the output's rank."""
+        shape = item.site.shape
+        changes = [each for each in item.inputs if isinstance(each, Change)]
+        transposed = any(each.is_transposed(shape) for each in changes)
+        matrices = full if any(each.kind == "experts" for each in changes) else full.reshape(shape[0], -1)
+        factors, discarded = compress(matrices.mT if transposed else matrices, self.plan.rank, shape, transposed)
+        self.discarded[item.site.name] = discarded
+        self.write_factors(item, factors)
+
+    def write_factors(self, item: Item, merged: LowRank) -> None:
+        """Write factors of exactly the output's rank: truncated to it, or padded with zeros up to it."""
+        if merged.rank > self.plan.rank:
+            merged, discarded = truncate(merged, self.plan.rank)
+            self.discarded[item.site.name] = discarded
+        if item.outs[0].dtype_name == "F16":
+            merged = even(merged, merged.up.dtype)
+        missing = self.plan.rank - merged.rank
+        down = torch.nn.functional.pad(merged.down, (0, 0, 0, missing))
+        up = torch.nn.functional.pad(merged.up, (0, missing))
+        if item.written != 1:
+            up = up * item.written
+        if item.placings:
+            self._place_factors(item, down, up)
+            return
+        if up.dim() > 2:
+            up = up.permute(1, 2, 0)  # PEFT keeps the rows of down by expert and rank, and the columns of up by rank
+        for out, values in zip(item.outs, (down, up), strict=True):
+            self.write(out, values)
+
+    def _place_factors(self, item: Item, down: Tensor, up: Tensor) -> None:
+        for each in item.placings:
+            lower, upper = (down, up) if each.expert is None else (down[each.expert], up[each.expert])
+            width = each.up.shape[1]
+            zeros = (each.term, width - each.term - self.plan.rank)
+            if each.down:
+                self.write(each.down, lower, each.term * lower.shape[1])
+            self.write(each.up, torch.nn.functional.pad(upper[each.rows], zeros), each.first * width)
+
+    def write(self, out: OutputTensor, values: Tensor, start: int = 0) -> None:
+        """Write values of an output tensor from a flat offset on, cast to its type.
+
+        Raises :class:`~merging.errors.InputError` for values beyond the range of the type, unless the recipe allows
+        them.
+        """
+        flat = self.tiler.outgoing(values, DTYPES[out.dtype_name])
+        if not self.plan.recipe.allow_nonfinite and _is_doubtful(values, out) and not bool(flat.isfinite().all()):
+            wider = "" if out.dtype_name in ("F32", "F64") else ": set a wider --dtype, as float32"
+            raise InputError(f"{out.name}: the merged values are beyond the range of {out.dtype_name}{wider}")
+        self.sink.write(out.name, flat, start)
+
+    def copy(self, span: Span) -> None:
+        """Write the base's values as they are, and note other models' integers that differ from them."""
+        item, (out,) = span.item, span.item.outs
+        assert item.base is not None
+        size = span.stop - span.start
+        values = self.tiler.raw(item.base, span.start, size)
+        self.write(out, values, span.start)
+        if item.base.floating:
+            return
+        values = values.clone()
+        for slot, stored in enumerate(item.inputs):
+            if not isinstance(stored, Stored) or stored.dtype != values.dtype:
+                continue
+            if not torch.equal(values, self.tiler.raw(stored, span.start, size)):
+                path = self.plan.models[slot].path
+                self.notices.add(f"{item.site.name} of {path} differs, and integers are not merged: kept the base's")
+
+
+def _is_doubtful(values: Tensor, out: OutputTensor) -> bool:
+    """Return whether values may have left the range of their type; mostly one sum shows that they have not."""
+    narrowed = out.dtype_name == "F16" or (values.dtype == torch.float64 and out.dtype_name != "F64")
+    return narrowed or (values.is_floating_point() and not isfinite(float(values.sum())))
