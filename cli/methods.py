@@ -133,7 +133,8 @@ def _on_adapters(cls: type[Method], method: Method) -> str:
 def _screen() -> str:
     from merging.methods import ALIASES
 
-    lines, group = [], ""
+    lines: list[str] = []
+    group = ""
     for each in _choices():
         if each.group != group:
             group = each.group

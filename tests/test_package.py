@@ -50,6 +50,10 @@ def test_installs_beside_another_cli(tmp_path: Path) -> None:
     assert whose == "the-other"
     assert Path(package).is_relative_to(site)
     assert Path(command) == site / "merging" / "cli" / "main.py"
+    command_line = [sys.executable, "-m", "merging", "pool", "--help"]
+    assert (
+        "overrule" in subprocess.run(command_line, capture_output=True, text=True, env=environment, cwd=tmp_path).stdout
+    )
     assert (site / "merging" / "py.typed").is_file()
     (facts,) = site.glob("merging-*.dist-info/METADATA")
     assert "License-Expression: Apache-2.0" in facts.read_text(encoding="utf-8")
