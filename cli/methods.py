@@ -49,7 +49,7 @@ class Choice:
 @click.command(name="methods", short_help="the methods, or one method in full")
 @click.argument("name", required=False)
 @json_option
-@click.option("--markdown", is_flag=True, help="print the README's table")
+@click.option("--markdown", is_flag=True, help="print the table of the documentation")
 def methods_command(name: str | None, as_json: bool, markdown: bool) -> None:
     """List the methods, or show one in full: what it does, its paper, its parameters."""
     from merging.methods import ALIASES, method_class
