@@ -35,7 +35,6 @@ ALLOWED: dict[str, str] = {}
 """Functions that keep a participle as their name, each with the reason."""
 
 CEILINGS: dict[str, tuple[int, int]] = {
-    "README.md": (19, 0),
     "api": (19, 3),
     "cli": (21, 17),
     "compression": (24, 8),
