@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import merging
 from merging.cli.main import cli
-from merging.geometry.labels import short_names
+from merging.geometry.short_names import short_names
 
 pytestmark = pytest.mark.exhaustive
 

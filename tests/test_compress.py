@@ -24,9 +24,9 @@ from torch import Tensor
 import merging
 from merging.api.inspect import inspect
 from merging.cli.main import cli
-from merging.compression.bands import pack_factors, truncated
-from merging.compression.settings import Settings, parse_bands
-from merging.compression.ternary import balanced, pack_signs, ternary
+from merging.compression.bands import pack_factors, truncate_to_bands
+from merging.compression.settings import PackSettings, parse_bands
+from merging.compression.ternary import balance, pack_signs, ternary
 from merging.errors import FormatError, InputError, MergingError, OptionError, OutputError
 from merging.geometry import compare
 from merging.hub.open_model import open_model
@@ -87,7 +87,7 @@ def test_equal_magnitudes_are_kept_from_the_front_and_zeros_never() -> None:
 def test_sizes_are_those_of_the_paper(density: float, b: int, bits: float, error: float) -> None:
     """Measured on a Gaussian tensor, index, checksums and all; the squared error too."""
     values = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
-    kind, coding, payload = pack_signs(values, "BF16", Settings("ternary", density))
+    kind, coding, payload = pack_signs(values, "BF16", PackSettings("ternary", density))
     assert parameter(density) == coding.b == b
     assert payload.nbytes * 8 / values.numel() == pytest.approx(bits, rel=0.02)
     assert density * (mean_bits(density) + 1) == pytest.approx(bits, abs=6e-4)
@@ -95,7 +95,7 @@ def test_sizes_are_those_of_the_paper(density: float, b: int, bits: float, error
     read = decoded(coding, payload, (1024, 1024), kind).read()
     assert read.dtype == torch.bfloat16
     assert float((read - values).square().sum() / values.square().sum()) == pytest.approx(error, abs=0.02)
-    _, other, maps = pack_signs(values, "BF16", Settings("ternary", density, bitmap=True))
+    _, other, maps = pack_signs(values, "BF16", PackSettings("ternary", density, bitmap=True))
     assert maps.nbytes * 8 / values.numel() == pytest.approx(2, rel=0.02)
     assert torch.equal(decoded(other, maps, (1024, 1024), "BF16").read(), read)
 
@@ -131,7 +131,7 @@ def test_packs_do_not_depend_on_the_gauge() -> None:
     random = torch.Generator().manual_seed(1)
     up, down = (torch.randn(shape, generator=random, dtype=torch.float64) for shape in ((40, 4), (4, 30)))
     mix = torch.randn(4, 4, generator=random, dtype=torch.float64) + 3 * torch.eye(4)
-    one, other = balanced(up, down), balanced(up @ mix, torch.linalg.solve(mix, down))
+    one, other = balance(up, down), balance(up @ mix, torch.linalg.solve(mix, down))
     assert torch.allclose(one[0] @ one[1], up @ down, atol=1e-12)
     assert all(torch.allclose(*pair, atol=1e-9) for pair in zip(one, other, strict=True))
     assert all(torch.equal(ternary(a, 0.2)[0], ternary(b, 0.2)[0]) for a, b in zip(one, other, strict=True))
@@ -255,7 +255,7 @@ def test_bands_lose_less_with_more_bits() -> None:
     errors = {}
     for text in ("*@1", "*@2", "4@8,*@2", "*@4", "*@8", "24@8"):
         bands = parse_bands(text)
-        factors = truncated(matrix, bands)
+        factors = truncate_to_bands(matrix, bands)
         up, down = (
             decoded(coding, payload, tuple(each.shape)).read()
             for (coding, payload), each in zip(

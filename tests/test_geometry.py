@@ -23,8 +23,8 @@ from torch import Tensor
 
 import merging
 from merging.errors import InputError, OptionError
-from merging.geometry import Comparison, compare, cosines, gram, products, sign_agreement, spectra
-from merging.geometry.alignment import aligned
+from merging.geometry import Comparison, compare, cosines, gram, grams, sign_agreement, spectra
+from merging.geometry.alignment import align
 from merging.geometry.spectrum import directions, overlaps, singular_values, spectrum_of
 from merging.maths.delta import Dense, LowRank
 
@@ -513,7 +513,7 @@ def test_transposed_layers_are_turned(tmp_path: Path) -> None:
         for label, model in (("a", rows), ("b", others))
     ]
     other = compare(turned, signs=None)
-    plan = aligned(turned)
+    plan = align(turned)
     assert {item.site.axis for item in plan.items} == {0}
     assert one.overlaps and other.overlaps and one.magnitudes and other.magnitudes
     assert other.overlaps.outputs[0] == pytest.approx(one.overlaps.outputs[0])
@@ -524,9 +524,9 @@ def test_transposed_layers_are_turned(tmp_path: Path) -> None:
 def test_a_change_of_full_rank_is_multiplied_by_rows(pool: tuple[list[Path], list[Factors]]) -> None:
     """Where ranks are above the dimensions, rows are cheaper than factors, and tell the same."""
     paths, made = pool
-    plan = aligned([paths[2], paths[2]])
-    assert not products._factors_are_cheaper(plan.items[0])
-    assert products._factors_are_cheaper(aligned(paths[:2]).items[0])
+    plan = align([paths[2], paths[2]])
+    assert not grams._factors_are_cheaper(plan.items[0])
+    assert grams._factors_are_cheaper(align(paths[:2]).items[0])
     assert_near(gram([paths[2], paths[2]]), inner_products(flat([made[2], made[2]])))
 
 
@@ -572,13 +572,13 @@ def test_groups_and_blocks_change_nothing(
     """Pairs of groups of models, and blocks of their rows, add up to what one product tells."""
     paths, made = ([each[i] for i in (0, 1, 4, 5, 6)] * 3 for each in pool)
     wanted = inner_products(flat(made))
-    monkeypatch.setattr(products, "_ROWS", 1 << 10)
-    plan, small = aligned(paths), 24_000
-    groups = [products.groups_of(plan, item, True, small) for item in plan.items]
+    monkeypatch.setattr(grams, "_ROWS", 1 << 10)
+    plan, small = align(paths), 24_000
+    groups = [grams.groups_of(plan, item, True, small) for item in plan.items]
     assert max(map(len, groups)) > 2
     assert_near(gram(paths, max_memory=small), wanted)
     signs = agreement(flat(made))
-    monkeypatch.setattr("merging.geometry.products.TILE", 1)
+    monkeypatch.setattr("merging.geometry.grams.TILE", 1)
     monkeypatch.setattr("merging.geometry.signs._EXACT", 100)
     few = sign_agreement(paths, entries="all", max_memory=400_000)
     torch.testing.assert_close(few.agreement, signs, rtol=0, atol=1e-12, equal_nan=True)

@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 
 from merging.errors import escape_unprintable
 from merging.output.licences import Source
-from merging.output.markdown import card, code, fenced, prose, sources_listed
+from merging.output.markdown import card, code, code_block, prose, sources_listed
 from merging.report import Page
 
 HOSTILE = [
@@ -46,7 +46,11 @@ def test_nothing_in_a_card_is_markup(text: str) -> None:
     whole = card(
         {"license": text, "tags": ["merge", text]},
         "Merged adapter",
-        [sources_listed([Source(text, "base", text)]), prose(f"Note: {text}."), fenced(f"models:\n- {text}", "yaml")],
+        [
+            sources_listed([Source(text, "base", text)]),
+            prose(f"Note: {text}."),
+            code_block(f"models:\n- {text}", "yaml"),
+        ],
     )
     assert all(each.isprintable() for each in whole.split("\n"))
     head = re.fullmatch(r"---\n(.*?)\n---\n\n(.*)", whole, re.DOTALL)

@@ -116,12 +116,14 @@ def test_a_test_that_is_killed_goes_on(words: Pool) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        words.smoke(tell=killed)
+        words.smoke(on_event=killed)
     told: list[str] = []
-    words.smoke(tell=lambda entry: told.append(entry.name))
+    words.smoke(on_event=lambda entry: told.append(entry.name))
     assert [Path(name).name for name in done + told] == ["a mild", "b ruinous", "c mild too"]
-    words.smoke(tell=lambda entry: pytest.fail(entry.name))
-    words.smoke(["one text of a few words", "and another one"], again=True, tell=lambda entry: told.append(entry.name))
+    words.smoke(on_event=lambda entry: pytest.fail(entry.name))
+    words.smoke(
+        ["one text of a few words", "and another one"], again=True, on_event=lambda entry: told.append(entry.name)
+    )
     assert len(told) == 5
 
 

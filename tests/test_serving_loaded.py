@@ -60,8 +60,8 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def loaded(path: Path, program: str, base: Path | None = None) -> list[Finding]:
     """What the program itself says when it loads it."""
-    from merging.serving.loading import load
     from merging.serving.subject import open_subject
+    from merging.serving.trial_load import load
 
     return load(open_subject(str(path), str(base) if base else None, None, False), program)
 

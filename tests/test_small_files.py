@@ -41,7 +41,7 @@ ALLOWED = {
     "merging/sources/header.py": {"open", "json.loads"},
     "merging/sources/stored.py": {"open_regular"},
     "merging/output/model_folder.py": {"fdopen", "open_regular"},
-    "merging/pool/folder.py": {"fdopen", "open_regular"},
+    "merging/pool/files.py": {"fdopen", "open_regular"},
     "merging/continual/manifest.py": {"fdopen", "open_regular"},
     "merging/hub/download.py": {"open", "fdopen", "open_regular"},
     "merging/storage/writer.py": {"open"},

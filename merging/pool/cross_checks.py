@@ -10,19 +10,19 @@ from statistics import median
 
 from merging.pool.index import Entry, Finding
 
-__all__ = ["missing", "outliers", "over_the_cap", "unlicensed"]
+__all__ = ["find_missing", "find_outliers", "find_over_cap", "find_unlicensed"]
 
 _OUTLIER = 10.0
 """A norm so many times the median of the pool, or such a fraction of it, is for someone to look at."""
 
 
-def missing(pool: Path, entries: Sequence[Entry]) -> dict[str, Finding]:
+def find_missing(pool: Path, entries: Sequence[Entry]) -> dict[str, Finding]:
     """A finding for each adapter whose files somebody has taken out of the pool."""
     why = Finding("files", "quarantined", "its files are no longer in the pool: merge pool audit fetches them again")
     return {entry.name: why for entry in entries if not entry.place(pool).exists()}
 
 
-def outliers(entries: Sequence[Entry]) -> dict[str, Finding]:
+def find_outliers(entries: Sequence[Entry]) -> dict[str, Finding]:
     """A finding for each adapter whose norm, relative to what it changes, is far from what is usual in the pool."""
     sizes = {entry.name: float(entry.figures.get("relative_norm", 0.0)) for entry in entries}
     usual = median([size for size in sizes.values() if size > 0] or [1.0])
@@ -34,13 +34,13 @@ def outliers(entries: Sequence[Entry]) -> dict[str, Finding]:
     return found
 
 
-def unlicensed(entries: Sequence[Entry]) -> dict[str, Finding]:
+def find_unlicensed(entries: Sequence[Entry]) -> dict[str, Finding]:
     """A finding for each adapter of somebody else's that does not say under which licence."""
     why = Finding("licence", "quarantined", "states no licence (--allow-unknown-licence takes it all the same)")
     return {entry.name: why for entry in entries if entry.owner and not entry.licence}
 
 
-def over_the_cap(entries: Sequence[Entry], cap: int) -> dict[str, Finding]:
+def find_over_cap(entries: Sequence[Entry], cap: int) -> dict[str, Finding]:
     """A finding for each adapter whose owner has ``cap`` others before it."""
     counted: Counter[str] = Counter()
     found = {}

@@ -18,10 +18,10 @@ from merging.serving.rules import Question
 from merging.serving.subject import Subject
 from merging.sources.lycoris import leaf_of
 
-__all__ = ["FAMILIES", "Layout", "Module", "families_of", "modules_of", "names_not_taken"]
+__all__ = ["FAMILIES", "DenoiserModule", "NameLayout", "families_of", "modules_of", "names_not_taken"]
 
-Style = Literal["published", "modulation", "diffusers", "own", "first"]
-Form = Literal["A", "default", "down"]
+NameStyle = Literal["published", "modulation", "diffusers", "own", "first"]
+FactorForm = Literal["A", "default", "down"]
 """The factors are ``lora_A`` and ``lora_B``, the same with PEFT's ``default``, or down and up; methods besides LoRA are
 given like the last."""
 
@@ -50,7 +50,7 @@ _QWEN = (
 _HIDREAM = r"(?:double|single)_stream_blocks_\d+_block_.*|caption_projection_.*"
 _ERNIE = r"layers_\d+_(?:self_attention_to_(?:[qkv]|out_0)|mlp_(?:gate_proj|up_proj|linear_fc2))"
 
-FAMILIES: dict[str, Mapping[Style, str]] = {
+FAMILIES: dict[str, Mapping[NameStyle, str]] = {
     "Stable Diffusion": {
         "published": r"(?:input_blocks|middle_block|output_blocks|time_embed|label_emb)_.*|out_2",
         "own": rf"{_UNET}.*_to_(?:[qkv]|out_0)",
@@ -116,46 +116,46 @@ FAMILIES: dict[str, Mapping[Style, str]] = {
 }
 """How each family's modules are called, without prefix and without dots."""
 
-Layout = tuple[str, Style, str]
+NameLayout = tuple[str, NameStyle, str]
 """Names that a program takes: what stands before the path, whose path it is, and the forms, separated by a space."""
 
 
 @dataclass(frozen=True, slots=True)
-class Module:
+class DenoiserModule:
     """A module of a denoiser as a file names it."""
 
     name: str
     prefix: str
     path: str
     """Flat, without the prefix."""
-    form: Form
+    form: FactorForm
 
 
-def modules_of(names: Iterable[str]) -> list[Module]:
+def modules_of(names: Iterable[str]) -> list[DenoiserModule]:
     """The denoiser's modules that a LoRA's tensors belong to; text encoders are left out."""
-    found: dict[str, Module] = {}
+    found: dict[str, DenoiserModule] = {}
     for name in names:
         part = leaf_of(name)
         if part is None or _TEXT.match(name) or part[1] == "alpha":
             continue
         prefix = next((each for each in _PREFIXES if name.startswith(each)), "")
-        default: Form = "default" if ".default." in name else "A"
-        form: Form = default if ".lora_A" in name or ".lora_B" in name else "down"
+        default: FactorForm = "default" if ".default." in name else "A"
+        form: FactorForm = default if ".lora_A" in name or ".lora_B" in name else "down"
         path = part[0].removeprefix(prefix).replace(".", "_")
-        found[part[0]] = Module(part[0], prefix, path, form)
+        found[part[0]] = DenoiserModule(part[0], prefix, path, form)
     return list(found.values())
 
 
 @cache
-def _pattern(family: str, style: Style) -> re.Pattern[str]:
+def _pattern(family: str, style: NameStyle) -> re.Pattern[str]:
     return re.compile(FAMILIES[family][style])
 
 
-def _styles(family: str, path: str) -> Iterator[Style]:
+def _styles(family: str, path: str) -> Iterator[NameStyle]:
     yield from (style for style in FAMILIES[family] if _pattern(family, style).fullmatch(path))
 
 
-def families_of(modules: Iterable[Module]) -> list[str]:
+def families_of(modules: Iterable[DenoiserModule]) -> list[str]:
     """The families that know most of the modules; none, where none knows any."""
     paths = [module.path for module in modules]
     counts = {family: sum(any(_styles(family, path)) for path in paths) for family in FAMILIES}
@@ -163,7 +163,7 @@ def families_of(modules: Iterable[Module]) -> list[str]:
     return [family for family, count in counts.items() if count == most] if most else []
 
 
-def names_not_taken(takes: Mapping[str, tuple[Layout, ...]], *, by: Literal["all", "some"]) -> Question:
+def names_not_taken(takes: Mapping[str, tuple[NameLayout, ...]], *, by: Literal["all", "some"]) -> Question:
     """The modules under names that a program does not load, for all families that they may belong to, or for some.
 
     ``takes`` are the layouts it loads by family, under "" those of every family.
@@ -184,7 +184,7 @@ def names_not_taken(takes: Mapping[str, tuple[Layout, ...]], *, by: Literal["all
     return ask
 
 
-def _takes(layouts: Iterable[Layout], family: str, module: Module) -> bool:
+def _takes(layouts: Iterable[NameLayout], family: str, module: DenoiserModule) -> bool:
     styles = set(_styles(family, module.path))
     return any(
         module.prefix == prefix and style in styles and module.form in forms.split() for prefix, style, forms in layouts

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from merging.errors import OptionError
-from merging.serving.rules import Finding, Severity
+from merging.serving.rules import ProgramFinding, Severity
 from merging.serving.subject import Subject
 
 __all__ = ["load"]
@@ -23,7 +23,7 @@ _NO_MATTER = ("vblora_vector_bank", "lora_monteclora_sampler", ".ranknum", "base
 """Tensors that are reported missing or unexpected though they are shared, made again, or for training alone."""
 
 
-def load(subject: Subject, program: str) -> list[Finding]:
+def load(subject: Subject, program: str) -> list[ProgramFinding]:
     """What PEFT, transformers or diffusers say when they load it, on this machine.
 
     Adapters are put on a base that is built from its config; where their start or their magnitudes need values, these
@@ -46,22 +46,22 @@ def load(subject: Subject, program: str) -> list[Finding]:
             raise
         except Exception as error:  # whatever the library raises is its refusal
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            return [Finding(program, "refuses", "loading it failed", (reason,))]
+            return [ProgramFinding(program, "refuses", "loading it failed", (reason,))]
     counted = {kind: [n for n in names if not any(part in n for part in _NO_MATTER)] for kind, names in keys.items()}
     findings = [_finding(program, subject, kind, names) for kind, names in counted.items() if names]
     if said and not findings:
-        findings.append(Finding(program, "warns", "loading it warns", tuple(said)))
-    return findings or [Finding(program, "ok", "it was loaded, with no tensor missing or unexpected")]
+        findings.append(ProgramFinding(program, "warns", "loading it warns", tuple(said)))
+    return findings or [ProgramFinding(program, "ok", "it was loaded, with no tensor missing or unexpected")]
 
 
-def _finding(program: str, subject: Subject, kind: str, names: list[str]) -> Finding:
+def _finding(program: str, subject: Subject, kind: str, names: list[str]) -> ProgramFinding:
     """What it means that a loader reports tensors as ``missing``, ``unexpected``, ``mismatched`` or ``left out``."""
     if kind == "missing" and "adapter" in subject.kind:
-        return Finding(program, "warns", "tensors are missing, and fresh ones take their place", tuple(names))
+        return ProgramFinding(program, "warns", "tensors are missing, and fresh ones take their place", tuple(names))
     if kind == "missing":
-        return Finding(program, "refuses", "tensors are missing, and random ones take their place", tuple(names))
+        return ProgramFinding(program, "refuses", "tensors are missing, and random ones take their place", tuple(names))
     severity: Severity = "ignores" if kind in ("unexpected", "left out") else "refuses"
-    return Finding(program, severity, f"tensors are {kind} when it is loaded", tuple(names))
+    return ProgramFinding(program, severity, f"tensors are {kind} when it is loaded", tuple(names))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 from merging.engine.threads import Progress
 from merging.engine.tiles import Tiler
 from merging.errors import InputError, OptionError
-from merging.geometry.alignment import MEMORY, Model, aligned, factored, matrix_sides, row_blocks
+from merging.geometry.alignment import MEMORY, ModelLike, align, factored, matrix_sides, row_blocks
 from merging.maths.delta import LowRank
 from merging.maths.linalg import spans
 from merging.methods.families.spherical import cosines as normalised
@@ -33,7 +33,7 @@ _CPU = torch.device("cpu")
 
 
 def gram(
-    models: Sequence[Model],
+    models: Sequence[ModelLike],
     *,
     max_memory: int = MEMORY,
     device: torch.device | str = "cpu",
@@ -49,9 +49,9 @@ def gram(
     the products of rows are cheaper than those of factors, rows are built in blocks, as they are for full checkpoints.
 
     ``max_memory`` is in bytes, above what the imports take and the headers of the models. ``options`` are those of
-    :func:`~merging.geometry.alignment.aligned` (``base`` and others). Raises :class:`~merging.errors.MergingError`.
+    :func:`~merging.geometry.alignment.align` (``base`` and others). Raises :class:`~merging.errors.MergingError`.
     """
-    plan = aligned(models, **options)
+    plan = align(models, **options)
     total = torch.zeros(len(plan.models), len(plan.models), dtype=torch.float64)
     done, whole = 0, plan.read_bytes
     for item, products in module_grams(plan, max_memory, torch.device(device)):
@@ -62,7 +62,7 @@ def gram(
     return total
 
 
-def cosines(models: Sequence[Model], **options: Any) -> Tensor:
+def cosines(models: Sequence[ModelLike], **options: Any) -> Tensor:
     """The cosines ``[n, n]`` between what the models change, float64; takes the options of :func:`gram`.
 
     A change of nothing is at a right angle to all, itself included.
@@ -138,7 +138,7 @@ def _factor_dtype(plan: Plan, item: Item) -> torch.dtype:
 
 def groups_of(plan: Plan, item: Item, by_factors: bool, max_memory: int) -> list[list[int]]:
     """The models that change an item: all in one group if that fits, else in such of which two fit."""
-    sizes = {slot: _held(plan, item, slot, by_factors) for slot, each in enumerate(item.inputs) if each is not None}
+    sizes = {slot: _bytes_of(plan, item, slot, by_factors) for slot, each in enumerate(item.inputs) if each is not None}
     largest, models = max(sizes.values()), len(plan.models)
     # Reading a change takes it twice more for a moment; and there are a few matrices of all pairs.
     room = max_memory - 2 * largest - 4 * 8 * models**2 - (2 * _block_bytes(max_memory) if by_factors else 0)
@@ -161,7 +161,7 @@ def _block_bytes(max_memory: int) -> int:
     return min(_ROWS, max_memory // 8)
 
 
-def _held(plan: Plan, item: Item, slot: int, by_factors: bool) -> int:
+def _bytes_of(plan: Plan, item: Item, slot: int, by_factors: bool) -> int:
     """The bytes that one model's change takes while it is multiplied."""
     count, rows, columns = matrix_sides(item)
     each = item.inputs[slot]

@@ -20,10 +20,10 @@ from merging.storage.output_tensor import OutputTensor
 from merging.storage.writer import TensorWriter
 from merging.version import __version__
 
-__all__ = ["Assembly", "Losses", "held"]
+__all__ = ["Assembly", "Losses", "as_read"]
 
 
-def held(described: Described, payload: Tensor) -> Packed:
+def as_read(described: Described, payload: Tensor) -> Packed:
     """A tensor that has just been coded, as a reader of the pack will have it."""
     assert isinstance(described.coding, (Ternary, Sparse, Bands))
     return Packed(described.name, described.kind, described.shape, MappedTensor(payload, ("", 0)), described.coding)

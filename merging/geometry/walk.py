@@ -12,8 +12,8 @@ from torch import Tensor
 from merging.engine.threads import Progress
 from merging.engine.tiles import Tiler
 from merging.geometry.alignment import read_change
+from merging.geometry.grams import module_grams
 from merging.geometry.intruders import Intruders, intruders
-from merging.geometry.products import module_grams
 from merging.geometry.spectrum import (
     Spectrum,
     decomposable,
@@ -29,7 +29,7 @@ from merging.methods.families.spherical import cosines as normalised
 from merging.plan import Item, Plan
 from merging.sources.adapter import Change
 
-__all__ = ["LEADING", "OVERLAPPING", "Gathered", "Wanted", "gathered"]
+__all__ = ["LEADING", "OVERLAPPING", "WalkOptions", "WalkResult", "walk"]
 
 OVERLAPPING = 64
 """Models up to which the overlap of their subspaces is looked at, since bases of all are held at once."""
@@ -39,7 +39,7 @@ LEADING = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class WalkOptions:
     """What is to be gathered; ``directions`` is 0 where no overlap of subspaces is."""
 
     intruders: bool
@@ -57,7 +57,7 @@ class Layer:
 
 
 @dataclass(slots=True)
-class Gathered:
+class WalkResult:
     """What the walk found; lists by model are in the models' order.
 
     ``total`` are the inner products ``[n, n]``, ``norms`` those of every tensor, ``[tensors, n]``; ``columns`` the
@@ -77,19 +77,19 @@ class Gathered:
     intruders: defaultdict[int, dict[str, Intruders]] = field(default_factory=lambda: defaultdict(dict))
 
 
-def gathered(
-    plan: Plan, wanted: Wanted, max_memory: int, device: torch.device, progress: Progress | None = None
-) -> Gathered:
+def walk(
+    plan: Plan, wanted: WalkOptions, max_memory: int, device: torch.device, progress: Progress | None = None
+) -> WalkResult:
     """Walk over an aligned plan, layer by layer."""
     count = len(plan.models)
     square = torch.zeros(count, count, dtype=torch.float64)
-    found = Gathered(square, torch.stack([square, square]), torch.stack([square, square]), square.clone())
+    found = WalkResult(square, torch.stack([square, square]), torch.stack([square, square]), square.clone())
     layer, products_there = plan.items[0].site.position.layer, square.clone()
     tiler = Tiler(plan, device)
     done, whole = 0, plan.read_bytes
     for item, products in module_grams(plan, max_memory, device):
         if item.site.position.layer != layer:
-            found.layers.append(_layer(layer, products_there))
+            found.layers.append(_layer_norms(layer, products_there))
             layer, products_there = item.site.position.layer, square.clone()
         products_there += products
         found.total = found.total + products
@@ -98,11 +98,11 @@ def gathered(
         done += item.read_bytes
         if progress:
             progress(done, whole)
-    found.layers.append(_layer(layer, products_there))
+    found.layers.append(_layer_norms(layer, products_there))
     return found
 
 
-def _layer(number: int | None, products: Tensor) -> Layer:
+def _layer_norms(number: int | None, products: Tensor) -> Layer:
     norms, angles = normalised(products)
     touched = norms > 0
     pairs = (touched[:, None] & touched).triu(1)
@@ -110,7 +110,7 @@ def _layer(number: int | None, products: Tensor) -> Layer:
     return Layer(number, tuple(norms.tolist()), cosine)
 
 
-def _look(tiler: Tiler, item: Item, wanted: Wanted, found: Gathered) -> None:
+def _look(tiler: Tiler, item: Item, wanted: WalkOptions, found: WalkResult) -> None:
     """What single changes of one tensor tell: spectra, columns, subspaces, intruders; each is read once.
 
     Changes of nothing have none of these.
@@ -167,7 +167,7 @@ def _relative_variance(norms: Tensor) -> float:
     return float((norms.var(0, correction=0)[changed] / mean[changed].square()).mean())
 
 
-def _overlap(bases: Sequence[tuple[Tensor, Tensor] | None], found: Gathered) -> None:
+def _overlap(bases: Sequence[tuple[Tensor, Tensor] | None], found: WalkResult) -> None:
     sizes = torch.tensor([0 if each is None else len(each[0]) for each in bases], dtype=torch.float64)
     both = (sizes[:, None] > 0) & (sizes > 0)
     larger = torch.maximum(sizes[:, None], sizes)
