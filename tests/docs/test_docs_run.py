@@ -15,13 +15,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import tiny
 from click.testing import CliRunner
-from hub_fixture import Hub
-from pages import PAGES, ROOT, Block, blocks, merge_lines
 
 from merging import ContinualStore
 from merging.cli.main import cli
+from support import tiny
+from support.hub_fixture import Hub
+from support.pages import PAGES, ROOT, Block, blocks, merge_lines
 
 LONG = {
     "docs/tasks/compare.md": "it draws, and decomposes the base",

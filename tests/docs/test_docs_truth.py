@@ -14,11 +14,11 @@ from urllib.parse import urlsplit
 import click
 import pytest
 from click.testing import CliRunner
-from pages import PAGES, ROOT, blocks, prose, text_of
 
 from merging.cli.main import cli, merge_command
 from merging.methods import METHODS, method_class, parameters_of
 from merging.serving import PROGRAMS
+from support.pages import PAGES, ROOT, blocks, prose, text_of
 
 LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)")
 MADE = re.compile(r"docs/(methods/\w+|cli/\w+|changelog)\.md")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").is_file())
+ROOT = Path(__file__).resolve().parents[2]
 STYLE = ROOT / "docs" / "contributing" / "style.md"
 
 RETIRED = re.compile(
