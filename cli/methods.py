@@ -11,10 +11,10 @@ import click
 from .errors import handle_errors
 from .fields import choices
 from .options import json_option
-from .output import echo, echo_json, echo_text
+from .output import echo, echo_json, echo_notices, echo_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from pydantic.fields import FieldInfo
 
@@ -49,10 +49,10 @@ class Choice:
 @click.command(name="methods", short_help="the methods, or one method in full")
 @click.argument("name", required=False)
 @json_option
-@click.option("--markdown", is_flag=True, help="print the table of the documentation")
+@click.option("--markdown", is_flag=True, help="print the README's table")
 def methods_command(name: str | None, as_json: bool, markdown: bool) -> None:
     """List the methods, or show one in full: what it does, its paper, its parameters."""
-    from merging.methods import ALIASES, method_class
+    from merging.methods import ALIASES, installed_methods, method_class
 
     with handle_errors():
         if name in ALIASES:
@@ -60,10 +60,16 @@ def methods_command(name: str | None, as_json: bool, markdown: bool) -> None:
         elif name is not None:
             for link in name.split("+"):
                 _show(method_class(link.strip()), as_json)
-        elif as_json:
-            echo_json({each.name: asdict(each) for each in _choices()})
+        elif markdown:
+            echo_text(_markdown())
         else:
-            echo_text(_markdown() if markdown else _screen())
+            installed, notices = installed_methods()
+            listed = list(_choices(installed))
+            if as_json:
+                echo_json({each.name: asdict(each) for each in listed})
+            else:
+                echo_text(_screen(listed))
+            echo_notices(notices)
 
 
 def _alias(name: str) -> str:
@@ -101,24 +107,33 @@ def _peer(name: str) -> str:
     return f"mergekit's {name} has other defaults: it is {method} here with {given}."
 
 
-def _choices() -> Iterator[Choice]:
-    from merging.methods import GROUPS, chain, method_class
-    from merging.methods.contract.wrapper import Wrapper
+def _choices(installed: Mapping[str, type[Method]]) -> Iterator[Choice]:
+    """The built-in methods by group, and those from outside last."""
+    from merging.methods import GROUPS, method_class
 
     for group, methods in GROUPS.items():
-        for name, listed in methods.items():
-            cls, method = method_class(name), chain(name)
-            around = issubclass(cls, Wrapper)
-            passes = 1 + sum(each.reduction.sweeps for each in method.required_statistics())
-            yield Choice(
-                name,
-                group,
-                listed.summary,
-                "any" if around else "weights" if method.merge_space == "weights" else "changes",
-                _on_adapters(cls, method),
-                f"{passes}{' + SVD' if cls.decomposed_side else ''}",
-                cls.paper,
-            )
+        for name in methods:
+            yield _choice(group, method_class(name))
+    for cls in installed.values():
+        yield _choice("From installed packages", cls)
+
+
+def _choice(group: str, cls: type[Method]) -> Choice:
+    from merging.methods import chain
+    from merging.methods.contract.wrapper import Wrapper
+
+    method = chain(cls.name)
+    passes = 1 + sum(each.reduction.sweeps for each in method.required_statistics())
+    merges = "weights" if method.merge_space == "weights" else "changes"
+    return Choice(
+        cls.name,
+        group,
+        cls.summary,
+        "any" if issubclass(cls, Wrapper) else merges,
+        _on_adapters(cls, method),
+        f"{passes}{' + SVD' if cls.decomposed_side else ''}",
+        cls.paper,
+    )
 
 
 def _on_adapters(cls: type[Method], method: Method) -> str:
@@ -130,12 +145,11 @@ def _on_adapters(cls: type[Method], method: Method) -> str:
     return "base" if method.merge_space == "weights" else "cut"
 
 
-def _screen() -> str:
+def _screen(choices: Iterable[Choice]) -> str:
     from merging.methods import ALIASES
 
-    lines: list[str] = []
-    group = ""
-    for each in _choices():
+    lines, group = [], ""
+    for each in choices:
         if each.group != group:
             group = each.group
             head = "  " + f"{group:73} merges  LoRA  reads"
@@ -147,7 +161,7 @@ def _screen() -> str:
 def _markdown() -> str:
     lines = ["| method | what it does | merges | on adapters | reads | paper |", "|---|---|---|---|---|---|"]
     group = ""
-    for each in _choices():
+    for each in _choices({}):
         if each.group != group:
             group = each.group
             lines.append(f"| **{group}** | | | | | |")

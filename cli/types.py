@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-
-if TYPE_CHECKING:
-    ParamType = click.ParamType[Any]
-else:
-    ParamType = click.ParamType  # no generic class in click 8.1
 
 __all__ = ["MODEL", "SIZE", "Size", "Values"]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
-class Size(ParamType):
+class Size(click.ParamType):
     """Bytes, as in 500MB, 2GiB or 1000000."""
 
     name = "size"
@@ -32,7 +27,7 @@ class Size(ParamType):
         return int(float(found[1]) * _UNITS[found[2]])
 
 
-class Values(ParamType):
+class Values(click.ParamType):
     """One number for all models, or a comma list with one a model; each may run from block to block, as 0.2:0.8."""
 
     name = "numbers"
@@ -57,7 +52,7 @@ def _runs(text: str) -> bool:
     return ":" in text and all(math.isfinite(float(part)) for part in text.split(":"))
 
 
-class Model(ParamType):
+class Model(click.ParamType):
     """A model: a folder, a file, or a name on the Hub."""
 
     name = "model"

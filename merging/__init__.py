@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from merging.geometry import compare
     from merging.maths.delta import Delta, Dense, LowRank
     from merging.methods import METHODS, chain
+    from merging.methods.contract.function import method
     from merging.plan.recipe import Recipe, load_recipe
     from merging.recycling.workflow import Recycled, recycle
 
@@ -41,6 +42,7 @@ _WHERE = {
     "merge": "api.merge_files",
     "merge_deltas": "api.merge_tensors",
     "merge_state_dicts": "api.merge_tensors",
+    "method": "methods.contract.function",
     "peft_deltas": "api.peft_tensors",
     "peft_state_dict": "api.peft_tensors",
     "preview": "api.merge_files",
@@ -71,6 +73,7 @@ __all__ = [
     "merge",
     "merge_deltas",
     "merge_state_dicts",
+    "method",
     "peft_deltas",
     "peft_state_dict",
     "preview",

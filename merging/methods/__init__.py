@@ -1,16 +1,17 @@
-"""All merging methods: one file each, one line each in METHODS, and the chains made of them.
+"""Merging methods, one file each, and the chains made of them.
 
-The list is lazy: a method's file, and torch with it, is imported when the method is asked for.
+To add a method to the project, write its file and add a line to :mod:`merging.methods.catalog`. To add one from
+outside, decorate a function by :func:`merging.method`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from merging.errors import OptionError, nearest
+from merging.methods.catalog import ALIASES, GROUPS, MERGEKIT, METHODS, Alias, Listed
+from merging.methods.registry import installed_methods, method_class
 
 if TYPE_CHECKING:
     from merging.methods.contract.method import Method
@@ -25,118 +26,12 @@ __all__ = [
     "aliases",
     "chain",
     "expanded",
+    "installed_methods",
     "links",
     "method_class",
     "owner_of",
     "parameters_of",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """A method in the list: one line about it, and where it lives in this package."""
-
-    summary: str
-    module: str
-    cls: str
-
-
-GROUPS: dict[str, dict[str, Listed]] = {
-    "Sums and means": {
-        "linear": Listed("weighted mean of the models", "linear", "Linear"),
-        "task_arithmetic": Listed("weighted sum of what each model changed", "task_arithmetic", "TaskArithmetic"),
-        "varm": Listed("mean of the changes, weighted by squared size", "varm", "Varm"),
-        "passthrough": Listed("one model as it is, or scaled", "passthrough", "Passthrough"),
-    },
-    "Entry by entry, by sign and size": {
-        "ties": Listed("keep large changes, and the ones that agree in sign", "ties", "Ties"),
-        "pcb": Listed("weigh parameters by size and agreement with the others", "pcb", "Pcb"),
-        "sce": Listed("mean of what agrees in sign, weighted by squared size", "sce", "Sce"),
-        "magmax": Listed("of every parameter the largest change", "magmax", "MagMax"),
-        "consensus": Listed("sum of the changes, where several models need it", "consensus", "Consensus"),
-        "ram": Listed("mean over the models that changed an entry at all", "ram", "Ram"),
-        "ramplus_tl": Listed("ram, with what one model alone changed enlarged", "ram", "RamPlus"),
-        "nearswap": Listed("one model's change, clipped to a largest step", "nearswap", "NearSwap"),
-        "arcee_fusion": Listed("the second model where it differs most from the first", "arcee_fusion", "ArceeFusion"),
-    },
-    "On the sphere, by angle": {
-        "slerp": Listed("spherical interpolation between two models", "slerp", "Slerp"),
-        "nuslerp": Listed("spherical interpolation by weights, whole or by row", "nuslerp", "NuSlerp"),
-        "multislerp": Listed("mean direction of all models at their mean length", "multislerp", "MultiSlerp"),
-        "karcher": Listed("mean direction along the sphere, at the mean length", "karcher", "Karcher"),
-        "model_stock": Listed("from the base to the mean, as far as changes agree", "model_stock", "ModelStock"),
-    },
-    "Matrix by matrix, by singular values and directions": {
-        "tsv": Listed("leading singular vectors of all, made orthogonal", "tsv", "Tsv"),
-        "iso_c": Listed("sum of the changes with equal singular values", "iso_c", "IsoC"),
-        "iso_cts": Listed("common and task-specific directions of equal size", "iso_cts", "IsoCts"),
-        "wudi": Listed("least interference on what each model's change acts on", "wudi", "Wudi"),
-        "svd": Listed("sum of the changes without its small singular values", "svd", "Svd"),
-        "opcm": Listed("one after the other, projected off the merge so far", "opcm", "Opcm"),
-        "do": Listed("magnitudes and directions apart, adapters orthogonalised", "do", "Do"),
-    },
-    "Around any of these: what it is given, where, or how much": {
-        "dare": Listed("drop most of each change at random, rescale the rest", "dare", "Dare"),
-        "della": Listed("drop small changes more often than large ones", "della", "Della"),
-        "breadcrumbs": Listed("drop the largest and the smallest changes", "breadcrumbs", "Breadcrumbs"),
-        "knots": Listed("changes in one common basis of outputs", "knots", "Knots"),
-        "core": Listed("changes in common bases of outputs and of inputs", "core", "Core"),
-        "decouple": Listed("merge directions inside, and magnitudes by their mean", "decouple", "Decouple"),
-        "orthogonalize": Listed("turn adapters' factors away from each other", "orthogonalize", "Orthogonalize"),
-        "lines": Listed("scale the merged change by depth", "lines", "Lines"),
-    },
-}
-"""Every method once, under what it is for; wrappers, which go around or before another method, last."""
-
-METHODS: dict[str, Listed] = {name: listed for group in GROUPS.values() for name, listed in group.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Alias:
-    """Another name of a chain, in which some parameters are fixed and others have another default; and a hint."""
-
-    chain: str
-    fixed: Mapping[str, Any]
-    defaults: Mapping[str, Any]
-    hint: str = ""
-
-
-_VOTES = {"ties.vote": "weighted", "ties.zero": "plus"}
-_SUM = {"ties.normalize": False, **_VOTES}
-_DARE = {"dare.drop": 0.0, "dare.rescale": "l1"}
-
-ALIASES: dict[str, Alias] = {
-    "dare_linear": Alias("dare+task_arithmetic", {}, _DARE, "mergekit's density is 1 - drop: use drop instead"),
-    "dare_ties": Alias(
-        "dare+ties", {"ties.density": 1.0}, {**_DARE, **_SUM}, "mergekit's density is 1 - drop: use drop instead"
-    ),
-    "della_linear": Alias("della+task_arithmetic", {}, {"della.density": 1.0, "della.rescale": "l1"}),
-    "breadcrumbs_ties": Alias("breadcrumbs+ties", {"ties.density": 1.0}, {"breadcrumbs.density": 1.0, **_SUM}),
-}
-"""mergekit's names for chains, with its defaults: nothing is dropped unless a density or drop is given."""
-
-MERGEKIT: dict[str, tuple[str, Mapping[str, Any]]] = {
-    "breadcrumbs": ("breadcrumbs+task_arithmetic", {"breadcrumbs.density": 1.0}),
-    "della": ("della+ties", {"della.density": 1.0, "della.rescale": "l1", "ties.density": 1.0, **_VOTES}),
-    "ram": ("ram", {"epsilon": 1e-5, "relative": False}),
-    "ramplus_tl": ("ramplus_tl", {"epsilon": 1e-5, "relative": False}),
-    "sce": ("sce", {"density": 1.0, "select": "deltas"}),
-    "ties": ("ties", {"density": 1.0, "scope": "tensor", "vote": "weighted", "zero": "plus"}),
-}
-"""Names that mergekit has too, with other defaults: the chain and the parameters that do the same as its name alone."""
-
-
-def method_class(name: str) -> type[Method]:
-    """The class of a method. Raises :class:`~merging.errors.OptionError` for an unknown name, offering the nearest."""
-    listed = METHODS.get(name)
-    if listed is None:
-        parts = name.lower().replace("-", "_").split("_")
-        chained = "+".join("task_arithmetic" if part == "linear" else part for part in parts)
-        known = all(part in METHODS for part in chained.split("+"))
-        hint = f" (did you mean {chained!r}?)" if known else nearest(name.lower(), [*METHODS, *ALIASES])
-        hint = hint or ": the methods are " + ", ".join(METHODS)
-        raise OptionError(f"there is no method {name!r}{hint}")
-    return cast("type[Method]", getattr(import_module(f"{__name__}.{listed.module}"), listed.cls))
 
 
 def aliases(text: str) -> list[Alias]:

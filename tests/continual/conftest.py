@@ -6,13 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from adapters import deep_base, quiet, train
 from safetensors.torch import save_file
-
-from support.adapters import deep_base, quiet, train
-from support.stores import (
+from stores import (
     Models,
 )
-from support.tiny import checkpoint, fine_tune, load
+from tiny import checkpoint, fine_tune, load
 
 __all__ = ["full", "lora"]
 

@@ -12,11 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-
-from merging.continual import ContinualStore
-from merging.errors import InputError, MergingError, OutputError
-from support.adapters import QUIRKS, assert_close, edit_tensors
-from support.stores import (
+from adapters import QUIRKS, assert_close, edit_tensors
+from stores import (
     Models,
     at_once,
     contents,
@@ -27,7 +24,10 @@ from support.stores import (
     states,
     unchanged,
 )
-from support.tiny import fine_tune, load, model, save
+from tiny import fine_tune, load, model, save
+
+from merging.continual import ContinualStore
+from merging.errors import InputError, MergingError, OutputError
 
 pytestmark = QUIRKS
 

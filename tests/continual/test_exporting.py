@@ -9,13 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import QUIRKS, assert_close, baked, reload
+from diffusion_models import build, factors, on_disk, quietly
 from safetensors.torch import load_file
-
-import merging
-from merging.continual import ContinualStore
-from support.adapters import QUIRKS, assert_close, baked, reload
-from support.diffusion_models import build, factors, on_disk, quietly
-from support.stores import (
+from stores import (
     Models,
     export,
     grown,
@@ -24,7 +21,10 @@ from support.stores import (
     said,
     unchanged,
 )
-from support.tiny import identical, load
+from tiny import identical, load
+
+import merging
+from merging.continual import ContinualStore
 
 pytestmark = QUIRKS
 

@@ -7,9 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-
-from support.adapters import QUIRKS, assert_close
-from support.stores import (
+from adapters import QUIRKS, assert_close
+from stores import (
     Models,
     at_once,
     contents,
@@ -20,7 +19,7 @@ from support.stores import (
     states,
     unchanged,
 )
-from support.tiny import checkpoint
+from tiny import checkpoint
 
 pytestmark = QUIRKS
 

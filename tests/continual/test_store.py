@@ -10,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from merging.continual import ContinualStore
-from merging.errors import FormatError, OptionError
-from support.adapters import QUIRKS
-from support.stores import (
+from adapters import QUIRKS
+from stores import (
     Models,
     contents,
     grown,
@@ -22,7 +19,10 @@ from support.stores import (
     said,
     unchanged,
 )
-from support.tiny import fine_tune, load, save
+from tiny import fine_tune, load, save
+
+from merging.continual import ContinualStore
+from merging.errors import FormatError, OptionError
 
 pytestmark = QUIRKS
 

@@ -12,13 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from adapters import QUIRKS
 from filelock import FileLock
-
-from merging.continual import ContinualStore
-from merging.continual.watch import Event, watch
-from merging.errors import InputError, OptionError
-from support.adapters import QUIRKS
-from support.stores import (
+from stores import (
     PATIENCE,
     Models,
     contents,
@@ -28,7 +24,11 @@ from support.stores import (
     said,
     until,
 )
-from support.tiny import checkpoint, load, model, save
+from tiny import checkpoint, load, model, save
+
+from merging.continual import ContinualStore
+from merging.continual.watch import Event, watch
+from merging.errors import InputError, OptionError
 
 pytestmark = QUIRKS
 

@@ -10,11 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
-import merging
-from merging.errors import InputError
-from support.adapters import (
+from adapters import (
     LLAMA,
     QUIRKS,
     State,
@@ -30,6 +26,10 @@ from support.adapters import (
     save_base,
     train,
 )
+from safetensors.torch import load_file
+
+import merging
+from merging.errors import InputError
 
 pytestmark = QUIRKS
 

@@ -10,14 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-
-import merging
-from merging.errors import FormatError, InputError, MergingError
-from merging.hub.open_model import open_model
-from merging.sources.peft.adapter_types import PEFT_TYPES
-from merging.sources.peft.unsupported_types import UNSUPPORTED
-from support.adapters import (
+from adapters import (
     QUIRKS,
     State,
     copied,
@@ -28,6 +21,13 @@ from support.adapters import (
     save_base,
     train,
 )
+from safetensors.torch import save_file
+
+import merging
+from merging.errors import FormatError, InputError, MergingError
+from merging.hub.open_model import open_model
+from merging.sources.peft.adapter_types import PEFT_TYPES
+from merging.sources.peft.unsupported_types import UNSUPPORTED
 
 pytestmark = QUIRKS
 
