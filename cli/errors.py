@@ -19,7 +19,15 @@ from merging.errors import FormatError, InputError, MergingError, OptionError, O
 
 from .output import echo_json, echo_text
 
-__all__ = ["OutputStatus", "Refusal", "end_signals", "exit_with_message", "handle_errors"]
+__all__ = [
+    "Interruption",
+    "OutputStatus",
+    "Refusal",
+    "UnknownCommand",
+    "end_signals",
+    "exit_with_message",
+    "handle_errors",
+]
 
 _NO_MEMORY = re.compile("can't allocate memory|out of memory")
 """What torch says, in errors of no kind of their own."""
@@ -30,10 +38,27 @@ _KINDS = {FormatError: "format", InputError: "input", OptionError: "option", Out
 class Refusal(click.ClickException):
     """An error with the kind that ``--json`` states."""
 
-    def __init__(self, message: str, kind: str, exit_code: int = 1) -> None:
+    def __init__(self, message: str, kind: str) -> None:
         super().__init__(message)
         self.kind = kind
-        self.exit_code = exit_code
+
+
+class UnknownCommand(Refusal):
+    """The refusal of a first word that is nearly a command."""
+
+    exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "usage")
+
+
+class Interruption(Refusal):
+    """The end by a signal."""
+
+    exit_code = 130
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "interrupted")
 
 
 @contextmanager
@@ -52,7 +77,7 @@ def handle_errors(debug: bool = False, status: Callable[[], str] | None = None) 
         kind = next((word for cls, word in _KINDS.items() if isinstance(error, cls)), "error")
         raise Refusal(str(error), kind) from None
     except KeyboardInterrupt:
-        raise Refusal(f"{status() if status else 'nothing was written'}.", "interrupted", 130) from None
+        raise Interruption(f"{status() if status else 'nothing was written'}.") from None
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):
             raise
@@ -68,8 +93,9 @@ class OutputStatus:
     def __init__(self, *outputs: str | Path | None) -> None:
         self._before: dict[str | Path, tuple[int, int] | None] = {}
         self.publishing: str | None = None
-        for output in filter(None, outputs):
-            self.expect(output)
+        for output in outputs:
+            if output:
+                self.expect(output)
 
     def expect(self, output: str | Path) -> None:
         """Note what is at the place of an output before it is written."""
@@ -121,7 +147,7 @@ def exit_with_message(as_json: bool = False) -> Iterator[None]:
         try:
             yield
         except click.Abort:
-            raise Refusal("no work was under way.", "interrupted", 130) from None
+            raise Interruption("no work was under way.") from None
     except click.ClickException as error:
         code, shown = error.exit_code, error
     except OSError as error:
@@ -151,7 +177,7 @@ def _text(error: click.ClickException) -> str:
         error.show(shown)
         return shown.getvalue().rstrip("\n")
     message = re.sub("\n(?! )", "\n  ", error.format_message())
-    return f"{'Interrupted' if error.kind == 'interrupted' else 'Error'}: {message}"
+    return f"{'Interrupted' if isinstance(error, Interruption) else 'Error'}: {message}"
 
 
 def _silence_full_streams() -> None:

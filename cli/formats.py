@@ -27,7 +27,7 @@ base     whether --base is needed to tell what the adapter changes; to make a mo
 
 @click.command(name="formats", short_help="the formats that are read, and those that are refused")
 @json_option
-@click.option("--markdown", is_flag=True, help="print the README's table")
+@click.option("--markdown", is_flag=True, help="print the table of the documentation")
 def formats_command(as_json: bool, markdown: bool) -> None:
     """List the formats of models and adapters: what is read, how, and what is refused and why."""
     with handle_errors():

@@ -16,7 +16,7 @@ from .compare import compare_command
 from .compress import compress_command
 from .continual import continual_command
 from .decompress import decompress_command
-from .errors import Refusal, exit_with_message
+from .errors import UnknownCommand, exit_with_message
 from .formats import formats_command
 from .help import CONTEXT, SectionedGroup
 from .inspect import inspect_command
@@ -36,14 +36,20 @@ __all__ = ["main"]
 class DefaultGroup(SectionedGroup):
     """A group with a default command: ``merge a.safetensors b.safetensors --method linear`` works as written."""
 
-    def main(self, args: Sequence[str] | None = None, *more: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = "merge",
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
         """Run the command of these arguments; as a program, print its errors and exit with its code."""
         words = list(sys.argv[1:] if args is None else args)
-        extra = {"prog_name": "merge", **extra}
         if not standalone_mode:
-            return super().main(words, *more, standalone_mode=False, **extra)
+            return super().main(words, prog_name, complete_var, standalone_mode=False, **extra)
         with exit_with_message("--json" in words):
-            code = super().main(words, *more, standalone_mode=False, **extra)
+            code = super().main(words, prog_name, complete_var, standalone_mode=False, **extra)
         sys.exit(code if isinstance(code, int) else 0)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -62,7 +68,7 @@ class DefaultGroup(SectionedGroup):
         if {"-m", "--method"} & set(args) or args[0].startswith("-") or Path(args[0]).exists():
             return
         if near := nearest(args[0], self.commands):
-            raise Refusal(f"{args[0]}: there is no such sub-command, file or folder{near}", "usage", 2)
+            raise UnknownCommand(f"{args[0]}: there is no such sub-command, file or folder{near}")
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write both ways to call it."""

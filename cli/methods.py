@@ -49,7 +49,7 @@ class Choice:
 @click.command(name="methods", short_help="the methods, or one method in full")
 @click.argument("name", required=False)
 @json_option
-@click.option("--markdown", is_flag=True, help="print the README's table")
+@click.option("--markdown", is_flag=True, help="print the table of the documentation")
 def methods_command(name: str | None, as_json: bool, markdown: bool) -> None:
     """List the methods, or show one in full: what it does, its paper, its parameters."""
     from merging.methods import ALIASES, installed_methods, method_class
@@ -148,7 +148,8 @@ def _on_adapters(cls: type[Method], method: Method) -> str:
 def _screen(choices: Iterable[Choice]) -> str:
     from merging.methods import ALIASES
 
-    lines, group = [], ""
+    lines: list[str] = []
+    group = ""
     for each in choices:
         if each.group != group:
             group = each.group

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    ParamType = click.ParamType[Any]
+else:
+    ParamType = click.ParamType  # no generic class in click 8.1
 
 __all__ = ["MODEL", "SIZE", "Size", "Values"]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
-class Size(click.ParamType):
+class Size(ParamType):
     """Bytes, as in 500MB, 2GiB or 1000000."""
 
     name = "size"
@@ -27,7 +32,7 @@ class Size(click.ParamType):
         return int(float(found[1]) * _UNITS[found[2]])
 
 
-class Values(click.ParamType):
+class Values(ParamType):
     """One number for all models, or a comma list with one a model; each may run from block to block, as 0.2:0.8."""
 
     name = "numbers"
@@ -52,7 +57,7 @@ def _runs(text: str) -> bool:
     return ":" in text and all(math.isfinite(float(part)) for part in text.split(":"))
 
 
-class Model(click.ParamType):
+class Model(ParamType):
     """A model: a folder, a file, or a name on the Hub."""
 
     name = "model"

@@ -13,8 +13,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch
-from hub_fixture import hub
 from hypothesis import settings
+
+from support.hub_fixture import hub
 
 __all__ = ["hub"]
 

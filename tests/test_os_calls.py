@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import checkpoint
 
 import merging
 from merging import os_calls
+from support.tiny import checkpoint
 
 MISSING = ["preadv", "pwrite", "posix_fallocate", "posix_fadvise", "O_DIRECTORY"]
 

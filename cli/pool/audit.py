@@ -31,5 +31,5 @@ def audit_command(pool: Path, names: tuple[str, ...], as_json: bool, debug: bool
         opened = Pool(pool)
         entries = [opened.index.entry(name) for name in names] or opened.index.entries()
         candidates = [Candidate(e.name, e.owner, e.created, e.downloads) for e in entries]
-        built = opened.build(candidates, again=True, tell=echo_entry)
+        built = opened.build(candidates, again=True, on_event=echo_entry)
     echo_verdicts(pool, built.verdicts, as_json)

@@ -77,7 +77,11 @@ def build_command(
         for search in searches:
             candidates += candidates_of(replace(search, limit=min(limit, search.limit), sort=sort))
         built = opened.build(
-            candidates, again=again, owner_cap=owner_cap, allow_unknown_licence=allow_unknown_licence, tell=echo_entry
+            candidates,
+            again=again,
+            owner_cap=owner_cap,
+            allow_unknown_licence=allow_unknown_licence,
+            on_event=echo_entry,
         )
     if as_json:
         echo_json({"pool": str(pool), "audited": built.audited, "verdicts": built.verdicts})
@@ -95,7 +99,7 @@ def _open_pool(pool: Path, base: str | None, base_names: tuple[str, ...]) -> Poo
         opened = Pool(pool)
         if base is not None and base != opened.base and str(Path(base).resolve()) != opened.base:
             raise OptionError(f"{pool}: is a pool of {opened.base} already: leave out --base")
-        opened.also_called(base_names)
+        opened.add_base_names(base_names)
         return opened
     if base is None:
         raise OptionError(f"{pool}: is a new pool: say with --base which model its adapters were trained from")

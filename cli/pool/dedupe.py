@@ -27,5 +27,5 @@ def dedupe_command(
     with handle_errors(debug):
         from merging.pool import Pool
 
-        verdicts = Pool(pool).dedupe(owner_cap, allow_unknown_licence, tell=echo_entry)
+        verdicts = Pool(pool).dedupe(owner_cap, allow_unknown_licence, on_event=echo_entry)
     echo_verdicts(pool, verdicts, as_json)

@@ -25,7 +25,7 @@ def remove_command(pool: Path, names: tuple[str, ...], as_json: bool, debug: boo
     with handle_errors(debug):
         from merging.pool import Pool
 
-        removed = Pool(pool).remove(names, tell=echo_entry)
+        removed = Pool(pool).remove(names, on_event=echo_entry)
     if as_json:
         echo_json({"pool": str(pool), "removed": removed})
     else:

@@ -45,5 +45,5 @@ def smoke_command(
         chosen, opened = read_texts(texts) if texts else None, Pool(pool)
         given = {name: value for name, value in limits.items() if value is not None}
         changed = replace(smoke_limits(opened.index), **given) if given else None
-        verdicts = opened.smoke(chosen, limits=changed, device=device, again=again, tell=echo_entry)
+        verdicts = opened.smoke(chosen, limits=changed, device=device, again=again, on_event=echo_entry)
     echo_verdicts(pool, verdicts, as_json)

@@ -11,10 +11,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from merging.compression.assembly import Assembly, Losses, as_read
 from merging.compression.bands import pack_factors
-from merging.compression.parts import Assembly, Losses, held
-from merging.compression.settings import Settings
-from merging.compression.ternary import balanced, norm_factor, pack_signs
+from merging.compression.settings import PackSettings
+from merging.compression.ternary import balance, norm_factor, pack_signs
 from merging.errors import InputError
 from merging.maths.delta import LowRank
 from merging.maths.linalg import squared_norm
@@ -95,7 +95,7 @@ def adapter_file(adapter: Adapter) -> AdapterFile:
     return AdapterFile(path, dialect, opened, adapter, pairs, tuple(sorted(used - paired)))
 
 
-def pack_adapter(file: AdapterFile, settings: Settings, assembly: Assembly) -> tuple[Losses, list[str]]:
+def pack_adapter(file: AdapterFile, settings: PackSettings, assembly: Assembly) -> tuple[Losses, list[str]]:
     """Code an adapter's factors into an assembly; what that loses, and remarks on what is kept as it is.
 
     Raises :class:`~merging.errors.InputError` for values that are not finite.
@@ -109,12 +109,12 @@ def pack_adapter(file: AdapterFile, settings: Settings, assembly: Assembly) -> t
     for down, up in file.pairs:
         for described, payload in _pair(file, down, up, settings):
             assembly.add(described, payload)
-            tensors[described.name] = held(described, payload)
+            tensors[described.name] = as_read(described, payload)
     for name in file.alone:
         kind, coding, payload = pack_signs(_values(file, name), _kind(tensors[name]), settings)
         described = Described(name=name, kind=kind, shape=tensors[name].shape, coding=coding)
         assembly.add(described, payload)
-        tensors[name] = held(described, payload)
+        tensors[name] = as_read(described, payload)
     coded = {name for pair in file.pairs for name in pair} | set(file.alone)
     kept = [name for name in tensors if name not in coded]
     for name in kept:
@@ -127,11 +127,11 @@ def pack_adapter(file: AdapterFile, settings: Settings, assembly: Assembly) -> t
     return _losses(file, file.holding(tensors)), remarks
 
 
-def _pair(file: AdapterFile, down: str, up: str, settings: Settings) -> list[tuple[Described, Tensor]]:
+def _pair(file: AdapterFile, down: str, up: str, settings: PackSettings) -> list[tuple[Described, Tensor]]:
     """The two factors of a product in the balanced gauge, coded."""
     stored = [file.opened[0][name] for name in (up, down)]
     rank = stored[1].shape[0]
-    left, right = balanced(_values(file, up).reshape(-1, rank), _values(file, down).reshape(rank, -1))
+    left, right = balance(_values(file, up).reshape(-1, rank), _values(file, down).reshape(rank, -1))
     coded: Sequence[tuple[DtypeName, Bands | Ternary, Tensor]]
     if settings.method == "bands":
         factors = pack_factors(left, right, settings.bands)

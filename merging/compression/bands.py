@@ -26,7 +26,7 @@ from merging.sources.packs.golomb import parameter
 from merging.sources.packs.grouped import pack_groups
 from merging.sources.stored import MappedTensor
 
-__all__ = ["pack_factors", "pack_pruned", "truncated"]
+__all__ = ["pack_factors", "pack_pruned", "truncate_to_bands"]
 
 _DAMPING = {8: 0.0, 4: 1e-4, 2: 0.0138, 1: 0.13}
 """By how much the fit to a direction in so many bits is damped, of 1: the square of what its codes lose. Found by trial
@@ -42,7 +42,7 @@ def total(bands: BandsSpec) -> int | None:
     return None if None in counts else sum(cast(list[int], counts))
 
 
-def truncated(matrix: Tensor, bands: BandsSpec) -> LowRank:
+def truncate_to_bands(matrix: Tensor, bands: BandsSpec) -> LowRank:
     """The leading singular directions of a matrix ``[out, in]``, or of several ``[n, out, in]``, as many as bands hold.
 
     By a randomised range finder where they are few, else by the SVD.
@@ -65,18 +65,18 @@ def pack_factors(
     The upper factor is fitted anew to the product, or to the ``whole`` matrix that it stands for, as the lower factor
     has become.
     """
-    fitted = _fitted(bands, down.shape[-2])
-    coded = _coded(down, fitted, axis=1)
+    fitted = _fit_bands(bands, down.shape[-2])
+    coded = _encode(down, fitted, axis=1)
     lower = Packed("a factor", "F32", tuple(down.shape), MappedTensor(coded[1], ("", 0)), coded[0]).read().to(down)
     inputs = lower.double().mT
     onto = up.double() @ (down.double() @ inputs) if whole is None else whole.double() @ inputs
     damping = torch.tensor([_DAMPING[bits] for count, bits in fitted for _ in range(count)], dtype=torch.float64)
     rest = lower.shape[-2] - len(damping)
-    upper = _refitted(onto, lower.double(), torch.nn.functional.pad(damping, (0, rest)).to(lower.device))
-    return _coded(upper.to(up.dtype), fitted, axis=2), coded
+    upper = _refit(onto, lower.double(), torch.nn.functional.pad(damping, (0, rest)).to(lower.device))
+    return _encode(upper.to(up.dtype), fitted, axis=2), coded
 
 
-def _fitted(bands: BandsSpec, rank: int) -> tuple[tuple[int, int], ...]:
+def _fit_bands(bands: BandsSpec, rank: int) -> tuple[tuple[int, int], ...]:
     """The bands of so many directions."""
     found, left = [], rank
     for count, bits in bands:
@@ -86,7 +86,7 @@ def _fitted(bands: BandsSpec, rank: int) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
-def _refitted(onto: Tensor, lower: Tensor, damping: Tensor) -> Tensor:
+def _refit(onto: Tensor, lower: Tensor, damping: Tensor) -> Tensor:
     """The ``up`` for which ``up @ lower`` is closest to the matrix of which ``onto`` is ``matrix @ lower.mT``.
 
     ``damping``, one number a direction, keeps large terms from cancelling each other, which they would not do any more
@@ -104,7 +104,7 @@ def _refitted(onto: Tensor, lower: Tensor, damping: Tensor) -> Tensor:
     return found
 
 
-def _coded(factor: Tensor, bands: Sequence[tuple[int, int]], axis: int) -> tuple[Bands, Tensor]:
+def _encode(factor: Tensor, bands: Sequence[tuple[int, int]], axis: int) -> tuple[Bands, Tensor]:
     three = factor.reshape(-1, *factor.shape[-2:]).float().cpu()
     rows = three if axis == 1 else three.mT
     unit = float(rows.abs().amax()) if rows.numel() else 0.0

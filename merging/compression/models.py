@@ -8,14 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from merging.compression.bands import pack_factors, pack_pruned, truncated
-from merging.compression.parts import Assembly, Losses, held
-from merging.compression.settings import Settings
+from merging.compression.assembly import Assembly, Losses, as_read
+from merging.compression.bands import pack_factors, pack_pruned, truncate_to_bands
+from merging.compression.settings import PackSettings
 from merging.compression.ternary import pack_signs
 from merging.engine.threads import Progress
 from merging.engine.tiles import Tiler
 from merging.errors import InputError
-from merging.geometry.alignment import aligned, read_change
+from merging.geometry.alignment import align, read_change
 from merging.plan import Item, Plan
 from merging.sources import Checkpoint
 from merging.sources.packs import Changed, Described
@@ -32,7 +32,7 @@ def model_plan(model: Checkpoint, base: Checkpoint, progress: Progress | None = 
 
     Raises :class:`~merging.errors.InputError` for models that do not hold the same tensors.
     """
-    plan = aligned([model], base=base, progress=progress)
+    plan = align([model], base=base, progress=progress)
     if plan.untied:
         raise InputError(
             f"{model.path}: has an output head of its own where its base uses the embedding, and a pack holds changes "
@@ -42,7 +42,7 @@ def model_plan(model: Checkpoint, base: Checkpoint, progress: Progress | None = 
 
 
 def pack_model(
-    plan: Plan, settings: Settings, assembly: Assembly, device: torch.device, progress: Progress | None = None
+    plan: Plan, settings: PackSettings, assembly: Assembly, device: torch.device, progress: Progress | None = None
 ) -> tuple[Losses, dict[str, Changed], int]:
     """Code the changes of a plan's tensors into an assembly: what that loses, what is held, and of how many entries.
 
@@ -68,13 +68,13 @@ def pack_model(
     return losses, changed, entries
 
 
-def _pack(item: Item, delta: Tensor, settings: Settings, assembly: Assembly) -> tuple[Changed, Tensor]:
+def _pack(item: Item, delta: Tensor, settings: PackSettings, assembly: Assembly) -> tuple[Changed, Tensor]:
     """Code one change; how it is held, and what it is when it is read."""
     name, shape, kind = item.site.name, item.site.shape, _KINDS.get(item.site.kind)
     if settings.method == "bands" and kind is not None and not is_head(name):
         turned = kind == "linear" and item.site.axis == 0
         matrix = delta.mT if turned else delta if kind == "experts" else delta.reshape(shape[0], -1)
-        factors = truncated(matrix.contiguous(), settings.bands)
+        factors = truncate_to_bands(matrix.contiguous(), settings.bands)
         coded = pack_factors(factors.up, factors.down, settings.bands, matrix)
         up, down = (
             _add(assembly, f"{side}/{name}", tuple(factor.shape), *each)
@@ -100,4 +100,4 @@ def _add(
     """Add a coded tensor; what it is when it is read."""
     described = Described(name=name, kind="F32", shape=shape, coding=coding)
     assembly.add(described, payload)
-    return held(described, payload).read()
+    return as_read(described, payload).read()

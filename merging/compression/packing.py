@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from merging.api.merge_files import merge
 from merging.compression.adapters import adapter_file, pack_adapter
+from merging.compression.assembly import Assembly, Losses
 from merging.compression.models import model_plan, pack_model
-from merging.compression.parts import Assembly, Losses
-from merging.compression.settings import Settings, make_settings
+from merging.compression.settings import PackSettings, make_settings
 from merging.engine.download import brought
 from merging.engine.resources import pick_device
 from merging.engine.threads import Progress
@@ -141,7 +141,7 @@ def compress(
         path=destination,
         kind=kind,
         method=settings.method,
-        settings=settings.told,
+        settings=settings.summary,
         bytes_before=before,
         bytes_after=after,
         bits=8 * assembly.coded_bytes / max(1, entries),
@@ -165,7 +165,7 @@ def _files(*models: Adapter | Checkpoint | None) -> Iterable[Path]:
 
 
 def _adapter(
-    adapter: Adapter, base: Checkpoint | None, settings: Settings, assembly: Assembly
+    adapter: Adapter, base: Checkpoint | None, settings: PackSettings, assembly: Assembly
 ) -> tuple[Losses, PackManifest, int, list[str]]:
     file = adapter_file(adapter)
     losses, notices = pack_adapter(file, settings, assembly)
@@ -174,7 +174,7 @@ def _adapter(
         noted = noted.model_copy(update=_base(base).model_dump(exclude_none=True))
     manifest = PackManifest(
         method=settings.method,
-        settings=settings.told,
+        settings=settings.summary,
         base=noted,
         dialect=file.dialect.name,
         config=adapter.config if file.dialect.name == "PEFT" and adapter.config else None,
@@ -188,7 +188,7 @@ def _adapter(
 def _model(
     model: Checkpoint,
     base: Checkpoint | None,
-    settings: Settings,
+    settings: PackSettings,
     assembly: Assembly,
     device: str,
     progress: Progress | None,
@@ -201,7 +201,7 @@ def _model(
     return (
         losses,
         PackManifest(
-            method=settings.method, settings=settings.told, base=_base(base), tensors=tensors, changes=changed
+            method=settings.method, settings=settings.summary, base=_base(base), tensors=tensors, changes=changed
         ),
         entries,
     )

@@ -9,9 +9,9 @@ from typing import Literal
 from merging.errors import OptionError
 from merging.sources.packs.grouped import BITS
 
-__all__ = ["BANDS", "DENSITY", "BandsSpec", "Method", "Settings", "make_settings", "parse_bands"]
+__all__ = ["BANDS", "DENSITY", "BandsSpec", "PackMethod", "PackSettings", "make_settings", "parse_bands"]
 
-Method = Literal["ternary", "bands"]
+PackMethod = Literal["ternary", "bands"]
 
 BandsSpec = tuple[tuple[int | None, int], ...]
 """Counts of directions and their bits; no count means all that are left."""
@@ -23,20 +23,20 @@ BANDS = {"adapter": "*@4", "model": "20@8,180@4,800@2"}
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class PackSettings:
     """The method, the share of entries that are kept, and what else it takes.
 
     ``density`` is that of all tensors (ternary), or of embeddings and heads of a full model (bands). ``alpha`` is the
     scale in standard deviations; without it scales are of least squares, or so much larger that changes ``keeps_norm``.
     """
 
-    method: Method
+    method: PackMethod
     density: float = DENSITY
     bitmap: bool = False
     alpha: float | None = None
     keeps_norm: bool = False
     bands: BandsSpec = ()
-    told: str = ""
+    summary: str = ""
 
 
 def parse_bands(text: str) -> BandsSpec:
@@ -62,7 +62,7 @@ def make_settings(
     alpha: float | None,
     scale: str | None,
     bands: str | None,
-) -> Settings:
+) -> PackSettings:
     """The settings for an adapter or a model. Raises :class:`~merging.errors.OptionError` for what makes no sense."""
     chosen = method or ("ternary" if kind == "adapter" else "bands")
     share = DENSITY if density is None else density
@@ -75,8 +75,8 @@ def make_settings(
                 raise OptionError(f"{name} is a setting of ternary packs, and these are bands: leave it out")
         written = bands or BANDS[kind]
         parsed = parse_bands(written)
-        told = written if kind == "adapter" else f"{written}, {share:.4g} of embeddings and heads"
-        return Settings("bands", share, bands=parsed, told=told)
+        summary = written if kind == "adapter" else f"{written}, {share:.4g} of embeddings and heads"
+        return PackSettings("bands", share, bands=parsed, summary=summary)
     if chosen != "ternary":
         raise OptionError(f"method = {chosen!r}: choose ternary or bands")
     if bands is not None:
@@ -96,5 +96,5 @@ def make_settings(
         if scale == "norm"
         else "least squares"
     )
-    told = f"{share:.4g} of the entries kept, {by}, {coding or 'golomb'}"
-    return Settings("ternary", share, coding == "bitmap", alpha, scale == "norm", told=told)
+    summary = f"{share:.4g} of the entries kept, {by}, {coding or 'golomb'}"
+    return PackSettings("ternary", share, coding == "bitmap", alpha, scale == "norm", summary=summary)

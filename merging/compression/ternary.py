@@ -11,7 +11,7 @@ from math import prod, sqrt
 import torch
 from torch import Tensor
 
-from merging.compression.settings import Settings
+from merging.compression.settings import PackSettings
 from merging.maths.delta import LowRank
 from merging.maths.linalg import factored_svd, safe_ratio, squared_norm
 from merging.sources.packs.codings import DtypeName, Ternary
@@ -19,10 +19,10 @@ from merging.sources.packs.frames import BITMAP, frame_signs
 from merging.sources.packs.golomb import parameter
 from merging.sources.stored import DTYPES
 
-__all__ = ["balanced", "norm_factor", "pack_signs", "ternary"]
+__all__ = ["balance", "norm_factor", "pack_signs", "ternary"]
 
 
-def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+def balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Factors ``[out, r]`` and ``[r, in]`` of the same product, by its singular vectors and the roots of its values.
 
     The gauge follows from the product alone, however it was factored: the largest entry of each column of ``up`` is
@@ -74,7 +74,7 @@ def _norm(*factors: Tensor) -> float:
 
 
 def pack_signs(
-    values: Tensor, kind: DtypeName, settings: Settings, factor: float | None = None
+    values: Tensor, kind: DtypeName, settings: PackSettings, factor: float | None = None
 ) -> tuple[DtypeName, Ternary, Tensor]:
     """The type that a tensor is read as, its coding and its payload.
 

@@ -1,7 +1,7 @@
 """How models lie to one another: inner products, angles, spectra, signs and subspaces of what they change."""
 
 from merging.geometry.comparison import Comparison, compare
-from merging.geometry.products import cosines, gram
+from merging.geometry.grams import cosines, gram
 from merging.geometry.signs import Signs, sign_agreement
 from merging.geometry.spectrum import spectra
 

@@ -32,19 +32,19 @@ from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.stored import Stored
 
-__all__ = ["MEMORY", "Model", "aligned", "factored", "matrix_sides", "narrowed", "read_change", "row_blocks"]
+__all__ = ["MEMORY", "ModelLike", "align", "factored", "matrix_sides", "read_change", "row_blocks", "select_models"]
 
 MEMORY = 1 << 30
 """Bytes that a comparison takes at most by default, above what the imports do."""
 
-Model = str | Path | Adapter | Checkpoint
+ModelLike = str | Path | Adapter | Checkpoint
 """A model, or where it lies."""
 
 _BASE_OPTIONS = {"base", "exclude", "on_mismatch", "allow_different_bases", "lora_alpha", "dequantise", "dequantize"}
 
 
-def aligned(
-    models: Sequence[Model], *, reads_base: bool = False, progress: Progress | None = None, **options: Any
+def align(
+    models: Sequence[ModelLike], *, reads_base: bool = False, progress: Progress | None = None, **options: Any
 ) -> Plan:
     """What each model changes in which tensor, as the plan of a sum that is never made.
 
@@ -67,11 +67,11 @@ def aligned(
     names = [model.path if isinstance(model, (Adapter, Checkpoint)) else model for model in models]
     stated |= {"models": [str(name) for name in names], "method": "task_arithmetic", "allow_nonfinite": True}
     recipe = make_recipe(stated, "compare")
-    opened = [_opened(model, recipe) for model in models]
+    opened = [_open(model, recipe) for model in models]
     if base is None:
         plan = _without_base(recipe, opened)
     else:
-        opened_base = _opened(base, recipe)
+        opened_base = _open(base, recipe)
         full = require_full(opened_base, opened_base.path, "--base")
         plan = plan_of(recipe.model_copy(update={"kind": "model"}), opened, full)
     items = [item for item in plan.items if item.form != "copy" and item.numel]
@@ -83,7 +83,7 @@ def aligned(
     return arrived(replace(plan, items=tuple(items)), (), progress=progress)
 
 
-def _opened(model: Model, recipe: Recipe) -> Adapter | Checkpoint:
+def _open(model: ModelLike, recipe: Recipe) -> Adapter | Checkpoint:
     if isinstance(model, (Adapter, Checkpoint)):
         return model
     try:
@@ -148,7 +148,7 @@ def matrix_sides(item: Item) -> tuple[int, int, int]:
     return 1, (shape[0] if shape else 1), prod(shape[1:])
 
 
-def narrowed(plan: Plan, item: Item, slots: Sequence[int]) -> tuple[Plan, Item]:
+def select_models(plan: Plan, item: Item, slots: Sequence[int]) -> tuple[Plan, Item]:
     """The plan and the item with some of the models alone."""
     models, keys = tuple(plan.models[slot] for slot in slots), tuple(plan.keys[slot] for slot in slots)
     (part,) = cut_items(
@@ -159,7 +159,7 @@ def narrowed(plan: Plan, item: Item, slots: Sequence[int]) -> tuple[Plan, Item]:
 
 def row_blocks(plan: Plan, item: Item, slots: Sequence[int], device: torch.device) -> Iterator[Tensor]:
     """What some models change in a tensor, block by block of rows: ``[models, elements]``, valid until the next."""
-    some, part = narrowed(plan, item, slots)
+    some, part = select_models(plan, item, slots)
     for tile in Tiler(some, device).tiles(part, 0, part.numel):
         yield tile.stack.dense().flatten(1)
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from merging.engine.threads import Progress
 from merging.errors import OptionError
-from merging.geometry.alignment import MEMORY, Model, aligned
-from merging.geometry.gathering import LEADING, OVERLAPPING, Gathered, Wanted, gathered
+from merging.geometry.alignment import MEMORY, ModelLike, align
 from merging.geometry.intruders import Intruders
-from merging.geometry.labels import short_names
+from merging.geometry.short_names import short_names
 from merging.geometry.signs import count_signs
 from merging.geometry.spectrum import SIDE, Spectrum
+from merging.geometry.walk import LEADING, OVERLAPPING, WalkOptions, WalkResult, walk
 from merging.methods.families.spherical import cosines as normalised
 from merging.plan import Plan
 from merging.sources import Adapter
@@ -162,7 +162,7 @@ class Comparison:
 
 
 def compare(
-    models: Sequence[Model],
+    models: Sequence[ModelLike],
     *,
     signs: Literal["sample", "all"] | None = "sample",
     intruders: bool = False,
@@ -182,15 +182,15 @@ def compare(
     :data:`~merging.geometry.spectrum.SIDE`; factors always are. ``directions`` is how many leading directions of each
     change the overlap of subspaces is taken over. ``max_memory`` is in bytes, for inner products and signs; what is
     decomposed is held whole, one tensor at a time. ``options`` are those of
-    :func:`~merging.geometry.alignment.aligned` (``base`` and others). Raises :class:`~merging.errors.MergingError`.
+    :func:`~merging.geometry.alignment.align` (``base`` and others). Raises :class:`~merging.errors.MergingError`.
     """
-    plan = aligned(models, reads_base=intruders, **options)
+    plan = align(models, reads_base=intruders, **options)
     if intruders and plan.base is None:
         raise OptionError("intruder dimensions are told against the base: give it with --base")
     where = torch.device(device)
     few = len(plan.models) <= OVERLAPPING
-    wanted = Wanted(intruders, full_spectra, directions if few else 0)
-    found = gathered(plan, wanted, max_memory, where, progress)
+    wanted = WalkOptions(intruders, full_spectra, directions if few else 0)
+    found = walk(plan, wanted, max_memory, where, progress)
     counted = count_signs(plan, signs, max_memory, where) if signs else None
     return Comparison(
         models=_profiles(plan, found),
@@ -209,7 +209,7 @@ def _matrix(values: Tensor) -> Matrix:
     return tuple(tuple(None if isnan(value) else value for value in row) for row in values.tolist())
 
 
-def _profiles(plan: Plan, found: Gathered) -> tuple[Profile, ...]:
+def _profiles(plan: Plan, found: WalkResult) -> tuple[Profile, ...]:
     paths = [str(model.path) for model in plan.models]
     norms = found.total.diagonal().sqrt().tolist()
     changed = (torch.stack(found.norms) > 0).sum(0).tolist()
@@ -246,7 +246,7 @@ def _mean_spectrum(spectra: Sequence[Spectrum]) -> Spectrum:
     )
 
 
-def _magnitudes(found: Gathered) -> Magnitudes | None:
+def _magnitudes(found: WalkResult) -> Magnitudes | None:
     shared = [norms[norms > 0] for norms in found.norms if int((norms > 0).sum()) > 1]
     if not shared:
         return None
@@ -259,7 +259,7 @@ def _magnitudes(found: Gathered) -> Magnitudes | None:
     )
 
 
-def _overlaps(found: Gathered, directions: int) -> Overlaps | None:
+def _overlaps(found: WalkResult, directions: int) -> Overlaps | None:
     pairs = found.overlapped.triu(1) > 0
     if not directions or not bool(pairs.any()):
         return None
@@ -282,7 +282,7 @@ def _intruders(by_tensor: dict[str, Intruders]) -> IntruderCount:
     )
 
 
-def _notices(plan: Plan, found: Gathered, few: bool) -> tuple[str, ...]:
+def _notices(plan: Plan, found: WalkResult, few: bool) -> tuple[str, ...]:
     notices = [*plan.notices, *plan.matched[len(plan.models) :]]
     if found.undecomposed:
         notices.append(

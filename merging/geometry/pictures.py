@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merging.geometry.comparison import Comparison, Matrix
-from merging.report.drawing import Panel, drawn, heatmap, lines, save
+from merging.report.drawing import Panel, draw_svg, heatmap, lines, save
 from merging.report.page import Cell, Page
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _map(axes: Axes, matrix: Matrix, names: Sequence[str], middle: float | None 
 
 def page(comparison: Comparison) -> Page:
     """A comparison as an HTML page. Needs matplotlib, the extra ``report``."""
-    figures = {name: (drawn(panel), panel.caption) for name, panel in panels(comparison).items()}
+    figures = {name: (draw_svg(panel), panel.caption) for name, panel in panels(comparison).items()}
     names = comparison.names
     out = Page(f"Comparison: {_title(comparison)}", "What each model changes of its base, and how the changes agree.")
     out.facts({"models": len(names), "base": comparison.base, "blocks": len(comparison.layers)})

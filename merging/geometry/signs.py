@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from merging.engine.tiles import Tiler
-from merging.geometry.alignment import MEMORY, Model, aligned, row_blocks
-from merging.geometry.products import groups_of
+from merging.geometry.alignment import MEMORY, ModelLike, align, row_blocks
+from merging.geometry.grams import groups_of
 from merging.maths.delta import Delta, LowRank
 from merging.plan import Item, Plan
 from merging.sources.adapter import Change
@@ -42,7 +42,7 @@ class Signs:
 
 
 def sign_agreement(
-    models: Sequence[Model],
+    models: Sequence[ModelLike],
     *,
     entries: Literal["sample", "all"] = "sample",
     max_memory: int = MEMORY,
@@ -55,9 +55,9 @@ def sign_agreement(
     seen counts as much as the tensor is large; smaller tensors are counted in full, which is exact. With ``all``, every
     entry is counted, by blocks of rows, for which ``max_memory`` counts. Factors are never multiplied out as a whole in
     either. Entries that are zero but for rounding count with the sign of that. Takes the options of
-    :func:`~merging.geometry.alignment.aligned`.
+    :func:`~merging.geometry.alignment.align`.
     """
-    plan = aligned(models, **options)
+    plan = align(models, **options)
     return count_signs(plan, entries, max_memory, torch.device(device))
 
 
@@ -71,8 +71,8 @@ def count_signs(
     seen = total = 0
     for item in plan.items:
         if entries == "sample":
-            rows, columns = _drawn(item)
-            blocks, looked_at = _sampled(plan, item, rows, columns, device), len(rows) * len(columns)
+            rows, columns = _draw_sample(item)
+            blocks, looked_at = _sample(plan, item, rows, columns, device), len(rows) * len(columns)
         else:
             blocks, looked_at = _whole(plan, item, max_memory, device), item.numel
         weight = item.numel / max(1, looked_at)
@@ -91,7 +91,7 @@ Counts = tuple[list[int], list[int], Tensor, Tensor]
 many they both change, each ``[group, other]`` float64."""
 
 
-def _counted(group: list[int], other: list[int], signs: Tensor) -> Iterator[Counts]:
+def _count(group: list[int], other: list[int], signs: Tensor) -> Iterator[Counts]:
     """The counts of signs (-1, 0, 1) at some entries, ``[models, entries]``: of one group, or one above the other."""
     for piece in torch.split(signs, _EXACT, 1):
         mine, theirs = piece[: len(group)], piece if other is group else piece[len(group) :]
@@ -107,10 +107,10 @@ def _whole(plan: Plan, item: Item, max_memory: int, device: torch.device) -> Ite
     groups = groups_of(plan, item, False, max_memory)
     for group, other in combinations_with_replacement(groups, 2):
         for block in row_blocks(plan, item, group if other is group else [*group, *other], device):
-            yield from _counted(group, other, block.sign())
+            yield from _count(group, other, block.sign())
 
 
-def _drawn(item: Item) -> tuple[Tensor, Tensor]:
+def _draw_sample(item: Item) -> tuple[Tensor, Tensor]:
     """The rows of a tensor, and the columns in each, that are looked at; all of a small tensor."""
     rows, columns = item.numel // max(1, _columns(item)), _columns(item)
     most = _BATCH if item.site.kind == "experts" else _SAMPLE
@@ -126,7 +126,7 @@ def _columns(item: Item) -> int:
     return prod(item.site.shape[1:])
 
 
-def _sampled(plan: Plan, item: Item, rows: Tensor, columns: Tensor, device: torch.device) -> Iterator[Counts]:
+def _sample(plan: Plan, item: Item, rows: Tensor, columns: Tensor, device: torch.device) -> Iterator[Counts]:
     tiler = Tiler(plan, device)
     slots = [slot for slot, each in enumerate(item.inputs) if each is not None]
     signs = torch.empty(len(slots), len(rows) * len(columns), dtype=torch.int8, device=device)
@@ -138,7 +138,7 @@ def _sampled(plan: Plan, item: Item, rows: Tensor, columns: Tensor, device: torc
             values = torch.stack([_row(tiler, item, slot, row)[columns] for row in rows.tolist()])
         into.copy_(values.sign().flatten())
     for piece in torch.split(signs, 1 << 12, 1):
-        yield from _counted(slots, slots, piece.float())
+        yield from _count(slots, slots, piece.float())
 
 
 def _entries(delta: Delta, rows: Tensor, columns: Tensor) -> Tensor:

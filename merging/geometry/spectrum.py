@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from merging.engine.tiles import Tiler
-from merging.geometry.alignment import Model, aligned, matrix_sides, read_change
-from merging.geometry.products import segment_sums
+from merging.geometry.alignment import ModelLike, align, matrix_sides, read_change
+from merging.geometry.grams import segment_sums
 from merging.maths.delta import Delta, LowRank
 from merging.maths.linalg import CUT, factored_svd, leading
 from merging.plan import Item, Plan
@@ -76,7 +76,7 @@ def spectrum_of(values: Tensor) -> Spectrum:
     curve = (energy / energy.sum(-1, keepdim=True)).cumsum(-1)
     stable = energy.sum(-1) / energy[:, 0]
 
-    def needed(share: float) -> float:
+    def directions_for(share: float) -> float:
         return float((curve < share).sum(-1).add(1).double().mean())
 
     mean = curve.mean(0).clamp(max=1)
@@ -84,22 +84,22 @@ def spectrum_of(values: Tensor) -> Spectrum:
         float(values.max()),
         float(entropy.exp().mean()),
         float(stable.mean()),
-        needed(0.9),
-        needed(0.99),
+        directions_for(0.9),
+        directions_for(0.99),
         tuple(mean.tolist()),
     )
 
 
 def spectra(
-    models: Sequence[Model], *, full: bool = False, device: torch.device | str = "cpu", **options: Any
+    models: Sequence[ModelLike], *, full: bool = False, device: torch.device | str = "cpu", **options: Any
 ) -> Iterator[tuple[str, list[Tensor | None]]]:
     """The tensors by name, and of each the singular values of what every model changes in it, ``[..., k]`` float64.
 
     None for a model that does not touch the tensor, and for what has none or is too dear: norms and biases, and
     full matrices whose shorter side is above :data:`SIDE`, unless ``full``. Takes the options of
-    :func:`~merging.geometry.alignment.aligned`.
+    :func:`~merging.geometry.alignment.align`.
     """
-    plan = aligned(models, **options)
+    plan = align(models, **options)
     tiler = Tiler(plan, torch.device(device))
     for item in plan.items:
         slots = range(len(plan.models))

@@ -66,11 +66,11 @@ def _kohya(plan: Plan) -> dict[str, str]:
         "ss_network_dim": rank,
         "ss_network_alpha": rank,
         **_family(plan),
-        **_stated(plan),
+        **_agreed_fields(plan),
     }
 
 
-def _stated(plan: Plan) -> dict[str, str]:
+def _agreed_fields(plan: Plan) -> dict[str, str]:
     """What the inputs that say so have in common."""
     configs = [model.config for model in plan.models if isinstance(model, Adapter)]
     found = {key: {config[key] for config in configs if key in config} for key in ("ss_base_model_version", "ss_v2")}

@@ -11,7 +11,7 @@ import yaml
 from merging.errors import escape_unprintable
 from merging.output.licences import Source
 
-__all__ = ["card", "code", "fenced", "prose", "sources_listed"]
+__all__ = ["card", "code", "code_block", "prose", "sources_listed"]
 
 _MARKS = re.compile(r"[\\`*\[\]<>&|~!#$@]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.|:(?=//)", re.IGNORECASE)
 """What Markdown may read as markup, an entity, or an address to link."""
@@ -39,7 +39,7 @@ def prose(text: str) -> str:
     return _MARKS.sub(r"\\\g<0>", escape_unprintable(text))
 
 
-def fenced(text: str, language: str) -> str:
+def code_block(text: str, language: str) -> str:
     """Lines as a block of code that none of them can end."""
     fence = "`" * max(3, _longest_run(text) + 1)
     return f"{fence}{language}\n{escape_unprintable(text, lines=True).rstrip()}\n{fence}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from merging.output.licences import Source, licence_sentence, source_of, strictest
-from merging.output.markdown import card, code, fenced, prose, sources_listed
+from merging.output.markdown import card, code, code_block, prose, sources_listed
 from merging.plan.items import Plan
 from merging.sources import Adapter, Checkpoint
 
@@ -38,7 +38,7 @@ def model_card(plan: Plan, remarks: Sequence[str] = ()) -> str:
         prose(licence_sentence(licence)),
         *(prose(f"Note: {remark.removeprefix('warning: ')}.") for remark in remarks),
         "## Recipe",
-        fenced(plan.recipe.to_yaml(), "yaml"),
+        code_block(plan.recipe.to_yaml(), "yaml"),
     ]
     return card(facts, f"Merged {plan.output}", parts)
 

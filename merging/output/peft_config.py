@@ -143,10 +143,10 @@ def _parameters(plan: Plan, adapters: list[Adapter]) -> list[str]:
     experts = [item.inputs for item in plan.items if item.form == "factors" and _is_experts(item)]
     names = {next(each.target for each in inputs if isinstance(each, Change)) for inputs in experts}
     short = {name for adapter in adapters for name in adapter.config.get("target_parameters") or ()}
-    return _shortened(names, short)
+    return _shorten(names, short)
 
 
-def _shortened(names: Iterable[str], short: Iterable[str]) -> list[str]:
+def _shorten(names: Iterable[str], short: Iterable[str]) -> list[str]:
     """Those of the short names that a name ends in, if every name ends in one; else the names themselves."""
     ends = {name: {end for end in short if name == end or name.endswith(f".{end}")} for name in names}
     return sorted(set().union(*ends.values()) if all(ends.values()) else ends)
@@ -176,7 +176,7 @@ def _target_modules(plan: Plan, adapters: list[Adapter]) -> list[str]:
             return sorted(_modules(plan))
         short.update(named)
     short |= _expert_leaves(plan)
-    return _shortened(_modules(plan), short)
+    return _shorten(_modules(plan), short)
 
 
 def _expert_leaves(plan: Plan) -> set[str]:

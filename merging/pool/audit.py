@@ -29,9 +29,9 @@ from merging.sources.adapter import Change
 from merging.sources.small_files import is_there
 from merging.sources.stored import Stored
 
-__all__ = ["BESIDE", "Auditor", "Candidate", "change_of"]
+__all__ = ["KEPT_FILES", "Auditor", "Candidate", "change_of"]
 
-BESIDE = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md")
+KEPT_FILES = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md")
 """What is kept of an adapter beside its weights and config."""
 
 _NOISE = 1e-7
@@ -102,9 +102,9 @@ class Auditor:
             if not isinstance(adapter, Adapter):
                 audit.find("headers", "rejected", "is a full model, and the pool is one of adapters")
                 return
-            for name in BESIDE:
+            for name in KEPT_FILES:
                 is_there(adapter.files[0].parent / name)
-            audit.entry = _described(audit.entry, adapter)
+            audit.entry = _describe(audit.entry, adapter)
             pickled = next((file.name for file in adapter.files if file.suffix != ".safetensors"), None)
             if pickled:
                 audit.find("headers", "rejected", f"is a pickle ({pickled}): only safetensors come into a pool")
@@ -196,7 +196,7 @@ def change_of(change: Change, stored: Stored) -> Delta:
     return change.read(stored.shape, lambda: stored.read().float(), torch.float32)
 
 
-def _described(entry: Entry, adapter: Adapter) -> Entry:
+def _describe(entry: Entry, adapter: Adapter) -> Entry:
     origin, changes = adapter.origin, adapter.changes.values()
     return replace(
         entry,

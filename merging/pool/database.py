@@ -99,7 +99,7 @@ class Database:
         except sqlite3.OperationalError as error:
             raise OutputError(f"{self.path}: cannot be written: {error}") from None
         except (sqlite3.Error, ValueError) as error:
-            raise self._damaged(str(error)) from None
+            raise self._damage_error(str(error)) from None
 
     def _prepare(self) -> None:
         self._file.row_factory = sqlite3.Row
@@ -129,7 +129,7 @@ class Database:
             )
         sound = self._file.execute("PRAGMA quick_check(1)").fetchone()
         if sound is None or sound[0] != "ok":
-            raise self._damaged(" ".join(str(sound and sound[0]).split())[:200])
+            raise self._damage_error(" ".join(str(sound and sound[0]).split())[:200])
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -137,9 +137,9 @@ class Database:
         try:
             yield
         except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:  # of texts that are none
-            raise self._damaged(str(error)) from None
+            raise self._damage_error(str(error)) from None
 
-    def _damaged(self, reason: str) -> FormatError:
+    def _damage_error(self, reason: str) -> FormatError:
         return FormatError(f"{self.path}: is damaged, or is no index of a pool: {reason}: build the pool again")
 
     def _count(self) -> bool:

@@ -47,7 +47,7 @@ def duplicates(pool: Path, base: Checkpoint, entries: Sequence[Entry]) -> dict[s
         assert isinstance(opened, Adapter)
         return resolver.resolve(opened).changes
 
-    for one, other in _suspected(left):
+    for one, other in _suspect_pairs(left):
         if left[one].name in found or left[other].name in found:
             continue
         value = cosine(changes(left[one]), changes(left[other]), base)
@@ -57,7 +57,7 @@ def duplicates(pool: Path, base: Checkpoint, entries: Sequence[Entry]) -> dict[s
     return found
 
 
-def _suspected(entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
+def _suspect_pairs(entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
     """Pairs, the earlier first, whose sketches have nearly the same direction."""
     if len(entries) < 2:
         return

@@ -87,7 +87,7 @@ class Entry:
         return self.verdict in ("ok", "repaired")
 
     @property
-    def smoked(self) -> bool:
+    def smoke_tested(self) -> bool:
         """Whether the base was run with it."""
         return bool(self.figures.get("smoked"))
 
@@ -178,7 +178,7 @@ class Index:
         """The Frobenius norms of the base's tensors that were needed so far."""
         norms = {row["target"]: row["norm"] for row in self._database.rows("SELECT * FROM base")}
         if not all(_is(name, str) and _is_number(norm) and norm >= 0 for name, norm in norms.items()):
-            raise self._altered("a norm of the base is none")
+            raise self._alteration_error("a norm of the base is none")
         return norms
 
     def put(self, entry: Entry, base_norms: Mapping[str, float] | None = None) -> None:
@@ -251,13 +251,13 @@ class Index:
         findings = tuple(Finding(each["stage"], each["verdict"], each["reason"]) for each in rows)
         values = {name: row[name] for name in _COLUMNS}
         if odd := _odd_value(values, findings):
-            raise self._altered(f"the {odd} of an adapter is none")
+            raise self._alteration_error(f"the {odd} of an adapter is none")
         values["figures"] = parse_json(values["figures"], f"{self.path}: the figures of {values['name']}")
         if not all(_is_number(value) or key in _NAMED for key, value in values["figures"].items()):
-            raise self._altered("a figure of an adapter is no number")
+            raise self._alteration_error("a figure of an adapter is no number")
         return Entry(**values, findings=findings)
 
-    def _altered(self, reason: str) -> FormatError:
+    def _alteration_error(self, reason: str) -> FormatError:
         return FormatError(f"{self.path}: is damaged, or was altered: {reason}: build the pool again")
 
 

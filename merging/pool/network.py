@@ -11,10 +11,10 @@ from merging.errors import InputError
 from merging.hub.address import hub_address
 from merging.sources.links import check_inside
 
-__all__ = ["explained", "loadable", "quiet"]
+__all__ = ["explain_errors", "loading_options", "quiet"]
 
 
-def loadable(base: str) -> tuple[str, dict[str, Any]]:
+def loading_options(base: str) -> tuple[str, dict[str, Any]]:
     """What transformers loads a model from, and the options that say which revision and folder of it.
 
     Raises :class:`~merging.errors.InputError` for what is no folder: to run a model, its config is needed.
@@ -32,7 +32,7 @@ def loadable(base: str) -> tuple[str, dict[str, Any]]:
 
 
 @contextmanager
-def explained(base: str) -> Iterator[None]:
+def explain_errors(base: str) -> Iterator[None]:
     """What transformers cannot load becomes one message."""
     try:
         yield

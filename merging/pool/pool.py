@@ -18,11 +18,11 @@ from filelock import FileLock, Timeout
 from merging import os_calls
 from merging.errors import FormatError, InputError, OptionError, OutputError
 from merging.hub.open_model import open_base
-from merging.pool.audit import BESIDE, Auditor, Candidate
+from merging.pool.audit import KEPT_FILES, Auditor, Candidate
+from merging.pool.cross_checks import find_missing, find_outliers, find_over_cap, find_unlicensed
 from merging.pool.duplicates import duplicates
-from merging.pool.folder import FOLDER, copy, holds_something, remove
+from merging.pool.files import FOLDER, copy, holds_something, remove
 from merging.pool.index import OVERRULED, VERDICTS, Entry, Finding, Index, verdict_of
-from merging.pool.judging import missing, outliers, over_the_cap, unlicensed
 from merging.sources import Adapter, Checkpoint, check_in_place
 from merging.sources.links import refuse_link
 from merging.sources.small_files import is_there
@@ -92,7 +92,7 @@ class Pool:
         """What the base is called."""
         return tuple((self.index.fact("base_names") or "").split("\n"))
 
-    def also_called(self, names: Sequence[str]) -> None:
+    def add_base_names(self, names: Sequence[str]) -> None:
         """Add names that adapters call the base by."""
         self.index.note(base_names="\n".join(dict.fromkeys([*names, *self.base_names])))
 
@@ -112,12 +112,12 @@ class Pool:
         again: bool = False,
         owner_cap: int | None = None,
         allow_unknown_licence: bool | None = None,
-        tell: Callable[[Entry], None] | None = None,
+        on_event: Callable[[Entry], None] | None = None,
     ) -> Built:
         """Audit what is new (with ``again`` everything), keep what is worth it, and compare all with all.
 
         ``owner_cap`` (ten at first) and ``allow_unknown_licence`` (no at first) are remembered for later calls.
-        ``tell`` is told of every adapter that was audited, and of those whose verdict the comparison changes. Raises
+        ``on_event`` gets every adapter that was audited, and those whose verdict the comparison changes. Raises
         :class:`~merging.errors.MergingError` for what is wrong with the pool, its base, or the network, never for an
         adapter: what is wrong with one is a finding.
         """
@@ -135,12 +135,12 @@ class Pool:
                 entry, adapter = auditor.audit(candidate)
                 if adapter is not None and entry.verdict != "rejected":
                     entry = self._keep(entry, adapter)
-                entry = self._overruled(entry)
+                entry = self._keep_overruling(entry)
                 self.index.put(entry, {name: auditor.norms[name] for name in auditor.norms.keys() - before})
                 audited += 1
-                if tell:
-                    tell(entry)
-            self._compare(base, tell)
+                if on_event:
+                    on_event(entry)
+            self._compare(base, on_event)
         return Built(audited, self.verdicts())
 
     def dedupe(
@@ -148,12 +148,12 @@ class Pool:
         owner_cap: int | None = None,
         allow_unknown_licence: bool | None = None,
         *,
-        tell: Callable[[Entry], None] | None = None,
+        on_event: Callable[[Entry], None] | None = None,
     ) -> dict[str, int]:
-        """Compare all with all anew, and ``tell`` what verdicts this changes. Returns the verdicts."""
+        """Compare all with all anew, and ``on_event`` what verdicts this changes. Returns the verdicts."""
         with self._writing():
             self._remember(owner_cap, allow_unknown_licence)
-            self._compare(open_base(self.base, "a pool"), tell)
+            self._compare(open_base(self.base, "a pool"), on_event)
         return self.verdicts()
 
     def smoke(
@@ -163,7 +163,7 @@ class Pool:
         limits: Limits | None = None,
         device: str = "cpu",
         again: bool = False,
-        tell: Callable[[Entry], None] | None = None,
+        on_event: Callable[[Entry], None] | None = None,
     ) -> dict[str, int]:
         """Run the base with each adapter that merges may choose, over a few texts. Returns the verdicts.
 
@@ -176,8 +176,8 @@ class Pool:
 
         with self._writing():
             base = open_base(self.base, "a pool")
-            smoke(self, base, texts, limits, device, again, tell)
-            self._compare(base, tell)
+            smoke(self, base, texts, limits, device, again, on_event)
+            self._compare(base, on_event)
         return self.verdicts()
 
     def overrule(self, names: Sequence[str], verdict: Literal["ok", "quarantined"] | None, reason: str = "") -> None:
@@ -198,7 +198,7 @@ class Pool:
                 found = [] if verdict is None else [Finding(OVERRULED, verdict, reason.strip())]
                 self.index.note_findings(entry.name, OVERRULED, found, {})
 
-    def _overruled(self, entry: Entry) -> Entry:
+    def _keep_overruling(self, entry: Entry) -> Entry:
         """An adapter that was audited once more, with the verdict that a person gave it before."""
         if entry.name not in self.index.names():
             return entry
@@ -206,7 +206,7 @@ class Pool:
         findings = (*entry.findings, *kept)
         return replace(entry, findings=findings, verdict=verdict_of(findings)) if kept else entry
 
-    def remove(self, names: Sequence[str], *, tell: Callable[[Entry], None] | None = None) -> list[str]:
+    def remove(self, names: Sequence[str], *, on_event: Callable[[Entry], None] | None = None) -> list[str]:
         """Forget adapters, delete the files that no other one has, and compare what is left. Returns the full names."""
         with self._writing():
             base, removed = (
@@ -215,7 +215,7 @@ class Pool:
             )
             self.index.remove(removed)
             self._sweep()
-            self._compare(base, tell)
+            self._compare(base, on_event)
         return removed
 
     def _remember(self, owner_cap: int | None, allow_unknown_licence: bool | None) -> None:
@@ -226,7 +226,7 @@ class Pool:
         if allow_unknown_licence is not None:
             self.index.note(allow_unknown_licence=str(allow_unknown_licence))
 
-    def _compare(self, base: Checkpoint, tell: Callable[[Entry], None] | None) -> None:
+    def _compare(self, base: Checkpoint, on_event: Callable[[Entry], None] | None) -> None:
         """What only the whole pool tells. An owner's places go to adapters that nothing else speaks against."""
         before = {entry.name: entry.verdict for entry in self.index.entries()}
         stated = self.index.fact("owner_cap") or str(OWNER_CAP)
@@ -234,19 +234,19 @@ class Pool:
             raise FormatError(f"{self.path}: its owner_cap is {stated[:20]!r}, and should be a number: set it again")
         cap, licences = int(stated), self.index.fact("allow_unknown_licence")
         kept = [entry for entry in self.index.entries() if entry.folder]
-        gone = missing(self.path, kept)
+        gone = find_missing(self.path, kept)
         kept = [entry for entry in kept if entry.name not in gone]
         self.index.judge("files", gone)
         order = sorted(kept, key=lambda entry: (-entry.downloads, entry.created or "", entry.name))
         self.index.judge("owners", {})
-        self.index.judge("norms", outliers(kept))
+        self.index.judge("norms", find_outliers(kept))
         self.index.judge("duplicates", duplicates(self.path, base, order))
-        self.index.judge("licence", {} if licences == "True" else unlicensed(kept))
+        self.index.judge("licence", {} if licences == "True" else find_unlicensed(kept))
         usable = {entry.name for entry in self.index.entries(("ok", "repaired"))}
-        self.index.judge("owners", over_the_cap([entry for entry in order if entry.name in usable], cap))
+        self.index.judge("owners", find_over_cap([entry for entry in order if entry.name in usable], cap))
         for entry in self.index.entries():
-            if tell and entry.verdict != before[entry.name]:
-                tell(entry)
+            if on_event and entry.verdict != before[entry.name]:
+                on_event(entry)
 
     def _keep(self, entry: Entry, adapter: Adapter) -> Entry:
         """Copy an adapter's files into the pool, under the hash of its weights and config."""
@@ -260,7 +260,7 @@ class Pool:
             for file in (file for file in [weights, *config] if file.is_file()):
                 copy(file, new / file.name, digest)
             check_in_place(adapter)  # what was audited is what was copied
-            for file in (weights.parent / name for name in BESIDE):
+            for file in (weights.parent / name for name in KEPT_FILES):
                 if is_there(file):
                     copy(file, new / file.name, None)
             place = self.path / FOLDER / digest.hexdigest()[:16]

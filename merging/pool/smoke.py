@@ -19,7 +19,7 @@ from merging.engine.resources import pick_device
 from merging.errors import FormatError, InputError, OptionError
 from merging.pool.audit import change_of
 from merging.pool.index import Finding
-from merging.pool.network import explained, loadable, quiet
+from merging.pool.network import explain_errors, loading_options, quiet
 from merging.sources import Adapter, Checkpoint
 from merging.sources.renaming import find_renaming
 from merging.sources.small_files import DATA_LIMIT, read_text
@@ -132,8 +132,8 @@ class SmokeTest:
         place = pick_device(device)
         import transformers
 
-        where, options = loadable(base)
-        with quiet(), explained(base):
+        where, options = loading_options(base)
+        with quiet(), explain_errors(base):
             config = transformers.AutoConfig.from_pretrained(where, **options)
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
             loader = getattr(transformers, str((config.architectures or [""])[0]), transformers.AutoModel)

@@ -37,14 +37,14 @@ def smoke(
     limits: Limits | None,
     device: str,
     again: bool,
-    tell: Callable[[Entry], None] | None,
+    on_event: Callable[[Entry], None] | None,
 ) -> None:
     """Run the base with each adapter of a pool that was not tested before; see :meth:`~merging.pool.Pool.smoke`."""
     index = pool.index
     if limits is not None:
-        _judge(index, limits, tell)
-    kept = [entry for entry in index.entries() if entry.folder and (again or not entry.smoked)]
-    waiting = [entry for entry in kept if entry.usable or entry.smoked]
+        _judge(index, limits, on_event)
+    kept = [entry for entry in index.entries() if entry.folder and (again or not entry.smoke_tested)]
+    waiting = [entry for entry in kept if entry.usable or entry.smoke_tested]
     if not waiting:
         return
     test = SmokeTest(pool.base, base, texts or TEXTS, device, smoke_limits(index))
@@ -57,15 +57,15 @@ def smoke(
         except MergingError as error:
             findings, figures = [Finding("smoke", "ok", f"could not be run: {error}")], {}
         index.note_findings(entry.name, "smoke", findings, {"smoked": 1.0, **figures})
-        if tell:
-            tell(index.entry(entry.name))
+        if on_event:
+            on_event(index.entry(entry.name))
 
 
-def _judge(index: Index, limits: Limits, tell: Callable[[Entry], None] | None) -> None:
+def _judge(index: Index, limits: Limits, on_event: Callable[[Entry], None] | None) -> None:
     """Remember limits, and judge the figures that are noted by them."""
     index.note(smoke_limits=json.dumps(asdict(limits)))
     for entry in index.entries():
-        if entry.smoked and {"output_change", "spread_ratio"} <= entry.figures.keys():
+        if entry.smoke_tested and {"output_change", "spread_ratio"} <= entry.figures.keys():
             index.note_findings(entry.name, "smoke", limits.findings(entry.figures), {})
-            if tell and index.entry(entry.name).verdict != entry.verdict:
-                tell(index.entry(entry.name))
+            if on_event and index.entry(entry.name).verdict != entry.verdict:
+                on_event(index.entry(entry.name))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from merging.errors import InputError, OptionError
-from merging.pool.network import explained, loadable, quiet
+from merging.pool.network import explain_errors, loading_options, quiet
 from merging.recycling.data import Split, kind_of, labels_of
 from merging.recycling.model import Classifier, Decoder, Encoder, EncoderDecoder, TaskModel
 from merging.recycling.settings import Settings
@@ -25,8 +25,8 @@ def load_model(base: str, parts: Split, settings: Settings, device: torch.device
     """
     import transformers
 
-    where, options = loadable(base)
-    with quiet(), explained(base):
+    where, options = loading_options(base)
+    with quiet(), explain_errors(base):
         config = transformers.AutoConfig.from_pretrained(where, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
     architecture = str((config.architectures or [""])[0])
@@ -37,7 +37,7 @@ def load_model(base: str, parts: Split, settings: Settings, device: torch.device
         Classifier: transformers.AutoModelForSequenceClassification,
         Encoder: transformers.AutoModel,
     }[kind]
-    with quiet(), explained(base):
+    with quiet(), explain_errors(base):
         network, loading = loader.from_pretrained(
             where, dtype=_dtype(settings, device), output_loading_info=True, **options
         )

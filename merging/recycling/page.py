@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from merging.recycling.bootstrap import LEVEL
 from merging.recycling.report import MERGE, Report, Row
 from merging.report import Page
-from merging.report.drawing import Panel, drawn, plain
+from merging.report.drawing import Panel, draw_svg, plain
 from merging.report.page import Cell
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def page(report: Report) -> str:
         made.note("Pictures need matplotlib: pip install 'merging[report]', and run it again.")
     else:
         for panel in _panels(report):
-            made.figure(drawn(panel), f"{panel.title}: {panel.caption}")
+            made.figure(draw_svg(panel), f"{panel.title}: {panel.caption}")
     _adapters(made, facts)
     return made.html()
 

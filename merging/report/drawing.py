@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Panel", "check_drawing", "drawn", "heatmap", "lines", "plain", "save"]
+__all__ = ["Panel", "check_drawing", "draw_svg", "heatmap", "lines", "plain", "save"]
 
 _ENDINGS = (".png", ".svg", ".pdf")
 _LABELLED = 20
@@ -60,7 +60,7 @@ def check_drawing(output: str | Path | None = None) -> None:
         check_place(Path(output))
 
 
-def drawn(panel: Panel) -> str:
+def draw_svg(panel: Panel) -> str:
     """A panel as an SVG drawing of its own. Raises :class:`~merging.errors.OptionError` without matplotlib."""
     with _figure(panel.size) as figure:
         panel.draw(figure.subplots())

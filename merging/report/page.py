@@ -88,7 +88,7 @@ class Page:
 
     def facts(self, facts: Mapping[str, Cell]) -> Page:
         """Names and values, one a line."""
-        lines = "".join(f"<dt>{escape(name)}</dt><dd>{_shown(value)}</dd>" for name, value in facts.items())
+        lines = "".join(f"<dt>{escape(name)}</dt><dd>{_cell_text(value)}</dd>" for name, value in facts.items())
         self._parts.append(f"<dl>{lines}</dl>")
         return self
 
@@ -157,15 +157,15 @@ def _column(cells: Sequence[Cell]) -> list[str]:
     largest = max((abs(cell) for cell in cells if isinstance(cell, float) and isfinite(cell)), default=0.0)
     decimals = min(6, max(0, 3 - floor(log10(largest)))) if largest else 0
 
-    def shown(cell: Cell) -> str:
+    def column_text(cell: Cell) -> str:
         if not isinstance(cell, float):
-            return _shown(cell)
+            return _cell_text(cell)
         return f"{cell:,.{decimals}f}" if not cell or abs(cell) >= 0.5 / 10**decimals else f"{cell:.2g}"
 
-    return [shown(cell) for cell in cells]
+    return [column_text(cell) for cell in cells]
 
 
-def _shown(value: Cell) -> str:
+def _cell_text(value: Cell) -> str:
     if value is None:
         return "&ndash;"
     if isinstance(value, float):

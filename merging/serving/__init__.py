@@ -1,6 +1,6 @@
-"""What programs would refuse or silently ignore in an adapter or model, said before it is served.
+"""Checks of an adapter or model before it is served: does a program refuse it, or silently ignore a part of it?
 
-A program is a module with a table of rules; what is true of all of them, and of the files themselves, is in
+Each program is a module with a table of rules. The rules about the files themselves, for all programs, are in
 ``contents``.
 """
 
@@ -15,7 +15,7 @@ from merging.serving.contents import FILES
 from merging.serving.diffusers import DIFFUSERS
 from merging.serving.llama_cpp import LLAMA_CPP
 from merging.serving.peft import PEFT
-from merging.serving.rules import Finding, Program
+from merging.serving.rules import Program, ProgramFinding
 from merging.serving.sglang import SGLANG
 from merging.serving.subject import Subject, open_subject
 from merging.serving.transformers import TRANSFORMERS
@@ -26,22 +26,33 @@ __all__ = ["PROGRAMS", "Finding", "Verdict", "verify"]
 PROGRAMS: dict[str, Program] = {
     program.name: program for program in (VLLM, SGLANG, LLAMA_CPP, PEFT, DIFFUSERS, TRANSFORMERS, COMFYUI)
 }
-"""By their names."""
+"""The programs by name."""
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """What was found at ``path``, which holds a ``kind``, for these programs."""
+class ServingVerdict:
+    """The result of a check.
+
+    Attributes:
+        path: The path or address that was checked.
+        kind: The kind of model there, such as ``"adapter"`` or ``"model"``.
+        programs: The programs that it was checked for.
+        findings: The findings, those about the files first.
+    """
 
     path: str
     kind: str
     programs: tuple[str, ...]
-    findings: tuple[Finding, ...]
+    findings: tuple[ProgramFinding, ...]
 
     @property
     def served(self) -> bool:
         """Whether nothing is refused or silently ignored."""
         return not any(each.severity in ("refuses", "ignores") for each in self.findings)
+
+
+Finding = ProgramFinding
+Verdict = ServingVerdict
 
 
 def verify(
@@ -52,15 +63,26 @@ def verify(
     max_lora_rank: int | None = None,
     values: bool = False,
     load: bool = False,
-) -> Verdict:
-    """What ``programs`` would refuse, ignore or warn of in the adapter or model at ``path``, a path or a Hub address.
+) -> ServingVerdict:
+    """Check which parts of an adapter or model programs would refuse, ignore or warn of.
 
-    By default those that load such a thing: PEFT, transformers, or diffusers. ``base`` is where an adapter's base
-    lies, ``max_lora_rank`` what servers are started for (by default their own limit). Headers alone are read, and with
-    ``values`` also the values, for NaN and infinities. With ``load``, PEFT, transformers and diffusers really load it,
-    where they are installed. Files that are damaged, or none of the kind, are a verdict too. Raises
-    :class:`~merging.errors.OptionError` for an unknown program, and for ``load`` where it cannot be, and
-    :class:`~merging.errors.InputError` where there is nothing, or nothing that holds weights.
+    Only headers are read, unless ``values`` or ``load`` is given. Damaged files are a finding, not an error.
+
+    Args:
+        path: The path or Hub address of an adapter or model.
+        programs: Names of :data:`PROGRAMS`. By default the library that loads such files: PEFT, transformers or
+            diffusers.
+        base: The path or address of an adapter's base.
+        max_lora_rank: The largest rank that servers are started for; by default, their own limit.
+        values: Whether the values are read too, to find NaN and infinities.
+        load: Whether PEFT, transformers and diffusers, where installed, really load it.
+
+    Returns:
+        The verdict with all findings.
+
+    Raises:
+        merging.errors.OptionError: For an unknown program, and if ``load`` is not possible.
+        merging.errors.InputError: If there is nothing at the path, or nothing with weights.
     """
     for name in programs:
         if name not in PROGRAMS:
@@ -68,31 +90,31 @@ def verify(
     try:
         subject = open_subject(path, base, max_lora_rank, values)
     except FormatError as error:
-        broken = Finding("files", "refuses", "they cannot be opened", (str(error),))
-        return Verdict(path, "unknown", tuple(programs), (broken,))
+        broken = ProgramFinding("files", "refuses", "they cannot be opened", (str(error),))
+        return ServingVerdict(path, "unknown", tuple(programs), (broken,))
     if subject.kind == "pack":
         raise InputError(f"{path}: is a pack, which no other program reads: merge decompress it first")
-    chosen = tuple(dict.fromkeys(programs)) or _fitting(subject)
+    chosen = tuple(dict.fromkeys(programs)) or _default_programs(subject)
     findings = FILES.findings(subject)
     for name in chosen:
         found = PROGRAMS[name].findings(subject)
         if load and name in ("peft", "transformers", "diffusers"):
-            found = _loaded(subject, name, found)
+            found = _trial_findings(subject, name, found)
         findings += found
-    return Verdict(path, subject.kind, chosen, tuple(findings))
+    return ServingVerdict(path, subject.kind, chosen, tuple(findings))
 
 
-def _fitting(subject: Subject) -> tuple[str, ...]:
-    """The programs that load such a thing."""
+def _default_programs(subject: Subject) -> tuple[str, ...]:
+    """Return the library that loads such files."""
     if subject.kind == "adapter":
         return ("peft",)
     return ("transformers",) if subject.kind == "model" and "_class_name" not in subject.stated else ("diffusers",)
 
 
-def _loaded(subject: Subject, program: str, found: list[Finding]) -> list[Finding]:
-    """The findings of the rules, and what the program itself says when it loads it."""
-    from merging.serving.loading import load
+def _trial_findings(subject: Subject, program: str, found: list[ProgramFinding]) -> list[ProgramFinding]:
+    """Return the findings of the rules and those from loading it with the program itself."""
+    from merging.serving.trial_load import load
 
-    said = load(subject, program)
-    wrong = [each for each in (*found, *said) if each.severity != "ok"]
-    return wrong or said or found
+    loaded = load(subject, program)
+    problems = [each for each in (*found, *loaded) if each.severity != "ok"]
+    return problems or loaded or found

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from merging.errors import MergingError
-from merging.serving.families import Layout, families_of, modules_of, names_not_taken
+from merging.serving.denoiser_names import NameLayout, families_of, modules_of, names_not_taken
 from merging.serving.rules import BAKE, Program, Rule
 from merging.serving.subject import Subject
 from merging.sources.lora_headers import component_configs
@@ -20,7 +20,7 @@ __all__ = ["COMFYUI"]
 
 _ALL = "A default down"
 
-_TAKEN: dict[str, tuple[Layout, ...]] = {
+_TAKEN: dict[str, tuple[NameLayout, ...]] = {
     "": tuple((prefix, style, _ALL) for prefix in ("diffusion_model.", "lora_unet_")
               for style in ("published", "modulation")),
     "Stable Diffusion": (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from merging.serving.families import Layout, families_of, modules_of, names_not_taken
+from merging.serving.denoiser_names import NameLayout, families_of, modules_of, names_not_taken
 from merging.serving.rules import BAKE, Program, Rule, absent, no_config
 from merging.serving.subject import Subject
 from merging.sources.lora_headers import METADATA_KEY
@@ -58,7 +58,7 @@ def _mixed_ranks(subject: Subject) -> Iterator[str]:
         yield f"ranks {', '.join(map(str, sorted(downs)))}, and no alpha"
 
 
-_TAKEN: dict[str, tuple[Layout, ...]] = {
+_TAKEN: dict[str, tuple[NameLayout, ...]] = {
     "": (("transformer.", "diffusers", "A"), ("transformer.", "own", "A")),
     "Stable Diffusion": (
         *((prefix, style, "A down") for prefix in ("unet.", "lora_unet_") for style in ("diffusers", "own")),

@@ -10,7 +10,7 @@ from merging.serving.subject import Subject
 from merging.sources.peft.adapter_types import PEFT_TYPES
 from merging.sources.peft.unsupported_types import UNSUPPORTED
 
-__all__ = ["ADAPTERS", "PEFT", "TASK_HEADS", "unsaved", "untrained_tokens"]
+__all__ = ["ADAPTERS", "PEFT", "TASK_HEADS", "missing_tokens", "unsaved_modules"]
 
 _TOKENS = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
 """What trained tokens add to an embedding, whatever modules are targeted."""
@@ -109,7 +109,7 @@ def _unrepeated(subject: Subject) -> Iterator[str]:
         yield f"init_lora_weights = {start!r}"
 
 
-def unsaved(subject: Subject) -> Iterator[str]:
+def unsaved_modules(subject: Subject) -> Iterator[str]:
     """The modules that the config says are saved in full, and the file does not hold."""
     stated = subject.stated.get("modules_to_save")
     saved = dict.fromkeys(map(str, stated if isinstance(stated, list) else ()))
@@ -120,7 +120,7 @@ def unsaved(subject: Subject) -> Iterator[str]:
     yield from (f"modules_to_save: {module}" for module in absent)
 
 
-def untrained_tokens(subject: Subject) -> Iterator[str]:
+def missing_tokens(subject: Subject) -> Iterator[str]:
     """Rows of tokens that the config says were trained, where the file holds none."""
     if subject.stated.get("trainable_token_indices") and not any(
         "trainable_tokens_delta" in n for n in subject.tensors
@@ -179,9 +179,9 @@ PEFT = Program(
     {
         "adapter": (
             *ADAPTERS,
-            Rule("refuses", "modules should be saved in full, and are not in the file", unsaved,
+            Rule("refuses", "modules should be saved in full, and are not in the file", unsaved_modules,
                  "remove them from modules_to_save, or save it again", "peft/utils/save_and_load.py, run"),
-            Rule("refuses", "tokens should be trained, and are not in the file", untrained_tokens, "save it again",
+            Rule("refuses", "tokens should be trained, and are not in the file", missing_tokens, "save it again",
                  "peft/utils/save_and_load.py, run"),
             Rule("ignores", "tensors without the prefix base_model.model.", _prefix, "add the prefix to their names",
                  "peft/utils/save_and_load.py, run"),

@@ -16,8 +16,8 @@ __all__ = [
     "ONE_SCALE",
     "PLAIN",
     "TABLES",
-    "Finding",
     "Program",
+    "ProgramFinding",
     "Question",
     "Rule",
     "Severity",
@@ -58,7 +58,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class ProgramFinding:
     """What a program does with something: ``refuses`` it, ``ignores`` it in silence, ``warns`` at most, or all is ok.
 
     ``where`` are the fields of the config, modules or tensors concerned.
@@ -87,12 +87,12 @@ class Rule:
     todo: str
     source: str = ""
 
-    def findings(self, program: Program, subject: Subject) -> Iterator[Finding]:
+    def findings(self, program: Program, subject: Subject) -> Iterator[ProgramFinding]:
         """The finding of this rule, if there is one."""
         where = tuple(self.where(subject))
         if where:
             source = f"{program.version}: {self.source}" if self.source else program.version
-            yield Finding(program.name, self.severity, self.what, where, self.todo, source)
+            yield ProgramFinding(program.name, self.severity, self.what, where, self.todo, source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +106,14 @@ class Program:
     version: str = ""
     """The version that the rules hold of; what older and newer ones do may differ."""
 
-    def findings(self, subject: Subject) -> list[Finding]:
+    def findings(self, subject: Subject) -> list[ProgramFinding]:
         """Everything that this program would refuse, ignore or warn of; where there is nothing, that all is ok."""
         if subject.kind not in self.rules:
             what = f"{self.name} loads no {subject.kind} of this format"
             instead = self.instead.get(subject.kind, "")
-            return [Finding(self.name, "refuses", what, (subject.name,), instead, self.version)]
+            return [ProgramFinding(self.name, "refuses", what, (subject.name,), instead, self.version)]
         found = [each for rule in self.rules[subject.kind] for each in rule.findings(self, subject)]
-        return found or [Finding(self.name, "ok", "nothing is refused or ignored")]
+        return found or [ProgramFinding(self.name, "ok", "nothing is refused or ignored")]
 
 
 def states(*fields: str) -> Question:

@@ -135,8 +135,8 @@ def open_subject(name: str, base: str | None, max_rank: int | None, values: bool
     if not path.exists():
         raise no_such_path(path)
     try:
-        folder, weights, config = _found(path)
-        tensors, metadata = _opened(weights, open_file)
+        folder, weights, config = _find_files(path)
+        tensors, metadata = _open_tensors(weights, open_file)
         read = read_config if config is not None and config.name == "config.json" else read_json
         stated = read(config) if config is not None else None
     except MergingError as error:
@@ -161,11 +161,11 @@ def open_subject(name: str, base: str | None, max_rank: int | None, values: bool
     )
 
 
-def _found(path: Path) -> tuple[Path | None, dict[str, Path], Path | None]:
+def _find_files(path: Path) -> tuple[Path | None, dict[str, Path], Path | None]:
     """The folder, the weights by component, and the config; a file that a folder is known by stands for the folder."""
     if path.is_file():
         if path.name in (*peft.WEIGHTS, _CONFIG) and is_there(path.parent / _CONFIG):
-            return _found(path.parent)
+            return _find_files(path.parent)
         if path.suffix != ".json":
             check_suffix(path)
             refuse_shard(path)
@@ -185,7 +185,7 @@ def _found(path: Path) -> tuple[Path | None, dict[str, Path], Path | None]:
     return path, {"": check_inside(known, path) if known else weights_of(path)}, config
 
 
-def _opened(weights: Mapping[str, Path], open_file: FileOpener) -> tuple[dict[str, Stored], dict[str, str]]:
+def _open_tensors(weights: Mapping[str, Path], open_file: FileOpener) -> tuple[dict[str, Stored], dict[str, str]]:
     """The tensors, behind the names of their components, and the metadata; shards hold just what their index says."""
     tensors: dict[str, Stored] = {}
     metadata: dict[str, str] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from merging.errors import MergingError
-from merging.serving.peft import ADAPTERS, unsaved, untrained_tokens
+from merging.serving.peft import ADAPTERS, missing_tokens, unsaved_modules
 from merging.serving.rules import Program, Rule, absent, no_config, stated_type
 from merging.serving.subject import Subject
 from merging.sources.peft.unsupported_types import UNSUPPORTED
@@ -111,9 +111,9 @@ TRANSFORMERS = Program(
                  "integrations/peft.py, run"),
             Rule("ignores", "tensors whose names hold the name of an adapter", _named, "remove .default from them",
                  "integrations/peft.py, run"),
-            Rule("ignores", "modules should be saved in full, are not in the file, and stay the base's", unsaved,
-                 "save it again", "integrations/peft.py, run"),
-            Rule("ignores", "tokens should be trained, are not in the file, and stay the base's", untrained_tokens,
+            Rule("ignores", "modules should be saved in full, are not in the file, and stay the base's",
+                 unsaved_modules, "save it again", "integrations/peft.py, run"),
+            Rule("ignores", "tokens should be trained, are not in the file, and stay the base's", missing_tokens,
                  "save it again", "integrations/peft.py, run"),
             Rule("refuses", "prompts are loaded by PEFT alone", _prompts, "load it with PEFT",
                  "integrations/peft.py, run"),

@@ -40,13 +40,13 @@ import json, sys, time
 from pathlib import Path
 import torch
 from merging.geometry import cosines
-from merging.geometry.alignment import aligned
+from merging.geometry.alignment import align
 def resident():
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
 imports, begun, used = resident(), time.perf_counter(), time.process_time()
 found = {}
 if sys.argv[1] == "plan":
-    plan = aligned(json.loads(sys.argv[2]))
+    plan = align(json.loads(sys.argv[2]))
 else:
     found["closest"] = cosines(json.loads(sys.argv[2]), exclude=sys.argv[1].split(",")).triu(1).max().item()
 print(json.dumps(found | {

@@ -15,8 +15,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from peaks import peak_of
 from speed import llama, table, write_models
+
+from support.peaks import peak_of
 
 CASES: tuple[tuple[str, int, tuple[int, ...]], ...] = (("linear", 2, (1, 2, 64)), ("ties", 3, (1, 2)))
 """Methods, how many models each merges, and the numbers of threads."""

@@ -193,7 +193,7 @@ def released_alone(bench: Bench) -> Measured:
 def released(folder: Path) -> None:
     """In a process of its own: PCB on flat task vectors, as its code does it, written down for the tests."""
     sys.path.insert(0, str(PEER_FOLDER.parent))
-    from references import pcb
+    from support.references import pcb
 
     floor = private_bytes()
     print(json.dumps(measure(lambda: pcb(task_vectors(folder)), str(folder), floor)))

@@ -6,12 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from adapters import deep_base, quiet, train
 from safetensors.torch import save_file
-from stores import (
+
+from support.adapters import deep_base, quiet, train
+from support.stores import (
     Models,
 )
-from tiny import checkpoint, fine_tune, load
+from support.tiny import checkpoint, fine_tune, load
 
 __all__ = ["full", "lora"]
 

@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import QUIRKS, assert_close, edit_tensors
-from stores import (
+
+from merging.continual import ContinualStore
+from merging.errors import InputError, MergingError, OutputError
+from support.adapters import QUIRKS, assert_close, edit_tensors
+from support.stores import (
     Models,
     at_once,
     contents,
@@ -24,10 +27,7 @@ from stores import (
     states,
     unchanged,
 )
-from tiny import fine_tune, load, model, save
-
-from merging.continual import ContinualStore
-from merging.errors import InputError, MergingError, OutputError
+from support.tiny import fine_tune, load, model, save
 
 pytestmark = QUIRKS
 

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import QUIRKS, assert_close, baked, reload
-from diffusion_models import build, factors, on_disk, quietly
 from safetensors.torch import load_file
-from stores import (
+
+import merging
+from merging.continual import ContinualStore
+from support.adapters import QUIRKS, assert_close, baked, reload
+from support.diffusion_models import build, factors, on_disk, quietly
+from support.stores import (
     Models,
     export,
     grown,
@@ -21,10 +24,7 @@ from stores import (
     said,
     unchanged,
 )
-from tiny import identical, load
-
-import merging
-from merging.continual import ContinualStore
+from support.tiny import identical, load
 
 pytestmark = QUIRKS
 

@@ -15,12 +15,12 @@ from queue import Queue
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from hub_fixture import Hub
-from stores import PATIENCE, export, until
 
 from merging.continual import ContinualStore
+from support import tiny
+from support.hub_fixture import Hub
+from support.stores import PATIENCE, export, until
 
 pytestmark = pytest.mark.exhaustive
 

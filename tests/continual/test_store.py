@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapters import QUIRKS
-from stores import (
+
+from merging.continual import ContinualStore
+from merging.errors import FormatError, OptionError
+from support.adapters import QUIRKS
+from support.stores import (
     Models,
     contents,
     grown,
@@ -19,10 +22,7 @@ from stores import (
     said,
     unchanged,
 )
-from tiny import fine_tune, load, save
-
-from merging.continual import ContinualStore
-from merging.errors import FormatError, OptionError
+from support.tiny import fine_tune, load, save
 
 pytestmark = QUIRKS
 

@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from stores import Models, contents, grown, ok, said
 
 from merging.continual import ContinualStore
 from merging.errors import FormatError
+from support.stores import Models, contents, grown, ok, said
 
 WRITES = (["rollback", "--to", 0], ["gc", "--keep", 1])
 

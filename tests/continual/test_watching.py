@@ -12,9 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from adapters import QUIRKS
 from filelock import FileLock
-from stores import (
+
+from merging.continual import ContinualStore
+from merging.continual.watch import Event, watch
+from merging.errors import InputError, OptionError
+from support.adapters import QUIRKS
+from support.stores import (
     PATIENCE,
     Models,
     contents,
@@ -24,11 +28,7 @@ from stores import (
     said,
     until,
 )
-from tiny import checkpoint, load, model, save
-
-from merging.continual import ContinualStore
-from merging.continual.watch import Event, watch
-from merging.errors import InputError, OptionError
+from support.tiny import checkpoint, load, model, save
 
 pytestmark = QUIRKS
 

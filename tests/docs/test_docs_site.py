@@ -12,10 +12,10 @@ import pytest
 
 from merging.cli.main import cli
 from merging.methods import METHODS
+from support.paths import ROOT
 
 pytestmark = pytest.mark.exhaustive
 
-ROOT = Path(__file__).parents[2]
 LOADED = re.compile(r'<(?:script|img|link|iframe)\b[^>]*?\b(?:src|href)="(?:https?:)?//[^"]*"')
 
 

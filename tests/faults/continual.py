@@ -39,10 +39,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from saboteur import ERRORS, Ended, Saboteur, command
-from tiny import adapters, checkpoint
 
 from merging.continual import ContinualStore
 from merging.errors import FormatError
+from support.tiny import adapters, checkpoint
 
 
 @dataclass(frozen=True, slots=True)

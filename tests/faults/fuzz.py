@@ -42,6 +42,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+
 from fuzzing.corpus import QUICK, Corpus, gathered
 from fuzzing.guard import SECONDS, Finding, Guard
 from fuzzing.targets import TARGETS, read_valid

@@ -34,10 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from saboteur import ERRORS, Ended, Saboteur, command
-from tiny import adapters, checkpoint
 
 from merging.errors import MergingError
 from merging.pool import Pool
+from support.tiny import adapters, checkpoint
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tiny import CONFIG, fine_tune, model, save
 from torch import Tensor, nn
 
 from fuzzing.weights import BITS, Weights
+from support.tiny import CONFIG, fine_tune, model, save
 
 __all__ = ["QUICK", "Adapted", "Corpus", "gathered"]
 
@@ -63,9 +63,9 @@ def gathered(folder: Path, cases: Iterable[str] | None = None) -> Corpus:
 
 
 def _peft(made: Corpus, cases: Iterable[str] | None) -> None:
-    import peft_types
-    from adapters import peft
-    from architectures import build
+    from support import peft_types
+    from support.adapters import peft
+    from support.architectures import build
 
     settings: dict[str, dict[str, Any]] = {
         "LoRA": {},
@@ -160,7 +160,7 @@ def _lycoris(made: Corpus) -> None:
 
 def _pipelines(made: Corpus) -> None:
     """LoRA files of diffusion models in the names of several programs, and the models."""
-    from diffusion_models import build, components, factors, state_of
+    from support.diffusion_models import build, components, factors, state_of
 
     for name in ("sd", "sdxl", "flux"):
         pipeline = build(name)

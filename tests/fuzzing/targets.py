@@ -18,7 +18,6 @@ from typing import Any
 import safetensors.torch
 import torch
 import yaml
-from tiny import fine_tune, model
 
 from fuzzing.corpus import Adapted, Corpus
 from fuzzing.mutation import STRANGE, bytes_harmed, dumped, json_harmed, text_harmed, value
@@ -31,6 +30,7 @@ from merging.hub.open_model import open_model
 from merging.hub.query import parse_query
 from merging.plan.recipe import load_recipe, make_recipe
 from merging.sources.header import read_header
+from support.tiny import fine_tune, model
 
 __all__ = ["TARGETS", "Sample", "Target", "read_valid"]
 

@@ -23,11 +23,11 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from golden_cases import APPROXIMATE, EXACT, RECIPES
-from golden_models import make_models
 from safetensors.torch import load
 
 from merging.cli.main import cli
+from support.golden_cases import APPROXIMATE, EXACT, RECIPES
+from support.golden_models import make_models
 
 KEPT = Path(__file__).with_name("golden.json")
 VERSIONS = ("merging_version", "torch_version")

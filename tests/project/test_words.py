@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").is_file())
+ROOT = Path(__file__).resolve().parents[2]
 STYLE = ROOT / "docs" / "contributing" / "style.md"
 
 RETIRED = re.compile(
@@ -35,7 +35,6 @@ ALLOWED: dict[str, str] = {}
 """Functions that keep a participle as their name, each with the reason."""
 
 CEILINGS: dict[str, tuple[int, int]] = {
-    "README.md": (19, 0),
     "api": (19, 3),
     "cli": (21, 17),
     "compression": (24, 8),

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import CONFIG, checkpoint, fine_tune, identical, load, model, save
 
 import merging
 from merging.errors import FormatError, InputError
 from merging.hub.open_model import open_model
 from merging.sources.checkpoint import Checkpoint, content_key, open_checkpoint
 from merging.sources.quantized_weights import QUANTISED
+from support.tiny import CONFIG, checkpoint, fine_tune, identical, load, model, save
 
 INDEX = "model.safetensors.index.json"
 

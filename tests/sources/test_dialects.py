@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from denoisers import FAMILIES, Shape, applied_by_diffusers, build_denoiser, write_lora
-from diffusion_models import State
 from safetensors.torch import load_file, save_file
 
 import merging
 from merging.errors import FormatError
 from merging.hub.open_model import open_model
 from merging.sources import Adapter, Checkpoint
+from support.denoisers import FAMILIES, Shape, applied_by_diffusers, build_denoiser, write_lora
+from support.diffusion_models import State
 
 MODULES: dict[str, dict[str, Shape]] = {
     "z-image": {

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusion_models import FLUX, State, build, closest, factors, fused, on_disk, quietly, trained
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,6 +16,7 @@ import merging
 from merging.errors import FormatError, InputError
 from merging.hub.open_model import open_model
 from merging.sources.diffusion_names import known_names
+from support.diffusion_models import FLUX, State, build, closest, factors, fused, on_disk, quietly, trained
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusion_models import (
+from safetensors.torch import load_file, save_file
+
+import merging
+from merging.errors import FormatError, InputError
+from merging.hub.open_model import open_model
+from merging.sources.diffusion_names import known_names
+from support.diffusion_models import (
     BLOCK,
     PUBLISHED,
     TEXT,
@@ -20,12 +26,6 @@ from diffusion_models import (
     on_disk,
     quietly,
 )
-from safetensors.torch import load_file, save_file
-
-import merging
-from merging.errors import FormatError, InputError
-from merging.hub.open_model import open_model
-from merging.sources.diffusion_names import known_names
 
 
 @pytest.fixture(scope="module")

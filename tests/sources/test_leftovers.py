@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import identical, load, model, save
 from transformers import T5Config, T5ForConditionalGeneration
 
 import merging
@@ -17,6 +16,7 @@ from merging.errors import FormatError, InputError
 from merging.hub.open_model import open_model
 from merging.sources import Adapter
 from merging.sources.checkpoint import Checkpoint
+from support.tiny import identical, load, model, save
 
 INDEX = "model.safetensors.index.json"
 

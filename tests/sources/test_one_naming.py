@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from denoisers import Shape, applied_by_diffusers, build_denoiser, write_lora
 from safetensors.torch import load_file, save_file
 
 import merging
@@ -17,6 +16,7 @@ from merging.hub.open_model import open_model
 from merging.plan.targets import adapter_targets
 from merging.sources import Adapter
 from merging.sources.adapter import Change
+from support.denoisers import Shape, applied_by_diffusers, build_denoiser, write_lora
 
 Name = Callable[[str, str], str]
 

@@ -10,7 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import (
+from safetensors.torch import load_file
+
+import merging
+from merging.errors import InputError
+from support.adapters import (
     LLAMA,
     QUIRKS,
     State,
@@ -26,10 +30,6 @@ from adapters import (
     save_base,
     train,
 )
-from safetensors.torch import load_file
-
-import merging
-from merging.errors import InputError
 
 pytestmark = QUIRKS
 

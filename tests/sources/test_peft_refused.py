@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import (
+from safetensors.torch import save_file
+
+import merging
+from merging.errors import FormatError, InputError, MergingError
+from merging.hub.open_model import open_model
+from merging.sources.peft.adapter_types import PEFT_TYPES
+from merging.sources.peft.unsupported_types import UNSUPPORTED
+from support.adapters import (
     QUIRKS,
     State,
     copied,
@@ -21,13 +28,6 @@ from adapters import (
     save_base,
     train,
 )
-from safetensors.torch import save_file
-
-import merging
-from merging.errors import FormatError, InputError, MergingError
-from merging.hub.open_model import open_model
-from merging.sources.peft.adapter_types import PEFT_TYPES
-from merging.sources.peft.unsupported_types import UNSUPPORTED
 
 pytestmark = QUIRKS
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import State, assert_close, edit_config, edit_tensors, peft
-from architectures import build
-from peft_types import CASES, TYPES, changes_by_peft, changes_by_us, make, opened
+
+from support.adapters import State, assert_close, edit_config, edit_tensors, peft
+from support.architectures import build
+from support.peft_types import CASES, TYPES, changes_by_peft, changes_by_us, make, opened
 
 pytestmark = TYPES
 

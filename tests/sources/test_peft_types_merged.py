@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import (
+from safetensors.torch import load_file
+
+import merging
+from merging.api.inspect import inspect
+from merging.errors import FormatError, InputError
+from merging.hub.open_model import open_model
+from merging.sources import Adapter
+from merging.sources.peft.adapter_types import PEFT_TYPES
+from support.adapters import (
     LLAMA,
     State,
     assert_close,
@@ -19,16 +27,8 @@ from adapters import (
     save_base,
     train,
 )
-from architectures import build
-from peft_types import CASES, TYPES, changes_by_peft, changes_by_us, make, opened
-from safetensors.torch import load_file
-
-import merging
-from merging.api.inspect import inspect
-from merging.errors import FormatError, InputError
-from merging.hub.open_model import open_model
-from merging.sources import Adapter
-from merging.sources.peft.adapter_types import PEFT_TYPES
+from support.architectures import build
+from support.peft_types import CASES, TYPES, changes_by_peft, changes_by_us, make, opened
 
 pytestmark = TYPES
 

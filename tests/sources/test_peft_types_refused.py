@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import State, assert_close, edit_config, edit_tensors, save_base
-from architectures import build
-from peft_types import CASES, TYPES, changes_by_peft, changes_by_us, make, opened
 from safetensors.torch import load_file, save_file
 
 import merging
 from merging.errors import FormatError, MergingError
 from merging.hub.open_model import open_model
+from support.adapters import State, assert_close, edit_config, edit_tensors, save_base
+from support.architectures import build
+from support.peft_types import CASES, TYPES, changes_by_peft, changes_by_us, make, opened
 
 pytestmark = TYPES
 

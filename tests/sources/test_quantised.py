@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import CONFIG, identical, load, model, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, _dequantize_fp8_weight
@@ -22,6 +21,7 @@ from merging.api.inspect import inspect
 from merging.errors import FormatError
 from merging.hub.open_model import open_model
 from merging.sources.checkpoint import Checkpoint
+from support.tiny import CONFIG, identical, load, model, save
 
 FP8 = torch.float8_e4m3fn
 NAME = "model.layers.0.mlp.up_proj.weight"

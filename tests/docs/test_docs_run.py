@@ -1,0 +1,199 @@
+"""Every page does what it says: its commands and its Python run in order, and print the output that is shown."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stdout
+from io import StringIO
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from merging import ContinualStore
+from merging.cli.main import cli
+from support import tiny
+from support.hub_fixture import Hub
+from support.pages import PAGES, ROOT, Block, blocks, merge_lines
+
+LONG = {
+    "docs/tasks/compare.md": "it draws, and decomposes the base",
+    "docs/tasks/merge-models.md": "it decomposes full matrices",
+    "docs/tasks/watch.md": "it looks twice, with ten seconds between",
+    "docs/tasks/pool.md": "the smoke test runs the base over texts",
+    "docs/tasks/recycle.md": "it trains",
+    "docs/tasks/verify.md": "PEFT loads the adapter",
+}
+"""Pages that take the real base and much time, each with the reason."""
+
+NOT_OURS = re.compile(
+    r"python3 -m venv |\. \.venv|pip install |pytest\b|ruff |bash \.ci/run|python (examples|tests|docs)/"
+)
+"""Commands of a page that are not run here: they install, test, or measure for long."""
+
+PRINTS = {
+    "merge compress a/ ": "0.96 bits a parameter",
+    "merge continual watch ": "added: incoming/late as step 1",
+    "merge pool smoke ": "4 ok, 0 repaired, 0 quarantined",
+    "merge recycle ": "modules shuffled",
+}
+"""What some commands must print among other things."""
+
+HUBS = re.compile(r" (org|me)/| hub:")
+HARDLY = ["--steps", "2", "--lora-steps", "2", "--lora-rate", "0.001", "--resamples", "100", "--quiet"]
+
+
+def run_merge(line: str) -> tuple[int, str]:
+    """Return the exit code of a command and its output, run in this process."""
+    words = shlex.split(line, comments=True)[1:]
+    if words[:1] == ["recycle"]:
+        words += HARDLY
+    done = CliRunner().invoke(cli, words)
+    return done.exit_code, done.output
+
+
+def output_of(line: str) -> Path | None:
+    """Return the file or folder that a command writes, if it says so."""
+    words = shlex.split(line, comments=True)
+    return next((Path(after) for word, after in pairwise(words) if word == "-o"), None)
+
+
+def remove(output: Path) -> None:
+    """Remove a file or folder, if it is there."""
+    if output.is_dir():
+        shutil.rmtree(output)
+    else:
+        output.unlink(missing_ok=True)
+
+
+def run_line(line: str, alternatives: bool) -> None:
+    """Run one line of a block; a merge must succeed, and write its output.
+
+    Lines that are alternatives may write what a line before them wrote.
+    """
+    if HUBS.search(line) or not line.startswith("merge "):
+        assert HUBS.search(line) or NOT_OURS.match(line), f"is it run by anything? {line}"
+        return
+    output = output_of(line)
+    if alternatives and (output or line.startswith(("merge --method ", "merge run "))):
+        remove(output or Path("merged.safetensors" if ".safetensors" in line else "merged"))
+    code, text = run_merge(line)
+    assert code == 0, f"{line}\n{text}"
+    assert output is None or output.exists() or "--dry-run" in line, line
+    assert all(words in text for start, words in PRINTS.items() if line.startswith(start)), f"{line}\n{text}"
+
+
+def check_shown(block: Block) -> None:
+    """Run the command in the first line of a block; the other lines are its output."""
+    line, _, shown = block.text.partition("\n")
+    code, text = run_merge(line.removeprefix("$ "))
+    assert code in (0, 1), text
+    assert text == shown
+
+
+def run_python(block: Block, following: Block | None) -> None:
+    """Run a block of Python, which prints the text behind it, if any."""
+    printed = StringIO()
+    with redirect_stdout(printed):
+        exec(compile(block.text, "block", "exec"), {"__name__": "block"})
+    if printed.getvalue():
+        assert following
+        assert following.language == "text"
+        assert printed.getvalue() == following.text
+
+
+def run_page(page: str) -> int:
+    """Run the blocks of a page in order, and return how many there were to run."""
+    every = blocks(page)
+    ran = 0
+    for block, following in pairwise([*every, None]):
+        if block.title:
+            Path(block.title).write_text(block.text, encoding="utf-8")
+        elif block.language == "python":
+            for output in re.findall(r'output="(\w+)"', block.text):
+                remove(Path(output))
+            run_python(block, following)
+        elif block.language == "bash":
+            for line in block.text.splitlines():
+                run_line(line, alternatives=page != "docs/quick-start.md")
+        elif block.text.startswith("$ merge "):
+            check_shown(block)
+        else:
+            continue
+        ran += 1
+    return ran
+
+
+def prepare(page: str, folder: Path) -> None:
+    """Make the files that a page takes for granted."""
+    if page in ("docs/tasks/verify.md", "README.md"):
+        assert run_merge("merge --method linear a b -o merged")[0] == 0
+    if page in ("docs/tasks/recycle.md", "README.md"):
+        (folder / "pool").symlink_to(ROOT / "examples" / "adapters")
+        write_examples(folder)
+
+
+def write_examples(folder: Path) -> None:
+    """Write a task of a few words, in three parts."""
+    words = {"fruit": ("an apple", "two pears", "ripe plums", "sour cherries"), "tools": ("a saw", "nails", "a drill")}
+    texts = [{"text": f"{text} {n}", "label": label} for label, each in words.items() for text in each for n in "123"]
+    for start, part in enumerate(("train", "valid", "test")):
+        lines = [json.dumps(text) for text in texts[start::3]]
+        (folder / f"{part}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+WITH_CODE = [page for page in PAGES if any(each.language in ("bash", "python") for each in blocks(page))]
+
+
+@pytest.mark.parametrize("page", [page for page in WITH_CODE if page not in LONG])
+def test_blocks_run(page: str, small_models: Path, workplace: Callable[[Path], Path]) -> None:
+    """With small models, for the everyday run."""
+    prepare(page, workplace(small_models))
+    run_page(page)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("page", WITH_CODE)
+def test_blocks_run_with_real_models(page: str, real_models: Path, workplace: Callable[[Path], Path]) -> None:
+    prepare(page, workplace(real_models))
+    run_page(page)
+
+
+def hub_lines() -> Iterator[str]:
+    for page in PAGES:
+        yield from (line for line in merge_lines(page) if HUBS.search(line))
+
+
+@pytest.fixture
+def stocked_hub(hub: Hub, tmp_path: Path) -> Mapping[str, str]:
+    """The environment of a user of a Hub that holds the models which the pages name."""
+    base, tuned = tiny.checkpoint(tmp_path / "local", 2)
+    for name, folder in (("base", base), ("one", tuned[0]), ("two", tuned[1]), ("name", tuned[0])):
+        hub.put(f"org/{name}", folder)
+    hub.tag("org/two", "v1.0")
+    for number, task in enumerate(("bbc", "spam"), 1):
+        hub.put(f"org/adapter-{number}", ROOT / "examples" / "adapters" / task)
+    ContinualStore.create(tmp_path / "store", base=base)
+    return {**hub.environment(tmp_path / "home"), "HF_TOKEN": hub.token}
+
+
+@pytest.mark.exhaustive
+def test_commands_of_the_hub_run(hub: Hub, stocked_hub: Mapping[str, str], tmp_path: Path) -> None:
+    """One after the other, with a Hub that holds the models that they name."""
+    lines = list(hub_lines())
+    assert len(lines) >= 7
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        if output := output_of(line):
+            remove(tmp_path / output)
+        command = [sys.executable, "-m", "merging", *words]
+        done = subprocess.run(command, cwd=tmp_path, env=stocked_hub, capture_output=True, text=True)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert "adapter_model.safetensors" in hub.files("me/merged")

@@ -1,0 +1,179 @@
+"""Links lead somewhere, tables are those of the code, options exist, and the README stays short."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from merging.cli.main import cli, merge_command
+from merging.methods import METHODS, method_class, parameters_of
+from merging.serving import PROGRAMS
+from support.pages import PAGES, ROOT, blocks, prose, text_of
+
+LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)")
+MADE = re.compile(r"docs/(methods/\w+|cli/\w+|changelog)\.md")
+"""Pages that mkdocs makes."""
+
+FOREIGN = {
+    *("--concat", "--index-url", "--lora-merge-cache", "--models", "--new_rank", "--ratios", "--save_to", "--sd_model"),
+    *("--strict", "--markdown"),
+}
+"""Options of other programs that the pages name."""
+
+SCRIPTS = {"--steps", "--width", "--only", "--quick", "--stream", "--factored", "--tasks"}
+"""Options of benchmarks that the pages name without the script."""
+
+
+def said(*words: str) -> str:
+    """Return the output of ``merge`` with these words."""
+    done = CliRunner().invoke(cli, list(words))
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def anchors(page: str) -> set[str]:
+    """Return the anchors of a page's headings, as mkdocs and GitHub make them."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", text.lower()).strip()) for text in headings}
+
+
+def broken(page: str) -> Iterator[str]:
+    """Yield the links of a page that lead nowhere; those to other hosts are read, and not followed."""
+    for target in LINK.findall(prose(page)):
+        address = urlsplit(target)
+        if address.scheme:
+            if address.scheme != "https" or "." not in address.netloc:
+                yield target
+            continue
+        path = ((ROOT / page).parent / address.path).resolve() if address.path else ROOT / page
+        name = path.relative_to(ROOT).as_posix()
+        missing = not path.exists() and not MADE.fullmatch(name)
+        if missing or (address.fragment and address.fragment not in anchors(name)):
+            yield target
+
+
+OTHERS = ["CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "CODE_OF_CONDUCT.md"]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS])
+def test_links_lead_somewhere(page: str) -> None:
+    assert list(broken(page)) == []
+
+
+def test_links_are_found() -> None:
+    """The test above would pass if it found none."""
+    assert sum(len(LINK.findall(prose(page))) for page in PAGES) > 60
+    assert LINK.findall("[a [b]](c.md#d) ![e](f.svg)") == ["c.md#d", "f.svg"]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS])
+def test_named_files_exist(page: str) -> None:
+    """Files of the repository that are named, and the options of scripts that are called."""
+    for name in re.findall(r"`((?:merging|cli|tests|examples|docs|\.ci)/[\w./]*)", prose(page)):
+        assert (ROOT / name).exists(), name
+    calls = re.findall(r"python ((?:tests|examples|docs)/[\w/]+\.py)([^`\n]*)", text_of(page))
+    for script, words in calls:
+        source = (ROOT / script).read_text(encoding="utf-8")
+        for option in re.findall(r"--[a-z-]+", words):
+            assert f'"{option}"' in source, f"{script} has no {option}"
+
+
+def _options(command: click.Command) -> Iterator[str]:
+    for param in command.params:
+        yield from (*param.opts, *param.secondary_opts)
+    for inner in getattr(command, "commands", {}).values():
+        yield from _options(inner)
+
+
+@cache
+def known_options() -> frozenset[str]:
+    """Return the options of every command and of every method."""
+    fields = [field.replace("_", "-") for name in METHODS for field in parameters_of(method_class(name))]
+    own = [f"--{word}{field}" for field in fields for word in ("", "no-")]
+    own += [f"--{name}.{field}" for name in METHODS for field in parameters_of(method_class(name))]
+    return frozenset([*_options(cli), *_options(merge_command), *own, "--help", "--version"])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_options_exist(page: str) -> None:
+    """In prose and tables, where nothing is run; scripts have options of their own."""
+    text = re.sub(r"`python [^`]*`", "", prose(page))
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*[a-z]", " ".join(re.findall(r"`([^`]*)`", text))))
+    assert named - known_options() - FOREIGN <= SCRIPTS
+
+
+def test_table_of_methods_is_generated() -> None:
+    assert f"<!-- methods -->\n{said('methods', '--markdown')}" in text_of("docs/methods/index.md")
+
+
+def test_table_of_formats_is_generated() -> None:
+    """And the screen and JSON name the same formats."""
+    page = text_of("docs/formats.md")
+    assert f"<!-- formats -->\n{said('formats', '--markdown')}" in page
+    screen = " ".join(said("formats").split())
+    for each in json.loads(said("formats", "--json")):
+        assert each["name"].split(",")[0] in screen
+        assert f"| {each['name']} |" in page
+
+
+def test_every_program_that_serves_is_in_the_table() -> None:
+    assert re.findall(r"^\| `(.*?)` \| [\w. ]+ \|", text_of("docs/tasks/verify.md"), re.MULTILINE) == list(PROGRAMS)
+
+
+def test_architecture_names_every_folder_on_its_floor() -> None:
+    (layers,) = (ROOT / "tests").rglob("test_layers_of_code.py")
+    tree = ast.parse(layers.read_text(encoding="utf-8"))
+    (floors,) = (
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "FLOORS" and node.value
+    )
+    rows = re.findall(r"^\| (\d+) \| ([^|]*) \|", text_of("docs/contributing/architecture.md"), re.MULTILINE)
+    assert [(int(number), sorted(re.findall(r"`(\w+)`", names))) for number, names in rows] == [
+        (number, sorted(floor)) for number, floor in enumerate(floors, 1)
+    ]
+
+
+def test_pictures_are_drawn_by_their_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "generate"))
+    pictures = import_module("pictures")
+    for name, draw in pictures.PICTURES.items():
+        assert (ROOT / "docs" / "pictures" / f"{name}.svg").read_text(encoding="utf-8") == draw().svg()
+        assert f"(pictures/{name}.svg)" in text_of("docs/concepts.md")
+
+
+def test_examples_on_the_pages_of_methods_are_valid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As recipes: the chain, the base and the number of models suit each method."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "generate"))
+    monkeypatch.chdir(tmp_path)
+    pages = import_module("method_pages").method_pages()
+    assert len(pages) == len(METHODS)
+    for text in pages.values():
+        (line,) = re.findall(r"^merge --method .*$", text, re.MULTILINE)
+        recipe = said(*line.split()[1:], "--recipe-only")
+        assert "models:" in recipe
+
+
+def test_commands_for_a_fresh_machine_are_marked() -> None:
+    """The blocks of the README that .ci/run takes."""
+    for name in ("main", "tests"):
+        assert f"<!-- run: {name} -->\n```bash\n" in text_of("README.md")
+
+
+def test_readme_is_short() -> None:
+    assert len(text_of("README.md").splitlines()) <= 150
+
+
+def test_pages_have_code_only_in_known_languages() -> None:
+    for page in PAGES:
+        assert {block.language for block in blocks(page)} <= {"bash", "python", "text", "yaml"}, page

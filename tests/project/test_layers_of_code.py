@@ -1,0 +1,251 @@
+"""Which room of the package imports which, held against the syntax tree of every file."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import merging
+from support.paths import ROOT
+
+
+def _files() -> dict[str, Path]:
+    """Every module by its full name; cli/ is installed as merging.cli."""
+    found = {}
+    for folder, package in (("merging", "merging"), ("cli", "merging.cli")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = [package, *path.relative_to(ROOT / folder).with_suffix("").parts]
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+FILES = _files()
+
+
+@dataclass(frozen=True)
+class Import:
+    """A module that a file imports: when the file is imported itself, or only inside a function."""
+
+    module: str
+    lazy: bool
+
+
+def imports(name: str) -> list[Import]:
+    """What a module imports, in full names; imports for type checkers do not count."""
+    found: list[Import] = []
+
+    def visit(node: ast.AST, lazy: bool) -> None:
+        if isinstance(node, ast.Import):
+            found.extend(Import(alias.name, lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:
+                package = name if FILES[name].name == "__init__.py" else name.rpartition(".")[0]
+                module = ".".join(
+                    [*package.split(".")[: len(package.split(".")) - node.level + 1], *([module] if module else [])]
+                )
+            inner = [f"{module}.{alias.name}" for alias in node.names]
+            found.extend(Import(each if each in FILES else module, lazy) for each in inner)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            for child in node.orelse:
+                visit(child, lazy)
+        else:
+            for child in ast.iter_child_nodes(node):
+                visit(child, lazy or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+
+    visit(ast.parse(FILES[name].read_text(encoding="utf-8")), False)
+    return found
+
+
+def under(module: str, *packages: str) -> bool:
+    return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors", "os_calls", "version"),
+    ("maths",),
+    ("methods", "sources"),
+    ("hub", "storage"),
+    ("plan", "report"),
+    ("engine", "output", "serving"),
+    ("api", "geometry"),
+    ("compression", "continual", "pool", "testing"),
+    ("recycling",),
+    ("cli",),
+)
+"""The rooms of the package from the ground up: folders, and the files at its root."""
+
+PURE = {
+    "__future__",
+    "abc",
+    "bisect",
+    "collections",
+    "dataclasses",
+    "fnmatch",
+    "functools",
+    "hashlib",
+    "importlib",
+    "inspect",
+    "itertools",
+    "math",
+    "re",
+    "typing",
+}
+NEVER: dict[str, tuple[str, ...]] = {
+    "hub": ("click", "transformers"),
+    "methods": ("click", "transformers"),
+    "sources": ("click", "transformers"),
+    "storage": ("click", "transformers"),
+    "plan": ("click",),
+    "engine": ("click", "transformers", "yaml", "merging.storage.staging", "merging.storage.writer"),
+    "api": ("click",),
+    "compression": ("click",),
+    "continual": ("click",),
+    "geometry": ("click",),
+    "output": ("click",),
+    "pool": ("click",),
+    "recycling": ("click",),
+    "report": ("click",),
+    "serving": ("click",),
+}
+NEVER_AT_IMPORT: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("api", "compression", "continual", "engine", "geometry", "output"), ("transformers",)),
+    **dict.fromkeys(("pool", "recycling", "report", "serving"), ("transformers",)),
+    "plan": ("transformers", "huggingface_hub"),
+    "cli": ("torch", "safetensors", "numpy", "transformers", "pydantic", "rich", "yaml"),
+}
+
+
+def room_of(name: str) -> str:
+    """The folder of the package that a module is in, or its own name at the root; "" for the package itself."""
+    return "" if name in ("merging", "merging.__main__") else name.split(".")[1]
+
+
+def modules(room: str) -> list[str]:
+    return [name for name in FILES if room_of(name) == room]
+
+
+def test_every_room_has_a_floor() -> None:
+    rooms = [room for floor in FLOORS for room in floor]
+    assert len(FILES) > 200
+    assert sorted(rooms) == sorted({room_of(name) for name in FILES} - {""})
+    assert len(FLOORS) <= 11
+    assert len(list((ROOT / "merging").glob("*.py"))) <= 6
+
+
+def test_imports_are_found() -> None:
+    """The tests below would pass if nothing were."""
+    assert Import("merging.errors", False) in imports("merging.storage.staging")
+    assert Import("merging.os_calls", False) in imports("merging.storage.staging")
+    assert Import("merging.cli.errors", False) in imports("merging.cli.merge")
+    assert Import("merging.plan.recipe", True) in imports("merging.cli.merge")
+    assert Import("merging.plan.recipe", False) not in imports("merging.cli.merge")
+    assert Import("huggingface_hub", True) in imports("merging.plan.sites")
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if room_of(name)])
+def test_no_import_runs_up(name: str) -> None:
+    """At import or lazily, a file imports from its own room and from the floors below it."""
+    floors = {room: height for height, floor in enumerate(FLOORS) for room in floor}
+    for each in imports(name):
+        if under(each.module, "merging") and room_of(each.module) not in ("", room_of(name)):
+            assert floors[room_of(each.module)] < floors[room_of(name)], each
+
+
+def test_no_two_files_import_each_other() -> None:
+    used = {name: {each.module for each in imports(name)} & FILES.keys() - {name} for name in FILES}
+    assert {(one, other) for one in used for other in used[one] if one < other and one in used[other]} == set()
+
+
+@pytest.mark.parametrize("name", modules("maths") + modules("methods") + modules("errors"))
+def test_maths_imports_nothing_but_maths(name: str) -> None:
+    """No files, no devices, no logging: torch, pydantic, the standard library's maths, and itself."""
+    allowed = PURE | ({"difflib"} if room_of(name) == "errors" else {"torch", "pydantic"})
+    for each in imports(name):
+        if under(each.module, "merging"):
+            assert room_of(each.module) in ("maths", "methods", "errors"), each
+        else:
+            assert each.module.partition(".")[0] in allowed, each
+
+
+@pytest.mark.parametrize("name", [name for room in NEVER for name in modules(room)])
+def test_never_imported(name: str) -> None:
+    for each in imports(name):
+        assert not under(each.module, *NEVER[room_of(name)]), each
+
+
+@pytest.mark.parametrize("name", [name for room in NEVER_AT_IMPORT for name in modules(room)])
+def test_never_imported_at_import_time(name: str) -> None:
+    for each in imports(name):
+        assert each.lazy or not under(each.module, *NEVER_AT_IMPORT[room_of(name)]), each
+
+
+@pytest.mark.parametrize("name", modules("cli"))
+def test_the_command_line_imports_the_package_when_it_runs(name: str) -> None:
+    eager = [each.module for each in imports(name) if not each.lazy and under(each.module, "merging")]
+    assert all(under(each, "merging.cli", "merging.errors", "merging.version") for each in eager), eager
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name not in ("merging.__main__", "merging.cli")])
+def test_public_names_are_there(name: str) -> None:
+    """Every module says what it offers, and has it."""
+    module = import_module(name)
+    assert len(set(module.__all__)) == len(module.__all__)
+    for public in module.__all__:
+        assert getattr(module, public) is not None
+
+
+def test_public_names_of_the_package() -> None:
+    """All of them, lazy ones too; what is not there is refused."""
+    assert set(merging.__all__) == set(dir(merging))
+    assert set(merging._WHERE) <= set(merging.__all__)
+    assert merging.merge is import_module("merging.api.merge_files").merge
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = merging.nothing  # type: ignore[attr-defined]
+
+
+def test_star_import() -> None:
+    names: dict[str, object] = {}
+    exec("from merging import *", names)
+    assert set(merging.__all__) <= set(names)
+
+
+def test_importing_the_package_brings_no_torch() -> None:
+    script = "import sys, merging, merging.methods; print(sorted({'torch', 'numpy', 'pydantic'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_stay_short(name: str) -> None:
+    """One that grows becomes a folder."""
+    assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= 320
+
+
+ENGLISH = """a adapters ahead and as beats because but by comes directions for grows has if in inputs inside into is it
+itself left makes may models needs of passes runs says so takes that the them then this to was weights what whose with
+would"""
+"""Words that follow "merge" in sentences of messages."""
+
+
+def test_commands_that_messages_name_exist() -> None:
+    """A message that advises a command which is not there leaves its reader with nothing."""
+    named: dict[str, str] = {}
+    for name, file in FILES.items():
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        definitions = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module)]
+        docstrings = {ast.get_docstring(node, clean=False) for node in definitions}
+        for node in ast.walk(tree):
+            text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+            if text not in docstrings or room_of(name) == "cli":
+                named |= dict.fromkeys(re.findall(r"\bmerge ([a-z_]+)", text), name)
+    commands = import_module("merging.cli.main").cli.commands
+    assert {"pool", "continual", "methods"} <= named.keys()
+    assert {word: at for word, at in named.items() if word not in commands and word not in ENGLISH.split()} == {}

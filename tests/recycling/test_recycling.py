@@ -1,0 +1,551 @@
+"""Recycling from a pool and examples to an adapter and its report: what comes out, what is refused, what survives."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+import merging
+from merging.cli.main import cli
+from merging.errors import FormatError, InputError, MergingError, OptionError, OutputError
+from merging.pool import Pool
+from merging.pool.candidates import candidates_in
+from merging.recycling.controls import CONTROLS
+from merging.recycling.mixing import TUNED, fit
+from merging.recycling.pool_adapters import find_usable, list_adapters, open_expert
+from merging.recycling.problem import single_adapter
+from merging.recycling.report import AVERAGE, MERGE, SINGLE
+from merging.recycling.run_checkpoint import RunCheckpoint
+from merging.recycling.selection import choose, score_candidates
+from merging.recycling.settings import Settings
+from merging.recycling.training import TrainingPlan
+from merging.recycling.training import train as tune
+from support.adapters import QUIRKS, edit_config, edit_tensors, peft, reload, train
+from support.recycling_tasks import FAST, World, causal, classifier, encoder, seq2seq, texts
+
+pytestmark = [*QUIRKS, pytest.mark.exhaustive]
+
+ROWS = {"base", "few-shot LoRA", SINGLE, AVERAGE, MERGE, *(control.title for control in CONTROLS.values())}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return classifier(tmp_path_factory.mktemp("classifier"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_pictures() -> Any:
+    """Pictures take longer than everything else here; one test draws them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("merging.recycling.page.find_spec", lambda name: None)
+        yield
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+# --- every kind of model ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [classifier, encoder, causal, seq2seq])
+def test_a_run_of_every_kind_of_model(make: Callable[[Path], World], tmp_path: Path) -> None:
+    world = make(tmp_path)
+    done = merging.recycle(**world.arguments(output=tmp_path / "out", rank=None))
+    report = json.loads((tmp_path / "out" / "recycling.json").read_text())
+    assert done.report.verdict.sentence == report["verdict"]
+    assert {row["title"] for row in report["rows"]} >= ROWS
+    assert report["measured_on"] == "test"
+    assert all(row["ahead"] is None for row in report["rows"] if row["title"] == MERGE)
+    valid = report["validation_loss"]
+    trivial = [valid[name] for name in ("base", "few-shot LoRA", "best single adapter")]
+    assert valid["returned"] <= min(*trivial, valid["tuned"]) + 1e-9
+    assert report["verdict"] in (tmp_path / "out" / "recycling.html").read_text()
+    assert not (tmp_path / ".out.recycling").exists()
+    # what was measured is what PEFT makes of what was written
+    if make is not encoder:  # its head is ours
+        model = peft.PeftModel.from_pretrained(reload(world.base), tmp_path / "out")
+        problem = world.problem()
+        problem.model.network = model.eval()
+        assert problem.model.scores(problem.valid).loss == pytest.approx(valid["returned"], rel=1e-4)
+
+
+def test_the_written_adapter_merges_and_is_cut_to_a_rank(planted: World, tmp_path: Path) -> None:
+    world = planted
+    done = merging.recycle(**world.arguments(output=tmp_path / "out", rank=1, method="linear", target_lora="none"))
+    assert done.rank == 1
+    assert done.kept < 1
+    assert "the merge, folded" in {row.title for row in done.report.rows}
+    folded = json.loads((tmp_path / "out" / "recycling.json").read_text())
+    assert folded["fold"]["energy_kept"] == done.kept
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {value.shape[0] for name, value in tensors.items() if "lora_A" in name} == {1}
+    # what is written is no worse on validation than the base, best single and what they are when cut
+    expert = open_expert(list_adapters(tmp_path / "out", str(world.base))[0], world.problem().model.hook_points)
+    problem = world.problem()
+    assert single_adapter(expert).validate(problem).loss <= folded["validation_loss"]["base"] + 1e-6
+    merged = merging.merge(
+        [tmp_path / "out"], method="linear", base=world.base, kind="model", output=tmp_path / "model"
+    )
+    assert merged.kind == "model"
+
+
+# --- what is planted is found ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def planted(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A task that one strong adapter of the pool solves: its labels are what the base says with that adapter."""
+    folder = tmp_path_factory.mktemp("planted")
+    base, pool = shutil.copytree(world.base, folder / "base"), shutil.copytree(world.pool, folder / "pool")
+    edit_tensors(pool / "a3", lambda tensors: {name: value * 3 for name, value in tensors.items()})
+    problem = World(base, pool, world.train, world.valid, world.test).problem()
+    expert = next(each for each in world.__class__(base, pool, [], []).experts(problem) if each.name == "a3")
+    words = texts(400, 11)
+    items = [problem.model.encode(example) for example in _read([{"text": text, "label": "low"} for text in words])]
+    with torch.no_grad(), single_adapter(expert).mixture(problem).at(torch.ones(1)):
+        margins = torch.cat([problem.model.answers([item]).logits for item in items]).diff(dim=1)[:, 0]
+    tensors = load_file(base / "model.safetensors")
+    threshold = margins.quantile(0.5)  # between the two in the middle: no margin is 0 but for rounding
+    tensors["classifier.bias"][1] -= threshold
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    labelled = [{"text": text, "label": "high" if margin > threshold else "low"}
+                for text, margin in zip(words, margins, strict=True)]  # fmt: skip
+    return World(base, pool, labelled[:16], labelled[16:32], labelled[32:])
+
+
+def _read(records: list[dict[str, Any]]) -> Any:
+    from merging.recycling.data import read_examples
+
+    return read_examples(records)
+
+
+def test_transfer_is_found_where_it_is(planted: World, tmp_path: Path) -> None:
+    told: list[str] = []
+    done = merging.recycle(**planted.arguments(output=tmp_path / "out", steps=20, on_event=told.append, resamples=1000))
+    rows = {row.title: row for row in done.report.rows}
+    assert rows[SINGLE].note == "a3"
+    assert rows[SINGLE].accuracy == 1
+    assert done.report.verdict.transfer
+    assert done.report.verdict.sentence.startswith("Transfer: ")
+    assert told[0].startswith("loading")
+
+
+def test_transfer_is_not_found_where_the_pool_knows_nothing(planted: World, tmp_path: Path) -> None:
+    pool = [path for path in planted.pool.iterdir() if path.name != "a3"]
+    arguments = planted.arguments(pool=pool, output=tmp_path / "out", lora_steps=40, steps=20, resamples=1000)
+    verdict = merging.recycle(**arguments).report.verdict
+    assert not verdict.transfer
+    assert "Transfer" not in verdict.sentence
+
+
+def test_nothing_is_concluded_without_test_examples(world: World, tmp_path: Path) -> None:
+    leaking = [*world.valid, world.train[0]]
+    report = merging.recycle(**world.arguments(output=tmp_path / "out", test=None, valid=leaking)).report
+    assert not report.tested
+    assert "without test examples" in report.verdict.sentence
+    assert "1 training examples are also validated on" in report.notices
+
+
+# --- methods ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [*TUNED, "lorahub", "linear", "ties", "knots+ties"])
+def test_methods(method: str, world: World, tmp_path: Path) -> None:
+    """Each comes with a loss that is what its coefficients give, and what is tuned is no worse than its start."""
+    problem = world.problem(method=method)
+    experts = world.experts(problem)[:3]
+    checkpoint = RunCheckpoint(tmp_path / "checkpoint", {})
+    found = fit(problem, experts, checkpoint, "fit", 1)
+    assert found.loss == pytest.approx(found.scores(problem, problem.valid).loss, rel=1e-6)
+    if method in TUNED:
+        assert found.loss <= found.curve[0][2] + 1e-12
+        assert found.curve[-1][0] == 10
+        assert found.granularity == TUNED[method].granularity
+    if method == "adamerging":
+        assert 0 <= float(found.coefficients.min()) <= float(found.coefficients.max()) <= 1
+    if method == "lorahub":
+        values = [value for _, value, _ in found.curve]
+        start = single_adapter(experts[1]).scores(problem, problem.learn).loss + 0.05 / 3
+        assert values[0] == pytest.approx(start, rel=1e-5)  # the target alone
+        assert float(found.coefficients.abs().max()) <= 1.5
+        loss = found.scores(problem, problem.learn).loss + 0.05 * float(found.coefficients.abs().mean())
+        assert loss == pytest.approx(min(values), rel=1e-5)
+
+
+def test_entropy_makes_answers_sure_without_labels(world: World, tmp_path: Path) -> None:
+    def entropy(wrong: bool) -> tuple[float, float, torch.Tensor]:
+        flipped = {"low": "high", "high": "low"} if wrong else {"low": "low", "high": "high"}
+        examples = [{**each, "label": flipped[each["label"]]} for each in world.train]
+        problem = World(world.base, world.pool, examples, world.valid, world.test).problem(
+            method="adamerging", rate=0.1, steps=20, every=20, granularity="expert"
+        )
+        mixture = problem.mixture(world.experts(problem), "expert", "linear")
+        coefficients = mixture.full(0.3).requires_grad_(True)
+
+        def mean_entropy() -> float:
+            with torch.no_grad(), mixture.at(coefficients):
+                return float(problem.model.answers(problem.learn).entropies(len(problem.learn)).mean())
+
+        before = mean_entropy()
+        plan = TrainingPlan(rate=0.1, steps=20, every=20, entropy=True, bounds=(0.0, 1.0))
+        checkpoint = RunCheckpoint(tmp_path / f"checkpoint {wrong}", {})
+        tune([coefficients], lambda: mixture.at(coefficients), problem.model, problem.learn, problem.valid, plan,
+             checkpoint, "fit")  # fmt: skip
+        return before, mean_entropy(), coefficients.detach()
+
+    right, wrong = entropy(False), entropy(True)
+    assert right[1] < right[0]
+    assert torch.equal(right[2], wrong[2])
+
+
+@pytest.mark.parametrize("granularity", ["expert", "layer", "sublayer", "module", "rank"])
+def test_granularities_are_tuned(granularity: Any, world: World, tmp_path: Path) -> None:
+    problem = world.problem(granularity=granularity)
+    found = fit(problem, world.experts(problem)[:2], RunCheckpoint(tmp_path / "checkpoint", {}), "fit")
+    groups = {"expert": 1, "layer": 2, "sublayer": 4, "module": 6}  # three modules in each of two layers
+    wanted = 6 * (2 + 3) if granularity == "rank" else 2 * groups[granularity]
+    assert len(found.coefficients) == wanted
+
+
+# --- selection --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("select", Settings.model_fields["select"].annotation.__args__)
+def test_selection(select: str, world: World, tmp_path: Path) -> None:
+    problem = world.problem(select=select, k=2)
+    found = list_adapters(world.pool, str(world.base))
+    experts = {each.name: each for each in world.experts(problem)}
+    target = experts["a1"]
+    scores = score_candidates(found, problem, target, RunCheckpoint(tmp_path / "checkpoint", {}))
+    assert scores.keys() == experts.keys()
+    best = sorted(scores, key=lambda name: (-scores[name], name))
+    chosen = choose(found, scores, problem)
+    assert [each.name for each in chosen.experts] == best[:2]
+    again = score_candidates(tuple(reversed(found)) if select != "random" else found, problem, target,
+                   RunCheckpoint(tmp_path / "other", {}))  # fmt: skip
+    assert again == pytest.approx(scores)
+    if select == "evaluation":
+        losses = {name: single_adapter(each).scores(problem, problem.shots).loss for name, each in experts.items()}
+        assert scores == pytest.approx({name: -loss for name, loss in losses.items()})
+    elif select == "rank":
+        assert scores == {f"a{i}": float(2 + i % 3) for i in range(5)}
+    elif select == "screen":
+        # a small step along an adapter changes the loss as the score says
+        step = 1e-3
+        base = single_adapter(None).scores(problem, problem.learn).loss
+        for name, expert in experts.items():
+            small = single_adapter(expert).mixture(problem)
+            with small.at(torch.full((1,), step)):
+                loss = problem.model.scores(problem.learn).loss
+            assert (base - loss) / step / expert.norm == pytest.approx(scores[name], rel=0.1, abs=1e-3)
+    elif select != "random":
+        assert best[0] == "a1"  # nothing is closer to the target than itself
+
+
+def test_random_selection_follows_the_seed(world: World, tmp_path: Path) -> None:
+    found = list_adapters(world.pool, str(world.base))
+
+    def drawn(seed: int) -> dict[str, float]:
+        return score_candidates(
+            found, world.problem(select="random", seed=seed), None, RunCheckpoint(tmp_path / f"{seed}", {}, True)
+        )
+
+    assert drawn(1) == drawn(1)
+    assert any(drawn(1) != drawn(seed) for seed in (2, 3))
+
+
+def test_owners_and_repeats_are_passed_over(world: World, tmp_path: Path) -> None:
+    for name, owner in (("a0", "me"), ("a1", "me"), ("a2", "you")):
+        shutil.copytree(world.pool / name, tmp_path / "pool" / owner / name)
+    gauge = tmp_path / "pool" / "you" / "again"
+    shutil.copytree(world.pool / "a1", gauge)
+    edit_tensors(gauge, lambda t: {n: v * 4 if "lora_A" in n else v / 4 for n, v in t.items()})
+    problem = world.problem(select="rank", owner_cap=1, k=4)
+    found = list_adapters(tmp_path / "pool", str(world.base))
+    assert [each.name for each in found] == ["me/a0", "me/a1", "you/a2", "you/again"]
+    chosen = choose(found, {"me/a0": 1.0, "me/a1": 4.0, "you/again": 3.0, "you/a2": 2.0}, problem)
+    assert [each.name for each in chosen.experts] == ["me/a1", "you/a2"]
+    assert chosen.passed_over == {
+        "me/a0": "me has 1 among the chosen",
+        "you/again": "changes the same as me/a1",
+    }
+
+
+# --- pools ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_mixed_is_left_out_and_said(world: World, tmp_path: Path) -> None:
+    pool = shutil.copytree(world.pool, tmp_path / "pool")
+    edit_tensors(pool / "a0", lambda t: {n: v * float("nan") for n, v in t.items()})
+    edit_tensors(pool / "a1", lambda t: {n: v * 0 if "lora_B" in n else v for n, v in t.items()})
+    edit_tensors(pool / "a2", lambda t: {n: v[:, :-1] if "lora_A" in n else v for n, v in t.items()})
+    edit_config(pool / "a3", base_model_name_or_path="someone/else")
+    found = find_usable(list_adapters(pool, str(world.base)), world.problem().model.hook_points)
+    assert [each.name for each in found.usable] == ["a3", "a4"]
+    assert "NaN" in found.left_out["a0"]
+    assert "changes nothing" in found.left_out["a1"]
+    assert "adapter of this base" in found.left_out["a2"]
+    assert any("someone/else" in notice for notice in found.notices)
+    for name in ("a3", "a4"):
+        shutil.rmtree(pool / name)
+    with pytest.raises(InputError, match=r"none of the 3 adapters can be used: .*NaN"):
+        find_usable(list_adapters(pool, str(world.base)), world.problem().model.hook_points)
+
+
+def test_an_audited_pool(world: World, tmp_path: Path) -> None:
+    incoming = shutil.copytree(world.pool, tmp_path / "incoming")
+    edit_tensors(incoming / "a0", lambda t: {n: v * float("nan") for n, v in t.items()})
+    pool = Pool.create(tmp_path / "pool", world.base)
+    pool.build(candidates_in(incoming))
+    names = [each.name for each in list_adapters(pool.path, str(world.base))]
+    assert names == [Path(entry.name).name for entry, _ in pool.usable()]
+    assert "a0" not in names and names
+    other = shutil.copytree(world.base, tmp_path / "other")
+    with pytest.raises(InputError, match=r"is a pool of adapters of .*base, and the base is .*other"):
+        list_adapters(pool.path, str(other))
+
+
+def test_two_of_one_name_are_told_apart(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.pool / "a1", tmp_path / "a0")
+    shutil.copytree(world.pool / "a3", tmp_path / "base")
+    found = list_adapters([world.pool / "a0", tmp_path / "a0", world.pool / "a2", tmp_path / "base"], str(world.base))
+    told_apart = ["a2", str(world.pool / "a0"), str(tmp_path / "a0"), str(tmp_path / "base")]
+    assert [each.name for each in found] == sorted(told_apart)
+
+
+# --- the same again ---------------------------------------------------------------------------------------------------
+
+
+def test_the_order_of_the_pool_changes_no_byte(world: World, tmp_path: Path) -> None:
+    folders = sorted(world.pool.iterdir())
+    for name, pool in (("one", folders), ("other", folders[::-1])):
+        merging.recycle(**world.arguments(pool=pool, output=tmp_path / name, target_lora="none"))
+    assert contents(tmp_path / "one") == contents(tmp_path / "other")
+
+
+@pytest.mark.parametrize("method", ["ours", "lorahub"])
+def test_a_run_that_died_after_any_stage_comes_to_the_same(
+    method: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = world.arguments(k=2, method=method, steps=8, every=4, lora_steps=4, target_lora="none")
+    merging.recycle(**arguments, output=tmp_path / "whole")
+    keep = RunCheckpoint.keep
+
+    class Died(Exception):
+        pass
+
+    def dying(self: RunCheckpoint, stage: str, values: Any) -> None:
+        keep(self, stage, values)
+        raise Died
+
+    stages = []
+    for _ in range(100):
+        monkeypatch.setattr(RunCheckpoint, "keep", dying)
+        try:
+            merging.recycle(**arguments, output=tmp_path / "out", resume=True)
+        except Died:
+            stages.append(len(list((tmp_path / ".out.recycling").iterdir())))
+        else:
+            break
+    assert len(stages) > 20  # the run died at least so often, and went on each time
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_killed_run_goes_on(world: World, tmp_path: Path) -> None:
+    """SIGKILL while coefficients are tuned; the next run goes on, and comes to the same bytes."""
+    for part in ("train", "valid", "test"):
+        lines = [json.dumps(each) for each in getattr(world, part)]
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(lines))
+    words = [sys.executable, "-m", "merging", "recycle", str(world.pool), "--base", str(world.base)]
+    for part in ("train", "valid", "test"):
+        words += [f"--{part}", f"{part}.jsonl"]
+    words += ["--k", "3", "--steps", "16", "--every", "1", "--lora-steps", "5", "--lora-rate", "0.01", "-o", "out"]
+    checkpoint = tmp_path / ".out.recycling"
+    with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+        while not (checkpoint / "fit.pt").is_file():
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    step = torch.load(checkpoint / "fit.pt", weights_only=True)["step"]
+    assert 0 < step < 16
+    os.chdir(tmp_path)
+    settings = {"k": 3, "steps": 16, "every": 1, "lora_steps": 5, "lora_rates": (0.01,)}
+    parts = {part: f"{part}.jsonl" for part in ("train", "valid", "test")}
+    with pytest.raises(OptionError, match="holds an unfinished run: --resume continues"):
+        merging.recycle(str(world.pool), base=world.base, output="out", **parts, **settings)
+    with pytest.raises(OptionError, match="had another steps"):
+        merging.recycle(
+            str(world.pool), base=world.base, output="out", resume=True, **parts, **{**settings, "steps": 9}
+        )
+    merging.recycle(str(world.pool), base=world.base, output="out", resume=True, **parts, **settings)
+    merging.recycle(str(world.pool), base=world.base, output="whole", **parts, **settings)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not checkpoint.exists()
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(world: World, tmp_path: Path) -> Path:
+    for part in ("train", "valid", "test"):
+        (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in getattr(world, part)))
+    return tmp_path
+
+
+def _command(world: World, files: Path, *words: object) -> Any:
+    given = ["recycle", world.pool, "--base", world.base, "--train", files / "train.jsonl", "--valid",
+             files / "valid.jsonl", "--test", files / "test.jsonl", "-o", files / "out", "--k", 2, "--steps", 4,
+             "--lora-steps", 4, "--lora-rate", 0.01]  # fmt: skip
+    return CliRunner().invoke(cli, [str(word) for word in (*given, *words)])
+
+
+def test_the_command_prints_the_report(world: World, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.util import find_spec
+
+    monkeypatch.setattr("merging.recycling.page.find_spec", find_spec)
+    done = _command(world, files)
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert all(any(line.startswith(title) for line in lines) for title in ROWS)
+    told = json.loads((files / "out" / "recycling.json").read_text())
+    assert f"{told['verdict']}." in lines
+    assert (files / "out" / "recycling.html").read_text().count("data:image/svg+xml") >= 2
+    again = _command(world, files, "--json", "--overwrite", "--quiet")
+    assert json.loads(again.stdout)["rows"] == told["rows"]
+    assert again.stderr == ""
+
+
+def _write(name: str, text: str) -> Callable[[Path], list[object]]:
+    def made(files: Path) -> list[object]:
+        (files / name).write_text(text)
+        return [f"--{name.partition('.')[0]}", files / name]
+
+    return made
+
+
+GOOD = '{"text": "w1 w2", "label": "low"}\n'
+WRONG: dict[str, tuple[Callable[[Path], list[object]], str]] = {
+    "no JSON": (_write("train.jsonl", GOOD + '{"text": "w1", "label"\n'), "train.jsonl, line 2: is not JSON"),
+    "no object": (_write("train.jsonl", "\n" + GOOD + "[1]\n"), "train.jsonl, line 3: should be an object"),
+    "a typo": (_write("train.jsonl", '{"txt": "w1", "label": "low"}\n'), "no field 'txt' (did you mean 'text'?)"),
+    "no label": (_write("train.jsonl", GOOD + '{"text": "w1", "label": null}\n'), "line 2: the label is None"),
+    "no text": (_write("train.jsonl", '{"text": " ", "label": "low"}\n'), "line 1: text is ' '"),
+    "mixed": (_write("train.jsonl", GOOD + '{"prompt": "a", "completion": "b"}\n'), "line 2: has a completion"),
+    "empty": (_write("train.jsonl", "\n\n"), "train.jsonl: holds no examples"),
+    "no file": (lambda files: ["--train", files / "none.jsonl"], "none.jsonl: cannot be read: No such file"),
+    "binary": (lambda files: ["--train", files / "bad.jsonl"], "bad.jsonl: is no text in UTF-8"),
+    "new label": (_write("test.jsonl", GOOD.replace("low", "middle")), "test.jsonl, line 1: no training or validation"),
+    "label of no head": (_write("train.jsonl", GOOD.replace("low", "left")), "line 1: the model's head has no label"),
+    "other kind": (_write("test.jsonl", '{"prompt": "a", "completion": "b"}\n'), "test.jsonl, line 1: has a"),
+    "method": (lambda files: ["--method", "ourz"], "there is no method 'ourz' (did you mean 'ours'?)"),
+    "method of weights": (lambda files: ["--method", "slerp"], "slerp merges weights, and adapters are changes"),
+    "nothing to tune": (lambda files: ["--method", "ties", "--granularity", "layer"], "ties has no coefficients"),
+    "finer search": (lambda files: ["--method", "lorahub", "--granularity", "layer"], "lorahub searches one"),
+    "no target": (lambda files: ["--select", "cosine", "--target-lora", "none"], "compares with a target LoRA"),
+    "target": (lambda files: ["--target-lora", files / "nowhere"], "nowhere"),
+    "no k": (lambda files: ["--k", "0"], "k = 0: Input should be greater"),
+    "rate": (lambda files: ["--rate", "nan"], "rate = nan"),
+    "output": (lambda files: ["-o", files / "train.jsonl"], "train.jsonl: exists already"),
+    "no folder": (lambda files: ["-o", files / "none" / "out"], "none does not exist: create it first"),
+    "a file": (lambda files: ["-o", files / "x.safetensors"], "name a folder with -o"),
+    "base": (lambda files: ["--base", files], "cannot be loaded by transformers"),
+    "no base": (lambda files: ["--base", files / "none"], "none: is no folder of a model"),
+    "device": (lambda files: ["--device", "quantum"], "quantum"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_one_clear_message(name: str, world: World, files: Path) -> None:
+    (files / "bad.jsonl").write_bytes(b"\xff\xfe\x00")
+    make, message = WRONG[name]
+    done = _command(world, files, *make(files), "--quiet")
+    assert done.exit_code == 1
+    assert message in done.stderr
+    assert done.stderr.startswith("Error: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (files / "out").exists()
+
+
+def test_choices_are_checked_by_the_command(world: World, files: Path) -> None:
+    done = _command(world, files, "--select", "evalution")
+    assert done.exit_code == 2
+    assert "evaluation" in done.stderr
+
+
+def test_an_output_that_cannot_be_written(world: World, files: Path) -> None:
+    closed = files / "closed"
+    closed.write_text("a file, no folder")
+    done = _command(world, files, "-o", closed / "out", "--quiet")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Error: ")
+    done = _command(world, files, "-o", world.pool)
+    assert done.exit_code == 1
+    assert "would replace the input" in done.stderr
+
+
+def test_settings_of_python_are_checked(world: World, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"there is no option 'granularty' \(did you mean 'granularity'\?\)"):
+        merging.recycle(**world.arguments(output=tmp_path / "out"), granularty="layer")
+    with pytest.raises(InputError, match="there is no such adapter or folder"):
+        merging.recycle(**world.arguments(pool=tmp_path / "none", output=tmp_path / "out"))
+    with pytest.raises(InputError, match="holds no adapter"):
+        merging.recycle(**world.arguments(pool=tmp_path, output=tmp_path / "out"))
+    with pytest.raises(InputError, match="too few examples"):
+        merging.recycle(**world.arguments(train=world.train[:1], valid=None, output=tmp_path / "out"))
+    with pytest.raises(OutputError, match="exists already"):
+        merging.recycle(**world.arguments(output=world.base))
+    assert not any(tmp_path.iterdir())
+
+
+def test_texts_are_refused_what_makes_answers_sure(tmp_path: Path) -> None:
+    world = causal(tmp_path)
+    with pytest.raises(OptionError, match="adamerging makes answers sure"):
+        merging.recycle(**world.arguments(output=tmp_path / "out", method="adamerging"))
+    with pytest.raises(OptionError, match="give examples with prompt and completion"):
+        labelled = [{"text": "w1", "label": "low"}, {"text": "w2", "label": "high"}]
+        merging.recycle(**world.arguments(output=tmp_path / "out", train=labelled, valid=labelled, test=None))
+    with pytest.raises(FormatError, match="chat template"):
+        merging.recycle(**world.arguments(output=tmp_path / "out", chat=True))
+    long = [{"prompt": "w1", "completion": " ".join(["w1"] * 100)}]
+    with pytest.raises(FormatError, match="the completion has 101 tokens, of at most 63"):
+        merging.recycle(**world.arguments(output=tmp_path / "out", train=long))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_model_is_no_adapter(world: World, tmp_path: Path) -> None:
+    hook_points = world.problem().model.hook_points
+    full = world.base / "model.safetensors"
+    with pytest.raises(MergingError, match="is a full checkpoint"):
+        open_expert(list_adapters(full, str(world.base))[0], hook_points)
+
+
+def test_heads_of_other_tasks_stay_behind(world: World, tmp_path: Path) -> None:
+    train(tmp_path / "headed", world.base, 3, ["query"], modules_to_save=["classifier"])
+    expert = open_expert(list_adapters(tmp_path / "headed", str(world.base))[0], world.problem().model.hook_points)
+    assert all(".query." in name for name in expert.deltas)
+    assert "its own head" in expert.notices[0]
+
+
+def test_settings_have_one_home() -> None:
+    """Every setting is an option of the command."""
+    done = CliRunner().invoke(cli, ["recycle", "--help"])
+    for name in set(Settings.model_fields) - {"lora_rates"}:
+        assert f"--{name.replace('_', '-')}" in done.output
+    assert FAST.keys() <= Settings.model_fields.keys()
