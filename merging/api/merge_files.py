@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from merging.engine.download import arrived
+from merging.engine.download import download_plan
 from merging.engine.resources import pick_device, workers_within
 from merging.engine.run import run
 from merging.engine.sanity import unrelated
@@ -148,12 +148,12 @@ def merge_plan(
     check_output(plan, destination, overwrite)
     single = destination.suffix == ".safetensors"
     if not stream:
-        plan = arrived(plan, companion_patterns(plan), progress=progress)
+        plan = download_plan(plan, companion_patterns(plan), progress=progress)
     if not single:
         check_companions(plan)
     with StagedOutput(destination, overwrite, single) as staged:
         if stream:
-            plan = arrived(plan, companion_patterns(plan), stream=staged.scratch)
+            plan = download_plan(plan, companion_patterns(plan), stream=staged.scratch)
         notices = [*plan.notices, *unrelated(plan)]
         told = shown or plan
         writer = _writer(told, staged.folder, destination)

@@ -14,13 +14,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from merging.engine.download import brought
+from merging.engine.download import download_model
 from merging.errors import InputError, OptionError
 from merging.hub.open_model import open_model
 from merging.maths.delta import LowRank
 from merging.maths.linalg import factored_svd, safe_ratio
 from merging.plan.checks import check_bases
-from merging.plan.to_adapter import common_shape
+from merging.plan.names.targets import common_shape
 from merging.sources import Adapter
 from merging.sources.adapter import Change
 from merging.storage.output_tensor import OutputTensor
@@ -104,7 +104,7 @@ def export_prototypes(
         "merging_version": __version__,
     }
     for adapter in adapters:
-        brought(adapter)
+        download_model(adapter)
     with StagedOutput(destination, overwrite, True) as staged:
         writer = TensorWriter(staged.folder, destination.stem, outs, metadata, None)
         try:

@@ -15,13 +15,13 @@ from merging.compression.adapters import adapter_file, pack_adapter
 from merging.compression.assembly import Assembly, Losses
 from merging.compression.models import model_plan, pack_model
 from merging.compression.settings import PackSettings, make_settings
-from merging.engine.download import brought
+from merging.engine.download import download_model
 from merging.engine.resources import pick_device
 from merging.engine.threads import Progress
 from merging.errors import InputError, OutputError
 from merging.hub.open_model import open_base, open_model
 from merging.output.model_card import HUB_ID
-from merging.plan.targets import adapter_targets
+from merging.plan.names.targets import adapter_targets
 from merging.sources import Adapter, Checkpoint
 from merging.sources.checkpoint import content_key
 from merging.sources.diffusion_loras import WEIGHTS
@@ -121,9 +121,9 @@ def compress(
     check_destination(destination, _files(opened, full), 0, overwrite)
     if isinstance(opened, Adapter) and full is not None:
         adapter_targets([opened], full)
-    brought(opened, progress)
+    download_model(opened, progress)
     if full is not None:
-        brought(full, progress)
+        download_model(full, progress)
     before = sum(path.stat().st_size for path in opened.files)
     with StagedOutput(destination, overwrite, True) as staged:
         assembly = Assembly(staged.folder)
@@ -251,7 +251,7 @@ def decompress(
         return Decompressed(made.path, "model", made.tensors, made.bytes, made.notices)
     if base is not None:
         raise InputError(f"{pack}: holds an adapter, which is unpacked without a base: leave --base out")
-    brought(opened, progress)
+    download_model(opened, progress)
     return _unpacked_adapter(opened, destination, overwrite)
 
 

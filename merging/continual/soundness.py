@@ -7,7 +7,7 @@ from pathlib import Path
 
 from merging.continual.manifest import Base, Manifest, Part, StepRecord, sha256_of
 from merging.continual.state import odd_values
-from merging.engine.download import brought
+from merging.engine.download import download_model
 from merging.engine.threads import Progress
 from merging.errors import InputError, MergingError
 from merging.hub.client import Unreachable
@@ -40,7 +40,7 @@ def download_base(path: str | Path, progress: Progress | None = None) -> Checkpo
     Raises :class:`~merging.errors.MergingError`.
     """
     base = open_base(path, "a store")
-    brought(base, progress)
+    download_model(base, progress)
     return base
 
 

@@ -16,7 +16,7 @@ from merging.continual.kinship import check_place, check_stated, check_values
 from merging.continual.manifest import Manifest, Part, StepRecord, sha256_of
 from merging.continual.state import held_forms, open_state, state_metadata, step_plan
 from merging.continual.update_rules import rule_of
-from merging.engine.download import absent, arrived
+from merging.engine.download import download_plan, missing_files
 from merging.engine.resources import workers_within
 from merging.engine.run import Done, run
 from merging.engine.threads import Progress
@@ -73,7 +73,7 @@ def plan_alone(
         notices = check_stated(source, base, manifest)
     else:
         check_place(source, base)
-    plan = arrived(plan, (), progress=progress)
+    plan = download_plan(plan, (), progress=progress)
     if isinstance(source, Checkpoint) and not allow_different:
         check_values(plan)
     return replace(plan, notices=(*plan.notices, *notices))
@@ -109,10 +109,10 @@ def _name_odd_values(alone: Plan) -> None:
     """Say which values of a model that was refused are at fault, if any are; no option of a store lets them in."""
     path = alone.models[0].path
     for item in alone.items:
-        (brought,) = item.inputs
-        if brought is None or item.form == "copy":
+        (download_model,) = item.inputs
+        if download_model is None or item.form == "copy":
             continue
-        value = _values(item, brought, alone.dtype(item))
+        value = _values(item, download_model, alone.dtype(item))
         if not bool(value.isfinite().all()):
             raise InputError(
                 f"{path}: {item.site.name} holds NaN or infinite values, which would stay in the merge for good: "
@@ -125,16 +125,16 @@ def _name_odd_values(alone: Plan) -> None:
             )
 
 
-def _values(item: Item, brought: Stored | Change, dtype: torch.dtype) -> Tensor:
+def _values(item: Item, download_model: Stored | Change, dtype: torch.dtype) -> Tensor:
     """What a model brings to a tensor."""
-    if isinstance(brought, Stored):
-        return brought.read().to(dtype)
+    if isinstance(download_model, Stored):
+        return download_model.read().to(dtype)
 
     def base() -> Tensor:
         assert item.base is not None
         return item.base.read().to(dtype)
 
-    return brought.read(item.site.shape, base, dtype).dense()
+    return download_model.read(item.site.shape, base, dtype).dense()
 
 
 def record(
@@ -176,7 +176,7 @@ def content_of(source: Checkpoint | Adapter) -> str:
 
     The same for a folder and for the weights file in it. Of what has yet to come from the Hub it must state the hashes.
     """
-    stated = {remote.path: remote.sha256 for remote in absent(source)}
+    stated = {remote.path: remote.sha256 for remote in missing_files(source)}
     digest = hashlib.sha256()
     files = set(source.files)
     if isinstance(source, Adapter):

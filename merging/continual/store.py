@@ -16,7 +16,7 @@ from merging.continual.soundness import base_of, download_base, hashes, require_
 from merging.continual.step import Execution, Grown, content_of, grow, plan_alone, record
 from merging.continual.update_rules import checked_rule
 from merging.continual.view import StoreView
-from merging.engine.download import absent, brought
+from merging.engine.download import download_model, missing_files
 from merging.engine.resources import pick_device
 from merging.engine.threads import Progress, cores
 from merging.errors import InputError, MergingError, OptionError, OutputError
@@ -137,14 +137,14 @@ class ContinualStore(StoreView):
         its headers nothing, of one that is in by its hashes neither. The store is not changed, nor locked.
         """
         source, manifest = open_model(model), self.manifest()
-        missing = absent(source)
+        missing = missing_files(source)
         if not missing:
             return source
         known = all(remote.sha256 for remote in missing) and manifest.has(content_of(source))
         if again or not known:
             base = base_of(self.path, manifest)
             plan_alone(source, base, manifest, allow_different_bases, on_mismatch, progress)
-            brought(source, progress)
+            download_model(source, progress)
         return source
 
     def watch(self, source: str | Path, **options: Any) -> None:

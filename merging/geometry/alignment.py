@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merging.engine.download import arrived
+from merging.engine.download import download_plan
 from merging.engine.threads import Progress
 from merging.engine.tiles import Tiler
 from merging.errors import InputError, OptionError
@@ -24,10 +24,9 @@ from merging.maths.site import site_of
 from merging.plan import Item, Plan, plan_of
 from merging.plan.checks import check_bases, check_packed
 from merging.plan.items import cut_items
+from merging.plan.names.targets import adapter_targets, common_shape
 from merging.plan.recipe import Recipe, make_recipe
-from merging.plan.sites import mark_experts
-from merging.plan.targets import adapter_targets
-from merging.plan.to_adapter import common_shape
+from merging.plan.stacks import mark_experts
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.stored import Stored
@@ -80,7 +79,7 @@ def align(
     if not reads_base:
         items = [item if _needs_base(item) else replace(item, base=None) for item in items]
     items.sort(key=lambda item: (item.site.position.layer is None, item.site.position.layer or 0))
-    return arrived(replace(plan, items=tuple(items)), (), progress=progress)
+    return download_plan(replace(plan, items=tuple(items)), (), progress=progress)
 
 
 def _open(model: ModelLike, recipe: Recipe) -> Adapter | Checkpoint:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from merging.output.peft_config import NO_VARIANTS, adapter_config, lora_config
 from merging.plan.items import Plan
-from merging.plan.outs import PREFIX
+from merging.plan.names.peft_names import PREFIX
 from merging.sources import Adapter
 from merging.sources.diffusion_loras import WEIGHTS, modern_name
 from merging.sources.lora_headers import METADATA_KEY

@@ -10,7 +10,7 @@ from typing import Any
 
 from merging import os_calls
 from merging.output.model_card import model_card
-from merging.plan.heads import scales_outputs
+from merging.plan.inputs.tied_heads import scales_outputs
 from merging.plan.items import Plan
 from merging.sources import Checkpoint
 from merging.sources.model_files import COMPANIONS, IN_PIPELINES

@@ -9,7 +9,7 @@ from typing import Any
 
 from merging.output.model_card import model_card
 from merging.plan.items import Item, Plan
-from merging.plan.outs import PREFIX
+from merging.plan.names.peft_names import PREFIX
 from merging.sources import Adapter
 from merging.sources.adapter import Change, LoraChange
 from merging.sources.token_rows import TokenTable

@@ -1,4 +1,4 @@
-"""From a recipe to a plan: headers are read, names matched, shapes compared, and all that can be refused is refused."""
+"""From a recipe to a plan: headers are read, names matched, shapes compared, and every refusal is made here."""
 
 from __future__ import annotations
 
@@ -9,27 +9,24 @@ from merging.errors import InputError, OptionError
 from merging.hub.open_model import open_base, open_model
 from merging.methods.contract.places import check_places, idle_parameters
 from merging.plan.checks import (
-    attention_counted,
+    apply_out_proj_once,
     check_bases,
     check_options,
-    check_origin,
     check_packed,
-    check_related,
-    content_keys,
+    choose_output,
     idle_options,
-    taken_as_linear,
+    make_content_keys,
 )
-from merging.plan.chosen import chosen
-from merging.plan.heads import settled
+from merging.plan.inputs.components import select_components
+from merging.plan.inputs.task_heads import NO_HEADS, TaskHeads, find_task_heads
+from merging.plan.inputs.tied_heads import resolve_tied_heads
+from merging.plan.inputs.vocabulary import match_vocabularies
 from merging.plan.items import Item, Plan, cut_items
+from merging.plan.outputs.planned import PlannedOutput
+from merging.plan.outputs.to_adapter import plan_adapter
+from merging.plan.outputs.to_model import plan_model
 from merging.plan.recipe import Recipe
-from merging.plan.sites import find_stacks
-from merging.plan.targets import adapter_targets
-from merging.plan.task_heads import NO_HEADS, TaskHeads, find_task_heads
-from merging.plan.to_adapter import AdapterItems, adapter_items
-from merging.plan.to_model import model_items
-from merging.plan.vocabulary import fitted
-from merging.sources import Adapter, Checkpoint
+from merging.sources import Adapter, Checkpoint, Model
 
 __all__ = ["PORTABLE_RANKS", "Item", "Plan", "make_plan", "plan_of"]
 
@@ -38,13 +35,20 @@ PORTABLE_RANKS = (8, 16, 32, 64, 128, 256)
 
 
 def make_plan(recipe: Recipe, rank_steps: Sequence[int] = ()) -> Plan:
-    """Everything about the merge that headers and configs can tell.
+    """Open the models of a recipe and plan their merge.
 
-    Few values are read: samples of each tensor, from which the models' content keys are made, and a head whole where a
-    file holds one that may be a copy of the embedding.
+    Headers and configs are read, and few values: samples of each tensor, from which the models' content keys are made,
+    and a whole head where a file holds one that may be a copy of the embedding.
 
-    ``rank_steps`` are the ranks that a merged adapter may have (:data:`PORTABLE_RANKS`), any if there are none. Raises
-    :class:`~merging.errors.MergingError` for all that cannot be merged as the recipe says.
+    Args:
+        recipe: the recipe.
+        rank_steps: the ranks that a merged adapter may have (:data:`PORTABLE_RANKS`); any if there are none.
+
+    Returns:
+        The plan, which nothing but values that cannot be merged can stop.
+
+    Raises:
+        MergingError: for models that cannot be opened, or cannot be merged as the recipe says.
     """
     models = tuple(open_model(path, recipe.lora_alpha, recipe.dequantise) for path in recipe.models)
     recipe.method.check(len(models))
@@ -54,96 +58,94 @@ def make_plan(recipe: Recipe, rank_steps: Sequence[int] = ()) -> Plan:
 
 def plan_of(
     recipe: Recipe,
-    models: Sequence[Checkpoint | Adapter],
+    models: Sequence[Model],
     base: Checkpoint | None,
     rank_steps: Sequence[int] = (),
     heads: TaskHeads = NO_HEADS,
 ) -> Plan:
-    """The plan of a recipe whose models and base are open already; ``heads`` stand for what the base has none of."""
+    """Plan the merge of models and a base that are open already.
+
+    Args:
+        recipe: the recipe.
+        models: the models, in the order of the recipe.
+        base: the base, if there is one.
+        rank_steps: the ranks that a merged adapter may have; any if there are none.
+        heads: stand for heads that the base does not have.
+
+    Raises:
+        MergingError: for models that cannot be merged as the recipe says.
+    """
     # A plan of 50,000 tensors is a million objects that all live on: collecting garbage among them doubles the time.
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return _plan_of(recipe, heads.without_excluded(models), heads.on_base(base), rank_steps, heads)
+        return _plan(recipe, heads.without_excluded(models), heads.on_base(base), rank_steps, heads)
     finally:
         if collecting:
             gc.enable()
 
 
-def _plan_of(
-    recipe: Recipe,
-    models: tuple[Checkpoint | Adapter, ...],
-    base: Checkpoint | None,
-    rank_steps: Sequence[int],
-    heads: TaskHeads,
+def _plan(
+    recipe: Recipe, models: Sequence[Model], base: Checkpoint | None, rank_steps: Sequence[int], heads: TaskHeads
 ) -> Plan:
-    output, weights = check_origin(recipe, models, base, heads.tensors)
+    output, weights = choose_output(recipe, models, base, heads.tensors)
     check_packed(models, base, recipe.allow_different_bases)
-    models, base = settled(*chosen(recipe, models, base))
-    recipe = _pinned(recipe, models, base)
+    models, base = resolve_tied_heads(*select_components(recipe, models, base))
+    recipe = _pin_revisions(recipe, models, base)
     check_options(recipe, models, output)
-    models, remarks = attention_counted(recipe, models)
+    models, remarks = apply_out_proj_once(recipe, models)
     check_bases(models, recipe.allow_different_bases)
-    keys, notices = content_keys(models)
+    keys, notices = make_content_keys(models)
     notices += [notice for model in models if isinstance(model, Adapter) for notice in model.notices]
-    notices += remarks + heads.notices
-    untied = False
-    alike, based, vocabulary, remarks = fitted(recipe, models, base)
-    notices += remarks
+    alike, based, vocabulary, resized = match_vocabularies(recipe, models, base)
+    notices += remarks + heads.notices + resized
     if output == "adapter":
         adapters = [model for model in alike if isinstance(model, Adapter)]
-        targets = adapter_targets(adapters, based, heads)
-        alone = based is None
-        notices += check_related(adapters, targets.changes.values(), recipe.allow_different_bases) if alone else []
-        matched = targets.matched
-        notices += taken_as_linear(adapters, based)
-        stacks, guess = find_stacks(recipe, models, based, targets)
-        made = adapter_items(recipe, adapters, based, targets, stacks, weights, rank_steps)
-        notices += made.notices
+        planned = plan_adapter(recipe, adapters, based, weights=weights, heads=heads, rank_steps=rank_steps)
     else:
-        reference = based or next(model for model in alike if isinstance(model, Checkpoint))
-        stacks, guess = find_stacks(recipe, models, reference, ())
-        items, matched, remarks, untied = model_items(recipe, alike, reference, based, stacks, weights, heads)
-        notices += remarks
-        made = AdapterItems(items, 0)
-    items = made.items
-    check_places(recipe.method, [item.site for item in items if item.form != "copy"], len(models), _depth_remedy(base))
-    notices += idle_options(recipe, output)
-    notices += idle_parameters(recipe.method, [item.site for item in items if item.form != "copy"])
-    if recipe.exclude and all(item.form == "copy" for item in items):
-        raise OptionError("exclude leaves nothing to merge: name fewer tensors")
-    if all(item.form == "copy" for item in items):
-        raise InputError("there is nothing to merge: the models share no tensor of floating-point numbers")
-    if guess and recipe.method.by_depth:
-        notices.append(guess)
+        planned = plan_model(recipe, alike, based, weights=weights, heads=heads)
+    notices += planned.notices + _check_sites(recipe, planned, output, len(models), base is not None)
     return Plan(
         recipe=recipe,
-        models=models,
+        models=tuple(models),
         base=base,
         keys=keys,
         output=output,
         weights=weights,
-        items=cut_items(sorted(items, key=Item.order), recipe.method, weights),
-        rank=made.rank,
-        untied=untied,
+        items=cut_items(sorted(planned.items, key=Item.order), recipe.method, weights),
+        rank=planned.rank,
+        untied=planned.untied,
         notices=tuple(notices),
-        matched=tuple(matched),
+        matched=tuple(planned.matched),
         vocabulary=vocabulary,
-        format=made.format,
-        header=made.header,
-        constants=made.constants,
+        format=planned.format,
+        header=planned.header,
+        constants=planned.constants,
     )
 
 
-def _depth_remedy(base: Checkpoint | None) -> str:
-    """What can be done where the names of what is merged tell no depth."""
-    return "" if base else "give the model with --base, whose names may tell it, or "
+def _check_sites(recipe: Recipe, planned: PlannedOutput, output: str, models: int, based: bool) -> list[str]:
+    """Check the parameters at every site that is merged, and return remarks on options without effect.
+
+    Raises :class:`~merging.errors.MergingError` where a parameter has no value, or nothing is left to merge.
+    """
+    sites = [item.site for item in planned.items if item.form != "copy"]
+    remedy = "" if based else "give the model with --base, whose names may tell it, or "
+    check_places(recipe.method, sites, models, remedy)
+    notices = [*idle_options(recipe, output), *idle_parameters(recipe.method, sites)]
+    if recipe.exclude and not sites:
+        raise OptionError("exclude leaves nothing to merge: name fewer tensors")
+    if not sites:
+        raise InputError("there is nothing to merge: the models share no tensor of floating-point numbers")
+    if planned.guess and recipe.method.by_depth:
+        notices.append(planned.guess)
+    return notices
 
 
-def _pinned(recipe: Recipe, models: Sequence[Checkpoint | Adapter], base: Checkpoint | None) -> Recipe:
-    """The recipe with models of the Hub named by their commits, so that it means the same bytes for ever.
+def _pin_revisions(recipe: Recipe, models: Sequence[Model], base: Checkpoint | None) -> Recipe:
+    """Return the recipe with models of the Hub named by their commits, so that it always means the same bytes.
 
-    There may be models that no name stands for (what a store holds): they come last.
+    The last models may have no name in the recipe: the models that a store holds.
     """
     named = zip(recipe.models, models, strict=False)
     pinned = {"models": tuple(str(model.origin or name) for name, model in named)}

@@ -15,16 +15,16 @@ from merging.sources.computed import ComputedChange
 from merging.sources.peft.wrapped import added_twice, out_proj_once
 
 __all__ = [
-    "attention_counted",
+    "apply_out_proj_once",
     "check_bases",
     "check_options",
-    "check_origin",
     "check_packed",
     "check_related",
-    "content_keys",
+    "choose_output",
     "idle_options",
+    "make_content_keys",
+    "note_assumed_linear",
     "same_base",
-    "taken_as_linear",
 ]
 
 _QUANTISED = re.compile(
@@ -32,7 +32,7 @@ _QUANTISED = re.compile(
 )
 
 
-def content_keys(models: Sequence[Checkpoint | Adapter]) -> tuple[tuple[str, ...], list[str]]:
+def make_content_keys(models: Sequence[Checkpoint | Adapter]) -> tuple[tuple[str, ...], list[str]]:
     """A key of each model's content, repeats numbered, and a notice for each model that repeats an earlier one.
 
     While a model's values are still elsewhere its key is made of the hashes of its files.
@@ -140,7 +140,7 @@ def idle_options(recipe: Recipe, output: str) -> list[str]:
     return notices
 
 
-def attention_counted(
+def apply_out_proj_once(
     recipe: Recipe, models: Sequence[Checkpoint | Adapter]
 ) -> tuple[tuple[Checkpoint | Adapter, ...], list[str]]:
     """The models, factors that PEFT adds twice counted as the recipe says, and remarks on adapters that have some."""
@@ -158,7 +158,7 @@ def attention_counted(
     ]
 
 
-def taken_as_linear(adapters: Sequence[Adapter], base: Checkpoint | None) -> list[str]:
+def note_assumed_linear(adapters: Sequence[Adapter], base: Checkpoint | None) -> list[str]:
     """A notice for each adapter whose file does not tell linear layers from convolutions, where no base does."""
     return [
         f"{adapter.path}: its modules are taken for linear layers, which its file does not tell from convolutions: "
@@ -178,7 +178,7 @@ def _bare(name: str) -> str:
     return _QUANTISED.sub("", bare).removeprefix("meta-")
 
 
-def check_origin(
+def choose_output(
     recipe: Recipe, models: Sequence[Checkpoint | Adapter], base: Checkpoint | None, known: Collection[str] = ()
 ) -> tuple[Literal["adapter", "model"], bool]:
     """What comes out, and whether weights are merged themselves; refuses what lacks the base it needs.

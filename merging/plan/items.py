@@ -12,8 +12,8 @@ import torch
 from merging.maths.site import Site
 from merging.methods.contract.method import Method
 from merging.plan.cuts import COPIED, Cut, cut_tensor
+from merging.plan.inputs.vocabulary import Vocabulary
 from merging.plan.recipe import AdapterFormat, Recipe
-from merging.plan.vocabulary import Vocabulary
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.stored import DTYPES, Stored

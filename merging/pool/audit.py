@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 
 import torch
 
-from merging.engine.download import brought
+from merging.engine.download import download_model
 from merging.errors import MergingError
 from merging.hub.cards import stated_licence
 from merging.hub.client import Unreachable
@@ -21,7 +21,7 @@ from merging.hub.open_model import open_model
 from merging.maths.delta import Delta, LowRank
 from merging.maths.linalg import factored_svd, safe_ratio, squared_norm
 from merging.plan.checks import same_base
-from merging.plan.resolve import Resolver
+from merging.plan.names.resolve import Resolver
 from merging.pool.index import VERDICTS, Entry, Finding, Verdict
 from merging.pool.sketches import empty, sketch
 from merging.sources import Adapter, Checkpoint
@@ -139,7 +139,7 @@ class Auditor:
     def _values(self, audit: _Audit) -> None:
         """The values, one module at a time: finite, not nothing, not destroyed."""
         assert audit.adapter is not None
-        brought(audit.adapter)
+        download_model(audit.adapter)
         squares: dict[str, float] = {}
         top, total = 0.0, empty()
         try:

@@ -11,7 +11,7 @@ import torch
 from merging.hub.open_model import open_model
 from merging.maths.delta import Delta, LowRank
 from merging.maths.linalg import inner, safe_ratio, squared_norm
-from merging.plan.resolve import Resolver
+from merging.plan.names.resolve import Resolver
 from merging.pool.audit import change_of
 from merging.pool.index import Entry, Finding
 from merging.sources import Adapter, Checkpoint

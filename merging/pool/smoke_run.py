@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from merging.errors import FormatError, MergingError, OptionError
 from merging.hub.open_model import open_model
-from merging.plan.resolve import Resolver
+from merging.plan.names.resolve import Resolver
 from merging.pool.index import Entry, Finding, Index
 from merging.pool.smoke import TEXTS, Limits, SmokeTest
 from merging.sources import Adapter, Checkpoint

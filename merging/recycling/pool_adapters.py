@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from merging.engine.download import brought
+from merging.engine.download import download_model
 from merging.errors import InputError, MergingError
 from merging.hub.address import hub_address
 from merging.hub.open_model import open_model
@@ -163,7 +163,7 @@ def open_expert(candidate: AdapterRef, hook_points: Mapping[str, HookPoint], net
             f"{candidate.path}: {len(left)} of {len(changes)} targets have no place in {network}"
             f"{f', {left[0]} among them' if left else ''}: is it an adapter of this base?"
         )
-    brought(adapter)
+    download_model(adapter)
     deltas: dict[str, LowRank] = {}
     for target, change in changes.items():
         name = renaming(target) or target

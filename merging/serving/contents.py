@@ -10,8 +10,8 @@ from pathlib import Path
 from merging.errors import MergingError
 from merging.hub.open_model import open_model
 from merging.maths.layers import Stacks
-from merging.plan.targets import adapter_targets
-from merging.plan.task_heads import NO_HEADS, find_task_heads
+from merging.plan.inputs.task_heads import NO_HEADS, find_task_heads
+from merging.plan.names.targets import adapter_targets
 from merging.serving.peft import TASK_HEADS
 from merging.serving.rules import Program, Rule
 from merging.serving.subject import Subject

@@ -29,11 +29,15 @@ __all__ = [
     "Adapter",
     "Checkpoint",
     "Dialect",
+    "Model",
     "check_in_place",
     "dialect_of",
     "open_local",
     "tensors_of",
 ]
+
+Model = Checkpoint | Adapter
+"""A full model, or changes of one."""
 
 Recognises = Callable[[FileContents], bool]
 Opens = Callable[[Path, float | None, FileContents], Adapter]

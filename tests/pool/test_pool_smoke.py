@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from merging.cli.main import cli
 from merging.errors import FormatError, InputError
 from merging.hub.open_model import open_model
-from merging.plan.resolve import Resolver
+from merging.plan.names.resolve import Resolver
 from merging.pool import Pool
 from merging.pool.candidates import candidates_in
 from merging.pool.smoke import TEXTS, SmokeTest, read_texts

@@ -147,7 +147,7 @@ def test_imports_are_found() -> None:
     assert Import("merging.cli.errors", False) in imports("merging.cli.merge")
     assert Import("merging.plan.recipe", True) in imports("merging.cli.merge")
     assert Import("merging.plan.recipe", False) not in imports("merging.cli.merge")
-    assert Import("huggingface_hub", True) in imports("merging.plan.sites")
+    assert Import("huggingface_hub", True) in imports("merging.plan.stacks")
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if room_of(name)])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import merging
 from merging.errors import InputError
 from merging.hub.open_model import open_model
-from merging.plan.targets import adapter_targets
+from merging.plan.names.targets import adapter_targets
 from merging.sources import Adapter
 from merging.sources.adapter import Change
 from support.denoisers import Shape, applied_by_diffusers, build_denoiser, write_lora

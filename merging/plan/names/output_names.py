@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from merging.plan.labels import Shapes, first_unnamed, formats_with_names, labelled_rows, output_format, unnamed
-from merging.plan.outs import PREFIX
+from merging.plan.names.labels import Shapes, choose_format, find_unnamed, formats_with_names, label_rows, unnamed_error
+from merging.plan.names.peft_names import PREFIX
 from merging.plan.recipe import AdapterFormat, Recipe
 from merging.sources import Adapter
 from merging.sources.adapter import Change, TensorNames
@@ -73,7 +73,7 @@ class FormatNames(Names):
 
     def __init__(self, format: AdapterFormat, adapters: Sequence[Adapter], shapes: Shapes, based: bool) -> None:
         self.format, self.header = format, format
-        self.rows = labelled_rows(format, adapters, shapes, based)
+        self.rows = label_rows(format, adapters, shapes, based)
 
     def factors(self, label: str) -> tuple[str, str]:
         module = label.rpartition(".")[0]
@@ -210,7 +210,7 @@ def choose_names(
     own = InputNames.agreed(adapters, placed, targets)
     if own and recipe.format is None:
         return own, []
-    format = output_format(recipe, adapters)
+    format = choose_format(recipe, adapters)
     free = recipe.format is None and not all(adapter.dialect.startswith("PEFT") for adapter in adapters)
     if free and (found := InputNames.covering(adapters, placed, targets)):
         return found[0], _differing(adapters, str(found[1].path))
@@ -218,11 +218,11 @@ def choose_names(
     if format == "peft":
         return None, note
     names = FormatNames(format, adapters, targets if base is None else base, base is not None)
-    lost = first_unnamed(names.rows, targets)
+    lost = find_unnamed(names.rows, targets)
     if lost is not None:
         based = base is not None
         others = formats_with_names(adapters, base or targets, targets, based)
-        raise unnamed(lost, names.format, based, others, bool(own))
+        raise unnamed_error(lost, names.format, based, others, bool(own))
     return names, note
 
 

@@ -10,13 +10,13 @@ from merging.sources.denoiser_rules import partners
 from merging.sources.lora_names import normal_name
 from merging.sources.unet_names import diffusers_flat
 
-__all__ = ["common_names"]
+__all__ = ["match_names"]
 
 Key = tuple[str, str]
 """A component, and the normal form of a name in it."""
 
 
-def common_names(adapters: Sequence[Adapter]) -> list[dict[str, str]]:
+def match_names(adapters: Sequence[Adapter]) -> list[dict[str, str]]:
     """For each adapter the common name of each of its targets: that in the first adapter which has the module.
 
     Adapters of language models keep their own names: these drift by prefixes that may also tell two towers apart.

@@ -7,32 +7,32 @@ from dataclasses import dataclass, replace
 
 from merging.sources.regions import TensorPart, whole
 
-__all__ = ["Laid"]
+__all__ = ["ElementMap"]
 
 
 @dataclass(frozen=True, slots=True)
-class Laid:
+class ElementMap:
     """A tensor that is laid out of ``pieces``, each the piece that the tensor of that name is of it."""
 
     shape: tuple[int, ...]
     pieces: Mapping[str, TensorPart]
 
     @classmethod
-    def of(cls, name: str, shape: tuple[int, ...]) -> Laid:
+    def of(cls, name: str, shape: tuple[int, ...]) -> ElementMap:
         """A tensor as it is."""
         return cls(shape, {name: whole(name, shape)})
 
-    def moved(self, axis: int, by: int) -> Laid:
+    def shift(self, axis: int, by: int) -> ElementMap:
         """The same, to be put into a larger tensor so far along an axis."""
-        return Laid(self.shape, {name: _moved(piece, axis, by) for name, piece in self.pieces.items()})
+        return ElementMap(self.shape, {name: _shift(piece, axis, by) for name, piece in self.pieces.items()})
 
-    def cut(self, axis: int, start: int, stop: int) -> Laid:
+    def crop(self, axis: int, start: int, stop: int) -> ElementMap:
         """The entries of an axis from ``start`` to ``stop``, and the pieces they are made of."""
         shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
-        pieces = {name: _cut(piece, axis, start, stop) for name, piece in self.pieces.items()}
-        return Laid(shape, {name: piece for name, piece in pieces.items() if piece.box[axis].stop > 0})
+        pieces = {name: _crop(piece, axis, start, stop) for name, piece in self.pieces.items()}
+        return ElementMap(shape, {name: piece for name, piece in pieces.items() if piece.box[axis].stop > 0})
 
-    def swapped(self, one: int, other: int) -> Laid:
+    def swap_axes(self, one: int, other: int) -> ElementMap:
         """The same with two axes in each other's place."""
         order = list(range(len(self.shape)))
         order[one], order[other] = order[other], order[one]
@@ -45,16 +45,16 @@ class Laid:
             )
             for name, piece in self.pieces.items()
         }
-        return Laid(shape, pieces)
+        return ElementMap(shape, pieces)
 
 
-def _moved(piece: TensorPart, axis: int, by: int) -> TensorPart:
+def _shift(piece: TensorPart, axis: int, by: int) -> TensorPart:
     kept = piece.box[axis]
     box = (*piece.box[:axis], slice(kept.start + by, kept.stop + by), *piece.box[axis + 1 :])
     return replace(piece, box=box)
 
 
-def _cut(piece: TensorPart, axis: int, start: int, stop: int) -> TensorPart:
+def _crop(piece: TensorPart, axis: int, start: int, stop: int) -> TensorPart:
     """What is left of a piece between ``start`` and ``stop``, counted from there; a box that ends at 0 or before holds
     nothing."""
     kept = piece.box[axis]

@@ -1,4 +1,4 @@
-"""Which factors of a merged LoRA go where in files of other programs than PEFT, and what else these hold."""
+"""A merged LoRA in the files of other programs than PEFT: by their names, fused or apart as they are there."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from merging.errors import InputError
 from merging.maths.site import Site
 from merging.plan.items import Constant, Item, ItemForm, Placing
-from merging.plan.names import Names
+from merging.plan.names.output_names import Names
+from merging.plan.outputs.exporter import Changes, Exporter, is_bias, is_lora
 from merging.sources.adapter import Change
 from merging.sources.computed import ComputedChange
 from merging.sources.fused_names import RowRange
 from merging.sources.stored import Stored
 from merging.storage.output_tensor import OutputTensor
 
-__all__ = ["Exporter"]
+__all__ = ["NamedExporter"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -27,7 +28,7 @@ _CONVOLUTION = re.compile(r"(?:conv\w*|proj_in|proj_out|_op|in_layers_2|out_laye
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """Rows of a target, from ``start`` on, that are the rows of a tensor of the output from ``first`` on."""
+    """Rows of a target, from ``start`` on, that are the rows of an output tensor from ``first`` on."""
 
     label: str
     first: int
@@ -35,13 +36,19 @@ class _Share:
     length: int
 
 
-class Exporter:
-    """Lays out the items of a merged LoRA under their ``names`` in its file.
+class NamedExporter(Exporter):
+    """Lays out the items of a merged LoRA under their names in its file.
 
-    ``shapes`` are those of the base's tensors if it is ``based`` on one, else of the targets; ``factored`` those of the
-    targets that become factors, of ``rank`` and of the type ``kind``. Where the output fuses what the targets keep
-    apart, their factors stand side by side; where it keeps apart what they fuse, each part has a copy of the lower
-    factor.
+    Where the output fuses what the targets keep apart, their factors stand side by side. Where it keeps apart what they
+    fuse, each part has a copy of the lower factor.
+
+    Args:
+        names: the names of the file's tensors.
+        shapes: the shapes of the base's tensors if the merge is ``based`` on one, else of the targets.
+        factored: the shapes of the targets that become factors.
+        rank: the rank of the factors.
+        dtype_name: the type of every tensor.
+        based: whether there is a base.
     """
 
     def __init__(
@@ -49,11 +56,13 @@ class Exporter:
         names: Names,
         shapes: Shapes,
         factored: Shapes,
+        *,
         rank: int,
-        kind: str,
+        dtype_name: str,
         based: bool,
     ) -> None:
-        self._names, self._based, self._rank, self._kind = names, based, rank, kind
+        self.format, self.header = names.format, names.header
+        self._names, self._based, self.rank, self._dtype_name = names, based, rank, dtype_name
         self._shapes, self._factored = shapes, factored
         self._rows = names.rows
         self._shares: defaultdict[str, list[_Share]] = defaultdict(list)
@@ -68,18 +77,19 @@ class Exporter:
                 terms = self._terms[share.label]
                 terms.setdefault(name, rank * len(terms))
 
-    def item(self, site: Site, changes: tuple[Change | None, ...], stored: Stored | None, form: ItemForm) -> Item:
-        """The item of a target. Raises :class:`~merging.errors.InputError` for what the format cannot hold."""
+    def item(self, site: Site, changes: Changes, stored: Stored | None) -> Item:
+        """Return the item of a target."""
         shares = self._shares[site.name]
-        if form != "factors":
+        if site.name not in self._factored:
+            form: ItemForm = "delta" if is_bias(changes) or is_lora(changes) else "dense"
             return Item(site, changes, stored, (self._full(site, shares, form),), form)
         self._check(site, [change for change in changes if change])
         placings = tuple(self._placings(site, shares))
         outs = tuple(out for each in placings for out in (each.down, each.up) if out)
-        return Item(site, changes, stored, tuple(dict.fromkeys(outs)), form, placings=placings)
+        return Item(site, changes, stored, tuple(dict.fromkeys(outs)), "factors", placings=placings)
 
     def _full(self, site: Site, shares: Sequence[_Share], form: ItemForm) -> OutputTensor:
-        """A change in full, of what files under these names hold so: biases and norms mostly."""
+        """Return the tensor of a change in full, which files have of biases and norms mostly."""
         label, alone = shares[0].label, (RowRange(site.name, 0, (site.shape or (1,))[0]),)
         weight = self._shapes.get(f"{site.name.rpartition('.')[0]}.weight", ())
         name = self._names.in_full(label, weight) if form != "dense" and self._rows[label] == alone else None
@@ -88,7 +98,7 @@ class Exporter:
                 f"{site.name} is changed in full, which LoRA files in the format of {self._names.format} do not hold: "
                 f"make a model with --as model"
             )
-        return OutputTensor(name, self._kind, site.shape)
+        return OutputTensor(name, self._dtype_name, site.shape)
 
     def _check(self, site: Site, changes: Sequence[Change]) -> None:
         if any(change.kind in ("embedding", "experts") or change.is_transposed(site.shape) for change in changes):
@@ -112,21 +122,24 @@ class Exporter:
             yield Placing(None if again else lower, upper, rows, share.first, self._terms[share.label][site.name])
 
     def _factors(self, label: str, shape: tuple[int, ...]) -> tuple[OutputTensor, OutputTensor]:
-        """The two factors of a tensor of the output that is made of targets of this ``shape``, but for their rows."""
-        width = self._rank * len(self._terms[label])
+        """Return the two factors of an output tensor that is made of targets of this ``shape``, but for their rows."""
+        width = self.rank * len(self._terms[label])
         _, inputs, *kernel = shape
         outputs = sum(part.length for part in self._rows[label])
         down, up = self._names.factors(label)
         return (
-            OutputTensor(down, self._kind, (width, inputs, *kernel)),
-            OutputTensor(up, self._kind, (outputs, width, *(1 for _ in kernel))),
+            OutputTensor(down, self._dtype_name, (width, inputs, *kernel)),
+            OutputTensor(up, self._dtype_name, (outputs, width, *(1 for _ in kernel))),
         )
 
+    def check(self, items: Sequence[Item]) -> None:
+        """Accept all items: each was checked on its own."""
+
     def constants(self) -> tuple[Constant, ...]:
-        """What is known beforehand: alphas, and zeros where nothing was trained of what the output fuses."""
+        """Return the alphas, and zeros where the output fuses targets that were not trained."""
         found: list[Constant] = []
         for label, terms in self._terms.items():
-            width = self._rank * len(terms)
+            width = self.rank * len(terms)
             if alpha := self._names.alpha(label):
                 found.append(Constant(OutputTensor(alpha, "F32", ()), float(width)))
             _, upper = self._factors(label, self._factored[next(iter(terms))])

@@ -7,18 +7,18 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from merging.errors import InputError, OptionError
 from merging.plan.items import Placing
-from merging.plan.outs import PREFIX, module_of
-from merging.plan.resolve import Resolver
+from merging.plan.names.peft_names import PREFIX, module_of
+from merging.plan.names.resolve import Resolver
 from merging.sources.adapter import Change
 from merging.sources.regions import TensorPart
 from merging.storage.output_tensor import OutputTensor
 
-__all__ = ["check_apart", "expert_placings"]
+__all__ = ["check_experts_apart", "place_experts"]
 
 _EXPERT = re.compile(r"experts\.[0-9]+\.")
 
 
-def check_apart(targets: Iterable[str], experts: bool) -> None:
+def check_experts_apart(targets: Iterable[str], experts: bool) -> None:
     """Refuse to take experts apart where nothing is changed in any.
 
     Raises :class:`~merging.errors.OptionError`.
@@ -27,7 +27,7 @@ def check_apart(targets: Iterable[str], experts: bool) -> None:
         raise OptionError("--experts is for LoRA on experts, and the adapters change none: leave it out")
 
 
-def expert_placings(
+def place_experts(
     name: str, change: Change, shape: tuple[int, ...], rank: int, kind: str, resolver: Resolver | None
 ) -> tuple[Placing, ...]:
     """Where the factors of experts that are one tensor in memory go: into two tensors of each projection of each.

@@ -12,7 +12,15 @@ from merging.sources import Adapter
 from merging.sources.diffusion_names import Known, known_names
 from merging.sources.fused_names import RowRange
 
-__all__ = ["Shapes", "first_unnamed", "formats_with_names", "labelled_rows", "output_format", "peft_labels", "unnamed"]
+__all__ = [
+    "Shapes",
+    "choose_format",
+    "find_unnamed",
+    "formats_with_names",
+    "label_rows",
+    "make_peft_labels",
+    "unnamed_error",
+]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -50,7 +58,7 @@ _SD = re.compile(r"(?:down|up)_blocks\.3\.|down_blocks\.0\.attentions\.|up_block
 """The other way round."""
 
 
-def output_format(recipe: Recipe, adapters: Sequence[Adapter]) -> AdapterFormat:
+def choose_format(recipe: Recipe, adapters: Sequence[Adapter]) -> AdapterFormat:
     """The format of a merged adapter: as asked for, or that of the inputs.
 
     Where these are not alike it is PEFT's if any of them is, else that of diffusers.
@@ -61,7 +69,7 @@ def output_format(recipe: Recipe, adapters: Sequence[Adapter]) -> AdapterFormat:
     return "peft" if "peft" in own else "diffusers"
 
 
-def unnamed(target: str, format: str, based: bool, others: Sequence[str], kept: bool = False) -> InputError:
+def unnamed_error(target: str, format: str, based: bool, others: Sequence[str], kept: bool = False) -> InputError:
     """What to say of a target whose name in a format is not known; ``kept``: the inputs' own could be kept.
 
     ``others`` are formats in which all targets have names.
@@ -80,15 +88,15 @@ def formats_with_names(adapters: Sequence[Adapter], shapes: Shapes, targets: Sha
     found: list[str] = []
     for format in _ONE_FILE:
         try:
-            rows = labelled_rows(format, adapters, shapes, based)
+            rows = label_rows(format, adapters, shapes, based)
         except InputError:
             continue
-        if first_unnamed(rows, targets) is None:
+        if find_unnamed(rows, targets) is None:
             found.append(format)
     return found
 
 
-def first_unnamed(labelled: Mapping[str, tuple[RowRange, ...]], targets: Shapes) -> str | None:
+def find_unnamed(labelled: Mapping[str, tuple[RowRange, ...]], targets: Shapes) -> str | None:
     """The first target some rows of which no label stands for."""
     rows: Counter[str] = Counter()
     for parts in labelled.values():
@@ -97,7 +105,9 @@ def first_unnamed(labelled: Mapping[str, tuple[RowRange, ...]], targets: Shapes)
     return next((target for target, shape in targets.items() if rows[target] != (shape or (1,))[0]), None)
 
 
-def peft_labels(adapters: Sequence[Adapter], shapes: Shapes, targets: Sequence[str], based: bool) -> dict[str, str]:
+def make_peft_labels(
+    adapters: Sequence[Adapter], shapes: Shapes, targets: Sequence[str], based: bool
+) -> dict[str, str]:
     """The names of a diffusion model's tensors in an adapter of PEFT's, which is of one component alone.
 
     ``shapes`` are those of the base's tensors if it is ``based`` on one, else of the targets. Raises
@@ -119,7 +129,7 @@ def peft_labels(adapters: Sequence[Adapter], shapes: Shapes, targets: Sequence[s
     for target in targets:
         # The names of text encoders depend on the version of transformers.
         if target not in found or (not based and found[target].component.startswith("text_encoder")):
-            raise unnamed(target, "peft", based, formats_with_names(adapters, shapes, wanted, based))
+            raise unnamed_error(target, "peft", based, formats_with_names(adapters, shapes, wanted, based))
     return {target: _as_stored(found[target], target) for target in targets}
 
 
@@ -129,7 +139,7 @@ def _as_stored(known: Known, stored: str) -> str:
     return known.name if stored.endswith(known.name) or not stored.endswith(shorter) else shorter
 
 
-def labelled_rows(
+def label_rows(
     format: AdapterFormat, adapters: Sequence[Adapter], shapes: Shapes, based: bool
 ) -> dict[str, tuple[RowRange, ...]]:
     """The names of tensors in files of diffusers or Kohya, and the rows of the targets that each consists of.

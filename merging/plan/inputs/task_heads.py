@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from merging.errors import InputError
 from merging.maths.parameters import matches
-from merging.sources import Adapter, Checkpoint
+from merging.sources import Adapter, Checkpoint, Model
 from merging.sources.adapter import Replacement
 from merging.sources.extended_tables import MeanTable
 from merging.sources.stored import Stored
@@ -19,8 +19,6 @@ __all__ = ["NO_HEADS", "TaskHeads", "find_task_heads"]
 _HEAD = re.compile(r"(?:^|\.)(?:score|classifier|qa_outputs|pre_classifier|classification_head)\.")
 """Modules that transformers puts on top of a model for a task, with values that are drawn for every training."""
 _BLOCK = re.compile(r"(?:^|\.)[0-9]+\.")
-
-Model = Checkpoint | Adapter
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from merging.sources.adapter import Change
 from merging.sources.regions import TensorPart, whole
 
-__all__ = ["layers_of_experts"]
+__all__ = ["match_single_experts"]
 
 _LAYER = re.compile(r"(?P<path>.+\.experts\.(?:gate_up|down))_projs\.(?P<number>[0-9]{1,6})\.weight")
 
 
-def layers_of_experts(
+def match_single_experts(
     changes: Mapping[str, Change], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, list[TensorPart]] | None:
     """For each target, what it is a piece of among tensors of these ``shapes``; None where one has no place there.

@@ -14,15 +14,15 @@ from itertools import accumulate
 from typing import Any
 
 from merging.errors import FormatError
-from merging.plan.laid import Laid
+from merging.plan.names.element_map import ElementMap
 from merging.sources.regions import TensorPart, whole
 
-__all__ = ["Loading"]
+__all__ = ["CheckpointLoading"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-class Loading:
+class CheckpointLoading:
     """The loading of one architecture's checkpoints, by the rules of the installed transformers."""
 
     def __init__(self, model: Any) -> None:
@@ -36,7 +36,7 @@ class Loading:
         self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
     @classmethod
-    def of(cls, config: dict[str, Any]) -> Loading | None:
+    def of(cls, config: dict[str, Any]) -> CheckpointLoading | None:
         """The loading of the model that a config describes.
 
         None where transformers is not installed, is too old to have such rules, or does not know the architecture.
@@ -70,22 +70,22 @@ class Loading:
         Those that the model has no place for are left out, and those whose values are changed or shuffled on loading.
         """
         found: dict[str, list[TensorPart]] = defaultdict(list)
-        sources: dict[str, dict[str, dict[int, Laid]]] = defaultdict(lambda: defaultdict(dict))
+        sources: dict[str, dict[str, dict[int, ElementMap]]] = defaultdict(lambda: defaultdict(dict))
         for name, shape in shapes.items():
-            in_memory, pattern = self._renamed(name)
+            in_memory, pattern = self._rename(name)
             if in_memory in self._shapes and pattern is None:
                 found[name].append(whole(in_memory, shape))
             elif in_memory in self._shapes and pattern is not None:
-                sources[in_memory][pattern][self._index(name, pattern)] = Laid.of(name, shape)
+                sources[in_memory][pattern][self._index(name, pattern)] = ElementMap.of(name, shape)
         for first, collected in sources.items():
             converter = next(each for each in self._converters if next(iter(collected)) in each.source_patterns)
-            for target, result in self._converted(converter, first, collected).items():
+            for target, result in self._convert(converter, first, collected).items():
                 if result.shape == self._shapes.get(target):
                     for name, piece in result.pieces.items():
                         found[name].append(replace(piece, of=target))
         return dict(found)
 
-    def _renamed(self, name: str) -> tuple[str, str | None]:
+    def _rename(self, name: str) -> tuple[str, str | None]:
         """A tensor's name in memory (the first one, if it becomes several), and the pattern of its conversion."""
         from transformers.core_model_loading import rename_source_key
 
@@ -105,7 +105,9 @@ class Loading:
         numbered = re.search(pattern.replace("*.", r"(\d+)\."), apply_renamings(name, self._renamings))
         return int(numbered[1]) if numbered else -1
 
-    def _converted(self, converter: Any, first: str, collected: Mapping[str, Mapping[int, Laid]]) -> dict[str, Laid]:
+    def _convert(
+        self, converter: Any, first: str, collected: Mapping[str, Mapping[int, ElementMap]]
+    ) -> dict[str, ElementMap]:
         """What a conversion makes of its sources, by name in memory; nothing of operations that are not followed.
 
         Sources may be missing, as an adapter need not have a change for each: their places are left empty.
@@ -115,27 +117,27 @@ class Loading:
         if any("*" in pattern for pattern in collected) != (kinds[0] == "MergeModulelist"):
             return {}
         final = self._shapes[first]
-        state = [_collected(collected.get(pattern), "*" in pattern, final) for pattern in converter.source_patterns]
+        state = [_stack(collected.get(pattern), "*" in pattern, final) for pattern in converter.source_patterns]
         for kind, operation in zip(kinds, converter.operations, strict=True):
             axis = getattr(operation, "dim", 0)
             if kind == "MergeModulelist" and axis == 0:
                 continue  # they were stacked when they were collected
             if kind == "Concatenate" and not operation.num_shards_attribute:
-                state = [_joined(state, axis, final[axis])]
+                state = [_join(state, axis, final[axis])]
             elif kind in ("Chunk", "Split") and state[0] and not getattr(operation, "num_shards_attribute", None):
                 size = state[0].shape[axis]
                 equal = [-(-size // len(targets))] * len(targets)
                 sizes = equal if kind == "Chunk" else [self._shapes[target][axis] for target in targets]
-                state = _divided(state[0], axis, sizes)
+                state = _divide(state[0], axis, sizes)
             elif kind == "Transpose" and state[0]:
                 if not (operation.check_dims and state[0].shape == final):
-                    state = [state[0].swapped(operation.dim0, operation.dim1)]
+                    state = [state[0].swap_axes(operation.dim0, operation.dim1)]
             else:
                 return {}
-        return {name: laid for name, laid in zip(targets, state, strict=True) if laid is not None}
+        return {name: elements for name, elements in zip(targets, state, strict=True) if elements is not None}
 
 
-def _collected(found: Mapping[int, Laid] | None, numbered: bool, final: tuple[int, ...]) -> Laid | None:
+def _stack(found: Mapping[int, ElementMap] | None, numbered: bool, final: tuple[int, ...]) -> ElementMap | None:
     """The tensors of one pattern as one, stacked by their numbers if they have any."""
     if not found:
         return None
@@ -146,14 +148,14 @@ def _collected(found: Mapping[int, Laid] | None, numbered: bool, final: tuple[in
         name: TensorPart(
             piece.of, (slice(number, number + 1), *piece.box), tuple(a + 1 for a in piece.axes), piece.start
         )
-        for number, laid in found.items()
-        for name, piece in laid.pieces.items()
+        for number, elements in found.items()
+        for name, piece in elements.pieces.items()
     }
-    odd = any(laid.shape != shape or not 0 <= number < final[0] for number, laid in found.items())
-    return None if odd else Laid((final[0], *shape), pieces)
+    odd = any(elements.shape != shape or not 0 <= number < final[0] for number, elements in found.items())
+    return None if odd else ElementMap((final[0], *shape), pieces)
 
 
-def _joined(parts: Sequence[Laid | None], axis: int, total: int) -> Laid | None:
+def _join(parts: Sequence[ElementMap | None], axis: int, total: int) -> ElementMap | None:
     """Tensors one behind the other along an axis of this length; those that are missing are of one size."""
     known = [part for part in parts if part]
     if not known:
@@ -164,11 +166,13 @@ def _joined(parts: Sequence[Laid | None], axis: int, total: int) -> Laid | None:
     end = 0
     for part in parts:
         if part:
-            pieces.update(part.moved(axis, end).pieces)
+            pieces.update(part.shift(axis, end).pieces)
         end += part.shape[axis] if part else gap
-    return Laid((*known[0].shape[:axis], end, *known[0].shape[axis + 1 :]), pieces)
+    return ElementMap((*known[0].shape[:axis], end, *known[0].shape[axis + 1 :]), pieces)
 
 
-def _divided(laid: Laid, axis: int, sizes: Sequence[int]) -> list[Laid | None]:
+def _divide(elements: ElementMap, axis: int, sizes: Sequence[int]) -> list[ElementMap | None]:
     ends = list(accumulate(sizes))
-    return [laid.cut(axis, end - size, min(end, laid.shape[axis])) for end, size in zip(ends, sizes, strict=True)]
+    return [
+        elements.crop(axis, end - size, min(end, elements.shape[axis])) for end, size in zip(ends, sizes, strict=True)
+    ]

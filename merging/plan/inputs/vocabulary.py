@@ -9,18 +9,16 @@ from math import prod
 from merging.errors import InputError
 from merging.hub.address import Address
 from merging.hub.repository import open_repository
+from merging.plan.inputs.trained_tables import replace_tables, tables_as_checkpoint
 from merging.plan.recipe import Recipe
-from merging.plan.trained_tables import as_checkpoint, with_tables
-from merging.sources import Adapter, Checkpoint
+from merging.sources import Adapter, Checkpoint, Model
 from merging.sources.extended_tables import ExtendedTable
 from merging.sources.renaming import find_renaming
 from merging.sources.stored import Stored
 from merging.sources.tied_weights import embeddings_among, is_table
 from merging.sources.tokenizers import TOKENIZER_FILES, token_conflict, tokens_of
 
-__all__ = ["Vocabulary", "fitted"]
-
-Model = Checkpoint | Adapter
+__all__ = ["Vocabulary", "match_vocabularies"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +29,7 @@ class Vocabulary:
     of: Checkpoint
 
 
-def fitted(
+def match_vocabularies(
     recipe: Recipe, models: Sequence[Model], base: Checkpoint | None
 ) -> tuple[tuple[Model, ...], Checkpoint | None, Vocabulary | None, list[str]]:
     """The models with vocabularies of one size, what that is if they differed, and remarks.
@@ -43,7 +41,7 @@ def fitted(
     if not checkpoints:
         return tuple(models), base, None, []
     reference = base or checkpoints[0]
-    trained = {id(model): as_checkpoint(model, reference) for model in models if isinstance(model, Adapter)}
+    trained = {id(model): tables_as_checkpoint(model, reference) for model in models if isinstance(model, Adapter)}
     checkpoints = [*(tables for tables in trained.values() if tables), *checkpoints]
     rows = {id(model): _rows_of(model) for model in checkpoints}
     found = sorted({each for each in rows.values() if each})
@@ -66,7 +64,7 @@ def fitted(
             kept.append(resized[id(model)])
         else:
             tables_of = trained[id(model)]
-            kept.append(with_tables(model, resized[id(tables_of)].tensors, reference) if tables_of else model)
+            kept.append(replace_tables(model, resized[id(tables_of)].tensors, reference) if tables_of else model)
     remarks.append(f"vocabularies of different sizes ({told} rows) were matched by index: {rows[id(of)]} rows come out")
     return tuple(kept), resized[id(base)] if base else None, Vocabulary(rows[id(of)], of), remarks
 

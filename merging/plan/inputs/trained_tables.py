@@ -14,7 +14,7 @@ from merging.sources.derived import Derived
 from merging.sources.stored import Stored
 from merging.sources.tied_weights import embeddings_among, is_head, is_table
 
-__all__ = ["as_checkpoint", "with_tables"]
+__all__ = ["replace_tables", "tables_as_checkpoint"]
 
 
 class _Adapted(Derived):
@@ -54,7 +54,7 @@ def _columns(stored: Stored, first: int, last: int) -> Tensor:
     return values.float().mT
 
 
-def as_checkpoint(adapter: Adapter, reference: Checkpoint) -> Checkpoint | None:
+def tables_as_checkpoint(adapter: Adapter, reference: Checkpoint) -> Checkpoint | None:
     """The tables that an adapter holds in full, under the names of ``reference``; None where it holds none."""
     tables = {
         name: table
@@ -65,7 +65,7 @@ def as_checkpoint(adapter: Adapter, reference: Checkpoint) -> Checkpoint | None:
     return Checkpoint(adapter.path, tables, adapter.files, folder=folder, origin=adapter.origin) if tables else None
 
 
-def with_tables(adapter: Adapter, tables: Mapping[str, Stored], reference: Checkpoint) -> Adapter:
+def replace_tables(adapter: Adapter, tables: Mapping[str, Stored], reference: Checkpoint) -> Adapter:
     """The adapter with these tables in the place of its own, by the names of ``reference``."""
     changes = dict(adapter.changes)
     for target, change in adapter.changes.items():

@@ -10,9 +10,9 @@ from math import prod
 from typing import Any
 
 from merging.errors import InputError, nearest
-from merging.plan.conversion import Loading
-from merging.plan.diffusion import Spellings
-from merging.plan.single_experts import layers_of_experts
+from merging.plan.names.conversion import CheckpointLoading
+from merging.plan.names.diffusion import DiffusionNames
+from merging.plan.names.single_experts import match_single_experts
 from merging.sources import Adapter
 from merging.sources.adapter import Change, LoraChange
 from merging.sources.expert_stacks import ExpertsChange
@@ -137,7 +137,7 @@ class Resolver:
 
     def _by_spelling(self, adapter: Adapter, renaming: Renaming, left: list[str]) -> Resolved:
         """The changes of a diffusion model's tensors on disk, which are what all programs agree on."""
-        spelled = self._spellings.find(adapter)
+        spelled = self._diffusion_names.find(adapter)
         if spelled is None:
             raise self._nowhere(adapter, renaming, left)
         found = _Found(spelled.pieces, spelled.shapes, f"the names of {adapter.dialect} files")
@@ -145,11 +145,11 @@ class Resolver:
         return replace(self._placed(adapter, found, on_disk), exact=True)
 
     @cached_property
-    def _spellings(self) -> Spellings:
-        return Spellings(self._shapes)
+    def _diffusion_names(self) -> DiffusionNames:
+        return DiffusionNames(self._shapes)
 
     def _by_single_experts(self, adapter: Adapter) -> _Found | None:
-        pieces = layers_of_experts(adapter.changes, self._shapes)
+        pieces = match_single_experts(adapter.changes, self._shapes)
         if pieces is None:
             return None
         shapes = {target: adapter.changes[target].shape for target in pieces}
@@ -184,9 +184,9 @@ class Resolver:
         return _Found(pieces, shapes, "what transformers makes of the names of an older release")
 
     @cached_property
-    def _loading(self) -> Loading | None:
+    def _loading(self) -> CheckpointLoading | None:
         check_counts(self._config, len(self._known))
-        return Loading.of(self._config)
+        return CheckpointLoading.of(self._config)
 
     @cached_property
     def _pieces(self) -> dict[str, list[TensorPart]]:

@@ -7,14 +7,12 @@ from dataclasses import replace
 
 from merging.errors import InputError, OptionError, nearest
 from merging.plan.recipe import Recipe
-from merging.sources import Adapter, Checkpoint
+from merging.sources import Checkpoint, Model
 
-__all__ = ["chosen"]
-
-Model = Checkpoint | Adapter
+__all__ = ["select_components"]
 
 
-def chosen(
+def select_components(
     recipe: Recipe, models: Sequence[Model], base: Checkpoint | None
 ) -> tuple[tuple[Model, ...], Checkpoint | None]:
     """The models with the tensors of the components that are to be merged, all unless the recipe names some.

@@ -6,17 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from merging.errors import InputError
-from merging.plan.matching import common_names
-from merging.plan.names import TargetRows
-from merging.plan.resolve import Resolver
-from merging.plan.task_heads import NO_HEADS, TaskHeads
+from merging.plan.inputs.task_heads import NO_HEADS, TaskHeads
+from merging.plan.names.matching import match_names
+from merging.plan.names.output_names import TargetRows
+from merging.plan.names.resolve import Resolver
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.fused_names import RowRange
 from merging.sources.lora_names import normal_name
 from merging.sources.stored import Stored
 
-__all__ = ["Targets", "adapter_targets"]
+__all__ = ["Targets", "adapter_targets", "common_shape"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def adapter_targets(adapters: Sequence[Adapter], base: Checkpoint | None, heads:
     """What adapters change where. Raises :class:`~merging.errors.InputError` for names that do not fit together."""
     resolver = Resolver(_known(base, adapters), base.config, heads.tensors) if base is not None else None
     if resolver is None:
-        common = common_names(adapters)
+        common = match_names(adapters)
         named = [
             {names[target]: change for target, change in adapter.changes.items()}
             for names, adapter in zip(common, adapters, strict=True)
@@ -90,3 +90,18 @@ def _refuse_drifted(adapters: Sequence[Adapter], named: Sequence[Mapping[str, Ch
                     f"{adapters[0].path} has {other} where {adapter.path} has {name}: these look like the same module "
                     f"under the names of two library versions: give the base with --base, so that both can be matched"
                 )
+
+
+def common_shape(name: str, changes: Sequence[Change | None], adapters: Sequence[Adapter]) -> tuple[int, ...]:
+    """The shape of the tensor that adapters (each at the place of its change) change, as they tell it.
+
+    Raises :class:`~merging.errors.InputError` where they do not agree.
+    """
+    first, *others = [(change, adapter) for change, adapter in zip(changes, adapters, strict=True) if change]
+    for change, adapter in others:
+        if not change.fits(first[0].shape):
+            raise InputError(
+                f"{name} is {first[0].shape} in {first[1].path} and {change.shape} in {adapter.path}: they were "
+                f"trained on bases of different sizes"
+            )
+    return first[0].shape

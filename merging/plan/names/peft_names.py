@@ -1,4 +1,4 @@
-"""What the tensors of a merged adapter are called in PEFT's files, and how they lie there."""
+"""The names and shapes of a merged adapter's tensors in PEFT's files."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from merging.sources.adapter import Change, LoraChange
 from merging.sources.peft.wrapped import in_order
 from merging.storage.output_tensor import OutputTensor
 
-__all__ = ["PREFIX", "Paths", "factors", "module_of"]
+__all__ = ["PREFIX", "FactorPaths", "factor_tensors", "module_of"]
 
 PREFIX = "base_model.model."
-"""What PEFT puts before the path of every module."""
+"""The prefix of every module's path in PEFT's files."""
 
 
 def module_of(label: str) -> str:
-    """The module that a tensor belongs to."""
+    """Return the module that a tensor belongs to."""
     return label.rpartition(".")[0]
 
 
-class Paths:
+class FactorPaths:
     """The path under which PEFT keeps the factors of each tensor: mostly that of its module.
 
-    Parameters of one module are wrapped one in another, the first innermost, and so is what projects the output of
-    torch's multi-head attention. ``experts`` are the labels of parameters, ``labels`` those of all that has factors.
+    Parameters of one module are wrapped one in another, the first innermost, and so is the output projection of torch's
+    multi-head attention. ``labels`` are the labels of all tensors with factors, ``experts`` of the parameters among
+    them.
     """
 
     def __init__(self, labels: Iterable[str], experts: Iterable[str]) -> None:
@@ -34,7 +35,7 @@ class Paths:
             self._experts[module_of(label)].append(label.rpartition(".")[2])
 
     def of(self, label: str) -> str:
-        """The path of a tensor's factors, without PEFT's prefix."""
+        """Return the path of a tensor's factors, without PEFT's prefix."""
         module, _, parameter = label.rpartition(".")
         names = in_order(self._experts.get(module, ()))
         if parameter in names:
@@ -44,13 +45,15 @@ class Paths:
         return module
 
     def applied_twice(self, label: str) -> bool:
-        """Whether PEFT adds these factors twice: those on the output of torch's multi-head attention."""
+        """Return whether PEFT adds a tensor's factors twice, as on the output of torch's multi-head attention."""
         module = module_of(label)
         return module.endswith(".out_proj") and f"{module_of(module)}.in_proj_weight" in self._labels
 
 
-def factors(path: str, change: Change, shape: tuple[int, ...], rank: int, kind: str) -> tuple[OutputTensor, ...]:
-    """The two factors, down then up, of a change of a tensor of this shape, as PEFT stores them."""
+def factor_tensors(
+    path: str, change: Change, shape: tuple[int, ...], rank: int, dtype_name: str
+) -> tuple[OutputTensor, ...]:
+    """Return the two factors, down then up, of a change of a tensor of this shape, as PEFT stores them."""
     batch: tuple[int, ...] = ()
     kernel: Sequence[int] = ()
     if change.kind == "experts":
@@ -65,6 +68,6 @@ def factors(path: str, change: Change, shape: tuple[int, ...], rank: int, kind: 
     )
     terms = rank * (batch[0] if batch else 1)
     return (
-        OutputTensor(f"{PREFIX}{path}.{leaves[0]}", kind, (terms, inputs, *kernel)),
-        OutputTensor(f"{PREFIX}{path}.{leaves[1]}", kind, (outputs, terms, *(1 for _ in kernel))),
+        OutputTensor(f"{PREFIX}{path}.{leaves[0]}", dtype_name, (terms, inputs, *kernel)),
+        OutputTensor(f"{PREFIX}{path}.{leaves[1]}", dtype_name, (outputs, terms, *(1 for _ in kernel))),
     )

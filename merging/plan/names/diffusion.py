@@ -12,20 +12,20 @@ from merging.sources.fused_names import RowRange
 from merging.sources.lora_names import normal_name
 from merging.sources.regions import TensorPart
 
-__all__ = ["Spelled", "Spellings"]
+__all__ = ["DiffusionMatch", "DiffusionNames"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Spelled:
+class DiffusionMatch:
     """Where the targets of an adapter lie in the base's tensors, and the shapes they would have in one piece."""
 
     pieces: dict[str, list[TensorPart]]
     shapes: dict[str, tuple[int, ...]]
 
 
-class Spellings:
+class DiffusionNames:
     """Every name by which a LoRA file may mean a tensor of a base, or some rows of several, in the normal form."""
 
     def __init__(self, shapes: Shapes) -> None:
@@ -38,7 +38,7 @@ class Spellings:
             for name in spellings(each, t5, alone):
                 self._known.setdefault(name, each)
 
-    def find(self, adapter: Adapter) -> Spelled | None:
+    def find(self, adapter: Adapter) -> DiffusionMatch | None:
         """Where the targets lie, None for an adapter none of whose names is known.
 
         Raises :class:`~merging.errors.InputError` for one that has some names without a place, or two for one.
@@ -61,7 +61,7 @@ class Spellings:
                     f"{shape}: is this the kind of model it was trained on?"
                 )
         _refuse_overlaps(adapter, found)
-        return Spelled({target: self._pieces(known) for target, known in found.items()}, shapes)
+        return DiffusionMatch({target: self._pieces(known) for target, known in found.items()}, shapes)
 
     def _shape(self, known: Known) -> tuple[int, ...]:
         return sum(part.length for part in known.rows), *self._shapes[known.rows[0].name][1:]

@@ -7,21 +7,19 @@ from dataclasses import replace
 from typing import Any
 
 from merging.errors import InputError
-from merging.sources import Adapter, Checkpoint
+from merging.sources import Adapter, Checkpoint, Model
 from merging.sources.adapter import Change
 from merging.sources.stored import Stored
 from merging.sources.tied_weights import has_own_head, is_head, same_values, tied_to
 from merging.sources.token_rows import TokenRows
 
-__all__ = ["is_untied", "own_heads", "scales_outputs", "settled", "with_tied_copy"]
+__all__ = ["add_tied_head", "find_own_heads", "is_untied", "resolve_tied_heads", "scales_outputs"]
 
 _T5 = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "pop2piano", "udop")
 """Model types that multiply what goes into their head by a constant, unless their config unties it."""
 
-Model = Checkpoint | Adapter
 
-
-def settled(models: Sequence[Model], base: Checkpoint | None) -> tuple[tuple[Model, ...], Checkpoint | None]:
+def resolve_tied_heads(models: Sequence[Model], base: Checkpoint | None) -> tuple[tuple[Model, ...], Checkpoint | None]:
     """The models without the copies of tied weights that some files hold, as others do not.
 
     A head of its own is then one that differs from the embedding, or one of a model that its config unties; where all
@@ -93,7 +91,7 @@ def _check_scaling(checkpoints: Sequence[Checkpoint]) -> None:
             )
 
 
-def own_heads(models: Sequence[Model], reference: Checkpoint) -> dict[str, Stored]:
+def find_own_heads(models: Sequence[Model], reference: Checkpoint) -> dict[str, Stored]:
     """Output heads that some model has of its own where the reference ties them: there they are its embedding."""
     names = {
         name
@@ -104,28 +102,33 @@ def own_heads(models: Sequence[Model], reference: Checkpoint) -> dict[str, Store
     return {name: stored for name in sorted(names) if (stored := reference.lookup(name)) is not None}
 
 
-def with_tied_copy(
-    known: dict[str, Stored], inputs: Sequence[dict[str, Stored | Change]], reference: Checkpoint, skip: set[str]
-) -> dict[str, Stored]:
-    """The tensors to write, among them a head that is tied in the reference if only its embedding is trained.
+def add_tied_head(
+    known: Mapping[str, Stored], inputs: Sequence[Mapping[str, Stored | Change]], reference: Checkpoint
+) -> tuple[dict[str, Stored], list[dict[str, Stored | Change]], set[str]]:
+    """Write out the head that is tied in the reference if only its embedding is trained.
 
-    An adapter that trained the embedding of a language model with a tied head did not train the head: merged into the
-    shared matrix it would change both, so the head is written out as it was (and joins ``skip``). Rows of tokens alone
-    are trained in both, and become inputs of such a head too.
+    An adapter that trained the embedding of a language model with a tied head did not train the head. A merge into the
+    shared matrix would change both, so the head is written out as it was. Rows of tokens alone are trained in both, and
+    become inputs of such a head too.
+
+    Returns:
+        The tensors to write, the models' inputs for them, and the names of the tensors that are kept as they were.
     """
+    tensors, own = dict(known), [dict(each) for each in inputs]
     architecture = str((reference.config.get("architectures") or [""])[0])
-    if architecture.endswith(("ForCausalLM", "LMHeadModel")) and not any(map(is_head, known)):
-        embedding = reference.lookup("lm_head.weight")
-        brought = [(each, value) for each in inputs for name, value in each.items() if known[name] is embedding]
-        both = [(each, value) for each, value in brought if isinstance(value, (TokenRows, Stored))]
-        if embedding is not None and len(both) < len(brought):
-            if any(isinstance(value, TokenRows) for _, value in both):
-                for each, value in both:
-                    each["lm_head.weight"] = value
-            else:
-                skip.add("lm_head.weight")
-            return known | {"lm_head.weight": embedding}
-    return known
+    if not architecture.endswith(("ForCausalLM", "LMHeadModel")) or any(map(is_head, known)):
+        return tensors, own, set()
+    embedding = reference.lookup("lm_head.weight")
+    trained = [(each, value) for each in own for name, value in each.items() if known[name] is embedding]
+    both = [(each, value) for each, value in trained if isinstance(value, (TokenRows, Stored))]
+    if embedding is None or len(both) == len(trained):
+        return tensors, own, set()
+    tensors["lm_head.weight"] = embedding
+    if not any(isinstance(value, TokenRows) for _, value in both):
+        return tensors, own, {"lm_head.weight"}
+    for each, value in both:
+        each["lm_head.weight"] = value
+    return tensors, own, set()
 
 
 def is_untied(names: Mapping[str, object], reference: Checkpoint) -> bool:

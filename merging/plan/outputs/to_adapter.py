@@ -1,0 +1,184 @@
+"""Planning a merge of adapters into an adapter: its rank, its type, and the item of each target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from merging.errors import InputError
+from merging.maths.parameters import all_matching
+from merging.maths.site import inputs_by_outputs, site_of
+from merging.plan.checks import check_related, note_assumed_linear
+from merging.plan.inputs.task_heads import NO_HEADS, TaskHeads
+from merging.plan.items import Item
+from merging.plan.names.labels import make_peft_labels
+from merging.plan.names.output_names import choose_names
+from merging.plan.names.targets import Targets, adapter_targets, common_shape
+from merging.plan.outputs.experts_apart import check_experts_apart
+from merging.plan.outputs.exporter import Changes, Exporter, is_experts, is_lora
+from merging.plan.outputs.named_exporter import NamedExporter
+from merging.plan.outputs.peft_exporter import PeftExporter
+from merging.plan.outputs.planned import PlannedOutput
+from merging.plan.recipe import DTYPES, Recipe
+from merging.plan.stacks import find_stacks, mark_experts
+from merging.sources import Adapter, Checkpoint
+from merging.sources.stored import DTYPE_NAMES
+
+__all__ = ["plan_adapter"]
+
+Shape = tuple[int, ...]
+
+
+def plan_adapter(
+    recipe: Recipe,
+    adapters: Sequence[Adapter],
+    base: Checkpoint | None,
+    *,
+    weights: bool,
+    heads: TaskHeads = NO_HEADS,
+    rank_steps: Sequence[int] = (),
+) -> PlannedOutput:
+    """Plan a merged adapter.
+
+    Args:
+        recipe: the recipe. Its rank is used if it states one, else a rank that loses nothing.
+        adapters: the adapters.
+        base: the base, if there is one.
+        weights: whether weights are merged, and not changes from the base.
+        heads: stand for heads that no base has.
+        rank_steps: the ranks that an adapter in PEFT's files may have; any if there are none.
+
+    Raises:
+        InputError: for adapters that do not fit together, and for changes that the output's format cannot hold.
+    """
+    targets = adapter_targets(adapters, base, heads)
+    notices = [] if base else check_related(adapters, targets.changes.values(), recipe.allow_different_bases)
+    notices += note_assumed_linear(adapters, base)
+    stacks, guess = find_stacks(recipe, adapters, base, targets)
+    excluded = all_matching(recipe.exclude, [*targets.changes, *heads.excluded])
+    merged = {name: changes for name, changes in targets.changes.items() if name not in excluded}
+    exporter, names_notices = _choose_exporter(recipe, adapters, base, targets, merged, rank_steps)
+    turned = inputs_by_outputs({name: stored.shape for name, stored in base.tensors.items()}) if base else set()
+    resolver = targets.resolver
+    items: list[Item] = []
+    for name, changes in merged.items():
+        shape = _shape(name, changes, targets, adapters)
+        transposed = name in turned or any(each.is_transposed(shape) for each in changes if each)
+        on_disk = resolver.on_disk(name) if resolver else name
+        site = mark_experts(site_of(name, shape, stacks, transposed, on_disk), changes)
+        stored = resolver.stored(name) if resolver else heads.tensors.get(name)
+        if base is not None and stored is None:
+            _refuse_in_pieces(name, changes, weights, base)
+        items.append(exporter.item(site, changes, stored))
+    exporter.check(items)
+    return PlannedOutput(
+        items=items,
+        matched=targets.matched,
+        notices=[*notices, *names_notices],
+        guess=guess,
+        rank=exporter.rank,
+        format=exporter.format,
+        header=exporter.header,
+        constants=exporter.constants(),
+    )
+
+
+def _choose_exporter(
+    recipe: Recipe,
+    adapters: Sequence[Adapter],
+    base: Checkpoint | None,
+    targets: Targets,
+    merged: Mapping[str, Changes],
+    rank_steps: Sequence[int],
+) -> tuple[Exporter, list[str]]:
+    """Return the exporter of the file's format, and remarks on the choice of names."""
+    shapes = {name: _shape(name, changes, targets, adapters) for name, changes in merged.items()}
+    known = {name: stored.shape for name, stored in base.tensors.items()} if base else shapes
+    names, notices = choose_names(recipe, adapters, targets.placed, shapes, known if base else None)
+    factored = {name: shapes[name] for name, changes in merged.items() if is_lora(changes)}
+    if names is not None:
+        in_full = names.kept_in_full(known)
+        factored = {name: shape for name, shape in factored.items() if name not in in_full}
+    if not recipe.rank:
+        _refuse_full_rank(merged, factored, adapters)
+    rank = _choose_rank(
+        recipe, [(merged[name], shape) for name, shape in factored.items()], () if names else rank_steps
+    )
+    dtype_name = DTYPES[recipe.dtype] if recipe.dtype else _widest_dtype(merged.values())
+    apart = recipe.experts == "apart"
+    if apart:
+        check_experts_apart(targets.labels.values(), any(map(is_experts, merged.values())))
+    if names is not None:
+        return NamedExporter(names, known, factored, rank=rank, dtype_name=dtype_name, based=base is not None), notices
+    labels = targets.labels
+    if not all(adapter.dialect.startswith("PEFT") for adapter in adapters):
+        labels = make_peft_labels(adapters, known, list(merged), base is not None)
+    exporter = PeftExporter(
+        labels,
+        merged,
+        factored=factored,
+        rank=rank,
+        dtype_name=dtype_name,
+        apart=apart,
+        resolver=targets.resolver,
+    )
+    exporter.check_biases(merged, adapters)
+    return exporter, notices
+
+
+def _shape(name: str, changes: Changes, targets: Targets, adapters: Sequence[Adapter]) -> Shape:
+    return targets.resolver.shape(name) if targets.resolver else common_shape(name, changes, adapters)
+
+
+def _refuse_in_pieces(name: str, changes: Changes, weights: bool, base: Checkpoint) -> None:
+    """Refuse changes that need a tensor of the base where several tensors on the disk hold its pieces."""
+    reason = next((each.needs_base for each in changes if each and each.needs_base), None)
+    if weights or reason:
+        raise InputError(
+            f"{name} lies in several tensors of {base.path}, and {reason or 'this method merges weights'}: make a "
+            f"model with --as model"
+        )
+
+
+def _widest_dtype(targets: Iterable[Changes]) -> str:
+    """Return the name of the widest type among the adapters' tensors, bfloat16 at least unless all are float16."""
+    dtypes = {t.dtype for changes in targets for change in changes if change for t in change.tensors if t.floating}
+    widest = torch.float16 if dtypes == {torch.float16} else torch.bfloat16
+    for dtype in sorted(dtypes, key=str):
+        widest = torch.promote_types(widest, dtype)
+    return DTYPE_NAMES[widest]
+
+
+def _choose_rank(recipe: Recipe, modules: list[tuple[Changes, Shape]], steps: Sequence[int]) -> int:
+    """Return the sum of the ranks where it is largest, or the rank asked for up to the largest that can be of use.
+
+    More than the sum is of use where the merged change is not the sum of the changes, or an adapter holds one in full.
+    """
+    if not modules:
+        return 0
+    default = most = 0
+    for changes, shape in modules:
+        given = [change for change in changes if change]
+        matrix = shape[1:] if is_experts(changes) else (shape[0], torch.Size(shape[1:]).numel())
+        total, full = sum(change.rank for change in given), min(matrix)
+        summed = recipe.method.factored and all(change.low_rank for change in given)
+        default = max(default, min(total, full))
+        most = max(most, min(total, full) if summed else full)
+    if recipe.rank:
+        return min(most, recipe.rank)
+    return next((step for step in steps if step >= default), default)
+
+
+def _refuse_full_rank(
+    targets: Mapping[str, Changes], factored: Mapping[str, Shape], adapters: Sequence[Adapter]
+) -> None:
+    """Refuse to choose a rank for changes of full rank, of which factors hold only a part."""
+    for name in factored:
+        for change, adapter in zip(targets[name], adapters, strict=True):
+            if change and not change.rank and not change.low_rank:
+                raise InputError(
+                    f"{adapter.path}: what a {adapter.dialect} adapter changes in {name} has full rank, and a LoRA "
+                    f"holds as much of it as its own rank allows: choose one with --rank, or make a model with "
+                    f"--as model"
+                )
