@@ -230,7 +230,7 @@ HINTS: dict[str, Case] = {
     "say by --component which part of one it is": part_of_a_pipeline,
     "an adapter of PEFT's is of one model: use --format": two_components,
     "if all values are finite, their squares are not in float32: use --dtype float64": large,
-    "--base wants the full model that the others were trained from": an_adapter_as_base,
+    "wants the full model that the others were trained from": an_adapter_as_base,
 }
 """A part of each message, and a case of it."""
 
@@ -277,13 +277,14 @@ def test_formats_that_hold_no_pair_of_denoisers_are_not_advised(format: str, tmp
 def messages() -> Iterator[str]:
     """What refusals of planning and loading say that name an option to use; one to leave out is its own way out."""
     files = [path for folder in ("plan", "sources") for path in sorted((ROOT / folder).rglob("*.py"))]
-    for path in [*files, ROOT / "engine" / "tiles.py", ROOT / "engine" / "unit.py"]:
+    for path in [*files, *(ROOT / each for each in ("engine/tiles.py", "engine/unit.py", "hub/open_model.py"))]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call) or not node.args or not _makes_error(node.func):
                 continue
             parts = node.args[0].values if isinstance(node.args[0], ast.JoinedStr) else [node.args[0]]
             text = "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts)
-            if "--" in text and not re.search(r"leave (it|--[\w-]+) out$", text):
+            named = "--" in text or " wants the full model" in text  # of the option that the caller names
+            if named and not re.search(r"leave (it|--[\w-]+) out$", text):
                 yield text
 
 
