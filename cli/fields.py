@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import click
+from click.shell_completion import CompletionItem
 
 from merging.errors import MergingError
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FieldsCommand", "chain_options", "choices", "field_option"]
 
-_FIELDS = f"{__name__}.options"
-"""Key of the options of the fields in the context's ``meta``."""
+_FIELDS, _TYPED = f"{__name__}.fields", f"{__name__}.typed"
+"""Keys of a context's ``meta``: the options of the fields, and the values of the command's own options as typed."""
 
 
 class FieldsCommand(click.Command):
@@ -43,24 +44,35 @@ class FieldsCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read the command's own options first, and then all, with the options of the fields that these choose."""
+        ctx.meta[_TYPED] = typed = self._read_own(ctx, args)
+        if ctx.resilient_parsing:
+            known = {name for param in self.params for name in param.opts}
+            self._load_for_completion(ctx, wanted=bool(args) and args[-1].startswith("--") and args[-1] not in known)
+            return super().parse_args(ctx, args)
         with handle_errors():
-            typed = self._typed(ctx, args)
+            ctx.meta[_FIELDS] = self.fields(typed)
             try:
-                ctx.meta[_FIELDS] = self.fields(typed)
                 rest = super().parse_args(ctx, args)
             except click.NoSuchOption as error:
                 self.explain(error.option_name, typed)
                 raise
-            except MergingError:
-                if not ctx.resilient_parsing:
-                    raise
-                rest = super().parse_args(ctx, args)
-        names = [option.name for option in ctx.meta[_FIELDS]]
-        given = {name: ctx.params.pop(name) for name in names}
+        given = {option.name: ctx.params.pop(option.name) for option in ctx.meta[_FIELDS]}
         ctx.params["fields"] = {name: value for name, value in given.items() if value not in (None, ())}
         return rest
 
-    def _typed(self, ctx: click.Context, args: list[str]) -> Mapping[str, Any]:
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete an option, of the fields too."""
+        self._load_for_completion(ctx, wanted=True)
+        return super().shell_complete(ctx, incomplete)
+
+    def _load_for_completion(self, ctx: click.Context, wanted: bool) -> None:
+        """Make the options of the fields, if they are wanted: that takes seconds, as it imports torch."""
+        try:
+            ctx.meta[_FIELDS] = self.fields(ctx.meta[_TYPED]) if wanted else []
+        except MergingError:  # of a method that does not exist
+            ctx.meta[_FIELDS] = []
+
+    def _read_own(self, ctx: click.Context, args: list[str]) -> Mapping[str, Any]:
         """Return the values of the command's own options, and pass over all others."""
         ctx.meta[_FIELDS] = []
         parser = self.make_parser(ctx)

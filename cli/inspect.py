@@ -11,6 +11,7 @@ import click
 from .errors import handle_errors
 from .options import debug_option, json_option
 from .output import echo, echo_json, size_text
+from .types import MODEL
 
 __all__ = ["inspect_command"]
 
@@ -20,7 +21,7 @@ _LISTED, _TOLD = 2 * (_WIDTH - _LABEL), 3
 
 
 @click.command(name="inspect", short_help="the content of a model or adapter")
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.argument("paths", nargs=-1, required=True, type=MODEL, metavar="PATH...")
 @click.option("--values", is_flag=True, help="read all values too, and name tensors with NaN or infinities")
 @json_option
 @debug_option

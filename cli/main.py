@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from merging.errors import nearest
 from merging.version import __version__
 
 from .compare import compare_command
+from .completion import completion_command
 from .compress import compress_command
 from .continual import continual_command
 from .decompress import decompress_command
@@ -28,6 +30,7 @@ from .push import push_command
 from .recycle import recycle_command
 from .route import route_command
 from .run import run_command
+from .types import MODEL, paths_that_begin
 from .verify import verify_command
 
 __all__ = ["main"]
@@ -63,12 +66,26 @@ class DefaultGroup(SectionedGroup):
             args = ["merge", *args]
         return super().parse_args(ctx, args)
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete a command, and what the default command takes: an option, or a model."""
+        items = super().shell_complete(ctx, incomplete)
+        if incomplete.startswith("-"):
+            with merge_command.make_context("merge", [], parent=ctx, resilient_parsing=True) as merging:
+                return items + merge_command.shell_complete(merging, incomplete)
+        if not items:
+            return MODEL.shell_complete(ctx, merge_command.params[0], incomplete)
+        return items + [CompletionItem(path) for path in paths_that_begin(incomplete) if incomplete]
+
     def _check_spelling(self, args: list[str]) -> None:
         """Refuse a first word that is no file but nearly a sub-command, with no method to merge it by."""
         if {"-m", "--method"} & set(args) or args[0].startswith("-") or Path(args[0]).exists():
             return
         if near := nearest(args[0], self.commands):
             raise UnknownCommand(f"{args[0]}: there is no such sub-command, file or folder{near}")
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands; the text names the options."""
+        self.format_commands(ctx, formatter)
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write both ways to call it."""
@@ -80,6 +97,7 @@ SECTIONS = {
     "Merge": [merge_command, run_command, continual_command, recycle_command],
     "Choose": [methods_command, formats_command, inspect_command, compare_command, verify_command, route_command],
     "Keep and share": [pool_command, compress_command, decompress_command, push_command],
+    "Set up": [completion_command],
 }
 
 
@@ -93,7 +111,7 @@ def cli() -> None:
     merge --method ties --base BASE one/ two/ -o merged/
     merge --method lines+tsv --base ORG/BASE ORG/ONE ORG/TWO -o merged/
 
-    Options of merging: merge merge -h. Options of a method: merge --method METHOD -h.
+    Options: merge merge -h. Those of a method: merge -m METHOD -h. Version: merge --version.
     """
 
 

@@ -19,7 +19,7 @@ from .options import (
     lora_alpha_option,
 )
 from .output import echo_text
-from .types import MODEL, SIZE
+from .types import METHOD, MODEL, SIZE
 
 __all__ = ["merge_command"]
 
@@ -101,7 +101,10 @@ recipe_options = add_options(
 )
 @click.argument("models", nargs=-1, type=MODEL, metavar="MODEL...")
 @click.option(
-    "-m", "--method", help="a method or chain, such as linear or lines+task_arithmetic; its options join these"
+    "-m",
+    "--method",
+    type=METHOD,
+    help="a method or chain, such as linear or lines+task_arithmetic; its options join these",
 )
 @recipe_options
 @click.option("--recipe-only", is_flag=True, help="print the recipe as YAML: nothing is merged")

@@ -12,6 +12,7 @@ from .errors import handle_errors
 from .fields import choices
 from .options import json_option
 from .output import echo, echo_json, echo_notices, echo_text
+from .types import METHOD
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -47,7 +48,7 @@ class Choice:
 
 
 @click.command(name="methods", short_help="the methods, or one method in full")
-@click.argument("name", required=False)
+@click.argument("name", required=False, type=METHOD)
 @json_option
 @click.option("--markdown", is_flag=True, help="print the table of the documentation")
 def methods_command(name: str | None, as_json: bool, markdown: bool) -> None:

@@ -47,7 +47,15 @@ overwrite_option = click.option("--overwrite", is_flag=True, help="replace an ex
 progress_option = click.option(
     "--progress/--quiet", default=None, help="progress bar on stderr  [default: on a terminal]"
 )
-device_option = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto")
+device_option = click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="cpu, cuda, cuda:N or auto",
+    shell_complete=lambda context, option, incomplete: [
+        name for name in ("cpu", "cuda", "auto") if name.startswith(incomplete)
+    ],
+)
 threads_option = click.option("--threads", type=int, help="workers  [default: all cores]")
 max_memory_option = click.option("--max-memory", type=SIZE, help="most memory above the imports, such as 500MB")
 base_option = click.option("--base", type=MODEL, help="the model that the others were trained from")

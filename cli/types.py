@@ -1,19 +1,21 @@
-"""Types of the values that options and arguments take: sizes, numbers for models, models."""
+"""Types of the values that options and arguments take, and how a shell completes them."""
 
 from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
     ParamType = click.ParamType[Any]
 else:
     ParamType = click.ParamType  # no generic class in click 8.1
 
-__all__ = ["MODEL", "SIZE", "Size", "Values"]
+__all__ = ["METHOD", "MODEL", "SIZE", "Size", "Values", "paths_that_begin"]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -58,10 +60,53 @@ def _runs(text: str) -> bool:
 
 
 class Model(ParamType):
-    """A model: a folder, a file, or a name on the Hub."""
+    """A model: a folder, a file, or a name on the Hub. It is completed to files here, or else to the Hub's cache."""
 
     name = "model"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        files = CompletionItem(incomplete, type="file")
+        if not incomplete or paths_that_begin(incomplete):
+            return [files]
+        return [CompletionItem(name) for name in _cached_models() if name.startswith(incomplete)] or [files]
+
+
+def paths_that_begin(text: str) -> list[str]:
+    """Return the paths of files and folders that begin with a text."""
+    folder, slash, name = text.rpartition("/")
+    try:
+        names = sorted(path.name for path in Path(folder + slash).iterdir())
+    except OSError:
+        return []
+    return [f"{folder}{slash}{each}" for each in names if each.startswith(name)]
+
+
+def _cached_models() -> list[str]:
+    """Return the names of the models in the Hub's cache."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folders = sorted(Path(HF_HUB_CACHE).glob("models--*--*"))
+    return [folder.name.removeprefix("models--").replace("--", "/", 1) for folder in folders]
+
+
+class Method(ParamType):
+    """A method, or a chain of methods joined by ``+``."""
+
+    name = "method"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from merging.methods import ALIASES, GROUPS, METHODS
+
+        before, plus, last = incomplete.rpartition("+")
+        wrappers = list(GROUPS.values())[-1]
+        if plus and not set(before.split("+")) <= wrappers.keys():
+            return []  # only wrappers have a method after them
+        known = {name: listed.summary for name, listed in METHODS.items()}
+        known |= {name: f"mergekit's name for {alias.chain}" for name, alias in ALIASES.items()}
+        names = [name for name in known if name.startswith(last) and name not in before.split("+")]
+        return [CompletionItem(f"{before}{plus}{name}", help=known[name]) for name in names]
 
 
 SIZE = Size()
 MODEL = Model()
+METHOD = Method()

@@ -13,6 +13,7 @@ from merging.errors import shorten
 from .errors import handle_errors
 from .options import debug_option, json_option
 from .output import echo, echo_json
+from .types import MODEL
 
 if TYPE_CHECKING:
     from merging.serving import Finding, Verdict
@@ -24,18 +25,28 @@ _WHAT = 600
 """Characters of a finding, which may quote values of a file."""
 
 
+def complete_program(context: click.Context, option: click.Parameter, incomplete: str) -> list[str]:
+    """Return the programs whose names begin so."""
+    from merging.serving import PROGRAMS
+
+    return [name for name in PROGRAMS if name.startswith(incomplete)]
+
+
 @click.command(name="verify", short_help="faults for which a program would refuse or ignore a model")
-@click.argument("path")
+@click.argument("path", type=MODEL)
 @click.option(
     "--for",
     "programs",
     multiple=True,
     metavar="PROGRAM",
+    shell_complete=complete_program,
     help="vllm, sglang, llama.cpp, peft, diffusers, transformers or comfyui; may be given several times  "
     "[default: what fits]",
 )
 @click.option(
-    "--base", help="an adapter's base: its folder, or ORG/NAME  [default: what its config names, if it is here]"
+    "--base",
+    type=MODEL,
+    help="an adapter's base: its folder, or ORG/NAME  [default: what its config names, if it is here]",
 )
 @click.option(
     "--max-lora-rank",

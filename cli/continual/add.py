@@ -11,6 +11,7 @@ import click
 from ..errors import handle_errors
 from ..options import debug_option, json_option, progress_option
 from ..output import echo, echo_json, echo_notices, progress_bar
+from ..types import MODEL
 from .options import StoreStatus, leniency_options, resource_options, store_argument, wait_option
 from .steps import describe_step
 
@@ -19,7 +20,7 @@ __all__ = ["add_command"]
 
 @click.command(name="add", short_help="add models, one step each")
 @store_argument
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.argument("models", nargs=-1, required=True, type=MODEL, metavar="MODEL...")
 @click.option("--again", is_flag=True, help="add a model even if one of the same content is there")
 @leniency_options
 @wait_option

@@ -11,6 +11,7 @@ from ..errors import handle_errors
 from ..fields import FieldsCommand, chain_options
 from ..options import debug_option, json_option
 from ..output import echo, echo_json, progress_bar
+from ..types import METHOD, MODEL
 from .options import StoreStatus, store_argument
 
 __all__ = ["init_command"]
@@ -23,8 +24,10 @@ def method_options(typed: Mapping[str, Any]) -> list[click.Option]:
 
 @click.command(cls=FieldsCommand, fields=method_options, name="init", short_help="make an empty store")
 @store_argument
-@click.option("--base", required=True, help="the model that all others were trained from")
-@click.option("-m", "--method", default="opcm", show_default=True, help="how it grows; its options join these")
+@click.option("--base", type=MODEL, required=True, help="the model that all others were trained from")
+@click.option(
+    "-m", "--method", type=METHOD, default="opcm", show_default=True, help="how it grows; its options join these"
+)
 @click.option("--max-rank", type=int, help="most rank of what is held as factors  [default: as long as it is worth it]")
 @json_option
 @debug_option

@@ -7,6 +7,7 @@ import click
 from ..errors import handle_errors
 from ..options import debug_option, json_option
 from ..output import echo, echo_json
+from ..types import MODEL
 from .options import StoreStatus, store_argument, wait_option
 
 __all__ = ["relocate_command"]
@@ -14,7 +15,7 @@ __all__ = ["relocate_command"]
 
 @click.command(name="relocate", short_help="note where the base is now")
 @store_argument
-@click.option("--base", required=True, help="where the base is now")
+@click.option("--base", type=MODEL, required=True, help="where the base is now")
 @wait_option
 @json_option
 @debug_option
