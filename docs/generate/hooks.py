@@ -17,6 +17,8 @@ from merging.methods import GROUPS
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])+)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
+ROLE = re.compile(r":\w+:<code>~?([\w.]+)</code>")
+
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Put the generated pages into the navigation, behind those that are written there."""
@@ -39,6 +41,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if page.file.src_uri == "methods/index.md":
         markdown = re.sub(r"^\| `(\w+)` \|", r"| [`\1`](\1.md) |", markdown, flags=re.MULTILINE)
     return LINK.sub(lambda match: _link(match, PurePosixPath(page.file.src_uri).parent, config), markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Show references to other names as code: docstrings write them in the way of Sphinx."""
+    return ROLE.sub(lambda match: f"<code>{match[1].rpartition('.')[2]}</code>", html)
 
 
 def _link(match: re.Match[str], folder: PurePosixPath, config: MkDocsConfig) -> str:

@@ -126,6 +126,12 @@ def test_table_of_formats_is_generated() -> None:
         assert f"| {each['name']} |" in page
 
 
+def test_table_of_a_recipes_keys_is_generated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "generate"))
+    table = import_module("recipe_table").recipe_table()
+    assert f"<!-- keys -->\n{table}\n" in text_of("docs/tasks/recipes.md")
+
+
 def test_every_program_that_serves_is_in_the_table() -> None:
     assert re.findall(r"^\| `(.*?)` \| [\w. ]+ \|", text_of("docs/tasks/verify.md"), re.MULTILINE) == list(PROGRAMS)
 
