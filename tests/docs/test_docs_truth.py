@@ -17,6 +17,8 @@ from click.testing import CliRunner
 
 from merging.cli.main import cli, merge_command
 from merging.methods import METHODS, method_class, parameters_of
+from merging.methods.contract.method import Method
+from merging.methods.contract.wrapper import Wrapper
 from merging.serving import PROGRAMS
 from support.pages import PAGES, ROOT, blocks, prose, text_of
 
@@ -148,6 +150,18 @@ def test_architecture_names_every_folder_on_its_floor() -> None:
     assert [(int(number), sorted(re.findall(r"`(\w+)`", names))) for number, names in rows] == [
         (number, sorted(floor)) for number, floor in enumerate(floors, 1)
     ]
+
+
+def test_members_of_the_contract_exist() -> None:
+    rows = re.findall(r"^\| [123] \| ([^|]*) \|", text_of("docs/contributing/method.md"), re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    known = {*dir(Wrapper), *Wrapper.model_fields, *Method.__annotations__}
+    assert len(rows) == 3
+    assert [name for name in named if name not in known] == []
+
+
+def test_number_of_methods_is_right() -> None:
+    assert f"[{len(METHODS)} methods]" in text_of("README.md")
 
 
 def test_pictures_are_drawn_by_their_script(monkeypatch: pytest.MonkeyPatch) -> None:
