@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import merging
-from support import field_references as references
+from support import references
 from support.mergekit_cases import (
     CASES,
     DEEP,

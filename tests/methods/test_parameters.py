@@ -21,11 +21,7 @@ from merging.maths.randomness import kept
 from merging.methods import METHODS, chain, method_class, parameters_of
 from merging.plan.recipe import Recipe, load_recipe
 from support import references
-from support.changes import (
-    CPU,
-    changes,
-    dense,
-)
+from support.changes import CPU, changes, dense
 from support.paths import EXAMPLES
 from support.references import flatten, unflatten
 from support.tiny import checkpoint, fine_tune, identical, load, model, save
