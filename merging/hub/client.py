@@ -91,7 +91,6 @@ def with_retries(ask: Callable[[], T], name: str, number: int = 0) -> T:
 
 def _pause(error: Exception, number: int) -> float | None:
     """Return the seconds to wait after the ``number``-th failure, None for a permanent one."""
-    from httpx2 import HTTPError
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled):
@@ -104,16 +103,27 @@ def _pause(error: Exception, number: int) -> float | None:
         stated = response.headers.get("Retry-After", "")
         return min(_LONGEST, float(stated)) if stated.isdigit() else backoff
     # There was no answer: the connection was refused, reset, timed out or cut short.
-    return backoff if isinstance(error, (HTTPError, OSError)) and not isinstance(error, FileNotFoundError) else None
+    return (
+        backoff
+        if isinstance(error, (_http_error_type(), OSError)) and not isinstance(error, FileNotFoundError)
+        else None
+    )
 
 
 def _http_error(error: Exception) -> Exception:
     """Return the HTTP error behind an error of the library, which names it as its cause."""
-    from httpx2 import HTTPError
-
-    while not isinstance(error, HTTPError) and isinstance(error.__cause__, Exception):
+    kind = _http_error_type()
+    while not isinstance(error, kind) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     return error
+
+
+def _http_error_type() -> type[Exception]:
+    """Return the base class of the HTTP library's errors: httpx2's with huggingface_hub 2, httpx's before."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    kinds: tuple[type[Exception], ...] = HfHubHTTPError.__mro__
+    return next(kind for kind in kinds if kind.__name__ == "HTTPError")
 
 
 def _response(error: Exception) -> Any:
