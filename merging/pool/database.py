@@ -7,6 +7,7 @@ the one that this program writes, and its pages are sound.
 from __future__ import annotations
 
 import sqlite3
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,9 +65,10 @@ class Database:
         for end in _BESIDE:
             refuse_link(path.with_name(path.name + end))
         check_file(path, limit=_LARGEST)
-        self._turns = 0
+        self._effort = _Effort()
         with self._reading():
             self._file = sqlite3.connect(path, timeout=60)
+        weakref.finalize(self, self._file.close)  # Python 3.13 warns of a connection that nobody closed
         try:
             with self._reading():
                 self._prepare()
@@ -86,7 +88,7 @@ class Database:
 
     def change(self, statement: str, rows: Iterable[Sequence[Any]]) -> None:
         """Carry out a statement for each row of values, within :meth:`writing`."""
-        self._turns = 0
+        self._effort.turns = 0
         self._file.executemany(statement, rows)
 
     @contextmanager
@@ -103,7 +105,7 @@ class Database:
 
     def _prepare(self) -> None:
         self._file.row_factory = sqlite3.Row
-        self._file.set_progress_handler(self._count, _STEPS)
+        self._file.set_progress_handler(self._effort.count, _STEPS)
         if hasattr(self._file, "setlimit"):  # Python 3.11
             for name, limit in _LIMITS.items():
                 self._file.setlimit(getattr(sqlite3, f"SQLITE_LIMIT_{name}"), limit)
@@ -133,7 +135,7 @@ class Database:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        self._turns = 0
+        self._effort.turns = 0
         try:
             yield
         except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:  # of texts that are none
@@ -142,10 +144,16 @@ class Database:
     def _damage_error(self, reason: str) -> FormatError:
         return FormatError(f"{self.path}: is damaged, or is no index of a pool: {reason}: build the pool again")
 
-    def _count(self) -> bool:
-        """Whether a statement has taken so many instructions that SQLite is to end it."""
-        self._turns += 1
-        return self._turns > _TURNS
+
+class _Effort:
+    """A count of the instructions of a statement; no part of the database, which would keep itself alive by it."""
+
+    turns = 0
+
+    def count(self) -> bool:
+        """Return whether a statement has taken so many instructions that SQLite is to end it."""
+        self.turns += 1
+        return self.turns > _TURNS
 
 
 def _schema(file: sqlite3.Connection) -> dict[Any, tuple[Any, ...]]:
