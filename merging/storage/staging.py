@@ -42,8 +42,10 @@ def check_destination(
     Raises :class:`~merging.errors.OutputError`.
     """
     try:
-        target = destination.resolve()
-    except (OSError, RuntimeError):  # RuntimeError: in older Pythons
+        target = destination.resolve()  # before Python 3.13 a RuntimeError for a loop
+        with suppress(FileNotFoundError, NotADirectoryError):
+            target.stat()
+    except (OSError, RuntimeError):
         raise OutputError(f"{destination}: is a link to itself, or cannot be reached: choose another -o") from None
     for path in inputs:
         resolved = path.resolve()
