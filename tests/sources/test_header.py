@@ -229,11 +229,12 @@ def test_what_is_not_a_readable_file(tmp_path: Path) -> None:
         (tmp_path / "pipe", "is not a regular file"),
         (tmp_path / "loop", "cannot be read: "),
         (tmp_path / "missing", "cannot be read: No such file or directory"),
-        (tmp_path / "nul\0name", "cannot be read: embedded null"),
+        (tmp_path / "nul\0name", "cannot be read: "),
     ):
         with pytest.raises(FormatError) as refusal:
             read_header(path)
         assert str(refusal.value).startswith(f"{path}: {phrase}".replace("\0", r"\x00"))
+    assert "embedded null" in str(refusal.value)
 
 
 def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

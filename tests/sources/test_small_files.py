@@ -164,6 +164,9 @@ def test_a_link_that_is_exchanged_while_it_is_followed(
         return readlink(path, **rest)
 
     monkeypatch.setattr(os, "readlink", exchanged)
+    if sys.version_info >= (3, 13) and check is not refuse_link:  # there it sees the file that is in the link's place
+        assert check(tmp_path / "link") == tmp_path / "link"
+        return
     with pytest.raises(FormatError, match=r"link: (cannot be followed to where it leads: Invalid|is a link, to)"):
         check(tmp_path / "link")
 
