@@ -528,3 +528,12 @@ def test_same_input_twice_is_remarked(tmp_path: Path) -> None:
     assert [n for n in done.notices if "twice" in n] == [
         f"{copy} has the same content as {tuned[0]}: it counts twice in the merge"
     ]
+
+
+def test_overflow_in_float32_is_refused(tmp_path: Path) -> None:
+    save_file({"w": torch.full((4,), 3e38)}, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match="beyond the range of F32"):
+        merging.merge(
+            [tmp_path / "a.safetensors"] * 2, method="linear", normalize=False, output=tmp_path / "out.safetensors"
+        )
+    assert not (tmp_path / "out.safetensors").exists()

@@ -21,6 +21,7 @@ from merging.cli.main import cli
 from merging.continual import ContinualStore
 from merging.pool import Pool
 from merging.pool.candidates import candidates_in
+from support.small_adapter import small_adapter
 from support.tiny import checkpoint
 
 HOSTILE = "x\x1b[2J\x07\x9b31m\u202eliv\u2066e\u2028`<b>|\x7f\rERASED\nFORGED: a line of its own\n---\nlicense: forged"
@@ -258,3 +259,12 @@ def test_texts_without_end_are_shortened(tmp_path: Path) -> None:
         assert text and len(text) < 10_000, words
     shown("pool", "show", tmp_path / "pool", "adapter", "--json")
     assert "characters)" in shown("pool", "show", tmp_path / "pool", "adapter")
+
+
+def test_names_that_command_a_terminal(tmp_path: Path) -> None:
+    name = "base_model.model.layers.0.\x1b[31mq"
+    path = small_adapter(tmp_path / "a", {"peft_type": "LORA", "r": 2, "base_model_name_or_path": "org/\x1b[2Jbase"})
+    tensors = {f"{name}.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
+    save_file(tensors, path / "adapter_model.safetensors")
+    shown = CliRunner().invoke(cli, ["inspect", str(path)], color=True).output
+    assert r"org/\x1b[2Jbase" in shown and r"\x1b[31mq" in shown and "\x1b" not in shown

@@ -25,6 +25,7 @@ import merging
 from merging.errors import InputError, OptionError
 from merging.serving import verify
 from support.adapters import QUIRKS, State, assert_close, deep_base, quiet
+from support.small_adapter import FACTORS, small_adapter
 
 pytestmark = QUIRKS
 
@@ -284,3 +285,19 @@ def test_embeddings_saved_along_are_read_where_sizes_agree(resized: Path, tmp_pa
     merging.merge([one], method="linear", base=tmp_path / "base", kind="model", output=tmp_path / "out")
     found = LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert_close(found, resized_state(resized / "base", one, ROWS + 2))
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "tsv"])
+def test_change_of_a_single_number(tmp_path: Path, method: str) -> None:
+    """A module saved in full may hold a parameter without axes."""
+    base = {"layers.0.q.weight": torch.zeros(4, 4), "scale.value": torch.tensor(1.0)}
+    (tmp_path / "base").mkdir()
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    path = small_adapter(tmp_path / "a", {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "modules_to_save": ["scale"]})
+    saved = {"base_model.model.scale.value": torch.tensor(3.5)}
+    save_file(FACTORS | saved, path / "adapter_model.safetensors")
+    output = tmp_path / "out.safetensors"
+    merging.merge([path], method=method, base=tmp_path / "base", kind="model", output=output)
+    merged = load_file(output)
+    assert merged["scale.value"].shape == () and float(merged["scale.value"]) == 3.5
+    assert torch.allclose(merged["layers.0.q.weight"], torch.full((4, 4), 2.0))

@@ -315,3 +315,12 @@ def test_recipes_of_many_keys_take_no_square_time() -> None:
     keys = "".join(f"k{number}: 1\n" for number in range(10_000))
     with pytest.raises(MergingError, match="there is no 'k0'"):
         load_recipe(f"models: [a]\nmethod: linear\n{keys}")
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="there is no such device here")
+@pytest.mark.parametrize("name", ["a.safetensors", "a.bin", "folder/adapter_model.bin", "folder/pytorch_model.bin"])
+def test_devices_are_not_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(MergingError, match=r"is a device, and should be a file|is a link out of its folder"):
+        open_model(tmp_path / name if name.startswith("a.") else tmp_path / "folder")

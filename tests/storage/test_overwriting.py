@@ -96,3 +96,11 @@ def test_links_in_a_folder_that_is_replaced(tmp_path: Path, tuned: list[Path]) -
     with pytest.raises(OutputError, match="it holds unet/"):
         merging.merge(tuned, method="linear", output=output, overwrite=True)
     assert (tmp_path / "precious" / "model.safetensors").is_file()
+
+
+def test_output_that_is_a_link_to_itself(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
+    (tmp_path / "loop").symlink_to("loop")
+    for output in (tmp_path / "loop", tmp_path / "loop" / "x"):
+        with pytest.raises(OutputError, match="is a link to itself"):
+            merging.merge([tmp_path / "a.safetensors"], method="linear", output=output)
