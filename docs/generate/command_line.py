@@ -15,11 +15,23 @@ from merging.cli.main import cli, merge_command
 
 @cache
 def command_pages() -> dict[str, str]:
-    """The text of each page by its path under docs/: merging itself first, then the sub-commands as listed."""
-    pages = {"cli/merge.md": _page("merge", merge_command)}
+    """The text of each page by its path under docs/: all commands first, then merging, then the others as listed."""
+    pages = {"cli/index.md": _contents(), "cli/merge.md": _page("merge", merge_command)}
     for name, command in cli.commands.items():
-        pages[f"cli/{name}.md"] = _page(f"merge {name}", command)
+        pages.setdefault(f"cli/{name}.md", _page(f"merge {name}", command))
     return pages
+
+
+def _contents() -> str:
+    """A table of all commands, in the sections of ``merge --help``."""
+    parts = ["---\ntitle: Commands\n---\n\n# Commands"]
+    for title, commands in cli.sections.items():
+        rows = [
+            f"| [`merge {each.name}`]({each.name}.md) | {cell(each.get_short_help_str(1000))} |" for each in commands
+        ]
+        parts += [f"## {title}", "\n".join(["| command | what it is |", "|---|---|", *rows])]
+    parts.append("`merge` without a command merges: `merge merge` may be written as `merge`. Every command has `-h`.")
+    return "\n\n".join(parts) + "\n"
 
 
 def _page(path: str, command: click.Command) -> str:
@@ -32,7 +44,7 @@ def _page(path: str, command: click.Command) -> str:
 
 def _parts(path: str, command: click.Command) -> Iterator[str]:
     """Usage, help and options of one command."""
-    context = click.Context(command, info_name=path)
+    context = click.Context(command, info_name=path, help_option_names=["-h", "--help"])
     usage = " ".join([path, *command.collect_usage_pieces(context)])
     yield f"```text\n{usage}\n```"
     for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
