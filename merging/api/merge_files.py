@@ -1,19 +1,19 @@
-"""Merging files into files: from a recipe to an output that lies whole in its place."""
+"""Merging files into files: from a recipe to an output that is complete, or not there at all."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from merging.engine.download import download_plan
 from merging.engine.resources import pick_device, workers_within
-from merging.engine.run import run
-from merging.engine.sanity import unrelated
+from merging.engine.run import Done, run
+from merging.engine.sanity import unrelated_models
 from merging.engine.threads import Progress, cores
 from merging.errors import OptionError, OutputError
 from merging.methods.contract.method import Method
@@ -26,6 +26,11 @@ from merging.sources.stored import DTYPES
 from merging.storage.staging import StagedOutput, check_destination
 from merging.storage.writer import ComponentWriter, TensorWriter
 from merging.version import __version__
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from merging.api.options import MergeOptions
 
 __all__ = [
     "Merged",
@@ -40,7 +45,21 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What a merge left: where, what it is, and what should be known about it."""
+    """The result of a merge.
+
+    Attributes:
+        path: the file or folder that was written.
+        kind: ``adapter`` or ``model``.
+        method: the chain as it is written.
+        tensors: the number of tensors.
+        bytes: the size of the tensors in bytes.
+        seconds: the time that merging and writing took.
+        rank: the rank of a merged adapter's factors, else None.
+        format: the name of the form of a merged adapter's file, else None.
+        notices: remarks for people.
+        discarded: the share of the change's energy that a lower rank discarded, by tensor.
+        facts: numbers that the method reports, by name.
+    """
 
     path: Path
     kind: str
@@ -55,14 +74,32 @@ class Merged:
     facts: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same in plain values, for JSON."""
+        """Return the same in plain values, for JSON."""
         return {**asdict(self), "path": str(self.path), "notices": list(self.notices)}
 
 
-def preview(models: Sequence[str | Path], *, method: str | Method, **options: Any) -> Plan:
-    """What :func:`merge` would do, from headers alone; takes its options, and nothing is written."""
-    destination = options.pop("output", None)
-    return plan_for(_recipe(models, method, options), None if destination is None else Path(destination))
+def preview(
+    models: Sequence[str | Path],
+    *,
+    method: str | Method,
+    output: str | Path | None = None,
+    **options: Unpack[MergeOptions],
+) -> Plan:
+    """Plan a merge without running it: headers are read, and nothing is written.
+
+    Args:
+        models: the models or adapters, as for :func:`merge`.
+        method: the method, as for :func:`merge`.
+        output: the file or folder that a merge would write.
+        **options: the recipe's options and the method's parameters, as for :func:`merge`.
+
+    Returns:
+        The plan: its items, sizes in bytes, memory and notices.
+
+    Raises:
+        MergingError: for everything that :func:`merge` refuses before it reads values.
+    """
+    return plan_for(_make_recipe(models, method, options), None if output is None else Path(output))
 
 
 def merge(
@@ -76,20 +113,32 @@ def merge(
     overwrite: bool = False,
     stream: bool = False,
     progress: Progress | None = None,
-    **options: Any,
+    **options: Unpack[MergeOptions],
 ) -> Merged:
     """Merge models or adapters from files into a file or folder.
 
-    ``method`` is a method or a chain as it is written (``"lines+task_arithmetic"``). ``options`` are the recipe's
-    (``base``, ``dtype``, ``rank``, ``kind``, ``exclude`` and the others of :class:`~merging.plan.recipe.Recipe`) and
-    the method's parameters by name (``weights=(1, 1, -1)``). ``output`` ending in ``.safetensors`` is a single file,
-    any other a folder; without it the output is ``merged.safetensors`` or the folder ``merged``. ``max_memory`` is in
-    bytes, above the memory of the imports. ``stream`` says that models of the Hub pass through the disk file by file
-    instead of staying in the library's cache. ``progress`` is called with the bytes done and in all.
+    Args:
+        models: the models or adapters: paths, or names on the Hub, in the order of their weights.
+        method: a method, or a chain as it is written (``"lines+task_arithmetic"``).
+        output: the output. A name ending in ``.safetensors`` is a single file, any other a folder. By default
+            ``merged.safetensors`` when all models are bare files, else the folder ``merged``.
+        device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for a GPU if there is one.
+        threads: the number of threads; by default one for each processor core, as far as the memory allows.
+        max_memory: the most memory to take, in bytes, above the memory of the imports.
+        overwrite: whether an output that exists is replaced.
+        stream: whether models of the Hub pass through the disk file by file, and are not kept in the library's cache.
+        progress: called with the bytes done and the bytes in all.
+        **options: the recipe's options (``base``, ``dtype``, ``rank``, ``kind``, ``exclude`` and the other fields of
+            :class:`~merging.plan.recipe.Recipe`), and the method's parameters by name (``weights=(1, 1, -1)``).
 
-    Raises :class:`~merging.errors.MergingError`, and leaves nothing behind then.
+    Returns:
+        The path and the kind of the output, its size, remarks, and numbers that the method reports.
+
+    Raises:
+        MergingError: for models that cannot be merged as the options say, values that cannot be merged, and an output
+            that cannot be written. Nothing is left behind then.
     """
-    recipe = _recipe(models, method, options)
+    recipe = _make_recipe(models, method, options)
     destination = Path(output) if output is not None else default_destination(recipe)
     return merge_plan(
         plan_for(recipe, destination),
@@ -103,7 +152,7 @@ def merge(
     )
 
 
-def _recipe(models: Sequence[str | Path], method: str | Method, options: dict[str, Any]) -> Recipe:
+def _make_recipe(models: Sequence[str | Path], method: str | Method, options: Mapping[str, object]) -> Recipe:
     if isinstance(models, (str, Path)):
         raise OptionError(f"models should be a list of paths, and is {str(models)!r}")
     stated = {key: value for key, value in options.items() if key in FIELDS and value is not None}
@@ -117,14 +166,18 @@ def _recipe(models: Sequence[str | Path], method: str | Method, options: dict[st
 
 
 def default_destination(recipe: Recipe) -> Path:
-    """``merged.safetensors`` when all inputs are bare files, else the folder ``merged``."""
+    """Return ``merged.safetensors`` when all inputs are bare files, else the folder ``merged``."""
     return Path("merged.safetensors" if all(Path(path).is_file() for path in recipe.models) else "merged")
 
 
 def plan_for(recipe: Recipe, destination: Path | None) -> Plan:
-    """The plan of a merge to a destination: a merged adapter's folder has a rank that every program serves."""
-    single = destination is not None and destination.suffix == ".safetensors"
-    return make_plan(recipe, () if single else PORTABLE_RANKS)
+    """Plan a merge to a destination: a merged adapter's folder gets a rank that every program serves."""
+    return make_plan(recipe, () if destination is not None and _is_file(destination) else PORTABLE_RANKS)
+
+
+def _is_file(destination: Path) -> bool:
+    """Return whether an output of this name is a single file, and not a folder."""
+    return destination.suffix == ".safetensors"
 
 
 def merge_plan(
@@ -139,58 +192,79 @@ def merge_plan(
     progress: Progress | None = None,
     shown: Plan | None = None,
 ) -> Merged:
-    """Carry out a plan, and put the output in place when it is whole.
+    """Run a plan, and put the output in place when it is complete.
 
-    What lies on the Hub comes first, or with ``stream`` file by file as the merge comes to it. ``shown`` is the plan
-    that header and card tell of, where the same output is better known by another one.
+    Args:
+        plan: the plan.
+        destination: the file or folder to write.
+        device: the device to compute on; the CPU by default.
+        threads: the number of threads; by default one for each processor core, as far as the memory allows.
+        max_memory: the most memory to take, in bytes, above the memory of the imports.
+        overwrite: whether an output that exists is replaced.
+        stream: whether models of the Hub are downloaded file by file as the merge reaches them, and not before it.
+        progress: called with the bytes done and the bytes in all.
+        shown: the plan that the header and the model card describe, where another one describes the output better.
+
+    Raises:
+        MergingError: for values that cannot be merged, and an output that cannot be written.
     """
     workers = workers_within(plan, cores() if threads is None else threads, max_memory)
     check_output(plan, destination, overwrite)
-    single = destination.suffix == ".safetensors"
+    described = shown or plan
     if not stream:
         plan = download_plan(plan, companion_patterns(plan), progress=progress)
-    if not single:
+    if not _is_file(destination):
         check_companions(plan)
-    with StagedOutput(destination, overwrite, single) as staged:
+    with StagedOutput(destination, overwrite, _is_file(destination)) as staged:
         if stream:
             plan = download_plan(plan, companion_patterns(plan), stream=staged.scratch)
-        notices = [*plan.notices, *unrelated(plan)]
-        told = shown or plan
-        writer = _writer(told, staged.folder, destination)
+            described = shown or plan
+        notices = [*plan.notices, *unrelated_models(plan)]
+        writer = _make_writer(described, staged.folder, destination)
         try:
             done = run(plan, writer, device=device, threads=workers, progress=progress, scratch=staged.scratch)
-            cut = [done.energy_notice] if done.energy_notice else []
-            for constant in plan.constants:
-                values = torch.full((constant.count,), constant.value, dtype=DTYPES[constant.out.dtype_name])
-                writer.write(constant.out.name, values, constant.start)
+            _write_constants(plan, writer)
             writer.finish()
         finally:
             writer.close()
-        if not single and plan.output == "adapter":
-            write_adapter_companions(told, staged.folder, cut)
-            copy_companions(told, staged.folder)
-        elif not single:
-            notices += write_model_companions(told, staged.folder)
+        if not _is_file(destination):
+            notices += _write_companions(described, staged.folder, done)
         staged.commit()
+    energy = [done.energy_notice] if done.energy_notice else []
     return Merged(
         path=destination,
         kind=plan.output,
-        method=told.recipe.method.chain,
+        method=described.recipe.method.chain,
         tensors=len(plan.outs),
         bytes=plan.out_bytes,
         seconds=done.seconds,
         rank=plan.rank or None,
         format=plan.format if plan.output == "adapter" else None,
-        notices=(*notices, *done.notices, *cut, *staged.notices),
+        notices=(*notices, *done.notices, *energy, *staged.notices),
         discarded=done.discarded,
         facts=done.metrics,
     )
 
 
-def _writer(plan: Plan, folder: Path, destination: Path) -> TensorWriter | ComponentWriter:
-    """What writes the weights of the output into a folder, by the names that its readers look for."""
+def _write_constants(plan: Plan, writer: TensorWriter | ComponentWriter) -> None:
+    for constant in plan.constants:
+        values = torch.full((constant.count,), constant.value, dtype=DTYPES[constant.out.dtype_name])
+        writer.write(constant.out.name, values, constant.start)
+
+
+def _write_companions(plan: Plan, folder: Path, done: Done) -> list[str]:
+    """Write the files that go with the weights, and return remarks on them."""
+    if plan.output == "model":
+        return write_model_companions(plan, folder)
+    write_adapter_companions(plan, folder, [done.energy_notice] if done.energy_notice else [])
+    copy_companions(plan, folder)
+    return []
+
+
+def _make_writer(plan: Plan, folder: Path, destination: Path) -> TensorWriter | ComponentWriter:
+    """Return the writer of the output's weights, with the file names that readers look for."""
     metadata = _metadata(plan)
-    if destination.suffix == ".safetensors":
+    if _is_file(destination):
         return TensorWriter(folder, destination.stem, plan.outs, metadata, None)
     reference = plan.reference
     if plan.output == "adapter" or reference is None:
@@ -202,16 +276,19 @@ def _writer(plan: Plan, folder: Path, destination: Path) -> TensorWriter | Compo
 
 
 def check_output(plan: Plan, destination: Path, overwrite: bool, dry: bool = False) -> None:
-    """Refuse a destination that the plan's output cannot or must not take; with ``dry`` nothing is touched."""
+    """Refuse a destination that the plan's output cannot or must not take; with ``dry`` nothing is touched.
+
+    Raises :class:`~merging.errors.OutputError`.
+    """
     inputs = [file for model in [*plan.models, plan.base] if model for file in (model.path, *model.files)]
-    if destination.suffix == ".safetensors" and plan.output == "model" and plan.reference and plan.reference.components:
+    if _is_file(destination) and plan.output == "model" and plan.reference and plan.reference.components:
         raise OutputError(f"{destination}: what comes out is made of several models, in a folder: choose another -o")
     nbytes = plan.out_bytes + plan.spool_bytes + plan.kept_bytes_on_disk
     check_destination(destination, inputs, nbytes, overwrite, dry)
 
 
 def _metadata(plan: Plan) -> dict[str, str]:
-    """What goes into the header of every output file: the recipe, what made it, and a bare adapter's whole config."""
+    """Return the header entries of every output file: the recipe, the versions, and a bare adapter's whole config."""
     metadata = {
         "merging_recipe": json.dumps(plan.recipe.to_dict(), ensure_ascii=False),
         "merging_version": __version__,

@@ -1,10 +1,10 @@
-"""Merging tensors that are already in memory, on whatever device: no files, no prints, gradients go through."""
+"""Merging tensors that are in memory, on any device: no file is touched, and gradients go through."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +19,11 @@ from merging.methods import chain
 from merging.methods.contract.method import Method
 from merging.sources.loose_factors import refuse_factors
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from merging.api.options import MethodParameters
+
 __all__ = ["merge_deltas", "merge_state_dicts"]
 
 
@@ -32,30 +37,43 @@ def merge_state_dicts(
     transposed: Sequence[str] = (),
     keys: Sequence[str] | None = None,
     allow_nonfinite: bool = False,
-    **parameters: Any,
+    **parameters: Unpack[MethodParameters],
 ) -> dict[str, Tensor]:
-    """Merge full models given as state dicts: the same names, shapes and devices, and what comes out has them too.
+    """Merge full models given as state dicts.
 
-    Computed in float32 (float64 for float64 tensors) and cast to the types of ``base``, or of the first model.
-    Tensors that hold no floating-point numbers are the base's. Coefficients among ``parameters`` may be tensors, and
-    gradients reach them. ``layers`` is the number of blocks where the names do not tell; tensors that ``exclude`` names
-    (or part of their names, or wildcards) stay the base's. ``transposed`` names those that are stored as inputs by
-    outputs, for methods that ask (GPT-2's are known). ``keys`` tell the models apart for methods that make random
-    choices: the same key, the same choices; by default the positions. ``allow_nonfinite`` lets NaN and infinities in,
-    which spread over the merge.
+    The models have the same names and shapes, on the same devices, and so has the result. Merging is computed in
+    float32, or in float64 for float64 tensors.
 
-    Raises :class:`~merging.errors.InputError` for names or shapes that differ, for values that are not finite, or that
-    are not once they are cast, :class:`~merging.errors.FormatError` for parts of adapters, whose changes
-    :func:`merge_deltas` merges, and :class:`~merging.errors.OptionError` for a method that needs the base.
+    Args:
+        models: the state dicts, in the order of their weights.
+        method: a method, or a chain as it is written (``"lines+task_arithmetic"``).
+        base: the state dict that the models were trained from, for methods that merge changes.
+        layers: the number of blocks where the names do not show it.
+        exclude: names, parts of names or wildcards of tensors that stay the base's.
+        transposed: names, parts of names or wildcards of matrices stored as ``[in, out]``, for methods that depend on
+            it. GPT-2's are known.
+        keys: one key a model for methods that draw random numbers: the same key, the same draws. The positions by
+            default.
+        allow_nonfinite: whether NaN and infinities are merged, which spread over the result.
+        **parameters: the method's parameters by name. Coefficients may be tensors, and gradients reach them.
+
+    Returns:
+        The merged state dict, in the types of ``base``, or of the first model. Tensors of other than floating-point
+        numbers are the base's.
+
+    Raises:
+        InputError: for names or shapes that differ, and for values that are not finite, before or after the cast.
+        FormatError: for parts of adapters, whose changes :func:`merge_deltas` merges.
+        OptionError: for a method that needs a base where there is none.
     """
     models = list(models)
-    bound = _method(method, parameters, len(models))
+    bound = _make_method(method, parameters, len(models))
     if base is None and (bound.merge_space == "delta" or bound.rescales):
         raise OptionError(f"{bound.chain} merges changes from a base: give base=")
     reference = models[0] if base is None else base
     _check_names(models, reference)
     refuse_factors("the state dicts", reference, stated=True, remedy="peft_deltas and merge_deltas are for adapters")
-    stacks = _stacks(reference, layers, complete=True)
+    stacks = _find_stacks(reference, layers, complete=True)
     merged: dict[str, Tensor] = {}
     left = all_matching(exclude, reference)
     floating = {n: value for n, value in reference.items() if value.is_floating_point() and n not in left}
@@ -83,7 +101,7 @@ def merge_state_dicts(
             continue
         result, origin = results[name]
         merged[name] = (result if origin is None else origin + result).to(value.dtype)
-        if not allow_nonfinite and not _finite(merged[name]):
+        if not allow_nonfinite and not _is_finite(merged[name]):
             raise InputError(
                 f"{name}: the merged values are beyond the range of {value.dtype}: give the models in a wider type, or "
                 f"use allow_nonfinite=True"
@@ -100,18 +118,31 @@ def merge_deltas(
     transposed: Sequence[str] = (),
     keys: Sequence[str] | None = None,
     allow_nonfinite: bool = False,
-    **parameters: Any,
+    **parameters: Unpack[MethodParameters],
 ) -> dict[str, Delta]:
-    """Merge adapters given as changes by target (``LowRank`` or ``Dense``, as :func:`peft_deltas` makes them).
+    """Merge adapters given as changes by target.
 
-    A target that an adapter lacks is unchanged by it. Factored methods give ``LowRank`` for ``LowRank``. ``layers`` is
-    the number of blocks, by default the largest index among the targets; ``exclude`` (what it names
-    is left out), ``transposed`` (of full changes), ``keys`` and ``allow_nonfinite`` are those of
-    :func:`merge_state_dicts`. Raises :class:`~merging.errors.InputError` for values that are not finite, and
-    :class:`~merging.errors.OptionError` for a method that merges weights, which changes alone do not tell.
+    Args:
+        adapters: one mapping an adapter, from target to :class:`~merging.maths.delta.LowRank` or
+            :class:`~merging.maths.delta.Dense`, as :func:`peft_deltas` makes them. An adapter does not change a target
+            that it lacks.
+        method: a method, or a chain as it is written.
+        layers: the number of blocks; by default the largest index among the targets.
+        exclude: names, parts of names or wildcards of targets that are left out.
+        transposed: names, parts of names or wildcards of full changes stored as ``[in, out]``.
+        keys: one key an adapter for methods that draw random numbers; the positions by default.
+        allow_nonfinite: whether NaN and infinities are merged, which spread over the result.
+        **parameters: the method's parameters by name. Coefficients may be tensors, and gradients reach them.
+
+    Returns:
+        The merged change of every target. Factored methods return ``LowRank`` for ``LowRank``.
+
+    Raises:
+        InputError: for shapes that differ, and for values that are not finite.
+        OptionError: for a method that merges weights, which changes alone do not give.
     """
     adapters = list(adapters)
-    bound = _method(method, parameters, len(adapters))
+    bound = _make_method(method, parameters, len(adapters))
     if bound.merge_space == "weights" and not bound.factored:
         raise OptionError(f"{bound.chain} merges weights, and these are changes: add them to the base first")
     names = dict.fromkeys(name for adapter in adapters for name in adapter)
@@ -120,7 +151,7 @@ def merge_deltas(
     for number, adapter in enumerate(adapters if not allow_nonfinite else (), 1):
         _check_finite(f"adapter {number}", {name: _parts(adapter[name]) for name in names if name in adapter})
     shapes = {name: _shape(name, adapters) for name in names}
-    stacks = _stacks(shapes, layers, complete=False)
+    stacks = _find_stacks(shapes, layers, complete=False)
     turned = all_matching(transposed, names)
     turned |= {name for adapter in adapters for name, delta in adapter.items() if getattr(delta, "transposed", False)}
     sites = {name: site_of(name, shape, stacks, name in turned) for name, shape in shapes.items()}
@@ -137,7 +168,7 @@ def merge_deltas(
     return {name: delta for name, delta, _ in merge_in_memory(bound, sites, read, weights=False)}
 
 
-def _method(method: str | Method, parameters: Mapping[str, Any], models: int) -> Method:
+def _make_method(method: str | Method, parameters: Mapping[str, object], models: int) -> Method:
     if not models:
         raise InputError("there is nothing to merge: give at least one model")
     if isinstance(method, Method):
@@ -165,16 +196,16 @@ def _check_names(models: Sequence[Mapping[str, Tensor]], reference: Mapping[str,
 def _check_finite(label: str, tensors: Mapping[str, Sequence[Tensor]]) -> None:
     """Refuse tensors, each in its parts, that hold NaN or infinities."""
     for name, parts in tensors.items():
-        if not all(map(_finite, parts)):
+        if not all(map(_is_finite, parts)):
             raise InputError(
                 f"{label}: {name} holds NaN or infinite values, which would spread over the merge: repair or leave out "
                 f"this model, or use allow_nonfinite=True"
             )
 
 
-def _finite(values: Tensor) -> bool:
+def _is_finite(values: Tensor) -> bool:
     values = values.detach().float() if values.element_size() == 1 else values.detach()
-    # One sum tells of most tensors that they are finite; only a sum that is not is looked into.
+    # Of most tensors one sum shows that they are finite; only where it is not, each value is looked at.
     return math.isfinite(float(values.sum())) or bool(values.isfinite().all())
 
 
@@ -189,6 +220,6 @@ def _shape(name: str, adapters: Sequence[Mapping[str, Delta]]) -> tuple[int, ...
     return shapes.pop()
 
 
-def _stacks(names: Mapping[str, object], layers: int | None, complete: bool) -> Stacks:
+def _find_stacks(names: Mapping[str, object], layers: int | None, complete: bool) -> Stacks:
     stacks = Stacks.from_names(names, complete=complete)
     return stacks.with_layers(layers) if layers else stacks

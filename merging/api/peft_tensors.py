@@ -19,10 +19,18 @@ __all__ = ["peft_deltas", "peft_state_dict"]
 
 
 def peft_deltas(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Delta]:
-    """The changes of a PEFT LoRA state dict (``get_peft_model_state_dict``) by target, every scale folded in.
+    """Read the changes of a PEFT LoRA state dict, with every scale folded into the factors.
 
-    Factors stay on their device and keep their gradients. Raises :class:`~merging.errors.FormatError` for what is no
-    plain LoRA, and :class:`~merging.errors.InputError` for variants that need the base (DoRA, PiSSA, OLoRA).
+    Args:
+        state_dict: the tensors, as ``peft.get_peft_model_state_dict`` returns them.
+        config: the adapter's config, as in ``adapter_config.json``.
+
+    Returns:
+        The change of each target. Factors stay on their device and keep their gradients.
+
+    Raises:
+        FormatError: for a state dict or a config of no plain LoRA.
+        InputError: for variants that need the base (DoRA, PiSSA, OLoRA).
     """
     stored = {name: MappedTensor(tensor, ("", 0)) for name, tensor in state_dict.items()}
     deltas: dict[str, Delta] = {}
@@ -40,10 +48,17 @@ def peft_deltas(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
 
 
 def peft_state_dict(deltas: Mapping[str, Delta]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Changes as PEFT keeps them: a state dict for ``set_peft_model_state_dict``, and the config it goes with.
+    """Write changes as a PEFT LoRA state dict.
 
-    One rank for all, reached by zeros, and alpha equal to it. Targets are linear weights. Raises
-    :class:`~merging.errors.InputError` for changes that are not low-rank matrices.
+    Args:
+        deltas: the change of each target, a linear layer's weight.
+
+    Returns:
+        A state dict for ``peft.set_peft_model_state_dict``, and its config. All targets have one rank, with zeros up to
+        it, and alpha is equal to the rank.
+
+    Raises:
+        InputError: for changes that are not low-rank matrices.
     """
     low = {target: delta for target, delta in deltas.items() if isinstance(delta, LowRank) and len(delta.shape) == 2}
     if len(low) < len(deltas) or not low:

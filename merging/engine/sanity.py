@@ -1,4 +1,4 @@
-"""A look at a few values before a merge: is each checkpoint a fine-tune of this base at all?"""
+"""A check of a few values before a merge: whether each checkpoint may be a fine-tune of the base."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from merging.plan.items import Item, Plan
 from merging.sources import Checkpoint
 from merging.sources.stored import Stored
 
-__all__ = ["UNRELATED", "relative_changes", "unrelated"]
+__all__ = ["UNRELATED", "relative_changes", "unrelated_models"]
 
 UNRELATED = 0.5
-"""Relative change from which a warning is given: fine-tunes lie far below, unrelated models at about 1.4."""
+"""Relative change from which a warning is given: fine-tunes are far below, unrelated models at about 1.4."""
 
 _TENSORS = 64
 _ELEMENTS = 1 << 14
 
 
-def unrelated(plan: Plan) -> list[str]:
-    """A warning for each checkpoint whose change from the base is too large for a fine-tune of it, with the number."""
+def unrelated_models(plan: Plan) -> list[str]:
+    """Return a warning for each checkpoint whose change from the base is too large for a fine-tune, with its size."""
     return [
         f"{model.path} differs from the base by {change:.0%} of its norm: is it a fine-tune of {plan.base.path}?"
         for model, change in zip(plan.models, relative_changes(plan), strict=True)
@@ -31,7 +31,7 @@ def unrelated(plan: Plan) -> list[str]:
 
 
 def relative_changes(plan: Plan) -> list[float]:
-    """|theta_i - theta_0| / |theta_0| of each checkpoint, from samples of its largest matrices; 0 for adapters.
+    """Return |theta_i - theta_0| / |theta_0| of each checkpoint, from samples of its largest matrices; 0 for adapters.
 
     At most 64 tensors and 16,384 elements from the middle of each are read, whatever the size of the models.
     """

@@ -1,0 +1,96 @@
+"""The options of the public functions, with their types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, TypedDict
+
+from torch import Tensor
+
+__all__ = ["MergeOptions", "MethodParameters", "RecipeOptions", "Value", "Values", "Weight", "Weights"]
+
+Value = float | str | Mapping[str, float | str]
+"""One value everywhere, a gradient from block to block (``"0.2:0.8"``), or a value by pattern of tensor names."""
+
+Values = Value | Sequence[Value]
+"""A value for all models, or one each."""
+
+Weight = Value | Tensor
+"""A value, or a tensor of one element through which gradients flow."""
+
+Weights = Weight | Sequence[Weight]
+"""A weight for all models, or one each; as a tensor of shape ``[models]`` too."""
+
+
+class RecipeOptions(TypedDict, total=False):
+    """The options of a merge that decide the output's bytes: the fields of :class:`~merging.plan.recipe.Recipe`."""
+
+    base: str | Path | None
+    kind: Literal["adapter", "model"] | None
+    format: Literal["peft", "diffusers", "kohya"] | None
+    dtype: Literal["float64", "float32", "bfloat16", "float16"] | None
+    rank: int | None
+    experts: Literal["together", "apart"] | None
+    layers: int | None
+    lora_alpha: float | None
+    out_proj_once: bool | None
+    shard_size: int | None
+    on_mismatch: Literal["error", "base"] | None
+    vocabulary: Literal["error", "base", "largest"] | None
+    components: str | Sequence[str] | None
+    dequantise: bool | None
+    dequantize: bool | None
+    exclude: str | Sequence[str] | None
+    allow_different_bases: bool | None
+    allow_nonfinite: bool | None
+
+
+class MethodParameters(TypedDict, total=False):
+    """The parameters of the package's methods by name; each method's page says what its own do.
+
+    A method of your own takes its parameters itself: ``method=MyMethod(strength=0.5)``.
+    """
+
+    agree: int
+    align: Literal["outputs", "inputs"]
+    alpha: Weight | None
+    axis: Literal["flat", "rows", "columns"]
+    beta: Weight
+    clip: float
+    common: float
+    density: Values
+    drop: Values
+    embeddings: bool
+    energy: float
+    epsilon: Value
+    filter_wise: bool
+    gamma: Values
+    max_iter: int
+    max_rank: int | None
+    mode: Literal["closed", "adam", "block", "two_sided"]
+    normalize: bool
+    published: bool
+    r: float
+    ratio: float
+    relative: bool
+    rescale: Literal["inverse", "l1", "none"]
+    scale: Weight
+    scope: Literal["model", "tensor"]
+    seed: int
+    select: Literal["weights", "deltas"]
+    space: Literal["weights", "changes"]
+    steps: int
+    svd: Literal["gram", "thin"]
+    t: Weight
+    tail: Literal["alpha", "depth"]
+    threshold: Value
+    tol: float
+    variant: Literal["code", "vision", "es", "paper"]
+    vote: Literal["plain", "weighted"]
+    weights: Weights
+    zero: Literal["majority", "plus"]
+
+
+class MergeOptions(RecipeOptions, MethodParameters, total=False):
+    """The options of a merge of files: the recipe's, and the method's parameters by name."""
