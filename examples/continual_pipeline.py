@@ -43,7 +43,7 @@ def watching(store: ContinualStore, folder: Path) -> Iterator[Queue[Event]]:
     """What a store does with the models that appear in a folder, as it happens (`merge continual watch` does this)."""
     events: Queue[Event] = Queue()
     stop = threading.Event()
-    options = {"interval": INTERVAL, "pause": stop.wait, "tell": events.put, "threads": 1}
+    options = {"interval": INTERVAL, "pause": stop.wait, "on_event": events.put, "threads": 1}
     watcher = threading.Thread(target=watch, args=(store, folder), kwargs=options)
     watcher.start()
     try:

@@ -50,17 +50,17 @@ def watch_command(
         from merging.continual import ContinualStore
         from merging.continual.watch import Event, watch
 
-        def tell(event: Event) -> None:
+        def print_event(event: Event) -> None:
             if as_json:
-                told = {"what": event.what, "model": str(event.source), "step": event.step, "reason": event.reason}
-                echo_json(told, indent=None)
+                values = {"what": event.what, "model": str(event.source), "step": event.step, "reason": event.reason}
+                echo_json(values, indent=None)
             else:
                 more = f" as step {event.step}" if event.step else f": {event.reason}" if event.reason else ""
                 echo(f"{event.what}: {event.source}{more}")
 
         opened = ContinualStore(store)
         status.before = len(opened.manifest().steps)
-        watch(opened, source, interval=interval, pause=pause, tell=tell, once=once, **options)
+        watch(opened, source, interval=interval, pause=pause, on_event=print_event, once=once, **options)
 
 
 def _wait_for_signals() -> Callable[[float], bool]:

@@ -1,8 +1,8 @@
 """Merging models as they arrive: a durable store that grows by one at a time."""
 
 from merging.continual.folder import Busy
+from merging.continual.integrity import Damaged, Verdict
 from merging.continual.manifest import Unconfirmed
-from merging.continual.soundness import Damaged, Verdict
 from merging.continual.store import ContinualStore
 
 __all__ = ["Busy", "ContinualStore", "Damaged", "Unconfirmed", "Verdict"]

@@ -1,4 +1,4 @@
-"""The folder of a store: made whole, written to by one process at a time, never holding half a state by its name."""
+"""The folder of a store: created whole, with one writer at a time, and no half-written state under a state's name."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from merging.errors import OptionError, OutputError
 from merging.sources.links import refuse_link
 from merging.storage.staging import StagedOutput
 
-__all__ = ["Busy", "found", "locked", "refuse_within", "remove", "states", "unfinished"]
+__all__ = ["Busy", "create_store", "lock", "new_state", "refuse_within", "remove_state", "state_folders"]
 
 _LOCK, _UNFINISHED = ".lock", ".unfinished."
 
 _STATE = re.compile(rf"\d{{6,}}-\w+|{re.escape(_UNFINISHED)}.+")
-"""How states are called: by number and hash, or as one that is being written or removed."""
+"""The names of states: number and hash, or a mark that the state is being written or removed."""
 
 
 class Busy(OutputError):
@@ -31,17 +31,17 @@ class Busy(OutputError):
 
 
 @contextmanager
-def locked(store: Path, wait: float | None) -> Iterator[None]:
-    """Hold the store's lock, for which others are waited so many seconds (None: without end).
+def lock(store: Path, wait: float | None) -> Iterator[None]:
+    """Hold the store's lock; wait ``wait`` seconds for another writer (None: without end).
 
-    The lock goes with its process, so none is ever stale. Raises :class:`Busy` if it was not to be had.
+    The lock ends with its process, so it is never stale. Raises :class:`Busy` if another process kept it.
     """
     if wait is not None and not 0 <= wait < inf:
         raise OptionError(f"wait = {wait}: a number of seconds is needed, 0 or more")
     refuse_link(store / _LOCK)
     try:
-        lock = FileLock(store / _LOCK, timeout=-1 if wait is None else wait)
-        lock.acquire()
+        file_lock = FileLock(store / _LOCK, timeout=-1 if wait is None else wait)
+        file_lock.acquire()
     except Timeout:
         raise Busy(f"{store}: another process is writing to this store: try again later") from None
     except OSError as error:
@@ -49,12 +49,12 @@ def locked(store: Path, wait: float | None) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
+        file_lock.release()
 
 
 @contextmanager
-def unfinished(store: Path) -> Iterator[Path]:
-    """A new folder for a state that is being written, which is removed if it has no other name by the end."""
+def new_state(store: Path) -> Iterator[Path]:
+    """Make a folder for a state that is being written. It is removed at the end unless it was renamed by then."""
     folder = None
     try:
         try:
@@ -68,13 +68,13 @@ def unfinished(store: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def states(store: Path) -> list[Path]:
-    """All states in a store's folder, finished or not, and nothing that somebody else has put there."""
+def state_folders(store: Path) -> list[Path]:
+    """Return the folders of all states, finished or not; files of others in the same place are left out."""
     return sorted(path for path in (store / STATES).iterdir() if _STATE.fullmatch(path.name))
 
 
-def found(path: Path, manifest: Manifest) -> None:
-    """Make an empty store, whole or not at all. Raises :class:`~merging.errors.OutputError`."""
+def create_store(path: Path, manifest: Manifest) -> None:
+    """Create an empty store, whole or not at all. Raises :class:`~merging.errors.OutputError`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -88,7 +88,7 @@ def found(path: Path, manifest: Manifest) -> None:
 
 
 def refuse_within(output: Path) -> None:
-    """Raise :class:`~merging.errors.OutputError` for a place inside a store, which holds states alone."""
+    """Raise :class:`~merging.errors.OutputError` for an output inside a store, which holds nothing but states."""
     for folder in output.expanduser().resolve().parents:
         if (folder / NAME).is_file() and (folder / STATES).is_dir():
             raise OutputError(
@@ -96,8 +96,8 @@ def refuse_within(output: Path) -> None:
             )
 
 
-def remove(folder: Path) -> None:
-    """Take a state away; killed on the way, it leaves nothing that looks like a state."""
+def remove_state(folder: Path) -> None:
+    """Remove a state; a process that is killed meanwhile leaves nothing that looks like a state."""
     going = folder.with_name(f"{_UNFINISHED}{folder.name}")
     with suppress(OSError):
         folder = folder.rename(going)

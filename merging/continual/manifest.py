@@ -1,4 +1,4 @@
-"""The record of a store: what it merges, onto what, and every step so far. Read whole, replaced in one move."""
+"""The record of a store: its method, its base and every step so far. It is read whole and replaced in one move."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = [
     "NAME",
     "SCHEMA",
     "STATES",
-    "Base",
     "Manifest",
     "Part",
-    "Refused",
+    "Refusal",
     "StepRecord",
+    "StoreBase",
     "Unconfirmed",
     "read_manifest",
     "replace_manifest",
@@ -48,17 +48,20 @@ _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Unconfirmed(OutputError):
-    """A change that is made, and of which the disk did not say that it will last."""
+    """A change that is made, but that the disk did not confirm to be durable."""
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Base(_Record):
-    """The model that all others were trained from: where it lies, and what tells it from any other.
+class StoreBase(_Record):
+    """The model that all others were trained from.
 
-    ``sha256`` is of its files, by their paths within its folder.
+    Attributes:
+        path: its folder or file, or its name on the Hub with the commit.
+        key: a hash of a few of its values, which are read each time it is opened.
+        sha256: the hashes of its files, by their paths within its folder.
     """
 
     path: str
@@ -75,13 +78,26 @@ class Part(_Record):
 
 
 class StepRecord(_Record):
-    """One model that was added.
+    """One model that was added, and the state after it.
 
-    ``norm`` is that of its change, ``kept`` the share of that norm which was added (1 but for projections), ``cosine``
-    that of its change to the merge then, ``merged`` the norm of what is held then. Of what is held then too are
-    ``rank``, the largest of its factors (0 where all is held in full), and the tensors that are ``factored`` or held in
-    ``full``. ``discarded`` is the largest share of a tensor's energy that a capped rank left out in this step,
-    ``notices`` are what should be known about it, and ``licence`` is what the model's card states.
+    Attributes:
+        number: the number of the step, from 1.
+        source: the model's path, or its name on the Hub with the commit.
+        sha256: the hash of the model's files.
+        kind: an adapter or a full model.
+        stated_base: the base that an adapter states.
+        licence: the licence that the model's card states.
+        time: when it was added, UTC.
+        parts: the files of the state, by name.
+        norm: the norm of the model's change.
+        kept: the share of that norm that was added; 1 unless the method projects.
+        cosine: the cosine between the model's change and the state after it.
+        merged: the norm of the state.
+        rank: the largest rank of factors in the state; 0 if all tensors are held in full.
+        factored: the number of tensors that are held as factors.
+        full: the number of tensors that are held in full.
+        discarded: the largest share of a tensor's energy that a capped rank left out in this step.
+        notices: notices about the step.
     """
 
     number: PositiveInt
@@ -103,8 +119,8 @@ class StepRecord(_Record):
     notices: tuple[str, ...] = ()
 
 
-class Refused(_Record):
-    """What a watcher found and the store refused."""
+class Refusal(_Record):
+    """A model that a watch found and the store refused."""
 
     source: str
     fingerprint: str
@@ -113,15 +129,15 @@ class Refused(_Record):
 
 
 class Manifest(_Record):
-    """All that a store knows besides tensors."""
+    """Everything that a store records besides tensors."""
 
     schema_version: int = SCHEMA
     method: str
     parameters: dict[str, Any] = {}
     max_rank: PositiveInt | None = None
-    base: Base
+    base: StoreBase
     steps: tuple[StepRecord, ...] = ()
-    refused: tuple[Refused, ...] = ()
+    refused: tuple[Refusal, ...] = ()
 
     @model_validator(mode="after")
     def _in_order(self) -> Manifest:
@@ -130,11 +146,11 @@ class Manifest(_Record):
         return self
 
     def has(self, content: str) -> bool:
-        """Whether a model of this content is in."""
+        """Whether a model with this content was added."""
         return any(step.sha256 == content for step in self.steps)
 
     def status(self) -> dict[str, Any]:
-        """What the store holds and what each model brought, in plain values."""
+        """Return what the store holds, and the record of each model, in plain values."""
         return {
             "method": self.method,
             "parameters": self.parameters,
@@ -146,7 +162,7 @@ class Manifest(_Record):
         }
 
     def holds(self) -> list[str]:
-        """What is held after the last step, in words."""
+        """Describe the state after the last step, in lines of text."""
         if not self.steps:
             return ["nothing yet"]
         last = self.steps[-1]
@@ -164,7 +180,7 @@ class Manifest(_Record):
 
 
 def read_manifest(store: Path) -> Manifest:
-    """The manifest of a store. Raises :class:`~merging.errors.FormatError` for what is none, or is damaged."""
+    """Return the manifest of a store. Raises :class:`~merging.errors.FormatError` if it is missing or damaged."""
     path = store / NAME
     if not os.path.lexists(path):
         raise FormatError(f"{store}: is no store: make one with merge continual init {store} --base BASE")
@@ -201,9 +217,9 @@ def _checksum(values: dict[str, Any]) -> str:
 
 
 def replace_manifest(store: Path, manifest: Manifest) -> None:
-    """Put a manifest in place of the old one: at any instant a reader finds one or the other. Raises OSError.
+    """Replace the manifest: a reader finds the old one or the new one at any instant. Raises OSError.
 
-    It is not durable before the folder is.
+    The change is durable once the folder is synced.
     """
     values = manifest.model_dump()
     values[_CHECKSUM] = _checksum(values)
@@ -213,10 +229,10 @@ def replace_manifest(store: Path, manifest: Manifest) -> None:
 
 
 def write_manifest(store: Path, manifest: Manifest, made: str) -> None:
-    """Put a manifest in place of the old one, durably; ``made`` says what that changes ("step 3 is in").
+    """Replace the manifest durably; ``made`` says in words what changes ("step 3 is in").
 
-    Raises :class:`~merging.errors.OutputError` if nothing is changed, and :class:`Unconfirmed` if it is, but may not
-    outlast a power cut.
+    Raises :class:`~merging.errors.OutputError` if nothing was changed, and :class:`Unconfirmed` if the change is made
+    but may be lost in a power cut.
     """
     try:
         replace_manifest(store, manifest)
@@ -232,7 +248,7 @@ def write_manifest(store: Path, manifest: Manifest, made: str) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The hash of a file, read in pieces. Raises :class:`~merging.errors.InputError`."""
+    """Return the SHA-256 of a file, read in pieces. Raises :class:`~merging.errors.InputError`."""
     try:
         with os.fdopen(os_calls.open_regular(path), "rb") as stream:
             digest = hashlib.sha256()

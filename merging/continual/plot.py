@@ -1,4 +1,4 @@
-"""Pictures of how a store grew."""
+"""Plots of a store over its steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a store holds after each step, as files: written by a merge, read as a source of the next one."""
+"""The states of a store as files: each is written by a merge, and read as a source of the next merge."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from merging.sources.small_files import parse_json
 from merging.sources.stored import DTYPE_NAMES, open_safetensors
 from merging.storage.output_tensor import OutputTensor
 
-__all__ = ["Accumulated", "held_forms", "odd_values", "open_state", "state_metadata", "step_plan"]
+__all__ = ["HeldChange", "count_forms", "open_state", "state_metadata", "step_plan", "value_problems"]
 
 _TENSORS, _DIALECT, _CONFIGURED = "merging_tensors", "merging_dialect", "merging_configured"
 
 _PEFT, _SEVERAL = "PEFT", "several"
-"""What a state calls the dialect of models whose names are PEFT's own, and of adapters of different programs."""
+"""The names of a state's dialect: for names as PEFT's, and for adapters of different programs."""
 
 _FULL, _DOWN, _UP = "full/", "down/", "up/"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Accumulated(FullChange):
-    """A change that is held in full. ``transposed``: a matrix that lies as ``[in, out]``."""
+class HeldChange(FullChange):
+    """A change that is held in full; ``transposed`` for a matrix that is stored as ``[in, out]``."""
 
     transposed: bool = False
 
@@ -47,9 +47,9 @@ class Accumulated(FullChange):
 
 
 def open_state(path: Path, base: str | None = None) -> Adapter:
-    """A state's file as a source of changes, by the base's names; ``base`` is what adapters call it.
+    """Open a part of a state as a source of changes, by the base's names.
 
-    Raises :class:`~merging.errors.FormatError` for what is no state.
+    ``base`` is the name of the base in adapters. Raises :class:`~merging.errors.FormatError` if the file is no state.
     """
     stored, metadata = open_safetensors(path)
     changes: dict[str, Change] = {}
@@ -58,7 +58,7 @@ def open_state(path: Path, base: str | None = None) -> Adapter:
         for name, facts in parse_json(metadata[_TENSORS], f"{path}: its list of tensors").items():
             label, kind, transposed = str(facts["label"]), facts["kind"], bool(facts["transposed"])
             if _FULL + name in stored:
-                changes[name] = Accumulated(label, kind, stored[_FULL + name], transposed=transposed)
+                changes[name] = HeldChange(label, kind, stored[_FULL + name], transposed=transposed)
             else:
                 down, up = stored[_DOWN + name], stored[_UP + name]
                 changes[name] = LoraChange(label, kind, down=down, up=up, scale=1.0, transposed=transposed)
@@ -71,8 +71,8 @@ def open_state(path: Path, base: str | None = None) -> Adapter:
     return Adapter(path, changes, (path,), dialect, base, tensor_names=written, configured=configured)
 
 
-def odd_values(path: Path) -> list[str]:
-    """What is wrong with a state's file that is as it was written."""
+def value_problems(path: Path) -> list[str]:
+    """Return what is wrong with the values of a state's file whose bytes are as they were written."""
     try:
         tensors = [tensor for change in open_state(path).changes.values() for tensor in change.tensors]
     except FormatError as error:
@@ -81,14 +81,14 @@ def odd_values(path: Path) -> list[str]:
     return [] if finite else [f"{path}: holds values that are not finite"]
 
 
-def held_forms(plan: Plan) -> tuple[int, int, int]:
-    """Of what is held after a step: the largest rank, and how many tensors are held as factors and in full."""
+def count_forms(plan: Plan) -> tuple[int, int, int]:
+    """Return the largest rank after a step, and the numbers of tensors that are held as factors and in full."""
     downs = [out.shape for out in plan.outs if out.name.startswith(_DOWN)]
     return max((shape[0] for shape in downs), default=0), len(downs), len(plan.outs) - 2 * len(downs)
 
 
 def state_metadata(plan: Plan) -> dict[str, str]:
-    """What the header of the state that a step's plan writes must say of its tensors."""
+    """Return the header of the state that a step writes, which describes its tensors."""
     held = plan.models[0]
     facts: dict[str, dict[str, object]] = {}
     for name, change in (held.changes if isinstance(held, Adapter) else {}).items():
@@ -102,7 +102,7 @@ def state_metadata(plan: Plan) -> dict[str, str]:
 
 
 def _written(plan: Plan, item: Item) -> Iterator[TensorNames | None]:
-    """What the files of adapters call a tensor that they change whole. A state keeps these names by the base's."""
+    """Yield the names of a tensor in the files of adapters that change it whole, which a state keeps."""
     if _dialect(plan.models) == _SEVERAL:
         return
     for model, change in zip(plan.models, item.inputs, strict=True):
@@ -118,29 +118,29 @@ def _names(written: Iterable[TensorNames | None]) -> dict[str, object]:
 
 
 def _dialect(models: Sequence[Checkpoint | Adapter]) -> str:
-    """Whose names the adapters among some models have, which an adapter that is exported must tell."""
+    """Return the program whose names the adapters among some models have, for an adapter that is exported."""
     adapters = [model for model in models if isinstance(model, Adapter) and model.changes]
     found = {_PEFT if adapter.dialect.startswith(_PEFT) else adapter.dialect for adapter in adapters}
     return found.pop() if len(found) == 1 else _SEVERAL if found else _PEFT
 
 
 def _facts(item: Item) -> dict[str, object]:
-    """What an adapter calls the tensor, what kind of target it is there, and which way it lies."""
-    brought = [each for each in item.inputs if isinstance(each, Change)]
-    lora = next((each for each in brought if isinstance(each, LoraChange)), None)
-    label = brought[0].target if brought else item.site.name
+    """Return the tensor's name in adapters, its kind of target there, and whether it is stored transposed."""
+    changes = [each for each in item.inputs if isinstance(each, Change)]
+    lora = next((each for each in changes if isinstance(each, LoraChange)), None)
+    label = changes[0].target if changes else item.site.name
     if lora:
         return {"label": label, "kind": lora.kind, "transposed": lora.is_transposed(item.site.shape)}
     matrix = item.site.kind == "matrix"
-    kind = brought[0].kind if brought else "linear" if matrix else "full"
+    kind = changes[0].kind if changes else "linear" if matrix else "full"
     return {"label": label, "kind": kind, "transposed": matrix and item.site.axis == 0}
 
 
 def step_plan(held: Adapter | None, plan: Plan, update: Method, key: str, most: int | None) -> Plan:
-    """The plan of a step: what is held and the one model of ``plan`` become what is held then, in float32 or wider.
+    """Return the plan of a step, which merges a part of the state and the one model of ``plan``, in float32 or wider.
 
-    A tensor stays factored while the method keeps factors, all models brought factors, and these take less room than
-    the full tensor at the rank of the step: the sum of the ranks, at most ``most``.
+    A tensor stays factored while the method keeps factors, all models have factors, and the factors take less room than
+    the full tensor. The rank of a step is the sum of the ranks, at most ``most``.
     """
     changes = held.changes if held else {}
     low, rank = _factored(changes, plan, update.factored, most)
@@ -173,15 +173,15 @@ def step_plan(held: Adapter | None, plan: Plan, update: Method, key: str, most: 
 
 
 def _factored(changes: Mapping[str, Change], plan: Plan, keeps_factors: bool, most: int | None) -> tuple[set[str], int]:
-    """The tensors that the step holds as factors, and their rank."""
+    """Return the tensors that the step holds as factors, and their rank."""
     sums: dict[str, tuple[int, tuple[int, ...]]] = {}
     for item in plan.items:
         own = changes.get(item.site.name)
-        brought = [change for change in (own, *item.inputs) if change is not None]
+        given = [change for change in (own, *item.inputs) if change is not None]
         if item.form == "copy" or not keeps_factors or len(item.site.shape) < 2:
             continue
-        if all(isinstance(change, LoraChange) and change.low_rank for change in brought):
-            total = sum(change.rank for change in brought if isinstance(change, Change))
+        if all(isinstance(change, LoraChange) and change.low_rank for change in given):
+            total = sum(change.rank for change in given if isinstance(change, Change))
             sums[item.site.name] = (min(total, most or total), item.site.shape)
     while True:
         rank = max((total for total, _ in sums.values()), default=0)
@@ -192,7 +192,7 @@ def _factored(changes: Mapping[str, Change], plan: Plan, keeps_factors: bool, mo
 
 
 def _worth(rank: int, shape: Sequence[int]) -> bool:
-    """Whether factors of a rank take less room than the tensor they make."""
+    """Return whether factors of a rank take less room than the tensor."""
     return rank * (shape[0] + prod(shape[1:])) < prod(shape)
 
 
@@ -207,7 +207,7 @@ def _factor_outs(item: Item, rank: int, kind: str) -> tuple[OutputTensor, Output
 
 
 def _copies(name: str, own: Change) -> list[Item]:
-    """Items that write a held tensor again as it is."""
+    """Return items that write a held tensor again as it is."""
     prefixes = (_DOWN, _UP) if isinstance(own, LoraChange) else (_FULL,)
     return [
         Item(

@@ -1,4 +1,4 @@
-"""One step of a store: the next model by itself on the base, the parts of the next state, and the record of it."""
+"""One step of a store: the plan of the next model alone, the parts of the next state, and the step's record."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from merging.continual.kinship import check_place, check_stated, check_values
+from merging.continual.base_check import check_distance, check_not_base, check_stated_base
 from merging.continual.manifest import Manifest, Part, StepRecord, sha256_of
-from merging.continual.state import held_forms, open_state, state_metadata, step_plan
+from merging.continual.state import count_forms, open_state, state_metadata, step_plan
 from merging.continual.update_rules import rule_of
 from merging.engine.download import download_plan, missing_files
 from merging.engine.resources import workers_within
@@ -32,12 +32,12 @@ from merging.sources.adapter import Change
 from merging.sources.stored import Stored
 from merging.storage.writer import TensorWriter
 
-__all__ = ["Execution", "Grown", "content_of", "grow", "plan_alone", "record"]
+__all__ = ["NewState", "StepExecution", "content_of", "plan_alone", "step_record", "write_state"]
 
 
 @dataclass(frozen=True, slots=True)
-class Execution:
-    """Where a step runs; none of it changes a byte."""
+class StepExecution:
+    """Where and with how much memory a step runs, which changes no byte of its state."""
 
     device: torch.device
     threads: int
@@ -46,8 +46,8 @@ class Execution:
 
 
 @dataclass(frozen=True, slots=True)
-class Grown:
-    """The next state's parts as they lie in their folder, by name, and what the first one's step showed."""
+class NewState:
+    """The next state: the hashes of its parts by name, the plan and outcome of its first part, and notices."""
 
     sha256: dict[str, str]
     plan: Plan
@@ -63,24 +63,26 @@ def plan_alone(
     on_mismatch: str,
     progress: Progress | None,
 ) -> Plan:
-    """The plan of the new model by itself on the base, when its files have come; refuses one of another base."""
+    """Fetch a model and return the plan of a merge of it alone; a model of another base is refused."""
     values = {"on_mismatch": on_mismatch, "base": str(base.path), "kind": "model"}
     recipe = Recipe(models=(str(source.path),), method=TaskArithmetic(), **values)
     plan, notices = plan_of(recipe, (source,), base), []
     if allow_different:
         pass
     elif isinstance(source, Adapter):
-        notices = check_stated(source, base, manifest)
+        notices = check_stated_base(source, base, manifest)
     else:
-        check_place(source, base)
+        check_not_base(source, base)
     plan = download_plan(plan, (), progress=progress)
     if isinstance(source, Checkpoint) and not allow_different:
-        check_values(plan)
+        check_distance(plan)
     return replace(plan, notices=(*plan.notices, *notices))
 
 
-def grow(manifest: Manifest, store: Path, alone: Plan, content: str, folder: Path, execution: Execution) -> Grown:
-    """Write the parts of the next state, what is held together with the model of ``alone``, to a folder; durably."""
+def write_state(
+    manifest: Manifest, store: Path, alone: Plan, content: str, folder: Path, execution: StepExecution
+) -> NewState:
+    """Update each part of the state by the model of ``alone``, and write the next state to a folder, durably."""
     last = manifest.steps[-1] if manifest.steps else None
     shown: list[tuple[Plan, Done]] = []
     digests: dict[str, str] = {}
@@ -95,24 +97,24 @@ def grow(manifest: Manifest, store: Path, alone: Plan, content: str, folder: Pat
             )
             writer.finish()
         except InputError:
-            _name_odd_values(alone)
+            _refuse_odd_values(alone)
             raise
         finally:
             writer.close()
         shown.append((plan, done))
         digests[name] = sha256_of(folder / f"{name}.safetensors")
     plan, done = shown[0]
-    return Grown(digests, plan, done, tuple(dict.fromkeys([*alone.notices, *done.notices])))
+    return NewState(digests, plan, done, tuple(dict.fromkeys([*alone.notices, *done.notices])))
 
 
-def _name_odd_values(alone: Plan) -> None:
-    """Say which values of a model that was refused are at fault, if any are; no option of a store lets them in."""
+def _refuse_odd_values(alone: Plan) -> None:
+    """Raise an error that names the tensor with values that no store accepts, if there is one."""
     path = alone.models[0].path
     for item in alone.items:
-        (download_model,) = item.inputs
-        if download_model is None or item.form == "copy":
+        (given,) = item.inputs
+        if given is None or item.form == "copy":
             continue
-        value = _values(item, download_model, alone.dtype(item))
+        value = _values(item, given, alone.dtype(item))
         if not bool(value.isfinite().all()):
             raise InputError(
                 f"{path}: {item.site.name} holds NaN or infinite values, which would stay in the merge for good: "
@@ -125,31 +127,31 @@ def _name_odd_values(alone: Plan) -> None:
             )
 
 
-def _values(item: Item, download_model: Stored | Change, dtype: torch.dtype) -> Tensor:
-    """What a model brings to a tensor."""
-    if isinstance(download_model, Stored):
-        return download_model.read().to(dtype)
+def _values(item: Item, given: Stored | Change, dtype: torch.dtype) -> Tensor:
+    """Read a model's weights of a tensor, or its change of it."""
+    if isinstance(given, Stored):
+        return given.read().to(dtype)
 
     def base() -> Tensor:
         assert item.base is not None
         return item.base.read().to(dtype)
 
-    return download_model.read(item.site.shape, base, dtype).dense()
+    return given.read(item.site.shape, base, dtype).dense()
 
 
-def record(
-    before: Manifest, source: Checkpoint | Adapter, content: str, parts: Mapping[str, Part], grown: Grown
+def step_record(
+    before: Manifest, source: Checkpoint | Adapter, content: str, parts: Mapping[str, Part], new: NewState
 ) -> StepRecord:
-    """What the manifest says of the next step."""
-    plan, done = grown.plan, grown.done
+    """Return the record of the next step."""
+    plan, done = new.plan, new.done
     held, square, with_held, with_next, merged = (
         done.metrics[name] for name in ("held.held", "next.next", "held.merged", "next.merged", "merged.merged")
     )
     added = merged - 2 * with_held + held
     # the sums are of the tensors that the new model touches; what is held of others stays
     merged += max(0.0, before.steps[-1].merged ** 2 - held) if before.steps else 0.0
-    rank, factored, full = held_forms(plan)
-    notices = grown.notices if square else (*grown.notices, "it changes nothing of the base")
+    rank, factored, full = count_forms(plan)
+    notices = new.notices if square else (*new.notices, "it changes nothing of the base")
     return StepRecord(
         number=len(before.steps) + 1,
         source=escape_unprintable(str(source.path if source.origin else source.path.resolve())),
@@ -172,9 +174,10 @@ def record(
 
 
 def content_of(source: Checkpoint | Adapter) -> str:
-    """A hash of a model's files: their bytes, in the order of their names, and an adapter's config.
+    """Return a hash of a model's files: their bytes, in the order of their names, and an adapter's config.
 
-    The same for a folder and for the weights file in it. Of what has yet to come from the Hub it must state the hashes.
+    It is the same for a folder and for the weights file in it. The Hub must state the hashes of files that have yet to
+    be fetched.
     """
     stated = {remote.path: remote.sha256 for remote in missing_files(source)}
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""A merge that grows: a folder that takes one model after the other, and can always be opened whole."""
+"""A continual store: a folder with a merge that takes in one model after the other."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from merging import os_calls
-from merging.continual.folder import found, locked, refuse_within, remove, states, unfinished
-from merging.continual.manifest import NAME, STATES, Base, Manifest, Part, Refused, StepRecord, write_manifest
-from merging.continual.soundness import base_of, download_base, hashes, require_whole, state_files
-from merging.continual.step import Execution, Grown, content_of, grow, plan_alone, record
+from merging.continual.folder import create_store, lock, new_state, refuse_within, remove_state, state_folders
+from merging.continual.integrity import base_of, download_base, file_hashes, require_whole, state_files
+from merging.continual.manifest import NAME, STATES, Manifest, Part, Refusal, StepRecord, StoreBase, write_manifest
+from merging.continual.step import NewState, StepExecution, content_of, plan_alone, step_record, write_state
 from merging.continual.update_rules import checked_rule
 from merging.continual.view import StoreView
 from merging.engine.download import download_model, missing_files
@@ -32,13 +32,13 @@ __all__ = ["ContinualStore"]
 
 
 class ContinualStore(StoreView):
-    """One merged model that takes models as they arrive, in their order, in memory and time that do not grow.
+    """One merged model that takes in models as they arrive, in order, in constant memory and time.
 
-    A folder with a manifest and numbered states, none of which is ever changed: a step writes its state beside the
-    others, makes it durable, and then moves a new manifest into place. Killed at any instant, the store has the old
+    The store is a folder with a manifest and numbered states. A state never changes: a step writes a new state next to
+    the others, makes it durable, and then moves a new manifest into place. A store whose process was killed has the old
     step or the new one. One process writes at a time; any number read.
 
-    Raises :class:`~merging.errors.MergingError` for what cannot be done; the store is as it was then.
+    All methods raise :class:`~merging.errors.MergingError` where they fail; the store is then as it was before.
     """
 
     @classmethod
@@ -52,10 +52,23 @@ class ContinualStore(StoreView):
         progress: Progress | None = None,
         **parameters: Any,
     ) -> ContinualStore:
-        """An empty store for models that were trained from ``base``, which grows by ``method``.
+        """Create an empty store for models that were trained from ``base``.
 
-        ``max_rank`` caps the rank of what is held as factors; the energy that is lost is told at each step. A base on
-        the Hub is fetched, and from then on means the commit that it is now. ``progress`` is told of its bytes.
+        Args:
+            path: the folder of the store, which must not exist or be empty.
+            base: a full model. A base on the Hub is fetched, and stays at its present commit.
+            method: a method, or a chain, that can take in models one by one.
+            max_rank: the largest rank of changes that are held as factors. Each step records the energy that is lost.
+            progress: called with the bytes of the base that were fetched, and all bytes.
+            parameters: the method's parameters by name.
+
+        Returns:
+            The store.
+
+        Raises:
+            OptionError: the method cannot be continued, or a parameter does not suit.
+            InputError: the base cannot be read, or is an adapter.
+            OutputError: the folder exists, or cannot be written.
         """
         path, grows = Path(path), chain(method, parameters)
         rule = checked_rule(grows)
@@ -68,12 +81,12 @@ class ContinualStore(StoreView):
             raise OutputError(f"{path}: exists already: choose another folder for the store")
         refuse_within(path)
         values = Recipe(models=("nothing",), method=grows).to_dict()
-        identity, parameters = _identity(base, progress), values.get("parameters", {})
+        identity, parameters = _base_record(base, progress), values.get("parameters", {})
         manifest = Manifest(method=values["method"], parameters=parameters, max_rank=max_rank, base=identity)
-        found(path, manifest)
+        create_store(path, manifest)
         return cls(path)
 
-    # ---- growing
+    # ---- adding models
 
     def add(
         self,
@@ -88,12 +101,27 @@ class ContinualStore(StoreView):
         wait: float | None = None,
         progress: Progress | None = None,
     ) -> StepRecord | None:
-        """Merge one more model; None if one of the same content was added before, unless ``again``.
+        """Merge one more model.
 
-        One on the Hub is fetched first, while others may write; another revision of it is another model. With
-        ``on_mismatch="base"`` tensors that the model lacks, or has in another shape, are left as they are. Waits for
-        another writer for up to ``wait`` seconds, without end by default. Raises
-        :class:`~merging.continual.Unconfirmed` if the step is in but may not outlast a power cut.
+        Args:
+            model: a model's path, or its name on the Hub. It is fetched first, while others may write; another revision
+                is another model.
+            again: add it even if a model with the same content was added before.
+            device: the device of the computation, such as ``"cuda"``.
+            threads: the number of threads; all cores by default.
+            max_memory: the most bytes of memory, above the memory of the imports.
+            allow_different_bases: add a model even if it seems to have another base.
+            on_mismatch: ``"base"`` keeps tensors of the base that the model lacks, or has in another shape; ``"error"``
+                refuses such a model.
+            wait: the most seconds to wait for another writer; without end by default.
+            progress: called with the bytes done, and all bytes.
+
+        Returns:
+            The record of the step; None for a model with the same content as an earlier one.
+
+        Raises:
+            MergingError: the model is refused, or the store is damaged; nothing has changed.
+            Unconfirmed: the step is in, but may be lost in a power cut.
         """
         fetched = None
         if hub_address(str(model)):
@@ -114,13 +142,13 @@ class ContinualStore(StoreView):
             alone = plan_alone(source, base, manifest, allow_different_bases, on_mismatch, progress)
             if manifest.steps:
                 require_whole(self.path, manifest, len(manifest.steps))
-            with unfinished(self.path) as folder:
-                execution = Execution(
+            with new_state(self.path) as folder:
+                execution = StepExecution(
                     pick_device(device), cores() if threads is None else threads, max_memory, progress
                 )
-                grown = grow(manifest, self.path, alone, content, folder, execution)
-                parts = self._settle(folder, len(manifest.steps) + 1, grown)
-                step = record(manifest, source, content, parts, grown)
+                new = write_state(manifest, self.path, alone, content, folder, execution)
+                parts = self._publish_state(folder, len(manifest.steps) + 1, new)
+                step = step_record(manifest, source, content, parts, new)
                 self._commit(manifest, step, source)
             return step
 
@@ -133,8 +161,10 @@ class ContinualStore(StoreView):
         on_mismatch: str = "error",
         progress: Progress | None = None,
     ) -> Checkpoint | Adapter:
-        """Open a model, and bring what has to come from the Hub to this machine: of one that ``add`` would refuse by
-        its headers nothing, of one that is in by its hashes neither. The store is not changed, nor locked.
+        """Open a model, and fetch its files from the Hub unless ``add`` would refuse it.
+
+        Nothing is fetched of a model that is refused by its headers, or was added before by its hashes. The store is
+        neither changed nor locked.
         """
         source, manifest = open_model(model), self.manifest()
         missing = missing_files(source)
@@ -148,17 +178,17 @@ class ContinualStore(StoreView):
         return source
 
     def watch(self, source: str | Path, **options: Any) -> None:
-        """Add what is new in a folder, or what a query of the Hub finds, as it appears.
+        """Add new models as they appear in a folder, or in a query of the Hub.
 
-        As :func:`merging.continual.watch.watch`, whose options these are.
+        The options are those of :func:`merging.continual.watch.watch`.
         """
         from merging.continual.watch import watch
 
         watch(self, source, **options)
 
-    def _settle(self, folder: Path, number: int, grown: Grown) -> dict[str, Part]:
-        """Give a finished state its name."""
-        digest = hashlib.sha256("".join(grown.sha256.values()).encode()).hexdigest()[:12]
+    def _publish_state(self, folder: Path, number: int, new: NewState) -> dict[str, Part]:
+        """Give a finished state its final name, durably."""
+        digest = hashlib.sha256("".join(new.sha256.values()).encode()).hexdigest()[:12]
         final = self.path / STATES / f"{number:06}-{digest}"
         try:
             os_calls.sync_folder(folder)
@@ -166,18 +196,16 @@ class ContinualStore(StoreView):
             folder.rename(final)
             os_calls.sync_folder(final.parent)
         except OSError as error:
-            remove(final)
+            remove_state(final)
             raise OutputError(f"{final}: cannot be put in place: {error.strerror}") from None
-        files = {name: final / f"{name}.safetensors" for name in grown.sha256}
+        files = {name: final / f"{name}.safetensors" for name in new.sha256}
         return {
-            name: Part(
-                file=file.relative_to(self.path).as_posix(), sha256=grown.sha256[name], bytes=file.stat().st_size
-            )
+            name: Part(file=file.relative_to(self.path).as_posix(), sha256=new.sha256[name], bytes=file.stat().st_size)
             for name, file in files.items()
         }
 
     def _commit(self, manifest: Manifest, step: StepRecord, source: Checkpoint | Adapter) -> None:
-        """Put a step into the manifest; where that fails its state goes again."""
+        """Put a step into the manifest; if that fails, remove its state."""
         noted = source.origin.repo if source.origin else step.source
         notes = tuple(each for each in manifest.refused if each.source != noted)
         longer = manifest.model_copy(update={"steps": (*manifest.steps, step), "refused": notes})
@@ -189,13 +217,13 @@ class ContinualStore(StoreView):
 
     @contextmanager
     def _writing(self, wait: float | None) -> Iterator[None]:
-        """Be the only writer; what a killed one left is removed."""
-        with locked(self.path, wait):
+        """Be the only writer, and remove what a killed writer left."""
+        with lock(self.path, wait):
             self._sweep(self.manifest(), keep=None)
             yield
 
-    def refuse(self, refused: Refused, *, wait: float | None = None) -> None:
-        """Note a model that was refused, in the place of an earlier note on it."""
+    def refuse(self, refused: Refusal, *, wait: float | None = None) -> None:
+        """Note a model that was refused, in place of an earlier note on it."""
         with self._writing(wait):
             manifest = self.manifest()
             others = tuple(each for each in manifest.refused if each.source != refused.source)
@@ -203,20 +231,20 @@ class ContinualStore(StoreView):
             write_manifest(self.path, noted, f"the refusal of {refused.source} is noted")
 
     def relocate(self, base: str | Path, *, wait: float | None = None) -> Manifest:
-        """Note where the base lies now; every byte of its files must be what it was."""
+        """Note the new place of the base, all of whose files must have the same bytes as before."""
         with self._writing(wait):
             manifest = self.manifest()
-            moved = _identity(base)
+            moved = _base_record(base)
             if moved.sha256 != manifest.base.sha256:
                 raise InputError(f"{base}: is not the base that {self.path} was made for")
             manifest = manifest.model_copy(update={"base": moved})
             write_manifest(self.path, manifest, f"the base is {moved.path} now")
             return manifest
 
-    # ---- keeping
+    # ---- managing states
 
     def rollback(self, to: int, *, wait: float | None = None) -> Manifest:
-        """Go back to the state after a step (0 is the empty store), which must be whole; later ones are forgotten."""
+        """Go back to the state after step ``to``, which must be whole, and forget later steps; 0 is the empty store."""
         with self._writing(wait):
             manifest = self.manifest()
             if not 0 <= to <= len(manifest.steps):
@@ -234,13 +262,13 @@ class ContinualStore(StoreView):
             return earlier
 
     def gc(self, keep: int, *, wait: float | None = None) -> list[str]:
-        """Remove all states but those of the last ``keep`` steps, and whatever no step refers to; what was removed.
+        """Remove all states but those of the last ``keep`` steps, and folders of states that no step refers to.
 
-        Nothing is removed unless the last state, on which the store goes on, is whole.
+        Nothing is removed unless the last state is whole. Returns the names of the states that were removed.
         """
         if keep < 1:
             raise OptionError(f"keep = {keep}: the last state must stay")
-        with locked(self.path, wait):
+        with lock(self.path, wait):
             manifest = self.manifest()
             if manifest.steps:
                 require_whole(self.path, manifest, len(manifest.steps))
@@ -250,14 +278,14 @@ class ContinualStore(StoreView):
         remove_unplaced(self.path / NAME)
         steps = manifest.steps if keep is None else manifest.steps[-keep:]
         wanted = {file.parent.name for step in steps for file in state_files(self.path, step)}
-        gone = [path for path in states(self.path) if path.name not in wanted]
+        gone = [path for path in state_folders(self.path) if path.name not in wanted]
         for path in gone:
-            remove(path)
+            remove_state(path)
         return [path.name for path in gone if not path.name.startswith(".")]
 
 
-def _identity(base: str | Path, progress: Progress | None = None) -> Base:
-    """What a store notes of its base; one on the Hub is fetched, and named by its commit."""
+def _base_record(base: str | Path, progress: Progress | None = None) -> StoreBase:
+    """Return the record of a base. A base on the Hub is fetched, and named by its commit."""
     opened = download_base(base, progress)
     path = str(opened.path if opened.origin else Path(base).expanduser().resolve())
-    return Base(path=path, key=content_key(opened.tensors), sha256=hashes(opened))
+    return StoreBase(path=path, key=content_key(opened.tensors), sha256=file_hashes(opened))

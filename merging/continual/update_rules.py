@@ -1,4 +1,4 @@
-"""The rule by which a store takes in models, asked of its method."""
+"""The update rule of a store, which its method states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may be asked of a store at any time, by any number of processes, while another one writes to it."""
+"""A store for readers: any number of processes may read it at any time, while another one writes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from merging.api.merge_files import Merged
+from merging.continual.export import export
 from merging.continual.folder import refuse_within
+from merging.continual.integrity import Verdict, base_of, require_whole, state_files, verify
+from merging.continual.layer_spectra import spectra
 from merging.continual.manifest import Manifest, StepRecord, read_manifest
-from merging.continual.publishing import export
-from merging.continual.soundness import Verdict, base_of, require_whole, state_files, verify
-from merging.continual.spectrum import spectra
 from merging.continual.state import open_state
 from merging.continual.update_rules import history_of, rule_of
 from merging.engine.resources import pick_device
@@ -25,7 +25,7 @@ __all__ = ["StoreView"]
 
 
 class StoreView:
-    """A store as it is read: what it holds, how it came to that, whether it is whole, and its merge as a model.
+    """A store for readers: its state and history, checks of its integrity, and export of its merge.
 
     Raises :class:`~merging.errors.FormatError` if ``path`` is no store.
     """
@@ -35,17 +35,17 @@ class StoreView:
         self.manifest()
 
     def manifest(self) -> Manifest:
-        """The record as it is now."""
+        """Return the present manifest."""
         return read_manifest(self.path)
 
     @property
     def method(self) -> Method:
-        """The method that it grows by."""
+        """The method of the merge."""
         manifest = self.manifest()
         return chain(manifest.method, manifest.parameters)
 
     def status(self, spectrum: bool = False) -> dict[str, Any]:
-        """What it holds and what each model brought, in plain values; with the spectra of its layers if so asked."""
+        """Return the state and the record of each model in plain values, with ``spectrum`` also spectra by layer."""
         manifest = self.manifest()
         states: list[Adapter] = []
         if spectrum and manifest.steps:
@@ -59,7 +59,7 @@ class StoreView:
         return facts
 
     def log(self) -> tuple[StepRecord, ...]:
-        """The history: every step, the newest first."""
+        """Return all steps, the newest first."""
         return self.manifest().steps[::-1]
 
     def plot(self, output: str | Path) -> None:
@@ -69,11 +69,11 @@ class StoreView:
         plot(self, output)
 
     def verify(self) -> Verdict:
-        """Hash every state that is there and the base's files, and hold them against the manifest."""
+        """Compare the hashes of all states that are there, and of the base's files, with the manifest."""
         while True:
             manifest = self.manifest()
             verdict = verify(self.path, manifest)
-            if not verdict.problems or self.manifest() == manifest:  # else a writer has taken states away meanwhile
+            if not verdict.problems or self.manifest() == manifest:  # else a writer has removed states meanwhile
                 return verdict
 
     def export(
@@ -89,7 +89,25 @@ class StoreView:
         overwrite: bool = False,
         progress: Progress | None = None,
     ) -> Merged:
-        """Write the merge of all models so far, as a full ``model`` or as an ``adapter`` of a rank."""
+        """Write the merge of all models so far.
+
+        Args:
+            output: a folder, or a single file that ends in ``.safetensors``.
+            kind: ``"model"`` for a full model, ``"adapter"`` for a LoRA adapter.
+            rank: the rank of an adapter; needed where matrices are held in full.
+            dtype: the type of all tensors; by default the base's.
+            device: the device of the computation, such as ``"cuda"``.
+            threads: the number of threads; all cores by default.
+            max_memory: the most bytes of memory, above the memory of the imports.
+            overwrite: replace an output that exists.
+            progress: called with the bytes done, and all bytes.
+
+        Returns:
+            The output's place and size, and notices.
+
+        Raises:
+            MergingError: the store is empty or damaged, or the output cannot be written.
+        """
         refuse_within(Path(output))
         manifest, states = self._states()
         return export(
@@ -106,7 +124,7 @@ class StoreView:
         )
 
     def _states(self) -> tuple[Manifest, list[Adapter]]:
-        """The manifest and the parts of its last state, whole and opened; once more if a writer took that away."""
+        """Return the manifest and the parts of its last state, opened; read again if a writer removed that state."""
         while True:
             manifest = self.manifest()
             if not manifest.steps:

@@ -1,4 +1,4 @@
-"""Watching a folder, or the Hub, for models that appear, and adding each to a store when it is complete."""
+"""Watch a folder, or the Hub, for new models, and add each to a store when it is complete."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from merging.continual.folder import Busy
-from merging.continual.incoming import Arrival, Ended, Pause, attended, incoming
-from merging.continual.manifest import Refused
-from merging.continual.soundness import Damaged
+from merging.continual.inbox import Arrival, Pause, WatchEnded, open_inbox, run_interruptibly
+from merging.continual.integrity import Damaged
+from merging.continual.manifest import Refusal
 from merging.errors import FormatError, InputError, OptionError, escape_unprintable
 from merging.hub.client import Unreachable
 
@@ -26,17 +26,21 @@ __all__ = ["Event", "watch"]
 T = TypeVar("T")
 
 _SLICE = 0.2
-"""Seconds that another writer is waited for at a time."""
+"""Seconds of each wait for another writer."""
 
 _FETCHING = ("again", "allow_different_bases", "on_mismatch")
-"""The options of adding that decide what is fetched."""
+"""The options of ``add`` that decide whether a model is fetched."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What happened to a model: it was added, was known already, or was refused, and why; or the Hub does not answer.
+    """What happened to a model: it was added, was known already, or was refused; or the Hub did not answer.
 
-    ``source`` is the path, or the name on the Hub with the commit; the query itself if that has no answer.
+    Attributes:
+        what: the outcome.
+        source: the path, or the name on the Hub with the commit; the query if the Hub did not answer it.
+        step: the number of the step of a model that was added.
+        reason: why a model was refused, or the Hub did not answer.
     """
 
     what: Literal["added", "known", "refused", "unreachable"]
@@ -51,32 +55,39 @@ def watch(
     *,
     interval: float = 10.0,
     pause: Pause | None = None,
-    tell: Callable[[Event], None] | None = None,
+    on_event: Callable[[Event], None] | None = None,
     once: bool = False,
     **options: Any,
 ) -> None:
-    """Add every model that is new in a folder or on the Hub, the oldest first; look again every ``interval`` seconds.
+    """Add every new model in a folder or on the Hub, the oldest first.
 
-    In a folder a model is a weights file, or a folder that holds one, directly in it. It is complete when nothing in it
-    has changed since the look before; nothing in the folder is ever touched. ``hub:base=ORG/NAME,limit=N`` and its like
-    (:class:`~merging.hub.query.Query`) are what the Hub finds, each as the commit that it is at that look: a new
-    revision is a new model, unless its weights are those of one that is in. One that is refused is noted in the
-    manifest with the reason, and tried again only when it has changed. A Hub that does not answer is told of once, and
-    asked again at the next look.
+    In a folder, a model is a weights file, or a folder with a weights file, directly in it. It is complete when nothing
+    in it has changed since the look before. Nothing in the folder is ever changed. On the Hub, a model is a result of
+    the query, at its present commit. A new revision is a new model, unless it has the weights of an earlier model. A
+    model that is refused is noted in the manifest with the reason, and tried again only when it has changed.
 
-    ``pause(seconds)`` waits and tells whether to end, as ``threading.Event().wait`` does; a step that is under way is
-    finished first, a download is broken off, and gone on with another time. ``once``: ends when all that is there now
-    was tried. ``options`` are those of :meth:`ContinualStore.add`. Raises :class:`~merging.errors.MergingError` for
-    what is wrong with the store, the folder or the query, and with ``once`` if the Hub does not answer.
+    Args:
+        store: the store.
+        source: a folder, or a query of the Hub as ``"hub:base=ORG/NAME,limit=N"``
+            (:class:`~merging.hub.query.Query`).
+        interval: the seconds between two looks.
+        pause: waits a number of seconds and returns whether to end, as ``threading.Event().wait`` does. A step that is
+            under way is finished first; a download is broken off, and continued another time.
+        on_event: called with each event. That the Hub does not answer is reported once.
+        once: end when all models that are there now were tried.
+        options: options of :meth:`ContinualStore.add`.
+
+    Raises:
+        MergingError: the store, the folder or the query is wrong; or, with ``once``, the Hub does not answer.
     """
     if not 0 < interval < inf:
         raise OptionError(f"interval = {interval}: a number of seconds above 0 is needed")
     pause = pause or _pause
-    watching = _Watch(store, source, pause, tell or (lambda event: None), options)
-    with suppress(Ended):
+    watching = _Watch(store, source, pause, on_event or (lambda event: None), options)
+    with suppress(WatchEnded):
         while not pause(0):
             missed = watching.look()
-            if once and watching.looks == watching.incoming.looks:
+            if once and watching.looks == watching.inbox.looks:
                 if missed:
                     raise missed
                 return
@@ -85,82 +96,88 @@ def watch(
 
 
 class _Watch:
-    """What is known from one look to the next."""
+    """The state of a watch from one look to the next."""
 
     def __init__(
         self,
         store: ContinualStore,
         source: str | Path,
         pause: Pause,
-        tell: Callable[[Event], None],
+        on_event: Callable[[Event], None],
         options: Mapping[str, Any],
     ) -> None:
-        self.store, self.source, self.pause, self.tell, self.options = store, source, pause, tell, options
-        self.incoming = incoming(source)
+        self.store = store
+        self.source = source
+        self.pause = pause
+        self.on_event = on_event
+        self.options = options
+        self.inbox = open_inbox(source)
         self.looks = 0
         self._done: dict[str, str] = {}
         self._lost: set[Path | str] = set()
 
     def look(self) -> Unreachable | None:
-        """Add what is new and complete; what the Hub did not give, if anything, is left for the next look."""
+        """Add all new models that are complete; return the last error of a Hub that did not answer."""
         manifest = self.store.manifest()
         refused = {each.source: each.fingerprint for each in manifest.refused}
         missed: list[Unreachable] = []
         self.looks += 1
         try:
             in_a_row = 0
-            for arrival in self.incoming.arrivals(manifest, self.pause):
+            for arrival in self.inbox.arrivals(manifest, self.pause):
                 if self.pause(0):
-                    raise Ended("between two models")
+                    raise WatchEnded("between two models")
                 if arrival.mark in (self._done.get(arrival.source), refused.get(arrival.source)):
                     continue
                 try:
                     self._take(arrival)
                     in_a_row = 0
                 except Unreachable as error:
-                    missed.append(self._missed(arrival.model, error))
+                    missed.append(self._report_unreachable(arrival.model, error))
                     in_a_row += 1
                     if in_a_row > 1:  # it is the Hub, and no single model
                         break
             self._lost.discard(self.source)
         except Unreachable as error:
-            missed.append(self._missed(self.source, error))
+            missed.append(self._report_unreachable(self.source, error))
         return missed[-1] if missed else None
 
-    def _missed(self, source: Path | str, error: Unreachable) -> Unreachable:
-        """Tell that the Hub does not answer, unless that was told of the same before."""
+    def _report_unreachable(self, source: Path | str, error: Unreachable) -> Unreachable:
+        """Report that the Hub does not answer, unless that was reported of the same source before."""
         if source not in self._lost:
-            self.tell(Event("unreachable", source, reason=escape_unprintable(str(error))))
+            self.on_event(Event("unreachable", source, reason=escape_unprintable(str(error))))
         self._lost.add(source)
         return error
 
     def _take(self, arrival: Arrival) -> None:
-        """Add a model, or note why it is refused."""
+        """Add a model, or note the reason for refusing it."""
         try:
             if arrival.remote:
                 options = {name: self.options[name] for name in _FETCHING if name in self.options}
-                attended(lambda told: self.store.fetch(arrival.model, progress=told, **options), self.pause)
+                run_interruptibly(
+                    lambda progress: self.store.fetch(arrival.model, progress=progress, **options), self.pause
+                )
             step = self._when_free(lambda wait: self.store.add(arrival.model, **{"wait": wait, **self.options}))
             event = Event("added", arrival.model, step.number) if step else Event("known", arrival.model)
-        except (Damaged, Unreachable):  # what is wrong with the store itself, or the Hub, is no fault of the model
+        except (Damaged, Unreachable):  # the store or the Hub is at fault, not the model
             raise
         except (InputError, FormatError) as error:
             reason, now = escape_unprintable(str(error)), datetime.now(timezone.utc).isoformat(timespec="seconds")
-            note = Refused(source=arrival.source, fingerprint=arrival.mark, reason=reason, time=now)
+            note = Refusal(source=arrival.source, fingerprint=arrival.mark, reason=reason, time=now)
             self._when_free(lambda wait: self.store.refuse(note, wait=wait))
             event = Event("refused", arrival.model, reason=reason)
         self._done[arrival.source] = arrival.mark
         self._lost.discard(arrival.model)
-        self.tell(event)
+        self.on_event(event)
 
     def _when_free(self, act: Callable[[float], T]) -> T:
-        """Do what needs the store as soon as no other process writes; that one is not waited for when told to end."""
+        """Return ``act(seconds)`` as soon as no other process writes; stop waiting when asked to end."""
         while True:
             try:
                 return act(_SLICE)
             except Busy:  # noqa: PERF203
                 if self.pause(0):
-                    raise Ended("while another process was writing") from None
+                    raise WatchEnded("while another process was writing") from None
 
 
 def _pause(seconds: float) -> bool:

@@ -57,7 +57,7 @@ def test_store_of_full_models_as_adapter(lora: Models, tmp_path: Path) -> None:
     """Matrices become factors of the rank, everything else saved modules."""
     store = grown(tmp_path / "store", Models(lora.base, lora.tuned[5:]))
     wanted = export(store, tmp_path / "model")
-    assert "choose one with --rank" in said("export", store.path, "-o", tmp_path / "adapter", "--as", "adapter")
+    assert "choose a rank with --rank" in said("export", store.path, "-o", tmp_path / "adapter", "--as", "adapter")
     merged = store.export(tmp_path / "adapter", kind="adapter", rank=4, threads=1)
     assert merged.rank == 4
     factored = ("_proj.weight", "lm_head.weight")

@@ -57,7 +57,7 @@ def nothing() -> None:
 def watched(store: ContinualStore, folder: Path, *happens: Callable[[], object]) -> list[tuple[str, str]]:
     """What a watch tells while these happen."""
     told: list[Event] = []
-    watch(store, folder, pause=Looks(*happens).wait, tell=told.append, threads=1)
+    watch(store, folder, pause=Looks(*happens).wait, on_event=told.append, threads=1)
     return [(event.what, event.source.name) for event in told]
 
 

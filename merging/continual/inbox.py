@@ -1,4 +1,4 @@
-"""Where models appear that a store is to take: a folder, or what a query finds on the Hub."""
+"""Places where models for a store appear: a folder, or a query of the Hub."""
 
 from __future__ import annotations
 
@@ -17,27 +17,33 @@ from merging.engine.threads import Progress
 from merging.errors import InputError, MergingError, escape_unprintable
 from merging.hub.query import Query, parse_query
 
-__all__ = ["Arrival", "Ended", "Incoming", "Pause", "attended", "incoming"]
+__all__ = ["Arrival", "Inbox", "Pause", "WatchEnded", "open_inbox", "run_interruptibly"]
 
 T = TypeVar("T")
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 _SLICE = 0.1
-"""Seconds after which the wish to end is noticed at the latest."""
+"""Most seconds until a request to end is noticed."""
 
 Pause = Callable[[float], bool]
-"""Waits so many seconds, and tells whether to end."""
+"""Waits a number of seconds, and returns whether to end."""
 
 
-class Ended(MergingError):
-    """The wait for the Hub was given up, as it was wished; what has come stays for another time."""
+class WatchEnded(MergingError):
+    """The watch was asked to end during a download; the files that have come stay for the next time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A model that has appeared: what ``add`` takes, what its refusal is noted under, and the ``mark`` of its content,
-    which is another one when it has changed. ``remote``: it has yet to be fetched."""
+    """A model that has appeared.
+
+    Attributes:
+        model: the argument of ``add``.
+        source: the name under which a refusal is noted.
+        mark: a fingerprint, which differs when the content has changed.
+        remote: whether it has yet to be fetched.
+    """
 
     model: Path | str
     source: str
@@ -45,37 +51,37 @@ class Arrival:
     remote: bool = False
 
 
-class Incoming(Protocol):
-    """Where models appear; ``looks`` are needed until all that is there was seen to be complete."""
+class Inbox(Protocol):
+    """A place where models appear; it takes ``looks`` looks to see that the models there are complete."""
 
     looks: int
 
     def arrivals(self, manifest: Manifest, pause: Pause) -> Iterator[Arrival]:
-        """What is complete, the oldest first."""
+        """Return the models that are complete, the oldest first."""
 
 
-def incoming(source: str | Path) -> Incoming:
-    """The query of the Hub, or the folder, that is meant."""
+def open_inbox(source: str | Path) -> Inbox:
+    """Return the inbox of a query of the Hub (``hub:...``) or of a folder."""
     query = parse_query(str(source))
-    return _Folder(Path(source)) if query is None else _Hub(query)
+    return _FolderInbox(Path(source)) if query is None else _HubInbox(query)
 
 
-def attended(work: Callable[[Progress], T], pause: Pause) -> T:
-    """What ``work`` returns or raises; :class:`Ended` at once when ``pause`` tells to end.
+def run_interruptibly(work: Callable[[Progress], T], pause: Pause) -> T:
+    """Return what ``work`` returns; raise :class:`WatchEnded` at once when ``pause`` says so.
 
-    It is done in a thread, which may then have to wait for the Hub a little longer, and ends at its next byte.
+    ``work`` runs in a thread, which ends at the next byte that it gets from the Hub.
     """
     returned: list[T] = []
     raised: list[BaseException] = []
     stop = threading.Event()
 
-    def told(done: int, total: int) -> None:
+    def check_stop(done: int, total: int) -> None:
         if stop.is_set():
-            raise Ended("given up")
+            raise WatchEnded("given up")
 
     def run() -> None:
         try:
-            returned.append(work(told))
+            returned.append(work(check_stop))
         except BaseException as error:
             raised.append(error)
 
@@ -84,7 +90,7 @@ def attended(work: Callable[[Progress], T], pause: Pause) -> T:
     try:
         while thread.is_alive():
             if pause(0):
-                raise Ended("given up")
+                raise WatchEnded("given up")
             thread.join(_SLICE)
     finally:
         stop.set()
@@ -93,30 +99,30 @@ def attended(work: Callable[[Progress], T], pause: Pause) -> T:
     return returned[0]
 
 
-class _Hub:
-    """What a query finds, each model as the commit that it is now."""
+class _HubInbox:
+    """The models that a query finds, each at its present commit."""
 
     looks = 1
 
     def __init__(self, query: Query) -> None:
         self.query = query
-        if "HF_HUB_VERBOSITY" not in os.environ:  # what the library says of every try, the watch says once
+        if "HF_HUB_VERBOSITY" not in os.environ:  # the watch reports once what the library reports at each try
             from huggingface_hub.utils import logging
 
             logging.set_verbosity_error()
 
     def arrivals(self, manifest: Manifest, pause: Pause) -> Iterator[Arrival]:
-        found = attended(lambda _: self.query.models(), pause)
+        found = run_interruptibly(lambda _: self.query.models(), pause)
         there = {step.source for step in manifest.steps}
         for each in found:
             if str(each.address) not in there:
                 yield Arrival(str(each.address), each.repo, each.commit, remote=True)
 
 
-class _Folder:
-    """The weights files, and the folders with such files, directly in a folder.
+class _FolderInbox:
+    """The weights files, and the folders with weights files, directly in a folder.
 
-    One is complete when nothing in it has changed since the look before.
+    A model is complete when nothing in it has changed since the look before.
     """
 
     looks = 2
@@ -133,7 +139,7 @@ class _Folder:
 
 
 def _models(folder: Path) -> list[Path]:
-    """What may be a model, the oldest first; hidden names are not looked at."""
+    """Return the files and folders that may be models, the oldest first, without hidden names."""
     try:
         found = [path for path in folder.iterdir() if not path.name.startswith(".")]
     except FileNotFoundError:
@@ -145,7 +151,7 @@ def _models(folder: Path) -> list[Path]:
 
 
 def _weights(folder: Path) -> list[Path]:
-    """Weights files directly in a folder; none of what is no folder, or has just gone."""
+    """Return the weights files directly in a folder; none if it is a file, or has just gone."""
     try:
         return [path for path in folder.iterdir() if path.suffix in _WEIGHTS]
     except OSError:
@@ -167,7 +173,7 @@ def _newest(path: Path) -> int:
 
 
 def _fingerprint(path: Path) -> str:
-    """Names, sizes and times of all files of a model: the same as long as nothing is written."""
+    """Return a hash of the names, sizes and times of a model's files, which changes when a file is written."""
     digest = hashlib.sha256()
     for file, status in _files(path):
         digest.update(f"{file.relative_to(path)} {status.st_size} {status.st_mtime_ns}\n".encode())

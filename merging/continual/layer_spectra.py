@@ -1,4 +1,4 @@
-"""How what a store holds is spread over the layers of the model and over directions within its matrices."""
+"""How the merged change of a store is spread over the layers of the model, and over directions within matrices."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ _POWERS = 30
 
 @dataclass(frozen=True, slots=True)
 class LayerSpectrum:
-    """One block of the model (None: what lies outside the blocks): the norm of what is held there, and of its matrices
-    the share of the energy that lies in their leading directions and the mean stable rank, energy over that share."""
+    """The merged change of one block of the model, or (None) of the tensors outside the blocks.
+
+    It has the norm of the change, the share of the energy of its matrices in their leading directions, and their mean
+    stable rank: the energy over the energy of the leading direction.
+    """
 
     layer: int | None
     tensors: int
@@ -32,7 +35,7 @@ class LayerSpectrum:
 
 
 def spectra(state: Adapter, names: list[str]) -> list[LayerSpectrum]:
-    """The layers of a state in order; ``names`` are the base's tensors. One tensor is in memory at a time."""
+    """Return the layers of a state in order; ``names`` are the base's tensors. One tensor is in memory at a time."""
     stacks = Stacks.from_names(names)
     found: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for name, change in state.changes.items():
@@ -56,7 +59,7 @@ def _layer(layer: int, energies: list[tuple[float, float]]) -> LayerSpectrum:
 
 
 def _energies(change: Change) -> tuple[float, float]:
-    """The squared norm of a change, and the square of its largest singular value (0 of what is no matrix)."""
+    """Return the squared norm of a change, and the square of its largest singular value (0 unless it is a matrix)."""
     delta = change.read(change.shape, _no_base, torch.float32)
     if isinstance(delta, LowRank):
         values = factored_svd(delta.up, delta.down)[1]
@@ -67,7 +70,7 @@ def _energies(change: Change) -> tuple[float, float]:
 
 
 def _largest(matrix: Tensor) -> float:
-    """The largest singular value, to about one per cent, by power iterations from a fixed start."""
+    """Return the largest singular value to about one per cent, by power iterations from a fixed start."""
     vector = torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(0))
     for _ in range(_POWERS):
         vector = matrix.mT @ (matrix @ (vector / vector.norm()))

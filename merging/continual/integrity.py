@@ -1,12 +1,12 @@
-"""Whether a store is what was written: its states and its base by their hashes, and what to do where it is not."""
+"""Integrity of a store: its states and its base are compared with the hashes in its manifest."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from merging.continual.manifest import Base, Manifest, Part, StepRecord, sha256_of
-from merging.continual.state import odd_values
+from merging.continual.manifest import Manifest, Part, StepRecord, StoreBase, sha256_of
+from merging.continual.state import value_problems
 from merging.engine.download import download_model
 from merging.engine.threads import Progress
 from merging.errors import InputError, MergingError
@@ -16,17 +16,23 @@ from merging.sources import Checkpoint
 from merging.sources.checkpoint import content_key
 from merging.sources.links import refuse_link
 
-__all__ = ["Damaged", "Verdict", "base_of", "download_base", "hashes", "require_whole", "state_files", "verify"]
+__all__ = ["Damaged", "Verdict", "base_of", "download_base", "file_hashes", "require_whole", "state_files", "verify"]
 
 
 class Damaged(InputError):
-    """A state of a store, or its base, is gone or is not what it was; no model is to blame for that."""
+    """A state of a store, or its base, is missing or has changed. The model that is added is not the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What verifying found: the number of steps, those whose states were removed, what is wrong, and the last step
-    whose state is whole (0 if none is, which is the empty store)."""
+    """The outcome of verifying a store.
+
+    Attributes:
+        steps: the number of steps.
+        removed: the steps whose states were removed.
+        problems: a line for each thing that is wrong.
+        whole: the last step whose state is whole; 0, the empty store, if there is none.
+    """
 
     steps: int
     removed: list[int]
@@ -44,8 +50,8 @@ def download_base(path: str | Path, progress: Progress | None = None) -> Checkpo
     return base
 
 
-def hashes(base: Checkpoint) -> dict[str, str]:
-    """The hashes of a model's files, by their paths within its folder."""
+def file_hashes(base: Checkpoint) -> dict[str, str]:
+    """Return the hashes of a model's files, by their paths within its folder."""
     root = base.folder or base.path.parent
     return {
         (file.relative_to(root) if root in file.parents else Path(file.name)).as_posix(): sha256_of(file)
@@ -54,7 +60,7 @@ def hashes(base: Checkpoint) -> dict[str, str]:
 
 
 def base_of(store: Path, manifest: Manifest) -> Checkpoint:
-    """The base of a store, opened; by a few of its values it is told from another.
+    """Open the base of a store, and check a few of its values.
 
     Raises :class:`Damaged`, or :class:`~merging.hub.client.Unreachable` if it is on a Hub that does not answer.
     """
@@ -75,7 +81,7 @@ def _relocate(store: Path) -> str:
 
 
 def state_files(store: Path, step: StepRecord) -> list[Path]:
-    """The files of the state after a step, none of which is a link."""
+    """Return the files of the state after a step. Links are refused."""
     files = [store / part.file for part in step.parts.values()]
     for file in files:
         refuse_link(file.parent)
@@ -86,10 +92,10 @@ def state_files(store: Path, step: StepRecord) -> list[Path]:
 def require_whole(store: Path, manifest: Manifest, number: int) -> None:
     """Hash the state after a step. Raises :class:`Damaged` unless it is what was written."""
     for part in manifest.steps[number - 1].parts.values():
-        problem = _odd_part(store, part)
+        problem = part_problem(store, part)
         if problem:
-            earlier = (step.number for step in manifest.steps[number - 2 :: -1] if number > 1)
-            back = next((each for each in earlier if _is_there(store, manifest.steps[each - 1])), 0)
+            earlier = reversed(manifest.steps[: number - 1])
+            back = next((step.number for step in earlier if _is_there(store, step)), 0)
             raise Damaged(
                 f"{problem}, so step {number} cannot be built on: merge continual rollback {store} --to {back} goes "
                 f"back to the state before it"
@@ -100,8 +106,8 @@ def _is_there(store: Path, step: StepRecord) -> bool:
     return all(file.is_file() for file in state_files(store, step))
 
 
-def _odd_part(store: Path, part: Part) -> str | None:
-    """What is wrong with a file of a state."""
+def part_problem(store: Path, part: Part) -> str | None:
+    """Return what is wrong with a file of a state, or None."""
     file = store / part.file
     try:
         same = file.stat().st_size == part.bytes and sha256_of(file) == part.sha256
@@ -113,7 +119,7 @@ def _odd_part(store: Path, part: Part) -> str | None:
 
 
 def verify(store: Path, manifest: Manifest) -> Verdict:
-    """Hash every state that is there and the base's files, and hold them against the manifest."""
+    """Compare the hashes of all states that are there, and of the base's files, with the manifest."""
     problems: list[str] = []
     removed: list[int] = []
     whole = 0
@@ -121,19 +127,19 @@ def verify(store: Path, manifest: Manifest) -> Verdict:
         if not _is_there(store, step):
             removed.append(step.number)
             continue
-        found = [problem for part in step.parts.values() if (problem := _odd_part(store, part))]
+        found = [problem for part in step.parts.values() if (problem := part_problem(store, part))]
         if step is manifest.steps[-1] and not found:
-            found = [problem for file in state_files(store, step) for problem in odd_values(file)]
+            found = [problem for file in state_files(store, step) for problem in value_problems(file)]
         problems += found
         whole = whole if found else step.number
     if manifest.steps and manifest.steps[-1].number in removed:
         problems.append(f"the state of the last step, {manifest.steps[-1].number}, is gone")
-    return Verdict(len(manifest.steps), removed, problems + _odd_base(manifest.base), whole)
+    return Verdict(len(manifest.steps), removed, problems + _base_problems(manifest.base), whole)
 
 
-def _odd_base(stated: Base) -> list[str]:
+def _base_problems(stated: StoreBase) -> list[str]:
     try:
-        found = hashes(download_base(stated.path))
+        found = file_hashes(download_base(stated.path))
     except MergingError as error:
         return [str(error)]
     return [] if found == stated.sha256 else [f"{stated.path}: is no longer the base of the store"]

@@ -1,4 +1,4 @@
-"""Whether a model belongs to the base of a store: by what it says, by what the base is called, and by its values."""
+"""Checks that a model was trained from the base of a store: by its words, by the base's name, and by its values."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from merging.plan import Plan
 from merging.plan.checks import same_base
 from merging.sources import Adapter, Checkpoint
 
-__all__ = ["check_place", "check_stated", "check_values"]
+__all__ = ["check_distance", "check_not_base", "check_stated_base"]
 
 _CACHED = re.compile(r"models--([\w.-]+)--([\w.-]+)")
 """The folder of a repository in the Hub's cache."""
 
 
-def check_place(source: Checkpoint, base: Checkpoint) -> None:
-    """Refuse what lies where the base lies on the Hub, which a query of an author's models finds as well.
+def check_not_base(source: Checkpoint, base: Checkpoint) -> None:
+    """Refuse a revision of the base itself, which a query for an author's models on the Hub finds as well.
 
     Raises :class:`~merging.errors.InputError`.
     """
@@ -32,7 +32,7 @@ def check_place(source: Checkpoint, base: Checkpoint) -> None:
         )
 
 
-def check_values(plan: Plan) -> None:
+def check_distance(plan: Plan) -> None:
     """Refuse a full model, alone in ``plan``, that is too far from the base for a fine-tune of it.
 
     Raises :class:`~merging.errors.InputError`.
@@ -47,11 +47,11 @@ def check_values(plan: Plan) -> None:
         )
 
 
-def check_stated(source: Adapter, base: Checkpoint, manifest: Manifest) -> list[str]:
+def check_stated_base(source: Adapter, base: Checkpoint, manifest: Manifest) -> list[str]:
     """Compare the base that an adapter states with the names of the store's, and with what earlier ones stated.
 
     A folder may be called anything, so that its name confirms and never contradicts; a name on the Hub does both.
-    Returns remarks on what cannot be told. Raises :class:`~merging.errors.InputError`.
+    Return notices of doubts. Raise :class:`~merging.errors.InputError`.
     """
     stated = source.base
     if not stated:
@@ -71,7 +71,7 @@ def check_stated(source: Adapter, base: Checkpoint, manifest: Manifest) -> list[
 
 
 def _hub_name(base: Checkpoint) -> str | None:
-    """What the base is called on the Hub, if it came from there."""
+    """Return the base's name on the Hub, if it came from there."""
     if base.origin is not None:
         return base.origin.repo
     cached = [_CACHED.fullmatch(part) for part in Path(base.path).resolve().parts]
