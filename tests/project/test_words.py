@@ -37,10 +37,8 @@ ALLOWED: dict[str, str] = {}
 CEILINGS: dict[str, tuple[int, int]] = {
     "api": (19, 3),
     "cli": (21, 17),
-    "compression": (4, 0),
     "continual": (73, 12),
     "engine": (18, 7),
-    "geometry": (0, 0),
     "hub": (17, 17),
     "maths": (29, 17),
     "merging": (3, 3),
@@ -48,7 +46,6 @@ CEILINGS: dict[str, tuple[int, int]] = {
     "output": (17, 3),
     "plan": (105, 27),
     "pool": (35, 16),
-    "recycling": (2, 0),
     "report": (2, 3),
     "serving": (47, 18),
     "sources": (163, 38),
