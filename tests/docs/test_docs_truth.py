@@ -160,6 +160,24 @@ def test_members_of_the_contract_exist() -> None:
     assert [name for name in named if name not in known] == []
 
 
+def _rows(page: str) -> dict[str, list[str]]:
+    """Return the cells of every row of a page's tables, by the first cell."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text_of(page).splitlines() if "|" in line]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_figures_of_the_readme_are_those_of_the_benchmarks() -> None:
+    readme, quality = _rows("README.md"), _rows("docs/benchmarks/quality.md")
+    measured = re.findall(r"^\| .* MB \(.* MB\) \|$", text_of("README.md"), re.MULTILINE)
+    assert len(measured) == 3
+    assert all(f"\n{row}\n" in text_of("docs/benchmarks/speed.md") for row in measured)
+    rows = {"opcm": "opcm, alpha 0.5", "single models": "individual"}
+    columns = re.findall(r"^\| (\| base .*) \|$", text_of("README.md"), re.MULTILINE)[0].strip("| ").split(" | ")
+    for title, cell in (("full fine-tunes", 1), ("LoRA, rank 16", 4)):
+        figures = dict(zip(columns, readme[title], strict=True))
+        assert figures == {name: quality[rows.get(name, name)][cell].split()[0] for name in columns}
+
+
 def test_number_of_methods_is_right() -> None:
     assert f"[{len(METHODS)} methods]" in text_of("README.md")
 
