@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterator
 from functools import cache
 
 import click
-from method_pages import cell
+from marks import cell, escape
 
 from merging.cli.main import cli, merge_command
 
@@ -49,7 +48,7 @@ def _parts(path: str, command: click.Command) -> Iterator[str]:
     yield f"```text\n{usage}\n```"
     for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
         verbatim = paragraph.startswith("\b")
-        yield f"```text\n{paragraph[1:].strip()}\n```" if verbatim else _escaped(paragraph)
+        yield f"```text\n{paragraph[1:].strip()}\n```" if verbatim else escape(paragraph)
     options = [each for each in command.get_params(context) if isinstance(each, click.Option) and not each.hidden]
     if options:
         rows = [f"| {_flags(each, context)} | {_help(each, context)} |" for each in options]
@@ -57,16 +56,11 @@ def _parts(path: str, command: click.Command) -> Iterator[str]:
 
 
 def _flags(option: click.Option, context: click.Context) -> str:
+    """The names of an option and its values, as code."""
     record = option.get_help_record(context)
-    return " ".join(f"`{word}`" for word in cell(record[0] if record else "").split(", ")).replace("\\|", "|")
+    return " ".join(f"`{word}`" for word in (record[0] if record else "").split(", "))
 
 
 def _help(option: click.Option, context: click.Context) -> str:
     record = option.get_help_record(context)
-    return _escaped(cell(record[1] if record else ""))
-
-
-def _escaped(text: str) -> str:
-    """Text of a help page as Markdown, in which only code between backticks is marked."""
-    pieces = re.split(r"(`[^`]+`)", text)
-    return "".join(each if i % 2 else re.sub(r"([*_\[]|<(?!/))", r"\\\1", each) for i, each in enumerate(pieces))
+    return cell(record[1] if record else "")

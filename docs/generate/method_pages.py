@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from click.testing import CliRunner
+from marks import cell, escape
 
 from merging.cli.main import cli
 from merging.methods import ALIASES, MERGEKIT, METHODS, method_class
@@ -45,13 +46,8 @@ def answer(*words: str) -> Any:
 def markdown_of(docstring: str) -> str:
     """The docstring as Markdown: characters that Markdown would take for marks stand for themselves outside of code."""
     text = re.sub(r":\w+:`~?([^`]*)`", lambda role: f"`{role[1].rpartition('.')[2]}`", inspect.cleandoc(docstring))
-    pieces = re.split(r"(``.+?``|`[^`]+`)", text, flags=re.DOTALL)
-    return "".join(piece if i % 2 else re.sub(r"([*_<\[|])", r"\\\1", piece) for i, piece in enumerate(pieces))
-
-
-def cell(text: object) -> str:
-    """Text in a cell of a table."""
-    return str(text).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+    paragraphs = text.split("\n\n")  # an indented one is shown as it is, as code
+    return "\n\n".join(each if each.startswith("    ") else escape(each) for each in paragraphs)
 
 
 def _page(name: str, facts: dict[str, str]) -> str:
