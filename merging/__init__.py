@@ -1,8 +1,7 @@
 """Merge fine-tuned models and LoRA adapters, from files or as tensors.
 
-``merge`` works on files, lazily and in bounded memory; ``merge_state_dicts`` and ``merge_deltas`` work on tensors
-wherever they are, touch no file and let gradients through the coefficients.
-"""
+``merge`` works on files, lazily and in bounded memory. ``merge_state_dicts`` and ``merge_deltas`` work on tensors on
+any device, touch no file, and pass gradients to the coefficients."""
 
 from __future__ import annotations
 
@@ -48,7 +47,7 @@ _WHERE = {
     "preview": "api.merge_files",
     "recycle": "recycling.workflow",
 }
-"""Public names that are imported when they are first used, since most of them bring torch along."""
+"""Public names that are imported at their first use, since most of them import torch."""
 
 __all__ = [
     "METHODS",

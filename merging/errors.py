@@ -1,4 +1,4 @@
-"""The errors a user meets: each message says what is wrong, where, and what to do."""
+"""Errors for users: each message says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = [
 
 
 _LONGEST = 6000
-"""Characters of a message; the list of all methods is half of that. Of a longer one the middle is left out."""
+"""The longest message in characters; the list of all methods takes half of that. Longer ones lose their middle."""
 
 
 class MergingError(Exception):
-    """Base of every error raised on purpose; the command line prints it as one message and exits with 1.
+    """Base of every error that is raised on purpose. The command line prints it as one message and exits with 1.
 
-    Messages quote names and values of files that may be hostile: what no terminal should be sent is escaped, and what
-    nobody would read is left out.
+    Messages quote names and values of files that may be hostile: unprintable characters are escaped, and the middle of
+    an endless text is left out.
     """
 
     def __init__(self, message: str) -> None:
@@ -35,7 +35,13 @@ class MergingError(Exception):
 def escape_unprintable(text: str, lines: bool = False) -> str:
     """Escape every character that is not printable, so that any terminal and any file can take the text.
 
-    Ends of lines are escaped too, lest a name pass for a line of its own; ``lines`` keeps them.
+    Args:
+        text: A text, perhaps of a stranger.
+        lines: Whether ends of lines are kept. By default they are escaped, so that no name looks like a line of its
+            own.
+
+    Returns:
+        The text, printable everywhere.
     """
     if text.isprintable():
         return text
@@ -43,7 +49,7 @@ def escape_unprintable(text: str, lines: bool = False) -> str:
 
 
 def shorten(text: str, longest: int = 200) -> str:
-    """A text of a stranger's as people read it: of a longer one the middle is left out, and its length stated."""
+    """Return a text without its middle if it is longer than ``longest`` characters, with its length stated."""
     if len(text) <= longest:
         return text
     return f"{text[: longest * 2 // 3]} ... {text[-longest // 3 :]} ({len(text):,} characters)"
@@ -66,6 +72,6 @@ class OutputError(MergingError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """``" (did you mean 'x'?)"`` for the closest known word, or nothing; to be put at the end of a message."""
+    """Return ``" (did you mean 'x'?)"`` for the most similar known word, or "", for the end of a message."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {match[0]!r}?)" if match else ""

@@ -1,8 +1,7 @@
-"""What the operating system does for us: positional reads and writes, preallocation, durable folders, locks, signals.
+"""Calls to the operating system: positional reads and writes, preallocation, durable folders, locks, signals.
 
-Linux is served directly. Where a call does not exist (macOS, Windows) a plain fallback does the same, slower or with a
-weaker promise. Everything that differs between systems is in this file.
-"""
+Linux is served directly. Where a call does not exist (macOS, Windows), a plain fallback does the same, slower or with a
+weaker guarantee. Everything that differs between systems is in this file."""
 
 from __future__ import annotations
 
@@ -25,6 +24,7 @@ __all__ = [
     "available_memory",
     "claim",
     "create",
+    "delay_signals",
     "exchange",
     "keep_freed_memory",
     "kind_of",
@@ -38,18 +38,17 @@ __all__ = [
     "sync",
     "sync_folder",
     "umask",
-    "uninterrupted",
     "without_links",
     "write_at",
 ]
 
 _PIECE = 1 << 26
-"""Bytes in one call; Linux moves at most 2 GiB at once."""
+"""The most bytes in one call; Linux moves at most 2 GiB at once."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 _seeking = threading.Lock()
-"""Guards the file position where there are no positional calls."""
+"""Guards the file position on systems without positional calls."""
 
 
 def read_at(fd: int, buffer: memoryview, offset: int) -> None:
@@ -73,7 +72,7 @@ def _read_some(fd: int, buffer: memoryview, offset: int) -> int:
 
 
 def write_at(fd: int, buffer: memoryview, offset: int) -> None:
-    """Write all of ``buffer`` (bytes) at ``offset``. Raises OSError, of a full disk too."""
+    """Write all of ``buffer`` (bytes) at ``offset``. Raises OSError, also for a full disk."""
     done = 0
     while done < len(buffer):
         piece = buffer[done : done + _PIECE]
@@ -86,7 +85,7 @@ def write_at(fd: int, buffer: memoryview, offset: int) -> None:
 
 
 def reserve(fd: int, size: int) -> None:
-    """Give a new file its full size, with the space taken now where the system can, so that a full disk shows early."""
+    """Give a new file its full size, and reserve the space if the system can, so that a full disk shows early."""
     if hasattr(os, "posix_fallocate") and size:
         os.posix_fallocate(fd, 0, size)
     else:
@@ -94,13 +93,13 @@ def reserve(fd: int, size: int) -> None:
 
 
 def advise(fd: int, offset: int, length: int) -> None:
-    """Tell the system that these bytes are wanted soon, so that it reads ahead; costs nothing where it cannot."""
+    """Announce that these bytes are needed soon, so that the system reads ahead; do nothing where it cannot."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
 
 
 def begin_writeback(fd: int, offset: int, length: int) -> None:
-    """Have the system begin to bring these bytes to the disk, so that :func:`sync` has less to wait for at the end."""
+    """Have the system start to write these bytes to the disk, so that :func:`sync` waits less at the end."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
@@ -111,9 +110,9 @@ def sync(fd: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep blocks of a few megabytes that were freed, for the next tile wants them again.
+    """Let the C library keep freed blocks of a few megabytes, since the next tile needs them again.
 
-    By default glibc gives them back and has them zeroed anew each time, which costs a quarter of a merge.
+    By default glibc returns them to the system, which zeroes them each time. This would cost a quarter of a merge.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -122,14 +121,14 @@ def keep_freed_memory() -> None:
 
 
 def release_freed_memory() -> None:
-    """Have the C library give back the freed blocks that it keeps, which lie scattered after a while."""
+    """Have the C library return the freed blocks that it keeps, which are scattered after a while."""
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if malloc_trim is not None:
         malloc_trim(0)
 
 
 def private_memory() -> int:
-    """The bytes of memory that this process holds and shares with no file; 0 where the system does not say."""
+    """Return the bytes of memory that this process shares with no file; 0 where the system does not say."""
     try:
         with Path("/proc/self/statm").open("rb") as file:
             _, resident, shared = map(int, file.read().split()[:3])
@@ -139,7 +138,7 @@ def private_memory() -> int:
 
 
 def available_memory() -> int | None:
-    """The bytes of memory that could be had now, or are allowed to this container; None where no system says so."""
+    """Return the bytes of memory that are available now, or to this container; None where no system says so."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
@@ -153,7 +152,7 @@ def available_memory() -> int | None:
 
 
 def allow_open_files(count: int) -> int:
-    """Let this process have so many files open, or as many as the system lets it; returns how many it may have."""
+    """Raise the limit of open files to ``count``, as far as the system allows. Return the limit."""
     try:
         import resource
     except ImportError:
@@ -179,12 +178,12 @@ _KINDS = (
 
 
 def kind_of(mode: int) -> str:
-    """The kind of what has this mode, in words."""
+    """Return in words what kind of file has this mode."""
     return next((kind for is_kind, kind in _KINDS if is_kind(mode)), "a file")
 
 
 def open_regular(path: Path) -> int:
-    """A descriptor to read a regular file by. Raises OSError for anything else, without waiting for it."""
+    """Open a regular file for reading, and return its descriptor. Raises OSError for anything else, without waiting."""
     _require_regular(path.stat().st_mode)  # before it is opened, which can do something to a device
     wanted = ("O_NONBLOCK", "O_NOCTTY", "O_BINARY")
     fd = os.open(path, os.O_RDONLY | sum(getattr(os, flag, 0) for flag in wanted))
@@ -197,7 +196,7 @@ def open_regular(path: Path) -> int:
 
 
 def path_of(fd: int) -> str | None:
-    """The path of an open file, without links; None where the system does not say it."""
+    """Return the path of an open file, without links; None where the system does not say."""
     try:
         path = str(Path(f"/proc/self/fd/{fd}").readlink())
     except OSError:
@@ -211,33 +210,33 @@ def _require_regular(mode: int) -> None:
 
 
 def create(path: Path) -> BinaryIO:
-    """A new file to write to. Raises OSError if anything has that name, be it a link to nowhere."""
+    """Create a new file for writing. Raises OSError if the name exists, even as a dangling link."""
     wanted = ("O_NOFOLLOW", "O_BINARY")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | sum(getattr(os, flag, 0) for flag in wanted)
     return os.fdopen(os.open(path, flags, 0o666), "wb")
 
 
 def without_links(path: str, flags: int) -> int:
-    """An opener that follows no link at the end of a path."""
+    """Open a file like :func:`os.open`, without following a link at the end of the path."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def umask() -> int:
-    """The bits that new files and folders do not get."""
+    """Return the permission bits that new files and folders do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def open_folder(path: Path) -> int | None:
-    """A descriptor of a folder, or None on systems that open only files."""
+    """Open a folder and return its descriptor; None on systems that open only files."""
     if sys.platform == "win32" or not hasattr(os, "O_DIRECTORY"):
         return None
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def sync_folder(path: Path) -> None:
-    """Return when the names in a folder are on the disk; systems that cannot sync a folder do it in their own time."""
+    """Return when the names in a folder are on the disk; some systems cannot sync a folder, and do nothing here."""
     fd = open_folder(path)
     if fd is None:
         return
@@ -251,7 +250,7 @@ def sync_folder(path: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swap two existing paths in one step, so that neither name is ever missing; False where that cannot be done."""
+    """Swap two existing paths in one step, so that neither name is ever missing. Return False if that is impossible."""
     libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
     if libc is None or not hasattr(libc, "renameat2"):
         return False
@@ -260,9 +259,9 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def claim(fd: int) -> bool | None:
-    """Take the lock of an open file or folder until it is closed or the process dies; False if another holds it.
+    """Lock an open file or folder until it is closed or the process dies. Return False if another process holds it.
 
-    Systems without such locks never grant one (None), so that nothing is ever taken for abandoned there.
+    Systems without such locks grant none (None), so that nothing is ever considered abandoned there.
     """
     try:
         import fcntl
@@ -278,10 +277,11 @@ def claim(fd: int) -> bool | None:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Have signals wait until the end of the block, so that none of them leaves its work half done.
+def delay_signals() -> Iterator[None]:
+    """Delay signals until the end of the block, so that none leaves its work half done.
 
-    These are the ones with a handler in Python, which may raise wherever the main thread is; other threads see none.
+    Only signals with a handler in Python are delayed, since a handler may raise anywhere in the main thread. Other
+    threads receive no signals.
     """
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
     handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}

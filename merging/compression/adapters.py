@@ -1,4 +1,4 @@
-"""Packing an adapter: code the factors in its file, and keep its other tensors as they are."""
+"""Packing an adapter: the factors in its file are coded, and whatever else it holds is kept as it is."""
 
 from __future__ import annotations
 
@@ -28,20 +28,15 @@ from merging.sources.stored import FileContents, Stored
 __all__ = ["AdapterFile", "adapter_file", "pack_adapter"]
 
 _METADATA = ("lora_adapter_metadata", "ss_base_model_version", "ss_v2", "ss_network_", "modelspec.architecture")
-"""Prefixes of the metadata entries that are kept. Other entries of Kohya's hold captions and paths."""
+"""How the metadata entries begin that are kept: others of Kohya's hold captions and paths."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFile:
-    """An adapter with the tensors of its file.
+    """An adapter with the tensors of its file, of which some are factors of LoRA changes.
 
-    Attributes:
-        path: The file.
-        dialect: The format of its names.
-        opened: Its tensors and metadata.
-        adapter: The adapter.
-        pairs: The names of lower and upper factors that belong together.
-        alone: The names of factors without a gauge of their own: factors of experts, and shared ones.
+    ``pairs`` are the names of lower and upper factors; ``alone`` those of factors that cannot be brought to another
+    gauge by themselves, of experts and shared ones.
     """
 
     path: Path
@@ -53,21 +48,21 @@ class AdapterFile:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The entries of the header's metadata that are kept."""
+        """What is kept of the header's metadata."""
         return {key: text for key, text in self.opened[1].items() if key.startswith(_METADATA)}
 
     def holding(self, tensors: Mapping[str, Stored]) -> Adapter:
-        """Return the adapter that the file would be with these tensors."""
+        """The adapter that the file would be if it held these tensors."""
         return self.dialect.opens(self.path, None, (dict(tensors), self.opened[1]))
 
     def loras(self, adapter: Adapter) -> dict[str, LoraChange]:
-        """Return the changes by factors, without DoRA's magnitudes, which need the base."""
+        """The changes that factors make, without what DoRA makes of them, which needs the base."""
         found = {target: each for target, each in adapter.changes.items() if isinstance(each, LoraChange)}
         return {target: replace(each, magnitude=None) for target, each in found.items()}
 
 
 def adapter_file(adapter: Adapter) -> AdapterFile:
-    """Open the file of an adapter. Raises :class:`~merging.errors.InputError` for one that cannot be packed."""
+    """The file of an adapter, opened. Raises :class:`~merging.errors.InputError` for one that cannot be packed."""
     path = adapter.files[0]
     opened = open_tensors(path)
     dialect = dialect_of(opened)
@@ -80,7 +75,7 @@ def adapter_file(adapter: Adapter) -> AdapterFile:
     started = next((each for each in changes if each.start), None)
     if started is not None:
         raise InputError(
-            f"{adapter.path}: {started.target}: its factors hold directions that its start took off the base "
+            f"{adapter.path}: {started.target}: its factors hold directions of the base that its start took away "
             f"({started.start}), which must not be lost: make a plain LoRA of it first, with merge --method "
             f"passthrough --base BASE"
         )
@@ -101,14 +96,14 @@ def adapter_file(adapter: Adapter) -> AdapterFile:
 
 
 def pack_adapter(file: AdapterFile, settings: PackSettings, assembly: Assembly) -> tuple[Losses, list[str]]:
-    """Code an adapter's factors into an assembly. Return the losses, and remarks on tensors that are kept as they are.
+    """Code an adapter's factors into an assembly; what that loses, and remarks on what is kept as it is.
 
     Raises :class:`~merging.errors.InputError` for values that are not finite.
     """
     if file.alone and settings.method == "bands":
         raise InputError(
             f"{file.adapter.path}: {file.alone[0]} holds factors of experts, or shared ones, whose directions cannot "
-            f"be separated: use --method ternary"
+            f"be told apart: use --method ternary"
         )
     tensors = dict(file.opened[0])
     for down, up in file.pairs:
@@ -128,12 +123,12 @@ def pack_adapter(file: AdapterFile, settings: PackSettings, assembly: Assembly) 
     remarks = []
     if kept:
         size = sum(tensors[name].nbytes for name in kept)
-        remarks = [f"{len(kept)} tensors of {size:,} bytes are not factors and kept as they are ({kept[0]})"]
+        remarks = [f"{len(kept)} tensors of {size:,} bytes are no factors and kept as they are ({kept[0]})"]
     return _losses(file, file.holding(tensors)), remarks
 
 
 def _pair(file: AdapterFile, down: str, up: str, settings: PackSettings) -> list[tuple[Described, Tensor]]:
-    """Return the two factors of a product in the balanced gauge, coded."""
+    """The two factors of a product in the balanced gauge, coded."""
     stored = [file.opened[0][name] for name in (up, down)]
     rank = stored[1].shape[0]
     left, right = balance(_values(file, up).reshape(-1, rank), _values(file, down).reshape(rank, -1))
@@ -154,7 +149,7 @@ def _pair(file: AdapterFile, down: str, up: str, settings: PackSettings) -> list
 
 
 def _values(file: AdapterFile, name: str) -> Tensor:
-    """Read a tensor of the file, and check that it is finite."""
+    """A tensor of the file, which must be finite."""
     values = file.opened[0][name].read()
     if values.is_floating_point() and not bool(values.isfinite().all()):
         raise InputError(f"{file.adapter.path}: {name} holds NaN or infinite values: repair the adapter first")
@@ -166,7 +161,7 @@ def _kind(stored: Stored) -> DtypeName:
 
 
 def _losses(file: AdapterFile, packed: Adapter) -> Losses:
-    """Return the loss of every product, computed from the factors."""
+    """What every product has lost, told from the factors."""
     losses, after = Losses(), file.loras(packed)
     for target, change in file.loras(file.adapter).items():
         one, other = (_product(each) for each in (change, after[target]))

@@ -58,7 +58,7 @@ def new_state(store: Path) -> Iterator[Path]:
     folder = None
     try:
         try:
-            with os_calls.uninterrupted():
+            with os_calls.delay_signals():
                 folder = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=store / STATES))
         except OSError as error:
             raise OutputError(f"{store}: cannot be written to: {error.strerror}") from None

@@ -26,7 +26,7 @@ from merging.methods import chain
 from merging.plan.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
 from merging.sources.checkpoint import content_key
-from merging.storage.atomic import remove_unplaced
+from merging.storage.atomic import remove_temporary_files
 
 __all__ = ["ContinualStore"]
 
@@ -275,7 +275,7 @@ class ContinualStore(StoreView):
             return self._sweep(manifest, keep)
 
     def _sweep(self, manifest: Manifest, keep: int | None) -> list[str]:
-        remove_unplaced(self.path / NAME)
+        remove_temporary_files(self.path / NAME)
         steps = manifest.steps if keep is None else manifest.steps[-keep:]
         wanted = {file.parent.name for step in steps for file in state_files(self.path, step)}
         gone = [path for path in state_folders(self.path) if path.name not in wanted]

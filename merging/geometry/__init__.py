@@ -1,7 +1,6 @@
-"""Comparison of models: inner products, angles, spectra, signs and subspaces of their changes."""
+"""How models lie to one another: inner products, angles, spectra, signs and subspaces of what they change."""
 
-from merging.geometry.compare_models import compare
-from merging.geometry.comparison import Comparison
+from merging.geometry.comparison import Comparison, compare
 from merging.geometry.grams import cosines, gram
 from merging.geometry.signs import Signs, sign_agreement
 from merging.geometry.spectrum import spectra

@@ -87,10 +87,10 @@ def hub_address(name: str) -> Address | None:
 def _parse(name: str, text: str) -> Address:
     written = _WRITTEN.fullmatch(text)
     if written is None or text.encode(errors="replace").decode() != text:
-        raise InputError(f"{name}: is no address on the Hub: write hf://org/name@revision/path/in/it")
+        raise InputError(f"{name}: is not an address on the Hub: write hf://org/name@revision/path/in/it")
     path = (written["path"] or "").rstrip("/")
     if any(part in ("", ".", "..") for part in path.split("/")) and path:
-        raise InputError(f"{name}: {path} is no path in a repository")
+        raise InputError(f"{name}: {path} is not a path in a repository")
     return Address(written["repo"], unquote(written["revision"]) if written["revision"] else None, path)
 
 
@@ -101,13 +101,13 @@ def _from_url(url: str) -> Address:
     try:
         parts = urlsplit(url)
     except ValueError as error:
-        raise InputError(f"{url}: is no address: {error}") from None
+        raise InputError(f"{url}: is not an address: {error}") from None
     ours = urlsplit(constants.ENDPOINT).netloc
     if parts.netloc not in (*_HOSTS, ours):
         raise InputError(f"{url}: is not on the Hub ({ours}): download it, and name the file")
     words = unquote(parts.path).strip("/").split("/")
     if len(words) < 2 or (len(words) > 2 and (words[2] not in ("tree", "blob", "resolve") or len(words) < 4)):
-        raise InputError(f"{url}: is no page of a model: copy the address of the model, or of a file of it")
+        raise InputError(f"{url}: is not a page of a model: copy the address of the model, or of a file of it")
     revision = "@" + words[3] if len(words) > 3 else ""
     path = words[4:]
     if words[3:4] == ["refs"]:

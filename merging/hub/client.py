@@ -155,7 +155,7 @@ def explain_error(error: Exception, name: str) -> InputError:
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         return InputError(f"{name}: there is no such file on the Hub")
     if isinstance(error, errors.HFValidationError):
-        return InputError(f"{name}: is no name of a model on the Hub: {str(error).splitlines()[0]}")
+        return InputError(f"{name}: is not a name of a model on the Hub: {str(error).splitlines()[0]}")
     response = getattr(error, "response", None)
     if response is not None:
         return Unreachable(f"{name}: the Hub answered {response.status_code} to every try: try again later")

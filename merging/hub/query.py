@@ -67,12 +67,12 @@ class Query:
         listed = with_retries(lambda: list(islice(api().list_models(**asked), self.limit)), str(self))
         found = [
             HubModel(
-                info.id,
-                info.sha,
-                info.created_at or datetime.fromtimestamp(0, timezone.utc),
-                info.downloads or 0,
-                bool(info.gated),
-                tuple(info.tags or ()),
+                repo=info.id,
+                commit=info.sha,
+                created=info.created_at or datetime.fromtimestamp(0, timezone.utc),
+                downloads=info.downloads or 0,
+                gated=bool(info.gated),
+                tags=tuple(info.tags or ()),
             )
             for info in listed
             if info.sha
@@ -98,7 +98,7 @@ def parse_query(text: str) -> Query | None:
         name, equals, value = part.strip().partition("=")
         if not equals or not value or name not in names:
             raise OptionError(
-                f"{text}: {part!r} is no part of a query{nearest(name, names)}: write hub:base=ORG/NAME,author=ORG,"
+                f"{text}: {part!r} is not a part of a query{nearest(name, names)}: write hub:base=ORG/NAME,author=ORG,"
                 f"tag=TAG,search=WORD,limit=N"
             )
         stated: dict[str, Any] = {name: _value(text, name, value)}

@@ -128,7 +128,7 @@ class RemoteFile:
             except OSError as error:
                 raise OutputError(f"{blob.parent}: cannot be written: {error.strerror}: set HF_HOME") from None
             with FileLock(lock):
-                download(self.url, blob, self.size, self.sha256, self.label, progress)
+                download(self.url, blob, self.size, self.sha256, self.label, progress=progress)
         path = Path(with_retries(lambda: hf_hub_download(self.repo, self.name, revision=self.commit), self.label))
         if by_library:
             if self.sha256 is not None and file_hash(path) != self.sha256:

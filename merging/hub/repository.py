@@ -136,7 +136,9 @@ def _ask_hub(repo: str, revision: str | None) -> Repository:
         if each.rfilename in found.sizes and each.rfilename.endswith(_WEIGHTS):
             sha256 = each.lfs.sha256 if each.lfs else None
             found.add_weights(
-                RemoteFile(repo, info.sha, each.rfilename, each.size or 0, sha256, folder / each.rfilename)
+                RemoteFile(
+                    repo, info.sha, each.rfilename, size=each.size or 0, sha256=sha256, path=folder / each.rfilename
+                )
             )
     folder.mkdir(parents=True, exist_ok=True)
     _remember(repo, revision or "main", info.sha)

@@ -255,7 +255,7 @@ class Pool:
         config = [weights.parent / _CONFIG] if weights.stem == "adapter_model" else []
         digest, new = hashlib.sha256(), None
         try:
-            with os_calls.uninterrupted():
+            with os_calls.delay_signals():
                 new = Path(tempfile.mkdtemp(prefix=".new.", dir=self.path / FOLDER))
             for file in (file for file in [weights, *config] if file.is_file()):
                 copy(file, new / file.name, digest)

@@ -18,7 +18,7 @@ from merging.serving.subject import Subject
 from merging.sources import Adapter
 from merging.sources.adapter import AddedBias
 from merging.sources.checkpoint import Checkpoint, config_layers
-from merging.sources.quantized_weights import refuse_quantised
+from merging.sources.quantized_weights import refuse_quantized
 from merging.sources.tied_weights import embeddings_among, has_own_head, is_head, same_values, stated_tie
 
 __all__ = ["FILES"]
@@ -129,7 +129,7 @@ def _unstated(subject: Subject) -> Iterator[str]:
 def _quantised(subject: Subject, config: bool) -> list[str]:
     """What says that a model is quantised: its config, or else its tensors."""
     try:
-        refuse_quantised(Path(subject.name), {} if config else subject.tensors, subject.stated if config else {})
+        refuse_quantized(Path(subject.name), {} if config else subject.tensors, subject.stated if config else {})
     except MergingError as error:
         return [str(error).removeprefix(f"{subject.name}: ").partition(": ")[0]]
     return []

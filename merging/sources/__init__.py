@@ -1,8 +1,7 @@
-"""Models as they lie on the disk: full checkpoints and adapters, opened from their headers and read piece by piece.
+"""Readers of models on the disk: full checkpoints and adapters, opened from their headers and read piece by piece.
 
-A new file format is one module with ``recognises(opened)`` and an opener that makes an ``Adapter``, and one line in
-``DIALECTS``.
-"""
+A new file format is one module with ``recognizes(contents)`` and an opener that returns an ``Adapter``, and one line in
+``DIALECTS``."""
 
 from __future__ import annotations
 
@@ -39,17 +38,17 @@ __all__ = [
 Model = Checkpoint | Adapter
 """A full model, or changes of one."""
 
-Recognises = Callable[[FileContents], bool]
+Recognizes = Callable[[FileContents], bool]
 Opens = Callable[[Path, float | None, FileContents], Adapter]
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """A format of adapters: how a file is told by its tensor names and its header, and opened."""
+    """A format of adapters, recognised by a file's tensor names and header."""
 
     name: str
     summary: str
-    recognises: Recognises
+    recognizes: Recognizes
     opens: Opens
 
 
@@ -59,40 +58,40 @@ DIALECTS = (
     Dialect(
         "pack",
         "what an adapter holds, or what a full model changed, in few bits: written by merge compress",
-        packs.recognises,
+        packs.recognizes,
         packs.open_pack,
     ),
     Dialect(
         "Kohya",
         f"LoRA of diffusion models with flat names; {_LYCORIS}",
-        kohya.recognises,
+        kohya.recognizes,
         kohya.open_kohya,
     ),
     Dialect(
         "diffusers",
-        "LoRA of diffusion models with dotted names: diffusers, old and new, ComfyUI and its kin, XLabs, bare ones",
-        diffusion_loras.recognises,
+        "LoRA of diffusion models with dotted names: diffusers, old and new, ComfyUI and others, XLabs, bare names",
+        diffusion_loras.recognizes,
         diffusion_loras.open_diffusion,
     ),
-    Dialect("PEFT", "adapters of PEFT, a folder or a bare file", peft.recognises, peft.open_peft),
+    Dialect("PEFT", "adapters of PEFT, a folder or a bare file", peft.recognizes, peft.open_peft),
 )
-"""All formats of adapters that are read; the first that recognises a file opens it."""
+"""All formats of adapters that are read. The first that recognizes a file opens it."""
 
 
-def dialect_of(opened: FileContents) -> Dialect | None:
-    """The format of an adapter's file, None for one that none of them recognises."""
-    return next((dialect for dialect in DIALECTS if dialect.recognises(opened)), None)
+def dialect_of(contents: FileContents) -> Dialect | None:
+    """Return the format of an adapter's file, None if no format recognizes it."""
+    return next((dialect for dialect in DIALECTS if dialect.recognizes(contents)), None)
 
 
 def tensors_of(model: Checkpoint | Adapter) -> list[Stored]:
-    """All tensors that a model has in its files."""
+    """Return all tensors that a model has in its files."""
     if isinstance(model, Checkpoint):
         return list(model.tensors.values())
     return [stored for change in model.changes.values() for stored in change.tensors]
 
 
 def check_in_place(model: Checkpoint | Adapter) -> None:
-    """Raise :class:`~merging.errors.FormatError` if the weights files of a model are not those that were opened."""
+    """Check that a model's weights files are still the opened files. Raises :class:`~merging.errors.FormatError`."""
     for holder in holders_of(tensors_of(model)):
         if isinstance(holder, File):
             holder.check_place()
@@ -103,8 +102,8 @@ def open_local(
 ) -> Checkpoint | Adapter:
     """Open a full model or an adapter in an existing folder or file.
 
-    ``open_file`` opens its weights files. The other arguments are those of
-    :func:`~merging.hub.open_model.open_model`, which also takes names of the Hub.
+    ``open_file`` opens its weights files; the other arguments are as in
+    :func:`~merging.hub.open_model.open_model`, which also takes names on the Hub.
     """
     if path.is_dir():
         _check_one_model(path)
@@ -136,7 +135,7 @@ def _checkpoint(path: Path, dequantize: bool, open_file: FileOpener) -> Checkpoi
 
 
 def _check_one_model(folder: Path) -> None:
-    """Refuse a folder that holds a full model and an adapter: either may have been left over."""
+    """Refuse a folder that holds both a full model and an adapter: either may be left over from earlier work."""
     adapters = [name for name in (*peft.WEIGHTS, *diffusion_loras.WEIGHTS) if is_there(folder / name, None)]
     if not adapters and not (folder / "adapter_config.json").is_file():
         return
@@ -146,8 +145,7 @@ def _check_one_model(folder: Path) -> None:
     what = f"an adapter ({adapters[0]})" if adapters else "the config of an adapter (adapter_config.json)"
     names = [str(folder / name) for name in (weights.name, *adapters[:1])]
     raise InputError(
-        f"{folder}: holds a full model ({weights.name}) and {what}: name the file of the one that is meant: "
-        f"{' or '.join(names)}"
+        f"{folder}: holds a full model ({weights.name}) and {what}: name the file that is meant: {' or '.join(names)}"
     )
 
 
@@ -163,7 +161,7 @@ def _check_numbers(adapter: Adapter) -> Adapter:
 
 
 def _bare_adapter(folder: Path, open_file: FileOpener) -> Path | None:
-    """The adapter's file in a folder without a config: one of a name that adapters have, or the only file there."""
+    """Return the adapter's file in a folder without a config: a standard name of adapters, or the only weights file."""
     named = next(
         (folder / name for name in (*peft.WEIGHTS, *diffusion_loras.WEIGHTS) if is_there(folder / name, None)), None
     )

@@ -1,8 +1,7 @@
-"""Adapters: what they change in which tensor of their base, whatever format they were written in.
+"""Adapters: the changes that they make to the tensors of their base, whatever their format.
 
-A dialect (``peft.py`` and its kin) reads one format's names and config, and makes an :class:`Adapter` of the pieces
-below; every scale is folded in when the factors are read.
-"""
+The module of a format reads names and config, and makes an :class:`Adapter` of the changes below. Every scale is
+multiplied in when the factors are read."""
 
 from __future__ import annotations
 
@@ -37,33 +36,33 @@ ChangeKind = Literal["linear", "embedding", "conv", "experts", "bias", "tokens",
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Change(ABC):
-    """What an adapter changes in one tensor, ``target`` (its name as the adapter gives it, ``...query.weight``)."""
+    """The change that an adapter makes to one tensor, ``target``, named as in the adapter (``...query.weight``)."""
 
     target: str
     kind: ChangeKind
     needs_base: str | None = field(default=None, kw_only=True)
-    """Why the change cannot be told without the base's tensor, if it cannot."""
+    """Why the change cannot be computed without the base's tensor; None if it can."""
     optional: bool = field(default=False, kw_only=True)
-    """Whether the base need not have the target: the bias of a layer that may have none."""
+    """Whether the base may lack the target, as the bias of a layer that may have none."""
 
     @property
     @abstractmethod
     def tensors(self) -> tuple[Stored, ...]:
-        """What is read of the adapter's file."""
+        """The tensors that are read from the adapter's file."""
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """The target's shape, as far as it can be told without the base."""
+        """The target's shape, as far as it is known without the base."""
 
     @property
     def rank(self) -> int:
-        """The rank the change was trained at, 0 where it was trained in full."""
+        """The rank of the change in training, 0 if it was trained in full."""
         return 0
 
     @property
     def low_rank(self) -> bool:
-        """Whether it is read as factors of that rank, and not as a dense tensor."""
+        """Whether it is read as factors of this rank, and not as a dense tensor."""
         return False
 
     def fits(self, shape: tuple[int, ...]) -> bool:
@@ -71,23 +70,27 @@ class Change(ABC):
         return shape == self.shape
 
     def is_transposed(self, shape: tuple[int, ...]) -> bool:
-        """Whether a target of this shape is the transpose of ``up @ down``, if factors are what is wanted."""
+        """Whether a target of this shape is the transpose of ``up @ down``, for a change that is read as factors."""
         return False
 
     @abstractmethod
     def read(self, shape: tuple[int, ...], base: Callable[[], Tensor], dtype: torch.dtype) -> Delta:
-        """The change of a base tensor of this shape, computed in ``dtype``; ``base`` reads that tensor in ``dtype``."""
+        """Return the change of a base tensor of this shape, computed in ``dtype``; ``base`` reads the base tensor."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraChange(Change):
-    """scale * up @ down, and what DoRA, PiSSA and OLoRA make of it.
+    """The change ``scale * up @ down`` of LoRA, and its variants DoRA, PiSSA and OLoRA.
 
-    ``down`` is ``[r, in]`` and ``up`` ``[out, r]``; convolutions carry their kernel in ``down`` (``[r, in, *k]``).
-    ``transposed``: the target is ``[in, out]``, as in GPT-2's Conv1D and in embeddings. ``magnitude`` is DoRA's vector.
-    ``layer`` is the base's own tensor where it was saved along (PEFT does so for embeddings and heads).
-    ``start`` says what the training subtracted from the base at its start: its ``r`` leading singular directions
-    (``"pissa"``) or the first ``r`` of its QR decomposition (``"olora"``).
+    Attributes:
+        down: The factor ``[r, in]``; convolutions have their kernel here (``[r, in, *k]``).
+        up: The factor ``[out, r]``.
+        scale: The factor of the product.
+        transposed: Whether the target is ``[in, out]``, as in GPT-2's Conv1D and in embeddings.
+        magnitude: The vector of DoRA.
+        layer: The base's own tensor if the adapter saved it too, as PEFT does for embeddings and heads.
+        start: What the training subtracted from the base at its start: the ``r`` leading singular directions
+            (``"pissa"``) or the first ``r`` directions of its QR decomposition (``"olora"``).
     """
 
     down: Stored
@@ -123,7 +126,7 @@ class LoraChange(Change):
         return self.transposed == self._is_of(shape)
 
     def _is_of(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of this shape is what the factors make, a matrix or a convolution of one point."""
+        """Whether the factors make a tensor of this shape: a matrix, or a convolution with a kernel of 1."""
         longest = max(len(shape), len(self.shape))
         one, other = (each + (1,) * (longest - len(each)) for each in (shape, self.shape))
         return one == other and len(shape) > 1
@@ -141,7 +144,7 @@ class LoraChange(Change):
 
 
 def _without_start(delta: LowRank, weight: Tensor, rank: int, start: str, scale: float) -> LowRank:
-    """The change from the original base of an adapter that was trained on what its start left of it."""
+    """Return the change relative to the original base, for an adapter trained on the rest that its start left."""
     matrix = weight.mT if delta.transposed else weight.reshape(len(weight), -1)
     if start == "pissa":
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -153,7 +156,7 @@ def _without_start(delta: LowRank, weight: Tensor, rank: int, start: str, scale:
 
 
 def _dora(delta: LowRank, weight: Tensor, magnitude: Tensor) -> Dense:
-    """DoRA (Liu et al. 2024, arXiv 2402.09353): every output of W + delta is given the length ``magnitude``."""
+    """DoRA (Liu et al. 2024, arXiv 2402.09353): every output of W + delta gets the length ``magnitude``."""
     total = weight + delta.dense()
     # One length an output: a column where the target is [in, out], else everything under the first axis.
     axes = (0,) if delta.transposed else tuple(range(1, total.dim()))
@@ -163,7 +166,7 @@ def _dora(delta: LowRank, weight: Tensor, magnitude: Tensor) -> Dense:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FullChange(Change):
-    """A change that the adapter holds as one tensor of the target's shape."""
+    """A change that the adapter stores as one tensor of the target's shape."""
 
     value: Stored
 
@@ -178,7 +181,7 @@ class FullChange(Change):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AddedBias(FullChange):
-    """scale * value added to a bias (PEFT's ``lora_bias``)."""
+    """``scale * value``, added to a bias (PEFT's ``lora_bias``)."""
 
     scale: float
 
@@ -188,7 +191,7 @@ class AddedBias(FullChange):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Replacement(FullChange):
-    """A tensor that takes the base's place: a module saved in full, or a trained bias."""
+    """A tensor that replaces the base's tensor: a module saved in full, or a trained bias."""
 
     def read(self, shape: tuple[int, ...], base: Callable[[], Tensor], dtype: torch.dtype) -> Delta:
         return Dense(self.value.read().to(dtype) - base())
@@ -196,7 +199,7 @@ class Replacement(FullChange):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AddedTensor(FullChange):
-    """A tensor that is added to the base's."""
+    """A tensor that is added to the base's tensor."""
 
     def read(self, shape: tuple[int, ...], base: Callable[[], Tensor], dtype: torch.dtype) -> Delta:
         return Dense(self.value.read().to(dtype))
@@ -204,7 +207,7 @@ class AddedTensor(FullChange):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FactorsChange(Change):
-    """up @ down as a change of a tensor of one ``size``: ``up`` is ``[..., out, r]`` and ``down`` ``[..., r, in]``.
+    """The change ``up @ down`` of a tensor of one ``size``: ``up`` is ``[..., out, r]`` and ``down`` ``[..., r, in]``.
 
     ``transposed``: the target is the transpose of their product.
     """
@@ -239,10 +242,13 @@ class FactorsChange(Change):
 
 @dataclass(frozen=True, slots=True)
 class TensorNames:
-    """The names that a file gives to one change: ``stem`` is the path of the module, ``names`` those of its tensors.
+    """The names in a file for one change.
 
-    ``names`` are the lower and the upper factor of a LoRA, or the one tensor of any other change; empty if it has
-    several. ``alpha``: the file states an alpha beside them.
+    Attributes:
+        stem: The path of the module.
+        names: The names of the lower and the upper factor of a LoRA, or of the only tensor of another change; empty for
+            a change of several tensors.
+        alpha: Whether the file states an alpha next to them.
     """
 
     stem: str
@@ -251,18 +257,29 @@ class TensorNames:
 
     @property
     def leaves(self) -> tuple[str, ...]:
-        """The names behind the path of the module."""
+        """The parts of the names after the path of the module."""
         return tuple(name[len(self.stem) + 1 :] for name in self.names)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """Changes by target, what the adapter says of its base, and what a reader should be told (``notices``).
+    """An adapter: its changes by target, its statements about the base, and notices for the user.
 
-    ``about`` says in a few words what changes of its type are made of. ``base_key`` is the key of the base's content,
-    where that is known; ``of_model`` says that a full model changed this, so that merges of it make models.
-    ``tensor_names`` are the names in its file by target, and ``configured`` says that the file's header has a config of
-    diffusers' for each component.
+    Attributes:
+        path: The folder, file or Hub address.
+        changes: The changes, by the names of their targets.
+        files: The weights files.
+        dialect: The name of its format.
+        base: The name of the base that it states.
+        config: The fields of its config.
+        notices: Remarks for the user.
+        about: The type of its changes, in a few words.
+        origin: Its place on the Hub.
+        base_key: The key of the base's content, if known.
+        of_model: Whether a full model made these changes, so that merges of it make models.
+        tensor_names: The names in its file, by target.
+        configured: Whether the file's header has a config of diffusers for each component.
+        packed: Whether it was read from a pack.
     """
 
     path: Path
@@ -281,9 +298,9 @@ class Adapter:
     packed: bool = False
 
     def require_base(self, known: Collection[str] = ()) -> None:
-        """Raise :class:`~merging.errors.InputError` if some change cannot be told without the base.
+        """Check that no change needs the base. Raises :class:`~merging.errors.InputError`.
 
-        Of the targets ``known`` there is something that stands for the base's.
+        Targets in ``known`` pass: another tensor replaces the base's tensor for them.
         """
         for target, change in self.changes.items():
             if change.needs_base and target not in known:

@@ -1,4 +1,4 @@
-"""The maths that adapter formats share, on plain tensors: products of products, and rotations."""
+"""The maths that several adapter formats share, on plain tensors: products of factors, and rotations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["blockwise", "cayley", "cayley_series", "hadamard", "kronecker", "res
 
 
 def tucker(core: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
-    """``[out, in, *kernel]`` of a core ``[r, s, *kernel]``, ``outputs [r, out]`` and ``inputs [s, in]``."""
+    """Return ``[out, in, *kernel]`` from a core ``[r, s, *kernel]``, ``outputs [r, out]`` and ``inputs [s, in]``."""
     return torch.einsum("rs...,ro,si->oi...", core, outputs, inputs)
 
 
@@ -18,8 +18,8 @@ def hadamard(
 ) -> Tensor:
     """LoHa (FedPara, Hyeon-Woo et al. 2022, arXiv 2108.06098): the entrywise product of two low-rank matrices.
 
-    Each pair is ``[out, r]`` and ``[r, in]``; with ``cores`` ``[r, r, *kernel]`` (for convolutions) it is ``[r, out]``
-    and ``[r, in]``.
+    Each pair is ``[out, r]`` and ``[r, in]``. With ``cores`` ``[r, r, *kernel]`` for convolutions, each pair is ``[r,
+    out]`` and ``[r, in]``.
     """
     if cores is None:
         return (first[0] @ first[1]) * (second[0] @ second[1])
@@ -32,7 +32,7 @@ def kronecker(left: Tensor, right: Tensor) -> Tensor:
 
 
 def skew(upper: Tensor, size: int) -> Tensor:
-    """Skew-symmetric matrices ``[n, size, size]`` by what is above their diagonals, ``[n, size (size - 1) / 2]``."""
+    """Return skew-symmetric matrices ``[n, size, size]`` from their upper triangles ``[n, size (size - 1) / 2]``."""
     rows, columns = torch.triu_indices(size, size, 1)
     matrices = upper.new_zeros(len(upper), size, size)
     matrices[:, rows, columns] = upper
@@ -40,7 +40,7 @@ def skew(upper: Tensor, size: int) -> Tensor:
 
 
 def cayley(skewed: Tensor) -> Tensor:
-    """Rotations ``(I - S) (I + S)^-1`` of skew-symmetric matrices ``[..., n, n]``."""
+    """Return the rotations ``(I - S) (I + S)^-1`` of skew-symmetric matrices ``[..., n, n]``."""
     one = torch.eye(skewed.shape[-1], dtype=skewed.dtype)
     rotations: Tensor = torch.linalg.solve(one + skewed, one - skewed, left=False)
     return rotations
@@ -49,8 +49,8 @@ def cayley(skewed: Tensor) -> Tensor:
 def cayley_series(skewed: Tensor, terms: int) -> Tensor:
     """PEFT's series for rotations: ``I + 2 S + 2 S^2 + ... + S^k``, whose last power ``k`` counts once.
 
-    ``k`` is ``terms - 1``, but 3 for three terms; one term is the identity, two are ``I + 2 S``. It is the series of
-    ``(I + S) (I - S)^-1``: the inverse of :func:`cayley`.
+    ``k`` is ``terms - 1``, but 3 for three terms; one term is the identity, two are ``I + 2 S``. The series converges
+    to ``(I + S) (I - S)^-1``, the inverse of :func:`cayley`.
     """
     result = torch.eye(skewed.shape[-1], dtype=skewed.dtype).expand_as(skewed)
     last = max(terms - 1, 3) if terms > 2 else terms - 1
@@ -62,12 +62,12 @@ def cayley_series(skewed: Tensor, terms: int) -> Tensor:
 
 
 def blockwise(blocks: Tensor, matrix: Tensor) -> Tensor:
-    """The block diagonal matrix of ``blocks [n, b, b]`` (or one for all, ``[1, b, b]``) times ``[n b, columns]``."""
+    """Multiply the block diagonal matrix of ``blocks [n, b, b]`` (or ``[1, b, b]``, repeated) by ``[n b, columns]``."""
     size = blocks.shape[-1]
     return (blocks @ matrix.reshape(-1, size, matrix.shape[1])).reshape(matrix.shape)
 
 
 def rescale(weight: Tensor, magnitude: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """A weight whose slices over ``axes`` get the lengths ``magnitude`` (DoRA, Liu et al. 2024, arXiv 2402.09353)."""
+    """Scale the slices of a weight over ``axes`` to the lengths ``magnitude`` (DoRA, arXiv 2402.09353)."""
     norm = weight.square().sum(axes, keepdim=True).sqrt()
     return weight * (magnitude.reshape(norm.shape) / norm)

@@ -1,4 +1,4 @@
-"""Full checkpoints: one file or shards with an index, safetensors or PyTorch's, known from their headers."""
+"""Full checkpoints: one file, or shards with an index, of safetensors or PyTorch, opened from their headers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from merging.sources.components import MODULES, PIPELINE, components_of
 from merging.sources.model_config import read_config
 from merging.sources.opening import FileOpener, open_tensors
 from merging.sources.origin import Origin
-from merging.sources.quantized_weights import dequantize_tensors, refuse_quantised
+from merging.sources.quantized_weights import dequantize_tensors, refuse_quantized
 from merging.sources.renaming import strip_wrappers
 from merging.sources.small_files import is_there
 from merging.sources.stored import Stored
@@ -42,16 +42,23 @@ __all__ = [
 ]
 
 _LOOKED_AT, _SAMPLE = 1 << 11, 1 << 8
-"""Tensors that a model's key is made of, at most, and the elements from the middle of each."""
+"""The largest number of tensors that a model's key uses, and the number of elements from the middle of each."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """A full model: its tensors by their names on disk, and what its config says.
+    """A full model: its tensors by their names on disk, and its config.
 
-    ``folder`` is where its config and tokenizer lie, None for a bare file; ``stem`` what its weights are called there.
-    ``shared`` names the tensors of a PyTorch file that are another one's memory. A model that is made of several in
-    folders of their own (a pipeline) has them as ``components``, and their tensors under ``COMPONENT.name``.
+    Attributes:
+        path: The folder, file or Hub address.
+        tensors: The tensors by name; in a pipeline names are ``COMPONENT.name``.
+        files: The weights files.
+        config: The fields of config.json.
+        folder: The folder of config and tokenizer, None for a bare file.
+        shared: Tensors of a PyTorch file that share memory with another tensor, and the name of the other.
+        origin: Its place on the Hub.
+        stem: The name of its weights files without the ending.
+        components: The models of a pipeline, each in a folder of its own.
     """
 
     path: Path
@@ -71,7 +78,7 @@ class Checkpoint:
 
     @property
     def layers(self) -> int | None:
-        """The number of blocks the config states, where it states one."""
+        """The number of blocks that the config states, if any."""
         return config_layers(self.config)
 
     @property
@@ -83,7 +90,7 @@ class Checkpoint:
         return "sentence-transformers" if listed else "transformers"
 
     def lookup(self, name: str) -> Stored | None:
-        """The tensor of that name; one that is not stored because it is tied to another is that one."""
+        """Return the tensor of this name; for a tied weight that is not stored, the tensor that it is tied to."""
         stored = self.tensors.get(name)
         if stored is None:
             source = tied_to(name, self.tensors, self.tied)
@@ -91,7 +98,7 @@ class Checkpoint:
         return stored
 
     def narrow(self, components: Iterable[str]) -> Checkpoint:
-        """The same with the tensors of these components alone."""
+        """Return the same model with the tensors of these components only."""
         kept = {name: self.components[name] for name in components}
         return replace(self, tensors=_prefix_names(kept))
 
@@ -105,7 +112,7 @@ def _prefix_names(components: Mapping[str, Checkpoint]) -> dict[str, Stored]:
 
 
 def config_layers(config: dict[str, Any]) -> int | None:
-    """The number of blocks that a model's config states, where it states one."""
+    """Return the number of blocks that a model's config states, None if it states none."""
     for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
         value = text_config(config).get(key, config.get(key))
         if type(value) is int and value > 0:
@@ -116,10 +123,14 @@ def config_layers(config: dict[str, Any]) -> int | None:
 def open_checkpoint(path: Path, dequantize: bool = False, open_file: FileOpener = open_tensors) -> Checkpoint:
     """Open a model's folder or weights file; headers are read, values are not.
 
-    With ``dequantize``, quantised weights of simple kinds are ordinary ones, computed when they are read. ``open_file``
-    opens each weights file.
-    Raises :class:`~merging.errors.FormatError` for damaged or quantised files and for an index that does not agree
-    with its shards, :class:`~merging.errors.InputError` for a folder without weights.
+    Args:
+        path: A folder, a weights file, or an index of shards.
+        dequantize: Whether weights that are quantised in a simple way are read as ordinary numbers.
+        open_file: The function that opens each weights file.
+
+    Raises:
+        FormatError: A file is damaged or quantised, or an index disagrees with its shards.
+        InputError: The folder holds no weights.
     """
     folders = components_of(path) if path.is_dir() else {}
     if folders:
@@ -159,16 +170,24 @@ def _open_one(path: Path, dequantize: bool, open_file: FileOpener) -> Checkpoint
     tensors = {names[name]: stored for name, stored in tensors.items()}
     shared = {names[name]: names[other] for name, other in shared.items()}
     plain, config_left = dequantize_tensors(path, tensors, config) if dequantize else (tensors, config)
-    refuse_quantised(path, plain, config, dequantize)
+    refuse_quantized(path, plain, config, dequantize)
     # A PyTorch file repeats tied weights under every name; written once, transformers ties them again.
     untied = text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings")) is False
     for name in () if untied else shared:
         del plain[name]
-    return Checkpoint(path, plain, tuple(files), config_left, folder, shared, stem=stem_of(weights))
+    return Checkpoint(
+        path=path,
+        tensors=plain,
+        files=tuple(files),
+        config=config_left,
+        folder=folder,
+        shared=shared,
+        stem=stem_of(weights),
+    )
 
 
 def _files_of(weights: Path, in_folder: bool) -> Mapping[Path, set[str] | None]:
-    """The files of a model by its weights, each with the names that an index promises of it."""
+    """Return the weights files of a model, each with the tensor names that an index lists for it."""
     if weights.suffix == ".json":
         return shards_of(weights, given=not in_folder)
     if not in_folder:
@@ -178,9 +197,9 @@ def _files_of(weights: Path, in_folder: bool) -> Mapping[Path, set[str] | None]:
 
 
 def content_key(tensors: Mapping[str, Stored]) -> str:
-    """A short key of a model's content: what its tensors are, and a few values of each, so that 100 GB cost nothing.
+    """Return a short key of a model's content: names, dtypes, shapes, and a few values, so that 100 GB cost nothing.
 
-    The same for any shards and any order. Of very many tensors an even choice is looked at.
+    The key does not depend on shards or order. Of very many tensors, values of an evenly spaced part are read.
     """
     digest = hashlib.sha256()
     names = sorted(tensors)
@@ -196,5 +215,5 @@ def content_key(tensors: Mapping[str, Stored]) -> str:
 
 
 def files_key(tensors: Mapping[str, Stored]) -> str:
-    """A short key of the content of files that have not come yet, by what their repository states of them."""
+    """Return a short key of the content of files that are not downloaded yet, from their hashes on the Hub."""
     return hashlib.sha256("".join(sorted({stored.source() for stored in tensors.values()})).encode()).hexdigest()[:16]

@@ -16,10 +16,10 @@ __all__ = ["MODULES", "PIPELINE", "components_of"]
 
 
 def components_of(folder: Path) -> dict[str, Path]:
-    """The folders with weights that make up a model, by the names of the components; empty for an ordinary folder.
+    """Return the folders with weights that make up a model, by component; empty for an ordinary folder.
 
-    A component called "" lies in the folder itself. Raises :class:`~merging.errors.FormatError` for lists of
-    components that cannot be understood.
+    The component "" is in the folder itself. Raises :class:`~merging.errors.FormatError` for a list of components that
+    cannot be understood.
     """
     if is_there(folder / PIPELINE):
         listed = read_json(folder / PIPELINE)
@@ -38,14 +38,14 @@ def _module_paths(path: Path) -> list[Any]:
     try:
         return [module["path"] for module in read_json_list(path)]
     except (TypeError, KeyError):
-        raise FormatError(f"{path}: is no list of modules with their paths") from None
+        raise FormatError(f"{path}: is not a list of modules with their paths") from None
 
 
 def _with_weights(folder: Path, index: Path, names: Iterable[Any]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for name in names:
         if name != "" and not is_plain_name(name):  # the folder itself may be a component
-            raise FormatError(f"{index}: {str(name)[:200]!r} is no plain name of a folder")
+            raise FormatError(f"{index}: {str(name)[:200]!r} is not a plain name of a folder")
         if (folder / name).is_dir() and find_weights(check_inside(folder / name, folder)) is not None:
             found[name] = folder / name
     return found

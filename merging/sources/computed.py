@@ -1,4 +1,4 @@
-"""Changes that are computed from an adapter's tensors when they are read, by a formula of their format."""
+"""Changes that a format's formula computes from an adapter's tensors when they are read."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["ComputedChange", "Formula", "WeightView"]
 
 
 class WeightView:
-    """The base's tensor that a formula works for, seen as ``[outputs, inputs, *kernel]`` whichever way it lies.
+    """The base's tensor as a formula sees it: ``[outputs, inputs, *kernel]``, whatever its orientation in the base.
 
-    ``width`` is what a row of its matrix holds: ``inputs`` times the size of the kernel.
+    ``width`` is the length of a row of its matrix: ``inputs`` times the size of the kernel.
     """
 
     def __init__(self, shape: tuple[int, ...], base: Callable[[], Tensor] | None = None) -> None:
@@ -37,22 +37,27 @@ class WeightView:
 
 
 Formula = Callable[[Mapping[str, Tensor], WeightView], Tensor | tuple[Tensor, Tensor]]
-"""What an adapter's parts make of a matrix: the change as ``[outputs, inputs, *kernel]``, any reshape of it, or factors
-``up [outputs, r]`` and ``down [r, width]``. Parts that hold no floating-point numbers come as they are stored."""
+"""A function from an adapter's parts and a weight to the change: as ``[outputs, inputs, *kernel]``, any reshape of it,
+or factors ``up [outputs, r]`` and ``down [r, width]``. Integer parts are passed as they are stored."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ComputedChange(Change):
-    """A change that ``formula`` makes of ``parts``.
+    """A change that ``formula`` computes from ``parts``.
 
-    ``outputs`` and ``inputs`` are the target's sizes as far as the parts tell them. With a ``kernel``, ``inputs``
-    counts channels; without one it is the width of a row, kernel and all. ``allows`` says what else must hold of the
-    place. ``factored``: the formula gives factors; ``trained``: their rank, or the largest that a full change can
-    have where it is less than any (0: it is not known).
-
-    ``transposed``: the target is ``[in, out]``, unless its shape says otherwise; always so for embeddings, whose
-    outputs are the features of a token. ``layer`` is the base's own tensor where it was saved along. ``flat``: the
-    inputs may be those of a convolution, channels and kernel together, which only the base tells.
+    Attributes:
+        parts: The stored tensors, by their names in the formula.
+        formula: The function that computes the change.
+        outputs: The target's outputs, as far as the parts determine them.
+        inputs: With a ``kernel`` the input channels, without one the width of a row, kernel included.
+        kernel: The kernel's sizes.
+        allows: Further conditions on outputs and width.
+        factored: Whether the formula returns factors.
+        trained: The rank of the factors, or an upper bound of a full change's rank; 0 if unknown.
+        transposed: Whether the target is ``[in, out]``, unless its shape says otherwise; always so for embeddings,
+            whose outputs are the features of a token.
+        layer: The base's own tensor if the adapter saved it too.
+        flat: Whether the inputs may be channels and kernel of a convolution together, which only the base decides.
     """
 
     parts: Mapping[str, Stored]
@@ -74,7 +79,7 @@ class ComputedChange(Change):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The target's shape, with -1 for sizes that only the base can tell."""
+        """The target's shape, with -1 for sizes that only the base determines."""
         sizes = (self.outputs or -1, self.inputs or -1, *(self.kernel or ()))
         if self.kind == "bias":
             return sizes[:1]
@@ -92,17 +97,17 @@ class ComputedChange(Change):
         return self._lies(shape, False) or self._lies(shape, True)
 
     def _lies(self, shape: tuple[int, ...], transposed: bool) -> bool:
-        """Whether a tensor of this shape may be the target, lying one way or the other."""
+        """Whether a tensor of this shape may be the target in this orientation."""
         if self.kind == "bias":
             return shape == (self.outputs,) and not transposed
         if len(shape) < 2 or (transposed and len(shape) > 2) or (self.kind == "embedding" and not transposed):
             return False
-        place = WeightView(shape[::-1] if transposed else shape)
+        view = WeightView(shape[::-1] if transposed else shape)
         if self.kernel is not None:
-            known = place.shape[1] == self.inputs and _same_kernel(place.shape[2:], self.kernel)
+            known = view.shape[1] == self.inputs and _same_kernel(view.shape[2:], self.kernel)
         else:
-            known = self.inputs in (None, place.width)
-        return known and self.outputs in (None, place.outputs) and self.allows(place.outputs, place.width)
+            known = self.inputs in (None, view.width)
+        return known and self.outputs in (None, view.outputs) and self.allows(view.outputs, view.width)
 
     def is_transposed(self, shape: tuple[int, ...]) -> bool:
         return self._lies(shape, self.transposed) == self.transposed
@@ -110,15 +115,15 @@ class ComputedChange(Change):
     def read(self, shape: tuple[int, ...], base: Callable[[], Tensor], dtype: torch.dtype) -> Delta:
         transposed = self.is_transposed(shape)
         parts = {name: part.read().to(dtype) if part.floating else part.read() for name, part in self.parts.items()}
-        place = WeightView(shape[::-1] if transposed else shape, lambda: base().mT if transposed else base())
-        made = self.formula(parts, place)
+        view = WeightView(shape[::-1] if transposed else shape, lambda: base().mT if transposed else base())
+        made = self.formula(parts, view)
         if isinstance(made, tuple):
             return LowRank(*made, shape, transposed)
-        value = made.reshape(place.shape)
+        value = made.reshape(view.shape)
         return Dense(value.mT.contiguous() if transposed else value)
 
 
 def _same_kernel(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether two kernels are the same but for trailing ones (of a convolution along one axis)."""
+    """Whether two kernels agree, apart from trailing ones (of a convolution along one axis)."""
     longest = max(len(one), len(other))
     return one + (1,) * (longest - len(one)) == other + (1,) * (longest - len(other))

@@ -1,4 +1,4 @@
-"""Families of denoisers that have two sets of names: as published, and as diffusers has them."""
+"""Families of denoisers with two sets of names: as published, and as in diffusers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ NUMBER = re.compile(r"(?<=[._])\d+(?=[._])")
 
 @dataclass(frozen=True, slots=True)
 class NameRule:
-    """A published module, and what diffusers has instead; ``{}`` is the number of the block.
+    """A published module, and the modules of diffusers that replace it; ``{}`` is the number of the block.
 
-    Several modules take its rows one after the other: equal shares; or all but the last one as many as it has inputs
-    (``narrow``); or the first one as many, and the others equal shares of the rest (``grouped``). ``swapped`` modules
-    scale and shift, in this order in diffusers, and the other way round as published. Names of parameters without a
-    module of their own stand for these.
+    Several modules take its rows one after the other, in equal shares. With ``narrow``, all but the last have as many
+    rows as the module has inputs. With ``grouped``, the first has as many, and the others share the rest equally.
+    ``swapped`` modules scale and shift, in this order in diffusers, and in the other order as published. A parameter
+    without a module of its own has a rule under its own name.
     """
 
     published: str
@@ -240,11 +240,11 @@ _MARKS = (
     (_LUMINA, _STACKS + r"(?:attn\.to_|adaLN_modulation\.1\.|feed_forward\.linear_)"),
     (_Z_IMAGE, _STACKS + r"(?:attention\.to_|adaLN_modulation\.0\.)"),
 )
-"""Families by names that tell them; the first that has one is meant."""
+"""Families and the names that identify them, in order of precedence."""
 
 
 def rules_of(names: Iterable[str]) -> list[NameRule]:
-    """The rules of the family that a denoiser's names belong to; none for a denoiser that has one set of names."""
+    """Return the rules of the family that a denoiser's names belong to; none for a denoiser with one set of names."""
     listed = list(names)
     first = {name.partition(".")[0] for name in listed}
     patched = {"transformer_blocks", "pos_embed", "time_text_embed"} <= first and "txt_norm" not in first
@@ -258,7 +258,7 @@ def _flat(name: str) -> str:
 
 
 def _partners() -> Iterator[tuple[str, str, bool]]:
-    """Two flat modules of a rule, and whether they are the same tensor."""
+    """Yield pairs of flat modules of a rule, and whether both are the same tensor."""
     for rules in (_FLUX, _FLUX2, _HUNYUAN, _SD3, _LAST, _WAN, _Z_IMAGE, _LUMINA):
         for rule in rules:
             same = len(rule.diffusers) == 1 and not rule.swapped
@@ -274,7 +274,7 @@ for _one, _other, _same in _partners():
 
 
 def partners(name: str) -> Mapping[str, bool]:
-    """What a tensor of this flat name may be called in the other set of names, and whether both are all of it."""
+    """Return the names of a flat tensor in the other set of names, and whether each is all of the tensor."""
     module, dot, leaf = name.partition(".")
     found = NUMBER.search(module)
     others = _PARTNERS.get(NUMBER.sub("{}", module, count=1), {})

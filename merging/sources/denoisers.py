@@ -1,4 +1,4 @@
-"""Whether names are those of a diffusion model's denoiser, and not of a language model's modules."""
+"""A test whether names belong to a diffusion model's denoiser, and not to a language model."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ _MARK = re.compile(
 
 
 def is_denoiser(module: str) -> bool:
-    """Whether a module with this dotted name is one that only denoisers have."""
+    """Whether only denoisers have a module with this dotted name."""
     return bool(_MARK.search(module))

@@ -1,4 +1,4 @@
-"""Tensors that are computed from codes and scales, a piece at a time, wherever the reader asks for one."""
+"""Tensors that are computed from codes and scales, a piece at a time, as the reader asks for them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from merging.sources.stored import Stored
 __all__ = ["Cast", "Mxfp4", "Scaled", "fits"]
 
 _PIECE = 1 << 17
-"""About so many elements are computed at a time."""
+"""Approximate number of elements that are computed at a time."""
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""The magnitudes that four bits stand for, the highest bit being the sign."""
+"""The magnitudes that four bits stand for; the highest bit is the sign."""
 
 
 def fits(shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int]) -> bool:
-    """Whether scales of that shape are for codes of this one: one for all, for a row or a column, or for a block."""
+    """Whether scales of a shape fit codes of a shape: one for all, for each row or column, or for each block."""
     if len(shape) < 2:
         return prod(scales) == 1
     matrices = prod(shape[:-2])
@@ -32,21 +32,21 @@ def fits(shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int]
 
 
 def _as_matrices(shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, int, int]:
-    """The shape of scales as ``[matrices, rows, columns]``: what is missing behind is one for all."""
+    """Return the shape of scales as ``[matrices, rows, columns]``, with 1 for missing axes at the end."""
     given = scales if prod(scales) != 1 else ()
     padded = (*given, *(1,) * (len(shape) - len(given)))
     return prod(padded[:-2]), padded[-2], padded[-1]
 
 
 def _step(size: int, steps: int, block: int) -> int:
-    """How many entries of an axis share a scale; 0 where that many scales are not for so many entries."""
+    """Return how many entries of an axis share a scale; 0 if the number of scales does not fit the axis."""
     if steps == 1:
         return max(1, size)
     return 1 if steps == size else block if steps == -(-size // block) else 0
 
 
 class Cast(Derived):
-    """Numbers of one byte as those of an ordinary type."""
+    """Numbers of one byte, read as numbers of an ordinary type."""
 
     __slots__ = ("_codes",)
 
@@ -66,9 +66,9 @@ class Cast(Derived):
 
 
 class Scaled(Derived):
-    """Codes, each times the scale of its block: of all of a matrix, a row, a column, or so many of each.
+    """Codes, each multiplied by the scale of its block: of a whole matrix, a row, a column, or a rectangle.
 
-    ``value = code * scale * factor``, computed in float32 and rounded once. Leading axes are matrices side by side.
+    ``value = code * scale * factor`` is computed in float32 and rounded once. Leading axes count matrices.
     """
 
     __slots__ = ("_codes", "_factor", "_grid", "_scales", "_steps")
@@ -101,7 +101,7 @@ class Scaled(Derived):
         return values.mul_(self._factor) if self._factor != 1 else values
 
     def _rows_of_scales(self, first: int, last: int) -> Tensor:
-        """The scales of rows of all matrices, counted through: float32 ``[last - first, scales in a row]``."""
+        """Return the scales of rows, numbered through all matrices: float32 ``[last - first, scales in a row]``."""
         matrices, rows, width = self._grid
         of = torch.arange(first, last)
         size = self.shape[-2] if len(self.shape) > 1 else 1
@@ -118,11 +118,11 @@ class Scaled(Derived):
 
 
 class Mxfp4(Derived):
-    """MXFP4 experts as gpt-oss stores them, ``[experts, inputs, outputs]`` as transformers has them in memory.
+    """MXFP4 experts as gpt-oss stores them, read as ``[experts, inputs, outputs]`` like transformers' in memory.
 
-    The codes are ``blocks`` ``[experts, outputs, groups, 16]``, two in a byte, the low one first, and ``scales``
-    ``[experts, outputs, groups]`` the exponent of each group of 32 inputs, plus 127. As the codes lie by outputs, all
-    those of an expert are read for any piece of it.
+    The codes ``blocks`` are ``[experts, outputs, groups, 16]``, two in a byte, the low one first. ``scales``
+    ``[experts, outputs, groups]`` are the exponents of each group of 32 inputs, plus 127. Codes are stored by output,
+    so that any piece of an expert needs all of its codes.
     """
 
     __slots__ = ("_blocks", "_scales")
@@ -172,18 +172,18 @@ class Mxfp4(Derived):
 
 
 def _storage(scales: Stored) -> torch.dtype:
-    """The type that scales are read in: exponents alone are bytes, whatever torch knows of them."""
+    """Return the dtype in which scales are read: bare exponents are bytes, whatever torch knows of them."""
     return torch.uint8 if scales.dtype_name == "F8_E8M0" else scales.dtype
 
 
 def _powers(exponents: Tensor) -> Tensor:
-    """2 to the power of each exponent, which is stored as a byte, plus 127."""
+    """Return 2 to the power of each exponent, which is stored as a byte, plus 127."""
     table = torch.ldexp(torch.ones(256), torch.arange(256) - 127)
     return table.index_select(0, exponents.int())
 
 
 def _numbers(codes: Tensor) -> Tensor:
-    """Codes of one byte as float32."""
+    """Return codes of one byte as float32."""
     if codes.dtype == torch.int8:
         return codes.float()
     # looked up, which is four times as fast as converting them
@@ -192,7 +192,7 @@ def _numbers(codes: Tensor) -> Tensor:
 
 
 def _pairs(codes: Tensor) -> Tensor:
-    """Bytes ``[..., n]`` of two codes each as float32 ``[..., 2 n]``, the low four bits first."""
+    """Return bytes ``[..., n]`` of two codes each as float32 ``[..., 2 n]``, the low four bits first."""
     values = torch.tensor([*_E2M1, *(-each for each in _E2M1)])
     table = torch.stack([values.repeat(16), values.repeat_interleave(16)], dim=1)
     return table.index_select(0, codes.reshape(-1).int()).view(*codes.shape[:-1], -1)

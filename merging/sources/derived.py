@@ -1,4 +1,4 @@
-"""Tensors that lie in no file as they are, but are made of tensors that do when they are read."""
+"""Tensors that are computed from stored tensors when they are read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["Derived"]
 
 
 class Derived(Stored):
-    """A tensor that is computed from others, or put together of them; it lies where the first of them does."""
+    """A tensor computed from others. It takes the first one's place in the order of reading."""
 
     __slots__ = ("_made_of",)
 
@@ -31,4 +31,4 @@ class Derived(Stored):
         return self._made_of[0].order()
 
     def advise(self, start: int, count: int) -> None:
-        """Nothing, unless a piece of it lies together in a file."""
+        """Do nothing: in general, a piece of it is no contiguous part of a file."""

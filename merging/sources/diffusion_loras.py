@@ -1,8 +1,7 @@
-"""LoRA files of diffusion models with dotted names: of diffusers, old and new, of ComfyUI and its kin, of XLabs.
+"""LoRA files of diffusion models with dotted names: from diffusers, old and new, ComfyUI and similar programs, XLabs.
 
-A name is a component (``transformer.``, ``diffusion_model.``), or none, and the path of a module; the form of the
-factors behind it (A and B, down and up, with alphas or without) differs from trainer to trainer.
-"""
+A name is an optional component (``transformer.``, ``diffusion_model.``) and the path of a module. The names of the
+factors after it (A and B, down and up, with or without alphas) differ between trainers."""
 
 from __future__ import annotations
 
@@ -34,10 +33,10 @@ from merging.sources.peft.module import Module
 from merging.sources.stored import FileContents, Stored
 from merging.sources.tensor_views import view
 
-__all__ = ["WEIGHTS", "modern_name", "open_diffusion", "recognises"]
+__all__ = ["WEIGHTS", "modern_name", "open_diffusion", "recognizes"]
 
 WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
-"""What diffusers calls a LoRA's file in its folder."""
+"""The names of a LoRA's file in a folder of diffusers."""
 
 _COMPONENT = re.compile(
     r"((unet|transformer(?:_2)?|text_encoder(?:_[234])?|(?:model\.)?diffusion_model|text_encoders\.\w+\.transformer)\."
@@ -46,10 +45,10 @@ _COMPONENT = re.compile(
 """The prefix of a name, the component in it, and the rest."""
 
 _LANGUAGE = re.compile(r"transformer\.(?:h|layers?|encoder|wte|wpe|embd|word_embeddings|ln_f|blocks)\.")
-"""Language models whose adapters, once PEFT's prefix is off, seem to name a component."""
+"""Language models whose adapters seem to name a component once PEFT's prefix is removed."""
 
 _DOWN_UP = re.compile(r"\.lora_(?:down|up)\.weight$")
-"""Factors that PEFT never calls so."""
+"""Names of factors that PEFT never uses."""
 
 _OLD = (
     (re.compile(r"\.self_attn\.to_([qkv]|out)_lora\.(down|up|alpha)\b"), r".self_attn.\1_proj.lora.\2"),
@@ -60,7 +59,7 @@ _OLD = (
     (re.compile(r"\.lora\.alpha$"), ".alpha"),
     (re.compile(r"^(text_encoder(?:_2)?)\.(?=encoder\.layers\.)"), r"\1.text_model."),
 )
-"""What other versions of diffusers and transformers wrote, and what is meant."""
+"""Names that other versions of diffusers and transformers wrote, and today's names."""
 
 _OLD_FACTORS = tuple(pattern for pattern, _ in (*_OLD[:3], _OLD[4]))
 
@@ -73,11 +72,11 @@ _XLABS_PROJ = {"1": "attn.to_out.0", "2": "attn.to_add_out", "": "proj_out"}
 _EMBEDDINGS = frozenset({"emb_params", "clip_l", "clip_g", "t5xxl"})
 
 
-def recognises(opened: FileContents) -> bool:
-    """Whether this is a LoRA for parts of a diffusion model, by its tensors' names and its header.
+def recognizes(opened: FileContents) -> bool:
+    """Whether this is a LoRA for parts of a diffusion model, by its tensor names and its header.
 
-    Names that a language model may have too count if the file has others that only a denoiser has, or if its header
-    holds configs as diffusers writes them.
+    Names that a language model may have too count if the file has other names that only a denoiser has, or if its
+    header holds configs as diffusers writes them.
     """
     names, metadata = opened
     if names and _EMBEDDINGS.issuperset(names):
@@ -94,7 +93,7 @@ def recognises(opened: FileContents) -> bool:
         return False
     if any(_COMPONENT.match(module) and not _LANGUAGE.match(module) for module in modules):
         return True
-    # Without A and B, forms of PEFT and of LyCORIS are told apart by the alphas that only the latter keep here.
+    # Without A and B, alphas distinguish LyCORIS, which keeps them here, from PEFT.
     paired = any(".lora_A." in name for name in names) or any(f"{module}.alpha" in names for module in modules)
     return METADATA_KEY in metadata or (paired and any(map(is_denoiser, modules)))
 
@@ -104,11 +103,10 @@ def _is_diffusion(module: str) -> bool:
 
 
 def open_diffusion(path: Path, alpha: float | None = None, opened: FileContents | None = None) -> Adapter:
-    """The adapter of such a file; values are not read, but for the alphas.
+    """Open such a file as an adapter; of the values only alphas are read.
 
-    An alpha is stated beside the factors, or in a config in the header, or it is the rank; ``alpha`` replaces it.
-    Raises :class:`~merging.errors.FormatError` for a file that states two that differ, and for any name that has no
-    place.
+    An alpha is stated next to the factors, or in a config in the header, or it is the rank; ``alpha`` replaces it.
+    Raises :class:`~merging.errors.FormatError` for a file that states two different alphas, and for any unknown name.
     """
     tensors, metadata = opened or open_tensors(path)
     notices: tuple[str, ...] = ()
@@ -139,7 +137,7 @@ def _refuse_others(path: Path, tensors: Mapping[str, Stored]) -> None:
     for name in tensors:
         if name in _EMBEDDINGS or name.startswith("bundle_emb."):
             raise FormatError(
-                f"{path}: holds a textual-inversion embedding ({name}), which is no LoRA: take it out first"
+                f"{path}: holds a textual-inversion embedding ({name}), which is not a LoRA: take it out first"
             )
         if name.endswith(("query_norm.scale", "key_norm.scale")):
             raise FormatError(
@@ -148,7 +146,7 @@ def _refuse_others(path: Path, tensors: Mapping[str, Stored]) -> None:
 
 
 def _modern(path: Path, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-    """The tensors by the names that diffusers gives them, whatever version wrote them."""
+    """Return the tensors under today's names of diffusers, whatever version wrote them."""
     named: dict[str, Stored] = {}
     for name, stored in tensors.items():
         modern = modern_name(name)
@@ -159,7 +157,7 @@ def _modern(path: Path, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
 
 
 def modern_name(name: str) -> str:
-    """The name that diffusers gives a tensor today, whatever version named it."""
+    """Return the name that diffusers gives a tensor today, whatever version named it."""
     for pattern, meant in _OLD:
         name = pattern.sub(meant, name)
     return name
@@ -173,7 +171,7 @@ def _by_module(path: Path, named: Mapping[str, Stored], alpha: float | None) -> 
         if found is None and name.rpartition(".")[0] in scaled:
             found = name.rpartition(".")[0], "weight"
         if found is None:
-            raise FormatError(f"{path}: {name} is no tensor that a LoRA of a diffusion model is known to hold")
+            raise FormatError(f"{path}: {name} is not a tensor that a LoRA of a diffusion model is known to hold")
         if found[1] in modules[found[0]]:
             raise FormatError(f"{path}: {name} is there twice, under two names")
         modules[found[0]][found[1]] = stored
@@ -210,7 +208,7 @@ def _by_config(
 
 
 def _check_alphas(path: Path, tensors: Mapping[str, Stored], changes: Mapping[str, Change]) -> None:
-    """Refuse alphas beside the factors that say something else than the config in the header."""
+    """Refuse alphas next to the factors that contradict the config in the header."""
     settings = Config({}, str(path))
     for name, part in tensors.items():
         module, _, leaf = name.rpartition(".")
@@ -224,12 +222,12 @@ def _check_alphas(path: Path, tensors: Mapping[str, Stored], changes: Mapping[st
 
 
 def _xlabs(path: Path, tensors: Mapping[str, Stored], alpha: float | None) -> list[Change]:
-    """XLabs' files for Flux, without alphas. Their one pair of factors for queries, keys and values makes three."""
+    """Read XLabs' files for Flux, without alphas. One pair of factors for queries, keys and values becomes three."""
     modules: defaultdict[tuple[str, str, str], dict[str, Stored]] = defaultdict(dict)
     for name, stored in tensors.items():
         found = _XLABS.fullmatch(name)
         if found is None:
-            raise FormatError(f"{path}: {name} is no tensor that a LoRA of XLabs is known to hold")
+            raise FormatError(f"{path}: {name} is not a tensor that a LoRA of XLabs is known to hold")
         stem = "transformer.single_transformer_blocks" if found[1] == "single" else "transformer.transformer_blocks"
         modules[f"{stem}.{found[2]}", found[3], found[4]][f"lora_{found[5]}"] = stored
     changes: list[Change] = []

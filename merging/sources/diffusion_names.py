@@ -1,9 +1,8 @@
-"""What the parts of diffusion models are called: by diffusers, as published, and by the LoRA files that change them.
+"""Names of the parts of diffusion models: in diffusers, as published, and in the LoRA files that change them.
 
 A base is a pipeline (``unet.down_blocks...``, ``text_encoder...``), one of its components, or a single file as it was
-published (``model.diffusion_model.input_blocks...``). Its tensors are known by the names of diffusers and by those of
-the publisher; where one of the two holds projections fused, a name stands for the rows that it means.
-"""
+published (``model.diffusion_model.input_blocks...``). Its tensors are known under the names of diffusers and under the
+published names. Where one of the two fuses projections, a name means a range of rows."""
 
 from __future__ import annotations
 
@@ -38,10 +37,10 @@ _PREFIXES = {
     "text_encoders.clip_g.transformer.": "text_encoder_2",
     "text_encoders.t5xxl.transformer.": "text_encoder_3",
 }
-"""What stands before the names of a component, in pipelines and in single files; "" is the denoiser, of either kind."""
+"""The prefixes of a component's names, in pipelines and in single files; "" is a denoiser of either kind."""
 
 _DENOISERS = {"unet": "denoiser", "transformer": "denoiser", "transformer_2": "denoiser_2"}
-"""What LoRA files mean by one of a pipeline's denoisers."""
+"""The names of a pipeline's denoisers in LoRA files."""
 
 _UNET = ("down_blocks", "mid_block", "up_blocks", "input_blocks", "middle_block", "output_blocks", "conv_in",
          "conv_norm_out", "conv_out", "time_embedding", "add_embedding", "time_embed", "label_emb", "out")  # fmt: skip
@@ -62,7 +61,7 @@ _OPEN_CLIP = {
 class Known:
     """A tensor of a component under one of its names, and the rows of the base's tensors that it consists of.
 
-    ``styles`` says whose name it is; the names of text encoders are the same everywhere.
+    ``styles`` says whose name it is; text encoders have the same names everywhere.
     """
 
     component: str
@@ -72,16 +71,16 @@ class Known:
 
     @property
     def flat(self) -> str:
-        """The name without dots but the one before ``weight`` or ``bias``."""
+        """The name with underscores for all dots except the dot before ``weight`` or ``bias``."""
         module, _, leaf = self.name.rpartition(".")
         return f"{module.replace('.', '_')}.{leaf}"
 
 
 def known_names(shapes: Shapes, strict: bool = False) -> list[Known]:
-    """All names of tensors of these names on disk and shapes; nothing for what belongs to no diffusion model.
+    """Return all names of the tensors of a base, from their names on disk and shapes; none if it is no diffusion model.
 
-    Names that do not tell their component are taken for those of a transformer; with ``strict``, only behind the
-    prefix of a denoiser, or beside blocks that are called as in one.
+    Names without a component are taken as names of a transformer. With ``strict`` they need the prefix of a denoiser,
+    or must be next to blocks that only denoisers have.
     """
     guess = not strict or any(is_denoiser(name.rpartition(".")[0]) for name in shapes)
     components: defaultdict[str, dict[str, str]] = defaultdict(dict)
@@ -104,10 +103,10 @@ def known_names(shapes: Shapes, strict: bool = False) -> list[Known]:
 
 
 def spellings(known: Known, t5: bool = False, alone: bool = True) -> Iterator[tuple[str, str]]:
-    """What :func:`~merging.sources.lora_names.normal_name` makes of the names that LoRA files have for a tensor.
+    """Return the results of :func:`~merging.sources.lora_names.normal_name` for all names of a tensor in LoRA files.
 
-    ``t5``: its text encoder is a T5, which some call the third even if it is the second of its model. ``alone``: there
-    is one denoiser, which is meant also where a file is for the second of two.
+    ``t5``: the text encoder is a T5, which some files call the third even if it is the second of its model. ``alone``:
+    the model has one denoiser, which is also meant by a file for the second of two.
     """
     component = _DENOISERS.get(known.component, known.component)
     name = within(component, known.name)
@@ -119,7 +118,7 @@ def spellings(known: Known, t5: bool = False, alone: bool = True) -> Iterator[tu
 
 
 def _by_content(name: str, guess: bool) -> str | None:
-    """The component of a name without a prefix, told from the block it is in."""
+    """Return the component of a name without a prefix, from its block."""
     first = name.partition(".")[0]
     if first in _UNET:
         return "unet"
@@ -129,7 +128,7 @@ def _by_content(name: str, guess: bool) -> str | None:
 
 
 def _component(component: str, shapes: Shapes, style: NameStyle) -> Iterator[Known]:
-    """The names of one component, whose tensors are given by their names without its prefix, in the style of those."""
+    """Yield the names of one component, whose tensors are given without its prefix, in the style of these names."""
     if component == "unet":
         return _unet(shapes)
     if component in _DENOISERS:
@@ -141,7 +140,7 @@ def _unet(shapes: Shapes) -> Iterator[Known]:
     resnets = unet_names.resnets_per_level(shapes)
     up = [name for name in shapes if name.startswith("up_blocks.")]
     whole = "conv_in.weight" in shapes
-    # Of a part of a U-Net only SDXL's published names are wanted, whose upsamplers all come behind attentions.
+    # Of a part of a U-Net only SDXL's published names are used, where every upsampler follows attentions.
     attentive = {int(name.split(".")[1]) for name in up if ".attentions." in name or not whole}
     for name, shape in shapes.items():
         theirs = unet_names.diffusers_name(name, resnets)
@@ -174,7 +173,7 @@ def _text_encoder(component: str, shapes: Shapes) -> Iterator[Known]:
 
 
 def _open_clip(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[RowRange, ...]]]:
-    """What transformers calls a tensor of OpenCLIP's text encoder, whose projections lie in one."""
+    """Return transformers' names for a tensor of OpenCLIP's text encoder, which fuses projections."""
     layer, _, inner = name.removeprefix("transformer.resblocks.").partition(".")
     module, _, leaf = inner.rpartition(".")
     block = f"text_model.encoder.layers.{layer}"

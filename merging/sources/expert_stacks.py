@@ -1,4 +1,4 @@
-"""LoRA of the experts of a layer, which lie side by side in one tensor."""
+"""LoRA of the experts of a layer, which are stacked in one tensor."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["ExpertsChange"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertsChange(LoraChange):
-    """scale * up[e] @ down[e] for every expert e: ``down`` is ``[E, r, in]`` and ``up`` ``[E, out, r]``.
+    """The change ``scale * up[e] @ down[e]`` for every expert e: ``down`` is ``[E, r, in]`` and ``up`` ``[E, out, r]``.
 
-    The target is ``[E, out, in]``, or ``[E, in, out]`` where ``transposed``. ``either``: the program that wrote the
-    file took inputs for outputs in some models, and the base must tell.
+    The target is ``[E, out, in]``, or ``[E, in, out]`` if ``transposed``. ``either``: the program that wrote the file
+    confused inputs and outputs for some models, so that the base must decide.
     """
 
     either: bool = False
@@ -38,9 +38,10 @@ class ExpertsChange(LoraChange):
         return shape in (self.shape, _swap_last_axes(self.shape))
 
     def with_orientation(self, shape: tuple[int, ...], inputs_first: bool) -> ExpertsChange:
-        """The same, for a base whose tensor has this shape and is known to be ``[E, in, out]``, or not to be.
+        """Return the change for a base tensor of this shape, which is ``[E, in, out]`` if ``inputs_first``.
 
-        A shape says more than a name: only where inputs and outputs are of one size must the latter be believed.
+        A shape is stronger evidence than a name: ``inputs_first`` decides only if inputs and outputs have the same
+        size.
         """
         square = shape[1] == shape[2]
         if not self.either:

@@ -1,4 +1,4 @@
-"""Tables that are read as if they had more rows than are stored, or fewer."""
+"""Tables that are read with more rows than are stored, or with fewer."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["ExtendedTable", "MeanTable"]
 
 
 class ExtendedTable(Derived):
-    """A stored table with its last rows left out, or with rows of others behind its own.
+    """A stored table without its last rows, or with rows of other tables after its own.
 
-    A row that it lacks is that of ``preferred`` if that has it, else the mean, over ``others``, of those that have it.
-    Rows lie one after the other, so that all is told by flat positions.
+    A missing row is taken from ``preferred`` if it has the row, else it is the mean over all ``others`` that have the
+    row. Rows follow one another, so that flat positions decide everything.
     """
 
     __slots__ = ("_of", "_others", "_preferred")
@@ -42,7 +42,7 @@ class ExtendedTable(Derived):
             position = until
 
     def _lenders(self, position: int) -> list[Stored]:
-        """The tensors that an element is taken from."""
+        """Return the tensors from which an element is taken."""
         for each in (self._of, self._preferred):
             if each is not None and position < each.numel:
                 return [each]

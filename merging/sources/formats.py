@@ -1,4 +1,4 @@
-"""All formats there are to choose from, collected from where each is read: what is read how, and what is refused."""
+"""All formats, collected from their readers: how each is read, and which are refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 from merging.sources import DIALECTS
 from merging.sources.peft.adapter_types import PEFT_TYPES, BaseNeed
 from merging.sources.peft.unsupported_types import UNSUPPORTED
-from merging.sources.quantized_weights import QUANTISED, SIMPLE
+from merging.sources.quantized_weights import QUANTIZED, SIMPLE
 
 __all__ = ["Format", "formats"]
 
@@ -28,7 +28,7 @@ _PEFT = "Adapters of PEFT, by type"
 
 @dataclass(frozen=True)
 class Format:
-    """One format: how its changes are held (``read``), and whether their base is needed to tell them."""
+    """One format: how its changes are held (``read``), and whether they need their base."""
 
     name: str
     group: str
@@ -38,10 +38,10 @@ class Format:
 
 
 def formats() -> Iterator[Format]:
-    """Full checkpoints, LoRA files of diffusion models, and PEFT's types; in each group what is refused comes last."""
+    """Yield full checkpoints, LoRA files of diffusion models, and PEFT's types; refused formats close each group."""
     for name, summary in _CHECKPOINTS.items():
         yield Format(name, "Full checkpoints", summary, "in full")
-    quantised = list(dict.fromkeys(QUANTISED.values()))
+    quantised = list(dict.fromkeys(QUANTIZED.values()))
     asked = ", ".join(kind for kind in quantised if kind in SIMPLE)
     yield Format(
         asked,

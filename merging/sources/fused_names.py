@@ -1,4 +1,4 @@
-"""The rows of denoisers' tensors under two sets of names, where one fuses projections that the other keeps apart."""
+"""The rows of denoisers' tensors under two sets of names, where one set fuses projections."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class RowRange:
 
 
 def paired_names(shapes: Shapes) -> Iterator[tuple[NameStyle, str, tuple[RowRange, ...]]]:
-    """Whose name it is, a tensor's name, and the rows of the given tensors that it consists of.
+    """Yield the style of a name, the name, and the rows of the given tensors that it stands for.
 
-    ``shapes`` are those of a denoiser's tensors, or of some of them, under either names. Tensors that no rule knows
-    are left out.
+    ``shapes`` are the shapes of some of a denoiser's tensors, under either set of names. Tensors without a rule are
+    left out.
     """
     rules = rules_of(shapes)
     by_name = {name: rule for rule in rules for name in (rule.published, *rule.diffusers)}
@@ -51,7 +51,7 @@ def _pattern(name: str) -> str:
 def _pair(
     rule: NameRule, block: str, ending: str, shapes: Shapes
 ) -> Iterator[tuple[NameStyle, str, tuple[RowRange, ...]]]:
-    """One rule at one block: each name, and where its rows lie."""
+    """Yield the names of one rule in one block, and their rows."""
     published = rule.published.format(block) + ending
     diffusers = [each.format(block) + ending for each in rule.diffusers]
     if published in shapes:
@@ -73,7 +73,7 @@ def _pair(
 
 
 def _sizes(rule: NameRule, total: int, weight: tuple[int, ...]) -> list[int]:
-    """How many rows each of diffusers' modules has; empty if that cannot be told."""
+    """Return the number of rows of each of diffusers' modules; empty if it cannot be determined."""
     parts = len(rule.diffusers)
     if not rule.narrow and not rule.grouped:
         return [total // parts] * parts if total % parts == 0 else []
@@ -86,7 +86,7 @@ def _sizes(rule: NameRule, total: int, weight: tuple[int, ...]) -> list[int]:
 
 
 def _swap_halves(rule: NameRule, rows: tuple[RowRange, ...], weight: tuple[int, ...]) -> tuple[RowRange, ...]:
-    """The halves of a module that only scales and shifts, in the other order."""
+    """Swap the halves of a module that only scales and shifts."""
     (first, *others) = rows
     if not rule.swapped or others or len(weight) != 2 or weight[0] != 2 * weight[1]:
         return rows

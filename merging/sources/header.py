@@ -1,8 +1,7 @@
 """The header of a safetensors file, read and checked in full before a single byte of a tensor is trusted.
 
-A file is 8 bytes of little-endian length N, N bytes of UTF-8 JSON, then the data. The JSON names for every tensor a
-dtype, a shape and the range of its bytes; a file is accepted only if these ranges tile the data exactly.
-"""
+A file is 8 bytes of little-endian length N, N bytes of UTF-8 JSON, then the data. For every tensor, the JSON states a
+dtype, a shape and a range of bytes; a file is accepted only if these ranges tile the data exactly."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ _MAX_RANK = 64  # torch and numpy go no further; without a limit, the product of
 _MAX_DEPTH = 120  # of fields that nobody knows
 _MAX_COUNT = 2**63 - 1  # what torch can hold as a dimension or an offset
 
-# How a file begins that is something else, and what to tell its owner.
+# How files of other kinds begin, and what to advise their owner.
 _IMPOSTORS = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the file: run git lfs pull"),
     (b"<", "is an HTML or XML page, not the file: its download was refused or redirected, download it again"),
@@ -57,7 +56,7 @@ _shorten.maxlist = 8
 
 @dataclass(frozen=True, slots=True)
 class HeaderEntry:
-    """One tensor of a file: its safetensors dtype ("BF16"), shape, and place in bytes from the start of the file."""
+    """One tensor of a file: its safetensors dtype ("BF16"), shape, and position in bytes from the start of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -67,9 +66,9 @@ class HeaderEntry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file holds: its tensors by name in order of offset, its metadata, and its size in bytes.
+    """The content of a file: its tensors by name in order of offset, its metadata, and its size in bytes.
 
-    ``stamp`` is what tells the file that it was read from, and its state, where it was read from one.
+    ``stamp`` identifies the file and its state, if the header was read from a file.
     """
 
     entries: dict[str, HeaderEntry]
@@ -103,10 +102,10 @@ def read_header(path: Path) -> Header:
 
 
 def header_length(head: bytes, size: int, where: str) -> int:
-    """The bytes that the JSON header takes, from the first bytes of a file of `size` bytes.
+    """Return the length of the JSON header in bytes, from the first bytes of a file of `size` bytes.
 
-    `head` needs 8 bytes; with 64 a file of another kind is also recognised and called by its name.
-    Raises FormatError, its message starting with `where`, if the length is impossible.
+    `head` needs 8 bytes; with 64, a file of another kind is also recognised and named. Raises FormatError, its message
+    starting with `where`, if the length is impossible.
     """
     length = int.from_bytes(head[:8], "little")
     if len(head) >= 8 and 0 < length <= min(_MAX_HEADER, size - 8):
@@ -115,10 +114,10 @@ def header_length(head: bytes, size: int, where: str) -> int:
 
 
 def parse_header(raw: bytes, size: int, where: str) -> Header:
-    """Check the JSON header `raw` of a file of `size` bytes and return what it describes.
+    """Check the JSON header `raw` of a file of `size` bytes, and return its content.
 
-    `raw` is the whole header without the 8 bytes of its length, which `header_length` reads.
-    Raises FormatError, its message starting with `where`, at the first fault.
+    `raw` is the whole header without the 8 bytes of its length, which `header_length` reads. Raises FormatError, its
+    message starting with `where`, at the first fault.
     """
     data = 8 + len(raw)
     try:
@@ -133,7 +132,7 @@ def parse_header(raw: bytes, size: int, where: str) -> Header:
 
 
 def _impossible(head: bytes, length: int, size: int) -> str:
-    """Why no header of `length` bytes can be in this file: the most telling reason."""
+    """Return the clearest reason why this file cannot have a header of `length` bytes."""
     if not size:
         return "is empty (0 bytes): download it again"
     if size < 8 or len(head) < 8:
@@ -152,7 +151,7 @@ def _impossible(head: bytes, length: int, size: int) -> str:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Pause the garbage collector: it finds nothing among so many new objects, in twice the time of the rest."""
+    """Pause the garbage collector, which finds nothing among these many new objects and triples the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -163,7 +162,7 @@ def _no_collection() -> Iterator[None]:
 
 
 def _document(raw: bytes) -> dict[str, Any]:
-    """The JSON object of the header, not yet checked any further."""
+    """Return the JSON object of the header, without further checks."""
     # Counted before parsing, which would take some gigabytes: an entry needs a brace.
     if raw.count(b"{") > _MAX_TENSORS:
         raise ValueError(f"the header lists more than {_MAX_TENSORS:,} tensors")
@@ -180,13 +179,13 @@ def _document(raw: bytes) -> dict[str, Any]:
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> object:
-    """A JSON object: as a dict, or as the tuple of its pairs (no other JSON value is one) if a key is repeated."""
+    """Return a JSON object as a dict, or as the tuple of its pairs (no other JSON value is one) if it repeats a key."""
     unique = dict(pairs)
     return unique if len(unique) == len(pairs) else tuple(pairs)
 
 
 def _mapping(value: object, what: str) -> dict[str, Any]:
-    """`value` as the dict that it must be. Of a repeated key, other readers silently keep the last value."""
+    """Return `value` if it is a dict. Of a repeated key, other readers silently keep the last value."""
     if isinstance(value, dict):
         return value
     if isinstance(value, tuple):
@@ -212,7 +211,7 @@ def _metadata(value: object) -> dict[str, str]:
 
 
 def _utf8(text: str) -> bytes:
-    r"""`text` as the bytes it should have come from: JSON can also spell half a character, ``"\ud800"``."""
+    r"""Return `text` as UTF-8 bytes. JSON can also spell half a character, ``"\ud800"``, which is refused."""
     try:
         return text.encode()
     except UnicodeEncodeError:
@@ -220,7 +219,7 @@ def _utf8(text: str) -> bytes:
 
 
 def _entries(document: dict[str, Any], data: int) -> dict[str, HeaderEntry]:
-    """The tensors of the header in order of offset, each checked by itself; the data starts at byte `data`."""
+    """Return the tensors of the header in order of offset, each checked alone; the data starts at byte `data`."""
     entries, name = {}, ""
     try:
         for name, fields in document.items():
@@ -262,7 +261,7 @@ def _entry(fields: object, data: int) -> HeaderEntry:
 
 
 def _check_more(fields: dict[str, Any]) -> None:
-    """Refuse what readers in other languages cannot parse in fields nobody looks at: deep nests, huge numbers."""
+    """Refuse fields that readers in other languages cannot parse: deep nesting, huge numbers."""
     level: list[Any] = [fields]
     for _ in range(_MAX_DEPTH):
         inner = [each.values() if isinstance(each, dict) else each for each in level]
@@ -278,7 +277,7 @@ def _check_more(fields: dict[str, Any]) -> None:
 
 
 def _counts(value: object, field: str) -> tuple[int, ...]:
-    """A JSON list of sizes; `type` and not `isinstance`, because true is no size."""
+    """Return a JSON list of sizes; `type` and not `isinstance` is compared, because true is not a size."""
     if type(value) is not list or len(value) > _MAX_RANK:
         raise ValueError(f"{field} {_shorten.repr(value)} is not a list of at most {_MAX_RANK} integers")
     for count in value:

@@ -1,8 +1,7 @@
-"""LoRA files of Kohya's sd-scripts and musubi-tuner, of LyCORIS, OneTrainer and Tencent: modules with flat names.
+"""LoRA files with flat names: of Kohya's sd-scripts and musubi-tuner, of LyCORIS, OneTrainer and Tencent.
 
-``lora_unet_mid_block_attentions_0_proj_in`` was ``mid_block.attentions.0.proj_in`` once. The underscores cannot be
-turned back into dots, so flat names stay what they are until a base tells its modules' names.
-"""
+The flat name ``lora_unet_mid_block_attentions_0_proj_in`` comes from ``mid_block.attentions.0.proj_in``. Its
+underscores cannot be turned back into dots, so flat names are kept until a base provides the names of its modules."""
 
 from __future__ import annotations
 
@@ -30,20 +29,20 @@ from merging.sources.peft.config import Config
 from merging.sources.peft.module import Module
 from merging.sources.stored import FileContents, Stored
 
-__all__ = ["open_kohya", "recognises"]
+__all__ = ["open_kohya", "recognizes"]
 
 _FLAT = re.compile(
     r"(?:lora_(?:unet|te\d?|transformer|prior_unet|prior|text_encoder)|lycoris|oft_(?:unet|te)|Hunyuan_video_I2V_lora)"
     r"_[^.]+\."
 )
-"""Flat names behind a prefix that is known."""
+"""Flat names with a known prefix."""
 
 _DOWN = re.compile(r"[^.]+\.lora_down\.weight")
 _EMBEDDINGS = ("bundle_emb.", "emb_params", "string_to_param")
 
 
-def recognises(opened: FileContents) -> bool:
-    """Whether a file has flat module names: some behind a known prefix, or all of them, of LoRA's down and up."""
+def recognizes(opened: FileContents) -> bool:
+    """Whether a file has flat module names: some with a known prefix, or only pairs of LoRA's down and up."""
     names = opened[0]
     return any(_FLAT.match(name) for name in names) or (
         any(_DOWN.fullmatch(name) for name in names) and all(_is_flat(name) for name in names)
@@ -56,9 +55,9 @@ def _is_flat(name: str) -> bool:
 
 
 def open_kohya(path: Path, alpha: float | None = None, opened: FileContents | None = None) -> Adapter:
-    """The adapter of such a file; values are not read, but for the alphas.
+    """Open such a file as an adapter; of the values only alphas are read.
 
-    ``alpha`` replaces what the file states. Raises :class:`~merging.errors.FormatError` for any name that has no place.
+    ``alpha`` replaces the stated alphas. Raises :class:`~merging.errors.FormatError` for any unknown name.
     """
     tensors, metadata = opened or open_tensors(path)
     where = str(path)
@@ -66,13 +65,13 @@ def open_kohya(path: Path, alpha: float | None = None, opened: FileContents | No
     for name, stored in tensors.items():
         if name.startswith(_EMBEDDINGS):
             raise FormatError(
-                f"{path}: holds a textual-inversion embedding ({name}), which is no LoRA: take it out first"
+                f"{path}: holds a textual-inversion embedding ({name}), which is not a LoRA: take it out first"
             )
         module, _, rest = name.partition(".")
         found = leaf_of(name)
         leaf = "weight" if rest == "weight" else found[1] if found and found[0] == module else None
         if leaf is None:
-            raise FormatError(f"{path}: {name} is no tensor that a Kohya or LyCORIS file is known to hold")
+            raise FormatError(f"{path}: {name} is not a tensor that a Kohya or LyCORIS file is known to hold")
         if leaf in modules[module]:
             raise FormatError(f"{path}: {name} is there twice, under two names")
         modules[module][leaf] = stored
@@ -105,7 +104,7 @@ def open_kohya(path: Path, alpha: float | None = None, opened: FileContents | No
 
 @dataclass(frozen=True, slots=True)
 class _HeaderConfig:
-    """A config of diffusers' in the header, and what its ``alpha_pattern`` says by flat names."""
+    """A config of diffusers in the header, and its ``alpha_pattern`` by flat names."""
 
     settings: Config
     alphas: Mapping[str, Any]
@@ -120,7 +119,7 @@ class _HeaderConfig:
         return cls(settings, flat)
 
     def alpha(self, module: str, rank: int) -> float:
-        """The alpha of a module such that alpha / rank is its scale."""
+        """Return the alpha of a module for which alpha / rank is its scale."""
         ends = (module[start:] for start in (0, *(place.end() for place in re.finditer("_", module))))
         end = next((end for end in ends if end in self.alphas), None)
         fields = self.settings if end is None else Config({"lora_alpha": self.alphas[end]}, self.settings.where)

@@ -1,8 +1,7 @@
-"""Links in folders of strangers: nothing is read or written through one that leads out of its folder.
+"""Links in folders of strangers: nothing is read or written through a link that leads out of its folder.
 
-A file that a user names may be a link, and so may a folder: those are the user's own. In the Hub's cache a snapshot
-links to the blobs of its repository, and those links are followed.
-"""
+A path that a user names may itself be a link, to a file or a folder. In the Hub's cache a snapshot links to the blobs
+of its repository, and these links are followed."""
 
 from __future__ import annotations
 
@@ -17,25 +16,25 @@ from merging.errors import FormatError
 __all__ = ["check_inside", "check_open_file", "refuse_link", "trust_links"]
 
 _is_junction = getattr(os.path, "isjunction", None)
-"""Links of Windows to folders that are no symbolic ones; known to Python from 3.12 on."""
+"""The test for Windows' links to folders that are not symbolic links; Python has it since 3.12."""
 
 _TRUSTED: set[str] = set()
-"""Folders whose links this process made itself."""
+"""Folders in which this process made the links itself."""
 
 
 def check_inside(path: Path, folder: Path) -> Path:
-    """The path, which is or will be read, if it leads nowhere out of ``folder``.
+    """Return the path if it does not lead out of ``folder``.
 
-    Raises :class:`~merging.errors.FormatError` for a link out of it.
+    Raises :class:`~merging.errors.FormatError` for a link out of the folder.
     """
     _check_place(_real(path), path, folder)
     return path
 
 
 def check_open_file(fd: int, path: Path, folder: Path) -> None:
-    """Check as :func:`check_inside` does where an open file lies: a link may have come since the path was checked.
+    """Check an open file as :func:`check_inside` checks a path: a link may have come since the path was checked.
 
-    Where the system does not say it (all but Linux), nothing is checked.
+    Nothing is checked where the system does not say where an open file is (all but Linux).
     """
     real = os_calls.path_of(fd)
     if real is not None and not _is_below(real, folder):
@@ -52,9 +51,9 @@ def _check_place(real: str, path: Path, folder: Path) -> None:
 
 
 def refuse_link(path: Path) -> Path:
-    """The path, which is part of a folder that this program made, if it is no link.
+    """Return the path, which is part of a folder that this program made, if it is not a link.
 
-    Raises :class:`~merging.errors.FormatError` for one: this program makes none there, and what it leads to would be
+    Raises :class:`~merging.errors.FormatError` for a link: this program makes none there, and its target would be
     changed or deleted.
     """
     with _one_message(path):
@@ -65,19 +64,19 @@ def refuse_link(path: Path) -> Path:
 
 
 def trust_links(folder: Path) -> None:
-    """Follow the links in a folder wherever they lead, since this process makes them itself."""
+    """Follow the links in a folder wherever they lead: this process makes them itself."""
     _TRUSTED.add(os.path.realpath(folder))
 
 
 def _real(path: Path) -> str:
-    """The path without links."""
+    """Return the path without links."""
     with _one_message(path):
         return os.path.realpath(path)
 
 
 @contextmanager
 def _one_message(path: Path) -> Iterator[None]:
-    """Raise :class:`~merging.errors.FormatError` where a path cannot be followed, or is exchanged in the meantime."""
+    """Raise :class:`~merging.errors.FormatError` if a path cannot be followed, or is exchanged in the meantime."""
     try:
         yield
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -86,7 +85,7 @@ def _one_message(path: Path) -> Iterator[None]:
 
 
 def _trusted_roots(root: str) -> Iterator[str]:
-    """Where links from a folder may lead: to the blobs of its repository in the Hub's cache."""
+    """Yield the folders that links may lead to: the blobs of the folder's repository in the Hub's cache."""
     if any(_is_within(root, each) for each in _TRUSTED):
         yield os.path.sep
     parts = Path(root)
@@ -96,7 +95,7 @@ def _trusted_roots(root: str) -> Iterator[str]:
 
 
 def _is_below(real: str, folder: Path) -> bool:
-    """Whether a folder is above a path, in whatever case a file system spells either."""
+    """Whether a folder is above a path, however a file system spells upper and lower case."""
     try:
         return any(parent.samefile(folder) for parent in Path(real).parents)
     except OSError:

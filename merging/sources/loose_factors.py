@@ -1,4 +1,4 @@
-"""Parts of adapters in files that no format of adapters recognises: they never make a full model."""
+"""Parts of adapters in files that no format recognizes. They never make a full model."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ _FACTOR = re.compile(
     r"(?:^|[._])(?:lora[._](?:[abAB]|down|up|mid)|lora_linear_layer|hada_[wt][12](?:_[ab])?|lokr_[wt][12](?:_[ab])?"
     rf"|oft_blocks|dora_scale|set_weight|on_input|lora_controlnet|{_LEAVES})(?=\.|$)"
 )
-"""Names that only a part of an adapter has. Many parameters are called ``alpha`` or ``b1``: these tell nothing."""
+"""Names that only parts of an adapter have. Names such as ``alpha`` or ``b1`` prove nothing, as many parameters have
+them."""
 
 _NUMBER = re.compile(r"\.\d+$")
-"""The place of one of several factors at a module."""
+"""The number at the end of a factor's name where a module has several."""
 
 _KNOWN = (
     "its layout is not known: read are factors called lora_down and lora_up, lora_A and lora_B, lora.down and lora.up, "
     "with alphas or a config in the header, LyCORIS's types in the files of Kohya, ComfyUI and diffusers, and PEFT's "
-    "types beside their adapter_config.json"
+    "types next to their adapter_config.json"
 )
 
 
 def refuse_factors(where: Path | str, names: Iterable[str], *, stated: bool, remedy: str = _KNOWN) -> None:
-    """Refuse tensors that hold parts of adapters, which a merge as a full model would average one by one.
+    """Refuse tensors that are parts of adapters: a merge as a full model would average them one by one.
 
-    Some architectures have such parameters of their own, beside the weights that they belong to: they pass where the
-    model's config says what it is (``stated``). Raises :class:`~merging.errors.FormatError`.
+    Some architectures have such parameters of their own, next to the weights of the same module. They pass if the
+    config states the architecture (``stated``). Raises :class:`~merging.errors.FormatError`.
     """
     listed = list(names)
     factors = dict(_factors(listed))
@@ -50,9 +51,9 @@ def refuse_factors(where: Path | str, names: Iterable[str], *, stated: bool, rem
 
 
 def _factors(names: list[str]) -> Iterator[tuple[str, str]]:
-    """The names that are parts of adapters, and the module that each belongs to."""
+    """Yield the names that are parts of adapters, and the module of each."""
     leaves = [leaf_of(name) for name in names]
-    if all(leaves):  # nothing but such parts: then also those count whose names tell nothing alone
+    if all(leaves):  # only such parts: then also names count that prove nothing alone
         yield from ((name, leaf[0]) for name, leaf in zip(names, leaves, strict=True) if leaf)
         return
     for name in names:
@@ -64,8 +65,8 @@ def _factors(names: list[str]) -> Iterator[tuple[str, str]]:
 def _own(factors: dict[str, str], names: list[str]) -> bool:
     """Whether all modules that have these parameters have other weights too."""
     modules = set(factors.values())
-    beside = {name[:match] for name in names if name not in factors for match in _dots(name)}
-    return modules <= beside
+    others = {name[:match] for name in names if name not in factors for match in _dots(name)}
+    return modules <= others
 
 
 def _dots(name: str) -> Iterator[int]:

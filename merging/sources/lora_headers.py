@@ -1,4 +1,4 @@
-"""What the headers of LoRA files state about their training, whatever program wrote them."""
+"""Statements about training in the headers of LoRA files, whatever program wrote them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ __all__ = ["METADATA_KEY", "alphas_differ", "base_facts", "component_configs", "
 T = TypeVar("T")
 
 METADATA_KEY = "lora_adapter_metadata"
-"""The metadata entry in which diffusers keeps the configs of its components, each field behind the component's name."""
+"""The metadata entry in which diffusers keeps the configs of its components; each field follows the component's name.
+"""
 
 _DENOISERS = {"denoiser": ("transformer", "unet"), "denoiser_2": ("transformer_2",)}
-"""What diffusers calls a denoiser."""
+"""The names of denoisers in diffusers."""
 
 _BASE_FACTS = ("ss_base_model_version", "ss_v2")
 
 
 def component_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """The PEFT config of each component, where the header has any. diffusers and SimpleTuner write them.
+    """Return the PEFT config of each component, if the header has any. diffusers and SimpleTuner write them.
 
-    Raises :class:`~merging.errors.FormatError` for an entry that is no JSON object.
+    Raises :class:`~merging.errors.FormatError` for an entry that is not a JSON object.
     """
     if METADATA_KEY not in metadata:
         return {}
@@ -43,30 +44,30 @@ def component_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict
 
 
 def config_of(configs: Mapping[str, T], name: str) -> T | None:
-    """The config of the component that a name belongs to, however the file spells it; None if the header has none."""
+    """Return the config of the component that a name belongs to, however the file spells it; None without one."""
     component, _ = normal_name(name)
     named = (name.partition(".")[0], *_DENOISERS.get(component, (component,)), "")
     return next((configs[each] for each in named if each in configs), None)
 
 
 def base_facts(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What the header says of the kind of base, by the keys of Kohya's sd-scripts, which other trainers write too."""
+    """Return the header's statements about the base, by the keys of Kohya's sd-scripts, which other trainers share."""
     return {key: metadata[key] for key in _BASE_FACTS if key in metadata}
 
 
 def alphas_differ(path: Path, name: str) -> FormatError:
-    """The refusal of a file whose tensor ``name`` states another alpha than the config in its header."""
+    """Return the error for a file whose tensor ``name`` contradicts the alpha in the config of its header."""
     return FormatError(
-        f"{path}: states its alphas twice, beside the factors and in the {METADATA_KEY} of its header, and not alike "
+        f"{path}: states its alphas twice, next to the factors and in the {METADATA_KEY} of its header, and not alike "
         f"({name}): remove one of the two, or give the right one with --lora-alpha"
     )
 
 
 def unstated_alpha(path: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """A notice where a header names an alpha that no tensor of the file states.
+    """Return a notice if a header names an alpha that no tensor of the file states.
 
-    Programs go by the tensors alone, and converters that fold the scale into the factors (musubi-tuner's) leave such a
-    header as it was: the scale is 1 then.
+    Programs use the tensors alone. Converters that multiply the scale into the factors (musubi-tuner's) keep such a
+    header unchanged: the scale is 1 then.
     """
     alpha, rank = metadata.get("ss_network_alpha", metadata.get("alpha")), metadata.get("ss_network_dim")
     if alpha is None or _number(alpha) == _number(rank):

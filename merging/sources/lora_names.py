@@ -1,8 +1,7 @@
-"""The normal form of names in LoRA files of diffusion models: a component, and the name of a tensor without dots.
+"""The normal form of names in LoRA files of diffusion models: a component, and a tensor's name without dots.
 
-Files put prefixes of their own before the same module, write dots as underscores, or wrap names once more; underscores
-cannot be turned back into dots, so that all are compared without them.
-"""
+Files put different prefixes before the same module, write dots as underscores, or wrap names once more. Underscores
+cannot be turned back into dots, so all names are compared without dots."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ _FLAT = (
     (re.compile(r"(?:lora|oft)_te2_+"), "text_encoder_2"),
     (re.compile(r"(?:lora|oft)_te3_+"), "text_encoder_3"),
 )  # fmt: skip
-"""What stands before the flat names of Kohya's files and their kin."""
+"""Prefixes of flat names in Kohya's and similar files."""
 
 _DOTTED = {
     "model.diffusion_model.": "denoiser",
@@ -35,7 +34,7 @@ _DOTTED = {
     "text_encoders.t5xxl.transformer.": "text_encoder_3",
     "t5xxl.transformer.": "text_encoder_3",
 }
-"""What stands before dotted names in the files of diffusers, ComfyUI and their kin."""
+"""Prefixes of dotted names in the files of diffusers, ComfyUI and similar programs."""
 
 _WRAPPER = "base_model.model."
 _TEXT = ("text_model.", "encoder.layers.", "encoder.block.")
@@ -43,13 +42,13 @@ _HUNYUAN = (
     (re.compile(r"(?<=_(?:img|txt)_)mlp_fc([12])(?=\.)"), lambda found: f"mlp_{2 * int(found[1]) - 2}"),
     (re.compile(r"^((?:double|single)_blocks_\d+_(?:img_mod|txt_mod|modulation))_linear(?=\.)"), r"\1_lin"),
 )
-"""Tencent's names, where ComfyUI has others of the same modules."""
+"""Tencent's names, and ComfyUI's names for the same modules."""
 
 
 def normal_name(target: str) -> tuple[str, str]:
-    """The component that a target belongs to (``denoiser``, ``text_encoder_2``), and its name in the normal form.
+    """Return the component of a target (``denoiser``, ``text_encoder_2``), and its name in the normal form.
 
-    A name without a prefix is one of a denoiser, unless it begins as those of text encoders do.
+    A name without a prefix belongs to a denoiser, unless it begins like a text encoder's names.
     """
     module = target.partition(".")[0]
     for pattern, component in _FLAT:
@@ -65,7 +64,7 @@ def normal_name(target: str) -> tuple[str, str]:
 
 
 def within(component: str, name: str) -> str:
-    """The normal form of a name within its component: of its dots only that before ``weight`` or ``bias`` is left.
+    """Return the normal form of a name within its component; only the dot before ``weight`` or ``bias`` is kept.
 
     Newer versions of transformers have dropped a level of CLIP's names.
     """

@@ -1,4 +1,4 @@
-"""A model's config.json: read, and the fields that decide something here checked for what they should be."""
+"""A model's config.json, with checks of the fields that decide something here."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from merging.sources.small_files import read_json
 __all__ = ["check_counts", "read_config"]
 
 _COUNT = re.compile(r"num_(\w+_)?(layers|experts|blocks)|n_layers?|(\w+_)?layers|depths?")
-"""Fields that say how many modules a model has."""
+"""Fields that state how many modules a model has."""
 
 _MODULES = 1024
-"""So many there may be whatever the weights, as those of many modules may be one tensor."""
+"""A number of modules that is allowed whatever the weights, since one tensor may hold the weights of many modules."""
 
 
 def _is_names(value: object) -> bool:
@@ -31,11 +31,11 @@ _FIELDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "quantization_config": ("an object", lambda value: isinstance(value, dict)),
     "tie_word_embeddings": ("true or false", lambda value: isinstance(value, bool)),
 }
-"""What each field should be, where it is not null."""
+"""The expected type of each field that is not null."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The config of a model. Raises :class:`~merging.errors.FormatError` for one that cannot be understood."""
+    """Read the config of a model. Raises :class:`~merging.errors.FormatError` for one that cannot be understood."""
     config = read_json(path)
     _check(config, str(path))
     if isinstance(config.get("text_config"), dict):
@@ -51,7 +51,7 @@ def _check(config: Mapping[str, Any], where: str) -> None:
 
 
 def check_counts(config: Mapping[str, Any], tensors: int) -> None:
-    """Refuse a config of more modules than so many tensors can be for, before anything is made of it."""
+    """Refuse a config of more modules than ``tensors`` tensors can belong to, before the model is built."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for field, value in part.items():
             if isinstance(value, int) and value > max(_MODULES, tensors) and _COUNT.fullmatch(field):

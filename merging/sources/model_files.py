@@ -1,4 +1,4 @@
-"""The names of the files of one model's folder, and what in a folder is none of them."""
+"""The names of the files in one model's folder, and the detection of foreign files."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from merging.sources.weight_files import is_standard
 __all__ = ["COMPANIONS", "IN_PIPELINES", "MODULES", "PIPELINE", "foreign_names"]
 
 PIPELINE = "model_index.json"
-"""What tells the folder of a diffusers pipeline."""
+"""The file that marks the folder of a diffusers pipeline."""
 
 MODULES = "modules.json"
-"""What tells the folder of a model of sentence-transformers."""
+"""The file that marks the folder of a sentence-transformers model."""
 
 COMPANIONS = (
     "generation_config.json",
@@ -35,7 +35,7 @@ COMPANIONS = (
     "NOTICE*",
     "USE_POLICY*",
 )
-"""Files that make a folder of weights a model; code is never copied, since it would run in the name of the merge."""
+"""Files that make a folder of weights a model. Code is never copied, since it would run in the name of the merge."""
 
 IN_PIPELINES = ("scheduler_config.json", "config.json", "*_config.json")
 
@@ -51,7 +51,7 @@ _BESIDE = (
     "recycling.json",  # the report of a recycled adapter
     "recycling.html",
 )
-"""What may lie beside a model's weights, as libraries and this program write it."""
+"""Files that may be next to a model's weights, as libraries and this program write them."""
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -63,10 +63,10 @@ _TEMPLATES = "additional_chat_templates"
 
 
 def foreign_names(folder: Path) -> list[str]:
-    """What lies in a folder that is no file of one model: its own files are weights and what belongs to them.
+    """Return the names in a folder that do not belong to one model, of weights and their companions.
 
-    Of a folder with several models' or adapters' files all weights are foreign but those of the first, of a folder
-    without weights everything is.
+    If a folder has the files of several models or adapters, all weights but the first one's are foreign. In a folder
+    without weights everything is foreign.
     """
     parts = _components(folder)
     foreign, weights = _sort_files(folder)
@@ -85,7 +85,7 @@ def foreign_names(folder: Path) -> list[str]:
 
 
 def _sort_files(folder: Path) -> tuple[list[str], bool]:
-    """The files in a folder that are foreign there, and whether it holds weights that are not."""
+    """Return the foreign files of a folder, and whether it holds weights that are not foreign."""
     foreign = []
     models: dict[str, list[str]] = {}
     for path in sorted(path for path in folder.iterdir() if not path.is_dir()):
@@ -100,13 +100,13 @@ def _sort_files(folder: Path) -> tuple[list[str], bool]:
 
 
 def _model_of(weights: Path) -> str:
-    """What tells one model's weights in a folder from another's: "" for those that libraries look for by name."""
+    """Return the part of a weights file's name that distinguishes models; "" for a standard name."""
     stem = _SHARD.sub("", weights.stem)
     return "" if is_standard(f"{stem}{weights.suffix}") else stem
 
 
 def _components(folder: Path) -> set[str]:
-    """The folders that a model's list of components or modules names."""
+    """Return the folders that a model's list of components or modules names."""
     return {name for name in _component_names(folder) if isinstance(name, str)}
 
 

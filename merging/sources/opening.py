@@ -11,11 +11,11 @@ from merging.sources.stored import FileContents, open_safetensors
 __all__ = ["FileOpener", "open_tensors"]
 
 FileOpener = Callable[[Path], FileContents]
-"""A function that opens a weights file by its path; the Hub's also opens files that have not been downloaded yet."""
+"""A function that opens a weights file by its path. The Hub's opener also opens files that are not downloaded yet."""
 
 
 def open_tensors(path: Path) -> FileContents:
-    """Open a weights file on this disk: safetensors, or a file of PyTorch's, as its ending says."""
+    """Open a weights file on this disk, in the format of its ending: safetensors, or PyTorch's."""
     if path.suffix == ".safetensors":
         return open_safetensors(path)
     return open_pickle(path)

@@ -1,4 +1,4 @@
-"""Where a model came from, if that is a place that others can name too."""
+"""The public place that a model came from."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ __all__ = ["Origin"]
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """A model on the Hub: ``path`` in the repository ``repo`` as of ``commit``, under the ``licence`` its card states.
+    """A model on the Hub: ``path`` in the repository ``repo`` at ``commit``, under the ``licence`` that its card
+    states.
 
-    As text it is the address that means these very bytes for ever.
+    As text it is the permanent address of these bytes.
     """
 
     repo: str
@@ -21,7 +22,7 @@ class Origin:
 
     @property
     def folder(self) -> str:
-        """The folder in the repository that the model lies in."""
+        """The folder of the model within the repository."""
         file = self.path.endswith((".safetensors", ".bin", ".pt", ".pth", ".json"))
         return self.path.rpartition("/")[0] if file else self.path
 

@@ -1,4 +1,4 @@
-"""Files of PyTorch (.bin, .pt, .pth): read at their tensors' places, and no code in them is run."""
+"""PyTorch's files (.bin, .pt, .pth): tensors are read at their places, and no code in the files is run."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ _DAMAGE = (
     ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, NotImplementedError, RuntimeError,
     TypeError, ValueError, struct.error, zipfile.BadZipFile,
 )  # fmt: skip
-"""What is raised for damaged files, whose parts are handed to functions that expect others."""
+"""Errors that damaged files cause in functions that expect sound ones."""
 
 _LARGEST = 1 << 25
-"""Bytes of a file's list of records, and of its pickle, which describe the tensors and hold none."""
+"""The largest size in bytes of a file's list of records, and of its pickle, which describe tensors and hold none."""
 
 _LOCAL = struct.Struct("<4s22xHH")
-"""What stands before a record: its mark, and the lengths of its name and of more fields."""
+"""The header of a record: a mark, and the lengths of its name and of further fields."""
 
 
 _NESTS = ("state_dict", "model_state_dict", "model", "module")
-"""What programs for training call a model's state dict in a file that holds more than it."""
+"""Keys of a model's state dict in the checkpoints of training programs."""
 
 
 def open_pickle(path: Path) -> FileContents:
-    """The tensors of a PyTorch file, and for each name that shares another's memory (tied weights) that other.
+    """Open a PyTorch file: its tensors, and for each name that shares another tensor's memory (tied weights) the other.
 
-    Only their description is read. Raises :class:`~merging.errors.FormatError` for a file that holds more than
-    tensors, or whose records are compressed, as torch never saves them and a small one can grow without end.
+    Only the descriptions of tensors are read. Raises :class:`~merging.errors.FormatError` for a file that holds more
+    than tensors, or has compressed records. torch never compresses, and a small compressed record can grow without end.
     """
-    if not path.is_file():  # a device would be read for ever
+    if not path.is_file():  # reading a device would never end
         raise FormatError(f"{path}: is not a regular file, not a PyTorch file")
     file = File(path)
     try:
@@ -53,7 +53,7 @@ def open_pickle(path: Path) -> FileContents:
         state = _state_dict(loaded)
         if not _holds_tensors(state):
             raise FormatError(
-                f"{path}: is a PyTorch file, but not a state dict (names to tensors): load it, and save the one in it "
+                f"{path}: is a PyTorch file, but not a state dict (names to tensors): load it, and save its state dict "
                 f"as safetensors"
             )
         return _tensors(archive, state)
@@ -65,7 +65,7 @@ def open_pickle(path: Path) -> FileContents:
 
 
 def _state_dict(loaded: Any) -> Any:
-    """The state dict that a file holds, perhaps two levels down; where that is not clear, what it holds itself."""
+    """Return the state dict in a file, perhaps two levels down; if it is ambiguous, the outermost dict."""
     for _ in range(2):
         if not isinstance(loaded, dict) or (loaded and _holds_tensors(loaded)):
             break
@@ -86,9 +86,9 @@ def _tensors(archive: _Archive, state: dict[Any, Any]) -> FileContents:
     for name, record in state.items():
         if not isinstance(name, str):
             kind = name.kind if isinstance(name, Other) else repr(name)[:80]
-            raise FormatError(f"{path}: is a PyTorch file, but not a state dict: {kind} is no name")
+            raise FormatError(f"{path}: is a PyTorch file, but not a state dict: {kind} is not a name")
         if isinstance(record, Other):
-            raise FormatError(f"{path}: {name} is no ordinary tensor, but {record.kind}")
+            raise FormatError(f"{path}: {name} is not an ordinary tensor, but {record.kind}")
         if record.dtype not in DTYPE_NAMES:
             raise FormatError(f"{path}: {name} has the type {record.dtype}, which cannot be merged")
         if prod(record.shape) * record.dtype.itemsize > archive.size:  # one number, said to be a matrix of gigabytes
@@ -109,7 +109,7 @@ class _Archive:
         with _Bounded(file.fd, closefd=False) as stream:
             if not zipfile.is_zipfile(stream):
                 raise FormatError(
-                    f"{file.path}: is no PyTorch zip file (cut short, or written before 2020), and the old format "
+                    f"{file.path}: is not a PyTorch zip file (cut short, or written before 2020), and the old format "
                     f"cannot be read lazily: load and save it as safetensors first"
                 )
             with zipfile.ZipFile(stream) as archive:
@@ -119,7 +119,7 @@ class _Archive:
             raise ValueError("its numbers are stored with their highest byte first")
 
     def read(self, name: str) -> bytes:
-        """A whole record."""
+        """Return a whole record."""
         start, length = self._place(name)
         if length > _LARGEST:
             raise ValueError(f"{name} takes {length:,} bytes (limit {_LARGEST:,})")
@@ -128,7 +128,7 @@ class _Archive:
         return bytes(content)
 
     def tensor(self, record: TensorRecord) -> Stored:
-        """The tensor of a description, at its place in the file."""
+        """Return the tensor of a description, at its place in the file."""
         kind, itemsize, count = DTYPE_NAMES[record.dtype], record.dtype.itemsize, prod(record.shape)
         if not count:
             return FileTensor(self.file, HeaderEntry(kind, record.shape, 0, 0))
@@ -144,7 +144,7 @@ class _Archive:
         return _StridedTensor(whole, record)
 
     def _place(self, name: str) -> tuple[int, int]:
-        """Where a record's bytes begin in the file, and their number."""
+        """Return the offset of a record's bytes in the file, and their number."""
         record = self._records[self._root + name]
         if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
             raise ValueError(f"its record {name} is compressed, which torch.save never does")
@@ -158,10 +158,10 @@ class _Archive:
 
 
 class _Bounded(io.FileIO):
-    """A file of which nobody asks too much at once: the list of a zip file may say that it is of any size."""
+    """A file that limits each read: the list of a zip file may claim any size."""
 
     def read(self, size: int | None = -1) -> Any:
-        """The next bytes."""
+        """Return the next bytes."""
         if size is None or size < 0:
             size = os.fstat(self.fileno()).st_size - self.tell()
         if size > _LARGEST:
@@ -179,7 +179,7 @@ def _contiguous(record: TensorRecord) -> bool:
 
 
 class _StridedTensor(Stored):
-    """A tensor whose elements do not follow one another; read as the whole stretch that they lie in."""
+    """A tensor whose elements are not contiguous; it is read as the whole range that contains them."""
 
     __slots__ = ("_stretch", "_strides")
 

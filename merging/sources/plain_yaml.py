@@ -1,4 +1,4 @@
-"""YAML of strangers: what is nested deeply, grows by its aliases, or is no Unicode is refused before it is built."""
+"""YAML of strangers: deep nesting, growth by aliases and invalid Unicode are refused before the values are built."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ _DEPTH = 64
 """How deep lists and mappings may be nested."""
 
 _NODES = 1 << 20
-"""Values in one text, each alias counted with all that it stands for."""
+"""The largest number of values in one text; each alias counts with all values that it stands for."""
 
 FAULTS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
-"""What the library raises for a text that is no YAML, or holds numbers and dates that are none."""
+"""Errors of the library for a text that is not YAML, or that holds invalid numbers and dates."""
 
 _Parser = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def load_yaml(text: str, where: str) -> Any:
-    """The values of a YAML text.
+    """Return the values of a YAML text.
 
-    Raises :class:`~merging.errors.FormatError` for one that :func:`check_yaml` refuses, and one of :data:`FAULTS` for
-    one that is no YAML.
+    Raises :class:`~merging.errors.FormatError` for a text that :func:`check_yaml` refuses, and one of :data:`FAULTS`
+    for a text that is not YAML.
     """
     check_yaml(text, where)
     return yaml.load(text, _Parser)
 
 
 def check_yaml(text: str, where: str) -> None:
-    """Refuse a text that would take far more memory or time than it looks, or cannot be written again.
+    """Refuse a text that would take far more memory or time than its size suggests, or cannot be written again.
 
-    A key ``<<`` takes in all keys of what an alias means, so that a few lines of them double to any size. Raises
-    :class:`~merging.errors.FormatError`, and one of :data:`FAULTS` for what is no YAML.
+    The key ``<<`` copies all keys of an alias, so that a few lines can double to any size. Raises
+    :class:`~merging.errors.FormatError`, and one of :data:`FAULTS` for a text that is not YAML.
     """
     sizes: dict[str | None, int] = {}
     open_nodes: list[tuple[str | None, int]] = []
@@ -50,7 +50,7 @@ def check_yaml(text: str, where: str) -> None:
         elif isinstance(event, yaml.ScalarEvent):
             nodes += 1
             if any("\ud800" <= each <= "\udfff" for each in event.value):
-                raise FormatError(f"{where}: holds half a character, which is no Unicode")
+                raise FormatError(f"{where}: holds half a character, which is not valid Unicode")
         elif isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
             nodes += 1
             open_nodes.append((event.anchor, nodes))
@@ -69,5 +69,5 @@ def _events(text: str, where: str) -> Iterator[Any]:
         yield from yaml.parse(text, _Parser)
     except yaml.MarkedYAMLError as error:
         if "invalid Unicode character escape" in str(error.problem):
-            raise FormatError(f"{where}: holds half a character, which is no Unicode") from None
+            raise FormatError(f"{where}: holds half a character, which is not valid Unicode") from None
         raise

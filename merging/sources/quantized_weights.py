@@ -1,7 +1,6 @@
-"""Quantised weights: told by names and types, refused by name, or the simple kinds turned back into ordinary numbers.
+"""Quantised weights: recognised by names and types, and refused, or for simple kinds turned into ordinary numbers.
 
-That happens piece by piece while they are read, so nothing is ever dequantised as a whole.
-"""
+They are converted piece by piece while they are read; no weight is ever dequantised as a whole."""
 
 from __future__ import annotations
 
@@ -14,9 +13,9 @@ from merging.errors import FormatError
 from merging.sources.dequantized_tensors import Cast, Mxfp4, Scaled, fits
 from merging.sources.stored import Stored
 
-__all__ = ["QUANTISED", "SIMPLE", "dequantize_tensors", "refuse_quantised"]
+__all__ = ["QUANTIZED", "SIMPLE", "dequantize_tensors", "refuse_quantized"]
 
-QUANTISED = {
+QUANTIZED = {
     ".bitsandbytes__nf4": "bitsandbytes 4-bit",
     ".bitsandbytes__fp4": "bitsandbytes 4-bit",
     ".absmax": "bitsandbytes 4-bit",
@@ -38,14 +37,14 @@ QUANTISED = {
     ".centroids": "VPTQ",
     ".dense_weights": "SpQR",
 }
-"""The last part of the name of a tensor that goes with quantised weights."""
+"""The last part of the names of tensors that belong to quantised weights, and the kind."""
 
 _MARKER = 1 << 12
-"""The most bytes of a marker that is read."""
+"""The largest size in bytes of a marker that is read."""
 
 _INSTEAD = "merge the model it was made from, and quantise the result"
 SIMPLE = ("block FP8", "scaled FP8 or integers", "MXFP4", "bitsandbytes 8-bit")
-"""The kinds that are made ordinary numbers if asked."""
+"""The kinds that can be turned into ordinary numbers."""
 
 _CODES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8")
 _PACKED = ("U8", "I8", "U32", "I32")
@@ -55,13 +54,13 @@ _WAYS = {
     "MLX": "or convert it with mlx_lm.convert --dequantize",
     "NVFP4": "or have the program that made it write it in bfloat16",
 }
-"""What else helps, by kind."""
+"""Other ways out, by kind."""
 
 _CAST = ("F8_E4M3", "F8_E5M2")
-"""Types that files hold without scales too, as the numbers that they are."""
+"""Types that files also hold without scales, as plain numbers."""
 
 _COMFY = (".comfy_quant", "scaled_fp8")
-"""Markers of ComfyUI's: how a layer is quantised, as JSON, and that scales are called ``scale_weight``."""
+"""Markers of ComfyUI: how a layer is quantised, as JSON; and that scales are called ``scale_weight``."""
 
 _COMFY_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 
@@ -70,22 +69,22 @@ _BESIDE = (
     ".weight_format", ".input_scale", ".input_scale_ub", ".activation_scale", ".k_scale", ".v_scale", ".q_scale",
     ".qscale_act", "_activation_scale", "_input_scale", ".scale_input", *_COMFY,
 )  # fmt: skip
-"""Tensors for quantised activations and caches, which ordinary weights have no use for."""
+"""Tensors for quantised activations and caches, which ordinary weights do not need."""
 
 
-def refuse_quantised(path: Path, tensors: Mapping[str, Stored], config: Mapping[str, Any], asked: bool = False) -> None:
+def refuse_quantized(path: Path, tensors: Mapping[str, Stored], config: Mapping[str, Any], asked: bool = False) -> None:
     """Raise :class:`~merging.errors.FormatError` for quantised weights, with their kind and a way out.
 
-    ``asked`` says that those of the simple kinds were dequantised already.
+    ``asked`` says that weights of the simple kinds were dequantised already.
     """
-    stated = _stated_quantisation(config)
+    stated = _stated_quantization(config)
     if stated is not None and not (asked and _is_simple(stated)):
         kind = _method(stated)
         raise FormatError(f"{path}: is quantised ({kind}, says its config): {_way(kind, _is_simple(stated), asked)}")
     for name, stored in tensors.items():
         tail = _tail(name)
-        if tail in QUANTISED and (tail != "_blocks" or stored.dtype_name == "U8" or not stored.floating):
-            kind = QUANTISED[tail]
+        if tail in QUANTIZED and (tail != "_blocks" or stored.dtype_name == "U8" or not stored.floating):
+            kind = QUANTIZED[tail]
             raise FormatError(f"{path}: is quantised ({kind}, says {name}): {_way(kind, kind in SIMPLE, asked)}")
         if stored.dtype_name.startswith(("F8_", "F6_")) or stored.dtype_name == "F4":
             way = _way("", stored.dtype_name in _CAST or any(name + ending in tensors for ending in _SCALES), asked)
@@ -96,14 +95,14 @@ def refuse_quantised(path: Path, tensors: Mapping[str, Stored], config: Mapping[
 
 
 def _tail(name: str) -> str:
-    """The end of a name that may tell of quantised weights: 50,000 names times 20 endings would be felt."""
+    """Return the end of a name that may reveal quantised weights: trying 20 endings on 50,000 names would take long."""
     return "_blocks" if name.endswith("_blocks") else name[name.rfind(".") :]
 
 
 def _check_marker(path: Path, name: str, stored: Stored) -> None:
-    """Refuse a layer that ComfyUI's marker says is quantised otherwise than by codes times a scale."""
+    """Refuse a layer for which ComfyUI's marker names another scheme than codes times a scale."""
     if not stored.at_hand or stored.dtype_name != "U8" or stored.numel > _MARKER:
-        return  # its codes tell as much, if less plainly
+        return  # its codes show the same, less clearly
     text = bytes(stored.read().flatten().tolist()).decode(errors="replace")
     try:
         stated = json.loads(text)
@@ -121,8 +120,8 @@ def _way(kind: str, simple: bool, asked: bool) -> str:
     return f"{beyond}{_INSTEAD}{', ' + _WAYS[kind] if kind in _WAYS else ''}"
 
 
-def _stated_quantisation(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What a config says of its quantisation, if anything."""
+def _stated_quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return a config's statement of its quantisation, None without one."""
     inner = config.get("text_config")
     for part in (config, inner if isinstance(inner, dict) else {}):
         for key in ("quantization_config", "compression_config", "quantization"):
@@ -132,7 +131,7 @@ def _stated_quantisation(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _method(stated: Mapping[str, Any]) -> str:
-    """The kind that a config states, by the name it has here."""
+    """Return the kind that a config states, under the name used here."""
     method = str(stated.get("quant_method", "MLX" if "group_size" in stated else "unknown method"))
     if method == "bitsandbytes":
         return "bitsandbytes 8-bit" if stated.get("load_in_8bit") else "bitsandbytes 4-bit"
@@ -140,7 +139,7 @@ def _method(stated: Mapping[str, Any]) -> str:
 
 
 def _is_simple(stated: Mapping[str, Any]) -> bool:
-    """Whether weights of the kind that a config states are codes times a scale, or MXFP4."""
+    """Whether a config states weights of codes times a scale, or MXFP4."""
     method = str(stated.get("quant_method"))
     if method == "compressed-tensors":
         return stated.get("format") in ("float-quantized", "int-quantized", "naive-quantized")
@@ -152,16 +151,18 @@ def _is_simple(stated: Mapping[str, Any]) -> bool:
 def dequantize_tensors(
     path: Path, tensors: Mapping[str, Stored], config: Mapping[str, Any]
 ) -> tuple[dict[str, Stored], dict[str, Any]]:
-    """A checkpoint's tensors and config with the quantised weights of simple kinds as ordinary ones.
+    """Return a checkpoint's tensors and config, with quantised weights of simple kinds as ordinary weights.
 
-    Codes (FP8, 8-bit integers) times a scale for all, a row, or a block, as in transformers' ``fp8``, ``fbgemm_fp8``,
-    compressed-tensors, bitsandbytes 8-bit and ComfyUI; MXFP4 as gpt-oss has it; and FP8 where nothing is scaled, as
-    the numbers that it holds. They have the type that the config states, else bfloat16. Scales, ComfyUI's markers and
-    the config's ``quantization_config`` are gone. Whatever else is quantised is left as it is. Raises
-    :class:`~merging.errors.FormatError` for scales that do not fit their weights, and for markers of other kinds.
+    These are codes (FP8, 8-bit integers) times a scale for all, a row, or a block, as in transformers' ``fp8`` and
+    ``fbgemm_fp8``, compressed-tensors, bitsandbytes 8-bit and ComfyUI; MXFP4 as in gpt-oss; and FP8 without scales. The
+    weights have the dtype that the config states, else bfloat16. Scales, ComfyUI's markers and the config's
+    ``quantization_config`` are removed. Other quantised weights are returned unchanged.
+
+    Raises :class:`~merging.errors.FormatError` for scales that do not fit their weights, and for markers of other
+    kinds.
     """
     kind = _type_of(config)
-    block = _block_of(_stated_quantisation(config) or {})
+    block = _block_of(_stated_quantization(config) or {})
     found: dict[str, Stored] = {}
     gone: set[str] = set()
     for name, stored in tensors.items():
@@ -180,12 +181,12 @@ def dequantize_tensors(
         if not fits(stored.shape, scales.shape, block):
             raise FormatError(_misfit(path, name, stored, scales))
         found[name] = Scaled(kind, stored, scales, block, 1 / 127 if scale.endswith(".SCB") else 1)
-    if not found and _stated_quantisation(config) is None and not any(_tail(name) in QUANTISED for name in tensors):
+    if not found and _stated_quantization(config) is None and not any(_tail(name) in QUANTIZED for name in tensors):
         found = {name: Cast(kind, stored) for name, stored in tensors.items() if stored.dtype_name in _CAST}
     if found:
         gone.update(name for name in tensors if name.endswith(_BESIDE))
     kept = {name: found.get(name, stored) for name, stored in tensors.items() if name in found or name not in gone}
-    return kept | found, _without_quantisation(config)
+    return kept | found, _without_quantization(config)
 
 
 def _misfit(path: Path, name: str, stored: Stored, scales: Stored) -> str:
@@ -196,7 +197,7 @@ def _misfit(path: Path, name: str, stored: Stored, scales: Stored) -> str:
 
 
 def _scale_of(name: str, stored: Stored, tensors: Mapping[str, Stored]) -> str | None:
-    """The name of the scales of a tensor of codes; None for one that is no such codes."""
+    """Return the name of the scales of a tensor of codes, None for any other tensor."""
     if stored.dtype_name == "U8" and name.endswith("_blocks"):
         scale = name.removesuffix("_blocks") + "_scales"
         return scale if scale in tensors and tensors[scale].dtype_name == "U8" else None
@@ -213,7 +214,7 @@ def _scale_of(name: str, stored: Stored, tensors: Mapping[str, Stored]) -> str |
 
 
 def _type_of(config: Mapping[str, Any]) -> str:
-    """The type of a model's ordinary weights, as its config states it."""
+    """Return the name of the dtype of a model's ordinary weights, as its config states it."""
     inner = config.get("text_config")
     named = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
     for part in (config, inner if isinstance(inner, dict) else {}):
@@ -224,7 +225,7 @@ def _type_of(config: Mapping[str, Any]) -> str:
 
 
 def _block_of(stated: Mapping[str, Any]) -> tuple[int, int]:
-    """The block that shares a scale, where there is one for a block."""
+    """Return the rows and columns of the block that shares a scale."""
     groups = stated.get("config_groups")
     nested = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
     sizes = [stated.get("weight_block_size"), *(each.get("block_structure") for each in nested if each)]
@@ -234,8 +235,8 @@ def _block_of(stated: Mapping[str, Any]) -> tuple[int, int]:
     return 128, 128
 
 
-def _without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     left = {k: v for k, v in config.items() if k not in ("quantization_config", "compression_config", "quantization")}
     if isinstance(left.get("text_config"), dict):
-        left["text_config"] = _without_quantisation(left["text_config"])
+        left["text_config"] = _without_quantization(left["text_config"])
     return left

@@ -1,4 +1,4 @@
-"""Matching the names of one model's tensors to another's: they drift by a prefix, and by nothing else that is safe."""
+"""Matching of one model's tensor names to another's: they may differ by a prefix; no other difference is safe."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _PREFIXES = (
     "roberta.",
     "vit.",
 )
-"""What wrappers of the same network put before its names, in one version of transformers or another."""
+"""Prefixes that wrappers of the same network add, in different versions of transformers."""
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""What torch.compile, FSDP and activation checkpointing put into the names of what they wrap, at any place."""
+"""Parts of names that torch.compile, FSDP and activation checkpointing insert, at any place."""
 
 Norms = Literal["same", "new", "old"]
-"""Which names of layer norms are wanted."""
+"""The names of layer norms that are wanted."""
 
 _LEGACY = {".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias"}
-"""Endings of layer norms in very old checkpoints (bert-base-uncased), and what they are called now."""
+"""Endings of layer norms in very old checkpoints (bert-base-uncased), and today's endings."""
 
 _ENDINGS: dict[Norms, dict[str, str]] = {
     "same": {},
@@ -39,14 +39,14 @@ _ENDINGS: dict[Norms, dict[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Renaming:
-    """Names lose ``strip`` and gain ``add`` at their beginning, and layer norms take today's names or the old ones."""
+    """A renaming: ``strip`` is removed and ``add`` prepended, and layer norms get today's names or the old ones."""
 
     strip: str = ""
     add: str = ""
     norms: Norms = "same"
 
     def __call__(self, name: str) -> str | None:
-        """The new name, or None for one that does not begin with ``strip``."""
+        """Return the new name, None for a name that does not begin with ``strip``."""
         if not name.startswith(self.strip):
             return None
         name = self.add + name[len(self.strip) :]
@@ -62,9 +62,10 @@ class Renaming:
 
 
 def strip_wrappers(names: Iterable[str]) -> dict[str, str]:
-    """The names without those of wrappers for training, which no library expects in a file; by the names as they are.
+    """Remove the names of wrappers for training, which no library expects in a file. Return the new names by the old.
 
-    ``module.``, of data-parallel training, is one where all names begin with it. Names stay where two would be one.
+    ``module.``, of data-parallel training, is removed if all names begin with it. Nothing is removed if two names would
+    become the same.
     """
     plain = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) or name for name in names}
     if plain and all(name.startswith("module.") for name in plain.values()):
@@ -75,12 +76,16 @@ def strip_wrappers(names: Iterable[str]) -> dict[str, str]:
 def find_renaming(
     names: Iterable[str], known: Mapping[str, object], fits: Callable[[str, str], bool]
 ) -> tuple[Renaming, list[str]]:
-    """The one renaming under which most ``names`` are ``known``, and the names that it leaves without a match.
+    """Find the renaming under which most ``names`` are ``known``. Return it with the names that remain unmatched.
 
-    Tried in order: the names as they are, one prefix more or less, and the rewriting that the first unmatched name
-    suggests if its ending is unique among the known names. ``fits(name, match)`` says whether a match may be one
-    (equal shapes). One renaming holds for a whole model: matching each name on its own could scatter an adapter over
-    two towers.
+    One renaming holds for a whole model: separate matches for each name could scatter an adapter over two towers.
+    Candidates are, in order: no change, one prefix more or less, and the change that the first unmatched name suggests
+    if its ending is unique among the known names.
+
+    Args:
+        names: The names to be renamed.
+        known: The names of the other model.
+        fits: Whether a name may be matched with a known name, as their shapes are equal.
     """
     names = list(names)
     best, unmatched = Renaming(), _names_unmatched(names, Renaming(), known, fits)
@@ -113,13 +118,13 @@ def _candidates(names: list[str], unmatched: list[str], known: Mapping[str, obje
 
 
 def _norms(names: list[str], known: Mapping[str, object]) -> Norms:
-    """Whose layer norms have the old names: these names', then they need the new ones, or the known names'."""
+    """Return the wanted names of norms: "new" where only these names are old, "old" where only the known names are."""
     ours, theirs = (any(name.endswith(tuple(_LEGACY)) for name in each) for each in (names, known))
     return "same" if ours == theirs else "new" if ours else "old"
 
 
 def _by_suffix(name: str, known: Mapping[str, object]) -> list[tuple[str, str]]:
-    """The rewriting that turns ``name`` into the only known name with the same, longest possible ending."""
+    """Return the change that turns ``name`` into the only known name with the longest common ending."""
     parts = name.split(".")
     for cut in range(len(parts) - 2):
         ending = ".".join(parts[cut:])

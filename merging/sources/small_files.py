@@ -1,8 +1,7 @@
-"""The one door for small files: configs, indexes, tokenizers, cards, recipes, manifests.
+"""The only reader of small files: configs, indexes, tokenizers, cards, recipes, manifests.
 
-All of them may come from strangers. Only regular files are read (a pipe would block, a device never end), only up to a
-stated size, and none through a link out of its folder.
-"""
+All of them may come from strangers. Only regular files are read (a pipe would block, a device never end), up to a
+stated size, and never through a link out of their folder."""
 
 from __future__ import annotations
 
@@ -33,31 +32,31 @@ __all__ = [
 ]
 
 TEXT_LIMIT = 1 << 23
-"""Bytes of a config or a model card."""
+"""The largest size in bytes of a config or a model card."""
 
 RECIPE_LIMIT = 1 << 20
-"""Bytes of a recipe, which is parsed slowly, as it should tell where a fault is."""
+"""The largest size in bytes of a recipe, which is parsed slowly, since its errors state lines."""
 
 LIST_LIMIT = 1 << 26
-"""Bytes of what lists tensors, tokens or steps: an index, a tokenizer's file, the manifest of a store."""
+"""The largest size in bytes of a list of tensors, tokens or steps: an index, a tokenizer's file, a store's manifest."""
 
 DATA_LIMIT = 1 << 30
-"""Bytes of examples and texts that a user gives."""
+"""The largest size in bytes of a user's examples and texts."""
 
 _CONTAINERS = 1 << 21
-"""Lists and objects in one JSON text; each takes a hundred bytes of memory for two characters."""
+"""The largest number of lists and objects in one JSON text; each takes a hundred bytes of memory for two characters."""
 
 _DEPTH = 64
 """How deep JSON may be nested."""
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-"""What may be half a character in JSON."""
+"""Possible halves of characters in JSON."""
 
 _BLOCK = 1 << 22
 
 
 def is_there(path: Path, limit: int | None = LIST_LIMIT) -> bool:
-    """Whether there is such a file in a model's folder; weights have no ``limit``.
+    """Whether a file exists in a model's folder. Weights have no ``limit``.
 
     Raises :class:`~merging.errors.FormatError` as :func:`check_file` does.
     """
@@ -65,9 +64,9 @@ def is_there(path: Path, limit: int | None = LIST_LIMIT) -> bool:
 
 
 def check_file(path: Path, folder: Path | None = None, limit: int | None = LIST_LIMIT) -> Path:
-    """The path of a file that may be read: a regular one, not too large, which is no link out of ``folder``.
+    """Return the path of a file that may be read: a regular file, not too large, and no link out of ``folder``.
 
-    ``folder`` is by default the one that it lies in. Raises :class:`~merging.errors.FormatError` for any other.
+    ``folder`` is by default the file's own. Raises :class:`~merging.errors.FormatError` for any other file.
     """
     check_inside(path, folder or path.parent)
     try:
@@ -82,10 +81,10 @@ def check_file(path: Path, folder: Path | None = None, limit: int | None = LIST_
 
 
 def read_bytes(path: Path, limit: int = TEXT_LIMIT, *, given: bool = False) -> bytes:
-    """The content of a small file; a ``given`` one was named by the user, and may be a link to anywhere.
+    """Return the content of a small file. A ``given`` file was named by the user, and may be a link to anywhere.
 
-    Raises :class:`~merging.errors.FormatError` for what is no regular file, is larger than ``limit`` bytes, or is a
-    link out of its folder, and :class:`~merging.errors.InputError` for what cannot be read.
+    Raises :class:`~merging.errors.FormatError` for a file that is not regular, is larger than ``limit`` bytes, or is a
+    link out of its folder, and :class:`~merging.errors.InputError` for a file that cannot be read.
     """
     if not given:
         check_inside(path, path.parent)
@@ -102,21 +101,21 @@ def read_bytes(path: Path, limit: int = TEXT_LIMIT, *, given: bool = False) -> b
 
 
 def read_text(path: Path, limit: int = TEXT_LIMIT, *, given: bool = False, errors: str = "strict") -> str:
-    """The text of a small file in UTF-8. Raises as :func:`read_bytes` does, and for what is no such text."""
+    """Return the text of a small file. Raises as :func:`read_bytes` does, and for a text that is not UTF-8."""
     try:
         text = read_bytes(path, limit, given=given).decode("utf-8", errors)
     except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: is no text in UTF-8: {error.reason} at byte {error.start}") from None
+        raise FormatError(f"{path}: is not text in UTF-8: {error.reason} at byte {error.start}") from None
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path: Path, limit: int = TEXT_LIMIT, *, given: bool = False, halves: bool = False) -> dict[str, Any]:
-    """A JSON object from a file. Raises as :func:`read_text` and :func:`parse_json` do."""
+    """Return a JSON object from a file. Raises as :func:`read_text` and :func:`parse_json` do."""
     return parse_json(read_text(path, limit, given=given), str(path), halves=halves)
 
 
 def read_json_list(path: Path) -> list[Any]:
-    """A JSON list from a file. Raises as :func:`read_json` does."""
+    """Return a JSON list from a file. Raises as :func:`read_json` does."""
     value = _parse(read_text(path), str(path), False)
     if not isinstance(value, list):
         raise FormatError(f"{path}: should hold a JSON list, and holds a {type(value).__name__}")
@@ -124,11 +123,11 @@ def read_json_list(path: Path) -> list[Any]:
 
 
 def parse_json(text: str, where: str, *, halves: bool = False) -> dict[str, Any]:
-    """A JSON object from a text, which was found at ``where``.
+    """Return a JSON object from a text; ``where`` is its place in messages.
 
-    Raises :class:`~merging.errors.FormatError` for anything else, for what takes far more memory than its text, and
-    unless ``halves`` are wanted (in them Python keeps odd bytes of paths) for halves of characters, which JSON can
-    spell and no file can hold.
+    Raises :class:`~merging.errors.FormatError` for anything else, and for a text that would take far more memory than
+    its size. Halves of characters, which JSON can spell and no file can hold, are refused too, unless ``halves`` allows
+    them: Python keeps odd bytes of paths in them.
     """
     value = _parse(text, where, halves)
     if not isinstance(value, dict):
@@ -144,7 +143,7 @@ def _parse(text: str, where: str, halves: bool) -> Any:
         if not halves and _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise FormatError(f"{where}: holds half a character, which is no Unicode") from None
+        raise FormatError(f"{where}: holds half a character, which is not valid Unicode") from None
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where}: is not valid JSON: {str(error).splitlines()[0]}") from None
     if isinstance(value, (dict, list)) and _is_deep(value):
@@ -153,9 +152,9 @@ def _parse(text: str, where: str, halves: bool) -> Any:
 
 
 def copy_file(source: Path, target: Path, folder: Path | None = None) -> None:
-    """Copy a file, which :func:`check_file` has let through for this folder, to a new one.
+    """Copy a file that :func:`check_file` has accepted for this folder to a new file.
 
-    Raises OSError, and :class:`~merging.errors.FormatError` if a link out of the folder came in its place since.
+    Raises OSError, and :class:`~merging.errors.FormatError` if a link out of the folder has replaced the file since.
     """
     with os.fdopen(os_calls.open_regular(source), "rb") as reader, os_calls.create(target) as writer:
         check_open_file(reader.fileno(), source, folder or source.parent)
@@ -169,7 +168,7 @@ def _check_size(path: Path, size: int, limit: int) -> None:
 
 
 def _is_deep(value: object) -> bool:
-    """Whether a value of JSON is nested so deeply that it could be read, but not written or shown."""
+    """Whether a JSON value is nested so deeply that it could be read, but not written or shown."""
     level: list[Any] = [value]
     for _ in range(_DEPTH):
         inner = [each.values() if isinstance(each, dict) else each for each in level]

@@ -1,4 +1,4 @@
-"""Which file it is, and in which state: what tells an input that somebody writes to while it is read."""
+"""The identity and state of a file, to notice that somebody writes to an input while it is read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Stamp", "stamp_of"]
 
 
 class Stamp(NamedTuple):
-    """What tells a file, and its state: the fields of its status of these names."""
+    """The identity and state of a file: the fields of its status with these names."""
 
     dev: int
     ino: int
@@ -22,10 +22,10 @@ class Stamp(NamedTuple):
     gid: int
 
     def is_same_state(self, later: Stamp) -> bool:
-        """Whether nobody replaced the file, wrote to it or cut it.
+        """Whether nobody replaced the file, wrote to it or truncated it.
 
-        Who writes to a file can set its time of writing back, but not that of its last change. Another mode, owner or
-        number of links is a change too, and one of no content: it explains another time.
+        A writer can reset the time of modification, but not the time of the last change of status. Another mode, owner
+        or number of links also changes the latter, and leaves the content alone.
         """
         if self[:4] != later[:4]:
             return False
@@ -33,5 +33,5 @@ class Stamp(NamedTuple):
 
 
 def stamp_of(status: os.stat_result) -> Stamp:
-    """The stamp of a file of this status."""
+    """Return the stamp of a file with this status."""
     return Stamp(*(getattr(status, f"st_{field}") for field in Stamp._fields))

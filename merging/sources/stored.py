@@ -1,4 +1,4 @@
-"""Tensors that lie in files: known by dtype and shape, read piece by piece into buffers of the reader's."""
+"""Tensors in files: known by dtype and shape, read piece by piece into the reader's buffers."""
 
 from __future__ import annotations
 
@@ -38,18 +38,19 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
-"""Torch's types by their name in safetensors files; the packed ones (F4, F6) and bare exponents have none here."""
+"""Torch's dtypes by their names in safetensors files; torch has none for packed types (F4, F6) and bare exponents."""
 
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 _PIECE = 1 << 22
 
 _NEEDED_FILES, _WANTED_FILES = 8, 64
-"""Files that are open beside the inputs (the output, a spool, locks, a database), and with what libraries may open."""
+"""Open files needed besides the inputs (the output, a spool, locks, a database), and the number with some for
+libraries."""
 
 
 class Stored(ABC):
-    """A tensor in a file. ``dtype_name`` is its dtype as safetensors files name it ("BF16"), ``shape`` its shape."""
+    """A tensor in a file. ``dtype_name`` is its dtype as safetensors files name it ("BF16")."""
 
     __slots__ = ("dtype_name", "shape")
 
@@ -67,7 +68,7 @@ class Stored(ABC):
 
     @property
     def floating(self) -> bool:
-        """Whether it holds ordinary floating-point numbers, which are what merges."""
+        """Whether it holds ordinary floating-point numbers, the only ones that are merged."""
         return self.dtype_name in ("F16", "BF16", "F32", "F64")
 
     @property
@@ -82,13 +83,13 @@ class Stored(ABC):
         """
 
     def read(self) -> Tensor:
-        """The whole tensor, in memory of its own."""
+        """Return the whole tensor, in new memory."""
         buffer = torch.empty(self.numel, dtype=self.dtype)
         self.read_into(buffer)
         return buffer.view(self.shape)
 
     def finite(self) -> bool:
-        """Whether all values are finite numbers; read piece by piece up to the first that is not."""
+        """Whether all values are finite; reading stops at the first piece that has another value."""
         for start in range(0, self.numel, _PIECE):
             piece = torch.empty(min(_PIECE, self.numel - start), dtype=self.dtype)
             self.read_into(piece, start)
@@ -98,7 +99,7 @@ class Stored(ABC):
 
     @abstractmethod
     def advise(self, start: int, count: int) -> None:
-        """Say that these elements are wanted soon, so that they can be read ahead."""
+        """Announce that these elements are needed soon, so that they can be read ahead."""
 
     @property
     def at_hand(self) -> bool:
@@ -106,26 +107,26 @@ class Stored(ABC):
         return True
 
     def source(self) -> str:
-        """What names the content of the file it lies in."""
+        """Return a text that identifies the content of its file."""
         return self.order()[0]
 
     @property
     def made_of(self) -> tuple[Stored, ...]:
-        """The tensors of files that it is read from: itself, unless it is computed from others."""
+        """The stored tensors from which it is read: itself, unless it is computed from others."""
         return (self,)
 
     @property
     def scratch(self) -> int:
-        """The bytes of memory that reading any piece of it takes beside the buffer, where they are many."""
+        """The bytes of memory that reading any piece takes in addition to the buffer, if they are many."""
         return 0
 
     @abstractmethod
     def order(self) -> tuple[str, int]:
-        """Where the tensor lies, so that tensors can be read in the order of their files."""
+        """Return the file and the offset of the tensor, so that tensors can be read in the order of their files."""
 
 
 class Holder(Protocol):
-    """What holds the bytes of tensors: a file on this disk, or one that is brought here when it is opened."""
+    """A holder of the bytes of tensors: a file on this disk, or one on the Hub that is downloaded when it is read."""
 
     path: Path
 
@@ -135,22 +136,22 @@ class Holder(Protocol):
 
     @property
     def at_hand(self) -> bool:
-        """Whether it is here already."""
+        """Whether it is on this machine."""
 
     def identity(self) -> str:
-        """What names its content."""
+        """Return a text that identifies its content."""
 
     def read(self, into: memoryview, offset: int) -> None:
         """Fill ``into`` with the bytes from ``offset`` on. Raises :class:`~merging.errors.FormatError`."""
 
     def advise(self, offset: int, nbytes: int) -> None:
-        """Say that these bytes are wanted soon."""
+        """Announce that these bytes are needed soon."""
 
 
 class File:
-    """An open file; it stays open, and so readable under any later renaming, as long as one of its tensors lives.
+    """An open file. It stays open as long as one of its tensors lives, and can be read even if it is renamed.
 
-    All that is read of it is of one state: it is refused from the moment on that somebody writes to it.
+    All its bytes are read in one state: once somebody writes to it, reading raises an error.
     """
 
     __slots__ = ("fd", "path", "stamp")
@@ -203,7 +204,7 @@ class File:
         self.stamp = now
 
     def _was_moved(self, now: Stamp) -> bool:
-        """Whether only the name is another, which changes the time of the last change as writing does."""
+        """Whether only the name has changed, which also updates the time of the last change of status."""
         try:
             there = stamp_of(self.path.stat())
         except OSError:
@@ -211,7 +212,7 @@ class File:
         return now[:4] == self.stamp[:4] and there[:2] != now[:2]
 
     def check_place(self) -> None:
-        """The same, and if another file has taken its place, so that what reads it by its path reads another one."""
+        """Check as :meth:`check` does, and that the path still leads to this file: some readers open it by its path."""
         try:
             there = stamp_of(self.path.stat())
         except OSError:
@@ -226,7 +227,7 @@ class File:
 
 
 class FileTensor(Stored):
-    """A tensor of a file, read at its place: bounded memory, and a cut file is an error, not a signal."""
+    """A tensor of a file, read at its place. Memory is bounded, and a truncated file is an error, not a signal."""
 
     __slots__ = ("_start", "holder")
 
@@ -254,7 +255,7 @@ class FileTensor(Stored):
 
 
 class MappedTensor(Stored):
-    """A tensor that lies in memory already, or that torch has mapped there."""
+    """A tensor in memory, or one that torch has mapped there."""
 
     __slots__ = ("_order", "tensor")
 
@@ -268,29 +269,29 @@ class MappedTensor(Stored):
         buffer.copy_(flat[start : start + len(buffer)])
 
     def advise(self, start: int, count: int) -> None:
-        """Nothing: the system reads ahead in a mapped file by itself."""
+        """Do nothing: the system itself reads ahead in a mapped file."""
 
     def order(self) -> tuple[str, int]:
         return self._order
 
 
 def holders_of(tensors: Iterable[Stored]) -> list[Holder]:
-    """What holds the bytes of tensors, each once, in the order in which they are found."""
+    """Return the holders of the bytes of tensors, each once, in the order of the tensors."""
     parts = (part for tensor in tensors for part in tensor.made_of)
     return list({id(part.holder): part.holder for part in parts if isinstance(part, FileTensor)}.values())
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor of one axis, as bytes."""
+    """Return the memory of a contiguous CPU tensor of one axis, as bytes."""
     return tensor.view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
 FileContents = tuple[dict[str, "Stored"], dict[str, str]]
-"""The tensors of a file, and its metadata, or the names that share memory in a PyTorch file."""
+"""The tensors of a file, and its metadata, or for a PyTorch file the names that share memory."""
 
 
 def open_safetensors(path: Path) -> FileContents:
-    """The tensors of a safetensors file, and its metadata; only the header is read.
+    """Open a safetensors file: its tensors, and its metadata. Only the header is read.
 
     Raises :class:`~merging.errors.FormatError` for a file that breaks the format.
     """

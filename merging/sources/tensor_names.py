@@ -1,4 +1,4 @@
-"""Reading the names that an adapter's file gives to what it changes, for a merged adapter that keeps them."""
+"""The names that an adapter's file gives to its changes, for a merged adapter that keeps them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["add_tensor_names"]
 
 
 def add_tensor_names(adapter: Adapter, opened: FileContents) -> Adapter:
-    """The adapter of an ``opened`` file, with the names that the file gives to each target.
+    """Return an adapter with the names that its file, ``opened``, gives to each target.
 
-    Names that the adapter has already (those inside a pack) stay. Targets that share a tensor of the file, or take
-    parts of one, have no names of their own and are left out.
+    Names that the adapter has already (from inside a pack) are kept. Targets that share a tensor of the file, or use
+    parts of a tensor, have no names of their own and are left out.
     """
     tensors, metadata = opened
     names = {id(stored): name for name, stored in tensors.items()}

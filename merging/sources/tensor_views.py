@@ -1,4 +1,4 @@
-"""Stored tensors seen another way: a slice, a transpose, another shape, without reading more than is asked for."""
+"""Views of stored tensors: slices, transposes and other shapes, which read no more than needed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["View", "view"]
 
 
 class View(Stored):
-    """Elements of another stored tensor, by strides over its elements as they lie: as torch.as_strided, on a disk.
+    """A strided view of another stored tensor, like torch.as_strided, but on the disk.
 
-    ``start`` is the first of them, and ``strides`` how many elements lie between neighbours along each axis.
+    ``start`` is the flat position of the first element, and ``strides`` are the steps in elements along each axis.
     """
 
     __slots__ = ("_of", "_start", "_strides")
@@ -35,8 +35,8 @@ class View(Stored):
         if self._contiguous:
             self._of.read_into(buffer, self._start + start)
             return
-        # All that lies between the first and the last of the elements is read at once: one long read costs less than
-        # very many short ones.
+        # The whole range from the first to the last element is read at once: one long read costs less than many short
+        # ones.
         extent = 1 + sum(stride * (size - 1) for stride, size in zip(self._strides, self.shape, strict=True))
         raw = torch.empty(extent, dtype=self.dtype)
         self._of.read_into(raw, self._start)
@@ -62,22 +62,22 @@ class View(Stored):
         return file, place + self._start * self.dtype.itemsize
 
     def permute(self, *axes: int) -> View:
-        """The same with its axes in another order."""
+        """Return the view with its axes in another order."""
         order = [tuple(each[axis] for axis in axes) for each in (self.shape, self._strides)]
         return View(self._of, order[0], order[1], self._start)
 
     def narrow(self, axis: int, start: int, length: int) -> View:
-        """``length`` entries of an axis from ``start`` on."""
+        """Return ``length`` entries of an axis, from ``start`` on."""
         shape = (*self.shape[:axis], length, *self.shape[axis + 1 :])
         return View(self._of, shape, self._strides, self._start + start * self._strides[axis])
 
     def select(self, index: int) -> View:
-        """One entry of the first axis, without that axis."""
+        """Return one entry of the first axis, without that axis."""
         return View(self._of, self.shape[1:], self._strides[1:], self._start + index * self._strides[0])
 
 
 def view(stored: Stored, *shape: int) -> View:
-    """A stored tensor in another shape of as many elements (its own, if none is given)."""
+    """Return a stored tensor as a view of another shape with as many elements; by default of its own shape."""
     if isinstance(stored, View) and not shape:
         return stored
     assert not shape or prod(shape) == stored.numel

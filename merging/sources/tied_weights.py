@@ -1,4 +1,4 @@
-"""Weights that stand for two: output heads tied to the input embedding, and copies that some files keep of them."""
+"""Tied weights: output heads that share the input embedding, and copies of shared weights in some files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HEADS = (
     "lm_head.decoder.weight",
     "generator_lm_head.weight",
 )
-"""What output heads are called, on models that may tie them to their input embedding."""
+"""The names of output heads in models that may tie them to their input embedding."""
 
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight", "embed_in.weight")
 
@@ -42,16 +42,16 @@ _COPIES = {
     "cls.predictions.decoder.bias": "cls.predictions.bias",
     "lm_head.decoder.bias": "lm_head.bias",
 }
-"""Tensors that are one with another, whatever the config says, by the ends of their names."""
+"""Tensors that are always copies of another tensor, whatever the config says, by the ends of both names."""
 
 _TIED_TYPES = (
     "bart", "bert", "bloom", "cohere", "electra", "falcon", "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2",
     "gpt_neo", "mbart", "mt5", "opt", "roberta", "t5", "whisper",
 )  # fmt: skip
-"""Model types whose head is tied where their config does not mention it."""
+"""Model types whose head is tied if their config does not mention it."""
 
 WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
-"""How the classes of models with such a head end."""
+"""Endings of the class names of models with such a head."""
 
 _BLOCK = re.compile(r"(?:^|\.)[0-9]+\.")
 
@@ -59,7 +59,7 @@ _PIECE = 1 << 20
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a config that describes the language model, which composite models keep in a config of its own."""
+    """Return the config of the language model, which composite models nest within their own config."""
     inner = config.get("text_config")
     return inner if isinstance(inner, dict) else config
 
@@ -67,7 +67,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def stated_tie(config: Mapping[str, Any], names: Iterable[str]) -> bool:
     """Whether the output head of a model with tensors of these names is its input embedding.
 
-    The config says so, or the model type; where neither does, a model with a head that stores none must tie it.
+    The config or the model type decides. If neither does, a model with a head that stores none must tie it.
     """
     stated = text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings"))
     if stated is not None:
@@ -79,7 +79,7 @@ def stated_tie(config: Mapping[str, Any], names: Iterable[str]) -> bool:
 
 
 def is_head(name: str) -> bool:
-    """Whether a tensor is the output head of its model, by its name; projections inside of blocks may end alike."""
+    """Whether a tensor is the output head of its model, by its name; projections in blocks may have similar names."""
     return name.endswith(HEADS) and not _BLOCK.search(name)
 
 
@@ -89,9 +89,10 @@ def is_table(name: str) -> bool:
 
 
 def has_own_head(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> bool:
-    """Whether a causal language model stores a head: a matrix outside of the blocks, as tall as its embedding.
+    """Whether a causal language model stores a head: a matrix outside of the blocks, with as many rows as its
+    embedding.
 
-    True for every model whose config does not plainly say that it must.
+    True for every model whose config does not clearly state such a head.
     """
     architecture = str((config.get("architectures") or [""])[0])
     stated = text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings"))
@@ -104,15 +105,15 @@ def has_own_head(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> bo
 
 
 def embeddings_among(tensors: Mapping[str, Stored]) -> list[str]:
-    """The names of the tables that are looked up by token, without the copies of a shared one."""
+    """Return the names of the tables that are indexed by token, without the copies of a shared table."""
     names = [name for name in tensors if name.endswith(_EMBEDDINGS) and not _BLOCK.search(name)]
     return [name for name in names if _copy_source(name, tensors) is None]
 
 
 def tied_to(name: str, tensors: Mapping[str, Stored], tied: bool) -> str | None:
-    """The name of the tensor that is also the one called ``name``, if there is one.
+    """Return the name of the stored tensor that ``name`` is tied to, None without one.
 
-    Heads are tied where the model ties them (``tied``); some copies exist in any case.
+    Heads are tied if the model ties them (``tied``); some other copies exist in any case.
     """
     copied = _copy_source(name, tensors)
     if copied is not None or not tied or not is_head(name):
@@ -133,8 +134,7 @@ def _copy_source(name: str, tensors: Mapping[str, Stored]) -> str | None:
 
 
 def same_values(one: Stored, other: Stored) -> bool:
-    """Whether two stored tensors are equal in type, shape and every bit; read piece by piece up to the first that is
-    not."""
+    """Whether two stored tensors agree in dtype, shape and every bit; reading stops at the first piece that differs."""
     if one.dtype_name != other.dtype_name or one.shape != other.shape:
         return False
     for start in range(0, one.numel, _PIECE):

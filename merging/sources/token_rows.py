@@ -1,4 +1,4 @@
-"""Trained rows of an embedding table or an output head: the vectors of a few tokens, in the place of the base's."""
+"""Trained rows of an embedding table or an output head: vectors of a few tokens, which replace the base's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["TokenRows", "TokenTable"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenRows(Change):
-    """``value [n, width]`` in the place of the rows ``indices`` of a table; all other rows stay as they are."""
+    """Rows ``value [n, width]`` that replace the rows ``indices`` of a table; all other rows stay unchanged."""
 
     value: Stored
     indices: tuple[int, ...]
@@ -34,7 +34,7 @@ class TokenRows(Change):
         return len(shape) == 2 and shape[1] == self.value.shape[1] and max(self.indices) < shape[0]
 
     def among(self, indices: Sequence[int]) -> TokenRows:
-        """The same change of a table that holds these rows only."""
+        """Return the same change for a table that holds only these rows."""
         place = {index: position for position, index in enumerate(indices)}
         return replace(self, indices=tuple(place[index] for index in self.indices))
 
@@ -65,7 +65,7 @@ class TokenTable(Stored):
         buffer.copy_(table.view(-1)[first : first + len(buffer)])
 
     def advise(self, start: int, count: int) -> None:
-        """Nothing: the rows lie far apart."""
+        """Do nothing: the rows are far apart."""
 
     @property
     def at_hand(self) -> bool:

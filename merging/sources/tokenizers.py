@@ -1,4 +1,4 @@
-"""What a tokenizer's files say of the rows of the embedding: which token each is."""
+"""Tokens of the embedding's rows, as a tokenizer's files state them."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ TOKENIZER_FILES = (
 
 
 def tokens_of(folder: Path) -> dict[int, str] | None:
-    """The tokens by their rows, None where the folder has no tokenizer of a kind that is read.
+    """Return the tokens by row, None if the folder has no tokenizer of a known kind.
 
-    Read are ``tokenizer.json``, ``vocab.json`` and ``vocab.txt``, the latter two with ``added_tokens.json``. Raises
-    :class:`~merging.errors.FormatError` for files that are something else.
+    Known are ``tokenizer.json``, ``vocab.json`` and ``vocab.txt``, the latter two with ``added_tokens.json``. Raises
+    :class:`~merging.errors.FormatError` for files of another content.
     """
     if is_there(folder / "tokenizer.json"):
         return _of_tokenizer(folder / "tokenizer.json")
@@ -91,5 +91,5 @@ def _by_row(vocabulary: Mapping[str, Any], path: Path) -> dict[int, str]:
 
 
 def token_conflict(one: Mapping[int, str], other: Mapping[int, str]) -> int | None:
-    """The first row that is different tokens in two tokenizers."""
+    """Return the first row that has different tokens in two tokenizers, None if there is none."""
     return min((row for row in one.keys() & other.keys() if one[row] != other[row]), default=None)

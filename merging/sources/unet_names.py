@@ -1,9 +1,8 @@
-"""U-Nets of Stable Diffusion under two sets of names: as published (``input_blocks.4.1``) and as diffusers has them.
+"""U-Nets of Stable Diffusion under two sets of names: as published (``input_blocks.4.1``) and as in diffusers.
 
-Both number the same blocks. As published they are counted through, resnets, attentions and down- or upsamplers alike;
-diffusers counts levels, and within each level every kind by itself. One follows from the other by arithmetic, given
-the number of resnets in a level (two in every model of the family; one more on the way up).
-"""
+Both number the same blocks. The published names count all blocks together: resnets, attentions and down- or upsamplers.
+diffusers counts levels, and within each level every kind separately. Arithmetic converts between the two, given the
+number of resnets in a level (two in every model of the family; one more on the way up)."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ _DIFFUSERS_MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.([01])\.(.+)")
 
 
 def resnets_per_level(names: Iterable[str]) -> int:
-    """The resnets of a level on the way down, told from the names of a whole U-Net in either naming; else 2."""
+    """Return the number of resnets in a level on the way down, from a whole U-Net's names; 2 if they do not show it."""
     known = set(names)
     if "conv_in.weight" in known:
         return sum(f"down_blocks.0.resnets.{number}.conv1.weight" in known for number in range(len(known))) or 2
@@ -52,7 +51,7 @@ def resnets_per_level(names: Iterable[str]) -> int:
 
 
 def diffusers_name(name: str, resnets: int = 2) -> str | None:
-    """What diffusers calls a tensor of a U-Net as published, None for any other name."""
+    """Return diffusers' name for a tensor with a published name, None for any other name."""
     found = _PUBLISHED_MIDDLE.fullmatch(name)
     if found:
         return _inner(f"mid_block.{_MIDDLE[found[1]]}", found[2])
@@ -70,9 +69,9 @@ def diffusers_name(name: str, resnets: int = 2) -> str | None:
 
 
 def diffusers_flat(name: str) -> str:
-    """What diffusers calls a tensor of a U-Net as published, both in flat names; any other name as it is.
+    """Return diffusers' flat name for a flat published name, and any other name unchanged.
 
-    A level is taken to have two resnets, as in every published model.
+    A level is assumed to have two resnets, as in every published model.
     """
     module, _, leaf = name.rpartition(".")
     found = _FLAT.fullmatch(module)
@@ -86,14 +85,14 @@ def diffusers_flat(name: str) -> str:
 
 
 def _add_dots(place: str) -> str:
-    """A block with its numbers behind dots."""
+    """Return a block's flat name with dots before its numbers."""
     return re.sub(r"_(?=\d)", ".", place)
 
 
 def published_name(name: str, resnets: int = 2, attentive: Iterable[int] = ()) -> str | None:
-    """What a tensor of diffusers' U-Net was published as, None for any other name.
+    """Return the published name of a tensor of diffusers' U-Net, None for any other name.
 
-    ``attentive`` are the levels on the way up that have attentions, behind which their upsampler comes third.
+    ``attentive`` are the levels on the way up that have attentions, so that their upsampler is the third module.
     """
     found = _DIFFUSERS_MIDDLE.fullmatch(name)
     if found:
@@ -102,7 +101,8 @@ def published_name(name: str, resnets: int = 2, attentive: Iterable[int] = ()) -
     found = _DIFFUSERS.fullmatch(name)
     if not found:
         return _rename(name, {theirs: ours for ours, theirs in _STEM.items()})
-    down, level, kind, number, rest = found[1] == "down", int(found[2]), found[3], int(found[4]), found[5]
+    down, kind, rest = found[1] == "down", found[3], found[5]
+    level, number = int(found[2]), int(found[4])
     block = f"{'input' if down else 'output'}_blocks"
     first = level * (resnets + 1) + down
     if kind == "downsamplers":

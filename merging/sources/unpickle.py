@@ -1,9 +1,8 @@
-"""What a pickle of PyTorch describes, read without torch: no code of it is run, and it takes no more room than it has.
+"""The content of PyTorch's pickles, read without torch: no code is run, and memory and time are bounded.
 
-Of tensors only their places are made out. Everything else becomes an object without content: a pickle could ask for
-gigabytes in a few bytes where a list is copied, a text encoded again and again, or a tensor made by its size; and for
-years where a tuple of tuples, each of which holds the one before thrice, is hashed or compared.
-"""
+Of tensors only the places are read. Everything else becomes an object without content. A pickle could ask for gigabytes
+in a few bytes where a list is copied, a text encoded repeatedly, or a tensor made by its size. It could also ask for
+years, where a tuple of tuples that each hold the previous tuple three times is hashed or compared."""
 
 from __future__ import annotations
 
@@ -21,19 +20,19 @@ import torch
 __all__ = ["Other", "Storage", "TensorRecord", "unpickle"]
 
 _MAX_STEPS = 1 << 22
-"""Instructions of one pickle: those of some hundred thousand tensors, which take seconds."""
+"""The largest number of instructions in one pickle: enough for some hundred thousand tensors, which take seconds."""
 
 _MAX_BITS = 64
-"""Bits of an integer."""
+"""The largest integer, in bits."""
 
 _LONGEST_KEY = 4096
-"""Characters of a text that anything is found by; longer ones could be compared again and again."""
+"""The longest text that is used as a key; longer texts could be compared again and again."""
 
 _MOST_ARGUMENTS = 64
-"""Values that a function is given, and axes of a tensor; more could be copied again and again."""
+"""The largest number of a function's arguments, and of a tensor's axes; more could be copied again and again."""
 
 _REFUSED = frozenset({"BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "PERSID"})
-"""Instructions that nothing of PyTorch's needs; the first reserves as much memory as it states."""
+"""Instructions that PyTorch's files never need; the first reserves as much memory as it states."""
 
 _DTYPES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
@@ -60,12 +59,12 @@ _HARMLESS = frozenset(
     }.items()
     for name in names.split()
 )
-"""What torch too lets stand in a file that it reads without running any of its code."""
+"""Names that torch also accepts in a file whose code it does not run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """The memory of tensors: the name of its record, its type, and the number of its elements."""
+    """The memory of tensors: the name of its record, its type, and its number of elements."""
 
     key: str
     dtype: torch.dtype
@@ -74,7 +73,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
-    """A tensor by its place: the storage, its type, its first element, its shape, and the steps along its axes."""
+    """A tensor by its place: storage, dtype, first element, shape, and the steps along its axes."""
 
     storage: Storage
     dtype: torch.dtype
@@ -84,19 +83,20 @@ class TensorRecord:
 
 
 class Other:
-    """Something that is no ordinary tensor, or no plain key; only the name of its kind is kept."""
+    """A placeholder for an object that is no ordinary tensor or plain key; only the name of its type is kept."""
 
     def __init__(self, kind: str, *_: object) -> None:
         self.kind = kind
 
     def __setitem__(self, *_: object) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def unpickle(data: bytes) -> Any:
-    """What a pickle describes: plain values, with :class:`TensorRecord` and :class:`Other` in them.
+    """Return the content of a pickle: plain values, with :class:`TensorRecord` and :class:`Other` in them.
 
-    Raises pickle.UnpicklingError for one that asks for anything else, and ValueError and its kin for a damaged one.
+    Raises pickle.UnpicklingError for a pickle that needs anything else, and ValueError or a related error for a damaged
+    one.
     """
     for step, (code, argument, _) in enumerate(pickletools.genops(data)):
         if step > _MAX_STEPS:
@@ -112,16 +112,16 @@ def unpickle(data: bytes) -> Any:
 
 
 class _Reader(pickle._Unpickler):
-    """An unpickler that knows how tensors are described, and makes nothing else.
+    """An unpickler that understands descriptions of tensors, and builds nothing else.
 
-    It is the one in Python, since the one in C lets nobody see a key before it is hashed.
+    It extends Python's own implementation, since the implementation in C hides keys until they are hashed.
     """
 
     stack: list[Any]
     pop_mark: Callable[[], list[Any]]
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for a global name of a pickle."""
+        """Return the replacement for a global name of a pickle."""
         full = f"{module}.{name}"
         if full in _MAKERS:
             return _MAKERS[full]
@@ -134,12 +134,12 @@ class _Reader(pickle._Unpickler):
         raise pickle.UnpicklingError(f"it names {full[:200]}")
 
     def persistent_load(self, pid: Any) -> Storage:
-        """The storage that a pickle refers to."""
+        """Return the storage that a pickle refers to."""
         match pid:
             case ("storage", torch.dtype() as dtype, str() as key, str(), int() as count) if count >= 0:
                 if len(key) <= _LONGEST_KEY:
                     return Storage(key, dtype, count)
-        raise ValueError("it refers to something that is no storage")
+        raise ValueError("it refers to something that is not a storage")
 
     def _set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -171,7 +171,7 @@ class _Reader(pickle._Unpickler):
         self.stack.append(function(*arguments))
 
     def _set_state(self) -> None:
-        self.stack.pop()  # the attributes of a state dict are not wanted, and those of anything else could do harm
+        self.stack.pop()  # a state dict's attributes are not needed, and other objects' could do harm
 
     dispatch: ClassVar[dict[int, Any]] = pickle._Unpickler.dispatch | {
         pickle.SETITEM[0]: _set_item,
@@ -186,7 +186,7 @@ class _Reader(pickle._Unpickler):
 
 
 def _key(value: Any) -> Any:
-    """A key of a dict that is hashed and compared at once: a plain value, or what stands for another."""
+    """Return a key that is safe to hash and compare: a plain value, or a placeholder for any other."""
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, (str, bytes)) and len(value) <= _LONGEST_KEY:

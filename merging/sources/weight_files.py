@@ -1,4 +1,4 @@
-"""Where the weights lie in a model's folder: one file, shards with an index, or a variant of them."""
+"""The weights files in a model's folder: one file, shards with an index, or a variant of them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _LAYOUTS = tuple(
     for stem in stems
     for ending in endings
 )
-"""The files that hold a model's weights, in the order in which the libraries look for them."""
+"""The files that hold a model's weights, in the order in which libraries look for them."""
 
 _VARIANTS = tuple(
     re.compile(rf"(?:{'|'.join(_STEMS)})\.{pattern}")
@@ -51,29 +51,29 @@ _VARIANTS = tuple(
         r"bin\.(?P<variant>[\w-]+)\.index\.json",
     )
 )
-"""What the weights of a variant (``fp16``) are called, in the order in which they are preferred."""
+"""The names of weights of a variant (``fp16``), in order of preference."""
 
 _SHARD = re.compile(r"-[0-9]{5}-of-[0-9]{5}$|^[0-9]{5}-of-[0-9]{5}$")
 
 _NUMBERED = re.compile(r"(?P<set>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.(?P<ending>safetensors|bin)")
-"""What a shard is called: its set, its number, and how many shards there are."""
+"""A shard's name: its set, its number, and the number of shards."""
 
 
 def is_standard(name: str) -> bool:
-    """Whether a file of that name holds the weights of the model whose folder it lies in."""
+    """Whether a file of this name holds the weights of the model in its folder."""
     return name in _LAYOUTS or any(pattern.fullmatch(name) for pattern in _VARIANTS)
 
 
 def stem_of(weights: Path) -> str:
-    """What a model's weights are called in the output, by those of its input: as its library looks for them."""
+    """Return the stem of the output's weights files, from the input's: the name that the model's library looks for."""
     return "diffusion_pytorch_model" if weights.name.startswith("diffusion_pytorch_model.") else "model"
 
 
 def find_weights(folder: Path) -> Path | None:
-    """The file or index with a model's weights, None where the folder has none by a standard name.
+    """Return the file or index with a model's weights, None if none has a standard name.
 
-    Where there are only variants (``model.fp16.safetensors``), the one there is. Raises
-    :class:`~merging.errors.InputError` if they are several.
+    Without such a file, the only variant (``model.fp16.safetensors``) is returned. Raises
+    :class:`~merging.errors.InputError` if there are several variants.
     """
     for name in _LAYOUTS:
         if is_there(folder / name, None):
@@ -95,9 +95,9 @@ def find_weights(folder: Path) -> Path | None:
 
 
 def shards_without_index(folder: Path) -> list[Path]:
-    """The shards of a model whose folder has no index of them; none where there are none, or several models' shards.
+    """Return the shards of a model whose folder has no index; none if there are none, or shards of several models.
 
-    Raises :class:`~merging.errors.InputError` if one is missing.
+    Raises :class:`~merging.errors.InputError` if a shard is missing.
     """
     sets: dict[tuple[str, str, str], dict[int, Path]] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -118,13 +118,13 @@ def shards_without_index(folder: Path) -> list[Path]:
 
 
 def is_shard(name: str) -> bool:
-    """Whether a file of that name is one of several shards."""
+    """Whether a file of this name is one of several shards."""
     match = _NUMBERED.fullmatch(name)
     return match is not None and int(match["count"]) > 1
 
 
 def refuse_shard(path: Path) -> None:
-    """Refuse a file that is one of several shards by its name. Raises :class:`~merging.errors.InputError`."""
+    """Refuse a file whose name is one of several shards'. Raises :class:`~merging.errors.InputError`."""
     if is_shard(path.name):
         raise InputError(
             f"{path}: is one of several shards of a model by its name: name their folder, "
@@ -133,9 +133,9 @@ def refuse_shard(path: Path) -> None:
 
 
 def weights_of(folder: Path) -> Path:
-    """The file or index with a model's weights; a single safetensors file may have any name.
+    """Return the file or index with a model's weights; a single safetensors file may have any name.
 
-    Raises :class:`~merging.errors.InputError` where it is not clear which they are.
+    Raises :class:`~merging.errors.InputError` if it is not clear which file it is.
     """
     weights = find_weights(folder)
     if weights is not None:
@@ -159,37 +159,37 @@ def weights_of(folder: Path) -> Path:
 
 
 def _folders_of_models(folder: Path) -> list[str]:
-    """The folders inside of one that hold an adapter or a model."""
+    """Return the folders inside of a folder that hold an adapter or a model."""
     signs = ("adapter_config.json", "adapter_model.safetensors", *_LAYOUTS)
     inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     return [str(path) for path in inner if any((path / sign).is_file() for sign in signs)]
 
 
 def check_suffix(path: Path) -> None:
-    """Refuse a file that holds no weights, by its name. Raises :class:`~merging.errors.FormatError`."""
+    """Refuse a file whose name is not a weights file's. Raises :class:`~merging.errors.FormatError`."""
     if path.suffix == ".gguf":
         raise of_llama_cpp(path)
     if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
-        raise FormatError(f"{path}: is no weights file: .safetensors, .bin, .pt or .pth are read, or a folder")
+        raise FormatError(f"{path}: is not a weights file: .safetensors, .bin, .pt or .pth are read, or a folder")
 
 
 def of_llama_cpp(path: Path) -> FormatError:
-    """The refusal of a GGUF file."""
+    """Return the error for a GGUF file."""
     return FormatError(
-        f"{path}: is a GGUF file, the weights of which are quantised for llama.cpp: merge the model it was made from, "
+        f"{path}: is a GGUF file, whose weights are quantised for llama.cpp: merge the model it was made from, "
         f"and convert the result"
     )
 
 
 def shards_of(index: Path, *, given: bool = False) -> dict[Path, set[str]]:
-    """The tensor names that an index promises for each of its shards; a ``given`` one was named by the user."""
+    """Return the tensor names that an index lists for each of its shards; a ``given`` index was named by the user."""
     weight_map = read_json(index, LIST_LIMIT, given=given).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError(f"{index}: has no weight_map, so it is no index of shards")
+        raise FormatError(f"{index}: has no weight_map, so it is not an index of shards")
     shards: dict[Path, set[str]] = {}
     for name, shard in weight_map.items():
         if not is_plain_name(shard):
-            raise FormatError(f"{index}: {name} is said to be in {shard!r}, which is no plain file name")
+            raise FormatError(f"{index}: {name} is said to be in {shard!r}, which is not a plain file name")
         shards.setdefault(index.parent / shard, set()).add(name)
     for shard_path in shards:
         if not shard_path.is_file():
@@ -199,14 +199,14 @@ def shards_of(index: Path, *, given: bool = False) -> dict[Path, set[str]]:
 
 
 def is_plain_name(value: object) -> bool:
-    """Whether a value of a file is the name of a file beside it, which leads nowhere else."""
+    """Whether a value from a file is the plain name of a file in the same folder, without any path."""
     if not isinstance(value, str) or value in ("", ".", "..") or Path(value).name != value:
         return False
     return "\\" not in value and "\0" not in value and len(value.encode(errors="replace")) < 256
 
 
 def agree(index: Path, shard: Path, promised: set[str], found: set[str]) -> set[str]:
-    """The names that an index promises and its shard lacks. Refuses a shard that holds more than its index lists."""
+    """Return the names that an index lists and its shard lacks. Refuse a shard with names that its index lacks."""
     extra = sorted(found - promised)
     if extra:
         raise _disagreement(index, shard, f"holds {extra[0]}, which the index does not list", len(extra) - 1)
@@ -216,9 +216,9 @@ def agree(index: Path, shard: Path, promised: set[str], found: set[str]) -> set[
 def check_absent(
     index: Path, absent: Mapping[str, Path], tensors: Mapping[str, Stored], config: Mapping[str, Any]
 ) -> None:
-    """Refuse names that an index lists and their shards lack, unless they are other names of tensors that are there.
+    """Refuse names that an index lists and its shards lack, unless they are other names of stored tensors.
 
-    Some savers list the copies of tied weights, and leave them out of the shards.
+    Some programs list copies of tied weights, and leave them out of the shards.
     """
     tied = stated_tie(config, tensors)
     lost = sorted(name for name in absent if tied_to(name, tensors, tied) is None)

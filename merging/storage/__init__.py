@@ -1,3 +1,3 @@
-"""Writing files: tensors at their places, whole outputs and single files put in place at once."""
+"""Writers of files: tensors at their positions, and outputs and single files that replace others atomically."""
 
 __all__: list[str] = []

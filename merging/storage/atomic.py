@@ -1,4 +1,4 @@
-"""One way to replace a file: written beside it, made durable, and moved into its place."""
+"""Atomic replacement of a file: the new file is written in the same folder, made durable, and renamed."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from pathlib import Path
 
 from merging import os_calls
 
-__all__ = ["leftovers", "remove_unplaced", "replace_file"]
+__all__ = ["remove_temporary_files", "replace_file", "temporary_paths"]
 
 _NEW = ".new"
-"""How the names of files end that are not yet in their place."""
+"""The ending of the names of files that are not in place yet."""
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Put a file with this content in the place of what is there, so that a reader finds one or the other.
+    """Replace a file by one with this content, so that a reader finds either the old or the new file.
 
-    It is written beside it as a new file of a name that nobody can foresee, so never through a link. The content is
-    durable then; that the name is needs :func:`merging.os_calls.sync_folder`. Raises OSError, with nothing left.
+    The new file is first written in the same folder under a name that nobody can foresee, so never through a link. Its
+    content is durable afterwards; its name is after :func:`merging.os_calls.sync_folder`. Raises OSError, and leaves
+    nothing behind then.
     """
-    with os_calls.uninterrupted():
+    with os_calls.delay_signals():
         fd, new = tempfile.mkstemp(_NEW, f".{path.name}.", path.parent)
         try:
             with os.fdopen(fd, "wb") as stream:
@@ -38,16 +39,16 @@ def replace_file(path: Path, content: bytes) -> None:
             raise
 
 
-def leftovers(path: Path, suffix: str) -> Iterator[Path]:
-    """What has a temporary name for ``path``, as :mod:`tempfile` makes them: no other output's, no person's own.
+def temporary_paths(path: Path, suffix: str) -> Iterator[Path]:
+    """Yield the paths with temporary names for ``path``, as :mod:`tempfile` makes them; no other output's, no user's.
 
-    ``.out.v2.abcdefgh.new`` is one for ``out.v2``, and none for ``out``.
+    ``.out.v2.abcdefgh.new`` is a temporary name for ``out.v2``, and not for ``out``.
     """
     return path.parent.glob(f".{glob.escape(path.name)}.{'[a-z0-9_]' * 8}{suffix}")
 
 
-def remove_unplaced(path: Path) -> None:
-    """Remove what killed processes left beside a file that they were to replace; for who is its only writer."""
-    for left in leftovers(path, _NEW):
+def remove_temporary_files(path: Path) -> None:
+    """Remove the temporary files that killed processes left. The caller must be the only writer of ``path``."""
+    for left in temporary_paths(path, _NEW):
         with suppress(OSError):
             left.unlink()

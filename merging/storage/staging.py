@@ -1,10 +1,9 @@
-"""Where an output comes down: built beside its destination, made durable, and moved there whole or not at all.
+"""Staged outputs: built next to their destination, made durable, and moved there whole or not at all.
 
-An output is built in a hidden folder ``.NAME.*.partial``, whose lock its merge holds: ``out`` in there becomes the
-output, ``scratch`` is for what is only needed meanwhile, and ``old`` is what the output replaces, where two names
-cannot be exchanged in one step. Such a folder that holds nothing else, and that no living merge holds, was left by a
-kill: the next merge to the same place moves ``old`` back if nothing took its place, and removes the rest.
-"""
+An output is built in a hidden folder ``.NAME.*.partial``, which is locked by its merge. ``out`` in it becomes the
+output, ``scratch`` is for temporary files, and ``old`` is the replaced output where two names cannot be exchanged in
+one step. A folder with no other content and no lock was left by a killed merge. The next merge to the same destination
+moves ``old`` back if nothing took its place, and removes the rest."""
 
 from __future__ import annotations
 
@@ -21,12 +20,12 @@ from types import TracebackType
 from merging import os_calls
 from merging.errors import MergingError, OutputError
 from merging.sources.model_files import foreign_names
-from merging.storage.atomic import leftovers
+from merging.storage.atomic import temporary_paths
 
 __all__ = ["StagedOutput", "check_destination"]
 
 _SLACK = 1 << 24
-"""Bytes for configs, tokenizer and index beside the weights of a folder, when space is checked."""
+"""Bytes for configs, tokenizer and index of a folder of weights, when the free space is checked."""
 
 _PARTIAL, _OUT, _OLD, _SCRATCH = ".partial", "out", "old", "scratch"
 
@@ -34,12 +33,20 @@ _PARTIAL, _OUT, _OLD, _SCRATCH = ".partial", "out", "old", "scratch"
 def check_destination(
     destination: Path, inputs: Iterable[Path], nbytes: int, overwrite: bool, dry: bool = False
 ) -> None:
-    """Refuse a destination that exists (unless it may be overwritten), lies on top of an input, or has no room.
+    """Refuse a destination that exists (unless it may be overwritten), overlaps an input, or has no room.
 
-    A model that a killed merge to this place had moved out of the way is moved back, and the rest that it left is
-    removed; with ``dry`` nothing is touched, and such a model counts as being there.
+    A model that a killed merge to this destination had moved aside is moved back, and its other files are removed. With
+    ``dry`` nothing is changed, and such a model counts as existing.
 
-    Raises :class:`~merging.errors.OutputError`.
+    Args:
+        destination: The path of the output, a file if it ends in ``.safetensors``, else a folder.
+        inputs: The files and folders that are read.
+        nbytes: The size of the output's tensors in bytes.
+        overwrite: Whether an existing file, or the folder of one model, may be replaced.
+        dry: Whether nothing may be changed.
+
+    Raises:
+        OutputError: The destination is refused.
     """
     try:
         target = destination.resolve()  # before Python 3.13 a RuntimeError for a loop
@@ -52,7 +59,7 @@ def check_destination(
         if resolved == target or target in resolved.parents:
             raise OutputError(f"{destination}: the output would replace the input {path}: choose another -o")
     existing = destination
-    for abandoned in _abandoned(destination):
+    for abandoned in _find_abandoned(destination):
         aside = abandoned / _OLD if dry else _put_back(abandoned, destination)
         if aside is not None and os.path.lexists(aside) and not os.path.lexists(destination):
             existing = aside
@@ -72,16 +79,16 @@ def check_destination(
 
 
 def _check_replaced(destination: Path, existing: Path) -> None:
-    """Only a file is overwritten by a file, and only the folder of one model, or an empty one, by a folder."""
+    """Refuse to replace anything but a file by a file, and the folder of one model, or an empty one, by a folder."""
     if not os.path.lexists(existing):
         return
     single = destination.suffix == ".safetensors"
     if single and existing.is_dir():
         raise OutputError(f"{destination}: is a folder, and the output is a file: choose another -o")
     if single and not existing.is_file() and not existing.is_symlink():
-        raise OutputError(f"{destination}: is no ordinary file: choose another -o")
+        raise OutputError(f"{destination}: is not an ordinary file: choose another -o")
     if not single and not existing.is_dir():
-        raise OutputError(f"{destination}: is no folder, and the output is one: choose another -o")
+        raise OutputError(f"{destination}: is not a folder, and the output is one: choose another -o")
     foreign = [] if single else foreign_names(existing)
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
@@ -92,11 +99,15 @@ def _check_replaced(destination: Path, existing: Path) -> None:
 
 
 class StagedOutput:
-    """A temporary folder beside ``destination`` that becomes it, or (``file`` given) one file of which becomes it.
+    """A temporary folder that becomes the output at ``destination``, or, with ``file``, whose only file becomes it.
 
-    ``folder`` is where the output is built, ``scratch`` one for what is only needed meanwhile. Used as a context
-    manager: :meth:`commit` moves the output into place, leaving without it removes every trace. ``notices`` then say
-    what could not be removed. Raises :class:`~merging.errors.OutputError` for what the disk refuses, in the body too.
+    Used as a context manager: :meth:`commit` moves the output into place, and leaving without it removes every trace.
+    Raises :class:`~merging.errors.OutputError` for errors of the disk, also for those in the body.
+
+    Attributes:
+        folder: The folder in which the output is built.
+        scratch: A folder for temporary files.
+        notices: Remarks on files that could not be removed.
     """
 
     def __init__(self, destination: Path, overwrite: bool, file: bool) -> None:
@@ -107,26 +118,26 @@ class StagedOutput:
         self._held: Path | None = None
         self._lock: int | None = None
 
-    def _refused(self, what: str, error: OSError) -> OutputError:
-        return OutputError(f"{self.destination}: {what}: {error.strerror or error}{self._left()}")
+    def _error(self, what: str, error: OSError) -> OutputError:
+        return OutputError(f"{self.destination}: {what}: {error.strerror or error}{self._notices_text()}")
 
-    def _left(self) -> str:
+    def _notices_text(self) -> str:
         return "".join(f"; {notice}" for notice in self.notices)
 
     def __enter__(self) -> StagedOutput:
         try:
-            with os_calls.uninterrupted():
-                for abandoned in _abandoned(self.destination):
+            with os_calls.delay_signals():
+                for abandoned in _find_abandoned(self.destination):
                     if _put_back(abandoned, self.destination) is None:
                         shutil.rmtree(abandoned, ignore_errors=True)
-                self._held, self._lock = _claimed(self.destination)
+                self._held, self._lock = _create_partial(self.destination)
                 self.folder, self.scratch = self._held / _OUT, self._held / _SCRATCH
                 self.folder.mkdir()
                 self.scratch.mkdir()
             return self
         except OSError as error:
             self._remove()
-            raise self._refused(f"{self.destination.parent} cannot be written to", error) from None
+            raise self._error(f"{self.destination.parent} cannot be written to", error) from None
         except BaseException:
             self._remove()
             raise
@@ -134,13 +145,13 @@ class StagedOutput:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with os_calls.uninterrupted():
+        with os_calls.delay_signals():
             self._remove()
         if isinstance(error, OSError):
             elsewhere = error.filename is not None and str(self._held) not in str(error.filename)
-            raise self._refused(f"cannot be written: {error.filename}" if elsewhere else "cannot be written", error)
+            raise self._error(f"cannot be written: {error.filename}" if elsewhere else "cannot be written", error)
         if isinstance(error, MergingError) and self.notices:
-            error.args = (f"{error}{self._left()}",)
+            error.args = (f"{error}{self._notices_text()}",)
         elif error is not None and self.notices:
             warnings.warn(self.notices[0], stacklevel=2)
 
@@ -152,7 +163,7 @@ class StagedOutput:
         try:
             if old is None:
                 shutil.rmtree(self._held, ignore_errors=True)
-                shutil.rmtree(self._held)  # whatever was left is tried once more, for the reason
+                shutil.rmtree(self._held)  # the rest is tried once more, to get the reason
             else:
                 self.notices.append(
                     f"{old} is what was there before: the next merge to {self.destination} moves it back"
@@ -169,26 +180,26 @@ class StagedOutput:
         self._held = self._lock = None
 
     def commit(self) -> None:
-        """Make what was built durable and put it in place, atomically. Raises :class:`~merging.errors.OutputError`.
+        """Make the output durable and put it in place, atomically. Signals wait until it is in place.
 
-        Also raised if the disk does not confirm the new name of an output that is in place. A signal waits until it is
-        there, and nothing besides.
+        Raises :class:`~merging.errors.OutputError`, also if the output is in place and the disk does not confirm its
+        name.
         """
-        with os_calls.uninterrupted():
+        with os_calls.delay_signals():
             self._put_in_place()
             self._remove()
 
     def _put_in_place(self) -> None:
         try:
             for path in sorted(self.folder.rglob("*")):
-                if path.is_file() and path.suffix != ".safetensors":  # those were synced when they were closed
+                if path.is_file() and path.suffix != ".safetensors":  # safetensors were synced when they were closed
                     _sync_file(path)
                 elif path.is_dir():
                     os_calls.sync_folder(path)
             os_calls.sync_folder(self.folder)
             self._place_file() if self.file else self._place_folder()
         except OSError as error:
-            # not empty: a folder that appeared between the last look and the renaming
+            # ENOTEMPTY: a folder appeared between the last check and the renaming
             if isinstance(error, FileExistsError) or error.errno == errno.ENOTEMPTY:
                 raise OutputError(
                     f"{self.destination}: was created by someone else meanwhile: choose another -o"
@@ -210,7 +221,7 @@ class StagedOutput:
             built.replace(self.destination)
             return
         try:
-            os.link(built, self.destination)  # unlike a rename, it never replaces what appeared meanwhile
+            os.link(built, self.destination)  # unlike a rename, it never replaces a file that appeared meanwhile
         except FileExistsError:
             raise
         except OSError:  # a file system without links
@@ -220,10 +231,10 @@ class StagedOutput:
 
     def _place_folder(self) -> None:
         if self.overwrite:
-            # once more: something may have come there since the beginning
+            # checked again: something may have been created there since the beginning
             _check_replaced(self.destination, self.destination)
         if self.overwrite and os_calls.exchange(self.folder, self.destination):
-            return  # what was there has the temporary name now, and goes with it
+            return  # the old output has the temporary name now, and is removed with it
         if not os.path.lexists(self.destination):
             self.folder.rename(self.destination)
             return
@@ -233,8 +244,8 @@ class StagedOutput:
         self.folder.rename(self.destination)
 
 
-def _claimed(destination: Path) -> tuple[Path, int | None]:
-    """A new temporary folder for an output, and a descriptor that holds its lock."""
+def _create_partial(destination: Path) -> tuple[Path, int | None]:
+    """Create a temporary folder for an output. Return it with a descriptor that holds its lock."""
     while True:
         folder = Path(tempfile.mkdtemp(_PARTIAL, f".{destination.name}.", destination.parent))
         lock = None
@@ -250,16 +261,16 @@ def _claimed(destination: Path) -> tuple[Path, int | None]:
             with suppress(OSError):
                 folder.rmdir()
             raise
-        # another merge to this place began just now, and took the folder for abandoned
+        # another merge to this destination began just now, and considered the folder abandoned
         with suppress(OSError):
             folder.rmdir()
         if lock is not None:
             os.close(lock)
 
 
-def _abandoned(destination: Path) -> Iterator[Path]:
-    """The temporary folders that no living merge holds; the lock of each is held while it is looked at."""
-    for folder in leftovers(destination, _PARTIAL):
+def _find_abandoned(destination: Path) -> Iterator[Path]:
+    """Yield the temporary folders that no living merge holds; each is locked while the caller uses it."""
+    for folder in temporary_paths(destination, _PARTIAL):
         try:
             lock = None if folder.is_symlink() else os_calls.open_folder(folder)
         except OSError:  # no folder, or it was removed just now
@@ -276,7 +287,7 @@ def _abandoned(destination: Path) -> Iterator[Path]:
 
 
 def _put_back(folder: Path, destination: Path) -> Path | None:
-    """Move what had been moved out of the way of an output back, if nothing took its place; where it is if it stays."""
+    """Move an output that was moved aside back, if nothing took its place. Return its path if that fails."""
     old = folder / _OLD
     if not os.path.lexists(old) or os.path.lexists(destination):
         return None

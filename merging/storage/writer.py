@@ -1,4 +1,4 @@
-"""Writing safetensors without holding them: the header first, then any piece at its place, from any thread."""
+"""Writers of safetensors with bounded memory: the header first, then any piece at its position, from any thread."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["ComponentWriter", "TensorWriter"]
 
 
 class TensorWriter:
-    """Tensors of known names, types and shapes, written positionally into one file or several shards of a folder.
+    """Writes tensors of known names, dtypes and shapes into one file, or into several shards in a folder.
 
-    ``stem`` is the file's name without its ending; shards are called ``STEM-0000i-of-0000N.safetensors`` and come with
-    an index. Files take their full size at once, so a full disk shows before anything is computed. Raises
-    :class:`~merging.errors.OutputError` for what the disk refuses.
+    ``stem`` is the file's name without its ending. Shards are called ``STEM-0000i-of-0000N.safetensors`` and get an
+    index. Files take their full size at once, so that a full disk shows before anything is computed. Raises
+    :class:`~merging.errors.OutputError` for errors of the disk.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class TensorWriter:
             position += out.nbytes
 
     def write(self, name: str, values: Tensor, start: int = 0) -> None:
-        """Put the elements ``values`` (one axis, contiguous, on the CPU) at position ``start`` of a tensor."""
+        """Write the elements ``values`` (one axis, contiguous, on the CPU) at position ``start`` of a tensor."""
         fd, position = self._places[name]
         data = bytes_of(values)
         try:
@@ -94,16 +94,17 @@ class TensorWriter:
         (self.folder / f"{self.stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     def close(self) -> None:
-        """Close the files; the writer can then not be used any more."""
+        """Close the files; the writer cannot be used afterwards."""
         while self._fds:
             os.close(self._fds.pop())
 
 
 class ComponentWriter:
-    """The tensors of a model that is made of several, each component's in a folder of its own.
+    """Writes the tensors of a model of several components, each component into a folder of its own.
 
-    ``stems`` are the names of the components' weights, without their endings, by the components. A tensor belongs to
-    the component that its name begins with, else to the one called "", which lies in ``folder`` itself.
+    ``stems`` are the names of the components' weights files, without their endings, by component. The first part of a
+    tensor's name is its component, if ``stems`` has it. All other tensors belong to the component "", whose files are
+    in ``folder`` itself.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class ComponentWriter:
             raise
 
     def write(self, name: str, values: Tensor, start: int = 0) -> None:
-        """Put the elements ``values`` (one axis, contiguous, on the CPU) at position ``start`` of a tensor."""
+        """Write the elements ``values`` (one axis, contiguous, on the CPU) at position ``start`` of a tensor."""
         component, inner = _component(name, self._writers)
         self._writers[component].write(inner, values, start)
 
@@ -140,13 +141,13 @@ class ComponentWriter:
             writer.finish()
 
     def close(self) -> None:
-        """Close the files; the writer can then not be used any more."""
+        """Close the files; the writer cannot be used afterwards."""
         for writer in self._writers.values():
             writer.close()
 
 
 def _component(name: str, components: Mapping[str, object]) -> tuple[str, str]:
-    """The component that a tensor belongs to, and its name there."""
+    """Return the component of a tensor, and its name there."""
     first, _, rest = name.partition(".")
     return (first, rest) if first in components else ("", name)
 
@@ -159,7 +160,7 @@ def _numel(out: OutputTensor) -> int:
 
 
 def _shards(outs: Sequence[OutputTensor], most: int | None) -> list[list[OutputTensor]]:
-    """The tensors in order, cut before each that would make a file larger than ``most`` bytes."""
+    """Divide the tensors, in order, among files of at most ``most`` bytes (a single tensor may be larger)."""
     shards: list[list[OutputTensor]] = [[]]
     size = 0
     for out in outs:
@@ -172,7 +173,7 @@ def _shards(outs: Sequence[OutputTensor], most: int | None) -> list[list[OutputT
 
 
 def _header(outs: Sequence[OutputTensor], metadata: Mapping[str, str]) -> bytes:
-    """The header of a file with these tensors one after the other, padded so that the data begin at a multiple of 8."""
+    """Return the header of a file with these tensors in sequence, padded so that the data starts at a multiple of 8."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     position = 0
     for out in outs:

@@ -278,7 +278,7 @@ def test_recipe_round_trip(folder: Path) -> None:
         ("models: [a]\nmethod: linear\nparameters: {1: 2}", "parameters should be a mapping of names to values"),
         ("models: [a]\nmethod: 3", "recipe.yaml: method"),
         ("models: [a]\nmethod: linear\nparameters: [1]", "parameters should be a mapping of names to values"),
-        (b"\xff\xfe\x00", "recipe.yaml: is no text in UTF-8"),
+        (b"\xff\xfe\x00", "recipe.yaml: is not text in UTF-8"),
     ],
 )
 def test_recipes_that_are_refused(folder: Path, text: str | bytes, message: str) -> None:

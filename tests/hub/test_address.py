@@ -15,7 +15,7 @@ from merging.hub.open_model import open_model
         ("", "empty name"),
         ("~nobody-of-this-name/model", "no such file"),
         ("x" * 5000, "cannot be looked for"),
-        ("https://[::1/a/b", "is no address"),
+        ("https://[::1/a/b", "is not an address"),
         ("a\0b", "no such file"),
     ],
 )

@@ -371,13 +371,13 @@ def test_merged_single_experts_stay_single(mixtral: Path, tmp_path: Path) -> Non
 
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "names": (lambda a: edit_config(a, target_parameters=["mlp.experts.gate_up_proj"]), "which of them are meant"),
+    "names": (lambda a: edit_config(a, target_parameters=["mlp.experts.gate_up_proj"]), "it is not clear for which"),
     "more names": (
         lambda a: edit_config(a, target_parameters=[*BOTH, "experts.bias"]),
         "factors for 2 parameters, and target_parameters .* name bias, down_proj, gate_up_proj",
     ),
     "no list": (lambda a: edit_config(a, target_parameters="experts.down_proj"), "should be a list of names"),
-    "rank": (lambda a: edit_config(a, rank_pattern={"gate_up_proj": 5}), "no experts of the rank 5"),
+    "rank": (lambda a: edit_config(a, rank_pattern={"gate_up_proj": 5}), "not experts of the rank 5"),
     "wrong rank": (lambda a: edit_config(a, rank_pattern={"gate_up_proj": 2}), r"has the shape \(8, 96, 32\)"),
     "cut": (
         lambda a: edit_tensors(a, lambda t: {k: v[:, :-1] if "experts.lora_B" in k else v for k, v in t.items()}),

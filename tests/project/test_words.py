@@ -37,19 +37,18 @@ ALLOWED: dict[str, str] = {}
 CEILINGS: dict[str, tuple[int, int]] = {
     "api": (19, 3),
     "cli": (21, 17),
+    "compression": (24, 8),
     "continual": (73, 12),
     "engine": (18, 7),
-    "hub": (17, 17),
+    "geometry": (29, 9),
     "maths": (29, 17),
-    "merging": (3, 3),
     "methods": (33, 15),
     "output": (17, 3),
     "plan": (105, 27),
     "pool": (35, 16),
+    "recycling": (2, 0),
     "report": (2, 3),
     "serving": (47, 18),
-    "sources": (163, 38),
-    "storage": (3, 4),
 }
 """Until every folder is done: how many retired phrases, and names, each may still have; 0 for any that is not here."""
 

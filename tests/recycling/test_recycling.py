@@ -450,7 +450,7 @@ WRONG: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "mixed": (_write("train.jsonl", GOOD + '{"prompt": "a", "completion": "b"}\n'), "line 2: has a completion"),
     "empty": (_write("train.jsonl", "\n\n"), "train.jsonl: holds no examples"),
     "no file": (lambda files: ["--train", files / "none.jsonl"], "none.jsonl: cannot be read: No such file"),
-    "binary": (lambda files: ["--train", files / "bad.jsonl"], "bad.jsonl: is no text in UTF-8"),
+    "binary": (lambda files: ["--train", files / "bad.jsonl"], "bad.jsonl: is not text in UTF-8"),
     "new label": (_write("test.jsonl", GOOD.replace("low", "middle")), "test.jsonl, line 1: no training or validation"),
     "label of no head": (_write("train.jsonl", GOOD.replace("low", "left")), "line 1: the model's head has no label"),
     "other kind": (_write("test.jsonl", '{"prompt": "a", "completion": "b"}\n'), "test.jsonl, line 1: has a"),

@@ -230,7 +230,7 @@ REFUSED: dict[str, tuple[State, dict[str, str], str]] = {
     "no JSON": (PAIR, {"lora_adapter_metadata": "{"}, "is not valid JSON"),
     "another rank": (PAIR, {"lora_adapter_metadata": json.dumps({"unet.r": 4})}, "rank"),
     "half a pair": ({f"{Q}.lora_A.weight": DOWN}, {}, "has no lora_up"),
-    "stray": ({**PAIR, "unet.x.weight": UP.clone()}, {}, "unet.x.weight is no tensor that a LoRA"),
+    "stray": ({**PAIR, "unet.x.weight": UP.clone()}, {}, "unet.x.weight is not a tensor that a LoRA"),
     "embedding": ({"emb_params": UP}, {}, "textual-inversion embedding"),
     "embeddings": ({"clip_l": UP, "clip_g": UP.clone()}, {}, "textual-inversion embedding"),
     "beside": ({**PAIR, "bundle_emb.x.string_to_param.*": UP.clone()}, {}, "textual-inversion embedding"),

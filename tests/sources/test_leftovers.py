@@ -77,7 +77,7 @@ def test_state_dicts_inside_of_what_trainers_save(tmp_path: Path, nest: tuple[st
 
 def test_two_state_dicts_in_one_file_are_not_chosen_from(tmp_path: Path) -> None:
     torch.save({"model": model(1), "module": model(2)}, tmp_path / "m.pt")
-    with pytest.raises(FormatError, match="save the one in it as safetensors"):
+    with pytest.raises(FormatError, match="save its state dict as safetensors"):
         open_model(tmp_path / "m.pt")
 
 

@@ -149,10 +149,13 @@ REFUSED = {
         {"lora_down.weight": DOWN, "lora_up.weight": UP, "alpha": torch.tensor(float("inf"))},
         "or not finite",
     ),
-    "T-LoRA": ({"q_layer.weight": DOWN, "p_layer.weight": UP}, "[pq]_layer.weight is no tensor that a Kohya"),
-    "two methods": ({"lora_down.weight": DOWN, "lora_up.weight": UP, "diff": UP.clone()}, "x.diff has no place beside"),
+    "T-LoRA": ({"q_layer.weight": DOWN, "p_layer.weight": UP}, "[pq]_layer.weight is not a tensor that a Kohya"),
+    "two methods": (
+        {"lora_down.weight": DOWN, "lora_up.weight": UP, "diff": UP.clone()},
+        "x.diff has no place next to",
+    ),
     "integers": ({"lora_down.weight": DOWN.int(), "lora_up.weight": UP}, "holds I32 factors"),
-    "reshaped": ({"reshape_weight": DOWN, "diff": UP}, "reshape_weight is no tensor that a Kohya"),
+    "reshaped": ({"reshape_weight": DOWN, "diff": UP}, "reshape_weight is not a tensor that a Kohya"),
     "IA3": ({"on_input": torch.tensor(1)}, "not the weight of IA3"),
 }
 

@@ -54,12 +54,12 @@ REFUSED_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "KaSA": ({"kasa_config": {"beta": 0.1}}, "has no lora_diag"),
     "rank": ({"r": 5}, "has rank 4, and its config says 5"),
     "rank pattern": ({"rank_pattern": {"q_proj": 3}}, "q_proj has rank 4, and its config says 3"),
-    "no pattern": ({"rank_pattern": [1]}, "rank_pattern in its config is no mapping"),
+    "no pattern": ({"rank_pattern": [1]}, "rank_pattern in its config is not a mapping"),
     "alpha": ({"lora_alpha": "six"}, "lora_alpha of .* is 'six'"),
     "catastrophic": ({"rank_pattern": {r"(?:\w|.|\w\w)*[A-Z]": 2}}, "takes too long to match"),
     "long": ({"alpha_pattern": {"q+" * 6000: 2}}, "takes too long to match"),
     "counts": ({"rank_pattern": {"(q{99}){99}": 2}}, "takes too long to match"),
-    "no regex": ({"rank_pattern": {"q_proj(": 2}}, "is no regular expression"),
+    "no regex": ({"rank_pattern": {"q_proj(": 2}}, "is not a regular expression"),
     "base": ({"base_model_name_or_path": 7}, "base_model_name_or_path in its config is 7"),
 }
 

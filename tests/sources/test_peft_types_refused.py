@@ -56,8 +56,8 @@ MALFORMED: dict[str, tuple[str, Callable[[State], State], dict[str, Any], str]] 
     "wavelet": ("WaveFT", dict, {"wavelet_family": "sym2"}, "'sym2', and only db1"),
     "topk": ("VB-LoRA", dict, {"topk": 21}, "topk is 21"),
     "gralora": ("GraLoRA", dict, {"gralora_k": 3}, "has 4 groups of rank 8"),
-    "pattern": ("LoHa", dict, {"rank_pattern": {"(": 3}}, "no regular expression"),
-    "feed-forward": ("IA3 conv2d", dict, {"feedforward_modules": "("}, "no regular expression"),
+    "pattern": ("LoHa", dict, {"rank_pattern": {"(": 3}}, "is not a regular expression"),
+    "feed-forward": ("IA3 conv2d", dict, {"feedforward_modules": "("}, "is not a regular expression"),
     "tokens": ("trainable tokens", dict, {"token_indices": [1, 1, 2]}, "not as many different indices"),
     "blocks": ("BD-LoRA", dict, {"use_bdlora": {"nblocks": 3, "target_modules_bd_b": ["q_proj"]}}, "3 blocks|do not"),
 }

@@ -191,9 +191,9 @@ def test_tensors_of_a_pickle_that_are_not_in_it(tmp_path: Path) -> None:
     """A number that is said to be a matrix of forty gigabytes, tensors without values, keys that are no names."""
     cases = (
         ({"w": torch.ones(1).expand(10**5, 10**5)}, "larger than its file"),
-        ({"w": torch.empty(3, device="meta")}, "no ordinary tensor"),
-        ({"w": torch.eye(3).to_sparse()}, "no ordinary tensor"),
-        ({3: torch.ones(2)}, "is no name"),
+        ({"w": torch.empty(3, device="meta")}, "is not an ordinary tensor"),
+        ({"w": torch.eye(3).to_sparse()}, "is not an ordinary tensor"),
+        ({3: torch.ones(2)}, "is not a name"),
     )
     for state, told in cases:
         torch.save(state, tmp_path / "a.bin")

@@ -189,7 +189,7 @@ def test_several_variants_are_ambiguous_unless_there_is_a_plain_one(pipelines: l
 
 def test_damaged_lists_of_components(pipelines: list[Path], tmp_path: Path) -> None:
     for index, message in (
-        ({"../unet": ["diffusers", "X"]}, "no plain name of a folder"),
+        ({"../unet": ["diffusers", "X"]}, "not a plain name of a folder"),
         ({"scheduler": ["diffusers", "DDIMScheduler"]}, "none of its components has weights here"),
     ):
         copy = tmp_path / message.replace(" ", "")

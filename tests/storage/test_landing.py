@@ -95,7 +95,11 @@ def test_only_models_are_overwritten(tmp_path: Path, tuned: list[Path]) -> None:
     thesis.write_text("years of work")
     text.write_text("notes")
     os.mkfifo(pipe)
-    for output, reason in ((thesis.parent, "something else"), (text, "is no folder"), (pipe, "no ordinary file")):
+    for output, reason in (
+        (thesis.parent, "something else"),
+        (text, "is not a folder"),
+        (pipe, "not an ordinary file"),
+    ):
         with pytest.raises(OutputError, match=reason):
             merging.merge(tuned, method="linear", output=output, overwrite=True)
     assert (thesis.read_text(), text.read_text(), pipe.is_fifo()) == ("years of work", "notes", True)

@@ -87,11 +87,11 @@ def test_only_handlers_that_may_raise_are_held_and_only_where_they_run() -> None
     hangup = signal.getsignal(signal.SIGHUP)
 
     def elsewhere() -> None:
-        with os_calls.uninterrupted():
+        with os_calls.delay_signals():
             caught.append(0)
 
     try:
-        with os_calls.uninterrupted(), os_calls.uninterrupted():
+        with os_calls.delay_signals(), os_calls.delay_signals():
             signal.raise_signal(signal.SIGTERM)
             assert (caught, signal.getsignal(signal.SIGHUP)) == ([], hangup)
         assert caught == [signal.SIGTERM]

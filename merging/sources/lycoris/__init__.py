@@ -1,10 +1,9 @@
-"""What one module of a Kohya, LyCORIS or ComfyUI file changes: LoRA, LoCon, LoHa, LoKr and the rest of LyCORIS.
+"""Changes of one module of a Kohya, LyCORIS or ComfyUI file: LoRA, LoCon, LoHa, LoKr and the other types of LyCORIS.
 
-The formulas are LyCORIS's (Yeh et al. 2024, arXiv 2309.14859). Where PEFT has a method of the same name, theirs may
-differ: in the kernels of LoKr, the side on which OFT rotates, the scale of IA3.
+The formulas are LyCORIS's (Yeh et al. 2024, arXiv 2309.14859). They may differ from PEFT's methods of the same name: in
+the kernels of LoKr, the side on which OFT rotates, the scale of IA3.
 
-A new method is a function from a module and its alpha to a change, and an entry in ``LYCORIS_TYPES``.
-"""
+A new type is a function from a module and its alpha to a change, and an entry in ``LYCORIS_TYPES``."""
 
 from __future__ import annotations
 
@@ -34,19 +33,19 @@ _SAME = {
     "modulation.diff": "diff_m",
 }
 _BESIDE = {"diff_b": "bias", "b_norm": "bias", "lora_up.bias": "bias", "diff_m": "modulation"}
-"""Parts that change another tensor of the module than its weight, and what that is called."""
+"""Parts that change another tensor of the module than its weight, and the tensor's name."""
 
 _SCALED = ("lora_down", "hada_w1_a", "lokr_w1_a", "lokr_w2_a")
 """Parts that have a rank, by which alpha is divided."""
 
 _WEAK = {"alpha", "rescale", "a1", "a2", "b1", "b2", "diff", "diff_b", "diff_m", "w_norm", "b_norm"}
-"""Parts whose names a parameter of an ordinary model may have too."""
+"""Parts whose names an ordinary model's parameters may also have."""
 
 
 def leaf_of(name: str) -> tuple[str, str] | None:
-    """The module that a tensor belongs to and which of its parts it is, None for names of no such part.
+    """Return the module of a tensor, and which of the module's parts it is; None for any other name.
 
-    The part of IA3 that is called ``weight`` is none by itself: only the ``on_input`` beside it tells what it is.
+    IA3's part ``weight`` is not recognised alone: only the ``on_input`` next to it identifies it.
     """
     found = _LEAF.search(name)
     if found is None:
@@ -56,14 +55,14 @@ def leaf_of(name: str) -> tuple[str, str] | None:
 
 
 def is_factor(name: str) -> bool:
-    """Whether a tensor's name alone tells that it is a part of an adapter."""
+    """Whether a tensor's name alone proves that it is a part of an adapter."""
     found = leaf_of(name)
     return found is not None and found[1] not in _WEAK
 
 
 @dataclass(frozen=True, slots=True)
 class LycorisType:
-    """One way to change a weight: what it is called, and the change of a module whose alpha is stated, or None."""
+    """A type of change: its name, and the function from a module and its stated alpha (or None) to the change."""
 
     summary: str
     change: Callable[[Module, float | None], Change]
@@ -81,11 +80,11 @@ LYCORIS_TYPES = {
     "w_norm": LycorisType("norms", norm),
     "set_weight": LycorisType("weights saved in full", replacement),
 }
-"""By the part that tells the method."""
+"""The types, by the part that identifies each."""
 
 
 def zero_alphas(tensors: Mapping[str, Stored], where: str) -> tuple[str, ...]:
-    """A notice where alphas beside factors are 0, which programs read in two ways."""
+    """Return a notice if alphas next to factors are 0, which programs read in two ways."""
     leaves = filter(None, map(leaf_of, tensors))
     modules = dict.fromkeys(module for module, leaf in leaves if leaf in _SCALED and f"{module}.alpha" in tensors)
     parts = {module: {"alpha": tensors[f"{module}.alpha"]} for module in modules}
@@ -99,10 +98,10 @@ def zero_alphas(tensors: Mapping[str, Stored], where: str) -> tuple[str, ...]:
 
 
 def module_changes(path: str, parts: Mapping[str, Stored], where: str, alpha: float | None = None) -> list[Change]:
-    """What a module changes: its weight, its bias, the modulation that it holds (``diff_m``), or several of these.
+    """Return the changes of a module: of its weight, its bias, and its modulation (``diff_m``).
 
-    ``alpha`` replaces what the file states; without either, and where it is 0, alpha is the rank. Raises
-    :class:`~merging.errors.FormatError` for parts that do not make a whole.
+    ``alpha`` replaces the stated one. Without either, or if it is 0, alpha is the rank. Raises
+    :class:`~merging.errors.FormatError` for parts that do not belong together.
     """
     config = Config({}, where)
     if alpha is None and "alpha" in parts:

@@ -29,13 +29,13 @@ def ia3(module: Module, alpha: float | None) -> Change:
     if size == 0:
         raise module.error("its weight of IA3 holds nothing: save or download it again")
 
-    def formula(parts: Parts, place: WeightView) -> Tensor:
+    def formula(parts: Parts, view: WeightView) -> Tensor:
         if not inputs:
-            return parts["weight"].reshape(-1, 1) * place.weight
-        per_channel = place.weight.reshape(place.outputs, size, -1)
+            return parts["weight"].reshape(-1, 1) * view.weight
+        per_channel = view.weight.reshape(view.outputs, size, -1)
         return parts["weight"].reshape(1, -1, 1) * per_channel
 
-    return module.computed(
+    return module.computed_change(
         formula,
         "weight",
         outputs=None if inputs else size,
@@ -47,7 +47,7 @@ def ia3(module: Module, alpha: float | None) -> Change:
 def glora(module: Module, alpha: float | None) -> Change:
     """GLoRA (Chavan et al. 2023, arXiv 2306.07967) as LyCORIS has it: ``alpha / r (W a1 a2 + b1 b2)``.
 
-    Old files hold the two factors of each product the other way round.
+    Old files hold the two factors of each product in the reverse order.
     """
     names = ("a1", "a2", "b1", "b2")
     shapes = {name: module.part(name).shape for name in names}
@@ -65,12 +65,12 @@ def glora(module: Module, alpha: float | None) -> Change:
         raise module.error(f"a1, a2, b1 and b2 have shapes that do not multiply: {list(shapes.values())}")
     scale = scale_of(alpha, rank)
 
-    def formula(parts: Parts, place: WeightView) -> Tensor:
+    def formula(parts: Parts, view: WeightView) -> Tensor:
         turn = parts[a].flatten(1) @ parts[b].flatten(1)
-        turned = torch.einsum("oi...,ij->oj...", place.weight.reshape(place.outputs, inputs, -1), turn)
+        turned = torch.einsum("oi...,ij->oj...", view.weight.reshape(view.outputs, inputs, -1), turn)
         return (turned.flatten(1) + parts[c].flatten(1) @ parts[d].flatten(1)) * scale
 
-    return module.computed(
+    return module.computed_change(
         formula,
         *names,
         kind=kind_of(kernel),
@@ -84,10 +84,10 @@ def glora(module: Module, alpha: float | None) -> Change:
 
 
 def oft(module: Module, alpha: float | None) -> Change:
-    """Diag-OFT (Qiu et al. 2023, arXiv 2306.07280) and, of four axes, BOFT (Liu et al. 2023, arXiv 2311.06243).
+    """Diag-OFT (Qiu et al. 2023, arXiv 2306.07280) and, with four axes, BOFT (Liu et al. 2023, arXiv 2311.06243).
 
-    The outputs are rotated block by block by ``(I + Q) (I - Q)^-1`` with ``Q = blocks - blocks^T``, whose norm is at
-    most alpha times the number of outputs if alpha is above 0, and then scaled by ``rescale``.
+    The outputs are rotated block by block by ``(I + Q) (I - Q)^-1`` with ``Q = blocks - blocks^T``, and then scaled by
+    ``rescale``. If alpha is above 0, the norm of ``Q`` is limited to alpha times the number of outputs.
     """
     blocks = module.part("oft_blocks")
     butterfly = len(blocks.shape) == 4
@@ -100,25 +100,25 @@ def oft(module: Module, alpha: float | None) -> Change:
         raise module.error(f"rescale or blocks do not fit {outputs} outputs: its parts do not belong together")
     bound = (alpha or 0.0) * outputs
 
-    def formula(parts: Parts, place: WeightView) -> Tensor:
+    def formula(parts: Parts, view: WeightView) -> Tensor:
         skewed = parts["oft_blocks"] - parts["oft_blocks"].mT
         norm = float(skewed.norm())
         skewed = skewed * (bound / norm) if 0 < bound < norm else skewed
-        turned = _butterfly(cayley(-skewed), place.weight) if butterfly else blockwise(cayley(skewed), place.weight)
+        turned = _butterfly(cayley(-skewed), view.weight) if butterfly else blockwise(cayley(skewed), view.weight)
         if "rescale" in parts:
             turned = turned * parts["rescale"].reshape(-1, 1)
-        return turned - place.weight
+        return turned - view.weight
 
-    return module.computed(formula, *layout, outputs=outputs, needs_base="OFT rotates the base's weight")
+    return module.computed_change(formula, *layout, outputs=outputs, needs_base="OFT rotates the base's weight")
 
 
 def _divides(stages: int, block: int, outputs: int) -> bool:
-    """Whether so many stages of a butterfly can be gone through with blocks of this size."""
+    """Whether a butterfly with this number of stages and this block size fits the outputs."""
     return block % 2 == 0 and stages < 64 and outputs % (2 ** (stages - 1) * block) == 0
 
 
 def _butterfly(rotations: Tensor, matrix: Tensor) -> Tensor:
-    """Stages of rotations ``[m, n, b, b]``: each mixes rows of two groups that lie twice as far apart as before."""
+    """Apply stages of rotations ``[m, n, b, b]``: each mixes rows of two groups, twice as far apart as before."""
     half, width = rotations.shape[-1] // 2, matrix.shape[1]
     for stage, blocks in enumerate(rotations):
         far = 2**stage * half
@@ -129,10 +129,10 @@ def _butterfly(rotations: Tensor, matrix: Tensor) -> Tensor:
 
 
 def dora(module: Module, change: Change, magnitude: Stored) -> Change:
-    """DoRA (Liu et al. 2024, arXiv 2402.09353) on top of another change: what comes out has the lengths ``dora_scale``.
+    """DoRA (Liu et al. 2024, arXiv 2402.09353) on top of another change: the result has the lengths ``dora_scale``.
 
-    The lengths are those of W and its change together, as LyCORIS trains them, of the outputs or (in older files, whose
-    ``dora_scale`` is ``[1, in]``) of the inputs. ComfyUI takes those of W alone, and gives other results.
+    The lengths belong to W plus its change, as LyCORIS trains them: to the outputs, or in older files (``dora_scale``
+    is ``[1, in]``) to the inputs. ComfyUI uses the lengths of W alone, with other results.
     """
     if not isinstance(change, (LoraChange, ComputedChange)):
         raise module.error("has a dora_scale, which belongs to factors")
@@ -141,27 +141,27 @@ def dora(module: Module, change: Change, magnitude: Stored) -> Change:
             f"its dora_scale should be a vector of lengths, and is {magnitude.dtype_name} {magnitude.shape}"
         )
     on_inputs = len(magnitude.shape) > 1 and magnitude.shape[0] == 1 != magnitude.shape[1]
-    inner = _computed(module, change)
+    inner = _as_formula(module, change)
 
-    def formula(parts: Parts, place: WeightView) -> Tensor:
-        made = inner.formula(parts, place)
+    def formula(parts: Parts, view: WeightView) -> Tensor:
+        made = inner.formula(parts, view)
         delta = made[0] @ made[1] if isinstance(made, tuple) else made
-        total = place.weight + delta.reshape(place.weight.shape)
+        total = view.weight + delta.reshape(view.weight.shape)
         lengths = parts["dora_scale"].reshape(-1)
         if not on_inputs:
-            return rescale(total, lengths, (1,)) - place.weight
-        cube = total.reshape(place.outputs, len(lengths), -1)
-        return rescale(cube, lengths, (0, 2)).reshape(total.shape) - place.weight
+            return rescale(total, lengths, (1,)) - view.weight
+        cube = total.reshape(view.outputs, len(lengths), -1)
+        return rescale(cube, lengths, (0, 2)).reshape(total.shape) - view.weight
 
     reason = "DoRA gives every output of the base's weight a new length"
     return ComputedChange(
-        inner.target,
-        inner.kind,
-        {**inner.parts, "dora_scale": magnitude},
-        formula,
-        inner.outputs,
-        inner.inputs,
-        inner.kernel,
+        target=inner.target,
+        kind=inner.kind,
+        parts={**inner.parts, "dora_scale": magnitude},
+        formula=formula,
+        outputs=inner.outputs,
+        inputs=inner.inputs,
+        kernel=inner.kernel,
         allows=lambda outputs, width: width % magnitude.numel == 0 if on_inputs else outputs == magnitude.numel,
         trained=0,
         scale=inner.scale,
@@ -169,14 +169,14 @@ def dora(module: Module, change: Change, magnitude: Stored) -> Change:
     )
 
 
-def _computed(module: Module, change: LoraChange | ComputedChange) -> ComputedChange:
+def _as_formula(module: Module, change: LoraChange | ComputedChange) -> ComputedChange:
     if isinstance(change, ComputedChange):
         return change
     scale = change.scale
 
-    def formula(parts: Parts, place: WeightView) -> tuple[Tensor, Tensor]:
+    def formula(parts: Parts, view: WeightView) -> tuple[Tensor, Tensor]:
         return parts["lora_up"].flatten(1) * scale, parts["lora_down"].flatten(1)
 
     outputs, inputs, *kernel = change.shape
     facts = {"outputs": outputs, "inputs": inputs, "kernel": tuple(kernel) or None, "scale": scale}
-    return module.computed(formula, "lora_down", "lora_up", kind=change.kind, **facts)
+    return module.computed_change(formula, "lora_down", "lora_up", kind=change.kind, **facts)

@@ -1,4 +1,4 @@
-"""Changes that are products of factors: LoRA and LoCon, LoHa, LoKr; and those that are kept as they are."""
+"""Changes that are products of factors (LoRA and LoCon, LoHa, LoKr), and changes stored in full."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Parts = Mapping[str, Tensor]
 
 
 def number(module: Module, name: str) -> float:
-    """A part that holds a single number. It is read at once, as it decides what the other parts mean."""
+    """Return the number in a part. It is read at once, as it decides what the other parts mean."""
     stored = module.part(name)
     known = stored.numel == 1 and stored.dtype_name in DTYPES and not stored.dtype.is_complex
     value = float(stored.read().reshape(-1)[0]) if known else float("nan")
@@ -32,23 +32,25 @@ def number(module: Module, name: str) -> float:
 
 
 def scale_of(alpha: float | None, rank: int) -> float:
-    """alpha / r; an alpha that is missing or 0 is the rank."""
+    """Return alpha / r; an alpha that is missing or 0 counts as the rank."""
     return alpha / rank if alpha else 1.0
 
 
 def kind_of(kernel: tuple[int, ...] | None) -> ChangeKind:
-    """What a weight with this kernel is."""
+    """Return the kind of a weight with this kernel."""
     return "conv" if kernel else "linear"
 
 
 def _axes(stored: Stored, letters: str) -> str:
-    """A layout of as many axes as a tensor has, but at least a matrix's: the letters, as far as they go."""
+    """Return a layout with as many axes as a tensor has, but at least two: the first of the letters."""
     return " ".join(letters[: max(2, len(stored.shape))])
 
 
 def lora(module: Module, alpha: float | None) -> Change:
-    """LoRA (Hu et al. 2021, arXiv 2106.09685): ``alpha / r up down``; a convolution's kernel is in ``down``, or in the
-    core ``mid`` between the two."""
+    """LoRA (Hu et al. 2021, arXiv 2106.09685): ``alpha / r up down``.
+
+    A convolution's kernel is in ``down``, or in the core ``mid`` between the two.
+    """
     down, up = module.part("lora_down"), module.part("lora_up")
     ones = " 1" * (len(up.shape) - 2)
     if "lora_mid" not in module.parts:
@@ -60,13 +62,13 @@ def lora(module: Module, alpha: float | None) -> Change:
     size = module.sizes(lora_down=f"s i{inner}", lora_up=f"o r{ones}", lora_mid=_axes(core, "rsklm"))
     scale, kernel = scale_of(alpha, size["r"]), core.shape[2:]
 
-    def formula(parts: Parts, place: WeightView) -> tuple[Tensor, Tensor]:
+    def formula(parts: Parts, view: WeightView) -> tuple[Tensor, Tensor]:
         inputs = parts["lora_down"].flatten(1)
         wide = torch.einsum("rs...,si->ri...", parts["lora_mid"], inputs)
         return parts["lora_up"].flatten(1) * scale, wide.flatten(1)
 
     facts = {"outputs": size["o"], "inputs": size["i"], "kernel": kernel, "trained": size["r"]}
-    return module.computed(
+    return module.computed_change(
         formula, "lora_down", "lora_up", "lora_mid", kind="conv", scale=scale, factored=True, **facts
     )
 
@@ -82,12 +84,12 @@ def loha(module: Module, alpha: float | None) -> Change:
     scale = scale_of(alpha, size["r"])
     kernel = module.part("hada_t1").shape[2:] if cores else None
 
-    def formula(parts: Parts, place: WeightView) -> Tensor:
+    def formula(parts: Parts, view: WeightView) -> Tensor:
         first, second = (parts["hada_w1_a"], parts["hada_w1_b"]), (parts["hada_w2_a"], parts["hada_w2_b"])
         return hadamard(first, second, (parts["hada_t1"], parts["hada_t2"]) if cores else None) * scale
 
     facts = {"outputs": size["o"], "inputs": size["i"], "kernel": kernel, "trained": 0 if cores else size["r"] ** 2}
-    return module.computed(formula, *layout, kind=kind_of(kernel), scale=scale, **facts)
+    return module.computed_change(formula, *layout, kind=kind_of(kernel), scale=scale, **facts)
 
 
 def lokr(module: Module, alpha: float | None) -> Change:
@@ -107,7 +109,7 @@ def lokr(module: Module, alpha: float | None) -> Change:
     rank = size.get("r") or size.get("s")
     scale = scale_of(alpha, rank) if rank else 1.0
 
-    def formula(parts: Parts, place: WeightView) -> Tensor:
+    def formula(parts: Parts, view: WeightView) -> Tensor:
         left = parts["lokr_w1"] if "lokr_w1" in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
         if "lokr_w2" in parts:
             right = parts["lokr_w2"]
@@ -121,7 +123,7 @@ def lokr(module: Module, alpha: float | None) -> Change:
     left = min(size["a"], size["b"], size.get("r", size["a"]))
     right = min(size["c"], size["d"] * prod(kernel), size.get("s", size["c"]))
     facts = {"outputs": size["a"] * size["c"], "inputs": size["b"] * size["d"], "kernel": kernel or None}
-    return module.computed(formula, *layout, kind=kind_of(kernel), scale=scale, trained=left * right, **facts)
+    return module.computed_change(formula, *layout, kind=kind_of(kernel), scale=scale, trained=left * right, **facts)
 
 
 def full(module: Module, alpha: float | None) -> Change:
@@ -133,7 +135,7 @@ def full(module: Module, alpha: float | None) -> Change:
         return AddedBias(module.target, "bias", value, 1.0)
     outputs, inputs, *kernel = value.shape
     facts = {"outputs": outputs, "inputs": inputs, "kernel": tuple(kernel) or None}
-    return module.computed(lambda parts, place: parts["diff"], "diff", kind=kind_of(tuple(kernel)), **facts)
+    return module.computed_change(lambda parts, place: parts["diff"], "diff", kind=kind_of(tuple(kernel)), **facts)
 
 
 def norm(module: Module, alpha: float | None) -> Change:
@@ -144,7 +146,7 @@ def norm(module: Module, alpha: float | None) -> Change:
 
 
 def replacement(module: Module, alpha: float | None) -> Change:
-    """A weight that takes the base's place."""
+    """A weight that replaces the base's."""
     module.check("set_weight", beside="set_weight")
     module.check_types("set_weight")
     reason = "it is saved in full, and what it changes is the difference from the base"

@@ -1,9 +1,7 @@
-"""Packs, as ``merge compress`` writes them: what adapters hold, or what full models changed, in few bits.
+"""Packs, as ``merge compress`` writes them: adapters, or the changes of full models, in few bits.
 
-A pack is one safetensors file whose header says what its tensors ``packed.0``, ``packed.1``... stand for. It is read as
-what it was made of: an adapter of its own format, or the changes of a model by the base's names, decoded when they are
-read.
-"""
+A pack is one safetensors file. Its header describes its tensors ``packed.0``, ``packed.1``... It is read like its
+original: an adapter of its own format, or changes of a model under the base's names, decoded when they are read."""
 
 from __future__ import annotations
 
@@ -35,11 +33,11 @@ __all__ = [
     "open_pack",
     "payload_name",
     "read_pack",
-    "recognises",
+    "recognizes",
 ]
 
 PACK_KEY = "merging_pack"
-"""The metadata entry that says what a pack holds."""
+"""The metadata entry with the manifest of a pack."""
 
 VERSION = 1
 
@@ -57,7 +55,7 @@ class _StatedChange(BaseModel):
 
 
 class Described(_StatedChange):
-    """A tensor: what it is called, its type, shape and coding."""
+    """A tensor of a pack: its name, type, shape and coding."""
 
     name: str
     kind: DtypeName
@@ -66,9 +64,9 @@ class Described(_StatedChange):
 
 
 class Changed(_StatedChange):
-    """A tensor that a model changed: its kind as of :class:`~merging.sources.adapter.Change`, and its shape.
+    """A tensor that a model changed: its kind as in :class:`~merging.sources.adapter.Change`, and its shape.
 
-    ``transposed``: it lies as ``[in, out]``, and factors make its transpose.
+    ``transposed``: it is ``[in, out]``, the transpose of the factors' product.
     """
 
     kind: Literal["linear", "conv", "experts", "full"]
@@ -77,7 +75,7 @@ class Changed(_StatedChange):
 
 
 class PackBase(_StatedChange):
-    """The model that changes are changes of: its name, its commit on the Hub, and the key of its content."""
+    """The base of a pack's changes: its name, its commit on the Hub, and the key of its content."""
 
     name: str | None = None
     revision: str | None = None
@@ -85,7 +83,7 @@ class PackBase(_StatedChange):
 
 
 class PackManifest(_StatedChange):
-    """What a pack holds; ``config`` and ``metadata`` are those of the adapter that it was made of."""
+    """The description of a pack; ``config`` and ``metadata`` come from the original adapter."""
 
     version: Literal[1] = 1
     method: str
@@ -100,24 +98,24 @@ class PackManifest(_StatedChange):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackContents:
-    """A pack's tensors by the names that they had, and its manifest."""
+    """A pack's tensors under their original names, and its manifest."""
 
     tensors: dict[str, Stored]
     manifest: PackManifest
 
 
 def payload_name(number: int) -> str:
-    """What the tensor of that number is called in the file."""
+    """Return the name of a tensor in the file, from its number."""
     return f"packed.{number}"
 
 
-def recognises(opened: FileContents) -> bool:
+def recognizes(opened: FileContents) -> bool:
     """Whether a file has the tensor names of a pack."""
     return any(_PAYLOAD.fullmatch(name) for name in opened[0])
 
 
 def read_pack(path: Path, opened: FileContents | None = None) -> PackContents:
-    """The tensors of a pack, none of which is decoded yet. Raises :class:`~merging.errors.FormatError`."""
+    """Open the tensors of a pack, without decoding any. Raises :class:`~merging.errors.FormatError`."""
     stored, metadata = opened or open_tensors(path)
     manifest = _manifest(path, metadata)
     tensors: dict[str, Stored] = {}
@@ -144,8 +142,8 @@ def _manifest(path: Path, metadata: Mapping[str, str]) -> PackManifest:
         return PackManifest.model_validate(stated)
     except (KeyError, TypeError, RecursionError, ValidationError, ValueError) as error:
         reason = error.errors()[0] if isinstance(error, ValidationError) else None
-        told = f"{'.'.join(map(str, reason['loc']))}: {reason['msg']}" if reason else f"no {PACK_KEY} that is one"
-        raise FormatError(f"{path}: is a damaged pack: its header has {told[:200]}: get it again") from None
+        fault = f"{'.'.join(map(str, reason['loc']))}: {reason['msg']}" if reason else f"no {PACK_KEY} that is one"
+        raise FormatError(f"{path}: is a damaged pack: its header has {fault[:200]}: get it again") from None
 
 
 def _tensor(described: Described, stored: Stored) -> Stored:
@@ -165,15 +163,15 @@ def _tensor(described: Described, stored: Stored) -> Stored:
 
 
 def open_pack(path: Path, alpha: float | None = None, opened: FileContents | None = None) -> Adapter:
-    """What a pack holds, as an adapter; only the header is read.
+    """Open a pack as an adapter; only the header is read.
 
-    ``alpha`` replaces what an adapter states. Raises :class:`~merging.errors.FormatError` for a damaged pack.
+    ``alpha`` replaces the adapter's. Raises :class:`~merging.errors.FormatError` for a damaged pack.
     """
     if path.stem == "adapter_model":
         raise FormatError(f"{path}: is a pack, and has the name of an adapter of PEFT's: rename it")
     pack = read_pack(path, opened)
     manifest = pack.manifest
-    told = f"packed by {manifest.method}, {manifest.settings}"
+    coding = f"packed by {manifest.method}, {manifest.settings}"
     if manifest.dialect is None:
         if alpha is not None:
             raise FormatError(f"{path}: holds what a full model changed, which has no alpha: leave --lora-alpha out")
@@ -183,7 +181,7 @@ def open_pack(path: Path, alpha: float | None = None, opened: FileContents | Non
             files=(path,),
             dialect="pack",
             base=manifest.base.name,
-            about=told,
+            about=coding,
             base_key=manifest.base.key,
             of_model=True,
             packed=True,
@@ -191,7 +189,7 @@ def open_pack(path: Path, alpha: float | None = None, opened: FileContents | Non
     config = {} if manifest.config is None else {peft.CONFIG_KEY: json.dumps(manifest.config)}
     held = pack.tensors, {**manifest.metadata, **config}
     inner = add_tensor_names(_OPENERS[manifest.dialect](path, alpha, held), held)
-    about = f"{inner.about}, {told}" if inner.about else told
+    about = f"{inner.about}, {coding}" if inner.about else coding
     return replace(inner, about=about, base=inner.base or manifest.base.name, base_key=manifest.base.key, packed=True)
 
 
@@ -204,7 +202,9 @@ def _changes(path: Path, pack: PackContents) -> dict[str, Change]:
                 changes[target] = AddedTensor(target, "full", tensors.pop(f"full/{target}"))
             else:
                 down, up = tensors.pop(f"down/{target}"), tensors.pop(f"up/{target}")
-                changes[target] = FactorsChange(target, stated.kind, down, up, stated.shape, stated.transposed)
+                changes[target] = FactorsChange(
+                    target, stated.kind, down, up, stated.shape, transposed=stated.transposed
+                )
     except KeyError as error:
         raise FormatError(f"{path}: is a damaged pack: it lacks {error}") from None
     if tensors:

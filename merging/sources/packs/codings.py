@@ -1,4 +1,4 @@
-"""How tensors lie in a pack, and the ordinary tensors that they are read as, decoded when they are read."""
+"""Codings of tensors in packs, and the tensors that decode them when they are read."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ __all__ = ["Bands", "Coding", "DtypeName", "Packed", "Raw", "Sparse", "Ternary"]
 DtypeName = Literal["F16", "BF16", "F32", "F64"]
 
 Fill = Callable[[Tensor, int], None]
-"""Puts the elements from an offset on into a buffer; raises ValueError for a payload that is damaged."""
+"""A function that fills a buffer with the elements from an offset on; it raises ValueError for a damaged payload."""
 
 _MOST = 1 << 12
-"""Entries that a byte of a payload may stand for at most, as in the index of frames."""
+"""The most entries that one byte of a payload may stand for, as in the index of frames."""
 
 _Remainder = Annotated[int, Field(ge=-1, le=15)]
 _Scale = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -37,7 +37,7 @@ class _Coded(BaseModel):
 
 
 class Raw(_Coded):
-    """A tensor as it is."""
+    """A tensor in its ordinary form."""
 
     coding: Literal["raw"] = "raw"
 
@@ -54,7 +54,7 @@ class Ternary(_Coded):
         _check_index(shape, nbytes)
 
     def decoder(self, shape: tuple[int, ...], payload: Stored) -> Fill:
-        """What fills buffers with elements of the tensor."""
+        """Return a function that fills buffers with elements of the tensor."""
         frames = Frames(_reader(payload), payload.nbytes, prod(shape), self.b, "signs")
 
         def fill(buffer: Tensor, start: int) -> None:
@@ -78,7 +78,7 @@ class Sparse(_Coded):
         _check_index(shape, nbytes)
 
     def decoder(self, shape: tuple[int, ...], payload: Stored) -> Fill:
-        """What fills buffers with elements of the tensor."""
+        """Return a function that fills buffers with elements of the tensor."""
         frames = Frames(_reader(payload), payload.nbytes, prod(shape), self.b, "values")
 
         def fill(buffer: Tensor, start: int) -> None:
@@ -90,10 +90,10 @@ class Sparse(_Coded):
 
 
 class Bands(_Coded):
-    """Factors whose directions have fewer bits the further back they are; those behind the last band are zero.
+    """Factors whose later directions have fewer bits; directions after the last band are zero.
 
-    The tensor is seen as ``matrices`` ``[n, a, b]``, whose directions run along ``axis`` 1 or 2. ``bands`` are counts
-    and bits, ``checksum`` the CRC-32 of the payload.
+    The tensor is seen as ``matrices`` ``[n, a, b]``, with directions along ``axis`` 1 or 2. ``bands`` are counts and
+    bits, ``checksum`` is the CRC-32 of the payload.
     """
 
     coding: Literal["bands"] = "bands"
@@ -111,12 +111,12 @@ class Bands(_Coded):
         if sum(each for each, _ in self.bands) > count:
             raise ValueError(f"has {count} directions, and its bands more")
         needed = sum(group_bytes(self.matrices[0] * each, length, bits) for each, bits in self.bands)
-        # Directions behind the last band take no bytes, and a header may claim any number of them.
+        # Directions after the last band take no bytes, and a header may claim any number of them.
         if needed != nbytes or prod(shape) > _MOST * nbytes:
             raise ValueError(f"of {list(shape)} should have {needed} bytes, and has {nbytes}")
 
     def decoder(self, shape: tuple[int, ...], payload: Stored) -> Fill:
-        """What fills buffers with elements of the tensor, all of which are computed each time."""
+        """Return a function that fills buffers with elements of the tensor; it computes all elements each time."""
         batch, length = self.matrices[0], self.matrices[3 - self.axis]
 
         def fill(buffer: Tensor, start: int) -> None:
@@ -139,9 +139,9 @@ Coding = Annotated[Raw | Ternary | Sparse | Bands, Field(discriminator="coding")
 
 
 class Packed(Derived):
-    """A tensor of a pack that is decoded when it is read, piece by piece where its coding allows that.
+    """A tensor of a pack that is decoded when it is read, piece by piece if its coding allows it.
 
-    ``name`` is what messages call it. Raises ValueError for a payload that cannot be one of its coding.
+    ``name`` is its name in messages. Raises ValueError for a payload that does not fit its coding.
     """
 
     __slots__ = ("_coding", "_fill", "_name", "_payload")
@@ -172,7 +172,7 @@ class Packed(Derived):
 
     @property
     def packed_bytes(self) -> int:
-        """What it takes in its file."""
+        """The bytes that it takes in its file."""
         return self._payload.nbytes
 
 

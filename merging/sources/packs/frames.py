@@ -1,10 +1,8 @@
-"""Sparse tensors in frames of 2^15 entries, any of which can be decoded without the others.
+"""Sparse tensors in frames of 2^15 entries; every frame can be decoded alone.
 
-A payload begins with an index of eight bytes a frame: how many entries it keeps, the bytes of its unary parts, and a
-checksum. Then the frames: positions (:mod:`~merging.sources.packs.golomb`, or two bitmaps of the positive and of the
-negative entries) and, unless bitmaps tell them, what the entries are: their signs, or codes of a byte at one scale a
-group.
-"""
+A payload begins with an index of eight bytes a frame: the number of kept entries, the bytes of the unary parts, and a
+checksum. The frames follow: positions (:mod:`~merging.sources.packs.golomb`, or two bitmaps, of the positive and the
+negative entries), and the entries unless bitmaps say all: signs, or codes of a byte at one scale a group."""
 
 from __future__ import annotations
 
@@ -26,21 +24,21 @@ FRAME = 1 << 15
 """Entries in a frame."""
 
 BITMAP = -1
-"""In the place of the remainder's bits: positions and signs are two bitmaps."""
+"""A value in the place of the remainder's bits: positions and signs are two bitmaps."""
 
 Holds = Literal["signs", "values"]
-"""What is told of the entries that are kept."""
+"""The information stored about kept entries."""
 
 _INDEX = np.dtype([("kept", "<u2"), ("unary", "<u2"), ("checksum", "<u4")])
 
 
 def index_bytes(size: int) -> int:
-    """The bytes of the index of a tensor of so many entries: no payload is shorter."""
+    """Return the bytes of the index of a tensor of ``size`` entries: no payload is shorter."""
     return -(-size // FRAME) * _INDEX.itemsize
 
 
 def frame_signs(signs: Tensor, b: int) -> Tensor:
-    """A payload of signs (int8, flat: -1, 0 or 1), whose gaps have remainders of ``b`` bits, or of bitmaps."""
+    """Return a payload of signs (int8, flat: -1, 0 or 1): gaps with remainders of ``b`` bits, or bitmaps."""
     flat = signs.numpy()
 
     def frame(first: int, kept: Positions) -> tuple[int, bytes]:
@@ -55,7 +53,7 @@ def frame_signs(signs: Tensor, b: int) -> Tensor:
 
 
 def frame_values(values: Tensor, kept: Tensor, b: int, unit: float) -> Tensor:
-    """A payload of some of the values (float32, flat) at ascending positions, in codes of a byte."""
+    """Return a payload of some of the values (float32, flat) at ascending positions, in codes of a byte."""
 
     def frame(first: int, here: Positions) -> tuple[int, bytes]:
         unary, remainders = streams(here, b)
@@ -91,9 +89,9 @@ def _payload(kept: Positions, size: int, frame: Callable[[int, Positions], tuple
 
 
 class Frames:
-    """The frames of a payload of ``size`` entries; ``read`` gives its bytes from one offset to another.
+    """The frames of a payload of ``size`` entries; ``read`` returns its bytes from one offset to another.
 
-    Raises ValueError, then and when frames are decoded, for a payload that is no such thing.
+    Raises ValueError for a damaged payload, at once or when frames are decoded.
     """
 
     def __init__(self, read: Callable[[int, int], Bits], nbytes: int, size: int, b: int, holds: Holds) -> None:
@@ -115,7 +113,7 @@ class Frames:
         return unary + remainder_bytes(kept, self._b) + entries
 
     def within(self, start: int, stop: int) -> Iterator[tuple[int, Positions, Bits]]:
-        """Of every frame between two entries: its first entry, the positions kept in it, and the bytes behind them."""
+        """Yield, for every frame between two entries, its first entry, the kept positions, and the bytes after them."""
         for number in range(start // FRAME, -(-stop // FRAME)):
             data = self._read(int(self._bounds[number]), int(self._bounds[number + 1]))
             kept, unary, checksum = (int(each) for each in self._index[number])
@@ -129,22 +127,22 @@ class Frames:
             yield number * FRAME, positions(data[:unary], data[unary:rest], kept, self._b, size), data[rest:]
 
     def signs(self, start: int, stop: int) -> Iterator[tuple[Positions, NDArray[np.bool_]]]:
-        """The positions that are kept between two entries, frame by frame, and which of them are positive."""
+        """Yield the kept positions between two entries, frame by frame, and whether each is positive."""
         for first, kept, data in self.within(start, stop):
             positive = np.unpackbits(data, count=len(kept)).astype(np.bool_)
             yield self._crop(first + kept, positive, start, stop)
 
     def values(self, start: int, stop: int, unit: float) -> Iterator[tuple[Positions, NDArray[np.float32]]]:
-        """The positions that are kept between two entries, frame by frame, and their values."""
+        """Yield the kept positions between two entries, frame by frame, and their values."""
         for first, kept, data in self.within(start, stop):
             if len(kept):
                 found = unpack_groups(torch.from_numpy(data), 1, len(kept), 8, unit)[0].numpy()
                 yield self._crop(first + kept, found, start, stop)
 
     @staticmethod
-    def _crop(kept: Positions, told: NDArray[np.generic], start: int, stop: int) -> tuple[Positions, NDArray[Any]]:
+    def _crop(kept: Positions, entries: NDArray[np.generic], start: int, stop: int) -> tuple[Positions, NDArray[Any]]:
         here = slice(*np.searchsorted(kept, [start, stop]))
-        return kept[here], told[here]
+        return kept[here], entries[here]
 
 
 def _from_bitmaps(data: Bits, count: int, size: int) -> tuple[Positions, Bits]:

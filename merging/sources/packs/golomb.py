@@ -1,9 +1,8 @@
-"""Positions of few among many entries, as the gaps between them in a Golomb code.
+"""Positions of few among many entries, stored as the gaps between them in a Golomb code.
 
-Gaps between entries that are kept with probability k are geometric, and Golomb's code (1966) with a divisor that is a
-power of two (Rice) is nearly their shortest: a gap is its quotient by 2^b in unary and its remainder in b bits. All
-unary parts stand together, and all remainders, so that both are read and written as whole arrays.
-"""
+If entries are kept with probability k, the gaps between them are geometric. For these, Golomb's code (1966) with a
+power of two as divisor (Rice) is nearly the shortest: a gap is its quotient by 2^b in unary and its remainder in b
+bits. All unary parts are stored together, and all remainders, so that both are read and written as whole arrays."""
 
 from __future__ import annotations
 
@@ -30,11 +29,11 @@ Positions = NDArray[np.int64]
 _GOLDEN = (1 + sqrt(5)) / 2
 
 _MOST = 15
-"""The largest remainder in bits that is of use: frames are no longer than that."""
+"""The largest useful remainder in bits: frames are no longer than that."""
 
 
 def parameter(density: float) -> int:
-    """The remainder's bits b* that make the mean code shortest where a share ``density`` of the entries is kept.
+    """Return the remainder's bits b* with the shortest mean code, if a share ``density`` of the entries is kept.
 
     ``max(0, 1 + floor(log2(ln(phi - 1) / ln(1 - density))))`` with the golden ratio phi, as in ComPEFT (Yadav et al.
     2023, arXiv 2311.13171), and at most 15.
@@ -47,30 +46,30 @@ def parameter(density: float) -> int:
 
 
 def mean_bits(density: float) -> float:
-    """The expected bits of a gap: ``b* + 1 / (1 - (1 - density)^(2^b*))``."""
+    """Return the expected bits of a gap: ``b* + 1 / (1 - (1 - density)^(2^b*))``."""
     b = parameter(density)
     return float(b + 1 / (1 - (1 - density) ** (1 << b)))
 
 
 def entropy(density: float) -> float:
-    """The fewest bits an entry of which a share ``density`` is kept with a random sign can take on average."""
+    """Return the least mean bits of an entry, if a share ``density`` of entries is kept with random signs."""
     rest = 1 - density
     kept = -density * log2(density / 2) if density > 0 else 0.0
     return kept - (rest * log2(rest) if rest > 0 else 0.0)
 
 
 def remainder_bytes(count: int, b: int) -> int:
-    """The bytes of the remainders of so many gaps."""
+    """Return the bytes of the remainders of ``count`` gaps."""
     return (count * b + 7) // 8
 
 
 def packed_bits(bits: NDArray[np.bool_]) -> Bits:
-    """Bits, the highest of each byte first, and zeros up to a whole byte."""
+    """Return bits as bytes, the highest bit first, with zeros up to a whole byte."""
     return np.packbits(bits)
 
 
 def streams(kept: Positions, b: int) -> tuple[Bits, Bits]:
-    """The unary parts and the remainders of the gaps between ascending positions, the first counted from 0."""
+    """Return the unary parts and the remainders of the gaps between ascending positions, the first counted from 0."""
     gaps = np.diff(kept, prepend=-1) - 1
     ends = np.cumsum((gaps >> b) + 1) - 1
     unary = np.zeros(int(ends[-1]) + 1 if len(ends) else 0, dtype=np.bool_)
@@ -82,7 +81,7 @@ def streams(kept: Positions, b: int) -> tuple[Bits, Bits]:
 
 
 def positions(unary: Bits, remainders: Bits, count: int, b: int, size: int) -> Positions:
-    """What :func:`streams` made its streams of: so many ascending positions below ``size``.
+    """Return the ``count`` ascending positions below ``size`` from which :func:`streams` made its streams.
 
     Raises ValueError for streams that hold anything else.
     """

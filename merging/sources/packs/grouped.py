@@ -1,9 +1,8 @@
 """Directions in few bits: codes of 8, 4, 2 or 1 bits at one scale a group of neighbours.
 
-A code ``c`` of b bits stands for ``(c - (2^b - 1) / 2) * scale``: levels lie evenly around zero and none on it, which
-for the bell-shaped entries of singular vectors is best where there are few of them. Asymmetric levels (a zero point a
-group) cost bits for nothing there.
-"""
+A code ``c`` of b bits stands for ``(c - (2^b - 1) / 2) * scale``: levels are symmetric about zero, and none is zero.
+For the bell-shaped entries of singular vectors this is best where levels are few. Asymmetric levels (a zero point a
+group) would only cost bits."""
 
 from __future__ import annotations
 
@@ -13,25 +12,25 @@ from torch import Tensor
 __all__ = ["BITS", "GROUP", "group_bytes", "pack_groups", "unpack_groups"]
 
 BITS = (8, 4, 2, 1)
-"""How many bits a code may have: what divides a byte."""
+"""The numbers of bits that a code may have: divisors of 8."""
 
 GROUP = 128
 """Neighbours that share a scale, as in GPTQ's common setting."""
 
 _CLIPPED = (1.0, 0.85, 0.7, 0.55, 0.4)
-"""Shares of the largest magnitude that the outermost level is tried at first."""
+"""Shares of the largest magnitude that are tried first as the outermost level."""
 
 _ROUNDS = 2
-"""Least-squares steps from each of them."""
+"""Least-squares steps from each of these shares."""
 
 
 def group_bytes(count: int, length: int, bits: int) -> int:
-    """The bytes of so many directions of a length: codes, then scales of two bytes."""
+    """Return the bytes of ``count`` directions of a length: codes, then scales of two bytes."""
     return count * (-(-length * bits // 8) + 2 * -(-length // GROUP))
 
 
 def pack_groups(rows: Tensor, bits: int, unit: float) -> Tensor:
-    """Directions ``[n, length]`` as bytes; scales are stored as float16 in multiples of ``unit``."""
+    """Return directions ``[n, length]`` as bytes; scales are stored as float16 in multiples of ``unit``."""
     count, length = rows.shape
     groups = -(-length // GROUP)
     padded = torch.zeros(count, groups * GROUP)
@@ -44,7 +43,7 @@ def pack_groups(rows: Tensor, bits: int, unit: float) -> Tensor:
 
 
 def unpack_groups(data: Tensor, count: int, length: int, bits: int, unit: float) -> Tensor:
-    """What :func:`pack_groups` made of directions: ``[n, length]``, float32."""
+    """Return the directions ``[n, length]`` (float32) from the bytes of :func:`pack_groups`."""
     groups = -(-length // GROUP)
     stride = -(-length * bits // 8)
     codes = _codes_of_bytes(data[: count * stride].view(count, stride), bits)[:, :length]
@@ -62,7 +61,7 @@ def _codes(values: Tensor, scales: Tensor, bits: int) -> Tensor:
 
 
 def _scales(values: Tensor, inside: Tensor, bits: int) -> Tensor:
-    """For each group ``[n, groups, GROUP]`` the scale of least squared error, of a few that are locally so."""
+    """Return a scale for each group ``[n, groups, GROUP]``: the best of several local minima of the squared error."""
     middle = _middle(bits)
     widest = values.abs().amax(-1, keepdim=True) / middle
     best, least = widest[..., 0], torch.full(widest.shape[:-1], torch.inf)
@@ -79,7 +78,7 @@ def _scales(values: Tensor, inside: Tensor, bits: int) -> Tensor:
 
 
 def _bytes_of_codes(codes: Tensor, bits: int) -> Tensor:
-    """Codes ``[n, length]`` side by side in bytes ``[n, ...]``, the first in the highest bits."""
+    """Return codes ``[n, length]`` side by side in bytes ``[n, ...]``, the first in the highest bits."""
     each = 8 // bits
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % each))
     parts = padded.view(len(codes), -1, each)

@@ -23,23 +23,23 @@ from merging.sources.peft.unsupported_types import UNSUPPORTED
 from merging.sources.small_files import is_there, parse_json, read_json
 from merging.sources.stored import FileContents, Stored
 
-__all__ = ["CONFIG_KEY", "WEIGHTS", "open_peft", "peft_changes", "recognises"]
+__all__ = ["CONFIG_KEY", "WEIGHTS", "open_peft", "peft_changes", "recognizes"]
 
 CONFIG_KEY = "adapter_config"
-"""The metadata entry in which our bare adapter files carry their whole config."""
+"""The metadata entry in which our bare adapter files have their whole config."""
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-"""What PEFT calls the weights in an adapter's folder."""
+"""The names of the weights in an adapter's folder of PEFT."""
 
 _PREFIX = "base_model.model."
 _DEFAULT = re.compile(r"\.default(?=\.|_topk_|$)")
-"""The name of PEFT's only adapter, in files that were saved without its help."""
+"""The name of PEFT's only adapter, in files that were saved without PEFT's own function."""
 
 _LORA = re.compile(r"\.lora_(embedding_)?[AB](\.|$)")
 _ANY = re.compile(rf"base_model\..*({'|'.join(kind.leaf.pattern for kind in PEFT_TYPES.values())})")
 
 
-def recognises(opened: FileContents) -> bool:
+def recognizes(opened: FileContents) -> bool:
     """Whether a file has the tensor names of PEFT: LoRA under any prefix, the other types under PEFT's."""
     return any(_LORA.search(name) or _ANY.match(name) for name in opened[0])
 
@@ -51,12 +51,12 @@ def open_peft(
     *,
     open_file: FileOpener = open_tensors,
 ) -> Adapter:
-    """A PEFT adapter from its folder or its weights file; headers are read, values are not.
+    """Open a PEFT adapter from its folder or its weights file; headers are read, values are not.
 
-    ``alpha`` replaces the config's, whatever its type calls it. A bare file has its config in its own header, as we or
-    diffusers write it, or, if it is called ``adapter_model``, beside it; with none its scale is 1, which the adapter's
-    notices say. Raises
-    :class:`~merging.errors.FormatError` for what cannot be understood.
+    ``alpha`` replaces the config's, whatever its type calls it. A bare file has its config in its own header, as this
+    program or diffusers writes it, or next to it if it is called ``adapter_model``. Without a config its scale is 1,
+    which the adapter's notices say. ``open_file`` opens the weights. Raises :class:`~merging.errors.FormatError` for an
+    adapter that cannot be understood.
     """
     weights = path if path.is_file() else _weights_of(path)
     tensors, metadata = contents or open_file(weights)
@@ -103,7 +103,7 @@ def _config_of(weights: Path, metadata: Mapping[str, str]) -> dict[str, Any] | N
 
 
 def _component_config(weights: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """The config that diffusers has written into a header; its names do not tell which, if there are several."""
+    """Return the config that diffusers wrote into a header; several cannot be told apart by this file's names."""
     configs = list(component_configs(weights, metadata).values())
     if any(each != configs[0] for each in configs):
         raise FormatError(
@@ -114,10 +114,10 @@ def _component_config(weights: Path, metadata: Mapping[str, str]) -> dict[str, A
 
 
 def peft_changes(tensors: Mapping[str, Stored], config: Mapping[str, Any], where: str) -> dict[str, Change]:
-    """What the tensors of a PEFT file change, by target; ``config`` may be empty, which means a LoRA of scale 1.
+    """Return the changes in the tensors of a PEFT file, by target; an empty ``config`` means a LoRA of scale 1.
 
     Raises :class:`~merging.errors.FormatError` for a type that is not read, for a variant that changes the base in a
-    way the file does not tell, and for any name that has no place.
+    way that the file does not determine, and for any unknown name.
     """
     settings = Config(config, where)
     kind = _kind(settings, tensors)
@@ -144,7 +144,7 @@ def peft_changes(tensors: Mapping[str, Stored], config: Mapping[str, Any], where
 
 
 def _check_complete(config: Config, changes: Mapping[str, Change]) -> None:
-    """Refuse an adapter that lacks what its config says it has beside the factors of modules."""
+    """Refuse an adapter that lacks tensors which its config mentions in addition to the factors of modules."""
     if config.get("trainable_token_indices") and not any(change.kind == "tokens" for change in changes.values()):
         raise config.error("its config has trainable_token_indices, and the file no rows of tokens: it is incomplete")
     parameters = config.names("target_parameters")
@@ -154,7 +154,7 @@ def _check_complete(config: Config, changes: Mapping[str, Change]) -> None:
 
 
 def _kind(config: Config, names: Iterable[str]) -> PeftType:
-    """The type of an adapter, or the refusal of one that is not read."""
+    """Return the type of an adapter. Refuse a type that is not read."""
     name = config.kind
     if not config.stated and not any(_LORA.search(each) for each in names):
         name = next((kind for kind in PEFT_TYPES if any(PEFT_TYPES[kind].leaf.search(each) for each in names)), name)
@@ -170,7 +170,7 @@ def _kind(config: Config, names: Iterable[str]) -> PeftType:
 
 
 def _modules(tensors: Mapping[str, Stored], kind: PeftType, config: Config) -> tuple[list[Module], dict[str, Stored]]:
-    """The modules that an adapter changes, and the tensors that belong to none, by their names in the model."""
+    """Return the modules that an adapter changes, and the tensors of no module, by their names in the model."""
     leaf = kind.leaf
     parts: dict[str, dict[str, Stored]] = defaultdict(dict)
     shared: dict[str, Stored] = {}

@@ -1,4 +1,4 @@
-"""The types of PEFT adapters that are read: how each is told, and what its modules change.
+"""The types of PEFT adapters that are read: how each is recognised, and the changes of its modules.
 
 A new type is a function from a :class:`~merging.sources.peft.module.Module` to changes, and an entry in ``PEFT_TYPES``.
 """
@@ -30,17 +30,22 @@ def _nothing(config: Config) -> None:
 
 
 BaseNeed = Literal["no", "some", "sizes", "yes"]
-"""Whether the base is needed to tell the change: never, by some variants, for the sizes of its tensors, always."""
+"""Whether the base is needed to compute the change: never, for some variants, for its tensors' sizes, always."""
 
 
 @dataclass(frozen=True, slots=True)
 class PeftType:
     """One type of adapter.
 
-    ``leaves`` are the names of its tensors behind the path of their module, without ``.weight``; those of them that are
-    ``shared`` may stand once for all modules. ``changes`` makes of a module what it changes, ``check`` refuses configs
-    that cannot be followed. ``kept`` says how changes are held: as factors or in full; ``alpha`` is the config's field
-    for the number that ``--lora-alpha`` replaces.
+    Attributes:
+        summary: The type in a few words.
+        kept: How changes are held: as factors or in full.
+        base: Whether the base is needed to compute the change.
+        changes: The function from a module to its changes.
+        leaves: The names of its tensors after the path of their module, without ``.weight``.
+        shared: The names of ``leaves`` that may occur once for all modules.
+        check: A function that refuses configs that cannot be followed.
+        alpha: The config's field for the number that ``--lora-alpha`` replaces.
     """
 
     summary: str
@@ -54,7 +59,7 @@ class PeftType:
 
     @property
     def leaf(self) -> re.Pattern[str]:
-        """What a tensor's name ends in: a leaf, and behind it ``.weight``, ``.bias`` or nothing."""
+        """The end of a tensor's name: a leaf, followed by ``.weight``, ``.bias`` or nothing."""
         return re.compile(rf"(?:^|\.)({'|'.join(map(re.escape, self.leaves))})(\.weight|\.bias)?$")
 
 
@@ -171,6 +176,6 @@ PEFT_TYPES: dict[str, PeftType] = {
     ),
     "WAVEFT": PeftType("a few wavelet coefficients (Haar)", "full", "sizes", waveft, ("waveft_spectrum",)),
 }
-"""By PEFT's name of the type."""
+"""The types, by PEFT's names."""
 
 PEFT_TYPES["BONE"] = PEFT_TYPES["MISS"]

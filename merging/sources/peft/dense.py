@@ -1,4 +1,4 @@
-"""PEFT's types whose change is a full matrix made of few numbers: spectra, circulants, sparse entries, random bases."""
+"""PEFT's types whose change is a full matrix from few numbers: spectra, circulants, sparse entries, random bases."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Parts = Mapping[str, Tensor]
 def fourierft(module: Module) -> list[Change]:
     """FourierFT (Gao et al. 2024, arXiv 2405.03003): real part of the inverse transform of a sparse spectrum.
 
-    The places of its numbers are the first of a permutation that torch draws on the CPU by the seed in the config.
+    The positions of its numbers are the first of a permutation that torch draws on the CPU with the config's seed.
     """
     count = module.sizes(fourierft_spectrum="n")["n"]
     scale, seed = module.config.number("scaling", 150), _seed(module)
 
-    def formula(parts: Parts, place: WeightView) -> Tensor:
-        spectrum = _scatter(parts["fourierft_spectrum"], place, seed)
+    def formula(parts: Parts, view: WeightView) -> Tensor:
+        spectrum = _scatter(parts["fourierft_spectrum"], view, seed)
         change: Tensor = torch.fft.ifft2(spectrum).real * scale
         return change
 
@@ -36,9 +36,8 @@ def fourierft(module: Module) -> list[Change]:
 def waveft(module: Module) -> list[Change]:
     """WaveFT (Bilican et al. 2025, arXiv 2505.12532): few coefficients of Haar wavelets, or entries of the change.
 
-    Coefficients lie in the four quarters of a matrix, padded to even sizes: means, then differences along the
-    outputs, along the inputs, and along both. Their places come from the seed. Only ``db1``, which PEFT takes
-    unless told otherwise, is read.
+    Coefficients fill the four quarters of a matrix, padded to even sizes: means, then differences along the outputs,
+    along the inputs, and along both. The seed determines their positions. Only ``db1``, PEFT's default, is read.
     """
     count = module.sizes(waveft_spectrum="n")["n"]
     scale, seed = module.config.number("scaling", 25), _seed(module)
@@ -46,18 +45,18 @@ def waveft(module: Module) -> list[Change]:
     if back and family not in ("db1", "haar"):
         raise module.config.error(f"its wavelets are {family!r}, and only db1 (Haar) is read")
 
-    def formula(parts: Parts, place: WeightView) -> Tensor:
-        entries = _scatter(parts["waveft_spectrum"], place, seed)
+    def formula(parts: Parts, view: WeightView) -> Tensor:
+        entries = _scatter(parts["waveft_spectrum"], view, seed)
         if not back:
             return entries * scale
-        padded = torch.nn.functional.pad(entries, (0, place.width % 2, 0, place.outputs % 2))
+        padded = torch.nn.functional.pad(entries, (0, view.width % 2, 0, view.outputs % 2))
         top, bottom = padded.chunk(2)
         (mean, down), (right, both) = top.chunk(2, 1), bottom.chunk(2, 1)
         rows = [mean + down + right + both, mean + down - right - both, mean - down + right - both]
         rows.append(mean - down - right + both)
         quads = torch.stack(rows, -1).reshape(*mean.shape, 2, 2) / 2
         whole = quads.transpose(1, 2).reshape(padded.shape)
-        return whole[: place.outputs, : place.width] * scale
+        return whole[: view.outputs, : view.width] * scale
 
     return [_scattering(module, formula, "waveft_spectrum", count, scale)]
 
@@ -69,16 +68,16 @@ def _seed(module: Module) -> int:
     return int(seed)
 
 
-def _scatter(values: Tensor, place: WeightView, seed: int) -> Tensor:
-    """Zeros ``[outputs, width]`` with the values at the first places of a seeded permutation."""
-    order = torch.randperm(place.outputs * place.width, generator=torch.Generator().manual_seed(seed))
+def _scatter(values: Tensor, view: WeightView, seed: int) -> Tensor:
+    """Return zeros ``[outputs, width]`` with the values at the first positions of a seeded permutation."""
+    order = torch.randperm(view.outputs * view.width, generator=torch.Generator().manual_seed(seed))
     flat = values.new_zeros(len(order))
     flat[order[: len(values)]] = values
-    return flat.reshape(place.outputs, place.width)
+    return flat.reshape(view.outputs, view.width)
 
 
 def _scattering(module: Module, formula: Formula, name: str, count: int, scale: float) -> ComputedChange:
-    return module.computed(
+    return module.computed_change(
         formula,
         name,
         scale=scale,
@@ -91,16 +90,16 @@ def shira(module: Module) -> list[Change]:
     """SHiRA (Bhardwaj et al. 2024, arXiv 2406.13175): entries of the weight, at ``indices [2, n]`` (output, input)."""
     module.sizes(shira_weight="n", shira_indices="int 2 n")
 
-    def formula(parts: Parts, place: WeightView) -> Tensor:
+    def formula(parts: Parts, view: WeightView) -> Tensor:
         rows, columns = (each.long() for each in parts["shira_indices"])
-        inside = (rows >= 0) & (rows < place.outputs) & (columns >= 0) & (columns < place.width)
+        inside = (rows >= 0) & (rows < view.outputs) & (columns >= 0) & (columns < view.width)
         if not bool(inside.all()):
-            raise module.error(f"has entries outside of its weight, which is {place.shape}")
+            raise module.error(f"has entries outside of its weight, which is {view.shape}")
         weight = parts["shira_weight"]
-        return weight.new_zeros(place.outputs, place.width).index_put_((rows, columns), weight, accumulate=True)
+        return weight.new_zeros(view.outputs, view.width).index_put_((rows, columns), weight, accumulate=True)
 
     return [
-        module.computed(
+        module.computed_change(
             formula,
             "shira_weight",
             "shira_indices",
@@ -114,20 +113,20 @@ def c3a(module: Module) -> list[Change]:
     """C3A (Chen et al. 2024, arXiv 2407.19342): circulant blocks of ``kernel [out / b, in / b, b]``, over ``in``."""
     size = module.sizes(c3a_kernel="m n b")
 
-    def formula(parts: Parts, place: WeightView) -> Tensor:
+    def formula(parts: Parts, view: WeightView) -> Tensor:
         steps = torch.arange(size["b"])
         blocks = parts["c3a_kernel"][:, :, (steps[None] - steps[:, None]) % size["b"]]
-        return blocks.transpose(1, 2).reshape(place.outputs, place.width) / place.width
+        return blocks.transpose(1, 2).reshape(view.outputs, view.width) / view.width
 
     outputs, inputs = size["m"] * size["b"], size["n"] * size["b"]
-    return [module.computed(formula, "c3a_kernel", transposed=False, outputs=outputs, inputs=inputs)]
+    return [module.computed_change(formula, "c3a_kernel", transposed=False, outputs=outputs, inputs=inputs)]
 
 
 def randlora(module: Module) -> list[Change]:
     """RandLoRA (Albert et al. 2025, arXiv 2502.00987): a sum of random bases, scaled: ``alpha / r B (lambda A gamma)``.
 
     ``A [r, 1, narrowest]`` and ``B [widest, bases, r]`` are shared and cut to the module's size; ``lambda [r, bases]``
-    and ``gamma [bases, min]`` are trained. ``B`` runs by base and rank, ``A`` by rank and base, as in PEFT.
+    and ``gamma [bases, min]`` are trained. ``B`` is ordered by base and rank, ``A`` by rank and base, as in PEFT.
     """
     for name in ("randlora_A", "randlora_B"):
         if name not in module.parts and name not in module.shared:
@@ -147,14 +146,14 @@ def randlora(module: Module) -> list[Change]:
         raise module.error(f"needs {bases} random bases of {least}, and its file has {size['b']} of {size['w']}")
     scale = module.config.number("randlora_alpha", 640) / size["r"]
 
-    def formula(parts: Parts, place: WeightView) -> Tensor:
-        most = max(place.outputs, place.width)
+    def formula(parts: Parts, view: WeightView) -> Tensor:
+        most = max(view.outputs, view.width)
         scaled = parts["randlora_lambda"][:, :, None] * parts["randlora_A"][..., :least] * parts["randlora_gamma"]
         product = parts["randlora_B"][:most, :bases].flatten(1) @ scaled.flatten(0, 1)
-        return product * scale if place.width == least else product.T * scale
+        return product * scale if view.width == least else product.T * scale
 
     return [
-        module.computed(
+        module.computed_change(
             formula,
             *layout,
             scale=scale,
@@ -170,15 +169,15 @@ def osf(module: Module) -> list[Change]:
     size = module.sizes(**names)
     count = size["N"]
 
-    def formula(parts: Parts, place: WeightView) -> Tensor:
-        u, s, vh = torch.linalg.svd(place.weight, full_matrices=False)
+    def formula(parts: Parts, view: WeightView) -> Tensor:
+        u, s, vh = torch.linalg.svd(view.weight, full_matrices=False)
         trained: Tensor = parts["osf_svd_params.U_low"] * parts["osf_svd_params.S_low"] @ parts["osf_svd_params.V_low"]
         least = slice(len(s) - count, None)
         start: Tensor = (u[:, least] * s[least]) @ vh[least]
         return trained - start
 
     return [
-        module.computed(
+        module.computed_change(
             formula,
             *names,
             transposed=False,

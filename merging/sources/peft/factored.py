@@ -30,7 +30,7 @@ def adalora(module: Module) -> list[Change]:
         raise module.error(f"has rank {size['r']}, and init_r in its config is {rank}: they do not belong together")
     scale = (alpha if alpha > 0 else size["r"]) / (rank + 1e-5)
 
-    def formula(parts: Parts, place: WeightView) -> Factors:
+    def formula(parts: Parts, view: WeightView) -> Factors:
         return parts["lora_B"] * scale, parts["lora_A"] * parts["lora_E"]
 
     return [_low_rank(module, formula, "lora_A", "lora_B", "lora_E", size=size, scale=scale, flat=True)]
@@ -39,9 +39,9 @@ def adalora(module: Module) -> list[Change]:
 def _low_rank(
     module: Module, formula: Formula, *names: str, size: Mapping[str, int | None], **facts: Any
 ) -> ComputedChange:
-    """A change kept as factors, of the outputs ``o``, inputs ``i`` and rank ``r`` among the sizes."""
+    """Return a change kept as factors, of the outputs ``o``, inputs ``i`` and rank ``r`` among the sizes."""
     known = {"outputs": size.get("o"), "inputs": size.get("i"), "trained": size["r"]}
-    return module.computed(formula, *names, **{"factored": True, **known, **facts})
+    return module.computed_change(formula, *names, **{"factored": True, **known, **facts})
 
 
 def vera(module: Module) -> list[Change]:
@@ -57,9 +57,9 @@ def vera(module: Module) -> list[Change]:
             )
     size = module.sizes(vera_lambda_b="o", vera_lambda_d="r", vera_A="r w", vera_B="t r")
 
-    def formula(parts: Parts, place: WeightView) -> Factors:
-        up = parts["vera_lambda_b"][:, None] * parts["vera_B"][: place.outputs]
-        return up, parts["vera_lambda_d"][:, None] * parts["vera_A"][:, : place.width]
+    def formula(parts: Parts, view: WeightView) -> Factors:
+        up = parts["vera_lambda_b"][:, None] * parts["vera_B"][: view.outputs]
+        return up, parts["vera_lambda_d"][:, None] * parts["vera_A"][:, : view.width]
 
     names = ("vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B")
     return [
@@ -77,8 +77,9 @@ def vera(module: Module) -> list[Change]:
 def vblora(module: Module) -> list[Change]:
     """VB-LoRA (Li et al. 2024, arXiv 2405.15179): factors of vectors from a bank, mixed by the best ``topk`` logits.
 
-    The logits of ``A`` are ``[r, in / length, vectors]``, of ``B [out / length, r, vectors]``, the bank ``[vectors,
-    length]``. Where only the best were saved, their places and all but the last of their weights stand instead.
+    The logits are ``[r, in / length, vectors]`` for ``A`` and ``[out / length, r, vectors]`` for ``B``, the bank is
+    ``[vectors, length]``. If only the best were saved, the file has their positions, and all but the last of their
+    weights.
     """
     short = "vblora_logits_A_topk_indices" in module.parts
     if short:
@@ -98,7 +99,7 @@ def vblora(module: Module) -> list[Change]:
             f"topk is {topk} in its config, and its tensors have other sizes: they do not belong together"
         )
 
-    def mixed(parts: Parts, side: str) -> Tensor:
+    def mix(parts: Parts, side: str) -> Tensor:
         bank = parts["vblora_vector_bank"]
         if not short:
             values, places = parts[f"vblora_logits_{side}"].topk(topk, dim=-1)
@@ -113,9 +114,9 @@ def vblora(module: Module) -> list[Change]:
             weights = torch.cat([most, 1 - most.sum(-1, keepdim=True)], dim=-1)
         return (weights[..., None] * bank[places]).sum(-2)
 
-    def formula(parts: Parts, place: WeightView) -> Factors:
-        down = mixed(parts, "A").reshape(size["r"], -1)
-        return mixed(parts, "B").transpose(1, 2).reshape(-1, size["r"]), down
+    def formula(parts: Parts, view: WeightView) -> Factors:
+        down = mix(parts, "A").reshape(size["r"], -1)
+        return mix(parts, "B").transpose(1, 2).reshape(-1, size["r"]), down
 
     whole = {"o": size["o"] * size["l"], "i": size["i"] * size["l"], "r": size["r"]}
     return [_low_rank(module, formula, *layout, size=whole)]
@@ -126,7 +127,7 @@ def delora(module: Module) -> list[Change]:
     names = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
     size = module.sizes(delora_A="r i", delora_B="o r", delora_lambda="1", delora_w_norm="i")
 
-    def formula(parts: Parts, place: WeightView) -> Factors:
+    def formula(parts: Parts, view: WeightView) -> Factors:
         down, up = parts["delora_A"], parts["delora_B"]
         lengths = down.norm(dim=1).clamp(min=1e-4) * up.norm(dim=0).clamp(min=1e-4)
         return up * (parts["delora_lambda"] / size["r"] / lengths), down * parts["delora_w_norm"]
@@ -147,11 +148,11 @@ def miss(module: Module) -> list[Change]:
     size = module.sizes(**{name: "r o"})
     rank, mini = size["r"], way == "mini"
 
-    def formula(parts: Parts, place: WeightView) -> Factors:
+    def formula(parts: Parts, view: WeightView) -> Factors:
         block = parts[name]
-        rows = torch.arange(place.width).remainder(rank)
+        rows = torch.arange(view.width).remainder(rank)
         down = torch.nn.functional.one_hot(rows, rank).T.to(block.dtype)
-        return block.T.repeat(place.outputs // size["o"], 1), down
+        return block.T.repeat(view.outputs // size["o"], 1), down
 
     facts: dict[str, int | None] = {"o": None if mini else size["o"], "r": rank}
     return [
@@ -169,12 +170,12 @@ def miss(module: Module) -> list[Change]:
 def _bat(module: Module, name: str) -> ComputedChange:
     size = module.sizes(**{name: "n r r"})
 
-    def formula(parts: Parts, place: WeightView) -> Tensor:
+    def formula(parts: Parts, view: WeightView) -> Tensor:
         blocks, rank = parts[name], size["r"]
-        weight = place.weight.reshape(size["n"], rank, -1, rank).transpose(1, 2)
+        weight = view.weight.reshape(size["n"], rank, -1, rank).transpose(1, 2)
         return (weight @ blocks[:, None] + blocks[:, None]).transpose(1, 2)
 
-    return module.computed(
+    return module.computed_change(
         formula,
         name,
         outputs=size["n"] * size["r"],
@@ -191,7 +192,7 @@ def hra(module: Module) -> list[Change]:
     size = module.sizes(hra_u="i r")
     orthogonal = bool(module.config.get("apply_GS"))
 
-    def formula(parts: Parts, place: WeightView) -> Factors:
+    def formula(parts: Parts, view: WeightView) -> Factors:
         normals = _orthogonal(parts["hra_u"]) if orthogonal else parts["hra_u"] / parts["hra_u"].norm(dim=0)
         left: list[Tensor] = []
         for index, normal in enumerate(normals.T):
@@ -199,7 +200,7 @@ def hra(module: Module) -> list[Change]:
             if left:
                 turned = normal - torch.stack(left, 1) @ (normals[:, :index].T @ normal)
             left.append(2 * turned)
-        return -(place.weight @ torch.stack(left, 1)), normals.T
+        return -(view.weight @ torch.stack(left, 1)), normals.T
 
     return [
         _low_rank(module, formula, "hra_u", size=size, needs_base="HRA reflects the base's weight", transposed=False)
@@ -207,7 +208,7 @@ def hra(module: Module) -> list[Change]:
 
 
 def _orthogonal(columns: Tensor) -> Tensor:
-    """The columns, each freed of its part along those before, and normed (Gram-Schmidt as PEFT does it)."""
+    """Return the columns, orthogonalised and normalised (Gram-Schmidt as in PEFT)."""
     done: list[Tensor] = []
     for column in columns.T:
         rest = column
@@ -236,7 +237,7 @@ def gralora(module: Module) -> list[Change]:
         )
     scale = module.config.number("alpha", 64) / (rank + hybrid)
 
-    def formula(parts: Parts, place: WeightView) -> Factors:
+    def formula(parts: Parts, view: WeightView) -> Factors:
         each = rank // groups
         up = parts["gralora_A"].new_zeros(groups, size["o"], groups, groups, each)
         down = parts["gralora_A"].new_zeros(groups, groups, each, groups, size["i"])

@@ -1,4 +1,4 @@
-"""LoRA, and what DoRA, PiSSA and OLoRA make of it."""
+"""LoRA, and its variants DoRA, PiSSA and OLoRA."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from merging.sources.peft.wrapped import attention_target, experts_change, param
 __all__ = ["LORA_LEAVES", "TRAINING_STATE", "check_lora", "lora_about", "lora_changes", "lora_scale"]
 
 LORA_LEAVES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_diag", TOKENS)
-"""What LoRA's tensors are called behind the path of their module."""
+"""The names of LoRA's tensors after the path of their module."""
 
 TRAINING_STATE = ("lora_velora_embed", "lora_monteclora_sampler")
-"""What VeLoRA and MonteCLoRA keep for their training alone: at rest both are plain LoRA."""
+"""Tensors that VeLoRA and MonteCLoRA use only for training: afterwards both are plain LoRA."""
 
 _PLAIN_STARTS = (True, False, None, "true", "false", "gaussian", "eva", "orthogonal", "mica")
 _LOST_STARTS = {
@@ -52,13 +52,13 @@ _VARIANTS = {
 
 
 def lora_about(config: Config) -> str:
-    """What a LoRA's changes are made of, its variants named."""
+    """Return a description of a LoRA's changes that names its variants."""
     start = {"pissa": ["PiSSA"], "olora": ["OLoRA"]}.get(str(config.get("init_lora_weights")), [])
     return ", ".join(["low-rank factors", *start, *(name for key, name in _VARIANTS.items() if config.get(key))])
 
 
 def check_lora(config: Config) -> None:
-    """Refuse what the file does not tell completely."""
+    """Refuse variants that the file does not determine completely."""
     for key, reason in _UNSUPPORTED.items():
         if config.get(key):
             raise config.error(f"cannot be merged: {reason} ({key} in its config)")
@@ -71,13 +71,13 @@ def check_lora(config: Config) -> None:
 
 
 def _start(config: Config) -> Literal["pissa", "olora"] | None:
-    """The start that must be taken off the base, if any."""
+    """Return the start that must be subtracted from the base, None without one."""
     start = config.get("init_lora_weights", True)
     return "pissa" if start == "pissa" else "olora" if start == "olora" else None
 
 
 def lora_changes(module: Module) -> list[Change]:
-    """What LoRA changes in a module: its weight, and its bias where ``lora_bias`` trained one."""
+    """Return LoRA's changes of a module: of its weight, and of its bias if ``lora_bias`` trained one."""
     if TOKENS in module.parts:
         return [lora_tokens(module)]
     parameter, attention = parameter_of(module), attention_target(module)
@@ -105,7 +105,7 @@ def lora_changes(module: Module) -> list[Change]:
     if config.get("use_dora") and magnitude is None:
         raise config.error(f"{module.path} has no lora_magnitude_vector, and its config says DoRA: it is incomplete")
     if magnitude is not None and magnitude.numel != up.shape[0]:
-        raise module.error(f"its {magnitude.numel} magnitudes are not those of {up.shape[0]} outputs")
+        raise module.error(f"its {magnitude.numel} magnitudes do not fit {up.shape[0]} outputs")
     reasons = {
         "DoRA gives every output of the base's weight a new length": magnitude is not None,
         f"{start} took a part of the base's weight away at the start": start is not None,
@@ -129,24 +129,24 @@ def lora_changes(module: Module) -> list[Change]:
 
 
 def _attention(module: Module, target: str, times: float) -> LoraChange:
-    """Plain LoRA on a tensor of torch's multi-head attention, which PEFT adds so many times."""
+    """Return plain LoRA on a tensor of torch's multi-head attention, which PEFT adds ``times`` times."""
     module.sizes(lora_A="r i", lora_B="o r")
     down, up = module.part("lora_A"), module.part("lora_B")
     return LoraChange(target, "linear", down, up, times * lora_scale(module, down.shape[0]))
 
 
 def _kasa(module: Module) -> ComputedChange:
-    """KaSA (Wang et al. 2025, arXiv 2412.06071): ``s B diag(d) A``, on a base cut by its ``r`` least directions."""
+    """KaSA (Wang et al. 2025, arXiv 2412.06071): ``s B diag(d) A``, on a base without its ``r`` smallest directions."""
     size = module.sizes(lora_A="r i", lora_B="o r", lora_diag="r")
     rank, scale = size["r"], lora_scale(module, size["r"])
 
-    def formula(parts: Mapping[str, Tensor], place: WeightView) -> tuple[Tensor, Tensor]:
-        u, s, vh = torch.linalg.svd(place.weight, full_matrices=False)
+    def formula(parts: Mapping[str, Tensor], view: WeightView) -> tuple[Tensor, Tensor]:
+        u, s, vh = torch.linalg.svd(view.weight, full_matrices=False)
         up = torch.cat([parts["lora_B"] * parts["lora_diag"] * scale, -u[:, -rank:] * s[-rank:]], 1)
         return up, torch.cat([parts["lora_A"], vh[-rank:]], 0)
 
     reason = "KaSA took the base's least singular values away at the start"
-    return module.computed(
+    return module.computed_change(
         formula,
         "lora_A",
         "lora_B",
@@ -175,23 +175,23 @@ def _block_diagonal(module: Module) -> ComputedChange:
     if all(diagonal) or size.get("q", rank) * times != rank or (rank if diagonal[0] else size["o"]) % blocks:
         raise module.error(f"its factors do not divide into the {blocks} blocks of use_bdlora in its config")
 
-    def formula(parts: Mapping[str, Tensor], place: WeightView) -> tuple[Tensor, Tensor]:
+    def formula(parts: Mapping[str, Tensor], view: WeightView) -> tuple[Tensor, Tensor]:
         up, down = parts["lora_B"] * scale, parts["lora_A"]
         return _unstack(up, blocks) if diagonal[1] else up, _unstack(down, blocks) if diagonal[0] else down
 
     inputs = size["i"] * (blocks if diagonal[0] else 1)
     facts: dict[str, Any] = {"outputs": size["o"], "inputs": inputs, "trained": rank, "scale": scale, "factored": True}
-    return module.computed(formula, *layout, **facts)
+    return module.computed_change(formula, *layout, **facts)
 
 
 def _unstack(stacked: Tensor, blocks: int) -> Tensor:
-    """The block diagonal matrix whose blocks are the equal parts of the rows."""
+    """Return the block diagonal matrix whose blocks are equal parts of the rows."""
     diagonal: Tensor = torch.block_diag(*stacked.chunk(blocks))  # type: ignore[no-untyped-call]
     return diagonal
 
 
 def lora_scale(module: Module, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) with rsLoRA; patterns of the config may set both for a module."""
+    """Return alpha / r, or alpha / sqrt(r) with rsLoRA; patterns of the config may set both for a module."""
     config = module.config
     stated = config.pattern("rank_pattern", module.path, config.get("r", rank))
     if stated != rank:

@@ -1,4 +1,4 @@
-"""LoHa and LoKr as PEFT has them, which took them from LyCORIS and differs from it for some convolutions."""
+"""LoHa and LoKr in PEFT, which differ from LyCORIS for some convolutions."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def loha(module: Module) -> list[Change]:
     size = module.sizes(**layout)
     scale = _scale(module, size["r"])
 
-    def formula(parts: Parts, place: WeightView) -> Tensor:
+    def formula(parts: Parts, view: WeightView) -> Tensor:
         first, second = (parts["hada_w1_a"], parts["hada_w1_b"]), (parts["hada_w2_a"], parts["hada_w2_b"])
         return hadamard(first, second, (parts["hada_t1"], parts["hada_t2"]) if cores else None) * scale
 
     return [
-        module.computed(
+        module.computed_change(
             formula,
             *layout,
             transposed=False,
@@ -54,7 +54,7 @@ def lokr(module: Module) -> list[Change]:
 
     Both may be products themselves: ``w1 = w1_a w1_b [a, b]``, ``w2 = w2_a w2_b [c, d]``, or with a core ``t2 [r, r,
     *kernel]``. For a full ``w2`` of a convolution along one axis PEFT takes the product along the wrong axes, in
-    training too, which is repeated here.
+    training too; this is repeated here.
     """
     first = {"lokr_w1": "a b"} if "lokr_w1" in module.parts else {"lokr_w1_a": "a r", "lokr_w1_b": "r b"}
     axes = "c d k l"
@@ -69,7 +69,7 @@ def lokr(module: Module) -> list[Change]:
     size = module.sizes(**layout)
     scale = _scale(module, size.get("r"))
 
-    def formula(parts: Parts, place: WeightView) -> Tensor:
+    def formula(parts: Parts, view: WeightView) -> Tensor:
         left = parts["lokr_w1"] if "lokr_w1" in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
         if "lokr_w2" in parts:
             right = parts["lokr_w2"]
@@ -83,7 +83,7 @@ def lokr(module: Module) -> list[Change]:
     left = min(size["a"], size["b"], size["r"] if "lokr_w1_a" in layout else size["a"])
     right = min(size["c"], size["d"] * prod(kernel or ()), size["c"] if "lokr_w2" in layout else size["r"])
     return [
-        module.computed(
+        module.computed_change(
             formula,
             *layout,
             transposed=False,
@@ -92,13 +92,13 @@ def lokr(module: Module) -> list[Change]:
             inputs=size["b"] * size["d"],
             kernel=kernel,
             flat=kernel is None,
-            trained=left * right if axes != "c d k" else 0,  # along the wrong axes they are no ranks
+            trained=left * right if axes != "c d k" else 0,  # along the wrong axes these are not ranks
         )
     ]
 
 
 def _scale(module: Module, rank: int | None) -> float:
-    """alpha / r, by the patterns of the config; the tensors must have that r."""
+    """Return alpha / r, by the patterns of the config; the tensors must have this r."""
     config = module.config
     stated = config.count("r", 8, module.path, "rank_pattern")
     if rank not in (None, stated):

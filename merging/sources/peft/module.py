@@ -1,4 +1,4 @@
-"""One adapted module of a PEFT file: its tensors by their leaf names, checked before anything is made of them."""
+"""One adapted module of a PEFT file: its tensors by their leaf names, checked before they are used."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _INTEGERS = ("U8", "I8", "I16", "I32", "I64")
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """What an adapter holds for the module at ``path``: ``parts`` by leaf (``lora_A``), without ``.weight``.
+    """An adapter's tensors for the module at ``path``: ``parts`` by leaf (``lora_A``), without ``.weight``.
 
-    ``shared`` are tensors that all modules share, which stand once in the file; ``siblings`` the paths of all of them.
+    ``shared`` are tensors that occur once for all modules; ``siblings`` are the paths of all modules.
     """
 
     path: str
@@ -37,26 +37,26 @@ class Module:
 
     @property
     def bias(self) -> str:
-        """The base's bias beside it."""
+        """The base's bias of the same module."""
         return f"{self.path}.bias"
 
     def error(self, reason: str) -> FormatError:
-        """The refusal of this module, with the reason."""
+        """Return the error for this module, with the reason."""
         return self.config.error(f"{self.path}: {reason}")
 
     def part(self, name: str) -> Stored:
-        """A part that must be there, of the module or of all."""
+        """Return a required part, of this module or shared by all."""
         found = self.parts.get(name) or self.shared.get(name)
         if found is None:
             raise self.config.error(f"{self.path} has no {name}: the file is incomplete, save or download it again")
         return found
 
     def sizes(self, **layout: str) -> dict[str, int]:
-        """The sizes of the module's parts by the letters of their ``layout`` (``lora_A="r i"``), as in einsum.
+        """Return the sizes of the module's parts by the letters of their ``layout`` (``lora_A="r i"``), as in einsum.
 
-        A letter has one size wherever it stands, a number is that size, and a capital may be none. ``int`` in front
-        says that a part may hold integers. Raises :class:`~merging.errors.FormatError` for a part that is missing, has
-        another number of axes or no elements, does not fit the others, holds integers, or has no place in the layout.
+        A letter has the same size everywhere, a number is this size, and a capital letter may be 0. ``int`` in front
+        allows integers. Raises :class:`~merging.errors.FormatError` for a part that is missing, has another number of
+        axes or no elements, does not fit the others, holds integers, or is not in the layout.
         """
         sizes: dict[str, int] = {}
         for name, axes in layout.items():
@@ -67,7 +67,7 @@ class Module:
                 known = ", ".join(f"{letter} = {sizes[letter]}" for letter in letters if letter in sizes)
                 raise self.error(
                     f"{name} has the shape {stored.shape}, and should be [{', '.join(letters)}]"
-                    f"{' with ' * bool(known)}{known}: its parts do not belong together"
+                    f"{f' with {known}' if known else ''}: its parts do not belong together"
                 )
             if any(size == 0 and not letter.isupper() for letter, size in zip(letters, stored.shape, strict=True)):
                 raise self.error(f"{name} has the shape {stored.shape}, and holds nothing: save or download it again")
@@ -77,10 +77,10 @@ class Module:
         return sizes
 
     def check(self, *names: str, beside: str) -> None:
-        """Refuse parts that have no place among those named."""
+        """Refuse parts that are not among the given names."""
         unknown = next((name for name in self.parts if name not in names), None)
         if unknown:
-            raise self.config.error(f"{self.path}.{unknown} has no place beside {beside}")
+            raise self.config.error(f"{self.path}.{unknown} has no place next to {beside}")
 
     def check_types(self, *names: str) -> None:
         """Refuse parts that hold no floating-point numbers."""
@@ -96,8 +96,10 @@ class Module:
                 f"{self.path}.{name} holds {stored.dtype_name} factors: only F16, BF16, F32 and F64 are read{way_out}"
             )
 
-    def computed(self, formula: Formula, *names: str, kind: ChangeKind = "linear", **facts: Any) -> ComputedChange:
-        """The change that a formula makes of parts of this module; ``facts`` are fields of :class:`ComputedChange`."""
+    def computed_change(
+        self, formula: Formula, *names: str, kind: ChangeKind = "linear", **facts: Any
+    ) -> ComputedChange:
+        """Return the change that a formula makes of some parts; ``facts`` are fields of :class:`ComputedChange`."""
         parts = {name: self.part(name) for name in names}
         turned = kind == "embedding" or (kind == "linear" and bool(self.config.get("fan_in_fan_out")))
         return ComputedChange(self.target, kind, **{"parts": parts, "formula": formula, "transposed": turned, **facts})

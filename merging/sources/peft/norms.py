@@ -1,4 +1,4 @@
-"""PEFT's type that holds what takes the place of the base's tensors: trained norms."""
+"""PEFT's type for trained norms, which replace the base's."""
 
 from __future__ import annotations
 

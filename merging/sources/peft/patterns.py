@@ -1,9 +1,8 @@
-"""Regular expressions out of files: they match as Python's re has it, and in bounded time whatever they are.
+"""Regular expressions from files, matched as Python's re would, in bounded time.
 
 PEFT matches them by ``re``, where a few characters can keep it busy for years. The engine here is ``regex``, which
-transformers needs too: it takes what ``re`` takes, look-ahead included, and can be stopped. Names that are written out,
-which is what PEFT itself saves, are looked up.
-"""
+transformers needs too: it accepts the syntax of ``re``, look-ahead included, and can be stopped. Names without special
+characters, which PEFT itself saves, are looked up."""
 
 from __future__ import annotations
 
@@ -18,24 +17,24 @@ from typing import Any
 __all__ = ["PatternError", "Patterns"]
 
 _SECONDS, _SECONDS_EACH, _MOST_SECONDS = 1.0, 20e-6, 30.0
-"""Processor time that all matching of one config shares, what each match adds (an ordinary one takes a tenth of that),
-and the most there is."""
+"""Processor time in seconds that all matching of one config shares, the time that each match adds (an ordinary match
+takes a tenth of it), and the upper limit."""
 
 _LONGEST, _MOST_REPEATS = 10_000, 1000
-"""Characters of an expression; and the product of its counts (``{100}``), as it is compiled into so many copies."""
+"""The most characters of an expression; and of the product of its counts (``{100}``), which compile into copies."""
 
 _SIGNS = frozenset("\\^$*+?{}[]()|")
 _COUNT = re.compile(r"\{(\d*),?(\d*)\}")
 _FUZZY = re.compile(r"\{[^\d,}]")
-"""Where regex reads how many errors are allowed, and re reads plain text."""
+"""Signs that regex reads as the number of allowed errors, and re as plain text."""
 
 
 class PatternError(ValueError):
-    """An expression that is none, or that takes too long; the message quotes it."""
+    """An expression that is invalid, or takes too long; the message quotes it."""
 
 
 class Patterns:
-    """The expressions of one config. All matching of them together is bounded."""
+    """The expressions of one config. The time for matching all of them together is bounded."""
 
     def __init__(self) -> None:
         self._spent, self._tries = 0.0, 0
@@ -43,7 +42,8 @@ class Patterns:
         self._keys: dict[str, tuple[_Names, dict[int, str]]] = {}
 
     def match(self, expression: str, text: str, whole: bool = False) -> Any:
-        """The match at the start of a text, or of the ``whole`` of it, None without one; as ``re.match`` has it.
+        """Match an expression at the start of a text, or with the ``whole`` of it, as ``re.match`` does; None without a
+        match.
 
         Raises :class:`PatternError`.
         """
@@ -51,7 +51,7 @@ class Patterns:
             return self._match(expression, text, whole)
 
     def first(self, field: str, keys: Iterable[str], path: str) -> str | None:
-        """The first of a field's keys that matches a module's path or the end of it, as in PEFT; None without one.
+        """Return the first of a field's keys that matches a module's path or its end, as in PEFT; None without a match.
 
         Raises :class:`PatternError`.
         """
@@ -76,29 +76,29 @@ class Patterns:
             self._compiled[expression] = _compile(expression)
         compiled = self._compiled[expression]
         try:
-            return (compiled.fullmatch if whole else compiled.match)(text, timeout=max(self._left(), 1e-3))
+            return (compiled.fullmatch if whole else compiled.match)(text, timeout=max(self._seconds_left(), 1e-3))
         except TimeoutError:
             raise _too_long(repr(expression[:80])) from None
 
-    def _left(self) -> float:
+    def _seconds_left(self) -> float:
         return min(_SECONDS + _SECONDS_EACH * self._tries, _MOST_SECONDS) - self._spent
 
     @contextmanager
     def _time_limit(self, what: str) -> Iterator[None]:
-        """Count the time of a look-up. Raises :class:`PatternError` where none is left."""
+        """Count the time of a look-up. Raises :class:`PatternError` if none is left."""
         self._tries += 1
-        if self._left() > 0:
+        if self._seconds_left() > 0:
             start = time.process_time()
             try:
                 yield
             finally:
                 self._spent += time.process_time() - start
-        if self._left() <= 0:
+        if self._seconds_left() <= 0:
             raise _too_long(what)
 
 
 class _Names:
-    """Names among the keys, in which only a dot is a sign: found by their length, and by where their dots are."""
+    """Keys that are names, whose only special character is the dot; found by their length and the places of dots."""
 
     def __init__(self, places: dict[str, int]) -> None:
         self._lengths: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
@@ -107,7 +107,7 @@ class _Names:
             self._lengths.setdefault(len(name), {}).setdefault(dots, {})[name] = place
 
     def first(self, path: str) -> tuple[int | None, str | None]:
-        """The first name that a path ends in, at its start or after a dot, and its place among the keys."""
+        """Return the first name that a path ends in, at its start or after a dot, and its position among the keys."""
         found: list[tuple[int, str]] = []
         for length, shapes in self._lengths.items():
             start = len(path) - length
@@ -134,10 +134,10 @@ def _compile(expression: str) -> Any:
             warnings.simplefilter("error")
             re.compile(expression)
             if _FUZZY.search(expression):
-                raise PatternError(f"{shown} has a brace that is no count: write it as \\{{")
+                raise PatternError(f"{shown} has a brace that is not a count: write it as \\{{")
             return regex.compile(expression)
     except (re.error, regex.error, OverflowError, RecursionError, Warning) as error:
-        raise PatternError(f"{shown} is no regular expression: {error}") from None
+        raise PatternError(f"{shown} is not a regular expression: {error}") from None
 
 
 def _too_long(shown: str) -> PatternError:

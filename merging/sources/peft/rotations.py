@@ -1,4 +1,4 @@
-"""PEFT's types that turn the base's weight: OFT, BOFT and RoAD."""
+"""PEFT's types that rotate the base's weight: OFT, BOFT and RoAD."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Parts = Mapping[str, Tensor]
 
 
 def oft(module: Module) -> list[Change]:
-    """OFT (Qiu et al. 2023, arXiv 2306.07280): the inputs of the weight, turned in blocks: ``R W^T - W^T``.
+    """OFT (Qiu et al. 2023, arXiv 2306.07280): the inputs of the weight, rotated in blocks: ``R W^T - W^T``.
 
     ``R`` are rotations of skew-symmetric matrices by Cayley's formula or by PEFT's series for it; the entries above
-    their diagonals are ``[blocks, size (size - 1) / 2]``. ``block_share``: one block for all. Embeddings are turned the
-    other way, ``W R``. ``coft`` cuts the matrices to a largest norm, and PEFT does so again on loading.
+    their diagonals are ``[blocks, size (size - 1) / 2]``. ``block_share``: one block for all. For embeddings the
+    features are rotated, ``W R``. ``coft`` limits the norm of the matrices, and PEFT does so again on loading.
     """
     config = module.config
     embedding = "oft_embedding_R" in module.parts
@@ -37,19 +37,19 @@ def oft(module: Module) -> list[Change]:
     if shared and size["n"] != 1:
         raise module.error(f"has {size['n']} blocks, and its config says that one is shared")
 
-    def formula(parts: Parts, place: WeightView) -> Tensor:
+    def formula(parts: Parts, view: WeightView) -> Tensor:
         skewed = skew(parts[name], side)
         if config.get("coft"):
             norm = skewed.norm(dim=(1, 2), keepdim=True)
             skewed = torch.where(norm <= most, skewed, most * skewed / norm)
         rotations = cayley_series(skewed, terms) if series else cayley(skewed)
         if embedding:  # features are what is turned: the outputs of the matrix
-            return blockwise(rotations.mT, place.weight) - place.weight
-        return (blockwise(rotations, place.weight.mT) - place.weight.mT).mT
+            return blockwise(rotations.mT, view.weight) - view.weight
+        return (blockwise(rotations, view.weight.mT) - view.weight.mT).mT
 
     width = None if shared else size["n"] * side
     return [
-        module.computed(
+        module.computed_change(
             formula,
             name,
             kind="embedding" if embedding else "linear",
@@ -63,10 +63,10 @@ def oft(module: Module) -> list[Change]:
 
 
 def boft(module: Module) -> list[Change]:
-    """BOFT (Liu et al. 2024, arXiv 2311.06243): the inputs turned in blocks, and every output scaled.
+    """BOFT (Liu et al. 2024, arXiv 2311.06243): the inputs rotated in blocks, and every output scaled.
 
-    ``R [1, blocks, size, size]`` by Cayley's formula of its skew-symmetric half, ``s [out, 1]`` or
-    ``[1, out]``. With more than one factor permutations come in between, which PEFT has only where its CUDA kernel is.
+    ``R [1, blocks, size, size]`` by Cayley's formula of its skew-symmetric half, ``s [out, 1]`` or ``[1, out]``. With
+    more than one factor, permutations come in between, which PEFT has only where its CUDA kernel is available.
     """
     factors = module.part("boft_R").shape[:1]
     if factors != (1,):
@@ -76,13 +76,13 @@ def boft(module: Module) -> list[Change]:
         )
     size = module.sizes(boft_R="1 n b b", boft_s="1 o" if module.part("boft_s").shape[:1] == (1,) else "o 1")
 
-    def formula(parts: Parts, place: WeightView) -> Tensor:
+    def formula(parts: Parts, view: WeightView) -> Tensor:
         matrices = parts["boft_R"][0]
-        turned = blockwise(cayley((matrices - matrices.mT) / 2), place.weight.mT).mT
-        return turned * parts["boft_s"].reshape(-1, 1) - place.weight
+        turned = blockwise(cayley((matrices - matrices.mT) / 2), view.weight.mT).mT
+        return turned * parts["boft_s"].reshape(-1, 1) - view.weight
 
     return [
-        module.computed(
+        module.computed_change(
             formula,
             "boft_R",
             "boft_s",
@@ -95,7 +95,7 @@ def boft(module: Module) -> list[Change]:
 
 
 def road(module: Module) -> list[Change]:
-    """RoAD (Liao and Monz 2024, arXiv 2409.00119): pairs of outputs, turned and scaled, and the bias with them.
+    """RoAD (Liao and Monz 2024, arXiv 2409.00119): pairs of outputs, rotated and scaled, and the bias with them.
 
     Outputs are taken in groups; the first half of a group pairs with the second. ``road_1`` has one angle and scale a
     pair, ``road_2`` one an output, ``road_4`` two an output.
@@ -110,7 +110,7 @@ def road(module: Module) -> list[Change]:
     if size["n"] * times % over or outputs % group or group % 2:
         raise module.error(f"{size['n']} angles do not make pairs in groups of {group} (group_size in its config)")
 
-    def turned(parts: Parts, rows: Tensor) -> Tensor:
+    def rotate(parts: Parts, rows: Tensor) -> Tensor:
         theta, alpha = parts["road_theta"], parts["road_alpha"]
         if variant == "road_1":
             theta, alpha = (each.reshape(-1, 1, group // 2).expand(-1, 2, -1) for each in (theta, alpha))
@@ -121,12 +121,12 @@ def road(module: Module) -> list[Change]:
         swapped = torch.stack([-halves[:, 1], halves[:, 0]], 1).reshape(rows.shape)
         return rows * own + swapped * other - rows
 
-    def formula(parts: Parts, place: WeightView) -> Tensor:
-        return turned(parts, place.weight)
+    def formula(parts: Parts, view: WeightView) -> Tensor:
+        return rotate(parts, view.weight)
 
     reason = "RoAD turns the outputs of the base's weight"
     stored = {name: module.part(name) for name in ("road_theta", "road_alpha")}
     return [
-        module.computed(formula, *stored, transposed=False, outputs=outputs, needs_base=reason),
+        module.computed_change(formula, *stored, transposed=False, outputs=outputs, needs_base=reason),
         ComputedChange(module.bias, "bias", stored, formula, outputs=outputs, optional=True, needs_base=reason),
     ]

@@ -18,8 +18,8 @@ Parts = Mapping[str, Tensor]
 def ia3(module: Module) -> list[Change]:
     """IA3 (Liu et al. 2022, arXiv 2205.05638): every output of the weight times its factor, and the bias with it.
 
-    In feed-forward modules every input is, and the bias stays. Factors are ``[out, 1]`` or ``[1, in]``; those of
-    convolutions are ``[1, n, 1, 1]`` either way, so that the config tells.
+    In feed-forward modules every input is scaled instead, and the bias stays. Factors are ``[out, 1]`` or ``[1, in]``;
+    for convolutions both are ``[1, n, 1, 1]``, so that the config decides.
     """
     stored = module.part("ia3_l")
     axes = len(stored.shape)
@@ -32,20 +32,20 @@ def ia3(module: Module) -> list[Change]:
         layout = "n 1"
     count = module.sizes(ia3_l=layout)["n"]
 
-    def formula(parts: Parts, place: WeightView) -> Tensor:
+    def formula(parts: Parts, view: WeightView) -> Tensor:
         factors = parts["ia3_l"].flatten() - 1
         if not inwards:
-            return place.weight * factors[:, None]
-        # a grouped convolution has more inputs than its weight tells: each group its own
-        groups, rest = divmod(count, place.shape[1])
-        if rest or not groups or place.outputs % groups:
-            raise module.error(f"has {count} factors, which do not belong to a weight of the shape {place.shape}")
-        weight = place.weight.reshape(groups, place.outputs // groups, place.shape[1], -1)
+            return view.weight * factors[:, None]
+        # a grouped convolution has more inputs than its weight shows: every group has its own
+        groups, rest = divmod(count, view.shape[1])
+        if rest or not groups or view.outputs % groups:
+            raise module.error(f"has {count} factors, which do not belong to a weight of the shape {view.shape}")
+        weight = view.weight.reshape(groups, view.outputs // groups, view.shape[1], -1)
         return weight * factors.reshape(groups, 1, -1, 1)
 
     reason = "IA3 scales the base's weight"
     facts = {"inputs": count if not convolution else None} if inwards else {"outputs": count}
-    changes: list[Change] = [module.computed(formula, "ia3_l", needs_base=reason, **facts)]
+    changes: list[Change] = [module.computed_change(formula, "ia3_l", needs_base=reason, **facts)]
     if not inwards:
         changes.append(
             ComputedChange(
@@ -72,11 +72,11 @@ def hira(module: Module) -> list[Change]:
     kernel = "k l m"[: max(0, 2 * len(module.part(down).shape) - 5)]
     size = module.sizes(**{down: f"r i {kernel}", up: f"o r {' '.join('1' for _ in kernel.split())}"})
 
-    def formula(parts: Parts, place: WeightView) -> Tensor:
-        return place.weight * (parts[up].reshape(-1, size["r"]) @ parts[down].reshape(size["r"], -1))
+    def formula(parts: Parts, view: WeightView) -> Tensor:
+        return view.weight * (parts[up].reshape(-1, size["r"]) @ parts[down].reshape(size["r"], -1))
 
     return [
-        module.computed(
+        module.computed_change(
             formula,
             down,
             up,

@@ -1,4 +1,4 @@
-"""Trained rows of embeddings, beside LoRA or alone (PEFT's trainable tokens)."""
+"""Trained rows of embeddings, together with LoRA or alone (PEFT's trainable tokens)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from merging.sources.token_rows import TokenRows
 __all__ = ["TOKENS", "lora_tokens", "trainable_tokens"]
 
 TOKENS = "token_adapter.trainable_tokens_delta"
-"""What the rows are called beside LoRA, behind the path of their module."""
+"""The name of the rows in a LoRA, after the path of their module."""
 
 
 def trainable_tokens(module: Module) -> list[Change]:
-    """Trainable tokens: rows of an embedding, which take the place of the base's at the indices in the config."""
+    """Trainable tokens: rows of an embedding, which replace the base's at the indices in the config."""
     return [_rows(module, "trainable_tokens_delta", "token_indices", module.config.get("token_indices"))]
 
 
 def lora_tokens(module: Module) -> Change:
-    """The same beside LoRA, where the config may have indices for each of several modules."""
+    """Trainable tokens within a LoRA, whose config may have indices for each of several modules."""
     indices = module.config.get("trainable_token_indices")
     if isinstance(indices, dict):
         fits = [each for name, each in indices.items() if module.path == name or module.path.endswith(f".{name}")]

@@ -15,4 +15,4 @@ UNSUPPORTED: dict[str, str] = {
     **dict.fromkeys(("ADAMSS", "BEFT", "DEFT", "FROD", "GLORA", "PEANUT"), _BAKE),
     **dict.fromkeys(("PSOFT", "PVERA", "SUPERTUNING", "TINYLORA", "UNILORA"), _BAKE),
 }
-"""By PEFT's name of the type."""
+"""Reasons, by PEFT's name of the type."""

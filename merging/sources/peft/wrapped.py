@@ -1,8 +1,7 @@
-"""What a LoRA of PEFT wraps that is no module's weight: parameters by their names, and torch's multi-head attention.
+"""LoRA of PEFT on parameters that are no module's weight, and on torch's multi-head attention.
 
-Neither is told by the names in the file alone. Several parameters of one module are wrapped one in another
-(``experts.base_layer.lora_A``, ``experts.lora_A``), and only the config names them.
-"""
+The names in the file alone identify neither. Several parameters of one module are wrapped in one another
+(``experts.base_layer.lora_A``, ``experts.lora_A``), and only the config names them."""
 
 from __future__ import annotations
 
@@ -19,25 +18,25 @@ from merging.sources.tensor_views import view
 __all__ = ["added_twice", "attention_target", "experts_change", "in_order", "out_proj_once", "parameter_of"]
 
 _OUT_PROJ = ".base_layer.out_proj"
-"""Where PEFT keeps the factors on what projects the output of torch's multi-head attention."""
+"""The place of PEFT's factors for the output projection of torch's multi-head attention."""
 
 _SWAPPED_SINCE = (0, 19)
-"""The version of PEFT from which on ``down`` is that of the inputs in all models."""
+"""The version of PEFT since which ``down`` belongs to the inputs in all models."""
 
 
 def in_order(parameters: Iterable[str]) -> list[str]:
-    """The names of a module's parameters in the order in which modules of experts define them, and PEFT wraps them.
+    """Sort the names of a module's parameters as modules of experts define them, and PEFT wraps them.
 
-    What goes into the experts comes first: ``gate_up_proj``, ``up_proj`` or ``w1`` before ``down_proj`` or ``w2``.
+    Input projections are first: ``gate_up_proj``, ``up_proj`` or ``w1`` before ``down_proj`` or ``w2``.
     """
     return sorted(parameters, key=lambda name: ("down" in name or name == "w2", name))
 
 
 def attention_target(module: Module) -> tuple[str, float] | None:
-    """The tensor of torch's multi-head attention that a module's factors change, and how often PEFT adds them.
+    """Return the tensor of torch's multi-head attention that a module's factors change, and how often PEFT adds them.
 
-    PEFT up to 0.21 adds those on ``out_proj`` twice, in training and in merging, so what was trained is twice their
-    product; :func:`out_proj_once` takes that back for adapters of a version that adds them once.
+    PEFT up to 0.21 adds the factors of ``out_proj`` twice, in training and in merging, so that the trained change is
+    twice their product. :func:`out_proj_once` undoes this for adapters of a version that adds them once.
     """
     path, others = module.path, module.siblings
     if path.endswith(_OUT_PROJ) and path.removesuffix(_OUT_PROJ) in others:
@@ -48,13 +47,13 @@ def attention_target(module: Module) -> tuple[str, float] | None:
 
 
 def added_twice(adapter: Adapter) -> list[str]:
-    """The targets of an adapter that PEFT up to 0.21 adds factors to twice."""
+    """Return the targets of an adapter to which PEFT up to 0.21 adds factors twice."""
     ends = [(target, target.removesuffix(".out_proj.weight")) for target in adapter.changes]
     return [target for target, module in ends if module != target and f"{module}.in_proj_weight" in adapter.changes]
 
 
 def out_proj_once(adapter: Adapter) -> Adapter:
-    """An adapter whose factors on the output of torch's multi-head attention were trained as if added once."""
+    """Return the adapter as trained by a version that adds factors on the attention's output projection once."""
     changes = dict(adapter.changes)
     for target in added_twice(adapter):
         change = changes[target]
@@ -64,9 +63,9 @@ def out_proj_once(adapter: Adapter) -> Adapter:
 
 
 def parameter_of(module: Module) -> str | None:
-    """The parameter that a module's factors change, if the config says that it is no module's weight.
+    """Return the parameter that a module's factors change, None for the weight of a module.
 
-    Raises :class:`~merging.errors.FormatError` where the config names other parameters than the file has factors for.
+    Raises :class:`~merging.errors.FormatError` if the config names other parameters than the file has factors for.
     """
     config, path = module.config, module.path
     plain = re.sub(r"(\.base_layer)+$", "", path)
@@ -87,15 +86,15 @@ def parameter_of(module: Module) -> str | None:
     if len(named) != len(wrappers):
         raise config.error(
             f"{plain} has factors for {len(wrappers)} parameters, and target_parameters in its config name "
-            f"{', '.join(sorted(named))}: which of them are meant cannot be told"
+            f"{', '.join(sorted(named))}: it is not clear for which the factors are"
         )
     return f"{plain}.{in_order(named)[len(wrappers) - 1 - depth]}"
 
 
 def experts_change(module: Module, parameter: str, scale_of: Callable[[Module, int], float]) -> Change:
-    """The change of a parameter: PEFT keeps ``down`` as ``[E * r, in]``, and ``up`` as ``[out, r * E]``.
+    """Return the change of a parameter: PEFT keeps ``down`` as ``[E * r, in]``, and ``up`` as ``[out, r * E]``.
 
-    A parameter of two axes has one expert, and is as any weight. ``scale_of`` gives the scale of factors of a rank.
+    A parameter of two axes counts as one expert, like any weight. ``scale_of`` returns the scale of factors of a rank.
     """
     module = replace(module, path=parameter)
     module.check("lora_A", "lora_B", beside="lora_A and lora_B")
@@ -106,13 +105,13 @@ def experts_change(module: Module, parameter: str, scale_of: Callable[[Module, i
         raise module.error(f"factors of shapes {down.shape} and {up.shape} do not multiply")
     if down.shape[0] % rank:
         raise module.error(
-            f"has factors of {down.shape[0]} rows, which are no experts of the rank {rank} in its config"
+            f"has factors of {down.shape[0]} rows, which are not experts of the rank {rank} in its config"
         )
     experts, scale = down.shape[0] // rank, scale_of(module, rank)
     if experts == 1:
         return LoraChange(parameter, "linear", down, up, scale)
     either = _version(module.config) < _SWAPPED_SINCE
-    reason = "PEFT before 0.19 took the inputs of most experts for their outputs, and only the base tells which"
+    reason = "PEFT before 0.19 took the inputs of most experts for their outputs, and only the base shows for which"
     return ExpertsChange(
         parameter,
         "experts",
@@ -126,6 +125,6 @@ def experts_change(module: Module, parameter: str, scale_of: Callable[[Module, i
 
 
 def _version(config: Config) -> tuple[int, int]:
-    """The first two numbers of the version that wrote the config, which states it since 0.18."""
+    """Return the first two numbers of the version of PEFT in the config, which has it since 0.18."""
     found = re.match(r"(\d+)\.(\d+)", config.text("peft_version") or "")
     return (int(found[1]), int(found[2])) if found else (0, 0)
