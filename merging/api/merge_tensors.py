@@ -13,7 +13,7 @@ from merging.engine.in_memory import Inputs, merge_in_memory
 from merging.errors import InputError, OptionError
 from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.maths.layers import Stacks
-from merging.maths.parameters import all_matching
+from merging.maths.patterns import all_matching
 from merging.maths.site import inputs_by_outputs, site_of
 from merging.methods import chain
 from merging.methods.contract.method import Method

@@ -18,7 +18,8 @@ from merging.engine.download import download_model
 from merging.errors import InputError, OptionError
 from merging.hub.open_model import open_model
 from merging.maths.delta import LowRank
-from merging.maths.linalg import factored_svd, safe_ratio
+from merging.maths.linalg import factored_svd
+from merging.maths.sums import safe_ratio
 from merging.plan.checks import check_bases
 from merging.plan.names.targets import common_shape
 from merging.sources import Adapter

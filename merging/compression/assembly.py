@@ -12,7 +12,7 @@ from torch import Tensor
 
 from merging.engine.spool import Spool
 from merging.maths.delta import Dense
-from merging.maths.linalg import safe_ratio
+from merging.maths.sums import safe_ratio
 from merging.sources.packs import PACK_KEY, Described, PackManifest, payload_name
 from merging.sources.packs.codings import Bands, Packed, Raw, Sparse, Ternary
 from merging.sources.stored import DTYPE_NAMES, DTYPES, MappedTensor

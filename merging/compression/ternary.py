@@ -13,7 +13,8 @@ from torch import Tensor
 
 from merging.compression.settings import PackSettings
 from merging.maths.delta import LowRank
-from merging.maths.linalg import factored_svd, safe_ratio, squared_norm
+from merging.maths.linalg import factored_svd, squared_norm
+from merging.maths.sums import safe_ratio
 from merging.sources.packs.codings import DtypeName, Ternary
 from merging.sources.packs.frames import BITMAP, frame_signs
 from merging.sources.packs.golomb import parameter

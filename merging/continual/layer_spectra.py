@@ -11,7 +11,8 @@ from torch import Tensor
 
 from merging.maths.delta import LowRank
 from merging.maths.layers import Stacks
-from merging.maths.linalg import factored_svd, safe_ratio
+from merging.maths.linalg import factored_svd
+from merging.maths.sums import safe_ratio
 from merging.sources.adapter import Adapter, Change
 
 __all__ = ["LayerSpectrum", "spectra"]

@@ -21,7 +21,7 @@ from merging.engine.resources import workers_within
 from merging.engine.run import Done, run
 from merging.engine.threads import Progress
 from merging.errors import InputError, escape_unprintable
-from merging.maths.linalg import safe_ratio
+from merging.maths.sums import safe_ratio
 from merging.methods.contract.update_rule import UpdateStep
 from merging.methods.task_arithmetic import TaskArithmetic
 from merging.output.licences import source_of

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from merging.continual.manifest import Manifest
 from merging.errors import OptionError
-from merging.maths.parameters import number
+from merging.maths.coefficients import number
 from merging.methods import METHODS, chain, method_class
 from merging.methods.contract.method import Method
 from merging.methods.contract.update_rule import History, UpdateRule

@@ -12,7 +12,7 @@ from merging.engine.tiles import Tiler
 from merging.engine.unit import Span, row_blocks
 from merging.errors import InputError
 from merging.maths.delta import Delta, LowRank
-from merging.maths.linalg import compress, even, truncate
+from merging.maths.linalg import balance_terms, compress_matrix, truncate
 from merging.maths.parameters import Coefficient
 from merging.plan.items import Item
 from merging.sources.adapter import Change
@@ -61,7 +61,7 @@ class Output:
         changes = [each for each in item.inputs if isinstance(each, Change)]
         transposed = any(each.is_transposed(shape) for each in changes)
         matrices = full if any(each.kind == "experts" for each in changes) else full.reshape(shape[0], -1)
-        factors, discarded = compress(matrices.mT if transposed else matrices, self.plan.rank, shape, transposed)
+        factors, discarded = compress_matrix(matrices.mT if transposed else matrices, self.plan.rank, shape, transposed)
         self.discarded[item.site.name] = discarded
         self.write_factors(item, factors)
 
@@ -71,7 +71,7 @@ class Output:
             merged, discarded = truncate(merged, self.plan.rank)
             self.discarded[item.site.name] = discarded
         if item.outs[0].dtype_name == "F16":
-            merged = even(merged, merged.up.dtype)
+            merged = balance_terms(merged, merged.up.dtype)
         missing = self.plan.rank - merged.rank
         down = torch.nn.functional.pad(merged.down, (0, 0, 0, missing))
         up = torch.nn.functional.pad(merged.up, (0, missing))

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from merging.maths.linalg import safe_ratio
+from merging.maths.sums import safe_ratio
 from merging.plan.items import Item, Plan
 from merging.sources import Checkpoint
 from merging.sources.stored import Stored

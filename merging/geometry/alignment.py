@@ -19,7 +19,7 @@ from merging.errors import InputError, OptionError
 from merging.hub.open_model import open_model, require_full
 from merging.maths.delta import Delta, Dense
 from merging.maths.layers import Stacks
-from merging.maths.parameters import all_matching
+from merging.maths.patterns import all_matching
 from merging.maths.site import site_of
 from merging.plan import Item, Plan, plan_of
 from merging.plan.checks import check_bases, check_packed

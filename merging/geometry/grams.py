@@ -15,7 +15,7 @@ from merging.engine.tiles import Tiler
 from merging.errors import InputError, OptionError
 from merging.geometry.alignment import MEMORY, ModelLike, align, factored, matrix_sides, row_blocks
 from merging.maths.delta import LowRank
-from merging.maths.linalg import spans
+from merging.maths.sums import spans
 from merging.methods.families.spherical import cosines as normalised
 from merging.plan import Item, Plan
 from merging.plan.items import TILE

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from merging.maths.delta import Delta, LowRank
-from merging.maths.linalg import ThinSvd, safe_ratio
+from merging.maths.linalg import ThinSvd
+from merging.maths.sums import safe_ratio
 
 __all__ = ["Intruders", "intruders", "left_vectors"]
 

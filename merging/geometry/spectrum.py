@@ -13,7 +13,7 @@ from merging.engine.tiles import Tiler
 from merging.geometry.alignment import ModelLike, align, matrix_sides, read_change
 from merging.geometry.grams import segment_sums
 from merging.maths.delta import Delta, LowRank
-from merging.maths.linalg import CUT, factored_svd, leading
+from merging.maths.linalg import CUT, factored_svd, leading_svd
 from merging.plan import Item, Plan
 from merging.sources.adapter import Change
 
@@ -132,7 +132,7 @@ def directions(delta: Delta, most: int) -> tuple[Tensor, Tensor]:
     if isinstance(delta, LowRank):
         u, s, vh = factored_svd(delta.up, delta.down)
     else:
-        u, s, vh = leading(delta.dense().flatten(1), most)
+        u, s, vh = leading_svd(delta.dense().flatten(1), most)
     kept = min(most, int((s > CUT * s[:1]).sum()))
     return u.mT[:kept], vh[:kept]
 

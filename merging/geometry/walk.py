@@ -23,7 +23,7 @@ from merging.geometry.spectrum import (
     spectrum_of,
 )
 from merging.maths.delta import Delta, Dense, LowRank
-from merging.maths.linalg import decomposed
+from merging.maths.linalg import decompose
 from merging.methods.decouple import column_norms
 from merging.methods.families.spherical import cosines as normalised
 from merging.plan import Item, Plan
@@ -147,7 +147,7 @@ def _base(tiler: Tiler, item: Item) -> tuple[Tensor, tuple[Tensor, Tensor, Tenso
     assert item.base is not None
     weight = item.base.read().to(tiler.device, torch.float64)
     weight = weight.mT if item.site.axis == 0 else weight
-    return weight, decomposed(weight)
+    return weight, decompose(weight)
 
 
 def _upright(delta: Delta, item: Item) -> Delta:

@@ -9,30 +9,27 @@ import torch
 from torch import Tensor
 
 from merging.maths.delta import Delta, LowRank
+from merging.maths.sums import safe_ratio
 
 __all__ = [
     "CUT",
     "ThinSvd",
     "balance",
-    "compress",
-    "decomposed",
-    "even",
+    "balance_terms",
+    "compress_matrix",
+    "decompose",
     "factored_svd",
-    "inner",
+    "inner_product",
     "joint_core",
-    "leading",
+    "leading_svd",
     "output_basis",
     "polar",
-    "safe_ratio",
-    "spans",
     "squared_norm",
     "truncate",
 ]
 
 CUT = 1e-6
 """The share of the largest singular value up to which others count as zero."""
-
-_SPAN = 1 << 12
 
 _CONDITION = 1e-5
 """Smallest share of the largest singular value that the squares of a Gram matrix still tell well in float64."""
@@ -45,20 +42,6 @@ ThinSvd = tuple[Tensor, Tensor, Tensor]
 
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 2
-
-
-def safe_ratio(numerator: float, denominator: float) -> float:
-    """``numerator / denominator``, and 0 where the denominator is 0: a change that vanished has no size to restore."""
-    return numerator / denominator if denominator else 0.0
-
-
-def spans(values: Tensor) -> tuple[Tensor, Tensor]:
-    """``[n, *shape]`` flat, in spans so short that a float32 sum loses nothing that matters: ``[n, s, span]``, and the
-    rest ``[n, r]``.
-    """
-    flat = values.reshape(len(values), -1)
-    whole = flat.shape[1] // _SPAN * _SPAN
-    return flat[:, :whole].reshape(len(flat), whole // _SPAN, _SPAN), flat[:, whole:]
 
 
 def factored_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,7 +67,7 @@ def joint_core(deltas: Sequence[LowRank]) -> tuple[Tensor, Tensor, list[Tensor]]
     return up, down.mT, [left @ right.mT for left, right in zip(ups, downs, strict=True)]
 
 
-def decomposed(matrix: Tensor, how: Literal["gram", "thin"] = "gram", needed: int | None = None) -> ThinSvd:
+def decompose(matrix: Tensor, how: Literal["gram", "thin"] = "gram", needed: int | None = None) -> ThinSvd:
     """The SVD of a float64 matrix, the ``needed`` largest values only if so asked, ``s`` descending.
 
     By eigenvalues of its shorter side's Gram matrix (``gram``), several times faster, unless the values asked for are
@@ -104,19 +87,19 @@ def decomposed(matrix: Tensor, how: Literal["gram", "thin"] = "gram", needed: in
     return u[:, :needed], s[:needed], vh[:needed]
 
 
-def leading(matrix: Tensor, most: int | None = None, size: float = 0.0) -> ThinSvd:
+def leading_svd(matrix: Tensor, most: int | None = None, size: float = 0.0) -> ThinSvd:
     """The SVD of a matrix without its zero singular values, and the largest ``most`` only; float64.
 
     Zero is what is at most the share ``CUT`` of the largest, or of ``size``.
     """
-    u, s, vh = decomposed(matrix.double(), needed=most)
+    u, s, vh = decompose(matrix.double(), needed=most)
     rank = int((s > CUT * s[:1].clamp(min=size)).sum())
     return u[:, :rank], s[:rank], vh[:rank]
 
 
 def polar(matrix: Tensor) -> Tensor:
     """The nearest matrix whose singular values are 1, and 0 where those of ``matrix`` are."""
-    u, _, vh = leading(matrix)
+    u, _, vh = leading_svd(matrix)
     return u @ vh
 
 
@@ -151,7 +134,7 @@ def balance(delta: LowRank) -> LowRank:
     return _balanced(u, s, vh, s.shape[-1], torch.float64, delta.shape, delta.transposed)[0]
 
 
-def even(delta: LowRank, dtype: torch.dtype) -> LowRank:
+def balance_terms(delta: LowRank, dtype: torch.dtype) -> LowRank:
     """The same product with the size of every term of rank one split evenly between its factors, in a type.
 
     Neither factor then leaves the range of half precision before the product does.
@@ -174,7 +157,7 @@ def truncate(delta: LowRank, rank: int) -> tuple[LowRank, float]:
     return _balanced(u, s, vh, rank, delta.up.dtype, delta.shape, delta.transposed)
 
 
-def compress(
+def compress_matrix(
     matrix: Tensor, rank: int, shape: tuple[int, ...] | None = None, transposed: bool = False
 ) -> tuple[LowRank, float]:
     """Factors of at most ``rank`` for a full ``matrix [out, in]``, and the share of energy they discard.
@@ -205,7 +188,7 @@ def _balanced(
     return LowRank(up, down, shape, transposed), safe_ratio(float(energy[..., rank:].sum()), float(energy.sum()))
 
 
-def inner(one: LowRank, other: LowRank) -> Tensor:
+def inner_product(one: LowRank, other: LowRank) -> Tensor:
     """The inner product of two changes of one tensor, float64, through the products of their factors."""
     ups = one.up.double().mT @ other.up.double()
     downs = one.down.double() @ other.down.double().mT
@@ -215,6 +198,6 @@ def inner(one: LowRank, other: LowRank) -> Tensor:
 def squared_norm(delta: Delta) -> Tensor:
     """The sum of squares of a change, float64; of factors through their Gram matrices."""
     if isinstance(delta, LowRank):
-        return inner(delta, delta)
+        return inner_product(delta, delta)
     pieces = torch.split(delta.value.reshape(-1), 1 << 20)
     return torch.stack([piece.double().square().sum() for piece in pieces]).sum()

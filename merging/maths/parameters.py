@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar, Union
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from merging.errors import OptionError, nearest
+from merging.maths.patterns import matches
 from merging.maths.site import Site
 
 __all__ = [
@@ -19,16 +17,11 @@ __all__ = [
     "Gradient",
     "Local",
     "PerModel",
-    "all_matching",
-    "bound",
-    "column",
+    "bind_value",
     "graded",
-    "matches",
-    "number",
     "patterns",
     "plain",
     "reached",
-    "spread",
     "unreached",
     "varies",
 ]
@@ -107,23 +100,6 @@ else:
 tuple (or a tensor ``[n]`` for coefficients), each of which may differ from place to place."""
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a tensor's name is meant: the whole of it by wildcards (``*``, ``?``), else a part of it as it stands."""
-    return fnmatchcase(name, pattern) if any(sign in pattern for sign in "*?[") else pattern in name
-
-
-def all_matching(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
-    """The names that some pattern means. Raises :class:`~merging.errors.OptionError` for a pattern that means none."""
-    names = list(names)
-    found: set[str] = set()
-    for pattern in patterns:
-        meant = [name for name in names if matches(pattern, name)]
-        if not meant or not pattern:
-            raise OptionError(f"{pattern!r} names no tensor{nearest(pattern, names)}")
-        found.update(meant)
-    return found
-
-
 def unreached(value: Any, names: Iterable[str]) -> tuple[str, str] | None:
     """A pattern that takes effect nowhere, since others before it take all that it means, and one of these."""
     if isinstance(value, tuple):
@@ -166,25 +142,11 @@ def patterns(value: Any) -> list[str]:
     return [pattern for pattern, _ in value.rules] if isinstance(value, ByName) else []
 
 
-def bound(value: Any, site: Site) -> Any:
+def bind_value(value: Any, site: Site) -> Any:
     """What a parameter is at a place. Raises ValueError if it is nothing there."""
     if isinstance(value, tuple):
-        return tuple(bound(each, site) for each in value)
+        return tuple(bind_value(each, site) for each in value)
     return value.at(site) if isinstance(value, (Gradient, ByName)) else value
-
-
-def spread(value: Any, models: int) -> list[Any]:
-    """One value a model, from one for all or a sequence of as many; a tensor ``[n]`` is taken apart."""
-    if isinstance(value, Tensor) and value.dim():
-        return list(value.unbind())
-    if isinstance(value, Sequence):
-        return list(value)
-    return [value] * models
-
-
-def number(value: float | Tensor) -> float:
-    """The value of a coefficient, without its gradient."""
-    return float(value.detach() if isinstance(value, Tensor) else value)
 
 
 def plain(value: Any) -> Any:
@@ -194,12 +156,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [plain(each) for each in value]
     return value.plain() if isinstance(value, (Gradient, ByName)) else value
-
-
-def column(value: Any, like: Tensor) -> Tensor:
-    """One value a model beside the models' tensors ``like [n, *shape]``: ``[n, 1, ...]``, with its gradient."""
-    if isinstance(value, Tensor) and value.dim():
-        flat = value.to(like)
-    else:
-        flat = torch.stack([torch.as_tensor(each, dtype=torch.float64).to(like) for each in spread(value, len(like))])
-    return flat.view(-1, *[1] * (like.dim() - 1))

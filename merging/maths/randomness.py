@@ -8,13 +8,13 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-__all__ = ["kept", "uniform"]
+__all__ = ["draw_mask", "draw_uniform"]
 
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B1, 0x7FEB352D, 0x846CA68B
 _WORD = 1 << 32
 
 
-def kept(
+def draw_mask(
     share: float, start: int, count: int, device: torch.device, *place: object, dtype: torch.dtype = torch.bool
 ) -> Tensor:
     """Which of ``count`` elements from position ``start`` on are kept, each with probability ``share``: ``[count]``.
@@ -29,10 +29,10 @@ def kept(
     return torch.lt(bits, round(share * _WORD) - _WORD // 2, out=torch.empty(count, dtype=dtype, device=device))
 
 
-def uniform(start: int, count: int, device: torch.device, *place: object) -> Tensor:
+def draw_uniform(start: int, count: int, device: torch.device, *place: object) -> Tensor:
     """A random number in [0, 1) for each of ``count`` elements from position ``start`` on: ``[count]`` float32.
 
-    A multiple of 2**-24; otherwise like :func:`kept`.
+    A multiple of 2**-24; otherwise like :func:`draw_mask`.
     """
     return (_bits(start, count, device, *place) >> 8).float().add_(1 << 23).mul_(2.0**-24)
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from merging.maths.delta import Delta, Dense, Stack
-from merging.maths.reductions import Rank, Ranked
+from merging.maths.order_statistics import Rank
+from merging.maths.radix_selection import OrderStatistics
 from merging.maths.site import Site
 from merging.methods.contract.method import Grain, Method, Statistic, Statistics
 
@@ -40,7 +41,7 @@ class ArceeFusion(Method):
         return "row"
 
     def required_statistics(self) -> tuple[Statistic, ...]:
-        ranks = Ranked(tuple(map(Rank.quantile, (0.25, 0.5, 0.75))))
+        ranks = OrderStatistics(tuple(map(Rank.quantile, (0.25, 0.5, 0.75))))
         return (Statistic(_QUARTILES, ranks, _importances, per="tensor"),)
 
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:

@@ -10,9 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from merging.maths.coefficients import spread
 from merging.maths.delta import Stack
-from merging.maths.parameters import PerModel, spread, varies
-from merging.maths.reductions import Rank, Ranked
+from merging.maths.order_statistics import Rank
+from merging.maths.parameters import PerModel, varies
+from merging.maths.radix_selection import OrderStatistics
 from merging.maths.site import Site
 from merging.methods.contract.method import Statistic, Statistics
 from merging.methods.contract.wrapper import Unwrapped, Wrapper
@@ -61,7 +63,7 @@ class Breadcrumbs(Wrapper):
             return super().required_statistics()
         ranks = tuple(rank for band in self._bands() for rank in Rank.band(*band))
         own = Statistic(
-            _ENDS, Ranked(ranks, magnitudes=True), lambda stack, site, statistics: stack.dense(), per="tensor"
+            _ENDS, OrderStatistics(ranks, magnitudes=True), lambda stack, site, statistics: stack.dense(), per="tensor"
         )
         return (own, *super().required_statistics())
 

@@ -8,8 +8,9 @@ from pydantic import Field
 from torch import Tensor
 
 from merging.errors import OptionError
+from merging.maths.coefficients import column
 from merging.maths.delta import Delta, Dense, Stack, sum_in_order
-from merging.maths.parameters import Coefficient, Local, PerModel, column
+from merging.maths.parameters import Coefficient, Local, PerModel
 from merging.maths.site import Site
 from merging.methods.contract.method import Method, Statistics
 

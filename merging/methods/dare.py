@@ -9,9 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from merging.maths.coefficients import column, spread
 from merging.maths.delta import Stack
-from merging.maths.parameters import PerModel, column, spread
-from merging.maths.randomness import kept
+from merging.maths.parameters import PerModel
+from merging.maths.randomness import draw_mask
 from merging.maths.site import Site
 from merging.methods.families.dropping import Dropping
 
@@ -46,6 +47,6 @@ class Dare(Dropping):
         out = torch.empty_like(values)
         for share, value, model, into in zip(shares, values, stack.models, out, strict=True):
             place = self.seed, model, site.name
-            mask = kept(share, site.start, value.numel(), value.device, *place, dtype=value.dtype)
+            mask = draw_mask(share, site.start, value.numel(), value.device, *place, dtype=value.dtype)
             torch.mul(value, mask.view(value.shape), out=into)
         return out.div_(column(shares, out)) if divide else out

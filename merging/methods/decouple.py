@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from merging.maths.delta import Delta, Dense, LowRank, Stack
-from merging.maths.linalg import even
+from merging.maths.linalg import balance_terms
 from merging.maths.site import Site
 from merging.methods.contract.method import Statistics
 from merging.methods.contract.wrapper import Unwrapped, Wrapper
@@ -74,7 +74,7 @@ def _by_column(delta: Delta, factors: Tensor, site: Site) -> Delta:
     """A change whose columns are multiplied, by ``[..., in]``."""
     factors = factors[..., None, :]
     if isinstance(delta, LowRank):
-        return even(LowRank(delta.up, delta.down * factors, delta.shape, delta.transposed), delta.up.dtype)
+        return balance_terms(LowRank(delta.up, delta.down * factors, delta.shape, delta.transposed), delta.up.dtype)
     matrix = _matrix(delta.value, site)
     scaled = matrix * factors.to(matrix.dtype)
     turned = site.axis == 0 and site.kind in ("matrix", "embedding")

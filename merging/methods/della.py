@@ -11,9 +11,10 @@ from torch import Tensor
 
 from merging.errors import OptionError
 from merging.maths import order_statistics
+from merging.maths.coefficients import number, spread
 from merging.maths.delta import Stack
-from merging.maths.parameters import PerModel, number, spread
-from merging.maths.randomness import uniform
+from merging.maths.parameters import PerModel
+from merging.maths.randomness import draw_uniform
 from merging.maths.site import Site
 from merging.methods.contract.method import Grain
 from merging.methods.families.dropping import Dropping
@@ -69,7 +70,7 @@ class Della(Dropping):
         out = torch.empty_like(values)
         for value, density, epsilon, model, into in zip(values, densities, epsilons, stack.models, out, strict=True):
             keep = probabilities(value.reshape(-1, site.row), density, epsilon).view(value.shape)
-            drawn = uniform(site.start, value.numel(), value.device, self.seed, model, site.name).view(value.shape)
+            drawn = draw_uniform(site.start, value.numel(), value.device, self.seed, model, site.name).view(value.shape)
             torch.mul(value, torch.lt(drawn, keep, out=torch.empty_like(value)), out=into)
             if divide:
                 into.div_(keep)

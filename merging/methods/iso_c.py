@@ -8,7 +8,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from merging.maths.linalg import leading
+from merging.maths.linalg import leading_svd
 from merging.maths.parameters import Coefficient, Local
 from merging.methods.families.spectral import Spectral
 
@@ -36,7 +36,7 @@ class IsoC(Spectral):
     scale: Local[Coefficient] = Field(1.5, description="what the merged change is multiplied by (0.5 to 3)")
 
     def combine(self, changes: Sequence[Tensor], size: int) -> Tensor:
-        u, values, vh = leading(total(changes))
+        u, values, vh = leading_svd(total(changes))
         return values.sum() / max(1, len(values)) * u @ vh
 
 

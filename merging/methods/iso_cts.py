@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merging.maths.linalg import ThinSvd, leading, polar
+from merging.maths.linalg import ThinSvd, leading_svd, polar
 from merging.maths.parameters import Coefficient, Local
 from merging.methods.families.spectral import Spectral
 from merging.methods.iso_c import total
@@ -40,7 +40,7 @@ class IsoCts(Spectral):
     common: Annotated[float, Field(gt=0, le=1)] = Field(0.8, description="share of directions that are common")
 
     def combine(self, changes: Sequence[Tensor], size: int) -> Tensor:
-        u, values, vh = leading(total(changes))
+        u, values, vh = leading_svd(total(changes))
         own = min(round(len(values) * (1 - self.common) / len(changes)), len(values) // len(changes))
         shared = len(values) - own * len(changes)
         u, values, vh = u[:, :shared], values[:shared], vh[:shared]
@@ -52,4 +52,4 @@ class IsoCts(Spectral):
 
 def _outside(change: Tensor, common: Tensor, most: int) -> ThinSvd:
     """The leading singular triples of a change outside the common outputs; none of what is but rounding."""
-    return leading(change - common @ (common.mT @ change), most, size=float(torch.linalg.matrix_norm(change)))
+    return leading_svd(change - common @ (common.mT @ change), most, size=float(torch.linalg.matrix_norm(change)))

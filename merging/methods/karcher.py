@@ -9,8 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from merging.errors import OptionError
+from merging.maths.coefficients import column, number
 from merging.maths.delta import Delta, Stack
-from merging.maths.parameters import Coefficient, PerModel, column, number
+from merging.maths.parameters import Coefficient, PerModel
 from merging.maths.site import Site
 from merging.methods.contract.method import Statistics
 from merging.methods.families.spherical import OnSphere, cosines, gram, plain_weights

@@ -8,8 +8,9 @@ from pydantic import Field
 from torch import Tensor
 
 from merging.errors import OptionError
+from merging.maths.coefficients import number
 from merging.maths.delta import Delta, Stack
-from merging.maths.parameters import Coefficient, PerModel, number
+from merging.maths.parameters import Coefficient, PerModel
 from merging.maths.site import Site
 from merging.methods.contract.method import Method, Statistics
 from merging.methods.contract.update_rule import UpdateRule

@@ -9,11 +9,12 @@ from pydantic import Field
 from torch import Tensor
 
 from merging.errors import OptionError
+from merging.maths.coefficients import number
 from merging.maths.delta import Delta, Stack
-from merging.maths.linalg import safe_ratio
-from merging.maths.parameters import Coefficient, number
+from merging.maths.parameters import Coefficient
 from merging.maths.reductions import Sum
 from merging.maths.site import Site
+from merging.maths.sums import safe_ratio
 from merging.methods.contract.method import ResultStatistic, Statistics
 from merging.methods.contract.update_rule import UpdateRule
 from merging.methods.contract.wrapper import Wrapper

@@ -8,8 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from merging.maths.coefficients import column, number
 from merging.maths.delta import Delta, Dense, Stack
-from merging.maths.parameters import Coefficient, Local, PerModel, column, number
+from merging.maths.parameters import Coefficient, Local, PerModel
 from merging.maths.site import Site
 from merging.methods.contract.method import Method, Statistics
 from merging.methods.contract.update_rule import UpdateRule

@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from merging.errors import OptionError
+from merging.maths.coefficients import number
 from merging.maths.delta import Delta, Dense, Stack
-from merging.maths.parameters import number
 from merging.maths.site import Site
 from merging.methods.contract.method import Grain, Statistic, Statistics
 from merging.methods.families.spherical import OnSphere, arc_weights, gram, plain_weights

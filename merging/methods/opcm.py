@@ -11,10 +11,11 @@ from pydantic import Field
 from torch import Tensor
 
 from merging.maths.delta import Delta, Dense, LowRank, Stack
-from merging.maths.linalg import decomposed, joint_core, safe_ratio, squared_norm
+from merging.maths.linalg import decompose, joint_core, squared_norm
 from merging.maths.parameters import Coefficient
 from merging.maths.reductions import Sum
 from merging.maths.site import Site
+from merging.maths.sums import safe_ratio
 from merging.methods.contract.method import Grain, Method, ResultStatistic, Statistics
 from merging.methods.contract.update_rule import History, UpdateRule
 from merging.methods.task_arithmetic import scaled_state
@@ -145,7 +146,7 @@ def projected(
     """
     if not previous.any():
         return delta
-    u, s, vh = decomposed(previous, svd)
+    u, s, vh = decompose(previous, svd)
     rank = int((s > null * s[:1]).sum())
     if not rank:
         return delta

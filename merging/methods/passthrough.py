@@ -6,8 +6,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from merging.maths.coefficients import number
 from merging.maths.delta import Delta, Stack
-from merging.maths.parameters import Coefficient, Local, number, varies
+from merging.maths.parameters import Coefficient, Local, varies
 from merging.maths.site import Site
 from merging.methods.contract.method import Method, Statistics
 

@@ -8,9 +8,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from merging.maths.coefficients import column
 from merging.maths.delta import Delta, Dense, Stack, sum_in_order
-from merging.maths.parameters import Coefficient, Local, PerModel, column
-from merging.maths.reductions import Rank, Ranked, Sum
+from merging.maths.order_statistics import Rank
+from merging.maths.parameters import Coefficient, Local, PerModel
+from merging.maths.radix_selection import OrderStatistics
+from merging.maths.reductions import Sum
 from merging.maths.site import Site
 from merging.methods.contract.method import Method, Statistic, Statistics
 
@@ -57,15 +60,15 @@ class Pcb(Method):
     scope: Literal["model", "tensor"] = Field("model", description="what statistics are taken over")
 
     def required_statistics(self) -> tuple[Statistic, ...]:
-        cut = Ranked((Rank.share(1 - self.ratio), Rank.upper(0)))
+        cut = OrderStatistics((Rank.share(1 - self.ratio), Rank.upper(0)))
         if self.variant == "paper":
-            ends = Ranked((Rank.share(0), Rank.upper(0)))
+            ends = OrderStatistics((Rank.share(0), Rank.upper(0)))
             return (
                 Statistic(_EXTREMES, ends, lambda stack, site, statistics: _products(stack.dense()), per=self.scope),
                 Statistic(_MASSES, Sum(), self._exponentials, per=self.scope),
                 Statistic(_CUT, cut, self._scores, per=self.scope),
             )
-        clip = Ranked((Rank.share(self.clip), Rank.upper(self.clip)), magnitudes=True)
+        clip = OrderStatistics((Rank.share(self.clip), Rank.upper(self.clip)), magnitudes=True)
         return (
             Statistic(_CLIP, clip, lambda stack, site, statistics: stack.dense(), per=self.scope),
             Statistic(_CUT, cut, self._scores, per=self.scope),

@@ -9,10 +9,12 @@ from pydantic import Field
 from torch import Tensor
 
 from merging.maths.delta import Delta, Dense, Stack, weighted_sum
-from merging.maths.linalg import safe_ratio
+from merging.maths.order_statistics import Rank
 from merging.maths.parameters import Coefficient, Local
-from merging.maths.reductions import Rank, Ranked, Sum
+from merging.maths.radix_selection import OrderStatistics
+from merging.maths.reductions import Sum
 from merging.maths.site import Site
+from merging.maths.sums import safe_ratio
 from merging.methods.contract.method import Method, Statistic, Statistics
 from merging.methods.ties import agreeing_mean, elect
 
@@ -47,7 +49,7 @@ class Sce(Method):
     scale: Local[Coefficient] = Field(1.0, description="what the merged change is multiplied by")
 
     def required_statistics(self) -> tuple[Statistic, ...]:
-        cut = Statistic(_CUT, Ranked((Rank.largest(self.density),)), _variances, per="tensor")
+        cut = Statistic(_CUT, OrderStatistics((Rank.largest(self.density),)), _variances, per="tensor")
         squares = Statistic(_SQUARES, Sum(), self._squares, per="tensor")
         return (cut, squares) if self.density < 1 else (squares,)
 

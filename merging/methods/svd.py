@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from merging.maths.linalg import leading
+from merging.maths.linalg import leading_svd
 from merging.maths.parameters import Coefficient, PerModel
 from merging.methods.families.spectral import Spectral
 from merging.methods.iso_c import total
@@ -39,7 +39,7 @@ class Svd(Spectral):
 
     def combine(self, changes: Sequence[Tensor], size: int) -> Tensor:
         weighted = [change * weight for change, weight in zip(changes, self.coefficients(len(changes)), strict=True)]
-        u, values, vh = leading(total(weighted), self.max_rank)
+        u, values, vh = leading_svd(total(weighted), self.max_rank)
         squares = values.square().cumsum(0)
         # up to rounding, so that a share of 1 keeps all
         kept = int((squares < self.energy * (1 - 1e-12) * squares[-1:]).sum()) + 1

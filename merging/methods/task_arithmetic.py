@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from merging.maths.coefficients import number
 from merging.maths.delta import Delta, Stack
-from merging.maths.parameters import Coefficient, Local, PerModel, number, varies
+from merging.maths.parameters import Coefficient, Local, PerModel, varies
 from merging.maths.site import Site
 from merging.methods.contract.method import Method, Statistics
 from merging.methods.contract.update_rule import History, UpdateRule

@@ -10,9 +10,12 @@ from pydantic import Field
 from torch import Tensor
 
 from merging.errors import OptionError
+from merging.maths.coefficients import number, spread
 from merging.maths.delta import Delta, Dense, Stack, sum_in_order, weighted_sum
-from merging.maths.parameters import Coefficient, Local, PerModel, number, spread, varies
-from merging.maths.reductions import Rank, Ranked, Sum
+from merging.maths.order_statistics import Rank
+from merging.maths.parameters import Coefficient, Local, PerModel, varies
+from merging.maths.radix_selection import OrderStatistics
+from merging.maths.reductions import Sum
 from merging.maths.site import Site
 from merging.methods.contract.method import Method, Statistic, Statistics
 from merging.methods.contract.update_rule import UpdateRule
@@ -68,7 +71,7 @@ class Ties(Method):
     def required_statistics(self) -> tuple[Statistic, ...]:
         required_statistics = []
         if not varies(self.density) and self._densities():
-            ranks = Ranked(tuple(map(Rank.largest, self._densities())), magnitudes=True)
+            ranks = OrderStatistics(tuple(map(Rank.largest, self._densities())), magnitudes=True)
             required_statistics.append(
                 Statistic(_THRESHOLDS, ranks, lambda stack, site, statistics: stack.dense(), per=self.scope)
             )
@@ -136,7 +139,7 @@ class Tally(Method):
     def required_statistics(self) -> tuple[Statistic, ...]:
         if self.density >= 1:
             return ()
-        ranks = Ranked((Rank.largest(self.density),), magnitudes=True)
+        ranks = OrderStatistics((Rank.largest(self.density),), magnitudes=True)
         return (Statistic(_THRESHOLDS, ranks, lambda stack, site, statistics: stack.dense()[1:]),)
 
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:

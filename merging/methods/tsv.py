@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from merging.maths.linalg import leading, polar
+from merging.maths.linalg import leading_svd, polar
 from merging.methods.families.spectral import Spectral
 
 __all__ = ["Tsv"]
@@ -34,6 +34,6 @@ class Tsv(Spectral):
     workspace: ClassVar[int] = 5
 
     def combine(self, changes: Sequence[Tensor], size: int) -> Tensor:
-        triples = [leading(change, max(1, size // len(changes))) for change in changes]
+        triples = [leading_svd(change, max(1, size // len(changes))) for change in changes]
         us, values, vhs = zip(*triples, strict=True)
         return polar(torch.cat(us, 1)) * torch.cat(values) @ polar(torch.cat(vhs))

@@ -19,7 +19,8 @@ from merging.hub.cards import stated_licence
 from merging.hub.client import Unreachable
 from merging.hub.open_model import open_model
 from merging.maths.delta import Delta, LowRank
-from merging.maths.linalg import factored_svd, safe_ratio, squared_norm
+from merging.maths.linalg import factored_svd, squared_norm
+from merging.maths.sums import safe_ratio
 from merging.plan.checks import same_base
 from merging.plan.names.resolve import Resolver
 from merging.pool.index import VERDICTS, Entry, Finding, Verdict

@@ -10,7 +10,8 @@ import torch
 
 from merging.hub.open_model import open_model
 from merging.maths.delta import Delta, LowRank
-from merging.maths.linalg import inner, safe_ratio, squared_norm
+from merging.maths.linalg import inner_product, squared_norm
+from merging.maths.sums import safe_ratio
 from merging.plan.names.resolve import Resolver
 from merging.pool.audit import change_of
 from merging.pool.index import Entry, Finding
@@ -85,5 +86,5 @@ def cosine(one: dict[str, Change], other: dict[str, Change], base: Checkpoint) -
 
 def _product(left: Delta, right: Delta) -> float:
     if isinstance(left, LowRank) and isinstance(right, LowRank) and left.up.dim() == right.up.dim() == 2:
-        return float(inner(left, right))
+        return float(inner_product(left, right))
     return float((left.dense().double() * right.dense().double()).sum())

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from merging.maths.delta import LowRank
-from merging.maths.linalg import factored_svd, safe_ratio, squared_norm
+from merging.maths.linalg import factored_svd, squared_norm
+from merging.maths.sums import safe_ratio
 from merging.recycling.pool_adapters import Expert
 from merging.recycling.seeds import generator, order
 

@@ -15,7 +15,8 @@ from torch.nn.functional import pad
 from merging.errors import OptionError
 from merging.hub.open_model import open_model
 from merging.maths.delta import LowRank
-from merging.maths.linalg import even, safe_ratio, squared_norm, truncate
+from merging.maths.linalg import balance_terms, squared_norm, truncate
+from merging.maths.sums import safe_ratio
 from merging.output.licences import licence_sentence, source_of, strictest
 from merging.output.markdown import card, prose, sources_listed
 from merging.output.model_card import HUB_ID
@@ -100,7 +101,7 @@ def write_adapter(
     tensors: dict[str, Tensor] = {}
     for name, delta in folded.deltas.items():
         point = problem.model.hook_points[name]
-        down, up = _pad(even(delta, dtype), folded.rank)
+        down, up = _pad(balance_terms(delta, dtype), folded.rank)
         module = _PREFIX + name.removesuffix(".weight")
         if point.kind == "embedding":
             tensors |= {f"{module}.lora_embedding_A": down, f"{module}.lora_embedding_B": up}

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from merging.api.merge_tensors import merge_deltas
 from merging.errors import OptionError, nearest
 from merging.maths.delta import Dense, LowRank
-from merging.maths.linalg import compress
+from merging.maths.linalg import compress_matrix
 from merging.methods import METHODS, chain
 from merging.recycling.mixture import Activation
 from merging.recycling.pool_adapters import Expert
@@ -170,6 +170,6 @@ def _apply_merge_method(problem: Problem, experts: Sequence[Expert], name: str) 
             rank = sum(expert.deltas[target].rank for expert in experts if target in expert.deltas)
             transposed = problem.model.hook_points[target].transposed
             matrix = delta.value.mT if transposed else delta.value
-            delta = compress(matrix, rank, tuple(delta.value.shape), transposed)[0]
+            delta = compress_matrix(matrix, rank, tuple(delta.value.shape), transposed)[0]
         deltas[target] = delta
     return single_adapter(Expert(name, deltas)).validate(problem)

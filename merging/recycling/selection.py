@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from merging.errors import OptionError
-from merging.maths.linalg import safe_ratio
+from merging.maths.sums import safe_ratio
 from merging.recycling.hooks import HookPoint
 from merging.recycling.pool_adapters import AdapterRef, Expert, open_expert
 from merging.recycling.problem import Problem, single_adapter

@@ -8,7 +8,8 @@ from math import log1p, sqrt
 from torch import Tensor
 
 from merging.maths.delta import LowRank
-from merging.maths.linalg import inner, safe_ratio, squared_norm
+from merging.maths.linalg import inner_product, squared_norm
+from merging.maths.sums import safe_ratio
 
 __all__ = ["SIMILARITIES", "cosine", "similarity"]
 
@@ -57,7 +58,7 @@ def _size(delta: LowRank, kind: str) -> float:
 def _distance(one: LowRank | None, other: LowRank | None) -> float:
     if one is None or other is None:
         return float(squared_norm(one or other))  # type: ignore[arg-type]
-    return float(squared_norm(one) + squared_norm(other) - 2 * inner(one, other))
+    return float(squared_norm(one) + squared_norm(other) - 2 * inner_product(one, other))
 
 
 def _blocks(delta: LowRank) -> Iterator[Tensor]:
@@ -74,7 +75,7 @@ def _entries(one: LowRank, other: LowRank, product: Callable[[Tensor, Tensor], T
 
 
 def _cosine_terms(one: LowRank, other: LowRank) -> CosineTerms:
-    return float(inner(one, other)), float(squared_norm(one)), float(squared_norm(other))
+    return float(inner_product(one, other)), float(squared_norm(one)), float(squared_norm(other))
 
 
 def _clamped_terms(one: LowRank, other: LowRank) -> CosineTerms:

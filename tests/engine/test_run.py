@@ -19,7 +19,9 @@ from merging.api.merge_files import merge_plan, plan_for
 from merging.engine import tiles
 from merging.errors import FormatError, InputError, OptionError
 from merging.maths.delta import Delta, Dense, Stack
-from merging.maths.reductions import Rank, Ranked, Sum
+from merging.maths.order_statistics import Rank
+from merging.maths.radix_selection import OrderStatistics
+from merging.maths.reductions import Sum
 from merging.maths.site import Site
 from merging.methods import chain
 from merging.methods.contract.method import Method, Statistic, Statistics
@@ -46,7 +48,7 @@ class Trim(Method):
         def of(stack: Stack, site: Site, statistics: Statistics) -> Tensor:
             return stack.dense().abs()
 
-        return (Statistic("threshold", Ranked((Rank.largest(self.density),)), of),)
+        return (Statistic("threshold", OrderStatistics((Rank.largest(self.density),)), of),)
 
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         values = stack.dense()

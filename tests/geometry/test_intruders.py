@@ -12,7 +12,7 @@ from torch import Tensor
 from merging.geometry import compare, intruders
 from merging.geometry.intruders import Intruders
 from merging.maths.delta import Delta, Dense, LowRank
-from merging.maths.linalg import decomposed
+from merging.maths.linalg import decompose
 from support import tiny
 
 F64 = torch.float64
@@ -59,7 +59,7 @@ def test_fast_is_dense(out: int, into: int, size: float, full: bool, monkeypatch
     weight = with_values(out, into, torch.linspace(3, 0.1, min(out, into), dtype=F64))
     delta: Delta = low_rank(out, into, 6, 3 * size)
     delta = Dense(delta.dense()) if full else delta
-    found = intruders.intruders(decomposed(weight), delta, weight)
+    found = intruders.intruders(decompose(weight), delta, weight)
     assert_is(found, dense(weight, delta, 10, 0.5))
     assert len(found.values) == 10
 
@@ -68,7 +68,7 @@ def test_large_matrices_are_not_decomposed(monkeypatch: pytest.MonkeyPatch) -> N
     """Once the base is, leading vectors are found by products with thin blocks alone."""
     weight = with_values(600, 520, torch.logspace(0, -2, 520, dtype=F64))
     delta = low_rank(600, 520, 6, 1.0)
-    base, wanted = decomposed(weight), dense(weight, delta, 10, 0.5)
+    base, wanted = decompose(weight), dense(weight, delta, 10, 0.5)
     monkeypatch.setattr(torch.linalg, "svd", None)
     assert wanted[2]
     assert_is(intruders.intruders(base, delta, weight), wanted)
@@ -77,7 +77,7 @@ def test_large_matrices_are_not_decomposed(monkeypatch: pytest.MonkeyPatch) -> N
 def test_intruders_come_in_and_go() -> None:
     """The larger the change, the more there are, and the higher the threshold."""
     weight = with_values(64, 48, torch.linspace(2, 0.1, 48, dtype=F64))
-    base = decomposed(weight)
+    base = decompose(weight)
     by_size = [intruders.intruders(base, low_rank(64, 48, 6, size), weight) for size in (0.01, 4.0, 40.0)]
     assert by_size[0].which == ()
     assert by_size[2].which == tuple(range(6))
@@ -91,7 +91,7 @@ def test_intruders_come_in_and_go() -> None:
 def test_any_number_of_leading_vectors(k: int) -> None:
     weight = with_values(40, 25, torch.linspace(2, 0.1, 25, dtype=F64))
     delta = low_rank(40, 25, 4, 6.0)
-    found = intruders.intruders(decomposed(weight), delta, weight, k=k, threshold=0.7)
+    found = intruders.intruders(decompose(weight), delta, weight, k=k, threshold=0.7)
     assert_is(found, dense(weight, delta, k, 0.7))
 
 
@@ -103,7 +103,7 @@ def test_bases_of_ill_condition(values: Tensor, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(intruders, "_SMALL", 200)
     weight = with_values(240, 240, values.double())
     delta = low_rank(240, 240, 4, 3.0)
-    u0, _, _ = base = decomposed(weight)
+    u0, _, _ = base = decompose(weight)
     found = intruders.intruders(base, delta, weight)
     u, s, _ = torch.linalg.svd(weight + delta.dense())
     # the base's own vectors of no singular value are whatever its decomposition chose
@@ -116,7 +116,7 @@ def test_what_lies_outside_of_a_thin_base() -> None:
     weight = with_values(60, 20, torch.linspace(2, 0.1, 20, dtype=F64))
     u0 = torch.linalg.svd(weight, full_matrices=False)[0]
     for delta in (low_rank(60, 20, 3, 9.0), Dense(low_rank(60, 20, 3, 9.0).dense())):
-        found = intruders.intruders(decomposed(weight), delta, weight)
+        found = intruders.intruders(decompose(weight), delta, weight)
         u = torch.linalg.svd(weight + delta.dense(), full_matrices=False)[0][:, :10]
         assert found.outside == pytest.approx((u - u0 @ (u0.mT @ u)).norm(dim=0).tolist(), abs=1e-9)
 
@@ -125,12 +125,12 @@ def test_an_unchanged_matrix_has_none() -> None:
     for side in (30, 600):
         weight = with_values(side, side, torch.linspace(2, 0.1, side, dtype=F64))
         for delta in (low_rank(side, side, 3, 0.0), Dense(torch.zeros(side, side))):
-            found = intruders.intruders(decomposed(weight), delta, weight)
+            found = intruders.intruders(decompose(weight), delta, weight)
             assert found.which == ()
             assert found.similarity == pytest.approx([1.0] * 10, abs=1e-9)
             assert found.share == 0.0
     nothing = torch.zeros(30, 30, dtype=F64)
-    found = intruders.intruders(decomposed(nothing), low_rank(30, 30, 3, 0.0), nothing)
+    found = intruders.intruders(decompose(nothing), low_rank(30, 30, 3, 0.0), nothing)
     assert (found.which, found.share) == ((), 0.0)
     assert found.below(2.0) == 0
 

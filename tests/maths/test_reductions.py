@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from merging.maths import order_statistics, reductions
-from merging.maths.order_statistics import floats, has_nan, keys
-from merging.maths.reductions import Accumulator, Rank, Ranked, Reduction, Sum
+from merging.maths.order_statistics import Rank, floats, has_nan, keys
+from merging.maths.radix_selection import OrderStatistics
+from merging.maths.reductions import Accumulator, Reduction, Sum
 
 INFINITY = float("inf")
 TINY = 2.0**-149
@@ -69,7 +70,7 @@ def test_ranks_are_those_of_a_flat_sort(tiling, ranks, workers):
     whole, tiles = tiling
     ordered = torch.sort(whole + 0.0, dim=1).values
     wanted = ordered[:, [index(rank, whole.shape[1]) for rank in ranks]].double()
-    found = reduction(Ranked(tuple(ranks)), tiles, workers)
+    found = reduction(OrderStatistics(tuple(ranks)), tiles, workers)
     assert torch.equal(found, wanted)
     assert not (found.signbit() & (found == 0)).any()
 
@@ -79,9 +80,9 @@ def test_ranks_are_those_of_a_flat_sort(tiling, ranks, workers):
 def test_ranks_of_doubles_take_four_sweeps(values, rank):
     whole = torch.tensor([values], dtype=torch.float64)
     passes: list[int] = []
-    found = reduction(Ranked((rank,), torch.float64), [whole], passes=passes)
+    found = reduction(OrderStatistics((rank,), torch.float64), [whole], passes=passes)
     assert torch.equal(found[0], torch.sort(whole + 0.0).values[0, [index(rank, len(values))]])
-    assert passes == [4] == [Ranked((rank,), torch.float64).sweeps]
+    assert passes == [4] == [OrderStatistics((rank,), torch.float64).sweeps]
 
 
 def test_ranks_of_a_large_tile_with_many_duplicates():
@@ -90,22 +91,24 @@ def test_ranks_of_a_large_tile_with_many_duplicates():
     ranks = (Rank.share(0.01), Rank.upper(0.01), Rank.largest(0.2), Rank.share(0), Rank.upper(0), Rank.share(0.0101))
     wanted = torch.sort(whole, dim=1).values[:, [2000, 197_999, 160_001, 0, 200_000, 2020]].double()
     passes: list[int] = []
-    assert torch.equal(reduction(Ranked(ranks), [whole], passes=passes), wanted)
-    assert torch.equal(reduction(Ranked(ranks), whole.split(997, 1), workers=3), wanted)
-    assert passes == [2] == [Ranked(ranks).sweeps]
+    assert torch.equal(reduction(OrderStatistics(ranks), [whole], passes=passes), wanted)
+    assert torch.equal(reduction(OrderStatistics(ranks), whole.split(997, 1), workers=3), wanted)
+    assert passes == [2] == [OrderStatistics(ranks).sweeps]
 
 
 def test_ranks_of_infinities_and_subnormals():
     whole = torch.tensor([[INFINITY, -INFINITY, TINY, -TINY, 0.0, -0.0, INFINITY]])
     ranks = tuple(Rank.share(place / 7) for place in range(7))
-    found = reduction(Ranked(ranks), [whole])[0].tolist()
+    found = reduction(OrderStatistics(ranks), [whole])[0].tolist()
     assert found == [-INFINITY, -TINY, 0.0, 0.0, TINY, INFINITY, INFINITY]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_widened(dtype):
     whole = torch.randn(2, 101, generator=torch.Generator().manual_seed(1)).to(dtype)
-    assert torch.equal(reduction(Ranked((Rank.share(0.5),)), [whole])[:, 0], whole.double().sort().values[:, 50])
+    assert torch.equal(
+        reduction(OrderStatistics((Rank.share(0.5),)), [whole])[:, 0], whole.double().sort().values[:, 50]
+    )
 
 
 def test_the_ranks_of_the_papers():
@@ -123,7 +126,7 @@ def test_the_ranks_of_the_papers():
 def test_nan_has_no_rank(bits):
     bad = torch.tensor([[bits]], dtype=torch.int32).view(torch.float32)
     assert bad.isnan()
-    state = Ranked((Rank.share(0.5),)).start()
+    state = OrderStatistics((Rank.share(0.5),)).start()
     state.add(torch.tensor([[1.0, INFINITY, -INFINITY]]), "fine")
     with pytest.raises(ValueError, match=r"model\.norm holds NaN"):
         state.add(torch.cat([torch.ones(1, 2), bad], 1), "model.norm")
@@ -131,13 +134,13 @@ def test_nan_has_no_rank(bits):
 
 def test_wider_values_and_other_dtypes_are_refused():
     with pytest.raises(TypeError, match=r"head: torch\.float64 values are wider than"):
-        Ranked((Rank.share(0.5),)).start().add(torch.zeros(1, 2, dtype=torch.float64), "head")
+        OrderStatistics((Rank.share(0.5),)).start().add(torch.zeros(1, 2, dtype=torch.float64), "head")
     with pytest.raises(ValueError, match=r"not of torch\.int32"):
-        Ranked((Rank.share(0.5),), torch.int32)
+        OrderStatistics((Rank.share(0.5),), torch.int32)
 
 
 def test_values_that_change_between_sweeps_are_noticed():
-    state = Ranked((Rank.share(0.5),)).start()
+    state = OrderStatistics((Rank.share(0.5),)).start()
     state.add(torch.tensor([[1.0, 2.0, 3.0]]), "a")
     assert state.next()
     state.add(torch.tensor([[1.0, 5.0, 3.0]]), "a")
@@ -146,7 +149,7 @@ def test_values_that_change_between_sweeps_are_noticed():
 
 
 def test_only_states_of_one_sweep_are_merged():
-    state = Ranked((Rank.share(0.5),)).start()
+    state = OrderStatistics((Rank.share(0.5),)).start()
     early = state.fork()
     state.add(torch.ones(1, 3), "a")
     state.next()
@@ -208,7 +211,7 @@ def test_what_has_no_sum_is_refused(bad):
         Sum().start().add(torch.tensor([[1.0, 2.0], [1.0, bad]]), "lm_head")
 
 
-@pytest.mark.parametrize("kind", [Sum(), Ranked((Rank.share(0.5),))])
+@pytest.mark.parametrize("kind", [Sum(), OrderStatistics((Rank.share(0.5),))])
 def test_the_number_of_models_does_not_change(kind):
     state = kind.start()
     state.add(torch.ones(2, 3), "a")
@@ -221,7 +224,7 @@ def test_the_number_of_models_does_not_change(kind):
 
 
 def test_empty_folds():
-    rank = Ranked((Rank.share(0.5), Rank.share(0.1)))
+    rank = OrderStatistics((Rank.share(0.5), Rank.share(0.1)))
     assert reduction(Sum(), []).shape == (0,)
     assert reduction(Sum(), [torch.ones(3, 0, 4)]).tolist() == [0.0, 0.0, 0.0]
     assert reduction(rank, []).shape == (0, 2)
@@ -232,13 +235,13 @@ def test_empty_folds():
 def test_gradients_stay_outside():
     whole = torch.ones(2, 3, requires_grad=True)
     assert not reduction(Sum(), [whole]).requires_grad
-    assert not reduction(Ranked((Rank.share(0.5),)), [whole]).requires_grad
+    assert not reduction(OrderStatistics((Rank.share(0.5),)), [whole]).requires_grad
 
 
 def test_states_can_be_fed_by_real_threads():
     torch.manual_seed(0)
     tiles = torch.randn(2, 100_000).split(1 << 13, 1)
-    kind = Ranked((Rank.share(0.25), Rank.largest(0.25)))
+    kind = OrderStatistics((Rank.share(0.25), Rank.largest(0.25)))
     state = kind.start()
     again = True
 
@@ -258,8 +261,8 @@ def test_states_can_be_fed_by_real_threads():
 
 def test_folds_are_values():
     assert Sum() == Sum()
-    assert hash(Ranked((Rank.share(0.5),))) == hash(Ranked((Rank.share(0.5),)))
-    assert Ranked((Rank.share(0.5),)) != Ranked((Rank.share(0.4),))
+    assert hash(OrderStatistics((Rank.share(0.5),))) == hash(OrderStatistics((Rank.share(0.5),)))
+    assert OrderStatistics((Rank.share(0.5),)) != OrderStatistics((Rank.share(0.4),))
 
 
 @settings(deadline=None)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import merging
 from merging.engine.resources import workers_within
-from merging.maths.randomness import kept
+from merging.maths.randomness import draw_mask
 from merging.methods import links, method_class, parameters_of
 from merging.plan import items
 from support.commands import ok
@@ -155,7 +155,7 @@ def merged(chain: list[str], models: list[Change], given: Inputs, keys: tuple[st
                 models[i] = models[i] | {name: turned(name, up.T @ down)}
         return merged(inside, models, given, keys, own)
     if head == "dare":
-        masks = [{n: kept(0.5, 0, v.numel(), v.device, 3, key, n) for n, v in like.items()} for key in keys]
+        masks = [{n: draw_mask(0.5, 0, v.numel(), v.device, 3, key, n) for n, v in like.items()} for key in keys]
         thinned = [unflatten(row, like) for row in dare(tau, flatten(masks), 0.5)]
         return merged(inside or ["task_arithmetic"], thinned, given, keys, own)
     if head == "decouple":

@@ -10,7 +10,7 @@ import torch
 from torch import equal
 
 import merging
-from merging.maths.randomness import kept
+from merging.maths.randomness import draw_mask
 from support import references
 from support.changes import CPU, F32, F64, changes, close, merged
 from support.on_models import thinned
@@ -19,18 +19,20 @@ from support.tiny import identical
 
 @pytest.mark.parametrize("start", [0, 12345, 2**31 - 50, 2**32 - 50, 5 * 2**32 - 50, 2**45 + 1])
 def test_masks_do_not_depend_on_the_cut(start: int) -> None:
-    whole = kept(0.3, start, 1000, CPU, 0, "model", "tensor")
+    whole = draw_mask(0.3, start, 1000, CPU, 0, "model", "tensor")
     for cuts in ([50], [49, 51], [1, 2, 3, 500], [999]):
         edges = itertools.pairwise([0, *cuts, 1000])
-        assert equal(torch.cat([kept(0.3, start + a, b - a, CPU, 0, "model", "tensor") for a, b in edges]), whole)
-    assert not equal(kept(0.3, start + 2**32, 1000, CPU, 0, "model", "tensor"), whole)
+        assert equal(torch.cat([draw_mask(0.3, start + a, b - a, CPU, 0, "model", "tensor") for a, b in edges]), whole)
+    assert not equal(draw_mask(0.3, start + 2**32, 1000, CPU, 0, "model", "tensor"), whole)
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.9])
 def test_masks_keep_their_share_and_are_independent(share: float) -> None:
     count = 1 << 18
     places = [*itertools.product([0, 1], ["a", "b"], ["x", "x1"]), (0, "", "ax"), (-1, "a", "x")]
-    drawn = [kept(share, 0, count, CPU, *place) for place in places] + [kept(share, 2**32, count, CPU, *places[0])]
+    drawn = [draw_mask(share, 0, count, CPU, *place) for place in places] + [
+        draw_mask(share, 2**32, count, CPU, *places[0])
+    ]
     x = (torch.stack(drawn).double() - share) / (share * (1 - share)) ** 0.5
     assert float(x.sum(1).abs().max()) < 5 * count**0.5
     assert float(x.view(len(x), 64, -1).sum(-1).abs().max()) < 6 * (count / 64) ** 0.5

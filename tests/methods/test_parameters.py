@@ -16,8 +16,8 @@ from torch import Tensor, equal
 import merging
 from merging.cli.execution import Execution
 from merging.errors import InputError, OptionError
-from merging.maths.parameters import matches
-from merging.maths.randomness import kept
+from merging.maths.patterns import matches
+from merging.maths.randomness import draw_mask
 from merging.methods import METHODS, chain, method_class, parameters_of
 from merging.plan.recipe import Recipe, load_recipe
 from support import references
@@ -163,7 +163,7 @@ def test_wrappers_make_a_method_of_weights_one_of_changes(tmp_path: Path) -> Non
     with pytest.raises(OptionError, match="give base="):
         merging.merge_state_dicts(tuned, method="dare+linear")
     got = merging.merge_state_dicts(tuned, method="dare+linear", base=base, drop=0.5)
-    masks = [{n: kept(0.5, 0, v.numel(), CPU, 0, i, n).view(v.shape) for n, v in base.items()} for i in "01"]
+    masks = [{n: draw_mask(0.5, 0, v.numel(), CPU, 0, i, n).view(v.shape) for n, v in base.items()} for i in "01"]
     thinned = [{n: (t[n] - base[n]) * m[n] * 2 for n in base} for t, m in zip(tuned, masks, strict=True)]
     for name, value in base.items():
         assert torch.allclose(got[name], value + (thinned[0][name] + thinned[1][name]) / 2, atol=1e-6)

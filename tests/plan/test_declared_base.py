@@ -38,7 +38,7 @@ def adapter(folder: Path, base: str) -> Path:
 def counted(adapter: Path, **options: object) -> tuple[int, bool]:
     """The number of blocks, and whether it is said to be a guess."""
     plan = merging.preview([adapter, adapter], method="lines", **options)
-    return plan.items[0].site.layers, any("number of blocks" in notice for notice in plan.notices)
+    return plan.items[0].site.position.layers, any("number of blocks" in notice for notice in plan.notices)
 
 
 def test_folder_of_the_declared_base(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_config_from_the_hub_then_from_its_cache(tmp_path: Path, hub: str) -> No
     """In processes of their own, since the library reads its addresses once; the second has no Hub any more."""
     folder = adapter(tmp_path / "a", "org/base")
     plan = f"merging.preview([{str(folder)!r}] * 2, method='lines')"
-    code = f"import merging; print({plan}.items[0].site.layers)"
+    code = f"import merging; print({plan}.items[0].site.position.layers)"
     environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
     environment |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
     for address in (hub, "http://127.0.0.1:9"):

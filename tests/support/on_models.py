@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import merging
-from merging.maths.randomness import kept
+from merging.maths.randomness import draw_mask
 from support import references
 from support.changes import CPU, EXACT, EXPERTS, F32, F64, PLACES, SHAPES, K, Q, by_tensor
 from support.paths import SHIPPED
@@ -170,7 +170,7 @@ def thinned(models: Any, drop: float, rescale: Any, seed: int, keys: Any) -> Ten
 
     def one(part: Any) -> Tensor:
         tau, (name,) = flatten(part), part[0]
-        mask = torch.stack([kept(1 - drop, 0, tau.shape[1], CPU, seed, key, name) for key in keys])
+        mask = torch.stack([draw_mask(1 - drop, 0, tau.shape[1], CPU, seed, key, name) for key in keys])
         return references.dare(tau, mask, drop, rescale)
 
     return by_tensor(models, one)

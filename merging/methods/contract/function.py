@@ -12,8 +12,9 @@ from pydantic.fields import FieldInfo
 from torch import Tensor
 
 from merging.errors import OptionError
+from merging.maths.coefficients import spread
 from merging.maths.delta import Delta, Dense, Stack
-from merging.maths.parameters import Coefficient, Local, PerModel, spread
+from merging.maths.parameters import Coefficient, Local, PerModel
 from merging.maths.site import Site
 from merging.methods.contract.method import Grain, Method, Statistics, build
 from merging.methods.registry import declare

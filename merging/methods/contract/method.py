@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from merging.errors import OptionError, nearest
+from merging.maths.coefficients import spread
 from merging.maths.delta import Delta, Stack
-from merging.maths.parameters import Coefficient, bound, graded, spread, varies
+from merging.maths.parameters import Coefficient, bind_value, graded, varies
 from merging.maths.reductions import Reduction
 from merging.maths.site import Site
 
@@ -210,7 +211,7 @@ class Method(BaseModel, ABC):
             return self
         values = {field: getattr(self, field) for field in type(self).model_fields}
         try:
-            return build(type(self), {field: bound(value, site) for field, value in values.items()})
+            return build(type(self), {field: bind_value(value, site) for field, value in values.items()})
         except ValueError as error:
             raise OptionError(f"{self.name}: {error}") from None
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from merging.errors import OptionError
-from merging.maths.parameters import all_matching, graded, patterns, reached, unreached
+from merging.maths.parameters import graded, patterns, reached, unreached
+from merging.maths.patterns import all_matching
 from merging.maths.site import Site
 from merging.methods.contract.method import Method
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from merging.maths.delta import Delta, LowRank, Stack
-from merging.maths.linalg import inner
+from merging.maths.linalg import inner_product
 from merging.maths.parameters import Coefficient
 from merging.maths.reductions import Sum
 from merging.maths.site import Site
@@ -88,7 +88,7 @@ def _products(merged: Delta, stack: Stack, site: Site) -> Tensor:
 
 def _product(one: Delta, other: Delta) -> Tensor:
     if isinstance(one, LowRank) and isinstance(other, LowRank):
-        return inner(one, other)
+        return inner_product(one, other)
     pieces = zip(*(torch.split(each.dense().reshape(-1), 1 << 20) for each in (one, other)), strict=True)
     return torch.stack(
         [(a * b).sum(dtype=torch.float64) for a, b in pieces] or [torch.zeros((), dtype=torch.float64)]

@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from merging.maths.coefficients import column
 from merging.maths.delta import Stack
-from merging.maths.linalg import safe_ratio, spans
-from merging.maths.parameters import column
 from merging.maths.reductions import Sum
 from merging.maths.site import Site
+from merging.maths.sums import safe_ratio, spans
 from merging.methods.contract.method import Statistic, Statistics
 from merging.methods.contract.wrapper import Unwrapped, Wrapper
 

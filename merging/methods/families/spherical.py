@@ -12,11 +12,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from merging.maths.coefficients import number
 from merging.maths.delta import LowRank, Stack
-from merging.maths.linalg import inner, spans
-from merging.maths.parameters import Coefficient, PerModel, number
+from merging.maths.linalg import inner_product
+from merging.maths.parameters import Coefficient, PerModel
 from merging.maths.reductions import Sum
 from merging.maths.site import Site
+from merging.maths.sums import spans
 from merging.methods.contract.method import Method, Statistic, Statistics
 
 __all__ = ["GRAM", "OnSphere", "arc_weights", "cosines", "gram", "plain_weights"]
@@ -32,7 +34,7 @@ def _products(stack: Stack, site: Site, statistics: Statistics) -> Tensor:
     upper = torch.triu_indices(len(stack), len(stack))
     if stack.low_rank:
         deltas = [delta for delta in stack.deltas if isinstance(delta, LowRank)]
-        return torch.stack([inner(deltas[i], deltas[j]) for i, j in upper.mT.tolist()])[:, None]
+        return torch.stack([inner_product(deltas[i], deltas[j]) for i, j in upper.mT.tolist()])[:, None]
     whole, rest = spans(stack.dense())
     whole = whole.transpose(0, 1)
     grams = torch.cat([whole @ whole.mT, (rest @ rest.mT)[None]])

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from merging.errors import InputError
-from merging.maths.parameters import matches
+from merging.maths.patterns import matches
 from merging.sources import Adapter, Checkpoint, Model
 from merging.sources.adapter import Replacement
 from merging.sources.extended_tables import MeanTable

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from merging.errors import InputError
-from merging.maths.parameters import all_matching
+from merging.maths.patterns import all_matching
 from merging.maths.site import inputs_by_outputs, site_of
 from merging.plan.checks import check_related, note_assumed_linear
 from merging.plan.inputs.task_heads import NO_HEADS, TaskHeads

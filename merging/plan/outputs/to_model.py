@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from merging.errors import InputError, nearest
-from merging.maths.parameters import all_matching
+from merging.maths.patterns import all_matching
 from merging.maths.site import Site, inputs_by_outputs, site_of
 from merging.plan.inputs.task_heads import NO_HEADS, TaskHeads
 from merging.plan.inputs.tied_heads import add_tied_head, find_own_heads, is_untied

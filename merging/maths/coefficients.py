@@ -1,0 +1,34 @@
+"""Coefficients of models: one for all or one each, next to the models' tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["column", "number", "spread"]
+
+
+def spread(value: Any, models: int) -> list[Any]:
+    """One value a model, from one for all or a sequence of as many; a tensor ``[n]`` is taken apart."""
+    if isinstance(value, Tensor) and value.dim():
+        return list(value.unbind())
+    if isinstance(value, Sequence):
+        return list(value)
+    return [value] * models
+
+
+def number(value: float | Tensor) -> float:
+    """The value of a coefficient, without its gradient."""
+    return float(value.detach() if isinstance(value, Tensor) else value)
+
+
+def column(value: Any, like: Tensor) -> Tensor:
+    """One value a model beside the models' tensors ``like [n, *shape]``: ``[n, 1, ...]``, with its gradient."""
+    if isinstance(value, Tensor) and value.dim():
+        flat = value.to(like)
+    else:
+        flat = torch.stack([torch.as_tensor(each, dtype=torch.float64).to(like) for each in spread(value, len(like))])
+    return flat.view(-1, *[1] * (like.dim() - 1))
