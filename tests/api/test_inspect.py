@@ -19,7 +19,7 @@ from support.adapters import LLAMA, QUIRKS, edit_config, edit_tensors, train
 from support.architectures import build
 from support.peft_types import TYPES, make
 from support.pipelines import diffusion_pipeline, sentence_encoder
-from support.serving_cases import UNET, kohya
+from support.serving_loras import UNET, kohya
 
 pytestmark = [*QUIRKS, *TYPES]
 

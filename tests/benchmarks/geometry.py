@@ -48,7 +48,7 @@ found = {}
 if sys.argv[1] == "plan":
     plan = align(json.loads(sys.argv[2]))
 else:
-    found["closest"] = cosines(json.loads(sys.argv[2]), exclude=sys.argv[1].split(",")).triu(1).max().item()
+    found["check_closest"] = cosines(json.loads(sys.argv[2]), exclude=sys.argv[1].split(",")).triu(1).max().item()
 print(json.dumps(found | {
     "seconds": time.perf_counter() - begun, "used": time.process_time() - used, "threads": torch.get_num_threads(),
     "peak": resident() * 1024, "imports": imports * 1024,

@@ -114,7 +114,7 @@ def run_python(block: Block, following: Block | None) -> None:
         assert text == following.text
 
 
-def run_page(page: str) -> int:
+def check_page(page: str) -> int:
     """Run the blocks of a page in order, and return how many there were to run."""
     every = blocks(page)
     ran = 0
@@ -161,14 +161,14 @@ WITH_CODE = [page for page in PAGES if any(each.language in ("bash", "python") f
 def test_blocks_run(page: str, small_models: Path, workplace: Callable[[Path], Path]) -> None:
     """With small models, for the everyday run."""
     prepare(page, workplace(small_models))
-    run_page(page)
+    check_page(page)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("page", WITH_CODE)
 def test_blocks_run_with_real_models(page: str, real_models: Path, workplace: Callable[[Path], Path]) -> None:
     prepare(page, workplace(real_models))
-    run_page(page)
+    check_page(page)
 
 
 def hub_lines() -> Iterator[str]:

@@ -35,7 +35,7 @@ def options(models: list[str], method: str, folder: Path) -> dict[str, Any]:
     return {"models": models[1:], "method": method, "output": str(folder / "out.safetensors"), **base}
 
 
-def check(models: list[str], method: str, threads: int, folder: Path, limited: bool) -> None:
+def check_memory(models: list[str], method: str, threads: int, folder: Path, limited: bool) -> None:
     wanted = options(models, method, folder)
     least = merging.preview(**wanted).memory(threads)
     peak = peak_of(wanted, threads + limited, least if limited else None)
@@ -45,7 +45,7 @@ def check(models: list[str], method: str, threads: int, folder: Path, limited: b
 
 @pytest.mark.parametrize(("method", "threads", "limited"), [("ties", 2, True), ("linear", 8, False)])
 def test_the_promise_is_kept(models: list[str], tmp_path: Path, method: str, threads: int, limited: bool) -> None:
-    check(models, method, threads, tmp_path, limited)
+    check_memory(models, method, threads, tmp_path, limited)
 
 
 METHODS = (
@@ -58,7 +58,7 @@ METHODS = (
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_promise_is_kept_by_all(models: list[str], tmp_path: Path, method: str, threads: int) -> None:
-    check(models, method, threads, tmp_path, limited=False)
+    check_memory(models, method, threads, tmp_path, limited=False)
 
 
 def test_without_a_limit_half_of_what_is_available(

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import pickle
-import pickletools
-import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -17,40 +12,22 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import yaml
 
 from fuzzing.corpus import Adapted, Corpus
 from fuzzing.mutation import STRANGE, bytes_harmed, dumped, json_harmed, text_harmed, value
+from fuzzing.pickles import make_pickle
+from fuzzing.sample import Sample
+from fuzzing.texts import make_address, make_query, make_recipe_text, read_address, read_query, read_recipe
 from fuzzing.weights import BITS, Weights, harmed, joined
 from merging.api.inspect import inspect
 from merging.api.merge_files import check_output, merge_plan, plan_for
 from merging.errors import MergingError
-from merging.hub.address import hub_address
 from merging.hub.open_model import open_model
-from merging.hub.query import parse_query
-from merging.plan.recipe import load_recipe, make_recipe
+from merging.plan.recipe import make_recipe
 from merging.sources.header import read_header
 from support.tiny import fine_tune, model
 
-__all__ = ["TARGETS", "Sample", "Target", "read_valid"]
-
-
-@dataclass(slots=True)
-class Sample:
-    """An input: files and links by their places, and words that say what is done with them."""
-
-    files: dict[str, bytes] = field(default_factory=dict)
-    links: dict[str, str] = field(default_factory=dict)
-    words: dict[str, Any] = field(default_factory=dict)
-
-    def write(self, folder: Path) -> None:
-        """Lay it down in an empty folder."""
-        for name, content in self.files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content)
-        for name, to in self.links.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).symlink_to(to)
+__all__ = ["TARGETS", "Target", "read_valid"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,210 +277,6 @@ def _make_pack(random: Random, corpus: Corpus) -> Sample:
     return _single(random, adapted, weights.file())
 
 
-# --- PyTorch's files
-
-
-class _Payload:
-    """What a hostile pickle holds: a call of its own."""
-
-    def __init__(self, random: Random) -> None:
-        self._call = random.choice(
-            (
-                (os.system, ("true",)),
-                (eval, ("1",)),
-                (os.mkdir, ("/tmp/owned",)),
-                (open, ("/tmp/owned", "w")),
-                (torch.load, ("x",)),
-            )
-        )
-
-    def __reduce__(self) -> Any:
-        return self._call
-
-
-def _make_pickle(random: Random, corpus: Corpus) -> Sample:
-    content, kind = random.choice(corpus.pickles), random.randrange(8)
-    if kind < 3:
-        content = bytes_harmed(random, content)
-    elif kind < 6 and zipfile.is_zipfile(io.BytesIO(content)):
-        content = _zip_harmed(random, content)
-    elif kind == 6:
-        stream = io.BytesIO()
-        torch.save(_odd_state(random), stream)
-        content = stream.getvalue()
-    ending = random.choice((".bin", ".pt", ".pth"))
-    if random.random() < 0.3:
-        config = random.choice(corpus.peft).config
-        files = {"a/adapter_model.bin": content, "a/adapter_config.json": json.dumps(config).encode()}
-        return Sample(files, {}, {"models": ["a"], "do": "plan"})
-    return Sample(
-        {f"a{ending}": content},
-        {},
-        {"models": [f"a{ending}"], "do": random.choice(("plan", "merge", "inspect", "verify"))},
-    )
-
-
-def _odd_state(random: Random) -> Any:
-    """Something that is nearly a state dict."""
-    keys: tuple[Any, ...] = ("w", 3, None, ("a", 1), 2.5, b"w", *STRANGE)
-    values: tuple[Any, ...] = (
-        torch.ones(2, 2), torch.ones(2, 2).to_sparse(), torch.empty(3, device="meta"),
-        torch.ones(2, dtype=torch.complex64), torch.ones(2, dtype=torch.complex128),
-        torch.quantize_per_tensor(torch.ones(3), 0.1, 1, torch.qint8), 3, "text", None, [torch.ones(1)],
-        torch.nn.Parameter(torch.ones(2)), torch.ones(1).expand(10**5, 10**5), torch.Size([3]),
-        torch.zeros(0, 2**40), torch.ones(4).as_strided((2, 2), (0, 1)), torch.float32, _Payload(random),
-        torch.ones(3).conj(),
-    )  # fmt: skip
-    state: Any = {random.choice(keys): random.choice(values) for _ in range(random.randrange(4))}
-    return random.choice((state, state, state, {"state_dict": state}, [state], random.choice(values)))
-
-
-def _zip_harmed(random: Random, content: bytes) -> bytes:
-    """A zip file whose pickle or data is harmed, its checksums right."""
-    stream = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as before, zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as after:
-        names = before.namelist()
-        for name in names:
-            data, kind = before.read(name), random.randrange(8)
-            if name.endswith("data.pkl"):
-                data = _pickle_harmed(random, data) if kind < 6 else data
-            elif kind == 0:
-                data = bytes_harmed(random, data)
-            elif kind == 1:
-                continue
-            if random.random() < 0.03:
-                name = random.choice(
-                    ("../../escaped", "/tmp/escaped", "archive/data/0", name.upper(), "archive/data.pkl")
-                )
-            after.writestr(name, data)
-    return stream.getvalue()
-
-
-def _pickle_harmed(random: Random, data: bytes) -> bytes:
-    """A pickle with one of its numbers, names or instructions replaced."""
-    try:
-        codes = [(code.name, place) for code, _, place in pickletools.genops(data)]
-    except Exception:
-        return bytes_harmed(random, data)
-    kind = random.randrange(4)
-    changed = bytearray(data)
-    places = [place for name, place in codes if name.startswith("BININT")]
-    if kind == 0 and places:
-        place = random.choice(places)
-        code = {b"K": 1, b"M": 2, b"J": 4}[bytes(changed[place : place + 1])]
-        changed[place + 1 : place + 1 + code] = random.choice((b"\0", b"\xff", b"\x7f", b"\x05")) * code
-        return bytes(changed)
-    if kind == 1:
-        for old, new in (
-            (b"FloatStorage", b"HalfStorage "),
-            (b"_rebuild_tensor_v2", b"_rebuild_parameter"),
-            (b"torch", b"posix"),
-        ):
-            if old in data and random.random() < 0.5:
-                return data.replace(old, new[: len(old)].ljust(len(old)))
-    if kind == 2:
-        return pickle.dumps(_Payload(random), 2)
-    return bytes_harmed(random, data)
-
-
-# --- words
-
-
-_NAMES = (
-    "org/name", "org/name@main", "hf://org/name", "hf://org/name@abc123/folder/file.safetensors",
-    "org/name@refs/pr/3", "https://huggingface.co/org/name", "https://huggingface.co/org/name/tree/main",
-    "https://hf.co/org/name/blob/main/a.safetensors", "http://localhost/org/name", "model", "./model", "/abs/model",
-    "a/b/c", "~/x",
-)  # fmt: skip
-_MARKS = (
-    "@",
-    "/",
-    "//",
-    "hf://",
-    "https://",
-    ":",
-    "..",
-    "%2f",
-    "%00",
-    "%",
-    "[",
-    "]",
-    "[::1]",
-    "#",
-    "?",
-    "@@",
-    "~root/",
-    "~nobody",
-    "\\",
-    *STRANGE,
-)
-
-
-def _make_address(random: Random, corpus: Corpus) -> Sample:
-    return Sample(words={"name": text_harmed(random, random.choice(_NAMES), _MARKS)})
-
-
-def _read_address(folder: Path, words: dict[str, Any], corpus: Corpus) -> None:
-    address = hub_address(words["name"])
-    if address is not None:
-        assert hub_address(f"hf://{address}") == address  # what it prints means the same
-        assert ".." not in address.path.split("/") and not address.path.startswith("/")
-    else:
-        open_model(words["name"])
-
-
-def _make_query(random: Random, corpus: Corpus) -> Sample:
-    texts = (
-        "hub:base=org/name,limit=5",
-        "hub:author=me",
-        "hub:tag=lora,sort=downloads",
-        "hub:search=word,limit=100000",
-    )
-    marks = ("=", ",", "hub:", "limit=", "base=", "٣", "²", "1e3", "-1", "0", "9" * 5000, *STRANGE)
-    return Sample(words={"query": text_harmed(random, random.choice(texts), marks)})
-
-
-def _read_query(folder: Path, words: dict[str, Any], corpus: Corpus) -> None:
-    query = parse_query(words["query"])
-    if query is not None:
-        assert 0 < query.limit <= 100_000
-        str(query)
-
-
-_RECIPES = (
-    "models: [a, b]\nmethod: linear\nparameters:\n  weights: [0.3, 0.7]\n",
-    "models: [a]\nmethod: lines+ties\nbase: base\nparameters: {density: {mlp: 0.3, '*': 0.1:0.4}, lines.alpha: 0.5}\n",
-    "models:\n- a\n- b\nmethod: slerp\nparameters:\n  t: 0.5\ndtype: bfloat16\nexclude: ['*norm*']\nshard_size: 1000\n",
-    "models: [a, b]\nmethod: dare+ties\nbase: base\nas: model\nparameters: {drop: 0.5, seed: 3}\non_mismatch: base\n",
-)
-_YAML = (
-    ": ", "- ", "\n", "  ", "&a ", "*a", "<<: *a", "!!python/object/apply:os.system ['true']", "!!binary x",
-    "!!set {a}", "!!timestamp 2001-99-99", "2001-99-99", "0o9", "0b2", "0x", "1:2:3", ".inf", ".nan", "~", "[", "]",
-    "{", "}", "?", "|", ">", "!!int x", "!!float x", "--- ", "...", "%YAML 9.9", "'", '"', "\t", "1e400", "9" * 5000,
-    "[" * 2000, "{a: " * 500, "? [a]\n: b", *STRANGE,
-)  # fmt: skip
-
-
-def _make_recipe(random: Random, corpus: Corpus) -> Sample:
-    if random.random() < 0.5:
-        text = text_harmed(random, random.choice(_RECIPES), _YAML)
-    else:
-        words = (
-            "models", "method", "base", "parameters", "dtype", "rank", "exclude", "layers", "kind", "as", "format",
-            "weights", "density", "ties", "linear", "lines.alpha", "components", "shard_size", "vocabulary",
-            "lora_alpha",
-        )  # fmt: skip
-        tree = json_harmed(random, yaml.safe_load(random.choice(_RECIPES)), words)
-        text = dumped(random, tree).decode("utf-8", "replace")
-    return Sample(words={"recipe": text})
-
-
-def _read_recipe(folder: Path, words: dict[str, Any], corpus: Corpus) -> None:
-    recipe = load_recipe(words["recipe"])
-    assert load_recipe(recipe.to_yaml()) == recipe
-    recipe.method.check(len(recipe.models))
-
-
 # --- configs, tokenizers, pipelines
 
 
@@ -698,10 +471,10 @@ TARGETS = {
     "LyCORIS": Target(7, _make_lycoris, _read_models),
     "names": Target(5, _make_names, _read_models),
     "pack": Target(4, _make_pack, _read_models),
-    "pickle": Target(5, _make_pickle, _read_models),
-    "address": Target(5, _make_address, _read_address),
-    "query": Target(3, _make_query, _read_query),
-    "recipe": Target(5, _make_recipe, _read_recipe),
+    "pickle": Target(5, make_pickle, _read_models),
+    "address": Target(5, make_address, read_address),
+    "query": Target(3, make_query, read_query),
+    "recipe": Target(5, make_recipe_text, read_recipe),
     "model config": Target(4, _make_model_config, _read_models),
     "tokenizer": Target(3, _make_tokenizer, _read_models),
     "pipeline": Target(3, _make_pipeline, _read_models),

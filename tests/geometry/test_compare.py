@@ -138,7 +138,7 @@ def test_full_checkpoints(tmp_path: Path) -> None:
 
 
 def test_many_models(tmp_path: Path) -> None:
-    """Matrices give way to the closest pairs, bases of all models at once to a notice."""
+    """Matrices give way to the check_closest pairs, bases of all models at once to a notice."""
     copies = [shutil.copytree(folder, tmp_path / f"{folder.name}{i}") for i in range(4) for folder in SHIPPED]
     screen = said(*copies, "--signs", "none")
     assert f"  +1.000  {NAMES[0]}0  {NAMES[0]}1\n" in screen

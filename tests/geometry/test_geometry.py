@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,99 +13,31 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
-from scipy.linalg import subspace_angles
 from torch import Tensor
 
 import merging
 from merging.errors import InputError, OptionError
 from merging.geometry import Comparison, compare, cosines, gram, grams, sign_agreement, spectra
 from merging.geometry.alignment import align
-from merging.geometry.spectrum import directions, overlaps, singular_values, spectrum_of
-from merging.maths.delta import Dense, LowRank
+from merging.geometry.spectrum import directions
+from merging.maths.delta import LowRank
 from support import tiny
+from support.adapter_pool import (
+    F64,
+    SHAPES,
+    Factors,
+    agreement,
+    assert_near,
+    factors,
+    flat,
+    inner_products,
+    write,
+    write_base,
+)
 from support.adapters import QUIRKS, change_of, llama_adapters
 from support.references import golden_adapters
 
 pytestmark = QUIRKS
-
-Factors = Mapping[str, tuple[Tensor, Tensor]]
-Adapter = tuple[Path, dict[str, Tensor]]
-"""A folder, and what lies in it as flat float64 matrices."""
-
-SHAPES = {
-    "model.layers.0.self_attn.q_proj": (24, 16),
-    "model.layers.0.mlp.down_proj": (16, 40),
-    "model.layers.1.self_attn.q_proj": (24, 16),
-    "model.layers.1.mlp.up_proj": (40, 16),
-}
-F64 = torch.float64
-
-
-def factors(seed: int, rank: int, modules: Sequence[str] = tuple(SHAPES), size: float = 1.0) -> Factors:
-    """Factors of float64 ``(B, A)`` by module, with a part that all seeds share, so that no angle is a right one."""
-    random, shared = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(-1)
-    found = {}
-    for name, (out, into) in SHAPES.items():
-        common = torch.randn(out, 1, generator=shared, dtype=F64), torch.randn(1, into, generator=shared, dtype=F64)
-        own = (torch.randn(side, generator=random, dtype=F64) for side in ((out, rank), (rank, into)))
-        up, down = (each + 0.5 * part for each, part in zip(own, common, strict=True))
-        found[name] = (size * up, down)
-    return {name: found[name] for name in modules}
-
-
-def write(folder: Path, changes: Factors, dtype: torch.dtype = F64, stored: float = 1.0, **config: Any) -> Path:
-    """An adapter of PEFT's: by default its scale is 1. ``stored`` divides B, for a scale that says otherwise."""
-    folder.mkdir(parents=True)
-    ranks = {name: down.shape[0] for name, (_, down) in changes.items()}
-    rank = max(ranks.values())
-    settings: dict[str, Any] = {"r": rank, "lora_alpha": rank, "rank_pattern": ranks, "alpha_pattern": ranks}
-    settings |= {"peft_type": "LORA", "base_model_name_or_path": "org/base", "target_modules": list(changes)} | config
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    tensors = {}
-    for name, (up, down) in changes.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = down.to(dtype).contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = (up / stored).to(dtype).contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    return folder
-
-
-def flat(models: Sequence[Factors]) -> list[Tensor]:
-    """What each model changes, as one float64 vector over all tensors."""
-    found = []
-    for each in models:
-        parts = [
-            each[name][0] @ each[name][1] if name in each else torch.zeros(shape) for name, shape in SHAPES.items()
-        ]
-        found.append(torch.cat([part.double().flatten() for part in parts]))
-    return found
-
-
-def inner_products(vectors: Sequence[Tensor]) -> Tensor:
-    stacked = torch.stack(list(vectors))
-    return stacked @ stacked.mT
-
-
-def assert_near(got: Tensor, wanted: Tensor, tolerance: float = 1e-12) -> None:
-    """Entries of a Gram matrix as shares of the norms; others as they are."""
-    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
-
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], list[Factors]]:
-    """Adapters of unequal ranks, one above the dimensions; one is zero, two leave modules out."""
-    folder = tmp_path_factory.mktemp("pool")
-    first, *_, last = SHAPES
-    made = [
-        factors(0, 4),
-        factors(1, 1),
-        factors(2, 45, size=0.2),
-        {name: (torch.zeros_like(up), down) for name, (up, down) in factors(3, 4).items()},
-        factors(4, 3, [first]),
-        factors(5, 2, [name for name in SHAPES if name != first]),
-        factors(6, 7, [first, last], size=30.0),
-    ]
-    return [write(folder / f"m{i}", each) for i, each in enumerate(made)], made
 
 
 def test_inner_products_norms_and_cosines(pool: tuple[list[Path], list[Factors]]) -> None:
@@ -190,14 +121,6 @@ def options(base: Path) -> dict[str, Any]:
     return {"signs": "all", "intruders": True, "base": base}
 
 
-def write_base(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    random = torch.Generator().manual_seed(7)
-    return tiny.save(
-        folder,
-        {f"{name}.weight": torch.randn(shape, generator=random).to(dtype) for name, shape in SHAPES.items()},
-    )
-
-
 def assert_same(one: Comparison, other: Comparison, tolerance: float = 1e-8, order: Sequence[int] = ()) -> None:
     """All numbers agree, the second comparison's models taken in another order if that is given."""
     order = order or range(len(one.models))
@@ -278,188 +201,6 @@ def test_golden_vectors(tmp_path: Path) -> None:
     assert [round(each, 6) for each in summed.tolist()] == [9.420191, 0.58504, 0.004366, 0.000058]
     leading = directions(LowRank(*made[0], (6, 5)), 1)[1][0].abs()
     assert [round(each, 6) for each in leading.tolist()] == [0.435122, 0.456039, 0.461906, 0.452777, 0.42934]
-
-
-# -- spectra -----------------------------------------------------------------------------------------------------------
-
-
-def test_singular_values(pool: tuple[list[Path], list[Factors]]) -> None:
-    paths, made = pool
-    for name, found in spectra(paths):
-        for model, values in zip(made, found, strict=True):
-            module = name.removesuffix(".weight")
-            if module not in model:
-                assert values is None
-                continue
-            assert values is not None
-            up, down = model[module]
-            wanted = torch.linalg.svdvals(up @ down)
-            assert len(values) == min(len(down), *SHAPES[module])
-            torch.testing.assert_close(values, wanted[: len(values)], rtol=0, atol=1e-12 * float(wanted[0] + 1))
-
-
-def test_what_a_spectrum_tells() -> None:
-    values = torch.tensor([3.0, 2.0, 1.0, 0.0])
-    found = spectrum_of(values)
-    entropy = -sum(share * math.log(share) for share in (3 / 6, 2 / 6, 1 / 6))
-    assert found.largest == 3
-    assert found.effective == pytest.approx(math.exp(entropy))
-    assert found.stable == pytest.approx(14 / 9)
-    assert (found.energy90, found.energy99) == (2, 3)
-    assert found.curve == pytest.approx([9 / 14, 13 / 14, 1, 1])
-    flat_one = spectrum_of(torch.ones(5))
-    assert (flat_one.effective, flat_one.stable, flat_one.energy90) == pytest.approx((5, 5, 5))
-    assert spectrum_of(torch.zeros(4)) == spectrum_of(torch.zeros(0)) == spectrum_of(torch.zeros(2, 0))
-    experts = spectrum_of(torch.stack([values, torch.tensor([1.0, 0, 0, 0]), torch.zeros(4)]))
-    assert experts.stable == pytest.approx((14 / 9 + 1) / 2), "a matrix that did not change has no spectrum"
-
-
-def test_full_changes_and_convolutions_are_decomposed_too() -> None:
-    random = torch.Generator().manual_seed(0)
-    for shape in ((30, 12), (12, 30), (8, 3, 3, 3)):
-        value = torch.randn(shape, generator=random)
-        found = singular_values(Dense(value))
-        torch.testing.assert_close(found, torch.linalg.svdvals(value.double().flatten(1)), rtol=1e-7, atol=0)
-
-
-def test_large_full_changes_are_decomposed_when_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("merging.geometry.spectrum.SIDE", 8)
-    base, tuned = tiny.checkpoint(tmp_path, 2, width=10)
-    unasked, asked = (compare(tuned, base=base, full_spectra=full) for full in (False, True))
-    assert [model.matrices for model in unasked.models] == [0, 0]
-    assert unasked.overlaps is None
-    assert any("--full-spectra decomposes them too" in notice for notice in unasked.notices)
-    assert [model.matrices for model in asked.models] == [4, 4]
-    assert not asked.notices
-
-
-# -- subspaces ---------------------------------------------------------------------------------------------------------
-
-
-def test_overlaps_follow_principal_angles() -> None:
-    """scipy's angles: the mean of their squared cosines."""
-    random = torch.Generator().manual_seed(0)
-    changes: list[Any] = [
-        LowRank(
-            torch.randn(20, r, generator=random, dtype=F64), torch.randn(r, 14, generator=random, dtype=F64), (20, 14)
-        )
-        for r in (3, 5, 9)
-    ]
-    changes += [Dense(torch.randn(20, 14, generator=random)), LowRank(torch.zeros(20, 2), torch.ones(2, 14), (20, 14))]
-    most = 6
-    bases = [directions(change, most) for change in changes]
-    for side in (0, 1):
-        got = overlaps([*(base[side] for base in bases), None])
-        for i, one in enumerate(changes):
-            for j, other in enumerate(changes):
-                subspaces = []
-                for change in (one, other):
-                    u, s, vh = torch.linalg.svd(change.dense().double(), full_matrices=False)
-                    kept = min(most, int((s > 1e-6 * s[0]).sum()))
-                    subspaces.append((u if side == 0 else vh.mT)[:, :kept].numpy())
-                if not all(subspace.shape[1] for subspace in subspaces):
-                    assert math.isnan(got[i, j])
-                    continue
-                cosines_of_angles = torch.from_numpy(subspace_angles(*subspaces)).cos()
-                assert float(got[i, j]) == pytest.approx(float(cosines_of_angles.square().mean()), abs=1e-9)
-        assert bool(got[-1].isnan().all())
-
-
-def test_overlaps_of_a_pool(pool: tuple[list[Path], list[Factors]]) -> None:
-    """The mean over the tensors that two models both change; 1 with oneself, and chance as it is drawn."""
-    paths, made = pool
-    found = compare(paths, signs=None, directions=3).overlaps
-    assert found and found.directions == 3
-    for side, matrix in (("outputs", found.outputs), ("inputs", found.inputs)):
-        for i, one in enumerate(made):
-            for j, other in enumerate(made):
-                each = [
-                    overlaps([directions(LowRank(*m[name], SHAPES[name]), 3)[side == "inputs"] for m in (one, other)])
-                    for name in SHAPES
-                    if name in one and name in other
-                ]
-                wanted = [float(pair[0, 1]) for pair in each if not pair[0, 1].isnan()]
-                if not wanted:
-                    assert matrix[i][j] is None
-                else:
-                    assert matrix[i][j] == pytest.approx(sum(wanted) / len(wanted), abs=1e-9)
-    assert found.chance_outputs == pytest.approx(3 / 26, rel=0.5)
-    random = torch.Generator().manual_seed(0)
-    bases = [torch.linalg.qr(torch.randn(200, 5, generator=random, dtype=F64))[0].mT for _ in range(40)]
-    drawn = overlaps(bases)[torch.triu(torch.ones(40, 40), 1).bool()].mean()
-    assert float(drawn) == pytest.approx(5 / 200, rel=0.1)
-
-
-# -- signs -------------------------------------------------------------------------------------------------------------
-
-
-def agreement(vectors: Sequence[Tensor]) -> Tensor:
-    """Entry by entry, from the dense changes."""
-    out = torch.full((len(vectors), len(vectors)), torch.nan, dtype=F64)
-    for i, one in enumerate(vectors):
-        for j, other in enumerate(vectors):
-            both = (one != 0) & (other != 0)
-            if bool(both.any()):
-                out[i, j] = (one[both].sign() == other[both].sign()).double().mean()
-    return out
-
-
-@pytest.mark.parametrize("entries", ["sample", "all"])
-def test_signs_of_small_tensors_are_counted_in_full(entries: Any, pool: tuple[list[Path], list[Factors]]) -> None:
-    paths, made = pool
-    found = sign_agreement(paths, entries=entries)
-    assert found.entries == found.total == sum(map(math.prod, SHAPES.values()))
-    torch.testing.assert_close(found.agreement, agreement(flat(made)), rtol=0, atol=1e-12, equal_nan=True)
-
-
-def test_signs_of_full_checkpoints(tmp_path: Path) -> None:
-    base, tuned = tiny.checkpoint(tmp_path, 3)
-    before, after = tiny.load(base), [tiny.load(path) for path in tuned]
-    vectors = [torch.cat([(each[name] - before[name]).flatten() for name in before]) for each in after]
-    for entries in ("sample", "all"):
-        found = sign_agreement(tuned, base=base, entries=entries)  # type: ignore[arg-type]
-        torch.testing.assert_close(found.agreement, agreement(vectors), rtol=0, atol=1e-12)
-
-
-def test_a_sample_of_signs_is_near_to_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SHAPES, "model.layers.0.self_attn.q_proj", (700, 900))
-    paths = [write(tmp_path / f"m{i}", factors(i, 2), torch.float32) for i in range(2)]
-    all_of_them, sample = (sign_agreement(paths, entries=entries) for entries in ("all", "sample"))  # type: ignore[arg-type]
-    assert sample.entries < 0.2 * all_of_them.entries == 0.2 * sample.total
-    assert float(all_of_them.agreement[0, 1]) > 0.51
-    torch.testing.assert_close(sample.agreement, all_of_them.agreement, rtol=0, atol=0.02)
-
-
-# -- magnitudes --------------------------------------------------------------------------------------------------------
-
-
-def test_magnitudes(tmp_path: Path) -> None:
-    made = [factors(0, 4), factors(1, 2, size=3.0), factors(2, 1, size=0.5)]
-    found = compare([write(tmp_path / f"m{i}", each) for i, each in enumerate(made)]).magnitudes
-    assert found
-    ratios, variances, columns = [], [], []
-    for name in SHAPES:
-        stacked = torch.stack([each[name][0] @ each[name][1] for each in made])
-        norms = stacked.flatten(1).norm(dim=1)
-        ratios.append(float(norms.max() / norms.min()))
-        variances.append(float(norms.var(correction=0) / norms.mean() ** 2))
-        by_column = stacked.norm(dim=1)
-        columns.append(float((by_column.var(0, correction=0) / by_column.mean(0) ** 2).mean()))
-    assert found.ratio == pytest.approx(sum(sorted(ratios)[1:3]) / 2)
-    assert found.variance == pytest.approx(sum(variances) / 4)
-    assert found.columns == pytest.approx(sum(columns) / 4)
-    assert (found.tensors, found.modules) == (4, 4)
-
-
-def test_equal_models_have_equal_magnitudes(tmp_path: Path) -> None:
-    path = write(tmp_path / "one", factors(0, 4))
-    found = compare([path, path])
-    assert found.magnitudes and found.overlaps and found.signs
-    assert (found.magnitudes.ratio, found.magnitudes.variance, found.magnitudes.columns) == pytest.approx((1, 0, 0))
-    assert found.cosines[0] == pytest.approx([1, 1])
-    assert found.signs.matrix[0] == (1, 1)
-    assert found.overlaps.outputs[0] == pytest.approx([1, 1])
-    assert found.names == ["one #1", "one #2"]
 
 
 # -- kinds of models ---------------------------------------------------------------------------------------------------

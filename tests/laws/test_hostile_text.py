@@ -32,7 +32,7 @@ NAME = HOSTILE.replace("/", "")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no files of such names")
 
 
-def shown(*words: object) -> str:
+def check_shown(*words: object) -> str:
     """What a command prints on either stream: printable, each line of the program's own, JSON where JSON was asked."""
     done = CliRunner().invoke(cli, [str(word) for word in words])
     assert done.exception is None or isinstance(done.exception, SystemExit), (words, done.exception)
@@ -88,10 +88,10 @@ def test_fields_of_an_adapter(tmp_path: Path, field: str) -> None:
     folder = adapter(tmp_path / "a", **{field: FIELDS[field]})
     other = adapter(tmp_path / "b", 1, **{field: FIELDS[field]})
     for json_too in ([], ["--json"]):
-        shown("inspect", folder, *json_too)
-        shown("verify", folder, *json_too)
-        shown("compare", folder, other, *json_too)
-        shown("-m", "linear", folder, other, "-o", tmp_path / "out", "--overwrite", *json_too)
+        check_shown("inspect", folder, *json_too)
+        check_shown("verify", folder, *json_too)
+        check_shown("compare", folder, other, *json_too)
+        check_shown("-m", "linear", folder, other, "-o", tmp_path / "out", "--overwrite", *json_too)
     if (tmp_path / "out").exists():
         plain_card(tmp_path / "out")
 
@@ -148,10 +148,10 @@ def test_names_of_folders_tensors_and_headers(tmp_path: Path) -> None:
         ["methods", NAME],
     ]
     for words in commands:
-        text = shown(*words)
+        text = check_shown(*words)
         assert "\\x1b" in text or "--recipe-only" in words or "recycle" in words or "push" in words, (words, text)
         if words[0] not in ("methods", "run") and "--recipe-only" not in words and "-o" not in words:
-            shown(*words, "--json")
+            check_shown(*words, "--json")
     for folder in (out, tmp_path / f"m{NAME}"):
         plain_card(folder)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -187,10 +187,10 @@ def test_every_text_of_a_manifest(tmp_path: Path) -> None:
         list(leaves(poisoned, print))[place](HOSTILE)
         (tmp_path / "store" / "manifest.json").write_text(json.dumps(poisoned))
         for command in ("status", "log", "verify"):
-            seen += "\\x1b" in shown("continual", command, tmp_path / "store")
-            shown("continual", command, tmp_path / "store", "--json")
-        seen += "\\x1b" in shown("continual", "add", tmp_path / "store", tuned[0])
-        seen += "\\x1b" in shown("continual", "export", tmp_path / "store", "-o", tmp_path / "out", "--overwrite")
+            seen += "\\x1b" in check_shown("continual", command, tmp_path / "store")
+            check_shown("continual", command, tmp_path / "store", "--json")
+        seen += "\\x1b" in check_shown("continual", "add", tmp_path / "store", tuned[0])
+        seen += "\\x1b" in check_shown("continual", "export", tmp_path / "store", "-o", tmp_path / "out", "--overwrite")
         if (tmp_path / "out" / "README.md").exists():
             plain_card(tmp_path / "out")
     assert seen >= 10, "names, bases, reasons and notices are shown"
@@ -203,7 +203,7 @@ def test_every_text_of_a_pool(tmp_path: Path) -> None:
     adapter(tmp_path / "in" / f"2{NAME}", 1, base_model_name_or_path=HOSTILE)
     shutil.copytree(one, tmp_path / "in" / f"3{NAME}")
     place = tmp_path / f"pool{NAME}"
-    assert "\\x1b" in shown("pool", "build", place, "--base", base, tmp_path / "in")
+    assert "\\x1b" in check_shown("pool", "build", place, "--base", base, tmp_path / "in")
     Pool.create(tmp_path / "pool", base).build(candidates_in(tmp_path / "in"))
     index = tmp_path / "pool" / "pool.sqlite"
     clean = index.read_bytes()
@@ -225,11 +225,11 @@ def test_every_text_of_a_pool(tmp_path: Path) -> None:
             opened.executemany(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", [(HOSTILE, row[0]) for row in rows])
         opened.close()
         for command in ("list", "stats", "dedupe"):
-            seen += "\\x1b" in shown("pool", command, tmp_path / "pool")
-            shown("pool", command, tmp_path / "pool", "--json")
+            seen += "\\x1b" in check_shown("pool", command, tmp_path / "pool")
+            check_shown("pool", command, tmp_path / "pool", "--json")
         for name in (HOSTILE, f"1{NAME}"):
-            seen += "\\x1b" in shown("pool", "show", tmp_path / "pool", name)
-            shown("pool", "audit", tmp_path / "pool", name)
+            seen += "\\x1b" in check_shown("pool", "show", tmp_path / "pool", name)
+            check_shown("pool", "audit", tmp_path / "pool", name)
     assert seen >= 10, "names, owners, licences, bases and reasons are shown"
 
 
@@ -238,7 +238,7 @@ def test_a_shard_whose_name_ends_a_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     index = {"metadata": {}, "weight_map": {"w": "con\nFORGED: a line of its own"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert r"its shard con\nFORGED: a line of its own is missing" in shown("inspect", tmp_path)
+    assert r"its shard con\nFORGED: a line of its own is missing" in check_shown("inspect", tmp_path)
 
 
 def test_texts_without_end_are_shortened(tmp_path: Path) -> None:
@@ -255,10 +255,10 @@ def test_texts_without_end_are_shortened(tmp_path: Path) -> None:
         ("inspect", made),
         ("--method", "linear", made, made, "--base", tmp_path / "none", "-o", tmp_path / "out"),
     ):
-        text = shown(*words)
+        text = check_shown(*words)
         assert text and len(text) < 10_000, words
-    shown("pool", "show", tmp_path / "pool", "adapter", "--json")
-    assert "characters)" in shown("pool", "show", tmp_path / "pool", "adapter")
+    check_shown("pool", "show", tmp_path / "pool", "adapter", "--json")
+    assert "characters)" in check_shown("pool", "show", tmp_path / "pool", "adapter")
 
 
 def test_names_that_command_a_terminal(tmp_path: Path) -> None:

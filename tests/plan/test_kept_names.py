@@ -21,7 +21,7 @@ from support.diffusion_models import FLUX, build
 WEIGHTS = (0.7, -0.4)
 
 
-def close(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+def check_close(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert got.keys() == wanted.keys()
     for name, value in wanted.items():
         torch.testing.assert_close(
@@ -54,11 +54,11 @@ def test_names_and_form_stay(tmp_path: Path, family: str) -> None:
     stated = {"lora_adapter_metadata": row.configured, "ss_network_dim": row.flat, "adapter_config": _is_raw(row)}
     assert {key: key in header for key in stated} == stated
     if not row.configured:
-        close(by_definition(out), weighted([by_definition(path) for path in inputs]))
+        check_close(by_definition(out), weighted([by_definition(path) for path in inputs]))
     if row.loader:
         taken = [diffusers_reads(row, path) for path in inputs]
         assert taken[0]
-        close(diffusers_reads(row, out), weighted(taken))
+        check_close(diffusers_reads(row, out), weighted(taken))
 
 
 def merged(inputs: list[Path], out: Path, **options: Any) -> merging.Merged:
@@ -85,7 +85,7 @@ def test_diffusers_takes_its_format(tmp_path: Path, family: str) -> None:
         assert "leave --format out" in str(error)
         assert row.flat or family in ("ltx-2 comfyui", "ltx-2 connectors", "anima comfyui")
         return
-    close(diffusers_reads(replace(row, configured=True), out), diffusers_reads(row, given))
+    check_close(diffusers_reads(replace(row, configured=True), out), diffusers_reads(row, given))
 
 
 @pytest.mark.parametrize("family", ROWS)
@@ -137,7 +137,7 @@ def test_two_forms_of_one_naming(tmp_path: Path) -> None:
     merged([one, two], tmp_path / "out.safetensors")
     names = load_file(tmp_path / "out.safetensors").keys()
     assert names == load_file(one).keys() | {name for name in load_file(two) if name.endswith(".alpha")}
-    close(by_definition(tmp_path / "out.safetensors"), weighted([by_definition(path) for path in (one, two)]))
+    check_close(by_definition(tmp_path / "out.safetensors"), weighted([by_definition(path) for path in (one, two)]))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_names_of_no_input_alone(tmp_path: Path) -> None:
     taken = diffusers_reads(kinds[1], tmp_path / "out.safetensors")
     one, other = (diffusers_reads(row, path) for row, path in zip(kinds, files, strict=True))
     zeros = {name: torch.zeros_like(value) for name, value in taken.items()}
-    close(taken, weighted([{**zeros, **one}, {**zeros, **other}]))
+    check_close(taken, weighted([{**zeros, **one}, {**zeros, **other}]))
 
 
 # ---- with a base, from packs
@@ -196,7 +196,7 @@ def test_a_base_changes_no_names(tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     merged(files, out, base=tmp_path / "base")
     assert load_file(out).keys() == load_file(files[0]).keys()
-    close(by_definition(out), weighted([by_definition(path) for path in files]))
+    check_close(by_definition(out), weighted([by_definition(path) for path in files]))
 
 
 def test_packs_keep_names(tmp_path: Path) -> None:

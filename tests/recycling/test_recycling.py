@@ -16,46 +16,26 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import merging
 from merging.cli.main import cli
-from merging.errors import FormatError, InputError, MergingError, OptionError, OutputError
+from merging.errors import InputError, MergingError, OptionError
 from merging.pool import Pool
 from merging.pool.candidates import candidates_in
-from merging.recycling.controls import CONTROLS
 from merging.recycling.mixing import TUNED, fit
 from merging.recycling.pool_adapters import find_usable, list_adapters, open_expert
 from merging.recycling.problem import single_adapter
-from merging.recycling.report import AVERAGE, MERGE, SINGLE
+from merging.recycling.report import MERGE, SINGLE
 from merging.recycling.run_checkpoint import RunCheckpoint
 from merging.recycling.selection import choose, score_candidates
 from merging.recycling.settings import Settings
 from merging.recycling.training import TrainingPlan
 from merging.recycling.training import train as tune
 from support.adapters import QUIRKS, edit_config, edit_tensors, peft, reload, train
-from support.recycling_tasks import FAST, World, causal, classifier, encoder, seq2seq, texts
+from support.recycling_tasks import FAST, ROWS, World, causal, classifier, contents, encoder, seq2seq
 
 pytestmark = [*QUIRKS, pytest.mark.exhaustive]
-
-ROWS = {"base", "few-shot LoRA", SINGLE, AVERAGE, MERGE, *(control.title for control in CONTROLS.values())}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return classifier(tmp_path_factory.mktemp("classifier"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_pictures() -> Any:
-    """Pictures take longer than everything else here; one test draws them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("merging.recycling.page.find_spec", lambda name: None)
-        yield
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 # --- every kind of model ----------------------------------------------------------------------------------------------
@@ -101,36 +81,6 @@ def test_the_written_adapter_merges_and_is_cut_to_a_rank(planted: World, tmp_pat
         [tmp_path / "out"], method="linear", base=world.base, kind="model", output=tmp_path / "model"
     )
     assert merged.kind == "model"
-
-
-# --- what is planted is found ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def planted(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A task that one strong adapter of the pool solves: its labels are what the base says with that adapter."""
-    folder = tmp_path_factory.mktemp("planted")
-    base, pool = shutil.copytree(world.base, folder / "base"), shutil.copytree(world.pool, folder / "pool")
-    edit_tensors(pool / "a3", lambda tensors: {name: value * 3 for name, value in tensors.items()})
-    problem = World(base, pool, world.train, world.valid, world.test).problem()
-    expert = next(each for each in world.__class__(base, pool, [], []).experts(problem) if each.name == "a3")
-    words = texts(400, 11)
-    items = [problem.model.encode(example) for example in _read([{"text": text, "label": "low"} for text in words])]
-    with torch.no_grad(), single_adapter(expert).mixture(problem).at(torch.ones(1)):
-        margins = torch.cat([problem.model.answers([item]).logits for item in items]).diff(dim=1)[:, 0]
-    tensors = load_file(base / "model.safetensors")
-    threshold = margins.quantile(0.5)  # between the two in the middle: no margin is 0 but for rounding
-    tensors["classifier.bias"][1] -= threshold
-    save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    labelled = [{"text": text, "label": "high" if margin > threshold else "low"}
-                for text, margin in zip(words, margins, strict=True)]  # fmt: skip
-    return World(base, pool, labelled[:16], labelled[16:32], labelled[32:])
-
-
-def _read(records: list[dict[str, Any]]) -> Any:
-    from merging.recycling.data import read_examples
-
-    return read_examples(records)
 
 
 def test_transfer_is_found_where_it_is(planted: World, tmp_path: Path) -> None:
@@ -397,136 +347,6 @@ def test_a_killed_run_goes_on(world: World, tmp_path: Path) -> None:
     merging.recycle(str(world.pool), base=world.base, output="whole", **parts, **settings)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert not checkpoint.exists()
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def files(world: World, tmp_path: Path) -> Path:
-    for part in ("train", "valid", "test"):
-        (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in getattr(world, part)))
-    return tmp_path
-
-
-def _command(world: World, files: Path, *words: object) -> Any:
-    given = ["recycle", world.pool, "--base", world.base, "--train", files / "train.jsonl", "--valid",
-             files / "valid.jsonl", "--test", files / "test.jsonl", "-o", files / "out", "--k", 2, "--steps", 4,
-             "--lora-steps", 4, "--lora-rate", 0.01]  # fmt: skip
-    return CliRunner().invoke(cli, [str(word) for word in (*given, *words)])
-
-
-def test_the_command_prints_the_report(world: World, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from importlib.util import find_spec
-
-    monkeypatch.setattr("merging.recycling.page.find_spec", find_spec)
-    done = _command(world, files)
-    assert done.exit_code == 0, done.output
-    lines = done.stdout.splitlines()
-    assert all(any(line.startswith(title) for line in lines) for title in ROWS)
-    told = json.loads((files / "out" / "recycling.json").read_text())
-    assert f"{told['verdict']}." in lines
-    assert (files / "out" / "recycling.html").read_text().count("data:image/svg+xml") >= 2
-    again = _command(world, files, "--json", "--overwrite", "--quiet")
-    assert json.loads(again.stdout)["rows"] == told["rows"]
-    assert again.stderr == ""
-
-
-def _write(name: str, text: str) -> Callable[[Path], list[object]]:
-    def made(files: Path) -> list[object]:
-        (files / name).write_text(text)
-        return [f"--{name.partition('.')[0]}", files / name]
-
-    return made
-
-
-GOOD = '{"text": "w1 w2", "label": "low"}\n'
-WRONG: dict[str, tuple[Callable[[Path], list[object]], str]] = {
-    "no JSON": (_write("train.jsonl", GOOD + '{"text": "w1", "label"\n'), "train.jsonl, line 2: is not JSON"),
-    "no object": (_write("train.jsonl", "\n" + GOOD + "[1]\n"), "train.jsonl, line 3: should be an object"),
-    "a typo": (_write("train.jsonl", '{"txt": "w1", "label": "low"}\n'), "no field 'txt' (did you mean 'text'?)"),
-    "no label": (_write("train.jsonl", GOOD + '{"text": "w1", "label": null}\n'), "line 2: the label is None"),
-    "no text": (_write("train.jsonl", '{"text": " ", "label": "low"}\n'), "line 1: text is ' '"),
-    "mixed": (_write("train.jsonl", GOOD + '{"prompt": "a", "completion": "b"}\n'), "line 2: has a completion"),
-    "empty": (_write("train.jsonl", "\n\n"), "train.jsonl: holds no examples"),
-    "no file": (lambda files: ["--train", files / "none.jsonl"], "none.jsonl: cannot be read: No such file"),
-    "binary": (lambda files: ["--train", files / "bad.jsonl"], "bad.jsonl: is not text in UTF-8"),
-    "new label": (_write("test.jsonl", GOOD.replace("low", "middle")), "test.jsonl, line 1: no training or validation"),
-    "label of no head": (_write("train.jsonl", GOOD.replace("low", "left")), "line 1: the model's head has no label"),
-    "other kind": (_write("test.jsonl", '{"prompt": "a", "completion": "b"}\n'), "test.jsonl, line 1: has a"),
-    "method": (lambda files: ["--method", "ourz"], "there is no method 'ourz' (did you mean 'ours'?)"),
-    "method of weights": (lambda files: ["--method", "slerp"], "slerp merges weights, and adapters are changes"),
-    "nothing to tune": (lambda files: ["--method", "ties", "--granularity", "layer"], "ties has no coefficients"),
-    "finer search": (lambda files: ["--method", "lorahub", "--granularity", "layer"], "lorahub searches one"),
-    "no target": (lambda files: ["--select", "cosine", "--target-lora", "none"], "compares with a target LoRA"),
-    "target": (lambda files: ["--target-lora", files / "nowhere"], "nowhere"),
-    "no k": (lambda files: ["--k", "0"], "k = 0: Input should be greater"),
-    "rate": (lambda files: ["--rate", "nan"], "rate = nan"),
-    "output": (lambda files: ["-o", files / "train.jsonl"], "train.jsonl: exists already"),
-    "no folder": (lambda files: ["-o", files / "none" / "out"], "none does not exist: create it first"),
-    "a file": (lambda files: ["-o", files / "x.safetensors"], "name a folder with -o"),
-    "base": (lambda files: ["--base", files], "cannot be loaded by transformers"),
-    "no base": (lambda files: ["--base", files / "none"], "none: is no folder of a model"),
-    "device": (lambda files: ["--device", "quantum"], "quantum"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_one_clear_message(name: str, world: World, files: Path) -> None:
-    (files / "bad.jsonl").write_bytes(b"\xff\xfe\x00")
-    make, message = WRONG[name]
-    done = _command(world, files, *make(files), "--quiet")
-    assert done.exit_code == 1
-    assert message in done.stderr
-    assert done.stderr.startswith("Error: ")
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert not (files / "out").exists()
-
-
-def test_choices_are_checked_by_the_command(world: World, files: Path) -> None:
-    done = _command(world, files, "--select", "evalution")
-    assert done.exit_code == 2
-    assert "evaluation" in done.stderr
-
-
-def test_an_output_that_cannot_be_written(world: World, files: Path) -> None:
-    closed = files / "closed"
-    closed.write_text("a file, no folder")
-    done = _command(world, files, "-o", closed / "out", "--quiet")
-    assert done.exit_code == 1
-    assert done.stderr.startswith("Error: ")
-    done = _command(world, files, "-o", world.pool)
-    assert done.exit_code == 1
-    assert "would replace the input" in done.stderr
-
-
-def test_settings_of_python_are_checked(world: World, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"there is no option 'granularty' \(did you mean 'granularity'\?\)"):
-        merging.recycle(**world.arguments(output=tmp_path / "out"), granularty="layer")
-    with pytest.raises(InputError, match="there is no such adapter or folder"):
-        merging.recycle(**world.arguments(pool=tmp_path / "none", output=tmp_path / "out"))
-    with pytest.raises(InputError, match="holds no adapter"):
-        merging.recycle(**world.arguments(pool=tmp_path, output=tmp_path / "out"))
-    with pytest.raises(InputError, match="too few examples"):
-        merging.recycle(**world.arguments(train=world.train[:1], valid=None, output=tmp_path / "out"))
-    with pytest.raises(OutputError, match="exists already"):
-        merging.recycle(**world.arguments(output=world.base))
-    assert not any(tmp_path.iterdir())
-
-
-def test_texts_are_refused_what_makes_answers_sure(tmp_path: Path) -> None:
-    world = causal(tmp_path)
-    with pytest.raises(OptionError, match="adamerging makes answers sure"):
-        merging.recycle(**world.arguments(output=tmp_path / "out", method="adamerging"))
-    with pytest.raises(OptionError, match="give examples with prompt and completion"):
-        labelled = [{"text": "w1", "label": "low"}, {"text": "w2", "label": "high"}]
-        merging.recycle(**world.arguments(output=tmp_path / "out", train=labelled, valid=labelled, test=None))
-    with pytest.raises(FormatError, match="chat template"):
-        merging.recycle(**world.arguments(output=tmp_path / "out", chat=True))
-    long = [{"prompt": "w1", "completion": " ".join(["w1"] * 100)}]
-    with pytest.raises(FormatError, match="the completion has 101 tokens, of at most 63"):
-        merging.recycle(**world.arguments(output=tmp_path / "out", train=long))
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_full_model_is_no_adapter(world: World, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from merging.serving import verify
 from support.adapters import QUIRKS, peft, quiet, reload, train
 from support.architectures import DECODER, tiny
 from support.paths import TESTS
-from support.serving_cases import ADAPTERS, SERVED, Edit, laid
+from support.serving_cases import ADAPTERS, laid
+from support.serving_edits import SERVED, Edit
 
 pytestmark = [pytest.mark.exhaustive, *QUIRKS]
 

@@ -14,7 +14,9 @@ from support.adapters import QUIRKS, baked, base_state, edit_config, peft, reloa
 from support.architectures import ARCHITECTURES, build
 from support.diffusion_models import fused, quietly, state_of
 from support.peft_types import CASES, TYPES, make
-from support.serving_cases import ADAPTERS, LORAS, MODELS, PIPELINES, Edit, Expected, kohya, laid, stocked
+from support.serving_cases import ADAPTERS, MODELS, PIPELINES, laid, stocked
+from support.serving_edits import Edit
+from support.serving_loras import LORAS, Expected, kohya
 
 pytestmark = [
     pytest.mark.exhaustive,
@@ -71,7 +73,7 @@ def wrong(findings: list[Finding] | tuple[Finding, ...]) -> bool:
     return any(each.severity in ("refuses", "ignores") or "are missing" in each.what for each in findings)
 
 
-def agree(path: Path, program: str, case: str, base: Path | None = None) -> None:
+def check_agreement(path: Path, program: str, case: str, base: Path | None = None) -> None:
     told = verify(str(path), [program], base=str(base) if base else None)
     assert wrong(told.findings) == (wrong(loaded(path, program, base)) or case in SILENT), told.findings
 
@@ -80,13 +82,13 @@ def agree(path: Path, program: str, case: str, base: Path | None = None) -> None
 @pytest.mark.parametrize("case", ["sound", *(case for case in ADAPTERS if case not in UNLIKE)])
 def test_adapters(case: str, program: str, shelf: Path, tmp_path: Path) -> None:
     path = laid(shelf, tmp_path / "a", "adapter")
-    agree(path if case == "sound" else ADAPTERS[case][0](path), program, case)
+    check_agreement(path if case == "sound" else ADAPTERS[case][0](path), program, case)
 
 
 @pytest.mark.parametrize("case", ["sound", *(case for case in MODELS if case not in {**UNLIKE, **AT_ODDS})])
 def test_models(case: str, shelf: Path, tmp_path: Path) -> None:
     path = laid(shelf, tmp_path / "m", "llama")
-    agree(path if case == "sound" else MODELS[case][0](path), "transformers", case)
+    check_agreement(path if case == "sound" else MODELS[case][0](path), "transformers", case)
 
 
 def by_diffusers() -> dict[str, tuple[str, Edit, Expected]]:
@@ -99,7 +101,7 @@ def by_diffusers() -> dict[str, tuple[str, Edit, Expected]]:
 def test_pipelines_and_their_loras(case: str, shelf: Path, tmp_path: Path) -> None:
     kind, edit, _ = by_diffusers()[case]
     path = edit(tmp_path / "x" if kind == "lora" else laid(shelf, tmp_path / "x", kind))
-    agree(
+    check_agreement(
         path, "diffusers", "LoRA-GA" if case == "LoRA: DoRA" else case, shelf / "pipeline" if kind == "lora" else None
     )
 
@@ -180,7 +182,7 @@ def test_types_of_peft(case: str, tmp_path: Path) -> None:
     build(CASES[case][0], 0).save_pretrained(tmp_path / "base")
     adapter = make(tmp_path / "a", case)
     for program in ("peft", "transformers"):
-        agree(adapter, program, case, tmp_path / "base")
+        check_agreement(adapter, program, case, tmp_path / "base")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -21,7 +21,7 @@ from merging.serving import PROGRAMS, verify
 from support import tiny
 from support.adapters import QUIRKS, edit_config, llama_adapters, train
 from support.hub_fixture import Hub
-from support.serving_cases import SERVED
+from support.serving_edits import SERVED
 
 pytestmark = [*QUIRKS, pytest.mark.exhaustive]
 

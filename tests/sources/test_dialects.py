@@ -84,16 +84,16 @@ def by_definition(family: str, layout: str, lora: Path) -> State:
     return wanted
 
 
-def equal(family: str, lora: Path, wanted: State, bases: Path, out: Path) -> None:
+def check_equal(family: str, lora: Path, wanted: State, bases: Path, out: Path) -> None:
     """What we bake into the family's base is what is wanted, and it is something."""
     before = build_denoiser(family).state_dict()
     got = merged(lora, bases / family, out)
-    close(got, wanted)
+    check_close(got, wanted)
     changed = {name.removesuffix(".weight") for name in wanted if not torch.equal(wanted[name], before[name])}
     assert changed == MODULES[family].keys()
 
 
-def close(got: Mapping[str, torch.Tensor], wanted: State) -> None:
+def check_close(got: Mapping[str, torch.Tensor], wanted: State) -> None:
     assert got.keys() == wanted.keys()
     assert not {name for name in wanted if not (got[name] - wanted[name]).abs().max() <= 2e-6}
 
@@ -103,9 +103,9 @@ def test_layouts(bases: Path, tmp_path: Path, family: str, layout: str) -> None:
     name, alpha = LAYOUTS[layout]
     lora = write_lora(tmp_path / "a.safetensors", MODULES[family], name, alpha=alpha)
     wanted = by_definition(family, layout, lora)
-    equal(family, lora, wanted, bases, tmp_path / "out")
+    check_equal(family, lora, wanted, bases, tmp_path / "out")
     if layout != "OneTrainer":  # diffusers knows no alphas behind its own names
-        close(applied_by_diffusers(family, lora), wanted)
+        check_close(applied_by_diffusers(family, lora), wanted)
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -121,7 +121,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def test_config_in_the_header(bases: Path, tmp_path: Path, family: str, config: str) -> None:
     settings = {"target_modules": sorted(MODULES[family]), **CONFIGS[config]}
     lora = write_lora(tmp_path / "a.safetensors", MODULES[family], LAYOUTS["diffusers"][0], config=settings)
-    equal(family, lora, applied_by_diffusers(family, lora), bases, tmp_path / "out")
+    check_equal(family, lora, applied_by_diffusers(family, lora), bases, tmp_path / "out")
 
 
 PAIR = {"down": torch.ones(2, 16), "up": torch.ones(16, 2)}

@@ -16,7 +16,7 @@ import merging
 from merging.errors import FormatError, InputError
 from merging.hub.open_model import open_model
 from merging.sources.diffusion_names import known_names
-from support.diffusion_models import FLUX, State, build, closest, factors, fused, on_disk, quietly, trained
+from support.diffusion_models import FLUX, State, build, check_closest, factors, fused, on_disk, quietly, trained
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def test_as_diffusers_saves_it(models: Path, tmp_path: Path, model: str, config: str) -> None:
     lora = trained(model, tmp_path / "lora", **CONFIGS[config])
     wanted, before = fused(build(model), lora), on_disk(models / model)
-    closest(merged(lora, models / model, tmp_path / "out"), wanted, before, modules_of(lora))
-    closest(merged(lora.parent, models / model, tmp_path / "again"), wanted, before, modules_of(lora))
+    check_closest(merged(lora, models / model, tmp_path / "out"), wanted, before, modules_of(lora))
+    check_closest(merged(lora.parent, models / model, tmp_path / "again"), wanted, before, modules_of(lora))
 
 
 def old_names(state: State) -> State:
@@ -89,7 +89,7 @@ def test_as_old_versions_saved_it(models: Path, tmp_path: Path) -> None:
     save_file(old_names(load_file(new)), lora)
     assert not any("lora_A" in name or "lora_B" in name for name in load_file(lora))
     wanted, before = fused(build("sd"), lora), on_disk(models / "sd")
-    closest(merged(lora, models / "sd", tmp_path / "out"), wanted, before, modules_of(new))
+    check_closest(merged(lora, models / "sd", tmp_path / "out"), wanted, before, modules_of(new))
 
 
 # ---- Flux, whose projections are fused as published, and in the LoRA files of all programs but diffusers
@@ -127,11 +127,11 @@ def test_fused_lora_on_a_base_that_is_not(models: Path, tmp_path: Path) -> None:
     before = on_disk(models / "flux")
     got = merged(lora, models / "flux", tmp_path / "out")
     wanted = applied(load_file(lora), published(before))
-    equal(published(got), wanted)
+    check_close(published(got), wanted)
     assert sum(not torch.equal(got[name], before[name]) for name in got) == len(FLUX) + 4 + 2 * 2 + 3
 
 
-def equal(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+def check_close(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert got.keys() == wanted.keys()
     off = {name: float((got[name] - wanted[name]).abs().max()) for name in wanted}
     wrong = {name: error for name, error in off.items() if not error <= 2e-6}
@@ -148,7 +148,7 @@ def test_separate_projections_on_a_fused_base(models: Path, tmp_path: Path, pref
     save_file({prefix + name: value for name, value in before.items()}, tmp_path / "base.safetensors")
     got = merged(tmp_path / "own.safetensors", tmp_path / "base.safetensors", tmp_path / "out.safetensors")
     wanted = published(fused(build("flux"), tmp_path / "own.safetensors"))
-    closest({name.removeprefix(prefix): value for name, value in got.items()}, wanted, before, 5)
+    check_closest({name.removeprefix(prefix): value for name, value in got.items()}, wanted, before, 5)
 
 
 COMFY = {
@@ -177,7 +177,7 @@ def test_comfyui_and_its_kin(models: Path, tmp_path: Path, spelling: str) -> Non
             state[f"text_encoders.clip_l.transformer.text_model.encoder.layers.1.self_attn.{layer}.{part}"] = value
     save_file(state, tmp_path / "comfy.safetensors")
     got = merged(tmp_path / "comfy.safetensors", models / "flux", tmp_path / "out")
-    equal(got, merged(tmp_path / "kohya.safetensors", models / "flux", tmp_path / "other"))
+    check_close(got, merged(tmp_path / "kohya.safetensors", models / "flux", tmp_path / "other"))
 
 
 def test_xlabs(models: Path, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_xlabs(models: Path, tmp_path: Path) -> None:
     lora = tmp_path / "a.safetensors"
     save_file(state, lora)
     wanted, before = fused(build("flux"), lora), on_disk(models / "flux")
-    closest(merged(lora, models / "flux", tmp_path / "out"), wanted, before, 3 * 3 + 3)
+    check_closest(merged(lora, models / "flux", tmp_path / "out"), wanted, before, 3 * 3 + 3)
 
 
 def test_lokr_of_fused_projections(models: Path, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_lokr_of_fused_projections(models: Path, tmp_path: Path) -> None:
     before = published(on_disk(models / "flux"))
     got = published(merged(tmp_path / "a.safetensors", models / "flux", tmp_path / "out"))
     qkv = "double_blocks.0.img_attn.qkv.weight"
-    equal(got, before | {qkv: before[qkv] + torch.kron(w1, w2)})
+    check_close(got, before | {qkv: before[qkv] + torch.kron(w1, w2)})
 
 
 def test_both_kinds_together(models: Path, tmp_path: Path) -> None:
@@ -217,7 +217,9 @@ def test_both_kinds_together(models: Path, tmp_path: Path) -> None:
     before = on_disk(models / "flux")
     merging.merge([one, two], method="task_arithmetic", base=models / "flux", kind="model", output=tmp_path / "both")
     first, second = (merged(lora, models / "flux", tmp_path / str(n)) for n, lora in enumerate((one, two)))
-    equal(on_disk(tmp_path / "both"), {name: first[name] + second[name] - value for name, value in before.items()})
+    check_close(
+        on_disk(tmp_path / "both"), {name: first[name] + second[name] - value for name, value in before.items()}
+    )
 
 
 DOWN, UP = torch.ones(2, 16), torch.ones(16, 2)

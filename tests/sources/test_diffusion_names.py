@@ -25,7 +25,7 @@ def under(state: State, component: str, style: NameStyle) -> State:
     }
 
 
-def equal(got: State, wanted: State) -> None:
+def check_equal(got: State, wanted: State) -> None:
     assert got.keys() == wanted.keys()
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
@@ -79,11 +79,11 @@ def test_flux() -> None:
     published = flux()
     converted = single_file_utils.convert_flux_transformer_checkpoint_to_diffusers({**published, **FLUX_NORMS})
     diffusers = {name: value for name, value in converted.items() if ".norm_" not in name}
-    equal(under(published, "transformer", "diffusers"), diffusers)
-    equal(under(published, "transformer", "published"), published)
-    equal(under(diffusers, "transformer", "published"), published)
+    check_equal(under(published, "transformer", "diffusers"), diffusers)
+    check_equal(under(published, "transformer", "published"), published)
+    check_equal(under(diffusers, "transformer", "published"), published)
     prefixed = {f"model.diffusion_model.{name}": value for name, value in published.items()}
-    equal(under(prefixed, "transformer", "diffusers"), diffusers)
+    check_equal(under(prefixed, "transformer", "diffusers"), diffusers)
 
 
 def sd3() -> State:
@@ -108,8 +108,8 @@ def test_sd3() -> None:
     convert = single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers
     diffusers = convert({**published, "pos_embed": torch.zeros(1, 4, 4)})
     del diffusers["pos_embed.pos_embed"]
-    equal(under(published, "transformer", "diffusers"), diffusers)
-    equal(under(diffusers, "transformer", "published"), published)
+    check_equal(under(published, "transformer", "diffusers"), diffusers)
+    check_equal(under(diffusers, "transformer", "published"), published)
 
 
 UNETS = {
@@ -136,9 +136,9 @@ def test_unet(kind: str) -> None:
     assert published.keys().isdisjoint(diffusers)
     prefixed = {f"model.diffusion_model.{name}": value for name, value in published.items()}
     config = {**unet.config, "class_embed_type": None, "addition_embed_type": unet.config.addition_embed_type}
-    equal(single_file_utils.convert_ldm_unet_checkpoint(dict(prefixed), config), diffusers)
-    equal(under(prefixed, "unet", "diffusers"), diffusers)
-    equal(under(published, "unet", "diffusers"), diffusers)
+    check_equal(single_file_utils.convert_ldm_unet_checkpoint(dict(prefixed), config), diffusers)
+    check_equal(under(prefixed, "unet", "diffusers"), diffusers)
+    check_equal(under(published, "unet", "diffusers"), diffusers)
 
 
 def test_open_clip() -> None:
@@ -159,7 +159,7 @@ def test_open_clip() -> None:
     convert = single_file_utils.convert_open_clip_checkpoint
     theirs = convert(CLIPTextModel(config), {**single, **text_projection}, prefix)
     got = under(single, "text_encoder_2", "diffusers")
-    equal(got, {name: value for name, value in theirs.items() if "projection" not in name})
+    check_equal(got, {name: value for name, value in theirs.items() if "projection" not in name})
 
 
 def test_spellings() -> None:

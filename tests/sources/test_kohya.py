@@ -19,7 +19,7 @@ from support.diffusion_models import (
     TEXT,
     State,
     build,
-    closest,
+    check_closest,
     factors,
     fused,
     kohya_modules,
@@ -50,7 +50,7 @@ def test_into_a_pipeline(models: Path, tmp_path: Path, model: str, alpha: float 
     before = on_disk(models / model)
     wanted = fused(build(model), lora)
     changed = len(kohya_modules(model, alpha))
-    closest(on_disk(merged(lora, models / model, tmp_path / "out")), wanted, before, changed)
+    check_closest(on_disk(merged(lora, models / model, tmp_path / "out")), wanted, before, changed)
 
 
 def published(state: State) -> State:
@@ -75,7 +75,7 @@ def test_into_a_single_file(models: Path, tmp_path: Path, model: str) -> None:
     save_file(before, tmp_path / "single.safetensors")
     wanted = published(fused(build(model), lora))
     got = load_file(merged(lora, tmp_path / "single.safetensors", tmp_path / "out.safetensors"))
-    closest(got, wanted, before, len(kohya_modules(model, 1)))
+    check_closest(got, wanted, before, len(kohya_modules(model, 1)))
 
 
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
@@ -89,7 +89,7 @@ def test_into_a_component(models: Path, tmp_path: Path, component: str) -> None:
         f"{component}.{name}": value for file in out.glob("*.safetensors") for name, value in load_file(file).items()
     }
     wanted, before = fused(build("sd"), lora), on_disk(models / "sd")
-    closest(got, {n: wanted[n] for n in got}, {n: before[n] for n in got}, len(own))
+    check_closest(got, {n: wanted[n] for n in got}, {n: before[n] for n in got}, len(own))
     both = factors(tmp_path / "b.safetensors", kohya_modules("sd", 1))
     with pytest.raises(InputError, match=r"is no tensor of the base \(\d+ of \d+ targets have no place\).*every part"):
         merged(both, models / "sd" / component, tmp_path / "other")
@@ -113,7 +113,7 @@ def test_alphas_and_ranks_of_their_own(models: Path, tmp_path: Path) -> None:
         wanted[f"{name}.weight"] = wanted[f"{name}.weight"] + (2 + number) / rank * up @ down
     save_file(state, lora)
     got = on_disk(merged(lora, models / "sd", tmp_path / "out"))
-    closest(got, wanted, on_disk(models / "sd"), 3)
+    check_closest(got, wanted, on_disk(models / "sd"), 3)
 
 
 def test_without_a_base_flat_names_meet_flat_names(models: Path, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_without_a_base_flat_names_meet_flat_names(models: Path, tmp_path: Path)
     before = on_disk(models / "sd")
     first, second = (on_disk(merged(each, models / "sd", tmp_path / each.stem)) for each in (one, two))
     wanted = {n: value + 0.5 * (first[n] - value) - (second[n] - value) for n, value in before.items()}
-    closest(got, wanted, before, len(kohya_modules("sd", 1)))
+    check_closest(got, wanted, before, len(kohya_modules("sd", 1)))
 
 
 def test_names_that_mean_one_tensor(models: Path, tmp_path: Path) -> None:

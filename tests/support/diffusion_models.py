@@ -34,7 +34,7 @@ __all__ = [
     "Shape",
     "State",
     "build",
-    "closest",
+    "check_closest",
     "components",
     "factors",
     "fused",
@@ -187,7 +187,7 @@ def factors(path: Path, modules: Mapping[str, tuple[Shape, float | None]], seed:
     return path
 
 
-def closest(
+def check_closest(
     got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], before: Mapping[str, Tensor], changed: int
 ) -> None:
     """The same tensors within rounding, of which so many are not what they were before."""

@@ -13,15 +13,17 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from merging.recycling.controls import CONTROLS
 from merging.recycling.data import read_examples, split
 from merging.recycling.load_base import load_model
 from merging.recycling.pool_adapters import AdapterRef, Expert, open_expert
 from merging.recycling.problem import Problem
+from merging.recycling.report import AVERAGE, MERGE, SINGLE
 from merging.recycling.settings import make_settings
 from support.adapters import quiet, train
 from support.architectures import DECODER, ENCODER, T5, tiny
 
-__all__ = ["FAST", "WORDS", "World", "causal", "classifier", "encoder", "seq2seq", "texts"]
+__all__ = ["FAST", "ROWS", "WORDS", "World", "causal", "classifier", "contents", "encoder", "seq2seq", "texts"]
 
 WORDS = [f"w{number}" for number in range(80)]
 
@@ -136,3 +138,10 @@ def seq2seq(folder: Path) -> World:
     """A model that reads a prompt and writes an answer."""
     base = _saved(folder / "base", tiny("T5Config", "T5ForConditionalGeneration", T5), start=False)
     return World(base, _pool(folder / "pool", base, ["q", "v"]), _completed(16, 1), _completed(8, 2), _completed(20, 3))
+
+
+ROWS = {"base", "few-shot LoRA", SINGLE, AVERAGE, MERGE, *(control.title for control in CONTROLS.values())}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}

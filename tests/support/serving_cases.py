@@ -2,46 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
-from support.adapters import State, edit_config, edit_tensors, peft, quiet, reload, save_base, train
-from support.diffusion_models import factors
+from support.adapters import peft, quiet, save_base, train
 from support.pipelines import diffusion_pipeline
+from support.serving_edits import (
+    SERVED,
+    Edit,
+    again,
+    alone,
+    base_says,
+    both,
+    holds,
+    named,
+    of_type,
+    removed,
+    renamed,
+    saved_plainly,
+    says,
+    settings,
+    sharded,
+    unindexed,
+    with_nan,
+    without,
+    written,
+)
+from support.serving_loras import LORAS, Expected, kohya
 
-__all__ = [
-    "ADAPTERS",
-    "ALL",
-    "LORAS",
-    "MODELS",
-    "OPTIONS",
-    "OTHERS",
-    "PIPELINES",
-    "SERVED",
-    "SERVERS",
-    "WRONG",
-    "laid",
-    "lora",
-    "stocked",
-]
-
-Edit = Callable[[Path], Path]
-Expected = Mapping[str, tuple[str, str]]
-"""What programs say: the severity, and what they do."""
-
-UNET = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
-FLUX = "lora_unet_double_blocks_0_img_mlp_0"
-
-
-SERVED = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
-"""Targets that every program takes."""
+__all__ = ["ADAPTERS", "ALL", "MODELS", "OPTIONS", "OTHERS", "PIPELINES", "WRONG", "laid", "stocked"]
 
 
 def stocked(root: Path) -> Path:
@@ -54,166 +46,50 @@ def stocked(root: Path) -> Path:
     return root
 
 
-# ---- what is done to a file
-
-
-def again(targets: Any = SERVED, base: str = "llama", **config: Any) -> Edit:
-    """Another adapter in the place of the plain one, as PEFT trains and saves it."""
-
-    def edit(folder: Path) -> Path:
-        settings = json.loads((folder / "adapter_config.json").read_text())
-        shutil.rmtree(folder)
-        return train(folder, Path(settings["base_model_name_or_path"]).with_name(base), 3, targets, **config)
-
-    return edit
-
-
-def of_type(config: Any) -> Edit:
-    """An adapter of another type."""
-
-    def edit(folder: Path) -> Path:
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        shutil.rmtree(folder)
-        peft.get_peft_model(reload(Path(base)), deepcopy(config)).save_pretrained(folder)  # PEFT notes the base in it
-        return folder
-
-    return edit
-
-
-def says(**fields: Any) -> Edit:
-    return lambda folder: edit_config(folder, **fields)
-
-
-def holds(change: Callable[[State], State]) -> Edit:
-    """Other tensors in an adapter's file, or in a model's."""
-
-    def edit(folder: Path) -> Path:
-        if (folder / "adapter_model.safetensors").exists():
-            return edit_tensors(folder, change)
-        file = folder / "model.safetensors"
-        save_file({name: value.contiguous() for name, value in change(load_file(file)).items()}, file, {"format": "pt"})
-        return folder
-
-    return edit
-
-
-def named(change: Callable[[str], str]) -> Edit:
-    return holds(lambda state: {change(name): value for name, value in state.items()})
-
-
-def without(part: str) -> Edit:
-    return holds(lambda state: {name: value for name, value in state.items() if part not in name})
-
-
-def both(one: Edit, other: Edit) -> Edit:
-    return lambda path: other(one(path))
-
-
-def alone(path: Path) -> Path:
-    """The file out of its folder."""
-    file = next(path.glob("*model.safetensors"))
-    return file.rename(path.with_name(f"{path.name}.safetensors"))
-
-
-def with_nan(state: State) -> State:
-    first = min(state)
-    return state | {first: state[first].index_fill(0, torch.tensor([0]), torch.nan)}
-
-
-def settings(**fields: Any) -> Edit:
-    """Other fields in a model's config; None removes one."""
-
-    def edit(folder: Path) -> Path:
-        file = next(folder / name for name in ("model_index.json", "config.json") if (folder / name).exists())
-        config = {**json.loads(file.read_text()), **fields}
-        file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
-        return folder
-
-    return edit
-
-
-def base_says(**fields: Any) -> Edit:
-    """Other fields in the config of an adapter's base, which is a copy."""
-
-    def edit(folder: Path) -> Path:
-        path = folder / "adapter_config.json"
-        base = json.loads(path.read_text())["base_model_name_or_path"]
-        copy = shutil.copytree(base, folder.with_name(f"{folder.name}-base"))
-        settings(**fields)(copy)
-        return edit_config(folder, base_model_name_or_path=str(copy))
-
-    return edit
-
-
-def renamed(old: str, new: str) -> Edit:
-    def edit(folder: Path) -> Path:
-        (folder / old).rename(folder / new)
-        return folder
-
-    return edit
-
-
-def removed(name: str) -> Edit:
-    def edit(folder: Path) -> Path:
-        (shutil.rmtree if (folder / name).is_dir() else Path.unlink)(folder / name)
-        return folder
-
-    return edit
-
-
-def written(name: str, content: Any) -> Edit:
-    def edit(folder: Path) -> Path:
-        (folder / name).write_text(json.dumps(content))
-        return folder
-
-    return edit
-
-
-def sharded(folder: Path) -> Path:
-    """An index without metadata, of one shard."""
-    shard = (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
-    index = {"weight_map": dict.fromkeys(load_file(shard), shard.name)}
-    return written("model.safetensors.index.json", index)(folder)
-
-
-def unindexed(folder: Path) -> Path:
-    """All shards of a model, without their index."""
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    for number in (0, 1):
-        part = {name: tensors[name] for name in sorted(tensors)[number::2]}
-        save_file(part, folder / f"model-0000{number + 1}-of-00002.safetensors", {"format": "pt"})
-    return folder
-
-
-def saved_plainly(folder: Path) -> Path:
-    file = folder / "model.safetensors"
-    save_file(load_file(file), file)
-    return folder
-
-
-# ---- what programs make of it
-
 SERVERS = ("vllm", "sglang", "llama.cpp")
+
+
 LIBRARIES = ("peft", "transformers")
+
 
 BARE = dict.fromkeys(
     ("vllm", "sglang", "llama.cpp", "peft", "transformers"),
     ("refuses", "adapters are folders with adapter_config.json"),
 )
+
+
 NAMES = {"vllm": ("refuses", "not those of LoRA's factors"), "llama.cpp": ("refuses", "not those of LoRA's factors")}
+
+
 DROPPED = {"sglang": ("refuses", "tensors in the blocks that are no LoRA factors")}
+
+
 START = {
     "vllm": ("refuses", "the start took something off the base"),
     **dict.fromkeys(("sglang", "llama.cpp"), ("ignores", "what the start took off the base")),
 }
+
+
 TABLES = dict.fromkeys(SERVERS, ("warns", "the embedding that was saved along"))
+
+
 NO_START = dict.fromkeys(LIBRARIES, ("refuses", "the start cannot be repeated"))
+
+
 OTHER_START = dict.fromkeys(LIBRARIES, ("ignores", "the start that was trained on"))
+
+
 UNTARGETED = dict.fromkeys(LIBRARIES, ("ignores", "modules that the config does not target"))
+
+
 EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj"]}
+
+
 LOST = {"files": ("refuses", "factors are missing or do not fit")}
+
+
 TIED = {"llama.cpp": ("refuses", "embedding and head are one in the base")}
+
 
 ADAPTERS: dict[str, tuple[Edit, Expected]] = {
     "bare file": (
@@ -468,9 +344,11 @@ ADAPTERS: dict[str, tuple[Edit, Expected]] = {
     "NaN": (holds(with_nan), {"files": ("refuses", "NaN")}),
 }
 
+
 FOLDERS = dict.fromkeys(
     ("vllm", "sglang", "llama.cpp", "transformers", "diffusers"), ("refuses", "models are folders with config.json")
 )
+
 
 MODELS: dict[str, tuple[Edit, Expected]] = {
     "any": (lambda folder: folder, {"comfyui": ("warns", "which models it loads is not looked at")}),
@@ -531,6 +409,7 @@ MODELS: dict[str, tuple[Edit, Expected]] = {
     "NaN": (holds(with_nan), {"files": ("refuses", "NaN")}),
 }
 
+
 PIPELINES: dict[str, tuple[Edit, Expected]] = {
     "no class": (settings(_class_name=None), {"diffusers": ("refuses", "does not name the pipeline")}),
     "no component": (removed("scheduler"), {"files": ("refuses", "components are not whole")}),
@@ -542,115 +421,19 @@ PIPELINES: dict[str, tuple[Edit, Expected]] = {
 }
 
 
-def kohya(folder: Path, change: Callable[[State], State] = dict, **metadata: str) -> Path:
-    """A LoRA of a U-Net as sd-scripts saves it, and what is done to it."""
-    folder.mkdir(exist_ok=True)
-    path = factors(folder / "lora.safetensors", {UNET: ((8, 8), 1.0)})
-    save_file(change(load_file(path)), path, metadata)
-    return path
-
-
-def lora(change: Callable[[State], State] = dict, **metadata: str) -> Edit:
-    return lambda folder: kohya(folder, change, **metadata)
-
-
-def dotted(state: State) -> State:
-    """Factors by diffusers' names, of two ranks."""
-    module = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1"
-    return {
-        f"{module}.{to}.lora_{side}.weight": torch.ones(*((rank, 8) if side == "A" else (8, rank)))
-        for to, rank in (("to_q", 2), ("to_k", 3))
-        for side in "AB"
-    }
-
-
-def under(module: str) -> Edit:
-    """Factors of one module."""
-    return lora(lambda _: {f"{module}.lora_{side}.weight": torch.ones(2, 2) for side in "AB"})
-
-
-LORAS: dict[str, tuple[Edit, Expected]] = {
-    "LoHa": (
-        lora(lambda _: {f"{UNET}.hada_{part}": torch.ones(2, 2) for part in ("w1_a", "w1_b", "w2_a", "w2_b")}),
-        {"diffusers": ("refuses", "only LoRA is loaded")},
-    ),
-    "LoKr": (
-        lora(lambda _: {f"{UNET}.lokr_w1": torch.ones(2, 2), f"{UNET}.lokr_w2": torch.ones(4, 4)}),
-        {"diffusers": ("refuses", "only LoRA is loaded")},
-    ),
-    "LoKr of Flux": (
-        lora(lambda _: {f"{FLUX}.lokr_w1": torch.ones(2, 2), f"{FLUX}.lokr_w2": torch.ones(4, 4)}),
-        {"diffusers": ("warns", "LoKr and full differences")},
-    ),
-    "DoRA": (
-        lora(lambda s: s | {f"{UNET}.dora_scale": torch.ones(8, 1)}),
-        {"diffusers": ("ignores", "DoRA's magnitudes")},
-    ),
-    "two alphas": (
-        lora(lora_adapter_metadata='{"unet.r": 2}'),
-        {"diffusers": ("refuses", "alphas stand in the header")},
-    ),
-    "ranks": (lora(dotted), {"diffusers": ("warns", "before August 2026")}),
-    "ComfyUI": (under("diffusion_model.odd.0.to_q"), {"diffusers": ("warns", "names of ComfyUI")}),
-    "of Flux or of Flux.2": (
-        under("diffusion_model.double_blocks.0.img_mlp.0"),
-        {"diffusers": ("warns", "loads for some of the models")},
-    ),
-    "of Wan, by diffusers": (
-        under("transformer.blocks.0.attn1.to_q"),
-        {"comfyui": ("ignores", "modules under names that are not in its map")},
-    ),
-    "of Flux or of HunyuanVideo": (
-        under("transformer.transformer_blocks.0.ff.net.0.proj"),
-        {"comfyui": ("warns", "in its map for some of the models")},
-    ),
-    "of Anima, flat": (
-        under("lora_unet_blocks_0_mlp_layer1"),
-        {"diffusers": ("ignores", "modules under names that it does not load")},
-    ),
-    "attention of a U-Net": (lora(dotted), {"comfyui": ("ignores", "attention of a U-Net")}),
-    "newer text encoder": (
-        under("text_encoder.encoder.layers.0.self_attn.q_proj"),
-        {"comfyui": ("ignores", "modules of text encoders")},
-    ),
-    "magnitudes of diffusers": (
-        lora(lambda s: s | {f"{UNET}.lora_magnitude_vector": torch.ones(8)}),
-        {"comfyui": ("ignores", "tensors of a kind that it does not know")},
-    ),
-    "alphas in the header": (
-        lora(
-            lambda s: {name: value for name, value in dotted(s).items() if ".to_q." in name},
-            lora_adapter_metadata='{"unet.r": 2, "unet.lora_alpha": 4, "unet.target_modules": ["to_q"]}',
-        ),
-        {"comfyui": ("ignores", "alphas that stand in a config")},
-    ),
-    "of another model": (
-        lora(lambda s: {n.replace("down_blocks_1", "down_blocks_7"): v for n, v in s.items()}),
-        {"files": ("refuses", "does not fit its base")},
-    ),
-    "NaN": (lora(with_nan), {"files": ("refuses", "NaN")}),
-    "no up factor": (
-        lora(lambda s: {n: v for n, v in s.items() if "lora_up" not in n}),
-        {"files": ("refuses", "factors are missing")},
-    ),
-    "unknown part": (
-        lora(lambda s: s | {f"{UNET}.odd": torch.ones(2)}),
-        {"files": ("warns", "merge itself does not read this"), "diffusers": ("refuses", "only LoRA is loaded")},
-    ),
-    "LoRA of convolutions with a core": (
-        lora(lambda s: s | {f"{UNET}.lora_mid.weight": torch.ones(2, 2)}),
-        {"diffusers": ("refuses", "only LoRA is loaded")},
-    ),
-}
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "model: copied head": {"values": False},
     "LoRA file: of another model": {"base": "pipeline"},
 }
+
+
 OTHERS = {(kind, program) for kind in ("llama", "adapter") for program in ("diffusers", "comfyui")}
 """What a program does not take, however sound."""
+
+
 ALL = {"adapter: base by a path"}
 """What is so of the sound ones too."""
+
 
 WRONG = {
     **{f"adapter: {name}": ("adapter", *case) for name, case in ADAPTERS.items()},

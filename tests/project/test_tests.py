@@ -1,0 +1,69 @@
+"""What holds of the tests themselves: each asserts something, none imports another, and their files stay short."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.paths import TESTS
+
+FILES = {path.relative_to(TESTS).as_posix(): path for path in sorted(TESTS.rglob("*.py"))}
+MODULES = {name: path for name, path in FILES.items() if path.name.startswith("test_")}
+ASSERTING = ("assert_", "check_")
+"""How the names of helpers begin that assert something."""
+
+
+def tree(name: str) -> ast.Module:
+    return ast.parse(FILES[name].read_text(encoding="utf-8"))
+
+
+def functions(module: ast.Module) -> Iterator[ast.FunctionDef]:
+    for node in module.body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            yield node
+
+
+def asserts(function: ast.FunctionDef) -> bool:
+    """Whether a function has an assert, expects an error or a warning, or calls a helper that asserts."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assert):
+            return True
+        if isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("raises", "warns") or called.lstrip("_").startswith(ASSERTING):
+                return True
+    return False
+
+
+def imported(module: ast.Module) -> Iterator[str]:
+    for node in ast.walk(module):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module or ''}.{alias.name}" for alias in node.names)
+
+
+def test_tests_are_found() -> None:
+    """The tests below would pass if none were."""
+    assert len(MODULES) > 80
+    assert sum(len(list(functions(tree(name)))) for name in MODULES) > 1000
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_test_asserts_something(name: str) -> None:
+    assert [function.name for function in functions(tree(name)) if not asserts(function)] == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_file_imports_a_test_module(name: str) -> None:
+    """What two of them need is in tests/support."""
+    known = {Path(each).stem for each in MODULES}
+    assert [each for each in imported(tree(name)) if known & set(each.split("."))] == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_stay_short(name: str) -> None:
+    assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= 500
