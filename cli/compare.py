@@ -1,4 +1,4 @@
-"""``merge compare``: how models lie to one another."""
+"""``merge compare``: the agreement of models in their changes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .options import (
     progress_option,
 )
 from .output import echo, echo_json, echo_notices, echo_text, progress_bar
+from .tables import echo_table
 from .types import MODEL, SIZE
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def compare_command(
     debug: bool,
     **options: Any,
 ) -> None:
-    """Tell how models agree: angles, sizes, ranks, signs, subspaces of what they change; intruders if asked for.
+    """Compare the changes of models: angles, sizes, ranks, signs, subspaces; and intruder dimensions if asked for.
 
     Of adapters only the factors are read, whatever the size of the model.
     """
@@ -127,16 +128,16 @@ def _echo(found: Comparison) -> None:
     _echo_layers(found)
     if found.signs and len(names) > 1:
         signs = found.signs
-        told = f"signs that agree, {signs.entries:,} of {signs.total:,} entries; 0.5 is chance"
-        _echo_pairs(told, names, signs.matrix, ".3f")
+        title = f"signs that agree, {signs.entries:,} of {signs.total:,} entries; 0.5 is chance"
+        _echo_pairs(title, names, signs.matrix, ".3f")
     if found.overlaps and len(names) > 1:
         overlaps = found.overlaps
         for side, matrix, chance in (
             ("outputs", overlaps.outputs, overlaps.chance_outputs),
             ("inputs", overlaps.inputs, overlaps.chance_inputs),
         ):
-            told = f"overlap of {side}, {overlaps.directions} leading directions at most; {chance:.3f} is chance"
-            _echo_pairs(told, names, matrix, ".3f")
+            title = f"overlap of {side}, {overlaps.directions} leading directions at most; {chance:.3f} is chance"
+            _echo_pairs(title, names, matrix, ".3f")
     if found.intruders:
         _echo_intruders(found)
 
@@ -145,16 +146,17 @@ def _echo_models(found: Comparison) -> None:
     header = ["", "kind", "tensors", "rank", "norm", "largest", "effective", "stable", "90 %", "99 %"]
     rows = []
     for each in found.models:
-        told = each.spectrum
-        values = (told.largest, told.effective, told.stable, told.energy90, told.energy99) if told else ()
-        cells = [f"{value:.3g}" for value in values] or ["-"] * 5
+        cells = ["-"] * 5
+        if spectrum := each.spectrum:
+            ranks = spectrum.effective, spectrum.stable, spectrum.energy90, spectrum.energy99
+            cells = [f"{value:.3g}" for value in (spectrum.largest, *ranks)]
         rows.append([each.name, each.kind, str(each.tensors), each.rank_text, f"{each.norm:.4g}", *cells])
     _table(header, *rows)
     echo("largest: singular value; effective, stable: ranks; 90 %, 99 %: directions with that much of the energy")
 
 
 def _echo_pairs(title: str, names: Sequence[str], matrix: Sequence[Sequence[float | None]], form: str) -> None:
-    """A matrix over models, or its largest pairs if there are many."""
+    """Print a matrix over models, or its largest pairs if there are many."""
 
     def text(value: float | None) -> str:
         return "-" if value is None else format(value, form)
@@ -194,11 +196,5 @@ def _echo_intruders(found: Comparison) -> None:
 
 
 def _table(*rows: Sequence[str]) -> None:
-    """Rows, the header first, in columns; the first one flush left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        first, *rest = (
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        echo("  ".join(["", first, *rest]).rstrip())
+    """Print rows, the header first, in columns; all but the first are flush right."""
+    echo_table([("", *row) for row in rows], flush_right=range(2, len(rows[0]) + 1))

@@ -1,23 +1,24 @@
-"""``merge inspect``: what is this file?"""
+"""``merge inspect``: the content of models and adapters."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
 from typing import Any
 
 import click
 
 from .errors import handle_errors
 from .options import debug_option, json_option
-from .output import echo, echo_json, size_text
+from .output import echo, echo_json, size_text, terminal_width
 from .types import MODEL
 
 __all__ = ["inspect_command"]
 
-_LABEL, _WIDTH = 16, 110
-_LISTED, _TOLD = 2 * (_WIDTH - _LABEL), 3
-"""The letters that a list may take, and the sentences that are told."""
+_WIDEST, _LABEL = 110, 13
+"""Characters of a line in a file or a pipe, and of the name of a fact."""
+
+_MOST_SENTENCES = 3
+"""Sentences that are printed of a list of them."""
 
 
 @click.command(name="inspect", short_help="the content of a model or adapter")
@@ -26,7 +27,10 @@ _LISTED, _TOLD = 2 * (_WIDTH - _LABEL), 3
 @json_option
 @debug_option
 def inspect_command(paths: tuple[str, ...], values: bool, as_json: bool, debug: bool) -> None:
-    """Tell what a model or adapter is: kind, base, rank, modules, types, layers, size. Headers alone are read."""
+    """Show the content of a model or adapter: kind, base, rank, modules, types, layers, size.
+
+    Headers alone are read. With --json the output is a list with one entry a PATH.
+    """
     with handle_errors(debug):
         from merging.api.inspect import inspect
 
@@ -42,31 +46,32 @@ def inspect_command(paths: tuple[str, ...], values: bool, as_json: bool, debug: 
                     echo(line)
 
 
-def _lines(name: str, value: Any) -> Iterator[str]:
-    """A fact, its name before the first line."""
-    sentences = value if name in ("notices", "needs_base") and value else [_text(name, value)]
-    told = [*sentences[:_TOLD], *([f"and {len(sentences) - _TOLD} more"] if len(sentences) > _TOLD else [])]
-    lines = [line for each in told for line in textwrap.wrap(each, _WIDTH - _LABEL, break_on_hyphens=False)]
-    label = name.replace("_", " ")
-    for line in lines:
-        yield f"  {label:{_LABEL - 3}} {line}"
-        label = ""
+def _lines(name: str, value: Any) -> list[str]:
+    """Return the lines of a fact, its name on the first."""
+    width = min(terminal_width() or _WIDEST, _WIDEST) - _LABEL - 3
+    sentences = value if name in ("notices", "needs_base") and value else [_text(name, value, 2 * width)]
+    more = len(sentences) - _MOST_SENTENCES
+    shown = [*sentences[:_MOST_SENTENCES], *([f"and {more} more"] if more > 0 else [])]
+    lines = [line for each in shown for line in textwrap.wrap(each, width, break_on_hyphens=False)]
+    labels = [name.replace("_", " "), *[""] * len(lines)]
+    return [f"  {label:{_LABEL}} {line}" for label, line in zip(labels, lines, strict=False)]
 
 
-def _text(name: str, value: Any) -> str:
+def _text(name: str, value: Any, longest: int) -> str:
+    """Return a fact as people read it; of a list as many items as there is room for."""
     if name.endswith("bytes"):
         return size_text(value)
     if isinstance(value, dict):
-        return _listed([f"{key}: {each:,}" for key, each in value.items()])
+        return _join([f"{key}: {each:,}" for key, each in value.items()], longest)
     if isinstance(value, list):
-        return _listed([f"{each:.4g}" if isinstance(each, float) else str(each) for each in value]) or "none"
+        return _join([f"{each:.4g}" if isinstance(each, float) else str(each) for each in value], longest) or "none"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _listed(items: list[str]) -> str:
-    """As many items as there is room for."""
+def _join(items: list[str], longest: int) -> str:
+    """Return the first items that fit, and the number of the others."""
     kept = items
-    while len(", ".join(kept)) > _LISTED and len(kept) > 1:
+    while len(", ".join(kept)) > longest and len(kept) > 1:
         kept = kept[:-1]
     more = len(items) - len(kept)
     return ", ".join(kept) + (f" and {more} more" if more else "")

@@ -1,8 +1,9 @@
-"""``merge methods``: what there is to choose from, and each method in full."""
+"""``merge methods``: all methods to choose from, and each in full."""
 
 from __future__ import annotations
 
 import inspect
+import textwrap
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,8 @@ import click
 from .errors import handle_errors
 from .fields import choices
 from .options import json_option
-from .output import echo, echo_json, echo_notices, echo_text
+from .output import echo_json, echo_notices, echo_text, terminal_width
+from .tables import column_widths, echo_table, format_groups, format_legend, format_rows, list_width
 from .types import METHOD
 
 if TYPE_CHECKING:
@@ -24,19 +26,31 @@ if TYPE_CHECKING:
 
 __all__ = ["methods_command"]
 
-LEGEND = """\
-merges   weights, or changes from a base, which full checkpoints then need (--base). Those marked any go around any
-         method and, all but lines, hand changes to it
-LoRA     exact: low-rank in and out; cut: of full rank, cut to --rank; base: adapters need --base; inner: as inside
-reads    how often the inputs are read; + SVD: full matrices are decomposed, seconds to minutes each (adapters: ms)
+LEGEND = [
+    (
+        "merges",
+        "weights, or changes from a base, which full checkpoints then need (--base). Those marked any go around any "
+        "method and, all but lines, hand changes to it",
+    ),
+    (
+        "LoRA",
+        "exact: low-rank in and out; cut: of full rank, cut to --rank; base: adapters need --base; inner: as inside",
+    ),
+    (
+        "reads",
+        "how often the inputs are read; + SVD: full matrices are decomposed, seconds to minutes each (adapters: ms)",
+    ),
+]
 
-None needs data. Chains go left to right, the merger last: dare+ties, knots+ties, lines+tsv. mergekit's names are known:
-{aliases}. One method in full: merge methods NAME"""
+CHAINS = (
+    "None needs data. Chains go left to right, the merger last: dare+ties, knots+ties, lines+tsv. mergekit's names are "
+    "known: {aliases}. One method in full: merge methods NAME"
+)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What one needs to know of a method to choose it."""
+    """The facts by which people choose a method."""
 
     name: str
     group: str
@@ -52,7 +66,7 @@ class Choice:
 @json_option
 @click.option("--markdown", is_flag=True, help="print the table of the documentation")
 def methods_command(name: str | None, as_json: bool, markdown: bool) -> None:
-    """List the methods, or show one in full: what it does, its paper, its parameters."""
+    """List the methods, or show one in full: its purpose, its paper, its parameters."""
     from merging.methods import ALIASES, installed_methods, method_class
 
     with handle_errors():
@@ -74,19 +88,22 @@ def methods_command(name: str | None, as_json: bool, markdown: bool) -> None:
 
 
 def _alias(name: str) -> str:
+    """Return the description of one of mergekit's names."""
     from merging.methods import ALIASES, chain, parameters_of
 
     alias = ALIASES[name]
-    fixed = [f"{key} = {plainly(value)}" for key, value in alias.fixed.items()]
+    fixed = [f"{key} = {format_value(value)}" for key, value in alias.fixed.items()]
     lines = [f"{name}: mergekit's name for {alias.chain}, with mergekit's defaults", ""]
     lines += [f"Fixed: {', '.join(fixed)}."] if fixed else []
     lines += [f"{alias.hint[0].upper()}{alias.hint[1:]}."] if alias.hint else []
+    rows: list[tuple[str, str, str]] = []
     own = [(link, field) for link in chain(name).links() for field in parameters_of(type(link))]
     for link, field in own:
         if f"{link.name}.{field}" not in alias.fixed:
             shared = sum(each == field for _, each in own) > 1
             label = f"{link.name}.{field}" if shared and field not in _fields_fixed(alias) else field
-            lines.append(_parameter(label, type(link).model_fields[field], getattr(link, field)))
+            rows.append(_parameter(label, type(link).model_fields[field], getattr(link, field)))
+    lines += format_rows(rows, column_widths(rows, terminal_width()))
     return "\n".join([*lines, "", f"More about the methods: merge methods {alias.chain}"])
 
 
@@ -94,22 +111,23 @@ def _fields_fixed(alias: Alias) -> set[str]:
     return {key.rpartition(".")[2] for key in alias.fixed}
 
 
-def _parameter(name: str, info: FieldInfo, default: object) -> str:
+def _parameter(name: str, info: FieldInfo, default: object) -> tuple[str, str, str]:
+    """Return a row of a table: a parameter's option, indented, and its description."""
     among = f" ({' | '.join(choices(info))})" if choices(info) else ""
-    return f"  --{name.replace('_', '-'):14} {info.description}{among}  [default: {plainly(default)}]"
+    return "", f"--{name.replace('_', '-')}", f"{info.description}{among}  [default: {format_value(default)}]"
 
 
-def _peer(name: str) -> str:
-    """The settings that do the same as mergekit's method of this name with no parameter given."""
+def _mergekit_settings(name: str) -> str:
+    """Return the settings that do the same as mergekit's method of this name without parameters."""
     from merging.methods import MERGEKIT
 
     method, parameters = MERGEKIT[name]
-    given = ", ".join(f"{key} = {plainly(value)}" for key, value in parameters.items())
+    given = ", ".join(f"{key} = {format_value(value)}" for key, value in parameters.items())
     return f"mergekit's {name} has other defaults: it is {method} here with {given}."
 
 
 def _choices(installed: Mapping[str, type[Method]]) -> Iterator[Choice]:
-    """The built-in methods by group, and those from outside last."""
+    """Yield the built-in methods by group, and methods of other packages last."""
     from merging.methods import GROUPS, method_class
 
     for group, methods in GROUPS.items():
@@ -147,17 +165,15 @@ def _on_adapters(cls: type[Method], method: Method) -> str:
 
 
 def _screen(choices: Iterable[Choice]) -> str:
+    """Return all methods in columns, group by group, as wide as the terminal."""
     from merging.methods import ALIASES
 
-    lines: list[str] = []
-    group = ""
+    groups: dict[str, list[tuple[str, ...]]] = {}
     for each in choices:
-        if each.group != group:
-            group = each.group
-            head = "  " + f"{group:73} merges  LoRA  reads"
-            lines += ["", head[2:]] if lines else [head[2:]]
-        lines.append(f"  {each.name:15} {each.summary:57} {each.merges:7} {each.adapters:5} {each.reads}")
-    return "\n".join([*lines, "", LEGEND.format(aliases=", ".join(ALIASES))])
+        row = (each.name, each.summary, each.merges, each.adapters, each.reads)
+        groups.setdefault(each.group, []).append(row)
+    paragraph = textwrap.wrap(CHAINS.format(aliases=", ".join(ALIASES)), list_width())
+    return "\n".join([*format_groups(groups, ["merges", "LoRA", "reads"]), *format_legend(LEGEND), "", *paragraph])
 
 
 def _markdown() -> str:
@@ -187,12 +203,12 @@ def _show(cls: type[Method], as_json: bool) -> None:
         return
     paper = f"{cls.paper}\n" if cls.paper else ""
     echo_text(f"{cls.name}: {cls.summary}\n{paper}\n{inspect.cleandoc(cls.__doc__ or '')}\n")
-    for field, info in parameters.items():
-        echo(_parameter(field, info, info.default))
+    if parameters:
+        echo_table([_parameter(field, info, info.default) for field, info in parameters.items()])
     if cls.name in MERGEKIT:
-        echo_text(f"\n{_peer(cls.name)}")
+        echo_text(f"\n{_mergekit_settings(cls.name)}")
 
 
-def plainly(value: object) -> str:
-    """A default as it is written."""
+def format_value(value: object) -> str:
+    """Return a default as people write it."""
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value).lower()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,14 +35,20 @@ __all__ = [
     "plural",
     "progress_bar",
     "size_text",
+    "terminal_width",
 ]
 
 _LONGEST = 4000
 """Characters of a line; names and paths are shorter, and only texts of strangers are longer."""
 
 
+def terminal_width() -> int | None:
+    """Return the columns of the terminal that standard output is; None if it is a file or a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
 def size_text(nbytes: float) -> str:
-    """Bytes as people read them."""
+    """Return bytes as people read them."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if nbytes >= factor:
             return f"{nbytes / factor:.1f} {unit}"
@@ -54,8 +61,8 @@ def plural(count: int, noun: str) -> str:
 
 
 @contextmanager
-def progress_bar(wanted: bool | None, what: str = "merging") -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on stderr, by default only if that is a terminal."""
+def progress_bar(wanted: bool | None, task_name: str = "merging") -> Iterator[Callable[[int, int], None] | None]:
+    """Show a bar on stderr, by default only if that is a terminal."""
     if not (sys.stderr.isatty() if wanted is None else wanted):
         yield None
         return
@@ -64,7 +71,7 @@ def progress_bar(wanted: bool | None, what: str = "merging") -> Iterator[Callabl
 
     columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(task_name, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
@@ -121,8 +128,10 @@ def echo_plan(plan: Plan, destination: Path, execution: Execution) -> None:
     rank = f" of rank {plan.rank}" if plan.rank else ""
     echo(f"{facts['method']}: {plural(len(plan.models), 'model')} into the {_kind(plan)}{rank} {destination}")
     echo(f"  reads   {size_text(plan.read_bytes)}")
-    echo(f"  writes  {size_text(plan.out_bytes)} in {len(plan.outs)} tensors")
-    echo(f"  memory  {size_text(facts['peak_memory_bytes'])} at most for {workers} workers, above the imports")
+    echo(f"  writes  {size_text(plan.out_bytes)} in {plural(len(plan.outs), 'tensor')}")
+    echo(
+        f"  memory  {size_text(facts['peak_memory_bytes'])} at most for {plural(workers, 'worker')}, above the imports"
+    )
     if plan.spool_bytes:
         echo(f"  disk    {size_text(plan.spool_bytes)} to set merged changes aside meanwhile")
     for line in plan.matched:
@@ -131,7 +140,7 @@ def echo_plan(plan: Plan, destination: Path, execution: Execution) -> None:
 
 
 def echo_merged(merged: Merged, plan: Plan) -> None:
-    """Where the output is and what it is; notices go to stderr."""
+    """Print where the output is, its kind and size; notices go to stderr."""
     for line in plan.matched:
         echo(line, err=True)
     echo_notices(merged.notices)
@@ -140,17 +149,17 @@ def echo_merged(merged: Merged, plan: Plan) -> None:
     rank = f" of rank {merged.rank}" if merged.rank else ""
     echo(
         f"{merged.path}: {_kind(plan)}{rank}, {plural(len(plan.models), 'model')} by {merged.method}, "
-        f"{merged.tensors} tensors, {size_text(merged.bytes)} in {merged.seconds:.1f} s"
+        f"{plural(merged.tensors, 'tensor')}, {size_text(merged.bytes)} in {merged.seconds:.1f} s"
     )
 
 
 def _kind(plan: Plan) -> str:
-    """The kind of the output; for an adapter in another format than PEFT's, that format too."""
+    """Return the kind of the output, after the format of an adapter that is not PEFT's."""
     plain = plan.output == "model" or plan.format in ("peft", "as given")
     return plan.output if plain else f"{plan.format} {plan.output}"
 
 
 def echo_notices(notices: Sequence[str]) -> None:
-    """Print what should be known of a plan or an outcome, on stderr."""
+    """Print the notices of a plan or an outcome on stderr."""
     for notice in notices:
         echo(notice if notice.startswith("warning: ") else f"note: {notice}", err=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -12,6 +12,7 @@ from .errors import OutputStatus, handle_errors
 from .fields import FieldsCommand, field_option
 from .options import debug_option, device_option, json_option
 from .output import echo, echo_json, echo_notices
+from .tables import echo_table
 from .types import MODEL
 
 __all__ = ["recycle_command"]
@@ -45,19 +46,19 @@ def settings_options(typed: Mapping[str, Any]) -> list[click.Option]:
 @click.option("--resume", is_flag=True, help="go on with a run that was killed")
 @device_option
 @json_option
-@click.option("--progress/--quiet", default=True, help="tell on stderr what is being done  [default: yes]")
+@click.option("--progress/--quiet", default=True, help="print the steps of the work on stderr  [default: yes]")
 @debug_option
 def recycle_command(
     pool: tuple[str, ...], as_json: bool, progress: bool, debug: bool, fields: dict[str, Any], **options: Any
 ) -> None:
-    """Pick adapters of other tasks, tune how they are mixed for a new one, and write one LoRA.
+    """Pick adapters of other tasks, tune their mixture for a new task, and write it as one LoRA.
 
     \b
     merge recycle adapters/ --base BASE --train train.jsonl --test test.jsonl -o recycled/
 
     An example is {"text": ..., "label": ...} or {"prompt": ..., "completion": ...}. The report next to the adapter
-    (recycling.json, recycling.html) always holds it against the base, a LoRA trained on the same examples, the best
-    single adapter, their simple average, and adapters that know nothing. POOL is a folder of adapters, a pool that
+    (recycling.json, recycling.html) compares it with the base, a LoRA trained on the same examples, the best single
+    adapter, their simple average, and adapters that know nothing. POOL is a folder of adapters, a pool that
     merge pool built, or adapters by name.
     """
     start = time.monotonic()
@@ -83,20 +84,7 @@ def recycle_command(
         echo_json(done.to_dict())
         return
     echo_notices(done.report.notices)
-    for line in _aligned(done.report.table()):
-        echo(line)
+    echo_table(done.report.table(), flush_right=(1, 2))
     echo("")
     echo(f"{done.report.verdict.sentence}.")
     echo(f"{done.path}: adapter of rank {done.rank}, {done.kept:.1%} of the mixture's energy kept")
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows with their cells below each other, numbers flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if 0 < place < 3 else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
