@@ -7,9 +7,11 @@ from typing import Any
 
 import click
 
+from .spelling import to_american
+
 __all__ = ["CONTEXT", "SectionedGroup"]
 
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "token_normalize_func": to_american}
 """Settings of the first context, which all others take over."""
 
 

@@ -62,11 +62,12 @@ base_option = click.option("--base", type=MODEL, help="the model that the others
 dtype_option = click.option(
     "--dtype", type=click.Choice(["float64", "float32", "bfloat16", "float16"]), help="type of every tensor"
 )
-lora_alpha_option = click.option("--lora-alpha", type=float, help="LoRA alpha of adapters, instead of what they state")
+lora_alpha_option = click.option(
+    "--lora-alpha", type=float, help="LoRA alpha of adapters, instead of the value in their configs"
+)
 private_option = click.option("--private", is_flag=True, help="only you may see the repository, if it is new")
 dequantize_option = click.option(
     "--dequantize",
-    "--dequantise",
     "dequantise",
     is_flag=True,
     help="read FP8, MXFP4 and 8-bit weights as ordinary ones",

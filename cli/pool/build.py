@@ -10,9 +10,9 @@ import click
 
 from ..errors import handle_errors
 from ..options import debug_option, json_option
-from ..output import echo, echo_json
+from ..output import echo, echo_json, plural
 from ..types import MODEL
-from .options import PoolStatus, licence_option, owner_cap_option, pool_argument
+from .options import PoolStatus, license_option, owner_cap_option, pool_argument
 from .verdicts import echo_entry, format_counts
 
 if TYPE_CHECKING:
@@ -26,7 +26,13 @@ __all__ = ["build_command"]
 @pool_argument
 @click.argument("paths", nargs=-1, type=MODEL, metavar="[PATH...]")
 @click.option("--base", type=MODEL, help="the model that the adapters were trained from  [needed for a new pool]")
-@click.option("--base-name", "base_names", multiple=True, metavar="ORG/NAME", help="what adapters call this base too")
+@click.option(
+    "--base-name",
+    "base_names",
+    multiple=True,
+    metavar="ORG/NAME",
+    help="another name of this base in configs",
+)
 @click.option("--hub", is_flag=True, help="the adapters of the base on the Hub")
 @click.option("--query", metavar="hub:...", help="other adapters of the Hub: hub:author=ORG,tag=TAG,search=WORD")
 @click.option("--limit", type=click.IntRange(1), default=1000, show_default=True, help="adapters of the Hub, at most")
@@ -37,9 +43,9 @@ __all__ = ["build_command"]
     show_default=True,
     help="which adapters of the Hub come first",
 )
-@click.option("--again", is_flag=True, help="audit also what was audited before")
+@click.option("--again", is_flag=True, help="audit adapters again that were audited before")
 @owner_cap_option
-@licence_option
+@license_option
 @json_option
 @debug_option
 def build_command(
@@ -86,7 +92,7 @@ def build_command(
     if as_json:
         echo_json({"pool": str(pool), "audited": built.audited, "verdicts": built.verdicts})
     else:
-        echo(f"{pool}: {built.audited} audited; {format_counts(built.verdicts)}")
+        echo(f"{pool}: {plural(built.audited, 'adapter')} audited; {format_counts(built.verdicts)}")
 
 
 def _open_pool(pool: Path, base: str | None, base_names: tuple[str, ...]) -> Pool:

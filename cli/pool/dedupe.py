@@ -8,7 +8,7 @@ import click
 
 from ..errors import handle_errors
 from ..options import debug_option, json_option
-from .options import licence_option, owner_cap_option, pool_argument
+from .options import license_option, owner_cap_option, pool_argument
 from .verdicts import echo_entry, echo_verdicts
 
 __all__ = ["dedupe_command"]
@@ -17,7 +17,7 @@ __all__ = ["dedupe_command"]
 @click.command(name="dedupe", short_help="compare all adapters again")
 @pool_argument
 @owner_cap_option
-@licence_option
+@license_option
 @json_option
 @debug_option
 def dedupe_command(

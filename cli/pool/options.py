@@ -1,4 +1,4 @@
-"""Arguments and options that commands of a pool share, and what they say when they are interrupted."""
+"""Arguments and options that commands of a pool share, and its state after an interruption."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from pathlib import Path
 
 import click
 
-__all__ = ["PoolStatus", "licence_option", "owner_cap_option", "pool_argument"]
+__all__ = ["PoolStatus", "license_option", "owner_cap_option", "pool_argument"]
 
 pool_argument = click.argument("pool", type=click.Path(path_type=Path))
 owner_cap_option = click.option(
     "--owner-cap", type=int, help="adapters of one owner, at most  [default: as before; at first 10]"
 )
-licence_option = click.option(
-    "--allow-unknown-licence/--refuse-unknown-licence",
+license_option = click.option(
+    "--allow-unknown-license/--refuse-unknown-license",
+    "allow_unknown_licence",
     default=None,
-    help="take adapters of the Hub that state no licence  [default: as before; at first no]",
+    help="take adapters of the Hub that state no license  [default: as before; at first no]",
 )
 
 

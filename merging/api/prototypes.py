@@ -81,7 +81,7 @@ def export_prototypes(
     if kind not in ("arrow", "spectr"):
         raise OptionError(f"kind = {kind}: arrow or spectr")
     if normalise and kind == "arrow":
-        raise OptionError("prototypes of arrow have length 1 already: leave --normalise out")
+        raise OptionError("prototypes of arrow have length 1 already: leave --normalize out")
     if len(models) < 2:
         raise OptionError(f"{len(models)} adapter: there is nothing to choose among, name two or more")
     names = [str(model) for model in models]

@@ -36,7 +36,7 @@ def find_outliers(entries: Sequence[Entry]) -> dict[str, Finding]:
 
 def find_unlicensed(entries: Sequence[Entry]) -> dict[str, Finding]:
     """A finding for each adapter of somebody else's that does not say under which licence."""
-    why = Finding("licence", "quarantined", "states no licence (--allow-unknown-licence takes it all the same)")
+    why = Finding("licence", "quarantined", "states no licence (--allow-unknown-license takes it all the same)")
     return {entry.name: why for entry in entries if entry.owner and not entry.licence}
 
 

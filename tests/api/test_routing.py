@@ -103,7 +103,7 @@ def test_what_cannot_be_routed(adapters: list[Path], tmp_path: Path) -> None:
         export_prototypes([adapters[0], base], out)
     with pytest.raises(OptionError, match=r"name it \.safetensors"):
         export_prototypes(adapters, tmp_path / "p")
-    with pytest.raises(OptionError, match="leave --normalise out"):
+    with pytest.raises(OptionError, match="leave --normalize out"):
         export_prototypes(adapters, out, normalise=True)
     model = peft.get_peft_model(reload(base), peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[]))
     model.save_pretrained(tmp_path / "ia3")
