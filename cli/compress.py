@@ -20,7 +20,7 @@ __all__ = ["compress_command"]
 @click.command(name="compress", short_help="a pack of a model, many times smaller")
 @click.argument("model", type=MODEL)
 @click.option("-o", "--output", required=True, type=click.Path(), help="the pack, a .safetensors file")
-@click.option("--base", type=MODEL, help="what a full model was trained from; of an adapter's it is noted")
+@click.option("--base", type=MODEL, help="the model that a full model was trained from; for an adapter it is noted")
 @click.option(
     "--method",
     type=click.Choice(["ternary", "bands"]),
@@ -41,7 +41,7 @@ __all__ = ["compress_command"]
 @json_option
 @debug_option
 def compress_command(model: str, progress: bool | None, as_json: bool, debug: bool, **options: Any) -> None:
-    """Write an adapter, or what a full model changed of its base, into one file of few bits, and say what that loses.
+    """Write an adapter, or the change of a full model from its base, into one file of few bits, and show the error.
 
     A pack is a model like any other for every command: it is merged, compared and inspected as it is.
     """
@@ -65,4 +65,4 @@ def _print(found: Compressed) -> None:
     )
     worst = f", {found.errors[found.worst]:.3f} at worst ({found.worst})" if found.worst else ""
     echo(f"  error  {found.error:.3f} of the change in all, {found.median:.3f} in the median tensor{worst}")
-    echo("  what that means for its task only a measurement tells: evaluate the pack's model again")
+    echo("  evaluate the pack's model again: the effect on its task cannot be seen from these errors")

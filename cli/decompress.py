@@ -8,7 +8,7 @@ import click
 
 from .errors import OutputStatus, handle_errors
 from .options import debug_option, json_option, overwrite_option, progress_option
-from .output import echo, echo_json, echo_notices, progress_bar, size_text
+from .output import echo, echo_json, echo_notices, plural, progress_bar, size_text
 from .types import MODEL
 
 __all__ = ["decompress_command"]
@@ -17,16 +17,16 @@ __all__ = ["decompress_command"]
 @click.command(name="decompress", short_help="the model or adapter that a pack holds")
 @click.argument("pack", type=click.Path())
 @click.option("-o", "--output", required=True, type=click.Path(), help="a folder, or a file for a bare adapter")
-@click.option("--base", type=MODEL, help="what the full model was trained from; adapters need none")
+@click.option("--base", type=MODEL, help="the model that the full model was trained from; adapters need none")
 @click.option("--allow-different-bases", is_flag=True, help="add it to a base of other content than it was packed for")
 @overwrite_option
 @progress_option
 @json_option
 @debug_option
 def decompress_command(pack: str, progress: bool | None, as_json: bool, debug: bool, **options: Any) -> None:
-    """Write what a pack holds as an ordinary adapter, or as a full model.
+    """Write the content of a pack as an ordinary adapter, or as a full model.
 
-    Tensors are those that the pack is read as, to the last bit.
+    The tensors are the same, to the last bit, as when other commands read the pack.
     """
     with handle_errors(debug, OutputStatus(options["output"])):
         from merging.compression import decompress
@@ -37,4 +37,4 @@ def decompress_command(pack: str, progress: bool | None, as_json: bool, debug: b
         echo_json(found.to_dict())
         return
     echo_notices(found.notices)
-    echo(f"{found.path}: {found.kind}, {found.tensors} tensors, {size_text(found.bytes)}")
+    echo(f"{found.path}: {found.kind}, {plural(found.tensors, 'tensor')}, {size_text(found.bytes)}")

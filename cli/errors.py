@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 _NO_MEMORY = re.compile("can't allocate memory|out of memory")
-"""What torch says, in errors of no kind of their own."""
+"""Messages of torch when memory is short, in errors of a general kind."""
 
 _KINDS = {FormatError: "format", InputError: "input", OptionError: "option", OutputError: "output"}
 
@@ -63,10 +63,10 @@ class Interruption(Refusal):
 
 @contextmanager
 def handle_errors(debug: bool = False, status: Callable[[], str] | None = None) -> Iterator[None]:
-    """Run a command's body: refusals become one message, and a kill cleans up as Ctrl-C does.
+    """Turn refusals in a command's body into one message, and clean up after a kill as after Ctrl-C.
 
-    ``status`` makes the sentence for an interruption, for commands that may have changed something by then; commands
-    with an output pass :class:`OutputStatus`.
+    ``status`` returns the sentence for an interruption, in commands that may have changed something by then; commands
+    with an output pass an :class:`OutputStatus`.
     """
     before = {number: signal.signal(number, _interrupt) for number in end_signals()}
     try:
@@ -88,7 +88,7 @@ def handle_errors(debug: bool = False, status: Callable[[], str] | None = None) 
 
 
 class OutputStatus:
-    """The sentence for an interruption: it looks on the disk whether a new output is whole and in place."""
+    """The sentence for an interruption, which says whether a new output is whole and in place on the disk."""
 
     def __init__(self, *outputs: str | Path | None) -> None:
         self._before: dict[str | Path, tuple[int, int] | None] = {}
@@ -98,11 +98,11 @@ class OutputStatus:
                 self.expect(output)
 
     def expect(self, output: str | Path) -> None:
-        """Note what is at the place of an output before it is written."""
+        """Note the file or folder at the place of an output before it is written."""
         self._before[output] = _identity(output)
 
     def outputs(self) -> list[str]:
-        """The outputs that are in place."""
+        """Return the outputs that are in place."""
         return [str(output) for output, before in self._before.items() if _identity(output) not in (None, before)]
 
     def __call__(self) -> str:
@@ -113,7 +113,7 @@ class OutputStatus:
 
 
 def _identity(path: str | Path) -> tuple[int, int] | None:
-    """The identity of a file or folder, which a later one of the same name does not have."""
+    """Return the identity of a file or folder, which a later one of the same name does not have."""
     try:
         found = os.lstat(path)
     except OSError:
@@ -122,7 +122,7 @@ def _identity(path: str | Path) -> tuple[int, int] | None:
 
 
 def end_signals() -> list[signal.Signals]:
-    """The signals that end a command: a kill, Ctrl-C, and the end of its terminal, unless nohup has that ignored."""
+    """Return the signals that end a command: a kill, Ctrl-C, and a closed terminal, unless nohup ignores it."""
     numbers = [signal.SIGTERM, signal.SIGINT]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # Windows has none
         numbers.append(signal.SIGHUP)
@@ -130,7 +130,7 @@ def end_signals() -> list[signal.Signals]:
 
 
 def _interrupt(number: int, frame: object) -> None:
-    """Stop at the first signal, and let no further one stop the cleaning up."""
+    """Stop at the first signal, and ignore others while cleaning up."""
     for each in end_signals():
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt
@@ -154,7 +154,7 @@ def exit_with_message(as_json: bool = False) -> Iterator[None]:
         if all(frame.f_code is not click.echo.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
             raise
         _silence_full_streams()
-        code, shown = 1, Refusal(f"what the command says cannot be printed: {error.strerror}", "print")
+        code, shown = 1, Refusal(f"the output cannot be printed: {error.strerror}", "print")
     else:
         return
     try:
@@ -171,7 +171,7 @@ def _kind(error: click.ClickException) -> str:
 
 
 def _text(error: click.ClickException) -> str:
-    """The message as people read it: lines after the first are set in, so that no name in it passes for a message."""
+    """Return the message as people read it: later lines are indented, so that no name in it looks like a message."""
     if not isinstance(error, Refusal):
         shown = io.StringIO()
         error.show(shown)
@@ -181,7 +181,7 @@ def _text(error: click.ClickException) -> str:
 
 
 def _silence_full_streams() -> None:
-    """Throw away the rest of a stream that takes no more: the interpreter would try it again at its end, and fail."""
+    """Discard the rest of a stream that takes no more; the interpreter would fail on it at its end."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and _is_full(stream):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -21,7 +21,7 @@ from .options import (
     progress_option,
     threads_option,
 )
-from .output import echo, echo_json, echo_merged, echo_plan, progress_bar
+from .output import echo, echo_json, echo_merged, echo_plan, plural, progress_bar
 
 if TYPE_CHECKING:
     from merging.plan.recipe import Recipe
@@ -113,7 +113,9 @@ def execute(recipe: Recipe, execution: Execution, status: OutputStatus) -> None:
         echo_merged(merged, plan)
     if target is not None:
         status.publishing = target.repo
-        outcome["published"] = push(destination, target, f"{len(plan.models)} models merged by {merged.method}")
+        outcome["published"] = push(
+            destination, target, f"{plural(len(plan.models), 'model')} merged by {merged.method}"
+        )
     if execution.as_json:
         echo_json(outcome)
     elif target is not None:

@@ -49,12 +49,14 @@ class MergeCommand(FieldsCommand):
 recipe_options = add_options(
     base_option,
     click.option(
-        "--as", type=click.Choice(["adapter", "model"]), help="what to write  [default: adapters make an adapter]"
+        "--as",
+        type=click.Choice(["adapter", "model"]),
+        help="kind of the output  [default: adapters make an adapter]",
     ),
     click.option(
         "--format",
         type=click.Choice(["peft", "diffusers", "kohya"]),
-        help="whose files a merged adapter is in  [default: those of the inputs if alike, else peft or diffusers]",
+        help="format of a merged adapter  [default: the format of the inputs if alike, else peft or diffusers]",
     ),
     dtype_option,
     click.option("--rank", type=int, help="rank of a merged adapter  [default: the sum of the ranks]"),
@@ -63,7 +65,7 @@ recipe_options = add_options(
         type=click.Choice(["together", "apart"]),
         help="factors of experts: stacked, or apart, with names for each expert  [default: together]",
     ),
-    click.option("--layers", type=int, help="number of blocks, instead of what the base or the adapters tell"),
+    click.option("--layers", type=int, help="number of blocks, instead of the number in the base or the adapters"),
     lora_alpha_option,
     click.option("--shard-size", type=SIZE, help="most bytes in one file of a model's folder  [default: 5GB]"),
     click.option(
@@ -85,7 +87,7 @@ recipe_options = add_options(
     click.option(
         "--exclude",
         multiple=True,
-        help="leave tensors as in the base, or the first model: a name, a part of names, or wildcards",
+        help="leave tensors as in the base, or the first model: a name, a part of names, or wildcards; may be repeated",
     ),
     different_bases_option,
     click.option("--allow-nonfinite", is_flag=True, help="merge inputs that hold NaN or infinities"),

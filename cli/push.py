@@ -17,7 +17,7 @@ __all__ = ["push_command"]
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("repository", metavar="ORG/NAME")
 @private_option
-@click.option("--overwrite", is_flag=True, help="replace what the repository holds, in a new commit")
+@click.option("--overwrite", is_flag=True, help="replace the files of the repository, in a new commit")
 @click.option("--message", help="the commit's message  [default: how it was merged]")
 @json_option
 @debug_option
@@ -32,8 +32,8 @@ def push_command(
         from merging.hub.push import push, target_of
 
         if not folder.is_dir():
-            raise InputError(f"{folder}: is no folder: publish the folder of a model or an adapter")
-        open_model(folder)  # what cannot be understood is not published
+            raise InputError(f"{folder}: is not a folder: publish the folder of a model or an adapter")
+        open_model(folder)  # a folder that is no model is not published
         target = target_of(repository, private=private, overwrite=overwrite)
         status.publishing = target.repo
         address = push(folder, target, message or f"Merged: {folder.name}")

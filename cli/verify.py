@@ -1,4 +1,4 @@
-"""``merge verify``: would a program load this, all of it?"""
+"""``merge verify``: faults for which a program would refuse or ignore a model."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 __all__ = ["verify_command"]
 
 _SHOWN = 3
-_WHAT = 600
+_LONGEST = 600
 """Characters of a finding, which may quote values of a file."""
 
 
 def complete_program(context: click.Context, option: click.Parameter, incomplete: str) -> list[str]:
-    """Return the programs whose names begin so."""
+    """Return the programs whose names begin with a text."""
     from merging.serving import PROGRAMS
 
     return [name for name in PROGRAMS if name.startswith(incomplete)]
@@ -41,12 +41,12 @@ def complete_program(context: click.Context, option: click.Parameter, incomplete
     metavar="PROGRAM",
     shell_complete=complete_program,
     help="vllm, sglang, llama.cpp, peft, diffusers, transformers or comfyui; may be given several times  "
-    "[default: what fits]",
+    "[default: all that fit]",
 )
 @click.option(
     "--base",
     type=MODEL,
-    help="an adapter's base: its folder, or ORG/NAME  [default: what its config names, if it is here]",
+    help="an adapter's base: its folder, or ORG/NAME  [default: the base in its config, if it is here]",
 )
 @click.option(
     "--max-lora-rank",
@@ -68,7 +68,7 @@ def verify_command(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Say what a program would refuse or silently ignore in an adapter or model, before it is served.
+    """Find the faults for which a program would refuse an adapter or model, or silently ignore a part of it.
 
     PATH is a folder, a file, or a name on the Hub. Headers alone are read. The exit code is 0 if nothing is refused or
     silently ignored, else 1.
@@ -88,7 +88,7 @@ def _print(verdict: Verdict) -> None:
     article = "an" if verdict.kind[0] in "aeiou" else "a"
     echo(verdict.path if verdict.kind == "unknown" else f"{verdict.path}: {article} {verdict.kind}")
     for finding in verdict.findings:
-        echo(f"  {finding.program:12} {finding.severity:8} {shorten(finding.what, _WHAT)}")
+        echo(f"  {finding.program:12} {finding.severity:8} {shorten(finding.what, _LONGEST)}")
         for line in _details(finding):
             echo(f"{'':24}{line}")
 
@@ -96,4 +96,4 @@ def _print(verdict: Verdict) -> None:
 def _details(finding: Finding) -> list[str]:
     more = len(finding.where) - _SHOWN
     lines = [*map(shorten, finding.where[:_SHOWN]), *([f"and {more:,} more"] if more > 0 else [])]
-    return lines + ([f"-> {shorten(finding.todo, _WHAT)}"] if finding.todo else [])
+    return lines + ([f"-> {shorten(finding.todo, _LONGEST)}"] if finding.todo else [])

@@ -17,8 +17,15 @@ __all__ = ["export_command"]
 @click.command(name="export", short_help="write the merge of all models so far")
 @store_argument
 @click.option("-o", "--output", required=True, type=click.Path(), help="a folder, or a file ending in .safetensors")
-@click.option("--as", "kind", type=click.Choice(["model", "adapter"]), default="model", show_default=True)
-@click.option("--rank", type=int, help="rank of the adapter  [default: that of what is held as factors]")
+@click.option(
+    "--as",
+    "kind",
+    type=click.Choice(["model", "adapter"]),
+    default="model",
+    show_default=True,
+    help="kind of the output",
+)
+@click.option("--rank", type=int, help="rank of the adapter  [default: the rank of the factors in the store]")
 @dtype_option
 @overwrite_option
 @resource_options

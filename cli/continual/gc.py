@@ -6,7 +6,7 @@ import click
 
 from ..errors import handle_errors
 from ..options import debug_option, json_option
-from ..output import echo, echo_json
+from ..output import echo, echo_json, plural
 from .options import StoreStatus, store_argument, wait_option
 
 __all__ = ["gc_command"]
@@ -14,7 +14,7 @@ __all__ = ["gc_command"]
 
 @click.command(name="gc", short_help="remove old states")
 @store_argument
-@click.option("--keep", type=int, required=True, help="how many of the last states stay, to roll back to")
+@click.option("--keep", type=int, required=True, help="the number of the last states that stay, to roll back to")
 @wait_option
 @json_option
 @debug_option
@@ -27,4 +27,4 @@ def gc_command(store: str, keep: int, wait: float | None, as_json: bool, debug: 
     if as_json:
         echo_json({"removed": gone}, indent=None)
     else:
-        echo(f"{store}: {len(gone)} states removed")
+        echo(f"{store}: {plural(len(gone), 'state')} removed")

@@ -28,7 +28,7 @@ def method_options(typed: Mapping[str, Any]) -> list[click.Option]:
 @click.option(
     "-m", "--method", type=METHOD, default="opcm", show_default=True, help="how it grows; its options join these"
 )
-@click.option("--max-rank", type=int, help="most rank of what is held as factors  [default: as long as it is worth it]")
+@click.option("--max-rank", type=int, help="most rank of the factors in the store  [default: while smaller]")
 @json_option
 @debug_option
 def init_command(
@@ -37,8 +37,8 @@ def init_command(
     """Make an empty store.
 
     Methods: opcm, task_arithmetic, linear (a running mean), magmax, ties, and lines around a sum or mean. The base is a
-    folder, a file, or a name on the Hub. With ties, the density is of the tensors that each model changes: of adapters
-    with other targets than each other's it is not that of the union, which a store cannot know.
+    folder, a file, or a name on the Hub. With ties, the density counts in the tensors that each model changes. Adapters
+    with different targets therefore keep another share than in one merge, as a store cannot know the union.
     """
     with handle_errors(debug, StoreStatus(store)):
         from merging.continual import ContinualStore

@@ -18,7 +18,7 @@ __all__ = ["log_command"]
 @json_option
 @debug_option
 def log_command(store: str, as_json: bool, debug: bool) -> None:
-    """The history: every step, the newest first."""
+    """Show the history: every step, the newest first."""
     with handle_errors(debug):
         from merging.continual import ContinualStore
 

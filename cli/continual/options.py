@@ -1,4 +1,4 @@
-"""Arguments and options that commands of a store share, and what they say when they are interrupted."""
+"""Arguments and options that commands of a store share, and its state after an interruption."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ store_argument = click.argument("store", type=click.Path())
 wait_option = click.option("--wait", type=float, help="most seconds to wait for another writer  [default: no limit]")
 resource_options = add_options(device_option, threads_option, max_memory_option)
 leniency_options = add_options(
-    click.option("--allow-different-bases", is_flag=True, help="add what says, or seems, to be of another base"),
+    click.option("--allow-different-bases", is_flag=True, help="add models that state, or seem to have, another base"),
     click.option(
         "--on-mismatch",
         type=click.Choice(["error", "base"]),

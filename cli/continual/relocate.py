@@ -20,7 +20,7 @@ __all__ = ["relocate_command"]
 @json_option
 @debug_option
 def relocate_command(store: str, base: str, wait: float | None, as_json: bool, debug: bool) -> None:
-    """Note that the base was moved; every byte of its files must be what it was. A store itself may move freely."""
+    """Note that the base was moved; its files must have the same bytes. A store itself may move freely."""
     with handle_errors(debug, StoreStatus(store)):
         from merging.continual import ContinualStore
 

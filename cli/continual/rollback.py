@@ -6,7 +6,7 @@ import click
 
 from ..errors import handle_errors
 from ..options import debug_option, json_option
-from ..output import echo, echo_json
+from ..output import echo, echo_json, plural
 from .options import StoreStatus, store_argument, wait_option
 
 __all__ = ["rollback_command"]
@@ -30,4 +30,4 @@ def rollback_command(store: str, to: int, wait: float | None, as_json: bool, deb
     if as_json:
         echo_json({"steps": steps}, indent=None)
     else:
-        echo(f"{store}: {steps} models")
+        echo(f"{store}: {plural(steps, 'model')}")

@@ -6,7 +6,7 @@ import click
 
 from ..errors import handle_errors
 from ..options import debug_option, json_option
-from ..output import echo, echo_json
+from ..output import echo, echo_json, plural
 from .options import store_argument
 
 __all__ = ["status_command"]
@@ -18,10 +18,10 @@ __all__ = ["status_command"]
 @json_option
 @debug_option
 def status_command(store: str, spectrum: bool, as_json: bool, debug: bool) -> None:
-    """What the store holds, and what each model brought.
+    """Show the models of a store and the figures of each step.
 
-    norm: of the model's change. kept: the share of it that was added. cosine: between the change and the merge then.
-    rank: of what is held as factors. merge: the norm of what is held then, before it is multiplied for an export.
+    norm: the norm of the model's change. kept: the share of it that was added. cosine: between the change and the merge
+    at that step. rank: of the factors. merge: the norm of the merged changes, before an export multiplies them.
     """
     with handle_errors(debug):
         from merging.continual import ContinualStore
@@ -30,7 +30,7 @@ def status_command(store: str, spectrum: bool, as_json: bool, debug: bool) -> No
     if as_json:
         echo_json(facts)
         return
-    echo(f"{store}: {len(facts['steps'])} models by {facts['method']}, on {facts['base']}")
+    echo(f"{store}: {plural(len(facts['steps']), 'model')} by {facts['method']}, on {facts['base']}")
     for line in facts["holds"]:
         echo(f"  {line}")
     if facts["steps"]:

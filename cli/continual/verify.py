@@ -8,7 +8,7 @@ import click
 
 from ..errors import handle_errors
 from ..options import debug_option, json_option
-from ..output import echo, echo_json
+from ..output import echo, echo_json, plural
 from .options import store_argument
 
 __all__ = ["verify_command"]
@@ -19,7 +19,7 @@ __all__ = ["verify_command"]
 @json_option
 @debug_option
 def verify_command(store: str, as_json: bool, debug: bool) -> None:
-    """Hash all states and the base, and hold them against the manifest; exit code 1 if something is wrong."""
+    """Hash all states and the base, and compare them with the manifest; exit code 1 if something is wrong."""
     with handle_errors(debug):
         from merging.continual import ContinualStore
 
@@ -28,7 +28,7 @@ def verify_command(store: str, as_json: bool, debug: bool) -> None:
         echo_json(asdict(verdict))
     elif not verdict.problems:
         gone = f", states of {len(verdict.removed)} removed" if verdict.removed else ""
-        echo(f"{store}: {verdict.steps} models{gone}, all as it was written")
+        echo(f"{store}: {plural(verdict.steps, 'model')}{gone}, all as it was written")
     for problem in verdict.problems if not as_json else ():
         echo(problem, err=True)
     if verdict.whole < verdict.steps and not as_json:

@@ -21,7 +21,7 @@ __all__ = ["watch_command"]
 @store_argument
 @click.option("--from", "source", required=True, metavar="FOLDER|hub:QUERY", help="where models appear")
 @click.option("--interval", type=float, default=10.0, show_default=True, help="seconds between two looks")
-@click.option("--once", is_flag=True, help="add what is complete now, and end")
+@click.option("--once", is_flag=True, help="add the models that are complete now, and end")
 @leniency_options
 @resource_options
 @json_option

@@ -8,7 +8,7 @@ import click
 
 from ..errors import handle_errors
 from ..options import debug_option, json_option
-from ..output import echo, echo_json
+from ..output import echo, echo_json, plural
 from .options import pool_argument
 from .verdicts import echo_entry
 
@@ -29,4 +29,4 @@ def remove_command(pool: Path, names: tuple[str, ...], as_json: bool, debug: boo
     if as_json:
         echo_json({"pool": str(pool), "removed": removed})
     else:
-        echo(f"{pool}: {len(removed)} removed")
+        echo(f"{pool}: {plural(len(removed), 'adapter')} removed")

@@ -23,16 +23,16 @@ __all__ = ["smoke_command"]
 )
 @click.option("--unchanged", type=float, help="change of the outputs that is none  [default: as before; 0.001]")
 @device_option
-@click.option("--again", is_flag=True, help="also those that were tested before")
+@click.option("--again", is_flag=True, help="also adapters that were tested before")
 @json_option
 @debug_option
 def smoke_command(
     pool: Path, texts: str | None, device: str, again: bool, as_json: bool, debug: bool, **limits: float | None
 ) -> None:
-    """Run the base with every adapter over a few texts, and quarantine those that destroy it or change nothing.
+    """Run the base with every adapter over a few texts, and quarantine any that destroy it or change nothing.
 
-    A language model is destroyed where plain text has over 3 times its perplexity, another where it hardly tells texts
-    apart. New limits judge those that were tested before, too, by the figures that are noted. A test that was
+    A language model is destroyed if plain text has over 3 times its perplexity, another model if it hardly tells texts
+    apart. New limits also judge adapters that were tested before, by the figures in the pool. A test that was
     interrupted goes on when it is started again.
     """
     with handle_errors(debug, PoolStatus(pool)):

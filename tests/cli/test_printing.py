@@ -55,9 +55,7 @@ def run(*words: object, **settings: object) -> subprocess.CompletedProcess[str]:
 def test_a_full_disk_behind_standard_output(words: list[str]) -> None:
     with open("/dev/full", "w") as full:  # noqa: PTH123
         done = run(*words, stdout=full)
-    said = (
-        "there is no such file" if words[0] == "inspect" else "what the command says cannot be printed: No space left"
-    )
+    said = "there is no such file" if words[0] == "inspect" else "the output cannot be printed: No space left"
     assert done.returncode == 1
     assert said in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr

@@ -45,7 +45,7 @@ def test_rollback_and_gc(full: Models, tmp_path: Path) -> None:
         assert "removed by gc, so there is no way back to it" in said("rollback", store.path, "--to", 2)
     (store.path / "states" / ".unfinished.old").mkdir()
     (store.path / "states" / "000009-left").mkdir()
-    assert ok("gc", store.path, "--keep", 3) == f"{store.path}: 1 states removed\n"
+    assert ok("gc", store.path, "--keep", 3) == f"{store.path}: 1 state removed\n"
     assert sorted(path.name for path in (store.path / "states").iterdir()) == names[2:]
     assert json.loads(ok("rollback", store.path, "--to", 3, "--json")) == {"steps": 3}
     store.add(full.tuned[5])
