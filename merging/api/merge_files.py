@@ -14,7 +14,7 @@ from merging.engine.download import download_plan
 from merging.engine.resources import pick_device, workers_within
 from merging.engine.run import Done, run
 from merging.engine.sanity import unrelated_models
-from merging.engine.threads import Progress, cores
+from merging.engine.threads import cores
 from merging.errors import OptionError, OutputError
 from merging.methods.contract.method import Method
 from merging.output.lora_header import lora_metadata, lora_stem
@@ -22,6 +22,7 @@ from merging.output.model_folder import check_companions, companion_patterns, co
 from merging.output.peft_config import write_adapter_companions
 from merging.plan import PORTABLE_RANKS, Plan, make_plan
 from merging.plan.recipe import FIELDS, Recipe, make_recipe
+from merging.progress import Progress
 from merging.sources.stored import DTYPES
 from merging.storage.staging import StagedOutput, check_destination
 from merging.storage.writer import ComponentWriter, TensorWriter

@@ -17,11 +17,11 @@ from merging.compression.models import model_plan, pack_model
 from merging.compression.settings import PackSettings, make_settings
 from merging.engine.download import download_model
 from merging.engine.resources import pick_device
-from merging.engine.threads import Progress
 from merging.errors import InputError, OutputError
 from merging.hub.open_model import open_base, open_model
 from merging.output.model_card import HUB_ID
 from merging.plan.names.targets import adapter_targets
+from merging.progress import Progress
 from merging.sources import Adapter, Checkpoint
 from merging.sources.checkpoint import content_key
 from merging.sources.diffusion_loras import WEIGHTS

@@ -8,10 +8,10 @@ from pathlib import Path
 from merging.continual.manifest import Manifest, Part, StepRecord, StoreBase, sha256_of
 from merging.continual.state import value_problems
 from merging.engine.download import download_model
-from merging.engine.threads import Progress
 from merging.errors import InputError, MergingError
 from merging.hub.client import Unreachable
 from merging.hub.open_model import open_base
+from merging.progress import Progress
 from merging.sources import Checkpoint
 from merging.sources.checkpoint import content_key
 from merging.sources.links import refuse_link

@@ -19,7 +19,6 @@ from merging.continual.update_rules import rule_of
 from merging.engine.download import download_plan, missing_files
 from merging.engine.resources import workers_within
 from merging.engine.run import Done, run
-from merging.engine.threads import Progress
 from merging.errors import InputError, escape_unprintable
 from merging.maths.sums import safe_ratio
 from merging.methods.contract.update_rule import UpdateStep
@@ -27,6 +26,7 @@ from merging.methods.task_arithmetic import TaskArithmetic
 from merging.output.licences import source_of
 from merging.plan import Item, Plan, plan_of
 from merging.plan.recipe import Recipe
+from merging.progress import Progress
 from merging.sources import Adapter, Checkpoint, check_in_place
 from merging.sources.adapter import Change
 from merging.sources.stored import Stored

@@ -18,12 +18,13 @@ from merging.continual.update_rules import checked_rule
 from merging.continual.view import StoreView
 from merging.engine.download import download_model, missing_files
 from merging.engine.resources import pick_device
-from merging.engine.threads import Progress, cores
+from merging.engine.threads import cores
 from merging.errors import InputError, MergingError, OptionError, OutputError
 from merging.hub.address import hub_address
 from merging.hub.open_model import open_model
 from merging.methods import chain
 from merging.plan.recipe import Recipe
+from merging.progress import Progress
 from merging.sources import Adapter, Checkpoint
 from merging.sources.checkpoint import content_key
 from merging.storage.atomic import remove_temporary_files

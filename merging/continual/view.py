@@ -15,10 +15,10 @@ from merging.continual.manifest import Manifest, StepRecord, read_manifest
 from merging.continual.state import open_state
 from merging.continual.update_rules import history_of, rule_of
 from merging.engine.resources import pick_device
-from merging.engine.threads import Progress
 from merging.errors import FormatError, InputError, OptionError
 from merging.methods import chain
 from merging.methods.contract.method import Method
+from merging.progress import Progress
 from merging.sources import Adapter
 
 __all__ = ["StoreView"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from merging.engine.threads import Progress, share_out
+from merging.engine.threads import share_out
 from merging.hub.address import Address
 from merging.hub.open_model import open_model
 from merging.hub.remote import RemoteFile, Window
@@ -17,6 +17,7 @@ from merging.hub.repository import open_repository
 from merging.methods.families.dropping import Dropping
 from merging.plan import Item, Plan
 from merging.plan.checks import check_packed, make_content_keys
+from merging.progress import Progress
 from merging.sources import Adapter, Checkpoint, Model, tensors_of
 from merging.sources.adapter import Change
 from merging.sources.stored import holders_of

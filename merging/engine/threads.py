@@ -1,4 +1,4 @@
-"""Sharing work out over threads: each takes the next piece, an error or Ctrl-C stops them all."""
+"""Sharing work out over threads: each takes the next piece, and an error or Ctrl-C stops them all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["Progress", "cores", "share_out"]
+__all__ = ["cores", "share_out"]
 
 W = TypeVar("W")
 U = TypeVar("U")
@@ -18,12 +18,9 @@ U = TypeVar("U")
 _PATIENCE = 0.2
 """Seconds after which a signal is noticed at the latest."""
 
-Progress = Callable[[int, int], None]
-"""Told the bytes done and the bytes in all, from one thread at a time."""
-
 
 def cores() -> int:
-    """The processors this process may run on."""
+    """Return the number of processors that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -31,16 +28,29 @@ def share_out(
     units: Sequence[U],
     make_worker: Callable[[], W],
     work: Callable[[W, U], None],
-    report: Callable[[U], None],
+    on_done: Callable[[U], None],
     *,
     threads: int,
     device: torch.device,
     stop: threading.Event | None = None,
 ) -> list[W]:
-    """Have ``work(worker, unit)`` done for every unit by so many threads, each with a worker of its own.
+    """Run ``work(worker, unit)`` for every unit, on several threads.
 
-    ``report`` is told of every unit done. The first error stops all threads and is raised here. Returns the workers.
-    ``stop`` is set then: an event that the work itself looks at, so that Ctrl-C need not wait for a long unit's end.
+    Args:
+        units: the units of work, which threads take in order.
+        make_worker: makes the worker of each thread.
+        work: does one unit.
+        on_done: receives every unit that is done, from one thread at a time.
+        threads: the number of threads.
+        device: the device that the work uses; on a GPU each thread has a stream of its own.
+        stop: an event that is set when the work is to stop, for work that looks at it. Ctrl-C then does not wait for
+            the end of a long unit.
+
+    Returns:
+        The workers.
+
+    Raises:
+        BaseException: the first error of any thread, which stops all of them.
     """
     pending = iter(units)
     lock = threading.Lock()
@@ -65,7 +75,7 @@ def share_out(
                         return
                     work(worker, unit)
                     with lock:
-                        report(unit)
+                        on_done(unit)
         except BaseException as error:
             errors.append(error)
             stop.set()
@@ -97,7 +107,7 @@ def share_out(
 
 
 def _outlast(ends: Sequence[threading.Event]) -> None:
-    """Wait for threads that were told to stop, through any further Ctrl-C: what they write to will be removed."""
+    """Wait for threads to stop, through any further Ctrl-C, since the files that they write are removed next."""
     for ended in ends:
         while not ended.is_set():
             with suppress(KeyboardInterrupt):
@@ -105,7 +115,7 @@ def _outlast(ends: Sequence[threading.Event]) -> None:
 
 
 def _stream(device: torch.device) -> AbstractContextManager[object]:
-    """A stream of the thread's own, so that one thread's copies overlap with another's kernels."""
+    """Return a stream of the thread's own, so that one thread's copies overlap with another's kernels."""
     if device.type != "cuda":
         return nullcontext()
     return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from merging.engine.download import download_plan
-from merging.engine.threads import Progress
 from merging.engine.tiles import Tiler
 from merging.errors import InputError, OptionError
 from merging.hub.open_model import open_model, require_full
@@ -27,6 +26,7 @@ from merging.plan.items import cut_items
 from merging.plan.names.targets import adapter_targets, common_shape
 from merging.plan.recipe import Recipe, make_recipe
 from merging.plan.stacks import mark_experts
+from merging.progress import Progress
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import Change
 from merging.sources.stored import Stored

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from merging.engine.threads import Progress
 from merging.errors import OptionError
 from merging.geometry.alignment import MEMORY, ModelLike, align
 from merging.geometry.intruders import Intruders
@@ -21,6 +20,7 @@ from merging.geometry.spectrum import SIDE, Spectrum
 from merging.geometry.walk import LEADING, OVERLAPPING, WalkOptions, WalkResult, walk
 from merging.methods.families.spherical import cosines as normalised
 from merging.plan import Plan
+from merging.progress import Progress
 from merging.sources import Adapter
 from merging.sources.adapter import Change
 

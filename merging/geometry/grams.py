@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merging.engine.threads import Progress
 from merging.engine.tiles import Tiler
 from merging.errors import InputError, OptionError
 from merging.geometry.alignment import MEMORY, ModelLike, align, factored, matrix_sides, row_blocks
@@ -19,6 +18,7 @@ from merging.maths.sums import spans
 from merging.methods.families.spherical import cosines as normalised
 from merging.plan import Item, Plan
 from merging.plan.items import TILE
+from merging.progress import Progress
 from merging.sources.adapter import Change
 
 __all__ = ["cosines", "gram", "groups_of", "module_grams", "segment_sums"]

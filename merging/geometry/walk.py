@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from merging.engine.threads import Progress
 from merging.engine.tiles import Tiler
 from merging.geometry.alignment import read_change
 from merging.geometry.grams import module_grams
@@ -27,6 +26,7 @@ from merging.maths.linalg import decompose
 from merging.methods.decouple import column_norms
 from merging.methods.families.spherical import cosines as normalised
 from merging.plan import Item, Plan
+from merging.progress import Progress
 from merging.sources.adapter import Change
 
 __all__ = ["LEADING", "OVERLAPPING", "WalkOptions", "WalkResult", "walk"]

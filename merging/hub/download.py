@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from merging import os_calls
 from merging.errors import InputError, OutputError
 from merging.hub.client import Unreachable, with_retries
+from merging.progress import Progress
 
-__all__ = ["Progress", "download", "fetch_range", "file_hash"]
-
-Progress = Callable[[int, int], None]
-"""A callback that receives the bytes (or steps) done so far, and their total."""
+__all__ = ["download", "fetch_range", "file_hash"]
 
 _BLOCK = 1 << 22
 

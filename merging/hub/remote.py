@@ -11,7 +11,8 @@ from pathlib import Path
 
 from merging.errors import OutputError
 from merging.hub.client import Unreachable, with_retries
-from merging.hub.download import Progress, download, fetch_range, file_hash
+from merging.hub.download import download, fetch_range, file_hash
+from merging.progress import Progress
 from merging.sources.header import header_length, parse_header
 from merging.sources.pickled import open_pickle
 from merging.sources.stored import File, FileContents, FileTensor

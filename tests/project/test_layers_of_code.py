@@ -69,7 +69,7 @@ def under(module: str, *packages: str) -> bool:
 
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "os_calls", "version"),
+    ("errors", "os_calls", "progress", "version"),
     ("maths",),
     ("methods", "sources"),
     ("hub", "storage"),
