@@ -4,7 +4,8 @@ from setuptools import find_packages, setup
 
 setup(
     packages=[
-        *find_packages(include=["merging", "merging.*"]),
+        *find_packages(include=["merging", "merging.*"], exclude=["merging.cli"]),  # there stands the checkout's link
+        "merging.cli",
         *(f"merging.cli.{name}" for name in find_packages("cli")),
     ],
     package_dir={"merging.cli": "cli"},

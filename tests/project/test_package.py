@@ -1,19 +1,25 @@
-"""The wheel: it lives beside a project that has a package called `cli`, and brings its own as `merging.cli`."""
+"""The wheel and the source distribution: what is in them, and the wheel at work in an empty environment.
+
+MERGING_DIST names a folder that has them, as .ci/run builds them for a release; without it they are built here.
+"""
 
 from __future__ import annotations
 
+import email
+import email.message
 import os
-import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from support.paths import ROOT
+from merging import __version__
+from support.paths import EXAMPLES, ROOT
 
 pytestmark = pytest.mark.exhaustive
-
 
 OTHER = """
 [build-system]
@@ -27,37 +33,98 @@ packages = ["cli"]
 """
 
 
-def test_installs_beside_another_cli(tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    (other / "cli").mkdir(parents=True)
-    (other / "pyproject.toml").write_text(OTHER)
-    (other / "cli" / "__init__.py").write_text("whose = 'the other'\n")
-    site = tmp_path / "site"
-    # Built from a copy, so that no build folder of an earlier time takes part and none is left behind.
-    copy = tmp_path / "merging"
-    for part in ("merging", "cli"):
-        shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-    for part in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / part, copy / part)
-    for project in (copy, other):
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(project)]
-        subprocess.run(pip, check=True, capture_output=True)
-    code = "import cli, merging, merging.cli.main as m; print(cli.whose, merging.__file__, m.__file__)"
-    environment = {**os.environ, "PYTHONPATH": str(site)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
-    )
-    whose, package, command = done.stdout.replace("the other", "the-other").split()
-    assert whose == "the-other"
-    assert Path(package).is_relative_to(site)
-    assert Path(command) == site / "merging" / "cli" / "main.py"
-    command_line = [sys.executable, "-m", "merging", "pool", "--help"]
-    assert (
-        "overrule" in subprocess.run(command_line, capture_output=True, text=True, env=environment, cwd=tmp_path).stdout
-    )
-    assert (site / "merging" / "py.typed").is_file()
-    (facts,) = site.glob("merging-*.dist-info/METADATA")
-    assert "License-Expression: Apache-2.0" in facts.read_text(encoding="utf-8")
-    assert [*site.glob("merging-*.dist-info/**/LICENSE")]
-    ours = {path.relative_to(ROOT) for path in (ROOT / "merging").rglob("*.py")}
-    assert not [path for path in ours if not (site / path).is_file()]
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if "MERGING_DIST" in os.environ:
+        return Path(os.environ["MERGING_DIST"])
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Path:
+    (wheel,) = dist.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def names(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as file:
+        return set(file.namelist())
+
+
+def source_modules() -> set[str]:
+    """Return the modules in the sources, but for the one by which a checkout finds cli/."""
+    paths = [path for part in ("merging", "cli") for path in (ROOT / part).rglob("*.py")]
+    return {path.relative_to(ROOT).as_posix() for path in paths} - {"merging/cli/__init__.py"}
+
+
+def own_modules() -> set[str]:
+    """Return the modules in a wheel, where those of cli/ are in merging/cli/."""
+    return {f"merging/{name}" if name.startswith("cli") else name for name in source_modules()}
+
+
+def test_the_wheel_has_the_modules_and_nothing_else(names: set[str]) -> None:
+    facts = f"merging-{__version__}.dist-info"
+    assert {name for name in names if not name.startswith(facts)} == own_modules() | {"merging/py.typed"}
+    assert f"{facts}/licenses/LICENSE" in names
+
+
+def test_the_source_distribution_has_what_the_wheel_is_built_from(dist: Path) -> None:
+    with tarfile.open(dist / f"merging-{__version__}.tar.gz") as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    wanted = {
+        "CHANGELOG.md",
+        "LICENSE",
+        "README.md",
+        "constraints.txt",
+        "merging/py.typed",
+        "pyproject.toml",
+        "setup.py",
+    }
+    assert source_modules() | wanted <= names
+    assert not [name for name in names if name.startswith(("tests", "docs", "examples", ".ci", ".github"))]
+
+
+def test_the_metadata_is_true(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as file:
+        text = file.read(f"merging-{__version__}.dist-info/METADATA").decode()
+        entry_points = file.read(f"merging-{__version__}.dist-info/entry_points.txt").decode()
+    facts: email.message.Message = email.message_from_string(text)
+    assert (facts["Name"], facts["Version"]) == ("merging", __version__)
+    assert (facts["License-Expression"], facts["License-File"]) == ("Apache-2.0", "LICENSE")
+    assert facts["Author"] == "The merging contributors"
+    assert facts["Requires-Python"] == ">=3.10"
+    assert facts["Description-Content-Type"] == "text/markdown"
+    assert str(facts.get_payload()).startswith("# ")
+    assert {"recycle", "report", "dev"} <= set(facts.get_all("Provides-Extra") or [])
+    assert "Programming Language :: Python :: 3.10" in (facts.get_all("Classifier") or [])
+    assert "merge = merging.cli.main:main" in entry_points
+
+
+def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
+    """Next to a project that has a package called `cli`, which stays its own."""
+    (tmp_path / "other" / "cli").mkdir(parents=True)
+    (tmp_path / "other" / "pyproject.toml").write_text(OTHER)
+    (tmp_path / "other" / "cli" / "__init__.py").write_text("owner = 'other'\n")
+    subprocess.run([sys.executable, "-m", "venv", "env"], cwd=tmp_path, check=True)
+    binaries = tmp_path / "env" / ("Scripts" if sys.platform == "win32" else "bin")
+
+    def run(program: str, *arguments: str | Path) -> str:
+        command = [binaries / program, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("python", "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", wheel, tmp_path / "other")
+    run("python", "-m", "pip", "check")
+    assert run("merge", "--version").split()[-1] == __version__
+    code = "import cli, merging.cli.main as ours; print(cli.owner, ours.__file__)"
+    owner, path = run("python", "-c", code).split()
+    assert owner == "other"
+    assert Path(path).parts[-3:] == ("merging", "cli", "main.py")
+    adapters = [EXAMPLES / name / "adapter_model.safetensors" for name in ("bbc", "spam")]
+    run("merge", "--method", "lines", "-o", "merged.safetensors", *adapters)
+    assert (tmp_path / "merged.safetensors").stat().st_size > 1000

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[2]
+from support.paths import ROOT
+
 RUN = ROOT / ".ci" / "run"
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 PARTS = re.search(r'^PARTS="(.*)"$', RUN.read_text(encoding="utf-8"), re.MULTILINE)[1].split()  # type: ignore[index]
