@@ -14,7 +14,7 @@ from merging.maths.layers import Stacks
 from merging.serving.contents import FILES
 from merging.serving.subject import Subject, open_subject
 from merging.sources import Adapter, Checkpoint
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 from merging.sources.derived import Derived
 from merging.sources.packs.codings import Packed
 from merging.sources.small_files import parse_json

@@ -11,7 +11,7 @@ from torch import Tensor
 from merging.errors import InputError
 from merging.maths.delta import Delta, LowRank
 from merging.output.peft_config import lora_config
-from merging.sources.adapter import LoraChange
+from merging.sources.changes import LoraChange
 from merging.sources.peft import peft_changes
 from merging.sources.stored import MappedTensor
 

@@ -23,7 +23,7 @@ from merging.maths.sums import safe_ratio
 from merging.plan.checks import check_bases
 from merging.plan.names.targets import common_shape
 from merging.sources import Adapter
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 from merging.storage.output_tensor import OutputTensor
 from merging.storage.staging import StagedOutput, check_destination
 from merging.storage.writer import TensorWriter

@@ -19,7 +19,8 @@ from merging.errors import InputError
 from merging.maths.delta import LowRank
 from merging.maths.linalg import squared_norm
 from merging.sources import Dialect, dialect_of
-from merging.sources.adapter import Adapter, LoraChange
+from merging.sources.adapter import Adapter
+from merging.sources.changes import LoraChange
 from merging.sources.opening import open_tensors
 from merging.sources.packs import Described
 from merging.sources.packs.codings import Bands, DtypeName, Raw, Ternary

@@ -13,7 +13,8 @@ from merging.maths.delta import LowRank
 from merging.maths.layers import Stacks
 from merging.maths.linalg import factored_svd
 from merging.maths.sums import safe_ratio
-from merging.sources.adapter import Adapter, Change
+from merging.sources.adapter import Adapter
+from merging.sources.changes import Change
 
 __all__ = ["LayerSpectrum", "spectra"]
 

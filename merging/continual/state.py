@@ -18,7 +18,8 @@ from merging.methods.contract.method import Method
 from merging.plan.items import Item, Plan, cut_items
 from merging.plan.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
-from merging.sources.adapter import Change, FullChange, LoraChange, TensorNames
+from merging.sources.adapter import TensorNames
+from merging.sources.changes import Change, FullChange, LoraChange
 from merging.sources.small_files import parse_json
 from merging.sources.stored import DTYPE_NAMES, open_safetensors
 from merging.storage.output_tensor import OutputTensor

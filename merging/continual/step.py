@@ -28,7 +28,7 @@ from merging.plan import Item, Plan, plan_of
 from merging.plan.recipe import Recipe
 from merging.progress import Progress
 from merging.sources import Adapter, Checkpoint, check_in_place
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 from merging.sources.stored import Stored
 from merging.storage.writer import TensorWriter
 

@@ -19,7 +19,7 @@ from merging.plan import Item, Plan
 from merging.plan.checks import check_packed, make_content_keys
 from merging.progress import Progress
 from merging.sources import Adapter, Checkpoint, Model, tensors_of
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 from merging.sources.stored import holders_of
 
 __all__ = ["download_model", "download_plan", "missing_files"]

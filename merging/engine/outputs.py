@@ -15,7 +15,7 @@ from merging.maths.delta import Delta, LowRank
 from merging.maths.linalg import balance_terms, compress_matrix, truncate
 from merging.maths.parameters import Coefficient
 from merging.plan.items import Item
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 from merging.sources.stored import DTYPES, Stored
 from merging.storage.output_tensor import OutputTensor
 

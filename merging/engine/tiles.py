@@ -12,7 +12,7 @@ from torch import Tensor
 from merging.errors import InputError
 from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.plan.items import CHUNK, TILE, Item, Plan
-from merging.sources.adapter import Change, LoraChange
+from merging.sources.changes import Change, LoraChange
 from merging.sources.computed import ComputedChange
 from merging.sources.stored import Stored
 

@@ -28,7 +28,7 @@ from merging.plan.recipe import Recipe, make_recipe
 from merging.plan.stacks import mark_experts
 from merging.progress import Progress
 from merging.sources import Adapter, Checkpoint
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 from merging.sources.stored import Stored
 
 __all__ = ["MEMORY", "ModelLike", "align", "factored", "matrix_sides", "read_change", "row_blocks", "select_models"]

@@ -22,7 +22,7 @@ from merging.methods.families.spherical import cosines as normalised
 from merging.plan import Plan
 from merging.progress import Progress
 from merging.sources import Adapter
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 
 __all__ = [
     "Agreement",

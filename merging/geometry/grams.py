@@ -19,7 +19,7 @@ from merging.methods.families.spherical import cosines as normalised
 from merging.plan import Item, Plan
 from merging.plan.items import TILE
 from merging.progress import Progress
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 
 __all__ = ["cosines", "gram", "groups_of", "module_grams", "segment_sums"]
 

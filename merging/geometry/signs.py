@@ -16,7 +16,7 @@ from merging.geometry.alignment import MEMORY, ModelLike, align, row_blocks
 from merging.geometry.grams import groups_of
 from merging.maths.delta import Delta, LowRank
 from merging.plan import Item, Plan
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 from merging.sources.stored import Stored
 
 __all__ = ["Signs", "count_signs", "sign_agreement"]

@@ -15,7 +15,7 @@ from merging.geometry.grams import segment_sums
 from merging.maths.delta import Delta, LowRank
 from merging.maths.linalg import CUT, factored_svd, leading_svd
 from merging.plan import Item, Plan
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 
 __all__ = ["SIDE", "Spectrum", "decomposable", "directions", "overlaps", "singular_values", "spectra", "spectrum_of"]
 

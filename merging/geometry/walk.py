@@ -27,7 +27,7 @@ from merging.methods.decouple import column_norms
 from merging.methods.families.spherical import cosines as normalised
 from merging.plan import Item, Plan
 from merging.progress import Progress
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 
 __all__ = ["LEADING", "OVERLAPPING", "WalkOptions", "WalkResult", "walk"]
 

@@ -14,8 +14,9 @@ from merging.hub.client import Unreachable, with_retries
 from merging.hub.download import download, fetch_range, file_hash
 from merging.progress import Progress
 from merging.sources.header import header_length, parse_header
+from merging.sources.open_files import File
 from merging.sources.pickled import open_pickle
-from merging.sources.stored import File, FileContents, FileTensor
+from merging.sources.stored import FileContents, FileTensor
 
 __all__ = ["RemoteFile", "Window"]
 

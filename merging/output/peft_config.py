@@ -11,7 +11,7 @@ from merging.output.model_card import model_card
 from merging.plan.items import Item, Plan
 from merging.plan.names.peft_names import PREFIX
 from merging.sources import Adapter
-from merging.sources.adapter import Change, LoraChange
+from merging.sources.changes import Change, LoraChange
 from merging.sources.token_rows import TokenTable
 
 __all__ = ["NO_VARIANTS", "SAVED", "adapter_config", "lora_config", "write_adapter_companions"]

@@ -9,7 +9,7 @@ from typing import Literal
 from merging.errors import InputError, OptionError
 from merging.plan.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 from merging.sources.checkpoint import content_key, files_key
 from merging.sources.computed import ComputedChange
 from merging.sources.peft.wrapped import added_twice, out_proj_once

@@ -9,7 +9,7 @@ from typing import Literal
 
 from merging.maths.site import Site
 from merging.methods.contract.method import Grain, Method
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 from merging.sources.stored import Stored
 
 __all__ = ["COPIED", "Cut", "cut_rows", "cut_stack", "cut_tensor"]

@@ -15,7 +15,7 @@ from merging.plan.cuts import COPIED, Cut, cut_tensor
 from merging.plan.inputs.vocabulary import Vocabulary
 from merging.plan.recipe import AdapterFormat, Recipe
 from merging.sources import Adapter, Checkpoint
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 from merging.sources.stored import DTYPES, Stored
 from merging.storage.output_tensor import OutputTensor
 

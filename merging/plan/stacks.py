@@ -11,7 +11,7 @@ from merging.maths.layers import Stacks
 from merging.maths.site import Site
 from merging.plan.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 from merging.sources.checkpoint import config_layers
 from merging.sources.small_files import read_json
 

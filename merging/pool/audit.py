@@ -26,7 +26,7 @@ from merging.plan.names.resolve import Resolver
 from merging.pool.index import VERDICTS, Entry, Finding, Verdict
 from merging.pool.sketches import empty, sketch
 from merging.sources import Adapter, Checkpoint
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 from merging.sources.small_files import is_there
 from merging.sources.stored import Stored
 

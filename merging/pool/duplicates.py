@@ -16,7 +16,7 @@ from merging.plan.names.resolve import Resolver
 from merging.pool.audit import change_of
 from merging.pool.index import Entry, Finding
 from merging.sources import Adapter, Checkpoint
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 
 __all__ = ["SAME", "cosine", "duplicates"]
 

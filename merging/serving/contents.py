@@ -16,7 +16,7 @@ from merging.serving.peft import TASK_HEADS
 from merging.serving.rules import Program, Rule
 from merging.serving.subject import Subject
 from merging.sources import Adapter
-from merging.sources.adapter import AddedBias
+from merging.sources.changes import AddedBias
 from merging.sources.checkpoint import Checkpoint, config_layers
 from merging.sources.quantized_weights import refuse_quantized
 from merging.sources.tied_weights import embeddings_among, has_own_head, is_head, same_values, stated_tie

@@ -17,9 +17,10 @@ from merging.sources.checkpoint import Checkpoint, open_checkpoint
 from merging.sources.links import check_inside
 from merging.sources.loose_factors import refuse_factors
 from merging.sources.lycoris import LYCORIS_TYPES
+from merging.sources.open_files import File
 from merging.sources.opening import FileOpener, open_tensors
 from merging.sources.small_files import is_there
-from merging.sources.stored import DTYPES, File, FileContents, Stored, holders_of
+from merging.sources.stored import DTYPES, FileContents, Stored, holders_of
 from merging.sources.tensor_names import add_tensor_names
 from merging.sources.weight_files import check_suffix, find_weights
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from merging.maths.delta import Delta, Dense, LowRank
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 from merging.sources.stored import Stored
 
-__all__ = ["ComputedChange", "Formula", "WeightView"]
+__all__ = ["ComputedChange", "Formula", "Parts", "WeightView"]
 
 
 class WeightView:
@@ -36,7 +36,10 @@ class WeightView:
         return self._base().reshape(self.outputs, self.width)
 
 
-Formula = Callable[[Mapping[str, Tensor], WeightView], Tensor | tuple[Tensor, Tensor]]
+Parts = Mapping[str, Tensor]
+"""The tensors of one module, by their names in its formula."""
+
+Formula = Callable[[Parts, WeightView], Tensor | tuple[Tensor, Tensor]]
 """A function from an adapter's parts and a weight to the change: as ``[outputs, inputs, *kernel]``, any reshape of it,
 or factors ``up [outputs, r]`` and ``down [r, width]``. Integer parts are passed as they are stored."""
 

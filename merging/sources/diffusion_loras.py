@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError
-from merging.sources.adapter import Adapter, Change, LoraChange
+from merging.sources.adapter import Adapter
+from merging.sources.changes import Change, LoraChange
 from merging.sources.denoisers import is_denoiser
 from merging.sources.lora_headers import (
     METADATA_KEY,

@@ -7,18 +7,16 @@ published names. Where one of the two fuses projections, a name means a range of
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from merging.sources import unet_names
 from merging.sources.denoiser_rules import rules_of
 from merging.sources.denoisers import is_denoiser
-from merging.sources.fused_names import NameStyle, RowRange, paired_names
+from merging.sources.fused_names import NameSet, RowRange, Shapes, paired_names
 from merging.sources.lora_names import within
 
 __all__ = ["Known", "known_names", "spellings"]
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 _PREFIXES = {
     "unet.": "unet",
@@ -66,7 +64,7 @@ class Known:
 
     component: str
     name: str
-    styles: tuple[NameStyle, ...]
+    styles: tuple[NameSet, ...]
     rows: tuple[RowRange, ...]
 
     @property
@@ -95,7 +93,7 @@ def known_names(shapes: Shapes, strict: bool = False) -> list[Known]:
             published.add(component)
     found: list[Known] = []
     for component, names in components.items():
-        style: NameStyle = "published" if component in published else "diffusers"
+        style: NameSet = "published" if component in published else "diffusers"
         for known in _component(component, {short: shapes[name] for short, name in names.items()}, style):
             rows = tuple(replace(part, name=names[part.name]) for part in known.rows)
             found.append(replace(known, rows=rows))
@@ -127,7 +125,7 @@ def _by_content(name: str, guess: bool) -> str | None:
     return "transformer" if guess and first not in _FOREIGN else None
 
 
-def _component(component: str, shapes: Shapes, style: NameStyle) -> Iterator[Known]:
+def _component(component: str, shapes: Shapes, style: NameSet) -> Iterator[Known]:
     """Yield the names of one component, whose tensors are given without its prefix, in the style of these names."""
     if component == "unet":
         return _unet(shapes)
@@ -150,9 +148,9 @@ def _unet(shapes: Shapes) -> Iterator[Known]:
             yield Known("unet", ours, ("published",), _whole(name, shape))
 
 
-def _transformer(component: str, shapes: Shapes, style: NameStyle) -> Iterator[Known]:
+def _transformer(component: str, shapes: Shapes, style: NameSet) -> Iterator[Known]:
     others = dict.fromkeys(shapes)
-    styles: tuple[NameStyle, ...] = (style,) if rules_of(shapes) else ("diffusers", "published")
+    styles: tuple[NameSet, ...] = (style,) if rules_of(shapes) else ("diffusers", "published")
     for whose, name, rows in paired_names(shapes):
         others.pop(name, None)
         yield Known(component, name, (whose,), rows)

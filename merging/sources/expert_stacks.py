@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from merging.maths.delta import Delta, LowRank
-from merging.sources.adapter import LoraChange
+from merging.sources.changes import LoraChange
 from merging.sources.tensor_views import view
 
 __all__ = ["ExpertsChange"]

@@ -8,10 +8,13 @@ from typing import Literal
 
 from merging.sources.denoiser_rules import NUMBER, NameRule, rules_of
 
-__all__ = ["NameStyle", "RowRange", "paired_names"]
+__all__ = ["NameSet", "RowRange", "Shapes", "paired_names"]
 
 Shapes = Mapping[str, tuple[int, ...]]
-NameStyle = Literal["diffusers", "published"]
+"""Shapes of tensors by name."""
+
+NameSet = Literal["diffusers", "published"]
+"""Whose names they are: the library's, or the publisher's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +26,7 @@ class RowRange:
     length: int
 
 
-def paired_names(shapes: Shapes) -> Iterator[tuple[NameStyle, str, tuple[RowRange, ...]]]:
+def paired_names(shapes: Shapes) -> Iterator[tuple[NameSet, str, tuple[RowRange, ...]]]:
     """Yield the style of a name, the name, and the rows of the given tensors that it stands for.
 
     ``shapes`` are the shapes of some of a denoiser's tensors, under either set of names. Tensors without a rule are
@@ -50,7 +53,7 @@ def _pattern(name: str) -> str:
 
 def _pair(
     rule: NameRule, block: str, ending: str, shapes: Shapes
-) -> Iterator[tuple[NameStyle, str, tuple[RowRange, ...]]]:
+) -> Iterator[tuple[NameSet, str, tuple[RowRange, ...]]]:
     """Yield the names of one rule in one block, and their rows."""
     published = rule.published.format(block) + ending
     diffusers = [each.format(block) + ending for each in rule.diffusers]

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError
-from merging.sources.adapter import Adapter, Change
+from merging.sources.adapter import Adapter
+from merging.sources.changes import Change
 from merging.sources.lora_headers import (
     alphas_differ,
     base_facts,

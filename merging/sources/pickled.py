@@ -16,7 +16,8 @@ from torch import Tensor
 
 from merging.errors import FormatError
 from merging.sources.header import HeaderEntry
-from merging.sources.stored import DTYPE_NAMES, File, FileContents, FileTensor, Stored
+from merging.sources.open_files import File
+from merging.sources.stored import DTYPE_NAMES, FileContents, FileTensor, Stored
 from merging.sources.unpickle import Other, TensorRecord, unpickle
 
 __all__ = ["open_pickle"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from merging.maths.delta import Delta, Dense, LowRank
-from merging.sources.adapter import Change, FullChange, LoraChange
+from merging.sources.changes import Change, FullChange, LoraChange
 from merging.sources.expert_stacks import ExpertsChange
 from merging.sources.stored import Stored
 from merging.sources.tensor_views import View, view

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from merging.sources.adapter import Adapter, Change, LoraChange, TensorNames
+from merging.sources.adapter import Adapter, TensorNames
+from merging.sources.changes import Change, LoraChange
 from merging.sources.lora_headers import METADATA_KEY
 from merging.sources.lycoris import leaf_of
 from merging.sources.stored import FileContents

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from merging.maths.delta import Delta, Dense
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 from merging.sources.stored import Stored
 
 __all__ = ["TokenRows", "TokenTable"]

@@ -17,7 +17,7 @@ from merging.errors import FormatError, InputError
 from merging.maths.delta import LowRank
 from merging.plan import make_plan
 from merging.plan.recipe import make_recipe
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 from support.adapters import (
     QUIRKS,
     State,

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from merging.errors import FormatError
 from merging.hub.open_model import open_model
-from merging.sources.adapter import LoraChange
+from merging.sources.changes import LoraChange
 from support.small_adapter import FACTORS, small_adapter
 
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from merging.sources.diffusion_names import known_names, spellings
-from merging.sources.fused_names import NameStyle
+from merging.sources.fused_names import NameSet
 from merging.sources.lora_names import normal_name
 
 State = dict[str, Tensor]
 
 
-def under(state: State, component: str, style: NameStyle) -> State:
+def under(state: State, component: str, style: NameSet) -> State:
     """The tensors of a component under the names of a style, put together of the rows that these stand for."""
     return {
         known.name: torch.cat([state[part.name][part.start : part.start + part.length] for part in known.rows])

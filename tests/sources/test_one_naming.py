@@ -15,7 +15,7 @@ from merging.errors import InputError
 from merging.hub.open_model import open_model
 from merging.plan.names.targets import adapter_targets
 from merging.sources import Adapter
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 from support.denoisers import Shape, applied_by_diffusers, build_denoiser, write_lora
 
 Name = Callable[[str, str], str]

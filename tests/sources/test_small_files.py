@@ -38,7 +38,7 @@ ALLOWED = {
     "merging/storage/atomic.py": {"fdopen"},
     # weights, which are large
     "merging/sources/header.py": {"open", "json.loads"},
-    "merging/sources/stored.py": {"open_regular"},
+    "merging/sources/open_files.py": {"open_regular"},
     "merging/output/model_folder.py": {"fdopen", "open_regular"},
     "merging/pool/files.py": {"fdopen", "open_regular"},
     "merging/continual/manifest.py": {"fdopen", "open_regular"},

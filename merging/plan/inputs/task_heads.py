@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from merging.errors import InputError
 from merging.maths.patterns import matches
 from merging.sources import Adapter, Checkpoint, Model
-from merging.sources.adapter import Replacement
+from merging.sources.changes import Replacement
 from merging.sources.extended_tables import MeanTable
 from merging.sources.stored import Stored
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from merging.errors import InputError
 from merging.sources import Adapter, Checkpoint, Model
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 from merging.sources.stored import Stored
 from merging.sources.tied_weights import has_own_head, is_head, same_values, tied_to
 from merging.sources.token_rows import TokenRows

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from merging.sources import Adapter, Checkpoint
-from merging.sources.adapter import Change, LoraChange, Replacement
+from merging.sources.changes import Change, LoraChange, Replacement
 from merging.sources.derived import Derived
 from merging.sources.stored import Stored
 from merging.sources.tied_weights import embeddings_among, is_head, is_table

@@ -13,7 +13,8 @@ from merging.plan.names.labels import Shapes, choose_format, find_unnamed, forma
 from merging.plan.names.peft_names import PREFIX
 from merging.plan.recipe import AdapterFormat, Recipe
 from merging.sources import Adapter
-from merging.sources.adapter import Change, TensorNames
+from merging.sources.adapter import TensorNames
+from merging.sources.changes import Change
 from merging.sources.fused_names import RowRange
 
 __all__ = ["FormatNames", "InputNames", "Names", "TargetRows", "choose_names"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from merging.sources.adapter import Change, LoraChange
+from merging.sources.changes import Change, LoraChange
 from merging.sources.peft.wrapped import in_order
 from merging.storage.output_tensor import OutputTensor
 

@@ -14,7 +14,7 @@ from merging.plan.names.conversion import CheckpointLoading
 from merging.plan.names.diffusion import DiffusionNames
 from merging.plan.names.single_experts import match_single_experts
 from merging.sources import Adapter
-from merging.sources.adapter import Change, LoraChange
+from merging.sources.changes import Change, LoraChange
 from merging.sources.expert_stacks import ExpertsChange
 from merging.sources.fused_names import RowRange
 from merging.sources.model_config import check_counts

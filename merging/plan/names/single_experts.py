@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 from merging.sources.regions import TensorPart, whole
 
 __all__ = ["match_single_experts"]

@@ -11,7 +11,7 @@ from merging.plan.names.matching import match_names
 from merging.plan.names.output_names import TargetRows
 from merging.plan.names.resolve import Resolver
 from merging.sources import Adapter, Checkpoint
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 from merging.sources.fused_names import RowRange
 from merging.sources.lora_names import normal_name
 from merging.sources.stored import Stored

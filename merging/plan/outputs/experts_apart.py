@@ -9,7 +9,7 @@ from merging.errors import InputError, OptionError
 from merging.plan.items import Placing
 from merging.plan.names.peft_names import PREFIX, module_of
 from merging.plan.names.resolve import Resolver
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 from merging.sources.regions import TensorPart
 from merging.storage.output_tensor import OutputTensor
 

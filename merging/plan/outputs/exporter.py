@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from merging.maths.site import Site
 from merging.plan.items import Constant, Item
 from merging.plan.recipe import AdapterFormat
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 from merging.sources.stored import Stored
 
 __all__ = ["Changes", "Exporter", "is_bias", "is_experts", "is_lora"]

@@ -12,7 +12,7 @@ from merging.maths.site import Site
 from merging.plan.items import Constant, Item, ItemForm, Placing
 from merging.plan.names.output_names import Names
 from merging.plan.outputs.exporter import Changes, Exporter, is_bias, is_lora
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 from merging.sources.computed import ComputedChange
 from merging.sources.fused_names import RowRange
 from merging.sources.stored import Stored

@@ -16,7 +16,7 @@ from merging.plan.outputs.planned import PlannedOutput
 from merging.plan.recipe import DTYPES, Recipe
 from merging.plan.stacks import find_stacks, mark_experts
 from merging.sources import Adapter, Checkpoint, Model
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 from merging.sources.renaming import find_renaming
 from merging.sources.stored import Stored
 from merging.storage.output_tensor import OutputTensor

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from merging.sources.adapter import AddedBias, Change, LoraChange
+from merging.sources.changes import AddedBias, Change, LoraChange
 from merging.sources.lycoris.multiplicative import dora, glora, ia3, oft
 from merging.sources.lycoris.products import full, loha, lokr, lora, norm, number, replacement
 from merging.sources.peft.config import Config

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from merging.sources.adapter import Change, LoraChange
 from merging.sources.adapter_maths import blockwise, cayley, rescale
-from merging.sources.computed import ComputedChange, WeightView
+from merging.sources.changes import Change, LoraChange
+from merging.sources.computed import ComputedChange, Parts, WeightView
 from merging.sources.lycoris.products import kind_of, number, scale_of
 from merging.sources.peft.module import Module
 from merging.sources.stored import Stored
 
 __all__ = ["dora", "glora", "ia3", "oft"]
-
-Parts = Mapping[str, Tensor]
 
 
 def ia3(module: Module, alpha: float | None) -> Change:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import isfinite, prod
 
 import torch
 from torch import Tensor
 
-from merging.sources.adapter import AddedBias, Change, ChangeKind, LoraChange, Replacement
 from merging.sources.adapter_maths import hadamard, kronecker, tucker
-from merging.sources.computed import WeightView
+from merging.sources.changes import AddedBias, Change, ChangeKind, LoraChange, Replacement
+from merging.sources.computed import Parts, WeightView
 from merging.sources.peft.module import Module
 from merging.sources.stored import DTYPES, Stored
 
 __all__ = ["full", "kind_of", "loha", "lokr", "lora", "norm", "number", "replacement", "scale_of"]
-
-Parts = Mapping[str, Tensor]
 
 
 def number(module: Module, name: str) -> float:

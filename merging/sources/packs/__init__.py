@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from merging.errors import FormatError
 from merging.sources import diffusion_loras, kohya, peft
-from merging.sources.adapter import Adapter, AddedTensor, Change, FactorsChange
+from merging.sources.adapter import Adapter
+from merging.sources.changes import AddedTensor, Change, FactorsChange
 from merging.sources.opening import open_tensors
 from merging.sources.packs.codings import Coding, DtypeName, Packed, Raw
 from merging.sources.small_files import parse_json
@@ -64,7 +65,7 @@ class Described(_StatedChange):
 
 
 class Changed(_StatedChange):
-    """A tensor that a model changed: its kind as in :class:`~merging.sources.adapter.Change`, and its shape.
+    """A tensor that a model changed: its kind as in :class:`~merging.sources.changes.Change`, and its shape.
 
     ``transposed``: it is ``[in, out]``, the transpose of the factors' product.
     """

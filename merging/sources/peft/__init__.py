@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError
-from merging.sources.adapter import Adapter, Change, LoraChange, Replacement
+from merging.sources.adapter import Adapter
+from merging.sources.changes import Change, LoraChange, Replacement
 from merging.sources.computed import ComputedChange
 from merging.sources.links import check_inside
 from merging.sources.lora_headers import METADATA_KEY, component_configs, unstated_alpha

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 from merging.sources.peft.config import Config
 from merging.sources.peft.dense import c3a, fourierft, osf, randlora, shira, waveft
 from merging.sources.peft.factored import adalora, delora, gralora, hra, miss, vblora, vera

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import ceil
 
 import torch
 from torch import Tensor
 
-from merging.sources.adapter import Change
-from merging.sources.computed import ComputedChange, Formula, WeightView
+from merging.sources.changes import Change
+from merging.sources.computed import ComputedChange, Formula, Parts, WeightView
 from merging.sources.peft.module import Module
 
 __all__ = ["c3a", "fourierft", "osf", "randlora", "shira", "waveft"]
-
-Parts = Mapping[str, Tensor]
 
 
 def fourierft(module: Module) -> list[Change]:

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merging.sources.adapter import Change
-from merging.sources.computed import ComputedChange, Formula, WeightView
+from merging.sources.changes import Change
+from merging.sources.computed import ComputedChange, Formula, Parts, WeightView
 from merging.sources.peft.module import Module
 
 __all__ = ["adalora", "delora", "gralora", "hra", "miss", "vblora", "vera"]
 
-Parts = Mapping[str, Tensor]
 Factors = tuple[Tensor, Tensor]
 
 

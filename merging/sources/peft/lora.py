@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from merging.sources.adapter import AddedBias, Change, LoraChange
+from merging.sources.changes import AddedBias, Change, LoraChange
 from merging.sources.computed import ComputedChange, WeightView
 from merging.sources.peft.config import Config
 from merging.sources.peft.module import Module

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import prod
 
 import torch
 from torch import Tensor
 
-from merging.sources.adapter import Change
 from merging.sources.adapter_maths import hadamard, kronecker, tucker
-from merging.sources.computed import WeightView
+from merging.sources.changes import Change
+from merging.sources.computed import Parts, WeightView
 from merging.sources.peft.module import Module
 
 __all__ = ["loha", "lokr"]
-
-Parts = Mapping[str, Tensor]
 
 
 def loha(module: Module) -> list[Change]:

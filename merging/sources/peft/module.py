@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from merging.errors import FormatError
-from merging.sources.adapter import ChangeKind
+from merging.sources.changes import ChangeKind
 from merging.sources.computed import ComputedChange, Formula
 from merging.sources.peft.config import Config
 from merging.sources.stored import Stored

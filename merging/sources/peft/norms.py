@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from merging.sources.adapter import Change, Replacement
+from merging.sources.changes import Change, Replacement
 from merging.sources.peft.module import Module
 
 __all__ = ["ln_tuning"]

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import isqrt, sqrt
 
 import torch
 from torch import Tensor
 
-from merging.sources.adapter import Change
 from merging.sources.adapter_maths import blockwise, cayley, cayley_series, skew
-from merging.sources.computed import ComputedChange, WeightView
+from merging.sources.changes import Change
+from merging.sources.computed import ComputedChange, Parts, WeightView
 from merging.sources.peft.module import Module
 
 __all__ = ["boft", "oft", "road"]
-
-Parts = Mapping[str, Tensor]
 
 
 def oft(module: Module) -> list[Change]:

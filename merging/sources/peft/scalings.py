@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
-from merging.sources.adapter import Change
-from merging.sources.computed import ComputedChange, WeightView
+from merging.sources.changes import Change
+from merging.sources.computed import ComputedChange, Parts, WeightView
 from merging.sources.peft.module import Module
 
 __all__ = ["hira", "ia3"]
-
-Parts = Mapping[str, Tensor]
 
 
 def ia3(module: Module) -> list[Change]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from merging.sources.adapter import Change
+from merging.sources.changes import Change
 from merging.sources.peft.module import Module
 from merging.sources.token_rows import TokenRows
 

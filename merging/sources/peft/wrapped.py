@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from merging.sources.adapter import Adapter, Change, LoraChange
+from merging.sources.adapter import Adapter
+from merging.sources.changes import Change, LoraChange
 from merging.sources.expert_stacks import ExpertsChange
 from merging.sources.peft.config import Config
 from merging.sources.peft.module import Module
