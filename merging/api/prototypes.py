@@ -1,6 +1,6 @@
-"""Prototypes for routing: what a server compares a token's activation with to choose among adapters, module by module.
+"""Prototypes for routing: a server compares a token's activation with them to choose an adapter, module by module.
 
-The prototypes are exported; the routing itself belongs to the server that runs the model.
+The prototypes are exported; the server that runs the model does the routing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,14 @@ PrototypeKind = Literal["arrow", "spectr"]
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """What was exported: the file, how many modules and adapters it covers, and what was left out of it."""
+    """The result of an export.
+
+    Attributes:
+        path: the file that was written.
+        adapters: the names of the adapters, in their order.
+        modules: the number of modules that have prototypes.
+        notices: remarks on modules without prototypes.
+    """
 
     path: Path
     adapters: tuple[str, ...]
@@ -45,12 +52,17 @@ class Routed:
 
 
 def prototype(delta: LowRank, kind: PrototypeKind, normalise: bool = False) -> Tensor:
-    """What tells which inputs a change acts on, float32 ``[k, in]``; ``delta`` is that of a matrix ``[out, in]``.
+    """Return the prototype of a change, float32 ``[k, in]``: it shows which inputs the change acts on.
 
-    ``arrow`` (Ostapenko et al. 2024, arXiv 2405.11157): the leading right singular vector, ``k = 1``; a token's score
-    is ``|v . x|``, so that its sign says nothing, and is chosen here such that its largest entry is positive.
-    ``spectr``: the right singular vectors times their singular values, ``k = r``; the score is ``|P x| = |D x|``.
-    Larger changes win there, unless ``normalise`` divides by the change's Frobenius norm.
+    ``arrow`` (Ostapenko et al. 2024, arXiv 2405.11157): the leading right singular vector, ``k = 1``. A token's score
+    is
+    ``|v . x|``, so the sign means nothing; it is chosen such that the largest entry is positive.
+    ``spectr``: the right singular vectors times their singular values, ``k = r``. The score is ``|P x| = |D x|``.
+
+    Args:
+        delta: the change of a matrix ``[out, in]``.
+        kind: ``arrow`` or ``spectr``.
+        normalise: whether a ``spectr`` prototype is divided by the change's Frobenius norm; else larger changes win.
     """
     _, values, vectors = factored_svd(delta.up, delta.down)
     largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
@@ -72,11 +84,25 @@ def export_prototypes(
 ) -> Routed:
     """Write the prototypes of adapters into one safetensors file.
 
-    Each module that some adapter changes by low-rank factors has a float32 tensor ``MODULE.prototypes`` ``[adapters, k,
-    in]``, zeros where an adapter does not change it or has a smaller rank. The metadata name the ``kind``, the
-    ``adapters`` in their order, and the ``ranks``. Convolutions, experts and what is changed in full are left out, with
-    a notice. Raises :class:`~merging.errors.InputError` for what is no adapter, for adapters that state different bases
-    (unless ``allow_different_bases``), and :class:`~merging.errors.OptionError` for a choice that makes no sense.
+    Each module that some adapter changes by low-rank factors has a float32 tensor ``MODULE.prototypes`` of shape
+    ``[adapters, k, in]``, with zeros where an adapter does not change it or has a smaller rank. The metadata name the
+    ``kind``, the ``adapters`` in their order, and the ``ranks``. Convolutions, experts and full changes are left out,
+    with a notice.
+
+    Args:
+        models: the adapters, two or more: paths, or names on the Hub.
+        output: the file, named ``.safetensors``.
+        kind: ``arrow`` or ``spectr`` (see :func:`prototype`).
+        normalise: whether ``spectr`` prototypes are divided by the norms of the changes.
+        allow_different_bases: whether adapters may state different bases.
+        overwrite: whether a file that exists is replaced.
+
+    Returns:
+        The path, the adapters, the number of modules, and remarks.
+
+    Raises:
+        InputError: for models that are no adapters, and adapters that state different bases.
+        OptionError: for options that do not fit together.
     """
     if kind not in ("arrow", "spectr"):
         raise OptionError(f"kind = {kind}: arrow or spectr")
@@ -88,7 +114,7 @@ def export_prototypes(
     destination = Path(output)
     if destination.suffix != ".safetensors":
         raise OptionError(f"{output}: prototypes are one file: name it .safetensors")
-    adapters = [_opened(model) for model in models]
+    adapters = [_open_adapter(model) for model in models]
     check_bases(adapters, allow_different_bases)
     modules, notices = _modules(adapters)
     width = {name: _prototype_shape(name, adapters, kind) for name in modules}
@@ -123,10 +149,10 @@ def export_prototypes(
     return Routed(destination, tuple(names), len(modules), (*notices, *staged.notices))
 
 
-def _opened(model: str | Path) -> Adapter:
+def _open_adapter(model: str | Path) -> Adapter:
     adapter = open_model(model)
     if not isinstance(adapter, Adapter):
-        raise InputError(f"{model}: is a full model, and prototypes are those of adapters")
+        raise InputError(f"{model}: is a full model, and prototypes are made of adapters")
     for name, change in adapter.changes.items():
         if change.needs_base:
             raise InputError(
@@ -141,7 +167,7 @@ def _routable(change: Change) -> bool:
 
 
 def _modules(adapters: Sequence[Adapter]) -> tuple[list[str], list[str]]:
-    """The targets that prototypes are made of, and what is said of the others."""
+    """Return the targets that get prototypes, and remarks on the others."""
     targets = sorted({name for adapter in adapters for name, change in adapter.changes.items() if _routable(change)})
     if not targets:
         raise InputError("no adapter changes a linear layer by low-rank factors: there is nothing to route by")
@@ -158,7 +184,7 @@ def _modules(adapters: Sequence[Adapter]) -> tuple[list[str], list[str]]:
 
 
 def _matrix(adapter: Adapter, name: str) -> LowRank:
-    """The factors of the matrix ``[out, in]``, also where the tensor is its transpose."""
+    """Return the factors of the matrix ``[out, in]``, also where the tensor is its transpose."""
     change = adapter.changes[name]
     delta = change.read(change.shape, _no_base, torch.float32)
     assert isinstance(delta, LowRank)

@@ -1,3 +1,3 @@
-"""Carrying a plan out: workers, tiles, threads, and what is looked at and fetched before."""
+"""Running a plan: downloads, checks of values, workers, tiles and threads."""
 
 __all__: list[str] = []

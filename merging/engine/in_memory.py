@@ -1,8 +1,8 @@
 """Merging tensors that are in memory, tensor by tensor: gradients go through the coefficients.
 
-The stages are those of a run over files (:mod:`merging.engine.run`, :mod:`merging.engine.worker` and
-:mod:`merging.engine.unit`), which cuts tensors and shares them out over threads: change both. That both give the same
-result is a law, which the tests hold for every method (``test_files_and_tensors_agree``).
+The stages are the same as in a run over files (:mod:`merging.engine.run`, :mod:`merging.engine.worker` and
+:mod:`merging.engine.unit`), which cuts tensors and shares them out over threads: change both. Both give the same
+result: a law that the tests hold for every method (``test_files_and_tensors_agree``).
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class _Run:
 
 
 def _with_local(unwrapped: Unwrapped, statistics: Statistics, before: str | None = None) -> Statistics:
-    """Return the statistics with those of one tensor alone added, all or the ones before ``before``."""
+    """Return the statistics, and with them the statistics of one tensor alone, all or up to ``before``."""
     local = dict(statistics)
     for each in unwrapped.then.required_statistics():
         if each.name == before:
@@ -132,7 +132,7 @@ def _with_local(unwrapped: Unwrapped, statistics: Statistics, before: str | None
 
 def _reduce(reduction: Reduction, values: Mapping[str, Tensor]) -> Tensor:
     wide = any(value.dtype == torch.float64 for value in values.values())
-    accumulator = reduction.widened(torch.float64 if wide else torch.float32).start()
+    accumulator = reduction.widen(torch.float64 if wide else torch.float32).start()
     while True:
         for name, each in values.items():
             accumulate(accumulator, each, name)

@@ -1,4 +1,4 @@
-"""The device and the workers of a merge: what there is, and what the memory allows."""
+"""The device and the number of workers of a merge, as the machine and the memory allow."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ __all__ = ["pick_device", "workers_within"]
 
 
 def workers_within(plan: Plan, threads: int, max_memory: int | None) -> int:
-    """How many workers fit into ``max_memory`` bytes above the imports, at most ``threads``.
+    """Return the number of workers that fit into ``max_memory`` bytes above the imports, at most ``threads``.
 
-    Without a limit they take half of the memory that is available at most; one always works.
-    Raises :class:`~merging.errors.OptionError` with the number needed if not even one does.
+    Without a limit they take at most half of the memory that is available. One worker always fits.
+
+    Raises:
+        OptionError: with the number of bytes needed, if not even one worker fits.
     """
     if threads < 1:
         raise OptionError(f"threads = {threads}: at least one is needed")
@@ -35,7 +37,10 @@ def _fitting(plan: Plan, threads: int, memory: int) -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a name: ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` for a GPU if there is one."""
+    """Return the device of a name: ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` for a GPU if there is one.
+
+    Raises :class:`~merging.errors.OptionError` for a device that this machine does not have.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -37,7 +37,7 @@ class Done:
         seconds: the time it took.
         notices: remarks for people.
         discarded: the share of the change's energy that a lower rank discarded, by tensor.
-        metrics: numbers that the method reports, by name; those of single tensors as their mean.
+        metrics: numbers that the method reports, by name; numbers of single tensors as their mean.
     """
 
     seconds: float
@@ -108,7 +108,7 @@ def run(
 
 
 def _stages(plan: Plan) -> list[list[Statistic | ResultStatistic]]:
-    """Return the statistics over the whole model, those together that one sweep can gather.
+    """Return the statistics over the whole model, in groups that one sweep can gather.
 
     :mod:`merging.engine.in_memory` goes through the same stages with tensors in memory: change both.
     """
@@ -153,7 +153,7 @@ def _gather(
 ) -> None:
     """Go through all spans as often as the statistics of a stage need, and store their results."""
     dtype = shared.plan.widest
-    totals = [each.reduction.widened(dtype).start() for each in stage]
+    totals = [each.reduction.widen(dtype).start() for each in stage]
     while True:
 
         def make_worker() -> Worker:

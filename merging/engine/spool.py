@@ -1,4 +1,4 @@
-"""Merged changes set aside until the factor is known that they are to be multiplied by."""
+"""Merged changes set aside until the factor that scales them is known."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class _Part:
 
 
 class Spool:
-    """Keeps changes, factors as factors, in a file without a name: nothing of it is left, however the program ends.
+    """Keeps changes, factors as factors, in a file without a name: it is gone when the program ends, in any way.
 
-    ``folder`` is where the file lies. Several threads may use it at once. Raises
+    ``folder`` is the place of the file. Several threads may use a spool at once. Raises
     :class:`~merging.errors.OutputError` when the disk is full.
     """
 
@@ -47,7 +47,7 @@ class Spool:
         self._kept[name] = tuple(self._write(part) for part in parts), shape
 
     def take(self, name: str) -> Delta | None:
-        """The change that was kept under a name, if any."""
+        """Return the change that was kept under a name, if any."""
         if name not in self._kept:
             return None
         parts, shape = self._kept[name]
@@ -55,7 +55,7 @@ class Spool:
         return Dense(values[0]) if shape is None else LowRank(values[0], values[1], *shape)
 
     def close(self) -> None:
-        """Give the space back."""
+        """Free the space."""
         if self._file is not None:
             self._file.close()
 
@@ -84,5 +84,5 @@ class Spool:
 
 
 def _bytes(values: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
+    """Return the memory of a contiguous tensor."""
     return memoryview(values.view(-1).view(torch.uint8).numpy().data)

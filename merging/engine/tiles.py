@@ -1,4 +1,4 @@
-"""Cutting a tensor of the merge into tiles: what each model brings to a piece of it, side by side and in one type."""
+"""Cutting a tensor of the merge into tiles: the models' changes or weights of a piece, in one type."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ GPU_TILE = 1 << 24
 
 @dataclass(slots=True)
 class Tile:
-    """A piece of a tensor: its flat offset, what the models bring, and the base's values if they are wanted.
+    """A piece of a tensor: its flat offset, the models' changes or weights, and the base's values if they are needed.
 
-    The tensors lie in the tiler's buffers: they hold until the next tile.
+    The tensors are in the tiler's buffers: they are valid until the next tile.
     """
 
     start: int
@@ -70,7 +70,7 @@ class Tiler:
             yield Tile(position, stack, base.view(shape) if base is not None else None)
 
     def _by_rows(self, item: Item, slot: int) -> Delta:
-        """One adapter's change of an item, in a form that has rows."""
+        """Return one adapter's change of an item, in a form that has rows."""
         change = self.change(item, slot)
         return change if item.site.shape else Dense(change.dense().view(1))
 
@@ -86,7 +86,7 @@ class Tiler:
             into.zero_()
 
     def raw(self, stored: Stored, start: int, size: int) -> Tensor:
-        """Elements of a stored tensor as they are, on the device; valid until the next call."""
+        """Return elements of a stored tensor as they are, on the device; valid until the next call."""
         buffer = self._buffer("raw", size, stored.dtype, host=True)
         if self.device.type != "cpu":
             self.wait()  # the previous copy out of this buffer may still be under way
@@ -97,7 +97,7 @@ class Tiler:
         return self._buffer(slot, size, dtype).copy_(self.raw(stored, start, size))
 
     def stack(self, item: Item) -> Stack:
-        """All changes of an item that is merged factor by factor; an absent model is a zero of rank 0."""
+        """Return all changes of an item as factors; the change of a model without it is a zero of rank 0."""
         found = [self.change(item, slot) if each is not None else None for slot, each in enumerate(item.inputs)]
         like = next(delta for delta in found if isinstance(delta, LowRank))
         deltas = [
@@ -106,7 +106,7 @@ class Tiler:
         return Stack(deltas, self.plan.keys, [delta is not None for delta in found])
 
     def change(self, item: Item, slot: int) -> Delta:
-        """What one adapter changes in an item, whole, on the device."""
+        """Return one adapter's change of a whole item, on the device."""
         change, dtype = item.inputs[slot], self.plan.dtype(item)
         assert isinstance(change, Change)
 
@@ -123,7 +123,7 @@ class Tiler:
         return delta.to(self.device)
 
     def _check_layer(self, item: Item, slot: int) -> None:
-        """Refuse factors whose own copy of the base's layer is another one: they belong on top of that copy."""
+        """Refuse factors saved with a layer that is not the base's: they belong on top of that layer."""
         change = item.inputs[slot]
         if not isinstance(change, (LoraChange, ComputedChange)) or change.layer is None or item.base is None:
             return
@@ -140,7 +140,7 @@ class Tiler:
                 )
 
     def _check(self, item: Item, values: Tensor, base: Tensor | None) -> None:
-        # One sum per tile tells whether all is finite; only a sum that is not is looked into.
+        # One sum per tile shows that all is finite; only where it is not, each value is looked at.
         finite = isfinite(float(values.sum()))
         if finite and not self.plan.weights:
             return  # a change from a base that is not finite is not finite either
@@ -160,19 +160,19 @@ class Tiler:
         )
 
     def outgoing(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Values cast to their final type, flat, on the host."""
+        """Return values cast to their final type, flat, on the host."""
         buffer = self._buffer("out", values.numel(), dtype, host=True)
         buffer.copy_(values.reshape(-1), non_blocking=True)
         self.wait()
         return buffer
 
     def wait(self) -> None:
-        """Return when the device has done what it was given."""
+        """Return when the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
     def _buffer(self, slot: str, numel: int, dtype: torch.dtype, host: bool = False) -> Tensor:
-        """A buffer that is used again by every tile; in pinned memory where the device copies from and to it."""
+        """Return a buffer that every tile uses again; pinned memory where the device copies from and to it."""
         key = (slot, dtype)
         buffer = self._buffers.get(key)
         if buffer is None or len(buffer) < numel:

@@ -91,7 +91,7 @@ class WorkUnit:
             yield Block(site.block((last - first, *site.shape[1:]), first * columns), stack.rows(first, last), None)
 
     def statistics(self, before: str | None = None) -> Statistics:
-        """Return the statistics, or the ones before ``before``; gather those of this tensor alone.
+        """Return the statistics, all or up to ``before``, and gather the statistics of this tensor alone.
 
         :mod:`merging.engine.in_memory` does the same for tensors in memory: change both.
         """
@@ -99,7 +99,7 @@ class WorkUnit:
             if each.name == before:
                 break
             if each.per == "tensor" and each.name not in self._statistics:
-                accumulator = each.reduction.widened(self.tiler.plan.dtype(self.span.item)).start()
+                accumulator = each.reduction.widen(self.tiler.plan.dtype(self.span.item)).start()
                 while True:
                     self.accumulate(each, accumulator, self._statistics)
                     if not accumulator.next():
@@ -116,7 +116,7 @@ class WorkUnit:
         """Return a statistic of the method as it is bound at this site."""
         return next(each for each in self.method.required_statistics() if each.name == name)
 
-    def merged(self) -> Delta:
+    def merge_whole(self) -> Delta:
         """Merge the whole item, which is unwrapped, into its change (or weight)."""
         assert self.unwrapped is not None
         statistics, shape = self.statistics(), self.unwrapped.site.shape

@@ -49,7 +49,7 @@ class Shared:
 
 
 class Worker:
-    """Works on spans with buffers of its own; ``accumulators`` are those of the sweep, one a statistic."""
+    """Works on spans with buffers of its own; ``accumulators`` are of the sweep, one a statistic."""
 
     accumulators: Sequence[Accumulator] = ()
 
@@ -93,7 +93,7 @@ class Worker:
                     accumulate(accumulator, each.measure(merged, stack, site), site.name)
             return
         assert unit.stack is not None
-        merged, stack = unit.merged(), unit.stack
+        merged, stack = unit.merge_whole(), unit.stack
         if self.plan.weights and unit.base is not None:
             merged, stack = _as_changes(merged, stack, unit.base)
         self.shared.spool.put(item.site.name, merged)
@@ -124,7 +124,7 @@ class Worker:
             return
         unit = self._open(span)
         if unit.unwrapped is not None:
-            merged, change = unit.merged(), not self.plan.weights
+            merged, change = unit.merge_whole(), not self.plan.weights
             if unit.base is not None and self.plan.weights and self._needs_change(item):
                 merged, change = Dense(merged.dense() - unit.base), True
             self.output.write_whole(item, merged, factor, change)

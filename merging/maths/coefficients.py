@@ -1,4 +1,4 @@
-"""Coefficients of models: one for all or one each, next to the models' tensors."""
+"""The coefficients of models: one for all or one each, broadcast to the models' tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["column", "number", "spread"]
 
 
 def spread(value: Any, models: int) -> list[Any]:
-    """One value a model, from one for all or a sequence of as many; a tensor ``[n]`` is taken apart."""
+    """Return one value a model, from one for all, a sequence of as many, or a tensor ``[n]``."""
     if isinstance(value, Tensor) and value.dim():
         return list(value.unbind())
     if isinstance(value, Sequence):
@@ -21,12 +21,12 @@ def spread(value: Any, models: int) -> list[Any]:
 
 
 def number(value: float | Tensor) -> float:
-    """The value of a coefficient, without its gradient."""
+    """Return the value of a coefficient, without its gradient."""
     return float(value.detach() if isinstance(value, Tensor) else value)
 
 
 def column(value: Any, like: Tensor) -> Tensor:
-    """One value a model beside the models' tensors ``like [n, *shape]``: ``[n, 1, ...]``, with its gradient."""
+    """Return one value a model as ``[n, 1, ...]``, to multiply ``like [n, *shape]`` with, with its gradient."""
     if isinstance(value, Tensor) and value.dim():
         flat = value.to(like)
     else:

@@ -1,4 +1,4 @@
-"""What models change in one tensor: a dense array or a product of two thin factors, and a stack of them."""
+"""The change of one tensor, dense or a product of two thin factors, and the stack of several models' changes."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ class Dense:
         return tuple(self.value.shape)
 
     def dense(self) -> Tensor:
-        """The change itself, ``[*shape]``."""
+        """Return the change itself, ``[*shape]``."""
         return self.value
 
     def rows(self, start: int, stop: int) -> Dense:
-        """Rows ``start`` to ``stop`` of the first axis."""
+        """Return rows ``start`` to ``stop`` of the first axis."""
         return Dense(self.value[start:stop])
 
     def to(self, device: torch.device | str) -> Dense:
-        """The same on a device."""
+        """Return the change on a device."""
         return Dense(self.value.to(device))
 
     def scaled(self, factor: Scalar) -> Dense:
-        """The change times a number."""
+        """Return the change times a number."""
         return Dense(self.value * factor)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
-    """A change kept as ``up @ down``, with every scale (alpha / r and its kin) already folded into ``up``.
+    """A change kept as ``up @ down``, with every scale (such as alpha / r) folded into ``up``.
 
     ``up`` is ``[..., out, r]`` and ``down`` ``[..., r, in]``; leading axes are batches (experts). ``shape`` is the
     shape of the tensor in the base: the product itself, its transpose when ``transposed`` (GPT-2's Conv1D and
@@ -65,7 +65,7 @@ class LowRank:
 
     @classmethod
     def zero(cls, like: LowRank) -> LowRank:
-        """The zero change of the same tensor, as factors of rank 0."""
+        """Return the zero change of the same tensor, as factors of rank 0."""
         return cls(like.up[..., :0], like.down[..., :0, :], like.shape, like.transposed)
 
     @property
@@ -73,12 +73,12 @@ class LowRank:
         return self.up.shape[-1]
 
     def dense(self) -> Tensor:
-        """The change written out, ``[*shape]``."""
+        """Return the change written out, ``[*shape]``."""
         product = self.up @ self.down
         return (product.mT if self.transposed else product).reshape(self.shape)
 
     def rows(self, start: int, stop: int) -> LowRank:
-        """Rows ``start`` to ``stop`` of the tensor's first axis, still as factors."""
+        """Return rows ``start`` to ``stop`` of the tensor's first axis, still as factors."""
         shape = (stop - start, *self.shape[1:])
         if self.up.dim() > 2:
             return LowRank(self.up[start:stop], self.down[start:stop], shape, self.transposed)
@@ -87,17 +87,17 @@ class LowRank:
         return LowRank(self.up[start:stop], self.down, shape)
 
     def oriented(self, transposed: bool) -> LowRank:
-        """The same change as factors of the tensor, or of its transpose; not for convolutions, which have none."""
+        """Return the change as factors of the tensor, or of its transpose; convolutions have no transpose."""
         if transposed == self.transposed:
             return self
         return LowRank(self.down.mT, self.up.mT, self.shape, transposed)
 
     def to(self, device: torch.device | str) -> LowRank:
-        """The same on a device."""
+        """Return the change on a device."""
         return LowRank(self.up.to(device), self.down.to(device), self.shape, self.transposed)
 
     def scaled(self, factor: Scalar) -> LowRank:
-        """The change times a number, which goes into ``up``."""
+        """Return the change times a number, which goes into ``up``."""
         return LowRank(self.up * factor, self.down, self.shape, self.transposed)
 
 
@@ -105,10 +105,10 @@ Delta = Dense | LowRank
 
 
 class Stack:
-    """What ``n`` models change in one tensor, or in one block of it.
+    """The changes of ``n`` models in one tensor, or in one block of it.
 
-    ``models`` holds a key of each model's content, for methods that draw random numbers; ``present`` says which
-    models touch the tensor at all: one that does not contributes a zero change.
+    ``models`` holds a key of each model's content, for methods that draw random numbers. ``present`` says which models
+    touch the tensor at all; the change of one that does not is zero.
     """
 
     __slots__ = ("_deltas", "_values", "models", "present")
@@ -122,7 +122,7 @@ class Stack:
 
     @classmethod
     def of(cls, values: Tensor, models: Sequence[str] | None = None, present: Sequence[bool] | None = None) -> Stack:
-        """A stack over one tensor ``[n, *shape]`` that already holds the models side by side."""
+        """Return a stack over one tensor ``[n, *shape]`` that holds the models' changes."""
         stack = cls.__new__(cls)
         stack._deltas, stack._values = None, values
         stack._describe(len(values), models, present)
@@ -155,31 +155,31 @@ class Stack:
         return first.up.dtype if isinstance(first, LowRank) else first.value.dtype
 
     def dense(self) -> Tensor:
-        """All changes written out side by side, ``[n, *shape]``."""
+        """Return all changes written out in one tensor, ``[n, *shape]``."""
         if self._values is None:
             self._values = torch.stack([delta.dense() for delta in self.deltas])
         return self._values
 
     def rows(self, start: int, stop: int) -> Stack:
-        """The same rows of every change."""
+        """Return the same rows of every change."""
         if self._deltas is None and self._values is not None:
             return Stack.of(self._values[:, start:stop], self.models, self.present)
         return Stack([delta.rows(start, stop) for delta in self.deltas], self.models, self.present)
 
     def map(self, function: Callable[[Delta], Delta]) -> Stack:
-        """The stack with ``function`` applied to each change."""
+        """Return the stack with ``function`` applied to each change."""
         return Stack([function(delta) for delta in self.deltas], self.models, self.present)
 
     def weighted_sum(self, weights: Iterable[Scalar]) -> Delta:
-        """``sum_i w_i delta_i``: concatenated factors (exact, rank is the sum of ranks) or a dense tensor."""
+        """Return ``sum_i w_i delta_i``: concatenated factors (exact, of the sum of the ranks) or a dense tensor."""
         weights = list(weights)
         if self.low_rank:
-            return _concatenated([d for d in self.deltas if isinstance(d, LowRank)], weights)
+            return _concatenate([d for d in self.deltas if isinstance(d, LowRank)], weights)
         return Dense(weighted_sum(self.dense(), weights))
 
 
-def _concatenated(deltas: Sequence[LowRank], weights: Sequence[Scalar]) -> LowRank:
-    """``[w_1 B_1 | ... | w_n B_n]`` and ``[A_1; ...; A_n]``, never the average of factors, which adds cross terms."""
+def _concatenate(deltas: Sequence[LowRank], weights: Sequence[Scalar]) -> LowRank:
+    """Return ``[w_1 B_1 | ... | w_n B_n]`` and ``[A_1; ...; A_n]``, not averaged factors, which add cross terms."""
     first = deltas[0]
     up = torch.cat([delta.up * weight for delta, weight in zip(deltas, weights, strict=True)], dim=-1)
     down = torch.cat([delta.down for delta in deltas], dim=-2)
@@ -187,12 +187,12 @@ def _concatenated(deltas: Sequence[LowRank], weights: Sequence[Scalar]) -> LowRa
 
 
 def sum_in_order(values: Tensor | Sequence[Tensor]) -> Tensor:
-    """``sum_i values_i``, added up in order, which torch's own sum does not always do."""
+    """Return ``sum_i values_i``, added up in order, which torch's own sum does not always do."""
     return weighted_sum(values, [1.0] * len(values))
 
 
 def weighted_sum(values: Tensor | Sequence[Tensor], weights: Sequence[Scalar]) -> Tensor:
-    """``sum_i w_i values_i``, added up in order."""
+    """Return ``sum_i w_i values_i``, added up in order."""
     taken = 1
     if (
         len(weights) > 1

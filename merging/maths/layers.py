@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 __all__ = ["BEFORE_BLOCKS", "LayerPosition", "Stacks"]
 
-# The leftmost segment that is a number, with names on both sides: a number in front is a container such as that of
+# The leftmost segment that is a number, with names on both sides: a number in front is a container, as in
 # sentence-transformers. The bound keeps int() cheap whatever a file claims.
 _INDEX = re.compile(r"\.([0-9]{1,6})\.")
 
@@ -19,7 +19,7 @@ _INDEX = re.compile(r"\.([0-9]{1,6})\.")
 _FLAT_PREFIX = re.compile(r"(lora_(?:prior_unet|unet|te[0-9]?|[a-z]+)|lycoris|oft_[a-z]+[0-9]?|[A-Z]\w*?_lora)_+")
 _BEFORE_NUMBER, _BEHIND_NUMBER = re.compile(r"_(?=[0-9]{1,6}[_.])"), re.compile(r"(?<=\.)([0-9]{1,6})_")
 
-# What the blocks of one stage are called in hierarchical backbones; the number may also follow at once (SegFormer).
+# The names of the blocks of one stage in hierarchical backbones; the number may also follow at once (SegFormer).
 _BLOCK = re.compile(r"(?:(layers?|blocks?)\.)?([0-9]{1,6})\.")
 
 # Pairs of stacks that run one after the other: Flux in diffusers, and as published.
@@ -75,10 +75,10 @@ BEFORE_BLOCKS = LayerPosition()
 
 @dataclass(frozen=True, slots=True)
 class _Numbering:
-    """How one stack counts: ``layers`` in all, its own from ``offset`` on.
+    """The numbering of one stack: ``layers`` in all, its own from ``offset`` on.
 
     A hierarchical stack is flattened: ``blocks`` are its (stage, block) in order, under ``family`` ("" is none). Parts
-    of a stage beside its blocks go with its first block if they are named in ``leading``, else with its last.
+    of a stage outside its blocks go with its first block if they are named in ``leading``, else with its last.
     """
 
     layers: int
@@ -88,7 +88,7 @@ class _Numbering:
     leading: frozenset[str] = frozenset()
 
     def layer(self, index: int, rest: str) -> int:
-        """The layer of a name, from its first number and what follows it."""
+        """Return the layer of a name, from its first number and the rest behind it."""
         if not self.blocks:
             return self.offset + index
         block = _BLOCK.match(rest)
@@ -109,33 +109,33 @@ class Stacks:
     def from_names(cls, names: Iterable[str], *, complete: bool = True) -> Stacks:
         """Find the stacks in the names of tensors.
 
-        The leftmost number in a name is its index, and what precedes it the prefix. Of a whole model (``complete``) a
-        prefix is a stack if its indices are exactly 0 to n-1, n at least 2. An adapter may cover few layers: there any
-        index will do, and the largest one tells n. Neither experts nor rows of bare layers (``mlp.0.weight``) are
+        The leftmost number in a name is its index, and the part before it the prefix. In a whole model (``complete``) a
+        prefix is a stack if its indices are exactly 0 to n-1, with n at least 2. An adapter may cover few layers: there
+        any index counts, and the largest one gives n. Neither experts nor rows of bare layers (``mlp.0.weight``) are
         stacks. Stages of blocks (Swin, ConvNeXt, ResNet, SegFormer) are flattened into one row of blocks. Flat names of
         LoRA files carry their block as well (``lora_unet_blocks_4_ffn_0``).
         """
         rests: defaultdict[str, defaultdict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
-        for name in map(_dotted, names):
+        for name in map(_split_flat, names):
             found = _INDEX.search(name)
             if found:
                 rests[name[: found.start()]][int(found[1])].append(name[found.end() :])
         numberings = {
             prefix: _numbering(stages) for prefix, stages in rests.items() if _is_stack(prefix, stages, complete)
         }
-        return cls(_joined(numberings))
+        return cls(_join_sequels(numberings))
 
     @property
     def lengths(self) -> dict[str, int]:
-        """The number of layers by prefix; stacks that count on from each other have one length, that of both."""
+        """The number of layers by prefix; two stacks that follow each other both have the sum of their lengths."""
         return {prefix: numbering.layers for prefix, numbering in self.numberings.items()}
 
-    def limited(self, layers: int) -> Stacks:
-        """The same with the number of layers in the config, where the names have a few more.
+    def limit(self, layers: int) -> Stacks:
+        """Return the stacks with the number of layers in the config, where the names have a few more.
 
-        DeepSeek-V3 and GLM store layers for multi-token prediction behind the last one: these get depth 1. It concerns
-        the stack closest to the config's number and at most twice as long, and none if one has just that number: the
-        vision tower of a small model may well be deeper than its language model.
+        DeepSeek-V3 and GLM store layers for multi-token prediction behind the last one: these get depth 1. Only one
+        stack changes: the closest to the config's number that is at most twice as long. None does if one has exactly
+        that number, since the vision tower of a small model may well be deeper than its language model.
         """
         _positive(layers)
         longer = [length for length in self.lengths.values() if layers <= length <= 2 * layers]
@@ -143,13 +143,13 @@ class Stacks:
         return self._map(lambda each: replace(each, layers=layers) if each.layers == main and not each.blocks else each)
 
     def with_layers(self, layers: int) -> Stacks:
-        """The same with this length for every stack."""
+        """Return the stacks with this length for every one."""
         _positive(layers)
         return self._map(lambda each: replace(each, layers=layers))
 
     def position(self, name: str) -> LayerPosition:
         """Return the position of a tensor, whether or not it was among the names."""
-        name = _dotted(name)
+        name = _split_flat(name)
         found = _INDEX.search(name)
         numbering = self.numberings.get(name[: found.start()]) if found else None
         if found is None or numbering is None:
@@ -161,8 +161,8 @@ class Stacks:
         return Stacks({prefix: change(numbering) for prefix, numbering in self.numberings.items()})
 
 
-def _dotted(name: str) -> str:
-    """A flat name with its component and its numbers between dots; any other name as it is."""
+def _split_flat(name: str) -> str:
+    """Return a flat name with its component and its numbers between dots; any other name as it is."""
     if name.count(".") > 1:
         return name
     apart = _BEFORE_NUMBER.sub(".", _FLAT_PREFIX.sub(r"\1.", name, count=1))
@@ -184,7 +184,7 @@ def _is_stack(prefix: str, stages: Mapping[int, list[str]], complete: bool) -> b
 
 
 def _numbering(stages: Mapping[int, list[str]]) -> _Numbering:
-    """How a stack counts, given what follows each of its indices."""
+    """Return the numbering of a stack, from the rests of the names behind each of its indices."""
     families: defaultdict[str, dict[int, dict[int, set[str]]]] = defaultdict(dict)
     for index, rests in stages.items():
         for rest in rests:
@@ -200,16 +200,16 @@ def _numbering(stages: Mapping[int, list[str]]) -> _Numbering:
 
 
 def _alike(blocks: Mapping[int, set[str]]) -> bool:
-    """Whether the first block is built like another one; the attention and feed-forward parts of a T5 block are not."""
+    """Return whether the first block is built like another one; the two parts of a T5 block are not."""
     first, *others = (blocks[index] for index in sorted(blocks))
     modular = any("." in rest for rest in first)
     return modular and any(2 * len(first & other) > len(first | other) for other in others)
 
 
 def _leading(stages: Mapping[int, list[str]]) -> frozenset[str]:
-    """Parts in front of the blocks of their stage: those the first stage lacks, and embeddings.
+    """Return the parts before the blocks of their stage: parts that the first stage lacks, and embeddings.
 
-    Where all stages but the last have a part (Swin's ``downsample``), it lies behind the blocks.
+    Where all stages but the last have a part (Swin's ``downsample``), it comes after the blocks.
     """
     parts = {index: {_part(rest) for rest in rests} for index, rests in stages.items()}
     first, last = parts[min(parts)], parts[max(parts)]
@@ -221,8 +221,8 @@ def _part(rest: str) -> str:
     return rest.partition(".")[0]
 
 
-def _joined(numberings: dict[str, _Numbering]) -> dict[str, _Numbering]:
-    """Let a stack that follows another count on from it."""
+def _join_sequels(numberings: dict[str, _Numbering]) -> dict[str, _Numbering]:
+    """Let a stack that follows another continue its numbers."""
     for prefix in list(numberings):
         parent, dot, leaf = prefix.rpartition(".")
         before = parent + dot + _SEQUELS.get(leaf, "")

@@ -32,10 +32,10 @@ CUT = 1e-6
 """The share of the largest singular value up to which others count as zero."""
 
 _CONDITION = 1e-5
-"""Smallest share of the largest singular value that the squares of a Gram matrix still tell well in float64."""
+"""Smallest share of the largest singular value whose square is still exact enough in a float64 Gram matrix."""
 
 _SMALL = 64
-"""Matrices of so few rows or columns are quickly decomposed by SVD, which is exact."""
+"""Matrices of at most this many rows or columns are decomposed by SVD, which is exact and quick there."""
 
 ThinSvd = tuple[Tensor, Tensor, Tensor]
 """``U [m, k], S [k], Vh [k, n]``."""
@@ -45,7 +45,7 @@ _POWER_ITERATIONS = 2
 
 
 def factored_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The thin SVD ``U [out, k], S [k], Vh [k, in]`` of ``up @ down``, with ``k = min(out, r, in)``.
+    """Return the thin SVD ``U [out, k], S [k], Vh [k, in]`` of ``up @ down``, with ``k = min(out, r, in)``.
 
     Two thin QRs and one small core in float64: O((out + in) r^2) instead of O(out in min(out, in)).
     """
@@ -56,9 +56,9 @@ def factored_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def joint_core(deltas: Sequence[LowRank]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Orthonormal bases ``up [out, k]`` and ``down [k', in]`` that all changes lie in, and each of them there.
+    """Return orthonormal bases ``up [out, k]`` and ``down [k', in]`` that span all changes, and each change's core.
 
-    A change is ``up @ core @ down`` with a core of ``[k, k']``, both at most the sum of the ranks; all float64.
+    A change is ``up @ core @ down`` with a core of ``[k, k']``, both at most the sum of the ranks. All is float64.
     """
     up, up_core = torch.linalg.qr(torch.cat([delta.up for delta in deltas], -1).double())
     down, down_core = torch.linalg.qr(torch.cat([delta.down for delta in deltas], -2).double().mT)
@@ -68,10 +68,10 @@ def joint_core(deltas: Sequence[LowRank]) -> tuple[Tensor, Tensor, list[Tensor]]
 
 
 def decompose(matrix: Tensor, how: Literal["gram", "thin"] = "gram", needed: int | None = None) -> ThinSvd:
-    """The SVD of a float64 matrix, the ``needed`` largest values only if so asked, ``s`` descending.
+    """Return the SVD of a float64 matrix, or its ``needed`` largest values, in descending order.
 
-    By eigenvalues of its shorter side's Gram matrix (``gram``), several times faster, unless the values asked for are
-    too small a share of the largest to be told by their squares, or by SVD (``thin``).
+    ``gram`` takes eigenvalues of the shorter side's Gram matrix, which is several times faster. It falls back to
+    ``thin``, an SVD, where the smallest value needed is too small a share of the largest for its square to be exact.
     """
     needed = min(matrix.shape) if needed is None else min(needed, *matrix.shape)
     if how == "gram" and min(matrix.shape) > _SMALL:
@@ -88,9 +88,9 @@ def decompose(matrix: Tensor, how: Literal["gram", "thin"] = "gram", needed: int
 
 
 def leading_svd(matrix: Tensor, most: int | None = None, size: float = 0.0) -> ThinSvd:
-    """The SVD of a matrix without its zero singular values, and the largest ``most`` only; float64.
+    """Return the SVD of a matrix without its zero singular values, or the largest ``most`` values only; float64.
 
-    Zero is what is at most the share ``CUT`` of the largest, or of ``size``.
+    A value is zero if it is at most the share ``CUT`` of the largest, or of ``size``.
     """
     u, s, vh = decompose(matrix.double(), needed=most)
     rank = int((s > CUT * s[:1].clamp(min=size)).sum())
@@ -98,16 +98,16 @@ def leading_svd(matrix: Tensor, most: int | None = None, size: float = 0.0) -> T
 
 
 def polar(matrix: Tensor) -> Tensor:
-    """The nearest matrix whose singular values are 1, and 0 where those of ``matrix`` are."""
+    """Return the nearest matrix whose singular values are 1, or 0 where ``matrix`` has 0."""
     u, _, vh = leading_svd(matrix)
     return u @ vh
 
 
 def output_basis(changes: Sequence[Delta]) -> Tensor:
-    """The left singular vectors ``[out, k]`` of all changes side by side, float64, zero singular values left out.
+    """Return the left singular vectors ``[out, k]`` of all changes put together, without zero singular values; float64.
 
-    At least one, whose largest entry is positive, so that the basis follows from the changes alone. ``Dense`` changes
-    are ``[out, in]``; the Gram matrix of outputs tells.
+    There is at least one. The largest entry of each is positive, so that the basis depends on the changes alone.
+    ``Dense`` changes are ``[out, in]``, and the basis is found from the Gram matrix of their outputs.
     """
     low = [change for change in changes if isinstance(change, LowRank)]
     if len(low) == len(changes):
@@ -129,15 +129,15 @@ def output_basis(changes: Sequence[Delta]) -> Tensor:
 
 
 def balance(delta: LowRank) -> LowRank:
-    """The same change with the singular values of the product split evenly between its factors, float64."""
+    """Return the change with the product's singular values split evenly between its factors, float64."""
     u, s, vh = factored_svd(delta.up, delta.down)
-    return _balanced(u, s, vh, s.shape[-1], torch.float64, delta.shape, delta.transposed)[0]
+    return _balance(u, s, vh, s.shape[-1], torch.float64, delta.shape, delta.transposed)[0]
 
 
 def balance_terms(delta: LowRank, dtype: torch.dtype) -> LowRank:
-    """The same product with the size of every term of rank one split evenly between its factors, in a type.
+    """Return the change with the size of every rank-one term split evenly between its factors, in a type.
 
-    Neither factor then leaves the range of half precision before the product does.
+    Then no factor leaves the range of half precision before the product does.
     """
     up, down = delta.up.double(), delta.down.double()
     sizes = torch.linalg.vector_norm(down, dim=-1), torch.linalg.vector_norm(up, dim=-2)
@@ -147,20 +147,20 @@ def balance_terms(delta: LowRank, dtype: torch.dtype) -> LowRank:
 
 
 def truncate(delta: LowRank, rank: int) -> tuple[LowRank, float]:
-    """The best approximation of ``delta`` of at most ``rank`` (Frobenius norm), and the share of energy it discards.
+    """Return the best approximation of at most ``rank`` (Frobenius norm), and the share of energy it discards.
 
     The singular values are split evenly between the factors, which keeps both in the range of half precision.
     """
     if delta.rank <= rank:
         return delta, 0.0
     u, s, vh = factored_svd(delta.up, delta.down)
-    return _balanced(u, s, vh, rank, delta.up.dtype, delta.shape, delta.transposed)
+    return _balance(u, s, vh, rank, delta.up.dtype, delta.shape, delta.transposed)
 
 
 def compress_matrix(
     matrix: Tensor, rank: int, shape: tuple[int, ...] | None = None, transposed: bool = False
 ) -> tuple[LowRank, float]:
-    """Factors of at most ``rank`` for a full ``matrix [out, in]``, and the share of energy they discard.
+    """Return factors of at most ``rank`` for a full ``matrix [out, in]``, and the share of energy they discard.
 
     A randomised range finder (Halko, Martinsson, Tropp 2011, algorithm 4.4) with a fixed seed. ``shape`` and
     ``transposed`` describe the base tensor that the factors belong to, as in
@@ -174,12 +174,12 @@ def compress_matrix(
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis)[0])[0]
     u, s, vh = factored_svd(basis, basis.mT @ matrix)
     shape = tuple(matrix.shape) if shape is None else shape
-    factors, _ = _balanced(u, s, vh, rank, matrix.dtype, shape, transposed)
+    factors, _ = _balance(u, s, vh, rank, matrix.dtype, shape, transposed)
     total = float(matrix.double().square().sum())
     return factors, max(0.0, safe_ratio(total - float(s[..., :rank].square().sum()), total))
 
 
-def _balanced(
+def _balance(
     u: Tensor, s: Tensor, vh: Tensor, rank: int, dtype: torch.dtype, shape: tuple[int, ...], transposed: bool
 ) -> tuple[LowRank, float]:
     root = s[..., :rank].sqrt()
@@ -189,14 +189,14 @@ def _balanced(
 
 
 def inner_product(one: LowRank, other: LowRank) -> Tensor:
-    """The inner product of two changes of one tensor, float64, through the products of their factors."""
+    """Return the inner product of two changes of one tensor, float64, through the products of their factors."""
     ups = one.up.double().mT @ other.up.double()
     downs = one.down.double() @ other.down.double().mT
     return (ups * downs).sum()
 
 
 def squared_norm(delta: Delta) -> Tensor:
-    """The sum of squares of a change, float64; of factors through their Gram matrices."""
+    """Return the sum of squares of a change, float64; of factors through their Gram matrices."""
     if isinstance(delta, LowRank):
         return inner_product(delta, delta)
     pieces = torch.split(delta.value.reshape(-1), 1 << 20)

@@ -1,4 +1,4 @@
-"""What an exact order statistic is made of: a position, and integers that sort as floats do."""
+"""The parts of an exact order statistic: a position, and integers that sort as floats do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEYS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """A position among d sorted elements that follows from d; the constructors say which.
+    """A position among d sorted elements that depends on d, as the constructors say.
 
     Positions out of range are moved to the nearest end. The products are rounded as the papers' code rounds them.
     """
@@ -42,7 +42,7 @@ class Rank:
 
     @classmethod
     def largest(cls, density: float) -> Rank:
-        """The k-th largest element, k = int(density * d) but at least 1: what `density` of the elements reach."""
+        """The k-th largest element, k = int(density * d) but at least 1: a share `density` of them reaches it."""
         return cls("largest", density)
 
     @classmethod
@@ -52,13 +52,15 @@ class Rank:
 
     @classmethod
     def band(cls, density: float, above: float) -> tuple[Rank, Rank]:
-        """The smallest and the largest of those k = int(density * d), at least 1, that remain without the int(above *
-        d) largest and then the smallest; fewer of the largest are left out if k would not remain.
+        """The smallest and the largest of the k = int(density * d), at least 1, elements that remain.
+
+        The int(above * d) largest are left out, and then the smallest. Fewer of the largest are left out if k would not
+        remain.
         """
         return cls("lowest", density, above), cls("highest", density, above)
 
     def index(self, count: int) -> int:
-        """The position, ascending from 0, among ``count`` elements."""
+        """Return the position, ascending from 0, among ``count`` elements."""
         if self.kind == "share":
             index = int(count * self.q)
         elif self.kind == "upper":
@@ -75,12 +77,12 @@ class Rank:
 
 
 def keys(values: Tensor, magnitudes: bool = False) -> Tensor:
-    """A signed integer of the same width for each float, in the same order; equal floats, -0.0 and 0.0, have one key.
+    """Return a signed integer of the same width for each float, in the same order; -0.0 and 0.0 have one key.
 
-    For each float's magnitude, if so asked.
+    With ``magnitudes``, of the absolute values.
 
     The bits without the sign are the key of a positive float (0 is 0) and, negated, of a negative one. Any shape;
-    float32 to int32, float64 to int64. The keys of NaN lie beyond those of the infinities.
+    float32 to int32, float64 to int64. The keys of NaN are beyond the keys of the infinities.
     """
     bits = values.view(KEYS[values.dtype])
     sizes = bits & torch.iinfo(bits.dtype).max
@@ -91,14 +93,14 @@ def keys(values: Tensor, magnitudes: bool = False) -> Tensor:
 
 
 def floats(numbers: Tensor) -> Tensor:
-    """What :func:`keys` was given, with 0.0 for -0.0."""
+    """Return the floats of :func:`keys`, with 0.0 for -0.0."""
     dtype = next(wide for wide, narrow in KEYS.items() if narrow == numbers.dtype)
     values = numbers.abs().view(dtype)
     return torch.where(numbers < 0, -values, values)
 
 
 def has_nan(numbers: Tensor) -> bool:
-    """Whether any of the keys, at least one, is that of a NaN. Several times faster than isnan on the floats."""
+    """Return whether any key, of at least one, belongs to a NaN. Several times faster than isnan on the floats."""
     infinity = 0x7F800000 if numbers.dtype == torch.int32 else 0x7FF0000000000000
     lowest, highest = torch.aminmax(numbers)
     return bool((lowest < -infinity) | (highest > infinity))

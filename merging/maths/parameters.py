@@ -18,11 +18,11 @@ __all__ = [
     "Local",
     "PerModel",
     "bind_value",
+    "find_reached",
+    "find_unreached",
     "graded",
     "patterns",
     "plain",
-    "reached",
-    "unreached",
     "varies",
 ]
 
@@ -42,7 +42,7 @@ class _Varying(BaseModel):
 class Gradient(_Varying):
     """A value that runs through evenly spaced points from the first block to the last, linearly between them.
 
-    Written ``"0.2:0.8"``. Tensors before the blocks have the first value, those behind them the last.
+    Written ``"0.2:0.8"``. Tensors before the blocks have the first value, tensors after them the last.
     """
 
     points: tuple[_Number, ...] = Field(min_length=2)
@@ -53,18 +53,18 @@ class Gradient(_Varying):
         return {"points": value.split(":")} if isinstance(value, str) else value
 
     def at(self, site: Site) -> float:
-        """The value at a place."""
+        """Return the value at a site."""
         position = site.position.depth_with_tail * (len(self.points) - 1)
         index = min(int(position), len(self.points) - 2)
         return self.points[index] + (position - index) * (self.points[index + 1] - self.points[index])
 
     def plain(self) -> str:
-        """As it is written."""
+        """Return the text that states it."""
         return ":".join(f"{point:g}" if float(f"{point:g}") == point else repr(point) for point in self.points)
 
 
 class ByName(_Varying):
-    """A value that depends on the tensor: that of the first pattern which :func:`matches` its name.
+    """A value that depends on the tensor: the value of the first pattern that :func:`matches` its name.
 
     Written as a mapping, ``{"mlp": 0.3, "*": "0.2:0.8"}``; a name that no pattern matches is an error.
     """
@@ -77,33 +77,32 @@ class ByName(_Varying):
         return {"rules": tuple(value.items())} if isinstance(value, dict) and "rules" not in value else value
 
     def at(self, site: Site) -> float:
-        """The value at a place. Raises ValueError if no pattern matches its name."""
+        """Return the value at a site. Raises ValueError if no pattern matches its name."""
         for pattern, value in self.rules:
             if matches(pattern, site.name):
                 return value.at(site) if isinstance(value, Gradient) else value
         raise ValueError(f'no pattern matches {site.name}: end with "*" for all the others')
 
     def plain(self) -> dict[str, Any]:
-        """As it is written."""
+        """Return the mapping that states it."""
         return {pattern: plain(value) for pattern, value in self.rules}
 
 
-# A method is asked to merge only once it is bound at a place, when plain values are left: that is what the type
-# checker is told of the fields below.
+# A method merges only when it is bound at a site, where plain values are left. So the type checker sees these types.
 if TYPE_CHECKING:
     Local: TypeAlias = Union[T]  # noqa: UP007 (generic aliases must be subscriptable)
     PerModel: TypeAlias = Union[T, tuple[T, ...]]  # noqa: UP007
 else:
     Local: TypeAlias = T | Gradient | ByName
     PerModel: TypeAlias = T | Gradient | ByName | tuple[T | Gradient | ByName, ...]
-"""``Local[T]`` is a value that may differ from place to place; ``PerModel[T]`` one for all models or one each, as a
-tuple (or a tensor ``[n]`` for coefficients), each of which may differ from place to place."""
+"""``Local[T]`` is a value that may differ from site to site. ``PerModel[T]`` is one for all models or one each, as a
+tuple (or a tensor ``[n]`` for coefficients), and each may differ from site to site."""
 
 
-def unreached(value: Any, names: Iterable[str]) -> tuple[str, str] | None:
-    """A pattern that takes effect nowhere, since others before it take all that it means, and one of these."""
+def find_unreached(value: Any, names: Iterable[str]) -> tuple[str, str] | None:
+    """Return a pattern without effect, since others before it match all its names, and one of these."""
     if isinstance(value, tuple):
-        return next((found for each in value if (found := unreached(each, names))), None)
+        return next((found for each in value if (found := find_unreached(each, names))), None)
     if not isinstance(value, ByName):
         return None
     firsts = {pattern: [name for name in names if matches(pattern, name)] for pattern, _ in value.rules}
@@ -116,19 +115,19 @@ def unreached(value: Any, names: Iterable[str]) -> tuple[str, str] | None:
     return None
 
 
-def reached(value: Any, site: Site) -> str | None:
-    """The pattern by which a value that depends on names is found at a place; None for any other value."""
+def find_reached(value: Any, site: Site) -> str | None:
+    """Return the pattern that gives a parameter its value at a site; None for values without patterns."""
     rules = value.rules if isinstance(value, ByName) else ()
     return next((pattern for pattern, _ in rules if matches(pattern, site.name)), None)
 
 
 def varies(value: Any) -> bool:
-    """Whether a parameter differs from place to place."""
+    """Return whether a parameter differs from site to site."""
     return isinstance(value, _Varying) or (isinstance(value, tuple) and any(map(varies, value)))
 
 
 def graded(value: Any) -> bool:
-    """Whether a parameter differs with the depth of the place."""
+    """Return whether a parameter differs with the depth of the site."""
     if isinstance(value, tuple):
         return any(map(graded, value))
     each = [rule for _, rule in value.rules] if isinstance(value, ByName) else [value]
@@ -136,21 +135,21 @@ def graded(value: Any) -> bool:
 
 
 def patterns(value: Any) -> list[str]:
-    """The patterns by which a parameter tells tensors apart."""
+    """Return the patterns of tensor names in a parameter."""
     if isinstance(value, tuple):
         return [pattern for each in value for pattern in patterns(each)]
     return [pattern for pattern, _ in value.rules] if isinstance(value, ByName) else []
 
 
 def bind_value(value: Any, site: Site) -> Any:
-    """What a parameter is at a place. Raises ValueError if it is nothing there."""
+    """Return the value of a parameter at a site. Raises ValueError where it has none."""
     if isinstance(value, tuple):
         return tuple(bind_value(each, site) for each in value)
     return value.at(site) if isinstance(value, (Gradient, ByName)) else value
 
 
 def plain(value: Any) -> Any:
-    """A parameter in values that YAML and JSON know."""
+    """Return a parameter in values that YAML and JSON know."""
     if isinstance(value, Tensor):
         return value.tolist()
     if isinstance(value, tuple):

@@ -22,11 +22,11 @@ _DIGIT = 16
 class OrderStatistics(Reduction):
     """Exact order statistics: ``[n, len(ranks)]`` float64, NaN for models without elements; no tile gives ``[0, k]``.
 
-    Radix selection: floats become integers of the same order, of which each sweep counts 16 bits, and the next one
-    looks into the bin that holds the rank. Two sweeps for float32 (half precision is widened), four for float64, which
-    must be asked for by ``dtype``: wider values raise TypeError. Half a MiB a model for the first sweep, half a MiB a
-    model and distinct bin for the others. Of the values, or of their ``magnitudes``, which is faster than to be given
-    these. -0.0 counts as 0.0; NaN raises ValueError, and so do values that changed between two sweeps.
+    Radix selection: floats become integers of the same order. Each sweep counts 16 bits of them, and the next one looks
+    into the bin that holds the rank. That takes two sweeps for float32, to which half precision is widened, and four
+    for float64, which ``dtype`` must state: wider values raise TypeError. The first sweep takes half a MiB a model, the
+    others half a MiB a model and distinct bin. With ``magnitudes`` absolute values are ranked, which is faster than to
+    feed them. -0.0 counts as 0.0; NaN raises ValueError, and so do values that changed between two sweeps.
     """
 
     ranks: tuple[Rank, ...]
@@ -44,15 +44,15 @@ class OrderStatistics(Reduction):
     def start(self) -> Accumulator:
         return _Selection(self)
 
-    def widened(self, dtype: torch.dtype) -> OrderStatistics:
+    def widen(self, dtype: torch.dtype) -> OrderStatistics:
         return replace(self, dtype=torch.promote_types(self.dtype, dtype))
 
 
 class _Selection(Accumulator):
     """Counts of the current 16 bits, in the bins that hold a rank.
 
-    A bin is named by its lowest key. For each model, ``bins`` has the number of elements of each bin that is looked
-    into, ``wanted`` a pair a rank (its bin, its position in there), ``counts`` the counts of each bin, int64 [65536].
+    A bin is named by its lowest key. Each model has in ``bins`` the number of elements of each bin to look into, in
+    ``wanted`` a pair a rank (its bin, its position there), in ``counts`` the counts of each bin, int64 [65536].
     """
 
     def __init__(self, reduction: OrderStatistics) -> None:
@@ -93,14 +93,14 @@ class _Selection(Accumulator):
                 counts[lowest].scatter_add_(0, digits.long(), ones[: len(digits)])
 
     def _lowest(self, model: int) -> Iterable[int]:
-        """The bins to look into; in the first sweep the one of all keys."""
+        """Return the bins to look into; in the first sweep the bin of all keys."""
         return self.bins[model] if self.bins else (-1 << (self.shift + _DIGIT - 1),)
 
     def _digits(self, keys: Tensor, lowest: int) -> Tensor:
-        """The current bits, 0 to 65535, of those keys that lie in a bin."""
+        """Return the current bits, 0 to 65535, of the keys in a bin."""
         if self.bins:
             outer = self.shift + _DIGIT
-            keys = _selected(keys, (keys >> outer) == (lowest >> outer))
+            keys = _select(keys, (keys >> outer) == (lowest >> outer))
         return (keys >> self.shift) - (lowest >> self.shift)
 
     def fork(self) -> _Selection:
@@ -135,7 +135,7 @@ class _Selection(Accumulator):
     def _narrow(
         self, bins: dict[int, int], wanted: list[tuple[int, int]], counts: dict[int, Tensor]
     ) -> tuple[dict[int, int], list[tuple[int, int]]]:
-        """The bins of 16 bits more that hold the ranks of one model."""
+        """Return the bins, narrower by 16 bits, that hold the ranks of one model."""
         tables = {lowest: torch.cumsum(table.cpu(), 0) for lowest, table in counts.items()}
         if {lowest: int(table[-1]) for lowest, table in tables.items()} != bins:
             raise ValueError("the values changed between two sweeps")
@@ -155,8 +155,8 @@ class _Selection(Accumulator):
         return order_statistics.floats(torch.tensor(keys, dtype=order_statistics.KEYS[self.reduction.dtype])).double()
 
 
-def _selected(values: Tensor, mask: Tensor) -> Tensor:
-    """The few values that a mask picks; on a CPU numpy finds them several times faster."""
+def _select(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the few values that a mask picks; on a CPU numpy finds them several times faster."""
     if values.device.type == "cpu":
         return torch.from_numpy(values.numpy()[mask.numpy()])
     return torch.masked_select(values, mask)

@@ -1,4 +1,4 @@
-"""Random choices that belong to a place: the same on every device, in any order, for any cut into blocks."""
+"""Random draws that belong to an element: the same on every device, in any order, for any cut into blocks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ _WORD = 1 << 32
 def draw_mask(
     share: float, start: int, count: int, device: torch.device, *place: object, dtype: torch.dtype = torch.bool
 ) -> Tensor:
-    """Which of ``count`` elements from position ``start`` on are kept, each with probability ``share``: ``[count]``.
+    """Draw which of ``count`` elements from position ``start`` on are kept, each with probability ``share``.
 
-    As 0 and 1 of a type; floats to multiply by take a third of the time of a mask.
+    The draws depend on the position and on ``place`` (seed, model, tensor) alone.
 
-    Depends on the position and on ``place`` (seed, model, tensor) alone.
+    Returns:
+        ``[count]`` of 0 and 1 in ``dtype``. To multiply by floats takes a third of the time of a boolean mask.
     """
     if share >= 1:
         return torch.ones(count, dtype=dtype, device=device)
@@ -30,17 +31,17 @@ def draw_mask(
 
 
 def draw_uniform(start: int, count: int, device: torch.device, *place: object) -> Tensor:
-    """A random number in [0, 1) for each of ``count`` elements from position ``start`` on: ``[count]`` float32.
+    """Draw a number in [0, 1), a multiple of 2**-24, for each element: ``[count]`` float32.
 
-    A multiple of 2**-24; otherwise like :func:`draw_mask`.
+    The arguments are the same as for :func:`draw_mask`.
     """
     return (_bits(start, count, device, *place) >> 8).float().add_(1 << 23).mul_(2.0**-24)
 
 
 def _bits(start: int, count: int, device: torch.device, *place: object) -> Tensor:
-    """Random bits ``[count]`` int32.
+    """Return random bits ``[count]`` int32.
 
-    A hash of the position, two rounds of multiply and shift with constants after Wellons (lowbias32), keyed by SHA-256
+    A hash of the position: two rounds of multiply and shift with constants after Wellons (lowbias32), keyed by SHA-256
     of the place, in 32-bit integers that wrap.
     """
     rest = _WORD - start % _WORD
@@ -48,18 +49,18 @@ def _bits(start: int, count: int, device: torch.device, *place: object) -> Tenso
         return torch.cat([_bits(start, rest, device, *place), _bits(start + rest, count - rest, device, *place)])
     digest = sha256("\0".join(map(str, (*place, start // _WORD))).encode()).digest()
     first, second = (int.from_bytes(digest[i : i + 4], "little") for i in (0, 4))
-    bits = _steps(count, device) + _signed(start * _GOLDEN + first)
-    bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(_signed(_FIRST)).bitwise_xor_(_signed(second))
-    return bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).mul_(_signed(_SECOND))
+    bits = _steps(count, device) + _to_signed(start * _GOLDEN + first)
+    bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(_to_signed(_FIRST)).bitwise_xor_(_to_signed(second))
+    return bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).mul_(_to_signed(_SECOND))
 
 
 @lru_cache(maxsize=2)
 def _steps(count: int, device: torch.device) -> Tensor:
-    """Multiples of an odd constant, the same for all tiles of a size: ``[count]``."""
-    return torch.arange(count, dtype=torch.int32, device=device).mul_(_signed(_GOLDEN))
+    """Return multiples of an odd constant, the same for all tiles of a size: ``[count]``."""
+    return torch.arange(count, dtype=torch.int32, device=device).mul_(_to_signed(_GOLDEN))
 
 
-def _signed(value: int) -> int:
-    """A number modulo 2**32 as a signed integer of 32 bits."""
+def _to_signed(value: int) -> int:
+    """Return a number modulo 2**32 as a signed integer of 32 bits."""
     value %= _WORD
     return value - _WORD if value >= _WORD // 2 else value

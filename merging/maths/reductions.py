@@ -1,18 +1,18 @@
 """Reductions over a whole model in bounded memory, fed tile by tile, in any order and from several threads.
 
-The result depends on the values alone: not on the order of the tiles, nor on how they were shared out among threads.
+The result depends on the values alone: not on the order of the tiles, nor on how threads share them.
 The protocol, for any number of threads::
 
-    state = reduction.start()
+    total = reduction.start()
     while True:
-        workers = [state.fork() for _ in range(threads)]    # each is fed by one thread: worker.add(values, key)
+        workers = [total.fork() for _ in range(threads)]    # each is fed by one thread: worker.add(values, key)
         for worker in workers:
-            state.merge(worker)
-        if not state.next():
+            total.merge(worker)
+        if not total.next():
             break
-    state.result()
+    total.result()
 
-One thread feeds ``state`` itself. Every sweep sees the same values, each of them once.
+One thread feeds ``total`` itself. Every sweep sees the same values, each of them once.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ class Reduction(ABC):
     @property
     @abstractmethod
     def sweeps(self) -> int:
-        """How often the data must be gone through."""
+        """The number of times that the data is gone through."""
 
     @abstractmethod
     def start(self) -> Accumulator:
-        """A fresh accumulator, before the first sweep."""
+        """Return a new accumulator, before the first sweep."""
 
-    def widened(self, dtype: torch.dtype) -> Reduction:
-        """The same for values of float32 or float64."""
+    def widen(self, dtype: torch.dtype) -> Reduction:
+        """Return the reduction for values of float32 or float64."""
         return self
 
 
 class Accumulator(ABC):
-    """What has been gathered so far. It belongs to one thread at a time and can be pickled."""
+    """The values gathered so far. It belongs to one thread at a time and can be pickled."""
 
     @abstractmethod
     def add(self, values: Tensor, key: object) -> None:
@@ -67,19 +67,19 @@ class Accumulator(ABC):
 
     @abstractmethod
     def fork(self: S) -> S:
-        """An empty state at the same sweep, for another thread."""
+        """Return an empty accumulator at the same sweep, for another thread."""
 
     @abstractmethod
     def merge(self: S, other: S) -> None:
-        """Join what another state gathered in the same sweep; ``other`` must not be used afterwards."""
+        """Join the values of another accumulator of the same sweep, which must not be used afterwards."""
 
     @abstractmethod
     def next(self) -> bool:
-        """End a sweep; whether the data must be gone through once more."""
+        """End a sweep, and return whether the data must be gone through once more."""
 
     @abstractmethod
     def result(self) -> Tensor:
-        """What was asked for, one row a model: float64 on the CPU."""
+        """Return the result, one row a model: float64 on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ def check_count(models: int, got: int) -> None:
 
 
 def _span_sums(rows: Tensor) -> Tensor:
-    """Sums ``[n, spans]`` float64, each within one model and over at most ``_SPAN`` elements."""
+    """Return sums ``[n, spans]`` float64, each within one model and over at most ``_SPAN`` elements."""
     spans = rows.shape[1] // _SPAN
     whole = rows[:, : spans * _SPAN].reshape(len(rows), spans, _SPAN).sum(-1, dtype=torch.float64)
     rest = rows[:, spans * _SPAN :].sum(-1, keepdim=True, dtype=torch.float64)
@@ -158,6 +158,6 @@ def _span_sums(rows: Tensor) -> Tensor:
 
 
 def _exact(value: float) -> int:
-    """A finite double in units of 2**-1074."""
+    """Return a finite double in units of 2**-1074."""
     numerator, denominator = value.as_integer_ratio()
     return numerator << (_ULP - denominator.bit_length() + 1)

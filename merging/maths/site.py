@@ -1,4 +1,4 @@
-"""What a tensor of a model is and where it sits, found from its name and shape."""
+"""A tensor of a model: its kind and its position in the depth, found from its name and shape."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from merging.maths.layers import BEFORE_BLOCKS, LayerPosition, Stacks
 __all__ = ["Site", "TensorKind", "inputs_by_outputs", "site_of"]
 
 TensorKind = Literal["matrix", "embedding", "vector", "conv", "experts"]
-"""What a tensor is: a linear layer's weight, a table that is looked up by row, anything of one axis (or a norm, a bias
-or a learned token of more), a convolution (or anything else of three axes), matrices side by side in the first axis."""
+"""The kind of a tensor.
 
-# The last part of the name tells a table: patch, time and context embedders hold linear layers or convolutions.
+``matrix``: a linear layer's weight. ``embedding``: a table that is looked up by row. ``vector``: anything of one axis,
+and norms, biases and learned tokens of more. ``conv``: a convolution, or anything else of three axes. ``experts``:
+several matrices, stacked in the first axis.
+"""
+
+# The last part of the name shows a table: patch, time and context embedders hold linear layers or convolutions.
 _TABLE = re.compile(
     r"(?:^|[._])(?:wte|wpe|shared|embd?|\w*embed|\w*embeddings?|embed_(?!out)\w+|relative_attention_bias)(?:\.weight)?$"
 )
@@ -59,21 +63,20 @@ class Site:
 
     @property
     def row(self) -> int:
-        """Elements in a row: of a matrix or table as it lies in memory; what makes one output of a convolution; all of
-        a vector."""
+        """The elements in a row: of a matrix or table as stored; of a convolution, one output; of a vector, all."""
         if self.kind == "vector" or not self.shape:
             return max(1, prod(self.shape))
         return max(1, prod(self.shape[1:]) if self.kind == "conv" else self.shape[-1])
 
     def block(self, shape: tuple[int, ...], start: int) -> Site:
-        """The same place, narrowed to a block of the given shape that starts at a flat offset."""
+        """Return the site of a block of the given shape that starts at a flat offset."""
         return replace(self, shape=shape, start=start)
 
 
 def inputs_by_outputs(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
-    """The matrices that are stored as inputs by outputs, as GPT-2's and its kin's are, told by their attention's shape.
+    """Return the matrices that are stored as inputs by outputs, as in GPT-2 and models like it.
 
-    Others (GPT-BigCode) use the same names for ordinary linear layers.
+    The shape of their attention shows it, since others (GPT-BigCode) use the same names for ordinary linear layers.
     """
     turned = any(
         name.endswith("c_attn.weight") and len(shape) == 2 and shape[1] == 3 * shape[0]
@@ -85,9 +88,14 @@ def inputs_by_outputs(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
 def site_of(
     name: str, shape: tuple[int, ...], stacks: Stacks, transposed: bool = False, beside: str | None = None
 ) -> Site:
-    """The site of a tensor; ``transposed`` says that a matrix is stored as inputs by outputs.
+    """Return the site of a tensor.
 
-    ``beside`` is the name of a tensor of the same layer, by which the layer is told if the stacks know it and not this.
+    Args:
+        name: the name in the base.
+        shape: the shape.
+        stacks: the stacks of blocks.
+        transposed: whether a matrix is stored as inputs by outputs.
+        beside: the name of a tensor of the same layer, for tensors whose own name the stacks do not know.
     """
     position = stacks.position(beside or name)
     kind = _kind(name, shape)

@@ -30,7 +30,7 @@ def find_stacks(
         stacks = Stacks.from_names(reference.tensors)
         stated = recipe.layers or reference.layers
         return (
-            stacks.with_layers(recipe.layers) if recipe.layers else stacks.limited(stated) if stated else stacks
+            stacks.with_layers(recipe.layers) if recipe.layers else stacks.limit(stated) if stated else stacks
         ), None
     stacks = Stacks.from_names(targets, complete=False)
     if recipe.layers:

@@ -287,7 +287,7 @@ def test_sides_of_the_blocks(after, name):
 
 def test_layers_for_multi_token_prediction_lie_at_depth_one():
     deepseek = [f"model.layers.{i}.mlp.gate_proj.weight" for i in range(62)]
-    stacks = Stacks.from_names(deepseek).limited(61)
+    stacks = Stacks.from_names(deepseek).limit(61)
     assert stacks.lengths == {"model.layers": 61}
     assert [stacks.position(deepseek[i]).depth for i in (0, 30, 60, 61)] == [0.0, 0.5, 1.0, 1.0]
 
@@ -304,13 +304,13 @@ def test_layers_for_multi_token_prediction_lie_at_depth_one():
 )
 def test_the_config_shortens_the_main_stack_alone(text, vision, config, expected):
     own = [f"model.layers.{i}.mlp.up.weight" for i in range(text)] + [f"v.blocks.{i}.fc.weight" for i in range(vision)]
-    assert Stacks.from_names(own).limited(config).lengths == dict(
+    assert Stacks.from_names(own).limit(config).lengths == dict(
         zip(("model.layers", "v.blocks"), expected, strict=True)
     )
 
 
 def test_stages_are_not_shortened():
-    assert Stacks.from_names(names("SwinForImageClassification")).limited(11).lengths == {"swin.encoder.layers": 12}
+    assert Stacks.from_names(names("SwinForImageClassification")).limit(11).lengths == {"swin.encoder.layers": 12}
 
 
 def test_the_users_number_of_layers():
@@ -318,7 +318,7 @@ def test_the_users_number_of_layers():
     assert stacks.lengths == {"model.encoder.layers": 7, "model.decoder.layers": 7}
     assert stacks.position("model.encoder.layers.3.fc1.weight").depth == 0.5
     assert stacks.with_layers(1).position("model.encoder.layers.0.fc1.weight").depth == 1.0
-    for change in (stacks.with_layers, stacks.limited):
+    for change in (stacks.with_layers, stacks.limit):
         with pytest.raises(ValueError, match="at least one layer, and 0"):
             change(0)
 

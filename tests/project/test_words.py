@@ -31,17 +31,17 @@ known laid lain left lost made met said sent shown sought spent taken taught tol
 NO_PARTICIPLES = {"embed", "exceed", "feed", "need", "proceed", "seed", "shed", "speed", "succeed"}
 """Words that end in "ed" and are verbs or nouns."""
 
-ALLOWED: dict[str, str] = {}
+ALLOWED: dict[str, str] = {
+    "oriented": "a method of the changes that users hold",
+    "scaled": "a method of the changes that users hold",
+}
 """Functions that keep a participle as their name, each with the reason."""
 
 CEILINGS: dict[str, tuple[int, int]] = {
-    "api": (19, 3),
     "cli": (21, 17),
     "compression": (24, 8),
     "continual": (73, 12),
-    "engine": (18, 7),
     "geometry": (29, 9),
-    "maths": (29, 17),
     "methods": (33, 15),
     "output": (17, 3),
     "plan": (105, 27),

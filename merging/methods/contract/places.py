@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from merging.errors import OptionError
-from merging.maths.parameters import graded, patterns, reached, unreached
+from merging.maths.parameters import find_reached, find_unreached, graded, patterns
 from merging.maths.patterns import all_matching
 from merging.maths.site import Site
 from merging.methods.contract.method import Method
@@ -31,7 +31,7 @@ def check_places(method: Method, sites: Iterable[Site], models: int, remedy: str
         names = [site.name for site in sites]
         all_matching([pattern for value in values for pattern in patterns(value)], names)
         for field, value in zip(type(link).model_fields, values, strict=True):
-            if dead := unreached(value, names):
+            if dead := find_unreached(value, names):
                 raise OptionError(
                     f"{link.name}.{field}: {dead[0]!r} takes effect nowhere, since {dead[1]!r} comes before it and the "
                     f"first that matches counts: put {dead[0]!r} first"
@@ -61,7 +61,7 @@ def idle_parameters(method: Method, sites: Iterable[Site]) -> list[str]:
     for site in sites if given else ():
         idle = [link.idle(site) for link in method.at(site).links()]
         for (index, field), value in given.items():
-            reasons.setdefault((index, field, reached(value, site)), set()).add(idle[index].get(field, ""))
+            reasons.setdefault((index, field, find_reached(value, site)), set()).add(idle[index].get(field, ""))
     notices = []
     for (index, field, pattern), found in reasons.items():
         if "" not in found:
