@@ -14,7 +14,7 @@ from merging.cli.main import cli, merge_command
 
 @cache
 def command_pages() -> dict[str, str]:
-    """The text of each page by its path under docs/: all commands first, then merging, then the others as listed."""
+    """Return the text of each page by its path under docs/: all commands, merging, then the others."""
     pages = {"cli/index.md": _contents(), "cli/merge.md": _page("merge", merge_command)}
     for name, command in cli.commands.items():
         pages.setdefault(f"cli/{name}.md", _page(f"merge {name}", command))
@@ -22,7 +22,7 @@ def command_pages() -> dict[str, str]:
 
 
 def _contents() -> str:
-    """A table of all commands, in the sections of ``merge --help``."""
+    """Return a table of all commands, in the sections of ``merge --help``."""
     parts = ["---\ntitle: Commands\n---\n\n# Commands"]
     for title, commands in cli.sections.items():
         rows = [
@@ -42,7 +42,7 @@ def _page(path: str, command: click.Command) -> str:
 
 
 def _parts(path: str, command: click.Command) -> Iterator[str]:
-    """Usage, help and options of one command."""
+    """Yield usage, help and options of one command."""
     context = click.Context(command, info_name=path, help_option_names=["-h", "--help"])
     usage = " ".join([path, *command.collect_usage_pieces(context)])
     yield f"```text\n{usage}\n```"
@@ -56,7 +56,7 @@ def _parts(path: str, command: click.Command) -> Iterator[str]:
 
 
 def _flags(option: click.Option, context: click.Context) -> str:
-    """The names of an option and its values, as code."""
+    """Return the names of an option and its values, as code."""
     record = option.get_help_record(context)
     return " ".join(f"`{word}`" for word in (record[0] if record else "").split(", "))
 

@@ -1,4 +1,4 @@
-"""What mkdocs asks while it builds: pages made from the code, and links to files of the repository."""
+"""Hooks of mkdocs: pages made from the code, and links to files of the repository."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from merging.methods import GROUPS
 
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])+)\]\(([^)\s#]+)(#[^)\s]*)?\)")
-
 ROLE = re.compile(r":\w+:<code>~?([\w.]+)</code>")
 
 
@@ -49,7 +48,7 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 
 def _link(match: re.Match[str], folder: PurePosixPath, config: MkDocsConfig) -> str:
-    """A link as it was, or of a file outside docs/ its address in the repository; plain text where none is known."""
+    """Return a link; for a file outside docs/ its address in the repository, or the text alone if that is unknown."""
     image, text, target, anchor = match.groups()
     if "://" in target or image:
         return match[0]
@@ -63,5 +62,5 @@ def _link(match: re.Match[str], folder: PurePosixPath, config: MkDocsConfig) -> 
 
 
 def _section(config: MkDocsConfig, title: str) -> list[Any]:
-    """The pages of one section of the navigation."""
+    """Return the pages of one section of the navigation."""
     return next(entry[title] for entry in config.nav or [] if isinstance(entry, dict) and title in entry)

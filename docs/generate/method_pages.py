@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from functools import cache
 from typing import Any
@@ -28,15 +29,13 @@ ON_ADAPTERS = {
 
 @cache
 def method_pages() -> dict[str, str]:
-    """The text of each page by its path under docs/."""
+    """Return the text of each page by its path under docs/."""
     facts = answer("methods")
     return {f"methods/{name}.md": _page(name, facts[name]) for name in METHODS}
 
 
 def answer(*words: str) -> Any:
-    """The answer of ``merge`` to these words with ``--json``."""
-    import json
-
+    """Return the answer of ``merge`` to these words with ``--json``."""
     done = CliRunner().invoke(cli, [*words, "--json"], standalone_mode=False)
     if done.exception:
         raise done.exception
@@ -44,15 +43,15 @@ def answer(*words: str) -> Any:
 
 
 def markdown_of(docstring: str) -> str:
-    """The docstring as Markdown: characters that Markdown would take for marks stand for themselves outside of code."""
+    """Return a docstring as Markdown, with references to other names as code."""
     text = re.sub(r":\w+:`~?([^`]*)`", lambda role: f"`{role[1].rpartition('.')[2]}`", inspect.cleandoc(docstring))
     paragraphs = text.split("\n\n")  # an indented one is shown as it is, as code
     return "\n\n".join(each if each.startswith("    ") else escape(each) for each in paragraphs)
 
 
 def _page(name: str, facts: dict[str, str]) -> str:
-    """The page of one method."""
-    parts = [f"---\ntitle: {name}\n---\n\n# `{name}`", f"{facts['summary'].capitalize()}.".replace("..", ".")]
+    """Return the page of one method."""
+    parts = [f"---\ntitle: {name}\n---\n\n# `{name}`", f"{facts['summary'][0].upper()}{facts['summary'][1:]}."]
     paper = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", facts["paper"])
     rows = {
         "Paper": paper,
@@ -98,5 +97,5 @@ def _parameters(name: str) -> str:
 
 
 def _plain(value: object) -> str:
-    """A default as it is written."""
+    """Return a default as it is written."""
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value).lower()

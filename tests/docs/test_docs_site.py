@@ -37,6 +37,13 @@ def test_each_method_and_each_command_has_a_page(site: Path) -> None:
         assert (site / "cli" / name / "index.html").is_file()
 
 
+def test_no_mark_is_left(site: Path) -> None:
+    """Of Markdown or of docstrings, in the pages that are made from the code."""
+    for page in [*site.glob("methods/*/*.html"), *site.glob("cli/*/*.html"), *site.glob("api/*/*.html")]:
+        text = page.read_text(encoding="utf-8")
+        assert not re.findall(r"\\[_*|\[<]|:\w+:<code>|``", text), page
+
+
 def test_nothing_is_loaded_from_another_host(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) > 50
