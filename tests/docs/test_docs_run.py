@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import shutil
@@ -10,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
+from importlib import import_module
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
@@ -21,9 +21,11 @@ from merging import ContinualStore
 from merging.cli.main import cli
 from support import tiny
 from support.hub_fixture import Hub
+from support.page_models import prepare
 from support.pages import PAGES, ROOT, Block, blocks, merge_lines
 
 LONG = {
+    "docs/tasks/experts.md": "PEFT makes the adapters",
     "docs/tasks/compare.md": "it draws, and decomposes the base",
     "docs/tasks/merge-models.md": "it decomposes full matrices",
     "docs/tasks/watch.md": "it looks twice, with ten seconds between",
@@ -136,24 +138,6 @@ def check_page(page: str) -> int:
     return ran
 
 
-def prepare(page: str, folder: Path) -> None:
-    """Make the files that a page takes for granted."""
-    if page in ("docs/tasks/verify.md", "README.md"):
-        assert run_merge("merge --method linear a b -o merged")[0] == 0
-    if page in ("docs/tasks/recycle.md", "README.md"):
-        (folder / "pool").symlink_to(ROOT / "examples" / "adapters")
-        write_examples(folder)
-
-
-def write_examples(folder: Path) -> None:
-    """Write a task of a few words, in three parts."""
-    words = {"fruit": ("an apple", "two pears", "ripe plums", "sour cherries"), "tools": ("a saw", "nails", "a drill")}
-    texts = [{"text": f"{text} {n}", "label": label} for label, each in words.items() for text in each for n in "123"]
-    for start, part in enumerate(("train", "valid", "test")):
-        lines = [json.dumps(text) for text in texts[start::3]]
-        (folder / f"{part}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-
-
 WITH_CODE = [page for page in PAGES if any(each.language in ("bash", "python") for each in blocks(page))]
 
 
@@ -169,6 +153,17 @@ def test_blocks_run(page: str, small_models: Path, workplace: Callable[[Path], P
 def test_blocks_run_with_real_models(page: str, real_models: Path, workplace: Callable[[Path], Path]) -> None:
     prepare(page, workplace(real_models))
     check_page(page)
+
+
+@pytest.mark.exhaustive
+def test_examples_on_the_pages_of_methods_run(
+    monkeypatch: pytest.MonkeyPatch, small_models: Path, workplace: Callable[[Path], Path]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "generate"))
+    workplace(small_models)
+    for text in import_module("method_pages").method_pages().values():
+        (line,) = re.findall(r"^merge --method .*$", text, re.MULTILINE)
+        run_line(line, alternatives=True)
 
 
 def hub_lines() -> Iterator[str]:

@@ -1,0 +1,80 @@
+"""Files that single pages of the documentation take for granted, made in the folder in which they are run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from warnings import catch_warnings, simplefilter
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import merging
+from support import tiny
+from support.paths import EXAMPLES, SHIPPED
+
+__all__ = ["prepare"]
+
+
+def prepare(page: str, folder: Path) -> None:
+    """Make the files that a page takes for granted, if any."""
+    if page in _MAKERS:
+        _MAKERS[page](folder)
+
+
+def _merged(folder: Path) -> None:
+    """An adapter, as an earlier page made it."""
+    merging.merge([folder / "a", folder / "b"], method="linear", output=folder / "merged")
+
+
+def _classifiers(folder: Path) -> None:
+    """Two adapters of classifiers, each with a head saved in full."""
+    for name, adapter in zip(("sentiment", "topics"), SHIPPED, strict=False):
+        shutil.copytree(adapter, folder / name)
+        file = folder / name / "adapter_model.safetensors"
+        save_file({**load_file(file), "base_model.model.score.weight": torch.ones(3, 384)}, file)
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+        (folder / name / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def _fp8_models(folder: Path) -> None:
+    """Two models of one matrix in FP8, by blocks."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    codes = {name: torch.ones(16, 8).to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1, 1)}
+    for model in ("one-fp8", "two-fp8"):
+        stated = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+        tiny.save(folder / model, codes, {"quantization_config": stated})
+
+
+def _expert_adapters(folder: Path) -> None:
+    """A mixture of experts, and two adapters of its experts that PEFT made."""
+    from support.adapters import quiet, save_base, train
+
+    with quiet(), catch_warnings():
+        simplefilter("ignore")  # PEFT, of patterns for experts
+        base = save_base(folder / "mixtral", "mixtral")
+        for seed, name in enumerate(("maths", "code")):
+            experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+            train(folder / name, base, seed, ["q_proj"], target_parameters=experts)
+
+
+def _task_of_words(folder: Path) -> None:
+    """The shipped adapters as a pool, and a task of a few words in three parts."""
+    (folder / "pool").symlink_to(EXAMPLES)
+    words = {"fruit": ("an apple", "two pears", "ripe plums", "sour cherries"), "tools": ("a saw", "nails", "a drill")}
+    texts = [{"text": f"{text} {n}", "label": label} for label, each in words.items() for text in each for n in "123"]
+    for start, part in enumerate(("train", "valid", "test")):
+        lines = [json.dumps(text) for text in texts[start::3]]
+        (folder / f"{part}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+_MAKERS: dict[str, Callable[[Path], None]] = {
+    "docs/tasks/experts.md": _expert_adapters,
+    "docs/tasks/heads.md": _classifiers,
+    "docs/tasks/quantized.md": _fp8_models,
+    "docs/tasks/recycle.md": _task_of_words,
+    "docs/tasks/verify.md": _merged,
+}
