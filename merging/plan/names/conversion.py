@@ -100,9 +100,10 @@ class CheckpointLoading:
         """The number of a tensor among those that one pattern collects."""
         if "*" not in pattern:
             return 0
-        from transformers.core_model_loading import apply_renamings
+        from transformers.core_model_loading import rename_source_key
 
-        numbered = re.search(pattern.replace("*.", r"(\d+)\."), apply_renamings(name, self._renamings))
+        renamed, _ = rename_source_key(name, self._renamings, [])
+        numbered = re.search(pattern.replace("*.", r"(\d+)\."), renamed)
         return int(numbered[1]) if numbered else -1
 
     def _convert(
