@@ -1,11 +1,14 @@
-"""The pins of constraints.txt: one for each requirement of pyproject.toml, within its bounds, on every Python."""
+"""The requirements of pyproject.toml: each pinned in constraints.txt on every Python, each lower bound tried."""
 
 from __future__ import annotations
 
+import os
 import sys
+from importlib.metadata import version
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import Specifier
 from packaging.utils import canonicalize_name
 
 from support.paths import ROOT
@@ -39,3 +42,11 @@ def test_each_requirement_is_pinned_within_its_bounds(needed: str, python: str) 
     (pinned,) = pin.specifier
     assert pinned.operator == "=="
     assert bounds.contains(pinned.version)
+
+
+@pytest.mark.skipif("MERGING_LOWEST" not in os.environ, reason="for .ci/run lowest, which sets MERGING_LOWEST")
+@pytest.mark.parametrize("needed", NEEDED)
+def test_the_lowest_version_is_the_one_installed(needed: str) -> None:
+    """No other requirement asks for more, so that a bound is what the tests ran with."""
+    (bound,) = NEEDED[needed].specifier
+    assert Specifier(f"=={bound.version}.*").contains(version(NEEDED[needed].name))
