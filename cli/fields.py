@@ -91,9 +91,9 @@ def chain_options(text: str) -> list[click.Option]:
 
     An option that several links share is called by link and field: ``--ties.density``.
     """
-    from merging.methods import chain, expanded, parameters_of
+    from merging.methods import chain, expand_aliases, parameters_of
 
-    fixed = expanded(text)[1]
+    fixed = expand_aliases(text)[1]
     free = {
         link: [field for field in parameters_of(type(link)) if f"{link.name}.{field}" not in fixed]
         for link in chain(text).links()

@@ -41,7 +41,7 @@ def export(
 ) -> Merged:
     """Write the merge of all models of a store.
 
-    ``states`` are the parts of the last state. ``recipe`` has the settings of the output, ``execution`` those of
+    ``states`` are the parts of the last state. ``recipe`` has the settings of the output, ``execution`` the options of
     :func:`~merging.api.merge_files.merge_plan`.
     """
     if recipe["as"] == "adapter" and recipe["rank"] is None:

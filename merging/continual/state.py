@@ -97,12 +97,12 @@ def state_metadata(plan: Plan) -> dict[str, str]:
         facts[name] = own | _names([held.tensor_names.get(name)] if isinstance(held, Adapter) else [])
     for item in plan.items:
         if item.form != "copy":
-            facts[item.site.name] = _facts(item) | _names(_written(plan, item))
+            facts[item.site.name] = _facts(item) | _names(_written_names(plan, item))
     configured = any(isinstance(model, Adapter) and model.configured for model in plan.models)
     return {_TENSORS: json.dumps(facts), _DIALECT: _dialect(plan.models)} | ({_CONFIGURED: "1"} if configured else {})
 
 
-def _written(plan: Plan, item: Item) -> Iterator[TensorNames | None]:
+def _written_names(plan: Plan, item: Item) -> Iterator[TensorNames | None]:
     """Yield the names of a tensor in the files of adapters that change it whole, which a state keeps."""
     if _dialect(plan.models) == _SEVERAL:
         return
@@ -144,7 +144,7 @@ def step_plan(held: Adapter | None, plan: Plan, update: Method, key: str, most: 
     the full tensor. The rank of a step is the sum of the ranks, at most ``most``.
     """
     changes = held.changes if held else {}
-    low, rank = _factored(changes, plan, update.factored, most)
+    low, rank = _plan_factors(changes, plan, update.factored, most)
     items: list[Item] = []
     for item in plan.items:
         name, own = item.site.name, changes.get(item.site.name)
@@ -173,7 +173,9 @@ def step_plan(held: Adapter | None, plan: Plan, update: Method, key: str, most: 
     )
 
 
-def _factored(changes: Mapping[str, Change], plan: Plan, keeps_factors: bool, most: int | None) -> tuple[set[str], int]:
+def _plan_factors(
+    changes: Mapping[str, Change], plan: Plan, keeps_factors: bool, most: int | None
+) -> tuple[set[str], int]:
     """Return the tensors that the step holds as factors, and their rank."""
     sums: dict[str, tuple[int, tuple[int, ...]]] = {}
     for item in plan.items:

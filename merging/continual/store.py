@@ -181,7 +181,7 @@ class ContinualStore(StoreView):
     def watch(self, source: str | Path, **options: Any) -> None:
         """Add new models as they appear in a folder, or in a query of the Hub.
 
-        The options are those of :func:`merging.continual.watch.watch`.
+        See :func:`merging.continual.watch.watch` for the options.
         """
         from merging.continual.watch import watch
 
@@ -263,7 +263,7 @@ class ContinualStore(StoreView):
             return earlier
 
     def gc(self, keep: int, *, wait: float | None = None) -> list[str]:
-        """Remove all states but those of the last ``keep`` steps, and folders of states that no step refers to.
+        """Remove all states except the last ``keep``, and folders of states that no step refers to.
 
         Nothing is removed unless the last state is whole. Returns the names of the states that were removed.
         """

@@ -34,7 +34,7 @@ _FETCHING = ("again", "allow_different_bases", "on_mismatch")
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What happened to a model: it was added, was known already, or was refused; or the Hub did not answer.
+    """An event of a watch: a model was added, was known already, or was refused; or the Hub did not answer.
 
     Attributes:
         what: the outcome.

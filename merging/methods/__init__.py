@@ -25,7 +25,7 @@ __all__ = [
     "Listed",
     "aliases",
     "chain",
-    "expanded",
+    "expand_aliases",
     "installed_methods",
     "links",
     "method_class",
@@ -35,24 +35,24 @@ __all__ = [
 
 
 def aliases(text: str) -> list[Alias]:
-    """The parts of a chain, each as an alias that may stand for itself."""
+    """Return the parts of a chain as aliases; a plain name is an alias of itself."""
     return [ALIASES.get(name.strip(), Alias(name.strip(), {}, {})) for name in text.split("+")]
 
 
-def expanded(text: str) -> tuple[str, dict[str, Any]]:
-    """A chain without aliases, and the parameters that these fix, by ``link.field``."""
+def expand_aliases(text: str) -> tuple[str, dict[str, Any]]:
+    """Return a chain without aliases, and the parameters that the aliases fix, by ``link.field``."""
     parts = aliases(text)
     return "+".join(part.chain for part in parts), {key: value for part in parts for key, value in part.fixed.items()}
 
 
 def links(text: str) -> list[type[Method]]:
-    """The classes of a chain as it is written (``"lines+task_arithmetic"``): wrappers to the left, the merger last.
+    """Return the classes of a written chain (``"lines+task_arithmetic"``): wrappers first, the merging method last.
 
     A wrapper that ends a chain wraps task arithmetic. Raises :class:`~merging.errors.OptionError`.
     """
     from merging.methods.contract.wrapper import Wrapper
 
-    classes = [method_class(name.strip()) for name in expanded(text)[0].split("+")]
+    classes = [method_class(name.strip()) for name in expand_aliases(text)[0].split("+")]
     if issubclass(classes[-1], Wrapper):
         classes.append(method_class("task_arithmetic"))
     for cls in classes[:-1]:
@@ -66,14 +66,19 @@ def links(text: str) -> list[type[Method]]:
 
 
 def parameters_of(cls: type[Method]) -> list[str]:
-    """The names of a method's own parameters."""
+    """Return the names of a method's own parameters."""
     return [field for field in cls.model_fields if field != "then"]
 
 
 def chain(text: str, parameters: Mapping[str, Any] | None = None) -> Method:
-    """The method of a chain; parameters go by name, ``"density"``, or ``"ties.density"`` where two links share it.
+    """Return the method of a chain.
 
-    Raises :class:`~merging.errors.OptionError` for a parameter that no link has or that several share.
+    Args:
+        text: the chain as it is written, such as ``"lines+task_arithmetic"``.
+        parameters: the parameters by name, ``"density"``, or ``"ties.density"`` where several links have the name.
+
+    Raises:
+        OptionError: a name is unknown, or a parameter has a wrong value or belongs to no link or to several.
     """
     from merging.methods.contract.method import build
 
@@ -89,16 +94,16 @@ def chain(text: str, parameters: Mapping[str, Any] | None = None) -> Method:
 
 
 def owner_of(key: str, classes: list[type[Method]], text: str) -> int:
-    """Which link of a chain has a parameter; for none, :class:`~merging.errors.OptionError` tells who has."""
+    """Return the index of the link that has a parameter. Raises :class:`~merging.errors.OptionError` if none has it."""
     link, _, field = key.rpartition(".")
-    fixed = expanded(text)[1]
+    fixed = expand_aliases(text)[1]
     every = [i for i, cls in enumerate(classes) if field in parameters_of(cls) and link in ("", cls.name)]
     owners = [i for i in every if f"{classes[i].name}.{field}" not in fixed]
     if len(owners) == 1:
         return owners[0]
     if every and not owners:
         name = f"{classes[every[0]].name}.{field}"
-        hint = next((part.hint for part in aliases(text) if part.hint), f"write {expanded(text)[0]} to choose it")
+        hint = next((part.hint for part in aliases(text) if part.hint), f"write {expand_aliases(text)[0]} to choose it")
         raise OptionError(f"{name} is fixed at {fixed[name]:g} in {text!r}: {hint}")
     if owners:
         choices = " or ".join(f"{classes[i].name}.{field}" for i in owners)

@@ -1,4 +1,4 @@
-"""Arcee Fusion: of two models the second's weights where they matter most, the first's elsewhere."""
+"""Arcee Fusion: the second model's weights where they matter most, and the first model's elsewhere."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _QUARTILES = "arcee_fusion.quartiles"
 class ArceeFusion(Method):
     """theta = b where importance >= median + 1.5 (q3 - q1), else a; a is the first model (the base), b the second.
 
-    An entry's importance is |b - a| times KL(softmax(b) || softmax(a)) of its row (a vector is one row; rows as they
-    lie in memory). The quartiles are those of the tensor's importances, exact; everything equal to the threshold is
-    taken. About the twentieth part of the entries moves, the outliers among the differences. Merges the weights, so
-    adapters need the base. Costs four passes over each tensor.
+    An entry's importance is |b - a| times KL(softmax(b) || softmax(a)) of its row. Rows are as in memory, and a vector
+    is one row. The quartiles of the tensor's importances are exact, and entries equal to the threshold are taken from
+    b. About one entry in twenty moves: the outliers among the differences. It merges weights, so adapters need the
+    base. Costs four passes over each tensor.
     """
 
     name: ClassVar[str] = "arcee_fusion"
@@ -57,7 +57,10 @@ def _importances(stack: Stack, site: Site, statistics: Statistics) -> Tensor:
 
 
 def importance(first: Tensor, second: Tensor) -> Tensor:
-    """``[rows, columns]``, of two models' rows; the divergence in float64, since it is a small difference of sums."""
+    """Return the importances ``[rows, columns]`` of two models' rows.
+
+    The divergence is computed in float64, as it is a small difference of sums.
+    """
     a, b = first.double().log_softmax(-1), second.double().log_softmax(-1)
     divergence = (b.exp() * (b - a)).sum(-1, keepdim=True).clamp(min=0)
     return (second - first).abs() * divergence.to(first)

@@ -26,12 +26,12 @@ _ENDS = "breadcrumbs.ends"
 
 
 class Breadcrumbs(Wrapper):
-    """Of each tensor's change the share `gamma` of largest magnitude is dropped, then the smallest until `density` is
-    left; if both cannot be had, fewer of the largest are dropped.
+    """Drop the share `gamma` of each tensor's change with the largest magnitudes, then the smallest until `density` is
+    left. If both are impossible, fewer of the largest are dropped.
 
-    What is dropped is 0, and nothing is rescaled. Outliers are held to be as harmful as noise here; the other
-    sparsifiers keep them. Everything equal to a threshold is kept (bfloat16 checkpoints have many exact ties). On
-    adapters the merged change has full rank. Costs two sweeps over each tensor before the merge.
+    Dropped entries are 0, and nothing is rescaled. Outliers are taken to be as harmful as noise, which other
+    sparsifiers keep. Entries equal to a threshold are kept (bfloat16 checkpoints have many exact ties). On adapters the
+    merged change has full rank. Costs two sweeps over each tensor before the merge.
     """
 
     name: ClassVar[str] = "breadcrumbs"
@@ -51,7 +51,7 @@ class Breadcrumbs(Wrapper):
         return False
 
     def _bands(self) -> list[tuple[float, float]]:
-        """Every density with every gamma that occurs, but all of a change, which is kept without looking."""
+        """Return each density with each gamma that occurs, without densities of 1, which need no thresholds."""
         densities, gammas = (sorted({*spread(each, 1)}) for each in (self.density, self.gamma))
         return [band for band in product(densities, gammas) if band[0] < 1]
 
@@ -81,5 +81,5 @@ class Breadcrumbs(Wrapper):
 
 
 def within(values: Tensor, low: float, high: float) -> Tensor:
-    """The values of magnitudes from low to high, both included, and 0 for the others."""
+    """Return the values of magnitudes from low to high, both included, and 0 for the others."""
     return trim(values, low).sub_(torch.nn.functional.hardshrink(values, high))

@@ -78,14 +78,14 @@ GROUPS: dict[str, dict[str, Listed]] = {
         "lines": Listed("lines", "Lines"),
     },
 }
-"""Every method once, under what it is for; wrappers, which go around or before another method, last."""
+"""Every method once, by purpose; wrappers, which go around another method, last."""
 
 METHODS: dict[str, Listed] = {name: listed for group in GROUPS.values() for name, listed in group.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """Another name of a chain, in which some parameters are fixed and others have another default; and a hint."""
+    """Another name of a chain, with some parameters fixed and other defaults for some; ``hint`` goes to errors."""
 
     chain: str
     fixed: Mapping[str, Any]
@@ -105,7 +105,7 @@ ALIASES: dict[str, Alias] = {
     "della_linear": Alias("della+task_arithmetic", {}, {"della.density": 1.0, "della.rescale": "l1"}),
     "breadcrumbs_ties": Alias("breadcrumbs+ties", {"ties.density": 1.0}, {"breadcrumbs.density": 1.0, **_SUM}),
 }
-"""mergekit's names for chains, with its defaults: nothing is dropped unless a density or drop is given."""
+"""mergekit's names for chains, with its defaults: they drop nothing unless a density or drop is given."""
 
 MERGEKIT: dict[str, tuple[str, Mapping[str, Any]]] = {
     "breadcrumbs": ("breadcrumbs+task_arithmetic", {"breadcrumbs.density": 1.0}),
@@ -115,4 +115,4 @@ MERGEKIT: dict[str, tuple[str, Mapping[str, Any]]] = {
     "sce": ("sce", {"density": 1.0, "select": "deltas"}),
     "ties": ("ties", {"density": 1.0, "scope": "tensor", "vote": "weighted", "zero": "plus"}),
 }
-"""Names that mergekit has too, with other defaults: the chain and the parameters that do the same as its name alone."""
+"""Names that mergekit has too, with other defaults: the chain and parameters that equal the name alone in mergekit."""

@@ -1,4 +1,4 @@
-"""Consensus merging: of the sum of all changes the parameters that several models need."""
+"""Consensus merging: the sum of all changes, at parameters that several models need."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Consensus(Method):
     """tau = sum_i w_i tau_i, kept where at least `agree` models need it, and 0 elsewhere.
 
     Model i needs an entry if |tau_i| >= threshold * |tau - tau_i| there (TALL masks, equation 3 of the paper, tau_i
-    weighted): its own change stands out against what the others add. Entries that one model needs alone are selfish,
-    those that none needs are catastrophic; both are dropped. Meant for many models (`agree` is 2 for 8 to 20 tasks);
-    as a sum it wants a scale of about 0.3 for 8. On adapters the merged change has full rank. Costs one pass over the
-    bytes.
+    weighted): its own change stands out against the sum of the others. Entries that one model needs alone are selfish,
+    and entries that no model needs are catastrophic; both are dropped. Meant for many models (`agree` is 2 for 8 to 20
+    tasks). As a sum, it needs a scale of about 0.3 for 8 models. On adapters the merged change has full rank. Costs one
+    pass over the bytes.
     """
 
     name: ClassVar[str] = "consensus"
@@ -42,9 +42,7 @@ class Consensus(Method):
     def check(self, models: int) -> None:
         super().check(models)
         if self.agree > models:
-            raise OptionError(
-                f"consensus.agree = {self.agree}, and {models} models were given: so many never agree; lower it"
-            )
+            raise OptionError(f"consensus.agree = {self.agree}, and only {models} models were given: lower it")
 
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         values = stack.dense()
@@ -55,5 +53,5 @@ class Consensus(Method):
 
 
 def masks(values: Tensor, total: Tensor, threshold: float) -> Tensor:
-    """Which entries each model needs, ``[n, *shape]``, from the changes ``[n, *shape]`` and their sum."""
+    """Return the mask ``[n, *shape]`` of entries that each model needs, from the changes and their sum."""
     return values.abs() >= threshold * (total - values).abs()

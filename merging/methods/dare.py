@@ -20,14 +20,14 @@ __all__ = ["Dare"]
 
 
 class Dare(Dropping):
-    """Drop and rescale: each entry of a change is dropped with probability `drop`, the kept ones grow to make up.
+    """Drop each entry of a change with probability `drop`, and rescale the kept entries.
 
-    The kept entries are divided by 1 - drop, so that the expectation stays (`rescale = inverse`, the paper), or
-    multiplied so that each tensor's L1 norm stays (`l1`), or left (`none`). Which entries are dropped follows from the
-    seed, the content of the model, the name of the tensor and the position in it: not from the order of models or
-    tensors, the shards they lie in, or the device. Fine-tuned language models bear a drop of 0.9 and more where changes
-    are small (below about 0.002); others want less. On adapters the merged change has full rank. Free but for the
-    drawing, which is done anew in each sweep of the method inside.
+    The kept entries are divided by 1 - drop, which keeps the expectation (`rescale = inverse`, the paper), or
+    multiplied so that each tensor keeps its L1 norm (`l1`), or left as they are (`none`). The dropped entries follow
+    from the seed, the content of the model, the name of the tensor and the position in it, but not from the order of
+    models or tensors, the shards, or the device. Fine-tuned language models allow a drop of 0.9 and more where changes
+    are small (below about 0.002); other models less. On adapters the merged change has full rank. It costs the drawing
+    of random numbers, in each sweep of the method inside.
     """
 
     name: ClassVar[str] = "dare"
@@ -42,7 +42,7 @@ class Dare(Dropping):
     def idle(self, site: Site) -> Mapping[str, str]:
         return {} if any(spread(self.drop, 1)) else {"seed": "a drop of 0 keeps everything"}
 
-    def thinned(self, stack: Stack, site: Site, divide: bool) -> Tensor:
+    def thin(self, stack: Stack, site: Site, divide: bool) -> Tensor:
         values, shares = stack.dense(), [1 - drop for drop in spread(self.drop, len(stack))]
         out = torch.empty_like(values)
         for share, value, model, into in zip(shares, values, stack.models, out, strict=True):

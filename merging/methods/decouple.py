@@ -16,19 +16,19 @@ from merging.methods.contract.wrapper import Unwrapped, Wrapper
 __all__ = ["Decouple", "column_norms"]
 
 _DEAD = 32
-"""A column is dead whose norm is below so many units of rounding of the whole change's."""
+"""A column is dead if its norm is below this number of rounding errors of the norm of the whole change."""
 
 
 class Decouple(Wrapper):
-    """Every input's column of a change is split into magnitude and direction; the method inside merges directions.
+    """Split each input's column of a change into magnitude and direction; the method inside merges the directions.
 
-    tau_i = magnitude_i * direction_i with magnitude_i[j] = |tau_i[:, j]|_2, one a column, that is one an input feature
-    (for an embedding, a token). What the method inside makes of the directions, columns of length 1, is multiplied by
-    the mean magnitude of the models that have the tensor. So no model outweighs the others by the size of its change.
-    A column without change has no direction and stays 0. A bias or a norm is one column.
+    tau_i = magnitude_i * direction_i with magnitude_i[j] = |tau_i[:, j]|_2 for each column, that is for each input
+    feature (of an embedding, each token). The method inside merges the directions, columns of length 1; the result is
+    multiplied by the mean magnitude of the models that have the tensor. So no model outweighs the others by the size of
+    its change. A column without change has no direction and stays 0. A bias or a norm is one column.
 
-    One half of DO-Merging, to go with any other method, as its paper offers: `decouple+ties`. A merge inside that is
-    factored stays so, and no matrix is built. Full tensors are held in memory one at a time.
+    It is one half of DO-Merging, for use with any other method, as the paper proposes: `decouple+ties`. A factored
+    merge inside stays factored, and no matrix is built. Full tensors are in memory one at a time.
     """
 
     name: ClassVar[str] = "decouple"
@@ -51,7 +51,7 @@ class Decouple(Wrapper):
 
 
 def column_norms(delta: Delta, site: Site) -> Tensor:
-    """The norm of each input's column, ``[..., in]`` float64; through the triangle of a QR for factors."""
+    """Return the norm of each input's column, ``[..., in]`` float64; of factors by the triangle of a QR."""
     if isinstance(delta, LowRank):
         triangle = torch.linalg.qr(delta.up.double(), mode="r")[1]
         columns = triangle @ delta.down.double()
@@ -62,7 +62,7 @@ def column_norms(delta: Delta, site: Site) -> Tensor:
 
 
 def _matrix(value: Tensor, site: Site) -> Tensor:
-    """A tensor as matrices ``[..., out, in]``."""
+    """Return a tensor as matrices ``[..., out, in]``."""
     if site.kind == "vector":
         return value.reshape(-1, 1)
     if site.kind == "conv":
@@ -71,7 +71,7 @@ def _matrix(value: Tensor, site: Site) -> Tensor:
 
 
 def _by_column(delta: Delta, factors: Tensor, site: Site) -> Delta:
-    """A change whose columns are multiplied, by ``[..., in]``."""
+    """Multiply the columns of a change by factors ``[..., in]``."""
     factors = factors[..., None, :]
     if isinstance(delta, LowRank):
         return balance_terms(LowRank(delta.up, delta.down * factors, delta.shape, delta.transposed), delta.up.dtype)

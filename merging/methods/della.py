@@ -23,15 +23,16 @@ __all__ = ["Della", "probabilities"]
 
 
 class Della(Dropping):
-    """MAGPRUNE: within each row an entry is kept with a probability that grows with the rank of its magnitude.
+    """MAGPRUNE: keep each entry of a row with a probability that grows with the rank of its magnitude.
 
-    The smallest of a row is kept with probability density - epsilon, the largest with density + epsilon, those between
-    in even steps (a vector is one row; rows as they lie in memory; equal magnitudes rank by position). A density of 1
-    keeps every entry, whatever epsilon (as mergekit does; the paper has no such case). Kept entries are
-    divided by their own probability, so that the expectation stays (`rescale = inverse`, the paper), or multiplied so
-    that each tensor's L1 norm stays (`l1`), or left (`none`). Which are kept follows from the seed, the content of the
-    model, the name of the tensor and the position: not from the order of models or tensors, shards, or the device. On
-    adapters the merged change has full rank. Ranking sorts each row, anew in each sweep of the method inside.
+    The smallest entry of a row is kept with probability density - epsilon, the largest with density + epsilon, and
+    entries between them in even steps. Rows are as in memory, a vector is one row, and equal magnitudes rank by
+    position. A density of 1 keeps every entry, whatever epsilon (as in mergekit; the paper has no such case). Kept
+    entries are divided by their own probability, which keeps the expectation (`rescale = inverse`, the paper), or
+    multiplied so that each tensor keeps its L1 norm (`l1`), or left as they are (`none`). The kept entries follow from
+    the seed, the content of the model, the name of the tensor and the position, but not from the order of models or
+    tensors, the shards, or the device. On adapters the merged change has full rank. Each row is sorted in each sweep of
+    the method inside.
     """
 
     name: ClassVar[str] = "della"
@@ -43,7 +44,7 @@ class Della(Dropping):
         0.7, description="share of each model's change that is kept on average; one for all, or one each"
     )
     epsilon: PerModel[Annotated[float, Field(ge=0, lt=1)]] = Field(
-        0.15, description="how far probabilities lie around the density; one for all, or one each"
+        0.15, description="how far probabilities are from the density; one for all, or one each"
     )
 
     def grain_at(self, site: Site) -> Grain:
@@ -64,7 +65,7 @@ class Della(Dropping):
                     f"epsilon, above 0, to density + epsilon, at most 1: choose a smaller epsilon"
                 )
 
-    def thinned(self, stack: Stack, site: Site, divide: bool) -> Tensor:
+    def thin(self, stack: Stack, site: Site, divide: bool) -> Tensor:
         values = stack.dense()
         densities, epsilons = spread(self.density, len(values)), spread(self.epsilon, len(values))
         out = torch.empty_like(values)
@@ -78,7 +79,7 @@ class Della(Dropping):
 
 
 def probabilities(rows: Tensor, density: float, epsilon: float) -> Tensor:
-    """With which probability each entry of ``[rows, columns]`` is kept, in its type."""
+    """Return the probability ``[rows, columns]`` of keeping each entry, in the type of the rows."""
     if density == 1:
         return torch.ones_like(rows)
     columns = rows.shape[1]
@@ -89,7 +90,7 @@ def probabilities(rows: Tensor, density: float, epsilon: float) -> Tensor:
 
 
 def _ascending(rows: Tensor) -> Tensor:
-    """The columns of each row by rising magnitude, equal ones by position, int64."""
+    """Return the columns of each row by rising magnitude, equal ones by position, int64."""
     keys = order_statistics.keys(rows.detach().contiguous(), magnitudes=True)
     if keys.dtype == torch.int64:
         return torch.sort(keys, dim=1, stable=True).indices

@@ -1,4 +1,4 @@
-"""DO-Merging: orthogonalise the adapters, then merge magnitudes and directions apart."""
+"""DO-Merging: orthogonalize the adapters, then merge magnitudes and directions apart."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ __all__ = ["Do"]
 
 
 class Do(Method):
-    """Decoupled and orthogonal merging: scale * mean magnitude * mean direction of orthogonalised adapters.
+    """Decoupled and orthogonal merging: scale * mean magnitude * mean direction of orthogonalized adapters.
 
-    The chain `orthogonalize+decouple` around a plain mean: the factors of different adapters are turned away from each
-    other, the columns of each change are split into magnitude and direction, both are averaged apart, over the
-    adapters that have the module, and put together. LoRA updates of different tasks differ in size far more than full
-    fine-tunes, so that a sum is dominated by a few; here each has an equal say. Exact on factors: the rank is the sum
-    of the ranks and no matrix is built.
+    It is the chain `orthogonalize+decouple` around a plain mean. The factors of different adapters are moved towards
+    orthogonality. The columns of each change are split into magnitude and direction; both are averaged apart, over the
+    adapters that have the module, and multiplied. LoRA updates of different tasks differ in size far more than full
+    fine-tunes, so that a few dominate a sum; here all count equally. It is exact on factors: the rank is the sum of the
+    ranks, and no matrix is built.
 
-    The mean of n nearly orthogonal directions has length 1/sqrt(n), so that the scale wants to grow with n: try 1
-    to n/2 (on eight adapters about n/2 was best). Published without code; the overlap, its penalty and the scale
-    (mean times mean, 1/n^2 of sum times sum) are choices, see `orthogonalize`. Full checkpoints are decoupled but
-    not orthogonalised; a bias or a norm is one column. Costs some tenths of a second a module of a large language
+    The mean of n nearly orthogonal directions has length 1/sqrt(n), so that the scale should grow with n: try 1 to n/2
+    (on eight adapters about n/2 was best). It was published without code. The overlap, its penalty and the scale (mean
+    times mean, 1/n^2 of sum times sum) are choices, see `orthogonalize`. Full checkpoints are decoupled but not
+    orthogonalized; a bias or a norm is one column. Costs some tenths of a second for each module of a large language
     model.
     """
 
     name: ClassVar[str] = "do"
-    summary: ClassVar[str] = "magnitudes and directions apart, adapters orthogonalised"
+    summary: ClassVar[str] = "magnitudes and directions apart, adapters orthogonalized"
     paper: ClassVar[str] = "DO-Merging, Zheng et al. 2025, arXiv 2505.15875"
 
-    steps: int = Field(100, ge=0, le=10_000, description="steps of descent that orthogonalise; 0 only decouples")
-    gamma: float = Field(1.0, ge=0, le=1e9, description="how dear it is to move a factor; 0 is nothing")
+    steps: int = Field(100, ge=0, le=10_000, description="steps of descent that orthogonalize; 0 only decouples")
+    gamma: float = Field(1.0, ge=0, le=1e9, description="penalty for moving a factor; 0 is none")
     scale: Local[Coefficient] = Field(1.0, description="what the merged change is multiplied by (1 to n/2)")
 
     def grain_at(self, site: Site) -> Grain:

@@ -1,4 +1,4 @@
-"""Iso-C: the sum of the changes with all its singular values made equal."""
+"""Iso-C: the sum of the changes, with equal singular values."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ __all__ = ["IsoC", "total"]
 class IsoC(Spectral):
     """scale * mean(S) * U V^T for each matrix, with sum_i tau_i = U S V^T: isotropic merging in the common space.
 
-    A sum is dominated by the directions that a few models share; made equal, every direction counts. The mean is over
-    the singular values above 1e-6 of the largest, and only their directions are kept: the paper fills up to the full
-    rank, which on adapters would put nine tenths of the energy into directions that no model has. (So does the rounding
-    of adapters that were baked into bfloat16 checkpoints: merge the adapters themselves.) Needs a scale of its
-    own (1.5 for eight tasks; search 0.5 to 3). Vectors, convolutions and embedding tables
-    take scale times the mean.
+    Directions that a few models share dominate a sum; with equal singular values every direction counts. The mean is
+    over the singular values above 1e-6 of the largest, and only their directions are kept. (The paper fills up to the
+    full rank, which on adapters would put nine tenths of the energy into directions that no model has. So does the
+    rounding of adapters that were merged into bfloat16 checkpoints: merge the adapters themselves.) It needs a scale of
+    its own (1.5 for eight tasks; search 0.5 to 3). Vectors, convolutions and embedding tables take scale times the
+    mean.
 
-    On adapters exact, in the joint spaces of the factors: hundredths of a second a module. On full checkpoints one
-    eigenvalue problem of a matrix's shorter side, one matrix in memory at a time.
+    On adapters it is exact, in the joint spaces of the factors, and takes hundredths of a second for each module. On
+    full checkpoints it takes one eigenvalue problem of a matrix's shorter side, with one matrix in memory at a time.
     """
 
     name: ClassVar[str] = "iso_c"
@@ -41,7 +41,7 @@ class IsoC(Spectral):
 
 
 def total(changes: Sequence[Tensor]) -> Tensor:
-    """The sum, float64."""
+    """Return the sum, float64."""
     out = changes[0].double().clone()
     for change in changes[1:]:
         out += change

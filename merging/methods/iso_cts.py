@@ -1,4 +1,4 @@
-"""Iso-CTS: common directions of all models and task-specific ones of each, all of one size."""
+"""Iso-CTS: common directions of all models and task-specific directions of each, all of one size."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ __all__ = ["IsoCts"]
 class IsoCts(Spectral):
     """Isotropic merging in the common and the task-specific subspaces, for each matrix.
 
-    With sum_i tau_i = U S V^T of rank r and n models: the leading share `common` of the directions is kept (rounded so
-    that the others divide by n); each model adds r (1 - common) / n of its own, the leading singular triples of what
-    its change has outside the common output directions, tau_i - U_c U_c^T tau_i. All are put side by side, made
-    orthonormal (polar factors of either side), and get one size: the mean of all singular values kept, times scale.
+    Let sum_i tau_i = U S V^T, of rank r, for n models. The leading share `common` of the directions is kept (rounded so
+    that the others divide by n). Each model adds r (1 - common) / n directions of its own: the leading singular triples
+    of its change outside the common output directions, tau_i - U_c U_c^T tau_i. All are put side by side, made
+    orthonormal (polar factors of either side), and get one size: the mean of all kept singular values, times scale.
 
-    The paper takes r to be the full rank; here it is the number of singular values above 1e-6 of the largest, which on
-    adapters is at most the sum of the ranks. Better than `iso_c` for many models (14 or more). Vectors, convolutions
-    and embedding tables take scale times the mean. On adapters exact, in the joint spaces of the factors. On full
-    checkpoints n + 3 eigenvalue problems of a matrix's shorter side, one matrix in memory at a time.
+    The paper takes r to be the full rank. Here it is the number of singular values above 1e-6 of the largest, which on
+    adapters is at most the sum of the ranks. It is better than `iso_c` for many models (14 or more). Vectors,
+    convolutions and embedding tables take scale times the mean. On adapters it is exact, in the joint spaces of the
+    factors. On full checkpoints it takes n + 3 eigenvalue problems of a matrix's shorter side, with one matrix in
+    memory at a time.
     """
 
     name: ClassVar[str] = "iso_cts"
@@ -51,5 +52,5 @@ class IsoCts(Spectral):
 
 
 def _outside(change: Tensor, common: Tensor, most: int) -> ThinSvd:
-    """The leading singular triples of a change outside the common outputs; none of what is but rounding."""
+    """Return the leading singular triples of a change outside the common outputs, without rounding errors."""
     return leading_svd(change - common @ (common.mT @ change), most, size=float(torch.linalg.matrix_norm(change)))

@@ -1,4 +1,4 @@
-"""The Karcher mean: the point of the sphere whose squared distances along the sphere to all models are smallest."""
+"""The Karcher mean: the point of the sphere with the smallest squared distances to all models along the sphere."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = ["Karcher", "karcher_mean"]
 class Karcher(OnSphere):
     """The weighted mean on the sphere of each tensor's direction u_i = x_i / |x_i|, times sum_i w_i |x_i|.
 
-    From the normalised sum_i w_i u_i, steps m <- exp_m(sum_i w_i log_m(u_i)) until one is shorter than `tol` (radians)
-    or `max_iter` are done. Every iterate is a weighted sum of the models, so the steps are taken on their inner
-    products: one pass over each tensor gathers these, one adds up. A zero tensor has no direction and takes no part.
-    Directions that cancel out have no one mean: the first model's is then taken. Of fine-tunes of one base, whose
-    weights are all but parallel, the outcome is the plain mean at full length; with `space = changes` directions of
-    what they changed are averaged, on adapters exactly and without a base.
+    From the normalized sum_i w_i u_i, it takes steps m <- exp_m(sum_i w_i log_m(u_i)) until a step is shorter than
+    `tol` (radians), at most `max_iter`. Every iterate is a weighted sum of the models, so the steps need only their
+    inner products: one pass over each tensor gathers them, and one adds up. A zero tensor has no direction and takes no
+    part. Directions that cancel out have no unique mean: the first model's direction is then taken. For fine-tunes of
+    one base, whose weights are nearly parallel, the result is the plain mean at full length. With `space = changes` it
+    averages the directions of their changes, on adapters exactly and without a base.
     """
 
     name: ClassVar[str] = "karcher"
@@ -36,7 +36,7 @@ class Karcher(OnSphere):
 
     weights: PerModel[Coefficient] = Field(1.0, description="one weight for all models, or one each; at least 0")
     max_iter: int = Field(10, ge=1, le=1000, description="most steps")
-    tol: float = Field(1e-5, gt=0, lt=1, description="a step so short ends the search, in radians")
+    tol: float = Field(1e-5, gt=0, lt=1, description="a step shorter than this ends the search, in radians")
 
     def check(self, models: int) -> None:
         super().check(models)
@@ -59,7 +59,7 @@ class Karcher(OnSphere):
 
 
 def karcher_mean(angles: Tensor, weights: Tensor, max_iter: int, tol: float) -> Tensor:
-    """The mean as a weighted sum of unit vectors: their coefficients ``[n]``, from the vectors' cosines ``[n, n]``."""
+    """Return the coefficients ``[n]`` of the mean as a sum of unit vectors, from the vectors' cosines ``[n, n]``."""
     total = weights.sum()
     if not total:
         return weights

@@ -1,4 +1,4 @@
-"""KnOTS: the models' changes in one basis of outputs, before any method."""
+"""KnOTS: the models' changes in a shared basis of outputs, before any method."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ from torch import Tensor
 
 from merging.maths.delta import Delta, Dense, LowRank
 from merging.maths.linalg import output_basis
-from merging.methods.families.shared_basis import InBasis, Turned, turned
+from merging.methods.families.shared_basis import Coordinates, SharedBasis, transpose
 
 __all__ = ["Knots"]
 
 
-class Knots(InBasis):
-    """Knowledge orientation through SVD: [tau_1 .. tau_n] = U S [V_1^T .. V_n^T], and S V_i^T is merged for tau_i.
+class Knots(SharedBasis):
+    """Knowledge orientation through SVD: [tau_1 .. tau_n] = U S [V_1^T .. V_n^T], and merge S V_i^T for tau_i.
 
-    Adapters of different tasks hardly share a basis, so that comparing them entry by entry (`ties`, `dare`, `magmax`)
-    compares what does not belong together; in the basis U of what all of them write it does: `knots+ties`. The merge M
-    of the S V_i^T comes back as U M. Singular values below 1e-6 of the largest are left out; each vector of U has its
-    largest entry positive. `align = inputs` puts the changes on top of each other instead. Around a sum it changes
-    nothing.
+    Adapters of different tasks hardly share a basis, so methods that compare entries (`ties`, `dare`, `magmax`) compare
+    unrelated numbers. In the basis U of all their outputs the entries correspond: `knots+ties`. The merge M of the
+    S V_i^T becomes U M. Singular values below 1e-6 of the largest are left out, and the largest entry of each vector of
+    U is positive. `align = inputs` puts the changes on top of each other instead. Around a sum it changes nothing.
 
-    On adapters exact and low-rank whatever is inside: the merged adapter has at most the sum of the ranks, and
-    thresholds that a method inside takes over the whole model are those of the coordinates. Matrices of full
-    checkpoints cost an eigenvalue problem of their outputs, anew in each sweep of the method inside over the model
-    (`--scope tensor` needs one); vectors, convolutions and embedding tables in full pass as they are.
+    On adapters it is exact and low-rank, whatever is inside: the rank is at most the sum of the ranks, and thresholds
+    of a method inside are taken over the coordinates. Matrices of full checkpoints cost an eigenvalue problem of their
+    outputs in each sweep of the method inside over the model (`--scope tensor` needs one sweep). Vectors, convolutions
+    and embedding tables in full pass unchanged.
     """
 
     name: ClassVar[str] = "knots"
@@ -36,13 +35,13 @@ class Knots(InBasis):
 
     align: Literal["outputs", "inputs"] = Field("outputs", description="which side the common basis is of")
 
-    def turn(self, changes: list[Delta], dtype: torch.dtype) -> Turned:
+    def change_basis(self, changes: list[Delta], dtype: torch.dtype) -> Coordinates:
         over = self.align == "inputs"
-        sides = [turned(change) for change in changes] if over else changes
+        sides = [transpose(change) for change in changes] if over else changes
         basis = output_basis(sides).to(dtype)
         inside = [_onto(basis, change) for change in sides]
         if over:
-            return [turned(change) for change in inside], lambda core: (core, basis.mT)
+            return [transpose(change) for change in inside], lambda core: (core, basis.mT)
         return inside, lambda core: (basis, core)
 
 

@@ -22,10 +22,10 @@ __all__ = ["Linear"]
 class Linear(Method):
     """theta = sum_i w_i theta_i / sum_i w_i.
 
-    Needs no base. On adapters it acts on their changes, each the product of its factors: the factors are
-    concatenated, never averaged, so that the result is exact (its rank is the sum of the ranks). The simplest merge,
-    and hard to beat for models that were fine-tuned alike. With `normalize` off it is a plain weighted sum: of full
-    checkpoints that rarely makes sense unless the weights sum to 1. Costs one pass over the bytes.
+    It needs no base. On adapters it acts on their changes, the products of their factors: the factors are concatenated,
+    never averaged, so that the result is exact (its rank is the sum of the ranks). It is the simplest merge, and hard
+    to beat for models that were fine-tuned alike. With `normalize` off it is a plain weighted sum, which for full
+    checkpoints rarely makes sense unless the weights sum to 1. Costs one pass over the bytes.
     """
 
     name: ClassVar[str] = "linear"
@@ -71,6 +71,6 @@ class Linear(Method):
 
 
 def mean_weights(weights: list[float | Tensor]) -> list[Any]:
-    """The weights divided by their sum."""
+    """Return the weights divided by their sum."""
     total = sum(weights)
     return [weight / total for weight in weights]

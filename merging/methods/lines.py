@@ -26,18 +26,18 @@ _NORMS = "lines.norms"
 
 
 class Lines(Wrapper):
-    """Layer-increasing network scaling: the merged change of each tensor times a factor that grows with its depth.
+    """Layer-increasing network scaling: multiply the merged change of each tensor by a factor that grows with depth.
 
     factor = nu * (1/N + beta * depth), for N models, with depth 0 in the first block and 1 in the last, and
-    nu = |sum_i w_i tau_i|_1 / |tau_merged|_1 over the whole model, which is 1 for a plain sum: the shallowest block
-    then changes as much as in the plain average, whatever the method inside. One model takes 0.5 + 0.5 * depth, the
+    nu = |sum_i w_i tau_i|_1 / |tau_merged|_1 over the whole model, which is 1 for a plain sum. The shallowest block
+    then changes as much as in the plain average, whatever the method inside. One model gets 0.5 + 0.5 * depth, the
     paper's setting for it. Each tower of a model counts its own blocks.
 
     Departures from the paper's code (wang-kee/LiNeS): beta is multiplied by nu, so that it means the same around every
-    method (`published` leaves it alone); blocks are found by anchored names, never by substring.
+    method (`published` switches this off). Blocks are found by anchored names, never by substring.
 
-    On a shallow encoder LiNeS can be worse than plain task arithmetic. Free around a sum; around any other method the
-    merge is gone through twice, once for nu.
+    On a shallow encoder LiNeS can be worse than plain task arithmetic. It costs nothing around a sum. Around any other
+    method the merge is computed twice, once for nu.
     """
 
     name: ClassVar[str] = "lines"
@@ -89,14 +89,14 @@ class Lines(Wrapper):
         return inner * (alpha + self.beta * depth * (1.0 if self.published else nu))
 
     def update_rule(self) -> UpdateRule | None:
-        """That of a sum inside: the scale by depth is applied to the sum when the merge is asked for."""
+        """Keep the sum of a method inside that is one, and scale it by depth when the merge is asked for."""
         inner = self.then.update_rule()
         if inner is None or inner.parts != {"sum": TaskArithmetic()}:
             return None
         return UpdateRule(inner.parts, inner.scale, lambda history: self._around_sum(history.models))
 
     def _around_sum(self, models: int) -> Lines:
-        """The LiNeS that makes of the plain sum of all changes, as one model, what this one makes of all models."""
+        """Return LiNeS parameters with which the sum of all changes, as one model, gives the merge of all models."""
         if models == 1:
             return self.model_copy(update={"then": TaskArithmetic()})
         share = self.multiple(models) or 1.0
@@ -111,7 +111,7 @@ class Lines(Wrapper):
         return found
 
     def _nu(self, statistics: Statistics, models: int, inner: Coefficient) -> float:
-        """``inner`` is the factor of the method inside, which is the same at every place."""
+        """Return nu; ``inner`` is the factor of the method inside, which is the same at every place."""
         known = self.multiple(models)
         if known is not None:
             return safe_ratio(1.0, abs(known))

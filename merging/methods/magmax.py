@@ -1,4 +1,4 @@
-"""MagMax: of every parameter the change of largest magnitude."""
+"""MagMax: the change of largest magnitude of each parameter."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ __all__ = ["MagMax", "largest"]
 
 
 class MagMax(Method):
-    """Entry by entry, the weighted change of largest magnitude; of two that differ in sign alone, the positive one.
+    """Take the weighted change of largest magnitude, entry by entry.
 
-    Meant for models that were fine-tuned one after the other, each from the last; of independent fine-tunes it keeps
-    the strongest opinion on every parameter, so that many models want a scale of about 0.5. On adapters the merged
-    change has full rank. Costs one pass over the bytes.
+    Of two changes that differ only in sign, it takes the positive one.
+    It is meant for models that were fine-tuned one after the other, each from the last. Of independent fine-tunes it
+    keeps the strongest opinion on every parameter, so that many models need a scale of about 0.5. On adapters the
+    merged change has full rank. Costs one pass over the bytes.
     """
 
     name: ClassVar[str] = "magmax"
@@ -44,6 +45,6 @@ class MagMax(Method):
 
 
 def largest(values: Tensor) -> Tensor:
-    """Of ``[n, *shape]`` the value of largest magnitude over n, the positive one of two."""
+    """Return the values ``[*shape]`` of largest magnitude among ``[n, *shape]``, the positive one of two."""
     high, low = values.amax(0), values.amin(0)
     return torch.copysign(torch.maximum(high, -low), high + low)

@@ -1,4 +1,4 @@
-"""Model Stock: how far to go from the base to the mean of the models follows from the angles between their changes."""
+"""Model Stock: a step from the base to the mean of the models whose length follows from their changes' angles."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["ModelStock", "share_of_mean"]
 class ModelStock(Method):
     """theta_0 + t * mean_i tau_i with t = n c / (1 + (n - 1) c), c the mean cosine between the models' changes.
 
-    For each tensor, or each row of it as it lies in memory (`filter_wise`). Where changes are at right angles t is 0
-    and the base remains, where they are parallel the mean does: meant for fine-tunes of one base on one task that
-    differ by seed, whose changes share a direction; task vectors of different tasks hardly do, and nearly nothing is
-    merged. A model that changed nothing is at a right angle to all. On adapters exact, unless row by row. Costs two
-    passes over each tensor.
+    It works on each tensor, or on each row as in memory (`filter_wise`). Where changes are at right angles, t is 0 and
+    the base remains; where they are parallel, t is 1 and the result is the mean. It is meant for fine-tunes of one base
+    on one task that differ by seed, whose changes share a direction. Task vectors of different tasks hardly do, and
+    nearly nothing of them is merged. A model that changed nothing is at a right angle to all. On adapters it is exact,
+    unless row by row. Costs two passes over each tensor.
     """
 
     name: ClassVar[str] = "model_stock"
@@ -55,7 +55,7 @@ class ModelStock(Method):
 
 
 def share_of_mean(grams: Tensor) -> Tensor:
-    """t, from the inner products ``[n, n, ...]`` of the changes; 0 where its denominator vanishes."""
+    """Return t, from the inner products ``[n, n, ...]`` of the changes; 0 where its denominator vanishes."""
     n = len(grams)
     _, angles = cosines(grams)
     upper = torch.triu_indices(n, n, 1)

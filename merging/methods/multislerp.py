@@ -21,13 +21,13 @@ _VANISHED = 1e-8
 
 
 class MultiSlerp(OnSphere):
-    """m * sum_i w_i |x_i|, where m is the direction of sum_i w_i x_i / |x_i|; for each tensor x, taken flat.
+    """m * sum_i w_i |x_i|, where m is the direction of sum_i w_i x_i / |x_i|, for each tensor x as one vector.
 
     The published procedure then walks from m along the tangent T = sum_i w_i (u_i - (u_i . m) m) with u_i = x_i/|x_i|.
-    That sum is zero whatever the models are, since sum_i w_i u_i is parallel to m: what is computed is the mean above.
-    `karcher` is the mean along the sphere. Of the weights, or with `space = changes` of what the models changed in a
-    base; on adapters that is exact and needs no base. Directions that cancel out have no mean: two models are then
-    added up as they are, more are an error. Costs two passes over each tensor.
+    That sum is zero for any models, as sum_i w_i u_i is parallel to m, so the procedure computes the mean above.
+    `karcher` is the mean along the sphere. The tensors are the weights, or with `space = changes` the changes from a
+    base; on adapters changes are merged exactly, without a base. Directions that cancel out have no mean: two models
+    are then added as they are, and more are an error. Costs two passes over each tensor.
     """
 
     name: ClassVar[str] = "multislerp"
@@ -49,7 +49,7 @@ class MultiSlerp(OnSphere):
         return stack.weighted_sum(plain_weights(self._on_the_sphere(weights, gram(statistics), site)))
 
     def _on_the_sphere(self, weights: Tensor, grams: Tensor, site: Site) -> Tensor:
-        """What each tensor is multiplied by."""
+        """Return the multiple of each tensor."""
         norms, angles = cosines(grams)
         if not norms.any():
             return weights

@@ -1,4 +1,4 @@
-"""NearSwap: take the other model's weights where they are close to the base's, and no more than a step elsewhere."""
+"""NearSwap: the other model's weights where they are close to the base's, and a step towards them elsewhere."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["NearSwap"]
 class NearSwap(Method):
     """theta_0 + min(1, t / |tau|) tau for one model's change tau, entry by entry: the change clipped to [-t, t].
 
-    Changes up to `t` are taken whole, larger ones shortened to it, so that the base keeps its own where the two differ
-    much. The one model is merged with the base (`--base`). `t` is in units of the weights, whose changes are often of
-    1e-4 to 1e-2. On adapters the merged change has full rank. Costs one pass over the bytes.
+    Changes up to `t` are taken whole, and larger changes are shortened to `t`, so that the base prevails where the two
+    differ much. The single model is merged with the base (`--base`). `t` is in units of the weights, whose changes are
+    often 1e-4 to 1e-2. On adapters the merged change has full rank. Costs one pass over the bytes.
     """
 
     name: ClassVar[str] = "nearswap"

@@ -1,4 +1,4 @@
-"""NuSLERP: spherical interpolation by weights, of whole tensors or of each row or column, of weights or of changes."""
+"""NuSLERP: spherical interpolation by weights, of whole tensors, rows or columns, of weights or of changes."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from merging.methods.families.spherical import OnSphere, arc_weights, gram, plai
 __all__ = ["NuSlerp"]
 
 _COLLINEAR = 1 - 1e-12
-"""Only beyond this cosine has the arc's formula lost all its digits, in float64."""
+"""Beyond this cosine the arc's formula has lost all its digits, in float64."""
 
 
 _GRAINS: dict[str, Grain] = {"flat": "element", "rows": "row", "columns": "matrix"}
 
 
 class NuSlerp(OnSphere):
-    """Each tensor a step t = w_2 / (w_1 + w_2) along the arc from the first model's to the second's.
+    """Move each tensor a step t = w_2 / (w_1 + w_2) along the arc from the first model's to the second's.
 
-    The formula is `slerp`'s, without the chord for all but collinear ones; taken of tensors as a whole (`axis = flat`),
-    or of each row or each column of a matrix by itself (a vector is one row; `rows` are those in memory, the outputs of
-    most linear layers). Of the weights, or with `space = changes` of what the models changed in a base, where angles
-    are wide and the arc differs from the chord; on adapters that is exact and needs no base, unless by row or column.
-    Costs two passes over each tensor.
+    The formula is the formula of `slerp`, with the arc for nearly collinear tensors too. It applies to each tensor as a
+    whole (`axis = flat`), or to each row or column of a matrix. A vector is one row; `rows` are rows in memory, the
+    outputs of most linear layers. The tensors are the weights, or with `space = changes` the changes from a base, whose
+    angles are wide, so that the arc differs from the chord. On adapters changes are merged exactly, without a base,
+    unless by row or column. Costs two passes over each tensor.
     """
 
     name: ClassVar[str] = "nuslerp"
@@ -73,6 +73,6 @@ class NuSlerp(OnSphere):
 
 
 def _grams(rows: Tensor, along: int) -> Tensor:
-    """The inner products ``[2, 2, ...]`` float64 of two models' rows, or columns."""
+    """Return the inner products ``[2, 2, ...]`` float64 of two models' rows, or columns."""
     products = [[(one * other).sum(along, dtype=torch.float64) for other in rows] for one in rows]
     return torch.stack([torch.stack(each) for each in products])

@@ -20,7 +20,7 @@ from merging.methods.contract.method import Grain, Method, ResultStatistic, Stat
 from merging.methods.contract.update_rule import History, UpdateRule
 from merging.methods.task_arithmetic import scaled_state
 
-__all__ = ["Opcm", "accumulate", "projected"]
+__all__ = ["Opcm", "project", "sum_projected"]
 
 _SQUARES = "opcm.squares"
 
@@ -28,23 +28,24 @@ _SQUARES = "opcm.squares"
 class Opcm(Method):
     """Orthogonal-projection continual merging, in the order of the models.
 
-    S_1 = tau_1, S_t = S_{t-1} + P(tau_t; S_{t-1}), and the result is S_T * mean_t |tau_t| / |S_T|, norms over the whole
-    model: it is as large as one task vector on average, and there is no coefficient to tune. This sum is the paper's
-    recursion with its running factors collected into one. In the basis of the singular vectors of S, P takes out of
-    tau the diagonal and
+    S_1 = tau_1, S_t = S_{t-1} + P(tau_t; S_{t-1}), and the result is S_T * mean_t |tau_t| / |S_T|, with norms over the
+    whole model. The result is as large as one task vector on average, and there is no coefficient to tune. The sum is
+    the paper's recursion with its running factors collected into one. In the basis of the singular vectors of S, P
+    removes from tau the diagonal and
 
-    - `block` (the released code of tanganke/opcm): the square of the leading directions, those whose singular values
-      add up to the share `alpha` of all; keeps nine tenths of tau and gave the published tables;
-    - `two_sided` (the paper): all rows and all columns of these directions; keeps about half.
+    - `block` (the released code of tanganke/opcm): the square of the leading directions, whose singular values add up
+      to the share `alpha` of the sum of all. This keeps nine tenths of tau, and gave the published tables.
+    - `two_sided` (the paper): all rows and all columns of these directions. This keeps about half of tau.
 
     Either way <P(tau), S> = 0. Linear weights are projected; biases, norms, embeddings and convolutions are added up.
-    Departures from the code: null directions of S have an arbitrary basis, so nothing is taken out of tau there, and
-    all of it is kept where S is 0; parameters that belong to no leaf module are merged like any other.
+    Departures from the code: null directions of S have an arbitrary basis, so nothing is removed from tau there, and
+    all of tau is kept where S is 0. Parameters outside leaf modules are merged like any other.
 
-    Meant for models that arrive one by one; the first is never projected, so order matters a little. On adapters the
-    work is done on the sum of ranks and the result is exact, of that rank. On full checkpoints each matrix is
-    decomposed once per model, by eigenvalues of its shorter side's Gram matrix (`svd = gram`) unless it is too ill
-    conditioned, or by SVD (`thin`): on two cores a quarter of an hour for each billion parameters and further model.
+    It is meant for models that arrive one by one. The first model is never projected, so order matters a little. On
+    adapters the merge works on matrices of the sum of ranks; the result is exact, and of that rank. On full checkpoints
+    each matrix is decomposed once per model: by eigenvalues of its shorter side's Gram matrix (`svd = gram`) unless it
+    is too ill conditioned, or by SVD (`thin`). On two cores this takes a quarter of an hour for each billion parameters
+    and further model.
     """
 
     name: ClassVar[str] = "opcm"
@@ -89,9 +90,11 @@ class Opcm(Method):
         values = stack.dense()
         null = _null(values.dtype, values.shape[-2:])
         if values.dim() == 3:
-            merged = accumulate(list(values), self.alpha, self.mode, null, self.svd)
+            merged = sum_projected(list(values), self.alpha, self.mode, null, self.svd)
         else:  # experts side by side
-            experts = [accumulate(list(each), self.alpha, self.mode, null, self.svd) for each in values.transpose(0, 1)]
+            experts = [
+                sum_projected(list(each), self.alpha, self.mode, null, self.svd) for each in values.transpose(0, 1)
+            ]
             merged = torch.stack(experts)
         return Dense(merged.to(values.dtype))
 
@@ -99,40 +102,40 @@ class Opcm(Method):
         return scaled_state("sum", self, _mean_size)
 
     def _merge_factors(self, deltas: Sequence[LowRank]) -> LowRank:
-        """The same in the joint column and row space of all factors, where every matrix is a small core."""
+        """Merge in the joint column and row space of all factors, where every matrix is a small core."""
         first = deltas[0]
         up, down, cores = joint_core(deltas)
         null = _null(first.up.dtype, (len(up), down.shape[1]))
-        merged = accumulate(cores, self.alpha, self.mode, null, "thin")
+        merged = sum_projected(cores, self.alpha, self.mode, null, "thin")
         return LowRank((up @ merged).to(first.up.dtype), down.to(first.down.dtype), first.shape, first.transposed)
 
 
 def _mean_size(history: History) -> float:
-    """What the sum is multiplied by, so that it is as large as the models' changes are on average."""
+    """Return the multiple of the sum whose norm is the mean norm of the models' changes."""
     return safe_ratio(sum(history.norms) / history.models, history.state_norm) if history.models else 1.0
 
 
 def _squares(merged: Delta, stack: Stack, site: Site) -> Tensor:
-    """The squared norm of each change and of their merge, ``[n + 1, 1]``."""
+    """Return the squared norm of each change and of their merge, ``[n + 1, 1]``."""
     return torch.stack([squared_norm(delta) for delta in (*stack.deltas, merged)])[:, None]
 
 
 def _null(dtype: torch.dtype, shape: Sequence[int]) -> float:
-    """The share of the largest singular value below which a direction is but rounding."""
+    """Return the share of the largest singular value below which a direction is only rounding."""
     return max(shape) * torch.finfo(dtype).eps
 
 
-def accumulate(
+def sum_projected(
     deltas: Sequence[Tensor], alpha: float, mode: str, null: float, svd: Literal["gram", "thin"] = "gram"
 ) -> Tensor:
-    """S_T of matrices ``[m, k]`` in order, ``[m, k]`` float64."""
+    """Return S_T of matrices ``[m, k]`` in order, ``[m, k]`` float64."""
     total = deltas[0].double()
     for delta in deltas[1:]:
-        total = total + projected(delta.double(), total, alpha, mode, null, svd)
+        total = total + project(delta.double(), total, alpha, mode, null, svd)
     return total
 
 
-def projected(
+def project(
     delta: Tensor,
     previous: Tensor,
     alpha: float,
@@ -140,7 +143,7 @@ def projected(
     null: float = 1e-12,
     svd: Literal["gram", "thin"] = "gram",
 ) -> Tensor:
-    """P(delta; previous): ``delta [m, k]`` without what would disturb ``previous [m, k]``, both float64.
+    """Return P(delta; previous): ``delta [m, k]`` without the part that disturbs ``previous [m, k]``, both float64.
 
     Directions whose singular values are at most the share ``null`` of the largest are null directions.
     """

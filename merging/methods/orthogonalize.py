@@ -1,4 +1,4 @@
-"""Orthogonalize: turn the factors of different adapters away from each other before any method."""
+"""Orthogonalize: move the factors of different adapters towards orthogonality, before any method."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from merging.maths.site import Site
 from merging.methods.contract.method import Statistics
 from merging.methods.contract.wrapper import Unwrapped, Wrapper
 
-__all__ = ["Orthogonalize", "orthogonalized", "overlap"]
+__all__ = ["Orthogonalize", "orthogonalize_factors", "overlap"]
 
 _TURNED = "orthogonalize: share of tensors turned"
 
 _SMALLEST_STEP = 1e-12
 
 _NOISE = 1e-15
-"""A gain that is so small a share of the cost is lost in its rounding: there is nothing left to descend."""
+"""A gain below this share of the cost is lost in rounding, and ends the descent."""
 
 
 class Orthogonalize(Wrapper):
     """Nudge the row spaces, and the column spaces, of the adapters' changes towards mutual orthogonality.
 
-    For the down factors A_i (and so for the up factors, transposed), each normalised to unit Frobenius norm,
+    For the down factors A_i (and so for the up factors, transposed), each normalized to unit Frobenius norm,
 
         sum_{i != j} |(A_i + d_i) (A_j + d_j)^T|_F^2 + gamma sum_i |d_i|_F^2
 
-    is minimised over d by `steps` steps of gradient descent from 0, halving a step until it is worth while and doubling
-    the next; then the norms are put back. Every iterate is A = C A_0, so the work is done on matrices of the sum of
-    ranks. The paper leaves the form of the overlap open; this one does not depend on how a factor's rows are turned.
-    The factors are balanced first (their product's singular values split evenly), so that the outcome depends on the
+    is minimized over d by `steps` steps of gradient descent from 0. A step is halved until it pays, and the next one is
+    doubled; at the end the norms are restored. Every iterate is A = C A_0, so the computation is on matrices of the sum
+    of ranks. The paper leaves the form of the overlap open; this one does not depend on a rotation of a factor's rows.
+    The factors are balanced first (their product's singular values split evenly), so that the result depends on the
     changes alone, not on how they were factored. The overlaps before and after are reported.
 
-    One half of DO-Merging, to go with any other method: `orthogonalize+task_arithmetic`. It acts on low-rank adapters;
-    changes that come in full have no factors and pass unchanged; the share of tensors that were turned is reported.
+    It is one half of DO-Merging, for use with any other method: `orthogonalize+task_arithmetic`. It acts on low-rank
+    adapters. Changes in full have no factors and pass unchanged; the share of tensors that were turned is reported.
     """
 
     name: ClassVar[str] = "orthogonalize"
@@ -48,7 +48,7 @@ class Orthogonalize(Wrapper):
     needs_whole: ClassVar[bool] = True
 
     steps: int = Field(100, ge=0, le=10_000, description="steps of gradient descent; 0 leaves the factors as they are")
-    gamma: float = Field(1.0, ge=0, le=1e9, description="how dear it is to move a factor; 0 is nothing")
+    gamma: float = Field(1.0, ge=0, le=1e9, description="penalty for moving a factor; 0 is none")
 
     def unwrap(self, stack: Stack, site: Site, statistics: Statistics) -> Unwrapped:
         deltas = [delta for delta in stack.deltas if isinstance(delta, LowRank)]
@@ -61,7 +61,7 @@ class Orthogonalize(Wrapper):
             ("down", [delta.down for delta in balanced]),
             ("up", [delta.up.mT for delta in balanced]),
         ):
-            turned = orthogonalized(factors, self.steps, self.gamma)
+            turned = orthogonalize_factors(factors, self.steps, self.gamma)
             metrics[f"orthogonalize: overlap of {side} factors before"] = overlap(factors)
             metrics[f"orthogonalize: overlap of {side} factors after"] = overlap(turned)
             sides.append(turned)
@@ -69,23 +69,23 @@ class Orthogonalize(Wrapper):
             LowRank(up.mT.to(delta.up.dtype), down.to(delta.down.dtype), delta.shape, delta.transposed)
             for delta, down, up in zip(deltas, *sides, strict=True)
         ]
-        turned_stack = Stack(moved, stack.models, stack.present)
-        return Unwrapped(self.then, turned_stack, site, lambda merged: merged, metrics)
+        moved_stack = Stack(moved, stack.models, stack.present)
+        return Unwrapped(self.then, moved_stack, site, lambda merged: merged, metrics)
 
 
 def overlap(factors: Sequence[Tensor]) -> float:
-    """The mean of ``|A_i A_j^T|_F^2`` over pairs of factors ``[r_i, k]`` of unit norm: 0 if all are orthogonal."""
+    """Return the mean of ``|A_i A_j^T|_F^2`` over pairs of factors ``[r_i, k]`` at unit norm."""
     factors = [factor for factor in factors if factor.any()]  # an adapter without the module overlaps with none
     pairs = len(factors) * (len(factors) - 1)
     if not pairs:
         return 0.0
-    stacked, _, masks = _normalised(factors)
+    stacked, _, masks = _normalize(factors)
     return float((stacked @ stacked.mT * masks).square().sum()) / pairs
 
 
-def orthogonalized(factors: Sequence[Tensor], steps: int, gamma: float) -> list[Tensor]:
-    """Factors ``[r_i, k]`` after gradient descent on their overlap, float64, each with the norm that it had."""
-    start, norms, between = _normalised(factors)
+def orthogonalize_factors(factors: Sequence[Tensor], steps: int, gamma: float) -> list[Tensor]:
+    """Return factors ``[r_i, k]`` after gradient descent on their overlap, float64, with their norms as before."""
+    start, norms, between = _normalize(factors)
     gram = start @ start.mT
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     coordinates, products, step = identity, gram, 1.0
@@ -115,8 +115,8 @@ def orthogonalized(factors: Sequence[Tensor], steps: int, gamma: float) -> list[
     return list(torch.split(moved, [len(factor) for factor in factors]))
 
 
-def _normalised(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The factors stacked, each of unit norm, ``[R, k]``; the norms ``[R, 1]``; and 1 between different factors."""
+def _normalize(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the factors stacked at unit norm ``[R, k]``, the norms ``[R, 1]``, and 1 between different factors."""
     doubles = [factor.double() for factor in factors]
     norms = torch.cat([each.norm().expand(len(each), 1) for each in doubles])
     owner = torch.cat([torch.full((len(each),), i, device=each.device) for i, each in enumerate(doubles)])

@@ -18,9 +18,9 @@ __all__ = ["Passthrough"]
 class Passthrough(Method):
     """theta = scale * theta_1.
 
-    Of a full checkpoint the weights themselves are scaled, of an adapter its change, exactly. With a scale of 1 a model
-    comes out as it went in: to convert its type (`--dtype`), its shards, or an adapter to a model (`--as model`), or to
-    scale a few tensors by name. Costs one pass over the bytes.
+    It scales the weights of a full checkpoint, or the change of an adapter, exactly. With a scale of 1 the model stays
+    the same: to convert its type (`--dtype`), its shards, or an adapter to a model (`--as model`), or to scale a few
+    tensors by name. Costs one pass over the bytes.
     """
 
     name: ClassVar[str] = "passthrough"

@@ -17,7 +17,7 @@ from merging.maths.reductions import Sum
 from merging.maths.site import Site
 from merging.methods.contract.method import Method, Statistic, Statistics
 
-__all__ = ["Pcb", "clipped", "competition", "minmax"]
+__all__ = ["Pcb", "clip_tails", "competition", "minmax"]
 
 _CLIP, _EXTREMES, _MASSES, _CUT = "pcb.clip", "pcb.extremes", "pcb.masses", "pcb.cut"
 
@@ -36,15 +36,15 @@ class Pcb(Method):
     `paper` is what the paper prints, with softmaxes for exp and tanh, no clip, and the surviving beta_i as weights.
     Published vision numbers come from `vision` with ratio 0.05, clip 0.01 and scale 1.2.
 
-    A model whose changes are all zero or all of one size competes with 0 or 1 instead of NaN. Parameters that no
-    training ever touches shift all thresholds: leave them out with `exclude`. Being a mean, it wants a scale of 1 to 2;
-    most parameters stay as in the base, all of them where there are fewer than 1/ratio, as the last to compete has no
-    weight. On adapters the merged change has full rank. From 40 models on, exp(n u^2) is
-    computed as exp(n (u^2 - 1)), which changes nothing but the overflow.
+    A model whose changes are all zero or all of one size competes with 0 or 1 instead of NaN. Parameters that training
+    never touches shift all thresholds: leave them out with `exclude`. As a mean, it needs a scale of 1 to 2. Most
+    parameters stay as in the base, and all of them if there are fewer than 1/ratio, as the last to compete has no
+    weight. On adapters the merged change has full rank. From 40 models on, exp(n u^2) is computed as exp(n (u^2 - 1)),
+    which changes nothing but the overflow.
 
-    All statistics are exact, over the whole model (or over each tensor: another method, not the paper's), in memory
-    that does not grow with the model: four sweeps over the inputs before the merge, five for `paper`, whose memory
-    grows with the square of the number of models.
+    All statistics are exact, over the whole model (or over each tensor, which is another method than the paper's), in
+    constant memory. They take four sweeps over the inputs before the merge, or five for `paper`, whose memory grows
+    with the square of the number of models.
     """
 
     name: ClassVar[str] = "pcb"
@@ -75,13 +75,13 @@ class Pcb(Method):
         )
 
     def _exponentials(self, stack: Stack, site: Site, statistics: Statistics) -> Tensor:
-        """What the softmaxes are normalised by: n of the models alone, then those of all pairs."""
+        """Return the terms of the softmaxes' sums: n of the models alone, then those for all pairs of models."""
         norms = minmax(_products(stack.dense()), statistics[_EXTREMES])
         alone = norms[[_pair(i, i, len(stack)) for i in range(len(stack))]]
         return torch.cat([(alone * len(stack)).exp(), norms.exp()])
 
     def _scores(self, stack: Stack, site: Site, statistics: Statistics) -> Tensor:
-        """beta ``[n, *shape]``."""
+        """Return beta ``[n, *shape]``."""
         values = stack.dense()
         if self.variant != "paper":
             return competition(values, statistics[_CLIP], self.variant)
@@ -98,19 +98,19 @@ class Pcb(Method):
             mass = sum_in_order(shares)
             mass += mass == 0
         else:
-            shares, sizes = minmax(torch.maximum(scores, cut), most), clipped(values, statistics[_CLIP])
+            shares, sizes = minmax(torch.maximum(scores, cut), most), clip_tails(values, statistics[_CLIP])
             mass = sum_in_order(shares).clamp(min=1e-12)
         return Dense(sum_in_order(sizes * column(self.weights, values) * shares) / mass * self.scale)
 
 
-def clipped(values: Tensor, ends: Tensor) -> Tensor:
-    """``[n, *shape]`` with magnitudes clipped to each model's ``ends [n, 2]``; zeros stay zeros."""
-    sizes = _clamped(values, ends)
+def clip_tails(values: Tensor, ends: Tensor) -> Tensor:
+    """Return values ``[n, *shape]`` with magnitudes clipped to each model's ``ends [n, 2]``; zeros stay zeros."""
+    sizes = _clamp(values, ends)
     return sizes.mul_(values.sign())
 
 
 def minmax(values: Tensor, ends: Tensor) -> Tensor:
-    """``[n, *shape]`` mapped to [0, 1], from each model's ``ends [n, 2]``; 0 where these are equal."""
+    """Return values ``[n, *shape]`` mapped from each model's ``ends [n, 2]`` to [0, 1]; 0 where the ends are equal."""
     out = torch.empty_like(values)
     for value, (low, high), into in zip(values, ends.to(values), out, strict=True):
         torch.sub(value, low, out=into).div_(torch.where(high > low, high - low, torch.inf))
@@ -118,9 +118,9 @@ def minmax(values: Tensor, ends: Tensor) -> Tensor:
 
 
 def competition(values: Tensor, ends: Tensor, variant: str) -> Tensor:
-    """beta ``[n, *shape]``: how each model's change at each entry competes, given the ends of its magnitudes."""
+    """Return beta ``[n, *shape]``, how each model's change competes at each entry, from the ends of its magnitudes."""
     n = len(values)
-    sizes = minmax(_clamped(values, ends), ends)
+    sizes = minmax(_clamp(values, ends), ends)
     if variant == "code":
         inter = (values * sum_in_order(values)).tanh_()
     else:
@@ -133,8 +133,8 @@ def competition(values: Tensor, ends: Tensor, variant: str) -> Tensor:
     return (squares.sub_(1) if n >= 40 else squares).mul_(n).exp_().mul_(inter)
 
 
-def _clamped(values: Tensor, ends: Tensor) -> Tensor:
-    """Magnitudes clipped; to numbers, which takes a seventh of the time of clipping to tensors."""
+def _clamp(values: Tensor, ends: Tensor) -> Tensor:
+    """Return clipped magnitudes. Clipping to numbers takes a seventh of the time of clipping to tensors."""
     out = values.abs()
     for value, (low, high) in zip(out, ends.tolist(), strict=True):
         value.clamp_(low, high)
@@ -142,11 +142,11 @@ def _clamped(values: Tensor, ends: Tensor) -> Tensor:
 
 
 def _products(values: Tensor) -> Tensor:
-    """tau_i * tau_j of all pairs i <= j, ``[n (n + 1) / 2, *shape]``."""
+    """Return tau_i * tau_j of all pairs i <= j, ``[n (n + 1) / 2, *shape]``."""
     return torch.cat([values[i] * values[i:] for i in range(len(values))])
 
 
 def _pair(one: int, other: int, n: int) -> int:
-    """The position of a pair among :func:`_products`."""
+    """Return the position of a pair among :func:`_products`."""
     i, j = min(one, other), max(one, other)
     return i * n - i * (i - 1) // 2 + j - i

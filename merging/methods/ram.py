@@ -22,11 +22,11 @@ _SIZES, _COUNTS = "ram.sizes", "ram.counts"
 class Ram(Method):
     """Reinforced agent merging: each entry is the mean over the models that are active there.
 
-    A model is active where |tau_i| > epsilon times the root mean square of its change of the tensor, or with `relative`
-    off > epsilon itself (the authors' 1e-5; which tells nothing where changes are of that size). What is not active is
-    dropped, and what one model alone changed is kept whole, not diluted by the others: meant for agents trained by
-    reinforcement, whose changes are sparse. On adapters the merged change has full rank. Costs two passes over each
-    tensor, one with an absolute epsilon.
+    A model is active where |tau_i| > epsilon times the root mean square of its change of the tensor. With `relative`
+    off, it is active where |tau_i| > epsilon (1e-5 in the authors' code, which does not separate changes of that size).
+    Inactive entries are dropped, and the other models do not dilute a change of one model alone. It is meant for agents
+    trained by reinforcement, whose changes are sparse. On adapters the merged change has full rank. Costs two passes
+    over each tensor, one with an absolute epsilon.
     """
 
     name: ClassVar[str] = "ram"
@@ -42,7 +42,7 @@ class Ram(Method):
         return (Statistic(_SIZES, Sum(), _sizes, per="tensor"),) if self.relative else ()
 
     def _active(self, stack: Stack, statistics: Statistics) -> list[Tensor]:
-        """Each model's change, 0 where it is not active."""
+        """Return each model's change, 0 where it is not active."""
         values, sizes = stack.dense(), [1.0] * len(stack)
         if self.relative:
             *squares, count = statistics[_SIZES].tolist()
@@ -54,14 +54,14 @@ class Ram(Method):
 
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         active = self._active(stack, statistics)
-        return Dense(sum_in_order(active) / _how_many(active).clamp_(min=1) * self.scale)
+        return Dense(sum_in_order(active) / _count_active(active).clamp_(min=1) * self.scale)
 
 
 class RamPlus(Ram):
-    """RAM, with what one model alone changed enlarged to make up for what averaging takes from that model.
+    """RAM, with enlarged entries of one model alone, which make up for its loss in the averages.
 
-    The unique entries of model i are multiplied by 1 + r * min(rho_i, alpha), where rho_i is the number of its active
-    entries that it shares over the number of those that it has alone, in each tensor. All else is as in `ram`.
+    The unique entries of model i are multiplied by 1 + r * min(rho_i, alpha). In each tensor, rho_i is the number of
+    its active entries that it shares, over the number of its unique active entries. All else is as in `ram`.
     """
 
     name: ClassVar[str] = "ramplus_tl"
@@ -74,15 +74,15 @@ class RamPlus(Ram):
         return (*super().required_statistics(), Statistic(_COUNTS, Sum(), self._counts, per="tensor"))
 
     def _counts(self, stack: Stack, site: Site, statistics: Statistics) -> Tensor:
-        """Which entries of each model are shared, then which are its own, ``[2 n, *shape]``."""
+        """Return masks ``[2 n, *shape]`` of the shared entries of each model, then of its unique entries."""
         active = self._active(stack, statistics)
-        several, changed = (_how_many(active) > 1).to(active[0]), [_changed(each) for each in active]
+        several, changed = (_count_active(active) > 1).to(active[0]), [_change_mask(each) for each in active]
         shared = [each * several for each in changed]
         return torch.stack([*shared, *(each - other for each, other in zip(changed, shared, strict=True))])
 
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         active = self._active(stack, statistics)
-        count = _how_many(active)
+        count = _count_active(active)
         alone = torch.eq(count, 1, out=torch.empty_like(count))
         shared, own = statistics[_COUNTS].view(2, -1).tolist()
         gains = [self.r * min(several / max(1.0, one), self.alpha) for several, one in zip(shared, own, strict=True)]
@@ -91,16 +91,16 @@ class RamPlus(Ram):
 
 
 def _sizes(stack: Stack, site: Site, statistics: Statistics) -> Tensor:
-    """The squares of each change, and 1 for each entry, ``[n + 1, *shape]``."""
+    """Return the squares of each change, and 1 for each entry, ``[n + 1, *shape]``."""
     squares = stack.dense().square()
     return torch.cat([squares, torch.ones_like(squares[:1])])
 
 
-def _changed(values: Tensor) -> Tensor:
-    """1 where a change is not 0, else 0, in its type."""
+def _change_mask(values: Tensor) -> Tensor:
+    """Return 1 where a change is not 0, else 0, in its type."""
     return torch.ne(values, 0, out=torch.empty_like(values))
 
 
-def _how_many(active: list[Tensor]) -> Tensor:
-    """In how many models each entry is active."""
-    return sum_in_order([_changed(each) for each in active])
+def _count_active(active: list[Tensor]) -> Tensor:
+    """Return the number of models in which each entry is active."""
+    return sum_in_order([_change_mask(each) for each in active])

@@ -1,4 +1,4 @@
-"""SCE: select where the models differ, calculate how much each counts, erase what disagrees in sign."""
+"""SCE: select entries where the models differ, calculate weights of the models, erase entries of minority sign."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _CUT, _SQUARES = "sce.cut", "sce.squares"
 class Sce(Method):
     """tau = sum_i eta_i e_i tau_i / sum_i eta_i e_i, for each tensor.
 
-    1. Select: of the entries whose variance across the models is not 0, the share `density` of largest variance,
-       everything equal to the threshold among them; a density of 1 selects all entries.
-    2. Calculate: eta_i, the sum of squares of model i's selected entries, over that of all models (equal shares where
-       all of them are 0).
+    1. Select: the share `density` of largest variance, among the entries whose variance across the models is not 0, and
+       all entries equal to the threshold. A density of 1 selects all entries.
+    2. Calculate: eta_i, the sum of squares of model i's selected entries, as a share of the sums of all models (equal
+       shares if all are 0).
     3. Erase: e_i is 1 where tau_i has the sign of sum_j tau_j (0 counts as +), and 0 elsewhere.
 
-    What was selected decides the shares alone, and every entry is merged (`select = weights`, the authors' code), or
-    the entries that were not selected stay as in the base (`deltas`, as mergekit has it): another method, which merges
-    a tenth. There is no number to tune, but the model that moved farthest counts most, by the square: one that was
+    The selection decides only the shares, and every entry is merged (`select = weights`, the authors' code). Or entries
+    that were not selected stay as in the base (`deltas`, as in mergekit): another method, which merges a tenth. There
+    is no number to tune. The model that moved farthest counts most, by the square, so that a model that was
     overtrained, or scaled, takes over. On adapters the merged change has full rank. Costs three sweeps over each tensor
     before the merge, one with a density of 1.
     """
@@ -53,8 +53,8 @@ class Sce(Method):
         squares = Statistic(_SQUARES, Sum(), self._squares, per="tensor")
         return (cut, squares) if self.density < 1 else (squares,)
 
-    def _selected(self, stack: Stack, statistics: Statistics) -> Tensor:
-        """The changes ``[n, *shape]``, 0 where nothing is selected."""
+    def _select(self, stack: Stack, statistics: Statistics) -> Tensor:
+        """Return the changes ``[n, *shape]``, 0 where an entry is not selected."""
         values = stack.dense()
         if self.density >= 1:
             return values
@@ -64,17 +64,17 @@ class Sce(Method):
         return values * chosen
 
     def _squares(self, stack: Stack, site: Site, statistics: Statistics) -> Tensor:
-        return self._selected(stack, statistics).square()
+        return self._select(stack, statistics).square()
 
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
-        values = self._selected(stack, statistics) if self.select == "deltas" else stack.dense()
+        values = self._select(stack, statistics) if self.select == "deltas" else stack.dense()
         signs = elect(list(values), [1.0] * len(values))
         signs.add_(torch.eq(signs, 0, out=torch.empty_like(signs)))
         return Dense(agreeing_mean(list(values), signs, shares_of(statistics[_SQUARES]), normalize=True) * self.scale)
 
 
 def variance(values: Tensor) -> Tensor:
-    """n times the variance of each entry across the models, ``[*shape]``; exactly 0 where they are equal."""
+    """Return n times the variance of each entry across the models, ``[*shape]``; exactly 0 where they are equal."""
     n = len(values)
     shifted = [value - values[0] for value in values[1:]]  # so that equal values have a mean without rounding
     if not shifted:
@@ -87,12 +87,12 @@ def variance(values: Tensor) -> Tensor:
 
 
 def _variances(stack: Stack, site: Site, statistics: Statistics) -> Tensor:
-    """The variances that are not 0, ``[1, entries]``."""
+    """Return the variances that are not 0, ``[1, entries]``."""
     found = variance(stack.dense()).flatten()
     return (found if found.numel() and float(found.min()) > 0 else found[found > 0])[None]
 
 
 def shares_of(squares: Tensor) -> list[float]:
-    """How much each model counts: its squares over those of all, equal shares where all are 0."""
+    """Return the share of each model: its sum of squares over the sum of all, equal shares if all are 0."""
     total = float(squares.sum())
     return [safe_ratio(float(each), total) if total else 1 / len(squares) for each in squares]

@@ -16,16 +16,16 @@ from merging.methods.families.spherical import GRAM, arc_weights, gram, plain_we
 __all__ = ["Slerp"]
 
 COLLINEAR = 0.9995
-"""Cosine from which the arc is so flat that its formula loses digits and the chord is taken, as is customary."""
+"""Cosine from which the chord is taken, as is customary: the arc is so flat that its formula loses digits."""
 
 
 class Slerp(Method):
-    """Each tensor a step t along the arc from the first model's to the second's (Shoemake 1985).
+    """Move each tensor a step t along the arc from the first model's to the second's (Shoemake 1985).
 
-    theta = (sin((1-t) omega) v0 + sin(t omega) v1) / sin(omega), with omega the angle between the two tensors taken
-    flat, and v0, v1 the tensors themselves, not normalised. Nearly collinear tensors (cosine beyond 0.9995, most
-    fine-tunes of one base) and zero tensors are interpolated linearly. Merges the weights, so adapters need the base.
-    Costs two passes over each tensor.
+    theta = (sin((1-t) omega) v0 + sin(t omega) v1) / sin(omega), where omega is the angle between the two tensors as
+    vectors, and v0, v1 are the tensors, not normalized. Nearly collinear tensors (cosine beyond 0.9995, most fine-tunes
+    of one base) and zero tensors are interpolated linearly. It merges weights, so adapters need the base. Costs two
+    passes over each tensor.
     """
 
     name: ClassVar[str] = "slerp"

@@ -17,13 +17,13 @@ __all__ = ["Svd"]
 
 
 class Svd(Spectral):
-    """scale * sum_i w_i tau_i, each matrix cut to its leading singular triples.
+    """scale * sum_i w_i tau_i, with each matrix cut to its leading singular triples.
 
-    The fewest whose squared values add up to the share `energy` of all, and at most `max_rank`: the best
-    approximation of the sum by so many. Small singular values of a sum of task vectors are mostly noise; to store the
-    result as an adapter of some rank, `--rank` does the same. All other tensors, and embedding tables unless
-    `embeddings`, take the sum. On adapters exact, in the joint spaces of the factors. On full checkpoints one
-    eigenvalue problem of a matrix's shorter side, one matrix in memory at a time.
+    It keeps the fewest triples whose squared singular values add up to the share `energy` of all, and at most
+    `max_rank`: the best approximation of the sum at that rank. Small singular values of a sum of task vectors are
+    mostly noise. To store the result as an adapter of some rank, `--rank` does the same. All other tensors, and
+    embedding tables unless `embeddings`, take the sum. On adapters it is exact, in the joint spaces of the factors. On
+    full checkpoints it takes one eigenvalue problem of a matrix's shorter side, with one matrix in memory at a time.
     """
 
     name: ClassVar[str] = "svd"

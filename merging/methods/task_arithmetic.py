@@ -47,5 +47,5 @@ class TaskArithmetic(Method):
 
 
 def scaled_state(name: str, update: Method, scale: Callable[[History], float]) -> UpdateRule:
-    """The rule of a method whose merge is a multiple of a state with one part."""
+    """Return the rule of a method whose merge is a multiple of a state with one part."""
     return UpdateRule({name: update}, scale, lambda history: TaskArithmetic(scale=scale(history)))

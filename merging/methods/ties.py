@@ -26,19 +26,19 @@ _THRESHOLDS, _MAJORITY = "ties.thresholds", "ties.majority"
 
 
 class Ties(Method):
-    """Trim, elect sign, disjoint merge: interference between task vectors is removed before they are averaged.
+    """Trim, elect sign, disjoint merge: remove interference between task vectors before they are averaged.
 
-    1. Trim: of each model's change the `density` largest magnitudes are kept, the rest is 0; everything equal to the
-       threshold is kept (bfloat16 checkpoints have many exact ties, and any choice among them would be arbitrary).
-    2. Elect: the sign of the sum of the trimmed changes, entry by entry. Where it is 0, the sign that was elected most
-       often over all entries (`zero = majority`, as in the paper's code), or + (`plus`).
-    3. Merge: the mean of the changes that have the elected sign, weighted; their weighted sum with `normalize` off.
+    1. Trim: keep the share `density` of each model's change with the largest magnitudes, and set the rest to 0. Entries
+       equal to the threshold are kept (bfloat16 checkpoints have many exact ties, and any choice would be arbitrary).
+    2. Elect: take the sign of the sum of the trimmed changes, entry by entry. Where the sum is 0, take the sign that
+       was elected most often over all entries (`zero = majority`, as in the paper's code), or + (`plus`).
+    3. Merge: take the weighted mean of the changes with the elected sign; with `normalize` off, their weighted sum.
 
-    A negative weight turns a model's change around, before the vote; magnitudes of weights count in the mean and, with
-    `vote = weighted`, in the vote. Thresholds are taken over the whole model, as in the paper, or over each tensor
-    (`scope = tensor`). Merges two to about ten models whose plain sum interferes; expect a scale of about 1, since the
-    result is a mean. On adapters the merged change has full rank. Costs three sweeps over the inputs before the merge
-    (two with `zero = plus`, none with a density of 1 and `plus`), each in constant memory; results are exact.
+    A negative weight reverses a model's change before the vote. Magnitudes of weights count in the mean and, with `vote
+    = weighted`, in the vote. Thresholds are taken over the whole model, as in the paper, or over each tensor (`scope =
+    tensor`). It suits two to about ten models whose plain sum interferes. The result is a mean, so expect a scale of
+    about 1. On adapters the merged change has full rank. Costs three sweeps over the inputs before the merge (two with
+    `zero = plus`, none with a density of 1 and `plus`), each in constant memory; results are exact.
     """
 
     name: ClassVar[str] = "ties"
@@ -76,14 +76,14 @@ class Ties(Method):
                 Statistic(_THRESHOLDS, ranks, lambda stack, site, statistics: stack.dense(), per=self.scope)
             )
         if self.zero == "majority":
-            required_statistics.append(Statistic(_MAJORITY, Sum(), self._elected, per=self.scope))
+            required_statistics.append(Statistic(_MAJORITY, Sum(), self._elect, per=self.scope))
         return tuple(required_statistics)
 
     def _densities(self) -> list[float]:
-        """The densities whose thresholds must be found; all of a change is kept without looking."""
+        """Return the densities that need thresholds: all but 1."""
         return sorted({density for density in spread(self.density, 1) if density < 1})
 
-    def _trimmed(self, stack: Stack, statistics: Statistics) -> list[Tensor]:
+    def _trim(self, stack: Stack, statistics: Statistics) -> list[Tensor]:
         values = list(stack.dense())
         densities = spread(self.density, len(values))
         return [
@@ -97,11 +97,11 @@ class Ties(Method):
         weights = [number(weight) for weight in self.coefficients(models)]
         return weights if self.vote == "weighted" else [(weight > 0) - (weight < 0) for weight in weights]
 
-    def _elected(self, stack: Stack, site: Site, statistics: Statistics) -> Tensor:
-        return elect(self._trimmed(stack, statistics), self._votes(len(stack)))[None]
+    def _elect(self, stack: Stack, site: Site, statistics: Statistics) -> Tensor:
+        return elect(self._trim(stack, statistics), self._votes(len(stack)))[None]
 
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
-        trimmed = self._trimmed(stack, statistics)
+        trimmed = self._trim(stack, statistics)
         signs = elect(trimmed, self._votes(len(trimmed)))
         otherwise = -1.0 if self.zero == "majority" and float(statistics[_MAJORITY]) < 0 else 1.0
         signs.add_(_ones(torch.eq, signs), alpha=otherwise)
@@ -123,7 +123,7 @@ class Ties(Method):
 
 
 class Tally(Method):
-    """One of the four sums that TIES goes on with: of the trimmed changes of one sign, or of their number.
+    """One of the four sums with which TIES is continued: of the trimmed changes of one sign, or of their number.
 
     Merges (the sum so far, the next model's change).
     """
@@ -180,25 +180,25 @@ def _tallied_sign(stack: Stack) -> Tensor:
 
 
 def trim(values: Tensor, threshold: float) -> Tensor:
-    """The values of at least this magnitude, and 0 for the others."""
+    """Return the values of at least this magnitude, and 0 for the others."""
     below = torch.nextafter(torch.tensor(threshold, dtype=values.dtype), torch.zeros((), dtype=values.dtype))
     return torch.nn.functional.hardshrink(values, float(below))
 
 
 def elect(values: Sequence[Tensor], votes: Sequence[float]) -> Tensor:
-    """The sign of ``sum_i votes_i values_i``, summed in order; equal and opposite votes cancel out exactly."""
-    # a product that was not rounded before it is added would leave a rest of its rounding
+    """Return the sign of ``sum_i votes_i values_i``, summed in order; equal and opposite votes cancel out exactly."""
+    # each product is rounded before it is added: a fused product and sum would not cancel out exactly
     counted = [value * vote for value, vote in zip(values, votes, strict=True)]
     return sum_in_order(counted).sign_()
 
 
 def agreeing_mean(values: Sequence[Tensor], signs: Tensor, weights: Sequence[Any], normalize: bool) -> Tensor:
-    """The weighted sum, over the weights' magnitudes if normalized, of those changes that have the elected sign.
+    """Return the weighted sum of the changes that have the elected sign, with ``normalize`` their weighted mean.
 
-    ``signs`` are 1 or -1, and a negative weight turns its change around.
+    ``signs`` are 1 or -1, and a negative weight reverses its change.
     """
     sizes = [abs(weight) for weight in weights]
-    # what agrees, positive: a masked selection takes thirty times as long
+    # changes that agree, as positive numbers: a masked selection takes thirty times as long
     agreeing = [
         torch.relu(value * signs if number(weight) >= 0 else -value * signs)
         for value, weight in zip(values, weights, strict=True)
@@ -211,5 +211,5 @@ def agreeing_mean(values: Sequence[Tensor], signs: Tensor, weights: Sequence[Any
 
 
 def _ones(compare: Callable[..., Tensor], values: Tensor) -> Tensor:
-    """1 where values compare so to 0, else 0, in their type."""
+    """Return 1 where the comparison of values with 0 holds, else 0, in their type."""
     return compare(values.detach(), 0, out=torch.empty_like(values, requires_grad=False))

@@ -17,15 +17,15 @@ __all__ = ["Tsv"]
 class Tsv(Spectral):
     """scale * U_perp S V_perp^T for each matrix [m, k]: task singular vectors without interference.
 
-    Of each of n models' changes the min(m, k) / n leading singular triples (one at least) are kept and put side by
-    side; U and V are then replaced by the nearest matrices with orthonormal columns (their polar factors; directions
-    that several models share, to 1e-6, are none: the pseudo-inverse root is taken there, so that a duplicate changes
-    nothing but sizes). The strongest data-free method on full fine-tunes along with `iso_c`, at a scale of 1; adapters
-    want 0.4 to 0.6. What it keeps of a model it keeps at full size, noise included: leave out weak or unrelated ones.
-    Vectors, convolutions and embedding tables take scale times the mean.
+    The min(m, k) / n leading singular triples (one at least) of each of n models' changes are put side by side. U and V
+    are then replaced by the nearest matrices with orthonormal columns, their polar factors. (For directions that
+    several models share, to 1e-6, the pseudo-inverse root is taken, so that a duplicate changes only sizes.) Along with
+    `iso_c` it is the strongest data-free method on full fine-tunes, at a scale of 1; adapters need 0.4 to 0.6. It keeps
+    its share of each model at full size, noise included: leave out weak or unrelated models. Vectors, convolutions and
+    embedding tables take scale times the mean.
 
-    On adapters exact, in the joint spaces of the factors: hundredths of a second a module. On full checkpoints n + 2
-    eigenvalue problems of a matrix's shorter side, one matrix in memory at a time.
+    On adapters it is exact, in the joint spaces of the factors, and takes hundredths of a second for each module. On
+    full checkpoints it takes n + 2 eigenvalue problems of a matrix's shorter side, with one matrix in memory at a time.
     """
 
     name: ClassVar[str] = "tsv"

@@ -24,9 +24,9 @@ _SQUARES = "varm.squares"
 class Varm(Method):
     """tau = sum_i eta_i tau_i with eta_i = |tau_i|^2 / sum_j |tau_j|^2, for each tensor.
 
-    Variation ratio merging: the model that moved a tensor farthest counts most, by the square. There is no number to
-    tune; a model that was overtrained, or scaled, takes over. On adapters exact: the squared norms follow from the
-    factors' products, and the rank is the sum of the ranks. Costs two passes over each tensor.
+    In variation ratio merging the model that moved a tensor farthest counts most, by the square. There is no number to
+    tune, but a model that was overtrained, or scaled, takes over. On adapters it is exact: the squared norms follow
+    from the factors' products, and the rank is the sum of the ranks. Costs two passes over each tensor.
     """
 
     name: ClassVar[str] = "varm"

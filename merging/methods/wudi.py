@@ -1,4 +1,4 @@
-"""WUDI: the merged matrix that differs from each model's change where that change does not look."""
+"""WUDI: the merged matrix with the least interference on the inputs that each model's change acts on."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from merging.maths.site import Site
 from merging.methods.families.spectral import Spectral
 from merging.methods.iso_c import total
 
-__all__ = ["Wudi", "descended", "interference", "minimum"]
+__all__ = ["Wudi", "descend", "interference", "minimum"]
 
 _RATE, _EPS = 0.01, 1e-3
-"""Adam's rate as a share of the sum's root mean square, and its epsilon as one of that of K, so that rounding moves
-nothing: about those of the published absolute ones on task vectors of vision transformers."""
+"""Adam's rate as a share of the sum's root mean square, and its epsilon as a share of K's, so that rounding errors move
+nothing. They are about the published absolute values on task vectors of vision transformers."""
 
 
 class Wudi(Spectral):
-    """For each matrix the tau that minimises sum_i |(tau - tau_i) tau_i^T|^2 / |tau_i|^2.
+    """For each matrix, the tau that minimizes sum_i |(tau - tau_i) tau_i^T|^2 / |tau_i|^2.
 
     A layer's change is spanned by its inputs, so that this is the interference on them, without any data. It is
-    quadratic; `mode = closed` takes its minimum, tau = (sum_i tau_i G_i)(sum_i G_i)^+ with G_i = tau_i^T tau_i /
-    |tau_i|^2, the pseudo-inverse without eigenvalues below 1e-6 of the largest. `adam` is what was published: `steps`
-    steps of Adam from the sum of the changes, which ends well before the minimum. Its rate of 1e-5 suits a sum with
-    root mean square 1e-3; here it is 0.01 of that, so that the size of the changes does not matter. Vectors,
-    convolutions and embedding tables take the mean. A scale of 1 suits full fine-tunes; adapters want 0.1 to 0.3, since
-    the change of `closed` has there some 3.5 times the norm of the plain sum.
+    quadratic. `mode = closed` takes its minimum, tau = (sum_i tau_i G_i)(sum_i G_i)^+ with G_i = tau_i^T tau_i /
+    |tau_i|^2, where the pseudo-inverse leaves out eigenvalues below 1e-6 of the largest. `adam` is the published
+    method: `steps` steps of Adam from the sum of the changes, which end well before the minimum. The published rate of
+    1e-5 suits a sum with root mean square 1e-3; here the rate is 0.01 of the root mean square, so that the size of the
+    changes does not matter. Vectors, convolutions and embedding tables take the mean. A scale of 1 suits full
+    fine-tunes. Adapters need 0.1 to 0.3, as the result of `closed` has there some 3.5 times the norm of the plain sum.
 
     `closed` is exact on adapters, in the joint spaces of the factors; on full checkpoints it is one eigenvalue problem
     of a matrix's inputs. `adam` depends on the basis, so that adapters are written out and the merged change has full
@@ -58,11 +58,11 @@ class Wudi(Spectral):
         weights, target = interference([change.double() for change in changes])
         if self.mode == "closed":
             return minimum(weights, target)
-        return descended(weights, target, total(changes), self.steps)
+        return descend(weights, target, total(changes), self.steps)
 
 
 def interference(changes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """H = sum_i G_i ``[in, in]`` and K = sum_i tau_i G_i ``[out, in]``: the gradient at tau is 2 (tau H - K)."""
+    """Return H = sum_i G_i ``[in, in]`` and K = sum_i tau_i G_i ``[out, in]``: the gradient at tau is 2 (tau H - K)."""
     weights = changes[0].new_zeros(changes[0].shape[1], changes[0].shape[1])
     target = torch.zeros_like(changes[0])
     for change in changes:
@@ -75,15 +75,15 @@ def interference(changes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def minimum(weights: Tensor, target: Tensor) -> Tensor:
-    """K H^+."""
+    """Return K H^+."""
     values, vectors = torch.linalg.eigh(weights)
     inverse = torch.where(values > CUT * values[-1:], 1 / torch.where(values > 0, values, 1.0), 0.0)
     found: Tensor = (target @ vectors * inverse) @ vectors.mT
     return found
 
 
-def descended(weights: Tensor, target: Tensor, start: Tensor, steps: int) -> Tensor:
-    """What Adam makes of the sum, in units of its root mean square."""
+def descend(weights: Tensor, target: Tensor, start: Tensor, steps: int) -> Tensor:
+    """Return the sum after steps of Adam, which are in units of its root mean square."""
     size = float(start.square().mean().sqrt())
     if not isfinite(size):
         raise torch.linalg.LinAlgError("the sum of the changes is not finite")  # type: ignore[attr-defined]

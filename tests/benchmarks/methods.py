@@ -281,12 +281,12 @@ def dense_steps(factored: float, layers: int) -> None:
 
 def dense_step(rows: int, columns: int) -> float:
     """Seconds to project one full change off another, both of full rank, so that the faster decomposition serves."""
-    from merging.methods.opcm import projected
+    from merging.methods.opcm import project
 
     generator = torch.Generator().manual_seed(0)
     delta, previous = torch.randn(2, rows, columns, generator=generator, dtype=torch.float64)
     start = time.perf_counter()
-    projected(delta, previous, 0.5)
+    project(delta, previous, 0.5)
     return time.perf_counter() - start
 
 

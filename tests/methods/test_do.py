@@ -13,7 +13,7 @@ from merging.maths.layers import Stacks
 from merging.maths.site import site_of
 from merging.methods import chain
 from merging.methods.contract.wrapper import unwrap_outer
-from merging.methods.orthogonalize import orthogonalized, overlap
+from merging.methods.orthogonalize import orthogonalize_factors, overlap
 from support import references
 from support.changes import EXPERTS, F64, PLACES, K, Q, changes, close, merged
 from support.factors import growing_pairs, low
@@ -74,7 +74,7 @@ def test_orthogonalize(gamma: float, ranks: Any) -> None:
     made, overlaps = growing_pairs(15, 20, ranks), []
     downs = [down for _, down in made]
     for steps in (0, 1, 5, 20):
-        got, wanted = orthogonalized(downs, steps, gamma), references.orthogonalized(downs, steps, gamma)
+        got, wanted = orthogonalize_factors(downs, steps, gamma), references.orthogonalized(downs, steps, gamma)
         within = 1e-6 if steps == 20 else 1e-9  # where no step helps any more, rounding chooses them
         assert all(close(mine, other, within) for mine, other in zip(got, wanted, strict=True))
         overlaps.append(overlap(got))

@@ -11,7 +11,7 @@ from torch import equal
 
 import merging
 from merging.maths.delta import LowRank
-from merging.methods.opcm import accumulate, projected
+from merging.methods.opcm import project, sum_projected
 from support import references
 from support.changes import EXPERTS, F32, F64, PLACES, K, Q, changes, close, dense, written
 from support.factors import growing_pairs, low
@@ -83,8 +83,8 @@ def test_opcm_projection(mode: str, svd: str) -> None:
         old = torch.linalg.qr(u[:rows, :12])[0] * sigma @ torch.linalg.qr(v[:columns, :12])[0].T
         new = new[:rows, :columns]
         for alpha in (0.0, 0.5, 0.9, 1.0):
-            rest = projected(new, old, alpha, mode, 1e-14, svd)
+            rest = project(new, old, alpha, mode, 1e-14, svd)
             assert float((rest * old).sum().abs()) < 1e-10 * float(new.norm() * old.norm())
-            assert float(projected(old, old, alpha, mode, 1e-14, svd).norm()) < 1e-10 * float(old.norm())
+            assert float(project(old, old, alpha, mode, 1e-14, svd).norm()) < 1e-10 * float(old.norm())
             check_opcm(dense([{Q: old}, {Q: new}]), alpha, mode, svd=svd) if alpha < 1 else None
-        assert equal(accumulate([0 * old, new], 0.5, mode, 1e-14, svd), new)
+        assert equal(sum_projected([0 * old, new], 0.5, mode, 1e-14, svd), new)

@@ -40,9 +40,7 @@ ALLOWED: dict[str, str] = {
 CEILINGS: dict[str, tuple[int, int]] = {
     "cli": (21, 17),
     "compression": (24, 8),
-    "continual": (73, 12),
     "geometry": (29, 9),
-    "methods": (33, 15),
     "output": (17, 3),
     "plan": (105, 27),
     "pool": (35, 16),

@@ -74,7 +74,7 @@ class FunctionMethod(Method):
     needs: ClassVar[Grain] = "matrix"
     takes_site: ClassVar[bool] = False
     each_model: ClassVar[frozenset[str]] = frozenset()
-    """The parameters of which the function gets a list with one value a model."""
+    """The parameters that the function receives as a list with one value for each model."""
 
     def __call__(self, **parameters: Any) -> Method:
         """Return the method with these parameters. Raises :class:`~merging.errors.OptionError`."""
@@ -119,14 +119,15 @@ def method(
             \"""Mean of the changes without the largest and the smallest.\"""
             return deltas.sort(0).values[trim : len(deltas) - trim].mean(0) * scale
 
-    It must not change its argument, nor depend on anything else, such as a random state. A second positional parameter
-    gets the :class:`~merging.maths.site.Site` of the tensor. Keyword-only parameters, each with a type and a default,
-    are the parameters of the method: options of the command line, keys of recipes. A ``float`` may differ from place to
-    place; of a ``list[float] = [1.0]`` the function gets one value
-    for each model. Bounds and help are annotations:
+    The function must not change its argument, nor depend on anything else, such as a random state. A second positional
+    parameter receives the :class:`~merging.maths.site.Site` of the tensor.
+
+    Keyword-only parameters, each with a type and a default, are the parameters of the method: options of the command
+    line and keys of recipes. A ``float`` may differ from place to place. For a ``list[float] = [1.0]`` the function
+    receives one value for each model. Bounds and help are annotations:
     ``Annotated[float, Field(ge=0), "share that is kept"]``.
 
-    From then on the name works like that of a built-in method, in this process. A package offers it to others by an
+    From then on the name works like the name of a built-in method, in this process. A package offers it to others by an
     entry point: ``[project.entry-points."merging.methods"]``, ``trimmed_mean = "module:trimmed_mean"``.
 
     Args:
@@ -143,7 +144,7 @@ def method(
         that gives one with others: ``trimmed_mean(trim=2)``.
 
     Raises:
-        OptionError: the name is taken, or the function's parameters cannot be those of a method.
+        OptionError: the name is taken, or a parameter of the function cannot be a parameter of a method.
     """
     known = name.replace("-", "_")
 

@@ -1,4 +1,12 @@
-"""The contract of a merging method: a frozen value that says what it merges, what it must see first, and how."""
+"""The contract of merging methods: a frozen value with parameters, statistics and a merge of one tensor.
+
+A method is one file of :mod:`merging.methods` with a class that has a docstring (formula, paper, departures from the
+released code, cost, when it loses), a ``name``, a ``summary``, fields for its parameters, and :meth:`Method.merge`. A
+line in :mod:`merging.methods.catalog` puts it on the list. The simplest case is ``merging/methods/magmax.py``;
+``varm.py`` has a statistic, ``dare.py`` is a wrapper. :func:`merging.testing.check_method` tries the laws.
+
+From outside the project, :func:`merging.method` makes a method of a function.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +34,7 @@ Statistics = Mapping[str, Tensor]
 """Values of the statistics known so far, by name."""
 
 Grain = Literal["element", "row", "matrix"]
-"""A piece of a tensor: any elements, whole rows (see :attr:`~merging.maths.site.Site.row`), or all of it."""
+"""A piece of a tensor: any elements, whole rows (see :attr:`~merging.maths.site.Site.row`), or the whole tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +109,7 @@ class Method(BaseModel, ABC):
         return "delta"
 
     def grain_at(self, site: Site) -> Grain:
-        """The smallest piece of the tensor at a place on which :meth:`merge` is exact."""
+        """Return the smallest piece of the tensor at a place on which :meth:`merge` is exact."""
         return "element"
 
     @property
@@ -123,7 +131,7 @@ class Method(BaseModel, ABC):
         if models < least or (most is not None and models > most):
             wanted = f"{least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
             noun, verb = "model" if wanted == "1" else "models", "was" if models == 1 else "were"
-            hint = ": the one it was trained from goes to --base" if most == 1 and self.merge_space == "delta" else ""
+            hint = ": the model it was trained from goes to --base" if most == 1 and self.merge_space == "delta" else ""
             raise OptionError(f"{self.name} merges {wanted} {noun}, and {models} {verb} given{hint}")
         for field in type(self).model_fields:
             value = getattr(self, field)
@@ -138,7 +146,7 @@ class Method(BaseModel, ABC):
                 )
 
     def idle(self, site: Site) -> Mapping[str, str]:
-        """The parameters that have no effect at a place, each with the reason; asked of the method bound there."""
+        """Return the parameters without effect at a place, each with the reason. Called on the method bound there."""
         return {}
 
     @property
@@ -149,33 +157,33 @@ class Method(BaseModel, ABC):
     # ---- 2. statistics, and the shortcuts of sums
 
     def required_statistics(self) -> tuple[Statistic, ...]:
-        """The statistics that :meth:`merge` needs, in the order in which they are gathered."""
+        """Return the statistics that :meth:`merge` needs, in the order in which they are gathered."""
         return ()
 
     def result_statistics(self, models: int) -> tuple[ResultStatistic, ...]:
-        """The statistics of the merged changes that :meth:`factor` needs."""
+        """Return the statistics of the merged changes that :meth:`factor` needs."""
         return ()
 
     def factor(self, site: Site, statistics: Statistics, models: int) -> Coefficient:
-        """The number that the merged change of a tensor is multiplied by in the end."""
+        """Return the number by which the merged change of a tensor is multiplied in the end."""
         return 1.0
 
     def metrics(self, statistics: Statistics, models: int) -> dict[str, float]:
-        """Numbers to report of the whole merge, by name."""
+        """Return numbers to report of the whole merge, by name."""
         return {}
 
     def coefficients(self, models: int) -> list[Any]:
-        """The weight of each model: 1 unless the method has weights of its own."""
+        """Return the weight of each model: 1 unless the method has weights of its own."""
         return spread(getattr(self, "weights", 1.0), models)
 
     def multiple(self, models: int) -> float | None:
-        """c if the merge is known to be ``c sum_i w_i delta_i`` without looking at it, else None."""
+        """Return c if the merge is always ``c sum_i w_i delta_i``, else None."""
         return None
 
     def update_rule(self) -> UpdateRule | None:
-        """How a merge takes in one more model in constant memory; None if it must see all models at once.
+        """Return how a merge takes in one more model in constant memory; None if it must see all models at once.
 
-        Asked of a method whose models all weigh the same and whose parameters are the same everywhere. Raises
+        Called on a method whose models all weigh the same and whose parameters are the same everywhere. Raises
         :class:`~merging.errors.OptionError` for parameters with which it cannot be continued.
         """
         return None
@@ -203,9 +211,9 @@ class Method(BaseModel, ABC):
         return any(varies(getattr(self, field)) for field in type(self).model_fields)
 
     def at(self, site: Site) -> Method:
-        """The method bound at a place: every parameter has the value that it has there.
+        """Return the method bound at a place: every parameter has its value there.
 
-        Raises :class:`~merging.errors.OptionError` for one that has none there, or one out of bounds.
+        Raises :class:`~merging.errors.OptionError` for a parameter without a value there, or out of bounds.
         """
         if not self.varies:
             return self
@@ -216,7 +224,7 @@ class Method(BaseModel, ABC):
             raise OptionError(f"{self.name}: {error}") from None
 
     def links(self) -> list[Method]:
-        """The chain, outermost first."""
+        """Return the methods of the chain, outermost first."""
         return [self]
 
     @property
@@ -229,14 +237,14 @@ _FORMS = ("is_instance_of", "model_type", "model_attributes_type", "tuple_type",
 
 
 def build(cls: type[Method], parameters: Mapping[str, Any]) -> Method:
-    """``cls(**parameters)``, whose refusals name the method, the parameter and what it accepts.
+    """Return ``cls(**parameters)``. An error names the method, the parameter and the values that it accepts.
 
     Raises :class:`~merging.errors.OptionError`.
     """
     try:
         return cls(**parameters)
     except ValidationError as error:
-        # of the forms that a value may have, the numbers tell best what is wrong with it
+        # of the errors for each form of a value, the error for numbers says most
         found = error.errors()
         first = next((each for each in found if each["type"] not in _FORMS), found[0])
         field = str(first["loc"][0]) if first["loc"] else ""

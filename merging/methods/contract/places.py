@@ -16,12 +16,12 @@ __all__ = ["check_places", "idle_parameters"]
 def check_places(method: Method, sites: Iterable[Site], models: int, remedy: str = "") -> None:
     """Check the parameters at every place, where they differ from place to place.
 
-    ``remedy`` is what else can be done where the names tell no depth, and something needs it.
+    ``remedy`` is advice for names that state no depth, where a parameter goes by depth.
     """
     sites = list(sites)
     if method.by_depth and sites and all(site.position.layer is None for site in sites):
         raise OptionError(
-            f"{_by_depth(method)} goes by the depth of each tensor in the model, and none of their names tells it "
+            f"{_by_depth(method)} goes by the depth of each tensor in the model, and none of their names states it "
             f"({sites[0].name} is one): {remedy}leave it out, or choose a value that is the same everywhere"
         )
     if not any(link.varies for link in method.links()):
@@ -41,14 +41,14 @@ def check_places(method: Method, sites: Iterable[Site], models: int, remedy: str
 
 
 def _by_depth(method: Method) -> str:
-    """The method or the parameter that goes by depth, the innermost."""
+    """Return the name of the innermost method or parameter that goes by depth."""
     link = next(link for link in reversed(method.links()) if link.by_depth)
     field = next((field for field in type(link).model_fields if graded(getattr(link, field))), None)
     return f"{link.name}.{field}" if field else link.name
 
 
 def idle_parameters(method: Method, sites: Iterable[Site]) -> list[str]:
-    """A notice for each parameter that was given, or each of its patterns, and has no effect at any of its places."""
+    """Return a notice for each given parameter, or each of its patterns, that has no effect at any of its places."""
     links = method.links()
     given = {
         (index, field): getattr(link, field)

@@ -1,4 +1,4 @@
-"""The contract of a method around another: what it makes of the changes, and the way back."""
+"""The contract of methods around a method: a transformation of the changes, and the way back."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Unwrapped:
 
 
 class Wrapper(Method):
-    """A method around another: what it makes of the changes goes to ``then``, and what comes back it may finish."""
+    """A method that transforms the changes, lets ``then`` merge them, and may transform the result back."""
 
     then: Method = Field(description="the method inside")
 
@@ -42,7 +42,7 @@ class Wrapper(Method):
 
     @property
     def merge_space(self) -> Literal["delta", "weights"]:
-        """What it makes of changes, any method may merge: `dare+linear` is the mean of thinned changes."""
+        """A wrapper hands changes to any method: `dare+linear` is the mean of thinned changes."""
         return self.then.merge_space if self.transparent else "delta"
 
     def grain_at(self, site: Site) -> Grain:
@@ -58,7 +58,7 @@ class Wrapper(Method):
 
     @property
     def transparent(self) -> bool:
-        """Whether it leaves the changes as they are, and acts elsewhere."""
+        """Whether it hands the changes on as they are, and acts on the result only."""
         return type(self).unwrap is Wrapper.unwrap
 
     @property
@@ -81,7 +81,7 @@ class Wrapper(Method):
         return own if then is self.then else own.model_copy(update={"then": then})
 
     def unwrap(self, stack: Stack, site: Site, statistics: Statistics) -> Unwrapped:
-        """Transform the stack into the one that ``then`` merges; the result says how to go back."""
+        """Transform the stack for ``then`` to merge. The result says how to transform the merged change back."""
         return Unwrapped(self.then, stack, site, lambda merged: merged)
 
     def required_statistics(self) -> tuple[Statistic, ...]:

@@ -1,4 +1,4 @@
-"""What wrappers have in common that drop entries at random: the seed, and how the kept ones make up for the rest."""
+"""Base class of wrappers that drop entries at random and rescale the kept entries."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _NORMS = "dropping.norms"
 
 
 class Dropping(Wrapper):
-    """Entries of each change are dropped at random, and the kept ones grow to make up for them.
+    """A wrapper that drops entries of each change at random, and rescales the kept entries.
 
-    Which are dropped follows from the seed, the content of the model, the name of the tensor and the position in it.
+    The dropped entries follow from the seed, the content of the model, the name of the tensor and the position in it.
     """
 
     rescale: Literal["inverse", "l1", "none"] = Field(
@@ -38,20 +38,20 @@ class Dropping(Wrapper):
         return False
 
     @abstractmethod
-    def thinned(self, stack: Stack, site: Site, divide: bool) -> Tensor:
-        """The changes ``[n, *shape]`` with 0 for what is dropped, the rest divided by its probability if so asked."""
+    def thin(self, stack: Stack, site: Site, divide: bool) -> Tensor:
+        """Return the changes ``[n, *shape]`` with dropped entries 0; ``divide`` the kept ones by their probability."""
 
     def required_statistics(self) -> tuple[Statistic, ...]:
         own = (Statistic(_NORMS, Sum(), self._norms, per="tensor"),) if self.rescale == "l1" else ()
         return own + super().required_statistics()
 
     def _norms(self, stack: Stack, site: Site, statistics: Statistics) -> Tensor:
-        """Parts of the L1 norms of each change before and after dropping, ``[2 n, parts]``."""
-        both = [spans(each.abs()) for each in (stack.dense(), self.thinned(stack, site, divide=False))]
+        """Return parts of the L1 norms of each change before and after dropping, ``[2 n, parts]``."""
+        both = [spans(each.abs()) for each in (stack.dense(), self.thin(stack, site, divide=False))]
         return torch.cat([torch.cat([whole.sum(-1), rest.sum(-1, keepdim=True)], 1) for whole, rest in both])
 
     def unwrap(self, stack: Stack, site: Site, statistics: Statistics) -> Unwrapped:
-        values = self.thinned(stack, site, divide=self.rescale == "inverse")
+        values = self.thin(stack, site, divide=self.rescale == "inverse")
         if self.rescale == "l1":
             before, after = statistics[_NORMS].view(2, -1).tolist()
             values *= column([safe_ratio(b, a) for b, a in zip(before, after, strict=True)], values)

@@ -1,4 +1,4 @@
-"""What wrappers have in common that hand on changes as they are in bases which all of them share."""
+"""Base class of wrappers that express all changes in a shared basis before merging."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from merging.methods.contract.method import Grain, Statistics
 from merging.methods.contract.wrapper import Unwrapped, Wrapper
 from merging.methods.families.spectral import as_stored, matrices
 
-__all__ = ["InBasis", "Turned", "turned"]
+__all__ = ["Coordinates", "SharedBasis", "transpose"]
 
-Turned = tuple[list[Delta], Callable[[Tensor], tuple[Tensor, Tensor]]]
-"""The changes in shared bases, and what makes of their merge the factors ``up @ down`` of the change it stands for."""
+Coordinates = tuple[list[Delta], Callable[[Tensor], tuple[Tensor, Tensor]]]
+"""The changes in shared bases, and a function from their merge to the factors ``up @ down`` of the merged change."""
 
 
-class InBasis(Wrapper):
-    """Matrices are merged as they are in shared bases, low-rank changes into low-rank ones whatever is inside.
+class SharedBasis(Wrapper):
+    """A wrapper that merges matrices in shared bases; low-rank changes stay low-rank, whatever is inside.
 
-    Vectors, convolutions and embedding tables that come in full, and experts, pass as they are.
+    Vectors, convolutions and embedding tables in full, and experts, pass unchanged.
     """
 
     needs_whole: ClassVar[bool] = True
@@ -40,23 +40,22 @@ class InBasis(Wrapper):
         return "matrix" if site.kind == "matrix" else self.then.grain_at(site)
 
     @abstractmethod
-    def turn(self, changes: list[Delta], dtype: torch.dtype) -> Turned:
-        """The changes, matrices ``[out, in]``, in their bases, in a type; and the way back."""
+    def change_basis(self, changes: list[Delta], dtype: torch.dtype) -> Coordinates:
+        """Return the changes, matrices ``[out, in]``, in shared bases of a type, and the way back."""
 
     def unwrap(self, stack: Stack, site: Site, statistics: Statistics) -> Unwrapped:
-        changes = _coordinates(stack, site)
+        changes = _as_matrices(stack, site)
         if changes is None:
             return Unwrapped(self.then, stack, site, lambda merged: merged)
-        inside, factors = self.turn(changes, stack.dtype)
+        inside, factors = self.change_basis(changes, stack.dtype)
         side = site.side or min(changes[0].shape)
         place = replace(site, shape=inside[0].shape, axis=1, start=0, side=side)
         inner = Stack(inside, stack.models, stack.present)
         return Unwrapped(self.then, inner, place, lambda merged: _back(*factors(merged.dense()), stack, site))
 
 
-def _coordinates(stack: Stack, site: Site) -> list[Delta] | None:
-    """The changes as matrices ``[out, in]``: factors, whatever they belong to, or full matrices; None for what is no
-    matrix."""
+def _as_matrices(stack: Stack, site: Site) -> list[Delta] | None:
+    """Return the changes as matrices ``[out, in]``: factors of any tensor, or full matrices; None for other tensors."""
     if stack.low_rank:
         low = [delta for delta in stack.deltas if isinstance(delta, LowRank)]
         if low[0].up.dim() > 2:
@@ -68,15 +67,15 @@ def _coordinates(stack: Stack, site: Site) -> list[Delta] | None:
 
 
 def _back(up: Tensor, down: Tensor, stack: Stack, site: Site) -> Delta:
-    """``up @ down`` as the stack's changes are: factors for factors, else in full as the tensor lies."""
+    """Return ``up @ down`` in the form of the stack's changes: as factors, or in full in the layout of the tensor."""
     first = stack.deltas[0]
     if stack.low_rank and isinstance(first, LowRank):
         return LowRank(up, down, first.shape, first.transposed)
     return Dense(as_stored(up @ down, site))
 
 
-def turned(change: Delta) -> Delta:
-    """A matrix's change transposed."""
+def transpose(change: Delta) -> Delta:
+    """Return a matrix's change transposed."""
     if isinstance(change, LowRank):
         return LowRank(change.down.mT, change.up.mT, change.shape[::-1])
     return Dense(change.value.mT)

@@ -1,4 +1,4 @@
-"""What methods have in common that take matrices apart by their singular values."""
+"""Base class of methods that decompose matrices into singular values and vectors."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ __all__ = ["Spectral", "as_stored", "matrices"]
 
 
 class Spectral(Method):
-    """Matrices are merged one by one; all other tensors, and embedding tables unless `embeddings`, take the mean.
+    """A method that merges matrices one by one. Other tensors, and embedding tables unless `embeddings`, take the mean.
 
-    What a method makes of matrices must not depend on the basis they are written in: low-rank changes are then merged
-    in their joint row and column spaces, where all matrices are of the sum of ranks, exactly.
+    The merge of matrices must not depend on their basis. Low-rank changes are then merged exactly, in their joint row
+    and column spaces, as matrices of the sum of ranks.
     """
 
     decomposed_side: ClassVar[Literal["shorter", "longer"] | None] = "shorter"
 
     scale: Local[Coefficient] = Field(1.0, description="what the merged change is multiplied by")
-    embeddings: bool = Field(False, description="take embedding tables apart as well, which else are averaged")
+    embeddings: bool = Field(False, description="decompose embedding tables as well, which are averaged otherwise")
 
     def grain_at(self, site: Site) -> Grain:
         return "matrix" if self.decomposes(site) else "element"
@@ -39,7 +39,7 @@ class Spectral(Method):
         return True
 
     def decomposes(self, site: Site) -> bool:
-        """Whether a tensor is taken apart."""
+        """Return whether a tensor is decomposed."""
         return site.kind in ("matrix", "experts") or (self.embeddings and site.kind == "embedding")
 
     def idle(self, site: Site) -> Mapping[str, str]:
@@ -70,19 +70,22 @@ class Spectral(Method):
         return Dense(as_stored(merged.to(values.dtype), site)).scaled(self.scale)
 
     def others(self, models: int) -> list[Coefficient]:
-        """The weights that models have where nothing is taken apart."""
+        """Return the weights of the models for tensors that are not decomposed."""
         return [1 / models] * models
 
     @abstractmethod
     def combine(self, changes: Sequence[Tensor], size: int) -> Tensor:
-        """The merged matrix, float64, of changes ``[out, in]``; ``size`` is the shorter side of the full matrices, of
-        which these may be cores."""
+        """Return the merged matrix, float64, of changes ``[out, in]``.
+
+        ``size`` is the shorter side of the full matrices, as the changes may be their cores.
+        """
 
 
 def matrices(values: Tensor, site: Site) -> Tensor:
-    """Matrices or tables as ``[..., out, in]``, whichever way they lie."""
+    """Return matrices or tables as ``[..., out, in]``, from either layout in memory."""
     return values.mT if site.axis == 0 else values
 
 
-as_stored = matrices
-"""The way back."""
+def as_stored(values: Tensor, site: Site) -> Tensor:
+    """Return matrices ``[..., out, in]`` in the layout of the tensor in memory."""
+    return values.mT if site.axis == 0 else values

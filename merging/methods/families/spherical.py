@@ -1,7 +1,7 @@
-"""Angles between what the models bring to a tensor: all that methods on the sphere must know of it.
+"""Base class of methods on the sphere, which need only the angles between the models' tensors.
 
-Whatever they make of the tensors is a weighted sum of them, whose weights follow from the inner products alone: one
-pass to gather these, one to add up, and on factors no matrix at all.
+Their result is a weighted sum of the tensors, and the weights follow from inner products: one pass gathers them, one
+adds up, and of factors no matrix is built.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _PRODUCTS = "inner products"
 
 
 def _products(stack: Stack, site: Site, statistics: Statistics) -> Tensor:
-    """Parts of the inner products of all pairs i <= j, ``[n (n + 1) / 2, parts]``, which the reduction adds up.
+    """Return parts of the inner products of all pairs i <= j, ``[n (n + 1) / 2, parts]``, for the reduction to add up.
 
-    Over spans so short that float32 loses nothing that matters; of factors through theirs.
+    Each part is over a span so short that float32 loses nothing that matters. Products of factors need no parts.
     """
     upper = torch.triu_indices(len(stack), len(stack))
     if stack.low_rank:
@@ -46,9 +46,9 @@ GRAM = Statistic(_PRODUCTS, Sum(), _products, per="tensor")
 
 
 class OnSphere(Method):
-    """A method whose weights of the models follow from their inner products, of weights or of changes.
+    """A method whose weights of the models follow from inner products, of weights or of changes.
 
-    Of changes it is exact on adapters, and needs no base then.
+    On changes of adapters it is exact, and needs no base.
     """
 
     weights: PerModel[Coefficient] = Field(1.0, description="one weight for all models, or one each")
@@ -67,7 +67,7 @@ class OnSphere(Method):
 
 
 def gram(statistics: Statistics) -> Tensor:
-    """The inner products ``[n, n]`` float64 that :data:`GRAM` gathered."""
+    """Return the inner products ``[n, n]`` float64 that :data:`GRAM` gathered."""
     products = statistics[_PRODUCTS]
     n = int((2 * len(products) + 0.25) ** 0.5)
     upper = torch.triu_indices(n, n)
@@ -77,17 +77,17 @@ def gram(statistics: Statistics) -> Tensor:
 
 
 def cosines(grams: Tensor) -> tuple[Tensor, Tensor]:
-    """Norms ``[n, ...]`` and cosines ``[n, n, ...]`` from inner products; a zero tensor is at a right angle to all."""
+    """Return norms ``[n, ...]`` and cosines ``[n, n, ...]`` from inner products; of a zero tensor they are 0."""
     norms = torch.stack([grams[i, i] for i in range(len(grams))]).sqrt()
     sizes = norms[:, None] * norms
     return norms, torch.where(sizes > 0, grams / torch.where(sizes > 0, sizes, 1.0), 0.0).clamp(-1, 1)
 
 
 def arc_weights(grams: Tensor, t: Coefficient, flat_from: float) -> tuple[Tensor, Tensor]:
-    """The weights of two tensors a step ``t`` along the arc between them, from ``grams [2, 2, ...]``.
+    """Return the weights of two tensors at a step ``t`` along the arc between them, from ``grams [2, 2, ...]``.
 
-    sin((1 - t) omega) / sin(omega) and sin(t omega) / sin(omega), and 1 - t and t where the cosine's magnitude is
-    beyond ``flat_from`` or a tensor is zero.
+    They are sin((1 - t) omega) / sin(omega) and sin(t omega) / sin(omega), or 1 - t and t where the magnitude of the
+    cosine is above ``flat_from`` or a tensor is zero.
     """
     norms, angles = cosines(grams)
     cosine = angles[0, 1]
@@ -98,5 +98,5 @@ def arc_weights(grams: Tensor, t: Coefficient, flat_from: float) -> tuple[Tensor
 
 
 def plain_weights(weights: Tensor) -> list[Coefficient]:
-    """One weight a model, as numbers unless a gradient flows through them."""
+    """Return one weight for each model, as numbers unless a gradient flows through them."""
     return list(weights.unbind()) if weights.requires_grad else [number(weight) for weight in weights]
