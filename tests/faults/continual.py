@@ -18,27 +18,29 @@ by ties (four files a state). One line sums it up; the exit code is 1 if anythin
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
-import os
 import random
 import re
 import shutil
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a pool of threads would not outlive a fork
-os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch
-from saboteur import ERRORS, Ended, Saboteur, command
+from harness import (
+    count_errors,
+    count_names,
+    every_harm,
+    make_parser,
+    renew,
+    report,
+    run_undisturbed,
+    sample_of,
+    sha256,
+    work_folder,
+)
+from saboteur import Ended, Saboteur, command
 
 from merging.continual import ContinualStore
 from merging.errors import FormatError
@@ -65,13 +67,9 @@ class Stream:
         shutil.rmtree(scratch, ignore_errors=True)
         opened.export(scratch, kind=self.kind, threads=1)
         last = [store / part.file for part in opened.manifest().steps[-1].parts.values()]
-        exported = {f"export/{path.name}": _sha(path) for path in sorted(scratch.iterdir())}
-        held = {str(path.relative_to(store)): _sha(path) for path in last}
+        exported = {f"export/{path.name}": sha256(path) for path in sorted(scratch.iterdir())}
+        held = {str(path.relative_to(store)): sha256(path) for path in last}
         return {"steps": json.dumps(steps), **held, **exported}
-
-
-def _sha(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def streams(folder: Path) -> list[Stream]:
@@ -88,17 +86,12 @@ def streams(folder: Path) -> list[Stream]:
 def _stream(folder: Path, name: str, base: Path, models: list[Path], settings: list[str], kind: str) -> Stream:
     begun, complete = (folder / f"{name.replace(', ', '-')}-{what}" for what in ("begun", "complete"))
     stream = Stream(name, base, models, settings, kind, begun, complete, {})
-    _must(command(init_words(stream, begun)))
-    _must(command(add_words(begun, models[:1])))
+    run_undisturbed(init_words(stream, begun))
+    run_undisturbed(add_words(begun, models[:1]))
     shutil.copytree(begun, complete)
-    _must(command(add_words(complete, models[1:])))
+    run_undisturbed(add_words(complete, models[1:]))
     stream.wanted.update(stream.contents(complete, folder / "exported"))
     return stream
-
-
-def _must(ended: Ended) -> None:
-    if ended.code != 0:
-        raise SystemExit(f"an undisturbed command failed: {ended.said}")
 
 
 def init_words(stream: Stream, store: Path) -> list[str]:
@@ -123,18 +116,13 @@ class Tally:
     def line(self) -> str:
         """The summary."""
         when = ", ".join(f"{self.moments[name]} {name}" for name in sorted(self.moments)) or "none"
-        calls = ", ".join(f"{name} {count}" for name, count in self.failing.most_common())
-        errors = ", ".join(f"{name} {self.errors[name]}" for name in ERRORS)
+        calls, errors = count_names(self.failing), count_errors(self.errors)
         return (
             f"{sum(self.moments.values())} kills at random moments ({when}); "
             f"{sum(self.errors.values())} failing calls ({errors}; {calls}); "
             f"stores damaged: {len(self.damaged)}, leaving litter: {len(self.leftover)}, "
             f"failures told by a traceback: {len(self.untold)}"
         )
-
-    @property
-    def clean(self) -> bool:
-        return not (self.damaged or self.leftover or self.untold)
 
 
 def inspect(stream: Stream, store: Path, what: str, tally: Tally, models: Sequence[Path]) -> None:
@@ -172,7 +160,7 @@ def kill_at_random(stream: Stream, kills: int, chance: random.Random, folder: Pa
     store = folder / "store"
     usual = sorted(_timed(stream, store) for _ in range(5))[-2]
     for _ in range(kills):
-        _fresh(stream.begun, store)
+        renew(store, stream.begun)
         moment = chance.uniform(0, usual)
         command(add_words(store, stream.models[1:]), kill_after=moment)
         what = f"kill after {1000 * moment:.1f} ms"
@@ -186,14 +174,8 @@ def kill_at_random(stream: Stream, kills: int, chance: random.Random, folder: Pa
 
 
 def _timed(stream: Stream, store: Path) -> float:
-    _fresh(stream.begun, store)
+    renew(store, stream.begun)
     return command(add_words(store, stream.models[1:])).seconds
-
-
-def _fresh(template: Path | None, store: Path) -> None:
-    shutil.rmtree(store, ignore_errors=True)
-    if template:
-        shutil.copytree(template, store)
 
 
 def fail_in_turn(stream: Stream, folder: Path, tally: Tally, chance: random.Random, sample: int | None) -> None:
@@ -208,17 +190,14 @@ def fail_in_turn(stream: Stream, folder: Path, tally: Tally, chance: random.Rand
     }
     cases: list[tuple[str, int, str, str]] = []
     for name, (template, words) in commands.items():
-        _fresh(template, store)
-        shutil.rmtree(output, ignore_errors=True)
-        dry = command(words)
-        _must(dry)
-        cases += [(name, turn, call, error) for turn, call in enumerate(dry.calls, 1) for error in ERRORS]
-    if sample is not None:
-        cases = sorted(chance.sample(cases, min(sample, len(cases))))
-    for name, turn, call, error in cases:
+        renew(store, template)
+        renew(output)
+        dry = run_undisturbed(words)
+        cases += [(name, *harm) for harm in every_harm(dry.calls)]
+    for name, turn, call, error in sample_of(cases, sample, chance):
         template, words = commands[name]
-        _fresh(template, store)
-        shutil.rmtree(output, ignore_errors=True)
+        renew(store, template)
+        renew(output)
         ended = command(words, Saboteur(turn, error))
         tally.errors[error] += 1
         tally.failing[call] += 1
@@ -251,14 +230,14 @@ def _finish_init(stream: Stream, store: Path, what: str, tally: Tally) -> None:
         ended = command(init_words(stream, store))
         if ended.code != 0:
             tally.damaged.append(f"{stream.name}: {what}: init again: {ended.said.strip()}")
-            _fresh(None, store)
-            _must(command(init_words(stream, store)))
+            renew(store)
+            run_undisturbed(init_words(stream, store))
 
 
 def _finish_export(stream: Stream, words: list[str], output: Path, what: str, tally: Tally) -> None:
     """An export is there whole or not at all, and can be done again."""
-    _must(command([*words, "--overwrite"]))
-    found = {f"export/{path.name}": _sha(path) for path in output.iterdir()}
+    run_undisturbed([*words, "--overwrite"])
+    found = {f"export/{path.name}": sha256(path) for path in output.iterdir()}
     if any(found.get(name) != sha for name, sha in stream.wanted.items() if name.startswith("export/")):
         tally.damaged.append(f"{stream.name}: {what}: exported again, it is different")
     # killed, or unable to remove anything, before it has a name of its own, a merge leaves an empty folder
@@ -270,36 +249,19 @@ def _finish_export(stream: Stream, words: list[str], output: Path, what: str, ta
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--kills", type=int, default=200, help="at random moments, over all streams")
-    parser.add_argument("--calls", type=int, help="failing calls for each stream, at random  [default: all of them]")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--show", type=int, default=20, help="most lines about what went wrong")
-    memory = Path("/dev/shm")
-    parser.add_argument(
-        "--folder",
-        default=memory if memory.is_dir() else None,
-        help="where to work  [default: in memory if possible, since what a kill leaves is the same there]",
-    )
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    began, tally, chance = time.perf_counter(), Tally(), random.Random(args.seed)
-    with tempfile.TemporaryDirectory(dir=args.folder) as root:
-        folder = Path(root)
+    began, tally = time.perf_counter(), Tally()
+    with work_folder(args) as (folder, chance):
         made = streams(folder)
         for number, stream in enumerate(made):
             share = len(range(number, args.kills, len(made)))
             if share:
                 kill_at_random(stream, share, chance, folder, tally)
             fail_in_turn(stream, folder, tally, chance, args.calls)
-    for kind in ("damaged", "leftover", "untold"):
-        lines = getattr(tally, kind)
-        for line in lines[: args.show]:
-            print(f"{kind}: {line}")
-        if len(lines) > args.show:
-            print(f"{kind}: and {len(lines) - args.show} more")
-    print(f"continual: {tally.line()}; {time.perf_counter() - began:.0f} s")
-    sys.exit(0 if tally.clean else 1)
+    problems = {"damaged": tally.damaged, "leftover": tally.leftover, "untold": tally.untold}
+    report("continual", tally.line(), problems, args.show, began)
 
 
 if __name__ == "__main__":

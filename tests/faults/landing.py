@@ -15,25 +15,28 @@ went wrong.
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import os
 import random
 import shutil
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a pool of threads would not outlive a fork
-os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch
-from saboteur import ERRORS, Ended, Saboteur, command
+from harness import (
+    count_errors,
+    count_names,
+    every_harm,
+    make_parser,
+    renew,
+    report,
+    run_undisturbed,
+    sample_of,
+    sha256,
+    work_folder,
+)
+from saboteur import Ended, Saboteur, command
 
 from merging.errors import MergingError
 from merging.pool import Pool
@@ -66,9 +69,8 @@ class Tally:
 
     def line(self) -> str:
         """The summary."""
-        errors = ", ".join(f"{name} {self.errors[name]}" for name in ERRORS)
-        calls = ", ".join(f"{name} {count}" for name, count in self.calls.most_common())
-        return f"{sum(self.errors.values())} failing calls ({errors}; {calls}); wrong: {len(self.wrong)}"
+        counts = f"{count_errors(self.errors)}; {count_names(self.calls)}"
+        return f"{sum(self.errors.values())} failing calls ({counts}); wrong: {len(self.wrong)}"
 
 
 def bytes_at(path: Path) -> object:
@@ -76,7 +78,7 @@ def bytes_at(path: Path) -> object:
     if not os.path.lexists(path):
         return None
     files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
-    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {str(file.relative_to(path)): sha256(file) for file in files}
 
 
 def verdicts_at(path: Path) -> object:
@@ -103,7 +105,7 @@ def cases(folder: Path) -> list[Case]:
     to_folder = merge(models, out, *shards)
     old = {path: folder / f"old{path.suffix}" for path in (out, file)}
     for path in (out, file):
-        _must(command(merge(models, old[path], "--weights", "0.9,0.1")))
+        run_undisturbed(merge(models, old[path], "--weights", "0.9,0.1"))
     over = [*merge(models, out, *shards), "--overwrite"]
     build = ["pool", "build", str(pool), "--base", str(base), "--base-name", "tiny/base", *changes]
     return [
@@ -118,17 +120,12 @@ def cases(folder: Path) -> list[Case]:
     ]
 
 
-def _must(ended: Ended) -> None:
-    if ended.code != 0:
-        raise SystemExit(f"an undisturbed command failed: {ended.said}")
-
-
 def _fresh(case: Case) -> None:
+    """An empty place to work, with the old output in it."""
     work = case.output.parent
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    if case.old is not None:
-        (shutil.copytree if case.old.is_dir() else shutil.copyfile)(case.old, case.output)
+    renew(case.output, case.old)
 
 
 def _hidden(case: Case) -> list[str]:
@@ -183,30 +180,21 @@ def run(folder: Path, sample: int | None, chance: random.Random, only: Sequence[
         if only and case.name not in only:
             continue
         _fresh(case)
-        dry = command(case.words, Saboteur(exchanges=case.exchanges))
-        _must(dry)
+        dry = run_undisturbed(case.words, Saboteur(exchanges=case.exchanges))
         wanted = case.look(case.output)
-        harms = [(turn, call, error) for turn, call in enumerate(dry.calls, 1) for error in ERRORS]
-        for turn, call, error in harms if sample is None else chance.sample(harms, min(sample, len(harms))):
+        for turn, call, error in sample_of(every_harm(dry.calls), sample, chance):
             harm(case, turn, call, error, wanted, tally)
     return tally
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--calls", type=int, help="harms to each command, at random  [default: all of them]")
+    parser = make_parser(__doc__)
     parser.add_argument("--only", action="append", default=[], help="this command only; may repeat")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--show", type=int, default=20, help="most lines about what went wrong")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    began, memory = time.perf_counter(), Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as root:
-        tally = run(Path(root), args.calls, random.Random(args.seed), args.only)
-    for line in tally.wrong[: args.show]:
-        print(f"wrong: {line}")
-    print(f"landing: {tally.line()}; {time.perf_counter() - began:.0f} s")
-    sys.exit(1 if tally.wrong else 0)
+    began = time.perf_counter()
+    with work_folder(args) as (folder, chance):
+        tally = run(folder, args.calls, chance, args.only)
+    report("landing", tally.line(), {"wrong": tally.wrong}, args.show, began)
 
 
 if __name__ == "__main__":
