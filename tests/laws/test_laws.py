@@ -216,17 +216,6 @@ def test_shape_and_type_are_the_bases(row: Row, tmp_path: Path) -> None:
 
 
 @rows
-def test_files_and_tensors_agree(row: Row, tmp_path: Path) -> None:
-    base, tuned = parts(3, width=32, vocab=1200)
-    paths = [save(tmp_path / f"{i}", each) for i, each in enumerate(tuned)][: row.most]
-    save(tmp_path / "base", base)
-    options: dict[str, Any] = {"method": row.chain, "base": tmp_path / "base", **row.parameters}
-    merging.merge(paths, output=tmp_path / "out", **options)
-    keys = merging.preview(paths, **options).keys
-    assert close(load(tmp_path / "out"), merged(row, tuned, base, keys=keys), 1e-5)
-
-
-@rows
 def test_same_recipe_same_bytes(row: Row, tmp_path: Path) -> None:
     """With other threads, in the least memory, and for inputs in other shards: the promise of the README."""
     base, tuned = parts(4, dtype=torch.bfloat16)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-__all__ = ["CHANGES", "LINES", "NAMES", "TABLE", "Row", "Tensors", "rows"]
+__all__ = ["CHANGES", "LINES", "TABLE", "Row", "Tensors", "on_changes", "rows"]
 
 Tensors = dict[str, Tensor]
 
@@ -41,13 +41,13 @@ class Row:
     most: int | None = None
     within: float = 1e-4
 
+    def __str__(self) -> str:
+        """The chain and the words among its parameters, as the name of a test."""
+        return "-".join([self.chain, *(value for value in self.parameters.values() if isinstance(value, str))])
+
 
 LINES = {"beta": 0.4, "tail": "depth"}
-
-
 CHANGES = {"space": "changes"}
-
-
 TABLE = [
     Row(
         "linear", {"weights": (0.3, 0.6)}, {"weights": (0.6, 0.3)}, {"weights": torch.tensor([0.3, 0.6])},
@@ -217,7 +217,5 @@ TABLE = [
 ]  # fmt: skip
 
 
-NAMES = ["-".join([row.chain, *(v for v in row.parameters.values() if isinstance(v, str))]) for row in TABLE]
-
-
-rows = pytest.mark.parametrize("row", TABLE, ids=NAMES)
+rows = pytest.mark.parametrize("row", TABLE, ids=str)
+on_changes = pytest.mark.parametrize("row", [row for row in TABLE if row.on_changes], ids=str)
