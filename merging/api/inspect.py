@@ -49,7 +49,7 @@ def inspect(path: str | Path, *, values: bool = False) -> dict[str, Any]:
         MergingError: for files that are not understood.
     """
     model = open_model(path, dequantize=True)
-    subject = open_subject(str(model.origin or path), None, None, False)
+    subject = open_subject(str(model.origin or path))
     if isinstance(model, Adapter):
         return _inspect_adapter(model, subject, values)
     return _inspect_checkpoint(model, subject, values)

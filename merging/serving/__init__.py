@@ -88,7 +88,7 @@ def verify(
         if name not in PROGRAMS:
             raise OptionError(f"there is no program {name!r}{nearest(name, PROGRAMS)}: use {', '.join(PROGRAMS)}")
     try:
-        subject = open_subject(path, base, max_lora_rank, values)
+        subject = open_subject(path, base=base, max_rank=max_lora_rank, values=values)
     except FormatError as error:
         broken = ProgramFinding("files", "refuses", "they cannot be opened", (str(error),))
         return ServingVerdict(path, "unknown", tuple(programs), (broken,))

@@ -1,7 +1,7 @@
-"""What ComfyUI takes: LoRA files whose modules have names in the key map that it makes of a model.
+"""Rules of ComfyUI, which loads LoRA modules whose names are in the key map that it makes for a model.
 
 Its map (``model_lora_keys_unet``, ``model_lora_keys_clip``) holds the names of the published model of every family, and
-for some families those of diffusers as well. A name that is not in it costs a line in the log, and the module is lost.
+for some families the names of diffusers too. A module under another name is lost, with a line in the log.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TAKEN: dict[str, tuple[NameLayout, ...]] = {
     "Z-Image": tuple((prefix, "diffusers", _ALL) for prefix in ("diffusion_model.", "transformer.", "lycoris_")),
     "HiDream": (("transformer.", "diffusers", _ALL), ("lycoris_", "diffusers", _ALL)),
 }  # fmt: skip
-"""The names in its map by family, under "" those of every family."""
+"""The names in its map, by family. The key "" is for names in every family."""
 
 _TEXT = re.compile(
     r"lora_te[12]?_text_model_encoder_layers_\d+_(?:mlp_fc[12]|self_attn_(?:[qkv]|out)_proj)"
@@ -57,7 +57,7 @@ _KOHYA = "convert it: merge --method passthrough --format kohya --base the model
 
 
 def _attention(subject: Subject) -> Iterator[str]:
-    """A U-Net's attention under names of diffusers, of which it knows the rest alone."""
+    """Yield a U-Net's attention under names of diffusers. ComfyUI knows only the other modules by such names."""
     if families_of(modules_of(subject.tensors)) == ["Stable Diffusion"]:
         yield from names_not_taken(_TAKEN, by="all")(subject)
 
@@ -82,7 +82,7 @@ def _parts(subject: Subject) -> Iterator[str]:
 
 
 def _alphas(subject: Subject) -> Iterator[str]:
-    """Alphas in a config that are not the rank: beside the factors alone they are read."""
+    """Yield alphas in a config that differ from the rank. ComfyUI reads only alphas next to the factors."""
     if not _is_diffusion(subject) or any(name.endswith(".alpha") for name in subject.tensors):
         return
     if subject.config is not None:
@@ -119,8 +119,8 @@ _FILES = (
          f"name them as the published model does, behind diffusion_model., or {_KOHYA}", f"{_MAP}, run"),
     Rule("ignores", "modules of text encoders under names that are not in its map", _text, _KOHYA, f"{_MAP}, run"),
     Rule("ignores", "tensors of a kind that it does not know", _parts, BAKE, f"{_MAP}, run"),
-    Rule("ignores", "alphas that stand in a config: it takes the rank for alpha", _alphas,
-         "merge it with --method passthrough --format kohya, which writes them beside the factors",
+    Rule("ignores", "alphas in a config: it uses the rank as alpha", _alphas,
+         "merge it with --method passthrough --format kohya, which writes them next to the factors",
          "comfy/weight_adapter/lora.py, run"),
     Rule("warns", "modules under names that are in its map for some of the models that have such modules",
          names_not_taken(_TAKEN, by="some"), _KOHYA, f"{_MAP}, run"),
@@ -136,7 +136,7 @@ COMFYUI = Program(
             *_FILES,
         ),
         "model": (
-            Rule("warns", "which models it loads is not looked at: these rules are about LoRA files", _model,
+            Rule("warns", "these rules are about LoRA files: they do not check whether it loads a model", _model,
                  "try it", "comfy/model_detection.py"),
         ),
     },

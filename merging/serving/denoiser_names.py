@@ -1,7 +1,7 @@
-"""Families of diffusion models, told by the modules that a LoRA changes, and the names that programs know them by.
+"""Families of diffusion models, recognized by the modules that a LoRA changes, and the names that programs use.
 
-A module's name in a file is a prefix (``transformer.``, ``lora_unet_``) and a path, with dots or flat. Paths are those
-of the published model (``double_blocks.0.img_attn.qkv``; ``modulation`` are its modules that many blocks share), of
+A module's name in a file is a prefix (``transformer.``, ``lora_unet_``) and a path, with dots or flat. Paths are from
+the published model (``double_blocks.0.img_attn.qkv``; ``modulation`` are its modules that many blocks share), of
 diffusers (``transformer_blocks.0.attn.to_q``), of diffusers where nobody else follows (``own``), or of the publisher's
 first release (``first``).
 """
@@ -22,8 +22,8 @@ __all__ = ["FAMILIES", "DenoiserModule", "NameLayout", "families_of", "modules_o
 
 NameStyle = Literal["published", "modulation", "diffusers", "own", "first"]
 FactorForm = Literal["A", "default", "down"]
-"""The factors are ``lora_A`` and ``lora_B``, the same with PEFT's ``default``, or down and up; methods besides LoRA are
-given like the last."""
+"""The factors are ``lora_A`` and ``lora_B``, the same with PEFT's ``default``, or down and up. Methods other than LoRA
+have the form ``down``."""
 
 _PREFIXES = (
     "model.diffusion_model.", "diffusion_model.", "transformer.base_model.model.", "transformer_2.", "transformer.",
@@ -114,15 +114,15 @@ FAMILIES: dict[str, Mapping[NameStyle, str]] = {
     },
     "Ernie-Image": {"published": _ERNIE, "diffusers": _ERNIE},
 }
-"""How each family's modules are called, without prefix and without dots."""
+"""Patterns of the names of each family's modules, without prefix and without dots."""
 
 NameLayout = tuple[str, NameStyle, str]
-"""Names that a program takes: what stands before the path, whose path it is, and the forms, separated by a space."""
+"""Names that a program takes: the prefix, the style of the path, and the forms, separated by spaces."""
 
 
 @dataclass(frozen=True, slots=True)
 class DenoiserModule:
-    """A module of a denoiser as a file names it."""
+    """A module of a denoiser, as a file names it."""
 
     name: str
     prefix: str
@@ -132,7 +132,7 @@ class DenoiserModule:
 
 
 def modules_of(names: Iterable[str]) -> list[DenoiserModule]:
-    """The denoiser's modules that a LoRA's tensors belong to; text encoders are left out."""
+    """Return the denoiser's modules that a LoRA's tensors belong to, without text encoders."""
     found: dict[str, DenoiserModule] = {}
     for name in names:
         part = leaf_of(name)
@@ -156,7 +156,7 @@ def _styles(family: str, path: str) -> Iterator[NameStyle]:
 
 
 def families_of(modules: Iterable[DenoiserModule]) -> list[str]:
-    """The families that know most of the modules; none, where none knows any."""
+    """Return the families that know the most modules. The list is empty if no family knows any."""
     paths = [module.path for module in modules]
     counts = {family: sum(any(_styles(family, path)) for path in paths) for family in FAMILIES}
     most = max(counts.values())
@@ -164,9 +164,12 @@ def families_of(modules: Iterable[DenoiserModule]) -> list[str]:
 
 
 def names_not_taken(takes: Mapping[str, tuple[NameLayout, ...]], *, by: Literal["all", "some"]) -> Question:
-    """The modules under names that a program does not load, for all families that they may belong to, or for some.
+    """Return a question for modules under names that a program does not load.
 
-    ``takes`` are the layouts it loads by family, under "" those of every family.
+    Args:
+        takes: The names that it loads, by family. The key "" is for names in every family.
+        by: ``"all"`` for modules that it loads in no family that they may belong to, ``"some"`` for modules that it
+            loads in some of these families.
     """
 
     def ask(subject: Subject) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What diffusers takes: LoRA files for its pipelines, pipelines, and single models of them."""
+"""Rules of diffusers, which loads LoRA files for its pipelines, pipelines, and their single models."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["DIFFUSERS"]
 _OTHERS = (".hada_", ".oft_", ".boft", ".a1.weight", ".on_input", ".w_norm", ".b_norm", "bundle_emb", "emb_params")
 
 _LORA = (".lora_down.weight", ".lora_up.weight", ".alpha", ".dora_scale")
-"""All that is understood of a U-Net's LoRA with Kohya's names."""
+"""The endings of tensors that it understands in a U-Net's LoRA with Kohya's names."""
 
 _SOME = (".lokr_", ".diff")
-"""What some of its loaders turn into LoRA, for transformers as in Flux."""
+"""Parts of names of tensors that some of its loaders convert to LoRA, for transformers as in Flux."""
 
 _UNET = re.compile(r"lora_unet_(?:down_blocks|up_blocks|mid_block|input_blocks|middle_block|output_blocks)_")
 
@@ -41,7 +41,7 @@ def _of_unet(name: str) -> bool:
     return name.startswith("lora_te") or bool(_UNET.match(name))
 
 
-def _dora(subject: Subject) -> Iterator[str]:
+def _dora_magnitudes(subject: Subject) -> Iterator[str]:
     yield from (name for name in subject.tensors if name.endswith(".dora_scale"))
 
 
@@ -84,33 +84,33 @@ _TAKEN: dict[str, tuple[NameLayout, ...]] = {
     "Anima": (("diffusion_model.", "published", "A"),),
     "Ernie-Image": (("diffusion_model.", "diffusers", "A"), ("base_model.model.", "diffusers", "A")),
 }  # fmt: skip
-"""The names that its pipelines load, under "" those that all do."""
+"""The names that its pipelines load, by family. The key "" is for names that all pipelines load."""
 
 _CONVERT = "convert it: merge --method passthrough --format diffusers --base PIPELINE"
 
 
-def _unknown(subject: Subject) -> Iterator[str]:
-    """Names that no family of the table knows."""
+def _unknown_modules(subject: Subject) -> Iterator[str]:
+    """Yield modules under names that no family of the table knows."""
     modules = modules_of(subject.tensors)
     if not families_of(modules):
         yield from (module.name for module in modules)
 
 
-def _wrapped(subject: Subject) -> Iterator[str]:
-    yield from (name for name in _unknown(subject) if name.startswith("base_model.model."))
+def _peft_names(subject: Subject) -> Iterator[str]:
+    yield from (name for name in _unknown_modules(subject) if name.startswith("base_model.model."))
 
 
 def _bare_names(subject: Subject) -> Iterator[str]:
-    if not any(_wrapped(subject)) and not families_of(modules_of(subject.tensors)):
+    if not any(_peft_names(subject)) and not families_of(modules_of(subject.tensors)):
         yield f"{subject.name} names no component of a pipeline"
 
 
-def _comfy(subject: Subject) -> Iterator[str]:
-    yield from (name for name in _unknown(subject) if name.startswith("diffusion_model."))
+def _comfyui_names(subject: Subject) -> Iterator[str]:
+    yield from (name for name in _unknown_modules(subject) if name.startswith("diffusion_model."))
 
 
 _LAYOUTS = (
-    Rule("ignores", "modules under names that it does not load, or stops at",
+    Rule("ignores", "modules under names that it does not load, or at which it stops",
          names_not_taken(_TAKEN, by="all"), _CONVERT, f"{_PIPELINES}, run"),
     Rule("warns", "modules under names that it loads for some of the models that have such modules",
          names_not_taken(_TAKEN, by="some"), _CONVERT, f"{_PIPELINES}, run"),
@@ -121,20 +121,20 @@ DIFFUSERS = Program(
     {
         "diffusion adapter": (
             Rule("refuses", "only LoRA is loaded", _other_methods, BAKE, f"{_CONVERSION}, run"),
-            Rule("refuses", "alphas stand in the header and beside the factors", _two_alphas, "remove one of them",
+            Rule("refuses", "there are alphas in the header and next to the factors", _two_alphas, "remove one of them",
                  "utils/peft_utils.py, run"),
-            Rule("ignores", "DoRA's magnitudes are left out", _dora, BAKE, f"{_PIPELINES}, run"),
+            Rule("ignores", "DoRA's magnitudes are left out", _dora_magnitudes, BAKE, f"{_PIPELINES}, run"),
             Rule("warns", "LoKr and full differences are loaded for some models only", _some_methods, BAKE,
                  _CONVERSION),
-            Rule("warns", "before August 2026 modules of other ranks than the first were given a wrong scale",
+            Rule("warns", "before August 2026 modules of other ranks than the first had a wrong scale",
                  _mixed_ranks, "merge it with merge --method passthrough, which writes one rank",
                  "utils/peft_utils.py"),
-            Rule("warns", "names of ComfyUI are understood for some models only", _comfy, _CONVERT,
+            Rule("warns", "names of ComfyUI are understood for some models only", _comfyui_names, _CONVERT,
                  f"{_PIPELINES}, run"),
             *_LAYOUTS,
         ),
         "adapter": (
-            Rule("ignores", "pipelines read no names that begin with base_model.model.", _wrapped,
+            Rule("ignores", "pipelines read no names that begin with base_model.model.", _peft_names,
                  "convert them: merge --method passthrough --format diffusers, or load them with PEFT",
                  f"{_PIPELINES}, run"),
             Rule("refuses", "there are no adapters of language models in pipelines", _bare_names, "load it with PEFT",
@@ -145,7 +145,7 @@ DIFFUSERS = Program(
             Rule("refuses", "models are folders with config.json", no_config, "put it in a folder with its config",
                  "models/modeling_utils.py, run"),
             Rule("refuses", "the config does not name a class of diffusers", absent("_class_name"),
-                 "it is no model of diffusers: load it with transformers", "models/auto_model.py, run"),
+                 "it is not a model of diffusers: load it with transformers", "models/auto_model.py, run"),
         ),
         "pipeline": (
             Rule("refuses", "model_index.json does not name the pipeline", absent("_class_name"), "add _class_name",

@@ -1,4 +1,4 @@
-"""What llama.cpp's converters take: convert_lora_to_gguf.py for adapters, convert_hf_to_gguf.py for models."""
+"""Rules of llama.cpp's converters: convert_lora_to_gguf.py for adapters, convert_hf_to_gguf.py for models."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ _ON_THE_HUB = re.compile(r"\w[\w.-]*(?:/[\w.-]+)?")
 _ADAPTERS = "convert_lora_to_gguf.py"
 _SERVER = "src/llama-adapter.cpp"
 
-_UNDONE = ("bitnet", "compressed-tensors", "fp8", "gptq", "modelopt", "mxfp4")
-"""The kinds of quantisation that its converters make numbers of."""
+_DEQUANTIZED = ("bitnet", "compressed-tensors", "fp8", "gptq", "modelopt", "mxfp4")
+"""The kinds of quantization that its converters undo."""
 
 
 def _other_names(subject: Subject) -> Iterator[str]:
@@ -52,8 +52,11 @@ def _norms(subject: Subject) -> Iterator[str]:
             yield name
 
 
-def _transposed(subject: Subject) -> Iterator[tuple[str, bool]]:
-    """The modules of GPT-2's own kind of layer, whose factors are transposed once too often; are they square?"""
+def _conv1d_modules(subject: Subject) -> Iterator[tuple[str, bool]]:
+    """Yield the modules of GPT-2's own kind of layer, and whether they are square.
+
+    The converter transposes their factors once too often.
+    """
     kind = subject.base.get("model_type")
     if kind not in (None, "gpt2") or (kind is None and not subject.stated.get("fan_in_fan_out")):
         return
@@ -64,11 +67,11 @@ def _transposed(subject: Subject) -> Iterator[tuple[str, bool]]:
 
 
 def _square(subject: Subject) -> Iterator[str]:
-    yield from (path for path, square in _transposed(subject) if square)
+    yield from (path for path, square in _conv1d_modules(subject) if square)
 
 
 def _oblong(subject: Subject) -> Iterator[str]:
-    yield from (path for path, square in _transposed(subject) if not square)
+    yield from (path for path, square in _conv1d_modules(subject) if not square)
 
 
 def _local_base(subject: Subject) -> Iterator[str]:
@@ -77,16 +80,16 @@ def _local_base(subject: Subject) -> Iterator[str]:
         yield f"base_model_name_or_path = {said!r}"
 
 
-def _experts(subject: Subject) -> Iterator[str]:
+def _stacked_experts(subject: Subject) -> Iterator[str]:
     yield from (path for path in subject.modules if path.endswith((".experts", ".experts.base_layer")))
 
 
-def _tied(subject: Subject) -> Iterator[str]:
+def _tied_tables(subject: Subject) -> Iterator[str]:
     if subject.base.get("tie_word_embeddings"):
         yield from _tables(subject)
 
 
-def _perhaps_tied(subject: Subject) -> Iterator[str]:
+def _perhaps_tied_tables(subject: Subject) -> Iterator[str]:
     if not subject.base:
         yield from _tables(subject)
 
@@ -100,18 +103,18 @@ def _rslora(subject: Subject) -> Iterator[str]:
         yield "use_rslora = True"
 
 
-def _quantised(subject: Subject) -> Iterator[str]:
-    yield from _not_undone(subject.stated)
+def _unknown_quantization(subject: Subject) -> Iterator[str]:
+    yield from _unknown_methods(subject.stated)
 
 
-def _quantised_base(subject: Subject) -> Iterator[str]:
-    yield from _not_undone(subject.base)
+def _unknown_quantization_of_base(subject: Subject) -> Iterator[str]:
+    yield from _unknown_methods(subject.base)
 
 
-def _not_undone(config: Mapping[str, Any]) -> Iterator[str]:
+def _unknown_methods(config: Mapping[str, Any]) -> Iterator[str]:
     for part in (config, text_config(config)):
         stated = part.get("quantization_config")
-        if isinstance(stated, dict) and stated.get("quant_method") not in _UNDONE:
+        if isinstance(stated, dict) and stated.get("quant_method") not in _DEQUANTIZED:
             yield f"quant_method = {stated.get('quant_method')!r}"
             return
 
@@ -124,34 +127,36 @@ LLAMA_CPP = Program(
                  f"{_ADAPTERS}, run"),
             Rule("refuses", "the config lacks what the converter asks for", absent("lora_alpha"), ONE_SCALE,
                  f"{_ADAPTERS}, run"),
-            Rule("refuses", "tensors whose names are not those of LoRA's factors", _other_names, PLAIN,
+            Rule("refuses", "tensors that are not named as LoRA's factors", _other_names, PLAIN,
                  f"{_ADAPTERS}, run"),
             Rule("refuses", "factors of convolutions cannot be mapped", convolutions, BAKE, _ADAPTERS),
-            Rule("refuses", "factors of stacked experts cannot be mapped", _experts, APART, f"{_ADAPTERS}, run"),
+            Rule("refuses", "factors of stacked experts cannot be mapped", _stacked_experts, APART,
+                 f"{_ADAPTERS}, run"),
             Rule("refuses", "embedding and head are one in the base: the server does not load factors on either",
-                 _tied, BAKE, f"{_SERVER}, run"),
+                 _tied_tables, BAKE, f"{_SERVER}, run"),
             Rule("refuses", "factors of GPT-2's layers are transposed once too often", _oblong, BAKE,
                  "conversion/gpt2.py, run"),
             Rule("refuses", "repeated blocks do not exist in the base that is served", states("layer_replication"),
                  "expand the base", f"{_ADAPTERS}, run"),
-            Rule("refuses", "the converter cannot undo the base's quantisation", _quantised_base,
+            Rule("refuses", "the converter cannot undo the base's quantization", _unknown_quantization_of_base,
                  "name the model that was quantised with --base", "conversion/base.py"),
             Rule("ignores", "factors of GPT-2's square layers are transposed once too often, and loaded", _square,
                  BAKE, "conversion/gpt2.py, run"),
             Rule("ignores", "norms saved in full are converted, and left out by the server", _norms, BAKE,
                  f"{_SERVER}, run"),
-            Rule("ignores", "rank-stabilised scales: lora_alpha / rank is used", _rslora, ONE_SCALE,
+            Rule("ignores", "rank-stabilized scales: lora_alpha / rank is used", _rslora, ONE_SCALE,
                  f"{_SERVER}, run"),
             Rule("ignores", "alphas by module: the scale is lora_alpha / rank for all", other_alphas, ONE_SCALE,
                  f"{_SERVER}, run"),
-            Rule("ignores", "what the start took off the base is not taken off", lost_starts, BAKE,
+            Rule("ignores", "the start took something off the base, and llama.cpp does not take it off", lost_starts,
+                 BAKE,
                  f"{_ADAPTERS}, run"),
-            Rule("ignores", "factors of this form are taken for plain ones", states("use_qalora", "use_bdlora"), BAKE,
+            Rule("ignores", "factors of this form are read as plain factors", states("use_qalora", "use_bdlora"), BAKE,
                  _ADAPTERS),
             Rule("warns", GRADIENTS, starts("lora_ga"), BAKE, f"{_ADAPTERS}, run"),
-            Rule("warns", "the embedding that was saved along is not read: rows for added tokens are lost",
+            Rule("warns", "the embedding that was saved too is not read: rows for added tokens are lost",
                  saved_tables, "merge it into its base with --as model if tokens were added", f"{_ADAPTERS}, run"),
-            Rule("warns", "embedding and head are refused if they are one in the base", _perhaps_tied,
+            Rule("warns", "embedding and head are refused if they are one in the base", _perhaps_tied_tables,
                  "say where the base is with --base", f"{_SERVER}, run"),
             Rule("warns", "the base is not named", absent("base_model_name_or_path"),
                  "name it to the converter, with --base", f"{_ADAPTERS}, run"),
@@ -164,7 +169,8 @@ LLAMA_CPP = Program(
             Rule("refuses", "the config does not name the architecture", absent("architectures"), "add architectures",
                  "conversion/base.py"),
             Rule("refuses", "there is no tokenizer", no_tokenizer, "copy the base's", "conversion/base.py"),
-            Rule("refuses", "the converter cannot undo this quantisation", _quantised, "take it before quantisation",
+            Rule("refuses", "the converter cannot undo this quantization", _unknown_quantization,
+                 "take the model before quantization",
                  "conversion/base.py"),
         ),
     },
@@ -174,4 +180,4 @@ LLAMA_CPP = Program(
     },
     "llama.cpp b10605",
 )  # fmt: skip
-"""Which architectures it converts is not looked at."""
+"""The rules do not check whether the converters know an architecture."""

@@ -1,4 +1,4 @@
-"""What PEFT takes, told as it looks for modules: by the config alone, whatever the file holds."""
+"""Rules of PEFT, which looks for modules by the config alone, not by the file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from merging.sources.peft.unsupported_types import UNSUPPORTED
 __all__ = ["ADAPTERS", "PEFT", "TASK_HEADS", "missing_tokens", "unsaved_modules"]
 
 _TOKENS = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
-"""What trained tokens add to an embedding, whatever modules are targeted."""
+"""Names of the changes of trained tokens, which PEFT loads for any targets."""
 
 _PREFIX = "base_model."
 _LOST = ("corda", "loftq")
@@ -22,7 +22,7 @@ TASK_HEADS = {
     "TOKEN_CLS": {"classifier", "score"},
     "QUESTION_ANS": {"qa_outputs"},
 }
-"""The heads that PEFT adds to modules_to_save for a task, of which a model has one."""
+"""The heads that PEFT adds to modules_to_save for a task. A model has one head."""
 _UNREPEATED = ("lora_ga", "pissa_niter_")
 
 
@@ -38,12 +38,12 @@ def _bone(subject: Subject) -> Iterator[str]:
 
 
 def _prefix(subject: Subject) -> Iterator[str]:
-    # prompts are saved under bare names
+    # Prompts are saved under names without a prefix.
     if subject.method in PEFT_TYPES:
         yield from (name for name in subject.tensors if not name.startswith(_PREFIX))
 
 
-def _untargeted(subject: Subject) -> Iterator[str]:
+def _untargeted_modules(subject: Subject) -> Iterator[str]:
     if subject.stated.get("target_parameters") or next(_bad_pattern(subject), None):
         return
     for path, parts in subject.modules.items():
@@ -52,7 +52,7 @@ def _untargeted(subject: Subject) -> Iterator[str]:
 
 
 def _targeted(path: str, subject: Subject) -> bool:
-    """Whether PEFT adapts the module; where the config cannot tell, it does."""
+    """Whether PEFT adapts the module; True if the config does not decide it."""
     path = path.removesuffix(".base_layer")
     targets = subject.stated.get("target_modules")
     if targets is None:
@@ -73,7 +73,7 @@ def _named(path: str, field: str, subject: Subject) -> bool:
 
 
 def _in_layers(path: str, subject: Subject) -> bool:
-    """Whether a module is in a block that is to be adapted, its number found as PEFT finds it."""
+    """Whether a module is in a block that is adapted. The block's number is found as in PEFT."""
     layers, named = subject.stated.get("layers_to_transform"), subject.stated.get("layers_pattern")
     wanted = [layers] if isinstance(layers, int) else layers
     if not wanted or path in subject.stated["target_modules"]:
@@ -89,7 +89,7 @@ def _in_layers(path: str, subject: Subject) -> bool:
 
 
 def _bad_pattern(subject: Subject) -> Iterator[str]:
-    """The pattern that cannot be matched with the modules, and why."""
+    """Yield why a pattern cannot be matched with the modules."""
     try:
         for path in subject.modules:
             _targeted(path, subject)
@@ -97,20 +97,20 @@ def _bad_pattern(subject: Subject) -> Iterator[str]:
         yield str(error).removeprefix(f"{subject.name}: ")
 
 
-def _lost(subject: Subject) -> Iterator[str]:
+def _lost_starts(subject: Subject) -> Iterator[str]:
     start = subject.stated.get("init_lora_weights")
     if start == "corda" or (start == "loftq" and not subject.stated.get("loftq_config")):
         yield f"init_lora_weights = {start!r}"
 
 
-def _unrepeated(subject: Subject) -> Iterator[str]:
+def _unrepeated_starts(subject: Subject) -> Iterator[str]:
     start = subject.stated.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_UNREPEATED):
         yield f"init_lora_weights = {start!r}"
 
 
 def unsaved_modules(subject: Subject) -> Iterator[str]:
-    """The modules that the config says are saved in full, and the file does not hold."""
+    """Yield modules that are saved in full by the config, and missing in the file."""
     stated = subject.stated.get("modules_to_save")
     saved = dict.fromkeys(map(str, stated if isinstance(stated, list) else ()))
     absent = [module for module in saved if not any(f".{module}." in name for name in subject.tensors)]
@@ -121,7 +121,7 @@ def unsaved_modules(subject: Subject) -> Iterator[str]:
 
 
 def missing_tokens(subject: Subject) -> Iterator[str]:
-    """Rows of tokens that the config says were trained, where the file holds none."""
+    """Yield trained rows of tokens that the config states, and the file lacks."""
     if subject.stated.get("trainable_token_indices") and not any(
         "trainable_tokens_delta" in n for n in subject.tensors
     ):
@@ -159,20 +159,20 @@ ADAPTERS: tuple[Rule, ...] = (
     Rule("refuses", "the rank should be a whole number above 0", _bad_rank, "set r", "peft/tuners/lora/layer.py, run"),
     Rule("refuses", "modules cannot be looked for", _bad_pattern, "write it as a list",
          "peft/tuners/tuners_utils.py, run"),
-    Rule("refuses", "the start cannot be repeated without what it was made from", _lost,
+    Rule("refuses", "the start cannot be repeated without the data that it was made from", _lost_starts,
          "save it with path_initial_model_for_weight_conversion", "peft/tuners/lora/layer.py, run"),
-    Rule("ignores", "modules that the config does not target", _untargeted, "add them to target_modules",
+    Rule("ignores", "modules that the config does not target", _untargeted_modules, "add them to target_modules",
          "peft/tuners/tuners_utils.py, run"),
     Rule("ignores", "DoRA's magnitudes, as the config does not say use_dora", _stray_magnitudes, "set use_dora",
          "peft/utils/save_and_load.py, run"),
-    Rule("ignores", "the start that was trained on is not repeated as it was", _unrepeated,
+    Rule("ignores", "the start of the training is not repeated exactly", _unrepeated_starts,
          "save it with path_initial_model_for_weight_conversion", "peft/tuners/lora/layer.py, run"),
     Rule("warns", "there is no lora_alpha, so that it is 8", _no_alpha, "set lora_alpha",
          "peft/tuners/lora/config.py, run"),
-    Rule("warns", "there are no target_modules, so that it takes those it knows for the model", _no_targets,
+    Rule("warns", "there are no target_modules, so that it uses its defaults for the model", _no_targets,
          "set target_modules", "peft/tuners/lora/model.py, run"),
 )  # fmt: skip
-"""What PEFT does with an adapter, by itself or for transformers."""
+"""Rules of PEFT for adapters, which also hold for transformers."""
 
 PEFT = Program(
     "peft",

@@ -1,4 +1,4 @@
-"""What a rule about a program is, and the questions and ways out that several programs share."""
+"""The form of a rule about a program, and the questions and remedies that several programs share."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ __all__ = [
     "GRADIENTS",
     "ONE_SCALE",
     "PLAIN",
+    "SAVE_AGAIN",
     "TABLES",
     "Program",
     "ProgramFinding",
@@ -37,18 +38,21 @@ __all__ = [
 BAKE = "merge it into its base with --as model, and serve that"
 ONE_SCALE = "merge it with --method passthrough, which writes one rank and one scale"
 PLAIN = "merge it with --method passthrough if it is LoRA, else into its base with --as model"
-"""What can be done about an adapter that a program does not take as it is."""
+"""Remedies for an adapter that a program does not take as it is."""
+
+SAVE_AGAIN = "save it again, or get its files again together"
+"""Remedy for files that do not belong together."""
 
 Severity = Literal["refuses", "ignores", "warns", "ok"]
 
 Question = Callable[[Subject], Iterable[str]]
-"""What is wrong, and where: nothing, where nothing is."""
+"""A function that yields every place where something is wrong."""
 
-GRADIENTS = "what LoRA-GA took off the base in training is not taken off, as in PEFT"
-"""What programs do with an adapter whose start changed the base while it was trained, and not when it is loaded."""
+GRADIENTS = "LoRA-GA took something off the base in training, and it is not taken off, as in PEFT"
+"""The effect of loading an adapter whose start changed the base only in training."""
 
 TABLES = ("embed_tokens.base_layer.weight", "lm_head.base_layer.weight")
-"""How the names of tables end that PEFT saves beside the factors on them."""
+"""Endings of the names of tables that PEFT saves with the factors on them."""
 
 _HARMLESS: tuple[object, ...] = (None, False, {}, [], "", "none")
 
@@ -59,9 +63,16 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "
 
 @dataclass(frozen=True, slots=True)
 class ProgramFinding:
-    """What a program does with something: ``refuses`` it, ``ignores`` it in silence, ``warns`` at most, or all is ok.
+    """One finding about a program.
 
-    ``where`` are the fields of the config, modules or tensors concerned.
+    Attributes:
+        program: The name of the program.
+        severity: The program ``refuses`` something, silently ``ignores`` it, or ``warns`` at most; or all is ``ok``.
+        what: The finding in words.
+        where: The fields of the config, modules or tensors concerned.
+        todo: The remedy.
+        source: The version of the program, and the file or the run that the rule was taken from. It is empty for
+            findings about the files themselves.
     """
 
     program: str
@@ -70,15 +81,14 @@ class ProgramFinding:
     where: tuple[str, ...] = ()
     todo: str = ""
     source: str = ""
-    """The version of the program, and the file or the run that the rule was taken from; empty for the files' own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What a program does where a question has answers, and what can be done about it.
+    """A compatibility rule: severity, message, question, and remedy.
 
-    ``source`` is the program's file that the rule was read from; with ``, run`` behind it the program itself was also
-    seen to do so.
+    The rule applies if the question has answers. ``source`` is the program's file from which the rule was taken. With
+    ``, run`` at its end, the program was also run.
     """
 
     severity: Severity
@@ -88,7 +98,7 @@ class Rule:
     source: str = ""
 
     def findings(self, program: Program, subject: Subject) -> Iterator[ProgramFinding]:
-        """The finding of this rule, if there is one."""
+        """Yield the finding of this rule, if it applies."""
         where = tuple(self.where(subject))
         if where:
             source = f"{program.version}: {self.source}" if self.source else program.version
@@ -97,17 +107,17 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A program that serves or loads: its rules by what it is given. What is not among them it does not take at all."""
+    """A program that serves or loads models, with its rules by kind of model. It takes no other kinds."""
 
     name: str
     rules: Mapping[SubjectKind, tuple[Rule, ...]]
     instead: Mapping[SubjectKind, str]
-    """What to do with what it does not take."""
+    """Remedies for the kinds that it does not take."""
     version: str = ""
-    """The version that the rules hold of; what older and newer ones do may differ."""
+    """The version that the rules hold for. Other versions may differ."""
 
     def findings(self, subject: Subject) -> list[ProgramFinding]:
-        """Everything that this program would refuse, ignore or warn of; where there is nothing, that all is ok."""
+        """Return all findings of this program, or one that all is ok."""
         if subject.kind not in self.rules:
             what = f"{self.name} loads no {subject.kind} of this format"
             instead = self.instead.get(subject.kind, "")
@@ -117,7 +127,7 @@ class Program:
 
 
 def states(*fields: str) -> Question:
-    """The fields of the config that state more than a harmless value."""
+    """Return a question for the fields of the config that have more than a harmless value."""
 
     def ask(subject: Subject) -> Iterator[str]:
         for name in fields:
@@ -129,7 +139,7 @@ def states(*fields: str) -> Question:
 
 
 def absent(*fields: str) -> Question:
-    """The fields that the config lacks, where there is a config."""
+    """Return a question for the fields that the config lacks, if there is a config."""
 
     def ask(subject: Subject) -> Iterator[str]:
         if subject.config is not None:
@@ -139,7 +149,7 @@ def absent(*fields: str) -> Question:
 
 
 def no_config(subject: Subject) -> Iterator[str]:
-    """What is no folder with a config."""
+    """Yield that a model is not a folder with a config."""
     if subject.folder is None:
         yield f"{subject.name} is a bare file"
     elif subject.config is None:
@@ -147,19 +157,19 @@ def no_config(subject: Subject) -> Iterator[str]:
 
 
 def no_tokenizer(subject: Subject) -> Iterator[str]:
-    """A language model's folder without a tokenizer."""
+    """Yield that a language model's folder has no tokenizer."""
     language = subject.folder is not None and "vocab_size" in subject.text_config
     if language and not any(name in subject.files for name in _TOKENIZERS):
         yield f"no {_TOKENIZERS[0]}, {_TOKENIZERS[1]} or the like in {subject.name}"
 
 
 def lost_starts(subject: Subject) -> Iterator[str]:
-    """A start that took something off the base: programs that know factors alone add them to the base as it is."""
+    """Yield a start that took something off the base. Programs that know only factors add them to the whole base."""
     yield from starts("pissa", "olora", "corda", "loftq")(subject)
 
 
 def starts(*names: str) -> Question:
-    """A start of the factors whose name begins with one of these."""
+    """Return a question for starts of the factors whose names begin with one of these."""
 
     def ask(subject: Subject) -> Iterator[str]:
         start = subject.stated.get("init_lora_weights")
@@ -170,13 +180,13 @@ def starts(*names: str) -> Question:
 
 
 def other_ranks(subject: Subject) -> Iterator[str]:
-    """The modules whose rank is not the one that the config states for all."""
+    """Yield the modules whose rank differs from the config's rank."""
     stated = subject.stated.get("r")
     yield from (f"{path} has rank {rank}, r = {stated}" for path, rank in subject.ranks.items() if rank != stated)
 
 
 def other_alphas(subject: Subject) -> Iterator[str]:
-    """The entries of alpha_pattern that differ from the alpha for all."""
+    """Yield the entries of alpha_pattern that differ from the alpha for all."""
     pattern = subject.stated.get("alpha_pattern")
     for key, alpha in (pattern if isinstance(pattern, dict) else {}).items():
         if alpha != subject.stated.get("lora_alpha"):
@@ -184,19 +194,19 @@ def other_alphas(subject: Subject) -> Iterator[str]:
 
 
 def convolutions(subject: Subject) -> Iterator[str]:
-    """The modules whose factors are those of a convolution."""
+    """Yield the modules with factors of a convolution."""
     for path, parts in subject.modules.items():
         if any(len(stored.shape) > 2 for stored in parts.values()):
             yield path
 
 
 def saved_tables(subject: Subject) -> Iterator[str]:
-    """The embeddings and heads of the base that were saved beside the factors on them."""
+    """Yield the embeddings and heads of the base that were saved with the factors on them."""
     yield from (name for name in subject.tensors if name.endswith(TABLES))
 
 
 def stated_type(subject: Subject) -> Iterator[str]:
-    """A type in a model's config that is not the type of most of its weights: loading them casts them."""
+    """Yield a dtype in a model's config that differs from most of its weights. Loading casts them."""
     stated = next((part[key] for part in (subject.text_config, subject.stated) for key in ("dtype", "torch_dtype")
                    if isinstance(part.get(key), str)), None)  # fmt: skip
     kinds: Counter[str] = Counter()
@@ -209,4 +219,4 @@ def stated_type(subject: Subject) -> Iterator[str]:
 
 
 APART = f"give each expert its own names with --experts apart --base BASE, or {BAKE}"
-"""What to do about factors of stacked experts where those of single ones are served."""
+"""Remedy for factors of stacked experts, if a program serves factors of single experts."""

@@ -1,4 +1,4 @@
-"""What SGLang takes: LoRA of one rank and one scale, in modules that it knows by their names."""
+"""Rules of SGLang, which serves LoRA of one rank and one scale, in modules that it knows by name."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ _MODULES = {
     "kv_a_proj_with_mqa", "q_b_proj", "kv_b_proj", "wq_b", "wk", "weights_proj", "fc1_latent_proj",
     "fc2_latent_proj",
 }  # fmt: skip
-"""The modules whose sizes it can tell for any model; some classes of models know more."""
+"""The modules whose sizes it knows for any model. Some classes of models know more."""
 
 _UNGATED = ("nemotron",)
-"""How the types of models begin whose up_proj has no gate_proj beside it."""
+"""Prefixes of the types of models whose up_proj has no gate_proj."""
 
 _ADDED = "added_tokens.json"
 _BLOCK = re.compile(r"\.layers\.\d+\.")
@@ -74,14 +74,14 @@ def _unknown_modules(subject: Subject) -> Iterator[str]:
     yield from sorted({path.rpartition(".")[2] for path in subject.modules} - _MODULES - {"experts", "base_layer"})
 
 
-def _rank(subject: Subject) -> Iterator[str]:
+def _large_rank(subject: Subject) -> Iterator[str]:
     rank = max([0, *subject.ranks.values()])
     if subject.max_rank is not None and rank > subject.max_rank:
         yield f"rank {rank}, --max-lora-rank {subject.max_rank}"
 
 
 def _other_names(subject: Subject, blocks: bool) -> Iterator[str]:
-    """Tensors that are no factors, inside of blocks or outside."""
+    """Yield tensors that are not factors, inside or outside of blocks."""
     leaves = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B", ".lora_magnitude_vector")
     for name in subject.tensors:
         if not name.endswith((*leaves, *TABLES)) and bool(_BLOCK.search(name)) == blocks:
@@ -97,7 +97,7 @@ def _others_outside(subject: Subject) -> Iterator[str]:
 
 
 def _incomplete(subject: Subject) -> Iterator[str]:
-    """Blocks where a projection is adapted without the one beside which SGLang looks for it."""
+    """Yield blocks where a projection is adapted without its partner, with which SGLang looks for it."""
     parents: defaultdict[str, set[str]] = defaultdict(set)
     for path in subject.modules:
         parent, _, name = path.rpartition(".")
@@ -112,7 +112,7 @@ def _incomplete(subject: Subject) -> Iterator[str]:
             yield f"{parent}: up_proj without gate_proj"
 
 
-def _experts(subject: Subject) -> Iterator[str]:
+def _expert_factors(subject: Subject) -> Iterator[str]:
     yield from states("target_parameters")(subject)
     yield from (path for path in subject.modules if path.endswith(".gate"))
 
@@ -145,30 +145,32 @@ SGLANG = Program(
             Rule("refuses", "this variant of LoRA is not served",
                  states("use_dora", "use_qalora", "use_bdlora", "kasa_config"), BAKE, f"{_MANAGER}, run"),
             Rule("refuses", "factors of convolutions are not served", convolutions, BAKE, _POOL),
-            Rule("refuses", "the rank is above the largest that the server is started for", _rank,
+            Rule("refuses", "the rank is above the largest that the server is started for", _large_rank,
                  "start SGLang with a larger --max-lora-rank, or merge with a smaller --rank", _POOL),
             Rule("refuses", "ranks by module: one rank is expected", other_ranks, ONE_SCALE, f"{_POOL}, run"),
-            Rule("refuses", "projections are adapted without the one that is looked for beside them", _incomplete,
+            Rule("refuses", "projections are adapted without the partners that SGLang looks for", _incomplete,
                  f"{BAKE}, or add factors of zeros", f"{_LORA}, run"),
-            Rule("refuses", "tensors in the blocks that are no LoRA factors", _others_in_blocks, BAKE, f"{_POOL}, run"),
+            Rule("refuses", "tensors in the blocks that are not LoRA factors", _others_in_blocks, BAKE,
+                 f"{_POOL}, run"),
             Rule("refuses", "repeated blocks do not exist in the base that is served", states("layer_replication"),
                  "expand the base", f"{_LORA}, run"),
-            Rule("refuses", "factors of stacked experts and of routers are not served", _experts, APART,
+            Rule("refuses", "factors of stacked experts and of routers are not served", _expert_factors, APART,
                  f"{_POOL}, run"),
             Rule("refuses", "adapters that add tokens are not served", _added_tokens,
                  f"remove {_ADDED} if its tokens are not used, or {BAKE}", f"{_MANAGER}"),
-            Rule("ignores", "rank-stabilised scales: lora_alpha / r is used", _rslora, ONE_SCALE, f"{_LORA}, run"),
+            Rule("ignores", "rank-stabilized scales: lora_alpha / r is used", _rslora, ONE_SCALE, f"{_LORA}, run"),
             Rule("ignores", "alphas by module: one alpha is used, newer versions refuse", other_alphas, ONE_SCALE,
                  f"{_LORA}, run"),
-            Rule("ignores", "tensors outside of the blocks that are no LoRA factors", _others_outside, BAKE,
+            Rule("ignores", "tensors outside of the blocks that are not LoRA factors", _others_outside, BAKE,
                  f"{_LORA}, run"),
-            Rule("ignores", "what the start took off the base is not taken off", lost_starts, BAKE, f"{_LORA}, run"),
-            Rule("ignores", "the adapter should act behind certain tokens only, and acts on all",
+            Rule("ignores", "the start took something off the base, and SGLang does not take it off", lost_starts,
+                 BAKE, f"{_LORA}, run"),
+            Rule("ignores", "the adapter should act only behind certain tokens, and acts on all",
                  states("alora_invocation_tokens"), "serve it with a program that knows aLoRA", _CONFIG),
             Rule("warns", GRADIENTS, starts("lora_ga"), BAKE, f"{_LORA}, run"),
             Rule("warns", "modules that SGLang knows for some architectures only", _unknown_modules, BAKE,
                  "srt/lora/utils.py"),
-            Rule("warns", "the embedding that was saved along is not read: rows for added tokens are lost",
+            Rule("warns", "the embedding that was saved too is not read: rows for added tokens are lost",
                  saved_tables, "merge it into its base with --as model if tokens were added", _LORA),
         ),
         "model": (

@@ -1,4 +1,4 @@
-"""What is to be served, as it lies there: nothing of it is interpreted, so that what is wrong with it can be told."""
+"""A model that is to be served, as it is on disk. It is not interpreted, so that rules can find what is wrong."""
 
 from __future__ import annotations
 
@@ -40,19 +40,29 @@ _CONFIG = "adapter_config.json"
 _SHARED, _PREFIX = "base_model.", "base_model.model."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Subject:
     """An adapter, a model, or a pipeline of several, with its tensors by their names on disk.
 
-    ``config`` is its adapter_config.json, config.json or model_index.json, None where it has none; ``files`` are
-    the names in its folder; ``weights`` is the file that holds its tensors, or their index (a pipeline has
-    several). ``again`` is what it is opened by once more, at the same commit. ``folder`` is None for a bare file.
-    ``base`` is the config of an adapter's base, as far as it is known, and ``max_rank`` the largest rank that the
-    program was started for, None for its own default.
+    Attributes:
+        name: The path or address, as it was given.
+        pinned: The path, or the address at the commit that was opened.
+        kind: The kind of model.
+        tensors: The tensors by their names on disk.
+        metadata: The metadata of the files' headers.
+        config: The content of adapter_config.json, config.json or model_index.json; None without one.
+        files: The names of the files in the folder.
+        weights: The file with the tensors, or their index; None for a pipeline, which has several.
+        folder: The folder; None for a bare file.
+        base: The config of an adapter's base, as far as it is known.
+        base_path: The folder of an adapter's base on this machine, if it is known.
+        max_rank: The largest rank that servers are started for; None for their own default.
+        values: Whether rules may read values.
+        remote: Whether the model is on the Hub.
     """
 
     name: str
-    again: str
+    pinned: str
     kind: SubjectKind
     tensors: Mapping[str, Stored]
     metadata: Mapping[str, str]
@@ -73,12 +83,12 @@ class Subject:
 
     @cached_property
     def settings(self) -> Config:
-        """The config of a PEFT adapter as it is looked up; all rules share the time that its patterns may take."""
+        """The config of a PEFT adapter for lookups. All rules share the time limit of its patterns."""
         return Config(self.stated, self.name)
 
     @property
     def text_config(self) -> Mapping[str, Any]:
-        """The part of a model's config that is about its language."""
+        """The part of a model's config about its language model."""
         return text_config(self.stated)
 
     @property
@@ -94,7 +104,7 @@ class Subject:
         for name, stored in self.tensors.items():
             path = name.removeprefix(_PREFIX)
             match = leaf.search(path.replace(".default", "")) if leaf else None
-            # what all modules share stands beside the model
+            # Tensors that all modules share are outside of the model's prefix.
             if match and name.startswith(_SHARED) and not name.startswith(_PREFIX):
                 continue
             if match and match[2] != ".bias":
@@ -103,7 +113,7 @@ class Subject:
 
     @cached_property
     def ranks(self) -> dict[str, int]:
-        """The rank of each module of a LoRA, by its down factor; stacked experts have one each, and none here."""
+        """The rank of each module of a LoRA, by its down factor. Stacked experts, with one rank each, are left out."""
         downs = {
             path: parts.get("lora_A", parts.get("lora_embedding_A"))
             for path, parts in self.modules.items()
@@ -112,31 +122,25 @@ class Subject:
         return {path: down.shape[0] for path, down in downs.items() if down is not None and down.shape}
 
 
-def open_subject(name: str, base: str | None, max_rank: int | None, values: bool) -> Subject:
-    """What lies at a path or at an address on the Hub.
+def open_subject(name: str, *, base: str | None = None, max_rank: int | None = None, values: bool = False) -> Subject:
+    """Open the model at a path or at an address on the Hub, without interpreting it.
 
-    ``base`` is where an adapter's base lies; where it is not given, the path that its config states is looked at.
-    Raises :class:`~merging.errors.MergingError` for what cannot even be opened.
+    Args:
+        name: The path or address.
+        base: The path or address of an adapter's base. By default, the path that the adapter's config states.
+        max_rank: The largest rank that servers are started for; None for their own default.
+        values: Whether rules may read values.
+
+    Raises:
+        merging.errors.MergingError: For files that cannot even be opened.
     """
-    address = hub_address(name)
-    path, remote, again = local_path(name), address is not None, name
-    listed: frozenset[str] | None = None
-    open_file: FileOpener = open_tensors
-    if address is not None:
-        from merging.hub.repository import open_repository
-
-        repository = open_repository(address)
-        path, open_file = repository.folder / address.path, repository.open_file
-        again = str(Address(address.repo, repository.commit, address.path))
-        inside = path if path.is_dir() else path.parent
-        start = str(inside.relative_to(repository.folder)).removeprefix(".")
-        start = f"{start}/" if start else ""
-        listed = frozenset(each.removeprefix(start) for each in repository.sizes if each.startswith(start))
+    location = _locate(name)
+    path = location.path
     if not path.exists():
         raise no_such_path(path)
     try:
         folder, weights, config = _find_files(path)
-        tensors, metadata = _open_tensors(weights, open_file)
+        tensors, metadata = _open_tensors(weights, location.open_file)
         read = read_config if config is not None and config.name == "config.json" else read_json
         stated = read(config) if config is not None else None
     except MergingError as error:
@@ -144,25 +148,59 @@ def open_subject(name: str, base: str | None, max_rank: int | None, values: bool
     dialect = dialect_of((tensors, metadata)) if tensors else None
     base_path, base_config = _base_of(base, stated or {})
     return Subject(
-        name,
-        again,
-        _kind(config, dialect),
-        tensors,
-        metadata,
-        stated,
-        listed if listed is not None else _names(folder),
-        weights.get(""),
-        folder,
-        base_config,
-        base_path,
-        max_rank,
-        values,
-        remote,
+        name=name,
+        pinned=location.pinned,
+        kind=_kind(config, dialect),
+        tensors=tensors,
+        metadata=metadata,
+        config=stated,
+        files=location.files if location.files is not None else _names(folder),
+        weights=weights.get(""),
+        folder=folder,
+        base=base_config,
+        base_path=base_path,
+        max_rank=max_rank,
+        values=values,
+        remote=location.remote,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Location:
+    """The place of a model: its path, its pinned name, and for a model on the Hub the files there."""
+
+    path: Path
+    pinned: str
+    open_file: FileOpener = open_tensors
+    files: frozenset[str] | None = None
+    remote: bool = False
+
+
+def _locate(name: str) -> _Location:
+    address = hub_address(name)
+    if address is None:
+        return _Location(path=local_path(name), pinned=name)
+    from merging.hub.repository import open_repository
+
+    repository = open_repository(address)
+    path = repository.folder / address.path
+    folder = path if path.is_dir() else path.parent
+    start = str(folder.relative_to(repository.folder)).removeprefix(".")
+    start = f"{start}/" if start else ""
+    return _Location(
+        path=path,
+        pinned=str(Address(address.repo, repository.commit, address.path)),
+        open_file=repository.open_file,
+        files=frozenset(each.removeprefix(start) for each in repository.sizes if each.startswith(start)),
+        remote=True,
     )
 
 
 def _find_files(path: Path) -> tuple[Path | None, dict[str, Path], Path | None]:
-    """The folder, the weights by component, and the config; a file that a folder is known by stands for the folder."""
+    """Return the folder, the weights by component, and the config.
+
+    A standard file in a folder stands for the folder.
+    """
     if path.is_file():
         if path.name in (*peft.WEIGHTS, _CONFIG) and is_there(path.parent / _CONFIG):
             return _find_files(path.parent)
@@ -186,7 +224,7 @@ def _find_files(path: Path) -> tuple[Path | None, dict[str, Path], Path | None]:
 
 
 def _open_tensors(weights: Mapping[str, Path], open_file: FileOpener) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors, behind the names of their components, and the metadata; shards hold just what their index says."""
+    """Return the tensors, prefixed by their components, and the metadata. Shards must match their index."""
     tensors: dict[str, Stored] = {}
     metadata: dict[str, str] = {}
     for component, file in weights.items():
@@ -202,7 +240,7 @@ def _open_tensors(weights: Mapping[str, Path], open_file: FileOpener) -> tuple[d
 
 
 def _names(folder: Path | None) -> frozenset[str]:
-    """The files of a folder and of the components in it."""
+    """Return the files of a folder and of its components."""
     found = [] if folder is None else [*folder.glob("*"), *folder.glob("*/*")]
     return frozenset(path.relative_to(folder).as_posix() for path in found if folder)
 
@@ -217,7 +255,10 @@ def _kind(config: Path | None, dialect: Dialect | None) -> SubjectKind:
 
 
 def _base_of(base: str | None, stated: Mapping[str, Any]) -> tuple[Path | None, dict[str, Any]]:
-    """Where the base lies on this machine, if it does, and its config; one on the Hub is asked for if it was named."""
+    """Return the base's folder on this machine, if there is one, and its config.
+
+    The config of a base that was given by its address is read on the Hub.
+    """
     address = hub_address(base) if base else None
     if address is not None:
         from merging.hub.repository import open_repository

@@ -1,4 +1,4 @@
-"""What transformers takes: models in folders, whose files have names that it looks for."""
+"""Rules of transformers, which loads models from folders by the names of their files."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["TRANSFORMERS"]
 
 _FILES = tuple(f"{stem}{rest}" for stem in ("model.safetensors", "pytorch_model.bin") for rest in ("", ".index.json"))
 _SHARING = ("FROD", "PVERA", "TINYLORA", "UNILORA", "VBLORA", "VERA")
-"""Types of PEFT adapters whose modules share tensors that stand beside them."""
+"""Types of PEFT adapters whose modules share tensors."""
 
 
 def _unknown_weights(subject: Subject) -> str | None:
-    """The name of a model's weights, None where it is one that is looked for."""
+    """Return the name of a model's weights, None if transformers looks for that name."""
     if subject.weights is None or subject.config is None or subject.weights.name in _FILES:
         return None
     return subject.weights.name
@@ -61,12 +61,12 @@ def _prompts(subject: Subject) -> Iterator[str]:
         yield f"peft_type = {subject.method!r}"
 
 
-def _shared(subject: Subject) -> Iterator[str]:
+def _shared_tensors(subject: Subject) -> Iterator[str]:
     if subject.method in _SHARING:
         yield f"peft_type = {subject.method!r}"
 
 
-def _named(subject: Subject) -> Iterator[str]:
+def _names_with_adapter(subject: Subject) -> Iterator[str]:
     yield from (name for name in subject.tensors if ".default." in name or name.endswith(".default"))
 
 
@@ -90,7 +90,7 @@ TRANSFORMERS = Program(
             Rule("refuses", "weights of this name are not looked for", _other_files,
                  "rename them to model.safetensors; of a variant, state it: from_pretrained(..., variant=...)",
                  "modeling_utils.py, run"),
-            Rule("refuses", "shards are looked for by their index, which is missing", _no_index,
+            Rule("refuses", "shards are found by their index, which is missing", _no_index,
                  "write the model once more with its index: merge --method passthrough FOLDER -o NEW",
                  "modeling_utils.py, run"),
             Rule("refuses", "the index has no metadata", _plain_index, 'add "metadata": {} to it', "utils/hub.py, run"),
@@ -103,19 +103,20 @@ TRANSFORMERS = Program(
         ),
         "adapter": (
             *ADAPTERS,
-            Rule("refuses", "what its modules share is loaded by PEFT alone", _shared, "load it with PEFT",
+            Rule("refuses", "only PEFT loads tensors that modules share", _shared_tensors, "load it with PEFT",
                  "integrations/peft.py, run"),
             Rule("ignores", "DoRA's magnitudes, which it looks for by another name", _magnitudes, "load it with PEFT",
                  "integrations/peft.py, run"),
-            Rule("ignores", "which entries are adapted: it draws them anew", _entries, "load it with PEFT",
+            Rule("ignores", "the positions of the adapted entries: it draws them again", _entries, "load it with PEFT",
                  "integrations/peft.py, run"),
-            Rule("ignores", "tensors whose names hold the name of an adapter", _named, "remove .default from them",
+            Rule("ignores", "tensors whose names hold the name of an adapter", _names_with_adapter,
+                 "remove .default from them",
                  "integrations/peft.py, run"),
             Rule("ignores", "modules should be saved in full, are not in the file, and stay the base's",
                  unsaved_modules, "save it again", "integrations/peft.py, run"),
             Rule("ignores", "tokens should be trained, are not in the file, and stay the base's", missing_tokens,
                  "save it again", "integrations/peft.py, run"),
-            Rule("refuses", "prompts are loaded by PEFT alone", _prompts, "load it with PEFT",
+            Rule("refuses", "only PEFT loads prompts", _prompts, "load it with PEFT",
                  "integrations/peft.py, run"),
         ),
     },

@@ -1,4 +1,4 @@
-"""Loading for real, by the program itself: what it refuses, misses, or does not expect."""
+"""Load a model with the program itself, and report tensors that it refuses, misses, or does not expect."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from merging.serving.subject import Subject
 __all__ = ["load"]
 
 _NOISE = ("is_gradient_checkpointing", "No LoRA keys associated to")
-"""What libraries warn of where nothing is wrong."""
+"""Parts of harmless warnings of libraries."""
 
 _NO_MATTER = ("vblora_vector_bank", "lora_monteclora_sampler", ".ranknum", "base_model.randlora_", "prompt_embeddings")
-"""Tensors that are reported missing or unexpected though they are shared, made again, or for training alone."""
+"""Tensors that are reported although they are shared, made again, or only for training."""
 
 
 def load(subject: Subject, program: str) -> list[ProgramFinding]:
-    """What PEFT, transformers or diffusers say when they load it, on this machine.
+    """Load a model with PEFT, transformers or diffusers on this machine, and return findings.
 
-    Adapters are put on a base that is built from its config; where their start or their magnitudes need values, these
-    are read. Raises :class:`~merging.errors.OptionError` where that cannot be: the program is not installed, the base
-    is not known, or the files are on the Hub.
+    Adapters are put on a base that is built from its config. Its values are read only if the adapter's start or
+    magnitudes need them. Raises :class:`~merging.errors.OptionError` if the program is not installed, the base is not
+    known, or the files are on the Hub.
     """
     if find_spec(program) is None or (subject.kind == "adapter" and find_spec("peft") is None):
         missing = program if find_spec(program) is None else "peft"
@@ -38,24 +38,24 @@ def load(subject: Subject, program: str) -> list[ProgramFinding]:
     loads = _LOADS.get((program, subject.kind))
     if loads is None or (subject.folder is None and subject.kind != "diffusion adapter"):
         return []
-    said: list[str] = []
-    with _heard(said):
+    heard: list[str] = []
+    with _collect_warnings(heard):
         try:
             keys = loads(subject)
         except OptionError:
             raise
-        except Exception as error:  # whatever the library raises is its refusal
+        except Exception as error:  # any exception of the library is its refusal
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             return [ProgramFinding(program, "refuses", "loading it failed", (reason,))]
     counted = {kind: [n for n in names if not any(part in n for part in _NO_MATTER)] for kind, names in keys.items()}
     findings = [_finding(program, subject, kind, names) for kind, names in counted.items() if names]
-    if said and not findings:
-        findings.append(ProgramFinding(program, "warns", "loading it warns", tuple(said)))
+    if heard and not findings:
+        findings.append(ProgramFinding(program, "warns", "loading it warns", tuple(heard)))
     return findings or [ProgramFinding(program, "ok", "it was loaded, with no tensor missing or unexpected")]
 
 
 def _finding(program: str, subject: Subject, kind: str, names: list[str]) -> ProgramFinding:
-    """What it means that a loader reports tensors as ``missing``, ``unexpected``, ``mismatched`` or ``left out``."""
+    """Return the finding for tensors that a loader reports as missing, unexpected, mismatched or left out."""
     if kind == "missing" and "adapter" in subject.kind:
         return ProgramFinding(program, "warns", "tensors are missing, and fresh ones take their place", tuple(names))
     if kind == "missing":
@@ -65,8 +65,8 @@ def _finding(program: str, subject: Subject, kind: str, names: list[str]) -> Pro
 
 
 @contextmanager
-def _heard(said: list[str]) -> Iterator[None]:
-    """Collect what libraries say by warnings and logs, once each."""
+def _collect_warnings(heard: list[str]) -> Iterator[None]:
+    """Collect the warnings and log records of libraries, once each."""
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -74,10 +74,10 @@ def _heard(said: list[str]) -> Iterator[None]:
 
     def note(message: str) -> None:
         text = " ".join(message.split())[:300]
-        if text not in said and not any(noise in text for noise in _NOISE):
-            said.append(text)
+        if text not in heard and not any(noise in text for noise in _NOISE):
+            heard.append(text)
 
-    # what they print is for people who wait for a model, not for a verdict
+    # Progress bars and log lines would disturb the report.
     printing = [import_module(f"{name}.utils.logging") for name in ("transformers", "diffusers") if find_spec(name)]
     for library in printing:
         library.disable_progress_bar()
@@ -106,14 +106,14 @@ _TASKS = {
     "TOKEN_CLS": "ForTokenClassification",
     "QUESTION_ANS": "ForQuestionAnswering",
 }
-"""How classes end that put the head for a task on top of a model, which its base may be without."""
+"""Endings of the classes that add a head for a task to a model."""
 
 
 def _model(subject: Subject) -> Keys:
-    """A model by transformers, on the CPU."""
+    """Load a model with transformers, on the CPU."""
     import transformers
 
-    transformers.AutoConfig.from_pretrained(str(subject.folder))  # as everyone does who is not told the class
+    transformers.AutoConfig.from_pretrained(str(subject.folder))  # as a user does who does not know the class
     named = subject.stated.get("architectures") or [None]
     found = getattr(transformers, str(named[0]), transformers.AutoModel)
     _, report = found.from_pretrained(str(subject.folder), output_loading_info=True)
@@ -121,24 +121,24 @@ def _model(subject: Subject) -> Keys:
 
 
 def _by_peft(subject: Subject) -> Keys:
-    """An adapter by PEFT, on a base without values if it needs none."""
+    """Load an adapter with PEFT, on a base without values if possible."""
     import peft
 
     base, empty = _base_for(subject)
     model = peft.PeftModel.from_pretrained(base, str(subject.folder), low_cpu_mem_usage=empty)
-    # once more, as it reports what it found only here
+    # Once more, as only this call reports the keys.
     report = model.load_adapter(str(subject.folder), "default", low_cpu_mem_usage=empty)
     return {"missing": list(report.missing_keys), "unexpected": list(report.unexpected_keys)}
 
 
 def _by_transformers(subject: Subject) -> Keys:
-    """An adapter by transformers, which looks for its tensors by itself."""
+    """Load an adapter with transformers, which looks for its tensors itself."""
     report = _full_base(subject).load_adapter(str(subject.folder))
     return {kind: sorted(map(str, getattr(report, f"{kind}_keys"))) for kind in ("missing", "unexpected", "mismatched")}
 
 
 def _base_for(subject: Subject) -> tuple[Any, bool]:
-    """The base, and whether it has no values: but for plain LoRA, what is put on it may be made of them."""
+    """Return the base, and whether it has no values. Only plain LoRA needs none."""
     import torch
 
     start = subject.stated.get("init_lora_weights", True)
@@ -159,7 +159,7 @@ def _full_base(subject: Subject) -> Any:
 
 
 def _class_and_config(subject: Subject) -> tuple[Any, Any]:
-    """The class of the base, with a new head if the adapter was trained for a task, and its config."""
+    """Return the class of the base, with a new head if the adapter was trained for a task, and its config."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(str(_base(subject)))
@@ -169,7 +169,7 @@ def _class_and_config(subject: Subject) -> tuple[Any, Any]:
         known = getattr(transformers, f"AutoModel{suffix}")._model_mapping
         if type(config) not in known:
             raise OptionError(
-                f"{subject.name}: --load cannot tell the class of its base: transformers has no {suffix[3:]} of type "
+                f"{subject.name}: --load cannot find the class of its base: transformers has no {suffix[3:]} of type "
                 f"{config.model_type}, as task_type = {subject.stated['task_type']} says"
             )
         labels = _labels(subject)
@@ -184,7 +184,7 @@ def _class_and_config(subject: Subject) -> tuple[Any, Any]:
 
 
 def _labels(subject: Subject) -> int | None:
-    """The labels that an adapter's own head tells apart, None where it has no such head."""
+    """Return the number of labels of an adapter's own head, None if it has no head."""
     ends = (".classifier.weight", ".score.weight", ".out_proj.weight", ".qa_outputs.weight")
     heads = [stored.shape for name, stored in subject.tensors.items() if name.endswith(ends) and "lora_" not in name]
     return heads[-1][0] if heads and heads[-1] else None
@@ -197,7 +197,7 @@ def _base(subject: Subject) -> Any:
 
 
 def _pipeline(subject: Subject) -> Keys:
-    """A pipeline by diffusers, on the CPU."""
+    """Load a pipeline with diffusers, on the CPU."""
     import diffusers
 
     pipelines: Any = diffusers.DiffusionPipeline
@@ -206,7 +206,7 @@ def _pipeline(subject: Subject) -> Keys:
 
 
 def _part(subject: Subject) -> Keys:
-    """One model by diffusers, on the CPU."""
+    """Load one model with diffusers, on the CPU."""
     import diffusers
 
     found = getattr(diffusers, str(subject.stated.get("_class_name")))
@@ -215,7 +215,7 @@ def _part(subject: Subject) -> Keys:
 
 
 def _pipeline_adapter(subject: Subject) -> Keys:
-    """A LoRA by diffusers, in the pipeline that is its base."""
+    """Load a LoRA with diffusers, in the pipeline that is its base."""
     import diffusers
 
     if subject.base_path is None:

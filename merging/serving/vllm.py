@@ -1,4 +1,4 @@
-"""What vLLM takes: LoRA, read by the names of its tensors."""
+"""Rules of vLLM, which reads LoRA by the names of its tensors."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from merging.serving.subject import Subject
 __all__ = ["VLLM"]
 
 _MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What --max-lora-rank may be."""
+"""The values that --max-lora-rank takes."""
 
 _DEFAULT_RANK = 16
 
 _NAMES = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 
-_SEEING = ("vision", "visual", "multi_modal_projector", "mm_projector")
-"""What the parts of models are called that read images."""
+_VISION = ("vision", "visual", "multi_modal_projector", "mm_projector")
+"""Names of the parts of models that read images."""
 
 _HEADS = ("classifier", "score")
-"""The modules that it serves as they were saved in full, for classifiers."""
+"""The modules saved in full that it serves: heads of classifiers."""
 
 _STACKED = ("gpt_oss", "qwen3_5_moe", "qwen3_vl_moe", "qwen3_omni_moe", "interns1_pro")
-"""How the types of models begin whose experts it keeps in one tensor (``is_3d_moe_weight``)."""
+"""Prefixes of the types of models whose experts it keeps in one tensor (``is_3d_moe_weight``)."""
 
 _HELPER = "lora/peft_helper.py"
 _MODEL = "lora/lora_model.py"
@@ -57,15 +57,15 @@ def _saved_heads(subject: Subject) -> list[str]:
     return [name for name in _HEADS if name in saved] if isinstance(saved, list) else []
 
 
-def _saved(subject: Subject) -> Iterator[str]:
+def _unserved_saved_modules(subject: Subject) -> Iterator[str]:
     saved = subject.stated.get("modules_to_save")
     if not isinstance(saved, list) or len(_saved_heads(subject)) < len(saved):
         yield from states("modules_to_save")(subject)
     elif all(any(f".{head}." in name for name in subject.tensors) for head in _HEADS):
-        yield f"modules_to_save = {saved!r}: one head alone is served"
+        yield f"modules_to_save = {saved!r}: only one head is served"
 
 
-def _rank(subject: Subject) -> Iterator[str]:
+def _large_rank(subject: Subject) -> Iterator[str]:
     stated, pattern = subject.stated.get("r"), subject.stated.get("rank_pattern")
     ranks = [stated, *(pattern.values() if isinstance(pattern, dict) else ()), *subject.ranks.values()]
     rank = max([0, *(each for each in ranks if isinstance(each, int))])
@@ -85,8 +85,8 @@ def _vocabulary(subject: Subject) -> Iterator[str]:
             yield f"{path} is for {table.shape[-1]:,} tokens, the base has {size:,}"
 
 
-def _seeing(subject: Subject) -> Iterator[str]:
-    yield from (path for path in subject.modules if any(part in path for part in _SEEING))
+def _vision_modules(subject: Subject) -> Iterator[str]:
+    yield from (path for path in subject.modules if any(part in path for part in _VISION))
 
 
 def _experts(subject: Subject) -> Iterator[str]:
@@ -94,14 +94,14 @@ def _experts(subject: Subject) -> Iterator[str]:
         yield from (path for path in subject.modules if ".experts." in path)
 
 
-def _stacked(subject: Subject) -> Iterator[str]:
-    """Factors of stacked experts, on a base that is known to keep its experts apart."""
+def _stacked_experts(subject: Subject) -> Iterator[str]:
+    """Yield factors of stacked experts if the base is known to keep its experts apart."""
     kind = subject.base.get("model_type")
     if isinstance(kind, str) and not kind.startswith(_STACKED):
         yield from states("target_parameters")(subject)
 
 
-def _stacked_on_any(subject: Subject) -> Iterator[str]:
+def _stacked_experts_of_unknown_base(subject: Subject) -> Iterator[str]:
     if not isinstance(subject.base.get("model_type"), str):
         yield from states("target_parameters")(subject)
 
@@ -114,35 +114,38 @@ VLLM = Program(
                  f"{_HELPER}, run"),
             Rule("refuses", "the config lacks what vLLM asks for", absent("r", "lora_alpha", "target_modules"),
                  ONE_SCALE, f"{_HELPER}, run"),
-            Rule("refuses", "modules saved in full are not served, but for the heads of classifiers", _saved, BAKE,
+            Rule("refuses", "modules saved in full are not served, except heads of classifiers",
+                 _unserved_saved_modules, BAKE,
                  f"{_HELPER}, run"),
             Rule("refuses", "this variant of LoRA is not served",
                  states("use_dora", "use_qalora", "use_bdlora", "kasa_config"), BAKE, f"{_HELPER}, run"),
             Rule("refuses", "trained biases are not served", states("bias", "lora_bias"), BAKE, f"{_HELPER}, run"),
             Rule("refuses", "trained tokens are not served", states("trainable_token_indices"), BAKE, f"{_MODEL}, run"),
-            Rule("refuses", "tensors whose names are not those of LoRA's factors", _other_names, PLAIN,
+            Rule("refuses", "tensors that are not named as LoRA's factors", _other_names, PLAIN,
                  "lora/utils.py, run"),
             Rule("refuses", "factors of convolutions are not served", convolutions, BAKE, _MODEL),
-            Rule("refuses", "the rank is above the largest that the server is started for", _rank,
+            Rule("refuses", "the rank is above the largest that the server is started for", _large_rank,
                  "start vLLM with a larger --max-lora-rank, or merge with a smaller --rank", f"{_HELPER}, run"),
             Rule("refuses", "the vocabulary is not the base's", _vocabulary, BAKE, _MODEL),
-            Rule("refuses", "the start took something off the base, which is not taken off",
+            Rule("refuses", "the start took something off the base, and vLLM does not take it off",
                  lost_starts, BAKE, f"{_HELPER}, run"),
             Rule("refuses", "repeated blocks do not exist in the base that is served", states("layer_replication"),
                  "expand the base", f"{_HELPER}, run"),
-            Rule("refuses", "the adapter should act behind certain tokens only", states("alora_invocation_tokens"),
+            Rule("refuses", "the adapter should act only behind certain tokens", states("alora_invocation_tokens"),
                  "serve it with a program that knows aLoRA", f"{_HELPER}, run"),
-            Rule("refuses", "factors of stacked experts are not served for this architecture", _stacked,
+            Rule("refuses", "factors of stacked experts are not served for this architecture", _stacked_experts,
                  f"start vLLM with --enable-mixed-moe-lora-format and say is_3d_lora_weight in the request, or {APART}",
                  "lora/model_manager.py"),
-            Rule("warns", "factors of stacked experts are served for some architectures only", _stacked_on_any,
+            Rule("warns", "factors of stacked experts are served for some architectures only",
+                 _stacked_experts_of_unknown_base,
                  "say where the base is with --base", "lora/model_manager.py"),
             Rule("warns", GRADIENTS, starts("lora_ga"), BAKE, f"{_HELPER}, run"),
-            Rule("warns", "modules that see are served with --enable-tower-connector-lora alone", _seeing,
+            Rule("warns", "modules that read images are served only with --enable-tower-connector-lora",
+                 _vision_modules,
                  "start vLLM with --enable-tower-connector-lora", "lora/model_manager.py"),
-            Rule("warns", "before September 2026 experts were given lora_alpha / r in spite of use_rslora", _experts,
+            Rule("warns", "before September 2026 experts had the scale lora_alpha / r in spite of use_rslora", _experts,
                  ONE_SCALE, "lora/lora_weights.py"),
-            Rule("warns", "the embedding that was saved along is not read: rows for added tokens are lost",
+            Rule("warns", "the embedding that was saved too is not read: rows for added tokens are lost",
                  saved_tables, "merge it into its base with --as model if tokens were added", "lora/utils.py, run"),
         ),
         "model": (

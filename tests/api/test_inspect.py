@@ -162,7 +162,7 @@ GALLERY: dict[str, tuple[Make, Facts]] = {
         pickled,
         {
             "format": "PyTorch", "architecture": "GPT2LMHeadModel", "layers": "transformer.h: 2",
-            "notices": ("a tied model stores its head", "lm_head.weight beside transformer.wte.weight"),
+            "notices": ("a tied model stores its head", "lm_head.weight with transformer.wte.weight"),
         },
     ),
     "half a model": (without_head, {"notices": "blocks are missing, which would be random or an error: model"}),

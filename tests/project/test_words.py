@@ -44,9 +44,7 @@ CEILINGS: dict[str, tuple[int, int]] = {
     "output": (17, 3),
     "plan": (105, 27),
     "pool": (35, 16),
-    "recycling": (2, 0),
     "report": (2, 3),
-    "serving": (47, 18),
 }
 """Until every folder is done: how many retired phrases, and names, each may still have; 0 for any that is not here."""
 

@@ -65,7 +65,7 @@ def loaded(path: Path, program: str, base: Path | None = None) -> list[Finding]:
     from merging.serving.subject import open_subject
     from merging.serving.trial_load import load
 
-    return load(open_subject(str(path), str(base) if base else None, None, False), program)
+    return load(open_subject(str(path), base=str(base) if base else None), program)
 
 
 def wrong(findings: list[Finding] | tuple[Finding, ...]) -> bool:

@@ -59,7 +59,7 @@ def test_not_served(llama: Path) -> None:
         "  vllm         refuses  this variant of LoRA is not served",
         "                        use_dora = True",
         "                        -> merge it into its base with --as model, and serve that",
-        "  vllm         refuses  tensors whose names are not those of LoRA's factors",
+        "  vllm         refuses  tensors that are not named as LoRA's factors",
         "                        base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector",
         "                        base_model.model.model.layers.0.self_attn.k_proj.lora_magnitude_vector",
         "                        base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector",

@@ -137,7 +137,17 @@ CONFIGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("fields", CONFIGS, ids=repr)
 def test_targets_as_peft_finds_them(fields: dict[str, Any]) -> None:
     config = LoraConfig(**fields)
-    subject = Subject("a", "a", "adapter", {}, {}, {"peft_type": "LORA", **fields}, frozenset(), None, None)
+    subject = Subject(
+        name="a",
+        pinned="a",
+        kind="adapter",
+        tensors={},
+        metadata={},
+        config={"peft_type": "LORA", **fields},
+        files=frozenset(),
+        weights=None,
+        folder=None,
+    )
     for path in PATHS:
         found = check_target_module_exists(config, path)
         theirs = bool(found) and type(found).__name__ != "_ExcludedModule"

@@ -58,25 +58,25 @@ BARE = dict.fromkeys(
 )
 
 
-NAMES = {"vllm": ("refuses", "not those of LoRA's factors"), "llama.cpp": ("refuses", "not those of LoRA's factors")}
+NAMES = {"vllm": ("refuses", "not named as LoRA's factors"), "llama.cpp": ("refuses", "not named as LoRA's factors")}
 
 
-DROPPED = {"sglang": ("refuses", "tensors in the blocks that are no LoRA factors")}
+DROPPED = {"sglang": ("refuses", "tensors in the blocks that are not LoRA factors")}
 
 
 START = {
     "vllm": ("refuses", "the start took something off the base"),
-    **dict.fromkeys(("sglang", "llama.cpp"), ("ignores", "what the start took off the base")),
+    **dict.fromkeys(("sglang", "llama.cpp"), ("ignores", "the start took something off the base")),
 }
 
 
-TABLES = dict.fromkeys(SERVERS, ("warns", "the embedding that was saved along"))
+TABLES = dict.fromkeys(SERVERS, ("warns", "the embedding that was saved too"))
 
 
 NO_START = dict.fromkeys(LIBRARIES, ("refuses", "the start cannot be repeated"))
 
 
-OTHER_START = dict.fromkeys(LIBRARIES, ("ignores", "the start that was trained on"))
+OTHER_START = dict.fromkeys(LIBRARIES, ("ignores", "the start of the training"))
 
 
 UNTARGETED = dict.fromkeys(LIBRARIES, ("ignores", "modules that the config does not target"))
@@ -140,7 +140,7 @@ ADAPTERS: dict[str, tuple[Edit, Expected]] = {
         NAMES
         | {
             "vllm": ("refuses", "modules saved in full"),
-            "sglang": ("ignores", "outside of the blocks that are no LoRA"),
+            "sglang": ("ignores", "outside of the blocks that are not LoRA"),
         },
     ),
     "norms in full": (
@@ -207,11 +207,11 @@ ADAPTERS: dict[str, tuple[Edit, Expected]] = {
     ),
     "tied head": (again(["q_proj", "lm_head"], "llama-tied"), TIED),
     "tied embedding": (again(["q_proj", "v_proj", "embed_tokens"], "llama-tied"), TIED),
-    "queries alone": (again(["q_proj"]), {"sglang": ("refuses", "without the one that is looked for")}),
-    "queries and keys": (again(["q_proj", "k_proj"]), {"sglang": ("refuses", "without the one that is looked for")}),
-    "values alone": (again(["v_proj"]), {"sglang": ("refuses", "without the one that is looked for")}),
-    "no queries": (again(["k_proj", "v_proj"]), {"sglang": ("refuses", "without the one that is looked for")}),
-    "no gate": (again(["up_proj"]), {"sglang": ("refuses", "without the one that is looked for")}),
+    "queries alone": (again(["q_proj"]), {"sglang": ("refuses", "without the partners")}),
+    "queries and keys": (again(["q_proj", "k_proj"]), {"sglang": ("refuses", "without the partners")}),
+    "values alone": (again(["v_proj"]), {"sglang": ("refuses", "without the partners")}),
+    "no queries": (again(["k_proj", "v_proj"]), {"sglang": ("refuses", "without the partners")}),
+    "no gate": (again(["up_proj"]), {"sglang": ("refuses", "without the partners")}),
     "router": (
         named(lambda name: name.replace("self_attn.q_proj", "mlp.gate")),
         {"sglang": ("refuses", "factors of stacked experts and of routers")},
@@ -234,7 +234,7 @@ ADAPTERS: dict[str, tuple[Edit, Expected]] = {
     ),
     "rsLoRA": (
         again(use_rslora=True),
-        dict.fromkeys(("sglang", "llama.cpp"), ("ignores", "rank-stabilised scales")),
+        dict.fromkeys(("sglang", "llama.cpp"), ("ignores", "rank-stabilized scales")),
     ),
     "rsLoRA of single experts": (
         both(again(use_rslora=True), named(lambda name: name.replace("mlp.up_proj", "mlp.experts.0.up_proj"))),
@@ -242,14 +242,14 @@ ADAPTERS: dict[str, tuple[Edit, Expected]] = {
     ),
     "vision tower": (
         named(lambda name: name.replace("model.layers", "visual.layers")),
-        {"vllm": ("warns", "modules that see")},
+        {"vllm": ("warns", "modules that read images")},
     ),
     "PiSSA": (again(init_lora_weights="pissa"), START),
     "CorDA": (says(init_lora_weights="corda"), START | NO_START),
     "LoftQ": (says(init_lora_weights="loftq"), START | NO_START),
     "LoRA-GA": (
         says(init_lora_weights="lora_ga"),
-        OTHER_START | dict.fromkeys(SERVERS, ("warns", "what LoRA-GA took off the base")),
+        OTHER_START | dict.fromkeys(SERVERS, ("warns", "LoRA-GA took something off the base")),
     ),
     "fast PiSSA": (says(init_lora_weights="pissa_niter_4"), START | OTHER_START),
     "repeated blocks": (
@@ -259,7 +259,7 @@ ADAPTERS: dict[str, tuple[Edit, Expected]] = {
     "QA-LoRA": (says(use_qalora=True), {"llama.cpp": ("ignores", "factors of this form")}),
     "aLoRA": (
         says(alora_invocation_tokens=[1, 2]),
-        {"vllm": ("refuses", "behind certain tokens only"), "sglang": ("ignores", "behind certain tokens only")},
+        {"vllm": ("refuses", "only behind certain tokens"), "sglang": ("ignores", "only behind certain tokens")},
     ),
     "stacked experts": (
         again(["q_proj"], "mixtral", **EXPERTS),
@@ -286,7 +286,7 @@ ADAPTERS: dict[str, tuple[Edit, Expected]] = {
     "regular expression": (again(r".*q_proj"), {"sglang": ("refuses", "target_modules is a regular expression")}),
     "quantised base": (
         base_says(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
-        {"llama.cpp": ("refuses", "the base's quantisation")},
+        {"llama.cpp": ("refuses", "the base's quantization")},
     ),
     "unknown type": (
         says(peft_type="LORAX"),
@@ -315,16 +315,16 @@ ADAPTERS: dict[str, tuple[Edit, Expected]] = {
     ),
     "VeRA": (
         of_type(peft.VeraConfig(target_modules=["q_proj"])),
-        {"transformers": ("refuses", "what its modules share")},
+        {"transformers": ("refuses", "tensors that modules share")},
     ),
     "SHiRA": (
         of_type(peft.ShiraConfig(r=2, target_modules=["q_proj"])),
-        {"transformers": ("ignores", "which entries are adapted")},
+        {"transformers": ("ignores", "positions of the adapted entries")},
     ),
     "prompt": (
         of_type(peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
         {
-            "transformers": ("refuses", "prompts are loaded by PEFT alone"),
+            "transformers": ("refuses", "only PEFT loads prompts"),
             "files": ("warns", "merge itself does not read this"),
         },
     ),
@@ -351,7 +351,7 @@ FOLDERS = dict.fromkeys(
 
 
 MODELS: dict[str, tuple[Edit, Expected]] = {
-    "any": (lambda folder: folder, {"comfyui": ("warns", "which models it loads is not looked at")}),
+    "any": (lambda folder: folder, {"comfyui": ("warns", "do not check whether it loads a model")}),
     "bare file": (alone, FOLDERS),
     "no config": (removed("config.json"), FOLDERS),
     "empty": (holds(lambda _: {}), {"files": ("refuses", "it is empty")}),
@@ -375,7 +375,7 @@ MODELS: dict[str, tuple[Edit, Expected]] = {
         {"transformers": ("refuses", "weights of this name")},
     ),
     "index": (sharded, {"transformers": ("refuses", "the index has no metadata")}),
-    "no index": (unindexed, {"transformers": ("refuses", "looked for by their index, which is missing")}),
+    "no index": (unindexed, {"transformers": ("refuses", "found by their index, which is missing")}),
     "plain header": (saved_plainly, {"transformers": ("warns", "without format = pt")}),
     "no last block": (without("layers.1."), {"files": ("refuses", "blocks are missing")}),
     "one block more": (settings(num_hidden_layers=1), {"files": ("ignores", "more blocks than the config says")}),
@@ -396,7 +396,7 @@ MODELS: dict[str, tuple[Edit, Expected]] = {
             settings(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
             holds(lambda s: s | {"model.layers.0.mlp.up_proj.SCB": torch.ones(48)}),
         ),
-        {"llama.cpp": ("refuses", "cannot undo this quantisation")},
+        {"llama.cpp": ("refuses", "cannot undo this quantization")},
     ),
     "said nowhere": (
         holds(lambda s: s | {"model.layers.0.mlp.up_proj.SCB": torch.ones(48)}),

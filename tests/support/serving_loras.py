@@ -70,7 +70,7 @@ LORAS: dict[str, tuple[Edit, Expected]] = {
     ),
     "two alphas": (
         lora(lora_adapter_metadata='{"unet.r": 2}'),
-        {"diffusers": ("refuses", "alphas stand in the header")},
+        {"diffusers": ("refuses", "there are alphas in the header")},
     ),
     "ranks": (lora(dotted), {"diffusers": ("warns", "before August 2026")}),
     "ComfyUI": (under("diffusion_model.odd.0.to_q"), {"diffusers": ("warns", "names of ComfyUI")}),
@@ -104,7 +104,7 @@ LORAS: dict[str, tuple[Edit, Expected]] = {
             lambda s: {name: value for name, value in dotted(s).items() if ".to_q." in name},
             lora_adapter_metadata='{"unet.r": 2, "unet.lora_alpha": 4, "unet.target_modules": ["to_q"]}',
         ),
-        {"comfyui": ("ignores", "alphas that stand in a config")},
+        {"comfyui": ("ignores", "alphas in a config")},
     ),
     "of another model": (
         lora(lambda s: {n.replace("down_blocks_1", "down_blocks_7"): v for n, v in s.items()}),
