@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import click
-from click.shell_completion import BashComplete, ShellComplete, add_completion_class, get_completion_class
+from click.shell_completion import (
+    BashComplete,
+    CompletionItem,
+    FishComplete,
+    ShellComplete,
+    ZshComplete,
+    add_completion_class,
+    get_completion_class,
+)
 
 from .output import echo_text
 
@@ -22,6 +30,37 @@ class BashCompletion(BashComplete):
         """Return the whole words and the word to complete, without the signs between options and values."""
         words, incomplete = super().get_completion_args()
         return [word for word in words if word != "="], incomplete
+
+
+class WholeWordCompletion(ShellComplete):
+    """Completion in a shell for which ``--method=ti`` is one word, so that its completions begin with the option."""
+
+    option = ""
+
+    def get_completion_args(self) -> tuple[list[str], str]:
+        """Return the whole words and the word to complete, of ``--method=ti`` the option and the value."""
+        words, incomplete = super().get_completion_args()
+        name, equals, value = incomplete.partition("=")
+        if not equals or not name.startswith("--"):
+            return words, incomplete
+        self.option = name + equals
+        return [*words, name], value
+
+    def format_completion(self, item: CompletionItem) -> str:
+        """Return a completion as the shell's script reads it."""
+        if item.type == "plain":
+            item.value = self.option + item.value
+        return super().format_completion(item)
+
+
+@add_completion_class
+class ZshCompletion(WholeWordCompletion, ZshComplete):
+    """Completion in zsh."""
+
+
+@add_completion_class
+class FishCompletion(WholeWordCompletion, FishComplete):
+    """Completion in fish."""
 
 
 @click.command(name="completion", short_help="a script that completes commands, methods and options")

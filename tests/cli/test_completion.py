@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,43 +17,44 @@ from click.testing import CliRunner
 from merging.cli.main import cli
 from merging.methods import METHODS
 
-BASH = shutil.which("bash")
-pytestmark = pytest.mark.skipif(sys.platform == "win32" or BASH is None, reason="needs bash at a terminal")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 
-COMPLETE_ALL = "\x1b*"
-"""The keys by which readline puts all completions in the line."""
+COMPLETE_ALL, COMPLETE = "\x1b*", "\t"
+"""The keys by which readline puts all completions in the line, and by which any shell completes it."""
 
 SHOW = "\x01echo :: \x05\n"
 """The keys that turn the line into a command that prints it."""
 
 
 @pytest.fixture
-def complete(tmp_path: Path) -> Iterator[Callable[[str], list[str]]]:
-    """A function that types a line in a bash, has its last word completed, and returns the words that come out."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with models, and a home, a cache of the Hub and the command outside of it."""
+    program = tmp_path / "bin" / "merge"
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\nfrom merging.cli.main import main\nmain()\n")
+    program.chmod(0o755)
+    for name in ("home", "work/tuned one", "work/tuned2", "work/inspections", "hub/models--org--small-model"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "work" / "tuned3.safetensors").touch()
+    for name, value in {"HOME": tmp_path / "home", "HF_HUB_CACHE": tmp_path / "hub", "TERM": "dumb"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    return tmp_path / "work"
+
+
+@contextmanager
+def terminal(command: list[str], folder: Path) -> Iterator[Callable[[str], list[str]]]:
+    """Run a shell at a terminal; yield a function that types keys, and returns the words of the line after ``::``."""
     import fcntl
     import pty
     import struct
     import termios
 
-    (tmp_path / "home").mkdir()
-    folder = tmp_path / "work"
-    folder.mkdir()
-    for name in ("tuned one", "tuned2", "inspections"):
-        (folder / name).mkdir()
-    (folder / "tuned3.safetensors").touch()
-    (tmp_path / "hub" / "models--org--small-model").mkdir(parents=True)
-    program = tmp_path / "bin" / "merge"
-    program.parent.mkdir()
-    program.write_text(f"#!{sys.executable}\nfrom merging.cli.main import main\nmain()\n")
-    program.chmod(0o755)
-    environment = {**os.environ, "HOME": str(tmp_path / "home"), "TERM": "dumb", "PS1": "$ "}
-    environment |= {"PATH": f"{program.parent}:{os.environ['PATH']}", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"there is no {command[0]} on this machine")
     keyboard, screen = pty.openpty()
     fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 5000, 0, 0))
-    command = ["bash", "--norc", "--noprofile", "-i"]
-    bash = subprocess.Popen(
-        command, stdin=screen, stdout=screen, stderr=screen, cwd=folder, env=environment, start_new_session=True
-    )
+    shell = subprocess.Popen(command, stdin=screen, stdout=screen, stderr=screen, cwd=folder, start_new_session=True)
     os.close(screen)
     shown = ""
 
@@ -64,17 +66,27 @@ def complete(tmp_path: Path) -> Iterator[Callable[[str], list[str]]]:
             shown += os.read(keyboard, 4096).decode(errors="replace")
         return found[1].split()
 
-    def complete_line(line: str) -> list[str]:
-        before = line.rpartition(" ")[0].split()
-        words = type_keys(line + COMPLETE_ALL + SHOW)
-        assert words[: len(before)] == before
-        return sorted(words[len(before) :])
+    try:
+        yield type_keys
+    finally:
+        shell.kill()
+        shell.wait()
+        os.close(keyboard)
 
-    assert type_keys('eval "$(merge completion bash)"; echo :: ready\n') == ["ready"]
-    yield complete_line
-    bash.kill()
-    bash.wait()
-    os.close(keyboard)
+
+@pytest.fixture
+def complete(folder: Path) -> Iterator[Callable[[str], list[str]]]:
+    """A function that types a line in a bash, has its last word completed, and returns the words that come out."""
+    (folder.parent / "home" / ".bashrc").write_text('eval "$(merge completion bash)"\n')
+    with terminal(["bash", "--noprofile", "-i"], folder) as type_keys:
+
+        def complete_line(line: str) -> list[str]:
+            before = line.rpartition(" ")[0].split()
+            words = type_keys(line + COMPLETE_ALL + SHOW)
+            assert words[: len(before)] == before
+            return sorted(words[len(before) :])
+
+        yield complete_line
 
 
 def test_commands(complete: Callable[[str], list[str]]) -> None:
@@ -112,6 +124,40 @@ def test_files_and_models(complete: Callable[[str], list[str]]) -> None:
     assert complete("merge -m linear tuned2 -o tuned2") == ["tuned2"]
     assert complete("merge continual status tuned2") == ["tuned2"]
     assert complete("merge -m linear org/sm") == ["org/small-model"]
+
+
+def test_zsh(folder: Path) -> None:
+    rules = 'autoload -Uz compinit; compinit -u -D; eval "$(merge completion zsh)"\n'
+    (folder.parent / "home" / ".zshrc").write_text(rules)
+    with terminal(["zsh", "-i"], folder) as type_keys:
+        for typed, whole in {
+            "merge compa": "merge compare",
+            "merge -m lines+ti": "merge -m lines+ties",
+            "merge tuned2 --method=nusl": "merge tuned2 --method=nuslerp",
+            "merge --method=nusl": "merge --method=nuslerp",
+            "merge inspect tuned3": "merge inspect tuned3.safetensors",
+        }.items():
+            assert type_keys(typed + COMPLETE + SHOW) == whole.split()
+
+
+def test_fish(folder: Path) -> None:
+    if shutil.which("fish") is None:
+        pytest.skip("there is no fish on this machine")
+    lines = ["merge compa", "merge -m lines+ti", "merge --method=nusl", "merge inspect tuned3"]
+    script = "merge completion fish | source\n" + "".join(f"complete -C '{line}'\n" for line in lines)
+    said = subprocess.run(["fish", "--no-config", "-c", script], cwd=folder, capture_output=True, text=True, check=True)
+    words = [line.partition("\t")[0] for line in said.stdout.splitlines()]
+    assert words == ["compare", "lines+ties", "--method=nuslerp", "tuned3.safetensors"]
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_values_after_an_equals_sign(shell: str) -> None:
+    """To these shells it is one word; here as their scripts ask, without them."""
+    words = "merge tuned2 --method=nusl"
+    asked = {"_MERGE_COMPLETE": f"{shell}_complete", "COMP_WORDS": words}
+    asked["COMP_CWORD"] = "2" if shell == "zsh" else "--method=nusl"
+    done = CliRunner().invoke(cli, [], env=asked)
+    assert "--method=nuslerp" in re.split("[,\\s]", done.stdout)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
