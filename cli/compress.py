@@ -8,7 +8,7 @@ import click
 
 from .errors import OutputStatus, handle_errors
 from .options import debug_option, device_option, json_option, overwrite_option, progress_option
-from .output import echo, echo_json, echo_notices, progress_bar, size_text
+from .output import echo, echo_json, echo_notices, format_size, progress_bar
 from .types import MODEL
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def compress_command(model: str, progress: bool | None, as_json: bool, debug: bo
     """Write an adapter, or the change of a full model from its base, into one file of few bits, and show the error.
 
     A pack is a model like any other for every command: it is merged, compared and inspected as it is.
+    With --json the error of every tensor is printed.
     """
     with handle_errors(debug, OutputStatus(options["output"])):
         from merging.compression import compress
@@ -59,10 +60,8 @@ def compress_command(model: str, progress: bool | None, as_json: bool, debug: bo
 def _print(found: Compressed) -> None:
     echo_notices(found.notices)
     echo(f"{found.path}: {found.kind} by {found.method} ({found.settings}) in {found.seconds:.1f} s")
-    echo(
-        f"  size   {size_text(found.bytes_before)} -> {size_text(found.bytes_after)}, {found.ratio:.1f} times smaller; "
-        f"{found.bits:.2f} bits a parameter"
-    )
+    before, after = format_size(found.bytes_before), format_size(found.bytes_after)
+    echo(f"  size   {before} -> {after}, {found.ratio:.1f} times smaller; {found.bits:.2f} bits a parameter")
     worst = f", {found.errors[found.worst]:.3f} at worst ({found.worst})" if found.worst else ""
     echo(f"  error  {found.error:.3f} of the change in all, {found.median:.3f} in the median tensor{worst}")
     echo("  evaluate the pack's model again: the effect on its task cannot be seen from these errors")

@@ -8,7 +8,7 @@ import click
 
 from .errors import OutputStatus, handle_errors
 from .options import debug_option, json_option, overwrite_option, progress_option
-from .output import echo, echo_json, echo_notices, plural, progress_bar, size_text
+from .output import echo, echo_json, echo_notices, format_size, plural, progress_bar
 from .types import MODEL
 
 __all__ = ["decompress_command"]
@@ -37,4 +37,4 @@ def decompress_command(pack: str, progress: bool | None, as_json: bool, debug: b
         echo_json(found.to_dict())
         return
     echo_notices(found.notices)
-    echo(f"{found.path}: {found.kind}, {plural(found.tensors, 'tensor')}, {size_text(found.bytes)}")
+    echo(f"{found.path}: {found.kind}, {plural(found.tensors, 'tensor')}, {format_size(found.bytes)}")

@@ -36,7 +36,7 @@ class FieldsCommand(click.Command):
         self.fields = fields
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Return the command's own options, those of the fields, and help."""
+        """Return the command's own options, the options of the fields, and help."""
         if _FIELDS not in ctx.meta:
             ctx.meta[_FIELDS] = self.fields({})
         *own, help_option = super().get_params(ctx)

@@ -9,7 +9,7 @@ import click
 
 from .errors import handle_errors
 from .options import debug_option, json_option
-from .output import echo, echo_json, size_text, terminal_width
+from .output import echo, echo_json, format_size, terminal_width
 from .types import MODEL
 
 __all__ = ["inspect_command"]
@@ -60,7 +60,7 @@ def _lines(name: str, value: Any) -> list[str]:
 def _text(name: str, value: Any, longest: int) -> str:
     """Return a fact as people read it; of a list as many items as there is room for."""
     if name.endswith("bytes"):
-        return size_text(value)
+        return format_size(value)
     if isinstance(value, dict):
         return _join([f"{key}: {each:,}" for key, each in value.items()], longest)
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The command ``merge``: its sub-commands, of which merging is the default."""
+"""The command ``merge``: its sub-commands, with merging as the default."""
 
 from __future__ import annotations
 
@@ -88,9 +88,10 @@ class DefaultGroup(SectionedGroup):
         self.format_commands(ctx, formatter)
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write both ways to call it."""
+        """Write the ways to call it."""
         formatter.write_usage(ctx.command_path, "--method METHOD [OPTIONS] MODEL...")
         formatter.write_usage(ctx.command_path, "COMMAND [ARGUMENTS]", prefix="       ")
+        formatter.write_usage(ctx.command_path, "--version", prefix="       ")
 
 
 SECTIONS = {
@@ -111,7 +112,7 @@ def cli() -> None:
     merge --method ties --base BASE one/ two/ -o merged/
     merge --method lines+tsv --base ORG/BASE ORG/ONE ORG/TWO -o merged/
 
-    Options: merge merge -h. Those of a method: merge -m METHOD -h. Version: merge --version.
+    Options of merging: merge merge -h, and of a method: merge -m METHOD -h.
     """
 
 

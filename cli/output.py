@@ -32,9 +32,9 @@ __all__ = [
     "echo_notices",
     "echo_plan",
     "echo_text",
+    "format_size",
     "plural",
     "progress_bar",
-    "size_text",
     "terminal_width",
 ]
 
@@ -47,7 +47,7 @@ def terminal_width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-def size_text(nbytes: float) -> str:
+def format_size(nbytes: float) -> str:
     """Return bytes as people read them."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if nbytes >= factor:
@@ -127,13 +127,12 @@ def echo_plan(plan: Plan, destination: Path, execution: Execution) -> None:
         return
     rank = f" of rank {plan.rank}" if plan.rank else ""
     echo(f"{facts['method']}: {plural(len(plan.models), 'model')} into the {_kind(plan)}{rank} {destination}")
-    echo(f"  reads   {size_text(plan.read_bytes)}")
-    echo(f"  writes  {size_text(plan.out_bytes)} in {plural(len(plan.outs), 'tensor')}")
-    echo(
-        f"  memory  {size_text(facts['peak_memory_bytes'])} at most for {plural(workers, 'worker')}, above the imports"
-    )
+    echo(f"  reads   {format_size(plan.read_bytes)}")
+    echo(f"  writes  {format_size(plan.out_bytes)} in {plural(len(plan.outs), 'tensor')}")
+    memory = format_size(facts["peak_memory_bytes"])
+    echo(f"  memory  {memory} at most for {plural(workers, 'worker')}, above the imports")
     if plan.spool_bytes:
-        echo(f"  disk    {size_text(plan.spool_bytes)} to set merged changes aside meanwhile")
+        echo(f"  disk    {format_size(plan.spool_bytes)} to set merged changes aside meanwhile")
     for line in plan.matched:
         echo(f"  {line}")
     echo_notices(plan.notices)
@@ -149,7 +148,7 @@ def echo_merged(merged: Merged, plan: Plan) -> None:
     rank = f" of rank {merged.rank}" if merged.rank else ""
     echo(
         f"{merged.path}: {_kind(plan)}{rank}, {plural(len(plan.models), 'model')} by {merged.method}, "
-        f"{plural(merged.tensors, 'tensor')}, {size_text(merged.bytes)} in {merged.seconds:.1f} s"
+        f"{plural(merged.tensors, 'tensor')}, {format_size(merged.bytes)} in {merged.seconds:.1f} s"
     )
 
 

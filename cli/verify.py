@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -81,7 +80,8 @@ def verify_command(
         echo_json({**asdict(verdict), "served": verdict.served})
     else:
         _print(verdict)
-    sys.exit(0 if verdict.served else 1)
+    if not verdict.served:
+        raise click.exceptions.Exit(1)
 
 
 def _print(verdict: Verdict) -> None:

@@ -36,13 +36,14 @@ def watch_command(
     merge continual watch STORE --from hub:base=ORG/NAME,limit=20 --interval 3600
 
     In a folder, a model is a weights file, or a folder that holds one; it is added when it has stopped growing. A query
-    is of base= (adapters that name it), author=, tag= and search= (a word of the name), as wanted; its limit= latest
-    models are looked at (default 100). Each is added as the commit that it is then, a new revision as another model
-    unless its weights are in. The files stay in the Hub's cache. A Hub that does not answer is asked again.
+    has base= (adapters that name it), author=, tag= or search= (a word of the name), or several of these; the latest
+    models are looked at, as many as limit= says (default 100). Each is added at its commit of that moment, and a new
+    revision as another model unless its weights are in. The files stay in the Hub's cache. A Hub that does not answer
+    is asked again.
 
-    What is refused is noted in the store with the reason and left alone until it changes. A signal ends the watch; a
-    step that is under way is finished first, or with a second signal given up (the store is then as before it); a
-    download is broken off, and goes on where it stopped when the watch is started again.
+    A model that is refused is noted in the store with the reason, and left alone until it changes. A signal ends the
+    watch. A step that is under way is finished first; a second signal gives it up, and the store is as before it. A
+    download stops, and goes on from there when the watch is started again.
     """
     status = StoreStatus(store)
     with handle_errors(debug, status):

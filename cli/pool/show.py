@@ -10,7 +10,7 @@ from merging.errors import shorten
 
 from ..errors import handle_errors
 from ..options import debug_option, json_option
-from ..output import echo, echo_json, size_text
+from ..output import echo, echo_json, format_size
 from .options import pool_argument
 from .verdicts import LONGEST_REASON
 
@@ -35,7 +35,7 @@ def show_command(pool: Path, name: str, as_json: bool, debug: bool) -> None:
     facts = {key: value for key, value in entry.to_dict().items() if key not in ("name", "figures", "findings")}
     for key, value in {**facts, **entry.figures}.items():
         if value not in (None, ""):
-            shown = size_text(value) if key == "size" else f"{value:.4g}" if isinstance(value, float) else value
+            shown = format_size(value) if key == "size" else f"{value:.4g}" if isinstance(value, float) else value
             echo(f"  {key:18} {shorten(str(shown))}")
     for finding in entry.findings:
         echo(f"  {finding.stage:12} {finding.verdict}: {shorten(finding.reason, LONGEST_REASON)}")

@@ -31,9 +31,9 @@ def smoke_command(
 ) -> None:
     """Run the base with every adapter over a few texts, and quarantine any that destroy it or change nothing.
 
-    A language model is destroyed if plain text has over 3 times its perplexity, another model if it hardly tells texts
-    apart. New limits also judge adapters that were tested before, by the figures in the pool. A test that was
-    interrupted goes on when it is started again.
+    A language model is destroyed if plain text has over 3 times its perplexity. Another model is destroyed if all texts
+    look nearly alike to it. New limits also judge adapters that were tested before, by the figures in the pool. A test
+    that was interrupted goes on when it is started again.
     """
     with handle_errors(debug, PoolStatus(pool)):
         from dataclasses import replace

@@ -8,7 +8,7 @@ import click
 
 from ..errors import handle_errors
 from ..options import debug_option, json_option
-from ..output import echo, echo_json, size_text
+from ..output import echo, echo_json, format_size
 from .options import pool_argument
 
 __all__ = ["stats_command"]
@@ -30,4 +30,4 @@ def stats_command(pool: Path, as_json: bool, debug: bool) -> None:
         return
     for key, value in facts.items():
         text = ", ".join(f"{name}: {each}" for name, each in value.items()) if isinstance(value, dict) else value
-        echo(f"{key:14} {size_text(value) if key == 'bytes' else text}")
+        echo(f"{key:14} {format_size(value) if key == 'bytes' else text}")

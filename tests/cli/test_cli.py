@@ -15,7 +15,7 @@ import yaml
 
 import merging
 from merging.cli.main import cli
-from merging.cli.output import size_text
+from merging.cli.output import format_size
 from merging.cli.types import Size
 from merging.methods import GROUPS, METHODS
 from support.commands import merge, ok, refused
@@ -410,7 +410,7 @@ def test_what_is_no_size(text: str) -> None:
 
 
 def test_sizes_as_text() -> None:
-    assert [size_text(n) for n in (0, 999, 1000, 2_500_000, 7e10)] == [
+    assert [format_size(n) for n in (0, 999, 1000, 2_500_000, 7e10)] == [
         "0 bytes",
         "999 bytes",
         "1.0 kB",
