@@ -40,7 +40,7 @@ def test_magnitudes_of_other_outputs(tmp_path: Path) -> None:
     path = small_adapter(tmp_path / "a", {"peft_type": "LORA", "r": 2, "use_dora": True})
     magnitudes = {"base_model.model.layers.0.q.lora_magnitude_vector": torch.ones(3)}
     save_file(FACTORS | magnitudes, path / "adapter_model.safetensors")
-    with pytest.raises(FormatError, match="3 magnitudes are not those of 4 outputs"):
+    with pytest.raises(FormatError, match="3 magnitudes do not fit 4 outputs"):
         open_model(path)
 
 
