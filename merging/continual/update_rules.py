@@ -16,7 +16,7 @@ __all__ = ["checked_rule", "continual_methods", "history_of", "rule_of"]
 
 
 def continual_methods() -> list[str]:
-    """The methods, and chains of one wrapper and a method, that a store can take models in by."""
+    """Return the methods, and chains of a wrapper and a method, by which a store can take in models."""
     wrappers = [name for name in METHODS if issubclass(method_class(name), Wrapper)]
     mergers = [name for name in METHODS if name not in wrappers]
     chains = [*mergers, *(f"{wrapper}+{merger}" for wrapper in wrappers for merger in mergers)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from merging.errors import OptionError, nearest
 from merging.methods.catalog import ALIASES, GROUPS, MERGEKIT, METHODS, Alias, Listed
-from merging.methods.registry import installed_methods, method_class
+from merging.methods.registry import installed_methods, method_class, method_names
 
 if TYPE_CHECKING:
     from merging.methods.contract.method import Method
@@ -29,6 +29,7 @@ __all__ = [
     "installed_methods",
     "links",
     "method_class",
+    "method_names",
     "owner_of",
     "parameters_of",
 ]

@@ -13,7 +13,7 @@ from merging.methods.catalog import ALIASES, METHODS
 if TYPE_CHECKING:
     from merging.methods.contract.method import Method
 
-__all__ = ["ENTRY_POINTS", "declare", "installed_methods", "method_class"]
+__all__ = ["ENTRY_POINTS", "declare", "installed_methods", "method_class", "method_names"]
 
 ENTRY_POINTS = "merging.methods"
 """The group of entry points by which a package offers methods: ``name = "module:object"``."""
@@ -42,10 +42,15 @@ def method_class(name: str) -> type[Method]:
     parts = name.lower().replace("-", "_").split("_")
     chained = "+".join("task_arithmetic" if part == "linear" else part for part in parts)
     is_chain = all(part in METHODS for part in chained.split("+"))
-    others = [*_declared, *map(_name, _offers())]
-    hint = f" (did you mean {chained!r}?)" if is_chain else nearest(name.lower(), [*METHODS, *ALIASES, *others])
-    hint = hint or ": the methods are " + ", ".join([*METHODS, *others])
+    names = method_names()
+    hint = f" (did you mean {chained!r}?)" if is_chain else nearest(name.lower(), [*names, *ALIASES])
+    hint = hint or ": the methods are " + ", ".join(names)
     raise OptionError(f"there is no method {name!r}{hint}")
+
+
+def method_names() -> list[str]:
+    """Return the names of all methods, the built-in ones first. No package is imported."""
+    return list(dict.fromkeys([*METHODS, *_declared, *map(_name, _offers())]))
 
 
 def declare(cls: type[Method]) -> None:

@@ -10,7 +10,7 @@ from merging.api.merge_tensors import merge_deltas
 from merging.errors import OptionError, nearest
 from merging.maths.delta import Dense, LowRank
 from merging.maths.linalg import compress_matrix
-from merging.methods import METHODS, chain
+from merging.methods import chain, method_names
 from merging.recycling.mixture import Activation
 from merging.recycling.pool_adapters import Expert
 from merging.recycling.problem import Problem, WeightedAdapters, single_adapter
@@ -20,7 +20,7 @@ from merging.recycling.settings import Granularity, Settings
 from merging.recycling.similarity import SIMILARITIES
 from merging.recycling.training import TrainingPlan, train
 
-__all__ = ["SEARCHED", "TUNED", "Tuning", "check_method", "fit"]
+__all__ = ["SEARCHED", "TUNED", "Tuning", "check_mixing", "fit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ TUNED: dict[str, Tuning] = {
 SEARCHED = "lorahub"
 
 
-def check_method(settings: Settings, classifies: bool) -> None:
+def check_mixing(settings: Settings, classifies: bool) -> None:
     """Check that the method and the selection exist and can do the task.
 
     Raises :class:`~merging.errors.OptionError`.
@@ -107,8 +107,9 @@ def check_method(settings: Settings, classifies: bool) -> None:
         if find_spec("scipy") is None:
             raise OptionError(f"{name} searches with scipy: pip install 'merging[recycle]'")
         return
-    if not all(link in METHODS for link in name.split("+")):
-        known = (*TUNED, SEARCHED, *METHODS)
+    methods = method_names()
+    if not all(link.replace("-", "_") in methods for link in name.split("+")):
+        known = (*TUNED, SEARCHED, *methods)
         raise OptionError(
             f"there is no method {name!r}{nearest(name, known)}: use {', '.join((*TUNED, SEARCHED))}, or one of merge "
             f"methods"

@@ -15,7 +15,7 @@ from merging.recycling.bootstrap import Metric
 from merging.recycling.data import Example, Split, kind_of, overlaps, read_examples, split
 from merging.recycling.fold import FoldedLora, fold, write_adapter
 from merging.recycling.load_base import load_model
-from merging.recycling.mixing import check_method
+from merging.recycling.mixing import check_mixing
 from merging.recycling.page import page
 from merging.recycling.pool_adapters import AdapterRef, UsableAdapters, find_usable, list_adapters
 from merging.recycling.problem import Problem, WeightedAdapters, single_adapter
@@ -104,7 +104,7 @@ def recycle(
         None if test is None else read_examples(test, "test"),
         chosen.seed,
     )
-    check_method(chosen, kind_of(parts) == "label")
+    check_mixing(chosen, kind_of(parts) == "label")
     where, found = pick_device(device), list_adapters(pool, base)
     _check_output(destination, found, overwrite)
     on_event = on_event or (lambda line: None)

@@ -106,6 +106,13 @@ def test_methods_and_chains(complete: Callable[[str], list[str]]) -> None:
     assert set(complete("merge continual init store -m ")) >= set(METHODS)
 
 
+def test_methods_are_completed_without_torch() -> None:
+    script = "import sys; from merging.cli.types import METHOD; names = METHOD.shell_complete(None, None, 'lin')"
+    script += "; print([each.value for each in names], 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "['linear', 'lines'] False\n"
+
+
 def test_options(complete: Callable[[str], list[str]]) -> None:
     assert complete("merge --ex") == ["--exclude", "--experts"]
     assert complete("merge -m ties tuned2 --dens") == ["--density"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import merging
+from merging.methods import METHODS
 from merging.testing import check_method
 
 
@@ -17,6 +18,12 @@ from merging.testing import check_method
 )
 def test_shipped_methods_pass(method: str) -> None:
     check_method(method)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", METHODS)
+def test_all_methods_pass(method: str) -> None:
+    check_method(method, within=2e-2 if method == "iso_cts" else 1e-5)
 
 
 def _whole_norm(deltas: Tensor) -> Tensor:
