@@ -55,8 +55,7 @@ def prototype(delta: LowRank, kind: PrototypeKind, normalise: bool = False) -> T
     """Return the prototype of a change, float32 ``[k, in]``: it shows which inputs the change acts on.
 
     ``arrow`` (Ostapenko et al. 2024, arXiv 2405.11157): the leading right singular vector, ``k = 1``. A token's score
-    is
-    ``|v . x|``, so the sign means nothing; it is chosen such that the largest entry is positive.
+    is ``|v . x|``, so the sign means nothing; it is chosen such that the largest entry is positive.
     ``spectr``: the right singular vectors times their singular values, ``k = r``. The score is ``|P x| = |D x|``.
 
     Args:

@@ -15,7 +15,8 @@ from merging.errors import FormatError
 from merging.maths.delta import Delta, Dense
 from merging.maths.site import Site
 from merging.methods.contract.method import Method
-from merging.plan.items import Item, Plan, cut_items
+from merging.plan.items import Item, cut_items
+from merging.plan.merge_plan import Plan
 from merging.plan.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import TensorNames
@@ -151,7 +152,7 @@ def step_plan(held: Adapter | None, plan: Plan, update: Method, key: str, most: 
         if item.form == "copy":
             items += _copies(name, own) if own else []
             continue
-        kind = DTYPE_NAMES[plan.dtype(item)]
+        kind = DTYPE_NAMES[item.dtype]
         if own:
             kind = "F64" if "F64" in (kind, *(part.dtype_name for part in own.tensors)) else kind
         outs = _factor_outs(item, rank, kind) if name in low else (OutputTensor(_FULL + name, kind, item.site.shape),)

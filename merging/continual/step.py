@@ -114,7 +114,7 @@ def _refuse_odd_values(alone: Plan) -> None:
         (given,) = item.inputs
         if given is None or item.form == "copy":
             continue
-        value = _values(item, given, alone.dtype(item))
+        value = _values(item, given, item.dtype)
         if not bool(value.isfinite().all()):
             raise InputError(
                 f"{path}: {item.site.name} holds NaN or infinite values, which would stay in the merge for good: "

@@ -6,7 +6,7 @@ import torch
 
 from merging.errors import OptionError
 from merging.os_calls import available_memory
-from merging.plan.items import Plan
+from merging.plan.merge_plan import Plan
 
 __all__ = ["pick_device", "workers_within"]
 

@@ -23,7 +23,7 @@ from merging.engine.unit import Span
 from merging.engine.worker import Shared, Worker
 from merging.methods.contract.method import ResultStatistic, Statistic
 from merging.os_calls import keep_freed_memory, private_memory, release_freed_memory
-from merging.plan.items import Plan
+from merging.plan.merge_plan import Plan
 from merging.progress import Progress
 
 __all__ = ["Done", "Sink", "run"]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from merging.maths.sums import safe_ratio
-from merging.plan.items import Item, Plan
+from merging.plan.items import Item
+from merging.plan.merge_plan import Plan
 from merging.sources import Checkpoint
 from merging.sources.stored import Stored
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from merging.errors import InputError
 from merging.maths.delta import Delta, Dense, LowRank, Stack
-from merging.plan.items import CHUNK, TILE, Item, Plan
+from merging.plan.items import CHUNK, TILE, Item
+from merging.plan.merge_plan import Plan
 from merging.sources.changes import Change, LoraChange
 from merging.sources.computed import ComputedChange
 from merging.sources.stored import Stored
@@ -47,7 +48,7 @@ class Tiler:
 
     def tiles(self, item: Item, start: int, stop: int) -> Iterator[Tile]:
         """Yield the tiles of an item from one flat offset to another."""
-        dtype, shape = self.plan.dtype(item), item.cut.shape(item.site)
+        dtype, shape = item.dtype, item.cut.shape(item.site)
         present = tuple(each is not None for each in item.inputs)
         changes = {slot: self._by_rows(item, slot) for slot, each in enumerate(item.inputs) if isinstance(each, Change)}
         columns = prod(item.site.shape[1:])
@@ -107,7 +108,7 @@ class Tiler:
 
     def change(self, item: Item, slot: int) -> Delta:
         """Return one adapter's change of a whole item, on the device."""
-        change, dtype = item.inputs[slot], self.plan.dtype(item)
+        change, dtype = item.inputs[slot], item.dtype
         assert isinstance(change, Change)
 
         def base() -> Tensor:

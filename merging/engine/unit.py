@@ -99,7 +99,7 @@ class WorkUnit:
             if each.name == before:
                 break
             if each.per == "tensor" and each.name not in self._statistics:
-                accumulator = each.reduction.widen(self.tiler.plan.dtype(self.span.item)).start()
+                accumulator = each.reduction.widen(self.span.item.dtype).start()
                 while True:
                     self.accumulate(each, accumulator, self._statistics)
                     if not accumulator.next():

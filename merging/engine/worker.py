@@ -17,7 +17,8 @@ from merging.maths.parameters import Coefficient
 from merging.maths.reductions import Accumulator
 from merging.methods.contract.method import ResultStatistic, Statistic
 from merging.methods.contract.wrapper import Unwrapped
-from merging.plan.items import Item, Plan
+from merging.plan.items import Item
+from merging.plan.merge_plan import Plan
 from merging.sources.stored import Stored
 
 __all__ = ["Shared", "Worker"]
@@ -129,7 +130,7 @@ class Worker:
                 merged, change = Dense(merged.dense() - unit.base), True
             self.output.write_whole(item, merged, factor, change)
         elif item.form == "factors":
-            full = torch.empty(item.numel, dtype=self.plan.dtype(item), device=self.tiler.device)
+            full = torch.empty(item.numel, dtype=item.dtype, device=self.tiler.device)
             for start, values in self._merge_blocks(unit, factor):
                 full[start : start + values.numel()] = values.reshape(-1)
             self.output.write_compressed(item, full.view(item.site.shape))

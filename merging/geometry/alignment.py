@@ -169,6 +169,6 @@ def read_change(tiler: Tiler, item: Item, slot: int) -> Delta:
     if not isinstance(stored, Stored):
         return tiler.change(item, slot)
     assert item.base is not None
-    dtype = tiler.plan.dtype(item)
+    dtype = item.dtype
     value = stored.read().to(dtype)
     return Dense(value.sub_(item.base.read().to(dtype)).to(tiler.device))

@@ -133,7 +133,7 @@ def _factor_dtype(plan: Plan, item: Item) -> torch.dtype:
     """float64 where the products of factors are few."""
     count, rows, columns = matrix_sides(item)
     total = sum(each.rank for each in _changes(item))
-    return torch.float64 if count * total**2 * (rows + columns) <= _DOUBLE else plan.dtype(item)
+    return torch.float64 if count * total**2 * (rows + columns) <= _DOUBLE else item.dtype
 
 
 def groups_of(plan: Plan, item: Item, by_factors: bool, max_memory: int) -> list[list[int]]:
@@ -171,7 +171,7 @@ def _bytes_of(plan: Plan, item: Item, slot: int, by_factors: bool) -> int:
     whole = low if low is not None else rows * columns if isinstance(each, Change) else 0
     # A block of rows is there twice: as it was read, and in the spans that are multiplied.
     block = min(rows * columns, max(TILE, 64 * columns))
-    return plan.dtype(item).itemsize * count * (whole + 3 * block)
+    return item.dtype.itemsize * count * (whole + 3 * block)
 
 
 @dataclass(slots=True)

@@ -157,6 +157,6 @@ def _row(tiler: Tiler, item: Item, slot: int, row: int) -> Tensor:
     """One row of what a full checkpoint changes."""
     stored, size = item.inputs[slot], _columns(item)
     assert isinstance(stored, Stored) and item.base is not None
-    dtype = tiler.plan.dtype(item)
+    dtype = item.dtype
     value = tiler.raw(stored, row * size, size).to(dtype, copy=True)
     return value - tiler.raw(item.base, row * size, size).to(dtype)

@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from merging.output.peft_config import NO_VARIANTS, adapter_config, lora_config
-from merging.plan.items import Plan
+from merging.plan.merge_plan import Plan
 from merging.plan.names.peft_names import PREFIX
 from merging.sources import Adapter
 from merging.sources.diffusion_loras import WEIGHTS, modern_name

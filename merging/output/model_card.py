@@ -8,7 +8,7 @@ from typing import Any
 
 from merging.output.licences import Source, licence_sentence, source_of, strictest
 from merging.output.markdown import card, code, code_block, prose, sources_listed
-from merging.plan.items import Plan
+from merging.plan.merge_plan import Plan
 from merging.sources import Adapter, Checkpoint
 
 __all__ = ["HUB_ID", "model_card"]

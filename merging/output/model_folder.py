@@ -11,7 +11,7 @@ from typing import Any
 from merging import os_calls
 from merging.output.model_card import model_card
 from merging.plan.inputs.tied_heads import scales_outputs
-from merging.plan.items import Plan
+from merging.plan.merge_plan import Plan
 from merging.sources import Checkpoint
 from merging.sources.model_files import COMPANIONS, IN_PIPELINES
 from merging.sources.small_files import check_file, copy_file

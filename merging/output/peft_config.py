@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from merging.output.model_card import model_card
-from merging.plan.items import Item, Plan
+from merging.plan.items import Item
+from merging.plan.merge_plan import Plan
 from merging.plan.names.peft_names import PREFIX
 from merging.sources import Adapter
 from merging.sources.changes import Change, LoraChange

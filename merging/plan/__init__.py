@@ -21,7 +21,8 @@ from merging.plan.inputs.components import select_components
 from merging.plan.inputs.task_heads import NO_HEADS, TaskHeads, find_task_heads
 from merging.plan.inputs.tied_heads import resolve_tied_heads
 from merging.plan.inputs.vocabulary import match_vocabularies
-from merging.plan.items import Item, Plan, cut_items
+from merging.plan.items import Item, cut_items
+from merging.plan.merge_plan import Plan
 from merging.plan.outputs.planned import PlannedOutput
 from merging.plan.outputs.to_adapter import plan_adapter
 from merging.plan.outputs.to_model import plan_model

@@ -1,4 +1,4 @@
-"""What is refused, or remarked on, before anything is planned: bases that differ, methods that need one, repeats."""
+"""Checks before anything is planned: bases that differ, methods that need one, repeated models, idle options."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _QUANTISED = re.compile(
 
 
 def make_content_keys(models: Sequence[Checkpoint | Adapter]) -> tuple[tuple[str, ...], list[str]]:
-    """A key of each model's content, repeats numbered, and a notice for each model that repeats an earlier one.
+    """Return a key of each model's content, repeats numbered, and a notice for each repeat of an earlier model.
 
-    While a model's values are still elsewhere its key is made of the hashes of its files.
+    While a model's values are not on this machine, its key is made of the hashes of its files.
     """
     keys: list[str] = []
     notices: list[str] = []
@@ -54,7 +54,7 @@ def make_content_keys(models: Sequence[Checkpoint | Adapter]) -> tuple[tuple[str
 
 
 def check_bases(models: Sequence[Checkpoint | Adapter], allow_different: bool) -> None:
-    """Refuse adapters that say they were trained on different bases."""
+    """Refuse adapters that state different bases. Raises :class:`~merging.errors.InputError`."""
     stated = [(model, model.base) for model in models if isinstance(model, Adapter) and model.base]
     for model, base in stated[1:]:
         first, other = stated[0]
@@ -70,7 +70,7 @@ def check_related(
 ) -> list[str]:
     """Refuse adapters that share no target and state no common base: nothing says that they belong to one model.
 
-    ``changes`` are those of each target, one entry an adapter. Returns a notice instead where different bases are
+    ``changes`` are the changes of each target, one entry an adapter. Returns a notice instead where different bases are
     allowed.
     """
     sharing = {frozenset(place for place, change in enumerate(each) if change) for each in changes}
@@ -97,7 +97,7 @@ def _related(adapters: Sequence[Adapter], one: int, other: int, sharing: set[fro
 
 
 def check_packed(models: Sequence[Checkpoint | Adapter], base: Checkpoint | None, allow_different: bool) -> None:
-    """Refuse packs that note the content of their base, and that of another is here or noted beside it."""
+    """Refuse packs that note the content of their base, where the base here or of another pack has another one."""
     noted = [(model, model.base_key) for model in models if isinstance(model, Adapter) and model.base_key]
     if allow_different or not noted:
         return
@@ -106,7 +106,7 @@ def check_packed(models: Sequence[Checkpoint | Adapter], base: Checkpoint | None
     for model, key in noted:
         if here is not None and key != here and base is not None:
             raise InputError(
-                f"{model.path} was packed beside another base than {base.path}: give the one that it belongs to"
+                f"{model.path} was packed beside another base than {base.path}: give its own base"
                 f"{f' ({model.base})' if model.base else ''}. If it is the same model in another type, use "
                 f"--allow-different-bases"
             )
@@ -119,11 +119,11 @@ def check_packed(models: Sequence[Checkpoint | Adapter], base: Checkpoint | None
 
 
 def check_options(recipe: Recipe, models: Sequence[Checkpoint | Adapter], output: str) -> None:
-    """Refuse settings that would do nothing here."""
+    """Refuse options that would do nothing here. Raises :class:`~merging.errors.OptionError`."""
     if recipe.rank is not None and output == "model":
         raise OptionError("--rank is the rank of a merged adapter, and this merge makes a full model: leave it out")
     if recipe.format is not None and output == "model":
-        raise OptionError("--format is that of a merged adapter, and this merge makes a full model: leave it out")
+        raise OptionError("--format is the format of a merged adapter, and this merge makes a full model: leave it out")
     if recipe.experts == "apart" and output == "model":
         raise OptionError("--experts is of a merged adapter, and this merge makes a full model: leave it out")
     if recipe.lora_alpha is not None and not any(isinstance(model, Adapter) for model in models):
@@ -131,7 +131,7 @@ def check_options(recipe: Recipe, models: Sequence[Checkpoint | Adapter], output
 
 
 def idle_options(recipe: Recipe, output: str) -> list[str]:
-    """A notice for each option of the recipe that has no effect on this merge."""
+    """Return a notice for each option of the recipe that has no effect on this merge."""
     notices = []
     if recipe.layers is not None and not recipe.method.by_depth:
         notices.append(f"--layers has no effect: {recipe.method.chain} does not depend on depth")
@@ -143,7 +143,7 @@ def idle_options(recipe: Recipe, output: str) -> list[str]:
 def apply_out_proj_once(
     recipe: Recipe, models: Sequence[Checkpoint | Adapter]
 ) -> tuple[tuple[Checkpoint | Adapter, ...], list[str]]:
-    """The models, factors that PEFT adds twice counted as the recipe says, and remarks on adapters that have some."""
+    """Return the models, with factors that PEFT adds twice counted as the recipe says, and remarks on them."""
     twice = [model for model in models if isinstance(model, Adapter) and added_twice(model)]
     if recipe.out_proj_once:
         if not twice:
@@ -159,7 +159,7 @@ def apply_out_proj_once(
 
 
 def note_assumed_linear(adapters: Sequence[Adapter], base: Checkpoint | None) -> list[str]:
-    """A notice for each adapter whose file does not tell linear layers from convolutions, where no base does."""
+    """Return a notice for each adapter whose layers may be linear or convolutions, as no base shows it."""
     return [
         f"{adapter.path}: its modules are taken for linear layers, which its file does not tell from convolutions: "
         f"give --base if it has any of these"
@@ -169,7 +169,7 @@ def note_assumed_linear(adapters: Sequence[Adapter], base: Checkpoint | None) ->
 
 
 def same_base(one: str, other: str) -> bool:
-    """Whether two names mean one base: equal but for the owner, the folder, and marks of quantised mirrors."""
+    """Return whether two names mean one base: equal but for the owner, the folder, and marks of quantised mirrors."""
     return _bare(one) == _bare(other)
 
 
@@ -181,9 +181,19 @@ def _bare(name: str) -> str:
 def choose_output(
     recipe: Recipe, models: Sequence[Checkpoint | Adapter], base: Checkpoint | None, known: Collection[str] = ()
 ) -> tuple[Literal["adapter", "model"], bool]:
-    """What comes out, and whether weights are merged themselves; refuses what lacks the base it needs.
+    """Choose the output, and whether weights are merged; refuse models that lack the base they need.
 
-    Of the targets ``known`` there is something that stands for the base's.
+    Args:
+        recipe: the recipe.
+        models: the models.
+        base: the base, if there is one.
+        known: targets that something stands for where there is no base.
+
+    Returns:
+        ``adapter`` or ``model``, and whether weights are merged, and not changes from the base.
+
+    Raises:
+        InputError: for models that cannot be merged into such an output without a base.
     """
     method = recipe.method
     adapters = [model for model in models if isinstance(model, Adapter)]

@@ -79,12 +79,12 @@ def cut_stack(site: Site, low_rank: bool, method: Method) -> Cut:
 
 
 def cut_rows(columns: int, experts: bool = False) -> Cut:
-    """Decide how a product with so many columns is cut into rows; of ``experts`` each row is a product of its own."""
+    """Decide how a product of this many columns is cut into rows; of ``experts`` each row is a product of its own."""
     return Cut("blocks", columns * (1 if experts else _ROWS))
 
 
 def _granule(site: Site, grain: Grain) -> int:
-    """The elements that stay together in blocks of the first axis."""
+    """Return the number of elements that stay together in blocks of the first axis."""
     if grain == "row" and site.kind == "vector":
         return prod(site.shape)
     return cut_rows(prod(site.shape[1:]), site.kind == "experts").granule if site.shape else 1

@@ -111,7 +111,8 @@ class Recipe(BaseModel):
         return value
 
     def to_dict(self) -> dict[str, Any]:
-        """What differs from the defaults, in plain values: the chain as it is written, its parameters by name.
+        """Return the fields that differ from the defaults, in plain values: the chain as written, its parameters by
+        name.
 
         Raises :class:`~merging.errors.OptionError` if a coefficient is a tensor of a size that has no plain form.
         """
@@ -123,7 +124,7 @@ class Recipe(BaseModel):
         return values | {key: list(value) if isinstance(value, tuple) else value for key, value in rest.items()}
 
     def to_yaml(self) -> str:
-        """The recipe as YAML, which :func:`load_recipe` reads back to an equal one."""
+        """Return the recipe as YAML, which :func:`load_recipe` reads back to an equal one."""
         facts = self.to_dict()
         text = yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)
         plain = text.replace("\n", "").isprintable()  # else with escapes, which every terminal takes
@@ -131,7 +132,7 @@ class Recipe(BaseModel):
 
 
 FIELDS = frozenset(name for field, info in Recipe.model_fields.items() for name in (field, info.alias) if name)
-"""What recipes can state, by every name that it goes by; all else are parameters of the method."""
+"""The fields of recipes by all their names; every other option is a parameter of the method."""
 
 
 def _parameters(method: Method) -> dict[str, Any]:
@@ -146,7 +147,10 @@ def _parameters(method: Method) -> dict[str, Any]:
 
 
 def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
-    """A recipe from plain values. Raises :class:`~merging.errors.OptionError`, naming the field and what it takes."""
+    """Make a recipe from plain values.
+
+    Raises :class:`~merging.errors.OptionError`, with the field and the values it accepts.
+    """
     if not isinstance(values.get("method", ""), (str, Method)):
         raise OptionError(f"{where}: method should be a name, and is {str(values['method'])[:80]!r}")
     try:
@@ -200,7 +204,16 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _unless_sexagesimal(_Loader.c
 
 
 def load_recipe(text: str, where: str = "recipe") -> Recipe:
-    """A recipe from YAML. Raises :class:`~merging.errors.FormatError` for what is no YAML mapping."""
+    """Read a recipe from YAML.
+
+    Args:
+        text: the YAML.
+        where: the source of the text, which errors name.
+
+    Raises:
+        FormatError: for a text that is no YAML mapping.
+        OptionError: for fields or values that no recipe has.
+    """
     try:
         check_yaml(text, where)
         values = yaml.load(text, _Loader)

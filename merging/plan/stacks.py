@@ -1,4 +1,4 @@
-"""Where each tensor sits in the depth of the model, and how many blocks there are."""
+"""The stacks of blocks in the models of a merge, and marks of experts."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["find_stacks", "mark_experts"]
 def find_stacks(
     recipe: Recipe, models: Sequence[Checkpoint | Adapter], reference: Checkpoint | None, targets: Iterable[str]
 ) -> tuple[Stacks, str | None]:
-    """The stacks of blocks, and what should be said of a number of blocks that is only a guess.
+    """Find the stacks of blocks, and return a remark where their number is only a guess.
 
-    They are counted in the reference's names; without one, from the config of the base that the adapters declare when
-    it is at hand, from ``layers``, or as the largest index that any adapter touches.
+    Blocks are counted in the reference's names. Without one their number is taken from the config of the base that the
+    adapters state, if it is at hand, from ``layers``, or from the largest index that any adapter touches.
     """
     if reference is not None:
         stacks = Stacks.from_names(reference.tensors)
@@ -56,7 +56,7 @@ def mark_experts(site: Site, inputs: Iterable[object]) -> Site:
 
 
 def _declared_layers(name: str) -> int | None:
-    """The number of blocks of a base by its declared name: a folder, or in the Hub's cache, or on the Hub."""
+    """Return the number of blocks of a base by its stated name: a folder, or in the Hub's cache, or on the Hub."""
     local = Path(name).expanduser() / "config.json"
     path = local if local.is_file() else _hub_config(name)
     if path is None:

@@ -235,7 +235,7 @@ HINTS: dict[str, Case] = {
 """A part of each message, and a case of it."""
 
 ELSEWHERE = {
-    "what single experts are called is told by the files of the base": "test_experts_apart.py",
+    "files have names for single experts": "test_experts_apart.py",
     "the base keeps its experts together": "test_experts_apart.py",
     "was packed beside another base than": "test_compress.py",
     "were packed beside different bases": "test_compress.py",
@@ -244,7 +244,7 @@ ELSEWHERE = {
     "is an embedding, or lies the other way round": "test_exports.py",
     "whose kernel the file does not tell": "test_exports.py",
     "is not known{}: {}{} --as model": "test_exports.py",
-    "the names in Kohya's files do not tell those of the model's modules": "test_exports.py",
+    "the names in Kohya's files do not give the names of the model's modules": "test_exports.py",
     "one of the two is a part of the other": "sources/test_one_naming.py",
     "lies in several tensors of {}": "test_experts.py",
     "give the right one with --lora-alpha": "sources/test_diffusion_lora.py",

@@ -20,7 +20,7 @@ import merging
 from merging.engine.resources import workers_within
 from merging.maths.randomness import draw_mask
 from merging.methods import links, method_class, parameters_of
-from merging.plan import items
+from merging.plan import estimates, items
 from support.commands import ok
 from support.references import (
     balanced,
@@ -277,9 +277,9 @@ def test_disk_that_is_full_while_spooling(tmp_path: Path) -> None:
 def test_kept_wrappers(small: dict[str, Inputs], tmp_path: Path, chain: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given, wrapper, entered, files = small["adapter"], method_class("decouple"), Counter(), []
     unwrap = wrapper.unwrap
-    for most in (items.KEPT, 0):
+    for most in (estimates.KEPT, 0):
         monkeypatch.setattr(wrapper, "unwrap", lambda *args, most=most: entered.update([most]) or unwrap(*args))
-        monkeypatch.setattr(items, "KEPT", most)
+        monkeypatch.setattr(estimates, "KEPT", most)
         plan = merging.preview(given.paths, method=chain, base=given.base, kind="model")
         assert (plan.kept_bytes > 0) == (most > 0)
         files.append((merge(given, chain, tmp_path / f"{most}").path / "model.safetensors").read_bytes())

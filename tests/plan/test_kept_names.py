@@ -156,7 +156,7 @@ def test_names_that_differ(tmp_path: Path, kinds: tuple[str, str], named: int) -
     files = [write(ROWS[kind], tmp_path / f"{n}.safetensors", n, 2, 2.0) for n, kind in enumerate(kinds)]
     done = merged(files, tmp_path / "out.safetensors")
     (said,) = [each for each in done.notices if "names differ" in each]
-    assert said.endswith(f"the output has those of {files[named]}")
+    assert said.endswith(f"the output has the names of {files[named]}")
     assert load_file(tmp_path / "out.safetensors").keys() == load_file(files[named]).keys()
 
 
@@ -170,7 +170,7 @@ def test_names_of_no_input_alone(tmp_path: Path) -> None:
     files = [write(row, tmp_path / f"{n}.safetensors", n, 2, 2.0) for n, row in enumerate(kinds)]
     done = merged(files, tmp_path / "out.safetensors")
     assert done.format == "diffusers"
-    assert any(each.endswith("the output has those of files of diffusers") for each in done.notices)
+    assert any(each.endswith("the output has the names of files of diffusers") for each in done.notices)
     taken = diffusers_reads(kinds[1], tmp_path / "out.safetensors")
     one, other = (diffusers_reads(row, path) for row, path in zip(kinds, files, strict=True))
     zeros = {name: torch.zeros_like(value) for name, value in taken.items()}

@@ -41,7 +41,6 @@ CEILINGS: dict[str, tuple[int, int]] = {
     "compression": (24, 8),
     "geometry": (29, 9),
     "output": (17, 3),
-    "plan": (105, 27),
     "pool": (35, 16),
     "report": (2, 3),
 }

@@ -1,4 +1,4 @@
-"""Which components of pipelines are merged."""
+"""The components of pipelines that are merged."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ __all__ = ["select_components"]
 def select_components(
     recipe: Recipe, models: Sequence[Model], base: Checkpoint | None
 ) -> tuple[tuple[Model, ...], Checkpoint | None]:
-    """The models with the tensors of the components that are to be merged, all unless the recipe names some.
+    """Return the models with the components that are merged: all, unless the recipe names some.
 
-    Where it names one, a model that is no pipeline stands for that component. Raises
-    :class:`~merging.errors.OptionError` for names of no component, :class:`~merging.errors.InputError` for pipelines
-    that have different ones.
+    Where it names one, a model that is no pipeline stands for that component.
+
+    Raises:
+        OptionError: for names of no component.
+        InputError: for pipelines that have different components.
     """
     checkpoints = [model for model in ([base, *models] if base else models) if isinstance(model, Checkpoint)]
     first = checkpoints[0] if checkpoints else None
@@ -50,12 +52,12 @@ def select_components(
             )
 
     return (
-        tuple(_narrowed(model, wanted) if isinstance(model, Checkpoint) else model for model in models),
-        _narrowed(base, wanted) if base else None,
+        tuple(_narrow(model, wanted) if isinstance(model, Checkpoint) else model for model in models),
+        _narrow(base, wanted) if base else None,
     )
 
 
-def _narrowed(model: Checkpoint, wanted: Sequence[str]) -> Checkpoint:
+def _narrow(model: Checkpoint, wanted: Sequence[str]) -> Checkpoint:
     if model.components:
         return model.narrow(wanted)
     return replace(model, tensors={f"{wanted[0]}.{name}": stored for name, stored in model.tensors.items()})

@@ -1,4 +1,4 @@
-"""Heads for a task that adapters save in full, and that no base has: those of classifiers, which PEFT saves along."""
+"""Heads for a task, as of classifiers, that PEFT saves in full with an adapter and that no base has."""
 
 from __future__ import annotations
 
@@ -17,27 +17,30 @@ from merging.sources.stored import Stored
 __all__ = ["NO_HEADS", "TaskHeads", "find_task_heads"]
 
 _HEAD = re.compile(r"(?:^|\.)(?:score|classifier|qa_outputs|pre_classifier|classification_head)\.")
-"""Modules that transformers puts on top of a model for a task, with values that are drawn for every training."""
+"""Modules that transformers puts on top of a model for a task, with values that each training draws."""
 _BLOCK = re.compile(r"(?:^|\.)[0-9]+\.")
 
 
 @dataclass(frozen=True, slots=True)
 class TaskHeads:
-    """What stands for the base where it has no such head: ``tensors`` by target, the mean of those that adapters hold.
+    """Tensors that stand for the base where it has no such head.
 
-    A merge of changes from the mean is the mean for every sum whose weights add up to 1. ``excluded`` are targets that
-    the recipe leaves out, and that no base need have.
+    A merge of changes from the mean is the mean for every sum whose weights add up to 1.
+
+    Attributes:
+        tensors: by target, the mean of the heads that adapters hold.
+        excluded: targets that the recipe leaves out, and that no base need have.
     """
 
     tensors: Mapping[str, Stored] = field(default_factory=dict)
     excluded: frozenset[str] = frozenset()
 
     def on_base(self, base: Checkpoint | None) -> Checkpoint | None:
-        """A base with these heads among its tensors."""
+        """Return a base with these heads among its tensors."""
         return replace(base, tensors={**base.tensors, **self.tensors}) if base and self.tensors else base
 
     def without_excluded(self, models: Sequence[Model]) -> tuple[Model, ...]:
-        """The models without the heads that are left out."""
+        """Return the models without the heads that are left out."""
         return tuple(self._without(model) if isinstance(model, Adapter) else model for model in models)
 
     def _without(self, adapter: Adapter) -> Adapter:
@@ -46,7 +49,7 @@ class TaskHeads:
 
     @property
     def notices(self) -> list[str]:
-        """What is to be said of them."""
+        """Remarks on the heads."""
         if not self.tensors:
             return []
         return [
@@ -56,11 +59,11 @@ class TaskHeads:
 
 
 NO_HEADS = TaskHeads()
-"""That there are none, or that the base has them."""
+"""No heads, or heads that the base has."""
 
 
 def find_task_heads(models: Sequence[Model], base: Checkpoint | None, exclude: Sequence[str]) -> TaskHeads:
-    """The heads that adapters hold in full and ``base`` lacks, which may be None.
+    """Return the heads that adapters hold in full and that ``base``, which may be None, lacks.
 
     Raises :class:`~merging.errors.InputError` for heads of different sizes.
     """

@@ -1,4 +1,4 @@
-"""Output heads and input embeddings of models some of which tie the two: what is written once, and what twice."""
+"""Output heads that are tied to input embeddings, or are not: copies are left out, own heads are kept."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from merging.sources.token_rows import TokenRows
 __all__ = ["add_tied_head", "find_own_heads", "is_untied", "resolve_tied_heads", "scales_outputs"]
 
 _T5 = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "pop2piano", "udop")
-"""Model types that multiply what goes into their head by a constant, unless their config unties it."""
+"""Model types that multiply the input of their head by a constant, unless their config unties it."""
 
 
 def resolve_tied_heads(models: Sequence[Model], base: Checkpoint | None) -> tuple[tuple[Model, ...], Checkpoint | None]:
-    """The models without the copies of tied weights that some files hold, as others do not.
+    """Return the models without the copies of tied weights that some files hold.
 
-    A head of its own is then one that differs from the embedding, or one of a model that its config unties; where all
-    such heads equal their embeddings while another model ties its own, they are copies too. Only where a file holds
-    what may be a copy are values compared. Raises :class:`~merging.errors.InputError` for a first model or base whose
-    head is missing, and for T5s of the two incompatible kinds.
+    A head of its own is then a head that differs from the embedding, or whose model's config unties it. Where all such
+    heads equal their embeddings while another model ties its own, they are copies too. Values are compared only where a
+    file holds a possible copy.
+
+    Raises:
+        InputError: for a first model or base whose head is missing, and for T5s of the two incompatible kinds.
     """
     given = [*models, base] if base else list(models)
     checkpoints = [model for model in given if isinstance(model, Checkpoint)]
@@ -50,7 +52,7 @@ def resolve_tied_heads(models: Sequence[Model], base: Checkpoint | None) -> tupl
 
 
 def _without_tied_rows(adapter: Adapter, base: Checkpoint | None) -> Adapter:
-    """An adapter without the rows of a tied head, which PEFT saves a second time beside the embedding's."""
+    """Return an adapter without the rows of a tied head, which PEFT saves a second time."""
     copies = {
         name
         for name, change in adapter.changes.items()
@@ -75,7 +77,7 @@ def _without_copies(model: Checkpoint, tied: bool) -> Checkpoint:
 
 
 def scales_outputs(config: Mapping[str, Any]) -> bool:
-    """Whether a T5 of this config multiplies what goes into its head, which no change of its weights replaces."""
+    """Return whether a T5 of this config multiplies the input of its head, which no change of weights replaces."""
     if config.get("model_type") not in _T5:
         return False
     return bool(config.get("scale_decoder_outputs", config.get("tie_word_embeddings") is not False))
@@ -92,7 +94,7 @@ def _check_scaling(checkpoints: Sequence[Checkpoint]) -> None:
 
 
 def find_own_heads(models: Sequence[Model], reference: Checkpoint) -> dict[str, Stored]:
-    """Output heads that some model has of its own where the reference ties them: there they are its embedding."""
+    """Return the output heads that some model has of its own where the reference ties them to its embedding."""
     names = {
         name
         for model in models
@@ -132,5 +134,5 @@ def add_tied_head(
 
 
 def is_untied(names: Mapping[str, object], reference: Checkpoint) -> bool:
-    """Whether the output has a head of its own although the reference's config ties it."""
+    """Return whether the output has a head of its own although the reference's config ties it."""
     return any(name not in reference.tensors or reference.tied for name in names if is_head(name))

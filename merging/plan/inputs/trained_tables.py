@@ -1,4 +1,4 @@
-"""Tables of tokens that adapters hold in full, which may have more rows than their base's."""
+"""Token tables that adapters hold in full, which may have more rows than the base's."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _rows(stored: Stored, first: int, last: int) -> Tensor:
 
 
 def _columns(stored: Stored, first: int, last: int) -> Tensor:
-    """Some columns of a stored matrix, as rows."""
+    """Return some columns of a stored matrix, as rows."""
     values = torch.empty(stored.shape[0], last - first, dtype=stored.dtype)
     for row, into in enumerate(values):
         stored.read_into(into, row * stored.shape[1] + first)
@@ -55,21 +55,21 @@ def _columns(stored: Stored, first: int, last: int) -> Tensor:
 
 
 def tables_as_checkpoint(adapter: Adapter, reference: Checkpoint) -> Checkpoint | None:
-    """The tables that an adapter holds in full, under the names of ``reference``; None where it holds none."""
+    """Return the tables that an adapter holds in full, under the names of ``reference``; None without any."""
     tables = {
         name: table
         for target, change in adapter.changes.items()
-        if (table := _table_of(change)) is not None and (name := _named(target, reference)) is not None
+        if (table := _table_of(change)) is not None and (name := _find_name(target, reference)) is not None
     }
     folder = adapter.path if adapter.path.is_dir() else None
     return Checkpoint(adapter.path, tables, adapter.files, folder=folder, origin=adapter.origin) if tables else None
 
 
 def replace_tables(adapter: Adapter, tables: Mapping[str, Stored], reference: Checkpoint) -> Adapter:
-    """The adapter with these tables in the place of its own, by the names of ``reference``."""
+    """Return the adapter with its tables replaced by these, which have the names of ``reference``."""
     changes = dict(adapter.changes)
     for target, change in adapter.changes.items():
-        name = _named(target, reference) or ""
+        name = _find_name(target, reference) or ""
         table, of_base = tables.get(name), reference.lookup(name)
         if table is None or (of_base is not None and change.shape == table.shape == of_base.shape):
             continue  # what it is already, and low rank perhaps
@@ -88,8 +88,8 @@ def _table_of(change: Change) -> Stored | None:
     return _Adapted(change.layer, change)
 
 
-def _named(target: str, reference: Checkpoint) -> str | None:
-    """What the table of an adapter is called in the reference, which may have a prefix more or less."""
+def _find_name(target: str, reference: Checkpoint) -> str | None:
+    """Return the reference's name of an adapter's table; it may have a prefix more or less."""
     if reference.lookup(target) is not None or not is_table(target):
         return target if is_table(target) else None
     same = [name for name in reference.tensors if is_head(name)] if is_head(target) else None

@@ -1,4 +1,4 @@
-"""Models whose vocabularies differ in size: rows matched by their index, where the recipe asks for it."""
+"""Models whose vocabularies differ in size: rows are matched by their index, where the recipe asks for it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Vocabulary", "match_vocabularies"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Vocabulary:
-    """The vocabulary of an output whose models have different ones: its rows, and the model whose tokenizer it has."""
+    """The vocabulary of an output whose models have different ones: its rows, and the model with its tokenizer."""
 
     rows: int
     of: Checkpoint
@@ -32,10 +32,14 @@ class Vocabulary:
 def match_vocabularies(
     recipe: Recipe, models: Sequence[Model], base: Checkpoint | None
 ) -> tuple[tuple[Model, ...], Checkpoint | None, Vocabulary | None, list[str]]:
-    """The models with vocabularies of one size, what that is if they differed, and remarks.
+    """Return the models with vocabularies of one size.
 
-    Raises :class:`~merging.errors.InputError` where they differ and the recipe does not say what to do, or where their
-    tokenizers give one row to different tokens.
+    Returns:
+        The models, the base, the vocabulary if the sizes differed, and remarks.
+
+    Raises:
+        InputError: where the sizes differ and the recipe does not say what to do, or where tokenizers have different
+            tokens for one row.
     """
     checkpoints = [model for model in ([*models, base] if base else models) if isinstance(model, Checkpoint)]
     if not checkpoints:
@@ -51,13 +55,13 @@ def match_vocabularies(
     if recipe.vocabulary == "error":
         raise InputError(
             f"the models have vocabularies of different sizes ({told} rows). If the same row is the same token in all, "
-            f"--vocabulary base keeps those of {reference.path}, and --vocabulary largest all there are"
+            f"--vocabulary base keeps the rows of {reference.path}, and --vocabulary largest all there are"
         )
     largest = max(checkpoints, key=lambda model: (rows[id(model)], model is reference))
     of = reference if recipe.vocabulary == "base" else largest
     remarks = _check_tokenizers(checkpoints, rows, of)
     tables = _Tables(checkpoints, rows, reference, base if recipe.vocabulary == "largest" else reference)
-    resized = {id(model): tables.resized(model, rows[id(of)]) for model in checkpoints}
+    resized = {id(model): tables.resize(model, rows[id(of)]) for model in checkpoints}
     kept: list[Model] = []
     for model in models:
         if isinstance(model, Checkpoint):
@@ -70,14 +74,14 @@ def match_vocabularies(
 
 
 def _rows_of(model: Checkpoint) -> int:
-    """The rows of a model's embedding, 0 where it has none, or several of different sizes."""
+    """Return the rows of a model's embedding, 0 where it has none, or several of different sizes."""
     names = embeddings_among(model.tensors) or list(filter(is_table, model.tensors))
     sizes = {model.tensors[name].shape[0] for name in names}
     return sizes.pop() if len(sizes) == 1 else 0
 
 
 class _Tables:
-    """The tensors with a row for each token, of all models, by the names that the reference has for them."""
+    """The tensors of all models with a row for each token, by the reference's names."""
 
     def __init__(
         self,
@@ -87,7 +91,7 @@ class _Tables:
         preferred: Checkpoint | None,
     ) -> None:
         self._rows = rows
-        self._names = {id(model): self._aligned(model, reference) for model in checkpoints}
+        self._names = {id(model): self._align(model, reference) for model in checkpoints}
         self._wanted = {
             name
             for model in checkpoints
@@ -101,8 +105,8 @@ class _Tables:
             name: tuple(stored for model in lenders if (stored := self._table(model, name))) for name in self._wanted
         }
 
-    def _aligned(self, model: Checkpoint, reference: Checkpoint) -> dict[str, str]:
-        """The reference's name of each tensor of a model."""
+    def _align(self, model: Checkpoint, reference: Checkpoint) -> dict[str, str]:
+        """Return the reference's name of each tensor of a model."""
 
         def fits(name: str, match: str) -> bool:
             return len(model.tensors[name].shape) == len(reference.tensors[match].shape)
@@ -111,7 +115,7 @@ class _Tables:
         return {name: match for name in model.tensors if (match := renaming(name)) is not None}
 
     def _is_table(self, model: Checkpoint, ours: Stored, rows: int, other: Stored) -> bool:
-        """Whether two tensors differ just in the number of tokens, and their rows lie one after the other."""
+        """Return whether two tensors differ only in the number of tokens, with rows one after the other."""
         if len(ours.shape) != len(other.shape):
             return False
         differ = [axis for axis, (a, b) in enumerate(zip(ours.shape, other.shape, strict=True)) if a != b]
@@ -123,9 +127,11 @@ class _Tables:
         own = next((ours for ours, theirs in self._names[id(model)].items() if theirs == name), name)
         return model.lookup(own)
 
-    def resized(self, model: Checkpoint, rows: int) -> Checkpoint:
-        """A model with so many rows in each of these tensors; a tied head is written out where others have their own,
-        since its new rows are theirs."""
+    def resize(self, model: Checkpoint, rows: int) -> Checkpoint:
+        """Return a model with this many rows in each of these tensors.
+
+        A tied head is written out where others have their own, since its new rows are the others'.
+        """
         old, names = self._rows[id(model)], self._names[id(model)]
         if old == rows:
             return model
@@ -153,7 +159,7 @@ def _bring_tokenizer(model: Checkpoint) -> None:
 
 
 def _check_tokenizers(checkpoints: Sequence[Checkpoint], rows: Mapping[int, int], of: Checkpoint) -> list[str]:
-    """Refuse tokenizers that give one row to different tokens; remarks on models that have none to compare."""
+    """Refuse tokenizers with different tokens for one row; return remarks on models without a tokenizer."""
     remarks: list[str] = []
     known: dict[int, tuple[str, Checkpoint]] = {}
     for model in dict.fromkeys([of, *checkpoints]):

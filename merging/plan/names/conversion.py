@@ -1,4 +1,4 @@
-"""How transformers loads a checkpoint: what becomes of its tensors in memory, where adapters are trained.
+"""The loading of a checkpoint by transformers: the tensors in memory, where adapters are trained.
 
 The library renames, stacks, joins and splits tensors while it loads them, by rules that change with its releases. So
 its own rules are followed, on a model without memory, and only when an adapter's names do not fit the names on disk.
@@ -37,7 +37,7 @@ class CheckpointLoading:
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> CheckpointLoading | None:
-        """The loading of the model that a config describes.
+        """Return the loading of the model that a config describes.
 
         None where transformers is not installed, is too old to have such rules, or does not know the architecture.
         Raises :class:`~merging.errors.FormatError` for a config that it can make no model of.
@@ -65,9 +65,9 @@ class CheckpointLoading:
         return cls(model)
 
     def pieces(self, shapes: Shapes) -> dict[str, list[TensorPart]]:
-        """What tensors of these names and shapes are pieces of in memory.
+        """Return the parts that tensors of these names and shapes are in memory.
 
-        Those that the model has no place for are left out, and those whose values are changed or shuffled on loading.
+        Tensors without a place in the model are left out, and tensors whose values change or move in loading.
         """
         found: dict[str, list[TensorPart]] = defaultdict(list)
         sources: dict[str, dict[str, dict[int, ElementMap]]] = defaultdict(lambda: defaultdict(dict))
@@ -86,7 +86,7 @@ class CheckpointLoading:
         return dict(found)
 
     def _rename(self, name: str) -> tuple[str, str | None]:
-        """A tensor's name in memory (the first one, if it becomes several), and the pattern of its conversion."""
+        """Return a tensor's name in memory (the first of several), and the pattern of its conversion."""
         from transformers.core_model_loading import rename_source_key
 
         renamed: tuple[str, str | None] = rename_source_key(
@@ -97,7 +97,7 @@ class CheckpointLoading:
         return renamed
 
     def _index(self, name: str, pattern: str) -> int:
-        """The number of a tensor among those that one pattern collects."""
+        """Return the number of a tensor among all that one pattern collects."""
         if "*" not in pattern:
             return 0
         from transformers.core_model_loading import rename_source_key
@@ -109,9 +109,9 @@ class CheckpointLoading:
     def _convert(
         self, converter: Any, first: str, collected: Mapping[str, Mapping[int, ElementMap]]
     ) -> dict[str, ElementMap]:
-        """What a conversion makes of its sources, by name in memory; nothing of operations that are not followed.
+        """Return the results of a conversion by name in memory; empty for operations that are not followed.
 
-        Sources may be missing, as an adapter need not have a change for each: their places are left empty.
+        Sources may be missing, as an adapter need not change each: their places are left empty.
         """
         targets = [first.replace(converter.target_patterns[0], each, 1) for each in converter.target_patterns]
         kinds = [type(operation).__name__ for operation in converter.operations]
@@ -139,7 +139,7 @@ class CheckpointLoading:
 
 
 def _stack(found: Mapping[int, ElementMap] | None, numbered: bool, final: tuple[int, ...]) -> ElementMap | None:
-    """The tensors of one pattern as one, stacked by their numbers if they have any."""
+    """Return the tensors of one pattern as one, stacked by their numbers if they have any."""
     if not found:
         return None
     if not numbered:
@@ -157,7 +157,7 @@ def _stack(found: Mapping[int, ElementMap] | None, numbered: bool, final: tuple[
 
 
 def _join(parts: Sequence[ElementMap | None], axis: int, total: int) -> ElementMap | None:
-    """Tensors one behind the other along an axis of this length; those that are missing are of one size."""
+    """Return tensors joined along an axis to this length; missing tensors are of one size."""
     known = [part for part in parts if part]
     if not known:
         return None

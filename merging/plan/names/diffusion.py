@@ -1,4 +1,4 @@
-"""Finding the targets of a diffusion model's LoRA in a base, whatever names the two have."""
+"""Matching the targets of a diffusion model's LoRA with the tensors of a base, whatever names the two have."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class DiffusionMatch:
-    """Where the targets of an adapter lie in the base's tensors, and the shapes they would have in one piece."""
+    """The parts that an adapter's targets are of the base's tensors, and the shapes of the targets."""
 
     pieces: dict[str, list[TensorPart]]
     shapes: dict[str, tuple[int, ...]]
 
 
 class DiffusionNames:
-    """Every name by which a LoRA file may mean a tensor of a base, or some rows of several, in the normal form."""
+    """All names that LoRA files have for a base's tensors, or for rows of several, in the normal form."""
 
     def __init__(self, shapes: Shapes) -> None:
         self._shapes = shapes
@@ -39,9 +39,9 @@ class DiffusionNames:
                 self._known.setdefault(name, each)
 
     def find(self, adapter: Adapter) -> DiffusionMatch | None:
-        """Where the targets lie, None for an adapter none of whose names is known.
+        """Return the match of an adapter's targets, None for an adapter none of whose names is known.
 
-        Raises :class:`~merging.errors.InputError` for one that has some names without a place, or two for one.
+        Raises :class:`~merging.errors.InputError` where some names have no place, or two have one.
         """
         named = {target: self._known.get(normal_name(target)) for target in adapter.changes}
         found = {target: known for target, known in named.items() if known}
@@ -67,7 +67,7 @@ class DiffusionNames:
         return sum(part.length for part in known.rows), *self._shapes[known.rows[0].name][1:]
 
     def _pieces(self, known: Known) -> list[TensorPart]:
-        """What the tensor is a piece of, for each run of its rows."""
+        """Return the parts that a tensor is, one for each run of its rows."""
         pieces, start = [], 0
         for part in known.rows:
             rest = self._shapes[part.name][1:]

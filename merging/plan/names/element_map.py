@@ -1,4 +1,4 @@
-"""Following which elements of which tensor end up where, while tensors are stacked, joined, divided and transposed."""
+"""Maps of elements: where the elements of tensors are after stacking, joining, dividing and transposing."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ __all__ = ["ElementMap"]
 
 @dataclass(frozen=True, slots=True)
 class ElementMap:
-    """A tensor that is laid out of ``pieces``, each the piece that the tensor of that name is of it."""
+    """A tensor that consists of ``pieces``: for each source tensor by name, the part that it is of this one."""
 
     shape: tuple[int, ...]
     pieces: Mapping[str, TensorPart]
 
     @classmethod
     def of(cls, name: str, shape: tuple[int, ...]) -> ElementMap:
-        """A tensor as it is."""
+        """Return the map of a tensor as it is."""
         return cls(shape, {name: whole(name, shape)})
 
     def shift(self, axis: int, by: int) -> ElementMap:
-        """The same, to be put into a larger tensor so far along an axis."""
+        """Return the map with all pieces moved along an axis, to be joined with others."""
         return ElementMap(self.shape, {name: _shift(piece, axis, by) for name, piece in self.pieces.items()})
 
     def crop(self, axis: int, start: int, stop: int) -> ElementMap:
-        """The entries of an axis from ``start`` to ``stop``, and the pieces they are made of."""
+        """Return the entries of an axis from ``start`` to ``stop``, and the pieces in them."""
         shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
         pieces = {name: _crop(piece, axis, start, stop) for name, piece in self.pieces.items()}
         return ElementMap(shape, {name: piece for name, piece in pieces.items() if piece.box[axis].stop > 0})
 
     def swap_axes(self, one: int, other: int) -> ElementMap:
-        """The same with two axes in each other's place."""
+        """Return the map with two axes swapped."""
         order = list(range(len(self.shape)))
         order[one], order[other] = order[other], order[one]
         shape = tuple(self.shape[axis] for axis in order)
@@ -55,8 +55,10 @@ def _shift(piece: TensorPart, axis: int, by: int) -> TensorPart:
 
 
 def _crop(piece: TensorPart, axis: int, start: int, stop: int) -> TensorPart:
-    """What is left of a piece between ``start`` and ``stop``, counted from there; a box that ends at 0 or before holds
-    nothing."""
+    """Return the rest of a piece between ``start`` and ``stop``, counted from ``start``.
+
+    A box that ends at 0 or before holds nothing.
+    """
     kept = piece.box[axis]
     first, last = max(kept.start, start), min(kept.stop, stop)
     skipped = tuple(

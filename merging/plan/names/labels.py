@@ -1,4 +1,4 @@
-"""What the tensors that a merged LoRA changes are called in the files of PEFT, diffusers and Kohya."""
+"""The names of a merged LoRA's tensors in the files of PEFT, diffusers and Kohya."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _TENCENT = (
     (re.compile(r"(_(?:img|txt)_mlp)_fc2\."), r"\1_2."),
     (re.compile(r"(blocks_\d+_(?:img_mod|txt_mod|modulation))_linear\."), r"\1_lin."),
 )
-"""Tencent's names of HunyuanVideo's modules, and those that ComfyUI has."""
+"""Tencent's names of HunyuanVideo's modules, and ComfyUI's names."""
 
 _SDXL = re.compile(r"\.transformer_blocks\.1\.|add_embedding\.")
 """Names of diffusers' that a U-Net of SDXL has, and none of Stable Diffusion 1 and 2."""
@@ -59,9 +59,9 @@ _SD = re.compile(r"(?:down|up)_blocks\.3\.|down_blocks\.0\.attentions\.|up_block
 
 
 def choose_format(recipe: Recipe, adapters: Sequence[Adapter]) -> AdapterFormat:
-    """The format of a merged adapter: as asked for, or that of the inputs.
+    """Return the format of a merged adapter: as asked for, or the inputs' format.
 
-    Where these are not alike it is PEFT's if any of them is, else that of diffusers.
+    Where the inputs differ it is PEFT's if any of them is, else diffusers'.
     """
     own = {_OWN.get(adapter.dialect, "peft") for adapter in adapters}
     if recipe.format or len(own) == 1:
@@ -70,9 +70,9 @@ def choose_format(recipe: Recipe, adapters: Sequence[Adapter]) -> AdapterFormat:
 
 
 def unnamed_error(target: str, format: str, based: bool, others: Sequence[str], kept: bool = False) -> InputError:
-    """What to say of a target whose name in a format is not known; ``kept``: the inputs' own could be kept.
+    """Return the error for a target without a known name in a format.
 
-    ``others`` are formats in which all targets have names.
+    ``others`` are formats with names for all targets; ``kept`` says that the inputs' own names could be kept.
     """
     instead = f"use --format {' or '.join(others)}, or" if others else "use"
     keep = "leave --format out, so that the output keeps the inputs' names, or " if kept else ""
@@ -84,7 +84,7 @@ def unnamed_error(target: str, format: str, based: bool, others: Sequence[str], 
 
 
 def formats_with_names(adapters: Sequence[Adapter], shapes: Shapes, targets: Shapes, based: bool) -> list[str]:
-    """The formats of one file, those of diffusers and Kohya, in which all targets have names."""
+    """Return the formats of one file, diffusers' and Kohya's, that have names for all targets."""
     found: list[str] = []
     for format in _ONE_FILE:
         try:
@@ -97,7 +97,7 @@ def formats_with_names(adapters: Sequence[Adapter], shapes: Shapes, targets: Sha
 
 
 def find_unnamed(labelled: Mapping[str, tuple[RowRange, ...]], targets: Shapes) -> str | None:
-    """The first target some rows of which no label stands for."""
+    """Return the first target with rows that no label stands for, None if there is none."""
     rows: Counter[str] = Counter()
     for parts in labelled.values():
         for part in parts:
@@ -108,9 +108,9 @@ def find_unnamed(labelled: Mapping[str, tuple[RowRange, ...]], targets: Shapes) 
 def make_peft_labels(
     adapters: Sequence[Adapter], shapes: Shapes, targets: Sequence[str], based: bool
 ) -> dict[str, str]:
-    """The names of a diffusion model's tensors in an adapter of PEFT's, which is of one component alone.
+    """Return the names of a diffusion model's tensors in an adapter of PEFT's, which holds one component only.
 
-    ``shapes`` are those of the base's tensors if it is ``based`` on one, else of the targets. Raises
+    ``shapes`` are of the base's tensors if the merge is ``based`` on one, else of the targets. Raises
     :class:`~merging.errors.InputError` for targets of several components, or of unknown names.
     """
     found: dict[str, Known] = {}
@@ -134,7 +134,7 @@ def make_peft_labels(
 
 
 def _as_stored(known: Known, stored: str) -> str:
-    """The name with or without the level that text encoders have lost, as the base has it."""
+    """Return the name with or without the level that text encoders have lost, as the base has it."""
     shorter = known.name.removeprefix("text_model.")
     return known.name if stored.endswith(known.name) or not stored.endswith(shorter) else shorter
 
@@ -142,15 +142,15 @@ def _as_stored(known: Known, stored: str) -> str:
 def label_rows(
     format: AdapterFormat, adapters: Sequence[Adapter], shapes: Shapes, based: bool
 ) -> dict[str, tuple[RowRange, ...]]:
-    """The names of tensors in files of diffusers or Kohya, and the rows of the targets that each consists of.
+    """Return the names of tensors in files of diffusers or Kohya, and the target rows that each consists of.
 
-    ``shapes`` are those of the base's tensors if it is ``based`` on one, else of the targets.
+    ``shapes`` are of the base's tensors if the merge is ``based`` on one, else of the targets.
     """
     if _flat(adapters) and not based:
         if format != "kohya" or not all(adapter.dialect == "Kohya" for adapter in adapters):
             raise InputError(
-                "the names in Kohya's files do not tell those of the model's modules: give it with --base, or leave "
-                "--format out, so that the output keeps the inputs' names"
+                "the names in Kohya's files do not give the names of the model's modules: give it with --base, or "
+                "leave --format out, so that the output keeps the inputs' names"
             )
         kept = (name for name in shapes if not _NOT_KOHYA.match(name))
         return {name: (RowRange(name, 0, (shapes[name] or (1,))[0]),) for name in kept}
@@ -163,12 +163,12 @@ def label_rows(
 
 
 def _flat(adapters: Sequence[Adapter]) -> bool:
-    """Whether there are names that only a base can tell."""
+    """Return whether there are names that only a base can resolve."""
     return any(adapter.dialect == "Kohya" for adapter in adapters)
 
 
 def _family(known: Sequence[Known], based: bool) -> str | None:
-    """The kind of model, as far as it decides how Kohya's files call its parts; None where nothing tells it."""
+    """Return the kind of model, which decides Kohya's names of its parts; None where nothing shows it."""
     components = {each.component for each in known}
     if {"transformer", "transformer_2"} <= components:
         return None  # flat names do not tell the two apart: each has a file of its own
@@ -181,14 +181,14 @@ def _family(known: Sequence[Known], based: bool) -> str | None:
 
 
 def _comfyui(flat: str) -> str:
-    """The flat name that ComfyUI has for a published module."""
+    """Return ComfyUI's flat name of a published module."""
     for pattern, meant in _TENCENT:
         flat = pattern.sub(meant, flat)
     return flat
 
 
 def _kohya_label(known: Known, family: str | None) -> str | None:
-    """What Kohya's files call a tensor, None if they call it by another of its names, or that is not known."""
+    """Return the name of a tensor in Kohya's files; None if they use another of its names, or it is unknown."""
     if known.component in ("unet", "transformer", "transformer_2"):
         style = "diffusers" if family == "sd" else "published"
         return f"lora_unet_{_comfyui(known.flat)}" if family and style in known.styles else None

@@ -1,4 +1,4 @@
-"""Which targets of several adapters are the same module, where no base is given and their files name it differently."""
+"""Matching the targets of several adapters without a base, where their files name one module differently."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Key = tuple[str, str]
 
 
 def match_names(adapters: Sequence[Adapter]) -> list[dict[str, str]]:
-    """For each adapter the common name of each of its targets: that in the first adapter which has the module.
+    """Return for each adapter the common name of each target: its name in the first adapter with the module.
 
-    Adapters of language models keep their own names: these drift by prefixes that may also tell two towers apart.
-    Raises :class:`~merging.errors.InputError` for a file with one module under two names, and for files of which one
-    fuses what the other keeps apart.
+    Adapters of language models keep their own names: these drift by prefixes that may also distinguish two towers.
+    Raises :class:`~merging.errors.InputError` for a file with one module under two names, and for a file that fuses
+    what another keeps apart.
     """
     if all(adapter.dialect.startswith("PEFT") for adapter in adapters):
         return [{target: target for target in adapter.changes} for adapter in adapters]
@@ -32,7 +32,7 @@ def match_names(adapters: Sequence[Adapter]) -> list[dict[str, str]]:
         own: dict[str, str] = {}
         for target in adapter.changes:
             key = _key(target)
-            names[target] = _found(key, known, adapter) or target
+            names[target] = _find(key, known, adapter) or target
             other = own.setdefault(names[target], target)
             if other != target:
                 raise InputError(
@@ -50,8 +50,8 @@ def _key(target: str) -> Key:
     return component, diffusers_flat(name) if component == "denoiser" else name
 
 
-def _found(key: Key, known: Mapping[Key, tuple[str, Adapter]], adapter: Adapter) -> str | None:
-    """The common name of a module that an earlier adapter has, under whatever name."""
+def _find(key: Key, known: Mapping[Key, tuple[str, Adapter]], adapter: Adapter) -> str | None:
+    """Return the common name of a module that an earlier adapter has, under whatever name."""
     component, name = key
     others = ((component, other) for other, same in partners(name).items() if same)
     return next((known[each][0] for each in (key, *others) if each in known), None)

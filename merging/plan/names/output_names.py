@@ -1,4 +1,4 @@
-"""What a merged LoRA's file calls its tensors: by the inputs' own names, or as files of one program have them."""
+"""The names of a merged LoRA's tensors in its file: the inputs' own names, or the names that one program reads."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ TargetRows = Mapping[str, tuple[RowRange, ...]]
 """The rows of the merged tensors that each target of an adapter consists of."""
 
 _FORMATS = {"Kohya": "kohya", "ComfyUI": "comfyui", "diffusers": "diffusers"}
-"""What the form of a dialect's files is called; that of any other is ``as given``."""
+"""The name of the form of a dialect's files; any other form is ``as given``."""
 
 _COMPONENT = re.compile(r"(?:unet|transformer(?:_2)?|text_encoder(?:_\d)?)\.")
-"""What pipelines of diffusers call their parts."""
+"""The names of the parts of diffusers' pipelines."""
 
 _IN_FULL = frozenset({"diff", "diff_b", "diff_m", "w_norm", "b_norm", "lora_B.bias", "lora_up.bias"})
-"""What changes in full are called behind their module."""
+"""The last parts of the names of full changes."""
 
 _FLAT, _DOTTED = ("lora_down.weight", "lora_up.weight"), ("lora_A.weight", "lora_B.weight")
-"""The lower and the upper factor of a module, as Kohya's files and as those of diffusers have them."""
+"""The lower and the upper factor of a module, in Kohya's files and in diffusers'."""
 
 
 class Names(ABC):
-    """Names of a file's tensors. Each label stands for a weight or a bias, and for the ``rows`` that it consists of.
+    """The names of a file's tensors. Each label stands for a weight or a bias, and for the ``rows`` in it.
 
-    ``format`` is what the form of the file is called, and ``header`` whose entries its header has, if it has any.
+    ``format`` is the name of the form of the file, and ``header`` the program whose entries its header has, if any.
     """
 
     format: str
@@ -47,18 +47,18 @@ class Names(ABC):
 
     @abstractmethod
     def factors(self, label: str) -> tuple[str, str]:
-        """The lower and the upper factor."""
+        """Return the names of the lower and the upper factor."""
 
     @abstractmethod
     def alpha(self, label: str) -> str | None:
-        """The alpha beside the factors, None for files that state none."""
+        """Return the name of the alpha, None for files that state none."""
 
     @abstractmethod
     def in_full(self, label: str, weight: tuple[int, ...]) -> str | None:
-        """A change in full, in a module whose weight has a shape; None where files hold none of this kind."""
+        """Return the name of a full change, in a module whose weight has a shape; None where files hold none."""
 
     def kept_in_full(self, shapes: Shapes) -> set[str]:
-        """The weights that are merged as they are stored, in full, and not as factors."""
+        """Return the weights that are merged in full, as they are stored, and not as factors."""
         return {
             rows[0].name
             for label, rows in self.rows.items()
@@ -67,9 +67,9 @@ class Names(ABC):
 
 
 class FormatNames(Names):
-    """The names that files of diffusers or Kohya have, as far as the tables of their programs hold them.
+    """The names in files of diffusers or Kohya, as far as the tables of these programs go.
 
-    ``shapes`` are those of the base's tensors if it is ``based`` on one, else of the targets.
+    ``shapes`` are of the base's tensors if the merge is ``based`` on one, else of the targets.
     """
 
     def __init__(self, format: AdapterFormat, adapters: Sequence[Adapter], shapes: Shapes, based: bool) -> None:
@@ -94,13 +94,13 @@ class FormatNames(Names):
 
 @dataclass
 class _Given:
-    """What one or more inputs call the tensors of the merge: by label, the names and where they lie."""
+    """The names that one or more inputs have for the tensors of the merge: by label, the rows and the names."""
 
     rows: dict[str, tuple[RowRange, ...]] = field(default_factory=dict)
     written: dict[str, list[TensorNames]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, adapter: Adapter, placed: TargetRows, merged: Shapes) -> bool:
-        """Add the names of an adapter's targets that are merged; False if one has none that can be kept."""
+        """Add the names of an adapter's targets that are merged; return False if one cannot be kept."""
         for target, change in adapter.changes.items():
             rows = placed.get(target, ())
             if (rows and merged.keys().isdisjoint(part.name for part in rows)) or (not rows and change.optional):
@@ -116,29 +116,29 @@ class _Given:
         return True
 
     def is_clear(self) -> bool:
-        """Whether no row has two names."""
+        """Return whether no row has two names."""
         spans = sorted((part.name, part.start, part.length) for rows in self.rows.values() for part in rows)
         return all(one[0] != other[0] or one[1] + one[2] <= other[1] for one, other in pairwise(spans))
 
     def covers(self, others: Sequence[TargetRows], merged: Shapes) -> bool:
-        """Whether there are names for all rows that the adapters change."""
+        """Return whether there are names for all rows that the adapters change."""
         own: defaultdict[str, list[RowRange]] = defaultdict(list)
         for rows in self.rows.values():
             for part in rows:
                 own[part.name].append(part)
         wanted = (part for placed in others for rows in placed.values() for part in rows if part.name in merged)
-        return all(sum(_shared(part, held) for held in own[part.name]) == part.length for part in wanted)
+        return all(sum(_count_shared(part, held) for held in own[part.name]) == part.length for part in wanted)
 
 
-def _shared(one: RowRange, other: RowRange) -> int:
-    """How many rows two runs of one tensor's rows have in common."""
+def _count_shared(one: RowRange, other: RowRange) -> int:
+    """Return how many rows two ranges of one tensor have in common."""
     return max(0, min(one.start + one.length, other.start + other.length) - max(one.start, other.start))
 
 
 def _can_be_kept(adapter: Adapter, change: Change, written: TensorNames, shape: tuple[int, ...] | None) -> bool:
-    """Whether an adapter's name for a change of a tensor of a shape may stay.
+    """Return whether an adapter's name for a change of a tensor of a shape may stay.
 
-    PEFT's adapters are written as PEFT does, and so are the kinds of change that only these hold.
+    PEFT's adapters are written as PEFT does, and so are the kinds of change that only they hold.
     """
     if adapter.dialect.startswith("PEFT") and written.stem.startswith(PREFIX):
         return False
@@ -146,7 +146,7 @@ def _can_be_kept(adapter: Adapter, change: Change, written: TensorNames, shape: 
 
 
 class InputNames(Names):
-    """The names of the inputs' own files: a merge of files that name and store a module alike does so too."""
+    """The names in the inputs' own files: a merge of files that name and store a module alike does so too."""
 
     def __init__(self, adapters: Sequence[Adapter], given: _Given) -> None:
         self.format = _FORMATS.get(adapters[0].dialect, "as given")
@@ -160,23 +160,23 @@ class InputNames(Names):
         self.header = "kohya" if flat else "diffusers" if self._is_configured(adapters, every) else None
 
     def _is_configured(self, adapters: Sequence[Adapter], every: Sequence[TensorNames]) -> bool:
-        """Whether the header has diffusers' configs, as an input's has. Without them and alphas, scales are 1."""
+        """Return whether the header has diffusers' configs, as an input's has. Without alphas, scales are 1."""
         stated = any(adapter.configured for adapter in adapters) and not self._alphas
         return stated and self._leaves == _DOTTED and all(_COMPONENT.match(each.stem) for each in every)
 
     @classmethod
-    def agreed(cls, adapters: Sequence[Adapter], placed: Sequence[TargetRows], merged: Shapes) -> InputNames | None:
-        """The names on which all inputs agree, None if there are none."""
+    def from_all(cls, adapters: Sequence[Adapter], placed: Sequence[TargetRows], merged: Shapes) -> InputNames | None:
+        """Return the names on which all inputs agree, None if there are none."""
         given = _Given()
         one_form = len({adapter.dialect for adapter in adapters}) == 1
         known = one_form and all(given.add(each, rows, merged) for each, rows in zip(adapters, placed, strict=True))
         return cls(adapters, given) if known and given.is_clear() else None
 
     @classmethod
-    def covering(
+    def from_first(
         cls, adapters: Sequence[Adapter], placed: Sequence[TargetRows], merged: Shapes
     ) -> tuple[InputNames, Adapter] | None:
-        """The names of the first input that has some for all that any input changes, and that input."""
+        """Return the names of the first input with names for all that any input changes, and that input."""
         for adapter, rows in zip(adapters, placed, strict=True):
             given = _Given()
             if given.add(adapter, rows, merged) and given.is_clear() and given.covers(placed, merged):
@@ -201,19 +201,30 @@ class InputNames(Names):
 def choose_names(
     recipe: Recipe, adapters: Sequence[Adapter], placed: Sequence[TargetRows], targets: Shapes, base: Shapes | None
 ) -> tuple[Names | None, list[str]]:
-    """Whose names a merged LoRA has, None for those of PEFT's adapters; and what should be known of the choice.
+    """Choose the names of a merged LoRA's tensors.
 
-    ``targets`` are the shapes of what is merged, ``base`` those of a base's tensors. A format asked for is that; else
-    the inputs' own names are kept where they agree on them, or else those of the first input that has some for all that
-    is merged, or else those of files of PEFT or diffusers. Raises :class:`~merging.errors.InputError` for targets that
-    a format has no name for.
+    A format that is asked for decides. Else the inputs' own names are kept where they agree, or the names of the first
+    input that covers all that is merged, or the names of PEFT's or diffusers' files.
+
+    Args:
+        recipe: the recipe.
+        adapters: the adapters.
+        placed: the rows that each adapter's targets consist of.
+        targets: the shapes of the targets.
+        base: the shapes of a base's tensors, None without a base.
+
+    Returns:
+        The names, None for PEFT's; and remarks on the choice.
+
+    Raises:
+        InputError: for targets that a format has no name for.
     """
-    own = InputNames.agreed(adapters, placed, targets)
+    own = InputNames.from_all(adapters, placed, targets)
     if own and recipe.format is None:
         return own, []
     format = choose_format(recipe, adapters)
     free = recipe.format is None and not all(adapter.dialect.startswith("PEFT") for adapter in adapters)
-    if free and (found := InputNames.covering(adapters, placed, targets)):
+    if free and (found := InputNames.from_first(adapters, placed, targets)):
         return found[0], _differing(adapters, str(found[1].path))
     note = _differing(adapters, f"files of {format}") if recipe.format is None else []
     if format == "peft":
@@ -228,8 +239,8 @@ def choose_names(
 
 
 def _differing(adapters: Sequence[Adapter], chosen: str) -> list[str]:
-    """A note of the names chosen where those of adapters differ; PEFT's and XLabs' have one naming each."""
+    """Return a remark on the names chosen where the adapters' names differ; PEFT's and XLabs' have one naming each."""
     dialects = {adapter.dialect.partition(" ")[0] for adapter in adapters}
     if len(adapters) == 1 or dialects in ({"PEFT"}, {"XLabs"}):
         return []
-    return [f"the inputs' names differ: the output has those of {chosen}"]
+    return [f"the inputs' names differ: the output has the names of {chosen}"]

@@ -21,7 +21,7 @@ def module_of(label: str) -> str:
 
 
 class FactorPaths:
-    """The path under which PEFT keeps the factors of each tensor: mostly that of its module.
+    """The path under which PEFT keeps the factors of each tensor: mostly the path of its module.
 
     Parameters of one module are wrapped one in another, the first innermost, and so is the output projection of torch's
     multi-head attention. ``labels`` are the labels of all tensors with factors, ``experts`` of the parameters among

@@ -1,54 +1,30 @@
-"""Finding what each target of an adapter is among the base's tensors on disk."""
+"""Resolving the targets of an adapter to tensors of the base on disk."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from math import prod
 from typing import Any
 
 from merging.errors import InputError, nearest
 from merging.plan.names.conversion import CheckpointLoading
 from merging.plan.names.diffusion import DiffusionNames
+from merging.plan.names.placement import Match, Resolved, match_line, parts_by_whole, place_changes
 from merging.plan.names.single_experts import match_single_experts
 from merging.sources import Adapter
 from merging.sources.changes import Change, LoraChange
 from merging.sources.expert_stacks import ExpertsChange
 from merging.sources.fused_names import RowRange
 from merging.sources.model_config import check_counts
-from merging.sources.regions import AssembledChange, Region, TensorPart, meet, part_of, view_region, whole
+from merging.sources.regions import TensorPart, meet, view_region, whole
 from merging.sources.renaming import Renaming, find_renaming
 from merging.sources.stored import Stored
 
-__all__ = ["Resolved", "Resolver"]
+__all__ = ["Resolver"]
 
 _INPUTS_FIRST = {"gpt_oss", "openai_privacy_filter", "aria", "aria_text"}
 """Models whose experts are stored as ``[E, in, out]`` and say so to PEFT."""
-
-
-@dataclass(frozen=True, slots=True)
-class Resolved:
-    """An adapter's ``changes`` by the base's names, and a ``line`` that tells by what rule they were found.
-
-    ``exact``: every target is one tensor of the base, and no target a part of one. ``rows`` are the rows of the base's
-    tensors that each target consists of, in order; targets that are no such rows are left out.
-    """
-
-    changes: dict[str, Change]
-    line: str
-    rows: Mapping[str, tuple[RowRange, ...]]
-    exact: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """For each target, what it is a piece of in memory, and its shape; and the rule it was found by."""
-
-    pieces: Mapping[str, list[TensorPart]]
-    shapes: Mapping[str, tuple[int, ...]]
-    rule: str
 
 
 class Resolver:
@@ -63,48 +39,48 @@ class Resolver:
         self._shapes = {name: stored.shape for name, stored in known.items()}
 
     def resolve(self, adapter: Adapter) -> Resolved:
-        """The changes of the tensors on disk; one target without a place is an error, never a skip.
+        """Return the changes of the tensors on disk; a target without a place is an error.
 
-        Names on disk are tried, then those that transformers gives the same tensors in memory, and then what it would
-        make of the adapter's own names, as of a checkpoint's: older releases' names are loaded so. Raises
+        Names on disk are tried first, then the names that transformers gives the same tensors in memory, and then its
+        names for the adapter's own, as for a checkpoint of an older release. Raises
         :class:`~merging.errors.InputError`.
         """
         renaming, left = self._match(adapter, self._shapes)
         if not left:
-            names = self._renamed(adapter, renaming, self._shapes)
-            changes = self._oriented(adapter, {target: self._shapes[name] for target, name in names.items()})
+            names = self._rename_targets(adapter, renaming, self._shapes)
+            changes = self._orient(adapter, {target: self._shapes[name] for target, name in names.items()})
             placed = {names[target]: change for target, change in changes.items()}
             rows = {target: (RowRange(name, 0, (self._shapes[name] or (1,))[0]),) for target, name in names.items()}
-            return Resolved(placed, _line(adapter, str(renaming)), rows)
+            return Resolved(placed, match_line(adapter, str(renaming)), rows)
         found = self._by_memory(adapter)
         if found is not None:
-            return self._placed(adapter, found, self._pieces)
+            return self._place(adapter, found, self._pieces)
         single = self._by_single_experts(adapter)
         if single is not None:
-            return self._placed(adapter, single, {name: [whole(name, shape)] for name, shape in self._shapes.items()})
+            return self._place(adapter, single, {name: [whole(name, shape)] for name, shape in self._shapes.items()})
         return self._by_spelling(adapter, renaming, left)
 
     def resolve_in_memory(self, adapter: Adapter) -> Resolved:
-        """The changes of the tensors in memory, under their names on disk where they are the same there."""
+        """Return the changes of the tensors in memory, under their names on disk where they are the same there."""
         renaming, left = self._match(adapter, self._shapes)
-        found: _Found | None
+        found: Match | None
         if left:
             found = self._by_memory(adapter)
         else:
-            names = self._renamed(adapter, renaming, self._shapes)
+            names = self._rename_targets(adapter, renaming, self._shapes)
             pieces = {t: self._pieces.get(name, [whole(name, self._shapes[name])]) for t, name in names.items()}
-            found = _Found(pieces, {t: self._shapes[name] for t, name in names.items()}, str(renaming))
+            found = Match(pieces, {t: self._shapes[name] for t, name in names.items()}, str(renaming))
         found = found or self._by_single_experts(adapter)
         if found is not None:
-            return self._placed(adapter, found, self._frame)
+            return self._place(adapter, found, self._frame)
         return self._by_spelling(adapter, renaming, left)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor of the base, on disk or in memory."""
+        """Return the shape of a tensor of the base, on disk or in memory."""
         return self._shapes[name] if name in self._shapes else self._in_memory[name]
 
-    def stored(self, name: str) -> Stored | None:
-        """A tensor of the base, also one that is a part of a tensor on disk; None for one that lies in several."""
+    def find_stored(self, name: str) -> Stored | None:
+        """Return a tensor of the base, also a part of a tensor on disk; None for one that lies in several."""
         if name in self._known:
             return self._known[name]
         held = self._holders[name]
@@ -112,13 +88,13 @@ class Resolver:
         return view_region(self._known[held[0][0]], found[0]) if found else None
 
     def on_disk(self, name: str) -> str:
-        """A tensor on disk that a tensor in memory is, or holds."""
+        """Return a tensor on disk that is, or is a part of, a tensor in memory."""
         if name in self._shapes:
             return name
         return self._holders[name][0][0]
 
-    def held(self, name: str) -> list[tuple[str, TensorPart]]:
-        """The tensors on disk that hold a tensor in memory, and what each has of it."""
+    def holders(self, name: str) -> list[tuple[str, TensorPart]]:
+        """Return the tensors on disk that hold a tensor in memory, and the part that each holds."""
         if name in self._shapes and name not in self._holders:
             return [(name, whole(name, self._shapes[name]))]
         return self._holders[name]
@@ -130,41 +106,41 @@ class Resolver:
         required = [t for t, change in adapter.changes.items() if not change.optional and t not in self._heads]
         return find_renaming(required, shapes, fits)
 
-    def _renamed(self, adapter: Adapter, renaming: Renaming, known: Mapping[str, object]) -> dict[str, str]:
-        """The name of each target in the base, but for those that it lacks and need not have."""
+    def _rename_targets(self, adapter: Adapter, renaming: Renaming, known: Mapping[str, object]) -> dict[str, str]:
+        """Return the name of each target in the base, without targets that it lacks and need not have."""
         names = {t: t if t in self._heads else renaming(t) or t for t in adapter.changes}
         return {target: name for target, name in names.items() if name in known or not adapter.changes[target].optional}
 
     def _by_spelling(self, adapter: Adapter, renaming: Renaming, left: list[str]) -> Resolved:
-        """The changes of a diffusion model's tensors on disk, which are what all programs agree on."""
+        """Return the changes of a diffusion model's tensors on disk, on which all programs agree."""
         spelled = self._diffusion_names.find(adapter)
         if spelled is None:
             raise self._nowhere(adapter, renaming, left)
-        found = _Found(spelled.pieces, spelled.shapes, f"the names of {adapter.dialect} files")
+        found = Match(spelled.pieces, spelled.shapes, f"the names of {adapter.dialect} files")
         on_disk = {name: [whole(name, shape)] for name, shape in self._shapes.items()}
-        return replace(self._placed(adapter, found, on_disk), exact=True)
+        return replace(self._place(adapter, found, on_disk), exact=True)
 
     @cached_property
     def _diffusion_names(self) -> DiffusionNames:
         return DiffusionNames(self._shapes)
 
-    def _by_single_experts(self, adapter: Adapter) -> _Found | None:
+    def _by_single_experts(self, adapter: Adapter) -> Match | None:
         pieces = match_single_experts(adapter.changes, self._shapes)
         if pieces is None:
             return None
         shapes = {target: adapter.changes[target].shape for target in pieces}
-        return _Found(pieces, shapes, "their names in a model whose experts were made layers")
+        return Match(pieces, shapes, "their names in a model whose experts were made layers")
 
-    def _by_memory(self, adapter: Adapter) -> _Found | None:
+    def _by_memory(self, adapter: Adapter) -> Match | None:
         if not adapter.dialect.startswith("PEFT"):
             return None  # files of other programs have names of their own
         in_memory = self._in_memory
         renaming, left = self._match(adapter, in_memory)
         if not left:
-            names = self._renamed(adapter, renaming, in_memory)
+            names = self._rename_targets(adapter, renaming, in_memory)
             shapes = {target: in_memory[name] for target, name in names.items()}
             pieces = {target: [whole(name, in_memory[name])] for target, name in names.items()}
-            return _Found(pieces, shapes, f"transformers' names, {renaming}")
+            return Match(pieces, shapes, f"transformers' names, {renaming}")
         if self._loading is None or any(min(change.shape, default=0) < 0 for change in adapter.changes.values()):
             return None
         shapes = {target: change.shape for target, change in adapter.changes.items()}
@@ -181,7 +157,7 @@ class Resolver:
                 if not change.fits(in_memory[name]):
                     return None
                 shapes[target], pieces[target] = in_memory[name], [whole(name, in_memory[name])]
-        return _Found(pieces, shapes, "what transformers makes of the names of an older release")
+        return Match(pieces, shapes, "what transformers makes of the names of an older release")
 
     @cached_property
     def _loading(self) -> CheckpointLoading | None:
@@ -190,23 +166,23 @@ class Resolver:
 
     @cached_property
     def _pieces(self) -> dict[str, list[TensorPart]]:
-        """What each tensor on disk is a piece of in memory."""
+        """The parts that each tensor on disk is in memory."""
         return self._loading.pieces(self._shapes) if self._loading else {}
 
     @cached_property
     def _in_memory(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the tensors in memory, as far as they lie on the disk."""
+        """The shapes of the tensors in memory, as far as they are on the disk."""
         ends = {name: [[part.stop for part in piece.box] for _, piece in held] for name, held in self._holders.items()}
         return {name: tuple(map(max, zip(*each, strict=True))) for name, each in ends.items()}
 
     @cached_property
     def _holders(self) -> dict[str, list[tuple[str, TensorPart]]]:
-        """The tensors on disk that hold pieces of each tensor in memory."""
-        return _by_whole(self._pieces)
+        """The tensors on disk that hold parts of each tensor in memory."""
+        return parts_by_whole(self._pieces)
 
     @cached_property
     def _frame(self) -> dict[str, list[TensorPart]]:
-        """The tensors in memory, each whole; by the names on disk of those that are one tensor there, unchanged."""
+        """The tensors in memory, each whole; by their names on disk where they are one tensor there, unchanged."""
         alone = {
             pieces[0].of: name
             for name, pieces in self._pieces.items()
@@ -216,45 +192,14 @@ class Resolver:
         others = {name: [whole(name, shape)] for name, shape in self._shapes.items() if name not in self._pieces}
         return {**others, **frame}
 
-    def _placed(self, adapter: Adapter, found: _Found, places: Mapping[str, list[TensorPart]]) -> Resolved:
-        """An adapter's changes of the tensors at ``places``: those that are one target's, parts, and put together."""
-        holders = _by_whole(places)
-        parts: dict[str, list[tuple[Change, Region]]] = defaultdict(list)
-        rows: dict[str, dict[int, RowRange]] = defaultdict(dict)
-        exact = True
-        for target, change in self._oriented(adapter, found.shapes).items():
-            shape, covered = found.shapes[target], 0
-            for piece in found.pieces[target]:
-                for name, other in holders.get(piece.of, ()):
-                    met = meet(piece, other)
-                    if met is None:
-                        continue
-                    part = part_of(change, shape, met[0])
-                    if part is None:
-                        raise InputError(
-                            f"{adapter.path}: {target} is in pieces on the disk ({name} is one), and its change cannot "
-                            f"be told piece by piece: save the adapter as a plain LoRA first"
-                        )
-                    exact &= part is change
-                    covered += prod(met[0].shape)
-                    parts[name].append((part, met[1]))
-                    if _are_rows(met[0], shape) and _are_rows(met[1], self.shape(name)):
-                        first, held = met[0].box[0], met[1].box[0]
-                        rows[target][first.start] = RowRange(name, held.start, held.stop - held.start)
-            if covered != prod(shape):
-                raise InputError(
-                    f"{adapter.path}: {target} has only {covered} of its {prod(shape)} elements in the base"
-                )
-        changes = {name: _whole_change(name, self.shape(name), each) for name, each in parts.items()}
-        exact &= not any(isinstance(change, AssembledChange) for change in changes.values())
-        ordered = {target: tuple(each[first] for first in sorted(each)) for target, each in rows.items()}
-        whole_rows = {t: each for t, each in ordered.items() if sum(r.length for r in each) == found.shapes[t][0]}
-        return Resolved(changes, _line(adapter, found.rule), whole_rows, exact)
+    def _place(self, adapter: Adapter, found: Match, places: Mapping[str, list[TensorPart]]) -> Resolved:
+        """Return an adapter's changes of the tensors at ``places``."""
+        return place_changes(adapter, self._orient(adapter, found.shapes), found, places, self.shape)
 
-    def _oriented(self, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Change]:
-        """The changes, their factors the right way round for targets of these shapes where that is still open.
+    def _orient(self, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Change]:
+        """Return the changes, their factors the right way round for targets of these shapes where that is open.
 
-        Square matrices are turned as all others are where no config says that the model stores ``[in, out]``.
+        Square matrices are turned as all others are, where no config says that the model stores ``[in, out]``.
         """
         changes = {target: change for target, change in adapter.changes.items() if target in shapes}
         linear = {t: c for t, c in changes.items() if isinstance(c, LoraChange) and c.kind == "linear"}
@@ -271,7 +216,7 @@ class Resolver:
     def _nowhere(self, adapter: Adapter, renaming: Renaming, left: list[str]) -> InputError:
         target, known = left[0], self._known
         match = renaming(target)
-        # A name in memory tells more than one on the disk that only looks like it.
+        # A name in memory is a better hint than a name on the disk that only looks like it.
         names = [name for name in (match, target) if name is not None and (name in known or name in self._in_memory)]
         if names:
             shape = adapter.changes[target].shape
@@ -282,35 +227,3 @@ class Resolver:
             f"{adapter.path}: {target} {reason} ({len(left)} of {len(adapter.changes)} targets have no place): is this "
             f"the base it was trained on{f' ({adapter.base})' if adapter.base else ''}?"
         )
-
-
-def _are_rows(place: Region, shape: tuple[int, ...]) -> bool:
-    """Whether what lies at a place of a tensor of this shape is some of its rows."""
-    return place.axes == tuple(range(len(shape))) and bool(shape) and place.shape[1:] == shape[1:]
-
-
-def _by_whole(pieces: Mapping[str, list[TensorPart]]) -> dict[str, list[tuple[str, TensorPart]]]:
-    """Which tensors hold pieces of each larger one."""
-    holders: dict[str, list[tuple[str, TensorPart]]] = defaultdict(list)
-    for name, each in pieces.items():
-        for piece in each:
-            holders[piece.of].append((name, piece))
-    return dict(holders)
-
-
-def _line(adapter: Adapter, rule: str) -> str:
-    return f"{adapter.path}: {len(adapter.changes)} of {len(adapter.changes)} targets matched by {rule}"
-
-
-def _whole_change(name: str, shape: tuple[int, ...], parts: list[tuple[Change, Region]]) -> Change:
-    """The change of a tensor, made of what changes its parts."""
-    first, place = parts[0]
-    if len(parts) == 1 and place.fills(shape):
-        return first
-    kinds = {change.kind for change, _ in parts}
-    if all(change.low_rank for change, _ in parts):
-        kind = "experts" if "experts" in kinds or len(place.box) > len(place.axes) else first.kind
-    else:
-        kind = "bias" if kinds == {"bias"} else "full"
-    reason = next((change.needs_base for change, _ in parts if change.needs_base), None)
-    return AssembledChange(name, kind, shape, tuple(parts), needs_base=reason)

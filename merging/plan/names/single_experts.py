@@ -1,4 +1,4 @@
-"""Experts of gpt-oss that a program for training made linear layers, in a base that has them side by side."""
+"""Experts of gpt-oss as linear layers, as one training program makes them, matched with a base that stacks them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _LAYER = re.compile(r"(?P<path>.+\.experts\.(?:gate_up|down))_projs\.(?P<number>
 def match_single_experts(
     changes: Mapping[str, Change], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, list[TensorPart]] | None:
-    """For each target, what it is a piece of among tensors of these ``shapes``; None where one has no place there.
+    """Return the part that each target is of the tensors of these ``shapes``; None where one has no place there.
 
-    ``experts.gate_up_projs.3``, as Unsloth names it, is ``gate_up_proj[3]`` the other way round.
+    ``experts.gate_up_projs.3``, as Unsloth names it, is ``gate_up_proj[3]`` transposed.
     """
     pieces: dict[str, list[TensorPart]] = {}
     for target, change in changes.items():

@@ -1,4 +1,4 @@
-"""What a merge of adapters changes: the targets of all of them, matched to each other or to those of a base."""
+"""The targets of a merge of adapters, matched to each other or to the tensors of a base."""
 
 from __future__ import annotations
 
@@ -21,11 +21,16 @@ __all__ = ["Targets", "adapter_targets", "common_shape"]
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What is to be merged: at each target the ``changes``, one entry an adapter, and its name in PEFT's files.
+    """The targets that are merged.
 
-    With a base, targets are its tensors, and ``resolver`` knows them; without one they are the adapters' own names.
-    ``placed`` are the rows of them that each adapter's own targets consist of, and ``matched`` lines about how names
-    were found; ``heads`` stand for heads that no base has.
+    Attributes:
+        changes: at each target the changes, one entry an adapter. With a base, targets are its tensors; else they have
+            the adapters' own names.
+        labels: the name of each target in PEFT's files.
+        placed: the rows that each adapter's own targets consist of.
+        matched: one line an adapter about how names were matched.
+        resolver: finds targets in the base; None without a base.
+        heads: stand for heads that no base has.
     """
 
     changes: dict[str, tuple[Change | None, ...]]
@@ -36,13 +41,13 @@ class Targets:
     heads: TaskHeads = NO_HEADS
 
     def __iter__(self) -> Iterator[str]:
-        """Names on disk, which tell the depth."""
+        """Iterate over names on disk, which show the depth."""
         return iter(self.changes) if self.resolver is None else map(self.resolver.on_disk, self.changes)
 
 
 def adapter_targets(adapters: Sequence[Adapter], base: Checkpoint | None, heads: TaskHeads = NO_HEADS) -> Targets:
-    """What adapters change where. Raises :class:`~merging.errors.InputError` for names that do not fit together."""
-    resolver = Resolver(_known(base, adapters), base.config, heads.tensors) if base is not None else None
+    """Match the targets of adapters. Raises :class:`~merging.errors.InputError` for names that do not fit."""
+    resolver = Resolver(_known_tensors(base, adapters), base.config, heads.tensors) if base is not None else None
     if resolver is None:
         common = match_names(adapters)
         named = [
@@ -71,14 +76,14 @@ def adapter_targets(adapters: Sequence[Adapter], base: Checkpoint | None, heads:
     return Targets(changes, labels, placed, matched, resolver, heads)
 
 
-def _known(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, Stored]:
+def _known_tensors(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, Stored]:
     names = {name for adapter in adapters for name in adapter.changes}
     heads = {name: stored for name in names if (stored := base.lookup(name)) is not None}
     return {**base.tensors, **heads}
 
 
 def _refuse_drifted(adapters: Sequence[Adapter], named: Sequence[Mapping[str, Change]]) -> None:
-    """Refuse adapters that name the same modules under different prefixes, whose changes would be put side by side."""
+    """Refuse adapters that name the same modules under different prefixes, which would not be summed."""
     first = named[0]
     for adapter, changes in zip(adapters[1:], named[1:], strict=True):
         if not first.keys().isdisjoint(changes):
@@ -93,7 +98,7 @@ def _refuse_drifted(adapters: Sequence[Adapter], named: Sequence[Mapping[str, Ch
 
 
 def common_shape(name: str, changes: Sequence[Change | None], adapters: Sequence[Adapter]) -> tuple[int, ...]:
-    """The shape of the tensor that adapters (each at the place of its change) change, as they tell it.
+    """Return the shape of a tensor as the adapters state it, each at the place of its change.
 
     Raises :class:`~merging.errors.InputError` where they do not agree.
     """

@@ -1,4 +1,4 @@
-"""LoRA of experts with a name for each expert: what llama.cpp, SGLang and vLLM read, and PEFT stacks again."""
+"""LoRA of experts with names for each expert: read by llama.cpp, SGLang and vLLM, and stacked again by PEFT."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _EXPERT = re.compile(r"experts\.[0-9]+\.")
 
 
 def check_experts_apart(targets: Iterable[str], experts: bool) -> None:
-    """Refuse to take experts apart where nothing is changed in any.
+    """Refuse to take experts apart where no adapter changes any.
 
     Raises :class:`~merging.errors.OptionError`.
     """
@@ -30,19 +30,19 @@ def check_experts_apart(targets: Iterable[str], experts: bool) -> None:
 def place_experts(
     name: str, change: Change, shape: tuple[int, ...], rank: int, kind: str, resolver: Resolver | None
 ) -> tuple[Placing, ...]:
-    """Where the factors of experts that are one tensor in memory go: into two tensors of each projection of each.
+    """Return the places of the factors of experts that are one tensor in memory: two tensors for each projection.
 
-    Projections that are fused in memory share their lower factor, of which each has a copy, and have each their rows
-    of the upper one; so the change is the same to the bit. Raises :class:`~merging.errors.InputError` where the base
-    does not tell what single experts are called.
+    Projections that are fused in memory have one lower factor, and each its rows of the upper one. Every projection
+    gets a copy of the lower factor, so the change is the same to the bit. Raises :class:`~merging.errors.InputError`
+    where the base does not show the names of single experts.
     """
     if resolver is None:
         raise InputError(
-            f"{name}: what single experts are called is told by the files of the base: give it with --base, or leave "
+            f"{name}: only the base's files have names for single experts: give it with --base, or leave "
             f"--experts apart out"
         )
     turned = change.is_transposed(shape)
-    return tuple(_placings(name, resolver.held(name), shape, turned, rank, kind))
+    return tuple(_placings(name, resolver.holders(name), shape, turned, rank, kind))
 
 
 def _placings(

@@ -67,7 +67,7 @@ def plan_adapter(
         transposed = name in turned or any(each.is_transposed(shape) for each in changes if each)
         on_disk = resolver.on_disk(name) if resolver else name
         site = mark_experts(site_of(name, shape, stacks, transposed, on_disk), changes)
-        stored = resolver.stored(name) if resolver else heads.tensors.get(name)
+        stored = resolver.find_stored(name) if resolver else heads.tensors.get(name)
         if base is not None and stored is None:
             _refuse_in_pieces(name, changes, weights, base)
         items.append(exporter.item(site, changes, stored))
@@ -173,7 +173,7 @@ def _choose_rank(recipe: Recipe, modules: list[tuple[Changes, Shape]], steps: Se
 def _refuse_full_rank(
     targets: Mapping[str, Changes], factored: Mapping[str, Shape], adapters: Sequence[Adapter]
 ) -> None:
-    """Refuse to choose a rank for changes of full rank, of which factors hold only a part."""
+    """Refuse to choose a rank for changes of full rank: factors hold only a part of them."""
     for name in factored:
         for change, adapter in zip(targets[name], adapters, strict=True):
             if change and not change.rank and not change.low_rank:

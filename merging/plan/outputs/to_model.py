@@ -1,4 +1,4 @@
-"""Planning a merge whose result is a full model: every tensor of the base (or of the first model) comes out."""
+"""Planning a merged model: every tensor of the base, or else of the first full model, comes out."""
 
 from __future__ import annotations
 
@@ -76,12 +76,14 @@ def plan_model(
     differing = _incomplete(models, inputs, known) if mismatches else set()
     if differing:
         named = _first_three(sorted(differing))
-        matched.append(f"{_counted(differing)} that differ are {reference.path.name}'s (--on-mismatch base): {named}")
+        matched.append(
+            f"{_count_tensors(differing)} that differ are {reference.path.name}'s (--on-mismatch base): {named}"
+        )
     surplus = list(dict.fromkeys(name for each in aligned for name in each.surplus))
     notices = []
     if surplus:
         notices.append(
-            f"{_counted(surplus)} that {reference.path} lacks are left out (--on-mismatch base keeps its tensors "
+            f"{_count_tensors(surplus)} that {reference.path} lacks are left out (--on-mismatch base keeps its tensors "
             f"alone): {_first_three(surplus)}"
         )
     tensors, inputs, kept = add_tied_head(known, inputs, reference)
@@ -90,14 +92,14 @@ def plan_model(
     items = []
     for name, stored in tensors.items():
         site = site_of(name, stored.shape, stacks, name in turned)
-        brought = tuple(each.get(name) for each in inputs)
+        given = tuple(each.get(name) for each in inputs)
         copied = name in differing or name in kept or name in excluded
-        items.append(_item(site, stored, () if copied else brought, recipe, base, weights))
+        items.append(_item(site, stored, () if copied else given, recipe, base, weights))
     untied = is_untied(tensors, reference)
     return PlannedOutput(items=items, matched=matched, notices=notices, guess=guess, untied=untied)
 
 
-def _counted(names: Collection[str]) -> str:
+def _count_tensors(names: Collection[str]) -> str:
     return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
 
 

@@ -1,0 +1,115 @@
+"""A plan: the items of a merge, its inputs, and about how much memory and space it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from merging.plan import estimates
+from merging.plan.inputs.vocabulary import Vocabulary
+from merging.plan.items import Constant, Item
+from merging.plan.recipe import AdapterFormat, Recipe
+from merging.sources import Checkpoint, Model
+from merging.sources.stored import DTYPES
+from merging.storage.output_tensor import OutputTensor
+
+__all__ = ["Plan"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """A merge that can be run: all checks that headers allow are done.
+
+    Attributes:
+        recipe: the recipe, with models of the Hub named by their commits.
+        models: the models, in the order of the recipe.
+        base: the base, if there is one.
+        keys: one key a model of its content, for methods that draw random numbers.
+        output: whether an adapter or a model is written.
+        weights: whether weights are merged, and not changes from the base.
+        items: one item a tensor, in the order of the files.
+        rank: the rank of a merged adapter.
+        untied: whether the output writes a head of its own where the base ties it.
+        notices: remarks for people.
+        matched: one line a model about how its names were matched.
+        vocabulary: the output's vocabulary, where the models' vocabularies differ in size.
+        format: the name of the form of a merged adapter's file.
+        header: the program whose entries the file's header has, if it has any.
+        constants: numbers that the file holds in addition to merged tensors.
+    """
+
+    recipe: Recipe
+    models: tuple[Model, ...]
+    base: Checkpoint | None
+    keys: tuple[str, ...]
+    output: Literal["adapter", "model"]
+    weights: bool
+    items: tuple[Item, ...]
+    rank: int = 0
+    untied: bool = False
+    notices: tuple[str, ...] = ()
+    matched: tuple[str, ...] = field(default=())
+    vocabulary: Vocabulary | None = None
+    format: str = "peft"
+    header: AdapterFormat | None = "peft"
+    constants: tuple[Constant, ...] = ()
+
+    @property
+    def reference(self) -> Checkpoint | None:
+        """The full model that the output is like: the base, or else the first full model."""
+        return self.base or next((model for model in self.models if isinstance(model, Checkpoint)), None)
+
+    @property
+    def kept(self) -> dict[str, Checkpoint]:
+        """The components of a pipeline that are not merged, but copied from the reference."""
+        components = self.reference.components if self.reference and self.output == "model" else {}
+        if not self.recipe.components:
+            return {}
+        return {name: each for name, each in components.items() if name not in self.recipe.components}
+
+    @property
+    def kept_bytes_on_disk(self) -> int:
+        """The bytes of the weights that are copied as they are."""
+        return sum(stored.nbytes for component in self.kept.values() for stored in component.tensors.values())
+
+    @property
+    def outs(self) -> list[OutputTensor]:
+        """The tensors of the output, with the largest elements first, so that all are aligned in their file."""
+        outs = {out.name: out for item in self.items for out in item.outs}
+        outs |= {constant.out.name: constant.out for constant in self.constants}
+        return sorted(outs.values(), key=lambda out: -DTYPES[out.dtype_name].itemsize)
+
+    @property
+    def out_bytes(self) -> int:
+        return sum(out.nbytes for out in self.outs)
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(item.read_bytes for item in self.items)
+
+    @property
+    def widest(self) -> torch.dtype:
+        """The widest type that any item is computed in."""
+        dtypes = {item.dtype for item in self.items if item.form != "copy"}
+        return torch.float64 if torch.float64 in dtypes else torch.float32
+
+    @property
+    def kept_bytes(self) -> int:
+        """The memory for factors as wrappers transformed them, if later sweeps need it; 0 if that is too much."""
+        return estimates.kept_bytes(self.items, self.recipe.method, len(self.models))
+
+    @property
+    def spool_bytes(self) -> int:
+        """The space on the disk for merged tensors that wait for their factor."""
+        return estimates.spool_bytes(self.items, self.recipe.method, len(self.models))
+
+    @property
+    def worker_bytes(self) -> int:
+        """The memory of one worker, whose buffers fit the largest item, with the unused blocks between them."""
+        return estimates.worker_bytes(self.items, self.recipe.method)
+
+    def memory(self, workers: int) -> int:
+        """Return the most memory, in bytes above the imports, that a merge by this many workers takes."""
+        return workers * self.worker_bytes + self.kept_bytes + estimates.FIXED
