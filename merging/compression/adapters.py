@@ -1,4 +1,4 @@
-"""Packing an adapter: the factors in its file are coded, and whatever else it holds is kept as it is."""
+"""Packing an adapter: code the factors in its file, and keep its other tensors as they are."""
 
 from __future__ import annotations
 
@@ -29,15 +29,20 @@ from merging.sources.stored import FileContents, Stored
 __all__ = ["AdapterFile", "adapter_file", "pack_adapter"]
 
 _METADATA = ("lora_adapter_metadata", "ss_base_model_version", "ss_v2", "ss_network_", "modelspec.architecture")
-"""How the metadata entries begin that are kept: others of Kohya's hold captions and paths."""
+"""Prefixes of the metadata entries that are kept. Other entries of Kohya's hold captions and paths."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFile:
-    """An adapter with the tensors of its file, of which some are factors of LoRA changes.
+    """An adapter with the tensors of its file.
 
-    ``pairs`` are the names of lower and upper factors; ``alone`` those of factors that cannot be brought to another
-    gauge by themselves, of experts and shared ones.
+    Attributes:
+        path: The file.
+        dialect: The format of its names.
+        opened: Its tensors and metadata.
+        adapter: The adapter.
+        pairs: The names of lower and upper factors that belong together.
+        alone: The names of factors without a gauge of their own: factors of experts, and shared ones.
     """
 
     path: Path
@@ -49,21 +54,21 @@ class AdapterFile:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What is kept of the header's metadata."""
+        """The entries of the header's metadata that are kept."""
         return {key: text for key, text in self.opened[1].items() if key.startswith(_METADATA)}
 
     def holding(self, tensors: Mapping[str, Stored]) -> Adapter:
-        """The adapter that the file would be if it held these tensors."""
+        """Return the adapter that the file would be with these tensors."""
         return self.dialect.opens(self.path, None, (dict(tensors), self.opened[1]))
 
     def loras(self, adapter: Adapter) -> dict[str, LoraChange]:
-        """The changes that factors make, without what DoRA makes of them, which needs the base."""
+        """Return the changes by factors, without DoRA's magnitudes, which need the base."""
         found = {target: each for target, each in adapter.changes.items() if isinstance(each, LoraChange)}
         return {target: replace(each, magnitude=None) for target, each in found.items()}
 
 
 def adapter_file(adapter: Adapter) -> AdapterFile:
-    """The file of an adapter, opened. Raises :class:`~merging.errors.InputError` for one that cannot be packed."""
+    """Open the file of an adapter. Raises :class:`~merging.errors.InputError` for one that cannot be packed."""
     path = adapter.files[0]
     opened = open_tensors(path)
     dialect = dialect_of(opened)
@@ -76,7 +81,7 @@ def adapter_file(adapter: Adapter) -> AdapterFile:
     started = next((each for each in changes if each.start), None)
     if started is not None:
         raise InputError(
-            f"{adapter.path}: {started.target}: its factors hold directions of the base that its start took away "
+            f"{adapter.path}: {started.target}: its factors hold directions that its start took off the base "
             f"({started.start}), which must not be lost: make a plain LoRA of it first, with merge --method "
             f"passthrough --base BASE"
         )
@@ -97,14 +102,14 @@ def adapter_file(adapter: Adapter) -> AdapterFile:
 
 
 def pack_adapter(file: AdapterFile, settings: PackSettings, assembly: Assembly) -> tuple[Losses, list[str]]:
-    """Code an adapter's factors into an assembly; what that loses, and remarks on what is kept as it is.
+    """Code an adapter's factors into an assembly. Return the losses, and remarks on tensors that are kept as they are.
 
     Raises :class:`~merging.errors.InputError` for values that are not finite.
     """
     if file.alone and settings.method == "bands":
         raise InputError(
             f"{file.adapter.path}: {file.alone[0]} holds factors of experts, or shared ones, whose directions cannot "
-            f"be told apart: use --method ternary"
+            f"be separated: use --method ternary"
         )
     tensors = dict(file.opened[0])
     for down, up in file.pairs:
@@ -124,12 +129,12 @@ def pack_adapter(file: AdapterFile, settings: PackSettings, assembly: Assembly) 
     remarks = []
     if kept:
         size = sum(tensors[name].nbytes for name in kept)
-        remarks = [f"{len(kept)} tensors of {size:,} bytes are no factors and kept as they are ({kept[0]})"]
+        remarks = [f"{len(kept)} tensors of {size:,} bytes are not factors and kept as they are ({kept[0]})"]
     return _losses(file, file.holding(tensors)), remarks
 
 
 def _pair(file: AdapterFile, down: str, up: str, settings: PackSettings) -> list[tuple[Described, Tensor]]:
-    """The two factors of a product in the balanced gauge, coded."""
+    """Return the two factors of a product in the balanced gauge, coded."""
     stored = [file.opened[0][name] for name in (up, down)]
     rank = stored[1].shape[0]
     left, right = balance(_values(file, up).reshape(-1, rank), _values(file, down).reshape(rank, -1))
@@ -150,7 +155,7 @@ def _pair(file: AdapterFile, down: str, up: str, settings: PackSettings) -> list
 
 
 def _values(file: AdapterFile, name: str) -> Tensor:
-    """A tensor of the file, which must be finite."""
+    """Read a tensor of the file, and check that it is finite."""
     values = file.opened[0][name].read()
     if values.is_floating_point() and not bool(values.isfinite().all()):
         raise InputError(f"{file.adapter.path}: {name} holds NaN or infinite values: repair the adapter first")
@@ -162,7 +167,7 @@ def _kind(stored: Stored) -> DtypeName:
 
 
 def _losses(file: AdapterFile, packed: Adapter) -> Losses:
-    """What every product has lost, told from the factors."""
+    """Return the loss of every product, computed from the factors."""
     losses, after = Losses(), file.loras(packed)
     for target, change in file.loras(file.adapter).items():
         one, other = (_product(each) for each in (change, after[target]))

@@ -1,4 +1,4 @@
-"""The pieces that a pack is put together of, what they lose, and the file that they are written into."""
+"""A pack while it is made: its coded tensors, their losses, and the file that they are written into."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Assembly", "Losses", "as_read"]
 
 
 def as_read(described: Described, payload: Tensor) -> Packed:
-    """A tensor that has just been coded, as a reader of the pack will have it."""
+    """Return a coded tensor as a reader of the pack will have it."""
     assert isinstance(described.coding, (Ternary, Sparse, Bands))
     return Packed(described.name, described.kind, described.shape, MappedTensor(payload, ("", 0)), described.coding)
 
@@ -36,7 +36,7 @@ class Losses:
     squares: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def add(self, target: str, error: float, norm: float) -> None:
-        """Note what a change has lost."""
+        """Add the squared error and the squared norm of a change."""
         self.squares[target] = (max(0.0, error), norm)
 
     @property
@@ -57,7 +57,7 @@ class Losses:
 
 
 class Assembly:
-    """Tensors of a pack as they are coded, set aside in ``folder`` until all are there and their sizes are known."""
+    """The coded tensors of a pack, spooled in ``folder`` until all are there and their sizes are known."""
 
     def __init__(self, folder: Path) -> None:
         self._spool = Spool(folder)
@@ -67,7 +67,7 @@ class Assembly:
         self.coded_bytes = 0
 
     def add(self, described: Described, payload: Tensor) -> None:
-        """Take a coded tensor, or one as it is (:class:`~merging.sources.packs.codings.Raw`)."""
+        """Add a coded tensor, or one as it is (:class:`~merging.sources.packs.codings.Raw`)."""
         name = payload_name(len(self.described))
         self.described.append(described)
         self._outs.append(OutputTensor(name, DTYPE_NAMES[payload.dtype], tuple(payload.shape)))
@@ -75,7 +75,10 @@ class Assembly:
         self._spool.put(name, Dense(payload))
 
     def write(self, stem: str, manifest: PackManifest) -> int:
-        """Write the file, and return its bytes. Tensors of the largest elements come first, so that all are aligned."""
+        """Write the file, and return its size in bytes.
+
+        Tensors with the largest elements come first, so that all are aligned.
+        """
         outs = sorted(self._outs, key=lambda out: -DTYPES[out.dtype_name].itemsize)
         metadata: Mapping[str, str] = {
             PACK_KEY: manifest.model_dump_json(),
@@ -94,5 +97,5 @@ class Assembly:
         return (self._folder / f"{stem}.safetensors").stat().st_size
 
     def close(self) -> None:
-        """Give the space of what is set aside back."""
+        """Free the space of the spooled tensors."""
         self._spool.close()

@@ -1,10 +1,10 @@
 """SkillPack (GraftLLM, Du et al. 2025, arXiv 2505.18502): singular directions in bands, the leading ones in more bits.
 
-The bands are Delta-CoMe's (Ping et al. 2024, arXiv 2406.08903). Both quantise with GPTQ, whose error feedback needs the
-inputs that calibration data give a layer; without data none of it is possible. What is possible, and done, is to fit
-the outputs' factor anew to the inputs' factor as it comes out of its codes, by least squares, before it is put in codes
-itself: it takes up to a sixth off the error of two-bit bands, and a fourth off that of four-bit ones. Scales are of
-least squared error a group; singular values are in the scales.
+The bands are Delta-CoMe's (Ping et al. 2024, arXiv 2406.08903). Departures: both papers quantize with GPTQ, whose error
+feedback needs a layer's inputs from calibration data. Without data, the upper factor is instead fitted again to the
+decoded lower factor by least squares, before it is coded. This reduces the error of two-bit bands by up to a sixth, and
+the error of four-bit bands by a fourth. Each group has the scale of least squared error, and the scales hold the
+singular values.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from merging.sources.stored import MappedTensor
 __all__ = ["pack_factors", "pack_pruned", "truncate_to_bands"]
 
 _DAMPING = {8: 0.0, 4: 1e-4, 2: 0.0138, 1: 0.13}
-"""By how much the fit to a direction in so many bits is damped, of 1: the square of what its codes lose. Found by trial
-on matrices of full rank and on adapters; without any, one-bit bands of full rank lose all there is."""
+"""The damping of the fit to a direction, by its bits: the squared error of its codes. The values were found by trial on
+matrices of full rank and on adapters. Without damping, one-bit bands of full rank lose everything."""
 
 _RANDOMISED = 0.5
-"""The share of the shorter side up to which a rank is found by random projections, and not by a whole SVD."""
+"""The largest rank, as a share of the shorter side, for which random projections replace a whole SVD."""
 
 
 def total(bands: BandsSpec) -> int | None:
-    """The directions of all bands, None where the last takes what is left."""
+    """Return the number of directions in all bands, None if the last band takes all that are left."""
     counts = [count for count, _ in bands]
     return None if None in counts else sum(cast(list[int], counts))
 
 
 def truncate_to_bands(matrix: Tensor, bands: BandsSpec) -> LowRank:
-    """The leading singular directions of a matrix ``[out, in]``, or of several ``[n, out, in]``, as many as bands hold.
+    """Return the leading singular directions of a matrix ``[out, in]`` or ``[n, out, in]``, as many as the bands hold.
 
-    By a randomised range finder where they are few, else by the SVD.
+    Few directions are found by a randomized range finder, many by the SVD.
     """
     wanted, side = total(bands), min(matrix.shape[-2:])
     rank = side if wanted is None else min(wanted, side)
@@ -60,10 +60,9 @@ def truncate_to_bands(matrix: Tensor, bands: BandsSpec) -> LowRank:
 def pack_factors(
     up: Tensor, down: Tensor, bands: BandsSpec, whole: Tensor | None = None
 ) -> tuple[tuple[Bands, Tensor], tuple[Bands, Tensor]]:
-    """Codings and payloads of factors ``[..., out, r]`` and ``[..., r, in]``, directions in descending order.
+    """Return the codings and payloads of factors ``[..., out, r]`` and ``[..., r, in]`` in descending order.
 
-    The upper factor is fitted anew to the product, or to the ``whole`` matrix that it stands for, as the lower factor
-    has become.
+    With the decoded lower factor, the upper factor is fitted again to the product, or to the matrix ``whole``.
     """
     fitted = _fit_bands(bands, down.shape[-2])
     coded = _encode(down, fitted, axis=1)
@@ -77,7 +76,7 @@ def pack_factors(
 
 
 def _fit_bands(bands: BandsSpec, rank: int) -> tuple[tuple[int, int], ...]:
-    """The bands of so many directions."""
+    """Return the bands that hold ``rank`` directions."""
     found, left = [], rank
     for count, bits in bands:
         taken = left if count is None else min(count, left)
@@ -87,16 +86,18 @@ def _fit_bands(bands: BandsSpec, rank: int) -> tuple[tuple[int, int], ...]:
 
 
 def _refit(onto: Tensor, lower: Tensor, damping: Tensor) -> Tensor:
-    """The ``up`` for which ``up @ lower`` is closest to the matrix of which ``onto`` is ``matrix @ lower.mT``.
+    """Return the ``up`` for which ``up @ lower`` is closest to a matrix.
 
-    ``damping``, one number a direction, keeps large terms from cancelling each other, which they would not do any more
-    when ``up`` is in codes itself. Zero where a row of ``lower`` is.
+    Args:
+        onto: ``matrix @ lower.mT``, ``[..., out, r]``.
+        lower: The decoded lower factor, ``[..., r, in]``. Zero rows give zero columns of ``up``.
+        damping: One number a direction. It prevents large terms that cancel, as coding ``up`` would break that.
     """
     used = lower.abs().amax(-1) > 0
     gram = lower @ lower.mT
     gram.diagonal(dim1=-2, dim2=-1).add_(torch.where(used, 0.0, 1.0))
     sizes = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    # rows of one length, or the small directions would be lost in rounding
+    # Rows get the same length, else the small directions would be lost in rounding.
     even = gram / (sizes[..., :, None] * sizes[..., None, :])
     even.diagonal(dim1=-2, dim2=-1).add_(damping + 1e-12)
     right = onto / sizes[..., None, :]
@@ -120,9 +121,9 @@ def _encode(factor: Tensor, bands: Sequence[tuple[int, int]], axis: int) -> tupl
 
 
 def pack_pruned(values: Tensor, density: float) -> tuple[Sparse, Tensor]:
-    """The coding and the payload of the largest entries (by magnitude) of a tensor, in codes of a byte each.
+    """Return the coding and the payload of the largest entries (by magnitude) of a tensor, one byte each.
 
-    ``int(density * n)`` are kept, at least one and none that is zero; of equal ones those of the lowest flat index.
+    ``int(density * n)`` entries are kept, at least one, and no zeros. Of equal entries the lowest indices are kept.
     """
     flat = values.reshape(-1).float()
     signs, _ = ternary(flat, density)

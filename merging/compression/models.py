@@ -1,4 +1,4 @@
-"""Packing what a full model changed of its base, tensor by tensor."""
+"""Packing the changes of a full model from its base, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _KINDS: dict[str, Literal["linear", "conv", "experts"]] = {"matrix": "linear", "
 
 
 def model_plan(model: Checkpoint, base: Checkpoint, progress: Progress | None = None) -> Plan:
-    """The tensors of a model beside its base's, by the base's names.
+    """Return the tensors of a model with those in its base, by the base's names.
 
     Raises :class:`~merging.errors.InputError` for models that do not hold the same tensors.
     """
@@ -44,7 +44,7 @@ def model_plan(model: Checkpoint, base: Checkpoint, progress: Progress | None = 
 def pack_model(
     plan: Plan, settings: PackSettings, assembly: Assembly, device: torch.device, progress: Progress | None = None
 ) -> tuple[Losses, dict[str, Changed], int]:
-    """Code the changes of a plan's tensors into an assembly: what that loses, what is held, and of how many entries.
+    """Code the changes of a plan's tensors into an assembly. Return the losses, the tensors, and their entries.
 
     Raises :class:`~merging.errors.InputError` for values that are not finite.
     """
@@ -69,11 +69,11 @@ def pack_model(
 
 
 def _pack(item: Item, delta: Tensor, settings: PackSettings, assembly: Assembly) -> tuple[Changed, Tensor]:
-    """Code one change; how it is held, and what it is when it is read."""
+    """Code one change. Return how it is stored, and its decoded values."""
     name, shape, kind = item.site.name, item.site.shape, _KINDS.get(item.site.kind)
     if settings.method == "bands" and kind is not None and not is_head(name):
-        turned = kind == "linear" and item.site.axis == 0
-        matrix = delta.mT if turned else delta if kind == "experts" else delta.reshape(shape[0], -1)
+        transposed = kind == "linear" and item.site.axis == 0
+        matrix = delta.mT if transposed else delta if kind == "experts" else delta.reshape(shape[0], -1)
         factors = truncate_to_bands(matrix.contiguous(), settings.bands)
         coded = pack_factors(factors.up, factors.down, settings.bands, matrix)
         up, down = (
@@ -81,8 +81,8 @@ def _pack(item: Item, delta: Tensor, settings: PackSettings, assembly: Assembly)
             for side, factor, each in zip(("up", "down"), (factors.up, factors.down), coded, strict=True)
         )
         product = up.to(delta.device) @ down.to(delta.device)
-        after = (product.mT if turned else product).reshape(shape)
-        return Changed(kind=kind, shape=shape, transposed=turned), after
+        after = (product.mT if transposed else product).reshape(shape)
+        return Changed(kind=kind, shape=shape, transposed=transposed), after
     if item.site.kind == "vector" or prod(shape) == max(shape, default=1):
         assembly.add(Described(name=f"full/{name}", kind="F32", shape=shape, coding=Raw()), delta.cpu())
         return Changed(kind="full", shape=shape), delta
@@ -97,7 +97,7 @@ def _pack(item: Item, delta: Tensor, settings: PackSettings, assembly: Assembly)
 def _add(
     assembly: Assembly, name: str, shape: tuple[int, ...], coding: Bands | Sparse | Ternary, payload: Tensor
 ) -> Tensor:
-    """Add a coded tensor; what it is when it is read."""
+    """Add a coded tensor, and return its decoded values."""
     described = Described(name=name, kind="F32", shape=shape, coding=coding)
     assembly.add(described, payload)
     return as_read(described, payload).read()

@@ -1,4 +1,4 @@
-"""What is to become of a model: the method and its parameters, checked."""
+"""The settings of a pack: the method and its parameters, checked."""
 
 from __future__ import annotations
 
@@ -14,20 +14,26 @@ __all__ = ["BANDS", "DENSITY", "BandsSpec", "PackMethod", "PackSettings", "make_
 PackMethod = Literal["ternary", "bands"]
 
 BandsSpec = tuple[tuple[int | None, int], ...]
-"""Counts of directions and their bits; no count means all that are left."""
+"""Counts of directions and their bits. A count of None means all that are left."""
 
 DENSITY = 0.2
 
 BANDS = {"adapter": "*@4", "model": "20@8,180@4,800@2"}
-"""Bands by default: of an adapter's few directions all in four bits, of a model's those that GraftLLM released."""
+"""The default bands: all of an adapter's few directions in four bits; for models, the bands that GraftLLM released."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackSettings:
-    """The method, the share of entries that are kept, and what else it takes.
+    """The method of a pack and its parameters.
 
-    ``density`` is that of all tensors (ternary), or of embeddings and heads of a full model (bands). ``alpha`` is the
-    scale in standard deviations; without it scales are of least squares, or so much larger that changes ``keeps_norm``.
+    Attributes:
+        method: ``"ternary"`` or ``"bands"``.
+        density: The share of entries that are kept: of all tensors (ternary), or of embeddings and heads (bands).
+        bitmap: Whether positions are two bitmaps instead of a Golomb code.
+        alpha: The scale in standard deviations. Without it scales are least squares.
+        keeps_norm: Whether scales are increased so that every change keeps its norm.
+        bands: Counts of directions and their bits.
+        summary: The settings in words.
     """
 
     method: PackMethod
@@ -40,7 +46,10 @@ class PackSettings:
 
 
 def parse_bands(text: str) -> BandsSpec:
-    """``20@8,180@4,*@2``: counts of directions and the bits of each. Raises :class:`~merging.errors.OptionError`."""
+    """Parse bands such as ``20@8,180@4,*@2``: counts of directions and their bits.
+
+    Raises :class:`~merging.errors.OptionError`.
+    """
     bands: list[tuple[int | None, int]] = []
     for part in text.split(","):
         count, _, bits = part.strip().partition("@")
@@ -56,6 +65,7 @@ def parse_bands(text: str) -> BandsSpec:
 
 def make_settings(
     kind: Literal["adapter", "model"],
+    *,
     method: str | None,
     density: float | None,
     coding: str | None,
@@ -63,7 +73,7 @@ def make_settings(
     scale: str | None,
     bands: str | None,
 ) -> PackSettings:
-    """The settings for an adapter or a model. Raises :class:`~merging.errors.OptionError` for what makes no sense."""
+    """Return the settings for an adapter or a model. Raises :class:`~merging.errors.OptionError` for wrong values."""
     chosen = method or ("ternary" if kind == "adapter" else "bands")
     share = DENSITY if density is None else density
     if not 0 < share <= 1:
@@ -89,12 +99,15 @@ def make_settings(
         raise OptionError(f"scale = {scale!r}: choose least-squares or norm")
     if scale is not None and alpha is not None:
         raise OptionError("alpha is a scale itself: leave one of alpha and scale out")
-    by = (
-        f"alpha {alpha:.4g}"
-        if alpha is not None
-        else "scales that keep the norm"
-        if scale == "norm"
-        else "least squares"
+    scaling = "scales that keep the norm" if scale == "norm" else "least squares"
+    if alpha is not None:
+        scaling = f"alpha {alpha:.4g}"
+    summary = f"{share:.4g} of the entries kept, {scaling}, {coding or 'golomb'}"
+    return PackSettings(
+        method="ternary",
+        density=share,
+        bitmap=coding == "bitmap",
+        alpha=alpha,
+        keeps_norm=scale == "norm",
+        summary=summary,
     )
-    summary = f"{share:.4g} of the entries kept, {by}, {coding or 'golomb'}"
-    return PackSettings("ternary", share, coding == "bitmap", alpha, scale == "norm", summary=summary)

@@ -1,7 +1,7 @@
 """ComPEFT (Yadav et al. 2023, arXiv 2311.13171): the signs of the largest entries, at one scale a tensor.
 
-Departures: a threshold and a scale for each tensor, factors having been brought to the balanced gauge first. Over all
-of a LoRA at once, as in the paper, the larger factor (mostly A) takes every place, and of the other nothing is left.
+Departures: each tensor has its own threshold and scale, after the factors are put into the balanced gauge. With one
+threshold for a whole LoRA, as in the paper, the larger factor (mostly A) takes every place, and the other vanishes.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ __all__ = ["balance", "norm_factor", "pack_signs", "ternary"]
 
 
 def balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors ``[out, r]`` and ``[r, in]`` of the same product, by its singular vectors and the roots of its values.
+    """Return factors ``[out, r]`` and ``[r, in]`` of the same product: singular vectors times roots of singular values.
 
-    The gauge follows from the product alone, however it was factored: the largest entry of each column of ``up`` is
-    positive. Directions that a product of these sides cannot have are zero. float64.
+    The gauge depends on the product alone, not on its factorization: the largest entry of each column of ``up`` is
+    positive. Directions beyond the rank of a product of these sides are zero. The factors are float64.
     """
     u, s, vh = factored_svd(up, down)
     largest = u.gather(0, u.abs().argmax(0, keepdim=True))
@@ -38,11 +38,11 @@ def balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ternary(values: Tensor, density: float, alpha: float | None = None) -> tuple[Tensor, float]:
-    """The signs (int8, in the shape of the values) of the largest entries, zero elsewhere, and their scale.
+    """Return the signs (int8, in the shape of the values) of the largest entries, zero elsewhere, and their scale.
 
-    ``int(density * n)`` entries are kept, at least one and none that is zero; of equal ones those of the lowest flat
-    index. The scale is the mean of the magnitudes that are kept, which is least squares, or ``alpha`` times the
-    standard deviation of all entries.
+    ``int(density * n)`` entries are kept, at least one, and no zeros. Of equal entries the lowest indices are kept.
+    The scale is the mean of the kept magnitudes, which is least squares, or ``alpha`` times the standard deviation of
+    all entries.
     """
     flat = values.reshape(-1)
     sizes = flat.abs()
@@ -58,9 +58,9 @@ def ternary(values: Tensor, density: float, alpha: float | None = None) -> tuple
 
 
 def norm_factor(density: float, *factors: Tensor) -> float:
-    """By how much the scale of each factor must grow for the product, or a tensor alone, to keep its norm.
+    """Return the growth of each factor's scale with which the product, or a single tensor, keeps its norm.
 
-    At scales of least squares, which pay for what is dropped, a product keeps about six tenths of it (density 0.2).
+    At least-squares scales a product keeps about six tenths of its norm (density 0.2).
     """
     kept = [signs.double() * scale for signs, scale in (ternary(factor, density) for factor in factors)]
     ratio = safe_ratio(_norm(*factors), _norm(*kept)) or 1.0
@@ -77,10 +77,10 @@ def _norm(*factors: Tensor) -> float:
 def pack_signs(
     values: Tensor, kind: DtypeName, settings: PackSettings, factor: float | None = None
 ) -> tuple[DtypeName, Ternary, Tensor]:
-    """The type that a tensor is read as, its coding and its payload.
+    """Return the dtype that a tensor is read as, its coding and its payload.
 
-    Scales are ``factor`` times what :func:`ternary` says; without it the settings tell. The type is ``kind``, or
-    float32 where the scale is out of its range; the scale is one that it can hold.
+    The scale is ``factor`` times the scale of :func:`ternary`. Without a factor, the settings decide. The dtype is
+    ``kind``, or float32 if ``kind`` cannot hold the scale. The scale is rounded to the dtype.
     """
     if factor is None:
         factor = norm_factor(settings.density, values) if settings.keeps_norm else 1.0

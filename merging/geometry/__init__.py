@@ -1,4 +1,4 @@
-"""How models lie to one another: inner products, angles, spectra, signs and subspaces of what they change."""
+"""Comparison of models: inner products, angles, spectra, signs and subspaces of their changes."""
 
 from merging.geometry.comparison import Comparison, compare
 from merging.geometry.grams import cosines, gram

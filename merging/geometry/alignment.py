@@ -1,4 +1,4 @@
-"""Models side by side: the tensors that any of them changes, under one name each, ready to be read piece by piece."""
+"""Alignment of models: the tensors that any of them changes, under one name each, ready to be read in pieces."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from merging.sources.stored import Stored
 __all__ = ["MEMORY", "ModelLike", "align", "factored", "matrix_sides", "read_change", "row_blocks", "select_models"]
 
 MEMORY = 1 << 30
-"""Bytes that a comparison takes at most by default, above what the imports do."""
+"""The most bytes that a comparison takes by default, above the memory of the imports."""
 
 ModelLike = str | Path | Adapter | Checkpoint
-"""A model, or where it lies."""
+"""An opened model, or its path or address."""
 
 _BASE_OPTIONS = {"base", "exclude", "on_mismatch", "allow_different_bases", "lora_alpha", "dequantise", "dequantize"}
 
@@ -45,15 +45,21 @@ _BASE_OPTIONS = {"base", "exclude", "on_mismatch", "allow_different_bases", "lor
 def align(
     models: Sequence[ModelLike], *, reads_base: bool = False, progress: Progress | None = None, **options: Any
 ) -> Plan:
-    """What each model changes in which tensor, as the plan of a sum that is never made.
+    """Align the changes of models, as the plan of a sum that is never computed.
 
-    Items are sorted by layer, and hold only tensors that some model changes. ``options`` are those of
-    :class:`~merging.plan.recipe.Recipe` that tell what the models are (``base``, ``exclude``, ``on_mismatch``,
-    ``allow_different_bases``, ``lora_alpha``, ``dequantise``). ``reads_base`` keeps the base's tensors at hand even
-    where no change needs them. What lies on the Hub is downloaded, ``progress`` being told the bytes.
+    Args:
+        models: The models. Models on the Hub are downloaded.
+        reads_base: Whether the base's tensors are part of the plan even where no change needs them.
+        progress: Receives the bytes downloaded so far and in total.
+        **options: Fields of :class:`~merging.plan.recipe.Recipe` about the models: ``base``, ``exclude``,
+            ``on_mismatch``, ``allow_different_bases``, ``lora_alpha``, ``dequantise``.
 
-    Raises :class:`~merging.errors.InputError` for models that do not fit together, and for full checkpoints without
-    a base; :class:`~merging.errors.OptionError` for other options.
+    Returns:
+        The plan. Its items are the tensors that some model changes, sorted by layer.
+
+    Raises:
+        merging.errors.InputError: For models that do not fit together, and for full checkpoints without a base.
+        merging.errors.OptionError: For other options.
     """
     if unknown := options.keys() - _BASE_OPTIONS:
         raise OptionError(f"a comparison has no option {sorted(unknown)[0]!r}")
@@ -135,12 +141,12 @@ def _without_base(recipe: Recipe, models: Sequence[Adapter | Checkpoint]) -> Pla
 
 
 def factored(item: Item) -> bool:
-    """Whether all that models change in a tensor is kept as factors."""
+    """Whether all changes of a tensor are factors."""
     return all(each is None or (isinstance(each, Change) and each.low_rank) for each in item.inputs)
 
 
 def matrix_sides(item: Item) -> tuple[int, int, int]:
-    """The matrices in a tensor: how many, and the two sides of each."""
+    """Return the number of matrices in a tensor, and the two sides of each."""
     shape = item.site.shape
     if item.site.kind == "experts":
         return shape[0], shape[1], prod(shape[2:])
@@ -148,7 +154,7 @@ def matrix_sides(item: Item) -> tuple[int, int, int]:
 
 
 def select_models(plan: Plan, item: Item, slots: Sequence[int]) -> tuple[Plan, Item]:
-    """The plan and the item with some of the models alone."""
+    """Return the plan and the item with only some of the models."""
     models, keys = tuple(plan.models[slot] for slot in slots), tuple(plan.keys[slot] for slot in slots)
     (part,) = cut_items(
         [replace(item, inputs=tuple(item.inputs[slot] for slot in slots))], plan.recipe.method, plan.weights
@@ -157,14 +163,14 @@ def select_models(plan: Plan, item: Item, slots: Sequence[int]) -> tuple[Plan, I
 
 
 def row_blocks(plan: Plan, item: Item, slots: Sequence[int], device: torch.device) -> Iterator[Tensor]:
-    """What some models change in a tensor, block by block of rows: ``[models, elements]``, valid until the next."""
+    """Yield the changes of a tensor by blocks of rows, ``[models, elements]``. A block is valid until the next."""
     some, part = select_models(plan, item, slots)
     for tile in Tiler(some, device).tiles(part, 0, part.numel):
         yield tile.stack.dense().flatten(1)
 
 
 def read_change(tiler: Tiler, item: Item, slot: int) -> Delta:
-    """What one model changes in a tensor, whole and on the tiler's device."""
+    """Return one model's whole change of a tensor, on the tiler's device."""
     stored = item.inputs[slot]
     if not isinstance(stored, Stored):
         return tiler.change(item, slot)

@@ -1,4 +1,4 @@
-"""All that is to be known of how models lie to one another, gathered in one walk over their tensors."""
+"""The comparison of models, computed in one walk over their tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from merging.geometry.intruders import Intruders
 from merging.geometry.short_names import short_names
 from merging.geometry.signs import count_signs
 from merging.geometry.spectrum import SIDE, Spectrum
-from merging.geometry.walk import LEADING, OVERLAPPING, WalkOptions, WalkResult, walk
+from merging.geometry.walk import LEADING, OVERLAPPING, LayerNorms, WalkOptions, WalkResult, walk
 from merging.methods.families.spherical import cosines as normalised
 from merging.plan import Plan
 from merging.progress import Progress
@@ -37,16 +37,25 @@ __all__ = [
 ]
 
 _CURVE = 64
-"""Directions of which the energy is told one by one."""
+"""The most points of a curve of energy."""
 
 Matrix = tuple[tuple[float | None, ...], ...]
-"""One row a model; None where there is nothing to tell."""
+"""One row a model; None where a value is not defined."""
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One model: the ``name`` that tells it from the others, how many tensors it changes and by how much (``norm``,
-    over all of them), the ``ranks`` of its factors, and the mean ``spectrum`` of its ``matrices`` that were decomposed.
+    """One model.
+
+    Attributes:
+        name: A short name, distinct among the models.
+        path: The model's path or address.
+        kind: ``"adapter"`` or ``"checkpoint"``.
+        tensors: The number of tensors that it changes.
+        ranks: The ranks of its factors, ascending.
+        norm: The Frobenius norm of its whole change.
+        matrices: The number of its changes that were decomposed.
+        spectrum: The mean spectrum of these changes.
     """
 
     name: str
@@ -60,27 +69,20 @@ class Profile:
 
     @property
     def rank_text(self) -> str:
-        """The rank, the smallest and the largest, or that there is none."""
+        """The rank, the range of ranks, or ``full``."""
         return "full" if not self.ranks else "-".join(map(str, dict.fromkeys((self.ranks[0], self.ranks[-1]))))
 
 
 @dataclass(frozen=True, slots=True)
-class LayerNorms:
-    """One block of the model (None: what lies outside the blocks): each model's norm there, and their mean cosine."""
-
-    layer: int | None
-    norms: tuple[float, ...]
-    cosine: float | None
-
-
-@dataclass(frozen=True, slots=True)
 class Magnitudes:
-    """How the sizes of the changes differ between models: what DO-Merging (arXiv 2505.15875) puts right.
+    """Differences in size between models' changes, which DO-Merging (arXiv 2505.15875) corrects.
 
-    ``ratio`` is how many times larger the largest change of a tensor is than the smallest, in the median of the
-    ``tensors`` that several models change; ``variance`` the variance of the norms over their squared mean, in the mean
-    of these tensors. ``columns`` is the same of the norms of single columns, one an input feature, of the ``modules``
-    among them whose changes are factors or small enough to be decomposed.
+    Attributes:
+        ratio: The largest norm of a tensor's changes divided by the smallest, in the median of the tensors.
+        variance: The variance of the norms relative to their squared mean, in the mean of the tensors.
+        tensors: The number of tensors that several models change.
+        columns: The same variance for the norms of single columns (one an input feature).
+        modules: The number of tensors in ``columns``: their changes are factors, or small enough to decompose.
     """
 
     ratio: float
@@ -92,8 +94,15 @@ class Magnitudes:
 
 @dataclass(frozen=True, slots=True)
 class Overlaps:
-    """How far the subspaces of at most ``directions`` leading directions coincide, of outputs and of inputs, in the
-    mean over the tensors; by ``chance``, random subspaces of these sizes do."""
+    """The overlap of the models' leading subspaces, in the mean over the tensors.
+
+    Attributes:
+        outputs: The overlap of the subspaces of outputs.
+        inputs: The overlap of the subspaces of inputs.
+        directions: The most directions of a subspace.
+        chance_outputs: The overlap of random subspaces of the same sizes, for outputs.
+        chance_inputs: The same for inputs.
+    """
 
     outputs: Matrix
     inputs: Matrix
@@ -104,8 +113,10 @@ class Overlaps:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Of the entries that both models change, the share changed in the same direction; ``entries`` of ``total`` were
-    looked at."""
+    """Agreement of signs: the share of entries changed in the same direction, among those that both models change.
+
+    ``entries`` of ``total`` were sampled.
+    """
 
     matrix: Matrix
     entries: int
@@ -114,9 +125,17 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class IntruderCount:
-    """One model's intruder dimensions: how many among the ``directions`` leading singular vectors of the ``matrices``
-    that it changes, how many of these are ``touched``, the mean ``share`` of a matrix's energy that they carry, and the
-    mean rank of the ``first``."""
+    """One model's intruder dimensions.
+
+    Attributes:
+        count: The number of intruders in all matrices.
+        matrices: The number of changed matrices.
+        touched: The number of matrices with an intruder.
+        directions: The number of leading singular vectors that were tested in each matrix.
+        share: The intruders' mean share of a matrix's energy.
+        first: The mean rank of the first intruder, from 1.
+        by_tensor: The results by tensor.
+    """
 
     count: int
     matrices: int
@@ -127,13 +146,13 @@ class IntruderCount:
     by_tensor: dict[str, Intruders]
 
     def below(self, threshold: float) -> int:
-        """How many there are at another threshold of similarity than a half."""
+        """Return the number of intruders at another threshold of similarity (the default is a half)."""
         return sum(each.below(threshold) for each in self.by_tensor.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """How models lie to one another; all matrices are in the order of ``models``."""
+    """A comparison of models. All matrices are in the order of ``models``."""
 
     models: tuple[Profile, ...]
     base: str | None
@@ -151,13 +170,13 @@ class Comparison:
         return [model.name for model in self.models]
 
     def pairs(self) -> list[tuple[float, int, int]]:
-        """All pairs of models by their cosine, the closest first."""
+        """Return all pairs of models as (cosine, row, column), the largest cosine first."""
         rows = range(len(self.models))
         pairs = [(self.cosines[i][j] or 0.0, i, j) for i in rows for j in rows[i + 1 :]]
         return sorted(pairs, key=lambda pair: -pair[0])
 
     def to_dict(self) -> dict[str, Any]:
-        """The same in plain values, for JSON."""
+        """Return the same in plain values, for JSON."""
         return asdict(self)
 
 
@@ -173,20 +192,31 @@ def compare(
     progress: Progress | None = None,
     **options: Any,
 ) -> Comparison:
-    """Compare what models change: their angles, sizes, spectra, subspaces, signs and, if asked for, intruders.
+    """Compare the changes of models: angles, sizes, spectra, subspaces, signs and, on request, intruder dimensions.
 
-    ``signs`` counts how often they agree, over a sample of every tensor or over all entries
-    (:func:`~merging.geometry.signs.sign_agreement`). ``intruders`` looks for
-    intruder dimensions against the base, each of whose matrices is decomposed for it: seconds to minutes each for
-    those of large models. ``full_spectra`` decomposes full changes of any size, not only of a short side of up to
-    :data:`~merging.geometry.spectrum.SIDE`; factors always are. ``directions`` is how many leading directions of each
-    change the overlap of subspaces is taken over. ``max_memory`` is in bytes, for inner products and signs; what is
-    decomposed is held whole, one tensor at a time. ``options`` are those of
-    :func:`~merging.geometry.alignment.align` (``base`` and others). Raises :class:`~merging.errors.MergingError`.
+    Args:
+        models: The models: paths, addresses, or opened models.
+        signs: Whether the agreement of signs is counted over a sample of every tensor or over all entries
+            (:func:`~merging.geometry.signs.sign_agreement`); None for neither.
+        intruders: Whether to look for intruder dimensions. This needs the base, and decomposes each of its matrices:
+            seconds to minutes each for large models.
+        full_spectra: Whether to decompose full changes of any size. By default the shorter side is at most
+            :data:`~merging.geometry.spectrum.SIDE`. Factors are always decomposed.
+        directions: The number of leading directions of each change in the overlap of subspaces.
+        max_memory: Bytes for inner products and signs. A decomposed tensor is held whole, one at a time.
+        device: The device that computes.
+        progress: Receives the bytes read so far and in total.
+        **options: Options of :func:`~merging.geometry.alignment.align`, such as ``base``.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        merging.errors.MergingError: For models that cannot be read or do not fit together, and for wrong options.
     """
     plan = align(models, reads_base=intruders, **options)
     if intruders and plan.base is None:
-        raise OptionError("intruder dimensions are told against the base: give it with --base")
+        raise OptionError("intruder dimensions are compared with the base: give it with --base")
     where = torch.device(device)
     few = len(plan.models) <= OVERLAPPING
     wanted = WalkOptions(intruders, full_spectra, directions if few else 0)
@@ -196,7 +226,7 @@ def compare(
         models=_profiles(plan, found),
         base=None if plan.base is None else str(plan.base.path),
         cosines=_matrix(normalised(found.total)[1]),
-        layers=tuple(LayerNorms(each.number, each.norms, each.cosine) for each in found.layers),
+        layers=tuple(found.layers),
         magnitudes=_magnitudes(found),
         overlaps=_overlaps(found, wanted.directions),
         signs=None if counted is None else Agreement(_matrix(counted.agreement), counted.entries, counted.total),
@@ -215,19 +245,19 @@ def _profiles(plan: Plan, found: WalkResult) -> tuple[Profile, ...]:
     changed = (torch.stack(found.norms) > 0).sum(0).tolist()
     profiles = []
     for slot, (name, model) in enumerate(zip(short_names(paths), plan.models, strict=True)):
-        brought = [each for item in plan.items if (each := item.inputs[slot]) is not None]
-        ranks = sorted({each.rank for each in brought if isinstance(each, Change) and each.rank})
+        changes = [item.inputs[slot] for item in plan.items]
+        ranks = sorted({each.rank for each in changes if isinstance(each, Change) and each.rank})
         spectra = found.spectra[slot]
         profiles.append(
             Profile(
-                name,
-                paths[slot],
-                "adapter" if isinstance(model, Adapter) else "checkpoint",
-                changed[slot],
-                tuple(ranks),
-                norms[slot],
-                len(spectra),
-                _mean_spectrum(spectra) if spectra else None,
+                name=name,
+                path=paths[slot],
+                kind="adapter" if isinstance(model, Adapter) else "checkpoint",
+                tensors=changed[slot],
+                ranks=tuple(ranks),
+                norm=norms[slot],
+                matrices=len(spectra),
+                spectrum=_mean_spectrum(spectra) if spectra else None,
             )
         )
     return tuple(profiles)
@@ -237,12 +267,12 @@ def _mean_spectrum(spectra: Sequence[Spectrum]) -> Spectrum:
     length = min(_CURVE, max(len(each.curve) for each in spectra))
     curves = [(*each.curve[:length], *[1.0] * (length - len(each.curve))) for each in spectra if each.curve]
     return Spectrum(
-        max(each.largest for each in spectra),
-        fmean(each.effective for each in spectra),
-        fmean(each.stable for each in spectra),
-        fmean(each.energy90 for each in spectra),
-        fmean(each.energy99 for each in spectra),
-        tuple(map(fmean, zip(*curves, strict=True))),
+        largest=max(each.largest for each in spectra),
+        effective=fmean(each.effective for each in spectra),
+        stable=fmean(each.stable for each in spectra),
+        energy90=fmean(each.energy90 for each in spectra),
+        energy99=fmean(each.energy99 for each in spectra),
+        curve=tuple(map(fmean, zip(*curves, strict=True))),
     )
 
 
@@ -251,11 +281,11 @@ def _magnitudes(found: WalkResult) -> Magnitudes | None:
     if not shared:
         return None
     return Magnitudes(
-        median(float(norms.max() / norms.min()) for norms in shared),
-        fmean(float(norms.var(correction=0) / norms.mean() ** 2) for norms in shared),
-        len(shared),
-        fmean(found.columns) if found.columns else None,
-        len(found.columns),
+        ratio=median(float(norms.max() / norms.min()) for norms in shared),
+        variance=fmean(float(norms.var(correction=0) / norms.mean() ** 2) for norms in shared),
+        tensors=len(shared),
+        columns=fmean(found.columns) if found.columns else None,
+        modules=len(found.columns),
     )
 
 
@@ -264,21 +294,27 @@ def _overlaps(found: WalkResult, directions: int) -> Overlaps | None:
     if not directions or not bool(pairs.any()):
         return None
     outputs, inputs = found.overlap / found.overlapped
-    chance = (found.chance / found.overlapped)[:, pairs].mean(1)
-    return Overlaps(_matrix(outputs), _matrix(inputs), directions, *chance.tolist())
+    chance_outputs, chance_inputs = (found.chance / found.overlapped)[:, pairs].mean(1).tolist()
+    return Overlaps(
+        outputs=_matrix(outputs),
+        inputs=_matrix(inputs),
+        directions=directions,
+        chance_outputs=chance_outputs,
+        chance_inputs=chance_inputs,
+    )
 
 
 def _intruders(by_tensor: dict[str, Intruders]) -> IntruderCount:
-    each = list(by_tensor.values())
-    firsts = [one.first for one in each if one.first is not None]
+    found = by_tensor.values()
+    firsts = [each.first for each in found if each.first is not None]
     return IntruderCount(
-        sum(len(one.which) for one in each),
-        len(each),
-        len(firsts),
-        LEADING,
-        fmean(one.share for one in each) if each else 0.0,
-        fmean(firsts) if firsts else None,
-        by_tensor,
+        count=sum(len(each.which) for each in found),
+        matrices=len(found),
+        touched=len(firsts),
+        directions=LEADING,
+        share=fmean(each.share for each in found) if found else 0.0,
+        first=fmean(firsts) if firsts else None,
+        by_tensor=by_tensor,
     )
 
 

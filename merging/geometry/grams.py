@@ -1,4 +1,4 @@
-"""Inner products of all pairs of models: through the products of their factors, or by blocks of rows."""
+"""Inner products of all pairs of models, computed on their factors or by blocks of rows."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from merging.sources.changes import Change
 __all__ = ["cosines", "gram", "groups_of", "module_grams", "segment_sums"]
 
 _DOUBLE = 1 << 33
-"""Multiplications of factors up to which they are done in float64."""
+"""The most multiplications of factors that are done in float64."""
 
 _ROWS = 1 << 25
-"""Most bytes of a block of products of factors, of which two are held."""
+"""The most bytes of a block of products of factors. Two blocks are held at a time."""
 
 _CPU = torch.device("cpu")
 
@@ -40,16 +40,28 @@ def gram(
     progress: Progress | None = None,
     **options: Any,
 ) -> Tensor:
-    """The inner products ``[n, n]`` of what the models change, over all tensors; float64.
+    """Return the inner products of the models' changes over all tensors.
 
-    Of adapters only the factors are touched: ``<B_1 A_1, B_2 A_2>`` is the sum of the entries of
-    ``(B_1^T B_2) * (A_1 A_2^T)``, taken for all pairs by one product of the stacked factors a tensor, in blocks. A
-    tensor that a model does not touch is a zero change. Products are float64 where they are cheap and float32 where
-    there are very many, then with an error of about 1e-6 of the norms; sums are float64. Where ranks are so high that
-    the products of rows are cheaper than those of factors, rows are built in blocks, as they are for full checkpoints.
+    For adapters only the factors are used: ``<B_1 A_1, B_2 A_2>`` is the sum of the entries of
+    ``(B_1^T B_2) * (A_1 A_2^T)``. One product of the stacked factors gives all pairs of a tensor, in blocks. If ranks
+    are so high that products of rows are cheaper, rows are built in blocks, as for full checkpoints. A tensor that a
+    model does not change is a zero change.
 
-    ``max_memory`` is in bytes, above what the imports take and the headers of the models. ``options`` are those of
-    :func:`~merging.geometry.alignment.align` (``base`` and others). Raises :class:`~merging.errors.MergingError`.
+    Products are float64 where they are cheap. Where there are very many they are float32, with an error of about 1e-6
+    of the norms. Sums are float64.
+
+    Args:
+        models: The models: paths, addresses, or opened models.
+        max_memory: Bytes, above the memory of the imports and of the models' headers.
+        device: The device that computes.
+        progress: Receives the bytes read so far and in total.
+        **options: Options of :func:`~merging.geometry.alignment.align`, such as ``base``.
+
+    Returns:
+        The inner products, ``[n, n]`` float64.
+
+    Raises:
+        merging.errors.MergingError: For models that cannot be read or do not fit together.
     """
     plan = align(models, **options)
     total = torch.zeros(len(plan.models), len(plan.models), dtype=torch.float64)
@@ -63,18 +75,18 @@ def gram(
 
 
 def cosines(models: Sequence[ModelLike], **options: Any) -> Tensor:
-    """The cosines ``[n, n]`` between what the models change, float64; takes the options of :func:`gram`.
+    """Return the cosines between the models' changes, ``[n, n]`` float64. Takes the options of :func:`gram`.
 
-    A change of nothing is at a right angle to all, itself included.
+    The cosine of a zero change to any change, itself included, is 0.
     """
     return normalised(gram(models, **options))[1]
 
 
 def module_grams(plan: Plan, max_memory: int = MEMORY, device: torch.device = _CPU) -> Iterator[tuple[Item, Tensor]]:
-    """Each item of an aligned plan with its inner products, ``[n, n]`` float64 on the CPU.
+    """Yield each item of an aligned plan with its inner products, ``[n, n]`` float64 on the CPU.
 
-    Raises :class:`~merging.errors.InputError` for values that are not finite or whose squares overflow,
-    :class:`~merging.errors.OptionError` where ``max_memory`` does not hold two changes of a tensor.
+    Raises :class:`~merging.errors.InputError` for values that are not finite or whose squares overflow, and
+    :class:`~merging.errors.OptionError` if ``max_memory`` does not hold two changes of a tensor.
     """
     for item in plan.items:
         products = _products(plan, item, max_memory, device)
@@ -82,16 +94,16 @@ def module_grams(plan: Plan, max_memory: int = MEMORY, device: torch.device = _C
         if not bool(finite.all()):
             path = plan.models[int((~finite).nonzero()[0])].path
             raise InputError(
-                f"{path}: {item.site.name} holds NaN or infinite values, or such whose squares are not in float32: "
+                f"{path}: {item.site.name} holds NaN, infinite values, or values whose squares overflow float32: "
                 f"repair this model or leave it out"
             )
-        # Factors that cancel have a squared norm of rounding errors, which may be below zero.
+        # The squared norm of factors that cancel is a rounding error, which may be negative.
         products.diagonal().clamp_(min=0)
         yield item, products
 
 
 def _products(plan: Plan, item: Item, max_memory: int, device: torch.device) -> Tensor:
-    """The inner products of one item, by groups of models so small that two of them are held at once."""
+    """Return the inner products of one item, by groups of models. Two groups are held at a time."""
     by_factors = factored(item) and _factors_are_cheaper(item)
     groups = groups_of(plan, item, by_factors, max_memory)
     out = torch.zeros(len(plan.models), len(plan.models), dtype=torch.float64)
@@ -112,10 +124,10 @@ def _products(plan: Plan, item: Item, max_memory: int, device: torch.device) -> 
 def _by_factors(
     tiler: Tiler, item: Item, group: list[int], others: list[list[int]], block_bytes: int
 ) -> Iterator[Tensor]:
-    """The inner products of a group of models with itself and with those after it, ``[group, other]`` each."""
-    held = _Factors.of(tiler, item, group)
+    """Yield the inner products of a group of models with each of the other groups, ``[group, other]``."""
+    held = _StackedFactors.of(tiler, item, group)
     for other in others:
-        yield held.products(held if other is group else _Factors.of(tiler, item, other), block_bytes)
+        yield held.products(held if other is group else _StackedFactors.of(tiler, item, other), block_bytes)
 
 
 def _changes(item: Item) -> list[Change]:
@@ -123,24 +135,24 @@ def _changes(item: Item) -> list[Change]:
 
 
 def _factors_are_cheaper(item: Item) -> bool:
-    """Whether the products of all factors take fewer multiplications than rows and their products."""
+    """Whether products of factors take fewer multiplications than building rows and multiplying them."""
     _, rows, columns = matrix_sides(item)
     total, models = sum(each.rank for each in _changes(item)), len(_changes(item))
     return total**2 * (rows + columns) <= (models**2 + 2 * total) * rows * columns
 
 
 def _factor_dtype(plan: Plan, item: Item) -> torch.dtype:
-    """float64 where the products of factors are few."""
+    """Return float64 if there are few products of factors, else the plan's dtype."""
     count, rows, columns = matrix_sides(item)
     total = sum(each.rank for each in _changes(item))
     return torch.float64 if count * total**2 * (rows + columns) <= _DOUBLE else item.dtype
 
 
 def groups_of(plan: Plan, item: Item, by_factors: bool, max_memory: int) -> list[list[int]]:
-    """The models that change an item: all in one group if that fits, else in such of which two fit."""
+    """Return the models that change an item: one group if it fits into memory, else groups that fit in pairs."""
     sizes = {slot: _bytes_of(plan, item, slot, by_factors) for slot, each in enumerate(item.inputs) if each is not None}
     largest, models = max(sizes.values()), len(plan.models)
-    # Reading a change takes it twice more for a moment; and there are a few matrices of all pairs.
+    # Reading a change takes twice its size more for a moment, and there are a few matrices of all pairs.
     room = max_memory - 2 * largest - 4 * 8 * models**2 - (2 * _block_bytes(max_memory) if by_factors else 0)
     if sum(sizes.values()) <= room:
         return [list(sizes)]
@@ -162,22 +174,28 @@ def _block_bytes(max_memory: int) -> int:
 
 
 def _bytes_of(plan: Plan, item: Item, slot: int, by_factors: bool) -> int:
-    """The bytes that one model's change takes while it is multiplied."""
+    """Return the bytes of one model's change while it is multiplied."""
     count, rows, columns = matrix_sides(item)
     each = item.inputs[slot]
     low = each.rank * (rows + columns) if isinstance(each, Change) and each.low_rank else None
     if by_factors:
         return _factor_dtype(plan, item).itemsize * count * (low or 0)
     whole = low if low is not None else rows * columns if isinstance(each, Change) else 0
-    # A block of rows is there twice: as it was read, and in the spans that are multiplied.
+    # A block of rows exists twice: as it was read, and in the spans that are multiplied.
     block = min(rows * columns, max(TILE, 64 * columns))
     return item.dtype.itemsize * count * (whole + 3 * block)
 
 
 @dataclass(slots=True)
-class _Factors:
-    """The factors of some models' changes in one tensor, on top of each other: ``ups [batch, R, out]`` and
-    ``downs [batch, R, in]``; ``owners [R]`` says whose a row is, ``starts`` where each model's begin."""
+class _StackedFactors:
+    """The stacked factors of some models' changes of one tensor.
+
+    Attributes:
+        ups: The upper factors, transposed, ``[batch, R, out]``.
+        downs: The lower factors, ``[batch, R, in]``.
+        owners: The number of the model to which each row belongs, ``[R]``.
+        starts: The first row of each model, and ``R``.
+    """
 
     ups: Tensor
     downs: Tensor
@@ -185,51 +203,51 @@ class _Factors:
     starts: list[int]
 
     @classmethod
-    def of(cls, tiler: Tiler, item: Item, slots: Sequence[int]) -> _Factors:
-        """Read them, one model at a time."""
+    def of(cls, tiler: Tiler, item: Item, slots: Sequence[int]) -> _StackedFactors:
+        """Read the factors, one model at a time."""
         dtype = _factor_dtype(tiler.plan, item)
         ranks = [each.rank for slot in slots if isinstance(each := item.inputs[slot], Change)]
         starts = [sum(ranks[:position]) for position in range(len(ranks) + 1)]
-        turned: bool | None = None
+        transposed: bool | None = None
         for start, slot in zip(starts, slots, strict=False):
             delta = tiler.change(item, slot)
             assert isinstance(delta, LowRank)
-            if turned is None:
-                turned = delta.transposed
+            if transposed is None:
+                transposed = delta.transposed
                 batch = delta.up.shape[:-2].numel()
                 ups = delta.up.new_zeros(batch, starts[-1], delta.up.shape[-2], dtype=dtype)
                 downs = delta.up.new_zeros(batch, starts[-1], delta.down.shape[-1], dtype=dtype)
-            delta = delta.oriented(turned)
+            delta = delta.oriented(transposed)
             ups[:, start : start + delta.rank] = delta.up.mT
             downs[:, start : start + delta.rank] = delta.down
         owners = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
         return cls(ups, downs, owners.to(ups.device), starts)
 
-    def products(self, other: _Factors, block_bytes: int) -> Tensor:
-        """The inner products with others' changes, or of all pairs of these, ``[models, others]`` float64."""
+    def products(self, other: _StackedFactors, block_bytes: int) -> Tensor:
+        """Return the inner products with other changes (or with themselves), ``[models, others]`` float64."""
         out = torch.zeros(len(self.starts) - 1, len(other.starts) - 1, dtype=torch.float64)
         width = self.ups.itemsize * max(1, other.starts[-1])
         for first, last in self._blocks(block_bytes // width):
-            # Of the pairs of one group those below the diagonal follow from the others.
+            # Within one group, the pairs below the diagonal follow by symmetry.
             after = first if other is self else 0
             block = self._block(other, first, last, after)
             out[first:last, after:] = block
         return out.triu() + out.triu(1).mT if other is self else out
 
     def _blocks(self, rows: int) -> Iterator[tuple[int, int]]:
-        """Consecutive models with about so many rows, at least one."""
+        """Yield ranges of consecutive models with at most ``rows`` rows, or a single model."""
         first = 0
         for last in range(1, len(self.starts)):
             if last == len(self.starts) - 1 or self.starts[last + 1] - self.starts[first] > rows:
                 yield first, last
                 first = last
 
-    def _block(self, other: _Factors, first: int, last: int, after: int) -> Tensor:
+    def _block(self, other: _StackedFactors, first: int, last: int, after: int) -> Tensor:
         mine, theirs = slice(self.starts[first], self.starts[last]), slice(other.starts[after], None)
         owners, others = self.owners[mine] - first, other.owners[theirs] - after
         total = torch.zeros(last - first, len(other.starts) - 1 - after, dtype=torch.float64)
         for up, down, other_up, other_down in zip(self.ups, self.downs, other.ups, other.downs, strict=True):
-            # Laid out with the others first, so that whole rows are added up below.
+            # The others come first, so that whole rows are added up below.
             terms = other_up[theirs] @ up[mine].mT
             terms *= other_down[theirs] @ down[mine].mT
             sums = segment_sums(terms, others, len(other.starts) - 1 - after)
@@ -238,12 +256,12 @@ class _Factors:
 
 
 def segment_sums(values: Tensor, owners: Tensor, count: int) -> Tensor:
-    """The sums of the rows ``[k, ...]`` that have the same owner, ``[count, ...]``."""
+    """Return the sums of the rows ``[k, ...]`` with the same owner, ``[count, ...]``."""
     return values.new_zeros(count, *values.shape[1:]).index_add_(0, owners, values)
 
 
 def _by_rows(plan: Plan, item: Item, group: list[int], other: list[int], device: torch.device) -> Tensor:
-    """Inner products by blocks of rows, ``[group, other]``, over spans so short that float32 loses nothing."""
+    """Return inner products ``[group, other]`` by blocks of rows, over spans so short that float32 loses nothing."""
     same = group is other
     out = torch.zeros(len(group), len(other), dtype=torch.float64)
     for block in row_blocks(plan, item, group if same else [*group, *other], device):

@@ -1,8 +1,8 @@
-"""Intruder dimensions: leading singular vectors of a changed matrix that are like none of the base's.
+"""Intruder dimensions: leading singular vectors of a changed matrix that resemble no singular vector of the base.
 
 Shuttleworth et al. 2024 (arXiv 2410.21228): ``u_j`` of ``W = W_0 + D`` is an intruder if ``max_i |cos(u_j, u0_i)|``
-is below a threshold, for the ``k`` leading ``u_j`` and all left singular vectors ``u0_i`` of ``W_0``. LoRA makes them,
-full fine-tuning hardly does, and they carry what is forgotten.
+is below a threshold, for the ``k`` leading ``u_j`` and all left singular vectors ``u0_i`` of ``W_0``. LoRA makes
+them, full fine-tuning hardly does, and they go with forgetting.
 
 In the base's singular bases ``W`` is ``diag(S_0) + (U_0^T B)(A V_0)``: its leading left vectors are found there by a
 block Krylov method, and their coordinates are the cosines. So a base is decomposed once, and each adapter costs
@@ -24,23 +24,26 @@ from merging.maths.sums import safe_ratio
 __all__ = ["Intruders", "intruders", "left_vectors"]
 
 _PRECISION = 1e-12
-"""How small a residual of an eigenvector is, as a share of the largest eigenvalue, when it is taken for found."""
+"""The residual of a converged eigenvector, relative to the largest eigenvalue."""
 
 _SMALL, _LARGEST = 512, 1200
-"""Sides up to which a matrix is decomposed as it is, and dimensions of a Krylov space after which it is after all."""
+"""The largest side of a matrix that is decomposed directly, and the most dimensions of a Krylov space."""
 
 _MORE = 6
-"""Leading vectors of the base that the search begins with beside those that are wanted."""
+"""Extra leading vectors of the base with which the search begins."""
 
 
 @dataclass(frozen=True, slots=True)
 class Intruders:
-    """What intruded in one matrix.
+    """The intruder dimensions of one matrix.
 
-    ``similarity`` holds of each of the leading left singular vectors the largest cosine to any of the base's, and
-    ``outside`` the length of what of it lies outside of all of these (taller matrices have no more of them than
-    columns): a bound on its cosine to any vector that completes them. ``values`` are the vectors' singular values, and
-    ``which`` the numbers, from 0, of those that are intruders; ``share`` is what these have of the matrix's energy.
+    Attributes:
+        similarity: The largest cosine of each leading left singular vector to any of the base's.
+        outside: The length of each vector's part outside the space of the base's vectors. (A tall matrix has only as
+            many as columns.) It bounds the cosine to any vector that completes them.
+        values: The singular values of the vectors.
+        which: The positions of the intruders among the vectors, from 0.
+        share: The intruders' share of the matrix's energy (squared Frobenius norm).
     """
 
     similarity: tuple[float, ...]
@@ -55,16 +58,22 @@ class Intruders:
         return self.which[0] + 1 if self.which else None
 
     def below(self, threshold: float) -> int:
-        """How many of the leading vectors are less similar than that to all of the base's."""
-        return sum(likeness < threshold for likeness, value in zip(self.similarity, self.values, strict=True) if value)
+        """Return the number of leading vectors whose similarity is below a threshold."""
+        return sum(cosine < threshold for cosine, value in zip(self.similarity, self.values, strict=True) if value)
 
 
 def intruders(base: ThinSvd, delta: Delta, weight: Tensor, *, k: int = 10, threshold: float = 0.5) -> Intruders:
-    """The intruders among the ``k`` leading left singular vectors of ``weight + delta``.
+    """Find the intruders among the ``k`` leading left singular vectors of ``weight + delta``.
 
-    ``base`` is the thin SVD of ``weight [out, in]``, both float64. ``delta`` is ``[out, in]`` too: factors that are not
-    transposed, or a full matrix. Exact to about 1e-10 where the singular values are apart; of equal ones, vectors are
-    any of those that span their space.
+    The result is exact to about 1e-10 where the singular values are distinct. Equal singular values have any vectors
+    that span their space.
+
+    Args:
+        base: The thin SVD of ``weight``, float64.
+        delta: The change, ``[out, in]``: factors that are not transposed, or a full matrix.
+        weight: The base's matrix, ``[out, in]`` float64.
+        k: The number of leading vectors.
+        threshold: The largest cosine of an intruder.
     """
     u0, s0, _ = base
     if isinstance(delta, LowRank):
@@ -73,7 +82,7 @@ def intruders(base: ThinSvd, delta: Delta, weight: Tensor, *, k: int = 10, thres
         coordinates, energy = vectors[: len(s0)], changed.energy()
         outside = torch.linalg.vector_norm(vectors[len(s0) :], dim=0)
     else:
-        whole = _Whole(weight + delta.dense().double(), u0)
+        whole = _DenseMatrix(weight + delta.dense().double(), u0)
         vectors, values = left_vectors(whole, k)
         coordinates, energy = u0.mT @ vectors, float(whole.matrix.square().sum())
         outside = torch.linalg.vector_norm(vectors - u0 @ coordinates, dim=0)
@@ -91,7 +100,7 @@ def intruders(base: ThinSvd, delta: Delta, weight: Tensor, *, k: int = 10, thres
 
 @dataclass(slots=True)
 class _InBasis:
-    """``diag(s) + left @ right`` in the singular bases of the base, and in what factors have outside of these."""
+    """``diag(s) + left @ right`` in the singular bases of the base, extended by the factors' parts outside of them."""
 
     s: Tensor
     left: Tensor
@@ -99,7 +108,7 @@ class _InBasis:
 
     @classmethod
     def of(cls, base: ThinSvd, delta: LowRank) -> _InBasis:
-        """The factors by their coordinates; what is outside of a thin basis becomes new ones, at most the rank."""
+        """Return the factors in coordinates. Their parts outside a thin basis get new coordinates, at most the rank."""
         u0, s0, v0h = base
         return cls(s0, _coordinates(u0, delta.up.double()), _coordinates(v0h.mT, delta.down.double().mT).mT)
 
@@ -119,7 +128,7 @@ class _InBasis:
         return out
 
     def begin(self, k: int) -> Tensor:
-        """Vectors that the leading ones nearly lie in: the base's, and where the factors lead to."""
+        """Return vectors whose span nearly holds the leading ones: the base's, and the images of the factors."""
         reached = self._diagonal(self.right.mT, self.size)
         return torch.cat([torch.eye(self.size, min(k, len(self.s))).to(self.s), self.left, reached], 1)
 
@@ -127,7 +136,7 @@ class _InBasis:
         return self.forward(torch.eye(self.right.shape[1]).to(self.s))
 
     def energy(self) -> float:
-        """The sum of squares."""
+        """Return the sum of squares."""
         size = len(self.s)
         mixed = (self.left[:size] * self.right[:, :size].mT).sum(1)
         product = (self.left.mT @ self.left) * (self.right @ self.right.mT)
@@ -135,7 +144,7 @@ class _InBasis:
 
 
 def _coordinates(basis: Tensor, factor: Tensor) -> Tensor:
-    """A factor ``[d, r]`` in an orthonormal basis ``[d, k]``, and in one of what is left of it: ``[k + r', r]``."""
+    """Return a factor ``[d, r]`` in an orthonormal basis ``[d, k]`` and in a basis of the rest: ``[k + r', r]``."""
     inside = basis.mT @ factor
     if basis.shape[0] == basis.shape[1]:
         return inside
@@ -144,8 +153,8 @@ def _coordinates(basis: Tensor, factor: Tensor) -> Tensor:
 
 
 @dataclass(slots=True)
-class _Whole:
-    """A matrix as it is, and the base's left vectors to begin with."""
+class _DenseMatrix:
+    """A dense matrix, and the base's left vectors as the start of the search."""
 
     matrix: Tensor
     basis: Tensor
@@ -167,8 +176,8 @@ class _Whole:
         return self.matrix
 
 
-def left_vectors(matrix: _InBasis | _Whole, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` leading left singular vectors ``[size, k]`` and singular values ``[k]`` of a matrix that is applied."""
+def left_vectors(matrix: _InBasis | _DenseMatrix, k: int) -> tuple[Tensor, Tensor]:
+    """Return the ``k`` leading left singular vectors ``[size, k]`` and singular values ``[k]`` of an operator."""
     if matrix.size > _SMALL:
         found = _krylov(lambda x: matrix.forward(matrix.adjoint(x)), matrix.begin(k + _MORE), k)
         if found is not None:
@@ -178,10 +187,10 @@ def left_vectors(matrix: _InBasis | _Whole, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _krylov(apply: Callable[[Tensor], Tensor], start: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-    """The ``k`` leading eigenvectors of a positive operator, and the roots of their eigenvalues.
+    """Return the ``k`` leading eigenvectors of a positive operator, and the roots of their eigenvalues.
 
-    A block Krylov space from ``start``, orthogonalised in full, grows until its Ritz vectors are eigenvectors; None if
-    it grows too large. Random vectors beside the first find what ``start`` is orthogonal to.
+    A block Krylov space from ``start``, fully orthogonalized, grows until its Ritz vectors are eigenvectors. The result
+    is None if it grows too large. Additional random vectors find eigenvectors that are orthogonal to ``start``.
     """
     random = torch.Generator().manual_seed(0)
     extra = torch.randn(len(start), 2, generator=random, dtype=torch.float64)
@@ -199,7 +208,7 @@ def _krylov(apply: Callable[[Tensor], Tensor], start: Tensor, k: int) -> tuple[T
         for _ in range(2):
             newest = newest - basis @ (basis.mT @ newest)
         newest = torch.linalg.qr(newest)[0]
-        # What was orthogonalised to nothing but rounding is orthogonalised once more.
+        # A vector that is reduced to rounding errors is orthogonalized once more.
         newest = torch.linalg.qr(newest - basis @ (basis.mT @ newest))[0]
         basis = torch.cat([basis, newest], 1)
         newest = apply(newest)

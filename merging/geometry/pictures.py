@@ -1,4 +1,4 @@
-"""A comparison as pictures and as a page."""
+"""Pictures and an HTML page of a comparison."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ if TYPE_CHECKING:
 __all__ = ["page", "panels", "plot"]
 
 _PAIRS, _TENSORS, _MATRIX = 20, 40, 24
-"""Pairs of models and tensors with intruders that are told one by one, and models up to which a matrix is printed."""
+"""The most pairs of models and tensors that are listed, and the most models of a printed matrix."""
 
 _THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-"""Of the cosine, below which singular vectors are intruders: the range over which their paper looks."""
+"""Thresholds of the cosine below which singular vectors are intruders: the range in their paper."""
 
 
 def plot(comparison: Comparison, output: str | Path) -> None:
-    """Draw a comparison into one picture, PNG, SVG or PDF by the name's ending.
+    """Draw a comparison into one picture. It needs matplotlib (the extra ``report``).
 
-    Needs matplotlib, the extra ``report``. Raises :class:`~merging.errors.MergingError`.
+    Args:
+        comparison: The comparison.
+        output: The file to write: PNG, SVG or PDF by its suffix.
+
+    Raises:
+        merging.errors.MergingError: Without matplotlib, for another suffix, and if the file cannot be written.
     """
     save(list(panels(comparison).values()), output, _title(comparison))
 
@@ -36,7 +41,7 @@ def _title(comparison: Comparison) -> str:
 
 
 def panels(comparison: Comparison) -> dict[str, Panel]:
-    """What there is to draw, by what it shows."""
+    """Return the panels that the comparison has values for, by name."""
     names = comparison.names
     side = min(9.0, 3.2 + 0.35 * min(len(names), 20))
     square = (side + 1.2, side)
@@ -45,7 +50,7 @@ def panels(comparison: Comparison) -> dict[str, Panel]:
     if several:
         found["cosines"] = Panel(
             "cosine between changes",
-            "Cosine between what two models change, over all tensors: 1 is the same direction, 0 none in common, -1 "
+            "Cosine between the changes of two models, over all tensors: 1 is the same direction, 0 a right angle, -1 "
             "the opposite.",
             lambda axes: _map(axes, comparison.cosines, names, 0.0, 0.1),
             square,
@@ -53,8 +58,8 @@ def panels(comparison: Comparison) -> dict[str, Panel]:
     places = ["other" if layer.layer is None else layer.layer for layer in comparison.layers]
     found["layers"] = Panel(
         "norm by layer",
-        "The norm of what each model changes in each block"
-        + ("; the last place holds what lies outside of the blocks." if "other" in places else "."),
+        "The norm of each model's change in each block"
+        + ("; the last point is for all tensors outside the blocks." if "other" in places else "."),
         lambda axes: lines(
             axes,
             {name: [layer.norms[i] for layer in comparison.layers] for i, name in enumerate(names)},
@@ -66,15 +71,15 @@ def panels(comparison: Comparison) -> dict[str, Panel]:
     if curves:
         found["energy"] = Panel(
             "energy in the leading directions",
-            "The share of a change's squared norm that lies in its 1, 2, ... leading singular directions, in the mean "
-            "of its matrices.",
+            "The share of a change's squared norm in its 1, 2, ... leading singular directions, in the mean of its "
+            "matrices.",
             lambda axes: lines(axes, curves, ("directions", "share of the energy")),
         )
     signs, overlaps = comparison.signs, comparison.overlaps
     if signs and several:
         found["signs"] = Panel(
             "agreement of signs",
-            "Of the entries that both models change, the share that both change in the same direction: a half is "
+            "The share of entries changed in the same direction, among those that both models change: a half is "
             "chance.",
             lambda axes: _map(axes, signs.matrix, names, 0.5, 0.05),
             square,
@@ -86,7 +91,7 @@ def panels(comparison: Comparison) -> dict[str, Panel]:
         ):
             found[side_name] = Panel(
                 f"overlap of {side_name}",
-                f"How far the leading directions of {side_name} of two models coincide, in the mean of the tensors: "
+                f"The overlap of two models' leading directions of {side_name}, in the mean of the tensors: "
                 f"1 is the same subspace, {chance:.2g} chance.",
                 lambda axes, matrix=matrix: _map(axes, matrix, names),  # type: ignore[misc]
                 square,
@@ -98,39 +103,39 @@ def panels(comparison: Comparison) -> dict[str, Panel]:
         }
         found["intruders"] = Panel(
             "intruder dimensions",
-            f"Of the {comparison.intruders[0].directions} leading singular vectors of each changed matrix, those whose "
-            f"cosine to every one of the base's is below a threshold, in all matrices.",
+            f"The number of leading singular vectors (of {comparison.intruders[0].directions} in each changed matrix) "
+            f"whose cosine to every singular vector of the base is below a threshold.",
             lambda axes: lines(axes, counts, ("threshold", "intruders"), _THRESHOLDS),
         )
     return found
 
 
 def _map(axes: Axes, matrix: Matrix, names: Sequence[str], middle: float | None = None, least: float = 0.1) -> None:
-    """The pairs of different models as a heat map, its colours on both sides of a middle, or from 0 on.
+    """Draw the pairs of different models as a heat map. Its colors start at 0, or diverge from ``middle``.
 
-    They reach as far as the values do, and no less than ``least``, so that noise looks pale.
+    The color range covers the values, and at least ``least``, so that noise looks pale.
     """
-    apart = [[None if i == j else value for j, value in enumerate(row)] for i, row in enumerate(matrix)]
-    values = [value for row in apart for value in row if value is not None]
+    off_diagonal = [[None if i == j else value for j, value in enumerate(row)] for i, row in enumerate(matrix)]
+    values = [value for row in off_diagonal for value in row if value is not None]
     reach = max(least, *(abs(value - (middle or 0)) for value in values)) if values else 1.0
     if middle is None:
-        heatmap(axes, apart, names, (0.0, reach), "Blues")
+        heatmap(axes, off_diagonal, names, (0.0, reach), "Blues")
     else:
-        heatmap(axes, apart, names, (middle - reach, middle + reach))
+        heatmap(axes, off_diagonal, names, (middle - reach, middle + reach))
 
 
 def page(comparison: Comparison) -> Page:
-    """A comparison as an HTML page. Needs matplotlib, the extra ``report``."""
+    """Return a comparison as an HTML page. It needs matplotlib (the extra ``report``)."""
     figures = {name: (draw_svg(panel), panel.caption) for name, panel in panels(comparison).items()}
     names = comparison.names
-    out = Page(f"Comparison: {_title(comparison)}", "What each model changes of its base, and how the changes agree.")
+    out = Page(f"Comparison: {_title(comparison)}", "The changes of each model from its base, and their agreement.")
     out.facts({"models": len(names), "base": comparison.base, "blocks": len(comparison.layers)})
     for notice in comparison.notices:
         out.note(notice)
     out.section(
         "Models",
-        "The norm is over all changed tensors. Of the matrices: the largest singular value of any, and in the mean the "
-        "effective and the stable rank, and the directions that hold 90 and 99 per cent of the energy.",
+        "The norm is over all changed tensors. The other columns are about matrices: the largest singular value, and "
+        "in the mean the effective rank, the stable rank, and the directions with 90 and 99 per cent of the energy.",
     )
     out.table(*_models(comparison))
     if "energy" in figures:
@@ -146,33 +151,33 @@ def page(comparison: Comparison) -> Page:
     if magnitudes:
         out.text(
             f"In the median tensor that several models change, the largest change is {magnitudes.ratio:.3g} times the "
-            f"smallest. Where changes differ much in size, a sum is mostly the largest ones."
+            f"smallest. If changes differ much in size, the largest dominate a sum."
         )
         out.facts(
             {
                 "variance of norms, relative to their squared mean": magnitudes.variance,
-                "the same of single columns": magnitudes.columns,
+                "the same for single columns": magnitudes.columns,
             }
         )
     out.figure(*figures["layers"])
     out.table(*_layers(comparison))
     if "signs" in figures and (signs := comparison.signs):
-        out.section("Signs", f"{signs.entries:,} of {signs.total:,} entries were looked at.")
+        out.section("Signs", f"{signs.entries:,} of {signs.total:,} entries were sampled.")
         out.figure(*figures["signs"])
         _matrix(out, names, signs.matrix, "Share of entries changed in the same direction")
     if "outputs" in figures and comparison.overlaps:
-        out.section("Subspaces", f"Of up to {comparison.overlaps.directions} leading directions of each change.")
+        out.section("Subspaces", f"Up to {comparison.overlaps.directions} leading directions of each change.")
         out.figure(*figures["outputs"]).figure(*figures["inputs"])
     if comparison.intruders:
         out.section(
             "Intruder dimensions",
-            "Leading singular vectors of a changed matrix whose cosine to every one of the base's is below a half. "
-            "LoRA makes them; they go with forgetting.",
+            "Leading singular vectors of a changed matrix whose cosines to all singular vectors of the base are below "
+            "a half. LoRA makes them, and they go with forgetting.",
         )
         out.figure(*figures["intruders"]).table(*_intruders(comparison))
         header, rows = _intruders_by_tensor(comparison)
         if rows:
-            out.table(header, rows[:_TENSORS], f"Where they carry most of the energy, {len(rows)} changes in all")
+            out.table(header, rows[:_TENSORS], f"The changes with most of the energy in intruders, of {len(rows)}")
     return out
 
 
@@ -186,10 +191,10 @@ def _models(comparison: Comparison) -> tuple[list[str], list[list[Cell]]]:
     header = ["model", "kind", "tensors", "rank", "norm", "largest", "effective", "stable", "90 %", "99 %"]
     rows: list[list[Cell]] = []
     for each in comparison.models:
-        told = each.spectrum
-        spectrum: list[Cell] = (
-            [told.largest, told.effective, told.stable, told.energy90, told.energy99] if told else [None] * 5
-        )
+        found = each.spectrum
+        spectrum: list[Cell] = [None] * 5
+        if found:
+            spectrum = [found.largest, found.effective, found.stable, found.energy90, found.energy99]
         rows.append([each.name, each.kind, each.tensors, each.rank_text, each.norm, *spectrum])
     return header, rows
 
@@ -213,7 +218,7 @@ def _intruders(comparison: Comparison) -> tuple[list[str], list[list[Cell]]]:
 
 
 def _intruders_by_tensor(comparison: Comparison) -> tuple[list[str], list[list[Cell]]]:
-    """The changes that have intruders, those first in which they carry most of the energy."""
+    """Return the changes with intruders, the largest share of energy in intruders first."""
     found = [
         (each, name, tensor)
         for name, model in zip(comparison.names, comparison.intruders, strict=True)

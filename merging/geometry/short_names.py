@@ -1,4 +1,4 @@
-"""Short names that tell models apart: as much of their paths as is needed, from the end."""
+"""Short, distinct names of models: the ends of their paths, as long as needed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _COMMIT = re.compile("@[0-9a-f]{40}(?=/|$)")
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """The shortest endings of the paths that differ, without what they all end in; repeats are numbered.
+    """Return the shortest endings of the paths that differ. Parts in which all paths end are left out.
 
-    Commits of the Hub are left out where the rest tells the models apart.
+    Equal paths are numbered. Commits of the Hub are left out if the names are distinct without them.
     """
     bare = [_COMMIT.sub("", path) for path in paths]
     paths = bare if len(set(bare)) == len(set(paths)) else paths
@@ -33,7 +33,7 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 
 def _shortest(parts: list[str], whole: Sequence[str]) -> str:
-    """The shortest ending that no other path has."""
+    """Return the shortest ending that no other path has."""
     this = "/".join(parts)
     others = [other for other in set(whole) if other != this]
     for start in range(len(parts) - 1, 0, -1):

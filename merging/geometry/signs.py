@@ -1,4 +1,4 @@
-"""How often models agree on the sign of a change: over all entries, or over a sample of every tensor."""
+"""Agreement of models on the signs of changes, over all entries or over a sample of every tensor."""
 
 from __future__ import annotations
 
@@ -22,19 +22,25 @@ from merging.sources.stored import Stored
 __all__ = ["Signs", "count_signs", "sign_agreement"]
 
 _SAMPLE = 256
-"""Rows that are looked at in a tensor, and columns in each."""
+"""The rows that are sampled in a tensor, and the columns in each."""
 
 _BATCH = 8
-"""Experts that are looked at, of those whose rows are experts."""
+"""The experts that are sampled in a tensor whose rows are experts."""
 
 _EXACT = 1 << 20
-"""Entries counted at a time: whole numbers below 2**24 are added exactly in float32."""
+"""Entries counted at a time: float32 adds whole numbers below 2**24 exactly."""
 
 
 @dataclass(frozen=True, slots=True)
 class Signs:
-    """``agreement [n, n]`` float64: of the entries that both models change, the share that both change in the same
-    direction; NaN where two models share none. ``entries`` were looked at of each model, of ``total``."""
+    """Agreement of signs between ``n`` models.
+
+    Attributes:
+        agreement: The share of entries changed in the same direction, among those that both models change, ``[n, n]``
+            float64; NaN for models without a common entry.
+        entries: The number of entries that were counted in each model.
+        total: The number of all entries.
+    """
 
     agreement: Tensor
     entries: int
@@ -49,13 +55,23 @@ def sign_agreement(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> Signs:
-    """How often models agree on the sign of a change; a half is chance.
+    """Return the models' agreement on the signs of changes; a half is chance.
 
-    With ``sample``, of every tensor 256 rows and columns are drawn (fixed ones, the same for all models) and what is
-    seen counts as much as the tensor is large; smaller tensors are counted in full, which is exact. With ``all``, every
-    entry is counted, by blocks of rows, for which ``max_memory`` counts. Factors are never multiplied out as a whole in
-    either. Entries that are zero but for rounding count with the sign of that. Takes the options of
-    :func:`~merging.geometry.alignment.align`.
+    Factors are never multiplied out as a whole. An entry that is zero except for rounding counts with its sign.
+
+    Args:
+        models: The models: paths, addresses, or opened models.
+        entries: ``"sample"`` draws 256 rows and columns of every tensor (the same for all models), and weights them by
+            the tensor's size. Smaller tensors are counted in full. ``"all"`` counts every entry, by blocks of rows.
+        max_memory: Bytes for the blocks of rows.
+        device: The device that computes.
+        **options: Options of :func:`~merging.geometry.alignment.align`, such as ``base``.
+
+    Returns:
+        The agreement of all pairs.
+
+    Raises:
+        merging.errors.MergingError: For models that cannot be read or do not fit together.
     """
     plan = align(models, **options)
     return count_signs(plan, entries, max_memory, torch.device(device))
@@ -64,7 +80,7 @@ def sign_agreement(
 def count_signs(
     plan: Plan, entries: Literal["sample", "all"], max_memory: int = MEMORY, device: torch.device | None = None
 ) -> Signs:
-    """The same of an aligned plan."""
+    """Return the agreement for an aligned plan."""
     device = device or torch.device("cpu")
     count = len(plan.models)
     same, both = torch.zeros(2, count, count, dtype=torch.float64)
@@ -72,27 +88,27 @@ def count_signs(
     for item in plan.items:
         if entries == "sample":
             rows, columns = _draw_sample(item)
-            blocks, looked_at = _sample(plan, item, rows, columns, device), len(rows) * len(columns)
+            blocks, counted = _sample(plan, item, rows, columns, device), len(rows) * len(columns)
         else:
-            blocks, looked_at = _whole(plan, item, max_memory, device), item.numel
-        weight = item.numel / max(1, looked_at)
+            blocks, counted = _count_all(plan, item, max_memory, device), item.numel
+        weight = item.numel / max(1, counted)
         for group, other, difference, shared in blocks:
             first, second = torch.tensor(group)[:, None], torch.tensor(other)
             same[first, second] += weight * (shared + difference) / 2
             both[first, second] += weight * shared
-        seen += looked_at
+        seen += counted
         total += item.numel
     same, both = (each.triu() + each.triu(1).mT for each in (same, both))
     return Signs(torch.where(both > 0, same / both, torch.nan), seen, total)
 
 
 Counts = tuple[list[int], list[int], Tensor, Tensor]
-"""Two groups of models, at how many entries more they change in the same direction than in opposite ones, and at how
-many they both change, each ``[group, other]`` float64."""
+"""Two groups of models, and two counts ``[group, other]`` float64: the entries changed in the same direction minus
+those changed in opposite ones, and the entries that both change."""
 
 
 def _count(group: list[int], other: list[int], signs: Tensor) -> Iterator[Counts]:
-    """The counts of signs (-1, 0, 1) at some entries, ``[models, entries]``: of one group, or one above the other."""
+    """Yield the counts of signs (-1, 0, 1), ``[models, entries]``, for one group or two stacked groups."""
     for piece in torch.split(signs, _EXACT, 1):
         mine, theirs = piece[: len(group)], piece if other is group else piece[len(group) :]
         yield (
@@ -103,7 +119,7 @@ def _count(group: list[int], other: list[int], signs: Tensor) -> Iterator[Counts
         )
 
 
-def _whole(plan: Plan, item: Item, max_memory: int, device: torch.device) -> Iterator[Counts]:
+def _count_all(plan: Plan, item: Item, max_memory: int, device: torch.device) -> Iterator[Counts]:
     groups = groups_of(plan, item, False, max_memory)
     for group, other in combinations_with_replacement(groups, 2):
         for block in row_blocks(plan, item, group if other is group else [*group, *other], device):
@@ -111,7 +127,7 @@ def _whole(plan: Plan, item: Item, max_memory: int, device: torch.device) -> Ite
 
 
 def _draw_sample(item: Item) -> tuple[Tensor, Tensor]:
-    """The rows of a tensor, and the columns in each, that are looked at; all of a small tensor."""
+    """Draw the rows of a tensor and the columns in each; all of a small tensor."""
     rows, columns = item.numel // max(1, _columns(item)), _columns(item)
     most = _BATCH if item.site.kind == "experts" else _SAMPLE
     width = min(columns, max(_SAMPLE, _SAMPLE**2 // min(rows, most)))
@@ -142,7 +158,7 @@ def _sample(plan: Plan, item: Item, rows: Tensor, columns: Tensor, device: torch
 
 
 def _entries(delta: Delta, rows: Tensor, columns: Tensor) -> Tensor:
-    """Some rows and columns of a change."""
+    """Return some rows and columns of a change."""
     if isinstance(delta, LowRank) and delta.up.dim() == 2:
         if delta.transposed:
             return (delta.up[columns] @ delta.down[:, rows]).mT
@@ -154,7 +170,7 @@ def _entries(delta: Delta, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _row(tiler: Tiler, item: Item, slot: int, row: int) -> Tensor:
-    """One row of what a full checkpoint changes."""
+    """Return one row of a full checkpoint's change."""
     stored, size = item.inputs[slot], _columns(item)
     assert isinstance(stored, Stored) and item.base is not None
     dtype = item.dtype

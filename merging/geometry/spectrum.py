@@ -1,4 +1,4 @@
-"""Singular values of changes, what they say of its rank, and the subspaces that its leading directions span."""
+"""Singular values of changes, their effective ranks, and the subspaces of their leading directions."""
 
 from __future__ import annotations
 
@@ -20,20 +20,24 @@ from merging.sources.changes import Change
 __all__ = ["SIDE", "Spectrum", "decomposable", "directions", "overlaps", "singular_values", "spectra", "spectrum_of"]
 
 SIDE = 1024
-"""The shorter side up to which full matrices are decomposed unasked: a tenth of a second each, on a CPU."""
+"""The largest short side of a full matrix that is decomposed by default: a tenth of a second each on a CPU."""
 
 _MATRICES = ("matrix", "conv")
-"""The kinds of tensors of which full changes are decomposed."""
+"""The kinds of tensors whose full changes are decomposed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """What the singular values of one change tell (of experts, the mean over them).
+    """A summary of the singular values of one change (for experts, the mean over them). A zero change has zeros.
 
-    ``largest`` is the largest one. ``effective`` is the effective rank of Roy and Vetterli (2007): the exponential of
-    the entropy of the singular values as shares of their sum. ``stable`` is the stable rank, the squared norm over the
-    square of the largest. ``energy90`` and ``energy99`` are the directions that carry 90 and 99 per cent of the
-    squared norm, and ``curve`` how much the first 1, 2, ... carry. All are 0 of a change of nothing.
+    Attributes:
+        largest: The largest singular value.
+        effective: The effective rank of Roy and Vetterli (2007): the exponential of the entropy of the singular values
+            as shares of their sum.
+        stable: The stable rank: the squared norm divided by the square of the largest singular value.
+        energy90: The number of directions with 90 per cent of the squared norm.
+        energy99: The same for 99 per cent.
+        curve: The shares of the squared norm in the first 1, 2, ... directions.
     """
 
     largest: float
@@ -45,10 +49,11 @@ class Spectrum:
 
 
 def singular_values(delta: Delta) -> Tensor:
-    """The singular values of a change, ``[..., k]`` float64, descending; of factors through their QR decompositions.
+    """Return the singular values of a change, ``[..., k]`` float64, descending.
 
-    A full matrix is decomposed by the eigenvalues of its shorter side's Gram matrix, so that values below about 1e-8
-    of the largest are noise. A convolution is the matrix of its outputs; leading axes of factors are a batch.
+    Factors are decomposed by QR first. For a full matrix the eigenvalues of its shorter side's Gram matrix are taken,
+    so that values below about 1e-8 of the largest are noise. A convolution is the matrix of its outputs. Leading axes
+    of factors are a batch.
     """
     if isinstance(delta, LowRank):
         up = torch.linalg.qr(delta.up.double(), mode="r")[1]
@@ -65,7 +70,7 @@ def singular_values(delta: Delta) -> Tensor:
 
 
 def spectrum_of(values: Tensor) -> Spectrum:
-    """The summary of singular values ``[..., k]``."""
+    """Return the summary of singular values ``[..., k]``."""
     values = values.double().flatten(0, -2) if values.dim() > 1 else values.double()[None]
     values = values[values.sum(-1) > 0]
     if not values.numel():
@@ -81,23 +86,32 @@ def spectrum_of(values: Tensor) -> Spectrum:
 
     mean = curve.mean(0).clamp(max=1)
     return Spectrum(
-        float(values.max()),
-        float(entropy.exp().mean()),
-        float(stable.mean()),
-        directions_for(0.9),
-        directions_for(0.99),
-        tuple(mean.tolist()),
+        largest=float(values.max()),
+        effective=float(entropy.exp().mean()),
+        stable=float(stable.mean()),
+        energy90=directions_for(0.9),
+        energy99=directions_for(0.99),
+        curve=tuple(mean.tolist()),
     )
 
 
 def spectra(
     models: Sequence[ModelLike], *, full: bool = False, device: torch.device | str = "cpu", **options: Any
 ) -> Iterator[tuple[str, list[Tensor | None]]]:
-    """The tensors by name, and of each the singular values of what every model changes in it, ``[..., k]`` float64.
+    """Yield each tensor's name with the singular values of every model's change.
 
-    None for a model that does not touch the tensor, and for what has none or is too dear: norms and biases, and
-    full matrices whose shorter side is above :data:`SIDE`, unless ``full``. Takes the options of
-    :func:`~merging.geometry.alignment.align`.
+    Args:
+        models: The models: paths, addresses, or opened models.
+        full: Whether to decompose full matrices whose shorter side is above :data:`SIDE`.
+        device: The device that computes.
+        **options: Options of :func:`~merging.geometry.alignment.align`, such as ``base``.
+
+    Yields:
+        The name, and for each model the singular values ``[..., k]`` float64, descending. They are None for a model
+        that does not change the tensor, and for tensors that are not decomposed, such as norms and biases.
+
+    Raises:
+        merging.errors.MergingError: For models that cannot be read or do not fit together.
     """
     plan = align(models, **options)
     tiler = Tiler(plan, torch.device(device))
@@ -113,7 +127,7 @@ def spectra(
 
 
 def decomposable(plan: Plan, item: Item, slot: int, full: bool = False) -> bool:
-    """Whether what a model changes in a tensor is a matrix, and one that is cheap to decompose (``full``: or not)."""
+    """Whether a model's change of a tensor is a matrix that is cheap to decompose, or of any size with ``full``."""
     each = item.inputs[slot]
     if each is None:
         return False
@@ -123,11 +137,11 @@ def decomposable(plan: Plan, item: Item, slot: int, full: bool = False) -> bool:
 
 
 def directions(delta: Delta, most: int) -> tuple[Tensor, Tensor]:
-    """Bases of the outputs and of the inputs that a change's leading directions span: ``[k, out]``, ``[k, in]``.
+    """Return bases of the outputs and inputs that a change's leading directions span, ``[k, out]`` and ``[k, in]``.
 
-    Float64, at most ``most`` of each and none whose singular value is below :data:`~merging.maths.linalg.CUT` of the
-    largest. The change is one of ``[out, in]``, or of a convolution ``[out, ...]``. Experts, which have many bases,
-    have none here.
+    The bases are float64 and have at most ``most`` directions. Directions whose singular value is below
+    :data:`~merging.maths.linalg.CUT` of the largest are left out. The change is ``[out, in]``, or a convolution
+    ``[out, ...]``, but no stack of experts.
     """
     if isinstance(delta, LowRank):
         u, s, vh = factored_svd(delta.up, delta.down)
@@ -138,10 +152,10 @@ def directions(delta: Delta, most: int) -> tuple[Tensor, Tensor]:
 
 
 def overlaps(bases: Sequence[Tensor | None]) -> Tensor:
-    """How far subspaces coincide, ``[n, n]`` float64; NaN where one is missing or has no direction.
+    """Return the overlap of subspaces, ``[n, n]`` float64; NaN if a subspace is missing or has no direction.
 
-    ``|U_i U_j^T|_F^2 / min(k_i, k_j)`` for bases ``U [k, d]``: 1 where one lies in the other, 0 where they are
-    orthogonal, and about max(k_i, k_j) / d by chance. The measure of section 7.2 of LoRA (Hu et al. 2021, arXiv
+    The overlap is ``|U_i U_j^T|_F^2 / min(k_i, k_j)`` for bases ``U [k, d]``: 1 if one subspace contains the other, 0
+    if they are orthogonal, and about ``max(k_i, k_j) / d`` by chance. See section 7.2 of LoRA (Hu et al. 2021, arXiv
     2106.09685).
     """
     sizes = torch.tensor([0 if basis is None else len(basis) for basis in bases])

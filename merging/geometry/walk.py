@@ -1,4 +1,4 @@
-"""One walk over the tensors that models change, which gathers what a comparison tells of them."""
+"""One walk over the tensors that models change, which computes all figures of a comparison."""
 
 from __future__ import annotations
 
@@ -29,47 +29,67 @@ from merging.plan import Item, Plan
 from merging.progress import Progress
 from merging.sources.changes import Change
 
-__all__ = ["LEADING", "OVERLAPPING", "WalkOptions", "WalkResult", "walk"]
+__all__ = ["LEADING", "OVERLAPPING", "LayerNorms", "WalkOptions", "WalkResult", "walk"]
 
 OVERLAPPING = 64
-"""Models up to which the overlap of their subspaces is looked at, since bases of all are held at once."""
+"""The most models whose subspaces are compared, since the bases of all are held at once."""
 
 LEADING = 10
-"""Leading singular vectors that may be intruders."""
+"""The number of leading singular vectors that may be intruders."""
 
 
 @dataclass(frozen=True, slots=True)
 class WalkOptions:
-    """What is to be gathered; ``directions`` is 0 where no overlap of subspaces is."""
+    """The figures to compute.
+
+    Attributes:
+        intruders: Whether to look for intruder dimensions.
+        full_spectra: Whether to decompose full changes of any size.
+        directions: The leading directions whose subspaces are compared; 0 for none.
+    """
 
     intruders: bool
     full_spectra: bool
     directions: int
 
 
-@dataclass(slots=True)
-class Layer:
-    """One block: its number (None outside the blocks), each model's norm, the mean cosine of those that touch it."""
+@dataclass(frozen=True, slots=True)
+class LayerNorms:
+    """One block of the model.
 
-    number: int | None
+    Attributes:
+        layer: The block's number; None for all tensors outside the blocks.
+        norms: Each model's Frobenius norm there.
+        cosine: The mean cosine of all pairs of models that change the block; None without a pair.
+    """
+
+    layer: int | None
     norms: tuple[float, ...]
     cosine: float | None
 
 
 @dataclass(slots=True)
 class WalkResult:
-    """What the walk found; lists by model are in the models' order.
+    """The results of a walk over ``n`` models, in their order.
 
-    ``total`` are the inner products ``[n, n]``, ``norms`` those of every tensor, ``[tensors, n]``; ``columns`` the
-    relative variances of the norms of columns, one a tensor; ``overlap`` sums ``[2, n, n]`` of the overlaps of outputs
-    and of inputs, over ``overlapped [n, n]`` tensors; ``chance`` those of random subspaces.
+    Attributes:
+        total: Inner products over all tensors, ``[n, n]`` float64.
+        overlap: Sums of the overlaps of outputs and of inputs, ``[2, n, n]``.
+        chance: The same sums for random subspaces, ``[2, n, n]``.
+        overlapped: The number of tensors in these sums, ``[n, n]``.
+        layers: The norms by block.
+        norms: The norms of every tensor, ``[n]`` each.
+        columns: The relative variance of the norms of columns, one a tensor.
+        spectra: The spectra of each model's matrices.
+        undecomposed: The number of changes that were too large to be decomposed.
+        intruders: The intruder dimensions by model and tensor.
     """
 
     total: Tensor
     overlap: Tensor
     chance: Tensor
     overlapped: Tensor
-    layers: list[Layer] = field(default_factory=list)
+    layers: list[LayerNorms] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
     columns: list[float] = field(default_factory=list)
     spectra: defaultdict[int, list[Spectrum]] = field(default_factory=lambda: defaultdict(list))
@@ -80,40 +100,43 @@ class WalkResult:
 def walk(
     plan: Plan, wanted: WalkOptions, max_memory: int, device: torch.device, progress: Progress | None = None
 ) -> WalkResult:
-    """Walk over an aligned plan, layer by layer."""
+    """Walk over an aligned plan layer by layer, and return the figures that ``wanted`` asks for.
+
+    ``max_memory`` is in bytes. ``progress`` receives the bytes read so far and in total.
+    """
     count = len(plan.models)
     square = torch.zeros(count, count, dtype=torch.float64)
     found = WalkResult(square, torch.stack([square, square]), torch.stack([square, square]), square.clone())
-    layer, products_there = plan.items[0].site.position.layer, square.clone()
+    layer, of_layer = plan.items[0].site.position.layer, square.clone()
     tiler = Tiler(plan, device)
     done, whole = 0, plan.read_bytes
     for item, products in module_grams(plan, max_memory, device):
         if item.site.position.layer != layer:
-            found.layers.append(_layer_norms(layer, products_there))
-            layer, products_there = item.site.position.layer, square.clone()
-        products_there += products
+            found.layers.append(_layer_norms(layer, of_layer))
+            layer, of_layer = item.site.position.layer, square.clone()
+        of_layer += products
         found.total = found.total + products
         found.norms.append(products.diagonal().sqrt())
-        _look(tiler, item, wanted, found)
+        _measure_changes(tiler, item, wanted, found)
         done += item.read_bytes
         if progress:
             progress(done, whole)
-    found.layers.append(_layer_norms(layer, products_there))
+    found.layers.append(_layer_norms(layer, of_layer))
     return found
 
 
-def _layer_norms(number: int | None, products: Tensor) -> Layer:
+def _layer_norms(number: int | None, products: Tensor) -> LayerNorms:
     norms, angles = normalised(products)
     touched = norms > 0
     pairs = (touched[:, None] & touched).triu(1)
     cosine = float(angles[pairs].mean()) if bool(pairs.any()) else None
-    return Layer(number, tuple(norms.tolist()), cosine)
+    return LayerNorms(number, tuple(norms.tolist()), cosine)
 
 
-def _look(tiler: Tiler, item: Item, wanted: WalkOptions, found: WalkResult) -> None:
-    """What single changes of one tensor tell: spectra, columns, subspaces, intruders; each is read once.
+def _measure_changes(tiler: Tiler, item: Item, wanted: WalkOptions, found: WalkResult) -> None:
+    """Add the spectra, columns, subspaces and intruders of each change of one tensor. Each change is read once.
 
-    Changes of nothing have none of these.
+    Zero changes have none of these.
     """
     base = _base(tiler, item) if wanted.intruders and item.site.kind == "matrix" else None
     site = replace(item.site, axis=1)
@@ -139,11 +162,11 @@ def _look(tiler: Tiler, item: Item, wanted: WalkOptions, found: WalkResult) -> N
     if len(columns) > 1:
         found.columns.append(_relative_variance(torch.stack(columns)))
     if wanted.directions:
-        _overlap(bases, found)
+        _add_overlaps(bases, found)
 
 
 def _base(tiler: Tiler, item: Item) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """The base's matrix, ``[out, in]`` float64, and its SVD."""
+    """Return the base's matrix, ``[out, in]`` float64, and its SVD."""
     assert item.base is not None
     weight = item.base.read().to(tiler.device, torch.float64)
     weight = weight.mT if item.site.axis == 0 else weight
@@ -151,7 +174,7 @@ def _base(tiler: Tiler, item: Item) -> tuple[Tensor, tuple[Tensor, Tensor, Tenso
 
 
 def _upright(delta: Delta, item: Item) -> Delta:
-    """A change as one of ``[out, in]``, for factors as they are multiplied."""
+    """Return a change as ``[out, in]``; factors in the order in which they are multiplied."""
     turned = item.site.axis == 0
     if isinstance(delta, LowRank):
         return delta.oriented(turned)
@@ -159,7 +182,7 @@ def _upright(delta: Delta, item: Item) -> Delta:
 
 
 def _relative_variance(norms: Tensor) -> float:
-    """The variance over models, ``[n, ...]``, as a share of the squared mean; the mean over the columns that change."""
+    """Return the variance over models, ``[n, ...]``, relative to the squared mean; the mean over changed columns."""
     mean = norms.mean(0)
     changed = mean > 0
     if not bool(changed.any()):
@@ -167,7 +190,7 @@ def _relative_variance(norms: Tensor) -> float:
     return float((norms.var(0, correction=0)[changed] / mean[changed].square()).mean())
 
 
-def _overlap(bases: Sequence[tuple[Tensor, Tensor] | None], found: WalkResult) -> None:
+def _add_overlaps(bases: Sequence[tuple[Tensor, Tensor] | None], found: WalkResult) -> None:
     sizes = torch.tensor([0 if each is None else len(each[0]) for each in bases], dtype=torch.float64)
     both = (sizes[:, None] > 0) & (sizes > 0)
     larger = torch.maximum(sizes[:, None], sizes)

@@ -216,7 +216,7 @@ def test_scales_that_keep_the_norm(llama: Path, full: tuple[Path, list[Path]], t
 
 
 def test_starts_that_a_pack_would_lose_are_refused(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"its start took away \(pissa\).*passthrough"):
+    with pytest.raises(InputError, match=r"its start took off the base \(pissa\).*passthrough"):
         merging.compress(llama / "pissa", tmp_path / "p.safetensors")
     assert list(tmp_path.iterdir()) == []
 
@@ -472,7 +472,7 @@ def test_what_cannot_be_packed_is_refused_and_leaves_nothing(
         merging.compress(llama / "plain", out / "p.safetensors")
     with pytest.raises(InputError, match="is a pack already"):
         merging.compress(out / "p.safetensors", out / "q.safetensors")
-    with pytest.raises(InputError, match="is no pack"):
+    with pytest.raises(InputError, match="is not a pack"):
         merging.decompress(llama / "plain", out / "q")
     with pytest.raises(InputError, match="leave --base out"):
         merging.decompress(out / "p.safetensors", out / "q", base=base)
