@@ -10,9 +10,9 @@ from typing import Any, Literal
 from merging.api.merge_files import merge
 from merging.compression.packing import model_files
 from merging.engine.download import download_model
-from merging.engine.threads import Progress
 from merging.errors import InputError, OutputError
 from merging.hub.open_model import open_model
+from merging.progress import Progress
 from merging.sources import Adapter
 from merging.sources.diffusion_loras import WEIGHTS
 from merging.sources.packs import read_pack

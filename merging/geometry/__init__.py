@@ -1,6 +1,7 @@
 """Comparison of models: inner products, angles, spectra, signs and subspaces of their changes."""
 
-from merging.geometry.comparison import Comparison, compare
+from merging.geometry.compare_models import compare
+from merging.geometry.comparison import Comparison
 from merging.geometry.grams import cosines, gram
 from merging.geometry.signs import Signs, sign_agreement
 from merging.geometry.spectrum import spectra
