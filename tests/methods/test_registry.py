@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import merging
+from merging.cli.main import cli
 from merging.errors import OptionError
 from merging.methods import chain
 from merging.methods.registry import installed_methods, method_class
@@ -95,8 +97,11 @@ def test_broken_packages_are_named(site: Path) -> None:
     assert method_class("ties").__module__ == "merging.methods.ties"
     methods, notices = installed_methods()
     assert not methods.keys() & {*wanted, "ties"}
+    shown = CliRunner().invoke(cli, ["methods"], catch_exceptions=False)
+    assert shown.exit_code == 0
     for message in [*wanted.values(), "the package clash offers a method 'ties', which is the name of a built-in one"]:
         assert any(message in notice for notice in notices), message
+        assert message in shown.stderr
 
 
 def test_example_package(tmp_path: Path) -> None:
