@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .errors import handle_errors
-from .options import json_option
+from .options import json_option, markdown_option
 from .output import echo_json, echo_text
 from .tables import format_groups, format_legend
 
@@ -34,7 +34,7 @@ LEGEND = [
 
 @click.command(name="formats", short_help="the formats that are read, and those that are refused")
 @json_option
-@click.option("--markdown", is_flag=True, help="print the table of the documentation")
+@markdown_option
 def formats_command(as_json: bool, markdown: bool) -> None:
     """List the formats of models and adapters that are read, and how, and those that are refused, and why."""
     with handle_errors():

@@ -127,8 +127,8 @@ def merge_command(
     merge --method task_arithmetic --weights 1,1,-1 a/ b/ c/ --base BASE -o out/
 
     A MODEL is a folder, a weights file, or a model on the Hub (ORG/NAME, ORG/NAME@REVISION, hf://ORG/NAME/FILE, or the
-    address of its page): a full checkpoint or an adapter. The options of a method are shown by merge --method METHOD
-    --help.
+    address of its page): a full checkpoint or an adapter. A folder that is named like a command is given as ./inspect.
+    The options of a method are shown by merge --method METHOD --help.
     """
     status = OutputStatus()
     with handle_errors(execution.debug, status):

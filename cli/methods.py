@@ -11,7 +11,7 @@ import click
 
 from .errors import handle_errors
 from .fields import choices
-from .options import json_option
+from .options import json_option, markdown_option
 from .output import echo_json, echo_notices, echo_text, terminal_width
 from .tables import column_widths, echo_table, format_groups, format_legend, format_rows, list_width
 from .types import METHOD
@@ -64,7 +64,7 @@ class Choice:
 @click.command(name="methods", short_help="the methods, or one method in full")
 @click.argument("name", required=False, type=METHOD)
 @json_option
-@click.option("--markdown", is_flag=True, help="print the table of the documentation")
+@markdown_option
 def methods_command(name: str | None, as_json: bool, markdown: bool) -> None:
     """List the methods, or show one in full: its purpose, its paper, its parameters."""
     from merging.methods import ALIASES, installed_methods, method_class

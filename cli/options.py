@@ -16,9 +16,11 @@ __all__ = [
     "dequantize_option",
     "device_option",
     "different_bases_option",
+    "drawing_option",
     "dtype_option",
     "json_option",
     "lora_alpha_option",
+    "markdown_option",
     "max_memory_option",
     "overwrite_option",
     "private_option",
@@ -75,3 +77,5 @@ dequantize_option = click.option(
 different_bases_option = click.option(
     "--allow-different-bases", is_flag=True, help="take adapters that state different bases"
 )
+drawing_option = click.option("-o", "--output", required=True, type=click.Path(), help="a .png, .svg or .pdf")
+markdown_option = click.option("--markdown", is_flag=True, help="print the table of the documentation")

@@ -5,22 +5,17 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
-
-if TYPE_CHECKING:
-    ParamType = click.ParamType[Any]
-else:
-    ParamType = click.ParamType  # no generic class in click 8.1
 
 __all__ = ["METHOD", "MODEL", "SIZE", "Size", "Values", "paths_that_begin"]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
-class Size(ParamType):
+class Size(click.ParamType[int]):
     """Bytes, as in 500MB, 2GiB or 1000000."""
 
     name = "size"
@@ -34,7 +29,7 @@ class Size(ParamType):
         return int(float(found[1]) * _UNITS[found[2]])
 
 
-class Values(ParamType):
+class Values(click.ParamType[Any]):
     """One number for all models, or a comma list with one a model; each may run from block to block, as 0.2:0.8."""
 
     name = "numbers"
@@ -59,7 +54,7 @@ def _runs(text: str) -> bool:
     return ":" in text and all(math.isfinite(float(part)) for part in text.split(":"))
 
 
-class Model(ParamType):
+class Model(click.ParamType[str]):
     """A model: a folder, a file, or a name on the Hub. It is completed to files here, or else to the Hub's cache."""
 
     name = "model"
@@ -89,7 +84,7 @@ def _cached_models() -> list[str]:
     return [folder.name.removeprefix("models--").replace("--", "/", 1) for folder in folders]
 
 
-class Method(ParamType):
+class Method(click.ParamType[str]):
     """A method, or a chain of methods joined by ``+``."""
 
     name = "method"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ..errors import OutputStatus, handle_errors
-from ..options import debug_option
+from ..options import debug_option, drawing_option
 from ..output import echo
 from .options import store_argument
 
@@ -14,7 +14,7 @@ __all__ = ["plot_command"]
 
 @click.command(name="plot", short_help="draw figures over the steps")
 @store_argument
-@click.option("-o", "--output", required=True, type=click.Path(), help="a .png, .svg or .pdf")
+@drawing_option
 @debug_option
 def plot_command(store: str, output: str, debug: bool) -> None:
     """Draw norms, kept shares, cosines and ranks over the steps (needs matplotlib)."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ..errors import OutputStatus, handle_errors
-from ..options import debug_option
+from ..options import debug_option, drawing_option
 from ..output import echo
 from .options import pool_argument
 
@@ -16,7 +16,7 @@ __all__ = ["plot_command"]
 
 @click.command(name="plot", short_help="draw verdicts, ranks and norms")
 @pool_argument
-@click.option("-o", "--output", required=True, type=click.Path(), help="a .png, .svg or .pdf")
+@drawing_option
 @debug_option
 def plot_command(pool: Path, output: str, debug: bool) -> None:
     """Draw verdicts, ranks, and norms relative to the base (needs matplotlib)."""

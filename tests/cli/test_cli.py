@@ -426,15 +426,16 @@ def test_sub_command_that_is_misspelt(tmp_path: Path) -> None:
     assert "did you mean 'inspect'?" in refused("inspct", tmp_path, code=2)
 
 
-def test_help_imports_nothing_heavy() -> None:
+@pytest.mark.parametrize("words", ["--help", "", "merge -h", "pool build -h", "continual add -h", "completion zsh"])
+def test_help_imports_nothing_heavy(words: str) -> None:
     script = (
-        "import sys\nsys.argv = ['merge', '--help']\nfrom merging.cli.main import main\n"
+        f"import sys\nsys.argv = {['merge', *words.split()]}\nfrom merging.cli.main import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'transformers', 'pydantic', 'rich', 'numpy', 'yaml', 'safetensors'}\n"
         "print(sorted(heavy & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("Usage: merge")
+    assert done.stdout.startswith("#compdef" if "zsh" in words else "Usage: merge")
     assert done.stdout.splitlines()[-1] == "[]"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import struct
@@ -20,6 +21,8 @@ from merging.cli.main import cli
 from merging.cli.output import plural
 from merging.cli.spelling import to_american
 from merging.methods import METHODS
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def commands(group: click.Group = cli, *above: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
@@ -67,6 +70,17 @@ def test_groups_list_all_their_commands() -> None:
             assert isinstance(group, SectionedGroup)
             said = group.get_help(click.Context(group, info_name="merge", **CONTEXT))
             assert all(f"  {name} " in said and command.short_help in said for name, command in group.commands.items())
+
+
+def test_shared_options_are_declared_once() -> None:
+    """An option of the same name and help is one object of cli/options.py."""
+    places: dict[str, set[str]] = {}
+    for path in sorted((ROOT / "cli").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "click.option":
+                places.setdefault(ast.unparse(node), set()).add(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert len(places) > 90
+    assert {call: where for call, where in places.items() if len(where) > 1} == {}
 
 
 def test_options_have_american_names() -> None:
