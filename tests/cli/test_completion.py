@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from merging.cli.main import cli
@@ -96,13 +97,35 @@ def test_commands(complete: Callable[[str], list[str]]) -> None:
     assert complete("merge completion ") == ["bash", "fish", "zsh"]
 
 
-def test_methods_and_chains(complete: Callable[[str], list[str]]) -> None:
-    assert complete("merge --method lin") == ["linear", "lines"]
-    assert complete("merge tuned2 -m lines+ti") == ["lines+ties"]
+METHODS_AND_OPTIONS: dict[str, list[str]] = {
+    "merge --method lin": ["linear", "lines"],
+    "merge tuned2 -m lines+ti": ["lines+ties"],
+    "merge -m lines+dare+ta": ["lines+dare+task_arithmetic"],
+    "merge -m ties+li": [],  # ties is no wrapper
+    "merge methods dare_": ["dare_linear", "dare_ties"],
+    "merge --ex": ["--exclude", "--experts"],
+    "merge -m ties tuned2 --dens": ["--density"],
+    "merge tuned2 -m ties --vote w": ["weighted"],
+    "merge -m nothing tuned2 --shard": ["--shard-size"],
+    "merge tuned2 --dtype b": ["bfloat16"],
+    "merge verify tuned2 --for l": ["llama.cpp"],
+    "merge inspect --v": ["--values"],
+}
+
+
+@pytest.mark.parametrize("line", METHODS_AND_OPTIONS)
+def test_methods_and_options(line: str) -> None:
+    """The completions themselves, without a shell, which starts a process for each."""
+    *before, begun = line.split()[1:]
+    found = ShellComplete(cli, {}, "merge", "_MERGE_COMPLETE").get_completions(before, begun)
+    assert sorted(each.value for each in found) == METHODS_AND_OPTIONS[line]
+
+
+@pytest.mark.exhaustive
+def test_methods_and_options_in_bash(complete: Callable[[str], list[str]]) -> None:
+    for line, wanted in METHODS_AND_OPTIONS.items():
+        assert complete(line) == (wanted or [line.split()[-1]])
     assert complete("merge --method=lin") == ["--method=linear", "lines"]
-    assert complete("merge -m lines+dare+ta") == ["lines+dare+task_arithmetic"]
-    assert complete("merge -m ties+li") == ["ties+li"], "ties is no wrapper"
-    assert complete("merge methods dare_") == ["dare_linear", "dare_ties"]
     assert set(complete("merge continual init store -m ")) >= set(METHODS)
 
 
@@ -111,16 +134,6 @@ def test_methods_are_completed_without_torch() -> None:
     script += "; print([each.value for each in names], 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "['linear', 'lines'] False\n"
-
-
-def test_options(complete: Callable[[str], list[str]]) -> None:
-    assert complete("merge --ex") == ["--exclude", "--experts"]
-    assert complete("merge -m ties tuned2 --dens") == ["--density"]
-    assert complete("merge tuned2 -m ties --vote w") == ["weighted"]
-    assert complete("merge -m nothing tuned2 --shard") == ["--shard-size"]
-    assert complete("merge tuned2 --dtype b") == ["bfloat16"]
-    assert complete("merge verify tuned2 --for l") == ["llama.cpp"]
-    assert complete("merge inspect --v") == ["--values"]
 
 
 def test_files_and_models(complete: Callable[[str], list[str]]) -> None:

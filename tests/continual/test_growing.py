@@ -274,6 +274,7 @@ def test_factored_states_are_the_same_again(lora: Models, tmp_path: Path) -> Non
     assert states(other.path) == states(store.path)
 
 
+@pytest.mark.exhaustive
 def test_finished_by_other_processes_one_at_a_time(full: Models, tmp_path: Path) -> None:
     """Two processes add at once: both models are in, in one order or the other, as if one had added them."""
     store = grown(tmp_path / "store", full, 2)

@@ -169,6 +169,7 @@ def test_watch_once(full: Models, tmp_path: Path, incoming: Path) -> None:
     ]
 
 
+@pytest.mark.exhaustive
 def test_watch_ends_at_a_signal(tmp_path: Path, incoming: Path) -> None:
     """Waiting for models, and within a step, which is done then: exit code 0, and a whole store."""
     models = Models(*checkpoint(tmp_path, 2, width=500, layers=8))

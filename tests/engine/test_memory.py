@@ -43,7 +43,10 @@ def check_memory(models: list[str], method: str, threads: int, folder: Path, lim
     assert peak.taken <= peak.promised == least, peak
 
 
-@pytest.mark.parametrize(("method", "threads", "limited"), [("ties", 2, True), ("linear", 8, False)])
+@pytest.mark.parametrize(
+    ("method", "threads", "limited"),
+    [("ties", 2, True), pytest.param("linear", 8, False, marks=pytest.mark.exhaustive)],
+)
 def test_the_promise_is_kept(models: list[str], tmp_path: Path, method: str, threads: int, limited: bool) -> None:
     check_memory(models, method, threads, tmp_path, limited)
 

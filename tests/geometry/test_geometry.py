@@ -343,6 +343,7 @@ print((resident("VmHWM") - before) * 1024)
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="tells peaks by /proc")
 def test_memory_is_promised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forty adapters of a matrix of 8192 by 8192, 256 MiB when multiplied out, within 64 MB."""

@@ -34,7 +34,10 @@ def test_pcb(variant: str, weights: Any) -> None:
     assert close(merged(changes(8), "pcb", **options), references.pcb(flatten(changes(8)), **options))
 
 
-@variants
+@pytest.mark.parametrize(
+    "variant",
+    ["code", "paper", *(pytest.param(each, marks=pytest.mark.exhaustive) for each in ("vision", "es"))],
+)
 @weighings
 def test_pcb_from_files_and_of_trained_adapters(variant: str, weights: Any, files: Any) -> None:
     """`paper` has near ties at the threshold, which sums in float32 decide as the processor rounds; ours are exact."""

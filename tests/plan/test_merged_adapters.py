@@ -351,7 +351,7 @@ def four() -> Trained:
         return trained(Path(minilm.get_model_path()), *SHIPPED)
 
 
-@pytest.mark.parametrize("bare", [False, True], ids=["folders", "files"])
+@pytest.mark.parametrize("bare", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["folders", "files"])
 def test_shipped_adapters_by_the_command_line(
     four: Trained, tmp_path: Path, bare: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -264,6 +264,7 @@ def test_owners_have_so_many_places_and_licences_are_asked_for(
     assert Pool(tmp_path / "pool").index.entry("you/rslora") == found["you/rslora"]
 
 
+@pytest.mark.exhaustive
 def test_a_build_that_is_killed_goes_on(base: Path, incoming: Path, tmp_path: Path) -> None:
     pool = tmp_path / "pool"
     command = [sys.executable, "-m", "merging", "pool", "build", str(pool), str(incoming), "--base", str(base)]

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class Import:
     lazy: bool
 
 
+@cache
 def imports(name: str) -> list[Import]:
     """What a module imports, in full names; imports for type checkers do not count."""
     found: list[Import] = []

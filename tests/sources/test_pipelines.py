@@ -225,6 +225,7 @@ def test_modules_of_sentence_transformers(tmp_path: Path) -> None:
 # ---- on the Hub
 
 
+@pytest.mark.exhaustive
 def test_a_pipeline_on_the_hub(pipelines: list[Path], hub: Hub, tmp_path: Path) -> None:
     """What is merged and what is kept comes, and lies as if the pipelines were local."""
     for path in pipelines:

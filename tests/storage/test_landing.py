@@ -261,7 +261,11 @@ def interrupt(done, total):
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(each, marks=pytest.mark.exhaustive) for each in (signal.SIGINT, signal.SIGHUP))],
+    ids=lambda number: number.name,
+)
 def test_interruption_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     """Nor does a second one, while the threads of the merge finish what they are at."""
     base = {f"layers.{i}.weight": torch.zeros(1 << 18, dtype=torch.bfloat16) for i in range(24)}
