@@ -31,7 +31,7 @@ def list_command(pool: Path, verdicts: tuple[Any, ...], as_json: bool, debug: bo
     """List every adapter that was looked at: verdict, rank, norm relative to the base, and why."""
     with handle_errors(debug):
         from merging.pool import Pool
-        from merging.pool.index import VERDICTS
+        from merging.pool.entry import VERDICTS
 
         entries = Pool(pool).index.entries(verdicts or VERDICTS)
     if as_json:

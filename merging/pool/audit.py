@@ -1,7 +1,7 @@
-"""The audit of one adapter, cheap checks first: what is stated of it, its config and headers, then its values.
+"""The audit of one adapter, cheap checks first: its listing, its config and headers, then its values.
 
-Every check gives findings, and a finding that rejects ends the audit: nothing dearer is spent on it. The figures that
-were computed until then are kept. The order and the limits follow the catalogue of defects seen in public adapters.
+Every check gives findings. A finding that rejects ends the audit before more expensive checks, and the figures that
+were computed until then are kept. The order and the limits follow a catalog of defects in public adapters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from merging.maths.linalg import factored_svd, squared_norm
 from merging.maths.sums import safe_ratio
 from merging.plan.checks import same_base
 from merging.plan.names.resolve import Resolver
-from merging.pool.index import VERDICTS, Entry, Finding, Verdict
+from merging.pool.entry import VERDICTS, Entry, Finding, Verdict
 from merging.pool.sketches import empty, sketch
 from merging.sources import Adapter, Checkpoint
 from merging.sources.changes import Change
@@ -33,18 +33,18 @@ from merging.sources.stored import Stored
 __all__ = ["KEPT_FILES", "Auditor", "Candidate", "change_of"]
 
 KEPT_FILES = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md")
-"""What is kept of an adapter beside its weights and config."""
+"""The files of an adapter that are kept in addition to its weights and config."""
 
 _NOISE = 1e-7
-"""A change whose norm is a smaller share of the base's is none: rounding alone changes more."""
+"""The smallest norm of a change, relative to the base's. Rounding alone changes more."""
 
 _LARGEST = 1.0
-"""A module that is changed by more than its own norm is no fine-tune of it any more."""
+"""The largest change of a module, relative to its own norm. A larger one is no fine-tune any more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An adapter that may come into the pool: a path or address, and what a listing said of it."""
+    """An adapter that may come into the pool: a path or address, and the facts of its listing."""
 
     name: str
     owner: str | None = None
@@ -55,7 +55,7 @@ class Candidate:
 
 @dataclass(slots=True)
 class _Audit:
-    """What is known of an adapter so far."""
+    """The findings about an adapter so far."""
 
     entry: Entry
     findings: list[Finding] = field(default_factory=list)
@@ -70,7 +70,7 @@ class _Audit:
 
 
 class Auditor:
-    """Audits adapters against their base; remembers the norms of the base's tensors, which are dear."""
+    """The auditor of adapters of one base. It keeps the norms of the base's tensors, which are expensive."""
 
     def __init__(self, base: Checkpoint, base_names: tuple[str, ...], norms: dict[str, float]) -> None:
         self.base = base
@@ -79,9 +79,9 @@ class Auditor:
         self._resolver = Resolver(base.tensors, base.config)
 
     def audit(self, candidate: Candidate) -> tuple[Entry, Adapter | None]:
-        """The verdict on one adapter with every finding and figure, and the adapter, by the base's names, if it opens.
+        """Return the entry of an adapter with all findings and figures, and the opened adapter, if any.
 
-        Raises :class:`~merging.hub.client.Unreachable` where the Hub does not answer: that is not the adapter's fault.
+        Raises :class:`~merging.hub.client.Unreachable` if the Hub does not answer, as this is no finding about it.
         """
         audit = _Audit(
             Entry(candidate.name, owner=candidate.owner, created=candidate.created, downloads=candidate.downloads)
@@ -97,11 +97,11 @@ class Auditor:
         return entry, audit.adapter
 
     def _headers(self, audit: _Audit) -> None:
-        """Config and headers: a type that is understood, of this base, all of whose targets have a place in it."""
+        """Check config and headers: a known type, for this base, whose targets all fit it."""
         try:
             adapter = open_model(audit.entry.name)
             if not isinstance(adapter, Adapter):
-                audit.find("headers", "rejected", "is a full model, and the pool is one of adapters")
+                audit.find("headers", "rejected", "is a full model, and the pool is for adapters")
                 return
             for name in KEPT_FILES:
                 is_there(adapter.files[0].parent / name)
@@ -110,11 +110,11 @@ class Auditor:
             if pickled:
                 audit.find("headers", "rejected", f"is a pickle ({pickled}): only safetensors come into a pool")
             elif adapter.base and not any(same_base(adapter.base, name) for name in self.base_names):
-                told = (
+                reason = (
                     f"was trained on {adapter.base}, and the pool is of {self.base_names[0]}: if these are one model, "
                     f"build again with --base-name {adapter.base} --again"
                 )
-                audit.find("headers", "rejected", told)
+                audit.find("headers", "rejected", reason)
             else:
                 changes = self._resolver.resolve(adapter).changes
                 self._repairs(audit, adapter)
@@ -125,7 +125,7 @@ class Auditor:
             audit.find("headers", "rejected", str(error))
 
     def _repairs(self, audit: _Audit, adapter: Adapter) -> None:
-        """What another program might take otherwise than it is meant, and is put right when it is read."""
+        """Note what other programs might misread, and is corrected when it is read."""
         for reason in sorted({change.needs_base for change in adapter.changes.values() if change.needs_base}):
             audit.find("headers", "repaired", f"its change is computed with the base: {reason}")
         for notice in adapter.notices:
@@ -138,7 +138,7 @@ class Auditor:
             audit.find("headers", "repaired", "rsLoRA: its scale alpha / sqrt(r) is folded in")
 
     def _values(self, audit: _Audit) -> None:
-        """The values, one module at a time: finite, not nothing, not destroyed."""
+        """Check the values, one module at a time: finite, not zero, not too large."""
         assert audit.adapter is not None
         download_model(audit.adapter)
         squares: dict[str, float] = {}
@@ -173,15 +173,15 @@ class Auditor:
         if norm <= _NOISE * weight:
             audit.find("values", "quarantined", "changes nothing: its factors are zero, or below rounding")
         if relative[worst] > _LARGEST:
-            told = f"changes {worst} by {relative[worst]:.1f} times its norm: destroyed, or its alpha is wrong"
-            audit.find("values", "quarantined", told)
+            reason = f"changes {worst} by {relative[worst]:.1f} times its norm: destroyed, or its alpha is wrong"
+            audit.find("values", "quarantined", reason)
 
     def _changes(self, adapter: Adapter) -> Iterator[tuple[str, Delta]]:
         for name, change in adapter.changes.items():
             yield name, change_of(change, self.base.tensors[name])
 
     def _norm(self, name: str) -> float:
-        """The norm of one of the base's tensors, read by pieces."""
+        """Return the Frobenius norm of one of the base's tensors, read in pieces."""
         if name not in self.norms:
             stored, total = self.base.tensors[name], 0.0
             for start in range(0, stored.numel, 1 << 22):
@@ -193,7 +193,7 @@ class Auditor:
 
 
 def change_of(change: Change, stored: Stored) -> Delta:
-    """What an adapter changes in a tensor of the base, in float32."""
+    """Return an adapter's change of a tensor of the base, in float32."""
     return change.read(stored.shape, lambda: stored.read().float(), torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""Where adapters come from: files, folders of them, and the Hub."""
+"""The sources of adapters: files, folders, and the Hub."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _WEIGHTS = (".safetensors", ".bin", ".pt")
 
 
 def candidates_in(path: str | Path) -> list[Candidate]:
-    """The adapters that a path or address means: itself, or for a folder of folders and files each of them, by name.
+    """List the adapters at a path or address: the adapter itself, or all adapters in a folder, by name.
 
-    Raises :class:`~merging.errors.InputError` where there is none.
+    Raises :class:`~merging.errors.InputError` if there is no adapter.
     """
     address = hub_address(str(path))
     if address is not None:
@@ -30,12 +30,12 @@ def candidates_in(path: str | Path) -> list[Candidate]:
     inside = sorted(each for each in path.iterdir() if not each.name.startswith("."))
     found = [each for each in inside if each.suffix in _WEIGHTS or (each.is_dir() and _is_adapter(each))]
     if not found:
-        raise InputError(f"{path}: holds no adapter, and no folder of one")
+        raise InputError(f"{path}: holds no adapter, and no folder with an adapter")
     return [Candidate(str(each.resolve())) for each in found]
 
 
 def candidates_of(query: Query) -> list[Candidate]:
-    """The adapters that a query finds on the Hub, the most downloaded first."""
+    """List the adapters that a query finds on the Hub, the most downloaded first."""
     return [
         Candidate(str(each.address), each.repo.partition("/")[0], each.created.isoformat(), each.downloads, each.gated)
         for each in sorted(query.models(), key=lambda each: -each.downloads)

@@ -1,4 +1,4 @@
-"""What only the whole pool tells of an adapter: an unusual norm, too many of one owner, files that are gone."""
+"""Checks of an adapter against the whole pool: an unusual norm, too many of one owner, missing files."""
 
 from __future__ import annotations
 
@@ -8,22 +8,43 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from merging.pool.index import Entry, Finding
+from merging.pool.duplicates import duplicates
+from merging.pool.entry import Entry, Finding
+from merging.pool.index import Index
+from merging.sources import Checkpoint
 
-__all__ = ["find_missing", "find_outliers", "find_over_cap", "find_unlicensed"]
+__all__ = ["cross_check"]
 
 _OUTLIER = 10.0
-"""A norm so many times the median of the pool, or such a fraction of it, is for someone to look at."""
+"""The largest ratio of a norm to the pool's median, or of the median to a norm."""
+
+
+def cross_check(pool: Path, index: Index, base: Checkpoint, *, owner_cap: int, allow_unknown_licence: bool) -> None:
+    """Check every adapter of a pool against the others, and note the findings.
+
+    An owner's ``owner_cap`` places go to adapters without other findings, the most downloaded first.
+    """
+    kept = [entry for entry in index.entries() if entry.folder]
+    gone = find_missing(pool, kept)
+    kept = [entry for entry in kept if entry.name not in gone]
+    order = sorted(kept, key=lambda entry: (-entry.downloads, entry.created or "", entry.name))
+    index.judge("files", gone)
+    index.judge("owners", {})
+    index.judge("norms", find_outliers(kept))
+    index.judge("duplicates", duplicates(pool, base, order))
+    index.judge("licence", {} if allow_unknown_licence else find_unlicensed(kept))
+    usable = {entry.name for entry in index.entries(("ok", "repaired"))}
+    index.judge("owners", find_over_cap([entry for entry in order if entry.name in usable], owner_cap))
 
 
 def find_missing(pool: Path, entries: Sequence[Entry]) -> dict[str, Finding]:
-    """A finding for each adapter whose files somebody has taken out of the pool."""
+    """Return a finding for each adapter whose files are no longer in the pool."""
     why = Finding("files", "quarantined", "its files are no longer in the pool: merge pool audit fetches them again")
     return {entry.name: why for entry in entries if not entry.place(pool).exists()}
 
 
 def find_outliers(entries: Sequence[Entry]) -> dict[str, Finding]:
-    """A finding for each adapter whose norm, relative to what it changes, is far from what is usual in the pool."""
+    """Return a finding for each adapter whose norm, relative to the changed tensors, is far from the pool's median."""
     sizes = {entry.name: float(entry.figures.get("relative_norm", 0.0)) for entry in entries}
     usual = median([size for size in sizes.values() if size > 0] or [1.0])
     found = {}
@@ -35,13 +56,13 @@ def find_outliers(entries: Sequence[Entry]) -> dict[str, Finding]:
 
 
 def find_unlicensed(entries: Sequence[Entry]) -> dict[str, Finding]:
-    """A finding for each adapter of somebody else's that does not say under which licence."""
+    """Return a finding for each adapter with an owner and no license."""
     why = Finding("licence", "quarantined", "states no licence (--allow-unknown-license takes it all the same)")
     return {entry.name: why for entry in entries if entry.owner and not entry.licence}
 
 
 def find_over_cap(entries: Sequence[Entry], cap: int) -> dict[str, Finding]:
-    """A finding for each adapter whose owner has ``cap`` others before it."""
+    """Return a finding for each adapter whose owner has ``cap`` earlier ones."""
     counted: Counter[str] = Counter()
     found = {}
     for entry in entries:

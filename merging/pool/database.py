@@ -1,7 +1,7 @@
-"""The SQLite file of a pool, opened as one that a stranger may have altered.
+"""The SQLite file of a pool, which a stranger may have altered.
 
-A schema can hold code: views without end, triggers, indexes on expressions. So the file is used only if its schema is
-the one that this program writes, and its pages are sound.
+A schema can hold code: endless views, triggers, indexes on expressions. So the file is used only if its schema equals
+the schema that this program writes, and its pages are sound.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ CREATE INDEX of_adapter ON findings (adapter);
 """
 
 _LARGEST = 1 << 32
-"""Bytes of a file; an adapter takes about three thousand."""
+"""The largest size of a file, in bytes. An adapter takes about three thousand."""
 
 _BESIDE = ("", "-journal", "-wal", "-shm")
-"""The ends of the names that SQLite writes to."""
+"""The endings of the files that SQLite writes."""
 
 _LIMITS = {"LENGTH": 1 << 24, "SQL_LENGTH": 1 << 16, "EXPR_DEPTH": 64, "COMPOUND_SELECT": 8, "ATTACHED": 0}
-"""What one value and one statement may be."""
+"""Limits of one value and one statement."""
 
 _DEFENSIVE = 1010
-"""SQLITE_DBCONFIG_DEFENSIVE: nothing but SQLite itself writes to the schema."""
+"""SQLITE_DBCONFIG_DEFENSIVE: only SQLite itself writes to the schema."""
 
 _STEPS, _TURNS = 1 << 20, 1 << 11
-"""A statement may take as many instructions of SQLite's machine as the product: some ten seconds."""
+"""The product is the most instructions of a statement on SQLite's machine: about ten seconds."""
 
 
 class Database:
     """An open file with the schema of a pool.
 
-    Raises :class:`~merging.errors.FormatError` for any other, in one message, when it is opened and whenever it turns
-    out to be damaged, and :class:`~merging.errors.OutputError` for what the disk refuses.
+    Raises :class:`~merging.errors.FormatError` for another schema and for a damaged file, at any time, and
+    :class:`~merging.errors.OutputError` if the disk refuses.
     """
 
     def __init__(self, path: Path) -> None:
@@ -82,18 +82,18 @@ class Database:
         self._file.close()
 
     def rows(self, query: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
-        """All rows that a query finds."""
+        """Return all rows that a query finds."""
         with self._reading():
             return self._file.execute(query, values).fetchall()
 
     def change(self, statement: str, rows: Iterable[Sequence[Any]]) -> None:
-        """Carry out a statement for each row of values, within :meth:`writing`."""
+        """Execute a statement for each row of values, within :meth:`writing`."""
         self._effort.turns = 0
         self._file.executemany(statement, rows)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """One transaction: all that is changed in the body, or nothing of it."""
+        """Make all changes in the body one transaction."""
         try:
             with self._file:
                 self._file.execute("BEGIN IMMEDIATE")
@@ -115,19 +115,20 @@ class Database:
             self._file.execute(f"PRAGMA {setting}")
 
     def _check(self) -> None:
-        """Compare the schema with this program's own before anything of it is used, then look at every page."""
+        """Compare the schema with this program's own before it is used, then check every page."""
         found, own = _schema(self._file), _own_schema()
         if found.get("facts") == own["facts"]:
             stated = self._file.execute("SELECT value FROM facts WHERE key = 'schema'").fetchone()
             if stated is not None and stated[0] != str(SCHEMA):
                 other = str(stated[0])[:20]
-                told = f"has the schema {other}, and this version reads {SCHEMA}: use a newer one"
-                raise FormatError(f"{self.path}: {told}")
+                raise FormatError(
+                    f"{self.path}: has the schema {other}, and this version reads {SCHEMA}: use a newer one"
+                )
         odd = sorted(str(name) for name in found.keys() | own.keys() if found.get(name) != own.get(name))
         if odd:
             raise FormatError(
-                f"{self.path}: is no index of a pool, or was altered: its {odd[0][:80]} is not as merge pool makes it: "
-                f"build the pool again"
+                f"{self.path}: is not an index of a pool, or was altered: its {odd[0][:80]} is not as merge pool "
+                f"makes it: build the pool again"
             )
         sound = self._file.execute("PRAGMA quick_check(1)").fetchone()
         if sound is None or sound[0] != "ok":
@@ -138,26 +139,31 @@ class Database:
         self._effort.turns = 0
         try:
             yield
-        except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:  # of texts that are none
+        except (
+            sqlite3.Error,
+            sqlite3.Warning,
+            ValueError,
+            OverflowError,
+        ) as error:  # the last two for texts that are not valid
             raise self._damage_error(str(error)) from None
 
     def _damage_error(self, reason: str) -> FormatError:
-        return FormatError(f"{self.path}: is damaged, or is no index of a pool: {reason}: build the pool again")
+        return FormatError(f"{self.path}: is damaged, or is not an index of a pool: {reason}: build the pool again")
 
 
 class _Effort:
-    """A count of the instructions of a statement; no part of the database, which would keep itself alive by it."""
+    """A count of a statement's instructions, separate from the database, which else would keep itself alive."""
 
     turns = 0
 
     def count(self) -> bool:
-        """Return whether a statement has taken so many instructions that SQLite is to end it."""
+        """Return whether a statement has taken too many instructions, so that SQLite ends it."""
         self.turns += 1
         return self.turns > _TURNS
 
 
 def _schema(file: sqlite3.Connection) -> dict[Any, tuple[Any, ...]]:
-    """What a file holds by name: its kind, its table, and the words that made it."""
+    """Return the schema by name: kind, table, and statement."""
     rows = file.execute("SELECT name, type, tbl_name, sql FROM sqlite_master LIMIT 100")
     return {name: tuple(rest) for name, *rest in rows}
 

@@ -1,4 +1,4 @@
-"""Adapters that are one: the same bytes, or the same change but for its scale, found by sketches and told exactly."""
+"""Duplicates: the same bytes, or the same change up to scale. Sketches suspect pairs, and exact cosines decide."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from merging.maths.linalg import inner_product, squared_norm
 from merging.maths.sums import safe_ratio
 from merging.plan.names.resolve import Resolver
 from merging.pool.audit import change_of
-from merging.pool.index import Entry, Finding
+from merging.pool.entry import Entry, Finding
 from merging.sources import Adapter, Checkpoint
 from merging.sources.changes import Change
 
 __all__ = ["SAME", "cosine", "duplicates"]
 
 SAME = 0.9999
-"""The cosine of two changes from which they count as one."""
+"""The smallest cosine of two changes that count as the same."""
 
 _SUSPECTED = 0.99
 _BLOCK = 1024
 
 
 def duplicates(pool: Path, base: Checkpoint, entries: Sequence[Entry]) -> dict[str, Finding]:
-    """A finding for each adapter that repeats one before it, of which the first is kept.
+    """Return a finding for each adapter that repeats an earlier one.
 
-    ``entries`` in the order in which they are to be kept. Sketches are compared by blocks, and only pairs that they
-    suspect are read: the exact cosine of their factors decides.
+    ``entries`` are in order of preference. Sketches are compared by blocks, and only suspected pairs are read: the
+    exact cosine of their factors decides.
     """
     found: dict[str, Finding] = {}
     first: dict[str, str] = {}
@@ -59,7 +59,7 @@ def duplicates(pool: Path, base: Checkpoint, entries: Sequence[Entry]) -> dict[s
 
 
 def _suspect_pairs(entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
-    """Pairs, the earlier first, whose sketches have nearly the same direction."""
+    """Yield pairs whose sketches have nearly the same direction, the earlier first."""
     if len(entries) < 2:
         return
     sketches = torch.stack([torch.frombuffer(bytearray(entry.sketch or b""), dtype=torch.float64) for entry in entries])
@@ -72,7 +72,7 @@ def _suspect_pairs(entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
 
 
 def cosine(one: dict[str, Change], other: dict[str, Change], base: Checkpoint) -> float:
-    """The cosine of two adapters' changes over the whole model, computed in their factors where they have some."""
+    """Return the cosine of two adapters' changes over the whole model, computed on their factors where possible."""
     product = squares = others = 0.0
     for name in sorted(one.keys() | other.keys()):
         stored = base.tensors[name]

@@ -1,4 +1,4 @@
-"""The index of a pool: what is known of every adapter that was ever looked at, in one SQLite file."""
+"""The index of a pool: all facts about every adapter that was ever audited, in one SQLite file."""
 
 from __future__ import annotations
 
@@ -7,118 +7,37 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from merging import os_calls
 from merging.errors import FormatError, InputError, OutputError, nearest
 from merging.pool.database import SCHEMA, TABLES, Database
+from merging.pool.entry import VERDICTS, Entry, Finding, Verdict, verdict_of
 from merging.pool.sketches import LENGTH
-from merging.sources.links import refuse_link
 from merging.sources.small_files import parse_json
 
-__all__ = ["OVERRULED", "SCHEMA", "VERDICTS", "Entry", "Finding", "Index", "Verdict", "is_pool", "verdict_of"]
-
-Verdict = Literal["ok", "repaired", "quarantined", "rejected"]
-VERDICTS: tuple[Verdict, ...] = ("ok", "repaired", "quarantined", "rejected")
-"""From the best to the worst; an adapter has the worst that any finding gives it."""
-
-OVERRULED = "overruled"
-"""The stage of a finding that a person made, which counts instead of the others."""
+__all__ = ["UNFINISHED", "Index", "is_pool"]
 
 _NAME = "pool.sqlite"
 
 UNFINISHED = (".pool.sqlite.new", ".pool.sqlite.new-journal")
-"""What a kill may leave of an index that was being made."""
+"""Files that a kill may leave of an unfinished index."""
 
 _FOLDER = re.compile(r"adapters/[0-9a-f]{16}(/(?!\.\.?$)[^/\\\0]+)?")
-"""Where the files of an adapter lie, within the pool."""
+"""The form of the path of an adapter's files within the pool."""
 
 _NAMED = ("largest_change_at",)
-"""Figures that are names."""
+"""Figures that are texts."""
 
 _TEXTS = ("owner", "licence", "stated_base", "created", "sha256", "folder", "kind")
 _COUNTS = ("downloads", "size", "rank", "targets")
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something that a check found: at which stage, what follows from it, and why."""
-
-    stage: str
-    verdict: Verdict
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """An adapter of the pool.
-
-    ``name`` is the address or path it came from, ``folder`` where its files lie in the pool (None if they were not
-    kept), ``sha256`` the hash of its content, ``size`` the bytes of its tensors. ``norm`` is the Frobenius norm of its
-    change, ``relative`` the largest ratio of a module's change to the module. ``figures`` holds every other number of
-    the audit.
-    """
-
-    name: str
-    verdict: Verdict = "ok"
-    owner: str | None = None
-    licence: str | None = None
-    stated_base: str | None = None
-    created: str | None = None
-    downloads: int = 0
-    sha256: str | None = None
-    folder: str | None = None
-    size: int = 0
-    kind: str | None = None
-    rank: int = 0
-    targets: int = 0
-    norm: float | None = None
-    relative: float | None = None
-    sketch: bytes | None = None
-    figures: dict[str, Any] = field(default_factory=dict)
-    time: str = ""
-    findings: tuple[Finding, ...] = ()
-
-    @property
-    def usable(self) -> bool:
-        """Whether merges may choose it."""
-        return self.verdict in ("ok", "repaired")
-
-    @property
-    def smoke_tested(self) -> bool:
-        """Whether the base was run with it."""
-        return bool(self.figures.get("smoked"))
-
-    def place(self, pool: Path) -> Path:
-        """Where its files lie in a pool. Raises :class:`~merging.errors.FormatError` if any of them is a link."""
-        place = pool / str(self.folder)
-        for path in (place, place.parent, *(place.iterdir() if place.is_dir() else ())):
-            refuse_link(path)
-        return place
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same in plain values, for JSON; the sketch is left out."""
-        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "sketch"}
-        findings = [{"stage": f.stage, "verdict": f.verdict, "reason": f.reason} for f in self.findings]
-        return values | {"findings": findings}
-
-
 def is_pool(folder: Path) -> bool:
     """Whether a folder is a pool: it has an index."""
     return (folder / _NAME).is_file()
-
-
-def verdict_of(findings: Iterable[Finding]) -> Verdict:
-    """The worst verdict of all findings; of an adapter that was overruled, of that one and those it cannot undo.
-
-    These are the ones that leave no files to read: the adapter was rejected, or its files are gone.
-    """
-    findings = list(findings)
-    if any(each.stage == OVERRULED for each in findings):
-        findings = [each for each in findings if each.stage in (OVERRULED, "files") or each.verdict == "rejected"]
-    return VERDICTS[max((VERDICTS.index(each.verdict) for each in findings), default=0)]
 
 
 _COLUMNS = [each.name for each in fields(Entry) if each.name != "findings"]
@@ -127,22 +46,22 @@ _COLUMNS = [each.name for each in fields(Entry) if each.name != "findings"]
 class Index:
     """The SQLite file of a pool. Every method is one transaction, so that a kill leaves the state before or after it.
 
-    Raises :class:`~merging.errors.OutputError` for what the disk refuses, :class:`~merging.errors.FormatError` for a
-    file that is no index of this version.
+    Raises :class:`~merging.errors.OutputError` if the disk refuses, and :class:`~merging.errors.FormatError` for a
+    file that is not an index of this version.
     """
 
     def __init__(self, pool: Path) -> None:
         self.path = pool / _NAME
         if not os.path.lexists(self.path):
-            raise InputError(f"{pool}: is no pool (it has no {_NAME}): make one with merge pool build")
+            raise InputError(f"{pool}: is not a pool (it has no {_NAME}): make one with merge pool build")
         self._database = Database(self.path)
 
     @classmethod
     def create(cls, pool: Path, **facts: str) -> Index:
-        """The index of a new pool, of which something is noted: there whole, or not at all."""
+        """Create the index of a new pool with some facts, atomically."""
         new = pool / UNFINISHED[0]
         try:
-            for left in UNFINISHED:  # by one that was killed
+            for left in UNFINISHED:  # the remains of a killed attempt
                 (pool / left).unlink(missing_ok=True)
             os_calls.create(new).close()
             file = sqlite3.connect(new)
@@ -165,24 +84,24 @@ class Index:
         self._database.close()
 
     def fact(self, key: str) -> str | None:
-        """Something noted about the pool itself."""
+        """Return a fact about the pool itself, None if it is not noted."""
         rows = self._database.rows("SELECT value FROM facts WHERE key = ?", (key,))
         return str(rows[0]["value"]) if rows else None
 
     def note(self, **facts: str) -> None:
-        """Note something about the pool itself."""
+        """Note facts about the pool itself."""
         with self._database.writing():
             self._database.change("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts.items())
 
     def base_norms(self) -> dict[str, float]:
-        """The Frobenius norms of the base's tensors that were needed so far."""
+        """Return the Frobenius norms of the base's tensors that were computed so far."""
         norms = {row["target"]: row["norm"] for row in self._database.rows("SELECT * FROM base")}
         if not all(_is(name, str) and _is_number(norm) and norm >= 0 for name, norm in norms.items()):
-            raise self._alteration_error("a norm of the base is none")
+            raise self._alteration_error("a norm of the base is not a number")
         return norms
 
     def put(self, entry: Entry, base_norms: Mapping[str, float] | None = None) -> None:
-        """Note an adapter and its findings, instead of what was noted of it before."""
+        """Note an adapter and its findings. They replace its earlier entry."""
         values = [getattr(entry, name) for name in _COLUMNS]
         values[_COLUMNS.index("figures")] = json.dumps(entry.figures)
         marks = ", ".join("?" * len(values))
@@ -194,7 +113,7 @@ class Index:
             self._database.change("INSERT OR REPLACE INTO base VALUES (?, ?)", (base_norms or {}).items())
 
     def judge(self, stage: str, findings: Mapping[str, Finding]) -> None:
-        """Replace what one stage found of all adapters, and give each the verdict of all its findings."""
+        """Replace the findings of one stage for all adapters, and update all verdicts."""
         rows = [(name, found.stage, found.verdict, found.reason) for name, found in findings.items()]
         with self._database.writing():
             self._database.change("DELETE FROM findings WHERE stage = ?", [(stage,)])
@@ -203,7 +122,7 @@ class Index:
             self._database.change("UPDATE adapters SET verdict = ? WHERE name = ?", verdicts)
 
     def note_findings(self, name: str, stage: str, findings: Sequence[Finding], figures: Mapping[str, float]) -> None:
-        """Add what a stage found of one adapter, instead of what it found before, and its figures."""
+        """Replace the findings of one stage for one adapter, and add figures."""
         entry = self.entry(name)
         kept = tuple(found for found in entry.findings if found.stage != stage)
         found = (*kept, *findings)
@@ -215,20 +134,20 @@ class Index:
             self._database.change("DELETE FROM adapters WHERE name = ?", ((name,) for name in names))
 
     def names(self) -> set[str]:
-        """The names of all adapters that were looked at."""
+        """Return the names of all adapters that were audited."""
         return {row["name"] for row in self._database.rows("SELECT name FROM adapters")}
 
     def entries(self, verdicts: Sequence[Verdict] = VERDICTS) -> list[Entry]:
-        """The adapters with one of these verdicts, in the order of their names."""
+        """Return the adapters with one of these verdicts, sorted by name."""
         found = map(self._entry, self._database.rows("SELECT * FROM adapters ORDER BY name"))
         return [entry for entry in found if entry.verdict in verdicts]
 
     def entry(self, name: str) -> Entry:
-        """One adapter, by its name or the end of it (``spam`` of ``/home/me/spam``), or a path from here to it.
+        """Return one adapter, by its name, the end of its name (``spam`` for ``/home/me/spam``), or a relative path.
 
-        The commit of one on the Hub may be left out.
+        The commit of an adapter on the Hub may be left out.
 
-        Raises :class:`~merging.errors.InputError` for a name that is not there, or an end of several.
+        Raises :class:`~merging.errors.InputError` for an unknown name, and for an end that is not unique.
         """
         here = str(Path(name).expanduser().absolute())
         rows = "SELECT * FROM adapters WHERE name IN (?, ?) ORDER BY name != ?"
@@ -251,10 +170,10 @@ class Index:
         findings = tuple(Finding(each["stage"], each["verdict"], each["reason"]) for each in rows)
         values = {name: row[name] for name in _COLUMNS}
         if odd := _odd_value(values, findings):
-            raise self._alteration_error(f"the {odd} of an adapter is none")
+            raise self._alteration_error(f"the {odd} of an adapter is not valid")
         values["figures"] = parse_json(values["figures"], f"{self.path}: the figures of {values['name']}")
         if not all(_is_number(value) or key in _NAMED for key, value in values["figures"].items()):
-            raise self._alteration_error("a figure of an adapter is no number")
+            raise self._alteration_error("a figure of an adapter is not a number")
         return Entry(**values, findings=findings)
 
     def _alteration_error(self, reason: str) -> FormatError:
@@ -262,7 +181,7 @@ class Index:
 
 
 def _odd_value(values: Mapping[str, Any], findings: Sequence[Finding]) -> str | None:
-    """The name of a value that no adapter has."""
+    """Return the name of a value that is not valid, None if all are."""
     odd = [name for name in ("name", "verdict", "figures", "time") if not _is(values[name], str)]
     odd += [name for name in _TEXTS if values[name] is not None and not _is(values[name], str)]
     odd += [name for name in _COUNTS if not _is(values[name], int)]

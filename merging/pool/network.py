@@ -1,4 +1,4 @@
-"""Running a model needs transformers: where it loads one from, without its bars, and its errors as one message."""
+"""Load models with transformers: the arguments, without progress bars, and with errors as one message."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["explain_errors", "loading_options", "quiet"]
 
 
 def loading_options(base: str) -> tuple[str, dict[str, Any]]:
-    """What transformers loads a model from, and the options that say which revision and folder of it.
+    """Return the folder or name that transformers loads, and the options for its revision and subfolder.
 
-    Raises :class:`~merging.errors.InputError` for what is no folder: to run a model, its config is needed.
+    Raises :class:`~merging.errors.InputError` for a base that is no folder: running a model needs its config.
     """
     address = hub_address(base)
     if address is None:
         if not Path(base).expanduser().is_dir():
-            raise InputError(f"{base}: is no folder of a model: it has to run, so its config is needed")
+            raise InputError(f"{base}: is not a folder of a model: it has to run, so its config is needed")
         folder = Path(base).expanduser()
         for path in folder.rglob("*"):  # transformers would follow any link
             check_inside(path, folder)
@@ -33,7 +33,7 @@ def loading_options(base: str) -> tuple[str, dict[str, Any]]:
 
 @contextmanager
 def explain_errors(base: str) -> Iterator[None]:
-    """What transformers cannot load becomes one message."""
+    """Turn an error of transformers into one message."""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -43,7 +43,7 @@ def explain_errors(base: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Neither bars nor remarks of the library: what is missing is told by us."""
+    """Silence the library's progress bars and remarks. The caller reports missing tensors itself."""
     from transformers.utils import logging
 
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 from merging.errors import InputError, OptionError
-from merging.pool.index import VERDICTS
+from merging.pool.entry import VERDICTS
 from merging.pool.pool import Pool
 from merging.report.page import write_whole
 
@@ -14,9 +14,14 @@ __all__ = ["plot"]
 
 
 def plot(pool: Pool, output: str | Path) -> None:
-    """Draw verdicts, ranks and norms relative to the base, as PNG, SVG or PDF by the name's ending.
+    """Draw verdicts, ranks and norms relative to the base. It needs matplotlib (the extra ``report``).
 
-    Needs matplotlib, the extra ``report``. Raises :class:`~merging.errors.MergingError`.
+    Args:
+        pool: The pool.
+        output: The file to write: PNG, SVG or PDF by its suffix.
+
+    Raises:
+        merging.errors.MergingError: Without matplotlib, for an empty pool, and for another suffix.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -44,7 +49,7 @@ def plot(pool: Pool, output: str | Path) -> None:
         known = sorted(size for size in sizes if size)
         norms.plot(known, [(step + 1) / len(known) for step in range(len(known))], marker=".", label=verdict)
     norms.set_xscale("log")
-    norms.set_xlabel("norm relative to what it changes")
+    norms.set_xlabel("norm relative to the changed tensors")
     norms.set_ylabel("share of adapters below")
     norms.legend()
     content = io.BytesIO()

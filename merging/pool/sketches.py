@@ -1,4 +1,4 @@
-"""Sketches of changes: a few hundred numbers whose cosines estimate those of the changes, for finding near-repeats."""
+"""Sketches of changes: a few hundred numbers whose cosines estimate the cosines of changes, to find duplicates."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from merging.maths.delta import Delta, LowRank
 __all__ = ["LENGTH", "empty", "sketch"]
 
 LENGTH = 256
-"""Numbers in a sketch."""
+"""The numbers in a sketch."""
 
 _PROBES = 16
-"""Of which each module adds to so many: generating random numbers is what a sketch costs."""
+"""The numbers to which each module contributes. Random numbers are the main cost of a sketch."""
 
 
 def empty() -> Tensor:
-    """The sketch of no change, float64 ``[LENGTH]``."""
+    """Return the sketch of a zero change, float64 ``[LENGTH]``."""
     return torch.zeros(LENGTH, dtype=torch.float64)
 
 
 def sketch(name: str, delta: Delta) -> Tensor:
-    """What a module's change adds to the sketch of an adapter, float64 ``[LENGTH]``.
+    """Return a module's part of an adapter's sketch, float64 ``[LENGTH]``.
 
-    A number is ``u^T D v`` with normal ``u`` and ``v``, whose seed is the module's name: of factors
-    ``(u^T up)(down v)``, so that nothing is written out. Sketches are linear in the changes, and their inner products
-    are those of the changes but for noise (Johnson and Lindenstrauss), so that repeats have a cosine of 1.
+    A number is ``u^T D v`` with normal ``u`` and ``v``, seeded by the module's name. For factors it is
+    ``(u^T up)(down v)``, so that they are not multiplied out. Sketches are linear in the changes. Their inner products
+    equal the inner products of the changes up to noise (Johnson and Lindenstrauss), so duplicates have a cosine of 1.
     """
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
     generator = torch.Generator().manual_seed(seed)

@@ -1,7 +1,7 @@
-"""The smoke test: the base runs with each adapter, and says whether it still works, and whether anything changed.
+"""The smoke test: run the base with an adapter, and check that it still works and that anything changed.
 
-Norms do not tell all: of the public adapters that pass every check of their values, some eight in a hundred leave a
-model that answers nothing any more (recycling study of 2026, arXiv 2602.12323).
+Norms are not enough: about eight per cent of the public adapters that pass every check of their values destroy the
+model (recycling study of 2026, arXiv 2602.12323).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from merging.engine.resources import pick_device
 from merging.errors import FormatError, InputError, OptionError
 from merging.pool.audit import change_of
-from merging.pool.index import Finding
+from merging.pool.entry import Finding
 from merging.pool.network import explain_errors, loading_options, quiet
 from merging.sources import Adapter, Checkpoint
 from merging.sources.renaming import find_renaming
@@ -55,17 +55,22 @@ TEXTS = (
     "The old bridge was built of stone in the fifteenth century and has been repaired twice.",
     "Most of the islands have no fresh water, so rain is collected on the roofs.",
 )
-"""Plain English of several kinds, which a model of English reads with ease."""
+"""Plain English of several kinds, which is easy for a model of English."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """From which figures on an adapter is held back.
+    """Limits of the figures beyond which an adapter is quarantined.
 
-    ``destroyed``: times the base's perplexity of plain text, for models that predict words. ``collapsed``: the share of
-    the spread of the texts' features that is left, for all others. ``unchanged``: the mean change of the outputs, as a
-    share of how much they vary. The defaults suit trained models of a usual size; a tiny base, which reads plain text
-    badly anyway, may want others. Raises :class:`~merging.errors.OptionError` for numbers that leave nothing.
+    The defaults suit trained models of a usual size. A tiny base, which reads plain text badly, may need others.
+
+    Attributes:
+        destroyed: The largest perplexity of plain text relative to the base's, for models that predict words.
+        collapsed: The smallest spread of the texts' features relative to the base's, for other models.
+        unchanged: The smallest mean change of the outputs, relative to their standard deviation.
+
+    Raises:
+        merging.errors.OptionError: For limits that would hold back every adapter.
     """
 
     destroyed: float = 3.0
@@ -82,7 +87,7 @@ class Limits:
                 raise OptionError(f"{name} = {getattr(self, name):g}: a share, from 0 to below 1")
 
     def findings(self, figures: Mapping[str, float]) -> list[Finding]:
-        """The findings that follow from the figures of a run of :class:`SmokeTest`."""
+        """Return the findings that follow from the figures of a :class:`SmokeTest`."""
         ratio = figures.get("perplexity_ratio", 1.0)
         if ratio > self.destroyed:
             reason = (
@@ -90,7 +95,7 @@ class Limits:
             )
         elif figures["spread_ratio"] < self.collapsed and "perplexity_ratio" not in figures:
             left = f"{figures['spread_ratio']:.2g} of their spread (below {self.collapsed:g})"
-            reason = f"with it the base tells texts hardly apart any more: their features keep {left}"
+            reason = f"with it the base hardly distinguishes texts any more: their features keep {left}"
         elif figures["output_change"] < self.unchanged:
             moved = f"{figures['output_change']:.2g} of how much these vary (below {self.unchanged:g})"
             reason = f"changes nothing in the base's answers to plain text: {moved}"
@@ -100,8 +105,8 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Said:
-    """What the base says about the texts: its outputs ``[tokens, width]``, and how surprised it is, if it has words."""
+class _Outputs:
+    """The base's outputs for the texts, ``[tokens, width]``, its loss if it predicts words, and the texts' features."""
 
     outputs: Tensor
     loss: float | None
@@ -109,15 +114,15 @@ class _Said:
 
     @property
     def spread(self) -> float:
-        """How far the texts' mean features ``[texts, width]`` are from their centre."""
+        """The distance of the texts' mean features ``[texts, width]`` from their center."""
         return float((self.features - self.features.mean(0)).norm())
 
 
 class SmokeTest:
-    """The base, loaded whole by transformers, and what it says about a few texts.
+    """The base, loaded whole by transformers, and its outputs for a few texts.
 
     Raises :class:`~merging.errors.InputError` for a base that cannot be loaded or has no tokenizer, and
-    :class:`~merging.errors.OptionError` for a device that is not there.
+    :class:`~merging.errors.OptionError` for a device that does not exist.
     """
 
     def __init__(
@@ -144,35 +149,35 @@ class SmokeTest:
         given = [tokenizer(text)["input_ids"][:_MOST_TOKENS] for text in texts]
         self.tokens = [row for row in given if len(row) > 1]
         self.pad = tokenizer.pad_token_id or 0
-        self.base = self._said()
+        self.base = self._run_texts()
 
     def run(self, adapter: Adapter) -> tuple[list[Finding], dict[str, float]]:
-        """What running the base with an adapter finds, and the figures; ``adapter`` has the base's own names.
+        """Run the base with an adapter, which has the base's own names, and return findings and figures.
 
-        ``perplexity_ratio`` is that of plain text with the adapter to that without (models with words only),
-        ``output_change`` the mean change of the outputs relative to how much these vary, ``spread_ratio`` how far apart
-        the features of different texts are, relative to the base's.
+        The figures are ``perplexity_ratio``, the perplexity of plain text relative to the base's (only for models that
+        predict words); ``output_change``, the mean change of the outputs relative to their standard deviation; and
+        ``spread_ratio``, the spread of the texts' features relative to the base's.
         """
-        with self._changed(adapter):
-            said = self._said()
-        moved = (said.outputs - self.base.outputs).abs().mean() / self.base.outputs.std()
-        figures = {"output_change": float(moved), "spread_ratio": said.spread / max(self.base.spread, 1e-30)}
+        with self._with_adapter(adapter):
+            changed = self._run_texts()
+        moved = (changed.outputs - self.base.outputs).abs().mean() / self.base.outputs.std()
+        figures = {"output_change": float(moved), "spread_ratio": changed.spread / max(self.base.spread, 1e-30)}
         if not all(map(math.isfinite, figures.values())):
             return [Finding("smoke", "quarantined", "with it the base answers NaN: destroyed")], {}
-        if said.loss is not None and self.base.loss is not None:
-            figures["perplexity_ratio"] = math.exp(min(said.loss - self.base.loss, 700.0))
+        if changed.loss is not None and self.base.loss is not None:
+            figures["perplexity_ratio"] = math.exp(min(changed.loss - self.base.loss, 700.0))
         return self.limits.findings(figures), figures
 
     @contextmanager
-    def _changed(self, adapter: Adapter) -> Iterator[None]:
-        """The network with an adapter's change in its weights; afterwards these are read again from the base."""
+    def _with_adapter(self, adapter: Adapter) -> Iterator[None]:
+        """Add an adapter's change to the network's weights. Afterwards they are read again from the base."""
         shapes = {name: tuple(value.shape) for name, value in self.parameters.items()}
         targets = adapter.changes
         renaming, left = find_renaming(
             targets, shapes, lambda target, name: shapes[name] == tuple(self.source.tensors[target].shape)
         )
         if left:
-            raise InputError(f"{left[0]} is called otherwise, or joined with others, where transformers runs it")
+            raise InputError(f"{left[0]} has another name, or is joined with others, when transformers runs it")
         named = {target: self.parameters[renaming(target) or target] for target in targets}
         try:
             for target, change in targets.items():
@@ -184,7 +189,7 @@ class SmokeTest:
                 parameter.copy_(self.source.tensors[target].read())
 
     @torch.no_grad()
-    def _said(self) -> _Said:
+    def _run_texts(self) -> _Outputs:
         outputs, features, losses = [], [], []
         for start in range(0, len(self.tokens), _AT_ONCE):
             rows = self.tokens[start : start + _AT_ONCE]
@@ -194,10 +199,10 @@ class SmokeTest:
             given = {"input_ids": padded.to(self.network.device), "attention_mask": mask.to(self.network.device)}
             if self.network.config.is_encoder_decoder:
                 given["decoder_input_ids"] = given["input_ids"]
-            told = self.network(**given)
-            words = getattr(told, "logits", None)
-            states = (words if words is not None else told.last_hidden_state).float().cpu()
-            if states.dim() < 3:  # a classifier says one thing of a whole text
+            result = self.network(**given)
+            logits = getattr(result, "logits", None)
+            states = (logits if logits is not None else result.last_hidden_state).float().cpu()
+            if states.dim() < 3:  # a classifier has one output for a whole text
                 outputs += list(states.unsqueeze(1))
                 features += list(states)
                 continue
@@ -208,7 +213,7 @@ class SmokeTest:
                     target = torch.tensor(row[1:])
                     losses.append(torch.nn.functional.cross_entropy(state[: length - 1], target, reduction="none"))
         loss = float(torch.cat(losses).mean()) if losses else None
-        return _Said(torch.cat(outputs), loss, torch.stack(features))
+        return _Outputs(torch.cat(outputs), loss, torch.stack(features))
 
     @property
     def _reads(self) -> bool:
@@ -217,9 +222,9 @@ class SmokeTest:
 
 
 def read_texts(path: str | Path) -> list[str]:
-    """The texts of a file, one a line. Raises :class:`~merging.errors.FormatError` for one without any."""
+    """Read the texts of a file, one a line. Raises :class:`~merging.errors.FormatError` for fewer than two."""
     lines = read_text(Path(path), DATA_LIMIT, given=True).splitlines()
     texts = [line.strip() for line in lines if line.strip()]
     if len(texts) < 2:
-        raise FormatError(f"{path}: holds {len(texts)} texts, one a line: a smoke test wants some twenty")
+        raise FormatError(f"{path}: holds {len(texts)} texts, one a line: a smoke test needs about twenty")
     return texts

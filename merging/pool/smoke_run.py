@@ -1,4 +1,4 @@
-"""The smoke test of a whole pool: every adapter once, noted as it is done, by limits that the pool remembers."""
+"""The smoke test of a whole pool: every adapter once, noted when it is done, with limits that the pool keeps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from merging.errors import FormatError, MergingError, OptionError
 from merging.hub.open_model import open_model
 from merging.plan.names.resolve import Resolver
-from merging.pool.index import Entry, Finding, Index
+from merging.pool.entry import Entry, Finding
+from merging.pool.index import Index
 from merging.pool.smoke import TEXTS, Limits, SmokeTest
 from merging.sources import Adapter, Checkpoint
 from merging.sources.small_files import parse_json
@@ -22,7 +23,7 @@ __all__ = ["smoke", "smoke_limits"]
 
 
 def smoke_limits(index: Index) -> Limits:
-    """The limits of a pool: as they were given last, or the defaults."""
+    """Return the limits that were given to a pool last, or the defaults."""
     where = f"{index.path}: its limits of the smoke test"
     try:
         return Limits(**parse_json(index.fact("smoke_limits") or "{}", where))
@@ -33,6 +34,7 @@ def smoke_limits(index: Index) -> Limits:
 def smoke(
     pool: Pool,
     base: Checkpoint,
+    *,
     texts: Sequence[str] | None,
     limits: Limits | None,
     device: str,
@@ -62,7 +64,7 @@ def smoke(
 
 
 def _judge(index: Index, limits: Limits, on_event: Callable[[Entry], None] | None) -> None:
-    """Remember limits, and judge the figures that are noted by them."""
+    """Store limits, and apply them to the figures of earlier tests."""
     index.note(smoke_limits=json.dumps(asdict(limits)))
     for entry in index.entries():
         if entry.smoke_tested and {"output_change", "spread_ratio"} <= entry.figures.keys():

@@ -1,4 +1,4 @@
-"""What a pool holds, in numbers."""
+"""The statistics of a pool."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ _MOST = 10
 
 
 def stats(pool: Pool) -> dict[str, Any]:
-    """Verdicts of all adapters, the stages at which some were held back, and owners, ranks, licences, kinds and bytes
-    of those that merges may choose; of each at most the ten most frequent.
+    """Return the statistics of a pool, for people and for JSON.
+
+    They are the verdicts of all adapters, the stages that held adapters back, and the owners, ranks, licenses, kinds
+    and bytes of the usable adapters. Each has at most its ten most frequent values.
     """
     entries = pool.index.entries()
     usable = [entry for entry in entries if entry.usable]

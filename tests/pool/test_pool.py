@@ -149,7 +149,7 @@ def test_damage_pickles_and_models_are_rejected(built: Pool) -> None:
         "rejected",
         "is a pickle (adapter_model.bin): only safetensors come into a pool",
     )
-    assert verdict(built, "model.safetensors") == ("rejected", "is a full model, and the pool is one of adapters")
+    assert verdict(built, "model.safetensors") == ("rejected", "is a full model, and the pool is for adapters")
 
 
 def test_repeats_are_found_by_content_and_by_cosine(built: Pool) -> None:
@@ -231,7 +231,7 @@ def test_commands(base: Path, incoming: Path, tmp_path: Path) -> None:
     assert json.loads(_run("dedupe", pool, "--json"))["verdicts"]["ok"] == 1
     _run("plot", pool, "-o", tmp_path / "x.svg")
     assert "<svg" in (tmp_path / "x.svg").read_text()
-    assert "is no pool" in _run("list", tmp_path, code=1)
+    assert "is not a pool" in _run("list", tmp_path, code=1)
     shutil.rmtree(pool / "adapters")
     assert "its files are no longer in the pool" in _run("dedupe", pool)
     assert json.loads(_run("stats", pool, "--json"))["usable"] == 0
@@ -318,5 +318,5 @@ def test_what_cannot_be_a_pool(base: Path, incoming: Path, tmp_path: Path) -> No
     with pytest.raises(OptionError, match="owner_cap"):
         pool.build([], owner_cap=0)
     (pool.path / "pool.sqlite").write_bytes(b"not a database, but something else" * 100)
-    with pytest.raises(Exception, match="is no index of a pool"):
+    with pytest.raises(Exception, match="is not an index of a pool"):
         Pool(pool.path)

@@ -162,7 +162,7 @@ def test_an_encoder_and_its_adapters(tmp_path: Path) -> None:
     assert len(pool.usable()) == 4, [(e.relative, e.findings) for e in pool.index.entries()]
     pool.smoke()
     assert findings(pool, "unused")[-1].startswith("quarantined: changes nothing in the base's answers to plain text")
-    assert "hardly apart" in findings(pool, "flat")[-1]
+    assert "hardly distinguishes texts" in findings(pool, "flat")[-1]
     assert len(pool.usable()) == 2
 
 
@@ -189,7 +189,7 @@ def test_commands_and_what_cannot_be_run(words: Pool, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be loaded by transformers"):
         SmokeTest(str(bare), source)
     save_file({"x": torch.zeros(2)}, tmp_path / "alone.safetensors")
-    with pytest.raises(InputError, match="is no folder of a model"):
+    with pytest.raises(InputError, match="is not a folder of a model"):
         SmokeTest(str(tmp_path / "alone.safetensors"), source)
 
 

@@ -39,7 +39,6 @@ ALLOWED: dict[str, str] = {
 
 CEILINGS: dict[str, tuple[int, int]] = {
     "output": (17, 3),
-    "pool": (35, 16),
     "report": (2, 3),
 }
 """Until every folder is done: how many retired phrases, and names, each may still have; 0 for any that is not here."""

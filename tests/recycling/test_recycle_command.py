@@ -84,7 +84,7 @@ WRONG: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "no folder": (lambda files: ["-o", files / "none" / "out"], "none does not exist: create it first"),
     "a file": (lambda files: ["-o", files / "x.safetensors"], "name a folder with -o"),
     "base": (lambda files: ["--base", files], "cannot be loaded by transformers"),
-    "no base": (lambda files: ["--base", files / "none"], "none: is no folder of a model"),
+    "no base": (lambda files: ["--base", files / "none"], "none: is not a folder of a model"),
     "device": (lambda files: ["--device", "quantum"], "quantum"),
 }  # fmt: skip
 
