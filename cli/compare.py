@@ -32,7 +32,7 @@ _MATRIX = 12
 _PAIRS = 20
 
 
-@click.command(name="compare", short_help="the agreement of models in their changes")
+@click.command(name="compare", short_help="compare the changes of models")
 @click.argument("models", nargs=-1, required=True, type=MODEL, metavar="MODEL...")
 @click.option("--base", type=MODEL, help="the model that the others were trained from; full checkpoints need it")
 @click.option(

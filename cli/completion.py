@@ -63,7 +63,7 @@ class FishCompletion(WholeWordCompletion, FishComplete):
     """Completion in fish."""
 
 
-@click.command(name="completion", short_help="a script that completes commands, methods and options")
+@click.command(name="completion", short_help="print the script that completes words in a shell")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion_command(context: click.Context, shell: str) -> None:

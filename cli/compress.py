@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["compress_command"]
 
 
-@click.command(name="compress", short_help="a pack of a model, many times smaller")
+@click.command(name="compress", short_help="pack a model, many times smaller")
 @click.argument("model", type=MODEL)
 @click.option("-o", "--output", required=True, type=click.Path(), help="the pack, a .safetensors file")
 @click.option("--base", type=MODEL, help="the model that a full model was trained from; for an adapter it is noted")

@@ -14,7 +14,7 @@ from .types import MODEL
 __all__ = ["decompress_command"]
 
 
-@click.command(name="decompress", short_help="the model or adapter that a pack holds")
+@click.command(name="decompress", short_help="write the model or adapter of a pack")
 @click.argument("pack", type=click.Path())
 @click.option("-o", "--output", required=True, type=click.Path(), help="a folder, or a file for a bare adapter")
 @click.option("--base", type=MODEL, help="the model that the full model was trained from; adapters need none")

@@ -32,7 +32,7 @@ LEGEND = [
 ]
 
 
-@click.command(name="formats", short_help="the formats that are read, and those that are refused")
+@click.command(name="formats", short_help="list the formats that are read or refused")
 @json_option
 @markdown_option
 def formats_command(as_json: bool, markdown: bool) -> None:

@@ -21,7 +21,7 @@ _MOST_SENTENCES = 3
 """Sentences that are printed of a list of them."""
 
 
-@click.command(name="inspect", short_help="the content of a model or adapter")
+@click.command(name="inspect", short_help="show the content of a model or adapter")
 @click.argument("paths", nargs=-1, required=True, type=MODEL, metavar="PATH...")
 @click.option("--values", is_flag=True, help="read all values too, and name tensors with NaN or infinities")
 @json_option

@@ -97,8 +97,7 @@ class DefaultGroup(SectionedGroup):
 SECTIONS = {
     "Merge": [merge_command, run_command, continual_command, recycle_command],
     "Choose": [methods_command, formats_command, inspect_command, compare_command, verify_command, route_command],
-    "Keep and share": [pool_command, compress_command, decompress_command, push_command],
-    "Set up": [completion_command],
+    "Keep, share and set up": [pool_command, compress_command, decompress_command, push_command, completion_command],
 }
 
 

@@ -61,7 +61,7 @@ class Choice:
     paper: str
 
 
-@click.command(name="methods", short_help="the methods, or one method in full")
+@click.command(name="methods", short_help="list the methods, or show one in full")
 @click.argument("name", required=False, type=METHOD)
 @json_option
 @markdown_option

@@ -14,7 +14,7 @@ from .types import MODEL
 __all__ = ["route_command"]
 
 
-@click.command(name="route", short_help="prototypes by which a server chooses among adapters")
+@click.command(name="route", short_help="export prototypes by which a server chooses among adapters")
 @click.argument("models", nargs=-1, required=True, type=MODEL, metavar="ADAPTER...")
 @click.option("-o", "--output", required=True, type=click.Path(), help="a .safetensors file")
 @click.option(

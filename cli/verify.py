@@ -31,7 +31,7 @@ def complete_program(context: click.Context, option: click.Parameter, incomplete
     return [name for name in PROGRAMS if name.startswith(incomplete)]
 
 
-@click.command(name="verify", short_help="faults for which a program would refuse or ignore a model")
+@click.command(name="verify", short_help="find faults for which a program would refuse or ignore a model")
 @click.argument("path", type=MODEL)
 @click.option(
     "--for",
@@ -39,8 +39,7 @@ def complete_program(context: click.Context, option: click.Parameter, incomplete
     multiple=True,
     metavar="PROGRAM",
     shell_complete=complete_program,
-    help="vllm, sglang, llama.cpp, peft, diffusers, transformers or comfyui; may be given several times  "
-    "[default: all that fit]",
+    help="vllm, sglang, llama.cpp, peft, diffusers, transformers or comfyui; may be repeated  [default: all that fit]",
 )
 @click.option(
     "--base",

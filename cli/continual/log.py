@@ -13,7 +13,7 @@ from .steps import describe_step
 __all__ = ["log_command"]
 
 
-@click.command(name="log", short_help="the history of a store")
+@click.command(name="log", short_help="show the history of a store")
 @store_argument
 @json_option
 @debug_option

@@ -12,7 +12,7 @@ from .options import store_argument
 __all__ = ["status_command"]
 
 
-@click.command(name="status", short_help="the models and figures of a store")
+@click.command(name="status", short_help="show the models and figures of a store")
 @store_argument
 @click.option("--spectrum", is_flag=True, help="also how the merge is spread over layers and directions; reads it all")
 @json_option

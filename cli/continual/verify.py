@@ -14,7 +14,7 @@ from .options import store_argument
 __all__ = ["verify_command"]
 
 
-@click.command(name="verify", short_help="hold all files against the manifest")
+@click.command(name="verify", short_help="compare all files with the manifest")
 @store_argument
 @json_option
 @debug_option

@@ -30,7 +30,7 @@ SECTIONS = {
     cls=SectionedGroup,
     sections=SECTIONS,
     name="pool",
-    short_help="adapters of one base, audited and indexed",
+    short_help="audit and index the adapters of one base",
 )
 def pool_command() -> None:
     """Adapters of one base that others left: audited, without repeats, indexed.

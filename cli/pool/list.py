@@ -16,7 +16,7 @@ from .verdicts import format_reason
 __all__ = ["list_command"]
 
 
-@click.command(name="list", short_help="all adapters, one a line")
+@click.command(name="list", short_help="list all adapters, one a line")
 @pool_argument
 @click.option(
     "--verdict",

@@ -17,7 +17,7 @@ from .verdicts import LONGEST_REASON
 __all__ = ["show_command"]
 
 
-@click.command(name="show", short_help="all that was found of one adapter")
+@click.command(name="show", short_help="show all that was found of one adapter")
 @pool_argument
 @click.argument("name")
 @json_option

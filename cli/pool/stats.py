@@ -14,7 +14,7 @@ from .options import pool_argument
 __all__ = ["stats_command"]
 
 
-@click.command(name="stats", short_help="figures of the pool")
+@click.command(name="stats", short_help="count the pool's adapters")
 @pool_argument
 @json_option
 @debug_option
