@@ -84,7 +84,7 @@ def _cached_models() -> list[str]:
     return [folder.name.removeprefix("models--").replace("--", "/", 1) for folder in folders]
 
 
-class Method(click.ParamType[str]):
+class MethodName(click.ParamType[str]):
     """A method, or a chain of methods joined by ``+``."""
 
     name = "method"
@@ -106,4 +106,4 @@ class Method(click.ParamType[str]):
 
 SIZE = Size()
 MODEL = Model()
-METHOD = Method()
+METHOD = MethodName()

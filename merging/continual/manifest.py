@@ -22,7 +22,7 @@ __all__ = [
     "STATES",
     "Manifest",
     "Part",
-    "Refusal",
+    "RefusedModel",
     "StepRecord",
     "StoreBase",
     "Unconfirmed",
@@ -119,7 +119,7 @@ class StepRecord(_Record):
     notices: tuple[str, ...] = ()
 
 
-class Refusal(_Record):
+class RefusedModel(_Record):
     """A model that a watch found and the store refused."""
 
     source: str
@@ -137,7 +137,7 @@ class Manifest(_Record):
     max_rank: PositiveInt | None = None
     base: StoreBase
     steps: tuple[StepRecord, ...] = ()
-    refused: tuple[Refusal, ...] = ()
+    refused: tuple[RefusedModel, ...] = ()
 
     @model_validator(mode="after")
     def _in_order(self) -> Manifest:

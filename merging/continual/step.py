@@ -32,7 +32,16 @@ from merging.sources.changes import Change
 from merging.sources.stored import Stored
 from merging.storage.writer import TensorWriter
 
-__all__ = ["NewState", "StepExecution", "content_of", "plan_alone", "step_record", "write_state"]
+__all__ = ["AddOptions", "NewState", "StepExecution", "content_of", "plan_alone", "step_record", "write_state"]
+
+
+@dataclass(frozen=True, slots=True)
+class AddOptions:
+    """The options of adding a model: which models to refuse, and the callback for bytes that are fetched."""
+
+    allow_different_bases: bool
+    on_mismatch: str
+    progress: Progress | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,28 +68,26 @@ def plan_alone(
     source: Checkpoint | Adapter,
     base: Checkpoint,
     manifest: Manifest,
-    allow_different: bool,
-    on_mismatch: str,
-    progress: Progress | None,
+    options: AddOptions,
 ) -> Plan:
     """Fetch a model and return the plan of a merge of it alone; a model of another base is refused."""
-    values = {"on_mismatch": on_mismatch, "base": str(base.path), "kind": "model"}
+    values = {"on_mismatch": options.on_mismatch, "base": str(base.path), "kind": "model"}
     recipe = Recipe(models=(str(source.path),), method=TaskArithmetic(), **values)
     plan, notices = plan_of(recipe, (source,), base), []
-    if allow_different:
+    if options.allow_different_bases:
         pass
     elif isinstance(source, Adapter):
         notices = check_stated_base(source, base, manifest)
     else:
         check_not_base(source, base)
-    plan = download_plan(plan, (), progress=progress)
-    if isinstance(source, Checkpoint) and not allow_different:
+    plan = download_plan(plan, (), progress=options.progress)
+    if isinstance(source, Checkpoint) and not options.allow_different_bases:
         check_distance(plan)
     return replace(plan, notices=(*plan.notices, *notices))
 
 
 def write_state(
-    manifest: Manifest, store: Path, alone: Plan, content: str, folder: Path, execution: StepExecution
+    manifest: Manifest, store: Path, alone: Plan, content: str, *, folder: Path, execution: StepExecution
 ) -> NewState:
     """Update each part of the state by the model of ``alone``, and write the next state to a folder, durably."""
     last = manifest.steps[-1] if manifest.steps else None
@@ -144,10 +151,9 @@ def step_record(
 ) -> StepRecord:
     """Return the record of the next step."""
     plan, done = new.plan, new.done
-    held, square, with_held, with_next, merged = (
-        done.metrics[name] for name in ("held.held", "next.next", "held.merged", "next.merged", "merged.merged")
-    )
-    added = merged - 2 * with_held + held
+    products = done.metrics
+    held, square, merged = products["held.held"], products["next.next"], products["merged.merged"]
+    added = merged - 2 * products["held.merged"] + held
     # the sums are of the tensors that the new model touches; what is held of others stays
     merged += max(0.0, before.steps[-1].merged ** 2 - held) if before.steps else 0.0
     rank, factored, full = count_forms(plan)
@@ -163,7 +169,7 @@ def step_record(
         parts=dict(parts),
         norm=sqrt(square),
         kept=safe_ratio(sqrt(max(0.0, added)), sqrt(square)),
-        cosine=safe_ratio(with_next, sqrt(square * merged)),
+        cosine=safe_ratio(products["next.merged"], sqrt(square * merged)),
         merged=sqrt(merged),
         rank=rank,
         factored=factored,

@@ -12,8 +12,8 @@ from typing import Any
 from merging import os_calls
 from merging.continual.folder import create_store, lock, new_state, refuse_within, remove_state, state_folders
 from merging.continual.integrity import base_of, download_base, file_hashes, require_whole, state_files
-from merging.continual.manifest import NAME, STATES, Manifest, Part, Refusal, StepRecord, StoreBase, write_manifest
-from merging.continual.step import NewState, StepExecution, content_of, plan_alone, step_record, write_state
+from merging.continual.manifest import NAME, STATES, Manifest, Part, RefusedModel, StepRecord, StoreBase, write_manifest
+from merging.continual.step import AddOptions, NewState, StepExecution, content_of, plan_alone, step_record, write_state
 from merging.continual.update_rules import checked_rule
 from merging.continual.view import StoreView
 from merging.engine.download import download_model, missing_files
@@ -140,14 +140,15 @@ class ContinualStore(StoreView):
             if not again and manifest.has(content):
                 return None
             base = base_of(self.path, manifest)
-            alone = plan_alone(source, base, manifest, allow_different_bases, on_mismatch, progress)
+            options = AddOptions(allow_different_bases, on_mismatch, progress)
+            alone = plan_alone(source, base, manifest, options)
             if manifest.steps:
                 require_whole(self.path, manifest, len(manifest.steps))
             with new_state(self.path) as folder:
                 execution = StepExecution(
                     pick_device(device), cores() if threads is None else threads, max_memory, progress
                 )
-                new = write_state(manifest, self.path, alone, content, folder, execution)
+                new = write_state(manifest, self.path, alone, content, folder=folder, execution=execution)
                 parts = self._publish_state(folder, len(manifest.steps) + 1, new)
                 step = step_record(manifest, source, content, parts, new)
                 self._commit(manifest, step, source)
@@ -174,7 +175,7 @@ class ContinualStore(StoreView):
         known = all(remote.sha256 for remote in missing) and manifest.has(content_of(source))
         if again or not known:
             base = base_of(self.path, manifest)
-            plan_alone(source, base, manifest, allow_different_bases, on_mismatch, progress)
+            plan_alone(source, base, manifest, AddOptions(allow_different_bases, on_mismatch, progress))
             download_model(source, progress)
         return source
 
@@ -223,7 +224,7 @@ class ContinualStore(StoreView):
             self._sweep(self.manifest(), keep=None)
             yield
 
-    def refuse(self, refused: Refusal, *, wait: float | None = None) -> None:
+    def refuse(self, refused: RefusedModel, *, wait: float | None = None) -> None:
         """Note a model that was refused, in place of an earlier note on it."""
         with self._writing(wait):
             manifest = self.manifest()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from merging.continual.folder import Busy
 from merging.continual.inbox import Arrival, Pause, WatchEnded, open_inbox, run_interruptibly
 from merging.continual.integrity import Damaged
-from merging.continual.manifest import Refusal
+from merging.continual.manifest import RefusedModel
 from merging.errors import FormatError, InputError, OptionError, escape_unprintable
 from merging.hub.client import Unreachable
 
@@ -163,7 +163,7 @@ class _Watch:
             raise
         except (InputError, FormatError) as error:
             reason, now = escape_unprintable(str(error)), datetime.now(timezone.utc).isoformat(timespec="seconds")
-            note = Refusal(source=arrival.source, fingerprint=arrival.mark, reason=reason, time=now)
+            note = RefusedModel(source=arrival.source, fingerprint=arrival.mark, reason=reason, time=now)
             self._when_free(lambda wait: self.store.refuse(note, wait=wait))
             event = Event("refused", arrival.model, reason=reason)
         self._done[arrival.source] = arrival.mark

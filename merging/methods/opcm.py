@@ -131,7 +131,7 @@ def sum_projected(
     """Return S_T of matrices ``[m, k]`` in order, ``[m, k]`` float64."""
     total = deltas[0].double()
     for delta in deltas[1:]:
-        total = total + project(delta.double(), total, alpha, mode, null, svd)
+        total = total + project(delta.double(), total, alpha, mode=mode, null=null, svd=svd)
     return total
 
 
@@ -139,6 +139,7 @@ def project(
     delta: Tensor,
     previous: Tensor,
     alpha: float,
+    *,
     mode: str = "block",
     null: float = 1e-12,
     svd: Literal["gram", "thin"] = "gram",

@@ -83,8 +83,8 @@ def test_opcm_projection(mode: str, svd: str) -> None:
         old = torch.linalg.qr(u[:rows, :12])[0] * sigma @ torch.linalg.qr(v[:columns, :12])[0].T
         new = new[:rows, :columns]
         for alpha in (0.0, 0.5, 0.9, 1.0):
-            rest = project(new, old, alpha, mode, 1e-14, svd)
+            rest = project(new, old, alpha, mode=mode, null=1e-14, svd=svd)
             assert float((rest * old).sum().abs()) < 1e-10 * float(new.norm() * old.norm())
-            assert float(project(old, old, alpha, mode, 1e-14, svd).norm()) < 1e-10 * float(old.norm())
+            assert float(project(old, old, alpha, mode=mode, null=1e-14, svd=svd).norm()) < 1e-10 * float(old.norm())
             check_opcm(dense([{Q: old}, {Q: new}]), alpha, mode, svd=svd) if alpha < 1 else None
         assert equal(sum_projected([0 * old, new], 0.5, mode, 1e-14, svd), new)
