@@ -1,3 +1,3 @@
-"""The files beside the weights of an output: configs, headers, the model card, licences."""
+"""The files next to the weights of an output: configs, headers, the model card, licenses."""
 
 __all__: list[str] = []

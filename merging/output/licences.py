@@ -1,4 +1,4 @@
-"""Under which licence a merge may be passed on: the strictest of its sources', where they can be put in an order."""
+"""The license of a merge: the strictest license of its sources, where licenses can be ordered."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _LADDER = (
     ("bigscience-openrail-m", "openrail", "creativeml-openrail-m", "openrail++", "bigcode-openrail-m"),
     ("cc-by-nc-4.0", "cc-by-nc-3.0", "cc-by-nc-2.0"),
 )
-"""Licences that can be mixed, each step asking for more than the ones before it. Those that demand that what is made
-of their work has the very same licence (GPL, ShareAlike, the model families' own) stand on none."""
+"""Licenses that can be combined, in steps of increasing demands. Licenses that demand the same license for derived work
+(GPL, ShareAlike, the model families' own) are on no step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One of the models a merge was made of: what it is called, its part, and the licence that its card states."""
+    """A model that a merge was made of: its name, its role, and the license that its card states."""
 
     name: str
     role: str
@@ -30,7 +30,7 @@ class Source:
 
 
 def source_of(model: Checkpoint | Adapter, role: str = "") -> Source:
-    """What the card says of a model. Of local ones the folder's name, as paths are nobody else's business."""
+    """Return a model as a source for the card. A local model has only its folder's name, as paths are private."""
     if model.origin is not None:
         return Source(str(model.origin), role, model.origin.licence)
     folder = model.path if model.path.is_dir() else model.path.parent
@@ -38,7 +38,7 @@ def source_of(model: Checkpoint | Adapter, role: str = "") -> Source:
 
 
 def strictest(licences: Sequence[str | None]) -> str | None:
-    """The licence that fulfils all of them, or None where one is unknown or they cannot be put in an order."""
+    """Return the license that satisfies all, or None if one is unknown or they cannot be ordered."""
     stated = {licence for licence in licences if licence is not None}
     if None in licences or not stated:
         return None
@@ -53,7 +53,7 @@ def strictest(licences: Sequence[str | None]) -> str | None:
 
 
 def licence_sentence(licence: str | None) -> str:
-    """What the card says about the licence of the merge."""
+    """Return the card's sentence about the license of the merge."""
     if licence:
         return f"Licence: {licence}, the strictest of its sources'; the terms of all of them hold."
     return "Licence: none is stated, since not all sources state one, or theirs have no order: the terms of all hold."

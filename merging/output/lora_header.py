@@ -1,4 +1,4 @@
-"""What the header of a merged LoRA's file says in each format, and what the file is called."""
+"""The header and the file name of a merged LoRA in each format."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from merging.sources.peft import CONFIG_KEY
 __all__ = ["lora_metadata", "lora_stem"]
 
 _LOWER = re.compile(r"\.lora_(?:A|down)\.weight$")
-"""What the lower factor of a module is called behind it."""
+"""The ending of a lower factor's name, after the module."""
 
 
 def lora_stem(plan: Plan, folder: Path) -> str:
-    """What the file is called in its folder, without its ending: as each program looks for it."""
+    """Return the file's name without suffix, as each program looks for it."""
     stems = {"peft": "adapter_model", "diffusers": Path(WEIGHTS[0]).stem}
     return stems.get(plan.format, folder.name)
 
 
 def lora_metadata(plan: Plan) -> dict[str, str]:
-    """What the program that a merged LoRA is for reads in its header.
+    """Return the metadata that programs read in the header of a merged LoRA.
 
-    Of the inputs' own headers only the kind of model is kept: those of Kohya's hold captions and paths.
+    From the inputs' own headers only the kind of model is kept, as Kohya's headers hold captions and paths.
     """
     if plan.header == "peft":
         return {CONFIG_KEY: json.dumps(adapter_config(plan))}
@@ -40,12 +40,12 @@ def lora_metadata(plan: Plan) -> dict[str, str]:
 
 
 def _configs(plan: Plan) -> dict[str, object]:
-    """A config of PEFT's for each component: alpha equal to the rank, its modules by their full names."""
+    """Return PEFT's config for each component, with modules by their full names."""
     modules: defaultdict[str, dict[str, int]] = defaultdict(dict)
     for name, rank in ((modern_name(out.name), out.shape[0]) for out in plan.outs if out.shape):
         if _LOWER.search(name):
             component, _, module = _LOWER.sub("", name).partition(".")
-            # PEFT looks for endings, so that this one is found in text encoders with and without the level.
+            # PEFT matches endings, so that this name fits text encoders with and without the level text_model.
             modules[component][module.removeprefix(PREFIX).removeprefix("text_model.")] = rank
     found: dict[str, object] = {}
     for component, ranks in sorted(modules.items()):
@@ -57,7 +57,7 @@ def _configs(plan: Plan) -> dict[str, object]:
 
 
 def _kohya(plan: Plan) -> dict[str, str]:
-    """What sd-scripts writes of a LoRA that other programs go by: its rank, and the kind of model it is for."""
+    """Return the fields of sd-scripts that other programs use: the rank and alpha, and the kind of model."""
     ranks = {int(constant.value) for constant in plan.constants if constant.out.name.endswith(".alpha")}
     rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
     vectors = any(out.name.endswith(("_norm", ".diff_b")) for out in plan.outs)
@@ -71,14 +71,14 @@ def _kohya(plan: Plan) -> dict[str, str]:
 
 
 def _agreed_fields(plan: Plan) -> dict[str, str]:
-    """What the inputs that say so have in common."""
+    """Return the header fields on which all inputs that state them agree."""
     configs = [model.config for model in plan.models if isinstance(model, Adapter)]
     found = {key: {config[key] for config in configs if key in config} for key in ("ss_base_model_version", "ss_v2")}
     return {key: values.pop() for key, values in found.items() if len(values) == 1}
 
 
 def _family(plan: Plan) -> dict[str, str]:
-    """The kind of model as the names and widths tell it, where they do."""
+    """Return the kind of model that follows from names and widths, if any."""
     shapes = {out.name: out.shape for out in plan.outs}
     if any(re.match(r"lora_unet_(?:input|middle|output)_block", name) for name in shapes):
         return {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"}

@@ -18,7 +18,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_card(plan: Plan, remarks: Sequence[str] = ()) -> str:
-    """The README of the output: metadata that the Hub reads, its sources, remarks on the values, and the recipe."""
+    """Return the README of the output: metadata for the Hub, sources, remarks on the values, and the recipe."""
     facts: dict[str, Any] = {}
     ids = _hub_ids(plan)
     if ids:
@@ -44,12 +44,12 @@ def model_card(plan: Plan, remarks: Sequence[str] = ()) -> str:
 
 
 def _sources(plan: Plan) -> list[Source]:
-    """What the output was made of, the base last."""
+    """Return the sources of the output, the base last."""
     return [source_of(model) for model in plan.models] + ([source_of(plan.base, "base")] if plan.base else [])
 
 
 def _hub_ids(plan: Plan) -> list[str]:
-    """Names of the Hub for what the output was made from: the base of an adapter, the models of a model."""
+    """Return the Hub names of the output's origins: the base of an adapter, the models of a model."""
     stated: list[object]
     if plan.output == "adapter":
         stated = [plan.base.origin.repo] if plan.base and plan.base.origin else []

@@ -1,4 +1,4 @@
-"""What a model's folder holds beside the merged weights: config, tokenizer, licence, and components that stay."""
+"""The files next to a model's merged weights: config, tokenizer, license, and unmerged components."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BLOCK = 1 << 24
 
 
 def companion_patterns(plan: Plan) -> tuple[str, ...]:
-    """Patterns of the files that are copied beside the output, in the reference's folder."""
+    """Return patterns of the files that are copied from the reference's folder."""
     plain = (*TOKENIZER_FILES, *COMPANIONS)
     if plan.reference is None or not plan.reference.components:
         return plain
@@ -33,9 +33,9 @@ def companion_patterns(plan: Plan) -> tuple[str, ...]:
 
 
 def write_model_companions(plan: Plan, folder: Path) -> list[str]:
-    """Copy what belongs to the model from its base (or first model), and write its config and card.
+    """Copy the model's other files from its base (or first model), and write its config and card.
 
-    Returns remarks on what is missing.
+    Returns remarks on missing files.
     """
     reference = plan.reference
     assert reference is not None
@@ -57,9 +57,9 @@ def write_model_companions(plan: Plan, folder: Path) -> list[str]:
 
 
 def copy_companions(plan: Plan, folder: Path) -> None:
-    """Copy the files that belong to the output: those of a model, and the tokenizer of an adapter with its own tokens.
+    """Copy the other files of the output: all of a model's, or the tokenizer of an adapter with its own tokens.
 
-    The tokenizer of any other adapter is its base's, and stays where it is.
+    Other adapters use the tokenizer of their base.
     """
     for name, source in _companions(plan).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -74,12 +74,12 @@ def _remarks(plan: Plan, reference: Checkpoint, own: Checkpoint) -> list[str]:
             f"the model runs code of its own, which is not copied: copy *.py from {reference.folder} if you trust it"
         )
     if own is not reference and own.folder is not None:
-        remarks.append(f"the tokenizer is that of {own.path}, which has the largest vocabulary")
+        remarks.append(f"the tokenizer comes from {own.path}, which has the largest vocabulary")
     return remarks
 
 
 def _companions(plan: Plan) -> dict[str, Path]:
-    """The files that are copied, by their names in the output; each is one that may be read."""
+    """Return the files that are copied, by their names in the output. Each is checked first."""
     reference, own = plan.reference, plan.vocabulary.of if plan.vocabulary else plan.reference
     others = [pattern for pattern in companion_patterns(plan) if pattern not in TOKENIZER_FILES]
     if plan.output == "adapter":
@@ -94,17 +94,17 @@ def _companions(plan: Plan) -> dict[str, Path]:
 
 
 def check_companions(plan: Plan) -> None:
-    """Look at the files that are copied beside the output, before it is made.
+    """Check the files that are copied next to the output, before it is made.
 
-    Raises :class:`~merging.errors.FormatError` for one that is no ordinary file, is huge, or is a link out of its
-    folder, as strangers' folders can hold them: what it leads to would be published.
+    Raises :class:`~merging.errors.FormatError` for a special file, a huge file, and a link out of its folder, as
+    strangers' folders can hold them: the link's target would be published.
     """
     model_card(plan)
     _companions(plan)
 
 
 def _copy_weights(component: Checkpoint, folder: Path) -> None:
-    """A component's weights as they are, byte for byte, and durable."""
+    """Copy a component's weights byte for byte, and make them durable."""
     assert component.folder is not None
     folder.mkdir(exist_ok=True)
     holders = {holder.path: holder for holder in holders_of(component.tensors.values())}
@@ -137,7 +137,7 @@ def _model_config(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
     for part in parts:
         if plan.recipe.dtype and "_class_name" not in config:
             part.update({key: plan.recipe.dtype for key in ("dtype", "torch_dtype") if key in part or part is edited})
-        # A scaled T5 would be taken for one that is not: transformers tells them by this setting.
+        # A scaled T5 would be read as an unscaled one: transformers distinguishes them by this setting.
         if plan.untied and (part is edited or "tie_word_embeddings" in part) and not scales_outputs(config):
             part["tie_word_embeddings"] = False
         if plan.vocabulary and ("vocab_size" in part or (part is edited and inner is None)):

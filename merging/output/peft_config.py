@@ -1,4 +1,4 @@
-"""PEFT's config of a merged adapter, and the files beside its weights."""
+"""PEFT's config of a merged adapter, and the files next to its weights."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _FIELDS = (
 """The order of the fields in files."""
 
 _WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-"""Tasks for which PEFT saves a head along, and refuses an adapter without one."""
+"""Tasks for which PEFT saves a head, and refuses an adapter without a head."""
 
 
 def lora_config(*, rank: int, target_modules: Iterable[str], **fields: Any) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def lora_config(*, rank: int, target_modules: Iterable[str], **fields: Any) -> d
 
 
 def write_adapter_companions(plan: Plan, folder: Path, remarks: Sequence[str] = ()) -> None:
-    """Write the config that PEFT reads, and the card; tokenizers of adapters stay behind: the base has one.
+    """Write the config that PEFT reads, and the card.
 
     ``remarks`` are sentences about the merged values, for the card.
     """
@@ -93,7 +93,7 @@ def write_adapter_companions(plan: Plan, folder: Path, remarks: Sequence[str] = 
 
 
 def adapter_config(plan: Plan) -> dict[str, Any]:
-    """PEFT's config of a merged adapter: one rank, alpha equal to it, no variants; every scale is in the factors."""
+    """Return PEFT's config of a merged adapter: one rank, alpha equal to it, and no variants of LoRA."""
     adapters = [model for model in plan.models if isinstance(model, Adapter)]
     changes = [change for item in plan.items if item.form == "factors" for change in item.inputs if change]
     saved = _saved_modules(plan, adapters)
@@ -128,19 +128,19 @@ def adapter_config(plan: Plan) -> dict[str, Any]:
 
 
 def _task_type(adapters: list[Adapter], saved: list[str]) -> str | None:
-    """The task of the inputs; none if their heads are left out, which PEFT would look for by the task."""
+    """Return the task of the inputs, None if their heads are left out, as PEFT would look for heads."""
     headless = not saved and any(adapter.config.get("modules_to_save") for adapter in adapters)
     task = next((adapter.config["task_type"] for adapter in adapters if adapter.config.get("task_type")), None)
     return None if headless and task in _WITH_HEADS else task
 
 
 def _is_experts(item: Item) -> bool:
-    """Whether an item is the parameter of experts, stacked."""
+    """Whether an item is a parameter of stacked experts."""
     return not item.placings and any(isinstance(each, Change) and each.kind == "experts" for each in item.inputs)
 
 
 def _parameters(plan: Plan, adapters: list[Adapter]) -> list[str]:
-    """The parameters of experts that are adapted, by the short names the inputs used if these mean all of them."""
+    """Return the adapted parameters of experts, by the inputs' short names if these mean all of them."""
     experts = [item.inputs for item in plan.items if item.form == "factors" and _is_experts(item)]
     names = {next(each.target for each in inputs if isinstance(each, Change)) for inputs in experts}
     short = {name for adapter in adapters for name in adapter.config.get("target_parameters") or ()}
@@ -148,13 +148,13 @@ def _parameters(plan: Plan, adapters: list[Adapter]) -> list[str]:
 
 
 def _shorten(names: Iterable[str], short: Iterable[str]) -> list[str]:
-    """Those of the short names that a name ends in, if every name ends in one; else the names themselves."""
+    """Return the short names in which the names end, if every name ends in one; else the names themselves."""
     ends = {name: {end for end in short if name == end or name.endswith(f".{end}")} for name in names}
     return sorted(set().union(*ends.values()) if all(ends.values()) else ends)
 
 
 def _tokens(plan: Plan) -> dict[str, list[int]]:
-    """The indices of the rows that are written, by module."""
+    """Return the indices of the rows that are written, by module."""
     found: dict[str, list[int]] = {}
     for item in plan.items:
         if isinstance(item.base, TokenTable):
@@ -164,9 +164,9 @@ def _tokens(plan: Plan) -> dict[str, list[int]]:
 
 
 def _target_modules(plan: Plan, adapters: list[Adapter]) -> list[str]:
-    """The adapted modules by the short names the inputs used, where these together mean exactly the adapted ones.
+    """Return the adapted modules, by the inputs' short names if these together mean exactly the adapted modules.
 
-    A short name means all modules that end in it; that is true of the merge if it was true of every input. Else the
+    A short name means all modules that end in it. This holds for the merge if it holds for every input. Else the
     modules are named in full.
     """
     short: set[str] = set()
@@ -181,7 +181,7 @@ def _target_modules(plan: Plan, adapters: list[Adapter]) -> list[str]:
 
 
 def _expert_leaves(plan: Plan) -> set[str]:
-    """The last names of the projections of experts that are written apart, unless other modules are called so too."""
+    """Return the last names of experts' projections that are written one by one, unless other modules share them."""
     apart = {out.name for item in plan.items if item.form == "factors" for each in item.placings for out in [each.up]}
     leaves = {name.removesuffix(".lora_B.weight").rpartition(".")[2] for name in apart}
     adapted = _modules(plan)
@@ -194,12 +194,12 @@ def _modules(plan: Plan) -> set[str]:
     adapted = [item for item in plan.items if item.form == "factors" and not _is_experts(item)]
     names = [out.name for item in adapted for out in item.outs]
     paths = {name.removeprefix(PREFIX).removesuffix(leaf) for name in names for leaf in leaves if name.endswith(leaf)}
-    # What is wrapped in another wrapper follows from that one.
+    # A module inside another wrapper follows from that wrapper.
     return {path for path in paths if ".base_layer" not in path}
 
 
 def _saved_modules(plan: Plan, adapters: list[Adapter]) -> list[str]:
-    """The modules saved in full, by the names of the inputs' configs; any that these leave out by its own."""
+    """Return the modules saved in full, by the names in the inputs' configs, or else by their own."""
     saved = [item for item in plan.items if item.form == "dense" and not isinstance(item.base, TokenTable)]
     outs = [out.name for item in saved for out in item.outs]
     modules = {name.removeprefix(PREFIX).rpartition(".")[0] for name in outs}

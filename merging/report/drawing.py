@@ -24,12 +24,12 @@ __all__ = ["Panel", "check_drawing", "draw_svg", "heatmap", "lines", "plain", "s
 _ENDINGS = (".png", ".svg", ".pdf")
 _LABELLED = 20
 _WRITTEN = 12
-"""Rows up to which they are named, and up to which the numbers of a heat map are written into it."""
+"""The most rows with names, and the most rows of a heat map with numbers in its cells."""
 
 _SETTINGS = {
-    # names of models are no formulas
+    # Names of models are not formulas.
     "text.parse_math": False,
-    # the same drawing, the same bytes
+    # The same drawing gives the same bytes.
     "svg.hashsalt": "merging",
     "font.size": 9,
     "axes.titlesize": 10,
@@ -40,7 +40,7 @@ _SETTINGS = {
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One drawing: ``draw`` fills its axes, ``size`` is in inches, ``caption`` says what there is to see."""
+    """One drawing: ``draw`` fills its axes, ``size`` is in inches, and ``caption`` explains it."""
 
     title: str
     caption: str
@@ -49,7 +49,7 @@ class Panel:
 
 
 def check_drawing(output: str | Path | None = None) -> None:
-    """Raise a :class:`~merging.errors.MergingError` if nothing can be drawn, or not to a file of that name."""
+    """Check that drawing is possible, and into this file. Raises :class:`~merging.errors.MergingError`."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -61,7 +61,7 @@ def check_drawing(output: str | Path | None = None) -> None:
 
 
 def draw_svg(panel: Panel) -> str:
-    """A panel as an SVG drawing of its own. Raises :class:`~merging.errors.OptionError` without matplotlib."""
+    """Return a panel as an SVG drawing. Raises :class:`~merging.errors.OptionError` without matplotlib."""
     with _figure(panel.size) as figure:
         panel.draw(figure.subplots())
         text = io.StringIO()
@@ -71,7 +71,7 @@ def draw_svg(panel: Panel) -> str:
 
 
 def save(panels: Sequence[Panel], output: str | Path, title: str) -> None:
-    """All panels in one picture, PNG, SVG or PDF by the name's ending. Raises :class:`~merging.errors.MergingError`."""
+    """Draw all panels into one picture: PNG, SVG or PDF by its suffix. Raises :class:`~merging.errors.MergingError`."""
     check_drawing(output)
     columns = 1 if len(panels) == 1 else 2
     rows = -(-len(panels) // columns)
@@ -107,14 +107,14 @@ def heatmap(
     values: Sequence[Sequence[float | None]],
     names: Sequence[str],
     limits: tuple[float, float],
-    colours: str = "RdBu_r",
+    colors: str = "RdBu_r",
 ) -> None:
-    """A square matrix over names, in colours from one limit to the other; None is left blank."""
+    """Draw a square matrix over names, with colors from one limit to the other. None is left blank."""
     import numpy as np
 
     low, high = limits
     grid = np.array([[np.nan if value is None else value for value in row] for row in values], dtype=float)
-    image = axes.imshow(grid, cmap=colours, vmin=low, vmax=high, interpolation="nearest")
+    image = axes.imshow(grid, cmap=colors, vmin=low, vmax=high, interpolation="nearest")
     axes.figure.colorbar(image, ax=axes, shrink=0.85)
     if len(names) <= _LABELLED:
         short = [_short(name) for name in names]
@@ -134,7 +134,7 @@ def heatmap(
 def lines(
     axes: Axes, curves: Mapping[str, Sequence[float]], labels: tuple[str, str], places: Sequence[Any] | None = None
 ) -> None:
-    """One line a name over ``places`` (or 1, 2, ...); ``labels`` are those of the axes."""
+    """Draw one line a name over ``places`` (or 1, 2, ...), with labels for both axes."""
     few = len(curves) <= _LABELLED
     for name, values in curves.items():
         where = range(1, len(values) + 1) if places is None else range(len(values))
@@ -150,12 +150,12 @@ def lines(
 
 
 def _short(name: str) -> str:
-    """A name that fits beside an axis: its beginning and its end."""
+    """Return a name that fits next to an axis: its beginning and its end."""
     shown = plain(name)
     shown = shown if len(shown) <= 24 else f"{shown[:10]}…{shown[-13:]}"
-    return f" {shown}" if shown.startswith("_") else shown  # matplotlib leaves such out of its legends
+    return f" {shown}" if shown.startswith("_") else shown  # matplotlib leaves names with _ out of its legends
 
 
 def plain(text: str) -> str:
-    """Text without what no drawing may hold."""
+    """Return a text with a question mark for each unprintable character."""
     return "".join(each if each.isprintable() else "?" for each in text)

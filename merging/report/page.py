@@ -1,7 +1,7 @@
-"""A self-contained HTML page: sections of text, facts, tables and figures, which asks no host for anything.
+"""A self-contained HTML page: sections of text, facts, tables and figures. It loads nothing from any host.
 
-All text is escaped by one function, as names of models are other people's. Figures are SVG drawings inside of the page,
-shown as images, in which no script runs; a content security policy forbids everything that is not in the page itself.
+One function escapes all text, as names of models come from strangers. Figures are SVG drawings in the page, shown as
+images, in which no script runs. A content security policy forbids everything outside of the page.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from merging.storage.atomic import replace_file
 __all__ = ["Cell", "Page", "check_page", "check_place", "write_whole"]
 
 Cell = str | int | float | None
-"""What stands in a table: text, a number, or nothing to tell."""
+"""A cell of a table: text, a number, or nothing."""
 
 _STYLE = """
 :root { color-scheme: light dark;
@@ -59,9 +59,9 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-ur
 
 
 class Page:
-    """A page that is put together piece by piece; every piece is added below the last and returns the page.
+    """A page that is built piece by piece. Every method adds a piece at the end and returns the page.
 
-    ``Page("A title").section("Part").text("...").table(["model", "norm"], rows).figure(svg, "what it shows")``
+    ``Page("A title").section("Part").text("...").table(["model", "norm"], rows).figure(svg, "a caption")``
     """
 
     def __init__(self, title: str, lead: str = "") -> None:
@@ -77,50 +77,50 @@ class Page:
         return self.text(text) if text else self
 
     def text(self, text: str) -> Page:
-        """A paragraph."""
+        """Add a paragraph."""
         self._parts.append(f"<p>{escape(text)}</p>")
         return self
 
     def note(self, text: str) -> Page:
-        """A paragraph that stands out: what a reader should be warned of."""
+        """Add a paragraph that stands out, such as a warning."""
         self._parts.append(f'<p class="note">{escape(text)}</p>')
         return self
 
     def facts(self, facts: Mapping[str, Cell]) -> Page:
-        """Names and values, one a line."""
+        """Add names and values, one a line."""
         lines = "".join(f"<dt>{escape(name)}</dt><dd>{_cell_text(value)}</dd>" for name, value in facts.items())
         self._parts.append(f"<dl>{lines}</dl>")
         return self
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str = "") -> Page:
-        """A table whose first column names its rows; columns of numbers are flush right.
+        """Add a table whose first column names its rows. Columns of numbers are right-aligned.
 
-        Raises ValueError for a row that is not as long as the header.
+        Raises ValueError for a row whose length differs from the header's.
         """
         if any(len(row) != len(header) for row in rows):
             raise ValueError("every row of a table has a cell for each column")
         columns = [[row[column] for row in rows] for column in range(len(header))]
         kinds = ["" if any(isinstance(cell, str) for cell in cells) else ' class="n"' for cells in columns]
-        shown = zip(*(_column(cells) for cells in columns), strict=True)
+        formatted = zip(*(_column(cells) for cells in columns), strict=True)
         head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for name, kind in zip(header, kinds, strict=True))
-        body = "".join(f"<tr>{_row(row, kinds)}</tr>" for row in shown)
-        told = f"<caption>{escape(caption)}</caption>" if caption else ""
+        body = "".join(f"<tr>{_row(row, kinds)}</tr>" for row in formatted)
+        title = f"<caption>{escape(caption)}</caption>" if caption else ""
         self._parts.append(
-            f'<div class="wide"><table>{told}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+            f'<div class="wide"><table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         )
         return self
 
     def figure(self, svg: str, caption: str) -> Page:
-        """An SVG drawing, and what it shows."""
+        """Add an SVG drawing with a caption."""
         data = base64.b64encode(svg.encode()).decode()
-        told = escape(caption)
+        text = escape(caption)
         self._parts.append(
-            f'<figure><img alt="{told}" src="data:image/svg+xml;base64,{data}"><figcaption>{told}</figcaption></figure>'
+            f'<figure><img alt="{text}" src="data:image/svg+xml;base64,{data}"><figcaption>{text}</figcaption></figure>'
         )
         return self
 
     def html(self) -> str:
-        """The page as text."""
+        """Return the page as text."""
         from merging.version import __version__
 
         links = "".join(f'<a href="#s{n}">{escape(name)}</a>' for n, name in enumerate(self._sections, 1))
@@ -142,7 +142,7 @@ class Page:
 
 
 def escape(text: str) -> str:
-    """A text in a page: markup of it is text, and control characters are escaped too."""
+    """Return a text for the page, with markup and control characters escaped."""
     return escape_markup(escape_unprintable(text, lines=True))
 
 
@@ -152,8 +152,10 @@ def _row(row: Sequence[str], kinds: Sequence[str]) -> str:
 
 
 def _column(cells: Sequence[Cell]) -> list[str]:
-    """The cells of a column; its numbers have as many decimals as show four digits of the largest, or more rather than
-    to look like zeros."""
+    """Return the cells of a column as text.
+
+    Its numbers have the decimals that show four digits of the largest. Numbers that would look like zeros have more.
+    """
     largest = max((abs(cell) for cell in cells if isinstance(cell, float) and isfinite(cell)), default=0.0)
     decimals = min(6, max(0, 3 - floor(log10(largest)))) if largest else 0
 
@@ -174,7 +176,7 @@ def _cell_text(value: Cell) -> str:
 
 
 def check_page(path: str | Path | None) -> None:
-    """Raise a :class:`~merging.errors.MergingError` if no page can be written to that file (None: none is)."""
+    """Check that a page can be written to a file, if one is given. Raises :class:`~merging.errors.MergingError`."""
     if path is not None:
         if Path(path).suffix not in (".html", ".htm"):
             raise OptionError(f"{path}: a page is a .html or .htm")
@@ -182,7 +184,7 @@ def check_page(path: str | Path | None) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Raise :class:`~merging.errors.OutputError` where no file of that name can be."""
+    """Check that a file can be written there. Raises :class:`~merging.errors.OutputError`."""
     if path.is_dir():
         raise OutputError(f"{path}: cannot be written: it is a folder")
     if not path.parent.is_dir():
@@ -190,7 +192,7 @@ def check_place(path: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its place and move it there. Raises :class:`~merging.errors.OutputError`."""
+    """Write a file atomically. Raises :class:`~merging.errors.OutputError`."""
     try:
         replace_file(path, content)
     except OSError as error:
