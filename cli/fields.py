@@ -12,7 +12,7 @@ from click.shell_completion import CompletionItem
 from merging.errors import MergingError
 
 from .errors import handle_errors
-from .types import Values
+from .types import ValuesType
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -126,7 +126,7 @@ def field_option(flag: str, field: FieldInfo, prefix: str = "", default: object 
     among = choices(field)
     kind: Any = click.Choice(among) if among else int if int in kinds else str
     if float in kinds:
-        kind = Values() if Gradient in kinds else float
+        kind = ValuesType() if Gradient in kinds else float
     return click.Option([f"--{flag}", name], type=kind, default=None, help=text)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-__all__ = ["METHOD", "MODEL", "SIZE", "Size", "Values", "paths_that_begin"]
+__all__ = ["METHOD", "MODEL", "SIZE", "Size", "ValuesType", "paths_that_begin"]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -29,7 +29,7 @@ class Size(click.ParamType[int]):
         return int(float(found[1]) * _UNITS[found[2]])
 
 
-class Values(click.ParamType[Any]):
+class ValuesType(click.ParamType[Any]):
     """One number for all models, or a comma list with one a model; each may run from block to block, as 0.2:0.8."""
 
     name = "numbers"
@@ -54,7 +54,7 @@ def _runs(text: str) -> bool:
     return ":" in text and all(math.isfinite(float(part)) for part in text.split(":"))
 
 
-class Model(click.ParamType[str]):
+class ModelType(click.ParamType[str]):
     """A model: a folder, a file, or a name on the Hub. It is completed to files here, or else to the Hub's cache."""
 
     name = "model"
@@ -105,5 +105,5 @@ class MethodName(click.ParamType[str]):
 
 
 SIZE = Size()
-MODEL = Model()
+MODEL = ModelType()
 METHOD = MethodName()

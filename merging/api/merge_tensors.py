@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from merging.engine.in_memory import Inputs, merge_in_memory
+from merging.engine.in_memory import TensorInputs, merge_in_memory
 from merging.errors import InputError, OptionError
 from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.maths.layers import Stacks
@@ -87,12 +87,12 @@ def merge_state_dicts(
         for label, model in named.items():
             _check_finite(label, {name: (model[name],) for name in floating})
 
-    def read(name: str) -> Inputs:
+    def read(name: str) -> TensorInputs:
         dtype = torch.float64 if floating[name].dtype == torch.float64 else torch.float32
         origin = None if base is None else base[name].to(dtype)
         values = [model[name].to(dtype) for model in models]
         changes = values if weights or origin is None else [value - origin for value in values]
-        return Inputs(Stack([Dense(value) for value in changes], keys), origin)
+        return TensorInputs(Stack([Dense(value) for value in changes], keys), origin)
 
     results = {name: (delta.dense(), origin) for name, delta, origin in merge_in_memory(bound, sites, read, weights)}
     for name, value in reference.items():
@@ -156,14 +156,14 @@ def merge_deltas(
     turned |= {name for adapter in adapters for name, delta in adapter.items() if getattr(delta, "transposed", False)}
     sites = {name: site_of(name, shape, stacks, name in turned) for name, shape in shapes.items()}
 
-    def read(name: str) -> Inputs:
+    def read(name: str) -> TensorInputs:
         found = [adapter.get(name) for adapter in adapters]
         like = next(delta for delta in found if delta is not None)
         zero = LowRank.zero(like) if isinstance(like, LowRank) else Dense(torch.zeros_like(like.dense()))
         deltas = [zero if delta is None else delta for delta in found]
         if not all(isinstance(delta, LowRank) for delta in deltas):
             deltas = [Dense(delta.dense()) for delta in deltas]
-        return Inputs(Stack(deltas, keys, present=[delta is not None for delta in found]), None)
+        return TensorInputs(Stack(deltas, keys, present=[delta is not None for delta in found]), None)
 
     return {name: delta for name, delta, _ in merge_in_memory(bound, sites, read, weights=False)}
 

@@ -16,7 +16,16 @@ from merging.sources import Checkpoint
 from merging.sources.checkpoint import content_key
 from merging.sources.links import refuse_link
 
-__all__ = ["Damaged", "Verdict", "base_of", "download_base", "file_hashes", "require_whole", "state_files", "verify"]
+__all__ = [
+    "Damaged",
+    "StoreVerdict",
+    "base_of",
+    "download_base",
+    "file_hashes",
+    "require_whole",
+    "state_files",
+    "verify",
+]
 
 
 class Damaged(InputError):
@@ -24,7 +33,7 @@ class Damaged(InputError):
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class StoreVerdict:
     """The outcome of verifying a store.
 
     Attributes:
@@ -118,7 +127,7 @@ def part_problem(store: Path, part: Part) -> str | None:
     return None if same else f"{file}: its content is not what was written"
 
 
-def verify(store: Path, manifest: Manifest) -> Verdict:
+def verify(store: Path, manifest: Manifest) -> StoreVerdict:
     """Compare the hashes of all states that are there, and of the base's files, with the manifest."""
     problems: list[str] = []
     removed: list[int] = []
@@ -134,7 +143,7 @@ def verify(store: Path, manifest: Manifest) -> Verdict:
         whole = whole if found else step.number
     if manifest.steps and manifest.steps[-1].number in removed:
         problems.append(f"the state of the last step, {manifest.steps[-1].number}, is gone")
-    return Verdict(len(manifest.steps), removed, problems + _base_problems(manifest.base), whole)
+    return StoreVerdict(len(manifest.steps), removed, problems + _base_problems(manifest.base), whole)
 
 
 def _base_problems(stated: StoreBase) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from merging.api.merge_files import Merged
 from merging.continual.export import export
 from merging.continual.folder import refuse_within
-from merging.continual.integrity import Verdict, base_of, require_whole, state_files, verify
+from merging.continual.integrity import StoreVerdict, base_of, require_whole, state_files, verify
 from merging.continual.layer_spectra import spectra
 from merging.continual.manifest import Manifest, StepRecord, read_manifest
 from merging.continual.state import open_state
@@ -68,7 +68,7 @@ class StoreView:
 
         plot(self, output)
 
-    def verify(self) -> Verdict:
+    def verify(self) -> StoreVerdict:
         """Compare the hashes of all states that are there, and of the base's files, with the manifest."""
         while True:
             manifest = self.manifest()

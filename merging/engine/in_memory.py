@@ -22,10 +22,10 @@ from merging.methods.contract.method import Method, Statistics
 from merging.methods.contract.places import check_places
 from merging.methods.contract.wrapper import Unwrapped, unwrap_outer
 
-__all__ = ["Inputs", "MergedTensor", "merge_in_memory"]
+__all__ = ["MergedTensor", "TensorInputs", "merge_in_memory"]
 
 
-class Inputs(NamedTuple):
+class TensorInputs(NamedTuple):
     """The models' changes (or weights) of one tensor, and the base's values, None where there is no base."""
 
     stack: Stack
@@ -41,7 +41,7 @@ class MergedTensor(NamedTuple):
 
 
 def merge_in_memory(
-    method: Method, sites: Mapping[str, Site], read: Callable[[str], Inputs], weights: bool
+    method: Method, sites: Mapping[str, Site], read: Callable[[str], TensorInputs], weights: bool
 ) -> Iterator[MergedTensor]:
     """Merge tensors one after the other.
 
@@ -66,7 +66,7 @@ def merge_in_memory(
 class _Run:
     method: Method
     sites: Mapping[str, Site]
-    read: Callable[[str], Inputs]
+    read: Callable[[str], TensorInputs]
     weights: bool
     models: int
 

@@ -131,7 +131,7 @@ def output_basis(changes: Sequence[Delta]) -> Tensor:
 def balance(delta: LowRank) -> LowRank:
     """Return the change with the product's singular values split evenly between its factors, float64."""
     u, s, vh = factored_svd(delta.up, delta.down)
-    return _balance(u, s, vh, s.shape[-1], torch.float64, delta.shape, delta.transposed)[0]
+    return _balance((u, s, vh), s.shape[-1], torch.float64, delta.shape, delta.transposed)[0]
 
 
 def balance_terms(delta: LowRank, dtype: torch.dtype) -> LowRank:
@@ -154,7 +154,7 @@ def truncate(delta: LowRank, rank: int) -> tuple[LowRank, float]:
     if delta.rank <= rank:
         return delta, 0.0
     u, s, vh = factored_svd(delta.up, delta.down)
-    return _balance(u, s, vh, rank, delta.up.dtype, delta.shape, delta.transposed)
+    return _balance((u, s, vh), rank, delta.up.dtype, delta.shape, delta.transposed)
 
 
 def compress_matrix(
@@ -174,14 +174,16 @@ def compress_matrix(
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis)[0])[0]
     u, s, vh = factored_svd(basis, basis.mT @ matrix)
     shape = tuple(matrix.shape) if shape is None else shape
-    factors, _ = _balance(u, s, vh, rank, matrix.dtype, shape, transposed)
+    factors, _ = _balance((u, s, vh), rank, matrix.dtype, shape, transposed)
     total = float(matrix.double().square().sum())
     return factors, max(0.0, safe_ratio(total - float(s[..., :rank].square().sum()), total))
 
 
 def _balance(
-    u: Tensor, s: Tensor, vh: Tensor, rank: int, dtype: torch.dtype, shape: tuple[int, ...], transposed: bool
+    svd: ThinSvd, rank: int, dtype: torch.dtype, shape: tuple[int, ...], transposed: bool
 ) -> tuple[LowRank, float]:
+    """Return factors of the largest singular values, split evenly, and the share of energy that is discarded."""
+    u, s, vh = svd
     root = s[..., :rank].sqrt()
     up, down = (u[..., :rank] * root[..., None, :]).to(dtype), (root[..., None] * vh[..., :rank, :]).to(dtype)
     energy = s.square()

@@ -23,7 +23,7 @@ from merging.maths.linalg import factored_svd, squared_norm
 from merging.maths.sums import safe_ratio
 from merging.plan.checks import same_base
 from merging.plan.names.resolve import Resolver
-from merging.pool.entry import VERDICTS, Entry, Finding, Verdict
+from merging.pool.entry import VERDICTS, Entry, Finding, PoolVerdict
 from merging.pool.sketches import empty, sketch
 from merging.sources import Adapter, Checkpoint
 from merging.sources.changes import Change
@@ -61,7 +61,7 @@ class _Audit:
     findings: list[Finding] = field(default_factory=list)
     adapter: Adapter | None = None
 
-    def find(self, stage: str, verdict: Verdict, reason: str) -> None:
+    def find(self, stage: str, verdict: PoolVerdict, reason: str) -> None:
         self.findings.append(Finding(stage, verdict, reason))
 
     @property

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from merging.sources.links import refuse_link
 
-__all__ = ["OVERRULED", "VERDICTS", "Entry", "Finding", "Verdict", "verdict_of"]
+__all__ = ["OVERRULED", "VERDICTS", "Entry", "Finding", "PoolVerdict", "verdict_of"]
 
-Verdict = Literal["ok", "repaired", "quarantined", "rejected"]
-VERDICTS: tuple[Verdict, ...] = ("ok", "repaired", "quarantined", "rejected")
+PoolVerdict = Literal["ok", "repaired", "quarantined", "rejected"]
+VERDICTS: tuple[PoolVerdict, ...] = ("ok", "repaired", "quarantined", "rejected")
 """The verdicts from best to worst. An adapter has the worst verdict of its findings."""
 
 OVERRULED = "overruled"
@@ -24,7 +24,7 @@ class Finding:
     """One finding of a check: its stage, the verdict that follows, and the reason."""
 
     stage: str
-    verdict: Verdict
+    verdict: PoolVerdict
     reason: str
 
 
@@ -55,7 +55,7 @@ class Entry:
     """
 
     name: str
-    verdict: Verdict = "ok"
+    verdict: PoolVerdict = "ok"
     owner: str | None = None
     licence: str | None = None
     stated_base: str | None = None
@@ -98,7 +98,7 @@ class Entry:
         return values | {"findings": findings}
 
 
-def verdict_of(findings: Iterable[Finding]) -> Verdict:
+def verdict_of(findings: Iterable[Finding]) -> PoolVerdict:
     """Return the worst verdict of all findings.
 
     If a person overruled an adapter, only the person's finding counts, and findings that leave no files to read: the

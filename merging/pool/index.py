@@ -14,7 +14,7 @@ from typing import Any
 from merging import os_calls
 from merging.errors import FormatError, InputError, OutputError, nearest
 from merging.pool.database import SCHEMA, TABLES, Database
-from merging.pool.entry import VERDICTS, Entry, Finding, Verdict, verdict_of
+from merging.pool.entry import VERDICTS, Entry, Finding, PoolVerdict, verdict_of
 from merging.pool.sketches import LENGTH
 from merging.sources.small_files import parse_json
 
@@ -137,7 +137,7 @@ class Index:
         """Return the names of all adapters that were audited."""
         return {row["name"] for row in self._database.rows("SELECT name FROM adapters")}
 
-    def entries(self, verdicts: Sequence[Verdict] = VERDICTS) -> list[Entry]:
+    def entries(self, verdicts: Sequence[PoolVerdict] = VERDICTS) -> list[Entry]:
         """Return the adapters with one of these verdicts, sorted by name."""
         found = map(self._entry, self._database.rows("SELECT * FROM adapters ORDER BY name"))
         return [entry for entry in found if entry.verdict in verdicts]

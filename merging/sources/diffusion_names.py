@@ -10,10 +10,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from merging.maths.shapes import Shapes
 from merging.sources import unet_names
 from merging.sources.denoiser_rules import rules_of
 from merging.sources.denoisers import is_denoiser
-from merging.sources.fused_names import NameSet, RowRange, Shapes, paired_names
+from merging.sources.fused_names import NameSet, RowRange, paired_names
 from merging.sources.lora_names import within
 
 __all__ = ["Known", "known_names", "spellings"]

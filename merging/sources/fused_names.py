@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from merging.maths.shapes import Shapes
 from merging.sources.denoiser_rules import NUMBER, NameRule, rules_of
 
-__all__ = ["NameSet", "RowRange", "Shapes", "paired_names"]
+__all__ = ["NameSet", "RowRange", "paired_names"]
 
-Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of tensors by name."""
 
 NameSet = Literal["diffusers", "published"]

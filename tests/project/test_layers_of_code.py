@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -229,6 +230,56 @@ def test_importing_the_package_brings_no_torch() -> None:
 def test_files_stay_short(name: str) -> None:
     """One that grows becomes a folder."""
     assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= 320
+
+
+def functions(name: str) -> Iterator[ast.FunctionDef]:
+    """The functions of a file, methods among them."""
+    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            yield node
+
+
+def positional(function: ast.FunctionDef) -> int:
+    """How many arguments a function takes by their position, without self."""
+    taken = [*function.args.posonlyargs, *function.args.args]
+    return sum(each.arg not in ("self", "cls") for each in taken)
+
+
+@pytest.mark.parametrize("room", ["api", "engine", "maths", "plan"])
+def test_arguments_have_names(room: str) -> None:
+    """Nobody reads the sixth argument of a call by its position."""
+    for name in modules(room):
+        assert {each.name: positional(each) for each in functions(name) if positional(each) > 5} == {}, name
+        for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                assert len(node.args) <= 5, f"{name}, line {node.lineno}: {ast.unparse(node)}"
+
+
+def test_parameters_are_few() -> None:
+    """Commands, which click calls by name, may have more."""
+    others = [name for name in FILES if room_of(name) != "cli"]
+    assert {(name, each.name) for name in others for each in functions(name) if positional(each) > 8} == set()
+
+
+def test_no_two_classes_share_a_name() -> None:
+    """Type aliases count as classes; a class may be exported by its package under a shorter name."""
+    found: dict[str, list[str]] = {}
+    for name, file in FILES.items():
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            defined = node.name if isinstance(node, ast.ClassDef) else alias(node)
+            if defined:
+                found.setdefault(defined, []).append(name)
+    assert len(found) > 300
+    assert {defined: names for defined, names in found.items() if len(names) > 1} == {}
+
+
+def alias(node: ast.stmt) -> str | None:
+    """The name of a type alias (``Shape = tuple[int, ...]``) that a statement defines."""
+    if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
+        return None
+    name = node.targets[0].id
+    named = re.fullmatch(r"[A-Z]\w*[a-z]\w*", name) and isinstance(node.value, ast.Subscript | ast.BinOp)
+    return name if named else None
 
 
 ENGLISH = """a adapters ahead and as beats because but by comes directions for grows has if in inputs inside into is it

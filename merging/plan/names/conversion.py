@@ -14,12 +14,11 @@ from itertools import accumulate
 from typing import Any
 
 from merging.errors import FormatError
+from merging.maths.shapes import Shapes
 from merging.plan.names.element_map import ElementMap
 from merging.sources.regions import TensorPart, whole
 
 __all__ = ["CheckpointLoading"]
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 class CheckpointLoading:

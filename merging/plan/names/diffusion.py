@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from merging.errors import InputError
+from merging.maths.shapes import Shapes
 from merging.sources import Adapter
 from merging.sources.diffusion_names import Known, known_names, spellings
 from merging.sources.fused_names import RowRange
@@ -13,8 +14,6 @@ from merging.sources.lora_names import normal_name
 from merging.sources.regions import TensorPart
 
 __all__ = ["DiffusionMatch", "DiffusionNames"]
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)

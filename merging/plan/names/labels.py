@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from merging.errors import InputError
+from merging.maths.shapes import Shapes
 from merging.plan.recipe import AdapterFormat, Recipe
 from merging.sources import Adapter
 from merging.sources.diffusion_names import Known, known_names
 from merging.sources.fused_names import RowRange
 
 __all__ = [
-    "Shapes",
     "choose_format",
     "find_unnamed",
     "formats_with_names",
@@ -21,8 +21,6 @@ __all__ = [
     "make_peft_labels",
     "unnamed_error",
 ]
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 _OWN: dict[str, AdapterFormat] = {
     "Kohya": "kohya",

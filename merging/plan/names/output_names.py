@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from merging.plan.names.labels import Shapes, choose_format, find_unnamed, formats_with_names, label_rows, unnamed_error
+from merging.maths.shapes import Shapes
+from merging.plan.names.labels import choose_format, find_unnamed, formats_with_names, label_rows, unnamed_error
 from merging.plan.names.peft_names import PREFIX
 from merging.plan.recipe import AdapterFormat, Recipe
 from merging.sources import Adapter

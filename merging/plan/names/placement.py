@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from math import prod
 
 from merging.errors import InputError
+from merging.maths.shapes import Shape
 from merging.sources import Adapter
 from merging.sources.changes import Change
 from merging.sources.fused_names import RowRange
 from merging.sources.regions import AssembledChange, Region, TensorPart, meet, part_of
 
 __all__ = ["Match", "Resolved", "match_line", "parts_by_whole", "place_changes"]
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

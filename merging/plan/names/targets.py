@@ -73,7 +73,7 @@ def adapter_targets(adapters: Sequence[Adapter], base: Checkpoint | None, heads:
         for name, change in each.items():
             labels.setdefault(name, change.target)
     changes = {name: tuple(each.get(name) for each in named) for name in labels}
-    return Targets(changes, labels, placed, matched, resolver, heads)
+    return Targets(changes=changes, labels=labels, placed=placed, matched=matched, resolver=resolver, heads=heads)
 
 
 def _known_tensors(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, Stored]:

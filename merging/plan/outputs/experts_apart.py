@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 
 from merging.errors import InputError, OptionError
+from merging.maths.site import Site
 from merging.plan.items import Placing
 from merging.plan.names.peft_names import PREFIX, module_of
 from merging.plan.names.resolve import Resolver
 from merging.sources.changes import Change
-from merging.sources.regions import TensorPart
 from merging.storage.output_tensor import OutputTensor
 
 __all__ = ["check_experts_apart", "place_experts"]
@@ -28,7 +28,7 @@ def check_experts_apart(targets: Iterable[str], experts: bool) -> None:
 
 
 def place_experts(
-    name: str, change: Change, shape: tuple[int, ...], rank: int, kind: str, resolver: Resolver | None
+    site: Site, change: Change, *, rank: int, dtype_name: str, resolver: Resolver | None
 ) -> tuple[Placing, ...]:
     """Return the places of the factors of experts that are one tensor in memory: two tensors for each projection.
 
@@ -38,30 +38,26 @@ def place_experts(
     """
     if resolver is None:
         raise InputError(
-            f"{name}: only the base's files have names for single experts: give it with --base, or leave "
+            f"{site.name}: only the base's files have names for single experts: give it with --base, or leave "
             f"--experts apart out"
         )
-    turned = change.is_transposed(shape)
-    return tuple(_placings(name, resolver.holders(name), shape, turned, rank, kind))
-
-
-def _placings(
-    name: str, held: Sequence[tuple[str, TensorPart]], shape: tuple[int, ...], turned: bool, rank: int, kind: str
-) -> Iterator[Placing]:
-    outer, inner = (2, 1) if turned else (1, 2)
-    for stored, piece in held:
+    outer, inner = (2, 1) if change.is_transposed(site.shape) else (1, 2)
+    placings = []
+    for stored, piece in resolver.holders(site.name):
         expert, rows, columns = piece.box[0], piece.box[outer], piece.box[inner]
-        if len(piece.axes) != 2 or not stored.endswith(".weight") or columns != slice(0, shape[inner]):
+        if len(piece.axes) != 2 or not stored.endswith(".weight") or columns != slice(0, site.shape[inner]):
             raise InputError(
-                f"{name}: the base keeps its experts together ({stored}), so that single ones have no names: leave "
-                f"--experts apart out"
+                f"{site.name}: the base keeps its experts together ({stored}), so that single ones have no names: "
+                f"leave --experts apart out"
             )
         path = PREFIX + module_of(stored)
-        yield Placing(
-            OutputTensor(f"{path}.lora_A.weight", kind, (rank, shape[inner])),
-            OutputTensor(f"{path}.lora_B.weight", kind, (rows.stop - rows.start, rank)),
+        placing = Placing(
+            OutputTensor(f"{path}.lora_A.weight", dtype_name, (rank, site.shape[inner])),
+            OutputTensor(f"{path}.lora_B.weight", dtype_name, (rows.stop - rows.start, rank)),
             rows,
             first=0,
             term=0,
             expert=expert.start,
         )
+        placings.append(placing)
+    return tuple(placings)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from merging.errors import InputError
+from merging.maths.shapes import Shapes
 from merging.maths.site import Site
 from merging.plan.items import Constant, Item, ItemForm, Placing
 from merging.plan.names.output_names import Names
@@ -19,8 +20,6 @@ from merging.sources.stored import Stored
 from merging.storage.output_tensor import OutputTensor
 
 __all__ = ["NamedExporter"]
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 _CONVOLUTION = re.compile(r"(?:conv\w*|proj_in|proj_out|_op|in_layers_2|out_layers_3|skip_connection)$")
 """Endings of modules that may be convolutions."""

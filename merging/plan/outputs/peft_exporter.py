@@ -63,11 +63,11 @@ class PeftExporter(Exporter):
             return Item(site, changes, stored, outs, "delta" if is_bias(changes) else "dense")
         if self._apart and is_experts(changes):
             first = next(each for each in changes if each)
-            placings = place_experts(site.name, first, site.shape, self.rank, self._dtype_name, self._resolver)
+            placings = place_experts(site, first, rank=self.rank, dtype_name=self._dtype_name, resolver=self._resolver)
             outs = tuple(out for each in placings for out in (each.down, each.up) if out)
             return Item(site, changes, stored, outs, "factors", placings=placings)
         written = 0.5 if self._paths.applied_twice(label) else 1.0
-        return Item(site, changes, stored, self._tensors(site, changes), "factors", written)
+        return Item(site, changes, stored, self._tensors(site, changes), "factors", written=written)
 
     def _tensors(self, site: Site, changes: Changes) -> tuple[OutputTensor, ...]:
         label = self._labels[site.name]

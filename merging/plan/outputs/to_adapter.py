@@ -8,6 +8,7 @@ import torch
 
 from merging.errors import InputError
 from merging.maths.patterns import all_matching
+from merging.maths.shapes import Shape
 from merging.maths.site import inputs_by_outputs, site_of
 from merging.plan.checks import check_related, note_assumed_linear
 from merging.plan.inputs.task_heads import NO_HEADS, TaskHeads
@@ -26,8 +27,6 @@ from merging.sources import Adapter, Checkpoint
 from merging.sources.stored import DTYPE_NAMES
 
 __all__ = ["plan_adapter"]
-
-Shape = tuple[int, ...]
 
 
 def plan_adapter(
@@ -58,7 +57,7 @@ def plan_adapter(
     stacks, guess = find_stacks(recipe, adapters, base, targets)
     excluded = all_matching(recipe.exclude, [*targets.changes, *heads.excluded])
     merged = {name: changes for name, changes in targets.changes.items() if name not in excluded}
-    exporter, names_notices = _choose_exporter(recipe, adapters, base, targets, merged, rank_steps)
+    exporter, names_notices = _choose_exporter(recipe, adapters, base, targets, merged=merged, rank_steps=rank_steps)
     turned = inputs_by_outputs({name: stored.shape for name, stored in base.tensors.items()}) if base else set()
     resolver = targets.resolver
     items: list[Item] = []
@@ -89,6 +88,7 @@ def _choose_exporter(
     adapters: Sequence[Adapter],
     base: Checkpoint | None,
     targets: Targets,
+    *,
     merged: Mapping[str, Changes],
     rank_steps: Sequence[int],
 ) -> tuple[Exporter, list[str]]:

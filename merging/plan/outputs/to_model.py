@@ -94,7 +94,7 @@ def plan_model(
         site = site_of(name, stored.shape, stacks, name in turned)
         given = tuple(each.get(name) for each in inputs)
         copied = name in differing or name in kept or name in excluded
-        items.append(_item(site, stored, () if copied else given, recipe, base, weights))
+        items.append(_item(site, stored, () if copied else given, recipe, based=base is not None, weights=weights))
     untied = is_untied(tensors, reference)
     return PlannedOutput(items=items, matched=matched, notices=notices, guess=guess, untied=untied)
 
@@ -158,7 +158,8 @@ def _item(
     stored: Stored,
     inputs: tuple[Stored | Change | None, ...],
     recipe: Recipe,
-    base: Checkpoint | None,
+    *,
+    based: bool,
     weights: bool,
 ) -> Item:
     """Return the item of a tensor; it is copied where no model has an input for it."""
@@ -169,5 +170,5 @@ def _item(
         return Item(site, inputs, stored, outs, "copy")
     # A base that only lends its names is not read.
     reads_base = not weights or None in inputs or any(isinstance(each, Change) for each in inputs)
-    needed = base is not None and (reads_base or recipe.method.rescales)
+    needed = based and (reads_base or recipe.method.rescales)
     return Item(site, inputs, stored if needed else None, outs, "dense")
