@@ -91,9 +91,7 @@ def refuse_within(output: Path) -> None:
     """Raise :class:`~merging.errors.OutputError` for an output inside a store, which holds nothing but states."""
     for folder in output.expanduser().resolve().parents:
         if (folder / NAME).is_file() and (folder / STATES).is_dir():
-            raise OutputError(
-                f"{output}: lies inside the store {folder}, which holds states alone: choose another place"
-            )
+            raise OutputError(f"{output}: is inside the store {folder}, which holds only states: choose another place")
 
 
 def remove_state(folder: Path) -> None:

@@ -183,13 +183,13 @@ def read_manifest(store: Path) -> Manifest:
     """Return the manifest of a store. Raises :class:`~merging.errors.FormatError` if it is missing or damaged."""
     path = store / NAME
     if not os.path.lexists(path):
-        raise FormatError(f"{store}: is no store: make one with merge continual init {store} --base BASE")
+        raise FormatError(f"{store}: is not a store: create one with merge continual init {store} --base BASE")
     refuse_link(path)
     refuse_link(store / STATES)
     try:
         values = read_json(path, LIST_LIMIT, halves=True)
     except FormatError as error:
-        raise FormatError(f"{error}: it is no manifest of a store, or is damaged") from None
+        raise FormatError(f"{error}: it is not the manifest of a store, or is damaged") from None
     try:
         version = values.get("schema_version")
         if not isinstance(version, int):
@@ -201,9 +201,9 @@ def read_manifest(store: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(each) for each in first["loc"]) or "all in all"
-        raise FormatError(f"{path}: is no manifest of a store, or is damaged: {where}: {first['msg']}") from None
+        raise FormatError(f"{path}: is not the manifest of a store, or is damaged: {where}: {first['msg']}") from None
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: is no manifest of a store, or is damaged: {error}") from None
+        raise FormatError(f"{path}: is not the manifest of a store, or is damaged: {error}") from None
     if stated is not None and stated != _checksum(values):  # the first stores had none
         raise FormatError(
             f"{path}: is damaged, or was edited: its checksum is of other content. Put a copy of it back (for a base "

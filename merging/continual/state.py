@@ -51,7 +51,7 @@ class HeldChange(FullChange):
 def open_state(path: Path, base: str | None = None) -> Adapter:
     """Open a part of a state as a source of changes, by the base's names.
 
-    ``base`` is the name of the base in adapters. Raises :class:`~merging.errors.FormatError` if the file is no state.
+    ``base`` is the name of the base in adapters. Raises :class:`~merging.errors.FormatError` for other files.
     """
     stored, metadata = open_safetensors(path)
     changes: dict[str, Change] = {}
@@ -68,7 +68,7 @@ def open_state(path: Path, base: str | None = None) -> Adapter:
                 stem, names, alpha = facts["written"]
                 written[name] = TensorNames(str(stem), tuple(map(str, names)), bool(alpha))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise FormatError(f"{path}: is no state of a store: {type(error).__name__}: {error}") from None
+        raise FormatError(f"{path}: is not a state of a store: {type(error).__name__}: {error}") from None
     dialect, configured = metadata.get(_DIALECT, _PEFT), _CONFIGURED in metadata
     return Adapter(path, changes, (path,), dialect, base, tensor_names=written, configured=configured)
 
@@ -189,10 +189,10 @@ def _plan_factors(
             sums[item.site.name] = (min(total, most or total), item.site.shape)
     while True:
         rank = max((total for total, _ in sums.values()), default=0)
-        dear = {name for name, (_, shape) in sums.items() if not _worth(rank, shape)}
-        if not dear:
+        costly = {name for name, (_, shape) in sums.items() if not _worth(rank, shape)}
+        if not costly:
             return set(sums), rank
-        sums = {name: entry for name, entry in sums.items() if name not in dear}
+        sums = {name: entry for name, entry in sums.items() if name not in costly}
 
 
 def _worth(rank: int, shape: Sequence[int]) -> bool:

@@ -27,7 +27,7 @@ __all__ = ["StoreView"]
 class StoreView:
     """A store for readers: its state and history, checks of its integrity, and export of its merge.
 
-    Raises :class:`~merging.errors.FormatError` if ``path`` is no store.
+    Raises :class:`~merging.errors.FormatError` if ``path`` is not a store.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -58,7 +58,7 @@ def links(text: str) -> list[type[Method]]:
         classes.append(method_class("task_arithmetic"))
     for cls in classes[:-1]:
         if not issubclass(cls, Wrapper):
-            raise OptionError(f"{cls.name} is no wrapper, so it can only stand last in the chain {text!r}")
+            raise OptionError(f"{cls.name} is not a wrapper, so it can only stand last in the chain {text!r}")
     names = [cls.name for cls in classes]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:

@@ -61,7 +61,7 @@ class Opcm(Method):
 
     def idle(self, site: Site) -> Mapping[str, str]:
         matrices = self.grain_at(site) == "matrix"
-        return {} if matrices else dict.fromkeys(("alpha", "mode", "svd"), "opcm takes only matrices apart")
+        return {} if matrices else dict.fromkeys(("alpha", "mode", "svd"), "opcm decomposes only matrices")
 
     def grain_at(self, site: Site) -> Grain:
         return "matrix" if site.kind in ("matrix", "experts") else "element"

@@ -109,7 +109,7 @@ def _load(offers: list[EntryPoint]) -> type[Method]:
         ) from error
     cls = type(loaded) if isinstance(loaded, Method) else loaded
     if not (isinstance(cls, type) and issubclass(cls, Method)):
-        raise OptionError(f"the method {name!r} of {package} is no merging method: {entry.value} is {loaded!r:.80}")
+        raise OptionError(f"the method {name!r} of {package} is not a merging method: {entry.value} is {loaded!r:.80}")
     if cls.name != name:
         raise OptionError(f"{package} offers {entry.value} by the name {name!r}, and it is called {cls.name!r}")
     required = [field for field, info in cls.model_fields.items() if info.is_required() and field != "then"]

@@ -152,7 +152,7 @@ def test_no_method_lists_them() -> None:
     [
         ("-m linaer a b", "there is no method 'linaer' (did you mean 'linear'?)"),
         ("-m xyz a b", "there is no method 'xyz': the methods are linear, "),
-        ("-m linear+lines a", "linear is no wrapper, so it can only stand last in the chain 'linear+lines'"),
+        ("-m linear+lines a", "linear is not a wrapper, so it can only stand last in the chain 'linear+lines'"),
         ("-m lines+lines a", "lines stands twice"),
         ("-m linear", "there is nothing to merge"),
         ("-m linear a b --t 0.3", "'t' is a parameter of nearswap, slerp, which the chain 'linear' does not have"),

@@ -112,9 +112,9 @@ def test_layout_of_the_manifest(full: Models, tmp_path: Path) -> None:
     [
         (lambda m: {**m, "schema_version": 2}, "has the schema 2, and this version reads 1: use the newer one"),
         (lambda m: {**m, "schema_version": None}, "states no schema_version"),
-        (lambda m: {**m, "surprise": 1}, "is no manifest"),
-        (lambda m: {key: value for key, value in m.items() if key != "base"}, "is no manifest"),
-        (lambda m: [m], "is no manifest"),
+        (lambda m: {**m, "surprise": 1}, "is not the manifest"),
+        (lambda m: {key: value for key, value in m.items() if key != "base"}, "is not the manifest"),
+        (lambda m: [m], "is not the manifest"),
     ],
 )
 def test_manifests_that_are_refused(full: Models, tmp_path: Path, spoil: Any, told: str) -> None:
@@ -128,11 +128,11 @@ def test_manifests_that_are_refused(full: Models, tmp_path: Path, spoil: Any, to
 
 
 def test_what_is_no_store(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="is no store"):
+    with pytest.raises(FormatError, match="is not a store"):
         ContinualStore(tmp_path)
-    assert "is no store: make one with merge continual init" in said("add", tmp_path / "none", "x")
+    assert "is not a store: create one with merge continual init" in said("add", tmp_path / "none", "x")
     (tmp_path / "manifest.json").write_bytes(b"\xff\xfe not json")
-    assert "is no manifest of a store" in said("status", tmp_path)
+    assert "is not the manifest of a store" in said("status", tmp_path)
 
 
 def test_states_may_be_read_by_whom_the_store_may(full: Models, tmp_path: Path) -> None:

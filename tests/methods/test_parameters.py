@@ -246,7 +246,7 @@ def test_parameters_without_effect_are_said(
 def test_parameters_of_matrices_where_there_is_none(tmp_path: Path) -> None:
     vectors = [save(tmp_path / f"{i}", {"layers.0.norm.weight": torch.ones(4) * i}) for i in range(3)]
     notices = merging.preview(vectors[1:], method="svd", base=vectors[0], max_rank=2, embeddings=True).notices
-    assert "svd.max_rank has no effect: svd takes only matrices apart" in notices
+    assert "svd.max_rank has no effect: svd decomposes only matrices" in notices
     assert "svd.embeddings has no effect: there is no embedding table" in notices
 
 

@@ -87,7 +87,7 @@ def test_broken_packages_are_named(site: Path) -> None:
     offer(site, "second", "offered_twice", "offering_b:method")
     wanted = {
         "offered_gone": "of the package gone cannot be loaded: ModuleNotFoundError: No module named 'no_such_module'",
-        "offered_nothing": "of the package nothing is no merging method: offering_nothing:value is 3",
+        "offered_nothing": "of the package nothing is not a merging method: offering_nothing:value is 3",
         "offered_name": "by the name 'offered_name', and it is called 'other'",
         "offered_twice": "is offered by the package first and the package second",
     }

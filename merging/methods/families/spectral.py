@@ -49,7 +49,7 @@ class Spectral(Method):
         if self.decomposes(site):
             return found
         everywhere = {"scale", "weights", "embeddings"}
-        own = dict.fromkeys(type(self).model_fields.keys() - everywhere, f"{self.name} takes only matrices apart")
+        own = dict.fromkeys(type(self).model_fields.keys() - everywhere, f"{self.name} decomposes only matrices")
         return own | found
 
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
