@@ -21,8 +21,9 @@ from merging.continual import ContinualStore
 from support import tiny
 from support.hub_fixture import Hub
 from support.stores import PATIENCE, export, until
+from support.systems import POSIX
 
-pytestmark = pytest.mark.exhaustive
+pytestmark = [POSIX, pytest.mark.exhaustive]
 
 TRIES = 6
 """Failures of a request that are stood, at once where the Hub asks for no patience."""

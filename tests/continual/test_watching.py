@@ -28,6 +28,7 @@ from support.stores import (
     said,
     until,
 )
+from support.systems import POSIX
 from support.tiny import checkpoint, load, model, save
 
 pytestmark = QUIRKS
@@ -169,6 +170,7 @@ def test_watch_once(full: Models, tmp_path: Path, incoming: Path) -> None:
     ]
 
 
+@POSIX
 @pytest.mark.exhaustive
 def test_watch_ends_at_a_signal(tmp_path: Path, incoming: Path) -> None:
     """Waiting for models, and within a step, which is done then: exit code 0, and a whole store."""

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from merging.engine.threads import share_out
+from support.systems import POSIX
 
 CPU = torch.device("cpu")
 
 
+@POSIX
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_an_interrupt_waits_for_what_is_under_way(threads: int) -> None:
     """Python up to 3.12 takes a thread for ended where Ctrl-C comes while it is waited for (its own `join`)."""
@@ -34,6 +36,7 @@ def test_an_interrupt_waits_for_what_is_under_way(threads: int) -> None:
     assert len(begun) < 50
 
 
+@POSIX
 def test_what_can_be_stopped_is_not_waited_for() -> None:
     stop, late = threading.Event(), threading.Event()
 

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from support.systems import POSIX
+
+pytestmark = POSIX
+
 FAULTS = Path(__file__).with_name("landing.py")
 
 

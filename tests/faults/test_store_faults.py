@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from support.adapters import QUIRKS
+from support.systems import POSIX
 
-pytestmark = QUIRKS
+pytestmark = [POSIX, *QUIRKS]
 
 FAULTS = Path(__file__).with_name("continual.py")
 

@@ -21,6 +21,7 @@ from merging.output.licences import licence_sentence, strictest
 from support import tiny
 from support.hub_fixture import Hub, Request, serve
 from support.paths import EXAMPLES, ROOT
+from support.systems import POSIX
 
 pytestmark = pytest.mark.exhaustive
 
@@ -197,6 +198,7 @@ def test_what_arrives_damaged_is_caught(site: Site, shell: Shell) -> None:
     assert tiny.identical(tiny.load(shell.folder / "out"), shell.expected())
 
 
+@POSIX
 def test_a_download_that_was_killed_goes_on(site: Site, shell: Shell, tmp_path: Path) -> None:
     big = {"w": torch.randn(10_000_000, generator=torch.Generator().manual_seed(1))}
     site.hub.put("big/one", tiny.save(tmp_path / "one", big))

@@ -34,6 +34,7 @@ from support.references import (
     ties,
     unflatten,
 )
+from support.systems import POSIX
 from support.tiny import load, model, save
 
 Change = dict[str, Tensor]
@@ -261,6 +262,7 @@ def test_spool(small: dict[str, Inputs], tmp_path: Path, kind: str, monkeypatch:
     assert names == {path.name for path in tmp_path.iterdir()} == {"out.safetensors"}
 
 
+@POSIX
 def test_disk_that_is_full_while_spooling(tmp_path: Path) -> None:
     """The output fits, what is set aside for it does not."""
     for seed, name in enumerate(("base", "one", "two")):

@@ -25,6 +25,7 @@ from merging.pool.candidates import candidates_in
 from merging.sources import Adapter
 from support.adapters import LLAMA, QUIRKS, deep_base, edit_config, edit_tensors, train
 from support.hub_fixture import Hub
+from support.systems import POSIX
 
 pytestmark = QUIRKS
 
@@ -264,6 +265,7 @@ def test_owners_have_so_many_places_and_licences_are_asked_for(
     assert Pool(tmp_path / "pool").index.entry("you/rslora") == found["you/rslora"]
 
 
+@POSIX
 @pytest.mark.exhaustive
 def test_a_build_that_is_killed_goes_on(base: Path, incoming: Path, tmp_path: Path) -> None:
     pool = tmp_path / "pool"

@@ -34,6 +34,7 @@ from merging.recycling.training import TrainingPlan
 from merging.recycling.training import train as tune
 from support.adapters import QUIRKS, edit_config, edit_tensors, peft, reload, train
 from support.recycling_tasks import FAST, ROWS, World, causal, classifier, contents, encoder, seq2seq
+from support.systems import POSIX
 
 pytestmark = [*QUIRKS, pytest.mark.exhaustive]
 
@@ -315,6 +316,7 @@ def test_a_run_that_died_after_any_stage_comes_to_the_same(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@POSIX
 def test_a_killed_run_goes_on(world: World, tmp_path: Path) -> None:
     """SIGKILL while coefficients are tuned; the next run goes on, and comes to the same bytes."""
     for part in ("train", "valid", "test"):

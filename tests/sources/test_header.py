@@ -18,6 +18,7 @@ from safetensors.torch import save
 
 from merging.errors import FormatError
 from merging.sources.header import DTYPE_BITS, Header, HeaderEntry, header_length, parse_header, read_header
+from support.systems import POSIX
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 F32_JSON = '"dtype":"F32","shape":[2],"data_offsets":[0,8]'
@@ -221,6 +222,7 @@ def test_message_escapes_and_shortens_what_the_file_says() -> None:
     assert len(str(refusal.value)) < 300
 
 
+@POSIX
 def test_what_is_not_a_readable_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")

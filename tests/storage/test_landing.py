@@ -20,6 +20,7 @@ import merging
 from merging import os_calls
 from merging.errors import OutputError
 from merging.storage.staging import StagedOutput, check_destination
+from support.systems import POSIX
 from support.tiny import checkpoint, fine_tune, identical, load, model, save
 
 Usage = namedtuple("Usage", "total used free")
@@ -88,6 +89,7 @@ def test_overwrite_of_files(tmp_path: Path, tuned: list[Path]) -> None:
     assert not hidden(tmp_path)
 
 
+@POSIX
 def test_only_models_are_overwritten(tmp_path: Path, tuned: list[Path]) -> None:
     """Whatever --overwrite says: a thesis, a text file and a pipe stay what they are."""
     thesis, text, pipe = tmp_path / "stuff" / "thesis.txt", tmp_path / "notes.txt", tmp_path / "out.safetensors"
@@ -215,6 +217,7 @@ def merge_in_a_process(folder: Path, setup: str = "", options: str = "") -> subp
     return subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=False)
 
 
+@POSIX
 def test_file_larger_than_allowed(tmp_path: Path) -> None:
     """A quota stops the writing, before or while tensors are merged."""
     checkpoint(tmp_path, width=64, vocab=4096)
@@ -225,6 +228,7 @@ def test_file_larger_than_allowed(tmp_path: Path) -> None:
     assert not hidden(tmp_path)
 
 
+@POSIX
 def test_kill_and_the_next_merge(tmp_path: Path) -> None:
     """Killed, a merge leaves no output, only a hidden folder, which the next merge to the same place removes."""
     _, tuned = checkpoint(tmp_path, width=64, vocab=4096)
@@ -261,18 +265,17 @@ def interrupt(done, total):
 """
 
 
+@POSIX
 @pytest.mark.parametrize(
-    "number",
-    [signal.SIGTERM, *(pytest.param(each, marks=pytest.mark.exhaustive) for each in (signal.SIGINT, signal.SIGHUP))],
-    ids=lambda number: number.name,
+    "number", ["SIGTERM", *(pytest.param(each, marks=pytest.mark.exhaustive) for each in ("SIGINT", "SIGHUP"))]
 )
-def test_interruption_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+def test_interruption_leaves_nothing(tmp_path: Path, number: str) -> None:
     """Nor does a second one, while the threads of the merge finish what they are at."""
     base = {f"layers.{i}.weight": torch.zeros(1 << 18, dtype=torch.bfloat16) for i in range(24)}
     for i in range(2):
         save(tmp_path / f"tuned{i}", base)
     before = set(tmp_path.iterdir())
-    done = merge_in_a_process(tmp_path, INTERRUPT.format(number=number), ", progress=interrupt")
+    done = merge_in_a_process(tmp_path, INTERRUPT.format(number=getattr(signal, number)), ", progress=interrupt")
     assert (done.returncode, done.stderr) == (130, "Interrupted: nothing was written.\n")
     assert set(tmp_path.iterdir()) == before
 

@@ -20,7 +20,10 @@ from merging.cli.errors import OutputStatus, exit_with_message, handle_errors
 from merging.cli.main import cli
 from merging.continual import ContinualStore
 from merging.storage.staging import StagedOutput
+from support.systems import POSIX
 from support.tiny import adapters, fine_tune, load, save
+
+pytestmark = POSIX
 
 TRACED = ("staging.py", "os_calls.py", "tempfile.py", "contextlib.py", Path(__file__).name)
 
