@@ -13,7 +13,7 @@ import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
@@ -106,6 +106,12 @@ def begin_writeback(fd: int, offset: int, length: int) -> None:
 
 def sync(fd: int) -> None:
     """Return when the file's bytes are on the disk."""
+    if sys.platform == "darwin":  # where fsync leaves them in the cache of the disk
+        import fcntl
+
+        with suppress(OSError):  # of file systems without it
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
     os.fsync(fd)
 
 
