@@ -122,7 +122,7 @@ class CheckpointLoading:
             axis = getattr(operation, "dim", 0)
             if kind == "MergeModulelist" and axis == 0:
                 continue  # they were stacked when they were collected
-            if kind == "Concatenate" and not operation.num_shards_attribute:
+            if kind == "Concatenate" and not getattr(operation, "num_shards_attribute", None):
                 state = [_join(state, axis, final[axis])]
             elif kind in ("Chunk", "Split") and state[0] and not getattr(operation, "num_shards_attribute", None):
                 size = state[0].shape[axis]
