@@ -98,7 +98,9 @@ def adapter_file(adapter: Adapter) -> AdapterFile:
             f"{adapter.path}: holds no factors of a LoRA ({adapter.about or adapter.dialect}): make one of it first, "
             f"with merge --method passthrough --rank N"
         )
-    return AdapterFile(path, dialect, opened, adapter, pairs, tuple(sorted(used - paired)))
+    return AdapterFile(
+        path=path, dialect=dialect, opened=opened, adapter=adapter, pairs=pairs, alone=tuple(sorted(used - paired))
+    )
 
 
 def pack_adapter(file: AdapterFile, settings: PackSettings, assembly: Assembly) -> tuple[Losses, list[str]]:

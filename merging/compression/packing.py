@@ -136,7 +136,7 @@ def compress(
             if isinstance(opened, Adapter):
                 contents = _pack_adapter(opened, full, settings, assembly)
             else:
-                contents = _pack_model(opened, full, settings, assembly, device, progress)
+                contents = _pack_model(opened, full, settings, assembly, device=device, progress=progress)
             after = assembly.write(destination.stem, contents.manifest)
         finally:
             assembly.close()
@@ -205,6 +205,7 @@ def _pack_model(
     base: Checkpoint | None,
     settings: PackSettings,
     assembly: Assembly,
+    *,
     device: str,
     progress: Progress | None,
 ) -> _PackContents:

@@ -74,7 +74,7 @@ def spectrum_of(values: Tensor) -> Spectrum:
     values = values.double().flatten(0, -2) if values.dim() > 1 else values.double()[None]
     values = values[values.sum(-1) > 0]
     if not values.numel():
-        return Spectrum(0.0, 0.0, 0.0, 0.0, 0.0, ())
+        return Spectrum(largest=0.0, effective=0.0, stable=0.0, energy90=0.0, energy99=0.0, curve=())
     shares = values / values.sum(-1, keepdim=True)
     entropy = -torch.special.xlogy(shares, shares).sum(-1)
     energy = values.square()

@@ -77,7 +77,7 @@ def _train(problem: Problem, modules: Sequence[str], rate: float, checkpoint: Ru
         patience=_PATIENCE,
         seed=settings.seed,
     )
-    return train(factors, running, model, problem.learn, problem.valid, plan, checkpoint, f"lora {rate:g}")
+    return train(factors, running, problem=problem, plan=plan, checkpoint=checkpoint, stage=f"lora {rate:g}")
 
 
 def _deltas(problem: Problem, modules: Sequence[str], factors: Sequence[Tensor]) -> dict[str, LowRank]:

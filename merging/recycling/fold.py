@@ -91,7 +91,7 @@ def _zero(point: HookPoint) -> LowRank:
 
 
 def write_adapter(
-    folded: FoldedLora, problem: Problem, base: str, experts: Sequence[Expert], folder: Path, remark: str
+    folded: FoldedLora, problem: Problem, *, folder: Path, base: str, experts: Sequence[Expert], remark: str
 ) -> None:
     """Write weights, config and model card into a folder. ``remark`` is the card's sentence about the result.
 

@@ -152,14 +152,19 @@ def _tune(
     result = train(
         [coefficients],
         lambda: mixture.at(coefficients),
-        problem.model,
-        problem.learn,
-        problem.valid,
-        plan,
-        checkpoint,
-        stage,
+        problem=problem,
+        plan=plan,
+        checkpoint=checkpoint,
+        stage=stage,
     )
-    return WeightedAdapters(tuple(experts), result.values[0], result.loss, granularity, tuning.activation, result.curve)
+    return WeightedAdapters(
+        experts=tuple(experts),
+        coefficients=result.values[0],
+        loss=result.loss,
+        granularity=granularity,
+        activation=tuning.activation,
+        curve=result.curve,
+    )
 
 
 def _apply_merge_method(problem: Problem, experts: Sequence[Expert], name: str) -> WeightedAdapters:

@@ -177,7 +177,14 @@ def open_expert(candidate: AdapterRef, hook_points: Mapping[str, HookPoint], net
         deltas[name] = delta.oriented(point.transposed)
     _check_values(candidate, deltas)
     notices = (f"{candidate.name}: its own head ({heads[0]}) stays behind",) if heads else ()
-    return Expert(candidate.name, deltas, candidate.owner, candidate.path, adapter.base, notices)
+    return Expert(
+        name=candidate.name,
+        deltas=deltas,
+        owner=candidate.owner,
+        path=candidate.path,
+        base=adapter.base,
+        notices=notices,
+    )
 
 
 def _is_head(target: str) -> bool:

@@ -101,7 +101,7 @@ def run_stages(problem: Problem, pool: UsableAdapters, checkpoint: RunCheckpoint
         trivial=trivial,
         base=base,
         single=single,
-        controls=_mix_controls(problem, chosen, taken, unmixed, checkpoint, on_event),
+        controls=_mix_controls(problem, chosen, taken, unmixed, checkpoint=checkpoint, on_event=on_event),
         average=simple_average(experts).validate(problem),
         losses=losses,
         correlation=_correlation(problem, chosen, losses),
@@ -136,6 +136,7 @@ def _mix_controls(
     chosen: ChosenAdapters,
     taken: Sequence[Expert],
     unmixed: Sequence[tuple[str, WeightedAdapters]],
+    *,
     checkpoint: RunCheckpoint,
     on_event: OnEvent,
 ) -> dict[str, list[Guarded]]:

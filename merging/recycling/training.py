@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merging.recycling.model import EncodedExample, TaskModel
+from merging.recycling.problem import Problem
 from merging.recycling.run_checkpoint import RunCheckpoint
 from merging.recycling.seeds import batch
 
@@ -73,9 +73,8 @@ class TrainingResult:
 def train(
     parameters: Sequence[Tensor],
     running: Running,
-    model: TaskModel,
-    learn: Sequence[EncodedExample],
-    valid: Sequence[EncodedExample],
+    *,
+    problem: Problem,
     plan: TrainingPlan,
     checkpoint: RunCheckpoint,
     stage: str,
@@ -88,33 +87,72 @@ def train(
     Args:
         parameters: The tensors to train.
         running: Returns a context in which the network depends on the parameters.
-        model: The model.
-        learn: The training examples.
-        valid: The validation examples.
+        problem: The model, with training and validation examples.
         plan: The hyperparameters.
         checkpoint: The folder of the run.
         stage: The name of the training in the folder.
     """
+    training = _Training(tuple(parameters), running, problem, plan)
     optimizer = torch.optim.AdamW(list(parameters), lr=plan.rate, betas=(0.9, 0.999), weight_decay=0.0)
-    state = checkpoint.get(stage) or _first_state(parameters, _validation_loss(running, model, valid))
+    state = checkpoint.get(stage) or _first_state(parameters, training.validation_loss())
     if not state["done"] and state["step"]:
         optimizer.load_state_dict(state["optimizer"])
         for parameter, value in zip(parameters, state["values"], strict=True):
             parameter.data.copy_(value)
     while not state["done"]:
-        losses = [_step(parameters, running, model, learn, plan, optimizer, step) for step in _until(state, plan)]
+        losses = [training.step(optimizer, number) for number in _until(state, plan)]
         state["step"] += len(losses)
-        loss = _validation_loss(running, model, valid)
+        loss = training.validation_loss()
         state["curve"].append((state["step"], sum(losses) / len(losses), loss))
         if loss < state["loss"]:
             state.update(loss=loss, best=_copies(parameters), stale=0)
         else:
             state["stale"] += 1
-        lost = not all(bool(parameter.isfinite().all()) for parameter in parameters)
-        state["done"] = state["step"] == plan.steps or state["stale"] == plan.patience or lost
+        diverged = not all(bool(parameter.isfinite().all()) for parameter in parameters)
+        state["done"] = state["step"] == plan.steps or state["stale"] == plan.patience or diverged
         state.update({"values": [], "optimizer": {}} if state["done"] else _current_state(parameters, optimizer))
         checkpoint.keep(stage, state)
     return TrainingResult(tuple(state["best"]), state["loss"], tuple(tuple(point) for point in state["curve"]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Training:
+    """Parameters, the context in which the network depends on them, the task, and the hyperparameters."""
+
+    parameters: tuple[Tensor, ...]
+    running: Running
+    problem: Problem
+    plan: TrainingPlan
+
+    def validation_loss(self) -> float:
+        with self.running(), torch.no_grad():
+            loss = self.problem.model.scores(self.problem.valid).loss
+        return loss if isfinite(loss) else inf
+
+    def step(self, optimizer: torch.optim.Optimizer, number: int) -> float:
+        """Do one step, and return the loss before it."""
+        plan, learn = self.plan, self.problem.learn
+        chosen = [learn[i] for i in batch(number, min(plan.size, len(learn)), len(learn), plan.seed)]
+        optimizer.zero_grad()
+        total = 0.0
+        for start in range(0, len(chosen), plan.micro):
+            part = chosen[start : start + plan.micro]
+            with self.running():
+                answers = self.problem.model.answers(part)
+            each = answers.entropies(len(part)) if plan.entropy else answers.losses(len(part))
+            loss = each.sum() / len(chosen)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        if plan.l1:
+            absolute = sum(each.abs().sum() for each in self.parameters)
+            penalty = plan.l1 * absolute / sum(each.numel() for each in self.parameters)
+            penalty.backward()  # type: ignore[union-attr]
+        optimizer.param_groups[0]["lr"] = plan.rate_at(number)
+        optimizer.step()
+        if plan.bounds:
+            for parameter in self.parameters:
+                parameter.data.clamp_(*plan.bounds)
+        return total
 
 
 def _first_state(parameters: Sequence[Tensor], loss: float) -> dict[str, Any]:
@@ -139,41 +177,3 @@ def _copies(parameters: Sequence[Tensor]) -> list[Tensor]:
 def _until(state: dict[str, Any], plan: TrainingPlan) -> range:
     """Return the steps up to the next validation."""
     return range(state["step"], min(plan.steps, state["step"] + plan.every))
-
-
-def _validation_loss(running: Running, model: TaskModel, valid: Sequence[EncodedExample]) -> float:
-    with running(), torch.no_grad():
-        loss = model.scores(valid).loss
-    return loss if isfinite(loss) else inf
-
-
-def _step(
-    parameters: Sequence[Tensor],
-    running: Running,
-    model: TaskModel,
-    learn: Sequence[EncodedExample],
-    plan: TrainingPlan,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-) -> float:
-    """Do one step, and return the loss before it."""
-    chosen = [learn[i] for i in batch(step, min(plan.size, len(learn)), len(learn), plan.seed)]
-    optimizer.zero_grad()
-    total = 0.0
-    for start in range(0, len(chosen), plan.micro):
-        part = chosen[start : start + plan.micro]
-        with running():
-            answers = model.answers(part)
-        each = answers.entropies(len(part)) if plan.entropy else answers.losses(len(part))
-        loss = each.sum() / len(chosen)
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
-    if plan.l1:
-        size = plan.l1 * sum(p.abs().sum() for p in parameters) / sum(p.numel() for p in parameters)
-        size.backward()  # type: ignore[union-attr]
-    optimizer.param_groups[0]["lr"] = plan.rate_at(step)
-    optimizer.step()
-    if plan.bounds:
-        for parameter in parameters:
-            parameter.data.clamp_(*plan.bounds)
-    return total

@@ -131,7 +131,15 @@ def recycle(
         notices=_notices(problem, usable, parts),
     )
     with StagedOutput(destination, overwrite, False) as staged:
-        _write(staged.folder, problem, base, outcome, folded, report)
+        write_adapter(
+            folded,
+            problem,
+            folder=staged.folder,
+            base=base,
+            experts=[expert for expert in outcome.merge.experts if expert.path],
+            remark=f"{report.verdict.sentence}.",
+        )
+        _write_report(staged.folder, report)
         staged.commit()
     checkpoint.remove()
     report = replace(report, notices=(*report.notices, *staged.notices))
@@ -251,10 +259,8 @@ def _notices(problem: Problem, pool: UsableAdapters, parts: Split) -> list[str]:
     return notices
 
 
-def _write(folder: Path, problem: Problem, base: str, outcome: Outcome, folded: FoldedLora, report: Report) -> None:
-    """Write the adapter and the report into a folder."""
-    used = [expert for expert in outcome.merge.experts if expert.path]
-    write_adapter(folded, problem, base, used, folder, f"{report.verdict.sentence}.")
+def _write_report(folder: Path, report: Report) -> None:
+    """Write the report into the adapter's folder, as JSON and as a page."""
     text = json.dumps(report.to_dict(), indent=1) + "\n"
     (folder / f"{REPORT}.json").write_text(text, encoding="utf-8")
     (folder / f"{REPORT}.html").write_text(page(report), encoding="utf-8")

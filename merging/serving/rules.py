@@ -102,7 +102,14 @@ class Rule:
         where = tuple(self.where(subject))
         if where:
             source = f"{program.version}: {self.source}" if self.source else program.version
-            yield ProgramFinding(program.name, self.severity, self.what, where, self.todo, source)
+            yield ProgramFinding(
+                program=program.name,
+                severity=self.severity,
+                what=self.what,
+                where=where,
+                todo=self.todo,
+                source=source,
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +128,15 @@ class Program:
         if subject.kind not in self.rules:
             what = f"{self.name} loads no {subject.kind} of this format"
             instead = self.instead.get(subject.kind, "")
-            return [ProgramFinding(self.name, "refuses", what, (subject.name,), instead, self.version)]
+            refused = ProgramFinding(
+                program=self.name,
+                severity="refuses",
+                what=what,
+                where=(subject.name,),
+                todo=instead,
+                source=self.version,
+            )
+            return [refused]
         found = [each for rule in self.rules[subject.kind] for each in rule.findings(self, subject)]
         return found or [ProgramFinding(self.name, "ok", "nothing is refused or ignored")]
 

@@ -154,8 +154,8 @@ def test_entropy_makes_answers_sure_without_labels(world: World, tmp_path: Path)
         before = mean_entropy()
         plan = TrainingPlan(rate=0.1, steps=20, every=20, entropy=True, bounds=(0.0, 1.0))
         checkpoint = RunCheckpoint(tmp_path / f"checkpoint {wrong}", {})
-        tune([coefficients], lambda: mixture.at(coefficients), problem.model, problem.learn, problem.valid, plan,
-             checkpoint, "fit")  # fmt: skip
+        tune([coefficients], lambda: mixture.at(coefficients), problem=problem, plan=plan, checkpoint=checkpoint,
+             stage="fit")  # fmt: skip
         return before, mean_entropy(), coefficients.detach()
 
     right, wrong = entropy(False), entropy(True)
