@@ -76,7 +76,7 @@ def remove(output: Path) -> None:
         output.unlink(missing_ok=True)
 
 
-def run_line(line: str, alternatives: bool) -> None:
+def check_line(line: str, alternatives: bool) -> None:
     """Run one line of a block; a merge must succeed, and write its output.
 
     Lines that are alternatives may write what a line before them wrote.
@@ -130,7 +130,7 @@ def check_page(page: str) -> int:
             run_python(block, following)
         elif block.language == "bash":
             for line in block.text.splitlines():
-                run_line(line, alternatives=page != "docs/quick-start.md")
+                check_line(line, alternatives=page != "docs/quick-start.md")
         elif block.text.startswith("$ merge "):
             check_shown(block)
         else:
@@ -164,7 +164,7 @@ def test_examples_on_the_pages_of_methods_run(
     workplace(small_models)
     for text in import_module("method_pages").method_pages().values():
         (line,) = re.findall(r"^merge --method .*$", text, re.MULTILINE)
-        run_line(line, alternatives=True)
+        check_line(line, alternatives=True)
 
 
 def hub_lines() -> Iterator[str]:
