@@ -107,8 +107,18 @@ def test_counts_have_their_nouns() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-@pytest.mark.parametrize("words", ["-h", "merge -h", "pool -h", "methods", "methods ties", "formats", "inspect ."])
-@pytest.mark.parametrize("width", [60, 100])
+@pytest.mark.parametrize(
+    ("words", "width"),
+    [
+        ("-h", 60),
+        ("merge -h", 60),
+        ("methods", 60),
+        ("methods", 100),
+        ("methods ties", 60),
+        ("formats", 60),
+        ("inspect .", 60),
+    ],
+)
 def test_output_is_as_wide_as_the_terminal(words: str, width: int, tmp_path: Path) -> None:
     import fcntl
     import pty
