@@ -97,7 +97,7 @@ def compare_command(
                 **options,
             )
         if plot or html:
-            from merging.geometry.pictures import page
+            from merging.geometry.page import page
             from merging.geometry.pictures import plot as draw
 
             if plot:

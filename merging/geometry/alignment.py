@@ -108,7 +108,7 @@ def _without_base(recipe: Recipe, models: Sequence[Adapter | Checkpoint]) -> Pla
     full = next((model for model in models if isinstance(model, Checkpoint)), None)
     if full is not None:
         raise InputError(
-            f"{full.path}: full checkpoints are compared by what they changed of the model they were trained from: "
+            f"{full.path}: full checkpoints are compared by their changes from the model they were trained from: "
             f"give it with --base"
         )
     check_bases(adapters, recipe.allow_different_bases)

@@ -96,7 +96,7 @@ class Overlaps:
 class Agreement:
     """Agreement of signs: the share of entries changed in the same direction, among those that both models change.
 
-    ``entries`` of ``total`` were sampled.
+    ``entries`` of ``total`` were compared.
     """
 
     matrix: Matrix

@@ -81,7 +81,7 @@ class Auditor:
     def audit(self, candidate: Candidate) -> tuple[Entry, Adapter | None]:
         """Return the entry of an adapter with all findings and figures, and the opened adapter, if any.
 
-        Raises :class:`~merging.hub.client.Unreachable` if the Hub does not answer, as this is no finding about it.
+        Raises :class:`~merging.hub.client.Unreachable` if the Hub does not answer, which is not a finding.
         """
         audit = _Audit(
             Entry(candidate.name, owner=candidate.owner, created=candidate.created, downloads=candidate.downloads)
@@ -125,7 +125,7 @@ class Auditor:
             audit.find("headers", "rejected", str(error))
 
     def _repairs(self, audit: _Audit, adapter: Adapter) -> None:
-        """Note what other programs might misread, and is corrected when it is read."""
+        """Note properties that other programs might misread. They are handled when the adapter is read."""
         for reason in sorted({change.needs_base for change in adapter.changes.values() if change.needs_base}):
             audit.find("headers", "repaired", f"its change is computed with the base: {reason}")
         for notice in adapter.notices:

@@ -53,7 +53,7 @@ def _rows(made: Page, report: Report) -> None:
     made.section(
         "Comparison of the merge",
         "Every run measures the same rows. The last rows are mixtures of adapters without any knowledge, tuned in the "
-        "same way: a gain of theirs is no knowledge of the adapters.",
+        "same way: their gain is not knowledge of the adapters.",
     )
     header, *rows = report.table()
     made.table(

@@ -68,7 +68,9 @@ def judge(evidence: Evidence, metric: Metric) -> TransferVerdict:
         reasons.append(f"a LoRA trained on the same examples {how} ({evidence.few_shot.text(metric)})")
     if unknowing:
         who = ", ".join(f"{CONTROLS[name].stand_in} ({gap.text(metric)})" for name, gap in unknowing.items())
-        reasons.append(f"{who} in the adapters' place do as well, so that it is the tuning, and not what they learnt")
+        reasons.append(
+            f"{who} in the adapters' place do as well, so the gain is due to the tuning, not to the adapters' knowledge"
+        )
     return TransferVerdict(False, f"Gain over the base ({gained}) that is explained otherwise: {'; '.join(reasons)}")
 
 

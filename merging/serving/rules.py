@@ -38,7 +38,7 @@ __all__ = [
 BAKE = "merge it into its base with --as model, and serve that"
 ONE_SCALE = "merge it with --method passthrough, which writes one rank and one scale"
 PLAIN = "merge it with --method passthrough if it is LoRA, else into its base with --as model"
-"""Remedies for an adapter that a program does not take as it is."""
+"""Remedies for an adapter that a program does not take unchanged."""
 
 SAVE_AGAIN = "save it again, or get its files again together"
 """Remedy for files that do not belong together."""

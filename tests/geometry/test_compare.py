@@ -134,7 +134,7 @@ def test_full_checkpoints(tmp_path: Path) -> None:
     kept = [name for name in before if "embed" not in name and "lm_head" not in name]
     flat = torch.stack([torch.cat([(each[name] - before[name]).double().flatten() for name in kept]) for each in after])
     assert [each["norm"] for each in found["models"]] == pytest.approx(flat.norm(dim=1).tolist(), rel=1e-6)
-    assert refused(*tuned).startswith(f"Error: {tuned[0]}: full checkpoints are compared by what they changed")
+    assert refused(*tuned).startswith(f"Error: {tuned[0]}: full checkpoints are compared by their changes")
 
 
 def test_many_models(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from merging.errors import OutputError
 from merging.geometry import compare
-from merging.geometry.pictures import page
+from merging.geometry.page import page
 from merging.report import Page
 from support import tiny
 from support.browser import CHROMIUM, Browser, browser
