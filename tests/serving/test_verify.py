@@ -119,7 +119,7 @@ def test_copy_of_the_embedding_is_told_from_a_head_by_values(tmp_path: Path) -> 
     )
     other = tiny.save(tmp_path / "other", tensors, {**tiny.CONFIG, "tie_word_embeddings": True})
     for path in (copy, other):
-        assert "whether it is a copy, its values tell" in run(path).stdout
+        assert "whether it is a copy, its values decide" in run(path).stdout
     assert run(copy, "--values").exit_code == 0
     assert "set tie_word_embeddings to false" in run(other, "--values").stdout
 
