@@ -47,10 +47,13 @@ PRINTS = {
     "merge pool smoke ": "4 ok, 0 repaired, 0 quarantined",
     "merge recycle ": "modules shuffled",
 }
-"""What some commands must print among other things."""
+"""Words that some commands must print, among others."""
 
 HUBS = re.compile(r" (org|me)/| hub:")
+"""Names on the Hub, which only the test with a Hub runs."""
+
 HARDLY = ["--steps", "2", "--lora-steps", "2", "--lora-rate", "0.001", "--resamples", "100", "--quiet"]
+"""Options with which `merge recycle` hardly trains."""
 
 
 def run_merge(line: str) -> tuple[int, str]:
@@ -146,14 +149,14 @@ WITH_CODE = [page for page in PAGES if any(each.language in ("bash", "python") f
 def test_blocks_run(page: str, small_models: Path, workplace: Callable[[Path], Path]) -> None:
     """With small models, for the everyday run."""
     prepare(page, workplace(small_models))
-    check_page(page)
+    assert check_page(page) > 0
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("page", WITH_CODE)
 def test_blocks_run_with_real_models(page: str, real_models: Path, workplace: Callable[[Path], Path]) -> None:
     prepare(page, workplace(real_models))
-    check_page(page)
+    assert check_page(page) > 0
 
 
 @pytest.mark.exhaustive
