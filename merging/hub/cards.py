@@ -13,7 +13,7 @@ __all__ = ["stated_licence"]
 def stated_licence(card: Path) -> str | None:
     """Return the licence that a model card states, None without a card or a readable head.
 
-    Raises :class:`~merging.errors.FormatError` if the card is no ordinary file, or its head is hostile.
+    Raises :class:`~merging.errors.FormatError` if the card is not an ordinary file, or its head is hostile.
     """
     if not is_there(card):
         return None

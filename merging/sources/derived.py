@@ -31,4 +31,4 @@ class Derived(Stored):
         return self._made_of[0].order()
 
     def advise(self, start: int, count: int) -> None:
-        """Do nothing: in general, a piece of it is no contiguous part of a file."""
+        """Do nothing: in general, a piece of it is not a contiguous part of a file."""

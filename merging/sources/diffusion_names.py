@@ -76,7 +76,7 @@ class Known:
 
 
 def known_names(shapes: Shapes, strict: bool = False) -> list[Known]:
-    """Return all names of the tensors of a base, from their names on disk and shapes; none if it is no diffusion model.
+    """Return all names of the tensors of a base, from their names on disk and shapes; none if it is another model.
 
     Names without a component are taken as names of a transformer. With ``strict`` they need the prefix of a denoiser,
     or must be next to blocks that only denoisers have.

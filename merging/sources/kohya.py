@@ -86,8 +86,8 @@ def open_kohya(path: Path, alpha: float | None = None, opened: FileContents | No
         if config is not None:
             rank = max((1, *parts["lora_down"].shape[:1]))
             own = config.alpha(module, rank)
-            beside = number(Module(module, parts, config.settings), "alpha") if "alpha" in parts else own
-            if not isclose(scale_of(beside, rank), scale_of(own, rank), rel_tol=1e-2):
+            stated_alpha = number(Module(module, parts, config.settings), "alpha") if "alpha" in parts else own
+            if not isclose(scale_of(stated_alpha, rank), scale_of(own, rank), rel_tol=1e-2):
                 raise alphas_differ(path, f"{module}.alpha")
         changes += module_changes(module, parts, where, own)
     if not configs and alpha is None:

@@ -83,7 +83,7 @@ class TensorRecord:
 
 
 class Other:
-    """A placeholder for an object that is no ordinary tensor or plain key; only the name of its type is kept."""
+    """A placeholder for an object that is not an ordinary tensor or plain key; only the name of its type is kept."""
 
     def __init__(self, kind: str, *_: object) -> None:
         self.kind = kind

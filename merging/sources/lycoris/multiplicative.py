@@ -19,7 +19,7 @@ def ia3(module: Module, alpha: float | None) -> Change:
     """IA3 (Liu et al. 2022, arXiv 2205.05638) around 1: ``W (1 + w)``, for every output or every input."""
     if "weight" not in module.parts:
         raise module.error("has on_input, but not the weight of IA3: the file is incomplete")
-    module.check("weight", "on_input", beside="on_input")
+    module.check("weight", "on_input", partner="on_input")
     module.check_types("weight")
     size, inputs = module.part("weight").numel, number(module, "on_input") != 0
     if size == 0:
@@ -47,7 +47,7 @@ def glora(module: Module, alpha: float | None) -> Change:
     """
     names = ("a1", "a2", "b1", "b2")
     shapes = {name: module.part(name).shape for name in names}
-    module.check(*names, beside="a1")
+    module.check(*names, partner="a1")
     module.check_types(*names)
     if not all(len(shape) >= 2 for shape in shapes.values()):
         raise module.error("a1, a2, b1 and b2 should be matrices")

@@ -126,7 +126,7 @@ def lokr(module: Module, alpha: float | None) -> Change:
 def full(module: Module, alpha: float | None) -> Change:
     """A change that was trained in full."""
     value = module.part("diff")
-    module.check("diff", beside="diff")
+    module.check("diff", partner="diff")
     module.check_types("diff")
     if len(value.shape) < 2:
         return AddedBias(module.target, "bias", value, 1.0)
@@ -137,14 +137,14 @@ def full(module: Module, alpha: float | None) -> Change:
 
 def norm(module: Module, alpha: float | None) -> Change:
     """A change of the weight of a norm."""
-    module.check("w_norm", beside="w_norm")
+    module.check("w_norm", partner="w_norm")
     module.check_types("w_norm")
     return AddedBias(module.target, "bias", module.part("w_norm"), 1.0)
 
 
 def replacement(module: Module, alpha: float | None) -> Change:
     """A weight that replaces the base's."""
-    module.check("set_weight", beside="set_weight")
+    module.check("set_weight", partner="set_weight")
     module.check_types("set_weight")
     reason = "it is saved in full, and what it changes is the difference from the base"
     return Replacement(module.target, "full", module.part("set_weight"), needs_base=reason)

@@ -98,7 +98,7 @@ def lora_changes(module: Module) -> list[Change]:
         raise module.error(f"factors of shapes {down.shape} and {up.shape} do not multiply")
     if any(size != 1 for size in up.shape[2:]):
         raise module.error(f"its up factor {up.shape} has a kernel, which no LoRA has")
-    module.check(*names, "lora_magnitude_vector", "lora_B.bias", beside=f"{names[0]} and {names[1]}")
+    module.check(*names, "lora_magnitude_vector", "lora_B.bias", partner=f"{names[0]} and {names[1]}")
     module.check_types(*parts)
     scale, start = lora_scale(module, rank), _start(config)
     magnitude = parts.get("lora_magnitude_vector")

@@ -71,16 +71,16 @@ class Module:
                 )
             if any(size == 0 and not letter.isupper() for letter, size in zip(letters, stored.shape, strict=True)):
                 raise self.error(f"{name} has the shape {stored.shape}, and holds nothing: save or download it again")
-        self.check(*layout, beside=" and ".join(layout))
+        self.check(*layout, partner=" and ".join(layout))
         for name, axes in layout.items():
             self._check_type(name, self.part(name), integers=axes.startswith("int "))
         return sizes
 
-    def check(self, *names: str, beside: str) -> None:
+    def check(self, *names: str, partner: str) -> None:
         """Refuse parts that are not among the given names."""
         unknown = next((name for name in self.parts if name not in names), None)
         if unknown:
-            raise self.config.error(f"{self.path}.{unknown} has no place next to {beside}")
+            raise self.config.error(f"{self.path}.{unknown} has no place next to {partner}")
 
     def check_types(self, *names: str) -> None:
         """Refuse parts that hold no floating-point numbers."""

@@ -98,7 +98,7 @@ def experts_change(module: Module, parameter: str, scale_of: Callable[[Module, i
     A parameter of two axes counts as one expert, like any weight. ``scale_of`` returns the scale of factors of a rank.
     """
     module = replace(module, path=parameter)
-    module.check("lora_A", "lora_B", beside="lora_A and lora_B")
+    module.check("lora_A", "lora_B", partner="lora_A and lora_B")
     module.check_types("lora_A", "lora_B")
     down, up = module.part("lora_A"), module.part("lora_B")
     rank = module.config.count("r", 8, parameter, "rank_pattern")
