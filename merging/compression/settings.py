@@ -79,18 +79,21 @@ def make_settings(
     if not 0 < share <= 1:
         raise OptionError(f"density = {share}: the share of the entries that are kept, above 0 and at most 1")
     if chosen == "bands":
-        stated = {"coding": coding, "alpha": alpha, "scale": scale, "density": density if kind == "adapter" else None}
-        for name, value in stated.items():
+        ternary = {"coding": coding, "alpha": alpha, "scale": scale, "density": density if kind == "adapter" else None}
+        for name, value in ternary.items():
             if value is not None:
                 raise OptionError(f"{name} is a setting of ternary packs, and these are bands: leave it out")
         written = bands or BANDS[kind]
-        parsed = parse_bands(written)
         summary = written if kind == "adapter" else f"{written}, {share:.4g} of embeddings and heads"
-        return PackSettings("bands", share, bands=parsed, summary=summary)
+        return PackSettings("bands", share, bands=parse_bands(written), summary=summary)
     if chosen != "ternary":
         raise OptionError(f"method = {chosen!r}: choose ternary or bands")
     if bands is not None:
         raise OptionError("bands are a setting of the method bands: use it, or leave them out")
+    return _ternary_settings(share, coding, alpha, scale)
+
+
+def _ternary_settings(density: float, coding: str | None, alpha: float | None, scale: str | None) -> PackSettings:
     if coding not in (None, "golomb", "bitmap"):
         raise OptionError(f"coding = {coding!r}: choose golomb or bitmap")
     if alpha is not None and not (alpha > 0 and isfinite(alpha)):
@@ -102,12 +105,11 @@ def make_settings(
     scaling = "scales that keep the norm" if scale == "norm" else "least squares"
     if alpha is not None:
         scaling = f"alpha {alpha:.4g}"
-    summary = f"{share:.4g} of the entries kept, {scaling}, {coding or 'golomb'}"
     return PackSettings(
         method="ternary",
-        density=share,
+        density=density,
         bitmap=coding == "bitmap",
         alpha=alpha,
         keeps_norm=scale == "norm",
-        summary=summary,
+        summary=f"{density:.4g} of the entries kept, {scaling}, {coding or 'golomb'}",
     )

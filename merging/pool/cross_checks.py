@@ -50,7 +50,7 @@ def find_outliers(entries: Sequence[Entry]) -> dict[str, Finding]:
     found = {}
     for name, size in sizes.items():
         if len(entries) >= 5 and size > 0 and abs(math.log(size / usual)) > math.log(_OUTLIER):
-            reason = f"its norm is {size / usual:.2g} times the pool's median: is it the alpha of its training?"
+            reason = f"its norm is {size / usual:.2g} times the pool's median: was it trained with another alpha?"
             found[name] = Finding("norms", "quarantined", reason)
     return found
 
