@@ -57,9 +57,9 @@ class Port(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, port: int, routes: Sequence[Route], hub: Hub) -> None:
+    def __init__(self, port: int, routes: Sequence[Route], hub: Hub, host: str = "127.0.0.1") -> None:
         super().__init__(("127.0.0.1", port), Exchange)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.url = f"http://{host}:{self.server_port}"
         self.routes, self.hub = routes, hub
 
     def handle_error(self, request: Any, client_address: Any) -> None:

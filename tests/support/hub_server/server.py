@@ -31,7 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     hub = Hub(options.root)
     front = Port(options.port, (*control.ROUTES, *api.ROUTES), hub)
-    store = Port(0, storage.ROUTES, hub)
+    store = Port(0, storage.ROUTES, hub, host="localhost")  # by name, since hosts are told apart by it
     hub.url, hub.storage_url = front.url, store.url
     threading.Thread(target=store.serve_forever, daemon=True).start()
     told = {"url": front.url, "storage": store.url, "token": OWNER_TOKEN, "outsider": OUTSIDER_TOKEN}
