@@ -154,9 +154,11 @@ class SmokeTest:
     def run(self, adapter: Adapter) -> tuple[list[Finding], dict[str, float]]:
         """Run the base with an adapter, which has the base's own names, and return findings and figures.
 
-        The figures are ``perplexity_ratio``, the perplexity of plain text relative to the base's (only for models that
-        predict words); ``output_change``, the mean change of the outputs relative to their standard deviation; and
-        ``spread_ratio``, the spread of the texts' features relative to the base's.
+        The figures are:
+
+        - ``perplexity_ratio``: the perplexity of plain text relative to the base's, for models that predict words.
+        - ``output_change``: the mean change of the outputs relative to their standard deviation.
+        - ``spread_ratio``: the spread of the texts' features relative to the base's.
         """
         with self._with_adapter(adapter):
             changed = self._run_texts()

@@ -76,9 +76,13 @@ class UsableAdapters:
 def list_adapters(pool: str | Path | Iterable[str | Path], base: str) -> tuple[AdapterRef, ...]:
     """List the adapters of a pool, sorted by name.
 
-    An entry of ``pool`` is an adapter (a folder, a file, or an address on the Hub), a pool that ``merge pool`` built
-    (its usable adapters are taken), or a folder of adapters, directly or by owner (``POOL/adapter``,
-    ``POOL/owner/adapter``). Adapters of the same name are called by their paths.
+    An entry of ``pool`` is one of these:
+
+    - an adapter: a folder, a file, or an address on the Hub;
+    - a pool that ``merge pool`` built, whose usable adapters are taken;
+    - a folder of adapters, directly or by owner (``POOL/adapter``, ``POOL/owner/adapter``).
+
+    Adapters of the same name are called by their paths.
 
     Raises :class:`~merging.errors.InputError` for an entry without any adapter, and for a pool of another base.
     """

@@ -31,9 +31,14 @@ def similarity(one: Deltas, other: Deltas, kind: str) -> float:
     Args:
         one: The low-rank changes of one adapter by weight.
         other: The changes of the other.
-        kind: ``"cosine"``; ``"clamp"`` (negative products of entries count as zero); ``"clamp_pm"`` (negative
-            products of modules count as zero); ``"abs"`` (absolute values of the products); ``"quasi_fim"`` (the root
-            of the cosine of the squared entries); or ``"l2"`` (``-log(1 + |D - D'|^2)``).
+        kind: One of these:
+
+            - ``"cosine"``;
+            - ``"clamp"``: negative products of entries count as zero;
+            - ``"clamp_pm"``: negative products of modules count as zero;
+            - ``"abs"``: absolute values of the products of entries;
+            - ``"quasi_fim"``: the root of the cosine of the squared entries;
+            - ``"l2"``: ``-log(1 + |D - D'|^2)``.
     """
     names = list(dict.fromkeys([*one, *other]))
     if kind == "l2":

@@ -7,7 +7,6 @@ Each program is a module with a table of rules. The rules about the files themse
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from merging.errors import FormatError, InputError, OptionError, nearest
 from merging.serving.comfyui import COMFYUI
@@ -15,7 +14,9 @@ from merging.serving.contents import FILES
 from merging.serving.diffusers import DIFFUSERS
 from merging.serving.llama_cpp import LLAMA_CPP
 from merging.serving.peft import PEFT
-from merging.serving.rules import Program, ProgramFinding
+from merging.serving.rules import Program
+from merging.serving.rules import ProgramFinding as Finding
+from merging.serving.rules import ServingVerdict as Verdict
 from merging.serving.sglang import SGLANG
 from merging.serving.subject import Subject, open_subject
 from merging.serving.transformers import TRANSFORMERS
@@ -29,32 +30,6 @@ PROGRAMS: dict[str, Program] = {
 """The programs by name."""
 
 
-@dataclass(frozen=True, slots=True)
-class ServingVerdict:
-    """The result of a check.
-
-    Attributes:
-        path: The path or address that was checked.
-        kind: The kind of model there, such as ``"adapter"`` or ``"model"``.
-        programs: The programs that it was checked for.
-        findings: The findings, those about the files first.
-    """
-
-    path: str
-    kind: str
-    programs: tuple[str, ...]
-    findings: tuple[ProgramFinding, ...]
-
-    @property
-    def served(self) -> bool:
-        """Whether nothing is refused or silently ignored."""
-        return not any(each.severity in ("refuses", "ignores") for each in self.findings)
-
-
-Finding = ProgramFinding
-Verdict = ServingVerdict
-
-
 def verify(
     path: str,
     programs: Sequence[str] = (),
@@ -63,7 +38,7 @@ def verify(
     max_lora_rank: int | None = None,
     values: bool = False,
     load: bool = False,
-) -> ServingVerdict:
+) -> Verdict:
     """Check which parts of an adapter or model programs would refuse, ignore or warn of.
 
     Only headers are read, unless ``values`` or ``load`` is given. Damaged files are a finding, not an error.
@@ -90,8 +65,8 @@ def verify(
     try:
         subject = open_subject(path, base=base, max_rank=max_lora_rank, values=values)
     except FormatError as error:
-        broken = ProgramFinding("files", "refuses", "they cannot be opened", (str(error),))
-        return ServingVerdict(path, "unknown", tuple(programs), (broken,))
+        broken = Finding("files", "refuses", "they cannot be opened", (str(error),))
+        return Verdict(path, "unknown", tuple(programs), (broken,))
     if subject.kind == "pack":
         raise InputError(f"{path}: is a pack, which no other program reads: merge decompress it first")
     chosen = tuple(dict.fromkeys(programs)) or _default_programs(subject)
@@ -101,7 +76,7 @@ def verify(
         if load and name in ("peft", "transformers", "diffusers"):
             found = _trial_findings(subject, name, found)
         findings += found
-    return ServingVerdict(path, subject.kind, chosen, tuple(findings))
+    return Verdict(path, subject.kind, chosen, tuple(findings))
 
 
 def _default_programs(subject: Subject) -> tuple[str, ...]:
@@ -111,7 +86,7 @@ def _default_programs(subject: Subject) -> tuple[str, ...]:
     return ("transformers",) if subject.kind == "model" and "_class_name" not in subject.stated else ("diffusers",)
 
 
-def _trial_findings(subject: Subject, program: str, found: list[ProgramFinding]) -> list[ProgramFinding]:
+def _trial_findings(subject: Subject, program: str, found: list[Finding]) -> list[Finding]:
     """Return the findings of the rules and those from loading it with the program itself."""
     from merging.serving.trial_load import load
 

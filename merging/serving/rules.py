@@ -21,6 +21,7 @@ __all__ = [
     "ProgramFinding",
     "Question",
     "Rule",
+    "ServingVerdict",
     "Severity",
     "absent",
     "convolutions",
@@ -81,6 +82,28 @@ class ProgramFinding:
     where: tuple[str, ...] = ()
     todo: str = ""
     source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ServingVerdict:
+    """The result of a check.
+
+    Attributes:
+        path: The path or address that was checked.
+        kind: The kind of model there, such as ``"adapter"`` or ``"model"``.
+        programs: The programs that it was checked for.
+        findings: The findings, those about the files first.
+    """
+
+    path: str
+    kind: str
+    programs: tuple[str, ...]
+    findings: tuple[ProgramFinding, ...]
+
+    @property
+    def served(self) -> bool:
+        """Whether nothing is refused or silently ignored."""
+        return not any(each.severity in ("refuses", "ignores") for each in self.findings)
 
 
 @dataclass(frozen=True, slots=True)
