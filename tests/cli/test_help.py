@@ -111,12 +111,12 @@ def test_counts_have_their_nouns() -> None:
     ("words", "width"),
     [
         ("-h", 60),
-        ("merge -h", 60),
-        ("methods", 60),
         ("methods", 100),
-        ("methods ties", 60),
-        ("formats", 60),
-        ("inspect .", 60),
+        pytest.param("merge -h", 60, marks=pytest.mark.exhaustive),
+        pytest.param("methods", 60, marks=pytest.mark.exhaustive),
+        pytest.param("methods ties", 60, marks=pytest.mark.exhaustive),
+        pytest.param("formats", 60, marks=pytest.mark.exhaustive),
+        pytest.param("inspect .", 60, marks=pytest.mark.exhaustive),
     ],
 )
 def test_output_is_as_wide_as_the_terminal(words: str, width: int, tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ def run(*words: object, **settings: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "words",
     [
-        ["methods"],
-        *(pytest.param(words, marks=pytest.mark.exhaustive) for words in (["--help"], ["formats", "--json"])),
+        ["--help"],
+        *(pytest.param(words, marks=pytest.mark.exhaustive) for words in (["methods"], ["formats", "--json"])),
         ["inspect", "none"],
     ],
     ids="-".join,
@@ -82,7 +82,7 @@ def test_a_full_disk_behind_both_streams(tmp_path: Path) -> None:
 def test_a_closed_pipe(tmp_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)
-    done = run("methods", stdout=write)
+    done = run("--help", stdout=write)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
 

@@ -37,7 +37,7 @@ def on_files(folder: Path, base: Tensors, tuned: list[Tensors], **options: Any) 
 
 @rows
 def test_full_checkpoints(row: Row, tmp_path: Path) -> None:
-    base = model(3, width=32, vocab=1200)
+    base = model(3)
     tuned = [fine_tune(base, 3 + i, 0.5) for i in range(2)][: row.most]
     options: dict[str, Any] = {"method": row.chain, **row.parameters}
     got, keys = on_files(tmp_path, base, tuned, **options)

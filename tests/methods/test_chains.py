@@ -213,7 +213,9 @@ def test_chain_of_files(small: dict[str, Inputs], tmp_path: Path, chain: str, ki
         assert (done.kind, done.rank, min(shares.values()) > 1e-3) == ("adapter", 3, True)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("dense", marks=pytest.mark.exhaustive), "adapter", "mixed"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(each, marks=pytest.mark.exhaustive) for each in ("dense", "adapter")), "mixed"]
+)
 @pytest.mark.parametrize("chain", [chain for chain in CHAINS if chain not in ("opcm", "dare")])
 def test_tensors_of_several_tiles(large: dict[str, Inputs], tmp_path: Path, chain: str, kind: str) -> None:
     """Against the reference, and the same bytes for three threads and in the least memory that is enough."""

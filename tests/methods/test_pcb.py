@@ -38,11 +38,11 @@ def test_pcb(variant: str, weights: Any) -> None:
     "variant",
     ["code", "paper", *(pytest.param(each, marks=pytest.mark.exhaustive) for each in ("vision", "es"))],
 )
-@weighings
+@pytest.mark.parametrize("weights", [{}, pytest.param({"weights": EXACT}, marks=pytest.mark.exhaustive)])
 def test_pcb_from_files_and_of_trained_adapters(variant: str, weights: Any, files: Any) -> None:
     """`paper` has near ties at the threshold, which sums in float32 decide as the processor rounds; ours are exact."""
     tau, real = flatten(files.changes), flatten(written(trained()))
-    options = {"variant": variant, **weights} if weights == {} else {"variant": variant, "weights": EXACT}
+    options = {"variant": variant, **weights}
     if variant != "paper":
         wanted = files.plus(references.pcb(tau, **options))
         assert all(identical(files.merge("pcb", threads=threads, **options), wanted) for threads in (1, 3))
