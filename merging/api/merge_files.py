@@ -159,7 +159,7 @@ def _make_recipe(models: Sequence[str | Path], method: str | Method, options: Ma
     stated = {key: value for key, value in options.items() if key in FIELDS and value is not None}
     parameters = {key: value for key, value in options.items() if key not in FIELDS}
     if isinstance(method, Method) and parameters:
-        raise OptionError(f"{next(iter(parameters))!r} is no option of merge: give it to the method itself")
+        raise OptionError(f"{next(iter(parameters))!r} is not an option of merge: give it to the method itself")
     values = {"models": [str(path) for path in models], "method": method, **stated}
     if isinstance(method, str):
         values["parameters"] = parameters

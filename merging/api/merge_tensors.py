@@ -173,7 +173,7 @@ def _make_method(method: str | Method, parameters: Mapping[str, object], models:
         raise InputError("there is nothing to merge: give at least one model")
     if isinstance(method, Method):
         if parameters:
-            raise OptionError(f"{next(iter(parameters))!r} is no option here: give it to the method itself")
+            raise OptionError(f"{next(iter(parameters))!r} is not an option here: give it to the method itself")
         bound = method
     else:
         bound = chain(method, parameters)

@@ -37,7 +37,7 @@ def peft_deltas(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     for target, change in peft_changes(stored, config, "the state dict").items():
         if change.needs_base or not isinstance(change, LoraChange):
             raise InputError(
-                f"{target}: {change.needs_base or 'is no LoRA'}: merge this adapter from its files, with its base"
+                f"{target}: {change.needs_base or 'is not a LoRA'}: merge this adapter from its files, with its base"
             )
         down, up = (part.tensor for part in (change.down, change.up) if isinstance(part, MappedTensor))
         rank = len(down)

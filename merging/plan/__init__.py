@@ -131,7 +131,7 @@ def _check_sites(recipe: Recipe, planned: PlannedOutput, output: str, models: in
     Raises :class:`~merging.errors.MergingError` where a parameter has no value, or nothing is left to merge.
     """
     sites = [item.site for item in planned.items if item.form != "copy"]
-    remedy = "" if based else "give the model with --base, whose names may tell it, or "
+    remedy = "" if based else "give the model with --base, whose names may show it, or "
     check_places(recipe.method, sites, models, remedy)
     notices = [*idle_options(recipe, output), *idle_parameters(recipe.method, sites)]
     if recipe.exclude and not sites:

@@ -106,14 +106,14 @@ def check_packed(models: Sequence[Checkpoint | Adapter], base: Checkpoint | None
     for model, key in noted:
         if here is not None and key != here and base is not None:
             raise InputError(
-                f"{model.path} was packed beside another base than {base.path}: give its own base"
+                f"{model.path} was packed with another base than {base.path}: give its own base"
                 f"{f' ({model.base})' if model.base else ''}. If it is the same model in another type, use "
                 f"--allow-different-bases"
             )
         first, other = noted[0]
         if key != other:
             raise InputError(
-                f"{model.path} and {first.path} were packed beside different bases, and what they hold does not add "
+                f"{model.path} and {first.path} were packed with different bases, and what they hold does not add "
                 f"up. If these are the same model in different types, use --allow-different-bases"
             )
 
@@ -161,8 +161,8 @@ def apply_out_proj_once(
 def note_assumed_linear(adapters: Sequence[Adapter], base: Checkpoint | None) -> list[str]:
     """Return a notice for each adapter whose layers may be linear or convolutions, as no base shows it."""
     return [
-        f"{adapter.path}: its modules are taken for linear layers, which its file does not tell from convolutions: "
-        f"give --base if it has any of these"
+        f"{adapter.path}: its modules are taken for linear layers, which its file does not distinguish from "
+        f"convolutions: give --base if it has any of these"
         for adapter in adapters
         if base is None and any(isinstance(each, ComputedChange) and each.flat for each in adapter.changes.values())
     ]

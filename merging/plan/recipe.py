@@ -55,7 +55,7 @@ class Recipe(BaseModel):
         "each expert, as llama.cpp and SGLang read them",
     )
     layers: int | None = Field(
-        None, ge=1, description="number of blocks, instead of what the base or the adapters tell"
+        None, ge=1, description="number of blocks, instead of the number in the base or the adapters"
     )
     lora_alpha: float | None = Field(
         None, gt=0, le=1e6, allow_inf_nan=False, description="LoRA alpha of adapters, instead of what they state"
@@ -107,7 +107,7 @@ class Recipe(BaseModel):
             return tuple(map(cls._paths, value))
         value = str(value) if isinstance(value, Path) else value
         if isinstance(value, str) and value.encode(errors="replace").decode() != value:
-            raise OptionError(f"{value}: the name is no Unicode, so that no recipe could state it: rename it")
+            raise OptionError(f"{value}: the name is not Unicode, so that no recipe could state it: rename it")
         return value
 
     def to_dict(self) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error, as one of the two would be lost, and 1:2 is no number.
+    """YAML in which a key that stands twice is an error, as one of the two would be lost, and 1:2 is not a number.
 
     To YAML 1.1 it is one of base 60; here it is a value that runs from block to block.
     """
@@ -179,7 +179,9 @@ class _Loader(yaml.SafeLoader):
         if alias is not None and isinstance(node, yaml.CollectionNode):
             flat = isinstance(node, yaml.SequenceNode) and all(isinstance(each, yaml.ScalarNode) for each in node.value)
             if not flat or node.end_mark is None:
-                raise yaml.composer.ComposerError(None, None, f"*{alias.anchor} is no list of values", alias.start_mark)
+                raise yaml.composer.ComposerError(
+                    None, None, f"*{alias.anchor} is not a list of values", alias.start_mark
+                )
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -211,7 +213,7 @@ def load_recipe(text: str, where: str = "recipe") -> Recipe:
         where: the source of the text, which errors name.
 
     Raises:
-        FormatError: for a text that is no YAML mapping.
+        FormatError: for a text that is not a YAML mapping.
         OptionError: for fields or values that no recipe has.
     """
     try:

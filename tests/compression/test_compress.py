@@ -316,7 +316,7 @@ def test_another_base_is_refused(full: tuple[Path, list[Path]], tmp_path: Path) 
         merging.decompress(tmp_path / "p.safetensors", tmp_path / "out", base=two)
     held = merging.decompress(tmp_path / "p.safetensors", tmp_path / "beside", base=two, allow_different_bases=True)
     assert held.kind == "model"
-    with pytest.raises(InputError, match="is no tensor of the base"):
+    with pytest.raises(InputError, match="is not a tensor of the base"):
         merging.compress(EXAMPLES / "bbc", tmp_path / "r.safetensors", base=base)
     with pytest.raises(InputError, match="packed beside another base"):
         merging.merge([tmp_path / "p.safetensors"], method="linear", base=str(two), output=tmp_path / "out")

@@ -45,5 +45,5 @@ def test_unknown_architecture_is_refused_with_the_target(tmp_path: Path) -> None
     model.save_pretrained(tmp_path / "base")
     other = get_peft_model(build("vit", 0, torch.float32), LoraConfig(r=4, target_modules=["q_proj"]))
     other.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(InputError, match=r"q_proj\.weight is no tensor of the base"):
+    with pytest.raises(InputError, match=r"q_proj\.weight is not a tensor of the base"):
         merging.preview([tmp_path / "adapter"], method="linear", base=tmp_path / "base")

@@ -21,7 +21,7 @@ def test_key_twice_in_a_recipe() -> None:
     ("text", "told"),
     [
         ("models: &a [*a]\nmethod: linear", "holds itself"),  # a list in itself
-        ("a: &a [1, 1]\nb: &b [*a, *a]\nmodels: [*b, *b]", "no list of values"),  # the beginning of a billion
+        ("a: &a [1, 1]\nb: &b [*a, *a]\nmodels: [*b, *b]", "not a list of values"),  # the beginning of a billion
         ("models: [a]\nmethod: !!bool perhaps", "not valid YAML"),
         ("models: [a]\nmethod: !!int ''", "not valid YAML"),
         (f"models: [a]\nmethod: {'9' * 5000}", "not valid YAML"),
@@ -42,6 +42,6 @@ def test_name_of_a_model_that_is_no_unicode(tmp_path: Path) -> None:
     """Linux takes any bytes for a name; a recipe is text."""
     path = tmp_path / "a\udcff.safetensors"
     save_file({"w": torch.ones(2)}, path)
-    with pytest.raises(OptionError, match=r"a\\udcff.safetensors: the name is no Unicode"):
+    with pytest.raises(OptionError, match=r"a\\udcff.safetensors: the name is not Unicode"):
         merging.merge([path], method="linear", output=tmp_path / "out.safetensors")
     assert sorted(tmp_path.iterdir()) == [path]

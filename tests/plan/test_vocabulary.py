@@ -116,7 +116,7 @@ def test_the_largest_vocabulary(family: tuple[list[Path], list[Tensors]], tmp_pa
     config = json.loads((out.path / "config.json").read_text())
     assert config["vocab_size"] == 15
     assert (out.path / "tokenizer.json").read_bytes() == (paths[3] / "tokenizer.json").read_bytes()
-    assert any("tokenizer is that of" in notice and "m3" in notice for notice in out.notices)
+    assert any("the tokenizer comes from" in notice and "m3" in notice for notice in out.notices)
 
 
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
@@ -168,7 +168,7 @@ def test_without_a_tokenizer_it_is_said_that_nothing_was_compared(tmp_path: Path
     base = model(0)
     paths = [save(tmp_path / "a", base), save(tmp_path / "b", grown(base, 1, 1))]
     plan = merging.preview(paths, method="linear", vocabulary="base")
-    assert sum("no tokenizer beside it" in notice for notice in plan.notices) == 2
+    assert sum("has no tokenizer" in notice for notice in plan.notices) == 2
 
 
 def test_resized_models_of_transformers(tmp_path: Path) -> None:

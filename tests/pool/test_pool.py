@@ -69,7 +69,7 @@ DEFECTS = {
     "nan": (_nan, {}, "rejected", "NaN"),
     "zero": (_zero, {}, "quarantined", "changes nothing"),
     "narrow": (_narrow, {}, "rejected", "shape"),
-    "elsewhere": (_elsewhere, {}, "rejected", "is no tensor of the base"),
+    "elsewhere": (_elsewhere, {}, "rejected", "is not a tensor of the base"),
     "wrong base": (None, {"base_model_name_or_path": "someone/another-base"}, "rejected", "was trained on"),
     "wrong alpha": (None, {"lora_alpha": 6000}, "quarantined", "times its norm"),
     "random start": (None, {"init_lora_weights": "pissa_niter_4"}, "rejected", "cannot be repeated"),

@@ -265,7 +265,7 @@ def test_language_models_keep_to_peft(tmp_path: Path, name: str) -> None:
 def test_names_of_no_base(models: Path, tmp_path: Path) -> None:
     state = {name.replace("down_blocks.1", "down_blocks.7"): value for name, value in PAIR.items()}
     save_file(state, tmp_path / "a.safetensors")
-    with pytest.raises(InputError, match=r"down_blocks\.7.* is no tensor of the base"):
+    with pytest.raises(InputError, match=r"down_blocks\.7.* is not a tensor of the base"):
         merged(tmp_path / "a.safetensors", models / "sd", tmp_path / "out")
 
 

@@ -262,6 +262,6 @@ def test_wrapped_names_on_a_base(wan: Path, tmp_path: Path) -> None:
 def test_a_name_that_is_not_there(wan: Path, tmp_path: Path) -> None:
     lora = write_lora(tmp_path / "a.safetensors", {**WAN, "blocks.7.self_attn.q": (16, 16)}, dotted("diffusion_model."))
     with pytest.raises(
-        InputError, match=re.escape("diffusion_model.blocks.7.self_attn.q.weight is no tensor of the base")
+        InputError, match=re.escape("diffusion_model.blocks.7.self_attn.q.weight is not a tensor of the base")
     ):
         merging.merge([lora], method="task_arithmetic", base=wan, kind="model", output=tmp_path / "out")

@@ -81,7 +81,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 REFUSED_TENSORS: dict[str, tuple[Callable[[State], State], str]] = {
     "typo": (
         lambda t: {name.replace("layers.1.self_attn.q_proj", "layers.1.self_attn.q_porj"): t[name] for name in t},
-        r"layers\.1\.self_attn\.q_porj\.weight is no tensor of the base \(did you mean .*\(1 of 6 targets",
+        r"layers\.1\.self_attn\.q_porj\.weight is not a tensor of the base \(did you mean .*\(1 of 6 targets",
     ),
     "no B": (lambda t: without(t, f"{Q0}.lora_B.weight"), "layers.0.self_attn.q_proj has no lora_B"),
     "no A": (lambda t: without(t, f"{Q0}.lora_A.weight"), "layers.0.self_attn.q_proj has no lora_A"),
@@ -154,7 +154,7 @@ def test_rows_and_experts_are_refused_without_their_config(tmp_path: Path, targe
     base = save_base(tmp_path / "base", "mixtral")
     adapter = train(tmp_path / "a", base, 1, ["q_proj"], **targets)
     shutil.copyfile(adapter / "adapter_model.safetensors", tmp_path / "bare.safetensors")
-    with pytest.raises(MergingError, match=r"not as many different indices|is no tensor of the base"):
+    with pytest.raises(MergingError, match=r"not as many different indices|is not a tensor of the base"):
         merging.merge(
             [tmp_path / "bare.safetensors"], method="linear", base=base, kind="model", output=tmp_path / "out"
         )

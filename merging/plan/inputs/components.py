@@ -40,7 +40,7 @@ def select_components(
     for model in checkpoints:
         if not model.components and len(wanted) > 1:
             raise InputError(
-                f"{model.path} is no pipeline, unlike {first.path}: say by --component which part of one it is"
+                f"{model.path} is not a pipeline, unlike {first.path}: say by --component which part of one it is"
             )
         lacking = sorted(set(wanted) - set(model.components))
         extra = sorted(set(model.components) - set(wanted)) if not recipe.components else []

@@ -51,11 +51,11 @@ def match_vocabularies(
     found = sorted({each for each in rows.values() if each})
     if len(found) < 2 or (recipe.vocabulary == "error" and recipe.on_mismatch == "base"):
         return tuple(models), base, None, []
-    told = ", ".join(f"{model.path} {rows[id(model)]}" for model in checkpoints)
+    sizes = ", ".join(f"{model.path} {rows[id(model)]}" for model in checkpoints)
     if recipe.vocabulary == "error":
         raise InputError(
-            f"the models have vocabularies of different sizes ({told} rows). If the same row is the same token in all, "
-            f"--vocabulary base keeps the rows of {reference.path}, and --vocabulary largest all there are"
+            f"the models have vocabularies of different sizes ({sizes} rows). If the same row is the same token in "
+            f"all, --vocabulary base keeps the rows of {reference.path}, and --vocabulary largest all there are"
         )
     largest = max(checkpoints, key=lambda model: (rows[id(model)], model is reference))
     of = reference if recipe.vocabulary == "base" else largest
@@ -69,7 +69,9 @@ def match_vocabularies(
         else:
             tables_of = trained[id(model)]
             kept.append(replace_tables(model, resized[id(tables_of)].tensors, reference) if tables_of else model)
-    remarks.append(f"vocabularies of different sizes ({told} rows) were matched by index: {rows[id(of)]} rows come out")
+    remarks.append(
+        f"vocabularies of different sizes ({sizes} rows) were matched by index: {rows[id(of)]} rows come out"
+    )
     return tuple(kept), resized[id(base)] if base else None, Vocabulary(rows[id(of)], of), remarks
 
 
@@ -166,9 +168,7 @@ def _check_tokenizers(checkpoints: Sequence[Checkpoint], rows: Mapping[int, int]
         _bring_tokenizer(model)
         tokens = tokens_of(model.folder) if model.folder else None
         if tokens is None:
-            remarks.append(
-                f"{model.path} has no tokenizer beside it: that its rows are the others' tokens is not checked"
-            )
+            remarks.append(f"{model.path} has no tokenizer: whether its rows are the others' tokens is not checked")
             continue
         within = {row: token for row, token in tokens.items() if row < min(rows[id(model)], rows[id(of)])}
         conflict = token_conflict(within, {row: token for row, (token, _) in known.items()})

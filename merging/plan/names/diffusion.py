@@ -49,7 +49,7 @@ class DiffusionNames:
         left = [target for target in adapter.changes if target not in found]
         if left:
             raise InputError(
-                f"{adapter.path}: {left[0]} is no tensor of the base ({len(left)} of {len(adapter.changes)} targets "
+                f"{adapter.path}: {left[0]} is not a tensor of the base ({len(left)} of {len(adapter.changes)} targets "
                 f"have no place): does the base hold every part of the model that this LoRA was trained on?"
             )
         shapes = {target: self._shape(known) for target, known in found.items()}

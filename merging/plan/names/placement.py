@@ -78,7 +78,7 @@ def place_changes(
                 if part is None:
                     raise InputError(
                         f"{adapter.path}: {target} is in pieces on the disk ({name} is one), and its change cannot be "
-                        f"told piece by piece: save the adapter as a plain LoRA first"
+                        f"cut into pieces: save the adapter as a plain LoRA first"
                     )
                 exact &= part is change
                 covered += prod(met[0].shape)

@@ -222,7 +222,7 @@ class Resolver:
             shape = adapter.changes[target].shape
             reason = f"has the shape {shape}, and the base's tensor {tuple(self.shape(names[0]))}"
         else:
-            reason = f"is no tensor of the base{nearest(target, known) if len(known) < 5000 else ''}"
+            reason = f"is not a tensor of the base{nearest(target, known) if len(known) < 5000 else ''}"
         return InputError(
             f"{adapter.path}: {target} {reason} ({len(left)} of {len(adapter.changes)} targets have no place): is this "
             f"the base it was trained on{f' ({adapter.base})' if adapter.base else ''}?"

@@ -102,13 +102,13 @@ class NamedExporter(Exporter):
     def _check(self, site: Site, changes: Sequence[Change]) -> None:
         if any(change.kind in ("embedding", "experts") or change.is_transposed(site.shape) for change in changes):
             raise InputError(
-                f"{site.name} is an embedding, or lies the other way round, which a LoRA in the format of "
+                f"{site.name} is an embedding, or stored transposed, which a LoRA in the format of "
                 f"{self._names.format} does not hold: use --format peft, or --as model"
             )
         flattened = all(isinstance(change, ComputedChange) and not change.kernel for change in changes)
         if not self._based and flattened and _CONVOLUTION.search(site.name.rpartition(".")[0]):
             raise InputError(
-                f"{site.name} may be a convolution, whose kernel the file does not tell: give the model with --base"
+                f"{site.name} may be a convolution, whose kernel the file does not state: give the model with --base"
             )
 
     def _placings(self, site: Site, shares: Sequence[_Share]) -> Iterator[Placing]:

@@ -98,7 +98,7 @@ class PeftExporter(Exporter):
             )
         if not self._factored and all(item.form == "dense" and not isinstance(item.base, TokenTable) for item in items):
             raise InputError(
-                "the adapters hold tensors in full and no factors, and PEFT reads these only beside factors: make a "
+                "the adapters hold tensors in full and no factors, and PEFT reads these only with factors: make a "
                 "model with --as model"
             )
 

@@ -136,7 +136,7 @@ def _refuse_in_pieces(name: str, changes: Changes, weights: bool, base: Checkpoi
     reason = next((each.needs_base for each in changes if each and each.needs_base), None)
     if weights or reason:
         raise InputError(
-            f"{name} lies in several tensors of {base.path}, and {reason or 'this method merges weights'}: make a "
+            f"{name} is in several tensors of {base.path}, and {reason or 'this method merges weights'}: make a "
             f"model with --as model"
         )
 
