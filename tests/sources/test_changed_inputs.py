@@ -17,8 +17,7 @@ from merging import os_calls
 from merging.compression import compress, decompress
 from merging.continual import ContinualStore, step
 from merging.errors import FormatError, MergingError
-from merging.pool import Pool
-from merging.pool import pool as module
+from merging.pool import Pool, files
 from merging.pool.candidates import candidates_in
 from support.tiny import adapters, checkpoint, load
 
@@ -232,7 +231,7 @@ def test_what_is_replaced_is_not_noted_as_added(tmp_path: Path, monkeypatch: pyt
 def test_a_pool_keeps_what_it_audited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An adapter that changes between its audit and its copy is not kept, and the others are."""
     base, made = adapters(tmp_path / "inputs", 3)
-    plain = module.copy
+    plain = files._copy
 
     def copy(source: Path, *rest: object) -> None:
         plain(source, *rest)  # type: ignore[arg-type]
@@ -241,7 +240,7 @@ def test_a_pool_keeps_what_it_audited(tmp_path: Path, monkeypatch: pytest.Monkey
 
     for path in made:
         os.utime(path / "adapter_model.safetensors", ns=(0, 0))
-    monkeypatch.setattr(module, "copy", copy)
+    monkeypatch.setattr(files, "_copy", copy)
     pool = Pool.create(tmp_path / "pool", base, ["tiny/base"])
     pool.build([each for path in made for each in candidates_in(path)])
     kept = {Path(entry.name).name: entry.folder is not None for entry in pool.index.entries()}
