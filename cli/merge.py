@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -37,9 +39,14 @@ class MergeCommand(FieldsCommand):
         formatter.write_usage(ctx.find_root().command_path, " ".join(self.collect_usage_pieces(ctx)))
 
     def explain(self, option: str, typed: Mapping[str, Any]) -> None:
-        """Refuse an option of a method outside the chain, as a merge would; it is not unknown."""
+        """Refuse an option of a method outside the chain, as a merge would, and a negative number of a list."""
+        from merging.errors import OptionError
         from merging.methods import METHODS, links, method_class, owner_of, parameters_of
 
+        if option[1:2].isdigit():
+            raise OptionError(
+                f"{option}: is no option: several values are joined by commas, without spaces, as in --weights 1,1,-1"
+            )
         method = typed.get("method")
         field = option.lstrip("-").removeprefix("no-").replace("-", "_").rpartition(".")[2]
         if method and any(field in parameters_of(method_class(name)) for name in METHODS):
@@ -95,6 +102,22 @@ recipe_options = add_options(
 """The options that a recipe states too."""
 
 
+def _refuse_numbers(models: Sequence[str], fields: Mapping[str, Any]) -> None:
+    """Refuse models that are numbers, as in ``--weights 0.5 0.5``, and say how several values are written."""
+    from merging.errors import OptionError
+
+    numbers = [
+        model for model in models if re.fullmatch(r"-?[0-9.]+(e-?[0-9]+)?,?", model) and not Path(model).exists()
+    ]
+    if numbers:
+        name, first = next(((name, each) for name, each in fields.items() if isinstance(each, float)), ("weights", 1.0))
+        values = ",".join([f"{first:g}", *(number.strip(",") for number in numbers)])
+        raise OptionError(
+            f"{numbers[0]}: is a number, and no model has this name: several values are joined by commas, without "
+            f"spaces: --{name.replace('__', '.').replace('_', '-')} {values}"
+        )
+
+
 @click.command(
     cls=MergeCommand,
     fields=method_options,
@@ -139,6 +162,7 @@ def merge_command(
         if method is None:
             listed = "\n".join(f"  {name:16} {entry.summary}" for name, entry in METHODS.items())
             raise OptionError(f"which method? Choose one with --method:\n{listed}")
+        _refuse_numbers(models, fields)
         if not models:
             raise OptionError("there is nothing to merge: name at least one model")
         parameters = {name.replace("__", "."): value for name, value in fields.items()}

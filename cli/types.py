@@ -40,6 +40,8 @@ class ValuesType(click.ParamType[Any]):
         try:
             numbers = tuple(part if _runs(part) else float(part) for part in value.split(","))
         except ValueError:
+            if value.endswith(","):
+                self.fail(f"{value!r} ends early: write all values without spaces, as in 0.5,0.5", param, ctx)
             self.fail(
                 f"{value!r} is neither a number nor a comma list of numbers, nor such that run from the first block to "
                 f"the last (0.2:0.8)",
