@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -23,6 +24,7 @@ from merging.methods.task_arithmetic import TaskArithmetic
 __all__ = ["Lines"]
 
 _NORMS = "lines.norms"
+_NU = "lines: nu"
 
 
 class Lines(Wrapper):
@@ -43,6 +45,9 @@ class Lines(Wrapper):
     name: ClassVar[str] = "lines"
     summary: ClassVar[str] = "scale the merged change by depth"
     paper: ClassVar[str] = "LiNeS, Wang et al. 2025, arXiv 2410.17146"
+    metric_meanings: ClassVar[Mapping[str, str]] = {
+        _NU: "size of the plain sum over size of the merge inside; the scale of each block is a multiple of it"
+    }
 
     beta: Coefficient = Field(0.5, description="how much the factor grows from the first block to the last")
     alpha: Coefficient | None = Field(None, description="the factor of the first block, instead of nu/N")
@@ -107,7 +112,7 @@ class Lines(Wrapper):
     def metrics(self, statistics: Statistics, models: int) -> dict[str, float]:
         found = self.then.metrics(statistics, models)
         if models > 1 and _NORMS in statistics:
-            found["lines: nu"] = self._nu(statistics, models, self.then.factor(Site("", ()), statistics, models))
+            found[_NU] = self._nu(statistics, models, self.then.factor(Site("", ()), statistics, models))
         return found
 
     def _nu(self, statistics: Statistics, models: int, inner: Coefficient) -> float:

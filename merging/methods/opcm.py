@@ -23,6 +23,7 @@ from merging.methods.task_arithmetic import scaled_state
 __all__ = ["Opcm", "project", "sum_projected"]
 
 _SQUARES = "opcm.squares"
+_FACTOR = "opcm: what the sum is multiplied by"
 
 
 class Opcm(Method):
@@ -52,6 +53,9 @@ class Opcm(Method):
     summary: ClassVar[str] = "one after the other, projected off the merge so far"
     paper: ClassVar[str] = "Merging Models on the Fly, Tang et al. 2025, arXiv 2501.09522"
     decomposed_side: ClassVar[Literal["shorter", "longer"] | None] = "shorter"
+    metric_meanings: ClassVar[Mapping[str, str]] = {
+        _FACTOR: "so that the merge is as large as the models' changes are on average"
+    }
 
     alpha: float = Field(
         0.5, ge=0, le=1, description="share of the merge's singular values whose directions are kept free"
@@ -80,7 +84,7 @@ class Opcm(Method):
         return safe_ratio(sum(each) / models, merged)
 
     def metrics(self, statistics: Statistics, models: int) -> dict[str, float]:
-        return {"opcm: what the sum is multiplied by": float(self.factor(Site("", ()), statistics, models))}
+        return {_FACTOR: float(self.factor(Site("", ()), statistics, models))}
 
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         if site.kind not in ("matrix", "experts"):

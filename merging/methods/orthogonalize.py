@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -18,6 +18,11 @@ from merging.methods.contract.wrapper import Unwrapped, Wrapper
 __all__ = ["Orthogonalize", "orthogonalize_factors", "overlap"]
 
 _TURNED = "orthogonalize: share of tensors turned"
+_OVERLAP = {
+    (side, when): f"orthogonalize: overlap of {side} factors {when}"
+    for side in ("down", "up")
+    for when in ("before", "after")
+}
 
 _SMALLEST_STEP = 1e-12
 
@@ -46,6 +51,10 @@ class Orthogonalize(Wrapper):
     summary: ClassVar[str] = "turn adapters' factors away from each other"
     paper: ClassVar[str] = "DO-Merging, Zheng et al. 2025, arXiv 2505.15875"
     needs_whole: ClassVar[bool] = True
+    metric_meanings: ClassVar[Mapping[str, str]] = {
+        _TURNED: "1 if all adapters have low-rank factors, which alone can be turned",
+        **dict.fromkeys(_OVERLAP.values(), "mean squared overlap of two adapters' factors; 0 is orthogonal"),
+    }
 
     steps: int = Field(100, ge=0, le=10_000, description="steps of gradient descent; 0 leaves the factors as they are")
     gamma: float = Field(1.0, ge=0, le=1e9, description="penalty for moving a factor; 0 is none")
@@ -62,8 +71,8 @@ class Orthogonalize(Wrapper):
             ("up", [delta.up.mT for delta in balanced]),
         ):
             turned = orthogonalize_factors(factors, self.steps, self.gamma)
-            metrics[f"orthogonalize: overlap of {side} factors before"] = overlap(factors)
-            metrics[f"orthogonalize: overlap of {side} factors after"] = overlap(turned)
+            metrics[_OVERLAP[side, "before"]] = overlap(factors)
+            metrics[_OVERLAP[side, "after"]] = overlap(turned)
             sides.append(turned)
         moved = [
             LowRank(up.mT.to(delta.up.dtype), down.to(delta.down.dtype), delta.shape, delta.transposed)

@@ -90,6 +90,8 @@ class Method(BaseModel, ABC):
     """One line for lists of methods."""
     paper: ClassVar[str] = ""
     """Title, authors, year and number of the paper."""
+    metric_meanings: ClassVar[Mapping[str, str]] = {}
+    """A short meaning of each number that it reports, by the number's name; see :meth:`metrics`."""
     models: ClassVar[tuple[int, int | None]] = (1, None)
     """The fewest and the most models it merges; None is no limit."""
     decomposed_side: ClassVar[Literal["shorter", "longer"] | None] = None
@@ -169,8 +171,13 @@ class Method(BaseModel, ABC):
         return 1.0
 
     def metrics(self, statistics: Statistics, models: int) -> dict[str, float]:
-        """Return numbers to report of the whole merge, by name."""
+        """Return numbers to report of the whole merge, by name; ``metric_meanings`` has a meaning of each."""
         return {}
+
+    def meanings_of_metrics(self) -> dict[str, str]:
+        """Return the meanings of all numbers that the methods of the chain report."""
+        links = [each for link in self.links() for each in (link.expansion.links() if link.expansion else [link])]
+        return {name: meaning for link in links for name, meaning in link.metric_meanings.items()}
 
     def coefficients(self, models: int) -> list[Any]:
         """Return the weight of each model: 1 unless the method has weights of its own."""
