@@ -15,6 +15,7 @@ from .options import (
     different_bases_option,
     json_option,
     lora_alpha_option,
+    overwrite_option,
     progress_option,
 )
 from .output import echo, echo_json, echo_notices, echo_text, progress_bar
@@ -48,6 +49,7 @@ _PAIRS = 20
 @click.option("--full-spectra", is_flag=True, help="decompose large full changes too: seconds to minutes each")
 @click.option("--plot", type=click.Path(), help="draw it: a .png, .svg or .pdf (needs matplotlib)")
 @click.option("--html", type=click.Path(), help="write it as one page that needs nothing else (needs matplotlib)")
+@overwrite_option
 @click.option("--exclude", multiple=True, help="leave tensors out: names, parts, or wildcards; may be repeated")
 @click.option(
     "--on-mismatch", type=click.Choice(["error", "base"]), help="base: leave out tensors that differ in shape"
@@ -65,6 +67,7 @@ def compare_command(
     signs: Literal["sample", "all", "none"],
     plot: str | None,
     html: str | None,
+    overwrite: bool,
     device: str,
     max_memory: int | None,
     progress: bool | None,
@@ -85,8 +88,8 @@ def compare_command(
             from merging.report.drawing import check_drawing
             from merging.report.page import check_page
 
-            check_drawing(plot)
-            check_page(html)
+            check_drawing(plot, overwrite)
+            check_page(html, overwrite)
         with progress_bar(progress, "comparing") as report:
             found = compare(
                 models,
@@ -101,9 +104,9 @@ def compare_command(
             from merging.geometry.pictures import plot as draw
 
             if plot:
-                draw(found, plot)
+                draw(found, plot, overwrite)
             if html:
-                page(found).write(html)
+                page(found).write(html, overwrite)
     if as_json:
         echo_json(found.to_dict())
         return

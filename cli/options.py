@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
+from .output import QUIET
 from .types import MODEL, SIZE
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "overwrite_option",
     "private_option",
     "progress_option",
+    "remember_quiet",
     "threads_option",
 ]
 
@@ -43,11 +45,20 @@ def add_options(*options: Decorator) -> Callable[[Function], Function]:
     return decorate
 
 
+def remember_quiet(context: click.Context, option: click.Parameter, progress: bool | None) -> bool | None:
+    """Note in the context that nothing but errors is printed, and return the value."""
+    context.meta[QUIET] = progress is False
+    return progress
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="print as JSON")
 debug_option = click.option("--debug", is_flag=True, help="show a traceback with errors")
 overwrite_option = click.option("--overwrite", is_flag=True, help="replace an existing output")
 progress_option = click.option(
-    "--progress/--quiet", default=None, help="progress bar on stderr  [default: on a terminal]"
+    "--progress/--quiet",
+    default=None,
+    callback=remember_quiet,
+    help="progress bar on stderr, or nothing but errors (and --json)  [default: a bar on a terminal]",
 )
 device_option = click.option(
     "--device",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .execution import Execution
 
 __all__ = [
+    "QUIET",
     "echo",
     "echo_json",
     "echo_merged",
@@ -40,6 +41,9 @@ __all__ = [
 
 _LONGEST = 4000
 """Characters of a line; names and paths are shorter, and only texts of strangers are longer."""
+
+QUIET = f"{__name__}.quiet"
+"""The key of a context's ``meta`` for --quiet: only errors and JSON are printed, and errors are printed after it."""
 
 
 def terminal_width() -> int | None:
@@ -77,12 +81,19 @@ def progress_bar(wanted: bool | None, task_name: str = "merging") -> Iterator[Ca
 
 def echo(line: str, err: bool = False) -> None:
     """Print one line. Ends of lines in it are escaped like control characters, so that no name makes up lines."""
-    click.echo(escape_unprintable(shorten(line, _LONGEST)), err=err)
+    if not _is_quiet():
+        click.echo(escape_unprintable(shorten(line, _LONGEST)), err=err)
 
 
 def echo_text(text: str, err: bool = False) -> None:
     """Print lines of the program's own, in which no name of a file stands."""
-    click.echo(escape_unprintable(text, lines=True), err=err)
+    if not _is_quiet():
+        click.echo(escape_unprintable(text, lines=True), err=err)
+
+
+def _is_quiet() -> bool:
+    context = click.get_current_context(silent=True)
+    return context is not None and context.meta.get(QUIET, False)
 
 
 def echo_json(value: Any, indent: int | None = 2) -> None:
@@ -143,8 +154,10 @@ def echo_merged(merged: Merged, plan: Plan) -> None:
     for line in plan.matched:
         echo(line, err=True)
     echo_notices(merged.notices)
+    meanings = plan.recipe.method.meanings_of_metrics()
     for fact, value in merged.facts.items():
-        echo(f"{fact}: {value:.4g}", err=True)
+        meaning = f" ({meanings[fact]})" if fact in meanings else ""
+        echo(f"{fact}: {value:.4g}{meaning}", err=True)
     rank = f" of rank {merged.rank}" if merged.rank else ""
     echo(
         f"{merged.path}: {_kind(plan)}{rank}, {plural(len(plan.models), 'model')} by {merged.method}, "

@@ -10,7 +10,7 @@ import click
 
 from .errors import OutputStatus, handle_errors
 from .fields import FieldsCommand, field_option
-from .options import debug_option, device_option, json_option
+from .options import debug_option, device_option, json_option, remember_quiet
 from .output import echo, echo_json, echo_notices
 from .tables import echo_table
 from .types import MODEL
@@ -46,7 +46,12 @@ def settings_options(typed: Mapping[str, Any]) -> list[click.Option]:
 @click.option("--resume", is_flag=True, help="go on with a run that was killed")
 @device_option
 @json_option
-@click.option("--progress/--quiet", default=True, help="print the steps of the work on stderr  [default: yes]")
+@click.option(
+    "--progress/--quiet",
+    default=True,
+    callback=remember_quiet,
+    help="print the steps of the work on stderr, or nothing but errors (and --json)  [default: the steps]",
+)
 @debug_option
 def recycle_command(
     pool: tuple[str, ...], as_json: bool, progress: bool, debug: bool, fields: dict[str, Any], **options: Any
@@ -64,8 +69,7 @@ def recycle_command(
     start = time.monotonic()
 
     def echo_step(line: str) -> None:
-        if progress:
-            echo(f"[{time.monotonic() - start:.0f} s] {line}", err=True)
+        echo(f"[{time.monotonic() - start:.0f} s] {line}", err=True)
 
     output_status = OutputStatus(options["output"])
 

@@ -8,7 +8,7 @@ import click
 
 from ..errors import OutputStatus, handle_errors
 from ..options import debug_option, dtype_option, json_option, overwrite_option, progress_option
-from ..output import echo, echo_json, echo_notices, format_size, progress_bar
+from ..output import echo, echo_json, echo_notices, format_size, plural, progress_bar
 from .options import resource_options, store_argument
 
 __all__ = ["export_command"]
@@ -43,5 +43,5 @@ def export_command(store: str, output: str, progress: bool | None, as_json: bool
         echo_json(merged.to_dict())
         return
     rank = f" of rank {merged.rank}" if merged.rank and merged.kind == "adapter" else ""
-    echo(f"{output}: {merged.kind}{rank}, {merged.tensors} tensors, {format_size(merged.bytes)}")
+    echo(f"{output}: {merged.kind}{rank}, {plural(merged.tensors, 'tensor')}, {format_size(merged.bytes)}")
     echo_notices(merged.notices)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from merging.continual.folder import refuse_within
 from merging.errors import InputError, OptionError
-from merging.report.page import write_whole
+from merging.report.page import check_place, write_whole
 
 if TYPE_CHECKING:
     from merging.continual.view import StoreView
@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 __all__ = ["plot"]
 
 
-def plot(store: StoreView, output: str | Path) -> None:
+def plot(store: StoreView, output: str | Path, overwrite: bool = True) -> None:
     """Draw norms, kept shares, cosines and ranks over the steps of a store, as PNG, SVG or PDF by the name's ending.
 
-    Needs matplotlib, the extra ``report``. Raises :class:`~merging.errors.MergingError`.
+    Without ``overwrite`` a file that exists is refused. Needs matplotlib, the extra ``report``. Raises
+    :class:`~merging.errors.MergingError`.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -31,7 +32,9 @@ def plot(store: StoreView, output: str | Path) -> None:
         raise InputError(f"{store.path}: holds no model yet: add one first")
     if output.suffix not in (".png", ".svg", ".pdf"):
         raise OptionError(f"{output}: a plot is a .png, .svg or .pdf")
+    check_place(output, overwrite)
     refuse_within(output)
+    noun = "model" if len(steps) == 1 else "models"
     numbers = [step.number for step in steps]
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -49,7 +52,7 @@ def plot(store: StoreView, output: str | Path) -> None:
         if len(lines) > 1:
             panel.legend()
     figure.supxlabel("step")
-    figure.suptitle(f"{store.path.name}: {len(steps)} models by {store.method.chain}")
+    figure.suptitle(f"{store.path.name}: {len(steps)} {noun} by {store.method.chain}")
     content = io.BytesIO()
     figure.savefig(content, format=output.suffix[1:])
-    write_whole(output, content.getvalue())
+    write_whole(output, content.getvalue(), overwrite)

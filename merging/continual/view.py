@@ -62,11 +62,11 @@ class StoreView:
         """Return all steps, the newest first."""
         return self.manifest().steps[::-1]
 
-    def plot(self, output: str | Path) -> None:
+    def plot(self, output: str | Path, overwrite: bool = True) -> None:
         """Draw norms, kept shares, cosines and ranks over the steps, as PNG, SVG or PDF; needs matplotlib."""
         from merging.continual.plot import plot
 
-        plot(self, output)
+        plot(self, output, overwrite)
 
     def verify(self) -> StoreVerdict:
         """Compare the hashes of all states that are there, and of the base's files, with the manifest."""

@@ -18,17 +18,18 @@ _THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Thresholds of the cosine below which singular vectors are intruders: the range in their paper."""
 
 
-def plot(comparison: Comparison, output: str | Path) -> None:
+def plot(comparison: Comparison, output: str | Path, overwrite: bool = True) -> None:
     """Draw a comparison into one picture. It needs matplotlib (the extra ``report``).
 
     Args:
         comparison: The comparison.
         output: The file to write: PNG, SVG or PDF by its suffix.
+        overwrite: Whether a file that exists is replaced.
 
     Raises:
         merging.errors.MergingError: Without matplotlib, for another suffix, and if the file cannot be written.
     """
-    save(list(panels(comparison).values()), output, title(comparison))
+    save(list(panels(comparison).values()), output, title(comparison), overwrite)
 
 
 def title(comparison: Comparison) -> str:

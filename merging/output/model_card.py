@@ -32,8 +32,9 @@ def model_card(plan: Plan, remarks: Sequence[str] = ()) -> str:
     if licence:
         facts["license"] = licence
     facts["tags"] = ["merge", *(["lora"] if plan.output == "adapter" else []), *plan.recipe.method.chain.split("+")]
+    count = len(plan.recipe.models)
     parts = [
-        f"{len(plan.recipe.models)} models merged by {code(plan.recipe.method.chain)}:",
+        f"{count} {'model' if count == 1 else 'models'} merged by {code(plan.recipe.method.chain)}:",
         sources_listed(_sources(plan)),
         prose(licence_sentence(licence)),
         *(prose(f"Note: {remark.removeprefix('warning: ')}.") for remark in remarks),

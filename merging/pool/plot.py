@@ -8,17 +8,18 @@ from pathlib import Path
 from merging.errors import InputError, OptionError
 from merging.pool.entry import VERDICTS
 from merging.pool.pool import Pool
-from merging.report.page import write_whole
+from merging.report.page import check_place, write_whole
 
 __all__ = ["plot"]
 
 
-def plot(pool: Pool, output: str | Path) -> None:
+def plot(pool: Pool, output: str | Path, overwrite: bool = True) -> None:
     """Draw verdicts, ranks and norms relative to the base. It needs matplotlib (the extra ``report``).
 
     Args:
         pool: The pool.
         output: The file to write: PNG, SVG or PDF by its suffix.
+        overwrite: Whether a file that exists is replaced.
 
     Raises:
         merging.errors.MergingError: Without matplotlib, for an empty pool, and for another suffix.
@@ -31,6 +32,7 @@ def plot(pool: Pool, output: str | Path) -> None:
     entries, output = pool.index.entries(), Path(output)
     if output.suffix not in (".png", ".svg", ".pdf"):
         raise OptionError(f"{output}: a plot is a .png, .svg or .pdf")
+    check_place(output, overwrite)
     if not entries:
         raise InputError(f"{pool.path}: holds no adapter yet: build it first")
     figure = Figure(figsize=(11, 3.5), layout="constrained")
@@ -54,4 +56,4 @@ def plot(pool: Pool, output: str | Path) -> None:
     norms.legend()
     content = io.BytesIO()
     figure.savefig(content, format=output.suffix[1:])
-    write_whole(output, content.getvalue())
+    write_whole(output, content.getvalue(), overwrite)

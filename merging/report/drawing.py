@@ -48,7 +48,7 @@ class Panel:
     size: tuple[float, float] = (7.0, 3.4)
 
 
-def check_drawing(output: str | Path | None = None) -> None:
+def check_drawing(output: str | Path | None = None, overwrite: bool = True) -> None:
     """Check that drawing is possible, and into this file. Raises :class:`~merging.errors.MergingError`."""
     try:
         import matplotlib  # noqa: F401
@@ -57,7 +57,7 @@ def check_drawing(output: str | Path | None = None) -> None:
     if output is not None:
         if Path(output).suffix not in _ENDINGS:
             raise OptionError(f"{output}: a plot is a .png, .svg or .pdf")
-        check_place(Path(output))
+        check_place(Path(output), overwrite)
 
 
 def draw_svg(panel: Panel) -> str:
@@ -70,9 +70,9 @@ def draw_svg(panel: Panel) -> str:
     return svg[svg.index("<svg") :]
 
 
-def save(panels: Sequence[Panel], output: str | Path, title: str) -> None:
+def save(panels: Sequence[Panel], output: str | Path, title: str, overwrite: bool = True) -> None:
     """Draw all panels into one picture: PNG, SVG or PDF by its suffix. Raises :class:`~merging.errors.MergingError`."""
-    check_drawing(output)
+    check_drawing(output, overwrite)
     columns = 1 if len(panels) == 1 else 2
     rows = -(-len(panels) // columns)
     content = io.BytesIO()
@@ -85,7 +85,7 @@ def save(panels: Sequence[Panel], output: str | Path, title: str) -> None:
             spot.axis("off")
         figure.suptitle(plain(title))
         figure.savefig(content, format=Path(output).suffix[1:], dpi=150)
-    write_whole(Path(output), content.getvalue())
+    write_whole(Path(output), content.getvalue(), overwrite)
 
 
 @contextmanager

@@ -7,13 +7,14 @@ images, in which no script runs. A content security policy forbids everything ou
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Mapping, Sequence
 from html import escape as escape_markup
 from math import floor, isfinite, log10
 from pathlib import Path
 
 from merging.errors import OptionError, OutputError, escape_unprintable
-from merging.storage.atomic import replace_file
+from merging.storage.atomic import existing_parent, make_parents, remove_empty, replace_file
 
 __all__ = ["Cell", "Page", "check_page", "check_place", "write_whole"]
 
@@ -136,9 +137,9 @@ class Page:
             + f"\n<footer>Made by merging {escape(__version__)}</footer>\n</main>\n</body>\n</html>\n"
         )
 
-    def write(self, path: str | Path) -> None:
+    def write(self, path: str | Path, overwrite: bool = True) -> None:
         """Write the page to a file, whole or not at all. Raises :class:`~merging.errors.OutputError`."""
-        write_whole(Path(path), self.html().encode("utf-8", "replace"))
+        write_whole(Path(path), self.html().encode("utf-8", "replace"), overwrite)
 
 
 def escape(text: str) -> str:
@@ -175,25 +176,39 @@ def _cell_text(value: Cell) -> str:
     return f"{value:,}" if isinstance(value, int) else escape(value)
 
 
-def check_page(path: str | Path | None) -> None:
+def check_page(path: str | Path | None, overwrite: bool = True) -> None:
     """Check that a page can be written to a file, if one is given. Raises :class:`~merging.errors.MergingError`."""
     if path is not None:
         if Path(path).suffix not in (".html", ".htm"):
             raise OptionError(f"{path}: a page is a .html or .htm")
-        check_place(Path(path))
+        check_place(Path(path), overwrite)
 
 
-def check_place(path: Path) -> None:
+def check_place(path: Path, overwrite: bool = True) -> None:
     """Check that a file can be written there. Raises :class:`~merging.errors.OutputError`."""
     if path.is_dir():
         raise OutputError(f"{path}: cannot be written: it is a folder")
-    if not path.parent.is_dir():
-        raise OutputError(f"{path}: cannot be written: there is no folder {path.parent}")
+    if not existing_parent(path).is_dir():
+        raise OutputError(f"{path}: cannot be written: {existing_parent(path)} is not a folder")
+    if not overwrite and os.path.lexists(path):
+        raise OutputError(_exists(path))
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file atomically. Raises :class:`~merging.errors.OutputError`."""
+def write_whole(path: Path, content: bytes, overwrite: bool = True) -> None:
+    """Write a file atomically, and the folders above it that are missing.
+
+    Raises :class:`~merging.errors.OutputError`, without ``overwrite`` also for a file that is there.
+    """
+    made: list[Path] = []
     try:
-        replace_file(path, content)
+        made = make_parents(path)
+        replace_file(path, content, overwrite)
+    except FileExistsError:
+        raise OutputError(_exists(path)) from None
     except OSError as error:
+        remove_empty(made)
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _exists(path: Path) -> str:
+    return f"{path}: exists already: choose another name, or use --overwrite"

@@ -11,14 +11,24 @@ from pathlib import Path
 
 from merging import os_calls
 
-__all__ = ["remove_temporary_files", "replace_file", "temporary_paths"]
+__all__ = [
+    "existing_parent",
+    "make_parents",
+    "place_new_file",
+    "remove_empty",
+    "remove_temporary_files",
+    "replace_file",
+    "temporary_paths",
+]
 
 _NEW = ".new"
 """The ending of the names of files that are not in place yet."""
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes, overwrite: bool = True) -> None:
     """Replace a file by one with this content, so that a reader finds either the old or the new file.
+
+    Without ``overwrite`` it is a FileExistsError if there is a file, also one that appears at the last moment.
 
     The new file is first written in the same folder under a name that nobody can foresee, so never through a link. Its
     content is durable afterwards; its name is after :func:`merging.os_calls.sync_folder`. Raises OSError, and leaves
@@ -32,11 +42,55 @@ def replace_file(path: Path, content: bytes) -> None:
                 stream.flush()
                 os_calls.sync(stream.fileno())
             Path(new).chmod(0o666 & ~os_calls.umask())
-            Path(new).replace(path)
+            if overwrite:
+                Path(new).replace(path)
+            else:
+                place_new_file(Path(new), path)
         except BaseException:
             with suppress(OSError):
                 Path(new).unlink()
             raise
+
+
+def place_new_file(built: Path, path: Path) -> None:
+    """Move a file to a path where nothing is. Raises FileExistsError if something is, also if it appeared just now."""
+    try:
+        os.link(built, path)  # unlike a rename, it never replaces a file that appeared meanwhile
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        if os.path.lexists(path):
+            raise FileExistsError from None
+        built.rename(path)
+    else:
+        built.unlink()
+
+
+def existing_parent(path: Path) -> Path:
+    """Return the innermost path above one that exists; unless it is a folder, nothing can be written there."""
+    return next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+
+
+def make_parents(path: Path) -> list[Path]:
+    """Make the missing folders above a path, durably, and return them from the outermost. Raises OSError."""
+    missing = [folder for folder in path.absolute().parents if not os.path.lexists(folder)][::-1]
+    made: list[Path] = []
+    try:
+        for folder in missing:
+            folder.mkdir(exist_ok=True)
+            made.append(folder)
+            os_calls.sync_folder(folder.parent)
+    except BaseException:
+        remove_empty(made)
+        raise
+    return made
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders that :func:`make_parents` made, as far as they are empty."""
+    with suppress(OSError):
+        for folder in reversed(folders):
+            folder.rmdir()
 
 
 def temporary_paths(path: Path, suffix: str) -> Iterator[Path]:

@@ -3,7 +3,8 @@
 An output is built in a hidden folder ``.NAME.*.partial``, which is locked by its merge. ``out`` in it becomes the
 output, ``scratch`` is for temporary files, and ``old`` is the replaced output where two names cannot be exchanged in
 one step. A folder with no other content and no lock was left by a killed merge. The next merge to the same destination
-moves ``old`` back if nothing took its place, and removes the rest."""
+moves ``old`` back if nothing took its place, and removes the rest. Missing parents of an output are made, and removed
+again if it is not written."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from types import TracebackType
 from merging import os_calls
 from merging.errors import MergingError, OutputError
 from merging.sources.model_files import foreign_names
-from merging.storage.atomic import temporary_paths
+from merging.storage.atomic import existing_parent, make_parents, place_new_file, remove_empty, temporary_paths
 
 __all__ = ["StagedOutput", "check_destination"]
 
@@ -28,6 +29,13 @@ _SLACK = 1 << 24
 """Bytes for configs, tokenizer and index of a folder of weights, when the free space is checked."""
 
 _PARTIAL, _OUT, _OLD, _SCRATCH = ".partial", "out", "old", "scratch"
+
+_OTHER_FILES = {
+    ".bin", ".ckpt", ".csv", ".ggml", ".gguf", ".gz", ".h5", ".html", ".json", ".jsonl", ".md", ".msgpack", ".npy",
+    ".npz", ".onnx", ".pdf", ".pickle", ".pkl", ".png", ".pt", ".pth", ".safetensor", ".sft", ".svg", ".tar", ".tgz",
+    ".txt", ".yaml", ".yml", ".zip",
+}  # fmt: skip
+"""Endings of files that are not written, and which are not meant as names of folders."""
 
 
 def check_destination(
@@ -48,6 +56,12 @@ def check_destination(
     Raises:
         OutputError: The destination is refused.
     """
+    ending = destination.suffix.lower()
+    if ending in _OTHER_FILES or (ending == ".safetensors" and destination.suffix != ending):
+        raise OutputError(
+            f"{destination}: no {destination.suffix} file is written: name a single file ending in .safetensors, or a "
+            f"folder"
+        )
     try:
         target = destination.resolve()  # before Python 3.13 a RuntimeError for a loop
         with suppress(FileNotFoundError, NotADirectoryError):
@@ -69,9 +83,9 @@ def check_destination(
         where = "" if existing == destination else f" (a merge that was killed left it as {existing})"
         raise OutputError(f"{destination}: exists already{where}: choose another -o, or use --overwrite")
     _check_replaced(destination, existing)
-    parent = destination.parent
+    parent = existing_parent(destination)
     if not parent.is_dir():
-        raise OutputError(f"{destination}: the folder {parent} does not exist: create it first")
+        raise OutputError(f"{destination}: {parent} is not a folder, so that nothing can be written in it")
     needed = nbytes + (0 if destination.suffix == ".safetensors" else _SLACK)
     free = shutil.disk_usage(parent).free
     if free < needed:
@@ -116,6 +130,7 @@ class StagedOutput:
         self.file = file
         self.notices: list[str] = []
         self._held: Path | None = None
+        self._made: list[Path] = []
         self._lock: int | None = None
 
     def _error(self, what: str, error: OSError) -> OutputError:
@@ -130,6 +145,7 @@ class StagedOutput:
                 for abandoned in _find_abandoned(self.destination):
                     if _put_back(abandoned, self.destination) is None:
                         shutil.rmtree(abandoned, ignore_errors=True)
+                self._made = make_parents(self.destination)
                 self._held, self._lock = _create_partial(self.destination)
                 self.folder, self.scratch = self._held / _OUT, self._held / _SCRATCH
                 self.folder.mkdir()
@@ -158,7 +174,7 @@ class StagedOutput:
     def _remove(self) -> None:
         """Remove what is left of the temporary folder, and note it if that fails."""
         if self._held is None:
-            return
+            return remove_empty(self._made)
         old = _put_back(self._held, self.destination)
         try:
             if old is None:
@@ -178,6 +194,7 @@ class StagedOutput:
         if self._lock is not None:
             os.close(self._lock)
         self._held = self._lock = None
+        return remove_empty(self._made)
 
     def commit(self) -> None:
         """Make the output durable and put it in place, atomically. Signals wait until it is in place.
@@ -220,14 +237,7 @@ class StagedOutput:
                 raise OutputError(f"{self.destination}: is a folder, and the output is a file: choose another -o")
             built.replace(self.destination)
             return
-        try:
-            os.link(built, self.destination)  # unlike a rename, it never replaces a file that appeared meanwhile
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without links
-            if os.path.lexists(self.destination):
-                raise FileExistsError from None
-            built.rename(self.destination)
+        place_new_file(built, self.destination)
 
     def _place_folder(self) -> None:
         if self.overwrite:

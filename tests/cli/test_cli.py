@@ -176,7 +176,7 @@ def test_no_method_lists_them() -> None:
         ("-m linear --device tpu9 tuned0 tuned1", "device = 'tpu9': use cpu, cuda, cuda:N or auto"),
         ("-m linear --device meta tuned0 tuned1", "device = 'meta': merging runs on cpu and cuda"),
         ("-m linear --device cuda:99 tuned0 tuned1", "device = 'cuda:99': this machine has"),
-        ("-m linear tuned0 tuned1 -o nowhere/out", "nowhere/out: the folder nowhere does not exist"),
+        ("-m linear tuned0 tuned1 -o tuned0/config.json/out", "config.json is not a folder"),
         ("-m linear tuned0 tuned1 -o tuned1 --overwrite", "tuned1: the output would replace the input tuned1"),
         ("-m linear tuned0 --base tuned0/config.json tuned1", "config.json: has no weight_map"),
         ("methods linaer", "there is no method 'linaer' (did you mean 'linear'?)"),

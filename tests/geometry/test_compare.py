@@ -232,8 +232,8 @@ def test_without_matplotlib(tmp_path: Path) -> None:
     [
         ("--plot", "x.gif", "a plot is a .png, .svg or .pdf"),
         ("--html", "x.txt", "a page is a .html or .htm"),
-        ("--html", "nowhere/x.html", "there is no folder"),
-        ("--plot", "nowhere/x.png", "there is no folder"),
+        ("--html", "file/x.html", "file is not a folder"),
+        ("--plot", "file/x.png", "file is not a folder"),
         ("--plot", "folder.png", "it is a folder"),
     ],
 )
@@ -241,8 +241,9 @@ def test_outputs_that_cannot_be_are_refused_before_anything_is_read(
     option: str, name: str, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
     assert message in refused(tmp_path / "no such model", option, tmp_path / name)
-    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
 
 
 def test_an_output_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

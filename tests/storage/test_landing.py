@@ -92,7 +92,7 @@ def test_overwrite_of_files(tmp_path: Path, tuned: list[Path]) -> None:
 @POSIX
 def test_only_models_are_overwritten(tmp_path: Path, tuned: list[Path]) -> None:
     """Whatever --overwrite says: a thesis, a text file and a pipe stay what they are."""
-    thesis, text, pipe = tmp_path / "stuff" / "thesis.txt", tmp_path / "notes.txt", tmp_path / "out.safetensors"
+    thesis, text, pipe = tmp_path / "stuff" / "thesis.txt", tmp_path / "notes", tmp_path / "out.safetensors"
     thesis.parent.mkdir()
     thesis.write_text("years of work")
     text.write_text("notes")
@@ -139,11 +139,9 @@ def test_output_on_top_of_an_input(tmp_path: Path, where: str, overwrite: bool) 
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("kind", ["missing", "file"])
-def test_output_with_no_folder_to_be_in(tmp_path: Path, tuned: list[Path], kind: str) -> None:
-    if kind == "file":
-        (tmp_path / "parent").write_text("x")
-    with pytest.raises(OutputError, match=r"the folder \S*parent does not exist|parent is no folder"):
+def test_output_with_no_folder_to_be_in(tmp_path: Path, tuned: list[Path]) -> None:
+    (tmp_path / "parent").write_text("x")
+    with pytest.raises(OutputError, match="parent is not a folder"):
         merging.merge(tuned, method="linear", output=tmp_path / "parent" / "out")
 
 
