@@ -86,7 +86,7 @@ def test_shared_options_are_declared_once() -> None:
 def test_options_have_american_names() -> None:
     every = [*COMMANDS.values(), *(cli.commands["merge"] for _ in METHODS)]
     for command in every:
-        with click.Context(command) as context:
+        with click.Context(command, **CONTEXT) as context:  # click keeps the help option that is asked for first
             names = [name for param in command.get_params(context) for name in [*param.opts, *param.secondary_opts]]
         assert [name for name in names if to_american(name) != name] == []
 

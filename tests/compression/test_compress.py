@@ -312,15 +312,15 @@ def test_another_base_is_refused(full: tuple[Path, list[Path]], tmp_path: Path) 
     base, (one, two) = full
     merging.compress(one, tmp_path / "p.safetensors", base=base)
     merging.compress(one, tmp_path / "q.safetensors", base=two)
-    with pytest.raises(InputError, match="packed beside another base"):
+    with pytest.raises(InputError, match="packed with another base"):
         merging.decompress(tmp_path / "p.safetensors", tmp_path / "out", base=two)
     held = merging.decompress(tmp_path / "p.safetensors", tmp_path / "beside", base=two, allow_different_bases=True)
     assert held.kind == "model"
     with pytest.raises(InputError, match="is not a tensor of the base"):
         merging.compress(EXAMPLES / "bbc", tmp_path / "r.safetensors", base=base)
-    with pytest.raises(InputError, match="packed beside another base"):
+    with pytest.raises(InputError, match="packed with another base"):
         merging.merge([tmp_path / "p.safetensors"], method="linear", base=str(two), output=tmp_path / "out")
-    with pytest.raises(InputError, match="packed beside different bases"):
+    with pytest.raises(InputError, match="packed with different bases"):
         compare([tmp_path / "p.safetensors", tmp_path / "q.safetensors"])
     merging.merge(
         [tmp_path / "p.safetensors"], method="task_arithmetic", base=str(two), output=tmp_path / "out",
