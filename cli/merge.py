@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .errors import OutputStatus, handle_errors
+from .errors import OutputStatus, Refusal, handle_errors
 from .execution import Execution, execute, execution_options
 from .fields import FieldsCommand, chain_options
 from .options import (
@@ -161,7 +161,7 @@ def merge_command(
 
         if method is None:
             listed = "\n".join(f"  {name:16} {entry.summary}" for name, entry in METHODS.items())
-            raise OptionError(f"which method? Choose one with --method:\n{listed}")
+            raise Refusal(f"which method? Choose one with --method:\n{listed}", "option")
         _refuse_numbers(models, fields)
         if not models:
             raise OptionError("there is nothing to merge: name at least one model")

@@ -92,15 +92,14 @@ class MethodName(click.ParamType[str]):
     name = "method"
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from merging.methods import ALIASES, GROUPS, method_names
+        from merging.methods import ALIASES, GROUPS, METHODS, method_names
 
         before, plus, last = incomplete.rpartition("+")
         wrappers = list(GROUPS.values())[-1]
         if plus and not set(before.split("+")) <= wrappers.keys():
             return []  # only wrappers have a method after them
-        # the groups, as a summary is in the file of its method, which imports torch
         known = dict.fromkeys(method_names(), "from an installed package")
-        known |= {name: group for group, methods in GROUPS.items() for name in methods}
+        known |= {name: listed.summary for name, listed in METHODS.items()}
         known |= {name: f"mergekit's name for {alias.chain}" for name, alias in ALIASES.items()}
         names = [name for name in known if name.startswith(last) and name not in before.split("+")]
         return [CompletionItem(f"{before}{plus}{name}", help=known[name]) for name in names]

@@ -8,14 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from merging.engine.download import download_plan
 from merging.engine.resources import pick_device, workers_within
 from merging.engine.run import Done, run
 from merging.engine.sanity import unrelated_models
 from merging.engine.threads import cores
 from merging.errors import OptionError, OutputError
+from merging.lazy_torch import torch
 from merging.methods.contract.method import Method
 from merging.output.lora_header import lora_metadata, lora_stem
 from merging.output.model_folder import check_companions, companion_patterns, copy_companions, write_model_companions
@@ -23,7 +22,7 @@ from merging.output.peft_config import write_adapter_companions
 from merging.plan import PORTABLE_RANKS, Plan, make_plan
 from merging.plan.recipe import FIELDS, Recipe, make_recipe
 from merging.progress import Progress
-from merging.sources.stored import DTYPES
+from merging.sources.dtypes import DTYPES
 from merging.storage.staging import StagedOutput, check_destination
 from merging.storage.writer import ComponentWriter, TensorWriter
 from merging.version import __version__

@@ -6,11 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from merging.engine.in_memory import TensorInputs, merge_in_memory
 from merging.errors import InputError, OptionError
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.maths.layers import Stacks
 from merging.maths.patterns import all_matching

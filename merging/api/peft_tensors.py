@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from merging.errors import InputError
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, LowRank
 from merging.output.peft_config import lora_config
 from merging.sources.changes import LoraChange

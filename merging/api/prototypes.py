@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from merging.engine.download import download_model
 from merging.errors import InputError, OptionError
 from merging.hub.open_model import open_model
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import LowRank
 from merging.maths.linalg import factored_svd
 from merging.maths.sums import safe_ratio

@@ -8,14 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-import torch
-from torch import Tensor
-
 from merging.compression.assembly import Assembly, Losses, as_read
 from merging.compression.bands import pack_factors
 from merging.compression.settings import PackSettings
 from merging.compression.ternary import balance, norm_factor, pack_signs
 from merging.errors import InputError
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import LowRank
 from merging.maths.linalg import squared_norm
 from merging.sources import Dialect, dialect_of

@@ -8,14 +8,14 @@ from math import sqrt
 from pathlib import Path
 from statistics import median
 
-from torch import Tensor
-
 from merging.engine.spool import Spool
+from merging.lazy_torch import Tensor
 from merging.maths.delta import Dense
 from merging.maths.sums import safe_ratio
+from merging.sources.dtypes import DTYPE_NAMES, DTYPES
 from merging.sources.packs import PACK_KEY, Described, PackManifest, payload_name
 from merging.sources.packs.codings import Bands, Packed, Raw, Sparse, Ternary
-from merging.sources.stored import DTYPE_NAMES, DTYPES, MappedTensor
+from merging.sources.stored import MappedTensor
 from merging.storage.output_tensor import OutputTensor
 from merging.storage.writer import TensorWriter
 from merging.version import __version__

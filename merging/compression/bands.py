@@ -13,11 +13,9 @@ from collections.abc import Sequence
 from typing import cast
 from zlib import crc32
 
-import torch
-from torch import Tensor
-
 from merging.compression.settings import BandsSpec
 from merging.compression.ternary import ternary
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import LowRank
 from merging.maths.linalg import compress_matrix, decompose
 from merging.sources.packs.codings import Bands, Packed, Sparse

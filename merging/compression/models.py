@@ -5,9 +5,6 @@ from __future__ import annotations
 from math import prod
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from merging.compression.assembly import Assembly, Losses, as_read
 from merging.compression.bands import pack_factors, pack_pruned, truncate_to_bands
 from merging.compression.settings import PackSettings
@@ -15,6 +12,7 @@ from merging.compression.ternary import pack_signs
 from merging.engine.tiles import Tiler
 from merging.errors import InputError
 from merging.geometry.alignment import align, read_change
+from merging.lazy_torch import Tensor, torch
 from merging.plan import Item, Plan
 from merging.progress import Progress
 from merging.sources import Checkpoint

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from math import prod, sqrt
 
-import torch
-from torch import Tensor
-
 from merging.compression.settings import PackSettings
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import LowRank
 from merging.maths.linalg import factored_svd, squared_norm
 from merging.maths.sums import safe_ratio
+from merging.sources.dtypes import DTYPES
 from merging.sources.packs.codings import DtypeName, Ternary
 from merging.sources.packs.frames import BITMAP, frame_signs
 from merging.sources.packs.golomb import parameter
-from merging.sources.stored import DTYPES
 
 __all__ = ["balance", "norm_factor", "pack_signs", "ternary"]
 

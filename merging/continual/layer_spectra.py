@@ -6,9 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from math import sqrt
 
-import torch
-from torch import Tensor
-
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import LowRank
 from merging.maths.layers import Stacks
 from merging.maths.linalg import factored_svd

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from merging.errors import FormatError
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense
 from merging.maths.site import Site
 from merging.methods.contract.method import Method
@@ -21,8 +19,9 @@ from merging.plan.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
 from merging.sources.adapter import TensorNames
 from merging.sources.changes import Change, FullChange, LoraChange
+from merging.sources.dtypes import DTYPE_NAMES
 from merging.sources.small_files import parse_json
-from merging.sources.stored import DTYPE_NAMES, open_safetensors
+from merging.sources.stored import open_safetensors
 from merging.storage.output_tensor import OutputTensor
 
 __all__ = ["HeldChange", "count_forms", "open_state", "state_metadata", "step_plan", "value_problems"]

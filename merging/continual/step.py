@@ -9,9 +9,6 @@ from datetime import datetime, timezone
 from math import sqrt
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from merging.continual.base_check import check_distance, check_not_base, check_stated_base
 from merging.continual.manifest import Manifest, Part, StepRecord, sha256_of
 from merging.continual.state import count_forms, open_state, state_metadata, step_plan
@@ -20,6 +17,7 @@ from merging.engine.download import download_plan, missing_files
 from merging.engine.resources import workers_within
 from merging.engine.run import Done, run
 from merging.errors import InputError, escape_unprintable
+from merging.lazy_torch import Tensor, torch
 from merging.maths.sums import safe_ratio
 from merging.methods.contract.update_rule import UpdateStep
 from merging.methods.task_arithmetic import TaskArithmetic

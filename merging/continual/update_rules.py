@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from merging.continual.manifest import Manifest
 from merging.errors import OptionError
+from merging.lazy_torch import Tensor
 from merging.maths.coefficients import number
 from merging.methods import METHODS, chain, method_class
 from merging.methods.contract.method import Method

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from merging.engine.threads import share_out
 from merging.hub.address import Address
 from merging.hub.open_model import open_model
 from merging.hub.remote import RemoteFile, Window
 from merging.hub.repository import open_repository
+from merging.lazy_torch import torch
 from merging.methods.families.dropping import Dropping
 from merging.plan import Item, Plan
 from merging.plan.checks import check_packed, make_content_keys

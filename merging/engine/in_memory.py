@@ -11,10 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from merging.engine.unit import accumulate, name_failures
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, Stack
 from merging.maths.reductions import Reduction
 from merging.maths.site import Site

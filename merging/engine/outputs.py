@@ -5,18 +5,17 @@ from __future__ import annotations
 from math import isfinite, prod
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
 from merging.engine.tiles import Tiler
 from merging.engine.unit import Span, row_blocks
 from merging.errors import InputError
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, LowRank
 from merging.maths.linalg import balance_terms, compress_matrix, truncate
 from merging.maths.parameters import Coefficient
 from merging.plan.items import Item
 from merging.sources.changes import Change
-from merging.sources.stored import DTYPES, Stored
+from merging.sources.dtypes import DTYPES
+from merging.sources.stored import Stored
 from merging.storage.output_tensor import OutputTensor
 
 __all__ = ["Output", "Sink"]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from merging.errors import OptionError
+from merging.lazy_torch import torch
 from merging.os_calls import available_memory
 from merging.plan.merge_plan import Plan
 

@@ -13,14 +13,13 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-import torch
-
 from merging.engine.outputs import Sink
 from merging.engine.spool import Spool
 from merging.engine.threads import share_out
 from merging.engine.tiles import tile_size, unit_size
 from merging.engine.unit import Span
 from merging.engine.worker import Shared, Worker
+from merging.lazy_torch import torch
 from merging.methods.contract.method import ResultStatistic, Statistic
 from merging.os_calls import keep_freed_memory, private_memory, release_freed_memory
 from merging.plan.merge_plan import Plan

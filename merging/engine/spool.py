@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import torch
-from torch import Tensor
-
 from merging.errors import OutputError
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, LowRank
 from merging.os_calls import read_at, write_at
 

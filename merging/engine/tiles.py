@@ -6,10 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isfinite, prod
 
-import torch
-from torch import Tensor
-
 from merging.errors import InputError
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.plan.items import CHUNK, TILE, Item
 from merging.plan.merge_plan import Plan

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from merging.engine.tiles import Tiler, tile_size
 from merging.errors import InputError
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.maths.reductions import Accumulator
 from merging.maths.site import Site

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from merging.engine.outputs import Output, Sink
 from merging.engine.spool import Spool
 from merging.engine.tiles import Tiler
 from merging.engine.unit import Span, WorkUnit, accumulate, name_failures, row_blocks
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, Stack
 from merging.maths.parameters import Coefficient
 from merging.maths.reductions import Accumulator

@@ -9,13 +9,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from merging.engine.download import download_plan
 from merging.engine.tiles import Tiler
 from merging.errors import InputError, OptionError
 from merging.hub.open_model import open_model, require_full
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense
 from merging.maths.layers import Stacks
 from merging.maths.patterns import all_matching

@@ -7,9 +7,6 @@ from math import isnan
 from statistics import fmean, median
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from merging.errors import OptionError
 from merging.geometry.alignment import MEMORY, ModelLike, align
 from merging.geometry.comparison import (
@@ -26,6 +23,7 @@ from merging.geometry.short_names import short_names
 from merging.geometry.signs import count_signs
 from merging.geometry.spectrum import SIDE, Spectrum
 from merging.geometry.walk import LEADING, OVERLAPPING, WalkOptions, WalkResult, walk
+from merging.lazy_torch import Tensor, torch
 from merging.methods.families.spherical import cosines as normalised
 from merging.plan import Plan
 from merging.progress import Progress

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from merging.engine.tiles import Tiler
 from merging.errors import InputError, OptionError
 from merging.geometry.alignment import MEMORY, ModelLike, align, factored, matrix_sides, row_blocks
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import LowRank
 from merging.maths.sums import spans
 from merging.methods.families.spherical import cosines as normalised

@@ -8,12 +8,10 @@ from itertools import combinations_with_replacement
 from math import prod
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from merging.engine.tiles import Tiler
 from merging.geometry.alignment import MEMORY, ModelLike, align, row_blocks
 from merging.geometry.grams import groups_of
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, LowRank
 from merging.plan import Item, Plan
 from merging.sources.changes import Change

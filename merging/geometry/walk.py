@@ -6,9 +6,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor
-
 from merging.engine.tiles import Tiler
 from merging.geometry.alignment import read_change
 from merging.geometry.grams import module_grams
@@ -21,6 +18,7 @@ from merging.geometry.spectrum import (
     singular_values,
     spectrum_of,
 )
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, LowRank
 from merging.maths.linalg import decompose
 from merging.methods.decouple import column_norms

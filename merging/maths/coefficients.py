@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
+from merging.lazy_torch import Tensor, torch
 
 __all__ = ["column", "number", "spread"]
 

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
-import torch
-from torch import Tensor
+from merging.lazy_torch import Tensor, torch
 
 __all__ = ["Delta", "Dense", "LowRank", "Stack", "sum_in_order", "weighted_sum"]
 

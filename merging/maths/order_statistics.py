@@ -5,13 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
+from merging.lazy_torch import Tensor, torch
 
-__all__ = ["KEYS", "Rank", "floats", "has_nan", "keys"]
-
-KEYS = {torch.float32: torch.int32, torch.float64: torch.int64}
-"""The dtypes that have keys, and the dtypes of these."""
+__all__ = ["Rank", "floats", "has_nan", "key_dtype", "keys"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +72,15 @@ class Rank:
         return min(max(index, 0), count - 1)
 
 
+def key_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the keys of float32 or float64. Raises ValueError for other dtypes."""
+    if dtype == torch.float32:
+        return torch.int32
+    if dtype == torch.float64:
+        return torch.int64
+    raise ValueError(f"ranks are taken of float32 or float64, not of {dtype}")
+
+
 def keys(values: Tensor, magnitudes: bool = False) -> Tensor:
     """Return a signed integer of the same width for each float, in the same order; -0.0 and 0.0 have one key.
 
@@ -84,7 +89,7 @@ def keys(values: Tensor, magnitudes: bool = False) -> Tensor:
     The bits without the sign are the key of a positive float (0 is 0) and, negated, of a negative one. Any shape;
     float32 to int32, float64 to int64. The keys of NaN are beyond the keys of the infinities.
     """
-    bits = values.view(KEYS[values.dtype])
+    bits = values.view(key_dtype(values.dtype))
     sizes = bits & torch.iinfo(bits.dtype).max
     if magnitudes:
         return sizes
@@ -94,7 +99,7 @@ def keys(values: Tensor, magnitudes: bool = False) -> Tensor:
 
 def floats(numbers: Tensor) -> Tensor:
     """Return the floats of :func:`keys`, with 0.0 for -0.0."""
-    dtype = next(wide for wide, narrow in KEYS.items() if narrow == numbers.dtype)
+    dtype = torch.float32 if numbers.dtype == torch.int32 else torch.float64
     values = numbers.abs().view(dtype)
     return torch.where(numbers < 0, -values, values)
 

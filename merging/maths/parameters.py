@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar, Union
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
 
+from merging.lazy_torch import Tensor
 from merging.maths.patterns import matches
 from merging.maths.site import Site
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
+from merging.lazy_torch import Tensor, torch
 from merging.maths import order_statistics
 from merging.maths.order_statistics import Rank
 from merging.maths.reductions import Accumulator, Reduction, check_count, column_pieces, model_rows
@@ -30,22 +28,27 @@ class OrderStatistics(Reduction):
     """
 
     ranks: tuple[Rank, ...]
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | None = None
     magnitudes: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in order_statistics.KEYS:
-            raise ValueError(f"ranks are taken of float32 or float64, not of {self.dtype}")
+        if self.dtype is not None:
+            order_statistics.key_dtype(self.dtype)
 
     @property
     def sweeps(self) -> int:
-        return self.dtype.itemsize * 8 // _DIGIT
+        return (32 if self.dtype is None else self.dtype.itemsize * 8) // _DIGIT
+
+    @property
+    def ranked_dtype(self) -> torch.dtype:
+        """The dtype in which values are ranked."""
+        return torch.float32 if self.dtype is None else self.dtype
 
     def start(self) -> Accumulator:
         return _Selection(self)
 
     def widen(self, dtype: torch.dtype) -> OrderStatistics:
-        return replace(self, dtype=torch.promote_types(self.dtype, dtype))
+        return replace(self, dtype=torch.promote_types(self.ranked_dtype, dtype))
 
 
 class _Selection(Accumulator):
@@ -57,7 +60,7 @@ class _Selection(Accumulator):
 
     def __init__(self, reduction: OrderStatistics) -> None:
         self.reduction = reduction
-        self.shift = reduction.dtype.itemsize * 8 - _DIGIT
+        self.shift = reduction.ranked_dtype.itemsize * 8 - _DIGIT
         self.bins: list[dict[int, int]] = []
         self.wanted: list[list[tuple[int, int]]] = []
         self.counts: list[dict[int, Tensor]] = []
@@ -66,12 +69,12 @@ class _Selection(Accumulator):
 
     def add(self, values: Tensor, key: object) -> None:
         rows = model_rows(values)
-        if torch.promote_types(rows.dtype, self.reduction.dtype) != self.reduction.dtype:
-            raise TypeError(f"{key}: {rows.dtype} values are wider than the {self.reduction.dtype} to be ranked")
+        if torch.promote_types(rows.dtype, self.reduction.ranked_dtype) != self.reduction.ranked_dtype:
+            raise TypeError(f"{key}: {rows.dtype} values are wider than the {self.reduction.ranked_dtype} to be ranked")
         self._admit(len(rows))
         self.count += rows.shape[1]
         for piece in column_pieces(rows, 1 << 18):
-            keys = order_statistics.keys(piece.to(self.reduction.dtype), self.reduction.magnitudes)
+            keys = order_statistics.keys(piece.to(self.reduction.ranked_dtype), self.reduction.magnitudes)
             if not self.bins and order_statistics.has_nan(keys):
                 raise ValueError(f"{key} holds NaN, which has no rank")
             self._count(keys)
@@ -152,7 +155,8 @@ class _Selection(Accumulator):
         if self.shift >= 0:  # no elements: a search that ended has used up all bits
             return torch.full((len(self.counts), len(self.reduction.ranks)), torch.nan, dtype=torch.float64)
         keys = [[lowest for lowest, _ in wanted] for wanted in self.wanted]
-        return order_statistics.floats(torch.tensor(keys, dtype=order_statistics.KEYS[self.reduction.dtype])).double()
+        dtype = order_statistics.key_dtype(self.reduction.ranked_dtype)
+        return order_statistics.floats(torch.tensor(keys, dtype=dtype)).double()
 
 
 def _select(values: Tensor, mask: Tensor) -> Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from hashlib import sha256
 
-import torch
-from torch import Tensor
+from merging.lazy_torch import Tensor, torch
 
 __all__ = ["draw_mask", "draw_uniform"]
 
@@ -15,15 +14,17 @@ _WORD = 1 << 32
 
 
 def draw_mask(
-    share: float, start: int, count: int, device: torch.device, *place: object, dtype: torch.dtype = torch.bool
+    share: float, start: int, count: int, device: torch.device, *place: object, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Draw which of ``count`` elements from position ``start`` on are kept, each with probability ``share``.
 
     The draws depend on the position and on ``place`` (seed, model, tensor) alone.
 
     Returns:
-        ``[count]`` of 0 and 1 in ``dtype``. To multiply by floats takes a third of the time of a boolean mask.
+        ``[count]`` of 0 and 1 in ``dtype``, by default boolean. To multiply by floats takes a third of the time of a
+        boolean mask.
     """
+    dtype = torch.bool if dtype is None else dtype
     if share >= 1:
         return torch.ones(count, dtype=dtype, device=device)
     bits = _bits(start, count, device, *place)

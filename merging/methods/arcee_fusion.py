@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
-
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, Stack
 from merging.maths.order_statistics import Rank
 from merging.maths.radix_selection import OrderStatistics

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from itertools import product
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from merging.lazy_torch import Tensor, torch
 from merging.maths.coefficients import spread
 from merging.maths.delta import Stack
 from merging.maths.order_statistics import Rank

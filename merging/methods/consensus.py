@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Annotated, ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
 from merging.errors import OptionError
+from merging.lazy_torch import Tensor
 from merging.maths.coefficients import column
 from merging.maths.delta import Delta, Dense, Stack, sum_in_order
 from merging.maths.parameters import Coefficient, Local, PerModel

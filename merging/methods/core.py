@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-
+from merging.lazy_torch import torch
 from merging.maths.delta import Delta, Dense, LowRank
 from merging.maths.linalg import output_basis
 from merging.methods.families.shared_basis import Coordinates, SharedBasis, transpose

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.maths.linalg import balance_terms
 from merging.maths.site import Site

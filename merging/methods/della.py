@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from merging.errors import OptionError
+from merging.lazy_torch import Tensor, torch
 from merging.maths import order_statistics
 from merging.maths.coefficients import number, spread
 from merging.maths.delta import Stack

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
+from merging.lazy_torch import Tensor
 from merging.maths.linalg import leading_svd
 from merging.maths.parameters import Coefficient, Local
 from merging.methods.families.spectral import Spectral

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from merging.lazy_torch import Tensor, torch
 from merging.maths.linalg import ThinSvd, leading_svd, polar
 from merging.maths.parameters import Coefficient, Local
 from merging.methods.families.spectral import Spectral

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from merging.errors import OptionError
+from merging.lazy_torch import Tensor, torch
 from merging.maths.coefficients import column, number
 from merging.maths.delta import Delta, Stack
 from merging.maths.parameters import Coefficient, PerModel

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, LowRank
 from merging.maths.linalg import output_basis
 from merging.methods.families.shared_basis import Coordinates, SharedBasis, transpose

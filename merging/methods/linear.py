@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from merging.errors import OptionError
+from merging.lazy_torch import Tensor
 from merging.maths.coefficients import number
 from merging.maths.delta import Delta, Stack
 from merging.maths.parameters import Coefficient, PerModel

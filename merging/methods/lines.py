@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from merging.errors import OptionError
+from merging.lazy_torch import Tensor, torch
 from merging.maths.coefficients import number
 from merging.maths.delta import Delta, Stack
 from merging.maths.parameters import Coefficient

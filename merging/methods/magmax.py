@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from merging.lazy_torch import Tensor, torch
 from merging.maths.coefficients import column, number
 from merging.maths.delta import Delta, Dense, Stack
 from merging.maths.parameters import Coefficient, Local, PerModel

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from merging.errors import OptionError
+from merging.lazy_torch import Tensor, torch
 from merging.maths.coefficients import number
 from merging.maths.delta import Delta, Dense, Stack
 from merging.maths.site import Site

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from merging.lazy_torch import Tensor, torch
 from merging.maths.coefficients import column
 from merging.maths.delta import Delta, Dense, Stack, sum_in_order
 from merging.maths.order_statistics import Rank

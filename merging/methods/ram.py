@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, Stack, sum_in_order, weighted_sum
 from merging.maths.parameters import Coefficient, Local
 from merging.maths.reductions import Sum

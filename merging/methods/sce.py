@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, Stack, weighted_sum
 from merging.maths.order_statistics import Rank
 from merging.maths.parameters import Coefficient, Local

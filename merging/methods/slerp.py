@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
 
+from merging.lazy_torch import torch
 from merging.maths.delta import Delta, Stack
 from merging.maths.parameters import Coefficient, Local
 from merging.maths.site import Site

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
+from merging.lazy_torch import Tensor
 from merging.maths.linalg import leading_svd
 from merging.maths.parameters import Coefficient, PerModel
 from merging.methods.families.spectral import Spectral

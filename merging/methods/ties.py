@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from merging.errors import OptionError
+from merging.lazy_torch import Tensor, torch
 from merging.maths.coefficients import number, spread
 from merging.maths.delta import Delta, Dense, Stack, sum_in_order, weighted_sum
 from merging.maths.order_statistics import Rank

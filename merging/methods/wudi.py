@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from merging.lazy_torch import Tensor, torch
 from merging.maths.linalg import CUT
 from merging.maths.site import Site
 from merging.methods.families.spectral import Spectral

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-import torch
-
+from merging.lazy_torch import torch
 from merging.maths.site import Site
 from merging.methods.contract.method import Method
 from merging.plan.cuts import COPIED, Cut, cut_tensor

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
+from merging.lazy_torch import torch
 from merging.plan import estimates
 from merging.plan.inputs.vocabulary import Vocabulary
 from merging.plan.items import Constant, Item
 from merging.plan.recipe import AdapterFormat, Recipe
 from merging.sources import Checkpoint, Model
-from merging.sources.stored import DTYPES
+from merging.sources.dtypes import DTYPES
 from merging.storage.output_tensor import OutputTensor
 
 __all__ = ["Plan"]

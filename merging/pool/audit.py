@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 
-import torch
-
 from merging.engine.download import download_model
 from merging.errors import MergingError
 from merging.hub.cards import stated_licence
 from merging.hub.client import Unreachable
 from merging.hub.open_model import open_model
+from merging.lazy_torch import torch
 from merging.maths.delta import Delta, LowRank
 from merging.maths.linalg import factored_svd, squared_norm
 from merging.maths.sums import safe_ratio

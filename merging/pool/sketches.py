@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-import torch
-from torch import Tensor
-
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, LowRank
 
 __all__ = ["LENGTH", "empty", "sketch"]

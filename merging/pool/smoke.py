@@ -12,11 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from merging.engine.resources import pick_device
 from merging.errors import FormatError, InputError, OptionError
+from merging.lazy_torch import Tensor, torch
 from merging.pool.audit import change_of
 from merging.pool.entry import Finding
 from merging.pool.network import explain_errors, loading_options, quiet

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
+from merging.lazy_torch import Tensor, torch
 from merging.recycling.seeds import generator
 
 __all__ = ["LEVEL", "Gap", "Metric", "paired_bootstrap"]

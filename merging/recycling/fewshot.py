@@ -7,9 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from math import sqrt
 
-import torch
-from torch import Tensor
-
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import LowRank
 from merging.recycling.hooks import LowRankBranch, attach_branches
 from merging.recycling.pool_adapters import FEW_SHOT, Expert

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.nn.functional import pad
 
 from merging.errors import OptionError
 from merging.hub.open_model import open_model
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import LowRank
 from merging.maths.linalg import balance_terms, squared_norm, truncate
 from merging.maths.sums import safe_ratio
@@ -25,7 +24,7 @@ from merging.plan import PORTABLE_RANKS
 from merging.recycling.hooks import HookPoint
 from merging.recycling.pool_adapters import Expert
 from merging.recycling.problem import Problem, WeightedAdapters
-from merging.sources.stored import DTYPE_NAMES
+from merging.sources.dtypes import DTYPE_NAMES
 from merging.storage.output_tensor import OutputTensor
 from merging.storage.writer import TensorWriter
 from merging.version import __version__

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
+
+from merging.lazy_torch import Tensor
 
 __all__ = ["HookPoint", "LowRankBranch", "attach_branches", "find_hook_points"]
 

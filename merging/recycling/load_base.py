@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from merging.errors import InputError, OptionError
+from merging.lazy_torch import torch
 from merging.pool.network import explain_errors, loading_options, quiet
 from merging.recycling.data import Split, kind_of, labels_of
 from merging.recycling.model import Classifier, Decoder, Encoder, EncoderDecoder, TaskModel

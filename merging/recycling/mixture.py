@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import LowRank
 from merging.maths.layers import Stacks
 from merging.recycling.hooks import HookPoint, LowRankBranch, attach_branches

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from merging.errors import FormatError
+from merging.lazy_torch import Tensor, torch
 from merging.recycling.data import Example
 from merging.recycling.hooks import HookPoint, find_hook_points
 

@@ -8,10 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from merging import os_calls
 from merging.errors import OptionError, OutputError
+from merging.lazy_torch import torch
 from merging.sources.links import refuse_link
 from merging.sources.small_files import LIST_LIMIT, read_json
 from merging.storage.atomic import replace_file

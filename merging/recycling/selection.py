@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf, isfinite
 
-import torch
-from torch import Tensor
-
 from merging.errors import OptionError
+from merging.lazy_torch import Tensor, torch
 from merging.maths.sums import safe_ratio
 from merging.recycling.hooks import HookPoint
 from merging.recycling.pool_adapters import AdapterRef, Expert, open_expert

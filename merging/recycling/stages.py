@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 
-import torch
-
 from merging.errors import InputError
+from merging.lazy_torch import torch
 from merging.recycling.controls import CONTROLS
 from merging.recycling.fewshot import FewShot, train_few_shot
 from merging.recycling.mixing import fit

@@ -14,13 +14,14 @@ from merging.os_calls import kind_of
 from merging.sources import diffusion_loras, kohya, packs, peft
 from merging.sources.adapter import Adapter
 from merging.sources.checkpoint import Checkpoint, open_checkpoint
+from merging.sources.dtypes import DTYPES
 from merging.sources.links import check_inside
 from merging.sources.loose_factors import refuse_factors
 from merging.sources.lycoris import LYCORIS_TYPES
 from merging.sources.open_files import File
 from merging.sources.opening import FileOpener, open_tensors
 from merging.sources.small_files import is_there
-from merging.sources.stored import DTYPES, FileContents, Stored, holders_of
+from merging.sources.stored import FileContents, Stored, holders_of
 from merging.sources.tensor_names import add_tensor_names
 from merging.sources.weight_files import check_suffix, find_weights
 

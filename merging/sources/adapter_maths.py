@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from merging.lazy_torch import Tensor, torch
 
 __all__ = ["blockwise", "cayley", "cayley_series", "hadamard", "kronecker", "rescale", "skew", "tucker"]
 

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-import torch
-from torch import Tensor
-
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, LowRank
 from merging.sources.changes import Change
 from merging.sources.stored import Stored

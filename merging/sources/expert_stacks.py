@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, LowRank
 from merging.sources.changes import LoraChange
 from merging.sources.tensor_views import view

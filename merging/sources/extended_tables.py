@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
+from merging.lazy_torch import Tensor, torch
 from merging.sources.derived import Derived
 from merging.sources.stored import Stored
 

@@ -11,13 +11,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from merging.errors import FormatError
+from merging.lazy_torch import Tensor, torch
+from merging.sources.dtypes import DTYPE_NAMES
 from merging.sources.header import HeaderEntry
 from merging.sources.open_files import File
-from merging.sources.stored import DTYPE_NAMES, FileContents, FileTensor, Stored
+from merging.sources.stored import FileContents, FileTensor, Stored
 from merging.sources.unpickle import Other, TensorRecord, unpickle
 
 __all__ = ["open_pickle"]

@@ -9,9 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 
-import torch
-from torch import Tensor
-
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, LowRank
 from merging.sources.changes import Change, FullChange, LoraChange
 from merging.sources.expert_stacks import ExpertsChange

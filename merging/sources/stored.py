@@ -7,16 +7,13 @@ from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from merging.errors import FormatError
-from merging.sources.header import HeaderEntry, read_header
+from merging.lazy_torch import Tensor, torch
+from merging.sources.dtypes import DTYPE_NAMES, DTYPES
+from merging.sources.header import DTYPE_BITS, HeaderEntry, read_header
 from merging.sources.open_files import File, Holder
 
 __all__ = [
-    "DTYPES",
-    "DTYPE_NAMES",
     "FileContents",
     "FileTensor",
     "MappedTensor",
@@ -25,17 +22,6 @@ __all__ = [
     "holders_of",
     "open_safetensors",
 ]
-
-DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
-    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64,
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-}  # fmt: skip
-"""Torch's dtypes by their names in safetensors files; torch has none for packed types (F4, F6) and bare exponents."""
-
-DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 _PIECE = 1 << 22
 
@@ -64,7 +50,7 @@ class Stored(ABC):
 
     @property
     def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+        return self.numel * DTYPE_BITS[self.dtype_name] // 8
 
     @abstractmethod
     def read_into(self, buffer: Tensor, start: int = 0) -> None:

@@ -6,8 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-
+from merging.lazy_torch import torch
 from merging.sources.stored import Stored
 
 __all__ = [

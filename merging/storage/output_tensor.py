@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from merging.sources.stored import DTYPES
+from merging.sources.dtypes import DTYPES
 
 __all__ = ["OutputTensor"]
 

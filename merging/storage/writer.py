@@ -8,10 +8,9 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from merging import os_calls
 from merging.errors import OutputError
+from merging.lazy_torch import Tensor
 from merging.sources.stored import bytes_of
 from merging.storage.output_tensor import OutputTensor
 

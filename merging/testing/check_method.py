@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from merging.api.merge_files import merge, preview
 from merging.api.merge_tensors import merge_deltas, merge_state_dicts
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, LowRank
 from merging.maths.site import Site
 from merging.methods import chain

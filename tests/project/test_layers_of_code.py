@@ -72,7 +72,7 @@ def under(module: str, *packages: str) -> bool:
 
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "os_calls", "progress", "version"),
+    ("errors", "lazy_torch", "os_calls", "progress", "version"),
     ("maths",),
     ("methods", "sources"),
     ("hub", "storage"),
@@ -140,7 +140,7 @@ def test_every_room_has_a_floor() -> None:
     assert len(FILES) > 200
     assert sorted(rooms) == sorted({room_of(name) for name in FILES} - {""})
     assert len(FLOORS) <= 11
-    assert len(list((ROOT / "merging").glob("*.py"))) <= 6
+    assert len(list((ROOT / "merging").glob("*.py"))) <= 7
 
 
 def test_imports_are_found() -> None:
@@ -173,7 +173,7 @@ def test_maths_imports_nothing_but_maths(name: str) -> None:
     allowed = PURE | ({"difflib"} if room_of(name) == "errors" else {"torch", "pydantic"})
     for each in imports(name):
         if under(each.module, "merging"):
-            assert room_of(each.module) in ("maths", "methods", "errors"), each
+            assert room_of(each.module) in ("maths", "methods", "errors", "lazy_torch"), each
         else:
             assert each.module.partition(".")[0] in allowed, each
 
@@ -188,6 +188,13 @@ def test_never_imported(name: str) -> None:
 def test_never_imported_at_import_time(name: str) -> None:
     for each in imports(name):
         assert each.lazy or not under(each.module, *NEVER_AT_IMPORT[room_of(name)]), each
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if room_of(name) not in ("lazy_torch", "recycling")])
+def test_torch_is_imported_when_it_is_used(name: str) -> None:
+    """So that commands that only read headers answer at once."""
+    eager = [each.module for each in imports(name) if not each.lazy and under(each.module, "torch", "transformers")]
+    assert not eager, f"from merging.lazy_torch import Tensor, torch, instead of importing {eager[0]} in {name}"
 
 
 @pytest.mark.parametrize("name", modules("cli"))

@@ -13,7 +13,7 @@ from torch import Tensor
 import merging
 from merging.errors import OutputError
 from merging.sources.checkpoint import open_checkpoint
-from merging.sources.stored import DTYPE_NAMES
+from merging.sources.dtypes import DTYPE_NAMES
 from merging.storage.output_tensor import OutputTensor
 from merging.storage.writer import TensorWriter
 from support.tiny import CONFIG, checkpoint, fine_tune, identical, load, model, save

@@ -9,9 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_
 
 from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
-from torch import Tensor
 
 from merging.errors import OptionError
+from merging.lazy_torch import Tensor
 from merging.maths.coefficients import spread
 from merging.maths.delta import Delta, Dense, Stack
 from merging.maths.parameters import Coefficient, Local, PerModel

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor
 
 from merging.errors import OptionError, nearest
+from merging.lazy_torch import Tensor
 from merging.maths.coefficients import spread
 from merging.maths.delta import Delta, Stack
 from merging.maths.parameters import Coefficient, bind_value, graded, varies

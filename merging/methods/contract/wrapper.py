@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
 
+from merging.lazy_torch import Tensor
 from merging.maths.delta import Delta, Stack
 from merging.maths.parameters import Coefficient
 from merging.maths.site import Site

@@ -7,9 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
-
+from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.maths.site import Site
 from merging.methods.contract.method import Grain, Statistics

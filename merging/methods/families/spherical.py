@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from merging.lazy_torch import Tensor, torch
 from merging.maths.coefficients import number
 from merging.maths.delta import LowRank, Stack
 from merging.maths.linalg import inner_product

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
-
 from merging.errors import InputError
+from merging.lazy_torch import torch
 from merging.maths.patterns import all_matching
 from merging.maths.shapes import Shape
 from merging.maths.site import inputs_by_outputs, site_of
@@ -24,7 +23,7 @@ from merging.plan.outputs.planned import PlannedOutput
 from merging.plan.recipe import DTYPES, Recipe
 from merging.plan.stacks import find_stacks, mark_experts
 from merging.sources import Adapter, Checkpoint
-from merging.sources.stored import DTYPE_NAMES
+from merging.sources.dtypes import DTYPE_NAMES
 
 __all__ = ["plan_adapter"]
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
+from merging.lazy_torch import Tensor, torch
 from merging.sources.adapter_maths import blockwise, cayley, rescale
 from merging.sources.changes import Change, LoraChange
 from merging.sources.computed import ComputedChange, Parts, WeightView

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from math import isfinite, prod
 
-import torch
-from torch import Tensor
-
+from merging.lazy_torch import Tensor, torch
 from merging.sources.adapter_maths import hadamard, kronecker, tucker
 from merging.sources.changes import AddedBias, Change, ChangeKind, LoraChange, Replacement
 from merging.sources.computed import Parts, WeightView
+from merging.sources.dtypes import DTYPES
 from merging.sources.peft.module import Module
-from merging.sources.stored import DTYPES, Stored
+from merging.sources.stored import Stored
 
 __all__ = ["full", "kind_of", "loha", "lokr", "lora", "norm", "number", "replacement", "scale_of"]
 

@@ -7,11 +7,10 @@ from math import prod
 from typing import Annotated, Literal
 from zlib import crc32
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
 from merging.errors import FormatError
+from merging.lazy_torch import Tensor, torch
 from merging.sources.derived import Derived
 from merging.sources.packs.frames import Frames, index_bytes
 from merging.sources.packs.golomb import Bits

@@ -11,10 +11,9 @@ from typing import Any, Literal
 from zlib import crc32
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from merging.lazy_torch import Tensor, torch
 from merging.sources.packs.golomb import Bits, Positions, packed_bits, positions, remainder_bytes, streams
 from merging.sources.packs.grouped import group_bytes, pack_groups, unpack_groups
 

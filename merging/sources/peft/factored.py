@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from merging.lazy_torch import Tensor, torch
 from merging.sources.changes import Change
 from merging.sources.computed import ComputedChange, Formula, Parts, WeightView
 from merging.sources.peft.module import Module
