@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from merging.errors import nearest
+from merging.errors import command_line_words, nearest
 from merging.version import __version__
 
 from .compare import compare_command
@@ -51,7 +51,7 @@ class DefaultGroup(SectionedGroup):
         words = list(sys.argv[1:] if args is None else args)
         if not standalone_mode:
             return super().main(words, prog_name, complete_var, standalone_mode=False, **extra)
-        with exit_with_message("--json" in words):
+        with command_line_words(), exit_with_message("--json" in words):
             code = super().main(words, prog_name, complete_var, standalone_mode=False, **extra)
         sys.exit(code if isinstance(code, int) else 0)
 

@@ -1,9 +1,12 @@
-"""Errors for users: each message says what is wrong, where, and what to do."""
+"""Errors for users: each message says what is wrong, where, and what to do.
+
+Messages name options as their reader types them: ``--overwrite`` on the command line, ``overwrite=True`` in Python."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 __all__ = [
     "FormatError",
@@ -11,8 +14,11 @@ __all__ = [
     "MergingError",
     "OptionError",
     "OutputError",
+    "command_line_words",
+    "either",
     "escape_unprintable",
     "nearest",
+    "option",
     "shorten",
 ]
 
@@ -75,3 +81,47 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the most similar known word, or "", for the end of a message."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+_FLAGS = {
+    "allow_unknown_licence": "--allow-unknown-license",
+    "components": "--component",
+    "kind": "--as",
+    "normalise": "--normalize",
+    "output": "-o",
+}
+"""The options that are spelled in another way than their parameters in Python."""
+
+_on_command_line = False
+"""Whether a command runs. One switch for the whole process, since its worker threads raise errors too."""
+
+
+@contextmanager
+def command_line_words() -> Iterator[None]:
+    """Name options as on the command line in all messages while a command runs, instead of as in Python."""
+    global _on_command_line
+    before, _on_command_line = _on_command_line, True
+    try:
+        yield
+    finally:
+        _on_command_line = before
+
+
+def either(command_line: str, python: str) -> str:
+    """Return the words for the present reader, where they differ in more than the name of an option."""
+    return command_line if _on_command_line else python
+
+
+def option(name: str, *values: str | float) -> str:
+    """Return an option for a message.
+
+    Args:
+        name: The parameter's name in Python.
+        values: The value to give, or several to choose from; True or False for a switch.
+    """
+    flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
+    if values == (False,):
+        flag = flag.replace("--", "--no-")
+    shown = " or ".join(str(value) for value in values if not isinstance(value, bool))
+    quoted = " or ".join(f'"{value}"' if isinstance(value, str) else str(value) for value in values)
+    return either(f"{flag} {shown}".rstrip(), f"{name}={quoted}")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from merging.errors import FormatError
+from merging.errors import FormatError, option
 from merging.hub.open_model import open_model
 from merging.maths.layers import Stacks
 from merging.serving.contents import FILES
@@ -140,7 +140,7 @@ def _inspect_checkpoint(checkpoint: Checkpoint, subject: Subject, values: bool) 
 
 
 def _checkpoint_notices(subject: Subject, quantised: bool) -> list[str]:
-    notices = ["its weights are quantised, and read with --dequantize alone"] if quantised else []
+    notices = [f"its weights are quantised, and read with {option('dequantize', True)} alone"] if quantised else []
     findings = [each for each in FILES.findings(subject) if each.severity != "ok"]
     return [*notices, *(f"{each.what}: {each.where[0]}" for each in findings)]
 

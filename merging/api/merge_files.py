@@ -13,7 +13,7 @@ from merging.engine.resources import pick_device, workers_within
 from merging.engine.run import Done, run
 from merging.engine.sanity import unrelated_models
 from merging.engine.threads import cores
-from merging.errors import OptionError, OutputError
+from merging.errors import OptionError, OutputError, option
 from merging.lazy_torch import torch
 from merging.methods.contract.method import Method
 from merging.output.lora_header import lora_metadata, lora_stem
@@ -282,7 +282,9 @@ def check_output(plan: Plan, destination: Path, overwrite: bool, dry: bool = Fal
     """
     inputs = [file for model in [*plan.models, plan.base] if model for file in (model.path, *model.files)]
     if _is_file(destination) and plan.output == "model" and plan.reference and plan.reference.components:
-        raise OutputError(f"{destination}: what comes out is made of several models, in a folder: choose another -o")
+        raise OutputError(
+            f"{destination}: what comes out is made of several models, in a folder: choose another {option('output')}"
+        )
     nbytes = plan.out_bytes + plan.spool_bytes + plan.kept_bytes_on_disk
     check_destination(destination, inputs, nbytes, overwrite, dry)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from merging.engine.download import download_model
-from merging.errors import InputError, OptionError
+from merging.errors import InputError, OptionError, either, option
 from merging.hub.open_model import open_model
 from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import LowRank
@@ -104,7 +104,7 @@ def export_prototypes(
     if kind not in ("arrow", "spectr"):
         raise OptionError(f"kind = {kind}: arrow or spectr")
     if normalise and kind == "arrow":
-        raise OptionError("prototypes of arrow have length 1 already: leave --normalize out")
+        raise OptionError(f"prototypes of arrow have length 1 already: leave {option('normalise', True)} out")
     if len(models) < 2:
         raise OptionError(f"{len(models)} adapter: there is nothing to choose among, name two or more")
     names = [str(model) for model in models]
@@ -152,9 +152,13 @@ def _open_adapter(model: str | Path) -> Adapter:
         raise InputError(f"{model}: is a full model, and prototypes are made of adapters")
     for name, change in adapter.changes.items():
         if change.needs_base:
+            passthrough = either(
+                f"merge --method passthrough {model} --base BASE -o LORA",
+                f'merge(["{model}"], method="passthrough", base=BASE, output=LORA)',
+            )
             raise InputError(
                 f"{model}: {name}: {change.needs_base}, and prototypes are made of adapters alone: "
-                f"make a LoRA of it first, with merge --method passthrough {model} --base BASE -o LORA"
+                f"make a LoRA of it first, with {passthrough}"
             )
     return adapter
 

@@ -12,7 +12,7 @@ from merging.compression.assembly import Assembly, Losses, as_read
 from merging.compression.bands import pack_factors
 from merging.compression.settings import PackSettings
 from merging.compression.ternary import balance, norm_factor, pack_signs
-from merging.errors import InputError
+from merging.errors import InputError, either, option
 from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import LowRank
 from merging.maths.linalg import squared_norm
@@ -72,7 +72,7 @@ def adapter_file(adapter: Adapter) -> AdapterFile:
     dialect = dialect_of(opened)
     assert dialect is not None
     if dialect.name == "pack":
-        raise InputError(f"{adapter.path}: is a pack already: merge decompress it first")
+        raise InputError(f"{adapter.path}: is a pack already: {either('merge decompress', 'decompress')} it first")
     adapter = replace(dialect.opens(path, None, opened), path=adapter.path, origin=adapter.origin)
     names = {id(stored): name for name, stored in opened[0].items()}
     changes = [each for each in adapter.changes.values() if isinstance(each, LoraChange)]
@@ -80,8 +80,8 @@ def adapter_file(adapter: Adapter) -> AdapterFile:
     if started is not None:
         raise InputError(
             f"{adapter.path}: {started.target}: its factors hold directions that its start took off the base "
-            f"({started.start}), which must not be lost: make a plain LoRA of it first, with merge --method "
-            f"passthrough --base BASE"
+            f"({started.start}), which must not be lost: make a plain LoRA of it first, with "
+            + either("merge --method passthrough --base BASE", 'merge([...], method="passthrough", base=BASE)')
         )
     uses = Counter(id(part) for each in changes for part in (each.down, each.up))
     pairs = tuple(
@@ -94,7 +94,7 @@ def adapter_file(adapter: Adapter) -> AdapterFile:
     if not used:
         raise InputError(
             f"{adapter.path}: holds no factors of a LoRA ({adapter.about or adapter.dialect}): make one of it first, "
-            f"with merge --method passthrough --rank N"
+            + either("with merge --method passthrough --rank N", 'with merge([...], method="passthrough", rank=N)')
         )
     return AdapterFile(
         path=path, dialect=dialect, opened=opened, adapter=adapter, pairs=pairs, alone=tuple(sorted(used - paired))
@@ -109,7 +109,7 @@ def pack_adapter(file: AdapterFile, settings: PackSettings, assembly: Assembly) 
     if file.alone and settings.method == "bands":
         raise InputError(
             f"{file.adapter.path}: {file.alone[0]} holds factors of experts, or shared ones, whose directions cannot "
-            f"be separated: use --method ternary"
+            f"be separated: use {option('method', 'ternary')}"
         )
     tensors = dict(file.opened[0])
     for down, up in file.pairs:

@@ -15,7 +15,7 @@ from merging.compression.models import model_plan, pack_model
 from merging.compression.settings import PackSettings, make_settings
 from merging.engine.download import download_model
 from merging.engine.resources import pick_device
-from merging.errors import InputError, OutputError
+from merging.errors import InputError, OutputError, option
 from merging.hub.open_model import open_base, open_model
 from merging.output.model_card import HUB_ID
 from merging.plan.names.targets import adapter_targets
@@ -119,7 +119,7 @@ def compress(
     """
     destination, start = Path(output), time.monotonic()
     opened = open_model(model)
-    full = None if base is None else open_base(base, "--base")
+    full = None if base is None else open_base(base, option("base"))
     kind: Literal["adapter", "model"] = "adapter" if isinstance(opened, Adapter) else "model"
     settings = make_settings(kind, method=method, density=density, coding=coding, alpha=alpha, scale=scale, bands=bands)
     _check_pack(destination)
@@ -161,7 +161,10 @@ def _check_pack(destination: Path) -> None:
     if destination.suffix != ".safetensors":
         raise OutputError(f"{destination}: a pack is one file: give it a name that ends in .safetensors")
     if destination.stem == "adapter_model":
-        raise OutputError(f"{destination}: is the name of an adapter of PEFT's, which a pack is not: choose another -o")
+        raise OutputError(
+            f"{destination}: is the name of an adapter of PEFT's, which a pack is not: choose another "
+            f"{option('output')}"
+        )
 
 
 def model_files(*models: Adapter | Checkpoint | None) -> Iterable[Path]:
@@ -210,7 +213,9 @@ def _pack_model(
     progress: Progress | None,
 ) -> _PackContents:
     if base is None:
-        raise InputError(f"{model.path}: only the changes of a full model are packed: give its base with --base")
+        raise InputError(
+            f"{model.path}: only the changes of a full model are packed: give its base with {option('base')}"
+        )
     plan = model_plan(model, base)
     losses, changed, entries = pack_model(plan, settings, assembly, pick_device(device), progress)
     manifest = PackManifest(

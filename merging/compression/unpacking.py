@@ -10,7 +10,7 @@ from typing import Any, Literal
 from merging.api.merge_files import merge
 from merging.compression.packing import model_files
 from merging.engine.download import download_model
-from merging.errors import InputError, OutputError
+from merging.errors import InputError, OutputError, option
 from merging.hub.open_model import open_model
 from merging.progress import Progress
 from merging.sources import Adapter
@@ -79,7 +79,7 @@ def decompress(
     if opened.of_model:
         if base is None:
             known = f" ({opened.base})" if opened.base else ""
-            raise InputError(f"{pack}: holds the changes of a full model: give its base{known} with --base")
+            raise InputError(f"{pack}: holds the changes of a full model: give its base{known} with {option('base')}")
         made = merge(
             [pack],
             method="task_arithmetic",
@@ -91,7 +91,7 @@ def decompress(
         )
         return Decompressed(made.path, "model", made.tensors, made.bytes, made.notices)
     if base is not None:
-        raise InputError(f"{pack}: holds an adapter, which is unpacked without a base: leave --base out")
+        raise InputError(f"{pack}: holds an adapter, which is unpacked without a base: leave {option('base')} out")
     download_model(opened, progress)
     return _unpack_adapter(opened, destination, overwrite)
 
@@ -102,7 +102,8 @@ def _unpack_adapter(adapter: Adapter, destination: Path, overwrite: bool) -> Dec
     config = None if manifest.config is None else json.dumps(manifest.config, indent=2)
     if config is None and manifest.dialect == "PEFT" and not single:
         raise OutputError(
-            f"{destination}: the pack has no config of PEFT's to go into a folder: use -o FILE.safetensors"
+            f"{destination}: the pack has no config of PEFT's to go into a folder: use "
+            + option("output", "FILE.safetensors")
         )
     stems = {"PEFT": "adapter_model", "diffusers": Path(WEIGHTS[0]).stem}
     stem = destination.stem if single else stems.get(str(manifest.dialect), destination.name)

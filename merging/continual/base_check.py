@@ -8,7 +8,7 @@ from pathlib import Path
 
 from merging.continual.manifest import Manifest
 from merging.engine.sanity import UNRELATED, relative_changes
-from merging.errors import InputError
+from merging.errors import InputError, option
 from merging.plan import Plan
 from merging.plan.checks import same_base
 from merging.sources import Adapter, Checkpoint
@@ -27,8 +27,8 @@ def check_not_base(source: Checkpoint, base: Checkpoint) -> None:
     one, other = source.origin, base.origin
     if one and other and (one.repo, one.path) == (other.repo, other.path):
         raise InputError(
-            f"{source.path}: is the base of the store itself, in this or another revision: use --allow-different-bases "
-            f"to add it all the same"
+            f"{source.path}: is the base of the store itself, in this or another revision: use "
+            f"{option('allow_different_bases', True)} to add it all the same"
         )
 
 
@@ -43,7 +43,7 @@ def check_distance(plan: Plan) -> None:
     if UNRELATED < change < inf:  # values without a sum are refused by name, by the step
         raise InputError(
             f"{source.path} differs from the base {base.path} by {change:.0%} of its norm, so it is hardly a fine-tune "
-            f"of it: use --allow-different-bases to add it all the same"
+            f"of it: use {option('allow_different_bases', True)} to add it all the same"
         )
 
 
@@ -56,7 +56,7 @@ def check_stated_base(source: Adapter, base: Checkpoint, manifest: Manifest) -> 
     stated = source.base
     if not stated:
         return []
-    advice = "if they are the same model under two names, use --allow-different-bases"
+    advice = f"if they are the same model under two names, use {option('allow_different_bases', True)}"
     earlier = [step.stated_base for step in manifest.steps if step.stated_base]
     other = next((name for name in earlier if not same_base(name, stated)), None)
     if other:

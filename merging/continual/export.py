@@ -11,7 +11,7 @@ from merging.api.merge_files import Merged, merge_plan
 from merging.continual.manifest import Manifest, StepRecord
 from merging.continual.state import HeldChange
 from merging.continual.update_rules import history_of, rule_of
-from merging.errors import OptionError
+from merging.errors import OptionError, option
 from merging.methods import chain
 from merging.methods.contract.method import Method
 from merging.plan import PORTABLE_RANKS, Plan, plan_of
@@ -61,7 +61,7 @@ def _require_rank(states: Sequence[Adapter]) -> None:
     if matrices:
         raise OptionError(
             f"{len(matrices)} matrices are held in full ({min(matrices)} is one), and an adapter holds as much of them "
-            f"as its rank allows: choose a rank with --rank, or export a model"
+            f"as its rank allows: choose a rank with {option('rank')}, or export a model"
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from merging.continual.manifest import Manifest, Part, StepRecord, StoreBase, sha256_of
 from merging.continual.state import value_problems
 from merging.engine.download import download_model
-from merging.errors import InputError, MergingError
+from merging.errors import InputError, MergingError, either
 from merging.hub.client import Unreachable
 from merging.hub.open_model import open_base
 from merging.progress import Progress
@@ -86,7 +86,7 @@ def base_of(store: Path, manifest: Manifest) -> Checkpoint:
 
 
 def _relocate(store: Path) -> str:
-    return f"If it was moved: merge continual relocate {store} --base NEW"
+    return "If it was moved: " + either(f"merge continual relocate {store} --base NEW", "relocate(NEW)")
 
 
 def state_files(store: Path, step: StepRecord) -> list[Path]:
@@ -105,9 +105,9 @@ def require_whole(store: Path, manifest: Manifest, number: int) -> None:
         if problem:
             earlier = reversed(manifest.steps[: number - 1])
             back = next((step.number for step in earlier if _is_there(store, step)), 0)
+            rollback = either(f"merge continual rollback {store} --to {back}", f"rollback({back})")
             raise Damaged(
-                f"{problem}, so step {number} cannot be built on: merge continual rollback {store} --to {back} goes "
-                f"back to the state before it"
+                f"{problem}, so step {number} cannot be built on: {rollback} goes back to the state before it"
             )
 
 

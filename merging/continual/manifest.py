@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from merging import os_calls
-from merging.errors import FormatError, InputError, OutputError
+from merging.errors import FormatError, InputError, OutputError, either
 from merging.sources.links import refuse_link
 from merging.sources.small_files import LIST_LIMIT, read_json
 from merging.storage.atomic import replace_file
@@ -183,7 +183,8 @@ def read_manifest(store: Path) -> Manifest:
     """Return the manifest of a store. Raises :class:`~merging.errors.FormatError` if it is missing or damaged."""
     path = store / NAME
     if not os.path.lexists(path):
-        raise FormatError(f"{store}: is not a store: create one with merge continual init {store} --base BASE")
+        create = either(f"merge continual init {store} --base BASE", f'ContinualStore.create("{store}", base=BASE)')
+        raise FormatError(f"{store}: is not a store: create one with {create}")
     refuse_link(path)
     refuse_link(store / STATES)
     try:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from merging.engine.tiles import Tiler
 from merging.engine.unit import Span, row_blocks
-from merging.errors import InputError
+from merging.errors import InputError, option
 from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, LowRank
 from merging.maths.linalg import balance_terms, compress_matrix, truncate
@@ -101,7 +101,7 @@ class Output:
         """
         flat = self.tiler.outgoing(values, DTYPES[out.dtype_name])
         if not self.plan.recipe.allow_nonfinite and _is_doubtful(values, out) and not bool(flat.isfinite().all()):
-            wider = "" if out.dtype_name in ("F32", "F64") else ": set a wider --dtype, as float32"
+            wider = "" if out.dtype_name in ("F32", "F64") else f": set a wider {option('dtype')}, as float32"
             raise InputError(f"{out.name}: the merged values are beyond the range of {out.dtype_name}{wider}")
         self.sink.write(out.name, flat, start)
 

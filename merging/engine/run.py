@@ -19,6 +19,7 @@ from merging.engine.threads import share_out
 from merging.engine.tiles import tile_size, unit_size
 from merging.engine.unit import Span
 from merging.engine.worker import Shared, Worker
+from merging.errors import option
 from merging.lazy_torch import torch
 from merging.methods.contract.method import ResultStatistic, Statistic
 from merging.os_calls import keep_freed_memory, private_memory, release_freed_memory
@@ -53,7 +54,7 @@ class Done:
         mean, warning = fmean(self.discarded.values()), "warning: " if most > 0.1 else ""
         return (
             f"{warning}the rank discards {mean:.1%} of the energy of the change on average, {most:.1%} at worst "
-            f"({worst}): raise --rank, or use --as model"
+            f"({worst}): raise {option('rank')}, or use {option('kind', 'model')}"
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isfinite, prod
 
-from merging.errors import InputError
+from merging.errors import InputError, option
 from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.plan.items import CHUNK, TILE, Item
@@ -111,7 +111,9 @@ class Tiler:
 
         def base() -> Tensor:
             if item.base is None:
-                raise InputError(f"{self.plan.models[slot].path}: {change.target}: {change.needs_base}: give --base")
+                raise InputError(
+                    f"{self.plan.models[slot].path}: {change.target}: {change.needs_base}: give {option('base')}"
+                )
             return item.base.read().to(dtype)
 
         self._check_layer(item, slot)
@@ -155,7 +157,7 @@ class Tiler:
     def _not_finite(path: object, name: str) -> InputError:
         return InputError(
             f"{path}: {name} holds NaN or infinite values, which would spread over the merge: repair or leave out this "
-            f"model, or use --allow-nonfinite"
+            f"model, or use {option('allow_nonfinite', True)}"
         )
 
     def outgoing(self, values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ from math import prod
 from typing import NamedTuple
 
 from merging.engine.tiles import Tiler, tile_size
-from merging.errors import InputError
+from merging.errors import InputError, option
 from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.maths.reductions import Accumulator
@@ -154,8 +154,8 @@ def accumulate(accumulator: Accumulator, values: Tensor, name: str) -> None:
         accumulator.add(values, name)
     except ValueError as error:
         raise InputError(
-            f"{error}: this method cannot merge them: leave the tensor out with --exclude, or the model; if all values "
-            f"are finite, their squares are not in float32: use --dtype float64"
+            f"{error}: this method cannot merge them: leave the tensor out with {option('exclude')}, or the model; if "
+            f"all values are finite, their squares are not in float32: use {option('dtype', 'float64')}"
         ) from None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from merging.engine.download import download_plan
 from merging.engine.tiles import Tiler
-from merging.errors import InputError, OptionError
+from merging.errors import InputError, OptionError, option
 from merging.hub.open_model import open_model, require_full
 from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense
@@ -75,7 +75,7 @@ def align(
         plan = _without_base(recipe, opened)
     else:
         opened_base = _open(base, recipe)
-        full = require_full(opened_base, opened_base.path, "--base")
+        full = require_full(opened_base, opened_base.path, option("base"))
         plan = plan_of(recipe.model_copy(update={"kind": "model"}), opened, full)
     items = [item for item in plan.items if item.form != "copy" and item.numel]
     if not items:
@@ -106,8 +106,8 @@ def _without_base(recipe: Recipe, models: Sequence[Adapter | Checkpoint]) -> Pla
     full = next((model for model in models if isinstance(model, Checkpoint)), None)
     if full is not None:
         raise InputError(
-            f"{full.path}: full checkpoints are compared by their changes from the model they were trained from: "
-            f"give it with --base"
+            f"{full.path}: full checkpoints are compared by their changes from the model they were trained from: give "
+            f"it with {option('base')}"
         )
     check_bases(adapters, recipe.allow_different_bases)
     check_packed(adapters, None, recipe.allow_different_bases)

@@ -7,7 +7,7 @@ from math import isnan
 from statistics import fmean, median
 from typing import Any, Literal
 
-from merging.errors import OptionError
+from merging.errors import OptionError, option
 from merging.geometry.alignment import MEMORY, ModelLike, align
 from merging.geometry.comparison import (
     Agreement,
@@ -72,7 +72,7 @@ def compare(
     """
     plan = align(models, reads_base=intruders, **options)
     if intruders and plan.base is None:
-        raise OptionError("intruder dimensions are compared with the base: give it with --base")
+        raise OptionError(f"intruder dimensions are compared with the base: give it with {option('base')}")
     where = torch.device(device)
     few = len(plan.models) <= OVERLAPPING
     wanted = WalkOptions(intruders, full_spectra, directions if few else 0)
@@ -179,7 +179,7 @@ def _notices(plan: Plan, found: WalkResult, few: bool) -> tuple[str, ...]:
     if found.undecomposed:
         notices.append(
             f"{found.undecomposed} full changes of matrices with a short side above {SIDE} are not in the spectra and "
-            f"overlaps: --full-spectra decomposes them too"
+            f"overlaps: {option('full_spectra', True)} decomposes them too"
         )
     if not few:
         notices.append(f"the overlap of subspaces is left out, as there are more than {OVERLAPPING} models")

@@ -8,7 +8,7 @@ from math import ceil
 from typing import Any
 
 from merging.engine.tiles import Tiler
-from merging.errors import InputError, OptionError
+from merging.errors import InputError, OptionError, option
 from merging.geometry.alignment import MEMORY, ModelLike, align, factored, matrix_sides, row_blocks
 from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import LowRank
@@ -156,7 +156,9 @@ def groups_of(plan: Plan, item: Item, by_factors: bool, max_memory: int) -> list
         return [list(sizes)]
     if 2 * largest > room:
         needed = max_memory - room + 2 * largest
-        raise OptionError(f"{item.site.name} takes {ceil(needed / 1e6)} MB to compare: raise --max-memory to that")
+        raise OptionError(
+            f"{item.site.name} takes {ceil(needed / 1e6)} MB to compare: raise {option('max_memory')} to that"
+        )
     groups: list[list[int]] = [[]]
     taken = 0
     for slot, size in sizes.items():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merging.errors import InputError, OptionError, OutputError
+from merging.errors import InputError, OptionError, OutputError, either, option
 from merging.hub.address import hub_address
 from merging.hub.client import api, endpoint, explain_error, offline, with_retries
 from merging.sources.links import check_inside
@@ -44,9 +44,9 @@ def target_of(name: str, *, private: bool, overwrite: bool) -> Target:
     """
     address = hub_address(name if name.startswith("hf://") else f"hf://{name}")
     if address is None or address.revision or address.path:
-        raise OptionError(f"--push {name}: write ORG/NAME")
+        raise OptionError(f"{option('push', name)}: write ORG/NAME")
     if offline():
-        raise OptionError(f"--push {name}: HF_HUB_OFFLINE is set, so nothing can be published: unset it")
+        raise OptionError(f"{option('push', name)}: HF_HUB_OFFLINE is set, so nothing can be published: unset it")
     _check_token(name)
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -65,7 +65,7 @@ def target_of(name: str, *, private: bool, overwrite: bool) -> Target:
     if held and not overwrite:
         raise OutputError(
             f"{address.repo}: holds {held[0]} and {len(held) - 1} more files on the Hub: choose another name, or use "
-            f"--overwrite, which replaces them in a new commit"
+            f"{option('overwrite', True)}, which replaces them in a new commit"
         )
     return Target(address.repo, private, info.sha)
 
@@ -74,7 +74,9 @@ def _check_token(name: str) -> None:
     from huggingface_hub import get_token
 
     if get_token() is None:
-        raise InputError(f"--push {name}: log in first, with `hf auth login` or HF_TOKEN, and a token that may write")
+        raise InputError(
+            f"{option('push', name)}: log in first, with `hf auth login` or HF_TOKEN, and a token that may write"
+        )
     with_retries(lambda: api().whoami(), "your token")
 
 
@@ -110,7 +112,8 @@ def push(folder: Path, target: Target, message: str) -> str:
         if error.response is not None and error.response.status_code == 412:
             raise OutputError(
                 f"{target.repo}: was changed by someone else meanwhile: nothing was published. {folder} is complete: "
-                f"look at what is there, then publish it with `merge push {folder} {target.repo} --overwrite`"
+                f"look at what is there, then publish it with "
+                + either(f"`merge push {folder} {target.repo} --overwrite`", "overwrite=True")
             ) from None
         raise _push_error(error, folder, target) from None
     except OSError as error:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from merging.errors import OptionError
+from merging.errors import OptionError, option
 from merging.lazy_torch import Tensor
 from merging.maths.coefficients import number
 from merging.maths.delta import Delta, Stack
@@ -50,7 +50,8 @@ class Linear(Method):
         weights = [number(weight) for weight in self.coefficients(models)]
         if abs(sum(weights)) <= 1e-12 * sum(map(abs, weights)):
             raise OptionError(
-                "the weights of linear sum to zero, so there is no mean: change them, or use --no-normalize"
+                f"the weights of linear sum to zero, so there is no mean: change them, or use "
+                f"{option('normalize', False)}"
             )
 
     def multiple(self, models: int) -> float | None:

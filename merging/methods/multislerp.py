@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from merging.errors import InputError, OptionError
+from merging.errors import InputError, OptionError, option
 from merging.lazy_torch import Tensor, torch
 from merging.maths.coefficients import column, number
 from merging.maths.delta import Delta, Stack
@@ -39,7 +39,8 @@ class MultiSlerp(OnSphere):
         super().check(models)
         if self.normalize and not self.varies and sum(map(number, self.coefficients(models))) == 0:
             raise OptionError(
-                "the weights of multislerp sum to zero, so there is no mean: change them, or use --no-normalize"
+                f"the weights of multislerp sum to zero, so there is no mean: change them, or use "
+                f"{option('normalize', False)}"
             )
 
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:

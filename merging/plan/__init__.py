@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 
-from merging.errors import InputError, OptionError
+from merging.errors import InputError, OptionError, option
 from merging.hub.open_model import open_base, open_model
 from merging.methods.contract.places import check_places, idle_parameters
 from merging.plan.checks import (
@@ -53,7 +53,7 @@ def make_plan(recipe: Recipe, rank_steps: Sequence[int] = ()) -> Plan:
     """
     models = tuple(open_model(path, recipe.lora_alpha, recipe.dequantise) for path in recipe.models)
     recipe.method.check(len(models))
-    base = None if recipe.base is None else open_base(recipe.base, "--base", recipe.dequantise)
+    base = None if recipe.base is None else open_base(recipe.base, option("base"), recipe.dequantise)
     return plan_of(recipe, models, base, rank_steps, find_task_heads(models, base, recipe.exclude))
 
 
@@ -131,7 +131,7 @@ def _check_sites(recipe: Recipe, planned: PlannedOutput, output: str, models: in
     Raises :class:`~merging.errors.MergingError` where a parameter has no value, or nothing is left to merge.
     """
     sites = [item.site for item in planned.items if item.form != "copy"]
-    remedy = "" if based else "give the model with --base, whose names may show it, or "
+    remedy = "" if based else f"give the model with {option('base')}, whose names may show it, or "
     check_places(recipe.method, sites, models, remedy)
     notices = [*idle_options(recipe, output), *idle_parameters(recipe.method, sites)]
     if recipe.exclude and not sites:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
-from merging.errors import InputError, OptionError
+from merging.errors import InputError, OptionError, option
 from merging.plan.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
 from merging.sources.changes import Change
@@ -61,7 +61,7 @@ def check_bases(models: Sequence[Checkpoint | Adapter], allow_different: bool) -
         if not same_base(other or "", base or "") and not allow_different:
             raise InputError(
                 f"{model.path} was trained on {base}, and {first.path} on {other}: adapters of different bases do not "
-                f"add up. If they are the same model under two names, use --allow-different-bases"
+                f"add up. If they are the same model under two names, use {option('allow_different_bases', True)}"
             )
 
 
@@ -84,8 +84,8 @@ def check_related(
     if allow_different:
         return [f"{found}: their changes are put side by side, not added up"]
     raise InputError(
-        f"{found}, and do not state one base: are they adapters of the same model? If so, give it with --base, or use "
-        f"--allow-different-bases to put them side by side"
+        f"{found}, and do not state one base: are they adapters of the same model? If so, give it with "
+        f"{option('base')}, or use {option('allow_different_bases', True)} to put them side by side"
     )
 
 
@@ -106,37 +106,45 @@ def check_packed(models: Sequence[Checkpoint | Adapter], base: Checkpoint | None
     for model, key in noted:
         if here is not None and key != here and base is not None:
             raise InputError(
-                f"{model.path} was packed with another base than {base.path}: give its own base"
-                f"{f' ({model.base})' if model.base else ''}. If it is the same model in another type, use "
-                f"--allow-different-bases"
+                f"{model.path} was packed with another base than {base.path}: give its own "
+                f"base{f' ({model.base})' if model.base else ''}. If it is the same model in another type, use "
+                f"{option('allow_different_bases', True)}"
             )
         first, other = noted[0]
         if key != other:
             raise InputError(
-                f"{model.path} and {first.path} were packed with different bases, and what they hold does not add "
-                f"up. If these are the same model in different types, use --allow-different-bases"
+                f"{model.path} and {first.path} were packed with different bases, and what they hold does not add up. "
+                f"If these are the same model in different types, use {option('allow_different_bases', True)}"
             )
 
 
 def check_options(recipe: Recipe, models: Sequence[Checkpoint | Adapter], output: str) -> None:
     """Refuse options that would do nothing here. Raises :class:`~merging.errors.OptionError`."""
     if recipe.rank is not None and output == "model":
-        raise OptionError("--rank is the rank of a merged adapter, and this merge makes a full model: leave it out")
+        raise OptionError(
+            f"{option('rank')} is the rank of a merged adapter, and this merge makes a full model: leave it out"
+        )
     if recipe.format is not None and output == "model":
-        raise OptionError("--format is the format of a merged adapter, and this merge makes a full model: leave it out")
+        raise OptionError(
+            f"{option('format')} is the format of a merged adapter, and this merge makes a full model: leave it out"
+        )
     if recipe.experts == "apart" and output == "model":
-        raise OptionError("--experts is of a merged adapter, and this merge makes a full model: leave it out")
+        raise OptionError(
+            f"{option('experts')} is of a merged adapter, and this merge makes a full model: leave it out"
+        )
     if recipe.lora_alpha is not None and not any(isinstance(model, Adapter) for model in models):
-        raise OptionError("--lora-alpha is a setting of adapters, and there is none among the models: leave it out")
+        raise OptionError(
+            f"{option('lora_alpha')} is a setting of adapters, and there is none among the models: leave it out"
+        )
 
 
 def idle_options(recipe: Recipe, output: str) -> list[str]:
     """Return a notice for each option of the recipe that has no effect on this merge."""
     notices = []
     if recipe.layers is not None and not recipe.method.by_depth:
-        notices.append(f"--layers has no effect: {recipe.method.chain} does not depend on depth")
+        notices.append(f"{option('layers')} has no effect: {recipe.method.chain} does not depend on depth")
     if "shard_size" in recipe.model_fields_set and output == "adapter":
-        notices.append("--shard-size has no effect: an adapter is one file")
+        notices.append(f"{option('shard_size')} has no effect: an adapter is one file")
     return notices
 
 
@@ -148,12 +156,13 @@ def apply_out_proj_once(
     if recipe.out_proj_once:
         if not twice:
             raise OptionError(
-                "--out-proj-once is for LoRA on torch's MultiheadAttention, and there is none: leave it out"
+                f"{option('out_proj_once', True)} is for LoRA on torch's MultiheadAttention, and there is none: leave "
+                f"it out"
             )
         return tuple(out_proj_once(model) if isinstance(model, Adapter) else model for model in models), []
     return tuple(models), [
         f"{model.path}: its factors on the output of torch's MultiheadAttention count twice, as PEFT up to 0.21 adds "
-        f"them: use --out-proj-once if what trained it adds them once"
+        f"them: use {option('out_proj_once', True)} if what trained it adds them once"
         for model in twice
     ]
 
@@ -162,7 +171,7 @@ def note_assumed_linear(adapters: Sequence[Adapter], base: Checkpoint | None) ->
     """Return a notice for each adapter whose layers may be linear or convolutions, as no base shows it."""
     return [
         f"{adapter.path}: its modules are taken for linear layers, which its file does not distinguish from "
-        f"convolutions: give --base if it has any of these"
+        f"convolutions: give {option('base')} if it has any of these"
         for adapter in adapters
         if base is None and any(isinstance(each, ComputedChange) and each.flat for each in adapter.changes.values())
     ]
@@ -208,17 +217,19 @@ def choose_output(
     if base is None:
         if checkpoints and (method.merge_space == "delta" or method.rescales):
             raise InputError(
-                f"full checkpoints with a method that works on changes need --base: {method.chain} merges what each "
-                f"model changed of the model they were all trained from"
+                f"full checkpoints with a method that works on changes need {option('base')}: {method.chain} merges "
+                f"what each model changed of the model they were all trained from"
             )
         if checkpoints and adapters:
-            raise InputError("full checkpoints and adapters can be merged together only with --base")
+            raise InputError(f"full checkpoints and adapters can be merged together only with {option('base')}")
         if output == "model" and adapters:
-            raise InputError("a model can be made of adapters only with --base")
+            raise InputError(f"a model can be made of adapters only with {option('base')}")
         if weights and adapters:
             spaces = any("space" in type(link).model_fields for link in method.links())
-            instead = ", or use --space changes" if spaces else ""
-            raise InputError(f"{method.chain} merges weights, which adapters have only with --base: give it{instead}")
+            instead = f", or use {option('space', 'changes')}" if spaces else ""
+            raise InputError(
+                f"{method.chain} merges weights, which adapters have only with {option('base')}: give it{instead}"
+            )
         for adapter in adapters:
             adapter.require_base(known)
     return output, weights

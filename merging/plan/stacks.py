@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from merging.errors import MergingError
+from merging.errors import MergingError, option
 from merging.maths.layers import Stacks
 from merging.maths.site import Site
 from merging.plan.recipe import Recipe
@@ -44,7 +44,8 @@ def find_stacks(
     counted = ", ".join(f"{length} under {prefix}" for prefix, length in stacks.lengths.items())
     return (
         stacks,
-        f"the number of blocks is taken from the adapters ({counted}): give --base or --layers if it is larger",
+        f"the number of blocks is taken from the adapters ({counted}): give {option('base')} or {option('layers')} if "
+        f"it is larger",
     )
 
 

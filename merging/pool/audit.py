@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 
 from merging.engine.download import download_model
-from merging.errors import MergingError
+from merging.errors import MergingError, either, option
 from merging.hub.cards import stated_licence
 from merging.hub.client import Unreachable
 from merging.hub.open_model import open_model
@@ -86,7 +86,8 @@ class Auditor:
             Entry(candidate.name, owner=candidate.owner, created=candidate.created, downloads=candidate.downloads)
         )
         if candidate.gated:
-            audit.find("metadata", "rejected", "is gated: ask for access on its page, then build with --again")
+            reason = f"is gated: ask for access on its page, then build with {option('again', True)}"
+            audit.find("metadata", "rejected", reason)
         for check in (self._headers, self._values):
             if not audit.rejected:
                 check(audit)
@@ -111,7 +112,10 @@ class Auditor:
             elif adapter.base and not any(same_base(adapter.base, name) for name in self.base_names):
                 reason = (
                     f"was trained on {adapter.base}, and the pool is of {self.base_names[0]}: if these are one model, "
-                    f"build again with --base-name {adapter.base} --again"
+                    + either(
+                        f"build again with --base-name {adapter.base} --again",
+                        f'call add_base_names(["{adapter.base}"]), and build with again=True',
+                    )
                 )
                 audit.find("headers", "rejected", reason)
             else:

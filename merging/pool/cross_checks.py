@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+from merging.errors import option
 from merging.pool.duplicates import duplicates
 from merging.pool.entry import Entry, Finding
 from merging.pool.index import Index
@@ -57,7 +58,8 @@ def find_outliers(entries: Sequence[Entry]) -> dict[str, Finding]:
 
 def find_unlicensed(entries: Sequence[Entry]) -> dict[str, Finding]:
     """Return a finding for each adapter with an owner and no license."""
-    why = Finding("licence", "quarantined", "states no licence (--allow-unknown-license takes it all the same)")
+    remedy = f"{option('allow_unknown_licence', True)} takes it all the same"
+    why = Finding("licence", "quarantined", f"states no licence ({remedy})")
     return {entry.name: why for entry in entries if entry.owner and not entry.licence}
 
 

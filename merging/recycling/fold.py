@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.nn.functional import pad
 
-from merging.errors import OptionError
+from merging.errors import OptionError, option
 from merging.hub.open_model import open_model
 from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import LowRank
@@ -107,7 +107,7 @@ def write_adapter(
         else:
             tensors |= {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        raise OptionError(f"the mixture does not fit into {dtype}: run it with --dtype float32")
+        raise OptionError(f"the mixture does not fit into {dtype}: run it with {option('dtype', 'float32')}")
     outs = [OutputTensor(name, DTYPE_NAMES[dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
     writer = TensorWriter(folder, _STEM, outs, {"merging_version": __version__}, None)
     try:

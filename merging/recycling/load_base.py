@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from merging.errors import InputError, OptionError
+from merging.errors import InputError, OptionError, option
 from merging.lazy_torch import torch
 from merging.pool.network import explain_errors, loading_options, quiet
 from merging.recycling.data import Split, kind_of, labels_of
@@ -69,7 +69,7 @@ def _kind(base: str, architecture: str, two_parts: bool, asked: str, settings: S
     if generates and not own:
         raise OptionError(f"{base} is a {architecture}: give examples with prompt and completion instead of labels")
     if settings.head == "model" and not own:
-        raise OptionError(f"{base} has no classification head: use --head labels or prototypes")
+        raise OptionError(f"{base} has no classification head: use {option('head', 'labels', 'prototypes')}")
     return Classifier if own and settings.head in ("auto", "model") else Encoder
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from merging.api.merge_tensors import merge_deltas
-from merging.errors import OptionError, nearest
+from merging.errors import OptionError, nearest, option
 from merging.maths.delta import Dense, LowRank
 from merging.maths.linalg import compress_matrix
 from merging.methods import chain, method_names
@@ -92,7 +92,9 @@ def check_mixing(settings: Settings, classifies: bool) -> None:
     """
     name, select = settings.method, settings.select
     if (select in SIMILARITIES or select == "l2") and settings.target_lora == "none":
-        raise OptionError(f"select = {select}: compares with a target LoRA: give one, or train one (--target-lora)")
+        raise OptionError(
+            f"select = {select}: compares with a target LoRA: give one, or train one ({option('target_lora')})"
+        )
     if name in TUNED:
         if TUNED[name].entropy and not classifies:
             raise OptionError(
@@ -100,7 +102,7 @@ def check_mixing(settings: Settings, classifies: bool) -> None:
             )
         return
     if settings.granularity and name != SEARCHED:
-        raise OptionError(f"{name} has no coefficients to tune: leave --granularity out")
+        raise OptionError(f"{name} has no coefficients to tune: leave {option('granularity')} out")
     if name == SEARCHED:
         if settings.granularity not in (None, "expert"):
             raise OptionError(f"{name} searches one coefficient an adapter: use ours for finer ones")

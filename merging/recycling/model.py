@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from merging.errors import FormatError
+from merging.errors import FormatError, option
 from merging.lazy_torch import Tensor, torch
 from merging.recycling.data import Example
 from merging.recycling.hooks import HookPoint, find_hook_points
@@ -147,7 +147,7 @@ class _Generator(TaskModel):
     def __init__(self, network: nn.Module, tokenizer: Any, limit: int, chat: bool = False) -> None:
         super().__init__(network, tokenizer, limit)
         if chat and not getattr(tokenizer, "chat_template", None):
-            raise FormatError("the tokenizer has no chat template: leave --chat out")
+            raise FormatError(f"the tokenizer has no chat template: leave {option('chat', True)} out")
         self.chat = chat
 
     def _prompt(self, text: str) -> list[int]:
@@ -263,7 +263,9 @@ class Encoder(TaskModel):
         features = torch.cat([self.features([item]) for item in texts])
         if kind == "labels":
             if any(isinstance(label, int) for label in labels):
-                raise FormatError("the labels are numbers, which say nothing: name them, or use --head prototypes")
+                raise FormatError(
+                    f"the labels are numbers, which say nothing: name them, or use {option('head', 'prototypes')}"
+                )
             named = [EncodedExample(tuple(self.tokenizer(str(label))["input_ids"]), ()) for label in labels]
             weight = torch.cat([self.features([item]) for item in named])
         else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from merging import os_calls
-from merging.errors import OptionError, OutputError
+from merging.errors import OptionError, OutputError, option
 from merging.lazy_torch import torch
 from merging.sources.links import refuse_link
 from merging.sources.small_files import LIST_LIMIT, read_json
@@ -34,14 +34,17 @@ class RunCheckpoint:
         self.folder = refuse_link(folder)
         written = folder / _PLAN
         if written.is_file() and not resume and not overwrite:
-            raise OptionError(f"{folder}: holds an unfinished run: --resume continues it, --overwrite starts over")
+            raise OptionError(
+                f"{folder}: holds an unfinished run: {option('resume', True)} continues it, "
+                f"{option('overwrite', True)} starts over"
+            )
         if written.is_file() and resume:
             earlier = read_json(written, LIST_LIMIT)
             changed = sorted(key for key in plan.keys() | earlier.keys() if plan.get(key) != earlier.get(key))
             if changed:
                 raise OptionError(
-                    f"{folder}: the run to resume had another {', '.join(changed)}: give the same again, or start "
-                    f"over with --overwrite"
+                    f"{folder}: the run to resume had another {', '.join(changed)}: give the same again, or start over "
+                    f"with {option('overwrite', True)}"
                 )
             return
         self.remove()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from merging.engine.resources import pick_device
-from merging.errors import OptionError
+from merging.errors import OptionError, option
 from merging.recycling.bootstrap import Metric
 from merging.recycling.data import Example, Split, kind_of, overlaps, read_examples, split
 from merging.recycling.fold import FoldedLora, fold, write_adapter
@@ -177,7 +177,7 @@ def _fold_best(
 
 def _check_output(destination: Path, found: Sequence[AdapterRef], overwrite: bool) -> None:
     if destination.suffix == ".safetensors":
-        raise OptionError(f"{destination}: an adapter comes with its report: name a folder with -o")
+        raise OptionError(f"{destination}: an adapter comes with its report: name a folder with {option('output')}")
     check_destination(destination, [Path(each.path) for each in found], 0, overwrite)
 
 

@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from merging.errors import OptionError
+from merging.errors import OptionError, option
 from merging.serving.rules import ProgramFinding, Severity
 from merging.serving.subject import Subject
 
@@ -32,9 +32,11 @@ def load(subject: Subject, program: str) -> list[ProgramFinding]:
     """
     if find_spec(program) is None or (subject.kind == "adapter" and find_spec("peft") is None):
         missing = program if find_spec(program) is None else "peft"
-        raise OptionError(f"--load needs {missing}, which is not installed: pip install {missing}")
+        raise OptionError(f"{option('load', True)} needs {missing}, which is not installed: pip install {missing}")
     if subject.remote:
-        raise OptionError(f"{subject.name}: --load needs the files on this machine: download them first")
+        raise OptionError(
+            f"{subject.name}: {option('load', True)} needs the files on this machine: download them first"
+        )
     loads = _LOADS.get((program, subject.kind))
     if loads is None or (subject.folder is None and subject.kind != "diffusion adapter"):
         return []
@@ -169,8 +171,8 @@ def _class_and_config(subject: Subject) -> tuple[Any, Any]:
         known = getattr(transformers, f"AutoModel{suffix}")._model_mapping
         if type(config) not in known:
             raise OptionError(
-                f"{subject.name}: --load cannot find the class of its base: transformers has no {suffix[3:]} of type "
-                f"{config.model_type}, as task_type = {subject.stated['task_type']} says"
+                f"{subject.name}: {option('load', True)} cannot find the class of its base: transformers has no "
+                f"{suffix[3:]} of type {config.model_type}, as task_type = {subject.stated['task_type']} says"
             )
         labels = _labels(subject)
         if labels is not None:
@@ -179,7 +181,9 @@ def _class_and_config(subject: Subject) -> tuple[Any, Any]:
         return found[0] if isinstance(found, tuple) else found, config
     found = getattr(transformers, named, None)
     if found is None:
-        raise OptionError(f"{subject.base_path}: its config names no class of transformers: --load needs one")
+        raise OptionError(
+            f"{subject.base_path}: its config names no class of transformers: {option('load', True)} needs one"
+        )
     return found, config
 
 
@@ -192,7 +196,9 @@ def _labels(subject: Subject) -> int | None:
 
 def _base(subject: Subject) -> Any:
     if subject.base_path is None or not subject.base:
-        raise OptionError(f"{subject.name}: --load needs the base: say where it is with --base")
+        raise OptionError(
+            f"{subject.name}: {option('load', True)} needs the base: say where it is with {option('base')}"
+        )
     return subject.base_path
 
 
@@ -219,7 +225,9 @@ def _pipeline_adapter(subject: Subject) -> Keys:
     import diffusers
 
     if subject.base_path is None:
-        raise OptionError(f"{subject.name}: --load needs the pipeline: say where it is with --base")
+        raise OptionError(
+            f"{subject.name}: {option('load', True)} needs the pipeline: say where it is with {option('base')}"
+        )
     pipelines: Any = diffusers.DiffusionPipeline
     pipeline = pipelines.from_pretrained(str(subject.base_path))
     assert subject.weights is not None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from merging.errors import InputError
+from merging.errors import InputError, option
 from merging.sources.changes import Change
 from merging.sources.origin import Origin
 
@@ -81,4 +81,6 @@ class Adapter:
         """
         for target, change in self.changes.items():
             if change.needs_base and target not in known:
-                raise InputError(f"{self.path}: {change.target}: {change.needs_base}: give the base with --base")
+                raise InputError(
+                    f"{self.path}: {change.target}: {change.needs_base}: give the base with {option('base')}"
+                )

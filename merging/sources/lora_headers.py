@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from merging.errors import FormatError
+from merging.errors import FormatError, option
 from merging.sources.lora_names import normal_name
 from merging.sources.small_files import parse_json
 
@@ -59,7 +59,7 @@ def alphas_differ(path: Path, name: str) -> FormatError:
     """Return the error for a file whose tensor ``name`` contradicts the alpha in the config of its header."""
     return FormatError(
         f"{path}: states its alphas twice, next to the factors and in the {METADATA_KEY} of its header, and not alike "
-        f"({name}): remove one of the two, or give the right one with --lora-alpha"
+        f"({name}): remove one of the two, or give the right one with {option('lora_alpha')}"
     )
 
 
@@ -75,7 +75,7 @@ def unstated_alpha(path: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
     at = "" if rank is None else f" at rank {rank[:20]}"
     return (
         f"{path}: its header states alpha {alpha[:20]}{at}, and no tensor does: programs take the scale as 1, and so "
-        f"does this: if it is not folded into the factors, set it with --lora-alpha",
+        f"does this: if it is not folded into the factors, set it with {option('lora_alpha')}",
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from merging.errors import FormatError
+from merging.errors import FormatError, option
 from merging.sources.dequantized_tensors import Cast, Mxfp4, Scaled, fits
 from merging.sources.stored import Stored
 
@@ -115,8 +115,8 @@ def _check_marker(path: Path, name: str, stored: Stored) -> None:
 
 def _way(kind: str, simple: bool, asked: bool) -> str:
     if simple and not asked:
-        return f"use --dequantize to merge it as ordinary numbers, or {_INSTEAD}"
-    beyond = "--dequantize does not understand these: " if asked else ""
+        return f"use {option('dequantize', True)} to merge it as ordinary numbers, or {_INSTEAD}"
+    beyond = f"{option('dequantize', True)} does not understand these: " if asked else ""
     return f"{beyond}{_INSTEAD}{', ' + _WAYS[kind] if kind in _WAYS else ''}"
 
 
@@ -192,7 +192,7 @@ def dequantize_tensors(
 def _misfit(path: Path, name: str, stored: Stored, scales: Stored) -> str:
     return (
         f"{path}: {name} has the shape {tuple(stored.shape)} and its scales {tuple(scales.shape)}, which is none of "
-        f"the kinds that --dequantize understands: {_INSTEAD}"
+        f"the kinds that {option('dequantize', True)} understands: {_INSTEAD}"
     )
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from merging import os_calls
-from merging.errors import MergingError, OutputError
+from merging.errors import MergingError, OutputError, option
 from merging.sources.model_files import foreign_names
 from merging.storage.atomic import existing_parent, make_parents, place_new_file, remove_empty, temporary_paths
 
@@ -67,11 +67,11 @@ def check_destination(
         with suppress(FileNotFoundError, NotADirectoryError):
             target.stat()
     except (OSError, RuntimeError):
-        raise OutputError(f"{destination}: is a link to itself, or cannot be reached: choose another -o") from None
+        raise _destination_error(destination, "is a link to itself, or cannot be reached") from None
     for path in inputs:
         resolved = path.resolve()
         if resolved == target or target in resolved.parents:
-            raise OutputError(f"{destination}: the output would replace the input {path}: choose another -o")
+            raise _destination_error(destination, f"the output would replace the input {path}")
     existing = destination
     for abandoned in _find_abandoned(destination):
         aside = abandoned / _OLD if dry else _put_back(abandoned, destination)
@@ -81,7 +81,7 @@ def check_destination(
             shutil.rmtree(abandoned, ignore_errors=True)
     if os.path.lexists(existing) and not overwrite:
         where = "" if existing == destination else f" (a merge that was killed left it as {existing})"
-        raise OutputError(f"{destination}: exists already{where}: choose another -o, or use --overwrite")
+        raise _destination_error(destination, f"exists already{where}", f", or use {option('overwrite', True)}")
     _check_replaced(destination, existing)
     parent = existing_parent(destination)
     if not parent.is_dir():
@@ -92,23 +92,27 @@ def check_destination(
         raise OutputError(f"{destination}: needs {needed / 1e6:.1f} MB, and {parent} has {free / 1e6:.1f} MB free")
 
 
+def _destination_error(destination: Path, reason: str, remedy: str = "") -> OutputError:
+    return OutputError(f"{destination}: {reason}: choose another {option('output')}{remedy}")
+
+
 def _check_replaced(destination: Path, existing: Path) -> None:
     """Refuse to replace anything but a file by a file, and the folder of one model, or an empty one, by a folder."""
     if not os.path.lexists(existing):
         return
     single = destination.suffix == ".safetensors"
     if single and existing.is_dir():
-        raise OutputError(f"{destination}: is a folder, and the output is a file: choose another -o")
+        raise _destination_error(destination, "is a folder, and the output is a file")
     if single and not existing.is_file() and not existing.is_symlink():
-        raise OutputError(f"{destination}: is not an ordinary file: choose another -o")
+        raise _destination_error(destination, "is not an ordinary file")
     if not single and not existing.is_dir():
-        raise OutputError(f"{destination}: is not a folder, and the output is one: choose another -o")
+        raise _destination_error(destination, "is not a folder, and the output is one")
     foreign = [] if single else foreign_names(existing)
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         raise OutputError(
             f"{destination}: is a folder of something else than one model, which is not overwritten: it holds "
-            f"{', '.join(foreign[:3])}{more}: choose another -o"
+            f"{', '.join(foreign[:3])}{more}: choose another {option('output')}"
         )
 
 
@@ -218,9 +222,7 @@ class StagedOutput:
         except OSError as error:
             # ENOTEMPTY: a folder appeared between the last check and the renaming
             if isinstance(error, FileExistsError) or error.errno == errno.ENOTEMPTY:
-                raise OutputError(
-                    f"{self.destination}: was created by someone else meanwhile: choose another -o"
-                ) from None
+                raise _destination_error(self.destination, "was created by someone else meanwhile") from None
             raise OutputError(f"{self.destination}: cannot be put in place: {error.strerror}") from None
         try:
             os_calls.sync_folder(self.destination.parent)
@@ -234,7 +236,7 @@ class StagedOutput:
         (built,) = self.folder.iterdir()
         if self.overwrite:
             if self.destination.is_dir():
-                raise OutputError(f"{self.destination}: is a folder, and the output is a file: choose another -o")
+                raise _destination_error(self.destination, "is a folder, and the output is a file")
             built.replace(self.destination)
             return
         place_new_file(built, self.destination)

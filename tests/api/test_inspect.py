@@ -155,7 +155,7 @@ GALLERY: dict[str, tuple[Make, Facts]] = {
         fp8,
         {
             "quantised": "F8_E4M3: 8", "dequantised": "8", "dtypes": "BF16: 21", "bytes": "37.2 kB",
-            "notices": "its weights are quantised, and read with --dequantize alone",
+            "notices": "its weights are quantised, and read with dequantize=True alone",
         },
     ),
     "PyTorch's own format": (
@@ -226,7 +226,7 @@ GALLERY: dict[str, tuple[Make, Facts]] = {
     ),
     "LoRA without a config": (
         lambda folder: (lora()(folder) / "adapter_model.safetensors").rename(folder.with_suffix(".safetensors")),
-        {"kind": "adapter (PEFT LORA)", "scales": "1", "notices": ("carries no config", "--lora-alpha")},
+        {"kind": "adapter (PEFT LORA)", "scales": "1", "notices": ("carries no config", "lora_alpha=")},
     ),
     "IA3": (lambda folder: make(folder, "IA3"), {"kind": "PEFT IA3", "needs base": "IA3 scales the base's weight"}),
     "OFT": (lambda folder: make(folder, "OFT"), {"kind": "PEFT OFT", "needs base": "OFT turns the base's weight"}),

@@ -103,11 +103,11 @@ def test_what_cannot_be_routed(adapters: list[Path], tmp_path: Path) -> None:
         export_prototypes([adapters[0], base], out)
     with pytest.raises(OptionError, match=r"name it \.safetensors"):
         export_prototypes(adapters, tmp_path / "p")
-    with pytest.raises(OptionError, match="leave --normalize out"):
+    with pytest.raises(OptionError, match="leave normalise=True out"):
         export_prototypes(adapters, out, normalise=True)
     model = peft.get_peft_model(reload(base), peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[]))
     model.save_pretrained(tmp_path / "ia3")
-    with pytest.raises(InputError, match=r"merge --method passthrough .*ia3 --base BASE"):
+    with pytest.raises(InputError, match=r'merge\(\[".*ia3"\], method="passthrough", base=BASE'):
         export_prototypes([tmp_path / "ia3", tmp_path / "ia3"], out)
     other = train(tmp_path / "other", base, 4, QV)
     config = json.loads((other / "adapter_config.json").read_text())

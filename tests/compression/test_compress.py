@@ -474,7 +474,7 @@ def test_what_cannot_be_packed_is_refused_and_leaves_nothing(
         merging.compress(out / "p.safetensors", out / "q.safetensors")
     with pytest.raises(InputError, match="is not a pack"):
         merging.decompress(llama / "plain", out / "q")
-    with pytest.raises(InputError, match="leave --base out"):
+    with pytest.raises(InputError, match="leave base= out"):
         merging.decompress(out / "p.safetensors", out / "q", base=base)
     assert [path.name for path in out.iterdir()] == ["p.safetensors"]
 

@@ -64,7 +64,7 @@ def test_large_full_changes_are_decomposed_when_asked_to(tmp_path: Path, monkeyp
     unasked, asked = (compare(tuned, base=base, full_spectra=full) for full in (False, True))
     assert [model.matrices for model in unasked.models] == [0, 0]
     assert unasked.overlaps is None
-    assert any("--full-spectra decomposes them too" in notice for notice in unasked.notices)
+    assert any("full_spectra=True decomposes them too" in notice for notice in unasked.notices)
     assert [model.matrices for model in asked.models] == [4, 4]
     assert not asked.notices
 

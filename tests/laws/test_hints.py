@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import merging
-from merging.errors import MergingError
+from merging.errors import MergingError, command_line_words, option
 from support.tiny import CONFIG, fine_tune, model, save
 
 ROOT = Path(merging.__file__).parent
@@ -258,7 +258,7 @@ ELSEWHERE = {
 def test_a_way_out_ends_in_a_merge(hint: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     refused, ways = HINTS[hint](tmp_path)
-    with pytest.raises(MergingError, match=re.escape(hint)):
+    with command_line_words(), pytest.raises(MergingError, match=re.escape(hint)):
         merging.merge(output=tmp_path / "refused", **refused)
     for number, way in enumerate(ways):
         merging.merge(output=tmp_path / f"out {number}", **way)
@@ -269,7 +269,7 @@ def test_formats_that_hold_no_pair_of_denoisers_are_not_advised(format: str, tmp
     """Flat names do not tell Wan's two models apart, and PEFT's adapters are of one: diffusers' format is left."""
     names = {f"{part}.blocks.0.self_attn.q": (8, 8) for part in ("transformer", "transformer_2")}
     given = args(flat(tmp_path / "a.safetensors", names))
-    with pytest.raises(MergingError, match=r"use --format diffusers(, or --as model)?$"):
+    with pytest.raises(MergingError, match=r'use format="diffusers"(, or kind="model")?$'):
         merging.merge(**given, format=format, output=tmp_path / "refused")
     merging.merge(**given, format="diffusers", output=tmp_path / "out")
 
@@ -282,10 +282,21 @@ def messages() -> Iterator[str]:
             if not isinstance(node, ast.Call) or not node.args or not _makes_error(node.func):
                 continue
             parts = node.args[0].values if isinstance(node.args[0], ast.JoinedStr) else [node.args[0]]
-            text = "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts)
+            text = "".join(_spell(part) for part in parts)
             named = "--" in text or " wants the full model" in text  # of the option that the caller names
             if named and not re.search(r"leave (it|--[\w-]+) out$", text):
                 yield text
+
+
+def _spell(part: ast.expr) -> str:
+    """A part of a message as the command line prints it, with {} for values that are not known yet."""
+    if isinstance(part, ast.FormattedValue):
+        call = part.value
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id != "option":
+            return "{}"
+        with command_line_words():
+            return option(*(each.value for each in call.args if isinstance(each, ast.Constant)))
+    return str(part.value) if isinstance(part, ast.Constant) else "{}"
 
 
 def _makes_error(function: ast.expr) -> bool:

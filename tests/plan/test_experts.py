@@ -262,7 +262,7 @@ def test_adapters_of_older_releases_of_peft(tmp_path: Path, name: str) -> None:
         out = tmp_path / order[0].name.replace("1", "old first").replace("2", "new first")
         merging.merge(order, method="task_arithmetic", base=base, output=out)
         assert_close(change_of(base, out), wanted)
-    with pytest.raises(InputError, match=r"PEFT before 0\.19.*give the base with --base"):
+    with pytest.raises(InputError, match=r"PEFT before 0\.19.*give the base with base="):
         merging.merge([old, other], method="task_arithmetic", output=tmp_path / "none")
 
 

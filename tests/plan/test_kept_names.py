@@ -81,8 +81,8 @@ def test_diffusers_takes_its_format(tmp_path: Path, family: str) -> None:
     try:
         merged([given], out, format="diffusers", weights=1.0)
     except InputError as error:
-        assert "--base" in str(error)
-        assert "leave --format out" in str(error)
+        assert "base=" in str(error)
+        assert "leave format= out" in str(error)
         assert row.flat or family in ("ltx-2 comfyui", "ltx-2 connectors", "anima comfyui")
         return
     check_close(diffusers_reads(replace(row, configured=True), out), diffusers_reads(row, given))
@@ -95,7 +95,7 @@ def test_comfyui_takes_kohyas_format(tmp_path: Path, family: str) -> None:
     try:
         merged([write(row, tmp_path / "a.safetensors", 1, 2, 3.0)], out, format="kohya", weights=1.0)
     except InputError as error:
-        assert "leave --format out" in str(error)
+        assert "leave format= out" in str(error)
         assert family in ("z-image musubi", "lumina 2 diffusers", "ltx-2 connectors", "hunyuan i2v")
         return
     assert not [each for each in verify(str(out), ["comfyui"]).findings if each.severity == "ignores"]

@@ -161,7 +161,7 @@ MISMATCHES = {
 @pytest.mark.parametrize("kind", MISMATCHES)
 def test_mismatch_is_an_error_that_names_tensor_and_file(tmp_path: Path, kind: str) -> None:
     paths, _, _ = spoiled(tmp_path, kind)
-    with pytest.raises(InputError, match=f"{MISMATCHES[kind][1]}.*--on-mismatch base"):
+    with pytest.raises(InputError, match=f'{MISMATCHES[kind][1]}.*on_mismatch="base"'):
         merged(paths, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -187,7 +187,7 @@ def test_tensors_left_to_the_base_are_counted_and_named(tmp_path: Path, first: s
     lines = "\n".join([*plan.matched, *plan.notices])
     assert f"{order[1]}: {len(smaller)} of {len(larger)} tensors matched" in lines
     what = f"differ are {order[0]}'s" if first == "larger" else f"{paths['smaller']} lacks are left out"
-    assert f"{len(odd)} tensors that {what} (--on-mismatch base" in lines
+    assert f'{len(odd)} tensors that {what} (on_mismatch="base"' in lines
     assert all(name in lines for name in odd[:3])
     assert f"and {len(odd) - 3} more" in lines
     assert len(plan.items) == len(larger if first == "larger" else smaller)

@@ -93,7 +93,7 @@ def test_heads_for_other_labels_are_left_out_as_the_refusal_says(
 ) -> None:
     one, other = classifiers / "one", classifiers / "other"
     options = {"base": classifiers / "base"} if with_base else {}
-    with pytest.raises(InputError, match="for different labels: leave them out with --exclude score"):
+    with pytest.raises(InputError, match='for different labels: leave them out with exclude="score"'):
         merging.merge([one, other], method="linear", output=tmp_path / "out", **options)
     merging.merge([one, other], method="linear", exclude="score", output=tmp_path / "out", **options)
     assert not any("score" in name for name in load_file(tmp_path / "out" / "adapter_model.safetensors"))
@@ -253,7 +253,7 @@ def test_resized_vocabularies_merge_into_a_model(resized: Path, tmp_path: Path, 
     """Rows of new tokens match by index; transformers loads what comes out with all of them."""
     one, two = (resized / f"{way} {number}" for number in (1, 2))
     options = {"method": "linear", "base": resized / "base", "kind": "model"}
-    with pytest.raises(InputError, match=r"vocabularies of different sizes .* --vocabulary largest"):
+    with pytest.raises(InputError, match=r'vocabularies of different sizes .* vocabulary="largest"'):
         merging.merge([one, two], output=tmp_path / "out", **options)
     merging.merge([one, two], vocabulary="largest", output=tmp_path / "out", **options)
     wanted = merged_rows(resized_state(resized / "base", one, ROWS + 2), resized_state(resized / "base", two, ROWS + 3))

@@ -67,7 +67,7 @@ def family(tmp_path: Path) -> tuple[list[Path], list[Tensors]]:
 
 def test_different_sizes_are_refused_and_the_choices_named(family: tuple[list[Path], list[Tensors]]) -> None:
     paths, _ = family
-    with pytest.raises(InputError, match=r"sizes \(.*m1 12, .*m2 14, .*m0 12 rows\).*--vocabulary base.*m0.*largest"):
+    with pytest.raises(InputError, match=r'sizes \(.*m1 12, .*m2 14, .*m0 12 rows\).*vocabulary="base".*m0.*largest'):
         merging.preview(paths[1:3], method="task_arithmetic", base=paths[0])
     merging.preview(paths[1:3], method="task_arithmetic", base=paths[0], on_mismatch="base")
 

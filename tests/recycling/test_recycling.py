@@ -339,7 +339,7 @@ def test_a_killed_run_goes_on(world: World, tmp_path: Path) -> None:
     os.chdir(tmp_path)
     settings = {"k": 3, "steps": 16, "every": 1, "lora_steps": 5, "lora_rates": (0.01,)}
     parts = {part: f"{part}.jsonl" for part in ("train", "valid", "test")}
-    with pytest.raises(OptionError, match="holds an unfinished run: --resume continues"):
+    with pytest.raises(OptionError, match="holds an unfinished run: resume=True continues"):
         merging.recycle(str(world.pool), base=world.base, output="out", **parts, **settings)
     with pytest.raises(OptionError, match="had another steps"):
         merging.recycle(

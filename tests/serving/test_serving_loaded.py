@@ -213,10 +213,10 @@ def test_load_adds_what_the_program_says(shelf: Path, tmp_path: Path) -> None:
 def test_load_needs_a_base(shelf: Path, tmp_path: Path) -> None:
     adapter = edit_config(laid(shelf, tmp_path / "a", "adapter"), base_model_name_or_path="org/gone")
     for program in ("peft", "transformers"):
-        with pytest.raises(OptionError, match="--load needs the base: say where it is with --base"):
+        with pytest.raises(OptionError, match="load=True needs the base: say where it is with base="):
             verify(str(adapter), [program], load=True)
         assert verify(str(adapter), [program], base=str(shelf / "llama"), load=True).served
-    with pytest.raises(OptionError, match="--load needs the pipeline"):
+    with pytest.raises(OptionError, match="load=True needs the pipeline"):
         verify(str(kohya(tmp_path / "lora")), ["diffusers"], load=True)
 
 

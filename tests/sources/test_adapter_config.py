@@ -23,7 +23,7 @@ def scale(path: Path) -> float:
 
 def test_folder_without_config_is_an_adapter_with_a_notice(tmp_path: Path) -> None:
     opened = open_model(small_adapter(tmp_path / "a", None))
-    assert opened.notices and "--lora-alpha" in opened.notices[0]
+    assert opened.notices and "lora_alpha=" in opened.notices[0]
     assert scale(tmp_path / "a") == 1
 
 

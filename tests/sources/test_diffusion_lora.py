@@ -274,7 +274,7 @@ def test_factors_in_eight_bits_are_refused_with_a_way_out(tmp_path: Path) -> Non
     state = {f"diffusion_model.blocks.0.self_attn.q.{name}.weight": value for name, value in factors.items()}
     eight = {name: value.to(torch.float8_e4m3fn) for name, value in state.items()}
     save_file(eight, tmp_path / "a.safetensors")
-    with pytest.raises(FormatError, match=r"also with --dequantize: convert them first \(load_file, .to"):
+    with pytest.raises(FormatError, match=r"also with dequantize=True: convert them first \(load_file, .to"):
         open_model(tmp_path / "a.safetensors", dequantize=True)
     save_file(
         {name: v.to(torch.bfloat16) for name, v in load_file(tmp_path / "a.safetensors").items()},
@@ -291,7 +291,7 @@ def test_parts_of_two_models_are_not_said_to_be_one_module(tmp_path: Path) -> No
         paths.append(tmp_path / f"{number}.safetensors")
         save_file({f"{prefix}blocks.0.self_attn.q.{name}.weight": v for name, v in factors.items()}, paths[-1])
     out = tmp_path / "out.safetensors"
-    with pytest.raises(InputError, match=r"no tensor in common.*--allow-different-bases to put them side by side"):
+    with pytest.raises(InputError, match=r"no tensor in common.*allow_different_bases=True to put them side by side"):
         merging.merge(paths, method="linear", output=out)
     merging.merge(paths, method="linear", allow_different_bases=True, output=out)
     assert load_file(out).keys() == load_file(paths[0]).keys() | load_file(paths[1]).keys()

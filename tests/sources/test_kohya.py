@@ -183,5 +183,5 @@ def test_an_alpha_of_zero_is_read_as_the_rank_and_said(tmp_path: Path, stem: str
     got = out[f"{module}.lora_up.weight"] @ out[f"{module}.lora_down.weight"] * (out[f"{module}.alpha"] / 2)
     torch.testing.assert_close(got, up @ down)
     told = open_model(path).notices
-    assert [bool(re.search(r"alpha of 1 of its modules is 0 .* --lora-alpha", each)) for each in told] == [True] * zero
+    assert [bool(re.search(r"alpha of 1 of its modules is 0 .* lora_alpha=", each)) for each in told] == [True] * zero
     assert open_model(path, 1.0).notices == ()

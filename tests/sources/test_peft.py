@@ -189,12 +189,12 @@ def test_config_beside_adapter_model_is_used_for_the_file_itself(llama: Path, tm
 
 
 def test_config_beside_a_file_of_another_name_is_not_its_own(llama: Path, tmp_path: Path) -> None:
-    """Its scale is 1, which one notice says; --lora-alpha sets it."""
+    """Its scale is 1, which one notice says; lora_alpha= sets it."""
     other = copied(llama, tmp_path / "a") / "other.safetensors"
     (other.parent / "adapter_model.safetensors").rename(other)
     at_one = baked(llama / "base", edit_config(copied(llama, tmp_path / "b"), lora_alpha=4))
     done = merging.merge([other], method="linear", base=llama / "base", kind="model", output=tmp_path / "one")
-    assert [notice for notice in done.notices if "--lora-alpha" in notice] == list(done.notices)
+    assert [notice for notice in done.notices if "lora_alpha=" in notice] == list(done.notices)
     assert len(done.notices) == 1
     assert_close(base_state(tmp_path / "one"), at_one)
     done = merging.merge(

@@ -131,7 +131,7 @@ def test_pipelines_must_have_the_same_components(pipelines: list[Path], tmp_path
     without = tmp_path / "without"
     shutil.copytree(pipelines[1], without)
     shutil.rmtree(without / "vae")
-    with pytest.raises(InputError, match=r"without lacks the component vae, unlike .*--component"):
+    with pytest.raises(InputError, match=r"without lacks the component vae, unlike .*components="):
         merging.preview([pipelines[2], without], method="linear")
     with pytest.raises(InputError, match=r"p2 has a component vae, unlike .*without: name those to merge"):
         merging.preview([without, pipelines[2]], method="linear")
@@ -142,7 +142,7 @@ def test_pipelines_must_have_the_same_components(pipelines: list[Path], tmp_path
 def test_names_of_components(pipelines: list[Path], tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"no component 'unett' \(did you mean 'unet'\?\): it has "):
         merging.preview(pipelines, method="linear", components="unett")
-    with pytest.raises(OptionError, match=r"--component chooses among the models of a pipeline, and .*unet is none"):
+    with pytest.raises(OptionError, match=r"components= chooses among the models of a pipeline, and .*unet is none"):
         merging.preview([path / "unet" for path in pipelines], method="linear", components="unet")
     with pytest.raises(OutputError, match="made of several models, in a folder"):
         merging.merge(pipelines, method="linear", output=tmp_path / "out.safetensors")

@@ -231,12 +231,14 @@ def test_other_kinds_stay_refused(tmp_path: Path, kind: str) -> None:
 def test_the_message_names_the_flag_where_it_helps(tmp_path: Path) -> None:
     codes = {NAME: fp8_codes(1, 16, 8), NAME + "_scale_inv": scales(2, 1, 1)}
     for stated in ({"quant_method": "fp8"}, None):
-        with pytest.raises(FormatError, match=r"use --dequantize to merge it as ordinary numbers, or merge the model"):
+        with pytest.raises(
+            FormatError, match=r"use dequantize=True to merge it as ordinary numbers, or merge the model"
+        ):
             open_model(quantised_folder(tmp_path / "m", codes, stated))
     for stated in ({"quant_method": "gptq"}, {"quant_method": "bitsandbytes", "load_in_4bit": True}):
         with pytest.raises(FormatError) as refused:
             open_model(quantised_folder(tmp_path / "m", codes, stated))
-        assert "--dequantize" not in str(refused.value)
+        assert "dequantize=" not in str(refused.value)
 
 
 @pytest.mark.parametrize("grid", [(3, 1), (16, 2, 1), (2, 2)])
@@ -250,7 +252,7 @@ def test_scales_of_another_shape(tmp_path: Path, grid: tuple[int, ...]) -> None:
 def test_zero_points_and_codes_without_scales(tmp_path: Path) -> None:
     for beside, message in (
         ({NAME + "_zero_point": torch.zeros(16, 1, dtype=torch.int8), NAME + "_scale": scales(2, 16, 1)}, "quantised"),
-        ({}, r"holds I8 codes, so the model is quantised: --dequantize does not understand"),
+        ({}, r"holds I8 codes, so the model is quantised: dequantize=True does not understand"),
     ):
         tensors = {NAME: torch.zeros(16, 8, dtype=torch.int8), **beside}
         with pytest.raises(FormatError, match=message):
@@ -295,7 +297,7 @@ def test_fp8_of_diffusion_models_is_read_as_numbers_when_asked(tmp_path: Path, s
     """Weights are codes times scale, whatever the scale is called; no marker is left that would have them cast."""
     one, first = comfy(tmp_path / "a.safetensors", 1, style, kind)
     two, second = comfy(tmp_path / "b.safetensors", 5, style, kind)
-    with pytest.raises(FormatError, match="use --dequantize to merge it as ordinary numbers"):
+    with pytest.raises(FormatError, match="use dequantize=True to merge it as ordinary numbers"):
         open_model(one)
     out = tmp_path / "out.safetensors"
     merging.merge([one, two], method="linear", dequantize=True, dtype="float32", output=out)

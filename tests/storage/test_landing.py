@@ -61,7 +61,7 @@ def test_what_is_left_is_the_output_alone(tmp_path: Path, tuned: list[Path], out
 
 def test_existing_output_is_refused(tmp_path: Path, tuned: list[Path], output: Path) -> None:
     output.write_text("mine")
-    with pytest.raises(OutputError, match="exists already: choose another -o, or use --overwrite"):
+    with pytest.raises(OutputError, match="exists already: choose another output=, or use overwrite=True"):
         merging.merge(tuned, method="linear", output=output)
     assert output.read_text() == "mine"
     output.unlink()
@@ -298,7 +298,7 @@ def test_two_merges_to_one_place(tmp_path: Path, tuned: list[Path], output: Path
         if not finished:
             finished.append(merging.merge(others, method="linear", output=output).path)
 
-    with pytest.raises(OutputError, match="was created by someone else meanwhile: choose another -o"):
+    with pytest.raises(OutputError, match="was created by someone else meanwhile: choose another output="):
         merging.merge(tuned, method="linear", output=output, progress=overtake)
     assert right(output, others)
     assert not hidden(tmp_path)
@@ -474,7 +474,7 @@ def test_a_model_that_a_kill_left_aside_is_moved_back(tmp_path: Path, tuned: lis
     (old / "thesis.txt").write_text("years of work")
     with pytest.raises(OutputError, match=r"it holds thesis\.txt"):
         merging.merge(tuned, method="linear", output=tmp_path / "out", overwrite=True)
-    with pytest.raises(OutputError, match="exists already: choose another -o"):
+    with pytest.raises(OutputError, match="exists already: choose another output="):
         merging.merge(tuned, method="linear", output=tmp_path / "out")
     assert identical(load(tmp_path / "out"), model(9)) and (tmp_path / "out" / "thesis.txt").is_file()
     assert not hidden(tmp_path)
@@ -485,7 +485,7 @@ def test_a_refused_merge_removes_what_a_kill_left(tmp_path: Path, tuned: list[Pa
     merging.merge(tuned, method="linear", output=tmp_path / "out")
     (tmp_path / ".out.abcd_123.partial").mkdir()
     (tmp_path / ".out.abcd_124.partial" / "scratch").mkdir(parents=True)
-    with pytest.raises(OutputError, match="exists already: choose another -o, or use --overwrite"):
+    with pytest.raises(OutputError, match="exists already: choose another output=, or use overwrite=True"):
         merging.merge(tuned, method="linear", output=tmp_path / "out")
     assert not hidden(tmp_path)
     assert right(tmp_path / "out", tuned)

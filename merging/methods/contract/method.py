@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from merging.errors import OptionError, nearest
+from merging.errors import OptionError, nearest, option
 from merging.lazy_torch import Tensor
 from merging.maths.coefficients import spread
 from merging.maths.delta import Delta, Stack
@@ -133,7 +133,11 @@ class Method(BaseModel, ABC):
         if models < least or (most is not None and models > most):
             wanted = f"{least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
             noun, verb = "model" if wanted == "1" else "models", "was" if models == 1 else "were"
-            hint = ": the model it was trained from goes to --base" if most == 1 and self.merge_space == "delta" else ""
+            hint = (
+                f": the model it was trained from goes to {option('base')}"
+                if most == 1 and self.merge_space == "delta"
+                else ""
+            )
             raise OptionError(f"{self.name} merges {wanted} {noun}, and {models} {verb} given{hint}")
         for field in type(self).model_fields:
             value = getattr(self, field)

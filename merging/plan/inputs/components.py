@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from merging.errors import InputError, OptionError, nearest
+from merging.errors import InputError, OptionError, nearest, option
 from merging.plan.recipe import Recipe
 from merging.sources import Checkpoint, Model
 
@@ -27,7 +27,9 @@ def select_components(
     first = checkpoints[0] if checkpoints else None
     if recipe.components and (first is None or not first.components):
         what = first.path if first else recipe.models[0]
-        raise OptionError(f"--component chooses among the models of a pipeline, and {what} is none: leave it out")
+        raise OptionError(
+            f"{option('components')} chooses among the models of a pipeline, and {what} is none: leave it out"
+        )
     if first is None or not first.components:
         return tuple(models), base
     for name in recipe.components:
@@ -40,15 +42,16 @@ def select_components(
     for model in checkpoints:
         if not model.components and len(wanted) > 1:
             raise InputError(
-                f"{model.path} is not a pipeline, unlike {first.path}: say by --component which part of one it is"
+                f"{model.path} is not a pipeline, unlike {first.path}: say by {option('components')} which part of one "
+                f"it is"
             )
         lacking = sorted(set(wanted) - set(model.components))
         extra = sorted(set(model.components) - set(wanted)) if not recipe.components else []
         if model.components and (lacking or extra):
             what = f"lacks the component {lacking[0]}" if lacking else f"has a component {extra[0]}"
             raise InputError(
-                f"{model.path} {what}, unlike {first.path}: name those to merge with --component, and the others are "
-                f"{first.path.name}'s"
+                f"{model.path} {what}, unlike {first.path}: name those to merge with {option('components')}, and the "
+                f"others are {first.path.name}'s"
             )
 
     return (

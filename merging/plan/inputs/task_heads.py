@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from merging.errors import InputError
+from merging.errors import InputError, option
 from merging.maths.patterns import matches
 from merging.sources import Adapter, Checkpoint, Model
 from merging.sources.changes import Replacement
@@ -54,7 +54,7 @@ class TaskHeads:
             return []
         return [
             f"{', '.join(sorted(self.tensors))}: saved in full and in no base here, so that the mean stands for the "
-            f"base's: give --base if that has it, or leave it out with --exclude"
+            f"base's: give {option('base')} if that has it, or leave it out with {option('exclude')}"
         ]
 
 
@@ -83,7 +83,7 @@ def find_task_heads(models: Sequence[Model], base: Checkpoint | None, exclude: S
             if its.shape != change.shape:
                 raise InputError(
                     f"{target} is {change.shape} in {first.path} and {its.shape} in {other.path}: these heads are for "
-                    f"different labels: leave them out with --exclude {target.partition('.')[0]}"
+                    f"different labels: leave them out with {option('exclude', target.partition('.')[0])}"
                 )
         tensors[target] = MeanTable(tuple(its.value for _, its in held))
     return TaskHeads(tensors, frozenset(excluded))

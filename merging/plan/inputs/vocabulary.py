@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from merging.errors import InputError
+from merging.errors import InputError, option
 from merging.hub.address import Address
 from merging.hub.repository import open_repository
 from merging.plan.inputs.trained_tables import replace_tables, tables_as_checkpoint
@@ -55,7 +55,8 @@ def match_vocabularies(
     if recipe.vocabulary == "error":
         raise InputError(
             f"the models have vocabularies of different sizes ({sizes} rows). If the same row is the same token in "
-            f"all, --vocabulary base keeps the rows of {reference.path}, and --vocabulary largest all there are"
+            f"all, {option('vocabulary', 'base')} keeps the rows of {reference.path}, and "
+            f"{option('vocabulary', 'largest')} all there are"
         )
     largest = max(checkpoints, key=lambda model: (rows[id(model)], model is reference))
     of = reference if recipe.vocabulary == "base" else largest

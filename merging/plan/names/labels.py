@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from merging.errors import InputError
+from merging.errors import InputError, option
 from merging.maths.shapes import Shapes
 from merging.plan.recipe import AdapterFormat, Recipe
 from merging.sources import Adapter
@@ -72,12 +72,14 @@ def unnamed_error(target: str, format: str, based: bool, others: Sequence[str], 
 
     ``others`` are formats with names for all targets; ``kept`` says that the inputs' own names could be kept.
     """
-    instead = f"use --format {' or '.join(others)}, or" if others else "use"
-    keep = "leave --format out, so that the output keeps the inputs' names, or " if kept else ""
-    without = "" if based else " without the model itself, so give that with --base if it is one of diffusion"
+    instead = f"use {option('format', *others)}, or" if others else "use"
+    keep = f"leave {option('format')} out, so that the output keeps the inputs' names, or " if kept else ""
+    without = (
+        "" if based else f" without the model itself, so give that with {option('base')} if it is one of diffusion"
+    )
     return InputError(
-        f"{target}: what it is called in LoRA files in the format of {format} is not known{without}: "
-        f"{keep}{instead} --as model"
+        f"{target}: what it is called in LoRA files in the format of {format} is not known{without}: {keep}{instead} "
+        f"{option('kind', 'model')}"
     )
 
 
@@ -122,8 +124,8 @@ def make_peft_labels(
         several = f"the LoRA is of {' and '.join(components)}"
         others = formats_with_names(adapters, shapes, wanted, based)
         if not others:
-            raise InputError(f"{several}, and an adapter of PEFT's is of one model: leave --format out")
-        raise InputError(f"{several}, and an adapter of PEFT's is of one model: use --format {' or '.join(others)}")
+            raise InputError(f"{several}, and an adapter of PEFT's is of one model: leave {option('format')} out")
+        raise InputError(f"{several}, and an adapter of PEFT's is of one model: use {option('format', *others)}")
     for target in targets:
         # The names of text encoders depend on the version of transformers.
         if target not in found or (not based and found[target].component.startswith("text_encoder")):
@@ -147,8 +149,8 @@ def label_rows(
     if _flat(adapters) and not based:
         if format != "kohya" or not all(adapter.dialect == "Kohya" for adapter in adapters):
             raise InputError(
-                "the names in Kohya's files do not give the names of the model's modules: give it with --base, or "
-                "leave --format out, so that the output keeps the inputs' names"
+                f"the names in Kohya's files do not give the names of the model's modules: give it with "
+                f"{option('base')}, or leave {option('format')} out, so that the output keeps the inputs' names"
             )
         kept = (name for name in shapes if not _NOT_KOHYA.match(name))
         return {name: (RowRange(name, 0, (shapes[name] or (1,))[0]),) for name in kept}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from merging.errors import InputError
+from merging.errors import InputError, option
 from merging.sources import Adapter
 from merging.sources.denoiser_rules import partners
 from merging.sources.lora_names import normal_name
@@ -64,5 +64,5 @@ def _refuse_fused(key: Key, target: str, known: Mapping[Key, tuple[str, Adapter]
             theirs, first = known[component, other]
             raise InputError(
                 f"{first.path} has {theirs} where {adapter.path} has {target}: one of the two is a part of the other, "
-                f"or has its rows in another order: give the model with --base, so that both can be matched"
+                f"or has its rows in another order: give the model with {option('base')}, so that both can be matched"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from merging.errors import InputError
+from merging.errors import InputError, option
 from merging.plan.inputs.task_heads import NO_HEADS, TaskHeads
 from merging.plan.names.matching import match_names
 from merging.plan.names.output_names import TargetRows
@@ -93,7 +93,8 @@ def _refuse_drifted(adapters: Sequence[Adapter], named: Sequence[Mapping[str, Ch
             if other and normal_name(other)[0] == normal_name(name)[0]:  # else they are parts of two models
                 raise InputError(
                     f"{adapters[0].path} has {other} where {adapter.path} has {name}: these look like the same module "
-                    f"under the names of two library versions: give the base with --base, so that both can be matched"
+                    f"under the names of two library versions: give the base with {option('base')}, so that both can "
+                    f"be matched"
                 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from merging.errors import InputError, OptionError
+from merging.errors import InputError, OptionError, option
 from merging.maths.site import Site
 from merging.plan.items import Placing
 from merging.plan.names.peft_names import PREFIX, module_of
@@ -24,7 +24,7 @@ def check_experts_apart(targets: Iterable[str], experts: bool) -> None:
     Raises :class:`~merging.errors.OptionError`.
     """
     if not experts and not any(map(_EXPERT.search, targets)):
-        raise OptionError("--experts is for LoRA on experts, and the adapters change none: leave it out")
+        raise OptionError(f"{option('experts')} is for LoRA on experts, and the adapters change none: leave it out")
 
 
 def place_experts(
@@ -38,8 +38,8 @@ def place_experts(
     """
     if resolver is None:
         raise InputError(
-            f"{site.name}: only the base's files have names for single experts: give it with --base, or leave "
-            f"--experts apart out"
+            f"{site.name}: only the base's files have names for single experts: give it with {option('base')}, or "
+            f"leave {option('experts', 'apart')} out"
         )
     outer, inner = (2, 1) if change.is_transposed(site.shape) else (1, 2)
     placings = []
@@ -48,7 +48,7 @@ def place_experts(
         if len(piece.axes) != 2 or not stored.endswith(".weight") or columns != slice(0, site.shape[inner]):
             raise InputError(
                 f"{site.name}: the base keeps its experts together ({stored}), so that single ones have no names: "
-                f"leave --experts apart out"
+                f"leave {option('experts', 'apart')} out"
             )
         path = PREFIX + module_of(stored)
         placing = Placing(

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from merging.errors import InputError
+from merging.errors import InputError, option
 from merging.maths.shapes import Shapes
 from merging.maths.site import Site
 from merging.plan.items import Constant, Item, ItemForm, Placing
@@ -95,7 +95,7 @@ class NamedExporter(Exporter):
         if name is None:
             raise InputError(
                 f"{site.name} is changed in full, which LoRA files in the format of {self._names.format} do not hold: "
-                f"make a model with --as model"
+                f"make a model with {option('kind', 'model')}"
             )
         return OutputTensor(name, self._dtype_name, site.shape)
 
@@ -103,12 +103,13 @@ class NamedExporter(Exporter):
         if any(change.kind in ("embedding", "experts") or change.is_transposed(site.shape) for change in changes):
             raise InputError(
                 f"{site.name} is an embedding, or stored transposed, which a LoRA in the format of "
-                f"{self._names.format} does not hold: use --format peft, or --as model"
+                f"{self._names.format} does not hold: use {option('format', 'peft')}, or {option('kind', 'model')}"
             )
         flattened = all(isinstance(change, ComputedChange) and not change.kernel for change in changes)
         if not self._based and flattened and _CONVOLUTION.search(site.name.rpartition(".")[0]):
             raise InputError(
-                f"{site.name} may be a convolution, whose kernel the file does not state: give the model with --base"
+                f"{site.name} may be a convolution, whose kernel the file does not state: give the model with "
+                f"{option('base')}"
             )
 
     def _placings(self, site: Site, shares: Sequence[_Share]) -> Iterator[Placing]:

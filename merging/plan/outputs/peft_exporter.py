@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from merging.errors import InputError
+from merging.errors import InputError, option
 from merging.maths.site import Site
 from merging.plan.items import Item
 from merging.plan.names.peft_names import PREFIX, FactorPaths, factor_tensors, module_of
@@ -93,13 +93,13 @@ class PeftExporter(Exporter):
         tables = [item.base for item in items if isinstance(item.base, TokenTable)]
         if tables and not self.rank and (len(tables) < len(items) or len({table.indices for table in tables}) > 1):
             raise InputError(
-                "the adapters hold rows of tokens and no factors, and PEFT's format keeps such rows of one module "
-                "only: make a model with --as model"
+                f"the adapters hold rows of tokens and no factors, and PEFT's format keeps such rows of one module "
+                f"only: make a model with {option('kind', 'model')}"
             )
         if not self._factored and all(item.form == "dense" and not isinstance(item.base, TokenTable) for item in items):
             raise InputError(
-                "the adapters hold tensors in full and no factors, and PEFT reads these only with factors: make a "
-                "model with --as model"
+                f"the adapters hold tensors in full and no factors, and PEFT reads these only with factors: make a "
+                f"model with {option('kind', 'model')}"
             )
 
     def check_biases(self, targets: Mapping[str, Changes], adapters: Sequence[Adapter]) -> None:
@@ -110,6 +110,6 @@ class PeftExporter(Exporter):
             odd = sorted(biases.keys() ^ modules)[0]
             raise InputError(
                 f"{adapters[0].path} and the others change biases ({odd} is one that has only a bias or only factors), "
-                f"and PEFT's format carries biases only of all adapted modules: make a model with --as model --base "
-                f"BASE"
+                f"and PEFT's format carries biases only of all adapted modules: make a model with "
+                f"{option('kind', 'model')} and {option('base')}"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from merging.errors import InputError
+from merging.errors import InputError, option
 from merging.lazy_torch import torch
 from merging.maths.patterns import all_matching
 from merging.maths.shapes import Shape
@@ -135,8 +135,8 @@ def _refuse_in_pieces(name: str, changes: Changes, weights: bool, base: Checkpoi
     reason = next((each.needs_base for each in changes if each and each.needs_base), None)
     if weights or reason:
         raise InputError(
-            f"{name} is in several tensors of {base.path}, and {reason or 'this method merges weights'}: make a "
-            f"model with --as model"
+            f"{name} is in several tensors of {base.path}, and {reason or 'this method merges weights'}: make a model "
+            f"with {option('kind', 'model')}"
         )
 
 
@@ -178,6 +178,6 @@ def _refuse_full_rank(
             if change and not change.rank and not change.low_rank:
                 raise InputError(
                     f"{adapter.path}: what a {adapter.dialect} adapter changes in {name} has full rank, and a LoRA "
-                    f"holds as much of it as its own rank allows: choose one with --rank, or make a model with "
-                    f"--as model"
+                    f"holds as much of it as its own rank allows: choose one with {option('rank')}, or make a model "
+                    f"with {option('kind', 'model')}"
                 )

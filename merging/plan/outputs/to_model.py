@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from merging.errors import InputError, nearest
+from merging.errors import InputError, nearest, option
 from merging.maths.patterns import all_matching
 from merging.maths.site import Site, inputs_by_outputs, site_of
 from merging.plan.inputs.task_heads import NO_HEADS, TaskHeads
@@ -68,8 +68,8 @@ def plan_model(
     mismatches = [each for model in aligned for each in model.mismatches]
     if mismatches and recipe.on_mismatch == "error":
         raise InputError(
-            f"the models do not hold the same tensors as {reference.path}: {_first_three(mismatches, '; ')}. "
-            f"Use --on-mismatch base to keep {reference.path.name}'s where they differ"
+            f"the models do not hold the same tensors as {reference.path}: {_first_three(mismatches, '; ')}. Use "
+            f"{option('on_mismatch', 'base')} to keep {reference.path.name}'s where they differ"
         )
     inputs = [each.inputs for each in aligned]
     matched = [each.line for each in aligned]
@@ -77,14 +77,15 @@ def plan_model(
     if differing:
         named = _first_three(sorted(differing))
         matched.append(
-            f"{_count_tensors(differing)} that differ are {reference.path.name}'s (--on-mismatch base): {named}"
+            f"{_count_tensors(differing)} that differ are {reference.path.name}'s ({option('on_mismatch', 'base')}): "
+            f"{named}"
         )
     surplus = list(dict.fromkeys(name for each in aligned for name in each.surplus))
     notices = []
     if surplus:
         notices.append(
-            f"{_count_tensors(surplus)} that {reference.path} lacks are left out (--on-mismatch base keeps its tensors "
-            f"alone): {_first_three(surplus)}"
+            f"{_count_tensors(surplus)} that {reference.path} lacks are left out ({option('on_mismatch', 'base')} "
+            f"keeps its tensors alone): {_first_three(surplus)}"
         )
     tensors, inputs, kept = add_tied_head(known, inputs, reference)
     excluded = all_matching(recipe.exclude, [*tensors, *heads.excluded])

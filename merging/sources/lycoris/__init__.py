@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from merging.errors import option
 from merging.sources.changes import AddedBias, Change, LoraChange
 from merging.sources.lycoris.multiplicative import dora, glora, ia3, oft
 from merging.sources.lycoris.products import full, loha, lokr, lora, norm, number, replacement
@@ -93,7 +94,7 @@ def zero_alphas(tensors: Mapping[str, Stored], where: str) -> tuple[str, ...]:
         return ()
     return (
         f"{where}: the alpha of {len(zero)} of its modules is 0 ({zero[0]}): it is read as the rank, a scale of 1, as "
-        f"in sd-scripts and LyCORIS; ComfyUI multiplies by 0: give the right one with --lora-alpha",
+        f"in sd-scripts and LyCORIS; ComfyUI multiplies by 0: give the right one with {option('lora_alpha')}",
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from merging.errors import FormatError
+from merging.errors import FormatError, option
 from merging.sources import diffusion_loras, kohya, peft
 from merging.sources.adapter import Adapter
 from merging.sources.changes import AddedTensor, Change, FactorsChange
@@ -175,7 +175,9 @@ def open_pack(path: Path, alpha: float | None = None, opened: FileContents | Non
     coding = f"packed by {manifest.method}, {manifest.settings}"
     if manifest.dialect is None:
         if alpha is not None:
-            raise FormatError(f"{path}: holds what a full model changed, which has no alpha: leave --lora-alpha out")
+            raise FormatError(
+                f"{path}: holds what a full model changed, which has no alpha: leave {option('lora_alpha')} out"
+            )
         return Adapter(
             path=path,
             changes=_changes(path, pack),

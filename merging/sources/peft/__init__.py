@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from merging.errors import FormatError
+from merging.errors import FormatError, option
 from merging.sources.adapter import Adapter
 from merging.sources.changes import Change, LoraChange, Replacement
 from merging.sources.computed import ComputedChange
@@ -66,13 +66,15 @@ def open_peft(
     if config is None:
         config = {}
         if alpha is None:
-            plain = f"{path}: carries no config, so its scale alpha / r is taken as 1: set it with --lora-alpha"
+            plain = (
+                f"{path}: carries no config, so its scale alpha / r is taken as 1: set it with {option('lora_alpha')}"
+            )
             notices = unstated_alpha(path, metadata) or (plain,)
     settings = Config(config, str(path))
     if alpha is not None and settings.kind in PEFT_TYPES:
         field = PEFT_TYPES[settings.kind].alpha
         if not field:
-            raise settings.error(f"is of type {settings.kind}, which has no alpha: leave --lora-alpha out")
+            raise settings.error(f"is of type {settings.kind}, which has no alpha: leave {option('lora_alpha')} out")
         config = {**config, field: alpha, "alpha_pattern": {}}
         settings = Config(config, str(path))
     return Adapter(

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from merging.errors import FormatError
+from merging.errors import FormatError, option
 from merging.sources.changes import ChangeKind
 from merging.sources.computed import ComputedChange, Formula
 from merging.sources.peft.config import Config
@@ -91,7 +91,10 @@ class Module:
         if not stored.floating and not (integers and stored.dtype_name in _INTEGERS):
             way_out = ""
             if stored.dtype_name.startswith("F8"):
-                way_out = ", also with --dequantize: convert them first (load_file, .to(torch.bfloat16), save_file)"
+                way_out = (
+                    f", also with {option('dequantize', True)}: convert them first (load_file, .to(torch.bfloat16), "
+                    f"save_file)"
+                )
             raise self.config.error(
                 f"{self.path}.{name} holds {stored.dtype_name} factors: only F16, BF16, F32 and F64 are read{way_out}"
             )
