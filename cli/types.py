@@ -30,13 +30,20 @@ class Size(click.ParamType[int]):
 
 
 class ValuesType(click.ParamType[Any]):
-    """One number for all models, or a comma list with one a model; each may run from block to block, as 0.2:0.8."""
+    """One number for all models, or a comma list with one a model; each may run from block to block, as 0.2:0.8.
+
+    In braces it is a mapping by names of tensors, as in a recipe.
+    """
 
     name = "numbers"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):
             return value
+        if value.startswith("{"):
+            from merging.plan.recipe_document import parse_value
+
+            return parse_value(value, param.opts[0] if param else value)
         try:
             numbers = tuple(part if _runs(part) else float(part) for part in value.split(","))
         except ValueError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar, Union
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from merging.lazy_torch import Tensor
 from merging.maths.patterns import matches
@@ -63,24 +63,28 @@ class Gradient(_Varying):
         return ":".join(f"{point:g}" if float(f"{point:g}") == point else repr(point) for point in self.points)
 
 
+_Rule: TypeAlias = Gradient | _Number | tuple[Gradient | _Number, ...]
+
+
 class ByName(_Varying):
     """A value that depends on the tensor: the value of the first pattern that :func:`matches` its name.
 
-    Written as a mapping, ``{"mlp": 0.3, "*": "0.2:0.8"}``; a name that no pattern matches is an error.
+    Written as a mapping, ``{"mlp": 0.3, "*": "0.2:0.8"}``; a name that no pattern matches is an error. A list in it has
+    a value for each model.
     """
 
-    rules: tuple[tuple[str, Gradient | _Number], ...] = Field(min_length=1)
+    rules: tuple[tuple[str, _Rule], ...] = Field(min_length=1)
 
     @model_validator(mode="before")
     @classmethod
     def _parse(cls, value: Any) -> Any:
         return {"rules": tuple(value.items())} if isinstance(value, dict) and "rules" not in value else value
 
-    def at(self, site: Site) -> float:
-        """Return the value at a site. Raises ValueError if no pattern matches its name."""
+    def at(self, site: Site) -> float | tuple[float, ...]:
+        """Return the value at a site, or the value of each model. Raises ValueError if no pattern matches its name."""
         for pattern, value in self.rules:
             if matches(pattern, site.name):
-                return value.at(site) if isinstance(value, Gradient) else value
+                return bind_value(value, site)  # type: ignore[no-any-return]
         raise ValueError(f'no pattern matches {site.name}: end with "*" for all the others')
 
     def plain(self) -> dict[str, Any]:
@@ -88,13 +92,30 @@ class ByName(_Varying):
         return {pattern: plain(value) for pattern, value in self.rules}
 
 
+_LIST = "a list has a value for each model, and here is one for all: from block to block it is written 0.2:0.8"
+
+
+def _refuse_list(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        raise ValueError(_LIST)
+    return value
+
+
+def _refuse_inner_list(value: ByName) -> ByName:
+    for _, rule in value.rules:
+        _refuse_list(rule)
+    return value
+
+
 # A method merges only when it is bound at a site, where plain values are left. So the type checker sees these types.
 if TYPE_CHECKING:
     Local: TypeAlias = Union[T]  # noqa: UP007 (generic aliases must be subscriptable)
     PerModel: TypeAlias = Union[T, tuple[T, ...]]  # noqa: UP007
 else:
-    Local: TypeAlias = T | Gradient | ByName
-    PerModel: TypeAlias = T | Gradient | ByName | tuple[T | Gradient | ByName, ...]
+    Local: TypeAlias = Annotated[
+        T | Gradient | Annotated[ByName, AfterValidator(_refuse_inner_list)], BeforeValidator(_refuse_list)
+    ]
+    PerModel: TypeAlias = T | Gradient | ByName | tuple[Local[T], ...]
 """``Local[T]`` is a value that may differ from site to site. ``PerModel[T]`` is one for all models or one each, as a
 tuple (or a tensor ``[n]`` for coefficients), and each may differ from site to site."""
 
@@ -128,10 +149,8 @@ def varies(value: Any) -> bool:
 
 def graded(value: Any) -> bool:
     """Return whether a parameter differs with the depth of the site."""
-    if isinstance(value, tuple):
-        return any(map(graded, value))
-    each = [rule for _, rule in value.rules] if isinstance(value, ByName) else [value]
-    return any(isinstance(one, Gradient) for one in each)
+    each = tuple(rule for _, rule in value.rules) if isinstance(value, ByName) else value
+    return any(map(graded, each)) if isinstance(each, tuple) else isinstance(each, Gradient)
 
 
 def patterns(value: Any) -> list[str]:

@@ -22,6 +22,7 @@ from merging.methods import METHODS, chain, method_class, parameters_of
 from merging.plan.recipe import Recipe, load_recipe
 from support import references
 from support.changes import CPU, changes, dense
+from support.commands import ok, refused
 from support.paths import EXAMPLES
 from support.references import flatten, unflatten
 from support.tiny import checkpoint, fine_tune, identical, load, model, save
@@ -46,6 +47,8 @@ def weights_of(method: str, **options: Any) -> list[Tensor]:
         (("1:3", "2:0"), [1, 1, 2, 3, 3], [2, 2, 1, 0, 0]),
         ({"mlp": 0.3, "*": "0:1"}, [0, 0.3, 0.3, 0.3, 1], [0, 0.3, 0.3, 0.3, 1]),
         (({"layers.1": 5, "*": "2:4"}, {"*head*": -1, "*": 1}), [2, 2, 5, 4, 4], [1, 1, 1, 1, -1]),
+        ({"mlp": [0.3, "0:1:4"], "*": 2}, [2, 0.3, 0.3, 0.3, 2], [2, 0, 1, 4, 2]),
+        ("0:1:0.5:0", [0, 0, 0.75, 0, 0], [0, 0, 0.75, 0, 0]),
     ],
 )
 def test_weights_by_depth_and_name(weights: Any, first: Any, second: Any) -> None:
@@ -85,6 +88,10 @@ def test_density_by_depth_and_name(density: Any, first: Any, second: Any) -> Non
         ("consensus", {"threshold": "0.2:-0.2"}, "threshold"),
         ("dare", {"drop": {"layers.2": 1.0, "*": 0.5}}, "drop"),
         ("linear", {"weights": (1, "1:-1")}, "sum to zero"),
+        ("linear", {"weights": {"mlp": [1, 2, 3], "*": 1}}, "weights has 3 values for 2 models"),
+        ("linear", {"weights": [{"mlp": [1, 2], "*": 1}, 1]}, "a list has a value for each model"),
+        ("task_arithmetic", {"scale": [0, 0.5, 1]}, "from block to block it is written"),
+        ("task_arithmetic", {"scale": {"mlp": [0, 1], "*": 1}}, "from block to block it is written"),
         ("linear", {"weights": ({"layers.1": -1, "*": 1}, 1)}, "sum to zero"),
     ],
 )
@@ -115,10 +122,10 @@ def test_exclude(method: str, tmp_path: Path) -> None:
     found = load(tmp_path / "out")
     assert found.keys() == got.keys() and all(torch.allclose(found[name], got[name], atol=1e-6) for name in got)
     assert identical({name: found[name] for name in out}, {name: base[name] for name in out})
-    for refused in (lambda: merging.merge_state_dicts(tuned, method=method, base=base, exclude=["embed", "nothing"]),
+    for unnamed in (lambda: merging.merge_state_dicts(tuned, method=method, base=base, exclude=["embed", "nothing"]),
                     lambda: merging.merge(paths[1:], exclude=["nothing"], overwrite=True, **options)):  # fmt: skip
         with pytest.raises(OptionError, match="'nothing' names no tensor"):
-            refused()
+            unnamed()
 
 
 def test_patterns_that_name_nothing_are_refused() -> None:
@@ -130,6 +137,9 @@ def test_patterns_that_name_nothing_are_refused() -> None:
 
 
 def test_values_by_depth_in_recipes_are_no_numbers_of_base_60() -> None:
+    recipe = load_recipe("{models: [a], method: linear, parameters: {weights: {mlp: [1, 0:1:0.5], '*': 1:2}}}")
+    assert recipe.to_dict()["parameters"] == {"weights": {"mlp": [1, "0:1:0.5"], "*": "1:2"}}
+    assert load_recipe(recipe.to_yaml()) == recipe
     recipe = load_recipe("{models: [a], method: task_arithmetic, parameters: {scale: 1:2, weights: [1:0.5]}}")
     assert recipe.to_dict()["parameters"] == {"scale": "1:2", "weights": ["1:0.5"]}
     assert load_recipe(recipe.to_yaml()) == recipe
@@ -279,3 +289,11 @@ def test_density_of_dare_is_pointed_to_drop() -> None:
     for name in ("dare_linear", "dare_ties"):
         with pytest.raises(OptionError, match="use drop instead"):
             chain(name, {"density": 0.5})
+
+
+def test_values_by_name_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["-m", "ties", "--scope", "tensor", "--density", '{mlp: [0.3, 0.1:0.5], "*": 0.2}', "a", "b"]
+    recipe = load_recipe(ok(*words, "--recipe-only").stdout)
+    assert recipe.to_dict()["parameters"] == {"density": {"mlp": [0.3, "0.1:0.5"], "*": 0.2}, "scope": "tensor"}
+    assert "--density: is not valid YAML" in refused("-m", "ties", "--density", "{mlp: 0.3", "a")

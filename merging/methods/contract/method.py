@@ -244,7 +244,12 @@ class Method(BaseModel, ABC):
         return "+".join(link.name for link in self.links())
 
 
-_FORMS = ("is_instance_of", "model_type", "model_attributes_type", "tuple_type", "missing")
+_FORMS = ("is_instance_of", "float_type", "model_type", "model_attributes_type", "tuple_type", "missing")
+
+
+def _is_about_form(error: Mapping[str, Any]) -> bool:
+    """Return whether pydantic's error is about another form than a parameter's value has."""
+    return error["type"] in _FORMS or (error["type"] == "extra_forbidden" and len(error["loc"]) > 1)
 
 
 def build(cls: type[Method], parameters: Mapping[str, Any]) -> Method:
@@ -255,12 +260,12 @@ def build(cls: type[Method], parameters: Mapping[str, Any]) -> Method:
     try:
         return cls(**parameters)
     except ValidationError as error:
-        # of the errors for each form of a value, the error for numbers says most
-        found = error.errors()
-        first = next((each for each in found if each["type"] not in _FORMS), found[0])
+        # of the errors for each form of a value, our own says most, and then the error for numbers
+        first = min(error.errors(), key=lambda each: (each["type"] != "value_error", _is_about_form(each)))
         field = str(first["loc"][0]) if first["loc"] else ""
         if first["type"] == "extra_forbidden":
             known = [name for name in cls.model_fields if name != "then"]
             hint = nearest(field, known) or f"; its parameters are: {', '.join(known) or 'none'}"
             raise OptionError(f"{cls.name} has no parameter {field!r}{hint}") from None
-        raise OptionError(f"{cls.name}.{field} = {first['input']!r}: {first['msg']}") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise OptionError(f"{cls.name}.{field} = {first['input']!r}: {reason}") from None
