@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
@@ -76,8 +76,11 @@ def execution_options(function: Callable[..., None]) -> Callable[..., None]:
     return _options(collect)
 
 
-def execute(recipe: Recipe, execution: Execution, status: OutputStatus) -> None:
-    """Carry out a recipe and print the outcome; ``status`` learns where the output goes."""
+def execute(recipe: Recipe, execution: Execution, status: OutputStatus, settings: Sequence[str] = ()) -> None:
+    """Carry out a recipe and print the outcome; ``status`` learns where the output goes.
+
+    ``settings`` are changes of the recipe as typed, which a dry run shows.
+    """
     from merging.api.merge_files import check_output, default_destination, merge_plan, plan_for
     from merging.engine.resources import pick_device
     from merging.errors import OptionError
@@ -95,7 +98,7 @@ def execute(recipe: Recipe, execution: Execution, status: OutputStatus) -> None:
         target = target_of(execution.push, private=execution.private, overwrite=execution.overwrite)
     if execution.dry_run:
         check_output(plan, destination, execution.overwrite, dry=True)
-        echo_plan(plan, destination, execution)
+        echo_plan(plan, destination, execution, settings)
         return
     with progress_bar(execution.progress) as report:
         merged = merge_plan(

@@ -109,8 +109,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def echo_plan(plan: Plan, destination: Path, execution: Execution) -> None:
-    """Print a plan: the bytes to read and write, the memory that it takes, and its notices."""
+def echo_plan(plan: Plan, destination: Path, execution: Execution, settings: Sequence[str] = ()) -> None:
+    """Print a plan: changes of its recipe, the bytes to read and write, the memory that it takes, and its notices."""
     from merging.engine.resources import workers_within
     from merging.engine.threads import cores
 
@@ -132,12 +132,15 @@ def echo_plan(plan: Plan, destination: Path, execution: Execution) -> None:
         "peak_memory_bytes": plan.memory(workers),
         "matched": list(plan.matched),
         "notices": list(plan.notices),
+        **({"set": list(settings)} if settings else {}),
     }
     if execution.as_json:
         echo_json(facts)
         return
     rank = f" of rank {plan.rank}" if plan.rank else ""
     echo(f"{facts['method']}: {plural(len(plan.models), 'model')} into the {_kind(plan)}{rank} {destination}")
+    for setting in settings:
+        echo(f"  set     {setting}")
     echo(f"  reads   {format_size(plan.read_bytes)}")
     echo(f"  writes  {format_size(plan.out_bytes)} in {plural(len(plan.outs), 'tensor')}")
     memory = format_size(facts["peak_memory_bytes"])

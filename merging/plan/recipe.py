@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
-from merging.errors import FormatError, OptionError, nearest
+from merging.errors import OptionError, nearest
 from merging.maths.parameters import plain
 from merging.methods import chain, parameters_of
 from merging.methods.contract.method import Method
-from merging.sources.plain_yaml import FAULTS, check_yaml
+from merging.plan.recipe_document import parse_document
 
 __all__ = ["DTYPES", "FIELDS", "AdapterFormat", "Experts", "Recipe", "load_recipe"]
 
@@ -146,83 +146,64 @@ def _parameters(method: Method) -> dict[str, Any]:
     }
 
 
-def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
+def make_recipe(
+    values: dict[str, Any], where: str = "recipe", origin: Callable[[tuple[str | int, ...]], str] | None = None
+) -> Recipe:
     """Make a recipe from plain values.
 
-    Raises :class:`~merging.errors.OptionError`, with the field and the values it accepts.
+    Args:
+        values: the fields by name, and ``parameters``.
+        where: the source of the values, which errors name.
+        origin: a function that returns the place of a value from its keys, for errors; by default it is ``where``.
+
+    Raises:
+        OptionError: for fields or values that no recipe has. It names the field and the values it accepts.
     """
+    place = origin or (lambda keys: where)
     if not isinstance(values.get("method", ""), (str, Method)):
-        raise OptionError(f"{where}: method should be a name, and is {str(values['method'])[:80]!r}")
+        raise OptionError(f"{place(('method',))}: method should be a name, and is {str(values['method'])[:80]!r}")
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
+        field, at = ".".join(map(str, first["loc"])), place(first["loc"])
         if first["type"] == "extra_forbidden":
             known = [info.alias or name for name, info in Recipe.model_fields.items()] + ["parameters"]
-            raise OptionError(
-                f"{where}: there is no {field!r}{nearest(field, known)}: use {', '.join(known)}"
-            ) from None
-        raise OptionError(f"{where}: {field}: {first['msg']} (it is {first['input']!r})") from None
+            raise OptionError(f"{at}: there is no {field!r}{nearest(field, known)}: use {', '.join(known)}") from None
+        raise OptionError(f"{at}: {field}: {first['msg']} (it is {first['input']!r})") from None
+    except OptionError as error:
+        if origin is None:
+            raise
+        raise OptionError(f"{origin(_find_refused(values))}: {error}") from None
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error, as one of the two would be lost, and 1:2 is not a number.
-
-    To YAML 1.1 it is one of base 60; here it is a value that runs from block to block.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """The next node; an alias stands for a value or a list of values, as deeper ones can grow without end."""
-        alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None  # type: ignore[no-untyped-call]
-        node: yaml.Node | None = super().compose_node(parent, index)
-        if alias is not None and isinstance(node, yaml.CollectionNode):
-            flat = isinstance(node, yaml.SequenceNode) and all(isinstance(each, yaml.ScalarNode) for each in node.value)
-            if not flat or node.end_mark is None:
-                raise yaml.composer.ComposerError(
-                    None, None, f"*{alias.anchor} is not a list of values", alias.start_mark
-                )
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping of a node, its keys each seen once."""
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+def _find_refused(values: dict[str, Any]) -> tuple[str, ...]:
+    """Return the keys of the method, or of its first parameter, that are refused alone."""
+    method, parameters = str(values.get("method")), values.get("parameters")
+    if _is_refused(method, {}):
+        return ("method",)
+    each = parameters.items() if isinstance(parameters, dict) else ()
+    return next((("parameters", str(key)) for key, value in each if _is_refused(method, {key: value})), ("parameters",))
 
 
-def _unless_sexagesimal(construct: Callable[[_Loader, yaml.ScalarNode], Any]) -> Callable[..., Any]:
-    return lambda loader, node: node.value if ":" in node.value else construct(loader, node)
-
-
-_Loader.add_constructor(
-    "tag:yaml.org,2002:timestamp", lambda loader, node: str(node.value)
-)  # a name like a date is one
-_Loader.add_constructor("tag:yaml.org,2002:int", _unless_sexagesimal(_Loader.construct_yaml_int))
-_Loader.add_constructor("tag:yaml.org,2002:float", _unless_sexagesimal(_Loader.construct_yaml_float))
+def _is_refused(method: str, parameters: dict[Any, Any]) -> bool:
+    try:
+        chain(method, parameters)
+    except (OptionError, AttributeError):  # a name that is not a text has no methods of texts
+        return True
+    return False
 
 
 def load_recipe(text: str, where: str = "recipe") -> Recipe:
     """Read a recipe from YAML.
 
     Args:
-        text: the YAML.
+        text: the YAML. Relative paths in it are relative to the working folder.
         where: the source of the text, which errors name.
 
     Raises:
         FormatError: for a text that is not a YAML mapping.
         OptionError: for fields or values that no recipe has.
     """
-    try:
-        check_yaml(text, where)
-        values = yaml.load(text, _Loader)
-    except FAULTS as error:
-        raise FormatError(f"{where}: is not valid YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise FormatError(f"{where}: is nested too deeply to be a recipe") from None
-    if not isinstance(values, dict):
-        raise FormatError(f"{where}: should be a YAML mapping with models and method")
-    return make_recipe(values, where)
+    document = parse_document(text, where)
+    return make_recipe(document.values, where, document.origin)

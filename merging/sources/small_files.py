@@ -23,6 +23,7 @@ __all__ = [
     "TEXT_LIMIT",
     "check_file",
     "copy_file",
+    "decode_text",
     "is_there",
     "parse_json",
     "read_bytes",
@@ -102,10 +103,19 @@ def read_bytes(path: Path, limit: int = TEXT_LIMIT, *, given: bool = False) -> b
 
 def read_text(path: Path, limit: int = TEXT_LIMIT, *, given: bool = False, errors: str = "strict") -> str:
     """Return the text of a small file. Raises as :func:`read_bytes` does, and for a text that is not UTF-8."""
+    return decode_text(read_bytes(path, limit, given=given), str(path), limit, errors)
+
+
+def decode_text(content: bytes, where: str, limit: int = TEXT_LIMIT, errors: str = "strict") -> str:
+    """Return the text of bytes; ``where`` is their place in messages.
+
+    Raises :class:`~merging.errors.FormatError` for more than ``limit`` bytes, and for a text that is not UTF-8.
+    """
+    _check_size(where, len(content), limit)
     try:
-        text = read_bytes(path, limit, given=given).decode("utf-8", errors)
+        text = content.decode("utf-8", errors)
     except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: is not text in UTF-8: {error.reason} at byte {error.start}") from None
+        raise FormatError(f"{where}: is not text in UTF-8: {error.reason} at byte {error.start}") from None
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -162,7 +172,7 @@ def copy_file(source: Path, target: Path, folder: Path | None = None) -> None:
             writer.write(block)
 
 
-def _check_size(path: Path, size: int, limit: int) -> None:
+def _check_size(path: Path | str, size: int, limit: int) -> None:
     if size > limit:
         raise FormatError(f"{path}: is larger than {limit >> 20} MiB, which no such file is")
 

@@ -57,11 +57,12 @@ HARDLY = ["--steps", "2", "--lora-steps", "2", "--lora-rate", "0.001", "--resamp
 
 
 def run_merge(line: str) -> tuple[int, str]:
-    """Return the exit code of a command and its output, run in this process."""
+    """Return the exit code of a command and its output, run in this process; ``< FILE`` is its standard input."""
+    line, _, file = line.partition(" < ")
     words = shlex.split(line, comments=True)[1:]
     if words[:1] == ["recycle"]:
         words += HARDLY
-    done = CliRunner().invoke(cli, words)
+    done = CliRunner().invoke(cli, words, input=Path(file).read_bytes() if file else None)
     return done.exit_code, done.output
 
 

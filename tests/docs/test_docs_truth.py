@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from merging.cli.main import cli, merge_command
+from merging.cli.run import FULL_RECIPE, SMALL_RECIPE
 from merging.methods import METHODS, method_class, parameters_of
 from merging.methods.contract.method import Method
 from merging.methods.contract.wrapper import Wrapper
@@ -132,6 +133,11 @@ def test_table_of_a_recipes_keys_is_generated(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.syspath_prepend(str(ROOT / "docs" / "generate"))
     table = import_module("recipe_table").recipe_table()
     assert f"<!-- keys -->\n{table}\n" in text_of("docs/tasks/recipes.md")
+
+
+def test_recipes_in_help_are_those_of_the_page() -> None:
+    shown = {block.title: block.text for block in blocks("docs/tasks/recipes.md")}
+    assert (shown["small.yml"], shown["full.yml"]) == (SMALL_RECIPE, FULL_RECIPE)
 
 
 def test_every_program_that_serves_is_in_the_table() -> None:

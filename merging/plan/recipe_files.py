@@ -1,0 +1,95 @@
+"""Recipes in files: the paths in them are relative to the recipe's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merging.errors import OptionError
+from merging.hub.address import hub_address
+from merging.plan.recipe import Recipe, make_recipe
+from merging.plan.recipe_document import Keys, RecipeDocument, parse_document
+from merging.plan.recipe_settings import Setting, change_document
+from merging.sources.small_files import RECIPE_LIMIT, read_text
+
+__all__ = ["LoadedRecipe", "parse_recipe", "read_recipe"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRecipe:
+    """A recipe from a document, with remarks for people about its paths."""
+
+    recipe: Recipe
+    notices: tuple[str, ...] = ()
+
+
+def read_recipe(path: Path, settings: Sequence[Setting] = ()) -> LoadedRecipe:
+    """Read a recipe from a file.
+
+    Args:
+        path: the file. Relative paths of models in it are relative to its folder.
+        settings: values to change; paths in them are relative to the working folder.
+
+    Raises:
+        FormatError: for a file that is not a YAML mapping.
+        OptionError: for fields or values that no recipe has, and for a path that means one model in the recipe's folder
+            and another in the working folder.
+    """
+    document, notices = _resolve_paths(
+        parse_document(read_text(path, RECIPE_LIMIT, given=True), str(path)), path.parent
+    )
+    return LoadedRecipe(_make(document, settings), tuple(notices))
+
+
+def parse_recipe(text: str, where: str, settings: Sequence[Setting] = ()) -> LoadedRecipe:
+    """Read a recipe from a text, whose paths are relative to the working folder. Raises as :func:`read_recipe` does."""
+    return LoadedRecipe(_make(parse_document(text, where), settings))
+
+
+def _make(document: RecipeDocument, settings: Sequence[Setting]) -> Recipe:
+    changed = change_document(document, settings)
+    return make_recipe(changed.values, document.origin(()), changed.origin)
+
+
+def _resolve_paths(document: RecipeDocument, folder: Path) -> tuple[RecipeDocument, list[str]]:
+    """Return a document whose paths are relative to the working folder, and remarks."""
+    if folder.samefile(Path.cwd()):
+        return document, []
+    values, notices = dict(document.values), []
+
+    def resolve(name: Any, keys: Keys) -> Any:
+        if not isinstance(name, str):
+            return name
+        path, notice = _resolve(name, folder, document.origin(keys))
+        notices.extend([notice] if notice else [])
+        return path
+
+    models = values.get("models")
+    if isinstance(models, list):
+        values["models"] = [resolve(name, ("models", index)) for index, name in enumerate(models)]
+    if "base" in values:
+        values["base"] = resolve(values["base"], ("base",))
+    return RecipeDocument(values, document.origins), notices
+
+
+def _resolve(name: str, folder: Path, origin: str) -> tuple[str, str]:
+    """Return a model's name for the working folder, and a remark if it is not found in the recipe's folder."""
+    if not name or name.startswith(("~", "hf://", "https://", "http://")) or Path(name).is_absolute():
+        return name, ""
+    here, inside = Path(name), folder / name
+    if not here.exists():
+        is_address = not inside.exists() and not inside.parent.is_dir() and hub_address(name)
+        return (name if is_address else str(inside)), ""
+    if not inside.exists():
+        return (
+            name,
+            f"{origin}: {name} is not in the recipe's folder: {name} in the working folder is read",
+        )
+    if inside.samefile(here):
+        return name, ""
+    raise OptionError(
+        f"{origin}: {name} is both in the recipe's folder and in the working folder: write the whole path of the model "
+        f"that you mean, {inside.absolute()} or {here.absolute()}"
+    )
