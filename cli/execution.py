@@ -21,7 +21,7 @@ from .options import (
     progress_option,
     threads_option,
 )
-from .output import echo, echo_json, echo_merged, echo_plan, plural, progress_bar
+from .output import echo, echo_json, echo_merged, echo_plan, echo_usage, plural, progress_bar
 
 if TYPE_CHECKING:
     from merging.plan.recipe import Recipe
@@ -82,6 +82,7 @@ def execute(recipe: Recipe, execution: Execution, status: OutputStatus, settings
     ``settings`` are changes of the recipe as typed, which a dry run shows.
     """
     from merging.api.merge_files import check_output, default_destination, merge_plan, plan_for
+    from merging.api.usage import describe_usage
     from merging.engine.resources import pick_device
     from merging.errors import OptionError
     from merging.hub.push import push, target_of
@@ -111,9 +112,11 @@ def execute(recipe: Recipe, execution: Execution, status: OutputStatus, settings
             stream=execution.stream,
             progress=report,
         )
-    outcome = merged.to_dict()
+    usage = describe_usage(destination)
+    outcome = {**merged.to_dict(), "usage": usage or None}
     if not execution.as_json:
         echo_merged(merged, plan)
+        echo_usage(usage)
     if target is not None:
         status.publishing = target.repo
         outcome["published"] = push(

@@ -33,6 +33,7 @@ __all__ = [
     "echo_notices",
     "echo_plan",
     "echo_text",
+    "echo_usage",
     "format_size",
     "plural",
     "progress_bar",
@@ -166,6 +167,12 @@ def echo_merged(merged: Merged, plan: Plan) -> None:
         f"{merged.path}: {_kind(plan)}{rank}, {plural(len(plan.models), 'model')} by {merged.method}, "
         f"{plural(merged.tensors, 'tensor')}, {format_size(merged.bytes)} in {merged.seconds:.1f} s"
     )
+
+
+def echo_usage(usage: str) -> None:
+    """Print how to use an output on stderr, if that is known."""
+    if usage:
+        echo(f"to use it: {usage}", err=True)
 
 
 def _kind(plan: Plan) -> str:

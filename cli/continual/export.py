@@ -8,7 +8,7 @@ import click
 
 from ..errors import OutputStatus, handle_errors
 from ..options import debug_option, dtype_option, json_option, overwrite_option, progress_option
-from ..output import echo, echo_json, echo_notices, format_size, plural, progress_bar
+from ..output import echo, echo_json, echo_notices, echo_usage, format_size, plural, progress_bar
 from .options import resource_options, store_argument
 
 __all__ = ["export_command"]
@@ -35,13 +35,16 @@ __all__ = ["export_command"]
 def export_command(store: str, output: str, progress: bool | None, as_json: bool, debug: bool, **options: Any) -> None:
     """Write the merge of all models so far, as a full model or as an adapter."""
     with handle_errors(debug, OutputStatus(output)):
+        from merging.api.usage import describe_usage
         from merging.continual import ContinualStore
 
         with progress_bar(progress) as report:
             merged = ContinualStore(store).export(output, progress=report, **options)
+        usage = describe_usage(output)
     if as_json:
-        echo_json(merged.to_dict())
+        echo_json({**merged.to_dict(), "usage": usage or None})
         return
     rank = f" of rank {merged.rank}" if merged.rank and merged.kind == "adapter" else ""
     echo(f"{output}: {merged.kind}{rank}, {plural(merged.tensors, 'tensor')}, {format_size(merged.bytes)}")
     echo_notices(merged.notices)
+    echo_usage(usage)

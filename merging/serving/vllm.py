@@ -25,9 +25,9 @@ from merging.serving.rules import (
 )
 from merging.serving.subject import Subject
 
-__all__ = ["VLLM"]
+__all__ = ["MAX_RANKS", "VLLM"]
 
-_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that --max-lora-rank takes."""
 
 _DEFAULT_RANK = 16
@@ -72,7 +72,7 @@ def _large_rank(subject: Subject) -> Iterator[str]:
     most = subject.max_rank or _DEFAULT_RANK
     if rank > most:
         enough = next(
-            (f"--max-lora-rank {each} is enough" for each in _MAX_RANKS if each >= rank), "no setting allows it"
+            (f"--max-lora-rank {each} is enough" for each in MAX_RANKS if each >= rank), "no setting allows it"
         )
         yield f"rank {rank}, --max-lora-rank {most}: {enough}"
 
