@@ -14,7 +14,7 @@ from merging.engine.run import Done, run
 from merging.engine.sanity import unrelated_models
 from merging.engine.threads import cores
 from merging.errors import OptionError, OutputError, option
-from merging.lazy_torch import torch
+from merging.maths.lazy_torch import torch
 from merging.methods.contract.method import Method
 from merging.output.lora_header import lora_metadata, lora_stem
 from merging.output.model_folder import check_companions, companion_patterns, copy_companions, write_model_companions

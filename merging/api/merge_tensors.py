@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from merging.engine.in_memory import TensorInputs, merge_in_memory
 from merging.errors import InputError, OptionError
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.maths.layers import Stacks
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.patterns import all_matching
 from merging.maths.site import inputs_by_outputs, site_of
 from merging.methods import chain

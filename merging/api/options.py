@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from merging.lazy_torch import Tensor
+from merging.maths.lazy_torch import Tensor
 
 __all__ = ["MergeOptions", "MethodParameters", "RecipeOptions", "Value", "Values", "Weight", "Weights"]
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from merging.errors import InputError
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, LowRank
+from merging.maths.lazy_torch import Tensor, torch
 from merging.output.peft_config import lora_config
 from merging.sources.changes import LoraChange
 from merging.sources.peft import peft_changes

@@ -14,8 +14,8 @@ from typing import Literal
 from merging.engine.download import download_model
 from merging.errors import InputError, OptionError, either, option
 from merging.hub.open_model import open_model
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import LowRank
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import factored_svd
 from merging.maths.sums import safe_ratio
 from merging.plan.checks import check_bases

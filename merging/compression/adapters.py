@@ -13,8 +13,8 @@ from merging.compression.bands import pack_factors
 from merging.compression.settings import PackSettings
 from merging.compression.ternary import balance, norm_factor, pack_signs
 from merging.errors import InputError, either, option
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import LowRank
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import squared_norm
 from merging.sources import Dialect, dialect_of
 from merging.sources.adapter import Adapter

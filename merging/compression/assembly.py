@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import median
 
 from merging.engine.spool import Spool
-from merging.lazy_torch import Tensor
 from merging.maths.delta import Dense
+from merging.maths.lazy_torch import Tensor
 from merging.maths.sums import safe_ratio
 from merging.sources.dtypes import DTYPE_NAMES, DTYPES
 from merging.sources.packs import PACK_KEY, Described, PackManifest, payload_name

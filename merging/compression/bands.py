@@ -15,8 +15,8 @@ from zlib import crc32
 
 from merging.compression.settings import BandsSpec
 from merging.compression.ternary import ternary
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import LowRank
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import compress_matrix, decompose
 from merging.sources.packs.codings import Bands, Packed, Sparse
 from merging.sources.packs.frames import frame_values

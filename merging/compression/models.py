@@ -12,7 +12,7 @@ from merging.compression.ternary import pack_signs
 from merging.engine.tiles import Tiler
 from merging.errors import InputError
 from merging.geometry.alignment import align, read_change
-from merging.lazy_torch import Tensor, torch
+from merging.maths.lazy_torch import Tensor, torch
 from merging.plan import Item, Plan
 from merging.progress import Progress
 from merging.sources import Checkpoint

@@ -9,8 +9,8 @@ from __future__ import annotations
 from math import prod, sqrt
 
 from merging.compression.settings import PackSettings
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import LowRank
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import factored_svd, squared_norm
 from merging.maths.sums import safe_ratio
 from merging.sources.dtypes import DTYPES

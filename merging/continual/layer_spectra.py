@@ -6,9 +6,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 from math import sqrt
 
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import LowRank
 from merging.maths.layers import Stacks
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import factored_svd
 from merging.maths.sums import safe_ratio
 from merging.sources.adapter import Adapter

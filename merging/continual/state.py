@@ -9,8 +9,8 @@ from math import prod
 from pathlib import Path
 
 from merging.errors import FormatError
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.site import Site
 from merging.methods.contract.method import Method
 from merging.plan.items import Item, cut_items

@@ -17,7 +17,7 @@ from merging.engine.download import download_plan, missing_files
 from merging.engine.resources import workers_within
 from merging.engine.run import Done, run
 from merging.errors import InputError, escape_unprintable
-from merging.lazy_torch import Tensor, torch
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.sums import safe_ratio
 from merging.methods.contract.update_rule import UpdateStep
 from merging.methods.task_arithmetic import TaskArithmetic

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from merging.continual.manifest import Manifest
 from merging.errors import OptionError
-from merging.lazy_torch import Tensor
 from merging.maths.coefficients import number
+from merging.maths.lazy_torch import Tensor
 from merging.methods import METHODS, chain, method_class
 from merging.methods.contract.method import Method
 from merging.methods.contract.update_rule import History, UpdateRule

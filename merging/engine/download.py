@@ -12,7 +12,7 @@ from merging.hub.address import Address
 from merging.hub.open_model import open_model
 from merging.hub.remote import RemoteFile, Window
 from merging.hub.repository import open_repository
-from merging.lazy_torch import torch
+from merging.maths.lazy_torch import torch
 from merging.methods.families.dropping import Dropping
 from merging.plan import Item, Plan
 from merging.plan.checks import check_packed, make_content_keys

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from merging.engine.unit import accumulate, name_failures
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, Stack
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.reductions import Reduction
 from merging.maths.site import Site
 from merging.methods.contract.method import Method, Statistics

@@ -8,8 +8,8 @@ from typing import Protocol
 from merging.engine.tiles import Tiler
 from merging.engine.unit import Span, row_blocks
 from merging.errors import InputError, option
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, LowRank
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import balance_terms, compress_matrix, truncate
 from merging.maths.parameters import Coefficient
 from merging.plan.items import Item

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from merging.errors import OptionError
-from merging.lazy_torch import torch
+from merging.maths.lazy_torch import torch
 from merging.os_calls import available_memory
 from merging.plan.merge_plan import Plan
 

@@ -20,7 +20,7 @@ from merging.engine.tiles import tile_size, unit_size
 from merging.engine.unit import Span
 from merging.engine.worker import Shared, Worker
 from merging.errors import option
-from merging.lazy_torch import torch
+from merging.maths.lazy_torch import torch
 from merging.methods.contract.method import ResultStatistic, Statistic
 from merging.os_calls import keep_freed_memory, private_memory, release_freed_memory
 from merging.plan.merge_plan import Plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from merging.lazy_torch import Tensor, torch
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.sums import safe_ratio
 from merging.plan.items import Item
 from merging.plan.merge_plan import Plan

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import IO
 
 from merging.errors import OutputError
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, LowRank
+from merging.maths.lazy_torch import Tensor, torch
 from merging.os_calls import read_at, write_at
 
 __all__ = ["Spool"]

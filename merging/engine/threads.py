@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TypeVar
 
-from merging.lazy_torch import torch
+from merging.maths.lazy_torch import torch
 
 __all__ = ["cores", "share_out"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from math import isfinite, prod
 
 from merging.errors import InputError, option
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, LowRank, Stack
+from merging.maths.lazy_torch import Tensor, torch
 from merging.plan.items import CHUNK, TILE, Item
 from merging.plan.merge_plan import Plan
 from merging.sources.changes import Change, LoraChange

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from merging.engine.tiles import Tiler, tile_size
 from merging.errors import InputError, option
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, LowRank, Stack
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.reductions import Accumulator
 from merging.maths.site import Site
 from merging.methods.contract.method import Statistic, Statistics

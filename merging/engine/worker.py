@@ -9,8 +9,8 @@ from merging.engine.outputs import Output, Sink
 from merging.engine.spool import Spool
 from merging.engine.tiles import Tiler
 from merging.engine.unit import Span, WorkUnit, accumulate, name_failures, row_blocks
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, Stack
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.parameters import Coefficient
 from merging.maths.reductions import Accumulator
 from merging.methods.contract.method import ResultStatistic, Statistic

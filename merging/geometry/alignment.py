@@ -13,9 +13,9 @@ from merging.engine.download import download_plan
 from merging.engine.tiles import Tiler
 from merging.errors import InputError, OptionError, option
 from merging.hub.open_model import open_model, require_full
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense
 from merging.maths.layers import Stacks
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.patterns import all_matching
 from merging.maths.site import site_of
 from merging.plan import Item, Plan, plan_of

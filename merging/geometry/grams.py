@@ -10,8 +10,8 @@ from typing import Any
 from merging.engine.tiles import Tiler
 from merging.errors import InputError, OptionError, option
 from merging.geometry.alignment import MEMORY, ModelLike, align, factored, matrix_sides, row_blocks
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import LowRank
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.sums import spans
 from merging.methods.families.spherical import cosines as normalised
 from merging.plan import Item, Plan

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, LowRank
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import ThinSvd
 from merging.maths.sums import safe_ratio
 

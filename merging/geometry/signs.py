@@ -11,8 +11,8 @@ from typing import Any, Literal
 from merging.engine.tiles import Tiler
 from merging.geometry.alignment import MEMORY, ModelLike, align, row_blocks
 from merging.geometry.grams import groups_of
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, LowRank
+from merging.maths.lazy_torch import Tensor, torch
 from merging.plan import Item, Plan
 from merging.sources.changes import Change
 from merging.sources.stored import Stored

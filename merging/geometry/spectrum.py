@@ -9,8 +9,8 @@ from typing import Any
 from merging.engine.tiles import Tiler
 from merging.geometry.alignment import ModelLike, align, matrix_sides, read_change
 from merging.geometry.grams import segment_sums
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, LowRank
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import CUT, factored_svd, leading_svd
 from merging.plan import Item, Plan
 from merging.sources.changes import Change

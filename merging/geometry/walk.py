@@ -18,8 +18,8 @@ from merging.geometry.spectrum import (
     singular_values,
     spectrum_of,
 )
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, LowRank
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import decompose
 from merging.methods.decouple import column_norms
 from merging.methods.families.spherical import cosines as normalised

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar, Union
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from merging.lazy_torch import Tensor
+from merging.maths.lazy_torch import Tensor
 from merging.maths.patterns import matches
 from merging.maths.site import Site
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from merging.lazy_torch import Tensor, torch
 from merging.maths import order_statistics
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.order_statistics import Rank
 from merging.maths.reductions import Accumulator, Reduction, check_count, column_pieces, model_rows
 

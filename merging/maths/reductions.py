@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from merging.lazy_torch import Tensor, torch
+from merging.maths.lazy_torch import Tensor, torch
 
 __all__ = ["Accumulator", "Reduction", "Sum", "check_count", "column_pieces", "model_rows"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from merging.lazy_torch import Tensor
+from merging.maths.lazy_torch import Tensor
 
 __all__ = ["safe_ratio", "spans"]
 

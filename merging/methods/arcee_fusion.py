@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, Stack
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.order_statistics import Rank
 from merging.maths.radix_selection import OrderStatistics
 from merging.maths.site import Site

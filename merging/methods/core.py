@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from merging.lazy_torch import torch
 from merging.maths.delta import Delta, Dense, LowRank
+from merging.maths.lazy_torch import torch
 from merging.maths.linalg import output_basis
 from merging.methods.families.shared_basis import Coordinates, SharedBasis, transpose
 

@@ -7,9 +7,9 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from merging.lazy_torch import Tensor, torch
 from merging.maths.coefficients import column, spread
 from merging.maths.delta import Stack
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.parameters import PerModel
 from merging.maths.randomness import draw_mask
 from merging.maths.site import Site

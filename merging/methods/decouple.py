@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, LowRank, Stack
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import balance_terms
 from merging.maths.site import Site
 from merging.methods.contract.method import Statistics

@@ -8,10 +8,10 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from merging.errors import OptionError
-from merging.lazy_torch import Tensor, torch
 from merging.maths import order_statistics
 from merging.maths.coefficients import number, spread
 from merging.maths.delta import Stack
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.parameters import PerModel
 from merging.maths.randomness import draw_uniform
 from merging.maths.site import Site

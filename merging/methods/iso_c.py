@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from merging.lazy_torch import Tensor
+from merging.maths.lazy_torch import Tensor
 from merging.maths.linalg import leading_svd
 from merging.maths.parameters import Coefficient, Local
 from merging.methods.families.spectral import Spectral

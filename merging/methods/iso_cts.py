@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from merging.lazy_torch import Tensor, torch
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import ThinSvd, leading_svd, polar
 from merging.maths.parameters import Coefficient, Local
 from merging.methods.families.spectral import Spectral

@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, LowRank
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import output_basis
 from merging.methods.families.shared_basis import Coordinates, SharedBasis, transpose
 

@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from merging.errors import OptionError, option
-from merging.lazy_torch import Tensor
 from merging.maths.coefficients import number
 from merging.maths.delta import Delta, Stack
+from merging.maths.lazy_torch import Tensor
 from merging.maths.parameters import Coefficient, PerModel
 from merging.maths.site import Site
 from merging.methods.contract.method import Method, Statistics

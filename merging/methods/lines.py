@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from merging.errors import OptionError
-from merging.lazy_torch import Tensor, torch
 from merging.maths.coefficients import number
 from merging.maths.delta import Delta, Stack
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.parameters import Coefficient
 from merging.maths.reductions import Sum
 from merging.maths.site import Site

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from merging.lazy_torch import Tensor, torch
 from merging.maths.coefficients import column, number
 from merging.maths.delta import Delta, Dense, Stack
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.parameters import Coefficient, Local, PerModel
 from merging.maths.site import Site
 from merging.methods.contract.method import Method, Statistics

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, Stack, weighted_sum
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.site import Site
 from merging.methods.contract.method import Grain, Method, Statistic, Statistics
 from merging.methods.families.spherical import GRAM, cosines, gram

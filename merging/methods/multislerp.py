@@ -7,9 +7,9 @@ from typing import ClassVar
 from pydantic import Field
 
 from merging.errors import InputError, OptionError, option
-from merging.lazy_torch import Tensor, torch
 from merging.maths.coefficients import column, number
 from merging.maths.delta import Delta, Stack
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.site import Site
 from merging.methods.contract.method import Statistics
 from merging.methods.families.spherical import OnSphere, cosines, gram, plain_weights

@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from merging.errors import OptionError
-from merging.lazy_torch import Tensor, torch
 from merging.maths.coefficients import number
 from merging.maths.delta import Delta, Dense, Stack
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.site import Site
 from merging.methods.contract.method import Grain, Statistic, Statistics
 from merging.methods.families.spherical import OnSphere, arc_weights, gram, plain_weights

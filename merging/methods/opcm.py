@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, LowRank, Stack
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import decompose, joint_core, squared_norm
 from merging.maths.parameters import Coefficient
 from merging.maths.reductions import Sum

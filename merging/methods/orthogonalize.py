@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import LowRank, Stack
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import balance
 from merging.maths.site import Site
 from merging.methods.contract.method import Statistics

@@ -6,8 +6,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, Stack, sum_in_order, weighted_sum
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.parameters import Coefficient, Local
 from merging.maths.reductions import Sum
 from merging.maths.site import Site

@@ -6,8 +6,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, Stack, weighted_sum
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.order_statistics import Rank
 from merging.maths.parameters import Coefficient, Local
 from merging.maths.radix_selection import OrderStatistics

@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from merging.lazy_torch import torch
 from merging.maths.delta import Delta, Stack
+from merging.maths.lazy_torch import torch
 from merging.maths.parameters import Coefficient, Local
 from merging.maths.site import Site
 from merging.methods.contract.method import Method, Statistic, Statistics

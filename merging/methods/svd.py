@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from merging.lazy_torch import Tensor
+from merging.maths.lazy_torch import Tensor
 from merging.maths.linalg import leading_svd
 from merging.maths.parameters import Coefficient, PerModel
 from merging.methods.families.spectral import Spectral

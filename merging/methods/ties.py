@@ -8,9 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from merging.errors import OptionError
-from merging.lazy_torch import Tensor, torch
 from merging.maths.coefficients import number, spread
 from merging.maths.delta import Delta, Dense, Stack, sum_in_order, weighted_sum
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.order_statistics import Rank
 from merging.maths.parameters import Coefficient, Local, PerModel, varies
 from merging.maths.radix_selection import OrderStatistics

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Stack
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import squared_norm
 from merging.maths.parameters import Coefficient, Local
 from merging.maths.reductions import Sum

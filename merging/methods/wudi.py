@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from merging.lazy_torch import Tensor, torch
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import CUT
 from merging.maths.site import Site
 from merging.methods.families.spectral import Spectral

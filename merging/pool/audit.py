@@ -16,8 +16,8 @@ from merging.errors import MergingError, either, option
 from merging.hub.cards import stated_licence
 from merging.hub.client import Unreachable
 from merging.hub.open_model import open_model
-from merging.lazy_torch import torch
 from merging.maths.delta import Delta, LowRank
+from merging.maths.lazy_torch import torch
 from merging.maths.linalg import factored_svd, squared_norm
 from merging.maths.sums import safe_ratio
 from merging.plan.checks import same_base

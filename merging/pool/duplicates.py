@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from merging.hub.open_model import open_model
-from merging.lazy_torch import torch
 from merging.maths.delta import Delta, LowRank
+from merging.maths.lazy_torch import torch
 from merging.maths.linalg import inner_product, squared_norm
 from merging.maths.sums import safe_ratio
 from merging.plan.names.resolve import Resolver

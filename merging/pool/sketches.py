@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, LowRank
+from merging.maths.lazy_torch import Tensor, torch
 
 __all__ = ["LENGTH", "empty", "sketch"]
 

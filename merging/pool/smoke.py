@@ -14,7 +14,7 @@ from pathlib import Path
 
 from merging.engine.resources import pick_device
 from merging.errors import FormatError, InputError, OptionError
-from merging.lazy_torch import Tensor, torch
+from merging.maths.lazy_torch import Tensor, torch
 from merging.pool.audit import change_of
 from merging.pool.entry import Finding
 from merging.pool.network import explain_errors, loading_options, quiet

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from merging.lazy_torch import Tensor, torch
+from merging.maths.lazy_torch import Tensor, torch
 from merging.recycling.seeds import generator
 
 __all__ = ["LEVEL", "Gap", "Metric", "paired_bootstrap"]

@@ -10,8 +10,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import LowRank
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import factored_svd, squared_norm
 from merging.maths.sums import safe_ratio
 from merging.recycling.pool_adapters import Expert

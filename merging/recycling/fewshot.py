@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from math import sqrt
 
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import LowRank
+from merging.maths.lazy_torch import Tensor, torch
 from merging.recycling.hooks import LowRankBranch, attach_branches
 from merging.recycling.pool_adapters import FEW_SHOT, Expert
 from merging.recycling.problem import Problem, WeightedAdapters, single_adapter

@@ -12,8 +12,8 @@ from torch.nn.functional import pad
 
 from merging.errors import OptionError, option
 from merging.hub.open_model import open_model
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import LowRank
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import balance_terms, squared_norm, truncate
 from merging.maths.sums import safe_ratio
 from merging.output.licences import licence_sentence, source_of, strictest

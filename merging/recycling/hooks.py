@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from merging.lazy_torch import Tensor
+from merging.maths.lazy_torch import Tensor
 
 __all__ = ["HookPoint", "LowRankBranch", "attach_branches", "find_hook_points"]
 

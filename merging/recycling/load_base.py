@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from merging.errors import InputError, OptionError, option
-from merging.lazy_torch import torch
+from merging.maths.lazy_torch import torch
 from merging.pool.network import explain_errors, loading_options, quiet
 from merging.recycling.data import Split, kind_of, labels_of
 from merging.recycling.model import Classifier, Decoder, Encoder, EncoderDecoder, TaskModel

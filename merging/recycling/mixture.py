@@ -13,9 +13,9 @@ from typing import Literal
 
 from torch import nn
 
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import LowRank
 from merging.maths.layers import Stacks
+from merging.maths.lazy_torch import Tensor, torch
 from merging.recycling.hooks import HookPoint, LowRankBranch, attach_branches
 from merging.recycling.pool_adapters import Expert
 from merging.recycling.settings import Granularity

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from merging.errors import FormatError, option
-from merging.lazy_torch import Tensor, torch
+from merging.maths.lazy_torch import Tensor, torch
 from merging.recycling.data import Example
 from merging.recycling.hooks import HookPoint, find_hook_points
 

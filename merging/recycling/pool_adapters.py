@@ -12,8 +12,8 @@ from merging.engine.download import download_model
 from merging.errors import InputError, MergingError
 from merging.hub.address import hub_address
 from merging.hub.open_model import open_model
-from merging.lazy_torch import torch
 from merging.maths.delta import LowRank
+from merging.maths.lazy_torch import torch
 from merging.maths.linalg import squared_norm
 from merging.plan.checks import same_base
 from merging.pool import Pool

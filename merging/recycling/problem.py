@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
 
-from merging.lazy_torch import Tensor, torch
+from merging.maths.lazy_torch import Tensor, torch
 from merging.recycling.mixture import Activation, Mixture
 from merging.recycling.model import EncodedExample, Scores, TaskModel
 from merging.recycling.pool_adapters import Expert

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
 
-from merging.lazy_torch import Tensor
+from merging.maths.lazy_torch import Tensor
 from merging.recycling.bootstrap import LEVEL, Gap, Metric, paired_bootstrap
 from merging.recycling.controls import CONTROLS
 from merging.recycling.model import Scores

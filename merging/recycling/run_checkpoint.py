@@ -10,7 +10,7 @@ from typing import Any
 
 from merging import os_calls
 from merging.errors import OptionError, OutputError, option
-from merging.lazy_torch import torch
+from merging.maths.lazy_torch import torch
 from merging.sources.links import refuse_link
 from merging.sources.small_files import LIST_LIMIT, read_json
 from merging.storage.atomic import replace_file

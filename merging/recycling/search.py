@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
-from merging.lazy_torch import torch
+from merging.maths.lazy_torch import torch
 from merging.recycling.pool_adapters import Expert
 from merging.recycling.problem import Problem, WeightedAdapters
 from merging.recycling.run_checkpoint import RunCheckpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hashlib import sha256
 
-from merging.lazy_torch import torch
+from merging.maths.lazy_torch import torch
 
 __all__ = ["batch", "generator", "order"]
 

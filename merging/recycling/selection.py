@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from math import inf, isfinite
 
 from merging.errors import OptionError
-from merging.lazy_torch import Tensor, torch
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.sums import safe_ratio
 from merging.recycling.hooks import HookPoint
 from merging.recycling.pool_adapters import AdapterRef, Expert, open_expert

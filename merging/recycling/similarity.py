@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from math import log1p, sqrt
 
-from merging.lazy_torch import Tensor
 from merging.maths.delta import LowRank
+from merging.maths.lazy_torch import Tensor
 from merging.maths.linalg import inner_product, squared_norm
 from merging.maths.sums import safe_ratio
 

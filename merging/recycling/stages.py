@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import inf, isfinite
 
 from merging.errors import InputError
-from merging.lazy_torch import torch
+from merging.maths.lazy_torch import torch
 from merging.recycling.controls import CONTROLS
 from merging.recycling.fewshot import FewShot, train_few_shot
 from merging.recycling.mixing import fit

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import cos, inf, isfinite, pi
 from typing import Any
 
-from merging.lazy_torch import Tensor, torch
+from merging.maths.lazy_torch import Tensor, torch
 from merging.recycling.problem import Problem
 from merging.recycling.run_checkpoint import RunCheckpoint
 from merging.recycling.seeds import batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from merging.lazy_torch import Tensor, torch
+from merging.maths.lazy_torch import Tensor, torch
 
 __all__ = ["blockwise", "cayley", "cayley_series", "hadamard", "kronecker", "rescale", "skew", "tucker"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError
-from merging.lazy_torch import torch
+from merging.maths.lazy_torch import torch
 from merging.sources.components import MODULES, PIPELINE, components_of
 from merging.sources.model_config import read_config
 from merging.sources.opening import FileOpener, open_tensors

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, LowRank
+from merging.maths.lazy_torch import Tensor, torch
 from merging.sources.changes import Change
 from merging.sources.stored import Stored
 

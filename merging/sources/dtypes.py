@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from merging.lazy_torch import torch
+from merging.maths.lazy_torch import torch
 
 __all__ = ["DTYPES", "DTYPE_NAMES"]
 

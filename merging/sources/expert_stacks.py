@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, LowRank
+from merging.maths.lazy_torch import Tensor, torch
 from merging.sources.changes import LoraChange
 from merging.sources.tensor_views import view
 

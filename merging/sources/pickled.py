@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError
-from merging.lazy_torch import Tensor, torch
+from merging.maths.lazy_torch import Tensor, torch
 from merging.sources.dtypes import DTYPE_NAMES
 from merging.sources.header import HeaderEntry
 from merging.sources.open_files import File

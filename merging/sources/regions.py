@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense, LowRank
+from merging.maths.lazy_torch import Tensor, torch
 from merging.sources.changes import Change, FullChange, LoraChange
 from merging.sources.expert_stacks import ExpertsChange
 from merging.sources.stored import Stored

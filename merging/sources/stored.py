@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 
 from merging.errors import FormatError
-from merging.lazy_torch import Tensor, torch
+from merging.maths.lazy_torch import Tensor, torch
 from merging.sources.dtypes import DTYPE_NAMES, DTYPES
 from merging.sources.header import DTYPE_BITS, HeaderEntry, read_header
 from merging.sources.open_files import File, Holder

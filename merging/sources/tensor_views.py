@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
-from merging.lazy_torch import Tensor, torch
+from merging.maths.lazy_torch import Tensor, torch
 from merging.sources.stored import Stored
 
 __all__ = ["View", "view"]

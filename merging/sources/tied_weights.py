@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from merging.lazy_torch import torch
+from merging.maths.lazy_torch import torch
 from merging.sources.stored import Stored
 
 __all__ = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, Dense
+from merging.maths.lazy_torch import Tensor, torch
 from merging.sources.changes import Change
 from merging.sources.stored import Stored
 

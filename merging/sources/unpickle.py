@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from merging.lazy_torch import torch
+from merging.maths.lazy_torch import torch
 
 __all__ = ["Other", "Storage", "TensorRecord", "unpickle"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from merging import os_calls
 from merging.errors import OutputError
-from merging.lazy_torch import Tensor
+from merging.maths.lazy_torch import Tensor
 from merging.sources.stored import bytes_of
 from merging.storage.output_tensor import OutputTensor
 

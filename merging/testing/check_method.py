@@ -9,8 +9,8 @@ from typing import Any
 
 from merging.api.merge_files import merge, preview
 from merging.api.merge_tensors import merge_deltas, merge_state_dicts
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, LowRank
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.site import Site
 from merging.methods import chain
 from merging.methods.contract.method import Method

@@ -11,9 +11,9 @@ from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 
 from merging.errors import OptionError
-from merging.lazy_torch import Tensor
 from merging.maths.coefficients import spread
 from merging.maths.delta import Delta, Dense, Stack
+from merging.maths.lazy_torch import Tensor
 from merging.maths.parameters import Coefficient, Local, PerModel
 from merging.maths.site import Site
 from merging.methods.contract.method import Grain, Method, Statistics, build

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from merging.errors import OptionError, nearest, option
-from merging.lazy_torch import Tensor
 from merging.maths.coefficients import spread
 from merging.maths.delta import Delta, Stack
+from merging.maths.lazy_torch import Tensor
 from merging.maths.parameters import Coefficient, bind_value, graded, varies
 from merging.maths.reductions import Reduction
 from merging.maths.site import Site

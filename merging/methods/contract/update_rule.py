@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from merging.lazy_torch import Tensor, torch
 from merging.maths.delta import Delta, LowRank, Stack
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import inner_product
 from merging.maths.parameters import Coefficient
 from merging.maths.reductions import Sum

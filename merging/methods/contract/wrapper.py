@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from merging.lazy_torch import Tensor
 from merging.maths.delta import Delta, Stack
+from merging.maths.lazy_torch import Tensor
 from merging.maths.parameters import Coefficient
 from merging.maths.site import Site
 from merging.methods.contract.method import Grain, Method, ResultStatistic, Statistic, Statistics

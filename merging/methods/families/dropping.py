@@ -7,9 +7,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from merging.lazy_torch import Tensor, torch
 from merging.maths.coefficients import column
 from merging.maths.delta import Stack
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.reductions import Sum
 from merging.maths.site import Site
 from merging.maths.sums import safe_ratio, spans

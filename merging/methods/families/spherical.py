@@ -10,9 +10,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from merging.lazy_torch import Tensor, torch
 from merging.maths.coefficients import number
 from merging.maths.delta import LowRank, Stack
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import inner_product
 from merging.maths.parameters import Coefficient, PerModel
 from merging.maths.reductions import Sum

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from merging.lazy_torch import Tensor, torch
+from merging.maths.lazy_torch import Tensor, torch
 from merging.sources import Adapter, Checkpoint
 from merging.sources.changes import Change, LoraChange, Replacement
 from merging.sources.derived import Derived

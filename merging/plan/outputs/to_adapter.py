@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from merging.errors import InputError, option
-from merging.lazy_torch import torch
+from merging.maths.lazy_torch import torch
 from merging.maths.patterns import all_matching
 from merging.maths.shapes import Shape
 from merging.maths.site import inputs_by_outputs, site_of

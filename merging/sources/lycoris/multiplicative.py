@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from merging.lazy_torch import Tensor, torch
+from merging.maths.lazy_torch import Tensor, torch
 from merging.sources.adapter_maths import blockwise, cayley, rescale
 from merging.sources.changes import Change, LoraChange
 from merging.sources.computed import ComputedChange, Parts, WeightView

@@ -10,7 +10,7 @@ from zlib import crc32
 from pydantic import BaseModel, ConfigDict, Field
 
 from merging.errors import FormatError
-from merging.lazy_torch import Tensor, torch
+from merging.maths.lazy_torch import Tensor, torch
 from merging.sources.derived import Derived
 from merging.sources.packs.frames import Frames, index_bytes
 from merging.sources.packs.golomb import Bits

@@ -13,7 +13,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from merging.lazy_torch import Tensor, torch
+from merging.maths.lazy_torch import Tensor, torch
 from merging.sources.packs.golomb import Bits, Positions, packed_bits, positions, remainder_bytes, streams
 from merging.sources.packs.grouped import group_bytes, pack_groups, unpack_groups
 

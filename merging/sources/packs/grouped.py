@@ -6,7 +6,7 @@ group) would only cost bits."""
 
 from __future__ import annotations
 
-from merging.lazy_torch import Tensor, torch
+from merging.maths.lazy_torch import Tensor, torch
 
 __all__ = ["BITS", "GROUP", "group_bytes", "pack_groups", "unpack_groups"]
 

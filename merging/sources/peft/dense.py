@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import ceil
 
-from merging.lazy_torch import Tensor, torch
+from merging.maths.lazy_torch import Tensor, torch
 from merging.sources.changes import Change
 from merging.sources.computed import ComputedChange, Formula, Parts, WeightView
 from merging.sources.peft.module import Module

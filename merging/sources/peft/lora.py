@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import sqrt
 from typing import Any, Literal
 
-from merging.lazy_torch import Tensor, torch
+from merging.maths.lazy_torch import Tensor, torch
 from merging.sources.changes import AddedBias, Change, LoraChange
 from merging.sources.computed import ComputedChange, WeightView
 from merging.sources.peft.config import Config

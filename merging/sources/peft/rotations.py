@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import isqrt, sqrt
 
-from merging.lazy_torch import Tensor, torch
+from merging.maths.lazy_torch import Tensor, torch
 from merging.sources.adapter_maths import blockwise, cayley, cayley_series, skew
 from merging.sources.changes import Change
 from merging.sources.computed import ComputedChange, Parts, WeightView

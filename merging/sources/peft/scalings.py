@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from merging.lazy_torch import Tensor
+from merging.maths.lazy_torch import Tensor
 from merging.sources.changes import Change
 from merging.sources.computed import ComputedChange, Parts, WeightView
 from merging.sources.peft.module import Module
