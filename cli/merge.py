@@ -161,7 +161,9 @@ def merge_command(
 
         if method is None:
             listed = "\n".join(f"  {name:16} {entry.summary}" for name, entry in METHODS.items())
-            raise Refusal(f"which method? Choose one with --method:\n{listed}", "option")
+            raise Refusal(
+                f"which method? See merge methods --help-me-choose, or choose one with --method:\n{listed}", "option"
+            )
         _refuse_numbers(models, fields)
         if not models:
             raise OptionError("there is nothing to merge: name at least one model")

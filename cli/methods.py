@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .choose import advice_markdown, advice_screen
 from .errors import handle_errors
 from .fields import choices
 from .options import json_option, markdown_option
@@ -65,12 +66,18 @@ class Choice:
 @click.argument("name", required=False, type=METHOD)
 @json_option
 @markdown_option
-def methods_command(name: str | None, as_json: bool, markdown: bool) -> None:
+@click.option("--help-me-choose", "advise", is_flag=True, help="show which method to try for which models and data")
+def methods_command(name: str | None, as_json: bool, markdown: bool, advise: bool) -> None:
     """List the methods, or show one in full: its purpose, its paper, its parameters."""
     from merging.methods import ALIASES, installed_methods, method_class
+    from merging.methods.choosing import ADVICE, CAVEAT
 
+    if advise and (name or as_json):
+        raise click.UsageError("--help-me-choose takes no method and no --json")
     with handle_errors():
-        if name in ALIASES:
+        if advise:
+            echo_text(advice_markdown(ADVICE) if markdown else advice_screen(ADVICE, CAVEAT))
+        elif name in ALIASES:
             echo_text(_alias(name))
         elif name is not None:
             for link in name.split("+"):

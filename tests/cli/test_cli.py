@@ -18,6 +18,7 @@ from merging.cli.main import cli
 from merging.cli.output import format_size
 from merging.cli.types import Size
 from merging.methods import GROUPS, METHODS
+from merging.methods.choosing import ADVICE
 from support.commands import merge, ok, refused
 from support.tiny import checkpoint, identical, load, model, save
 
@@ -287,6 +288,16 @@ def test_recipes_that_are_refused(folder: Path, text: str | bytes, message: str)
 
 
 # ---- sub-commands
+
+
+def test_help_me_choose() -> None:
+    """It names a method for each situation, and says how far its figures go."""
+    shown = ok("methods", "--help-me-choose").stdout
+    assert all(f"You have {each.have}:\n" in shown for each in ADVICE)
+    assert shown.count("\n  first  ") == shown.count("\n  cost  ") == len(ADVICE)
+    assert "no evidence of how the methods compare on large models" in " ".join(shown.split())
+    assert max(map(len, shown.splitlines())) <= 120
+    assert "takes no method" in refused("methods", "tsv", "--help-me-choose", code=2)
 
 
 def test_methods() -> None:

@@ -58,6 +58,7 @@ def run(folder: Path, *words: str, **environment: str) -> subprocess.CompletedPr
         ("continual status ties", "0 models by ties"),
         ("continual log store", "step 1"),
         ("pool list pool", "adapter1"),
+        ("methods --help-me-choose", "You have full fine-tunes"),
     ],
 )
 def test_light_commands_answer_without_torch(folder: Path, words: str, shown: str) -> None:
@@ -69,7 +70,8 @@ def test_light_commands_answer_without_torch(folder: Path, words: str, shown: st
 def test_the_list_of_methods_in_an_error(folder: Path) -> None:
     done = run(folder, "tuned0", "tuned1")
     assert done.returncode == 1
-    assert "which method? Choose one with --method:\n  linear           weighted mean of the models\n" in done.stderr
+    assert "which method? See merge methods --help-me-choose, or choose one with --method:\n" in done.stderr
+    assert "\n  linear           weighted mean of the models\n" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from merging.cli.main import cli, merge_command
 from merging.cli.run import FULL_RECIPE, SMALL_RECIPE
 from merging.methods import METHODS, method_class, parameters_of
+from merging.methods.choosing import ADVICE, FULL, LORA, SHIPPED, STORES, Advice
 from merging.methods.contract.method import Method
 from merging.methods.contract.wrapper import Wrapper
 from merging.serving import PROGRAMS
@@ -182,6 +183,39 @@ def test_figures_of_the_readme_are_those_of_the_benchmarks() -> None:
     for title, cell in (("full fine-tunes", 1), ("LoRA, rank 16", 4)):
         figures = dict(zip(columns, readme[title], strict=True))
         assert figures == {name: quality[rows.get(name, name)][cell].split()[0] for name in columns}
+
+
+def test_table_of_advice_is_generated() -> None:
+    assert f"<!-- advice -->\n{said('methods', '--help-me-choose', '--markdown')}" in text_of("docs/methods/choose.md")
+
+
+def test_figures_of_the_advice_are_those_of_the_benchmarks() -> None:
+    quality, stores = _rows("docs/benchmarks/quality.md"), _rows("docs/benchmarks/stores.md")
+    for table, cell in ((FULL, 1), (LORA, 4)):
+        assert table == {name: quality[name][cell].split()[0] for name in table}
+    assert {name: (stores[name][0].split()[0], stores[name][2].split()[0]) for name in STORES} == STORES
+    shipped = dict(zip(quality["task"], quality["mean"], strict=True))
+    assert {name: shipped[name] for name in SHIPPED} == SHIPPED
+    fixed, chosen = (quality[row][1].split()[0] for row in ("running sum 0.3", "task arithmetic"))
+    assert f"has {fixed} with 0.3 and {chosen} with the best" in text_of("docs/methods/choose.md")
+
+
+@pytest.mark.parametrize("advice", ADVICE, ids=lambda advice: advice.have)
+def test_numbers_of_the_advice_are_on_the_pages_that_it_names(advice: Advice) -> None:
+    """Also those that are written out, but for values of options and counts of models."""
+    said_there = " ".join(text_of(f"docs/benchmarks/{page}.md") for page in advice.pages)
+    text = re.sub(r"`[^`]*`|\b(?:of rank \d+|reads the inputs \d times)", "", f"{advice.evidence} {advice.cost}")
+    numbers = re.findall(r"\d+(?:\.\d+)?", text)
+    assert [each for each in numbers if not re.search(rf"(?<![\d.]){re.escape(each)}(?![\d]|\.\d)", said_there)] == []
+
+
+def test_methods_of_the_advice_exist() -> None:
+    """And take the options that it gives them."""
+    quoted = [text for each in ADVICE for text in re.findall(r"`([^`]+)`", f"{each.first} {each.then} {each.evidence}")]
+    merges = [text for text in quoted if not text.startswith(("merge ", "--", "dedupe"))]
+    assert len(merges) > 20
+    for text in merges:
+        assert said("-m", *text.split(), "a", "b", "--recipe-only")
 
 
 def test_number_of_methods_is_right() -> None:
