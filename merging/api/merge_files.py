@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merging.display import Displayed
 from merging.engine.download import download_plan
 from merging.engine.resources import pick_device, workers_within
 from merging.engine.run import Done, run
@@ -43,8 +44,8 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Merged:
+@dataclass(frozen=True, slots=True, repr=False)
+class Merged(Displayed):
     """The result of a merge.
 
     Attributes:

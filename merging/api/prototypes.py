@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from merging.display import Displayed
 from merging.engine.download import download_model
 from merging.errors import InputError, OptionError, either, option
 from merging.hub.open_model import open_model
@@ -32,8 +33,8 @@ __all__ = ["Routed", "export_prototypes", "prototype"]
 PrototypeKind = Literal["arrow", "spectr"]
 
 
-@dataclass(frozen=True, slots=True)
-class Routed:
+@dataclass(frozen=True, slots=True, repr=False)
+class Routed(Displayed):
     """The result of an export.
 
     Attributes:

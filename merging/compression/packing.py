@@ -13,6 +13,7 @@ from merging.compression.adapters import adapter_file, pack_adapter
 from merging.compression.assembly import Assembly, Losses
 from merging.compression.models import model_plan, pack_model
 from merging.compression.settings import PackSettings, make_settings
+from merging.display import Displayed
 from merging.engine.download import download_model
 from merging.engine.resources import pick_device
 from merging.errors import InputError, OutputError, option
@@ -29,8 +30,8 @@ from merging.storage.staging import StagedOutput, check_destination
 __all__ = ["Compressed", "compress", "model_files"]
 
 
-@dataclass(frozen=True, slots=True)
-class Compressed:
+@dataclass(frozen=True, slots=True, repr=False)
+class Compressed(Displayed):
     """The result of compressing a model.
 
     Attributes:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from merging.api.merge_files import merge
 from merging.compression.packing import model_files
+from merging.display import Displayed
 from merging.engine.download import download_model
 from merging.errors import InputError, OutputError, option
 from merging.hub.open_model import open_model
@@ -24,8 +25,8 @@ from merging.storage.writer import TensorWriter
 __all__ = ["Decompressed", "decompress"]
 
 
-@dataclass(frozen=True, slots=True)
-class Decompressed:
+@dataclass(frozen=True, slots=True, repr=False)
+class Decompressed(Displayed):
     """The adapter or model that a pack was decompressed into.
 
     Attributes:

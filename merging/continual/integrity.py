@@ -7,6 +7,7 @@ from pathlib import Path
 
 from merging.continual.manifest import Manifest, Part, StepRecord, StoreBase, sha256_of
 from merging.continual.state import value_problems
+from merging.display import Displayed
 from merging.engine.download import download_model
 from merging.errors import InputError, MergingError, either
 from merging.hub.client import Unreachable
@@ -32,8 +33,8 @@ class Damaged(InputError):
     """A state of a store, or its base, is missing or has changed. The model that is added is not the reason."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoreVerdict:
+@dataclass(frozen=True, slots=True, repr=False)
+class StoreVerdict(Displayed):
     """The outcome of verifying a store.
 
     Attributes:

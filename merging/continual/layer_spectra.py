@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from math import sqrt
 
+from merging.display import Displayed
 from merging.maths.delta import LowRank
 from merging.maths.layers import Stacks
 from merging.maths.lazy_torch import Tensor, torch
@@ -19,8 +20,8 @@ __all__ = ["LayerSpectrum", "spectra"]
 _POWERS = 30
 
 
-@dataclass(frozen=True, slots=True)
-class LayerSpectrum:
+@dataclass(frozen=True, slots=True, repr=False)
+class LayerSpectrum(Displayed):
     """The merged change of one block of the model, or (None) of the tensors outside the blocks.
 
     It has the norm of the change, the share of the energy of its matrices in their leading directions, and their mean

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from merging import os_calls
+from merging.display import Displayed
 from merging.errors import FormatError, InputError, OutputError, either
 from merging.sources.links import refuse_link
 from merging.sources.small_files import LIST_LIMIT, read_json
@@ -51,7 +52,7 @@ class Unconfirmed(OutputError):
     """A change that is made, but that the disk did not confirm to be durable."""
 
 
-class _Record(BaseModel):
+class _Record(Displayed, BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -118,6 +119,10 @@ class StepRecord(_Record):
     discarded: _Finite
     notices: tuple[str, ...] = ()
 
+    def _display_fields(self) -> dict[str, Any]:
+        hidden = ("sha256", "parts")
+        return {name: getattr(self, name) for name in type(self).model_fields if name not in hidden}
+
 
 class RefusedModel(_Record):
     """A model that a watch found and the store refused."""
@@ -138,6 +143,10 @@ class Manifest(_Record):
     base: StoreBase
     steps: tuple[StepRecord, ...] = ()
     refused: tuple[RefusedModel, ...] = ()
+
+    def _display_fields(self) -> dict[str, Any]:
+        facts = {"method": self.method, "parameters": self.parameters, "max_rank": self.max_rank}
+        return {**facts, "base": self.base.path, "steps": len(self.steps), "refused": len(self.refused)}
 
     @model_validator(mode="after")
     def _in_order(self) -> Manifest:

@@ -14,6 +14,7 @@ from merging.continual.layer_spectra import spectra
 from merging.continual.manifest import Manifest, StepRecord, read_manifest
 from merging.continual.state import open_state
 from merging.continual.update_rules import history_of, rule_of
+from merging.display import Table, Tabular, plural
 from merging.engine.resources import pick_device
 from merging.errors import FormatError, InputError, OptionError
 from merging.methods import chain
@@ -24,7 +25,7 @@ from merging.sources import Adapter
 __all__ = ["StoreView"]
 
 
-class StoreView:
+class StoreView(Tabular):
     """A store for readers: its state and history, checks of its integrity, and export of its merge.
 
     Raises :class:`~merging.errors.FormatError` if ``path`` is not a store.
@@ -33,6 +34,13 @@ class StoreView:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest()
+
+    def _display_table(self) -> Table:
+        manifest = self.manifest()
+        rows = [(s.number, s.source, s.norm, s.kept, s.cosine, s.rank or "full", s.merged) for s in self.log()]
+        header = ("step", "model", "norm", "kept", "cosine", "rank", "merge")
+        title = f"{type(self).__name__} {self.path}: {plural(len(rows), 'model')} by {manifest.method}"
+        return Table(title, header if rows else (), rows=rows, notes=[f"holds {line}" for line in manifest.holds()])
 
     def manifest(self) -> Manifest:
         """Return the present manifest."""

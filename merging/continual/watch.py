@@ -15,6 +15,7 @@ from merging.continual.folder import Busy
 from merging.continual.inbox import Arrival, Pause, WatchEnded, open_inbox, run_interruptibly
 from merging.continual.integrity import Damaged
 from merging.continual.manifest import RefusedModel
+from merging.display import Displayed
 from merging.errors import FormatError, InputError, OptionError, escape_unprintable
 from merging.hub.client import Unreachable
 
@@ -32,8 +33,8 @@ _FETCHING = ("again", "allow_different_bases", "on_mismatch")
 """The options of ``add`` that decide whether a model is fetched."""
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+@dataclass(frozen=True, slots=True, repr=False)
+class Event(Displayed):
     """An event of a watch: a model was added, was known already, or was refused; or the Hub did not answer.
 
     Attributes:

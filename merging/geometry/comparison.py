@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from merging.display import Displayed, Table, Tabular, count_notices, plural
 from merging.geometry.intruders import Intruders
 from merging.geometry.spectrum import Spectrum
 from merging.geometry.walk import LayerNorms
@@ -24,8 +25,8 @@ Matrix = tuple[tuple[float | None, ...], ...]
 """One row a model; None where a value is not defined."""
 
 
-@dataclass(frozen=True, slots=True)
-class Profile:
+@dataclass(frozen=True, slots=True, repr=False)
+class Profile(Displayed):
     """One model.
 
     Attributes:
@@ -54,8 +55,8 @@ class Profile:
         return "full" if not self.ranks else "-".join(map(str, dict.fromkeys((self.ranks[0], self.ranks[-1]))))
 
 
-@dataclass(frozen=True, slots=True)
-class Magnitudes:
+@dataclass(frozen=True, slots=True, repr=False)
+class Magnitudes(Displayed):
     """Differences in size between models' changes, which DO-Merging (arXiv 2505.15875) corrects.
 
     Attributes:
@@ -73,8 +74,8 @@ class Magnitudes:
     modules: int
 
 
-@dataclass(frozen=True, slots=True)
-class Overlaps:
+@dataclass(frozen=True, slots=True, repr=False)
+class Overlaps(Displayed):
     """The overlap of the models' leading subspaces, in the mean over the tensors.
 
     Attributes:
@@ -92,8 +93,8 @@ class Overlaps:
     chance_inputs: float
 
 
-@dataclass(frozen=True, slots=True)
-class Agreement:
+@dataclass(frozen=True, slots=True, repr=False)
+class Agreement(Displayed):
     """Agreement of signs: the share of entries changed in the same direction, among those that both models change.
 
     ``entries`` of ``total`` were compared.
@@ -104,8 +105,8 @@ class Agreement:
     total: int
 
 
-@dataclass(frozen=True, slots=True)
-class IntruderCount:
+@dataclass(frozen=True, slots=True, repr=False)
+class IntruderCount(Displayed):
     """One model's intruder dimensions.
 
     Attributes:
@@ -131,8 +132,8 @@ class IntruderCount:
         return sum(each.below(threshold) for each in self.by_tensor.values())
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+@dataclass(frozen=True, slots=True, repr=False)
+class Comparison(Tabular):
     """A comparison of models. All matrices are in the order of ``models``."""
 
     models: tuple[Profile, ...]
@@ -144,6 +145,25 @@ class Comparison:
     signs: Agreement | None
     intruders: tuple[IntruderCount, ...]
     notices: tuple[str, ...]
+
+    def _display_table(self) -> Table:
+        header = ("model", "kind", "tensors", "rank", "norm", "most alike", "cosine")
+        rows = [
+            (each.name, each.kind, each.tensors, each.rank_text, each.norm, *self._most_alike(row))
+            for row, each in enumerate(self.models)
+        ]
+        title = f"Comparison of {plural(len(self.models), 'model')}"
+        return Table(title, header, rows=rows, notes=count_notices(self.notices))
+
+    def _most_alike(self, row: int) -> tuple[str, float | None]:
+        """Return the model whose change has the largest cosine with a model's change, and the cosine."""
+        others = [
+            (value, name)
+            for place, (value, name) in enumerate(zip(self.cosines[row], self.names, strict=True))
+            if value is not None and place != row
+        ]
+        value, name = max(others, default=(None, "-"))
+        return name, value
 
     @property
     def names(self) -> list[str]:

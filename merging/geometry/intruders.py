@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from merging.display import Displayed
 from merging.maths.delta import Delta, LowRank
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import ThinSvd
@@ -31,8 +32,8 @@ _MORE = 6
 """Extra leading vectors of the base with which the search begins."""
 
 
-@dataclass(frozen=True, slots=True)
-class Intruders:
+@dataclass(frozen=True, slots=True, repr=False)
+class Intruders(Displayed):
     """The intruder dimensions of one matrix.
 
     Attributes:

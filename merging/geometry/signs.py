@@ -8,6 +8,7 @@ from itertools import combinations_with_replacement
 from math import prod
 from typing import Any, Literal
 
+from merging.display import Displayed
 from merging.engine.tiles import Tiler
 from merging.geometry.alignment import MEMORY, ModelLike, align, row_blocks
 from merging.geometry.grams import groups_of
@@ -29,8 +30,8 @@ _EXACT = 1 << 20
 """Entries counted at a time: float32 adds whole numbers below 2**24 exactly."""
 
 
-@dataclass(frozen=True, slots=True)
-class Signs:
+@dataclass(frozen=True, slots=True, repr=False)
+class Signs(Displayed):
     """Agreement of signs between ``n`` models.
 
     Attributes:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from merging.display import Displayed
 from merging.engine.tiles import Tiler
 from merging.geometry.alignment import ModelLike, align, matrix_sides, read_change
 from merging.geometry.grams import segment_sums
@@ -24,8 +25,8 @@ _MATRICES = ("matrix", "conv")
 """The kinds of tensors whose full changes are decomposed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Spectrum:
+@dataclass(frozen=True, slots=True, repr=False)
+class Spectrum(Displayed):
     """A summary of the singular values of one change (for experts, the mean over them). A zero change has zeros.
 
     Attributes:

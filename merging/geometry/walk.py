@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from merging.display import Displayed
 from merging.engine.tiles import Tiler
 from merging.geometry.alignment import read_change
 from merging.geometry.grams import module_grams
@@ -51,8 +52,8 @@ class WalkOptions:
     directions: int
 
 
-@dataclass(frozen=True, slots=True)
-class LayerNorms:
+@dataclass(frozen=True, slots=True, repr=False)
+class LayerNorms(Displayed):
     """One block of the model.
 
     Attributes:

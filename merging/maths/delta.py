@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from merging.display import Displayed
 from merging.maths.lazy_torch import Tensor, torch
 
 __all__ = ["Delta", "Dense", "LowRank", "Stack", "sum_in_order", "weighted_sum"]
@@ -13,11 +14,14 @@ __all__ = ["Delta", "Dense", "LowRank", "Stack", "sum_in_order", "weighted_sum"]
 Scalar = float | Tensor
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Dense:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Dense(Displayed):
     """A change (or a weight) written out in full: ``value`` has the shape of the tensor it belongs to."""
 
     value: Tensor
+
+    def _display_fields(self) -> dict[str, object]:
+        return {"shape": self.shape, "dtype": self.value.dtype}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -40,8 +44,8 @@ class Dense:
         return Dense(self.value * factor)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LowRank:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class LowRank(Displayed):
     """A change kept as ``up @ down``, with every scale (such as alpha / r) folded into ``up``.
 
     ``up`` is ``[..., out, r]`` and ``down`` ``[..., r, in]``; leading axes are batches (experts). ``shape`` is the
@@ -61,6 +65,10 @@ class LowRank:
             raise ValueError(
                 f"factors {tuple(self.up.shape)} and {tuple(self.down.shape)} do not make a tensor {self.shape}"
             )
+
+    def _display_fields(self) -> dict[str, object]:
+        facts = {"shape": self.shape, "rank": self.rank, "dtype": self.up.dtype}
+        return {**facts, "transposed": True} if self.transposed else facts
 
     @classmethod
     def zero(cls, like: LowRank) -> LowRank:
@@ -103,7 +111,7 @@ class LowRank:
 Delta = Dense | LowRank
 
 
-class Stack:
+class Stack(Displayed):
     """The changes of ``n`` models in one tensor, or in one block of it.
 
     ``models`` holds a key of each model's content, for methods that draw random numbers. ``present`` says which models
@@ -133,6 +141,10 @@ class Stack:
 
     def __len__(self) -> int:
         return len(self.models)
+
+    def _display_fields(self) -> dict[str, object]:
+        facts = {"models": len(self), "present": sum(self.present), "low_rank": self.low_rank}
+        return {**facts, "shape": self.deltas[0].shape} if self.models else facts
 
     @property
     def deltas(self) -> tuple[Delta, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
+from merging.display import Displayed
 from merging.maths.layers import BEFORE_BLOCKS, LayerPosition, Stacks
 
 __all__ = ["Site", "TensorKind", "inputs_by_outputs", "site_of"]
@@ -33,8 +34,8 @@ _NO_MAP = re.compile(r"(?:norm\.weight|bias|bias_table|A_log|tokens?|mask_emb|pr
 _EXPERTS = re.compile(r"expert|_moe\b")
 
 
-@dataclass(frozen=True, slots=True)
-class Site:
+@dataclass(frozen=True, slots=True, repr=False)
+class Site(Displayed):
     """A tensor of the model, or a block of one: its name, shape and kind, and its position in the depth.
 
     Attributes:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
+from merging.display import Displayed
 from merging.maths.lazy_torch import torch
 from merging.maths.site import Site
 from merging.methods.contract.method import Method
@@ -65,8 +66,8 @@ class Constant:
     count: int = 1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Item:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Item(Displayed):
     """One tensor of the merge.
 
     Attributes:
@@ -90,6 +91,10 @@ class Item:
     written: float = 1.0
     placings: tuple[Placing, ...] = ()
     cut: Cut = COPIED
+
+    def _display_fields(self) -> dict[str, object]:
+        facts = {"name": self.site.name, "shape": self.site.shape, "kind": self.site.kind, "form": self.form}
+        return {**facts, "models": sum(each is not None for each in self.inputs), "outs": len(self.outs)}
 
     @property
     def numel(self) -> int:

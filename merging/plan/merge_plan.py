@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from merging.display import Table, Tabular, count_notices, format_size, plural
 from merging.maths.lazy_torch import torch
 from merging.plan import estimates
 from merging.plan.inputs.vocabulary import Vocabulary
@@ -17,8 +18,8 @@ from merging.storage.output_tensor import OutputTensor
 __all__ = ["Plan"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Plan:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Plan(Tabular):
     """A merge that can be run: all checks that headers allow are done.
 
     Attributes:
@@ -54,6 +55,22 @@ class Plan:
     format: str = "peft"
     header: AdapterFormat | None = "peft"
     constants: tuple[Constant, ...] = ()
+
+    def _display_table(self) -> Table:
+        rank = f" of rank {self.rank}" if self.rank else ""
+        by = f"by {self.recipe.method.chain}"
+        facts = {
+            "base": None if self.base is None else str(self.base.path),
+            "reads": format_size(self.read_bytes),
+            "writes": f"{format_size(self.out_bytes)} in {plural(len(self.outs), 'tensor')}",
+            "memory": f"{format_size(self.memory(1))} with one worker, above the imports",
+        }
+        models = [("model", str(model.path)) for model in self.models]
+        return Table(
+            f"Plan: {plural(len(self.models), 'model')} into {self.output}{rank}, {by}",
+            rows=[*((name, value) for name, value in facts.items() if value), *models],
+            notes=count_notices(self.notices),
+        )
 
     @property
     def reference(self) -> Checkpoint | None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
+from merging.display import Displayed
 from merging.errors import OptionError, nearest
 from merging.maths.parameters import plain
 from merging.methods import chain, parameters_of
@@ -29,7 +30,7 @@ AdapterFormat = Literal["peft", "diffusers", "kohya"]
 """Whose files a merged adapter can be in."""
 
 
-class Recipe(BaseModel):
+class Recipe(Displayed, BaseModel):
     """Everything about a merge but where it runs and where it goes. Frozen, comparable, and the same through YAML."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -109,6 +110,9 @@ class Recipe(BaseModel):
         if isinstance(value, str) and value.encode(errors="replace").decode() != value:
             raise OptionError(f"{value}: the name is not Unicode, so that no recipe could state it: rename it")
         return value
+
+    def _display_fields(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that differ from the defaults, in plain values: the chain as written, its parameters by

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from merging.display import Displayed
 from merging.sources.links import refuse_link
 
 __all__ = ["OVERRULED", "VERDICTS", "Entry", "Finding", "PoolVerdict", "verdict_of"]
@@ -19,8 +20,8 @@ OVERRULED = "overruled"
 """The stage of a person's finding, which overrules the others."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+@dataclass(frozen=True, slots=True, repr=False)
+class Finding(Displayed):
     """One finding of a check: its stage, the verdict that follows, and the reason."""
 
     stage: str
@@ -28,8 +29,8 @@ class Finding:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+@dataclass(frozen=True, slots=True, repr=False)
+class Entry(Displayed):
     """An adapter of the pool.
 
     Attributes:
@@ -73,6 +74,9 @@ class Entry:
     figures: dict[str, Any] = field(default_factory=dict)
     time: str = ""
     findings: tuple[Finding, ...] = ()
+
+    def _display_fields(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("sketch", "sha256")}
 
     @property
     def usable(self) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from filelock import FileLock, Timeout
 
+from merging.display import Displayed, Table, Tabular, plural
 from merging.errors import FormatError, InputError, OptionError, OutputError
 from merging.hub.open_model import open_base
 from merging.pool.audit import Auditor, Candidate
@@ -31,15 +32,15 @@ OWNER_CAP = 10
 """The most adapters of one owner that merges may choose. A few training services own most public adapters."""
 
 
-@dataclass(frozen=True, slots=True)
-class Built:
+@dataclass(frozen=True, slots=True, repr=False)
+class Built(Displayed):
     """The result of a build: the number of audited adapters, and the number of adapters in the pool by verdict."""
 
     audited: int
     verdicts: dict[str, int]
 
 
-class Pool:
+class Pool(Tabular):
     """Adapters of one base in a folder: ``pool.sqlite``, and the files of each under ``adapters/``.
 
     An adapter is audited once and noted with all findings, whatever its verdict: no adapter is dropped silently. After
@@ -87,6 +88,11 @@ class Pool:
             raise OutputError(f"{path}: cannot be created: {error.strerror}") from None
         Index.create(path, base=own, base_names="\n".join(dict.fromkeys(names))).close()
         return cls(path)
+
+    def _display_table(self) -> Table:
+        verdicts = self.verdicts()
+        title = f"Pool {self.path}: {plural(sum(verdicts.values()), 'adapter')} of {self.base}"
+        return Table(title, ("verdict", "adapters"), rows=list(verdicts.items()))
 
     @property
     def base(self) -> str:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
 
+from merging.display import Displayed, Table, Tabular, count_notices
 from merging.maths.lazy_torch import Tensor
 from merging.recycling.bootstrap import LEVEL, Gap, Metric, paired_bootstrap
 from merging.recycling.controls import CONTROLS
@@ -32,8 +33,8 @@ class Measurement:
         return self.scores.right if metric == "accuracy" else -self.scores.losses
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+@dataclass(frozen=True, slots=True, repr=False)
+class Row(Displayed):
     """A line of the report: mean loss and accuracy, and the lead of the merge (None for the merge itself)."""
 
     title: str
@@ -43,8 +44,8 @@ class Row:
     ahead: Gap | None
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+@dataclass(frozen=True, slots=True, repr=False)
+class Report(Tabular):
     """The results of a run.
 
     Attributes:
@@ -64,6 +65,12 @@ class Report:
     examples: Mapping[str, int]
     facts: Mapping[str, Any] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+
+    def _display_table(self) -> Table:
+        header, *rows = self.table()
+        measured = "test" if self.tested else "validation"
+        title = f"Report on the {measured} examples: {'transfer' if self.verdict.transfer else 'no transfer shown'}"
+        return Table(title, header, rows=rows, notes=[self.verdict.sentence, *count_notices(self.notices)])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the same in plain values, for JSON."""

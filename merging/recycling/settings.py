@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from merging.display import Displayed
 from merging.errors import OptionError, nearest
 
 __all__ = ["Granularity", "Selection", "Settings", "make_settings"]
@@ -17,7 +18,7 @@ rank of a module."""
 Selection = Literal["evaluation", "screen", "cosine", "clamp", "clamp_pm", "abs", "quasi_fim", "l2", "random", "rank"]
 
 
-class Settings(BaseModel):
+class Settings(Displayed, BaseModel):
     """Everything that decides the result, except the pool, the base and the examples."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

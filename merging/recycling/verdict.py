@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from merging.display import Displayed
 from merging.recycling.bootstrap import LEVEL, Gap, Metric
 from merging.recycling.controls import CONTROLS
 from merging.recycling.pool_adapters import BASE, FEW_SHOT
@@ -29,8 +30,8 @@ class Evidence:
     fallback: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TransferVerdict:
+@dataclass(frozen=True, slots=True, repr=False)
+class TransferVerdict(Displayed):
     """Whether there is transfer, and a sentence that says so or names another cause of the gain."""
 
     transfer: bool

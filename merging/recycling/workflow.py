@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from merging.display import Table, Tabular
 from merging.engine.resources import pick_device
 from merging.errors import OptionError, option
 from merging.recycling.bootstrap import Metric
@@ -37,8 +38,8 @@ _NOTICEABLE = 1e-6
 Examples = str | Path | Sequence[Mapping[str, Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class Recycled:
+@dataclass(frozen=True, slots=True, repr=False)
+class Recycled(Tabular):
     """The result of a run.
 
     Attributes:
@@ -52,6 +53,11 @@ class Recycled:
     rank: int
     kept: float
     report: Report
+
+    def _display_table(self) -> Table:
+        table = self.report._display_table()
+        title = f"Recycled: {self.path}, adapter of rank {self.rank} with {self.kept:.1%} of the mixture's energy"
+        return replace(table, title=title)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the same in plain values, for JSON."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from merging.display import Displayed, Table, Tabular
 from merging.serving.subject import Subject, SubjectKind
 
 __all__ = [
@@ -62,8 +63,8 @@ _TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 
 
-@dataclass(frozen=True, slots=True)
-class ProgramFinding:
+@dataclass(frozen=True, slots=True, repr=False)
+class ProgramFinding(Displayed):
     """One finding about a program.
 
     Attributes:
@@ -84,8 +85,8 @@ class ProgramFinding:
     source: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class ServingVerdict:
+@dataclass(frozen=True, slots=True, repr=False)
+class ServingVerdict(Tabular):
     """The result of a check.
 
     Attributes:
@@ -99,6 +100,12 @@ class ServingVerdict:
     kind: str
     programs: tuple[str, ...]
     findings: tuple[ProgramFinding, ...]
+
+    def _display_table(self) -> Table:
+        state = "served" if self.served else "not served as it is"
+        rows = [(e.program, e.severity, e.what, e.where[0] if e.where else "", e.todo) for e in self.findings]
+        header = ("program", "severity", "finding", "where", "remedy")
+        return Table(f"Verdict on {self.kind} {self.path}: {state}", header, rows=rows)
 
     @property
     def served(self) -> bool:

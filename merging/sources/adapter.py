@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from merging.display import Displayed
 from merging.errors import InputError, option
 from merging.sources.changes import Change
 from merging.sources.origin import Origin
@@ -38,8 +39,8 @@ class TensorNames:
         return tuple(name[len(self.stem) + 1 :] for name in self.names)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Adapter:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Adapter(Displayed):
     """An adapter: its changes by target, its statements about the base, and notices for the user.
 
     Attributes:
@@ -73,6 +74,11 @@ class Adapter:
     tensor_names: Mapping[str, TensorNames] = field(default_factory=dict)
     configured: bool = False
     packed: bool = False
+
+    def _display_fields(self) -> dict[str, object]:
+        ranks = sorted({change.rank for change in self.changes.values() if change.rank})
+        facts = {"path": self.path, "dialect": self.dialect, "about": self.about, "base": self.base}
+        return {**facts, "ranks": ranks, "changes": len(self.changes), "notices": self.notices}
 
     def require_base(self, known: Collection[str] = ()) -> None:
         """Check that no change needs the base. Raises :class:`~merging.errors.InputError`.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from merging.display import Displayed
 from merging.errors import FormatError
 from merging.maths.lazy_torch import torch
 from merging.sources.components import MODULES, PIPELINE, components_of
@@ -44,8 +45,8 @@ _LOOKED_AT, _SAMPLE = 1 << 11, 1 << 8
 """The largest number of tensors that a model's key uses, and the number of elements from the middle of each."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Checkpoint:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Checkpoint(Displayed):
     """A full model: its tensors by their names on disk, and its config.
 
     Attributes:
@@ -69,6 +70,11 @@ class Checkpoint:
     origin: Origin | None = None
     stem: str = "model"
     components: dict[str, Checkpoint] = field(default_factory=dict)
+
+    def _display_fields(self) -> dict[str, object]:
+        size = sum(stored.numel for stored in self.tensors.values())
+        facts = {"path": self.path, "tensors": len(self.tensors), "parameters": size, "files": len(self.files)}
+        return {**facts, "layers": self.layers, "components": tuple(self.components)}
 
     @property
     def tied(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 
+from merging.display import Displayed
 from merging.errors import FormatError
 from merging.maths.lazy_torch import Tensor, torch
 from merging.sources.dtypes import DTYPE_NAMES, DTYPES
@@ -26,7 +27,7 @@ __all__ = [
 _PIECE = 1 << 22
 
 
-class Stored(ABC):
+class Stored(Displayed, ABC):
     """A tensor in a file. ``dtype_name`` is its dtype as safetensors files name it ("BF16")."""
 
     __slots__ = ("dtype_name", "shape")
@@ -34,6 +35,9 @@ class Stored(ABC):
     def __init__(self, dtype_name: str, shape: tuple[int, ...]) -> None:
         self.dtype_name = dtype_name
         self.shape = shape
+
+    def _display_fields(self) -> dict[str, object]:
+        return {"shape": self.shape, "dtype": self.dtype_name}
 
     @property
     def dtype(self) -> torch.dtype:

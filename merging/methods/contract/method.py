@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from merging.display import Displayed
 from merging.errors import OptionError, nearest, option
 from merging.maths.coefficients import spread
 from merging.maths.delta import Delta, Stack
@@ -37,8 +38,8 @@ Grain = Literal["element", "row", "matrix"]
 """A piece of a tensor: any elements, whole rows (see :attr:`~merging.maths.site.Site.row`), or the whole tensor."""
 
 
-@dataclass(frozen=True, slots=True)
-class Statistic:
+@dataclass(frozen=True, slots=True, repr=False)
+class Statistic(Displayed):
     """A statistic that a merge needs beforehand: ``reduction`` over ``measure(stack, site, statistics) -> [n, ...]``.
 
     Taken over all tensors that are merged (``per = "model"``) or over one tensor at a time (``per = "tensor"``).
@@ -50,8 +51,8 @@ class Statistic:
     per: Literal["model", "tensor"] = "model"
 
 
-@dataclass(frozen=True, slots=True)
-class ResultStatistic:
+@dataclass(frozen=True, slots=True, repr=False)
+class ResultStatistic(Displayed):
     """A statistic over the *merged* changes: ``reduction`` over ``measure(merged, stack, site) -> [k, ...]``.
 
     By row blocks, or on whole tensors and their factors where the statistic follows from these (``grain``).
@@ -63,7 +64,7 @@ class ResultStatistic:
     grain: Literal["element", "matrix"] = "element"
 
 
-class Method(BaseModel, ABC):
+class Method(Displayed, BaseModel, ABC):
     """A merging method: a frozen value whose fields are its parameters.
 
     Each field is declared once, with default, bounds and a line of help; the command line and recipes follow. A method

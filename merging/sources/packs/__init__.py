@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from merging.display import Displayed
 from merging.errors import FormatError, option
 from merging.sources import diffusion_loras, kohya, peft
 from merging.sources.adapter import Adapter
@@ -51,7 +52,7 @@ _OPENERS: dict[str, Callable[[Path, float | None, FileContents], Adapter]] = {
 }
 
 
-class _StatedChange(BaseModel):
+class _StatedChange(Displayed, BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
