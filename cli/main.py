@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from merging.errors import command_line_words, nearest
+from merging.errors import ResultWarning, command_line_words, nearest
 from merging.version import __version__
 
 from .compare import compare_command
@@ -51,7 +52,8 @@ class DefaultGroup(SectionedGroup):
         words = list(sys.argv[1:] if args is None else args)
         if not standalone_mode:
             return super().main(words, prog_name, complete_var, standalone_mode=False, **extra)
-        with command_line_words(), exit_with_message("--json" in words):
+        with command_line_words(), exit_with_message("--json" in words), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResultWarning)  # the commands print all notices
             code = super().main(words, prog_name, complete_var, standalone_mode=False, **extra)
         sys.exit(code if isinstance(code, int) else 0)
 

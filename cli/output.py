@@ -10,11 +10,12 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from merging.display import format_size, plural
 from merging.errors import escape_unprintable, shorten
 
 if TYPE_CHECKING:
@@ -52,32 +53,16 @@ def terminal_width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-def format_size(nbytes: float) -> str:
-    """Return bytes as people read them."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= factor:
-            return f"{nbytes / factor:.1f} {unit}"
-    return f"{nbytes:.0f} bytes"
-
-
-def plural(count: int, noun: str) -> str:
-    """Return a count with its noun: ``1 model``, ``2 models``."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
 @contextmanager
 def progress_bar(wanted: bool | None, task_name: str = "merging") -> Iterator[Callable[[int, int], None] | None]:
     """Show a bar on stderr, by default only if that is a terminal."""
     if not (sys.stderr.isatty() if wanted is None else wanted):
         yield None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    from merging.progress import ProgressBar
 
-    columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(task_name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with closing(ProgressBar(task_name, leave=False)) as bar:
+        yield bar
 
 
 def echo(line: str, err: bool = False) -> None:

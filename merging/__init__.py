@@ -5,10 +5,11 @@ any device, touch no file, and pass gradients to the coefficients."""
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from merging.errors import FormatError, InputError, MergingError, OptionError, OutputError
+from merging.errors import FormatError, InputError, MergingError, MergingWarning, OptionError, OutputError
 from merging.version import __version__
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ __all__ = [
     "LowRank",
     "Merged",
     "MergingError",
+    "MergingWarning",
     "OptionError",
     "OutputError",
     "Recipe",
@@ -78,6 +80,9 @@ __all__ = [
     "preview",
     "recycle",
 ]
+
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # nothing is printed unless a program asks for it
 
 
 def __getattr__(name: str) -> object:

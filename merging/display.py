@@ -15,7 +15,7 @@ from typing import Any
 
 from merging.errors import MergingError, escape_unprintable
 
-__all__ = ["Displayed", "Table", "Tabular", "count_notices", "escape", "format_size", "plural"]
+__all__ = ["Cell", "Displayed", "Table", "Tabular", "count_notices", "escape", "format_size", "plural"]
 
 _ROWS = 20
 """The most rows of a table."""
@@ -24,6 +24,7 @@ _WIDEST = 56
 """The most characters of a cell."""
 
 Cell = str | int | float | None
+"""A cell of a table: text, a number, or nothing."""
 
 
 class _ShortRepr(reprlib.Repr):
@@ -44,6 +45,8 @@ class _ShortRepr(reprlib.Repr):
     def repr_Tensor(self, value: Any, level: int) -> str:
         dtype = str(value.dtype).removeprefix("torch.")
         return self.repr1(value.tolist(), level) if value.numel() <= 4 else f"Tensor({tuple(value.shape)}, {dtype})"
+
+    repr_Parameter = repr_Tensor
 
     def repr_instance(self, value: Any, level: int) -> str:
         if isinstance(value, PurePath):

@@ -12,8 +12,10 @@ __all__ = [
     "FormatError",
     "InputError",
     "MergingError",
+    "MergingWarning",
     "OptionError",
     "OutputError",
+    "ResultWarning",
     "command_line_words",
     "either",
     "escape_unprintable",
@@ -59,6 +61,14 @@ def shorten(text: str, longest: int = 200) -> str:
     if len(text) <= longest:
         return text
     return f"{text[: longest * 2 // 3]} ... {text[-longest // 3 :]} ({len(text):,} characters)"
+
+
+class MergingWarning(UserWarning):
+    """Base of every warning of this package, for filters of the module ``warnings``."""
+
+
+class ResultWarning(MergingWarning):
+    """A warning that a result may not be as wanted. It is among the result's notices too."""
 
 
 class FormatError(MergingError):

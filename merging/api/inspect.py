@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from merging.display import Table, Tabular, count_notices
 from merging.errors import FormatError, option
 from merging.hub.open_model import open_model
 from merging.maths.layers import Stacks
@@ -21,7 +22,7 @@ from merging.sources.small_files import parse_json
 from merging.sources.stored import Stored
 from merging.sources.tied_weights import WITH_HEAD, embeddings_among, is_head, text_config
 
-__all__ = ["inspect"]
+__all__ = ["Inspection", "inspect"]
 
 _FLAT = re.compile(r"(lora_[a-z]+[0-9]?|lycoris|oft_unet)_(?:.*_[0-9]+_)?(.+)")
 """A flat name of Kohya's: the component, and the module behind the last number."""
@@ -30,7 +31,29 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 """The names that configs have for the number of experts in a block."""
 
 
-def inspect(path: str | Path, *, values: bool = False) -> dict[str, Any]:
+class Inspection(Tabular, dict[str, Any]):
+    """Facts about a model or adapter by name, as :func:`inspect` returns them."""
+
+    __slots__ = ()
+
+    def _display_table(self) -> Table:
+        facts = {name: value for name, value in self.items() if name not in ("path", "notices")}
+        rows = [
+            (name.replace("_", " "), _plain(value)) for name, value in facts.items() if value not in (None, [], {}, "")
+        ]
+        return Table(f"Inspection of {self.get('path')}", rows=rows, notes=count_notices(self.get("notices", ())))
+
+
+def _plain(value: Any) -> str:
+    """Return a fact as text on one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {each:,}" for key, each in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def inspect(path: str | Path, *, values: bool = False) -> Inspection:
     """Return facts about a model or adapter.
 
     Args:
@@ -51,8 +74,8 @@ def inspect(path: str | Path, *, values: bool = False) -> dict[str, Any]:
     model = open_model(path, dequantize=True)
     subject = open_subject(str(model.origin or path))
     if isinstance(model, Adapter):
-        return _inspect_adapter(model, subject, values)
-    return _inspect_checkpoint(model, subject, values)
+        return Inspection(_inspect_adapter(model, subject, values))
+    return Inspection(_inspect_checkpoint(model, subject, values))
 
 
 def _inspect_adapter(adapter: Adapter, subject: Subject, values: bool) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,12 +18,13 @@ from merging.engine.threads import cores
 from merging.errors import OptionError, OutputError, option
 from merging.maths.lazy_torch import torch
 from merging.methods.contract.method import Method
+from merging.notices import report_notices
 from merging.output.lora_header import lora_metadata, lora_stem
 from merging.output.model_folder import check_companions, companion_patterns, copy_companions, write_model_companions
 from merging.output.peft_config import write_adapter_companions
 from merging.plan import PORTABLE_RANKS, Plan, make_plan
 from merging.plan.recipe import FIELDS, Recipe, make_recipe
-from merging.progress import Progress
+from merging.progress import Progress, resolve_progress
 from merging.sources.dtypes import DTYPES
 from merging.storage.staging import StagedOutput, check_destination
 from merging.storage.writer import ComponentWriter, TensorWriter
@@ -42,6 +44,8 @@ __all__ = [
     "plan_for",
     "preview",
 ]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -113,7 +117,7 @@ def merge(
     max_memory: int | None = None,
     overwrite: bool = False,
     stream: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **options: Unpack[MergeOptions],
 ) -> Merged:
     """Merge models or adapters from files into a file or folder.
@@ -128,7 +132,7 @@ def merge(
         max_memory: the most memory to take, in bytes, above the memory of the imports.
         overwrite: whether an output that exists is replaced.
         stream: whether models of the Hub pass through the disk file by file, and are not kept in the library's cache.
-        progress: called with the bytes done and the bytes in all.
+        progress: True for a bar, or a function that receives the bytes done and the bytes in all.
         **options: the recipe's options (``base``, ``dtype``, ``rank``, ``kind``, ``exclude`` and the other fields of
             :class:`~merging.plan.recipe.Recipe`), and the method's parameters by name (``weights=(1, 1, -1)``).
 
@@ -139,6 +143,7 @@ def merge(
         MergingError: for models that cannot be merged as the options say, values that cannot be merged, and an output
             that cannot be written. Nothing is left behind then.
     """
+    progress = resolve_progress(progress)
     recipe = _make_recipe(models, method, options)
     destination = Path(output) if output is not None else default_destination(recipe)
     return merge_plan(
@@ -216,6 +221,7 @@ def merge_plan(
         plan = download_plan(plan, companion_patterns(plan), progress=progress)
     if not _is_file(destination):
         check_companions(plan)
+    _log.info("%s: merging %d models by %s", destination, len(plan.models), plan.recipe.method.chain)
     with StagedOutput(destination, overwrite, _is_file(destination)) as staged:
         if stream:
             plan = download_plan(plan, companion_patterns(plan), stream=staged.scratch)
@@ -232,7 +238,7 @@ def merge_plan(
             notices += _write_companions(described, staged.folder, done)
         staged.commit()
     energy = [done.energy_notice] if done.energy_notice else []
-    return Merged(
+    merged = Merged(
         path=destination,
         kind=plan.output,
         method=described.recipe.method.chain,
@@ -245,6 +251,9 @@ def merge_plan(
         discarded=done.discarded,
         facts=done.metrics,
     )
+    report_notices(merged.notices)
+    _log.info("%s: written, %s tensors in %.1f s", destination, merged.tensors, merged.seconds)
+    return merged
 
 
 def _write_constants(plan: Plan, writer: TensorWriter | ComponentWriter) -> None:

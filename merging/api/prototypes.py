@@ -19,6 +19,7 @@ from merging.maths.delta import LowRank
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import factored_svd
 from merging.maths.sums import safe_ratio
+from merging.notices import report_notices
 from merging.plan.checks import check_bases
 from merging.plan.names.targets import common_shape
 from merging.sources import Adapter
@@ -144,6 +145,7 @@ def export_prototypes(
         finally:
             writer.close()
         staged.commit()
+    report_notices([*notices, *staged.notices])
     return Routed(destination, tuple(names), len(modules), (*notices, *staged.notices))
 
 

@@ -18,9 +18,10 @@ from merging.engine.download import download_model
 from merging.engine.resources import pick_device
 from merging.errors import InputError, OutputError, option
 from merging.hub.open_model import open_base, open_model
+from merging.notices import report_notices
 from merging.output.model_card import HUB_ID
 from merging.plan.names.targets import adapter_targets
-from merging.progress import Progress
+from merging.progress import Progress, resolve_progress
 from merging.sources import Adapter, Checkpoint
 from merging.sources.checkpoint import content_key
 from merging.sources.packs import PackBase, PackManifest
@@ -90,7 +91,7 @@ def compress(
     bands: str | None = None,
     device: str = "cpu",
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Compressed:
     """Compress an adapter, or the changes of a full model from its base, into one small file.
 
@@ -110,7 +111,7 @@ def compress(
         bands: Counts of directions and their bits (bands), such as ``"20@8,180@4,*@2"``.
         device: The device that computes.
         overwrite: Whether an existing output is replaced.
-        progress: Receives the bytes read so far and in total.
+        progress: True for a bar, or a function that receives the bytes done and the bytes in all.
 
     Returns:
         The path, sizes and errors of the pack.
@@ -119,6 +120,7 @@ def compress(
         merging.errors.MergingError: For models that cannot be packed, and for wrong options. Nothing is written then.
     """
     destination, start = Path(output), time.monotonic()
+    progress = resolve_progress(progress, "compressing")
     opened = open_model(model)
     full = None if base is None else open_base(base, option("base"))
     kind: Literal["adapter", "model"] = "adapter" if isinstance(opened, Adapter) else "model"
@@ -142,6 +144,8 @@ def compress(
         finally:
             assembly.close()
         staged.commit()
+    notices = (*contents.notices, *staged.notices)
+    report_notices(notices)
     return Compressed(
         path=destination,
         kind=kind,
@@ -154,7 +158,7 @@ def compress(
         median=contents.losses.median,
         seconds=time.monotonic() - start,
         errors=contents.losses.relative,
-        notices=(*contents.notices, *staged.notices),
+        notices=notices,
     )
 
 

@@ -13,7 +13,7 @@ from merging.display import Displayed
 from merging.engine.download import download_model
 from merging.errors import InputError, OutputError, option
 from merging.hub.open_model import open_model
-from merging.progress import Progress
+from merging.progress import Progress, resolve_progress
 from merging.sources import Adapter
 from merging.sources.diffusion_loras import WEIGHTS
 from merging.sources.packs import read_pack
@@ -55,7 +55,7 @@ def decompress(
     base: str | Path | None = None,
     allow_different_bases: bool = False,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Decompressed:
     """Decompress a pack into an ordinary adapter in its original format, or into a full model.
 
@@ -65,7 +65,7 @@ def decompress(
         base: The base of a full model, to which the changes are added. Adapters need none.
         allow_different_bases: Whether the base may differ from the one noted in the pack.
         overwrite: Whether an existing output is replaced.
-        progress: Receives the bytes done so far and in total.
+        progress: True for a bar, or a function that receives the bytes done and the bytes in all.
 
     Returns:
         The path and the size of the output.
@@ -74,6 +74,7 @@ def decompress(
         merging.errors.MergingError: For a file that is not a pack, and for a missing or different base. Nothing is
             written then.
     """
+    progress = resolve_progress(progress, "decompressing")
     destination, opened = Path(output), open_model(pack)
     if not isinstance(opened, Adapter) or not opened.packed:
         raise InputError(f"{pack}: is not a pack: it can be used as it is")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,13 +24,16 @@ from merging.errors import InputError, MergingError, OptionError, OutputError
 from merging.hub.address import hub_address
 from merging.hub.open_model import open_model
 from merging.methods import chain
+from merging.notices import report_notices
 from merging.plan.recipe import Recipe
-from merging.progress import Progress
+from merging.progress import Progress, resolve_progress
 from merging.sources import Adapter, Checkpoint
 from merging.sources.checkpoint import content_key
 from merging.storage.atomic import remove_temporary_files
 
 __all__ = ["ContinualStore"]
+
+_log = logging.getLogger(__name__)
 
 
 class ContinualStore(StoreView):
@@ -50,7 +54,7 @@ class ContinualStore(StoreView):
         base: str | Path,
         method: str = "opcm",
         max_rank: int | None = None,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         **parameters: Any,
     ) -> ContinualStore:
         """Create an empty store for models that were trained from ``base``.
@@ -60,7 +64,7 @@ class ContinualStore(StoreView):
             base: a full model. A base on the Hub is fetched, and stays at its present commit.
             method: a method, or a chain, that can take in models one by one.
             max_rank: the largest rank of changes that are held as factors. Each step records the energy that is lost.
-            progress: called with the bytes of the base that were fetched, and all bytes.
+            progress: True for a bar, or a function that receives the bytes fetched and the bytes in all.
             parameters: the method's parameters by name.
 
         Returns:
@@ -72,6 +76,7 @@ class ContinualStore(StoreView):
             OutputError: the folder exists, or cannot be written.
         """
         path, grows = Path(path), chain(method, parameters)
+        progress = resolve_progress(progress, "fetching")
         rule = checked_rule(grows)
         grows.check(2)
         if max_rank is not None and max_rank < 1:
@@ -100,7 +105,7 @@ class ContinualStore(StoreView):
         allow_different_bases: bool = False,
         on_mismatch: str = "error",
         wait: float | None = None,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
     ) -> StepRecord | None:
         """Merge one more model.
 
@@ -115,7 +120,7 @@ class ContinualStore(StoreView):
             on_mismatch: ``"base"`` keeps tensors of the base that the model lacks, or has in another shape; ``"error"``
                 refuses such a model.
             wait: the most seconds to wait for another writer; without end by default.
-            progress: called with the bytes done, and all bytes.
+            progress: True for a bar, or a function that receives the bytes done and the bytes in all.
 
         Returns:
             The record of the step; None for a model with the same content as an earlier one.
@@ -124,7 +129,7 @@ class ContinualStore(StoreView):
             MergingError: the model is refused, or the store is damaged; nothing has changed.
             Unconfirmed: the step is in, but may be lost in a power cut.
         """
-        fetched = None
+        fetched, progress = None, resolve_progress(progress)
         if hub_address(str(model)):
             fetched = self.fetch(
                 model,
@@ -152,7 +157,9 @@ class ContinualStore(StoreView):
                 parts = self._publish_state(folder, len(manifest.steps) + 1, new)
                 step = step_record(manifest, source, content, parts, new)
                 self._commit(manifest, step, source)
-            return step
+        report_notices(step.notices)
+        _log.info("%s: step %d is %r", self.path, step.number, step.source)
+        return step
 
     def fetch(
         self,
@@ -161,13 +168,14 @@ class ContinualStore(StoreView):
         again: bool = False,
         allow_different_bases: bool = False,
         on_mismatch: str = "error",
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
     ) -> Checkpoint | Adapter:
         """Open a model, and fetch its files from the Hub unless ``add`` would refuse it.
 
         Nothing is fetched of a model that is refused by its headers, or was added before by its hashes. The store is
         neither changed nor locked.
         """
+        progress = resolve_progress(progress, "fetching")
         source, manifest = open_model(model), self.manifest()
         missing = missing_files(source)
         if not missing:
@@ -261,7 +269,8 @@ class ContinualStore(StoreView):
             earlier = manifest.model_copy(update={"steps": manifest.steps[:to]})
             write_manifest(self.path, earlier, f"it is back at step {to}")
             self._sweep(earlier, keep=None)
-            return earlier
+        _log.info("%s: back at step %d", self.path, to)
+        return earlier
 
     def gc(self, keep: int, *, wait: float | None = None) -> list[str]:
         """Remove all states except the last ``keep``, and folders of states that no step refers to.

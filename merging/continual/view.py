@@ -19,7 +19,7 @@ from merging.engine.resources import pick_device
 from merging.errors import FormatError, InputError, OptionError
 from merging.methods import chain
 from merging.methods.contract.method import Method
-from merging.progress import Progress
+from merging.progress import Progress, resolve_progress
 from merging.sources import Adapter
 
 __all__ = ["StoreView"]
@@ -95,7 +95,7 @@ class StoreView(Tabular):
         threads: int | None = None,
         max_memory: int | None = None,
         overwrite: bool = False,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
     ) -> Merged:
         """Write the merge of all models so far.
 
@@ -108,7 +108,7 @@ class StoreView(Tabular):
             threads: the number of threads; all cores by default.
             max_memory: the most bytes of memory, above the memory of the imports.
             overwrite: replace an output that exists.
-            progress: called with the bytes done, and all bytes.
+            progress: True for a bar, or a function that receives the bytes done and the bytes in all.
 
         Returns:
             The output's place and size, and notices.
@@ -116,6 +116,7 @@ class StoreView(Tabular):
         Raises:
             MergingError: the store is empty or damaged, or the output cannot be written.
         """
+        progress = resolve_progress(progress)
         refuse_within(Path(output))
         manifest, states = self._states()
         return export(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from merging.continual.store import ContinualStore
 
 __all__ = ["Event", "watch"]
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -84,7 +87,7 @@ def watch(
     if not 0 < interval < inf:
         raise OptionError(f"interval = {interval}: a number of seconds above 0 is needed")
     pause = pause or _pause
-    watching = _Watch(store, source, pause, on_event or (lambda event: None), options)
+    watching = _Watch(store, source, pause, on_event, options)
     with suppress(WatchEnded):
         while not pause(0):
             missed = watching.look()
@@ -104,13 +107,13 @@ class _Watch:
         store: ContinualStore,
         source: str | Path,
         pause: Pause,
-        on_event: Callable[[Event], None],
+        on_event: Callable[[Event], None] | None,
         options: Mapping[str, Any],
     ) -> None:
         self.store = store
         self.source = source
         self.pause = pause
-        self.on_event = on_event
+        self._on_event = on_event
         self.options = options
         self.inbox = open_inbox(source)
         self.looks = 0
@@ -143,10 +146,15 @@ class _Watch:
             missed.append(self._report_unreachable(self.source, error))
         return missed[-1] if missed else None
 
+    def _report(self, event: Event) -> None:
+        _log.info("%s: %r", self.store.path, event)
+        if self._on_event:
+            self._on_event(event)
+
     def _report_unreachable(self, source: Path | str, error: Unreachable) -> Unreachable:
         """Report that the Hub does not answer, unless that was reported of the same source before."""
         if source not in self._lost:
-            self.on_event(Event("unreachable", source, reason=escape_unprintable(str(error))))
+            self._report(Event("unreachable", source, reason=escape_unprintable(str(error))))
         self._lost.add(source)
         return error
 
@@ -169,7 +177,7 @@ class _Watch:
             event = Event("refused", arrival.model, reason=reason)
         self._done[arrival.source] = arrival.mark
         self._lost.discard(arrival.model)
-        self.on_event(event)
+        self._report(event)
 
     def _when_free(self, act: Callable[[float], T]) -> T:
         """Return ``act(seconds)`` as soon as no other process writes; stop waiting when asked to end."""

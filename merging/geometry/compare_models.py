@@ -25,8 +25,9 @@ from merging.geometry.spectrum import SIDE, Spectrum
 from merging.geometry.walk import LEADING, OVERLAPPING, WalkOptions, WalkResult, walk
 from merging.maths.lazy_torch import Tensor, torch
 from merging.methods.families.spherical import cosines as normalised
+from merging.notices import report_notices
 from merging.plan import Plan
-from merging.progress import Progress
+from merging.progress import Progress, resolve_progress
 from merging.sources import Adapter
 from merging.sources.changes import Change
 
@@ -45,7 +46,7 @@ def compare(
     directions: int = 16,
     max_memory: int = MEMORY,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **options: Any,
 ) -> Comparison:
     """Compare the changes of models: angles, sizes, spectra, subspaces, signs and, on request, intruder dimensions.
@@ -61,7 +62,7 @@ def compare(
         directions: The number of leading directions of each change in the overlap of subspaces.
         max_memory: Bytes for inner products and signs. A decomposed tensor is held whole, one at a time.
         device: The device that computes.
-        progress: Receives the bytes read so far and in total.
+        progress: True for a bar, or a function that receives the bytes done and the bytes in all.
         **options: Options of :func:`~merging.geometry.alignment.align`, such as ``base``.
 
     Returns:
@@ -70,6 +71,7 @@ def compare(
     Raises:
         merging.errors.MergingError: For models that cannot be read or do not fit together, and for wrong options.
     """
+    progress = resolve_progress(progress, "comparing")
     plan = align(models, reads_base=intruders, **options)
     if intruders and plan.base is None:
         raise OptionError(f"intruder dimensions are compared with the base: give it with {option('base')}")
@@ -78,6 +80,8 @@ def compare(
     wanted = WalkOptions(intruders, full_spectra, directions if few else 0)
     found = walk(plan, wanted, max_memory, where, progress)
     counted = count_signs(plan, signs, max_memory, where) if signs else None
+    notices = _notices(plan, found, few)
+    report_notices(notices)
     return Comparison(
         models=_profiles(plan, found),
         base=None if plan.base is None else str(plan.base.path),
@@ -87,7 +91,7 @@ def compare(
         overlaps=_overlaps(found, wanted.directions),
         signs=None if counted is None else Agreement(_matrix(counted.agreement), counted.entries, counted.total),
         intruders=tuple(_intruders(found.intruders[slot]) for slot in range(len(plan.models))) if intruders else (),
-        notices=_notices(plan, found, few),
+        notices=notices,
     )
 
 

@@ -16,7 +16,7 @@ from merging.maths.sums import spans
 from merging.methods.families.spherical import cosines as normalised
 from merging.plan import Item, Plan
 from merging.plan.items import TILE
-from merging.progress import Progress
+from merging.progress import Progress, resolve_progress
 from merging.sources.changes import Change
 
 __all__ = ["cosines", "gram", "groups_of", "module_grams", "segment_sums"]
@@ -35,7 +35,7 @@ def gram(
     *,
     max_memory: int = MEMORY,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **options: Any,
 ) -> Tensor:
     """Return the inner products of the models' changes over all tensors.
@@ -52,7 +52,7 @@ def gram(
         models: The models: paths, addresses, or opened models.
         max_memory: Bytes, above the memory of the imports and of the models' headers.
         device: The device that computes.
-        progress: Receives the bytes read so far and in total.
+        progress: True for a bar, or a function that receives the bytes done and the bytes in all.
         **options: Options of :func:`~merging.geometry.alignment.align`, such as ``base``.
 
     Returns:
@@ -61,6 +61,7 @@ def gram(
     Raises:
         merging.errors.MergingError: For models that cannot be read or do not fit together.
     """
+    progress = resolve_progress(progress, "comparing")
     plan = align(models, **options)
     total = torch.zeros(len(plan.models), len(plan.models), dtype=torch.float64)
     done, whole = 0, plan.read_bytes

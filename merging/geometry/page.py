@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from merging.display import Cell
 from merging.geometry.comparison import Comparison, Matrix
 from merging.geometry.pictures import panels, title
 from merging.report.drawing import draw_svg
-from merging.report.page import Cell, Page
+from merging.report.page import Page
 
 __all__ = ["page"]
 

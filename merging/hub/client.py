@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 import time
@@ -11,6 +12,8 @@ from typing import Any, TypeVar
 from merging.errors import InputError, MergingError
 
 __all__ = ["RETRIED_STATUSES", "Unreachable", "api", "endpoint", "explain_error", "offline", "with_retries"]
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -85,6 +88,7 @@ def with_retries(ask: Callable[[], T], name: str, number: int = 0) -> T:
     else:
         _reached.add(endpoint())
         return answer
+    _log.warning("%r: the Hub failed, trying again in %.1f s", name, pause)
     time.sleep(pause)
     return with_retries(ask, name, number + 1)
 

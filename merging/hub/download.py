@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from merging.hub.client import Unreachable, with_retries
 from merging.progress import Progress
 
 __all__ = ["download", "fetch_range", "file_hash"]
+
+_log = logging.getLogger(__name__)
 
 _BLOCK = 1 << 22
 
@@ -37,6 +40,7 @@ def download(
         InputError: The Hub keeps failing, or the hash is wrong.
         OutputError: The disk is full.
     """
+    _log.info("downloading %r, %d bytes", name, size)
     part = target.with_name(target.name + ".part")
     for _ in range(2):
         if target.exists():

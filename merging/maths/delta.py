@@ -67,7 +67,7 @@ class LowRank(Displayed):
             )
 
     def _display_fields(self) -> dict[str, object]:
-        facts = {"shape": self.shape, "rank": self.rank, "dtype": self.up.dtype}
+        facts: dict[str, object] = {"shape": self.shape, "rank": self.rank, "dtype": self.up.dtype}
         return {**facts, "transposed": True} if self.transposed else facts
 
     @classmethod
@@ -143,7 +143,7 @@ class Stack(Displayed):
         return len(self.models)
 
     def _display_fields(self) -> dict[str, object]:
-        facts = {"models": len(self), "present": sum(self.present), "low_rank": self.low_rank}
+        facts: dict[str, object] = {"models": len(self), "present": sum(self.present), "low_rank": self.low_rank}
         return {**facts, "shape": self.deltas[0].shape} if self.models else facts
 
     @property

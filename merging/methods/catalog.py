@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
+from merging.display import Table, Tabular
+
 if TYPE_CHECKING:
     from merging.methods.contract.method import Method
 
@@ -80,7 +82,18 @@ GROUPS: dict[str, dict[str, Listed]] = {
 }
 """Every method once, by purpose; wrappers, which go around another method, last."""
 
-METHODS: dict[str, Listed] = {name: listed for group in GROUPS.values() for name, listed in group.items()}
+
+class MethodList(Tabular, dict[str, Listed]):
+    """The methods by name."""
+
+    __slots__ = ()
+
+    def _display_table(self) -> Table:
+        groups = [f"{group}: {', '.join(name for name in listed if name in self)}" for group, listed in GROUPS.items()]
+        return Table(f"{len(self)} merging methods", notes=groups)
+
+
+METHODS = MethodList({name: listed for group in GROUPS.values() for name, listed in group.items()})
 
 
 @dataclass(frozen=True, slots=True)

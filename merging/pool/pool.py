@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from merging.pool.smoke import Limits
 
 __all__ = ["OWNER_CAP", "Built", "Pool"]
+
+_log = logging.getLogger(__name__)
 
 OWNER_CAP = 10
 """The most adapters of one owner that merges may choose. A few training services own most public adapters."""
@@ -159,6 +162,7 @@ class Pool(Tabular):
                 entry = self._keep_overruling(entry)
                 self.index.put(entry, {name: auditor.norms[name] for name in auditor.norms.keys() - before})
                 audited += 1
+                _log.info("%s: %r: %s", self.path, entry.name, entry.verdict)
                 if on_event:
                     on_event(entry)
             self._compare(base, on_event)

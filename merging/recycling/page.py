@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from merging.display import Cell
 from merging.recycling.bootstrap import LEVEL
 from merging.recycling.report import MERGE, Report, Row
 from merging.report import Page
 from merging.report.drawing import Panel, draw_svg, plain
-from merging.report.page import Cell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from merging.display import Table, Tabular
 from merging.engine.resources import pick_device
 from merging.errors import OptionError, option
+from merging.notices import report_notices
 from merging.recycling.bootstrap import Metric
 from merging.recycling.data import Example, Split, kind_of, overlaps, read_examples, split
 from merging.recycling.fold import FoldedLora, fold, write_adapter
@@ -28,6 +30,8 @@ from merging.storage.staging import StagedOutput, check_destination
 from merging.version import __version__
 
 __all__ = ["REPORT", "Recycled", "checkpoint_folder", "recycle"]
+
+_log = logging.getLogger(__name__)
 
 REPORT = "recycling"
 """The name of the report's files next to the adapter: ``recycling.json`` and ``recycling.html``."""
@@ -113,7 +117,7 @@ def recycle(
     check_mixing(chosen, kind_of(parts) == "label")
     where, found = pick_device(device), list_adapters(pool, base)
     _check_output(destination, found, overwrite)
-    on_event = on_event or (lambda line: None)
+    on_event = _logged(on_event)
     on_event(f"loading {base}")
     model = load_model(base, parts, chosen, where)
     problem = Problem(model, tuple(map(model.encode, parts.train)), tuple(map(model.encode, parts.valid)), chosen)
@@ -149,7 +153,19 @@ def recycle(
         staged.commit()
     checkpoint.remove()
     report = replace(report, notices=(*report.notices, *staged.notices))
+    report_notices(report.notices)
     return Recycled(destination, folded.rank, folded.kept, report)
+
+
+def _logged(on_event: OnEvent | None) -> OnEvent:
+    """Return a receiver of lines that logs each, and hands it on."""
+
+    def receive(line: str) -> None:
+        _log.info("%s", line)
+        if on_event:
+            on_event(line)
+
+    return receive
 
 
 def checkpoint_folder(output: str | Path) -> Path:

@@ -9,17 +9,14 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Mapping, Sequence
-from html import escape as escape_markup
 from math import floor, isfinite, log10
 from pathlib import Path
 
-from merging.errors import OptionError, OutputError, escape_unprintable
+from merging.display import Cell, escape
+from merging.errors import OptionError, OutputError
 from merging.storage.atomic import existing_parent, make_parents, remove_empty, replace_file
 
-__all__ = ["Cell", "Page", "check_page", "check_place", "write_whole"]
-
-Cell = str | int | float | None
-"""A cell of a table: text, a number, or nothing."""
+__all__ = ["Page", "check_page", "check_place", "write_whole"]
 
 _STYLE = """
 :root { color-scheme: light dark;
@@ -140,11 +137,6 @@ class Page:
     def write(self, path: str | Path, overwrite: bool = True) -> None:
         """Write the page to a file, whole or not at all. Raises :class:`~merging.errors.OutputError`."""
         write_whole(Path(path), self.html().encode("utf-8", "replace"), overwrite)
-
-
-def escape(text: str) -> str:
-    """Return a text for the page, with markup and control characters escaped."""
-    return escape_markup(escape_unprintable(text, lines=True))
 
 
 def _row(row: Sequence[str], kinds: Sequence[str]) -> str:

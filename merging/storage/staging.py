@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from merging import os_calls
-from merging.errors import MergingError, OutputError, option
+from merging.errors import MergingError, MergingWarning, OutputError, option
 from merging.sources.model_files import foreign_names
 from merging.storage.atomic import existing_parent, make_parents, place_new_file, remove_empty, temporary_paths
 
@@ -173,7 +173,7 @@ class StagedOutput:
         if isinstance(error, MergingError) and self.notices:
             error.args = (f"{error}{self._notices_text()}",)
         elif error is not None and self.notices:
-            warnings.warn(self.notices[0], stacklevel=2)
+            warnings.warn(self.notices[0], MergingWarning, stacklevel=2)
 
     def _remove(self) -> None:
         """Remove what is left of the temporary folder, and note it if that fails."""
