@@ -130,7 +130,7 @@ class Table:
 
     def text(self) -> str:
         """Return the table as lines of text."""
-        cells = [[*self.header], *self._shown()] if self.header else self._shown()
+        cells = [[*self.header], *self._shorten_cells()] if self.header else self._shorten_cells()
         widths = [max(map(len, column)) for column in zip_longest(*cells, fillvalue="")]
         right = self._numeric()
         lines = [
@@ -145,7 +145,7 @@ class Table:
     def html(self) -> str:
         """Return the table as HTML, with everything escaped."""
         head = f"<thead>{self._html_row('th', self.header)}</thead>" if self.header else ""
-        body = "".join(self._html_row("td", row) for row in self._shown())
+        body = "".join(self._html_row("td", row) for row in self._shorten_cells())
         title = f'<caption style="text-align: left">{escape(_shorten(self.title, 2 * _WIDEST))}</caption>'
         footer = "".join(f"<p>{escape(line)}</p>" for line in self._footer())
         return f"<div><table>{title}{head}<tbody>{body}</tbody></table>{footer}</div>"
@@ -156,7 +156,7 @@ class Table:
         row = "".join(f'<{tag} style="text-align: {side}">{escape(cell)}</{tag}>' for cell, side in pairs)
         return f"<tr>{row}</tr>"
 
-    def _shown(self) -> list[list[str]]:
+    def _shorten_cells(self) -> list[list[str]]:
         return [[_cell_text(cell) for cell in row] for row in self.rows[:_ROWS]]
 
     def _numeric(self) -> list[bool]:

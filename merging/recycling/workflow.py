@@ -117,7 +117,7 @@ def recycle(
     check_mixing(chosen, kind_of(parts) == "label")
     where, found = pick_device(device), list_adapters(pool, base)
     _check_output(destination, found, overwrite)
-    on_event = _logged(on_event)
+    on_event = _log_lines(on_event)
     on_event(f"loading {base}")
     model = load_model(base, parts, chosen, where)
     problem = Problem(model, tuple(map(model.encode, parts.train)), tuple(map(model.encode, parts.valid)), chosen)
@@ -157,7 +157,7 @@ def recycle(
     return Recycled(destination, folded.rank, folded.kept, report)
 
 
-def _logged(on_event: OnEvent | None) -> OnEvent:
+def _log_lines(on_event: OnEvent | None) -> OnEvent:
     """Return a receiver of lines that logs each, and hands it on."""
 
     def receive(line: str) -> None:
