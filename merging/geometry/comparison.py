@@ -170,6 +170,11 @@ class Comparison(Tabular):
         """The models' short names."""
         return [model.name for model in self.models]
 
+    @property
+    def blocks(self) -> int:
+        """The number of blocks that the models change."""
+        return sum(layer.layer is not None for layer in self.layers)
+
     def pairs(self) -> list[tuple[float, int, int]]:
         """Return all pairs of models as (cosine, row, column), the largest cosine first."""
         rows = range(len(self.models))

@@ -24,7 +24,7 @@ def page(comparison: Comparison) -> Page:
     figures = {name: (draw_svg(panel), panel.caption) for name, panel in panels(comparison).items()}
     names = comparison.names
     out = Page(f"Comparison: {title(comparison)}", "The changes of each model from its base, and their agreement.")
-    out.facts({"models": len(names), "base": comparison.base, "blocks": len(comparison.layers)})
+    out.facts({"models": len(names), "base": comparison.base, "blocks": comparison.blocks})
     for notice in comparison.notices:
         out.note(notice)
     _add_models(out, comparison, figures)
@@ -48,9 +48,9 @@ def _add_models(out: Page, comparison: Comparison, figures: Figures) -> None:
         "The norm is over all changed tensors. The other columns are about matrices: the largest singular value, and "
         "in the mean the effective rank, the stable rank, and the directions with 90 and 99 per cent of the energy.",
     )
-    out.table(*_models(comparison))
     if "energy" in figures:
         out.figure(*figures["energy"])
+    out.table(*_models(comparison))
     if "cosines" in figures:
         out.section("Angles").figure(*figures["cosines"])
         _matrix(out, names, comparison.cosines, "Cosines")

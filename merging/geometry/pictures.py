@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merging.geometry.comparison import Agreement, Comparison, Matrix
-from merging.report.drawing import Panel, heatmap, lines, save
+from merging.report.charts import BANDS, FEW, Scale, count_along, heatmap, lines
+from merging.report.drawing import Panel, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,59 +59,78 @@ def panels(comparison: Comparison) -> dict[str, Panel]:
     return found
 
 
-def _square(comparison: Comparison) -> tuple[float, float]:
-    """Return the size of a heat map of all models, in inches."""
-    side = min(9.0, 3.2 + 0.35 * min(len(comparison.models), 20))
-    return side + 1.2, side
+def _map(title: str, caption: str, comparison: Comparison, matrix: Matrix, scale: Scale) -> Panel:
+    """Return a heat map of the pairs of different models."""
+    side = 2.6 + 0.25 * min(len(comparison.models), 16)
+    pairs = [[None if i == j else value for j, value in enumerate(row)] for i, row in enumerate(matrix)]
+    return Panel(title, caption, lambda axes: heatmap(axes, pairs, comparison.names, scale), (side + 1.4, side))
 
 
 def _cosines(comparison: Comparison) -> Panel:
-    return Panel(
+    return _map(
         "cosine between changes",
-        "Cosine between the changes of two models, over all tensors: 1 is the same direction, 0 a right angle, -1 the "
-        "opposite.",
-        lambda axes: _map(axes, comparison.cosines, comparison.names, 0.0, 0.1),
-        _square(comparison),
+        "Cosine between the changes of two models, over all tensors: 1 (dark red) is the same direction, 0 (pale) a "
+        "right angle, -1 (dark blue) the opposite. The scale is the same in every picture.",
+        comparison,
+        comparison.cosines,
+        Scale("cosine", -1, 1),
     )
 
 
 def _layers(comparison: Comparison) -> Panel:
-    places = ["other" if layer.layer is None else layer.layer for layer in comparison.layers]
-    norms = {name: [layer.norms[i] for layer in comparison.layers] for i, name in enumerate(comparison.names)}
-    rest = "; the last point is for all tensors outside the blocks." if "other" in places else "."
+    blocks = [layer for layer in comparison.layers if layer.layer is not None]
+    rest = next((layer.norms for layer in comparison.layers if layer.layer is None), None)
+    norms = {name: [layer.norms[i] for layer in blocks] for i, name in enumerate(comparison.names)}
+    apart = None if rest is None else ("other", rest)
+    outside = "" if rest is None else ' Apart on the right, "other" is for all tensors outside the blocks.'
     return Panel(
         "norm by layer",
-        f"The norm of each model's change in each block{rest}",
-        lambda axes: lines(axes, norms, ("layer", "norm"), places),
+        f"The Frobenius norm of each model's change in each block, from the first to the last; higher is a larger "
+        f"change.{outside}{_bands(norms)}",
+        lambda axes: lines(
+            axes,
+            norms,
+            ("block", "norm of the change"),
+            places=[layer.layer for layer in blocks if layer.layer is not None],
+            apart=apart,
+        ),
     )
 
 
 def _energy(comparison: Comparison) -> Panel:
     curves = {each.name: each.spectrum.curve for each in comparison.models if each.spectrum and each.spectrum.curve}
+
+    def draw(axes: Axes) -> None:
+        lines(axes, curves, ("leading directions (count)", "share of the squared norm"))
+        axes.set_ylim(0, 1.03)
+
     return Panel(
         "energy in the leading directions",
         "The share of a change's squared norm in its 1, 2, ... leading singular directions, in the mean of its "
-        "matrices.",
-        lambda axes: lines(axes, curves, ("directions", "share of the energy")),
+        f"matrices. A line that is near 1 early is a change of low rank.{_bands(curves)}",
+        draw,
     )
 
 
 def _signs(comparison: Comparison, signs: Agreement) -> Panel:
-    return Panel(
+    return _map(
         "agreement of signs",
-        "The share of entries changed in the same direction, among those that both models change: a half is chance.",
-        lambda axes: _map(axes, signs.matrix, comparison.names, 0.5, 0.05),
-        _square(comparison),
+        "The share of entries changed in the same direction, among those that both models change: 1 (dark red) is "
+        "all, 0 (dark blue) none, and a half (pale) is chance.",
+        comparison,
+        signs.matrix,
+        Scale("share of the same sign", 0, 1, chance=0.5),
     )
 
 
 def _overlap(comparison: Comparison, side: str, matrix: Matrix, chance: float) -> Panel:
-    return Panel(
+    return _map(
         f"overlap of {side}",
-        f"The overlap of two models' leading directions of {side}, in the mean of the tensors: 1 is the same subspace, "
-        f"{chance:.2g} chance.",
-        lambda axes: _map(axes, matrix, comparison.names),
-        _square(comparison),
+        f"The overlap of two models' leading directions of {side}, in the mean of the tensors: 1 (dark) is the same "
+        f"subspace, 0 (white) no common direction. Chance, {chance:.2g}, is marked on the scale.",
+        comparison,
+        matrix,
+        Scale("overlap", 0, 1, "Blues", chance=chance),
     )
 
 
@@ -119,23 +139,21 @@ def _intruders(comparison: Comparison) -> Panel:
         name: [float(each.below(threshold)) for threshold in _THRESHOLDS]
         for name, each in zip(comparison.names, comparison.intruders, strict=True)
     }
+
+    def draw(axes: Axes) -> None:
+        lines(axes, counts, ("threshold (cosine)", "intruder dimensions (count)"), places=_THRESHOLDS)
+        axes.set_xticks(_THRESHOLDS)
+        count_along(axes, "y")
+
     return Panel(
         "intruder dimensions",
         f"The number of leading singular vectors (of {comparison.intruders[0].directions} in each changed matrix) "
-        f"whose cosine to every singular vector of the base is below a threshold.",
-        lambda axes: lines(axes, counts, ("threshold", "intruders"), _THRESHOLDS),
+        f"whose cosine to every singular vector of the base is below a threshold. The usual threshold is a half; lower "
+        f"lines go with less forgetting.{_bands(counts)}",
+        draw,
     )
 
 
-def _map(axes: Axes, matrix: Matrix, names: Sequence[str], middle: float | None = None, least: float = 0.1) -> None:
-    """Draw the pairs of different models as a heat map. Its colors start at 0, or diverge from ``middle``.
-
-    The color range covers the values, and at least ``least``, so that noise looks pale.
-    """
-    off_diagonal = [[None if i == j else value for j, value in enumerate(row)] for i, row in enumerate(matrix)]
-    values = [value for row in off_diagonal for value in row if value is not None]
-    reach = max(least, *(abs(value - (middle or 0)) for value in values)) if values else 1.0
-    if middle is None:
-        heatmap(axes, off_diagonal, names, (0.0, reach), "Blues")
-    else:
-        heatmap(axes, off_diagonal, names, (middle - reach, middle + reach))
+def _bands(curves: Mapping[str, object]) -> str:
+    """Return the sentence on bands, where they are drawn."""
+    return f" {BANDS}" if len(curves) > FEW else ""

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-import io
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from merging.errors import InputError, OptionError
-from merging.pool.entry import VERDICTS
+from merging.errors import InputError
+from merging.pool.entry import VERDICTS, Entry
 from merging.pool.pool import Pool
-from merging.report.page import check_place, write_whole
+from merging.report.charts import bars, legend
+from merging.report.drawing import Panel, check_drawing, save
+from merging.report.style import BAD, DOUBTFUL, GOOD, MENDED, Mark
 
-__all__ = ["plot"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["MARKS", "panels", "plot"]
+
+MARKS: dict[str, Mark] = {"ok": GOOD, "repaired": MENDED, "quarantined": DOUBTFUL, "rejected": BAD}
+"""How verdicts are drawn: ok is green, repaired blue, quarantined orange, and rejected dark red."""
+
+_RANKS = 10
+"""The most ranks with bars of their own; of more, ranges are drawn."""
 
 
 def plot(pool: Pool, output: str | Path, overwrite: bool = True) -> None:
@@ -24,36 +37,94 @@ def plot(pool: Pool, output: str | Path, overwrite: bool = True) -> None:
     Raises:
         merging.errors.MergingError: Without matplotlib, for an empty pool, and for another suffix.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise OptionError("plots need matplotlib: pip install 'merging[report]'") from None
-    entries, output = pool.index.entries(), Path(output)
-    if output.suffix not in (".png", ".svg", ".pdf"):
-        raise OptionError(f"{output}: a plot is a .png, .svg or .pdf")
-    check_place(output, overwrite)
+    check_drawing(output, overwrite)
+    entries = pool.index.entries()
     if not entries:
         raise InputError(f"{pool.path}: holds no adapter yet: build it first")
-    figure = Figure(figsize=(11, 3.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    verdicts, ranks, norms = figure.subplots(1, 3)
-    counted = pool.verdicts()
-    verdicts.bar(range(len(counted)), list(counted.values()))
-    verdicts.set_xticks(range(len(counted)), list(counted))
-    verdicts.set_title(f"{len(entries)} adapters by verdict")
-    ordered = sorted({entry.rank for entry in entries if entry.rank})
-    ranks.bar(range(len(ordered)), [sum(entry.rank == rank for entry in entries) for rank in ordered])
-    ranks.set_xticks(range(len(ordered)), [str(rank) for rank in ordered])
-    ranks.set_title("by rank")
-    for verdict in VERDICTS:
-        sizes = [entry.figures.get("relative_norm") for entry in entries if entry.verdict == verdict]
-        known = sorted(size for size in sizes if size)
-        norms.plot(known, [(step + 1) / len(known) for step in range(len(known))], marker=".", label=verdict)
-    norms.set_xscale("log")
-    norms.set_xlabel("norm relative to the changed tensors")
-    norms.set_ylabel("share of adapters below")
-    norms.legend()
-    content = io.BytesIO()
-    figure.savefig(content, format=output.suffix[1:])
-    write_whole(output, content.getvalue(), overwrite)
+    adapters = "1 adapter" if len(entries) == 1 else f"{len(entries):,} adapters"
+    save(panels(entries), output, f"{pool.path.name}: {adapters}", overwrite)
+
+
+def panels(entries: Sequence[Entry]) -> list[Panel]:
+    """Return the panels that there are values for."""
+    verdicts = Counter(entry.verdict for entry in entries)
+    found = [
+        Panel(
+            "adapters by verdict",
+            "Merges may use adapters that are ok or repaired. Quarantined ones wait for a person; rejected ones are "
+            "not kept.",
+            lambda axes: bars(
+                axes, {each: verdicts[each] for each in VERDICTS}, ("adapters (count)", "verdict"), MARKS
+            ),
+        )
+    ]
+    ranks = _by_rank([entry.rank for entry in entries if entry.rank])
+    if ranks:
+        found.append(
+            Panel(
+                "adapters by rank",
+                "The largest rank of each adapter. Adapters without a known rank are left out.",
+                lambda axes: bars(axes, ranks, ("adapters (count)", "rank")),
+            )
+        )
+    norms: dict[str, list[float]] = {
+        verdict: sorted(
+            norm for entry in entries if entry.verdict == verdict and (norm := entry.figures.get("relative_norm"))
+        )
+        for verdict in VERDICTS
+    }
+    if any(norms.values()):
+        found.append(
+            Panel(
+                "norms relative to the base",
+                "For each verdict, the share of its adapters whose change is at most this large, relative to the "
+                "tensors that it changes. A line on the right is of large changes.",
+                lambda axes: _draw_norms(axes, norms),
+            )
+        )
+    return found
+
+
+def _by_rank(ranks: Sequence[int]) -> dict[str, int]:
+    """Return the number of adapters by rank, or by ranges of ranks up to powers of two."""
+    counted = Counter(ranks)
+    if len(counted) <= _RANKS:
+        return {str(rank): counted[rank] for rank in sorted(counted)}
+    powers = Counter((rank - 1).bit_length() for rank in ranks)
+    return {
+        f"{2 ** (power - 1) + 1} to {2**power}" if power > 1 else str(2**power): powers[power]
+        for power in range(min(powers), max(powers) + 1)
+    }
+
+
+def _draw_norms(axes: Axes, norms: dict[str, list[float]]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    known = [norm for values in norms.values() for norm in values]
+    for verdict, values in norms.items():
+        if values:
+            mark = MARKS[verdict]
+            shares = [100 * step / len(values) for step in range(len(values) + 1)]
+            style = {"color": mark.color, "linestyle": mark.dash, "label": verdict}
+            axes.step(
+                [values[0], *values],
+                shares,
+                where="post",
+                marker=mark.marker,
+                markevery=_space_markers(values),
+                **style,
+            )
+    axes.set_xscale("log")
+    axes.set_xlim(min(known) / 1.6, max(known) * 1.6)
+    wide = max(known) > 30 * min(known)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5), numticks=7))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel="norm of the change / norm of the changed tensors", ylabel="adapters up to this norm (%)")
+    axes.set_ylim(0, 104)
+    legend(axes)
+
+
+def _space_markers(values: Sequence[float]) -> int:
+    """Return the distance of markers, so that about a dozen are drawn."""
+    return max(1, len(values) // 12)

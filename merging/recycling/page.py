@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from merging.display import Cell
 from merging.recycling.bootstrap import LEVEL
 from merging.recycling.report import MERGE, Report, Row
 from merging.report import Page
+from merging.report.charts import Scale, count_along, legend, paint, short_labels
 from merging.report.drawing import Panel, draw_svg, plain
+from merging.report.style import DOUBTFUL, GOOD, LIGHT, series_styles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,58 +92,74 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _panels(report: Report) -> list[Panel]:
+    compared = [row for row in report.rows if row.ahead is not None]
     panels = [
         Panel(
             "Lead of the merge",
-            f"differences in {report.metric} with {LEVEL:.0%} intervals; a row is beaten if its interval is above zero",
-            lambda axes: _ahead(axes, report.rows, report.metric),
-            (7.0, 0.6 + 0.42 * len(report.rows)),
+            f"over each row, with its {LEVEL:.0%} interval. The merge beats a row whose whole interval is to the right "
+            "of 0 (filled circle, green); otherwise it is undecided, or behind (hollow triangle, orange).",
+            lambda axes: _ahead(axes, compared, report.metric),
+            (5.2, 1.0 + 0.3 * len(compared)),
         )
     ]
     curves = {name: curve for name, curve in report.facts["curves"].items() if len(curve) > 1}
     if curves:
-        panels.append(Panel("Tuning", "loss by step; the result has the lowest validation loss",
-                            lambda axes: _curves(axes, curves)))  # fmt: skip
+        panels.append(
+            Panel(
+                "Tuning",
+                "the loss by step, on the training texts (dotted) and on the validation texts (with markers). The "
+                "result is the step of the lowest validation loss.",
+                lambda axes: _curves(axes, curves),
+            )
+        )
     weights = report.facts["weights"]
     if len(weights["groups"]) > 1:
-        caption = f"of each adapter (rows) by {weights['granularity']} (columns)"
-        size = 7.0, 1.4 + 0.22 * len(weights["by_adapter"])
+        caption = (
+            f"of each adapter (rows) by {weights['granularity']} (columns): red adds what the adapter changed, blue "
+            "subtracts it, and pale leaves it out."
+        )
+        size = 5.2, 1.4 + 0.22 * len(weights["by_adapter"])
         panels.append(Panel("Coefficients", caption, lambda axes: _weights(axes, weights), size))
     return panels
 
 
-def _ahead(axes: Axes, rows: Sequence[Row], metric: str) -> None:
-    compared = [row for row in rows if row.ahead is not None][::-1]
+def _ahead(axes: Axes, compared: Sequence[Row], metric: str) -> None:
     times = 100 if metric == "accuracy" else 1
     for height, row in enumerate(compared):
         assert row.ahead is not None
         low, mean, high = (times * value for value in (row.ahead.low, row.ahead.mean, row.ahead.high))
-        color = "#24549c" if row.ahead.above else "#9a6b15"
-        axes.plot([low, high], [height, height], color=color, linewidth=2)
-        axes.plot([mean], [height], marker="o", color=color)
-    axes.axvline(0, color="#5b6477", linewidth=0.8)
-    axes.set_yticks(range(len(compared)), [plain(row.title) for row in compared])
-    axes.set_xlabel("points of accuracy" if metric == "accuracy" else "lower loss")
+        mark = GOOD if row.ahead.above else DOUBTFUL
+        axes.plot([low, high], [height, height], color=mark.color)
+        inside = mark.color if row.ahead.above else LIGHT.paper
+        axes.plot([mean], [height], marker=mark.marker, color=mark.color, markerfacecolor=inside, markersize=6)
+    axes.axvline(0, color=LIGHT.soft, linewidth=0.8)
+    axes.set_yticks(range(len(compared)), short_labels([row.title for row in compared], 30))
+    axes.invert_yaxis()
+    axes.set_xlabel("lead in accuracy (percentage points)" if metric == "accuracy" else "lead in loss (nats)")
 
 
 def _curves(axes: Axes, curves: dict[str, Any]) -> None:
-    for name, curve in curves.items():
+    for (name, curve), style in zip(curves.items(), series_styles(), strict=False):
         title = MERGE if name == "merge" else name
         steps, training, valid = zip(*curve, strict=True)
-        (line,) = axes.plot(steps, training, linewidth=0.8, linestyle=":", label=f"{title}, minimized")
+        axes.plot(steps, training, linewidth=0.9, linestyle=":", color=style["color"], label=f"{title}, training")
         if None not in valid:
-            axes.plot(steps, valid, color=line.get_color(), marker="o", markersize=3, label=f"{title}, validation")
-    axes.set(xlabel="step", ylabel="loss")
-    axes.legend(fontsize=7)
+            axes.plot(steps, valid, label=f"{title}, validation", **style)
+    axes.set(xlabel="step", ylabel="loss (nats)")
+    count_along(axes, "x")
+    legend(axes, 30)
 
 
 def _weights(axes: Axes, weights: dict[str, Any]) -> None:
     import numpy as np
 
-    table = weights["by_adapter"]
+    table, groups = weights["by_adapter"], weights["groups"]
     values = np.array([[np.nan if v is None else v for v in row] for row in table.values()], dtype=float)
-    most = float(np.nanmax(np.abs(values))) or 1.0
-    image = axes.imshow(values, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
-    axes.figure.colorbar(image, ax=axes, shrink=0.85)
-    axes.set_yticks(range(len(table)), [plain(name)[-28:] for name in table])
-    axes.set_xlabel(f"{len(weights['groups'])} groups, from {weights['groups'][0]} to {weights['groups'][-1]}"[:90])
+    reach = max(1, ceil(np.nanmax(np.abs(values)))) if np.isfinite(values).any() else 1
+    paint(axes, values, Scale("coefficient", -reach, reach))
+    axes.set_yticks(range(len(table)), short_labels(list(table)))
+    step = -(-len(groups) // 12)
+    axes.set_xticks(range(0, len(groups), step), [str(number + 1) for number in range(0, len(groups), step)])
+    axes.set_xlabel(
+        f"{weights['granularity']}: 1 is {plain(groups[0])[:30]}, {len(groups)} is {plain(groups[-1])[:30]}"
+    )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from textwrap import fill
+from typing import TYPE_CHECKING
 
 from merging.errors import OptionError
 from merging.report.page import check_place, write_whole
+from merging.report.style import LIGHT, SETTINGS, adapt_svg
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,33 +21,29 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Panel", "check_drawing", "draw_svg", "heatmap", "lines", "plain", "save"]
+__all__ = ["Panel", "check_drawing", "draw_figure", "draw_svg", "plain", "save"]
 
 _ENDINGS = (".png", ".svg", ".pdf")
-_LABELLED = 20
-_WRITTEN = 12
-"""The most rows with names, and the most rows of a heat map with numbers in its cells."""
 
-_SETTINGS = {
-    # Names of models are not formulas.
-    "text.parse_math": False,
-    # The same drawing gives the same bytes.
-    "svg.hashsalt": "merging",
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
+_NO_DATES = {
+    "png": {"Software": None},
+    "svg": dict.fromkeys(("Creator", "Date", "Format", "Type")),
+    "pdf": dict.fromkeys(("Creator", "Producer", "CreationDate")),
 }
+"""Metadata that would differ from one day or version to the next."""
+
+_WIDTH, _LETTERS = 6.4, 14
+"""The width of a column of panels in inches, and the letters of a caption in an inch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One drawing: ``draw`` fills its axes, ``size`` is in inches, and ``caption`` explains it."""
+    """One drawing: ``draw`` fills its axes, ``size`` is in inches, and ``caption`` says how to read it."""
 
     title: str
     caption: str
     draw: Callable[[Axes], None]
-    size: tuple[float, float] = (7.0, 3.4)
+    size: tuple[float, float] = (4.8, 3.6)
 
 
 def check_drawing(output: str | Path | None = None, overwrite: bool = True) -> None:
@@ -61,99 +59,72 @@ def check_drawing(output: str | Path | None = None, overwrite: bool = True) -> N
 
 
 def draw_svg(panel: Panel) -> str:
-    """Return a panel as an SVG drawing. Raises :class:`~merging.errors.OptionError` without matplotlib."""
-    with _figure(panel.size) as figure:
+    """Return a panel as an SVG drawing on the paper of its page, in the page's light or dark theme.
+
+    Raises :class:`~merging.errors.OptionError` without matplotlib.
+    """
+    with _settings():
+        figure = _new_figure(panel.size)
         panel.draw(figure.subplots())
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]
+        figure.set_facecolor("none")
+        svg = _render(figure, "svg").decode()
+    return adapt_svg(svg[svg.index("<svg") :])
+
+
+def draw_figure(panels: Sequence[Panel], title: str) -> Figure:
+    """Return one figure of all panels, in two columns, each with its title above and its caption below."""
+    with _settings():
+        columns = 1 if len(panels) == 1 else 2
+        rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
+        heights = [min(_WIDTH, max(panel.size[1] for panel in row) + 0.9) for row in rows]
+        figure = _new_figure((_WIDTH * columns, sum(heights) + 0.4))
+        figure.suptitle(fill(plain(title), int(_WIDTH * columns * 9)), fontweight="bold")
+        grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)
+        for number, row in enumerate(rows):
+            # The last panel of an odd number has the whole row, so that no place is empty.
+            places = [grid[number, :]] if len(row) < columns else [grid[number, column] for column in range(columns)]
+            for place, panel in zip(places, row, strict=True):
+                part = figure.add_subfigure(place)
+                part.suptitle(panel.title, fontsize=10)
+                caption = fill(panel.caption, int(_WIDTH * _LETTERS * columns / len(row)))
+                part.supxlabel(caption, fontsize=8, color=LIGHT.soft)
+                panel.draw(part.subplots())
+    return figure
 
 
 def save(panels: Sequence[Panel], output: str | Path, title: str, overwrite: bool = True) -> None:
     """Draw all panels into one picture: PNG, SVG or PDF by its suffix. Raises :class:`~merging.errors.MergingError`."""
     check_drawing(output, overwrite)
-    columns = 1 if len(panels) == 1 else 2
-    rows = -(-len(panels) // columns)
-    content = io.BytesIO()
-    with _figure((6.5 * columns, 4.4 * rows)) as figure:
-        spots = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for spot, panel in zip(spots, panels, strict=False):
-            panel.draw(spot)
-            spot.set_title(panel.title)
-        for spot in spots[len(panels) :]:
-            spot.axis("off")
-        figure.suptitle(plain(title))
-        figure.savefig(content, format=Path(output).suffix[1:], dpi=150)
-    write_whole(Path(output), content.getvalue(), overwrite)
+    figure = draw_figure(panels, title)
+    with _settings():
+        content = _render(figure, Path(output).suffix[1:])
+    write_whole(Path(output), content, overwrite)
 
 
 @contextmanager
-def _figure(size: tuple[float, float]) -> Iterator[Figure]:
+def _settings() -> Iterator[None]:
     check_drawing()
-    from matplotlib import rc_context
+    from matplotlib.style import context
+
+    # A reader's own settings of matplotlib do not change the drawings.
+    with context(["default", SETTINGS]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        yield
+
+
+def _new_figure(size: tuple[float, float]) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with rc_context(_SETTINGS), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
-def heatmap(
-    axes: Axes,
-    values: Sequence[Sequence[float | None]],
-    names: Sequence[str],
-    limits: tuple[float, float],
-    colors: str = "RdBu_r",
-) -> None:
-    """Draw a square matrix over names, with colors from one limit to the other. None is left blank."""
-    import numpy as np
-
-    low, high = limits
-    grid = np.array([[np.nan if value is None else value for value in row] for row in values], dtype=float)
-    image = axes.imshow(grid, cmap=colors, vmin=low, vmax=high, interpolation="nearest")
-    axes.figure.colorbar(image, ax=axes, shrink=0.85)
-    if len(names) <= _LABELLED:
-        short = [_short(name) for name in names]
-        axes.set_xticks(range(len(names)), short, rotation=40, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(names)), short)
-    else:
-        axes.set_xlabel("model")
-        axes.set_ylabel("model")
-    if len(names) <= _WRITTEN:
-        for (row, column), value in np.ndenumerate(grid):
-            if not np.isnan(value):
-                red, green, blue, _ = image.to_rgba(value)
-                dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
-                axes.text(column, row, f"{value:.3f}", ha="center", va="center", color="white" if dark else "black")
-
-
-def lines(
-    axes: Axes, curves: Mapping[str, Sequence[float]], labels: tuple[str, str], places: Sequence[Any] | None = None
-) -> None:
-    """Draw one line a name over ``places`` (or 1, 2, ...), with labels for both axes."""
-    few = len(curves) <= _LABELLED
-    for name, values in curves.items():
-        where = range(1, len(values) + 1) if places is None else range(len(values))
-        style: dict[str, Any] = {"marker": "o", "markersize": 3} if few else {"linewidth": 0.6, "alpha": 0.5}
-        axes.plot(list(where), values, label=_short(name), **style)
-    if places is not None:
-        step = -(-len(places) // 24)
-        axes.set_xticks(range(0, len(places), step), [str(place) for place in places[::step]])
-    axes.set(xlabel=labels[0], ylabel=labels[1])
-    axes.set_ylim(bottom=0)
-    if few:
-        axes.legend(fontsize=7)
-
-
-def _short(name: str) -> str:
-    """Return a name that fits next to an axis: its beginning and its end."""
-    shown = plain(name)
-    shown = shown if len(shown) <= 24 else f"{shown[:10]}…{shown[-13:]}"
-    return f" {shown}" if shown.startswith("_") else shown  # matplotlib leaves names with _ out of its legends
+def _render(figure: Figure, ending: str) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format=ending, dpi=150, metadata=_NO_DATES[ending])
+    return content.getvalue()
 
 
 def plain(text: str) -> str:

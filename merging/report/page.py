@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from collections.abc import Mapping, Sequence
 from math import floor, isfinite, log10
 from pathlib import Path
 
 from merging.display import Cell, escape
 from merging.errors import OptionError, OutputError
+from merging.report.style import DARK, DARK_SCREEN, LIGHT
 from merging.storage.atomic import existing_parent, make_parents, remove_empty, replace_file
 
 __all__ = ["Page", "check_page", "check_place", "write_whole"]
 
-_STYLE = """
-:root { color-scheme: light dark;
-  --paper: #fff; --ink: #1d2433; --soft: #5b6477; --line: #dde1ea; --tint: #f5f7fa; --mark: #24549c; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #15181f; --ink: #e4e7ee; --soft: #a2abbd; --line: #323846; --tint: #1f242e; --mark: #8db4f2; }
-}
+_STYLE = (
+    f"""
+:root {{ color-scheme: light dark; {LIGHT.css()} }}
+{DARK_SCREEN} {{ :root {{ {DARK.css()} }} }}
+"""
+    + """\
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, "Segoe UI", Helvetica, sans-serif; }
@@ -33,25 +35,36 @@ h2 { font-size: 1.2rem; margin: 2.6rem 0 .5rem; padding-top: .9rem; border-top: 
 p { max-width: 46rem; margin: .5rem 0; }
 .lead, figcaption, caption, .note { color: var(--soft); }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin: 1.2rem 0 0; font-size: .92rem; }
-nav a { color: var(--mark); text-decoration: none; }
+nav a { color: var(--link); text-decoration: none; }
 nav a:hover { text-decoration: underline; }
 dl { display: grid; grid-template-columns: fit-content(45%) 1fr; gap: .25rem 1.25rem; margin: .9rem 0; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; margin: 1rem 0; }
+.wide { overflow: auto; max-height: 36rem; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 caption { caption-side: top; text-align: left; padding: 0 0 .4rem; }
 th, td { padding: .32rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-thead th { background: var(--tint); white-space: nowrap; } tbody th { font-weight: 500; }
+thead th { background: var(--tint); white-space: nowrap; position: sticky; top: 0; }
+tbody th { font-weight: 500; min-width: 9rem; overflow-wrap: anywhere; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 tbody tr:hover { background: var(--tint); }
 figure { margin: 1.2rem 0; }
-figure img { max-width: 100%; height: auto; display: block; background: #fff; border-radius: 4px; padding: .4rem; }
+figure .wide { margin: 0; max-height: none; }
+figure img { width: 100%; height: auto; display: block; }
 figcaption { margin-top: .4rem; }
 figcaption, .note { font-size: .9rem; max-width: 46rem; }
-.note { border-left: 3px solid #d9a441; padding-left: .8rem; }
+.note { border-left: 3px solid var(--warning); padding-left: .8rem; }
 footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
-@media print { main { padding: 0; } nav { display: none; } figure, table { break-inside: avoid; } }
+@media print {
+  main { padding: 0; max-width: none; } nav { display: none; } figure, tr { break-inside: avoid; }
+  h2, h2 + p, caption { break-after: avoid; } .wide { overflow: visible; max-height: none; }
+  table { font-size: .7rem; } th, td { padding: .2rem .3rem; white-space: normal; overflow-wrap: anywhere; }
+  figure img { min-width: 0 !important; max-height: 9cm; object-fit: contain; object-position: left; }
+}
 """
+)
+
+_LEAST, _MOST = 0.8, 1.25
+"""How far a drawing may shrink and grow with the screen."""
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
@@ -109,11 +122,12 @@ class Page:
         return self
 
     def figure(self, svg: str, caption: str) -> Page:
-        """Add an SVG drawing with a caption."""
+        """Add an SVG drawing with a caption. On a narrow screen a wide drawing scrolls: its text stays legible."""
         data = base64.b64encode(svg.encode()).decode()
         text = escape(caption)
         self._parts.append(
-            f'<figure><img alt="{text}" src="data:image/svg+xml;base64,{data}"><figcaption>{text}</figcaption></figure>'
+            f'<figure><div class="wide"><img alt="{text}"{_widths(svg)} src="data:image/svg+xml;base64,{data}"></div>'
+            f"<figcaption>{text}</figcaption></figure>"
         )
         return self
 
@@ -137,6 +151,15 @@ class Page:
     def write(self, path: str | Path, overwrite: bool = True) -> None:
         """Write the page to a file, whole or not at all. Raises :class:`~merging.errors.OutputError`."""
         write_whole(Path(path), self.html().encode("utf-8", "replace"), overwrite)
+
+
+def _widths(svg: str) -> str:
+    """Return the style with the least and the largest width of a drawing, from its width in points."""
+    found = re.match(r'<svg[^>]* width="([\d.]+)pt"', svg)
+    if not found:
+        return ""
+    pixels = float(found[1]) * 4 / 3
+    return f' style="min-width:{_LEAST * pixels:.0f}px;max-width:{_MOST * pixels:.0f}px"'
 
 
 def _row(row: Sequence[str], kinds: Sequence[str]) -> str:
