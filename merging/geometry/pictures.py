@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merging.geometry.comparison import Agreement, Comparison, Matrix
-from merging.report.charts import BANDS, FEW, Scale, count_along, heatmap, lines
+from merging.report.charts import BANDS, FEW, Scale, count_along, heatmap, heatmap_size, lines, lines_size
 from merging.report.drawing import Panel, save
 
 if TYPE_CHECKING:
@@ -61,9 +61,9 @@ def panels(comparison: Comparison) -> dict[str, Panel]:
 
 def _map(title: str, caption: str, comparison: Comparison, matrix: Matrix, scale: Scale) -> Panel:
     """Return a heat map of the pairs of different models."""
-    side = 2.6 + 0.25 * min(len(comparison.models), 16)
     pairs = [[None if i == j else value for j, value in enumerate(row)] for i, row in enumerate(matrix)]
-    return Panel(title, caption, lambda axes: heatmap(axes, pairs, comparison.names, scale), (side + 1.4, side))
+    names = comparison.names
+    return Panel(title, caption, lambda axes: heatmap(axes, pairs, names, scale), heatmap_size(names))
 
 
 def _cosines(comparison: Comparison) -> Panel:
@@ -94,6 +94,7 @@ def _layers(comparison: Comparison) -> Panel:
             places=[layer.layer for layer in blocks if layer.layer is not None],
             apart=apart,
         ),
+        lines_size(comparison.names),
     )
 
 
@@ -109,6 +110,7 @@ def _energy(comparison: Comparison) -> Panel:
         "The share of a change's squared norm in its 1, 2, ... leading singular directions, in the mean of its "
         f"matrices. A line that is near 1 early is a change of low rank.{_bands(curves)}",
         draw,
+        lines_size(comparison.names),
     )
 
 
@@ -151,6 +153,7 @@ def _intruders(comparison: Comparison) -> Panel:
         f"whose cosine to every singular vector of the base is below a threshold. The usual threshold is a half; lower "
         f"lines go with less forgetting.{_bands(counts)}",
         draw,
+        lines_size(comparison.names),
     )
 
 

@@ -13,7 +13,19 @@ from merging.report.style import LIGHT, Mark, series_styles
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["BANDS", "FEW", "Scale", "bars", "count_along", "heatmap", "legend", "lines", "paint", "short_labels"]
+__all__ = [
+    "BANDS",
+    "FEW",
+    "Scale",
+    "bars",
+    "count_along",
+    "heatmap",
+    "heatmap_size",
+    "legend",
+    "lines",
+    "paint",
+    "short_labels",
+]
 
 FEW = 12
 """The most models with lines of their own, and with numbers in the cells of a heat map."""
@@ -73,12 +85,21 @@ def heatmap(axes: Axes, values: Sequence[Sequence[float | None]], names: Sequenc
         places = [0, *range(step - 1, len(names), step)]
         axes.set_xticks(places, [str(place + 1) for place in places])
         axes.set_yticks(places, [str(place + 1) for place in places])
-        axes.set(xlabel="model, by its number in the list", ylabel="model, by its number in the list")
+        axes.set(xlabel="model (number in the list)", ylabel="model (number in the list)")
     if len(names) <= FEW:
         for (row, column), value in np.ndenumerate(grid):
             if not np.isnan(value):
                 color = "#ffffff" if _luminance(image.to_rgba(value)[:3]) < 0.18 else "#000000"
                 axes.text(column, row, _typeset_sign(f"{value:.2f}"), ha="center", va="center", color=color, fontsize=8)
+
+
+def heatmap_size(names: Sequence[str]) -> tuple[float, float]:
+    """Return the size of a heat map in inches: cells that hold a number, the names, and the color bar."""
+    if len(names) > _LABELLED:
+        return 4.8, 3.8
+    side = max(1.8, 0.4 * min(len(names), FEW), 0.24 * len(names))
+    letters = 0.065 * max(map(len, short_labels(names)))
+    return side + letters + 1.8, side + 0.7 * letters + 0.3
 
 
 def paint(axes: Axes, grid: Any, scale: Scale) -> Any:
@@ -180,7 +201,9 @@ def bars(
     """Draw one horizontal bar a name, the first on top, with its count at its end."""
     for place, (name, count) in enumerate(counts.items()):
         mark = (marks or {}).get(name)
-        style: dict[str, Any] = {"color": LIGHT.blue} if mark is None else {"facecolor": mark.color, "hatch": mark.hatch}
+        style: dict[str, Any] = (
+            {"color": LIGHT.blue} if mark is None else {"facecolor": mark.color, "hatch": mark.hatch}
+        )
         bar = axes.barh([place], [count], height=0.7, edgecolor="#ffffff", linewidth=0, **style)
         axes.bar_label(bar, [f"{count:,}"], padding=3, fontsize=8)
     axes.set_yticks(range(len(counts)), short_labels(list(counts)))
@@ -208,8 +231,19 @@ def legend(axes: Axes, most: int = 24) -> None:
     handles, names = axes.get_legend_handles_labels()
     labels = short_labels(names, most)
     below = axes.transAxes + ScaledTranslation(0, -_BELOW, figure.dpi_scale_trans)
-    columns = max(1, min(4, int(_LINE // (4 + max(map(len, labels))))))
-    axes.legend(handles, labels, ncols=columns, loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below)
+    place = {"loc": "upper left", "bbox_to_anchor": (0, 0), "bbox_transform": below}
+    axes.legend(handles, labels, ncols=_columns(labels), **place)
+
+
+def lines_size(names: Sequence[str]) -> tuple[float, float]:
+    """Return the size in inches of a chart of a line a name, with its legend."""
+    labels = short_labels(names) if len(names) <= FEW else ["bands"]
+    return 4.8, 3.1 + 0.18 * -(-len(labels) // _columns(labels))
+
+
+def _columns(labels: Sequence[str]) -> int:
+    """Return the number of columns of a legend."""
+    return max(1, min(4, _LINE // (4 + max(map(len, labels)))))
 
 
 def short_labels(names: Sequence[str], most: int = 24) -> list[str]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Panel", "check_drawing", "draw_figure", "draw_svg", "plain", "save"]
+__all__ = ["Panel", "check_drawing", "draw_figure", "draw_panel", "draw_svg", "plain", "save"]
 
 _ENDINGS = (".png", ".svg", ".pdf")
 
@@ -63,12 +63,19 @@ def draw_svg(panel: Panel) -> str:
 
     Raises :class:`~merging.errors.OptionError` without matplotlib.
     """
+    figure = draw_panel(panel)
+    with _settings():
+        svg = _render(figure, "svg").decode()
+    return adapt_svg(svg[svg.index("<svg") :])
+
+
+def draw_panel(panel: Panel) -> Figure:
+    """Return a figure of one panel without title and caption, on no paper."""
     with _settings():
         figure = _new_figure(panel.size)
         panel.draw(figure.subplots())
         figure.set_facecolor("none")
-        svg = _render(figure, "svg").decode()
-    return adapt_svg(svg[svg.index("<svg") :])
+    return figure
 
 
 def draw_figure(panels: Sequence[Panel], title: str) -> Figure:
@@ -123,7 +130,8 @@ def _new_figure(size: tuple[float, float]) -> Figure:
 
 def _render(figure: Figure, ending: str) -> bytes:
     content = io.BytesIO()
-    figure.savefig(content, format=ending, dpi=150, metadata=_NO_DATES[ending])
+    # Cropped to what is drawn: no label is cut off, however long.
+    figure.savefig(content, format=ending, dpi=150, metadata=_NO_DATES[ending], bbox_inches="tight", pad_inches=0.08)
     return content.getvalue()
 
 

@@ -29,6 +29,9 @@ from merging.recycling.verdict import TransferVerdict
 
 __all__ = ["comparison", "drawn_texts", "entries", "faults", "report", "steps"]
 
+_CROPPED = 6
+"""Pixels over the edge that are no fault, since a picture is cropped to what is drawn."""
+
 LONG = "organization-with-a-long-name/model-{}-fine-tuned-on-a-task"
 
 
@@ -153,7 +156,7 @@ def faults(figure: Any) -> list[str]:
     out = [
         f"cut off: {each.get_text()!r}"
         for each, box in boxes
-        if box.x0 < -1 or box.y0 < -1 or box.x1 > width + 1 or box.y1 > height + 1
+        if min(box.x0, box.y0, width - box.x1, height - box.y1) < -_CROPPED
     ]
     for (one, first), (other, second) in combinations(boxes, 2):
         wide = min(first.x1, second.x1) - max(first.x0, second.x0)
