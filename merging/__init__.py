@@ -15,6 +15,7 @@ from merging.version import __version__
 if TYPE_CHECKING:
     from merging.api.merge_files import Merged, merge, preview
     from merging.api.merge_tensors import merge_deltas, merge_state_dicts
+    from merging.api.peft_model import merge_peft
     from merging.api.peft_tensors import peft_deltas, peft_state_dict
     from merging.compression import compress, decompress
     from merging.continual import ContinualStore
@@ -41,6 +42,7 @@ _WHERE = {
     "load_recipe": "plan.recipe",
     "merge": "api.merge_files",
     "merge_deltas": "api.merge_tensors",
+    "merge_peft": "api.peft_model",
     "merge_state_dicts": "api.merge_tensors",
     "method": "methods.contract.function",
     "peft_deltas": "api.peft_tensors",
@@ -73,6 +75,7 @@ __all__ = [
     "load_recipe",
     "merge",
     "merge_deltas",
+    "merge_peft",
     "merge_state_dicts",
     "method",
     "peft_deltas",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from merging.engine.in_memory import TensorInputs, merge_in_memory
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from merging.api.options import MethodParameters
 
-__all__ = ["merge_deltas", "merge_state_dicts"]
+__all__ = ["make_method", "merge_changes", "merge_deltas", "merge_state_dicts"]
 
 
 def merge_state_dicts(
@@ -65,7 +65,7 @@ def merge_state_dicts(
         OptionError: for a method that needs a base where there is none.
     """
     models = list(models)
-    bound = _make_method(method, parameters, len(models))
+    bound = make_method(method, parameters, len(models))
     if base is None and (bound.merge_space == "delta" or bound.rescales):
         raise OptionError(f"{bound.chain} merges changes from a base: give base=")
     reference = models[0] if base is None else base
@@ -140,7 +140,30 @@ def merge_deltas(
         OptionError: for a method that merges weights, which changes alone do not give.
     """
     adapters = list(adapters)
-    bound = _make_method(method, parameters, len(adapters))
+    bound = make_method(method, parameters, len(adapters))
+    return merge_changes(
+        adapters,
+        bound,
+        layers=layers,
+        exclude=exclude,
+        transposed=transposed,
+        keys=keys,
+        allow_nonfinite=allow_nonfinite,
+    )
+
+
+def merge_changes(
+    adapters: Sequence[Mapping[str, Delta]],
+    bound: Method,
+    *,
+    of_model: Iterable[str] = (),
+    layers: int | None = None,
+    exclude: str | Sequence[str] = (),
+    transposed: Sequence[str] = (),
+    keys: Sequence[str] | None = None,
+    allow_nonfinite: bool = False,
+) -> dict[str, Delta]:
+    """Merge adapters as :func:`merge_deltas` does; ``of_model`` are the model's tensors, which show its blocks."""
     if bound.merge_space == "weights" and not bound.factored:
         raise OptionError(f"{bound.chain} merges weights, and these are changes: add them to the base first")
     names = dict.fromkeys(name for adapter in adapters for name in adapter)
@@ -149,7 +172,8 @@ def merge_deltas(
     for number, adapter in enumerate(adapters if not allow_nonfinite else (), 1):
         _check_finite(f"adapter {number}", {name: _parts(adapter[name]) for name in names if name in adapter})
     shapes = {name: _shape(name, adapters) for name in names}
-    stacks = _find_stacks(shapes, layers, complete=False)
+    tensors = list(of_model)
+    stacks = _find_stacks(tensors or shapes, layers, complete=bool(tensors))
     turned = all_matching(transposed, names)
     turned |= {name for adapter in adapters for name, delta in adapter.items() if getattr(delta, "transposed", False)}
     sites = {name: site_of(name, shape, stacks, name in turned) for name, shape in shapes.items()}
@@ -166,7 +190,8 @@ def merge_deltas(
     return {name: delta for name, delta, _ in merge_in_memory(bound, sites, read, weights=False)}
 
 
-def _make_method(method: str | Method, parameters: Mapping[str, object], models: int) -> Method:
+def make_method(method: str | Method, parameters: Mapping[str, object], models: int) -> Method:
+    """Return the method with its parameters, checked against the number of models."""
     if not models:
         raise InputError("there is nothing to merge: give at least one model")
     if isinstance(method, Method):
@@ -218,6 +243,6 @@ def _shape(name: str, adapters: Sequence[Mapping[str, Delta]]) -> tuple[int, ...
     return shapes.pop()
 
 
-def _find_stacks(names: Mapping[str, object], layers: int | None, complete: bool) -> Stacks:
+def _find_stacks(names: Iterable[str], layers: int | None, complete: bool) -> Stacks:
     stacks = Stacks.from_names(names, complete=complete)
     return stacks.with_layers(layers) if layers else stacks

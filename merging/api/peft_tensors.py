@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from merging.errors import InputError
+from merging.errors import InputError, option
 from merging.maths.delta import Delta, LowRank
 from merging.maths.lazy_torch import Tensor, torch
+from merging.maths.linalg import compress_matrix, truncate
+from merging.maths.site import inputs_by_outputs
 from merging.output.peft_config import lora_config
-from merging.sources.changes import LoraChange
+from merging.sources.changes import Change, LoraChange
 from merging.sources.peft import peft_changes
+from merging.sources.small_files import read_json
 from merging.sources.stored import MappedTensor
 
-__all__ = ["peft_deltas", "peft_state_dict"]
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+__all__ = ["changes_in_memory", "limit_rank", "peft_deltas", "peft_state_dict"]
 
 
-def peft_deltas(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Delta]:
+def changes_in_memory(state_dict: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Change]:
+    """Return the changes in a PEFT state dict, by target, as in an adapter's file; ``where`` is its name in errors."""
+    stored = {name: MappedTensor(tensor, ("", 0)) for name, tensor in state_dict.items()}
+    return peft_changes(stored, config, where)
+
+
+def peft_deltas(
+    state_dict: Mapping[str, Tensor], config: Mapping[str, Any] | PeftConfig | str | Path
+) -> dict[str, Delta]:
     """Read the changes of a PEFT LoRA state dict, with every scale folded into the factors.
 
     Args:
         state_dict: the tensors, as ``peft.get_peft_model_state_dict`` returns them.
-        config: the adapter's config, as in ``adapter_config.json``.
+        config: the adapter's config: PEFT's object (``model.peft_config["default"]``), its fields, or the path of an
+            ``adapter_config.json`` or of its folder.
 
     Returns:
         The change of each target. Factors stay on their device and keep their gradients.
@@ -30,12 +46,11 @@ def peft_deltas(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
         FormatError: for a state dict or a config of no plain LoRA.
         InputError: for variants that need the base (DoRA, PiSSA, OLoRA).
     """
-    stored = {name: MappedTensor(tensor, ("", 0)) for name, tensor in state_dict.items()}
     deltas: dict[str, Delta] = {}
-    for target, change in peft_changes(stored, config, "the state dict").items():
+    for target, change in changes_in_memory(state_dict, _config_fields(config), "the state dict").items():
         if change.needs_base or not isinstance(change, LoraChange):
             raise InputError(
-                f"{target}: {change.needs_base or 'is not a LoRA'}: merge this adapter from its files, with its base"
+                f"{target}: {change.needs_base or 'is no LoRA'}: merge this adapter from its files, with its base"
             )
         down, up = (part.tensor for part in (change.down, change.up) if isinstance(part, MappedTensor))
         rank = len(down)
@@ -45,30 +60,61 @@ def peft_deltas(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     return deltas
 
 
-def peft_state_dict(deltas: Mapping[str, Delta]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _config_fields(config: Mapping[str, Any] | PeftConfig | str | Path) -> Mapping[str, Any]:
+    if isinstance(config, (str, Path)):
+        path = Path(config)
+        return read_json(path / "adapter_config.json" if path.is_dir() else path)
+    return config if isinstance(config, Mapping) else config.to_dict()
+
+
+def peft_state_dict(
+    deltas: Mapping[str, Delta], *, rank: int | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Write changes as a PEFT LoRA state dict.
 
     Args:
         deltas: the change of each target, a linear layer's weight.
+        rank: the largest rank of the factors. Higher ranks and full changes are cut to the best approximation in the
+            Frobenius norm. By default all ranks are kept, and full changes are refused.
 
     Returns:
         A state dict for ``peft.set_peft_model_state_dict``, and its config. All targets have one rank, with zeros up to
         it, and alpha is equal to the rank.
 
     Raises:
-        InputError: for changes that are not low-rank matrices.
+        InputError: for changes that are not matrices, and for full changes without ``rank``.
     """
-    low = {target: delta for target, delta in deltas.items() if isinstance(delta, LowRank) and len(delta.shape) == 2}
-    if len(low) < len(deltas) or not low:
-        odd = next((target for target in deltas if target not in low), "nothing")
-        raise InputError(f"{odd}: PEFT's linear LoRA holds only low-rank changes of matrices")
-    rank = max(delta.rank for delta in low.values())
+    odd = next((target for target, delta in deltas.items() if len(delta.shape) != 2), None if deltas else "nothing")
+    if odd is not None:
+        raise InputError(f"{odd}: PEFT's linear LoRA holds only changes of matrices")
+    turned = {target for target, delta in deltas.items() if isinstance(delta, LowRank) and delta.transposed}
+    turned |= inputs_by_outputs({target: delta.shape for target, delta in deltas.items()})
+    low: dict[str, LowRank] = {}
+    for target, delta in deltas.items():
+        if rank is None and not isinstance(delta, LowRank):
+            raise InputError(
+                f"{target}: PEFT's linear LoRA holds only low-rank changes, and this one is full: choose a rank with "
+                f"{option('rank')}"
+            )
+        low[target] = limit_rank(delta, rank, target in turned)
+    width = max(delta.rank for delta in low.values())
     state: dict[str, Tensor] = {}
-    for target, delta in low.items():
+    for target, factors in low.items():
         module = "base_model.model." + target.removesuffix(".weight")
-        missing = rank - delta.rank
-        state[f"{module}.lora_A.weight"] = torch.nn.functional.pad(delta.down, (0, 0, 0, missing))
-        state[f"{module}.lora_B.weight"] = torch.nn.functional.pad(delta.up, (0, missing))
+        missing = width - factors.rank
+        state[f"{module}.lora_A.weight"] = torch.nn.functional.pad(factors.down, (0, 0, 0, missing))
+        state[f"{module}.lora_B.weight"] = torch.nn.functional.pad(factors.up, (0, missing))
     modules = (target.removesuffix(".weight") for target in low)
-    transposed = any(delta.transposed for delta in low.values())
-    return state, lora_config(rank=rank, target_modules=modules, fan_in_fan_out=transposed)
+    return state, lora_config(rank=width, target_modules=modules, fan_in_fan_out=bool(turned))
+
+
+def limit_rank(delta: Delta, rank: int | None, transposed: bool) -> LowRank:
+    """Return factors of at most ``rank`` of a change: cut optimally, or found for a change that is full.
+
+    ``transposed``: a full change belongs to a tensor that is stored as ``[in, out]``.
+    """
+    if isinstance(delta, LowRank):
+        return delta if rank is None else truncate(delta, rank)[0]
+    matrix = delta.value.reshape(len(delta.value), -1)
+    most = min(matrix.shape) if rank is None else rank
+    return compress_matrix(matrix.mT if transposed else matrix, most, delta.shape, transposed)[0]

@@ -81,6 +81,44 @@ def test_state_dict_has_one_rank_and_reads_back(folders: list[Path]) -> None:
     assert_close({k: d.dense() for k, d in again.items()}, {k: d.dense() for k, d in merged.items()}, 1e-7)
 
 
+def test_config_in_every_form(folders: list[Path]) -> None:
+    """PEFT's object, its fields, its file and the adapter's folder mean the same."""
+    base, adapter = folders[0], folders[2]
+    model = peft.PeftModel.from_pretrained(reload(base), adapter)
+    state = peft.get_peft_model_state_dict(model)
+    config = model.peft_config["default"]
+    forms = [config, config.to_dict(), adapter, str(adapter), adapter / "adapter_config.json"]
+    wanted, *others = [merging.peft_deltas(state, form) for form in forms]
+    assert wanted
+    for other in others:
+        assert_close({k: d.dense() for k, d in other.items()}, {k: d.dense() for k, d in wanted.items()}, 0.0)
+
+
+@pytest.mark.parametrize("method", ["ties", "task_arithmetic"])
+def test_rank_makes_an_adapter_of_any_change(folders: list[Path], method: str) -> None:
+    """Full changes and high ranks are cut as by files: the best approximation, and all of it at the full rank."""
+    merged = merging.merge_deltas(deltas_of(folders), method=method)
+    assert any(isinstance(delta, Dense) for delta in merged.values()) == (method == "ties")
+    wanted = {name: delta.dense().double() for name, delta in merged.items()}
+    for rank in (3, 32):
+        state, config = merging.peft_state_dict(merged, rank=rank)
+        assert config["r"] == config["lora_alpha"] == (7 if (method, rank) == ("task_arithmetic", 32) else rank)
+        for name, delta in merging.peft_deltas(state, config).items():
+            error = (delta.dense().double() - wanted[name]).square().sum()
+            least = torch.linalg.svdvals(wanted[name])[rank:].square().sum()
+            torch.testing.assert_close(error, least, rtol=0.02, atol=1e-9)
+
+
+def test_rank_keeps_the_side_of_the_inputs() -> None:
+    """GPT-2's full changes are stored as inputs by outputs, and so is the config's word on them."""
+    name = "transformer.h.0.attn.c_attn.weight"
+    change = torch.randn(4, 2) @ torch.randn(2, 12)
+    state, config = merging.peft_state_dict({name: Dense(change)}, rank=2)
+    assert config["fan_in_fan_out"]
+    assert state["base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"].shape == (2, 4)
+    torch.testing.assert_close(merging.peft_deltas(state, config)[name].dense(), change)
+
+
 def products(deltas: list[dict[str, Delta]], against: State) -> Tensor:
     """<G, delta_i> of each adapter, summed over the targets, in float64."""
     each = [sum((against[k] * delta.dense().double()).sum() for k, delta in one.items()) for one in deltas]
@@ -185,7 +223,10 @@ def test_methods_on_weights_are_refused(folders: list[Path]) -> None:
 )
 def test_what_no_linear_lora_holds_is_refused(delta: Delta) -> None:
     good = LowRank(torch.ones(4, 2), torch.ones(2, 4), (4, 4))
-    with pytest.raises(InputError, match=r"odd\.weight: PEFT's linear LoRA holds only low-rank changes"):
+    with pytest.raises(InputError, match=r"odd\.weight: PEFT's linear LoRA holds only (low-rank |)changes"):
         merging.peft_state_dict({"good.weight": good, "odd.weight": delta})
+    if isinstance(delta, Dense):
+        with pytest.raises(InputError, match="this one is full: choose a rank with rank="):
+            merging.peft_state_dict({"odd.weight": delta})
     with pytest.raises(InputError, match="nothing"):
         merging.peft_state_dict({})
