@@ -12,7 +12,7 @@ from ..errors import handle_errors
 from ..options import debug_option, json_option, progress_option
 from ..output import echo, echo_json, echo_notices, progress_bar
 from ..types import MODEL
-from .options import StoreStatus, leniency_options, resource_options, store_argument, wait_option
+from .options import StoreStatus, keep_states_option, leniency_options, resource_options, store_argument, wait_option
 from .steps import describe_step
 
 __all__ = ["add_command"]
@@ -22,6 +22,7 @@ __all__ = ["add_command"]
 @store_argument
 @click.argument("models", nargs=-1, required=True, type=MODEL, metavar="MODEL...")
 @click.option("--again", is_flag=True, help="add a model even if one of the same content is there")
+@keep_states_option
 @leniency_options
 @wait_option
 @resource_options

@@ -7,9 +7,12 @@ import click
 from ..options import add_options, device_option, max_memory_option, threads_option
 from ..output import plural
 
-__all__ = ["StoreStatus", "leniency_options", "resource_options", "store_argument", "wait_option"]
+__all__ = ["StoreStatus", "keep_states_option", "leniency_options", "resource_options", "store_argument", "wait_option"]
 
 store_argument = click.argument("store", type=click.Path())
+keep_states_option = click.option(
+    "--keep", type=int, metavar="N", help="remove all states but the last N after each step  [default: keep all]"
+)
 wait_option = click.option("--wait", type=float, help="most seconds to wait for another writer  [default: no limit]")
 resource_options = add_options(device_option, threads_option, max_memory_option)
 leniency_options = add_options(

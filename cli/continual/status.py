@@ -6,7 +6,7 @@ import click
 
 from ..errors import handle_errors
 from ..options import debug_option, json_option
-from ..output import echo, echo_json, plural
+from ..output import echo, echo_json, format_size, plural
 from .options import store_argument
 
 __all__ = ["status_command"]
@@ -33,6 +33,11 @@ def status_command(store: str, spectrum: bool, as_json: bool, debug: bool) -> No
     echo(f"{store}: {plural(len(facts['steps']), 'model')} by {facts['method']}, on {facts['base']}")
     for line in facts["holds"]:
         echo(f"  {line}")
+    disk = facts["disk"]
+    if disk["states"]:
+        echo(
+            f"  {plural(disk['states'], 'state')} on the disk, {format_size(disk['bytes'])}{_describe_gc(store, disk)}"
+        )
     if facts["steps"]:
         echo(f"  exported times {facts['scale']:.4g}")
         echo("")
@@ -50,3 +55,11 @@ def status_command(store: str, spectrum: bool, as_json: bool, debug: bool) -> No
         )
     for each in facts["refused"]:
         echo(f"refused: {each['source']}: {each['reason']}")
+
+
+def _describe_gc(store: str, disk: dict[str, int]) -> str:
+    """Return how room is made, if there are states that gc would remove."""
+    if not disk["freed_by_gc"]:
+        return ""
+    freed = format_size(disk["freed_by_gc"])
+    return f"; merge continual gc {store} --keep 1 frees {freed}, and add --keep N keeps the last N"

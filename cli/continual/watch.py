@@ -12,7 +12,7 @@ import click
 from ..errors import end_signals, handle_errors
 from ..options import debug_option, json_option
 from ..output import echo, echo_json
-from .options import StoreStatus, leniency_options, resource_options, store_argument
+from .options import StoreStatus, keep_states_option, leniency_options, resource_options, store_argument
 
 __all__ = ["watch_command"]
 
@@ -22,6 +22,7 @@ __all__ = ["watch_command"]
 @click.option("--from", "source", required=True, metavar="FOLDER|hub:QUERY", help="where models appear")
 @click.option("--interval", type=float, default=10.0, show_default=True, help="seconds between two looks")
 @click.option("--once", is_flag=True, help="add the models that are complete now, and end")
+@keep_states_option
 @leniency_options
 @resource_options
 @json_option

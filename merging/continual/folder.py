@@ -18,7 +18,7 @@ from merging.errors import OptionError, OutputError
 from merging.sources.links import refuse_link
 from merging.storage.staging import StagedOutput
 
-__all__ = ["Busy", "create_store", "lock", "new_state", "refuse_within", "remove_state", "state_folders"]
+__all__ = ["Busy", "create_store", "disk_use", "lock", "new_state", "refuse_within", "remove_state", "state_folders"]
 
 _LOCK, _UNFINISHED = ".lock", ".unfinished."
 
@@ -71,6 +71,21 @@ def new_state(store: Path) -> Iterator[Path]:
 def state_folders(store: Path) -> list[Path]:
     """Return the folders of all states, finished or not; files of others in the same place are left out."""
     return sorted(path for path in (store / STATES).iterdir() if _STATE.fullmatch(path.name))
+
+
+def disk_use(store: Path, manifest: Manifest) -> dict[str, int]:
+    """Return the number and the bytes of the states on the disk, and the bytes that gc frees if it keeps the last."""
+    last = {Path(part.file).parent.name for step in manifest.steps[-1:] for part in step.parts.values()}
+    sizes: dict[str, int] = {}
+    for folder in state_folders(store):
+        with suppress(OSError):  # a writer may remove it meanwhile
+            sizes[folder.name] = sum(file.stat().st_size for file in folder.iterdir())
+    total = sum(sizes.values())
+    return {
+        "states": len(sizes),
+        "bytes": total,
+        "freed_by_gc": total - sum(size for name, size in sizes.items() if name in last),
+    }
 
 
 def create_store(path: Path, manifest: Manifest) -> None:

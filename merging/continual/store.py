@@ -99,6 +99,7 @@ class ContinualStore(StoreView):
         model: str | Path,
         *,
         again: bool = False,
+        keep: int | None = None,
         device: str = "cpu",
         threads: int | None = None,
         max_memory: int | None = None,
@@ -113,6 +114,7 @@ class ContinualStore(StoreView):
             model: a model's path, or its name on the Hub. It is fetched first, while others may write; another revision
                 is another model.
             again: add it even if a model with the same content was added before.
+            keep: the number of the last states that stay, as in :meth:`gc`; all by default.
             device: the device of the computation, such as ``"cuda"``.
             threads: the number of threads; all cores by default.
             max_memory: the most bytes of memory, above the memory of the imports.
@@ -129,6 +131,7 @@ class ContinualStore(StoreView):
             MergingError: the model is refused, or the store is damaged; nothing has changed.
             Unconfirmed: the step is in, but may be lost in a power cut.
         """
+        _check_keep(keep)
         fetched, progress = None, resolve_progress(progress)
         if hub_address(str(model)):
             fetched = self.fetch(
@@ -157,6 +160,8 @@ class ContinualStore(StoreView):
                 parts = self._publish_state(folder, len(manifest.steps) + 1, new)
                 step = step_record(manifest, source, content, parts, new)
                 self._commit(manifest, step, source)
+            if keep is not None:  # the last state was hashed as it was written
+                self._sweep(self.manifest(), keep)
         report_notices(step.notices)
         _log.info("%s: step %d is %r", self.path, step.number, step.source)
         return step
@@ -277,8 +282,7 @@ class ContinualStore(StoreView):
 
         Nothing is removed unless the last state is whole. Returns the names of the states that were removed.
         """
-        if keep < 1:
-            raise OptionError(f"keep = {keep}: the last state must stay")
+        _check_keep(keep)
         with lock(self.path, wait):
             manifest = self.manifest()
             if manifest.steps:
@@ -293,6 +297,11 @@ class ContinualStore(StoreView):
         for path in gone:
             remove_state(path)
         return [path.name for path in gone if not path.name.startswith(".")]
+
+
+def _check_keep(keep: int | None) -> None:
+    if keep is not None and keep < 1:
+        raise OptionError(f"keep = {keep}: the last state must stay")
 
 
 def _base_record(base: str | Path, progress: Progress | None = None) -> StoreBase:

@@ -8,7 +8,7 @@ from typing import Any
 
 from merging.api.merge_files import Merged
 from merging.continual.export import export
-from merging.continual.folder import refuse_within
+from merging.continual.folder import disk_use, refuse_within
 from merging.continual.integrity import StoreVerdict, base_of, require_whole, state_files, verify
 from merging.continual.layer_spectra import spectra
 from merging.continual.manifest import Manifest, StepRecord, read_manifest
@@ -59,6 +59,7 @@ class StoreView(Tabular):
         if spectrum and manifest.steps:
             manifest, states = self._states()
         facts = manifest.status() | {"scale": rule_of(manifest).scale(history_of(manifest))}
+        facts["disk"] = disk_use(self.path, manifest)
         if len(states) > 1:
             raise OptionError(f"{manifest.method} holds sums of either sign, which have no spectrum: leave it out")
         if states:

@@ -14,7 +14,7 @@ from math import floor, isfinite, log10
 from pathlib import Path
 
 from merging.display import Cell, escape
-from merging.errors import OptionError, OutputError
+from merging.errors import OptionError, OutputError, option
 from merging.report.style import DARK, DARK_SCREEN, LIGHT
 from merging.storage.atomic import existing_parent, make_parents, remove_empty, replace_file
 
@@ -226,4 +226,4 @@ def write_whole(path: Path, content: bytes, overwrite: bool = True) -> None:
 
 
 def _exists(path: Path) -> str:
-    return f"{path}: exists already: choose another name, or use --overwrite"
+    return f"{path}: exists already: choose another name, or use {option('overwrite', True)}"

@@ -94,12 +94,13 @@ def test_exports_that_are_refused(full: Models, tmp_path: Path) -> None:
     assert "holds no model yet" in said("export", store.path, "-o", tmp_path / "out")
     store.add(full.tuned[0])
     (tmp_path / "there").mkdir()
+    (tmp_path / "file").touch()
     for words, told in (
         ([tmp_path / "there"], "exists already"),
         ([store.path, "--overwrite"], "would replace the input"),
         ([full.base, "--overwrite"], "would replace the input"),
         ([tmp_path / "out", "--rank", 3], "--rank is the rank of a merged adapter"),
-        ([tmp_path / "no" / "where"], "does not exist"),
+        ([tmp_path / "file" / "where"], "file is not a folder"),
     ):
         with unchanged(store.path):
             assert told in said("export", store.path, "-o", *words)

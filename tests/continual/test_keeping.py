@@ -55,6 +55,37 @@ def test_rollback_and_gc(full: Models, tmp_path: Path) -> None:
     assert list((store.path / "states").iterdir()) == []
 
 
+def test_a_step_keeps_the_last_states(full: Models, tmp_path: Path) -> None:
+    """The store is the same as one that keeps all, with fewer states on the disk."""
+    for words in ([], ["--keep", 2]):
+        ok("init", tmp_path / f"store{len(words)}", "--base", full.base, "--method", "ties")
+        ok("add", tmp_path / f"store{len(words)}", *full.tuned[:4], *words, "--threads", 1)
+    every, kept = tmp_path / "store0", tmp_path / "store2"
+    names = sorted(path.name for path in (every / "states").iterdir())
+    assert sorted(path.name for path in (kept / "states").iterdir()) == names[2:]
+    for store, count in ((every, 4), (kept, 2)):
+        disk = json.loads(ok("status", store, "--json"))["disk"]
+        sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in (store / "states").iterdir()}
+        assert disk["states"] == count
+        assert disk["bytes"] == sum(sizes.values())
+        assert disk["freed_by_gc"] == sum(sizes.values()) - sizes[store / "states" / names[-1]]
+        assert f"{count} states on the disk, " in ok("status", store)
+        assert f"merge continual gc {store} --keep 1 frees" in ok("status", store)
+    assert json.loads(ok("rollback", kept, "--to", 3, "--json")) == {"steps": 3}
+    with unchanged(kept):
+        assert "the last state must stay" in said("add", kept, full.tuned[4], "--keep", 0)
+    assert "--keep 1 frees" not in ok("status", kept)
+
+
+def test_a_watch_keeps_the_last_states(full: Models, tmp_path: Path) -> None:
+    ok("init", tmp_path / "store", "--base", full.base, "--method", "linear")
+    inbox = tmp_path / "inbox"
+    for model in full.tuned[:3]:
+        shutil.copytree(model, inbox / model.name)
+    ok("watch", tmp_path / "store", "--from", inbox, "--once", "--keep", 1, "--interval", 0.1, "--threads", 1)
+    assert [path.name[:6] for path in (tmp_path / "store" / "states").iterdir()] == ["000003"]
+
+
 def test_what_others_put_among_the_states_stays(full: Models, tmp_path: Path) -> None:
     store = grown(tmp_path / "store", full, 2, "task_arithmetic")
     mine = store.path / "states" / "my notes" / "thesis.txt"

@@ -184,6 +184,7 @@ def fail_in_turn(stream: Stream, folder: Path, tally: Tally, chance: random.Rand
     commands: dict[str, tuple[Path | None, list[str]]] = {
         "init": (None, init_words(stream, store)),
         "add": (stream.begun, add_words(store, stream.models[1:])),
+        "add and keep": (stream.begun, [*add_words(store, stream.models[1:]), "--keep", "1"]),
         "rollback": (stream.complete, ["continual", "rollback", str(store), "--to", "1"]),
         "gc": (stream.complete, ["continual", "gc", str(store), "--keep", "1"]),
         "export": (stream.complete, ["continual", "export", str(store), "-o", str(output), "--as", stream.kind]),
@@ -218,7 +219,7 @@ def _told(stream: Stream, ended: Ended, what: str, store: Path, name: str, tally
         last = ended.said.strip().splitlines()[-1:]
         tally.untold.append(f"{stream.name}: {what}: exit code {ended.code}: {last}")
     removing = "unlink" in what or "rmdir" in what
-    if ended.code and name == "add" and not removing and (litter := _litter(store)):
+    if ended.code and name.startswith("add") and not removing and (litter := _litter(store)):
         tally.leftover.append(f"{stream.name}: {what}: refused, and {litter} stays")
 
 
