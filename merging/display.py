@@ -86,8 +86,10 @@ class Displayed:
         return repr(self)
 
     def _repr_html_(self) -> str:
-        rows = [(name, _value_text(value)) for name, value in self._set_fields().items()]
-        return Table(type(self).__name__, rows=rows).html()
+        shown = self._set_fields()
+        notices = shown.pop("notices", ())
+        rows = [(name, _value_text(value)) for name, value in shown.items()]
+        return Table(type(self).__name__, rows=rows, notes=count_notices(notices)).html()
 
 
 class Tabular(Displayed):

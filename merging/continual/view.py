@@ -17,6 +17,7 @@ from merging.continual.update_rules import history_of, rule_of
 from merging.display import Table, Tabular, plural
 from merging.engine.resources import pick_device
 from merging.errors import FormatError, InputError, OptionError
+from merging.geometry.short_names import short_names
 from merging.methods import chain
 from merging.methods.contract.method import Method
 from merging.progress import Progress, resolve_progress
@@ -37,7 +38,11 @@ class StoreView(Tabular):
 
     def _display_table(self) -> Table:
         manifest = self.manifest()
-        rows = [(s.number, s.source, s.norm, s.kept, s.cosine, s.rank or "full", s.merged) for s in self.log()]
+        names = reversed(short_names([step.source for step in manifest.steps]))
+        rows = [
+            (step.number, name, step.norm, step.kept, step.cosine, str(step.rank or "full"), step.merged)
+            for step, name in zip(reversed(manifest.steps), names, strict=True)
+        ]
         header = ("step", "model", "norm", "kept", "cosine", "rank", "merge")
         title = f"{type(self).__name__} {self.path}: {plural(len(rows), 'model')} by {manifest.method}"
         return Table(title, header if rows else (), rows=rows, notes=[f"holds {line}" for line in manifest.holds()])

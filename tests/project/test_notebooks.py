@@ -28,6 +28,7 @@ def test_stored_outputs_are_small_and_clean(notebook: Path) -> None:
     assert notebook.stat().st_size < LARGEST
     outputs = read_outputs(notebook)
     assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert any("<table>" in "".join(output.get("data", {}).get("text/html", "")) for output in outputs)
     assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
 
 
