@@ -10,12 +10,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from html import escape as escape_markup
 from itertools import zip_longest
+from math import floor, isfinite, log10
 from pathlib import PurePath
 from typing import Any
 
 from merging.errors import MergingError, escape_unprintable
 
-__all__ = ["Cell", "Displayed", "Table", "Tabular", "count_notices", "escape", "format_size", "plural"]
+__all__ = [
+    "Cell",
+    "Displayed",
+    "Table",
+    "Tabular",
+    "count_notices",
+    "escape",
+    "format_numbers",
+    "format_size",
+    "plural",
+]
 
 _ROWS = 20
 """The most rows of a table."""
@@ -132,7 +143,7 @@ class Table:
 
     def text(self) -> str:
         """Return the table as lines of text."""
-        cells = [[*self.header], *self._shorten_cells()] if self.header else self._shorten_cells()
+        cells = [[*self.header], *self._format_rows()] if self.header else self._format_rows()
         widths = [max(map(len, column)) for column in zip_longest(*cells, fillvalue="")]
         right = self._numeric()
         lines = [
@@ -147,7 +158,7 @@ class Table:
     def html(self) -> str:
         """Return the table as HTML, with everything escaped."""
         head = f"<thead>{self._html_row('th', self.header)}</thead>" if self.header else ""
-        body = "".join(self._html_row("td", row) for row in self._shorten_cells())
+        body = "".join(self._html_row("td", row) for row in self._format_rows())
         title = f'<caption style="text-align: left">{escape(_shorten(self.title, 2 * _WIDEST))}</caption>'
         footer = "".join(f"<p>{escape(line)}</p>" for line in self._footer())
         return f"<div><table>{title}{head}<tbody>{body}</tbody></table>{footer}</div>"
@@ -158,8 +169,12 @@ class Table:
         row = "".join(f'<{tag} style="text-align: {side}">{escape(cell)}</{tag}>' for cell, side in pairs)
         return f"<tr>{row}</tr>"
 
-    def _shorten_cells(self) -> list[list[str]]:
-        return [[_cell_text(cell) for cell in row] for row in self.rows[:_ROWS]]
+    def _format_rows(self) -> list[list[str]]:
+        columns = [
+            [text or _cell_text(cell) for cell, text in zip(column, format_numbers(column), strict=True)]
+            for column in zip(*self.rows[:_ROWS], strict=True)
+        ]
+        return [list(row) for row in zip(*columns, strict=True)]
 
     def _numeric(self) -> list[bool]:
         columns = zip(*self.rows[:_ROWS], strict=True) if self.rows else [()] * len(self.header)
@@ -169,6 +184,21 @@ class Table:
         left_out = len(self.rows) - _ROWS
         rest = [f"... and {left_out:,} more"] if left_out > 0 else []
         return [*rest, *(_shorten(note, 4 * _WIDEST) for note in self.notes)]
+
+
+def format_numbers(cells: Sequence[Cell]) -> list[str | None]:
+    """Return the floats of a column as text, and None for its other cells.
+
+    All have the decimals that show four digits of the largest. Numbers that would look like zeros have more.
+    """
+    floats = [abs(cell) for cell in cells if isinstance(cell, float) and isfinite(cell)]
+    largest = max(floats, default=0.0)
+    decimals = min(6, max(0, 3 - floor(log10(largest)))) if largest else 0
+
+    def float_text(value: float) -> str:
+        return f"{value:,.{decimals}f}" if not value or abs(value) >= 0.5 / 10**decimals else f"{value:.2g}"
+
+    return [float_text(cell) if isinstance(cell, float) else None for cell in cells]
 
 
 def format_size(nbytes: float) -> str:
@@ -211,9 +241,7 @@ def _value_text(value: Any) -> str:
 def _cell_text(value: Cell) -> str:
     if value is None:
         return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else _shorten(value, _WIDEST)
+    return f"{value:,}" if isinstance(value, (int, float)) else _shorten(value, _WIDEST)
 
 
 def _shorten(text: str, longest: int) -> str:

@@ -10,10 +10,9 @@ import base64
 import os
 import re
 from collections.abc import Mapping, Sequence
-from math import floor, isfinite, log10
 from pathlib import Path
 
-from merging.display import Cell, escape
+from merging.display import Cell, escape, format_numbers
 from merging.errors import OptionError, OutputError, option
 from merging.report.style import DARK, DARK_SCREEN, LIGHT
 from merging.storage.atomic import existing_parent, make_parents, remove_empty, replace_file
@@ -168,19 +167,9 @@ def _row(row: Sequence[str], kinds: Sequence[str]) -> str:
 
 
 def _column(cells: Sequence[Cell]) -> list[str]:
-    """Return the cells of a column as text.
-
-    Its numbers have the decimals that show four digits of the largest. Numbers that would look like zeros have more.
-    """
-    largest = max((abs(cell) for cell in cells if isinstance(cell, float) and isfinite(cell)), default=0.0)
-    decimals = min(6, max(0, 3 - floor(log10(largest)))) if largest else 0
-
-    def column_text(cell: Cell) -> str:
-        if not isinstance(cell, float):
-            return _cell_text(cell)
-        return f"{cell:,.{decimals}f}" if not cell or abs(cell) >= 0.5 / 10**decimals else f"{cell:.2g}"
-
-    return [column_text(cell) for cell in cells]
+    """Return the cells of a column as text."""
+    numbers = format_numbers(cells)
+    return [_cell_text(cell) if text is None else text for cell, text in zip(cells, numbers, strict=True)]
 
 
 def _cell_text(value: Cell) -> str:
