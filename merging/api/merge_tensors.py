@@ -122,7 +122,7 @@ def merge_deltas(
 
     Args:
         adapters: one mapping an adapter, from target to :class:`~merging.maths.delta.LowRank` or
-            :class:`~merging.maths.delta.Dense`, as :func:`peft_deltas` makes them. An adapter does not change a target
+            :class:`~merging.maths.delta.Dense`, from :func:`~merging.peft_deltas`. An adapter does not change a target
             that it lacks.
         method: a method, or a chain as it is written.
         layers: the number of blocks; by default the largest index among the targets.

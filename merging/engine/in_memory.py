@@ -2,7 +2,7 @@
 
 The stages are the same as in a run over files (:mod:`merging.engine.run`, :mod:`merging.engine.worker` and
 :mod:`merging.engine.unit`), which cuts tensors and shares them out over threads: change both. Both give the same
-result: a law that the tests hold for every method (``test_files_and_tensors_agree``).
+result: a law that the tests hold for every method (``tests/laws/test_drivers.py``).
 """
 
 from __future__ import annotations
