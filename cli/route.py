@@ -24,7 +24,7 @@ __all__ = ["route_command"]
     show_default=True,
     help="prototypes of each change",
 )
-@click.option("--normalize", "normalise", is_flag=True, help="spectr: do not let larger changes win")
+@click.option("--normalize", is_flag=True, help="spectr: do not let larger changes win")
 @different_bases_option
 @overwrite_option
 @json_option

@@ -97,7 +97,6 @@ _FLAGS = {
     "allow_unknown_licence": "--allow-unknown-license",
     "components": "--component",
     "kind": "--as",
-    "normalise": "--normalize",
     "output": "-o",
 }
 """The options that are spelled in another way than their parameters in Python."""

@@ -27,7 +27,7 @@ from merging.sources.changes import Change
 from merging.storage.output_tensor import OutputTensor
 from merging.storage.staging import StagedOutput, check_destination
 from merging.storage.writer import TensorWriter
-from merging.version import __version__
+from merging.version import __version__, former_parameters
 
 __all__ = ["Routed", "export_prototypes", "prototype"]
 
@@ -51,7 +51,8 @@ class Routed(Displayed):
     notices: tuple[str, ...]
 
 
-def prototype(delta: LowRank, kind: PrototypeKind, normalise: bool = False) -> Tensor:
+@former_parameters({"normalise": "normalize"})
+def prototype(delta: LowRank, kind: PrototypeKind, normalize: bool = False) -> Tensor:
     """Return the prototype of a change, float32 ``[k, in]``: it shows which inputs the change acts on.
 
     ``arrow`` (Ostapenko et al. 2024, arXiv 2405.11157): the leading right singular vector, ``k = 1``. A token's score
@@ -61,7 +62,7 @@ def prototype(delta: LowRank, kind: PrototypeKind, normalise: bool = False) -> T
     Args:
         delta: the change of a matrix ``[out, in]``.
         kind: ``arrow`` or ``spectr``.
-        normalise: whether a ``spectr`` prototype is divided by the change's Frobenius norm; else larger changes win.
+        normalize: whether a ``spectr`` prototype is divided by the change's Frobenius norm; else larger changes win.
     """
     _, values, vectors = factored_svd(delta.up, delta.down)
     largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
@@ -69,15 +70,16 @@ def prototype(delta: LowRank, kind: PrototypeKind, normalise: bool = False) -> T
     if kind == "arrow":
         return vectors[:1].float() * bool(values[0] > 0)
     norm = float(values.norm())
-    return (vectors * values[:, None]).float() * (safe_ratio(1.0, norm) if normalise else 1.0)
+    return (vectors * values[:, None]).float() * (safe_ratio(1.0, norm) if normalize else 1.0)
 
 
+@former_parameters({"normalise": "normalize"})
 def export_prototypes(
     models: Sequence[str | Path],
     output: str | Path,
     *,
     kind: PrototypeKind = "arrow",
-    normalise: bool = False,
+    normalize: bool = False,
     allow_different_bases: bool = False,
     overwrite: bool = False,
 ) -> Routed:
@@ -92,7 +94,7 @@ def export_prototypes(
         models: the adapters, two or more: paths, or names on the Hub.
         output: the file, named ``.safetensors``.
         kind: ``arrow`` or ``spectr`` (see :func:`prototype`).
-        normalise: whether ``spectr`` prototypes are divided by the norms of the changes.
+        normalize: whether ``spectr`` prototypes are divided by the norms of the changes.
         allow_different_bases: whether adapters may state different bases.
         overwrite: whether a file that exists is replaced.
 
@@ -105,8 +107,8 @@ def export_prototypes(
     """
     if kind not in ("arrow", "spectr"):
         raise OptionError(f"kind = {kind}: arrow or spectr")
-    if normalise and kind == "arrow":
-        raise OptionError(f"prototypes of arrow have length 1 already: leave {option('normalise', True)} out")
+    if normalize and kind == "arrow":
+        raise OptionError(f"prototypes of arrow have length 1 already: leave {option('normalize', True)} out")
     if len(models) < 2:
         raise OptionError(f"{len(models)} adapter: there is nothing to choose among, name two or more")
     names = [str(model) for model in models]
@@ -126,7 +128,7 @@ def export_prototypes(
         "kind": kind,
         "adapters": json.dumps(names),
         "ranks": json.dumps(ranks),
-        "normalised": str(normalise).lower(),
+        "normalised": str(normalize).lower(),
         "merging_version": __version__,
     }
     for adapter in adapters:
@@ -138,7 +140,7 @@ def export_prototypes(
                 stacked = torch.zeros(out.shape)
                 for row, adapter in enumerate(adapters):
                     if name in adapter.changes:
-                        found = prototype(_matrix(adapter, name), kind, normalise)
+                        found = prototype(_matrix(adapter, name), kind, normalize)
                         stacked[row, : len(found)] = found
                 writer.write(out.name, stacked.flatten())
             writer.finish()

@@ -19,6 +19,7 @@ from merging.continual.manifest import RefusedModel
 from merging.display import Displayed
 from merging.errors import FormatError, InputError, OptionError, escape_unprintable
 from merging.hub.client import Unreachable
+from merging.version import former_parameters
 
 if TYPE_CHECKING:
     from merging.continual.store import ContinualStore
@@ -53,6 +54,7 @@ class Event(Displayed):
     reason: str = ""
 
 
+@former_parameters({"tell": "on_event"})
 def watch(
     store: ContinualStore,
     source: str | Path,

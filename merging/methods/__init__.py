@@ -46,6 +46,9 @@ def expand_aliases(text: str) -> tuple[str, dict[str, Any]]:
     return "+".join(part.chain for part in parts), {key: value for part in parts for key, value in part.fixed.items()}
 
 
+expanded = expand_aliases  # its name in version 0.1
+
+
 def links(text: str) -> list[type[Method]]:
     """Return the classes of a written chain (``"lines+task_arithmetic"``): wrappers first, the merging method last.
 

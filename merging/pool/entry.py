@@ -88,6 +88,8 @@ class Entry(Displayed):
         """Whether the base was run with it."""
         return bool(self.figures.get("smoked"))
 
+    smoked = smoke_tested  # its name in version 0.1
+
     def place(self, pool: Path) -> Path:
         """Return the path of its files. Raises :class:`~merging.errors.FormatError` if any of them is a link."""
         place = pool / str(self.folder)

@@ -23,6 +23,7 @@ from merging.pool.files import FOLDER, holds_something, keep_files, sweep
 from merging.pool.index import Index
 from merging.sources import Checkpoint
 from merging.sources.links import refuse_link
+from merging.version import former_parameters
 
 if TYPE_CHECKING:
     from merging.pool.smoke import Limits
@@ -111,6 +112,8 @@ class Pool(Tabular):
         """Add names that adapters use for the base."""
         self.index.note(base_names="\n".join(dict.fromkeys([*names, *self.base_names])))
 
+    also_called = add_base_names  # its name in version 0.1
+
     def verdicts(self) -> dict[str, int]:
         """Return the number of adapters with each verdict."""
         counted = Counter(entry.verdict for entry in self.index.entries())
@@ -120,6 +123,7 @@ class Pool(Tabular):
         """Return the adapters that merges may choose, with the paths of their files."""
         return [(e, e.place(self.path)) for e in self.index.entries(("ok", "repaired")) if e.folder]
 
+    @former_parameters({"tell": "on_event"})
     def build(
         self,
         candidates: Iterable[Candidate],
@@ -168,6 +172,7 @@ class Pool(Tabular):
             self._compare(base, on_event)
         return Built(audited, self.verdicts())
 
+    @former_parameters({"tell": "on_event"})
     def dedupe(
         self,
         owner_cap: int | None = None,
@@ -190,6 +195,7 @@ class Pool(Tabular):
             self._compare(open_base(self.base, "a pool"), on_event)
         return self.verdicts()
 
+    @former_parameters({"tell": "on_event"})
     def smoke(
         self,
         texts: Sequence[str] | None = None,
@@ -256,6 +262,7 @@ class Pool(Tabular):
         findings = (*entry.findings, *kept)
         return replace(entry, findings=findings, verdict=verdict_of(findings)) if kept else entry
 
+    @former_parameters({"tell": "on_event"})
     def remove(self, names: Sequence[str], *, on_event: Callable[[Entry], None] | None = None) -> list[str]:
         """Remove adapters with their files, and compare the others again.
 

@@ -39,6 +39,8 @@ class Gap:
         mean, low, high = (f"{times * value:+.{digits}f}" for value in (self.mean, self.low, self.high))
         return f"{mean} ({low} to {high})"
 
+    shown = text  # its name in version 0.1
+
 
 def paired_bootstrap(mine: Tensor, other: Tensor, resamples: int, seed: int) -> Gap:
     """Return the mean of ``mine - other`` and its percentile bootstrap interval.

@@ -27,7 +27,7 @@ from merging.recycling.run_checkpoint import RunCheckpoint
 from merging.recycling.settings import Settings, make_settings
 from merging.recycling.stages import OnEvent, Outcome, best_of, measure, run_stages
 from merging.storage.staging import StagedOutput, check_destination
-from merging.version import __version__
+from merging.version import __version__, former_parameters
 
 __all__ = ["REPORT", "Recycled", "checkpoint_folder", "recycle"]
 
@@ -68,6 +68,7 @@ class Recycled(Tabular):
         return {"path": str(self.path), "rank": self.rank, "energy_kept": self.kept, **self.report.to_dict()}
 
 
+@former_parameters({"told": "on_event"})
 def recycle(
     pool: str | Path | Iterable[str | Path],
     *,

@@ -40,7 +40,7 @@ def test_spectr_scores_what_the_change_does() -> None:
         delta = golden(i)
         wanted = (x @ delta.dense().mT).norm(dim=1)
         torch.testing.assert_close((x.float() @ prototype(delta, "spectr").mT).norm(dim=1), wanted.float())
-        normed = prototype(delta, "spectr", normalise=True)
+        normed = prototype(delta, "spectr", normalize=True)
         torch.testing.assert_close(float(normed.norm()), 1.0)
 
 
@@ -103,8 +103,8 @@ def test_what_cannot_be_routed(adapters: list[Path], tmp_path: Path) -> None:
         export_prototypes([adapters[0], base], out)
     with pytest.raises(OptionError, match=r"name it \.safetensors"):
         export_prototypes(adapters, tmp_path / "p")
-    with pytest.raises(OptionError, match="leave normalise=True out"):
-        export_prototypes(adapters, out, normalise=True)
+    with pytest.raises(OptionError, match="leave normalize=True out"):
+        export_prototypes(adapters, out, normalize=True)
     model = peft.get_peft_model(reload(base), peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[]))
     model.save_pretrained(tmp_path / "ia3")
     with pytest.raises(InputError, match=r'merge\(\[".*ia3"\], method="passthrough", base=BASE'):
