@@ -116,7 +116,6 @@ def test_hints(models: list[str], words: list[str], hint: str) -> None:
 
 
 def test_files_that_exist_are_not_replaced(models: list[str], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     ok("continual", "init", "store", "--base", "base")
     ok("continual", "add", "store", models[0], "--threads", "1")
     for words, option, name in (

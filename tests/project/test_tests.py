@@ -65,5 +65,12 @@ def test_no_file_imports_a_test_module(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
+def test_no_file_is_skipped_for_want_of_a_package(name: str) -> None:
+    """All that a test imports is required by the extra `dev`: an import that fails is a failure."""
+    calls = (node.func for node in ast.walk(tree(name)) if isinstance(node, ast.Call))
+    assert "importorskip" not in {getattr(called, "attr", getattr(called, "id", "")) for called in calls}
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_files_stay_short(name: str) -> None:
     assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= 500

@@ -8,7 +8,9 @@ from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib import image
 
 from merging.continual.plot import panels as store_panels
 from merging.errors import MergingError
@@ -19,9 +21,6 @@ from merging.recycling.page import _panels as recycling_panels
 from merging.report.drawing import Panel, draw_figure, draw_panel, draw_svg, save
 from merging.report.style import BAD, DARK, DARK_SCREEN, DOUBTFUL, GOOD, LIGHT, MENDED, SERIES, series_styles
 from support import figures
-
-np = pytest.importorskip("numpy")
-image = pytest.importorskip("matplotlib.image")
 
 COUNTS = [1, *(pytest.param(count, marks=pytest.mark.exhaustive) for count in (2, 5, 12, 20, 30)), 300]
 SOME = [5, *(pytest.param(count, marks=pytest.mark.exhaustive) for count in (1, 2, 12, 20, 30, 300))]

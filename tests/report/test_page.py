@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib import image
 
 from merging.errors import OutputError
 from merging.geometry import compare
@@ -18,8 +19,6 @@ from support import tiny
 from support.browser import CHROMIUM, Browser, browser
 
 pytestmark = pytest.mark.exhaustive
-
-image = pytest.importorskip("matplotlib.image")
 
 SECTIONS = ["Models", "Angles", "Sizes", "Signs", "Subspaces", "Intruder dimensions"]
 PLOTS = 7

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -19,8 +20,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from support.architectures import DECODER, build, tiny
-
-peft = pytest.importorskip("peft")
 
 __all__ = [
     "LLAMA",
