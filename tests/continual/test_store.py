@@ -56,7 +56,7 @@ def test_plot(full: Models, tmp_path: Path) -> None:
         assert ok("plot", store.path, "-o", output) == f"{output}\n"
         assert output.read_bytes().startswith(begin)
     assert "a plot is a .png, .svg or .pdf" in said("plot", store.path, "-o", tmp_path / "a.txt")
-    assert "cannot be written" in said("plot", store.path, "-o", store.path / "manifest.json" / "a.png")
+    assert "cannot be written" in said("plot", store.path, "-o", output / "a.png")
 
 
 def test_plot_shows_negative_cosines(full: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
