@@ -18,7 +18,7 @@ from merging.report.style import DOUBTFUL, GOOD, LIGHT, series_styles
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["page"]
+__all__ = ["page", "panels"]
 
 _SHOWN = 40
 """The most adapters that are listed."""
@@ -45,7 +45,7 @@ def page(report: Report) -> str:
     if find_spec("matplotlib") is None:
         made.note("Pictures need matplotlib: pip install 'merging[report]', and run it again.")
     else:
-        for panel in _panels(report):
+        for panel in panels(report):
             made.figure(draw_svg(panel), f"{panel.title}: {panel.caption}")
     _adapters(made, facts)
     return made.html()
@@ -91,9 +91,9 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(present) / len(present) if present else None
 
 
-def _panels(report: Report) -> list[Panel]:
+def panels(report: Report) -> list[Panel]:
     compared = [row for row in report.rows if row.ahead is not None]
-    panels = [
+    found = [
         Panel(
             "Lead of the merge",
             f"over each row, with its {LEVEL:.0%} interval. The merge beats a row whose whole interval is to the right "
@@ -104,7 +104,7 @@ def _panels(report: Report) -> list[Panel]:
     ]
     curves = {name: curve for name, curve in report.facts["curves"].items() if len(curve) > 1}
     if curves:
-        panels.append(
+        found.append(
             Panel(
                 "Tuning",
                 "the loss by step, on the training texts (dotted) and on the validation texts (with markers). The "
@@ -119,8 +119,8 @@ def _panels(report: Report) -> list[Panel]:
             "subtracts it, and pale leaves it out."
         )
         size = 5.2, 1.4 + 0.22 * len(weights["by_adapter"])
-        panels.append(Panel("Coefficients", caption, lambda axes: _weights(axes, weights), size))
-    return panels
+        found.append(Panel("Coefficients", caption, lambda axes: _weights(axes, weights), size))
+    return found
 
 
 def _ahead(axes: Axes, compared: Sequence[Row], metric: str) -> None:
@@ -142,7 +142,7 @@ def _curves(axes: Axes, curves: dict[str, Any]) -> None:
     for (name, curve), style in zip(curves.items(), series_styles(), strict=False):
         title = MERGE if name == "merge" else name
         steps, training, valid = zip(*curve, strict=True)
-        axes.plot(steps, training, linewidth=0.9, linestyle=":", color=style["color"], label=f"{title}, training")
+        axes.plot(steps, training, linewidth=1.2, linestyle=":", color=style["color"], label=f"{title}, training")
         if None not in valid:
             axes.plot(steps, valid, label=f"{title}, validation", **style)
     axes.set(xlabel="step", ylabel="loss (nats)")

@@ -88,7 +88,7 @@ class Mark:
 
 GOOD = Mark(LIGHT.green, "", "o", "-")
 MENDED = Mark(LIGHT.blue, "///", "s", "--")
-DOUBTFUL = Mark(LIGHT.orange, "...", "^", "-.")
+DOUBTFUL = Mark(LIGHT.orange, "---", "^", "-.")
 BAD = Mark(LIGHT.red, "xxx", "X", ":")
 
 SETTINGS: dict[str, Any] = {
@@ -129,7 +129,7 @@ SETTINGS: dict[str, Any] = {
 def adapt_svg(svg: str) -> str:
     """Return matplotlib's SVG so that a dark screen shows it in the dark theme. Other viewers show it as before."""
     rules = "".join(
-        f'[style*="{name}: {light}"]{{{name}:{dark}!important}}'
+        f'[style*="{name}: {light}"],[{name}="{light}"]{{{name}:{dark}!important}}'
         for light, dark in zip(astuple(LIGHT), astuple(DARK), strict=True)
         if light != dark and light in svg
         for name in ("fill", "stroke")

@@ -17,7 +17,7 @@ from merging.errors import MergingError
 from merging.geometry.pictures import panels as comparison_panels
 from merging.pool.plot import MARKS
 from merging.pool.plot import panels as pool_panels
-from merging.recycling.page import _panels as recycling_panels
+from merging.recycling.page import panels as recycling_panels
 from merging.report.drawing import Panel, draw_figure, draw_panel, draw_svg, save
 from merging.report.style import BAD, DARK, DARK_SCREEN, DOUBTFUL, GOOD, LIGHT, MENDED, SERIES, series_styles
 from support import figures

@@ -15,7 +15,7 @@ from merging.errors import OutputError
 from merging.geometry import compare
 from merging.geometry.page import page
 from merging.report import Page
-from support import tiny
+from support import figures, tiny
 from support.browser import CHROMIUM, Browser, browser
 
 pytestmark = pytest.mark.exhaustive
@@ -143,6 +143,57 @@ def test_a_narrow_screen_scrolls_tables_and_not_the_page(shown: Browser) -> None
     shown.ask("Emulation.clearDeviceMetricsOverride")
 
 
+_LETTERS = """Array.from(document.querySelectorAll('figure img')).map(each => {
+    const scale = each.getBoundingClientRect().width / each.naturalWidth
+    return {letter: 8 * 4 / 3 * scale, width: each.getBoundingClientRect().width,
+            room: each.parentElement.clientWidth, background: getComputedStyle(each).backgroundColor}})"""
+"""Of each figure: the height of its smallest letters on the screen, its width, and the room that it has."""
+
+
+@needs_browser
+@pytest.mark.parametrize("count", [2, 5, 30, 300])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_figures_are_legible_on_any_screen(scheme: str, count: int, chromium: Browser, tmp_path: Path) -> None:
+    """On a phone and a large screen: letters of 8 pixels or more, and a page that scrolls in one direction only.
+
+    The number of blocks is right, though there are tensors outside of them, and the paper of figures is the page's.
+    """
+    page(figures.comparison(count)).write(tmp_path / "page.html")
+    chromium.open((tmp_path / "page.html").as_uri())
+    chromium.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    for width in (420, 1200):
+        chromium.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        assert chromium.value("document.documentElement.scrollWidth") <= width
+        drawn = chromium.value(_LETTERS)
+        assert len(drawn) == PLOTS
+        assert min(each["letter"] for each in drawn) >= 8
+        if width == 1200:
+            assert all(each["width"] <= each["room"] for each in drawn)
+        clip = chromium.value("(box => ({x: box.x, y: box.y + scrollY}))"
+                              "(document.querySelector('figure img').getBoundingClientRect())")  # fmt: skip
+        corner = pixels(chromium.screenshot(clip | {"width": 3, "height": 3}))[..., :3].mean()
+        assert corner > 0.95 if scheme == "light" else corner < 0.2
+    chromium.ask("Emulation.clearDeviceMetricsOverride")
+    facts = chromium.value("Array.from(document.querySelectorAll('dl:first-of-type dd')).map(each => each.textContent)")
+    assert facts[:3] == [str(count), "base", "12"]
+
+
+@needs_browser
+def test_print_is_light_and_whole(chromium: Browser, tmp_path: Path) -> None:
+    """On paper nothing scrolls, no figure is wider than the page, and the dark scheme does not hold."""
+    page(figures.comparison(30)).write(tmp_path / "page.html")
+    chromium.open((tmp_path / "page.html").as_uri())
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    chromium.ask("Emulation.setEmulatedMedia", media="print", features=dark)
+    chromium.ask("Emulation.setDeviceMetricsOverride", width=720, height=1000, deviceScaleFactor=1, mobile=False)
+    assert chromium.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert chromium.value("Array.from(document.querySelectorAll('.wide')).every(each => "
+                          "getComputedStyle(each).overflowY == 'visible')")  # fmt: skip
+    assert all(each["width"] <= 720 for each in chromium.value(_LETTERS))
+    chromium.ask("Emulation.clearDeviceMetricsOverride")
+    chromium.ask("Emulation.setEmulatedMedia", media="", features=[])
+
+
 @needs_browser
 def test_names_of_others_do_nothing(chromium: Browser, tmp_path: Path) -> None:
     """What is text stays text, in a page and in its drawings."""
@@ -179,9 +230,11 @@ def test_pieces_of_a_page() -> None:
 
 
 def test_a_page_is_written_whole(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="cannot be written: No such file"):
-        Page("title").write(tmp_path / "missing" / "page.html")
     (tmp_path / "page.html").mkdir()
     with pytest.raises(OutputError, match="cannot be written: "):
         Page("title").write(tmp_path / "page.html")
-    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["page.html"]
+    Page("title").write(tmp_path / "missing" / "page.html")
+    with pytest.raises(OutputError, match="cannot be written: Not a directory"):
+        Page("title").write(tmp_path / "missing" / "page.html" / "page.html")
+    assert [path.name for path in (tmp_path / "missing").iterdir()] == ["page.html"]
