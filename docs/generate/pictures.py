@@ -8,29 +8,30 @@ from html import escape
 from math import atan2, cos, pi, sin
 from pathlib import Path
 
+from merging.report.style import DARK, DARK_SCREEN, LIGHT, Theme
+
 FOLDER = Path(__file__).parents[1] / "pictures"
 STYLE = """
-text { font: 15px sans-serif; fill: #1f2328; }
-.small { font-size: 13px; fill: #59636e; }
-.line { stroke: #59636e; stroke-width: 1.5; fill: none; }
+text { font: 15px sans-serif; }
+.small { font-size: 13px; }
+.line { stroke-width: 1.5; fill: none; }
 .dash { stroke-dasharray: 5 4; }
-.grey { stroke: #59636e; fill: #59636e; }
-.blue { stroke: #1c6dd0; fill: #1c6dd0; }
-.red { stroke: #c9510c; fill: #c9510c; }
-.green { stroke: #1a7f37; fill: #1a7f37; }
 .box { fill-opacity: 0.14; stroke-width: 1.5; }
 .full { fill-opacity: 0.55; stroke-width: 1.5; }
 .arrow { stroke-width: 2.5; }
-@media (prefers-color-scheme: dark) {
-  text { fill: #e6edf3; }
-  .small { fill: #a3adb8; }
-  .line { stroke: #a3adb8; }
-  .grey { stroke: #a3adb8; fill: #a3adb8; }
-  .blue { stroke: #6cb0ff; fill: #6cb0ff; }
-  .red { stroke: #ff9a5c; fill: #ff9a5c; }
-  .green { stroke: #56d364; fill: #56d364; }
-}
 """
+
+
+def colors(theme: Theme) -> str:
+    """Return the colors of a theme as rules for the classes of shapes."""
+    rules = [
+        f"text {{ fill: {theme.ink}; }}",
+        f".small {{ fill: {theme.soft}; }}",
+        f".line {{ stroke: {theme.soft}; }}",
+    ]
+    shapes = {"gray": theme.soft, "blue": theme.blue, "orange": theme.orange, "green": theme.green}
+    rules += [f".{name} {{ stroke: {color}; fill: {color}; }}" for name, color in shapes.items()]
+    return "\n".join(rules)
 
 
 class Picture:
@@ -53,7 +54,7 @@ class Picture:
     def line(self, x1: float, y1: float, x2: float, y2: float, kind: str = "line") -> None:
         self.shapes.append(f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" class="{kind}"/>')
 
-    def arrow(self, x1: float, y1: float, x2: float, y2: float, kind: str = "grey") -> None:
+    def arrow(self, x1: float, y1: float, x2: float, y2: float, kind: str = "gray") -> None:
         """A line with a head at its second end."""
         angle, size = atan2(y2 - y1, x2 - x1), 11
         sides = [(x2 - size * cos(angle + turn), y2 - size * sin(angle + turn)) for turn in (-pi / 7, pi / 7)]
@@ -63,9 +64,10 @@ class Picture:
         self.shapes.append(f'<polygon points="{points}" class="{kind}"/>')
 
     def svg(self) -> str:
+        style = f"{STYLE}{colors(LIGHT)}\n{DARK_SCREEN} {{\n{colors(DARK)}\n}}"
         head = (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {self.height}" role="img" width="720" '
-            f'height="{self.height}">\n<title>{escape(self.title)}</title>\n<style>{STYLE}</style>\n'
+            f'height="{self.height}">\n<title>{escape(self.title)}</title>\n<style>{style}</style>\n'
         )
         return head + "\n".join(self.shapes) + "\n</svg>\n"
 
@@ -77,10 +79,10 @@ def task_vector() -> Picture:
     picture.line(*one, 630, 75, kind="line dash")
     picture.line(*two, 630, 75, kind="line dash")
     picture.arrow(*base, *one, kind="blue")
-    picture.arrow(*base, *two, kind="red")
+    picture.arrow(*base, *two, kind="orange")
     picture.arrow(*base, *merged, kind="green")
-    picture.dot(*base, "grey")
-    picture.dot(630, 75, "grey")
+    picture.dot(*base, "gray")
+    picture.dot(630, 75, "gray")
     picture.text(135, 226, "base", anchor="end")
     picture.text(330, 72, "fine-tune 1")
     picture.text(462, 228, "fine-tune 2", anchor="start")
@@ -94,14 +96,14 @@ def task_vector() -> Picture:
 def delta() -> Picture:
     """A change of one weight matrix, in full and as a product of factors."""
     picture = Picture("A delta: the tuned matrix minus the base's, in full or as a product of two factors", 230)
-    for x, kind, words in ((20, "blue", "tuned W"), (190, "grey", "base W"), (360, "green", "delta, in full")):
+    for x, kind, words in ((20, "blue", "tuned W"), (190, "gray", "base W"), (360, "green", "delta, in full")):
         picture.box(x, 40, 110, 110, f"{kind} box")
         picture.text(x + 55, 180, words)
     picture.text(160, 102, "−")
     picture.text(330, 102, "=")
     picture.text(500, 102, "=")
-    picture.box(530, 40, 26, 110, "red full")
-    picture.box(578, 40, 110, 26, "red full")
+    picture.box(530, 40, 26, 110, "orange full")
+    picture.box(578, 40, 110, 26, "orange full")
     picture.text(543, 28, "B")
     picture.text(633, 28, "A")
     picture.text(567, 58, "×")
@@ -115,7 +117,7 @@ def chain() -> Picture:
     """What each link of lines+dare+ties does, from the changes to the merge."""
     picture = Picture("The chain lines+dare+ties: wrappers go around the method that merges", 250)
     picture.box(130, 30, 460, 190, "blue box")
-    picture.box(230, 75, 260, 125, "red box")
+    picture.box(230, 75, 260, 125, "orange box")
     picture.box(300, 115, 120, 65, "green full")
     picture.text(360, 55, "lines: scales the merged change by depth")
     picture.text(360, 100, "dare: drops entries at random")
@@ -131,7 +133,7 @@ def chain() -> Picture:
 def rank() -> Picture:
     """The sum of two products is one product of concatenated factors."""
     picture = Picture("Ranks add up: the sum of two products is the product of concatenated factors", 230)
-    for x, wide, kind, words in ((20, 24, "blue", "rank 8"), (215, 40, "red", "rank 16")):
+    for x, wide, kind, words in ((20, 24, "blue", "rank 8"), (215, 40, "orange", "rank 16")):
         picture.box(x, 50, wide, 110, f"{kind} full")
         picture.box(x + wide + 22, 50, 100, wide, f"{kind} full")
         picture.text(x + wide + 11, 68, "×")
@@ -139,9 +141,9 @@ def rank() -> Picture:
     picture.text(190, 110, "+")
     picture.text(405, 110, "=")
     picture.box(430, 50, 24, 110, "blue full")
-    picture.box(454, 50, 40, 110, "red full")
+    picture.box(454, 50, 40, 110, "orange full")
     picture.box(520, 50, 100, 24, "blue full")
-    picture.box(520, 74, 100, 40, "red full")
+    picture.box(520, 74, 100, 40, "orange full")
     picture.text(507, 68, "×")
     picture.text(525, 195, "rank 24, nothing lost")
     picture.text(525, 216, "--rank 8 keeps the best 8", kind="small")
@@ -164,7 +166,7 @@ def scope() -> Picture:
             cut = sorted(heights)[-2] if own else 50
             x = left + 100 * number
             for i, height in enumerate(heights):
-                kind = "green full" if height >= cut else "grey box"
+                kind = "green full" if height >= cut else "gray box"
                 picture.box(x + 16 * i, 200 - 1.5 * height, 13, 1.5 * height, kind)
             picture.text(x + 38, 222, f"tensor {number + 1}", kind="small")
             if own:
@@ -178,7 +180,7 @@ def scope() -> Picture:
 def store() -> Picture:
     """Models come one at a time; each makes a state, of the same size as the one before."""
     picture = Picture("A continual store: each model that arrives makes a new state of the same size", 250)
-    picture.box(20, 110, 680, 90, "grey box")
+    picture.box(20, 110, 680, 90, "gray box")
     picture.text(30, 225, "store/: states and a manifest, and not the models", anchor="start", kind="small")
     for number, words in enumerate(("base", "1 model", "2 models", "3 models")):
         x = 50 + 170 * number
@@ -186,7 +188,7 @@ def store() -> Picture:
         picture.text(x + 55, 160, words)
         if number:
             picture.arrow(x - 60, 155, x - 2, 155)
-            kind = ("blue", "red", "blue")[number - 1]
+            kind = ("blue", "orange", "blue")[number - 1]
             picture.box(x + 15, 25, 80, 36, f"{kind} box")
             picture.text(x + 55, 48, f"model {number}")
             picture.arrow(x + 55, 61, x + 55, 128, kind=kind)

@@ -21,6 +21,8 @@ from merging.methods import METHODS, method_class, parameters_of
 from merging.methods.choosing import ADVICE, FULL, LORA, SHIPPED, STORES, Advice
 from merging.methods.contract.method import Method
 from merging.methods.contract.wrapper import Wrapper
+from merging.report.drawing import draw_svg
+from merging.report.style import DARK_SCREEN
 from merging.serving import PROGRAMS
 from support.pages import PAGES, ROOT, blocks, prose, text_of
 
@@ -228,6 +230,37 @@ def test_pictures_are_drawn_by_their_script(monkeypatch: pytest.MonkeyPatch) -> 
     for name, draw in pictures.PICTURES.items():
         assert (ROOT / "docs" / "pictures" / f"{name}.svg").read_text(encoding="utf-8") == draw().svg()
         assert f"(pictures/{name}.svg)" in text_of("docs/concepts.md")
+
+
+def test_figures_are_shown_with_their_captions() -> None:
+    """Every figure that docs/generate/figures.py draws is on a page, and says how to read it in its own words."""
+    folder = ROOT / "docs" / "pictures"
+    captions = json.loads((folder / "captions.json").read_text())
+    concepts = set(re.findall(r"pictures/([\w-]+)\.svg", text_of("docs/concepts.md")))
+    assert {path.stem for path in folder.glob("*.svg")} == captions.keys() | concepts
+    pages = {"compare": "compare", "store": "continual", "pool": "pool", "recycle": "recycle"}
+    for name, caption in captions.items():
+        page = " ".join(text_of(f"docs/tasks/{pages[name.partition('-')[0]]}.md").split())
+        assert re.search(rf"!\[[^\]]+\]\(\.\./pictures/{name}\.svg\) \*{re.escape(caption)}\*", page, re.IGNORECASE), (
+            name
+        )
+        drawing = (folder / f"{name}.svg").read_text(encoding="utf-8")
+        assert drawing.startswith("<svg")
+        assert DARK_SCREEN in drawing
+        assert not re.search(r"<text|dc:date", drawing)
+
+
+def test_the_compared_figures_are_drawn_by_their_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn again, their captions are the same, but for the number of chance; the words in a drawing too."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "generate"))
+    drawn = dict(import_module("figures").compared())
+    captions = json.loads((ROOT / "docs" / "pictures" / "captions.json").read_text())
+    assert {name for name in captions if name.startswith("compare-")} == drawn.keys()
+    for name, panel in drawn.items():
+        assert panel.caption == captions[name]
+        written = (ROOT / "docs" / "pictures" / f"{name}.svg").read_text(encoding="utf-8")
+        words = {text for text in re.findall("<!-- (.*?) -->", draw_svg(panel)) if re.search("[a-z]{3}", text)}
+        assert words and words <= set(re.findall("<!-- (.*?) -->", written))
 
 
 def test_examples_on_the_pages_of_methods_are_valid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
