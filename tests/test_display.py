@@ -22,6 +22,7 @@ from merging.continual.layer_spectra import LayerSpectrum
 from merging.continual.watch import Event
 from merging.display import Displayed, Table
 from merging.geometry import sign_agreement
+from merging.maths.delta import Stack
 from merging.maths.site import Site
 from merging.pool import Built, Entry, Finding, Pool
 from merging.pool.candidates import candidates_in
@@ -97,6 +98,8 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
         merging.LowRank(torch.ones(4, 1), torch.ones(1, 6), (4, 6)),
         merging.Dense(torch.ones(50, 60)),
         Site("a" * 3000, (4, 4)),
+        Stack.of(torch.ones(300, 4, 5)),
+        Stack([]),
         store,
         *steps,
         store.log(),
@@ -209,6 +212,7 @@ def test_a_line_says_the_facts(shown: list[Any]) -> None:
     lines = [repr(each) for each in shown]
     assert "LowRank(shape=(4, 6), rank=1, dtype=torch.float32)" in lines
     assert "Dense(shape=(50, 60), dtype=torch.float32)" in lines
+    assert "Stack(models=300, present=300, low_rank=False, shape=(4, 5))" in lines
     assert "Recipe(models=('a', 'b'), method=Lines(then=Ties(" in "".join(lines)
     assert any(line.startswith("Merged(path=") and "kind='adapter', method='ties'" in line for line in lines)
 

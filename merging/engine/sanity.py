@@ -23,7 +23,8 @@ _ELEMENTS = 1 << 14
 def unrelated_models(plan: Plan) -> list[str]:
     """Return a warning for each checkpoint whose change from the base is too large for a fine-tune, with its size."""
     return [
-        f"{model.path} differs from the base by {change:.0%} of its norm: is it a fine-tune of {plan.base.path}?"
+        f"warning: {model.path} differs from the base by {change:.0%} of its norm: is it a fine-tune of "
+        f"{plan.base.path}?"
         for model, change in zip(plan.models, relative_changes(plan), strict=True)
         if change > UNRELATED and plan.base is not None
     ]

@@ -144,7 +144,9 @@ class Stack(Displayed):
 
     def _display_fields(self) -> dict[str, object]:
         facts: dict[str, object] = {"models": len(self), "present": sum(self.present), "low_rank": self.low_rank}
-        return {**facts, "shape": self.deltas[0].shape} if self.models else facts
+        if self._values is not None:
+            return {**facts, "shape": tuple(self._values.shape[1:])}
+        return {**facts, "shape": self._deltas[0].shape} if self._deltas else facts
 
     @property
     def deltas(self) -> tuple[Delta, ...]:

@@ -126,7 +126,7 @@ def test_recipe_options_reach_the_output(folder: Path) -> None:
 def test_notices_go_to_stderr(folder: Path) -> None:
     save(folder / "stranger", model(99))
     done = ok("-m", "task_arithmetic", "--base", "base", "stranger")
-    assert "note: stranger differs from the base by" in done.stderr
+    assert "warning: stranger differs from the base by" in done.stderr
     assert "stranger: 9 of 9 tensors matched by the same names" in done.stderr
     assert len(done.stdout.splitlines()) == 1
 

@@ -417,7 +417,7 @@ def test_unrelated_base_is_remarked_with_a_number(tmp_path: Path) -> None:
     changed = sum(((load(stranger)[n] - v) ** 2).sum() for n, v in load(base).items() if v.dim() > 1)
     number = (changed / sum((v**2).sum() for v in load(base).values() if v.dim() > 1)) ** 0.5
     assert said == [
-        f"{stranger} differs from the base by {float(number):.0%} of its norm: is it a fine-tune of {base}?"
+        f"warning: {stranger} differs from the base by {float(number):.0%} of its norm: is it a fine-tune of {base}?"
     ]
 
 
