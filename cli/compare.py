@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -18,8 +19,8 @@ from .options import (
     overwrite_option,
     progress_option,
 )
-from .output import echo, echo_json, echo_notices, echo_text, progress_bar
-from .tables import echo_table
+from .output import echo, echo_json, echo_notices, echo_text, progress_bar, terminal_width
+from .tables import echo_paragraph, echo_table
 from .types import MODEL, SIZE
 
 if TYPE_CHECKING:
@@ -124,9 +125,10 @@ def _echo(found: Comparison) -> None:
     if found.magnitudes:
         sizes = found.magnitudes
         columns = "" if sizes.columns is None else f", of single columns {sizes.columns:.3g}"
-        echo_text(
-            f"\nmagnitudes: the largest change of a tensor is {sizes.ratio:.3g} times the smallest, in the median of "
-            f"{sizes.tensors};\n  variance over squared mean: of norms {sizes.variance:.3g}{columns}"
+        echo("")
+        echo_paragraph(
+            f"magnitudes: the largest change of a tensor is {sizes.ratio:.3g} times the smallest, in the median of "
+            f"{sizes.tensors}; variance over squared mean: of norms {sizes.variance:.3g}{columns}"
         )
     _echo_layers(found)
     if found.signs and len(names) > 1:
@@ -155,7 +157,9 @@ def _echo_models(found: Comparison) -> None:
             cells = [f"{value:.3g}" for value in (spectrum.largest, *ranks)]
         rows.append([each.name, each.kind, str(each.tensors), each.rank_text, f"{each.norm:.4g}", *cells])
     _table(header, *rows)
-    echo("largest: singular value; effective, stable: ranks; 90 %, 99 %: directions with that much of the energy")
+    echo_paragraph(
+        "largest: singular value; effective, stable: ranks; 90 %, 99 %: directions with that much of the energy"
+    )
 
 
 def _echo_pairs(title: str, names: Sequence[str], matrix: Sequence[Sequence[float | None]], form: str) -> None:
@@ -165,7 +169,7 @@ def _echo_pairs(title: str, names: Sequence[str], matrix: Sequence[Sequence[floa
         return "-" if value is None else format(value, form)
 
     echo("")
-    echo(title)
+    echo_paragraph(title)
     if len(names) <= _MATRIX:
         _table(["", *names], *([name, *map(text, row)] for name, row in zip(names, matrix, strict=True)))
         return
@@ -189,7 +193,8 @@ def _echo_layers(found: Comparison) -> None:
 
 def _echo_intruders(found: Comparison) -> None:
     most = found.intruders[0].directions
-    echo_text(f"\nintruder dimensions among the {most} leading singular vectors of each matrix")
+    echo("")
+    echo_paragraph(f"intruder dimensions among the {most} leading singular vectors of each matrix")
     header = ["", "intruders", "matrices", "with intruders", "energy", "first at"]
     rows = []
     for name, each in zip(found.names, found.intruders, strict=True):
@@ -199,5 +204,20 @@ def _echo_intruders(found: Comparison) -> None:
 
 
 def _table(*rows: Sequence[str]) -> None:
-    """Print rows, the header first, in columns; all but the first are flush right."""
-    echo_table([("", *row) for row in rows], flush_right=range(2, len(rows[0]) + 1))
+    """Print rows, the header first, in columns flush right; columns that do not fit follow, behind the first again."""
+    first, *columns = zip(*rows, strict=True)
+    while columns:
+        count = _fitting(first, columns)
+        shown = [first, *columns[:count]]
+        echo_table([("", *row) for row in zip(*shown, strict=True)], flush_right=range(2, len(shown) + 1))
+        columns = columns[count:]
+
+
+def _fitting(first: Sequence[str], columns: Sequence[Sequence[str]]) -> int:
+    """Return how many of the columns, at least one, fit the terminal behind the first."""
+    left = (terminal_width() or inf) - len(max(first, key=len)) - 2
+    for count, column in enumerate(columns):
+        left -= len(max(column, key=len)) + 2
+        if left < 0:
+            return max(count, 1)
+    return len(columns)

@@ -48,7 +48,7 @@ def inspect_command(paths: tuple[str, ...], values: bool, as_json: bool, debug: 
 
 def _lines(name: str, value: Any) -> list[str]:
     """Return the lines of a fact, its name on the first."""
-    width = min(terminal_width() or _WIDEST, _WIDEST) - _LABEL - 3
+    width = (terminal_width() or _WIDEST) - _LABEL - 3
     sentences = value if name in ("notices", "needs_base") and value else [_text(name, value, 2 * width)]
     more = len(sentences) - _MOST_SENTENCES
     shown = [*sentences[:_MOST_SENTENCES], *([f"and {more} more"] if more > 0 else [])]

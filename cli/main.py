@@ -62,6 +62,8 @@ class DefaultGroup(SectionedGroup):
         if not args and not ctx.resilient_parsing:
             echo_text(ctx.get_help())
             ctx.exit(1)
+        if args[:1] == ["help"] and not Path("help").exists():
+            args = [*args[1:], "--help"]
         own = {name for param in self.get_params(ctx) for name in param.opts}
         if args and args[0] not in self.commands and args[0] not in own:
             self._check_spelling(args)

@@ -10,19 +10,27 @@ from merging.errors import escape_unprintable
 
 from .output import echo, terminal_width
 
-__all__ = ["column_widths", "echo_table", "format_groups", "format_legend", "format_rows", "list_width"]
+__all__ = [
+    "column_widths",
+    "echo_paragraph",
+    "echo_table",
+    "format_groups",
+    "format_legend",
+    "format_rows",
+    "list_width",
+]
 
 _GAP = 2
 """Spaces between two columns."""
 
 _NARROWEST = 12
 _WIDEST = 118
-"""Characters of a line of a list in a file or a pipe, and at most in a terminal."""
+"""Characters of a line of a list in a file or a pipe."""
 
 
 def list_width() -> int:
     """Return the characters that a line of a list may take."""
-    return min(terminal_width() or _WIDEST, _WIDEST)
+    return terminal_width() or _WIDEST
 
 
 def format_groups(groups: Mapping[str, Sequence[Sequence[str]]], last_columns: Sequence[str]) -> list[str]:
@@ -70,6 +78,13 @@ def _wrap(cell: str, width: int) -> list[str]:
     """Return the lines of a cell. Ends of lines in it are escaped, so that no name of a file makes up lines."""
     text = escape_unprintable(cell)
     return [text] if len(text) <= width else textwrap.wrap(text, max(width, 1), break_on_hyphens=False)
+
+
+def echo_paragraph(text: str) -> None:
+    """Print a sentence, on several lines if the terminal is narrower."""
+    width = terminal_width()
+    for line in textwrap.wrap(text, width, subsequent_indent="  ") if width else [text]:
+        echo(line)
 
 
 def echo_table(rows: Sequence[Sequence[str]], flush_right: Sequence[int] = ()) -> None:

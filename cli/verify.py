@@ -12,6 +12,7 @@ from merging.errors import shorten
 from .errors import handle_errors
 from .options import debug_option, json_option
 from .output import echo, echo_json
+from .tables import echo_table
 from .types import MODEL
 
 if TYPE_CHECKING:
@@ -86,10 +87,11 @@ def verify_command(
 def _print(verdict: Verdict) -> None:
     article = "an" if verdict.kind[0] in "aeiou" else "a"
     echo(verdict.path if verdict.kind == "unknown" else f"{verdict.path}: {article} {verdict.kind}")
+    rows: list[tuple[str, ...]] = []
     for finding in verdict.findings:
-        echo(f"  {finding.program:12} {finding.severity:8} {shorten(finding.what, _LONGEST)}")
-        for line in _details(finding):
-            echo(f"{'':24}{line}")
+        rows.append(("", finding.program, finding.severity, shorten(finding.what, _LONGEST)))
+        rows += [("", "", "", line) for line in _details(finding)]
+    echo_table(rows)
 
 
 def _details(finding: Finding) -> list[str]:

@@ -7,6 +7,7 @@ import click
 from ..errors import handle_errors
 from ..options import debug_option, json_option
 from ..output import echo, echo_json
+from ..tables import echo_table
 from .options import store_argument
 from .steps import describe_step
 
@@ -28,7 +29,10 @@ def log_command(store: str, as_json: bool, debug: bool) -> None:
         return
     for step in steps:
         echo(f"step {step.number}  {step.time}")
-        echo(f"  {step.source} ({step.kind}, sha256 {step.sha256[:16]})")
-        echo(f"  {describe_step(step)}")
-        for notice in step.notices:
-            echo(f"  note: {notice}")
+        notices = [f"note: {notice}" for notice in step.notices]
+        echo_table(
+            [
+                ("", line)
+                for line in (f"{step.source} ({step.kind}, sha256 {step.sha256[:16]})", describe_step(step), *notices)
+            ]
+        )

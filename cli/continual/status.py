@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from ..errors import handle_errors
 from ..options import debug_option, json_option
-from ..output import echo, echo_json, format_size, plural
+from ..output import echo, echo_json, echo_text, format_size, plural
+from ..tables import echo_table, format_legend
 from .options import store_argument
+from .steps import FIGURES
 
 __all__ = ["status_command"]
+
+_HEADER = ["step", "norm", "kept", "cosine", "rank", "merge", "model"]
 
 
 @click.command(name="status", short_help="show the models and figures of a store")
@@ -18,11 +24,7 @@ __all__ = ["status_command"]
 @json_option
 @debug_option
 def status_command(store: str, spectrum: bool, as_json: bool, debug: bool) -> None:
-    """Show the models of a store and the figures of each step.
-
-    norm: the norm of the model's change. kept: the share of it that was added. cosine: between the change and the merge
-    at that step. rank: of the factors. merge: the norm of the merged changes, before an export multiplies them.
-    """
+    """Show the models of a store and the figures of each step, with their meanings."""
     with handle_errors(debug):
         from merging.continual import ContinualStore
 
@@ -41,12 +43,9 @@ def status_command(store: str, spectrum: bool, as_json: bool, debug: bool) -> No
     if facts["steps"]:
         echo(f"  exported times {facts['scale']:.4g}")
         echo("")
-        echo(f"{'step':>4}  {'norm':>9}  {'kept':>6}  {'cosine':>6}  {'rank':>4}  {'merge':>9}  model")
-    for step in facts["steps"]:
-        echo(
-            f"{step['number']:>4}  {step['norm']:>9.4g}  {step['kept']:>6.1%}  {step['cosine']:>+6.3f}  "
-            f"{step['rank'] or '-':>4}  {step['merged']:>9.4g}  {step['source']}"
-        )
+        rows = [_HEADER, *map(_row, facts["steps"])]
+        echo_table(rows, flush_right=range(len(_HEADER) - 1))
+        echo_text("\n".join(["", *format_legend(FIGURES)]))
     for layer in facts.get("layers", ()):
         place = "outside" if layer["layer"] is None else f"layer {layer['layer']}"
         echo(
@@ -55,6 +54,12 @@ def status_command(store: str, spectrum: bool, as_json: bool, debug: bool) -> No
         )
     for each in facts["refused"]:
         echo(f"refused: {each['source']}: {each['reason']}")
+
+
+def _row(step: dict[str, Any]) -> list[str]:
+    """Return the figures of a step as a row of the table."""
+    figures = [f"{step['norm']:.4g}", f"{step['kept']:.1%}", f"{step['cosine']:+.3f}"]
+    return [str(step["number"]), *figures, str(step["rank"] or "-"), f"{step['merged']:.4g}", step["source"]]
 
 
 def _describe_gc(store: str, disk: dict[str, int]) -> str:

@@ -8,7 +8,8 @@ import click
 
 from ..errors import handle_errors
 from ..options import debug_option, json_option
-from ..output import echo, echo_json, format_size
+from ..output import echo_json, format_size
+from ..tables import echo_table
 from .options import pool_argument
 
 __all__ = ["stats_command"]
@@ -28,6 +29,8 @@ def stats_command(pool: Path, as_json: bool, debug: bool) -> None:
     if as_json:
         echo_json(facts)
         return
+    rows = []
     for key, value in facts.items():
-        text = ", ".join(f"{name}: {each}" for name, each in value.items()) if isinstance(value, dict) else value
-        echo(f"{key:14} {format_size(value) if key == 'bytes' else text}")
+        text = ", ".join(f"{name}: {each}" for name, each in value.items()) if isinstance(value, dict) else str(value)
+        rows.append((key, format_size(value) if key == "bytes" else text))
+    echo_table(rows)

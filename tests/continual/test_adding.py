@@ -40,7 +40,7 @@ def test_the_same_content_again(full: Models, tmp_path: Path) -> None:
         told = ok("add", store.path, copy)
         assert "a model of the same content was added before: nothing to do (--again adds it)" in told
         assert json.loads(ok("add", store.path, copy, "--json")) == {"model": str(copy), "step": None}
-    assert ok("add", store.path, copy, "--again").startswith(f"step 3: {copy}: norm ")
+    assert ok("add", store.path, copy, "--again").startswith(f"step 3: {copy}: change of norm ")
     wanted = at_once(tmp_path / "batch", full.base, [*full.tuned[:2], copy], "opcm")
     assert_close(export(store, tmp_path / "out"), wanted)
 
