@@ -135,6 +135,8 @@ class Item(Displayed):
 def cut_items(items: Iterable[Item], method: Method, weights: bool) -> tuple[Item, ...]:
     """Return the items, each with its cut for a method; ``weights`` says that it merges weights and not changes."""
     return tuple(
-        item if item.form == "copy" else replace(item, cut=cut_tensor(item.site, item.inputs, method, weights))
+        item
+        if item.form == "copy"
+        else replace(item, cut=cut_tensor(item.site, item.inputs, method.at(item.site), weights))
         for item in items
     )
