@@ -125,7 +125,7 @@ def field_option(flag: str, field: FieldInfo, prefix: str = "", default: object 
         return click.Option([f"--{flag}/--no-{flag}", name], default=None, help=text)
     among = choices(field)
     kind: Any = click.Choice(among) if among else int if int in kinds else str
-    if float in kinds:
+    if Gradient in kinds or float in kinds:
         kind = ValuesType() if Gradient in kinds else float
     return click.Option([f"--{flag}", name], type=kind, default=None, help=text)
 

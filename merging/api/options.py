@@ -13,13 +13,13 @@ __all__ = ["MergeOptions", "MethodParameters", "RecipeOptions", "Value", "Values
 Value = float | str | Mapping[str, float | str]
 """One value everywhere, a gradient from block to block (``"0.2:0.8"``), or a value by pattern of tensor names."""
 
-Values = Value | Sequence[Value]
-"""A value for all models, or one each."""
+Values = Value | Sequence[Value] | Mapping[str, float | str | Sequence[float | str]]
+"""A value for all models, or one each; by pattern of tensor names each may be a list with a value for each model."""
 
 Weight = Value | Tensor
 """A value, or a tensor of one element through which gradients flow."""
 
-Weights = Weight | Sequence[Weight]
+Weights = Values | Tensor | Sequence[Weight]
 """A weight for all models, or one each; as a tensor of shape ``[models]`` too."""
 
 
@@ -52,27 +52,27 @@ class MethodParameters(TypedDict, total=False):
     A method of your own takes its parameters itself: ``method=MyMethod(strength=0.5)``.
     """
 
-    agree: int
+    agree: Value
     align: Literal["outputs", "inputs"]
     alpha: Weight | None
     axis: Literal["flat", "rows", "columns"]
     beta: Weight
-    clip: float
-    common: float
+    clip: Value
+    common: Value
     density: Values
     drop: Values
     embeddings: bool
-    energy: float
-    epsilon: Value
+    energy: Value
+    epsilon: Values
     filter_wise: bool
     gamma: Values
-    max_iter: int
-    max_rank: int | None
+    max_iter: Value
+    max_rank: Value | None
     mode: Literal["closed", "adam", "block", "two_sided"]
     normalize: bool
     published: bool
-    r: float
-    ratio: float
+    r: Value
+    ratio: Value
     relative: bool
     rescale: Literal["inverse", "l1", "none"]
     scale: Weight
@@ -80,12 +80,12 @@ class MethodParameters(TypedDict, total=False):
     seed: int
     select: Literal["weights", "deltas"]
     space: Literal["weights", "changes"]
-    steps: int
+    steps: Value
     svd: Literal["gram", "thin"]
     t: Weight
     tail: Literal["alpha", "depth"]
     threshold: Value
-    tol: float
+    tol: Value
     variant: Literal["code", "vision", "es", "paper"]
     vote: Literal["plain", "weighted"]
     weights: Weights

@@ -10,7 +10,7 @@ from merging.errors import OptionError
 from merging.maths.coefficients import column
 from merging.maths.delta import Delta, Dense, Stack, sum_in_order
 from merging.maths.lazy_torch import Tensor
-from merging.maths.parameters import Coefficient, Local, PerModel
+from merging.maths.parameters import Coefficient, Local, PerModel, varies
 from merging.maths.site import Site
 from merging.methods.contract.method import Method, Statistics
 
@@ -35,13 +35,13 @@ class Consensus(Method):
     threshold: Local[Annotated[float, Field(ge=0, le=1e9)]] = Field(
         0.4, description="share of the others' change that a model's own must reach (0.2 to 0.6)"
     )
-    agree: int = Field(2, ge=1, description="how many models must need an entry")
+    agree: Local[Annotated[int, Field(ge=1)]] = Field(2, description="how many models must need an entry")
     weights: PerModel[Coefficient] = Field(1.0, description="one weight for all models, or one each; may be negative")
     scale: Local[Coefficient] = Field(1.0, description="what the merged change is multiplied by")
 
     def check(self, models: int) -> None:
         super().check(models)
-        if self.agree > models:
+        if not varies(self.agree) and self.agree > models:
             raise OptionError(f"consensus.agree = {self.agree}, and only {models} models were given: lower it")
 
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:

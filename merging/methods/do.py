@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -36,8 +36,12 @@ class Do(Method):
     summary: ClassVar[str] = "magnitudes and directions apart, adapters orthogonalized"
     paper: ClassVar[str] = "DO-Merging, Zheng et al. 2025, arXiv 2505.15875"
 
-    steps: int = Field(100, ge=0, le=10_000, description="steps of descent that orthogonalize; 0 only decouples")
-    gamma: float = Field(1.0, ge=0, le=1e9, description="penalty for moving a factor; 0 is none")
+    steps: Local[Annotated[int, Field(ge=0, le=10_000)]] = Field(
+        100, description="steps of descent that orthogonalize; 0 only decouples"
+    )
+    gamma: Local[Annotated[float, Field(ge=0, le=1e9)]] = Field(
+        1.0, description="penalty for moving a factor; 0 is none"
+    )
     scale: Local[Coefficient] = Field(1.0, description="what the merged change is multiplied by (1 to n/2)")
 
     def grain_at(self, site: Site) -> Grain:

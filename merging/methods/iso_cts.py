@@ -37,7 +37,7 @@ class IsoCts(Spectral):
     workspace: ClassVar[int] = 5
 
     scale: Local[Coefficient] = Field(1.5, description="what the merged change is multiplied by (0.5 to 3)")
-    common: Annotated[float, Field(gt=0, le=1)] = Field(0.8, description="share of directions that are common")
+    common: Local[Annotated[float, Field(gt=0, le=1)]] = Field(0.8, description="share of directions that are common")
 
     def combine(self, changes: Sequence[Tensor], size: int) -> Tensor:
         u, values, vh = leading_svd(total(changes))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -10,7 +10,7 @@ from merging.errors import OptionError
 from merging.maths.coefficients import column, number
 from merging.maths.delta import Delta, Stack
 from merging.maths.lazy_torch import Tensor, torch
-from merging.maths.parameters import Coefficient, PerModel
+from merging.maths.parameters import Coefficient, Local, PerModel
 from merging.maths.site import Site
 from merging.methods.contract.method import Statistics
 from merging.methods.families.spherical import OnSphere, cosines, gram, plain_weights
@@ -34,8 +34,10 @@ class Karcher(OnSphere):
     paper: ClassVar[str] = "Karcher mean merging, 2026, arXiv 2603.04972"
 
     weights: PerModel[Coefficient] = Field(1.0, description="one weight for all models, or one each; at least 0")
-    max_iter: int = Field(10, ge=1, le=1000, description="most steps")
-    tol: float = Field(1e-5, gt=0, lt=1, description="a step shorter than this ends the search, in radians")
+    max_iter: Local[Annotated[int, Field(ge=1, le=1000)]] = Field(10, description="most steps")
+    tol: Local[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        1e-5, description="a step shorter than this ends the search, in radians"
+    )
 
     def check(self, models: int) -> None:
         super().check(models)

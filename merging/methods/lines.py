@@ -11,7 +11,7 @@ from merging.errors import OptionError
 from merging.maths.coefficients import number
 from merging.maths.delta import Delta, Stack
 from merging.maths.lazy_torch import Tensor, torch
-from merging.maths.parameters import Coefficient
+from merging.maths.parameters import Coefficient, Local
 from merging.maths.reductions import Sum
 from merging.maths.site import Site
 from merging.maths.sums import safe_ratio
@@ -48,8 +48,8 @@ class Lines(Wrapper):
         _NU: "size of the plain sum over size of the merge inside; the scale of each block is a multiple of it"
     }
 
-    beta: Coefficient = Field(0.5, description="how much the factor grows from the first block to the last")
-    alpha: Coefficient | None = Field(None, description="the factor of the first block, instead of nu/N")
+    beta: Local[Coefficient] = Field(0.5, description="how much the factor grows from the first block to the last")
+    alpha: Local[Coefficient] | None = Field(None, description="the factor of the first block, instead of nu/N")
     tail: Literal["alpha", "depth"] = Field(
         "alpha", description="tensors outside the blocks: depth 0 (alpha, as published), or 1 behind the blocks (depth)"
     )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import sqrt
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import decompose, joint_core, squared_norm
-from merging.maths.parameters import Coefficient
+from merging.maths.parameters import Coefficient, Local
 from merging.maths.reductions import Sum
 from merging.maths.site import Site
 from merging.maths.sums import safe_ratio
@@ -56,8 +56,8 @@ class Opcm(Method):
         _FACTOR: "so that the merge is as large as the models' changes are on average"
     }
 
-    alpha: float = Field(
-        0.5, ge=0, le=1, description="share of the merge's singular values whose directions are kept free"
+    alpha: Local[Annotated[float, Field(ge=0, le=1)]] = Field(
+        0.5, description="share of the merge's singular values whose directions are kept free"
     )
     mode: Literal["block", "two_sided"] = Field("block", description="what is projected away there")
     svd: Literal["gram", "thin"] = Field("gram", description="how full matrices are decomposed")

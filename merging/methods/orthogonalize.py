@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from merging.maths.delta import LowRank, Stack
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import balance
+from merging.maths.parameters import Local
 from merging.maths.site import Site
 from merging.methods.contract.method import Statistics
 from merging.methods.contract.wrapper import Unwrapped, Wrapper
@@ -55,8 +56,12 @@ class Orthogonalize(Wrapper):
         **dict.fromkeys(_OVERLAP.values(), "mean squared overlap of two adapters' factors; 0 is orthogonal"),
     }
 
-    steps: int = Field(100, ge=0, le=10_000, description="steps of gradient descent; 0 leaves the factors as they are")
-    gamma: float = Field(1.0, ge=0, le=1e9, description="penalty for moving a factor; 0 is none")
+    steps: Local[Annotated[int, Field(ge=0, le=10_000)]] = Field(
+        100, description="steps of gradient descent; 0 leaves the factors as they are"
+    )
+    gamma: Local[Annotated[float, Field(ge=0, le=1e9)]] = Field(
+        1.0, description="penalty for moving a factor; 0 is none"
+    )
 
     def unwrap(self, stack: Stack, site: Site, statistics: Statistics) -> Unwrapped:
         deltas = [delta for delta in stack.deltas if isinstance(delta, LowRank)]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from merging.errors import OptionError
 from merging.maths.coefficients import column
 from merging.maths.delta import Delta, Dense, Stack, sum_in_order
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.order_statistics import Rank
-from merging.maths.parameters import Coefficient, Local, PerModel
+from merging.maths.parameters import Coefficient, Local, PerModel, varies
 from merging.maths.radix_selection import OrderStatistics
 from merging.maths.reductions import Sum
 from merging.maths.site import Site
@@ -51,14 +52,29 @@ class Pcb(Method):
     paper: ClassVar[str] = "PCB-Merging, Du et al. 2024, arXiv 2410.02396"
     workspace: ClassVar[int] = 24
 
-    ratio: float = Field(0.1, gt=0, le=1, description="share of each model's parameters that compete")
-    clip: float = Field(0.01, ge=0, lt=0.5, description="share of magnitudes that is clipped at either end")
+    ratio: Local[Annotated[float, Field(gt=0, le=1)]] = Field(
+        0.1, description="share of each model's parameters that compete"
+    )
+    clip: Local[Annotated[float, Field(ge=0, lt=0.5)]] = Field(
+        0.01, description="share of magnitudes that is clipped at either end"
+    )
     scale: Local[Coefficient] = Field(1.2, description="what the weighted mean is multiplied by")
     weights: PerModel[Coefficient] = Field(1.0, description="one weight for all models, or one each; may be negative")
     variant: Literal["code", "vision", "es", "paper"] = Field("code", description="which of the published forms")
     scope: Literal["model", "tensor"] = Field("model", description="what statistics are taken over")
 
+    def check(self, models: int) -> None:
+        super().check(models)
+        shares = [field for field in ("ratio", "clip") if varies(getattr(self, field))]
+        if self.scope == "model" and shares:
+            raise OptionError(
+                f"pcb.{shares[0]} is a share of the whole model, so it cannot differ from place to place: use scope = "
+                f"tensor, or one {shares[0]}"
+            )
+
     def required_statistics(self) -> tuple[Statistic, ...]:
+        if varies(self.ratio) or varies(self.clip):
+            return ()
         cut = OrderStatistics((Rank.share(1 - self.ratio), Rank.upper(0)))
         if self.variant == "paper":
             ends = OrderStatistics((Rank.share(0), Rank.upper(0)))

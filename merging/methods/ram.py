@@ -33,7 +33,7 @@ class Ram(Method):
     paper: ClassVar[str] = "Behavior knowledge merge in reinforced agentic models, 2026, arXiv 2601.13572"
     workspace: ClassVar[int] = 5
 
-    epsilon: Annotated[float, Field(ge=0, le=1e9)] = Field(1e-3, description="size from which a change counts")
+    epsilon: Local[Annotated[float, Field(ge=0, le=1e9)]] = Field(1e-3, description="size from which a change counts")
     relative: bool = Field(True, description="epsilon is a share of the change's root mean square in the tensor")
     scale: Local[Coefficient] = Field(1.0, description="what the merged change is multiplied by")
 
@@ -66,8 +66,8 @@ class RamPlus(Ram):
     name: ClassVar[str] = "ramplus_tl"
     summary: ClassVar[str] = "ram, with what one model alone changed enlarged"
 
-    r: Annotated[float, Field(ge=0, le=1e9)] = Field(0.1, description="how much unique changes grow")
-    alpha: Annotated[float, Field(ge=0, le=1e9)] = Field(0.2, description="largest overlap that is made up for")
+    r: Local[Annotated[float, Field(ge=0, le=1e9)]] = Field(0.1, description="how much unique changes grow")
+    alpha: Local[Annotated[float, Field(ge=0, le=1e9)]] = Field(0.2, description="largest overlap that is made up for")
 
     def required_statistics(self) -> tuple[Statistic, ...]:
         return (*super().required_statistics(), Statistic(_COUNTS, Sum(), self._counts, per="tensor"))

@@ -9,7 +9,7 @@ from pydantic import Field
 from merging.maths.delta import Delta, Dense, Stack, weighted_sum
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.order_statistics import Rank
-from merging.maths.parameters import Coefficient, Local
+from merging.maths.parameters import Coefficient, Local, varies
 from merging.maths.radix_selection import OrderStatistics
 from merging.maths.reductions import Sum
 from merging.maths.site import Site
@@ -43,14 +43,17 @@ class Sce(Method):
     paper: ClassVar[str] = "FuseChat, Wan et al. 2024, arXiv 2408.07990"
     workspace: ClassVar[int] = 7
 
-    density: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="share of the entries that is selected")
+    density: Local[Annotated[float, Field(gt=0, le=1)]] = Field(
+        0.1, description="share of the entries that is selected"
+    )
     select: Literal["weights", "deltas"] = Field("weights", description="what the selection decides")
     scale: Local[Coefficient] = Field(1.0, description="what the merged change is multiplied by")
 
     def required_statistics(self) -> tuple[Statistic, ...]:
-        cut = Statistic(_CUT, OrderStatistics((Rank.largest(self.density),)), _variances, per="tensor")
         squares = Statistic(_SQUARES, Sum(), self._squares, per="tensor")
-        return (cut, squares) if self.density < 1 else (squares,)
+        if varies(self.density) or self.density >= 1:
+            return (squares,)
+        return Statistic(_CUT, OrderStatistics((Rank.largest(self.density),)), _variances, per="tensor"), squares
 
     def _select(self, stack: Stack, statistics: Statistics) -> Tensor:
         """Return the changes ``[n, *shape]``, 0 where an entry is not selected."""

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from merging.maths.lazy_torch import Tensor
 from merging.maths.linalg import leading_svd
-from merging.maths.parameters import Coefficient, PerModel
+from merging.maths.parameters import Coefficient, Local, PerModel
 from merging.methods.families.spectral import Spectral
 from merging.methods.iso_c import total
 
@@ -30,8 +30,10 @@ class Svd(Spectral):
     summary: ClassVar[str] = "sum of the changes without its small singular values"
     paper: ClassVar[str] = "The approximation of one matrix by another of lower rank, Eckart and Young 1936"
 
-    energy: Annotated[float, Field(gt=0, le=1)] = Field(0.95, description="share of each matrix's squares that is kept")
-    max_rank: Annotated[int, Field(ge=1)] | None = Field(None, description="most singular values that are kept")
+    energy: Local[Annotated[float, Field(gt=0, le=1)]] = Field(
+        0.95, description="share of each matrix's squares that is kept"
+    )
+    max_rank: Local[Annotated[int, Field(ge=1)]] | None = Field(None, description="most singular values that are kept")
     weights: PerModel[Coefficient] = Field(1.0, description="one weight for all models, or one each; may be negative")
 
     def others(self, models: int) -> list[Coefficient]:

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import CUT
+from merging.maths.parameters import Local
 from merging.maths.site import Site
 from merging.methods.families.spectral import Spectral
 from merging.methods.iso_c import total
@@ -44,7 +45,7 @@ class Wudi(Spectral):
     workspace: ClassVar[int] = 5
 
     mode: Literal["closed", "adam"] = Field("closed", description="the minimum, or steps towards it")
-    steps: Annotated[int, Field(ge=1, le=100_000)] = Field(300, description="steps of Adam")
+    steps: Local[Annotated[int, Field(ge=1, le=100_000)]] = Field(300, description="steps of Adam")
 
     @property
     def factored(self) -> bool:
