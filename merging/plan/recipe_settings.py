@@ -72,8 +72,10 @@ def _find(values: Mapping[str, Any], key: str) -> Keys:
         first = words[0] if words[0] in values else alias
         return _descend(values.get(first), words[1:], (first,), key)
     parameters = values.get("parameters") or {}
-    if len(words) == 1 or not isinstance(parameters, dict):
+    if len(words) == 1:
         return ("parameters",)
+    if not isinstance(parameters, dict):
+        raise OptionError(f"--set {key}: parameters should be a mapping of names to values, and is {parameters!r}")
     name, rest = _parameter(values, parameters, words[1:], key)
     return _descend(parameters.get(name), rest, ("parameters", name), key)
 

@@ -180,6 +180,13 @@ def test_settings_that_are_refused(setting: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_parameters_that_are_no_mapping_are_not_replaced() -> None:
+    text = "models: [a]\nmethod: linear\nparameters: [1]\n"
+    with pytest.raises(OptionError, match=r"--set weights: parameters should be a mapping of names to values"):
+        changed("weights=2", text=text)
+    assert changed("parameters={weights: 2}", text=text).to_dict()["parameters"] == {"weights": 2}
+
+
 def test_settings_are_shown_and_recorded(folder: Path) -> None:
     (folder / "recipe.yml").write_text(TIES)
     words = ["run", "recipe.yml", "--set", "scale=0.5", "--set", "models.1=tuned0"]
