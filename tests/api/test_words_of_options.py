@@ -18,6 +18,9 @@ from support.tiny import adapters, checkpoint, model
 
 FLAG = re.compile(r"(?<![\w-])--[a-z]|(?<!\w)-o\b")
 OTHERS = {
+    "api/usage.py": "commands of other programs that load an output",
+    "methods/choosing.py": "advice, whose methods are written as on the command line",
+    "plan/recipe_settings.py": "settings of --set, which Python has not",
     "report/page.py": "variables of CSS",
     "serving/": "rules, whose remedies speak of commands and of the servers' own options",
     "sources/formats.py": "the text of a command",

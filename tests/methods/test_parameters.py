@@ -240,7 +240,7 @@ def test_wudi_by_steps_refuses_what_is_not_finite() -> None:
             ["ties.scope has no effect: a density of 1 trims nothing"],
         ),
         ("ties", {"density": 1, "scope": "tensor"}, []),  # the majority is of the tensor then
-        ("task_arithmetic", {"layers": 7}, ["--layers has no effect: task_arithmetic does not depend on depth"]),
+        ("task_arithmetic", {"layers": 7}, ["layers= has no effect: task_arithmetic does not depend on depth"]),
         ("tsv", {"scale": {"norm": 0.5, "*": 1}}, []),
     ],
 )
