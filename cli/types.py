@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
-__all__ = ["METHOD", "MODEL", "SIZE", "Size", "ValuesType", "paths_that_begin"]
+from merging.errors import OptionError
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+__all__ = ["METHOD", "MODEL", "SIZE", "Size", "ValuesType", "paths_that_begin"]
 
 
 class Size(click.ParamType[int]):
@@ -21,12 +20,12 @@ class Size(click.ParamType[int]):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?I?)B?\s*", str(value).upper())
-        if not found or found[2] not in _UNITS or float(found[1]) <= 0:
-            self.fail(f"{value!r} is no size: write 500MB, 2GB or 2GiB", param, ctx)
-        return int(float(found[1]) * _UNITS[found[2]])
+        from merging.plan.sizes import parse_size
+
+        try:
+            return parse_size(value)
+        except OptionError as error:
+            self.fail(str(error), param, ctx)
 
 
 class ValuesType(click.ParamType[Any]):

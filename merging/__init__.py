@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from merging.maths.delta import Delta, Dense, LowRank
     from merging.methods import METHODS, chain
     from merging.methods.contract.function import method
-    from merging.plan.recipe import Recipe, load_recipe
+    from merging.plan.recipe import Recipe
+    from merging.plan.recipe_files import load_recipe
     from merging.recycling.workflow import Recycled, recycle
 
 _WHERE = {
@@ -39,7 +40,7 @@ _WHERE = {
     "compare": "geometry",
     "compress": "compression",
     "decompress": "compression",
-    "load_recipe": "plan.recipe",
+    "load_recipe": "plan.recipe_files",
     "merge": "api.merge_files",
     "merge_deltas": "api.merge_tensors",
     "merge_peft": "api.peft_model",

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merging.api.arguments import check_method, check_path, check_paths
 from merging.display import Displayed
 from merging.engine.download import download_plan
 from merging.engine.resources import pick_device, workers_within
@@ -104,7 +105,8 @@ def preview(
     Raises:
         MergingError: for everything that :func:`merge` refuses before it reads values.
     """
-    return plan_for(_make_recipe(models, method, options), None if output is None else Path(output))
+    destination = None if output is None else Path(check_path(output, "output"))
+    return plan_for(_make_recipe(models, method, options), destination)
 
 
 def merge(
@@ -114,7 +116,7 @@ def merge(
     output: str | Path | None = None,
     device: str | torch.device = "cpu",
     threads: int | None = None,
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     overwrite: bool = False,
     stream: bool = False,
     progress: Progress | bool | None = None,
@@ -129,7 +131,7 @@ def merge(
             ``merged.safetensors`` when all models are bare files, else the folder ``merged``.
         device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for a GPU if there is one.
         threads: the number of threads; by default one for each processor core, as far as the memory allows.
-        max_memory: the most memory to take, in bytes, above the memory of the imports.
+        max_memory: the most memory to take, in bytes or as ``"500MB"``, above the memory of the imports.
         overwrite: whether an output that exists is replaced.
         stream: whether models of the Hub pass through the disk file by file, and are not kept in the library's cache.
         progress: True for a bar, or a function that receives the bytes done and the bytes in all.
@@ -145,7 +147,7 @@ def merge(
     """
     progress = resolve_progress(progress)
     recipe = _make_recipe(models, method, options)
-    destination = Path(output) if output is not None else default_destination(recipe)
+    destination = default_destination(recipe) if output is None else Path(check_path(output, "output"))
     return merge_plan(
         plan_for(recipe, destination),
         destination,
@@ -159,13 +161,15 @@ def merge(
 
 
 def _make_recipe(models: Sequence[str | Path], method: str | Method, options: Mapping[str, object]) -> Recipe:
-    if isinstance(models, (str, Path)):
-        raise OptionError(f"models should be a list of paths, and is {str(models)!r}")
+    paths = check_paths(models)
+    if options.get("base") is not None:
+        options = {**options, "base": check_path(options["base"], "base")}
+    check_method(method)
     stated = {key: value for key, value in options.items() if key in FIELDS and value is not None}
     parameters = {key: value for key, value in options.items() if key not in FIELDS}
     if isinstance(method, Method) and parameters:
         raise OptionError(f"{next(iter(parameters))!r} is not an option of merge: give it to the method itself")
-    values = {"models": [str(path) for path in models], "method": method, **stated}
+    values = {"models": [str(path) for path in paths], "method": method, **stated}
     if isinstance(method, str):
         values["parameters"] = parameters
     return make_recipe(values, "merge")
@@ -192,7 +196,7 @@ def merge_plan(
     *,
     device: torch.device | None = None,
     threads: int | None = None,
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     overwrite: bool = False,
     stream: bool = False,
     progress: Progress | None = None,
@@ -205,7 +209,7 @@ def merge_plan(
         destination: the file or folder to write.
         device: the device to compute on; the CPU by default.
         threads: the number of threads; by default one for each processor core, as far as the memory allows.
-        max_memory: the most memory to take, in bytes, above the memory of the imports.
+        max_memory: the most memory to take, in bytes or as ``"500MB"``, above the memory of the imports.
         overwrite: whether an output that exists is replaced.
         stream: whether models of the Hub are downloaded file by file as the merge reaches them, and not before it.
         progress: called with the bytes done and the bytes in all.

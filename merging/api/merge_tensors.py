@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from merging.api.arguments import check_deltas, check_method, check_state_dict, check_state_dicts
 from merging.engine.in_memory import TensorInputs, merge_in_memory
 from merging.errors import InputError, OptionError
 from merging.maths.delta import Delta, Dense, LowRank, Stack
@@ -64,7 +65,8 @@ def merge_state_dicts(
         FormatError: for parts of adapters, whose changes :func:`merge_deltas` merges.
         OptionError: for a method that needs a base where there is none.
     """
-    models = list(models)
+    models = check_state_dicts(models)
+    base = None if base is None else check_state_dict(base, "base")
     bound = make_method(method, parameters, len(models))
     if base is None and (bound.merge_space == "delta" or bound.rescales):
         raise OptionError(f"{bound.chain} merges changes from a base: give base=")
@@ -139,7 +141,7 @@ def merge_deltas(
         InputError: for shapes that differ, and for values that are not finite.
         OptionError: for a method that merges weights, which changes alone do not give.
     """
-    adapters = list(adapters)
+    adapters = check_deltas(adapters)
     bound = make_method(method, parameters, len(adapters))
     return merge_changes(
         adapters,
@@ -192,6 +194,7 @@ def merge_changes(
 
 def make_method(method: str | Method, parameters: Mapping[str, object], models: int) -> Method:
     """Return the method with its parameters, checked against the number of models."""
+    check_method(method)
     if not models:
         raise InputError("there is nothing to merge: give at least one model")
     if isinstance(method, Method):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from merging.maths.lazy_torch import Tensor
+from merging.maths.lazy_torch import Tensor, torch
 
 __all__ = ["MergeOptions", "MethodParameters", "RecipeOptions", "Value", "Values", "Weight", "Weights"]
 
@@ -29,13 +29,13 @@ class RecipeOptions(TypedDict, total=False):
     base: str | Path | None
     kind: Literal["adapter", "model"] | None
     format: Literal["peft", "diffusers", "kohya"] | None
-    dtype: Literal["float64", "float32", "bfloat16", "float16"] | None
+    dtype: Literal["float64", "float32", "bfloat16", "float16"] | torch.dtype | None
     rank: int | None
     experts: Literal["together", "apart"] | None
     layers: int | None
     lora_alpha: float | None
     out_proj_once: bool | None
-    shard_size: int | None
+    shard_size: int | str | None
     on_mismatch: Literal["error", "base"] | None
     vocabulary: Literal["error", "base", "largest"] | None
     components: str | Sequence[str] | None

@@ -48,7 +48,7 @@ class StepExecution:
 
     device: torch.device
     threads: int
-    max_memory: int | None = None
+    max_memory: int | str | None = None
     progress: Progress | None = None
 
 

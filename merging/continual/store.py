@@ -102,7 +102,7 @@ class ContinualStore(StoreView):
         keep: int | None = None,
         device: str = "cpu",
         threads: int | None = None,
-        max_memory: int | None = None,
+        max_memory: int | str | None = None,
         allow_different_bases: bool = False,
         on_mismatch: str = "error",
         wait: float | None = None,
@@ -117,7 +117,7 @@ class ContinualStore(StoreView):
             keep: the number of the last states that stay, as in :meth:`gc`; all by default.
             device: the device of the computation, such as ``"cuda"``.
             threads: the number of threads; all cores by default.
-            max_memory: the most bytes of memory, above the memory of the imports.
+            max_memory: the most memory, in bytes or as ``"500MB"``, above the memory of the imports.
             allow_different_bases: add a model even if it seems to have another base.
             on_mismatch: ``"base"`` keeps tensors of the base that the model lacks, or has in another shape; ``"error"``
                 refuses such a model.

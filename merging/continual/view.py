@@ -18,6 +18,7 @@ from merging.display import Table, Tabular, plural
 from merging.engine.resources import pick_device
 from merging.errors import FormatError, InputError, OptionError
 from merging.geometry.short_names import short_names
+from merging.maths.lazy_torch import torch
 from merging.methods import chain
 from merging.methods.contract.method import Method
 from merging.progress import Progress, resolve_progress
@@ -96,10 +97,10 @@ class StoreView(Tabular):
         *,
         kind: str = "model",
         rank: int | None = None,
-        dtype: str | None = None,
+        dtype: str | torch.dtype | None = None,
         device: str = "cpu",
         threads: int | None = None,
-        max_memory: int | None = None,
+        max_memory: int | str | None = None,
         overwrite: bool = False,
         progress: Progress | bool | None = None,
     ) -> Merged:
@@ -112,7 +113,7 @@ class StoreView(Tabular):
             dtype: the type of all tensors; by default the base's.
             device: the device of the computation, such as ``"cuda"``.
             threads: the number of threads; all cores by default.
-            max_memory: the most bytes of memory, above the memory of the imports.
+            max_memory: the most memory, in bytes or as ``"500MB"``, above the memory of the imports.
             overwrite: replace an output that exists.
             progress: True for a bar, or a function that receives the bytes done and the bytes in all.
 

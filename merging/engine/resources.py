@@ -6,11 +6,12 @@ from merging.errors import OptionError
 from merging.maths.lazy_torch import torch
 from merging.os_calls import available_memory
 from merging.plan.merge_plan import Plan
+from merging.plan.sizes import parse_size
 
 __all__ = ["pick_device", "workers_within"]
 
 
-def workers_within(plan: Plan, threads: int, max_memory: int | None) -> int:
+def workers_within(plan: Plan, threads: int, max_memory: int | str | None) -> int:
     """Return the number of workers that fit into ``max_memory`` bytes above the imports, at most ``threads``.
 
     Without a limit they take at most half of the memory that is available. One worker always fits.
@@ -23,6 +24,7 @@ def workers_within(plan: Plan, threads: int, max_memory: int | None) -> int:
     if max_memory is None:
         available = available_memory()
         return threads if available is None else max(1, _fitting(plan, threads, available // 2))
+    max_memory = parse_size(max_memory, "max_memory")
     needed = plan.memory(1)
     if needed > max_memory:
         raise OptionError(

@@ -27,6 +27,7 @@ from merging.maths.lazy_torch import Tensor, torch
 from merging.methods.families.spherical import cosines as normalised
 from merging.notices import report_notices
 from merging.plan import Plan
+from merging.plan.sizes import parse_size
 from merging.progress import Progress, resolve_progress
 from merging.sources import Adapter
 from merging.sources.changes import Change
@@ -44,7 +45,7 @@ def compare(
     intruders: bool = False,
     full_spectra: bool = False,
     directions: int = 16,
-    max_memory: int = MEMORY,
+    max_memory: int | str = MEMORY,
     device: torch.device | str = "cpu",
     progress: Progress | bool | None = None,
     **options: Any,
@@ -60,7 +61,8 @@ def compare(
         full_spectra: Whether to decompose full changes of any size. By default the shorter side is at most
             :data:`~merging.geometry.spectrum.SIDE`. Factors are always decomposed.
         directions: The number of leading directions of each change in the overlap of subspaces.
-        max_memory: Bytes for inner products and signs. A decomposed tensor is held whole, one at a time.
+        max_memory: The memory for inner products and signs, in bytes or as ``"500MB"``. A decomposed tensor is held
+            whole, one at a time.
         device: The device that computes.
         progress: True for a bar, or a function that receives the bytes done and the bytes in all.
         **options: Options of :func:`~merging.geometry.alignment.align`, such as ``base``.
@@ -78,8 +80,9 @@ def compare(
     where = torch.device(device)
     few = len(plan.models) <= OVERLAPPING
     wanted = WalkOptions(intruders, full_spectra, directions if few else 0)
-    found = walk(plan, wanted, max_memory, where, progress)
-    counted = count_signs(plan, signs, max_memory, where) if signs else None
+    room = parse_size(max_memory, "max_memory")
+    found = walk(plan, wanted, room, where, progress)
+    counted = count_signs(plan, signs, room, where) if signs else None
     notices = _notices(plan, found, few)
     report_notices(notices)
     return Comparison(

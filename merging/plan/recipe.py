@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from merging.display import Displayed
 from merging.errors import OptionError, nearest
+from merging.maths.lazy_torch import torch
 from merging.maths.parameters import plain
 from merging.methods import chain, parameters_of
 from merging.methods.contract.method import Method
-from merging.plan.recipe_document import parse_document
+from merging.plan.sizes import parse_size
+from merging.progress import Progress
+from merging.sources.dtypes import plain_dtype
 
-__all__ = ["DTYPES", "FIELDS", "AdapterFormat", "Experts", "Recipe", "load_recipe"]
+if TYPE_CHECKING:
+    from merging.api.merge_files import Merged
+
+__all__ = ["DTYPES", "FIELDS", "AdapterFormat", "Experts", "Recipe", "make_recipe"]
 
 DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """The types an output can be asked in, and their names in safetensors files."""
@@ -101,6 +107,17 @@ class Recipe(Displayed, BaseModel):
     def _one_pattern(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _dtype_name(cls, value: Any) -> Any:
+        """Accept torch's own types, such as ``torch.bfloat16``."""
+        return plain_dtype(value)
+
+    @field_validator("shard_size", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        return parse_size(value, "shard_size") if isinstance(value, str) else value
+
     @field_validator("models", "base", mode="before")
     @classmethod
     def _paths(cls, value: Any) -> Any:
@@ -113,6 +130,51 @@ class Recipe(Displayed, BaseModel):
 
     def _display_fields(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+
+    def run(
+        self,
+        output: str | Path | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        threads: int | None = None,
+        max_memory: int | str | None = None,
+        overwrite: bool = False,
+        stream: bool = False,
+        progress: Progress | bool | None = None,
+    ) -> Merged:
+        """Carry out the merge, as :func:`~merging.merge` does with the same models, method and options.
+
+        Args:
+            output: the file or folder to write.
+            device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for a GPU if there is one.
+            threads: the number of threads; by default one for each processor core, as far as the memory allows.
+            max_memory: the most memory to take, in bytes or as ``"500MB"``, above the memory of the imports.
+            overwrite: whether an output that exists is replaced.
+            stream: whether models of the Hub pass through the disk file by file, and are not kept in the library's
+                cache.
+            progress: True for a bar, or a function that receives the bytes done and the bytes in all.
+
+        Returns:
+            The path and the kind of the output, its size, remarks, and numbers that the method reports.
+
+        Raises:
+            MergingError: for everything that :func:`~merging.merge` refuses.
+        """
+        from merging import merge  # of a floor above, by the package's own door
+
+        options = {name: getattr(self, name) for name in type(self).model_fields if name not in ("models", "method")}
+        return merge(
+            self.models,
+            method=self.method,
+            output=output,
+            device=device,
+            threads=threads,
+            max_memory=max_memory,
+            overwrite=overwrite,
+            stream=stream,
+            progress=progress,
+            **options,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that differ from the defaults, in plain values: the chain as written, its parameters by
@@ -128,7 +190,7 @@ class Recipe(Displayed, BaseModel):
         return values | {key: list(value) if isinstance(value, tuple) else value for key, value in rest.items()}
 
     def to_yaml(self) -> str:
-        """Return the recipe as YAML, which :func:`load_recipe` reads back to an equal one."""
+        """Return the recipe as YAML, which :func:`~merging.load_recipe` reads back to an equal one."""
         facts = self.to_dict()
         text = yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)
         plain = text.replace("\n", "").isprintable()  # else with escapes, which every terminal takes
@@ -196,18 +258,3 @@ def _is_refused(method: str, parameters: dict[Any, Any]) -> bool:
     except (OptionError, AttributeError):  # a name that is not a text has no methods of texts
         return True
     return False
-
-
-def load_recipe(text: str, where: str = "recipe") -> Recipe:
-    """Read a recipe from YAML.
-
-    Args:
-        text: the YAML. Relative paths in it are relative to the working folder.
-        where: the source of the text, which errors name.
-
-    Raises:
-        FormatError: for a text that is not a YAML mapping.
-        OptionError: for fields or values that no recipe has.
-    """
-    document = parse_document(text, where)
-    return make_recipe(document.values, where, document.origin)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merging.errors import OptionError
+from merging.errors import MergingWarning, OptionError
 from merging.hub.address import hub_address
 from merging.plan.recipe import Recipe, make_recipe
 from merging.plan.recipe_document import Keys, RecipeDocument, parse_document
 from merging.plan.recipe_settings import Setting, change_document
 from merging.sources.small_files import RECIPE_LIMIT, read_text
 
-__all__ = ["LoadedRecipe", "parse_recipe", "read_recipe"]
+__all__ = ["LoadedRecipe", "load_recipe", "parse_recipe", "read_recipe"]
+
+_ENDINGS = (".yml", ".yaml", ".json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,40 @@ class LoadedRecipe:
 
     recipe: Recipe
     notices: tuple[str, ...] = ()
+
+
+def load_recipe(source: str | Path, where: str = "recipe") -> Recipe:
+    """Read a recipe from a file, or from YAML.
+
+    Args:
+        source: the path of a file, or YAML itself. A text is a path if it ends in ``.yml``, ``.yaml`` or ``.json``, or
+            if there is such a file. Relative paths of models in a file are relative to its folder, in YAML to the
+            working folder.
+        where: the source of YAML, which errors name.
+
+    Returns:
+        The recipe, with all paths relative to the working folder.
+
+    Raises:
+        FormatError: for a text that is not a YAML mapping.
+        OptionError: for fields or values that no recipe has.
+        InputError: for a file that is not there.
+    """
+    if isinstance(source, str) and not _is_path(source):
+        return parse_recipe(source, where).recipe
+    loaded = read_recipe(Path(source))
+    for notice in loaded.notices:
+        warnings.warn(notice, MergingWarning, stacklevel=2)
+    return loaded.recipe
+
+
+def _is_path(text: str) -> bool:
+    if "\n" in text:
+        return False
+    try:
+        return text.endswith(_ENDINGS) or Path(text).is_file()
+    except (OSError, ValueError):  # too long for a path, or with characters that no path has
+        return False
 
 
 def read_recipe(path: Path, settings: Sequence[Setting] = ()) -> LoadedRecipe:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from merging.display import Displayed
 from merging.errors import OptionError, nearest
+from merging.sources.dtypes import plain_dtype
 
 __all__ = ["Granularity", "Selection", "Settings", "make_settings"]
 
@@ -77,6 +78,12 @@ class Settings(Displayed, BaseModel):
     draws: int = Field(1, ge=1, description="random draws of each control")
     resamples: int = Field(10_000, ge=100, description="resamples of the bootstrap")
     seed: int = Field(0, ge=0, description="seed of every random choice")
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _dtype_name(cls, value: Any) -> Any:
+        """Accept torch's own types, such as ``torch.bfloat16``."""
+        return plain_dtype(value)
 
 
 def make_settings(values: dict[str, Any]) -> Settings:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from merging.maths.lazy_torch import torch
 
-__all__ = ["DTYPES", "DTYPE_NAMES"]
+__all__ = ["DTYPES", "DTYPE_NAMES", "plain_dtype"]
 
 _ATTRIBUTES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
@@ -18,6 +19,11 @@ _ATTRIBUTES = {
 
 
 _NAMES = {f"torch.{attribute}": name for name, attribute in _ATTRIBUTES.items()}
+
+
+def plain_dtype(value: Any) -> Any:
+    """Return the plain name of one of torch's dtypes (``"bfloat16"``), and any other value as it is."""
+    return str(value).removeprefix("torch.") if str(value) in _NAMES else value
 
 
 class _Dtypes(Mapping[str, "torch.dtype"]):

@@ -15,7 +15,8 @@ from merging.maths.site import Site
 from merging.methods import chain
 from merging.methods.contract.method import Method
 from merging.plan.items import TILE
-from merging.plan.recipe import Recipe, load_recipe
+from merging.plan.recipe import Recipe
+from merging.plan.recipe_files import load_recipe
 from merging.sources.stored import open_safetensors
 
 __all__ = ["check_method"]

@@ -14,7 +14,7 @@ from fuzzing.sample import Sample
 from merging.hub.address import hub_address
 from merging.hub.open_model import open_model
 from merging.hub.query import parse_query
-from merging.plan.recipe import load_recipe
+from merging.plan.recipe_files import load_recipe
 
 # --- words
 

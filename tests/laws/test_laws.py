@@ -17,7 +17,8 @@ import merging
 from merging.errors import OptionError
 from merging.maths.delta import Delta, Dense, LowRank
 from merging.methods import METHODS, chain, links
-from merging.plan.recipe import Recipe, load_recipe
+from merging.plan.recipe import Recipe
+from merging.plan.recipe_files import load_recipe
 from support.laws import TABLE, Row, Tensors, rows
 from support.tiny import fine_tune, identical, load, model, save
 

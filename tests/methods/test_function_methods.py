@@ -19,7 +19,8 @@ from merging.errors import OptionError
 from merging.maths.site import Site
 from merging.methods import chain, parameters_of
 from merging.methods.contract.function import OPTIONS
-from merging.plan.recipe import Recipe, load_recipe
+from merging.plan.recipe import Recipe
+from merging.plan.recipe_files import load_recipe
 from merging.testing import check_method
 
 

@@ -19,7 +19,8 @@ from merging.errors import InputError, OptionError
 from merging.maths.patterns import matches
 from merging.maths.randomness import draw_mask
 from merging.methods import METHODS, chain, method_class, parameters_of
-from merging.plan.recipe import Recipe, load_recipe
+from merging.plan.recipe import Recipe
+from merging.plan.recipe_files import load_recipe
 from support import references
 from support.changes import CPU, changes, dense
 from support.commands import ok, refused

@@ -20,7 +20,7 @@ from merging.errors import FormatError, MergingError
 from merging.hub.cards import stated_licence
 from merging.hub.open_model import open_model
 from merging.hub.push import Target, push
-from merging.plan.recipe import load_recipe
+from merging.plan.recipe_files import load_recipe
 from merging.recycling.run_checkpoint import RunCheckpoint
 from merging.sources.links import check_inside, refuse_link
 from merging.sources.plain_yaml import load_yaml

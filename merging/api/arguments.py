@@ -1,0 +1,121 @@
+"""Checks of the arguments of public functions: a wrong type is one clear error, before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from merging.errors import OptionError
+from merging.maths.delta import Dense, LowRank
+from merging.maths.lazy_torch import Tensor
+from merging.methods.contract.method import Method
+
+__all__ = ["check_deltas", "check_method", "check_path", "check_paths", "check_state_dict", "check_state_dicts"]
+
+_SHOWN = 80
+"""The most characters of a value that a message shows."""
+
+
+def check_paths(models: object) -> list[str | Path]:
+    """Return the models of a merge of files. Raise :class:`~merging.errors.OptionError` for anything but paths."""
+    if isinstance(models, (str, Path)):
+        raise OptionError(f"models should be a list of paths, and is {str(models)!r}: write [{str(models)!r}]")
+    return [check_path(model, f"models[{position}]") for position, model in enumerate(_as_list(models, "paths"))]
+
+
+def check_path(value: Any, name: str) -> str | Path:
+    """Return a path, or a name on the Hub. Raise :class:`~merging.errors.OptionError` for anything else."""
+    if isinstance(value, (str, Path)):
+        return value
+    if isinstance(value, PathLike):
+        return Path(value)
+    wanted = "a path" if name == "output" else "a path or a name on the Hub"
+    raise OptionError(f"{name} should be {wanted}, and is {_describe(value)}{_other_door(value)}")
+
+
+def check_state_dicts(models: object) -> list[Mapping[str, Tensor]]:
+    """Return the models of a merge of tensors. Raise :class:`~merging.errors.OptionError` for other values."""
+    if _is_state_dict(models):
+        raise OptionError("models should be a list of state dicts, and is one state dict: write [first, second]")
+    found = _as_list(models, "state dicts")
+    return [check_state_dict(model, f"models[{position}]") for position, model in enumerate(found)]
+
+
+def check_state_dict(value: Any, name: str) -> Mapping[str, Tensor]:
+    """Return a state dict. Raise :class:`~merging.errors.OptionError` for anything but tensors by name."""
+    if not isinstance(value, Mapping):
+        remedy = ": give its state_dict()" if hasattr(value, "state_dict") else ""
+        remedy = ": merge() merges files" if isinstance(value, (str, Path)) else remedy
+        raise OptionError(f"{name} should be a state dict, and is {_describe(value)}{remedy}")
+    for key, tensor in value.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            deltas = isinstance(tensor, (LowRank, Dense))
+            remedy = ": merge_deltas() merges changes" if deltas else ""
+            raise OptionError(f"{name} should hold tensors by name, and {key!r} is {_describe(tensor)}{remedy}")
+    return value
+
+
+def check_deltas(adapters: object) -> list[Mapping[str, Dense | LowRank]]:
+    """Return the adapters of a merge of changes. Raise :class:`~merging.errors.OptionError` for other values."""
+    if isinstance(adapters, Mapping):
+        raise OptionError("adapters should be a list with one mapping an adapter, and is one mapping: write [it]")
+    found = _as_list(adapters, "mappings from target to change")
+    for position, adapter in enumerate(found):
+        name = f"adapters[{position}]"
+        if not isinstance(adapter, Mapping):
+            remedy = ": merge() merges files" if isinstance(adapter, (str, Path)) else ""
+            remedy = ": merge_peft() merges the adapters of a model" if hasattr(adapter, "peft_config") else remedy
+            raise OptionError(f"{name} should be a mapping from target to change, and is {_describe(adapter)}{remedy}")
+        for target, change in adapter.items():
+            if not isinstance(target, str) or not isinstance(change, (Dense, LowRank)):
+                raise OptionError(
+                    f"{name} should hold changes (LowRank or Dense) by target, and {target!r} is {_describe(change)}: "
+                    f"peft_deltas() makes them of a PEFT state dict"
+                )
+    return found
+
+
+def check_method(method: object) -> None:
+    """Raise :class:`~merging.errors.OptionError` for anything but the name of a chain, or a method."""
+    if isinstance(method, type) and issubclass(method, Method):
+        raise OptionError(f"method should be a name or a method, and is the class {method.__name__}: call it")
+    if not isinstance(method, (str, Method)):
+        raise OptionError(f"method should be a name or a method, and is {_describe(method)}")
+
+
+def _as_list(values: Any, items: str) -> list[Any]:
+    if isinstance(values, Sequence) and not isinstance(values, (str, bytes)):
+        return list(values)
+    remedy = _other_door(values)
+    if isinstance(values, Iterator):
+        remedy = ": make a list of it, in the order of the weights"
+    noun = "adapters" if items.startswith("mappings") else "models"
+    raise OptionError(f"{noun} should be a list of {items}, and is {_describe(values)}{remedy}")
+
+
+def _is_state_dict(value: object) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(each, Tensor) for each in value.values())
+
+
+def _other_door(value: object) -> str:
+    """Return the function that takes such a value, for the end of a message."""
+    if _is_state_dict(value):
+        return ": merge_state_dicts() merges tensors"
+    if hasattr(value, "peft_config") and hasattr(value, "get_base_model"):
+        return ": merge_peft() merges the adapters of a model"
+    if hasattr(value, "state_dict"):
+        return ": save it first, or give its state_dict() to merge_state_dicts()"
+    return ""
+
+
+def _describe(value: object) -> str:
+    if _is_state_dict(value):
+        return "a state dict"
+    if value is None:
+        return "None"
+    kind = type(value).__name__
+    shown = repr(value) if isinstance(value, (str, bytes, int, float, Path)) else ""
+    article = "an" if kind[0].lower() in "aeiou" else "a"
+    return f"{shown[:_SHOWN]}" if shown else f"{article} {kind}"
