@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from merging.display import Cell
 from merging.geometry.comparison import Comparison, Matrix
 from merging.geometry.pictures import panels, title
+from merging.report.charts import LABELLED
 from merging.report.drawing import draw_svg
 from merging.report.page import Page
 
@@ -98,12 +99,14 @@ def _matrix(out: Page, names: Sequence[str], matrix: Matrix, caption: str) -> No
 def _models(comparison: Comparison) -> tuple[list[str], list[list[Cell]]]:
     header = ["model", "kind", "tensors", "rank", "norm", "largest", "effective", "stable", "90 %", "99 %"]
     rows: list[list[Cell]] = []
-    for each in comparison.models:
+    numbered = len(comparison.models) > LABELLED  # as on the axes of the maps
+    for number, each in enumerate(comparison.models, 1):
         found = each.spectrum
         spectrum: list[Cell] = [None] * 5
         if found:
             spectrum = [found.largest, found.effective, found.stable, found.energy90, found.energy99]
-        rows.append([each.name, each.kind, each.tensors, each.rank_text, each.norm, *spectrum])
+        name = f"{number}. {each.name}" if numbered else each.name
+        rows.append([name, each.kind, each.tensors, each.rank_text, each.norm, *spectrum])
     return header, rows
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BANDS",
     "FEW",
+    "LABELLED",
     "Scale",
     "bars",
     "count_along",
@@ -35,8 +36,8 @@ BANDS = (
 )
 """The sentence of a caption on charts of lines."""
 
-_LABELLED = 20
-"""The most rows of a heat map with names."""
+LABELLED = 20
+"""The most rows of a heat map with names; of more, rows have the numbers of the list of models."""
 
 _SHAPES = 1000
 """The most cells of a heat map that are drawn as shapes."""
@@ -76,7 +77,7 @@ def heatmap(axes: Axes, values: Sequence[Sequence[float | None]], names: Sequenc
     grid = np.array([[np.nan if value is None else value for value in row] for row in values], dtype=float)
     image = paint(axes, grid, scale)
     axes.set_aspect("equal")
-    if len(names) <= _LABELLED:
+    if len(names) <= LABELLED:
         short = short_labels(names)
         axes.set_xticks(range(len(names)), short, rotation=40, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(names)), short)
@@ -95,7 +96,7 @@ def heatmap(axes: Axes, values: Sequence[Sequence[float | None]], names: Sequenc
 
 def heatmap_size(names: Sequence[str]) -> tuple[float, float]:
     """Return the size of a heat map in inches: cells that hold a number, the names, and the color bar."""
-    if len(names) > _LABELLED:
+    if len(names) > LABELLED:
         return 4.8, 3.8
     side = max(1.8, 0.4 * min(len(names), FEW), 0.24 * len(names))
     letters = 0.065 * max(map(len, short_labels(names)))

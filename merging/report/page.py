@@ -56,7 +56,7 @@ footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
 @media print {
   main { padding: 0; max-width: none; } nav { display: none; } figure, tr { break-inside: avoid; }
   h2, h2 + p, caption { break-after: avoid; } .wide { overflow: visible; max-height: none; }
-  table { font-size: .7rem; } th, td { padding: .2rem .3rem; white-space: normal; overflow-wrap: anywhere; }
+  table { font-size: .7rem; } th, td { padding: .2rem .3rem; white-space: normal; }
   figure img { min-width: 0 !important; max-height: 9cm; object-fit: contain; object-position: left; }
 }
 """

@@ -15,6 +15,7 @@ from merging.errors import OutputError
 from merging.geometry import compare
 from merging.geometry.page import page
 from merging.report import Page
+from merging.report.charts import LABELLED
 from support import figures, tiny
 from support.browser import CHROMIUM, Browser, browser
 
@@ -176,6 +177,8 @@ def test_figures_are_legible_on_any_screen(scheme: str, count: int, chromium: Br
     chromium.ask("Emulation.clearDeviceMetricsOverride")
     facts = chromium.value("Array.from(document.querySelectorAll('dl:first-of-type dd')).map(each => each.textContent)")
     assert facts[:3] == [str(count), "base", "12"]
+    first = chromium.value("document.querySelector('tbody th').textContent")
+    assert first.startswith("1. ") == (count > LABELLED), "maps of many models have the numbers of this table"
 
 
 @needs_browser
