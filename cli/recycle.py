@@ -50,12 +50,11 @@ def settings_options(typed: Mapping[str, Any]) -> list[click.Option]:
     "--progress/--quiet",
     default=True,
     callback=remember_quiet,
+    expose_value=False,
     help="print the steps of the work on stderr, or nothing but errors (and --json)  [default: the steps]",
 )
 @debug_option
-def recycle_command(
-    pool: tuple[str, ...], as_json: bool, progress: bool, debug: bool, fields: dict[str, Any], **options: Any
-) -> None:
+def recycle_command(pool: tuple[str, ...], as_json: bool, debug: bool, fields: dict[str, Any], **options: Any) -> None:
     """Pick adapters of other tasks, tune their mixture for a new task, and write it as one LoRA.
 
     \b
