@@ -24,6 +24,7 @@ __all__ = [
     "heatmap_size",
     "legend",
     "lines",
+    "lines_size",
     "paint",
     "short_labels",
 ]
@@ -44,7 +45,6 @@ _SHAPES = 1000
 
 _MARKED = 40
 """The most points of a line with markers."""
-
 
 _BELOW, _LINE = 0.45, 60
 """The place of a legend below its axes in inches, and the letters of its line."""
