@@ -144,6 +144,12 @@ def merge(
     Raises:
         MergingError: for models that cannot be merged as the options say, values that cannot be merged, and an output
             that cannot be written. Nothing is left behind then.
+
+    Example:
+        >>> import merging
+        >>> merged = merging.merge(["a", "b"], method="task_arithmetic", output="merged", weights=[0.7, 0.3])
+        >>> merged.kind, merged.rank
+        ('adapter', 16)
     """
     progress = resolve_progress(progress)
     recipe = _make_recipe(models, method, options)

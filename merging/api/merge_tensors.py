@@ -64,6 +64,12 @@ def merge_state_dicts(
         InputError: for names or shapes that differ, and for values that are not finite, before or after the cast.
         FormatError: for parts of adapters, whose changes :func:`merge_deltas` merges.
         OptionError: for a method that needs a base where there is none.
+
+    Example:
+        >>> import torch, merging
+        >>> models = [{"w": torch.zeros(2)}, {"w": torch.ones(2)}]
+        >>> merging.merge_state_dicts(models, method="linear", weights=[1, 3])
+        {'w': tensor([0.7500, 0.7500])}
     """
     models = check_state_dicts(models)
     base = None if base is None else check_state_dict(base, "base")
@@ -140,6 +146,12 @@ def merge_deltas(
     Raises:
         InputError: for shapes that differ, and for values that are not finite.
         OptionError: for a method that merges weights, which changes alone do not give.
+
+    Example:
+        >>> import torch, merging
+        >>> one = {"w": merging.LowRank(torch.ones(2, 1), torch.ones(1, 3), (2, 3))}
+        >>> merging.merge_deltas([one, one], method="task_arithmetic")["w"].rank
+        2
     """
     adapters = check_deltas(adapters)
     bound = make_method(method, parameters, len(adapters))

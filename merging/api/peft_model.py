@@ -62,6 +62,14 @@ def merge_peft(
         OptionError: for names of adapters that the model does not have, or has already.
         InputError: for adapters that are no LoRA, or that hold modules in full, and for values that are not finite.
             The model is then as it was.
+
+    Example:
+        >>> import merging, peft, transformers
+        >>> base = transformers.AutoModel.from_pretrained("base")
+        >>> model = peft.PeftModel.from_pretrained(base, "a", adapter_name="a")
+        >>> _ = model.load_adapter("b", adapter_name="b")
+        >>> merging.merge_peft(model, ["a", "b"], method="linear")
+        >>> model.set_adapter("merged")
     """
     adapters = _check_names(model, adapters, adapter_name)
     bound = make_method(method, parameters, len(adapters))

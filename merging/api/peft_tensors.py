@@ -45,6 +45,13 @@ def peft_deltas(
     Raises:
         FormatError: for a state dict or a config of no plain LoRA.
         InputError: for variants that need the base (DoRA, PiSSA, OLoRA).
+
+    Example:
+        >>> import merging
+        >>> from safetensors.torch import load_file
+        >>> deltas = merging.peft_deltas(load_file("a/adapter_model.safetensors"), "a")
+        >>> len(deltas)
+        12
     """
     deltas: dict[str, Delta] = {}
     for target, change in changes_in_memory(state_dict, _config_fields(config), "the state dict").items():
@@ -83,6 +90,12 @@ def peft_state_dict(
 
     Raises:
         InputError: for changes that are not matrices, and for full changes without ``rank``.
+
+    Example:
+        >>> import torch, merging
+        >>> state, config = merging.peft_state_dict({"layer.weight": merging.Dense(torch.eye(4))}, rank=2)
+        >>> config["r"], sorted(state)
+        (2, ['base_model.model.layer.lora_A.weight', 'base_model.model.layer.lora_B.weight'])
     """
     odd = next((target for target, delta in deltas.items() if len(delta.shape) != 2), None if deltas else "nothing")
     if odd is not None:

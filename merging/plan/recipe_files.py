@@ -44,6 +44,12 @@ def load_recipe(source: str | Path, where: str = "recipe") -> Recipe:
         FormatError: for a text that is not a YAML mapping.
         OptionError: for fields or values that no recipe has.
         InputError: for a file that is not there.
+
+    Example:
+        >>> import merging
+        >>> recipe = merging.load_recipe("models: [a, b]\\nmethod: linear")
+        >>> recipe.models
+        ('a', 'b')
     """
     if isinstance(source, str) and not _is_path(source):
         return parse_recipe(source, where).recipe
