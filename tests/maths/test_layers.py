@@ -80,7 +80,10 @@ def names(architecture: str) -> tuple[str, ...]:
     kind = getattr(transformers, architecture)
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
-        return tuple(kind._from_config(kind.config_class()).state_dict())
+        config = kind.config_class()
+        if architecture.startswith("Idefics3"):
+            config.text_config.pad_token_id = None  # transformers 5.18 has one that is not in the vocabulary
+        return tuple(kind._from_config(config).state_dict())
 
 
 @pytest.fixture(autouse=True)
