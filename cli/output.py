@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from merging.display import format_size, plural
+from merging.display.tables import format_size, plural
 from merging.errors import escape_unprintable, shorten
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def progress_bar(wanted: bool | None, task_name: str = "merging") -> Iterator[Ca
     if not (sys.stderr.isatty() if wanted is None else wanted):
         yield None
         return
-    from merging.progress import ProgressBar
+    from merging.display.progress import ProgressBar
 
     with closing(ProgressBar(task_name, leave=False)) as bar:
         yield bar

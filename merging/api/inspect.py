@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from merging.display import Table, Tabular, count_notices
+from merging.display.tables import Table, Tabular, count_notices
 from merging.errors import FormatError, option
 from merging.hub.open_model import open_model
 from merging.maths.layers import Stacks

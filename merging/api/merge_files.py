@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merging.api.arguments import check_method, check_path, check_paths
-from merging.display import Displayed
+from merging.display.notices import report_notices
+from merging.display.progress import Progress, resolve_progress
+from merging.display.tables import Displayed
 from merging.engine.download import download_plan
 from merging.engine.resources import pick_device, workers_within
 from merging.engine.run import Done, run
@@ -19,13 +21,11 @@ from merging.engine.threads import cores
 from merging.errors import OptionError, OutputError, option
 from merging.maths.lazy_torch import torch
 from merging.methods.contract.method import Method
-from merging.notices import report_notices
 from merging.output.lora_header import lora_metadata, lora_stem
 from merging.output.model_folder import check_companions, companion_patterns, copy_companions, write_model_companions
 from merging.output.peft_config import write_adapter_companions
 from merging.plan import PORTABLE_RANKS, Plan, make_plan
 from merging.plan.recipe import FIELDS, Recipe, make_recipe
-from merging.progress import Progress, resolve_progress
 from merging.sources.dtypes import DTYPES
 from merging.storage.staging import StagedOutput, check_destination
 from merging.storage.writer import ComponentWriter, TensorWriter

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from merging.display import Displayed
+from merging.display.notices import report_notices
+from merging.display.tables import Displayed
 from merging.engine.download import download_model
 from merging.errors import InputError, OptionError, either, option
 from merging.hub.open_model import open_model
@@ -19,7 +20,6 @@ from merging.maths.delta import LowRank
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import factored_svd
 from merging.maths.sums import safe_ratio
-from merging.notices import report_notices
 from merging.plan.checks import check_bases
 from merging.plan.names.targets import common_shape
 from merging.sources import Adapter

@@ -9,12 +9,12 @@ from merging.compression.assembly import Assembly, Losses, as_read
 from merging.compression.bands import pack_factors, pack_pruned, truncate_to_bands
 from merging.compression.settings import PackSettings
 from merging.compression.ternary import pack_signs
+from merging.display.progress import Progress
 from merging.engine.tiles import Tiler
 from merging.errors import InputError
 from merging.geometry.alignment import align, read_change
 from merging.maths.lazy_torch import Tensor, torch
 from merging.plan import Item, Plan
-from merging.progress import Progress
 from merging.sources import Checkpoint
 from merging.sources.packs import Changed, Described
 from merging.sources.packs.codings import Bands, Raw, Sparse, Ternary

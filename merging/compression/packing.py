@@ -13,15 +13,15 @@ from merging.compression.adapters import adapter_file, pack_adapter
 from merging.compression.assembly import Assembly, Losses
 from merging.compression.models import model_plan, pack_model
 from merging.compression.settings import PackSettings, make_settings
-from merging.display import Displayed
+from merging.display.notices import report_notices
+from merging.display.progress import Progress, resolve_progress
+from merging.display.tables import Displayed
 from merging.engine.download import download_model
 from merging.engine.resources import pick_device
 from merging.errors import InputError, OutputError, option
 from merging.hub.open_model import open_base, open_model
-from merging.notices import report_notices
 from merging.output.model_card import HUB_ID
 from merging.plan.names.targets import adapter_targets
-from merging.progress import Progress, resolve_progress
 from merging.sources import Adapter, Checkpoint
 from merging.sources.checkpoint import content_key
 from merging.sources.packs import PackBase, PackManifest

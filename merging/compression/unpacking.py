@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from merging.api.merge_files import merge
 from merging.compression.packing import model_files
-from merging.display import Displayed
+from merging.display.progress import Progress, resolve_progress
+from merging.display.tables import Displayed
 from merging.engine.download import download_model
 from merging.errors import InputError, OutputError, option
 from merging.hub.open_model import open_model
-from merging.progress import Progress, resolve_progress
 from merging.sources import Adapter
 from merging.sources.diffusion_loras import WEIGHTS
 from merging.sources.packs import read_pack

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from merging.continual.manifest import Manifest
+from merging.display.progress import Progress
 from merging.errors import InputError, MergingError, escape_unprintable
 from merging.hub.query import Query, parse_query
-from merging.progress import Progress
 
 __all__ = ["Arrival", "Inbox", "Pause", "WatchEnded", "open_inbox", "run_interruptibly"]
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from merging.continual.manifest import Manifest, Part, StepRecord, StoreBase, sha256_of
 from merging.continual.state import value_problems
-from merging.display import Displayed
+from merging.display.progress import Progress
+from merging.display.tables import Displayed
 from merging.engine.download import download_model
 from merging.errors import InputError, MergingError, either
 from merging.hub.client import Unreachable
 from merging.hub.open_model import open_base
-from merging.progress import Progress
 from merging.sources import Checkpoint
 from merging.sources.checkpoint import content_key
 from merging.sources.links import refuse_link

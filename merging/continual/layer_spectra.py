@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from math import sqrt
 
-from merging.display import Displayed
+from merging.display.tables import Displayed
 from merging.maths.delta import LowRank
 from merging.maths.layers import Stacks
 from merging.maths.lazy_torch import Tensor, torch

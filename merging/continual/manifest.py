@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from merging import os_calls
-from merging.display import Displayed
+from merging.display.tables import Displayed
 from merging.errors import FormatError, InputError, OutputError, either
 from merging.sources.links import refuse_link
 from merging.sources.small_files import LIST_LIMIT, read_json

@@ -13,6 +13,7 @@ from merging.continual.base_check import check_distance, check_not_base, check_s
 from merging.continual.manifest import Manifest, Part, StepRecord, sha256_of
 from merging.continual.state import count_forms, open_state, state_metadata, step_plan
 from merging.continual.update_rules import rule_of
+from merging.display.progress import Progress
 from merging.engine.download import download_plan, missing_files
 from merging.engine.resources import workers_within
 from merging.engine.run import Done, run
@@ -24,7 +25,6 @@ from merging.methods.task_arithmetic import TaskArithmetic
 from merging.output.licences import source_of
 from merging.plan import Item, Plan, plan_of
 from merging.plan.recipe import Recipe
-from merging.progress import Progress
 from merging.sources import Adapter, Checkpoint, check_in_place
 from merging.sources.changes import Change
 from merging.sources.stored import Stored

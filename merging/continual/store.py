@@ -17,6 +17,8 @@ from merging.continual.manifest import NAME, STATES, Manifest, Part, RefusedMode
 from merging.continual.step import AddOptions, NewState, StepExecution, content_of, plan_alone, step_record, write_state
 from merging.continual.update_rules import checked_rule
 from merging.continual.view import StoreView
+from merging.display.notices import report_notices
+from merging.display.progress import Progress, resolve_progress
 from merging.engine.download import download_model, missing_files
 from merging.engine.resources import pick_device
 from merging.engine.threads import cores
@@ -24,9 +26,7 @@ from merging.errors import InputError, MergingError, OptionError, OutputError
 from merging.hub.address import hub_address
 from merging.hub.open_model import open_model
 from merging.methods import chain
-from merging.notices import report_notices
 from merging.plan.recipe import Recipe
-from merging.progress import Progress, resolve_progress
 from merging.sources import Adapter, Checkpoint
 from merging.sources.checkpoint import content_key
 from merging.storage.atomic import remove_temporary_files

@@ -14,14 +14,14 @@ from merging.continual.layer_spectra import spectra
 from merging.continual.manifest import Manifest, StepRecord, read_manifest
 from merging.continual.state import open_state
 from merging.continual.update_rules import history_of, rule_of
-from merging.display import Table, Tabular, plural
+from merging.display.progress import Progress, resolve_progress
+from merging.display.tables import Table, Tabular, plural
 from merging.engine.resources import pick_device
 from merging.errors import FormatError, InputError, OptionError
 from merging.geometry.short_names import short_names
 from merging.maths.lazy_torch import torch
 from merging.methods import chain
 from merging.methods.contract.method import Method
-from merging.progress import Progress, resolve_progress
 from merging.sources import Adapter
 
 __all__ = ["StoreView"]

@@ -16,7 +16,7 @@ from merging.continual.folder import Busy
 from merging.continual.inbox import Arrival, Pause, WatchEnded, open_inbox, run_interruptibly
 from merging.continual.integrity import Damaged
 from merging.continual.manifest import RefusedModel
-from merging.display import Displayed
+from merging.display.tables import Displayed
 from merging.errors import FormatError, InputError, OptionError, escape_unprintable
 from merging.hub.client import Unreachable
 from merging.version import former_parameters

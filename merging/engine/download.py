@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from merging.display.progress import Progress
 from merging.engine.threads import share_out
 from merging.hub.address import Address
 from merging.hub.open_model import open_model
@@ -16,7 +17,6 @@ from merging.maths.lazy_torch import torch
 from merging.methods.families.dropping import Dropping
 from merging.plan import Item, Plan
 from merging.plan.checks import check_packed, make_content_keys
-from merging.progress import Progress
 from merging.sources import Adapter, Checkpoint, Model, tensors_of
 from merging.sources.changes import Change
 from merging.sources.stored import holders_of

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
+from merging.display.progress import Progress
 from merging.engine.outputs import Sink
 from merging.engine.spool import Spool
 from merging.engine.threads import share_out
@@ -24,7 +25,6 @@ from merging.maths.lazy_torch import torch
 from merging.methods.contract.method import ResultStatistic, Statistic
 from merging.os_calls import keep_freed_memory, private_memory, release_freed_memory
 from merging.plan.merge_plan import Plan
-from merging.progress import Progress
 
 __all__ = ["Done", "Sink", "run"]
 

@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from merging.display.progress import Progress
 from merging.engine.download import download_plan
 from merging.engine.tiles import Tiler
 from merging.errors import InputError, OptionError, option
@@ -24,7 +25,6 @@ from merging.plan.items import cut_items
 from merging.plan.names.targets import adapter_targets, common_shape
 from merging.plan.recipe import Recipe, make_recipe
 from merging.plan.stacks import mark_experts
-from merging.progress import Progress
 from merging.sources import Adapter, Checkpoint
 from merging.sources.changes import Change
 from merging.sources.stored import Stored

@@ -7,6 +7,8 @@ from math import isnan
 from statistics import fmean, median
 from typing import Any, Literal
 
+from merging.display.notices import report_notices
+from merging.display.progress import Progress, resolve_progress
 from merging.errors import OptionError, option
 from merging.geometry.alignment import MEMORY, ModelLike, align
 from merging.geometry.comparison import (
@@ -25,10 +27,8 @@ from merging.geometry.spectrum import SIDE, Spectrum
 from merging.geometry.walk import LEADING, OVERLAPPING, WalkOptions, WalkResult, walk
 from merging.maths.lazy_torch import Tensor, torch
 from merging.methods.families.spherical import cosines as normalised
-from merging.notices import report_notices
 from merging.plan import Plan
 from merging.plan.sizes import parse_size
-from merging.progress import Progress, resolve_progress
 from merging.sources import Adapter
 from merging.sources.changes import Change
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from merging.display import Displayed, Table, Tabular, count_notices, plural
+from merging.display.tables import Displayed, Table, Tabular, count_notices, plural
 from merging.geometry.intruders import Intruders
 from merging.geometry.spectrum import Spectrum
 from merging.geometry.walk import LayerNorms

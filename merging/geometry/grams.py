@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from merging.display.progress import Progress, resolve_progress
 from merging.engine.tiles import Tiler
 from merging.errors import InputError, OptionError, option
 from merging.geometry.alignment import MEMORY, ModelLike, align, factored, matrix_sides, row_blocks
@@ -16,7 +17,6 @@ from merging.maths.sums import spans
 from merging.methods.families.spherical import cosines as normalised
 from merging.plan import Item, Plan
 from merging.plan.items import TILE
-from merging.progress import Progress, resolve_progress
 from merging.sources.changes import Change
 
 __all__ = ["cosines", "gram", "groups_of", "module_grams", "segment_sums"]

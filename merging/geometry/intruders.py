@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from merging.display import Displayed
+from merging.display.tables import Displayed
 from merging.maths.delta import Delta, LowRank
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import ThinSvd

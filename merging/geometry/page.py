@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from merging.display import Cell
+from merging.display.tables import Cell
 from merging.geometry.comparison import Comparison, Matrix
 from merging.geometry.pictures import panels, title
 from merging.report.charts import LABELLED

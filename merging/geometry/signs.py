@@ -8,7 +8,7 @@ from itertools import combinations_with_replacement
 from math import prod
 from typing import Any, Literal
 
-from merging.display import Displayed
+from merging.display.tables import Displayed
 from merging.engine.tiles import Tiler
 from merging.geometry.alignment import MEMORY, ModelLike, align, row_blocks
 from merging.geometry.grams import groups_of

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from merging.display import Displayed
+from merging.display.tables import Displayed
 from merging.engine.tiles import Tiler
 from merging.geometry.alignment import ModelLike, align, matrix_sides, read_change
 from merging.geometry.grams import segment_sums

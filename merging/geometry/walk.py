@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from merging.display import Displayed
+from merging.display.progress import Progress
+from merging.display.tables import Displayed
 from merging.engine.tiles import Tiler
 from merging.geometry.alignment import read_change
 from merging.geometry.grams import module_grams
@@ -25,7 +26,6 @@ from merging.maths.linalg import decompose
 from merging.methods.decouple import column_norms
 from merging.methods.families.spherical import cosines as normalised
 from merging.plan import Item, Plan
-from merging.progress import Progress
 from merging.sources.changes import Change
 
 __all__ = ["LEADING", "OVERLAPPING", "LayerNorms", "WalkOptions", "WalkResult", "walk"]

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from merging import os_calls
+from merging.display.progress import Progress
 from merging.errors import InputError, OutputError
 from merging.hub.client import Unreachable, with_retries
-from merging.progress import Progress
 
 __all__ = ["download", "fetch_range", "file_hash"]
 

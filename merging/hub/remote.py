@@ -9,10 +9,10 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
+from merging.display.progress import Progress
 from merging.errors import OutputError
 from merging.hub.client import Unreachable, with_retries
 from merging.hub.download import download, fetch_range, file_hash
-from merging.progress import Progress
 from merging.sources.header import header_length, parse_header
 from merging.sources.open_files import File
 from merging.sources.pickled import open_pickle

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from merging.display import Displayed
+from merging.display.tables import Displayed
 from merging.maths.lazy_torch import Tensor, torch
 
 __all__ = ["Delta", "Dense", "LowRank", "Stack", "sum_in_order", "weighted_sum"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-from merging.display import Displayed
+from merging.display.tables import Displayed
 from merging.maths.layers import BEFORE_BLOCKS, LayerPosition, Stacks
 
 __all__ = ["Site", "TensorKind", "inputs_by_outputs", "site_of"]

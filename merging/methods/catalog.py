@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
-from merging.display import Table, Tabular
+from merging.display.tables import Table, Tabular
 
 if TYPE_CHECKING:
     from merging.methods.contract.method import Method

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-from merging.display import Displayed
+from merging.display.tables import Displayed
 from merging.maths.lazy_torch import torch
 from merging.maths.site import Site
 from merging.methods.contract.method import Method

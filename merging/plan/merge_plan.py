@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from merging.display import Table, Tabular, count_notices, format_size, plural
+from merging.display.tables import Table, Tabular, count_notices, format_size, plural
 from merging.maths.lazy_torch import torch
 from merging.plan import estimates
 from merging.plan.inputs.vocabulary import Vocabulary

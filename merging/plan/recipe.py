@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
-from merging.display import Displayed
+from merging.display.progress import Progress
+from merging.display.tables import Displayed
 from merging.errors import OptionError, nearest
 from merging.maths.lazy_torch import torch
 from merging.maths.parameters import plain
 from merging.methods import chain, parameters_of
 from merging.methods.contract.method import Method
 from merging.plan.sizes import parse_size
-from merging.progress import Progress
 from merging.sources.dtypes import plain_dtype
 
 if TYPE_CHECKING:

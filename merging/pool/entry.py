@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from merging.display import Displayed
+from merging.display.tables import Displayed
 from merging.sources.links import refuse_link
 
 __all__ = ["OVERRULED", "VERDICTS", "Entry", "Finding", "PoolVerdict", "verdict_of"]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from filelock import FileLock, Timeout
 
-from merging.display import Displayed, Table, Tabular, plural
+from merging.display.tables import Displayed, Table, Tabular, plural
 from merging.errors import FormatError, InputError, OptionError, OutputError
 from merging.hub.open_model import open_base
 from merging.pool.audit import Auditor, Candidate

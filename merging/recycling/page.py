@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from merging.display import Cell
+from merging.display.tables import Cell
 from merging.recycling.bootstrap import LEVEL
 from merging.recycling.report import MERGE, Report, Row
 from merging.report import Page

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
 
-from merging.display import Displayed, Table, Tabular, count_notices
+from merging.display.tables import Displayed, Table, Tabular, count_notices
 from merging.maths.lazy_torch import Tensor
 from merging.recycling.bootstrap import LEVEL, Gap, Metric, paired_bootstrap
 from merging.recycling.controls import CONTROLS

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from merging.display import Displayed
+from merging.display.tables import Displayed
 from merging.errors import OptionError, nearest
 from merging.sources.dtypes import plain_dtype
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from merging.display import Displayed
+from merging.display.tables import Displayed
 from merging.recycling.bootstrap import LEVEL, Gap, Metric
 from merging.recycling.controls import CONTROLS
 from merging.recycling.pool_adapters import BASE, FEW_SHOT

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from merging.display import Table, Tabular
+from merging.display.notices import report_notices
+from merging.display.tables import Table, Tabular
 from merging.engine.resources import pick_device
 from merging.errors import OptionError, option
-from merging.notices import report_notices
 from merging.recycling.bootstrap import Metric
 from merging.recycling.data import Example, Split, kind_of, overlaps, read_examples, split
 from merging.recycling.fold import FoldedLora, fold, write_adapter

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from merging.display import Cell, escape, format_numbers
+from merging.display.tables import Cell, escape, format_numbers
 from merging.errors import OptionError, OutputError, option
 from merging.report.style import DARK, DARK_SCREEN, LIGHT
 from merging.storage.atomic import existing_parent, make_parents, remove_empty, replace_file

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from merging.display import Displayed, Table, Tabular
+from merging.display.tables import Displayed, Table, Tabular
 from merging.serving.subject import Subject, SubjectKind
 
 __all__ = [

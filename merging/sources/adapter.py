@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from merging.display import Displayed
+from merging.display.tables import Displayed
 from merging.errors import InputError, option
 from merging.sources.changes import Change
 from merging.sources.origin import Origin

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from merging.display import Displayed
+from merging.display.tables import Displayed
 from merging.errors import FormatError
 from merging.maths.lazy_torch import torch
 from merging.sources.components import MODULES, PIPELINE, components_of

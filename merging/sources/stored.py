@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 
-from merging.display import Displayed
+from merging.display.tables import Displayed
 from merging.errors import FormatError
 from merging.maths.lazy_torch import Tensor, torch
 from merging.sources.dtypes import DTYPE_NAMES, DTYPES

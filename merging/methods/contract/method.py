@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from merging.display import Displayed
+from merging.display.tables import Displayed
 from merging.errors import OptionError, nearest, option
 from merging.maths.coefficients import spread
 from merging.maths.delta import Delta, Stack

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from merging.display import Displayed
+from merging.display.tables import Displayed
 from merging.errors import FormatError, option
 from merging.sources import diffusion_loras, kohya, peft
 from merging.sources.adapter import Adapter

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 import merging
+from merging.display.progress import ProgressBar, resolve_progress
 from merging.errors import OptionError
 from merging.geometry import gram
-from merging.progress import ProgressBar, resolve_progress
 from support.tiny import adapters, checkpoint
 
 Run = Callable[[Any], object]

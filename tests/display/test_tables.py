@@ -20,7 +20,7 @@ from merging.api.inspect import inspect
 from merging.api.prototypes import export_prototypes
 from merging.continual.layer_spectra import LayerSpectrum
 from merging.continual.watch import Event
-from merging.display import Displayed, Table
+from merging.display.tables import Displayed, Table
 from merging.geometry import sign_agreement
 from merging.maths.delta import Stack
 from merging.maths.site import Site

@@ -21,7 +21,7 @@ SOURCES = sorted((ROOT / "merging").rglob("*.py"))
 
 PRINTING = {
     "merging/hub/client.py": "asks whether stderr is a terminal, for the bars of huggingface_hub",
-    "merging/progress.py": "the bar that progress=True asks for",
+    "merging/display/progress.py": "the bar that progress=True asks for",
 }
 """Files that name a standard stream, with the reason."""
 
