@@ -254,7 +254,8 @@ def test_an_output_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    assert refused(*SHIPPED[:2], "--html", target) == f"Error: {target}: cannot be written: No space left on device\n"
+    message = f"Error: {target}: cannot be written: No space left on device\n"
+    assert refused(*SHIPPED[:2], "--html", target, "--overwrite") == message
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("page.html", "as it was")]
 
 
