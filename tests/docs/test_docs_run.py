@@ -52,7 +52,7 @@ PRINTS = {
 HUBS = re.compile(r" (org|me)/| hub:")
 """Names on the Hub, which only the test with a Hub runs."""
 
-HARDLY = ["--steps", "2", "--lora-steps", "2", "--lora-rate", "0.001", "--resamples", "100", "--quiet"]
+HARDLY = ["--steps", "2", "--lora-steps", "2", "--lora-rate", "0.001", "--resamples", "100"]
 """Options with which `merge recycle` hardly trains."""
 
 
