@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from merging import os_calls
 from merging.errors import FormatError, InputError
@@ -70,6 +70,15 @@ class File:
                 f"{_NEEDED_FILES} more to come: take fewer inputs at once, or raise its limit (ulimit -n)"
             )
         self.stamp = stamp_of(os.fstat(self.fd))
+
+    def __copy__(self) -> File:
+        return self  # two objects with one descriptor would close it twice, and the second time another file's
+
+    def __deepcopy__(self, memo: object) -> File:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self.path}: an open file cannot be pickled")
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):
