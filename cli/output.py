@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -48,15 +48,20 @@ QUIET = f"{__name__}.quiet"
 """The key of a context's ``meta`` for --quiet: only errors and JSON are printed, and errors are printed after it."""
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a stream is a terminal; where the shell closed it (``>&-``), there is none."""
+    return stream is not None and stream.isatty()
+
+
 def terminal_width() -> int | None:
     """Return the columns of the terminal that standard output is; None if it is a file or a pipe."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return shutil.get_terminal_size().columns if is_terminal(sys.stdout) else None
 
 
 @contextmanager
 def progress_bar(wanted: bool | None, task_name: str = "merging") -> Iterator[Callable[[int, int], None] | None]:
     """Show a bar on stderr, by default only if that is a terminal."""
-    if not (sys.stderr.isatty() if wanted is None else wanted):
+    if not (is_terminal(sys.stderr) if wanted is None else wanted):
         yield None
         return
     from merging.display.progress import ProgressBar

@@ -56,7 +56,7 @@ def api() -> Any:
 
     from merging.version import __version__
 
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         disable_progress_bars()
 
     return HfApi(library_name="merging", library_version=__version__)

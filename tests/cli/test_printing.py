@@ -124,3 +124,16 @@ def test_errors_as_json(words: list[str], code: int, kind: str, message: str) ->
     assert message in done.stderr, "people are told too"
     plain = CliRunner().invoke(cli, words)
     assert (plain.exit_code, plain.stdout, plain.stderr) == (code, "", done.stderr)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell of POSIX closes the streams")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&-"])
+def test_closed_streams(closed: str, tmp_path: Path) -> None:
+    """What cannot be printed is not, and the merge is carried out."""
+    checkpoint(tmp_path)
+    python = f'"{sys.executable}" -m merging.cli.main'
+    for words in ("-m linear tuned0 tuned1 -o merged", "methods", "compare tuned0 tuned1 --base base"):
+        command = ["sh", "-c", f"{python} {words} {closed}"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, "Traceback" in done.stderr) == (0, False), (words, done.stderr)
+    assert (tmp_path / "merged").is_dir()
