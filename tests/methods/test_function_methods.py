@@ -261,3 +261,65 @@ def test_no_parameter_is_called_as_an_option() -> None:
     options |= {*signature(merging.merge).parameters, *(field.name for field in fields(Execution))} - {"options"}
     options |= {param.name for param in merge_command.params if param.name} - {"as_"}
     assert options <= OPTIONS
+
+
+@pytest.mark.parametrize(
+    ("declaration", "message"),
+    [
+        ({"needs": "rows"}, "needs = 'rows': use one of"),
+        ({"space": "deltas"}, "space = 'deltas': use one of delta, weights"),
+        ({"models": 2}, "models = 2: write the fewest and the most"),
+        ({"models": (3, 2)}, r"models = \(3, 2\)"),
+        ({"models": (0, None)}, r"models = \(0, None\)"),
+    ],
+    ids=str,
+)
+def test_declarations_that_say_nothing(declaration: dict[str, Any], message: str) -> None:
+    """A misspelled word would otherwise count as another one, and the bytes would be others."""
+    with pytest.raises(OptionError, match=message):
+        merging.method("test_declared", **declaration)
+    with pytest.raises(OptionError, match="declared with its name"):
+        merging.method(lambda deltas: deltas)  # type: ignore[arg-type, return-value]
+    with pytest.raises(OptionError, match="made of a function"):
+        merging.method("test_declared")(torch.sum)
+
+
+def test_defaults_that_are_no_values() -> None:
+    """They are refused where they are declared, and leave no method of the name behind."""
+
+    def text(deltas: Tensor, *, scale: float = "a") -> Tensor:  # type: ignore[assignment]
+        return deltas.mean(0)
+
+    def beyond(deltas: Tensor, *, scale: Annotated[float, Field(gt=0)] = -1.0) -> Tensor:
+        return deltas.mean(0)
+
+    def infinite(deltas: Tensor, *, scale: float = float("nan")) -> Tensor:
+        return deltas.mean(0)
+
+    def bare(deltas: Tensor, *, scale: list[float] = 1.0) -> Tensor:  # type: ignore[assignment]
+        return deltas.mean(0)
+
+    def unreadable(deltas: Tensor, *, scale: Any = 1.0) -> Tensor:
+        return deltas.mean(0)
+
+    unreadable.__annotations__["scale"] = "1 +"
+    for function in (text, beyond, infinite, bare, unreadable):
+        with pytest.raises(OptionError, match=r"scale|type of its parameters"):
+            merging.method("test_wrong_default")(function)
+    with pytest.raises(OptionError, match="there is no method 'test_wrong_default'"):
+        chain("test_wrong_default")
+
+
+def test_results_of_another_form() -> None:
+    def wave(deltas: Tensor) -> Tensor:
+        return deltas.mean(0).to(torch.complex64)
+
+    def nowhere(deltas: Tensor) -> Tensor:
+        return deltas.mean(0).to("meta")
+
+    def sparse(deltas: Tensor) -> Tensor:
+        return deltas.mean(0).to_sparse()
+
+    for function in (wave, nowhere, sparse):
+        with pytest.raises(OptionError, match="a dense tensor of real numbers"):
+            merged(merging.method(f"test_{function.__name__}")(function))

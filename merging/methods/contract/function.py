@@ -92,6 +92,13 @@ class FunctionMethod(Method):
         fields = {field: getattr(self, field) for field in type(self).model_fields}
         parameters = {f: spread(v, len(values)) if f in self.each_model else v for f, v in fields.items()}
         merged = type(self).function(values, *((site,) if self.takes_site else ()), **parameters)
+        if isinstance(merged, Tensor) and (
+            merged.is_complex() or merged.layout != values.layout or merged.device != values.device
+        ):
+            raise OptionError(
+                f"{self.name} made {site.name} as {merged.dtype}, {merged.layout}, on {merged.device}, and "
+                f"a method makes a dense tensor of real numbers where each model's is, on {values.device} here"
+            )
         if not isinstance(merged, Tensor) or merged.shape != values.shape[1:]:
             shape = f"shape {list(merged.shape)}" if isinstance(merged, Tensor) else f"type {type(merged).__name__}"
             raise OptionError(
@@ -146,9 +153,14 @@ def method(
     Raises:
         OptionError: the name is taken, or a parameter of the function cannot be a parameter of a method.
     """
+    if not isinstance(name, str):
+        raise OptionError(f"a method is declared with its name, @merging.method('name'), and here is {name!r:.80}")
     known = name.replace("-", "_")
+    _check_words(known, space, needs, models)
 
     def decorate(function: Callable[..., Tensor]) -> FunctionMethod:
+        if not inspect.isfunction(function):
+            raise OptionError(f"{known}: a method is made of a function (def), and here is {function!r:.80}")
         fields, takes_site = _fields(function, known)
         definitions: dict[str, Any] = {field.name: (field.type, field.info) for field in fields}
         text = inspect.getdoc(function) or ""
@@ -161,10 +173,22 @@ def method(
         cls.function, cls.space, cls.needs = staticmethod(function), space, needs
         cls.takes_site = takes_site
         cls.each_model = frozenset(field.name for field in fields if field.each_model)
+        build(cls, {field.name: cls.model_fields[field.name].default for field in fields})  # checked
         declare(cls)
         return cls()
 
     return decorate
+
+
+def _check_words(name: str, space: Any, needs: Any, models: Any) -> None:
+    """Refuse a declaration that no type checker saw: an unknown word would count as another one."""
+    for option, value, words in (("space", space, ("delta", "weights")), ("needs", needs, get_args(Grain))):
+        if value not in words:
+            raise OptionError(f"{name}: {option} = {value!r}: use one of {', '.join(words)}")
+    fewest, most = models if isinstance(models, tuple) and len(models) == 2 else (0, None)
+    whole = isinstance(fewest, int) and (most is None or isinstance(most, int))
+    if not whole or fewest < 1 or (most is not None and most < fewest):
+        raise OptionError(f"{name}: models = {models!r}: write the fewest and the most, such as (2, None)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +205,7 @@ def _fields(function: Callable[..., Tensor], name: str) -> tuple[list[_Parameter
     """Return the fields of a function's parameters, and whether the function takes the site."""
     try:
         hints = get_type_hints(function, include_extras=True)
-    except NameError as error:
+    except (NameError, SyntaxError, AttributeError, TypeError) as error:
         raise OptionError(f"{name}: a type of its parameters is not known: {error}") from None
     positional: list[str] = []
     fields: list[_Parameter] = []
@@ -214,7 +238,7 @@ def _field(method: str, name: str, hint: Any, default: Any) -> _Parameter:
     bounds += [note for note in notes if not isinstance(note, (str, FieldInfo))]
     each_model = get_origin(kind) is list and get_args(kind) == (float,)
     if each_model:
-        if len(default) != 1:
+        if not isinstance(default, (list, tuple)) or len(default) != 1:
             raise OptionError(f"{method}: the default of {name!r} is a list of one number, which all models have")
         (default,) = default
     if each_model or kind is float:
