@@ -19,8 +19,8 @@ def workers_within(plan: Plan, threads: int, max_memory: int | str | None) -> in
     Raises:
         OptionError: with the number of bytes needed, if not even one worker fits.
     """
-    if threads < 1:
-        raise OptionError(f"threads = {threads}: at least one is needed")
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise OptionError(f"threads = {threads!r}: at least one is needed")
     if max_memory is None:
         available = available_memory()
         return threads if available is None else max(1, _fitting(plan, threads, available // 2))

@@ -6,12 +6,17 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import merging
 from merging.engine.threads import share_out
+from merging.errors import OptionError
 from support.systems import POSIX
+from support.tiny import checkpoint
 
 CPU = torch.device("cpu")
 
@@ -62,3 +67,10 @@ def test_the_first_error_ends_all() -> None:
     with pytest.raises(ZeroDivisionError):
         share_out(range(10_000), lambda: None, work, lambda unit: None, threads=2, device=CPU)
     assert len(done) < 10_000
+
+
+@pytest.mark.parametrize("threads", ["2", 1.5, True, float("nan"), [2]], ids=repr)
+def test_threads_that_are_no_number(threads: Any, tmp_path: Path) -> None:
+    _, tuned = checkpoint(tmp_path)
+    with pytest.raises(OptionError, match=r"threads = .*: at least one is needed"):
+        merging.merge(tuned, method="linear", output=tmp_path / "out", threads=threads)
