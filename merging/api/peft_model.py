@@ -72,6 +72,8 @@ def merge_peft(
         >>> model.set_adapter("merged")
     """
     adapters = _check_names(model, adapters, adapter_name)
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise OptionError(f"{option('rank', rank)}: a rank is a whole number above 0")
     bound = make_method(method, parameters, len(adapters))
     excluded = [exclude] if isinstance(exclude, str) else exclude
     with torch.no_grad():
@@ -108,6 +110,10 @@ def _check_names(model: PeftModel, adapters: Sequence[str], adapter_name: str) -
             raise OptionError(
                 f"{name!r}: the model has no such adapter{nearest(str(name), loaded)}: it has {', '.join(loaded)}"
             )
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise OptionError(f"{adapter_name!r} cannot name an adapter: use a word without dots")
+    if hasattr(torch.nn.ModuleDict, adapter_name):
+        raise OptionError(f"{adapter_name!r} cannot name an adapter, as torch has it: choose another name")
     if adapter_name in loaded:
         taken = f"the model has such an adapter already: choose another {option('adapter_name')}"
         raise OptionError(f"{adapter_name!r}: {taken}")
