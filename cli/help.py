@@ -12,7 +12,7 @@ from .spelling import to_american
 __all__ = ["CONTEXT", "SectionedGroup"]
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "token_normalize_func": to_american}
-"""Settings of the first context, which all others take over."""
+"""Settings of the contexts of all commands."""
 
 
 class SectionedGroup(click.Group):
@@ -22,6 +22,8 @@ class SectionedGroup(click.Group):
         super().__init__(*args, **settings)
         self.sections = sections
         for command in (command for commands in sections.values() for command in commands):
+            # click keeps the help option of the first context that asks, which may have no parent
+            command.context_settings = {**CONTEXT, **command.context_settings}
             self.add_command(command)
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -27,8 +27,6 @@ _DOUBLE = 1 << 33
 _ROWS = 1 << 25
 """The most bytes of a block of products of factors. Two blocks are held at a time."""
 
-_CPU = torch.device("cpu")
-
 
 def gram(
     models: Sequence[ModelLike],
@@ -81,14 +79,16 @@ def cosines(models: Sequence[ModelLike], **options: Any) -> Tensor:
     return normalised(gram(models, **options))[1]
 
 
-def module_grams(plan: Plan, max_memory: int = MEMORY, device: torch.device = _CPU) -> Iterator[tuple[Item, Tensor]]:
+def module_grams(
+    plan: Plan, max_memory: int = MEMORY, device: torch.device | str = "cpu"
+) -> Iterator[tuple[Item, Tensor]]:
     """Yield each item of an aligned plan with its inner products, ``[n, n]`` float64 on the CPU.
 
     Raises :class:`~merging.errors.InputError` for values that are not finite or whose squares overflow, and
     :class:`~merging.errors.OptionError` if ``max_memory`` does not hold two changes of a tensor.
     """
     for item in plan.items:
-        products = _products(plan, item, max_memory, device)
+        products = _products(plan, item, max_memory, torch.device(device))
         finite = products.diagonal().isfinite()
         if not bool(finite.all()):
             path = plan.models[int((~finite).nonzero()[0])].path

@@ -249,6 +249,7 @@ ELSEWHERE = {
     "is in several tensors of {}": "test_experts.py",
     "give the right one with --lora-alpha": "sources/test_diffusion_lora.py",
     "or use --allow-nonfinite": "test_run.py",
+    "--set {}": "test_recipe_files.py",
     "{}: {}: {}: give --base": "the same as the base's refusal in planning, for what is planned without it",
 }
 """Messages whose cases need other models, and the tests that hold them."""

@@ -203,6 +203,15 @@ def test_torch_is_imported_when_it_is_used(name: str) -> None:
     assert not eager, f"from merging.maths.lazy_torch import Tensor, torch, instead of importing {eager[0]} in {name}"
 
 
+def test_no_module_needs_torch_to_be_imported() -> None:
+    running = ("merging.pool.smoke", "merging.recycling")  # these run models, and are imported when they do
+    names = [name for name in FILES if not name.startswith(running) and not name.endswith("__main__")]
+    code = (
+        f"import sys; sys.modules['torch'] = None; from importlib import import_module; [*map(import_module, {names})]"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 @pytest.mark.parametrize("name", modules("cli"))
 def test_the_command_line_imports_the_package_when_it_runs(name: str) -> None:
     eager = [each.module for each in imports(name) if not each.lazy and under(each.module, "merging")]
