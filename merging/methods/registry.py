@@ -103,7 +103,7 @@ def _load(offers: list[EntryPoint]) -> type[Method]:
         raise OptionError(f"{package} offers a method {name!r}, which is the name of a built-in one: it is left out")
     try:
         loaded = entry.load()
-    except Exception as error:  # whatever a package does when it is imported
+    except (Exception, SystemExit) as error:  # whatever a package does when it is imported
         raise OptionError(
             f"the method {name!r} of {package} cannot be loaded: {type(error).__name__}: {error}"
         ) from error

@@ -85,7 +85,9 @@ def test_broken_packages_are_named(site: Path) -> None:
     offer(site, "clash", "ties", "offering_ties:ties")
     offer(site, "first", "offered_twice", "offering_a:method")
     offer(site, "second", "offered_twice", "offering_b:method")
+    offer(site, "leaver", "offered_leaver", "offering_leaver:value", "offering_leaver", "raise SystemExit(3)")
     wanted = {
+        "offered_leaver": "of the package leaver cannot be loaded: SystemExit: 3",
         "offered_gone": "of the package gone cannot be loaded: ModuleNotFoundError: No module named 'no_such_module'",
         "offered_nothing": "of the package nothing is not a merging method: offering_nothing:value is 3",
         "offered_name": "by the name 'offered_name', and it is called 'other'",
