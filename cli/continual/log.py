@@ -23,12 +23,14 @@ def log_command(store: str, as_json: bool, debug: bool) -> None:
     with handle_errors(debug):
         from merging.continual import ContinualStore
 
-        steps = ContinualStore(store).log()
+        opened = ContinualStore(store)
+        steps, restorable = opened.log(), opened.restorable_steps()
     if as_json:
-        echo_json([step.model_dump() for step in steps])
+        echo_json([{**step.model_dump(), "restorable": step.number in restorable} for step in steps])
         return
     for step in steps:
-        echo(f"step {step.number}  {step.time}")
+        removed = "" if step.number in restorable else "  (its state was removed)"
+        echo(f"step {step.number}  {step.time}{removed}")
         notices = [f"note: {notice}" for notice in step.notices]
         echo_table(
             [

@@ -23,7 +23,9 @@ __all__ = [
     "base_of",
     "download_base",
     "file_hashes",
+    "require_restorable",
     "require_whole",
+    "restorable_steps",
     "state_files",
     "verify",
 ]
@@ -104,12 +106,26 @@ def require_whole(store: Path, manifest: Manifest, number: int) -> None:
     for part in manifest.steps[number - 1].parts.values():
         problem = part_problem(store, part)
         if problem:
-            earlier = reversed(manifest.steps[: number - 1])
-            back = next((step.number for step in earlier if _is_there(store, step)), 0)
+            back = max((each for each in restorable_steps(store, manifest) if each < number), default=0)
             rollback = either(f"merge continual rollback {store} --to {back}", f"rollback({back})")
             raise Damaged(
                 f"{problem}, so step {number} cannot be built on: {rollback} goes back to the state before it"
             )
+
+
+def restorable_steps(store: Path, manifest: Manifest) -> list[int]:
+    """Return the numbers of the steps whose states are on the disk, so that the store can go back to them."""
+    return [step.number for step in manifest.steps if _is_there(store, step)]
+
+
+def require_restorable(store: Path, manifest: Manifest, number: int) -> None:
+    """Refuse to go back to a step whose state was removed, and name the steps that remain."""
+    steps = restorable_steps(store, manifest)
+    if number not in steps:
+        others = ", ".join(map(str, steps)) or "0, the empty store"
+        cause = either("gc, or --keep", "gc, or keep=")
+        noun = "steps" if len(steps) > 1 else "step"
+        raise InputError(f"step {number}: its state was removed ({cause}); you can go back to {noun} {others}")
 
 
 def _is_there(store: Path, step: StepRecord) -> bool:

@@ -48,7 +48,8 @@ def panels(steps: Sequence[StepRecord]) -> list[Panel]:
         ),
         Panel(
             "share of the change that is kept",
-            "The part of a model's norm that was added: 100 % unless the method projects earlier directions out.",
+            "The part of a model's norm that was added: 100 % unless the method trims the change, or projects earlier "
+            "directions out.",
             lambda axes: _draw(axes, kept, "kept (%)", (0, 105)),
         ),
         Panel(

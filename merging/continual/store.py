@@ -12,7 +12,14 @@ from typing import Any
 
 from merging import os_calls
 from merging.continual.folder import create_store, lock, new_state, refuse_within, remove_state, state_folders
-from merging.continual.integrity import base_of, download_base, file_hashes, require_whole, state_files
+from merging.continual.integrity import (
+    base_of,
+    download_base,
+    file_hashes,
+    require_restorable,
+    require_whole,
+    state_files,
+)
 from merging.continual.manifest import NAME, STATES, Manifest, Part, RefusedModel, StepRecord, StoreBase, write_manifest
 from merging.continual.step import AddOptions, NewState, StepExecution, content_of, plan_alone, step_record, write_state
 from merging.continual.update_rules import checked_rule
@@ -265,11 +272,7 @@ class ContinualStore(StoreView):
             if not 0 <= to <= len(manifest.steps):
                 raise OptionError(f"there is no step {to}: {self.path} has {len(manifest.steps)}")
             if to:
-                missing = next((p for p in state_files(self.path, manifest.steps[to - 1]) if not p.is_file()), None)
-                if missing:
-                    raise InputError(
-                        f"{missing}: the state of step {to} was removed by gc, so there is no way back to it"
-                    )
+                require_restorable(self.path, manifest, to)
                 require_whole(self.path, manifest, to)
             earlier = manifest.model_copy(update={"steps": manifest.steps[:to]})
             write_manifest(self.path, earlier, f"it is back at step {to}")

@@ -9,7 +9,7 @@ from typing import Any
 from merging.api.merge_files import Merged
 from merging.continual.export import export
 from merging.continual.folder import disk_use, refuse_within
-from merging.continual.integrity import StoreVerdict, base_of, require_whole, state_files, verify
+from merging.continual.integrity import StoreVerdict, base_of, require_whole, restorable_steps, state_files, verify
 from merging.continual.layer_spectra import spectra
 from merging.continual.manifest import Manifest, StepRecord, read_manifest
 from merging.continual.state import open_state
@@ -65,6 +65,8 @@ class StoreView(Tabular):
         if spectrum and manifest.steps:
             manifest, states = self._states()
         facts = manifest.status() | {"scale": rule_of(manifest).scale(history_of(manifest))}
+        there = restorable_steps(self.path, manifest)
+        facts["steps"] = [step | {"restorable": step["number"] in there} for step in facts["steps"]]
         facts["disk"] = disk_use(self.path, manifest)
         if len(states) > 1:
             raise OptionError(f"{manifest.method} holds sums of either sign, which have no spectrum: leave it out")
@@ -76,6 +78,10 @@ class StoreView(Tabular):
     def log(self) -> tuple[StepRecord, ...]:
         """Return all steps, the newest first."""
         return self.manifest().steps[::-1]
+
+    def restorable_steps(self) -> list[int]:
+        """Return the numbers of the steps that ``rollback`` can go back to: their states are on the disk."""
+        return restorable_steps(self.path, self.manifest())
 
     def plot(self, output: str | Path, overwrite: bool = True) -> None:
         """Draw norms, kept shares, cosines and ranks over the steps, as PNG, SVG or PDF; needs matplotlib."""

@@ -42,7 +42,20 @@ def test_rollback_and_gc(full: Models, tmp_path: Path) -> None:
     }
     assert "5 models, states of 2 removed, all as it was written" in ok("verify", store.path)
     with unchanged(store.path):
-        assert "removed by gc, so there is no way back to it" in said("rollback", store.path, "--to", 2)
+        told = said("rollback", store.path, "--to", 2)
+        assert "step 2: its state was removed (gc, or --keep); you can go back to steps 3, 4, 5" in told
+    marks = {1: False, 2: False, 3: True, 4: True, 5: True}
+    for steps in (json.loads(ok("status", store.path, "--json"))["steps"], json.loads(ok("log", store.path, "--json"))):
+        assert {step["number"]: step["restorable"] for step in steps} == marks
+    rows = [line.split() for line in ok("status", store.path).splitlines()]
+    assert [row[6] for row in rows if row[7:] and row[0] in "12345" and row[1] != "states"] == [
+        "removed",
+        "removed",
+        "there",
+        "there",
+        "there",
+    ]
+    assert ok("log", store.path).count("(its state was removed)") == 2
     (store.path / "states" / ".unfinished.old").mkdir()
     (store.path / "states" / "000009-left").mkdir()
     assert ok("gc", store.path, "--keep", 3) == f"{store.path}: 1 state removed\n"
