@@ -91,6 +91,8 @@ def _print(verdict: Verdict) -> None:
     for finding in verdict.findings:
         rows.append(("", finding.program, finding.severity, shorten(finding.what, _LONGEST)))
         rows += [("", "", "", line) for line in _details(finding)]
+    if not verdict.values_read and verdict.kind != "unknown":
+        rows.append(("", "values", "-", "not read (--values)"))
     echo_table(rows)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from merging.errors import FormatError, InputError, OptionError, nearest
 from merging.serving.comfyui import COMFYUI
-from merging.serving.contents import FILES
+from merging.serving.contents import FILES, holds_nonfinite
 from merging.serving.diffusers import DIFFUSERS
 from merging.serving.llama_cpp import LLAMA_CPP
 from merging.serving.peft import PEFT
@@ -71,12 +71,14 @@ def verify(
         raise InputError(f"{path}: is a pack, which no other program reads: merge decompress it first")
     chosen = tuple(dict.fromkeys(programs)) or _default_programs(subject)
     findings = FILES.findings(subject)
+    if values and not holds_nonfinite(findings):
+        findings.append(Finding("values", "ok", "no NaN or infinities"))
     for name in chosen:
         found = PROGRAMS[name].findings(subject)
         if load and name in ("peft", "transformers", "diffusers"):
             found = _trial_findings(subject, name, found)
         findings += found
-    return Verdict(path, subject.kind, chosen, tuple(findings))
+    return Verdict(path, subject.kind, chosen, tuple(findings), values_read=values)
 
 
 def _default_programs(subject: Subject) -> tuple[str, ...]:

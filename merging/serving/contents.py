@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from merging.serving.adapter_rules import ADAPTER_RULES, LORA_FILE_RULES
 from merging.serving.model_rules import MODEL_RULES, PIPELINE_RULES
-from merging.serving.rules import SAVE_AGAIN, Program, Rule
+from merging.serving.rules import SAVE_AGAIN, Program, ProgramFinding, Rule
 from merging.serving.subject import Subject
 
-__all__ = ["FILES"]
+__all__ = ["FILES", "holds_nonfinite"]
 
 
 def _nonfinite(subject: Subject) -> Iterator[str]:
@@ -39,3 +39,8 @@ FILES = Program(
     {},
 )
 """Rules that hold for all programs."""
+
+
+def holds_nonfinite(findings: Iterable[ProgramFinding]) -> bool:
+    """Return whether one of the findings is that there are NaN or infinities."""
+    return any(each.what == _NUMBERS.what for each in findings)

@@ -94,12 +94,14 @@ class ServingVerdict(Tabular):
         kind: The kind of model there, such as ``"adapter"`` or ``"model"``.
         programs: The programs that it was checked for.
         findings: The findings, those about the files first.
+        values_read: Whether the values were read too, and not only the headers.
     """
 
     path: str
     kind: str
     programs: tuple[str, ...]
     findings: tuple[ProgramFinding, ...]
+    values_read: bool = False
 
     def _display_table(self) -> Table:
         state = "served" if self.served else "not served as it is"

@@ -46,25 +46,35 @@ def test_served(llama: Path) -> None:
     assert (done.exit_code, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
         f"{llama / 'plain'}: an adapter",
-        "  files        ok       nothing is refused or ignored",
-        "  vllm         ok       nothing is refused or ignored",
-        "  peft         ok       nothing is refused or ignored",
+        "  files   ok  nothing is refused or ignored",
+        "  vllm    ok  nothing is refused or ignored",
+        "  peft    ok  nothing is refused or ignored",
+        "  values  -   not read (--values)",
     ]
+
+
+def test_values_that_are_read_are_said_to_be(llama: Path) -> None:
+    done = run(llama / "plain", "--values")
+    assert [" ".join(line.split()) for line in done.stdout.splitlines()][2] == "values ok no NaN or infinities"
+    assert "not read" not in done.stdout
+    for words, read in ((["--values"], True), ([], False)):
+        assert json.loads(run(llama / "plain", *words, "--json").stdout)["values_read"] is read
 
 
 def test_not_served(llama: Path) -> None:
     done = run(llama / "dora", "--for", "vllm")
     assert (done.exit_code, done.stderr) == (1, "")
     assert done.stdout.splitlines()[2:] == [
-        "  vllm         refuses  this variant of LoRA is not served",
-        "                        use_dora = True",
-        "                        -> merge it into its base with --as model, and serve that",
-        "  vllm         refuses  tensors that are not named as LoRA's factors",
-        "                        base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector",
-        "                        base_model.model.model.layers.0.self_attn.k_proj.lora_magnitude_vector",
-        "                        base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector",
-        "                        and 3 more",
-        f"{'':24}-> merge it with --method passthrough if it is LoRA, else into its base with --as model",
+        "  vllm    refuses  this variant of LoRA is not served",
+        "                   use_dora = True",
+        "                   -> merge it into its base with --as model, and serve that",
+        "  vllm    refuses  tensors that are not named as LoRA's factors",
+        "                   base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector",
+        "                   base_model.model.model.layers.0.self_attn.k_proj.lora_magnitude_vector",
+        "                   base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector",
+        "                   and 3 more",
+        f"{'':19}-> merge it with --method passthrough if it is LoRA, else into its base with --as model",
+        "  values  -        not read (--values)",
     ]
 
 
@@ -107,6 +117,7 @@ def test_values_are_read_if_asked(llama: Path, tmp_path: Path) -> None:
     done = run(tmp_path, "--values")
     assert done.exit_code == 1
     assert "it holds NaN or infinities, and so will its answers" in done.stdout
+    assert "no NaN" not in done.stdout
     assert name in done.stdout
 
 
@@ -198,7 +209,7 @@ def test_damage(damage: Callable[[Path], Any], message: str, llama: Path, tmp_pa
     damage(folder)
     done = run(folder, "--for", "vllm")
     assert done.exit_code == 1
-    assert "files        refuses  they cannot be opened" in done.stdout
+    assert "files  refuses  they cannot be opened" in done.stdout
     assert message in done.stdout
     (finding,) = verify(str(folder), ["vllm"]).findings
     assert (finding.severity, message in finding.where[0]) == ("refuses", True)
