@@ -23,7 +23,7 @@ from .errors import UnknownCommand, exit_with_message
 from .formats import formats_command
 from .help import CONTEXT, SectionedGroup
 from .inspect import inspect_command
-from .merge import merge_command
+from .merge import is_method, merge_command
 from .methods import methods_command
 from .output import echo_text
 from .pool import pool_command
@@ -84,7 +84,7 @@ class DefaultGroup(SectionedGroup):
         """Refuse a first word that is no file but nearly a sub-command, with no method to merge it by."""
         if {"-m", "--method"} & set(args) or args[0].startswith("-") or Path(args[0]).exists():
             return
-        if near := nearest(args[0], self.commands):
+        if (near := nearest(args[0], self.commands)) and not is_method(args[0]):
             raise UnknownCommand(f"{args[0]}: there is no such sub-command, file or folder{near}")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -23,7 +23,7 @@ from .options import (
 from .output import echo_text
 from .types import METHOD, MODEL, SIZE
 
-__all__ = ["merge_command"]
+__all__ = ["is_method", "merge_command"]
 
 
 def method_options(typed: Mapping[str, Any]) -> list[click.Option]:
@@ -118,6 +118,19 @@ def _refuse_numbers(models: Sequence[str], fields: Mapping[str, Any]) -> None:
         )
 
 
+def is_method(word: str) -> bool:
+    """Return whether a word is a method or chain, and no file or folder."""
+    from merging.methods import METHODS
+
+    return set(word.split("+")) <= METHODS.keys() and not Path(word).exists()
+
+
+def _refuse_method(models: Sequence[str]) -> None:
+    """Refuse a method in place of the first model, and say how a method is written."""
+    if models and is_method(models[0]):
+        raise Refusal(f"{models[0]} is a method: write --method {models[0]}", "option")
+
+
 @click.command(
     cls=MergeCommand,
     fields=method_options,
@@ -160,6 +173,7 @@ def merge_command(
         from merging.plan.recipe import make_recipe
 
         if method is None:
+            _refuse_method(models)
             listed = "\n".join(f"  {name:16} {entry.summary}" for name, entry in METHODS.items())
             raise Refusal(
                 f"which method? See merge methods --help-me-choose, or choose one with --method:\n{listed}", "option"

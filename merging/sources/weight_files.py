@@ -185,7 +185,8 @@ def shards_of(index: Path, *, given: bool = False) -> dict[Path, set[str]]:
     """Return the tensor names that an index lists for each of its shards; a ``given`` index was named by the user."""
     weight_map = read_json(index, LIST_LIMIT, given=given).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError(f"{index}: has no weight_map, so it is not an index of shards")
+        hint = f": to name a model, name the folder, {index.parent}" if given else ""
+        raise FormatError(f"{index}: has no weight_map, so it is not an index of shards{hint}")
     shards: dict[Path, set[str]] = {}
     for name, shard in weight_map.items():
         if not is_plain_name(shard):
