@@ -153,6 +153,24 @@ def test_blocks_run(page: str, small_models: Path, workplace: Callable[[Path], P
     assert check_page(page) > 0
 
 
+@pytest.mark.parametrize("order", [("README.md", "docs/quick-start.md"), ("docs/quick-start.md", "README.md")])
+def test_shipped_adapters_are_merged_in_any_order_and_twice(
+    order: tuple[str, str], workplace: Callable[[Path], Path], small_models: Path
+) -> None:
+    """A newcomer follows both pages in one clone, and starts again."""
+    workplace(small_models)
+    for page in (*order, *order):
+        for block in blocks(page):
+            lines = [line for line in block.text.splitlines() if line.startswith("merge --method ")]
+            if block.language == "python" and "merging.merge(" in block.text:
+                with redirect_stdout(StringIO()):
+                    exec(compile(block.text, page, "exec"), {"__name__": "block"})
+            for line in lines if block.language == "bash" else ():
+                if "examples/adapters" in line:
+                    code, text = run_merge(line)
+                    assert code == 0, text
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("page", WITH_CODE)
 def test_blocks_run_with_real_models(page: str, real_models: Path, workplace: Callable[[Path], Path]) -> None:
