@@ -34,7 +34,7 @@ def add_command(
 ) -> None:
     """Add models in the order in which they are given; each is one step, whole or not at all.
 
-    Where one is refused those before it are in, and those behind it are not tried.
+    If a model is refused, the models before it stay in the store, and the models after it are not tried.
     """
     status = StoreStatus(store)
     with handle_errors(debug, status):
