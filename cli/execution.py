@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,8 +98,8 @@ def execute(recipe: Recipe, execution: Execution, status: OutputStatus, settings
     if execution.push:
         target = target_of(execution.push, private=execution.private, overwrite=execution.overwrite)
     if execution.dry_run:
-        check_output(plan, destination, execution.overwrite, dry=True)
-        echo_plan(plan, destination, execution, settings)
+        remark = check_output(plan, destination, execution.overwrite, dry=True)
+        echo_plan(replace(plan, notices=(*plan.notices, *filter(None, [remark]))), destination, execution, settings)
         return
     with progress_bar(execution.progress) as report:
         merged = merge_plan(

@@ -295,10 +295,11 @@ def _make_writer(plan: Plan, folder: Path, destination: Path) -> TensorWriter | 
     return TensorWriter(folder, reference.stem, plan.outs, metadata, plan.recipe.shard_size)
 
 
-def check_output(plan: Plan, destination: Path, overwrite: bool, dry: bool = False) -> None:
-    """Refuse a destination that the plan's output cannot or must not take; with ``dry`` nothing is touched.
+def check_output(plan: Plan, destination: Path, overwrite: bool, dry: bool = False) -> str:
+    """Refuse a destination that the plan's output cannot or must not take.
 
-    Raises :class:`~merging.errors.OutputError`.
+    With ``dry`` nothing is touched, and a destination that exists is not refused: a remark on it is returned. Raises
+    :class:`~merging.errors.OutputError`.
     """
     inputs = [file for model in [*plan.models, plan.base] if model for file in (model.path, *model.files)]
     if _is_file(destination) and plan.output == "model" and plan.reference and plan.reference.components:
@@ -306,7 +307,7 @@ def check_output(plan: Plan, destination: Path, overwrite: bool, dry: bool = Fal
             f"{destination}: what comes out is made of several models, in a folder: choose another {option('output')}"
         )
     nbytes = plan.out_bytes + plan.spool_bytes + plan.kept_bytes_on_disk
-    check_destination(destination, inputs, nbytes, overwrite, dry)
+    return check_destination(destination, inputs, nbytes, overwrite, dry)
 
 
 def _metadata(plan: Plan) -> dict[str, str]:

@@ -20,8 +20,8 @@ from types import TracebackType
 
 from merging import os_calls
 from merging.errors import MergingError, MergingWarning, OutputError, option
-from merging.sources.model_files import foreign_names
 from merging.storage.atomic import existing_parent, make_parents, place_new_file, remove_empty, temporary_paths
+from merging.storage.replacing import check_replaced, destination_error
 
 __all__ = ["StagedOutput", "check_destination"]
 
@@ -40,11 +40,11 @@ _OTHER_FILES = {
 
 def check_destination(
     destination: Path, inputs: Iterable[Path], nbytes: int, overwrite: bool, dry: bool = False
-) -> None:
+) -> str:
     """Refuse a destination that exists (unless it may be overwritten), overlaps an input, or has no room.
 
     A model that a killed merge to this destination had moved aside is moved back, and its other files are removed. With
-    ``dry`` nothing is changed, and such a model counts as existing.
+    ``dry`` nothing is changed, such a model counts as existing, and a destination that exists is remarked.
 
     Args:
         destination: The path of the output, a file if it ends in ``.safetensors``, else a folder.
@@ -52,6 +52,9 @@ def check_destination(
         nbytes: The size of the output's tensors in bytes.
         overwrite: Whether an existing file, or the folder of one model, may be replaced.
         dry: Whether nothing may be changed.
+
+    Returns:
+        A remark on a destination that exists, if ``dry``; else an empty text.
 
     Raises:
         OutputError: The destination is refused.
@@ -67,11 +70,11 @@ def check_destination(
         with suppress(FileNotFoundError, NotADirectoryError):
             target.stat()
     except (OSError, RuntimeError):
-        raise _destination_error(destination, "is a link to itself, or cannot be reached") from None
+        raise destination_error(destination, "is a link to itself, or cannot be reached") from None
     for path in inputs:
         resolved = path.resolve()
         if resolved == target or target in resolved.parents:
-            raise _destination_error(destination, f"the output would replace the input {path}")
+            raise destination_error(destination, f"the output would replace the input {path}")
     existing = destination
     for abandoned in _find_abandoned(destination):
         aside = abandoned / _OLD if dry else _put_back(abandoned, destination)
@@ -79,10 +82,17 @@ def check_destination(
             existing = aside
         elif not dry and not os.path.lexists(abandoned / _OLD):
             shutil.rmtree(abandoned, ignore_errors=True)
+    remark = ""
     if os.path.lexists(existing) and not overwrite:
         where = "" if existing == destination else f" (a merge that was killed left it as {existing})"
-        raise _destination_error(destination, f"exists already{where}", f", or use {option('overwrite', True)}")
-    _check_replaced(destination, existing)
+        if not dry:
+            raise destination_error(destination, f"exists already{where}", f", or use {option('overwrite', True)}")
+        remark = (
+            f"{destination} exists already{where}: the merge needs another {option('output')}, or "
+            f"{option('overwrite', True)}"
+        )
+    else:
+        check_replaced(destination, existing)
     parent = existing_parent(destination)
     if not parent.is_dir():
         raise OutputError(f"{destination}: {parent} is not a folder, so that nothing can be written in it")
@@ -90,30 +100,7 @@ def check_destination(
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OutputError(f"{destination}: needs {needed / 1e6:.1f} MB, and {parent} has {free / 1e6:.1f} MB free")
-
-
-def _destination_error(destination: Path, reason: str, remedy: str = "") -> OutputError:
-    return OutputError(f"{destination}: {reason}: choose another {option('output')}{remedy}")
-
-
-def _check_replaced(destination: Path, existing: Path) -> None:
-    """Refuse to replace anything but a file by a file, and the folder of one model, or an empty one, by a folder."""
-    if not os.path.lexists(existing):
-        return
-    single = destination.suffix == ".safetensors"
-    if single and existing.is_dir():
-        raise _destination_error(destination, "is a folder, and the output is a file")
-    if single and not existing.is_file() and not existing.is_symlink():
-        raise _destination_error(destination, "is not an ordinary file")
-    if not single and not existing.is_dir():
-        raise _destination_error(destination, "is not a folder, and the output is one")
-    foreign = [] if single else foreign_names(existing)
-    if foreign:
-        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
-        raise OutputError(
-            f"{destination}: is a folder of something else than one model, which is not overwritten: it holds "
-            f"{', '.join(foreign[:3])}{more}: choose another {option('output')}"
-        )
+    return remark
 
 
 class StagedOutput:
@@ -222,7 +209,7 @@ class StagedOutput:
         except OSError as error:
             # ENOTEMPTY: a folder appeared between the last check and the renaming
             if isinstance(error, FileExistsError) or error.errno == errno.ENOTEMPTY:
-                raise _destination_error(self.destination, "was created by someone else meanwhile") from None
+                raise destination_error(self.destination, "was created by someone else meanwhile") from None
             raise OutputError(f"{self.destination}: cannot be put in place: {error.strerror}") from None
         try:
             os_calls.sync_folder(self.destination.parent)
@@ -236,7 +223,7 @@ class StagedOutput:
         (built,) = self.folder.iterdir()
         if self.overwrite:
             if self.destination.is_dir():
-                raise _destination_error(self.destination, "is a folder, and the output is a file")
+                raise destination_error(self.destination, "is a folder, and the output is a file")
             built.replace(self.destination)
             return
         place_new_file(built, self.destination)
@@ -244,7 +231,7 @@ class StagedOutput:
     def _place_folder(self) -> None:
         if self.overwrite:
             # checked again: something may have been created there since the beginning
-            _check_replaced(self.destination, self.destination)
+            check_replaced(self.destination, self.destination)
         if self.overwrite and os_calls.exchange(self.folder, self.destination):
             return  # the old output has the temporary name now, and is removed with it
         if not os.path.lexists(self.destination):

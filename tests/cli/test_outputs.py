@@ -36,6 +36,16 @@ def test_a_point_in_a_folder_is_no_ending(models: list[str]) -> None:
     assert Path("llama-3.1-v0.2/model.safetensors").is_file()
 
 
+def test_a_dry_run_remarks_on_an_output_that_exists(models: list[str]) -> None:
+    Path("merged").mkdir()
+    for name, more in (("merged", []), ("base", ["-o", "base"])):
+        done = ok("-m", "linear", *models, *more, "--dry-run")
+        assert f"note: {name} exists already: the merge needs another -o, or --overwrite\n" in done.stderr
+        assert done.stdout.startswith("linear: ")
+    assert "exists already" in refused("-m", "linear", *models)
+    assert "exists already" not in ok("-m", "linear", *models, "--overwrite", "--dry-run").stderr
+
+
 @pytest.mark.parametrize("output", ["new/deep/out", "new/deep/out.safetensors", "new/../other/out"])
 def test_missing_parents_are_made(models: list[str], output: str) -> None:
     ok("-m", "linear", *models, "-o", output, "--dry-run")
