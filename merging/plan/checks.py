@@ -46,7 +46,8 @@ def make_content_keys(models: Sequence[Checkpoint | Adapter]) -> tuple[tuple[str
         tensors = model.tensors if isinstance(model, Checkpoint) else parts
         key = content_key(tensors) if all(each.at_hand for each in tensors.values()) else files_key(tensors)
         if key in first:
-            notices.append(f"{model.path} has the same content as {first[key]}: it counts twice in the merge")
+            given = "is given twice" if first[key] == str(model.path) else f"has the same content as {first[key]}"
+            notices.append(f"{model.path} {given}: it counts twice in the merge")
         first.setdefault(key, str(model.path))
         repeats = sum(each.partition("#")[0] == key for each in keys)
         keys.append(f"{key}#{repeats}" if repeats else key)

@@ -428,3 +428,5 @@ def test_same_input_twice_is_remarked(tmp_path: Path) -> None:
     assert [n for n in done.notices if "twice" in n] == [
         f"{copy} has the same content as {tuned[0]}: it counts twice in the merge"
     ]
+    done = merging.merge([*tuned, tuned[0]], method="linear", output=tmp_path / "again")
+    assert [n for n in done.notices if "twice" in n] == [f"{tuned[0]} is given twice: it counts twice in the merge"]
