@@ -5,8 +5,9 @@ Messages name options as their reader types them: ``--overwrite`` on the command
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 __all__ = [
     "FormatError",
@@ -19,6 +20,7 @@ __all__ = [
     "command_line_words",
     "either",
     "escape_unprintable",
+    "explain_invalid",
     "nearest",
     "option",
     "shorten",
@@ -91,6 +93,35 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the most similar known word, or "", for the end of a message."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+_KINDS = {
+    "bool": "true or false",
+    "float": "a number",
+    "int": "a whole number",
+    "is_instance": "a number",  # of a coefficient, which may be a tensor too
+    "list": "a list",
+    "string": "text",
+    "tuple": "a list",
+}
+"""Kinds of values by the beginnings of the types of pydantic's errors."""
+
+_BOUNDS = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
+
+
+def explain_invalid(error: Mapping[str, Any]) -> str:
+    """Return the words for one of pydantic's errors about a value, such as ``"should be at least 1"``."""
+    context = error.get("ctx", {})
+    for key, words in _BOUNDS.items():
+        if key in context:
+            bound = context[key]
+            return f"should be {words} {f'{bound:g}' if isinstance(bound, float) else bound}"
+    if error["type"] == "too_short":
+        least = context["min_length"]
+        return f"should have at least {least} {'value' if least == 1 else 'values'}"
+    kind = next((words for start, words in _KINDS.items() if str(error["type"]).startswith(f"{start}_")), None)
+    reason = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    return f"should be {kind}" if kind else reason
 
 
 _FLAGS = {

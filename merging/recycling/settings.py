@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from merging.display.tables import Displayed
-from merging.errors import OptionError, nearest
+from merging.errors import OptionError, explain_invalid, nearest
 from merging.sources.dtypes import plain_dtype
 
 __all__ = ["Granularity", "Selection", "Settings", "make_settings"]
@@ -95,4 +95,4 @@ def make_settings(values: dict[str, Any]) -> Settings:
         field = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
             raise OptionError(f"there is no option {field!r}{nearest(field, Settings.model_fields)}") from None
-        raise OptionError(f"{field} = {first['input']!r}: {first['msg']}") from None
+        raise OptionError(f"{field} = {first['input']!r}: {explain_invalid(first)}") from None

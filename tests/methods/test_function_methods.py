@@ -144,7 +144,7 @@ def test_laws(method: Any) -> None:
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"share": 2}, r"test_mean\.share = 2: Input should be less than or equal to 1"),
+        ({"share": 2}, r"test_mean\.share = 2: should be at most 1"),
         ({"share": float("nan")}, r"test_mean\.share"),
         ({"mode": "other"}, r"test_mean\.mode = 'other'"),
         ({"scael": 1}, "test_mean has no parameter 'scael'.*scale"),

@@ -149,10 +149,16 @@ def test_values_by_depth_in_recipes_are_no_numbers_of_base_60() -> None:
 @pytest.mark.parametrize(
     ("method", "value", "message"),
     [
-        ("task_arithmetic", {"scale": float("inf")}, "scale = inf: Input should be"),
-        ("ties", {"density": float("nan")}, "density = nan: Input should be less than or equal to 1"),
-        ("orthogonalize", {"gamma": float("inf")}, "gamma = inf: Input should be less than or equal"),
-        ("do", {"steps": 10**18}, "steps = 1000000000000000000: Input should be less than or equal"),
+        ("task_arithmetic", {"scale": float("inf")}, "scale = inf: should be"),
+        ("ties", {"density": float("nan")}, "density = nan: should be at most 1"),
+        ("orthogonalize", {"gamma": float("inf")}, "gamma = inf: should be at most"),
+        ("do", {"steps": 10**18}, "steps = 1000000000000000000: should be at most"),
+        ("linear", {"weights": "0.5 0.5"}, "linear.weights = '0.5 0.5': should be a number$"),
+        ("ties", {"density": -1}, "ties.density = -1: should be greater than 0$"),
+        ("ties", {"density": {}}, "should have at least 1 value$"),
+        ("ties", {"scope": "all"}, "ties.scope = 'all': should be 'model' or 'tensor'$"),
+        ("linear", {"normalize": [1]}, "should be true or false$"),
+        ("dare+ties", {"seed": 1.5}, "dare.seed = 1.5: should be a whole number$"),
     ],
 )
 def test_values_out_of_bounds(method: str, value: Any, message: str) -> None:

@@ -78,7 +78,7 @@ WRONG: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "finer search": (lambda files: ["--method", "lorahub", "--granularity", "layer"], "lorahub searches one"),
     "no target": (lambda files: ["--select", "cosine", "--target-lora", "none"], "compares with a target LoRA"),
     "target": (lambda files: ["--target-lora", files / "nowhere"], "nowhere"),
-    "no k": (lambda files: ["--k", "0"], "k = 0: Input should be greater"),
+    "no k": (lambda files: ["--k", "0"], "k = 0: should be "),
     "rate": (lambda files: ["--rate", "nan"], "rate = nan"),
     "output": (lambda files: ["-o", files / "train.jsonl"], "no .jsonl file is written"),
     "no folder": (lambda files: ["-o", files / "train.jsonl" / "out"], "train.jsonl is not a folder"),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from merging.display.tables import Displayed
-from merging.errors import OptionError, nearest, option
+from merging.errors import OptionError, explain_invalid, nearest, option
 from merging.maths.coefficients import spread
 from merging.maths.delta import Delta, Stack
 from merging.maths.lazy_torch import Tensor
@@ -268,5 +268,4 @@ def build(cls: type[Method], parameters: Mapping[str, Any]) -> Method:
             known = [name for name in cls.model_fields if name != "then"]
             hint = nearest(field, known) or f"; its parameters are: {', '.join(known) or 'none'}"
             raise OptionError(f"{cls.name} has no parameter {field!r}{hint}") from None
-        reason = first["msg"].removeprefix("Value error, ")
-        raise OptionError(f"{cls.name}.{field} = {first['input']!r}: {reason}") from None
+        raise OptionError(f"{cls.name}.{field} = {first['input']!r}: {explain_invalid(first)}") from None
