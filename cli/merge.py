@@ -185,6 +185,7 @@ def merge_command(
         values = {name: value for name, value in stated.items() if value not in (None, ()) and value is not False}
         recipe = make_recipe({"models": list(models), "method": method, "parameters": parameters, **values}, "merge")
         if recipe_only:
+            recipe.method.check(len(recipe.models))
             echo_text(recipe.to_yaml().removesuffix("\n"))
         else:
             execute(recipe, execution, status)

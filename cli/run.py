@@ -93,8 +93,10 @@ def run_command(recipe: Path, settings: tuple[str, ...], recipe_only: bool, exec
         loaded = _load(recipe, changes)
         echo_notices(loaded.notices)
         if recipe_only:
+            loaded.recipe.method.check(len(loaded.recipe.models))
             echo_text(loaded.recipe.to_yaml().removesuffix("\n"))
         else:
+            loaded.check_paths()
             execute(loaded.recipe, execution, status, settings)
 
 

@@ -89,8 +89,13 @@ def chain(text: str, parameters: Mapping[str, Any] | None = None) -> Method:
     classes = links(text)
     stated = {key: value for part in aliases(text) for key, value in {**part.fixed, **part.defaults}.items()}
     own = [{key.rpartition(".")[2]: stated[key] for key in stated if key.startswith(f"{cls.name}.")} for cls in classes]
+    spellings: dict[tuple[int, str], str] = {}
     for key, value in (parameters or {}).items():
-        own[owner_of(key, classes, text)][key.rpartition(".")[2]] = value
+        owner, field = owner_of(key, classes, text), key.rpartition(".")[2]
+        first = spellings.setdefault((owner, field), key)
+        if first != key:
+            raise OptionError(f"{first} and {key} are the same parameter: give one of them")
+        own[owner][field] = value
     method = build(classes[-1], own[-1])
     for cls, values in zip(reversed(classes[:-1]), reversed(own[:-1]), strict=True):
         method = build(cls, {**values, "then": method})

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 
 from merging.display.progress import Progress
 from merging.display.tables import Displayed
-from merging.errors import OptionError, nearest
+from merging.errors import OptionError, explain_invalid, nearest
 from merging.maths.lazy_torch import torch
 from merging.maths.parameters import plain
 from merging.methods import chain, parameters_of
@@ -226,6 +226,12 @@ def make_recipe(
         OptionError: for fields or values that no recipe has. It names the field and the values it accepts.
     """
     place = origin or (lambda keys: where)
+    if origin and (foreign := _find_mergekit(values)):
+        raise OptionError(
+            f"{origin(foreign)}: {foreign[-1]!r} is a key of mergekit: this is a recipe of mergekit, and `merge run` "
+            f"reads recipes of its own: see the pages 'Coming from' and 'Recipes' of the documentation"
+        )
+    _check_keys(values, place)
     if not isinstance(values.get("method", ""), (str, Method)):
         raise OptionError(f"{place(('method',))}: method should be a name, and is {str(values['method'])[:80]!r}")
     try:
@@ -233,23 +239,46 @@ def make_recipe(
     except ValidationError as error:
         first = error.errors()[0]
         field, at = ".".join(map(str, first["loc"])), place(first["loc"])
-        if first["type"] == "extra_forbidden":
-            known = [info.alias or name for name, info in Recipe.model_fields.items()] + ["parameters"]
-            raise OptionError(f"{at}: there is no {field!r}{nearest(field, known)}: use {', '.join(known)}") from None
-        raise OptionError(f"{at}: {field}: {first['msg']} (it is {first['input']!r})") from None
+        raise OptionError(f"{at}: {field} = {plain(first['input'])!r}: {explain_invalid(first)}") from None
     except OptionError as error:
         if origin is None:
             raise
         raise OptionError(f"{origin(_find_refused(values))}: {error}") from None
 
 
+def _check_keys(values: dict[str, Any], place: Callable[[tuple[str | int, ...]], str]) -> None:
+    """Refuse unknown keys before missing ones, which they may be. Raises :class:`~merging.errors.OptionError`."""
+    known = [info.alias or name for name, info in Recipe.model_fields.items()] + ["parameters"]
+    for key in map(str, values):
+        if key not in (*FIELDS, "parameters"):
+            raise OptionError(f"{place((key,))}: there is no {key!r}{nearest(key, known)}: use {', '.join(known)}")
+    for key in ("models", "method"):
+        if values.get(key) is None:
+            raise OptionError(f"{place((key,))}: the recipe has no {key!r}")
+
+
+def _find_mergekit(values: dict[str, Any]) -> tuple[str | int, ...]:
+    """Return the way to the first key that only recipes of mergekit have, or ``()``."""
+    for key, value in values.items():
+        if key in ("merge_method", "base_model", "slices"):
+            return (key,)
+        for index, each in enumerate(value if key == "models" and isinstance(value, (list, tuple)) else ()):
+            if isinstance(each, dict) and "model" in each:
+                return (key, index, "model")
+    return ()
+
+
 def _find_refused(values: dict[str, Any]) -> tuple[str, ...]:
-    """Return the keys of the method, or of its first parameter, that are refused alone."""
+    """Return the keys of the method, or of its first parameter that is refused after those before it."""
     method, parameters = str(values.get("method")), values.get("parameters")
     if _is_refused(method, {}):
         return ("method",)
-    each = parameters.items() if isinstance(parameters, dict) else ()
-    return next((("parameters", str(key)) for key, value in each if _is_refused(method, {key: value})), ("parameters",))
+    tried: dict[Any, Any] = {}
+    for key, value in parameters.items() if isinstance(parameters, dict) else ():
+        tried[key] = value
+        if _is_refused(method, tried):
+            return ("parameters", str(key))
+    return ("parameters",)
 
 
 def _is_refused(method: str, parameters: dict[Any, Any]) -> bool:

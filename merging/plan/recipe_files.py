@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merging.errors import MergingWarning, OptionError
-from merging.hub.address import hub_address
+from merging.errors import InputError, MergingWarning, OptionError
+from merging.hub.address import hub_address, local_path, no_such_path
 from merging.plan.recipe import Recipe, make_recipe
 from merging.plan.recipe_document import Keys, RecipeDocument, parse_document
 from merging.plan.recipe_settings import Setting, change_document
@@ -22,10 +22,34 @@ _ENDINGS = (".yml", ".yaml", ".json")
 
 @dataclass(frozen=True, slots=True)
 class LoadedRecipe:
-    """A recipe from a document, with remarks for people about its paths."""
+    """A recipe from a document.
+
+    Attributes:
+        recipe: the recipe, whose paths are relative to the working folder.
+        document: the values and their lines.
+        folder: the folder of the recipe's file.
+        notices: remarks for people about the paths.
+    """
 
     recipe: Recipe
+    document: RecipeDocument
+    folder: Path
     notices: tuple[str, ...] = ()
+
+    def check_paths(self) -> None:
+        """Refuse a local path that does not exist, with its line and the folders where it was looked for.
+
+        Raises :class:`~merging.errors.InputError`.
+        """
+        named: list[tuple[Keys, str | None]] = [(("models", i), name) for i, name in enumerate(self.recipe.models)]
+        for keys, name in [*named, (("base",), self.recipe.base)]:
+            if not name or hub_address(name) or local_path(name).exists():
+                continue
+            path, origin = local_path(name), self.document.origin(keys)
+            own = [] if origin.startswith("--set ") else [self.folder.resolve()]
+            tried = " or ".join(dict.fromkeys(str(folder) for folder in [*own, Path.cwd()]))
+            place = "" if Path(name).expanduser().is_absolute() else f"; it was looked for in {tried}"
+            raise InputError(f"{origin}: {no_such_path(path)}{place}")
 
 
 def load_recipe(source: str | Path, where: str = "recipe") -> Recipe:
@@ -83,17 +107,20 @@ def read_recipe(path: Path, settings: Sequence[Setting] = ()) -> LoadedRecipe:
     document, notices = _resolve_paths(
         parse_document(read_text(path, RECIPE_LIMIT, given=True), str(path)), path.parent
     )
-    return LoadedRecipe(_make(document, settings), tuple(notices))
+    return _make(document, settings, path.parent, notices)
 
 
 def parse_recipe(text: str, where: str, settings: Sequence[Setting] = ()) -> LoadedRecipe:
     """Read a recipe from a text, whose paths are relative to the working folder. Raises as :func:`read_recipe` does."""
-    return LoadedRecipe(_make(parse_document(text, where), settings))
+    return _make(parse_document(text, where), settings, Path())
 
 
-def _make(document: RecipeDocument, settings: Sequence[Setting]) -> Recipe:
+def _make(
+    document: RecipeDocument, settings: Sequence[Setting], folder: Path, notices: Sequence[str] = ()
+) -> LoadedRecipe:
     changed = change_document(document, settings)
-    return make_recipe(changed.values, document.origin(()), changed.origin)
+    recipe = make_recipe(changed.values, document.origin(()), changed.origin)
+    return LoadedRecipe(recipe, changed, folder, tuple(notices))
 
 
 def _resolve_paths(document: RecipeDocument, folder: Path) -> tuple[RecipeDocument, list[str]]:

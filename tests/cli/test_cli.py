@@ -171,7 +171,7 @@ def test_no_method_lists_them() -> None:
         ("-m task_arithmetic tuned0 tuned1", "full checkpoints with a method that works on changes need --base"),
         ("-m lines+linear tuned0 tuned1", "full checkpoints with a method that works on changes need --base"),
         ("-m linear --as adapter tuned0 tuned1", "a merge of full checkpoints makes a model"),
-        ("-m linear --rank 0 tuned0 tuned1", "rank: Input should be greater than or equal to 1"),
+        ("-m linear --rank 0 tuned0 tuned1", "rank = 0: should be at least 1"),
         ("-m linear --threads 0 tuned0 tuned1", "threads = 0: at least one is needed"),
         ("-m linear --max-memory 1KB tuned0 tuned1", "max_memory = 0 MB is too little: this merge needs"),
         ("-m linear --device tpu9 tuned0 tuned1", "device = 'tpu9': use cpu, cuda, cuda:N or auto"),
@@ -278,8 +278,8 @@ def test_recipe_round_trip(folder: Path) -> None:
         ("models: [a", "recipe.yaml: is not valid YAML"),
         ("- a\n- b", "recipe.yaml: should be a YAML mapping"),
         ("models: [a]\nmethod: linear\nbsae: b", "recipe.yaml, line 3: there is no 'bsae' (did you mean 'base'?)"),
-        ("models: [a]", "recipe.yaml: method: Field required"),
-        ("models: []\nmethod: linear", "recipe.yaml, line 1: models: Tuple should have at least 1 item"),
+        ("models: [a]", "recipe.yaml: the recipe has no 'method'\n"),
+        ("models: []\nmethod: linear", "recipe.yaml, line 1: models = []: should have at least 1 value\n"),
         ("models: [a]\nmethod: linear\nparameters: {desnity: 1}", "has a parameter 'desnity'"),
         ("models: [a]\nmethod: lnear", "did you mean 'linear'?"),
         ("models: [a]\nmethod: linear\nparameters: {1: 2}", "parameters should be a mapping of names to values"),
@@ -291,6 +291,13 @@ def test_recipe_round_trip(folder: Path) -> None:
 def test_recipes_that_are_refused(folder: Path, text: str | bytes, message: str) -> None:
     (folder / "recipe.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     assert message in refused("run", "recipe.yaml")
+
+
+def test_recipes_that_cannot_run_are_not_printed(folder: Path) -> None:
+    said = "weights has 3 values for 2 models: give one value for all"
+    assert said in refused("-m", "linear", "--weights", "1,2,3", "tuned0", "tuned1", "--recipe-only")
+    (folder / "recipe.yaml").write_text("models: [a, b]\nmethod: linear\nparameters: {weights: [1, 2, 3]}\n")
+    assert said in refused("run", "recipe.yaml", "--recipe-only")
 
 
 # ---- sub-commands

@@ -52,8 +52,23 @@ def test_paths_are_relative_to_the_recipes_folder(folder: Path, monkeypatch: pyt
     got, want = load(folder / "elsewhere" / "merged"), load(folder / "here")
     assert all(equal(got[name], want[name]) for name in want)
     assert list(read_recipe(Path("../recipe.yml")).recipe.models) == ["../tuned0", "../tuned1"]
-    (folder / "recipe.yml").write_text("models: [tuned]\nmethod: linear\n")
-    assert "../tuned: there is no such file or folder (did you mean 'tuned" in refused("run", "../recipe.yml")
+
+
+def test_errors_of_paths_say_where_they_were_looked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "recipe.yml").write_text("models: [tuned0, tuned]\nmethod: linear\n")
+    (folder / "elsewhere").mkdir()
+    said = refused("run", "recipe.yml")
+    assert said.startswith("Error: recipe.yml, line 1: tuned: there is no such file or folder (did you mean 'tuned")
+    assert said.endswith(f"; it was looked for in {folder.resolve()}\n")
+    monkeypatch.chdir(folder / "elsewhere")
+    said = refused("run", "../recipe.yml", "--dry-run")
+    assert "recipe.yml, line 1: ../tuned: there is no such file or folder" in said
+    assert said.endswith(f"; it was looked for in {folder.resolve()} or {folder.resolve() / 'elsewhere'}\n")
+    said = refused("run", "../recipe.yml", "--set", "models.1=tuned1", "--dry-run")
+    assert said.startswith("Error: --set models.1: tuned1: there is no such file or folder")
+    assert said.endswith(f"; it was looked for in {folder.resolve() / 'elsewhere'}\n")
+    said = refused("run", "../recipe.yml", "--set", "models.1=/none/here", "--dry-run")
+    assert said == "Error: --set models.1: /none/here: there is no such file or folder\n"
 
 
 def test_a_path_of_the_working_folder_is_read_where_it_is_unambiguous(folder: Path) -> None:
@@ -100,9 +115,20 @@ def test_a_recipe_from_standard_input(folder: Path) -> None:
         (TIES.replace("0.3", "few"), "recipe, line 8: ties.density = 'few'"),
         (TIES.replace("[1, 2]", "[1, x]"), "recipe, line 7: ties.weights = 'x'"),
         (TIES.replace("ties\n", "tise\n"), "recipe, line 5: there is no method 'tise' (did you mean 'ties'?)"),
-        (TIES.replace("- tuned1", "- 3"), "recipe, line 3: models.1: Input should be a valid string (it is 3)"),
+        (TIES.replace("- tuned1", "- 3"), "recipe, line 3: models.1 = 3: should be text"),
         (TIES + "bsae: base\n", "recipe, line 10: there is no 'bsae' (did you mean 'base'?)"),
-        (TIES + "rank: 0\n", "recipe, line 10: rank: Input should be greater than or equal to 1"),
+        (TIES + "rank: 0\n", "recipe, line 10: rank = 0: should be at least 1"),
+        (TIES.replace("method", "metod"), "recipe, line 5: there is no 'metod' (did you mean 'method'?)"),
+        (TIES.replace("models", "model"), "recipe, line 1: there is no 'model' (did you mean 'models'?)"),
+        ("method: ties\n", "recipe: the recipe has no 'models'"),
+        (TIES + "  density: 1\n", "recipe, line 10: ties.density and density are the same parameter"),
+        (
+            "merge_method: ties\nmodels: [a]\n",
+            "recipe, line 1: 'merge_method' is a key of mergekit: this is a recipe of",
+        ),
+        ("models:\n- model: a\nmethod: ties\n", "recipe, line 2: 'model' is a key of mergekit"),
+        ("dtype: float16\nslices: []\n", "recipe, line 2: 'slices' is a key of mergekit"),
+        ("models: [a]\nbase_model: b\n", "recipe, line 2: 'base_model' is a key of mergekit"),
     ],
 )
 def test_errors_state_the_line(text: str, message: str) -> None:
@@ -171,7 +197,7 @@ def test_a_name_with_dots_in_a_mapping() -> None:
         ("base.name=1", "--set base.name: base is 'base', so there is nothing below it: set base itself"),
         ("scale.mlp=1", "parameters.scale is not in the recipe, so there is nothing below it"),
         ("scale=much", "--set scale: ties.scale = 'much'"),
-        ("rank=many", "--set rank: rank: Input should be a valid integer"),
+        ("rank=many", "--set rank: rank = 'many': should be a whole number"),
     ],
 )
 def test_settings_that_are_refused(setting: str, message: str) -> None:
