@@ -1,4 +1,4 @@
-"""What an output may replace: a file, or the folder of one model."""
+"""Checks of the files and folders that an output would replace."""
 
 from __future__ import annotations
 
