@@ -15,7 +15,7 @@ from .steps import FIGURES
 
 __all__ = ["status_command"]
 
-_HEADER = ["step", "norm", "kept", "cosine", "rank", "merge", "state", "model"]
+_HEADER = ["step", "norm", "kept", "cosine", "rank", "merge", "model"]
 
 
 @click.command(name="status", short_help="show the models and figures of a store")
@@ -59,8 +59,8 @@ def status_command(store: str, spectrum: bool, as_json: bool, debug: bool) -> No
 def _row(step: dict[str, Any]) -> list[str]:
     """Return the figures of a step as a row of the table."""
     figures = [f"{step['norm']:.4g}", f"{step['kept']:.1%}", f"{step['cosine']:+.3f}"]
-    state = "there" if step["restorable"] else "removed"
-    return [str(step["number"]), *figures, str(step["rank"] or "-"), f"{step['merged']:.4g}", state, step["source"]]
+    number = f"{step['number']}{'' if step['restorable'] else '*'}"
+    return [number, *figures, str(step["rank"] or "-"), f"{step['merged']:.4g}", step["source"]]
 
 
 def _describe_gc(store: str, disk: dict[str, int]) -> str:

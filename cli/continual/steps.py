@@ -15,7 +15,7 @@ FIGURES = [
     ("cosine", "between the change and the merged changes, after the step"),
     ("rank", "of the factors; - if all tensors are held in full"),
     ("merge", "norm of the merged changes, before an export multiplies them"),
-    ("state", "there: rollback can go back to this step"),
+    ("*", "the state was removed: rollback cannot go back to this step"),
 ]
 """The figures of a step and their meanings."""
 

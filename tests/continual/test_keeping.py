@@ -47,14 +47,9 @@ def test_rollback_and_gc(full: Models, tmp_path: Path) -> None:
     marks = {1: False, 2: False, 3: True, 4: True, 5: True}
     for steps in (json.loads(ok("status", store.path, "--json"))["steps"], json.loads(ok("log", store.path, "--json"))):
         assert {step["number"]: step["restorable"] for step in steps} == marks
-    rows = [line.split() for line in ok("status", store.path).splitlines()]
-    assert [row[6] for row in rows if row[7:] and row[0] in "12345" and row[1] != "states"] == [
-        "removed",
-        "removed",
-        "there",
-        "there",
-        "there",
-    ]
+    cells = [line.split()[:1] for line in ok("status", store.path).splitlines()]
+    assert all([mark] in cells for mark in ("1*", "2*", "3", "4", "5"))
+    assert ["3*"] not in cells
     assert ok("log", store.path).count("(its state was removed)") == 2
     (store.path / "states" / ".unfinished.old").mkdir()
     (store.path / "states" / "000009-left").mkdir()
