@@ -12,7 +12,7 @@ from merging.errors import InputError, MergingWarning, OptionError
 from merging.hub.address import hub_address, local_path, no_such_path
 from merging.plan.recipe import Recipe, make_recipe
 from merging.plan.recipe_document import Keys, RecipeDocument, parse_document
-from merging.plan.recipe_settings import Setting, change_document
+from merging.plan.recipe_settings import Setting, change_document, is_from_setting
 from merging.sources.small_files import RECIPE_LIMIT, read_text
 
 __all__ = ["LoadedRecipe", "load_recipe", "parse_recipe", "read_recipe"]
@@ -46,7 +46,7 @@ class LoadedRecipe:
             if not name or hub_address(name) or local_path(name).exists():
                 continue
             path, origin = local_path(name), self.document.origin(keys)
-            own = [] if origin.startswith("--set ") else [self.folder.resolve()]
+            own = [] if is_from_setting(origin) else [self.folder.resolve()]
             tried = " or ".join(dict.fromkeys(str(folder) for folder in [*own, Path.cwd()]))
             place = "" if Path(name).expanduser().is_absolute() else f"; it was looked for in {tried}"
             raise InputError(f"{origin}: {no_such_path(path)}{place}")

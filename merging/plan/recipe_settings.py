@@ -11,7 +11,7 @@ from merging.methods import links, owner_of, parameters_of
 from merging.plan.recipe import FIELDS, Recipe
 from merging.plan.recipe_document import Keys, RecipeDocument, parse_value
 
-__all__ = ["Setting", "change_document", "parse_setting"]
+__all__ = ["Setting", "change_document", "is_from_setting", "parse_setting"]
 
 _ALIASES = {name: info.alias for name, info in Recipe.model_fields.items() if info.alias}
 
@@ -35,6 +35,11 @@ def parse_setting(text: str) -> Setting:
     if not key.strip() or not sign:
         raise OptionError(f"--set {text}: is no setting: write KEY=VALUE, such as scale=0.5")
     return Setting(key.strip(), parse_value(value, f"--set {key.strip()}"))
+
+
+def is_from_setting(origin: str) -> bool:
+    """Return whether the origin of a value is a setting, and not a line of the recipe."""
+    return origin.startswith("--set ")
 
 
 def change_document(document: RecipeDocument, settings: Sequence[Setting]) -> RecipeDocument:
