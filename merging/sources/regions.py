@@ -126,14 +126,14 @@ def _along(stored: Stored, axis: int, kept: slice) -> View:
 
 def view_region(stored: Stored, region: Region) -> View:
     """Return a view of a region of a stored tensor."""
-    view = view(stored)
+    part = view(stored)
     for axis, kept in enumerate(region.box):
-        view = view.narrow(axis, kept.start, _length(kept))
+        part = part.narrow(axis, kept.start, _length(kept))
     gone = [axis for axis in range(len(region.box)) if axis not in region.axes]
-    view = view.permute(*gone, *region.axes)
+    part = part.permute(*gone, *region.axes)
     for _ in gone:
-        view = view.select(0)
-    return view
+        part = part.select(0)
+    return part
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -63,7 +63,8 @@ def place_new_file(built: Path, path: Path) -> None:
             raise FileExistsError from None
         built.rename(path)
     else:
-        built.unlink()
+        with suppress(OSError):  # the file is in place; its temporary name is removed later
+            built.unlink()
 
 
 def existing_parent(path: Path) -> Path:

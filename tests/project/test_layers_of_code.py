@@ -203,6 +203,14 @@ def test_torch_is_imported_when_it_is_used(name: str) -> None:
     assert not eager, f"from merging.maths.lazy_torch import Tensor, torch, instead of importing {eager[0]} in {name}"
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_no_name_hides_the_function_that_makes_it(name: str) -> None:
+    """In a function, ``view = view(x)`` fails at run time, and neither linter nor type checker says so."""
+    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            assert ast.unparse(node.value.func) not in [ast.unparse(target) for target in node.targets], node.lineno
+
+
 def test_no_module_needs_torch_to_be_imported() -> None:
     running = ("merging.pool.smoke", "merging.recycling")  # these run models, and are imported when they do
     names = [name for name in FILES if not name.startswith(running) and not name.endswith("__main__")]
