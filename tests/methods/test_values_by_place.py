@@ -109,7 +109,7 @@ def test_every_number_may_differ(method: str) -> None:
     [
         ("pcb", {"ratio": {"q": 0.1, "*": 0.2}}, "pcb.ratio is a share of the whole model"),
         ("pcb", {"clip": "0.1:0.2"}, "pcb.clip is a share of the whole model"),
-        ("consensus", {"agree": {"q": 1.5, "*": 2}}, "valid integer"),
+        ("consensus", {"agree": {"q": 1.5, "*": 2}}, "a whole number"),
         ("consensus", {"agree": {"q": 4, "*": 2}}, "consensus.agree = 4, and only 3 models were given"),
         ("svd", {"max_rank": {"q": 0, "*": 2}}, "max_rank"),
         ("opcm", {"alpha": {"q": 2, "*": 0}}, "alpha"),
