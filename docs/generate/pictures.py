@@ -114,7 +114,7 @@ def delta() -> Picture:
 
 
 def chain() -> Picture:
-    """What each link of lines+dare+ties does, from the changes to the merge."""
+    """Draw the steps of lines+dare+ties, from the changes to the merge."""
     picture = Picture("The chain lines+dare+ties: wrappers go around the method that merges", 250)
     picture.box(130, 30, 460, 190, "blue box")
     picture.box(230, 75, 260, 125, "orange box")

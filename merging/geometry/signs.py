@@ -131,10 +131,9 @@ def _draw_sample(item: Item) -> tuple[Tensor, Tensor]:
     most = _BATCH if item.site.kind == "experts" else _SAMPLE
     width = min(columns, max(_SAMPLE, _SAMPLE**2 // min(rows, most)))
     random = torch.Generator().manual_seed(0)
-    return tuple(  # type: ignore[return-value]
-        torch.randperm(size, generator=random)[:count].sort().values
-        for size, count in ((rows, _SAMPLE**2 // width if item.numel > _SAMPLE**2 else rows), (columns, width))
-    )
+    height = _SAMPLE**2 // width if item.numel > _SAMPLE**2 else rows
+    drawn = torch.randperm(rows, generator=random)[:height].sort().values
+    return drawn, torch.randperm(columns, generator=random)[:width].sort().values
 
 
 def _columns(item: Item) -> int:
