@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,8 +81,8 @@ def run_command(recipe: Path, settings: tuple[str, ...], recipe_only: bool, exec
     merge run recipe.yml --set scale=0.5 --set models.1=other/ --dry-run
     merge run - < recipe.yml
 
-    Relative paths in a recipe are relative to its folder, in a recipe from standard input (-) and in --set to the
-    working folder. Values of --set are YAML.
+    Relative paths in a recipe are relative to its folder, in a recipe from standard input (-) or a pipe and in --set to
+    the working folder. Values of --set are YAML.
     """
     status = OutputStatus()
     with handle_errors(execution.debug, status):
@@ -104,7 +103,14 @@ def _load(path: Path, settings: list[Setting]) -> LoadedRecipe:
     from merging.plan.recipe_files import parse_recipe, read_recipe
     from merging.sources.small_files import RECIPE_LIMIT, decode_text
 
-    if str(path) != "-":
+    if not _is_stream(path):
         return read_recipe(path, settings)
-    content = sys.stdin.buffer.read(RECIPE_LIMIT + 1)
-    return parse_recipe(decode_text(content, "standard input", RECIPE_LIMIT), "standard input", settings)
+    name = "standard input" if str(path) == "-" else str(path)
+    with click.open_file(str(path), "rb") as stream:
+        content = stream.read(RECIPE_LIMIT + 1)
+    return parse_recipe(decode_text(content, name, RECIPE_LIMIT), name, settings)
+
+
+def _is_stream(path: Path) -> bool:
+    """Return whether a path is standard input, a pipe or the like, and so has no folder of its own."""
+    return str(path) == "-" or path.is_fifo() or path.is_relative_to("/dev") or path.is_relative_to("/proc/self/fd")

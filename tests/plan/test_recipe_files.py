@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +105,16 @@ def test_a_recipe_from_standard_input(folder: Path) -> None:
     assert done.stderr.startswith("Error: standard input: is not valid YAML")
     done = subprocess.run(command, input=b"#" * (1 << 20) + b"#\n", cwd=folder, capture_output=True)
     assert b"standard input: is larger than 1 MiB" in done.stderr
+
+
+@pytest.mark.parametrize("given", ["<(cat)", "/dev/stdin", "/dev/stdin < recipe.yml", "fifo & cat > fifo; wait $!"])
+def test_a_recipe_from_a_pipe(folder: Path, given: str) -> None:
+    (folder / "recipe.yml").write_text(TIES)
+    os.mkfifo(folder / "fifo")
+    command = f"{shlex.quote(sys.executable)} -m merging run --recipe-only {given}"
+    done = subprocess.run(["bash", "-c", command], input=TIES, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == parse_recipe(TIES, "recipe").recipe.to_yaml()
 
 
 # ---- lines
