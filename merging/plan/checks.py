@@ -33,25 +33,31 @@ _QUANTISED = re.compile(
 
 
 def make_content_keys(models: Sequence[Checkpoint | Adapter]) -> tuple[tuple[str, ...], list[str]]:
-    """Return a key of each model's content, repeats numbered, and a notice for each repeat of an earlier model.
+    """Return a key of each model's content, repeats numbered, and a notice for each content that repeats.
 
     While a model's values are not on this machine, its key is made of the hashes of its files.
     """
     keys: list[str] = []
-    notices: list[str] = []
-    first: dict[str, str] = {}
+    paths: dict[str, list[str]] = {}
     for model in models:
         changes = model.changes if isinstance(model, Adapter) else {}
         parts = {f"{name} {i}": part for name, change in changes.items() for i, part in enumerate(change.tensors)}
         tensors = model.tensors if isinstance(model, Checkpoint) else parts
         key = content_key(tensors) if all(each.at_hand for each in tensors.values()) else files_key(tensors)
-        if key in first:
-            given = "is given twice" if first[key] == str(model.path) else f"has the same content as {first[key]}"
-            notices.append(f"{model.path} {given}: it counts twice in the merge")
-        first.setdefault(key, str(model.path))
-        repeats = sum(each.partition("#")[0] == key for each in keys)
-        keys.append(f"{key}#{repeats}" if repeats else key)
-    return tuple(keys), notices
+        same = paths.setdefault(key, [])
+        keys.append(f"{key}#{len(same)}" if same else key)
+        same.append(str(model.path))
+    return tuple(keys), [_describe_repeats(same) for same in paths.values() if len(same) > 1]
+
+
+def _describe_repeats(paths: Sequence[str]) -> str:
+    """Return the notice for models of one content."""
+    first, *others = dict.fromkeys(paths)
+    times = "twice" if len(paths) == 2 else f"{len(paths)} times"
+    if not others:
+        return f"{first} is given {times}: it counts {times} in the merge"
+    verb = "has" if len(others) == 1 else "have"
+    return f"{' and '.join(others)} {verb} the same content as {first}: it counts {times} in the merge"
 
 
 def check_bases(models: Sequence[Checkpoint | Adapter], allow_different: bool) -> None:

@@ -430,3 +430,16 @@ def test_same_input_twice_is_remarked(tmp_path: Path) -> None:
     ]
     done = merging.merge([*tuned, tuned[0]], method="linear", output=tmp_path / "again")
     assert [n for n in done.notices if "twice" in n] == [f"{tuned[0]} is given twice: it counts twice in the merge"]
+
+
+def test_repeats_are_one_remark_with_their_number(tmp_path: Path) -> None:
+    _, tuned = checkpoint(tmp_path)
+    copies = [save(tmp_path / name, load(tuned[0])) for name in ("copy", "other")]
+    given = merging.preview([*tuned, tuned[0], tuned[0]], method="linear")
+    assert [n for n in given.notices if "times" in n] == [
+        f"{tuned[0]} is given 3 times: it counts 3 times in the merge"
+    ]
+    mixed = merging.preview([*tuned, *copies, tuned[0]], method="linear")
+    assert [n for n in mixed.notices if "times" in n] == [
+        f"{copies[0]} and {copies[1]} have the same content as {tuned[0]}: it counts 4 times in the merge"
+    ]
