@@ -5,6 +5,7 @@ Messages name options as their reader types them: ``--overwrite`` on the command
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,7 @@ __all__ = [
     "either",
     "escape_unprintable",
     "explain_invalid",
+    "name_options",
     "nearest",
     "option",
     "shorten",
@@ -157,11 +159,39 @@ def option(name: str, *values: str | float) -> str:
 
     Args:
         name: The parameter's name in Python.
-        values: The value to give, or several to choose from; True or False for a switch.
+        values: The value to give, or several to choose from; True or False for a switch. A text in capitals stands
+            for a value.
     """
     flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
     if values == (False,):
         flag = flag.replace("--", "--no-")
     shown = " or ".join(str(value) for value in values if not isinstance(value, bool))
-    quoted = " or ".join(f'"{value}"' if isinstance(value, str) else str(value) for value in values)
+    quoted = " or ".join(f'"{value}"' if _is_name(value) else str(value) for value in values)
     return either(f"{flag} {shown}".rstrip(), f"{name}={quoted}")
+
+
+def _is_name(value: object) -> bool:
+    """Return whether a value is a text, and not a word in capitals that stands for one."""
+    return isinstance(value, str) and not value.isupper()
+
+
+_IN_BRACES = re.compile(r"\{(\w+(?:=\w+)?(?:, \w+(?:=\w+)?)*)\}")
+
+
+def name_options(text: str) -> str:
+    """Return a text whose options are named for the present reader.
+
+    Args:
+        text: A text with options in braces: ``{kind=model, base=BASE}`` becomes ``--as model --base BASE`` on the
+            command line, and ``kind="model", base=BASE`` in Python. ``{load=True}`` is a switch.
+    """
+
+    def name(match: re.Match[str]) -> str:
+        named = []
+        for pair in match[1].split(", "):
+            key, _, value = pair.partition("=")
+            values = [True if value == "True" else value] if value else []
+            named.append(option(key, *values))
+        return either(" ", ", ").join(named)
+
+    return _IN_BRACES.sub(name, text)

@@ -7,16 +7,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from merging.errors import MergingError
+from merging.errors import MergingError, name_options
 from merging.serving import PROGRAMS
 from merging.serving.subject import Subject, open_subject
 from merging.serving.vllm import MAX_RANKS
 
 __all__ = ["describe_usage"]
 
-_BARE_ADAPTER = (
-    "PEFT opens a folder with a config, and no bare adapter file: merge with -o FOLDER, without .safetensors, for one"
-)
+_BARE_ADAPTER = "PEFT opens a folder with a config, and no bare adapter file: merge with {output=FOLDER} for one"
 
 
 def describe_usage(path: str | Path) -> str:
@@ -53,7 +51,7 @@ def _ways(subject: Subject, path: Path) -> Iterator[str]:
 
 def _ways_of_adapter(subject: Subject, path: Path) -> Iterator[str]:
     if subject.folder is None:
-        yield _BARE_ADAPTER
+        yield name_options(_BARE_ADAPTER)
         return
     if _serves("peft", subject):
         yield f"peft.PeftModel.from_pretrained(model, {str(path)!r})"

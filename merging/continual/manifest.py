@@ -215,9 +215,10 @@ def read_manifest(store: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: is not the manifest of a store, or is damaged: {error}") from None
     if stated is not None and stated != _checksum(values):  # the first stores had none
+        relocate = either("merge continual relocate", "relocate()")
         raise FormatError(
             f"{path}: is damaged, or was edited: its checksum is of other content. Put a copy of it back (for a base "
-            f"that was moved there is merge continual relocate)"
+            f"that was moved there is {relocate})"
         )
     return manifest
 

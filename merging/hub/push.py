@@ -134,6 +134,5 @@ def _push_error(error: Exception, folder: Path, target: Target) -> OutputError:
         reason = f"{target.repo} was created by someone else meanwhile"
     else:
         reason = str(explain_error(error, target.repo))
-    return OutputError(
-        f"nothing was published: {reason}. {folder} is complete: try again with `merge push {folder} {target.repo}`"
-    )
+    again = either(f"with `merge push {folder} {target.repo}`", "to push it")
+    return OutputError(f"nothing was published: {reason}. {folder} is complete: try again {again}")

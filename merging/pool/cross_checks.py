@@ -40,7 +40,7 @@ def cross_check(pool: Path, index: Index, base: Checkpoint, *, owner_cap: int, a
 
 def find_missing(pool: Path, entries: Sequence[Entry]) -> dict[str, Finding]:
     """Return a finding for each adapter whose files are no longer in the pool."""
-    why = Finding("files", "quarantined", "its files are no longer in the pool: merge pool audit fetches them again")
+    why = Finding("files", "quarantined", "its files are no longer in the pool: an audit fetches them again")
     return {entry.name: why for entry in entries if not entry.place(pool).exists()}
 
 

@@ -127,8 +127,8 @@ class Database:
         odd = sorted(str(name) for name in found.keys() | own.keys() if found.get(name) != own.get(name))
         if odd:
             raise FormatError(
-                f"{self.path}: is not an index of a pool, or was altered: its {odd[0][:80]} is not as merge pool "
-                f"makes it: build the pool again"
+                f"{self.path}: is not an index of a pool, or was altered: its {odd[0][:80]} is not as in a "
+                f"pool: build the pool again"
             )
         sound = self._file.execute("PRAGMA quick_check(1)").fetchone()
         if sound is None or sound[0] != "ok":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from merging import os_calls
-from merging.errors import FormatError, InputError, OutputError, nearest
+from merging.errors import FormatError, InputError, OutputError, either, nearest
 from merging.pool.database import SCHEMA, TABLES, Database
 from merging.pool.entry import VERDICTS, Entry, Finding, PoolVerdict, verdict_of
 from merging.pool.sketches import LENGTH
@@ -53,7 +53,8 @@ class Index:
     def __init__(self, pool: Path) -> None:
         self.path = pool / _NAME
         if not os.path.lexists(self.path):
-            raise InputError(f"{pool}: is not a pool (it has no {_NAME}): make one with merge pool build")
+            build = either("merge pool build", "Pool.build")
+            raise InputError(f"{pool}: is not a pool (it has no {_NAME}): make one with {build}")
         self._database = Database(self.path)
 
     @classmethod

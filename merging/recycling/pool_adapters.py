@@ -9,7 +9,7 @@ from math import sqrt
 from pathlib import Path
 
 from merging.engine.download import download_model
-from merging.errors import InputError, MergingError
+from merging.errors import InputError, MergingError, either
 from merging.hub.address import hub_address
 from merging.hub.open_model import open_model
 from merging.maths.delta import LowRank
@@ -130,7 +130,8 @@ def _of_pool(path: Path, base: str) -> list[AdapterRef]:
         raise InputError(f"{path}: is a pool of adapters of {pool.base_names[0]}, and the base is {base}")
     usable = pool.usable()
     if not usable:
-        raise InputError(f"{path}: the pool has no adapter that may be used: merge pool list says why")
+        listed = either("merge pool list says", "its entries say")
+        raise InputError(f"{path}: the pool has no adapter that may be used: {listed} why")
     last = {kept.name: Path(kept.name).name if Path(kept.name).is_absolute() else kept.name for kept, _ in usable}
     count = Counter(last.values())
     names = {name: short if count[short] == 1 else name for name, short in last.items()}

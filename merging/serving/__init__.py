@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from merging.errors import FormatError, InputError, OptionError, nearest
+from merging.errors import FormatError, InputError, OptionError, either, nearest
 from merging.serving.comfyui import COMFYUI
 from merging.serving.contents import FILES, holds_nonfinite
 from merging.serving.diffusers import DIFFUSERS
@@ -68,7 +68,8 @@ def verify(
         broken = Finding("files", "refuses", "they cannot be opened", (str(error),))
         return Verdict(path, "unknown", tuple(programs), (broken,))
     if subject.kind == "pack":
-        raise InputError(f"{path}: is a pack, which no other program reads: merge decompress it first")
+        decompress = either("merge decompress", "decompress")
+        raise InputError(f"{path}: is a pack, which no other program reads: {decompress} it first")
     chosen = tuple(dict.fromkeys(programs)) or _default_programs(subject)
     findings = FILES.findings(subject)
     if values and not holds_nonfinite(findings):

@@ -53,7 +53,7 @@ _PARTS = re.compile(
 )
 
 _MAP = "comfy/lora.py"
-_KOHYA = "convert it: merge --method passthrough --format kohya --base the model"
+_KOHYA = "convert it: merge it with {method=passthrough, format=kohya, base=MODEL}"
 
 
 def _attention(subject: Subject) -> Iterator[str]:
@@ -120,7 +120,7 @@ _FILES = (
     Rule("ignores", "modules of text encoders under names that are not in its map", _text, _KOHYA, f"{_MAP}, run"),
     Rule("ignores", "tensors of a kind that it does not know", _parts, BAKE, f"{_MAP}, run"),
     Rule("ignores", "alphas in a config: it uses the rank as alpha", _alphas,
-         "merge it with --method passthrough --format kohya, which writes them next to the factors",
+         "merge it with {method=passthrough, format=kohya}, which writes them next to the factors",
          "comfy/weight_adapter/lora.py, run"),
     Rule("warns", "modules under names that are in its map for some of the models that have such modules",
          names_not_taken(_TAKEN, by="some"), _KOHYA, f"{_MAP}, run"),

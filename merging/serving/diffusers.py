@@ -86,7 +86,7 @@ _TAKEN: dict[str, tuple[NameLayout, ...]] = {
 }  # fmt: skip
 """The names that its pipelines load, by family. The key "" is for names that all pipelines load."""
 
-_CONVERT = "convert it: merge --method passthrough --format diffusers --base PIPELINE"
+_CONVERT = "convert it: merge it with {method=passthrough, format=diffusers, base=PIPELINE}"
 
 
 def _unknown_modules(subject: Subject) -> Iterator[str]:
@@ -127,7 +127,7 @@ DIFFUSERS = Program(
             Rule("warns", "LoKr and full differences are loaded for some models only", _some_methods, BAKE,
                  _CONVERSION),
             Rule("warns", "before August 2026 modules of other ranks than the first had a wrong scale",
-                 _mixed_ranks, "merge it with merge --method passthrough, which writes one rank",
+                 _mixed_ranks, "merge it with {method=passthrough}, which writes one rank",
                  "utils/peft_utils.py"),
             Rule("warns", "names of ComfyUI are understood for some models only", _comfyui_names, _CONVERT,
                  f"{_PIPELINES}, run"),
@@ -135,7 +135,7 @@ DIFFUSERS = Program(
         ),
         "adapter": (
             Rule("ignores", "pipelines read no names that begin with base_model.model.", _peft_names,
-                 "convert them: merge --method passthrough --format diffusers, or load them with PEFT",
+                 "convert them: merge it with {method=passthrough, format=diffusers}, or load them with PEFT",
                  f"{_PIPELINES}, run"),
             Rule("refuses", "there are no adapters of language models in pipelines", _bare_names, "load it with PEFT",
                  f"{_PIPELINES}, run"),

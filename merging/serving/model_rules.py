@@ -139,7 +139,7 @@ MODEL_RULES = (
     Rule("ignores", "a head of its own in a tied model: transformers before 5 and vLLM before August 2026 put "
          "the embedding in its place", _different_head, "set tie_word_embeddings to false"),
     Rule("warns", "a tied model stores its head: whether it is a copy, its values decide", _unknown_head,
-         "look again with --values"),
+         "look again with {values=True}"),
     Rule("refuses", "the config says quantised, and the weights are not", _unquantized_weights,
          "remove quantization_config"),
     Rule("refuses", "the weights are quantised, and the config does not say so", _unstated_quantization,

@@ -150,7 +150,7 @@ def _bad_rank(subject: Subject) -> Iterator[str]:
 
 
 ADAPTERS: tuple[Rule, ...] = (
-    Rule("refuses", "adapters are folders with adapter_config.json", no_config, "merge it with -o FOLDER",
+    Rule("refuses", "adapters are folders with adapter_config.json", no_config, "merge it with {output=FOLDER}",
          "peft/config.py, run"),
     Rule("refuses", "there is no such type of adapter", _type, "save it with PEFT, or convert it",
          "peft/config.py, run"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from merging.display.tables import Displayed, Table, Tabular
+from merging.errors import name_options
 from merging.serving.subject import Subject, SubjectKind
 
 __all__ = [
@@ -37,10 +38,10 @@ __all__ = [
     "states",
 ]
 
-BAKE = "merge it into its base with --as model, and serve that"
-ONE_SCALE = "merge it with --method passthrough, which writes one rank and one scale"
-PLAIN = "merge it with --method passthrough if it is LoRA, else into its base with --as model"
-"""Remedies for an adapter that a program does not take unchanged."""
+BAKE = "merge it into its base with {kind=model}, and serve that"
+ONE_SCALE = "merge it with {method=passthrough}, which writes one rank and one scale"
+PLAIN = "merge it with {method=passthrough} if it is LoRA, else into its base with {kind=model}"
+"""Remedies for an adapter that a program does not take unchanged, with options as :func:`name_options` reads them."""
 
 SAVE_AGAIN = "save it again, or get its files again together"
 """Remedy for files that do not belong together."""
@@ -117,7 +118,7 @@ class ServingVerdict(Tabular):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A compatibility rule: severity, message, question, and remedy.
+    """A compatibility rule: severity, message, question, and remedy (``todo``), which may name options in braces.
 
     The rule applies if the question has answers. ``source`` is the program's file from which the rule was taken. With
     ``, run`` at its end, the program was also run.
@@ -139,7 +140,7 @@ class Rule:
                 severity=self.severity,
                 what=self.what,
                 where=where,
-                todo=self.todo,
+                todo=name_options(self.todo),
                 source=source,
             )
 
@@ -159,7 +160,7 @@ class Program:
         """Return all findings of this program, or one that all is ok."""
         if subject.kind not in self.rules:
             what = f"{self.name} loads no {subject.kind} of this format"
-            instead = self.instead.get(subject.kind, "")
+            instead = name_options(self.instead.get(subject.kind, ""))
             refused = ProgramFinding(
                 program=self.name,
                 severity="refuses",
@@ -265,5 +266,5 @@ def stated_type(subject: Subject) -> Iterator[str]:
         yield f"most weights are {most[0][0]}, dtype = {stated!r}"
 
 
-APART = f"give each expert its own names with --experts apart --base BASE, or {BAKE}"
+APART = f"give each expert its own names with {{experts=apart, base=BASE}}, or {BAKE}"
 """Remedy for factors of stacked experts, if a program serves factors of single experts."""

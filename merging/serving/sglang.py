@@ -135,7 +135,7 @@ SGLANG = Program(
     "sglang",
     {
         "adapter": (
-            Rule("refuses", "adapters are folders with adapter_config.json", no_config, "merge it with -o FOLDER",
+            Rule("refuses", "adapters are folders with adapter_config.json", no_config, "merge it with {output=FOLDER}",
                  _CONFIG),
             Rule("refuses", "only LoRA is served", _other_type, BAKE, f"{_LORA}, run"),
             Rule("refuses", "the config lacks what SGLang asks for", absent("r", "lora_alpha", "target_modules"),
@@ -146,7 +146,7 @@ SGLANG = Program(
                  states("use_dora", "use_qalora", "use_bdlora", "kasa_config"), BAKE, f"{_MANAGER}, run"),
             Rule("refuses", "factors of convolutions are not served", convolutions, BAKE, _POOL),
             Rule("refuses", "the rank is above the largest that the server is started for", _large_rank,
-                 "start SGLang with a larger --max-lora-rank, or merge with a smaller --rank", _POOL),
+                 "start SGLang with a larger --max-lora-rank, or merge with a smaller {rank}", _POOL),
             Rule("refuses", "ranks by module: one rank is expected", other_ranks, ONE_SCALE, f"{_POOL}, run"),
             Rule("refuses", "projections are adapted without the partners that SGLang looks for", _incomplete,
                  f"{BAKE}, or add factors of zeros", f"{_LORA}, run"),
@@ -171,7 +171,7 @@ SGLANG = Program(
             Rule("warns", "modules that SGLang knows for some architectures only", _unknown_modules, BAKE,
                  "srt/lora/utils.py"),
             Rule("warns", "the embedding that was saved too is not read: rows for added tokens are lost",
-                 saved_tables, "merge it into its base with --as model if tokens were added", _LORA),
+                 saved_tables, "merge it into its base with {kind=model} if tokens were added", _LORA),
         ),
         "model": (
             Rule("refuses", "models are folders with config.json", no_config, "put it in a folder with its config",

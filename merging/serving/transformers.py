@@ -91,7 +91,7 @@ TRANSFORMERS = Program(
                  "rename them to model.safetensors; of a variant, state it: from_pretrained(..., variant=...)",
                  "modeling_utils.py, run"),
             Rule("refuses", "shards are found by their index, which is missing", _no_index,
-                 "write the model once more with its index: merge --method passthrough FOLDER -o NEW",
+                 "write it once more with its index: merge it alone, with {method=passthrough}",
                  "modeling_utils.py, run"),
             Rule("refuses", "the index has no metadata", _plain_index, 'add "metadata": {} to it', "utils/hub.py, run"),
             Rule("warns", "the config does not name the class of the model", absent("architectures"),

@@ -110,7 +110,7 @@ VLLM = Program(
     "vllm",
     {
         "adapter": (
-            Rule("refuses", "adapters are folders with adapter_config.json", no_config, "merge it with -o FOLDER",
+            Rule("refuses", "adapters are folders with adapter_config.json", no_config, "merge it with {output=FOLDER}",
                  f"{_HELPER}, run"),
             Rule("refuses", "the config lacks what vLLM asks for", absent("r", "lora_alpha", "target_modules"),
                  ONE_SCALE, f"{_HELPER}, run"),
@@ -125,7 +125,7 @@ VLLM = Program(
                  "lora/utils.py, run"),
             Rule("refuses", "factors of convolutions are not served", convolutions, BAKE, _MODEL),
             Rule("refuses", "the rank is above the largest that the server is started for", _large_rank,
-                 "start vLLM with a larger --max-lora-rank, or merge with a smaller --rank", f"{_HELPER}, run"),
+                 "start vLLM with a larger --max-lora-rank, or merge with a smaller {rank}", f"{_HELPER}, run"),
             Rule("refuses", "the vocabulary is not the base's", _vocabulary, BAKE, _MODEL),
             Rule("refuses", "the start took something off the base, and vLLM does not take it off",
                  lost_starts, BAKE, f"{_HELPER}, run"),
@@ -138,7 +138,7 @@ VLLM = Program(
                  "lora/model_manager.py"),
             Rule("warns", "factors of stacked experts are served for some architectures only",
                  _stacked_experts_of_unknown_base,
-                 "say where the base is with --base", "lora/model_manager.py"),
+                 "say where the base is with {base}", "lora/model_manager.py"),
             Rule("warns", GRADIENTS, starts("lora_ga"), BAKE, f"{_HELPER}, run"),
             Rule("warns", "modules that read images are served only with --enable-tower-connector-lora",
                  _vision_modules,
@@ -146,7 +146,7 @@ VLLM = Program(
             Rule("warns", "before September 2026 experts had the scale lora_alpha / r in spite of use_rslora", _experts,
                  ONE_SCALE, "lora/lora_weights.py"),
             Rule("warns", "the embedding that was saved too is not read: rows for added tokens are lost",
-                 saved_tables, "merge it into its base with --as model if tokens were added", "lora/utils.py, run"),
+                 saved_tables, "merge it into its base with {kind=model} if tokens were added", "lora/utils.py, run"),
         ),
         "model": (
             Rule("refuses", "models are folders with config.json", no_config, "put it in a folder with its config",

@@ -11,18 +11,21 @@ from typing import Any
 import pytest
 
 import merging
-from merging.errors import MergingError, command_line_words, either, option
+from merging.api.usage import describe_usage
+from merging.errors import MergingError, command_line_words, either, name_options, option
+from merging.serving import PROGRAMS, verify
 from support.commands import refused
 from support.paths import ROOT
 from support.tiny import adapters, checkpoint, model
 
 FLAG = re.compile(r"(?<![\w-])--[a-z]|(?<!\w)-o\b")
+COMMAND = re.compile(r"\bmerge (continual|pool|compress|decompress|inspect|verify|route|recycle|run)\b")
 OTHERS = {
     "api/usage.py": "commands of other programs that load an output",
     "methods/choosing.py": "advice, whose methods are written as on the command line",
     "plan/recipe_settings.py": "settings of --set, which Python has not",
     "report/page.py": "variables of CSS",
-    "serving/": "rules, whose remedies speak of commands and of the servers' own options",
+    "serving/": "the servers' own options",
     "sources/formats.py": "the text of a command",
     "sources/quantized_weights.py": "the option of another program, mlx_lm",
 }
@@ -51,6 +54,57 @@ def test_no_text_of_the_package_spells_a_flag() -> None:
         if FLAG.search(str(text.value))
     ]
     assert found == []
+
+
+def test_no_text_of_the_package_names_a_command() -> None:
+    """Formats say which command writes them; a recipe of mergekit is no recipe of `merge run`."""
+    others = ("methods/choosing.py", "sources/__init__.py", "sources/formats.py", "plan/recipe.py")
+    found = [
+        f"{name}:{text.lineno}: {text.value}"
+        for path in sorted((ROOT / "merging").rglob("*.py"))
+        if not (name := path.relative_to(ROOT / "merging").as_posix()).startswith(others)
+        for text in _texts(ast.parse(path.read_text(encoding="utf-8")))
+        if COMMAND.search(str(text.value))
+    ]
+    assert found == []
+
+
+def test_remedies_of_verify_spell_no_option_of_ours() -> None:
+    """They have them in braces, which ``name_options`` fills in for the reader."""
+    remedies = {rule.todo for program in PROGRAMS.values() for rules in program.rules.values() for rule in rules} | {
+        todo for program in PROGRAMS.values() for todo in program.instead.values()
+    }
+    ours = [todo for todo in remedies for flag in FLAG.findall(todo) if not re.search("start|converter", todo)]
+    assert ours == []
+    assert not [name_options(todo) for todo in remedies if re.search(r"\{\w", name_options(todo))]
+
+
+@pytest.mark.parametrize(
+    ("text", "typed", "called"),
+    [
+        ("bake it with {kind=model}", "bake it with --as model", 'bake it with kind="model"'),
+        ("{method=passthrough, base=BASE}", "--method passthrough --base BASE", 'method="passthrough", base=BASE'),
+        ("{values=True} or {base}", "--values or --base", "values=True or base="),
+        ('add "metadata": {} to it', 'add "metadata": {} to it', 'add "metadata": {} to it'),
+    ],
+)
+def test_options_in_braces(text: str, typed: str, called: str) -> None:
+    assert name_options(text) == called
+    with command_line_words():
+        assert name_options(text) == typed
+
+
+def test_remedies_follow_the_caller(folder: Path) -> None:
+    """The verdict, its table, and the use of an output."""
+    file = merging.merge([folder / "loras" / "adapter0"], method="linear", output=folder / "bare.safetensors").path
+    usage = "PEFT opens a folder with a config, and no bare adapter file: merge with {output=FOLDER} for one"
+    with command_line_words():
+        assert [each.todo for each in verify(str(file), ["peft"]).findings if each.todo] == ["merge it with -o FOLDER"]
+        assert describe_usage(file) == usage.replace("{output=FOLDER}", "-o FOLDER")
+    found = verify(str(file), ["peft"])
+    assert [each.todo for each in found.findings if each.todo] == ["merge it with output=FOLDER"]
+    assert "output=FOLDER" in repr(found) + found._repr_html_()
+    assert describe_usage(file) == usage.replace("{output=FOLDER}", "output=FOLDER")
 
 
 @pytest.mark.parametrize(

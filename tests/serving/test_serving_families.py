@@ -57,7 +57,7 @@ def test_attention_of_a_unet_under_diffusers_names(tmp_path: Path) -> None:
     modules = {name.partition(".lora_")[0] for name in load_file(lora) if name.startswith("unet.")}
     assert set(lost.where) == {name for name in modules if ".to_" in name}
     assert set(lost.where) < modules
-    assert (lost.severity, "--format kohya" in lost.todo) == ("ignores", True)
+    assert (lost.severity, 'format="kohya"' in lost.todo) == ("ignores", True)
 
 
 def test_comfyui_knows_no_alphas_of_a_header(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import merging
 from merging.cli.verify import verify_command
-from merging.errors import InputError, OptionError
+from merging.errors import InputError, OptionError, command_line_words
 from merging.serving import PROGRAMS, verify
 from support import tiny
 from support.adapters import QUIRKS, edit_config, llama_adapters, train
@@ -27,7 +27,8 @@ pytestmark = [*QUIRKS, pytest.mark.exhaustive]
 
 
 def run(*words: object) -> Result:
-    done = CliRunner().invoke(verify_command, [str(word) for word in words])
+    with command_line_words():
+        done = CliRunner().invoke(verify_command, [str(word) for word in words])
     assert "Traceback" not in done.output
     assert isinstance(done.exception, SystemExit | None)
     return done
