@@ -99,31 +99,47 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 _KINDS = {
     "bool": "true or false",
+    "dict": "a mapping",
     "float": "a number",
     "int": "a whole number",
     "is_instance": "a number",  # of a coefficient, which may be a tensor too
     "list": "a list",
+    "model": "a mapping",
     "string": "text",
     "tuple": "a list",
 }
 """Kinds of values by the beginnings of the types of pydantic's errors."""
+
+_FAULTS = {
+    "extra_forbidden": "is not known here",
+    "finite_number": "should be a finite number",
+    "missing": "is missing",
+    "string_pattern_mismatch": "is not of the right form",
+    "union_tag_not_found": "does not say what it is",
+}
+"""Words for whole types of pydantic's errors."""
 
 _BOUNDS = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
 
 
 def explain_invalid(error: Mapping[str, Any]) -> str:
     """Return the words for one of pydantic's errors about a value, such as ``"should be at least 1"``."""
+    kind = str(error["type"])
     context = error.get("ctx", {})
     for key, words in _BOUNDS.items():
         if key in context:
             bound = context[key]
             return f"should be {words} {f'{bound:g}' if isinstance(bound, float) else bound}"
-    if error["type"] == "too_short":
+    for key in ("expected", "expected_tags"):
+        if key in context:
+            return f"should be {context[key]}"
+    if kind == "too_short":
         least = context["min_length"]
         return f"should have at least {least} {'value' if least == 1 else 'values'}"
-    kind = next((words for start, words in _KINDS.items() if str(error["type"]).startswith(f"{start}_")), None)
-    reason = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ")
-    return f"should be {kind}" if kind else reason
+    if kind == "value_error":  # raised by a check of ours
+        return str(error["msg"]).removeprefix("Value error, ")
+    right = next((words for start, words in _KINDS.items() if kind.startswith(f"{start}_")), None)
+    return _FAULTS.get(kind) or (f"should be {right}" if right else f"is not valid ({kind})")
 
 
 _FLAGS = {

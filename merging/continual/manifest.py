@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from merging import os_calls
 from merging.display.tables import Displayed
-from merging.errors import FormatError, InputError, OutputError, either
+from merging.errors import FormatError, InputError, OutputError, either, explain_invalid
 from merging.sources.links import refuse_link
 from merging.sources.small_files import LIST_LIMIT, read_json
 from merging.storage.atomic import replace_file
@@ -210,8 +210,9 @@ def read_manifest(store: Path) -> Manifest:
         manifest = Manifest.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(each) for each in first["loc"]) or "all in all"
-        raise FormatError(f"{path}: is not the manifest of a store, or is damaged: {where}: {first['msg']}") from None
+        place = ".".join(str(each) for each in first["loc"])
+        fault = f"{place}: {explain_invalid(first)}" if place else explain_invalid(first)
+        raise FormatError(f"{path}: is not the manifest of a store, or is damaged: {fault}") from None
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: is not the manifest of a store, or is damaged: {error}") from None
     if stated is not None and stated != _checksum(values):  # the first stores had none

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from merging.display.tables import Displayed
-from merging.errors import FormatError, option
+from merging.errors import FormatError, explain_invalid, option
 from merging.sources import diffusion_loras, kohya, peft
 from merging.sources.adapter import Adapter
 from merging.sources.changes import AddedTensor, Change, FactorsChange
@@ -144,7 +144,11 @@ def _manifest(path: Path, metadata: Mapping[str, str]) -> PackManifest:
         return PackManifest.model_validate(stated)
     except (KeyError, TypeError, RecursionError, ValidationError, ValueError) as error:
         reason = error.errors()[0] if isinstance(error, ValidationError) else None
-        fault = f"{'.'.join(map(str, reason['loc']))}: {reason['msg']}" if reason else f"no {PACK_KEY} that is one"
+        fault = (
+            f"{'.'.join(map(str, reason['loc']))}: {explain_invalid(reason)}"
+            if reason
+            else f"no {PACK_KEY} that is one"
+        )
         raise FormatError(f"{path}: is a damaged pack: its header has {fault[:200]}: get it again") from None
 
 
