@@ -15,7 +15,7 @@ from merging.plan.recipe_document import Keys, RecipeDocument, parse_document
 from merging.plan.recipe_settings import Setting, change_document, is_from_setting
 from merging.sources.small_files import RECIPE_LIMIT, read_text
 
-__all__ = ["LoadedRecipe", "load_recipe", "parse_recipe", "read_recipe"]
+__all__ = ["LoadedRecipe", "load_recipe", "parse_recipe", "read_recipe", "resolve_name"]
 
 _ENDINGS = (".yml", ".yaml", ".json")
 
@@ -132,7 +132,7 @@ def _resolve_paths(document: RecipeDocument, folder: Path) -> tuple[RecipeDocume
     def resolve(name: Any, keys: Keys) -> Any:
         if not isinstance(name, str):
             return name
-        path, notice = _resolve(name, folder, document.origin(keys))
+        path, notice = resolve_name(name, folder, document.origin(keys))
         notices.extend([notice] if notice else [])
         return path
 
@@ -144,8 +144,11 @@ def _resolve_paths(document: RecipeDocument, folder: Path) -> tuple[RecipeDocume
     return RecipeDocument(values, document.origins), notices
 
 
-def _resolve(name: str, folder: Path, origin: str) -> tuple[str, str]:
-    """Return a model's name for the working folder, and a remark if it is not found in the recipe's folder."""
+def resolve_name(name: str, folder: Path, origin: str) -> tuple[str, str]:
+    """Return a model's name for the working folder, and a remark if it is not found in the recipe's folder.
+
+    Raises :class:`~merging.errors.OptionError` for a name that means two models.
+    """
     if not name or name.startswith(("~", "hf://", "https://", "http://")) or Path(name).is_absolute():
         return name, ""
     here, inside = Path(name), folder / name
