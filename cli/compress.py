@@ -8,7 +8,7 @@ import click
 
 from .errors import OutputStatus, handle_errors
 from .options import debug_option, device_option, json_option, overwrite_option, progress_option
-from .output import echo, echo_json, echo_notices, format_size, progress_bar
+from .output import echo, echo_json, echo_notices, echo_usage, format_size, progress_bar
 from .types import MODEL
 
 if TYPE_CHECKING:
@@ -47,14 +47,17 @@ def compress_command(model: str, progress: bool | None, as_json: bool, debug: bo
     With --json the error of every tensor is printed.
     """
     with handle_errors(debug, OutputStatus(options["output"])):
+        from merging.api.usage import describe_usage
         from merging.compression import compress
 
         with progress_bar(progress, "compressing") as report:
             found = compress(model, progress=report, **options)
+        usage = describe_usage(found.path)
     if as_json:
-        echo_json(found.to_dict())
+        echo_json({**found.to_dict(), "usage": usage or None})
     else:
         _print(found)
+        echo_usage(usage)
 
 
 def _print(found: Compressed) -> None:

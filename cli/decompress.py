@@ -8,7 +8,7 @@ import click
 
 from .errors import OutputStatus, handle_errors
 from .options import debug_option, json_option, overwrite_option, progress_option
-from .output import echo, echo_json, echo_notices, format_size, plural, progress_bar
+from .output import echo, echo_json, echo_notices, echo_usage, format_size, plural, progress_bar
 from .types import MODEL
 
 __all__ = ["decompress_command"]
@@ -29,12 +29,15 @@ def decompress_command(pack: str, progress: bool | None, as_json: bool, debug: b
     The tensors are the same, to the last bit, as when other commands read the pack.
     """
     with handle_errors(debug, OutputStatus(options["output"])):
+        from merging.api.usage import describe_usage
         from merging.compression import decompress
 
         with progress_bar(progress, "unpacking") as report:
             found = decompress(pack, progress=report, **options)
+        usage = describe_usage(found.path)
     if as_json:
-        echo_json(found.to_dict())
+        echo_json({**found.to_dict(), "usage": usage or None})
         return
     echo_notices(found.notices)
     echo(f"{found.path}: {found.kind}, {plural(found.tensors, 'tensor')}, {format_size(found.bytes)}")
+    echo_usage(usage)

@@ -11,7 +11,7 @@ import click
 from .errors import OutputStatus, handle_errors
 from .fields import FieldsCommand, field_option
 from .options import debug_option, device_option, json_option, remember_quiet
-from .output import echo, echo_json, echo_notices
+from .output import echo, echo_json, echo_notices, echo_usage
 from .tables import echo_table
 from .types import MODEL
 
@@ -80,14 +80,17 @@ def recycle_command(pool: tuple[str, ...], as_json: bool, debug: bool, fields: d
 
     with handle_errors(debug, status):
         import merging
+        from merging.api.usage import describe_usage
 
         stated = {name: value for name, value in options.items() if value is not None}
         done = merging.recycle(pool, on_event=echo_step, **stated, **fields)
+        usage = describe_usage(done.path)
     if as_json:
-        echo_json(done.to_dict())
+        echo_json({**done.to_dict(), "usage": usage or None})
         return
     echo_notices(done.report.notices)
     echo_table(done.report.table(), flush_right=(1, 2))
     echo("")
     echo(f"{done.report.verdict.sentence}.")
     echo(f"{done.path}: adapter of rank {done.rank}, {done.kept:.1%} of the mixture's energy kept")
+    echo_usage(usage)

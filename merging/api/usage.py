@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from merging.errors import MergingError, name_options
+from merging.errors import MergingError, either, name_options
 from merging.serving import PROGRAMS
 from merging.serving.subject import Subject, open_subject
 from merging.serving.vllm import MAX_RANKS
+from merging.sources.packs import read_pack
 
 __all__ = ["describe_usage"]
 
@@ -47,6 +48,8 @@ def _ways(subject: Subject, path: Path) -> Iterator[str]:
         yield from _ways_of_adapter(subject, path)
     elif subject.kind == "model":
         yield from _ways_of_model(subject, path)
+    elif subject.kind == "pack":
+        yield from _ways_of_pack(path)
 
 
 def _ways_of_adapter(subject: Subject, path: Path) -> Iterator[str]:
@@ -79,6 +82,14 @@ def _ways_of_model(subject: Subject, path: Path) -> Iterator[str]:
             yield f"vllm serve {shlex.quote(str(path))}"
     elif subject.weights is not None and subject.weights.suffix == ".safetensors":
         yield f"model.load_state_dict(safetensors.torch.load_file({str(subject.weights)!r}))"
+
+
+def _ways_of_pack(path: Path) -> Iterator[str]:
+    yield "merge it as it is"
+    of_model = read_pack(path).manifest.dialect is None
+    command = f"merge decompress {shlex.quote(str(path))} -o FOLDER{' --base BASE' if of_model else ''}"
+    call = f"merging.decompress({str(path)!r}, FOLDER{', base=BASE' if of_model else ''})"
+    yield f"{either(command, call)} for other programs"
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ import sentence_transformers
 import torch
 import transformers
 
+import merging
 from merging.api.usage import describe_usage
 from merging.serving import verify
 from merging.serving.vllm import MAX_RANKS
@@ -163,3 +164,32 @@ def test_an_export_of_a_store(tmp_path: Path) -> None:
 
 def test_what_is_not_there_has_no_use(tmp_path: Path) -> None:
     assert describe_usage(tmp_path / "none") == ""
+
+
+def test_packs_and_what_they_hold(tmp_path: Path) -> None:
+    """The command that a pack's line names is run, and prints the line of what it wrote."""
+    base, other = (llama(tmp_path / name, seed) for seed, name in enumerate(("base", "other")))
+    packed = {"adapter": [lora(tmp_path / "a", base, 0)], "model": [other, "--base", base]}
+    opens = {
+        "adapter": "peft.PeftModel.from_pretrained(model, 'OUT')",
+        "model": "LlamaForCausalLM.from_pretrained('OUT')",
+    }
+    for kind, words in packed.items():
+        done = ok("compress", *words, "-o", f"{kind}.safetensors")
+        usage = done.stderr.splitlines()[-1].removeprefix("to use it: ")
+        assert (
+            json.loads(ok("compress", *words, "-o", f"{kind}.safetensors", "--overwrite", "--json").stdout)["usage"]
+            == usage
+        )
+        as_it_is, command = usage.split(", or ")
+        assert as_it_is == "merge it as it is"
+        command = (
+            command.removesuffix(" for other programs").replace("FOLDER", f"{kind}-folder").replace("BASE", str(base))
+        )
+        program, *typed = shlex.split(command)
+        assert program == "merge"
+        assert opens[kind].replace("OUT", f"{kind}-folder") in ok(*typed).stderr
+        assert json.loads(ok(*typed, "--overwrite", "--json").stdout)["usage"]
+        call = describe_usage(f"{kind}.safetensors").split(", or ")[1].removesuffix(" for other programs")
+        names = {"FOLDER": f"{kind}-again", "BASE": base, "merging": merging}
+        assert describe_usage(eval(call, names).path)

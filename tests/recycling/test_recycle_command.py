@@ -42,9 +42,12 @@ def test_the_command_prints_the_report(world: World, files: Path, monkeypatch: p
     assert all(any(line.startswith(title) for line in lines) for title in ROWS)
     told = json.loads((files / "out" / "recycling.json").read_text())
     assert f"{told['verdict']}." in lines
+    usage = f"peft.PeftModel.from_pretrained(model, {str(files / 'out')!r})"
+    assert f"to use it: {usage}" in done.stderr.splitlines()
     assert (files / "out" / "recycling.html").read_text().count("data:image/svg+xml") >= 2
     again = _command(world, files, "--json", "--overwrite", "--quiet")
-    assert json.loads(again.stdout)["rows"] == told["rows"]
+    printed = json.loads(again.stdout)
+    assert (printed["rows"], printed["usage"]) == (told["rows"], usage)
     assert again.stderr == ""
 
 
