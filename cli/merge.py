@@ -21,7 +21,7 @@ from .options import (
     lora_alpha_option,
 )
 from .output import echo_text
-from .types import METHOD, MODEL, SIZE
+from .types import METHOD, MODEL, SIZE, TOKENIZER
 
 __all__ = ["is_method", "merge_command"]
 
@@ -82,6 +82,17 @@ recipe_options = add_options(
         "--vocabulary",
         type=click.Choice(["error", "base", "largest"]),
         help="vocabularies of different sizes: refuse, keep the base's rows, or all rows there are",
+    ),
+    click.option(
+        "--tokenizer",
+        type=TOKENIZER,
+        metavar="union|base|MODEL",
+        help="match rows by token: all tokens, or the tokens of the base or a model; or a mapping in braces",
+    ),
+    click.option(
+        "--chat-template",
+        metavar="NAME|FILE",
+        help="chat template of the output: auto for the commonest, chatml, llama3, mistral, alpaca, exaone, or a file",
     ),
     click.option(
         "--component",

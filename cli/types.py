@@ -11,7 +11,7 @@ from click.shell_completion import CompletionItem
 
 from merging.errors import OptionError
 
-__all__ = ["METHOD", "MODEL", "SIZE", "Size", "ValuesType", "paths_that_begin"]
+__all__ = ["METHOD", "MODEL", "SIZE", "TOKENIZER", "Size", "ValuesType", "paths_that_begin"]
 
 
 class Size(click.ParamType[int]):
@@ -55,6 +55,19 @@ class ValuesType(click.ParamType[Any]):
                 ctx,
             )
         return numbers if "," in value else numbers[0]
+
+
+class TokenizerType(click.ParamType[Any]):
+    """A tokenizer: union, base, a model's name, or a mapping in braces, as in a recipe."""
+
+    name = "tokenizer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str) or not value.startswith("{"):
+            return value
+        from merging.plan.recipe_document import parse_value
+
+        return parse_value(value, param.opts[0] if param else value)
 
 
 def _runs(text: str) -> bool:
@@ -114,3 +127,4 @@ class MethodName(click.ParamType[str]):
 SIZE = Size()
 MODEL = ModelType()
 METHOD = MethodName()
+TOKENIZER = TokenizerType()

@@ -38,6 +38,8 @@ class RecipeOptions(TypedDict, total=False):
     shard_size: int | str | None
     on_mismatch: Literal["error", "base"] | None
     vocabulary: Literal["error", "base", "largest"] | None
+    tokenizer: str | Path | Mapping[str, object] | None
+    chat_template: str | Path | None
     components: str | Sequence[str] | None
     dequantise: bool | None
     dequantize: bool | None

@@ -139,6 +139,11 @@ def check_options(recipe: Recipe, models: Sequence[Checkpoint | Adapter], output
         raise OptionError(
             f"{option('experts')} is of a merged adapter, and this merge makes a full model: leave it out"
         )
+    for name in ("tokenizer", "chat_template"):
+        if getattr(recipe, name) is not None and output == "adapter":
+            raise OptionError(f"{option(name)} is of a full model, and this merge makes an adapter: leave it out")
+        if getattr(recipe, name) is not None:
+            raise OptionError(f"{option(name)} is not implemented yet: leave it out")
     if recipe.lora_alpha is not None and not any(isinstance(model, Adapter) for model in models):
         raise OptionError(
             f"{option('lora_alpha')} is a setting of adapters, and there is none among the models: leave it out"

@@ -17,6 +17,7 @@ from merging.maths.parameters import plain
 from merging.methods import chain, parameters_of
 from merging.methods.contract.method import Method
 from merging.plan.sizes import parse_size
+from merging.plan.tokens.settings import TokenizerSettings
 from merging.sources.dtypes import plain_dtype
 
 if TYPE_CHECKING:
@@ -78,6 +79,17 @@ class Recipe(Displayed, BaseModel):
         "error",
         description="models with vocabularies of different sizes: refuse, keep the base's rows, or all rows there are",
     )
+    tokenizer: TokenizerSettings | None = Field(
+        None,
+        description="match the rows of vocabularies by token, for the union of all tokens, or the tokens of the base "
+        "or of a model; also a mapping with source, tokens and pad_to_multiple_of",
+    )
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        description="chat template of the output: auto for the commonest among the models, chatml, llama3, mistral, "
+        "alpaca or exaone, a Jinja file, or a Jinja text",
+    )
     components: tuple[str, ...] = Field(
         (), description="parts of a pipeline that are merged, such as unet; by default all, else the base's are kept"
     )
@@ -117,6 +129,11 @@ class Recipe(Displayed, BaseModel):
     @classmethod
     def _bytes(cls, value: Any) -> Any:
         return parse_size(value, "shard_size") if isinstance(value, str) else value
+
+    @field_validator("chat_template", mode="before")
+    @classmethod
+    def _template_path(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
 
     @field_validator("models", "base", mode="before")
     @classmethod

@@ -13,6 +13,7 @@ from merging.hub.address import hub_address, local_path, no_such_path
 from merging.plan.recipe import Recipe, make_recipe
 from merging.plan.recipe_document import Keys, RecipeDocument, parse_document
 from merging.plan.recipe_settings import Setting, change_document, is_from_setting
+from merging.plan.tokens.settings import rename_models, resolve_template
 from merging.sources.small_files import RECIPE_LIMIT, read_text
 
 __all__ = ["LoadedRecipe", "load_recipe", "parse_recipe", "read_recipe", "resolve_name"]
@@ -141,6 +142,12 @@ def _resolve_paths(document: RecipeDocument, folder: Path) -> tuple[RecipeDocume
         values["models"] = [resolve(name, ("models", index)) for index, name in enumerate(models)]
     if "base" in values:
         values["base"] = resolve(values["base"], ("base",))
+    if "tokenizer" in values:
+        values["tokenizer"] = rename_models(values["tokenizer"], lambda name, keys: resolve(name, ("tokenizer", *keys)))
+    if "chat_template" in values:
+        values["chat_template"] = resolve_template(
+            values["chat_template"], lambda name, keys: resolve(name, ("chat_template",))
+        )
     return RecipeDocument(values, document.origins), notices
 
 

@@ -28,6 +28,7 @@ OPTIONS = frozenset(
         "as",
         "as_json",
         "base",
+        "chat_template",
         "components",
         "debug",
         "dequantise",
@@ -58,6 +59,7 @@ OPTIONS = frozenset(
         "shard_size",
         "stream",
         "threads",
+        "tokenizer",
         "version",
         "vocabulary",
     }
