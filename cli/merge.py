@@ -181,7 +181,7 @@ def merge_command(
     with handle_errors(execution.debug, status):
         from merging.errors import OptionError
         from merging.methods import METHODS
-        from merging.plan.recipe import make_recipe
+        from merging.plan.recipe_values import make_recipe
 
         if method is None:
             _refuse_method(models)

@@ -107,10 +107,11 @@ def echo_plan(plan: Plan, destination: Path, execution: Execution, settings: Seq
 
     threads = cores() if execution.threads is None else execution.threads
     workers = workers_within(plan, threads, execution.max_memory)
+    stated = plan.recipe.to_dict()
     facts: dict[str, Any] = {
         "method": plan.recipe.method.chain,
-        "models": list(plan.recipe.models),
-        "base": plan.recipe.base,
+        "models": stated["models"],
+        "base": stated.get("base"),
         "output": str(destination),
         "kind": plan.output,
         "format": plan.format if plan.output == "adapter" else None,

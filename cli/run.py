@@ -91,12 +91,13 @@ def run_command(recipe: Path, settings: tuple[str, ...], recipe_only: bool, exec
         changes = [parse_setting(text) for text in settings]
         loaded = _load(recipe, changes)
         echo_notices(loaded.notices)
+        loaded.check_counts()
         if recipe_only:
-            loaded.recipe.method.check(len(loaded.recipe.models))
             echo_text(loaded.recipe.to_yaml().removesuffix("\n"))
         else:
             loaded.check_paths()
-            execute(loaded.recipe, execution, status, settings)
+            with loaded.name_lines():
+                execute(loaded.recipe, execution, status, settings)
 
 
 def _load(path: Path, settings: list[Setting]) -> LoadedRecipe:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from merging.maths.delta import Delta, Dense, LowRank
     from merging.methods import METHODS, chain
     from merging.methods.contract.function import method
+    from merging.plan.layer_stack import LayerPart, LayerStack
     from merging.plan.recipe import Recipe
     from merging.plan.recipe_files import load_recipe
     from merging.recycling.workflow import Recycled, recycle
@@ -31,6 +32,8 @@ _WHERE = {
     "ContinualStore": "continual",
     "Delta": "maths.delta",
     "Dense": "maths.delta",
+    "LayerPart": "plan.layer_stack",
+    "LayerStack": "plan.layer_stack",
     "LowRank": "maths.delta",
     "METHODS": "methods",
     "Merged": "api.merge_files",
@@ -60,6 +63,8 @@ __all__ = [
     "Dense",
     "FormatError",
     "InputError",
+    "LayerPart",
+    "LayerStack",
     "LowRank",
     "Merged",
     "MergingError",

@@ -19,6 +19,7 @@ def recipe_table() -> str:
         words = info.description or "a method or chain, as it is written on the command line"
         rows.append(f"| `{info.alias or name}` | {shown} | {words} |")
     rows.insert(4, rows.pop(2))
+    rows.insert(3, "| `stack` |  | layers of models, one part above the other, in the place of models and method |")
     return "\n".join(rows)
 
 

@@ -11,18 +11,36 @@ from merging.errors import OptionError
 from merging.maths.delta import Dense, LowRank
 from merging.maths.lazy_torch import Tensor
 from merging.methods.contract.method import Method
+from merging.plan.layer_stack import LayerStack
+from merging.plan.recipe import Entry, Recipe
 
-__all__ = ["check_deltas", "check_method", "check_path", "check_paths", "check_state_dict", "check_state_dicts"]
+__all__ = [
+    "check_deltas",
+    "check_entries",
+    "check_entry",
+    "check_method",
+    "check_path",
+    "check_state_dict",
+    "check_state_dicts",
+]
 
 _SHOWN = 80
 """The most characters of a value that a message shows."""
 
 
-def check_paths(models: object) -> list[str | Path]:
-    """Return the models of a merge of files. Raise :class:`~merging.errors.OptionError` for anything but paths."""
+def check_entries(models: object) -> list[Entry]:
+    """Return the models of a merge of files: paths, recipes, and layers of models.
+
+    Raises :class:`~merging.errors.OptionError` for anything else.
+    """
     if isinstance(models, (str, Path)):
         raise OptionError(f"models should be a list of paths, and is {str(models)!r}: write [{str(models)!r}]")
-    return [check_path(model, f"models[{position}]") for position, model in enumerate(_as_list(models, "paths"))]
+    return [check_entry(model, f"models[{position}]") for position, model in enumerate(_as_list(models, "paths"))]
+
+
+def check_entry(value: Any, name: str) -> Entry:
+    """Return a model of a recipe. Raise :class:`~merging.errors.OptionError` for a value that is none."""
+    return value if isinstance(value, (Recipe, LayerStack)) else str(check_path(value, name))
 
 
 def check_path(value: Any, name: str) -> str | Path:

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merging.api.arguments import check_method, check_path, check_paths
+from merging.api.arguments import check_entries, check_entry, check_method, check_path
+from merging.api.output_files import is_file, make_writer, write_companions, write_constants
 from merging.display.notices import report_notices
 from merging.display.progress import Progress, resolve_progress
 from merging.display.tables import Displayed
 from merging.engine.download import download_plan
 from merging.engine.resources import pick_device, workers_within
-from merging.engine.run import Done, run
+from merging.engine.run import run
 from merging.engine.sanity import unrelated_models
 from merging.engine.threads import cores
 from merging.errors import OptionError, OutputError, option
 from merging.maths.lazy_torch import torch
 from merging.methods.contract.method import Method
-from merging.output.lora_header import lora_metadata, lora_stem
-from merging.output.model_folder import check_companions, companion_patterns, copy_companions, write_model_companions
-from merging.output.peft_config import write_adapter_companions
+from merging.output.model_folder import check_companions, companion_patterns
 from merging.plan import PORTABLE_RANKS, Plan, make_plan
-from merging.plan.recipe import FIELDS, Recipe, make_recipe
-from merging.sources.dtypes import DTYPES
+from merging.plan.recipe import FIELDS, Entry, Recipe
+from merging.plan.recipe_values import make_recipe
 from merging.storage.staging import StagedOutput, check_destination
-from merging.storage.writer import ComponentWriter, TensorWriter
-from merging.version import __version__
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -85,7 +81,7 @@ class Merged(Displayed):
 
 
 def preview(
-    models: Sequence[str | Path],
+    models: Sequence[Path | Entry],
     *,
     method: str | Method,
     output: str | Path | None = None,
@@ -110,7 +106,7 @@ def preview(
 
 
 def merge(
-    models: Sequence[str | Path],
+    models: Sequence[Path | Entry],
     *,
     method: str | Method,
     output: str | Path | None = None,
@@ -125,7 +121,8 @@ def merge(
     """Merge models or adapters from files into a file or folder.
 
     Args:
-        models: the models or adapters: paths, or names on the Hub, in the order of their weights.
+        models: the models or adapters in the order of their weights: paths, names on the Hub, recipes whose outputs
+            are merged (:class:`~merging.Recipe`), and stacks of layers (:class:`~merging.LayerStack`).
         method: a method, or a chain as it is written (``"lines+task_arithmetic"``).
         output: the output. A name ending in ``.safetensors`` is a single file, any other a folder. By default
             ``merged.safetensors`` when all models are bare files, else the folder ``merged``.
@@ -166,16 +163,16 @@ def merge(
     )
 
 
-def _make_recipe(models: Sequence[str | Path], method: str | Method, options: Mapping[str, object]) -> Recipe:
-    paths = check_paths(models)
+def _make_recipe(models: Sequence[Path | Entry], method: str | Method, options: Mapping[str, object]) -> Recipe:
+    entries = check_entries(models)
     if options.get("base") is not None:
-        options = {**options, "base": check_path(options["base"], "base")}
+        options = {**options, "base": check_entry(options["base"], "base")}
     check_method(method)
     stated = {key: value for key, value in options.items() if key in FIELDS and value is not None}
     parameters = {key: value for key, value in options.items() if key not in FIELDS}
     if isinstance(method, Method) and parameters:
         raise OptionError(f"{next(iter(parameters))!r} is not an option of merge: give it to the method itself")
-    values = {"models": [str(path) for path in paths], "method": method, **stated}
+    values = {"models": entries, "method": method, **stated}
     if isinstance(method, str):
         values["parameters"] = parameters
     return make_recipe(values, "merge")
@@ -183,17 +180,13 @@ def _make_recipe(models: Sequence[str | Path], method: str | Method, options: Ma
 
 def default_destination(recipe: Recipe) -> Path:
     """Return ``merged.safetensors`` when all inputs are bare files, else the folder ``merged``."""
-    return Path("merged.safetensors" if all(Path(path).is_file() for path in recipe.models) else "merged")
+    files = all(isinstance(each, str) and Path(each).is_file() for each in recipe.models)
+    return Path("merged.safetensors" if files else "merged")
 
 
 def plan_for(recipe: Recipe, destination: Path | None) -> Plan:
     """Plan a merge to a destination: a merged adapter's folder gets a rank that every program serves."""
-    return make_plan(recipe, () if destination is not None and _is_file(destination) else PORTABLE_RANKS)
-
-
-def _is_file(destination: Path) -> bool:
-    """Return whether an output of this name is a single file, and not a folder."""
-    return destination.suffix == ".safetensors"
+    return make_plan(recipe, () if destination is not None and is_file(destination) else PORTABLE_RANKS)
 
 
 def merge_plan(
@@ -229,23 +222,23 @@ def merge_plan(
     described = shown or plan
     if not stream:
         plan = download_plan(plan, companion_patterns(plan), progress=progress)
-    if not _is_file(destination):
+    if not is_file(destination):
         check_companions(plan)
     _log.info("%s: merging %d models by %s", destination, len(plan.models), plan.recipe.method.chain)
-    with StagedOutput(destination, overwrite, _is_file(destination)) as staged:
+    with StagedOutput(destination, overwrite, is_file(destination)) as staged:
         if stream:
             plan = download_plan(plan, companion_patterns(plan), stream=staged.scratch)
             described = shown or plan
         notices = [*plan.notices, *unrelated_models(plan)]
-        writer = _make_writer(described, staged.folder, destination)
+        writer = make_writer(described, staged.folder, destination)
         try:
             done = run(plan, writer, device=device, threads=workers, progress=progress, scratch=staged.scratch)
-            _write_constants(plan, writer)
+            write_constants(plan, writer)
             writer.finish()
         finally:
             writer.close()
-        if not _is_file(destination):
-            notices += _write_companions(described, staged.folder, done)
+        if not is_file(destination):
+            notices += write_companions(described, staged.folder, done)
         staged.commit()
     energy = [done.energy_notice] if done.energy_notice else []
     merged = Merged(
@@ -266,35 +259,6 @@ def merge_plan(
     return merged
 
 
-def _write_constants(plan: Plan, writer: TensorWriter | ComponentWriter) -> None:
-    for constant in plan.constants:
-        values = torch.full((constant.count,), constant.value, dtype=DTYPES[constant.out.dtype_name])
-        writer.write(constant.out.name, values, constant.start)
-
-
-def _write_companions(plan: Plan, folder: Path, done: Done) -> list[str]:
-    """Write the files that go with the weights, and return remarks on them."""
-    if plan.output == "model":
-        return write_model_companions(plan, folder)
-    write_adapter_companions(plan, folder, [done.energy_notice] if done.energy_notice else [])
-    copy_companions(plan, folder)
-    return []
-
-
-def _make_writer(plan: Plan, folder: Path, destination: Path) -> TensorWriter | ComponentWriter:
-    """Return the writer of the output's weights, with the file names that readers look for."""
-    metadata = _metadata(plan)
-    if _is_file(destination):
-        return TensorWriter(folder, destination.stem, plan.outs, metadata, None)
-    reference = plan.reference
-    if plan.output == "adapter" or reference is None:
-        return TensorWriter(folder, lora_stem(plan, destination), plan.outs, metadata, None)
-    stems = {name: each.stem for name, each in reference.components.items() if name not in plan.kept}
-    if stems:
-        return ComponentWriter(folder, stems, plan.outs, metadata, plan.recipe.shard_size)
-    return TensorWriter(folder, reference.stem, plan.outs, metadata, plan.recipe.shard_size)
-
-
 def check_output(plan: Plan, destination: Path, overwrite: bool, dry: bool = False) -> str:
     """Refuse a destination that the plan's output cannot or must not take.
 
@@ -302,19 +266,9 @@ def check_output(plan: Plan, destination: Path, overwrite: bool, dry: bool = Fal
     :class:`~merging.errors.OutputError`.
     """
     inputs = [file for model in [*plan.models, plan.base] if model for file in (model.path, *model.files)]
-    if _is_file(destination) and plan.output == "model" and plan.reference and plan.reference.components:
+    if is_file(destination) and plan.output == "model" and plan.reference and plan.reference.components:
         raise OutputError(
             f"{destination}: what comes out is made of several models, in a folder: choose another {option('output')}"
         )
     nbytes = plan.out_bytes + plan.spool_bytes + plan.kept_bytes_on_disk
     return check_destination(destination, inputs, nbytes, overwrite, dry)
-
-
-def _metadata(plan: Plan) -> dict[str, str]:
-    """Return the header entries of every output file: the recipe, the versions, and a bare adapter's whole config."""
-    metadata = {
-        "merging_recipe": json.dumps(plan.recipe.to_dict(), ensure_ascii=False),
-        "merging_version": __version__,
-        "torch_version": torch.__version__,
-    }
-    return metadata | lora_metadata(plan) if plan.output == "adapter" else metadata

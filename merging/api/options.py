@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 from merging.maths.lazy_torch import Tensor, torch
+from merging.plan.layer_stack import LayerStack
+from merging.plan.recipe import Recipe
 
 __all__ = ["MergeOptions", "MethodParameters", "RecipeOptions", "Value", "Values", "Weight", "Weights"]
 
@@ -26,7 +28,7 @@ Weights = Values | Tensor | Sequence[Weight]
 class RecipeOptions(TypedDict, total=False):
     """The options of a merge that decide the output's bytes: the fields of :class:`~merging.plan.recipe.Recipe`."""
 
-    base: str | Path | None
+    base: str | Path | LayerStack | Recipe | None
     kind: Literal["adapter", "model"] | None
     format: Literal["peft", "diffusers", "kohya"] | None
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | torch.dtype | None

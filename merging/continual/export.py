@@ -15,7 +15,7 @@ from merging.errors import OptionError, option
 from merging.methods import chain
 from merging.methods.contract.method import Method
 from merging.plan import PORTABLE_RANKS, Plan, plan_of
-from merging.plan.recipe import make_recipe
+from merging.plan.recipe_values import make_recipe
 from merging.sources import Adapter, Checkpoint
 from merging.sources.origin import Origin
 

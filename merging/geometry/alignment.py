@@ -23,7 +23,8 @@ from merging.plan import Item, Plan, plan_of
 from merging.plan.checks import check_bases, check_packed
 from merging.plan.items import cut_items
 from merging.plan.names.targets import adapter_targets, common_shape
-from merging.plan.recipe import Recipe, make_recipe
+from merging.plan.recipe import Recipe
+from merging.plan.recipe_values import make_recipe
 from merging.plan.stacks import mark_experts
 from merging.sources import Adapter, Checkpoint
 from merging.sources.changes import Change

@@ -44,7 +44,7 @@ def method_class(name: str) -> type[Method]:
     is_chain = all(part in METHODS for part in chained.split("+"))
     names = method_names()
     hint = f" (did you mean {chained!r}?)" if is_chain else nearest(name.lower(), [*names, *ALIASES])
-    hint = hint or ": the methods are " + ", ".join(names)
+    hint = hint or f": the methods are {', '.join(names)}. If a package offers it, install that package"
     raise OptionError(f"there is no method {name!r}{hint}")
 
 

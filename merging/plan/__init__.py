@@ -26,7 +26,7 @@ from merging.plan.merge_plan import Plan
 from merging.plan.outputs.planned import PlannedOutput
 from merging.plan.outputs.to_adapter import plan_adapter
 from merging.plan.outputs.to_model import plan_model
-from merging.plan.recipe import Recipe
+from merging.plan.recipe import Entry, Recipe
 from merging.sources import Adapter, Checkpoint, Model
 
 __all__ = ["PORTABLE_RANKS", "Item", "Plan", "make_plan", "plan_of"]
@@ -51,9 +51,9 @@ def make_plan(recipe: Recipe, rank_steps: Sequence[int] = ()) -> Plan:
     Raises:
         MergingError: for models that cannot be opened, or cannot be merged as the recipe says.
     """
-    models = tuple(open_model(path, recipe.lora_alpha, recipe.dequantise) for path in recipe.models)
+    models = tuple(open_model(_name_of(entry), recipe.lora_alpha, recipe.dequantise) for entry in recipe.models)
     recipe.method.check(len(models))
-    base = None if recipe.base is None else open_base(recipe.base, option("base"), recipe.dequantise)
+    base = None if recipe.base is None else open_base(_name_of(recipe.base), option("base"), recipe.dequantise)
     return plan_of(recipe, models, base, rank_steps, find_task_heads(models, base, recipe.exclude))
 
 
@@ -84,6 +84,12 @@ def plan_of(
     finally:
         if collecting:
             gc.enable()
+
+
+def _name_of(entry: Entry) -> str:
+    if not isinstance(entry, str):
+        raise OptionError("recipes in recipes, and stacks of layers, are read but not merged yet")
+    return entry
 
 
 def _plan(

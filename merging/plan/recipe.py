@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
 from merging.display.progress import Progress
 from merging.display.tables import Displayed
-from merging.errors import OptionError, explain_invalid, nearest
+from merging.errors import OptionError
 from merging.maths.lazy_torch import torch
 from merging.maths.parameters import plain
 from merging.methods import chain, parameters_of
 from merging.methods.contract.method import Method
+from merging.plan.layer_stack import LayerPart, LayerStack
 from merging.plan.sizes import parse_size
 from merging.plan.tokens.settings import TokenizerSettings
 from merging.sources.dtypes import plain_dtype
@@ -23,7 +23,7 @@ from merging.sources.dtypes import plain_dtype
 if TYPE_CHECKING:
     from merging.api.merge_files import Merged
 
-__all__ = ["DTYPES", "FIELDS", "AdapterFormat", "Experts", "Recipe", "make_recipe"]
+__all__ = ["DTYPES", "FIELDS", "AdapterFormat", "Entry", "Experts", "Recipe"]
 
 DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """The types an output can be asked in, and their names in safetensors files."""
@@ -37,14 +37,24 @@ AdapterFormat = Literal["peft", "diffusers", "kohya"]
 """Whose files a merged adapter can be in."""
 
 
+Entry: TypeAlias = Union[str, LayerStack, "Recipe"]
+"""A model of a recipe: its name, a stack of layers, or a recipe whose output it is."""
+
+
 class Recipe(Displayed, BaseModel):
     """Everything about a merge but where it runs and where it goes. Frozen, comparable, and the same through YAML."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
-    models: Annotated[tuple[str, ...], Field(min_length=1, description="the models, in the order of their weights")]
+    models: Annotated[
+        tuple[Entry, ...],
+        Field(
+            min_length=1,
+            description="the models, in the order of their weights: names, recipes themselves, or layers of a model",
+        ),
+    ]
     method: SerializeAsAny[Method]
-    base: str | None = Field(None, description="the model that the others were trained from")
+    base: Entry | None = Field(None, description="the model that the others were trained from, in the same forms")
     kind: Literal["adapter", "model"] | None = Field(
         None, alias="as", description="write an adapter or a full model; by default adapters make an adapter"
     )
@@ -195,15 +205,24 @@ class Recipe(Displayed, BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that differ from the defaults, in plain values: the chain as written, its parameters by
-        name.
+        name, and a stack of layers by itself as ``stack``.
 
         Raises :class:`~merging.errors.OptionError` if a coefficient is a tensor of a size that has no plain form.
         """
-        values: dict[str, Any] = {"models": list(self.models), "method": self.method.chain}
+        values = self._plain_fields()
+        (first, *others), own = values["models"], values["method"] == "passthrough" and "parameters" not in values
+        if others or not own or not isinstance(first, dict) or "stack" not in first:
+            return values
+        return first | {key: value for key, value in values.items() if key not in ("models", "method")}
+
+    def _plain_fields(self) -> dict[str, Any]:
+        values: dict[str, Any] = {"models": [_plain_entry(each) for each in self.models], "method": self.method.chain}
         parameters = _parameters(self.method)
         if parameters:
             values["parameters"] = parameters
-        rest = self.model_dump(exclude={"models", "method"}, exclude_defaults=True, by_alias=True)
+        if self.base is not None:
+            values["base"] = _plain_entry(self.base)
+        rest = self.model_dump(exclude={"models", "method", "base"}, exclude_defaults=True, by_alias=True)
         return values | {key: list(value) if isinstance(value, tuple) else value for key, value in rest.items()}
 
     def to_yaml(self) -> str:
@@ -214,8 +233,18 @@ class Recipe(Displayed, BaseModel):
         return text if plain else yaml.safe_dump(facts, sort_keys=False)
 
 
+LayerPart.model_rebuild(_types_namespace={"Entry": Entry, "LayerStack": LayerStack, "Recipe": Recipe})
+LayerStack.model_rebuild(force=True)
+Recipe.model_rebuild(force=True)
+
 FIELDS = frozenset(name for field, info in Recipe.model_fields.items() for name in (field, info.alias) if name)
 """The fields of recipes by all their names; every other option is a parameter of the method."""
+
+
+def _plain_entry(entry: Entry) -> Any:
+    if isinstance(entry, str):
+        return entry
+    return entry.to_dict() if isinstance(entry, LayerStack) else entry._plain_fields()
 
 
 def _parameters(method: Method) -> dict[str, Any]:
@@ -227,80 +256,3 @@ def _parameters(method: Method) -> dict[str, Any]:
         for field in parameters_of(type(link))
         if plain(getattr(link, field)) != plain(type(link).model_fields[field].default)
     }
-
-
-def make_recipe(
-    values: dict[str, Any], where: str = "recipe", origin: Callable[[tuple[str | int, ...]], str] | None = None
-) -> Recipe:
-    """Make a recipe from plain values.
-
-    Args:
-        values: the fields by name, and ``parameters``.
-        where: the source of the values, which errors name.
-        origin: a function that returns the place of a value from its keys, for errors; by default it is ``where``.
-
-    Raises:
-        OptionError: for fields or values that no recipe has. It names the field and the values it accepts.
-    """
-    place = origin or (lambda keys: where)
-    if origin and (foreign := _find_mergekit(values)):
-        raise OptionError(
-            f"{origin(foreign)}: {foreign[-1]!r} is a key of mergekit: this is a recipe of mergekit, and `merge run` "
-            f"reads recipes of its own: see the pages 'Coming from' and 'Recipes' of the documentation"
-        )
-    _check_keys(values, place)
-    if not isinstance(values.get("method", ""), (str, Method)):
-        raise OptionError(f"{place(('method',))}: method should be a name, and is {str(values['method'])[:80]!r}")
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field, at = ".".join(map(str, first["loc"])), place(first["loc"])
-        raise OptionError(f"{at}: {field} = {plain(first['input'])!r}: {explain_invalid(first)}") from None
-    except OptionError as error:
-        if origin is None:
-            raise
-        raise OptionError(f"{origin(_find_refused(values))}: {error}") from None
-
-
-def _check_keys(values: dict[str, Any], place: Callable[[tuple[str | int, ...]], str]) -> None:
-    """Refuse unknown keys before missing ones, which they may be. Raises :class:`~merging.errors.OptionError`."""
-    known = [info.alias or name for name, info in Recipe.model_fields.items()] + ["parameters"]
-    for key in map(str, values):
-        if key not in (*FIELDS, "parameters"):
-            raise OptionError(f"{place((key,))}: there is no {key!r}{nearest(key, known)}: use {', '.join(known)}")
-    for key in ("models", "method"):
-        if values.get(key) is None:
-            raise OptionError(f"{place((key,))}: the recipe has no {key!r}")
-
-
-def _find_mergekit(values: dict[str, Any]) -> tuple[str | int, ...]:
-    """Return the way to the first key that only recipes of mergekit have, or ``()``."""
-    for key, value in values.items():
-        if key in ("merge_method", "base_model", "slices"):
-            return (key,)
-        for index, each in enumerate(value if key == "models" and isinstance(value, (list, tuple)) else ()):
-            if isinstance(each, dict) and "model" in each:
-                return (key, index, "model")
-    return ()
-
-
-def _find_refused(values: dict[str, Any]) -> tuple[str, ...]:
-    """Return the keys of the method, or of its first parameter that is refused after those before it."""
-    method, parameters = str(values.get("method")), values.get("parameters")
-    if _is_refused(method, {}):
-        return ("method",)
-    tried: dict[Any, Any] = {}
-    for key, value in parameters.items() if isinstance(parameters, dict) else ():
-        tried[key] = value
-        if _is_refused(method, tried):
-            return ("parameters", str(key))
-    return ("parameters",)
-
-
-def _is_refused(method: str, parameters: dict[Any, Any]) -> bool:
-    try:
-        chain(method, parameters)
-    except (OptionError, AttributeError):  # a name that is not a text has no methods of texts
-        return True
-    return False

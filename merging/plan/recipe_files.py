@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from merging.errors import InputError, MergingWarning, OptionError
+from merging.errors import InputError, MergingError, MergingWarning, OptionError
 from merging.hub.address import hub_address, local_path, no_such_path
-from merging.plan.recipe import Recipe, make_recipe
+from merging.plan.recipe import Recipe
 from merging.plan.recipe_document import Keys, RecipeDocument, parse_document
 from merging.plan.recipe_settings import Setting, change_document, is_from_setting
-from merging.plan.tokens.settings import rename_models, resolve_template
+from merging.plan.recipe_values import check_counts, make_recipe, map_names, names_in
 from merging.sources.small_files import RECIPE_LIMIT, read_text
 
 __all__ = ["LoadedRecipe", "load_recipe", "parse_recipe", "read_recipe", "resolve_name"]
@@ -42,15 +42,43 @@ class LoadedRecipe:
 
         Raises :class:`~merging.errors.InputError`.
         """
-        named: list[tuple[Keys, str | None]] = [(("models", i), name) for i, name in enumerate(self.recipe.models)]
-        for keys, name in [*named, (("base",), self.recipe.base)]:
-            if not name or hub_address(name) or local_path(name).exists():
-                continue
-            path, origin = local_path(name), self.document.origin(keys)
+        for keys, name in names_in(self.document.values):
+            origin = self.document.origin(keys)
+            with _before_errors(origin):
+                path = local_path(name)
+                if hub_address(name) or path.exists():
+                    continue
             own = [] if is_from_setting(origin) else [self.folder.resolve()]
             tried = " or ".join(dict.fromkeys(str(folder) for folder in [*own, Path.cwd()]))
             place = "" if Path(name).expanduser().is_absolute() else f"; it was looked for in {tried}"
             raise InputError(f"{origin}: {no_such_path(path)}{place}")
+
+    def check_counts(self) -> None:
+        """Refuse parameters that do not suit the number of models, with their line.
+
+        Raises :class:`~merging.errors.OptionError`.
+        """
+        check_counts(self.document.values, self.document.origin)
+
+    @contextmanager
+    def name_lines(self) -> Iterator[None]:
+        """Put the line of a model in front of an error about it, such as one of a model that the Hub does not have."""
+        try:
+            yield
+        except MergingError as error:
+            for keys, name in names_in(self.document.values):
+                if str(error).startswith((f"{name}: ", f"{name}@", f"{local_path(name)}: ")):
+                    raise type(error)(f"{self.document.origin(keys)}: {error}") from None
+            raise
+
+
+@contextmanager
+def _before_errors(origin: str) -> Iterator[None]:
+    """Put a place in front of the errors in the body."""
+    try:
+        yield
+    except MergingError as error:
+        raise type(error)(f"{origin}: {error}") from None
 
 
 def load_recipe(source: str | Path, where: str = "recipe") -> Recipe:
@@ -128,27 +156,14 @@ def _resolve_paths(document: RecipeDocument, folder: Path) -> tuple[RecipeDocume
     """Return a document whose paths are relative to the working folder, and remarks."""
     if folder.samefile(Path.cwd()):
         return document, []
-    values, notices = dict(document.values), []
+    notices: list[str] = []
 
-    def resolve(name: Any, keys: Keys) -> Any:
-        if not isinstance(name, str):
-            return name
+    def resolve(name: str, keys: Keys) -> str:
         path, notice = resolve_name(name, folder, document.origin(keys))
         notices.extend([notice] if notice else [])
         return path
 
-    models = values.get("models")
-    if isinstance(models, list):
-        values["models"] = [resolve(name, ("models", index)) for index, name in enumerate(models)]
-    if "base" in values:
-        values["base"] = resolve(values["base"], ("base",))
-    if "tokenizer" in values:
-        values["tokenizer"] = rename_models(values["tokenizer"], lambda name, keys: resolve(name, ("tokenizer", *keys)))
-    if "chat_template" in values:
-        values["chat_template"] = resolve_template(
-            values["chat_template"], lambda name, keys: resolve(name, ("chat_template",))
-        )
-    return RecipeDocument(values, document.origins), notices
+    return RecipeDocument(map_names(document.values, resolve), document.origins), notices
 
 
 def resolve_name(name: str, folder: Path, origin: str) -> tuple[str, str]:

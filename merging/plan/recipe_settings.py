@@ -8,8 +8,10 @@ from typing import Any
 
 from merging.errors import OptionError, nearest
 from merging.methods import links, owner_of, parameters_of
+from merging.plan.layer_stack import LayerPart
 from merging.plan.recipe import FIELDS, Recipe
 from merging.plan.recipe_document import Keys, RecipeDocument, parse_value
+from merging.plan.recipe_values import is_recipe
 
 __all__ = ["Setting", "change_document", "is_from_setting", "parse_setting"]
 
@@ -49,7 +51,7 @@ def change_document(document: RecipeDocument, settings: Sequence[Setting]) -> Re
     key that leads nowhere.
     """
     values, origins = document.values, dict(document.origins)
-    for setting in sorted(settings, key=lambda each: each.key != "method"):
+    for setting in sorted(settings, key=lambda each: each.key.split(".")[-1] != "method"):
         keys = _find(values, setting.key)
         values = _replace(values, keys, setting.value)
         origins = {each: origin for each, origin in origins.items() if each[: len(keys)] != keys}
@@ -70,7 +72,15 @@ def _replace(values: Any, keys: Keys, value: Any) -> Any:
 def _find(values: Mapping[str, Any], key: str) -> Keys:
     """Return the keys that a text with dots means in a recipe."""
     words = key.split(".")
-    if words[0] not in (*FIELDS, "parameters"):
+    nested = _enter(values, words)
+    if nested is not None:
+        above, inner = nested
+        below = ".".join(words[len(above) :])
+        if is_recipe(inner):
+            return (*above, *_find(inner, below))
+        if below in LayerPart.model_fields:
+            return (*above, below)
+    if words[0] not in (*FIELDS, "parameters", "stack"):
         words.insert(0, "parameters")
     if words[0] != "parameters":
         alias = _ALIASES.get(words[0], words[0])
@@ -83,6 +93,25 @@ def _find(values: Mapping[str, Any], key: str) -> Keys:
         raise OptionError(f"--set {key}: parameters should be a mapping of names to values, and is {parameters!r}")
     name, rest = _parameter(values, parameters, words[1:], key)
     return _descend(parameters.get(name), rest, ("parameters", name), key)
+
+
+def _enter(values: Mapping[str, Any], words: Sequence[str]) -> tuple[Keys, Mapping[str, Any]] | None:
+    """Return the first recipe or part of a stack that words lead into, and its keys; None if they lead into none."""
+    keys: Keys = ()
+    inner: Any = values
+    for word in words[:-1]:
+        if isinstance(inner, list):
+            index = int(word) if word.isdecimal() and int(word) < len(inner) else None
+            if index is None:
+                return None
+            keys, inner = (*keys, index), inner[index]
+        elif isinstance(inner, Mapping) and word in ("models", "base", "stack", "model") and word in inner:
+            keys, inner = (*keys, word), inner[word]
+        else:
+            return None
+        if isinstance(inner, Mapping):
+            return keys, inner
+    return None
 
 
 def _parameter(values: Mapping[str, Any], present: Mapping[str, Any], words: list[str], key: str) -> tuple[str, Keys]:

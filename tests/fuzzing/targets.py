@@ -23,7 +23,7 @@ from merging.api.inspect import inspect
 from merging.api.merge_files import check_output, merge_plan, plan_for
 from merging.errors import MergingError
 from merging.hub.open_model import open_model
-from merging.plan.recipe import make_recipe
+from merging.plan.recipe_values import make_recipe
 from merging.sources.header import read_header
 from support.tiny import fine_tune, model
 

@@ -16,7 +16,7 @@ import merging
 from merging.errors import FormatError, InputError
 from merging.maths.delta import LowRank
 from merging.plan import make_plan
-from merging.plan.recipe import make_recipe
+from merging.plan.recipe_values import make_recipe
 from merging.sources.changes import Change
 from support.adapters import (
     QUIRKS,

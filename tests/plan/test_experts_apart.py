@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 import merging
 from merging.errors import InputError, OptionError
-from merging.plan.recipe import make_recipe
 from merging.plan.recipe_files import load_recipe
+from merging.plan.recipe_values import make_recipe
 from support.adapters import QUIRKS, assert_close, base_state, quiet, reload, train
 from support.architectures import ARCHITECTURES
 

@@ -150,8 +150,8 @@ def test_imports_are_found() -> None:
     assert Import("merging.errors", False) in imports("merging.storage.staging")
     assert Import("merging.os_calls", False) in imports("merging.storage.staging")
     assert Import("merging.cli.errors", False) in imports("merging.cli.merge")
-    assert Import("merging.plan.recipe", True) in imports("merging.cli.merge")
-    assert Import("merging.plan.recipe", False) not in imports("merging.cli.merge")
+    assert Import("merging.plan.recipe_values", True) in imports("merging.cli.merge")
+    assert Import("merging.plan.recipe_values", False) not in imports("merging.cli.merge")
     assert Import("huggingface_hub", True) in imports("merging.plan.stacks")
 
 
