@@ -12,7 +12,8 @@ from merging.recycling.bootstrap import LEVEL
 from merging.recycling.report import MERGE, Report, Row
 from merging.report import Page
 from merging.report.charts import Scale, count_along, legend, paint, short_labels
-from merging.report.drawing import Panel, draw_svg, plain
+from merging.report.drawing import Panel, draw_svg
+from merging.report.fonts import shorten_drawable
 from merging.report.style import DOUBTFUL, GOOD, LIGHT, series_styles
 
 if TYPE_CHECKING:
@@ -160,6 +161,5 @@ def _weights(axes: Axes, weights: dict[str, Any]) -> None:
     axes.set_yticks(range(len(table)), short_labels(list(table)))
     step = -(-len(groups) // 12)
     axes.set_xticks(range(0, len(groups), step), [str(number + 1) for number in range(0, len(groups), step)])
-    axes.set_xlabel(
-        f"{weights['granularity']}: 1 is {plain(groups[0])[:30]}, {len(groups)} is {plain(groups[-1])[:30]}"
-    )
+    first, last = (shorten_drawable(group, 30) for group in (groups[0], groups[-1]))
+    axes.set_xlabel(f"{weights['granularity']}: 1 is {first}, {len(groups)} is {last}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from merging.report.drawing import plain
+from merging.report.fonts import shorten_drawable
 from merging.report.style import LIGHT, Mark, series_styles
 
 if TYPE_CHECKING:
@@ -249,8 +249,7 @@ def _columns(labels: Sequence[str]) -> int:
 
 def short_labels(names: Sequence[str], most: int = 24) -> list[str]:
     """Return names that fit next to an axis: each name's beginning and end, numbered where these are equal."""
-    printable = [plain(name) for name in names]
-    short = [name if len(name) <= most else f"{name[: most // 2 - 2]}…{name[1 - most // 2 :]}" for name in printable]
+    short = [shorten_drawable(name, most) for name in names]
     often = Counter(short)
     # Matplotlib leaves names that begin with _ out of its legends.
     distinct = [f"{name} ({number})" if often[name] > 1 else name for number, name in enumerate(short, 1)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING
 
 from merging.errors import OptionError
+from merging.report.fonts import make_drawable, use_fonts
 from merging.report.page import check_place, write_whole
 from merging.report.style import LIGHT, SETTINGS, adapt_svg
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Panel", "check_drawing", "draw_figure", "draw_panel", "draw_svg", "plain", "save"]
+__all__ = ["Panel", "check_drawing", "draw_figure", "draw_panel", "draw_svg", "save"]
 
 _ENDINGS = (".png", ".svg", ".pdf")
 
@@ -74,6 +74,7 @@ def draw_panel(panel: Panel) -> Figure:
     with _settings():
         figure = _new_figure(panel.size)
         panel.draw(figure.subplots())
+        use_fonts(figure)
         figure.set_facecolor("none")
     return figure
 
@@ -85,7 +86,7 @@ def draw_figure(panels: Sequence[Panel], title: str) -> Figure:
         rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
         heights = [min(_WIDTH, max(panel.size[1] for panel in row) + 0.9) for row in rows]
         figure = _new_figure((_WIDTH * columns, sum(heights) + 0.4))
-        figure.suptitle(fill(plain(title), int(_WIDTH * columns * 9)), fontweight="bold")
+        figure.suptitle(fill(make_drawable(title), int(_WIDTH * columns * 9)), fontweight="bold")
         grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)
         for number, row in enumerate(rows):
             # The last panel of an odd number has the whole row, so that no place is empty.
@@ -96,6 +97,7 @@ def draw_figure(panels: Sequence[Panel], title: str) -> Figure:
                 caption = fill(panel.caption, int(_WIDTH * _LETTERS * columns / len(row)))
                 part.supxlabel(caption, fontsize=8, color=LIGHT.soft)
                 panel.draw(part.subplots())
+        use_fonts(figure)
     return figure
 
 
@@ -114,8 +116,7 @@ def _settings() -> Iterator[None]:
     from matplotlib.style import context
 
     # A reader's own settings of matplotlib do not change the drawings.
-    with context(["default", SETTINGS]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+    with context(["default", SETTINGS]):
         yield
 
 
@@ -133,8 +134,3 @@ def _render(figure: Figure, ending: str) -> bytes:
     # Cropped to what is drawn: no label is cut off, however long.
     figure.savefig(content, format=ending, dpi=150, metadata=_NO_DATES[ending], bbox_inches="tight", pad_inches=0.08)
     return content.getvalue()
-
-
-def plain(text: str) -> str:
-    """Return a text with a question mark for each unprintable character."""
-    return "".join(each if each.isprintable() else "?" for each in text)
