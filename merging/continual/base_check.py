@@ -67,7 +67,10 @@ def check_stated_base(source: Adapter, base: Checkpoint, manifest: Manifest) -> 
     likely = [known, base.path.name, base.config.get("_name_or_path")]
     if earlier or any(isinstance(name, str) and same_base(name, stated) for name in likely):
         return []
-    return [f"{source.path} says that it was trained on {stated}: whether that is {base.path} its name does not tell"]
+    return [
+        f"{source.path} says that it was trained on {stated}, and the base of the store is {base.path}: make sure that "
+        f"they are the same model"
+    ]
 
 
 def _hub_name(base: Checkpoint) -> str | None:

@@ -203,25 +203,22 @@ def test_examples_on_the_pages_of_methods_run(
 def test_loops_run_in_a_shell(small_models: Path, workplace: Callable[[Path], Path]) -> None:
     """As they are written, and again; a model that is refused ends them."""
     folder = workplace(small_models)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     loops = [line for page in PAGES for block in blocks(page) for line in block.text.splitlines() if LOOP.match(line)]
     assert loops
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+    def run_loop(line: str) -> str:
+        environment = {**os.environ, "PATH": path}
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment)
+        return done.stdout + done.stderr
+
     for line in loops:
-        ContinualStore.create(folder / "grown", base=folder / "base")
-        for _ in range(2):
-            done = subprocess.run(
-                ["bash", "-c", line], capture_output=True, text=True, env={**os.environ, "PATH": path}
-            )
-            assert (done.returncode, done.stderr) == (0, "")
-        assert len(ContinualStore(folder / "grown").log()) == 5
-        refused = subprocess.run(
-            ["bash", "-c", line.replace("two", "nothing")],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PATH": path},
-        )
-        assert "nothing/: there is no such file or folder" in refused.stderr
-        assert "three" not in refused.stdout
+        store = ContinualStore.create(folder / "grown", base=folder / "base")
+        assert "Error" not in run_loop(line) + run_loop(line)
+        assert len(store.log()) == len(unroll(line)) == 5
+        ended = run_loop(line.replace("two", "nothing"))
+        assert "nothing: there is no such file or folder" in ended
+        assert ended.count("of the same content was added before") == 1
         shutil.rmtree(folder / "grown")
 
 
