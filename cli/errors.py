@@ -175,7 +175,7 @@ def _text(error: click.ClickException) -> str:
     if not isinstance(error, Refusal):
         shown = io.StringIO()
         error.show(shown)
-        return shown.getvalue().rstrip("\n")
+        return shown.getvalue().rstrip("\n").replace("\n\t", "\n  ")  # click lists choices behind tabs
     message = re.sub("\n(?! )", "\n  ", error.format_message())
     return f"{'Interrupted' if isinstance(error, Interruption) else 'Error'}: {message}"
 

@@ -50,7 +50,13 @@ class Execution:
 
 
 _options = add_options(
-    click.option("-o", "--output", type=click.Path(), help="a folder, or a single file ending in .safetensors"),
+    click.option(
+        "-o",
+        "--output",
+        type=click.Path(),
+        help="a folder, or a single file ending in .safetensors  [default: merged, or merged.safetensors if all models "
+        "are files]",
+    ),
     overwrite_option,
     device_option,
     threads_option,

@@ -63,10 +63,12 @@ class DefaultGroup(SectionedGroup):
             echo_text(ctx.get_help())
             ctx.exit(1)
         if args[:1] == ["help"] and not Path("help").exists():
-            args = [*args[1:], "--help"]
+            words = [word for word in args[1:] if word != "help"]
+            args = ["methods", *words] if words and is_method(words[0]) else [*words, "--help"]
         own = {name for param in self.get_params(ctx) for name in param.opts}
         if args and args[0] not in self.commands and args[0] not in own:
-            self._check_spelling(args)
+            if not ctx.resilient_parsing:
+                self._check_first_word(args)
             args = ["merge", *args]
         return super().parse_args(ctx, args)
 
@@ -80,12 +82,14 @@ class DefaultGroup(SectionedGroup):
             return MODEL.shell_complete(ctx, merge_command.params[0], incomplete)
         return items + [CompletionItem(path) for path in paths_that_begin(incomplete) if incomplete]
 
-    def _check_spelling(self, args: list[str]) -> None:
-        """Refuse a first word that is no file but nearly a sub-command, with no method to merge it by."""
-        if {"-m", "--method"} & set(args) or args[0].startswith("-") or Path(args[0]).exists():
+    def _check_first_word(self, args: list[str]) -> None:
+        """Refuse a first word that can be no model, with no method to merge it by."""
+        word = args[0]
+        if word.startswith("-") or set("/.") & set(word) or any(each.startswith(("-m", "--method")) for each in args):
             return
-        if (near := nearest(args[0], self.commands)) and not is_method(args[0]):
-            raise UnknownCommand(f"{args[0]}: there is no such sub-command, file or folder{near}")
+        if not Path(word).exists() and not is_method(word):
+            near = nearest(word, [*self.commands, "help", "--version"]) or ": see merge --help"
+            raise UnknownCommand(f"{word}: there is no such sub-command, file or folder{near}")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands; the text names the options."""

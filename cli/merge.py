@@ -36,7 +36,7 @@ class MergeCommand(FieldsCommand):
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the usage as people type it, without the command's name."""
-        formatter.write_usage(ctx.find_root().command_path, " ".join(self.collect_usage_pieces(ctx)))
+        formatter.write_usage(ctx.find_root().command_path, "--method METHOD [OPTIONS] MODEL...")
 
     def explain(self, option: str, typed: Mapping[str, Any]) -> None:
         """Refuse an option of a method outside the chain, as a merge would, and a negative number of a list."""

@@ -80,8 +80,8 @@ def methods_command(name: str | None, as_json: bool, markdown: bool, advise: boo
         elif name in ALIASES:
             echo_text(_alias(name))
         elif name is not None:
-            for link in name.split("+"):
-                _show(method_class(link.strip()), as_json)
+            for cls in [method_class(link.strip()) for link in name.split("+")]:
+                _show(cls, as_json)
         elif markdown:
             echo_text(_markdown())
         else:

@@ -11,7 +11,7 @@ from ..options import debug_option, json_option
 from ..output import echo, echo_json, echo_text, format_size, plural
 from ..tables import echo_table, format_legend
 from .options import store_argument
-from .steps import FIGURES
+from .steps import FIGURES, REMOVED
 
 __all__ = ["status_command"]
 
@@ -41,11 +41,12 @@ def status_command(store: str, spectrum: bool, as_json: bool, debug: bool) -> No
             f"  {plural(disk['states'], 'state')} on the disk, {format_size(disk['bytes'])}{_describe_gc(store, disk)}"
         )
     if facts["steps"]:
-        echo(f"  exported times {facts['scale']:.4g}")
+        echo(f"  an export multiplies the merged changes by {facts['scale']:.4g}")
         echo("")
         rows = [_HEADER, *map(_row, facts["steps"])]
         echo_table(rows, flush_right=range(len(_HEADER) - 1))
-        echo_text("\n".join(["", *format_legend(FIGURES)]))
+        removed = any(not step["restorable"] for step in facts["steps"])
+        echo_text("\n".join(["", *format_legend([*FIGURES, REMOVED] if removed else FIGURES)]))
     for layer in facts.get("layers", ()):
         place = "outside" if layer["layer"] is None else f"layer {layer['layer']}"
         echo(

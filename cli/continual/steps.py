@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from merging.continual.manifest import StepRecord
 
-__all__ = ["FIGURES", "describe_step"]
+__all__ = ["FIGURES", "REMOVED", "describe_step"]
 
 FIGURES = [
     ("norm", "of the model's change"),
@@ -15,9 +15,11 @@ FIGURES = [
     ("cosine", "between the change and the merged changes, after the step"),
     ("rank", "of the factors; - if all tensors are held in full"),
     ("merge", "norm of the merged changes, before an export multiplies them"),
-    ("*", "the state was removed: rollback cannot go back to this step"),
 ]
 """The figures of a step and their meanings."""
+
+REMOVED = ("*", "the state was removed: rollback cannot go back to this step")
+"""The mark of a step whose state was removed, and its meaning."""
 
 
 def describe_step(step: StepRecord) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from merging import os_calls
-from merging.display.tables import Displayed
+from merging.display.tables import Displayed, format_size
 from merging.errors import FormatError, InputError, OutputError, either, explain_invalid
 from merging.sources.links import refuse_link
 from merging.sources.small_files import LIST_LIMIT, read_json
@@ -176,7 +176,7 @@ class Manifest(_Record):
             return ["nothing yet"]
         last = self.steps[-1]
         size = sum(part.bytes for part in last.parts.values())
-        lines = [f"{size / 1e6:.1f} MB in {', '.join(last.parts)}"]
+        lines = [f"a state of {format_size(size)} ({', '.join(last.parts)})"]
         if last.factored:
             capped = f", capped at {self.max_rank}" if self.max_rank else ""
             lines.append(

@@ -143,7 +143,7 @@ def test_progress(folder: Path) -> None:
 
 
 def test_no_method_lists_them() -> None:
-    said = refused("a", "b")
+    said = refused("a/", "b/")
     assert "which method?" in said
     assert all(f"  {name} " in said and listed.summary in said for name, listed in METHODS.items())
 
@@ -391,7 +391,7 @@ def test_help_and_version() -> None:
         done = merge(*words)
         assert (done.exit_code, done.stdout) == (0 if words else 1, said)
     said = ok("merge", "-h").stdout
-    assert said.startswith("Usage: merge [OPTIONS] MODEL...")
+    assert said.startswith("Usage: merge --method METHOD [OPTIONS] MODEL...")
     assert "--base" in said
     assert "--weights" not in said.partition("Options:")[2]
     assert ok("--version").stdout == f"merge, version {merging.__version__}\n"

@@ -113,9 +113,38 @@ def test_help_is_a_word_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert run(code=1) == run("-h")
     assert run("help", "merge") == run("merge", "--help")
     assert run("help", "continual", "add") == run("continual", "add", "-h")
+    assert run("help", "help") == run("-h")
+    assert run("help", "lines+ties") == run("methods", "lines+ties")
     monkeypatch.chdir(tmp_path)
     Path("help").mkdir()
     assert CliRunner().invoke(cli, ["help", "-m", "linear"]).exit_code == 1, "a folder of this name is a model"
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("hlep", "there is no such sub-command, file or folder (did you mean 'help'?)"),
+        ("version", "there is no such sub-command, file or folder (did you mean '--version'?)"),
+        (
+            "bake a/ --base base/",
+            "bake: there is no such sub-command, file or folder: see merge --help",
+        ),
+        ("help tie", "tie: there is no such sub-command, file or folder"),
+        ("org/one org/two", "which method?"),
+        ("one.safetensors two", "which method?"),
+        ("methods lines+tie", "there is no method 'tie' (did you mean 'ties'?)"),
+        ("completion", "Choose from:\n  bash,\n  zsh,\n  fish\n"),
+        ("merge --hlep", "Usage: merge --method METHOD [OPTIONS] MODEL...\n"),
+    ],
+)
+def test_a_slip_gets_the_hint_that_helps(
+    words: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, words.split())
+    assert done.exit_code in (1, 2)
+    assert hint in done.stderr
+    assert done.stdout == "", "no half of an answer"
 
 
 @pytest.fixture(scope="module")

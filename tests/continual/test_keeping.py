@@ -50,6 +50,7 @@ def test_rollback_and_gc(full: Models, tmp_path: Path) -> None:
     cells = [line.split()[:1] for line in ok("status", store.path).splitlines()]
     assert all([mark] in cells for mark in ("1*", "2*", "3", "4", "5"))
     assert ["3*"] not in cells
+    assert ["*"] in cells, "the mark is explained"
     assert ok("log", store.path).count("(its state was removed)") == 2
     (store.path / "states" / ".unfinished.old").mkdir()
     (store.path / "states" / "000009-left").mkdir()

@@ -13,6 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from merging.continual import ContinualStore
+from merging.display.tables import format_size
 from merging.errors import FormatError, OptionError
 from support.adapters import QUIRKS
 from support.stores import (
@@ -42,6 +43,10 @@ def test_status_and_log(full: Models, lora: Models, tmp_path: Path) -> None:
     table = ok("status", store.path)
     assert table.startswith(f"{store.path}: 2 models by opcm, on {lora.base.resolve()}\n")
     assert all(str(path) in table for path in lora.tuned[:2])
+    size = sum(path.stat().st_size for path in sorted((store.path / "states").iterdir())[-1].iterdir())
+    assert f"  a state of {format_size(size)} (sum)\n" in table
+    assert f"  an export multiplies the merged changes by {facts['scale']:.4g}\n" in table
+    assert "the state was removed" not in table
     assert [step["number"] for step in json.loads(ok("log", store.path, "--json"))] == [2, 1]
     assert ok("log", store.path).startswith("step 2  20")
 
