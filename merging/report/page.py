@@ -41,6 +41,7 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 .wide { overflow: auto; max-height: 36rem; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 caption { caption-side: top; text-align: left; padding: 0 0 .4rem; }
+caption span { display: inline-block; position: sticky; left: 0; max-width: calc(100vw - 2.5rem); }
 th, td { padding: .32rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 thead th { background: var(--tint); white-space: nowrap; position: sticky; top: 0; }
 tbody th { font-weight: 500; min-width: 9rem; overflow-wrap: anywhere; }
@@ -57,7 +58,7 @@ footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
   main { padding: 0; max-width: none; } nav { display: none; } figure, tr { break-inside: avoid; }
   h2, h2 + p, caption { break-after: avoid; } .wide { overflow: visible; max-height: none; }
   table { font-size: .7rem; } th, td { padding: .2rem .3rem; white-space: normal; }
-  figure img { min-width: 0 !important; max-height: 9cm; object-fit: contain; object-position: left; }
+  figure img { width: auto; min-width: 0 !important; max-width: 100% !important; max-height: 23cm; }
 }
 """
 )
@@ -114,7 +115,7 @@ class Page:
         formatted = zip(*(_column(cells) for cells in columns), strict=True)
         head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for name, kind in zip(header, kinds, strict=True))
         body = "".join(f"<tr>{_row(row, kinds)}</tr>" for row in formatted)
-        title = f"<caption>{escape(caption)}</caption>" if caption else ""
+        title = f"<caption><span>{escape(caption)}</span></caption>" if caption else ""
         self._parts.append(
             f'<div class="wide"><table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         )

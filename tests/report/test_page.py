@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from matplotlib import image
 from merging.errors import OutputError
 from merging.geometry import compare
 from merging.geometry.page import page
+from merging.recycling.page import page as recycling_page
 from merging.report import Page
 from merging.report.charts import LABELLED
 from support import figures, tiny
@@ -151,22 +152,42 @@ _LETTERS = """Array.from(document.querySelectorAll('figure img')).map(each => {
 """Of each figure: the height of its smallest letters on the screen, its width, and the room that it has."""
 
 
+_CAPTIONS = """Array.from(document.querySelectorAll('caption span')).map(each => {
+    const box = each.getBoundingClientRect()
+    return [box.left, box.right]})"""
+
+MADE: dict[str, tuple[Callable[[int], str], int]] = {
+    "comparison": (lambda count: page(figures.comparison(count)).html(), PLOTS),
+    "recycling": (lambda count: recycling_page(figures.report(count)), 3),
+}
+"""Pages of a number of models, and the number of their figures."""
+
+
 @needs_browser
-@pytest.mark.parametrize("count", [2, 5, 30, 300])
+@pytest.mark.parametrize(
+    ("kind", "count"), [*(("comparison", n) for n in (2, 5, 30, 300)), *(("recycling", n) for n in (2, 30))]
+)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_figures_are_legible_on_any_screen(scheme: str, count: int, chromium: Browser, tmp_path: Path) -> None:
+def test_figures_are_legible_on_any_screen(
+    scheme: str, kind: str, count: int, chromium: Browser, tmp_path: Path
+) -> None:
     """On a phone and a large screen: letters of 8 pixels or more, and a page that scrolls in one direction only.
 
-    The number of blocks is right, though there are tensors outside of them, and the paper of figures is the page's.
+    Captions of tables are whole, and the paper of figures is the page's.
     """
-    page(figures.comparison(count)).write(tmp_path / "page.html")
+    make, plots = MADE[kind]
+    (tmp_path / "page.html").write_text(make(count), encoding="utf-8")
+    chromium.connections.clear()
     chromium.open((tmp_path / "page.html").as_uri())
+    assert len(chromium.requests) == 1 + plots
+    assert chromium.connections == chromium.complaints == []
     chromium.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     for width in (420, 1200):
         chromium.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         assert chromium.value("document.documentElement.scrollWidth") <= width
         drawn = chromium.value(_LETTERS)
-        assert len(drawn) == PLOTS
+        assert len(drawn) == plots
+        assert all(0 <= left < right <= width for left, right in chromium.value(_CAPTIONS))
         assert min(each["letter"] for each in drawn) >= 8
         if width == 1200:
             assert all(each["width"] <= each["room"] for each in drawn)
@@ -174,7 +195,16 @@ def test_figures_are_legible_on_any_screen(scheme: str, count: int, chromium: Br
                               "(document.querySelector('figure img').getBoundingClientRect())")  # fmt: skip
         corner = pixels(chromium.screenshot(clip | {"width": 3, "height": 3}))[..., :3].mean()
         assert corner > 0.95 if scheme == "light" else corner < 0.2
+        assert min(chromium.value(_CONTRASTS).values()) >= 4.5
     chromium.ask("Emulation.clearDeviceMetricsOverride")
+
+
+@needs_browser
+@pytest.mark.parametrize("count", [2, 300])
+def test_blocks_and_models_are_counted(count: int, chromium: Browser, tmp_path: Path) -> None:
+    """The number of blocks is right, though there are tensors outside of them."""
+    page(figures.comparison(count)).write(tmp_path / "page.html")
+    chromium.open((tmp_path / "page.html").as_uri())
     facts = chromium.value("Array.from(document.querySelectorAll('dl:first-of-type dd')).map(each => each.textContent)")
     assert facts[:3] == [str(count), "base", "12"]
     first = chromium.value("document.querySelector('tbody th').textContent")
@@ -182,9 +212,10 @@ def test_figures_are_legible_on_any_screen(scheme: str, count: int, chromium: Br
 
 
 @needs_browser
-def test_print_is_light_and_whole(chromium: Browser, tmp_path: Path) -> None:
-    """On paper nothing scrolls, no figure is wider than the page, and the dark scheme does not hold."""
-    page(figures.comparison(30)).write(tmp_path / "page.html")
+@pytest.mark.parametrize("kind", MADE)
+def test_print_is_light_and_whole(kind: str, chromium: Browser, tmp_path: Path) -> None:
+    """On paper nothing scrolls, figures are legible and no wider than the page, and the dark scheme does not hold."""
+    (tmp_path / "page.html").write_text(MADE[kind][0](30), encoding="utf-8")
     chromium.open((tmp_path / "page.html").as_uri())
     dark = [{"name": "prefers-color-scheme", "value": "dark"}]
     chromium.ask("Emulation.setEmulatedMedia", media="print", features=dark)
@@ -192,7 +223,7 @@ def test_print_is_light_and_whole(chromium: Browser, tmp_path: Path) -> None:
     assert chromium.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert chromium.value("Array.from(document.querySelectorAll('.wide')).every(each => "
                           "getComputedStyle(each).overflowY == 'visible')")  # fmt: skip
-    assert all(each["width"] <= 720 for each in chromium.value(_LETTERS))
+    assert all(each["width"] <= 720 and each["letter"] >= 8 for each in chromium.value(_LETTERS))
     chromium.ask("Emulation.clearDeviceMetricsOverride")
     chromium.ask("Emulation.setEmulatedMedia", media="", features=[])
 

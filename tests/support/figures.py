@@ -119,6 +119,7 @@ def report(count: int) -> Report:
         )
         for i in range(9)
     )
+    names = [LONG.format(number) for number in range(count)]
     curve = [(step, 0.7 - 0.01 * step, 0.7 - 0.008 * step) for step in range(0, 21, 5)]
     groups = [f"encoder.layer.{i}" for i in range(12)]
     facts = {
@@ -126,10 +127,19 @@ def report(count: int) -> Report:
         "weights": {
             "groups": groups,
             "granularity": "layer",
-            "by_adapter": {LONG.format(i): list(map(float, random.normal(0, 0.2, 12))) for i in range(count)},
+            "by_adapter": {name: list(map(float, random.normal(0, 0.2, 12))) for name in names},
         },
+        "base": "organization/base",
+        "settings": {"select": "evaluation", "method": "ours"},
+        "candidates": count + 2,
+        "chosen": [{"name": name, "owner": "organization", "rank": 8, "loss": 0.7} for name in names],
+        "fold": {"rank": 32, "energy_kept": 0.987},
+        "selection_correlation": 0.42,
+        "passed_over": {LONG.format(count): "is worse alone than the chosen adapters"},
+        "left_out": {LONG.format(count + 1): "does not fit the base"},
     }
-    return Report(rows, TransferVerdict(True, "it transfers"), "accuracy", True, {}, facts)
+    examples = {"train": 80, "valid": 20, "test": 300}
+    return Report(rows, TransferVerdict(True, "it transfers"), "accuracy", True, examples, facts, ("a remark",))
 
 
 def drawn_texts(figure: Any) -> list[Any]:
