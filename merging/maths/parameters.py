@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar, Union
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
 
 from merging.maths.lazy_torch import Tensor
 from merging.maths.patterns import matches
@@ -39,31 +39,57 @@ class _Varying(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+_ELSE = " else "
+
+
 class Gradient(_Varying):
     """A value that runs through evenly spaced points from the first block to the last, linearly between them.
 
-    Written ``"0.2:0.8"``. Tensors before the blocks have the first value, tensors after them the last.
+    Written ``"0.2:0.8"``. Tensors before the blocks have the first value, tensors after them the last, unless
+    ``outside`` is the value of both: ``"0.2:0.8 else 0.5"``. Points of true and false are steps: each holds until the
+    depth of the next one.
     """
 
-    points: tuple[_Number, ...] = Field(min_length=2)
+    points: tuple[StrictBool | _Number, ...] = Field(min_length=2)
+    outside: StrictBool | _Number | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _parse(cls, value: Any) -> Any:
-        return {"points": value.split(":")} if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        points, apart, outside = value.partition(_ELSE)
+        parsed: dict[str, Any] = {"points": list(map(_read_switch, points.split(":")))}
+        return {**parsed, "outside": _read_switch(outside)} if apart else parsed
 
     def at(self, site: Site) -> float:
         """Return the value at a site."""
+        if self.outside is not None and site.position.layer is None:
+            return self.outside
         position = site.position.depth_with_tail * (len(self.points) - 1)
+        if all(isinstance(point, bool) for point in self.points):
+            return self.points[int(position)]
         index = min(int(position), len(self.points) - 2)
         return self.points[index] + (position - index) * (self.points[index + 1] - self.points[index])
 
     def plain(self) -> str:
         """Return the text that states it."""
-        return ":".join(f"{point:g}" if float(f"{point:g}") == point else repr(point) for point in self.points)
+        points = ":".join(map(_write_point, self.points))
+        return points if self.outside is None else f"{points}{_ELSE}{_write_point(self.outside)}"
 
 
-_Rule: TypeAlias = Gradient | _Number | tuple[Gradient | _Number, ...]
+def _read_switch(text: str) -> str | bool:
+    """Return true and false as switches, and any other text as it is."""
+    return {"true": True, "false": False}.get(text.strip(), text)
+
+
+def _write_point(point: float) -> str:
+    if isinstance(point, bool):
+        return str(point).lower()
+    return f"{point:g}" if float(f"{point:g}") == point else repr(point)
+
+
+_Rule: TypeAlias = Gradient | StrictBool | _Number | tuple[Gradient | StrictBool | _Number, ...]
 
 
 class ByName(_Varying):
