@@ -10,13 +10,16 @@ from merging.maths.lazy_torch import Tensor, torch
 from merging.plan.layer_stack import LayerStack
 from merging.plan.recipe import Recipe
 
-__all__ = ["MergeOptions", "MethodParameters", "RecipeOptions", "Value", "Values", "Weight", "Weights"]
+__all__ = ["MergeOptions", "MethodParameters", "RecipeOptions", "Switch", "Value", "Values", "Weight", "Weights"]
 
 Value = float | str | Mapping[str, float | str]
 """One value everywhere, a gradient from block to block (``"0.2:0.8"``), or a value by pattern of tensor names."""
 
 Values = Value | Sequence[Value] | Mapping[str, float | str | Sequence[float | str]]
 """A value for all models, or one each; by pattern of tensor names each may be a list with a value for each model."""
+
+Switch = bool | str | Mapping[str, bool | str]
+"""True or false everywhere, steps from block to block (``"true:false"``), or by pattern of tensor names."""
 
 Weight = Value | Tensor
 """A value, or a tensor of one element through which gradients flow."""
@@ -70,10 +73,11 @@ class MethodParameters(TypedDict, total=False):
     epsilon: Values
     filter_wise: bool
     gamma: Values
+    keep_norm: Switch
     max_iter: Value
     max_rank: Value | None
     mode: Literal["closed", "adam", "block", "two_sided"]
-    normalize: bool
+    normalize: Switch
     published: bool
     r: Value
     ratio: Value

@@ -7,7 +7,7 @@ from typing import Any
 
 from merging.maths.lazy_torch import Tensor, torch
 
-__all__ = ["column", "number", "spread"]
+__all__ = ["cancel_out", "column", "mean_weights", "number", "spread"]
 
 
 def spread(value: Any, models: int) -> list[Any]:
@@ -22,6 +22,18 @@ def spread(value: Any, models: int) -> list[Any]:
 def number(value: float | Tensor) -> float:
     """Return the value of a coefficient, without its gradient."""
     return float(value.detach() if isinstance(value, Tensor) else value)
+
+
+def mean_weights(weights: Sequence[Any]) -> list[Any]:
+    """Return the weights divided by their sum."""
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
+def cancel_out(weights: Sequence[Any]) -> bool:
+    """Return whether the weights sum to zero but for rounding, so that nothing can be divided by their sum."""
+    numbers = list(map(number, weights))
+    return abs(sum(numbers)) <= 1e-12 * sum(map(abs, numbers))
 
 
 def column(value: Any, like: Tensor) -> Tensor:

@@ -8,29 +8,31 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from merging.maths.coefficients import spread
+from merging.maths.coefficients import column, spread
 from merging.maths.delta import Stack
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.order_statistics import Rank
-from merging.maths.parameters import PerModel, varies
+from merging.maths.parameters import Local, PerModel, varies
 from merging.maths.radix_selection import OrderStatistics
 from merging.maths.site import Site
 from merging.methods.contract.method import Statistic, Statistics
 from merging.methods.contract.wrapper import Unwrapped, Wrapper
+from merging.methods.families.l1_norms import l1_ratios, l1_statistic
 from merging.methods.ties import trim
 
 __all__ = ["Breadcrumbs"]
 
-_ENDS = "breadcrumbs.ends"
+_ENDS, _NORMS = "breadcrumbs.ends", "breadcrumbs.norms"
 
 
 class Breadcrumbs(Wrapper):
     """Drop the share `gamma` of each tensor's change with the largest magnitudes, then the smallest until `density` is
     left. If both are impossible, fewer of the largest are dropped.
 
-    Dropped entries are 0, and nothing is rescaled. Outliers are taken to be as harmful as noise, which other
-    sparsifiers keep. Entries equal to a threshold are kept (bfloat16 checkpoints have many exact ties). On adapters the
-    merged change has full rank. Costs two sweeps over each tensor before the merge.
+    Dropped entries are 0. With `keep_norm` the kept entries are multiplied so that each tensor keeps its L1 norm.
+    Outliers are taken to be as harmful as noise, which other sparsifiers keep. Entries equal to a threshold are kept
+    (bfloat16 checkpoints have many exact ties). On adapters the merged change has full rank. Costs two sweeps over each
+    tensor before the merge, three with `keep_norm`.
     """
 
     name: ClassVar[str] = "breadcrumbs"
@@ -38,24 +40,26 @@ class Breadcrumbs(Wrapper):
     paper: ClassVar[str] = "Model Breadcrumbs, Davari and Belilovsky 2023, arXiv 2312.06795"
     workspace: ClassVar[int] = 4
 
-    density: PerModel[Annotated[float, Field(gt=0, le=1)]] = Field(
+    density: PerModel[Annotated[float, Field(ge=0, le=1)]] = Field(
         0.9, description="share of each model's change that is kept; one for all, or one each"
     )
     gamma: PerModel[Annotated[float, Field(ge=0, lt=1)]] = Field(
         0.01, description="share of the largest that is dropped; one for all, or one each"
     )
+    keep_norm: Local[bool] = Field(False, description="multiply what is kept so that each tensor keeps its L1 norm")
 
     @property
     def factored(self) -> bool:
         return False
 
     def _bands(self) -> list[tuple[float, float]]:
-        """Return each density with each gamma that occurs, without densities of 1, which need no thresholds."""
+        """Return each density with each gamma that occurs, without densities of 0 and 1, which need no thresholds."""
         densities, gammas = (sorted({*spread(each, 1)}) for each in (self.density, self.gamma))
-        return [band for band in product(densities, gammas) if band[0] < 1]
+        return [band for band in product(densities, gammas) if 0 < band[0] < 1]
 
     def idle(self, site: Site) -> Mapping[str, str]:
-        return {} if self._bands() else {"gamma": "a density of 1 keeps everything"}
+        everything = "a density of 1 keeps everything"
+        return {} if self._bands() else {"gamma": everything, "keep_norm": everything}
 
     def required_statistics(self) -> tuple[Statistic, ...]:
         if varies(self.density) or varies(self.gamma) or not self._bands():
@@ -64,19 +68,29 @@ class Breadcrumbs(Wrapper):
         own = Statistic(
             _ENDS, OrderStatistics(ranks, magnitudes=True), lambda stack, site, statistics: stack.dense(), per="tensor"
         )
-        return (own, *super().required_statistics())
+        norms = l1_statistic(_NORMS, lambda stack, site, statistics: self._keep(stack, statistics))
+        return (own, *((norms,) if self.keep_norm else ()), *super().required_statistics())
 
     def unwrap(self, stack: Stack, site: Site, statistics: Statistics) -> Unwrapped:
+        kept = self._keep(stack, statistics)
+        if self.keep_norm and self._bands():
+            kept *= column(l1_ratios(statistics, _NORMS), kept)
+        return Unwrapped(self.then, Stack.of(kept, stack.models, stack.present), site, lambda merged: merged)
+
+    def _keep(self, stack: Stack, statistics: Statistics) -> Tensor:
+        """Return the changes ``[n, *shape]``, 0 where they are dropped."""
         values, bands = stack.dense(), self._bands()
         densities, gammas = spread(self.density, len(values)), spread(self.gamma, len(values))
         kept = torch.empty_like(values)
         for model, (value, *band) in enumerate(zip(values, densities, gammas, strict=True)):
-            if band[0] < 1:
+            if band[0] == 0:
+                value = torch.zeros_like(value)
+            elif band[0] < 1:
                 first = 2 * bands.index((band[0], band[1]))
                 low, high = statistics[_ENDS][model, first : first + 2].tolist()
                 value = within(value, low, high)
             kept[model] = value
-        return Unwrapped(self.then, Stack.of(kept, stack.models, stack.present), site, lambda merged: merged)
+        return kept
 
 
 def within(values: Tensor, low: float, high: float) -> Tensor:

@@ -34,7 +34,7 @@ class Dare(Dropping):
     paper: ClassVar[str] = "DARE, Yu et al. 2024, arXiv 2311.03099"
     workspace: ClassVar[int] = 6
 
-    drop: PerModel[Annotated[float, Field(ge=0, lt=1)]] = Field(
+    drop: PerModel[Annotated[float, Field(ge=0, le=1)]] = Field(
         0.9, description="share of each model's change that is dropped; one for all, or one each"
     )
 
@@ -48,4 +48,4 @@ class Dare(Dropping):
             place = self.seed, model, site.name
             mask = draw_mask(share, site.start, value.numel(), value.device, *place, dtype=value.dtype)
             torch.mul(value, mask.view(value.shape), out=into)
-        return out.div_(column(shares, out)) if divide else out
+        return out.div_(column([share or 1.0 for share in shares], out)) if divide else out

@@ -26,7 +26,8 @@ class Della(Dropping):
 
     The smallest entry of a row is kept with probability density - epsilon, the largest with density + epsilon, and
     entries between them in even steps. Rows are as in memory, a vector is one row, and equal magnitudes rank by
-    position. A density of 1 keeps every entry, whatever epsilon (as in mergekit; the paper has no such case). Kept
+    position. A density of 1 keeps every entry and a density of 0 none, whatever epsilon (as in mergekit; the paper has
+    no such cases). Kept
     entries are divided by their own probability, which keeps the expectation (`rescale = inverse`, the paper), or
     multiplied so that each tensor keeps its L1 norm (`l1`), or left as they are (`none`). The kept entries follow from
     the seed, the content of the model, the name of the tensor and the position, but not from the order of models or
@@ -39,7 +40,7 @@ class Della(Dropping):
     paper: ClassVar[str] = "DELLA-Merging, Deep et al. 2024, arXiv 2406.11617"
     workspace: ClassVar[int] = 9
 
-    density: PerModel[Annotated[float, Field(gt=0, le=1)]] = Field(
+    density: PerModel[Annotated[float, Field(ge=0, le=1)]] = Field(
         0.7, description="share of each model's change that is kept on average; one for all, or one each"
     )
     epsilon: PerModel[Annotated[float, Field(ge=0, lt=1)]] = Field(
@@ -58,7 +59,7 @@ class Della(Dropping):
         if self.varies:
             return
         for density, epsilon in zip(spread(self.density, models), spread(self.epsilon, models), strict=True):
-            if number(density) < 1 and not number(epsilon) < number(density) <= 1 - number(epsilon):
+            if 0 < number(density) < 1 and not number(epsilon) < number(density) <= 1 - number(epsilon):
                 raise OptionError(
                     f"della.density = {density:g} and della.epsilon = {epsilon:g}: probabilities run from density - "
                     f"epsilon, above 0, to density + epsilon, at most 1: choose a smaller epsilon"
@@ -72,15 +73,15 @@ class Della(Dropping):
             keep = probabilities(value.reshape(-1, site.row), density, epsilon).view(value.shape)
             drawn = draw_uniform(site.start, value.numel(), value.device, self.seed, model, site.name).view(value.shape)
             torch.mul(value, torch.lt(drawn, keep, out=torch.empty_like(value)), out=into)
-            if divide:
+            if divide and density:
                 into.div_(keep)
         return out
 
 
 def probabilities(rows: Tensor, density: float, epsilon: float) -> Tensor:
     """Return the probability ``[rows, columns]`` of keeping each entry, in the type of the rows."""
-    if density == 1:
-        return torch.ones_like(rows)
+    if density in (0, 1):
+        return torch.full_like(rows, density)
     columns = rows.shape[1]
     # a row of one entry ranks neither low nor high
     steps = torch.linspace(density - epsilon, density + epsilon, columns, dtype=torch.float64, device=rows.device)

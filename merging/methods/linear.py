@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from merging.errors import OptionError, option
-from merging.maths.coefficients import number
+from merging.maths.coefficients import cancel_out, mean_weights, number
 from merging.maths.delta import Delta, Stack
-from merging.maths.lazy_torch import Tensor
-from merging.maths.parameters import Coefficient, PerModel
+from merging.maths.parameters import Coefficient, Local, PerModel
 from merging.maths.site import Site
 from merging.methods.contract.method import Method, Statistics
 from merging.methods.contract.update_rule import UpdateRule
@@ -33,7 +32,7 @@ class Linear(Method):
     paper: ClassVar[str] = "Model Soups, Wortsman et al. 2022, arXiv 2203.05482"
 
     weights: PerModel[Coefficient] = Field(1.0, description="one weight for all models, or one each")
-    normalize: bool = Field(True, description="divide by the sum of the weights")
+    normalize: Local[bool] = Field(True, description="divide by the sum of the weights")
 
     @property
     def merge_space(self) -> Literal["delta", "weights"]:
@@ -47,8 +46,7 @@ class Linear(Method):
         super().check(models)
         if self.varies or not self.normalize:
             return
-        weights = [number(weight) for weight in self.coefficients(models)]
-        if abs(sum(weights)) <= 1e-12 * sum(map(abs, weights)):
+        if cancel_out(self.coefficients(models)):
             raise OptionError(
                 f"the weights of linear sum to zero, so there is no mean: change them, or use "
                 f"{option('normalize', False)}"
@@ -69,9 +67,3 @@ class Linear(Method):
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         weights = self.coefficients(len(stack))
         return stack.weighted_sum(mean_weights(weights) if self.normalize else weights)
-
-
-def mean_weights(weights: list[float | Tensor]) -> list[Any]:
-    """Return the weights divided by their sum."""
-    total = sum(weights)
-    return [weight / total for weight in weights]

@@ -10,6 +10,7 @@ from merging.errors import InputError, OptionError, option
 from merging.maths.coefficients import column, number
 from merging.maths.delta import Delta, Stack
 from merging.maths.lazy_torch import Tensor, torch
+from merging.maths.parameters import Local
 from merging.maths.site import Site
 from merging.methods.contract.method import Statistics
 from merging.methods.families.spherical import OnSphere, cosines, gram, plain_weights
@@ -33,7 +34,7 @@ class MultiSlerp(OnSphere):
     summary: ClassVar[str] = "mean direction of all models at their mean length"
     paper: ClassVar[str] = "MultiSLERP, Goddard 2025, in mergekit"
 
-    normalize: bool = Field(True, description="divide the weights by their sum")
+    normalize: Local[bool] = Field(True, description="divide the weights by their sum")
 
     def check(self, models: int) -> None:
         super().check(models)

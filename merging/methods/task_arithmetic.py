@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from merging.maths.coefficients import number
+from merging.errors import OptionError, option
+from merging.maths.coefficients import cancel_out, mean_weights, number
 from merging.maths.delta import Delta, Stack
 from merging.maths.parameters import Coefficient, Local, PerModel, varies
 from merging.maths.site import Site
@@ -22,7 +23,8 @@ class TaskArithmetic(Method):
 
     Forgetting is a negative weight (`--weights -1`), an analogy is `--weights 1,1,-1`. A sum of many task vectors
     overshoots: a scale of 0.3 suits about eight tasks, 1 two or three. On adapters it is exact: the factors are
-    concatenated and the rank is the sum of the ranks. Full checkpoints need the base. Costs one pass over the bytes.
+    concatenated and the rank is the sum of the ranks. Full checkpoints need the base. With `normalize` the weights are
+    divided by their sum; weights that are all 0 keep the base. Costs one pass over the bytes.
     """
 
     name: ClassVar[str] = "task_arithmetic"
@@ -31,18 +33,38 @@ class TaskArithmetic(Method):
 
     weights: PerModel[Coefficient] = Field(1.0, description="one weight for all models, or one each; may be negative")
     scale: Local[Coefficient] = Field(1.0, description="what the sum is multiplied by (0.3 suits eight tasks)")
+    normalize: Local[bool] = Field(False, description="divide by the sum of the weights")
 
     @property
     def factored(self) -> bool:
         return True
 
+    def check(self, models: int) -> None:
+        super().check(models)
+        if self.varies or not self.normalize:
+            return
+        weights = self.coefficients(models)
+        if cancel_out(weights) and any(map(number, weights)):
+            raise OptionError(
+                f"the weights of task_arithmetic sum to zero, so nothing can be divided by their sum: change them, or "
+                f"use {option('normalize', False)}"
+            )
+
     def multiple(self, models: int) -> float | None:
-        return None if varies(self.scale) else number(self.scale)
+        if varies(self.scale) or varies(self.normalize) or (self.normalize and self.varies):
+            return None
+        total = sum(map(number, self.coefficients(models))) if self.normalize else 1.0
+        return number(self.scale) / (total or 1.0)
 
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
-        return stack.weighted_sum([weight * self.scale for weight in self.coefficients(len(stack))])
+        weights = self.coefficients(len(stack))
+        if self.normalize and any(map(number, weights)):
+            weights = mean_weights(weights)
+        return stack.weighted_sum([weight * self.scale for weight in weights])
 
     def update_rule(self) -> UpdateRule:
+        if self.normalize:
+            raise OptionError("a store's task_arithmetic adds up: for a mean of models (normalize), use linear")
         return scaled_state("sum", TaskArithmetic(), lambda history: number(self.scale))
 
 

@@ -18,10 +18,11 @@ from merging.maths.reductions import Sum
 from merging.maths.site import Site
 from merging.methods.contract.method import Method, Statistic, Statistics
 from merging.methods.contract.update_rule import UpdateRule
+from merging.methods.families.l1_norms import l1_ratios, l1_statistic
 
 __all__ = ["Ties", "agreeing_mean", "elect", "trim"]
 
-_THRESHOLDS, _MAJORITY = "ties.thresholds", "ties.majority"
+_THRESHOLDS, _NORMS, _MAJORITY = "ties.thresholds", "ties.norms", "ties.majority"
 
 
 class Ties(Method):
@@ -29,6 +30,7 @@ class Ties(Method):
 
     1. Trim: keep the share `density` of each model's change with the largest magnitudes, and set the rest to 0. Entries
        equal to the threshold are kept (bfloat16 checkpoints have many exact ties, and any choice would be arbitrary).
+       With `keep_norm` the kept entries are then multiplied so that each tensor keeps its L1 norm.
     2. Elect: take the sign of the sum of the trimmed changes, entry by entry. Where the sum is 0, take the sign that
        was elected most often over all entries (`zero = majority`, as in the paper's code), or + (`plus`).
     3. Merge: take the weighted mean of the changes with the elected sign; with `normalize` off, their weighted sum.
@@ -45,7 +47,7 @@ class Ties(Method):
     paper: ClassVar[str] = "TIES-Merging, Yadav et al. 2023, arXiv 2306.01708"
     workspace: ClassVar[int] = 7
 
-    density: PerModel[Annotated[float, Field(gt=0, le=1)]] = Field(
+    density: PerModel[Annotated[float, Field(ge=0, le=1)]] = Field(
         0.2, description="share of each model's change that is kept, the largest magnitudes; one for all, or one each"
     )
     weights: PerModel[Coefficient] = Field(1.0, description="one weight for all models, or one each; may be negative")
@@ -53,7 +55,8 @@ class Ties(Method):
     scope: Literal["model", "tensor"] = Field("model", description="what `density` is a share of")
     vote: Literal["plain", "weighted"] = Field("plain", description="whether weights count in the election")
     zero: Literal["majority", "plus"] = Field("majority", description="the sign where the changes cancel out")
-    normalize: bool = Field(True, description="average the changes that agree, instead of adding them up")
+    keep_norm: Local[bool] = Field(False, description="multiply what is kept so that each tensor keeps its L1 norm")
+    normalize: Local[bool] = Field(True, description="average the changes that agree, instead of adding them up")
 
     def check(self, models: int) -> None:
         super().check(models)
@@ -65,7 +68,8 @@ class Ties(Method):
 
     def idle(self, site: Site) -> Mapping[str, str]:
         trims = varies(self.density) or bool(self._densities())
-        return {} if trims or self.zero == "majority" else {"scope": "a density of 1 trims nothing"}
+        idle = {} if trims else {"keep_norm": "a density of 1 trims nothing"}
+        return idle if trims or self.zero == "majority" else {**idle, "scope": "a density of 1 trims nothing"}
 
     def required_statistics(self) -> tuple[Statistic, ...]:
         required_statistics = []
@@ -74,23 +78,35 @@ class Ties(Method):
             required_statistics.append(
                 Statistic(_THRESHOLDS, ranks, lambda stack, site, statistics: stack.dense(), per=self.scope)
             )
+            if self.keep_norm:
+                required_statistics.append(
+                    l1_statistic(
+                        _NORMS, lambda stack, site, statistics: torch.stack(self._keep_largest(stack, statistics))
+                    )
+                )
         if self.zero == "majority":
             required_statistics.append(Statistic(_MAJORITY, Sum(), self._elect, per=self.scope))
         return tuple(required_statistics)
 
     def _densities(self) -> list[float]:
-        """Return the densities that need thresholds: all but 1."""
-        return sorted({density for density in spread(self.density, 1) if density < 1})
+        """Return the densities that need thresholds: all but 0 and 1."""
+        return sorted({density for density in spread(self.density, 1) if 0 < density < 1})
 
     def _trim(self, stack: Stack, statistics: Statistics) -> list[Tensor]:
+        """Return each model's change without its small entries, rescaled if asked."""
+        trimmed = self._keep_largest(stack, statistics)
+        if not self.keep_norm or not self._densities():
+            return trimmed
+        return [value * ratio for value, ratio in zip(trimmed, l1_ratios(statistics, _NORMS), strict=True)]
+
+    def _keep_largest(self, stack: Stack, statistics: Statistics) -> list[Tensor]:
         values = list(stack.dense())
-        densities = spread(self.density, len(values))
-        return [
-            trim(value, float(statistics[_THRESHOLDS][model, self._densities().index(density)]))
-            if density < 1
-            else value
-            for model, (value, density) in enumerate(zip(values, densities, strict=True))
-        ]
+        kept = []
+        for model, (value, density) in enumerate(zip(values, spread(self.density, len(values)), strict=True)):
+            if 0 < density < 1:
+                value = trim(value, float(statistics[_THRESHOLDS][model, self._densities().index(density)]))
+            kept.append(value if density > 0 else torch.zeros_like(value))
+        return kept
 
     def _votes(self, models: int) -> list[float]:
         weights = [number(weight) for weight in self.coefficients(models)]
@@ -108,8 +124,10 @@ class Ties(Method):
         return Dense(agreeing_mean(trimmed, signs, weights, self.normalize) * self.scale)
 
     def update_rule(self) -> UpdateRule:
-        if self.scope != "model" or isinstance(self.density, tuple):
-            raise OptionError("ties in a store has one density for all models, with scope = model")
+        if self.scope != "model" or isinstance(self.density, tuple) or not self.density:
+            raise OptionError("ties in a store has one density above 0 for all models, with scope = model")
+        if self.keep_norm:
+            raise OptionError("ties in a store cannot keep the norm of what it trims: leave keep_norm out")
         density, scale = self.density, number(self.scale)
         parts = {
             "positive": Tally(density=density, sign=1, counts=False),

@@ -60,3 +60,15 @@ def test_breadcrumbs_keeps_what_equals_a_threshold() -> None:
     wanted = flat(lambda x: references.breadcrumbs(x[0], 0.6, 0.1))(coarse)
     assert equal(merged(coarse, "breadcrumbs", density=0.6, gamma=0.1), wanted)
     assert not merged([{Q: torch.zeros(5, 4)}], "breadcrumbs").any()
+
+
+def test_breadcrumbs_that_keeps_norms() -> None:
+    """What is left of each tensor has the L1 norm of the whole; a density of 0 leaves nothing of a model."""
+    densities, kept = (0.6, 1.0, 0.0), []
+    for each, density in zip(changes(3, 2, F64, PLACES), densities, strict=True):
+        kept.append({})
+        for name, value in each.items():
+            left = references.breadcrumbs(value.flatten(), density or 1.0, 0.1).view(value.shape)
+            kept[-1][name] = left * (value.abs().sum() / left.abs().sum() if density else 0.0)
+    options = {"density": densities, "gamma": 0.1, "keep_norm": True}
+    assert close(merged(changes(3, 2, F64, PLACES), "breadcrumbs", **options), flatten(kept).sum(0), 1e-12)

@@ -16,6 +16,7 @@ from torch import Tensor, equal
 import merging
 from merging.cli.execution import Execution
 from merging.errors import InputError, OptionError
+from merging.maths.parameters import plain
 from merging.maths.patterns import matches
 from merging.maths.randomness import draw_mask
 from merging.methods import METHODS, chain, method_class, parameters_of
@@ -50,6 +51,8 @@ def weights_of(method: str, **options: Any) -> list[Tensor]:
         (({"layers.1": 5, "*": "2:4"}, {"*head*": -1, "*": 1}), [2, 2, 5, 4, 4], [1, 1, 1, 1, -1]),
         ({"mlp": [0.3, "0:1:4"], "*": 2}, [2, 0.3, 0.3, 0.3, 2], [2, 0, 1, 4, 2]),
         ("0:1:0.5:0", [0, 0, 0.75, 0, 0], [0, 0, 0.75, 0, 0]),
+        ("1:3 else 0.5", [0.5, 1, 2, 3, 0.5], [0.5, 1, 2, 3, 0.5]),
+        (("1:3 else -1", {"*head*": 4, "*": "0:1 else 7"}), [-1, 1, 2, 3, -1], [7, 0, 0.5, 1, 4]),
     ],
 )
 def test_weights_by_depth_and_name(weights: Any, first: Any, second: Any) -> None:
@@ -60,6 +63,34 @@ def test_weights_by_depth_and_name(weights: Any, first: Any, second: Any) -> Non
     if bool((wanted.sum(1) != 0).all()):
         mean = weights_of("linear", weights=weights)
         assert torch.allclose(mean, wanted / wanted.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("normalize", "divided"),
+    [
+        ("true:false", [True, True, True, False, False]),
+        ("true:false:true else false", [False, True, False, True, False]),
+        ({"mlp": "false:true", "*": True}, [True, False, False, True, True]),
+    ],
+)
+def test_switches_by_depth_and_name(normalize: Any, divided: list[bool]) -> None:
+    """Points of true and false are steps, as in mergekit."""
+    wanted = torch.tensor([[1.0, 4.0]] * 5) / torch.tensor([5.0 if each else 1.0 for each in divided])[:, None]
+    for method in ("linear", "task_arithmetic"):
+        assert torch.allclose(weights_of(method, weights=(1.0, 4.0), normalize=normalize), wanted)
+    assert chain("linear", {"normalize": normalize}) == chain(
+        "linear", {"normalize": plain(chain("linear", {"normalize": normalize}).normalize)}
+    )
+
+
+def test_task_arithmetic_of_normalized_weights() -> None:
+    assert torch.allclose(
+        weights_of("task_arithmetic", weights=(1.0, 4.0), scale=0.5, normalize=True)[0], torch.tensor([0.1, 0.4])
+    )
+    assert not weights_of("task_arithmetic", weights=0.0, normalize=True).any()
+    assert chain("task_arithmetic", {"weights": (1.0, 4.0), "normalize": True}).multiple(2) == 0.2
+    with pytest.raises(OptionError, match="sum to zero"):
+        weights_of("task_arithmetic", weights=(1.0, -1.0), normalize=True)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +118,7 @@ def test_density_by_depth_and_name(density: Any, first: Any, second: Any) -> Non
         ("ties", {"density": (0.5, "0.2:-0.1"), "scope": "tensor"}, "density"),
         ("task_arithmetic", {"weights": {"mlp": 0.3, "embed": "0:1"}}, "no pattern matches lm_head.weight"),
         ("consensus", {"threshold": "0.2:-0.2"}, "threshold"),
-        ("dare", {"drop": {"layers.2": 1.0, "*": 0.5}}, "drop"),
+        ("dare", {"drop": {"layers.2": 1.1, "*": 0.5}}, "drop"),
         ("linear", {"weights": (1, "1:-1")}, "sum to zero"),
         ("linear", {"weights": {"mlp": [1, 2, 3], "*": 1}}, "weights has 3 values for 2 models"),
         ("linear", {"weights": [{"mlp": [1, 2], "*": 1}, 1]}, "a list has a value for each model"),
@@ -154,10 +185,10 @@ def test_values_by_depth_in_recipes_are_no_numbers_of_base_60() -> None:
         ("orthogonalize", {"gamma": float("inf")}, "gamma = inf: should be at most"),
         ("do", {"steps": 10**18}, "steps = 1000000000000000000: should be at most"),
         ("linear", {"weights": "0.5 0.5"}, "linear.weights = '0.5 0.5': should be a number$"),
-        ("ties", {"density": -1}, "ties.density = -1: should be greater than 0$"),
+        ("ties", {"density": -1}, "ties.density = -1: should be at least 0$"),
         ("ties", {"density": {}}, "should have at least 1 value$"),
         ("ties", {"scope": "all"}, "ties.scope = 'all': should be 'model' or 'tensor'$"),
-        ("linear", {"normalize": [1]}, "should be true or false$"),
+        ("linear", {"normalize": "yes:no"}, "should be true or false$"),
         ("dare+ties", {"seed": 1.5}, "dare.seed = 1.5: should be a whole number$"),
     ],
 )

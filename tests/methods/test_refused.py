@@ -22,7 +22,7 @@ def test_changes_alone_do_not_tell_the_weights(method: str) -> None:
 
 
 REFUSED: Any = [
-    ("della", {"density": 0.0}),
+    ("della", {"density": -0.1}),
     ("della", {"density": 1.5}),
     ("della", {"epsilon": -0.1}),
     ("della", {"density": 0.1}),  # minus epsilon is not above 0
@@ -31,7 +31,7 @@ REFUSED: Any = [
     ("della", {"density": (0.7, 0.7, 0.9)}),
     ("della", {"density": 0.7, "epsilon": (0.15, 0.15, 0.7)}),
     ("della", {"rescale": "both"}),
-    ("breadcrumbs", {"density": 0.0}),
+    ("breadcrumbs", {"density": -0.1}),
     ("breadcrumbs", {"density": 1.1}),
     ("breadcrumbs", {"gamma": -0.1}),
     ("breadcrumbs", {"gamma": 1.0}),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import equal
+from torch import Tensor, equal
 
 from support import references
 from support.changes import EXACT, F64, by_tensor, changes, close, merged, written
@@ -56,3 +56,20 @@ def test_ties_ranks_doubles_as_doubles() -> None:
     values = 1 + torch.randperm(1000, generator=torch.Generator().manual_seed(0)) * torch.tensor(1e-13, dtype=F64)
     wanted = torch.where(values >= values.sort().values[700], values, 0)
     assert equal(merged([{"a": values}], "ties", density=0.3), wanted)
+
+
+@pytest.mark.parametrize("densities", [(0.5, 0.5, 0.5), (0.3, 1.0, 0.0)])
+def test_ties_that_keeps_norms(densities: tuple[float, ...]) -> None:
+    """What is left of each tensor has the L1 norm of the whole; a density of 0 leaves nothing of a model."""
+
+    def trimmed(value: Tensor, density: float) -> Tensor:
+        kept = references.ties(value.flatten()[None], density or 1.0, normalize=False).view(value.shape)
+        return kept * (value.abs().sum() / kept.abs().sum()) if density else torch.zeros_like(value)
+
+    models = changes(3, 2, F64)
+    kept = [{n: trimmed(v, share) for n, v in each.items()} for each, share in zip(models, densities, strict=True)]
+    options: Any = {"scope": "tensor", "density": densities, "keep_norm": True}
+    for vote, zero in (("plain", "plus"), ("weighted", "majority")):
+        got = merged(models, "ties", vote=vote, zero=zero, **options)
+        wanted = by_tensor(kept, lambda part, how=(vote, zero): references.ties(flatten(part), 1.0, None, 1.0, *how))
+        assert close(got, wanted, 1e-12)

@@ -9,12 +9,11 @@ from pydantic import Field
 
 from merging.maths.coefficients import column
 from merging.maths.delta import Stack
-from merging.maths.lazy_torch import Tensor, torch
-from merging.maths.reductions import Sum
+from merging.maths.lazy_torch import Tensor
 from merging.maths.site import Site
-from merging.maths.sums import safe_ratio, spans
 from merging.methods.contract.method import Statistic, Statistics
 from merging.methods.contract.wrapper import Unwrapped, Wrapper
+from merging.methods.families.l1_norms import l1_ratios, l1_statistic
 
 __all__ = ["Dropping"]
 
@@ -41,17 +40,11 @@ class Dropping(Wrapper):
         """Return the changes ``[n, *shape]`` with dropped entries 0; ``divide`` the kept ones by their probability."""
 
     def required_statistics(self) -> tuple[Statistic, ...]:
-        own = (Statistic(_NORMS, Sum(), self._norms, per="tensor"),) if self.rescale == "l1" else ()
-        return own + super().required_statistics()
-
-    def _norms(self, stack: Stack, site: Site, statistics: Statistics) -> Tensor:
-        """Return parts of the L1 norms of each change before and after dropping, ``[2 n, parts]``."""
-        both = [spans(each.abs()) for each in (stack.dense(), self.thin(stack, site, divide=False))]
-        return torch.cat([torch.cat([whole.sum(-1), rest.sum(-1, keepdim=True)], 1) for whole, rest in both])
+        own = l1_statistic(_NORMS, lambda stack, site, statistics: self.thin(stack, site, divide=False))
+        return (*((own,) if self.rescale == "l1" else ()), *super().required_statistics())
 
     def unwrap(self, stack: Stack, site: Site, statistics: Statistics) -> Unwrapped:
         values = self.thin(stack, site, divide=self.rescale == "inverse")
         if self.rescale == "l1":
-            before, after = statistics[_NORMS].view(2, -1).tolist()
-            values *= column([safe_ratio(b, a) for b, a in zip(before, after, strict=True)], values)
+            values *= column(l1_ratios(statistics, _NORMS), values)
         return Unwrapped(self.then, Stack.of(values, stack.models, stack.present), site, lambda merged: merged)
