@@ -71,14 +71,20 @@ class RunCommand(click.Command):
     help="change a value of the recipe: scale=0.5, models.1=other/ (lists count from 0), density.mlp=0.3; may be "
     "repeated",
 )
+@click.option(
+    "--lenient", is_flag=True, help="in a recipe of mergekit, ignore what mergekit ignores, and say what it was"
+)
 @click.option("--recipe-only", is_flag=True, help="print the recipe as it would be carried out: nothing is merged")
 @execution_options
-def run_command(recipe: Path, settings: tuple[str, ...], recipe_only: bool, execution: Execution) -> None:
-    """Carry out a RECIPE: YAML with models, method and parameters, as --recipe-only prints it.
+def run_command(
+    recipe: Path, settings: tuple[str, ...], lenient: bool, recipe_only: bool, execution: Execution
+) -> None:
+    """Carry out a RECIPE: YAML with models, method and parameters, as --recipe-only prints it, or one of mergekit.
 
     \b
     merge run recipe.yml -o merged/
     merge run recipe.yml --set scale=0.5 --set models.1=other/ --dry-run
+    merge run mergekit_config.yml --recipe-only
     merge run - < recipe.yml
 
     Relative paths in a recipe are relative to its folder, in a recipe from standard input (-) or a pipe and in --set to
@@ -89,7 +95,7 @@ def run_command(recipe: Path, settings: tuple[str, ...], recipe_only: bool, exec
         from merging.plan.recipe_settings import parse_setting
 
         changes = [parse_setting(text) for text in settings]
-        loaded = _load(recipe, changes)
+        loaded = _load(recipe, changes, lenient)
         echo_notices(loaded.notices)
         loaded.check_counts()
         if recipe_only:
@@ -100,16 +106,16 @@ def run_command(recipe: Path, settings: tuple[str, ...], recipe_only: bool, exec
                 execute(loaded.recipe, execution, status, settings)
 
 
-def _load(path: Path, settings: list[Setting]) -> LoadedRecipe:
+def _load(path: Path, settings: list[Setting], lenient: bool) -> LoadedRecipe:
     from merging.plan.recipe_files import parse_recipe, read_recipe
     from merging.sources.small_files import RECIPE_LIMIT, decode_text
 
     if not _is_stream(path):
-        return read_recipe(path, settings)
+        return read_recipe(path, settings, lenient=lenient)
     name = "standard input" if str(path) == "-" else str(path)
     with click.open_file(str(path), "rb") as stream:
         content = stream.read(RECIPE_LIMIT + 1)
-    return parse_recipe(decode_text(content, name, RECIPE_LIMIT), name, settings)
+    return parse_recipe(decode_text(content, name, RECIPE_LIMIT), name, settings, lenient=lenient)
 
 
 def _is_stream(path: Path) -> bool:

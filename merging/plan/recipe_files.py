@@ -10,6 +10,8 @@ from pathlib import Path
 
 from merging.errors import InputError, MergingError, MergingWarning, OptionError
 from merging.hub.address import hub_address, local_path, no_such_path
+from merging.plan.mergekit.schema import is_mergekit
+from merging.plan.mergekit.translate import translate
 from merging.plan.recipe import Recipe
 from merging.plan.recipe_document import Keys, RecipeDocument, parse_document
 from merging.plan.recipe_settings import Setting, change_document, is_from_setting
@@ -81,14 +83,16 @@ def _before_errors(origin: str) -> Iterator[None]:
         raise type(error)(f"{origin}: {error}") from None
 
 
-def load_recipe(source: str | Path, where: str = "recipe") -> Recipe:
-    """Read a recipe from a file, or from YAML.
+def load_recipe(source: str | Path, where: str = "recipe", *, lenient: bool = False) -> Recipe:
+    """Read a recipe from a file, or from YAML: a recipe of ours, or of mergekit.
 
     Args:
         source: the path of a file, or YAML itself. A text is a path if it ends in ``.yml``, ``.yaml`` or ``.json``, or
             if there is such a file. Relative paths of models in a file are relative to its folder, in YAML to the
             working folder.
         where: the source of YAML, which errors name.
+        lenient: whether keys and parameters of a recipe of mergekit that mergekit ignores are ignored, with a warning
+            each, and not refused.
 
     Returns:
         The recipe, with all paths relative to the working folder.
@@ -105,8 +109,9 @@ def load_recipe(source: str | Path, where: str = "recipe") -> Recipe:
         ('a', 'b')
     """
     if isinstance(source, str) and not _is_path(source):
-        return parse_recipe(source, where).recipe
-    loaded = read_recipe(Path(source))
+        loaded = parse_recipe(source, where, lenient=lenient)
+    else:
+        loaded = read_recipe(Path(source), lenient=lenient)
     for notice in loaded.notices:
         warnings.warn(notice, MergingWarning, stacklevel=2)
     return loaded.recipe
@@ -121,27 +126,35 @@ def _is_path(text: str) -> bool:
         return False
 
 
-def read_recipe(path: Path, settings: Sequence[Setting] = ()) -> LoadedRecipe:
+def read_recipe(path: Path, settings: Sequence[Setting] = (), *, lenient: bool = False) -> LoadedRecipe:
     """Read a recipe from a file.
 
     Args:
         path: the file. Relative paths of models in it are relative to its folder.
         settings: values to change; paths in them are relative to the working folder.
+        lenient: whether what mergekit ignores in its recipes is ignored, with a notice, and not refused.
 
     Raises:
         FormatError: for a file that is not a YAML mapping.
         OptionError: for fields or values that no recipe has, and for a path that means one model in the recipe's folder
             and another in the working folder.
     """
-    document, notices = _resolve_paths(
-        parse_document(read_text(path, RECIPE_LIMIT, given=True), str(path)), path.parent
-    )
-    return _make(document, settings, path.parent, notices)
+    text = read_text(path, RECIPE_LIMIT, given=True)
+    document, remarks = _parse(text, str(path), path.parent, lenient)
+    document, notices = _resolve_paths(document, path.parent)
+    return _make(document, settings, path.parent, [*remarks, *notices])
 
 
-def parse_recipe(text: str, where: str, settings: Sequence[Setting] = ()) -> LoadedRecipe:
+def parse_recipe(text: str, where: str, settings: Sequence[Setting] = (), *, lenient: bool = False) -> LoadedRecipe:
     """Read a recipe from a text, whose paths are relative to the working folder. Raises as :func:`read_recipe` does."""
-    return _make(parse_document(text, where), settings, Path())
+    document, notices = _parse(text, where, Path(), lenient)
+    return _make(document, settings, Path(), notices)
+
+
+def _parse(text: str, where: str, folder: Path, lenient: bool) -> tuple[RecipeDocument, list[str]]:
+    """Return the document of a recipe in our schema, and remarks about a recipe of mergekit."""
+    document = parse_document(text, where)
+    return translate(document, folder, lenient) if is_mergekit(document.values) else (document, [])
 
 
 def _make(

@@ -38,11 +38,6 @@ def make_recipe(values: dict[str, Any], where: str = "recipe", origin: Place | N
         OptionError: for fields or values that no recipe has. It names the field and the values it accepts.
     """
     place = origin or (lambda keys: where)
-    if origin and (foreign := _find_mergekit(values)):
-        raise OptionError(
-            f"{origin(foreign)}: {foreign[-1]!r} is a key of mergekit: this is a recipe of mergekit, and `merge run` "
-            f"reads recipes of its own: see the pages 'Coming from' and 'Recipes' of the documentation"
-        )
     values = _with_entries(values, place, origin)
     _check_keys(values, place)
     if not isinstance(values.get("method", ""), (str, Method)):
@@ -216,17 +211,6 @@ def _check_keys(values: dict[str, Any], place: Place) -> None:
     for key in ("models", "method"):
         if values.get(key) is None:
             raise OptionError(f"{place((key,))}: the recipe has no {key!r}")
-
-
-def _find_mergekit(values: dict[str, Any]) -> Keys:
-    """Return the way to the first key that only recipes of mergekit have, or ``()``."""
-    for key, value in values.items():
-        if key in ("merge_method", "base_model", "slices"):
-            return (key,)
-        for index, each in enumerate(value if key == "models" and isinstance(value, (list, tuple)) else ()):
-            if isinstance(each, dict) and "model" in each and each.keys() <= {"model", "parameters"}:
-                return (key, index, "model")
-    return ()
 
 
 def _find_refused(values: dict[str, Any]) -> tuple[str, ...]:

@@ -108,7 +108,7 @@ def test_entries_in_python() -> None:
         (TREE.replace("[q]", "q"), "recipe, line 17: stack should be a list of parts"),
         (TREE.replace("[q]", "[]"), "recipe, line 17: stack should be a list of parts"),
         (TREE.replace("[q]", "[7]"), "recipe, line 17: stack.0 = 7: should be {model: NAME, layers: 0:8}"),
-        (TREE.replace("base: b", "base_model: b"), "recipe, line 11: 'base_model' is a key of mergekit"),
+        (TREE.replace("base: b", "base_model: b"), "recipe, line 11: there is no 'base_model'"),
         (TREE.replace("  method: ties\n", ""), "recipe, line 4: the recipe has no 'method'"),
         (STACK + "models: [c]\n", "recipe, line 1: a recipe has either models or a stack, and this one has both"),
         (STACK + "scale: 2\n", "recipe, line 5: there is no 'scale'"),

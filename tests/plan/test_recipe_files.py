@@ -134,13 +134,7 @@ def test_a_recipe_from_a_pipe(folder: Path, given: str) -> None:
         (TIES.replace("models", "model"), "recipe, line 1: there is no 'model' (did you mean 'models'?)"),
         ("method: ties\n", "recipe: the recipe has no 'models'"),
         (TIES + "  density: 1\n", "recipe, line 10: ties.density and density are the same parameter"),
-        (
-            "merge_method: ties\nmodels: [a]\n",
-            "recipe, line 1: 'merge_method' is a key of mergekit: this is a recipe of",
-        ),
-        ("models:\n- model: a\nmethod: ties\n", "recipe, line 2: 'model' is a key of mergekit"),
-        ("dtype: float16\nslices: []\n", "recipe, line 2: 'slices' is a key of mergekit"),
-        ("models: [a]\nbase_model: b\n", "recipe, line 2: 'base_model' is a key of mergekit"),
+        (TIES + "base_model: base\n", "recipe, line 10: there is no 'base_model'"),
     ],
 )
 def test_errors_state_the_line(text: str, message: str) -> None:

@@ -1,0 +1,114 @@
+"""Parameters at all levels of a recipe of mergekit: source over slice over module over the whole recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from merging.errors import nearest
+from merging.plan.mergekit.methods import MethodSpec, Parameter
+from merging.plan.mergekit.reading import Reading
+from merging.plan.mergekit.schema import top
+from merging.plan.mergekit.values import FilterRule, convert_points, join_rules, read_rules, state
+from merging.plan.recipe_document import Keys
+
+__all__ = ["Levels", "Stated", "check_names", "read_parameters"]
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """The places of ``parameters`` that count for a merge, the nearest first.
+
+    Attributes:
+        models: the place of each model's own parameters.
+        shared: the places of parameters for all models.
+    """
+
+    models: Sequence[Keys]
+    shared: Sequence[Keys]
+
+
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """A parameter in our schema, and the keys of its value in the document; none for a default."""
+
+    value: Any
+    keys: Keys | None
+
+
+def check_names(reading: Reading, method: str, spec: MethodSpec, keys: Keys, *, of_model: bool) -> None:
+    """Refuse parameters that the method does not have, or has for all models only.
+
+    Raises :class:`~merging.errors.OptionError`.
+    """
+    for name in reading.mapping(keys, "parameters"):
+        parameter = spec.parameters.get(name)
+        if parameter is None:
+            known = list(spec.parameters)
+            hint = nearest(name, known)
+            if not hint and name in top():
+                hint = ": it is a key of the recipe itself, not a parameter"
+            if not hint:
+                hint = f": its parameters are {', '.join(known)}" if known else ", nor any other"
+            reading.ignore((*keys, name), f"{method} has no parameter {name!r}{hint}")
+        elif of_model and not parameter.per_model:
+            reading.ignore(
+                (*keys, name), f"{name} of {method} is one for all models: write it under parameters of the recipe"
+            )
+
+
+def read_parameters(reading: Reading, method: str, spec: MethodSpec, levels: Levels) -> dict[str, Stated]:
+    """Return the parameters of a merge in our schema, by our names.
+
+    Raises :class:`~merging.errors.OptionError` for values that the method does not take, and for a parameter that it
+    needs and that a model lacks.
+    """
+    stated: dict[str, Stated] = {}
+    for name, parameter in spec.parameters.items():
+        places = levels.models if parameter.per_model else [()]
+        rules = [_resolve(reading, name, parameter, own, levels.shared) for own in places]
+        for own, each in zip(places, rules, strict=True):
+            if parameter.required and not each:
+                raise _missing(reading, name, method, own)
+        given = next((rule.keys for each in rules for rule in each if rule.keys), None)
+        if parameter.idle and given:
+            reading.note(given, f"{name} has no effect with {method}: {parameter.idle}")
+        if parameter.target and any(rules):
+            values = [state(each) for each in rules]
+            same = all(value == values[0] for value in values)
+            stated[parameter.target] = Stated(values[0] if same else values, given)
+    if method == "nuslerp":
+        stated["axis"] = _axis(reading, stated.pop("flatten"), stated.pop("row_wise"))
+    return stated
+
+
+def _axis(reading: Reading, flatten: Stated, row_wise: Stated) -> Stated:
+    """Return our axis of nuslerp. mergekit's ``row_wise`` goes down the columns."""
+    for each in (flatten, row_wise):
+        if not isinstance(each.value, bool):
+            raise reading.error(each.keys or (), "nuslerp takes one axis for the whole merge: write true or false")
+    axis = "flat" if flatten.value else "columns" if row_wise.value else "rows"
+    return Stated(axis, row_wise.keys or flatten.keys)
+
+
+def _resolve(reading: Reading, name: str, parameter: Parameter, own: Keys, shared: Sequence[Keys]) -> list[FilterRule]:
+    """Return the rules of a parameter for one model, or for all of them where ``own`` is empty."""
+    levels = [
+        read_rules(reading, (*keys, name), parameter.bounds)
+        for keys in ((own, *shared) if own else shared)
+        if name in reading.mapping(keys, "parameters")
+    ]
+    rules = join_rules(levels)
+    if rules and parameter.convert:
+        rules = convert_points(rules, parameter.convert)
+    if parameter.default is None or not (rules or parameter.target):
+        return rules
+    default = parameter.convert(parameter.default) if parameter.convert else parameter.default
+    return join_rules([rules, [FilterRule("*", (default,), ())]])
+
+
+def _missing(reading: Reading, name: str, method: str, own: Keys) -> Exception:
+    if own:
+        return reading.error(own, f"{method} needs a {name} for each model: write parameters: {{{name}: 1.0}}")
+    return reading.error(("merge_method",), f"{method} needs {name}: write it under parameters of the recipe")
