@@ -52,7 +52,8 @@ class DefaultGroup(SectionedGroup):
         words = list(sys.argv[1:] if args is None else args)
         if not standalone_mode:
             return super().main(words, prog_name, complete_var, standalone_mode=False, **extra)
-        with command_line_words(), exit_with_message("--json" in words), warnings.catch_warnings():
+        flags = {str(param.name) for param in run_command.params} if words[:1] == ["run"] else None
+        with command_line_words(flags), exit_with_message("--json" in words), warnings.catch_warnings():
             warnings.simplefilter("ignore", ResultWarning)  # the commands print all notices
             code = super().main(words, prog_name, complete_var, standalone_mode=False, **extra)
         sys.exit(code if isinstance(code, int) else 0)

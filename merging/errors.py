@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -150,19 +150,31 @@ _FLAGS = {
 }
 """The options that are spelled in another way than their parameters in Python."""
 
+_KEYS = {"kind": "as"}
+"""The keys of recipes that are spelled in another way than their parameters in Python."""
+
 _on_command_line = False
 """Whether a command runs. One switch for the whole process, since its worker threads raise errors too."""
 
+_flags: Collection[str] | None = None
+"""The parameters that are options of the running command, where all others are keys of its recipe."""
+
 
 @contextmanager
-def command_line_words() -> Iterator[None]:
-    """Name options as on the command line in all messages while a command runs, instead of as in Python."""
-    global _on_command_line
-    before, _on_command_line = _on_command_line, True
+def command_line_words(flags: Collection[str] | None = None) -> Iterator[None]:
+    """Name options as on the command line in all messages while a command runs, instead of as in Python.
+
+    Args:
+        flags: The parameters that are options of a command with a recipe: messages name all others as keys of the
+            recipe. By default all are options.
+    """
+    global _on_command_line, _flags
+    before = _on_command_line, _flags
+    _on_command_line, _flags = True, flags
     try:
         yield
     finally:
-        _on_command_line = before
+        _on_command_line, _flags = before
 
 
 def either(command_line: str, python: str) -> str:
@@ -178,6 +190,9 @@ def option(name: str, *values: str | float) -> str:
         values: The value to give, or several to choose from; True or False for a switch. A text in capitals stands
             for a value.
     """
+    if _on_command_line and _flags is not None and name not in _flags:
+        said = " or ".join(str(value).lower() if isinstance(value, bool) else str(value) for value in values)
+        return f"{_KEYS.get(name, name)}{': ' if said else ''}{said} in the recipe"
     flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
     if values == (False,):
         flag = flag.replace("--", "--no-")

@@ -229,8 +229,8 @@ def choose_output(
     if base is None:
         if checkpoints and (method.merge_space == "delta" or method.rescales):
             raise InputError(
-                f"full checkpoints with a method that works on changes need {option('base')}: {method.chain} merges "
-                f"what each model changed of the model they were all trained from"
+                f"{method.chain} merges what each model changed of the model they were all trained from: full "
+                f"checkpoints need this model as {option('base')}"
             )
         if checkpoints and adapters:
             raise InputError(f"full checkpoints and adapters can be merged together only with {option('base')}")

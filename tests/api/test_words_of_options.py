@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import merging
 from merging.api.usage import describe_usage
+from merging.cli.main import cli
 from merging.errors import MergingError, command_line_words, either, name_options, option
 from merging.serving import PROGRAMS, verify
 from support.commands import refused
@@ -128,6 +130,38 @@ def test_option(arguments: tuple[Any, ...], flag: str, keyword: str) -> None:
             assert either("typed", "called") == "typed"
         assert option(*arguments) == flag
     assert either("typed", "called") == "called"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("base",), "base in the recipe"),
+        (("kind", "model"), "as: model in the recipe"),
+        (("normalize", False), "normalize: false in the recipe"),
+        (("allow_different_bases", True), "allow_different_bases: true in the recipe"),
+        (("overwrite", True), "--overwrite"),
+    ],
+)
+def test_settings_of_a_recipe(arguments: tuple[Any, ...], words: str) -> None:
+    """Where a recipe is carried out, only the options of `merge run` are named as such."""
+    with command_line_words({"overwrite", "output"}):
+        assert option(*arguments) == words
+        with command_line_words():
+            assert option(*arguments).startswith("--")
+        assert option(*arguments) == words
+    assert "recipe" not in option(*arguments)
+
+
+def test_run_names_the_keys_of_its_recipe(folder: Path) -> None:
+    recipe = folder / "lacking.yml"
+    recipe.write_text("models: [tuned0, tuned1]\nmethod: ties\n", encoding="utf-8")
+    for words, hint in ((["run", recipe], "base in the recipe"), (["-m", "ties", folder / "tuned0"], "--base")):
+        said = CliRunner().invoke(cli, [*map(str, words), "-o", str(folder / "none")]).stderr
+        assert said.endswith(f"full checkpoints need this model as {hint}\n")
+    taken = CliRunner().invoke(
+        cli, ["run", str(recipe), "--set", f"base={folder / 'base'}", "-o", str(folder / "taken")]
+    )
+    assert "choose another -o, or use --overwrite" in taken.stderr
 
 
 @pytest.fixture(scope="module")

@@ -211,7 +211,7 @@ def large(tmp: Path) -> tuple[Options, list[Options]]:
 
 
 HINTS: dict[str, Case] = {
-    "full checkpoints with a method that works on changes need --base": origin,
+    "full checkpoints need this model as --base": origin,
     "full checkpoints and adapters can be merged together only with --base": mixed,
     "a model can be made of adapters only with --base": baked,
     "merges weights, which adapters have only with --base: give it": weights,
