@@ -240,7 +240,6 @@ def merge_plan(
         if not is_file(destination):
             notices += write_companions(described, staged.folder, done)
         staged.commit()
-    energy = [done.energy_notice] if done.energy_notice else []
     merged = Merged(
         path=destination,
         kind=plan.output,
@@ -250,7 +249,7 @@ def merge_plan(
         seconds=done.seconds,
         rank=plan.rank or None,
         format=plan.format if plan.output == "adapter" else None,
-        notices=(*notices, *done.notices, *energy, *staged.notices),
+        notices=(*notices, *done.notices, *done.energy_notices, *staged.notices),
         discarded=done.discarded,
         facts=done.metrics,
     )

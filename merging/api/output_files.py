@@ -34,7 +34,7 @@ def write_companions(plan: Plan, folder: Path, done: Done) -> list[str]:
     """Write the files that go with the weights, and return remarks on them."""
     if plan.output == "model":
         return write_model_companions(plan, folder)
-    write_adapter_companions(plan, folder, [done.energy_notice] if done.energy_notice else [])
+    write_adapter_companions(plan, folder, done.energy_notices)
     copy_companions(plan, folder)
     return []
 

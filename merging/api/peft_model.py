@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from merging.api.merge_tensors import make_method, merge_changes
 from merging.api.peft_tensors import changes_in_memory, limit_rank
+from merging.display.notices import describe_discarded, report_notices
 from merging.errors import InputError, OptionError, nearest, option
 from merging.maths.delta import Delta, LowRank
 from merging.maths.lazy_torch import torch
@@ -52,7 +53,7 @@ def merge_peft(
         method: a method, or a chain as it is written (``"lines+task_arithmetic"``).
         adapter_name: the name of the new adapter.
         rank: the rank of the new adapter. By default it is the sum of the ranks, which is exact for methods that merge
-            factors.
+            factors. A rank that discards more than a tenth of a change's energy is a warning.
         exclude: names, parts of names or wildcards of tensors that the new adapter does not change.
         keys: one key an adapter for methods that draw random numbers; the positions by default.
         allow_nonfinite: whether NaN and infinities are merged, which spread over the result.
@@ -90,12 +91,14 @@ def merge_peft(
             allow_nonfinite=allow_nonfinite,
         )
         width = max(min(rank or target.rank, target.full_rank) for target in targets.values())
-        factors = {name: target.factor(merged[name], width) for name, target in targets.items()}
+        cut = {name: target.factor(merged[name], width) for name, target in targets.items()}
+        factors = {name: each for name, (each, _) in cut.items()}
         for name, each in factors.items():
             if not allow_nonfinite and not (each.up.isfinite().all() and each.down.isfinite().all()):
                 raise InputError(f"{name}: the merged values are beyond the range of {each.up.dtype}")
         config = _merged_config(model, adapters[0], targets, width)
         _add_adapter(model, adapter_name, config, [(targets[name].layer, factors[name]) for name in targets])
+    report_notices(describe_discarded({name: share for name, (_, share) in cut.items()}, f"raise {option('rank')}"))
 
 
 def _check_names(model: PeftModel, adapters: Sequence[str], adapter_name: str) -> list[str]:
@@ -115,7 +118,9 @@ def _check_names(model: PeftModel, adapters: Sequence[str], adapter_name: str) -
     if hasattr(torch.nn.ModuleDict, adapter_name):
         raise OptionError(f"{adapter_name!r} cannot name an adapter, as torch has it: choose another name")
     if adapter_name in loaded:
-        taken = f"the model has such an adapter already: choose another {option('adapter_name')}"
+        taken = (
+            f"the model has such an adapter already: choose another {option('adapter_name')}, or call delete_adapter"
+        )
         raise OptionError(f"{adapter_name!r}: {taken}")
     return list(adapters)
 
@@ -152,15 +157,18 @@ class _Target:
         upper = up.to(dtype).reshape(-1, len(down)) * change.scale
         self.deltas[slot] = LowRank(upper, down.to(dtype).reshape(len(down), -1), self.shape, self.transposed)
 
-    def factor(self, merged: Delta, rank: int) -> LowRank:
-        """Return the merged change as factors of exactly this rank, in the type of the adapters' factors."""
-        factors = limit_rank(merged, rank, self.transposed)
+    def factor(self, merged: Delta, rank: int) -> tuple[LowRank, float]:
+        """Return the merged change as factors of exactly this rank, and the share of its energy that they discard.
+
+        The factors have the type of the adapters' factors.
+        """
+        factors, discarded = limit_rank(merged, rank, self.transposed)
         if self.dtype == torch.float16:
             factors = balance_terms(factors, factors.up.dtype)
         missing = rank - factors.rank
         down = torch.nn.functional.pad(factors.down, (0, 0, 0, missing)).to(self.dtype)
         up = torch.nn.functional.pad(factors.up, (0, missing)).to(self.dtype)
-        return LowRank(up, down, self.shape, factors.transposed)
+        return LowRank(up, down, self.shape, factors.transposed), discarded
 
 
 def _read_targets(model: PeftModel, adapters: Sequence[str], exclude: Sequence[str]) -> dict[str, _Target]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merging.display.notices import describe_discarded, report_notices
 from merging.errors import InputError, option
 from merging.maths.delta import Delta, LowRank
 from merging.maths.lazy_torch import Tensor, torch
@@ -86,7 +87,7 @@ def peft_state_dict(
 
     Returns:
         A state dict for ``peft.set_peft_model_state_dict``, and its config. All targets have one rank, with zeros up to
-        it, and alpha is equal to the rank.
+        it, and alpha is equal to the rank. A rank that discards more than a tenth of a change's energy is a warning.
 
     Raises:
         InputError: for changes that are not matrices, and for full changes without ``rank``.
@@ -103,13 +104,15 @@ def peft_state_dict(
     turned = {target for target, delta in deltas.items() if isinstance(delta, LowRank) and delta.transposed}
     turned |= inputs_by_outputs({target: delta.shape for target, delta in deltas.items()})
     low: dict[str, LowRank] = {}
+    discarded: dict[str, float] = {}
     for target, delta in deltas.items():
         if rank is None and not isinstance(delta, LowRank):
             raise InputError(
                 f"{target}: PEFT's linear LoRA holds only low-rank changes, and this one is full: choose a rank with "
                 f"{option('rank')}"
             )
-        low[target] = limit_rank(delta, rank, target in turned)
+        low[target], discarded[target] = limit_rank(delta, rank, target in turned)
+    report_notices(describe_discarded(discarded, f"raise {option('rank')}"))
     width = max(delta.rank for delta in low.values())
     state: dict[str, Tensor] = {}
     for target, factors in low.items():
@@ -121,13 +124,13 @@ def peft_state_dict(
     return state, lora_config(rank=width, target_modules=modules, fan_in_fan_out=bool(turned))
 
 
-def limit_rank(delta: Delta, rank: int | None, transposed: bool) -> LowRank:
-    """Return factors of at most ``rank`` of a change: cut optimally, or found for a change that is full.
+def limit_rank(delta: Delta, rank: int | None, transposed: bool) -> tuple[LowRank, float]:
+    """Return the best factors of at most ``rank`` for a change, and the share of its energy that they discard.
 
     ``transposed``: a full change belongs to a tensor that is stored as ``[in, out]``.
     """
     if isinstance(delta, LowRank):
-        return delta if rank is None else truncate(delta, rank)[0]
+        return (delta, 0.0) if rank is None else truncate(delta, rank)
     matrix = delta.value.reshape(len(delta.value), -1)
     most = min(matrix.shape) if rank is None else rank
-    return compress_matrix(matrix.mT if transposed else matrix, most, delta.shape, transposed)[0]
+    return compress_matrix(matrix.mT if transposed else matrix, most, delta.shape, transposed)

@@ -5,16 +5,37 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from statistics import fmean
 
 from merging.errors import ResultWarning
 
-__all__ = ["report_notices"]
+__all__ = ["describe_discarded", "report_notices"]
 
 _WARNING = "warning: "
 """The beginning of a notice that the result may not be as wanted."""
 
 _log = logging.getLogger(__name__)
+
+
+def describe_discarded(discarded: Mapping[str, float], remedy: str) -> list[str]:
+    """Return the notice about the energy that a rank discards, a warning above a tenth.
+
+    Args:
+        discarded: the share of each tensor's energy that is discarded.
+        remedy: a clause about the ways to keep it.
+
+    Returns:
+        The notice alone in a list, which is empty if next to nothing is discarded.
+    """
+    if not discarded or max(discarded.values()) < 5e-4:
+        return []
+    worst, most = max(discarded.items(), key=lambda each: each[1])
+    mean, start = fmean(discarded.values()), _WARNING if most > 0.1 else ""
+    return [
+        f"{start}the rank discards {mean:.1%} of the energy of the change on average, {most:.1%} at worst ({worst}): "
+        f"{remedy}"
+    ]
 
 
 def report_notices(notices: Iterable[str]) -> None:

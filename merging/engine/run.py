@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
+from merging.display.notices import describe_discarded
 from merging.display.progress import Progress
 from merging.engine.outputs import Sink
 from merging.engine.spool import Spool
@@ -46,16 +47,9 @@ class Done:
     metrics: dict[str, float]
 
     @property
-    def energy_notice(self) -> str | None:
-        """A sentence about the energy that the rank discards, a warning above a tenth; None if it is tiny."""
-        if not self.discarded or max(self.discarded.values()) < 5e-4:
-            return None
-        worst, most = max(self.discarded.items(), key=lambda each: each[1])
-        mean, warning = fmean(self.discarded.values()), "warning: " if most > 0.1 else ""
-        return (
-            f"{warning}the rank discards {mean:.1%} of the energy of the change on average, {most:.1%} at worst "
-            f"({worst}): raise {option('rank')}, or use {option('kind', 'model')}"
-        )
+    def energy_notices(self) -> list[str]:
+        """The notice about the energy that the rank discards, if it discards any."""
+        return describe_discarded(self.discarded, f"raise {option('rank')}, or use {option('kind', 'model')}")
 
 
 def run(

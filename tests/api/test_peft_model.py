@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,22 @@ def test_memory_and_files_make_the_same_model(
     )
     of_files = peft.PeftModel.from_pretrained(reload(folder / "base"), tmp_path / "files", adapter_name="merged")
     assert_close(baked(model), baked(of_files), 1e-5)
+
+
+def test_a_rank_that_discards_much_warns_as_files_do(folder: Path, tmp_path: Path) -> None:
+    model, share = load(folder, "one", "two"), r"the rank discards [\d.]+% of the energy of the change on average, .*\)"
+    said = []
+    with pytest.warns(merging.MergingWarning, match=share) as issued:
+        merging.merge_peft(model, ["one", "two"], method="ties", rank=1)
+    said.append(str(issued[0].message))
+    with pytest.warns(merging.MergingWarning, match=share) as issued:
+        merging.merge([folder / "one", folder / "two"], method="ties", rank=1, output=tmp_path / "files")
+    said.append(str(issued[0].message))
+    assert said[0] == said[1].replace(', or use kind="model"', "")
+    assert said[0].endswith(": raise rank=")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", merging.MergingWarning)
+        merging.merge_peft(model, ["one", "two"], method="linear", adapter_name="exact")
 
 
 def test_new_adapter_is_saved_and_loads_again(folder: Path, tmp_path: Path) -> None:
