@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from merging.api.arguments import check_deltas, check_method, check_state_dict, check_state_dicts
 from merging.engine.in_memory import TensorInputs, merge_in_memory
-from merging.errors import InputError, OptionError
+from merging.errors import InputError, OptionError, option
 from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.maths.layers import Stacks
 from merging.maths.lazy_torch import Tensor, torch
@@ -179,7 +179,12 @@ def merge_changes(
 ) -> dict[str, Delta]:
     """Merge adapters as :func:`merge_deltas` does; ``of_model`` are the model's tensors, which show its blocks."""
     if bound.merge_space == "weights" and not bound.factored:
-        raise OptionError(f"{bound.chain} merges weights, and these are changes: add them to the base first")
+        spaces = any("space" in type(link).model_fields for link in bound.links())
+        instead = f"use {option('space', 'changes')}, or " if spaces else ""
+        raise OptionError(
+            f"{bound.chain} merges weights, and these are changes: {instead}merge the adapters' files, with "
+            f"{option('base')}"
+        )
     names = dict.fromkeys(name for adapter in adapters for name in adapter)
     for name in all_matching(exclude, names):
         del names[name]

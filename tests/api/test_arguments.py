@@ -87,6 +87,10 @@ def test_models_of_a_wrong_type(function: Callable[..., object], models: Any, me
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"weights": [1, 2, 3]},
+            "weights has 3 values for 2 models: give one value for all, or a list of 2, in the order",
+        ),
         ({"method": None}, "method should be a name or a method, and is None"),
         ({"method": Linear}, "method should be a name or a method, and is the class Linear: call it"),
         ({"base": STATE}, "base should be a path or a name on the Hub, and is a state dict"),
@@ -107,6 +111,24 @@ def test_options_of_a_wrong_type(
     with pytest.raises(MergingError, match=message):
         merging.merge(["tuned0", "tuned1"], **{"method": "linear", "output": "out", **options})
     assert not (tmp_path / "out").exists()
+
+
+def test_several_models_where_one_is_taken(tmp_path: Path) -> None:
+    checkpoint(tmp_path)
+    store = merging.ContinualStore.create(tmp_path / "store", base=tmp_path / "base")
+    pair: Any = [tmp_path / "tuned0", tmp_path / "tuned1"]
+    calls: list[Callable[[], object]] = [
+        lambda: store.add(pair),
+        lambda: merging.ContinualStore.create(tmp_path / "other", base=pair),
+        lambda: merging.compress(pair, tmp_path / "pack"),
+        lambda: merging.decompress(pair, tmp_path / "model"),
+    ]
+    for call in calls:
+        with pytest.raises(
+            OptionError, match=r"(model|base|pack) should be a path or a name on the Hub, and is a list"
+        ):
+            call()
+    assert not store.log()
 
 
 def test_tensors_of_a_wrong_base_or_method() -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from merging.display.tables import Displayed
-from merging.errors import OptionError, explain_invalid, nearest, option
+from merging.errors import OptionError, either, explain_invalid, nearest, option
 from merging.maths.coefficients import spread
 from merging.maths.delta import Delta, Stack
 from merging.maths.lazy_torch import Tensor
@@ -147,9 +147,10 @@ class Method(Displayed, BaseModel, ABC):
                 raise OptionError(f"{self.name}.{field} holds NaN or infinities, and a parameter is a finite number")
             given = len(value) if isinstance(value, tuple) or (isinstance(value, Tensor) and value.dim()) else None
             if given is not None and given != models:
+                several = either(f"{models} separated by commas", f"a list of {models}")
                 raise OptionError(
-                    f"{field} has {given} values for {models} models: give one value for all, or {models} separated by "
-                    f"commas, in the order of the models"
+                    f"{field} has {given} values for {models} models: give one value for all, or {several}, in the "
+                    f"order of the models"
                 )
 
     def idle(self, site: Site) -> Mapping[str, str]:
