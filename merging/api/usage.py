@@ -87,9 +87,11 @@ def _ways_of_model(subject: Subject, path: Path) -> Iterator[str]:
 def _ways_of_pack(path: Path) -> Iterator[str]:
     yield "merge it as it is"
     of_model = read_pack(path).manifest.dialect is None
-    command = f"merge decompress {shlex.quote(str(path))} -o FOLDER{' --base BASE' if of_model else ''}"
-    call = f"merging.decompress({str(path)!r}, FOLDER{', base=BASE' if of_model else ''})"
-    yield f"{either(command, call)} for other programs"
+    unpack = either(
+        f"merge decompress {shlex.quote(str(path))} -o FOLDER{' --base BASE' if of_model else ''}",
+        f"merging.decompress({str(path)!r}, FOLDER{', base=BASE' if of_model else ''})",
+    )
+    yield f"{unpack} for other programs"
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

@@ -296,7 +296,8 @@ def _spell(part: ast.expr) -> str:
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id != "option":
             return "{}"
         with command_line_words():
-            return option(*(each.value for each in call.args if isinstance(each, ast.Constant)))
+            known = [each.value for each in call.args if isinstance(each, ast.Constant)]
+            return option(*known) if known else "{}"
     return str(part.value) if isinstance(part, ast.Constant) else "{}"
 
 
