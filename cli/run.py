@@ -119,5 +119,8 @@ def _load(path: Path, settings: list[Setting], lenient: bool) -> LoadedRecipe:
 
 
 def _is_stream(path: Path) -> bool:
-    """Return whether a path is standard input, a pipe or the like, and so has no folder of its own."""
-    return str(path) == "-" or path.is_fifo() or path.is_relative_to("/dev") or path.is_relative_to("/proc/self/fd")
+    """Return whether a path is standard input or a pipe of the shell's, and so has no folder of its own.
+
+    A pipe with another name is refused as a file: it may have no writer, for whom one would wait without end.
+    """
+    return str(path) == "-" or path.is_relative_to("/dev") or path.is_relative_to("/proc/self/fd")
