@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from merging.engine.run import Done
 from merging.maths.lazy_torch import torch
-from merging.output.lora_header import lora_metadata, lora_stem
+from merging.output.header import header_metadata
+from merging.output.lora_header import lora_stem
 from merging.output.model_folder import copy_companions, write_model_companions
 from merging.output.peft_config import write_adapter_companions
 from merging.plan import Plan
 from merging.sources.dtypes import DTYPES
 from merging.storage.writer import ComponentWriter, TensorWriter
-from merging.version import __version__
 
 __all__ = ["is_file", "make_writer", "write_companions", "write_constants"]
 
@@ -41,7 +40,7 @@ def write_companions(plan: Plan, folder: Path, done: Done) -> list[str]:
 
 def make_writer(plan: Plan, folder: Path, destination: Path) -> TensorWriter | ComponentWriter:
     """Return the writer of the output's weights, with the file names that readers look for."""
-    metadata = _metadata(plan)
+    metadata = header_metadata(plan)
     if is_file(destination):
         return TensorWriter(folder, destination.stem, plan.outs, metadata, None)
     reference = plan.reference
@@ -51,13 +50,3 @@ def make_writer(plan: Plan, folder: Path, destination: Path) -> TensorWriter | C
     if stems:
         return ComponentWriter(folder, stems, plan.outs, metadata, plan.recipe.shard_size)
     return TensorWriter(folder, reference.stem, plan.outs, metadata, plan.recipe.shard_size)
-
-
-def _metadata(plan: Plan) -> dict[str, str]:
-    """Return the header entries of every output file: the recipe, the versions, and a bare adapter's whole config."""
-    metadata = {
-        "merging_recipe": json.dumps(plan.recipe.to_dict(), ensure_ascii=False),
-        "merging_version": __version__,
-        "torch_version": torch.__version__,
-    }
-    return metadata | lora_metadata(plan) if plan.output == "adapter" else metadata

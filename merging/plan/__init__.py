@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from dataclasses import replace
 
 from merging.errors import InputError, OptionError, option
 from merging.hub.open_model import open_base, open_model
@@ -26,6 +27,7 @@ from merging.plan.merge_plan import Plan
 from merging.plan.outputs.planned import PlannedOutput
 from merging.plan.outputs.to_adapter import plan_adapter
 from merging.plan.outputs.to_model import plan_model
+from merging.plan.provenance import record_sources
 from merging.plan.recipe import Entry, Recipe
 from merging.sources import Adapter, Checkpoint, Model
 
@@ -54,7 +56,9 @@ def make_plan(recipe: Recipe, rank_steps: Sequence[int] = ()) -> Plan:
     models = tuple(open_model(_name_of(entry), recipe.lora_alpha, recipe.dequantise) for entry in recipe.models)
     recipe.method.check(len(models))
     base = None if recipe.base is None else open_base(_name_of(recipe.base), option("base"), recipe.dequantise)
-    return plan_of(recipe, models, base, rank_steps, find_task_heads(models, base, recipe.exclude))
+    plan = plan_of(recipe, models, base, rank_steps, find_task_heads(models, base, recipe.exclude))
+    opened = zip((*recipe.models, recipe.base), (*models, base), strict=True)
+    return replace(plan, sources=record_sources(recipe, {name: each for name, each in opened if isinstance(name, str)}))
 
 
 def plan_of(

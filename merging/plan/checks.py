@@ -22,6 +22,7 @@ __all__ = [
     "check_related",
     "choose_output",
     "idle_options",
+    "key_of",
     "make_content_keys",
     "note_assumed_linear",
     "same_base",
@@ -40,14 +41,19 @@ def make_content_keys(models: Sequence[Checkpoint | Adapter]) -> tuple[tuple[str
     keys: list[str] = []
     paths: dict[str, list[str]] = {}
     for model in models:
-        changes = model.changes if isinstance(model, Adapter) else {}
-        parts = {f"{name} {i}": part for name, change in changes.items() for i, part in enumerate(change.tensors)}
-        tensors = model.tensors if isinstance(model, Checkpoint) else parts
-        key = content_key(tensors) if all(each.at_hand for each in tensors.values()) else files_key(tensors)
+        key = key_of(model)
         same = paths.setdefault(key, [])
         keys.append(f"{key}#{len(same)}" if same else key)
         same.append(str(model.path))
     return tuple(keys), [_describe_repeats(same) for same in paths.values() if len(same) > 1]
+
+
+def key_of(model: Checkpoint | Adapter) -> str:
+    """Return a key of a model's content, from samples of its values, or from the hashes of files on the Hub."""
+    changes = model.changes if isinstance(model, Adapter) else {}
+    parts = {f"{name} {i}": part for name, change in changes.items() for i, part in enumerate(change.tensors)}
+    tensors = model.tensors if isinstance(model, Checkpoint) else parts
+    return content_key(tensors) if all(each.at_hand for each in tensors.values()) else files_key(tensors)
 
 
 def _describe_repeats(paths: Sequence[str]) -> str:

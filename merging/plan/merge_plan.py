@@ -10,6 +10,7 @@ from merging.maths.lazy_torch import torch
 from merging.plan import estimates
 from merging.plan.inputs.vocabulary import Vocabulary
 from merging.plan.items import Constant, Item
+from merging.plan.provenance import SourceRecord
 from merging.plan.recipe import AdapterFormat, Recipe
 from merging.sources import Checkpoint, Model
 from merging.sources.dtypes import DTYPES
@@ -38,6 +39,7 @@ class Plan(Tabular):
         format: the name of the form of a merged adapter's file.
         header: the program whose entries the file's header has, if it has any.
         constants: numbers that the file holds in addition to merged tensors.
+        sources: records of the models that the recipe names, with keys of their content.
     """
 
     recipe: Recipe
@@ -55,6 +57,7 @@ class Plan(Tabular):
     format: str = "peft"
     header: AdapterFormat | None = "peft"
     constants: tuple[Constant, ...] = ()
+    sources: tuple[SourceRecord, ...] = ()
 
     def _display_table(self) -> Table:
         rank = f" of rank {self.rank}" if self.rank else ""

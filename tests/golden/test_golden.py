@@ -2,7 +2,8 @@
 
 A change that is wanted is recorded by ``python tests/golden/test_golden.py``, which writes ``golden.json``.
 
-Versions in headers differ from release to release and are taken out before hashing. The merges of ``EXACT`` have the
+Versions in headers differ from release to release and are taken out before hashing, as are the keys of the sources,
+which version 0.1.0 did not write. The merges of ``EXACT`` have the
 same bytes on every processor and with every torch. Those of ``APPROXIMATE`` are held to a sketch of their values
 everywhere, and to their bytes only with the torch, the processor and the kernels that the list was recorded on.
 """
@@ -30,7 +31,7 @@ from support.golden_cases import APPROXIMATE, EXACT, RECIPES
 from support.golden_models import make_models
 
 KEPT = Path(__file__).with_name("golden.json")
-VERSIONS = ("merging_version", "torch_version")
+VERSIONS = ("merging_version", "merging_sources", "torch_version")
 
 
 def kernels() -> str:
