@@ -24,6 +24,7 @@ from .options import (
 from .output import echo, echo_json, echo_merged, echo_plan, echo_usage, plural, progress_bar
 
 if TYPE_CHECKING:
+    from merging.api.rerun import PlannedRerun
     from merging.plan.recipe import Recipe
 
     from .errors import OutputStatus
@@ -82,10 +83,17 @@ def execution_options(function: Callable[..., None]) -> Callable[..., None]:
     return _options(collect)
 
 
-def execute(recipe: Recipe, execution: Execution, status: OutputStatus, settings: Sequence[str] = ()) -> None:
+def execute(
+    recipe: Recipe,
+    execution: Execution,
+    status: OutputStatus,
+    settings: Sequence[str] = (),
+    planned: PlannedRerun | None = None,
+) -> None:
     """Carry out a recipe and print the outcome; ``status`` learns where the output goes.
 
-    ``settings`` are changes of the recipe as typed, which a dry run shows.
+    ``settings`` are changes of the recipe as typed, which a dry run shows. ``planned`` is the plan of a merge that is
+    made once more.
     """
     from merging.api.merge_files import check_output, default_destination, merge_plan, plan_for
     from merging.api.usage import describe_usage
@@ -99,7 +107,7 @@ def execute(recipe: Recipe, execution: Execution, status: OutputStatus, settings
         raise OptionError("--push publishes a folder, with its config and card: name a folder with -o")
     if execution.private and not execution.push:
         raise OptionError("--private is a setting of --push: name the repository")
-    plan = plan_for(recipe, destination)
+    plan = planned.plan if planned else plan_for(recipe, destination)
     target = None
     if execution.push:
         target = target_of(execution.push, private=execution.private, overwrite=execution.overwrite)
@@ -117,7 +125,10 @@ def execute(recipe: Recipe, execution: Execution, status: OutputStatus, settings
             overwrite=execution.overwrite,
             stream=execution.stream,
             progress=report,
+            shown=planned.shown if planned else None,
         )
+    if planned:
+        merged = replace(merged, notices=(*merged.notices, *filter(None, [planned.compare(destination)])))
     usage = describe_usage(destination)
     outcome = {**merged.to_dict(), "usage": usage or None}
     if not execution.as_json:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from merging.api.merge_tensors import merge_deltas, merge_state_dicts
     from merging.api.peft_model import merge_peft
     from merging.api.peft_tensors import peft_deltas, peft_state_dict
+    from merging.api.rerun import rerun
     from merging.compression import compress, decompress
     from merging.continual import ContinualStore
     from merging.geometry import compare
@@ -53,6 +54,7 @@ _WHERE = {
     "peft_state_dict": "api.peft_tensors",
     "preview": "api.merge_files",
     "recycle": "recycling.workflow",
+    "rerun": "api.rerun",
 }
 """Public names that are imported at their first use, since most of them import torch."""
 
@@ -88,6 +90,7 @@ __all__ = [
     "peft_state_dict",
     "preview",
     "recycle",
+    "rerun",
 ]
 
 

@@ -1,0 +1,155 @@
+"""``merge rerun``: the same bytes from the recipe of an output, or a refusal that names the source that changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import merging
+from support.commands import ok, refused
+from support.tiny import adapters, checkpoint, fine_tune, identical, load, save
+
+OUTPUTS = {
+    "a mean": "--method linear tuned0 tuned1 -o out",
+    "shards": "--method ties --base base tuned0 tuned1 --density 0.3 --shard-size 2kB -o out",
+    "random masks": "--method dare+task_arithmetic --base base tuned0 tuned1 --drop 0.5 --seed 3 -o out",
+    "a chain": "--method lines+ties --base base tuned0 tuned1 --density 0.5 -o out",
+    "another type": "--method slerp tuned0 tuned1 --t 0.2:0.8 --dtype bfloat16 -o out",
+    "a bare file": "--method linear tuned0/model.safetensors tuned1/model.safetensors -o out.safetensors",
+    "an adapter": "--method linear more/adapter0 more/adapter1 -o out",
+    "an adapter of another rank": "--method ties more/adapter0 more/adapter1 --rank 2 -o out",
+    "an adapter's file": "--method lines more/adapter0 more/adapter1 -o out.safetensors",
+    "a baked adapter": "--method linear --as model --base more/base more/adapter0 -o out",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with models, and adapters of another model."""
+    checkpoint(tmp_path)
+    adapters(tmp_path / "more", 2)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def content(path: Path) -> dict[str, bytes]:
+    """Return the bytes of all files."""
+    files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_an_output_is_made_again_with_the_same_bytes(folder: Path, kind: str) -> None:
+    ok(*OUTPUTS[kind].split())
+    out = folder / OUTPUTS[kind].split()[-1]
+    again = folder / f"again{out.suffix}"
+    done = ok("rerun", out, "-o", again)
+    assert content(again) == content(out)
+    assert f"{again} has the same bytes as {out}" in done.stderr
+
+
+def test_an_output_can_replace_itself(folder: Path) -> None:
+    ok(*OUTPUTS["a mean"].split())
+    before = content(folder / "out")
+    assert "exists already" in refused("rerun", "out", "-o", "out")
+    assert "out has the same bytes as before" in ok("rerun", "out", "-o", "out", "--overwrite").stderr
+    assert content(folder / "out") == before
+
+
+def test_a_source_that_changed_is_refused_and_named(folder: Path) -> None:
+    ok(*OUTPUTS["a mean"].split())
+    save(folder / "tuned1", fine_tune(load(folder / "base"), 7))
+    message = refused("rerun", "out", "-o", "again")
+    assert "tuned1 has other weights than then" in message
+    assert "--allow-changed" in message
+    assert not (folder / "again").exists()
+    done = ok("rerun", "out", "-o", "again", "--allow-changed")
+    assert "again has other bytes than out: its sources changed" in done.stderr
+    assert not identical(load(folder / "again"), load(folder / "out"))
+
+
+def test_a_tokenizer_that_changed_is_refused(folder: Path) -> None:
+    ok(*OUTPUTS["a mean"].split())
+    (folder / "tuned0" / "tokenizer_config.json").write_text("{}")
+    assert "tuned0 has the same weights, but another config or tokenizer" in refused("rerun", "out", "-o", "again")
+
+
+def test_a_source_that_moved_is_named_by_its_place(folder: Path) -> None:
+    ok(*OUTPUTS["a mean"].split())
+    shutil.move(folder / "tuned0", folder / "elsewhere")
+    message = refused("rerun", "out", "-o", "again")
+    assert "tuned0, a source of out/model.safetensors, is not at hand" in message
+    assert "--source tuned0=PATH" in message
+    ok("rerun", "out", "-o", "again", "--source", "tuned0=elsewhere")
+    assert load_bytes("again") == load_bytes("out")
+    assert "names no tuned2 (did you mean" in refused("rerun", "out", "--source", "tuned2=x")
+    assert "write NAME=PATH" in refused("rerun", "out", "--source", "tuned0")
+
+
+def load_bytes(folder: str) -> bytes:
+    """Return the weights with their header, which has the names of the sources."""
+    return (Path(folder) / "model.safetensors").read_bytes()
+
+
+def test_sources_are_found_next_to_the_output(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ok(*OUTPUTS["a mean"].split())
+    (folder / "inside").mkdir()
+    monkeypatch.chdir(folder / "inside")
+    ok("rerun", "../out", "-o", "again")
+    assert load_bytes("again") == load_bytes("../out")
+
+
+def test_of_two_models_of_one_name_the_source_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ok(*OUTPUTS["a mean"].split())
+    save(folder / "inside" / "tuned0", fine_tune(load(folder / "base"), 7))
+    monkeypatch.chdir(folder / "inside")
+    ok("rerun", "../out", "-o", "again")
+    assert load_bytes("again") == load_bytes("../out")
+
+
+def test_bytes_that_differ_are_noticed(folder: Path) -> None:
+    ok(*OUTPUTS["a mean"].split())
+    file = folder / "out" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    assert "warning: again has other bytes than out" in ok("rerun", "out", "-o", "again").stderr
+
+
+def test_another_version_is_noticed(folder: Path) -> None:
+    ok(*OUTPUTS["a bare file"].split())
+    file = folder / "out.safetensors"
+    version = merging.__version__.encode()
+    file.write_bytes(file.read_bytes().replace(b'"' + version + b'"', b'"' + b"0" * len(version) + b'"', 1))
+    assert f"and this is {merging.__version__}" in ok("rerun", "out.safetensors", "-o", "again.safetensors").stderr
+
+
+def test_a_card_is_enough(folder: Path) -> None:
+    ok(*OUTPUTS["shards"].split())
+    shutil.copy(folder / "out" / "README.md", folder / "card.md")
+    done = ok("rerun", "card.md", "-o", "again")
+    assert "states no keys of its sources" in done.stderr
+    assert identical(load(folder / "again"), load(folder / "out"))
+
+
+def test_what_states_no_recipe_is_refused(folder: Path) -> None:
+    assert "states no recipe" in refused("rerun", "base")
+    (folder / "two.md").write_text("```yaml\nmodels: [a]\nmethod: linear\n```\n" * 2)
+    assert "two.md: holds 2 recipes, in lines 2, 6" in refused("rerun", "two.md")
+    assert "no such file" in refused("rerun", "nothing.md")
+
+
+def test_python_makes_the_same(folder: Path) -> None:
+    merging.merge(["tuned0", "tuned1"], method="linear", output="out")
+    merged = merging.rerun("out", output="again")
+    assert merged.notices[-1] == "again has the same bytes as out"
+    assert load_bytes("again") == load_bytes("out")
+
+
+def test_json_and_dry_run(folder: Path) -> None:
+    ok(*OUTPUTS["a mean"].split())
+    assert json.loads(ok("rerun", "out", "--dry-run", "--json").stdout)["models"] == ["tuned0", "tuned1"]
+    assert not (folder / "merged").exists()
+    notices = json.loads(ok("rerun", "out", "-o", "again", "--json").stdout)["notices"]
+    assert "again has the same bytes as out" in notices
