@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -15,7 +16,7 @@ from typing import TextIO
 
 import click
 
-from merging.errors import FormatError, InputError, MergingError, OptionError, OutputError
+from merging.errors import FormatError, InputError, MergingError, OptionError, OutputError, shorten
 
 from .output import echo_json, echo_text
 
@@ -151,10 +152,14 @@ def exit_with_message(as_json: bool = False) -> Iterator[None]:
     except click.ClickException as error:
         code, shown = error.exit_code, error
     except OSError as error:
-        if all(frame.f_code is not click.echo.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
+        if error.errno == errno.ENAMETOOLONG:
+            too_long = f"{shorten(str(error.filename))}: cannot be a path: {error.strerror}"
+            code, shown = 1, Refusal(too_long, "input")
+        elif all(frame.f_code is not click.echo.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
             raise
-        _silence_full_streams()
-        code, shown = 1, Refusal(f"the output cannot be printed: {error.strerror}", "print")
+        else:
+            _silence_full_streams()
+            code, shown = 1, Refusal(f"the output cannot be printed: {error.strerror}", "print")
     else:
         return
     try:

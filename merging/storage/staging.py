@@ -69,8 +69,10 @@ def check_destination(
         target = destination.resolve()  # before Python 3.13 a RuntimeError for a loop
         with suppress(FileNotFoundError, NotADirectoryError):
             target.stat()
-    except (OSError, RuntimeError):
-        raise destination_error(destination, "is a link to itself, or cannot be reached") from None
+    except (OSError, RuntimeError) as error:
+        too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+        reason = "the name is too long" if too_long else "is a link to itself, or cannot be reached"
+        raise destination_error(destination, reason) from None
     for path in inputs:
         resolved = path.resolve()
         if resolved == target or target in resolved.parents:
