@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from merging.continual import ContinualStore
     from merging.geometry import compare
     from merging.maths.delta import Delta, Dense, LowRank
-    from merging.methods import METHODS, chain
+    from merging.methods import METHODS
+    from merging.methods.chains import chain
     from merging.methods.contract.function import method
     from merging.plan.layer_stack import LayerPart, LayerStack
     from merging.plan.recipe import Recipe
@@ -40,7 +41,7 @@ _WHERE = {
     "Merged": "api.merge_files",
     "Recipe": "plan.recipe",
     "Recycled": "recycling.workflow",
-    "chain": "methods",
+    "chain": "methods.chains",
     "compare": "geometry",
     "compress": "compression",
     "decompress": "compression",

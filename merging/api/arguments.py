@@ -13,19 +13,19 @@ from merging.maths.lazy_torch import Tensor
 from merging.methods.contract.method import Method
 from merging.plan.layer_stack import LayerStack
 from merging.plan.recipe import Entry, Recipe
+from merging.type_checks import describe_value
 
 __all__ = [
     "check_deltas",
     "check_entries",
     "check_entry",
+    "check_keys",
+    "check_layers",
     "check_method",
     "check_path",
     "check_state_dict",
     "check_state_dicts",
 ]
-
-_SHOWN = 80
-"""The most characters of a value that a message shows."""
 
 
 def check_entries(models: object) -> list[Entry]:
@@ -50,7 +50,7 @@ def check_path(value: Any, name: str) -> str | Path:
     if isinstance(value, PathLike):
         return Path(value)
     wanted = "a path" if name == "output" else "a path or a name on the Hub"
-    raise OptionError(f"{name} should be {wanted}, and is {_describe(value)}{_other_door(value)}")
+    raise OptionError(f"{name} should be {wanted}, and is {describe_value(value)}{_other_door(value)}")
 
 
 def check_state_dicts(models: object) -> list[Mapping[str, Tensor]]:
@@ -66,12 +66,12 @@ def check_state_dict(value: Any, name: str) -> Mapping[str, Tensor]:
     if not isinstance(value, Mapping):
         remedy = ": give its state_dict()" if hasattr(value, "state_dict") else ""
         remedy = ": merge() merges files" if isinstance(value, (str, Path)) else remedy
-        raise OptionError(f"{name} should be a state dict, and is {_describe(value)}{remedy}")
+        raise OptionError(f"{name} should be a state dict, and is {describe_value(value)}{remedy}")
     for key, tensor in value.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             deltas = isinstance(tensor, (LowRank, Dense))
             remedy = ": merge_deltas() merges changes" if deltas else ""
-            raise OptionError(f"{name} should hold tensors by name, and {key!r} is {_describe(tensor)}{remedy}")
+            raise OptionError(f"{name} should hold tensors by name, and {key!r} is {describe_value(tensor)}{remedy}")
     return value
 
 
@@ -85,14 +85,32 @@ def check_deltas(adapters: object) -> list[Mapping[str, Dense | LowRank]]:
         if not isinstance(adapter, Mapping):
             remedy = ": merge() merges files" if isinstance(adapter, (str, Path)) else ""
             remedy = ": merge_peft() merges the adapters of a model" if hasattr(adapter, "peft_config") else remedy
-            raise OptionError(f"{name} should be a mapping from target to change, and is {_describe(adapter)}{remedy}")
+            raise OptionError(
+                f"{name} should be a mapping from target to change, and is {describe_value(adapter)}{remedy}"
+            )
         for target, change in adapter.items():
             if not isinstance(target, str) or not isinstance(change, (Dense, LowRank)):
                 raise OptionError(
-                    f"{name} should hold changes (LowRank or Dense) by target, and {target!r} is {_describe(change)}: "
-                    f"peft_deltas() makes them of a PEFT state dict"
+                    f"{name} should hold changes (LowRank or Dense) by target, and {target!r} is "
+                    f"{describe_value(change)}: peft_deltas() makes them of a PEFT state dict"
                 )
     return found
+
+
+def check_keys(keys: object, models: int) -> None:
+    """Raise :class:`~merging.errors.OptionError` unless there is one key for each model, or none at all."""
+    if keys is None:
+        return
+    if not isinstance(keys, Sequence) or not all(isinstance(key, str) for key in keys):
+        raise OptionError(f"keys should be a list of texts, and is {describe_value(keys)}")
+    if len(keys) != models:
+        raise OptionError(f"keys has {len(keys)} values for {models} models: give one key for each model")
+
+
+def check_layers(layers: int | None) -> None:
+    """Raise :class:`~merging.errors.OptionError` for a number of blocks below 1."""
+    if layers is not None and layers < 1:
+        raise OptionError(f"layers = {layers}: at least one block is needed")
 
 
 def check_method(method: object) -> None:
@@ -100,7 +118,7 @@ def check_method(method: object) -> None:
     if isinstance(method, type) and issubclass(method, Method):
         raise OptionError(f"method should be a name or a method, and is the class {method.__name__}: call it")
     if not isinstance(method, (str, Method)):
-        raise OptionError(f"method should be a name or a method, and is {_describe(method)}")
+        raise OptionError(f"method should be a name or a method, and is {describe_value(method)}")
 
 
 def _as_list(values: Any, items: str) -> list[Any]:
@@ -110,7 +128,7 @@ def _as_list(values: Any, items: str) -> list[Any]:
     if isinstance(values, Iterator):
         remedy = ": make a list of it, in the order of the weights"
     noun = "adapters" if items.startswith("mappings") else "models"
-    raise OptionError(f"{noun} should be a list of {items}, and is {_describe(values)}{remedy}")
+    raise OptionError(f"{noun} should be a list of {items}, and is {describe_value(values)}{remedy}")
 
 
 def _is_state_dict(value: object) -> bool:
@@ -126,14 +144,3 @@ def _other_door(value: object) -> str:
     if hasattr(value, "state_dict"):
         return ": save it first, or give its state_dict() to merge_state_dicts()"
     return ""
-
-
-def _describe(value: object) -> str:
-    if _is_state_dict(value):
-        return "a state dict"
-    if value is None:
-        return "None"
-    kind = type(value).__name__
-    shown = repr(value) if isinstance(value, (str, bytes, int, float, Path)) else ""
-    article = "an" if kind[0].lower() in "aeiou" else "a"
-    return f"{shown[:_SHOWN]}" if shown else f"{article} {kind}"

@@ -6,9 +6,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from typing_extensions import Unpack
 
 from merging.api.arguments import check_entries, check_entry, check_method, check_path
+from merging.api.options import MergeOptions
 from merging.api.output_files import is_file, make_writer, write_companions, write_constants
 from merging.display.notices import report_notices
 from merging.display.progress import Progress, resolve_progress
@@ -26,11 +29,7 @@ from merging.plan import PORTABLE_RANKS, Plan, make_plan
 from merging.plan.recipe import FIELDS, Entry, Recipe
 from merging.plan.recipe_values import make_recipe
 from merging.storage.staging import StagedOutput, check_destination
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from merging.api.options import MergeOptions
+from merging.type_checks import check_types
 
 __all__ = [
     "Merged",
@@ -80,6 +79,7 @@ class Merged(Displayed):
         return {**asdict(self), "path": str(self.path), "notices": list(self.notices)}
 
 
+@check_types("models", "method")
 def preview(
     models: Sequence[Path | Entry],
     *,
@@ -105,6 +105,7 @@ def preview(
     return plan_for(_make_recipe(models, method, options), destination)
 
 
+@check_types("models", "method", "max_memory", "progress")
 def merge(
     models: Sequence[Path | Entry],
     *,
@@ -154,7 +155,7 @@ def merge(
     return merge_plan(
         plan_for(recipe, destination),
         destination,
-        device=pick_device(str(device)),
+        device=pick_device(device),
         threads=threads,
         max_memory=max_memory,
         overwrite=overwrite,

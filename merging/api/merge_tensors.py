@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
-from merging.api.arguments import check_deltas, check_method, check_state_dict, check_state_dicts
+from typing_extensions import Unpack
+
+from merging.api.arguments import (
+    check_deltas,
+    check_keys,
+    check_layers,
+    check_method,
+    check_state_dict,
+    check_state_dicts,
+)
+from merging.api.options import MethodParameters
 from merging.engine.in_memory import TensorInputs, merge_in_memory
 from merging.errors import InputError, OptionError, option
 from merging.maths.delta import Delta, Dense, LowRank, Stack
@@ -17,23 +26,20 @@ from merging.maths.site import inputs_by_outputs, site_of
 from merging.methods import chain
 from merging.methods.contract.method import Method
 from merging.sources.loose_factors import refuse_factors
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from merging.api.options import MethodParameters
+from merging.type_checks import check_types
 
 __all__ = ["make_method", "merge_changes", "merge_deltas", "merge_state_dicts"]
 
 
+@check_types("models", "method", "base", "keys")
 def merge_state_dicts(
     models: Sequence[Mapping[str, Tensor]],
     *,
     method: str | Method,
     base: Mapping[str, Tensor] | None = None,
     layers: int | None = None,
-    exclude: Sequence[str] = (),
-    transposed: Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    transposed: str | Sequence[str] = (),
     keys: Sequence[str] | None = None,
     allow_nonfinite: bool = False,
     **parameters: Unpack[MethodParameters],
@@ -74,6 +80,7 @@ def merge_state_dicts(
     models = check_state_dicts(models)
     base = None if base is None else check_state_dict(base, "base")
     bound = make_method(method, parameters, len(models))
+    check_keys(keys, len(models))
     if base is None and (bound.merge_space == "delta" or bound.rescales):
         raise OptionError(f"{bound.chain} merges changes from a base: give base=")
     reference = models[0] if base is None else base
@@ -115,13 +122,14 @@ def merge_state_dicts(
     return merged
 
 
+@check_types("adapters", "method", "keys")
 def merge_deltas(
     adapters: Sequence[Mapping[str, Delta]],
     *,
     method: str | Method,
     layers: int | None = None,
-    exclude: Sequence[str] = (),
-    transposed: Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    transposed: str | Sequence[str] = (),
     keys: Sequence[str] | None = None,
     allow_nonfinite: bool = False,
     **parameters: Unpack[MethodParameters],
@@ -173,7 +181,7 @@ def merge_changes(
     of_model: Iterable[str] = (),
     layers: int | None = None,
     exclude: str | Sequence[str] = (),
-    transposed: Sequence[str] = (),
+    transposed: str | Sequence[str] = (),
     keys: Sequence[str] | None = None,
     allow_nonfinite: bool = False,
 ) -> dict[str, Delta]:
@@ -185,6 +193,7 @@ def merge_changes(
             f"{bound.chain} merges weights, and these are changes: {instead}merge the adapters' files, with "
             f"{option('base')}"
         )
+    check_keys(keys, len(adapters))
     names = dict.fromkeys(name for adapter in adapters for name in adapter)
     for name in all_matching(exclude, names):
         del names[name]
@@ -264,5 +273,6 @@ def _shape(name: str, adapters: Sequence[Mapping[str, Delta]]) -> tuple[int, ...
 
 
 def _find_stacks(names: Iterable[str], layers: int | None, complete: bool) -> Stacks:
+    check_layers(layers)
     stacks = Stacks.from_names(names, complete=complete)
-    return stacks.with_layers(layers) if layers else stacks
+    return stacks if layers is None else stacks.with_layers(layers)

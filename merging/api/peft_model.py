@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import Unpack
+
 from merging.api.merge_tensors import make_method, merge_changes
+from merging.api.options import MethodParameters
 from merging.api.peft_tensors import changes_in_memory, limit_rank
 from merging.display.notices import describe_discarded, report_notices
 from merging.errors import InputError, OptionError, nearest, option
@@ -19,16 +22,17 @@ from merging.methods.contract.method import Method
 from merging.output.peft_config import NO_VARIANTS, lora_config
 from merging.sources.changes import Change, LoraChange
 from merging.sources.stored import MappedTensor
+from merging.type_checks import check_types, describe_value
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from typing_extensions import Unpack
-
-    from merging.api.options import MethodParameters
+else:
+    PeftModel = Any  # optional, and not imported for its types
 
 __all__ = ["merge_peft"]
 
 
+@check_types("model", "adapters", "method", "adapter_name", "rank")
 def merge_peft(
     model: PeftModel,
     adapters: Sequence[str],
@@ -76,9 +80,8 @@ def merge_peft(
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise OptionError(f"{option('rank', rank)}: a rank is a whole number above 0")
     bound = make_method(method, parameters, len(adapters))
-    excluded = [exclude] if isinstance(exclude, str) else exclude
     with torch.no_grad():
-        targets = _read_targets(model, adapters, excluded)
+        targets = _read_targets(model, adapters, exclude)
         merged = merge_changes(
             [
                 {name: target.deltas[slot] for name, target in targets.items() if slot in target.deltas}
@@ -104,7 +107,7 @@ def merge_peft(
 def _check_names(model: PeftModel, adapters: Sequence[str], adapter_name: str) -> list[str]:
     """Return the names of the adapters. Refuse other models, and names that are unknown or taken."""
     if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
-        raise OptionError(f"model should be a PeftModel with its adapters loaded, and is a {type(model).__name__}")
+        raise OptionError(f"model should be a PeftModel with its adapters loaded, and is {describe_value(model)}")
     loaded = list(model.peft_config)
     if isinstance(adapters, str) or not isinstance(adapters, Sequence):
         raise OptionError(f"adapters should be a list of names, out of {', '.join(loaded)}, and is {adapters!r}")
@@ -171,7 +174,7 @@ class _Target:
         return LowRank(up, down, self.shape, factors.transposed), discarded
 
 
-def _read_targets(model: PeftModel, adapters: Sequence[str], exclude: Sequence[str]) -> dict[str, _Target]:
+def _read_targets(model: PeftModel, adapters: Sequence[str], exclude: str | Sequence[str]) -> dict[str, _Target]:
     """Read the changes of the adapters that are not excluded, by the weight that they change."""
     from peft.utils import get_peft_model_state_dict
 

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merging.api.arguments import check_path, check_state_dict
 from merging.display.notices import describe_discarded, report_notices
 from merging.errors import InputError, option
+from merging.hub.address import local_path
 from merging.maths.delta import Delta, LowRank
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import compress_matrix, truncate
@@ -17,9 +19,12 @@ from merging.sources.changes import Change, LoraChange
 from merging.sources.peft import peft_changes
 from merging.sources.small_files import read_json
 from merging.sources.stored import MappedTensor
+from merging.type_checks import check_types
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+else:
+    PeftConfig = Any  # optional, and not imported for its types
 
 __all__ = ["changes_in_memory", "limit_rank", "peft_deltas", "peft_state_dict"]
 
@@ -30,6 +35,7 @@ def changes_in_memory(state_dict: Mapping[str, Tensor], config: Mapping[str, Any
     return peft_changes(stored, config, where)
 
 
+@check_types("state_dict", "config")
 def peft_deltas(
     state_dict: Mapping[str, Tensor], config: Mapping[str, Any] | PeftConfig | str | Path
 ) -> dict[str, Delta]:
@@ -54,6 +60,7 @@ def peft_deltas(
         >>> len(deltas)
         12
     """
+    state_dict = check_state_dict(state_dict, "state_dict")
     deltas: dict[str, Delta] = {}
     for target, change in changes_in_memory(state_dict, _config_fields(config), "the state dict").items():
         if change.needs_base or not isinstance(change, LoraChange):
@@ -69,12 +76,16 @@ def peft_deltas(
 
 
 def _config_fields(config: Mapping[str, Any] | PeftConfig | str | Path) -> Mapping[str, Any]:
-    if isinstance(config, (str, Path)):
-        path = Path(config)
-        return read_json(path / "adapter_config.json" if path.is_dir() else path)
-    return config if isinstance(config, Mapping) else config.to_dict()
+    if isinstance(config, Mapping):
+        return config
+    if not isinstance(config, (str, Path)) and hasattr(config, "peft_type"):
+        fields: Mapping[str, Any] = config.to_dict()
+        return fields
+    path = local_path(str(check_path(config, "config")))
+    return read_json(path / "adapter_config.json" if path.is_dir() else path)
 
 
+@check_types()
 def peft_state_dict(
     deltas: Mapping[str, Delta], *, rank: int | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:

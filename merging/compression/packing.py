@@ -21,6 +21,7 @@ from merging.engine.download import download_model
 from merging.engine.resources import pick_device
 from merging.errors import InputError, OutputError, option
 from merging.hub.open_model import open_base, open_model
+from merging.maths.lazy_torch import torch
 from merging.output.model_card import HUB_ID
 from merging.plan.names.targets import adapter_targets
 from merging.sources import Adapter, Checkpoint
@@ -28,6 +29,7 @@ from merging.sources.checkpoint import content_key
 from merging.sources.packs import PackBase, PackManifest
 from merging.sources.packs.codings import Raw
 from merging.storage.staging import StagedOutput, check_destination
+from merging.type_checks import check_types
 
 __all__ = ["Compressed", "compress", "model_files"]
 
@@ -79,6 +81,7 @@ class Compressed(Displayed):
         return {**asdict(self), "path": str(self.path), "ratio": self.ratio, "worst": self.worst}
 
 
+@check_types("progress")
 def compress(
     model: str | Path,
     output: str | Path,
@@ -90,7 +93,7 @@ def compress(
     alpha: float | None = None,
     scale: Literal["least-squares", "norm"] | None = None,
     bands: str | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     overwrite: bool = False,
     progress: Progress | bool | None = None,
 ) -> Compressed:
@@ -215,7 +218,7 @@ def _pack_model(
     settings: PackSettings,
     assembly: Assembly,
     *,
-    device: str,
+    device: str | torch.device,
     progress: Progress | None,
 ) -> _PackContents:
     if base is None:

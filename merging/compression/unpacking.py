@@ -22,6 +22,7 @@ from merging.sources.peft import CONFIG_KEY
 from merging.storage.output_tensor import OutputTensor
 from merging.storage.staging import StagedOutput, check_destination
 from merging.storage.writer import TensorWriter
+from merging.type_checks import check_types
 
 __all__ = ["Decompressed", "decompress"]
 
@@ -49,6 +50,7 @@ class Decompressed(Displayed):
         return {**asdict(self), "path": str(self.path)}
 
 
+@check_types("progress")
 def decompress(
     pack: str | Path,
     output: str | Path,

@@ -21,8 +21,7 @@ __all__ = [
     "Damaged",
     "StoreVerdict",
     "base_of",
-    "download_base",
-    "file_hashes",
+    "base_record",
     "require_restorable",
     "require_whole",
     "restorable_steps",
@@ -52,7 +51,7 @@ class StoreVerdict(Displayed):
     whole: int
 
 
-def download_base(path: str | Path, progress: Progress | None = None) -> Checkpoint:
+def _download_base(path: str | Path, progress: Progress | None = None) -> Checkpoint:
     """Open the full model that a store is based on; one on the Hub is downloaded whole.
 
     Raises :class:`~merging.errors.MergingError`.
@@ -62,7 +61,7 @@ def download_base(path: str | Path, progress: Progress | None = None) -> Checkpo
     return base
 
 
-def file_hashes(base: Checkpoint) -> dict[str, str]:
+def _file_hashes(base: Checkpoint) -> dict[str, str]:
     """Return the hashes of a model's files, by their paths within its folder."""
     root = base.folder or base.path.parent
     return {
@@ -78,7 +77,7 @@ def base_of(store: Path, manifest: Manifest) -> Checkpoint:
     """
     path = manifest.base.path
     try:
-        base = download_base(path)
+        base = _download_base(path)
         if content_key(base.tensors) == manifest.base.key:
             return base
     except Unreachable:
@@ -165,7 +164,14 @@ def verify(store: Path, manifest: Manifest) -> StoreVerdict:
 
 def _base_problems(stated: StoreBase) -> list[str]:
     try:
-        found = file_hashes(download_base(stated.path))
+        found = _file_hashes(_download_base(stated.path))
     except MergingError as error:
         return [str(error)]
     return [] if found == stated.sha256 else [f"{stated.path}: is no longer the base of the store"]
+
+
+def base_record(base: str | Path, progress: Progress | None = None) -> StoreBase:
+    """Return the record of a base. A base on the Hub is fetched, and named by its commit."""
+    opened = _download_base(base, progress)
+    path = str(opened.path if opened.origin else Path(base).expanduser().resolve())
+    return StoreBase(path=path, key=content_key(opened.tensors), sha256=_file_hashes(opened))

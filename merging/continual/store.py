@@ -15,13 +15,12 @@ from merging.api.arguments import check_path
 from merging.continual.folder import create_store, lock, new_state, refuse_within, remove_state, state_folders
 from merging.continual.integrity import (
     base_of,
-    download_base,
-    file_hashes,
+    base_record,
     require_restorable,
     require_whole,
     state_files,
 )
-from merging.continual.manifest import NAME, STATES, Manifest, Part, RefusedModel, StepRecord, StoreBase, write_manifest
+from merging.continual.manifest import NAME, STATES, Manifest, Part, RefusedModel, StepRecord, write_manifest
 from merging.continual.step import AddOptions, NewState, StepExecution, content_of, plan_alone, step_record, write_state
 from merging.continual.update_rules import checked_rule
 from merging.continual.view import StoreView
@@ -33,11 +32,12 @@ from merging.engine.threads import cores
 from merging.errors import InputError, MergingError, OptionError, OutputError
 from merging.hub.address import hub_address
 from merging.hub.open_model import open_model
+from merging.maths.lazy_torch import torch
 from merging.methods import chain
 from merging.plan.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
-from merging.sources.checkpoint import content_key
 from merging.storage.atomic import remove_temporary_files
+from merging.type_checks import check_types
 
 __all__ = ["ContinualStore"]
 
@@ -55,6 +55,7 @@ class ContinualStore(StoreView):
     """
 
     @classmethod
+    @check_types("progress")
     def create(
         cls,
         path: str | Path,
@@ -95,20 +96,21 @@ class ContinualStore(StoreView):
             raise OutputError(f"{path}: exists already: choose another folder for the store")
         refuse_within(path)
         values = Recipe(models=("nothing",), method=grows).to_dict()
-        identity, parameters = _base_record(base, progress), values.get("parameters", {})
+        identity, parameters = base_record(base, progress), values.get("parameters", {})
         manifest = Manifest(method=values["method"], parameters=parameters, max_rank=max_rank, base=identity)
         create_store(path, manifest)
         return cls(path)
 
     # ---- adding models
 
+    @check_types("max_memory", "progress")
     def add(
         self,
         model: str | Path,
         *,
         again: bool = False,
         keep: int | None = None,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
         threads: int | None = None,
         max_memory: int | str | None = None,
         allow_different_bases: bool = False,
@@ -175,6 +177,7 @@ class ContinualStore(StoreView):
         _log.info("%s: step %d is %r", self.path, step.number, step.source)
         return step
 
+    @check_types("progress")
     def fetch(
         self,
         model: str | Path,
@@ -201,6 +204,7 @@ class ContinualStore(StoreView):
             download_model(source, progress)
         return source
 
+    @check_types()
     def watch(self, source: str | Path, **options: Any) -> None:
         """Add new models as they appear in a folder, or in a query of the Hub.
 
@@ -254,11 +258,12 @@ class ContinualStore(StoreView):
             noted = manifest.model_copy(update={"refused": (*others, refused)})
             write_manifest(self.path, noted, f"the refusal of {refused.source} is noted")
 
+    @check_types()
     def relocate(self, base: str | Path, *, wait: float | None = None) -> Manifest:
         """Note the new place of the base, all of whose files must have the same bytes as before."""
         with self._writing(wait):
             manifest = self.manifest()
-            moved = _base_record(base)
+            moved = base_record(base)
             if moved.sha256 != manifest.base.sha256:
                 raise InputError(f"{base}: is not the base that {self.path} was made for")
             manifest = manifest.model_copy(update={"base": moved})
@@ -267,6 +272,7 @@ class ContinualStore(StoreView):
 
     # ---- managing states
 
+    @check_types()
     def rollback(self, to: int, *, wait: float | None = None) -> Manifest:
         """Go back to the state after step ``to``, which must be whole, and forget later steps; 0 is the empty store."""
         with self._writing(wait):
@@ -282,6 +288,7 @@ class ContinualStore(StoreView):
         _log.info("%s: back at step %d", self.path, to)
         return earlier
 
+    @check_types()
     def gc(self, keep: int, *, wait: float | None = None) -> list[str]:
         """Remove all states except the last ``keep``, and folders of states that no step refers to.
 
@@ -307,10 +314,3 @@ class ContinualStore(StoreView):
 def _check_keep(keep: int | None) -> None:
     if keep is not None and keep < 1:
         raise OptionError(f"keep = {keep}: the last state must stay")
-
-
-def _base_record(base: str | Path, progress: Progress | None = None) -> StoreBase:
-    """Return the record of a base. A base on the Hub is fetched, and named by its commit."""
-    opened = download_base(base, progress)
-    path = str(opened.path if opened.origin else Path(base).expanduser().resolve())
-    return StoreBase(path=path, key=content_key(opened.tensors), sha256=file_hashes(opened))

@@ -23,6 +23,7 @@ from merging.maths.lazy_torch import torch
 from merging.methods import chain
 from merging.methods.contract.method import Method
 from merging.sources import Adapter
+from merging.type_checks import check_types
 
 __all__ = ["StoreView"]
 
@@ -33,6 +34,7 @@ class StoreView(Tabular):
     Raises :class:`~merging.errors.FormatError` if ``path`` is not a store.
     """
 
+    @check_types()
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest()
@@ -58,6 +60,7 @@ class StoreView(Tabular):
         manifest = self.manifest()
         return chain(manifest.method, manifest.parameters)
 
+    @check_types()
     def status(self, spectrum: bool = False) -> dict[str, Any]:
         """Return the state and the record of each model in plain values, with ``spectrum`` also spectra by layer."""
         manifest = self.manifest()
@@ -83,6 +86,7 @@ class StoreView(Tabular):
         """Return the numbers of the steps that ``rollback`` can go back to: their states are on the disk."""
         return restorable_steps(self.path, self.manifest())
 
+    @check_types()
     def plot(self, output: str | Path, overwrite: bool = True) -> None:
         """Draw norms, kept shares, cosines and ranks over the steps, as PNG, SVG or PDF; needs matplotlib."""
         from merging.continual.plot import plot
@@ -97,6 +101,7 @@ class StoreView(Tabular):
             if not verdict.problems or self.manifest() == manifest:  # else a writer has removed states meanwhile
                 return verdict
 
+    @check_types("max_memory", "progress")
     def export(
         self,
         output: str | Path,
@@ -104,7 +109,7 @@ class StoreView(Tabular):
         kind: str = "model",
         rank: int | None = None,
         dtype: str | torch.dtype | None = None,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
         threads: int | None = None,
         max_memory: int | str | None = None,
         overwrite: bool = False,

@@ -37,11 +37,12 @@ def _fitting(plan: Plan, threads: int, memory: int) -> int:
     return min(threads, (memory - plan.memory(0)) // max(1, plan.worker_bytes))
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str | torch.device) -> torch.device:
     """Return the device of a name: ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` for a GPU if there is one.
 
     Raises :class:`~merging.errors.OptionError` for a device that this machine does not have.
     """
+    name = str(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from merging.display.notices import report_notices
 from merging.display.progress import Progress, resolve_progress
+from merging.engine.resources import pick_device
 from merging.errors import OptionError, option
 from merging.geometry.alignment import MEMORY, ModelLike, align
 from merging.geometry.comparison import (
@@ -31,6 +32,7 @@ from merging.plan import Plan
 from merging.plan.sizes import parse_size
 from merging.sources import Adapter
 from merging.sources.changes import Change
+from merging.type_checks import check_types
 
 __all__ = ["compare"]
 
@@ -38,6 +40,7 @@ _CURVE = 64
 """The most points of a curve of energy."""
 
 
+@check_types("max_memory", "progress")
 def compare(
     models: Sequence[ModelLike],
     *,
@@ -74,10 +77,12 @@ def compare(
         merging.errors.MergingError: For models that cannot be read or do not fit together, and for wrong options.
     """
     progress = resolve_progress(progress, "comparing")
+    if signs not in ("sample", "all", None):
+        raise OptionError(f"signs = {signs!r}: use 'sample', 'all' or None")
     plan = align(models, reads_base=intruders, **options)
     if intruders and plan.base is None:
         raise OptionError(f"intruder dimensions are compared with the base: give it with {option('base')}")
-    where = torch.device(device)
+    where = pick_device(device)
     few = len(plan.models) <= OVERLAPPING
     wanted = WalkOptions(intruders, full_spectra, directions if few else 0)
     room = parse_size(max_memory, "max_memory")

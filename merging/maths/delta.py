@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from math import prod
 
 from merging.display.tables import Displayed
+from merging.errors import InputError, OptionError
 from merging.maths.lazy_torch import Tensor, torch
+from merging.type_checks import describe_value
 
 __all__ = ["Delta", "Dense", "LowRank", "Stack", "sum_in_order", "weighted_sum"]
 
@@ -19,6 +21,9 @@ class Dense(Displayed):
     """A change (or a weight) written out in full: ``value`` has the shape of the tensor it belongs to."""
 
     value: Tensor
+
+    def __post_init__(self) -> None:
+        _check_tensor("value", self.value)
 
     def _display_fields(self) -> dict[str, object]:
         return {"shape": self.shape, "dtype": self.value.dtype}
@@ -44,6 +49,11 @@ class Dense(Displayed):
         return Dense(self.value * factor)
 
 
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise OptionError(f"{name} should be a tensor, and is {describe_value(value)}")
+
+
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class LowRank(Displayed):
     """A change kept as ``up @ down``, with every scale (such as alpha / r) folded into ``up``.
@@ -59,10 +69,17 @@ class LowRank(Displayed):
     transposed: bool = False
 
     def __post_init__(self) -> None:
-        if self.up.shape[-1] != self.down.shape[-2] or self.up.shape[:-2] != self.down.shape[:-2]:
-            raise ValueError(f"factors {tuple(self.up.shape)} and {tuple(self.down.shape)} do not multiply")
+        _check_tensor("up", self.up)
+        _check_tensor("down", self.down)
+        matrices = self.up.dim() > 1 and self.down.dim() > 1
+        if not matrices or self.up.shape[-1] != self.down.shape[-2] or self.up.shape[:-2] != self.down.shape[:-2]:
+            raise InputError(f"factors {tuple(self.up.shape)} and {tuple(self.down.shape)} do not multiply")
+        if not isinstance(self.shape, tuple) or not all(isinstance(size, int) for size in self.shape):
+            raise OptionError(f"shape should be a tuple of whole numbers, and is {describe_value(self.shape)}")
+        if not isinstance(self.transposed, bool):
+            raise OptionError(f"transposed should be True or False, and is {describe_value(self.transposed)}")
         if self.up.shape[:-1].numel() * self.down.shape[-1] != prod(self.shape):
-            raise ValueError(
+            raise InputError(
                 f"factors {tuple(self.up.shape)} and {tuple(self.down.shape)} do not make a tensor {self.shape}"
             )
 

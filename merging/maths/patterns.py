@@ -22,9 +22,9 @@ def has_wildcards(pattern: str) -> bool:
     return any(sign in pattern for sign in _WILDCARDS)
 
 
-def all_matching(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
+def all_matching(patterns: str | Sequence[str], names: Iterable[str]) -> set[str]:
     """The names that some pattern means. Raises :class:`~merging.errors.OptionError` for a pattern that means none."""
-    names = list(names)
+    names, patterns = list(names), [patterns] if isinstance(patterns, str) else patterns
     found: set[str] = set()
     for pattern in patterns:
         meant = [name for name in names if matches(pattern, name)]

@@ -6,7 +6,7 @@ outside, decorate a function by :func:`merging.method`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from merging.errors import OptionError, nearest
@@ -14,6 +14,7 @@ from merging.methods.catalog import ALIASES, GROUPS, MERGEKIT, METHODS, Alias, L
 from merging.methods.registry import installed_methods, method_class, method_names
 
 if TYPE_CHECKING:
+    from merging.methods.chains import chain
     from merging.methods.contract.method import Method
 
 __all__ = [
@@ -74,34 +75,6 @@ def parameters_of(cls: type[Method]) -> list[str]:
     return [field for field in cls.model_fields if field != "then"]
 
 
-def chain(text: str, parameters: Mapping[str, Any] | None = None) -> Method:
-    """Return the method of a chain.
-
-    Args:
-        text: the chain as it is written, such as ``"lines+task_arithmetic"``.
-        parameters: the parameters by name, ``"density"``, or ``"ties.density"`` where several links have the name.
-
-    Raises:
-        OptionError: a name is unknown, or a parameter has a wrong value or belongs to no link or to several.
-    """
-    from merging.methods.contract.method import build
-
-    classes = links(text)
-    stated = {key: value for part in aliases(text) for key, value in {**part.fixed, **part.defaults}.items()}
-    own = [{key.rpartition(".")[2]: stated[key] for key in stated if key.startswith(f"{cls.name}.")} for cls in classes]
-    spellings: dict[tuple[int, str], str] = {}
-    for key, value in (parameters or {}).items():
-        owner, field = owner_of(key, classes, text), key.rpartition(".")[2]
-        first = spellings.setdefault((owner, field), key)
-        if first != key:
-            raise OptionError(f"{first} and {key} are the same parameter: give one of them")
-        own[owner][field] = value
-    method = build(classes[-1], own[-1])
-    for cls, values in zip(reversed(classes[:-1]), reversed(own[:-1]), strict=True):
-        method = build(cls, {**values, "then": method})
-    return method
-
-
 def owner_of(key: str, classes: list[type[Method]], text: str) -> int:
     """Return the index of the link that has a parameter. Raises :class:`~merging.errors.OptionError` if none has it."""
     link, _, field = key.rpartition(".")
@@ -127,3 +100,9 @@ def owner_of(key: str, classes: list[type[Method]], text: str) -> int:
         )
     known = [field for cls in classes for field in parameters_of(cls)]
     raise OptionError(f"no method of {text!r} has a parameter {key!r}{nearest(field, known)}")
+
+
+def __getattr__(name: str) -> object:
+    if name != "chain":  # which needs pydantic, unlike the lists
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module("merging.methods.chains").chain

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from merging.display.tables import Displayed
 from merging.maths.parameters import Coefficient, Local, plain
+from merging.plan.checked_model import CheckedModel
 
 if TYPE_CHECKING:
     from merging.plan.recipe import Entry
@@ -18,7 +19,7 @@ __all__ = ["LayerPart", "LayerStack"]
 _RANGE = re.compile(r"(\d{1,6}):(\d{1,6})")
 
 
-class LayerPart(Displayed, BaseModel):
+class LayerPart(Displayed, CheckedModel):
     """Some blocks of a model, and perhaps numbers that multiply their tensors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,7 +51,7 @@ class LayerPart(Displayed, BaseModel):
         return {"model": model, **layers, **({} if scale == 1 else {"scale": scale})}
 
 
-class LayerStack(Displayed, BaseModel):
+class LayerStack(Displayed, CheckedModel):
     """A model made of parts: their blocks one after the other, counted from 0.
 
     The tensors before the blocks (embeddings) come from the first part, the tensors after them (final norm, head) from

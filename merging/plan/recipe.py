@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union
+from typing import Annotated, Any, Literal, TypeAlias, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
+import merging
 from merging.display.progress import Progress
 from merging.display.tables import Displayed
 from merging.errors import OptionError
@@ -15,13 +16,12 @@ from merging.maths.lazy_torch import torch
 from merging.maths.parameters import plain
 from merging.methods import chain, parameters_of
 from merging.methods.contract.method import Method
+from merging.plan import layer_stack
+from merging.plan.checked_model import CheckedModel
 from merging.plan.layer_stack import LayerPart, LayerStack
 from merging.plan.sizes import parse_size
 from merging.plan.tokens.settings import TokenizerSettings
 from merging.sources.dtypes import plain_dtype
-
-if TYPE_CHECKING:
-    from merging.api.merge_files import Merged
 
 __all__ = ["DTYPES", "FIELDS", "AdapterFormat", "Entry", "Experts", "Recipe"]
 
@@ -41,7 +41,7 @@ Entry: TypeAlias = Union[str, LayerStack, "Recipe"]
 """A model of a recipe: its name, a stack of layers, or a recipe whose output it is."""
 
 
-class Recipe(Displayed, BaseModel):
+class Recipe(Displayed, CheckedModel):
     """Everything about a merge but where it runs and where it goes. Frozen, comparable, and the same through YAML."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -124,6 +124,13 @@ class Recipe(Displayed, BaseModel):
             values["method"] = chain(values["method"], parameters)
         return values
 
+    @field_validator("method", mode="before")
+    @classmethod
+    def _is_method(cls, value: Any) -> Any:
+        if not isinstance(value, Method):
+            raise ValueError("should be a name or a method")
+        return value
+
     @field_validator("exclude", "components", mode="before")
     @classmethod
     def _one_pattern(cls, value: Any) -> Any:
@@ -168,7 +175,7 @@ class Recipe(Displayed, BaseModel):
         overwrite: bool = False,
         stream: bool = False,
         progress: Progress | bool | None = None,
-    ) -> Merged:
+    ) -> merging.Merged:
         """Carry out the merge, as :func:`~merging.merge` does with the same models, method and options.
 
         Args:
@@ -187,10 +194,8 @@ class Recipe(Displayed, BaseModel):
         Raises:
             MergingError: for everything that :func:`~merging.merge` refuses.
         """
-        from merging import merge  # of a floor above, by the package's own door
-
         options = {name: getattr(self, name) for name in type(self).model_fields if name not in ("models", "method")}
-        return merge(
+        return merging.merge(
             self.models,
             method=self.method,
             output=output,
@@ -233,7 +238,8 @@ class Recipe(Displayed, BaseModel):
         return text if plain else yaml.safe_dump(facts, sort_keys=False)
 
 
-LayerPart.model_rebuild(_types_namespace={"Entry": Entry, "LayerStack": LayerStack, "Recipe": Recipe})
+vars(layer_stack).update(Entry=Entry, Recipe=Recipe)  # names of its annotations, which its file cannot import
+LayerPart.model_rebuild(force=True)
 LayerStack.model_rebuild(force=True)
 Recipe.model_rebuild(force=True)
 

@@ -17,6 +17,7 @@ from merging.plan.recipe_document import Keys, RecipeDocument, parse_document
 from merging.plan.recipe_settings import Setting, change_document, is_from_setting
 from merging.plan.recipe_values import check_counts, make_recipe, map_names, names_in
 from merging.sources.small_files import RECIPE_LIMIT, read_text
+from merging.type_checks import check_types
 
 __all__ = ["LoadedRecipe", "load_recipe", "parse_recipe", "read_recipe", "resolve_name"]
 
@@ -83,6 +84,7 @@ def _before_errors(origin: str) -> Iterator[None]:
         raise type(error)(f"{origin}: {error}") from None
 
 
+@check_types("source")
 def load_recipe(source: str | Path, where: str = "recipe", *, lenient: bool = False) -> Recipe:
     """Read a recipe from a file, or from YAML: a recipe of ours, or of mergekit.
 
@@ -111,7 +113,7 @@ def load_recipe(source: str | Path, where: str = "recipe", *, lenient: bool = Fa
     if isinstance(source, str) and not _is_path(source):
         loaded = parse_recipe(source, where, lenient=lenient)
     else:
-        loaded = read_recipe(Path(source), lenient=lenient)
+        loaded = read_recipe(source, lenient=lenient)
     for notice in loaded.notices:
         warnings.warn(notice, MergingWarning, stacklevel=2)
     return loaded.recipe
@@ -126,11 +128,12 @@ def _is_path(text: str) -> bool:
         return False
 
 
-def read_recipe(path: Path, settings: Sequence[Setting] = (), *, lenient: bool = False) -> LoadedRecipe:
+@check_types("settings")
+def read_recipe(source: str | Path, settings: Sequence[Setting] = (), *, lenient: bool = False) -> LoadedRecipe:
     """Read a recipe from a file.
 
     Args:
-        path: the file. Relative paths of models in it are relative to its folder.
+        source: the file. Relative paths of models in it are relative to its folder.
         settings: values to change; paths in them are relative to the working folder.
         lenient: whether what mergekit ignores in its recipes is ignored, with a notice, and not refused.
 
@@ -139,6 +142,7 @@ def read_recipe(path: Path, settings: Sequence[Setting] = (), *, lenient: bool =
         OptionError: for fields or values that no recipe has, and for a path that means one model in the recipe's folder
             and another in the working folder.
     """
+    path = Path(source)
     text = read_text(path, RECIPE_LIMIT, given=True)
     document, remarks = _parse(text, str(path), path.parent, lenient)
     document, notices = _resolve_paths(document, path.parent)

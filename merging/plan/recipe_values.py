@@ -9,10 +9,11 @@ from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 
-from merging.errors import OptionError, explain_invalid, nearest
+from merging.errors import OptionError, nearest
 from merging.maths.parameters import plain
 from merging.methods import chain
 from merging.methods.contract.method import Method
+from merging.plan.checked_model import describe_invalid
 from merging.plan.layer_stack import LayerPart, LayerStack
 from merging.plan.recipe import FIELDS, Entry, Recipe
 from merging.plan.recipe_document import Keys
@@ -45,7 +46,7 @@ def make_recipe(values: dict[str, Any], where: str = "recipe", origin: Place | N
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise _describe_invalid(error, place) from None
+        raise describe_invalid(error, place(error.errors()[0]["loc"])) from None
     except OptionError as error:
         if origin is None:
             raise
@@ -193,13 +194,7 @@ def _make_part(value: Any, keys: Keys, place: Place, origin: Place | None) -> La
     try:
         return LayerPart.model_validate({**value, "model": model})
     except ValidationError as error:
-        raise _describe_invalid(error, lambda inner: place((*keys, *inner)), f"{shown}.") from None
-
-
-def _describe_invalid(error: ValidationError, place: Place, before: str = "") -> OptionError:
-    first = error.errors()[0]
-    field = ".".join(map(str, first["loc"]))
-    return OptionError(f"{place(first['loc'])}: {before}{field} = {plain(first['input'])!r}: {explain_invalid(first)}")
+        raise describe_invalid(error, place((*keys, *error.errors()[0]["loc"])), f"{shown}.") from None
 
 
 def _check_keys(values: dict[str, Any], place: Place) -> None:

@@ -1,7 +1,7 @@
 """Pools: public adapters of one base, audited, without duplicates, and indexed, so that merges can choose."""
 
-from merging.pool.entry import Entry, Finding
+from merging.pool.entry import Built, Entry, Finding
 from merging.pool.entry import PoolVerdict as Verdict
-from merging.pool.pool import Built, Pool
+from merging.pool.pool import Pool
 
 __all__ = ["Built", "Entry", "Finding", "Pool", "Verdict"]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from merging.display.tables import Displayed
 from merging.sources.links import refuse_link
 
-__all__ = ["OVERRULED", "VERDICTS", "Entry", "Finding", "PoolVerdict", "verdict_of"]
+__all__ = ["OVERRULED", "VERDICTS", "Built", "Entry", "Finding", "PoolVerdict", "verdict_of"]
 
 PoolVerdict = Literal["ok", "repaired", "quarantined", "rejected"]
 VERDICTS: tuple[PoolVerdict, ...] = ("ok", "repaired", "quarantined", "rejected")
@@ -114,3 +114,11 @@ def verdict_of(findings: Iterable[Finding]) -> PoolVerdict:
     if any(each.stage == OVERRULED for each in findings):
         findings = [each for each in findings if each.stage in (OVERRULED, "files") or each.verdict == "rejected"]
     return VERDICTS[max((VERDICTS.index(each.verdict) for each in findings), default=0)]
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Built(Displayed):
+    """The result of a build: the number of audited adapters, and the number of adapters in the pool by verdict."""
+
+    audited: int
+    verdicts: dict[str, int]

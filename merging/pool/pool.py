@@ -7,41 +7,34 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from filelock import FileLock, Timeout
 
-from merging.display.tables import Displayed, Table, Tabular, plural
+from merging.display.tables import Table, Tabular, plural
 from merging.errors import FormatError, InputError, OptionError, OutputError
 from merging.hub.open_model import open_base
 from merging.pool.audit import Auditor, Candidate
 from merging.pool.cross_checks import cross_check
-from merging.pool.entry import OVERRULED, VERDICTS, Entry, Finding, verdict_of
+from merging.pool.entry import OVERRULED, VERDICTS, Built, Entry, Finding, verdict_of
 from merging.pool.files import FOLDER, holds_something, keep_files, sweep
 from merging.pool.index import Index
 from merging.sources import Checkpoint
 from merging.sources.links import refuse_link
+from merging.type_checks import check_types
 from merging.version import former_parameters
 
 if TYPE_CHECKING:
     from merging.pool.smoke import Limits
 
-__all__ = ["OWNER_CAP", "Built", "Pool"]
+__all__ = ["OWNER_CAP", "Pool"]
 
 _log = logging.getLogger(__name__)
 
 OWNER_CAP = 10
 """The most adapters of one owner that merges may choose. A few training services own most public adapters."""
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class Built(Displayed):
-    """The result of a build: the number of audited adapters, and the number of adapters in the pool by verdict."""
-
-    audited: int
-    verdicts: dict[str, int]
 
 
 class Pool(Tabular):
@@ -58,12 +51,14 @@ class Pool(Tabular):
         merging.errors.FormatError: If its index is damaged or was altered.
     """
 
+    @check_types()
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.index = Index(self.path)
         refuse_link(self.path / FOLDER)
 
     @classmethod
+    @check_types()
     def create(cls, path: str | Path, base: str | Path, base_names: Sequence[str] = ()) -> Pool:
         """Create an empty pool. After a kill, it can be created again.
 
@@ -108,6 +103,7 @@ class Pool(Tabular):
         """All names of the base."""
         return tuple((self.index.fact("base_names") or "").split("\n"))
 
+    @check_types()
     def add_base_names(self, names: Sequence[str]) -> None:
         """Add names that adapters use for the base."""
         self.index.note(base_names="\n".join(dict.fromkeys([*names, *self.base_names])))
@@ -124,6 +120,7 @@ class Pool(Tabular):
         return [(e, e.place(self.path)) for e in self.index.entries(("ok", "repaired")) if e.folder]
 
     @former_parameters({"tell": "on_event"})
+    @check_types()
     def build(
         self,
         candidates: Iterable[Candidate],
@@ -173,6 +170,7 @@ class Pool(Tabular):
         return Built(audited, self.verdicts())
 
     @former_parameters({"tell": "on_event"})
+    @check_types()
     def dedupe(
         self,
         owner_cap: int | None = None,
@@ -231,6 +229,7 @@ class Pool(Tabular):
             self._compare(base, on_event)
         return self.verdicts()
 
+    @check_types()
     def overrule(self, names: Sequence[str], verdict: Literal["ok", "quarantined"] | None, reason: str = "") -> None:
         """Give adapters a verdict of your own, which overrules the findings and outlasts later checks.
 
@@ -263,6 +262,7 @@ class Pool(Tabular):
         return replace(entry, findings=findings, verdict=verdict_of(findings)) if kept else entry
 
     @former_parameters({"tell": "on_event"})
+    @check_types()
     def remove(self, names: Sequence[str], *, on_event: Callable[[Entry], None] | None = None) -> list[str]:
         """Remove adapters with their files, and compare the others again.
 

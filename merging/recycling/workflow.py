@@ -14,6 +14,7 @@ from merging.display.notices import report_notices
 from merging.display.tables import Table, Tabular
 from merging.engine.resources import pick_device
 from merging.errors import OptionError, option
+from merging.maths.lazy_torch import torch
 from merging.recycling.bootstrap import Metric
 from merging.recycling.data import Example, Split, kind_of, overlaps, read_examples, split
 from merging.recycling.fold import FoldedLora, fold, write_adapter
@@ -27,6 +28,7 @@ from merging.recycling.run_checkpoint import RunCheckpoint
 from merging.recycling.settings import Settings, make_settings
 from merging.recycling.stages import OnEvent, Outcome, best_of, measure, run_stages
 from merging.storage.staging import StagedOutput, check_destination
+from merging.type_checks import check_types
 from merging.version import __version__, former_parameters
 
 __all__ = ["REPORT", "Recycled", "checkpoint_folder", "recycle"]
@@ -69,6 +71,7 @@ class Recycled(Tabular):
 
 
 @former_parameters({"told": "on_event"})
+@check_types()
 def recycle(
     pool: str | Path | Iterable[str | Path],
     *,
@@ -77,7 +80,7 @@ def recycle(
     valid: Examples | None = None,
     test: Examples | None = None,
     output: str | Path = "recycled",
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     resume: bool = False,
     overwrite: bool = False,
     on_event: OnEvent | None = None,

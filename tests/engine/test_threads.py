@@ -72,5 +72,5 @@ def test_the_first_error_ends_all() -> None:
 @pytest.mark.parametrize("threads", ["2", 1.5, True, float("nan"), [2]], ids=repr)
 def test_threads_that_are_no_number(threads: Any, tmp_path: Path) -> None:
     _, tuned = checkpoint(tmp_path)
-    with pytest.raises(OptionError, match=r"threads = .*: at least one is needed"):
+    with pytest.raises(OptionError, match="threads should be a whole number, and is"):
         merging.merge(tuned, method="linear", output=tmp_path / "out", threads=threads)

@@ -18,6 +18,7 @@ from merging.maths.parameters import Coefficient, Local, PerModel
 from merging.maths.site import Site
 from merging.methods.contract.method import Grain, Method, Statistics, build
 from merging.methods.registry import declare
+from merging.type_checks import check_types
 
 __all__ = ["OPTIONS", "FunctionMethod", "method"]
 
@@ -110,6 +111,7 @@ class FunctionMethod(Method):
         return Dense(merged.to(values.dtype))
 
 
+@check_types("name", "space", "needs", "models")
 def method(
     name: str,
     *,
