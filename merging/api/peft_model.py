@@ -32,7 +32,7 @@ else:
 __all__ = ["merge_peft"]
 
 
-@check_types("model", "adapters", "method", "adapter_name", "rank")
+@check_types("adapters", "method", "adapter_name", "rank", "keys")
 def merge_peft(
     model: PeftModel,
     adapters: Sequence[str],
@@ -153,8 +153,9 @@ class _Target:
         dtype = torch.float64 if down.dtype == torch.float64 else torch.float32
         if change.magnitude is not None:
             weight = self.layer.get_base_layer().weight
-            if not weight.is_floating_point():
-                raise InputError(f"{change.target}: {change.needs_base}, and the model's weight is quantised")
+            if not weight.is_floating_point() or weight.is_meta:
+                state = "on the meta device" if weight.is_meta else "quantised"
+                raise InputError(f"{change.target}: {change.needs_base}, and the model's weight is {state}")
             self.deltas[slot] = change.read(self.shape, lambda: weight.to("cpu", dtype), dtype).to(down.device)
             return
         upper = up.to(dtype).reshape(-1, len(down)) * change.scale
@@ -176,12 +177,7 @@ class _Target:
 
 def _read_targets(model: PeftModel, adapters: Sequence[str], exclude: str | Sequence[str]) -> dict[str, _Target]:
     """Read the changes of the adapters that are not excluded, by the weight that they change."""
-    from peft.utils import get_peft_model_state_dict
-
-    changes: list[Mapping[str, Change]] = []
-    for name in adapters:
-        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-        changes.append(changes_in_memory(state, model.peft_config[name].to_dict(), f"adapter {name!r}"))
+    changes = [_read_changes(model, name) for name in adapters]
     left = all_matching(exclude, dict.fromkeys(target for each in changes for target in each))
     targets: dict[str, _Target] = {}
     for slot, (name, held) in enumerate(zip(adapters, changes, strict=True)):
@@ -202,6 +198,26 @@ def _read_targets(model: PeftModel, adapters: Sequence[str], exclude: str | Sequ
     if not targets:
         raise InputError("the adapters change nothing that is not excluded: there is nothing to merge")
     return targets
+
+
+def _read_changes(model: PeftModel, name: str) -> dict[str, Change]:
+    """Return the changes of an adapter, by target. Raises :class:`~merging.errors.InputError` without values.
+
+    If any adapter has trained rows of tokens, PEFT looks for them in each: it finds an empty tensor here.
+    """
+    from peft.utils import get_peft_model_state_dict
+
+    state = model.state_dict()
+    rows = {key.rpartition(".")[0] for key in state if ".token_adapter.trainable_tokens_delta." in key}
+    absent = {key for key in rows if f"{key}.{name}" not in state}
+    state |= {f"{key}.{name}": torch.empty(0) for key in absent}
+    saved = get_peft_model_state_dict(model, state, adapter_name=name, save_embedding_layers=False)
+    held = {key: value for key, value in saved.items() if key not in absent}
+    if any(value.is_meta for value in held.values()):
+        raise InputError(
+            f"adapter {name!r} is on the meta device, without values: load the model with its values first"
+        )
+    return changes_in_memory(held, model.peft_config[name].to_dict(), f"adapter {name!r}")
 
 
 def _find_layer(model: PeftModel, target: str) -> Any:

@@ -26,6 +26,7 @@ SETTINGS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "head": (["q_proj"], {"r": 2, "modules_to_save": ["lm_head"]}),
     "one": (["q_proj", "v_proj"], {"r": 2, "lora_alpha": 3}),
     "two": (["q_proj", "v_proj"], {"r": 6, "lora_alpha": 1}),
+    "rows": (["q_proj"], {"r": 2, "trainable_token_indices": [1, 3]}),
 }
 
 
@@ -81,6 +82,8 @@ def assert_unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
         (NAMES, "task_arithmetic", {"exclude": "v_proj"}),
         (("a", "dora"), "task_arithmetic", {"rank": 6}),
         (("a", "head"), "linear", {"exclude": ["lm_head"]}),
+        (("a", "a", "b"), "linear", {}),
+        (("a", "rows"), "linear", {"exclude": ["embed_tokens"]}),
     ],
 )
 def test_memory_and_files_make_the_same_model(
@@ -204,6 +207,18 @@ REFUSED: dict[str, tuple[tuple[str, ...], dict[str, Any], type[MergingError], st
     "all excluded": (("a",), {"exclude": ["q_proj", "v_proj"]}, InputError, "nothing that is not excluded"),
     "parameter": (("a", "b"), {"density": 2}, OptionError, "density"),
     "module in full": (("a", "head"), {}, InputError, r"adapter 'head': lm_head\.weight: .*exclude=\"lm_head\""),
+    "rows of tokens": (
+        ("a", "rows"),
+        {},
+        InputError,
+        r"adapter 'rows': .*embed_tokens.*exclude=\"model.embed_tokens\"",
+    ),
+    "exclude of no text": (("a", "b"), {"exclude": 3}, OptionError, "exclude should be text or a list, and is 3"),
+    "exclude of numbers": (("a", "b"), {"exclude": [3]}, OptionError, r"exclude\[0\] should be text, and is 3"),
+    "keys of numbers": (("a", "b"), {"keys": [1, 2]}, OptionError, "keys should be a list of texts, and is a list"),
+    "too few keys": (("a", "b"), {"keys": ["a"]}, OptionError, "keys has 1 values for 2 models"),
+    "adapters of no text": ((3,), {}, OptionError, "3: the model has no such adapter"),  # type: ignore[dict-item]
+    "method": (("a", "b"), {"method": None}, OptionError, "method should be a name or a method, and is None"),
     "not finite": (("a", "b"), {}, InputError, "adapter 2: .* holds NaN"),
 }
 
@@ -211,7 +226,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], dict[str, Any], type[MergingError], st
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals_leave_the_model_as_it_was(folder: Path, case: str) -> None:
     names, options, error, message = REFUSED[case]
-    model = load(folder, "a", "b", *(["head"] if case == "module in full" else []))
+    model = load(folder, "a", "b", *(name for name in names if name in ("head", "rows")))
     if case == "not finite":
         next(value for name, value in model.named_parameters() if ".b." in name).data.fill_(torch.nan)
     before = everything(model)
@@ -235,6 +250,18 @@ def test_what_is_merged_into_the_weights_is_refused(folder: Path) -> None:
     model.merge_adapter()
     with pytest.raises(InputError, match="call unmerge_adapter"):
         merging.merge_peft(model, ["a", "b"], method="linear")
+
+
+def test_a_model_without_values_is_refused(folder: Path) -> None:
+    """All of it is on the meta device, or the weights alone, which DoRA needs."""
+    with pytest.raises(InputError, match="adapter 'a' is on the meta device, without values"):
+        merging.merge_peft(load(folder, "a", "b").to("meta"), ["a", "b"], method="linear")
+    model = load(folder, "dora")
+    for layer in model.modules():
+        if hasattr(layer, "base_layer"):
+            layer.base_layer.to("meta")
+    with pytest.raises(InputError, match=r"q_proj.*the model's weight is on the meta device"):
+        merging.merge_peft(model, ["dora"], method="linear")
 
 
 def test_other_models_are_refused(folder: Path) -> None:
