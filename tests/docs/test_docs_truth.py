@@ -31,7 +31,16 @@ MADE = re.compile(r"docs/(methods/\w+|cli/\w+|changelog)\.md")
 """Pages that mkdocs makes."""
 
 FOREIGN = {
-    *("--concat", "--index-url", "--lora-merge-cache", "--models", "--new_rank", "--ratios", "--save_to", "--sd_model"),
+    *(
+        "--concat",
+        "--extra-index-url",
+        "--lora-merge-cache",
+        "--models",
+        "--new_rank",
+        "--ratios",
+        "--save_to",
+        "--sd_model",
+    ),
     *("--strict", "--markdown"),
 }
 """Options of other programs that the pages name."""
