@@ -10,6 +10,7 @@ from typing import Any
 
 from merging import os_calls
 from merging.output.model_card import model_card
+from merging.output.tokenizer_files import map_token_ids, tokenizer_patterns, written_files
 from merging.plan.inputs.tied_heads import scales_outputs
 from merging.plan.merge_plan import Plan
 from merging.sources import Checkpoint
@@ -61,9 +62,13 @@ def copy_companions(plan: Plan, folder: Path) -> None:
 
     Other adapters use the tokenizer of their base.
     """
+    written = written_files(plan) if plan.output == "model" else {}
     for name, source in _companions(plan).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        copy_file(source, folder / name, source.parents[name.count("/")])
+        if name not in written:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            copy_file(source, folder / name, source.parents[name.count("/")])
+    for name, text in written.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def _remarks(plan: Plan, reference: Checkpoint, own: Checkpoint) -> list[str]:
@@ -73,7 +78,8 @@ def _remarks(plan: Plan, reference: Checkpoint, own: Checkpoint) -> list[str]:
         remarks.append(
             f"the model runs code of its own, which is not copied: copy *.py from {reference.folder} if you trust it"
         )
-    if own is not reference and own.folder is not None:
+    indexed = plan.vocabulary is not None and plan.vocabulary.matched is None
+    if indexed and own is not reference and own.folder is not None:
         remarks.append(f"the tokenizer comes from {own.path}, which has the largest vocabulary")
     return remarks
 
@@ -85,7 +91,7 @@ def _companions(plan: Plan) -> dict[str, Path]:
     if plan.output == "adapter":
         others, own = [], None if own is plan.base else own
     found: dict[str, Path] = {}
-    for model, patterns in ((reference, others), (own, TOKENIZER_FILES)):
+    for model, patterns in ((reference, others), (own, tokenizer_patterns(plan))):
         folder = model.folder if model else None
         for path in sorted(path for pattern in patterns if folder for path in folder.glob(pattern)):
             if folder and not path.is_dir():
@@ -101,6 +107,7 @@ def check_companions(plan: Plan) -> None:
     """
     model_card(plan)
     _companions(plan)
+    written_files(plan)
 
 
 def _copy_weights(component: Checkpoint, folder: Path) -> None:
@@ -142,4 +149,9 @@ def _model_config(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
             part["tie_word_embeddings"] = False
         if plan.vocabulary and ("vocab_size" in part or (part is edited and inner is None)):
             part["vocab_size"] = plan.vocabulary.rows
+    vocabulary = plan.vocabulary
+    if vocabulary and vocabulary.matched and vocabulary.of is not plan.reference:
+        edited = map_token_ids(edited, vocabulary.of.config, vocabulary.matched)
+        if isinstance(inner, dict):
+            edited["text_config"] = map_token_ids(inner, vocabulary.of.config, vocabulary.matched)
     return edited

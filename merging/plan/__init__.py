@@ -29,6 +29,8 @@ from merging.plan.outputs.to_adapter import plan_adapter
 from merging.plan.outputs.to_model import plan_model
 from merging.plan.provenance import record_sources
 from merging.plan.recipe import Entry, Recipe
+from merging.plan.tokens.chat_templates import pin_chat_template, resolve_chat_template
+from merging.plan.tokens.matching import download_tokenizer
 from merging.sources import Adapter, Checkpoint, Model
 
 __all__ = ["PORTABLE_RANKS", "Item", "Plan", "make_plan", "plan_of"]
@@ -129,10 +131,22 @@ def _plan(
         notices=tuple(notices),
         matched=tuple(planned.matched),
         vocabulary=vocabulary,
+        chat_template=_find_template(recipe, models, base),
         format=planned.format,
         header=planned.header,
         constants=planned.constants,
     )
+
+
+def _find_template(recipe: Recipe, models: Sequence[Model], base: Checkpoint | None) -> str | None:
+    """Return the text of the chat template that the recipe asks for, if any."""
+    if recipe.chat_template is None:
+        return None
+    checkpoints = [model for model in ([base, *models] if base else models) if isinstance(model, Checkpoint)]
+    if recipe.chat_template == "auto":
+        for model in checkpoints:
+            download_tokenizer(model)
+    return resolve_chat_template(recipe.chat_template, checkpoints)
 
 
 def _check_sites(recipe: Recipe, planned: PlannedOutput, output: str, models: int, based: bool) -> list[str]:
@@ -154,10 +168,21 @@ def _check_sites(recipe: Recipe, planned: PlannedOutput, output: str, models: in
 
 
 def _pin_revisions(recipe: Recipe, models: Sequence[Model], base: Checkpoint | None) -> Recipe:
-    """Return the recipe with models of the Hub named by their commits, so that it always means the same bytes.
+    """Return the recipe with models of the Hub named by their commits, and a chat template's file by its text.
+
+    So it always means the same bytes.
 
     The last models may have no name in the recipe: the models that a store holds.
     """
-    named = zip(recipe.models, models, strict=False)
-    pinned = {"models": tuple(str(model.origin or name) for name, model in named)}
-    return recipe.model_copy(update=pinned | ({"base": str(base.origin)} if base and base.origin else {}))
+    named = [*zip(recipe.models, models, strict=False), *([(recipe.base, base)] if recipe.base and base else [])]
+    pins = {name: str(model.origin) for name, model in named if isinstance(name, str) and model.origin}
+
+    def pin(entry: Entry) -> Entry:
+        return pins.get(entry, entry) if isinstance(entry, str) else entry
+
+    update: dict[str, object] = {"models": tuple(map(pin, recipe.models)), "base": recipe.base and pin(recipe.base)}
+    if recipe.tokenizer is not None:
+        update["tokenizer"] = recipe.tokenizer.rename(lambda name: pins.get(name, name))
+    if recipe.chat_template is not None:
+        update["chat_template"] = pin_chat_template(recipe.chat_template)
+    return recipe.model_copy(update=update)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from merging.errors import InputError, OptionError, option
 from merging.plan.recipe import Recipe
+from merging.plan.tokens.matching import check_tokenizer
 from merging.sources import Adapter, Checkpoint
 from merging.sources.changes import Change
 from merging.sources.checkpoint import content_key, files_key
@@ -148,8 +149,7 @@ def check_options(recipe: Recipe, models: Sequence[Checkpoint | Adapter], output
     for name in ("tokenizer", "chat_template"):
         if getattr(recipe, name) is not None and output == "adapter":
             raise OptionError(f"{option(name)} is of a full model, and this merge makes an adapter: leave it out")
-        if getattr(recipe, name) is not None:
-            raise OptionError(f"{option(name)} is not implemented yet: leave it out")
+    check_tokenizer(recipe.tokenizer, recipe.vocabulary)
     if recipe.lora_alpha is not None and not any(isinstance(model, Adapter) for model in models):
         raise OptionError(
             f"{option('lora_alpha')} is a setting of adapters, and there is none among the models: leave it out"

@@ -36,6 +36,7 @@ class Plan(Tabular):
         notices: remarks for people.
         matched: one line a model about how its names were matched.
         vocabulary: the output's vocabulary, where the models' vocabularies differ in size.
+        chat_template: the text of the output's chat template, where the recipe asks for one.
         format: the name of the form of a merged adapter's file.
         header: the program whose entries the file's header has, if it has any.
         constants: numbers that the file holds in addition to merged tensors.
@@ -54,6 +55,7 @@ class Plan(Tabular):
     notices: tuple[str, ...] = ()
     matched: tuple[str, ...] = field(default=())
     vocabulary: Vocabulary | None = None
+    chat_template: str | None = None
     format: str = "peft"
     header: AdapterFormat | None = "peft"
     constants: tuple[Constant, ...] = ()

@@ -9,7 +9,7 @@ from typing import Any
 from merging.errors import FormatError
 from merging.sources.small_files import LIST_LIMIT, is_there, read_json, read_text
 
-__all__ = ["TOKENIZER_FILES", "token_conflict", "tokens_of"]
+__all__ = ["TOKENIZER_FILES", "token_conflict", "tokens_in", "tokens_of"]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -52,7 +52,8 @@ def tokens_of(folder: Path) -> dict[int, str] | None:
     :class:`~merging.errors.FormatError` for files of another content.
     """
     if is_there(folder / "tokenizer.json"):
-        return _of_tokenizer(folder / "tokenizer.json")
+        path = folder / "tokenizer.json"
+        return tokens_in(read_json(path, LIST_LIMIT), path)
     if is_there(folder / "vocab.json"):
         tokens = _read_vocabulary(folder / "vocab.json")
     elif is_there(folder / "vocab.txt"):
@@ -64,8 +65,8 @@ def tokens_of(folder: Path) -> dict[int, str] | None:
     return tokens | _read_vocabulary(added) if is_there(added) else tokens
 
 
-def _of_tokenizer(path: Path) -> dict[int, str]:
-    content = read_json(path, LIST_LIMIT)
+def tokens_in(content: Mapping[str, Any], path: Path) -> dict[int, str]:
+    """Return the tokens by row in the content of a ``tokenizer.json``; ``path`` is its place for errors."""
     model = content.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     tokens: dict[int, str] = {}

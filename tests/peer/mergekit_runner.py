@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> None:
     from mergekit.options import MergeOptions
 
     # Our checkpoints have no tokenizer: asked to copy one, mergekit would only spend time on finding that out.
-    options = MergeOptions(quiet=True, copy_tokenizer=False)
+    options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False)
 
     def merge(config: str, output: str) -> Measured:
         text = Path(config).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Models whose vocabularies differ in size: rows are matched by their index, where the recipe asks for it."""
+"""Models with different vocabularies: rows are matched by token or by their index, where the recipe asks for it."""
 
 from __future__ import annotations
 
@@ -7,26 +7,33 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from merging.errors import InputError, option
-from merging.hub.address import Address
-from merging.hub.repository import open_repository
 from merging.plan.inputs.trained_tables import replace_tables, tables_as_checkpoint
 from merging.plan.recipe import Recipe
+from merging.plan.tokens.matching import MatchedTokens, download_tokenizer, match_tokens
+from merging.plan.tokens.settings import TokenizerSettings
 from merging.sources import Adapter, Checkpoint, Model
 from merging.sources.extended_tables import ExtendedTable
 from merging.sources.renaming import find_renaming
 from merging.sources.stored import Stored
 from merging.sources.tied_weights import embeddings_among, is_table
-from merging.sources.tokenizers import TOKENIZER_FILES, token_conflict, tokens_of
+from merging.sources.tokenizers import token_conflict, tokens_of
 
 __all__ = ["Vocabulary", "match_vocabularies"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Vocabulary:
-    """The vocabulary of an output whose models have different ones: its rows, and the model with its tokenizer."""
+    """The vocabulary of an output whose models have different ones.
+
+    Attributes:
+        rows: the number of rows.
+        of: the model with its tokenizer.
+        matched: the tokens, where rows were matched by token.
+    """
 
     rows: int
     of: Checkpoint
+    matched: MatchedTokens | None = None
 
 
 def match_vocabularies(
@@ -41,6 +48,8 @@ def match_vocabularies(
         InputError: where the sizes differ and the recipe does not say what to do, or where tokenizers have different
             tokens for one row.
     """
+    if recipe.tokenizer is not None:
+        return _match_by_token(recipe, recipe.tokenizer, models, base)
     checkpoints = [model for model in ([*models, base] if base else models) if isinstance(model, Checkpoint)]
     if not checkpoints:
         return tuple(models), base, None, []
@@ -74,6 +83,18 @@ def match_vocabularies(
         f"vocabularies of different sizes ({sizes} rows) were matched by index: {rows[id(of)]} rows come out"
     )
     return tuple(kept), resized[id(base)] if base else None, Vocabulary(rows[id(of)], of), remarks
+
+
+def _match_by_token(
+    recipe: Recipe, settings: TokenizerSettings, models: Sequence[Model], base: Checkpoint | None
+) -> tuple[tuple[Model, ...], Checkpoint | None, Vocabulary, list[str]]:
+    names = [*map(str, recipe.models), *(str(model.path) for model in models[len(recipe.models) :])]
+    named = [*zip(names, models, strict=True), *([(str(recipe.base), base)] if base else [])]
+    matched = match_tokens(settings, named, len(models) if base else None)
+    based = matched.models[-1] if base else None
+    assert based is None or isinstance(based, Checkpoint)
+    vocabulary = Vocabulary(matched.rows, matched.of, matched)
+    return matched.models[: len(models)], based, vocabulary, list(matched.notices)
 
 
 def _rows_of(model: Checkpoint) -> int:
@@ -154,19 +175,12 @@ class _Tables:
         return replace(model, tensors=tensors)
 
 
-def _bring_tokenizer(model: Checkpoint) -> None:
-    """Have the tokenizer's files at hand of a model on the Hub."""
-    if model.origin is not None:
-        repository = open_repository(Address(model.origin.repo, model.origin.commit))
-        repository.download_files(TOKENIZER_FILES, model.origin.folder)
-
-
 def _check_tokenizers(checkpoints: Sequence[Checkpoint], rows: Mapping[int, int], of: Checkpoint) -> list[str]:
     """Refuse tokenizers with different tokens for one row; return remarks on models without a tokenizer."""
     remarks: list[str] = []
     known: dict[int, tuple[str, Checkpoint]] = {}
     for model in dict.fromkeys([of, *checkpoints]):
-        _bring_tokenizer(model)
+        download_tokenizer(model)
         tokens = tokens_of(model.folder) if model.folder else None
         if tokens is None:
             remarks.append(f"{model.path} has no tokenizer: whether its rows are the others' tokens is not checked")

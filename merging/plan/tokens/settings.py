@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_valid
 from merging.display.tables import Displayed
 from merging.errors import nearest
 
-__all__ = ["TokenRow", "TokenSource", "TokenizerSettings", "rename_models", "resolve_template"]
+__all__ = ["TokenRow", "TokenSource", "TokenizerSettings", "names_file", "rename_models", "resolve_template"]
 
 _PRESET = ("union", "base")
 _TEMPLATE_FILES = (".jinja", ".jinja2", ".txt", ".json")

@@ -1,0 +1,152 @@
+"""Vocabularies merged by token: the rows of each token, whatever its place in each model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import merging
+from merging.errors import InputError, OptionError
+from support.tokenized import EMBEDDING, HEAD, rows_of, save_tokenized, tokens_of_file
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Three models with the special tokens <|a|>, <|b|>, <|c|>, and <|shared|> of the last two."""
+    root = tmp_path_factory.mktemp("tokens")
+    for name in "abc":
+        special = [f"<|{name}|>", *(["<|shared|>"] if name != "a" else [])]
+        save_tokenized(root / name, name, special=special, padding=7 if name == "a" else 0)
+    return {name: str(root / name) for name in "abc"}
+
+
+def merge(folders: dict[str, str], names: str, out: Path, **options: Any) -> Path:
+    if "base" in options:
+        options["base"] = folders[options["base"]]
+    merging.merge([folders[name] for name in names], output=out, **options)
+    return out
+
+
+def mean(values: list[Tensor]) -> Tensor:
+    return sum(values) / len(values)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("table", [EMBEDDING, HEAD])
+def test_a_missing_token_has_the_mean_of_the_models_that_have_it(
+    folders: dict[str, str], tmp_path: Path, table: str
+) -> None:
+    out = merge(folders, "abc", tmp_path / "out", method="linear", weights=[0.5, 0.3, 0.2], tokenizer="union")
+    got, given = rows_of(out, table), [rows_of(Path(folders[name]), table) for name in "abc"]
+    assert got.keys() == given[0].keys() | given[1].keys() | given[2].keys()
+    for token, row in got.items():
+        found = mean([each[token] for each in given if token in each])
+        rows = [each.get(token, found) for each in given]
+        torch.testing.assert_close(row, 0.5 * rows[0] + 0.3 * rows[1] + 0.2 * rows[2], rtol=0, atol=1e-7)
+
+
+def test_a_missing_token_has_the_row_of_the_base(folders: dict[str, str], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"method": "task_arithmetic", "base": "c", "weights": [0.5, 0.25]}
+    out = merge(folders, "ab", tmp_path / "out", tokenizer="base", **options)
+    a, b, c = (rows_of(Path(folders[name])) for name in "abc")
+    got = rows_of(out)
+    assert got.keys() == c.keys()
+    for token, row in got.items():
+        base = c[token]
+        wanted = base + 0.5 * (a.get(token, base) - base) + 0.25 * (b.get(token, base) - base)
+        torch.testing.assert_close(row, wanted, rtol=0, atol=1e-7)
+
+
+def test_rows_of_the_first_model_and_its_padding_stay(folders: dict[str, str], tmp_path: Path) -> None:
+    out = merge(folders, "ab", tmp_path / "out", method="linear", tokenizer="union")
+    first, got = tokens_of_file(Path(folders["a"])), tokens_of_file(out)
+    assert {token: got[token] for token in first} == first
+    assert sorted(got.values()) == list(range(len(got)))
+    alone = merge(folders, "ab", tmp_path / "alone", method="linear", tokenizer=folders["a"])
+    padded = load_file(Path(folders["a"]) / "model.safetensors")[EMBEDDING]
+    kept = load_file(alone / "model.safetensors")[EMBEDDING]
+    assert len(kept) == len(padded) == len(first) + 7
+    torch.testing.assert_close(kept[len(first) :], padded[len(first) :])
+    assert json.loads((alone / "config.json").read_text())["vocab_size"] == len(padded)
+
+
+def test_sources_of_single_tokens(folders: dict[str, str], tmp_path: Path) -> None:
+    tokens = {
+        "Ġquantum": {"source": folders["b"] + "/"},
+        "the": {"source": folders["b"], "force": True},
+        "ze": {"source": {"kind": "model_token", "model": folders["a"], "token": "the"}},
+        "merge": {"source": {"kind": "zero"}},
+        "zebra": {"source": {"kind": "zero"}, "force": True},
+        "<|new|>": {"source": {"kind": "model_token", "model": folders["a"], "token_id": 5}},
+    }
+    settings = {"source": folders["b"], "tokens": tokens, "pad_to_multiple_of": 64}
+    out = merge(folders, "ab", tmp_path / "out", method="linear", tokenizer=settings)
+    a, b, got = rows_of(Path(folders["a"])), rows_of(Path(folders["b"])), rows_of(out)
+    assert got.keys() == b.keys() | {"<|new|>"}
+    raw = load_file(Path(folders["a"]) / "model.safetensors")[EMBEDDING]
+    torch.testing.assert_close(got["ze"], (a["the"] + b["ze"]) / 2)
+    torch.testing.assert_close(got["merge"], (a["merge"] + b["merge"]) / 2)
+    assert not got["zebra"].any()
+    torch.testing.assert_close(got["<|new|>"], raw[5])
+    values = load_file(out / "model.safetensors")[EMBEDDING]
+    assert len(values) % 64 == 0
+    torch.testing.assert_close(got["the"], b["the"])
+    torch.testing.assert_close(got["Ġquantum"], b["Ġquantum"])
+
+
+def test_models_of_one_tokenizer_stay_as_they_are(folders: dict[str, str], tmp_path: Path) -> None:
+    twice = [folders["a"], folders["a"]]
+    for name, options in (("plain", {}), ("tokens", {"tokenizer": "union"})):
+        merging.merge(twice, output=tmp_path / name, method="linear", **options)  # type: ignore[arg-type]
+    plain, tokens = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "tokens"))
+    assert all(torch.equal(plain[name], tokens[name]) for name in plain)
+    assert (tmp_path / "plain/tokenizer.json").read_bytes() == (tmp_path / "tokens/tokenizer.json").read_bytes()
+
+
+def test_the_bytes_do_not_depend_on_threads(folders: dict[str, str], tmp_path: Path) -> None:
+    for threads in (1, 3):
+        merge(folders, "cab", tmp_path / str(threads), method="linear", tokenizer="union", threads=threads)
+    one, three = (tmp_path / name / "model.safetensors" for name in "13")
+    assert one.read_bytes() == three.read_bytes()
+
+
+def test_a_tied_head_is_written_out_where_another_model_has_its_own(folders: dict[str, str], tmp_path: Path) -> None:
+    save_tokenized(tmp_path / "tied", "b", tie_word_embeddings=True)
+    out = tmp_path / "out"
+    merging.merge([tmp_path / "tied", folders["a"]], method="linear", tokenizer="union", output=out)
+    tied, other = rows_of(tmp_path / "tied"), rows_of(Path(folders["a"]), HEAD)
+    head = rows_of(out, HEAD)
+    torch.testing.assert_close(head["zebra"], tied["zebra"])
+    torch.testing.assert_close(head["merge"], (tied["merge"] + other["merge"]) / 2)
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_what_is_refused(folders: dict[str, str], tmp_path: Path) -> None:
+    def refused(error: type[Exception], words: str, names: str = "ab", **options: Any) -> None:
+        with pytest.raises(error, match=words):
+            merge(folders, names, tmp_path / "none", method="linear", **options)
+        assert not (tmp_path / "none").exists()
+
+    tokens = {"the": {"source": folders["c"]}}
+    refused(OptionError, "the source of 'the', .*c, is none of the models", tokenizer={"tokens": tokens})
+    tokens = {"nonsense": {"source": folders["a"]}}
+    refused(InputError, "a, does not have the token 'nonsense'", tokenizer={"tokens": tokens})
+    refused(OptionError, "tokenizer=.* and vocabulary=.*leave one out", tokenizer="union", vocabulary="largest")
+    bare = dict(folders, a=str(tmp_path / "bare"))
+    (tmp_path / "bare").mkdir()
+    save_file(load_file(Path(folders["a"]) / "model.safetensors"), tmp_path / "bare/model.safetensors")
+    with pytest.raises(InputError, match="bare: has no tokenizer"):
+        merge(bare, "ab", tmp_path / "none", method="linear", tokenizer="union")
+    for file, kind in (("tekken.json", "Tekken"), ("tokenizer.model", "SentencePiece")):
+        (tmp_path / "bare" / file).write_text("{}")
+        with pytest.raises(InputError, match=f"of the kind {kind} alone"):
+            merge(bare, "ab", tmp_path / "none", method="linear", tokenizer="union")
+        (tmp_path / "bare" / file).unlink()
+    (tmp_path / "bare/vocab.json").write_text(json.dumps({"the": 0}))
+    with pytest.raises(InputError, match=r"without a tokenizer\.json cannot be extended"):
+        merge(bare, "ab", tmp_path / "none", method="linear", tokenizer="union")
