@@ -21,6 +21,7 @@ from merging.plan import Plan
 from merging.plan.provenance import describe_change, names_of, record_source
 from merging.plan.recipe import Recipe
 from merging.plan.recipe_values import make_recipe, map_names
+from merging.type_checks import check_types
 from merging.version import __version__
 
 __all__ = ["PlannedRerun", "plan_rerun", "rerun"]
@@ -60,6 +61,7 @@ class PlannedRerun:
         return f"warning: {made} has other bytes than {self.path}: {cause}"
 
 
+@check_types("max_memory", "progress")
 def rerun(
     path: str | Path,
     *,

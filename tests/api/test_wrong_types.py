@@ -56,6 +56,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "peft_deltas": {"state_dict": FACTORS, "config": {"peft_type": "LORA", "r": 1}},
     "peft_state_dict": {"deltas": {"w": merging.Dense(STATE["w"])}, "rank": 1},
     "preview": {"models": ["adapter0", "adapter1"], "method": "linear"},
+    "rerun": {"path": "made.safetensors", "output": "new.safetensors"},
     "recycle": {"pool": ["adapter0"], "base": "base", "train": EXAMPLES},
 }
 """Right arguments of every public function, class and method that takes some."""
@@ -95,6 +96,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _, loras = adapters(folder / "loras", 2)
     for number, lora in enumerate(loras):
         lora.rename(folder / f"adapter{number}")
+    merging.merge([folder / "adapter0"], method="passthrough", output=folder / "made.safetensors")
     merging.compress(folder / "adapter0", folder / "pack.safetensors")
     merging.ContinualStore.create(folder / "store", base=base).add(folder / "tuned0", threads=1)
     Pool.create(folder / "pool", base)
