@@ -110,7 +110,8 @@ class ByName(_Varying):
         """Return the value at a site, or the value of each model. Raises ValueError if no pattern matches its name."""
         for pattern, value in self.rules:
             if matches(pattern, site.name):
-                return bind_value(value, site)  # type: ignore[no-any-return]
+                bound: float | tuple[float, ...] = bind_value(value, site)
+                return bound
         raise ValueError(f'no pattern matches {site.name}: end with "*" for all the others')
 
     def plain(self) -> dict[str, Any]:

@@ -61,7 +61,8 @@ def _size(delta: LowRank, kind: str) -> float:
 
 def _distance(one: LowRank | None, other: LowRank | None) -> float:
     if one is None or other is None:
-        return float(squared_norm(one or other))  # type: ignore[arg-type]
+        alone = other if one is None else one
+        return 0.0 if alone is None else float(squared_norm(alone))
     return float(squared_norm(one) + squared_norm(other) - 2 * inner_product(one, other))
 
 

@@ -139,12 +139,11 @@ class _Training:
                 answers = self.problem.model.answers(part)
             each = answers.entropies(len(part)) if plan.entropy else answers.losses(len(part))
             loss = each.sum() / len(chosen)
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             total += float(loss.detach())
         if plan.l1:
-            absolute = sum(each.abs().sum() for each in self.parameters)
-            penalty = plan.l1 * absolute / sum(each.numel() for each in self.parameters)
-            penalty.backward()  # type: ignore[union-attr]
+            absolute = sum((each.abs().sum() for each in self.parameters), torch.zeros(()))
+            torch.autograd.backward(plan.l1 * absolute / sum(each.numel() for each in self.parameters))
         optimizer.param_groups[0]["lr"] = plan.rate_at(number)
         optimizer.step()
         if plan.bounds:
