@@ -91,7 +91,7 @@ class _Run:
 
     def _measure(self, name: str, statistic: str, statistics: Statistics) -> Tensor:
         """Return what one statistic measures of a tensor, before its reduction."""
-        with name_failures(name):
+        with name_failures(name, self.method):
             unwrapped = self._unwrap(name, self.read(name).stack, statistics)
             bound = next(each for each in unwrapped.then.required_statistics() if each.name == statistic)
             return bound.measure(unwrapped.stack, unwrapped.site, _with_local(unwrapped, statistics, before=statistic))
@@ -103,7 +103,7 @@ class _Run:
     def _merge(self, name: str, statistics: Statistics) -> tuple[Delta, Stack, Tensor | None]:
         """Merge a tensor: its change (or weight), the models' changes (or weights), and the base of the change."""
         stack, base = self.read(name)
-        with name_failures(name):
+        with name_failures(name, self.method):
             unwrapped = self._unwrap(name, stack, statistics)
             local = _with_local(unwrapped, statistics)
             merged = unwrapped.rewrap(unwrapped.then.merge(unwrapped.stack, unwrapped.site, local))

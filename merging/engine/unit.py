@@ -9,12 +9,12 @@ from math import prod
 from typing import NamedTuple
 
 from merging.engine.tiles import Tiler, tile_size
-from merging.errors import InputError, option
+from merging.errors import InputError, MergingError, OptionError, option
 from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.reductions import Accumulator
 from merging.maths.site import Site
-from merging.methods.contract.method import Statistic, Statistics
+from merging.methods.contract.method import Method, Statistic, Statistics
 from merging.methods.contract.wrapper import Unwrapped, unwrap_outer
 from merging.plan.cuts import cut_rows, cut_stack
 from merging.plan.items import TILE, Item
@@ -133,16 +133,26 @@ class WorkUnit:
 
 
 @contextmanager
-def name_failures(name: str) -> Iterator[None]:
-    """Turn a decomposition that fails into an error that names the tensor.
+def name_failures(name: str, method: Method) -> Iterator[None]:
+    """Turn failures into errors that name the tensor: of a decomposition, and of a method from outside the package.
 
-    Raises :class:`~merging.errors.InputError`.
+    Raises:
+        InputError: for a decomposition that fails.
+        OptionError: from any error that a method from outside raises.
     """
     try:
         yield
+    except (MergingError, MemoryError, OSError):
+        raise
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         reason = str(error).rstrip(".")
         raise InputError(f"{name}: cannot be decomposed, as NaN and infinities cannot: {reason}") from None
+    except Exception as error:
+        links = [link for link in method.links() if not type(link).__module__.startswith("merging.")]
+        if not links:
+            raise
+        own = "+".join(link.name for link in links)
+        raise OptionError(f"the method {own} failed at {name}: {type(error).__name__}: {error}") from error
 
 
 def accumulate(accumulator: Accumulator, values: Tensor, name: str) -> None:

@@ -60,7 +60,7 @@ class Worker:
 
     def gather(self, span: Span, stage: Sequence[Statistic | ResultStatistic]) -> None:
         """Feed the accumulators with a span: with the models' changes, or with what they merge to."""
-        with name_failures(span.item.site.name):
+        with name_failures(span.item.site.name, self.plan.recipe.method):
             _read_ahead(span)
             unit = self._open(span, keep=True)
             if any(isinstance(each, ResultStatistic) for each in stage):
@@ -110,7 +110,7 @@ class Worker:
         if span.item.form == "copy":
             self.output.copy(span)
         else:
-            with name_failures(span.item.site.name):
+            with name_failures(span.item.site.name, self.plan.recipe.method):
                 self._merge(span)
 
     def _merge(self, span: Span) -> None:

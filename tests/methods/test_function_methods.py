@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 import merging
 from merging.cli.execution import Execution
 from merging.cli.merge import merge_command
+from merging.cli.run import run_command
 from merging.errors import OptionError
 from merging.maths.site import Site
 from merging.methods import chain, parameters_of
@@ -22,6 +24,8 @@ from merging.methods.contract.function import OPTIONS
 from merging.plan.recipe import Recipe
 from merging.plan.recipe_files import load_recipe
 from merging.testing import check_method
+from support.commands import refused
+from support.tiny import checkpoint
 
 
 @merging.method("test-mean", needs="element", paper="Nobody 2026")
@@ -183,6 +187,18 @@ def own(a: Tensor, *, merge: int = 1) -> Tensor:
     raise AssertionError
 
 
+def letter(a: Tensor, *, m: int = 1) -> Tensor:
+    raise AssertionError
+
+
+def setting(a: Tensor, *, set: int = 1) -> Tensor:
+    raise AssertionError
+
+
+def helping(a: Tensor, *, help: int = 1) -> Tensor:
+    raise AssertionError
+
+
 def many(a: Tensor, *, weights: list[float] = [1.0, 2.0]) -> Tensor:  # noqa: B006
     raise AssertionError
 
@@ -201,6 +217,9 @@ def strange(a: Tensor, *, scale: Nowhere = 1.0) -> Tensor:  # type: ignore[name-
         (no_default, "'scale' needs a type and a default"),
         (taken, "'rank' cannot name a parameter"),
         (own, "'merge' cannot name a parameter"),
+        (letter, "'m' cannot name a parameter"),
+        (setting, "'set' cannot name a parameter"),
+        (helping, "'help' cannot name a parameter, as all merges or methods have it"),
         (many, "'weights' is a list of one number"),
         (strange, "Nowhere"),
     ],
@@ -259,8 +278,14 @@ def test_results_of_another_shape(tmp_path: Path) -> None:
 def test_no_parameter_is_called_as_an_option() -> None:
     options = {*Recipe.model_fields, *(info.alias for info in Recipe.model_fields.values() if info.alias)}
     options |= {*signature(merging.merge).parameters, *(field.name for field in fields(Execution))} - {"options"}
-    options |= {param.name for param in merge_command.params if param.name} - {"as_"}
-    assert options <= OPTIONS
+    for command in (merge_command, run_command):
+        with command.make_context("merge", [], resilient_parsing=True) as context:
+            every = command.get_params(context)
+        options |= {param.name for param in every if param.name} - {"as_"}
+        options |= {flag.lstrip("-").replace("-", "_") for param in every for flag in param.opts}
+    options -= {"_click_default_help"}
+    assert "help" in options
+    assert options | {"h"} <= OPTIONS
 
 
 @pytest.mark.parametrize(
@@ -320,6 +345,40 @@ def test_results_of_another_form() -> None:
     def sparse(deltas: Tensor) -> Tensor:
         return deltas.mean(0).to_sparse()
 
-    for function in (wave, nowhere, sparse):
-        with pytest.raises(OptionError, match="a dense tensor of real numbers"):
-            merged(merging.method(f"test_{function.__name__}")(function))
+    def signs(deltas: Tensor) -> Tensor:
+        return deltas.sum(0).sign().to(torch.int8)
+
+    def flags(deltas: Tensor) -> Tensor:
+        return deltas.sum(0) > 0
+
+    for function in (wave, nowhere, sparse, signs, flags):
+        name = f"test_{function.__name__}"
+        with pytest.raises(OptionError, match=rf"^{name} made {NAMES[0]} as torch.*a dense tensor of floating-point"):
+            merged(merging.method(name)(function))
+
+
+def fail(deltas: Tensor, *, cause: int = 0) -> Tensor:
+    if cause == 0:
+        return {}["no such key"]  # type: ignore[no-any-return]
+    if cause == 1:
+        raise ValueError("of the method")
+    return deltas[:, :, :, 5]
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [(0, "KeyError: 'no such key'"), (1, "ValueError: of the method"), (2, "IndexError: too many")],
+)
+def test_methods_that_fail(cause: int, message: str, tmp_path: Path) -> None:
+    """The error names the method, the tensor and the cause, which is chained. On the command line it is one message."""
+    method = merging.method("test_fail")(fail)
+    with pytest.raises(OptionError, match=rf"^the method test_fail failed at {NAMES[0]}: {message}") as caught:
+        merged(method(cause=cause))
+    assert type(caught.value.__cause__).__name__ == message.partition(":")[0]
+    base, tuned = checkpoint(tmp_path)
+    words = ["-m", "test_fail", "--cause", cause, "--base", base, *tuned, "-o", tmp_path / "out"]
+    text = refused(*words)
+    assert re.match(rf"Error: the method test_fail failed at [\w.]+: {message}", text)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(OptionError, match=r"^the method test_fail failed at "):
+        merged(chain("lines+test_fail", {"cause": cause}))

@@ -30,6 +30,7 @@ OPTIONS = frozenset(
         "as_json",
         "base",
         "chat_template",
+        "component",
         "components",
         "debug",
         "dequantise",
@@ -40,13 +41,18 @@ OPTIONS = frozenset(
         "exclude",
         "experts",
         "format",
+        "h",
+        "help",
         "json",
         "kind",
         "layers",
+        "lenient",
         "lora_alpha",
+        "m",
         "max_memory",
         "method",
         "models",
+        "o",
         "on_mismatch",
         "out_proj_once",
         "output",
@@ -56,7 +62,10 @@ OPTIONS = frozenset(
         "push",
         "quiet",
         "rank",
+        "recipe",
         "recipe_only",
+        "set",
+        "settings",
         "shard_size",
         "stream",
         "threads",
@@ -96,11 +105,11 @@ class FunctionMethod(Method):
         parameters = {f: spread(v, len(values)) if f in self.each_model else v for f, v in fields.items()}
         merged = type(self).function(values, *((site,) if self.takes_site else ()), **parameters)
         if isinstance(merged, Tensor) and (
-            merged.is_complex() or merged.layout != values.layout or merged.device != values.device
+            not merged.is_floating_point() or merged.layout != values.layout or merged.device != values.device
         ):
             raise OptionError(
-                f"{self.name} made {site.name} as {merged.dtype}, {merged.layout}, on {merged.device}, and "
-                f"a method makes a dense tensor of real numbers where each model's is, on {values.device} here"
+                f"{self.name} made {site.name} as {merged.dtype}, {merged.layout}, on {merged.device}, and a method "
+                f"makes a dense tensor of floating-point numbers where each model's is, on {values.device} here"
             )
         if not isinstance(merged, Tensor) or merged.shape != values.shape[1:]:
             shape = f"shape {list(merged.shape)}" if isinstance(merged, Tensor) else f"type {type(merged).__name__}"
