@@ -34,7 +34,7 @@ class Karcher(OnSphere):
     paper: ClassVar[str] = "Karcher mean merging, 2026, arXiv 2603.04972"
 
     weights: PerModel[Coefficient] = Field(1.0, description="one weight for all models, or one each; at least 0")
-    max_iter: Local[Annotated[int, Field(ge=1, le=1000)]] = Field(10, description="most steps")
+    max_iter: Local[Annotated[int, Field(ge=1, le=1_000_000)]] = Field(10, description="most steps")
     tol: Local[Annotated[float, Field(gt=0, lt=1)]] = Field(
         1e-5, description="a step shorter than this ends the search, in radians"
     )

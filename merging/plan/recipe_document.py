@@ -9,9 +9,10 @@ from typing import Any, TypeAlias
 import yaml
 
 from merging.errors import FormatError, OptionError
+from merging.plan.recipe_text import extract_yaml, replace_tabs
 from merging.sources.plain_yaml import FAULTS, check_yaml
 
-__all__ = ["Keys", "RecipeDocument", "parse_document", "parse_value"]
+__all__ = ["Keys", "RecipeDocument", "parse_documents", "parse_value"]
 
 Keys: TypeAlias = tuple[str | int, ...]
 """The way to a value in a document: keys of mappings and indices of lists, from the outside in."""
@@ -75,41 +76,70 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _unless_sexagesimal(_Loader.con
 _Loader.add_constructor("tag:yaml.org,2002:float", _unless_sexagesimal(_Loader.construct_yaml_float))
 
 
-def parse_document(text: str, where: str) -> RecipeDocument:
-    """Read a YAML mapping.
+def parse_documents(text: str, where: str) -> list[RecipeDocument]:
+    """Read the mappings of a YAML text, which lines of ``---`` separate.
 
     Args:
-        text: the YAML.
-        where: the name of the document in errors.
+        text: the YAML, as people leave it (:mod:`merging.plan.recipe_text`). Empty documents and prose are no recipes.
+        where: the name of the text in errors.
+
+    Returns:
+        At least one document.
 
     Raises:
-        FormatError: for a text that is not a YAML mapping.
+        FormatError: for a text that is not YAML, or without a mapping.
     """
-    value, node = _load(text, where)
-    if not isinstance(value, dict):
+    documents = []
+    for value, node in _load_all(extract_yaml(text, where), where):
+        if isinstance(value, dict):
+            lines = {keys: f"{where}, line {line}" for keys, line in _lines((), node)}
+            documents.append(RecipeDocument(value, {**lines, (): f"{where}, line {node.start_mark.line + 1}"}))
+        elif isinstance(value, list):
+            at = f"{where}, line {node.start_mark.line + 1}"
+            raise FormatError(f"{at}: should be a YAML mapping with models and method, and is a list")
+    if len(documents) == 1:  # the only one needs no place in the text
+        return [RecipeDocument(documents[0].values, {**documents[0].origins, (): where})]
+    if not documents:
         raise FormatError(f"{where}: should be a YAML mapping with models and method")
-    lines = {keys: f"{where}, line {line}" for keys, line in _lines((), node)}
-    return RecipeDocument(value, {**lines, (): where})
+    return documents
 
 
 def parse_value(text: str, where: str) -> Any:
     """Return one value as a document would have it. Raises :class:`~merging.errors.OptionError` for no valid YAML."""
     try:
-        return _load(text, where)[0]
+        values = [value for value, _ in _load_all(text, where, lines=False)]
     except FormatError as error:
         raise OptionError(str(error)) from None
+    if len(values) > 1:
+        raise OptionError(f"{where}: is not one value: {text!r:.80}")
+    return values[0] if values else None
 
 
-def _load(text: str, where: str) -> tuple[Any, yaml.Node | None]:
+def _load_all(text: str, where: str, *, lines: bool = True) -> Iterator[tuple[Any, yaml.Node]]:
+    """Yield the value and the node of each document; an error states its line, where the text has ``lines``."""
     try:
         check_yaml(text, where)
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        return (None if node is None else loader.construct_document(node)), node
+        yield from _load(text)
     except FAULTS as error:
-        raise FormatError(f"{where}: is not valid YAML: {' '.join(str(error).split())}") from None
+        if "\t" in text:
+            yield from _load_all(replace_tabs(text, where), where, lines=lines)
+            return
+        mark = getattr(error, "problem_mark", None)
+        place = where if mark is None or not lines else f"{where}, line {mark.line + 1}"
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise FormatError(f"{place}: is not valid YAML: {problem}") from None
     except RecursionError:
         raise FormatError(f"{where}: is nested too deeply to be a recipe") from None
+
+
+def _load(text: str) -> list[tuple[Any, yaml.Node]]:
+    loader = _Loader(text)
+    loaded = []
+    while loader.check_node():
+        node = loader.get_node()
+        if node is not None:
+            loaded.append((loader.construct_document(node), node))
+    return loaded
 
 
 def _lines(keys: Keys, node: yaml.Node | None) -> Iterator[tuple[Keys, int]]:

@@ -13,8 +13,9 @@ from merging.hub.address import hub_address, local_path, no_such_path
 from merging.plan.mergekit.schema import is_mergekit
 from merging.plan.mergekit.translate import translate
 from merging.plan.recipe import Recipe
-from merging.plan.recipe_document import Keys, RecipeDocument, parse_document
+from merging.plan.recipe_document import Keys, RecipeDocument, parse_documents
 from merging.plan.recipe_settings import Setting, change_document, is_from_setting
+from merging.plan.recipe_stages import join_stages
 from merging.plan.recipe_values import check_counts, make_recipe, map_names, names_in
 from merging.sources.small_files import RECIPE_LIMIT, read_text
 from merging.type_checks import check_types
@@ -156,9 +157,15 @@ def parse_recipe(text: str, where: str, settings: Sequence[Setting] = (), *, len
 
 
 def _parse(text: str, where: str, folder: Path, lenient: bool) -> tuple[RecipeDocument, list[str]]:
-    """Return the document of a recipe in our schema, and remarks about a recipe of mergekit."""
-    document = parse_document(text, where)
-    return translate(document, folder, lenient) if is_mergekit(document.values) else (document, [])
+    """Return the document of a recipe in our schema, with its stages inside, and remarks."""
+    stages, notices = [], []
+    for document in parse_documents(text, where):
+        if is_mergekit(document.values):
+            document, remarks = translate(document, folder, lenient)
+            notices += remarks
+        stages.append(document)
+    joined, remarks = join_stages(stages)
+    return joined, [*notices, *remarks]
 
 
 def _make(

@@ -275,7 +275,7 @@ def test_recipe_round_trip(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("models: [a", "recipe.yaml: is not valid YAML"),
+        ("models: [a", "recipe.yaml, line 1: is not valid YAML"),
         ("- a\n- b", "recipe.yaml: should be a YAML mapping"),
         ("models: [a]\nmethod: linear\nbsae: b", "recipe.yaml, line 3: there is no 'bsae' (did you mean 'base'?)"),
         ("models: [a]", "recipe.yaml: the recipe has no 'method'\n"),

@@ -101,7 +101,7 @@ def test_a_recipe_from_standard_input(folder: Path) -> None:
     assert "scale: 0.5" in (folder / "out" / "README.md").read_text()
     done = subprocess.run(command, input="models: [a\n", cwd=folder, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.startswith("Error: standard input: is not valid YAML")
+    assert done.stderr.startswith("Error: standard input, line 2: is not valid YAML")
     done = subprocess.run(command, input=b"#" * (1 << 20) + b"#\n", cwd=folder, capture_output=True)
     assert b"standard input: is larger than 1 MiB" in done.stderr
 

@@ -34,7 +34,7 @@ def find_method(reading: Reading, name: str) -> MethodSpec:
         except MergingError as error:
             raise reading.error(keys, str(error)) from None
     spec = METHODS.get(name) or _our_chain(name)
-    return replace(spec, parameters={**spec.parameters, **_our_parameters(spec, own=name not in METHODS)})
+    return replace(spec, name=name, parameters={**spec.parameters, **_our_parameters(spec, own=name not in METHODS)})
 
 
 def _our_chain(name: str) -> MethodSpec:

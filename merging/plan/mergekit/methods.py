@@ -47,6 +47,7 @@ class MethodSpec:
         models: the least and the most number of models without the base; None is no limit.
         fixed: our parameters that make the chain do the same.
         first: whether the base is our chain's first model.
+        name: its name in a recipe.
     """
 
     chain: str
@@ -55,6 +56,7 @@ class MethodSpec:
     models: tuple[int, int | None] = (1, None)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     first: bool = False
+    name: str = ""
 
 
 _SHARE = Bounds(least=0, most=1)
@@ -136,7 +138,7 @@ METHODS: dict[str, MethodSpec] = {
     "karcher": MethodSpec(
         "karcher",
         {
-            "max_iter": Parameter(Bounds("whole", least=1, most=1000), default=10, target="max_iter"),
+            "max_iter": Parameter(Bounds("whole", least=1, most=1_000_000), default=10, target="max_iter"),
             "tol": Parameter(Bounds(least=0, below=1), default=1e-5, target="tol"),
         },
         base="ignored",
@@ -148,10 +150,13 @@ METHODS: dict[str, MethodSpec] = {
         fixed={"ties.scope": "tensor", **_AS_MERGEKIT},
     ),
     "dare_ties": MethodSpec(
-        "dare+ties", _sums("ties", normalize=False, density=_DROP, rescale=_dropping("dare")), fixed=_UNTRIMMED
+        "dare+ties",
+        _sums("ties", normalize=False, density=_DROP, rescale=_dropping("dare")),
+        fixed=_UNTRIMMED,
     ),
     "dare_linear": MethodSpec(
-        "dare+task_arithmetic", _sums("task_arithmetic", normalize=False, density=_DROP, rescale=_dropping("dare"))
+        "dare+task_arithmetic",
+        _sums("task_arithmetic", normalize=False, density=_DROP, rescale=_dropping("dare")),
     ),
     "breadcrumbs": MethodSpec(
         "breadcrumbs+task_arithmetic",

@@ -23,10 +23,12 @@ class Levels:
     Attributes:
         models: the place of each model's own parameters.
         shared: the places of parameters for all models.
+        one_layer: whether the merge is of one layer alone.
     """
 
     models: Sequence[Keys]
     shared: Sequence[Keys]
+    one_layer: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class Stated:
     keys: Keys | None
 
 
-def check_names(reading: Reading, method: str, spec: MethodSpec, keys: Keys, *, of_model: bool) -> None:
+def check_names(reading: Reading, spec: MethodSpec, keys: Keys, *, of_model: bool) -> None:
     """Refuse parameters that the method does not have, or has for all models only.
 
     Raises :class:`~merging.errors.OptionError`.
@@ -47,18 +49,18 @@ def check_names(reading: Reading, method: str, spec: MethodSpec, keys: Keys, *, 
         if parameter is None:
             known = list(spec.parameters)
             hint = nearest(name, known)
-            if not hint and name in top():
+            if not hint and not top().get(name, "unknown"):
                 hint = ": it is a key of the recipe itself, not a parameter"
             if not hint:
                 hint = f": its parameters are {', '.join(known)}" if known else ", nor any other"
-            reading.ignore((*keys, name), f"{method} has no parameter {name!r}{hint}")
+            reading.ignore((*keys, name), f"{spec.name} has no parameter {name!r}{hint}")
         elif of_model and not parameter.per_model:
             reading.ignore(
-                (*keys, name), f"{name} of {method} is one for all models: write it under parameters of the recipe"
+                (*keys, name), f"{name} of {spec.name} is one for all models: write it under parameters of the recipe"
             )
 
 
-def read_parameters(reading: Reading, method: str, spec: MethodSpec, levels: Levels) -> dict[str, Stated]:
+def read_parameters(reading: Reading, spec: MethodSpec, levels: Levels) -> dict[str, Stated]:
     """Return the parameters of a merge in our schema, by our names.
 
     Raises :class:`~merging.errors.OptionError` for values that the method does not take, and for a parameter that it
@@ -70,15 +72,15 @@ def read_parameters(reading: Reading, method: str, spec: MethodSpec, levels: Lev
         rules = [_resolve(reading, name, parameter, own, levels.shared) for own in places]
         for own, each in zip(places, rules, strict=True):
             if parameter.required and not each:
-                raise _missing(reading, name, method, own)
+                raise _missing(reading, name, spec, own)
         given = next((rule.keys for each in rules for rule in each if rule.keys), None)
         if parameter.idle and given:
-            reading.note(given, f"{name} has no effect with {method}: {parameter.idle}")
+            reading.note(given, f"{name} has no effect with {spec.name}: {parameter.idle}")
         if parameter.target and any(rules):
-            values = [state(each) for each in rules]
+            values = [state(each, one_layer=levels.one_layer) for each in rules]
             same = all(value == values[0] for value in values)
             stated[parameter.target] = Stated(values[0] if same else values, given)
-    if method == "nuslerp":
+    if spec.name == "nuslerp":
         stated["axis"] = _axis(reading, stated.pop("flatten"), stated.pop("row_wise"))
     return stated
 
@@ -108,7 +110,7 @@ def _resolve(reading: Reading, name: str, parameter: Parameter, own: Keys, share
     return join_rules([rules, [FilterRule("*", (default,), ())]])
 
 
-def _missing(reading: Reading, name: str, method: str, own: Keys) -> Exception:
+def _missing(reading: Reading, name: str, spec: MethodSpec, own: Keys) -> Exception:
     if own:
-        return reading.error(own, f"{method} needs a {name} for each model: write parameters: {{{name}: 1.0}}")
-    return reading.error(("merge_method",), f"{method} needs {name}: write it under parameters of the recipe")
+        return reading.error(own, f"{spec.name} needs a {name} for each model: write parameters: {{{name}: 1.0}}")
+    return reading.error(("merge_method",), f"{spec.name} needs {name}: write it under parameters of the recipe")

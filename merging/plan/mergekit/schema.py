@@ -7,7 +7,21 @@ from typing import Any
 
 from merging.plan.recipe import FIELDS
 
-__all__ = ["CONDITION", "MODEL", "MODULE", "PATH", "REFERENCE", "SLICE", "SOURCE", "extensions", "is_mergekit", "top"]
+__all__ = [
+    "CONDITION",
+    "MODEL",
+    "MODULE",
+    "PATH",
+    "REFERENCE",
+    "SLICE",
+    "SOURCE",
+    "TOKEN",
+    "TOKENIZER",
+    "TOKEN_SOURCE",
+    "extensions",
+    "is_mergekit",
+    "top",
+]
 
 _OWN = ("merge_method", "base_model", "slices", "modules", "tokenizer_source", "out_dtype")
 """Keys at the top that only recipes of mergekit have."""
@@ -34,6 +48,9 @@ MODULE = {"slices": "", "models": "", "parameters": ""} | _PARAMETERS
 REFERENCE = {"model": "", "lora": "", "override_architecture": "", "path": "", "revision": ""}
 PATH = {"path": "", "revision": ""}
 CONDITION = {"filter": "", "value": ""}
+TOKENIZER = {"source": "", "tokens": "", "pad_to_multiple_of": ""}
+TOKEN = {"source": "", "force": ""}
+TOKEN_SOURCE = {"kind": "", "model": "", "token": "", "token_id": ""}
 
 
 def top() -> dict[str, str]:

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import nearest
-from merging.plan.mergekit.chains import defaults_of, find_method
+from merging.plan.mergekit.chains import find_method
+from merging.plan.mergekit.merges import MergeKeys, MergeSource, Translated, build_merge
 from merging.plan.mergekit.methods import MethodSpec
 from merging.plan.mergekit.models import Entry, read_model
-from merging.plan.mergekit.parameters import Levels, Stated, check_names, read_parameters
+from merging.plan.mergekit.parameters import check_names
 from merging.plan.mergekit.reading import Reading
-from merging.plan.mergekit.schema import MODEL, extensions, top
+from merging.plan.mergekit.schema import MODEL, MODULE, extensions, top
+from merging.plan.mergekit.slices import build_slices, levels_above
+from merging.plan.mergekit.tokenizer import put_tokenizer
 from merging.plan.recipe import DTYPES
 from merging.plan.recipe_document import Keys, RecipeDocument
 
@@ -34,130 +37,76 @@ def translate(document: RecipeDocument, folder: Path, lenient: bool = False) -> 
     """
     reading = Reading(document, lenient)
     values = reading.check_keys((), "a recipe", top())
-    translated = _Translation(reading, folder)
-    translated.read(values)
-    return RecipeDocument(translated.values, {**translated.origins, (): document.origin(())}), reading.notices
+    built = _read_merge(reading, values, folder)
+    _put_types(reading, values, built)
+    for key in ("name", *extensions()):
+        if key in values:
+            built.put(key, values[key], document.origin((key,)))
+    put_tokenizer(reading, values, built, folder)
+    return RecipeDocument(built.values, {**built.origins, (): document.origin(())}), reading.notices
 
 
-class _Translation:
-    """The recipe of ours while it is made: its values, and the line of each by its keys."""
+def _read_merge(reading: Reading, values: dict[str, Any], folder: Path) -> Translated:
+    method = values.get("merge_method")
+    if not isinstance(method, str):
+        problem = "the recipe has no merge_method" if method is None else f"merge_method = {method!r:.80}: no name"
+        raise reading.error(("merge_method",), f"{problem}: write merge_method: linear, or another")
+    spec = find_method(reading, method)
+    given = [key for key in ("models", "slices", "modules") if values.get(key) is not None]
+    if len(given) != 1:
+        at: Keys = (given[1],) if given else ()
+        found = " and ".join(given) or "none"
+        raise reading.error(at, f"a recipe has one of models, slices and modules, and here is {found}")
+    check_names(reading, spec, ("parameters",), of_model=False)
+    base = None if values.get("base_model") is None else read_model(reading, ("base_model",), folder)
+    if given == ["modules"]:
+        return _build_module(reading, spec, base, folder)
+    build = build_slices if given == ["slices"] else _build_models
+    return build(reading, spec, base, folder)
 
-    def __init__(self, reading: Reading, folder: Path) -> None:
-        self.reading = reading
-        self.folder = folder
-        self.values: dict[str, Any] = {}
-        self.origins: dict[Keys, str] = {}
 
-    def put(self, key: str, value: Any, keys: Keys) -> None:
-        """Add a field, with the line of the value at the keys."""
-        self.values[key] = value
-        self.origins[key,] = self.reading.document.origin(keys)
+def _build_module(reading: Reading, spec: MethodSpec, base: Entry | None, folder: Path) -> Translated:
+    """Return the merge of the only one of ``modules``."""
+    names = list(reading.mapping(("modules",), "modules"))
+    if len(names) != 1:
+        raise reading.error(("modules",), f"{len(names)} modules are not merged in one recipe: write one for each")
+    above: Keys = ("modules", names[0])
+    values = reading.check_keys(above, "a module", MODULE)
+    check_names(reading, spec, (*above, "parameters"), of_model=False)
+    if (values.get("models") is None) == (values.get("slices") is None):
+        raise reading.error(above, "a module has either models or slices")
+    build = _build_models if values.get("slices") is None else build_slices
+    return build(reading, spec, base, folder, above)
 
-    def read(self, values: dict[str, Any]) -> None:
-        """Translate the recipe, whose keys are known."""
-        reading = self.reading
-        method = values.get("merge_method")
-        if not isinstance(method, str):
-            problem = "the recipe has no merge_method" if method is None else f"merge_method = {method!r:.80}: no name"
-            raise reading.error(("merge_method",), f"{problem}: write merge_method: linear, or another")
-        spec = find_method(reading, method)
-        given = [key for key in ("models", "slices", "modules") if values.get(key)]
-        if len(given) != 1:
-            at: Keys = (given[1],) if given else ()
-            found = " and ".join(given) or "none"
-            raise reading.error(at, f"a recipe has one of models, slices and modules, and here is {found}")
-        self.read_models(method, spec)
-        self.read_types(values)
-        for key in extensions():
-            if key in values:
-                self.put(key, values[key], (key,))
-        for key in ("tokenizer_source", "tokenizer", "chat_template"):
-            if values.get(key) is not None:
-                self.put(key.removesuffix("_source"), values[key], (key,))
 
-    def read_types(self, values: dict[str, Any]) -> None:
-        """Translate ``out_dtype``, or else ``dtype``; we compute in float32 or better whatever these are."""
-        for key in ("dtype", "out_dtype"):
-            value = values.get(key)
-            if value is None:
-                continue
-            name = str(value).removeprefix("torch.")
-            if name not in DTYPES:
-                hint = nearest(name, DTYPES) or f": use {', '.join(DTYPES)}"
-                raise self.reading.error((key,), f"{key} = {value!r:.80}: is no type of weights{hint}")
-            self.put("dtype", name, (key,))
-
-    def read_models(self, method: str, spec: MethodSpec) -> None:
-        """Translate ``models``."""
-        reading = self.reading
-        entries: list[tuple[Keys, Entry]] = []
-        for index, item in enumerate(reading.items(("models",), "models")):
-            keys: Keys = ("models", index)
-            if not isinstance(item, dict):
-                raise reading.error(keys, f"models should be mappings, as in - model: NAME, and here is {item!r:.80}")
-            values = reading.check_keys(keys, "a model", MODEL)
-            if values.get("model") is None:
-                raise reading.error(keys, "this entry of models names no model: write - model: NAME")
-            entries.append((keys, read_model(reading, (*keys, "model"), self.folder)))
-        base = None if reading.value(("base_model",)) is None else read_model(reading, ("base_model",), self.folder)
-        self.merge(method, spec, entries, base)
-
-    def merge(self, method: str, spec: MethodSpec, entries: list[tuple[Keys, Entry]], base: Entry | None) -> None:
-        """Add the merge of these models by the method."""
-        reading = self.reading
-        if spec.base == "required" and base is None:
-            raise reading.error(("merge_method",), f"{method} needs base_model, the model that the others start from")
-        for keys in [*((*keys, "parameters") for keys, _ in entries), ("parameters",)]:
-            check_names(reading, method, spec, keys, of_model=keys != ("parameters",))
-        merged = entries if spec.base == "ignored" else [each for each in entries if each[1] != base]
-        self.check_count(method, spec, len(merged))
-        if spec.base == "ignored" and base is not None and all(each != base for _, each in entries):
-            reading.note(
-                ("base_model",), f"base_model is not merged by {method}; mergekit counts it as one more model here"
-            )
-        stated = read_parameters(
-            reading, method, spec, Levels([(*keys, "parameters") for keys, _ in merged], [("parameters",)])
+def _build_models(reading: Reading, spec: MethodSpec, base: Entry | None, folder: Path, above: Keys = ()) -> Translated:
+    """Return the merge of ``models``, of the module that ``above`` leads to."""
+    sources: list[MergeSource] = []
+    for index, item in enumerate(reading.items((*above, "models"), "models")):
+        keys: Keys = (*above, "models", index)
+        if not isinstance(item, dict):
+            raise reading.error(keys, f"models should be mappings, as in - model: NAME, and here is {item!r:.80}")
+        values = reading.check_keys(keys, "a model", MODEL)
+        if values.get("model") is None:
+            raise reading.error(keys, "this entry of models names no model: write - model: NAME")
+        model = read_model(reading, (*keys, "model"), folder)
+        sources.append(MergeSource(keys, model, model))
+    if spec.base == "ignored" and base is not None and all(each.model != base for each in sources):
+        reading.note(
+            ("base_model",), f"base_model is not merged by {spec.name}; mergekit counts it as one more model here"
         )
-        models = [entry for _, entry in merged]
-        origins = [reading.document.origin((*keys, "model")) for keys, _ in merged]
-        if spec.first and base is not None:
-            models, base = [base, *models], None
-            origins.insert(0, reading.document.origin(("base_model",)))
-        self.put("models", models, ("models",))
-        self.origins.update({("models", index): origin for index, origin in enumerate(origins)})
-        self.put("method", spec.chain, ("merge_method",))
-        if base is not None:
-            self.put("base", base, ("base_model",))
-        self.state_parameters(spec, stated, base is not None)
+    own = None if base is None else MergeSource(("base_model",), base, base)
+    return build_merge(reading, spec, sources, own, MergeKeys((*above, "models"), ("base_model",), levels_above(above)))
 
-    def check_count(self, method: str, spec: MethodSpec, count: int) -> None:
-        """Refuse a number of models that the method does not merge. Raises OptionError."""
-        least, most = spec.models
-        if count < least or (most is not None and count > most):
-            wanted = f"{least}" if least == most else f"at least {least}"
-            noun = "model" if wanted == "1" else "models"
-            extra = "" if spec.base == "ignored" else ", without its base"
-            raise self.reading.error(("models",), f"{method} merges {wanted} {noun}{extra}, and here are {count}")
 
-    def state_parameters(self, spec: MethodSpec, stated: dict[str, Stated], based: bool) -> None:
-        """Add the parameters: given ones, and others that differ from our defaults."""
-        fixed: dict[str, Any] = dict(spec.fixed)
-        if spec.base == "optional" and based:
-            fixed["space"] = "changes"
-        if spec.chain == "ties" and stated["ties.density"].value == 1:
-            fixed.pop("ties.scope")  # where nothing is trimmed it has no effect
-        defaults = defaults_of(spec.chain)
-        parameters = {}
-        for name, each in stated.items():
-            if each.keys is None and each.value == defaults[name]:
-                continue
-            parameters[name] = each.value
-            self.origins["parameters", name] = self.reading.document.origin(each.keys or ("merge_method",))
-        link = f"{spec.chain}." if "+" not in spec.chain else ""
-        for name, value in fixed.items():
-            if name in parameters or link + name in parameters:
-                continue
-            self.origins["parameters", name] = self.reading.document.origin(("merge_method",))
-            parameters[name] = value
-        if parameters:
-            self.put("parameters", parameters, ("parameters",))
+def _put_types(reading: Reading, values: dict[str, Any], built: Translated) -> None:
+    """Add ``out_dtype``, or else ``dtype``; we compute in float32 or better whatever these are."""
+    for key in ("dtype", "out_dtype"):
+        value = values.get(key)
+        if value is None:
+            continue
+        name = str(value).removeprefix("torch.")
+        if name not in DTYPES:
+            hint = nearest(name, DTYPES) or f": use {', '.join(DTYPES)}"
+            raise reading.error((key,), f"{key} = {value!r:.80}: is no type of weights{hint}")
+        built.put("dtype", name, reading.document.origin((key,)))

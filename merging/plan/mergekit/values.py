@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 from merging.maths.parameters import Gradient
 from merging.maths.patterns import has_wildcards
 from merging.plan.mergekit.reading import Reading
+from merging.plan.mergekit.schema import CONDITION
 from merging.plan.recipe_document import Keys
 
 __all__ = ["EVERYWHERE", "Bounds", "FilterRule", "Scalar", "convert_points", "join_rules", "read_rules", "state"]
@@ -110,7 +111,7 @@ def _name(rule: FilterRule) -> str:
 
 def _read_condition(reading: Reading, keys: Keys, bounds: Bounds) -> FilterRule | None:
     """Return the rule of a filter and its value, None for one that mergekit ignores in a lenient reading."""
-    values = reading.check_keys(keys, "a filter", {"filter": "", "value": ""})
+    values = reading.check_keys(keys, "a filter", CONDITION)
     if values.get("value") is None:
         raise reading.error(keys, "a filter needs a value: write - {filter: NAME, value: NUMBER}")
     pattern = values.get("filter")
@@ -162,11 +163,13 @@ def convert_points(rules: Sequence[FilterRule], convert: Callable[[Any], Any]) -
     return [FilterRule(rule.pattern, tuple(map(convert, rule.points)), rule.keys) for rule in rules]
 
 
-def state(rules: Sequence[FilterRule]) -> Any:
+def state(rules: Sequence[FilterRule], *, one_layer: bool = False) -> Any:
     """Return rules in our schema: a value, a gradient as text, or a mapping of patterns to these.
 
-    Before and after the layers a gradient has its first point, as in mergekit.
+    Before and after the layers a gradient has its first point, and in one layer alone its last, as in mergekit.
     """
+    if one_layer:
+        rules = [FilterRule(rule.pattern, rule.points[-1:], rule.keys) for rule in rules]
     if not rules:
         return None
     stated = {rule.pattern: _state_points(rule.points) for rule in rules}
