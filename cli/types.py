@@ -49,8 +49,8 @@ class ValuesType(click.ParamType[Any]):
             if value.endswith(","):
                 self.fail(f"{value!r} ends early: write all values without spaces, as in 0.5,0.5", param, ctx)
             self.fail(
-                f"{value!r} is neither a number nor a comma list of numbers, nor such that run from the first block to "
-                f"the last (0.2:0.8)",
+                f"{value!r} is no number: write 0.3, or 0.3,0.5 for a value each, or 0.2:0.8 from the first block to "
+                f"the last",
                 param,
                 ctx,
             )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from merging.errors import OptionError
+from merging.errors import OptionError, nearest
 from merging.maths.delta import Dense, LowRank
 from merging.maths.lazy_torch import Tensor
+from merging.methods import METHODS, links, method_class, parameters_of
 from merging.methods.contract.method import Method
 from merging.plan.layer_stack import LayerStack
 from merging.plan.recipe import Entry, Recipe
@@ -20,6 +21,7 @@ __all__ = [
     "check_entries",
     "check_entry",
     "check_keys",
+    "check_keywords",
     "check_layers",
     "check_method",
     "check_path",
@@ -119,6 +121,21 @@ def check_method(method: object) -> None:
         raise OptionError(f"method should be a name or a method, and is the class {method.__name__}: call it")
     if not isinstance(method, (str, Method)):
         raise OptionError(f"method should be a name or a method, and is {describe_value(method)}")
+
+
+def check_keywords(keywords: Iterable[str], method: str, options: Sequence[str]) -> None:
+    """Refuse a keyword that is spelled like an option, and that is a parameter of no method.
+
+    Raises :class:`~merging.errors.OptionError` with the nearest option or parameter of the chain.
+    """
+    known = {field for link in links(method) for field in parameters_of(link)}
+    for keyword in keywords:
+        field = keyword.rpartition(".")[2]
+        if field in known or any(field in parameters_of(method_class(name)) for name in METHODS):
+            continue
+        longer = [each for each in options if keyword.startswith(f"{each}_")]  # mergekit's base_model
+        if near := nearest(longer[0] if longer else keyword, [*options, *known]):
+            raise OptionError(f"{keyword!r} is no option, and no parameter of {method!r}{near}")
 
 
 def _as_list(values: Any, items: str) -> list[Any]:

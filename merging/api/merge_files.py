@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from typing_extensions import Unpack
 
-from merging.api.arguments import check_entries, check_entry, check_method, check_path
+from merging.api.arguments import check_entries, check_entry, check_keywords, check_method, check_path
 from merging.api.options import MergeOptions
 from merging.api.output_files import is_file, make_writer, write_companions, write_constants
 from merging.display.notices import report_notices
@@ -175,6 +176,7 @@ def _make_recipe(models: Sequence[Path | Entry], method: str | Method, options: 
         raise OptionError(f"{next(iter(parameters))!r} is not an option of merge: give it to the method itself")
     values = {"models": entries, "method": method, **stated}
     if isinstance(method, str):
+        check_keywords(parameters, method, [*Recipe.model_fields, *signature(merge).parameters])
         values["parameters"] = parameters
     return make_recipe(values, "merge")
 

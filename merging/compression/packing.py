@@ -9,7 +9,6 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from merging.api.arguments import check_path
 from merging.compression.adapters import adapter_file, pack_adapter
 from merging.compression.assembly import Assembly, Losses
 from merging.compression.models import model_plan, pack_model
@@ -125,7 +124,7 @@ def compress(
     """
     destination, start = Path(output), time.monotonic()
     progress = resolve_progress(progress, "compressing")
-    opened = open_model(check_path(model, "model"))
+    opened = open_model(model)
     full = None if base is None else open_base(base, option("base"))
     kind: Literal["adapter", "model"] = "adapter" if isinstance(opened, Adapter) else "model"
     settings = make_settings(kind, method=method, density=density, coding=coding, alpha=alpha, scale=scale, bands=bands)

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from merging.api.arguments import check_path
 from merging.api.merge_files import merge
 from merging.compression.packing import model_files
 from merging.display.progress import Progress, resolve_progress
@@ -78,7 +77,7 @@ def decompress(
             written then.
     """
     progress = resolve_progress(progress, "decompressing")
-    destination, opened = Path(output), open_model(check_path(pack, "pack"))
+    destination, opened = Path(output), open_model(pack)
     if not isinstance(opened, Adapter) or not opened.packed:
         raise InputError(f"{pack}: is not a pack: it can be used as it is")
     if opened.of_model:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from merging import os_calls
-from merging.api.arguments import check_path
 from merging.continual.folder import create_store, lock, new_state, refuse_within, remove_state, state_folders
 from merging.continual.integrity import (
     base_of,
@@ -84,7 +83,7 @@ class ContinualStore(StoreView):
             InputError: the base cannot be read, or is an adapter.
             OutputError: the folder exists, or cannot be written.
         """
-        path, grows, base = Path(path), chain(method, parameters), check_path(base, "base")
+        path, grows = Path(path), chain(method, parameters)
         progress = resolve_progress(progress, "fetching")
         rule = checked_rule(grows)
         grows.check(2)
@@ -142,7 +141,6 @@ class ContinualStore(StoreView):
             Unconfirmed: the step is in, but may be lost in a power cut.
         """
         _check_keep(keep)
-        model = check_path(model, "model")
         fetched, progress = None, resolve_progress(progress)
         if hub_address(str(model)):
             fetched = self.fetch(

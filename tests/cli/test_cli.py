@@ -203,8 +203,8 @@ def test_refusals_are_one_message(folder: Path, words: str, message: str) -> Non
     [
         ("tuned0 --nonsense", "No such option"),
         ("-m linear --dtype int8 tuned0", "'int8' is not one of"),
-        ("-m linear --weights one tuned0", "'one' is neither a number nor a comma list of numbers"),
-        ("-m linear --weights 1,,2 tuned0", "'1,,2' is neither"),
+        ("-m linear --weights one tuned0", "'one' is no number: write 0.3, or 0.3,0.5 for a value each, or 0.2:0.8"),
+        ("-m linear --weights 1,,2 tuned0", "'1,,2' is no number"),
         ("-m linear --shard-size 5parsec tuned0", "'5parsec' is no size: write 500MB, 2GB or 2GiB"),
         ("-m linear --threads many tuned0", "'many' is not a valid integer"),
         ("-m lines --tail nose tuned0", "'nose' is not one of"),
