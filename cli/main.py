@@ -32,6 +32,7 @@ from .recycle import recycle_command
 from .rerun import rerun_command
 from .route import route_command
 from .run import run_command
+from .stack import stack_command
 from .types import MODEL, paths_that_begin
 from .verify import verify_command
 
@@ -105,7 +106,7 @@ class DefaultGroup(SectionedGroup):
 
 
 SECTIONS = {
-    "Merge": [merge_command, run_command, rerun_command, continual_command, recycle_command],
+    "Merge": [merge_command, run_command, rerun_command, stack_command, continual_command, recycle_command],
     "Choose": [methods_command, formats_command, inspect_command, compare_command, verify_command, route_command],
     "Keep, share and set up": [pool_command, compress_command, decompress_command, push_command, completion_command],
 }

@@ -19,9 +19,11 @@ from .options import (
     different_bases_option,
     dtype_option,
     lora_alpha_option,
+    recipe_only_option,
+    shard_size_option,
 )
 from .output import echo_text
-from .types import METHOD, MODEL, SIZE, TOKENIZER
+from .types import METHOD, MODEL, TOKENIZER
 
 __all__ = ["is_method", "merge_command"]
 
@@ -74,7 +76,7 @@ recipe_options = add_options(
     ),
     click.option("--layers", type=int, help="number of blocks, instead of the number in the base or the adapters"),
     lora_alpha_option,
-    click.option("--shard-size", type=SIZE, help="most bytes in one file of a model's folder  [default: 5GB]"),
+    shard_size_option,
     click.option(
         "--on-mismatch", type=click.Choice(["error", "base"]), help="tensors that differ in shape or are missing"
     ),
@@ -156,7 +158,7 @@ def _refuse_method(models: Sequence[str]) -> None:
     help="a method or chain, such as linear or lines+task_arithmetic; its options join these",
 )
 @recipe_options
-@click.option("--recipe-only", is_flag=True, help="print the recipe as YAML: nothing is merged")
+@recipe_only_option
 @execution_options
 def merge_command(
     models: tuple[str, ...],

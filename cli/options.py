@@ -26,7 +26,9 @@ __all__ = [
     "overwrite_option",
     "private_option",
     "progress_option",
+    "recipe_only_option",
     "remember_quiet",
+    "shard_size_option",
     "threads_option",
 ]
 
@@ -78,6 +80,10 @@ dtype_option = click.option(
 lora_alpha_option = click.option(
     "--lora-alpha", type=float, help="LoRA alpha of adapters, instead of the value in their configs"
 )
+shard_size_option = click.option(
+    "--shard-size", type=SIZE, help="most bytes in one file of a model's folder  [default: 5GB]"
+)
+recipe_only_option = click.option("--recipe-only", is_flag=True, help="print the recipe as YAML: nothing is merged")
 private_option = click.option("--private", is_flag=True, help="only you may see the repository, if it is new")
 dequantize_option = click.option(
     "--dequantize",

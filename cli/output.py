@@ -104,14 +104,14 @@ def echo_plan(plan: Plan, destination: Path, execution: Execution, settings: Seq
     """Print a plan: changes of its recipe, the bytes to read and write, the memory that it takes, and its notices."""
     from merging.engine.resources import workers_within
     from merging.engine.threads import cores
+    from merging.plan.recipe import plain_entry
 
     threads = cores() if execution.threads is None else execution.threads
     workers = workers_within(plan, threads, execution.max_memory)
-    stated = plan.recipe.to_dict()
     facts: dict[str, Any] = {
         "method": plan.recipe.method.chain,
-        "models": stated["models"],
-        "base": stated.get("base"),
+        "models": [plain_entry(each) for each in plan.recipe.models],
+        "base": None if plan.recipe.base is None else plain_entry(plan.recipe.base),
         "output": str(destination),
         "kind": plan.output,
         "format": plan.format if plan.output == "adapter" else None,

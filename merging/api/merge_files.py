@@ -267,7 +267,7 @@ def check_output(plan: Plan, destination: Path, overwrite: bool, dry: bool = Fal
     With ``dry`` nothing is touched, and a destination that exists is not refused: a remark on it is returned. Raises
     :class:`~merging.errors.OutputError`.
     """
-    inputs = [file for model in [*plan.models, plan.base] if model for file in (model.path, *model.files)]
+    inputs = [file for model in [*plan.leaves, *plan.models, plan.base] if model for file in (model.path, *model.files)]
     if is_file(destination) and plan.output == "model" and plan.reference and plan.reference.components:
         raise OutputError(
             f"{destination}: what comes out is made of several models, in a folder: choose another {option('output')}"

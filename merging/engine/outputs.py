@@ -111,6 +111,10 @@ class Output:
         assert item.base is not None
         size = span.stop - span.start
         values = self.tiler.raw(item.base, span.start, size)
+        if item.base.floating and out.dtype_name == item.base.dtype_name and values.device.type == "cpu":
+            self.tiler.check_finite(item, values)
+            self.sink.write(out.name, values, span.start)
+            return
         self.write(out, values, span.start)
         if item.base.floating:
             return

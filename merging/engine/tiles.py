@@ -153,6 +153,12 @@ class Tiler:
                 if not bool(value.isfinite().all()):
                     raise self._not_finite(self.plan.models[slot].path, item.site.name)
 
+    def check_finite(self, item: Item, values: Tensor) -> None:
+        """Check values that are copied. Raises :class:`~merging.errors.InputError` for NaN and infinities."""
+        if not self.plan.recipe.allow_nonfinite and not isfinite(float(values.sum())) and not values.isfinite().all():
+            model = self.plan.reference or self.plan.models[0]
+            raise self._not_finite(model.path, item.site.name)
+
     @staticmethod
     def _not_finite(path: object, name: str) -> InputError:
         return InputError(

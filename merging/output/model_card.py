@@ -32,7 +32,8 @@ def model_card(plan: Plan, remarks: Sequence[str] = ()) -> str:
     if licence:
         facts["license"] = licence
     facts["tags"] = ["merge", *(["lora"] if plan.output == "adapter" else []), *plan.recipe.method.chain.split("+")]
-    count = len(plan.recipe.models)
+    named = sum(each.role != "base" for each in _sources(plan))
+    count = named if plan.leaves else len(plan.recipe.models)
     parts = [
         f"{count} {'model' if count == 1 else 'models'} merged by {code(plan.recipe.method.chain)}:",
         sources_listed(_sources(plan)),
@@ -46,6 +47,9 @@ def model_card(plan: Plan, remarks: Sequence[str] = ()) -> str:
 
 def _sources(plan: Plan) -> list[Source]:
     """Return the sources of the output, the base last."""
+    if plan.leaves:
+        base = plan.base.path if plan.base else None
+        return [source_of(model, "base" if model.path == base else "") for model in plan.leaves]
     return [source_of(model) for model in plan.models] + ([source_of(plan.base, "base")] if plan.base else [])
 
 
@@ -57,7 +61,7 @@ def _hub_ids(plan: Plan) -> list[str]:
         stated += [model.base for model in plan.models if isinstance(model, Adapter)]
         stated = stated[:1]
     else:
-        models = [model for model in [*plan.models, plan.base] if model]
+        models = [model for model in plan.leaves or [*plan.models, plan.base] if model]
         stated = [
             model.origin.repo if model.origin else model.config.get("_name_or_path")
             for model in models

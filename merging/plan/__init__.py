@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from merging.errors import InputError, OptionError, option
-from merging.hub.open_model import open_base, open_model
+from merging.hub.open_model import require_full
 from merging.methods.contract.places import check_places, idle_parameters
 from merging.plan.checks import (
     apply_out_proj_once,
@@ -18,6 +18,7 @@ from merging.plan.checks import (
     idle_options,
     make_content_keys,
 )
+from merging.plan.entries import open_entries
 from merging.plan.inputs.components import select_components
 from merging.plan.inputs.task_heads import NO_HEADS, TaskHeads, find_task_heads
 from merging.plan.inputs.tied_heads import resolve_tied_heads
@@ -55,12 +56,12 @@ def make_plan(recipe: Recipe, rank_steps: Sequence[int] = ()) -> Plan:
     Raises:
         MergingError: for models that cannot be opened, or cannot be merged as the recipe says.
     """
-    models = tuple(open_model(_name_of(entry), recipe.lora_alpha, recipe.dequantise) for entry in recipe.models)
-    recipe.method.check(len(models))
-    base = None if recipe.base is None else open_base(_name_of(recipe.base), option("base"), recipe.dequantise)
-    plan = plan_of(recipe, models, base, rank_steps, find_task_heads(models, base, recipe.exclude))
-    opened = zip((*recipe.models, recipe.base), (*models, base), strict=True)
-    return replace(plan, sources=record_sources(recipe, {name: each for name, each in opened if isinstance(name, str)}))
+    opened = open_entries(recipe)
+    recipe.method.check(len(opened.models))
+    base = None if opened.base is None else require_full(opened.base, opened.base.path, option("base"))
+    heads = find_task_heads(opened.models, base, recipe.exclude)
+    plan = plan_of(opened.recipe, opened.models, base, rank_steps, heads)
+    return replace(plan, sources=record_sources(recipe, opened.files), leaves=opened.leaves)
 
 
 def plan_of(
@@ -90,12 +91,6 @@ def plan_of(
     finally:
         if collecting:
             gc.enable()
-
-
-def _name_of(entry: Entry) -> str:
-    if not isinstance(entry, str):
-        raise OptionError("recipes in recipes, and stacks of layers, are read but not merged yet")
-    return entry
 
 
 def _plan(

@@ -8,9 +8,10 @@ from math import prod
 from typing import Literal
 
 from merging.display.tables import Displayed
-from merging.maths.lazy_torch import torch
+from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.site import Site
 from merging.methods.contract.method import Method
+from merging.methods.passthrough import Passthrough
 from merging.plan.cuts import COPIED, Cut, cut_tensor
 from merging.sources.changes import Change
 from merging.sources.stored import Stored
@@ -134,9 +135,15 @@ class Item(Displayed):
 
 def cut_items(items: Iterable[Item], method: Method, weights: bool) -> tuple[Item, ...]:
     """Return the items, each with its cut for a method; ``weights`` says that it merges weights and not changes."""
-    return tuple(
-        item
-        if item.form == "copy"
-        else replace(item, cut=cut_tensor(item.site, item.inputs, method.at(item.site), weights))
-        for item in items
-    )
+    return tuple(item if item.form == "copy" else _cut_item(item, method.at(item.site), weights) for item in items)
+
+
+def _cut_item(item: Item, method: Method, weights: bool) -> Item:
+    """Return an item with its cut; one that the method passes on as it is becomes a copy."""
+    first = item.inputs[0]
+    alone = weights and item.form == "dense" and len(item.inputs) == 1 and isinstance(first, Stored)
+    if alone and isinstance(method, Passthrough) and not isinstance(method.scale, Tensor) and method.scale == 1:
+        assert isinstance(first, Stored)
+        if first.dtype_name == item.outs[0].dtype_name:
+            return replace(item, inputs=(None,), base=first, form="copy")
+    return replace(item, cut=cut_tensor(item.site, item.inputs, method, weights))

@@ -14,9 +14,14 @@ from merging.plan.checked_model import CheckedModel
 if TYPE_CHECKING:
     from merging.plan.recipe import Entry
 
-__all__ = ["LayerPart", "LayerStack"]
+__all__ = ["LayerPart", "LayerStack", "is_range"]
 
-_RANGE = re.compile(r"(\d{1,6}):(\d{1,6})")
+_RANGE = re.compile(r"(?P<stack>[A-Za-z_][\w.]*=)?(?P<start>[0-9]{1,6}):(?P<stop>[0-9]{1,6})")
+
+
+def is_range(text: str) -> bool:
+    """Return whether a text is a range of blocks, such as ``0:8`` or ``decoder=0:8``."""
+    return _RANGE.fullmatch(text) is not None
 
 
 class LayerPart(Displayed, CheckedModel):
@@ -25,28 +30,45 @@ class LayerPart(Displayed, CheckedModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: Entry = Field(description="the model: a name, or a recipe itself")
-    layers: tuple[int, int] | None = Field(
-        None, description="the first block and the block behind the last, such as 0:8; by default all blocks"
+    layers: str | None = Field(
+        None,
+        description="the first block and the block behind the last, such as 0:8; by default all blocks; where a model "
+        "has several stacks of blocks, with the name of one in front, such as decoder=0:8",
     )
     scale: Local[Coefficient] = Field(1.0, description="what the weights are multiplied by, perhaps by name")
 
     @field_validator("layers", mode="before")
     @classmethod
     def _parse(cls, value: Any) -> Any:
-        found = _RANGE.fullmatch(value.strip()) if isinstance(value, str) else None
-        bounds = tuple(map(int, found.groups())) if found else value
-        numbers = isinstance(bounds, (list, tuple)) and [type(each) for each in bounds] == [int, int]
-        if value is not None and (not numbers or bounds[0] < 0):
+        if value is None:
+            return None
+        text = ":".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        found = _RANGE.fullmatch(text.strip()) if isinstance(text, str) else None
+        if found is None:
             raise ValueError("should be a range of blocks such as 0:8, from the first to behind the last")
-        if value is not None and bounds[0] >= bounds[1]:
-            order = "is empty" if bounds[0] == bounds[1] else "is reversed"
+        start, stop = int(found["start"]), int(found["stop"])
+        if start >= stop:
+            order = "is empty" if start == stop else "is reversed"
             raise ValueError(f"{order}: a range has the first block, and the block behind the last, such as 0:8")
-        return bounds
+        return f"{found['stack'] or ''}{start}:{stop}"
+
+    @property
+    def bounds(self) -> tuple[int, int] | None:
+        """The first block, and the block behind the last; None for all blocks."""
+        if self.layers is None:
+            return None
+        start, stop = self.layers.rpartition("=")[2].split(":")
+        return int(start), int(stop)
+
+    @property
+    def stack(self) -> str | None:
+        """The stack of blocks that is meant, None for the only one."""
+        return (self.layers or "").rpartition("=")[0] or None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the part in plain values."""
         model = self.model if isinstance(self.model, str) else self.model.to_dict()
-        layers = {} if self.layers is None else {"layers": f"{self.layers[0]}:{self.layers[1]}"}
+        layers = {} if self.layers is None else {"layers": self.layers}
         scale = plain(self.scale)
         return {"model": model, **layers, **({} if scale == 1 else {"scale": scale})}
 

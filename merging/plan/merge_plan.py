@@ -41,6 +41,7 @@ class Plan(Tabular):
         header: the program whose entries the file's header has, if it has any.
         constants: numbers that the file holds in addition to merged tensors.
         sources: records of the models that the recipe names, with keys of their content.
+        leaves: the models in files, where models are made of others; else none.
     """
 
     recipe: Recipe
@@ -60,6 +61,7 @@ class Plan(Tabular):
     header: AdapterFormat | None = "peft"
     constants: tuple[Constant, ...] = ()
     sources: tuple[SourceRecord, ...] = ()
+    leaves: tuple[Model, ...] = ()
 
     def _display_table(self) -> Table:
         rank = f" of rank {self.rank}" if self.rank else ""

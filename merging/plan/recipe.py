@@ -23,7 +23,7 @@ from merging.plan.sizes import parse_size
 from merging.plan.tokens.settings import TokenizerSettings
 from merging.sources.dtypes import plain_dtype
 
-__all__ = ["DTYPES", "FIELDS", "AdapterFormat", "Entry", "Experts", "Recipe"]
+__all__ = ["DTYPES", "FIELDS", "AdapterFormat", "Entry", "Experts", "Recipe", "plain_entry"]
 
 DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """The types an output can be asked in, and their names in safetensors files."""
@@ -221,12 +221,12 @@ class Recipe(Displayed, CheckedModel):
         return first | {key: value for key, value in values.items() if key not in ("models", "method")}
 
     def _plain_fields(self) -> dict[str, Any]:
-        values: dict[str, Any] = {"models": [_plain_entry(each) for each in self.models], "method": self.method.chain}
+        values: dict[str, Any] = {"models": [plain_entry(each) for each in self.models], "method": self.method.chain}
         parameters = _parameters(self.method)
         if parameters:
             values["parameters"] = parameters
         if self.base is not None:
-            values["base"] = _plain_entry(self.base)
+            values["base"] = plain_entry(self.base)
         rest = self.model_dump(exclude={"models", "method", "base"}, exclude_defaults=True, by_alias=True)
         return values | {key: list(value) if isinstance(value, tuple) else value for key, value in rest.items()}
 
@@ -247,7 +247,8 @@ FIELDS = frozenset(name for field, info in Recipe.model_fields.items() for name 
 """The fields of recipes by all their names; every other option is a parameter of the method."""
 
 
-def _plain_entry(entry: Entry) -> Any:
+def plain_entry(entry: Entry) -> Any:
+    """Return an entry of a recipe in plain values."""
     if isinstance(entry, str):
         return entry
     return entry.to_dict() if isinstance(entry, LayerStack) else entry._plain_fields()

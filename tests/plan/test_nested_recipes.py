@@ -49,12 +49,12 @@ def test_what_entries_are() -> None:
     one, two, ties, stack = loaded(TREE).recipe.models
     assert one == "one"
     assert isinstance(two, merging.LayerStack)
-    assert two.parts == (merging.LayerPart(model="two", layers=(0, 8)),)
+    assert two.parts == (merging.LayerPart(model="two", layers="0:8"),)
     assert isinstance(ties, Recipe)
     assert isinstance(ties.models[1], Recipe)
     assert (ties.method.chain, ties.models[1].kind, ties.models[1].models) == ("ties", "model", ("lora",))
     assert isinstance(stack, merging.LayerStack)
-    assert [part.layers for part in stack.parts] == [(0, 24), (8, 32)]
+    assert [part.layers for part in stack.parts] == ["0:24", "8:32"]
     assert isinstance(stack.parts[1].model, Recipe)
 
 

@@ -1,0 +1,124 @@
+"""The models of a recipe, opened: names, and stacks of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from merging.errors import InputError, OptionError
+from merging.hub.open_model import open_model
+from merging.maths.parameters import bind_value, patterns
+from merging.maths.patterns import all_matching
+from merging.maths.site import Site
+from merging.plan.layer_stack import LayerPart, LayerStack
+from merging.plan.recipe import Entry, Recipe
+from merging.sources import Checkpoint, Model
+from merging.sources.stacked_layers import StackPart, stack_layers
+
+__all__ = ["Opened", "open_entries"]
+
+_NAMED = 3
+"""The most parts of a stack that its name in messages lists."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Opened:
+    """The models of a recipe.
+
+    Attributes:
+        recipe: the recipe, whose entries name models of the Hub by their commits.
+        models: the models, in the order of the recipe.
+        base: the base, if there is one.
+        files: the models in files that are read, by their names in the recipe.
+    """
+
+    recipe: Recipe
+    models: tuple[Model, ...]
+    base: Model | None
+    files: Mapping[str, Model]
+
+    @property
+    def leaves(self) -> tuple[Model, ...]:
+        """The models in files, where models are made of others; else none."""
+        entries = [*self.recipe.models, self.recipe.base or ""]
+        return tuple(self.files.values()) if any(not isinstance(entry, str) for entry in entries) else ()
+
+
+def open_entries(recipe: Recipe) -> Opened:
+    """Open the models and the base of a recipe. Raises :class:`~merging.errors.MergingError`."""
+    opener = _Opener(recipe)
+    opened = [opener.open(entry) for entry in recipe.models]
+    base = None if recipe.base is None else opener.open(recipe.base)
+    pins = {name: str(model.origin) for name, model in opener.files.items() if model.origin}
+    update: dict[str, object] = {"models": tuple(entry for _, entry in opened), "base": base and base[1]}
+    if recipe.tokenizer is not None:
+        update["tokenizer"] = recipe.tokenizer.rename(lambda name: pins.get(name, name))
+    return Opened(
+        recipe=recipe.model_copy(update=update),
+        models=tuple(model for model, _ in opened),
+        base=base and base[0],
+        files=opener.files,
+    )
+
+
+@dataclass(slots=True)
+class _Opener:
+    """Opens entries, each name once, with the recipe's options."""
+
+    recipe: Recipe
+    files: dict[str, Model] = field(default_factory=dict)
+
+    def open(self, entry: Entry) -> tuple[Model, Entry]:
+        """Return the model of an entry, and the entry with models of the Hub named by their commits."""
+        if isinstance(entry, LayerStack):
+            return self._open_stack(entry)
+        if isinstance(entry, Recipe):
+            raise OptionError("recipes in recipes are read but not merged yet")
+        if entry not in self.files:
+            self.files[entry] = open_model(entry, self.recipe.lora_alpha, self.recipe.dequantise)
+        model = self.files[entry]
+        return model, str(model.origin or entry)
+
+    def _open_stack(self, stack: LayerStack) -> tuple[Checkpoint, LayerStack]:
+        parts, pinned = [], []
+        for part in stack.parts:
+            model, entry = self.open(part.model)
+            if not isinstance(model, Checkpoint):
+                raise InputError(
+                    f"{model.path}: is an adapter, and layers are taken of full models: merge it into its base first, "
+                    f"by a recipe in the place of the model"
+                )
+            _check_patterns(part, model)
+            parts.append(StackPart(model, str(model.path), part.stack, part.bounds, _scale_of(part)))
+            pinned.append(part.model_copy(update={"model": entry}))
+        return stack_layers(parts, _label(parts)), stack.model_copy(update={"parts": tuple(pinned)})
+
+
+def _check_patterns(part: LayerPart, model: Checkpoint) -> None:
+    """Refuse a scale for tensors that a model does not have. Raises :class:`~merging.errors.OptionError`."""
+    try:
+        all_matching(patterns(part.scale), model.tensors)
+    except OptionError as error:
+        raise OptionError(f"scale: {error}") from None
+
+
+def _scale_of(part: LayerPart) -> Callable[[Site], float]:
+    """Return the number that multiplies a tensor of a part, by its site."""
+
+    def scale(site: Site) -> float:
+        try:
+            return float(bind_value(part.scale, site))
+        except ValueError as error:
+            raise OptionError(f"scale: {error}") from None
+
+    return scale
+
+
+def _label(parts: list[StackPart]) -> str:
+    """Return the name of a stack in messages."""
+    named = [
+        f"{Path(part.name)}[{part.layers[0]}:{part.layers[1]}]" if part.layers else part.name for part in parts[:_NAMED]
+    ]
+    more = len(parts) - _NAMED
+    return " + ".join(named) + (f" + {more} more" if more > 0 else "")
