@@ -18,6 +18,7 @@ from .compare import compare_command
 from .completion import completion_command
 from .compress import compress_command
 from .continual import continual_command
+from .convert import convert_command
 from .decompress import decompress_command
 from .errors import UnknownCommand, exit_with_message
 from .formats import formats_command
@@ -106,7 +107,15 @@ class DefaultGroup(SectionedGroup):
 
 
 SECTIONS = {
-    "Merge": [merge_command, run_command, rerun_command, stack_command, continual_command, recycle_command],
+    "Merge": [
+        merge_command,
+        run_command,
+        stack_command,
+        rerun_command,
+        convert_command,
+        continual_command,
+        recycle_command,
+    ],
     "Choose": [methods_command, formats_command, inspect_command, compare_command, verify_command, route_command],
     "Keep, share and set up": [pool_command, compress_command, decompress_command, push_command, completion_command],
 }

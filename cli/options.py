@@ -20,6 +20,7 @@ __all__ = [
     "drawing_option",
     "dtype_option",
     "json_option",
+    "lenient_option",
     "lora_alpha_option",
     "markdown_option",
     "max_memory_option",
@@ -76,6 +77,9 @@ max_memory_option = click.option("--max-memory", type=SIZE, help="most memory ab
 base_option = click.option("--base", type=MODEL, help="the model that the others were trained from")
 dtype_option = click.option(
     "--dtype", type=click.Choice(["float64", "float32", "bfloat16", "float16"]), help="type of every tensor"
+)
+lenient_option = click.option(
+    "--lenient", is_flag=True, help="in a recipe of mergekit, ignore what mergekit ignores, and say what it was"
 )
 lora_alpha_option = click.option(
     "--lora-alpha", type=float, help="LoRA alpha of adapters, instead of the value in their configs"

@@ -9,6 +9,7 @@ import click
 
 from .errors import OutputStatus, handle_errors
 from .execution import Execution, execute, execution_options
+from .options import lenient_option
 from .output import echo_notices
 from .types import MODEL
 
@@ -25,8 +26,11 @@ __all__ = ["rerun_command"]
     help="place of a model that was moved, by its name in the recipe; may be repeated",
 )
 @click.option("--allow-changed", is_flag=True, help="allow sources that changed since the output was made")
+@lenient_option
 @execution_options
-def rerun_command(path: str, sources: tuple[str, ...], allow_changed: bool, execution: Execution) -> None:
+def rerun_command(
+    path: str, sources: tuple[str, ...], allow_changed: bool, lenient: bool, execution: Execution
+) -> None:
     """Make an OUTPUT once more: the same bytes, from the recipe in its header.
 
     \b
@@ -45,7 +49,7 @@ def rerun_command(path: str, sources: tuple[str, ...], allow_changed: bool, exec
         from merging.api.rerun import plan_rerun
 
         destination = None if execution.output is None else Path(execution.output)
-        planned = plan_rerun(path, destination, _parse_sources(sources), allow_changed)
+        planned = plan_rerun(path, destination, _parse_sources(sources), allow_changed=allow_changed, lenient=lenient)
         if destination is None:
             status.expect(default_destination(planned.plan.recipe))
         echo_notices(planned.notices)

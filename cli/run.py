@@ -9,13 +9,14 @@ import click
 
 from .errors import OutputStatus, handle_errors
 from .execution import Execution, execute, execution_options
+from .options import lenient_option
 from .output import echo_notices, echo_text
 
 if TYPE_CHECKING:
     from merging.plan.recipe_files import LoadedRecipe
     from merging.plan.recipe_settings import Setting
 
-__all__ = ["FULL_RECIPE", "SMALL_RECIPE", "run_command"]
+__all__ = ["FULL_RECIPE", "SMALL_RECIPE", "load_source", "run_command"]
 
 SMALL_RECIPE = """\
 models: [one/, two/]
@@ -71,9 +72,7 @@ class RunCommand(click.Command):
     help="change a value of the recipe: scale=0.5, models.1=other/ (lists count from 0), density.mlp=0.3; may be "
     "repeated",
 )
-@click.option(
-    "--lenient", is_flag=True, help="in a recipe of mergekit, ignore what mergekit ignores, and say what it was"
-)
+@lenient_option
 @click.option("--recipe-only", is_flag=True, help="print the recipe as it would be carried out: nothing is merged")
 @execution_options
 def run_command(
@@ -95,7 +94,7 @@ def run_command(
         from merging.plan.recipe_settings import parse_setting
 
         changes = [parse_setting(text) for text in settings]
-        loaded = _load(recipe, changes, lenient)
+        loaded = load_source(recipe, changes, lenient)
         echo_notices(loaded.notices)
         loaded.check_counts()
         if recipe_only:
@@ -106,7 +105,8 @@ def run_command(
                 execute(loaded.recipe, execution, status, settings)
 
 
-def _load(path: Path, settings: list[Setting], lenient: bool) -> LoadedRecipe:
+def load_source(path: Path, settings: list[Setting], lenient: bool) -> LoadedRecipe:
+    """Read a recipe from a file, a pipe or standard input. Raises :class:`~merging.errors.MergingError`."""
     from merging.plan.recipe_files import parse_recipe, read_recipe
     from merging.sources.small_files import RECIPE_LIMIT, decode_text
 

@@ -50,10 +50,13 @@ class RecipeRecord(Displayed):
     sources: Mapping[str, SourceRecord] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
-    def recipe(self) -> Recipe:
-        """Return the recipe. Raises :class:`~merging.errors.MergingError` if it is none that is understood."""
+    def recipe(self, lenient: bool = False) -> Recipe:
+        """Return the recipe. Raises :class:`~merging.errors.MergingError` if it is none that is understood.
+
+        ``lenient`` is as for :func:`~merging.load_recipe`.
+        """
         if not self.sources and not self.versions:
-            return parse_recipe(self.text, self.where).recipe
+            return parse_recipe(self.text, self.where, lenient=lenient).recipe
         return make_recipe(parse_json(self.text, self.where), self.where)
 
 

@@ -68,6 +68,7 @@ def rerun(
     output: str | Path | None = None,
     sources: Mapping[str, str | Path] | None = None,
     allow_changed: bool = False,
+    lenient: bool = False,
     device: str | torch.device = "cpu",
     threads: int | None = None,
     max_memory: int | str | None = None,
@@ -86,6 +87,7 @@ def rerun(
         output: the file or folder to write; by default as for :func:`~merging.merge`.
         sources: places of models that were moved, by their names in the recipe.
         allow_changed: whether sources may differ from their records.
+        lenient: whether what mergekit ignores in its recipes is ignored, and not refused.
         device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for a GPU if there is one.
         threads: the number of threads; by default one for each processor core, as far as the memory allows.
         max_memory: the most memory to take, in bytes or as ``"500MB"``, above the memory of the imports.
@@ -98,7 +100,7 @@ def rerun(
         MergingError: for everything that :func:`~merging.merge` refuses.
     """
     destination = None if output is None else Path(check_path(output, "output"))
-    planned = plan_rerun(path, destination, sources or {}, allow_changed)
+    planned = plan_rerun(path, destination, sources or {}, allow_changed=allow_changed, lenient=lenient)
     made = destination or default_destination(planned.plan.recipe)
     merged = merge_plan(
         planned.plan,
@@ -117,13 +119,15 @@ def rerun(
 def plan_rerun(
     path: str | Path,
     destination: Path | None,
-    sources: Mapping[str, str | Path] | None = None,
+    sources: Mapping[str, str | Path],
+    *,
     allow_changed: bool = False,
+    lenient: bool = False,
 ) -> PlannedRerun:
     """Read the recipe of an output, find its sources, and plan the merge. For the arguments see :func:`rerun`."""
     record = read_record(path)
-    recipe = record.recipe()
-    places = dict(_find_sources(recipe, record, {name: str(place) for name, place in (sources or {}).items()}))
+    recipe = record.recipe(lenient)
+    places = dict(_find_sources(recipe, record, {name: str(place) for name, place in sources.items()}))
     changed = _check_sources(recipe, record, places, allow_changed)
     located = make_recipe(map_names(recipe.to_dict(), lambda name, _: places[name]), record.where)
     plan = plan_for(located, destination)

@@ -24,6 +24,7 @@ class Parameter:
         default: the value where none is given; None leaves it to our own default.
         target: our parameter, by link and field; empty if it has no effect.
         convert: turns a value into ours.
+        invert: turns a value of ours back; None for a value that mergekit does not have.
         idle: the reason why it has no effect, if it has none.
     """
 
@@ -33,6 +34,7 @@ class Parameter:
     default: Any = None
     target: str = ""
     convert: Callable[[Any], Any] | None = None
+    invert: Callable[[Any], Any] | None = None
     idle: str = ""
 
 
@@ -76,6 +78,10 @@ def _rescale(value: bool) -> str:
     return "l1" if value else "none"
 
 
+def _is_rescaled(rescale: str) -> bool | None:
+    return {"l1": True, "none": False}.get(rescale)
+
+
 _INT8_MASK = Parameter(_SWITCH, default=False)
 _AS_MERGEKIT = {"ties.vote": "weighted", "ties.zero": "plus"}
 
@@ -98,14 +104,14 @@ def _density(target: str) -> Parameter:
 
 
 def _dropping(link: str, default: bool = True) -> Parameter:
-    return Parameter(_SWITCH, default=default, target=f"{link}.rescale", convert=_rescale)
+    return Parameter(_SWITCH, default=default, target=f"{link}.rescale", convert=_rescale, invert=_is_rescaled)
 
 
 def _switch(target: str, default: bool) -> Parameter:
     return Parameter(_SWITCH, default=default, target=target)
 
 
-_DROP = Parameter(_SHARE, per_model=True, default=1.0, target="dare.drop", convert=_complement)
+_DROP = Parameter(_SHARE, per_model=True, default=1.0, target="dare.drop", convert=_complement, invert=_complement)
 _GAMMA = Parameter(Bounds(least=0, below=1), per_model=True, default=0.01, target="breadcrumbs.gamma")
 _EPSILON = Parameter(Bounds(least=0, below=1), per_model=True, default=0.15, target="della.epsilon")
 _RAM_EPSILON = Parameter(_SIZE, default=1e-5, target="epsilon")
