@@ -26,6 +26,7 @@ from .help import CONTEXT, SectionedGroup
 from .inspect import inspect_command
 from .merge import is_method, merge_command
 from .methods import methods_command
+from .moe import moe_command
 from .output import echo_text
 from .pool import pool_command
 from .push import push_command
@@ -113,6 +114,7 @@ SECTIONS = {
         stack_command,
         rerun_command,
         convert_command,
+        moe_command,
         continual_command,
         recycle_command,
     ],

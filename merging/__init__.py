@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from merging.methods import METHODS
     from merging.methods.chains import chain
     from merging.methods.contract.function import method
+    from merging.moe import make_moe
     from merging.plan.layer_stack import LayerPart, LayerStack
     from merging.plan.recipe import Recipe
     from merging.plan.recipe_files import load_recipe
@@ -46,6 +47,7 @@ _WHERE = {
     "compress": "compression",
     "decompress": "compression",
     "load_recipe": "plan.recipe_files",
+    "make_moe": "moe",
     "merge": "api.merge_files",
     "merge_deltas": "api.merge_tensors",
     "merge_peft": "api.peft_model",
@@ -82,6 +84,7 @@ __all__ = [
     "compress",
     "decompress",
     "load_recipe",
+    "make_moe",
     "merge",
     "merge_deltas",
     "merge_peft",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from functools import lru_cache
 from hashlib import sha256
+from math import pi
 
 from merging.maths.lazy_torch import Tensor, torch
 
-__all__ = ["draw_mask", "draw_uniform"]
+__all__ = ["draw_mask", "draw_normal", "draw_uniform"]
 
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B1, 0x7FEB352D, 0x846CA68B
 _WORD = 1 << 32
@@ -37,6 +38,16 @@ def draw_uniform(start: int, count: int, device: torch.device, *place: object) -
     The arguments are the same as for :func:`draw_mask`.
     """
     return (_bits(start, count, device, *place) >> 8).float().add_(1 << 23).mul_(2.0**-24)
+
+
+def draw_normal(start: int, count: int, device: torch.device, *place: object) -> Tensor:
+    """Draw a standard normal number for each element, by Box and Muller: ``[count]`` float32.
+
+    The arguments are the same as for :func:`draw_mask`.
+    """
+    radius = draw_uniform(start, count, device, *place, "radius")
+    angle = draw_uniform(start, count, device, *place, "angle")
+    return radius.neg_().log1p_().mul_(-2).sqrt_().mul_(angle.mul_(2 * pi).cos_())
 
 
 def _bits(start: int, count: int, device: torch.device, *place: object) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from merging.sources.stored import holders_of
 from merging.sources.tokenizers import TOKENIZER_FILES
 from merging.sources.weight_files import find_weights
 
-__all__ = ["check_companions", "companion_patterns", "copy_companions", "write_model_companions"]
+__all__ = ["check_companions", "companion_files", "companion_patterns", "copy_companions", "write_model_companions"]
 
 _BLOCK = 1 << 24
 
@@ -92,11 +93,18 @@ def _companions(plan: Plan) -> dict[str, Path]:
         others, own = [], None if own is plan.base else own
     found: dict[str, Path] = {}
     for model, patterns in ((reference, others), (own, tokenizer_patterns(plan))):
-        folder = model.folder if model else None
-        for path in sorted(path for pattern in patterns if folder for path in folder.glob(pattern)):
-            if folder and not path.is_dir():
-                found[path.relative_to(folder).as_posix()] = check_file(path, folder)
+        if model is not None and model.folder is not None:
+            found |= companion_files(model.folder, patterns)
     return found
+
+
+def companion_files(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
+    """Return the files of a folder that match one of the patterns, by their names in it.
+
+    Raises :class:`~merging.errors.FormatError` for a file that must not be copied.
+    """
+    paths = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    return {path.relative_to(folder).as_posix(): check_file(path, folder) for path in paths if not path.is_dir()}
 
 
 def check_companions(plan: Plan) -> None:

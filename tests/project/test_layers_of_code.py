@@ -80,7 +80,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plan", "report"),
     ("engine", "output", "serving"),
     ("api", "geometry"),
-    ("compression", "continual", "pool", "testing"),
+    ("compression", "continual", "moe", "pool", "testing"),
     ("recycling",),
     ("cli",),
 )
@@ -106,6 +106,7 @@ LAZY_TORCH = "merging.maths.lazy_torch"
 NEVER: dict[str, tuple[str, ...]] = {
     "hub": ("click", "transformers"),
     "methods": ("click", "transformers"),
+    "moe": ("click",),
     "sources": ("click", "transformers"),
     "storage": ("click", "transformers"),
     "plan": ("click",),
@@ -122,7 +123,7 @@ NEVER: dict[str, tuple[str, ...]] = {
 }
 NEVER_AT_IMPORT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("api", "compression", "continual", "engine", "geometry", "output"), ("transformers",)),
-    **dict.fromkeys(("pool", "recycling", "report", "serving"), ("transformers",)),
+    **dict.fromkeys(("moe", "pool", "recycling", "report", "serving"), ("transformers",)),
     "plan": ("transformers", "huggingface_hub"),
     "cli": ("torch", "safetensors", "numpy", "transformers", "pydantic", "tqdm", "yaml"),
 }

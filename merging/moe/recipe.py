@@ -1,0 +1,266 @@
+"""Recipes of mixtures of experts, in mergekit's schema and with SMILE's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from merging.display.tables import Displayed
+from merging.errors import OptionError, explain_invalid, nearest
+from merging.moe.model_name import ModelName, Place, parse_model_name
+from merging.plan.recipe_document import Keys, RecipeDocument, parse_document
+from merging.plan.recipe_files import resolve_name
+from merging.sources.small_files import RECIPE_LIMIT, read_text
+
+__all__ = ["ARCHITECTURES", "GATE_MODES", "PROMPTED", "ExpertEntry", "MoeRecipe", "load_moe_recipe", "spelled_out"]
+
+GateMode = Literal["hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random", "smile"]
+
+GATE_MODES: tuple[str, ...] = (
+    "hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random", "smile"
+)  # fmt: skip
+"""The ways to make routers."""
+
+PROMPTED = ("hidden", "hidden_avg", "hidden_last", "cheap_embed")
+"""The ways that need prompts for every expert."""
+
+ARCHITECTURES = {
+    "mixtral": ("mixtral",),
+    "deepseek": ("deepseek",),
+    "deepseek moe": ("deepseek",),
+    "qwen": ("qwen2_moe", "qwen3_moe"),
+    "qwen moe": ("qwen2_moe",),
+    "qwen2 moe": ("qwen2_moe",),
+    "qwen2": ("qwen2_moe",),
+    "qwen3": ("qwen3_moe",),
+    "qwen3 moe": ("qwen3_moe",),
+}
+"""The types of models that each name of an architecture means."""
+
+_SMILE_ONLY = ("rank", "gate_rank", "others")
+
+
+class ExpertEntry(Displayed, BaseModel):
+    """A model whose MLPs become experts; with SMILE, its changes from the base do."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source_model: ModelName
+    positive_prompts: tuple[str, ...] = Field((), description="texts that should reach the expert")
+    negative_prompts: tuple[str, ...] = Field((), description="texts that should not")
+    noise_scale: float | None = Field(None, ge=0, description="standard deviation of normal noise on its weights")
+    residual_scale: float | None = Field(None, description="factor of its output, by its down projections")
+
+    @field_validator("positive_prompts", "negative_prompts", mode="before")
+    @classmethod
+    def _one_prompt(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value or ()
+
+
+class MoeRecipe(Displayed, BaseModel):
+    """A mixture of experts: a base, its experts, and the way to make the router. Frozen and comparable."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base_model: ModelName = Field(description="the model of everything but the experts")
+    experts: Annotated[tuple[ExpertEntry, ...], Field(min_length=1)]
+    gate_mode: GateMode = Field("hidden", description="how routers are made")
+    dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = Field(
+        None, description="type of every tensor; by default the type that the tensor has in the base"
+    )
+    experts_per_token: int = Field(2, ge=1, description="experts that each token reaches; 1 with smile")
+    shared_experts: tuple[ExpertEntry, ...] = Field((), description="at most one expert that every token reaches")
+    architecture: str | None = Field(None, description="type of the mixture; by default found from the base")
+    seed: int = Field(0, description="seed of noise and of random routers, with the content of the base")
+    rank: int | None = Field(None, ge=1, description="smile: rank of the experts; by default the rank of the changes")
+    gate_rank: int = Field(4, ge=1, description="smile: singular vectors that the router compares a token with")
+    others: Literal["base", "average"] = Field(
+        "base", description="smile: tensors that are no matrices of linear layers: the base's, or the experts' mean"
+    )
+
+    @field_validator("shared_experts", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return value or ()
+
+    @property
+    def prompted(self) -> bool:
+        """Whether its router needs prompts."""
+        return self.gate_mode in PROMPTED
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields that differ from the defaults, in plain values, in the schema that is read."""
+        values = self.model_dump(exclude_defaults=True, mode="python")
+        return {"base_model": str(self.base_model), **_plain({**values, "base_model": None}, self)}
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML, which :func:`load_moe_recipe` reads back to an equal one."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def _plain(values: dict[str, Any], recipe: MoeRecipe) -> dict[str, Any]:
+    def entry(expert: ExpertEntry) -> dict[str, Any]:
+        facts = expert.model_dump(exclude_defaults=True, exclude={"source_model"})
+        facts = {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
+        return {"source_model": str(expert.source_model), **facts}
+
+    listed = {"experts": recipe.experts, "shared_experts": recipe.shared_experts}
+    return {
+        key: [entry(each) for each in listed[key]] if key in listed else value
+        for key, value in values.items()
+        if key != "base_model"
+    }
+
+
+def load_moe_recipe(source: str | Path | Mapping[str, Any] | MoeRecipe) -> MoeRecipe:
+    """Read the recipe of a mixture of experts.
+
+    Args:
+        source: the path of a YAML file, YAML itself (a text of several lines), the values of a recipe, or a recipe.
+            Relative paths in a file are relative to its folder, all others to the working folder.
+
+    Returns:
+        The recipe, with all paths relative to the working folder.
+
+    Raises:
+        FormatError: for a file that is no YAML mapping.
+        OptionError: for keys or values that no recipe has. The error names the line.
+        InputError: for a file that is not there.
+    """
+    if isinstance(source, MoeRecipe):
+        return source
+    if isinstance(source, Mapping):
+        document = RecipeDocument(dict(source), {(): "recipe"})
+        return _make(document, None)
+    if isinstance(source, str) and "\n" in source:
+        return _make(parse_document(source, "recipe"), None)
+    path = Path(source)
+    return _make(parse_document(read_text(path, RECIPE_LIMIT, given=True), str(path)), path.parent)
+
+
+def _make(document: RecipeDocument, folder: Path | None) -> MoeRecipe:
+    values, place = dict(document.values), document.origin
+    _check_keys(values, MoeRecipe, (), place)
+    for key in ("base_model", "experts"):
+        if values.get(key) is None:
+            raise OptionError(f"{place((key,))}: the recipe has no {key!r}")
+    values["base_model"] = _name(values["base_model"], ("base_model",), place, folder)
+    for key in ("experts", "shared_experts"):
+        values[key] = _experts(values.get(key) or [], (key,), place, folder)
+    if values.get("gate_mode") == "smile":
+        values.setdefault("experts_per_token", 1)
+    try:
+        recipe = MoeRecipe.model_validate(values)
+    except ValidationError as error:
+        raise _refusal(error, place) from None
+    _check(recipe, values, place)
+    return recipe
+
+
+def _refusal(error: ValidationError, place: Place) -> OptionError:
+    first = error.errors()[0]
+    keys = tuple(first["loc"])
+    reason = explain_invalid(first)
+    if first["type"] == "literal_error":
+        reason = f"there is no such {keys[-1]}{nearest(str(first['input']), _choices(first))}: {reason}"
+    return OptionError(f"{place(keys)}: {'.'.join(map(str, keys))} = {str(first['input'])[:80]!r}: {reason}")
+
+
+def _choices(error: Any) -> list[str]:
+    return [word.strip(" '") for word in str(error["ctx"]["expected"]).replace(" or ", ",").split(",")]
+
+
+def _check_keys(values: Mapping[Any, Any], schema: type[BaseModel], keys: Keys, place: Place) -> None:
+    for key in map(str, values):
+        if key not in schema.model_fields:
+            known = list(schema.model_fields)
+            raise OptionError(
+                f"{place((*keys, key))}: there is no {key!r}{nearest(key, known)}: use {', '.join(known)}"
+            )
+
+
+def _experts(values: Any, keys: Keys, place: Place, folder: Path | None) -> list[Any]:
+    if not isinstance(values, (list, tuple)):
+        raise OptionError(f"{place(keys)}: {keys[-1]} should be a list, and is {str(values)[:80]!r}")
+    made = []
+    for index, entry in enumerate(values):
+        if isinstance(entry, ExpertEntry):
+            made.append(entry.model_dump())
+            continue
+        inner = (*keys, index)
+        if not isinstance(entry, Mapping):
+            raise OptionError(f"{place(inner)}: an expert should have source_model and prompts, and is {entry!r}")
+        _check_keys(entry, ExpertEntry, inner, place)
+        if entry.get("source_model") is None:
+            raise OptionError(f"{place(inner)}: the expert has no 'source_model'")
+        name = _name(entry["source_model"], (*inner, "source_model"), place, folder)
+        made.append({**entry, "source_model": name})
+    return made
+
+
+def _name(value: Any, keys: Keys, place: Place, folder: Path | None) -> ModelName:
+    if isinstance(value, ModelName):
+        return value
+    name = parse_model_name(value, keys, place, folder)
+    return name if folder is None else name.map(lambda each: resolve_name(each, folder, place(keys))[0])
+
+
+def _check(recipe: MoeRecipe, values: Mapping[str, Any], place: Place) -> None:
+    """Refuse settings that do not go together. Raises :class:`~merging.errors.OptionError`."""
+    count = len(recipe.experts)
+    if recipe.experts_per_token > count:
+        raise OptionError(
+            f"{place(('experts_per_token',))}: each token should reach {recipe.experts_per_token} experts "
+            f"(experts_per_token), and there are {count}: add experts, or set experts_per_token to at most {count}"
+        )
+    if recipe.architecture is not None and spelled_out(recipe.architecture) not in ARCHITECTURES:
+        raise OptionError(
+            f"{place(('architecture',))}: there is no architecture {recipe.architecture!r}"
+            f"{nearest(spelled_out(recipe.architecture), ARCHITECTURES)}: use mixtral, deepseek, qwen or qwen3"
+        )
+    if len(recipe.shared_experts) > 1:
+        raise OptionError(f"{place(('shared_experts', 1))}: there can be one shared expert, and this is a second one")
+    _check_smile(recipe, values, place)
+    if recipe.prompted:
+        _check_prompts(recipe.experts, place)
+
+
+def spelled_out(architecture: str) -> str:
+    """Return the name of an architecture as it is a key of :data:`ARCHITECTURES`."""
+    return architecture.lower().replace("_", " ").replace("-", " ")
+
+
+def _check_smile(recipe: MoeRecipe, values: Mapping[str, Any], place: Place) -> None:
+    if recipe.gate_mode != "smile":
+        for key in _SMILE_ONLY:
+            if key in values:
+                raise OptionError(f"{place((key,))}: {key} is a setting of gate_mode: smile")
+        return
+    for key in ("architecture", "shared_experts"):
+        if getattr(recipe, key):
+            raise OptionError(f"{place((key,))}: a mixture by smile has no {key}: leave it out")
+    for index, expert in enumerate(recipe.experts):
+        for key in ("positive_prompts", "negative_prompts", "noise_scale", "residual_scale"):
+            if getattr(expert, key):
+                raise OptionError(
+                    f"{place(('experts', index, key))}: smile makes its routers from the weights alone: leave {key} out"
+                )
+
+
+def _check_prompts(experts: Sequence[ExpertEntry], place: Place) -> None:
+    for index, expert in enumerate(experts):
+        if not expert.positive_prompts:
+            raise OptionError(
+                f"{place(('experts', index))}: expert {index} ({expert.source_model}) has no positive_prompts: give "
+                f"texts that should reach it, or use gate_mode: random, or smile, which needs none"
+            )
+    prompts = {(each.positive_prompts, each.negative_prompts) for each in experts}
+    if len(experts) > 1 and len(prompts) == 1:
+        raise OptionError(
+            f"{place(('experts',))}: all experts have the same prompts, so that no router can choose between them: "
+            f"give each expert prompts of its own"
+        )
