@@ -76,12 +76,14 @@ def moe_command(
         f"{made.path}: {made.architecture} of {plural(made.experts, 'expert')}, {plural(made.tensors, 'tensor')}, "
         f"{format_size(made.bytes)} in {made.seconds:.1f} s"
     )
-    echo_usage(_usage(made.path, bool(plan.code)))
+    echo_usage(_usage(plan, made.path))
 
 
-def _usage(path: Path, own_code: bool) -> str:
-    trust = ", trust_remote_code=True" if own_code else ""
-    return f"transformers.AutoModelForCausalLM.from_pretrained({str(path)!r}{trust})"
+def _usage(plan: MoePlan, path: Path) -> str:
+    """Return the call that loads the mixture; a program of its own, in the folder or on the Hub, must be trusted."""
+    classes = plan.config.get("auto_map", {"": "AutoModelForCausalLM"})
+    trust = ", trust_remote_code=True" if "auto_map" in plan.config else ""
+    return f"transformers.{list(classes)[-1] or 'AutoModelForCausalLM'}.from_pretrained({str(path)!r}{trust})"
 
 
 def _echo_plan(plan: MoePlan, output: Path, remark: str, as_json: bool) -> None:

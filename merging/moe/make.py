@@ -199,7 +199,7 @@ def _write(
         if progress:
             progress(done, total)
 
-    share_out(parts, lambda: None, lambda _, part: part.write(writer), count, threads=threads, device=device)
+    share_out(parts, lambda: None, lambda _, part: part.write(writer, device), count, threads=threads, device=device)
 
 
 def _seed_noise(plan: MoePlan) -> list[OutputPart]:

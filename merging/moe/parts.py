@@ -28,8 +28,8 @@ class OutputPart(Protocol):
     def memory(self) -> int:
         """The most memory in bytes that making them takes."""
 
-    def write(self, writer: TensorWriter) -> None:
-        """Make the tensors, and write them."""
+    def write(self, writer: TensorWriter, device: torch.device) -> None:
+        """Make the tensors, on a device where that helps, and write them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ class CopiedTensor:
         numel = self.source.find_stored(self.name).numel
         return (4 * numel if self.name in self.source.changes else 3 * min(numel, TILE)) * 4
 
-    def write(self, writer: TensorWriter) -> None:
+    def write(self, writer: TensorWriter, device: torch.device) -> None:
         """Write the tensor: tile by tile, or whole where an adapter changes it."""
         stored = self.source.find_stored(self.name)
         whole = self.source.read(self.name).reshape(-1) if self.name in self.source.changes else None
@@ -103,6 +103,6 @@ class GivenTensor:
         """The tensor itself."""
         return self.out.nbytes
 
-    def write(self, writer: TensorWriter) -> None:
+    def write(self, writer: TensorWriter, device: torch.device) -> None:
         """Write the values."""
         writer.write(self.out.name, self.values.to(DTYPES[self.out.dtype_name]).reshape(-1).contiguous())

@@ -76,8 +76,10 @@ class MoeRecipe(Displayed, BaseModel):
     shared_experts: tuple[ExpertEntry, ...] = Field((), description="at most one expert that every token reaches")
     architecture: str | None = Field(None, description="type of the mixture; by default found from the base")
     seed: int = Field(0, description="seed of noise and of random routers, with the content of the base")
-    rank: int | None = Field(None, ge=1, description="smile: rank of the experts; by default the rank of the changes")
-    gate_rank: int = Field(4, ge=1, description="smile: singular vectors that the router compares a token with")
+    rank: Annotated[int, Field(ge=1)] | Literal["full"] = Field(
+        32, description="smile: rank of the experts, or full; changes of a lower rank keep theirs"
+    )
+    gate_rank: int = Field(16, ge=1, description="smile: singular vectors that the router compares a token with")
     others: Literal["base", "average"] = Field(
         "base", description="smile: tensors that are no matrices of linear layers: the base's, or the experts' mean"
     )
