@@ -134,6 +134,27 @@ def test_loras_as_they_are(tmp_path: Path) -> None:
     assert mixture.generate(IDS, max_new_tokens=3, do_sample=False).shape == (1, 23)
 
 
+def test_peft_routes_loras_alike(tmp_path: Path) -> None:
+    """PEFT's Arrow routing of the LoRAs themselves is this mixture with one direction a router."""
+    from peft import ArrowConfig, LoraConfig, create_arrow_model, get_peft_model
+
+    save_dense(tmp_path / "base")
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        settings = LoraConfig(r=2, target_modules=["down_proj", "v_proj"], init_lora_weights=False)
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), settings)
+        for name, parameter in adapted.named_parameters():
+            if "lora_A" in name:
+                parameter.data[0] *= 20  # one direction stands out, as PEFT finds it by 15 steps of power iteration
+        adapted.save_pretrained(tmp_path / f"lora{seed}")
+    mixture = mix(tmp_path, tmp_path / "out", "lora1", "lora2", gate_rank=1)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    arrow = create_arrow_model(
+        base, [str(tmp_path / "lora1"), str(tmp_path / "lora2")], ArrowConfig(top_k=1, rng_seed=0)
+    )
+    torch.testing.assert_close(logits(mixture), logits(arrow.eval()), rtol=1e-3, atol=1e-3)
+
+
 def test_it_loads_without_this_package(family: Path, tmp_path: Path) -> None:
     """In a process that cannot import it; and never as the base alone."""
     mix(family / "llama", tmp_path / "out", dtype="bfloat16", rank=4)

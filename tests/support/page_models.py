@@ -105,6 +105,18 @@ def _expert_adapters(folder: Path) -> None:
             train(folder / name, base, seed, ["q_proj"], target_parameters=experts)
 
 
+def _dense_models(folder: Path) -> None:
+    """Dense models with a tokenizer, and a LoRA of the first."""
+    from peft import LoraConfig, get_peft_model
+
+    from support.dense_models import build_dense, save_dense
+
+    for seed, name in enumerate(("general", "maths", "animals")):
+        save_dense(folder / name, "llama", seed)
+    settings = LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
+    get_peft_model(build_dense("llama"), settings).save_pretrained(folder / "lora")
+
+
 def _task_of_words(folder: Path) -> None:
     """The shipped adapters as a pool, and a task of a few words in three parts."""
     (folder / "pool").symlink_to(EXAMPLES)
@@ -121,6 +133,7 @@ _MAKERS: dict[str, Callable[[Path], None]] = {
     "docs/tasks/experts.md": _expert_adapters,
     "docs/tasks/heads.md": _classifiers,
     "docs/tasks/merge-loras.md": _writers,
+    "docs/tasks/moe.md": _dense_models,
     "docs/tasks/quantized.md": _fp8_models,
     "docs/tasks/recycle.md": _task_of_words,
     "docs/tasks/verify.md": _merged,
