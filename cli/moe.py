@@ -28,6 +28,7 @@ __all__ = ["moe_command"]
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="the folder to write")
 @click.option("--dry-run", is_flag=True, help="show the plan: nothing is made or written")
+@click.option("--lenient", is_flag=True, help="ignore unknown keys, as mergekit does, and say so")
 @device_option
 @threads_option
 @overwrite_option
@@ -38,6 +39,7 @@ def moe_command(
     recipe: Path,
     output: Path,
     dry_run: bool,
+    lenient: bool,
     device: str,
     threads: int | None,
     overwrite: bool,
@@ -60,7 +62,7 @@ def moe_command(
         from merging.engine.resources import pick_device
         from merging.moe.make import check_moe_output, make_planned_moe, preview_moe
 
-        plan = preview_moe(recipe)
+        plan = preview_moe(recipe, lenient=lenient)
         if dry_run:
             _echo_plan(plan, output, check_moe_output(plan, output, overwrite, dry=True), as_json)
             return

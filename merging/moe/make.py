@@ -22,7 +22,7 @@ from merging.maths.lazy_torch import torch
 from merging.moe.card import moe_card
 from merging.moe.parts import CopiedTensor, GivenTensor, OutputPart
 from merging.moe.plan import MoePlan, plan_moe
-from merging.moe.recipe import MoeRecipe, load_moe_recipe
+from merging.moe.recipe import MoeRecipe, read_moe_recipe
 from merging.moe.routers import make_routers
 from merging.moe.smile_plan import plan_smile
 from merging.output.model_folder import companion_files
@@ -32,6 +32,7 @@ from merging.sources.small_files import copy_file
 from merging.sources.tokenizers import TOKENIZER_FILES
 from merging.storage.staging import StagedOutput, check_destination
 from merging.storage.writer import TensorWriter
+from merging.type_checks import check_types
 from merging.version import __version__
 
 __all__ = ["MixtureOfExperts", "check_moe_output", "make_moe", "make_planned_moe", "preview_moe"]
@@ -67,11 +68,13 @@ class MixtureOfExperts(Displayed):
         return {**asdict(self), "path": str(self.path), "notices": list(self.notices)}
 
 
-def preview_moe(recipe: str | Path | Mapping[str, Any] | MoeRecipe) -> MoePlan:
+@check_types()
+def preview_moe(recipe: str | Path | Mapping[str, Any] | MoeRecipe, *, lenient: bool = False) -> MoePlan:
     """Plan a mixture of experts without making it: headers are read, and nothing is written.
 
     Args:
         recipe: the recipe, as for :func:`make_moe`.
+        lenient: as for :func:`make_moe`.
 
     Returns:
         The plan: its tensors, sizes in bytes, config and notices.
@@ -79,16 +82,19 @@ def preview_moe(recipe: str | Path | Mapping[str, Any] | MoeRecipe) -> MoePlan:
     Raises:
         MergingError: for everything that :func:`make_moe` refuses before it reads values.
     """
-    loaded = load_moe_recipe(recipe)
-    return plan_smile(loaded) if loaded.gate_mode == "smile" else plan_moe(loaded)
+    loaded, notices = read_moe_recipe(recipe, lenient=lenient)
+    plan = plan_smile(loaded) if loaded.gate_mode == "smile" else plan_moe(loaded)
+    return replace(plan, notices=(*notices, *plan.notices))
 
 
+@check_types("progress")
 def make_moe(
     recipe: str | Path | Mapping[str, Any] | MoeRecipe,
     output: str | Path,
     *,
     device: str | torch.device = "cpu",
     threads: int | None = None,
+    lenient: bool = False,
     overwrite: bool = False,
     progress: Progress | bool | None = None,
 ) -> MixtureOfExperts:
@@ -100,6 +106,7 @@ def make_moe(
         output: the folder to write.
         device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto``: where prompts run, and changes are decomposed.
         threads: the number of threads; by default one for each processor core.
+        lenient: whether unknown keys, which mergekit ignores, are ignored with a notice.
         overwrite: whether an output that exists is replaced.
         progress: True for a bar, or a function that receives the bytes done and the bytes in all.
 
@@ -118,7 +125,7 @@ def make_moe(
         >>> made.architecture, made.experts
         ('Mixtral', 2)
     """
-    plan = preview_moe(recipe)
+    plan = preview_moe(recipe, lenient=lenient)
     return make_planned_moe(
         plan,
         Path(output),

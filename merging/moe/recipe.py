@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,13 +11,25 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from merging.display.tables import Displayed
-from merging.errors import OptionError, explain_invalid, nearest
-from merging.moe.model_name import ModelName, Place, parse_model_name
-from merging.plan.recipe_document import Keys, RecipeDocument, parse_document
-from merging.plan.recipe_files import resolve_name
+from merging.errors import FormatError, MergingWarning, OptionError, explain_invalid, nearest
+from merging.moe.model_name import ModelName, read_model_name
+from merging.plan.checked_model import CheckedModel
+from merging.plan.mergekit.reading import Reading
+from merging.plan.recipe_document import Keys, RecipeDocument, parse_documents
+from merging.sources.dtypes import plain_dtype
 from merging.sources.small_files import RECIPE_LIMIT, read_text
+from merging.type_checks import check_types
 
-__all__ = ["ARCHITECTURES", "GATE_MODES", "PROMPTED", "ExpertEntry", "MoeRecipe", "load_moe_recipe", "spelled_out"]
+__all__ = [
+    "ARCHITECTURES",
+    "GATE_MODES",
+    "PROMPTED",
+    "ExpertEntry",
+    "MoeRecipe",
+    "load_moe_recipe",
+    "read_moe_recipe",
+    "spelled_out",
+]
 
 GateMode = Literal["hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random", "smile"]
 
@@ -41,10 +54,13 @@ ARCHITECTURES = {
 }
 """The types of models that each name of an architecture means."""
 
+Place = Callable[[Keys], str]
+"""A function that returns the place of a value from its keys, for errors."""
+
 _SMILE_ONLY = ("rank", "gate_rank", "others")
 
 
-class ExpertEntry(Displayed, BaseModel):
+class ExpertEntry(Displayed, CheckedModel):
     """A model whose MLPs become experts; with SMILE, its changes from the base do."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,7 +77,7 @@ class ExpertEntry(Displayed, BaseModel):
         return (value,) if isinstance(value, str) else value or ()
 
 
-class MoeRecipe(Displayed, BaseModel):
+class MoeRecipe(Displayed, CheckedModel):
     """A mixture of experts: a base, its experts, and the way to make the router. Frozen and comparable."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -118,12 +134,14 @@ def _plain(values: dict[str, Any], recipe: MoeRecipe) -> dict[str, Any]:
     }
 
 
-def load_moe_recipe(source: str | Path | Mapping[str, Any] | MoeRecipe) -> MoeRecipe:
+@check_types()
+def load_moe_recipe(source: str | Path | Mapping[str, Any] | MoeRecipe, *, lenient: bool = False) -> MoeRecipe:
     """Read the recipe of a mixture of experts.
 
     Args:
         source: the path of a YAML file, YAML itself (a text of several lines), the values of a recipe, or a recipe.
             Relative paths in a file are relative to its folder, all others to the working folder.
+        lenient: whether unknown keys, which mergekit ignores, are ignored with a warning.
 
     Returns:
         The recipe, with all paths relative to the working folder.
@@ -133,26 +151,53 @@ def load_moe_recipe(source: str | Path | Mapping[str, Any] | MoeRecipe) -> MoeRe
         OptionError: for keys or values that no recipe has. The error names the line.
         InputError: for a file that is not there.
     """
+    recipe, notices = read_moe_recipe(source, lenient=lenient)
+    for notice in notices:
+        warnings.warn(notice, MergingWarning, stacklevel=2)
+    return recipe
+
+
+def read_moe_recipe(
+    source: str | Path | Mapping[str, Any] | MoeRecipe, *, lenient: bool = False
+) -> tuple[MoeRecipe, list[str]]:
+    """Return a recipe and remarks about it. The arguments and errors are as for :func:`load_moe_recipe`."""
     if isinstance(source, MoeRecipe):
-        return source
+        return source, []
     if isinstance(source, Mapping):
-        document = RecipeDocument(dict(source), {(): "recipe"})
-        return _make(document, None)
-    if isinstance(source, str) and "\n" in source:
-        return _make(parse_document(source, "recipe"), None)
-    path = Path(source)
-    return _make(parse_document(read_text(path, RECIPE_LIMIT, given=True), str(path)), path.parent)
+        reading = Reading(RecipeDocument(_to_plain(source), {(): "recipe"}), lenient)
+        return _make(reading, None), reading.notices
+    text, where, folder = str(source), "recipe", None
+    if isinstance(source, Path) or "\n" not in text:
+        path = Path(source)
+        text, where, folder = read_text(path, RECIPE_LIMIT, given=True), str(path), path.parent
+    documents = parse_documents(text, where)
+    if len(documents) > 1:
+        raise FormatError(f"{documents[1].origin(())}: a recipe of a mixture is one document, and this is a second one")
+    reading = Reading(documents[0], lenient)
+    return _make(reading, folder), reading.notices
 
 
-def _make(document: RecipeDocument, folder: Path | None) -> MoeRecipe:
-    values, place = dict(document.values), document.origin
-    _check_keys(values, MoeRecipe, (), place)
+def _to_plain(value: Any) -> Any:
+    """Return values of Python as YAML has them."""
+    if isinstance(value, Mapping):
+        return {str(key): _to_plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_plain(each) for each in value]
+    return str(value) if isinstance(value, (Path, ModelName)) else plain_dtype(value)
+
+
+def _make(reading: Reading, folder: Path | None) -> MoeRecipe:
+    place = reading.document.origin
+    values = reading.check_keys((), "a recipe of a mixture", _known(MoeRecipe))
     for key in ("base_model", "experts"):
         if values.get(key) is None:
-            raise OptionError(f"{place((key,))}: the recipe has no {key!r}")
-    values["base_model"] = _name(values["base_model"], ("base_model",), place, folder)
+            raise reading.error((key,), f"the recipe has no {key!r}")
+    values["base_model"] = read_model_name(reading, ("base_model",), folder)
     for key in ("experts", "shared_experts"):
-        values[key] = _experts(values.get(key) or [], (key,), place, folder)
+        if values.get(key) or key == "experts":
+            values[key] = [
+                _read_expert(reading, (key, index), folder) for index, _ in enumerate(reading.items((key,), key))
+            ]
     if values.get("gate_mode") == "smile":
         values.setdefault("experts_per_token", 1)
     try:
@@ -163,52 +208,25 @@ def _make(document: RecipeDocument, folder: Path | None) -> MoeRecipe:
     return recipe
 
 
+def _known(schema: type[BaseModel]) -> dict[str, str]:
+    return dict.fromkeys(schema.model_fields, "")
+
+
+def _read_expert(reading: Reading, keys: Keys, folder: Path | None) -> dict[str, Any]:
+    values = reading.check_keys(keys, "an expert", _known(ExpertEntry))
+    if values.get("source_model") is None:
+        raise reading.error(keys, "the expert has no 'source_model'")
+    return {**values, "source_model": read_model_name(reading, (*keys, "source_model"), folder)}
+
+
 def _refusal(error: ValidationError, place: Place) -> OptionError:
     first = error.errors()[0]
     keys = tuple(first["loc"])
     reason = explain_invalid(first)
     if first["type"] == "literal_error":
-        reason = f"there is no such {keys[-1]}{nearest(str(first['input']), _choices(first))}: {reason}"
+        choices = [word.strip(" '") for word in str(first["ctx"]["expected"]).replace(" or ", ",").split(",")]
+        reason = f"there is no such {keys[-1]}{nearest(str(first['input']), choices)}: {reason}"
     return OptionError(f"{place(keys)}: {'.'.join(map(str, keys))} = {str(first['input'])[:80]!r}: {reason}")
-
-
-def _choices(error: Any) -> list[str]:
-    return [word.strip(" '") for word in str(error["ctx"]["expected"]).replace(" or ", ",").split(",")]
-
-
-def _check_keys(values: Mapping[Any, Any], schema: type[BaseModel], keys: Keys, place: Place) -> None:
-    for key in map(str, values):
-        if key not in schema.model_fields:
-            known = list(schema.model_fields)
-            raise OptionError(
-                f"{place((*keys, key))}: there is no {key!r}{nearest(key, known)}: use {', '.join(known)}"
-            )
-
-
-def _experts(values: Any, keys: Keys, place: Place, folder: Path | None) -> list[Any]:
-    if not isinstance(values, (list, tuple)):
-        raise OptionError(f"{place(keys)}: {keys[-1]} should be a list, and is {str(values)[:80]!r}")
-    made = []
-    for index, entry in enumerate(values):
-        if isinstance(entry, ExpertEntry):
-            made.append(entry.model_dump())
-            continue
-        inner = (*keys, index)
-        if not isinstance(entry, Mapping):
-            raise OptionError(f"{place(inner)}: an expert should have source_model and prompts, and is {entry!r}")
-        _check_keys(entry, ExpertEntry, inner, place)
-        if entry.get("source_model") is None:
-            raise OptionError(f"{place(inner)}: the expert has no 'source_model'")
-        name = _name(entry["source_model"], (*inner, "source_model"), place, folder)
-        made.append({**entry, "source_model": name})
-    return made
-
-
-def _name(value: Any, keys: Keys, place: Place, folder: Path | None) -> ModelName:
-    if isinstance(value, ModelName):
-        return value
-    name = parse_model_name(value, keys, place, folder)
-    return name if folder is None else name.map(lambda each: resolve_name(each, folder, place(keys))[0])
 
 
 def _check(recipe: MoeRecipe, values: Mapping[str, Any], place: Place) -> None:

@@ -9,7 +9,7 @@ from merging.errors import FormatError
 __all__ = ["extract_yaml", "replace_tabs"]
 
 _FENCE = re.compile(r"(?:```+|~~~+)[ \t]*(\w*)")
-_KEY = re.compile(r"^(?:merge_method|slices|models|modules|method|stack)[ \t]*:", re.MULTILINE)
+_KEY = re.compile(r"^(?:merge_method|slices|models|modules|method|stack|experts)[ \t]*:", re.MULTILINE)
 _LANGUAGES = ("", "yaml", "yml")
 _PAGES = (".md", ".markdown")
 

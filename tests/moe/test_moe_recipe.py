@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import merging
 from merging.cli.main import cli
-from merging.errors import MergingError
+from merging.errors import MergingError, MergingWarning
 from merging.moe import MoeRecipe, load_moe_recipe
 
 GOOD = """# two experts
@@ -33,13 +33,21 @@ experts:
 """
 
 MISTAKES = {
-    "an unknown key": ("gate_mode:", "gatemode:", "line 3: there is no 'gatemode' .did you mean 'gate_mode'"),
+    "an unknown key": (
+        "gate_mode:",
+        "gatemode:",
+        "line 3: a recipe of a mixture has no key 'gatemode' .did you mean 'gate_mode'",
+    ),
     "an unknown key of an expert": (
         "    noise_scale",
         "    noise_scal",
-        "line 12: there is no 'noise_scal' .*noise_scale",
+        "line 12: an expert has no key 'noise_scal' .*noise_scale",
     ),
-    "an unknown key of a model": ("revision: main", "revisoin: main", "line 14: there is no 'revisoin' .*'revision'"),
+    "an unknown key of a model": (
+        "revision: main",
+        "revisoin: main",
+        "line 14: a path has no key 'revisoin' .*'revision'",
+    ),
     "an unknown mode": (
         "hidden_avg",
         "hidden_average",
@@ -64,20 +72,19 @@ MISTAKES = {
     ),
     "negative noise": ("noise_scale: 0.1", "noise_scale: -1", "line 12: .*noise_scale = '-1': should be at least 0"),
     "a key twice": ("dtype: bfloat16", "gate_mode: random", "'gate_mode' stands twice"),
-    "no experts": ("experts:\n", "experts: []\nshared_experts:\n", "experts = .*should have at least 1 value"),
+    "no experts": ("experts:\n", "experts: []\nshared_experts:\n", "line 7: experts is empty"),
     "a base that is a list": (
         "base_model: base ",
         "base_model: [base] ",
-        "line 2: base_model should be the name of a model",
+        "line 2: base_model should name a model, and is",
     ),
     "smile's setting": ("architecture: Mixtral", "rank: 4", "line 6: rank is a setting of gate_mode: smile"),
     "prompts with smile": ("hidden_avg\n", "smile\n", "line 6: a mixture by smile has no architecture"),
     "a lora without a name": (
         "source_model: a\n",
         "source_model: a+\n",
-        "line 8: 'a.' should be a model, or model.lora",
+        "line 8: .*one . joins a model and an adapter",
     ),
-    "an override": ("lora: {path: org/lora}", "override_architecture: X", "line 14: architectures are read from"),
 }
 
 
@@ -102,6 +109,22 @@ def test_mistakes(tmp_path: Path, name: str) -> None:
     (tmp_path / "moe.yml").write_text(GOOD.replace(old, new, 1))
     with pytest.raises(MergingError, match=message):
         load_moe_recipe(tmp_path / "moe.yml")
+
+
+def test_unknown_keys_may_be_ignored(tmp_path: Path) -> None:
+    (tmp_path / "moe.yml").write_text(GOOD.replace("dtype:", "tokenizer_source: union\ndtype:"))
+    with pytest.warns(MergingWarning, match="line 4: a recipe of a mixture has no key 'tokenizer_source'.*ignored"):
+        recipe = load_moe_recipe(tmp_path / "moe.yml", lenient=True)
+    assert recipe.dtype == "bfloat16"
+
+
+def test_a_recipe_on_a_page(tmp_path: Path) -> None:
+    """In the block of a model card."""
+    (tmp_path / "README.md").write_text(f"# A model\n\n```yaml\n{GOOD}```\n\nText.\n")
+    assert load_moe_recipe(tmp_path / "README.md").gate_mode == "hidden_avg"
+    (tmp_path / "two.yml").write_text(f"{GOOD}---\n{GOOD}")
+    with pytest.raises(MergingError, match="line 18: a recipe of a mixture is one document"):
+        load_moe_recipe(tmp_path / "two.yml")
 
 
 def test_prompts_that_are_all_the_same() -> None:
