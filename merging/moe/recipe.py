@@ -188,7 +188,7 @@ def _to_plain(value: Any) -> Any:
 
 def _make(reading: Reading, folder: Path | None) -> MoeRecipe:
     place = reading.document.origin
-    values = reading.check_keys((), "a recipe of a mixture", _known(MoeRecipe))
+    values = reading.check_keys((), "a recipe of a mixture", _list_keys(MoeRecipe))
     for key in ("base_model", "experts"):
         if values.get(key) is None:
             raise reading.error((key,), f"the recipe has no {key!r}")
@@ -208,12 +208,12 @@ def _make(reading: Reading, folder: Path | None) -> MoeRecipe:
     return recipe
 
 
-def _known(schema: type[BaseModel]) -> dict[str, str]:
+def _list_keys(schema: type[BaseModel]) -> dict[str, str]:
     return dict.fromkeys(schema.model_fields, "")
 
 
 def _read_expert(reading: Reading, keys: Keys, folder: Path | None) -> dict[str, Any]:
-    values = reading.check_keys(keys, "an expert", _known(ExpertEntry))
+    values = reading.check_keys(keys, "an expert", _list_keys(ExpertEntry))
     if values.get("source_model") is None:
         raise reading.error(keys, "the expert has no 'source_model'")
     return {**values, "source_model": read_model_name(reading, (*keys, "source_model"), folder)}

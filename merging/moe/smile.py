@@ -22,7 +22,7 @@ __all__ = ["available_rank", "decompose_change", "read_change", "same_checkpoint
 
 
 def same_checkpoint(one: MoeSource, other: MoeSource) -> bool:
-    """Return whether two sources are the same full model, so that an adapter is all that tells them apart."""
+    """Return whether two sources are the same full model, and differ by their adapters at most."""
     return one.checkpoint.path == other.checkpoint.path
 
 
