@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from merging.errors import OptionError, nearest
 from merging.maths.parameters import plain
-from merging.methods import chain
+from merging.methods import chain, links, parameters_of
 from merging.methods.contract.method import Method
 from merging.plan.checked_model import describe_invalid
 from merging.plan.layer_stack import LayerPart, LayerStack
@@ -25,6 +25,15 @@ Place: TypeAlias = Callable[[Keys], str]
 """Returns the place of a value (``merge.yml, line 3``) from its keys."""
 
 _PART = tuple(LayerPart.model_fields)
+
+_THEIRS = {
+    "merge_method": "method",
+    "base_model": "base",
+    "slices": "stack",
+    "out_dtype": "dtype",
+    "tokenizer_source": "tokenizer",
+}
+"""Keys of mergekit's recipes, and what they are called in ours."""
 
 
 def make_recipe(values: dict[str, Any], where: str = "recipe", origin: Place | None = None) -> Recipe:
@@ -50,7 +59,7 @@ def make_recipe(values: dict[str, Any], where: str = "recipe", origin: Place | N
     except OptionError as error:
         if origin is None:
             raise
-        raise OptionError(f"{origin(_find_refused(values))}: {error}") from None
+        raise OptionError(f"{origin(_find_refused(values, str(error)))}: {error}") from None
 
 
 def is_recipe(value: object) -> bool:
@@ -202,14 +211,27 @@ def _check_keys(values: dict[str, Any], place: Place) -> None:
     known = [info.alias or name for name, info in Recipe.model_fields.items()] + ["parameters", "stack"]
     for key in map(str, values):
         if key not in (*FIELDS, *known):
-            raise OptionError(f"{place((key,))}: there is no {key!r}{nearest(key, known)}: use {', '.join(known)}")
+            hint = f" (did you mean {_THEIRS[key]!r}?)" if key in _THEIRS else nearest(key, known)
+            if key in _parameters_of(values.get("method")):
+                raise OptionError(f"{place((key,))}: {key!r} is a parameter: write it under parameters")
+            raise OptionError(f"{place((key,))}: there is no {key!r}{hint}: use {', '.join(known)}")
     for key in ("models", "method"):
         if values.get(key) is None:
             raise OptionError(f"{place((key,))}: the recipe has no {key!r}")
 
 
-def _find_refused(values: dict[str, Any]) -> tuple[str, ...]:
-    """Return the keys of the method, or of its first parameter that is refused after those before it."""
+def _parameters_of(method: Any) -> list[str]:
+    """Return the names of the parameters of a chain; none of a chain that does not exist."""
+    try:
+        return [field for cls in links(method) for field in parameters_of(cls)] if isinstance(method, str) else []
+    except OptionError:
+        return []
+
+
+def _find_refused(values: dict[str, Any], error: str) -> tuple[str, ...]:
+    """Return the keys of the field that an error begins with, of the method, or of the first refused parameter."""
+    if field := next((key for key in values if error.startswith(f"{key} = ")), None):
+        return (field,)
     method, parameters = str(values.get("method")), values.get("parameters")
     if _is_refused(method, {}):
         return ("method",)
