@@ -9,15 +9,17 @@ from datetime import datetime, timezone
 from math import sqrt
 from pathlib import Path
 
+from merging import os_calls
 from merging.continual.base_check import check_distance, check_not_base, check_stated_base
-from merging.continual.manifest import Manifest, Part, StepRecord, sha256_of
+from merging.continual.folder import remove_state
+from merging.continual.manifest import STATES, Manifest, Part, StepRecord, sha256_of
 from merging.continual.state import count_forms, open_state, state_metadata, step_plan
 from merging.continual.update_rules import rule_of
 from merging.display.progress import Progress
 from merging.engine.download import download_plan, missing_files
 from merging.engine.resources import workers_within
 from merging.engine.run import Done, run
-from merging.errors import InputError, escape_unprintable
+from merging.errors import InputError, OutputError, escape_unprintable
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.sums import safe_ratio
 from merging.methods.contract.update_rule import UpdateStep
@@ -30,7 +32,16 @@ from merging.sources.changes import Change
 from merging.sources.stored import Stored
 from merging.storage.writer import TensorWriter
 
-__all__ = ["AddOptions", "NewState", "StepExecution", "content_of", "plan_alone", "step_record", "write_state"]
+__all__ = [
+    "AddOptions",
+    "NewState",
+    "StepExecution",
+    "content_of",
+    "plan_alone",
+    "publish_state",
+    "step_record",
+    "write_state",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,3 +203,22 @@ def content_of(source: Checkpoint | Adapter) -> str:
         digest.update(bytes.fromhex(stated.get(file) or sha256_of(file)))
     check_in_place(source)
     return digest.hexdigest()
+
+
+def publish_state(store: Path, folder: Path, number: int, new: NewState) -> dict[str, Part]:
+    """Give a finished state its final name, durably."""
+    digest = hashlib.sha256("".join(new.sha256.values()).encode()).hexdigest()[:12]
+    final = store / STATES / f"{number:06}-{digest}"
+    try:
+        os_calls.sync_folder(folder)
+        folder.chmod(0o777 & ~os_calls.umask())
+        folder.rename(final)
+        os_calls.sync_folder(final.parent)
+    except OSError as error:
+        remove_state(final)
+        raise OutputError(f"{final}: cannot be put in place: {error.strerror}") from None
+    files = {name: final / f"{name}.safetensors" for name in new.sha256}
+    return {
+        name: Part(file=file.relative_to(store).as_posix(), sha256=new.sha256[name], bytes=file.stat().st_size)
+        for name, file in files.items()
+    }

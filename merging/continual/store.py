@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -10,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from merging import os_calls
 from merging.continual.folder import create_store, lock, new_state, refuse_within, remove_state, state_folders
 from merging.continual.integrity import (
     base_of,
@@ -19,8 +17,16 @@ from merging.continual.integrity import (
     require_whole,
     state_files,
 )
-from merging.continual.manifest import NAME, STATES, Manifest, Part, RefusedModel, StepRecord, write_manifest
-from merging.continual.step import AddOptions, NewState, StepExecution, content_of, plan_alone, step_record, write_state
+from merging.continual.manifest import NAME, Manifest, RefusedModel, StepRecord, write_manifest
+from merging.continual.step import (
+    AddOptions,
+    StepExecution,
+    content_of,
+    plan_alone,
+    publish_state,
+    step_record,
+    write_state,
+)
 from merging.continual.update_rules import checked_rule
 from merging.continual.view import StoreView
 from merging.display.notices import report_notices
@@ -51,6 +57,14 @@ class ContinualStore(StoreView):
     step or the new one. One process writes at a time; any number read.
 
     All methods raise :class:`~merging.errors.MergingError` where they fail; the store is then as it was before.
+
+    Example:
+        >>> import merging
+        >>> store = merging.ContinualStore.create("store", base="base", method="task_arithmetic")
+        >>> store.add("one").number, store.add("two").number
+        (1, 2)
+        >>> store.export("merged").kind
+        'model'
     """
 
     @classmethod
@@ -166,7 +180,7 @@ class ContinualStore(StoreView):
                     pick_device(device), cores() if threads is None else threads, max_memory, progress
                 )
                 new = write_state(manifest, self.path, alone, content, folder=folder, execution=execution)
-                parts = self._publish_state(folder, len(manifest.steps) + 1, new)
+                parts = publish_state(self.path, folder, len(manifest.steps) + 1, new)
                 step = step_record(manifest, source, content, parts, new)
                 self._commit(manifest, step, source)
             if keep is not None:  # the last state was hashed as it was written
@@ -211,24 +225,6 @@ class ContinualStore(StoreView):
         from merging.continual.watch import watch
 
         watch(self, source, **options)
-
-    def _publish_state(self, folder: Path, number: int, new: NewState) -> dict[str, Part]:
-        """Give a finished state its final name, durably."""
-        digest = hashlib.sha256("".join(new.sha256.values()).encode()).hexdigest()[:12]
-        final = self.path / STATES / f"{number:06}-{digest}"
-        try:
-            os_calls.sync_folder(folder)
-            folder.chmod(0o777 & ~os_calls.umask())
-            folder.rename(final)
-            os_calls.sync_folder(final.parent)
-        except OSError as error:
-            remove_state(final)
-            raise OutputError(f"{final}: cannot be put in place: {error.strerror}") from None
-        files = {name: final / f"{name}.safetensors" for name in new.sha256}
-        return {
-            name: Part(file=file.relative_to(self.path).as_posix(), sha256=new.sha256[name], bytes=file.stat().st_size)
-            for name, file in files.items()
-        }
 
     def _commit(self, manifest: Manifest, step: StepRecord, source: Checkpoint | Adapter) -> None:
         """Put a step into the manifest; if that fails, remove its state."""
