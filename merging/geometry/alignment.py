@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict
+
+from typing_extensions import Unpack
 
 from merging.display.progress import Progress
 from merging.engine.download import download_plan
@@ -30,7 +32,17 @@ from merging.sources import Adapter, Checkpoint
 from merging.sources.changes import Change
 from merging.sources.stored import Stored
 
-__all__ = ["MEMORY", "ModelLike", "align", "factored", "matrix_sides", "read_change", "row_blocks", "select_models"]
+__all__ = [
+    "MEMORY",
+    "AlignOptions",
+    "ModelLike",
+    "align",
+    "factored",
+    "matrix_sides",
+    "read_change",
+    "row_blocks",
+    "select_models",
+]
 
 MEMORY = 1 << 30
 """The most bytes that a comparison takes by default, above the memory of the imports."""
@@ -38,11 +50,25 @@ MEMORY = 1 << 30
 ModelLike = str | Path | Adapter | Checkpoint
 """An opened model, or its path or address."""
 
-_BASE_OPTIONS = {"base", "exclude", "on_mismatch", "allow_different_bases", "lora_alpha", "dequantise", "dequantize"}
+
+class AlignOptions(TypedDict, total=False):
+    """The options of a comparison: fields of :class:`~merging.plan.recipe.Recipe` about the models."""
+
+    base: ModelLike | None
+    exclude: str | Sequence[str] | None
+    on_mismatch: Literal["error", "base"] | None
+    allow_different_bases: bool | None
+    lora_alpha: float | None
+    dequantise: bool | None
+    dequantize: bool | None
 
 
 def align(
-    models: Sequence[ModelLike], *, reads_base: bool = False, progress: Progress | None = None, **options: Any
+    models: Sequence[ModelLike],
+    *,
+    reads_base: bool = False,
+    progress: Progress | None = None,
+    **options: Unpack[AlignOptions],
 ) -> Plan:
     """Align the changes of models, as the plan of a sum that is never computed.
 
@@ -60,7 +86,7 @@ def align(
         merging.errors.InputError: For models that do not fit together, and for full checkpoints without a base.
         merging.errors.OptionError: For other options.
     """
-    if unknown := options.keys() - _BASE_OPTIONS:
+    if unknown := options.keys() - AlignOptions.__annotations__.keys():
         raise OptionError(f"a comparison has no option {sorted(unknown)[0]!r}")
     if not models:
         raise InputError("there is nothing to compare: name at least one model")

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import isnan
 from statistics import fmean, median
-from typing import Any, Literal
+from typing import Literal
+
+from typing_extensions import Unpack
 
 from merging.display.notices import report_notices
 from merging.display.progress import Progress, resolve_progress
 from merging.engine.resources import pick_device
 from merging.errors import OptionError, option
-from merging.geometry.alignment import MEMORY, ModelLike, align
+from merging.geometry.alignment import MEMORY, AlignOptions, ModelLike, align
 from merging.geometry.comparison import (
     Agreement,
     Comparison,
@@ -51,7 +53,7 @@ def compare(
     max_memory: int | str = MEMORY,
     device: torch.device | str = "cpu",
     progress: Progress | bool | None = None,
-    **options: Any,
+    **options: Unpack[AlignOptions],
 ) -> Comparison:
     """Compare the changes of models: angles, sizes, spectra, subspaces, signs and, on request, intruder dimensions.
 
@@ -75,6 +77,14 @@ def compare(
 
     Raises:
         merging.errors.MergingError: For models that cannot be read or do not fit together, and for wrong options.
+
+    Example:
+        >>> import merging
+        >>> comparison = merging.compare(["a", "b", "c"])
+        >>> [profile.name for profile in comparison.models]
+        ['a', 'b', 'c']
+        >>> f"{comparison.cosines[0][1]:.2f}"
+        '0.03'
     """
     progress = resolve_progress(progress, "comparing")
     if signs not in ("sample", "all", None):

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
+
+from typing_extensions import Unpack
 
 from merging.display.progress import Progress, resolve_progress
 from merging.engine.tiles import Tiler
 from merging.errors import InputError, OptionError, option
-from merging.geometry.alignment import MEMORY, ModelLike, align, factored, matrix_sides, row_blocks
+from merging.geometry.alignment import MEMORY, AlignOptions, ModelLike, align, factored, matrix_sides, row_blocks
 from merging.maths.delta import LowRank
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.sums import spans
@@ -34,7 +35,7 @@ def gram(
     max_memory: int = MEMORY,
     device: torch.device | str = "cpu",
     progress: Progress | bool | None = None,
-    **options: Any,
+    **options: Unpack[AlignOptions],
 ) -> Tensor:
     """Return the inner products of the models' changes over all tensors.
 
@@ -71,7 +72,7 @@ def gram(
     return total
 
 
-def cosines(models: Sequence[ModelLike], **options: Any) -> Tensor:
+def cosines(models: Sequence[ModelLike], **options: Unpack[AlignOptions]) -> Tensor:
     """Return the cosines between the models' changes, ``[n, n]`` float64. Takes the options of :func:`gram`.
 
     The cosine of a zero change to any change, itself included, is 0.

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 from math import prod
-from typing import Any, Literal
+from typing import Literal
+
+from typing_extensions import Unpack
 
 from merging.display.tables import Displayed
 from merging.engine.tiles import Tiler
-from merging.geometry.alignment import MEMORY, ModelLike, align, row_blocks
+from merging.geometry.alignment import MEMORY, AlignOptions, ModelLike, align, row_blocks
 from merging.geometry.grams import groups_of
 from merging.maths.delta import Delta, LowRank
 from merging.maths.lazy_torch import Tensor, torch
@@ -52,7 +54,7 @@ def sign_agreement(
     entries: Literal["sample", "all"] = "sample",
     max_memory: int = MEMORY,
     device: torch.device | str = "cpu",
-    **options: Any,
+    **options: Unpack[AlignOptions],
 ) -> Signs:
     """Return the models' agreement on the signs of changes; a half is chance.
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from typing_extensions import Unpack
 
 from merging.display.tables import Displayed
 from merging.engine.tiles import Tiler
-from merging.geometry.alignment import ModelLike, align, matrix_sides, read_change
+from merging.geometry.alignment import AlignOptions, ModelLike, align, matrix_sides, read_change
 from merging.geometry.grams import segment_sums
 from merging.maths.delta import Delta, LowRank
 from merging.maths.lazy_torch import Tensor, torch
@@ -95,7 +96,11 @@ def spectrum_of(values: Tensor) -> Spectrum:
 
 
 def spectra(
-    models: Sequence[ModelLike], *, full: bool = False, device: torch.device | str = "cpu", **options: Any
+    models: Sequence[ModelLike],
+    *,
+    full: bool = False,
+    device: torch.device | str = "cpu",
+    **options: Unpack[AlignOptions],
 ) -> Iterator[tuple[str, list[Tensor | None]]]:
     """Yield each tensor's name with the singular values of every model's change.
 
