@@ -38,6 +38,14 @@ class MergingError(Exception):
 
     Messages quote names and values of files that may be hostile: unprintable characters are escaped, and the middle of
     an endless text is left out.
+
+    Example:
+        >>> import merging
+        >>> try:
+        ...     merging.chain("tise")
+        ... except merging.MergingError as error:
+        ...     print(type(error).__name__, error)
+        OptionError there is no method 'tise' (did you mean 'ties'?)
     """
 
     def __init__(self, message: str) -> None:

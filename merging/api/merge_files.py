@@ -49,6 +49,12 @@ _log = logging.getLogger(__name__)
 class Merged(Displayed):
     """The result of a merge.
 
+    Example:
+        >>> import merging
+        >>> merged = merging.merge(["a", "b"], method="linear", output="merged", overwrite=True)
+        >>> merged.path.name, merged.rank, sorted(merged.to_dict())[:3]
+        ('merged', 16, ['bytes', 'discarded', 'facts'])
+
     Attributes:
         path: the file or folder that was written.
         kind: ``adapter`` or ``model``.
@@ -101,6 +107,12 @@ def preview(
 
     Raises:
         MergingError: for everything that :func:`merge` refuses before it reads values.
+
+    Example:
+        >>> import merging
+        >>> plan = merging.preview(["one", "two"], method="ties", base="base")
+        >>> plan.output, len(plan.items)
+        ('model', 104)
     """
     destination = None if output is None else Path(check_path(output, "output"))
     return plan_for(_make_recipe(models, method, options), destination)

@@ -98,6 +98,13 @@ def rerun(
     Raises:
         InputError: if the output states no recipe, or a source is missing or has changed.
         MergingError: for everything that :func:`~merging.merge` refuses.
+
+    Example:
+        >>> import merging
+        >>> merged = merging.merge(["a", "b"], method="linear", output="first")
+        >>> again = merging.rerun("first", output="second")
+        >>> again.tensors == merged.tensors
+        True
     """
     destination = None if output is None else Path(check_path(output, "output"))
     planned = plan_rerun(path, destination, sources or {}, allow_changed=allow_changed, lenient=lenient)

@@ -121,6 +121,12 @@ def compress(
 
     Raises:
         merging.errors.MergingError: For models that cannot be packed, and for wrong options. Nothing is written then.
+
+    Example:
+        >>> import merging
+        >>> pack = merging.compress("a", "a-packed.safetensors")
+        >>> f"{pack.ratio:.0f} times smaller"
+        '18 times smaller'
     """
     destination, start = Path(output), time.monotonic()
     progress = resolve_progress(progress, "compressing")

@@ -75,6 +75,12 @@ def decompress(
     Raises:
         merging.errors.MergingError: For a file that is not a pack, and for a missing or different base. Nothing is
             written then.
+
+    Example:
+        >>> import merging
+        >>> _ = merging.compress("a", "pack.safetensors")
+        >>> merging.decompress("pack.safetensors", "a-again").kind
+        'adapter'
     """
     progress = resolve_progress(progress, "decompressing")
     destination, opened = Path(output), open_model(pack)

@@ -18,7 +18,13 @@ Scalar = float | Tensor
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Dense(Displayed):
-    """A change (or a weight) written out in full: ``value`` has the shape of the tensor it belongs to."""
+    """A change (or a weight) written out in full: ``value`` has the shape of the tensor it belongs to.
+
+    Example:
+        >>> import torch, merging
+        >>> merging.Dense(torch.ones(2, 3)).scaled(0.5)
+        Dense(shape=(2, 3), dtype=torch.float32)
+    """
 
     value: Tensor
 
@@ -61,6 +67,12 @@ class LowRank(Displayed):
     ``up`` is ``[..., out, r]`` and ``down`` ``[..., r, in]``; leading axes are batches (experts). ``shape`` is the
     shape of the tensor in the base: the product itself, its transpose when ``transposed`` (GPT-2's Conv1D and
     embeddings), or its reshape (convolutions). Rank 0 is the zero change.
+
+    Example:
+        >>> import torch, merging
+        >>> merging.LowRank(torch.ones(2, 1), torch.ones(1, 3), (2, 3)).dense()
+        tensor([[1., 1., 1.],
+                [1., 1., 1.]])
     """
 
     up: Tensor

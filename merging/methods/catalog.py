@@ -84,7 +84,13 @@ GROUPS: dict[str, dict[str, Listed]] = {
 
 
 class MethodList(Tabular, dict[str, Listed]):
-    """The methods by name."""
+    """The methods by name.
+
+    Example:
+        >>> import merging
+        >>> merging.METHODS["ties"].summary
+        'keep large changes, and the ones that agree in sign'
+    """
 
     __slots__ = ()
 

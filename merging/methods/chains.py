@@ -23,6 +23,11 @@ def chain(text: str, parameters: Mapping[str, Any] | None = None) -> Method:
 
     Raises:
         OptionError: a name is unknown, or a parameter has a wrong value or belongs to no link or to several.
+
+    Example:
+        >>> import merging
+        >>> merging.chain("lines+ties", {"density": 0.3}).chain
+        'lines+ties'
     """
     classes = links(text)
     stated = {key: value for part in aliases(text) for key, value in {**part.fixed, **part.defaults}.items()}

@@ -25,7 +25,13 @@ def is_range(text: str) -> bool:
 
 
 class LayerPart(Displayed, CheckedModel):
-    """Some blocks of a model, and perhaps numbers that multiply their tensors."""
+    """Some blocks of a model, and perhaps numbers that multiply their tensors.
+
+    Example:
+        >>> import merging
+        >>> merging.LayerPart(model="one", layers="0:4").to_dict()
+        {'model': 'one', 'layers': '0:4'}
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -78,6 +84,12 @@ class LayerStack(Displayed, CheckedModel):
 
     The tensors before the blocks (embeddings) come from the first part, the tensors after them (final norm, head) from
     the last part.
+
+    Example:
+        >>> import merging
+        >>> parts = [merging.LayerPart(model="one", layers="0:4"), merging.LayerPart(model="two", layers="2:6")]
+        >>> sorted(merging.Recipe(models=[merging.LayerStack(parts=parts)], method="passthrough").to_dict())
+        ['stack']
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)

@@ -42,7 +42,14 @@ Entry: TypeAlias = Union[str, LayerStack, "Recipe"]
 
 
 class Recipe(Displayed, CheckedModel):
-    """Everything about a merge but where it runs and where it goes. Frozen, comparable, and the same through YAML."""
+    """Everything about a merge but where it runs and where it goes. Frozen, comparable, and the same through YAML.
+
+    Example:
+        >>> import merging
+        >>> recipe = merging.Recipe(models=["a", "b"], method="linear")
+        >>> recipe.run("merged").kind, merging.load_recipe(recipe.to_yaml()) == recipe
+        ('adapter', True)
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 

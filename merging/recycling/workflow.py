@@ -53,6 +53,14 @@ class Recycled(Tabular):
         rank: The adapter's rank.
         kept: The share of the mixture's energy (squared Frobenius norm) that the adapter keeps.
         report: The report.
+
+    Example:
+        >>> import merging
+        >>> texts = [{"text": f"text {number}", "label": "even" if number % 2 == 0 else "odd"} for number in range(8)]
+        >>> few = {"steps": 2, "lora_steps": 2, "lora_rates": [1e-3], "resamples": 100}  # far more are the default
+        >>> recycled = merging.recycle(["a", "b"], base="base", train=texts, output="recycled", **few)
+        >>> sorted(recycled.to_dict())[:3]
+        ['base', 'came_back_instead', 'candidates']
     """
 
     path: Path
@@ -110,6 +118,14 @@ def recycle(
 
     Raises:
         merging.errors.MergingError: For wrong options, examples, adapters or bases. No output is written then.
+
+    Example:
+        >>> import merging
+        >>> texts = [{"text": f"text {number}", "label": "even" if number % 2 == 0 else "odd"} for number in range(8)]
+        >>> few = {"steps": 2, "lora_steps": 2, "lora_rates": [1e-3], "resamples": 100}  # far more are the default
+        >>> recycled = merging.recycle(["a", "b"], base="base", train=texts, output="recycled", **few)
+        >>> recycled.path.name
+        'recycled'
     """
     chosen, destination, base = make_settings(settings), Path(output), str(base)
     parts = split(

@@ -132,14 +132,8 @@ def method(
 ) -> Callable[[Callable[..., Tensor]], FunctionMethod]:
     """Make a merging method of a function.
 
-    The function takes the tensor ``[n, *shape]`` of n models, side by side, and returns the merged one, ``[*shape]``::
-
-        @merging.method("trimmed_mean", needs="element")
-        def trimmed_mean(deltas: Tensor, *, trim: int = 1, scale: float = 1.0) -> Tensor:
-            \"""Mean of the changes without the largest and the smallest.\"""
-            return deltas.sort(0).values[trim : len(deltas) - trim].mean(0) * scale
-
-    The function must not change its argument, nor depend on anything else, such as a random state. A second positional
+    The function takes the tensor ``[n, *shape]`` of n models, side by side, and returns the merged one, ``[*shape]``.
+    It must not change its argument, nor depend on anything else, such as a random state. A second positional
     parameter receives the :class:`~merging.maths.site.Site` of the tensor.
 
     Keyword-only parameters, each with a type and a default, are the parameters of the method: options of the command
@@ -165,6 +159,16 @@ def method(
 
     Raises:
         OptionError: the name is taken, or a parameter of the function cannot be a parameter of a method.
+
+    Example:
+        >>> import merging, torch
+        >>> @merging.method("trimmed_mean", needs="element")
+        ... def trimmed_mean(deltas: torch.Tensor, *, trim: int = 1, scale: float = 1.0) -> torch.Tensor:
+        ...     "Mean of the changes without the largest and the smallest."
+        ...     return deltas.sort(0).values[trim : len(deltas) - trim].mean(0) * scale
+        >>> models = [{"w": torch.tensor([value])} for value in (1.0, 2.0, 9.0)]
+        >>> merging.merge_state_dicts(models, base={"w": torch.zeros(1)}, method="trimmed_mean", scale=0.5)
+        {'w': tensor([1.])}
     """
     if not isinstance(name, str):
         raise OptionError(f"a method is declared with its name, @merging.method('name'), and here is {name!r:.80}")
