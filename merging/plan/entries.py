@@ -12,7 +12,7 @@ from merging.maths.parameters import bind_value, patterns
 from merging.maths.patterns import all_matching
 from merging.maths.site import Site
 from merging.plan.layer_stack import LayerPart, LayerStack
-from merging.plan.recipe import Entry, Recipe
+from merging.plan.recipe import DTYPES, Entry, Recipe
 from merging.sources import Checkpoint, Model
 from merging.sources.stacked_layers import StackPart, stack_layers
 
@@ -90,7 +90,8 @@ class _Opener:
                     f"by a recipe in the place of the model"
                 )
             _check_patterns(part, model)
-            parts.append(StackPart(model, str(model.path), part.stack, part.bounds, _scale_of(part)))
+            widest = DTYPES[self.recipe.dtype] if self.recipe.dtype else None
+            parts.append(StackPart(model, str(model.path), part.stack, part.bounds, _scale_of(part), widest=widest))
             pinned.append(part.model_copy(update={"model": entry}))
         return stack_layers(parts, _label(parts)), stack.model_copy(update={"parts": tuple(pinned)})
 

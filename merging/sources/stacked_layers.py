@@ -35,6 +35,7 @@ class StackPart:
         stack: a word of the prefix of the stack that is meant; None for the only one.
         layers: the first block and the block behind the last; None for all.
         scale: returns the number that multiplies the tensor at a site.
+        widest: the type of the output by its name in files, to which products are rounded where it is wider.
     """
 
     model: Checkpoint
@@ -42,6 +43,7 @@ class StackPart:
     stack: str | None
     layers: tuple[int, int] | None
     scale: Callable[[Site], float]
+    widest: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -251,7 +253,7 @@ def _root(other: str, prefix: str) -> str:
 
 def _multiply(part: StackPart, name: str, stored: Stored, position: LayerPosition) -> Stored:
     factor = part.scale(Site(name, stored.shape, position))
-    return Multiplied(stored, factor) if factor != 1 and stored.floating else stored
+    return Multiplied(stored, factor, part.widest) if factor != 1 and stored.floating else stored
 
 
 def _own_head(first: _Opened, last: _Opened, tensors: Mapping[str, Stored]) -> dict[str, Stored]:

@@ -97,6 +97,13 @@ def test_scales_by_name(folder: Path) -> None:
         stack(folder, ("a", "0:3", {"mlp": 0, "embed": 1}))
 
 
+def test_products_are_rounded_once_to_the_type_of_the_output(tmp_path: Path) -> None:
+    save(tmp_path / "a", model(0, dtype=torch.bfloat16))
+    tensors, _ = stack(tmp_path, ("a", "0:1", {"up_proj": 0.7071, "*": 1}), dtype="float32")
+    want = load(tmp_path / "a")["model.layers.0.mlp.up_proj.weight"].float() * 0.7071
+    assert equal(tensors["model.layers.0.mlp.up_proj.weight"], want)
+
+
 def test_stacks_are_models_of_other_merges(folder: Path) -> None:
     """A stack is merged with others like any model: its blocks are counted from 0."""
     stacks = [merging.LayerStack.model_validate({"model": str(folder / name), "layers": "2:5"}) for name in "ab"]
