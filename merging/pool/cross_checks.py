@@ -1,30 +1,57 @@
-"""Checks of an adapter against the whole pool: an unusual norm, too many of one owner, missing files."""
+"""Checks of an adapter against the whole pool, by stored limits: an unusual norm, too many of one owner, lost files."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
-from merging.errors import option
+from merging.errors import FormatError, OptionError, option
 from merging.pool.duplicates import duplicates
 from merging.pool.entry import Entry, Finding
 from merging.pool.index import Index
 from merging.sources import Checkpoint
 
-__all__ = ["cross_check"]
+__all__ = ["OWNER_CAP", "cross_check", "store_limits"]
+
+OWNER_CAP = 10
+"""The most adapters of one owner that merges may choose. A few training services own most public adapters."""
 
 _OUTLIER = 10.0
 """The largest ratio of a norm to the pool's median, or of the median to a norm."""
 
 
-def cross_check(pool: Path, index: Index, base: Checkpoint, *, owner_cap: int, allow_unknown_licence: bool) -> None:
-    """Check every adapter of a pool against the others, and note the findings.
+def store_limits(index: Index, owner_cap: int | None, allow_unknown_licence: bool | None) -> None:
+    """Store the limits that are given in the index, for this check and later ones."""
+    if owner_cap is not None:
+        if owner_cap < 1:
+            raise OptionError(f"owner_cap = {owner_cap}: at least one adapter of each owner is needed")
+        index.note(owner_cap=str(owner_cap))
+    if allow_unknown_licence is not None:
+        index.note(allow_unknown_licence=str(allow_unknown_licence))
 
-    An owner's ``owner_cap`` places go to adapters without other findings, the most downloaded first.
+
+def cross_check(pool: Path, index: Index, base: Checkpoint, on_event: Callable[[Entry], None] | None = None) -> None:
+    """Check every adapter of a pool against the others, by the stored limits, and note the findings.
+
+    An owner's places go to adapters without other findings, the most downloaded first. ``on_event`` receives each
+    adapter whose verdict changes.
     """
+    before = {entry.name: entry.verdict for entry in index.entries()}
+    stated = index.fact("owner_cap") or str(OWNER_CAP)
+    if not re.fullmatch("[1-9][0-9]{0,9}", stated):
+        raise FormatError(f"{pool}: its owner_cap is {stated[:20]!r}, and should be a number: set it again")
+    unlicensed = index.fact("allow_unknown_licence") == "True"
+    _judge(pool, index, base, owner_cap=int(stated), allow_unknown_licence=unlicensed)
+    for entry in index.entries():
+        if on_event and entry.verdict != before[entry.name]:
+            on_event(entry)
+
+
+def _judge(pool: Path, index: Index, base: Checkpoint, *, owner_cap: int, allow_unknown_licence: bool) -> None:
     kept = [entry for entry in index.entries() if entry.folder]
     gone = find_missing(pool, kept)
     kept = [entry for entry in kept if entry.name not in gone]

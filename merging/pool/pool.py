@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,14 +13,13 @@ from typing import TYPE_CHECKING, Literal
 from filelock import FileLock, Timeout
 
 from merging.display.tables import Table, Tabular, plural
-from merging.errors import FormatError, InputError, OptionError, OutputError
+from merging.errors import InputError, OptionError, OutputError
 from merging.hub.open_model import open_base
 from merging.pool.audit import Auditor, Candidate
-from merging.pool.cross_checks import cross_check
+from merging.pool.cross_checks import OWNER_CAP, cross_check, store_limits
 from merging.pool.entry import OVERRULED, VERDICTS, Built, Entry, Finding, verdict_of
 from merging.pool.files import FOLDER, holds_something, keep_files, sweep
 from merging.pool.index import Index
-from merging.sources import Checkpoint
 from merging.sources.links import refuse_link
 from merging.type_checks import check_types
 from merging.version import former_parameters
@@ -32,9 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["OWNER_CAP", "Pool"]
 
 _log = logging.getLogger(__name__)
-
-OWNER_CAP = 10
-"""The most adapters of one owner that merges may choose. A few training services own most public adapters."""
 
 
 class Pool(Tabular):
@@ -148,7 +143,7 @@ class Pool(Tabular):
         """
         audited = 0
         with self._writing():
-            self._remember(owner_cap, allow_unknown_licence)
+            store_limits(self.index, owner_cap, allow_unknown_licence)
             base = open_base(self.base, "a pool")
             known = set() if again else self.index.names()
             auditor = Auditor(base, self.base_names, self.index.base_norms())
@@ -166,7 +161,7 @@ class Pool(Tabular):
                 _log.info("%s: %r: %s", self.path, entry.name, entry.verdict)
                 if on_event:
                     on_event(entry)
-            self._compare(base, on_event)
+            cross_check(self.path, self.index, base, on_event)
         return Built(audited, self.verdicts())
 
     @former_parameters({"tell": "on_event"})
@@ -189,8 +184,8 @@ class Pool(Tabular):
             The number of adapters with each verdict.
         """
         with self._writing():
-            self._remember(owner_cap, allow_unknown_licence)
-            self._compare(open_base(self.base, "a pool"), on_event)
+            store_limits(self.index, owner_cap, allow_unknown_licence)
+            cross_check(self.path, self.index, open_base(self.base, "a pool"), on_event)
         return self.verdicts()
 
     @former_parameters({"tell": "on_event"})
@@ -226,7 +221,7 @@ class Pool(Tabular):
         with self._writing():
             base = open_base(self.base, "a pool")
             smoke(self, base, texts=texts, limits=limits, device=device, again=again, on_event=on_event)
-            self._compare(base, on_event)
+            cross_check(self.path, self.index, base, on_event)
         return self.verdicts()
 
     @check_types()
@@ -274,34 +269,12 @@ class Pool(Tabular):
             The full names of the removed adapters.
         """
         with self._writing():
-            base, removed = (
-                open_base(self.base, "a pool"),
-                list(dict.fromkeys(self.index.entry(name).name for name in names)),
-            )
+            base = open_base(self.base, "a pool")
+            removed = list(dict.fromkeys(self.index.entry(name).name for name in names))
             self.index.remove(removed)
             sweep(self.path, self.index.entries())
-            self._compare(base, on_event)
+            cross_check(self.path, self.index, base, on_event)
         return removed
-
-    def _remember(self, owner_cap: int | None, allow_unknown_licence: bool | None) -> None:
-        if owner_cap is not None:
-            if owner_cap < 1:
-                raise OptionError(f"owner_cap = {owner_cap}: at least one adapter of each owner is needed")
-            self.index.note(owner_cap=str(owner_cap))
-        if allow_unknown_licence is not None:
-            self.index.note(allow_unknown_licence=str(allow_unknown_licence))
-
-    def _compare(self, base: Checkpoint, on_event: Callable[[Entry], None] | None) -> None:
-        """Check every adapter against the whole pool, and report the verdicts that change."""
-        before = {entry.name: entry.verdict for entry in self.index.entries()}
-        stated = self.index.fact("owner_cap") or str(OWNER_CAP)
-        if not re.fullmatch("[1-9][0-9]{0,9}", stated):
-            raise FormatError(f"{self.path}: its owner_cap is {stated[:20]!r}, and should be a number: set it again")
-        unlicensed = self.index.fact("allow_unknown_licence") == "True"
-        cross_check(self.path, self.index, base, owner_cap=int(stated), allow_unknown_licence=unlicensed)
-        for entry in self.index.entries():
-            if on_event and entry.verdict != before[entry.name]:
-                on_event(entry)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
