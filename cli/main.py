@@ -35,6 +35,7 @@ from .rerun import rerun_command
 from .route import route_command
 from .run import run_command
 from .stack import stack_command
+from .tokens import tokens_command
 from .types import MODEL, paths_that_begin
 from .verify import verify_command
 
@@ -115,6 +116,7 @@ SECTIONS = {
         rerun_command,
         convert_command,
         moe_command,
+        tokens_command,
         continual_command,
         recycle_command,
     ],

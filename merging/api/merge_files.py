@@ -246,6 +246,9 @@ def merge_plan(
             described = shown or plan
         notices = [*plan.notices, *unrelated_models(plan)]
         writer = make_writer(described, staged.folder, destination)
+        transplant = plan.vocabulary.transplant if plan.vocabulary else None
+        if transplant is not None and device is not None:
+            transplant.compute_on(device)
         try:
             done = run(plan, writer, device=device, threads=workers, progress=progress, scratch=staged.scratch)
             write_constants(plan, writer)
@@ -266,7 +269,7 @@ def merge_plan(
         format=plan.format if plan.output == "adapter" else None,
         notices=(*notices, *done.notices, *done.energy_notices, *staged.notices),
         discarded=done.discarded,
-        facts=done.metrics,
+        facts=done.metrics | (transplant.facts() if transplant else {}),
     )
     report_notices(merged.notices)
     _log.info("%s: written, %s tensors in %.1f s", destination, merged.tensors, merged.seconds)

@@ -22,7 +22,7 @@ from merging.plan.entries import open_entries
 from merging.plan.inputs.components import select_components
 from merging.plan.inputs.task_heads import NO_HEADS, TaskHeads, find_task_heads
 from merging.plan.inputs.tied_heads import resolve_tied_heads
-from merging.plan.inputs.vocabulary import match_vocabularies
+from merging.plan.inputs.vocabulary import Vocabulary, match_vocabularies
 from merging.plan.items import Item, cut_items
 from merging.plan.merge_plan import Plan
 from merging.plan.outputs.planned import PlannedOutput
@@ -32,6 +32,7 @@ from merging.plan.provenance import record_sources
 from merging.plan.recipe import Entry, Recipe
 from merging.plan.tokens.chat_templates import pin_chat_template, resolve_chat_template
 from merging.plan.tokens.matching import download_tokenizer
+from merging.plan.tokens.settings import PRESETS
 from merging.sources import Adapter, Checkpoint, Model
 
 __all__ = ["PORTABLE_RANKS", "Item", "Plan", "make_plan", "plan_of"]
@@ -106,6 +107,7 @@ def _plan(
     keys, notices = make_content_keys(models)
     notices += [notice for model in models if isinstance(model, Adapter) for notice in model.notices]
     alike, based, vocabulary, resized = match_vocabularies(recipe, models, base)
+    recipe = _pin_donor(recipe, vocabulary)
     notices += remarks + heads.notices + resized
     if output == "adapter":
         adapters = [model for model in alike if isinstance(model, Adapter)]
@@ -131,6 +133,17 @@ def _plan(
         header=planned.header,
         constants=planned.constants,
     )
+
+
+def _pin_donor(recipe: Recipe, vocabulary: Vocabulary | None) -> Recipe:
+    """Return the recipe with the commit of a model that lends its tokenizer alone."""
+    of = vocabulary.of if vocabulary and vocabulary.matched else None
+    if of is None or of.origin is None or recipe.tokenizer is None or recipe.tokenizer.source in PRESETS:
+        return recipe
+    commit = str(of.origin)
+    source = recipe.tokenizer.source
+    pinned = recipe.tokenizer.rename(lambda name: commit if name == source else name)
+    return recipe.model_copy(update={"tokenizer": pinned})
 
 
 def _find_template(recipe: Recipe, models: Sequence[Model], base: Checkpoint | None) -> str | None:

@@ -14,6 +14,7 @@ from merging.hub.open_model import open_model
 from merging.plan.checks import key_of
 from merging.plan.layer_stack import LayerStack
 from merging.plan.recipe import Entry, Recipe
+from merging.plan.tokens.settings import PRESETS
 from merging.sources import Adapter, Model, tensors_of
 from merging.sources.links import check_inside
 from merging.sources.model_files import COMPANIONS
@@ -59,6 +60,8 @@ def names_of(entry: Entry) -> Iterator[str]:
     else:
         for inner in (*entry.models, *([entry.base] if entry.base is not None else [])):
             yield from names_of(inner)
+        if entry.tokenizer is not None and entry.tokenizer.source not in PRESETS:
+            yield entry.tokenizer.source
 
 
 def record_sources(recipe: Recipe, opened: Mapping[str, Model | None]) -> tuple[SourceRecord, ...]:

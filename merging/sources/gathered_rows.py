@@ -11,7 +11,7 @@ from merging.maths.lazy_torch import Tensor, torch
 from merging.sources.derived import Derived
 from merging.sources.stored import Stored
 
-__all__ = ["GatheredRows", "RowMap", "RowSource"]
+__all__ = ["GatheredRows", "RowMap", "RowSource", "read_rows", "row_width"]
 
 RowSource = tuple[tuple[int, int], ...] | None
 """The rows whose mean a row is, each as the number of a table and a row of it; ``()`` is a row of zeros, and None the
@@ -76,7 +76,7 @@ class GatheredRows(Derived):
         shape = (*like.shape[:axis], rows.rows, *like.shape[axis + 1 :])
         others = [each for each in tables if each is not None and each is not like]
         super().__init__(like.dtype_name, shape, (like, *others))
-        self._map, self._tables, self._width = rows, tables, like.numel // like.shape[axis]
+        self._map, self._tables, self._width = rows, tables, row_width(like)
         self._lock = Lock()
         self._mean: Tensor | None = None
 
@@ -125,6 +125,25 @@ class GatheredRows(Derived):
                 shifted = source and tuple((table, place + row - first) for table, place in source)
                 self._read_run(block, shifted, 0)
                 yield block.view(-1, self._width)
+
+
+def row_width(table: Stored) -> int:
+    """Return the number of elements for each token of a table; axes of size 1 may come before the tokens."""
+    return table.numel // next((size for size in table.shape if size != 1), 1)
+
+
+def read_rows(table: Stored, rows: Sequence[int]) -> Tensor:
+    """Return rows of a stored table, in float64; rows that follow one another are read together."""
+    width = row_width(table)
+    values = torch.empty(len(rows) * width, dtype=table.dtype)
+    first = 0
+    while first < len(rows):
+        last = first + 1
+        while last < len(rows) and rows[last] == rows[last - 1] + 1:
+            last += 1
+        table.read_into(values[first * width : last * width], rows[first] * width)
+        first = last
+    return values.view(len(rows), width).double()
 
 
 def _widest(tables: Sequence[Stored]) -> torch.dtype:

@@ -120,3 +120,23 @@ def test_where_the_peer_is_wrong(peers: Path, tmp_path: Path) -> None:
     assert wrong["bos_token_id"] != tokens_of_file(peers / "peer-model")["<s>"]
     added = json.loads((peers / "peer-union-base/tokenizer.json").read_text())["added_tokens"]
     assert "de" in {each["content"] for each in added}  # found in "model" before the text is split
+
+
+OTHERS = ("common_interpolation", "subword", "mean", "zero")
+
+
+@pytest.mark.parametrize("method", ["omp", *(pytest.param(each, marks=pytest.mark.exhaustive) for each in OTHERS)])
+def test_transplanted_rows_agree(tmp_path: Path, method: str) -> None:
+    """With mergekit-tokensurgeon, which is next to the peer's Python."""
+    target = save_tokenized(tmp_path / "target", "a", hidden_size=32)
+    donor = save_tokenized(tmp_path / "donor", "b", hidden_size=48)
+    program = Path(str(PEER)).parent / "mergekit-tokensurgeon"
+    words = [str(target), str(donor), str(tmp_path / "theirs"), "-a", method, "-k", "8", "--no-write-model-card"]
+    subprocess.run([str(program), *words], capture_output=True, check=True)
+    settings = {"source": str(donor), "approximate": method, "k": 8}
+    merging.merge([target], method="passthrough", tokenizer=settings, output=tmp_path / "ours")
+    for table in (EMBEDDING, HEAD):
+        got, wanted = rows_of(tmp_path / "ours", table), rows_of(tmp_path / "theirs", table)
+        assert got.keys() == wanted.keys()
+        for token, row in wanted.items():
+            torch.testing.assert_close(got[token], row, rtol=1e-5, atol=1e-6)

@@ -94,7 +94,7 @@ def save_model(folder: Path, rows: int, seed: int, **config: Any) -> Path:
     """A Llama of random weights with a vocabulary of this size."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
-    whole = LlamaConfig(vocab_size=rows, num_hidden_layers=1, max_position_embeddings=64, **sizes, **config)
+    whole = LlamaConfig(vocab_size=rows, num_hidden_layers=1, max_position_embeddings=64, **{**sizes, **config})
     LlamaForCausalLM(whole).save_pretrained(folder)
     return folder
 

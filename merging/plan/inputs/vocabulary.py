@@ -11,6 +11,7 @@ from merging.plan.inputs.trained_tables import replace_tables, tables_as_checkpo
 from merging.plan.recipe import Recipe
 from merging.plan.tokens.matching import MatchedTokens, download_tokenizer, match_tokens
 from merging.plan.tokens.settings import TokenizerSettings
+from merging.plan.tokens.transplant import Transplant
 from merging.sources import Adapter, Checkpoint, Model
 from merging.sources.extended_tables import ExtendedTable
 from merging.sources.renaming import find_renaming
@@ -34,6 +35,11 @@ class Vocabulary:
     rows: int
     of: Checkpoint
     matched: MatchedTokens | None = None
+
+    @property
+    def transplant(self) -> Transplant | None:
+        """The tokens that no model has, where their rows are approximated."""
+        return self.matched.transplant if self.matched else None
 
 
 def match_vocabularies(

@@ -12,13 +12,14 @@ from merging.hub.open_model import open_base
 from merging.hub.repository import open_repository
 from merging.plan.tokens.rebuild import RebuiltTokenizer, rebuild_tokenizer
 from merging.plan.tokens.settings import TokenizerSettings
+from merging.plan.tokens.transplant import Transplant, make_transplant
 from merging.plan.tokens.union import OutputTokens, TokenizedModel, is_same_model, unite_tokens
 from merging.sources import Adapter, Checkpoint, Model
 from merging.sources.gathered_rows import GatheredRows, RowMap
 from merging.sources.renaming import find_renaming
 from merging.sources.stored import Stored
 from merging.sources.tied_weights import HEADS, embeddings_among, is_table
-from merging.sources.tokenizer_file import Tokenizer, read_tokenizer
+from merging.sources.tokenizer_file import read_tokenizer
 from merging.sources.tokenizers import TOKENIZER_FILES
 
 __all__ = ["MatchedTokens", "NamedModel", "check_tokenizer", "download_tokenizer", "match_tokens"]
@@ -50,6 +51,7 @@ class MatchedTokens:
         reference: The row of each token of the model that the output is like.
         rebuilt: The tokenizer, where no model has it.
         notices: Remarks for people.
+        transplant: The tokens that no model has, where their rows are approximated.
     """
 
     models: tuple[Model, ...]
@@ -59,6 +61,7 @@ class MatchedTokens:
     reference: Mapping[str, int]
     rebuilt: RebuiltTokenizer | None
     notices: tuple[str, ...]
+    transplant: Transplant | None = None
 
 
 def match_tokens(settings: TokenizerSettings, named: Sequence[NamedModel], base: int | None) -> MatchedTokens:
@@ -81,18 +84,33 @@ def match_tokens(settings: TokenizerSettings, named: Sequence[NamedModel], base:
     assert isinstance(first, Checkpoint)
     models = [_tokenize(name, model) for name, model in full]
     number = next(index for index, (_, checkpoint) in enumerate(full) if checkpoint is first)
-    of, source, padding = _find_source(settings, full, models, number)
+    of, donor, padding = _find_source(settings, full, models, number)
+    source = donor.tokenizer
     others = [model.tokenizer for model in models if model.tokenizer is not source]
     tokens = unite_tokens(source, others if settings.source == "union" else (), list(settings.tokens))
     extends = settings.source == "union" or len(tokens) > len(source.tokens)
     rebuilt = rebuild_tokenizer(source, others, tokens) if extends else None
-    table = OutputTokens(settings, tokens, models, None if base is None else number, padding)
+    table = OutputTokens(
+        settings,
+        tokens,
+        models,
+        base=None if base is None else number,
+        padding=padding,
+        least_rows=donor.rows,
+    )
     maps = [table.map_of(index) for index in range(len(full))]
-    tables = _TokenTables([model for _, model in full], [model.rows for model in models], first)
+    transplant = make_transplant(settings, table, donor, of) if table.unknown else None
+    tables = _TokenTables([model for _, model in full], [model.rows for model in models], first, transplant)
     matched = iter([tables.gather(index, maps[index]) for index in range(len(full))])
     notices = list(rebuilt.notices if rebuilt else ())
+    if table.unknown and transplant is None:
+        notices.append(
+            f"{len(table.unknown):,} tokens of {donor.name} are in no model and have rows of zeros: `merge tokens` "
+            f"approximates such rows"
+        )
     for index, model in enumerate(models):
-        if lacking := table.count_lacking(index):
+        lacking = table.count_lacking(index) - len(table.unknown)
+        if lacking:
             notices.append(
                 f"{model.name} lacks {lacking:,} of {len(tokens):,} tokens: it has other models' rows for them"
             )
@@ -104,6 +122,7 @@ def match_tokens(settings: TokenizerSettings, named: Sequence[NamedModel], base:
         reference=models[number].tokenizer.tokens,
         rebuilt=rebuilt,
         notices=tuple(notices),
+        transplant=transplant,
     )
 
 
@@ -121,16 +140,16 @@ def _tokenize(name: str, model: Checkpoint) -> TokenizedModel:
 
 def _find_source(
     settings: TokenizerSettings, full: Sequence[tuple[str, Checkpoint]], models: Sequence[TokenizedModel], first: int
-) -> tuple[Checkpoint, Tokenizer, int]:
-    """Return the model of the output's tokenizer, the tokenizer, and the number of the model with its padding."""
+) -> tuple[Checkpoint, TokenizedModel, int]:
+    """Return the model of the output's tokenizer, itself and with its tokens, and the number of the model whose rows
+    without tokens are kept."""
     if settings.source in ("union", "base"):
-        return full[first][1], models[first].tokenizer, first
+        return full[first][1], models[first], first
     for number, (name, model) in enumerate(full):
         if is_same_model(name, settings.source):
-            return model, models[number].tokenizer, number
+            return model, models[number], number
     other = open_base(settings.source, option("tokenizer"))
-    download_tokenizer(other)
-    return other, read_tokenizer(other.folder, settings.source), first
+    return other, _tokenize(settings.source, other), first
 
 
 def _refuse_trained_tables(name: str, model: Adapter) -> None:
@@ -159,8 +178,14 @@ def _count_rows(model: Checkpoint) -> int:
 class _TokenTables:
     """The tables of tokens of all models, by the reference's names."""
 
-    def __init__(self, models: Sequence[Checkpoint], rows: Sequence[int], reference: Checkpoint) -> None:
-        self._models, self._rows = models, rows
+    def __init__(
+        self,
+        models: Sequence[Checkpoint],
+        rows: Sequence[int],
+        reference: Checkpoint,
+        transplant: Transplant | None = None,
+    ) -> None:
+        self._models, self._rows, self._transplant = models, rows, transplant
         self._names = [_align(model, reference) for model in models]
         wanted = [
             theirs
@@ -187,7 +212,9 @@ class _TokenTables:
             stored = tables[index]
             if stored is not None:
                 self._check_widths(tables, index, name)
-                tensors[names.get(name, name)] = GatheredRows(stored, rows, tables)
+                own = names.get(name, name)
+                lent = [self._transplant.approximate(index, name, stored)] if self._transplant else []
+                tensors[own] = GatheredRows(stored, rows, [*tables, *lent])
         return replace(model, tensors=tensors)
 
     def _check_widths(self, tables: Sequence[Stored | None], index: int, name: str) -> None:

@@ -10,10 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_valid
 
 from merging.display.tables import Displayed
 from merging.errors import nearest
+from merging.sources.approximated_rows import Approximation
 
-__all__ = ["TokenRow", "TokenSource", "TokenizerSettings", "names_file", "rename_models", "resolve_template"]
+__all__ = ["PRESETS", "TokenRow", "TokenSource", "TokenizerSettings", "names_file", "rename_models", "resolve_template"]
 
-_PRESET = ("union", "base")
+PRESETS = ("union", "base")
+"""Sources of a tokenizer that are no names of models."""
+
 _TEMPLATE_FILES = (".jinja", ".jinja2", ".txt", ".json")
 
 
@@ -85,13 +88,19 @@ class TokenRow(Displayed, BaseModel):
 
 
 class TokenizerSettings(Displayed, BaseModel):
-    """The output's tokenizer: the union of all models' tokens, or the tokenizer of one model."""
+    """The output's tokenizer: the union of all models' tokens, or the tokenizer of one model.
+
+    ``approximate`` is the way to approximate rows of tokens that none of the models has, from ``k`` tokens that a model
+    shares with the tokenizer's model.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str = Field("union", min_length=1)
     tokens: dict[str, TokenRow] = Field(default_factory=dict)
     pad_to_multiple_of: int | None = Field(None, ge=1)
+    approximate: Approximation | None = None
+    k: int = Field(64, ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -108,6 +117,8 @@ class TokenizerSettings(Displayed, BaseModel):
             fields["tokens"] = {token: row.model_dump() for token, row in self.tokens.items()}
         if self.pad_to_multiple_of is not None:
             fields["pad_to_multiple_of"] = self.pad_to_multiple_of
+        if self.approximate is not None:
+            fields |= {"approximate": self.approximate, "k": self.k}
         return self.source if len(fields) == 1 else fields
 
     def rename(self, names: Callable[[str], str]) -> TokenizerSettings:
@@ -130,12 +141,12 @@ Rename = Callable[[Any, tuple[str, ...]], Any]
 def rename_models(settings: Any, rename: Rename) -> Any:
     """Return plain settings, of any content, with other names of models; presets keep theirs."""
     if isinstance(settings, str):
-        return settings if settings in _PRESET else rename(settings, ())
+        return settings if settings in PRESETS else rename(settings, ())
     if not isinstance(settings, dict):
         return settings
     changed = dict(settings)
     source = changed.get("source")
-    if isinstance(source, str) and source not in _PRESET:
+    if isinstance(source, str) and source not in PRESETS:
         changed["source"] = rename(source, ("source",))
     tokens = changed.get("tokens")
     if isinstance(tokens, dict):

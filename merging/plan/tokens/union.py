@@ -60,7 +60,8 @@ class OutputTokens:
     """The rows of the output's tables of tokens.
 
     A token that a model lacks has the row of the base, else the mean of all models that have it, unless the settings
-    give it another source.
+    give it another source. A token that all lack (``unknown``) has a row of zeros, or a row of the model's table of
+    approximations, whose number is the number of models.
     """
 
     def __init__(
@@ -68,8 +69,10 @@ class OutputTokens:
         settings: TokenizerSettings,
         tokens: Mapping[str, int],
         models: Sequence[TokenizedModel],
+        *,
         base: int | None,
         padding: int,
+        least_rows: int,
     ) -> None:
         """Choose the number of rows.
 
@@ -79,13 +82,17 @@ class OutputTokens:
             models: the models, in the order of their numbers.
             base: the number of the base.
             padding: the number of the model whose rows behind the last token are kept.
+            least_rows: the least number of rows, unless it is to be a multiple.
         """
         self.tokens, self.models = tokens, models
         self._settings, self._base, self._padding = settings, base, padding
         least, multiple = max(tokens.values(), default=-1) + 1, settings.pad_to_multiple_of
-        self.rows = -(-least // multiple) * multiple if multiple else max(least, models[padding].rows)
+        self.rows = -(-least // multiple) * multiple if multiple else max(least, least_rows)
         self._by_row = {row: token for token, row in tokens.items()}
         self._named = {token: self._named_source(token, row.source) for token, row in settings.tokens.items()}
+        found = {token for token in tokens if any(model.row(token) is not None for model in models)}
+        self.unknown = tuple(token for token in tokens if token not in found and self._named.get(token) is None)
+        self._unknown = {token: number for number, token in enumerate(self.unknown)}
         self._taken = [set(model.tokenizer.tokens.values()) for model in models]
 
     def map_of(self, model: int) -> RowMap:
@@ -107,6 +114,8 @@ class OutputTokens:
         if own is not None and not (given and given.force):
             return ((model, own),)
         named = self._named.get(token)
+        if named is None and self._settings.approximate is not None and token in self._unknown:
+            return ((len(self.models), self._unknown[token]),)
         return self._default(token) if named is None else named
 
     def _default(self, token: str) -> RowSource:
