@@ -11,10 +11,13 @@ from merging.errors import InputError
 from merging.maths.lazy_torch import Tensor, torch
 from merging.moe.source import MoeSource
 
-__all__ = ["hidden_states", "tokenize"]
+__all__ = ["EMBEDDING", "embed", "hidden_states", "tokenize"]
 
 _BATCH = 1 << 14
 """The most tokens in one pass, padding included."""
+
+EMBEDDING = "model.embed_tokens.weight"
+"""The embedding of every type of model that mixtures are made of."""
 
 _PREFIX = "model."
 """The part of names on disk that the model without its head does not have."""
@@ -38,7 +41,7 @@ def tokenize(base: MoeSource, prompts: Sequence[str]) -> list[list[int]]:
         tokens = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{base.name}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
-    rows = base.find_stored("model.embed_tokens.weight").shape[0]
+    rows = base.find_stored(EMBEDDING).shape[0]
     for prompt, ids in zip(prompts, tokens, strict=True):
         if not ids:
             raise InputError(f"{base.name}: the prompt {prompt[:80]!r} has no tokens")
@@ -96,7 +99,7 @@ def hidden_states(
     for batch in batches:
         states.append([])
         with torch.inference_mode(), suppress(_LastLayerReached):
-            model(input_ids=_pad(batch).to(device), use_cache=False)
+            model(inputs_embeds=_pad([embed(base, ids) for ids in batch]).to(device), use_cache=False)
     found = torch.cat([torch.stack(each) for each in states], 1)
     if not bool(found.isfinite().all()):
         raise InputError(f"{base.name}: the hidden states of the prompts are not finite: no router can be made of them")
@@ -114,16 +117,25 @@ def _batches(tokens: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
     yield batch
 
 
-def _pad(batch: Sequence[Sequence[int]]) -> Tensor:
-    """Return the tokens ``[prompts, longest]``, with zeros behind the shorter ones."""
-    ids = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)
-    for row, each in enumerate(batch):
-        ids[row, : len(each)] = torch.tensor(each)
-    return ids
+def _pad(rows: Sequence[Tensor]) -> Tensor:
+    """Return embeddings ``[prompts, longest, hidden]``, with zeros behind the shorter prompts."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+
+def embed(base: MoeSource, ids: Sequence[int]) -> Tensor:
+    """Return the embeddings ``[tokens, hidden]`` float32 of a prompt's tokens; only their rows are read."""
+    if EMBEDDING in base.changes:
+        return base.read(EMBEDDING, torch.float32)[torch.tensor(ids)]
+    stored = base.find_stored(EMBEDDING)
+    width = stored.shape[1]
+    rows = torch.empty(len(ids), width, dtype=stored.dtype)
+    for row, token in zip(rows, ids, strict=True):
+        stored.read_into(row, token * width)
+    return rows.float()
 
 
 def _build(base: MoeSource, device: torch.device) -> tuple[Any, Any]:
-    """Build the base without its head; only the embedding has values."""
+    """Build the base without its head and without values; they come layer by layer."""
     from transformers import AutoConfig, AutoModel
 
     config = AutoConfig.for_model(**base.checkpoint.config)
@@ -131,7 +143,6 @@ def _build(base: MoeSource, device: torch.device) -> tuple[Any, Any]:
         model = AutoModel.from_config(config, dtype=torch.float32)
     model.eval()
     model.rotary_emb = type(model.rotary_emb)(config=config).to(device)  # a buffer that no file holds
-    _fill(model.embed_tokens, base, f"{_PREFIX}embed_tokens.", device)
     return model, model.layers
 
 

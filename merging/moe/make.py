@@ -25,6 +25,7 @@ from merging.moe.plan import MoePlan, plan_moe
 from merging.moe.recipe import MoeRecipe, read_moe_recipe
 from merging.moe.routers import make_routers
 from merging.moe.smile_plan import plan_smile
+from merging.os_calls import available_memory
 from merging.output.model_folder import companion_files
 from merging.sources.checkpoint import content_key
 from merging.sources.model_files import COMPANIONS
@@ -105,7 +106,7 @@ def make_moe(
             recipe. ``gate_mode: smile`` makes a mixture of low-rank experts that needs no prompts.
         output: the folder to write.
         device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto``: where prompts run, and changes are decomposed.
-        threads: the number of threads; by default one for each processor core.
+        threads: the number of threads; by default one for each processor core, as far as the memory allows.
         lenient: whether unknown keys, which mergekit ignores, are ignored with a notice.
         overwrite: whether an output that exists is replaced.
         progress: True for a bar, or a function that receives the bytes done and the bytes in all.
@@ -158,9 +159,7 @@ def make_planned_moe(
 ) -> MixtureOfExperts:
     """Make the mixture of a plan; the other arguments are as for :func:`make_moe`."""
     begun = time.perf_counter()
-    threads = cores() if threads is None else threads
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-        raise OptionError(f"threads = {threads!r}: at least one is needed")
+    workers = _count_workers(plan, threads)
     check_moe_output(plan, destination, overwrite)
     _download(plan, progress)
     companions = _companions(plan)
@@ -171,7 +170,7 @@ def make_planned_moe(
             staged.folder, "model", [out for part in parts for out in part.outs], _metadata(plan), _SHARD
         )
         try:
-            _write(parts, writer, threads, device, progress)
+            _write(parts, writer, workers, device, progress)
             writer.finish()
         finally:
             writer.close()
@@ -195,8 +194,20 @@ def make_planned_moe(
     return made
 
 
+def _count_workers(plan: MoePlan, threads: int | None) -> int:
+    """Return the number of workers, as far as half of the memory that is available allows; by default one a core.
+
+    Raises :class:`~merging.errors.OptionError` for less than one.
+    """
+    wanted = cores() if threads is None else threads
+    if wanted < 1:
+        raise OptionError(f"threads = {wanted!r}: at least one is needed")
+    available, each = available_memory(), max(part.memory for part in plan.parts)
+    return wanted if available is None else max(1, min(wanted, available // 2 // each))
+
+
 def _write(
-    parts: list[OutputPart], writer: TensorWriter, threads: int, device: torch.device, progress: Progress | None
+    parts: list[OutputPart], writer: TensorWriter, workers: int, device: torch.device, progress: Progress | None
 ) -> None:
     total, done = sum(out.nbytes for part in parts for out in part.outs), 0
 
@@ -206,7 +217,7 @@ def _write(
         if progress:
             progress(done, total)
 
-    share_out(parts, lambda: None, lambda _, part: part.write(writer, device), count, threads=threads, device=device)
+    share_out(parts, lambda: None, lambda _, part: part.write(writer, device), count, threads=workers, device=device)
 
 
 def _seed_noise(plan: MoePlan) -> list[OutputPart]:

@@ -12,6 +12,7 @@ from merging.hub.open_model import require_full
 from merging.maths.layers import Stacks
 from merging.moe.architectures import PARTS, MoeArchitecture, select_architecture
 from merging.moe.config import moe_config
+from merging.moe.hidden_states import EMBEDDING
 from merging.moe.parts import CopiedTensor, OutputPart
 from merging.moe.recipe import ExpertEntry, MoeRecipe
 from merging.moe.source import MoeSource, open_moe_source
@@ -94,7 +95,7 @@ def plan_moe(recipe: MoeRecipe) -> MoePlan:
     for layer in range(layers):
         for index, (expert, source) in enumerate(zip(named, sources, strict=True)):
             parts += _expert(recipe, architecture, base, layer, index, expert, source)
-    hidden = base.find_stored("model.embed_tokens.weight").shape[1]
+    hidden = base.find_stored(EMBEDDING).shape[1]
     dtype = type_of or base.find_stored(f"model.layers.0.mlp.{PARTS[0]}.weight").dtype_name
     count = len(recipe.experts)
     shared = bool(recipe.shared_experts) and architecture.shared_gate

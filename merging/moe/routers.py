@@ -9,7 +9,7 @@ from merging.display.progress import Progress
 from merging.errors import InputError
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.randomness import draw_normal, draw_uniform
-from merging.moe.hidden_states import hidden_states, tokenize
+from merging.moe.hidden_states import EMBEDDING, embed, hidden_states, tokenize
 from merging.moe.recipe import ExpertEntry, MoeRecipe
 from merging.moe.source import MoeSource
 
@@ -64,7 +64,7 @@ def make_routers(
     if recipe.prompted:
         found = _by_prompts(recipe, base, rows, layers, device, progress)
     else:
-        hidden = base.find_stored("model.embed_tokens.weight").shape[1]
+        hidden = base.find_stored(EMBEDDING).shape[1]
         found = _at_random(recipe, len(rows), layers, hidden, key)
     count = len(recipe.experts)
     return Routers(found[:, :count], found[:, count:] if shared else None)
@@ -91,9 +91,9 @@ def _by_prompts(
     """Return the rows ``[layers, experts, hidden]`` that prompts give."""
     prompts = [text for expert in experts for text in (*expert.positive_prompts, *expert.negative_prompts)]
     tokens = tokenize(base, prompts)
-    embed = recipe.gate_mode == "cheap_embed"
-    if embed:
-        states = _embed(base, tokens)[None]
+    by_embedding = recipe.gate_mode == "cheap_embed"
+    if by_embedding:
+        states = torch.stack([embed(base, ids).sum(0) for ids in tokens])[None]
     else:
         average = recipe.gate_mode == "hidden_avg"
         states = hidden_states(base, tokens, average=average, device=device, progress=progress)
@@ -102,9 +102,9 @@ def _by_prompts(
         middle = start + len(expert.positive_prompts)
         end = middle + len(expert.negative_prompts)
         positive, negative = states[:, start:middle].double(), states[:, middle:end].double()
-        row = _direction(positive, embed)
+        row = _direction(positive, by_embedding)
         if negative.shape[1]:
-            row = row - _direction(negative, embed)
+            row = row - _direction(negative, by_embedding)
         length = torch.linalg.vector_norm(row, dim=-1, keepdim=True)
         if not bool((length > 0).all()):
             raise InputError(
@@ -115,23 +115,8 @@ def _by_prompts(
     return torch.stack(rows, 1).expand(layers, -1, -1)
 
 
-def _direction(states: Tensor, embed: bool) -> Tensor:
+def _direction(states: Tensor, by_embedding: bool) -> Tensor:
     """Return the direction ``[layers, hidden]`` of prompts: their mean, or the sum of embeddings to length 1."""
-    if not embed:
+    if not by_embedding:
         return states.mean(1)
     return torch.nn.functional.normalize(states.sum(1), dim=-1)
-
-
-def _embed(base: MoeSource, tokens: Sequence[Sequence[int]]) -> Tensor:
-    """Return the sum of the embeddings of each prompt's tokens, ``[prompts, hidden]``; only these rows are read."""
-    name = "model.embed_tokens.weight"
-    if name in base.changes:
-        table = base.read(name, torch.float32)
-        return torch.stack([table[torch.tensor(ids)].sum(0) for ids in tokens])
-    stored = base.find_stored(name)
-    width, rows = stored.shape[1], {}
-    for token in sorted({token for ids in tokens for token in ids}):
-        row = torch.empty(width, dtype=stored.dtype)
-        stored.read_into(row, token * width)
-        rows[token] = row.float()
-    return torch.stack([torch.stack([rows[token] for token in ids]).sum(0) for ids in tokens])
