@@ -59,7 +59,7 @@ def use_fonts(figure: Figure) -> None:
         axes.get_yticklabels()
     found: list[Any] = figure.findobj(Text)
     for text in found:
-        families = dict.fromkeys(map(_family_of, text.get_text()))
+        families = dict.fromkeys(map(_family_of, filter(str.isprintable, text.get_text())))
         if families.keys() - {_DEFAULT, None}:
             text.set_family([_DEFAULT, *(name for name in families if name and name != _DEFAULT)])
             text.set_fontweight("normal")  # a bold font of the family may lack characters
