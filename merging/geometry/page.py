@@ -97,7 +97,18 @@ def _matrix(out: Page, names: Sequence[str], matrix: Matrix, caption: str) -> No
 
 
 def _models(comparison: Comparison) -> tuple[list[str], list[list[Cell]]]:
-    header = ["model", "kind", "tensors", "rank", "norm", "largest", "effective", "stable", "90 %", "99 %"]
+    header = [
+        "model",
+        "kind",
+        "tensors",
+        "rank",
+        "norm",
+        "largest",
+        "effective",
+        "stable",
+        "90\N{NO-BREAK SPACE}%",
+        "99\N{NO-BREAK SPACE}%",
+    ]
     rows: list[list[Cell]] = []
     numbered = len(comparison.models) > LABELLED  # as on the axes of the maps
     for number, each in enumerate(comparison.models, 1):

@@ -43,9 +43,9 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 caption { caption-side: top; text-align: left; padding: 0 0 .4rem; }
 caption span { display: inline-block; position: sticky; left: 0; max-width: calc(100vw - 2.5rem); }
 th, td { padding: .32rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-thead th { background: var(--tint); white-space: nowrap; position: sticky; top: 0; }
+thead th { background: var(--tint); max-width: 14rem; overflow-wrap: break-word; position: sticky; top: 0; }
 tbody th { font-weight: 500; min-width: 9rem; overflow-wrap: anywhere; }
-td.n, th.n { text-align: right; white-space: nowrap; }
+td.n, th.n { text-align: right; } td.n { white-space: nowrap; }
 tbody tr:hover { background: var(--tint); }
 figure { margin: 1.2rem 0; }
 figure .wide { margin: 0; max-height: none; }
