@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from math import sqrt
 from pathlib import Path
+from typing import Any
 
 from merging import os_calls
 from merging.continual.base_check import check_distance, check_not_base, check_stated_base
@@ -80,7 +81,7 @@ def plan_alone(
     options: AddOptions,
 ) -> Plan:
     """Fetch a model and return the plan of a merge of it alone; a model of another base is refused."""
-    values = {"on_mismatch": options.on_mismatch, "base": str(base.path), "kind": "model"}
+    values: dict[str, Any] = {"on_mismatch": options.on_mismatch, "base": str(base.path), "kind": "model"}
     recipe = Recipe(models=(str(source.path),), method=TaskArithmetic(), **values)
     plan, notices = plan_of(recipe, (source,), base), []
     if options.allow_different_bases:

@@ -102,7 +102,9 @@ def owner_of(key: str, classes: list[type[Method]], text: str) -> int:
     raise OptionError(f"no method of {text!r} has a parameter {key!r}{nearest(field, known)}")
 
 
-def __getattr__(name: str) -> object:
-    if name != "chain":  # which needs pydantic, unlike the lists
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return import_module("merging.methods.chains").chain
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name != "chain":  # which needs pydantic, unlike the lists
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return import_module("merging.methods.chains").chain

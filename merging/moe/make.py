@@ -88,7 +88,7 @@ def preview_moe(recipe: str | Path | Mapping[str, Any] | MoeRecipe, *, lenient: 
     return replace(plan, notices=(*notices, *plan.notices))
 
 
-@check_types("progress")
+@check_types()
 def make_moe(
     recipe: str | Path | Mapping[str, Any] | MoeRecipe,
     output: str | Path,

@@ -12,6 +12,9 @@ from merging.maths.parameters import Coefficient, Local, plain
 from merging.plan.checked_model import CheckedModel
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from merging.plan.recipe import Entry
 
 __all__ = ["LayerPart", "LayerStack", "is_range"]
@@ -42,6 +45,12 @@ class LayerPart(Displayed, CheckedModel):
         "has several stacks of blocks, with the name of one in front, such as decoder=0:8",
     )
     scale: Local[Coefficient] = Field(1.0, description="what the weights are multiplied by, perhaps by name")
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self, *, model: Path | Entry, layers: str | tuple[int, int] | None = None, scale: Any = 1.0
+        ) -> None: ...
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -95,6 +104,10 @@ class LayerStack(Displayed, CheckedModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
     parts: Annotated[tuple[LayerPart, ...], Field(min_length=1, alias="stack", description="the parts, from below")]
+
+    if TYPE_CHECKING:
+
+        def __init__(self, *, parts: Sequence[LayerPart]) -> None: ...
 
     @model_validator(mode="before")
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union
 
 import yaml
 from pydantic import ConfigDict, Field, SerializeAsAny, field_validator, model_validator
@@ -22,6 +22,13 @@ from merging.plan.layer_stack import LayerPart, LayerStack
 from merging.plan.sizes import parse_size
 from merging.plan.tokens.settings import TokenizerSettings
 from merging.sources.dtypes import plain_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from typing_extensions import Unpack
+
+    from merging.api.options import RecipeOptions
 
 __all__ = ["DTYPES", "FIELDS", "AdapterFormat", "Entry", "Experts", "Recipe", "plain_entry"]
 
@@ -118,6 +125,17 @@ class Recipe(Displayed, CheckedModel):
     exclude: tuple[str, ...] = Field((), description="tensors that are left as in the base: names, parts, or wildcards")
     allow_different_bases: bool = Field(False, description="merge adapters that say they have different bases")
     allow_nonfinite: bool = Field(False, description="merge inputs that hold NaN or infinities")
+
+    if TYPE_CHECKING:  # for type checkers of users, who write other types than the fields have
+
+        def __init__(
+            self,
+            *,
+            models: Sequence[Path | Entry],
+            method: str | Method,
+            parameters: Mapping[str, Any] | None = None,
+            **options: Unpack[RecipeOptions],
+        ) -> None: ...
 
     @model_validator(mode="before")
     @classmethod

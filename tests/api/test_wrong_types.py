@@ -49,6 +49,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "compress": {"model": "adapter0", "output": "new.safetensors"},
     "decompress": {"pack": "pack.safetensors", "output": "new"},
     "load_recipe": {"source": "models: [a]\nmethod: linear"},
+    "make_moe": {"recipe": {"base_model": "base", "experts": []}, "output": "new"},
     "merge": {"models": ["adapter0", "adapter1"], "method": "linear"},
     "merge_deltas": {"adapters": [{"w": merging.Dense(STATE["w"])}], "method": "linear"},
     "merge_state_dicts": {"models": [STATE, STATE], "method": "linear"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import subprocess
 import sys
@@ -52,6 +53,14 @@ def with_shared(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         {**each, "source_model": str(folder / each["source_model"])} for each in settings.get("shared_experts", [])
     ]
     return {**settings, **({"shared_experts": shared} if shared else {})}
+
+
+def test_the_example_runs(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, model in (("base", "base"), ("code", "a"), ("law", "b")):
+        (tmp_path / name).symlink_to(dense / "llama" / model)
+    monkeypatch.chdir(tmp_path)
+    (example,) = doctest.DocTestFinder(recurse=False).find(merging.make_moe, "make_moe", globs={})
+    assert doctest.DocTestRunner(verbose=False).run(example) == (0, 4)
 
 
 @pytest.mark.parametrize("name", MADE)
