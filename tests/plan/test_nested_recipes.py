@@ -111,7 +111,7 @@ def test_entries_in_python() -> None:
         (TREE.replace("base: b", "base_model: b"), "recipe, line 11: there is no 'base_model'"),
         (TREE.replace("  method: ties\n", ""), "recipe, line 4: the recipe has no 'method'"),
         (STACK + "models: [c]\n", "recipe, line 1: a recipe has either models or a stack, and this one has both"),
-        (STACK + "scale: 2\n", "recipe, line 5: there is no 'scale'"),
+        (STACK + "scale: 2\n", "recipe, line 5: 'scale' is a parameter: write it under parameters"),
     ],
 )
 def test_errors_state_the_line(text: str, message: str) -> None:
