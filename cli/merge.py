@@ -111,6 +111,11 @@ recipe_options = add_options(
     ),
     different_bases_option,
     click.option("--allow-nonfinite", is_flag=True, help="merge inputs that hold NaN or infinities"),
+    click.option(
+        "--allow-unmatched",
+        is_flag=True,
+        help="name patterns in parameters that match no tensor, instead of refusing them",
+    ),
 )
 """The options that a recipe states too."""
 

@@ -49,6 +49,7 @@ on_mismatch: error          # or base: tensors of another shape stay the base's
 vocabulary: error           # or base, or largest
 allow_different_bases: false
 allow_nonfinite: false
+allow_unmatched: false
 """
 
 

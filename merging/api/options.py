@@ -51,6 +51,7 @@ class RecipeOptions(TypedDict, total=False):
     exclude: str | Sequence[str] | None
     allow_different_bases: bool | None
     allow_nonfinite: bool | None
+    allow_unmatched: bool | None
 
 
 class MethodParameters(TypedDict, total=False):

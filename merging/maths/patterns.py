@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from merging.errors import OptionError, nearest
 
-__all__ = ["all_matching", "has_wildcards", "matches"]
+__all__ = ["all_matching", "explain_unmatched", "has_wildcards", "matches"]
 
 _WILDCARDS = "*?["
 
@@ -25,13 +25,17 @@ def has_wildcards(pattern: str) -> bool:
 def all_matching(patterns: str | Sequence[str], names: Iterable[str]) -> set[str]:
     """The names that some pattern means. Raises :class:`~merging.errors.OptionError` for a pattern that means none."""
     names, patterns = list(names), [patterns] if isinstance(patterns, str) else patterns
-    found: set[str] = set()
     for pattern in patterns:
-        meant = [name for name in names if matches(pattern, name)]
-        if not meant or not pattern:
-            raise OptionError(f"{pattern!r} names no tensor{_hint(pattern, names)}")
-        found.update(meant)
-    return found
+        if problem := explain_unmatched(pattern, names):
+            raise OptionError(f"{pattern!r} {problem}")
+    return {name for name in names if any(matches(pattern, name) for pattern in patterns)}
+
+
+def explain_unmatched(pattern: str, names: Sequence[str]) -> str:
+    """Return the reason why a pattern names none of the tensors, with a better one; "" if it names some."""
+    if pattern and any(matches(pattern, name) for name in names):
+        return ""
+    return f"names no tensor{_hint(pattern, names)}"
 
 
 def _hint(pattern: str, names: Sequence[str]) -> str:
@@ -46,4 +50,7 @@ def _hint(pattern: str, names: Sequence[str]) -> str:
             rule = "With *, ? or [ a pattern is compared with the whole name" if wild else "Case matters"
             return f". {rule}: {candidate!r} means {count} of the {len(names)} tensors"
     rule = "a pattern is a part of a name, or with *, ? or [ the whole name"
-    return f"{nearest(pattern, names)}: {rule}, such as {names[0]!r}" if names else ""
+    near = nearest(pattern, names) or nearest(
+        pattern, dict.fromkeys(part for name in names for part in name.split("."))
+    )
+    return f"{near}: {rule}, such as {names[0]!r}" if names else ""

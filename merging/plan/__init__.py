@@ -164,8 +164,8 @@ def _check_sites(recipe: Recipe, planned: PlannedOutput, output: str, models: in
     """
     sites = [item.site for item in planned.items if item.form != "copy"]
     remedy = "" if based else f"give the model with {option('base')}, whose names may show it, or "
-    check_places(recipe.method, sites, models, remedy)
-    notices = [*idle_options(recipe, output), *idle_parameters(recipe.method, sites)]
+    idle = check_places(recipe.method, sites, models, remedy, allow_unmatched=recipe.allow_unmatched)
+    notices = [*idle, *idle_options(recipe, output), *idle_parameters(recipe.method, sites)]
     if recipe.exclude and not sites:
         raise OptionError("exclude leaves nothing to merge: name fewer tensors")
     if not sites:

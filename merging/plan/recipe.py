@@ -125,6 +125,9 @@ class Recipe(Displayed, CheckedModel):
     exclude: tuple[str, ...] = Field((), description="tensors that are left as in the base: names, parts, or wildcards")
     allow_different_bases: bool = Field(False, description="merge adapters that say they have different bases")
     allow_nonfinite: bool = Field(False, description="merge inputs that hold NaN or infinities")
+    allow_unmatched: bool = Field(
+        False, description="name patterns in parameters that match no tensor, instead of refusing them"
+    )
 
     if TYPE_CHECKING:  # for type checkers of users, who write other types than the fields have
 

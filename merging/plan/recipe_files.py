@@ -16,7 +16,7 @@ from merging.plan.recipe import Recipe
 from merging.plan.recipe_document import Keys, RecipeDocument, parse_documents
 from merging.plan.recipe_settings import Setting, change_document, is_from_setting
 from merging.plan.recipe_stages import join_stages
-from merging.plan.recipe_values import check_counts, make_recipe, map_names, names_in
+from merging.plan.recipe_values import check_counts, make_recipe, map_names, names_in, patterns_in
 from merging.sources.small_files import RECIPE_LIMIT, read_text
 from merging.type_checks import check_types
 
@@ -66,10 +66,17 @@ class LoadedRecipe:
 
     @contextmanager
     def name_lines(self) -> Iterator[None]:
-        """Put the line of a model in front of an error about it, such as one of a model that the Hub does not have."""
+        """Put the line of a model or a pattern in front of an error about it.
+
+        Such as a model that the Hub does not have, or a pattern that names no tensor.
+        """
         try:
             yield
         except MergingError as error:
+            for keys, pattern, is_open in patterns_in(self.document.values):
+                missing = is_open and ": no pattern matches " in str(error)
+                if missing or str(error).startswith(f"{pattern!r} in "):
+                    raise type(error)(f"{self.document.origin(keys)}: {error}") from None
             for keys, name in names_in(self.document.values):
                 if str(error).startswith((f"{name}: ", f"{name}@", f"{local_path(name)}: ")):
                     raise type(error)(f"{self.document.origin(keys)}: {error}") from None

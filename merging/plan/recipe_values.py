@@ -19,7 +19,7 @@ from merging.plan.recipe import FIELDS, Entry, Recipe
 from merging.plan.recipe_document import Keys
 from merging.plan.tokens.settings import rename_models, resolve_template
 
-__all__ = ["check_counts", "is_recipe", "make_recipe", "map_names", "names_in"]
+__all__ = ["check_counts", "is_recipe", "make_recipe", "map_names", "names_in", "patterns_in"]
 
 Place: TypeAlias = Callable[[Keys], str]
 """Returns the place of a value (``merge.yml, line 3``) from its keys."""
@@ -97,6 +97,21 @@ def map_names(value: Any, function: Callable[[str, Keys], str], keys: Keys = ())
         if key in changed:
             changed[key] = rename(changed[key], partial(_rename_below, function, (*keys, key)))
     return changed
+
+
+def patterns_in(value: Any, keys: Keys = ()) -> Iterator[tuple[Keys, str, bool]]:
+    """Yield the patterns of tensor names in a recipe's plain values, nested ones too, after the way to each.
+
+    The last value says whether the pattern's mapping has no value for all other tensors.
+    """
+    if isinstance(value, (list, tuple)):
+        for index, each in enumerate(value):
+            yield from patterns_in(each, (*keys, index))
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            if "parameters" in keys[:-1] or "scale" in keys:
+                yield (*keys, str(key)), str(key), "*" not in value
+            yield from patterns_in(each, (*keys, str(key)))
 
 
 def _rename_below(function: Callable[[str, Keys], str], above: Keys, name: Any, keys: tuple[str, ...]) -> Any:

@@ -13,7 +13,7 @@ from merging.methods import METHODS
 from merging.plan.mergekit.methods import METHODS as THEIRS
 from merging.plan.recipe_files import LoadedRecipe, parse_recipe
 from support.commands import ok, refused
-from support.tiny import fine_tune, identical, load, model, save
+from support.tiny import CONFIG, fine_tune, identical, load, model, save
 
 TIES = """\
 # no parameters for the base
@@ -195,3 +195,48 @@ def test_commands(tmp_path: Path) -> None:
     assert identical(load(tmp_path / "out"), load(tmp_path / "again"))
     with pytest.warns(MergingWarning, match="gamma"):
         merging.load_recipe(tmp_path / "m.yml", lenient=True)
+
+
+SLERP = """\
+merge_method: slerp
+base_model: one
+models: [{model: two}]
+parameters:
+  t:
+  - {filter: mlp, value: 1}
+  - {filter: up_prj, value: 0.5}
+  - value: 0.1
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        (SLERP, 7, "'up_prj' in slerp.t names no tensor (did you mean 'up_proj'?)"),
+        (SLERP.replace("mlp", "layers").replace("up_prj", "mlp"), 7, "'mlp' in slerp.t takes effect nowhere"),
+        (SLERP.replace("up_prj", "norm").replace("  - value: 0.1\n", ""), 6, "slerp: no pattern matches"),
+    ],
+)
+def test_filters_without_effect(tmp_path: Path, text: str, line: int, message: str) -> None:
+    """They are refused from the headers, with their line; with --lenient they are named, if mergekit ignores them."""
+    for name in ("one", "two"):
+        save(tmp_path / name, model(0))
+    file, output = tmp_path / "m.yml", tmp_path / "out"
+    file.write_text(text)
+    assert f"m.yml, line {line}: {message}" in refused("run", file, "-o", output)
+    assert not output.exists()
+    if "no pattern" in message:
+        assert message in refused("run", file, "-o", output, "--lenient")
+    else:
+        assert f"ignored: {message}" in ok("run", file, "-o", output, "--lenient").stderr
+
+
+def test_a_filter_for_a_tied_head(tmp_path: Path) -> None:
+    """Many recipes have one, and their models no head of their own: it is named, and not refused."""
+    for name in ("one", "two"):
+        tensors = {each: value for each, value in model(0).items() if "lm_head" not in each}
+        save(tmp_path / name, tensors, CONFIG | {"tie_word_embeddings": True})
+    file = tmp_path / "m.yml"
+    file.write_text(recipe("linear", "weight: [{filter: lm_head, value: 1}, {value: 0.5}]", base=""))
+    done = ok("run", file, "-o", tmp_path / "out")
+    assert "note: ignored: 'lm_head' in linear.weights names no tensor" in done.stderr

@@ -26,6 +26,7 @@ OPTIONS = frozenset(
     {
         "allow_different_bases",
         "allow_nonfinite",
+        "allow_unmatched",
         "as",
         "as_json",
         "base",

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from merging.errors import OptionError
 from merging.maths.parameters import find_reached, find_unreached, graded, patterns
-from merging.maths.patterns import all_matching
+from merging.maths.patterns import explain_unmatched
 from merging.maths.site import Site
 from merging.methods.contract.method import Method
 
 __all__ = ["check_places", "idle_parameters"]
 
 
-def check_places(method: Method, sites: Iterable[Site], models: int, remedy: str = "") -> None:
+_TIED_HEAD = "lm_head.weight"
+"""The name of a head that many files do not hold, as the embedding takes its place."""
+
+
+def check_places(
+    method: Method, sites: Iterable[Site], models: int, remedy: str = "", *, allow_unmatched: bool = False
+) -> list[str]:
     """Check the parameters at every place, where they differ from place to place.
 
-    ``remedy`` is advice for names that state no depth, where a parameter goes by depth.
+    Args:
+        method: the method.
+        sites: the places where it merges.
+        models: the number of models.
+        remedy: advice for names that state no depth, where a parameter goes by depth.
+        allow_unmatched: whether patterns without effect are named, and not refused.
+
+    Returns:
+        Remarks on patterns without effect: of a head that is tied, and others if they are allowed.
+
+    Raises:
+        OptionError: for parameters without a value at a place, or without effect.
     """
     sites = list(sites)
     if method.by_depth and sites and all(site.position.layer is None for site in sites):
@@ -25,19 +42,32 @@ def check_places(method: Method, sites: Iterable[Site], models: int, remedy: str
             f"({sites[0].name} is one): {remedy}leave it out, or choose a value that is the same everywhere"
         )
     if not any(link.varies for link in method.links()):
-        return
+        return []
+    notices = []
     for link in method.links():
-        values = [getattr(link, field) for field in type(link).model_fields]
-        names = [site.name for site in sites]
-        all_matching([pattern for value in values for pattern in patterns(value)], names)
-        for field, value in zip(type(link).model_fields, values, strict=True):
-            if dead := find_unreached(value, names):
-                raise OptionError(
-                    f"{link.name}.{field}: {dead[0]!r} takes effect nowhere, since {dead[1]!r} comes before it and the "
-                    f"first that matches counts: put {dead[0]!r} first"
-                )
+        for field in type(link).model_fields:
+            for pattern, problem in _idle_patterns(getattr(link, field), [site.name for site in sites]):
+                where = f"{pattern!r} in {link.name}.{field}"
+                if allow_unmatched or (pattern and pattern in _TIED_HEAD):
+                    notices.append(f"ignored: {where} {problem}")
+                else:
+                    raise OptionError(f"{where} {problem}")
     for site in sites:
         method.at(site).check(models)
+    return list(dict.fromkeys(notices))
+
+
+def _idle_patterns(value: object, names: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield each pattern of a parameter that has no effect, and the reason."""
+    for pattern in dict.fromkeys(patterns(value)):
+        if problem := explain_unmatched(pattern, names):
+            yield pattern, problem
+    if dead := find_unreached(value, names):
+        yield (
+            dead[0],
+            f"takes effect nowhere, since {dead[1]!r} comes before it and the first that matches counts: put "
+            f"{dead[0]!r} first",
+        )
 
 
 def _by_depth(method: Method) -> str:

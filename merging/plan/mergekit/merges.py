@@ -90,6 +90,8 @@ def build_merge(
     if base is not None:
         built.put("base", base.entry, origin(keys.base))
     _put_parameters(reading, built, spec, stated)
+    if reading.lenient:
+        built.put("allow_unmatched", True, origin(()))
     return built
 
 
@@ -115,6 +117,7 @@ def _put_parameters(reading: Reading, built: Translated, spec: MethodSpec, state
     for name, each in stated.items():
         if each.keys is not None or each.value != defaults[name]:
             inner.put(name, each.value, method if each.keys is None else reading.document.origin(each.keys))
+            inner.origins.update({(name, *at): reading.document.origin(keys) for at, keys in each.patterns.items()})
     link = "" if "+" in spec.chain else f"{spec.chain}."
     for name, value in fixed.items():
         if name not in inner.values and link + name not in inner.values:

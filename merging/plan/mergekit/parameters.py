@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from merging.errors import nearest
 from merging.plan.mergekit.methods import MethodSpec, Parameter
 from merging.plan.mergekit.reading import Reading
 from merging.plan.mergekit.schema import top
-from merging.plan.mergekit.values import FilterRule, convert_points, join_rules, read_rules, state
+from merging.plan.mergekit.values import FilterRule, convert_points, join_rules, origins_of, read_rules, state
 from merging.plan.recipe_document import Keys
 
 __all__ = ["Levels", "Stated", "check_names", "read_parameters"]
@@ -33,10 +33,17 @@ class Levels:
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """A parameter in our schema, and the keys of its value in the document; none for a default."""
+    """A parameter in our schema.
+
+    Attributes:
+        value: the value.
+        keys: the way to the value in the document; None for a default.
+        patterns: the ways to the values of patterns in the document, by the keys of the patterns in ``value``.
+    """
 
     value: Any
     keys: Keys | None
+    patterns: Mapping[Keys, Keys] = field(default_factory=dict)
 
 
 def check_names(reading: Reading, spec: MethodSpec, keys: Keys, *, of_model: bool) -> None:
@@ -78,8 +85,12 @@ def read_parameters(reading: Reading, spec: MethodSpec, levels: Levels) -> dict[
             reading.note(given, f"{name} has no effect with {spec.name}: {parameter.idle}")
         if parameter.target and any(rules):
             values = [state(each, one_layer=levels.one_layer) for each in rules]
-            same = all(value == values[0] for value in values)
-            stated[parameter.target] = Stated(values[0] if same else values, given)
+            if all(value == values[0] for value in values):
+                patterns = origins_of(rules[0])
+                stated[parameter.target] = Stated(values[0], given, patterns)
+                continue
+            patterns = {(index, *keys): at for index, each in enumerate(rules) for keys, at in origins_of(each).items()}
+            stated[parameter.target] = Stated(values, given, patterns)
     if spec.name == "nuslerp":
         stated["axis"] = _axis(reading, stated.pop("flatten"), stated.pop("row_wise"))
     return stated

@@ -36,6 +36,8 @@ def build_slices(reading: Reading, spec: MethodSpec, base: Entry | None, folder:
             part = Translated()
             part.put("model", each.values, origin, each)
         parts.append((part.values, origin, part))
+    if reading.lenient:
+        stack.put("allow_unmatched", True, reading.document.origin(()))
     stack.put_list("stack", parts, reading.document.origin((*above, "slices")))
     return stack
 
@@ -81,6 +83,7 @@ def _as_part(merge: Translated) -> Translated:
         part.put(key, value, merge.origins["models", 0])
     for name, value in merge.values.get("parameters", {}).items():
         part.put(name, value, merge.origins["parameters", name])
+        part.origins.update({keys[1:]: at for keys, at in merge.origins.items() if keys[:2] == ("parameters", name)})
     return part
 
 

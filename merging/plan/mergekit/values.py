@@ -13,7 +13,17 @@ from merging.plan.mergekit.reading import Reading
 from merging.plan.mergekit.schema import CONDITION
 from merging.plan.recipe_document import Keys
 
-__all__ = ["EVERYWHERE", "Bounds", "FilterRule", "Scalar", "convert_points", "join_rules", "read_rules", "state"]
+__all__ = [
+    "EVERYWHERE",
+    "Bounds",
+    "FilterRule",
+    "Scalar",
+    "convert_points",
+    "join_rules",
+    "origins_of",
+    "read_rules",
+    "state",
+]
 
 Scalar: TypeAlias = float | bool | str
 
@@ -174,6 +184,11 @@ def state(rules: Sequence[FilterRule], *, one_layer: bool = False) -> Any:
         return None
     stated = {rule.pattern: _state_points(rule.points) for rule in rules}
     return stated[EVERYWHERE] if len(stated) == 1 and EVERYWHERE in stated else stated
+
+
+def origins_of(rules: Sequence[FilterRule]) -> dict[Keys, Keys]:
+    """Return the way to each pattern's value in the document, by the keys of the pattern; a default has none."""
+    return {(rule.pattern,): rule.keys for rule in rules if rule.keys and rule.pattern != EVERYWHERE}
 
 
 def _state_points(points: tuple[Any, ...]) -> Any:
