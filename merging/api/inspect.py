@@ -8,10 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from merging.api.recipe_records import record_of
 from merging.display.tables import Table, Tabular, count_notices
-from merging.errors import FormatError, option
+from merging.errors import FormatError, MergingError, option
 from merging.hub.open_model import open_model
 from merging.maths.layers import Stacks
+from merging.output.header import RECIPE_KEY
+from merging.plan.provenance import names_of
 from merging.serving.contents import FILES
 from merging.serving.subject import Subject, open_subject
 from merging.sources import Adapter, Checkpoint
@@ -63,8 +66,9 @@ def inspect(path: str | Path, *, values: bool = False) -> Inspection:
     Returns:
         Plain values by name, such as ``kind``, ``base``, ``rank``, ``dtypes``, ``layers``, ``parameters``, ``bytes``
         and ``notices``, which are sentences for people. ``merged_by`` and ``merged_from`` are the method and the models
-        of the merge that wrote the files, if one did. Weights that are quantised in a simple way count as the ordinary
-        ones that ``dequantize`` makes of them; ``dequantised`` is their number, and ``quantised`` has their types on
+        of the merge that wrote the files, if one did, and ``recipe`` is the place of its recipe: a header,
+        ``mergekit_config.yml``, or a model card. Weights that are quantised in a simple way count as the ordinary ones
+        that ``dequantize`` makes of them; ``dequantised`` is their number, and ``quantised`` has their types on
         the disk. Tensors of packs count as they are read; ``packed_bytes`` is their size in the file. ``nonfinite`` are
         the tensors with NaN or infinities, with ``values`` only.
 
@@ -183,12 +187,29 @@ def _find_head(checkpoint: Checkpoint) -> str | None:
 
 
 def _read_origin(subject: Subject) -> dict[str, Any]:
-    """Return the method and the models of the merge that wrote the files, by the recipe in their header."""
+    """Return the method and the models of the merge that wrote the files, and the place of its recipe.
+
+    The recipe is in the header, in mergekit's file, or on the model card; a recipe that is not understood is none.
+    """
     try:
-        recipe = parse_json(subject.metadata.get("merging_recipe", "{}"), "its recipe")
-        models = [each if isinstance(each, str) else str(each["model"]) for each in recipe.get("models", [])]
+        record = record_of(subject)
+        if record is None:
+            return {"merged_by": None, "merged_from": [], "recipe": None}
+        recipe = record.recipe(lenient=True)
+    except MergingError:
+        return {**_read_header(subject.metadata), "recipe": None}
+    names = list(dict.fromkeys(names_of(recipe)))
+    models = [name for name in names if name != recipe.base] or names
+    return {"merged_by": recipe.method.chain, "merged_from": models, "recipe": record.where}
+
+
+def _read_header(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the method and the models that a header names, although its method is not installed here."""
+    try:
+        recipe = parse_json(metadata.get(RECIPE_KEY, "{}"), "its recipe")
+        models = [each for each in recipe.get("models", []) if isinstance(each, str)]
         return {"merged_by": recipe.get("method"), "merged_from": models}
-    except (FormatError, KeyError, TypeError):
+    except (FormatError, TypeError):
         return {"merged_by": None, "merged_from": []}
 
 

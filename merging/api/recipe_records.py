@@ -26,6 +26,9 @@ __all__ = ["RecipeRecord", "find_record", "read_record", "record_of"]
 MERGEKIT_FILE = "mergekit_config.yml"
 """The file in which mergekit leaves its recipe in each output."""
 
+MOE_KEY = "merging_moe_recipe"
+"""The entry of a mixture's header that states its recipe, which has another schema."""
+
 _BLOCK = re.compile(r"^([ \t]*)(```+|~~~+)[ \t]*(?:ya?ml)?[ \t]*\n(.*?)^[ \t]*\2[ \t]*$", re.MULTILINE | re.DOTALL)
 _RECIPE = re.compile(r"^\s*[\"']?(merge_method|method|stack)[\"']?\s*:", re.MULTILINE)
 _MERGES = re.compile(r"^\s*[\"'-]*\s*(models|slices|modules|stack)[\"']?\s*:", re.MULTILINE)
@@ -82,10 +85,7 @@ def read_record(path: str | Path) -> RecipeRecord:
 def find_record(path: str | Path) -> RecipeRecord | None:
     """Return the recipe that an output states, None if it states none. Raises as :func:`read_record` does."""
     name = str(path)
-    address = hub_address(name)
-    if address is not None:
-        repository = open_repository(address)
-        repository.download_files((MERGEKIT_FILE,), Origin(address.repo, repository.commit, address.path).folder)
+    if hub_address(name) is not None:
         return record_of(open_subject(name))
     place = local_path(name)
     if not place.exists():
@@ -102,8 +102,15 @@ def find_record(path: str | Path) -> RecipeRecord | None:
 
 
 def record_of(subject: Subject) -> RecipeRecord | None:
-    """Return the recipe that an opened model states, None if it states none."""
-    metadata, place = subject.metadata, str(subject.weights or subject.name)
+    """Return the recipe that an opened model states, None if it states none. Raises as :func:`read_record` does."""
+    metadata, place = subject.metadata, str(subject.name if subject.remote else subject.weights or subject.name)
+    if MOE_KEY in metadata:
+        raise InputError(f"{subject.name}: is a mixture of experts: `merge moe` makes it from the recipe on its card")
+    address = hub_address(subject.name)
+    if address is not None:
+        repository = open_repository(address)
+        origin = Origin(address.repo, repository.commit, address.path)
+        repository.download_files((MERGEKIT_FILE,), origin.folder)
     folder = subject.folder or (subject.weights.parent if subject.weights else None)
     if RECIPE_KEY in metadata:
         sources = json.loads(metadata.get(SOURCES_KEY, "[]"))

@@ -133,6 +133,57 @@ def test_a_card_is_enough(folder: Path) -> None:
     assert identical(load(folder / "again"), load(folder / "out"))
 
 
+MERGEKIT = """\
+merge_method: slerp
+base_model: tuned0
+models:
+- model: tuned1
+parameters: {t: 0.25}
+dtype: float32
+"""
+
+
+@pytest.mark.parametrize("card", [False, True])
+def test_outputs_of_mergekit_state_their_recipe(folder: Path, card: bool) -> None:
+    """mergekit leaves its recipe in a file and on the card; a card alone is enough."""
+    merging.load_recipe(MERGEKIT).run("other")
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    save(folder / "out", load(folder / "other"))
+    if card:
+        (folder / "out" / "README.md").write_text(f"---\ntags:\n- mergekit\n---\n# Mine\n\n```yaml\n{MERGEKIT}\n```\n")
+    else:
+        (folder / "out" / "mergekit_config.yml").write_text(MERGEKIT)
+    place = "out/README.md, line 8" if card else "out/mergekit_config.yml"
+    (facts,) = json.loads(ok("inspect", "out", "--json").stdout)
+    assert (facts["merged_by"], facts["merged_from"], facts["recipe"]) == ("slerp", ["tuned0", "tuned1"], place)
+    assert f"{place} states no keys of its sources" in ok("rerun", "out", "-o", "again").stderr
+    assert identical(load(folder / "again"), load(folder / "other"))
+
+
+def test_keys_that_mergekit_ignores_are_ignored_where_asked(folder: Path) -> None:
+    save(folder / "out", load(folder / "base"))
+    (folder / "out" / "mergekit_config.yml").write_text(MERGEKIT + "int8: true\n")
+    assert "out/mergekit_config.yml, line 7: a recipe has no key 'int8'" in refused("rerun", "out", "-o", "again")
+    ok("rerun", "out", "-o", "again", "--lenient")
+
+
+def test_stages_on_a_card_are_put_together(folder: Path) -> None:
+    stage = MERGEKIT.replace("merge_method", "name: first\nmerge_method")
+    last = "merge_method: slerp\nbase_model: base\nmodels:\n- model: first\nparameters: {t: 0.5}"
+    (folder / "card.md").write_text(
+        f"# Mine\n```yaml\n{stage}```\nand then\n\n  ```yaml\n  {last.replace(chr(10), chr(10) + '  ')}\n  ```\n"
+    )
+    done = ok("convert", "card.md")
+    assert done.stdout.count("method: slerp") == 2
+
+
+def test_a_recipe_on_a_card_that_is_not_understood_is_none(folder: Path) -> None:
+    (folder / "base" / "README.md").write_text("```yaml\nmerge_method: nothing\nmodels:\n- model: a\n```\n")
+    (facts,) = json.loads(ok("inspect", "base", "--json").stdout)
+    assert facts["merged_by"] is None
+    assert "README.md, line 2" in refused("rerun", "base")
+
+
 def test_what_states_no_recipe_is_refused(folder: Path) -> None:
     assert "states no recipe" in refused("rerun", "base")
     (folder / "two.md").write_text("```yaml\nmodels: [a]\nmethod: linear\n```\n" * 2)
