@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from command_line import command_pages
+from mergekit_page import mergekit_page
 from method_pages import method_pages
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -30,7 +31,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made from the code, and the changelog."""
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("](docs/", "](")
-    for name, text in {**method_pages(), **command_pages(), "changelog.md": changelog}.items():
+    single = {"changelog.md": changelog, "mergekit-recipes.md": mergekit_page()}
+    for name, text in {**method_pages(), **command_pages(), **single}.items():
         files.append(File.generated(config, name, content=text))
     return files
 

@@ -6,6 +6,7 @@ import ast
 import json
 import re
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -27,7 +28,7 @@ from merging.serving import PROGRAMS
 from support.pages import PAGES, ROOT, blocks, prose, text_of
 
 LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)")
-MADE = re.compile(r"docs/(methods/\w+|cli/\w+|changelog)\.md")
+MADE = re.compile(r"docs/(methods/\w+|cli/\w+|changelog|mergekit-recipes)\.md")
 """Pages that mkdocs makes."""
 
 FOREIGN = {
@@ -194,6 +195,17 @@ def test_figures_of_the_readme_are_those_of_the_benchmarks() -> None:
     for title, cell in (("full fine-tunes", 1), ("LoRA, rank 16", 4)):
         figures = dict(zip(columns, readme[title], strict=True))
         assert figures == {name: quality[rows.get(name, name)][cell].split()[0] for name in columns}
+
+
+def test_differences_from_mergekit_have_reasons_and_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "generate"))
+    page = import_module("mergekit_page")
+    for each in page.DIFFERENCES:
+        assert all((each.peer, each.ours, each.reason, each.seen)), each
+        for pattern in each.recipes:
+            assert any(fnmatchcase(name, pattern) for name in page.RECIPES), pattern
+    assert len(page.RECIPES) >= 95
+    assert f"{len(page.RECIPES)} recipes" in page.mergekit_page()
 
 
 def test_table_of_advice_is_generated() -> None:
