@@ -99,12 +99,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tupl
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer")
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize(
-    ("program", "base", "case"),
-    [
-        pytest.param(program, base, case, marks=pytest.mark.xdist_group(program))  # asked once, in one process
-        for (program, base), cases in CASES.items()
-        for case in cases
-    ],
+    ("program", "base", "case"), [(*where, case) for where, cases in CASES.items() for case in cases]
 )
 def test_what_is_said_is_what_it_does(
     program: str, base: str, case: str, asked: Callable[[str, str], tuple[Path, dict[str, list[float] | str]]]
