@@ -31,7 +31,7 @@ from merging.plan.outputs.to_model import plan_model
 from merging.plan.provenance import record_sources
 from merging.plan.recipe import Entry, Recipe
 from merging.plan.tokens.chat_templates import pin_chat_template, resolve_chat_template
-from merging.plan.tokens.matching import download_tokenizer
+from merging.plan.tokens.matching import MatchedTokens, download_tokenizer
 from merging.plan.tokens.settings import PRESETS
 from merging.sources import Adapter, Checkpoint, Model
 
@@ -61,7 +61,7 @@ def make_plan(recipe: Recipe, rank_steps: Sequence[int] = ()) -> Plan:
     recipe.method.check(len(opened.models))
     base = None if opened.base is None else require_full(opened.base, opened.base.path, option("base"))
     heads = find_task_heads(opened.models, base, recipe.exclude)
-    plan = plan_of(opened.recipe, opened.models, base, rank_steps, heads)
+    plan = plan_of(opened.recipe, opened.models, base, rank_steps, heads, matched=opened.matched)
     return replace(plan, sources=record_sources(recipe, opened.files), leaves=opened.leaves)
 
 
@@ -71,6 +71,8 @@ def plan_of(
     base: Checkpoint | None,
     rank_steps: Sequence[int] = (),
     heads: TaskHeads = NO_HEADS,
+    *,
+    matched: MatchedTokens | None = None,
 ) -> Plan:
     """Plan the merge of models and a base that are open already.
 
@@ -80,6 +82,7 @@ def plan_of(
         base: the base, if there is one.
         rank_steps: the ranks that a merged adapter may have; any if there are none.
         heads: stand for heads that the base does not have.
+        matched: the tokens of the models, where their rows are matched by token already.
 
     Raises:
         MergingError: for models that cannot be merged as the recipe says.
@@ -88,14 +91,20 @@ def plan_of(
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return _plan(recipe, heads.without_excluded(models), heads.on_base(base), rank_steps, heads)
+        return _plan(recipe, heads.without_excluded(models), heads.on_base(base), rank_steps, heads, matched=matched)
     finally:
         if collecting:
             gc.enable()
 
 
 def _plan(
-    recipe: Recipe, models: Sequence[Model], base: Checkpoint | None, rank_steps: Sequence[int], heads: TaskHeads
+    recipe: Recipe,
+    models: Sequence[Model],
+    base: Checkpoint | None,
+    rank_steps: Sequence[int],
+    heads: TaskHeads,
+    *,
+    matched: MatchedTokens | None = None,
 ) -> Plan:
     output, weights = choose_output(recipe, models, base, heads.tensors)
     check_packed(models, base, recipe.allow_different_bases)
@@ -106,7 +115,7 @@ def _plan(
     check_bases(models, recipe.allow_different_bases)
     keys, notices = make_content_keys(models)
     notices += [notice for model in models if isinstance(model, Adapter) for notice in model.notices]
-    alike, based, vocabulary, resized = match_vocabularies(recipe, models, base)
+    alike, based, vocabulary, resized = match_vocabularies(recipe, models, base, matched)
     recipe = _pin_donor(recipe, vocabulary)
     notices += remarks + heads.notices + resized
     if output == "adapter":

@@ -12,7 +12,9 @@ from merging.maths.parameters import bind_value, patterns
 from merging.maths.patterns import all_matching
 from merging.maths.site import Site
 from merging.plan.layer_stack import LayerPart, LayerStack
+from merging.plan.provenance import names_of
 from merging.plan.recipe import DTYPES, Entry, Recipe
+from merging.plan.tokens.matching import MatchedTokens, match_tokens
 from merging.sources import Checkpoint, Model
 from merging.sources.stacked_layers import StackPart, stack_layers
 
@@ -31,12 +33,14 @@ class Opened:
         models: the models, in the order of the recipe.
         base: the base, if there is one.
         files: the models in files that are read, by their names in the recipe.
+        matched: the tokens of the models in files, where these are matched before models are made of them.
     """
 
     recipe: Recipe
     models: tuple[Model, ...]
     base: Model | None
     files: Mapping[str, Model]
+    matched: MatchedTokens | None = None
 
     @property
     def leaves(self) -> tuple[Model, ...]:
@@ -48,6 +52,7 @@ class Opened:
 def open_entries(recipe: Recipe) -> Opened:
     """Open the models and the base of a recipe. Raises :class:`~merging.errors.MergingError`."""
     opener = _Opener(recipe)
+    matched = opener.match_tokens()
     opened = [opener.open(entry) for entry in recipe.models]
     base = None if recipe.base is None else opener.open(recipe.base)
     pins = {name: str(model.origin) for name, model in opener.files.items() if model.origin}
@@ -59,6 +64,7 @@ def open_entries(recipe: Recipe) -> Opened:
         models=tuple(model for model, _ in opened),
         base=base and base[0],
         files=opener.files,
+        matched=matched,
     )
 
 
@@ -68,6 +74,22 @@ class _Opener:
 
     recipe: Recipe
     files: dict[str, Model] = field(default_factory=dict)
+    matched: dict[str, Model] = field(default_factory=dict)
+
+    def match_tokens(self) -> MatchedTokens | None:
+        """Match the models in files by token, where models are made of them; else this is done later.
+
+        The parts of a stack have rows of different models, which have to be of one vocabulary before.
+        """
+        entries = [*self.recipe.models, *([self.recipe.base] if self.recipe.base is not None else [])]
+        if self.recipe.tokenizer is None or all(isinstance(entry, str) for entry in entries):
+            return None
+        names = list(dict.fromkeys(name for entry in entries for name in names_of(entry)))
+        opened = [(name, self.open(name)[0]) for name in names]
+        base = names.index(self.recipe.base) if isinstance(self.recipe.base, str) else None
+        found = match_tokens(self.recipe.tokenizer, opened, base)
+        self.matched = dict(zip(names, found.models, strict=True))
+        return found
 
     def open(self, entry: Entry) -> tuple[Model, Entry]:
         """Return the model of an entry, and the entry with models of the Hub named by their commits."""
@@ -78,7 +100,7 @@ class _Opener:
         if entry not in self.files:
             self.files[entry] = open_model(entry, self.recipe.lora_alpha, self.recipe.dequantise)
         model = self.files[entry]
-        return model, str(model.origin or entry)
+        return self.matched.get(entry, model), str(model.origin or entry)
 
     def _open_stack(self, stack: LayerStack) -> tuple[Checkpoint, LayerStack]:
         parts, pinned = [], []

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import merging
 from merging.errors import InputError, OptionError
@@ -150,3 +152,30 @@ def test_what_is_refused(folders: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "bare/vocab.json").write_text(json.dumps({"the": 0}))
     with pytest.raises(InputError, match=r"without a tokenizer\.json cannot be extended"):
         merge(bare, "ab", tmp_path / "none", method="linear", tokenizer="union")
+
+
+def test_the_parts_of_a_stack_are_matched_before_it_is_built(folders: dict[str, str], tmp_path: Path) -> None:
+    """The first part's embedding and the last part's head have the rows of all tokens."""
+    recipe = {"stack": [{"model": folders["c"]}, {"model": folders["b"], "layers": "0:1"}], "tokenizer": "union"}
+    merging.load_recipe(yaml.safe_dump(recipe)).run(tmp_path / "out")
+    b, c = (Path(folders[name]) for name in "bc")
+    embedding, head = rows_of(tmp_path / "out"), rows_of(tmp_path / "out", HEAD)
+    own, lent = rows_of(c), rows_of(b)
+    assert embedding.keys() == head.keys() == own.keys() | lent.keys()
+    assert all(torch.equal(row, own.get(token, lent.get(token))) for token, row in embedding.items())
+    own, lent = rows_of(b, HEAD), rows_of(c, HEAD)
+    assert all(torch.equal(row, own.get(token, lent.get(token))) for token, row in head.items())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.num_hidden_layers == 3
+    assert model.config.vocab_size == len(embedding)
+
+
+def test_slices_of_models_are_merged_by_token(folders: dict[str, str], tmp_path: Path) -> None:
+    parts = [{"model": folders[name], "layers": "0:2"} for name in "ab"]
+    recipe = {"models": parts, "method": "linear", "tokenizer": "union"}
+    merging.load_recipe(yaml.safe_dump(recipe)).run(tmp_path / "slices")
+    merge(folders, "ab", tmp_path / "whole", method="linear", tokenizer="union")
+    slices, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("slices", "whole"))
+    assert all(torch.equal(slices[name], whole[name]) for name in whole)
+    for name in ("config.json", "tokenizer.json"):
+        assert (tmp_path / "slices" / name).read_text() == (tmp_path / "whole" / name).read_text()

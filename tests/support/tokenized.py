@@ -93,8 +93,9 @@ def tokenizer_of(kind: str, name: str, special: list[str]) -> PreTrainedTokenize
 def save_model(folder: Path, rows: int, seed: int, **config: Any) -> Path:
     """A Llama of random weights with a vocabulary of this size."""
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
-    whole = LlamaConfig(vocab_size=rows, num_hidden_layers=1, max_position_embeddings=64, **{**sizes, **config})
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, **heads}
+    whole = LlamaConfig(vocab_size=rows, **{**sizes, **config})
     LlamaForCausalLM(whole).save_pretrained(folder)
     return folder
 

@@ -43,9 +43,11 @@ class Vocabulary:
 
 
 def match_vocabularies(
-    recipe: Recipe, models: Sequence[Model], base: Checkpoint | None
+    recipe: Recipe, models: Sequence[Model], base: Checkpoint | None, matched: MatchedTokens | None = None
 ) -> tuple[tuple[Model, ...], Checkpoint | None, Vocabulary | None, list[str]]:
     """Return the models with vocabularies of one size.
+
+    ``matched`` are the tokens, where rows were matched by token before the models were made.
 
     Returns:
         The models, the base, the vocabulary if the sizes differed, and remarks.
@@ -54,6 +56,8 @@ def match_vocabularies(
         InputError: where the sizes differ and the recipe does not say what to do, or where tokenizers have different
             tokens for one row.
     """
+    if matched is not None:
+        return tuple(models), base, Vocabulary(matched.rows, matched.of, matched), list(matched.notices)
     if recipe.tokenizer is not None:
         return _match_by_token(recipe, recipe.tokenizer, models, base)
     checkpoints = [model for model in ([*models, base] if base else models) if isinstance(model, Checkpoint)]
