@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +20,13 @@ from .options import (
 from .output import echo, echo_json, echo_notices, echo_usage, format_size, plural, progress_bar
 
 if TYPE_CHECKING:
+    from merging.moe.make import MixtureOfExperts
     from merging.moe.plan import MoePlan
+    from merging.moe.rerun import PlannedMoeRerun
 
-__all__ = ["moe_command"]
+    from .execution import Execution
+
+__all__ = ["make_again", "moe_command"]
 
 
 @click.command(name="moe", short_help="make a mixture of experts")
@@ -70,6 +75,44 @@ def moe_command(
             made = make_planned_moe(
                 plan, output, device=pick_device(device), threads=threads, overwrite=overwrite, progress=report
             )
+    _echo_made(made, plan, as_json)
+
+
+def make_again(planned: PlannedMoeRerun, execution: Execution, status: OutputStatus) -> None:
+    """Make a mixture once more, with the options of ``merge rerun``, and print the outcome."""
+    from merging.engine.resources import pick_device
+    from merging.errors import OptionError
+    from merging.moe.make import check_moe_output, make_planned_moe
+
+    if execution.output is None:
+        raise OptionError("a mixture is written into a folder: name it with -o")
+    for option, given in (
+        ("--stream", execution.stream),
+        ("--push", execution.push),
+        ("--max-memory", execution.max_memory),
+    ):
+        if given:
+            raise OptionError(f"{option} is no option of mixtures: leave it out")
+    output = Path(execution.output)
+    status.expect(output)
+    if execution.dry_run:
+        remark = check_moe_output(planned.plan, output, execution.overwrite, dry=True)
+        _echo_plan(planned.plan, output, remark, execution.as_json)
+        return
+    with progress_bar(execution.progress, "mixing") as report:
+        made = make_planned_moe(
+            planned.plan,
+            output,
+            device=pick_device(execution.device),
+            threads=execution.threads,
+            overwrite=execution.overwrite,
+            progress=report,
+        )
+    notices = (*made.notices, *filter(None, [planned.compare(output)]))
+    _echo_made(replace(made, notices=notices), planned.plan, execution.as_json)
+
+
+def _echo_made(made: MixtureOfExperts, plan: MoePlan, as_json: bool) -> None:
     if as_json:
         echo_json(made.to_dict())
         return

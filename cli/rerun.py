@@ -9,6 +9,7 @@ import click
 
 from .errors import OutputStatus, handle_errors
 from .execution import Execution, execute, execution_options
+from .moe import make_again
 from .options import lenient_option
 from .output import echo_notices
 from .types import MODEL
@@ -47,7 +48,12 @@ def rerun_command(
     with handle_errors(execution.debug, status):
         from merging.api.merge_files import default_destination
         from merging.api.rerun import plan_rerun
+        from merging.moe.rerun import find_mixture, plan_moe_rerun
 
+        mixture = find_mixture(path)
+        if mixture is not None:
+            make_again(plan_moe_rerun(mixture, _parse_sources(sources), allow_changed=allow_changed), execution, status)
+            return
         destination = None if execution.output is None else Path(execution.output)
         planned = plan_rerun(path, destination, _parse_sources(sources), allow_changed=allow_changed, lenient=lenient)
         if destination is None:

@@ -24,7 +24,7 @@ from merging.plan.recipe_values import make_recipe, map_names
 from merging.type_checks import check_types
 from merging.version import __version__
 
-__all__ = ["PlannedRerun", "plan_rerun", "rerun"]
+__all__ = ["PlannedRerun", "hash_weights", "plan_rerun", "rerun"]
 
 _BLOCK = 1 << 22
 
@@ -55,7 +55,7 @@ class PlannedRerun:
         """Return a remark that compares all weights of the new output with the old ones."""
         if self.digests is None:
             return ""
-        if _hash_weights(made) == self.digests:
+        if hash_weights(made) == self.digests:
             return f"{made} has the same bytes as {'before' if made == self.path else self.path}"
         cause = "its sources changed" if self.changed else "another version or processor made it, or it was changed"
         return f"warning: {made} has other bytes than {self.path}: {cause}"
@@ -144,7 +144,7 @@ def plan_rerun(
         path=place,
         record=record,
         plan=plan,
-        digests=_hash_weights(place) if ours else None,
+        digests=hash_weights(place) if ours else None,
         shown=_describe(plan, recipe, {place: name for name, place in places.items()}),
         changed=bool(changed),
         notices=(*changed, *_notices(record, places)),
@@ -229,7 +229,7 @@ def _describe(plan: Plan, recipe: Recipe, names: Mapping[str, str]) -> Plan:
     return replace(plan, recipe=recipe, sources=sources, models=tuple(map(rename, plan.models)), base=base)
 
 
-def _hash_weights(path: Path) -> tuple[bytes, ...]:
+def hash_weights(path: Path) -> tuple[bytes, ...]:
     """Return a hash of the whole content of each weights file, in the order of their names."""
     files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
     return tuple(map(_hash_file, files))

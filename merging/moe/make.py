@@ -26,6 +26,7 @@ from merging.moe.recipe import MoeRecipe, read_moe_recipe
 from merging.moe.routers import make_routers
 from merging.moe.smile_plan import plan_smile
 from merging.os_calls import available_memory
+from merging.output.header import SOURCES_KEY, VERSION_KEYS
 from merging.output.model_folder import companion_files
 from merging.sources.checkpoint import content_key
 from merging.sources.model_files import COMPANIONS
@@ -36,7 +37,10 @@ from merging.storage.writer import TensorWriter
 from merging.type_checks import check_types
 from merging.version import __version__
 
-__all__ = ["MixtureOfExperts", "check_moe_output", "make_moe", "make_planned_moe", "preview_moe"]
+__all__ = ["MOE_RECIPE_KEY", "MixtureOfExperts", "check_moe_output", "make_moe", "make_planned_moe", "preview_moe"]
+
+MOE_RECIPE_KEY = "merging_moe_recipe"
+"""The entry of the recipe in the header of a mixture's weights."""
 
 _SHARD = 5_000_000_000
 """The most bytes in one file."""
@@ -270,8 +274,9 @@ def _companions(plan: MoePlan) -> dict[str, Path]:
 
 
 def _metadata(plan: MoePlan) -> dict[str, str]:
+    records = plan.record_sources() if plan.records is None else plan.records
     return {
-        "merging_moe_recipe": json.dumps(plan.recipe.to_dict(), ensure_ascii=False),
-        "merging_version": __version__,
-        "torch_version": torch.__version__,
+        MOE_RECIPE_KEY: json.dumps(plan.recipe.to_dict(), ensure_ascii=False),
+        SOURCES_KEY: json.dumps([each.to_dict() for each in records], ensure_ascii=False),
+        **dict(zip(VERSION_KEYS, (__version__, torch.__version__), strict=True)),
     }

@@ -16,7 +16,9 @@ from merging.moe.hidden_states import EMBEDDING
 from merging.moe.parts import CopiedTensor, OutputPart
 from merging.moe.recipe import ExpertEntry, MoeRecipe
 from merging.moe.source import MoeSource, open_moe_source
+from merging.plan.provenance import SourceRecord, record_source
 from merging.plan.recipe import DTYPES
+from merging.sources import Model
 from merging.sources.checkpoint import config_layers
 from merging.storage.output_tensor import OutputTensor
 
@@ -37,6 +39,7 @@ class MoePlan:
         routers: the tensors of the routers, by layer.
         shared_routers: the tensors of the gates of the shared expert, by layer.
         code: the program that the output brings, by the name of its file.
+        records: the records of the models for the header; None where they are still to be made.
         notices: remarks for people.
     """
 
@@ -49,6 +52,7 @@ class MoePlan:
     routers: tuple[OutputTensor, ...] = ()
     shared_routers: tuple[OutputTensor, ...] = ()
     code: dict[str, str] = field(default_factory=dict)
+    records: tuple[SourceRecord, ...] | None = None
     notices: tuple[str, ...] = ()
 
     @property
@@ -60,6 +64,19 @@ class MoePlan:
     def out_bytes(self) -> int:
         """The size of the tensors in bytes."""
         return sum(out.nbytes for out in self.outs)
+
+    def record_sources(self) -> tuple[SourceRecord, ...]:
+        """Return the records of all models under their names in the recipe. Samples of their values are read."""
+        entries = [*self.recipe.experts, *self.recipe.shared_experts]
+        named = [(self.recipe.base_model, self.base)]
+        named += zip((each.source_model for each in entries), self.experts, strict=True)
+        models: dict[str, Model] = {}
+        for name, source in named:
+            first = source.checkpoint if name.lora or source.adapter is None else source.adapter
+            models[name.model] = first
+            if name.lora and source.adapter:
+                models[name.lora] = source.adapter
+        return tuple(record_source(name, model) for name, model in models.items())
 
     @property
     def sources(self) -> list[MoeSource]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +175,31 @@ def test_the_command(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     card = (out / "README.md").read_text()
     assert "gate_mode: cheap_embed" in card and "moe" in card
     assert merging.make_moe.__doc__
+
+
+@pytest.mark.parametrize("gate_mode", ["hidden", "random", "smile"])
+def test_a_mixture_is_made_again(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate_mode: str) -> None:
+    """With the same bytes, also from models that were moved; and not from others."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "a", "b"):
+        shutil.copytree(dense / "llama" / name, name)
+    prompts = {} if gate_mode == "smile" else {"a": "one", "b": "cat"}
+    experts = [
+        {"source_model": name, **({"positive_prompts": [prompts[name]]} if prompts else {})} for name in ("a", "b")
+    ]
+    Path("moe.yml").write_text(yaml.safe_dump({"base_model": "base", "gate_mode": gate_mode, "experts": experts}))
+    assert run("moe", "moe.yml", "-o", "one")[0] == 0
+    shutil.move("a", "moved")
+    code, text = run("rerun", "one", "-o", "two")
+    assert code == 1 and "a, a model of one/model.safetensors, is not at hand" in text
+    code, text = run("rerun", "one", "-o", "two", "--source", "a=moved")
+    assert code == 0, text
+    assert "two has the same bytes as one" in text
+    assert Path("one/model.safetensors").read_bytes() == Path("two/model.safetensors").read_bytes()
+    assert json.loads(run("rerun", "one", "-o", "two", "--source", "a=moved", "--dry-run", "--json")[1])["tensors"]
+    code, text = run("rerun", "one", "-o", "three", "--source", "a=b")
+    assert code == 1 and "has other weights than then" in text and not Path("three").exists()
+    code, text = run("rerun", "one", "-o", "three", "--source", "a=b", "--allow-changed")
+    assert code == 0 and "has other bytes than one" in text
+    code, text = run("rerun", "one", "--source", "a=moved")
+    assert code == 1 and "name it with -o" in text
