@@ -75,7 +75,7 @@ def moe_command(
             made = make_planned_moe(
                 plan, output, device=pick_device(device), threads=threads, overwrite=overwrite, progress=report
             )
-    _echo_made(made, plan, as_json)
+    _echo_made(made, as_json)
 
 
 def make_again(planned: PlannedMoeRerun, execution: Execution, status: OutputStatus) -> None:
@@ -109,10 +109,12 @@ def make_again(planned: PlannedMoeRerun, execution: Execution, status: OutputSta
             progress=report,
         )
     notices = (*made.notices, *filter(None, [planned.compare(output)]))
-    _echo_made(replace(made, notices=notices), planned.plan, execution.as_json)
+    _echo_made(replace(made, notices=notices), execution.as_json)
 
 
-def _echo_made(made: MixtureOfExperts, plan: MoePlan, as_json: bool) -> None:
+def _echo_made(made: MixtureOfExperts, as_json: bool) -> None:
+    from merging.api.usage import describe_usage
+
     if as_json:
         echo_json(made.to_dict())
         return
@@ -121,14 +123,7 @@ def _echo_made(made: MixtureOfExperts, plan: MoePlan, as_json: bool) -> None:
         f"{made.path}: {made.architecture} of {plural(made.experts, 'expert')}, {plural(made.tensors, 'tensor')}, "
         f"{format_size(made.bytes)} in {made.seconds:.1f} s"
     )
-    echo_usage(_usage(plan, made.path))
-
-
-def _usage(plan: MoePlan, path: Path) -> str:
-    """Return the call that loads the mixture; a program of its own, in the folder or on the Hub, must be trusted."""
-    classes = plan.config.get("auto_map", {"": "AutoModelForCausalLM"})
-    trust = ", trust_remote_code=True" if "auto_map" in plan.config else ""
-    return f"transformers.{list(classes)[-1] or 'AutoModelForCausalLM'}.from_pretrained({str(path)!r}{trust})"
+    echo_usage(describe_usage(made.path))
 
 
 def _echo_plan(plan: MoePlan, output: Path, remark: str, as_json: bool) -> None:

@@ -77,7 +77,11 @@ def _ways_of_model(subject: Subject, path: Path) -> Iterator[str]:
     elif "_class_name" in subject.stated:
         yield f"diffusers.{subject.stated['_class_name']}.from_pretrained({name})"
     elif architecture and _serves("transformers", subject):
-        yield f"transformers.{architecture}.from_pretrained({name})"
+        classes = subject.stated.get("auto_map")
+        if isinstance(classes, dict) and classes:  # of code in the folder, or on the Hub
+            yield f"transformers.{list(classes)[-1]}.from_pretrained({name}, trust_remote_code=True)"
+        else:
+            yield f"transformers.{architecture}.from_pretrained({name})"
         if "ForCausalLM" in architecture and _serves("vllm", subject):
             yield f"vllm serve {shlex.quote(str(path))}"
     elif subject.weights is not None and subject.weights.suffix == ".safetensors":

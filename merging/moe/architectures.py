@@ -1,7 +1,6 @@
 """The types of mixtures that dense models can become: their tensors' names on disk, as the Hub has them, and configs.
 
-Every expert has names of its own (``experts.3.w1``): transformers stacks them when it loads them, and vLLM, SGLang and
-llama.cpp's converter read them as they are.
+Every expert has names of its own (``experts.3.w1``): programs stack them when they load them.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def moe_card(plan: MoePlan) -> str:
     facts["tags"] = ["merge", "moe", *(["custom_code"] if plan.code else [])]
     count = len(plan.recipe.experts)
     parts = [
-        f"A {plan.architecture} mixture of {plural(count, 'expert')}; each token reaches "
+        f"A mixture of {plural(count, 'expert')} ({plan.architecture}); each token reaches "
         f"{plan.recipe.experts_per_token}. Routers by {code(plan.recipe.gate_mode)}. Made of:",
         sources_listed(sources),
         prose(licence_sentence(licence)),

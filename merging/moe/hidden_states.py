@@ -37,7 +37,9 @@ def tokenize(base: MoeSource, prompts: Sequence[str]) -> list[list[int]]:
     if base.checkpoint.folder is None:
         raise InputError(f"{base.name}: is a bare file without a tokenizer, which the prompts need: give its folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base.checkpoint.folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            base.checkpoint.folder, local_files_only=True, trust_remote_code=False
+        )
         tokens = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{base.name}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None

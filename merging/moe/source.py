@@ -35,7 +35,9 @@ class MoeSource:
     adapter: Adapter | None = None
 
     def find_stored(self, name: str) -> Stored:
-        """Return the checkpoint's tensor of a name."""
+        """Return the checkpoint's tensor of a name. Raises :class:`~merging.errors.InputError` if it has none."""
+        if name not in self.checkpoint.tensors:
+            raise InputError(f"{self.name}: has no {name}, which its config wants")
         return self.checkpoint.tensors[name]
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:

@@ -18,6 +18,7 @@ __all__ = [
     "ONE_SCALE",
     "PLAIN",
     "SAVE_AGAIN",
+    "SMILE",
     "TABLES",
     "Program",
     "ProgramFinding",
@@ -33,10 +34,14 @@ __all__ = [
     "other_alphas",
     "other_ranks",
     "saved_tables",
+    "smile_experts",
     "starts",
     "stated_type",
     "states",
 ]
+
+SMILE = "load it with transformers, with trust_remote_code=True"
+"""Remedy for mixtures of low-rank experts."""
 
 BAKE = "merge it into its base with {kind=model}, and serve that"
 ONE_SCALE = "merge it with {method=passthrough}, which writes one rank and one scale"
@@ -172,6 +177,13 @@ class Program:
             return [refused]
         found = [each for rule in self.rules[subject.kind] for each in rule.findings(self, subject)]
         return found or [ProgramFinding(self.name, "ok", "nothing is refused or ignored")]
+
+
+def smile_experts(subject: Subject) -> Iterator[str]:
+    """Yield the type of a mixture of low-rank experts, which ``merge moe`` makes and no server knows."""
+    kind = subject.stated.get("model_type")
+    if isinstance(kind, str) and kind.startswith("smile_"):
+        yield f"model_type = {kind}"
 
 
 def states(*fields: str) -> Question:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from merging.errors import MergingError
 from merging.serving.peft import ADAPTERS, missing_tokens, unsaved_modules
-from merging.serving.rules import Program, Rule, absent, no_config, stated_type
+from merging.serving.rules import Program, Rule, absent, no_config, stated_type, states
 from merging.serving.subject import Subject
 from merging.sources.peft.unsupported_types import UNSUPPORTED
 from merging.sources.small_files import LIST_LIMIT, read_json
@@ -94,6 +94,8 @@ TRANSFORMERS = Program(
                  "write it once more with its index: merge it alone, with {method=passthrough}",
                  "modeling_utils.py, run"),
             Rule("refuses", "the index has no metadata", _plain_index, 'add "metadata": {} to it', "utils/hub.py, run"),
+            Rule("warns", "the model runs code that the config names", states("auto_map"),
+                 "read that code, and load the model with trust_remote_code=True", "dynamic_module_utils.py, run"),
             Rule("warns", "the config does not name the class of the model", absent("architectures"),
                  "add architectures", "models/auto/auto_factory.py, run"),
             Rule("warns", "transformers before 5 and accelerate refuse files without format = pt", _plain_header,

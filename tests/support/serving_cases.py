@@ -360,6 +360,11 @@ MODELS: dict[str, tuple[Edit, Expected]] = {
         dict.fromkeys(SERVERS, ("refuses", "does not name the architecture"))
         | {"transformers": ("warns", "does not name the class"), "diffusers": ("refuses", "a class of diffusers")},
     ),
+    "code": (
+        settings(model_type="smile_llama", auto_map={"AutoModelForCausalLM": "modeling_smile.SmileLlamaForCausalLM"}),
+        dict.fromkeys(SERVERS, ("refuses", "experts of low rank"))
+        | {"transformers": ("warns", "code that the config names")},
+    ),
     "no type": (settings(model_type=None), {"transformers": ("refuses", "what model it is")}),
     "no tokenizer": (removed("tokenizer.json"), dict.fromkeys(SERVERS, ("refuses", "there is no tokenizer"))),
     "another type": (
