@@ -23,6 +23,7 @@ class Difference:
         peer: what mergekit does.
         ours: what happens here.
         reason: why.
+        by_chance: whether only some runs of mergekit show it.
     """
 
     recipes: tuple[str, ...]
@@ -30,6 +31,7 @@ class Difference:
     peer: str
     ours: str
     reason: str
+    by_chance: bool = False
 
     def applies(self, recipe: str) -> bool:
         """Return whether a recipe shows the difference."""
@@ -127,6 +129,7 @@ DIFFERENCES = (
         "`chat_template: auto`, of two templates with as many models: takes either",
         "takes the template of the tokenizer's model",
         "the template uses tokens that its own tokenizer has",
+        by_chance=True,
     ),
     Difference(
         ("card-nuslerp-gradient", "oracle-18-nuslerp"),
@@ -134,6 +137,7 @@ DIFFERENCES = (
         "without `base_model` and `tokenizer_source`, copies config and tokenizer of a model in an order by chance",
         "copies those of the first model",
         "the same recipe makes the same files",
+        by_chance=True,
     ),
     Difference(
         ("card-stack-gpt2",),

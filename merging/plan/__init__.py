@@ -159,11 +159,12 @@ def _find_template(recipe: Recipe, models: Sequence[Model], base: Checkpoint | N
     """Return the text of the chat template that the recipe asks for, if any."""
     if recipe.chat_template is None:
         return None
-    checkpoints = [model for model in ([base, *models] if base else models) if isinstance(model, Checkpoint)]
+    given = [base, *models] if base else models
+    checkpoints = {model.path: model for model in given if isinstance(model, Checkpoint)}  # a base may be a model too
     if recipe.chat_template == "auto":
-        for model in checkpoints:
+        for model in checkpoints.values():
             download_tokenizer(model)
-    return resolve_chat_template(recipe.chat_template, checkpoints)
+    return resolve_chat_template(recipe.chat_template, list(checkpoints.values()))
 
 
 def _check_sites(recipe: Recipe, planned: PlannedOutput, output: str, models: int, based: bool) -> list[str]:

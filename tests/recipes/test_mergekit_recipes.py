@@ -78,4 +78,4 @@ def test_same_model(outputs: tuple[Path, dict[str, str | None]], name: str, monk
     listed = [difference for difference in DIFFERENCES if difference.applies(name)]
     unexplained = [line for line in seen if not any(difference.explains(line) for difference in listed)]
     assert not unexplained
-    assert all(any(map(difference.explains, seen)) for difference in listed), seen
+    assert all(any(map(difference.explains, seen)) for difference in listed if not difference.by_chance), seen
