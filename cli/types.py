@@ -31,7 +31,8 @@ class Size(click.ParamType[int]):
 class ValuesType(click.ParamType[Any]):
     """One number for all models, or a comma list with one a model; each may run from block to block, as 0.2:0.8.
 
-    In braces it is a mapping by names of tensors, as in a recipe.
+    With " else 0.5" it has another value before and after the blocks. In braces it is a mapping by names of tensors, as
+    in a recipe.
     """
 
     name = "numbers"
@@ -71,8 +72,10 @@ class TokenizerType(click.ParamType[Any]):
 
 
 def _runs(text: str) -> bool:
-    """Whether the text is numbers with colons between them."""
-    return ":" in text and all(math.isfinite(float(part)) for part in text.split(":"))
+    """Whether the text is numbers with colons between them, and perhaps another one for tensors outside the blocks."""
+    points, _, outside = text.partition(" else ")
+    numbers = [*points.split(":"), *([outside] if outside else [])]
+    return ":" in points and all(math.isfinite(float(number)) for number in numbers)
 
 
 class ModelType(click.ParamType[str]):

@@ -9,7 +9,7 @@ from pathlib import Path
 from merging.errors import InputError, OptionError
 from merging.hub.open_model import open_model
 from merging.maths.parameters import bind_value, patterns
-from merging.maths.patterns import all_matching
+from merging.maths.patterns import explain_unmatched
 from merging.maths.site import Site
 from merging.plan.layer_stack import LayerPart, LayerStack
 from merging.plan.provenance import names_of
@@ -111,7 +111,8 @@ class _Opener:
                     f"{model.path}: is an adapter, and layers are taken of full models: merge it into its base first, "
                     f"by a recipe in the place of the model"
                 )
-            _check_patterns(part, model)
+            if not self.recipe.allow_unmatched:
+                _check_patterns(part, model)
             widest = DTYPES[self.recipe.dtype] if self.recipe.dtype else None
             parts.append(StackPart(model, str(model.path), part.stack, part.bounds, _scale_of(part), widest=widest))
             pinned.append(part.model_copy(update={"model": entry}))
@@ -120,10 +121,9 @@ class _Opener:
 
 def _check_patterns(part: LayerPart, model: Checkpoint) -> None:
     """Refuse a scale for tensors that a model does not have. Raises :class:`~merging.errors.OptionError`."""
-    try:
-        all_matching(patterns(part.scale), model.tensors)
-    except OptionError as error:
-        raise OptionError(f"scale: {error}") from None
+    for pattern in patterns(part.scale):
+        if problem := explain_unmatched(pattern, list(model.tensors)):
+            raise OptionError(f"{pattern!r} in scale {problem}")
 
 
 def _scale_of(part: LayerPart) -> Callable[[Site], float]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from merging.display.tables import Displayed
+from merging.errors import OptionError
 from merging.maths.parameters import Coefficient, Local, plain
 from merging.plan.checked_model import CheckedModel
 
@@ -42,7 +43,8 @@ class LayerPart(Displayed, CheckedModel):
     layers: str | None = Field(
         None,
         description="the first block and the block behind the last, such as 0:8; by default all blocks; where a model "
-        "has several stacks of blocks, with the name of one in front, such as decoder=0:8",
+        "has several stacks of blocks, with the name of one in front, such as decoder=0:8; 0:0 takes only the tensors "
+        "around the blocks",
     )
     scale: Local[Coefficient] = Field(1.0, description="what the weights are multiplied by, perhaps by name")
 
@@ -62,7 +64,7 @@ class LayerPart(Displayed, CheckedModel):
         if found is None:
             raise ValueError("should be a range of blocks such as 0:8, from the first to behind the last")
         start, stop = int(found["start"]), int(found["stop"])
-        if start >= stop:
+        if start >= stop > 0 or start > stop:
             order = "is empty" if start == stop else "is reversed"
             raise ValueError(f"{order}: a range has the first block, and the block behind the last, such as 0:8")
         return f"{found['stack'] or ''}{start}:{stop}"
@@ -92,7 +94,7 @@ class LayerStack(Displayed, CheckedModel):
     """A model made of parts: their blocks one after the other, counted from 0.
 
     The tensors before the blocks (embeddings) come from the first part, the tensors after them (final norm, head) from
-    the last part.
+    the last part. So a first or last part may have no blocks (``0:0``).
 
     Example:
         >>> import merging
@@ -114,6 +116,15 @@ class LayerStack(Displayed, CheckedModel):
     def _one_part(cls, values: Any) -> Any:
         """A part by itself is a stack of one."""
         return {"parts": [values]} if isinstance(values, dict) and "model" in values else values
+
+    @model_validator(mode="after")
+    def _check_empty(self) -> LayerStack:
+        empty = [index for index, part in enumerate(self.parts) if part.bounds == (0, 0)]
+        if len(empty) == len(self.parts):
+            raise OptionError("the stack has no blocks: a range such as 0:8 has some")
+        if inner := [index for index in empty if 0 < index < len(self.parts) - 1]:
+            raise OptionError(f"stack.{inner[0]} has no blocks, as only the first and the last part may: leave it out")
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Return the stack in plain values; a stack of one part as that part."""

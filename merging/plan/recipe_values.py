@@ -185,7 +185,7 @@ def _make_entry(value: Any, keys: Keys, place: Place, origin: Place | None) -> E
             return make_recipe(dict(value), place(keys), shifted)
         if "stack" in value:
             return _make_stack(value["stack"], (*keys, "stack"), place, origin)
-        return LayerStack(parts=(_make_part(value, keys, place, origin),))
+        return _join_parts([_make_part(value, keys, place, origin)], place(keys))
     shown = ".".join(map(str, keys))
     raise OptionError(
         f"{place(keys)}: {shown} = {plain(value)!r}: should be text, a recipe with models and method, or layers of a "
@@ -197,7 +197,14 @@ def _make_stack(value: Any, keys: Keys, place: Place, origin: Place | None) -> L
     if not isinstance(value, (list, tuple)) or not value:
         shown = ".".join(map(str, keys))
         raise OptionError(f"{place(keys)}: {shown} should be a list of parts: - {{model: NAME, layers: 0:8}}")
-    return LayerStack(parts=tuple(_make_part(each, (*keys, i), place, origin) for i, each in enumerate(value)))
+    return _join_parts([_make_part(each, (*keys, i), place, origin) for i, each in enumerate(value)], place(keys))
+
+
+def _join_parts(parts: list[LayerPart], origin: str) -> LayerStack:
+    try:
+        return LayerStack(parts=parts)
+    except OptionError as error:
+        raise OptionError(f"{origin}: {error}") from None
 
 
 def _make_part(value: Any, keys: Keys, place: Place, origin: Place | None) -> LayerPart:

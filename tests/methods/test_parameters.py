@@ -334,4 +334,7 @@ def test_values_by_name_on_the_command_line(tmp_path: Path, monkeypatch: pytest.
     words = ["-m", "ties", "--scope", "tensor", "--density", '{mlp: [0.3, 0.1:0.5], "*": 0.2}', "a", "b"]
     recipe = load_recipe(ok(*words, "--recipe-only").stdout)
     assert recipe.to_dict()["parameters"] == {"density": {"mlp": [0.3, "0.1:0.5"], "*": 0.2}, "scope": "tensor"}
+    words = ["-m", "linear", "--weights", "0.1:0.3 else 0.2,1", "a", "b", "--recipe-only"]
+    assert "- 0.1:0.3 else 0.2" in ok(*words).stdout
+    assert "is no number" in refused("-m", "linear", "--weights", "0.1:0.3 else x", "a", code=2)
     assert "--density: is not valid YAML" in refused("-m", "ties", "--density", "{mlp: 0.3", "a")

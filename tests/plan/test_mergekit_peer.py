@@ -70,13 +70,43 @@ FLAT = {
 }
 
 
+def sliced(method: str, *slices: str, base: str = "", parameters: str = "") -> str:
+    """Write a recipe of slices, each its sources by model and range, and perhaps parameters."""
+    lines = [f"merge_method: {method}", "dtype: float64", "slices:"]
+    for each in slices:
+        sources, _, own = each.partition(" | ")
+        lines.append("- sources:")
+        for source in sources.split("; "):
+            model, layers, *given = source.split(" ", 2)
+            first, last = layers.split(":")
+            lines.append(
+                f"  - {{model: MODELS/{model}, layer_range: [{first}, {last}], parameters: {{{''.join(given)}}}}}"
+            )
+        lines += [f"  {own}"] if own else []
+    lines += [f"base_model: MODELS/{base}"] if base else []
+    return "\n".join([*lines, f"parameters: {{{parameters}}}"])
+
+
+SCALED = "scale: [{filter: o_proj, value: 0}, {filter: down_proj, value: [0.5, 1, 2]}, {value: 1}]"
+SLICED = {
+    "one slice": sliced("slerp", "a 0:4; b 0:4", base="a", parameters=f"t: [{ATTENTION}, {MLP}, {{value: 0.5}}]"),
+    "other layers": sliced("linear", "a 1:3 weight: [0.2, 0.7]; b 2:4 weight: [0.8, 0.3]"),
+    "a slice of ties": sliced(
+        "ties", "base 0:4; a 0:4; b 0:4 density: 0.5", base="base", parameters="weight: [0.2, 1]"
+    ),
+    "a stack": sliced("passthrough", "a 0:3", f"b 1:4 {SCALED}", "c 3:4"),
+    "slices without layers": sliced("passthrough", "c 0:0", "a 0:3", "b 1:4", "base 0:0"),
+}
+RECIPES = FLAT | SLICED
+
+
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all recipes and of mergekit's merges, made in one process."""
     root = tmp_path_factory.mktemp("mergekit")
     save(DEEP, root / "models", ("base", "a", "b", "c", "other"))
     words = []
-    for index, text in enumerate(FLAT.values()):
+    for index, text in enumerate(RECIPES.values()):
         file = root / f"{index}.yml"
         file.write_text(text.replace("MODELS", str(root / "models" / "float32")))
         words += [str(file), str(root / f"peer-{index}")]
@@ -87,10 +117,10 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name", FLAT)
+@pytest.mark.parametrize("name", RECIPES)
 def test_the_same_file(outputs: Path, name: str) -> None:
     """Both run the file as it is, and agree in float64 but for the order of sums and the peer's 1e-8 in divisions."""
-    index = list(FLAT).index(name)
+    index = list(RECIPES).index(name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         merging.load_recipe(outputs / f"{index}.yml").run(output=outputs / f"ours-{index}")

@@ -110,6 +110,42 @@ def test_a_gradient_over_one_layer() -> None:
     assert read(text).recipe.to_dict()["stack"][0]["model"]["parameters"] == {"t": 0.9}
 
 
+def test_filters_that_name_layers() -> None:
+    """They mean the layers of a model for values of its own, and else of the output; in parts layers count from 0."""
+    filters = "[{filter: layers.1, value: 0.1}, {filter: 'model.layers.3.mlp', value: 0.3}, {value: 0.5}]"
+    text = f"""\
+merge_method: linear
+slices:
+- sources: [{{model: a, layer_range: [0, 2]}}]
+- sources:
+  - {{model: one, layer_range: [9, 12], parameters: {{weight: {filters}}}}}
+  - {{model: two, layer_range: [1, 4]}}
+  parameters: {{normalize: [{{filter: layers.3., value: false}}, {{value: true}}]}}
+parameters: {{weight: {filters}}}
+"""
+    _, merge = read(text).recipe.to_dict()["stack"]
+    assert merge["model"]["parameters"] == {
+        "weights": [
+            {"layers.1.": 0.1, "layers.2.": 0.1, "*": 0.5},  # 10 and 11 of 9 to 11
+            {"layers.0.": 0.1, "model.layers.2.mlp": 0.3, "*": 0.5},  # 1 and 3 of 1 to 3
+        ],
+        "normalize": {"layers.1.": False, "*": True},  # 3 of 2 to 4
+    }
+
+
+def test_slices_without_layers() -> None:
+    """At the ends they give the tensors around the blocks, as some keep an embedding or a head; else nothing."""
+    text = STACK.replace("slices:", "slices:\n- sources: [{model: head, layer_range: [4, 4]}]")
+    assert read(text).recipe.to_dict()["stack"][0] == {"model": "head", "layers": "0:0"}
+    inner = STACK.replace("- sources:\n", "- sources: [{model: head, layer_range: [0, 0]}]\n- sources:\n")
+    assert read(inner).recipe == read(STACK).recipe
+    assert read(inner).notices == ("m.yml, line 3: this slice has no layers, and is left out",)
+    with pytest.raises(OptionError, match=r"m\.yml, line 1: the stack has no blocks"):
+        read("stack: [{model: one, layers: 0:0}]")
+    with pytest.raises(OptionError, match=r"m\.yml, line 1: stack\.1 has no blocks, as only the first and the last"):
+        read("stack: [{model: one, layers: 0:2}, {model: one, layers: 0:0}, {model: one, layers: 0:2}]")
+
+
 BAKED: dict[str, Any] = {"models": ["lora"], "method": "task_arithmetic", "base": "one", "as": "model"}
 
 

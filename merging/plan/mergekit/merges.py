@@ -9,7 +9,7 @@ from typing import Any
 from merging.plan.mergekit.chains import defaults_of
 from merging.plan.mergekit.methods import MethodSpec
 from merging.plan.mergekit.models import Entry
-from merging.plan.mergekit.parameters import Levels, Stated, check_names, read_parameters
+from merging.plan.mergekit.parameters import Layers, Levels, Stated, check_names, read_parameters
 from merging.plan.mergekit.reading import Reading
 from merging.plan.recipe_document import Keys
 
@@ -42,24 +42,32 @@ class Translated:
 
 @dataclass(frozen=True, slots=True)
 class MergeSource:
-    """A model of a merge: the keys of its entry, its name or recipe, and the entry in our schema with its layers."""
+    """A model of a merge.
+
+    Attributes:
+        keys: the way to its entry in the document.
+        model: its name, or the recipe that makes it.
+        entry: the same in our schema, with its layers.
+        start: the number of the first of these layers.
+    """
 
     keys: Keys
     model: Entry
     entry: Entry
+    start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class MergeKeys:
     """The places of a merge in the document: of the list of its models, of its base and of shared parameters.
 
-    ``one_layer`` says whether it is a merge of one layer alone.
+    ``layers`` are the layers of a slice, None for whole models.
     """
 
     models: Keys
     base: Keys
     shared: Sequence[Keys]
-    one_layer: bool = False
+    layers: Layers | None = None
 
 
 def build_merge(
@@ -77,7 +85,8 @@ def build_merge(
     if spec.base != "ignored" and base is not None:
         merged = [each for each in sources if each.model != base.model]
     _check_count(reading, spec, len(merged), keys.models)
-    levels = Levels([(*each.keys, "parameters") for each in merged], keys.shared, keys.one_layer)
+    places = [(*each.keys, "parameters") for each in merged]
+    levels = Levels(places, keys.shared, keys.layers, [each.start for each in merged])
     stated = read_parameters(reading, spec, levels)
     origin = reading.document.origin
     entries = [(each.entry, origin((*each.keys, "model")), None) for each in merged]

@@ -10,10 +10,23 @@ from merging.errors import nearest
 from merging.plan.mergekit.methods import MethodSpec, Parameter
 from merging.plan.mergekit.reading import Reading
 from merging.plan.mergekit.schema import top
-from merging.plan.mergekit.values import FilterRule, convert_points, join_rules, origins_of, read_rules, state
+from merging.plan.mergekit.values import FilterRule, convert_points, join_rules, origins_of, read_rules, renumber, state
 from merging.plan.recipe_document import Keys
 
 __all__ = ["Levels", "Stated", "check_names", "read_parameters"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """The layers of a slice.
+
+    Attributes:
+        count: their number.
+        start: the number of the first one in the output.
+    """
+
+    count: int
+    start: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +36,14 @@ class Levels:
     Attributes:
         models: the place of each model's own parameters.
         shared: the places of parameters for all models.
-        one_layer: whether the merge is of one layer alone.
+        layers: the layers of a slice, None for whole models.
+        starts: the number of the first layer of the slice in each model.
     """
 
     models: Sequence[Keys]
     shared: Sequence[Keys]
-    one_layer: bool = False
+    layers: Layers | None = None
+    starts: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +92,9 @@ def read_parameters(reading: Reading, spec: MethodSpec, levels: Levels) -> dict[
     for name, parameter in spec.parameters.items():
         places = levels.models if parameter.per_model else [()]
         rules = [_resolve(reading, name, parameter, own, levels.shared) for own in places]
+        if layers := levels.layers:  # names of mergekit's filters: of inputs for values of models, else of the output
+            starts = levels.starts if parameter.per_model else (layers.start,)
+            rules = [renumber(each, start, layers.count) for each, start in zip(rules, starts, strict=True)]
         for own, each in zip(places, rules, strict=True):
             if parameter.required and not each:
                 raise _missing(reading, name, spec, own)
@@ -84,7 +102,7 @@ def read_parameters(reading: Reading, spec: MethodSpec, levels: Levels) -> dict[
         if parameter.idle and given:
             reading.note(given, f"{name} has no effect with {spec.name}: {parameter.idle}")
         if parameter.target and any(rules):
-            values = [state(each, one_layer=levels.one_layer) for each in rules]
+            values = [state(each, one_layer=layers is not None and layers.count == 1) for each in rules]
             if all(value == values[0] for value in values):
                 patterns = origins_of(rules[0])
                 stated[parameter.target] = Stated(values[0], given, patterns)

@@ -8,7 +8,7 @@ from typing import Any
 from merging.plan.mergekit.merges import MergeKeys, MergeSource, Translated, build_merge
 from merging.plan.mergekit.methods import MethodSpec
 from merging.plan.mergekit.models import Entry, read_model
-from merging.plan.mergekit.parameters import check_names
+from merging.plan.mergekit.parameters import Layers, check_names
 from merging.plan.mergekit.reading import Reading
 from merging.plan.mergekit.schema import SLICE, SOURCE
 from merging.plan.recipe_document import Keys
@@ -21,11 +21,16 @@ def build_slices(reading: Reading, spec: MethodSpec, base: Entry | None, folder:
 
     ``above`` leads to the module that has the slices. Raises :class:`~merging.errors.OptionError`.
     """
-    built = []
-    for index in range(len(reading.items((*above, "slices"), "slices"))):
+    built, start = [], 0
+    count = len(reading.items((*above, "slices"), "slices"))
+    for index in range(count):
         keys: Keys = (*above, "slices", index)
-        part = _build_slice(reading, spec, base, folder, keys)
+        part, length = _build_slice(reading, spec, base, folder, keys, start=start)
+        if not length and 0 < index < count - 1:
+            reading.note(keys, "this slice has no layers, and is left out")
+            continue
         built.append((part, reading.document.origin(keys)))
+        start += length
     if len(built) == 1 and "models" in built[0][0].values:
         return built[0][0]
     stack = Translated()
@@ -42,8 +47,14 @@ def build_slices(reading: Reading, spec: MethodSpec, base: Entry | None, folder:
     return stack
 
 
-def _build_slice(reading: Reading, spec: MethodSpec, base: Entry | None, folder: Path, keys: Keys) -> Translated:
-    """Return a slice: layers of a model that are taken as they are or scaled, or else the merge of its sources."""
+def _build_slice(
+    reading: Reading, spec: MethodSpec, base: Entry | None, folder: Path, keys: Keys, *, start: int
+) -> tuple[Translated, int]:
+    """Return a slice, and its number of layers.
+
+    It is layers of a model that are taken as they are or scaled, or else the merge of its sources. ``start`` is the
+    number of its first layer in the output.
+    """
     values = reading.check_keys(keys, "a slice", SLICE)
     check_names(reading, spec, (*keys, "parameters"), of_model=False)
     if values.get("residual_weight") is not None:
@@ -52,7 +63,9 @@ def _build_slice(reading: Reading, spec: MethodSpec, base: Entry | None, folder:
         _read_source(reading, (*keys, "sources", index), folder)
         for index in range(len(reading.items((*keys, "sources"), "sources")))
     ]
-    lengths = [_length(each) for each in sources]
+    lengths = [last - first for first, last in map(_bounds, sources)]
+    if len(sources) > 1 and not lengths[0]:
+        raise reading.error((*keys, "sources", 0, "layer_range"), "layer_range has no layers: a merge needs some")
     if uneven := next((index for index, each in enumerate(lengths) if each != lengths[0]), None):
         raise reading.error(
             (*keys, "sources", uneven, "layer_range"),
@@ -65,9 +78,9 @@ def _build_slice(reading: Reading, spec: MethodSpec, base: Entry | None, folder:
     own = next((each for each in sources if each.model == base), None) if base is not None else None
     if base is not None and own is None and spec.base != "ignored":
         raise reading.error((*keys, "sources"), "base_model is not among the sources of this slice: add its layers")
-    places = MergeKeys((*keys, "sources"), base_keys, levels_above(keys), one_layer=lengths[0] == 1)
+    places = MergeKeys((*keys, "sources"), base_keys, levels_above(keys), Layers(lengths[0], start))
     merge = build_merge(reading, spec, sources, None if spec.base == "ignored" else own, places)
-    return _as_part(merge) if spec.name == "passthrough" else merge
+    return (_as_part(merge) if spec.name == "passthrough" else merge), lengths[0]
 
 
 def levels_above(keys: Keys) -> list[Keys]:
@@ -87,10 +100,10 @@ def _as_part(merge: Translated) -> Translated:
     return part
 
 
-def _length(source: MergeSource) -> int:
+def _bounds(source: MergeSource) -> tuple[int, int]:
     assert isinstance(source.entry, dict)
     first, last = map(int, source.entry["layers"].split(":"))
-    return last - first
+    return first, last
 
 
 def _read_source(reading: Reading, keys: Keys, folder: Path) -> MergeSource:
@@ -101,7 +114,8 @@ def _read_source(reading: Reading, keys: Keys, folder: Path) -> MergeSource:
         raise reading.error(keys, "this source has no layer_range: write layer_range: [0, 8] for its first 8 layers")
     model = read_model(reading, (*keys, "model"), folder)
     first, last = _read_range(reading, (*keys, "layer_range"))
-    return MergeSource(keys, model, {"model": model, "layers": f"{first}:{last}"})
+    layers = f"{first}:{last}" if first < last else "0:0"  # the tensors around the blocks alone
+    return MergeSource(keys, model, {"model": model, "layers": layers}, first)
 
 
 def _read_range(reading: Reading, keys: Keys) -> tuple[int, int]:

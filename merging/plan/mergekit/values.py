@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -22,6 +23,7 @@ __all__ = [
     "join_rules",
     "origins_of",
     "read_rules",
+    "renumber",
     "state",
 ]
 
@@ -184,6 +186,31 @@ def state(rules: Sequence[FilterRule], *, one_layer: bool = False) -> Any:
         return None
     stated = {rule.pattern: _state_points(rule.points) for rule in rules}
     return stated[EVERYWHERE] if len(stated) == 1 and EVERYWHERE in stated else stated
+
+
+_NUMBERED = re.compile(r"(.*\b(?:layers?|blocks?|h)\.)([0-9]+)(.*)")
+"""A filter that names a layer: the part before its number, the number, and the rest."""
+
+
+def renumber(rules: Sequence[FilterRule], start: int, count: int) -> list[FilterRule]:
+    """Return rules of a slice for its layers counted from 0, whose first one is number ``start`` in the filters.
+
+    A filter ``layers.1`` is a part of the names of layers 1 and 10 to 19.
+    """
+    renumbered = []
+    for rule in rules:
+        found = _NUMBERED.fullmatch(rule.pattern)
+        if found is None:
+            renumbered.append(rule)
+            continue
+        before, number, rest = found.groups()
+        layers = [str(start + index) for index in range(count)]
+        renumbered += [
+            FilterRule(f"{before}{index}{rest or '.'}", rule.points, rule.keys)
+            for index, layer in enumerate(layers)
+            if layer == number or (not rest and layer.startswith(number))
+        ]
+    return renumbered
 
 
 def origins_of(rules: Sequence[FilterRule]) -> dict[Keys, Keys]:
