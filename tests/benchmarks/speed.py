@@ -2,6 +2,7 @@
 
     python tests/benchmarks/speed.py --size 0.5 2 --mergekit-python peer/bin/python
     python tests/benchmarks/speed.py --plan
+    python tests/benchmarks/speed.py --recipes --mergekit-python peer/bin/python
 
 Each round runs everything once, one after the other, and ratios are taken within a round, so that a machine that gets
 slower half-way slows both sides; the table has the medians. Rows: two models averaged, two task vectors added to a
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ PEER_FOLDER = Path(__file__).resolve().parents[1] / "peer"
 sys.path.insert(0, str(PEER_FOLDER))
 
 from mergekit_runner import Measured, measure, private_bytes  # noqa: E402
+from speed_recipes import HEADS, recipe_rows, run_recipe  # noqa: E402
 
 SHARD_BYTES = 1_000_000_000
 NAMES = ("base", "a", "b")
@@ -343,8 +346,9 @@ def worker(arguments: str) -> None:
     """In a process of its own: import, then merge and print what that took."""
     settings = json.loads(arguments)
     merging = import_everything()
+    merge = partial(run_recipe, merging) if "recipe" in settings else merging.merge
     floor = private_bytes()
-    print(json.dumps(measure(lambda: merging.merge(**settings), settings["output"], floor)))
+    print(json.dumps(measure(lambda: merge(**settings), settings["output"], floor)))
 
 
 # ---------------------------------------------------------------- tables
@@ -467,6 +471,7 @@ def main() -> None:
     """Parse the command line and print one table."""
     parser = options(__doc__)
     parser.add_argument("--plan", action="store_true", help="time planning many small tensors instead")
+    parser.add_argument("--recipes", action="store_true", help="time recipes and stages instead")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.worker:
@@ -476,6 +481,11 @@ def main() -> None:
     else:
         with tempfile.TemporaryDirectory(dir=chosen.work) as folder:
             bench = Bench(Path(folder), chosen.mergekit_python, chosen.threads)
+            if chosen.recipes:
+                prepare(bench, chosen.size[0])
+                print(conditions(chosen.repeats, bench.threads))
+                print(table(HEADS, recipe_rows(bench, CASES, chosen.repeats, __file__)))
+                return
             compare(bench, chosen.size, chosen.repeats, CASES)
 
 
