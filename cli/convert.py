@@ -68,6 +68,9 @@ def convert_command(source: str, to: str, output: Path | None, overwrite: bool, 
 def _read_source(source: str, lenient: bool) -> Recipe:
     """Return the recipe of a file, an output, a card or a command line."""
     path = Path(source)
+    words = shlex.split(source) if source.startswith("merge ") and not path.exists() else []
+    if words:
+        return _read_command(words[1:])
     if source == "-" or (source.endswith(_ENDINGS) and not path.is_dir()):
         if not path.exists() and source != "-":
             from merging.hub.address import no_such_path
@@ -76,9 +79,6 @@ def _read_source(source: str, lenient: bool) -> Recipe:
         loaded = load_source(path, [], lenient)
         echo_notices(loaded.notices)
         return loaded.recipe
-    words = shlex.split(source) if source.startswith("merge ") and not path.exists() else []
-    if words:
-        return _read_command(words[1:])
     from merging.api.recipe_records import read_record
 
     return read_record(source).recipe(lenient=lenient)

@@ -89,9 +89,9 @@ DIFFERENCES = (
         "a base is a model that others start from; to merge it, list it",
     ),
     Difference(
-        _TOKENIZED,
+        (*_TOKENIZED, "card-lora-as-base", "card-lora-passthrough"),
         ("generation_config.json: *",),
-        "loses generation_config.json where the recipe has a tokenizer",
+        "loses generation_config.json where the recipe has a tokenizer or a chat template, or its base has an adapter",
         "copies it, with the ids of the new tokenizer",
         "without it a model may not stop at its end of turn",
     ),
@@ -145,6 +145,13 @@ DIFFERENCES = (
         "stacks two models with tied heads: the embedding of the first one is the head",
         "writes the head of the last model, and says in config.json that it is not tied",
         "the last blocks and the final norm were trained with that head",
+    ),
+    Difference(
+        ("card-stack-dangling",),
+        ("values: lm_head.weight", "values: model.norm.weight"),
+        "merges the head and the final norm of as many models as the first slice has, if the last slice has more",
+        "of all models of the last slice",
+        "these tensors come after its blocks",
     ),
     Difference(
         ("card-stack-tied", "card-stack-window-layers"),

@@ -125,6 +125,14 @@ def test_a_command_line_becomes_a_recipe(folder: Path) -> None:
     ok("convert", words, "-o", "recipes/ties.yml", "--overwrite")
 
 
+def test_a_command_line_that_runs_a_recipe_becomes_one(folder: Path) -> None:
+    (folder / "ours.yml").write_text("models: [tuned0, tuned1]\nmethod: linear\n")
+    changed = ok("convert", "merge run ours.yml --set weights=[1,3]").stdout
+    assert yaml.safe_load(changed)["parameters"] == {"weights": [1, 3]}
+    stacked = ok("convert", "merge stack tuned0 0:2 tuned1 1:3", "--to", "mergekit").stdout
+    assert [each["sources"][0]["layer_range"] for each in yaml.safe_load(stacked)["slices"]] == [[0, 2], [1, 3]]
+
+
 def test_an_output_becomes_a_recipe(folder: Path) -> None:
     ok("--method", "slerp", "tuned0", "tuned1", "--t", "0.3", "-o", "out")
     assert ok("convert", "out").stdout == ok("convert", "out/README.md").stdout

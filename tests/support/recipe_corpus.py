@@ -17,10 +17,12 @@ RECIPES = {file.stem: file for file in sorted((TESTS / "recipes").glob("*.yml"))
 
 
 def exact(text: str) -> str:
-    """Return the recipe computed and written in float64."""
+    """Return the recipe computed and written in float64; stages are written in their own types."""
 
     def change(document: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in document.items() if key != "out_dtype"} | {"dtype": "float64"}
+        rest = {key: value for key, value in document.items() if key != "out_dtype"}
+        stored = document.get("out_dtype", document.get("dtype"))
+        return rest | {"dtype": "float64"} | ({"out_dtype": stored} if "name" in document and stored else {})
 
     return _change(text, change)
 

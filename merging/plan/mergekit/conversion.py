@@ -48,7 +48,7 @@ def _normalize(value: Any) -> Any:
     if isinstance(value, Mapping):
         if set(value) == {"*"}:
             return _normalize(value["*"])
-        return {key: _normalize(each) for key, each in value.items()}
+        return {key: _normalize(each) for key, each in value.items() if key != "allow_unmatched"}
     if isinstance(value, list):
         items = [_normalize(each) for each in value]
         numbers = all(isinstance(each, (int, float, str)) for each in items)

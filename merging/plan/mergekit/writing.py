@@ -20,8 +20,8 @@ from merging.plan.recipe import Entry, Recipe
 
 __all__ = ["write_documents"]
 
-_SAID = {"models", "method", "base", "dtype", "tokenizer", "chat_template"}
-"""Fields of recipes that mergekit has in its own form."""
+_SAID = {"models", "method", "base", "dtype", "tokenizer", "chat_template", "allow_unmatched"}
+"""Fields of recipes that mergekit has in its own form; it takes every filter, whether it matches a tensor or not."""
 
 
 def write_documents(recipe: Recipe) -> str:
@@ -108,9 +108,11 @@ class _Stages:
         return {"model": self._name(entry)}
 
     def _write_part(self, part: LayerPart) -> dict[str, Any]:
-        if part.layers is None:
+        if part.bounds is None:
             raise OptionError("mergekit stacks layers by their numbers: give each part of the stack its layers")
-        return {"model": self._name(part.model), "layer_range": list(part.layers)}
+        if part.stack is not None:
+            raise OptionError(f"mergekit has no name for one stack of several: {part.layers}")
+        return {"model": self._name(part.model), "layer_range": list(part.bounds)}
 
     def _write_slices(self, parts: Sequence[LayerPart]) -> dict[str, Any]:
         """Return slices: layers of a model, or merges of layers, all by one method."""
