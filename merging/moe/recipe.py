@@ -68,8 +68,12 @@ class ExpertEntry(Displayed, CheckedModel):
     source_model: ModelName
     positive_prompts: tuple[str, ...] = Field((), description="texts that should reach the expert")
     negative_prompts: tuple[str, ...] = Field((), description="texts that should not")
-    noise_scale: float | None = Field(None, ge=0, description="standard deviation of normal noise on its weights")
-    residual_scale: float | None = Field(None, description="factor of its output, by its down projections")
+    noise_scale: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="standard deviation of normal noise on its weights"
+    )
+    residual_scale: float | None = Field(
+        None, allow_inf_nan=False, description="factor of its output, by its down projections"
+    )
 
     @field_validator("positive_prompts", "negative_prompts", mode="before")
     @classmethod

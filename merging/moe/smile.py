@@ -15,10 +15,13 @@ from collections.abc import Sequence
 
 from merging.maths.delta import Delta, Dense, LowRank
 from merging.maths.lazy_torch import Tensor, torch
-from merging.maths.linalg import decompose, factored_svd
+from merging.maths.linalg import decompose, factored_svd, krylov_svd
 from merging.moe.source import MoeSource
 
 __all__ = ["available_rank", "decompose_change", "read_change", "same_checkpoint"]
+
+_LARGE = 512
+"""Matrices with shorter sides are decomposed exactly, and larger ones where many directions are wanted."""
 
 
 def same_checkpoint(one: MoeSource, other: MoeSource) -> bool:
@@ -65,8 +68,11 @@ def decompose_change(change: Delta, rows: int, rank: int, device: torch.device) 
     if isinstance(change, LowRank) and not change.transposed:
         u, s, vh = factored_svd(change.up.to(device), change.down.to(device))
     else:
-        matrix = change.dense().to(device).double()
-        u, s, vh = decompose(matrix, needed=max(rows, rank))
+        matrix, needed = change.dense().to(device), max(rows, rank)
+        if min(matrix.shape) > _LARGE and 8 * needed <= min(matrix.shape):
+            u, s, vh = krylov_svd(matrix, needed)
+        else:
+            u, s, vh = decompose(matrix.double(), needed=needed)
     real = s > 1e-12 * s[:1].clamp(min=torch.finfo(torch.float64).tiny)
     vh = vh * real[:, None]
     up, down = u.new_zeros(u.shape[0], rank), u.new_zeros(rows, vh.shape[1])

@@ -72,6 +72,7 @@ MISTAKES = {
         "line 12: .*noise_scale = 'much': should be a number",
     ),
     "negative noise": ("noise_scale: 0.1", "noise_scale: -1", "line 12: .*noise_scale = '-1': should be at least 0"),
+    "a scale without end": ("residual_scale: 0.5", "residual_scale: .inf", "line 13: .*residual_scale = 'inf'"),
     "a key twice": ("dtype: bfloat16", "gate_mode: random", "'gate_mode' stands twice"),
     "no experts": ("experts:\n", "experts: []\nshared_experts:\n", "line 7: experts is empty"),
     "a base that is a list": (

@@ -1,0 +1,28 @@
+"""Decompositions: the leading directions of large matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from merging.maths.linalg import krylov_svd
+
+
+@pytest.mark.parametrize(("decay", "lost"), [(1.0, 1e-6), (0.3, 1e-6), (0.0, 0.01)])
+def test_krylov_finds_leading_directions(decay: float, lost: float) -> None:
+    """Nearly all of their energy, orthonormal, and the same in each run."""
+    random = torch.Generator().manual_seed(0)
+    u, s, vh = torch.linalg.svd(torch.randn(700, 600, generator=random), full_matrices=False)
+    s = s * (1 + torch.arange(600)) ** -decay
+    matrix = (u * s) @ vh
+    left, values, right = krylov_svd(matrix, 24)
+    assert left.shape == (700, 24) and right.shape == (24, 600)
+    best = torch.linalg.svdvals(matrix.double())[:24]
+    assert float(values.square().sum() / best.square().sum()) >= 1 - lost
+    for vectors in (left.mT, right):
+        torch.testing.assert_close(vectors @ vectors.mT, torch.eye(24, dtype=torch.float64), rtol=0, atol=1e-5)
+    if decay:
+        torch.testing.assert_close(values, best, rtol=1e-4, atol=0)
+        error = matrix - left @ torch.diag(values) @ right
+        torch.testing.assert_close(error.norm(), s[24:].norm().double(), rtol=1e-3, atol=0)
+    assert torch.equal(krylov_svd(matrix, 24)[1], values)
