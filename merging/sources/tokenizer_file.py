@@ -25,6 +25,10 @@ _UNREADABLE = {
 """Files of tokenizers that no tokenizer.json can be made of here, and their kinds."""
 
 
+_MOST = 1 << 24
+"""The largest number of rows; some vocabularies have a million."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Tokenizer:
     """A tokenizer.
@@ -66,6 +70,8 @@ def read_tokenizer(folder: Path | None, name: str) -> Tokenizer:
     """
     path = folder / "tokenizer.json" if folder else None
     content = read_json(path, LIST_LIMIT) if path and is_there(path) else {}
+    if path and content:
+        _check_content(content, path)
     tokens = tokens_in(content, path) if path and content else tokens_of(folder) if folder else None
     if folder is None or tokens is None:
         kind = next((kind for pattern, kind in _UNREADABLE.items() if folder and any(folder.glob(pattern))), None)
@@ -75,12 +81,45 @@ def read_tokenizer(folder: Path | None, name: str) -> Tokenizer:
                 f"the program it is made for, and save it as a tokenizer.json"
             )
         raise InputError(f"{name}: has no tokenizer, so its rows cannot be matched by token: add its tokenizer.json")
-    listed = content.get("added_tokens")
-    added = {str(each["content"]): each for each in listed or () if isinstance(each, dict) and "content" in each}
+    added = {each["content"]: each for each in content.get("added_tokens") or ()}
     own = {token: row for row, token in tokens.items()}
     if len(own) < len(tokens):  # a token with two rows has the row of its added token, else the first one
         own = {token: row for row, token in sorted(tokens.items(), reverse=True)}
-        own |= {token: each["id"] for token, each in added.items() if type(each.get("id")) is int}
-    if any(row < 0 for row in tokens):
-        raise FormatError(f"{path}: gives a token a negative row")
+        own |= {token: each["id"] for token, each in added.items()}
+    strange = next((row for row in own.values() if not 0 <= row < _MOST), None)
+    if strange is not None:
+        raise FormatError(f"{folder}: its tokenizer gives a token the row {strange}, which no embedding has")
     return Tokenizer(name, own, added, content)
+
+
+def _check_content(content: Mapping[str, Any], path: Path) -> None:
+    """Refuse a tokenizer.json whose lists are not as the format has them.
+
+    Raises :class:`~merging.errors.FormatError`.
+    """
+    model = content.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), (dict, list)):
+        raise FormatError(f"{path}: has no model with a vocabulary")
+    added, merges = content.get("added_tokens") or [], model.get("merges") or []
+    if not isinstance(added, list) or not all(map(_is_added_token, added)):
+        raise FormatError(f"{path}: its added_tokens are not a list of tokens with their ids")
+    if not isinstance(merges, list) or not all(map(_is_merge, merges)):
+        raise FormatError(f"{path}: its merges are not a list of pairs of texts")
+    if isinstance(model["vocab"], list) and not all(map(_is_piece, model["vocab"])):
+        raise FormatError(f"{path}: its vocabulary is not a list of pieces with their scores")
+
+
+def _is_added_token(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("content"), str) and type(value.get("id")) is int
+
+
+def _is_merge(value: object) -> bool:
+    if isinstance(value, str):
+        return " " in value
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+
+
+def _is_piece(value: object) -> bool:
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    return isinstance(value[0], str) and isinstance(value[1], (int, float))
