@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -179,3 +180,21 @@ def test_slices_of_models_are_merged_by_token(folders: dict[str, str], tmp_path:
     assert all(torch.equal(slices[name], whole[name]) for name in whole)
     for name in ("config.json", "tokenizer.json"):
         assert (tmp_path / "slices" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def test_adapters_keep_their_base_by_token(folders: dict[str, str], tmp_path: Path) -> None:
+    """A trained table of tokens is merged where the rows of all models stay, and refused where they move."""
+    for name, targets in (("blocks", ["q_proj"]), ("tables", ["q_proj", "embed_tokens"])):
+        config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(folders["a"]), config)
+        model.save_pretrained(tmp_path / name, save_embedding_layers=False)
+    options: dict[str, Any] = {"method": "linear", "base": folders["a"], "kind": "model"}
+    for name in ("blocks", "tables"):
+        for out, more in (("plain", {}), ("tokens", {"tokenizer": "base"})):
+            merging.merge([tmp_path / name], output=tmp_path / out, overwrite=True, **options, **more)
+        plain, tokens = (load_file(tmp_path / out / "model.safetensors") for out in ("plain", "tokens"))
+        assert all(torch.equal(plain[each], tokens[each]) for each in plain)
+    both = [tmp_path / "blocks", folders["b"]]
+    merging.merge(both, method="task_arithmetic", base=folders["a"], tokenizer="union", output=tmp_path / "both")
+    with pytest.raises(InputError, match=r"tables: it trained .*embed_tokens"):
+        merging.merge([tmp_path / "tables"], output=tmp_path / "none", tokenizer=folders["b"], **options)

@@ -77,9 +77,6 @@ def match_tokens(settings: TokenizerSettings, named: Sequence[NamedModel], base:
         OptionError: for settings that name another model than there are.
     """
     full = [(name, model) for name, model in named if isinstance(model, Checkpoint)]
-    for name, given in named:
-        if isinstance(given, Adapter):
-            _refuse_trained_tables(name, given)
     first = full[0][1] if base is None else named[base][1]
     assert isinstance(first, Checkpoint)
     models = [_tokenize(name, model) for name, model in full]
@@ -99,6 +96,10 @@ def match_tokens(settings: TokenizerSettings, named: Sequence[NamedModel], base:
         least_rows=donor.rows,
     )
     maps = [table.map_of(index) for index in range(len(full))]
+    moved = [not rows.is_identity(index, models[index].rows) for index, rows in enumerate(maps)]
+    for name, given in named:
+        if isinstance(given, Adapter) and any(moved):
+            _refuse_trained_tables(name, given)
     transplant = make_transplant(settings, table, donor, of) if table.unknown else None
     tables = _TokenTables([model for _, model in full], [model.rows for model in models], first, transplant)
     matched = iter([tables.gather(index, maps[index]) for index in range(len(full))])
