@@ -42,6 +42,7 @@ class Execution:
     threads: int | None
     max_memory: int | None
     stream: bool
+    keep_stages: str | None
     push: str | None
     private: bool
     dry_run: bool
@@ -63,6 +64,9 @@ _options = add_options(
     threads_option,
     max_memory_option,
     click.option("--stream", is_flag=True, help="models of the Hub pass through the disk file by file"),
+    click.option(
+        "--keep-stages", type=click.Path(), metavar="DIR", help="a folder for the outputs of recipes among the models"
+    ),
     click.option("--push", metavar="ORG/NAME", help="publish the output on the Hub too, as one commit"),
     private_option,
     click.option("--dry-run", is_flag=True, help="show the plan: nothing is merged or written"),
@@ -125,6 +129,7 @@ def execute(
             overwrite=execution.overwrite,
             stream=execution.stream,
             progress=report,
+            keep_stages=Path(execution.keep_stages) if execution.keep_stages else None,
             shown=planned.shown if planned else None,
         )
     if planned:

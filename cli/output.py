@@ -120,7 +120,7 @@ def echo_plan(plan: Plan, destination: Path, execution: Execution, settings: Seq
         "read_bytes": plan.read_bytes,
         "write_bytes": plan.out_bytes,
         "workers": workers,
-        "set_aside_bytes": plan.spool_bytes,
+        "set_aside_bytes": plan.spool_bytes + plan.stage_bytes,
         "peak_memory_bytes": plan.memory(workers),
         "matched": list(plan.matched),
         "notices": list(plan.notices),
@@ -139,9 +139,23 @@ def echo_plan(plan: Plan, destination: Path, execution: Execution, settings: Seq
     echo(f"  memory  {memory} at most for {plural(workers, 'worker')}, above the imports")
     if plan.spool_bytes:
         echo(f"  disk    {format_size(plan.spool_bytes)} to set merged changes aside meanwhile")
+    _echo_stages(plan)
     for line in plan.matched:
         echo(f"  {line}")
     echo_notices(plan.notices)
+
+
+def _echo_stages(plan: Plan) -> None:
+    """Print the merges whose outputs are models of this one, and whether they need room on the disk."""
+    from merging.plan.stages import all_stages
+
+    if plan.stage_bytes:
+        echo(f"  disk    {format_size(plan.stage_bytes)} to set stages aside meanwhile")
+    for stage in all_stages(plan.stages):
+        size = format_size(stage.plan.out_bytes)
+        way = "computed when it is read" if stage.lazy else f"set aside, {size}"
+        count = plural(len(stage.plan.models), "model")
+        echo(f"  stage   {stage.name}: {count} by {stage.plan.recipe.method.chain}, {way}")
 
 
 def echo_merged(merged: Merged, plan: Plan) -> None:

@@ -41,8 +41,12 @@ def check_entries(models: object) -> list[Entry]:
 
 
 def check_entry(value: Any, name: str) -> Entry:
-    """Return a model of a recipe. Raise :class:`~merging.errors.OptionError` for a value that is none."""
-    return value if isinstance(value, (Recipe, LayerStack)) else str(check_path(value, name))
+    """Return a model of a recipe. Raise :class:`~merging.errors.OptionError` for a value that is none.
+
+    Recipes and layers may be plain values, as :meth:`~merging.Recipe.to_dict` returns them.
+    """
+    plain = isinstance(value, Mapping) and not _is_state_dict(value) and {"models", "model", "stack"} & value.keys()
+    return value if plain or isinstance(value, (Recipe, LayerStack)) else str(check_path(value, name))
 
 
 def check_path(value: Any, name: str) -> str | Path:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -12,24 +13,25 @@ from typing import Any
 from typing_extensions import Unpack
 
 from merging.api.arguments import check_entries, check_entry, check_keywords, check_method, check_path
+from merging.api.kept_stages import check_stages, keep_stage
 from merging.api.options import MergeOptions
-from merging.api.output_files import is_file, make_writer, write_companions, write_constants
+from merging.api.output_files import check_output, is_file, write_output, write_stage_companions
 from merging.display.notices import report_notices
 from merging.display.progress import Progress, resolve_progress
 from merging.display.tables import Displayed
 from merging.engine.download import download_plan
 from merging.engine.resources import pick_device, workers_within
-from merging.engine.run import run
 from merging.engine.sanity import unrelated_models
+from merging.engine.stages import StageSettings, open_stages
 from merging.engine.threads import cores
-from merging.errors import OptionError, OutputError, option
+from merging.errors import OptionError
 from merging.maths.lazy_torch import torch
 from merging.methods.contract.method import Method
 from merging.output.model_folder import check_companions, companion_patterns
 from merging.plan import PORTABLE_RANKS, Plan, make_plan
 from merging.plan.recipe import FIELDS, Entry, Recipe
 from merging.plan.recipe_values import make_recipe
-from merging.storage.staging import StagedOutput, check_destination
+from merging.storage.staging import StagedOutput
 from merging.type_checks import check_types
 
 __all__ = [
@@ -130,6 +132,7 @@ def merge(
     overwrite: bool = False,
     stream: bool = False,
     progress: Progress | bool | None = None,
+    keep_stages: str | Path | None = None,
     **options: Unpack[MergeOptions],
 ) -> Merged:
     """Merge models or adapters from files into a file or folder.
@@ -146,6 +149,7 @@ def merge(
         overwrite: whether an output that exists is replaced.
         stream: whether models of the Hub pass through the disk file by file, and are not kept in the library's cache.
         progress: True for a bar, or a function that receives the bytes done and the bytes in all.
+        keep_stages: a folder for the outputs of recipes among the models, each in a folder of its own.
         **options: the recipe's options (``base``, ``dtype``, ``rank``, ``kind``, ``exclude`` and the other fields of
             :class:`~merging.plan.recipe.Recipe`), and the method's parameters by name (``weights=(1, 1, -1)``).
 
@@ -174,6 +178,7 @@ def merge(
         overwrite=overwrite,
         stream=stream,
         progress=progress,
+        keep_stages=None if keep_stages is None else Path(check_path(keep_stages, "keep_stages")),
     )
 
 
@@ -201,7 +206,8 @@ def default_destination(recipe: Recipe) -> Path:
 
 def plan_for(recipe: Recipe, destination: Path | None) -> Plan:
     """Plan a merge to a destination: a merged adapter's folder gets a rank that every program serves."""
-    return make_plan(recipe, () if destination is not None and is_file(destination) else PORTABLE_RANKS)
+    steps = () if destination is not None and is_file(destination) else PORTABLE_RANKS
+    return make_plan(recipe, steps, write_stage_companions)
 
 
 def merge_plan(
@@ -214,6 +220,7 @@ def merge_plan(
     overwrite: bool = False,
     stream: bool = False,
     progress: Progress | None = None,
+    keep_stages: Path | None = None,
     shown: Plan | None = None,
 ) -> Merged:
     """Run a plan, and put the output in place when it is complete.
@@ -227,6 +234,7 @@ def merge_plan(
         overwrite: whether an output that exists is replaced.
         stream: whether models of the Hub are downloaded file by file as the merge reaches them, and not before it.
         progress: called with the bytes done and the bytes in all.
+        keep_stages: a folder for the outputs of recipes among the models, each in a folder of its own.
         shown: the plan that the header and the model card describe, where another one describes the output better.
 
     Raises:
@@ -234,6 +242,7 @@ def merge_plan(
     """
     workers = workers_within(plan, cores() if threads is None else threads, max_memory)
     check_output(plan, destination, overwrite)
+    check_stages(plan, keep_stages, overwrite=overwrite, stream=stream)
     described = shown or plan
     if not stream:
         plan = download_plan(plan, companion_patterns(plan), progress=progress)
@@ -244,19 +253,16 @@ def merge_plan(
         if stream:
             plan = download_plan(plan, companion_patterns(plan), stream=staged.scratch)
             described = shown or plan
-        notices = [*plan.notices, *unrelated_models(plan)]
-        writer = make_writer(described, staged.folder, destination)
         transplant = plan.vocabulary.transplant if plan.vocabulary else None
         if transplant is not None and device is not None:
             transplant.compute_on(device)
-        try:
-            done = run(plan, writer, device=device, threads=workers, progress=progress, scratch=staged.scratch)
-            write_constants(plan, writer)
-            writer.finish()
-        finally:
-            writer.close()
-        if not is_file(destination):
-            notices += write_companions(described, staged.folder, done)
+        settings = StageSettings(device=device, threads=workers, scratch=staged.scratch, progress=progress)
+        if keep_stages is not None:
+            settings = replace(settings, keep=partial(keep_stage, keep_stages, overwrite, settings))
+        with open_stages(plan, settings) as (ready, report, remarks):
+            settings = replace(settings, progress=report)
+            notices = [*plan.notices, *unrelated_models(ready)]
+            done, others = write_output(ready, described, staged, settings)
         staged.commit()
     merged = Merged(
         path=destination,
@@ -267,25 +273,10 @@ def merge_plan(
         seconds=done.seconds,
         rank=plan.rank or None,
         format=plan.format if plan.output == "adapter" else None,
-        notices=(*notices, *done.notices, *done.energy_notices, *staged.notices),
+        notices=(*notices, *remarks, *others, *done.notices, *done.energy_notices, *staged.notices),
         discarded=done.discarded,
         facts=done.metrics | (transplant.facts() if transplant else {}),
     )
     report_notices(merged.notices)
     _log.info("%s: written, %s tensors in %.1f s", destination, merged.tensors, merged.seconds)
     return merged
-
-
-def check_output(plan: Plan, destination: Path, overwrite: bool, dry: bool = False) -> str:
-    """Refuse a destination that the plan's output cannot or must not take.
-
-    With ``dry`` nothing is touched, and a destination that exists is not refused: a remark on it is returned. Raises
-    :class:`~merging.errors.OutputError`.
-    """
-    inputs = [file for model in [*plan.leaves, *plan.models, plan.base] if model for file in (model.path, *model.files)]
-    if is_file(destination) and plan.output == "model" and plan.reference and plan.reference.components:
-        raise OutputError(
-            f"{destination}: what comes out is made of several models, in a folder: choose another {option('output')}"
-        )
-    nbytes = plan.out_bytes + plan.spool_bytes + plan.kept_bytes_on_disk
-    return check_destination(destination, inputs, nbytes, overwrite, dry)

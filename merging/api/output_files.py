@@ -4,17 +4,34 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from merging.engine.run import Done
+from merging.engine.run import Done, run
+from merging.engine.stages import StageSettings
+from merging.errors import OutputError, option
+from merging.hub.address import Address
+from merging.hub.repository import open_repository
 from merging.maths.lazy_torch import torch
 from merging.output.header import header_metadata
 from merging.output.lora_header import lora_stem
-from merging.output.model_folder import copy_companions, write_model_companions
+from merging.output.model_folder import (
+    check_companions,
+    companion_patterns,
+    copy_companions,
+    write_model_companions,
+)
 from merging.output.peft_config import write_adapter_companions
 from merging.plan import Plan
 from merging.sources.dtypes import DTYPES
+from merging.storage.staging import StagedOutput, check_destination
 from merging.storage.writer import ComponentWriter, TensorWriter
 
-__all__ = ["is_file", "make_writer", "write_companions", "write_constants"]
+__all__ = [
+    "check_output",
+    "is_file",
+    "make_writer",
+    "write_companions",
+    "write_output",
+    "write_stage_companions",
+]
 
 
 def is_file(destination: Path) -> bool:
@@ -22,7 +39,7 @@ def is_file(destination: Path) -> bool:
     return destination.suffix == ".safetensors"
 
 
-def write_constants(plan: Plan, writer: TensorWriter | ComponentWriter) -> None:
+def _write_constants(plan: Plan, writer: TensorWriter | ComponentWriter) -> None:
     """Write the numbers that a file holds in addition to merged tensors."""
     for constant in plan.constants:
         values = torch.full((constant.count,), constant.value, dtype=DTYPES[constant.out.dtype_name])
@@ -50,3 +67,48 @@ def make_writer(plan: Plan, folder: Path, destination: Path) -> TensorWriter | C
     if stems:
         return ComponentWriter(folder, stems, plan.outs, metadata, plan.recipe.shard_size)
     return TensorWriter(folder, reference.stem, plan.outs, metadata, plan.recipe.shard_size)
+
+
+def write_stage_companions(plan: Plan, folder: Path) -> dict[str, str]:
+    """Write the files that go with a stage's weights, before these are there, and return the weights' header."""
+    reference = plan.reference
+    if reference is not None and reference.origin is not None and plan.output == "model":
+        origin = reference.origin
+        open_repository(Address(origin.repo, origin.commit)).download_files(companion_patterns(plan), origin.folder)
+    check_companions(plan)
+    write_companions(plan, folder, Done(0.0, [], {}, {}))
+    return header_metadata(plan)
+
+
+def write_output(plan: Plan, shown: Plan, staged: StagedOutput, settings: StageSettings) -> tuple[Done, list[str]]:
+    """Run a plan into a staged output, and write the files that go with the weights. Returns remarks on these too."""
+    writer = make_writer(shown, staged.folder, staged.destination)
+    try:
+        done = run(
+            plan,
+            writer,
+            device=settings.device,
+            threads=settings.threads,
+            progress=settings.progress,
+            scratch=staged.scratch,
+        )
+        _write_constants(plan, writer)
+        writer.finish()
+    finally:
+        writer.close()
+    return done, [] if staged.file else write_companions(shown, staged.folder, done)
+
+
+def check_output(plan: Plan, destination: Path, overwrite: bool, dry: bool = False) -> str:
+    """Refuse a destination that the plan's output cannot or must not take.
+
+    With ``dry`` nothing is touched, and a destination that exists is not refused: a remark on it is returned. Raises
+    :class:`~merging.errors.OutputError`.
+    """
+    inputs = [file for model in [*plan.leaves, *plan.models, plan.base] if model for file in (model.path, *model.files)]
+    if is_file(destination) and plan.output == "model" and plan.reference and plan.reference.components:
+        raise OutputError(
+            f"{destination}: what comes out is made of several models, in a folder: choose another {option('output')}"
+        )
+    nbytes = plan.out_bytes + plan.spool_bytes + plan.stage_bytes + plan.kept_bytes_on_disk
+    return check_destination(destination, inputs, nbytes, overwrite, dry)

@@ -17,6 +17,7 @@ from merging.maths.lazy_torch import torch
 from merging.methods.families.dropping import Dropping
 from merging.plan import Item, Plan
 from merging.plan.checks import check_packed, make_content_keys
+from merging.plan.stages import all_stages
 from merging.sources import Adapter, Checkpoint, Model, tensors_of
 from merging.sources.changes import Change
 from merging.sources.stored import holders_of
@@ -30,7 +31,8 @@ _STREAMS = 4
 def missing_files(source: Plan | Model) -> list[RemoteFile]:
     """Return the weight files of a plan or a model that are not on this machine yet, in the order of reading."""
     if isinstance(source, Plan):
-        files = dict.fromkeys(remote for item in source.items for remote in _remote_files(item))
+        plans = [*(stage.plan for stage in all_stages(source.stages)), source]
+        files = dict.fromkeys(remote for plan in plans for item in plan.items for remote in _remote_files(item))
         return [remote for remote in files if not remote.at_hand]
     return [each for each in holders_of(tensors_of(source)) if isinstance(each, RemoteFile) and not each.at_hand]
 

@@ -49,10 +49,14 @@ class Output:
             return
         columns = prod(item.site.shape[1:])
         for first, _, block in row_blocks(merged, self.tiler.device):
-            values = block.dense()
-            if change and item.form == "dense" and item.base is not None:
-                values = values + self.tiler.raw(item.base, first * columns, values.numel()).view(values.shape)
-            self.write(item.outs[0], values, first * columns)
+            self.write_block(item, block, first * columns, change)
+
+    def write_block(self, item: Item, block: Delta, start: int, change: bool) -> None:
+        """Write rows of a merged tensor, or with ``change`` of a merged change, from a flat offset on."""
+        values = block.dense()
+        if change and item.form == "dense" and item.base is not None:
+            values = values + self.tiler.raw(item.base, start, values.numel()).view(values.shape)
+        self.write(item.outs[0], values, start)
 
     def write_compressed(self, item: Item, full: Tensor) -> None:
         """Write a merged change that is there in full as the best factors of the output's rank."""

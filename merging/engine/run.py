@@ -27,7 +27,7 @@ from merging.methods.contract.method import ResultStatistic, Statistic
 from merging.os_calls import keep_freed_memory, private_memory, release_freed_memory
 from merging.plan.merge_plan import Plan
 
-__all__ = ["Done", "Sink", "run"]
+__all__ = ["Done", "Sink", "run", "work_bytes"]
 
 
 @dataclass(slots=True)
@@ -87,9 +87,7 @@ def run(
     stages = _stages(plan)
     spans = _spans(plan, device)
     merged = [span for span in spans if span.item.form != "copy"]
-    sweeps = sum(max(each.reduction.sweeps for each in stage) for stage in stages)
-    total = sum(span.bytes for span in spans) + sum(span.bytes for span in merged) * sweeps
-    counter = _Counter(progress, total, most)
+    counter = _Counter(progress, work_bytes(plan, device), most)
     try:
         for stage in stages:
             _gather(shared, stage, merged, share, counter)
@@ -99,6 +97,12 @@ def run(
     metrics = {name: fmean(values[tensor] for tensor in sorted(values)) for name, values in shared.metrics.items()}
     metrics |= plan.recipe.method.metrics(shared.statistics, len(plan.models))
     return Done(time.perf_counter() - began, sorted(shared.notices), shared.discarded, metrics)
+
+
+def work_bytes(plan: Plan, device: torch.device) -> int:
+    """Return the bytes that a run of a plan reads, over all sweeps."""
+    sweeps = sum(max(each.reduction.sweeps for each in stage) for stage in _stages(plan))
+    return sum(span.bytes * (1 if span.item.form == "copy" else 1 + sweeps) for span in _spans(plan, device))
 
 
 def _stages(plan: Plan) -> list[list[Statistic | ResultStatistic]]:

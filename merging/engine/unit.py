@@ -19,7 +19,7 @@ from merging.methods.contract.wrapper import Unwrapped, unwrap_outer
 from merging.plan.cuts import cut_rows, cut_stack
 from merging.plan.items import TILE, Item
 
-__all__ = ["Block", "Span", "WorkUnit", "accumulate", "name_failures", "row_blocks"]
+__all__ = ["Block", "Span", "WorkUnit", "accumulate", "name_failures", "row_blocks", "row_step"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -174,10 +174,15 @@ def row_blocks(delta: Delta, device: torch.device) -> Iterator[tuple[int, int, D
     if isinstance(delta, Dense) and not delta.shape:
         yield 0, 1, Dense(delta.value.view(1))
         return
-    rows, columns = delta.shape[0], max(1, prod(delta.shape[1:]))
-    step = max(1, TILE // columns)
-    if isinstance(delta, LowRank):
-        step = cut_rows(columns, delta.up.dim() > 2).elements(tile_size(device)) // columns
+    rows, step = delta.shape[0], row_step(delta, device)
     for first in range(0, rows, step):
         last = min(first + step, rows)
         yield first, last, delta.rows(first, last)
+
+
+def row_step(delta: Delta, device: torch.device) -> int:
+    """Return the number of rows in a block of a change."""
+    columns = max(1, prod(delta.shape[1:]))
+    if isinstance(delta, LowRank):
+        return cut_rows(columns, delta.up.dim() > 2).elements(tile_size(device)) // columns
+    return max(1, TILE // columns)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
-from merging.errors import InputError, OptionError, option
+from merging.errors import InputError, MergingError, OptionError, option
 from merging.hub.open_model import require_full
 from merging.methods.contract.places import check_places, idle_parameters
 from merging.plan.checks import (
@@ -18,7 +20,7 @@ from merging.plan.checks import (
     idle_options,
     make_content_keys,
 )
-from merging.plan.entries import open_entries
+from merging.plan.entries import MakeStage, open_entries
 from merging.plan.inputs.components import select_components
 from merging.plan.inputs.task_heads import NO_HEADS, TaskHeads, find_task_heads
 from merging.plan.inputs.tied_heads import resolve_tied_heads
@@ -30,6 +32,7 @@ from merging.plan.outputs.to_adapter import plan_adapter
 from merging.plan.outputs.to_model import plan_model
 from merging.plan.provenance import record_sources
 from merging.plan.recipe import Entry, Recipe
+from merging.plan.stages import Companions, Stage, make_stage
 from merging.plan.tokens.chat_templates import pin_chat_template, resolve_chat_template
 from merging.plan.tokens.matching import MatchedTokens, download_tokenizer
 from merging.plan.tokens.settings import PRESETS
@@ -41,7 +44,13 @@ PORTABLE_RANKS = (8, 16, 32, 64, 128, 256)
 """Ranks that every program serves; a merged adapter's folder is padded with zeros up to the next of them."""
 
 
-def make_plan(recipe: Recipe, rank_steps: Sequence[int] = ()) -> Plan:
+_PLACED = re.compile(r"(?:models|base|stack)[.\w]*: ")
+"""The beginning of an error about a recipe among the models of another one."""
+
+
+def make_plan(
+    recipe: Recipe, rank_steps: Sequence[int] = (), write_companions: Companions = lambda plan, folder: {}
+) -> Plan:
     """Open the models of a recipe and plan their merge.
 
     Headers and configs are read, and few values: samples of each tensor, from which the models' content keys are made,
@@ -50,6 +59,7 @@ def make_plan(recipe: Recipe, rank_steps: Sequence[int] = ()) -> Plan:
     Args:
         recipe: the recipe.
         rank_steps: the ranks that a merged adapter may have (:data:`PORTABLE_RANKS`); any if there are none.
+        write_companions: writes config and tokenizer of the output of a recipe among the models into a folder.
 
     Returns:
         The plan, which nothing but values that cannot be merged can stop.
@@ -57,12 +67,34 @@ def make_plan(recipe: Recipe, rank_steps: Sequence[int] = ()) -> Plan:
     Raises:
         MergingError: for models that cannot be opened, or cannot be merged as the recipe says.
     """
-    opened = open_entries(recipe)
+    stages: dict[tuple[str, int], Stage] = {}
+
+    def plan_stage(inner: Recipe, place: str, matched: Mapping[str, Model]) -> Stage:
+        key = inner.to_yaml(), id(matched) if matched else 0
+        if key not in stages:
+            try:
+                planned = _open_and_plan(inner, (), plan_stage, place, matched)
+                stages[key] = make_stage(planned, place, write_companions)
+            except MergingError as error:
+                raise error if _PLACED.match(str(error)) else type(error)(f"{place}: {error}") from None
+        return stages[key]
+
+    return _open_and_plan(recipe, rank_steps, plan_stage)
+
+
+def _open_and_plan(
+    recipe: Recipe,
+    rank_steps: Sequence[int],
+    plan_stage: MakeStage,
+    place: str = "",
+    matched: Mapping[str, Model] = MappingProxyType({}),
+) -> Plan:
+    opened = open_entries(recipe, plan_stage, place, matched)
     recipe.method.check(len(opened.models))
     base = None if opened.base is None else require_full(opened.base, opened.base.path, option("base"))
     heads = find_task_heads(opened.models, base, recipe.exclude)
     plan = plan_of(opened.recipe, opened.models, base, rank_steps, heads, matched=opened.matched)
-    return replace(plan, sources=record_sources(recipe, opened.files), leaves=opened.leaves)
+    return replace(plan, sources=record_sources(recipe, opened.files), files=opened.files, stages=opened.stages)
 
 
 def plan_of(

@@ -14,11 +14,12 @@ from merging.maths.site import Site
 from merging.plan.layer_stack import LayerPart, LayerStack
 from merging.plan.provenance import names_of
 from merging.plan.recipe import DTYPES, Entry, Recipe
+from merging.plan.stages import Stage
 from merging.plan.tokens.matching import MatchedTokens, match_tokens
 from merging.sources import Checkpoint, Model
 from merging.sources.stacked_layers import StackPart, stack_layers
 
-__all__ = ["Opened", "open_entries"]
+__all__ = ["MakeStage", "Opened", "open_entries"]
 
 _NAMED = 3
 """The most parts of a stack that its name in messages lists."""
@@ -33,6 +34,7 @@ class Opened:
         models: the models, in the order of the recipe.
         base: the base, if there is one.
         files: the models in files that are read, by their names in the recipe.
+        stages: the merges whose outputs are among the models, each once.
         matched: the tokens of the models in files, where these are matched before models are made of them.
     """
 
@@ -40,21 +42,32 @@ class Opened:
     models: tuple[Model, ...]
     base: Model | None
     files: Mapping[str, Model]
+    stages: tuple[Stage, ...]
     matched: MatchedTokens | None = None
 
-    @property
-    def leaves(self) -> tuple[Model, ...]:
-        """The models in files, where models are made of others; else none."""
-        entries = [*self.recipe.models, self.recipe.base or ""]
-        return tuple(self.files.values()) if any(not isinstance(entry, str) for entry in entries) else ()
+
+MakeStage = Callable[[Recipe, str, Mapping[str, Model]], Stage]
+"""A function that makes a stage of a recipe, its place in the outer recipe (``models.1``), and models by name whose
+tokens are matched already."""
 
 
-def open_entries(recipe: Recipe) -> Opened:
-    """Open the models and the base of a recipe. Raises :class:`~merging.errors.MergingError`."""
-    opener = _Opener(recipe)
-    matched = opener.match_tokens()
-    opened = [opener.open(entry) for entry in recipe.models]
-    base = None if recipe.base is None else opener.open(recipe.base)
+def open_entries(recipe: Recipe, make_stage: MakeStage, place: str, matched: Mapping[str, Model]) -> Opened:
+    """Open the models and the base of a recipe.
+
+    Args:
+        recipe: the recipe.
+        make_stage: makes a stage of a recipe among them.
+        place: the place of the recipe in an outer one, empty if there is none.
+        matched: models by their names whose tokens an outer recipe has matched.
+
+    Raises:
+        MergingError: for a model that cannot be opened.
+    """
+    opener = _Opener(recipe, make_stage, matched if recipe.tokenizer is None else {})
+    tokens = opener.match_tokens()
+    above = f"{place}." if place else ""
+    opened = [opener.open(entry, f"{above}models.{index}") for index, entry in enumerate(recipe.models)]
+    base = None if recipe.base is None else opener.open(recipe.base, f"{above}base")
     pins = {name: str(model.origin) for name, model in opener.files.items() if model.origin}
     update: dict[str, object] = {"models": tuple(entry for _, entry in opened), "base": base and base[1]}
     if recipe.tokenizer is not None:
@@ -64,7 +77,8 @@ def open_entries(recipe: Recipe) -> Opened:
         models=tuple(model for model, _ in opened),
         base=base and base[0],
         files=opener.files,
-        matched=matched,
+        stages=tuple(opener.stages),
+        matched=tokens,
     )
 
 
@@ -73,8 +87,10 @@ class _Opener:
     """Opens entries, each name once, with the recipe's options."""
 
     recipe: Recipe
+    make_stage: MakeStage
+    matched: Mapping[str, Model]
     files: dict[str, Model] = field(default_factory=dict)
-    matched: dict[str, Model] = field(default_factory=dict)
+    stages: dict[Stage, None] = field(default_factory=dict)
 
     def match_tokens(self) -> MatchedTokens | None:
         """Match the models in files by token, where models are made of them; else this is done later.
@@ -85,27 +101,30 @@ class _Opener:
         if self.recipe.tokenizer is None or all(isinstance(entry, str) for entry in entries):
             return None
         names = list(dict.fromkeys(name for entry in entries for name in names_of(entry)))
-        opened = [(name, self.open(name)[0]) for name in names]
+        opened = [(name, self.open(name, name)[0]) for name in names]
         base = names.index(self.recipe.base) if isinstance(self.recipe.base, str) else None
         found = match_tokens(self.recipe.tokenizer, opened, base)
         self.matched = dict(zip(names, found.models, strict=True))
         return found
 
-    def open(self, entry: Entry) -> tuple[Model, Entry]:
+    def open(self, entry: Entry, place: str) -> tuple[Model, Entry]:
         """Return the model of an entry, and the entry with models of the Hub named by their commits."""
         if isinstance(entry, LayerStack):
-            return self._open_stack(entry)
+            return self._open_stack(entry, place)
         if isinstance(entry, Recipe):
-            raise OptionError("recipes in recipes are read but not merged yet")
+            stage = self.make_stage(entry, place, self.matched)
+            self.stages[stage] = None
+            self.files |= {name: model for name, model in stage.plan.files.items() if name not in self.files}
+            return stage.model, stage.plan.recipe
         if entry not in self.files:
             self.files[entry] = open_model(entry, self.recipe.lora_alpha, self.recipe.dequantise)
         model = self.files[entry]
         return self.matched.get(entry, model), str(model.origin or entry)
 
-    def _open_stack(self, stack: LayerStack) -> tuple[Checkpoint, LayerStack]:
+    def _open_stack(self, stack: LayerStack, place: str) -> tuple[Checkpoint, LayerStack]:
         parts, pinned = [], []
-        for part in stack.parts:
-            model, entry = self.open(part.model)
+        for index, part in enumerate(stack.parts):
+            model, entry = self.open(part.model, f"{place}.stack.{index}.model")
             if not isinstance(model, Checkpoint):
                 raise InputError(
                     f"{model.path}: is an adapter, and layers are taken of full models: merge it into its base first, "

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from merging.methods.contract.method import Method
 from merging.plan.items import TILE, Item
+from merging.sources.deferred import Deferred
 from merging.sources.stored import Stored
 
-__all__ = ["FIXED", "KEPT", "kept_bytes", "spool_bytes", "worker_bytes"]
+__all__ = ["FIXED", "KEPT", "kept_bytes", "spool_bytes", "worker_bytes", "working_bytes"]
 
 KEPT = 1 << 29
 """Most bytes of transformed factors that are kept for later sweeps; more are transformed again."""
@@ -43,10 +44,10 @@ def spool_bytes(items: Sequence[Item], method: Method, models: int) -> int:
 
 def worker_bytes(items: Sequence[Item], method: Method) -> int:
     """Return the memory of one worker, whose buffers fit the largest item."""
-    return int(SCATTERED * max((_working_bytes(item, method) for item in items), default=0))
+    return int(SCATTERED * max((working_bytes(item, method) for item in items), default=0))
 
 
-def _working_bytes(item: Item, method: Method) -> int:
+def working_bytes(item: Item, method: Method) -> int:
     """Return about how much memory a worker needs for an item on a CPU: inputs, buffers and results together."""
     width, links = item.dtype.itemsize, method.links()
     tile = min(item.numel, max(item.cut.granule, TILE))
@@ -58,7 +59,9 @@ def _working_bytes(item: Item, method: Method) -> int:
             needed += 8 * 4 * max(item.site.shape) ** 2
     in_full = sum(not change.low_rank or change.needs_base is not None for change in item.changes)
     needed += 3 * (item.factor_bytes + width * item.numel * in_full)
-    needed += max((each.scratch for each in (*item.inputs, item.base) if isinstance(each, Stored)), default=0)
+    stored = {id(each): each for each in (*item.inputs, item.base) if isinstance(each, Stored)}.values()
+    needed += max((each.scratch for each in stored if not isinstance(each, Deferred)), default=0)
+    needed += sum(each.scratch for each in stored if isinstance(each, Deferred))  # each keeps buffers of its own
     if item.form == "factors" and not method.factored:
         needed += 4 * width * item.numel
     return needed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,6 +13,7 @@ from merging.plan.inputs.vocabulary import Vocabulary
 from merging.plan.items import Constant, Item
 from merging.plan.provenance import SourceRecord
 from merging.plan.recipe import AdapterFormat, Recipe
+from merging.plan.stages import Stage, all_stages
 from merging.sources import Checkpoint, Model
 from merging.sources.dtypes import DTYPES
 from merging.storage.output_tensor import OutputTensor
@@ -41,7 +43,8 @@ class Plan(Tabular):
         header: the program whose entries the file's header has, if it has any.
         constants: numbers that the file holds in addition to merged tensors.
         sources: records of the models that the recipe names, with keys of their content.
-        leaves: the models in files, where models are made of others; else none.
+        files: the models in files that are read, by their names in the recipe.
+        stages: the merges whose outputs are models of this one.
     """
 
     recipe: Recipe
@@ -61,7 +64,8 @@ class Plan(Tabular):
     header: AdapterFormat | None = "peft"
     constants: tuple[Constant, ...] = ()
     sources: tuple[SourceRecord, ...] = ()
-    leaves: tuple[Model, ...] = ()
+    files: Mapping[str, Model] = field(default_factory=dict)
+    stages: tuple[Stage, ...] = ()
 
     def _display_table(self) -> Table:
         rank = f" of rank {self.rank}" if self.rank else ""
@@ -83,6 +87,12 @@ class Plan(Tabular):
     def reference(self) -> Checkpoint | None:
         """The full model that the output is like: the base, or else the first full model."""
         return self.base or next((model for model in self.models if isinstance(model, Checkpoint)), None)
+
+    @property
+    def leaves(self) -> tuple[Model, ...]:
+        """The models in files, where models are made of others; else none."""
+        entries = [*self.recipe.models, self.recipe.base or ""]
+        return tuple(self.files.values()) if any(not isinstance(entry, str) for entry in entries) else ()
 
     @property
     def kept(self) -> dict[str, Checkpoint]:
@@ -129,10 +139,17 @@ class Plan(Tabular):
         return estimates.spool_bytes(self.items, self.recipe.method, len(self.models))
 
     @property
+    def stage_bytes(self) -> int:
+        """The space on the disk for stages that are set aside."""
+        aside = [stage.plan for stage in all_stages(self.stages) if not stage.lazy]
+        return sum(plan.out_bytes for plan in aside) + max((plan.spool_bytes for plan in aside), default=0)
+
+    @property
     def worker_bytes(self) -> int:
         """The memory of one worker, whose buffers fit the largest item, with the unused blocks between them."""
         return estimates.worker_bytes(self.items, self.recipe.method)
 
     def memory(self, workers: int) -> int:
         """Return the most memory, in bytes above the imports, that a merge by this many workers takes."""
-        return workers * self.worker_bytes + self.kept_bytes + estimates.FIXED
+        own = workers * self.worker_bytes + self.kept_bytes + estimates.FIXED
+        return max([own, *(stage.plan.memory(workers) for stage in self.stages if not stage.lazy)])

@@ -203,6 +203,7 @@ class Recipe(Displayed, CheckedModel):
         overwrite: bool = False,
         stream: bool = False,
         progress: Progress | bool | None = None,
+        keep_stages: str | Path | None = None,
     ) -> merging.Merged:
         """Carry out the merge, as :func:`~merging.merge` does with the same models, method and options.
 
@@ -215,6 +216,7 @@ class Recipe(Displayed, CheckedModel):
             stream: whether models of the Hub pass through the disk file by file, and are not kept in the library's
                 cache.
             progress: True for a bar, or a function that receives the bytes done and the bytes in all.
+            keep_stages: a folder for the outputs of recipes among the models, each in a folder of its own.
 
         Returns:
             The path and the kind of the output, its size, remarks, and numbers that the method reports.
@@ -233,6 +235,7 @@ class Recipe(Displayed, CheckedModel):
             overwrite=overwrite,
             stream=stream,
             progress=progress,
+            keep_stages=keep_stages,
             **options,
         )
 

@@ -78,7 +78,8 @@ class LoadedRecipe:
                 if missing or str(error).startswith(f"{pattern!r} in "):
                     raise type(error)(f"{self.document.origin(keys)}: {error}") from None
             for keys, name in names_in(self.document.values):
-                if str(error).startswith((f"{name}: ", f"{name}@", f"{local_path(name)}: ")):
+                beginnings = [f"{name}: ", f"{name}@", f"{local_path(name)}: "]
+                if any(str(error).startswith(each) or f": {each}" in str(error) for each in beginnings):
                     raise type(error)(f"{self.document.origin(keys)}: {error}") from None
             raise
 

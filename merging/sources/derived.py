@@ -24,6 +24,10 @@ class Derived(Stored):
     def at_hand(self) -> bool:
         return all(each.at_hand for each in self._made_of)
 
+    @property
+    def readable(self) -> bool:
+        return all(each.readable for each in self._made_of)
+
     def source(self) -> str:
         return "+".join(sorted({each.source() for each in self._made_of}))
 

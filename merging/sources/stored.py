@@ -87,6 +87,11 @@ class Stored(Displayed, ABC):
         """Whether its values are on this machine."""
         return True
 
+    @property
+    def readable(self) -> bool:
+        """Whether its values can be read now; a merge's own output can be read by another merge while both run."""
+        return True
+
     def source(self) -> str:
         """Return a text that identifies the content of its file."""
         return self.order()[0]

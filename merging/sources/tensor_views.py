@@ -48,6 +48,10 @@ class View(Stored):
     def at_hand(self) -> bool:
         return self._of.at_hand
 
+    @property
+    def readable(self) -> bool:
+        return self._of.readable
+
     def source(self) -> str:
         return self._of.source()
 

@@ -133,7 +133,12 @@ def _copy_source(name: str, tensors: Mapping[str, Stored]) -> str | None:
 
 
 def same_values(one: Stored, other: Stored) -> bool:
-    """Whether two stored tensors agree in dtype, shape and every bit; reading stops at the first piece that differs."""
+    """Whether two stored tensors agree in dtype, shape and every bit; reading stops at the first piece that differs.
+
+    Values that cannot be read yet are taken for different ones.
+    """
+    if not (one.readable and other.readable):
+        return one is other
     if one.dtype_name != other.dtype_name or one.shape != other.shape:
         return False
     for start in range(0, one.numel, _PIECE):

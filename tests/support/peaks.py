@@ -25,7 +25,7 @@ _SCRIPT = """
 import json, sys
 from pathlib import Path
 from merging import preview
-from merging.api.merge_files import Plan, merge_plan, run, workers_within
+from merging.api.merge_files import merge_plan, workers_within
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -98,8 +98,9 @@ def match_vocabularies(
 def _match_by_token(
     recipe: Recipe, settings: TokenizerSettings, models: Sequence[Model], base: Checkpoint | None
 ) -> tuple[tuple[Model, ...], Checkpoint | None, Vocabulary, list[str]]:
-    names = [*map(str, recipe.models), *(str(model.path) for model in models[len(recipe.models) :])]
-    named = [*zip(names, models, strict=True), *([(str(recipe.base), base)] if base else [])]
+    entries = [*recipe.models, *(str(model.path) for model in models[len(recipe.models) :])]
+    given = [*zip(entries, models, strict=True), *([(recipe.base, base)] if base else [])]
+    named = [(entry if isinstance(entry, str) else str(model.path), model) for entry, model in given]
     matched = match_tokens(settings, named, len(models) if base else None)
     based = matched.models[-1] if base else None
     assert based is None or isinstance(based, Checkpoint)

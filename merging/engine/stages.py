@@ -1,0 +1,220 @@
+"""Running the stages of a plan: computed piece by piece when they are read, or set aside before the plan runs."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO
+
+from merging.display.progress import Progress
+from merging.engine.pieces import PieceReader
+from merging.engine.run import run, work_bytes
+from merging.engine.sanity import unrelated_models
+from merging.errors import OutputError
+from merging.maths.lazy_torch import Tensor, torch
+from merging.methods.families.dropping import Dropping
+from merging.os_calls import read_at, write_at
+from merging.plan.checks import make_content_keys
+from merging.plan.merge_plan import Plan
+from merging.plan.stages import Stage, all_stages
+from merging.sources.stored import Stored, bytes_of
+
+__all__ = ["KeepStage", "StageSettings", "open_stages"]
+
+KeepStage = Callable[[Stage, "Progress | None"], Mapping[str, Stored]]
+"""Writes a stage as a model of its own, and returns the tensors in its files."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSettings:
+    """How stages are run.
+
+    Attributes:
+        device: the device to compute on.
+        threads: the number of workers of a stage that is set aside.
+        scratch: the folder for stages that are set aside.
+        progress: called with the bytes done and the bytes in all.
+        keep: writes a stage as a model of its own; None if stages are not kept.
+    """
+
+    device: torch.device | None = None
+    threads: int = 1
+    scratch: Path | None = None
+    progress: Progress | None = None
+    keep: KeepStage | None = None
+
+
+@contextmanager
+def open_stages(plan: Plan, settings: StageSettings) -> Iterator[tuple[Plan, Progress | None, list[str]]]:
+    """Have the values of a plan's stages readable while the body runs.
+
+    Yields the plan to run, with keys of its stages' contents; the callback for its progress; and a list that has the
+    stages' remarks when the body has ended.
+
+    Raises:
+        MergingError: for values that cannot be merged, and a disk that is full.
+    """
+    stages = all_stages(plan.stages)
+    if not stages:
+        yield plan, settings.progress, []
+        return
+    device = settings.device or torch.device("cpu")
+    aside = [stage for stage in stages if settings.keep or not stage.lazy]
+    parts = _Parts(settings.progress, [work_bytes(each, device) for each in [*(s.plan for s in aside), plan]])
+    remarks: list[str] = []
+    try:
+        for stage in stages:
+            stage.plan = _with_content_keys(stage.plan)
+            remarks += _place(stage, [*stage.plan.notices, *unrelated_models(stage.plan)])
+            if stage not in aside:
+                stage.values.reader = PieceReader(stage.plan, device)
+                continue
+            reader = _set_aside(stage, settings, device, parts.next())
+            stage.values.reader = reader
+            remarks += _place(stage, reader.notices)
+            later = aside[aside.index(stage) + 1 :]
+            needed = _find_needed([*(each.plan for each in later), plan], aside)
+            for each in aside:
+                if each not in needed and each not in later:
+                    _close(each)
+        yield _with_content_keys(plan), parts.next(), remarks
+        for stage in stages:
+            reader_of = stage.values.reader
+            remarks += _place(stage, sorted(reader_of.notices)) if isinstance(reader_of, PieceReader) else []
+    finally:
+        for stage in stages:
+            _close(stage)
+
+
+def _with_content_keys(plan: Plan) -> Plan:
+    """Return a plan with keys of its models' contents, where random numbers need them: stages had none before."""
+    if not any(isinstance(link, Dropping) for link in plan.recipe.method.links()):
+        return plan
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the workers, since products have other last bits on several threads
+    try:
+        return replace(plan, keys=make_content_keys(plan.models)[0])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _find_needed(plans: Sequence[Plan], aside: Collection[Stage]) -> set[Stage]:
+    """Return the stages set aside that plans read, directly or through stages that compute or hand on tensors then."""
+    found: set[Stage] = set()
+    for stage in (stage for plan in plans for stage in plan.stages):
+        found |= {stage} & set(aside)
+        if stage not in aside or any(item.form == "copy" for item in stage.plan.items):
+            found |= _find_needed([stage.plan], aside)
+    return found
+
+
+def _place(stage: Stage, remarks: Sequence[str]) -> list[str]:
+    """Return a stage's remarks with its place in the recipe."""
+    return [
+        f"{'warning: ' * remark.startswith('warning: ')}{stage.name}: {remark.removeprefix('warning: ')}"
+        for remark in remarks
+    ]
+
+
+def _close(stage: Stage) -> None:
+    reader, stage.values.reader = stage.values.reader, None
+    if isinstance(reader, _AsideFile):
+        reader.close()
+
+
+def _set_aside(
+    stage: Stage, settings: StageSettings, device: torch.device, progress: Progress | None
+) -> _AsideFile | _KeptTensors:
+    if settings.keep is not None:
+        return _KeptTensors(settings.keep(stage, progress))
+    file = _AsideFile(stage.plan, settings.scratch)
+    try:
+        done = run(
+            stage.plan,
+            file,
+            device=device,
+            threads=settings.threads,
+            progress=progress,
+            scratch=settings.scratch,
+        )
+    except BaseException:
+        file.close()
+        raise
+    file.notices += [*done.notices, *done.energy_notices]
+    return file
+
+
+class _Parts:
+    """Progress over several runs, one after the other."""
+
+    def __init__(self, progress: Progress | None, totals: Sequence[int]) -> None:
+        self.progress, self.totals, self.number = progress, totals, -1
+
+    def next(self) -> Progress | None:
+        """Return the callback of the next run."""
+        self.number += 1
+        if self.progress is None:
+            return None
+        before, total, progress = sum(self.totals[: self.number]), sum(self.totals), self.progress
+        return lambda done, _: progress(before + done, total)
+
+
+class _KeptTensors:
+    """Tensors of a stage that was written as a model of its own."""
+
+    def __init__(self, tensors: Mapping[str, Stored]) -> None:
+        self.tensors = tensors
+        self.notices: list[str] = []
+
+    def read(self, name: str, buffer: Tensor, start: int) -> None:
+        self.tensors[name].read_into(buffer, start)
+
+    def advise(self, name: str, start: int, count: int) -> None:
+        self.tensors[name].advise(start, count)
+
+
+class _AsideFile:
+    """Tensors of a stage in a file without a name: it is gone when the program ends, in any way."""
+
+    def __init__(self, plan: Plan, folder: Path | None) -> None:
+        self.notices: list[str] = []
+        self._folder = folder
+        self._starts: dict[str, int] = {}
+        end = 0
+        for out in plan.outs:
+            self._starts[out.name] = end
+            end += out.nbytes
+        self._lock = threading.Lock()
+        self._file: IO[bytes] | None = None
+
+    def write(self, name: str, values: Tensor, start: int = 0) -> None:
+        """Take elements of a tensor."""
+        try:
+            with self._lock:
+                if self._file is None:
+                    self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (closed by close)
+            write_at(self._file.fileno(), bytes_of(values), self._starts[name] + start * values.itemsize)
+        except OSError as error:
+            raise OutputError(
+                f"{self._folder or tempfile.gettempdir()}: a stage cannot be set aside: {error.strerror}"
+            ) from None
+
+    def read(self, name: str, buffer: Tensor, start: int) -> None:
+        """Fill a buffer with elements of a tensor."""
+        assert self._file is not None
+        try:
+            read_at(self._file.fileno(), bytes_of(buffer), self._starts[name] + start * buffer.itemsize)
+        except (OSError, EOFError) as error:
+            raise OutputError(f"{self._folder}: a stage that was set aside cannot be read: {error}") from None
+
+    def advise(self, name: str, start: int, count: int) -> None:
+        """Do nothing: what was written just now is in the system's memory, as far as there is room."""
+
+    def close(self) -> None:
+        """Free the space."""
+        if self._file is not None:
+            self._file.close()
