@@ -36,6 +36,7 @@ FOREIGN = {
         "--concat",
         "--extra-index-url",
         "--lora-merge-cache",
+        "--out-path",
         "--models",
         "--new_rank",
         "--ratios",
