@@ -69,6 +69,8 @@ def test_slices_of_several_sources_are_merges_of_parts() -> None:
         {"models": [{"model": "two", "layers": "2:6"}, {"model": "one", "layers": "2:6"}], "method": "slerp"},
     ]
     assert read(MERGED.replace("&all", "")).recipe.to_dict() == {"stack": [{"model": each} for each in merges]}
+    typed = [{"model": {**each, "dtype": "float32"}} for each in merges]  # so that nothing is rounded twice
+    assert read(f"{MERGED.replace('&all', '')}dtype: float32").recipe.to_dict() == {"stack": typed, "dtype": "float32"}
     one = MERGED.replace("&all", "").partition("- sources:\n  - {model: one, layer_range: [2, 6]}")[0]
     assert read(one).recipe.to_dict() == merges[0]
 

@@ -110,3 +110,7 @@ def _put_types(reading: Reading, values: dict[str, Any], built: Translated) -> N
             hint = nearest(name, DTYPES) or f": use {', '.join(DTYPES)}"
             raise reading.error((key,), f"{key} = {value!r:.80}: is no type of weights{hint}")
         built.put("dtype", name, reading.document.origin((key,)))
+    if "dtype" in built.values:
+        for part in built.values.get("stack", ()):
+            if "layers" not in part:  # a merge, whose result is rounded once, to the type of the output
+                part["model"]["dtype"] = built.values["dtype"]
