@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,8 @@ def _read_range(reading: Reading, keys: Keys) -> tuple[int, int]:
 
 
 def _whole(value: Any) -> int | None:
+    """Return a whole number as YAML has it, ``8``, ``8.0`` or ``"8"``; None for anything else."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
     text = str(value)
-    if isinstance(value, float) and value == int(value):
-        return int(value)
-    return int(text) if not isinstance(value, bool) and text.lstrip("-").isdecimal() else None
+    return int(text) if not isinstance(value, bool) and re.fullmatch(r"-?[0-9]{1,6}", text) else None

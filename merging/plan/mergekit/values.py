@@ -70,7 +70,7 @@ def _read_number(value: Any, whole: bool) -> float:
     words = "should be a whole number" if whole else "should be a number"
     try:
         number = float(value) if isinstance(value, (str, int, float)) else float("nan")
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(words) from None
     if not isfinite(number) or (whole and number != int(number)):
         raise ValueError(words)
