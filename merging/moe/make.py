@@ -124,9 +124,9 @@ def make_moe(
 
     Example:
         >>> import merging
-        >>> experts = [{"source_model": "maths", "positive_prompts": ["one plus two"]},
-        ...            {"source_model": "animals", "positive_prompts": ["the cat sat"]}]
-        >>> made = merging.make_moe({"base_model": "general", "experts": experts}, "mixture")
+        >>> experts = [{"source_model": "code", "positive_prompts": ["def main():"]},
+        ...            {"source_model": "law", "positive_prompts": ["The plaintiff"]}]
+        >>> made = merging.make_moe({"base_model": "base", "experts": experts}, "mixture")
         >>> made.architecture, made.experts
         ('Mixtral', 2)
     """

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from merging.errors import InputError
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.randomness import draw_normal
 from merging.moe.source import MoeSource
@@ -14,7 +15,7 @@ from merging.sources.dtypes import DTYPES
 from merging.storage.output_tensor import OutputTensor
 from merging.storage.writer import TensorWriter
 
-__all__ = ["CopiedTensor", "GivenTensor", "OutputPart"]
+__all__ = ["CopiedTensor", "GivenTensor", "OutputPart", "check_finite"]
 
 
 class OutputPart(Protocol):
@@ -30,6 +31,18 @@ class OutputPart(Protocol):
 
     def write(self, writer: TensorWriter, device: torch.device) -> None:
         """Make the tensors, on a device where that helps, and write them."""
+
+
+def check_finite(values: Tensor, before: Tensor, where: str) -> Tensor:
+    """Return values that are to be written.
+
+    Raises :class:`~merging.errors.InputError` for NaN and infinities, in the model or by the type of the output.
+    """
+    if not values.is_floating_point() or bool(values.isfinite().all()):
+        return values
+    if bool(before.isfinite().all()):
+        raise InputError(f"{where} has values that {str(values.dtype)[6:]} cannot hold: choose another dtype")
+    raise InputError(f"{where} has values that are not finite: no model can use them")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,13 +90,14 @@ class CopiedTensor:
             writer.write(self.out.name, self._finish(values, start), start)
 
     def _finish(self, values: Tensor, start: int) -> Tensor:
-        dtype = DTYPES[self.out.dtype_name]
-        if self.scale == 1 and not self.noise:
-            return values.to(dtype)
-        wide = values.to(torch.float64 if values.dtype == torch.float64 else torch.float32)
+        """Return a tile with its scale and noise, in the output's type."""
+        if self.scale != 1 or self.noise:
+            values = values.to(torch.float64 if values.dtype == torch.float64 else torch.float32)
         if self.noise:
-            wide = wide + draw_normal(start, len(wide), wide.device, *self.place) * self.noise
-        return (wide * self.scale).to(dtype)
+            values = values + draw_normal(start, len(values), values.device, *self.place) * self.noise
+        if self.scale != 1:
+            values = values * self.scale
+        return check_finite(values.to(DTYPES[self.out.dtype_name]), values, f"{self.source.name}: {self.name}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from merging.moe.architectures import PARTS, MoeArchitecture, select_architectur
 from merging.moe.config import moe_config
 from merging.moe.hidden_states import EMBEDDING
 from merging.moe.parts import CopiedTensor, OutputPart
-from merging.moe.recipe import ExpertEntry, MoeRecipe
+from merging.moe.recipe import MoeRecipe
 from merging.moe.source import MoeSource, open_moe_source
 from merging.plan.provenance import SourceRecord, record_source
 from merging.plan.recipe import DTYPES
@@ -110,8 +110,8 @@ def plan_moe(recipe: MoeRecipe) -> MoePlan:
         out = OutputTensor(name, type_of or stored.dtype_name, stored.shape)
         parts.append(CopiedTensor(out=out, source=base, name=name))
     for layer in range(layers):
-        for index, (expert, source) in enumerate(zip(named, sources, strict=True)):
-            parts += _expert(recipe, architecture, base, layer, index, expert, source)
+        for index, source in enumerate(sources):
+            parts += _expert(recipe, architecture, layer=layer, index=index, source=source, base=base)
     hidden = base.find_stored(EMBEDDING).shape[1]
     dtype = type_of or base.find_stored(f"model.layers.0.mlp.{PARTS[0]}.weight").dtype_name
     count = len(recipe.experts)
@@ -138,11 +138,9 @@ def _type(recipe: MoeRecipe) -> str | None:
 def _count_layers(base: MoeSource) -> int:
     """Return the number of layers, which config and names must agree on."""
     tensors = base.checkpoint.tensors
-    if "model.embed_tokens.weight" not in tensors:
-        near = nearest("model.embed_tokens.weight", tensors)
-        raise InputError(
-            f"{base.name}: has no model.embed_tokens.weight{near}: give a model with its language-model head"
-        )
+    if EMBEDDING not in tensors:
+        near = nearest(EMBEDDING, tensors)
+        raise InputError(f"{base.name}: has no {EMBEDDING}{near}: give a model with its language-model head")
     counted = Stacks.from_names(tensors).lengths.get("model.layers", 1)
     stated = config_layers(base.checkpoint.config)
     if stated is not None and stated != counted:
@@ -158,10 +156,9 @@ def _check_expert(source: MoeSource, base: MoeSource, architecture: MoeArchitect
             f"{source.name}: is a model of type {kind}, and the experts of a {architecture.title} mixture are "
             f"{' or '.join(wanted)} models"
         )
-    for setting in ("hidden_act",):
-        ours, theirs = (each.checkpoint.config.get(setting, "silu") for each in (base, source))
-        if ours != theirs:
-            raise InputError(f"{source.name}: its {setting} is {theirs}, and the base's is {ours}")
+    ours, theirs = (each.checkpoint.config.get("hidden_act", "silu") for each in (base, source))
+    if ours != theirs:
+        raise InputError(f"{source.name}: its hidden_act is {theirs}, and the base's is {ours}")
     counted = Stacks.from_names(source.checkpoint.tensors).lengths.get("model.layers", 1)
     if counted != layers:
         raise InputError(f"{source.name}: has {counted} layers, and {base.name} has {layers}")
@@ -175,25 +172,20 @@ def _check_expert(source: MoeSource, base: MoeSource, architecture: MoeArchitect
                     raise InputError(
                         f"{each.name}: {name} is {each.find_stored(name).dtype_name}, which are no plain numbers"
                     )
-            ours, theirs = base.find_stored(name).shape, source.find_stored(name).shape
-            if ours != theirs:
-                raise InputError(f"{source.name}: {name} is {list(theirs)}, and {base.name} has {list(ours)}")
+            shape, wanted_shape = source.find_stored(name).shape, base.find_stored(name).shape
+            if shape != wanted_shape:
+                raise InputError(f"{source.name}: {name} is {list(shape)}, and {base.name} has {list(wanted_shape)}")
 
 
 def _expert(
-    recipe: MoeRecipe,
-    architecture: MoeArchitecture,
-    base: MoeSource,
-    layer: int,
-    index: int,
-    expert: ExpertEntry,
-    source: MoeSource,
+    recipe: MoeRecipe, architecture: MoeArchitecture, *, layer: int, index: int, source: MoeSource, base: MoeSource
 ) -> list[OutputPart]:
     """Return the three matrices of an expert in a layer; the shared expert comes behind the others."""
     made: list[OutputPart] = []
+    expert = [*recipe.experts, *recipe.shared_experts][index]
+    shared = index >= len(recipe.experts)
     for part, dense in enumerate(PARTS):
         name = f"model.layers.{layer}.mlp.{dense}.weight"
-        shared = index >= len(recipe.experts)
         new = architecture.shared_expert(layer, part) if shared else architecture.expert(layer, index, part)
         stored = source.find_stored(name)
         scale = 1.0 if expert.residual_scale is None or dense != "down_proj" else expert.residual_scale

@@ -9,8 +9,9 @@ from typing import Any
 from merging.display.tables import plural
 from merging.errors import InputError
 from merging.hub.open_model import require_full
+from merging.maths.delta import LowRank
 from merging.maths.lazy_torch import Tensor, torch
-from merging.moe.parts import CopiedTensor, OutputPart
+from merging.moe.parts import CopiedTensor, OutputPart, check_finite
 from merging.moe.plan import MoePlan
 from merging.moe.recipe import MoeRecipe
 from merging.moe.smile import available_rank, decompose_change, read_change, same_checkpoint
@@ -69,11 +70,14 @@ class SmileModule:
         dtype = DTYPES[self.dtype_name]
         for index, expert in enumerate(self.experts):
             change = read_change(expert, self.base, f"{self.name}.weight")
+            for factor in (change.up, change.down) if isinstance(change, LowRank) else (change.value,):
+                check_finite(factor, factor, f"{expert.name}: the change of {self.name}")
             found = list(decompose_change(change, self.rows, self.rank, device))
             if self.bias:
                 found.append(read_change(expert, self.base, f"{self.name}.bias").dense())
             for out, value in zip(self.outs, found, strict=True):
-                writer.write(out.name, value.to(dtype).reshape(-1).contiguous(), index * value.numel())
+                values = check_finite(value.to(dtype), value, f"{expert.name}: the change of {self.name}")
+                writer.write(out.name, values.reshape(-1).contiguous(), index * value.numel())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +115,8 @@ class AveragedTensor:
         for start in range(0, numel, TILE):
             count = min(TILE, numel - start)
             total = sum((read(each, start, count) for each in self.experts), torch.zeros(count, dtype=torch.float64))
-            writer.write(name, (total / len(self.experts)).to(DTYPES[self.out.dtype_name]), start)
+            mean = total / len(self.experts)
+            writer.write(name, check_finite(mean.to(DTYPES[self.out.dtype_name]), mean, f"the mean of {name}"), start)
 
 
 def plan_smile(recipe: MoeRecipe) -> MoePlan:

@@ -12,7 +12,6 @@ import pytest
 import merging
 from merging.api.options import MergeOptions, MethodParameters
 from merging.methods import registry
-from support.page_models import prepare
 
 WITHOUT = {
     "Delta": "is a union of two types with examples",
@@ -28,9 +27,6 @@ WITHOUT = {
 
 TRAINING = ("Recycled", "recycle")
 """Names whose examples train on the real base."""
-
-PAGES = {"make_moe": "docs/tasks/moe.md"}
-"""Pages with whose models the examples of a name run."""
 
 SHOWN = [name for name in merging.__all__ if inspect.isfunction(getattr(merging, name))]
 
@@ -56,7 +52,7 @@ def run_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 def test_examples_run(
     name: str, workplace: Callable[[Path], Path], small_models: Path, run_example: Callable[[str], str]
 ) -> None:
-    prepare(PAGES.get(name, ""), workplace(small_models))
+    workplace(small_models)
     assert run_example(name) == ""
 
 

@@ -272,6 +272,27 @@ def test_models_that_do_not_fit(dense: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("gate_mode", ["random", "smile"])
+def test_values_that_no_model_can_use(dense: Path, tmp_path: Path, gate_mode: str) -> None:
+    for value, dtype, message in (
+        (float("nan"), None, "not finite"),
+        (1e6, "float16", "float16 cannot hold"),
+    ):
+        model = AutoModelForCausalLM.from_pretrained(dense / "llama" / "a")
+        model.model.layers[1].mlp.up_proj.weight.data[3, 4] = value
+        save_dense(tmp_path / "broken", model=model)
+        experts = [{"source_model": str(tmp_path / "broken")}, {"source_model": str(dense / "llama" / "b")}]
+        values = {
+            "base_model": str(dense / "llama" / "base"),
+            "gate_mode": gate_mode,
+            "experts": experts,
+            "dtype": dtype,
+        }
+        with pytest.raises(MergingError, match=message):
+            merging.make_moe(values, tmp_path / "out")
+        assert sorted(each.name for each in tmp_path.iterdir()) == ["broken"]
+
+
 def test_an_output_that_exists(dense: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
