@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,14 +95,18 @@ class _Opener:
     def match_tokens(self) -> MatchedTokens | None:
         """Match the models in files by token, where models are made of them; else this is done later.
 
-        The parts of a stack have rows of different models, which have to be of one vocabulary before.
+        The parts of a stack have rows of different models, which have to be of one vocabulary before. A recipe with a
+        tokenizer of its own makes a model with a tokenizer, which is matched later.
         """
         entries = [*self.recipe.models, *([self.recipe.base] if self.recipe.base is not None else [])]
-        if self.recipe.tokenizer is None or all(isinstance(entry, str) for entry in entries):
+        inner = [each for entry in entries for each in _recipes_in(entry)]
+        plain = all(isinstance(entry, str) for entry in entries)
+        if self.recipe.tokenizer is None or plain or any(each.tokenizer is not None for each in inner):
             return None
         names = list(dict.fromkeys(name for entry in entries for name in names_of(entry)))
         opened = [(name, self.open(name, name)[0]) for name in names]
-        base = names.index(self.recipe.base) if isinstance(self.recipe.base, str) else None
+        bases = {each.base for each in (self.recipe, *inner) if isinstance(each.base, str)}
+        base = names.index(bases.pop()) if len(bases) == 1 else None
         found = match_tokens(self.recipe.tokenizer, opened, base)
         self.matched = dict(zip(names, found.models, strict=True))
         return found
@@ -136,6 +140,17 @@ class _Opener:
             parts.append(StackPart(model, str(model.path), part.stack, part.bounds, _scale_of(part), widest=widest))
             pinned.append(part.model_copy(update={"model": entry}))
         return stack_layers(parts, _label(parts)), stack.model_copy(update={"parts": tuple(pinned)})
+
+
+def _recipes_in(entry: Entry) -> Iterator[Recipe]:
+    """Yield the recipes in an entry, itself if it is one."""
+    if isinstance(entry, LayerStack):
+        for part in entry.parts:
+            yield from _recipes_in(part.model)
+    elif isinstance(entry, Recipe):
+        yield entry
+        for each in (*entry.models, *([entry.base] if entry.base is not None else [])):
+            yield from _recipes_in(each)
 
 
 def _check_patterns(part: LayerPart, model: Checkpoint) -> None:

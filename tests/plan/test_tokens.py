@@ -40,6 +40,12 @@ def mean(values: list[Tensor]) -> Tensor:
     return sum(values) / len(values)  # type: ignore[return-value]
 
 
+def filled(given: list[dict[str, Tensor]], token: str) -> list[Tensor]:
+    """The rows of a token in models; where one lacks it, the mean of the others."""
+    found = [rows[token] for rows in given if token in rows]
+    return [rows.get(token, mean(found)) for rows in given]
+
+
 @pytest.mark.parametrize("table", [EMBEDDING, HEAD])
 def test_a_missing_token_has_the_mean_of_the_models_that_have_it(
     folders: dict[str, str], tmp_path: Path, table: str
@@ -48,8 +54,7 @@ def test_a_missing_token_has_the_mean_of_the_models_that_have_it(
     got, given = rows_of(out, table), [rows_of(Path(folders[name]), table) for name in "abc"]
     assert got.keys() == given[0].keys() | given[1].keys() | given[2].keys()
     for token, row in got.items():
-        found = mean([each[token] for each in given if token in each])
-        rows = [each.get(token, found) for each in given]
+        rows = filled(given, token)
         torch.testing.assert_close(row, 0.5 * rows[0] + 0.3 * rows[1] + 0.2 * rows[2], rtol=0, atol=1e-7)
 
 
@@ -198,3 +203,37 @@ def test_adapters_keep_their_base_by_token(folders: dict[str, str], tmp_path: Pa
     merging.merge(both, method="task_arithmetic", base=folders["a"], tokenizer="union", output=tmp_path / "both")
     with pytest.raises(InputError, match=r"tables: it trained .*embed_tokens"):
         merging.merge([tmp_path / "tables"], output=tmp_path / "none", tokenizer=folders["b"], **options)
+
+
+def test_merged_slices_are_matched_before_they_are_merged(tmp_path: Path) -> None:
+    """A stack of two merges of two blocks each is the merge of the whole models."""
+    for name in "ab":
+        save_tokenized(tmp_path / name, name, num_hidden_layers=4)
+    folders = {name: str(tmp_path / name) for name in "ab"}
+    parts = [[{"model": folders[name], "layers": layers} for name in "ab"] for layers in ("0:2", "2:4")]
+    stack = [{"model": {"models": part, "method": "linear"}} for part in parts]
+    merging.load_recipe(yaml.safe_dump({"stack": stack, "tokenizer": "union"})).run(tmp_path / "stack")
+    merge(folders, "ab", tmp_path / "whole", method="linear", tokenizer="union")
+    stacked, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("stack", "whole"))
+    assert stacked.keys() == whole.keys()
+    assert all(torch.equal(stacked[name], whole[name]) for name in whole)
+    for name in ("config.json", "tokenizer.json"):
+        assert (tmp_path / "stack" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+@pytest.mark.parametrize("own", ["union", None])
+def test_a_recipe_among_the_models_is_merged_by_token(folders: dict[str, str], tmp_path: Path, own: str | None) -> None:
+    """With a tokenizer of its own its output's tokens are matched, else the tokens of its models."""
+    inner: dict[str, Any] = {"models": [folders["a"], folders["b"]], "method": "linear"}
+    recipe = {"models": [inner | ({"tokenizer": own} if own else {}), folders["c"]], "method": "linear"}
+    merging.load_recipe(yaml.safe_dump(recipe | {"tokenizer": "union"})).run(tmp_path / "out")
+    got, given = rows_of(tmp_path / "out"), [rows_of(Path(folders[name])) for name in "abc"]
+    assert got.keys() == given[0].keys() | given[1].keys() | given[2].keys()
+    stage = {token: mean(filled(given[:2], token)) for token in given[0].keys() | given[1].keys()}
+    for token, row in got.items():
+        if own:
+            wanted = mean(filled([stage, given[2]], token))
+        else:
+            a, b, c = filled(given, token)
+            wanted = ((a + b) / 2 + c) / 2
+        torch.testing.assert_close(row, wanted, rtol=0, atol=1e-7)
