@@ -1,9 +1,7 @@
-"""Routers: as transformers' hidden states give them, as mergekit makes them, and on the right expert's side."""
+"""Routers: as transformers' hidden states give them, and on the right expert's side."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -11,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,24 +16,8 @@ import merging
 from merging.errors import InputError
 from merging.moe import hidden_states as passes
 from support.dense_models import WORDS, build_dense, save_dense, tokenizer
-from support.paths import TESTS
+from support.moe_recipes import NEGATIVE, POSITIVE, two_experts
 from support.tiny import identical, load
-
-PEER = os.environ.get("MERGEKIT_PYTHON")
-POSITIVE = (["one two three", "four five six seven one", "seven"], ["the cat sat", "a big dog ran in the park", "x"])
-NEGATIVE = ["def f return x", "print"]
-
-
-def recipe(folder: Path, gate_mode: str, *, negative: bool = False, even: bool = False) -> dict[str, Any]:
-    """Two experts with prompts; ``even`` prompts have equal numbers of tokens."""
-    prompts = (["one two three", "plus five six"], ["the cat sat", "a big dog"]) if even else POSITIVE
-    experts: list[dict[str, Any]] = [
-        {"source_model": str(folder / name), "positive_prompts": texts}
-        for name, texts in zip("ab", prompts, strict=True)
-    ]
-    if negative:
-        experts[0]["negative_prompts"] = NEGATIVE
-    return {"base_model": str(folder / "base"), "gate_mode": gate_mode, "dtype": "float32", "experts": experts}
 
 
 def routers(folder: Path) -> Tensor:
@@ -59,7 +40,7 @@ def states(folder: Path, texts: list[str], average: bool) -> Tensor:
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 @pytest.mark.parametrize("gate_mode", ["hidden", "hidden_last", "hidden_avg"])
 def test_hidden_states_of_prompts(dense: Path, tmp_path: Path, kind: str, gate_mode: str) -> None:
-    merging.make_moe(recipe(dense / kind, gate_mode, negative=True), tmp_path / "out")
+    merging.make_moe(two_experts(dense / kind, gate_mode, negative=True), tmp_path / "out")
     found, average = routers(tmp_path / "out"), gate_mode == "hidden_avg"
     for row, texts in enumerate(POSITIVE):
         expected = states(dense / kind / "base", texts, average)
@@ -69,7 +50,7 @@ def test_hidden_states_of_prompts(dense: Path, tmp_path: Path, kind: str, gate_m
 
 
 def test_embeddings_of_prompts(dense: Path, tmp_path: Path) -> None:
-    merging.make_moe(recipe(dense / "llama", "cheap_embed", negative=True), tmp_path / "out")
+    merging.make_moe(two_experts(dense / "llama", "cheap_embed", negative=True), tmp_path / "out")
     table = load(dense / "llama" / "base")["model.embed_tokens.weight"]
 
     def direction(texts: list[str]) -> Tensor:
@@ -81,9 +62,9 @@ def test_embeddings_of_prompts(dense: Path, tmp_path: Path) -> None:
 
 
 def test_batches_change_nothing(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    merging.make_moe(recipe(dense / "llama", "hidden"), tmp_path / "one")
+    merging.make_moe(two_experts(dense / "llama", "hidden"), tmp_path / "one")
     monkeypatch.setattr(passes, "_BATCH", 12)
-    merging.make_moe(recipe(dense / "llama", "hidden"), tmp_path / "two")
+    merging.make_moe(two_experts(dense / "llama", "hidden"), tmp_path / "two")
     torch.testing.assert_close(routers(tmp_path / "one"), routers(tmp_path / "two"), rtol=1e-4, atol=1e-5)
 
 
@@ -91,7 +72,7 @@ def test_random_routers_are_of_the_content(dense: Path, tmp_path: Path) -> None:
     """Of the base's values and the seed, and of no path or order."""
     folder = dense / "llama"
     (tmp_path / "link").symlink_to(folder / "base")
-    values = recipe(folder, "random")
+    values = two_experts(folder, "random")
     merging.make_moe(values, tmp_path / "one")
     merging.make_moe({**values, "base_model": str(tmp_path / "link")}, tmp_path / "two")
     merging.make_moe({**values, "seed": 1}, tmp_path / "three")
@@ -105,7 +86,7 @@ def test_random_routers_are_of_the_content(dense: Path, tmp_path: Path) -> None:
 
 
 def test_prompts_that_give_no_direction(dense: Path, tmp_path: Path) -> None:
-    values = recipe(dense / "llama", "hidden")
+    values = two_experts(dense / "llama", "hidden")
     values["experts"][0]["negative_prompts"] = values["experts"][0]["positive_prompts"]
     with pytest.raises(InputError, match="cancel out"):
         merging.make_moe(values, tmp_path / "out")
@@ -193,50 +174,3 @@ def test_the_router_prefers_the_right_expert(trained: Path, tmp_path: Path, gate
         if gate_mode == "hidden_avg":
             wrong = AutoModelForCausalLM.from_pretrained(trained / list(PATTERNS)[1 - right])
             assert loss(mixture, held_out) < loss(wrong, held_out)
-
-
-@pytest.mark.skipif(not PEER, reason="MERGEKIT_PYTHON does not name a Python that has mergekit")
-def test_mergekit_makes_the_same_mixtures(dense: Path, tmp_path: Path) -> None:
-    """In float32; with hidden_avg where prompts are equally long, as the peer averages over its padding too."""
-    cases = {
-        f"{kind}-{mode}-{negative}": recipe(dense / kind, mode, negative=negative, even=mode == "hidden_avg")
-        for kind in ("llama", "mistral", "qwen3")
-        for mode, negative in (("hidden", True), ("hidden_last", False), ("hidden_avg", False), ("cheap_embed", True))
-    }
-    shared = {"source_model": str(dense / "qwen2" / "a"), "positive_prompts": ["def x"], "residual_scale": 0.5}
-    cases["qwen2"] = {**recipe(dense / "qwen2", "hidden"), "shared_experts": [shared]}
-    cases["deepseek"] = {**recipe(dense / "llama", "hidden"), "architecture": "deepseek"}
-    arguments = []
-    for name, values in cases.items():
-        (tmp_path / f"{name}.yml").write_text(yaml.safe_dump(values))
-        merging.make_moe(tmp_path / f"{name}.yml", tmp_path / f"ours-{name}")
-        arguments += [str(tmp_path / f"{name}.yml"), str(tmp_path / f"peer-{name}")]
-    runner = TESTS / "peer" / "mergekit_moe_runner.py"
-    assert PEER is not None
-    subprocess.run([PEER, str(runner), *arguments], check=True, capture_output=True)
-    for name in cases:
-        ours, theirs = apart(load(tmp_path / f"ours-{name}")), apart(load(tmp_path / f"peer-{name}"))
-        assert ours.keys() == theirs.keys(), name
-        for key, value in theirs.items():
-            if "gate.weight" in key:
-                torch.testing.assert_close(ours[key], value, rtol=1e-5, atol=1e-6, msg=f"{name}: {key}")
-            else:
-                assert torch.equal(ours[key], value), f"{name}: {key}"
-
-
-def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with one name for every matrix of an expert, whether stacked or not."""
-    names = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-    found = {}
-    for name, value in tensors.items():
-        short = name.replace("block_sparse_moe", "mlp")
-        if short.endswith("experts.gate_up_proj"):
-            for index, both in enumerate(value):
-                for part, half in zip(("gate_proj", "up_proj"), both.chunk(2), strict=True):
-                    found[f"{short.removesuffix('gate_up_proj')}{index}.{part}.weight"] = half
-        elif short.endswith("experts.down_proj"):
-            found |= {f"{short.removesuffix('down_proj')}{i}.down_proj.weight": each for i, each in enumerate(value)}
-        else:
-            *rest, part, last = short.split(".")
-            found[".".join([*rest, names.get(part, part), last])] = value
-    return found
