@@ -110,7 +110,7 @@ def _open(part: StackPart) -> _Opened:
         raise InputError(
             f"{part.name}: is a pipeline of several models: layers are taken of one model: name its folder"
         )
-    lengths = _count_blocks(model.tensors)
+    lengths = _count_blocks(model.tensors) or _single_block(model)
     prefix = _find_stack(part, lengths)
     total = _total(part, prefix, lengths)
     start, stop = part.layers or (0, total)
@@ -140,6 +140,12 @@ def _count_blocks(names: Iterable[str]) -> dict[str, int]:
             inner = (name.removeprefix(f"{prefix}.") for name in names if name.startswith(f"{prefix}."))
             lengths[prefix] = len({rest.partition(".")[0] for rest in inner})
     return lengths
+
+
+def _single_block(model: Checkpoint) -> dict[str, int]:
+    """Return the stack of a model whose config states one block: a slice, whose names alone do not show a row."""
+    prefixes = {name.partition(".0.")[0] for name in model.tensors if ".0." in name}
+    return dict.fromkeys(prefixes, 1) if model.layers == 1 and len(prefixes) == 1 else {}
 
 
 def _find_stack(part: StackPart, lengths: Mapping[str, int]) -> str:
