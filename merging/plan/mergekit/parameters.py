@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from merging.errors import nearest
 from merging.plan.mergekit.methods import MethodSpec, Parameter
 from merging.plan.mergekit.reading import Reading
 from merging.plan.mergekit.schema import top
-from merging.plan.mergekit.values import FilterRule, convert_points, join_rules, origins_of, read_rules, renumber, state
+from merging.plan.mergekit.values import (
+    FilterRule,
+    Scalar,
+    convert_points,
+    join_rules,
+    origins_of,
+    read_rules,
+    renumber,
+    state,
+)
 from merging.plan.recipe_document import Keys
 
 __all__ = ["Levels", "Stated", "check_names", "read_parameters"]
@@ -98,6 +108,9 @@ def read_parameters(reading: Reading, spec: MethodSpec, levels: Levels) -> dict[
         for own, each in zip(places, rules, strict=True):
             if parameter.required and not each:
                 raise _missing(reading, name, spec, own)
+        for rule in (rule for each in rules for rule in each):
+            if len(set(rule.points)) > 1 and any(_is_word(point) for point in rule.points):
+                raise reading.error(rule.keys, f"{name} does not differ from layer to layer: write one value")
         given = next((rule.keys for each in rules for rule in each if rule.keys), None)
         if parameter.idle and given:
             reading.note(given, f"{name} has no effect with {spec.name}: {parameter.idle}")
@@ -112,6 +125,14 @@ def read_parameters(reading: Reading, spec: MethodSpec, levels: Levels) -> dict[
     if spec.name == "nuslerp":
         stated["axis"] = _axis(reading, stated.pop("flatten"), stated.pop("row_wise"))
     return stated
+
+
+def _is_word(point: Scalar) -> bool:
+    """Return whether a value is a word, and neither a number nor a switch, so that no points can be made of it."""
+    try:
+        return isinstance(point, str) and not isfinite(float(point))
+    except ValueError:
+        return True
 
 
 def _axis(reading: Reading, flatten: Stated, row_wise: Stated) -> Stated:

@@ -38,8 +38,8 @@ class Bounds:
     """The values that a parameter takes: a kind, and for numbers the least and the most."""
 
     kind: Literal["number", "whole", "switch", "any"] = "number"
-    least: float | None = None
-    most: float | None = None
+    least: float = -1e30
+    most: float = 1e30
     below: float | None = None
 
     def read(self, value: Any) -> Scalar:
@@ -49,9 +49,9 @@ class Bounds:
         if self.kind == "switch":
             return _read_switch(value)
         number = _read_number(value, self.kind == "whole")
-        if self.least is not None and number < self.least:
+        if number < self.least:
             raise ValueError(f"should be at least {self.least:g}")
-        if self.most is not None and number > self.most:
+        if number > self.most:
             raise ValueError(f"should be at most {self.most:g}")
         if self.below is not None and number >= self.below:
             raise ValueError(f"should be less than {self.below:g}")
