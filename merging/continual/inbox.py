@@ -16,12 +16,13 @@ from merging.continual.manifest import Manifest
 from merging.display.progress import Progress
 from merging.errors import InputError, MergingError, escape_unprintable
 from merging.hub.query import Query, parse_query
+from merging.sources.pickled import PYTORCH_ENDINGS
 
 __all__ = ["Arrival", "Inbox", "Pause", "WatchEnded", "open_inbox", "run_interruptibly"]
 
 T = TypeVar("T")
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+_WEIGHTS = (".safetensors", *PYTORCH_ENDINGS)
 
 _SLICE = 0.1
 """Most seconds until a request to end is noticed."""

@@ -18,6 +18,7 @@ from merging.hub.client import Unreachable, api, explain_error, offline, with_re
 from merging.hub.remote import RemoteFile
 from merging.sources.links import trust_links
 from merging.sources.opening import open_tensors
+from merging.sources.pickled import PYTORCH_ENDINGS
 from merging.sources.stored import FileContents
 
 __all__ = ["Repository", "open_repository"]
@@ -28,7 +29,7 @@ _PLANNED = ("README.md", "config.json", "adapter_config.json", "model_index.json
 _KNOWN: dict[str, Repository] = {}
 """The opened repositories, by their commits."""
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+_WEIGHTS = (".safetensors", *PYTORCH_ENDINGS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,6 +15,7 @@ from merging.sources.components import MODULES, PIPELINE, components_of
 from merging.sources.model_config import read_config
 from merging.sources.opening import FileOpener, open_tensors
 from merging.sources.origin import Origin
+from merging.sources.pickled import PYTORCH_ENDINGS
 from merging.sources.quantized_weights import dequantize_tensors, refuse_quantized
 from merging.sources.renaming import strip_wrappers
 from merging.sources.small_files import is_there
@@ -159,7 +160,7 @@ def _open_one(path: Path, dequantize: bool, open_file: FileOpener) -> Checkpoint
     absent: dict[str, Path] = {}
     files = _files_of(weights, path.is_dir())
     for file, expected in files.items():
-        pickled = file.suffix in (".bin", ".pt", ".pth")
+        pickled = file.suffix in PYTORCH_ENDINGS
         found, extra = open_file(file)
         if expected is not None:
             absent |= dict.fromkeys(agree(weights, file, expected, set(found)), file)

@@ -16,7 +16,8 @@ __all__ = ["Format", "formats"]
 
 _CHECKPOINTS = {
     "safetensors": "one file, shards with an index, or a variant of them (fp16)",
-    "PyTorch": ".bin, .pt, .pth: read at their places, and no code in them is run",
+    "PyTorch": ".bin, .pt, .pth, and .ckpt of Lightning: read at their places, and no code in them is run",
+    "DCP": "folders of torch.distributed.checkpoint, in shards: the model in them, without the optimizer",
     "pipelines": "folders of diffusers and of sentence-transformers, component by component",
 }
 _PACKS = {

@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from merging.errors import FormatError
+from merging.sources.pickled import PYTORCH_ENDINGS
 from merging.sources.small_files import read_json, read_json_list
 from merging.sources.tokenizers import TOKENIZER_FILES
 from merging.sources.weight_files import is_standard
@@ -53,7 +54,7 @@ _BESIDE = (
 )
 """Files that may be next to a model's weights, as libraries and this program write them."""
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+_WEIGHTS = (".safetensors", *PYTORCH_ENDINGS)
 
 _INDEX = re.compile(r".+\.(safetensors|bin)(\.index)?(\.[\w-]+)?(\.index)?\.json")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from merging.sources.distributed import METADATA, open_distributed
 from merging.sources.pickled import open_pickle
 from merging.sources.stored import FileContents, open_safetensors
 
@@ -15,7 +16,12 @@ FileOpener = Callable[[Path], FileContents]
 
 
 def open_tensors(path: Path) -> FileContents:
-    """Open a weights file on this disk, in the format of its ending: safetensors, or PyTorch's."""
+    """Open a weights file on this disk, in the format of its ending: safetensors, or PyTorch's.
+
+    The list of a distributed checkpoint stands for all of its files.
+    """
+    if path.name == METADATA:
+        return open_distributed(path)
     if path.suffix == ".safetensors":
         return open_safetensors(path)
     return open_pickle(path)

@@ -1,4 +1,4 @@
-"""PyTorch's files (.bin, .pt, .pth): tensors are read at their places, and no code in the files is run."""
+"""PyTorch's files (.bin, .pt, .pth, .ckpt): tensors are read at their places, and no code in the files is run."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ from merging.sources.open_files import File
 from merging.sources.stored import FileContents, FileTensor, Stored
 from merging.sources.unpickle import Other, TensorRecord, unpickle
 
-__all__ = ["open_pickle"]
+__all__ = ["DAMAGE", "PYTORCH_ENDINGS", "open_pickle", "read_record"]
 
-_DAMAGE = (
+PYTORCH_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
+"""The endings of PyTorch's files."""
+
+DAMAGE = (
     ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, NotImplementedError, RuntimeError,
     TypeError, ValueError, struct.error, zipfile.BadZipFile,
 )  # fmt: skip
@@ -41,15 +44,18 @@ _NESTS = ("state_dict", "model_state_dict", "model", "module")
 def open_pickle(path: Path) -> FileContents:
     """Open a PyTorch file: its tensors, and for each name that shares another tensor's memory (tied weights) the other.
 
-    Only the descriptions of tensors are read. Raises :class:`~merging.errors.FormatError` for a file that holds more
-    than tensors, or has compressed records. torch never compresses, and a small compressed record can grow without end.
+    Only the descriptions of tensors are read. A .ckpt, as Lightning saves it, may hold objects of any class too: they
+    are left out, and no class is imported.
+
+    Raises :class:`~merging.errors.FormatError` for any other file that holds more than tensors, and for compressed
+    records. torch never compresses, and a small compressed record can grow without end.
     """
     if not path.is_file():  # reading a device would never end
         raise FormatError(f"{path}: is not a regular file, not a PyTorch file")
     file = File(path)
     try:
         archive = _Archive(file)
-        loaded = unpickle(archive.read("data.pkl"))
+        loaded = unpickle(archive.read("data.pkl"), foreign=path.suffix == ".ckpt")
         state = _state_dict(loaded)
         if not _holds_tensors(state):
             raise FormatError(
@@ -59,9 +65,20 @@ def open_pickle(path: Path) -> FileContents:
         return _tensors(archive, state)
     except pickle.UnpicklingError as error:
         raise FormatError(f"{path}: holds more than tensors, and nothing in it is run: {error}") from None
-    except _DAMAGE as error:
+    except DAMAGE as error:
         reason = str(error).partition("\n")[0]
         raise FormatError(f"{path}: is a damaged PyTorch file: {reason or type(error).__name__}") from None
+
+
+def read_record(file: File, start: int, size: int) -> Stored:
+    """Return the tensor that torch saved alone in a part of a file. A damaged part raises one of :data:`DAMAGE`."""
+    archive = _Archive(file, start, size)
+    record = unpickle(archive.read("data.pkl"))
+    if not isinstance(record, TensorRecord) or record.dtype not in DTYPE_NAMES:
+        raise ValueError(f"it holds {type(record).__name__} in the place of a tensor")
+    if prod(record.shape) * record.dtype.itemsize > size:
+        raise ValueError(f"a tensor of the shape {record.shape} is larger than its record")
+    return archive.tensor(record)
 
 
 def _state_dict(loaded: Any) -> Any:
@@ -101,12 +118,18 @@ def _tensors(archive: _Archive, state: dict[Any, Any]) -> FileContents:
 
 
 class _Archive:
-    """The zip file that torch saves: ``NAME/data.pkl``, and for each storage a record ``NAME/data/KEY``."""
+    """The zip file that torch saves: ``NAME/data.pkl``, and for each storage a record ``NAME/data/KEY``.
 
-    def __init__(self, file: File) -> None:
+    It is the whole file, or the part of ``size`` bytes from ``start`` on.
+    """
+
+    def __init__(self, file: File, start: int = 0, size: int | None = None) -> None:
         self.file = file
-        self.size = file.size
-        with _Bounded(file.fd, closefd=False) as stream:
+        self.start = start
+        self.size = file.size if size is None else size
+        if self.start + self.size > file.size:
+            raise ValueError(f"it ends after {file.size:,} bytes, and should have {self.start + self.size:,}")
+        with _Bounded(file, self.start, self.size) as stream:
             if not zipfile.is_zipfile(stream):
                 raise FormatError(
                     f"{file.path}: is not a PyTorch zip file (cut short, or written before 2020), and the old format "
@@ -149,24 +172,46 @@ class _Archive:
         if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
             raise ValueError(f"its record {name} is compressed, which torch.save never does")
         head = bytearray(_LOCAL.size)
-        self.file.read(memoryview(head), record.header_offset)
+        self.file.read(memoryview(head), self.start + record.header_offset)
         mark, *lengths = _LOCAL.unpack(head)
         start = record.header_offset + len(head) + sum(lengths)
         if mark != b"PK\x03\x04" or record.header_offset < 0 or start + record.file_size > self.size:
             raise ValueError(f"its record {name} is not where its list says")
-        return start, record.file_size
+        return self.start + start, record.file_size
 
 
-class _Bounded(io.FileIO):
-    """A file that limits each read: the list of a zip file may claim any size."""
+class _Bounded(io.RawIOBase):
+    """A part of a file that limits each read: the list of a zip file may claim any size."""
 
-    def read(self, size: int | None = -1) -> Any:
+    def __init__(self, file: File, start: int, size: int) -> None:
+        self._file, self._start, self._size, self._at = file, start, size, 0
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a place of the part."""
+        place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        if place < 0:
+            raise OSError("a place before the beginning of the file")
+        self._at = place
+        return place
+
+    def tell(self) -> int:
+        """Return the place of the next byte."""
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
         """Return the next bytes."""
-        if size is None or size < 0:
-            size = os.fstat(self.fileno()).st_size - self.tell()
+        left = max(0, self._size - self._at)
+        size = left if size is None or size < 0 else min(size, left)
         if size > _LARGEST:
             raise ValueError(f"its list of records takes {size:,} bytes (limit {_LARGEST:,})")
-        return super().read(size)
+        content = bytearray(size)
+        self._file.read(memoryview(content), self._start + self._at)
+        self._at += size
+        return bytes(content)
 
 
 def _contiguous(record: TensorRecord) -> bool:

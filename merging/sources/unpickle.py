@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from merging.maths.lazy_torch import torch
 
-__all__ = ["Other", "Storage", "TensorRecord", "unpickle"]
+__all__ = ["Foreign", "Other", "Storage", "TensorRecord", "unpickle"]
 
 _MAX_STEPS = 1 << 22
 """The largest number of instructions in one pickle: enough for some hundred thousand tensors, which take seconds."""
@@ -92,9 +92,24 @@ class Other:
         """Do nothing."""
 
 
-def unpickle(data: bytes) -> Any:
+class Foreign(Other):
+    """An object of a class that is never imported: the class's name, and the state that the pickle gives the object."""
+
+    def __init__(self, kind: str, *_: object) -> None:
+        super().__init__(kind)
+        self.state: Any = None
+
+    def append(self, value: object) -> None:
+        """Do nothing."""
+
+    def extend(self, values: object) -> None:
+        """Do nothing."""
+
+
+def unpickle(data: bytes, foreign: bool = False) -> Any:
     """Return the content of a pickle: plain values, with :class:`TensorRecord` and :class:`Other` in them.
 
+    ``foreign`` lets in objects of any class as :class:`Foreign`: programs keep their settings next to the tensors.
     Raises pickle.UnpicklingError for a pickle that needs anything else, and ValueError or a related error for a damaged
     one.
     """
@@ -108,7 +123,7 @@ def unpickle(data: bytes) -> Any:
             raise ValueError("it numbers more values than it holds")
         if isinstance(argument, int) and argument.bit_length() > _MAX_BITS:
             raise ValueError("it holds a number that is too large")
-    return _Reader(io.BytesIO(data)).load()
+    return _Reader(io.BytesIO(data), foreign).load()
 
 
 class _Reader(pickle._Unpickler):
@@ -119,6 +134,10 @@ class _Reader(pickle._Unpickler):
 
     stack: list[Any]
     pop_mark: Callable[[], list[Any]]
+
+    def __init__(self, stream: io.BytesIO, foreign: bool) -> None:
+        super().__init__(stream)
+        self.foreign = foreign
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the replacement for a global name of a pickle."""
@@ -131,6 +150,8 @@ class _Reader(pickle._Unpickler):
             return getattr(torch, name)
         if full in _HARMLESS:
             return partial(Other, name.removeprefix("_rebuild_"))
+        if self.foreign:
+            return partial(Foreign, full)
         raise pickle.UnpicklingError(f"it names {full[:200]}")
 
     def persistent_load(self, pid: Any) -> Storage:
@@ -170,8 +191,20 @@ class _Reader(pickle._Unpickler):
             raise ValueError("it calls a function in no known way")
         self.stack.append(function(*arguments))
 
+    def _make_object(self) -> None:
+        _, kind = self.stack.pop(), self.stack.pop()
+        if not isinstance(kind, partial):
+            raise ValueError("it makes an object in no known way")
+        self.stack.append(kind())
+
+    def _make_object_by_name(self) -> None:
+        self.stack.pop()
+        self._make_object()
+
     def _set_state(self) -> None:
-        self.stack.pop()  # a state dict's attributes are not needed, and other objects' could do harm
+        state = self.stack.pop()  # a state dict's attributes are not needed, and other objects' could do harm
+        if isinstance(self.stack[-1], Foreign):
+            self.stack[-1].state = state
 
     dispatch: ClassVar[dict[int, Any]] = pickle._Unpickler.dispatch | {
         pickle.SETITEM[0]: _set_item,
@@ -181,13 +214,15 @@ class _Reader(pickle._Unpickler):
         pickle.FROZENSET[0]: _make_full_set,
         pickle.ADDITEMS[0]: _fill_set,
         pickle.REDUCE[0]: _call,
+        pickle.NEWOBJ[0]: _make_object,
+        pickle.NEWOBJ_EX[0]: _make_object_by_name,
         pickle.BUILD[0]: _set_state,
     }
 
 
 def _key(value: Any) -> Any:
     """Return a key that is safe to hash and compare: a plain value, or a placeholder for any other."""
-    if value is None or isinstance(value, (bool, int, float)):
+    if value is None or isinstance(value, (bool, int, float, Foreign)):  # a foreign object equals only itself
         return value
     if isinstance(value, (str, bytes)) and len(value) <= _LONGEST_KEY:
         return value

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError, InputError
+from merging.sources.distributed import METADATA, is_distributed
 from merging.sources.links import check_inside
+from merging.sources.pickled import PYTORCH_ENDINGS
 from merging.sources.small_files import LIST_LIMIT, is_there, read_json
 from merging.sources.stored import Stored
 from merging.sources.tied_weights import stated_tie, tied_to
@@ -149,6 +151,13 @@ def weights_of(folder: Path) -> Path:
         raise InputError(
             f"{folder}: which weights? The folder holds {', '.join(path.name for path in found)}: name the file"
         )
+    if is_distributed(folder):
+        return folder / METADATA
+    if (folder / "zero_to_fp32.py").is_file():
+        raise InputError(
+            f"{folder}: holds the shards of DeepSpeed, and no weights: make them of the shards with "
+            f"`python {folder}/zero_to_fp32.py {folder} {folder}`"
+        )
     inner = _folders_of_models(folder)
     if inner:
         raise InputError(
@@ -169,8 +178,10 @@ def check_suffix(path: Path) -> None:
     """Refuse a file whose name is not a weights file's. Raises :class:`~merging.errors.FormatError`."""
     if path.suffix == ".gguf":
         raise of_llama_cpp(path)
-    if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
-        raise FormatError(f"{path}: is not a weights file: .safetensors, .bin, .pt or .pth are read, or a folder")
+    if path.suffix not in (".safetensors", *PYTORCH_ENDINGS):
+        raise FormatError(
+            f"{path}: is not a weights file: .safetensors, .bin, .pt, .pth or .ckpt are read, or a folder"
+        )
 
 
 def of_llama_cpp(path: Path) -> FormatError:

@@ -48,7 +48,7 @@ def make_pickle(random: Random, corpus: Corpus) -> Sample:
         stream = io.BytesIO()
         torch.save(_odd_state(random), stream)
         content = stream.getvalue()
-    ending = random.choice((".bin", ".pt", ".pth"))
+    ending = random.choice((".bin", ".pt", ".pth", ".ckpt"))
     if random.random() < 0.3:
         config = random.choice(corpus.peft).config
         files = {"a/adapter_model.bin": content, "a/adapter_config.json": json.dumps(config).encode()}
