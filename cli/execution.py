@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import wraps
 from pathlib import Path
@@ -93,11 +93,13 @@ def execute(
     status: OutputStatus,
     settings: Sequence[str] = (),
     planned: PlannedRerun | None = None,
+    notices: Sequence[str] = (),
+    facts: Mapping[str, float] | None = None,
 ) -> None:
     """Carry out a recipe and print the outcome; ``status`` learns where the output goes.
 
     ``settings`` are changes of the recipe as typed, which a dry run shows. ``planned`` is the plan of a merge that is
-    made once more.
+    made once more. ``notices`` and ``facts`` are of the choice of the recipe.
     """
     from merging.api.merge_files import check_output, default_destination, merge_plan, plan_for
     from merging.api.usage import describe_usage
@@ -117,7 +119,9 @@ def execute(
         target = target_of(execution.push, private=execution.private, overwrite=execution.overwrite)
     if execution.dry_run:
         remark = check_output(plan, destination, execution.overwrite, dry=True)
-        echo_plan(replace(plan, notices=(*plan.notices, *filter(None, [remark]))), destination, execution, settings)
+        echo_plan(
+            replace(plan, notices=(*notices, *plan.notices, *filter(None, [remark]))), destination, execution, settings
+        )
         return
     with progress_bar(execution.progress) as report:
         merged = merge_plan(
@@ -132,6 +136,7 @@ def execute(
             keep_stages=Path(execution.keep_stages) if execution.keep_stages else None,
             shown=planned.shown if planned else None,
         )
+    merged = replace(merged, notices=(*notices, *merged.notices), facts={**merged.facts, **(facts or {})})
     if planned:
         merged = replace(merged, notices=(*merged.notices, *filter(None, [planned.compare(destination)])))
     usage = describe_usage(destination)

@@ -34,6 +34,7 @@ from .recycle import recycle_command
 from .rerun import rerun_command
 from .route import route_command
 from .run import run_command
+from .soup import soup_command
 from .stack import stack_command
 from .tokens import tokens_command
 from .types import MODEL, paths_that_begin
@@ -113,6 +114,7 @@ SECTIONS = {
         merge_command,
         run_command,
         stack_command,
+        soup_command,
         rerun_command,
         convert_command,
         moe_command,

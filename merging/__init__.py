@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from merging.plan.recipe import Recipe
     from merging.plan.recipe_files import load_recipe
     from merging.recycling.workflow import Recycled, recycle
+    from merging.soups import soup
 
 _WHERE = {
     "ContinualStore": "continual",
@@ -58,6 +59,7 @@ _WHERE = {
     "preview": "api.merge_files",
     "recycle": "recycling.workflow",
     "rerun": "api.rerun",
+    "soup": "soups",
 }
 """Public names that are imported at their first use, since most of them import torch."""
 
@@ -95,6 +97,7 @@ __all__ = [
     "preview",
     "recycle",
     "rerun",
+    "soup",
 ]
 
 

@@ -202,7 +202,7 @@ def option(name: str, *values: str | float) -> str:
         said = " or ".join(str(value).lower() if isinstance(value, bool) else str(value) for value in values)
         return f"{_KEYS.get(name, name)}{': ' if said else ''}{said} in the recipe"
     flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
-    if values == (False,):
+    if len(values) == 1 and values[0] is False:
         flag = flag.replace("--", "--no-")
     shown = " or ".join(str(value) for value in values if not isinstance(value, bool))
     quoted = " or ".join(f'"{value}"' if _is_name(value) else str(value) for value in values)

@@ -51,7 +51,7 @@ def is_distributed(folder: Path) -> bool:
 
 
 def open_distributed(path: Path) -> FileContents:
-    """Open a checkpoint by its list, ``.metadata``: the model's tensors, without those of the optimizer.
+    """Open a checkpoint by its list, ``.metadata``: the model's tensors, without the optimizer's.
 
     Raises :class:`~merging.errors.FormatError` for a list or part that is damaged or not understood.
     """

@@ -198,10 +198,6 @@ class _Bounded(io.RawIOBase):
         self._at = place
         return place
 
-    def tell(self) -> int:
-        """Return the place of the next byte."""
-        return self._at
-
     def read(self, size: int | None = -1) -> bytes:
         """Return the next bytes."""
         left = max(0, self._size - self._at)

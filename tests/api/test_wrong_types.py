@@ -58,6 +58,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "peft_state_dict": {"deltas": {"w": merging.Dense(STATE["w"])}, "rank": 1},
     "preview": {"models": ["adapter0", "adapter1"], "method": "linear"},
     "rerun": {"path": "made.safetensors", "output": "new.safetensors"},
+    "soup": {"checkpoints": ["tuned0", "tuned1"], "output": "new"},
     "recycle": {"pool": ["adapter0"], "base": "base", "train": EXAMPLES},
 }
 """Right arguments of every public function, class and method that takes some."""

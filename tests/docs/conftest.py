@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,6 +82,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path
         save_file(factors, tmp_path / "lora.safetensors")
         (tmp_path / "incoming").mkdir()
         (tmp_path / "incoming" / "late").symlink_to(tmp_path / "c")
+        monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # as activated
         monkeypatch.chdir(tmp_path)
         return tmp_path
 

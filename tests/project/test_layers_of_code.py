@@ -80,7 +80,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plan", "report"),
     ("engine", "output", "serving"),
     ("api", "geometry"),
-    ("compression", "continual", "moe", "pool", "testing"),
+    ("compression", "continual", "moe", "pool", "soups", "testing"),
     ("recycling",),
     ("cli",),
 )
@@ -120,10 +120,11 @@ NEVER: dict[str, tuple[str, ...]] = {
     "recycling": ("click",),
     "report": ("click",),
     "serving": ("click",),
+    "soups": ("click",),
 }
 NEVER_AT_IMPORT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("api", "compression", "continual", "engine", "geometry", "output"), ("transformers",)),
-    **dict.fromkeys(("moe", "pool", "recycling", "report", "serving"), ("transformers",)),
+    **dict.fromkeys(("moe", "pool", "recycling", "report", "serving", "soups"), ("transformers",)),
     "plan": ("transformers", "huggingface_hub"),
     "cli": ("torch", "safetensors", "numpy", "transformers", "pydantic", "tqdm", "yaml"),
 }

@@ -37,6 +37,7 @@ def files() -> merging.Merged:
     )
     again = merging.rerun("out", output="again", overwrite=True)
     print(again.tensors, merged.facts["nu"], merged.to_dict())
+    merging.soup("run", output="mean", last=5, schedule="1-sqrt", dtype="bfloat16", score=lambda path: len(path.name))
     return merged
 
 
@@ -107,6 +108,7 @@ merging.merge(["a"], method="linear", outptu="out")
 merging.merge(["a"], method="linear", dtype="int8")
 merging.preview([1], method="linear")
 merging.rerun(["out"])
+merging.soup("run", schedule="sine")
 merging.merge_state_dicts(state, method="linear")
 merging.merge_deltas([state], method="linear")
 merging.merge_peft("model", "a", method="linear", rank="8")

@@ -127,6 +127,18 @@ def _task_of_words(folder: Path) -> None:
         (folder / f"{part}.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
+def _runs(folder: Path) -> None:
+    """A run of full fine-tuning and one of LoRA: checkpoints as transformers' Trainer names them."""
+    base = load_file(folder / "base" / "model.safetensors")
+    for run in ("run", "lora-run"):
+        (folder / run).mkdir()
+    for number, name in enumerate(("one", "two", "three")):
+        shutil.copytree(folder / name, folder / "run" / f"checkpoint-{100 * number + 100}")
+        shutil.copytree(SHIPPED[number], folder / "lora-run" / f"checkpoint-{100 * number + 100}")
+    name = "encoder.layer.0.attention.self.query.weight"
+    save_file({name: base[name]}, folder / "goal.safetensors")
+
+
 _MAKERS: dict[str, Callable[[Path], None]] = {
     "README.md": _encoder,
     "docs/quick-start.md": _encoder,
@@ -136,5 +148,6 @@ _MAKERS: dict[str, Callable[[Path], None]] = {
     "docs/tasks/moe.md": _dense_models,
     "docs/tasks/quantized.md": _fp8_models,
     "docs/tasks/recycle.md": _task_of_words,
+    "docs/tasks/soups.md": _runs,
     "docs/tasks/verify.md": _merged,
 }
