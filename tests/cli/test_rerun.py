@@ -23,14 +23,34 @@ OUTPUTS = {
     "an adapter of another rank": "--method ties more/adapter0 more/adapter1 --rank 2 -o out",
     "an adapter's file": "--method lines more/adapter0 more/adapter1 -o out.safetensors",
     "a baked adapter": "--method linear --as model --base more/base more/adapter0 -o out",
+    "layers of two models": "stack tuned0 0:2 tuned1 1:3 -o out",
+    "a recipe in a recipe": "run tree.yml -o out",
+    "stages of mergekit": "run stages.yml -o out",
+}
+
+RECIPES = {
+    "tree.yml": "models: [{models: [tuned0, tuned1], method: slerp}, base]\nmethod: ties\nbase: base\n",
+    "stages.yml": """\
+name: first
+merge_method: linear
+models: [{model: tuned0}, {model: tuned1}]
+parameters: {weight: [0.2, 0.8]}
+---
+merge_method: task_arithmetic
+base_model: base
+models: [{model: first, parameters: {weight: 0.7}}]
+dtype: bfloat16
+""",
 }
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder, with models, and adapters of another model."""
+    """The working folder, with models, adapters of another model, and recipes."""
     checkpoint(tmp_path)
     adapters(tmp_path / "more", 2)
+    for name, text in RECIPES.items():
+        (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
