@@ -105,7 +105,8 @@ class _Opener:
             return None
         names = list(dict.fromkeys(name for entry in entries for name in names_of(entry)))
         opened = [(name, self.open(name, name)[0]) for name in names]
-        bases = {each.base for each in (self.recipe, *inner) if isinstance(each.base, str)}
+        stated = [each.base for each in (self.recipe, *inner) if isinstance(each.base, (str, LayerStack))]
+        bases = {name for entry in stated for name in names_of(entry)}
         base = names.index(bases.pop()) if len(bases) == 1 else None
         found = match_tokens(self.recipe.tokenizer, opened, base)
         self.matched = dict(zip(names, found.models, strict=True))
