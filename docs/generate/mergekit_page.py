@@ -132,8 +132,8 @@ DIFFERENCES = (
         by_chance=True,
     ),
     Difference(
-        ("card-nuslerp-gradient", "oracle-18-nuslerp"),
-        ("tokenizer: chat template: *",),
+        ("card-model-mapping", "card-nuslerp-gradient", "oracle-18-nuslerp"),
+        ("tokenizer: chat template: *", "generation_config.json: *"),
         "without `base_model` and `tokenizer_source`, copies config and tokenizer of a model in an order by chance",
         "copies those of the first model",
         "the same recipe makes the same files",
