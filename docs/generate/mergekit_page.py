@@ -223,8 +223,8 @@ _TEXT = """\
 
 {count} recipes are run here and by mergekit 0.1.5, on tiny models of eight architectures, by a test of this project.
 They are the configurations by which its methods are compared, the examples of its documentation, and the forms that
-recipes on model cards have. Of {same} the outputs are the same. The others differ, nearly all on purpose, as the first table says.
-The test fails on any other difference, and on a difference that is no longer there.
+recipes on model cards have. Of {same} the outputs are the same. The others differ, nearly all on purpose, as the first
+table says. The test fails on any other difference, and on a difference that is no longer there.
 
 The same means: names, shapes and types of all tensors; values that are mergekit's, computed by it in float64, rounded
 once to the type of the output (float32 within 1e-6, for weights up to 1); each field of config.json and

@@ -187,6 +187,15 @@ def test_slices_of_models_are_merged_by_token(folders: dict[str, str], tmp_path:
         assert (tmp_path / "slices" / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
+def test_the_tokenizer_of_a_base_in_layers_is_the_bases(folders: dict[str, str], tmp_path: Path) -> None:
+    parts = {name: {"model": folders[name], "layers": "0:2"} for name in "ab"}
+    recipe = {"models": [parts["a"]], "base": parts["b"], "method": "task_arithmetic", "tokenizer": "union"}
+    merging.load_recipe(yaml.safe_dump(recipe)).run(tmp_path / "slices")
+    merge(folders, "a", tmp_path / "whole", base=folders["b"], method="task_arithmetic", tokenizer="union")
+    slices, whole = ((tmp_path / name / "tokenizer.json").read_text() for name in ("slices", "whole"))
+    assert slices == whole
+
+
 def test_adapters_keep_their_base_by_token(folders: dict[str, str], tmp_path: Path) -> None:
     """A trained table of tokens is merged where the rows of all models stay, and refused where they move."""
     for name, targets in (("blocks", ["q_proj"]), ("tables", ["q_proj", "embed_tokens"])):
