@@ -43,7 +43,8 @@ def written_files(plan: Plan) -> dict[str, str]:
     if matched is not None and matched.rebuilt is not None:
         files["tokenizer.json"] = json.dumps(matched.rebuilt.content, ensure_ascii=False, indent=2)
         changed = matched.rebuilt.config(changed)
-        files["tokenizer_config.json"] = _dump(changed)
+        if config:
+            files["tokenizer_config.json"] = _dump(changed)
     if plan.chat_template is not None:
         files["chat_template.jinja"] = plan.chat_template
         if changed.pop("chat_template", None) is not None:
@@ -72,7 +73,8 @@ def map_token_ids(fields: Mapping[str, Any], given: Mapping[str, Any], matched: 
             del changed[key]
         else:
             changed[key] = mapped
-    return changed | {key: stated[key] for key in _ALWAYS if key in stated and "vocab_size" in fields}
+    of_texts = "vocab_size" in fields or any(key in fields for key in _ALWAYS)
+    return changed | {key: stated[key] for key in _ALWAYS if key in stated and of_texts}
 
 
 def _map(value: Any, matched: MatchedTokens) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Literal, get_args
+from typing import Literal
 
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.sparse_approximation import SparseSums, interpolate_neighbors, pursue_matches
@@ -13,12 +13,10 @@ from merging.sources.derived import Derived
 from merging.sources.gathered_rows import read_rows, row_width
 from merging.sources.stored import Stored
 
-__all__ = ["APPROXIMATIONS", "ApproximatedRows", "Approximation", "LackingTokens"]
+__all__ = ["ApproximatedRows", "Approximation", "LackingTokens"]
 
 Approximation = Literal["omp", "common_interpolation", "subword", "mean", "zero"]
 """The ways to approximate the row of a token that a model lacks."""
-
-APPROXIMATIONS: tuple[str, ...] = get_args(Approximation)
 
 _BATCH, _BLOCK, _KEPT = 64, 1 << 22, 1 << 26
 """Tokens that are approximated at a time, and elements of the dictionary that are read at a time, and kept."""

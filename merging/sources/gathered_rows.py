@@ -80,6 +80,10 @@ class GatheredRows(Derived):
         self._lock = Lock()
         self._mean: Tensor | None = None
 
+    @property
+    def scratch(self) -> int:
+        return max((each.scratch for each in self._tables if each is not None), default=0)
+
     def read_into(self, buffer: Tensor, start: int = 0) -> None:
         width, stop = self._width, start + len(buffer)
         for first, until, source in self._map.runs(start // width, -(-stop // width)):

@@ -104,13 +104,11 @@ class _Extension:
                 f"spells tokens in another way than the tokenizer of {self._source.name} ({self._source.kind})"
             )
         elif self._source.kind == "BPE":
-            merges = self._content["model"]["merges"] = list(self._content["model"].get("merges", ()))
-            known = {*self._source.tokens, *self._pieces}
-            listed = {_pair(each) for each in merges}
-            pairs = [pair for each in other.model.get("merges", ()) if (pair := _pair(each)) not in listed]
-            text = bool(merges) and isinstance(merges[0], str)
-            fit = [pair for pair in pairs if {*pair, "".join(pair)} <= known]
-            merges += [" ".join(pair) if text else list(pair) for pair in fit]
+            model, known = self._content["model"], {*self._source.tokens, *self._pieces}
+            merges = dict.fromkeys(map(_pair, model.get("merges") or ()))
+            further = dict.fromkeys(map(_pair, other.model.get("merges") or ()))
+            merges |= {pair: None for pair in further if {*pair, "".join(pair)} <= known}
+            model["merges"] = list(map(list, merges))
         if alike and _rules(other) != _rules(self._source):
             self._notices.append(
                 f"the tokenizers of {other.name} and {self._source.name} prepare texts in different ways: the output "
