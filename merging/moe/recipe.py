@@ -116,26 +116,21 @@ class MoeRecipe(Displayed, CheckedModel):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that differ from the defaults, in plain values, in the schema that is read."""
-        values = self.model_dump(exclude_defaults=True, mode="python")
-        return {"base_model": str(self.base_model), **_plain({**values, "base_model": None}, self)}
+        values = self.model_dump(exclude_defaults=True, exclude={"base_model", "experts", "shared_experts"})
+        if self.gate_mode == "smile":  # which has another default
+            values["experts_per_token"] = self.experts_per_token
+        listed = {key: [_state(each) for each in getattr(self, key)] for key in ("experts", "shared_experts")}
+        return {"base_model": str(self.base_model), **values, **{key: each for key, each in listed.items() if each}}
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML, which :func:`load_moe_recipe` reads back to an equal one."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-def _plain(values: dict[str, Any], recipe: MoeRecipe) -> dict[str, Any]:
-    def entry(expert: ExpertEntry) -> dict[str, Any]:
-        facts = expert.model_dump(exclude_defaults=True, exclude={"source_model"})
-        facts = {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
-        return {"source_model": str(expert.source_model), **facts}
-
-    listed = {"experts": recipe.experts, "shared_experts": recipe.shared_experts}
-    return {
-        key: [entry(each) for each in listed[key]] if key in listed else value
-        for key, value in values.items()
-        if key != "base_model"
-    }
+def _state(expert: ExpertEntry) -> dict[str, Any]:
+    facts = expert.model_dump(exclude_defaults=True, exclude={"source_model"})
+    lists = {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
+    return {"source_model": str(expert.source_model), **lists}
 
 
 @check_types()
@@ -166,6 +161,7 @@ def read_moe_recipe(
 ) -> tuple[MoeRecipe, list[str]]:
     """Return a recipe and remarks about it. The arguments and errors are as for :func:`load_moe_recipe`."""
     if isinstance(source, MoeRecipe):
+        _check(source, source.to_dict(), lambda keys: "recipe")
         return source, []
     if isinstance(source, Mapping):
         reading = Reading(RecipeDocument(_to_plain(source), {(): "recipe"}), lenient)

@@ -102,6 +102,11 @@ def test_the_schema(tmp_path: Path) -> None:
     assert load_moe_recipe(recipe.to_dict()) == recipe
     assert load_moe_recipe(recipe) is recipe
     assert isinstance(recipe, MoeRecipe)
+    smile = load_moe_recipe({"base_model": "base", "gate_mode": "smile", "experts": [{"source_model": "a"}] * 2})
+    both = smile.model_copy(update={"experts_per_token": 2})
+    assert (smile.experts_per_token, load_moe_recipe(both.to_yaml())) == (1, both)
+    with pytest.raises(MergingError, match="each token should reach 3 experts"):
+        load_moe_recipe(smile.model_copy(update={"experts_per_token": 3}))
 
 
 @pytest.mark.parametrize("name", MISTAKES)
