@@ -191,7 +191,7 @@ def test_the_tokenizer_of_a_base_in_layers_is_the_bases(folders: dict[str, str],
     parts = {name: {"model": folders[name], "layers": "0:2"} for name in "ab"}
     recipe = {"models": [parts["a"]], "base": parts["b"], "method": "task_arithmetic", "tokenizer": "union"}
     merging.load_recipe(yaml.safe_dump(recipe)).run(tmp_path / "slices")
-    merge(folders, "a", tmp_path / "whole", base=folders["b"], method="task_arithmetic", tokenizer="union")
+    merge(folders, "a", tmp_path / "whole", base="b", method="task_arithmetic", tokenizer="union")
     slices, whole = ((tmp_path / name / "tokenizer.json").read_text() for name in ("slices", "whole"))
     assert slices == whole
 
