@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerPart", "LayerStack", "is_range"]
 
-_RANGE = re.compile(r"(?P<stack>[A-Za-z_][\w.]*=)?(?P<start>[0-9]{1,6}):(?P<stop>[0-9]{1,6})")
+_NAME = re.compile(r"[A-Za-z_][\w.]*")
+_RANGE = re.compile(rf"(?P<stack>{_NAME.pattern}=)?(?P<start>[0-9]{{1,6}}):(?P<stop>[0-9]{{1,6}})")
 
 
 def is_range(text: str) -> bool:
@@ -43,8 +44,8 @@ class LayerPart(Displayed, CheckedModel):
     layers: str | None = Field(
         None,
         description="the first block and the block behind the last, such as 0:8; by default all blocks; where a model "
-        "has several stacks of blocks, with the name of one in front, such as decoder=0:8; 0:0 takes only the tensors "
-        "around the blocks",
+        "has several stacks of blocks, with the name of one in front, such as decoder=0:8, or the name alone for all "
+        "of its blocks; 0:0 takes only the tensors around the blocks",
     )
     scale: Local[Coefficient] = Field(1.0, description="what the weights are multiplied by, perhaps by name")
 
@@ -60,6 +61,8 @@ class LayerPart(Displayed, CheckedModel):
         if value is None:
             return None
         text = ":".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        if isinstance(text, str) and _NAME.fullmatch(text.strip()):
+            return text.strip()
         found = _RANGE.fullmatch(text.strip()) if isinstance(text, str) else None
         if found is None:
             raise ValueError("should be a range of blocks such as 0:8, from the first to behind the last")
@@ -72,7 +75,7 @@ class LayerPart(Displayed, CheckedModel):
     @property
     def bounds(self) -> tuple[int, int] | None:
         """The first block, and the block behind the last; None for all blocks."""
-        if self.layers is None:
+        if self.layers is None or ":" not in self.layers:
             return None
         start, stop = self.layers.rpartition("=")[2].split(":")
         return int(start), int(stop)
@@ -80,7 +83,8 @@ class LayerPart(Displayed, CheckedModel):
     @property
     def stack(self) -> str | None:
         """The stack of blocks that is meant, None for the only one."""
-        return (self.layers or "").rpartition("=")[0] or None
+        name = self.layers or ""
+        return (name.rpartition("=")[0] if ":" in name else name) or None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the part in plain values."""

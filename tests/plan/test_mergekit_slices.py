@@ -106,6 +106,37 @@ def test_precedence_of_source_slice_module_and_recipe() -> None:
     }
 
 
+MODULES = """\
+merge_method: linear
+modules:
+  decoder:
+    models: [{model: a}, {model: b}]
+    parameters: {weight: 0.3}
+  encoder:
+    slices:
+    - sources: [{model: c, layer_range: [0, 2]}, {model: a, layer_range: [2, 4]}]
+    - sources: [{model: c, layer_range: [2, 4]}]
+parameters: {weight: 1}
+dtype: float32
+"""
+
+
+def test_modules_are_stacks_by_name() -> None:
+    """The tensors behind all blocks come from the decoder."""
+    parts = [{"model": "c", "layers": "encoder=0:2"}, {"model": "a", "layers": "encoder=2:4"}]
+    last, typed = [{"model": "c", "layers": "encoder=2:4"}], {"dtype": "float32"}
+    encoder = [
+        {"model": {"models": parts, "method": "linear", **typed}, "layers": "encoder"},
+        {"model": {"models": last, "method": "linear", **typed}, "layers": "encoder"},
+    ]
+    decoder = {"models": ["a", "b"], "method": "linear", "parameters": {"weights": 0.3}, **typed}
+    joined = [{"model": {"stack": encoder}, "layers": "decoder=0:0"}, {"model": decoder, "layers": "decoder"}]
+    loaded = read(MODULES)
+    assert loaded.recipe.to_dict() == {"stack": joined, **typed}
+    assert loaded.document.origin(("stack", 1, "model", "parameters", "weights")) == "m.yml, line 5"
+    assert loaded.document.origin(("stack", 0, "model", "stack", 1, "model", "models", 0)) == "m.yml, line 9"
+
+
 def test_a_gradient_over_one_layer() -> None:
     """There the only layer has the last point, as in mergekit."""
     text = MERGED.replace("&all", "").replace("[0, 2]", "[0, 1]").replace("[4, 6]", "[5, 6]")

@@ -17,16 +17,19 @@ from merging.plan.recipe_document import Keys
 __all__ = ["build_slices", "levels_above"]
 
 
-def build_slices(reading: Reading, spec: MethodSpec, base: Entry | None, folder: Path, above: Keys = ()) -> Translated:
+def build_slices(
+    reading: Reading, spec: MethodSpec, base: Entry | None, folder: Path, above: Keys = (), *, named: str = ""
+) -> Translated:
     """Return the merge of slices in our schema: a stack, or for one slice the merge of its sources.
 
-    ``above`` leads to the module that has the slices. Raises :class:`~merging.errors.OptionError`.
+    ``above`` leads to the module that has the slices, and ``named`` is the stack of blocks that they are slices of,
+    where models have several. Raises :class:`~merging.errors.OptionError`.
     """
     built, start = [], 0
     count = len(reading.items((*above, "slices"), "slices"))
     for index in range(count):
         keys: Keys = (*above, "slices", index)
-        part, length = _build_slice(reading, spec, base, folder, keys, start=start)
+        part, length = _build_slice(reading, spec, base, folder, keys, start=start, named=named)
         if not length and 0 < index < count - 1:
             reading.note(keys, "this slice has no layers, and is left out")
             continue
@@ -41,6 +44,8 @@ def build_slices(reading: Reading, spec: MethodSpec, base: Entry | None, folder:
         if "models" in each.values:
             part = Translated()
             part.put("model", each.values, origin, each)
+            if named:
+                part.put("layers", named, origin)
         parts.append((part.values, origin, part))
     if reading.lenient:
         stack.put("allow_unmatched", True, reading.document.origin(()))
@@ -49,7 +54,7 @@ def build_slices(reading: Reading, spec: MethodSpec, base: Entry | None, folder:
 
 
 def _build_slice(
-    reading: Reading, spec: MethodSpec, base: Entry | None, folder: Path, keys: Keys, *, start: int
+    reading: Reading, spec: MethodSpec, base: Entry | None, folder: Path, keys: Keys, *, start: int, named: str
 ) -> tuple[Translated, int]:
     """Return a slice, and its number of layers.
 
@@ -61,7 +66,7 @@ def _build_slice(
     if values.get("residual_weight") is not None:
         reading.note((*keys, "residual_weight"), "residual_weight has no effect, as in mergekit")
     sources = [
-        _read_source(reading, (*keys, "sources", index), folder)
+        _read_source(reading, (*keys, "sources", index), folder, named)
         for index in range(len(reading.items((*keys, "sources"), "sources")))
     ]
     lengths = [last - first for first, last in map(_bounds, sources)]
@@ -103,11 +108,11 @@ def _as_part(merge: Translated) -> Translated:
 
 def _bounds(source: MergeSource) -> tuple[int, int]:
     assert isinstance(source.entry, dict)
-    first, last = map(int, source.entry["layers"].split(":"))
+    first, last = map(int, source.entry["layers"].rpartition("=")[2].split(":"))
     return first, last
 
 
-def _read_source(reading: Reading, keys: Keys, folder: Path) -> MergeSource:
+def _read_source(reading: Reading, keys: Keys, folder: Path, named: str) -> MergeSource:
     values = reading.check_keys(keys, "a source", SOURCE)
     if values.get("model") is None:
         raise reading.error(keys, "this source names no model: write - {model: NAME, layer_range: [0, 8]}")
@@ -116,7 +121,7 @@ def _read_source(reading: Reading, keys: Keys, folder: Path) -> MergeSource:
     model = read_model(reading, (*keys, "model"), folder)
     first, last = _read_range(reading, (*keys, "layer_range"))
     layers = f"{first}:{last}" if first < last else "0:0"  # the tensors around the blocks alone
-    return MergeSource(keys, model, {"model": model, "layers": layers}, first)
+    return MergeSource(keys, model, {"model": model, "layers": f"{named}={layers}" if named else layers}, first)
 
 
 def _read_range(reading: Reading, keys: Keys) -> tuple[int, int]:

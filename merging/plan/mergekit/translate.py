@@ -60,23 +60,39 @@ def _read_merge(reading: Reading, values: dict[str, Any], folder: Path) -> Trans
     check_names(reading, spec, ("parameters",), of_model=False)
     base = None if values.get("base_model") is None else read_model(reading, ("base_model",), folder)
     if given == ["modules"]:
-        return _build_module(reading, spec, base, folder)
+        return _build_modules(reading, spec, base, folder)
     build = build_slices if given == ["slices"] else _build_models
     return build(reading, spec, base, folder)
 
 
-def _build_module(reading: Reading, spec: MethodSpec, base: Entry | None, folder: Path) -> Translated:
-    """Return the merge of the only one of ``modules``."""
+def _build_modules(reading: Reading, spec: MethodSpec, base: Entry | None, folder: Path) -> Translated:
+    """Return the merge of ``modules``: of several, each gives the blocks of the stack that it names."""
+    modules = []
     names = list(reading.mapping(("modules",), "modules"))
-    if len(names) != 1:
-        raise reading.error(("modules",), f"{len(names)} modules are not merged in one recipe: write one for each")
-    above: Keys = ("modules", names[0])
-    values = reading.check_keys(above, "a module", MODULE)
-    check_names(reading, spec, (*above, "parameters"), of_model=False)
-    if (values.get("models") is None) == (values.get("slices") is None):
-        raise reading.error(above, "a module has either models or slices")
-    build = _build_models if values.get("slices") is None else build_slices
-    return build(reading, spec, base, folder, above)
+    for name in names:
+        above: Keys = ("modules", name)
+        values = reading.check_keys(above, "a module", MODULE)
+        check_names(reading, spec, (*above, "parameters"), of_model=False)
+        if (values.get("models") is None) == (values.get("slices") is None):
+            raise reading.error(above, "a module has either models or slices")
+        if values.get("slices") is None:
+            module = _build_models(reading, spec, base, folder, above)
+        else:
+            module = build_slices(reading, spec, base, folder, above, named=name if len(names) > 1 else "")
+        modules.append((name, module, reading.document.origin(above)))
+    if not modules:
+        raise reading.error(("modules",), "modules is empty")
+    # what is behind all blocks belongs to the decoder, and comes from the last part of a stack
+    (_, joined, origin), *others = sorted(modules, key=lambda each: "decoder" in each[0])
+    for name, module, at in others:
+        around, inside, stack = Translated(), Translated(), Translated()
+        around.put("model", joined.values, origin, joined)
+        around.put("layers", f"{name}=0:0", at)
+        inside.put("model", module.values, at, module)
+        inside.put("layers", name, at)
+        stack.put_list("stack", [(around.values, origin, around), (inside.values, at, inside)], at)
+        joined, origin = stack, at
+    return joined
 
 
 def _build_models(reading: Reading, spec: MethodSpec, base: Entry | None, folder: Path, above: Keys = ()) -> Translated:
@@ -111,6 +127,16 @@ def _put_types(reading: Reading, values: dict[str, Any], built: Translated) -> N
             raise reading.error((key,), f"{key} = {value!r:.80}: is no type of weights{hint}")
         built.put("dtype", name, reading.document.origin((key,)))
     if "dtype" in built.values:
-        for part in built.values.get("stack", ()):
-            if "layers" not in part:  # a merge, whose result is rounded once, to the type of the output
-                part["model"]["dtype"] = built.values["dtype"]
+        _type_merges(built.values, built.values["dtype"])
+
+
+def _type_merges(values: dict[str, Any], dtype: str) -> None:
+    """Give the merges in a stack the type of the output, so that their results are rounded once.
+
+    An adapter on its model is no merge of the recipe: it is rounded to the type of the model, as in mergekit.
+    """
+    for part in values.get("stack", ()):
+        model = part["model"] if isinstance(part["model"], dict) else {}
+        _type_merges(model, dtype)
+        if "models" in model and model.get("as") != "model":
+            model["dtype"] = dtype
