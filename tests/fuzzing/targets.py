@@ -313,13 +313,13 @@ def _make_model_config(random: Random, corpus: Corpus) -> Sample:
 
 _TOKENIZER = {
     "version": "1.0",
-    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "c": 2, "d": 3}, "merges": []},
+    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "c": 2, "ab": 3}, "merges": ["a b"]},
     "added_tokens": [{"id": 4, "content": "<s>", "special": True}, {"id": 5, "content": "</s>"}],
 }
 
 
 def _make_tokenizer(random: Random, corpus: Corpus) -> Sample:
-    """Models of different vocabularies, matched by row."""
+    """Models of different vocabularies, matched by row or by token."""
     config = dumped(random, corpus.configs["tiny"])
     files: dict[str, bytes] = {}
     for name, rows in (("a", 6), ("b", 8)):
@@ -342,16 +342,19 @@ def _make_tokenizer(random: Random, corpus: Corpus) -> Sample:
         if name == "tokenizer.json" and random.random() < 0.3:
             content = unigram
         if kind == "tree":
-            text = dumped(random, json_harmed(random, content, ("vocab", "model", "added_tokens", "id", "content")))
+            text = dumped(
+                random, json_harmed(random, content, ("vocab", "model", "added_tokens", "id", "content", "merges"))
+            )
         else:
             text = bytes_harmed(random, text_harmed(random, content).encode("utf-8", "surrogatepass"))
         for folder in random.choice((["a"], ["b"], ["a", "b"])):
             files[f"{folder}/{name}"] = text
-    words = {
-        "models": ["a", "b"],
-        "vocabulary": random.choice(("base", "largest")),
-        "do": random.choice(("plan", "merge")),
-    }
+    words: dict[str, Any] = {"models": ["a", "b"], "do": random.choice(("plan", "merge"))}
+    if random.random() < 0.5:
+        words["vocabulary"] = random.choice(("base", "largest"))
+    else:
+        named = {"source": "union", "tokens": {"c": {"source": {"kind": "zero"}}}, "pad_to_multiple_of": 8}
+        words["tokenizer"] = random.choice(("union", "base", named))
     return Sample(files, {}, words)
 
 
@@ -422,7 +425,7 @@ def _read_models(folder: Path, words: dict[str, Any], corpus: Corpus) -> None:
         return
     chosen = {
         key: words[key]
-        for key in ("as", "lora_alpha", "format", "vocabulary", "components", "dequantise")
+        for key in ("as", "lora_alpha", "format", "vocabulary", "tokenizer", "components", "dequantise")
         if key in words
     }
     if "base" in words:
