@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merging.errors import InputError
+from merging.errors import InputError, OutputError
 from merging.methods.contract.method import Method
 from merging.methods.contract.wrapper import Wrapper
 from merging.plan.estimates import working_bytes
@@ -77,19 +77,27 @@ def make_stage(plan: Plan, name: str, write_companions: Companions) -> Stage:
         for item in plan.items
         for out in item.outs
     }
-    folder = Path(tempfile.mkdtemp(dir=_folder()))
-    label = Path(f"{name} ({method.chain})")
     files = tuple(dict.fromkeys(file for leaf in plan.leaves or _models(plan) for file in leaf.files))
-    model: Model
-    if plan.output == "adapter":
-        model = _open_adapter(plan, folder, tensors, write_companions)
-        model = replace(model, path=label, files=files)
-    else:
-        write_companions(plan, folder)
-        config = read_config(folder / "config.json") if is_there(folder / "config.json") else {}
-        has_folder = plan.reference is not None and plan.reference.folder is not None
-        model = Checkpoint(label, tensors, files, config, folder if has_folder else None)
+    try:
+        model = replace(
+            _open_output(plan, tensors, write_companions), path=Path(f"{name} ({method.chain})"), files=files
+        )
+    except OSError as error:
+        raise OutputError(
+            f"{name}: its config cannot be kept in the system's temporary folder: {error.strerror}"
+        ) from None
     return Stage(name, plan, model, values, lazy)
+
+
+def _open_output(plan: Plan, tensors: dict[str, Stored], write_companions: Companions) -> Model:
+    """Open the output of a plan as if its files were there; its config and its tokenizer are."""
+    folder = Path(tempfile.mkdtemp(dir=_folder()))
+    if plan.output == "adapter":
+        return _open_adapter(plan, folder, tensors, write_companions)
+    write_companions(plan, folder)
+    config = read_config(folder / "config.json") if is_there(folder / "config.json") else {}
+    has_folder = plan.reference is not None and plan.reference.folder is not None
+    return Checkpoint(folder, tensors, (), config, folder if has_folder else None)
 
 
 def _models(plan: Plan) -> list[Model]:

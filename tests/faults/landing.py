@@ -15,6 +15,7 @@ went wrong.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -92,7 +93,7 @@ def verdicts_at(path: Path) -> object:
 
 def cases(folder: Path) -> list[Case]:
     """All commands, with old outputs to replace."""
-    _, tuned = checkpoint(folder / "models", 2, layers=1)
+    root, tuned = checkpoint(folder / "models", 2, layers=1)
     base, factored = adapters(folder / "adapters", 2)
     models, changes = [str(path) for path in tuned], [str(path) for path in factored]
     out, file, pool = (folder / "work" / name for name in ("out", "out.safetensors", "pool"))
@@ -108,7 +109,11 @@ def cases(folder: Path) -> list[Case]:
         run_undisturbed(merge(models, old[path], "--weights", "0.9,0.1"))
     over = [*merge(models, out, *shards), "--overwrite"]
     build = ["pool", "build", str(pool), "--base", str(base), "--base-name", "tiny/base", *changes]
+    recipe = folder / "stages.yml"
+    stage = {"models": models, "method": "ties", "base": str(root)}
+    recipe.write_text(json.dumps({"models": [stage, models[0]], "method": "linear"}))
     return [
+        Case("stages", ["run", str(recipe), "-o", str(out), *quiet], out, bytes_at),
         Case("a folder", to_folder, out, bytes_at),
         Case("a file", merge(models, file), file, bytes_at),
         Case("an adapter", merge(changes, out), out, bytes_at),

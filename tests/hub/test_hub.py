@@ -397,3 +397,40 @@ def test_the_strictest_licence_wins_and_none_is_invented(
 ) -> None:
     assert strictest(licences) == strictest_of_them
     assert (strictest_of_them or "none is stated") in licence_sentence(strictest_of_them)
+
+
+def test_recipes_in_recipes_are_pinned(site: Site, shell: Shell, tmp_path: Path) -> None:
+    """A tree of stages reads each model once, and its recipe names every model by its commit."""
+    stage = {"models": ["org/one", "org/sharded"], "method": "ties", "base": "org/base"}
+    layers = {"stack": [{"model": "org/one", "layers": "0:4"}, {"model": "org/sharded", "layers": "4:6"}]}
+    tree = {"models": [stage, layers], "method": "dare+task_arithmetic", "base": "org/base"}
+    (tmp_path / "tree.yml").write_text(json.dumps(tree))
+    shell("run", "tree.yml", "-o", "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    pins = {name: f"{name}@{site.shas[name]}" for name in ("org/one", "org/sharded", "org/base")}
+    assert recipe == json.loads(json.dumps(tree).replace('"org/one"', f'"{pins["org/one"]}"')
+                                .replace('"org/sharded"', f'"{pins["org/sharded"]}"')
+                                .replace('"org/base"', f'"{pins["org/base"]}"'))  # fmt: skip
+    assert yaml.safe_load(card.split("---")[1])["license"] == "cc-by-nc-4.0"
+    assert json.loads((tmp_path / "out" / "tokenizer.json").read_text()) == {"model": {}}
+    local = json.loads(json.dumps(tree))
+    text = json.dumps(local)
+    for name, path in site.local.items():
+        text = text.replace(f'"{name}"', json.dumps(str(path)))
+    (tmp_path / "local.yml").write_text(text)
+    shell("run", "local.yml", "-o", "by-files")
+    assert tiny.identical(tiny.load(tmp_path / "out"), tiny.load(tmp_path / "by-files"))
+
+
+def test_errors_about_models_of_the_hub_have_their_line(shell: Shell, tmp_path: Path) -> None:
+    for text in (
+        "models:\n- org/one\n- org/none\nmethod: linear\n",
+        "models:\n- org/one\n- {models: [org/none], method: linear}\nmethod: linear\n",
+    ):
+        (tmp_path / "recipe.yml").write_text(text)
+        said = shell("run", "recipe.yml", "--dry-run", code=1)
+        assert said.startswith("Error: recipe.yml, line 3: ")
+        assert "org/none" in said
+    (tmp_path / "recipe.yml").write_text("models:\n- org/one@\nmethod: linear\n")
+    assert shell("run", "recipe.yml", "--dry-run", code=1).startswith("Error: recipe.yml, line 2: org/one@")
