@@ -57,6 +57,11 @@ ARCHITECTURES = {
 Place = Callable[[Keys], str]
 """A function that returns the place of a value from its keys, for errors."""
 
+_OF_MERGES = dict.fromkeys(
+    ("models", "slices", "modules", "merge_method", "method", "stack"), "it belongs to a merge: use `merge run`"
+)
+"""Words about keys of other recipes."""
+
 _SMILE_ONLY = ("rank", "gate_rank", "others")
 
 
@@ -188,7 +193,7 @@ def _to_plain(value: Any) -> Any:
 
 def _make(reading: Reading, folder: Path | None) -> MoeRecipe:
     place = reading.document.origin
-    values = reading.check_keys((), "a recipe of a mixture", _list_keys(MoeRecipe))
+    values = reading.check_keys((), "a recipe of a mixture", _list_keys(MoeRecipe) | _OF_MERGES)
     for key in ("base_model", "experts"):
         if values.get(key) is None:
             raise reading.error((key,), f"the recipe has no {key!r}")

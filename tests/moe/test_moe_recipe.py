@@ -74,6 +74,11 @@ MISTAKES = {
     "negative noise": ("noise_scale: 0.1", "noise_scale: -1", "line 12: .*noise_scale = '-1': should be at least 0"),
     "a scale without end": ("residual_scale: 0.5", "residual_scale: .inf", "line 13: .*residual_scale = 'inf'"),
     "a key twice": ("dtype: bfloat16", "gate_mode: random", "'gate_mode' stands twice"),
+    "a recipe of a merge": (
+        "gate_mode: hidden_avg",
+        "merge_method: linear",
+        "line 3: .*it belongs to a merge: use `merge run`",
+    ),
     "no experts": ("experts:\n", "experts: []\nshared_experts:\n", "line 7: experts is empty"),
     "a base that is a list": (
         "base_model: base ",
@@ -123,6 +128,12 @@ def test_unknown_keys_may_be_ignored(tmp_path: Path) -> None:
     with pytest.warns(MergingWarning, match="line 4: a recipe of a mixture has no key 'tokenizer_source'.*ignored"):
         recipe = load_moe_recipe(tmp_path / "moe.yml", lenient=True)
     assert recipe.dtype == "bfloat16"
+
+
+def test_a_recipe_in_the_wrong_command(tmp_path: Path) -> None:
+    (tmp_path / "moe.yml").write_text(GOOD)
+    code, text = run("run", tmp_path / "moe.yml", "-o", tmp_path / "out")
+    assert code == 1 and "gate_mode" in text and "use `merge moe`" in text
 
 
 def test_a_recipe_on_a_page(tmp_path: Path) -> None:

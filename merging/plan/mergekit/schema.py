@@ -37,6 +37,9 @@ _PARAMETERS = dict.fromkeys(
     ("weight", "density", "t", "lambda", "normalize", "gamma", "epsilon", "scale", "rescale", "int8_mask"), _PARAMETER
 )
 _OURS = {"method": "a recipe has merge_method or method, not both", "base": "with merge_method it is base_model"}
+_MIXTURE = dict.fromkeys(
+    ("gate_mode", "experts_per_token", "shared_experts"), "it belongs to a mixture of experts: use `merge moe`"
+)
 _REVISION = {"revision": "write it behind the model, as model: NAME@REVISION"}
 
 MODEL = {"model": "", "parameters": "", "layer_range": "it belongs under slices, as a key of a source"} | (
@@ -55,7 +58,7 @@ TOKEN_SOURCE = {"kind": "", "model": "", "token": "", "token_id": ""}
 
 def top() -> dict[str, str]:
     """Return the keys at the top of a recipe of mergekit, with our extensions."""
-    known = dict.fromkeys((*_OWN, *_SHARED, *extensions()), "") | _OURS
+    known = dict.fromkeys((*_OWN, *_SHARED, *extensions()), "") | _OURS | _MIXTURE
     return known | {key: words for key, words in _PARAMETERS.items() if key not in known}
 
 
