@@ -107,6 +107,44 @@ def test_a_mixture_of_copies_is_its_base(dense: Path, tmp_path: Path, name: str)
     assert mixture.generate(**words, max_new_tokens=3, do_sample=False).shape[1] == words["input_ids"].shape[1] + 3
 
 
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+WINDOWED = {"sliding_window": 4, "use_sliding_window": True}
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "one layer": ("llama", {"num_hidden_layers": 1}),
+    "tied": ("qwen2", {"tie_word_embeddings": True}),
+    "all windows": ("mistral", {"sliding_window": 4}),
+    "all windows of Qwen3": ("qwen3", {**WINDOWED, "max_window_layers": 0}),
+    "some windows": ("qwen2", {**WINDOWED, "max_window_layers": 1}),
+    "wide heads": ("mistral", {"head_dim": 16}),
+    "biases": ("qwen3", {"attention_bias": True}),
+    "scaled rotation": ("llama", {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 64}}),
+    "another activation": ("llama", {"hidden_act": "gelu"}),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_the_base_are_kept(tmp_path: Path, name: str) -> None:
+    """A mixture of copies gives the base's outputs, over more tokens than a window has."""
+    kind, settings = SETTINGS[name]
+    base = str(save_dense(tmp_path / "base", kind, **settings))
+    values: dict[str, Any] = {"base_model": base, "experts": [{"source_model": base}] * 2, "gate_mode": "random"}
+    if kind == "qwen2":
+        values["shared_experts"] = [{"source_model": base, "residual_scale": 0}]
+    merging.make_moe(values, tmp_path / "out")
+    ids = torch.arange(4, 44)[None]
+    with torch.no_grad():
+        one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / each)(ids).logits for each in ("base", "out"))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_windows_that_the_mixture_does_not_have(tmp_path: Path) -> None:
+    base = str(save_dense(tmp_path / "base", "qwen3", **WINDOWED, max_window_layers=1))
+    with pytest.raises(MergingError, match="2 of its 3 layers to a window, and a Qwen3-MoE mixture can do so in all"):
+        merging.make_moe(
+            {"base_model": base, "experts": [{"source_model": base}] * 2, "gate_mode": "random"}, tmp_path / "x"
+        )
+
+
 def test_old_configs_keep_what_their_type_assumes(tmp_path: Path) -> None:
     """A Llama config may leave out what Mixtral assumes otherwise: heads, rotary base, epsilon of norms."""
     left_out = ("num_key_value_heads", "rms_norm_eps", "rope_parameters", "head_dim", "tie_word_embeddings")
