@@ -14,6 +14,7 @@ from click.shell_completion import CompletionItem
 from merging.errors import ResultWarning, command_line_words, nearest
 from merging.version import __version__
 
+from .bake import bake_command
 from .compare import compare_command
 from .completion import completion_command
 from .compress import compress_command
@@ -112,6 +113,7 @@ class DefaultGroup(SectionedGroup):
 SECTIONS = {
     "Merge": [
         merge_command,
+        bake_command,
         run_command,
         stack_command,
         soup_command,

@@ -25,7 +25,7 @@ from .options import (
 from .output import echo_text
 from .types import METHOD, MODEL, TOKENIZER
 
-__all__ = ["is_method", "merge_command"]
+__all__ = ["is_method", "merge_command", "model_options"]
 
 
 def method_options(typed: Mapping[str, Any]) -> list[click.Option]:
@@ -55,8 +55,7 @@ class MergeCommand(FieldsCommand):
             owner_of(field, links(method), method)
 
 
-recipe_options = add_options(
-    base_option,
+adapter_options = add_options(
     click.option(
         "--as",
         type=click.Choice(["adapter", "model"]),
@@ -67,13 +66,17 @@ recipe_options = add_options(
         type=click.Choice(["peft", "diffusers", "kohya"]),
         help="format of a merged adapter  [default: the format of the inputs if alike, else peft or diffusers]",
     ),
-    dtype_option,
     click.option("--rank", type=int, help="rank of a merged adapter  [default: the sum of the ranks]"),
     click.option(
         "--experts",
         type=click.Choice(["together", "apart"]),
         help="factors of experts: stacked, or apart, with names for each expert  [default: together]",
     ),
+)
+"""The options of merged adapters."""
+
+model_options = add_options(
+    dtype_option,
     click.option("--layers", type=int, help="number of blocks, instead of the number in the base or the adapters"),
     lora_alpha_option,
     shard_size_option,
@@ -117,7 +120,7 @@ recipe_options = add_options(
         help="name patterns in parameters that match no tensor, instead of refusing them",
     ),
 )
-"""The options that a recipe states too."""
+"""The options of all outputs that a recipe states too."""
 
 
 def _refuse_numbers(models: Sequence[str], fields: Mapping[str, Any]) -> None:
@@ -162,7 +165,9 @@ def _refuse_method(models: Sequence[str]) -> None:
     type=METHOD,
     help="a method or chain, such as linear or lines+task_arithmetic; its options join these",
 )
-@recipe_options
+@base_option
+@adapter_options
+@model_options
 @recipe_only_option
 @execution_options
 def merge_command(

@@ -13,6 +13,7 @@ from merging.errors import FormatError, InputError, MergingError, MergingWarning
 from merging.version import __version__
 
 if TYPE_CHECKING:
+    from merging.api.bake import bake
     from merging.api.merge_files import Merged, merge, preview
     from merging.api.merge_tensors import merge_deltas, merge_state_dicts
     from merging.api.peft_model import merge_peft
@@ -43,6 +44,7 @@ _WHERE = {
     "Merged": "api.merge_files",
     "Recipe": "plan.recipe",
     "Recycled": "recycling.workflow",
+    "bake": "api.bake",
     "chain": "methods.chains",
     "compare": "geometry",
     "compress": "compression",
@@ -81,6 +83,7 @@ __all__ = [
     "Recipe",
     "Recycled",
     "__version__",
+    "bake",
     "chain",
     "compare",
     "compress",

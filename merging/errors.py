@@ -17,6 +17,7 @@ __all__ = [
     "MergingWarning",
     "OptionError",
     "OutputError",
+    "QuantizedError",
     "ResultWarning",
     "command_line_words",
     "either",
@@ -85,6 +86,10 @@ class ResultWarning(MergingWarning):
 
 class FormatError(MergingError):
     """A file is not what it claims to be, or is of a kind that is refused."""
+
+
+class QuantizedError(FormatError):
+    """Weights are quantised, and are not read as ordinary numbers."""
 
 
 class InputError(MergingError):

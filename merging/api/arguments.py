@@ -30,14 +30,15 @@ __all__ = [
 ]
 
 
-def check_entries(models: object) -> list[Entry]:
-    """Return the models of a merge of files: paths, recipes, and layers of models.
+def check_entries(models: object, name: str = "models") -> list[Entry]:
+    """Return the models of a merge of files: paths, recipes, and layers of models. ``name`` is the argument's.
 
     Raises :class:`~merging.errors.OptionError` for anything else.
     """
     if isinstance(models, (str, Path)):
-        raise OptionError(f"models should be a list of paths, and is {str(models)!r}: write [{str(models)!r}]")
-    return [check_entry(model, f"models[{position}]") for position, model in enumerate(_as_list(models, "paths"))]
+        raise OptionError(f"{name} should be a list of paths, and is {str(models)!r}: write [{str(models)!r}]")
+    found = _as_list(models, "paths", name)
+    return [check_entry(model, f"{name}[{position}]") for position, model in enumerate(found)]
 
 
 def check_entry(value: Any, name: str) -> Entry:
@@ -85,7 +86,7 @@ def check_deltas(adapters: object) -> list[Mapping[str, Dense | LowRank]]:
     """Return the adapters of a merge of changes. Raise :class:`~merging.errors.OptionError` for other values."""
     if isinstance(adapters, Mapping):
         raise OptionError("adapters should be a list with one mapping an adapter, and is one mapping: write [it]")
-    found = _as_list(adapters, "mappings from target to change")
+    found = _as_list(adapters, "mappings from target to change", "adapters")
     for position, adapter in enumerate(found):
         name = f"adapters[{position}]"
         if not isinstance(adapter, Mapping):
@@ -142,14 +143,13 @@ def check_keywords(keywords: Iterable[str], method: str, options: Sequence[str])
             raise OptionError(f"{keyword!r} is no option, and no parameter of {method!r}{near}")
 
 
-def _as_list(values: Any, items: str) -> list[Any]:
+def _as_list(values: Any, items: str, name: str = "models") -> list[Any]:
     if isinstance(values, Sequence) and not isinstance(values, (str, bytes)):
         return list(values)
     remedy = _other_door(values)
     if isinstance(values, Iterator):
         remedy = ": make a list of it, in the order of the weights"
-    noun = "adapters" if items.startswith("mappings") else "models"
-    raise OptionError(f"{noun} should be a list of {items}, and is {describe_value(values)}{remedy}")
+    raise OptionError(f"{name} should be a list of {items}, and is {describe_value(values)}{remedy}")
 
 
 def _is_state_dict(value: object) -> bool:

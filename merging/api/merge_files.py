@@ -40,6 +40,7 @@ __all__ = [
     "default_destination",
     "merge",
     "merge_plan",
+    "merge_recipe",
     "plan_for",
     "preview",
 ]
@@ -117,7 +118,7 @@ def preview(
         ('model', 104)
     """
     destination = None if output is None else Path(check_path(output, "output"))
-    return plan_for(_make_recipe(models, method, options), destination)
+    return plan_for(merge_recipe(models, method, options), destination)
 
 
 @check_types("models", "method", "max_memory", "progress")
@@ -167,7 +168,7 @@ def merge(
         ('adapter', 16)
     """
     progress = resolve_progress(progress)
-    recipe = _make_recipe(models, method, options)
+    recipe = merge_recipe(models, method, options)
     destination = default_destination(recipe) if output is None else Path(check_path(output, "output"))
     return merge_plan(
         plan_for(recipe, destination),
@@ -182,7 +183,8 @@ def merge(
     )
 
 
-def _make_recipe(models: Sequence[Path | Entry], method: str | Method, options: Mapping[str, object]) -> Recipe:
+def merge_recipe(models: Sequence[Path | Entry], method: str | Method, options: Mapping[str, object]) -> Recipe:
+    """Return the recipe of the arguments of :func:`merge`. Raises :class:`~merging.errors.OptionError`."""
     entries = check_entries(models)
     if options.get("base") is not None:
         options = {**options, "base": check_entry(options["base"], "base")}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from merging.sources.plain_yaml import FAULTS, load_yaml
 from merging.sources.small_files import is_there, read_text
 
-__all__ = ["stated_licence"]
+__all__ = ["stated_base_models", "stated_licence"]
 
 
 def stated_licence(card: Path) -> str | None:
@@ -15,14 +16,29 @@ def stated_licence(card: Path) -> str | None:
 
     Raises :class:`~merging.errors.FormatError` if the card is not an ordinary file, or its head is hostile.
     """
+    licence = _read_head(card).get("license")
+    return licence if isinstance(licence, str) else None
+
+
+def stated_base_models(card: Path) -> list[str]:
+    """Return the models that a model card names as its base, in its order.
+
+    Raises :class:`~merging.errors.FormatError` if the card is not an ordinary file, or its head is hostile.
+    """
+    stated = _read_head(card).get("base_model")
+    listed = stated if isinstance(stated, list) else [stated]
+    return [name for name in listed if isinstance(name, str) and name]
+
+
+def _read_head(card: Path) -> dict[str, Any]:
+    """Return the metadata of a card, empty without a card or a readable head."""
     if not is_there(card):
-        return None
+        return {}
     parts = read_text(card, errors="replace").split("---", 2)
     if len(parts) < 3 or parts[0]:
-        return None
+        return {}
     try:
         facts = load_yaml(parts[1], str(card))
     except FAULTS:
-        return None
-    licence = facts.get("license") if isinstance(facts, dict) else None
-    return licence if isinstance(licence, str) else None
+        return {}
+    return facts if isinstance(facts, dict) else {}

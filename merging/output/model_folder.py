@@ -12,6 +12,7 @@ from typing import Any
 from merging import os_calls
 from merging.output.model_card import model_card
 from merging.output.tokenizer_files import map_token_ids, tokenizer_patterns, written_files
+from merging.plan.inputs.adapter_tokenizer import GENERATION
 from merging.plan.inputs.tied_heads import scales_outputs
 from merging.plan.merge_plan import Plan
 from merging.sources import Checkpoint
@@ -79,7 +80,7 @@ def _remarks(plan: Plan, reference: Checkpoint, own: Checkpoint) -> list[str]:
         remarks.append(
             f"the model runs code of its own, which is not copied: copy *.py from {reference.folder} if you trust it"
         )
-    indexed = plan.vocabulary is not None and plan.vocabulary.matched is None
+    indexed = plan.vocabulary is not None and plan.vocabulary.matched is None and not plan.vocabulary.lent
     if indexed and own is not reference and own.folder is not None:
         remarks.append(f"the tokenizer comes from {own.path}, which has the largest vocabulary")
     return remarks
@@ -92,7 +93,10 @@ def _companions(plan: Plan) -> dict[str, Path]:
     if plan.output == "adapter":
         others, own = [], None if own is plan.base else own
     found: dict[str, Path] = {}
-    for model, patterns in ((reference, others), (own, tokenizer_patterns(plan))):
+    tokenizer = tokenizer_patterns(plan)
+    if plan.vocabulary is not None and plan.vocabulary.lent:
+        tokenizer = (*tokenizer, GENERATION)
+    for model, patterns in ((reference, others), (own, tokenizer)):
         if model is not None and model.folder is not None:
             found |= companion_files(model.folder, patterns)
     return found
@@ -155,7 +159,7 @@ def _model_config(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
         # A scaled T5 would be read as an unscaled one: transformers distinguishes them by this setting.
         if plan.untied and (part is edited or "tie_word_embeddings" in part) and not scales_outputs(config):
             part["tie_word_embeddings"] = False
-        if plan.vocabulary and ("vocab_size" in part or (part is edited and inner is None)):
+        if plan.vocabulary and plan.vocabulary.rows and ("vocab_size" in part or (part is edited and inner is None)):
             part["vocab_size"] = plan.vocabulary.rows
     vocabulary = plan.vocabulary
     if vocabulary and vocabulary.matched and vocabulary.of is not plan.reference:

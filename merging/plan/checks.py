@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
 from merging.errors import InputError, OptionError, option
+from merging.plan.find_base import unquantized_name
 from merging.plan.recipe import Recipe
 from merging.plan.tokens.matching import check_tokenizer
 from merging.sources import Adapter, Checkpoint
@@ -28,10 +28,6 @@ __all__ = [
     "note_assumed_linear",
     "same_base",
 ]
-
-_QUANTISED = re.compile(
-    r"[-_.](unsloth|bnb|[0-9]bit|[0-9]-bit|int[0-9]|fp8|nf4|fp4|gptq|awq|gguf|exl2|quantized|dynamic)(?=[-_.]|$)"
-)
 
 
 def make_content_keys(models: Sequence[Checkpoint | Adapter]) -> tuple[tuple[str, ...], list[str]]:
@@ -202,7 +198,7 @@ def same_base(one: str, other: str) -> bool:
 
 def _bare(name: str) -> str:
     bare = name.rstrip("/\\").replace("\\", "/").rpartition("/")[2].lower()
-    return _QUANTISED.sub("", bare).removeprefix("meta-")
+    return unquantized_name(bare).removeprefix("meta-")
 
 
 def choose_output(

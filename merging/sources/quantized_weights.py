@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from merging.errors import FormatError, option
+from merging.errors import FormatError, QuantizedError, option
 from merging.sources.dequantized_tensors import Cast, Mxfp4, Scaled, fits
 from merging.sources.stored import Stored
 
@@ -73,25 +73,25 @@ _BESIDE = (
 
 
 def refuse_quantized(path: Path, tensors: Mapping[str, Stored], config: Mapping[str, Any], asked: bool = False) -> None:
-    """Raise :class:`~merging.errors.FormatError` for quantised weights, with their kind and a way out.
+    """Raise :class:`~merging.errors.QuantizedError` for quantised weights, with their kind and a way out.
 
     ``asked`` says that weights of the simple kinds were dequantised already.
     """
     stated = _stated_quantization(config)
     if stated is not None and not (asked and _is_simple(stated)):
         kind = _method(stated)
-        raise FormatError(f"{path}: is quantised ({kind}, says its config): {_way(kind, _is_simple(stated), asked)}")
+        raise QuantizedError(f"{path}: is quantised ({kind}, says its config): {_way(kind, _is_simple(stated), asked)}")
     for name, stored in tensors.items():
         tail = _tail(name)
         if tail in QUANTIZED and (tail != "_blocks" or stored.dtype_name == "U8" or not stored.floating):
             kind = QUANTIZED[tail]
-            raise FormatError(f"{path}: is quantised ({kind}, says {name}): {_way(kind, kind in SIMPLE, asked)}")
+            raise QuantizedError(f"{path}: is quantised ({kind}, says {name}): {_way(kind, kind in SIMPLE, asked)}")
         if stored.dtype_name.startswith(("F8_", "F6_")) or stored.dtype_name == "F4":
             way = _way("", stored.dtype_name in _CAST or any(name + ending in tensors for ending in _SCALES), asked)
-            raise FormatError(f"{path}: {name} holds {stored.dtype_name} codes, so the model is quantised: {way}")
+            raise QuantizedError(f"{path}: {name} holds {stored.dtype_name} codes, so the model is quantised: {way}")
         if tail == ".weight" and stored.dtype_name in _PACKED and len(stored.shape) > 1:
             way = _way("MLX" if stored.dtype_name == "U32" else "", False, asked)
-            raise FormatError(f"{path}: {name} holds {stored.dtype_name} codes, so the model is quantised: {way}")
+            raise QuantizedError(f"{path}: {name} holds {stored.dtype_name} codes, so the model is quantised: {way}")
 
 
 def _tail(name: str) -> str:

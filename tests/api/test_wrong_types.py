@@ -44,6 +44,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "Pool.overrule": {"names": [], "verdict": None},
     "Pool.remove": {"names": []},
     "Recipe": {"models": ("a",), "method": "linear"},
+    "bake": {"adapters": ["adapter0"], "output": "new", "base": "loras/base"},
     "chain": {"text": "linear"},
     "compare": {"models": ["adapter0", "adapter1"]},
     "compress": {"model": "adapter0", "output": "new.safetensors"},

@@ -35,6 +35,8 @@ def files() -> merging.Merged:
         ["a", "b"], method="lines+ties", output=Path("out"), dtype=torch.bfloat16, weights=[1, 0.5], max_memory="1GB",
         density={"mlp": 0.3, "*": "0.2:0.8"}, exclude=["embed"], rank=8, overwrite=True, progress=True,
     )
+    baked = merging.bake(["a", Path("b")], output="baked", base="base", weights=[1, 0.5], overwrite=True)
+    print(baked.notices)
     again = merging.rerun("out", output="again", overwrite=True)
     print(again.tensors, merged.facts["nu"], merged.to_dict())
     merging.soup("run", output="mean", last=5, schedule="1-sqrt", dtype="bfloat16", score=lambda path: len(path.name))
@@ -107,6 +109,7 @@ merging.merge(["a"])
 merging.merge(["a"], method="linear", outptu="out")
 merging.merge(["a"], method="linear", dtype="int8")
 merging.preview([1], method="linear")
+merging.bake("a")
 merging.rerun(["out"])
 merging.soup("run", schedule="sine")
 merging.merge_state_dicts(state, method="linear")

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
+from merging.display.tables import plural
 from merging.errors import InputError, option
+from merging.plan.inputs.adapter_tokenizer import SavedTokenizer, grow_tables, lent_tokenizer
 from merging.plan.inputs.trained_tables import replace_tables, tables_as_checkpoint
 from merging.plan.recipe import Recipe
 from merging.plan.tokens.matching import MatchedTokens, download_tokenizer, match_tokens
@@ -30,11 +32,13 @@ class Vocabulary:
         rows: the number of rows.
         of: the model with its tokenizer.
         matched: the tokens, where rows were matched by token.
+        lent: whether ``of`` is an adapter, which lends its tokenizer.
     """
 
     rows: int
     of: Checkpoint
     matched: MatchedTokens | None = None
+    lent: bool = False
 
     @property
     def transplant(self) -> Transplant | None:
@@ -59,7 +63,16 @@ def match_vocabularies(
     if matched is not None:
         return tuple(models), base, Vocabulary(matched.rows, matched.of, matched), list(matched.notices)
     if recipe.tokenizer is not None:
+        lent = _find_lent(recipe, recipe.tokenizer, models)
+        if lent is not None and base is not None:
+            return _match_lent(recipe, lent, models, base)
         return _match_by_token(recipe, recipe.tokenizer, models, base)
+    return _match_by_index(recipe, models, base)
+
+
+def _match_by_index(
+    recipe: Recipe, models: Sequence[Model], base: Checkpoint | None, *, check: bool = True
+) -> tuple[tuple[Model, ...], Checkpoint | None, Vocabulary | None, list[str]]:
     checkpoints = [model for model in ([*models, base] if base else models) if isinstance(model, Checkpoint)]
     if not checkpoints:
         return tuple(models), base, None, []
@@ -79,7 +92,7 @@ def match_vocabularies(
         )
     largest = max(checkpoints, key=lambda model: (rows[id(model)], model is reference))
     of = reference if recipe.vocabulary == "base" else largest
-    remarks = _check_tokenizers(checkpoints, rows, of)
+    remarks = _check_tokenizers(checkpoints, rows, of) if check else []
     tables = _Tables(checkpoints, rows, reference, base if recipe.vocabulary == "largest" else reference)
     resized = {id(model): tables.resize(model, rows[id(of)]) for model in checkpoints}
     kept: list[Model] = []
@@ -93,6 +106,30 @@ def match_vocabularies(
         f"vocabularies of different sizes ({sizes} rows) were matched by index: {rows[id(of)]} rows come out"
     )
     return tuple(kept), resized[id(base)] if base else None, Vocabulary(rows[id(of)], of), remarks
+
+
+def _find_lent(recipe: Recipe, settings: TokenizerSettings, models: Sequence[Model]) -> SavedTokenizer | None:
+    """Return the tokenizer of an adapter, where the recipe names this adapter and nothing else."""
+    if settings != TokenizerSettings(source=settings.source):
+        return None
+    return lent_tokenizer(settings.source, zip(map(str, recipe.models), models, strict=False))
+
+
+def _match_lent(
+    recipe: Recipe, lent: SavedTokenizer, models: Sequence[Model], base: Checkpoint
+) -> tuple[tuple[Model, ...], Checkpoint | None, Vocabulary | None, list[str]]:
+    """Match rows by their index, with the tokenizer of an adapter, for whose tokens the base gets rows."""
+    old = _rows_of(base)
+    download_tokenizer(base)
+    remarks = [f"the tokenizer comes from {lent.adapter.path}", *filter(None, [lent.compare(base)])]
+    if old and lent.rows > old:
+        base = grow_tables(base, old, lent.rows)
+    by_index = recipe.model_copy(update={"vocabulary": "largest", "tokenizer": None})
+    alike, based, found, _ = _match_by_index(by_index, models, base, check=False)
+    rows = found.rows if found else _rows_of(base)
+    if rows > old:
+        remarks.append(f"the vocabulary has {plural(rows - old, 'row')} more than the base's, {rows} in all")
+    return alike, based, Vocabulary(rows, lent.as_checkpoint, lent=True), remarks
 
 
 def _match_by_token(
