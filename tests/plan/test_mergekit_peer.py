@@ -95,6 +95,19 @@ SLICED = {
         "ties", "base 0:4; a 0:4; b 0:4 density: 0.5", base="base", parameters="weight: [0.2, 1]"
     ),
     "a stack": sliced("passthrough", "a 0:3", f"b 1:4 {SCALED}", "c 3:4"),
+    "merges in a stack": sliced(
+        "linear", "a 0:3; b 0:3 | parameters: {weight: [0.3, 1, 0.2]}", "a 2:4; b 2:4", parameters="weight: [0.4, 0.9]"
+    ),
+    "a merge of one layer": sliced(
+        "linear", "a 0:3", "a 2:3 weight: [0.1, 0.9]; b 2:3", "b 3:4", parameters="weight: 1"
+    ),
+    "filters by layer": sliced(
+        "linear",
+        "a 0:2; b 0:2",
+        "a 1:4 weight: [{filter: layers.2., value: 3}, {value: 1}]; b 1:4",
+        parameters="weight: [{filter: layers.1, value: 0.25}, {value: 1}], "
+        "normalize: [{filter: layers.3, value: false}, {value: true}]",
+    ),
     "slices without layers": sliced("passthrough", "c 0:0", "a 0:3", "b 1:4", "base 0:0"),
 }
 RECIPES = FLAT | SLICED
