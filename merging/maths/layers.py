@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 __all__ = ["BEFORE_BLOCKS", "LayerPosition", "Stacks"]
@@ -106,14 +106,15 @@ class Stacks:
     numberings: Mapping[str, _Numbering]
 
     @classmethod
-    def from_names(cls, names: Iterable[str], *, complete: bool = True) -> Stacks:
+    def from_names(cls, names: Iterable[str], *, complete: bool = True, single: Collection[str] = ()) -> Stacks:
         """Find the stacks in the names of tensors.
 
         The leftmost number in a name is its index, and the part before it the prefix. In a whole model (``complete``) a
         prefix is a stack if its indices are exactly 0 to n-1, with n at least 2. An adapter may cover few layers: there
         any index counts, and the largest one gives n. Neither experts nor rows of bare layers (``mlp.0.weight``) are
         stacks. Stages of blocks (Swin, ConvNeXt, ResNet, SegFormer) are flattened into one row of blocks. Flat names of
-        LoRA files carry their block as well (``lora_unet_blocks_4_ffn_0``).
+        LoRA files carry their block as well (``lora_unet_blocks_4_ffn_0``). ``single`` are prefixes of stacks that are
+        known to have one block only.
         """
         rests: defaultdict[str, defaultdict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
         for name in map(_split_flat, names):
@@ -121,7 +122,9 @@ class Stacks:
             if found:
                 rests[name[: found.start()]][int(found[1])].append(name[found.end() :])
         numberings = {
-            prefix: _numbering(stages) for prefix, stages in rests.items() if _is_stack(prefix, stages, complete)
+            prefix: _numbering(stages)
+            for prefix, stages in rests.items()
+            if _is_stack(prefix, stages, complete and prefix not in single)
         }
         return cls(_join_sequels(numberings))
 

@@ -27,7 +27,7 @@ def find_stacks(
     adapters state, if it is at hand, from ``layers``, or from the largest index that any adapter touches.
     """
     if reference is not None:
-        stacks = Stacks.from_names(reference.tensors)
+        stacks = Stacks.from_names(reference.tensors, single=reference.single)
         stated = recipe.layers or reference.layers
         return (
             stacks.with_layers(recipe.layers) if recipe.layers else stacks.limit(stated) if stated else stacks

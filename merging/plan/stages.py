@@ -96,8 +96,11 @@ def _open_output(plan: Plan, tensors: dict[str, Stored], write_companions: Compa
         return _open_adapter(plan, folder, tensors, write_companions)
     write_companions(plan, folder)
     config = read_config(folder / "config.json") if is_there(folder / "config.json") else {}
-    has_folder = plan.reference is not None and plan.reference.folder is not None
-    return Checkpoint(folder, tensors, (), config, folder if has_folder else None)
+    reference = plan.reference
+    assert reference is not None
+    return Checkpoint(
+        folder, tensors, (), config, folder if reference.folder is not None else None, single=reference.single
+    )
 
 
 def _models(plan: Plan) -> list[Model]:

@@ -60,6 +60,7 @@ class Checkpoint(Displayed):
         origin: Its place on the Hub.
         stem: The name of its weights files without the ending.
         components: The models of a pipeline, each in a folder of its own.
+        single: The prefixes of stacks that have one block only, where other blocks were taken out.
     """
 
     path: Path
@@ -71,6 +72,7 @@ class Checkpoint(Displayed):
     origin: Origin | None = None
     stem: str = "model"
     components: dict[str, Checkpoint] = field(default_factory=dict)
+    single: tuple[str, ...] = ()
 
     def _display_fields(self) -> dict[str, object]:
         size = sum(stored.numel for stored in self.tensors.values())

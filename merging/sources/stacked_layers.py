@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -100,7 +100,10 @@ def stack_layers(parts: Sequence[StackPart], label: str) -> Checkpoint:
     ]
     config = stack_config(described, first.others)
     files = tuple(dict.fromkeys(file for each in opened for file in each.part.model.files))
-    return replace(first.part.model, path=Path(label), tensors=tensors, files=files, config=config, shared={})
+    single = (first.prefix,) if place == 1 else ()
+    return replace(
+        first.part.model, path=Path(label), tensors=tensors, files=files, config=config, shared={}, single=single
+    )
 
 
 def _open(part: StackPart) -> _Opened:
@@ -110,7 +113,7 @@ def _open(part: StackPart) -> _Opened:
         raise InputError(
             f"{part.name}: is a pipeline of several models: layers are taken of one model: name its folder"
         )
-    lengths = _count_blocks(model.tensors) or _single_block(model)
+    lengths = _count_blocks(model) or _single_block(model)
     prefix = _find_stack(part, lengths)
     total = _total(part, prefix, lengths)
     start, stop = part.layers or (0, total)
@@ -131,11 +134,11 @@ def _open(part: StackPart) -> _Opened:
     return _Opened(part, prefix, total, start, stop, blocks, rest, others)
 
 
-def _count_blocks(names: Iterable[str]) -> dict[str, int]:
+def _count_blocks(model: Checkpoint) -> dict[str, int]:
     """Return the stacks of blocks that are numbered in one row, with their lengths."""
-    names = list(names)
+    names = list(model.tensors)
     lengths = {}
-    for prefix, numbering in Stacks.from_names(names).numberings.items():
+    for prefix, numbering in Stacks.from_names(names, single=model.single).numberings.items():
         if not numbering.blocks:
             inner = (name.removeprefix(f"{prefix}.") for name in names if name.startswith(f"{prefix}."))
             lengths[prefix] = len({rest.partition(".")[0] for rest in inner})

@@ -379,6 +379,12 @@ def test_stages_of_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     middle = {"models": parts, "method": "linear", "parameters": {"weights": ["0:1", "1:0"], "normalize": False}}
     got = run({"stack": [{"model": "a", "layers": "0:2"}, {"model": middle}], "dtype": "float64"}, "out")
     a, b = load(tmp_path / "a"), load(tmp_path / "b")
+    one = {**middle, "models": [{**part, "layers": "3:4"} for part in parts]}
+    alone = run({"stack": [{"model": "a", "layers": "0:2"}, {"model": one}, {"model": "b", "layers": "5:6"}]}, "one")
+    for place, (source, index) in {2: (a, 3), 3: (b, 5)}.items():  # of one block alone the last point counts
+        for name in ("mlp.up_proj.weight", "input_layernorm.weight"):
+            want = source[f"model.layers.{index}.{name}"]
+            assert torch.allclose(alone[f"model.layers.{place}.{name}"], want, rtol=0, atol=1e-6)
     for place in range(3):
         t = place / 2
         name = "model.layers.{}.mlp.up_proj.weight"
