@@ -17,9 +17,11 @@ from merging.maths.lazy_torch import torch
 from merging.methods.families.dropping import Dropping
 from merging.plan import Item, Plan
 from merging.plan.checks import check_packed, make_content_keys
+from merging.plan.inputs.sentence_folders import modules_model
 from merging.plan.stages import all_stages
 from merging.sources import Adapter, Checkpoint, Model, tensors_of
 from merging.sources.changes import Change
+from merging.sources.sentence_modules import SENTENCE_FILES
 from merging.sources.stored import holders_of
 
 __all__ = ["download_model", "download_plan", "missing_files"]
@@ -73,6 +75,10 @@ def download_plan(
     if plan.reference is not None and plan.reference.origin is not None and plan.output == "model":
         origin = plan.reference.origin
         open_repository(Address(origin.repo, origin.commit)).download_files(companions, origin.folder)
+    encoder = modules_model(plan.models, plan.base) if plan.output == "model" else None
+    if encoder is not None and encoder is not plan.reference and encoder.origin is not None:
+        origin = encoder.origin
+        open_repository(Address(origin.repo, origin.commit)).download_files(SENTENCE_FILES, origin.folder)
     files = missing_files(plan)
     if not files:
         return plan

@@ -13,10 +13,12 @@ from merging import os_calls
 from merging.output.model_card import model_card
 from merging.output.tokenizer_files import map_token_ids, tokenizer_patterns, written_files
 from merging.plan.inputs.adapter_tokenizer import GENERATION
+from merging.plan.inputs.sentence_folders import modules_model
 from merging.plan.inputs.tied_heads import scales_outputs
 from merging.plan.merge_plan import Plan
 from merging.sources import Checkpoint
 from merging.sources.model_files import COMPANIONS, IN_PIPELINES
+from merging.sources.sentence_modules import SENTENCE_FILES
 from merging.sources.small_files import check_file, copy_file
 from merging.sources.stored import holders_of
 from merging.sources.tokenizers import TOKENIZER_FILES
@@ -96,7 +98,9 @@ def _companions(plan: Plan) -> dict[str, Path]:
     tokenizer = tokenizer_patterns(plan)
     if plan.vocabulary is not None and plan.vocabulary.lent:
         tokenizer = (*tokenizer, GENERATION)
-    for model, patterns in ((reference, others), (own, tokenizer)):
+    encoder = modules_model(plan.models, plan.base) if plan.output == "model" else None
+    modules = () if encoder is reference else SENTENCE_FILES
+    for model, patterns in ((reference, others), (encoder, modules), (own, tokenizer)):
         if model is not None and model.folder is not None:
             found |= companion_files(model.folder, patterns)
     return found
@@ -125,7 +129,7 @@ def check_companions(plan: Plan) -> None:
 def _copy_weights(component: Checkpoint, folder: Path) -> None:
     """Copy a component's weights byte for byte, and make them durable."""
     assert component.folder is not None
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     holders = {holder.path: holder for holder in holders_of(component.tensors.values())}
     for file in component.files:
         target = folder / file.name

@@ -22,6 +22,7 @@ from merging.plan.checks import (
 )
 from merging.plan.entries import MakeStage, open_entries
 from merging.plan.inputs.components import select_components
+from merging.plan.inputs.sentence_folders import describe_differences
 from merging.plan.inputs.task_heads import NO_HEADS, TaskHeads, find_task_heads
 from merging.plan.inputs.tied_heads import resolve_tied_heads
 from merging.plan.inputs.vocabulary import Vocabulary, match_vocabularies
@@ -147,6 +148,7 @@ def _plan(
     check_bases(models, recipe.allow_different_bases)
     keys, notices = make_content_keys(models)
     notices += [notice for model in models if isinstance(model, Adapter) for notice in model.notices]
+    notices += describe_differences(models, base) if output == "model" else []
     alike, based, vocabulary, resized = match_vocabularies(recipe, models, base, matched)
     recipe = _pin_donor(recipe, vocabulary)
     notices += remarks + heads.notices + resized

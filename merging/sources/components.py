@@ -8,8 +8,9 @@ from typing import Any
 
 from merging.errors import FormatError
 from merging.sources.links import check_inside
-from merging.sources.model_files import MODULES, PIPELINE
-from merging.sources.small_files import is_there, read_json, read_json_list
+from merging.sources.model_files import PIPELINE
+from merging.sources.sentence_modules import MODULES, module_paths
+from merging.sources.small_files import is_there, read_json
 from merging.sources.weight_files import find_weights, is_plain_name
 
 __all__ = ["MODULES", "PIPELINE", "components_of"]
@@ -29,22 +30,16 @@ def components_of(folder: Path) -> dict[str, Path]:
             raise FormatError(f"{folder / PIPELINE}: none of its components has weights here: complete the download")
         return found
     if is_there(folder / MODULES):
-        found = _with_weights(folder, folder / MODULES, _module_paths(folder / MODULES))
+        found = _with_weights(folder, folder / MODULES, module_paths(folder))
         return found if found.keys() != {""} else {}
     return {}
-
-
-def _module_paths(path: Path) -> list[Any]:
-    try:
-        return [module["path"] for module in read_json_list(path)]
-    except (TypeError, KeyError):
-        raise FormatError(f"{path}: is not a list of modules with their paths") from None
 
 
 def _with_weights(folder: Path, index: Path, names: Iterable[Any]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for name in names:
-        if name != "" and not is_plain_name(name):  # the folder itself may be a component
+        plain = isinstance(name, str) and all(map(is_plain_name, name.split("/")[:2])) and name.count("/") < 2
+        if name != "" and not plain:  # the folder itself may be a component
             raise FormatError(f"{index}: {str(name)[:200]!r} is not a plain name of a folder")
         if (folder / name).is_dir() and find_weights(check_inside(folder / name, folder)) is not None:
             found[name] = folder / name

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from merging.errors import FormatError
 from merging.sources.pickled import PYTORCH_ENDINGS
-from merging.sources.small_files import read_json, read_json_list
+from merging.sources.sentence_modules import MODULES, SENTENCE_FILES, module_paths
+from merging.sources.small_files import read_json
 from merging.sources.tokenizers import TOKENIZER_FILES
 from merging.sources.weight_files import is_standard
 
@@ -18,19 +19,13 @@ __all__ = ["COMPANIONS", "IN_PIPELINES", "MODULES", "PIPELINE", "foreign_names"]
 PIPELINE = "model_index.json"
 """The file that marks the folder of a diffusers pipeline."""
 
-MODULES = "modules.json"
-"""The file that marks the folder of a sentence-transformers model."""
-
 COMPANIONS = (
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
     "audio_tokenizer_config.json",
-    MODULES,
-    "config_sentence_transformers.json",
-    "sentence_*_config.json",
-    "[0-9]_*/config.json",
+    *SENTENCE_FILES,
     PIPELINE,
     "LICENSE*",
     "NOTICE*",
@@ -72,13 +67,14 @@ def foreign_names(folder: Path) -> list[str]:
     parts = _components(folder)
     foreign, weights = _sort_files(folder)
     inside = [path for path in folder.iterdir() if path.is_dir()]
-    for path in inside:
-        if path.is_symlink() or path.name not in parts:
-            foreign += [] if path.name == _TEMPLATES and _holds_templates(path) else [f"{path.name}/"]
+    for path in inside:  # the folders in a router's folder follow it
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or name not in parts:
+            foreign += [] if name == _TEMPLATES and _holds_templates(path) else [f"{name}/"]
             continue
         odd, more = _sort_files(path)
-        odd += [f"{each.name}/" for each in path.iterdir() if each.is_dir()]
-        foreign += [f"{path.name}/{name}" for name in odd]
+        inside += [each for each in path.iterdir() if each.is_dir()]
+        foreign += [f"{name}/{each}" for each in odd]
         weights = weights or more
     if not weights:
         return sorted(path.name for path in folder.iterdir())
@@ -116,7 +112,7 @@ def _component_names(folder: Path) -> Iterator[object]:
         if (folder / PIPELINE).is_file():
             yield from (name for name, made_of in read_json(folder / PIPELINE).items() if isinstance(made_of, list))
         if (folder / MODULES).is_file():
-            yield from (each.get("path") for each in read_json_list(folder / MODULES) if isinstance(each, dict))
+            yield from module_paths(folder)
     except FormatError:
         return
 

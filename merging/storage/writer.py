@@ -121,7 +121,7 @@ class ComponentWriter:
             parts[component].append(OutputTensor(name, out.dtype_name, out.shape))
         try:
             for component, stem in stems.items():
-                (folder / component).mkdir(exist_ok=True)
+                (folder / component).mkdir(parents=True, exist_ok=True)
                 self._writers[component] = TensorWriter(
                     folder / component, stem, parts[component], metadata, shard_size
                 )
