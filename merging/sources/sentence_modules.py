@@ -76,11 +76,11 @@ def _modules(folder: Path) -> Iterator[tuple[str, str]]:
         kind = str(kind).rpartition(".")[2]
         yield path, kind
         if kind in ("Router", "Asym"):
-            for name, inner in _routed(folder, path):
+            for name, inner in _modules_of_router(folder, path):
                 yield (f"{path}/{name}" if path else name), inner
 
 
-def _routed(folder: Path, path: str) -> Iterator[tuple[str, str]]:
+def _modules_of_router(folder: Path, path: str) -> Iterator[tuple[str, str]]:
     """Yield the names of the folders in a router's folder, and the names of their modules' classes."""
     listed = _read_config(folder, path, ROUTER) or _read_config(folder, path)
     types = listed.get("types")

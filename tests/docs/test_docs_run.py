@@ -33,6 +33,7 @@ LONG = {
     "docs/tasks/pool.md": "the smoke test runs the base over texts",
     "docs/tasks/quantized.md": "a converter asks for the tokenizer",
     "docs/tasks/recycle.md": "it trains",
+    "docs/tasks/sentence-transformers.md": "sentence-transformers loads the merged model",
     "docs/tasks/verify.md": "PEFT loads the adapter",
 }
 """Pages that take the real base and much time, each with the reason."""

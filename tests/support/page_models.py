@@ -127,6 +127,12 @@ def _task_of_words(folder: Path) -> None:
         (folder / f"{part}.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
+def _sentence_models(folder: Path) -> None:
+    """Two fine-tunes of the base as sentence-transformers saves them."""
+    (folder / "retrieval").symlink_to(folder / "one")
+    (folder / "paraphrase").symlink_to(folder / "two")
+
+
 def _runs(folder: Path) -> None:
     """A run of full fine-tuning and one of LoRA: checkpoints as transformers' Trainer names them."""
     base = load_file(folder / "base" / "model.safetensors")
@@ -148,6 +154,7 @@ _MAKERS: dict[str, Callable[[Path], None]] = {
     "docs/tasks/moe.md": _dense_models,
     "docs/tasks/quantized.md": _fp8_models,
     "docs/tasks/recycle.md": _task_of_words,
+    "docs/tasks/sentence-transformers.md": _sentence_models,
     "docs/tasks/soups.md": _runs,
     "docs/tasks/verify.md": _merged,
 }

@@ -1,7 +1,7 @@
 """Models of sentence-transformers among the inputs: the model whose modules the output has, and differences of others.
 
-The weights of modules are merged as those of all components. The rest of a folder (pooling, normalization, prompts)
-cannot be merged, and comes from one model."""
+The weights of modules are merged, as the weights of all components are. The rest of a folder (pooling, normalization,
+prompts) cannot be merged, and comes from one model."""
 
 from __future__ import annotations
 
