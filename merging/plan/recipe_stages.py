@@ -11,6 +11,12 @@ from merging.plan.recipe_values import map_names
 
 __all__ = ["join_stages"]
 
+_DEPTH = 48
+"""How deep lists and mappings may be nested when all stages are in their places: 24 stages, one in the other."""
+
+_COPIES = 500
+"""The largest number of uses of stages, since each use is a copy, and stages that double would grow without end."""
+
 
 def join_stages(documents: Sequence[RecipeDocument]) -> tuple[RecipeDocument, list[str]]:
     """Return the last stage with the stages that it names in their places, and remarks.
@@ -57,11 +63,17 @@ class _Joining:
     def __init__(self, stages: Mapping[str, RecipeDocument]) -> None:
         self.stages = stages
         self.used: set[str] = set()
+        self.copies = 0
         self.around: list[RecipeDocument] = []
 
-    def join(self, document: RecipeDocument) -> RecipeDocument:
-        """Return a document with the stages that it names inside."""
+    def join(self, document: RecipeDocument, depth: int = 0) -> RecipeDocument:
+        """Return a document with the stages that it names inside; ``depth`` is how deep it is nested itself."""
         self.around.append(document)
+        if depth + max(map(len, document.origins)) > _DEPTH:
+            raise OptionError(
+                f"{document.origin(())}: too many stages need each other in a row: run this one alone, and name its "
+                f"output in the stages that need it"
+            )
         origins = {keys: origin for keys, origin in document.origins.items() if keys != ("name",)}
 
         def replace(name: Any, keys: Keys) -> Any:
@@ -71,7 +83,13 @@ class _Joining:
             if stage in self.around:
                 raise OptionError(f"{document.origin(keys)}: {name} needs this document itself: name another model")
             self.used.add(name)
-            inner = self.join(stage)
+            self.copies += 1
+            if self.copies > _COPIES:
+                raise OptionError(
+                    f"{document.origin(keys)}: the stages use each other more than {_COPIES} times: run {name} alone, "
+                    f"and name its output here"
+                )
+            inner = self.join(stage, depth + len(keys))
             if "tokenizer" in keys:
                 return _tokenizer_of(inner.values, document.origin(keys))
             origins.update({(*keys, *each): origin for each, origin in inner.origins.items() if each})

@@ -259,6 +259,31 @@ def test_stages_that_are_refused(text: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+def stages(count: int, models: str) -> str:
+    first = "name: s0\nmodels: [a, b]\nmethod: slerp\n"
+    later = [f"name: s{i}\nmodels: {models.format(f's{i - 1}')}\nmethod: slerp\n" for i in range(1, count)]
+    return "---\n".join([first, *later])
+
+
+def test_stages_in_a_row_and_twice() -> None:
+    assert read(stages(24, "[{}, c]")).recipe.to_yaml().count("slerp") == 24
+    assert read(stages(8, "[{0}, {0}]")).recipe.to_yaml().count("slerp") == 2**8 - 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (stages(25, "[{}, c]"), "m.yml, line 1: too many stages need each other in a row"),
+        (stages(1000, "[{}, c]"), "too many stages need each other in a row"),
+        (stages(20, "[{0}, {0}]"), "the stages use each other more than 500 times"),
+    ],
+)
+def test_stages_that_would_grow_without_end(text: str, message: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        read(text)
+    assert message in str(caught.value)
+
+
 # ---- texts as people leave them
 
 PAGE = f"""\
