@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -113,9 +112,9 @@ def record_of(subject: Subject) -> RecipeRecord | None:
         repository.download_files((MERGEKIT_FILE,), origin.folder)
     folder = subject.folder or (subject.weights.parent if subject.weights else None)
     if RECIPE_KEY in metadata:
-        sources = json.loads(metadata.get(SOURCES_KEY, "[]"))
+        sources = parse_sources(metadata.get(SOURCES_KEY, "[]"), place)
         versions = {key: metadata[key] for key in VERSION_KEYS if key in metadata}
-        return RecipeRecord(place, metadata[RECIPE_KEY], folder, parse_sources(sources, place), versions)
+        return RecipeRecord(place, metadata[RECIPE_KEY], folder, sources, versions)
     return _in_folder(subject.folder) if subject.folder else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,7 +74,7 @@ def plan_moe_rerun(
     recipe = load_moe_recipe(parse_json(subject.metadata[MOE_RECIPE_KEY], where))
     places = dict(_places(recipe, subject, where, {name: str(place) for name, place in sources.items()}))
     plan = replace(preview_moe(_relocate(recipe, places)), recipe=recipe)
-    then = parse_sources(json.loads(subject.metadata.get(SOURCES_KEY, "[]")), where)
+    then = parse_sources(subject.metadata.get(SOURCES_KEY, "[]"), where)
     records = plan.record_sources()
     changes = {each.model: describe_change(then[each.model], each) for each in records if each.model in then}
     changed = [f"{places.get(name, name)} {change}" for name, change in changes.items() if change]

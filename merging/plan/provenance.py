@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from merging.display.tables import Displayed, format_size, plural
 from merging.errors import FormatError
@@ -37,6 +39,8 @@ class SourceRecord(Displayed):
         tensors: the number of tensors.
         bytes: the size of the tensors in their files.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     model: str
     commit: str | None = None
@@ -102,15 +106,17 @@ def _files_key(folder: Path | None) -> str | None:
     return digest.hexdigest()[:16] if files else None
 
 
-def parse_sources(values: Iterable[Any], where: str) -> dict[str, SourceRecord]:
-    """Return records from plain values, by the names of their models.
+def parse_sources(text: str, where: str) -> dict[str, SourceRecord]:
+    """Return records from the JSON of a header, by the names of their models.
 
-    Raises :class:`~merging.errors.FormatError` for values that are no records.
+    Raises :class:`~merging.errors.FormatError` for a text that is not a list of records.
     """
     try:
-        records = [SourceRecord(**each) for each in values]
-    except TypeError as error:
-        raise FormatError(f"{where}: its list of sources is not understood: {error}") from None
+        records = TypeAdapter(list[SourceRecord]).validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = ": ".join([*map(str, first["loc"][-1:]), first["msg"]])
+        raise FormatError(f"{where}: its list of sources is not understood: {problem}") from None
     return {record.model: record for record in records}
 
 

@@ -10,8 +10,9 @@ import pytest
 from safetensors import safe_open
 
 import merging
+from merging.errors import FormatError
 from merging.hub.open_model import open_model
-from merging.plan.provenance import describe_change, record_source
+from merging.plan.provenance import describe_change, parse_sources, record_source
 from support.tiny import adapters, checkpoint, fine_tune, load, save
 
 
@@ -71,3 +72,13 @@ def test_moving_a_model_or_splitting_it_into_shards_changes_nothing(folder: Path
     then = record_source("tuned0", open_model("tuned0"))
     save(folder / "moved", load(Path("tuned0")), shards=3)
     assert describe_change(then, record_source("tuned0", open_model("moved"))) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["5", "null", '{"a"', "[" * 100_000, "[5]", "[{}]", '[{"model": [1]}]', '[{"model": "a", "bytes": "1"}]',
+     '[{"model": "a", "tensors": null}]', '[{"model": "a", "weights": 1}]', '[{"model": "a", "size": 1}]'],
+)  # fmt: skip
+def test_a_header_whose_sources_are_no_records_is_refused(text: str) -> None:
+    with pytest.raises(FormatError, match=r"^out: its list of sources is not understood: "):
+        parse_sources(text, "out")
