@@ -20,6 +20,7 @@ from merging.maths.lazy_torch import torch
 from merging.plan import Plan
 from merging.plan.provenance import describe_change, names_of, record_source
 from merging.plan.recipe import Recipe
+from merging.plan.recipe_document import Keys
 from merging.plan.recipe_values import make_recipe, map_names
 from merging.type_checks import check_types
 from merging.version import __version__
@@ -136,8 +137,16 @@ def plan_rerun(
     recipe = record.recipe(lenient)
     places = dict(_find_sources(recipe, record, {name: str(place) for name, place in sources.items()}))
     changed = _check_sources(recipe, record, places, allow_changed)
-    located = make_recipe(map_names(recipe.to_dict(), lambda name, _: places[name]), record.where)
-    plan = plan_for(located, destination)
+
+    def locate(name: str, keys: Keys) -> str:
+        if "chat_template" in keys:
+            raise InputError(
+                f"{record.where}: states the chat template by the name of a file, {name}, which is no part of the "
+                f"output: write the template's text in its place, or run the recipe by itself (merge run)"
+            )
+        return places.get(name, name)
+
+    plan = plan_for(make_recipe(map_names(recipe.to_dict(), locate), record.where), destination)
     place = local_path(str(path))
     ours = bool(record.versions) and place.exists()
     return PlannedRerun(

@@ -187,6 +187,15 @@ def test_keys_that_mergekit_ignores_are_ignored_where_asked(folder: Path) -> Non
     ok("rerun", "out", "-o", "again", "--lenient")
 
 
+def test_an_output_cannot_name_a_file_to_read_as_its_template(folder: Path) -> None:
+    """Else an output of a stranger could copy any file with braces, such as one of passwords, into the new output."""
+    (folder / "secret.json").write_text('{"password": "x"}')
+    save(folder / "out", load(folder / "base"))
+    (folder / "out" / "mergekit_config.yml").write_text(MERGEKIT + f"chat_template: {folder}/secret.json\n")
+    assert "states the chat template by the name of a file" in refused("rerun", "out", "-o", "again")
+    assert not (folder / "again").exists()
+
+
 def test_stages_on_a_card_are_put_together(folder: Path) -> None:
     stage = MERGEKIT.replace("merge_method", "name: first\nmerge_method")
     last = "merge_method: slerp\nbase_model: base\nmodels:\n- model: first\nparameters: {t: 0.5}"
