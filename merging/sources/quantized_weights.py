@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError, QuantizedError, option
+from merging.sources.bitsandbytes_4bit import open_four_bit, parts_of
 from merging.sources.dequantized_tensors import Cast, Mxfp4, Scaled, fits
 from merging.sources.stored import Stored
 
@@ -43,13 +44,12 @@ _MARKER = 1 << 12
 """The largest size in bytes of a marker that is read."""
 
 _INSTEAD = "merge the model it was made from, and quantise the result"
-SIMPLE = ("block FP8", "scaled FP8 or integers", "MXFP4", "bitsandbytes 8-bit")
+SIMPLE = ("block FP8", "scaled FP8 or integers", "MXFP4", "bitsandbytes 8-bit", "bitsandbytes 4-bit")
 """The kinds that can be turned into ordinary numbers."""
 
 _CODES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8")
 _PACKED = ("U8", "I8", "U32", "I32")
 _WAYS = {
-    "bitsandbytes 4-bit": "or load it in transformers with bitsandbytes, call dequantize() and save it",
     "compressed-tensors": "or load it in transformers with run_compressed=False and save it",
     "MLX": "or convert it with mlx_lm.convert --dequantize",
     "NVFP4": "or have the program that made it write it in bfloat16",
@@ -139,13 +139,13 @@ def _method(stated: Mapping[str, Any]) -> str:
 
 
 def _is_simple(stated: Mapping[str, Any]) -> bool:
-    """Whether a config states weights of codes times a scale, or MXFP4."""
+    """Whether a config states weights of codes times a scale, MXFP4, or 4 bits of bitsandbytes."""
     method = str(stated.get("quant_method"))
     if method == "compressed-tensors":
         return stated.get("format") in ("float-quantized", "int-quantized", "naive-quantized")
     if method == "modelopt":
         return stated.get("quant_algo") == "FP8"
-    return method in ("fp8", "fbgemm_fp8", "mxfp4") or _method(stated) == "bitsandbytes 8-bit"
+    return method in ("fp8", "fbgemm_fp8", "mxfp4") or method == "bitsandbytes"
 
 
 def dequantize_tensors(
@@ -154,9 +154,10 @@ def dequantize_tensors(
     """Return a checkpoint's tensors and config, with quantised weights of simple kinds as ordinary weights.
 
     These are codes (FP8, 8-bit integers) times a scale for all, a row, or a block, as in transformers' ``fp8`` and
-    ``fbgemm_fp8``, compressed-tensors, bitsandbytes 8-bit and ComfyUI; MXFP4 as in gpt-oss; and FP8 without scales. The
-    weights have the dtype that the config states, else bfloat16. Scales, ComfyUI's markers and the config's
-    ``quantization_config`` are removed. Other quantised weights are returned unchanged.
+    ``fbgemm_fp8``, compressed-tensors, bitsandbytes 8-bit and ComfyUI; MXFP4 as in gpt-oss; 4 bits of bitsandbytes; and
+    FP8 without scales. The weights have the dtype that the config states, else bfloat16; in
+    4 bits, the dtype that they were quantised from. Scales, ComfyUI's markers and the config's ``quantization_config``
+    are removed. Other quantised weights are returned unchanged.
 
     Raises :class:`~merging.errors.FormatError` for scales that do not fit their weights, and for markers of other
     kinds.
@@ -168,6 +169,10 @@ def dequantize_tensors(
     for name, stored in tensors.items():
         if name.endswith(_COMFY[0]):
             _check_marker(path, name, stored)
+        if parts := parts_of(name, tensors):
+            found[name] = open_four_bit(path, name, tensors)
+            gone |= {name, *parts}
+            continue
         scale = _scale_of(name, stored, tensors)
         if scale is None:
             continue

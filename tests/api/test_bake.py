@@ -183,20 +183,35 @@ def test_a_name_alone_does_not_make_a_base_quantised(folder: Path) -> None:
     assert "the base is base-unsloth, as one states" in ok("bake", "one", "-o", "out").output
 
 
+def fp8(folder: Path, base: Path) -> tuple[str, torch.Tensor]:
+    """A copy of a base with one weight in FP8: its name, and the numbers that it stands for."""
+    quantised(folder, base, "fp8")
+    tensors, name = load(base), "model.layers.0.mlp.up_proj.weight"
+    codes, scale = tensors[name].to(torch.float8_e4m3fn), torch.ones(1, 1)
+    save_file({**tensors, name: codes, f"{name}_scale_inv": scale}, folder / "model.safetensors")
+    return name, codes.float()
+
+
+def test_the_quantised_base_itself_on_request(folder: Path) -> None:
+    """Though its twin is there."""
+    name, values = fp8(folder / "base-FP8", folder / "base")
+    ok("bake", "one", "-o", "plain")
+    edit_config(folder / "one", base_model_name_or_path="base-FP8")
+    assert "the base is base-FP8, as one states" in ok("bake", "one", "--dequantize", "-o", "out").output
+    change = load(folder / "plain")[name] - load(folder / "base")[name]
+    torch.testing.assert_close(load(folder / "out")[name], values + change)
+
+
 def test_without_a_twin(folder: Path) -> None:
     """FP8 is read as it is, GPTQ is refused with a way out."""
-    plain = load(folder / "base")
-    quantised(folder / "small-FP8", folder / "base", "fp8")
-    name = "model.layers.0.mlp.up_proj.weight"
-    codes, scale = plain[name].to(torch.float8_e4m3fn), torch.ones(1, 1)
-    save_file({**plain, name: codes, f"{name}_scale_inv": scale}, folder / "small-FP8" / "model.safetensors")
+    name, values = fp8(folder / "small-FP8", folder / "base")
     edit_config(folder / "one", base_model_name_or_path="small-FP8")
     assert "no 16-bit twin of it was found: its weights are read as ordinary numbers" in " ".join(
         ok("bake", "one", "-o", "out").output.split()
     )
     ok("bake", "one", "--base", "base", "-o", "plain")
-    change = load(folder / "plain")[name] - plain[name]
-    torch.testing.assert_close(load(folder / "out")[name], codes.float() + change)
+    change = load(folder / "plain")[name] - load(folder / "base")[name]
+    torch.testing.assert_close(load(folder / "out")[name], values + change)
     quantised(folder / "small-GPTQ", folder / "base", "gptq")
     edit_config(folder / "one", base_model_name_or_path="small-GPTQ")
     with pytest.raises(QuantizedError, match=r"no 16-bit twin was found: give the model .* with base="):

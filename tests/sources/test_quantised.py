@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 from transformers.integrations import finegrained_fp8
@@ -21,6 +21,7 @@ from merging.api.inspect import inspect
 from merging.errors import FormatError
 from merging.hub.open_model import open_model
 from merging.sources.checkpoint import Checkpoint
+from support.paths import TESTS
 from support.tiny import CONFIG, identical, load, model, save
 
 FP8 = torch.float8_e4m3fn
@@ -125,6 +126,60 @@ def test_bitsandbytes_8_bit(tmp_path: Path) -> None:
     assert found.tensors.keys() == model(1).keys()
 
 
+RECORDED = load_file(TESTS / "golden" / "bitsandbytes.safetensors")
+"""Weights that bitsandbytes 0.50.2 quantised on a CPU, and its own dequantised numbers."""
+
+FOUR_BIT = sorted({name.partition("/")[0] for name in RECORDED} - {"int8"})
+
+
+def four_bit(case: str) -> dict[str, Tensor]:
+    """The tensors of a weight, as transformers saves them."""
+    return {
+        NAME + name.removeprefix(f"{case}/weight"): value
+        for name, value in RECORDED.items()
+        if name.startswith(f"{case}/weight")
+    }
+
+
+@pytest.mark.parametrize("case", FOUR_BIT)
+def test_bitsandbytes_4_bit_is_what_bitsandbytes_makes_of_it(tmp_path: Path, case: str) -> None:
+    """Bit for bit, NF4 and FP4, scales in float32 and quantised twice, stored as bytes and as bfloat16."""
+    stated = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    found = opened(quantised_folder(tmp_path / "m", four_bit(case), stated))
+    stored, want = found.tensors[NAME], RECORDED[f"{case}/wanted"]
+    assert stored.dtype == want.dtype
+    assert torch.equal(stored.read(), want)
+    assert torch.equal(in_pieces(stored), want)
+    stored.advise(0, stored.numel)
+    assert found.tensors.keys() == model(1).keys()
+
+
+def test_bitsandbytes_8_bit_is_what_bitsandbytes_makes_of_it(tmp_path: Path) -> None:
+    tensors = {NAME: RECORDED["int8/weight"], NAME.replace("weight", "SCB"): RECORDED["int8/SCB"]}
+    stated = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    got = opened(quantised_folder(tmp_path / "m", tensors, stated, torch_dtype="float32")).tensors[NAME].read()
+    assert torch.equal(got, RECORDED["int8/wanted"])
+
+
+BROKEN: dict[str, Callable[[dict[str, Tensor]], object]] = {
+    "absmax": lambda parts: parts.pop(NAME + ".absmax"),
+    "nested_absmax": lambda parts: parts.pop(NAME + ".nested_absmax"),
+    "quant_map": lambda parts: parts.update({NAME + ".quant_map": torch.ones(8)}),
+    "codes": lambda parts: parts.update({NAME: torch.ones(7, 1, dtype=torch.uint8)}),
+    "state": lambda parts: parts.update({STATE: torch.tensor(list(b'{"dtype": "int4"}'), dtype=torch.uint8)}),
+}
+STATE = f"{NAME}.quant_state.bitsandbytes__nf4"
+
+
+@pytest.mark.parametrize("part", BROKEN)
+def test_four_bits_with_missing_or_foreign_parts(tmp_path: Path, part: str) -> None:
+    tensors = four_bit("nf4.bfloat16.double.uint8")
+    BROKEN[part](tensors)
+    folder = quantised_folder(tmp_path / "m", tensors, {"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.raises(FormatError, match=f"{NAME} is quantised by bitsandbytes, and its {part} is missing or does"):
+        opened(folder)
+
+
 @pytest.mark.parametrize("outputs", [24, 5])
 def test_mxfp4_is_what_transformers_makes_of_it(tmp_path: Path, outputs: int) -> None:
     blocks = torch.randint(0, 256, (3, outputs, 4, 16), dtype=torch.uint8)
@@ -210,10 +265,6 @@ def stated_kind(**stated: Any) -> Callable[[Path], Path]:
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "gptq": (stated_kind(quant_method="gptq"), r"\(gptq, says its config\): .*merge the model it was made from"),
     "awq": (stated_kind(quant_method="awq"), r"\(awq, says its config\)"),
-    "bitsandbytes 4-bit": (
-        stated_kind(quant_method="bitsandbytes", load_in_4bit=True),
-        r"\(bitsandbytes 4-bit, says its config\): .*call dequantize\(\)",
-    ),
     "packed": (stated_kind(quant_method="compressed-tensors", format="pack-quantized"), "run_compressed=False"),
     "nvfp4": (stated_kind(quant_method="modelopt", quant_algo="NVFP4"), "modelopt"),
     "mlx": (stated_kind(group_size=64, bits=4), "MLX.*mlx_lm"),
@@ -235,7 +286,7 @@ def test_the_message_names_the_flag_where_it_helps(tmp_path: Path) -> None:
             FormatError, match=r"use dequantize=True to merge it as ordinary numbers, or merge the model"
         ):
             open_model(quantised_folder(tmp_path / "m", codes, stated))
-    for stated in ({"quant_method": "gptq"}, {"quant_method": "bitsandbytes", "load_in_4bit": True}):
+    for stated in ({"quant_method": "gptq"}, {"quant_method": "awq"}):
         with pytest.raises(FormatError) as refused:
             open_model(quantised_folder(tmp_path / "m", codes, stated))
         assert "dequantize=" not in str(refused.value)
