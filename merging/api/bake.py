@@ -140,7 +140,7 @@ def _check_name(entry: Entry) -> str:
 
 
 def _open_adapter(name: str, alpha: float | None) -> Adapter:
-    model = open_model(name, alpha, dequantize=True)
+    model = open_model(name, alpha)
     if not isinstance(model, Adapter):
         raise InputError(f"{name}: is a full model, and baking takes adapters: full models are merged by merge")
     return model

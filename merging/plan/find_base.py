@@ -34,13 +34,11 @@ class FoundBase:
 
     Attributes:
         name: its path or its name on the Hub.
-        model: the base, opened.
         dequantize: whether it has to be read with its quantised weights as ordinary numbers.
         notice: a remark for people on the choice.
     """
 
     name: str
-    model: Checkpoint
     notice: str
     dequantize: bool = False
 
@@ -65,9 +63,10 @@ def find_base(adapters: Sequence[Adapter], dequantize: bool = False) -> FoundBas
         raise InputError(f"{adapters[0].path}: states no base: give it with {option('base')}")
     name = _with_revision(adapter, adapter.base)
     if dequantize:
-        return FoundBase(name, _open_stated(adapter, name, dequantize=True), _describe_stated(adapter, name), True)
+        _check_stated(adapter, name, dequantize=True)
+        return FoundBase(name, _describe_stated(adapter, name), dequantize=True)
     try:
-        return FoundBase(name, _open_stated(adapter, name), _describe_stated(adapter, name))
+        _check_stated(adapter, name)
     except MergingError as error:
         marked = isinstance(error, QuantizedError) or unquantized_name(name) != name
         twin = _find_twin(name) if marked else None
@@ -76,6 +75,7 @@ def find_base(adapters: Sequence[Adapter], dequantize: bool = False) -> FoundBas
         if not isinstance(error, QuantizedError):
             raise
         return _read_quantized(adapter, name, error)
+    return FoundBase(name, _describe_stated(adapter, name))
 
 
 def unquantized_name(name: str) -> str:
@@ -96,7 +96,8 @@ def _with_revision(adapter: Adapter, name: str) -> str:
     return f"{name}@{revision}" if plain and isinstance(revision, str) and revision not in ("", "main") else name
 
 
-def _open_stated(adapter: Adapter, name: str, dequantize: bool = False) -> Checkpoint:
+def _check_stated(adapter: Adapter, name: str, dequantize: bool = False) -> None:
+    """Check that a stated base can be opened, and is a full model."""
     try:
         model = open_model(name, dequantize=dequantize)
     except InputError as error:
@@ -108,10 +109,9 @@ def _open_stated(adapter: Adapter, name: str, dequantize: bool = False) -> Check
             f"{adapter.path}: states the base {name}, which is an adapter itself: bake that into its base first, and "
             f"give the result with {option('base')}"
         )
-    return model
 
 
-def _find_twin(name: str) -> tuple[str, Checkpoint] | None:
+def _find_twin(name: str) -> str | None:
     """Return the 16-bit model that a quantised one is a copy of, None if there is none that can be opened."""
     for candidate in dict.fromkeys(_twins_of(name)):
         try:
@@ -119,7 +119,7 @@ def _find_twin(name: str) -> tuple[str, Checkpoint] | None:
         except MergingError:
             continue
         if isinstance(model, Checkpoint):
-            return candidate, model
+            return candidate
     return None
 
 
@@ -144,12 +144,10 @@ def _describe_stated(adapter: Adapter, name: str) -> str:
     return f"the base is {name}, as {adapter.path} states"
 
 
-def _describe_twin(adapter: Adapter, name: str, twin: tuple[str, Checkpoint]) -> FoundBase:
-    found, model = twin
+def _describe_twin(adapter: Adapter, name: str, twin: str) -> FoundBase:
     return FoundBase(
-        found,
-        model,
-        notice=f"{adapter.path}: states the quantised base {name}: its 16-bit twin {found} is used instead "
+        twin,
+        notice=f"{adapter.path}: states the quantised base {name}: its 16-bit twin {twin} is used instead "
         f"({option('base')} names another)",
     )
 
@@ -157,7 +155,7 @@ def _describe_twin(adapter: Adapter, name: str, twin: tuple[str, Checkpoint]) ->
 def _read_quantized(adapter: Adapter, name: str, error: QuantizedError) -> FoundBase:
     """Return a quantised base without a twin, if it is quantised in a simple way."""
     try:
-        model = _open_stated(adapter, name, dequantize=True)
+        _check_stated(adapter, name, dequantize=True)
     except QuantizedError:
         raise QuantizedError(
             f"{error}. {adapter.path} states it as its base, and no 16-bit twin was found: give the model that it was "
@@ -165,7 +163,6 @@ def _read_quantized(adapter: Adapter, name: str, error: QuantizedError) -> Found
         ) from None
     return FoundBase(
         name,
-        model,
         dequantize=True,
         notice=f"{adapter.path}: states the quantised base {name}, and no 16-bit twin of it was found: its weights are "
         f"read as ordinary numbers",
