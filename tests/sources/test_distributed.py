@@ -138,6 +138,9 @@ def test_what_is_refused_names_the_remedy(tmp_path: Path) -> None:
         with pytest.raises(FormatError, match=f"{message}.*{remedy}"):
             open_model(copy)
         shutil.rmtree(copy)
+    (folder / "__1_0.distcp").unlink()
+    with pytest.raises(FormatError, match=r"whole: its file __1_0\.distcp is missing: complete the checkpoint"):
+        open_model(folder)
     assert not (tmp_path / "trace").exists()
     pickle.loads(pickle.dumps(Payload(tmp_path / "trace")))
     assert (tmp_path / "trace").exists(), "the payload is armed"
