@@ -84,6 +84,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
         merging.preview(full, method="lines+ties", base=base),
         merging.preview(lora, method="linear", **options),
         merging.load_recipe("models: [a, b]\nmethod: lines+ties\nexclude: ['<script>']"),
+        merging.load_recipe("stack: [{model: a, layers: '0:2'}, {model: '<script>', layers: '1:2'}]").models[0],
         merging.chain("lines+ties", {"weights": [0.1] * 300}),
         merging.chain("task_arithmetic", {"weights": torch.ones(300, requires_grad=True)}),
         merging.chain("ties").required_statistics(),

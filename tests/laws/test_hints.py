@@ -250,6 +250,12 @@ ELSEWHERE = {
     "give the right one with --lora-alpha": "sources/test_diffusion_lora.py",
     "or use --allow-nonfinite": "test_run.py",
     "--set {}": "test_recipe_files.py",
+    "states no base: give it with --base": "test_bake.py",
+    "bake that into its base first, and give the result with --base": "test_bake.py",
+    "which is not found: give it with --base": "test_bake.py",
+    "give the model that it was made from with --base": "test_bake.py",
+    "adapters' tables are not matched by token": "test_tokens.py",
+    "and --chat-template names it": "test_tokens.py",
     "{}: {}: {}: give --base": "the same as the base's refusal in planning, for what is planned without it",
 }
 """Messages whose cases need other models, and the tests that hold them."""

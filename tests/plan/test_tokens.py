@@ -140,11 +140,13 @@ def test_what_is_refused(folders: dict[str, str], tmp_path: Path) -> None:
             merge(folders, names, tmp_path / "none", method="linear", **options)
         assert not (tmp_path / "none").exists()
 
+    refused(InputError, r"lost\.jinja: there is no such file, and chat_template= names it", chat_template="lost.jinja")
+
     tokens = {"the": {"source": folders["c"]}}
     refused(OptionError, "the source of 'the', .*c, is none of the models", tokenizer={"tokens": tokens})
     tokens = {"nonsense": {"source": folders["a"]}}
     refused(InputError, "a, does not have the token 'nonsense'", tokenizer={"tokens": tokens})
-    refused(OptionError, "tokenizer=.* and vocabulary=.*leave one out", tokenizer="union", vocabulary="largest")
+    refused(OptionError, "by their index: leave vocabulary= out", tokenizer="union", vocabulary="largest")
     bare = dict(folders, a=str(tmp_path / "bare"))
     (tmp_path / "bare").mkdir()
     save_file(load_file(Path(folders["a"]) / "model.safetensors"), tmp_path / "bare/model.safetensors")

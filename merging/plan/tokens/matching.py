@@ -249,5 +249,6 @@ def check_tokenizer(settings: TokenizerSettings | None, vocabulary: str) -> None
     """Refuse two ways to match rows at once. Raises :class:`~merging.errors.OptionError`."""
     if settings is not None and vocabulary != "error":
         raise OptionError(
-            f"{option('tokenizer')} matches rows by token, and {option('vocabulary')} by their index: leave one out"
+            f"{option('tokenizer')} matches rows by token, and {option('vocabulary')} by their index: leave "
+            f"{option('vocabulary')} out"
         )
