@@ -18,7 +18,7 @@ from merging.continual import ContinualStore
 from merging.continual.manifest import read_manifest
 from merging.errors import FormatError, MergingError
 from merging.hub.open_model import open_model
-from merging.plan.recipe import make_recipe
+from merging.plan.recipe_values import make_recipe
 from merging.recycling.settings import make_settings
 from support.paths import ROOT
 from support.tiny import adapters, checkpoint
