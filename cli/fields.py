@@ -40,6 +40,8 @@ class FieldsCommand(click.Command):
         if _FIELDS not in ctx.meta:
             ctx.meta[_FIELDS] = self.fields({})
         *own, help_option = super().get_params(ctx)
+        taken = {option.name for option in ctx.meta[_FIELDS]}  # an option of a method hides an option of its name
+        own = [option for option in own if option.name not in taken]
         return [*own, *ctx.meta[_FIELDS], help_option]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

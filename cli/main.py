@@ -22,6 +22,7 @@ from .continual import continual_command
 from .convert import convert_command
 from .decompress import decompress_command
 from .errors import UnknownCommand, exit_with_message
+from .extract import extract_command
 from .formats import formats_command
 from .help import CONTEXT, SectionedGroup
 from .inspect import inspect_command
@@ -33,6 +34,7 @@ from .pool import pool_command
 from .push import push_command
 from .recycle import recycle_command
 from .rerun import rerun_command
+from .resize import resize_command
 from .route import route_command
 from .run import run_command
 from .soup import soup_command
@@ -119,6 +121,8 @@ SECTIONS = {
         soup_command,
         rerun_command,
         convert_command,
+        extract_command,
+        resize_command,
         moe_command,
         tokens_command,
         continual_command,

@@ -18,11 +18,15 @@ from .options import (
     dequantize_option,
     different_bases_option,
     dtype_option,
+    experts_option,
     lora_alpha_option,
+    mismatch_option,
     recipe_only_option,
     shard_size_option,
+    vocabulary_option,
 )
 from .output import echo_text
+from .rank import energy_option, rank_of, size_option
 from .types import METHOD, MODEL, TOKENIZER
 
 __all__ = ["is_method", "merge_command", "model_options"]
@@ -67,11 +71,9 @@ adapter_options = add_options(
         help="format of a merged adapter  [default: the format of the inputs if alike, else peft or diffusers]",
     ),
     click.option("--rank", type=int, help="rank of a merged adapter  [default: the sum of the ranks]"),
-    click.option(
-        "--experts",
-        type=click.Choice(["together", "apart"]),
-        help="factors of experts: stacked, or apart, with names for each expert  [default: together]",
-    ),
+    energy_option,
+    size_option,
+    experts_option,
 )
 """The options of merged adapters."""
 
@@ -80,14 +82,8 @@ model_options = add_options(
     click.option("--layers", type=int, help="number of blocks, instead of the number in the base or the adapters"),
     lora_alpha_option,
     shard_size_option,
-    click.option(
-        "--on-mismatch", type=click.Choice(["error", "base"]), help="tensors that differ in shape or are missing"
-    ),
-    click.option(
-        "--vocabulary",
-        type=click.Choice(["error", "base", "largest"]),
-        help="vocabularies of different sizes: refuse, keep the base's rows, or all rows there are",
-    ),
+    mismatch_option,
+    vocabulary_option,
     click.option(
         "--tokenizer",
         type=TOKENIZER,
@@ -205,6 +201,7 @@ def merge_command(
         if not models:
             raise OptionError("there is nothing to merge: name at least one model")
         parameters = {name.replace("__", "."): value for name, value in fields.items()}
+        stated["rank"] = rank_of(stated)
         values = {name: value for name, value in stated.items() if value not in (None, ()) and value is not False}
         recipe = make_recipe({"models": list(models), "method": method, "parameters": parameters, **values}, "merge")
         if recipe_only:

@@ -19,11 +19,13 @@ __all__ = [
     "different_bases_option",
     "drawing_option",
     "dtype_option",
+    "experts_option",
     "json_option",
     "lenient_option",
     "lora_alpha_option",
     "markdown_option",
     "max_memory_option",
+    "mismatch_option",
     "overwrite_option",
     "private_option",
     "progress_option",
@@ -31,6 +33,7 @@ __all__ = [
     "remember_quiet",
     "shard_size_option",
     "threads_option",
+    "vocabulary_option",
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -75,6 +78,19 @@ device_option = click.option(
 threads_option = click.option("--threads", type=int, help="workers  [default: all cores]")
 max_memory_option = click.option("--max-memory", type=SIZE, help="most memory above the imports, such as 500MB")
 base_option = click.option("--base", type=MODEL, help="the model that the others were trained from")
+experts_option = click.option(
+    "--experts",
+    type=click.Choice(["together", "apart"]),
+    help="factors of experts: stacked, or apart, with names for each expert  [default: together]",
+)
+mismatch_option = click.option(
+    "--on-mismatch", type=click.Choice(["error", "base"]), help="tensors that differ in shape or are missing"
+)
+vocabulary_option = click.option(
+    "--vocabulary",
+    type=click.Choice(["error", "base", "largest"]),
+    help="vocabularies of different sizes: refuse, keep the base's rows, or all rows there are",
+)
 dtype_option = click.option(
     "--dtype", type=click.Choice(["float64", "float32", "bfloat16", "float16"]), help="type of every tensor"
 )

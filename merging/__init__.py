@@ -14,6 +14,7 @@ from merging.version import __version__
 
 if TYPE_CHECKING:
     from merging.api.bake import bake
+    from merging.api.extract import extract, resize
     from merging.api.merge_files import Merged, merge, preview
     from merging.api.merge_tensors import merge_deltas, merge_state_dicts
     from merging.api.peft_model import merge_peft
@@ -49,6 +50,7 @@ _WHERE = {
     "compare": "geometry",
     "compress": "compression",
     "decompress": "compression",
+    "extract": "api.extract",
     "load_recipe": "plan.recipe_files",
     "make_moe": "moe",
     "merge": "api.merge_files",
@@ -62,6 +64,7 @@ _WHERE = {
     "recycle": "recycling.workflow",
     "rerun": "api.rerun",
     "soup": "soups",
+    "resize": "api.extract",
 }
 """Public names that are imported at their first use, since most of them import torch."""
 
@@ -88,6 +91,7 @@ __all__ = [
     "compare",
     "compress",
     "decompress",
+    "extract",
     "load_recipe",
     "make_moe",
     "merge",
@@ -100,6 +104,7 @@ __all__ = [
     "preview",
     "recycle",
     "rerun",
+    "resize",
     "soup",
 ]
 

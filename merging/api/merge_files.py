@@ -25,6 +25,7 @@ from merging.engine.sanity import unrelated_models
 from merging.engine.stages import StageSettings, open_stages
 from merging.engine.threads import cores
 from merging.errors import OptionError
+from merging.hub.address import local_path
 from merging.maths.lazy_torch import torch
 from merging.methods.contract.method import Method
 from merging.output.model_folder import check_companions, companion_patterns
@@ -69,6 +70,7 @@ class Merged(Displayed):
         format: the name of the form of a merged adapter's file, else None.
         notices: remarks for people.
         discarded: the share of the change's energy that a lower rank discarded, by tensor.
+        ranks: the rank of each tensor's factors, where it was chosen from the values.
         facts: numbers that the method reports, by name.
     """
 
@@ -82,6 +84,7 @@ class Merged(Displayed):
     format: str | None = None
     notices: tuple[str, ...] = ()
     discarded: dict[str, float] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
     facts: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -202,7 +205,7 @@ def merge_recipe(models: Sequence[Path | Entry], method: str | Method, options: 
 
 def default_destination(recipe: Recipe) -> Path:
     """Return ``merged.safetensors`` when all inputs are bare files, else the folder ``merged``."""
-    files = all(isinstance(each, str) and Path(each).is_file() for each in recipe.models)
+    files = all(isinstance(each, str) and local_path(each).is_file() for each in recipe.models)
     return Path("merged.safetensors" if files else "merged")
 
 
@@ -264,18 +267,20 @@ def merge_plan(
         with open_stages(plan, settings) as (ready, report, remarks):
             settings = replace(settings, progress=report)
             notices = [*plan.notices, *unrelated_models(ready)]
-            done, others = write_output(ready, described, staged, settings)
+            written = write_output(ready, described, staged, settings)
+            done = written.done
         staged.commit()
     merged = Merged(
         path=destination,
         kind=plan.output,
         method=described.recipe.method.chain,
-        tensors=len(plan.outs),
-        bytes=plan.out_bytes,
+        tensors=len(written.plan.outs),
+        bytes=written.plan.out_bytes,
         seconds=done.seconds,
-        rank=plan.rank or None,
+        rank=written.plan.rank or None,
+        ranks=dict(written.plan.ranks) if plan.sized is not None else {},
         format=plan.format if plan.output == "adapter" else None,
-        notices=(*notices, *remarks, *others, *done.notices, *done.energy_notices, *staged.notices),
+        notices=(*notices, *remarks, *written.remarks, *done.notices, *done.energy_notices, *staged.notices),
         discarded=done.discarded,
         facts=done.metrics | (transplant.facts() if transplant else {}),
     )

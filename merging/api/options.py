@@ -35,7 +35,8 @@ class RecipeOptions(TypedDict, total=False):
     kind: Literal["adapter", "model"] | None
     format: Literal["peft", "diffusers", "kohya"] | None
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | torch.dtype | None
-    rank: int | None
+    rank: int | Mapping[str, object] | None
+    parts: Mapping[str, object] | None
     experts: Literal["together", "apart"] | None
     layers: int | None
     lora_alpha: float | None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from merging.api.chosen_ranks import open_decomposed
 from merging.engine.run import Done, run
 from merging.engine.stages import StageSettings
 from merging.errors import OutputError, option
@@ -25,6 +27,7 @@ from merging.storage.staging import StagedOutput, check_destination
 from merging.storage.writer import ComponentWriter, TensorWriter
 
 __all__ = [
+    "Written",
     "check_output",
     "is_file",
     "make_writer",
@@ -80,23 +83,44 @@ def write_stage_companions(plan: Plan, folder: Path) -> dict[str, str]:
     return header_metadata(plan)
 
 
-def write_output(plan: Plan, shown: Plan, staged: StagedOutput, settings: StageSettings) -> tuple[Done, list[str]]:
-    """Run a plan into a staged output, and write the files that go with the weights. Returns remarks on these too."""
-    writer = make_writer(shown, staged.folder, staged.destination)
-    try:
-        done = run(
-            plan,
-            writer,
-            device=settings.device,
-            threads=settings.threads,
-            progress=settings.progress,
-            scratch=staged.scratch,
-        )
-        _write_constants(plan, writer)
-        writer.finish()
-    finally:
-        writer.close()
-    return done, [] if staged.file else write_companions(shown, staged.folder, done)
+@dataclass(frozen=True, slots=True)
+class Written:
+    """An output that is complete: its plan, with the ranks that were chosen; the record of its run; and remarks."""
+
+    plan: Plan
+    done: Done
+    remarks: list[str]
+
+
+def write_output(plan: Plan, shown: Plan, staged: StagedOutput, settings: StageSettings) -> Written:
+    """Run a plan into a staged output, and write the files that go with the weights.
+
+    ``shown`` is the plan that the header and the card describe.
+    """
+    settings = replace(settings, scratch=staged.scratch)
+    with open_decomposed(plan, settings) as (sized, decomposition):
+        remarks = []
+        if decomposition is not None:
+            plan, shown = sized, replace(sized, recipe=shown.recipe, sources=shown.sources)
+            remarks = decomposition.describe(plan.ranks)
+        writer = make_writer(shown, staged.folder, staged.destination)
+        try:
+            done = run(
+                plan,
+                writer,
+                device=settings.device,
+                threads=settings.threads,
+                progress=settings.progress if decomposition is None else None,
+                scratch=staged.scratch,
+                decomposition=decomposition,
+            )
+            _write_constants(plan, writer)
+            writer.finish()
+        finally:
+            writer.close()
+    if not staged.file:
+        remarks += write_companions(shown, staged.folder, done)
+    return Written(plan, done, remarks)
 
 
 def check_output(plan: Plan, destination: Path, overwrite: bool, dry: bool = False) -> str:
@@ -110,5 +134,6 @@ def check_output(plan: Plan, destination: Path, overwrite: bool, dry: bool = Fal
         raise OutputError(
             f"{destination}: what comes out is made of several models, in a folder: choose another {option('output')}"
         )
-    nbytes = plan.out_bytes + plan.spool_bytes + plan.stage_bytes + plan.kept_bytes_on_disk
+    known = 0 if plan.sized is not None else plan.out_bytes  # else its ranks are upper bounds
+    nbytes = known + plan.spool_bytes + plan.stage_bytes + plan.kept_bytes_on_disk
     return check_destination(destination, inputs, nbytes, overwrite, dry)

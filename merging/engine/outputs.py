@@ -18,7 +18,7 @@ from merging.sources.dtypes import DTYPES
 from merging.sources.stored import Stored
 from merging.storage.output_tensor import OutputTensor
 
-__all__ = ["Output", "Sink"]
+__all__ = ["Output", "Sink", "as_matrices"]
 
 
 class Sink(Protocol):
@@ -60,22 +60,20 @@ class Output:
 
     def write_compressed(self, item: Item, full: Tensor) -> None:
         """Write a merged change that is there in full as the best factors of the output's rank."""
-        shape = item.site.shape
-        changes = [each for each in item.inputs if isinstance(each, Change)]
-        transposed = any(each.is_transposed(shape) for each in changes)
-        matrices = full if any(each.kind == "experts" for each in changes) else full.reshape(shape[0], -1)
-        factors, discarded = compress_matrix(matrices.mT if transposed else matrices, self.plan.rank, shape, transposed)
+        matrices, transposed = as_matrices(item, full)
+        factors, discarded = compress_matrix(matrices, self._rank_of(item), item.site.shape, transposed)
         self.discarded[item.site.name] = discarded
         self.write_factors(item, factors)
 
     def write_factors(self, item: Item, merged: LowRank) -> None:
         """Write factors of exactly the output's rank: truncated to it, or padded with zeros up to it."""
-        if merged.rank > self.plan.rank:
-            merged, discarded = truncate(merged, self.plan.rank)
+        rank = self._rank_of(item)
+        if merged.rank > rank:
+            merged, discarded = truncate(merged, rank)
             self.discarded[item.site.name] = discarded
         if item.outs[0].dtype_name == "F16":
             merged = balance_terms(merged, merged.up.dtype)
-        missing = self.plan.rank - merged.rank
+        missing = rank - merged.rank
         down = torch.nn.functional.pad(merged.down, (0, 0, 0, missing))
         up = torch.nn.functional.pad(merged.up, (0, missing))
         if item.written != 1:
@@ -88,11 +86,21 @@ class Output:
         for out, values in zip(item.outs, (down, up), strict=True):
             self.write(out, values)
 
+    def write_leading(self, item: Item, factors: LowRank) -> None:
+        """Write the leading directions of a decomposed change, up to the rank of the output."""
+        rank = self._rank_of(item)
+        leading = LowRank(factors.up[..., :rank], factors.down[..., :rank, :], factors.shape, factors.transposed)
+        self.write_factors(item, leading)
+
+    def _rank_of(self, item: Item) -> int:
+        """Return the rank of an item's factors in the output."""
+        return self.plan.ranks.get(item.site.name, self.plan.rank)
+
     def _place_factors(self, item: Item, down: Tensor, up: Tensor) -> None:
         for each in item.placings:
             lower, upper = (down, up) if each.expert is None else (down[each.expert], up[each.expert])
             width = each.up.shape[1]
-            zeros = (each.term, width - each.term - self.plan.rank)
+            zeros = (each.term, width - each.term - len(lower))
             if each.down:
                 self.write(each.down, lower, each.term * lower.shape[1])
             self.write(each.up, torch.nn.functional.pad(upper[each.rows], zeros), each.first * width)
@@ -129,6 +137,15 @@ class Output:
             if not torch.equal(values, self.tiler.raw(stored, span.start, size)):
                 path = self.plan.models[slot].path
                 self.notices.add(f"{item.site.name} of {path} differs, and integers are not merged: kept the base's")
+
+
+def as_matrices(item: Item, full: Tensor) -> tuple[Tensor, bool]:
+    """Return a whole change as matrices ``[..., out, in]``, and whether these are transposed from how it is stored."""
+    shape = item.site.shape
+    changes = [each for each in item.inputs if isinstance(each, Change)]
+    transposed = any(each.is_transposed(shape) for each in changes)
+    matrices = full if any(each.kind == "experts" for each in changes) else full.reshape(shape[0], -1)
+    return (matrices.mT if transposed else matrices), transposed
 
 
 def _is_doubtful(values: Tensor, out: OutputTensor) -> bool:

@@ -15,6 +15,7 @@ from statistics import fmean
 
 from merging.display.notices import describe_discarded
 from merging.display.progress import Progress
+from merging.engine.decomposition import Decomposer, Decomposition, is_unchanged
 from merging.engine.outputs import Sink
 from merging.engine.spool import Spool
 from merging.engine.threads import share_out
@@ -22,12 +23,12 @@ from merging.engine.tiles import tile_size, unit_size
 from merging.engine.unit import Span
 from merging.engine.worker import Shared, Worker
 from merging.errors import option
-from merging.maths.lazy_torch import torch
+from merging.maths.lazy_torch import Tensor, torch
 from merging.methods.contract.method import ResultStatistic, Statistic
 from merging.os_calls import keep_freed_memory, private_memory, release_freed_memory
 from merging.plan.merge_plan import Plan
 
-__all__ = ["Done", "Sink", "run", "work_bytes"]
+__all__ = ["Done", "Sink", "decompose", "run", "work_bytes"]
 
 
 @dataclass(slots=True)
@@ -60,6 +61,7 @@ def run(
     threads: int = 1,
     progress: Progress | None = None,
     scratch: Path | None = None,
+    decomposition: Decomposition | None = None,
 ) -> Done:
     """Run a plan, and write the merged tensors to a sink.
 
@@ -70,6 +72,7 @@ def run(
         threads: the number of workers.
         progress: called with the bytes done and the bytes in all, over all sweeps.
         scratch: a folder for merged changes that are set aside meanwhile; the system's temporary one by default.
+        decomposition: the merged changes, where they were decomposed to choose the plan's ranks.
 
     Returns:
         The record of the run.
@@ -82,12 +85,16 @@ def run(
     device = device or torch.device("cpu")
     keep_freed_memory()
     shared = Shared(plan, sink, device, Spool(scratch), keeps=plan.kept_bytes > 0)
+    stages = _stages(plan)
+    if decomposition is not None:
+        shared.decomposed, shared.statistics, stages = decomposition.spool, decomposition.statistics, []
+        shared.discarded |= decomposition.losses(plan.ranks)
     share = partial(share_out, threads=threads, device=device)
     most = private_memory() + plan.memory(threads)
-    stages = _stages(plan)
     spans = _spans(plan, device)
     merged = [span for span in spans if span.item.form != "copy"]
-    counter = _Counter(progress, work_bytes(plan, device), most)
+    total = work_bytes(plan, device) if decomposition is None else sum(span.bytes for span in spans)
+    counter = _Counter(progress, total, most)
     try:
         for stage in stages:
             _gather(shared, stage, merged, share, counter)
@@ -103,6 +110,60 @@ def work_bytes(plan: Plan, device: torch.device) -> int:
     """Return the bytes that a run of a plan reads, over all sweeps."""
     sweeps = sum(max(each.reduction.sweeps for each in stage) for stage in _stages(plan))
     return sum(span.bytes * (1 if span.item.form == "copy" else 1 + sweeps) for span in _spans(plan, device))
+
+
+def decompose(
+    plan: Plan,
+    *,
+    device: torch.device | None = None,
+    threads: int = 1,
+    progress: Progress | None = None,
+    scratch: Path | None = None,
+) -> Decomposition:
+    """Merge the changes of a plan that become factors, and decompose them, so that their ranks can be chosen.
+
+    The arguments are the same as for :func:`run`. The result holds a file, which its ``spool`` closes.
+    """
+    device = device or torch.device("cpu")
+    keep_freed_memory()
+    found = Decomposition(plan, Spool(scratch))
+    shared = Shared(plan, _Nowhere(), device, Spool(scratch), keeps=plan.kept_bytes > 0)
+    shared.output, shared.notices = partial(Decomposer, found=found), found.notices
+    share = partial(share_out, threads=threads, device=device)
+    most = private_memory() + plan.memory(threads)
+    stages = _stages(plan)
+    spans = [span for span in _spans(plan, device) if span.item.form != "copy"]
+    sweeps = 1 + sum(max(each.reduction.sweeps for each in stage) for stage in stages)
+    counter = _Counter(progress, sum(span.bytes for span in spans) * sweeps, most)
+    try:
+        for stage in stages:
+            _gather(shared, stage, spans, share, counter)
+        share(spans, partial(Worker, shared), partial(_decompose_span, found=found), counter)
+        while more := found.widen():
+            again = [span for span in spans if span.item in more]
+            share(again, partial(Worker, shared), Worker.merge_unit, lambda span: None)
+    except BaseException:
+        found.spool.close()
+        raise
+    finally:
+        shared.spool.close()
+    found.statistics = shared.statistics
+    return found
+
+
+def _decompose_span(worker: Worker, span: Span, found: Decomposition) -> None:
+    if span.item.form == "factors":
+        worker.merge_unit(span)
+    elif is_unchanged(span.item):
+        found.unchanged.add(span.item.site.name)
+
+
+class _Nowhere:
+    """A sink of nothing, for merges whose results are only decomposed."""
+
+    def write(self, name: str, values: Tensor, start: int = 0) -> None:
+        """Accept no values: a decomposition writes none."""
+        raise AssertionError(f"{name} is written while changes are decomposed")
 
 
 def _stages(plan: Plan) -> list[list[Statistic | ResultStatistic]]:

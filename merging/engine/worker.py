@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from merging.engine.outputs import Output, Sink
 from merging.engine.spool import Spool
 from merging.engine.tiles import Tiler
 from merging.engine.unit import Span, WorkUnit, accumulate, name_failures, row_blocks
-from merging.maths.delta import Delta, Dense, Stack
+from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.parameters import Coefficient
 from merging.maths.reductions import Accumulator
@@ -33,6 +33,8 @@ class Shared:
         notices: remarks for people.
         discarded: the share of the energy that a lower rank discards, by tensor.
         metrics: numbers that methods report, by name and tensor.
+        decomposed: merged changes that were decomposed before, whose leading factors are written.
+        output: makes the writer of merged items for a worker.
     """
 
     plan: Plan
@@ -45,6 +47,8 @@ class Shared:
     notices: set[str] = field(default_factory=set)
     discarded: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    decomposed: Spool | None = None
+    output: Callable[[Sink, Tiler, dict[str, float], set[str]], Output] = Output
 
 
 class Worker:
@@ -56,7 +60,7 @@ class Worker:
         self.shared = shared
         self.plan = shared.plan
         self.tiler = Tiler(shared.plan, shared.device)
-        self.output = Output(shared.sink, self.tiler, shared.discarded, shared.notices)
+        self.output = shared.output(shared.sink, self.tiler, shared.discarded, shared.notices)
 
     def gather(self, span: Span, stage: Sequence[Statistic | ResultStatistic]) -> None:
         """Feed the accumulators with a span: with the models' changes, or with what they merge to."""
@@ -115,6 +119,11 @@ class Worker:
 
     def _merge(self, span: Span) -> None:
         item = span.item
+        if self.shared.decomposed is not None and item.form == "factors":
+            factors = self.shared.decomposed.take(item.site.name)
+            assert isinstance(factors, LowRank)
+            self.output.write_leading(item, factors)
+            return
         method = self.plan.recipe.method.at(item.site)
         factor = method.factor(item.site, self.shared.statistics, len(item.inputs))
         spooled = self.shared.spool.take(item.site.name)

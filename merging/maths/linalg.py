@@ -17,12 +17,14 @@ __all__ = [
     "compress_matrix",
     "decompose",
     "factored_svd",
+    "find_range",
     "inner_product",
     "joint_core",
     "krylov_svd",
     "leading_svd",
     "output_basis",
     "polar",
+    "residual_norm",
     "squared_norm",
     "truncate",
 ]
@@ -42,6 +44,7 @@ ThinSvd = tuple[Tensor, Tensor, Tensor]
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 2
 _KRYLOV_BLOCKS = 6
+_PROBES, _RESIDUAL_ITERATIONS = 4, 6
 
 
 def factored_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,17 +185,44 @@ def compress_matrix(
     ``transposed`` describe the base tensor that the factors belong to, as in
     :class:`~merging.maths.delta.LowRank`. Leading axes are batches (experts), each with factors of its own.
     """
+    basis = find_range(matrix, rank)
+    u, s, vh = factored_svd(basis, basis.mT @ matrix)
+    shape = tuple(matrix.shape) if shape is None else shape
+    factors, _ = _balance((u, s, vh), rank, matrix.dtype, shape, transposed)
+    total = float(matrix.double().square().sum())
+    return factors, max(0.0, safe_ratio(total - float(s[..., :rank].square().sum()), total))
+
+
+def find_range(matrix: Tensor, rank: int) -> Tensor:
+    """Return orthonormal columns ``[..., out, k]`` that span about the ``rank`` leading left singular vectors.
+
+    Subspace iteration from seeded random vectors (Halko, Martinsson, Tropp 2011, algorithm 4.4); ``k`` is a few more
+    than ``rank``. Leading axes are batches.
+    """
     width = min(rank + _OVERSAMPLING, *matrix.shape[-2:])
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(matrix.shape[-1], width, generator=generator, dtype=torch.float64)
     basis = torch.linalg.qr(matrix @ probe.to(matrix))[0]
     for _ in range(_POWER_ITERATIONS):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis)[0])[0]
-    u, s, vh = factored_svd(basis, basis.mT @ matrix)
-    shape = tuple(matrix.shape) if shape is None else shape
-    factors, _ = _balance((u, s, vh), rank, matrix.dtype, shape, transposed)
-    total = float(matrix.double().square().sum())
-    return factors, max(0.0, safe_ratio(total - float(s[..., :rank].square().sum()), total))
+    found: Tensor = basis
+    return found
+
+
+def residual_norm(matrix: Tensor, basis: Tensor, inner: Tensor) -> float:
+    """Estimate the largest singular value of ``matrix - basis @ inner``, by power iterations on a few vectors.
+
+    Of a batch it is the root of the sum of their squares.
+    """
+    generator = torch.Generator().manual_seed(1)
+    probe = torch.randn(matrix.shape[-1], _PROBES, generator=generator, dtype=torch.float64).to(matrix)
+    probe = torch.linalg.qr(probe)[0].expand(*matrix.shape[:-2], -1, -1)
+    norms = matrix.new_zeros(matrix.shape[:-2])
+    for _ in range(_RESIDUAL_ITERATIONS):
+        image = matrix @ probe - basis @ (inner @ probe)
+        norms = torch.linalg.matrix_norm(image, ord=2)
+        probe = torch.linalg.qr(matrix.mT @ image - inner.mT @ (basis.mT @ image))[0]
+    return float(torch.linalg.vector_norm(norms))
 
 
 def _balance(

@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from merging.output.peft_config import NO_VARIANTS, adapter_config, lora_config
+from merging.output.peft_config import NO_VARIANTS, adapter_config, lora_config, rank_patterns
 from merging.plan.merge_plan import Plan
 from merging.plan.names.peft_names import PREFIX
 from merging.sources import Adapter
@@ -49,7 +49,7 @@ def _configs(plan: Plan) -> dict[str, object]:
             modules[component][module.removeprefix(PREFIX).removeprefix("text_model.")] = rank
     found: dict[str, object] = {}
     for component, ranks in sorted(modules.items()):
-        others = {module: rank for module, rank in sorted(ranks.items()) if rank != plan.rank}
+        others = rank_patterns(ranks, plan.rank)
         patterns = {"rank_pattern": others, "alpha_pattern": others}
         own = lora_config(rank=plan.rank, target_modules=ranks, **{**NO_VARIANTS, **patterns})
         found |= {f"{component}.{key}": value for key, value in own.items()}

@@ -12,10 +12,10 @@ from merging.plan.items import Item
 from merging.plan.merge_plan import Plan
 from merging.plan.names.peft_names import PREFIX
 from merging.sources import Adapter
-from merging.sources.changes import Change, LoraChange
+from merging.sources.changes import Change, ExtractedChange, LoraChange
 from merging.sources.token_rows import TokenTable
 
-__all__ = ["NO_VARIANTS", "SAVED", "adapter_config", "lora_config", "write_adapter_companions"]
+__all__ = ["NO_VARIANTS", "SAVED", "adapter_config", "lora_config", "rank_patterns", "write_adapter_companions"]
 
 NO_VARIANTS: Mapping[str, Any] = {
     "lora_dropout": 0.0,
@@ -56,6 +56,9 @@ _FIELDS = (
 )
 """The order of the fields in files."""
 
+_KEPT_BIAS = ".base_layer.bias"
+"""The ending of the name of a bias in full, of a module with factors."""
+
 _WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """Tasks for which PEFT saves a head, and refuses an adapter without a head."""
 
@@ -93,20 +96,30 @@ def write_adapter_companions(plan: Plan, folder: Path, remarks: Sequence[str] = 
 
 
 def adapter_config(plan: Plan) -> dict[str, Any]:
-    """Return PEFT's config of a merged adapter: one rank, alpha equal to it, and no variants of LoRA."""
+    """Return PEFT's config of a merged adapter: alphas equal to the ranks, and no variants of LoRA."""
     adapters = [model for model in plan.models if isinstance(model, Adapter)]
+    extracted = any(isinstance(change, ExtractedChange) for item in plan.items for change in item.inputs)
     changes = [change for item in plan.items if item.form == "factors" for change in item.inputs if change]
     saved = _saved_modules(plan, adapters)
     fields = {
         **NO_VARIANTS,
         **SAVED,
-        "base_model_name_or_path": next((a.base for a in adapters if a.base and a.dialect.startswith("PEFT")), None),
+        "base_model_name_or_path": next(
+            (a.base for a in adapters if a.base and a.dialect.startswith("PEFT")),
+            _base_name(plan) if extracted else None,
+        ),
         "revision": next((a.config["revision"] for a in adapters if a.config.get("revision")), None),
         "task_type": _task_type(adapters, saved),
-        "fan_in_fan_out": any(isinstance(c, LoraChange) and c.kind == "linear" and c.transposed for c in changes),
+        "fan_in_fan_out": any(
+            isinstance(c, (LoraChange, ExtractedChange)) and c.kind == "linear" and c.transposed for c in changes
+        ),
         "modules_to_save": saved or None,
     }
+    patterns = _find_patterns(plan)
+    fields |= {"rank_pattern": patterns, "alpha_pattern": patterns}
     config = lora_config(rank=plan.rank, target_modules=_target_modules(plan, adapters), **fields)
+    if any(out.name.endswith(_KEPT_BIAS) for out in plan.outs):
+        config["bias"] = "all"
     if any(item.form == "delta" for item in plan.items):
         config["lora_bias"] = True
     if parameters := _parameters(plan, adapters):
@@ -125,6 +138,50 @@ def adapter_config(plan: Plan) -> dict[str, Any]:
             "token_indices": indices,
         }
     return config
+
+
+def _base_name(plan: Plan) -> str | None:
+    """Return the name of the base by which PEFT finds it."""
+    if plan.base is not None and plan.base.origin is not None:
+        return plan.base.origin.repo
+    return plan.recipe.base if isinstance(plan.recipe.base, str) else None
+
+
+def _find_patterns(plan: Plan) -> dict[str, int]:
+    """Return the ranks of the modules and parameters of a merged adapter, where they differ from the largest."""
+    ranks: dict[str, int] = {}
+    for item in plan.items:
+        rank = plan.ranks.get(item.site.name)
+        if item.form != "factors" or rank is None:
+            continue
+        if _is_experts(item):
+            ranks |= {each.target: rank for each in item.inputs if isinstance(each, Change)}
+        else:
+            downs = [name for out in item.outs if (name := _module_of_factor(out.name)) is not None]
+            ranks |= dict.fromkeys(downs, rank)
+    return rank_patterns(ranks, plan.rank)
+
+
+def rank_patterns(ranks: Mapping[str, int], most: int) -> dict[str, int]:
+    """Return PEFT's rank_pattern of modules with these ranks, where the rank of all others is ``most``.
+
+    PEFT takes the first name in which a module's name ends. So longer names are first, and a name that ends in another
+    one has an entry of its own.
+    """
+    others = {name for name, rank in ranks.items() if rank != most}
+    listed = {name for name in ranks if name in others or any(part in others for part in _endings(name))}
+    return {name: ranks[name] for name in sorted(listed, key=lambda each: (-len(each), each))}
+
+
+def _endings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(1, len(parts))]
+
+
+def _module_of_factor(name: str) -> str | None:
+    """Return the module that a lower factor belongs to, None for other tensors."""
+    leaf = next((each for each in (".lora_A.weight", ".lora_embedding_A") if name.endswith(each)), None)
+    return name.removeprefix(PREFIX).removesuffix(leaf) if leaf else None
 
 
 def _task_type(adapters: list[Adapter], saved: list[str]) -> str | None:
@@ -190,10 +247,8 @@ def _expert_leaves(plan: Plan) -> set[str]:
 
 
 def _modules(plan: Plan) -> set[str]:
-    leaves = (".lora_A.weight", ".lora_embedding_A")
     adapted = [item for item in plan.items if item.form == "factors" and not _is_experts(item)]
-    names = [out.name for item in adapted for out in item.outs]
-    paths = {name.removeprefix(PREFIX).removesuffix(leaf) for name in names for leaf in leaves if name.endswith(leaf)}
+    paths = {path for item in adapted for out in item.outs if (path := _module_of_factor(out.name)) is not None}
     # A module inside another wrapper follows from that wrapper.
     return {path for path in paths if ".base_layer" not in path}
 
@@ -201,7 +256,7 @@ def _modules(plan: Plan) -> set[str]:
 def _saved_modules(plan: Plan, adapters: list[Adapter]) -> list[str]:
     """Return the modules saved in full, by the names in the inputs' configs, or else by their own."""
     saved = [item for item in plan.items if item.form == "dense" and not isinstance(item.base, TokenTable)]
-    outs = [out.name for item in saved for out in item.outs]
+    outs = [out.name for item in saved for out in item.outs if not out.name.endswith(_KEPT_BIAS)]
     modules = {name.removeprefix(PREFIX).rpartition(".")[0] for name in outs}
     named = {name for adapter in adapters for name in adapter.config.get("modules_to_save") or [] if modules}
     return sorted(named | {module for module in modules if not any(f".{name}." in f".{module}." for name in named)})

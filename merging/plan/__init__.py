@@ -22,6 +22,7 @@ from merging.plan.checks import (
 )
 from merging.plan.entries import MakeStage, open_entries
 from merging.plan.inputs.components import select_components
+from merging.plan.inputs.extracted_changes import extract_changes
 from merging.plan.inputs.sentence_folders import describe_differences
 from merging.plan.inputs.task_heads import NO_HEADS, TaskHeads, find_task_heads
 from merging.plan.inputs.tied_heads import resolve_tied_heads
@@ -32,6 +33,7 @@ from merging.plan.outputs.planned import PlannedOutput
 from merging.plan.outputs.to_adapter import plan_adapter
 from merging.plan.outputs.to_model import plan_model
 from merging.plan.provenance import record_sources
+from merging.plan.rank_settings import RankSettings
 from merging.plan.recipe import Entry, Recipe
 from merging.plan.stages import Companions, Stage, make_stage
 from merging.plan.tokens.chat_templates import pin_chat_template, resolve_chat_template
@@ -71,6 +73,8 @@ def make_plan(
     stages: dict[tuple[str, int], Stage] = {}
 
     def plan_stage(inner: Recipe, place: str, matched: Mapping[str, Model]) -> Stage:
+        if isinstance(inner.rank, RankSettings):
+            raise OptionError(f"{place}: conditions on ranks are for the output of the whole recipe: give a number")
         key = inner.to_yaml(), id(matched) if matched else 0
         if key not in stages:
             try:
@@ -124,7 +128,11 @@ def plan_of(
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return _plan(recipe, heads.without_excluded(models), heads.on_base(base), rank_steps, heads, matched=matched)
+        inputs = recipe, heads.without_excluded(models), heads.on_base(base), rank_steps, heads
+        plan = _plan(*inputs, matched=matched)
+        if not isinstance(recipe.rank, RankSettings):
+            return plan
+        return replace(plan, sized=lambda ranks: replace(_plan(*inputs, matched=matched, chosen=ranks), keys=plan.keys))
     finally:
         if collecting:
             gc.enable()
@@ -138,6 +146,7 @@ def _plan(
     heads: TaskHeads,
     *,
     matched: MatchedTokens | None = None,
+    chosen: Mapping[str, int] | None = None,
 ) -> Plan:
     output, weights = choose_output(recipe, models, base, heads.tensors)
     check_packed(models, base, recipe.allow_different_bases)
@@ -153,8 +162,11 @@ def _plan(
     recipe = _pin_donor(recipe, vocabulary)
     notices += remarks + heads.notices + resized
     if output == "adapter":
-        adapters = [model for model in alike if isinstance(model, Adapter)]
-        planned = plan_adapter(recipe, adapters, based, weights=weights, heads=heads, rank_steps=rank_steps)
+        adapters, lost = _as_adapters(recipe, alike, based)
+        notices += lost
+        planned = plan_adapter(
+            recipe, adapters, based, weights=weights, heads=heads, rank_steps=rank_steps, chosen=chosen
+        )
     else:
         planned = plan_model(recipe, alike, based, weights=weights, heads=heads)
     notices += planned.notices + _check_sites(recipe, planned, output, len(models), base is not None)
@@ -167,6 +179,7 @@ def _plan(
         weights=weights,
         items=cut_items(sorted(planned.items, key=Item.order), recipe.method, weights),
         rank=planned.rank,
+        ranks=planned.ranks,
         untied=planned.untied,
         notices=tuple(notices),
         matched=tuple(planned.matched),
@@ -187,6 +200,18 @@ def _pin_donor(recipe: Recipe, vocabulary: Vocabulary | None) -> Recipe:
     source = recipe.tokenizer.source
     pinned = recipe.tokenizer.rename(lambda name: commit if name == source else name)
     return recipe.model_copy(update={"tokenizer": pinned})
+
+
+def _as_adapters(recipe: Recipe, models: Sequence[Model], base: Checkpoint | None) -> tuple[list[Adapter], list[str]]:
+    """Return the models as adapters, full ones as their changes from the base, and remarks on these."""
+    adapters, remarks = [], []
+    for model in models:
+        if isinstance(model, Checkpoint):
+            assert base is not None
+            model, lost = extract_changes(recipe, model, base)
+            remarks += lost
+        adapters.append(model)
+    return adapters, remarks
 
 
 def _find_template(recipe: Recipe, models: Sequence[Model], base: Checkpoint | None) -> str | None:

@@ -224,9 +224,12 @@ def choose_output(
     of_models = checkpoints + sum(adapter.of_model for adapter in adapters)
     output = recipe.kind or ("model" if of_models else "adapter")
     if output == "adapter" and of_models:
-        raise InputError(
-            "a merge of full checkpoints makes a model: an adapter comes out only when all inputs are adapters"
-        )
+        if of_models > checkpoints or base is None or recipe.rank is None:
+            raise InputError(
+                f"a merge of full checkpoints makes a model: an adapter comes out only when all inputs are adapters, "
+                f"or with {option('base')} and {option('rank')}, which factor the change of the base"
+            )
+        adapters, checkpoints = [], 0
     weights = method.merge_space == "weights" and not (method.factored and not checkpoints)
     if base is None:
         if checkpoints and (method.merge_space == "delta" or method.rescales):

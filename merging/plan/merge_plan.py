@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,7 +33,9 @@ class Plan(Tabular):
         output: whether an adapter or a model is written.
         weights: whether weights are merged, and not changes from the base.
         items: one item a tensor, in the order of the files.
-        rank: the rank of a merged adapter.
+        rank: the rank of a merged adapter, the largest of its tensors' ranks.
+        ranks: the ranks of single tensors, where they may differ from it.
+        sized: returns the plan for ranks that were chosen from the values, where the recipe has conditions on them.
         untied: whether the output writes a head of its own where the base ties it.
         notices: remarks for people.
         matched: one line a model about how its names were matched.
@@ -55,6 +57,8 @@ class Plan(Tabular):
     weights: bool
     items: tuple[Item, ...]
     rank: int = 0
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    sized: Callable[[Mapping[str, int]], Plan] | None = None
     untied: bool = False
     notices: tuple[str, ...] = ()
     matched: tuple[str, ...] = field(default=())

@@ -18,7 +18,9 @@ from merging.methods import chain, parameters_of
 from merging.methods.contract.method import Method
 from merging.plan import layer_stack
 from merging.plan.checked_model import CheckedModel
+from merging.plan.extracted_parts import ExtractedParts
 from merging.plan.layer_stack import LayerPart, LayerStack
+from merging.plan.rank_settings import RankChoice
 from merging.plan.sizes import parse_size
 from merging.plan.tokens.settings import TokenizerSettings
 from merging.sources.dtypes import plain_dtype
@@ -80,7 +82,15 @@ class Recipe(Displayed, CheckedModel):
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = Field(
         None, description="type of every tensor; by default the base's, or the widest among adapters"
     )
-    rank: int | None = Field(None, ge=1, description="rank of a merged adapter; by default the sum of the ranks")
+    rank: RankChoice = Field(
+        None,
+        description="rank of a merged adapter, by default the sum of the ranks; or conditions by which each tensor's "
+        "rank is chosen: most, energy, error, sv_ratio, size, uniform, exact",
+    )
+    parts: ExtractedParts | None = Field(
+        None,
+        description="parts of full models that go into an adapter: include, embeddings, heads, norms, biases",
+    )
     experts: Experts = Field(
         "together",
         description="factors of experts in a merged adapter: stacked, as PEFT trains them, or apart, with names for "

@@ -16,6 +16,7 @@ __all__ = [
     "AddedTensor",
     "Change",
     "ChangeKind",
+    "ExtractedChange",
     "FactorsChange",
     "FullChange",
     "LoraChange",
@@ -186,6 +187,19 @@ class Replacement(FullChange):
 
     def read(self, shape: tuple[int, ...], base: Callable[[], Tensor], dtype: torch.dtype) -> Delta:
         return Dense(self.value.read().to(dtype) - base())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExtractedChange(Replacement):
+    """The difference of a full model's tensor from the base's, to be written as factors.
+
+    ``transposed``: the target is the transpose of the factors' product.
+    """
+
+    transposed: bool = False
+
+    def is_transposed(self, shape: tuple[int, ...]) -> bool:
+        return self.transposed
 
 
 @dataclass(frozen=True, slots=True, eq=False)

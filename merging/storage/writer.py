@@ -14,7 +14,7 @@ from merging.maths.lazy_torch import Tensor
 from merging.sources.stored import bytes_of
 from merging.storage.output_tensor import OutputTensor
 
-__all__ = ["ComponentWriter", "TensorWriter"]
+__all__ = ["ComponentWriter", "TensorWriter", "file_size"]
 
 
 class TensorWriter:
@@ -169,6 +169,11 @@ def _shards(outs: Sequence[OutputTensor], most: int | None) -> list[list[OutputT
         shards[-1].append(out)
         size += out.nbytes
     return shards
+
+
+def file_size(outs: Sequence[OutputTensor], metadata: Mapping[str, str]) -> int:
+    """Return the bytes of a file with these tensors and this metadata."""
+    return len(_header(outs, metadata)) + sum(out.nbytes for out in outs)
 
 
 def _header(outs: Sequence[OutputTensor], metadata: Mapping[str, str]) -> bytes:

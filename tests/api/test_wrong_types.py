@@ -49,6 +49,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "compare": {"models": ["adapter0", "adapter1"]},
     "compress": {"model": "adapter0", "output": "new.safetensors"},
     "decompress": {"pack": "pack.safetensors", "output": "new"},
+    "extract": {"model": "tuned0", "base": "base"},
     "load_recipe": {"source": "models: [a]\nmethod: linear"},
     "make_moe": {"recipe": {"base_model": "base", "experts": []}, "output": "new"},
     "merge": {"models": ["adapter0", "adapter1"], "method": "linear"},
@@ -60,6 +61,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "preview": {"models": ["adapter0", "adapter1"], "method": "linear"},
     "rerun": {"path": "made.safetensors", "output": "new.safetensors"},
     "soup": {"checkpoints": ["tuned0", "tuned1"], "output": "new"},
+    "resize": {"lora": "adapter0"},
     "recycle": {"pool": ["adapter0"], "base": "base", "train": EXAMPLES},
 }
 """Right arguments of every public function, class and method that takes some."""

@@ -231,12 +231,13 @@ def test_values_that_a_method_cannot_merge_are_named(method: str, tmp_path: Path
 
 
 def test_patterns_that_others_precede_are_refused() -> None:
-    """The first that matches counts, so that one behind "*" would be ignored in silence."""
+    """The first that matches counts, so that one behind "*" would be ignored in silence. "*" itself is the rest."""
     models = [{"mlp.weight": torch.ones(2, 2), "q.weight": torch.ones(2, 2)}] * 2
-    for scale in ({"*": 1.0, "mlp": 0.0}, {"mlp": 0.0, "weight": 1.0, "*": 0.5}):
+    for scale in ({"*": 1.0, "mlp": 0.0}, {"mlp": 0.0, "weight": 1.0, "q": 0.5}):
         with pytest.raises(OptionError, match=r"takes effect nowhere, since .* comes before it"):
             merging.merge_state_dicts(models, method="task_arithmetic", base=models[0], scale=scale)
     merging.merge_state_dicts(models, method="task_arithmetic", base=models[0], scale={"mlp": 0.0, "*": 1.0})
+    merging.merge_state_dicts(models, method="task_arithmetic", base=models[0], scale={"weight": 0.0, "*": 1.0})
 
 
 @pytest.mark.parametrize("method", ["karcher", "varm", "ties", "arcee_fusion", "tsv", "wudi", "knots+ties"])

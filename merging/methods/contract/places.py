@@ -62,7 +62,8 @@ def _idle_patterns(value: object, names: list[str]) -> Iterator[tuple[str, str]]
     for pattern in dict.fromkeys(patterns(value)):
         if problem := explain_unmatched(pattern, names):
             yield pattern, problem
-    if dead := find_unreached(value, names):
+    dead = find_unreached(value, names)
+    if dead and dead[0] != "*":  # the value for the rest, which may be none
         yield (
             dead[0],
             f"takes effect nowhere, since {dead[1]!r} comes before it and the first that matches counts: put "

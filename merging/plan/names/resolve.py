@@ -93,6 +93,22 @@ class Resolver:
             return name
         return self._holders[name][0][0]
 
+    def in_memory(self, name: str) -> str | None:
+        """Return the name in memory of a tensor on disk, None where it is only a part of a tensor in memory.
+
+        It is the name on disk where no rules of transformers for the model are known.
+        """
+        pieces = self._pieces.get(name)
+        if pieces is None:
+            return name
+        return pieces[0].of if pieces == [whole(pieces[0].of, self._shapes[name])] else None
+
+    @property
+    def inputs_first(self) -> bool:
+        """Whether the model stores its experts as ``[E, in, out]``."""
+        inner = self._config.get("text_config") or {}
+        return not _INPUTS_FIRST.isdisjoint((self._config.get("model_type"), inner.get("model_type")))
+
     def holders(self, name: str) -> list[tuple[str, TensorPart]]:
         """Return the tensors on disk that hold a tensor in memory, and the part that each holds."""
         if name in self._shapes and name not in self._holders:
@@ -206,11 +222,9 @@ class Resolver:
         turned = {c.is_transposed(shapes[t]) for t, c in linear.items() if c.shape != c.shape[::-1]}
         if "fan_in_fan_out" not in adapter.config and turned == {True}:
             changes |= {target: replace(change, transposed=True) for target, change in linear.items()}
-        inner = self._config.get("text_config") or {}
-        inputs_first = not _INPUTS_FIRST.isdisjoint((self._config.get("model_type"), inner.get("model_type")))
         for target, change in changes.items():
             if isinstance(change, ExpertsChange):
-                changes[target] = change.with_orientation(shapes[target], inputs_first)
+                changes[target] = change.with_orientation(shapes[target], self.inputs_first)
         return changes
 
     def _nowhere(self, adapter: Adapter, renaming: Renaming, left: list[str]) -> InputError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from merging.maths.site import Site
 from merging.plan.items import Constant, Item
@@ -20,13 +20,18 @@ Changes = tuple[Change | None, ...]
 class Exporter(ABC):
     """Lays out the items of a merged LoRA in its file.
 
-    ``rank`` is the rank of the factors, ``format`` the name of the form of the file, and ``header`` the program whose
-    entries its header has, if it has any.
+    ``ranks`` are the ranks of the factors by tensor, ``format`` the name of the form of the file, and ``header`` the
+    program whose entries its header has, if it has any.
     """
 
-    rank: int
+    ranks: Mapping[str, int]
     format: str
     header: AdapterFormat | None
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any factors, 0 if there are none."""
+        return max(self.ranks.values(), default=0)
 
     @abstractmethod
     def item(self, site: Site, changes: Changes, stored: Stored | None) -> Item:

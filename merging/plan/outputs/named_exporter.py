@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from merging.errors import InputError, option
@@ -45,7 +45,7 @@ class NamedExporter(Exporter):
         names: the names of the file's tensors.
         shapes: the shapes of the base's tensors if the merge is ``based`` on one, else of the targets.
         factored: the shapes of the targets that become factors.
-        rank: the rank of the factors.
+        ranks: the rank of the factors of each.
         dtype_name: the type of every tensor.
         based: whether there is a base.
     """
@@ -56,12 +56,12 @@ class NamedExporter(Exporter):
         shapes: Shapes,
         factored: Shapes,
         *,
-        rank: int,
+        ranks: Mapping[str, int],
         dtype_name: str,
         based: bool,
     ) -> None:
         self.format, self.header = names.format, names.header
-        self._names, self._based, self.rank, self._dtype_name = names, based, rank, dtype_name
+        self._names, self._based, self.ranks, self._dtype_name = names, based, ranks, dtype_name
         self._shapes, self._factored = shapes, factored
         self._rows = names.rows
         self._shares: defaultdict[str, list[_Share]] = defaultdict(list)
@@ -74,7 +74,11 @@ class NamedExporter(Exporter):
         for name in factored:
             for share in self._shares[name]:
                 terms = self._terms[share.label]
-                terms.setdefault(name, rank * len(terms))
+                terms.setdefault(name, self._width(share.label))
+
+    def _width(self, label: str) -> int:
+        """Return the rank of an output tensor: the sum of the ranks of its targets."""
+        return sum(self.ranks[name] for name in self._terms[label])
 
     def item(self, site: Site, changes: Changes, stored: Stored | None) -> Item:
         """Return the item of a target."""
@@ -123,7 +127,7 @@ class NamedExporter(Exporter):
 
     def _factors(self, label: str, shape: tuple[int, ...]) -> tuple[OutputTensor, OutputTensor]:
         """Return the two factors of an output tensor that is made of targets of this ``shape``, but for their rows."""
-        width = self.rank * len(self._terms[label])
+        width = self._width(label)
         _, inputs, *kernel = shape
         outputs = sum(part.length for part in self._rows[label])
         down, up = self._names.factors(label)
@@ -139,7 +143,7 @@ class NamedExporter(Exporter):
         """Return the alphas, and zeros where the output fuses targets that were not trained."""
         found: list[Constant] = []
         for label, terms in self._terms.items():
-            width = self.rank * len(terms)
+            width = self._width(label)
             if alpha := self._names.alpha(label):
                 found.append(Constant(OutputTensor(alpha, "F32", ()), float(width)))
             _, upper = self._factors(label, self._factored[next(iter(terms))])

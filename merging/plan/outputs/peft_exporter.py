@@ -28,7 +28,7 @@ class PeftExporter(Exporter):
         labels: the name of each target in PEFT's files.
         targets: the changes of each target.
         factored: the targets that become factors.
-        rank: the rank of the factors.
+        ranks: the rank of the factors of each.
         dtype_name: the type of every tensor.
         apart: whether experts get factors each, under the names that ``resolver`` finds in the base.
         resolver: finds tensors in the base; None without a base.
@@ -43,14 +43,15 @@ class PeftExporter(Exporter):
         targets: Mapping[str, Changes],
         *,
         factored: Collection[str],
-        rank: int,
+        ranks: Mapping[str, int],
         dtype_name: str,
         apart: bool,
         resolver: Resolver | None,
     ) -> None:
-        self._labels, self._factored, self.rank, self._dtype_name = labels, factored, rank, dtype_name
+        self._labels, self._factored, self.ranks, self._dtype_name = labels, factored, ranks, dtype_name
         self._apart, self._resolver = apart, resolver
         experts = (labels[name] for name in factored if is_experts(targets[name]))
+        self._modules = {module_of(labels[name]) for name in factored}
         self._paths = FactorPaths((labels[name] for name in factored), experts)
 
     def item(self, site: Site, changes: Changes, stored: Stored | None) -> Item:
@@ -63,7 +64,9 @@ class PeftExporter(Exporter):
             return Item(site, changes, stored, outs, "delta" if is_bias(changes) else "dense")
         if self._apart and is_experts(changes):
             first = next(each for each in changes if each)
-            placings = place_experts(site, first, rank=self.rank, dtype_name=self._dtype_name, resolver=self._resolver)
+            placings = place_experts(
+                site, first, rank=self.ranks[site.name], dtype_name=self._dtype_name, resolver=self._resolver
+            )
             outs = tuple(out for each in placings for out in (each.down, each.up) if out)
             return Item(site, changes, stored, outs, "factors", placings=placings)
         written = 0.5 if self._paths.applied_twice(label) else 1.0
@@ -73,8 +76,12 @@ class PeftExporter(Exporter):
         label = self._labels[site.name]
         if is_lora(changes):
             first = next(each for each in changes if each)
-            return factor_tensors(self._paths.of(label), first, site.shape, self.rank, self._dtype_name)
-        name = f"{module_of(label)}.lora_B.bias" if is_bias(changes) else label
+            return factor_tensors(self._paths.of(label), first, site.shape, self.ranks[site.name], self._dtype_name)
+        name = label
+        if is_bias(changes):
+            name = f"{module_of(label)}.lora_B.bias"
+        elif label.endswith(".bias") and module_of(label) in self._modules:
+            name = f"{module_of(label)}.base_layer.bias"  # PEFT's own name of the bias of a module with factors
         return (OutputTensor(PREFIX + name, self._dtype_name, site.shape),)
 
     def _token_item(self, site: Site, changes: Changes, table: Stored) -> Item:

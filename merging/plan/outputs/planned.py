@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from merging.plan.items import Constant, Item
 from merging.plan.recipe import AdapterFormat
@@ -20,7 +21,8 @@ class PlannedOutput:
         notices: remarks for people.
         guess: a remark on a number of blocks that is only a guess, for methods that go by depth.
         untied: whether the output has a head of its own although the reference's config ties it.
-        rank: the rank of a merged adapter's factors.
+        rank: the largest rank of a merged adapter's factors.
+        ranks: the rank of each tensor's factors.
         format: the name of the form of a merged adapter's file.
         header: the program whose entries the file's header has, if it has any.
         constants: numbers that the file holds in addition.
@@ -32,6 +34,7 @@ class PlannedOutput:
     guess: str | None = None
     untied: bool = False
     rank: int = 0
+    ranks: Mapping[str, int] = field(default_factory=dict)
     format: str = "peft"
     header: AdapterFormat | None = "peft"
     constants: tuple[Constant, ...] = ()

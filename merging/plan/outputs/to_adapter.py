@@ -20,6 +20,7 @@ from merging.plan.outputs.exporter import Changes, Exporter, is_experts, is_lora
 from merging.plan.outputs.named_exporter import NamedExporter
 from merging.plan.outputs.peft_exporter import PeftExporter
 from merging.plan.outputs.planned import PlannedOutput
+from merging.plan.rank_settings import RankSettings
 from merging.plan.recipe import DTYPES, Recipe
 from merging.plan.stacks import find_stacks, mark_experts
 from merging.sources import Adapter, Checkpoint
@@ -36,6 +37,7 @@ def plan_adapter(
     weights: bool,
     heads: TaskHeads = NO_HEADS,
     rank_steps: Sequence[int] = (),
+    chosen: Mapping[str, int] | None = None,
 ) -> PlannedOutput:
     """Plan a merged adapter.
 
@@ -46,6 +48,7 @@ def plan_adapter(
         weights: whether weights are merged, and not changes from the base.
         heads: stand for heads that no base has.
         rank_steps: the ranks that an adapter in PEFT's files may have; any if there are none.
+        chosen: ranks that were chosen from the values, by target; a target of rank 0 is left out.
 
     Raises:
         InputError: for adapters that do not fit together, and for changes that the output's format cannot hold.
@@ -55,8 +58,13 @@ def plan_adapter(
     notices += note_assumed_linear(adapters, base)
     stacks, guess = find_stacks(recipe, adapters, base, targets)
     excluded = all_matching(recipe.exclude, [*targets.changes, *heads.excluded])
+    excluded |= {name for name, rank in (chosen or {}).items() if not rank}
     merged = {name: changes for name, changes in targets.changes.items() if name not in excluded}
-    exporter, names_notices = _choose_exporter(recipe, adapters, base, targets, merged=merged, rank_steps=rank_steps)
+    if chosen is not None and not merged:
+        raise InputError("the models are equal in all tensors that could change: there is nothing to write")
+    exporter, names_notices = _choose_exporter(
+        recipe, adapters, base, targets, merged=merged, rank_steps=rank_steps, chosen=chosen
+    )
     turned = inputs_by_outputs({name: stored.shape for name, stored in base.tensors.items()}) if base else set()
     resolver = targets.resolver
     items: list[Item] = []
@@ -76,6 +84,7 @@ def plan_adapter(
         notices=[*notices, *names_notices],
         guess=guess,
         rank=exporter.rank,
+        ranks=exporter.ranks,
         format=exporter.format,
         header=exporter.header,
         constants=exporter.constants(),
@@ -90,6 +99,7 @@ def _choose_exporter(
     *,
     merged: Mapping[str, Changes],
     rank_steps: Sequence[int],
+    chosen: Mapping[str, int] | None,
 ) -> tuple[Exporter, list[str]]:
     """Return the exporter of the file's format, and remarks on the choice of names."""
     shapes = {name: _shape(name, changes, targets, adapters) for name, changes in merged.items()}
@@ -99,17 +109,21 @@ def _choose_exporter(
     if names is not None:
         in_full = names.kept_in_full(known)
         factored = {name: shape for name, shape in factored.items() if name not in in_full}
+    steps = () if names else rank_steps
     if not recipe.rank:
         _refuse_full_rank(merged, factored, adapters)
-    rank = _choose_rank(
-        recipe, [(merged[name], shape) for name, shape in factored.items()], () if names else rank_steps
-    )
+    ranks = chosen
+    if ranks is None:
+        ranks = _choose_ranks(recipe, {name: (merged[name], shape) for name, shape in factored.items()}, steps)
+    ranks = {name: ranks[name] for name in factored}
     dtype_name = DTYPES[recipe.dtype] if recipe.dtype else _widest_dtype(merged.values())
     apart = recipe.experts == "apart"
     if apart:
         check_experts_apart(targets.labels.values(), any(map(is_experts, merged.values())))
     if names is not None:
-        return NamedExporter(names, known, factored, rank=rank, dtype_name=dtype_name, based=base is not None), notices
+        return NamedExporter(
+            names, known, factored, ranks=ranks, dtype_name=dtype_name, based=base is not None
+        ), notices
     labels = targets.labels
     if not all(adapter.dialect.startswith("PEFT") for adapter in adapters):
         labels = make_peft_labels(adapters, known, list(merged), base is not None)
@@ -117,7 +131,7 @@ def _choose_exporter(
         labels,
         merged,
         factored=factored,
-        rank=rank,
+        ranks=ranks,
         dtype_name=dtype_name,
         apart=apart,
         resolver=targets.resolver,
@@ -149,24 +163,28 @@ def _widest_dtype(targets: Iterable[Changes]) -> str:
     return DTYPE_NAMES[widest]
 
 
-def _choose_rank(recipe: Recipe, modules: list[tuple[Changes, Shape]], steps: Sequence[int]) -> int:
-    """Return the sum of the ranks where it is largest, or the rank asked for up to the largest that can be of use.
+def _choose_ranks(recipe: Recipe, modules: Mapping[str, tuple[Changes, Shape]], steps: Sequence[int]) -> dict[str, int]:
+    """Return the rank of each target: the sum of the ranks where it is largest, or the rank that is asked for.
 
-    More than the sum is of use where the merged change is not the sum of the changes, or an adapter holds one in full.
+    It is not larger than what can be of use. More than the sum is of use where the merged change is not the sum of the
+    changes, or an adapter holds one in full. Conditions on ranks need the values: then these are upper bounds.
     """
-    if not modules:
-        return 0
-    default = most = 0
-    for changes, shape in modules:
+    default, most = 0, dict.fromkeys(modules, 0)
+    for name, (changes, shape) in modules.items():
         given = [change for change in changes if change]
         matrix = shape[1:] if is_experts(changes) else (shape[0], torch.Size(shape[1:]).numel())
         total, full = sum(change.rank for change in given), min(matrix)
         summed = recipe.method.factored and all(change.low_rank for change in given)
         default = max(default, min(total, full))
-        most = max(most, min(total, full) if summed else full)
+        most[name] = min(total, full) if summed else full
+    if isinstance(recipe.rank, RankSettings):
+        limit = recipe.rank.most
+        return {name: min(each, limit) if limit else each for name, each in most.items()}
     if recipe.rank:
-        return min(most, recipe.rank)
-    return next((step for step in steps if step >= default), default)
+        rank = min(max(most.values(), default=0), recipe.rank)
+    else:
+        rank = next((step for step in steps if step >= default), default)
+    return dict.fromkeys(modules, rank)
 
 
 def _refuse_full_rank(
