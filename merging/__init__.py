@@ -63,8 +63,8 @@ _WHERE = {
     "preview": "api.merge_files",
     "recycle": "recycling.workflow",
     "rerun": "api.rerun",
-    "soup": "soups",
     "resize": "api.extract",
+    "soup": "soups",
 }
 """Public names that are imported at their first use, since most of them import torch."""
 

@@ -378,7 +378,8 @@ def test_help_of_a_chain_has_its_options(name: str) -> None:
             assert f"--{field.replace('_', '-')}" in said
             assert f"[{cls.name}] {cls.model_fields[field].description}"[:30] in said
     others = {field for method in METHODS for field in parameters_of(links(method)[0])}
-    for field in others - {field for cls in links(name) for field in parameters_of(cls)}:
+    own = {field for cls in links(name) for field in parameters_of(cls)} | {"energy"}  # an option of ranks too
+    for field in others - own:
         assert f"--{field} " not in said
 
 
