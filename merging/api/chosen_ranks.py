@@ -51,11 +51,12 @@ def _choose_ranks(plan: Plan, decomposition: Decomposition) -> Plan:
         return resize_plan(plan, decomposition.choose_ranks())
     budget = size
     for _ in range(_ROUNDS):
-        sized = resize_plan(plan, decomposition.choose_ranks(budget))
+        ranks = decomposition.choose_ranks(budget)
+        sized = resize_plan(plan, ranks)
         excess = file_size(sized.outs, header_metadata(sized)) - size
         if excess <= 0:
             return sized
-        budget -= excess
+        budget = min(budget, decomposition.bytes_of(ranks)) - excess  # less than was used, so that each round differs
         if budget <= 0:
             break
     raise InputError(

@@ -88,6 +88,11 @@ class Decomposition:
                 ranks = {name: most if rank else 0 for name, rank in ranks.items()}
         return ranks | self._left_out()
 
+    def bytes_of(self, ranks: Mapping[str, int]) -> int:
+        """Return the bytes of factors of these ranks."""
+        costs = _costs(self.plan)
+        return sum(costs[name] * ranks.get(name, 0) for name in costs)
+
     @property
     def uniform(self) -> bool:
         """Whether all tensors get one rank."""
