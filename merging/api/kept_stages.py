@@ -18,7 +18,7 @@ from merging.storage.staging import StagedOutput
 __all__ = ["check_stages", "keep_stage"]
 
 
-def check_stages(plan: Plan, keep_stages: Path | None, *, overwrite: bool, stream: bool) -> None:
+def check_stages(plan: Plan, keep_stages: Path | None, destination: Path, *, overwrite: bool, stream: bool) -> None:
     """Refuse options of stages that do not suit a plan. Raises :class:`~merging.errors.MergingError`."""
     if keep_stages is None:
         if plan.stages and stream:
@@ -29,8 +29,15 @@ def check_stages(plan: Plan, keep_stages: Path | None, *, overwrite: bool, strea
         return
     if not plan.stages:
         raise OptionError(f"{option('keep_stages')} keeps recipes among the models, and there is none: leave it out")
+    output = destination.resolve()
     for stage in all_stages(plan.stages):
-        check_output(stage.plan, keep_stages / stage.name, overwrite)
+        folder = keep_stages / stage.name
+        if output in (kept := folder.resolve(), *kept.parents) or kept in output.parents:
+            raise OptionError(
+                f"{option('keep_stages')}: {folder} and the output {destination} would be one in the other: choose a "
+                f"folder next to the output"
+            )
+        check_output(stage.plan, folder, overwrite)
 
 
 def keep_stage(

@@ -247,7 +247,7 @@ def merge_plan(
     """
     workers = workers_within(plan, cores() if threads is None else threads, max_memory)
     check_output(plan, destination, overwrite)
-    check_stages(plan, keep_stages, overwrite=overwrite, stream=stream)
+    check_stages(plan, keep_stages, destination, overwrite=overwrite, stream=stream)
     described = shown or plan
     if not stream:
         plan = download_plan(plan, companion_patterns(plan), progress=progress)

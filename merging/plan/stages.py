@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -21,11 +23,15 @@ from merging.sources.model_config import read_config
 from merging.sources.small_files import is_there
 from merging.sources.stored import FileContents, Stored
 from merging.storage.output_tensor import OutputTensor
+from merging.storage.staging import StagedOutput
 
 if TYPE_CHECKING:
     from merging.plan.merge_plan import Plan
 
 __all__ = ["Companions", "Stage", "all_stages", "make_stage"]
+
+_FOLDERS = Path(tempfile.gettempdir(), "merging-stages")
+"""The name of folders for configs and tokenizers of stages; a part that no other process has is added."""
 
 Companions = Callable[["Plan", Path], dict[str, str]]
 """Writes the files that go with the weights of a plan's output into a folder, and returns the weights' header."""
@@ -108,13 +114,14 @@ def _models(plan: Plan) -> list[Model]:
 
 
 @cache
-def _folder() -> str:
-    """Return the folder of this process for configs and tokenizers of stages; it is removed when the process ends."""
-    _held.append(tempfile.TemporaryDirectory(prefix="merging-stages-"))
-    return _held[-1].name
+def _folder() -> Path:
+    """Return the folder of this process for configs and tokenizers of stages.
 
-
-_held: list[tempfile.TemporaryDirectory[str]] = []
+    It is removed when the process ends. After a process that was killed, the next one that has stages removes it.
+    """
+    until_exit = ExitStack()
+    atexit.register(until_exit.close)
+    return until_exit.enter_context(StagedOutput(_FOLDERS, overwrite=False, file=False)).scratch
 
 
 def _open_adapter(plan: Plan, folder: Path, tensors: dict[str, Stored], write_companions: Companions) -> Adapter:
