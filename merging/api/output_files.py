@@ -22,6 +22,7 @@ from merging.output.model_folder import (
 )
 from merging.output.peft_config import write_adapter_companions
 from merging.plan import Plan
+from merging.plan.stages import all_stages
 from merging.sources.dtypes import DTYPES
 from merging.storage.staging import StagedOutput, check_destination
 from merging.storage.writer import ComponentWriter, TensorWriter
@@ -129,7 +130,10 @@ def check_output(plan: Plan, destination: Path, overwrite: bool, dry: bool = Fal
     With ``dry`` nothing is touched, and a destination that exists is not refused: a remark on it is returned. Raises
     :class:`~merging.errors.OutputError`.
     """
-    inputs = [file for model in [*plan.leaves, *plan.models, plan.base] if model for file in (model.path, *model.files)]
+    plans = [plan, *(stage.plan for stage in all_stages(plan.stages))]
+    with_tokenizer = [each.vocabulary.of for each in plans if each.vocabulary]
+    models = [model for model in (*plan.leaves, *plan.models, plan.base, *with_tokenizer) if model]
+    inputs = [file for model in models for file in (model.path, *model.files)]
     if is_file(destination) and plan.output == "model" and plan.reference and plan.reference.components:
         raise OutputError(
             f"{destination}: what comes out is made of several models, in a folder: choose another {option('output')}"

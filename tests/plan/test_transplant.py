@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merging
-from merging.errors import InputError
+from merging.errors import InputError, OutputError
 from support.commands import ok
 from support.tokenized import EMBEDDING, HEAD, rows_of, save_tokenized, tokens_of_file
 
@@ -128,6 +128,14 @@ def test_without_an_approximation_rows_are_zeros_and_noted(pair: dict[str, Path]
         [pair["target"]], method="passthrough", tokenizer=str(pair["donor"]), output=tmp_path / "out"
     )
     assert any("have rows of zeros: `merge tokens` approximates" in notice for notice in merged.notices)
+
+
+def test_a_donor_is_an_input_that_no_output_replaces(pair: dict[str, Path]) -> None:
+    stage = merging.Recipe(models=[str(pair["target"])], method="passthrough", tokenizer=str(pair["donor"]))
+    with pytest.raises(OutputError, match="the output would replace the input"):
+        transplant(pair, pair["donor"], overwrite=True)
+    with pytest.raises(OutputError, match="the output would replace the input"):
+        merging.merge([stage], method="passthrough", output=pair["donor"], overwrite=True)
 
 
 def test_a_donor_without_a_shared_token_is_refused(pair: dict[str, Path], tmp_path: Path) -> None:
