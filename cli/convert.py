@@ -68,9 +68,8 @@ def convert_command(source: str, to: str, output: Path | None, overwrite: bool, 
 def _read_source(source: str, lenient: bool) -> Recipe:
     """Return the recipe of a file, an output, a card or a command line."""
     path = Path(source)
-    words = shlex.split(source) if source.startswith("merge ") and not path.exists() else []
-    if words:
-        return _read_command(words[1:])
+    if source.startswith("merge ") and not path.exists():
+        return _read_command(_split(source)[1:])
     if source == "-" or (source.endswith(_ENDINGS) and not path.is_dir()):
         if not path.exists() and source != "-":
             from merging.hub.address import no_such_path
@@ -82,6 +81,15 @@ def _read_source(source: str, lenient: bool) -> Recipe:
     from merging.api.recipe_records import read_record
 
     return read_record(source).recipe(lenient=lenient)
+
+
+def _split(command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        from merging.errors import OptionError
+
+        raise OptionError(f"{command}: is no command line: {str(error).lower()}") from None
 
 
 def _read_command(words: Sequence[str]) -> Recipe:

@@ -169,4 +169,5 @@ def test_layers_become_slices(folder: Path) -> None:
 def test_what_is_no_recipe_is_refused(folder: Path) -> None:
     assert "there is no such file" in refused("convert", "nothing.yml")
     assert "states no recipe" in refused("convert", "tuned0")
+    assert "'one: is no command line: no closing quotation" in refused("convert", "merge -m linear 'one")
     assert "No such option '--densty'" in refused("convert", "merge -m ties a --densty 1", code=2)
