@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from merging.display.tables import Displayed
 from merging.errors import FormatError, MergingWarning, OptionError, explain_invalid, nearest
 from merging.moe.model_name import ModelName, read_model_name
-from merging.plan.checked_model import CheckedModel
+from merging.plan.checked_model import CheckedModel, named_keys
 from merging.plan.mergekit.reading import Reading
 from merging.plan.recipe_document import Keys, RecipeDocument, parse_documents
 from merging.sources.dtypes import plain_dtype
@@ -226,7 +226,7 @@ def _read_expert(reading: Reading, keys: Keys, folder: Path | None) -> dict[str,
 
 def _refusal(error: ValidationError, place: Place) -> OptionError:
     first = error.errors()[0]
-    keys = tuple(first["loc"])
+    keys = named_keys(first["loc"])
     reason = explain_invalid(first)
     if first["type"] == "literal_error":
         choices = [word.strip(" '") for word in str(first["ctx"]["expected"]).replace(" or ", ",").split(",")]

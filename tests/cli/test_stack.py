@@ -92,6 +92,7 @@ def test_a_plan_reads_no_values(folder: Path) -> None:
         ("a 0:2 --scale x=y", "--scale x=y: is no number by name"),
         ("a 0:2 --scale up_proj=0", "--scale multiplies blocks that are repeated, and none is: leave it out"),
         ("a 0:2 1:3 --scale up_prj=0", "'up_prj' in scale names no tensor (did you mean 'up_proj'?): a pattern"),
+        ("a 0:2 1:3 --scale up_proj=nan", "merge stack: stack.1.scale = {'up_proj': nan"),
         ("a encoder=0:2", "a: has no stack of blocks 'encoder': model.layers (4 blocks)"),
         ("a 0:2 -o a", "the output would replace the input"),
     ],

@@ -58,6 +58,7 @@ MISTAKES = {
     "an architecture": ("Mixtral", "Mixtrall", "line 6: there is no architecture 'Mixtrall'.*did you mean 'mixtral'"),
     "too many a token": ("per_token: 1", "per_token: 3", "line 5: each token should reach 3 experts .* there are 2"),
     "none a token": ("per_token: 1", "per_token: 0", "line 5: experts_per_token = '0': should be at least 1"),
+    "no rank": ("per_token: 1", "per_token: 1\nrank: -1", "line 6: rank = '-1': should be at least 1"),
     "no prompts": (
         '    positive_prompts: ["three"]\n',
         "",
