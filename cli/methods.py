@@ -45,8 +45,7 @@ LEGEND = [
 
 CHAINS = (
     "None needs data. Chains go left to right, the merger last: dare+ties, knots+ties, lines+tsv. mergekit's names are "
-    "known: {aliases}. Numbers may differ by depth (0.2:0.8, or '0.2:0.8 else 0.5' outside the blocks) and by name "
-    "('{{mlp: 0.3, \"*\": 0.5}}'). One method in full: merge methods NAME"
+    "known: {aliases}. Numbers may differ by depth (0.2:0.8) and by name. One method in full: merge methods NAME"
 )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from merging.display.tables import Displayed, format_size, plural
-from merging.errors import FormatError
+from merging.errors import FormatError, explain_invalid
 from merging.hub.open_model import open_model
 from merging.plan.checks import key_of
 from merging.plan.layer_stack import LayerStack
@@ -115,7 +115,7 @@ def parse_sources(text: str, where: str) -> dict[str, SourceRecord]:
         records = TypeAdapter(list[SourceRecord]).validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        problem = ": ".join([*map(str, first["loc"][-1:]), first["msg"]])
+        problem = ": ".join([*map(str, first["loc"][-1:]), explain_invalid(first)])
         raise FormatError(f"{where}: its list of sources is not understood: {problem}") from None
     return {record.model: record for record in records}
 

@@ -275,8 +275,8 @@ def test_recipe_round_trip(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("models: [a", "recipe.yaml, line 1: is not valid YAML"),
-        ("- a\n- b", "recipe.yaml: should be a YAML mapping"),
+        ("models: [a", "recipe.yaml, line 2: is not valid YAML"),
+        ("- a\n- b", "recipe.yaml, line 1: should be a YAML mapping"),
         ("models: [a]\nmethod: linear\nbsae: b", "recipe.yaml, line 3: there is no 'bsae' (did you mean 'base'?)"),
         ("models: [a]", "recipe.yaml: the recipe has no 'method'\n"),
         ("models: []\nmethod: linear", "recipe.yaml, line 1: models = []: should have at least 1 value\n"),

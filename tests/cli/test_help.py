@@ -126,8 +126,8 @@ def test_help_is_a_word_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("hlep", "there is no such sub-command, file or folder (did you mean 'help'?)"),
         ("version", "there is no such sub-command, file or folder (did you mean '--version'?)"),
         (
-            "bake a/ --base base/",
-            "bake: there is no such sub-command, file or folder: see merge --help",
+            "brew a/ --base base/",
+            "brew: there is no such sub-command, file or folder: see merge --help",
         ),
         ("help tie", "tie: there is no such sub-command, file or folder"),
         ("org/one org/two", "which method?"),
