@@ -44,8 +44,8 @@ LEGEND = [
 ]
 
 CHAINS = (
-    "None needs data. Chains go left to right, the merger last: dare+ties, knots+ties, lines+tsv. mergekit's names are "
-    "known: {aliases}. Numbers may differ by depth (0.2:0.8) and by name. One method in full: merge methods NAME"
+    "None needs data. Chains go left to right, mergers last: dare+ties, knots+ties, lines+tsv. mergekit's names are "
+    "known: {aliases}. Numbers may differ by place. Details: merge methods NAME"
 )
 
 
