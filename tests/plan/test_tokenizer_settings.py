@@ -50,6 +50,7 @@ def test_a_name_alone_is_the_source() -> None:
         ("tokenizer: {tokens: {a: {forse: true}}}", "did you mean 'force'"),
         ("tokenizer: {tokens: {a: {force: true}}}", "'force' needs a 'source'"),
         ("tokenizer: {pad_to_multiple_of: 0}", "should be at least 1"),
+        ("tokenizer: {pad_to_multiple_of: 9999999999999}", "should be at most 65536"),
         ("tokenizer: 3", "should be text"),
         ("chat_template: 3", "should be text"),
     ],

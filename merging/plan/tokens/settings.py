@@ -98,7 +98,7 @@ class TokenizerSettings(Displayed, BaseModel):
 
     source: str = Field("union", min_length=1)
     tokens: dict[str, TokenRow] = Field(default_factory=dict)
-    pad_to_multiple_of: int | None = Field(None, ge=1)
+    pad_to_multiple_of: int | None = Field(None, ge=1, le=65_536)
     approximate: Approximation | None = None
     k: int = Field(64, ge=1)
 
