@@ -83,6 +83,7 @@ def test_a_file_and_a_text(folders: list[Path], tmp_path: Path) -> None:
     [
         ("chatmal", OptionError, "no chat template 'chatmal'.*did you mean 'chatml'"),
         ("{% for %}", OptionError, "is not a Jinja template: line 1"),
+        (f"{{{{ {'(' * 5000}1{')' * 5000} }}}}", OptionError, "is nested too deeply to be a Jinja template"),
         ("none.jinja", InputError, "none.jinja: there is no such file"),
     ],
 )

@@ -147,4 +147,6 @@ def _check_syntax(text: str, where: str) -> str:
         Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"]).parse(_GENERATION.sub("", text))
     except TemplateSyntaxError as error:
         raise OptionError(f"{where}: is not a Jinja template: line {error.lineno}: {error.message}") from None
+    except RecursionError:
+        raise OptionError(f"{where}: is nested too deeply to be a Jinja template") from None
     return text
