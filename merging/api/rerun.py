@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from merging import os_calls
 from merging.api.arguments import check_path
 from merging.api.merge_files import Merged, default_destination, merge_plan, plan_for
 from merging.api.recipe_records import RecipeRecord, read_record
@@ -142,7 +144,7 @@ def plan_rerun(
         if "chat_template" in keys:
             raise InputError(
                 f"{record.where}: states the chat template by the name of a file, {name}, which is no part of the "
-                f"output: write the template's text in its place, or run the recipe by itself (merge run)"
+                f"output: write the template's text in its place, or run the recipe by itself"
             )
         return places.get(name, name)
 
@@ -246,7 +248,7 @@ def hash_weights(path: Path) -> tuple[bytes, ...]:
 
 def _hash_file(file: Path) -> bytes:
     digest = hashlib.sha256()
-    with file.open("rb") as stream:
+    with os.fdopen(os_calls.open_regular(file), "rb") as stream:
         while block := stream.read(_BLOCK):
             digest.update(block)
     return digest.digest()

@@ -66,8 +66,8 @@ def open_entries(recipe: Recipe, make_stage: MakeStage, place: str, matched: Map
     opener = _Opener(recipe, make_stage, matched if recipe.tokenizer is None else {})
     tokens = opener.match_tokens()
     above = f"{place}." if place else ""
-    opened = [opener.open(entry, f"{above}models.{index}") for index, entry in enumerate(recipe.models)]
-    base = None if recipe.base is None else opener.open(recipe.base, f"{above}base")
+    opened = [opener.open_entry(entry, f"{above}models.{index}") for index, entry in enumerate(recipe.models)]
+    base = None if recipe.base is None else opener.open_entry(recipe.base, f"{above}base")
     pins = {name: str(model.origin) for name, model in opener.files.items() if model.origin}
     update: dict[str, object] = {"models": tuple(entry for _, entry in opened), "base": base and base[1]}
     if recipe.tokenizer is not None:
@@ -104,7 +104,7 @@ class _Opener:
         if self.recipe.tokenizer is None or plain or any(each.tokenizer is not None for each in inner):
             return None
         names = list(dict.fromkeys(name for entry in entries for name in names_of(entry)))
-        opened = [(name, self.open(name, name)[0]) for name in names]
+        opened = [(name, self.open_entry(name, name)[0]) for name in names]
         stated = [each.base for each in (self.recipe, *inner) if isinstance(each.base, (str, LayerStack))]
         bases = {name for entry in stated for name in names_of(entry)}
         base = names.index(bases.pop()) if len(bases) == 1 else None
@@ -112,7 +112,7 @@ class _Opener:
         self.matched = dict(zip(names, found.models, strict=True))
         return found
 
-    def open(self, entry: Entry, place: str) -> tuple[Model, Entry]:
+    def open_entry(self, entry: Entry, place: str) -> tuple[Model, Entry]:
         """Return the model of an entry, and the entry with models of the Hub named by their commits."""
         if isinstance(entry, LayerStack):
             return self._open_stack(entry, place)
@@ -129,7 +129,7 @@ class _Opener:
     def _open_stack(self, stack: LayerStack, place: str) -> tuple[Checkpoint, LayerStack]:
         parts, pinned = [], []
         for index, part in enumerate(stack.parts):
-            model, entry = self.open(part.model, f"{place}.stack.{index}.model")
+            model, entry = self.open_entry(part.model, f"{place}.stack.{index}.model")
             if not isinstance(model, Checkpoint):
                 raise InputError(
                     f"{model.path}: is an adapter, and layers are taken of full models: merge it into its base first, "

@@ -18,8 +18,8 @@ from merging.plan.layer_stack import LayerStack
 from merging.plan.recipe import Entry, Recipe
 from merging.plan.tokens.settings import PRESETS
 from merging.sources import Adapter, Model, tensors_of
-from merging.sources.links import check_inside
 from merging.sources.model_files import COMPANIONS
+from merging.sources.small_files import LIST_LIMIT, read_bytes
 from merging.sources.tokenizers import TOKENIZER_FILES
 
 __all__ = ["SourceRecord", "describe_change", "names_of", "parse_sources", "record_source", "record_sources"]
@@ -101,7 +101,7 @@ def _files_key(folder: Path | None) -> str | None:
     files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
     digest = hashlib.sha256()
     for path in files:
-        content = hashlib.sha256(check_inside(path, folder).read_bytes()).hexdigest()
+        content = hashlib.sha256(read_bytes(path, LIST_LIMIT)).hexdigest()
         digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
     return digest.hexdigest()[:16] if files else None
 

@@ -255,6 +255,8 @@ ELSEWHERE = {
     "which is not found: give it with --base": "test_bake.py",
     "give the model that it was made from with --base": "test_bake.py",
     "adapters' tables are not matched by token": "test_tokens.py",
+    "or with --base and --rank, which factor": "test_extract.py",
+    "With --on-mismatch base such tensors are left out": "test_extract.py",
     "and --chat-template names it": "test_tokens.py",
     "{}: {}: {}: give --base": "the same as the base's refusal in planning, for what is planned without it",
 }

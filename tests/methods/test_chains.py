@@ -333,5 +333,8 @@ def test_methods_and_options_are_shown_in_full() -> None:
             flag = field.replace("_", "-")
             assert re.search(rf"--{flag} +{re.escape(str(cls.model_fields[field].description))}", shown)
     shown = " ".join(ok("--method", "decouple+ties", "--help").stdout.split())
-    assert all(f"--{field} " in shown for field in parameters_of(links("decouple+ties")[1])) and "--drop" not in shown
+    assert (
+        all(f"--{field.replace('_', '-')} " in shown for field in parameters_of(links("decouple+ties")[1]))
+        and "--drop" not in shown
+    )
     assert "[ties] share of each model's change that is kept" in shown

@@ -67,7 +67,7 @@ def test_methods_that_must_see_all_models() -> None:
     [
         ("linear", {"normalize": False}, "is the mean of its models"),
         ("ties", {"scope": "tensor"}, "with scope = model"),
-        ("ties", {"density": (0.2, 0.3)}, "one density for all models"),
+        ("ties", {"density": (0.2, 0.3)}, "one density above 0 for all models"),
     ],
 )
 def test_parameters_with_which_a_method_cannot_be_continued(

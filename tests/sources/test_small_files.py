@@ -28,17 +28,18 @@ from merging.sources.small_files import TEXT_LIMIT, copy_file, read_json, read_t
 from support.paths import ROOT
 from support.tiny import checkpoint, load, model, save
 
-OPENERS = ("open", "fdopen", "read_text", "read_bytes", "open_regular", "mmap", "get_single_node")
+OPENERS = ("open", "fdopen", "read_text", "read_bytes", "open_regular", "mmap", "get_node")
 LOADERS = ("json.load", "json.loads", "yaml.load", "yaml.safe_load", "yaml.parse", "torch.load", "shutil.copyfile")
 ALLOWED = {
     "merging/sources/small_files.py": {"fdopen", "open_regular", "json.loads"},
     "merging/sources/plain_yaml.py": {"yaml.load", "yaml.parse"},
-    "merging/plan/recipe_document.py": {"get_single_node"},  # behind check_yaml, with the lines of faults
+    "merging/plan/recipe_document.py": {"get_node"},  # behind check_yaml, with the lines of faults
     "merging/os_calls.py": {"open", "fdopen", "read_text"},  # the last of the system's own
     "merging/storage/atomic.py": {"fdopen"},
     # weights, which are large
     "merging/sources/header.py": {"open", "json.loads"},
     "merging/sources/open_files.py": {"open_regular"},
+    "merging/api/rerun.py": {"fdopen", "open_regular"},
     "merging/output/model_folder.py": {"fdopen", "open_regular"},
     "merging/pool/files.py": {"fdopen", "open_regular"},
     "merging/continual/manifest.py": {"fdopen", "open_regular"},
