@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from merging.sources.tied_weights import HEADS
+
 __all__ = ["Renaming", "find_renaming", "strip_wrappers"]
 
 _PREFIXES = (
@@ -39,7 +41,11 @@ _ENDINGS: dict[Norms, dict[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Renaming:
-    """A renaming: ``strip`` is removed and ``add`` prepended, and layer norms get today's names or the old ones."""
+    """A renaming: ``strip`` is removed and ``add`` prepended, and layer norms get today's names or the old ones.
+
+    An output head that stands outside ``strip`` keeps its name: the language part of Qwen3-VL is
+    ``model.language_model.*``, next to the same ``lm_head`` that Qwen3 has next to ``model.*``.
+    """
 
     strip: str = ""
     add: str = ""
@@ -48,7 +54,7 @@ class Renaming:
     def __call__(self, name: str) -> str | None:
         """Return the new name, None for a name that does not begin with ``strip``."""
         if not name.startswith(self.strip):
-            return None
+            return name if name in HEADS else None
         name = self.add + name[len(self.strip) :]
         for ending, wanted in _ENDINGS[self.norms].items():
             if name.endswith(ending):
