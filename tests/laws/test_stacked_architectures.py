@@ -100,6 +100,8 @@ def test_all_blocks_once_are_the_model_itself(name: str, tmp_path: Path) -> None
     word = RANGES.get(name, ("",))[0].rpartition("=")[0]
     out = stack(tmp_path / "model", tmp_path / "out", f"{word}={0}:{total}" if word else f"0:{total}")
     one, again = (type(model).from_pretrained(folder).eval() for folder in (tmp_path / "model", out))
-    assert torch.equal(forward(again), forward(one))
+    weights = one.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in again.state_dict().items())
+    torch.testing.assert_close(forward(again), forward(one))  # sums are not rounded alike at each run
     stated, got = (each.config.to_dict() | {"_name_or_path": ""} for each in (one, again))
     assert got == stated

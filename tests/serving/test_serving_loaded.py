@@ -52,6 +52,7 @@ AT_ODDS = {
     "not quantised": "transformers 5 takes what there is; servers do not",
     "quantised": "bitsandbytes is wanted",
     "two sets": "which of the two was meant, nobody can tell",
+    "code": "transformers loads it if it may run that code, and a trial never may",
 }
 
 
