@@ -298,6 +298,7 @@ def large(folder: Path) -> list[str]:
     return [str(save(folder / str(number), tensors)) for number, tensors in enumerate([base, *tuned])]
 
 
+@pytest.mark.exhaustive
 @LINUX
 @pytest.mark.parametrize("lazy", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_three_stages_take_the_memory_of_one(tmp_path: Path, lazy: bool) -> None:
@@ -354,6 +355,7 @@ def _is_nameless(link: Path, folder: Path) -> bool:
     return target.startswith(str(folder)) and target.endswith("(deleted)")
 
 
+@pytest.mark.exhaustive
 @LINUX
 @pytest.mark.parametrize("aside", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_three_stages_take_the_disk_of_the_output(tmp_path: Path, aside: bool) -> None:

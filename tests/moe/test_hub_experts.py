@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -14,6 +15,7 @@ from support.hub_fixture import Hub
 from support.tiny import identical, load
 
 
+@pytest.mark.exhaustive
 def test_models_of_the_hub(hub: Hub, dense: Path, tmp_path: Path) -> None:
     for name in ("base", "a"):
         hub.put(f"org/{name}", dense / "llama" / name)

@@ -255,6 +255,7 @@ merging.make_moe(sys.argv[1], sys.argv[2], progress=kill)
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 def test_a_killed_run_leaves_no_output(dense: Path, tmp_path: Path) -> None:
     import yaml

@@ -155,6 +155,7 @@ def test_peft_routes_loras_alike(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(mixture), logits(arrow.eval()), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.exhaustive
 def test_it_loads_without_this_package(family: Path, tmp_path: Path) -> None:
     """In a process that cannot import it; and never as the base alone."""
     mix(family / "llama", tmp_path / "out", dtype="bfloat16", rank=4)
