@@ -1,4 +1,4 @@
-"""What a merge of sentence-transformers keeps of retrieval: each text of a task asks for its most similar other text.
+"""Retrieval before and after a merge of sentence-transformers: each text asks for its most similar other text.
 
     python examples/evaluate_retrieval.py
 

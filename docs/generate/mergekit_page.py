@@ -135,7 +135,7 @@ DIFFERENCES = (
         ("card-model-mapping", "card-nuslerp-gradient", "oracle-18-nuslerp"),
         ("tokenizer: chat template: *", "generation_config.json: *"),
         "without `base_model` and `tokenizer_source`, copies config and tokenizer of a model in an order by chance",
-        "copies those of the first model",
+        "copies the files of the first model",
         "the same recipe makes the same files",
         by_chance=True,
     ),
