@@ -224,5 +224,5 @@ def test_values_that_stand_for_others_are_taken() -> None:
     takes(number=np.int64(2))
     with pytest.raises(TypeError, match="positional arguments"):
         takes("", 1, (), None, 1, 2)  # type: ignore[call-arg]  # as Python says it
-    with pytest.raises(InputError, match=r"^'a\\x00b': cannot be a path: embedded null byte$"):
+    with pytest.raises(InputError, match=r"^'a\\x00b': cannot be a path: .*embedded null "):
         takes("a\0b")
