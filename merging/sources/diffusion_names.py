@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 
 from merging.maths.shapes import Shapes
 from merging.sources import unet_names
-from merging.sources.denoiser_rules import rules_of
-from merging.sources.denoisers import is_denoiser
+from merging.sources.denoisers import family_of, is_denoiser
 from merging.sources.fused_names import NameSet, RowRange, paired_names
 from merging.sources.lora_names import within
 
@@ -151,7 +150,8 @@ def _unet(shapes: Shapes) -> Iterator[Known]:
 
 def _transformer(component: str, shapes: Shapes, style: NameSet) -> Iterator[Known]:
     others = dict.fromkeys(shapes)
-    styles: tuple[NameSet, ...] = (style,) if rules_of(shapes) else ("diffusers", "published")
+    family = family_of(shapes)
+    styles: tuple[NameSet, ...] = (style,) if family and family.rules else ("diffusers", "published")
     for whose, name, rows in paired_names(shapes):
         others.pop(name, None)
         yield Known(component, name, (whose,), rows)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from merging.maths.shapes import Shapes
-from merging.sources.denoiser_rules import NUMBER, NameRule, rules_of
+from merging.sources.denoisers import NUMBER, NameRule, family_of
 
 __all__ = ["NameSet", "RowRange", "paired_names"]
 
@@ -32,8 +32,8 @@ def paired_names(shapes: Shapes) -> Iterator[tuple[NameSet, str, tuple[RowRange,
     ``shapes`` are the shapes of some of a denoiser's tensors, under either set of names. Tensors without a rule are
     left out.
     """
-    rules = rules_of(shapes)
-    by_name = {name: rule for rule in rules for name in (rule.published, *rule.diffusers)}
+    family = family_of(shapes)
+    by_name = {name: rule for rule in (family.rules if family else ()) for name in (rule.published, *rule.diffusers)}
     done = set()
     for name in shapes:
         module, _, leaf = name.rpartition(".")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 
+from merging.sources.denoisers import flat_name, respell
+
 __all__ = ["normal_name", "within"]
 
 _FLAT = (
@@ -38,11 +40,6 @@ _DOTTED = {
 
 _WRAPPER = "base_model.model."
 _TEXT = ("text_model.", "encoder.layers.", "encoder.block.")
-_HUNYUAN = (
-    (re.compile(r"(?<=_(?:img|txt)_)mlp_fc([12])(?=\.)"), lambda found: f"mlp_{2 * int(found[1]) - 2}"),
-    (re.compile(r"^((?:double|single)_blocks_\d+_(?:img_mod|txt_mod|modulation))_linear(?=\.)"), r"\1_lin"),
-)
-"""Tencent's names, and ComfyUI's names for the same modules."""
 
 
 def normal_name(target: str) -> tuple[str, str]:
@@ -68,10 +65,5 @@ def within(component: str, name: str) -> str:
 
     Newer versions of transformers have dropped a level of CLIP's names.
     """
-    module, _, leaf = name.rpartition(".")
-    flat = f"{module.replace('.', '_')}.{leaf}" if leaf in ("weight", "bias") else name.replace(".", "_")
-    if component.startswith("text_encoder"):
-        return flat.removeprefix("text_model_")
-    for pattern, meant in _HUNYUAN:
-        flat = pattern.sub(meant, flat)
-    return flat
+    flat = flat_name(name)
+    return flat.removeprefix("text_model_") if component.startswith("text_encoder") else respell(flat)

@@ -10,6 +10,7 @@ from merging.errors import InputError, option
 from merging.maths.shapes import Shapes
 from merging.plan.recipe import AdapterFormat, Recipe
 from merging.sources import Adapter
+from merging.sources.denoisers import respell
 from merging.sources.diffusion_names import Known, known_names
 from merging.sources.fused_names import RowRange
 
@@ -43,12 +44,6 @@ _NOT_KOHYA = re.compile(
     r"|blocks_\d+_(?:attn[12]_(?:to|add)_|ffn_net_)|single_transformer_blocks_)|Hunyuan_video_I2V_lora_"
 )
 """Flat names that ComfyUI does not take: of diffusers' modules, where the published ones differ, and Tencent's."""
-_TENCENT = (
-    (re.compile(r"(_(?:img|txt)_mlp)_fc1\."), r"\1_0."),
-    (re.compile(r"(_(?:img|txt)_mlp)_fc2\."), r"\1_2."),
-    (re.compile(r"(blocks_\d+_(?:img_mod|txt_mod|modulation))_linear\."), r"\1_lin."),
-)
-"""Tencent's names of HunyuanVideo's modules, and ComfyUI's names."""
 
 _SDXL = re.compile(r"\.transformer_blocks\.1\.|add_embedding\.")
 """Names of diffusers' that a U-Net of SDXL has, and none of Stable Diffusion 1 and 2."""
@@ -180,18 +175,11 @@ def _family(known: Sequence[Known], based: bool) -> str | None:
     return "sd" if (based and unet) or any(map(_SD.search, unet)) else None
 
 
-def _comfyui(flat: str) -> str:
-    """Return ComfyUI's flat name of a published module."""
-    for pattern, meant in _TENCENT:
-        flat = pattern.sub(meant, flat)
-    return flat
-
-
 def _kohya_label(known: Known, family: str | None) -> str | None:
     """Return the name of a tensor in Kohya's files; None if they use another of its names, or it is unknown."""
     if known.component in ("unet", "transformer", "transformer_2"):
         style = "diffusers" if family == "sd" else "published"
-        return f"lora_unet_{_comfyui(known.flat)}" if family and style in known.styles else None
+        return f"lora_unet_{respell(known.flat)}" if family and style in known.styles else None
     if known.name.startswith("encoder.block."):
         return f"lora_te3_{known.flat}"  # a T5 is the third, also where there are two
     if family is None or not known.name.startswith("text_model."):

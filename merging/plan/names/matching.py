@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from merging.errors import InputError, option
 from merging.sources import Adapter
-from merging.sources.denoiser_rules import partners
+from merging.sources.denoisers import partners
 from merging.sources.lora_names import normal_name
 from merging.sources.unet_names import diffusers_flat
 

@@ -1,0 +1,76 @@
+"""All families of denoisers, and lookups by names."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+from merging.maths.shapes import Shapes
+from merging.sources.denoisers.family import Family, NameRule, flat_name
+from merging.sources.denoisers.flux import FLUX
+from merging.sources.denoisers.flux2 import FLUX2
+from merging.sources.denoisers.hunyuan_video import HUNYUAN_VIDEO
+from merging.sources.denoisers.lumina2 import LUMINA2
+from merging.sources.denoisers.sd3 import SD3
+from merging.sources.denoisers.wan import WAN
+from merging.sources.denoisers.z_image import Z_IMAGE
+
+__all__ = ["FAMILIES", "NUMBER", "family_of", "partners", "respell"]
+
+FAMILIES: tuple[Family, ...] = (
+    FLUX2,
+    HUNYUAN_VIDEO,
+    FLUX,
+    SD3,
+    WAN,
+    LUMINA2,
+    Z_IMAGE,
+)
+"""The families. A family with a name that another has too comes before it, if its marks are rarer."""
+
+NUMBER = re.compile(r"(?<=[._])\d+(?=[._])")
+"""The number of a block, the first in a name, dotted or flat."""
+
+_SPELLINGS = tuple((re.compile(pattern), meant) for family in FAMILIES for pattern, meant in family.spellings)
+
+
+def family_of(shapes: Shapes) -> Family | None:
+    """Return the family of a denoiser by its tensors, None for an unknown one.
+
+    The names are without a component, as in any set of names: dotted, or flat as in Kohya's files.
+    """
+    flat = {flat_name(name): shape for name, shape in shapes.items()}
+    return next((family for family in FAMILIES if family.has_mark(flat)), None)
+
+
+def respell(flat: str) -> str:
+    """Return the usual flat name of a tensor for which some files have another."""
+    for pattern, meant in _SPELLINGS:
+        flat = pattern.sub(meant, flat)
+    return flat
+
+
+def _pairs(rule: NameRule) -> Iterator[tuple[str, str, bool]]:
+    """Yield pairs of flat modules of a rule, and whether both are the same tensor."""
+    same = len(rule.diffusers) == 1 and not rule.swapped
+    for ours in rule.diffusers:
+        if ours != rule.published:
+            one, other = respell(rule.published.replace(".", "_")), ours.replace(".", "_")
+            yield one, other, same
+            yield other, one, same
+
+
+_PARTNERS: defaultdict[str, dict[str, bool]] = defaultdict(dict)
+for _family in FAMILIES:
+    for _rule in _family.rules:
+        for _one, _other, _same in _pairs(_rule):
+            _PARTNERS[_one][_other] = _same
+
+
+def partners(name: str) -> Mapping[str, bool]:
+    """Return the names of a flat tensor in the other set of names, and whether each is all of the tensor."""
+    module, dot, leaf = name.partition(".")
+    found = NUMBER.search(module)
+    others = _PARTNERS.get(NUMBER.sub("{}", module, count=1), {})
+    return {other.format(found[0] if found else "") + dot + leaf: same for other, same in others.items()}
