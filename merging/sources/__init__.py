@@ -23,6 +23,7 @@ from merging.sources.opening import FileOpener, open_tensors
 from merging.sources.small_files import is_there
 from merging.sources.stored import FileContents, Stored, holders_of
 from merging.sources.tensor_names import add_tensor_names
+from merging.sources.training_leftovers import refuse_ungathered, without_wrappers
 from merging.sources.weight_files import check_suffix, find_weights
 
 __all__ = [
@@ -121,10 +122,12 @@ def open_local(
     contents = open_file(path)
     if not contents[0]:
         raise FormatError(f"{path}: holds no tensors")
-    dialect = dialect_of(contents)
+    plain = without_wrappers(contents)
+    dialect = dialect_of(plain)
     if dialect is None:
         return _checkpoint(path, dequantize, lambda _: contents)
-    return _check_numbers(add_tensor_names(dialect.opens(path, alpha, contents), contents))
+    refuse_ungathered(path, plain[0])
+    return _check_numbers(add_tensor_names(dialect.opens(path, alpha, plain), plain))
 
 
 def _checkpoint(path: Path, dequantize: bool, open_file: FileOpener) -> Checkpoint:

@@ -17,10 +17,10 @@ from merging.sources.opening import FileOpener, open_tensors
 from merging.sources.origin import Origin
 from merging.sources.pickled import PYTORCH_ENDINGS
 from merging.sources.quantized_weights import dequantize_tensors, refuse_quantized
-from merging.sources.renaming import strip_wrappers
 from merging.sources.small_files import is_there
 from merging.sources.stored import Stored
 from merging.sources.tied_weights import HEADS, stated_tie, text_config, tied_to
+from merging.sources.training_leftovers import refuse_ungathered, strip_wrappers
 from merging.sources.weight_files import (
     agree,
     check_absent,
@@ -174,6 +174,7 @@ def _open_one(path: Path, dequantize: bool, open_file: FileOpener) -> Checkpoint
     if not tensors:
         raise FormatError(f"{path}: holds no tensors")
     check_absent(weights, absent, tensors, config)
+    refuse_ungathered(path, tensors)
     names = strip_wrappers(tensors)
     tensors = {names[name]: stored for name, stored in tensors.items()}
     shared = {names[name]: names[other] for name, other in shared.items()}

@@ -8,7 +8,7 @@ from typing import Literal
 
 from merging.sources.tied_weights import HEADS
 
-__all__ = ["Renaming", "find_renaming", "strip_wrappers"]
+__all__ = ["Renaming", "find_renaming"]
 
 _PREFIXES = (
     "model.",
@@ -22,9 +22,6 @@ _PREFIXES = (
     "vit.",
 )
 """Prefixes that wrappers of the same network add, in different versions of transformers."""
-
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Parts of names that torch.compile, FSDP and activation checkpointing insert, at any place."""
 
 Norms = Literal["same", "new", "old"]
 """The names of layer norms that are wanted."""
@@ -65,18 +62,6 @@ class Renaming:
         if not self.strip and not self.add:
             return "the same names" if self.norms == "same" else f"{self.norms} names of norms"
         return f"{self.strip + '*' if self.strip else '*'} -> {self.add}*"
-
-
-def strip_wrappers(names: Iterable[str]) -> dict[str, str]:
-    """Remove the names of wrappers for training, which no library expects in a file. Return the new names by the old.
-
-    ``module.``, of data-parallel training, is removed if all names begin with it. Nothing is removed if two names would
-    become the same.
-    """
-    plain = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) or name for name in names}
-    if plain and all(name.startswith("module.") for name in plain.values()):
-        plain = {name: short.removeprefix("module.") for name, short in plain.items()}
-    return plain if len(set(plain.values())) == len(plain) else {name: name for name in plain}
 
 
 def find_renaming(

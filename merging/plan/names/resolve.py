@@ -12,6 +12,7 @@ from merging.plan.names.conversion import CheckpointLoading
 from merging.plan.names.diffusion import DiffusionNames
 from merging.plan.names.placement import Match, Resolved, match_line, parts_by_whole, place_changes
 from merging.plan.names.single_experts import match_single_experts
+from merging.plan.names.towers import match_towers
 from merging.sources import Adapter
 from merging.sources.changes import Change, LoraChange
 from merging.sources.expert_stacks import ExpertsChange
@@ -55,9 +56,11 @@ class Resolver:
         found = self._by_memory(adapter)
         if found is not None:
             return self._place(adapter, found, self._pieces)
-        single = self._by_single_experts(adapter)
-        if single is not None:
-            return self._place(adapter, single, {name: [whole(name, shape)] for name, shape in self._shapes.items()})
+        on_disk = {name: [whole(name, shape)] for name, shape in self._shapes.items()}
+        for match, places in ((self._by_single_experts, on_disk), (self._by_towers, self._pieces or on_disk)):
+            found = match(adapter)
+            if found is not None:
+                return self._place(adapter, found, places)
         return self._by_spelling(adapter, renaming, left)
 
     def resolve_in_memory(self, adapter: Adapter) -> Resolved:
@@ -70,7 +73,7 @@ class Resolver:
             names = self._rename_targets(adapter, renaming, self._shapes)
             pieces = {t: self._pieces.get(name, [whole(name, self._shapes[name])]) for t, name in names.items()}
             found = Match(pieces, {t: self._shapes[name] for t, name in names.items()}, str(renaming))
-        found = found or self._by_single_experts(adapter)
+        found = found or self._by_single_experts(adapter) or self._by_towers(adapter)
         if found is not None:
             return self._place(adapter, found, self._frame)
         return self._by_spelling(adapter, renaming, left)
@@ -146,6 +149,9 @@ class Resolver:
             return None
         shapes = {target: adapter.changes[target].shape for target in pieces}
         return Match(pieces, shapes, "their names in a model whose experts were made layers")
+
+    def _by_towers(self, adapter: Adapter) -> Match | None:
+        return match_towers(adapter, self._in_memory or self._shapes)
 
     def _by_memory(self, adapter: Adapter) -> Match | None:
         if not adapter.dialect.startswith("PEFT"):

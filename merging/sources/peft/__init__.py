@@ -18,11 +18,13 @@ from merging.sources.lora_headers import METADATA_KEY, component_configs, unstat
 from merging.sources.opening import FileOpener, open_tensors
 from merging.sources.peft.adapter_types import PEFT_TYPES, PeftType
 from merging.sources.peft.config import Config
-from merging.sources.peft.lora import TRAINING_STATE, lora_about
+from merging.sources.peft.lora import LORA_LEAVES, TRAINING_STATE, lora_about
 from merging.sources.peft.module import Module
 from merging.sources.peft.unsupported_types import UNSUPPORTED
 from merging.sources.small_files import is_there, parse_json, read_json
 from merging.sources.stored import FileContents, Stored
+from merging.sources.tied_weights import is_table
+from merging.sources.training_leftovers import refuse_ungathered, without_wrappers
 
 __all__ = ["CONFIG_KEY", "WEIGHTS", "open_peft", "peft_changes", "recognizes"]
 
@@ -37,6 +39,10 @@ _DEFAULT = re.compile(r"\.default(?=\.|_topk_|$)")
 """The name of PEFT's only adapter, in files that were saved without PEFT's own function."""
 
 _LORA = re.compile(r"\.lora_(embedding_)?[AB](\.|$)")
+_LORA_LEAF = re.compile(rf"\.(?:{'|'.join(LORA_LEAVES)})(?:\.|$)")
+_COPY = re.compile(r"\.original_module\.|\.token_adapter\.base_layer\.")
+"""Names of the base's own weights next to a module that is saved in full, and next to trained rows."""
+
 _ANY = re.compile(rf"base_model\..*({'|'.join(kind.leaf.pattern for kind in PEFT_TYPES.values())})")
 
 
@@ -60,7 +66,8 @@ def open_peft(
     adapter that cannot be understood.
     """
     weights = path if path.is_file() else _weights_of(path)
-    tensors, metadata = contents or open_file(weights)
+    tensors, metadata = contents or without_wrappers(open_file(weights))
+    refuse_ungathered(path, tensors)
     config = _config_of(weights, metadata)
     notices: tuple[str, ...] = ()
     if config is None:
@@ -77,9 +84,16 @@ def open_peft(
             raise settings.error(f"is of type {settings.kind}, which has no alpha: leave {option('lora_alpha')} out")
         config = {**config, field: alpha, "alpha_pattern": {}}
         settings = Config(config, str(path))
+    trained = _without_frozen(tensors, settings)
+    copies = len(tensors) - len(trained)
+    if copies:
+        notices += (
+            f"{path}: {copies} of its {len(tensors)} tensors are copies of the base's own weights, which training did "
+            f"not change: left out",
+        )
     return Adapter(
         path=path,
-        changes=peft_changes(tensors, config, str(path)),
+        changes=peft_changes(trained, config, str(path)),
         files=(weights,),
         dialect=f"PEFT {settings.kind}",
         base=settings.text("base_model_name_or_path"),
@@ -94,6 +108,27 @@ def _weights_of(folder: Path) -> Path:
         if (folder / name).is_file():
             return check_inside(folder / name, folder)
     raise FormatError(f"{folder}: has an adapter_config.json, but neither adapter_model.safetensors nor .bin")
+
+
+def _without_frozen(tensors: Mapping[str, Stored], settings: Config) -> dict[str, Stored]:
+    """Return the tensors without copies of the base's weights, as in files of a wrapped model's whole ``state_dict``.
+
+    Weights of layers without factors count as copies only if layers with factors have their copies too.
+    """
+    kept = {name: stored for name, stored in tensors.items() if not _COPY.search(name)}
+    wrapped = {name.partition(".base_layer.")[0] for name in kept if ".base_layer.weight" in name}
+    factors = {name[: found.start()] for name in kept if (found := _LORA.search(name)) and not found[1]}
+    if not settings.stated or not wrapped & factors:
+        return kept
+    biases = settings.get("bias", "none") != "none"
+    return {
+        name: stored
+        for name, stored in kept.items()
+        if _LORA_LEAF.search(name)
+        or (name.partition(".base_layer.")[0] not in factors and (".base_layer." in name or is_table(name)))
+        or settings.saves(name)
+        or (biases and name.endswith(".bias"))
+    }
 
 
 def _config_of(weights: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
