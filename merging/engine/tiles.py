@@ -11,7 +11,7 @@ from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.maths.lazy_torch import Tensor, torch
 from merging.plan.items import CHUNK, TILE, Item
 from merging.plan.merge_plan import Plan
-from merging.sources.changes import Change, LoraChange
+from merging.sources.changes import Change, ExtractedChange, LoraChange
 from merging.sources.computed import ComputedChange
 from merging.sources.stored import Stored
 
@@ -48,14 +48,16 @@ class Tiler:
         """Yield the tiles of an item from one flat offset to another."""
         dtype, shape = item.dtype, item.cut.shape(item.site)
         present = tuple(each is not None for each in item.inputs)
-        changes = {slot: self._by_rows(item, slot) for slot, each in enumerate(item.inputs) if isinstance(each, Change)}
+        # The change of a whole model needs no more than the tile of its tensor.
+        inputs = [each.value if isinstance(each, ExtractedChange) else each for each in item.inputs]
+        changes = {slot: self._by_rows(item, slot) for slot, each in enumerate(inputs) if isinstance(each, Change)}
         columns = prod(item.site.shape[1:])
         step = item.cut.elements(tile_size(self.device))
         for position in range(start, stop, step):
             size = min(step, stop - position)
             base = self._read("base", item.base, position, size, dtype) if item.base is not None else None
             values = self._buffer("stack", len(present) * size, dtype).view(len(present), size)
-            for slot, each in enumerate(item.inputs):
+            for slot, each in enumerate(inputs):
                 if isinstance(each, Change):
                     first, last = position // columns, (position + size) // columns
                     values[slot].copy_(changes[slot].rows(first, last).dense().reshape(-1))
