@@ -151,12 +151,12 @@ def _unet(shapes: Shapes) -> Iterator[Known]:
 def _transformer(component: str, shapes: Shapes, style: NameSet) -> Iterator[Known]:
     others = dict.fromkeys(shapes)
     family = family_of(shapes)
-    styles: tuple[NameSet, ...] = (style,) if family and family.rules else ("diffusers", "published")
     for whose, name, rows in paired_names(shapes):
         others.pop(name, None)
         yield Known(component, name, (whose,), rows)
     for name in others:
-        yield Known(component, name, styles, _whole(name, shapes[name]))
+        shared = family is None or family.has_one_name(name)
+        yield Known(component, name, ("diffusers", "published") if shared else (style,), _whole(name, shapes[name]))
 
 
 def _text_encoder(component: str, shapes: Shapes) -> Iterator[Known]:

@@ -82,14 +82,22 @@ class Family:
     Attributes:
         name: the name under which people know it.
         marks: its marks; one is enough. A family is recognized before all that follow it in the registry.
-        rules: the modules with two names. Every other tensor has the same name as published and in diffusers.
+        rules: the modules with two names. In a family without rules all tensors have one name everywhere.
+        shared: a pattern of names, in the normal form, that tensors without a rule have everywhere.
         spellings: patterns of other names in the normal form, and the published names for them.
+        variants: words in statements of headers, and the names of the models of the family that they show.
     """
 
     name: str
     marks: tuple[NameMark, ...]
     rules: tuple[NameRule, ...] = ()
+    shared: str = r"$^"
     spellings: tuple[tuple[str, str], ...] = ()
+    variants: tuple[tuple[str, str], ...] = ()
+
+    def has_one_name(self, name: str) -> bool:
+        """Return whether a tensor without a rule has the same name as published and in diffusers."""
+        return not self.rules or bool(re.search(self.shared, flat_name(name)))
 
     def has_mark(self, shapes: Shapes) -> bool:
         """Return whether the tensors, named in the normal form, have one of the family's marks."""

@@ -1,26 +1,29 @@
-"""Flux.2: dev and klein. Single blocks keep queries, keys, values and the feed-forward part in one layer everywhere."""
+"""Flux.2 (dev, klein). Single blocks keep queries, keys, values and the feed-forward part in one layer everywhere."""
 
 from __future__ import annotations
 
 from merging.sources.denoisers.family import Family, NameMark, NameRule, block_rules
-from merging.sources.denoisers.flux import EMBEDDERS, LAST
+from merging.sources.denoisers.flux import EMBEDDERS, LAST, STREAM_ATTENTIONS
 
 __all__ = ["FLUX2"]
 
 FLUX2 = Family(
     name="Flux.2",
     marks=(
-        NameMark(names=r"(?:single|double)_stream_modulation|_to_qkv_mlp_proj\b|_ff(?:_context)?_linear_(?:in|out)\b"),
+        NameMark(
+            names=r"(?:single|double)_stream_modulation_?(?:img|txt)?_lin|_to_qkv_mlp_proj\b|_ff(?:_context)?_linear_(?:in|out)\b"
+        ),
+        # The rest has Flux.1's names.
+        NameMark(names=r"^single_blocks_\d+_linear1\.", ratio=9),
+        NameMark(names=r"^double_blocks_\d+_(?:img|txt)_mlp_0\.", ratio=6),
+        NameMark(names=r"^double_blocks_\d+_(?:img|txt)_attn_", inputs=frozenset({4096, 6144})),
     ),
     rules=(
         *block_rules(
             "double_blocks.{}",
             "transformer_blocks.{}",
             {
-                "img_attn.qkv": "attn.to_q attn.to_k attn.to_v",
-                "txt_attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
-                "img_attn.proj": "attn.to_out.0",
-                "txt_attn.proj": "attn.to_add_out",
+                **STREAM_ATTENTIONS,
                 "img_mlp.0": "ff.linear_in",
                 "img_mlp.2": "ff.linear_out",
                 "txt_mlp.0": "ff_context.linear_in",
@@ -30,7 +33,12 @@ FLUX2 = Family(
         *block_rules(
             "single_blocks.{}",
             "single_transformer_blocks.{}",
-            {"linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out"},
+            {
+                "linear1": "attn.to_qkv_mlp_proj",
+                "linear2": "attn.to_out",
+                "norm.query_norm.scale": "attn.norm_q.weight",
+                "norm.key_norm.scale": "attn.norm_k.weight",
+            },
         ),
         *(
             NameRule(published=f"{name}.lin", diffusers=(f"{name}.linear",))
@@ -47,4 +55,5 @@ FLUX2 = Family(
         ),
         *LAST,
     ),
+    variants=(("klein", "Flux.2 klein"),),
 )

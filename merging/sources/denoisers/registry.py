@@ -8,24 +8,37 @@ from collections.abc import Iterator, Mapping
 
 from merging.maths.shapes import Shapes
 from merging.sources.denoisers.family import Family, NameRule, flat_name
-from merging.sources.denoisers.flux import FLUX
+from merging.sources.denoisers.flux import CHROMA, FLUX
 from merging.sources.denoisers.flux2 import FLUX2
+from merging.sources.denoisers.flux3 import FLUX3
+from merging.sources.denoisers.hidream import HIDREAM
 from merging.sources.denoisers.hunyuan_video import HUNYUAN_VIDEO
+from merging.sources.denoisers.krea2 import KREA2
 from merging.sources.denoisers.lumina2 import LUMINA2
+from merging.sources.denoisers.qwen_image import QWEN_IMAGE, QWEN_IMAGE_21
 from merging.sources.denoisers.sd3 import SD3
+from merging.sources.denoisers.stable_diffusion import UNETS
 from merging.sources.denoisers.wan import WAN
-from merging.sources.denoisers.z_image import Z_IMAGE
+from merging.sources.denoisers.z_image import IDEOGRAM4, Z_IMAGE
 
 __all__ = ["FAMILIES", "NUMBER", "family_of", "partners", "respell"]
 
 FAMILIES: tuple[Family, ...] = (
+    FLUX3,
     FLUX2,
     HUNYUAN_VIDEO,
+    CHROMA,
     FLUX,
     SD3,
+    QWEN_IMAGE_21,
+    QWEN_IMAGE,
+    HIDREAM,
+    KREA2,
     WAN,
     LUMINA2,
+    IDEOGRAM4,
     Z_IMAGE,
+    *UNETS,
 )
 """The families. A family with a name that another has too comes before it, if its marks are rarer."""
 
