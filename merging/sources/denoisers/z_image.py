@@ -48,5 +48,5 @@ IDEOGRAM4 = Family(
         NameMark(names=r"^layers_\d+_attention_(?:qkv|to_[qkv])\.", inputs=frozenset({4608})),
     ),
     rules=block_rules("layers.{}", "layers.{}", {"attention.qkv": _QKV, "attention.o": "attention.to_out.0"}),
-    shared=r"^layers_\d+_(?:feed_forward_w|adaln_modulation)",
+    shared=r"^layers_\d+_(?:feed_forward_w|adaln_modulation|attention_norm|ffn_norm)",
 )
