@@ -105,7 +105,7 @@ def adapter_config(plan: Plan) -> dict[str, Any]:
         **NO_VARIANTS,
         **SAVED,
         "base_model_name_or_path": next(
-            (a.base for a in adapters if a.base and a.dialect.startswith("PEFT")),
+            (a.base for a in adapters if a.base and a.names_modules),
             _base_name(plan) if extracted else None,
         ),
         "revision": next((a.config["revision"] for a in adapters if a.config.get("revision")), None),

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from merging.errors import FormatError, InputError, MergingError
 from merging.hub.address import Address, hub_address, local_path, no_such_path
-from merging.sources import Dialect, dialect_of, diffusion_loras, peft
+from merging.sources import Dialect, dialect_of, diffusion_loras, mlx, peft
 from merging.sources.components import PIPELINE, components_of
 from merging.sources.links import check_inside
 from merging.sources.model_config import read_config
@@ -214,7 +214,7 @@ def _find_files(path: Path) -> tuple[Path | None, dict[str, Path], Path | None]:
         found = {name: find_weights(inner) for name, inner in components_of(path).items()}
         return path, {name: weights for name, weights in found.items() if weights}, path / PIPELINE
     if is_there(path / _CONFIG):
-        named = next((path / name for name in peft.WEIGHTS if (path / name).is_file()), None)
+        named = next((path / name for name in (*peft.WEIGHTS, mlx.WEIGHTS) if (path / name).is_file()), None)
         if named is None:
             raise FormatError(f"{path}: has an {_CONFIG}, but neither {peft.WEIGHTS[0]} nor {peft.WEIGHTS[1]}")
         return path, {"": check_inside(named, path)}, path / _CONFIG
@@ -250,7 +250,7 @@ def _kind(config: Path | None, dialect: Dialect | None) -> SubjectKind:
         return "pipeline" if config.name == PIPELINE else "adapter"
     if dialect is None:
         return "model"
-    kinds: dict[str, SubjectKind] = {"PEFT": "adapter", "pack": "pack"}
+    kinds: dict[str, SubjectKind] = {"PEFT": "adapter", "MLX": "adapter", "pack": "pack"}
     return kinds.get(dialect.name, "diffusion adapter")
 
 

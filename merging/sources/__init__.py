@@ -6,17 +6,17 @@ A new file format is one module with ``recognizes(contents)`` and an opener that
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merging.errors import FormatError, InputError
 from merging.os_calls import kind_of
-from merging.sources import diffusion_loras, kohya, packs, peft
+from merging.sources import diffusion_loras, kohya, mlx, packs, peft
 from merging.sources.adapter import Adapter
 from merging.sources.checkpoint import Checkpoint, open_checkpoint
 from merging.sources.dtypes import DTYPES
 from merging.sources.links import check_inside
-from merging.sources.loose_factors import refuse_factors
+from merging.sources.loose_factors import refuse_factors, refuse_foreign
 from merging.sources.lycoris import LYCORIS_TYPES
 from merging.sources.open_files import File
 from merging.sources.opening import FileOpener, open_tensors
@@ -65,6 +65,12 @@ DIALECTS = (
         packs.open_pack,
     ),
     Dialect(
+        "MLX",
+        "LoRA and DoRA of mlx-lm, also of experts, with the config next to them; layers trained in full",
+        mlx.recognizes,
+        mlx.open_mlx,
+    ),
+    Dialect(
         "Kohya",
         f"LoRA of diffusion models with flat names; {_LYCORIS}",
         kohya.recognizes,
@@ -111,6 +117,9 @@ def open_local(
     if path.is_dir():
         _check_one_model(path)
         if is_there(path / "adapter_config.json"):
+            if is_there(path / mlx.WEIGHTS, None) and not any(is_there(path / name, None) for name in peft.WEIGHTS):
+                weights = check_inside(path / mlx.WEIGHTS, path)
+                return _check_numbers(replace(mlx.open_mlx(weights, alpha, open_file(weights)), path=path))
             return _check_numbers(peft.open_peft(path, alpha, open_file=open_file))
         bare = _bare_adapter(path, open_file)
         return open_local(bare, alpha, dequantize, open_file) if bare else _checkpoint(path, dequantize, open_file)
@@ -123,6 +132,7 @@ def open_local(
     if not contents[0]:
         raise FormatError(f"{path}: holds no tensors")
     plain = without_wrappers(contents)
+    refuse_foreign(path, plain[0])
     dialect = dialect_of(plain)
     if dialect is None:
         return _checkpoint(path, dequantize, lambda _: contents)

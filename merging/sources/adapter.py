@@ -80,6 +80,11 @@ class Adapter(Displayed):
         facts = {"path": self.path, "dialect": self.dialect, "about": self.about, "base": self.base}
         return {**facts, "ranks": ranks, "changes": len(self.changes), "notices": self.notices}
 
+    @property
+    def names_modules(self) -> bool:
+        """Whether its targets are named as the modules of transformers, as PEFT and MLX name them."""
+        return self.dialect.startswith(("PEFT", "MLX"))
+
     def require_base(self, known: Collection[str] = ()) -> None:
         """Check that no change needs the base. Raises :class:`~merging.errors.InputError`.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from merging.sources import DIALECTS
+from merging.sources.loose_factors import FOREIGN
 from merging.sources.peft.adapter_types import PEFT_TYPES, BaseNeed
 from merging.sources.peft.unsupported_types import UNSUPPORTED
 from merging.sources.quantized_weights import QUANTIZED, SIMPLE
@@ -54,7 +55,7 @@ def formats() -> Iterator[Format]:
     reason = "quantised: merge the model it was made from, and quantise the result"
     yield Format(others, "Full checkpoints", reason, "refused")
     for dialect in DIALECTS:
-        if dialect.name not in ("PEFT", "pack"):
+        if dialect.name not in ("MLX", "PEFT", "pack"):
             yield Format(dialect.name, "LoRA files of diffusion models", dialect.summary, "mixed", "some")
     for name, summary in _PACKS.items():
         yield Format(name, "Packs, decoded as they are read", summary, "mixed", "some" if "adapter" in name else "no")
@@ -66,3 +67,7 @@ def formats() -> Iterator[Format]:
         refused[why].append(name)
     for why, names in refused.items():
         yield Format(", ".join(names), _PEFT, why, "refused")
+    mlx = next(dialect for dialect in DIALECTS if dialect.name == "MLX")
+    yield Format(mlx.name, "Adapters of other programs", mlx.summary, "mixed", "some")
+    for program, remedy in FOREIGN.items():
+        yield Format(program, "Adapters of other programs", remedy, "refused")

@@ -10,7 +10,7 @@ from merging.errors import FormatError
 from merging.sources.lycoris import leaf_of
 from merging.sources.peft.adapter_types import PEFT_TYPES
 
-__all__ = ["refuse_factors"]
+__all__ = ["FOREIGN", "refuse_factors", "refuse_foreign"]
 
 _LEAVES = "|".join(sorted({re.escape(leaf) for kind in PEFT_TYPES.values() for leaf in kind.leaves}))
 _FACTOR = re.compile(
@@ -20,14 +20,40 @@ _FACTOR = re.compile(
 """Names that only parts of an adapter have. Names such as ``alpha`` or ``b1`` prove nothing, as many parameters have
 them."""
 
+FOREIGN = {
+    "torchtune": "its own names have queries and keys in another order: merge the adapter_model.safetensors that it "
+    "writes with an adapter_config.json",
+    "litgpt": "its factors are of fused projections, and their scale is in another file: bake it with `litgpt "
+    "merge_lora`, then convert the model with `litgpt convert_from_litgpt`",
+    "NeMo": "its factors are of fused projections: export it with NeMo's own converter to Hugging Face's format",
+    "mlx-vlm": "its factors are called A and B, as other parameters may be: fuse it with mlx-vlm",
+}
+"""Programs whose adapters are refused by name, and the way to a file that is read."""
+
+_FOREIGN_NAMES = {
+    "torchtune": re.compile(r"\.lora_[ab]\.weight$"),
+    "litgpt": re.compile(r"transformer\.h\.\d+\.(?:attn|mlp)\.\w+\.lora_[AB]$"),
+    "NeMo": re.compile(r"\.(?:adapter|lora_\w+_adapter)\.linear_(?:in|out)\.weight$"),
+    "mlx-vlm": re.compile(r"\w_proj\.[AB]$"),
+}
+
 _NUMBER = re.compile(r"\.\d+$")
 """The number at the end of a factor's name where a module has several."""
 
 _KNOWN = (
     "its layout is not known: read are factors called lora_down and lora_up, lora_A and lora_B, lora.down and lora.up, "
-    "with alphas or a config in the header, LyCORIS's types in the files of Kohya, ComfyUI and diffusers, and PEFT's "
-    "types next to their adapter_config.json"
+    "with alphas or a config in the header, LyCORIS's types in the files of Kohya, ComfyUI and diffusers, and the "
+    "types of PEFT and MLX next to their adapter_config.json"
 )
+
+
+def refuse_foreign(where: Path | str, names: Iterable[str]) -> None:
+    """Refuse the files of a program whose adapters are not read. Raises :class:`~merging.errors.FormatError`."""
+    listed = list(names)
+    for program, pattern in _FOREIGN_NAMES.items():
+        name = next((each for each in listed if pattern.search(each)), None)
+        if name is not None:
+            raise FormatError(f"{where}: is an adapter of {program} ({name}): {FOREIGN[program]}")
 
 
 def refuse_factors(where: Path | str, names: Iterable[str], *, stated: bool, remedy: str = _KNOWN) -> None:

@@ -248,6 +248,7 @@ ELSEWHERE = {
     "one of the two is a part of the other": "sources/test_one_naming.py",
     "is in several tensors of {}": "test_experts.py",
     "give the right one with --lora-alpha": "sources/test_diffusion_lora.py",
+    "or give an alpha with --lora-alpha": "sources/test_mlx.py",
     "or use --allow-nonfinite": "test_run.py",
     "--set {}": "test_recipe_files.py",
     "states no base: give it with --base": "test_bake.py",

@@ -44,7 +44,7 @@ class DiffusionNames:
         """
         named = {target: self._known.get(normal_name(target)) for target in adapter.changes}
         found = {target: known for target, known in named.items() if known}
-        if not found or (adapter.dialect.startswith("PEFT") and len(found) < len(adapter.changes)):
+        if not found or (adapter.names_modules and len(found) < len(adapter.changes)):
             return None
         left = [target for target in adapter.changes if target not in found]
         if left:

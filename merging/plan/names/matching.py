@@ -23,7 +23,7 @@ def match_names(adapters: Sequence[Adapter]) -> list[dict[str, str]]:
     Raises :class:`~merging.errors.InputError` for a file with one module under two names, and for a file that fuses
     what another keeps apart.
     """
-    if all(adapter.dialect.startswith("PEFT") for adapter in adapters):
+    if all(adapter.names_modules for adapter in adapters):
         return [{target: target for target in adapter.changes} for adapter in adapters]
     known: dict[Key, tuple[str, Adapter]] = {}
     common = []

@@ -141,7 +141,7 @@ def _can_be_kept(adapter: Adapter, change: Change, written: TensorNames, shape: 
 
     PEFT's adapters are written as PEFT does, and so are the kinds of change that only they hold.
     """
-    if adapter.dialect.startswith("PEFT") and written.stem.startswith(PREFIX):
+    if adapter.names_modules and written.stem.startswith(PREFIX):
         return False
     return change.kind in ("linear", "conv", "bias") and not (shape and change.is_transposed(shape))
 
@@ -224,7 +224,7 @@ def choose_names(
     if own and recipe.format is None:
         return own, []
     format = choose_format(recipe, adapters)
-    free = recipe.format is None and not all(adapter.dialect.startswith("PEFT") for adapter in adapters)
+    free = recipe.format is None and not all(adapter.names_modules for adapter in adapters)
     if free and (found := InputNames.from_first(adapters, placed, targets)):
         return found[0], _differing(adapters, str(found[1].path))
     note = _differing(adapters, f"files of {format}") if recipe.format is None else []

@@ -154,7 +154,7 @@ class Resolver:
         return match_towers(adapter, self._in_memory or self._shapes)
 
     def _by_memory(self, adapter: Adapter) -> Match | None:
-        if not adapter.dialect.startswith("PEFT"):
+        if not adapter.names_modules:
             return None  # files of other programs have names of their own
         in_memory = self._in_memory
         renaming, left = self._match(adapter, in_memory)

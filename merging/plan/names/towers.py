@@ -24,7 +24,7 @@ def match_towers(adapter: Adapter, shapes: Mapping[str, Shape]) -> Match | None:
 
     Return None if a target has no place, or if two names are the same without prefixes.
     """
-    if not adapter.dialect.startswith("PEFT"):
+    if not adapter.names_modules:
         return None
     known = {_without_prefix(name): name for name in shapes}
     if len(known) < len(shapes):

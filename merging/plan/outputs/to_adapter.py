@@ -125,7 +125,7 @@ def _choose_exporter(
             names, known, factored, ranks=ranks, dtype_name=dtype_name, based=base is not None
         ), notices
     labels = targets.labels
-    if not all(adapter.dialect.startswith("PEFT") for adapter in adapters):
+    if not all(adapter.names_modules for adapter in adapters):
         labels = make_peft_labels(adapters, known, list(merged), base is not None)
     exporter = PeftExporter(
         labels,
