@@ -109,7 +109,7 @@ dequantize_option = click.option(
     "--dequantize",
     "dequantise",
     is_flag=True,
-    help="read FP8, MXFP4, 8-bit and NF4 weights as ordinary ones",
+    help="read FP8, MXFP4, 8-bit, NF4 and GGUF weights as ordinary ones",
 )
 different_bases_option = click.option(
     "--allow-different-bases", is_flag=True, help="take adapters that state different bases"

@@ -19,7 +19,6 @@ from merging.serving.contents import FILES
 from merging.serving.subject import Subject, open_subject
 from merging.sources import Adapter, Checkpoint
 from merging.sources.changes import Change
-from merging.sources.derived import Derived
 from merging.sources.packs.codings import Packed
 from merging.sources.small_files import parse_json
 from merging.sources.stored import Stored
@@ -29,6 +28,9 @@ __all__ = ["Inspection", "inspect"]
 
 _FLAT = re.compile(r"(lora_[a-z]+[0-9]?|lycoris|oft_unet)_(?:.*_[0-9]+_)?(.+)")
 """A flat name of Kohya's: the component, and the module behind the last number."""
+
+_FORMATS = {".safetensors": "safetensors", ".gguf": "GGUF"}
+"""The formats of weights files by their endings; all others are PyTorch's."""
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 """The names that configs have for the number of experts in a block."""
@@ -140,7 +142,7 @@ def _packed_bytes(tensors: Iterable[Stored]) -> int | None:
 
 def _inspect_checkpoint(checkpoint: Checkpoint, subject: Subject, values: bool) -> dict[str, Any]:
     config, tensors = checkpoint.config, checkpoint.tensors
-    derived = [stored for stored in tensors.values() if isinstance(stored, Derived)]
+    codes = [stored.quantized for stored in tensors.values() if stored.quantized]
     embeddings = embeddings_among(tensors)
     architecture = next(iter(config.get("architectures") or []), None)
     parts = {id(part): part.nbytes for stored in tensors.values() for part in stored.made_of}
@@ -153,16 +155,16 @@ def _inspect_checkpoint(checkpoint: Checkpoint, subject: Subject, values: bool) 
         "components": [name for name in checkpoint.components if name],
         **_read_origin(subject),
         "files": len(checkpoint.files),
-        "format": "safetensors" if checkpoint.files[0].suffix == ".safetensors" else "PyTorch",
-        "quantised": dict(Counter(stored.made_of[0].dtype_name for stored in derived)),
-        "dequantised": len(derived),
+        "format": _FORMATS.get(checkpoint.files[0].suffix, "PyTorch"),
+        "quantised": dict(Counter(codes)),
+        "dequantised": len(codes),
         "experts": _count_experts(config),
         "parameters": sum(stored.numel for stored in tensors.values()),
         "vocabulary": tensors[embeddings[0]].shape[0] if len(embeddings) == 1 else None,
         "head": _find_head(checkpoint) if embeddings else None,
         **_sizes(tensors, Stacks.from_names(tensors), values),
         "bytes": sum(parts.values()),
-        "notices": _checkpoint_notices(subject, quantised=bool(derived)),
+        "notices": _checkpoint_notices(subject, quantised=bool(codes)),
     }
 
 

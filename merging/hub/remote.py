@@ -15,7 +15,7 @@ from merging.hub.client import Unreachable, with_retries
 from merging.hub.download import download, fetch_range, file_hash
 from merging.sources.header import header_length, parse_header
 from merging.sources.open_files import File
-from merging.sources.pickled import open_pickle
+from merging.sources.opening import open_tensors
 from merging.sources.stored import FileContents, FileTensor
 
 __all__ = ["RemoteFile", "Window"]
@@ -97,7 +97,7 @@ class RemoteFile:
         A commit never changes, so that they are read once.
         """
         if not self.name.endswith(".safetensors"):
-            return open_pickle(self.fetch())
+            return open_tensors(self.fetch())
         head = fetch_range(self.url, 0, min(_FIRST, self.size), self.label) if self.size else b""
         length = header_length(head[:64], self.size, self.label)
         raw = head[8 : 8 + length]

@@ -29,7 +29,7 @@ _PLANNED = ("README.md", "config.json", "adapter_config.json", "model_index.json
 _KNOWN: dict[str, Repository] = {}
 """The opened repositories, by their commits."""
 
-_WEIGHTS = (".safetensors", *PYTORCH_ENDINGS)
+_WEIGHTS = (".safetensors", ".gguf", *PYTORCH_ENDINGS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

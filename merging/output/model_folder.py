@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from merging import os_calls
+from merging.output.gguf_tokenizer import rebuild_tokenizer
 from merging.output.model_card import model_card
 from merging.output.tokenizer_files import map_token_ids, tokenizer_patterns, written_files
 from merging.plan.inputs.adapter_tokenizer import GENERATION
@@ -45,7 +46,7 @@ def write_model_companions(plan: Plan, folder: Path) -> list[str]:
     reference = plan.reference
     assert reference is not None
     (folder / "README.md").write_text(model_card(plan), encoding="utf-8")
-    if reference.folder is None:
+    if reference.folder is None and not reference.config:
         return [
             f"{reference.path} is a bare file without a config, so the output has none: copy it from the model's folder"
         ]
@@ -58,7 +59,8 @@ def write_model_companions(plan: Plan, folder: Path) -> list[str]:
         elif component.config:
             text = json.dumps(_model_config(plan, component.config), indent=2) + "\n"
             (folder / name / "config.json").write_text(text, encoding="utf-8")
-    return _remarks(plan, reference, own)
+    tokenizer = rebuild_tokenizer(own, folder)
+    return [*_remarks(plan, reference, own), *([tokenizer] if tokenizer else [])]
 
 
 def copy_companions(plan: Plan, folder: Path) -> None:
@@ -76,12 +78,10 @@ def copy_companions(plan: Plan, folder: Path) -> None:
 
 
 def _remarks(plan: Plan, reference: Checkpoint, own: Checkpoint) -> list[str]:
-    assert reference.folder is not None
     remarks = []
-    if "auto_map" in reference.config or any(reference.folder.glob("*.py")) or any(reference.folder.glob("*/*.py")):
-        remarks.append(
-            f"the model runs code of its own, which is not copied: copy *.py from {reference.folder} if you trust it"
-        )
+    place = reference.folder
+    if place is not None and ("auto_map" in reference.config or any(place.glob("*.py")) or any(place.glob("*/*.py"))):
+        remarks.append(f"the model runs code of its own, which is not copied: copy *.py from {place} if you trust it")
     indexed = plan.vocabulary is not None and plan.vocabulary.matched is None and not plan.vocabulary.lent
     if indexed and own is not reference and own.folder is not None:
         remarks.append(f"the tokenizer comes from {own.path}, which has the largest vocabulary")

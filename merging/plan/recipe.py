@@ -130,7 +130,7 @@ class Recipe(Displayed, CheckedModel):
     dequantise: bool = Field(
         False,
         alias="dequantize",
-        description="read weights that are quantised in a simple way (FP8, MXFP4, 8-bit, NF4) as ordinary numbers",
+        description="read weights quantised in a simple way (FP8, MXFP4, 8-bit, NF4, GGUF) as ordinary numbers",
     )
     exclude: tuple[str, ...] = Field((), description="tensors that are left as in the base: names, parts, or wildcards")
     allow_different_bases: bool = Field(False, description="merge adapters that say they have different bases")

@@ -135,7 +135,7 @@ def open_local(
     refuse_foreign(path, plain[0])
     dialect = dialect_of(plain)
     if dialect is None:
-        return _checkpoint(path, dequantize, lambda _: contents)
+        return _checkpoint(path, dequantize, lambda file: contents if file == path else open_file(file))
     refuse_ungathered(path, plain[0])
     return _check_numbers(add_tensor_names(dialect.opens(path, alpha, plain), plain))
 

@@ -1,4 +1,4 @@
-"""Full checkpoints: one file, or shards with an index, of safetensors or PyTorch, opened from their headers."""
+"""Full checkpoints: one file, or shards, of safetensors, PyTorch or GGUF, opened from their headers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from merging.display.tables import Displayed
 from merging.errors import FormatError
 from merging.maths.lazy_torch import torch
 from merging.sources.components import MODULES, PIPELINE, components_of
+from merging.sources.gguf.files import read_model
 from merging.sources.model_config import read_config
 from merging.sources.opening import FileOpener, open_tensors
 from merging.sources.origin import Origin
@@ -24,6 +25,7 @@ from merging.sources.training_leftovers import refuse_ungathered, strip_wrappers
 from merging.sources.weight_files import (
     agree,
     check_absent,
+    gguf_shards,
     is_standard,
     refuse_shard,
     shards_of,
@@ -154,6 +156,8 @@ def _compose(path: Path, components: dict[str, Checkpoint]) -> Checkpoint:
 
 def _open_one(path: Path, dequantize: bool, open_file: FileOpener) -> Checkpoint:
     weights = path if path.is_file() else weights_of(path)
+    if weights.suffix == ".gguf":
+        return _open_gguf(path, weights, dequantize, open_file)
     named = is_standard(weights.name)
     folder = weights.parent if path.is_dir() or (named and is_there(weights.parent / "config.json")) else None
     config = read_config(folder / "config.json") if folder and is_there(folder / "config.json") else {}
@@ -193,6 +197,24 @@ def _open_one(path: Path, dequantize: bool, open_file: FileOpener) -> Checkpoint
         shared=shared,
         stem=stem_of(weights),
     )
+
+
+def _open_gguf(path: Path, weights: Path, dequantize: bool, open_file: FileOpener) -> Checkpoint:
+    """Open a model in GGUF files, with a config made of its metadata."""
+    files = gguf_shards(weights)
+    tensors: dict[str, Stored] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        found, stated = open_file(file)
+        twice = next((name for name in found if name in tensors), None)
+        if twice is not None:
+            raise FormatError(f"{file}: holds {twice}, which another shard holds too: get them again together")
+        tensors |= found
+        metadata = metadata or stated
+    if not tensors:
+        raise FormatError(f"{path}: holds no tensors")
+    model = read_model(path, tensors, metadata, dequantize)
+    return Checkpoint(path=path, tensors=model.tensors, files=tuple(files), config=model.config)
 
 
 def _files_of(weights: Path, in_folder: bool) -> Mapping[Path, set[str] | None]:

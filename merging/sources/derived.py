@@ -21,6 +21,10 @@ class Derived(Stored):
         return tuple(inner for each in self._made_of for inner in each.made_of)
 
     @property
+    def quantized(self) -> str | None:
+        return self.made_of[0].dtype_name
+
+    @property
     def at_hand(self) -> bool:
         return all(each.at_hand for each in self._made_of)
 

@@ -18,6 +18,7 @@ __all__ = ["Format", "formats"]
 _CHECKPOINTS = {
     "safetensors": "one file, shards with an index, or a variant of them (fp16)",
     "PyTorch": ".bin, .pt, .pth, and .ckpt of Lightning: read at their places, and no code in them is run",
+    "GGUF": "files of llama.cpp, in shards too: F32, F16 and BF16 as they are, all else with --dequantize",
     "DCP": "folders of torch.distributed.checkpoint, in shards: the model in them, without the optimizer",
     "pipelines": "folders of diffusers and of sentence-transformers, component by component",
 }
@@ -51,7 +52,7 @@ def formats() -> Iterator[Format]:
         "quantised (FP8 also without scales); as ordinary numbers with --dequantize",
         "in full",
     )
-    others = ", ".join(["GGUF", *(kind for kind in quantised if kind not in SIMPLE)])
+    others = ", ".join(kind for kind in quantised if kind not in SIMPLE)
     reason = "quantised: merge the model it was made from, and quantise the result"
     yield Format(others, "Full checkpoints", reason, "refused")
     for dialect in DIALECTS:

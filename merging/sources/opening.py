@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from merging.sources.distributed import METADATA, open_distributed
+from merging.sources.gguf.files import open_gguf
 from merging.sources.pickled import open_pickle
 from merging.sources.stored import FileContents, open_safetensors
 
@@ -16,7 +17,7 @@ FileOpener = Callable[[Path], FileContents]
 
 
 def open_tensors(path: Path) -> FileContents:
-    """Open a weights file on this disk, in the format of its ending: safetensors, or PyTorch's.
+    """Open a weights file on this disk, in the format of its ending: safetensors, GGUF, or PyTorch's.
 
     The list of a distributed checkpoint stands for all of its files.
     """
@@ -24,4 +25,6 @@ def open_tensors(path: Path) -> FileContents:
         return open_distributed(path)
     if path.suffix == ".safetensors":
         return open_safetensors(path)
+    if path.suffix == ".gguf":
+        return open_gguf(path)
     return open_pickle(path)

@@ -23,7 +23,7 @@ class Origin:
     @property
     def folder(self) -> str:
         """The folder of the model within the repository."""
-        file = self.path.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json"))
+        file = self.path.endswith((".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".json"))
         return self.path.rpartition("/")[0] if file else self.path
 
     def __str__(self) -> str:

@@ -97,6 +97,11 @@ class Stored(Displayed, ABC):
         return self.order()[0]
 
     @property
+    def quantized(self) -> str | None:
+        """The type of the codes that it is computed from, None for ordinary numbers."""
+        return None
+
+    @property
     def made_of(self) -> tuple[Stored, ...]:
         """The stored tensors from which it is read: itself, unless it is computed from others."""
         return (self,)

@@ -45,6 +45,10 @@ class View(Stored):
             self._of.advise(self._start + start, count)
 
     @property
+    def quantized(self) -> str | None:
+        return self._of.quantized
+
+    @property
     def at_hand(self) -> bool:
         return self._of.at_hand
 

@@ -20,10 +20,10 @@ __all__ = [
     "check_absent",
     "check_suffix",
     "find_weights",
+    "gguf_shards",
     "is_plain_name",
     "is_shard",
     "is_standard",
-    "of_llama_cpp",
     "refuse_shard",
     "shards_of",
     "shards_without_index",
@@ -57,7 +57,7 @@ _VARIANTS = tuple(
 
 _SHARD = re.compile(r"-[0-9]{5}-of-[0-9]{5}$|^[0-9]{5}-of-[0-9]{5}$")
 
-_NUMBERED = re.compile(r"(?P<set>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.(?P<ending>safetensors|bin)")
+_NUMBERED = re.compile(r"(?P<set>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.(?P<ending>safetensors|bin|gguf)")
 """A shard's name: its set, its number, and the number of shards."""
 
 
@@ -103,7 +103,8 @@ def shards_without_index(folder: Path) -> list[Path]:
     """
     sets: dict[tuple[str, str, str], dict[int, Path]] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if match := _NUMBERED.fullmatch(path.name):
+        match = _NUMBERED.fullmatch(path.name)
+        if match and match["ending"] != "gguf":
             shards = sets.setdefault((match["set"], match["count"], match["ending"]), {})
             shards[int(match["number"])] = path
     safe = {key: shards for key, shards in sets.items() if key[2] == "safetensors"} or sets
@@ -145,8 +146,10 @@ def weights_of(folder: Path) -> Path:
     found = sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
         return check_inside(found[0], folder)
-    for path in folder.glob("*.gguf") if not found else ():
-        raise of_llama_cpp(path)
+    if not found:
+        found = [path for path in sorted(folder.glob("*.gguf")) if _is_first(path.name)]
+        if len(found) == 1:
+            return check_inside(found[0], folder)
     if found:
         raise InputError(
             f"{folder}: which weights? The folder holds {', '.join(path.name for path in found)}: name the file"
@@ -176,20 +179,32 @@ def _folders_of_models(folder: Path) -> list[str]:
 
 def check_suffix(path: Path) -> None:
     """Refuse a file whose name is not a weights file's. Raises :class:`~merging.errors.FormatError`."""
-    if path.suffix == ".gguf":
-        raise of_llama_cpp(path)
-    if path.suffix not in (".safetensors", *PYTORCH_ENDINGS):
+    if path.suffix not in (".safetensors", ".gguf", *PYTORCH_ENDINGS):
         raise FormatError(
-            f"{path}: is not a weights file: .safetensors, .bin, .pt, .pth or .ckpt are read, or a folder"
+            f"{path}: is not a weights file: .safetensors, .gguf, .bin, .pt, .pth or .ckpt are read, or a folder"
         )
 
 
-def of_llama_cpp(path: Path) -> FormatError:
-    """Return the error for a GGUF file."""
-    return FormatError(
-        f"{path}: is a GGUF file, whose weights are quantised for llama.cpp: merge the model it was made from, "
-        f"and convert the result"
-    )
+def _is_first(name: str) -> bool:
+    """Whether a GGUF file holds a language model, or the first part of one."""
+    match = _NUMBERED.fullmatch(name)
+    return not name.startswith("mmproj") and (match is None or int(match["number"]) == 1)
+
+
+def gguf_shards(path: Path) -> list[Path]:
+    """Return all files of a model in GGUF: ``path`` and the other shards, if there are any. The first has the metadata.
+
+    Raises :class:`~merging.errors.InputError` if a shard is missing.
+    """
+    match = _NUMBERED.fullmatch(path.name)
+    if match is None:
+        return [path]
+    names = [f"{match['set']}-{number:05}-of-{match['count']}.gguf" for number in range(1, int(match["count"]) + 1)]
+    shards = [path.with_name(name) for name in names]
+    missing = next((shard for shard in shards if not shard.exists()), None)
+    if missing is not None:
+        raise InputError(f"{path}: its shard {missing.name} is missing: complete the download")
+    return [check_inside(shard, path.parent) for shard in shards]
 
 
 def shards_of(index: Path, *, given: bool = False) -> dict[Path, set[str]]:

@@ -317,7 +317,7 @@ def edit_config_json(folder: Path, stated: dict[str, Any]) -> Path:
 
 
 REFUSED: dict[str, tuple[Make, str]] = {
-    "GGUF": (gguf, "is a GGUF file, whose weights are quantised for llama.cpp"),
+    "GGUF": (gguf, "its version of the format is 0"),
     "empty": (lambda path: saved(path, {}), "holds no tensors"),
     "truncated": (cut, "truncated: has 88,755 bytes of 88,760: download it again"),
     "HTML": (text("<!DOCTYPE html><html><body>Sign in</body></html>"), "is an HTML or XML page, not the file"),

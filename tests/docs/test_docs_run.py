@@ -31,7 +31,7 @@ LONG = {
     "docs/tasks/merge-models.md": "it decomposes full matrices",
     "docs/tasks/watch.md": "it looks twice, with ten seconds between",
     "docs/tasks/pool.md": "the smoke test runs the base over texts",
-    "docs/tasks/quantized.md": "a converter asks for the tokenizer",
+    "docs/tasks/gguf.md": "a converter asks for the tokenizer",
     "docs/tasks/recycle.md": "it trains",
     "docs/tasks/sentence-transformers.md": "sentence-transformers loads the merged model",
     "docs/tasks/verify.md": "PEFT loads the adapter",

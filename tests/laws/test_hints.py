@@ -247,6 +247,7 @@ ELSEWHERE = {
     "the names in Kohya's files do not give the names of the model's modules": "test_exports.py",
     "one of the two is a part of the other": "sources/test_one_naming.py",
     "is in several tensors of {}": "test_experts.py",
+    "use --dequantize to merge it as ordinary numbers": "sources/test_gguf_models.py",
     "give the right one with --lora-alpha": "sources/test_diffusion_lora.py",
     "or give an alpha with --lora-alpha": "sources/test_mlx.py",
     "or use --allow-nonfinite": "test_run.py",

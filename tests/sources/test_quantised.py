@@ -310,13 +310,6 @@ def test_zero_points_and_codes_without_scales(tmp_path: Path) -> None:
             open_model(quantised_folder(tmp_path / "m", tensors, None), dequantize=True)
 
 
-def test_files_of_llama_cpp(tmp_path: Path) -> None:
-    for path in (tmp_path / "m.gguf", tmp_path):
-        (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(60))
-        with pytest.raises(FormatError, match=r"m\.gguf: is a GGUF file.*merge the model it was made from"):
-            open_model(path)
-
-
 def test_inspect_tells_what_would_be_dequantised(tmp_path: Path) -> None:
     packed, _ = gpt_oss(tmp_path, 1)
     facts = inspect(packed)

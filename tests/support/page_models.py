@@ -93,6 +93,18 @@ def _fp8_models(folder: Path) -> None:
         tiny.save(folder / model, codes, {"quantization_config": stated})
 
 
+def _gguf_models(folder: Path) -> None:
+    """A model in GGUF, another of its kind, and a LoRA that PEFT made."""
+    from support.adapters import LLAMA, quiet, save_base, train
+    from support.gguf_files import write_gguf
+
+    with quiet(), catch_warnings():
+        simplefilter("ignore")
+        base = save_base(folder / "other", "llama")
+        train(folder / "lora", base, 1, LLAMA)
+    write_gguf(folder / "model-q8_0.gguf", base, "Q8_0")
+
+
 def _expert_adapters(folder: Path) -> None:
     """A mixture of experts, and two adapters of its experts that PEFT made."""
     from support.adapters import quiet, save_base, train
@@ -149,6 +161,7 @@ _MAKERS: dict[str, Callable[[Path], None]] = {
     "README.md": _encoder,
     "docs/quick-start.md": _encoder,
     "docs/tasks/experts.md": _expert_adapters,
+    "docs/tasks/gguf.md": _gguf_models,
     "docs/tasks/heads.md": _classifiers,
     "docs/tasks/merge-loras.md": _writers,
     "docs/tasks/moe.md": _dense_models,

@@ -1,0 +1,37 @@
+"""The tokenizer of a model in a GGUF file, rebuilt by transformers from the file's metadata."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+from merging.sources import Checkpoint
+
+__all__ = ["rebuild_tokenizer"]
+
+
+def rebuild_tokenizer(model: Checkpoint, folder: Path) -> str | None:
+    """Write the tokenizer of a model in a GGUF file into a folder, as transformers reads it from the file.
+
+    Nothing is written for other models, or where transformers cannot read it.
+
+    Returns:
+        A remark for people where it is missing, None otherwise.
+    """
+    file = model.files[0] if model.files else None
+    if file is None or file.suffix != ".gguf" or not model.config.get("model_type"):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+            tokenizer.save_pretrained(str(folder))
+    except Exception as error:  # whatever a stranger's tokenizer makes of the library
+        first = str(error).partition("\n")[0][:160] or type(error).__name__
+        return (
+            f"the output has no tokenizer, as transformers does not read it from {file} ({first}): copy it from the "
+            f"folder of the model it was made from"
+        )
+    return None
