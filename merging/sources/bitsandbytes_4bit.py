@@ -9,6 +9,7 @@ from typing import Any
 
 from merging.errors import FormatError
 from merging.maths.lazy_torch import Tensor, torch
+from merging.sources.bitsandbytes_codes import dequantize_blocks, dequantize_scales
 from merging.sources.derived import Derived
 from merging.sources.dtypes import DTYPE_NAMES, DTYPES
 from merging.sources.header import DTYPE_BITS
@@ -55,7 +56,7 @@ class FourBit(Derived):
         block = self._steps[0]
         blocks = range(start // block, -(-stop // block))
         scales = self._block_scales(blocks).repeat_interleave(block)[start - blocks.start * block :][:count]
-        return self._map.read().float()[codes].mul_(scales)
+        return dequantize_blocks(codes, self._map.read(), scales)
 
     def _block_scales(self, blocks: range) -> Tensor:
         raw = torch.empty(len(blocks), dtype=self._scales.dtype)
@@ -67,7 +68,7 @@ class FourBit(Derived):
         groups = torch.empty(-(-blocks.stop // step) - blocks.start // step, dtype=absmax.dtype)
         absmax.read_into(groups, blocks.start // step)
         places = torch.arange(blocks.start, blocks.stop) // step - blocks.start // step
-        return table.read().float()[raw.int()].mul_(groups.float()[places]).add_(self._offset)
+        return dequantize_scales(raw.int(), table.read(), groups.float()[places], self._offset)
 
     def advise(self, start: int, count: int) -> None:
         size = 2 * DTYPE_BITS[self._codes.dtype_name] // 8
