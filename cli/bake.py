@@ -13,7 +13,7 @@ from .fields import FieldsCommand, chain_options
 from .merge import model_options
 from .options import recipe_only_option
 from .output import echo_text
-from .types import METHOD, MODEL
+from .types import METHOD, MODEL, NAME_OR_MAPPING
 
 __all__ = ["bake_command"]
 
@@ -28,6 +28,12 @@ def bake_fields(typed: Mapping[str, Any]) -> list[click.Option]:
 @click.option("--base", type=MODEL, help="another base than the adapters state")
 @click.option(
     "-m", "--method", type=METHOD, help="a method or chain for several adapters  [default: the sum of their changes]"
+)
+@click.option(
+    "--as-trained",
+    type=NAME_OR_MAPPING,
+    metavar="nf4|fp4|int8",
+    help="add to the base as bitsandbytes quantised it for the training (QLoRA); or a mapping in braces",
 )
 @model_options
 @recipe_only_option

@@ -27,7 +27,7 @@ from .options import (
 )
 from .output import echo_text
 from .rank import energy_option, rank_of, size_option
-from .types import METHOD, MODEL, TOKENIZER
+from .types import METHOD, MODEL, NAME_OR_MAPPING
 
 __all__ = ["is_method", "merge_command", "model_options"]
 
@@ -86,7 +86,7 @@ model_options = add_options(
     vocabulary_option,
     click.option(
         "--tokenizer",
-        type=TOKENIZER,
+        type=NAME_OR_MAPPING,
         metavar="union|base|MODEL",
         help="match rows by token: all tokens, or the tokens of the base or a model; or a mapping in braces",
     ),

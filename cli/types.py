@@ -11,7 +11,7 @@ from click.shell_completion import CompletionItem
 
 from merging.errors import OptionError
 
-__all__ = ["METHOD", "MODEL", "SIZE", "TOKENIZER", "Size", "ValuesType", "paths_that_begin"]
+__all__ = ["METHOD", "MODEL", "NAME_OR_MAPPING", "SIZE", "Size", "ValuesType", "paths_that_begin"]
 
 
 class Size(click.ParamType[int]):
@@ -58,10 +58,10 @@ class ValuesType(click.ParamType[Any]):
         return numbers if "," in value else numbers[0]
 
 
-class TokenizerType(click.ParamType[Any]):
-    """A tokenizer: union, base, a model's name, or a mapping in braces, as in a recipe."""
+class NameOrMapping(click.ParamType[Any]):
+    """A name, or a mapping in braces, as in a recipe."""
 
-    name = "tokenizer"
+    name = "text"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str) or not value.startswith("{"):
@@ -130,4 +130,4 @@ class MethodName(click.ParamType[str]):
 SIZE = Size()
 MODEL = ModelType()
 METHOD = MethodName()
-TOKENIZER = TokenizerType()
+NAME_OR_MAPPING = NameOrMapping()

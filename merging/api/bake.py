@@ -15,10 +15,10 @@ from merging.api.options import MergeOptions
 from merging.display.progress import Progress, resolve_progress
 from merging.engine.resources import pick_device
 from merging.errors import InputError, OptionError, option
-from merging.hub.open_model import open_model
+from merging.hub.open_model import open_model, require_full
 from merging.maths.lazy_torch import torch
 from merging.methods.contract.method import Method
-from merging.plan.find_base import find_base
+from merging.plan.find_base import FoundBase, find_base
 from merging.plan.inputs.adapter_tokenizer import GENERATION, adapter_folder, find_saved_tokenizer
 from merging.plan.recipe import FIELDS, Entry, Recipe
 from merging.plan.tokens.chat_templates import read_chat_template
@@ -68,7 +68,8 @@ def bake(
         overwrite: whether an output that exists is replaced.
         stream: whether models of the Hub pass through the disk file by file, and are not kept in the library's cache.
         progress: True for a bar, or a function that receives the bytes done and the bytes in all.
-        **options: ``base``, for another base than the adapters state, and the other options of :func:`merging.merge`.
+        **options: ``base``, for another base than the adapters state; ``as_trained`` (``"nf4"``, ``"fp4"``, ``"int8"``)
+            for the base as bitsandbytes quantised it; and the other options of :func:`merging.merge`.
 
     Returns:
         The path and the kind of the output, its size, and remarks: the base that was found, and files that stay behind.
@@ -117,12 +118,22 @@ def bake_recipe(adapters: object, method: str | Method | None, options: Mapping[
     if not names:
         raise OptionError("there is nothing to bake: name at least one adapter")
     opened = [_open_adapter(name, stated.get("lora_alpha")) for name in names]
-    notices = _add_base(stated, opened) if stated.get("base") is None else []
+    found = _add_base(stated, opened) if stated.get("base") is None else None
+    notices = [found.notice] if found else []
+    if found is not None and found.trained is not None and stated.get("as_trained") is None:
+        notices.append(
+            f"{option('as_trained', found.trained)} adds the change to {found.name} as it was quantised for the "
+            f"training"
+        )
     if not {"tokenizer", "vocabulary"} & stated.keys():
         notices += _add_tokenizer(stated, names, opened)
     if method is None:
         method = "linear" if len(names) == 1 and stated.keys() <= FIELDS else "task_arithmetic"
     recipe = merge_recipe(names, method, {**stated, "kind": "model"})
+    if recipe.as_trained is not None and found is not None and found.quantization is not None:
+        base = require_full(open_model(found.name), found.name, option("base"))
+        filled = recipe.as_trained.fill(found.quantization, list(base.tensors))
+        recipe = recipe.model_copy(update={"as_trained": filled})
     return BakeRecipe(recipe=recipe, notices=tuple(notices))
 
 
@@ -146,14 +157,14 @@ def _open_adapter(name: str, alpha: float | None) -> Adapter:
     return model
 
 
-def _add_base(options: dict[str, Any], adapters: Sequence[Adapter]) -> list[str]:
-    """Add the base that adapters state to the options, and return a remark on it."""
+def _add_base(options: dict[str, Any], adapters: Sequence[Adapter]) -> FoundBase:
+    """Add the base that adapters state to the options, and return it."""
     found = find_base(adapters, bool(options.get("dequantise") or options.get("dequantize")))
     options["base"] = found.name
     if found.dequantize:
         options.pop("dequantize", None)
         options["dequantise"] = True
-    return [found.notice]
+    return found
 
 
 def _add_tokenizer(options: dict[str, Any], names: Sequence[str], adapters: Sequence[Adapter]) -> list[str]:

@@ -47,6 +47,7 @@ class RecipeOptions(TypedDict, total=False):
     tokenizer: str | Path | Mapping[str, object] | None
     chat_template: str | Path | None
     components: str | Sequence[str] | None
+    as_trained: Literal["nf4", "fp4", "int8"] | Mapping[str, object] | None
     dequantise: bool | None
     dequantize: bool | None
     exclude: str | Sequence[str] | None

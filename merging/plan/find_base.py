@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from merging.errors import InputError, MergingError, QuantizedError, option
 from merging.hub.address import hub_address, local_path
 from merging.hub.cards import stated_base_models
 from merging.hub.open_model import open_model
 from merging.hub.repository import open_repository
+from merging.plan.as_trained import TrainedFormat, stated_format
 from merging.sources import Adapter, Checkpoint
+from merging.sources.model_config import read_config
+from merging.sources.small_files import is_there
 
 __all__ = ["FoundBase", "find_base", "unquantized_name"]
 
@@ -36,11 +40,15 @@ class FoundBase:
         name: its path or its name on the Hub.
         dequantize: whether it has to be read with its quantised weights as ordinary numbers.
         notice: a remark for people on the choice.
+        trained: the format of bitsandbytes in which the adapters were trained on it, if that is known.
+        quantization: the ``quantization_config`` of the quantised copy that the adapters state, if it is found.
     """
 
     name: str
     notice: str
     dequantize: bool = False
+    trained: TrainedFormat | None = None
+    quantization: Mapping[str, Any] | None = None
 
 
 def find_base(adapters: Sequence[Adapter], dequantize: bool = False) -> FoundBase:
@@ -145,11 +153,29 @@ def _describe_stated(adapter: Adapter, name: str) -> str:
 
 
 def _describe_twin(adapter: Adapter, name: str, twin: str) -> FoundBase:
+    quantization = _quantization_of(name)
     return FoundBase(
         twin,
         notice=f"{adapter.path}: states the quantised base {name}: its 16-bit twin {twin} is used instead "
         f"({option('base')} names another)",
+        trained=stated_format(quantization) if quantization else _format_in_name(name),
+        quantization=quantization,
     )
+
+
+def _quantization_of(name: str) -> Mapping[str, Any] | None:
+    """Return the ``quantization_config`` of a model, None if its config is not found or states none."""
+    with suppress(MergingError):
+        path = _folder_of(name) / "config.json"
+        stated = read_config(path).get("quantization_config") if is_there(path) else None
+        return stated if isinstance(stated, dict) else None
+    return None
+
+
+def _format_in_name(name: str) -> TrainedFormat | None:
+    """Return the format of bitsandbytes that a name states, None if it states none."""
+    bits = re.search(r"[-_.]bnb[-_.]([48])-?bit", name, re.IGNORECASE)
+    return None if bits is None else "nf4" if bits[1] == "4" else "int8"
 
 
 def _read_quantized(adapter: Adapter, name: str, error: QuantizedError) -> FoundBase:

@@ -17,6 +17,7 @@ from merging.maths.parameters import plain
 from merging.methods import chain, parameters_of
 from merging.methods.contract.method import Method
 from merging.plan import layer_stack
+from merging.plan.as_trained import AsTrained
 from merging.plan.checked_model import CheckedModel
 from merging.plan.extracted_parts import ExtractedParts
 from merging.plan.layer_stack import LayerPart, LayerStack
@@ -131,6 +132,11 @@ class Recipe(Displayed, CheckedModel):
         False,
         alias="dequantize",
         description="read weights quantised in a simple way (FP8, MXFP4, 8-bit, NF4, GGUF) as ordinary numbers",
+    )
+    as_trained: AsTrained | None = Field(
+        None,
+        description="add changes to the base as bitsandbytes quantised it for their training: nf4, fp4 or int8; also a "
+        "mapping with format, double_quant, block_size, dtype, skip and device",
     )
     exclude: tuple[str, ...] = Field((), description="tensors that are left as in the base: names, parts, or wildcards")
     allow_different_bases: bool = Field(False, description="merge adapters that say they have different bases")

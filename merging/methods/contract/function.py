@@ -29,6 +29,7 @@ OPTIONS = frozenset(
         "allow_unmatched",
         "as",
         "as_json",
+        "as_trained",
         "base",
         "chat_template",
         "component",

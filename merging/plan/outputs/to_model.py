@@ -13,6 +13,7 @@ from merging.plan.inputs.tied_heads import add_tied_head, find_own_heads, is_unt
 from merging.plan.items import Item
 from merging.plan.names.resolve import Resolver
 from merging.plan.outputs.planned import PlannedOutput
+from merging.plan.outputs.rounded_base import round_base
 from merging.plan.recipe import DTYPES, Recipe
 from merging.plan.stacks import find_stacks, mark_experts
 from merging.sources import Adapter, Checkpoint, Model
@@ -90,12 +91,21 @@ def plan_model(
     tensors, inputs, kept = add_tied_head(known, inputs, reference)
     excluded = all_matching(recipe.exclude, [*tensors, *heads.excluded])
     turned = inputs_by_outputs({name: stored.shape for name, stored in tensors.items()})
+    sites = {name: site_of(name, stored.shape, stacks, name in turned) for name, stored in tensors.items()}
+    rounded = round_base(recipe.as_trained, reference, models, sites, inputs)
     items = []
     for name, stored in tensors.items():
-        site = site_of(name, stored.shape, stacks, name in turned)
         given = tuple(each.get(name) for each in inputs)
         copied = name in differing or name in kept or name in excluded
-        items.append(_item(site, stored, () if copied else given, recipe, based=base is not None, weights=weights))
+        dtype_name = DTYPES[recipe.dtype] if recipe.dtype and stored.floating else stored.dtype_name
+        outs = (OutputTensor(name, dtype_name, stored.shape),)
+        held = rounded.weights.get(name, stored)
+        items.append(
+            _item(
+                sites[name], held, () if copied else given, recipe, outs=outs, based=base is not None, weights=weights
+            )
+        )
+    notices += rounded.notices
     untied = is_untied(tensors, reference)
     return PlannedOutput(items=items, matched=matched, notices=notices, guess=guess, untied=untied)
 
@@ -160,12 +170,11 @@ def _item(
     inputs: tuple[Stored | Change | None, ...],
     recipe: Recipe,
     *,
+    outs: tuple[OutputTensor, ...],
     based: bool,
     weights: bool,
 ) -> Item:
     """Return the item of a tensor; it is copied where no model has an input for it."""
-    dtype_name = DTYPES[recipe.dtype] if recipe.dtype and stored.floating else stored.dtype_name
-    outs = (OutputTensor(site.name, dtype_name, stored.shape),)
     site = mark_experts(site, inputs)
     if not stored.floating or not any(inputs):
         return Item(site, inputs, stored, outs, "copy")
