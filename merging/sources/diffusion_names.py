@@ -6,15 +6,16 @@ published names. Where one of the two fuses projections, a name means a range of
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from merging.maths.shapes import Shapes
 from merging.sources import unet_names
 from merging.sources.denoisers import family_of, is_denoiser
 from merging.sources.fused_names import NameSet, RowRange, paired_names
-from merging.sources.lora_names import within
+from merging.sources.lora_names import flat_parts, within
 
 __all__ = ["Known", "known_names", "spellings"]
 
@@ -42,6 +43,11 @@ _DENOISERS = {"unet": "denoiser", "transformer": "denoiser", "transformer_2": "d
 
 _UNET = ("down_blocks", "mid_block", "up_blocks", "input_blocks", "middle_block", "output_blocks", "conv_in",
          "conv_norm_out", "conv_out", "time_embedding", "add_embedding", "time_embed", "label_emb", "out")  # fmt: skip
+_SHARED = frozenset({"time_embed", "time_embedding"})
+"""Embedders that transformers have too."""
+_UNET_BLOCK = re.compile(r"(?:^|\.)(?:down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks)\.")
+_WRAPPERS = ("net.", "model.model.", "pipe.dit.")
+"""The prefixes of NVIDIA's files of Cosmos, of ComfyUI's files of HunyuanVideo, and of DiffSynth's pipelines."""
 _PUBLISHED_DENOISERS = ("double_blocks", "single_blocks", "joint_blocks")
 _TEXT = ("text_model.", "encoder.layers.", "encoder.block.", "transformer.resblocks.")
 _FOREIGN = ("vae", "first_stage_model", "cond_stage_model", "conditioner", "text_encoders", "model_ema", "base_model")
@@ -78,15 +84,24 @@ def known_names(shapes: Shapes, strict: bool = False) -> list[Known]:
     """Return all names of the tensors of a base, from their names on disk and shapes; none if it is another model.
 
     Names without a component are taken as names of a transformer. With ``strict`` they need the prefix of a denoiser,
-    or must be next to blocks that only denoisers have.
+    or must be next to blocks that only denoisers have. Flat names have other names where the rules of a family say so.
     """
+    flat = {name: parts for name in shapes if (parts := flat_parts(name))}
+    dotted = {name: shape for name, shape in shapes.items() if name not in flat}
+    return [*_dotted_names(dotted, strict), *_flat_names(shapes, flat)]
+
+
+def _dotted_names(shapes: Shapes, strict: bool) -> list[Known]:
+    """Return all names of tensors under dotted names."""
     guess = not strict or any(is_denoiser(name.rpartition(".")[0]) for name in shapes)
+    wrapper = _wrapper(shapes)
+    unet = any(_UNET_BLOCK.search(name) for name in shapes)
     components: defaultdict[str, dict[str, str]] = defaultdict(dict)
     published: set[str] = set()
     for name in shapes:
-        prefix = next((each for each in _PREFIXES if name.startswith(each)), "")
+        prefix = wrapper or next((each for each in _PREFIXES if name.startswith(each)), "")
         short = name.removeprefix(prefix)
-        component = _PREFIXES.get(prefix) or _by_content(short, guess or bool(prefix))
+        component = _PREFIXES.get(prefix) or _by_content(short, unet, guess or bool(prefix))
         if component and shapes[name]:
             components[component][short] = name
         if component and (prefix.endswith("diffusion_model.") or short.startswith(_PUBLISHED_DENOISERS)):
@@ -98,6 +113,13 @@ def known_names(shapes: Shapes, strict: bool = False) -> list[Known]:
             rows = tuple(replace(part, name=names[part.name]) for part in known.rows)
             found.append(replace(known, rows=rows))
     return found
+
+
+def _flat_names(shapes: Shapes, flat: Mapping[str, tuple[str, str]]) -> Iterator[Known]:
+    """Yield the names that flat names of a transformer stand for; ``flat`` are their components and normal forms."""
+    names = {short: name for name, (component, short) in flat.items() if component == "denoiser"}
+    for whose, known, rows in paired_names({short: shapes[name] for short, name in names.items()}):
+        yield Known("transformer", known, (whose,), tuple(replace(part, name=names[part.name]) for part in rows))
 
 
 def spellings(known: Known, t5: bool = False, alone: bool = True) -> Iterator[tuple[str, str]]:
@@ -115,10 +137,18 @@ def spellings(known: Known, t5: bool = False, alone: bool = True) -> Iterator[tu
         yield "denoiser_2", name
 
 
-def _by_content(name: str, guess: bool) -> str | None:
-    """Return the component of a name without a prefix, from its block."""
+def _wrapper(shapes: Shapes) -> str:
+    """Return the prefix with which some programs publish a denoiser, empty without one."""
+    for prefix in _WRAPPERS:
+        if shapes and all(name.startswith(prefix) for name in shapes):
+            return prefix if family_of({name.removeprefix(prefix): shape for name, shape in shapes.items()}) else ""
+    return ""
+
+
+def _by_content(name: str, unet: bool, guess: bool) -> str | None:
+    """Return the component of a name without a prefix, from its block. ``unet``: there are blocks of a U-Net."""
     first = name.partition(".")[0]
-    if first in _UNET:
+    if first in _UNET and (unet or first not in _SHARED):
         return "unet"
     if name.startswith(_TEXT):
         return "text_encoder"
@@ -152,7 +182,8 @@ def _transformer(component: str, shapes: Shapes, style: NameSet) -> Iterator[Kno
     others = dict.fromkeys(shapes)
     family = family_of(shapes)
     for whose, name, rows in paired_names(shapes):
-        others.pop(name, None)
+        for part in rows:
+            others.pop(part.name, None)
         yield Known(component, name, (whose,), rows)
     for name in others:
         shared = family is None or family.has_one_name(name)

@@ -9,7 +9,7 @@ import re
 
 from merging.sources.denoisers import flat_name, respell
 
-__all__ = ["normal_name", "within"]
+__all__ = ["flat_parts", "normal_name", "within"]
 
 _FLAT = (
     (re.compile(r"(?:lora_(?:unet|transformer|prior|prior_unet)|lycoris|oft_unet|Hunyuan_video_I2V_lora)_+(?!unet_)"),
@@ -23,6 +23,8 @@ _FLAT = (
 _DOTTED = {
     "model.diffusion_model.": "denoiser",
     "diffusion_model.": "denoiser",
+    "net.": "denoiser",
+    "pipe.dit.": "denoiser",
     "transformer.": "denoiser",
     "unet.": "denoiser",
     "transformer_2.": "denoiser_2",
@@ -47,17 +49,24 @@ def normal_name(target: str) -> tuple[str, str]:
 
     A name without a prefix belongs to a denoiser, unless it begins like a text encoder's names.
     """
-    module = target.partition(".")[0]
-    for pattern, component in _FLAT:
-        found = pattern.match(module)
-        if found:
-            return component, within(component, target[found.end() :])
+    if (parts := flat_parts(target)) is not None:
+        return parts
     name = target.removeprefix(_WRAPPER)
     for prefix, component in _DOTTED.items():
         if name.startswith(prefix):
             return component, within(component, name.removeprefix(prefix).removeprefix(_WRAPPER))
     component = "text_encoder" if name.startswith(_TEXT) else "denoiser"
     return component, within(component, name)
+
+
+def flat_parts(target: str) -> tuple[str, str] | None:
+    """Return the component and the normal form of a flat target, None for a name without a flat prefix."""
+    module = target.partition(".")[0]
+    for pattern, component in _FLAT:
+        found = pattern.match(module)
+        if found:
+            return component, within(component, target[found.end() :])
+    return None
 
 
 def within(component: str, name: str) -> str:

@@ -29,6 +29,7 @@ class NameRule:
         narrow: all but the last have as many rows as the module has inputs.
         grouped: the first has as many rows as the module has inputs, and the others share the rest equally.
         swapped: scale and shift are in this order in diffusers, and in the other order as published.
+        gated: the same of a gate and the values that it multiplies, whatever the number of rows.
     """
 
     published: str
@@ -36,6 +37,12 @@ class NameRule:
     narrow: bool = False
     grouped: bool = False
     swapped: bool = False
+    gated: bool = False
+
+    @property
+    def reordered(self) -> bool:
+        """Whether the rows have another order in diffusers, at least in some models."""
+        return self.swapped or self.gated
 
 
 def block_rules(published: str, diffusers: str, modules: Mapping[str, str]) -> tuple[NameRule, ...]:

@@ -5,20 +5,25 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 
 from merging.maths.shapes import Shapes
+from merging.sources.denoisers.cogvideox import COGVIDEOX
+from merging.sources.denoisers.cosmos import COSMOS_FAMILIES
 from merging.sources.denoisers.family import Family, NameRule, flat_name
 from merging.sources.denoisers.flux import CHROMA, FLUX
 from merging.sources.denoisers.flux2 import FLUX2
 from merging.sources.denoisers.flux3 import FLUX3
 from merging.sources.denoisers.hidream import HIDREAM
-from merging.sources.denoisers.hunyuan_video import HUNYUAN_VIDEO
+from merging.sources.denoisers.hunyuan_video import HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
 from merging.sources.denoisers.krea2 import KREA2
+from merging.sources.denoisers.ltx import LTX2, LTX_VIDEO
 from merging.sources.denoisers.lumina2 import LUMINA2
+from merging.sources.denoisers.mochi import MOCHI
 from merging.sources.denoisers.qwen_image import QWEN_IMAGE, QWEN_IMAGE_21
 from merging.sources.denoisers.sd3 import SD3
 from merging.sources.denoisers.stable_diffusion import UNETS
-from merging.sources.denoisers.wan import WAN
+from merging.sources.denoisers.wan import WAN_FAMILIES
 from merging.sources.denoisers.z_image import IDEOGRAM4, Z_IMAGE
 
 __all__ = ["FAMILIES", "NUMBER", "family_of", "partners", "respell"]
@@ -26,6 +31,7 @@ __all__ = ["FAMILIES", "NUMBER", "family_of", "partners", "respell"]
 FAMILIES: tuple[Family, ...] = (
     FLUX3,
     FLUX2,
+    HUNYUAN_VIDEO_15,
     HUNYUAN_VIDEO,
     CHROMA,
     FLUX,
@@ -34,16 +40,21 @@ FAMILIES: tuple[Family, ...] = (
     QWEN_IMAGE,
     HIDREAM,
     KREA2,
-    WAN,
+    *WAN_FAMILIES,
     LUMINA2,
     IDEOGRAM4,
     Z_IMAGE,
+    *COSMOS_FAMILIES,
+    MOCHI,
+    LTX2,
+    COGVIDEOX,
+    LTX_VIDEO,
     *UNETS,
 )
 """The families. A family with a name that another has too comes before it, if its marks are rarer."""
 
-NUMBER = re.compile(r"(?<=[._])\d+(?=[._])")
-"""The number of a block, the first in a name, dotted or flat."""
+NUMBER = re.compile(r"(?:(?<=[._])|(?<=[._]block))\d+(?=[._])")
+"""The number of a block, the first in a name, dotted or flat; Cosmos Predict 1 writes ``block0``."""
 
 _SPELLINGS = tuple((re.compile(pattern), meant) for family in FAMILIES for pattern, meant in family.spellings)
 
@@ -57,6 +68,7 @@ def family_of(shapes: Shapes) -> Family | None:
     return next((family for family in FAMILIES if family.has_mark(flat)), None)
 
 
+@lru_cache(maxsize=65536)
 def respell(flat: str) -> str:
     """Return the usual flat name of a tensor for which some files have another."""
     for pattern, meant in _SPELLINGS:
@@ -66,7 +78,7 @@ def respell(flat: str) -> str:
 
 def _pairs(rule: NameRule) -> Iterator[tuple[str, str, bool]]:
     """Yield pairs of flat modules of a rule, and whether both are the same tensor."""
-    same = len(rule.diffusers) == 1 and not rule.swapped
+    same = len(rule.diffusers) == 1 and not rule.reordered
     for ours in rule.diffusers:
         if ours != rule.published:
             one, other = respell(rule.published.replace(".", "_")), ours.replace(".", "_")
@@ -85,5 +97,5 @@ def partners(name: str) -> Mapping[str, bool]:
     """Return the names of a flat tensor in the other set of names, and whether each is all of the tensor."""
     module, dot, leaf = name.partition(".")
     found = NUMBER.search(module)
-    others = _PARTNERS.get(NUMBER.sub("{}", module, count=1), {})
+    others = _PARTNERS.get(module) or _PARTNERS.get(NUMBER.sub("{}", module, count=1), {})
     return {other.format(found[0] if found else "") + dot + leaf: same for other, same in others.items()}
