@@ -33,11 +33,6 @@ _OWN: dict[str, AdapterFormat] = {
 
 _ONE_FILE: tuple[AdapterFormat, ...] = ("diffusers", "kohya")
 
-_PUBLISHED_ONLY = re.compile(
-    r"(?:audio_)?(?:patchify_proj|adaln_single)\.|(?:audio_)?prompt_adaln_single\.|av_ca_\w+_adaln_single\."
-    r"|blocks\.\d+\.(?:(?:self|cross)_attn\.(?:[qkv]|output)_proj|mlp\.layer[12]|adaln_modulation_\w+\.\d)\."
-)
-"""Modules of LTX, LTX-2 and Anima as published, which diffusers calls otherwise."""
 _NOT_KOHYA = re.compile(
     r"(?:lora_unet|lora_transformer|lycoris)_+(?:(?:layers|noise_refiner|context_refiner)_\d+_(?:attention_to|attn_to)_"
     r"|(?:layers|noise_refiner|context_refiner)_\d+_(?:feed_forward_linear_\d|norm1_linear)\."
@@ -109,7 +104,7 @@ def make_peft_labels(
     :class:`~merging.errors.InputError` for targets of several components, or of unknown names.
     """
     found: dict[str, Known] = {}
-    for known in () if _flat(adapters) and not based else known_names(shapes, strict=True):
+    for known in known_names(shapes, strict=True):
         rows = known.rows[0]
         if "diffusers" in known.styles and known.rows == (RowRange(rows.name, 0, shapes[rows.name][0]),):
             found[rows.name] = known
@@ -141,20 +136,33 @@ def label_rows(
 
     ``shapes`` are of the base's tensors if the merge is ``based`` on one, else of the targets.
     """
+    known = known_names(shapes, strict=True)
     if _flat(adapters) and not based:
-        if format != "kohya" or not all(adapter.dialect == "Kohya" for adapter in adapters):
+        if format == "kohya" and all(adapter.dialect == "Kohya" for adapter in adapters):
+            return _flat_labels(known, shapes)
+        if not known:
             raise InputError(
                 f"the names in Kohya's files do not give the names of the model's modules: give it with "
                 f"{option('base')}, or leave {option('format')} out, so that the output keeps the inputs' names"
             )
-        kept = (name for name in shapes if not _NOT_KOHYA.match(name))
-        return {name: (RowRange(name, 0, (shapes[name] or (1,))[0]),) for name in kept}
-    known = known_names(shapes, strict=True)
     if format == "diffusers":
-        named = (each for each in known if "diffusers" in each.styles and not _PUBLISHED_ONLY.match(each.name))
+        named = (each for each in known if "diffusers" in each.styles)
         return {f"{each.component}.{each.name}": each.rows for each in named}
     family = _family(known, based)
     return {label: each.rows for each in known if (label := _kohya_label(each, family))}
+
+
+def _flat_labels(known: Sequence[Known], shapes: Shapes) -> dict[str, tuple[RowRange, ...]]:
+    """Return the names for the tensors of Kohya's files: their own, or the published ones where ComfyUI reads these."""
+    labels = {label: each.rows for each in known if (label := _kohya_label(each, "transformer"))}
+    renamed = {part.name for label, rows in labels.items() for part in rows if part.name != label}
+    kept = {
+        name: (RowRange(name, 0, (shape or (1,))[0]),)
+        for name, shape in shapes.items()
+        if not _NOT_KOHYA.match(name) and not (name in renamed and name.startswith("lora_unet_"))
+    }
+    others = {label: rows for label, rows in labels.items() if kept.keys().isdisjoint(part.name for part in rows)}
+    return {**kept, **others}
 
 
 def _flat(adapters: Sequence[Adapter]) -> bool:
