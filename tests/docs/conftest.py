@@ -67,6 +67,19 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _video_models(folder: Path) -> None:
+    """One layer of Wan, in diffusers' layout for both denoisers and as published, and a LoRA of it."""
+    for name in ("transformer", "transformer_2"):
+        (folder / "wan" / name).mkdir(parents=True)
+        (folder / "wan" / name / "config.json").write_text('{"_class_name": "WanTransformer3DModel"}', encoding="utf-8")
+        weights = folder / "wan" / name / "diffusion_pytorch_model.safetensors"
+        save_file({"blocks.0.attn1.to_q.weight": torch.ones(8, 8)}, weights)
+    save_file({"blocks.0.self_attn.q.weight": torch.ones(8, 8)}, folder / "wan.safetensors")
+    module = "lora_unet_blocks_0_self_attn_q"
+    factors = {f"{module}.lora_down.weight": torch.ones(2, 8), f"{module}.lora_up.weight": torch.ones(8, 2)}
+    save_file({**factors, f"{module}.alpha": torch.tensor(1.0)}, folder / "wan-lora.safetensors")
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
     """A function that makes an empty folder the place to work, in which the names of all pages lead to models."""
@@ -80,6 +93,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path
         unet = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
         factors = {f"{unet}.lora_A.weight": torch.ones(2, 320), f"{unet}.lora_B.weight": torch.ones(320, 2)}
         save_file(factors, tmp_path / "lora.safetensors")
+        _video_models(tmp_path)
         (tmp_path / "incoming").mkdir()
         (tmp_path / "incoming" / "late").symlink_to(tmp_path / "c")
         monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # as activated
