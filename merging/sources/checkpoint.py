@@ -17,6 +17,7 @@ from merging.sources.model_config import read_config
 from merging.sources.opening import FileOpener, open_tensors
 from merging.sources.origin import Origin
 from merging.sources.pickled import PYTORCH_ENDINGS
+from merging.sources.quantized_parts import QuantizedParts
 from merging.sources.quantized_weights import dequantize_tensors, refuse_quantized
 from merging.sources.small_files import is_there
 from merging.sources.stored import Stored
@@ -63,6 +64,7 @@ class Checkpoint(Displayed):
         stem: The name of its weights files without the ending.
         components: The models of a pipeline, each in a folder of its own.
         single: The prefixes of stacks that have one block only, where other blocks were taken out.
+        quantized: The quantised weights as the files hold them, where ``tensors`` reads them as ordinary numbers.
     """
 
     path: Path
@@ -75,6 +77,7 @@ class Checkpoint(Displayed):
     stem: str = "model"
     components: dict[str, Checkpoint] = field(default_factory=dict)
     single: tuple[str, ...] = ()
+    quantized: QuantizedParts | None = None
 
     def _display_fields(self) -> dict[str, object]:
         size = sum(stored.numel for stored in self.tensors.values())
@@ -182,7 +185,9 @@ def _open_one(path: Path, dequantize: bool, open_file: FileOpener) -> Checkpoint
     names = strip_wrappers(tensors)
     tensors = {names[name]: stored for name, stored in tensors.items()}
     shared = {names[name]: names[other] for name, other in shared.items()}
-    plain, config_left = dequantize_tensors(path, tensors, config) if dequantize else (tensors, config)
+    plain, config_left, quantized = tensors, config, None
+    if dequantize:
+        plain, config_left, quantized = dequantize_tensors(path, tensors, config)
     refuse_quantized(path, plain, config, dequantize)
     # A PyTorch file repeats tied weights under every name; written once, transformers ties them again.
     untied = text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings")) is False
@@ -196,6 +201,7 @@ def _open_one(path: Path, dequantize: bool, open_file: FileOpener) -> Checkpoint
         folder=folder,
         shared=shared,
         stem=stem_of(weights),
+        quantized=quantized if quantized and quantized.weights else None,
     )
 
 

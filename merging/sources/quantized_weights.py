@@ -11,7 +11,9 @@ from typing import Any
 
 from merging.errors import FormatError, QuantizedError, option
 from merging.sources.bitsandbytes_4bit import open_four_bit, parts_of
-from merging.sources.dequantized_tensors import Cast, Mxfp4, Scaled, fits
+from merging.sources.dequantized_tensors import Cast, Mxfp4, Scaled
+from merging.sources.quantized_parts import QUANTIZATION_KEYS, QuantizedParts, QuantizedWeight
+from merging.sources.scale_grid import scale_grid
 from merging.sources.stored import Stored
 
 __all__ = ["QUANTIZED", "SIMPLE", "dequantize_tensors", "refuse_quantized"]
@@ -122,12 +124,7 @@ def _way(kind: str, simple: bool, asked: bool) -> str:
 
 def _stated_quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return a config's statement of its quantisation, None without one."""
-    inner = config.get("text_config")
-    for part in (config, inner if isinstance(inner, dict) else {}):
-        for key in ("quantization_config", "compression_config", "quantization"):
-            if isinstance(part.get(key), dict):
-                return dict(part[key])
-    return None
+    return QuantizedParts(config, {}, {}).stated or None
 
 
 def _method(stated: Mapping[str, Any]) -> str:
@@ -150,8 +147,10 @@ def _is_simple(stated: Mapping[str, Any]) -> bool:
 
 def dequantize_tensors(
     path: Path, tensors: Mapping[str, Stored], config: Mapping[str, Any]
-) -> tuple[dict[str, Stored], dict[str, Any]]:
+) -> tuple[dict[str, Stored], dict[str, Any], QuantizedParts]:
     """Return a checkpoint's tensors and config, with quantised weights of simple kinds as ordinary weights.
+
+    Their codes and scales as the files hold them are returned too.
 
     These are codes (FP8, 8-bit integers) times a scale for all, a row, or a block, as in transformers' ``fp8`` and
     ``fbgemm_fp8``, compressed-tensors, bitsandbytes 8-bit and ComfyUI; MXFP4 as in gpt-oss; 4 bits of bitsandbytes; and
@@ -164,34 +163,38 @@ def dequantize_tensors(
     """
     kind = _type_of(config)
     block = _block_of(_stated_quantization(config) or {})
-    found: dict[str, Stored] = {}
-    gone: set[str] = set()
+    found: dict[str, QuantizedWeight] = {}
     for name, stored in tensors.items():
         if name.endswith(_COMFY[0]):
             _check_marker(path, name, stored)
         if parts := parts_of(name, tensors):
-            found[name] = open_four_bit(path, name, tensors)
-            gone |= {name, *parts}
+            own = {part: tensors[part] for part in (name, *parts)}
+            found[name] = QuantizedWeight(open_four_bit(path, name, tensors), own)
             continue
         scale = _scale_of(name, stored, tensors)
         if scale is None:
             continue
         scales = tensors[scale]
-        gone |= {name, scale}
+        own = {name: stored, scale: scales}
         if name.endswith("_blocks"):
             if stored.shape[-1:] != (16,) or len(stored.shape) != 4 or scales.shape != stored.shape[:-1]:
                 raise FormatError(_misfit(path, name, stored, scales))
-            found[name.removesuffix("_blocks")] = Mxfp4(kind, stored, scales)
+            found[name.removesuffix("_blocks")] = QuantizedWeight(Mxfp4(kind, stored, scales), own)
             continue
-        if not fits(stored.shape, scales.shape, block):
+        grid = scale_grid(stored.shape, scales.shape, block)
+        if grid is None:
             raise FormatError(_misfit(path, name, stored, scales))
-        found[name] = Scaled(kind, stored, scales, block, 1 / 127 if scale.endswith(".SCB") else 1)
+        factor = 1 / 127 if scale.endswith(".SCB") else 1
+        found[name] = QuantizedWeight(Scaled(kind, stored, scales, grid, factor), own)
     if not found and _stated_quantization(config) is None and not any(_tail(name) in QUANTIZED for name in tensors):
-        found = {name: Cast(kind, stored) for name, stored in tensors.items() if stored.dtype_name in _CAST}
-    if found:
-        gone.update(name for name in tensors if name.endswith(_BESIDE))
-    kept = {name: found.get(name, stored) for name, stored in tensors.items() if name in found or name not in gone}
-    return kept | found, _without_quantization(config)
+        codes = {name: stored for name, stored in tensors.items() if stored.dtype_name in _CAST}
+        found = {name: QuantizedWeight(Cast(kind, stored), {name: stored}) for name, stored in codes.items()}
+    gone = {part: tensors[part] for weight in found.values() for part in weight.parts}
+    others = {name: stored for name, stored in tensors.items() if found and name.endswith(_BESIDE)}
+    plain = {name: weight.reading for name, weight in found.items()}
+    kept = {name: plain.get(name, stored) for name, stored in tensors.items() if name in plain or name not in gone}
+    ordinary = {name: stored for name, stored in kept.items() if name not in others} | plain
+    return ordinary, _without_quantization(config), QuantizedParts(config, found, others)
 
 
 def _misfit(path: Path, name: str, stored: Stored, scales: Stored) -> str:
@@ -241,7 +244,7 @@ def _block_of(stated: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    left = {k: v for k, v in config.items() if k not in ("quantization_config", "compression_config", "quantization")}
+    left = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
     if isinstance(left.get("text_config"), dict):
         left["text_config"] = _without_quantization(left["text_config"])
     return left
