@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from merging.sources.dtypes import DTYPES
+from merging.sources.header import DTYPE_BITS
 
 __all__ = ["OutputTensor"]
 
@@ -19,5 +19,10 @@ class OutputTensor:
     shape: tuple[int, ...]
 
     @property
+    def itemsize(self) -> int:
+        """The bytes of an element."""
+        return DTYPE_BITS[self.dtype_name] // 8
+
+    @property
     def nbytes(self) -> int:
-        return prod(self.shape) * DTYPES[self.dtype_name].itemsize
+        return prod(self.shape) * self.itemsize
