@@ -21,6 +21,7 @@ from .options import (
     experts_option,
     lora_alpha_option,
     mismatch_option,
+    quantize_option,
     recipe_only_option,
     shard_size_option,
     vocabulary_option,
@@ -103,6 +104,7 @@ model_options = add_options(
     ),
     click.option("--out-proj-once", is_flag=True, help="count LoRA on MultiheadAttention's output once"),
     dequantize_option,
+    quantize_option,
     click.option(
         "--exclude",
         multiple=True,

@@ -29,6 +29,7 @@ __all__ = [
     "overwrite_option",
     "private_option",
     "progress_option",
+    "quantize_option",
     "recipe_only_option",
     "remember_quiet",
     "shard_size_option",
@@ -110,6 +111,11 @@ dequantize_option = click.option(
     "dequantise",
     is_flag=True,
     help="read FP8, MXFP4, 8-bit, NF4 and GGUF weights as ordinary ones",
+)
+quantize_option = click.option(
+    "--quantize",
+    type=click.Choice(["keep", "fp8", "fp8-channel", "fp8-tensor", "mxfp4", "none"]),
+    help="format of a full model's weights: keep for the base's own; none is --dequantize",
 )
 different_bases_option = click.option(
     "--allow-different-bases", is_flag=True, help="take adapters that state different bases"

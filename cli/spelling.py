@@ -9,6 +9,7 @@ _AMERICAN = {
     "licence": "license",
     "normalise": "normalize",
     "orthogonalise": "orthogonalize",
+    "quantise": "quantize",
 }
 
 

@@ -159,7 +159,8 @@ def _open_adapter(name: str, alpha: float | None) -> Adapter:
 
 def _add_base(options: dict[str, Any], adapters: Sequence[Adapter]) -> FoundBase:
     """Add the base that adapters state to the options, and return it."""
-    found = find_base(adapters, bool(options.get("dequantise") or options.get("dequantize")))
+    as_it_is = options.get("quantize") in ("keep", "none")
+    found = find_base(adapters, bool(as_it_is or options.get("dequantise") or options.get("dequantize")))
     options["base"] = found.name
     if found.dequantize:
         options.pop("dequantize", None)

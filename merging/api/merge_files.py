@@ -72,6 +72,8 @@ class Merged(Displayed):
         discarded: the share of the change's energy that a lower rank discarded, by tensor.
         ranks: the rank of each tensor's factors, where it was chosen from the values.
         facts: numbers that the method reports, by name.
+        quantization_errors: the relative error of each tensor that was quantised after the merge: the norm of the
+            difference, divided by the norm of the merged tensor.
     """
 
     path: Path
@@ -86,6 +88,7 @@ class Merged(Displayed):
     discarded: dict[str, float] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     facts: dict[str, float] = field(default_factory=dict)
+    quantization_errors: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the same in plain values, for JSON."""
@@ -283,6 +286,7 @@ def merge_plan(
         notices=(*notices, *remarks, *written.remarks, *done.notices, *done.energy_notices, *staged.notices),
         discarded=done.discarded,
         facts=done.metrics | (transplant.facts() if transplant else {}),
+        quantization_errors=written.errors,
     )
     report_notices(merged.notices)
     _log.info("%s: written, %s tensors in %.1f s", destination, merged.tensors, merged.seconds)

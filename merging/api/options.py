@@ -50,6 +50,7 @@ class RecipeOptions(TypedDict, total=False):
     as_trained: Literal["nf4", "fp4", "int8"] | Mapping[str, object] | None
     dequantise: bool | None
     dequantize: bool | None
+    quantize: Literal["keep", "fp8", "fp8-channel", "fp8-tensor", "mxfp4", "none"] | None
     exclude: str | Sequence[str] | None
     allow_different_bases: bool | None
     allow_nonfinite: bool | None

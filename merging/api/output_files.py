@@ -22,8 +22,10 @@ from merging.output.model_folder import (
 )
 from merging.output.peft_config import write_adapter_companions
 from merging.plan import Plan
+from merging.plan.outputs.quantized import describe_errors
 from merging.plan.stages import all_stages
 from merging.sources.dtypes import DTYPES
+from merging.storage.quantizing_writer import QuantizingWriter
 from merging.storage.staging import StagedOutput, check_destination
 from merging.storage.writer import ComponentWriter, TensorWriter
 
@@ -86,11 +88,15 @@ def write_stage_companions(plan: Plan, folder: Path) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """An output that is complete: its plan, with the ranks that were chosen; the record of its run; and remarks."""
+    """An output that is complete: its plan, with the ranks that were chosen; the record of its run; and remarks.
+
+    ``errors`` are the relative errors of tensors that were quantised, by name.
+    """
 
     plan: Plan
     done: Done
     remarks: list[str]
+    errors: dict[str, float]
 
 
 def write_output(plan: Plan, shown: Plan, staged: StagedOutput, settings: StageSettings) -> Written:
@@ -105,10 +111,12 @@ def write_output(plan: Plan, shown: Plan, staged: StagedOutput, settings: StageS
             plan, shown = sized, replace(sized, recipe=shown.recipe, sources=shown.sources)
             remarks = decomposition.describe(plan.ranks)
         writer = make_writer(shown, staged.folder, staged.destination)
+        encodings = plan.quantized.encodings if plan.quantized else {}
+        sink = QuantizingWriter(writer, encodings)
         try:
             done = run(
                 plan,
-                writer,
+                sink,
                 device=settings.device,
                 threads=settings.threads,
                 progress=settings.progress if decomposition is None else None,
@@ -117,11 +125,14 @@ def write_output(plan: Plan, shown: Plan, staged: StagedOutput, settings: StageS
             )
             _write_constants(plan, writer)
             writer.finish()
+            errors = sink.errors()
+            if plan.quantized is not None:
+                remarks += describe_errors(errors, plan.quantized)
         finally:
             writer.close()
     if not staged.file:
         remarks += write_companions(shown, staged.folder, done)
-    return Written(plan, done, remarks)
+    return Written(plan, done, remarks, errors)
 
 
 def check_output(plan: Plan, destination: Path, overwrite: bool, dry: bool = False) -> str:

@@ -16,6 +16,7 @@ from merging.plan.items import Item
 from merging.sources.changes import Change
 from merging.sources.dtypes import DTYPES
 from merging.sources.stored import Stored
+from merging.sources.stored_bytes import StoredBytes
 from merging.storage.output_tensor import OutputTensor
 
 __all__ = ["Output", "Sink", "as_matrices"]
@@ -123,6 +124,10 @@ class Output:
         assert item.base is not None
         size = span.stop - span.start
         values = self.tiler.raw(item.base, span.start, size)
+        if isinstance(item.base, StoredBytes):
+            self.tiler.check_bytes(item, item.base, values)
+            self.sink.write(out.name, values.cpu(), span.start)
+            return
         if item.base.floating and out.dtype_name == item.base.dtype_name and values.device.type == "cpu":
             self.tiler.check_finite(item, values)
             self.sink.write(out.name, values, span.start)

@@ -14,6 +14,7 @@ from merging.plan.merge_plan import Plan
 from merging.sources.changes import Change, ExtractedChange, LoraChange
 from merging.sources.computed import ComputedChange
 from merging.sources.stored import Stored
+from merging.sources.stored_bytes import StoredBytes
 
 __all__ = ["GPU_TILE", "Tile", "Tiler", "tile_size", "unit_size"]
 
@@ -158,6 +159,12 @@ class Tiler:
     def check_finite(self, item: Item, values: Tensor) -> None:
         """Check values that are copied. Raises :class:`~merging.errors.InputError` for NaN and infinities."""
         if not self.plan.recipe.allow_nonfinite and not isfinite(float(values.sum())) and not values.isfinite().all():
+            model = self.plan.reference or self.plan.models[0]
+            raise self._not_finite(model.path, item.site.name)
+
+    def check_bytes(self, item: Item, stored: StoredBytes, data: Tensor) -> None:
+        """Check bytes that are copied. Raises :class:`~merging.errors.InputError` for NaN and infinities in them."""
+        if not self.plan.recipe.allow_nonfinite and not stored.all_finite(data):
             model = self.plan.reference or self.plan.models[0]
             raise self._not_finite(model.path, item.site.name)
 

@@ -25,7 +25,7 @@ LIMITS = {"F8_E4M3": 448.0, "F8_E5M2": 57344.0, "F8_E4M3FNUZ": 240.0, "F8_E5M2FN
 """The largest number of each type of codes of one byte, by the type's name in files."""
 
 _BIAS = 127
-"""What is added to an exponent of two to store it as a byte; the byte 255 stands for no number."""
+"""The bias of an exponent of two that is stored as a byte; the byte 255 stands for no number."""
 
 _ROUNDED_UP = 0.875
 """The mantissa (of 0.5 to 1) from which a group's largest number, at most 8, would be cut off at 6 by more than 1."""

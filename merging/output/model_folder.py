@@ -57,7 +57,10 @@ def write_model_companions(plan: Plan, folder: Path) -> list[str]:
         if name in plan.kept:
             _copy_weights(component, folder / name)
         elif component.config:
-            text = json.dumps(_model_config(plan, component.config), indent=2) + "\n"
+            config = _model_config(plan, component.config)
+            if plan.quantized is not None:
+                config = plan.quantized.state_in(config, component)
+            text = json.dumps(config, indent=2) + "\n"
             (folder / name / "config.json").write_text(text, encoding="utf-8")
     tokenizer = rebuild_tokenizer(own, folder)
     return [*_remarks(plan, reference, own), *([tokenizer] if tokenizer else [])]

@@ -30,6 +30,7 @@ from merging.plan.inputs.vocabulary import Vocabulary, match_vocabularies
 from merging.plan.items import Item, cut_items
 from merging.plan.merge_plan import Plan
 from merging.plan.outputs.planned import PlannedOutput
+from merging.plan.outputs.quantized import quantize_output
 from merging.plan.outputs.to_adapter import plan_adapter
 from merging.plan.outputs.to_model import plan_model
 from merging.plan.provenance import record_sources
@@ -75,6 +76,11 @@ def make_plan(
     def plan_stage(inner: Recipe, place: str, matched: Mapping[str, Model]) -> Stage:
         if isinstance(inner.rank, RankSettings):
             raise OptionError(f"{place}: conditions on ranks are for the output of the whole recipe: give a number")
+        if inner.quantize is not None:
+            raise OptionError(
+                f"{place}: {option('quantize')} is for the output of the whole recipe: give it there, and leave it out "
+                f"here"
+            )
         key = inner.to_yaml(), id(matched) if matched else 0
         if key not in stages:
             try:
@@ -170,6 +176,12 @@ def _plan(
     else:
         planned = plan_model(recipe, alike, based, weights=weights, heads=heads)
     notices += planned.notices + _check_sites(recipe, planned, output, len(models), base is not None)
+    items = cut_items(sorted(planned.items, key=Item.order), recipe.method, weights)
+    quantized = None
+    if recipe.quantize is not None:
+        reference = based or next(model for model in alike if isinstance(model, Checkpoint))
+        items, quantized = quantize_output(recipe.quantize, items, reference)
+        notices += quantized.notices
     return Plan(
         recipe=recipe,
         models=tuple(models),
@@ -177,7 +189,7 @@ def _plan(
         keys=keys,
         output=output,
         weights=weights,
-        items=cut_items(sorted(planned.items, key=Item.order), recipe.method, weights),
+        items=items,
         rank=planned.rank,
         ranks=planned.ranks,
         untied=planned.untied,
@@ -188,6 +200,7 @@ def _plan(
         format=planned.format,
         header=planned.header,
         constants=planned.constants,
+        quantized=quantized,
     )
 
 

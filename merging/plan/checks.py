@@ -142,7 +142,7 @@ def check_options(recipe: Recipe, models: Sequence[Checkpoint | Adapter], output
         raise OptionError(
             f"{option('experts')} is of a merged adapter, and this merge makes a full model: leave it out"
         )
-    for name in ("tokenizer", "chat_template", "as_trained"):
+    for name in ("tokenizer", "chat_template", "as_trained", "quantize"):
         if getattr(recipe, name) is not None and output == "adapter":
             raise OptionError(f"{option(name)} is of a full model, and this merge makes an adapter: leave it out")
     check_tokenizer(recipe.tokenizer, recipe.vocabulary)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from merging.methods.contract.method import Method
 from merging.plan.items import TILE, Item
 from merging.sources.deferred import Deferred
 from merging.sources.stored import Stored
+from merging.storage.encodings import Encoding
 
-__all__ = ["FIXED", "KEPT", "kept_bytes", "spool_bytes", "worker_bytes", "working_bytes"]
+__all__ = ["FIXED", "KEPT", "encoding_bytes", "kept_bytes", "spool_bytes", "worker_bytes", "working_bytes"]
 
 KEPT = 1 << 29
 """Most bytes of transformed factors that are kept for later sweeps; more are transformed again."""
@@ -19,6 +20,12 @@ SCATTERED = 1.8
 
 FIXED = 1 << 24
 """Bytes that a merge takes by itself: counters, threads, and what libraries load when they are first used."""
+
+
+def encoding_bytes(encodings: Iterable[Encoding], workers: int) -> int:
+    """Return the memory for values that wait to be encoded: a unit for each worker, and one that is begun."""
+    largest = max((each.largest_unit for each in encodings), default=0)
+    return (workers + 1) * 4 * largest + workers * 4 * 8 * min(largest, TILE)
 
 
 def kept_bytes(items: Sequence[Item], method: Method, models: int) -> int:

@@ -11,11 +11,11 @@ from merging.maths.lazy_torch import torch
 from merging.plan import estimates
 from merging.plan.inputs.vocabulary import Vocabulary
 from merging.plan.items import Constant, Item
+from merging.plan.outputs.quantized import QuantizedOutput
 from merging.plan.provenance import SourceRecord
 from merging.plan.recipe import AdapterFormat, Recipe
 from merging.plan.stages import Stage, all_stages
 from merging.sources import Checkpoint, Model
-from merging.sources.dtypes import DTYPES
 from merging.storage.output_tensor import OutputTensor
 
 __all__ = ["Plan"]
@@ -44,6 +44,7 @@ class Plan(Tabular):
         format: the name of the form of a merged adapter's file.
         header: the program whose entries the file's header has, if it has any.
         constants: numbers that the file holds in addition to merged tensors.
+        quantized: the weights that are written as codes and scales, where the output is quantised.
         sources: records of the models that the recipe names, with keys of their content.
         files: the models in files that are read, by their names in the recipe.
         stages: the merges whose outputs are models of this one.
@@ -67,6 +68,7 @@ class Plan(Tabular):
     format: str = "peft"
     header: AdapterFormat | None = "peft"
     constants: tuple[Constant, ...] = ()
+    quantized: QuantizedOutput | None = None
     sources: tuple[SourceRecord, ...] = ()
     files: Mapping[str, Model] = field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
@@ -114,9 +116,15 @@ class Plan(Tabular):
     @property
     def outs(self) -> list[OutputTensor]:
         """The tensors of the output, with the largest elements first, so that all are aligned in their file."""
-        outs = {out.name: out for item in self.items for out in item.outs}
+        merged = [out for item in self.items for out in item.outs]
+        encodings = self.quantized.encodings if self.quantized else {}
+        outs = {
+            out.name: out
+            for each in merged
+            for out in (encodings[each.name].outs if each.name in encodings else (each,))
+        }
         outs |= {constant.out.name: constant.out for constant in self.constants}
-        return sorted(outs.values(), key=lambda out: -DTYPES[out.dtype_name].itemsize)
+        return sorted(outs.values(), key=lambda out: -out.itemsize)
 
     @property
     def out_bytes(self) -> int:
@@ -156,4 +164,6 @@ class Plan(Tabular):
     def memory(self, workers: int) -> int:
         """Return the most memory, in bytes above the imports, that a merge by this many workers takes."""
         own = workers * self.worker_bytes + self.kept_bytes + estimates.FIXED
+        if self.quantized is not None:
+            own += estimates.encoding_bytes(self.quantized.encodings.values(), workers)
         return max([own, *(stage.plan.memory(workers) for stage in self.stages if not stage.lazy)])

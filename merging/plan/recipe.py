@@ -14,7 +14,7 @@ from merging.display.tables import Displayed
 from merging.errors import OptionError
 from merging.maths.lazy_torch import torch
 from merging.maths.parameters import plain
-from merging.methods import chain, parameters_of
+from merging.methods import parameters_of
 from merging.methods.contract.method import Method
 from merging.plan import layer_stack
 from merging.plan.as_trained import AsTrained
@@ -22,6 +22,7 @@ from merging.plan.checked_model import CheckedModel
 from merging.plan.extracted_parts import ExtractedParts
 from merging.plan.layer_stack import LayerPart, LayerStack
 from merging.plan.rank_settings import RankChoice
+from merging.plan.recipe_forms import QuantizedFormat, make_chain, read_quantized
 from merging.plan.sizes import parse_size
 from merging.plan.tokens.settings import TokenizerSettings
 from merging.sources.dtypes import plain_dtype
@@ -138,6 +139,11 @@ class Recipe(Displayed, CheckedModel):
         description="add changes to the base as bitsandbytes quantised it for their training: nf4, fp4 or int8; also a "
         "mapping with format, double_quant, block_size, dtype, skip and device",
     )
+    quantize: QuantizedFormat | None = Field(
+        None,
+        description="format of a full model's weights: keep for the base's own, tensor by tensor, fp8 (blocks of 128 x "
+        "128), fp8-channel, fp8-tensor, mxfp4 (gpt-oss), or none, which is dequantize",
+    )
     exclude: tuple[str, ...] = Field((), description="tensors that are left as in the base: names, parts, or wildcards")
     allow_different_bases: bool = Field(False, description="merge adapters that say they have different bases")
     allow_nonfinite: bool = Field(False, description="merge inputs that hold NaN or infinities")
@@ -158,15 +164,8 @@ class Recipe(Displayed, CheckedModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _chain(cls, values: Any) -> Any:
-        """A method may be given as it is written, a chain and its parameters by name."""
-        if isinstance(values, dict) and isinstance(values.get("method"), str):
-            values = dict(values)
-            parameters = values.pop("parameters", None) or {}
-            if not isinstance(parameters, dict) or not all(isinstance(key, str) for key in parameters):
-                raise OptionError(f"parameters should be a mapping of names to values, and is {parameters!r}")
-            values["method"] = chain(values["method"], parameters)
-        return values
+    def _resolve_forms(cls, values: Any) -> Any:
+        return make_chain(read_quantized(values)) if isinstance(values, dict) else values
 
     @field_validator("method", mode="before")
     @classmethod

@@ -235,6 +235,8 @@ HINTS: dict[str, Case] = {
 """A part of each message, and a case of it."""
 
 ELSEWHERE = {
+    "is for the output of the whole recipe: give it there": "test_quantised_output.py",
+    "does not write its format": "test_quantised_output.py",
     "files have names for single experts": "test_experts_apart.py",
     "the base keeps its experts together": "test_experts_apart.py",
     "was packed with another base than": "test_compress.py",

@@ -64,6 +64,7 @@ OPTIONS = frozenset(
         "parts",
         "private",
         "progress",
+        "quantize",
         "push",
         "quiet",
         "rank",
