@@ -43,6 +43,7 @@ class Execution:
     max_memory: int | None
     stream: bool
     keep_stages: str | None
+    resume: bool | None
     push: str | None
     private: bool
     dry_run: bool
@@ -66,6 +67,11 @@ _options = add_options(
     click.option("--stream", is_flag=True, help="models of the Hub pass through the disk file by file"),
     click.option(
         "--keep-stages", type=click.Path(), metavar="DIR", help="a folder for the outputs of recipes among the models"
+    ),
+    click.option(
+        "--resume/--no-resume",
+        default=None,
+        help="go on with a merge that stopped, or remove its finished work  [default: go on; outputs above 10 GB can]",
     ),
     click.option("--push", metavar="ORG/NAME", help="publish the output on the Hub too, as one commit"),
     private_option,
@@ -134,6 +140,7 @@ def execute(
             stream=execution.stream,
             progress=report,
             keep_stages=Path(execution.keep_stages) if execution.keep_stages else None,
+            resume=execution.resume,
             shown=planned.shown if planned else None,
         )
     merged = replace(merged, notices=(*notices, *merged.notices), facts={**merged.facts, **(facts or {})})

@@ -15,6 +15,7 @@ from merging.errors import ResultWarning, command_line_words, nearest
 from merging.version import __version__
 
 from .bake import bake_command
+from .clean import clean_command
 from .compare import compare_command
 from .completion import completion_command
 from .compress import compress_command
@@ -129,7 +130,14 @@ SECTIONS = {
         recycle_command,
     ],
     "Choose": [methods_command, formats_command, inspect_command, compare_command, verify_command, route_command],
-    "Keep, share and set up": [pool_command, compress_command, decompress_command, push_command, completion_command],
+    "Keep, share and set up": [
+        pool_command,
+        compress_command,
+        decompress_command,
+        push_command,
+        clean_command,
+        completion_command,
+    ],
 }
 
 

@@ -50,6 +50,7 @@ def bake(
     overwrite: bool = False,
     stream: bool = False,
     progress: Progress | bool | None = None,
+    resume: bool | None = None,
     **options: Unpack[MergeOptions],
 ) -> Merged:
     """Bake adapters into their base: write a full model.
@@ -68,6 +69,7 @@ def bake(
         overwrite: whether an output that exists is replaced.
         stream: whether models of the Hub pass through the disk file by file, and are not kept in the library's cache.
         progress: True for a bar, or a function that receives the bytes done and the bytes in all.
+        resume: whether a merge that stopped is gone on with, as for :func:`merging.merge`.
         **options: ``base``, for another base than the adapters state; ``as_trained`` (``"nf4"``, ``"fp4"``, ``"int8"``)
             for the base as bitsandbytes quantised it; and the other options of :func:`merging.merge`.
 
@@ -96,6 +98,7 @@ def bake(
         overwrite=overwrite,
         stream=stream,
         progress=progress,
+        resume=resume,
     )
 
 

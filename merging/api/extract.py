@@ -50,6 +50,7 @@ class AdapterOptions(RankConditions, total=False):
     overwrite: bool
     stream: bool
     progress: Progress | bool | None
+    resume: bool | None
 
 
 @check_types("model", "base")

@@ -16,15 +16,17 @@ from merging.api.arguments import check_entries, check_entry, check_keywords, ch
 from merging.api.kept_stages import check_stages, keep_stage
 from merging.api.options import MergeOptions
 from merging.api.output_files import check_output, is_file, write_output, write_stage_companions
+from merging.api.resuming import prepare_resuming
 from merging.display.notices import report_notices
 from merging.display.progress import Progress, resolve_progress
 from merging.display.tables import Displayed
 from merging.engine.download import download_plan
+from merging.engine.journal import Journal
 from merging.engine.resources import pick_device, workers_within
 from merging.engine.sanity import unrelated_models
 from merging.engine.stages import StageSettings, open_stages
 from merging.engine.threads import cores
-from merging.errors import OptionError
+from merging.errors import OptionError, option
 from merging.hub.address import local_path
 from merging.maths.lazy_torch import torch
 from merging.methods.contract.method import Method
@@ -140,6 +142,7 @@ def merge(
     stream: bool = False,
     progress: Progress | bool | None = None,
     keep_stages: str | Path | None = None,
+    resume: bool | None = None,
     **options: Unpack[MergeOptions],
 ) -> Merged:
     """Merge models or adapters from files into a file or folder.
@@ -157,6 +160,8 @@ def merge(
         stream: whether models of the Hub pass through the disk file by file, and are not kept in the library's cache.
         progress: True for a bar, or a function that receives the bytes done and the bytes in all.
         keep_stages: a folder for the outputs of recipes among the models, each in a folder of its own.
+        resume: whether a merge that stopped is gone on with, and this one can be when it stops; by default for outputs
+            above 10 GB, and where a merge stopped. False removes the finished work of a merge that stopped.
         **options: the recipe's options (``base``, ``dtype``, ``rank``, ``kind``, ``exclude`` and the other fields of
             :class:`~merging.plan.recipe.Recipe`), and the method's parameters by name (``weights=(1, 1, -1)``).
 
@@ -186,6 +191,7 @@ def merge(
         stream=stream,
         progress=progress,
         keep_stages=None if keep_stages is None else Path(check_path(keep_stages, "keep_stages")),
+        resume=resume,
     )
 
 
@@ -229,6 +235,7 @@ def merge_plan(
     stream: bool = False,
     progress: Progress | None = None,
     keep_stages: Path | None = None,
+    resume: bool | None = None,
     shown: Plan | None = None,
 ) -> Merged:
     """Run a plan, and put the output in place when it is complete.
@@ -243,21 +250,27 @@ def merge_plan(
         stream: whether models of the Hub are downloaded file by file as the merge reaches them, and not before it.
         progress: called with the bytes done and the bytes in all.
         keep_stages: a folder for the outputs of recipes among the models, each in a folder of its own.
+        resume: whether a merge that stopped is gone on with; None for outputs above 10 GB, and where one stopped.
         shown: the plan that the header and the model card describe, where another one describes the output better.
 
     Raises:
         MergingError: for values that cannot be merged, and an output that cannot be written.
     """
     workers = workers_within(plan, cores() if threads is None else threads, max_memory)
-    check_output(plan, destination, overwrite)
-    check_stages(plan, keep_stages, destination, overwrite=overwrite, stream=stream)
     described = shown or plan
+    identity, there = None, 0
+    if keep_stages is None:
+        identity, there = prepare_resuming(plan, described, destination, device, resume)
+    elif resume:
+        raise OptionError(f"{option('resume', True)} does not go with {option('keep_stages')}: leave one of them out")
+    check_output(plan, destination, overwrite, there=there)
+    check_stages(plan, keep_stages, destination, overwrite=overwrite, stream=stream)
     if not stream:
         plan = download_plan(plan, companion_patterns(plan), progress=progress)
     if not is_file(destination):
         check_companions(plan)
     _log.info("%s: merging %d models by %s", destination, len(plan.models), plan.recipe.method.chain)
-    with StagedOutput(destination, overwrite, is_file(destination)) as staged:
+    with StagedOutput(destination, overwrite, is_file(destination), identity) as staged:
         if stream:
             plan = download_plan(plan, companion_patterns(plan), stream=staged.scratch)
             described = shown or plan
@@ -265,6 +278,8 @@ def merge_plan(
         if transplant is not None and device is not None:
             transplant.compute_on(device)
         settings = StageSettings(device=device, threads=workers, scratch=staged.scratch, progress=progress)
+        if staged.journal is not None:
+            settings = replace(settings, journal=Journal(staged.journal))
         if keep_stages is not None:
             settings = replace(settings, keep=partial(keep_stage, keep_stages, overwrite, settings))
         with open_stages(plan, settings) as (ready, report, remarks):

@@ -61,18 +61,21 @@ def write_companions(plan: Plan, folder: Path, done: Done) -> list[str]:
     return []
 
 
-def make_writer(plan: Plan, folder: Path, destination: Path) -> TensorWriter | ComponentWriter:
-    """Return the writer of the output's weights, with the file names that readers look for."""
+def make_writer(plan: Plan, folder: Path, destination: Path, resume: bool = False) -> TensorWriter | ComponentWriter:
+    """Return the writer of the output's weights, with the file names that readers look for.
+
+    With ``resume``, files that are in the folder are written on.
+    """
     metadata = header_metadata(plan)
     if is_file(destination):
-        return TensorWriter(folder, destination.stem, plan.outs, metadata, None)
+        return TensorWriter(folder, destination.stem, plan.outs, metadata, None, resume=resume)
     reference = plan.reference
     if plan.output == "adapter" or reference is None:
-        return TensorWriter(folder, lora_stem(plan, destination), plan.outs, metadata, None)
+        return TensorWriter(folder, lora_stem(plan, destination), plan.outs, metadata, None, resume=resume)
     stems = {name: each.stem for name, each in reference.components.items() if name not in plan.kept}
     if stems:
-        return ComponentWriter(folder, stems, plan.outs, metadata, plan.recipe.shard_size)
-    return TensorWriter(folder, reference.stem, plan.outs, metadata, plan.recipe.shard_size)
+        return ComponentWriter(folder, stems, plan.outs, metadata, plan.recipe.shard_size, resume=resume)
+    return TensorWriter(folder, reference.stem, plan.outs, metadata, plan.recipe.shard_size, resume=resume)
 
 
 def write_stage_companions(plan: Plan, folder: Path) -> dict[str, str]:
@@ -110,22 +113,25 @@ def write_output(plan: Plan, shown: Plan, staged: StagedOutput, settings: StageS
         if decomposition is not None:
             plan, shown = sized, replace(sized, recipe=shown.recipe, sources=shown.sources)
             remarks = decomposition.describe(plan.ranks)
-        writer = make_writer(shown, staged.folder, staged.destination)
+        # pieces of quantised tensors wait in memory for each other, so that no record of single pieces is true
+        journal = settings.journal.of_run("merge") if settings.journal and plan.quantized is None else None
+        writer = make_writer(shown, staged.folder, staged.destination, resume=journal is not None)
         encodings = plan.quantized.encodings if plan.quantized else {}
-        sink = QuantizingWriter(writer, encodings)
+        quantizing = QuantizingWriter(writer, encodings)
         try:
             done = run(
                 plan,
-                sink,
+                writer if plan.quantized is None else quantizing,
                 device=settings.device,
                 threads=settings.threads,
                 progress=settings.progress if decomposition is None else None,
                 scratch=staged.scratch,
                 decomposition=decomposition,
+                journal=journal,
             )
             _write_constants(plan, writer)
             writer.finish()
-            errors = sink.errors()
+            errors = quantizing.errors()
             if plan.quantized is not None:
                 remarks += describe_errors(errors, plan.quantized)
         finally:
@@ -135,8 +141,10 @@ def write_output(plan: Plan, shown: Plan, staged: StagedOutput, settings: StageS
     return Written(plan, done, remarks, errors)
 
 
-def check_output(plan: Plan, destination: Path, overwrite: bool, dry: bool = False) -> str:
+def check_output(plan: Plan, destination: Path, overwrite: bool, dry: bool = False, there: int = 0) -> str:
     """Refuse a destination that the plan's output cannot or must not take.
+
+    ``there`` are the bytes that a run left which this one goes on with.
 
     With ``dry`` nothing is touched, and a destination that exists is not refused: a remark on it is returned. Raises
     :class:`~merging.errors.OutputError`.
@@ -151,4 +159,4 @@ def check_output(plan: Plan, destination: Path, overwrite: bool, dry: bool = Fal
         )
     known = 0 if plan.sized is not None else plan.out_bytes  # else its ranks are upper bounds
     nbytes = known + plan.spool_bytes + plan.stage_bytes + plan.kept_bytes_on_disk
-    return check_destination(destination, inputs, nbytes, overwrite, dry)
+    return check_destination(destination, inputs, max(0, nbytes - there), overwrite, dry)

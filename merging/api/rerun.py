@@ -78,6 +78,7 @@ def rerun(
     overwrite: bool = False,
     stream: bool = False,
     progress: Progress | bool | None = None,
+    resume: bool | None = None,
 ) -> Merged:
     """Make an output once more from the recipe that it states.
 
@@ -97,6 +98,7 @@ def rerun(
         overwrite: whether an output that exists is replaced.
         stream: whether models of the Hub pass through the disk file by file.
         progress: True for a bar, or a function that receives the bytes done and the bytes in all.
+        resume: whether a merge that stopped is gone on with, as for :func:`merging.merge`.
 
     Raises:
         InputError: if the output states no recipe, or a source is missing or has changed.
@@ -121,6 +123,7 @@ def rerun(
         overwrite=overwrite,
         stream=stream,
         progress=resolve_progress(progress),
+        resume=resume,
         shown=planned.shown,
     )
     return replace(merged, notices=(*planned.notices, *merged.notices, *filter(None, [planned.compare(made)])))

@@ -7,15 +7,17 @@ any number of workers, and sums over them are exact, so the output's bytes do no
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from typing import cast
 
 from merging.display.notices import describe_discarded
 from merging.display.progress import Progress
 from merging.engine.decomposition import Decomposer, Decomposition, is_unchanged
+from merging.engine.journal import CountingSink, JournaledSink, RunJournal
 from merging.engine.outputs import Sink
 from merging.engine.spool import Spool
 from merging.engine.threads import share_out
@@ -62,6 +64,7 @@ def run(
     progress: Progress | None = None,
     scratch: Path | None = None,
     decomposition: Decomposition | None = None,
+    journal: RunJournal | None = None,
 ) -> Done:
     """Run a plan, and write the merged tensors to a sink.
 
@@ -73,6 +76,8 @@ def run(
         progress: called with the bytes done and the bytes in all, over all sweeps.
         scratch: a folder for merged changes that are set aside meanwhile; the system's temporary one by default.
         decomposition: the merged changes, where they were decomposed to choose the plan's ranks.
+        journal: the finished work of former runs of the plan, which is not done again; the sink is a
+            :class:`~merging.engine.journal.JournaledSink` then.
 
     Returns:
         The record of the run.
@@ -84,7 +89,7 @@ def run(
     began = time.perf_counter()
     device = device or torch.device("cpu")
     keep_freed_memory()
-    shared = Shared(plan, sink, device, Spool(scratch), keeps=plan.kept_bytes > 0)
+    shared = Shared(plan, sink, device, journal.spool if journal else Spool(scratch), keeps=plan.kept_bytes > 0)
     stages = _stages(plan)
     if decomposition is not None:
         shared.decomposed, shared.statistics, stages = decomposition.spool, decomposition.statistics, []
@@ -96,14 +101,45 @@ def run(
     total = work_bytes(plan, device) if decomposition is None else sum(span.bytes for span in spans)
     counter = _Counter(progress, total, most)
     try:
+        if journal is not None:
+            journal.begin(cast(JournaledSink, sink), shared, device)
         for stage in stages:
-            _gather(shared, stage, merged, share, counter)
-        share(spans, partial(Worker, shared), Worker.merge_unit, counter)
+            if all(each.name in shared.statistics for each in stage):
+                counter.skip(merged, max(each.reduction.sweeps for each in stage))
+            else:
+                _gather(shared, stage, merged, share, counter)
+        if journal is None:
+            share(spans, partial(Worker, shared), Worker.merge_unit, counter)
+        else:
+            _merge_journaled(shared, spans, share, counter, journal)
     finally:
+        if journal is not None:
+            journal.end()
         shared.spool.close()
     metrics = {name: fmean(values[tensor] for tensor in sorted(values)) for name, values in shared.metrics.items()}
     metrics |= plan.recipe.method.metrics(shared.statistics, len(plan.models))
     return Done(time.perf_counter() - began, sorted(shared.notices), shared.discarded, metrics)
+
+
+def _merge_journaled(
+    shared: Shared, spans: Sequence[Span], share: Callable[..., list[Worker]], counter: _Counter, journal: RunJournal
+) -> None:
+    """Merge the spans that no former run finished, and record each."""
+    numbers = {span: number for number, span in enumerate(spans)}
+    counter.skip([spans[number] for number in journal.done])
+
+    def make_worker() -> tuple[Worker, CountingSink]:
+        counting = CountingSink(shared.sink)
+        worker = Worker(shared)
+        worker.output.sink = counting
+        return worker, counting
+
+    def merge_unit(pair: tuple[Worker, CountingSink], span: Span) -> None:
+        worker, counting = pair
+        worker.merge_unit(span)
+        journal.add(numbers[span], counting.take())
+
+    share([span for span in spans if numbers[span] not in journal.done], make_worker, merge_unit, counter)
 
 
 def work_bytes(plan: Plan, device: torch.device) -> int:
@@ -194,6 +230,10 @@ class _Counter:
 
     def __init__(self, progress: Progress | None, total: int, most: int) -> None:
         self.progress, self.total, self.most, self.done = progress, total, most, 0
+
+    def skip(self, spans: Iterable[Span], sweeps: int = 1) -> None:
+        """Count spans that a former run finished."""
+        self.done += sweeps * sum(span.bytes for span in spans)
 
     def __call__(self, span: Span) -> None:
         self.done += span.bytes

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import IO
 
 from merging.display.progress import Progress
+from merging.engine.journal import Journal
 from merging.engine.pieces import PieceReader
 from merging.engine.run import run, work_bytes
 from merging.engine.sanity import unrelated_models
+from merging.engine.spool import open_scratch
 from merging.errors import OutputError
 from merging.maths.lazy_torch import Tensor, torch
 from merging.methods.families.dropping import Dropping
-from merging.os_calls import read_at, write_at
+from merging.os_calls import read_at, sync, write_at
 from merging.plan.checks import make_content_keys
 from merging.plan.merge_plan import Plan
 from merging.plan.stages import Stage, all_stages
@@ -39,6 +41,7 @@ class StageSettings:
         scratch: the folder for stages that are set aside.
         progress: called with the bytes done and the bytes in all.
         keep: writes a stage as a model of its own; None if stages are not kept.
+        journal: the finished work of former runs of the merge; None if no later run can go on.
     """
 
     device: torch.device | None = None
@@ -46,6 +49,7 @@ class StageSettings:
     scratch: Path | None = None
     progress: Progress | None = None
     keep: KeepStage | None = None
+    journal: Journal | None = None
 
 
 @contextmanager
@@ -80,7 +84,7 @@ def open_stages(plan: Plan, settings: StageSettings) -> Iterator[tuple[Plan, Pro
             needed = _find_needed([*(each.plan for each in later), plan], aside)
             for each in aside:
                 if each not in needed and each not in later:
-                    _close(each)
+                    _close(each)  # a file with a name stays until the end, for runs that go on
         yield _with_content_keys(plan), parts.next(), remarks
         for stage in stages:
             reader_of = stage.values.reader
@@ -131,7 +135,8 @@ def _set_aside(
 ) -> _AsideFile | _KeptTensors:
     if settings.keep is not None:
         return _KeptTensors(settings.keep(stage, progress))
-    file = _AsideFile(stage.plan, settings.scratch)
+    journal = settings.journal.of_run(f"stage {stage.name}") if settings.journal else None
+    file = _AsideFile(stage.plan, settings.scratch, journal.values if journal else None)
     try:
         done = run(
             stage.plan,
@@ -140,6 +145,7 @@ def _set_aside(
             threads=settings.threads,
             progress=progress,
             scratch=settings.scratch,
+            journal=journal,
         )
     except BaseException:
         file.close()
@@ -178,11 +184,15 @@ class _KeptTensors:
 
 
 class _AsideFile:
-    """Tensors of a stage in a file without a name: it is gone when the program ends, in any way."""
+    """Tensors of a stage in a file without a name: it is gone when the program ends, in any way.
 
-    def __init__(self, plan: Plan, folder: Path | None) -> None:
+    With a ``path`` the file has a name, and ``resumed`` says whether a former run left it.
+    """
+
+    def __init__(self, plan: Plan, folder: Path | None, path: Path | None = None) -> None:
         self.notices: list[str] = []
-        self._folder = folder
+        self.resumed = path is not None and path.exists()
+        self._folder, self._path = folder, path
         self._starts: dict[str, int] = {}
         end = 0
         for out in plan.outs:
@@ -194,20 +204,30 @@ class _AsideFile:
     def write(self, name: str, values: Tensor, start: int = 0) -> None:
         """Take elements of a tensor."""
         try:
-            with self._lock:
-                if self._file is None:
-                    self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (closed by close)
-            write_at(self._file.fileno(), bytes_of(values), self._starts[name] + start * values.itemsize)
+            write_at(self._open().fileno(), bytes_of(values), self._starts[name] + start * values.itemsize)
         except OSError as error:
             raise OutputError(
                 f"{self._folder or tempfile.gettempdir()}: a stage cannot be set aside: {error.strerror}"
             ) from None
 
+    def _open(self) -> IO[bytes]:
+        with self._lock:
+            if self._file is None:
+                self._file = open_scratch(self._folder, self._path)
+            return self._file
+
+    def credit(self, written: Mapping[str, int]) -> None:
+        """Do nothing: a run writes every tensor, or a former one has."""
+
+    def sync(self) -> None:
+        """Make the values durable. Raises OSError."""
+        if self._file is not None:
+            sync(self._file.fileno())
+
     def read(self, name: str, buffer: Tensor, start: int) -> None:
         """Fill a buffer with elements of a tensor."""
-        assert self._file is not None
         try:
-            read_at(self._file.fileno(), bytes_of(buffer), self._starts[name] + start * buffer.itemsize)
+            read_at(self._open().fileno(), bytes_of(buffer), self._starts[name] + start * buffer.itemsize)
         except (OSError, EOFError) as error:
             raise OutputError(f"{self._folder}: a stage that was set aside cannot be read: {error}") from None
 

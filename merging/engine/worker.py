@@ -96,10 +96,13 @@ class Worker:
                     accumulate(accumulator, each.measure(merged, stack, site), site.name)
             return
         assert unit.stack is not None
-        merged, stack = unit.merge_whole(), unit.stack
+        spooled = self.shared.spool.take(item.site.name)  # by a sweep before, or a run that stopped
+        merged, stack = unit.merge_whole() if spooled is None else spooled, unit.stack
         if self.plan.weights and unit.base is not None:
-            merged, stack = _as_changes(merged, stack, unit.base)
-        self.shared.spool.put(item.site.name, merged)
+            changes = _as_changes(merged, stack, unit.base)
+            merged, stack = changes if spooled is None else (spooled, changes[1])
+        if spooled is None:
+            self.shared.spool.put(item.site.name, merged)
         for each, accumulator in zip(bound, self.accumulators, strict=True):
             if each.grain == "matrix":
                 accumulate(accumulator, each.measure(merged, stack, item.site), item.site.name)

@@ -219,6 +219,7 @@ class Recipe(Displayed, CheckedModel):
         stream: bool = False,
         progress: Progress | bool | None = None,
         keep_stages: str | Path | None = None,
+        resume: bool | None = None,
     ) -> merging.Merged:
         """Carry out the merge, as :func:`~merging.merge` does with the same models, method and options.
 
@@ -232,6 +233,7 @@ class Recipe(Displayed, CheckedModel):
                 cache.
             progress: True for a bar, or a function that receives the bytes done and the bytes in all.
             keep_stages: a folder for the outputs of recipes among the models, each in a folder of its own.
+            resume: whether a merge that stopped is gone on with, as for :func:`~merging.merge`.
 
         Returns:
             The path and the kind of the output, its size, remarks, and numbers that the method reports.
@@ -251,6 +253,7 @@ class Recipe(Displayed, CheckedModel):
             stream=stream,
             progress=progress,
             keep_stages=keep_stages,
+            resume=resume,
             **options,
         )
 

@@ -92,6 +92,7 @@ def soup(
     max_memory: int | str | None = None,
     overwrite: bool = False,
     progress: Progress | bool | None = None,
+    resume: bool | None = None,
     on_event: OnLine | None = None,
     **options: Unpack[RecipeOptions],
 ) -> Merged:
@@ -116,6 +117,7 @@ def soup(
         max_memory: the most memory to take, in bytes or as ``"500MB"``, above the memory of the imports.
         overwrite: whether an output that exists is replaced.
         progress: True for a bar, or a function that receives the bytes done and the bytes in all.
+        resume: whether a merge that stopped is gone on with, as for :func:`merging.merge`.
         on_event: receives a line about each soup that is scored.
         **options: the options of a recipe, as for :func:`~merging.merge`. Without ``rank``, an averaged adapter has
             the rank of the checkpoints.
@@ -158,6 +160,7 @@ def soup(
         max_memory=max_memory,
         overwrite=overwrite,
         progress=bar,
+        resume=resume,
     )
     return replace(merged, notices=(*planned.notices, *merged.notices), facts={**merged.facts, **planned.facts})
 

@@ -1,26 +1,38 @@
 """Staged outputs: built next to their destination, made durable, and moved there whole or not at all.
 
-An output is built in a hidden folder ``.NAME.*.partial``, which is locked by its merge. ``out`` in it becomes the
-output, ``scratch`` is for temporary files, and ``old`` is the replaced output where two names cannot be exchanged in
-one step. A folder with no other content and no lock was left by a killed merge. The next merge to the same destination
-moves ``old`` back if nothing took its place, and removes the rest. Missing parents of an output are made, and removed
-again if it is not written."""
+An output is built in a hidden folder next to its destination, see :mod:`merging.storage.leftovers`. The next merge to
+the same destination moves an output back that a killed merge had moved aside, if nothing took its place. It goes on
+with the rest, or removes it. Missing parents of an output are made, and removed again if it is not written."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
-import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from merging import os_calls
-from merging.errors import MergingError, MergingWarning, OutputError, option
-from merging.storage.atomic import existing_parent, make_parents, place_new_file, remove_empty, temporary_paths
+from merging.errors import InputError, MergingError, MergingWarning, OptionError, OutputError, option
+from merging.storage.atomic import existing_parent, make_parents, place_new_file, remove_empty
+from merging.storage.leftovers import (
+    JOURNAL,
+    OLD,
+    OUT,
+    SCRATCH,
+    Identity,
+    create_partial,
+    find_abandoned,
+    find_unfinished,
+    has_entries,
+    mark_placing,
+    put_back,
+    take_over,
+    write_identity,
+)
 from merging.storage.replacing import check_replaced, destination_error
 
 __all__ = ["StagedOutput", "check_destination"]
@@ -28,7 +40,8 @@ __all__ = ["StagedOutput", "check_destination"]
 _SLACK = 1 << 24
 """Bytes for configs, tokenizer and index of a folder of weights, when the free space is checked."""
 
-_PARTIAL, _OUT, _OLD, _SCRATCH = ".partial", "out", "old", "scratch"
+_LASTING = (InputError, OptionError)
+"""Errors that the same command meets again."""
 
 _OTHER_FILES = {
     ".bin", ".ckpt", ".csv", ".ggml", ".gguf", ".gz", ".h5", ".html", ".json", ".jsonl", ".md", ".msgpack", ".npy",
@@ -43,8 +56,9 @@ def check_destination(
 ) -> str:
     """Refuse a destination that exists (unless it may be overwritten), overlaps an input, or has no room.
 
-    A model that a killed merge to this destination had moved aside is moved back, and its other files are removed. With
-    ``dry`` nothing is changed, such a model counts as existing, and a destination that exists is remarked.
+    A model that a killed merge to this destination had moved aside is moved back, and its other files are removed,
+    unless a later run can go on with them. With ``dry`` nothing is changed, such a model counts as existing, and a
+    destination that exists is remarked.
 
     Args:
         destination: The path of the output, a file if it ends in ``.safetensors``, else a folder.
@@ -78,11 +92,11 @@ def check_destination(
         if resolved == target or target in resolved.parents:
             raise destination_error(destination, f"the output would replace the input {path}")
     existing = destination
-    for abandoned in _find_abandoned(destination):
-        aside = abandoned / _OLD if dry else _put_back(abandoned, destination)
+    for abandoned in find_abandoned(destination):
+        aside = abandoned / OLD if dry else put_back(abandoned, destination)
         if aside is not None and os.path.lexists(aside) and not os.path.lexists(destination):
             existing = aside
-        elif not dry and not os.path.lexists(abandoned / _OLD):
+        elif not dry and not os.path.lexists(abandoned / OLD) and find_unfinished(abandoned) is None:
             shutil.rmtree(abandoned, ignore_errors=True)
     remark = ""
     if os.path.lexists(existing) and not overwrite:
@@ -109,18 +123,23 @@ class StagedOutput:
     """A temporary folder that becomes the output at ``destination``, or, with ``file``, whose only file becomes it.
 
     Used as a context manager: :meth:`commit` moves the output into place, and leaving without it removes every trace.
-    Raises :class:`~merging.errors.OutputError` for errors of the disk, also for those in the body.
+    With an ``identity`` it can be resumed: a folder that a run with the same identity left is gone on with, and this
+    one stays after errors that pass, such as a full disk, if its journal has an entry. Raises
+    :class:`~merging.errors.OutputError` for errors of the disk, also for those in the body.
 
     Attributes:
         folder: The folder in which the output is built.
         scratch: A folder for temporary files.
+        journal: A folder for the record of finished work; None without an identity.
         notices: Remarks on files that could not be removed.
     """
 
-    def __init__(self, destination: Path, overwrite: bool, file: bool) -> None:
+    def __init__(self, destination: Path, overwrite: bool, file: bool, identity: Identity | None = None) -> None:
         self.destination = destination
         self.overwrite = overwrite
         self.file = file
+        self.identity = identity
+        self.journal: Path | None = None
         self.notices: list[str] = []
         self._held: Path | None = None
         self._made: list[Path] = []
@@ -135,14 +154,11 @@ class StagedOutput:
     def __enter__(self) -> StagedOutput:
         try:
             with os_calls.delay_signals():
-                for abandoned in _find_abandoned(self.destination):
-                    if _put_back(abandoned, self.destination) is None:
+                for abandoned in find_abandoned(self.destination):
+                    if put_back(abandoned, self.destination) is None and find_unfinished(abandoned) is None:
                         shutil.rmtree(abandoned, ignore_errors=True)
                 self._made = make_parents(self.destination)
-                self._held, self._lock = _create_partial(self.destination)
-                self.folder, self.scratch = self._held / _OUT, self._held / _SCRATCH
-                self.folder.mkdir()
-                self.scratch.mkdir()
+                self._open()
             return self
         except OSError as error:
             self._remove()
@@ -151,11 +167,24 @@ class StagedOutput:
             self._remove()
             raise
 
+    def _open(self) -> None:
+        """Take over the folder of a run that stopped, or create one."""
+        taken = None if self.identity is None else take_over(self.destination, self.identity)
+        self._held, self._lock = taken or create_partial(self.destination)
+        self.folder, self.scratch = self._held / OUT, self._held / SCRATCH
+        self.scratch.mkdir()
+        if taken is None:
+            self.folder.mkdir()
+            if self.identity is not None:
+                write_identity(self._held, self.identity)
+        if self.identity is not None:
+            self.journal = self._held / JOURNAL
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with os_calls.delay_signals():
-            self._remove()
+            self._remove(keep=error is not None and not isinstance(error, _LASTING))
         if isinstance(error, OSError):
             elsewhere = error.filename is not None and str(self._held) not in str(error.filename)
             raise self._error(f"cannot be written: {error.filename}" if elsewhere else "cannot be written", error)
@@ -164,13 +193,21 @@ class StagedOutput:
         elif error is not None and self.notices:
             warnings.warn(self.notices[0], MergingWarning, stacklevel=2)
 
-    def _remove(self) -> None:
-        """Remove what is left of the temporary folder, and note it if that fails."""
+    def _remove(self, keep: bool = False) -> None:
+        """Remove what is left of the temporary folder, and note it if that fails.
+
+        With ``keep``, finished work stays that a later run can go on with.
+        """
         if self._held is None:
             return remove_empty(self._made)
-        old = _put_back(self._held, self.destination)
+        old = put_back(self._held, self.destination)
         try:
-            if old is None:
+            if old is None and keep and self.journal is not None and has_entries(self.journal):
+                shutil.rmtree(self.scratch, ignore_errors=True)
+                self.notices.append(
+                    f"the finished work stays in {self._held}: the same command with {option('resume', True)} goes on"
+                )
+            elif old is None:
                 shutil.rmtree(self._held, ignore_errors=True)
                 shutil.rmtree(self._held)  # the rest is tried once more, to get the reason
             else:
@@ -207,6 +244,8 @@ class StagedOutput:
                 elif path.is_dir():
                     os_calls.sync_folder(path)
             os_calls.sync_folder(self.folder)
+            if self._held is not None and self.identity is not None:
+                mark_placing(self._held)
             self._place_file() if self.file else self._place_folder()
         except OSError as error:
             # ENOTEMPTY: a folder appeared between the last check and the renaming
@@ -241,62 +280,8 @@ class StagedOutput:
             return
         if not self.overwrite:
             raise FileExistsError
-        self.destination.rename(self.folder.with_name(_OLD))
+        self.destination.rename(self.folder.with_name(OLD))
         self.folder.rename(self.destination)
-
-
-def _create_partial(destination: Path) -> tuple[Path, int | None]:
-    """Create a temporary folder for an output. Return it with a descriptor that holds its lock."""
-    while True:
-        folder = Path(tempfile.mkdtemp(_PARTIAL, f".{destination.name}.", destination.parent))
-        lock = None
-        try:
-            lock = os_calls.open_folder(folder)
-            if lock is None:
-                return folder, None
-            if os_calls.claim(lock) is not False and os.path.samestat(os.fstat(lock), folder.stat()):
-                return folder, lock
-        except FileNotFoundError:
-            pass
-        except BaseException:
-            with suppress(OSError):
-                folder.rmdir()
-            raise
-        # another merge to this destination began just now, and considered the folder abandoned
-        with suppress(OSError):
-            folder.rmdir()
-        if lock is not None:
-            os.close(lock)
-
-
-def _find_abandoned(destination: Path) -> Iterator[Path]:
-    """Yield the temporary folders that no living merge holds; each is locked while the caller uses it."""
-    for folder in temporary_paths(destination, _PARTIAL):
-        try:
-            lock = None if folder.is_symlink() else os_calls.open_folder(folder)
-        except OSError:  # no folder, or it was removed just now
-            continue
-        if lock is None:
-            continue
-        try:
-            if os_calls.claim(lock) and {each.name for each in folder.iterdir()} <= {_OUT, _OLD, _SCRATCH}:
-                yield folder
-        except FileNotFoundError:
-            pass
-        finally:
-            os.close(lock)
-
-
-def _put_back(folder: Path, destination: Path) -> Path | None:
-    """Move an output that was moved aside back, if nothing took its place. Return its path if that fails."""
-    old = folder / _OLD
-    if not os.path.lexists(old) or os.path.lexists(destination):
-        return None
-    try:
-        old.rename(destination)
-    except OSError:
-        return old
-    return None
 
 
 def _sync_file(path: Path) -> None:

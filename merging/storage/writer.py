@@ -21,12 +21,19 @@ class TensorWriter:
     """Writes tensors of known names, dtypes and shapes into one file, or into several shards in a folder.
 
     ``stem`` is the file's name without its ending. Shards are called ``STEM-0000i-of-0000N.safetensors`` and get an
-    index. Files take their full size at once, so that a full disk shows before anything is computed. Raises
+    index. Files take their full size at once, so that a full disk shows before anything is computed. With ``resume``,
+    files of the same header and size are written on, and ``resumed`` says whether all were there. Raises
     :class:`~merging.errors.OutputError` for errors of the disk.
     """
 
     def __init__(
-        self, folder: Path, stem: str, outs: Sequence[OutputTensor], metadata: Mapping[str, str], shard_size: int | None
+        self,
+        folder: Path,
+        stem: str,
+        outs: Sequence[OutputTensor],
+        metadata: Mapping[str, str],
+        shard_size: int | None,
+        resume: bool = False,
     ) -> None:
         shards = _shards(outs, shard_size)
         self.folder = folder
@@ -36,18 +43,25 @@ class TensorWriter:
         self._left = {out.name: out.nbytes for out in outs}
         self._lock = threading.Lock()
         self._fds: list[int] = []
+        self.resumed = self._resume = resume
         for number, shard in enumerate(shards, 1):
             name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
             self.files[name] = shard
-            self._create(folder / name, shard, metadata)
+            self._open(folder / name, shard, metadata)
 
-    def _create(self, path: Path, outs: Sequence[OutputTensor], metadata: Mapping[str, str]) -> None:
+    def _open(self, path: Path, outs: Sequence[OutputTensor], metadata: Mapping[str, str]) -> None:
+        """Create a file, or open one that a run left which stopped."""
         header = _header(outs, metadata)
+        size = len(header) + sum(out.nbytes for out in outs)
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | (0 if self._resume else os.O_EXCL)
+            fd = os.open(path, flags, 0o666)
             self._fds.append(fd)
-            os_calls.reserve(fd, len(header) + sum(out.nbytes for out in outs))
-            os_calls.write_at(fd, memoryview(header), 0)
+            if not (self._resume and _starts_with(fd, header, size)):
+                self.resumed = False
+                os.ftruncate(fd, 0)
+                os_calls.reserve(fd, size)
+                os_calls.write_at(fd, memoryview(header), 0)
         except OSError as error:
             raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
         position = len(header)
@@ -66,6 +80,17 @@ class TensorWriter:
             raise OutputError(f"{self.folder}: {name} cannot be written: {error.strerror}") from None
         with self._lock:
             self._left[name] -= len(data)
+
+    def credit(self, written: Mapping[str, int]) -> None:
+        """Count bytes of tensors as written, since a run that stopped wrote them."""
+        for name, count in written.items():
+            self._left[name] -= count
+
+    def sync(self) -> None:
+        """Make everything that was written durable."""
+        for fd in self._fds:
+            os_calls.sync(fd)
+        os_calls.sync_folder(self.folder)
 
     def finish(self) -> None:
         """Check that every byte was written, make the files durable and write the index of shards."""
@@ -113,6 +138,7 @@ class ComponentWriter:
         outs: Sequence[OutputTensor],
         metadata: Mapping[str, str],
         shard_size: int | None,
+        resume: bool = False,
     ) -> None:
         self._writers: dict[str, TensorWriter] = {}
         parts: dict[str, list[OutputTensor]] = {component: [] for component in stems}
@@ -123,7 +149,7 @@ class ComponentWriter:
             for component, stem in stems.items():
                 (folder / component).mkdir(parents=True, exist_ok=True)
                 self._writers[component] = TensorWriter(
-                    folder / component, stem, parts[component], metadata, shard_size
+                    folder / component, stem, parts[component], metadata, shard_size, resume=resume
                 )
         except BaseException:
             self.close()
@@ -134,6 +160,22 @@ class ComponentWriter:
         component, inner = _component(name, self._writers)
         self._writers[component].write(inner, values, start)
 
+    @property
+    def resumed(self) -> bool:
+        """Whether all files were there."""
+        return all(writer.resumed for writer in self._writers.values())
+
+    def credit(self, written: Mapping[str, int]) -> None:
+        """Count bytes of tensors as written, since a run that stopped wrote them."""
+        for name, count in written.items():
+            component, inner = _component(name, self._writers)
+            self._writers[component].credit({inner: count})
+
+    def sync(self) -> None:
+        """Make everything that was written durable."""
+        for writer in self._writers.values():
+            writer.sync()
+
     def finish(self) -> None:
         """Check that every byte was written, make the files durable and write the indexes of shards."""
         for writer in self._writers.values():
@@ -143,6 +185,15 @@ class ComponentWriter:
         """Close the files; the writer cannot be used afterwards."""
         for writer in self._writers.values():
             writer.close()
+
+
+def _starts_with(fd: int, header: bytes, size: int) -> bool:
+    """Return whether an open file has a header and a size."""
+    found = bytearray(len(header))
+    if os.fstat(fd).st_size != size:
+        return False
+    os_calls.read_at(fd, memoryview(found), 0)
+    return found == header
 
 
 def _component(name: str, components: Mapping[str, object]) -> tuple[str, str]:

@@ -1,0 +1,240 @@
+"""The journal of a run: its finished work, from which a later run of the same plan goes on."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from merging.engine.outputs import Sink
+from merging.engine.spool import Spool
+from merging.errors import OutputError
+from merging.maths.lazy_torch import Tensor, torch
+from merging.os_calls import sync
+from merging.sources.stored import bytes_of
+
+__all__ = ["CountingSink", "Journal", "JournaledSink", "Record", "RunJournal"]
+
+_PERIOD = 5.0
+"""Seconds between two entries: the most work that is done again after a kill."""
+
+
+class JournaledSink(Sink, Protocol):
+    """A sink whose values stay when the process is killed.
+
+    Attributes:
+        resumed: whether the values of a former run are there.
+    """
+
+    @property
+    def resumed(self) -> bool: ...
+
+    def credit(self, written: Mapping[str, int]) -> None:
+        """Count bytes of tensors as written."""
+
+    def sync(self) -> None:
+        """Make everything that was written durable. Raises OSError."""
+
+
+class Record(Protocol):
+    """The results of a run so far, next to its values: see :class:`~merging.engine.worker.Shared`."""
+
+    statistics: dict[str, Tensor]
+    notices: set[str]
+    discarded: dict[str, float]
+    metrics: dict[str, dict[str, float]]
+
+
+class CountingSink:
+    """Hands values on to a sink, and counts the bytes of each tensor until they are taken."""
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink = sink
+        self._written: Counter[str] = Counter()
+
+    def write(self, name: str, values: Tensor, start: int = 0) -> None:
+        """Hand values on."""
+        self.sink.write(name, values, start)
+        self._written[name] += values.nbytes
+
+    def take(self) -> Counter[str]:
+        """Return the bytes written since the last call, by tensor."""
+        written, self._written = self._written, Counter()
+        return written
+
+
+class Journal:
+    """A folder with a journal for each run of a merge: one a stage, and one for the merge itself.
+
+    ``period`` is the number of seconds between two entries.
+    """
+
+    def __init__(self, folder: Path, period: float | None = None) -> None:
+        self.folder = folder
+        self.period = _PERIOD if period is None else period
+
+    def of_run(self, name: str) -> RunJournal:
+        """Return the journal of a run, with the entries of former ones."""
+        return RunJournal(self.folder, name, self.period)
+
+
+class RunJournal:
+    """The finished work of one run, in lines of JSON. An entry is written when all values in it are durable.
+
+    Units of work are known by their numbers. A thread of its own writes the entries, so that no worker waits for the
+    disk. :meth:`begin` starts it, and :meth:`end` stops it.
+
+    Attributes:
+        done: the numbers of the finished units.
+        values: the path of values that the run keeps itself.
+        spool: the changes that are set aside.
+    """
+
+    def __init__(self, folder: Path, name: str, period: float) -> None:
+        self.path = folder / f"{name}.jsonl"
+        self.values = folder / f"{name}.values"
+        self.spool = Spool(folder, folder / f"{name}.spool")
+        self.period = period
+        self.done: set[int] = set()
+        self._pending: list[tuple[int, Mapping[str, int]]] = []
+        self._known: set[tuple[str, ...]] = set()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._error: OSError | None = None
+        self._thread: threading.Thread | None = None
+        self._fd: int | None = None
+
+    def begin(self, sink: JournaledSink, record: Record, device: torch.device) -> None:
+        """Take up the entries of a former run, if its values are there, and begin to write entries.
+
+        Raises :class:`~merging.errors.OutputError`.
+        """
+        self._sink, self._record = sink, record
+        try:
+            entries = _read_entries(self.path) if sink.resumed else []
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+            os.ftruncate(self._fd, sum(length for _, length in entries))
+            os.lseek(self._fd, 0, os.SEEK_END)
+        except OSError as error:
+            raise self._unwritten(error) from None
+        written: Counter[str] = Counter()
+        for entry, _ in entries:
+            for unit, counts in entry["units"]:
+                self.done.add(unit)
+                written.update(counts)
+            self.spool.restore(entry["spooled"], device)
+            record.statistics |= {name: _parse_tensor(each) for name, each in entry["statistics"].items()}
+            record.discarded |= entry["discarded"]
+            record.notices |= set(entry["notices"])
+            for metric, values in entry["metrics"].items():
+                record.metrics.setdefault(metric, {}).update(values)
+        sink.credit(written)
+        self._new_facts()  # these are in former entries
+        self._thread = threading.Thread(target=self._write_entries, daemon=True)
+        self._thread.start()
+
+    def add(self, unit: int, written: Mapping[str, int]) -> None:
+        """Record a finished unit, and the bytes of each tensor that it wrote.
+
+        Raises :class:`~merging.errors.OutputError` if the last entry could not be written.
+        """
+        if self._error is not None:
+            raise self._unwritten(self._error)
+        with self._lock:
+            self._pending.append((unit, written))
+
+    def end(self) -> None:
+        """Write the last entry, and close the files. An entry that cannot be written is work that is done again."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self._fd is not None:
+            os.close(self._fd)
+        self._thread = self._fd = None
+
+    def _write_entries(self) -> None:
+        stopped = False
+        while not stopped and self._error is None:
+            stopped = self._stop.wait(self.period)
+            try:
+                self._write_entry()
+            except OSError as error:
+                self._error = error
+
+    def _write_entry(self) -> None:
+        with self._lock:
+            units, self._pending = self._pending, []
+        entry = {"units": units, **self._new_facts()}
+        if not any(entry.values()):
+            return
+        self._sink.sync()
+        self.spool.sync()
+        assert self._fd is not None
+        os.write(self._fd, json.dumps(entry).encode() + b"\n")
+        sync(self._fd)
+
+    def _new_facts(self) -> dict[str, Any]:
+        """Return the results of the run that are in no entry yet."""
+        record = self._record
+        metrics = [
+            (name, each, value) for name, values in [*record.metrics.items()] for each, value in [*values.items()]
+        ]
+        facts: dict[str, Any] = {
+            "spooled": self._new("spooled", self.spool.places()),
+            "statistics": {
+                name: _write_tensor(value) for name, value in self._new("statistics", record.statistics).items()
+            },
+            "discarded": self._new("discarded", record.discarded),
+            "notices": list(self._new("notices", dict.fromkeys([*record.notices]))),
+            "metrics": {},
+        }
+        for (name, each), value in self._new("metrics", {(name, each): value for name, each, value in metrics}).items():
+            facts["metrics"].setdefault(name, {})[each] = value
+        return facts
+
+    def _new(self, kind: str, facts: Mapping[Any, Any]) -> dict[Any, Any]:
+        new = {name: value for name, value in [*facts.items()] if (kind, name) not in self._known}
+        self._known |= {(kind, name) for name in new}
+        return new
+
+    def _unwritten(self, error: OSError) -> OutputError:
+        return OutputError(f"{self.path.parent}: finished work cannot be recorded: {error.strerror or error}")
+
+
+def _read_entries(path: Path) -> list[tuple[dict[str, Any], int]]:
+    """Return the whole entries of a journal with their lengths in bytes; what a crash left half written is no entry."""
+    entries = []
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return []
+    with file:
+        for line in file:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b"\n"):
+                break
+            entries.append((entry, len(line)))
+    return entries
+
+
+def _write_tensor(values: Tensor) -> list[Any]:
+    """Return a tensor in plain values."""
+    host = values.detach().contiguous().cpu()
+    dtype = str(host.dtype).removeprefix("torch.")
+    return [dtype, list(host.shape), base64.b64encode(bytes_of(host.view(-1))).decode()]
+
+
+def _parse_tensor(plain: list[Any]) -> Tensor:
+    dtype, shape, text = plain
+    content = bytearray(base64.b64decode(text))
+    kind = getattr(torch, dtype)
+    values = torch.frombuffer(content, dtype=kind) if content else torch.empty(0, dtype=kind)
+    return values.reshape(shape)
