@@ -23,6 +23,7 @@ from merging.plan.checks import (
 from merging.plan.entries import MakeStage, open_entries
 from merging.plan.inputs.components import select_components
 from merging.plan.inputs.extracted_changes import extract_changes
+from merging.plan.inputs.layouts import match_layouts
 from merging.plan.inputs.sentence_folders import describe_differences
 from merging.plan.inputs.task_heads import NO_HEADS, TaskHeads, find_task_heads
 from merging.plan.inputs.tied_heads import resolve_tied_heads
@@ -164,9 +165,10 @@ def _plan(
     keys, notices = make_content_keys(models)
     notices += [notice for model in models if isinstance(model, Adapter) for notice in model.notices]
     notices += describe_differences(models, base) if output == "model" else []
+    models, layouts = match_layouts(models, base)
     alike, based, vocabulary, resized = match_vocabularies(recipe, models, base, matched)
     recipe = _pin_donor(recipe, vocabulary)
-    notices += remarks + heads.notices + resized
+    notices += remarks + layouts + heads.notices + resized
     if output == "adapter":
         adapters, lost = _as_adapters(recipe, alike, based)
         notices += lost

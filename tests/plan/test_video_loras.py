@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import merging
+from merging.errors import InputError
 from support.diffusion_models import State
 from support.image_denoisers import as_published
 from support.video_denoisers import (
@@ -108,3 +109,61 @@ def test_changes_in_full(tmp_path: Path, layout: str) -> None:
     got = _bake(tmp_path / "lora.safetensors", base)
     wanted = {name: value + {**changes, **full}.get(name, 0) for name, value in before.items()}
     _check_close(as_published(got) if layout == "diffusers" else got, wanted)
+
+
+# ---- full models
+
+
+def _tune(path: Path, base: Path, seed: int) -> Path:
+    """Write a fine-tune of a base, in the base's layout, without a folder."""
+    random = torch.Generator().manual_seed(seed)
+    state = {name: value + torch.randn(value.shape, generator=random) for name, value in _read(base).items()}
+    save_file(state, path)
+    return path
+
+
+def _mark(family: str) -> object:
+    return family if family in QUICK else pytest.param(family, marks=pytest.mark.exhaustive)
+
+
+BOTH_LAYOUTS = [_mark(family) for family, stated in VIDEO_FAMILIES.items() if stated.unnamed == "$^"]
+"""All but Mochi, with one tensor whose published name is not known."""
+
+
+@pytest.mark.parametrize("family", BOTH_LAYOUTS)
+def test_full_models_in_both_layouts(tmp_path: Path, family: str) -> None:
+    """Fine-tunes in two layouts over a base in either one: the result has the base's layout."""
+    diffusers, published = bases(family, tmp_path)
+    one, two = _tune(tmp_path / "1.safetensors", diffusers, 1), _tune(tmp_path / "2.safetensors", published, 2)
+    before, first, second = _read(published), as_published(_read(one)), _read(two)
+    wanted = {
+        name: value + 0.5 * (first[name] - value) + 0.25 * (second[name] - value) for name, value in before.items()
+    }
+    for base in (diffusers, published):
+        out = tmp_path / f"out-{base.name}"
+        settings = {"method": "task_arithmetic", "weights": (0.5, 0.25), "kind": "model"}
+        done = merging.merge([one, two], base=base, output=out, threads=1, **settings)
+        got = _read(out)
+        _check_close(as_published(got) if base is diffusers else got, wanted)
+        said = any("its tensors are matched with the names of" in each for each in done.notices)
+        assert said == (family != "cogvideox")
+
+
+def test_a_tensor_without_a_name_in_the_other_layout(tmp_path: Path) -> None:
+    diffusers, published = bases("mochi", tmp_path)
+    with pytest.raises(InputError, match=r"blocks\.47\.norm1_context\.linear_1\.\w+.*on_mismatch="):
+        merging.merge([published], base=diffusers, method="linear", kind="model", output=tmp_path / "out")
+
+
+def test_a_lora_out_of_a_fine_tune_in_the_other_layout(tmp_path: Path) -> None:
+    diffusers, published = bases("wan", tmp_path)
+    tuned = _read(published)
+    name = "blocks.1.self_attn.v.weight"
+    change = torch.outer(torch.arange(24.0), torch.ones(24)) / 24
+    save_file(tuned | {name: tuned[name] + change}, tmp_path / "tuned.safetensors")
+    merging.extract(tmp_path / "tuned.safetensors", base=diffusers, output=tmp_path / "out", rank=1)
+    (lora,) = (tmp_path / "out").glob("*.safetensors")
+    got = load_file(lora)
+    down, up = (next(value for key, value in got.items() if f"lora_{part}" in key) for part in "AB")
+    torch.testing.assert_close(up @ down, change, atol=1e-4, rtol=1e-4)
+    assert all("blocks.1.attn1.to_v" in key for key in got)

@@ -50,3 +50,52 @@ def test_a_family_is_recognized_by_either_set_of_names(family: str) -> None:
             found = family_of(named)
             assert found is not None
             assert found.name == VIDEO_FAMILIES[family].name
+
+
+_COMFYUI = (
+    ("txt_in.t_embedder.mlp.0.", "txt_in.t_embedder.in_layer."),
+    ("txt_in.t_embedder.mlp.2.", "txt_in.t_embedder.out_layer."),
+    ("txt_in.c_embedder.linear_1.", "txt_in.c_embedder.in_layer."),
+    ("txt_in.c_embedder.linear_2.", "txt_in.c_embedder.out_layer."),
+    ("_mod.linear.", "_mod.lin."),
+    ("_attn_qkv.", "_attn.qkv."),
+    ("_attn_proj.", "_attn.proj."),
+    ("mlp.fc1.", "mlp.0."),
+    ("mlp.fc2.", "mlp.2."),
+    ("_attn_q_norm.weight", "_attn.norm.query_norm.scale"),
+    ("_attn_k_norm.weight", "_attn.norm.key_norm.scale"),
+    (".q_norm.weight", ".norm.query_norm.scale"),
+    (".k_norm.weight", ".norm.key_norm.scale"),
+    (".modulation.linear.", ".modulation.lin."),
+    ("_in.mlp.0.", "_in.in_layer."),
+    ("_in.mlp.2.", "_in.out_layer."),
+)
+"""ComfyUI's names of HunyuanVideo's modules, by its own replacements of Tencent's."""
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "model.model."])
+@pytest.mark.parametrize("family", ["hunyuan-video", "hunyuan-video-1.5"])
+def test_comfyuis_names_of_hunyuan_video(family: str, prefix: str) -> None:
+    """It joins the projections of 1.5, as our published names do, which Tencent keeps apart."""
+    state = _state(family)
+    comfyui = {}
+    for name, value in as_published(state).items():
+        for theirs, ours in _COMFYUI:
+            name = name.replace(theirs, ours)
+        comfyui[prefix + name] = value
+    _check_equal(as_published(comfyui, "diffusers"), state)
+
+
+def test_tencents_names_of_hunyuan_video_15() -> None:
+    """Queries, keys and values are apart, as in diffusers, under names of their own."""
+    state = _state("hunyuan-video-1.5")
+    published = as_published(state)
+    apart = {name: value for name, value in published.items() if "_blocks." not in name or "_attn_qkv." not in name}
+    for name, value in published.items():
+        if name.startswith("double_blocks.") and "_attn_qkv." in name:
+            apart |= {name.replace("qkv", part): rows for part, rows in zip("qkv", value.chunk(3), strict=True)}
+    _check_equal(as_published(apart, "diffusers"), state)
+    _check_equal(as_published(apart), published)
+    found = family_of(shapes_of(apart))
+    assert found is not None
+    assert found.name == "HunyuanVideo 1.5"
