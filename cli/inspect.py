@@ -27,7 +27,7 @@ _MOST_SENTENCES = 3
 @json_option
 @debug_option
 def inspect_command(paths: tuple[str, ...], values: bool, as_json: bool, debug: bool) -> None:
-    """Show the content of a model or adapter: kind, base, rank, modules, types, layers, size.
+    """Show the content of a model or adapter: kind, base, family, trainer, rank, modules, types, layers, size.
 
     Headers alone are read. With --json the output is a list with one entry a PATH.
     """
@@ -40,6 +40,10 @@ def inspect_command(paths: tuple[str, ...], values: bool, as_json: bool, debug: 
         return
     for facts in found:
         echo(facts.pop("path"))
+        for name in ("family", "trainer"):
+            evidence = facts.pop(f"{name}_evidence", None)
+            if evidence:
+                facts[name] += f" ({evidence})"
         for name, value in facts.items():
             if value not in (None, 0, [], {}, "") or name in ("nonfinite", "needs_base"):
                 for line in _lines(name, value):

@@ -11,6 +11,7 @@ from typing import Any
 from merging.api.recipe_records import record_of
 from merging.display.tables import Table, Tabular, count_notices
 from merging.errors import FormatError, MergingError, option
+from merging.hub.cards import stated_tags
 from merging.hub.open_model import open_model
 from merging.maths.layers import Stacks
 from merging.output.header import RECIPE_KEY
@@ -19,10 +20,12 @@ from merging.serving.contents import FILES
 from merging.serving.subject import Subject, open_subject
 from merging.sources import Adapter, Checkpoint
 from merging.sources.changes import Change
+from merging.sources.model_families import family_by_config, family_by_names, family_by_statements
 from merging.sources.packs.codings import Packed
 from merging.sources.small_files import parse_json
 from merging.sources.stored import Stored
 from merging.sources.tied_weights import WITH_HEAD, embeddings_among, is_head, text_config
+from merging.sources.trainers import Attribution, trainer_of
 
 __all__ = ["Inspection", "inspect"]
 
@@ -67,7 +70,9 @@ def inspect(path: str | Path, *, values: bool = False) -> Inspection:
 
     Returns:
         Plain values by name, such as ``kind``, ``base``, ``rank``, ``dtypes``, ``layers``, ``parameters``, ``bytes``
-        and ``notices``, which are sentences for people. ``merged_by`` and ``merged_from`` are the method and the models
+        and ``notices``, which are sentences for people. ``family`` is the family of models, and ``trainer`` the program
+        that trained an adapter, ``unknown`` where nothing shows it; ``family_evidence`` and ``trainer_evidence`` name
+        the names, entry, config or card that show it. ``merged_by`` and ``merged_from`` are the method and the models
         of the merge that wrote the files, if one did, and ``recipe`` is the place of its recipe: a header,
         ``mergekit_config.yml``, or a model card. Weights that are quantised in a simple way count as the ordinary ones
         that ``dequantize`` makes of them; ``dequantised`` is their number, and ``quantised`` has their types on
@@ -96,6 +101,8 @@ def _inspect_adapter(adapter: Adapter, subject: Subject, values: bool) -> dict[s
         "kind": "pack of a model" if adapter.of_model else f"adapter ({adapter.dialect})",
         "about": adapter.about,
         "base": adapter.base,
+        **_attribute("family", _find_family(adapter, subject), "unknown"),
+        **_attribute("trainer", _find_trainer(subject), "unknown"),
         **_read_origin(subject),
         "rank": ranks[0] if len(ranks) == 1 else ranks,
         "scales": sorted(scales),
@@ -108,6 +115,33 @@ def _inspect_adapter(adapter: Adapter, subject: Subject, values: bool) -> dict[s
         "packed_bytes": _packed_bytes(tensors.values()),
         "notices": list(adapter.notices),
     }
+
+
+def _find_family(adapter: Adapter, subject: Subject) -> Attribution | None:
+    """Return the family of the model that an adapter is for: names are stronger evidence than statements."""
+    shapes = {target: change.shape for target, change in adapter.changes.items()}
+    return (
+        family_by_names(shapes, subject.metadata)
+        or family_by_config(adapter.config, subject.base)
+        or family_by_statements(subject.metadata, adapter.base)
+    )
+
+
+def _find_trainer(subject: Subject) -> Attribution | None:
+    """Return the program that trained an adapter; a card that is not understood states nothing."""
+    tags: list[str] = []
+    if subject.folder is not None:
+        try:
+            tags = stated_tags(subject.folder / "README.md")
+        except MergingError:
+            tags = []
+    config = subject.config if subject.kind == "adapter" else None
+    return trainer_of(subject.tensors, subject.metadata, config, tags=tags, files=subject.files)
+
+
+def _attribute(fact: str, found: Attribution | None, unknown: str | None) -> dict[str, Any]:
+    """Return a fact by its name, and the evidence for it."""
+    return {fact: found.name if found else unknown, f"{fact}_evidence": found.evidence if found else None}
 
 
 def _tensors_of(changes: Sequence[Change]) -> dict[str, Stored]:
@@ -151,6 +185,7 @@ def _inspect_checkpoint(checkpoint: Checkpoint, subject: Subject, values: bool) 
         "kind": "checkpoint",
         "architecture": architecture or subject.stated.get("_class_name"),
         "type": config.get("model_type"),
+        **_attribute("family", family_by_names({name: stored.shape for name, stored in tensors.items()}, {}), None),
         "library": checkpoint.library if subject.config is not None else None,
         "components": [name for name in checkpoint.components if name],
         **_read_origin(subject),

@@ -8,7 +8,7 @@ from typing import Any
 from merging.sources.plain_yaml import FAULTS, load_yaml
 from merging.sources.small_files import is_there, read_text
 
-__all__ = ["stated_base_models", "stated_licence"]
+__all__ = ["stated_base_models", "stated_licence", "stated_tags"]
 
 
 def stated_licence(card: Path) -> str | None:
@@ -28,6 +28,15 @@ def stated_base_models(card: Path) -> list[str]:
     stated = _read_head(card).get("base_model")
     listed = stated if isinstance(stated, list) else [stated]
     return [name for name in listed if isinstance(name, str) and name]
+
+
+def stated_tags(card: Path) -> list[str]:
+    """Return the tags of a model card, in lower case.
+
+    Raises :class:`~merging.errors.FormatError` if the card is not an ordinary file, or its head is hostile.
+    """
+    stated = _read_head(card).get("tags")
+    return [tag.lower() for tag in stated if isinstance(tag, str)] if isinstance(stated, list) else []
 
 
 def _read_head(card: Path) -> dict[str, Any]:
