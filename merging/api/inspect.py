@@ -119,6 +119,8 @@ def _inspect_adapter(adapter: Adapter, subject: Subject, values: bool) -> dict[s
 
 def _find_family(adapter: Adapter, subject: Subject) -> Attribution | None:
     """Return the family of the model that an adapter is for: names are stronger evidence than statements."""
+    if adapter.dialect == "XLabs":
+        return Attribution("Flux.1", "the names of XLabs")
     shapes = {target: change.shape for target, change in adapter.changes.items()}
     return (
         family_by_names(shapes, subject.metadata)

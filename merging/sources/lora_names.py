@@ -9,7 +9,7 @@ import re
 
 from merging.sources.denoisers import flat_name, respell
 
-__all__ = ["flat_parts", "normal_name", "within"]
+__all__ = ["flat_parts", "normal_name", "split_component", "within"]
 
 _FLAT = (
     (re.compile(r"(?:lora_(?:unet|transformer|prior|prior_unet)|lycoris|oft_unet|Hunyuan_video_I2V_lora)_+(?!unet_)"),
@@ -45,27 +45,37 @@ _TEXT = ("text_model.", "encoder.layers.", "encoder.block.")
 
 
 def normal_name(target: str) -> tuple[str, str]:
-    """Return the component of a target (``denoiser``, ``text_encoder_2``), and its name in the normal form.
+    """Return the component of a target (``denoiser``, ``text_encoder_2``), and its name in the normal form."""
+    component, name = split_component(target)
+    return component, within(component, name)
+
+
+def split_component(target: str) -> tuple[str, str]:
+    """Return the component of a target, and its name within the component as the file has it.
 
     A name without a prefix belongs to a denoiser, unless it begins like a text encoder's names.
     """
-    if (parts := flat_parts(target)) is not None:
+    if (parts := _split_flat(target)) is not None:
         return parts
     name = target.removeprefix(_WRAPPER)
     for prefix, component in _DOTTED.items():
         if name.startswith(prefix):
-            return component, within(component, name.removeprefix(prefix).removeprefix(_WRAPPER))
-    component = "text_encoder" if name.startswith(_TEXT) else "denoiser"
-    return component, within(component, name)
+            return component, name.removeprefix(prefix).removeprefix(_WRAPPER)
+    return "text_encoder" if name.startswith(_TEXT) else "denoiser", name
 
 
 def flat_parts(target: str) -> tuple[str, str] | None:
     """Return the component and the normal form of a flat target, None for a name without a flat prefix."""
+    parts = _split_flat(target)
+    return None if parts is None else (parts[0], within(*parts))
+
+
+def _split_flat(target: str) -> tuple[str, str] | None:
     module = target.partition(".")[0]
     for pattern, component in _FLAT:
         found = pattern.match(module)
         if found:
-            return component, within(component, target[found.end() :])
+            return component, target[found.end() :]
     return None
 
 

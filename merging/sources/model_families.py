@@ -9,7 +9,7 @@ from typing import Any
 
 from merging.maths.shapes import Shape, Shapes
 from merging.sources.denoisers import Family, family_of, is_denoiser
-from merging.sources.lora_names import normal_name
+from merging.sources.lora_names import split_component
 from merging.sources.trainers import Attribution
 
 __all__ = ["family_by_config", "family_by_names", "family_by_statements"]
@@ -71,8 +71,8 @@ def family_by_names(shapes: Shapes, metadata: Mapping[str, str]) -> Attribution 
     """
     parts: defaultdict[str, dict[str, Shape]] = defaultdict(dict)
     for name, shape in shapes.items():
-        component, flat = normal_name(name)
-        parts[component][flat] = shape
+        component, inner = split_component(name)
+        parts[component][inner] = shape
     for component in ("denoiser", "denoiser_2"):
         family = family_of(parts[component]) if parts[component] else None
         if family and _is_certain(family, shapes):
@@ -117,5 +117,3 @@ def family_by_config(config: Mapping[str, Any], base: Mapping[str, Any]) -> Attr
         return Attribution(found[1][:60], "auto_mapping in its config")
     kind = base.get("model_type")
     return Attribution(kind[:60], "model_type in the config of its base") if isinstance(kind, str) and kind else None
-
-
