@@ -127,7 +127,9 @@ def test_errors_as_json(words: list[str], code: int, kind: str, message: str) ->
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell of POSIX closes the streams")
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&-"])
+@pytest.mark.parametrize(
+    "closed", [">&- 2>&-", *(pytest.param(each, marks=pytest.mark.exhaustive) for each in (">&-", "2>&-", "<&-"))]
+)
 def test_closed_streams(closed: str, tmp_path: Path) -> None:
     """What cannot be printed is not, and the merge is carried out."""
     checkpoint(tmp_path)
