@@ -73,10 +73,10 @@ def adapter_file(adapter: Adapter) -> AdapterFile:
     assert dialect is not None
     if dialect.name == "pack":
         raise InputError(f"{adapter.path}: is a pack already: {either('merge decompress', 'decompress')} it first")
-    if dialect.name == "MLX":
+    if dialect.name in ("GGUF", "MLX"):
         raise InputError(
-            f"{adapter.path}: is an adapter of MLX, whose scale is not in its file: make a LoRA of PEFT of it "
-            "first, with " + either("merge --method passthrough", 'merge([...], method="passthrough")')
+            f"{adapter.path}: is an adapter of the format {dialect.name}, which packs do not hold: make a LoRA of PEFT "
+            "of it first, with " + either("merge --method passthrough", 'merge([...], method="passthrough")')
         )
     adapter = replace(dialect.opens(path, None, opened), path=adapter.path, origin=adapter.origin)
     names = {id(stored): name for name, stored in opened[0].items()}

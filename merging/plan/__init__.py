@@ -23,6 +23,7 @@ from merging.plan.checks import (
 from merging.plan.entries import MakeStage, open_entries
 from merging.plan.inputs.components import select_components
 from merging.plan.inputs.extracted_changes import extract_changes
+from merging.plan.inputs.head_order import order_by_heads
 from merging.plan.inputs.layouts import match_layouts
 from merging.plan.inputs.sentence_folders import describe_differences
 from merging.plan.inputs.task_heads import NO_HEADS, TaskHeads, find_task_heads
@@ -160,6 +161,7 @@ def _plan(
     models, base = resolve_tied_heads(*select_components(recipe, models, base))
     recipe = _pin_revisions(recipe, models, base)
     check_options(recipe, models, output)
+    models = order_by_heads(models, base)
     models, remarks = apply_out_proj_once(recipe, models)
     check_bases(models, recipe.allow_different_bases)
     keys, notices = make_content_keys(models)

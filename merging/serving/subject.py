@@ -250,7 +250,7 @@ def _kind(config: Path | None, dialect: Dialect | None) -> SubjectKind:
         return "pipeline" if config.name == PIPELINE else "adapter"
     if dialect is None:
         return "model"
-    kinds: dict[str, SubjectKind] = {"PEFT": "adapter", "MLX": "adapter", "pack": "pack"}
+    kinds: dict[str, SubjectKind] = {"PEFT": "adapter", "MLX": "adapter", "GGUF": "adapter", "pack": "pack"}
     return kinds.get(dialect.name, "diffusion adapter")
 
 

@@ -15,6 +15,7 @@ from merging.sources import diffusion_loras, kohya, mlx, packs, peft
 from merging.sources.adapter import Adapter
 from merging.sources.checkpoint import Checkpoint, open_checkpoint
 from merging.sources.dtypes import DTYPES
+from merging.sources.gguf import loras
 from merging.sources.links import check_inside
 from merging.sources.loose_factors import refuse_factors, refuse_foreign
 from merging.sources.lycoris import LYCORIS_TYPES
@@ -63,6 +64,12 @@ DIALECTS = (
         "what an adapter holds, or what a full model changed, in few bits: written by merge compress",
         packs.recognizes,
         packs.open_pack,
+    ),
+    Dialect(
+        "GGUF",
+        "LoRA of llama.cpp: of language models, also of experts",
+        loras.recognizes,
+        loras.open_gguf_lora,
     ),
     Dialect(
         "MLX",

@@ -82,8 +82,8 @@ class Adapter(Displayed):
 
     @property
     def names_modules(self) -> bool:
-        """Whether its targets are named as the modules of transformers, as PEFT and MLX name them."""
-        return self.dialect.startswith(("PEFT", "MLX"))
+        """Whether its targets are named as the modules of transformers."""
+        return self.dialect.startswith(("PEFT", "MLX", "GGUF"))
 
     def require_base(self, known: Collection[str] = ()) -> None:
         """Check that no change needs the base. Raises :class:`~merging.errors.InputError`.

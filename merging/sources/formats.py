@@ -56,7 +56,7 @@ def formats() -> Iterator[Format]:
     reason = "quantised: merge the model it was made from, and quantise the result"
     yield Format(others, "Full checkpoints", reason, "refused")
     for dialect in DIALECTS:
-        if dialect.name not in ("MLX", "PEFT", "pack"):
+        if dialect.name not in ("GGUF", "MLX", "PEFT", "pack"):
             yield Format(dialect.name, "LoRA files of diffusion models", dialect.summary, "mixed", "some")
     for name, summary in _PACKS.items():
         yield Format(name, "Packs, decoded as they are read", summary, "mixed", "some" if "adapter" in name else "no")
@@ -68,7 +68,8 @@ def formats() -> Iterator[Format]:
         refused[why].append(name)
     for why, names in refused.items():
         yield Format(", ".join(names), _PEFT, why, "refused")
-    mlx = next(dialect for dialect in DIALECTS if dialect.name == "MLX")
-    yield Format(mlx.name, "Adapters of other programs", mlx.summary, "mixed", "some")
+    for dialect in DIALECTS:
+        if dialect.name in ("GGUF", "MLX"):
+            yield Format(dialect.name, "Adapters of other programs", dialect.summary, "mixed", "some")
     for program, remedy in FOREIGN.items():
         yield Format(program, "Adapters of other programs", remedy, "refused")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-__all__ = ["ARCHITECTURE", "permute", "write_gguf"]
+__all__ = ["ARCHITECTURE", "permute", "write_gguf", "write_gguf_lora"]
 
 ARCHITECTURE = {
     "llama": "llama", "mistral": "llama", "mixtral": "llama", "granite": "granite", "qwen2": "qwen2", "qwen3": "qwen3",
@@ -129,6 +129,48 @@ def write_gguf(
         writer.add_tensor(written, data, raw_dtype=qtype)
     for name, array in (more or {}).items():
         writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_gguf_lora(path: Path, folder: Path, base: Path, heads: bool = False) -> Path:
+    """Write the LoRA that PEFT saved in a folder, as llama.cpp's converter lays it out; ``heads``: state their number.
+
+    Of GPT-2's transposed layers the factors are laid out as its server multiplies them, which its converter does not.
+    """
+    config = json.loads((base / "config.json").read_text())
+    stated = json.loads((folder / "adapter_config.json").read_text())
+    arch = ARCHITECTURE[config["model_type"]]
+    number = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    names = gguf.get_tensor_name_map(number, config.get("num_hidden_layers") or config["n_layer"])
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(stated["lora_alpha"]))
+    if heads:
+        writer.add_head_count(config["num_attention_heads"])
+        writer.add_head_count_kv(config["num_key_value_heads"])
+    stacks: defaultdict[str, dict[int, Tensor]] = defaultdict(dict)
+    saved = load_file(folder / "adapter_model.safetensors")
+    for name, value in ((name, saved[name]) for name in saved if ".lora_" in name):
+        module = name.removeprefix("base_model.model.").partition(".lora_")[0]
+        factor = "b" if name.rpartition(".lora_")[2].startswith(("B", "embedding_B")) else "a"
+        parts = module.split(".")
+        if factor == "b" and arch in ("llama", "granite") and parts[-1] in ("q_proj", "k_proj"):
+            value = permute(value, config["num_attention_heads" if parts[-1] == "q_proj" else "num_key_value_heads"])
+        if factor == "a" and parts[-1] in ("embed_tokens", "wte"):
+            value = value.T
+        if "experts" in parts:
+            place = parts.index("experts")
+            stack = names.get_name(".".join([*parts[: place + 1], *parts[place + 2 :]]))
+            stacks[f"{stack}.weight.lora_{factor}"][int(parts[place + 1])] = value
+            continue
+        writer.add_tensor(f"{names.get_name(module)}.weight.lora_{factor}", np.ascontiguousarray(value.float().numpy()))
+    for name, each in stacks.items():
+        writer.add_tensor(name, torch.stack([each[number] for number in sorted(each)]).float().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
