@@ -28,7 +28,7 @@ _DEFAULT_RANK = 64
 adapter_options = add_options(
     click.option(
         "--format",
-        type=click.Choice(["peft", "diffusers", "kohya"]),
+        type=click.Choice(["peft", "diffusers", "kohya", "gguf"]),
         help="format of the adapter  [default: peft, or diffusers for models of diffusion]",
     ),
     dtype_option,

@@ -68,7 +68,7 @@ adapter_options = add_options(
     ),
     click.option(
         "--format",
-        type=click.Choice(["peft", "diffusers", "kohya"]),
+        type=click.Choice(["peft", "diffusers", "kohya", "gguf"]),
         help="format of a merged adapter  [default: the format of the inputs if alike, else peft or diffusers]",
     ),
     click.option("--rank", type=int, help="rank of a merged adapter  [default: the sum of the ranks]"),

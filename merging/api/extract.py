@@ -39,7 +39,7 @@ class RankConditions(TypedDict, total=False):
 class AdapterOptions(RankConditions, total=False):
     """The conditions on ranks, the form of the adapter, and where it is made, as for :func:`~merging.merge`."""
 
-    format: Literal["peft", "diffusers", "kohya"] | None
+    format: Literal["peft", "diffusers", "kohya", "gguf"] | None
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | torch.dtype | None
     experts: Literal["together", "apart"] | None
     exclude: str | Sequence[str] | None

@@ -33,7 +33,7 @@ class RecipeOptions(TypedDict, total=False):
 
     base: str | Path | LayerStack | Recipe | None
     kind: Literal["adapter", "model"] | None
-    format: Literal["peft", "diffusers", "kohya"] | None
+    format: Literal["peft", "diffusers", "kohya", "gguf"] | None
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | torch.dtype | None
     rank: int | Mapping[str, object] | None
     parts: Mapping[str, object] | None

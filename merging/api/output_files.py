@@ -12,6 +12,7 @@ from merging.errors import OutputError, option
 from merging.hub.address import Address
 from merging.hub.repository import open_repository
 from merging.maths.lazy_torch import torch
+from merging.output.gguf_metadata import gguf_metadata
 from merging.output.header import header_metadata
 from merging.output.lora_header import lora_stem
 from merging.output.model_folder import (
@@ -25,7 +26,9 @@ from merging.plan import Plan
 from merging.plan.outputs.quantized import describe_errors
 from merging.plan.stages import all_stages
 from merging.sources.dtypes import DTYPES
+from merging.storage.gguf_writer import GgufWriter
 from merging.storage.quantizing_writer import QuantizingWriter
+from merging.storage.replacing import FILE_ENDINGS
 from merging.storage.staging import StagedOutput, check_destination
 from merging.storage.writer import ComponentWriter, TensorWriter
 
@@ -42,14 +45,28 @@ __all__ = [
 
 def is_file(destination: Path) -> bool:
     """Return whether an output of this name is a single file, and not a folder."""
-    return destination.suffix == ".safetensors"
+    return destination.suffix in FILE_ENDINGS
 
 
-def _write_constants(plan: Plan, writer: TensorWriter | ComponentWriter) -> None:
+def _write_constants(plan: Plan, writer: TensorWriter | ComponentWriter | GgufWriter) -> None:
     """Write the numbers that a file holds in addition to merged tensors."""
     for constant in plan.constants:
         values = torch.full((constant.count,), constant.value, dtype=DTYPES[constant.out.dtype_name])
         writer.write(constant.out.name, values, constant.start)
+
+
+def check_ending(plan: Plan, destination: Path) -> None:
+    """Refuse a file whose ending belongs to another format. Raises :class:`~merging.errors.OutputError`."""
+    if destination.suffix == ".gguf" and plan.format != "gguf":
+        what = f"add {option('format', 'gguf')}"
+        if plan.output == "model":
+            what = "name a folder, and convert it with llama.cpp's convert_hf_to_gguf.py"
+        raise OutputError(f"{destination}: a merged {plan.output} is not written as a GGUF file here: {what}")
+    if destination.suffix == ".safetensors" and plan.format == "gguf":
+        raise OutputError(
+            f"{destination}: a LoRA in the format of gguf is a GGUF file: name a single file ending in .gguf, or a "
+            f"folder"
+        )
 
 
 def write_companions(plan: Plan, folder: Path, done: Done) -> list[str]:
@@ -61,12 +78,18 @@ def write_companions(plan: Plan, folder: Path, done: Done) -> list[str]:
     return []
 
 
-def make_writer(plan: Plan, folder: Path, destination: Path, resume: bool = False) -> TensorWriter | ComponentWriter:
+def make_writer(
+    plan: Plan, folder: Path, destination: Path, resume: bool = False
+) -> TensorWriter | ComponentWriter | GgufWriter:
     """Return the writer of the output's weights, with the file names that readers look for.
 
     With ``resume``, files that are in the folder are written on.
     """
     metadata = header_metadata(plan)
+    if plan.format == "gguf":
+        name = destination.stem if is_file(destination) else destination.name
+        architecture, fields = gguf_metadata(plan, name)
+        return GgufWriter(folder / f"{name}.gguf", architecture, plan.outs, fields | metadata)
     if is_file(destination):
         return TensorWriter(folder, destination.stem, plan.outs, metadata, None, resume=resume)
     reference = plan.reference
@@ -157,6 +180,7 @@ def check_output(plan: Plan, destination: Path, overwrite: bool, dry: bool = Fal
         raise OutputError(
             f"{destination}: what comes out is made of several models, in a folder: choose another {option('output')}"
         )
+    check_ending(plan, destination)
     known = 0 if plan.sized is not None else plan.out_bytes  # else its ranks are upper bounds
     nbytes = known + plan.spool_bytes + plan.stage_bytes + plan.kept_bytes_on_disk
     return check_destination(destination, inputs, max(0, nbytes - there), overwrite, dry)

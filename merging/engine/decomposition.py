@@ -212,10 +212,13 @@ def _costs(plan: Plan) -> dict[str, int]:
         if item.form != "factors":
             continue
         terms = item.site.shape[0] if item.site.kind == "experts" and not item.placings else 1
-        pairs = [(each.down, each.up) for each in item.placings] or [(item.outs[0], item.outs[1])]
         size = 0
-        for down, up in pairs:
-            size += up.nbytes // max(1, up.shape[1]) + (down.nbytes // max(1, down.shape[0]) if down else 0)
+        if not item.placings:
+            down, up = item.outs
+            size = up.nbytes // max(1, up.shape[1]) + down.nbytes // max(1, down.shape[0])
+        for each in item.placings:
+            stacked = 1 if each.stack is None else each.up.shape[0]
+            size += (each.up.nbytes + (each.down.nbytes if each.down else 0)) // max(1, each.width * stacked)
         costs[item.site.name] = max(1, size * terms)
     return costs
 

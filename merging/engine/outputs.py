@@ -15,6 +15,7 @@ from merging.maths.parameters import Coefficient
 from merging.plan.items import Item
 from merging.sources.changes import Change
 from merging.sources.dtypes import DTYPES
+from merging.sources.gguf.layout import to_head_rows
 from merging.sources.stored import Stored
 from merging.sources.stored_bytes import StoredBytes
 from merging.storage.output_tensor import OutputTensor
@@ -100,11 +101,11 @@ class Output:
     def _place_factors(self, item: Item, down: Tensor, up: Tensor) -> None:
         for each in item.placings:
             lower, upper = (down, up) if each.expert is None else (down[each.expert], up[each.expert])
-            width = each.up.shape[1]
-            zeros = (each.term, width - each.term - len(lower))
+            zeros = (each.term, each.width - each.term - len(lower))
             if each.down:
-                self.write(each.down, lower, each.term * lower.shape[1])
-            self.write(each.up, torch.nn.functional.pad(upper[each.rows], zeros), each.first * width)
+                self.write(each.down, lower.mT if each.turned else lower, each.first_down * lower.shape[1])
+            rows = to_head_rows(upper[each.rows], each.heads) if each.heads else upper[each.rows]
+            self.write(each.up, torch.nn.functional.pad(rows, zeros), each.first * each.width)
 
     def write(self, out: OutputTensor, values: Tensor, start: int = 0) -> None:
         """Write values of an output tensor from a flat offset on, cast to its type.

@@ -142,6 +142,8 @@ def check_options(recipe: Recipe, models: Sequence[Checkpoint | Adapter], output
         raise OptionError(
             f"{option('experts')} is of a merged adapter, and this merge makes a full model: leave it out"
         )
+    if recipe.experts == "apart" and recipe.format == "gguf":
+        raise OptionError(f"{option('experts')} is of PEFT's files, and llama.cpp stacks experts: leave it out")
     for name in ("tokenizer", "chat_template", "as_trained", "quantize"):
         if getattr(recipe, name) is not None and output == "adapter":
             raise OptionError(f"{option(name)} is of a full model, and this merge makes an adapter: leave it out")

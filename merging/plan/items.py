@@ -47,6 +47,9 @@ class Placing:
         term: the first row of ``down``, and the first column of ``up``, that the factors take. The other columns of
             these rows are zeros.
         expert: the number of the expert whose factors they are, None for other tensors.
+        stack: the number of the matrix in a stack of the output, None for tensors that are no stacks.
+        heads: the number of heads by which the rows are ordered as llama.cpp orders them; 0 for their own order.
+        turned: whether ``down`` is written transposed.
     """
 
     down: OutputTensor | None
@@ -55,6 +58,19 @@ class Placing:
     first: int
     term: int
     expert: int | None = None
+    stack: int | None = None
+    heads: int = 0
+    turned: bool = False
+
+    @property
+    def width(self) -> int:
+        """The columns of ``up``."""
+        return self.up.shape[1] if self.stack is None else self.up.shape[2]
+
+    @property
+    def first_down(self) -> int:
+        """The first row of ``down``."""
+        return self.term if self.stack is None else self.stack * self.width
 
 
 @dataclass(frozen=True, slots=True)

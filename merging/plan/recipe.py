@@ -44,7 +44,7 @@ Experts = Literal["together", "apart"]
 """How a merged adapter names what it changes in experts: as the model in memory does, or each expert by itself."""
 
 
-AdapterFormat = Literal["peft", "diffusers", "kohya"]
+AdapterFormat = Literal["peft", "diffusers", "kohya", "gguf"]
 """Whose files a merged adapter can be in."""
 
 

@@ -8,7 +8,10 @@ from pathlib import Path
 from merging.errors import OutputError, option
 from merging.sources.model_files import foreign_names
 
-__all__ = ["check_replaced", "destination_error"]
+__all__ = ["FILE_ENDINGS", "check_replaced", "destination_error"]
+
+FILE_ENDINGS = (".safetensors", ".gguf")
+"""The endings of outputs that are single files."""
 
 
 def destination_error(destination: Path, reason: str, remedy: str = "") -> OutputError:
@@ -23,7 +26,7 @@ def check_replaced(destination: Path, existing: Path) -> None:
     """
     if not os.path.lexists(existing):
         return
-    single = destination.suffix == ".safetensors"
+    single = destination.suffix in FILE_ENDINGS
     if single and existing.is_dir():
         raise destination_error(destination, "is a folder, and the output is a file")
     if single and not existing.is_file() and not existing.is_symlink():

@@ -33,7 +33,7 @@ from merging.storage.leftovers import (
     take_over,
     write_identity,
 )
-from merging.storage.replacing import check_replaced, destination_error
+from merging.storage.replacing import FILE_ENDINGS, check_replaced, destination_error
 
 __all__ = ["StagedOutput", "check_destination"]
 
@@ -44,7 +44,7 @@ _LASTING = (InputError, OptionError)
 """Errors that the same command meets again."""
 
 _OTHER_FILES = {
-    ".bin", ".ckpt", ".csv", ".ggml", ".gguf", ".gz", ".h5", ".html", ".json", ".jsonl", ".md", ".msgpack", ".npy",
+    ".bin", ".ckpt", ".csv", ".ggml", ".gz", ".h5", ".html", ".json", ".jsonl", ".md", ".msgpack", ".npy",
     ".npz", ".onnx", ".pdf", ".pickle", ".pkl", ".png", ".pt", ".pth", ".safetensor", ".sft", ".svg", ".tar", ".tgz",
     ".txt", ".yaml", ".yml", ".zip",
 }  # fmt: skip
@@ -74,7 +74,7 @@ def check_destination(
         OutputError: The destination is refused.
     """
     ending = destination.suffix.lower()
-    if ending in _OTHER_FILES or (ending == ".safetensors" and destination.suffix != ending):
+    if ending in _OTHER_FILES or (ending in FILE_ENDINGS and destination.suffix != ending):
         raise OutputError(
             f"{destination}: no {destination.suffix} file is written: name a single file ending in .safetensors, or a "
             f"folder"
@@ -112,7 +112,7 @@ def check_destination(
     parent = existing_parent(destination)
     if not parent.is_dir():
         raise OutputError(f"{destination}: {parent} is not a folder, so that nothing can be written in it")
-    needed = nbytes + (0 if destination.suffix == ".safetensors" else _SLACK)
+    needed = nbytes + (0 if destination.suffix in FILE_ENDINGS else _SLACK)
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OutputError(f"{destination}: needs {needed / 1e6:.1f} MB, and {parent} has {free / 1e6:.1f} MB free")

@@ -11,7 +11,7 @@ import pytest
 from support.commands import merge, ok, refused
 from support.tiny import adapters, checkpoint
 
-ENDINGS = [".bin", ".pt", ".gguf", ".ckpt", ".txt", ".safetensor", ".SAFETENSORS"]
+ENDINGS = [".bin", ".pt", ".ckpt", ".txt", ".safetensor", ".SAFETENSORS"]
 
 
 @pytest.fixture

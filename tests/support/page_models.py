@@ -94,14 +94,15 @@ def _fp8_models(folder: Path) -> None:
 
 
 def _gguf_models(folder: Path) -> None:
-    """A model in GGUF, another of its kind, and a LoRA that PEFT made."""
+    """A model in GGUF, another of its kind, and two LoRAs that PEFT made."""
     from support.adapters import LLAMA, quiet, save_base, train
     from support.gguf_files import write_gguf
 
     with quiet(), catch_warnings():
         simplefilter("ignore")
         base = save_base(folder / "other", "llama")
-        train(folder / "lora", base, 1, LLAMA)
+        for seed, name in enumerate(("lora", "lora-two")):
+            train(folder / name, base, seed, LLAMA)
     write_gguf(folder / "model-q8_0.gguf", base, "Q8_0")
 
 

@@ -228,7 +228,7 @@ def choose_names(
     if free and (found := InputNames.from_first(adapters, placed, targets)):
         return found[0], _differing(adapters, str(found[1].path))
     note = _differing(adapters, f"files of {format}") if recipe.format is None else []
-    if format == "peft":
+    if format in ("peft", "gguf"):
         return None, note
     names = FormatNames(format, adapters, targets if base is None else base, base is not None)
     lost = find_unnamed(names.rows, targets)

@@ -17,6 +17,7 @@ from merging.plan.names.output_names import choose_names
 from merging.plan.names.targets import Targets, adapter_targets, common_shape
 from merging.plan.outputs.experts_apart import check_experts_apart
 from merging.plan.outputs.exporter import Changes, Exporter, is_experts, is_lora
+from merging.plan.outputs.gguf_exporter import GgufExporter
 from merging.plan.outputs.named_exporter import NamedExporter
 from merging.plan.outputs.peft_exporter import PeftExporter
 from merging.plan.outputs.planned import PlannedOutput
@@ -109,7 +110,7 @@ def _choose_exporter(
     if names is not None:
         in_full = names.kept_in_full(known)
         factored = {name: shape for name, shape in factored.items() if name not in in_full}
-    steps = () if names else rank_steps
+    steps = () if names or recipe.format == "gguf" else rank_steps
     if not recipe.rank:
         _refuse_full_rank(merged, factored, adapters)
     ranks = chosen
@@ -117,6 +118,16 @@ def _choose_exporter(
         ranks = _choose_ranks(recipe, {name: (merged[name], shape) for name, shape in factored.items()}, steps)
     ranks = {name: ranks[name] for name in factored}
     dtype_name = DTYPES[recipe.dtype] if recipe.dtype else _widest_dtype(merged.values())
+    if recipe.format == "gguf":
+        exporter: Exporter = GgufExporter(
+            base,
+            factored=factored,
+            targets=merged,
+            ranks=ranks,
+            dtype_name=dtype_name,
+            resolver=targets.resolver,
+        )
+        return exporter, notices
     apart = recipe.experts == "apart"
     if apart:
         check_experts_apart(targets.labels.values(), any(map(is_experts, merged.values())))
@@ -127,7 +138,7 @@ def _choose_exporter(
     labels = targets.labels
     if not all(adapter.names_modules for adapter in adapters):
         labels = make_peft_labels(adapters, known, list(merged), base is not None)
-    exporter = PeftExporter(
+    peft_exporter = PeftExporter(
         labels,
         merged,
         factored=factored,
@@ -136,8 +147,8 @@ def _choose_exporter(
         apart=apart,
         resolver=targets.resolver,
     )
-    exporter.check_biases(merged, adapters)
-    return exporter, notices
+    peft_exporter.check_biases(merged, adapters)
+    return peft_exporter, notices
 
 
 def _shape(name: str, changes: Changes, targets: Targets, adapters: Sequence[Adapter]) -> Shape:

@@ -117,6 +117,16 @@ class Architecture:
         found = next((ours for ours, theirs in self.block.items() if theirs == inner), None)
         return (f"blk.{number}.{found}.{leaf}", found) if found else None
 
+    def expert_in_gguf(self, name: str) -> tuple[str, str, int] | None:
+        """Return the stack in a GGUF file of an expert's weight, its module there, and the number of the expert."""
+        number, _, inner = name.removeprefix(self.prefix).partition(".")
+        for module, known in self.experts.items():
+            before, after = known.split("{}")
+            expert = inner.removeprefix(before).removesuffix(f"{after}.weight")
+            if inner == f"{before}{expert}{after}.weight" and expert.isdigit() and number.isdigit():
+                return f"blk.{number}.{module}.weight", module, int(expert)
+        return None
+
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture(model_type="llama", model_class="LlamaForCausalLM", block=_BLOCK, permuted=True),

@@ -6,7 +6,7 @@ from merging.maths.lazy_torch import Tensor, torch
 from merging.sources.derived import Derived
 from merging.sources.stored import Stored
 
-__all__ = ["Converted", "HeadRows", "Transposed", "head_order"]
+__all__ = ["Converted", "HeadRows", "Transposed", "head_order", "to_head_rows"]
 
 _PIECE = 1 << 17
 """Approximate number of elements that are converted at a time."""
@@ -52,6 +52,11 @@ def head_order(rows: int) -> Tensor:
     transformers rotates the two halves of a head, llama.cpp its neighbouring rows.
     """
     return torch.arange(rows).view(rows // 2, 2).T.reshape(-1)
+
+
+def to_head_rows(rows: Tensor, heads: int) -> Tensor:
+    """Return the rows of queries or keys ``[rows, columns]`` in the order of llama.cpp."""
+    return rows.view(heads, 2, -1, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
 
 
 class HeadRows(_Relaid):
