@@ -29,8 +29,9 @@ def gallery_page() -> str:
     sys.path.insert(0, str(ROOT / "tests"))
     from support.gallery.diffusion import DIFFUSION
     from support.gallery.language import LANGUAGE
+    from support.gallery.newer import NEWER
 
-    layouts = (*LANGUAGE, *DIFFUSION)
+    layouts = (*LANGUAGE, *DIFFUSION, *NEWER)
     lines = [HEAD.format(count=len(layouts))]
     for layout in layouts:
         with TemporaryDirectory() as folder:

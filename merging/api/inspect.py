@@ -94,6 +94,7 @@ def _inspect_adapter(adapter: Adapter, subject: Subject, values: bool) -> dict[s
     tensors = _tensors_of(changes)
     ranks = sorted({change.rank for change in changes if change.rank})
     components, modules = _split_modules(changes)
+    origin = _read_origin(subject)
     forms = Counter("factors" if change.low_rank else "full tensors" for change in changes)
     scales = {getattr(change, "scale", None) for change in changes} - {None}
     return {
@@ -102,8 +103,8 @@ def _inspect_adapter(adapter: Adapter, subject: Subject, values: bool) -> dict[s
         "about": adapter.about,
         "base": adapter.base,
         **_attribute("family", _find_family(adapter, subject), "unknown"),
-        **_attribute("trainer", _find_trainer(subject), "unknown"),
-        **_read_origin(subject),
+        **_attribute("trainer", _find_trainer(subject, merged=origin["merged_by"] is not None), "unknown"),
+        **origin,
         "rank": ranks[0] if len(ranks) == 1 else ranks,
         "scales": sorted(scales),
         "targets": len(changes),
@@ -129,8 +130,10 @@ def _find_family(adapter: Adapter, subject: Subject) -> Attribution | None:
     )
 
 
-def _find_trainer(subject: Subject) -> Attribution | None:
-    """Return the program that trained an adapter; a card that is not understood states nothing."""
+def _find_trainer(subject: Subject, merged: bool) -> Attribution | None:
+    """Return the program that trained an adapter, or merged it; a card that is not understood states nothing."""
+    if merged:
+        return Attribution("merging", "the recipe of its merge")
     tags: list[str] = []
     if subject.folder is not None:
         try:

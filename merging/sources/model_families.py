@@ -58,7 +58,7 @@ _LANGUAGE: tuple[tuple[str, str], ...] = (
 )
 """Names of modules that only one family of language models has."""
 
-_CLASS = re.compile(r"(.+?)(?:For[A-Z]\w*|LMHeadModel|Model)$")
+_CLASS = re.compile(r"([A-Za-z]\w{1,39}?)(?:For[A-Z]\w{1,39}|LMHeadModel|Model)", re.ASCII)
 """The class of a model in transformers: the family, and its task."""
 
 _NAMES = "the names of its tensors"
@@ -112,8 +112,10 @@ def family_by_config(config: Mapping[str, Any], base: Mapping[str, Any]) -> Attr
     """Return the family by an adapter's config, or by the config of its ``base``; None if neither states it."""
     mapping = config.get("auto_mapping")
     stated = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
-    found = _CLASS.match(stated) if isinstance(stated, str) else None
+    found = _CLASS.fullmatch(stated) if isinstance(stated, str) else None
     if found:
-        return Attribution(found[1][:60], "auto_mapping in its config")
+        return Attribution(found[1], "auto_mapping in its config")
     kind = base.get("model_type")
-    return Attribution(kind[:60], "model_type in the config of its base") if isinstance(kind, str) and kind else None
+    if isinstance(kind, str) and re.fullmatch(r"[\w.-]{1,60}", kind, re.ASCII):
+        return Attribution(kind, "model_type in the config of its base")
+    return None

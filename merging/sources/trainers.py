@@ -57,6 +57,10 @@ _STYLES: tuple[tuple[str, str, str], ...] = (
 )
 """Programs, patterns of the names in their files, and words for what is matched."""
 
+_COMPONENTS = ("^transformer", "^(?:unet|transformer")
+"""The beginnings of the patterns that match the prefix of a component."""
+
+_VERSION = re.compile(r"[0-9][0-9A-Za-z.+-]{0,19}")
 _BARE_DEFAULT = re.compile(r"^(?!base_model\.|transformer\.|unet\.)(.+)\.lora_[AB]\.default\.weight$")
 _COMFYUI = re.compile(r"^diffusion_model\..+\.lora_[AB]\.weight$")
 
@@ -122,17 +126,24 @@ def _by_names(
     if config is not None and any(_COMFYUI.match(name) for name in names):
         yield Attribution("diffusion-pipe", "names of ComfyUI with a config of PEFT")
     for program, pattern, words in _STYLES:
-        if any(re.search(pattern, name) for name in names):
+        found = [name for name in names if re.search(pattern, name)]
+        # Language models may have names that begin like a component's.
+        if found and (not pattern.startswith(_COMPONENTS) or any(map(is_denoiser, map(_module, found)))):
             yield Attribution(program, f"its names: {words}")
-    bare = [found[1] for name in names if (found := _BARE_DEFAULT.match(name))]
+    bare = [match[1] for name in names if (match := _BARE_DEFAULT.match(name))]
     if any(map(is_denoiser, bare)):
         yield Attribution("DiffSynth-Studio", "its names: lora_A.default without a prefix")
     if METADATA_KEY in metadata:
         yield Attribution("diffusers", f"{METADATA_KEY} in its header")
     version = (config or {}).get("peft_version")
-    if config is not None and isinstance(version, str):
-        yield Attribution(f"PEFT {version[:20]}", "peft_version in its config")
+    if isinstance(version, str) and _VERSION.fullmatch(version):
+        yield Attribution(f"PEFT {version}", "peft_version in its config")
     if config is not None and "peft_type" in config:
-        yield Attribution("PEFT before 0.18", "a config without peft_version")
+        yield Attribution("PEFT", "peft_type in its config")
     if any(name.startswith("base_model.model.") for name in names):
         yield Attribution("PEFT", "its names: the prefix base_model.model")
+
+
+def _module(name: str) -> str:
+    """Return the path of the module of a factor."""
+    return name.partition(".lora")[0]

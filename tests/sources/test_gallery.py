@@ -14,10 +14,11 @@ from merging.sources import Adapter
 from support.adapters import assert_close
 from support.gallery.diffusion import DIFFUSION
 from support.gallery.language import LANGUAGE
+from support.gallery.newer import NEWER
 from support.paths import ROOT
 
 PAGE = (ROOT / "docs" / "adapters-gallery.md").read_text(encoding="utf-8")
-LAYOUTS = {layout.name: layout for layout in (*LANGUAGE, *DIFFUSION)}
+LAYOUTS = {layout.name: layout for layout in (*LANGUAGE, *DIFFUSION, *NEWER)}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -37,5 +38,5 @@ def test_layout(tmp_path: Path, name: str) -> None:
 
 def test_the_page_lists_these_layouts() -> None:
     rows = [line for line in PAGE.splitlines() if line.startswith("| ")]
-    assert len(rows) - 1 == len(LAYOUTS) == len(LANGUAGE) + len(DIFFUSION)
+    assert len(rows) - 1 == len(LAYOUTS) == len(LANGUAGE) + len(DIFFUSION) + len(NEWER)
     assert f"{len(LAYOUTS)} layouts" in PAGE

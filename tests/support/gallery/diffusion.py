@@ -9,7 +9,8 @@ from typing import Any
 from support.gallery.kinds import boft, diff, dora, glora, ia3, loha, lokr, lora, oft, tucker
 from support.gallery.layout import Kind, Layout, Part
 
-__all__ = ["DIFFUSION"]
+__all__ = ["AI_TOOLKIT", "A_B", "DIFFUSION", "KOHYA", "D", "Modules", "Shape", "case", "dotted", "flat", "kohya",
+           "parts", "same"]  # fmt: skip
 
 Shape = tuple[int, ...]
 Modules = Mapping[str, tuple[str, Shape, int]]
@@ -20,6 +21,7 @@ Stem = Callable[[str], str]
 D = 8
 KOHYA = ("lora_down.weight", "lora_up.weight")
 A_B = ("lora_A.weight", "lora_B.weight")
+AI_TOOLKIT = {"software": json.dumps({"name": "ai-toolkit", "version": "0.7"})}
 
 
 def same(**shapes: Shape) -> dict[str, tuple[str, Shape, int]]:
@@ -179,7 +181,6 @@ def _lycoris() -> Iterator[Layout]:
 
 
 def _ai_toolkit() -> Iterator[Layout]:
-    header = {"software": json.dumps({"name": "ai-toolkit", "version": "0.7"})}
     forms: tuple[tuple[str, Modules, str, str, Mapping[str, Shape]], ...] = (
         ("Flux.1", FLUX_DIFFUSERS, "transformer.", "diffusers", FLUX_SIZES),
         ("Wan 2.1", WAN, "diffusion_model.", "ComfyUI", {}),
@@ -188,10 +189,10 @@ def _ai_toolkit() -> Iterator[Layout]:
     )
     for model, modules, prefix, dialect, sizes in forms:
         yield case("ai-toolkit", model, "2025", parts(modules, dotted(prefix)), lora(), dialect,
-                   header=header, sizes=sizes)  # fmt: skip
-    yield kohya("ai-toolkit", XL_NAME, "2024", SDXL, "", header=header)
+                   header=AI_TOOLKIT, sizes=sizes)  # fmt: skip
+    yield kohya("ai-toolkit", XL_NAME, "2024", SDXL, "", header=AI_TOOLKIT)
     yield case("ai-toolkit", "Flux.1", "LoKr", parts(FLUX, dotted("diffusion_model.")), lokr(1.0, factored=True),
-               "ComfyUI", header=header)  # fmt: skip
+               "ComfyUI", header=AI_TOOLKIT)  # fmt: skip
 
 
 def _musubi() -> Iterator[Layout]:

@@ -33,7 +33,7 @@ def peft(version: str, model: str = "Llama", trainer: str = "PEFT", **facts: Any
     """An adapter of PEFT with a config; ``stated`` are more fields of it."""
     stated = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "base_model_name_or_path": "org/Llama-3-8B"}
     config = {**stated, **facts.pop("stated", {})}
-    shown = f"PEFT {config['peft_version']}" if "peft_version" in config else "PEFT before 0.18"
+    shown = f"PEFT {config['peft_version']}" if "peft_version" in config else "PEFT"
     defaults: dict[str, Any] = {
         "family": "Llama 3",
         "shown": shown,
