@@ -157,8 +157,7 @@ def _find_patterns(plan: Plan) -> dict[str, int]:
         if _is_experts(item):
             ranks |= {each.target: rank for each in item.inputs if isinstance(each, Change)}
         else:
-            downs = [name for out in item.outs if (name := _module_of_factor(out.name)) is not None]
-            ranks |= dict.fromkeys(downs, rank)
+            ranks |= {name: out.shape[0] for out in item.outs if (name := _module_of_factor(out.name)) is not None}
     return rank_patterns(ranks, plan.rank)
 
 
@@ -239,7 +238,10 @@ def _target_modules(plan: Plan, adapters: list[Adapter]) -> list[str]:
 
 def _expert_leaves(plan: Plan) -> set[str]:
     """Return the last names of experts' projections that are written one by one, unless other modules share them."""
-    apart = {out.name for item in plan.items if item.form == "factors" for each in item.placings for out in [each.up]}
+    stacks = (
+        item for item in plan.items if any(c and c.kind == "experts" for c in item.inputs if isinstance(c, Change))
+    )
+    apart = {each.up.name for item in stacks if item.form == "factors" for each in item.placings}
     leaves = {name.removesuffix(".lora_B.weight").rpartition(".")[2] for name in apart}
     adapted = _modules(plan)
     modules = {name.removesuffix(".weight") for name in plan.base.tensors} if plan.base else set()

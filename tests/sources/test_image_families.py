@@ -13,7 +13,7 @@ from support.diffusion_models import State
 from support.image_denoisers import IMAGE_FAMILIES, as_published, build_image_denoiser, shapes_of
 
 _WITHOUT_RULE = {
-    "krea2": r"scale_shift_table$|^time_embed\.",  # published with another number of axes
+    "krea2": r"scale_shift_table$",  # published with another number of axes
     "ideogram4": r"^(?!layers\.)|\.norm_[qk]\.",  # of which no file with published names is known
 }
 """Tensors without a name in published files."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -14,7 +17,7 @@ from torch import nn
 from merging.sources.diffusion_names import known_names
 from support.diffusion_models import Shape, State, quietly
 
-__all__ = ["IMAGE_FAMILIES", "ImageFamily", "as_published", "build_image_denoiser", "shapes_of"]
+__all__ = ["IMAGE_FAMILIES", "ImageFamily", "as_published", "build_image_denoiser", "fused_by_diffusers", "shapes_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,7 @@ IMAGE_FAMILIES = {
     "flux3": ImageFamily(
         name="Flux.3",
         model="Flux3Transformer2DModel",
-        pipeline="Flux3Pipeline",
+        pipeline="Flux3ModularPipeline",
         settings={**_FLUX, "cond_in_channels": 4, "timestep_channels": 8, "axes_dims_rope": (2, 2, 2, 2)},
         convert=single_file_utils.convert_flux3_transformer_checkpoint_to_diffusers,
     ),
@@ -206,6 +209,22 @@ def build_image_denoiser(family: str) -> nn.Module:
     with quietly():
         made: nn.Module = getattr(diffusers, stated.model)(**stated.settings)
         return made
+
+
+def fused_by_diffusers(family: str, lora: Path) -> State:
+    """A family's weights when diffusers has loaded a LoRA's file, and fused it."""
+    model, pipeline = build_image_denoiser(family), getattr(diffusers, IMAGE_FAMILIES[family].pipeline)
+    with quietly(), contextlib.suppress(ImportError):
+        state, *others = pipeline.lora_state_dict(str(lora), return_lora_metadata=True)
+        load = pipeline.load_lora_into_transformer
+        alphas = {"network_alphas": None} if "network_alphas" in signature(load).parameters else {}
+        load(state, transformer=model, metadata=others[-1], low_cpu_mem_usage=False, **alphas)
+        model.fuse_lora()  # type: ignore[operator]
+    return {
+        name.replace(".base_layer.", "."): value.detach()
+        for name, value in model.state_dict().items()
+        if "lora_" not in name
+    }
 
 
 def shapes_of(state: State) -> dict[str, Shape]:

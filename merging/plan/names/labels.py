@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from merging.errors import InputError, option
 from merging.maths.shapes import Shapes
+from merging.plan.names.peft_names import PREFIX
 from merging.plan.recipe import AdapterFormat, Recipe
 from merging.sources import Adapter
 from merging.sources.denoisers import respell
 from merging.sources.diffusion_names import Known, known_names
+from merging.sources.flat_names import dotted_targets
 from merging.sources.fused_names import RowRange
 
 __all__ = [
@@ -19,6 +22,7 @@ __all__ = [
     "find_unnamed",
     "formats_with_names",
     "label_rows",
+    "make_denoiser_labels",
     "make_peft_labels",
     "unnamed_error",
 ]
@@ -39,6 +43,8 @@ _NOT_KOHYA = re.compile(
     r"|blocks_\d+_(?:attn[12]_(?:to|add)_|ffn_net_)|single_transformer_blocks_)|Hunyuan_video_I2V_lora_"
 )
 """Flat names that ComfyUI does not take: of diffusers' modules, where the published ones differ, and Tencent's."""
+
+_DENOISERS = frozenset({"unet", "transformer", "transformer_2"})
 
 _SDXL = re.compile(r"\.transformer_blocks\.1\.|add_embedding\.")
 """Names of diffusers' that a U-Net of SDXL has, and none of Stable Diffusion 1 and 2."""
@@ -103,11 +109,7 @@ def make_peft_labels(
     ``shapes`` are of the base's tensors if the merge is ``based`` on one, else of the targets. Raises
     :class:`~merging.errors.InputError` for targets of several components, or of unknown names.
     """
-    found: dict[str, Known] = {}
-    for known in known_names(shapes, strict=True):
-        rows = known.rows[0]
-        if "diffusers" in known.styles and known.rows == (RowRange(rows.name, 0, shapes[rows.name][0]),):
-            found[rows.name] = known
+    found = _whole_in_diffusers(known_names(shapes, strict=True), shapes)
     components = sorted({found[target].component for target in targets if target in found})
     wanted = {target: shapes[target] for target in targets}
     if len(components) > 1:
@@ -121,6 +123,24 @@ def make_peft_labels(
         if target not in found or (not based and found[target].component.startswith("text_encoder")):
             raise unnamed_error(target, "peft", based, formats_with_names(adapters, shapes, wanted, based))
     return {target: _as_stored(found[target], target) for target in targets}
+
+
+def make_denoiser_labels(shapes: Shapes, targets: Iterable[str]) -> dict[str, str] | None:
+    """Return diffusers' names of tensors of a base's denoiser; None if it fuses them, or they are of another model."""
+    found = _whole_in_diffusers(known_names(shapes, strict=True), shapes)
+    labels = {target: found[target].name for target in targets if target in found}
+    parts = {found[target].component for target in labels}
+    return labels if len(labels) == len(list(targets)) and len(parts) == 1 and parts <= _DENOISERS else None
+
+
+def _whole_in_diffusers(names: Iterable[Known], shapes: Shapes) -> dict[str, Known]:
+    """Return diffusers' names of the tensors that diffusers has as they are stored."""
+    found: dict[str, Known] = {}
+    for known in names:
+        rows = known.rows[0]
+        if "diffusers" in known.styles and known.rows == (RowRange(rows.name, 0, shapes[rows.name][0]),):
+            found[rows.name] = known
+    return found
 
 
 def _as_stored(known: Known, stored: str) -> str:
@@ -138,16 +158,22 @@ def label_rows(
     """
     known = known_names(shapes, strict=True)
     if _flat(adapters) and not based:
-        if format == "kohya" and all(adapter.dialect == "Kohya" for adapter in adapters):
+        dotted = dotted_targets(shapes)
+        if len(dotted) == len(shapes):
+            known = _known_by(dotted, shapes)
+        elif format == "kohya" and all(adapter.dialect == "Kohya" for adapter in adapters):
             return _flat_labels(known, shapes)
-        if not known:
+        elif not known:
             raise InputError(
                 f"the names in Kohya's files do not give the names of the model's modules: give it with "
                 f"{option('base')}, or leave {option('format')} out, so that the output keeps the inputs' names"
             )
-    if format == "diffusers":
-        named = (each for each in known if "diffusers" in each.styles)
-        return {f"{each.component}.{each.name}": each.rows for each in named}
+    if format in ("diffusers", "peft"):
+        named = [each for each in known if "diffusers" in each.styles]
+        if format == "diffusers":
+            return {f"{each.component}.{each.name}": each.rows for each in named}
+        parts = {each.component for each in named} & _DENOISERS
+        return {f"{PREFIX}{each.name}": each.rows for each in named if parts == {each.component}}
     family = _family(known, based)
     return {label: each.rows for each in known if (label := _kohya_label(each, family))}
 
@@ -163,6 +189,13 @@ def _flat_labels(known: Sequence[Known], shapes: Shapes) -> dict[str, tuple[RowR
     }
     others = {label: rows for label, rows in labels.items() if kept.keys().isdisjoint(part.name for part in rows)}
     return {**kept, **others}
+
+
+def _known_by(dotted: Mapping[str, str], shapes: Shapes) -> list[Known]:
+    """Return all names of the targets that have these names with dots, which no file has, in rows of the targets."""
+    targets = {name: target for target, name in dotted.items()}
+    known = known_names({name: shapes[target] for name, target in targets.items()}, strict=True)
+    return [replace(each, rows=tuple(replace(part, name=targets[part.name]) for part in each.rows)) for each in known]
 
 
 def _flat(adapters: Sequence[Adapter]) -> bool:
@@ -185,7 +218,7 @@ def _family(known: Sequence[Known], based: bool) -> str | None:
 
 def _kohya_label(known: Known, family: str | None) -> str | None:
     """Return the name of a tensor in Kohya's files; None if they use another of its names, or it is unknown."""
-    if known.component in ("unet", "transformer", "transformer_2"):
+    if known.component in _DENOISERS:
         style = "diffusers" if family == "sd" else "published"
         return f"lora_unet_{respell(known.flat)}" if family and style in known.styles else None
     if known.name.startswith("encoder.block."):

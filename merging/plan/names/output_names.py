@@ -9,8 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from merging.errors import InputError
 from merging.maths.shapes import Shapes
-from merging.plan.names.labels import choose_format, find_unnamed, formats_with_names, label_rows, unnamed_error
+from merging.plan.names.labels import (
+    choose_format,
+    find_unnamed,
+    formats_with_names,
+    label_rows,
+    make_denoiser_labels,
+    unnamed_error,
+)
 from merging.plan.names.peft_names import PREFIX
 from merging.plan.recipe import AdapterFormat, Recipe
 from merging.sources import Adapter
@@ -18,7 +26,7 @@ from merging.sources.adapter import TensorNames
 from merging.sources.changes import Change
 from merging.sources.fused_names import RowRange
 
-__all__ = ["FormatNames", "InputNames", "Names", "TargetRows", "choose_names"]
+__all__ = ["FormatNames", "InputNames", "Names", "TargetRows", "are_whole", "choose_names"]
 
 TargetRows = Mapping[str, tuple[RowRange, ...]]
 """The rows of the merged tensors that each target of an adapter consists of."""
@@ -68,7 +76,7 @@ class Names(ABC):
 
 
 class FormatNames(Names):
-    """The names in files of diffusers or Kohya, as far as the tables of these programs go.
+    """The names in files of diffusers, Kohya or PEFT, as far as the tables of these programs go.
 
     ``shapes`` are of the base's tensors if the merge is ``based`` on one, else of the targets.
     """
@@ -107,7 +115,7 @@ class _Given:
             if (rows and merged.keys().isdisjoint(part.name for part in rows)) or (not rows and change.optional):
                 continue
             written = adapter.tensor_names.get(target)
-            shape = merged.get(rows[0].name) if len(rows) == 1 else None
+            shape = (rows[0].length, *merged[rows[0].name][1:]) if len(rows) == 1 and rows[0].name in merged else None
             if not rows or written is None or not _can_be_kept(adapter, change, written, shape):
                 return False
             label = f"{written.stem}.{target.rpartition('.')[2]}"
@@ -228,8 +236,10 @@ def choose_names(
     if free and (found := InputNames.from_first(adapters, placed, targets)):
         return found[0], _differing(adapters, str(found[1].path))
     note = _differing(adapters, f"files of {format}") if recipe.format is None else []
-    if format in ("peft", "gguf"):
+    if format == "gguf":
         return None, note
+    if format == "peft":
+        return _name_rows_for_peft(adapters, placed, targets, base), note
     names = FormatNames(format, adapters, targets if base is None else base, base is not None)
     lost = find_unnamed(names.rows, targets)
     if lost is not None:
@@ -237,6 +247,27 @@ def choose_names(
         others = formats_with_names(adapters, base or targets, targets, based)
         raise unnamed_error(lost, names.format, based, others, bool(own))
     return names, note
+
+
+def are_whole(placed: Sequence[TargetRows], shapes: Shapes) -> bool:
+    """Return whether each target of each adapter is one whole tensor of these."""
+    every = (rows for each in placed for rows in each.values())
+    return all(len(rows) == 1 and rows[0].length == (shapes.get(rows[0].name) or (1,))[0] for rows in every)
+
+
+def _name_rows_for_peft(
+    adapters: Sequence[Adapter], placed: Sequence[TargetRows], targets: Shapes, base: Shapes | None
+) -> Names | None:
+    """Return diffusers' names in PEFT's files where they stand for other rows than the targets; None elsewhere."""
+    shapes = targets if base is None else base
+    kept = all(adapter.names_modules for adapter in adapters) and (base is None or are_whole(placed, base))
+    if kept or make_denoiser_labels(shapes, targets) is not None:
+        return None
+    try:
+        names = FormatNames("peft", adapters, shapes, base is not None)
+    except InputError:
+        return None
+    return names if find_unnamed(names.rows, targets) is None else None
 
 
 def _differing(adapters: Sequence[Adapter], chosen: str) -> list[str]:

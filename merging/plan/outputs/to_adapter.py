@@ -12,8 +12,8 @@ from merging.maths.site import inputs_by_outputs, site_of
 from merging.plan.checks import check_related, note_assumed_linear
 from merging.plan.inputs.task_heads import NO_HEADS, TaskHeads
 from merging.plan.items import Item
-from merging.plan.names.labels import make_peft_labels
-from merging.plan.names.output_names import choose_names
+from merging.plan.names.labels import make_denoiser_labels, make_peft_labels
+from merging.plan.names.output_names import are_whole, choose_names
 from merging.plan.names.targets import Targets, adapter_targets, common_shape
 from merging.plan.outputs.experts_apart import check_experts_apart
 from merging.plan.outputs.exporter import Changes, Exporter, is_experts, is_lora
@@ -138,6 +138,8 @@ def _choose_exporter(
     labels = targets.labels
     if not all(adapter.names_modules for adapter in adapters):
         labels = make_peft_labels(adapters, known, list(merged), base is not None)
+    elif base is not None and not are_whole(targets.placed, known):
+        labels = make_denoiser_labels(known, merged) or labels
     peft_exporter = PeftExporter(
         labels,
         merged,

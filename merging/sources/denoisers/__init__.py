@@ -5,7 +5,7 @@ To add a family, write its file and put it into the registry.
 
 from merging.sources.denoisers.detection import is_denoiser
 from merging.sources.denoisers.family import Family, NameMark, NameRule, block_rules, flat_name
-from merging.sources.denoisers.registry import FAMILIES, NUMBER, family_of, partners, respell
+from merging.sources.denoisers.registry import FAMILIES, NUMBER, dotted_name, family_of, partners, respell
 
 __all__ = [
     "FAMILIES",
@@ -14,6 +14,7 @@ __all__ = [
     "NameMark",
     "NameRule",
     "block_rules",
+    "dotted_name",
     "family_of",
     "flat_name",
     "is_denoiser",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from merging.maths.shapes import Shapes
 
-__all__ = ["Family", "NameMark", "NameRule", "block_rules", "flat_name"]
+__all__ = ["Family", "NameMark", "NameRule", "block_rules", "flat_name", "name_pattern"]
 
 
 def flat_name(name: str) -> str:
@@ -43,6 +44,12 @@ class NameRule:
     def reordered(self) -> bool:
         """Whether the rows have another order in diffusers, at least in some models."""
         return self.swapped or self.gated
+
+
+@cache
+def name_pattern(pattern: str) -> re.Pattern[str]:
+    """Return the expression for a dotted or flat name with numbers for ``{}``."""
+    return re.compile(re.escape(pattern).replace(r"\{\}", r"(\d+)"))
 
 
 def block_rules(published: str, diffusers: str, modules: Mapping[str, str]) -> tuple[NameRule, ...]:
@@ -90,7 +97,8 @@ class Family:
         name: the name under which people know it.
         marks: its marks; one is enough. A family is recognized before all that follow it in the registry.
         rules: the modules with two names. In a family without rules all tensors have one name everywhere.
-        shared: a pattern of names, in the normal form, that tensors without a rule have everywhere.
+        modules: the modules and parameters with one name everywhere, dotted, ``{}`` for every number. A family without
+            rules needs them for flat names alone, whose dots they give back.
         spellings: patterns of other names in the normal form, and the published names for them.
         variants: words in statements of headers, and the names of the models of the family that they show.
     """
@@ -98,13 +106,14 @@ class Family:
     name: str
     marks: tuple[NameMark, ...]
     rules: tuple[NameRule, ...] = ()
-    shared: str = r"$^"
+    modules: tuple[str, ...] = ()
     spellings: tuple[tuple[str, str], ...] = ()
     variants: tuple[tuple[str, str], ...] = ()
 
     def has_one_name(self, name: str) -> bool:
         """Return whether a tensor without a rule has the same name as published and in diffusers."""
-        return not self.rules or bool(re.search(self.shared, flat_name(name)))
+        module = name.removesuffix(".weight").removesuffix(".bias")
+        return not self.rules or any(name_pattern(each).fullmatch(module) for each in self.modules)
 
     def has_mark(self, shapes: Shapes) -> bool:
         """Return whether the tensors, named in the normal form, have one of the family's marks."""

@@ -68,7 +68,10 @@ _BLOCKS = (
 
 FLUX = Family(
     name="Flux.1",
-    marks=(NameMark(names=r"^(?:double_blocks|single_blocks|single_transformer_blocks)_\d+_"),),
+    marks=(
+        NameMark(names=r"^(?:double_blocks|single_blocks|single_transformer_blocks)_\d+_"),
+        NameMark(names=r"^transformer_blocks_\d+_(?:ff|norm1)_context_", inputs=frozenset({3072})),
+    ),
     rules=(
         *_BLOCKS,
         *(
@@ -99,5 +102,5 @@ CHROMA = Family(
             },
         ),
     ),
-    shared=r"^distilled_guidance_layer_(?:in|out)_proj\.",
+    modules=("distilled_guidance_layer.in_proj", "distilled_guidance_layer.out_proj"),
 )

@@ -58,5 +58,5 @@ LUMINA2 = Family(
             )
         ),
     ),
-    shared=r"_ffn_norm[12]\.|^x_embedder\.",
+    modules=("x_embedder", *(f"{stack}.ffn_norm{number}" for stack in (*_MODULATED, _CONTEXT) for number in (1, 2))),
 )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from merging.maths.shapes import Shapes
 from merging.sources.denoisers.cogvideox import COGVIDEOX
 from merging.sources.denoisers.cosmos import COSMOS_FAMILIES
-from merging.sources.denoisers.family import Family, NameRule, flat_name
+from merging.sources.denoisers.family import Family, NameRule, flat_name, name_pattern
 from merging.sources.denoisers.flux import CHROMA, FLUX
 from merging.sources.denoisers.flux2 import FLUX2
 from merging.sources.denoisers.flux3 import FLUX3
@@ -26,7 +26,7 @@ from merging.sources.denoisers.stable_diffusion import UNETS
 from merging.sources.denoisers.wan import WAN_FAMILIES
 from merging.sources.denoisers.z_image import IDEOGRAM4, Z_IMAGE
 
-__all__ = ["FAMILIES", "NUMBER", "family_of", "partners", "respell"]
+__all__ = ["FAMILIES", "NUMBER", "dotted_name", "family_of", "partners", "respell"]
 
 FAMILIES: tuple[Family, ...] = (
     FLUX3,
@@ -74,6 +74,29 @@ def respell(flat: str) -> str:
     for pattern, meant in _SPELLINGS:
         flat = pattern.sub(meant, flat)
     return flat
+
+
+def dotted_name(family: Family, flat: str) -> str | None:
+    """Return the name with dots of a tensor of a family, from its name in the normal form; None for an unknown one."""
+    module, dot, leaf = flat.partition(".")
+    for whole, pattern, name in _dotted_patterns(family.name):
+        found = pattern.fullmatch(flat if whole else module)
+        if found:
+            return name.format(*found.groups()) + ("" if whole else dot + leaf)
+    return None
+
+
+@cache
+def _dotted_patterns(family: str) -> list[tuple[bool, re.Pattern[str], str]]:
+    """Return the expressions for the flat names of a family's tensors and modules, whether each is a tensor's, and the
+    names with dots.
+    """
+    (known,) = (each for each in FAMILIES if each.name == family)
+    names = dict.fromkeys(
+        (*known.modules, *(name for rule in known.rules for name in (rule.published, *rule.diffusers)))
+    )
+    flat = {name: respell(flat_name(name)) for name in names}
+    return [("." in flat[name], name_pattern(flat[name]), name) for name in names]
 
 
 def _pairs(rule: NameRule) -> Iterator[tuple[str, str, bool]]:

@@ -6,6 +6,9 @@ from merging.sources.denoisers.family import Family, NameMark, NameRule, block_r
 
 __all__ = ["IDEOGRAM4", "Z_IMAGE"]
 
+_FEED_FORWARD = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+_NORMS = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
+_STACKS = ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
 _QKV = "attention.to_q attention.to_k attention.to_v"
 
 Z_IMAGE = Family(
@@ -20,7 +23,7 @@ Z_IMAGE = Family(
     rules=(
         *(
             rule
-            for stack in ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
+            for stack in _STACKS
             for rule in block_rules(
                 stack,
                 stack,
@@ -36,8 +39,10 @@ Z_IMAGE = Family(
         NameRule(published="final_layer.linear", diffusers=("all_final_layer.2-1.linear",)),
         NameRule(published="final_layer.adaLN_modulation.1", diffusers=("all_final_layer.2-1.adaLN_modulation.1",)),
     ),
-    shared=r"^(?:layers|(?:noise|context)_refiner)_\d+_(?:feed_forward_w|adaLN_modulation_0|attention_norm|ffn_norm)"
-    r"|^(?:t_embedder|cap_embedder)_|_pad_token$",
+    modules=(
+        *(f"{stack}.{part}" for stack in _STACKS for part in (*_FEED_FORWARD, *_NORMS, "adaLN_modulation.0")),
+        *("t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.0", "cap_embedder.1", "x_pad_token", "cap_pad_token"),
+    ),
     variants=(("turbo", "Z-Image Turbo"),),
 )
 
@@ -48,5 +53,5 @@ IDEOGRAM4 = Family(
         NameMark(names=r"^layers_\d+_attention_(?:qkv|to_[qkv])\.", inputs=frozenset({4608})),
     ),
     rules=block_rules("layers.{}", "layers.{}", {"attention.qkv": _QKV, "attention.o": "attention.to_out.0"}),
-    shared=r"^layers_\d+_(?:feed_forward_w|adaln_modulation|attention_norm|ffn_norm)",
+    modules=tuple(f"layers.{{}}.{part}" for part in (*_FEED_FORWARD, *_NORMS, "adaln_modulation")),
 )
