@@ -6,7 +6,9 @@ import re
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+
+from merging.maths.layouts import Layout, find_layout
 
 __all__ = ["BEFORE_BLOCKS", "LayerPosition", "Stacks"]
 
@@ -49,12 +51,16 @@ class LayerPosition:
         layers: the number of layers in the stack; 0 outside the stacks.
         after: outside the stacks, whether the tensor comes after the blocks (final norm, head, pooler, projection)
             and not before them (embeddings, stems).
+        index: the number of the layer in its name; None outside the stacks.
+        layout: the layout of the model's blocks, if it is a known one.
     """
 
     stack: str | None = None
     layer: int | None = None
     layers: int = 0
     after: bool = False
+    index: int | None = field(default=None, compare=False)
+    layout: Layout = field(default="", compare=False)
 
     @property
     def depth(self) -> float:
@@ -104,6 +110,7 @@ class Stacks:
     """The stacks of repeated blocks in a model, by the prefix of their names. Encoder and decoder count separately."""
 
     numberings: Mapping[str, _Numbering]
+    layout: Layout = ""
 
     @classmethod
     def from_names(cls, names: Iterable[str], *, complete: bool = True, single: Collection[str] = ()) -> Stacks:
@@ -116,6 +123,7 @@ class Stacks:
         LoRA files carry their block as well (``lora_unet_blocks_4_ffn_0``). ``single`` are prefixes of stacks that are
         known to have one block only.
         """
+        names = list(names)
         rests: defaultdict[str, defaultdict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
         for name in map(_split_flat, names):
             found = _INDEX.search(name)
@@ -126,7 +134,7 @@ class Stacks:
             for prefix, stages in rests.items()
             if _is_stack(prefix, stages, complete and prefix not in single)
         }
-        return cls(_join_sequels(numberings))
+        return cls(_join_sequels(numberings), find_layout(names, complete))
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -156,12 +164,15 @@ class Stacks:
         found = _INDEX.search(name)
         numbering = self.numberings.get(name[: found.start()]) if found else None
         if found is None or numbering is None:
-            return LayerPosition(after=bool(_TAIL.search(name)) or not _FRONT.search(name))
-        layer = numbering.layer(int(found[1]), name[found.end() :])
-        return LayerPosition(name[: found.start()], layer, numbering.layers)
+            after = bool(_TAIL.search(name)) or not _FRONT.search(name)
+            return LayerPosition(after=after, layout=self.layout)
+        index = int(found[1])
+        layer = numbering.layer(index, name[found.end() :])
+        return LayerPosition(name[: found.start()], layer, numbering.layers, index=index, layout=self.layout)
 
     def _map(self, change: Callable[[_Numbering], _Numbering]) -> Stacks:
-        return Stacks({prefix: change(numbering) for prefix, numbering in self.numberings.items()})
+        changed = {prefix: change(numbering) for prefix, numbering in self.numberings.items()}
+        return replace(self, numberings=changed)
 
 
 def _split_flat(name: str) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar, Union
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, model_validator
 
+from merging.maths.block_weights import BY_BLOCK, ByBlock
 from merging.maths.lazy_torch import Tensor
 from merging.maths.patterns import matches
 from merging.maths.site import Site
+from merging.maths.varying import Varying
 
 __all__ = [
     "ByName",
@@ -18,6 +20,7 @@ __all__ = [
     "Local",
     "PerModel",
     "bind_value",
+    "by_block",
     "find_reached",
     "find_unreached",
     "graded",
@@ -35,14 +38,10 @@ Coefficient = Annotated[Tensor | _Number, Field(union_mode="left_to_right")]
 """A number, or a tensor of one element through which gradients flow."""
 
 
-class _Varying(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
 _ELSE = " else "
 
 
-class Gradient(_Varying):
+class Gradient(Varying):
     """A value that runs through evenly spaced points from the first block to the last, linearly between them.
 
     Written ``"0.2:0.8"``. Tensors before the blocks have the first value, tensors after them the last, unless
@@ -92,7 +91,7 @@ def _write_point(point: float) -> str:
 _Rule: TypeAlias = Gradient | StrictBool | _Number | tuple[Gradient | StrictBool | _Number, ...]
 
 
-class ByName(_Varying):
+class ByName(Varying):
     """A value that depends on the tensor: the value of the first pattern that :func:`matches` its name.
 
     Written as a mapping, ``{"mlp": 0.3, "*": "0.2:0.8"}``; a name that no pattern matches is an error. A list in it has
@@ -104,6 +103,8 @@ class ByName(_Varying):
     @model_validator(mode="before")
     @classmethod
     def _parse(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value and value.keys() <= BY_BLOCK:
+            return None  # a value by block
         return {"rules": tuple(value.items())} if isinstance(value, dict) and "rules" not in value else value
 
     def at(self, site: Site) -> float | tuple[float, ...]:
@@ -140,9 +141,9 @@ if TYPE_CHECKING:
     PerModel: TypeAlias = Union[T, tuple[T, ...]]  # noqa: UP007
 else:
     Local: TypeAlias = Annotated[
-        T | Gradient | Annotated[ByName, AfterValidator(_refuse_inner_list)], BeforeValidator(_refuse_list)
+        T | Gradient | Annotated[ByName, AfterValidator(_refuse_inner_list)] | ByBlock, BeforeValidator(_refuse_list)
     ]
-    PerModel: TypeAlias = T | Gradient | ByName | tuple[Local[T], ...]
+    PerModel: TypeAlias = T | Gradient | ByName | ByBlock | tuple[Local[T], ...]
 """``Local[T]`` is a value that may differ from site to site. ``PerModel[T]`` is one for all models or one each, as a
 tuple (or a tensor ``[n]`` for coefficients), and each may differ from site to site."""
 
@@ -171,7 +172,7 @@ def find_reached(value: Any, site: Site) -> str | None:
 
 def varies(value: Any) -> bool:
     """Return whether a parameter differs from site to site."""
-    return isinstance(value, _Varying) or (isinstance(value, tuple) and any(map(varies, value)))
+    return isinstance(value, Varying) or (isinstance(value, tuple) and any(map(varies, value)))
 
 
 def graded(value: Any) -> bool:
@@ -187,11 +188,18 @@ def patterns(value: Any) -> list[str]:
     return [pattern for pattern, _ in value.rules] if isinstance(value, ByName) else []
 
 
+def by_block(value: Any) -> list[ByBlock]:
+    """Return the values by block in a parameter."""
+    if isinstance(value, tuple):
+        return [found for each in value for found in by_block(each)]
+    return [value] if isinstance(value, ByBlock) else []
+
+
 def bind_value(value: Any, site: Site) -> Any:
     """Return the value of a parameter at a site. Raises ValueError where it has none."""
     if isinstance(value, tuple):
         return tuple(bind_value(each, site) for each in value)
-    return value.at(site) if isinstance(value, (Gradient, ByName)) else value
+    return value.at(site) if isinstance(value, Varying) else value
 
 
 def plain(value: Any) -> Any:
@@ -200,4 +208,4 @@ def plain(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, tuple):
         return [plain(each) for each in value]
-    return value.plain() if isinstance(value, (Gradient, ByName)) else value
+    return value.plain() if isinstance(value, Varying) else value
