@@ -99,6 +99,7 @@ def chain_options(text: str) -> list[click.Option]:
     free = {
         link: [field for field in parameters_of(type(link)) if f"{link.name}.{field}" not in fixed]
         for link in chain(text).links()
+        if link.name != "blocks"  # whose options every merge has
     }
     every = [field for fields in free.values() for field in fields]
     options = []

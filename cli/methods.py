@@ -30,8 +30,7 @@ __all__ = ["methods_command"]
 LEGEND = [
     (
         "merges",
-        "weights, or changes from a base, which full checkpoints then need (--base). Those marked any go around any "
-        "method and, all but lines, hand changes to it",
+        "weights, or changes, for which checkpoints need --base; any: around any, on changes but for lines and blocks",
     ),
     (
         "LoRA",

@@ -24,6 +24,7 @@ from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.patterns import all_matching
 from merging.maths.site import inputs_by_outputs, site_of
 from merging.methods import chain
+from merging.methods.blocks import interpolate
 from merging.methods.contract.method import Method
 from merging.sources.loose_factors import refuse_factors
 from merging.type_checks import check_types
@@ -81,6 +82,8 @@ def merge_state_dicts(
     base = None if base is None else check_state_dict(base, "base")
     bound = make_method(method, parameters, len(models))
     check_keys(keys, len(models))
+    if base is None:
+        bound = interpolate(bound, len(models))
     if base is None and (bound.merge_space == "delta" or bound.rescales):
         raise OptionError(f"{bound.chain} merges changes from a base: give base=")
     reference = models[0] if base is None else base

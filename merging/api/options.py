@@ -10,13 +10,26 @@ from merging.maths.lazy_torch import Tensor, torch
 from merging.plan.layer_stack import LayerStack
 from merging.plan.recipe import Recipe
 
-__all__ = ["MergeOptions", "MethodParameters", "RecipeOptions", "Switch", "Value", "Values", "Weight", "Weights"]
+__all__ = [
+    "BlockList",
+    "MergeOptions",
+    "MethodParameters",
+    "RecipeOptions",
+    "Switch",
+    "Value",
+    "Values",
+    "Weight",
+    "Weights",
+]
 
 Value = float | str | Mapping[str, float | str]
 """One value everywhere, a gradient from block to block (``"0.2:0.8"``), or a value by pattern of tensor names."""
 
 Values = Value | Sequence[Value] | Mapping[str, float | str | Sequence[float | str]]
 """A value for all models, or one each; by pattern of tensor names each may be a list with a value for each model."""
+
+BlockList = str | Sequence[float] | Mapping[str, float]
+"""Weights by block: numbers, a preset or names with values, as text (``"INALL,IN08:0.5"``), a list or a mapping."""
 
 Switch = bool | str | Mapping[str, bool | str]
 """True or false everywhere, steps from block to block (``"true:false"``), or by pattern of tensor names."""
@@ -67,11 +80,13 @@ class MethodParameters(TypedDict, total=False):
     align: Literal["outputs", "inputs"]
     alpha: Weight | None
     axis: Literal["flat", "rows", "columns"]
+    blocks: BlockList | Sequence[BlockList | None]
     beta: Weight
     clip: Value
     common: Value
     density: Values
     drop: Values
+    elements: BlockList | Sequence[BlockList | None]
     embeddings: bool
     energy: Value
     epsilon: Values

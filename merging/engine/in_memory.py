@@ -16,6 +16,7 @@ from merging.maths.delta import Delta, Dense, Stack
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.reductions import Reduction
 from merging.maths.site import Site
+from merging.methods.blocks import scale_changes, scales_at
 from merging.methods.contract.method import Method, Statistics
 from merging.methods.contract.places import check_places
 from merging.methods.contract.wrapper import Unwrapped, unwrap_outer
@@ -57,7 +58,13 @@ def merge_in_memory(
     """
     models = len(read(next(iter(sites))).stack) if sites else 0
     check_places(method, sites.values(), models)
-    yield from _Run(method, sites, read, weights, models).merge_all()
+
+    def read_scaled(name: str) -> TensorInputs:
+        stack, base = read(name)
+        scales = scales_at(method, sites[name], models)
+        return TensorInputs(scale_changes(stack, scales, base if weights else None) if scales else stack, base)
+
+    yield from _Run(method, sites, read_scaled, weights, models).merge_all()
 
 
 @dataclass

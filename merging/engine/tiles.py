@@ -65,7 +65,7 @@ class Tiler:
                     if self.plan.weights and base is not None:
                         values[slot].add_(base)
                 else:
-                    self._read_change(values[slot], each, position, base)
+                    self._read_change(values[slot], each, position, base, item.scale(slot))
             if not self.plan.recipe.allow_nonfinite:
                 self._check(item, values, base)
             stack = Stack.of(values.view(len(present), *shape), self.plan.keys, present)
@@ -76,12 +76,19 @@ class Tiler:
         change = self.change(item, slot)
         return change if item.site.shape else Dense(change.dense().view(1))
 
-    def _read_change(self, into: Tensor, stored: Stored | None, start: int, base: Tensor | None) -> None:
-        """Read one model's values of a tile, or their change from the base; a missing tensor changes nothing."""
+    def _read_change(self, into: Tensor, stored: Stored | None, start: int, base: Tensor | None, scale: float) -> None:
+        """Read one model's values of a tile, or their change from the base; a missing tensor changes nothing.
+
+        The change is multiplied by ``scale``, also where its sum with the base is wanted.
+        """
         if stored is not None:
             into.copy_(self.raw(stored, start, len(into)))
-            if not self.plan.weights and base is not None:
+            if base is not None and (not self.plan.weights or scale != 1):
                 into.sub_(base)
+            if scale != 1:
+                into.mul_(scale)
+                if self.plan.weights and base is not None:
+                    into.add_(base)
         elif self.plan.weights and base is not None:
             into.copy_(base)
         else:
@@ -124,7 +131,8 @@ class Tiler:
         parts = (delta.up, delta.down) if isinstance(delta, LowRank) else (delta.value,)
         if not self.plan.recipe.allow_nonfinite and not all(bool(part.isfinite().all()) for part in parts):
             raise self._not_finite(self.plan.models[slot].path, change.target)
-        return delta.to(self.device)
+        scale = item.scale(slot)
+        return (delta if scale == 1 else delta.scaled(scale)).to(self.device)
 
     def _check_layer(self, item: Item, slot: int) -> None:
         """Refuse factors saved with a layer that is not the base's: they belong on top of that layer."""

@@ -78,6 +78,7 @@ GROUPS: dict[str, dict[str, Listed]] = {
         "decouple": Listed("decouple", "Decouple"),
         "orthogonalize": Listed("orthogonalize", "Orthogonalize"),
         "lines": Listed("lines", "Lines"),
+        "blocks": Listed("blocks", "BlockWeighted"),
     },
 }
 """Every method once, by purpose; wrappers, which go around another method, last."""

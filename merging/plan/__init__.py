@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from merging.errors import InputError, MergingError, OptionError, option
 from merging.hub.open_model import require_full
+from merging.methods.blocks import interpolate
 from merging.methods.contract.places import check_places, idle_parameters
 from merging.plan.checks import (
     apply_out_proj_once,
@@ -105,6 +106,9 @@ def _open_and_plan(
     opened = open_entries(recipe, plan_stage, place, matched)
     recipe.method.check(len(opened.models))
     base = None if opened.base is None else require_full(opened.base, opened.base.path, option("base"))
+    if base is None and all(isinstance(model, Checkpoint) for model in opened.models):
+        method = interpolate(opened.recipe.method, len(opened.models))
+        opened = replace(opened, recipe=opened.recipe.model_copy(update={"method": method}))
     heads = find_task_heads(opened.models, base, recipe.exclude)
     plan = plan_of(opened.recipe, opened.models, base, rank_steps, heads, matched=opened.matched)
     return replace(plan, sources=record_sources(recipe, opened.files), files=opened.files, stages=opened.stages)
@@ -250,11 +254,12 @@ def _check_sites(recipe: Recipe, planned: PlannedOutput, output: str, models: in
     """
     sites = [item.site for item in planned.items if item.form != "copy"]
     remedy = "" if based else f"give the model with {option('base')}, whose names may show it, or "
-    idle = check_places(recipe.method, sites, models, remedy, allow_unmatched=recipe.allow_unmatched)
+    every = [*sites, *planned.untouched]
+    idle = check_places(recipe.method, every, models, remedy, allow_unmatched=recipe.allow_unmatched)
     notices = [*idle, *idle_options(recipe, output), *idle_parameters(recipe.method, sites)]
-    if recipe.exclude and not sites:
+    if recipe.exclude and not every:
         raise OptionError("exclude leaves nothing to merge: name fewer tensors")
-    if not sites:
+    if not every:
         raise InputError("there is nothing to merge: the models share no tensor of floating-point numbers")
     if planned.guess and recipe.method.by_depth:
         notices.append(planned.guess)

@@ -98,6 +98,7 @@ class Item(Displayed):
             by its inverse.
         placings: the places of factors, unless they go into ``outs``.
         cut: how the tensor is cut into pieces.
+        scales: the number that each model's change is multiplied by; empty if all are 1.
     """
 
     site: Site
@@ -108,6 +109,7 @@ class Item(Displayed):
     written: float = 1.0
     placings: tuple[Placing, ...] = ()
     cut: Cut = COPIED
+    scales: tuple[float, ...] = ()
 
     def _display_fields(self) -> dict[str, object]:
         facts = {"name": self.site.name, "shape": self.site.shape, "kind": self.site.kind, "form": self.form}
@@ -116,6 +118,10 @@ class Item(Displayed):
     @property
     def numel(self) -> int:
         return prod(self.site.shape)
+
+    def scale(self, slot: int) -> float:
+        """Return the number that a model's change is multiplied by."""
+        return self.scales[slot] if self.scales else 1.0
 
     @property
     def read_bytes(self) -> int:

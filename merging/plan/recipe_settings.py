@@ -119,6 +119,8 @@ def _parameter(values: Mapping[str, Any], present: Mapping[str, Any], words: lis
     method = values.get("method")
     if not isinstance(method, str):
         raise OptionError(f"--set {key}: the recipe has no method yet, so it has no parameters: --set method=NAME")
+    if words[0] in ("blocks", "elements"):  # of every method
+        return words[0], tuple(words[1:])
     classes = links(method)
     known = [field for cls in classes for field in parameters_of(cls)]
     owned = {cls.name: parameters_of(cls) for cls in classes}

@@ -245,7 +245,8 @@ def _check_keys(values: dict[str, Any], place: Place) -> None:
 def _parameters_of(method: Any) -> list[str]:
     """Return the names of the parameters of a chain; none of a chain that does not exist."""
     try:
-        return [field for cls in links(method) for field in parameters_of(cls)] if isinstance(method, str) else []
+        own = [field for cls in links(method) for field in parameters_of(cls)] if isinstance(method, str) else []
+        return [*own, "blocks", "elements"]
     except OptionError:
         return []
 

@@ -15,8 +15,10 @@ def test_recipe_options_are_the_fields_of_recipes() -> None:
 
 
 def test_method_parameters_are_those_of_all_methods() -> None:
+    """And ``elements``, which join the weights by block."""
     assert set(MethodParameters.__annotations__) == {
-        parameter for name in METHODS for parameter in parameters_of(method_class(name))
+        "elements",
+        *(parameter for name in METHODS for parameter in parameters_of(method_class(name))),
     }
 
 

@@ -17,8 +17,8 @@ from merging.methods import METHODS, chain, method_class, parameters_of
 from support.changes import K, changes, dense
 from support.tiny import checkpoint, load
 
-SAME_EVERYWHERE = {"seed"}
-"""Numbers that mean the same wherever they are."""
+SAME_EVERYWHERE = {"seed", "blocks"}
+"""Numbers that mean the same wherever they are, and weights by block, which are written in a way of their own."""
 
 SHARES = {"ties": {"scope": "tensor"}, "pcb": {"scope": "tensor"}}
 """Settings with which a share is a share of each tensor."""

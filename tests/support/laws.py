@@ -204,6 +204,9 @@ TABLE = [
     Row("della+ties", {"della.density": 0.5, "rescale": "l1", "weights": (1.0, 0.5)},
         {"della.density": 0.5, "rescale": "l1", "weights": (0.5, 1.0)}, {},
         alone={"della.density": 1.0, "epsilon": 0.0, "ties.density": 1.0}, idempotent=False),
+    Row("blocks", {"blocks": ("layers.0:0.5,layers.1:2", "*:0.25"), "weights": (1.0, 0.5)},
+        {"blocks": ("*:0.25", "layers.0:0.5,layers.1:2"), "weights": (0.5, 1.0)}, {"scale": torch.tensor(0.7)},
+        alone={}, idempotent=False),
     Row("lines+opcm", LINES, LINES, {}, alone={"lines.alpha": 1.0, "beta": 0.0}, idempotent=False, ordered=True),
     Row(
         "decouple+ties", {"weights": (1.0, 0.5)}, {"weights": (0.5, 1.0)}, {},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from merging.errors import OptionError
-from merging.maths.parameters import find_reached, find_unreached, graded, patterns
+from merging.maths.parameters import by_block, find_reached, find_unreached, graded, patterns
 from merging.maths.patterns import explain_unmatched
 from merging.maths.site import Site
 from merging.methods.contract.method import Method
@@ -52,6 +52,8 @@ def check_places(
                     notices.append(f"ignored: {where} {problem}")
                 else:
                     raise OptionError(f"{where} {problem}")
+            for value in by_block(getattr(link, field)):
+                notices += value.find_idle(sites)
     for site in sites:
         method.at(site).check(models)
     return list(dict.fromkeys(notices))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from merging.maths.site import Site
 from merging.plan.items import Constant, Item
 from merging.plan.recipe import AdapterFormat
 
@@ -19,6 +20,7 @@ class PlannedOutput:
         items: one item a tensor of the merge.
         matched: one line a model about how its names were matched.
         notices: remarks for people.
+        untouched: the sites of tensors that no model touches, as its weight by block is 0.
         guess: a remark on a number of blocks that is only a guess, for methods that go by depth.
         untied: whether the output has a head of its own although the reference's config ties it.
         rank: the largest rank of a merged adapter's factors.
@@ -31,6 +33,7 @@ class PlannedOutput:
     items: list[Item]
     matched: list[str]
     notices: list[str]
+    untouched: list[Site] = field(default_factory=list)
     guess: str | None = None
     untied: bool = False
     rank: int = 0

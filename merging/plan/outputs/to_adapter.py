@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
-from merging.errors import InputError, option
+from merging.errors import InputError, OptionError, option
+from merging.maths.layers import Stacks
 from merging.maths.lazy_torch import torch
 from merging.maths.patterns import all_matching
 from merging.maths.shapes import Shape
-from merging.maths.site import inputs_by_outputs, site_of
+from merging.maths.site import Site, inputs_by_outputs, site_of
+from merging.methods.blocks import scales_at
 from merging.plan.checks import check_related, note_assumed_linear
 from merging.plan.inputs.task_heads import NO_HEADS, TaskHeads
 from merging.plan.items import Item
@@ -63,24 +66,26 @@ def plan_adapter(
     merged = {name: changes for name, changes in targets.changes.items() if name not in excluded}
     if chosen is not None and not merged:
         raise InputError("the models are equal in all tensors that could change: there is nothing to write")
+    sites = _find_sites(merged, targets, adapters, base, stacks)
+    scales = {name: scales_at(recipe.method, sites[name], len(adapters)) for name in merged}
+    touched = {name: _touching(changes, scales[name]) for name, changes in merged.items()}
+    merged = {name: changes for name, changes in touched.items() if any(changes)}
+    if not merged:
+        raise OptionError("the weights of all blocks are 0, so that no change is left to write")
     exporter, names_notices = _choose_exporter(
         recipe, adapters, base, targets, merged=merged, rank_steps=rank_steps, chosen=chosen
     )
-    turned = inputs_by_outputs({name: stored.shape for name, stored in base.tensors.items()}) if base else set()
     resolver = targets.resolver
     items: list[Item] = []
     for name, changes in merged.items():
-        shape = _shape(name, changes, targets, adapters)
-        transposed = name in turned or any(each.is_transposed(shape) for each in changes if each)
-        on_disk = resolver.on_disk(name) if resolver else name
-        site = mark_experts(site_of(name, shape, stacks, transposed, on_disk), changes)
         stored = resolver.find_stored(name) if resolver else heads.tensors.get(name)
         if base is not None and stored is None:
             _refuse_in_pieces(name, changes, weights, base)
-        items.append(exporter.item(site, changes, stored))
+        items.append(replace(exporter.item(sites[name], changes, stored), scales=scales[name]))
     exporter.check(items)
     return PlannedOutput(
         items=items,
+        untouched=[site for name, site in sites.items() if name not in merged],
         matched=targets.matched,
         notices=[*notices, *names_notices],
         guess=guess,
@@ -90,6 +95,31 @@ def plan_adapter(
         header=exporter.header,
         constants=exporter.constants(),
     )
+
+
+def _touching(changes: Changes, scales: Sequence[float]) -> Changes:
+    """Return the changes but for those that are multiplied by 0."""
+    if not scales:
+        return changes
+    return tuple(change if scale else None for change, scale in zip(changes, scales, strict=True))
+
+
+def _find_sites(
+    merged: Mapping[str, Changes],
+    targets: Targets,
+    adapters: Sequence[Adapter],
+    base: Checkpoint | None,
+    stacks: Stacks,
+) -> dict[str, Site]:
+    """Return the site of each target."""
+    turned = inputs_by_outputs({name: stored.shape for name, stored in base.tensors.items()}) if base else set()
+    sites = {}
+    for name, changes in merged.items():
+        shape = _shape(name, changes, targets, adapters)
+        transposed = name in turned or any(each.is_transposed(shape) for each in changes if each)
+        on_disk = targets.resolver.on_disk(name) if targets.resolver else name
+        sites[name] = mark_experts(site_of(name, shape, stacks, transposed, on_disk), changes)
+    return sites
 
 
 def _choose_exporter(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from merging.errors import InputError, nearest, option
 from merging.maths.patterns import all_matching
 from merging.maths.site import Site, inputs_by_outputs, site_of
+from merging.methods.blocks import scales_at
 from merging.plan.inputs.task_heads import NO_HEADS, TaskHeads
 from merging.plan.inputs.tied_heads import add_tied_head, find_own_heads, is_untied
 from merging.plan.items import Item
@@ -93,21 +94,30 @@ def plan_model(
     turned = inputs_by_outputs({name: stored.shape for name, stored in tensors.items()})
     sites = {name: site_of(name, stored.shape, stacks, name in turned) for name, stored in tensors.items()}
     rounded = round_base(recipe.as_trained, reference, models, sites, inputs)
-    items = []
+    items, untouched = [], []
     for name, stored in tensors.items():
+        scales = scales_at(recipe.method, sites[name], len(inputs))
         given = tuple(each.get(name) for each in inputs)
+        if scales:
+            given = tuple(each if scale else None for each, scale in zip(given, scales, strict=True))
         copied = name in differing or name in kept or name in excluded
+        if stored.floating and not copied and not any(given) and any(name in each for each in inputs):
+            untouched.append(sites[name])
         dtype_name = DTYPES[recipe.dtype] if recipe.dtype and stored.floating else stored.dtype_name
-        outs = (OutputTensor(name, dtype_name, stored.shape),)
-        held = rounded.weights.get(name, stored)
-        items.append(
-            _item(
-                sites[name], held, () if copied else given, recipe, outs=outs, based=base is not None, weights=weights
-            )
+        item = _item(
+            sites[name],
+            rounded.weights.get(name, stored),
+            () if copied else given,
+            recipe,
+            outs=(OutputTensor(name, dtype_name, stored.shape),),
+            scales=scales,
+            based=base is not None,
+            weights=weights,
         )
+        items.append(item)
     notices += rounded.notices
     untied = is_untied(tensors, reference)
-    return PlannedOutput(items=items, matched=matched, notices=notices, guess=guess, untied=untied)
+    return PlannedOutput(items=items, untouched=untouched, matched=matched, notices=notices, guess=guess, untied=untied)
 
 
 def _count_tensors(names: Collection[str]) -> str:
@@ -171,6 +181,7 @@ def _item(
     recipe: Recipe,
     *,
     outs: tuple[OutputTensor, ...],
+    scales: tuple[float, ...],
     based: bool,
     weights: bool,
 ) -> Item:
@@ -179,6 +190,6 @@ def _item(
     if not stored.floating or not any(inputs):
         return Item(site, inputs, stored, outs, "copy")
     # A base that only lends its names is not read.
-    reads_base = not weights or None in inputs or any(isinstance(each, Change) for each in inputs)
+    reads_base = not weights or bool(scales) or None in inputs or any(isinstance(each, Change) for each in inputs)
     needed = based and (reads_base or recipe.method.rescales)
-    return Item(site, inputs, stored if needed else None, outs, "dense")
+    return Item(site, inputs, stored if needed else None, outs, "dense", scales=scales)
