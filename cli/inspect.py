@@ -10,6 +10,7 @@ import click
 from .errors import handle_errors
 from .options import debug_option, json_option
 from .output import echo, echo_json, format_size, terminal_width
+from .tables import echo_table
 from .types import MODEL
 
 __all__ = ["inspect_command"]
@@ -24,9 +25,10 @@ _MOST_SENTENCES = 3
 @click.command(name="inspect", short_help="show the content of a model or adapter")
 @click.argument("paths", nargs=-1, required=True, type=MODEL, metavar="PATH...")
 @click.option("--values", is_flag=True, help="read all values too, and name tensors with NaN or infinities")
+@click.option("--blocks", is_flag=True, help="list the blocks, as weights by block name them, with their elements")
 @json_option
 @debug_option
-def inspect_command(paths: tuple[str, ...], values: bool, as_json: bool, debug: bool) -> None:
+def inspect_command(paths: tuple[str, ...], values: bool, blocks: bool, as_json: bool, debug: bool) -> None:
     """Show the content of a model or adapter: kind, base, family, trainer, rank, modules, types, layers, size.
 
     Headers alone are read. With --json the output is a list with one entry a PATH.
@@ -34,11 +36,12 @@ def inspect_command(paths: tuple[str, ...], values: bool, as_json: bool, debug: 
     with handle_errors(debug):
         from merging.api.inspect import inspect
 
-        found = [inspect(path, values=values) for path in paths]
+        found = [inspect(path, values=values, blocks=blocks) for path in paths]
     if as_json:
         echo_json(found)
         return
     for facts in found:
+        by_block = facts.pop("by_block", None)
         echo(facts.pop("path"))
         for name in ("family", "trainer"):
             evidence = facts.pop(f"{name}_evidence", None)
@@ -48,6 +51,23 @@ def inspect_command(paths: tuple[str, ...], values: bool, as_json: bool, debug: 
             if value not in (None, 0, [], {}, "") or name in ("nonfinite", "needs_base"):
                 for line in _lines(name, value):
                     echo(line)
+        if by_block:
+            _echo_blocks(by_block)
+
+
+def _echo_blocks(facts: dict[str, Any]) -> None:
+    """Print a table of blocks, and the lists of numbers that stand for them."""
+    rows = [
+        ("", block["name"], f"{block['tensors']:,}", f"{block['parameters']:,}", _join_counts(block["elements"]))
+        for block in facts["blocks"]
+    ]
+    echo_table([("", "block", "tensors", "parameters", "elements"), *rows], flush_right=(2, 3))
+    for count, names in facts["lists"].items():
+        echo(f"  {count} numbers of {facts['layout']}: {names}")
+
+
+def _join_counts(elements: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in elements.items())
 
 
 def _lines(name: str, value: Any) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from merging.api.block_table import describe_model_blocks
 from merging.api.recipe_records import record_of
 from merging.display.tables import Table, Tabular, count_notices
 from merging.errors import FormatError, MergingError, option
@@ -18,7 +19,7 @@ from merging.output.header import RECIPE_KEY
 from merging.plan.provenance import names_of
 from merging.serving.contents import FILES
 from merging.serving.subject import Subject, open_subject
-from merging.sources import Adapter, Checkpoint
+from merging.sources import Adapter, Checkpoint, Model
 from merging.sources.changes import Change
 from merging.sources.model_families import family_by_config, family_by_names, family_by_statements
 from merging.sources.packs.codings import Packed
@@ -45,7 +46,7 @@ class Inspection(Tabular, dict[str, Any]):
     __slots__ = ()
 
     def _display_table(self) -> Table:
-        facts = {name: value for name, value in self.items() if name not in ("path", "notices")}
+        facts = {name: value for name, value in self.items() if name not in ("path", "notices", "by_block")}
         rows = [
             (name.replace("_", " "), _plain(value)) for name, value in facts.items() if value not in (None, [], {}, "")
         ]
@@ -61,12 +62,13 @@ def _plain(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def inspect(path: str | Path, *, values: bool = False) -> Inspection:
+def inspect(path: str | Path, *, values: bool = False, blocks: bool = False) -> Inspection:
     """Return facts about a model or adapter.
 
     Args:
         path: a file or folder, or a name on the Hub.
         values: whether values are read too, to find tensors with NaN or infinities.
+        blocks: whether the blocks are listed that weights by block name.
 
     Returns:
         Plain values by name, such as ``kind``, ``base``, ``rank``, ``dtypes``, ``layers``, ``parameters``, ``bytes``
@@ -77,7 +79,8 @@ def inspect(path: str | Path, *, values: bool = False) -> Inspection:
         ``mergekit_config.yml``, or a model card. Weights that are quantised in a simple way count as the ordinary ones
         that ``dequantize`` makes of them; ``dequantised`` is their number, and ``quantised`` has their types on
         the disk. Tensors of packs count as they are read; ``packed_bytes`` is their size in the file. ``nonfinite`` are
-        the tensors with NaN or infinities, with ``values`` only.
+        the tensors with NaN or infinities, with ``values`` only. ``by_block`` has the blocks, their elements, and the
+        lists of numbers that fit the model, with ``blocks`` only.
 
     Raises:
         MergingError: for files that are not understood.
@@ -85,8 +88,21 @@ def inspect(path: str | Path, *, values: bool = False) -> Inspection:
     model = open_model(path, dequantize=True)
     subject = open_subject(str(model.origin or path))
     if isinstance(model, Adapter):
-        return Inspection(_inspect_adapter(model, subject, values))
-    return Inspection(_inspect_checkpoint(model, subject, values))
+        facts = _inspect_adapter(model, subject, values)
+    else:
+        facts = _inspect_checkpoint(model, subject, values)
+    if blocks:
+        facts["by_block"] = _list_blocks(model)
+    return Inspection(facts)
+
+
+def _list_blocks(model: Model) -> dict[str, Any]:
+    """Return the blocks of a model or adapter."""
+    if isinstance(model, Checkpoint):
+        shapes = {name: stored.shape for name, stored in model.tensors.items() if stored.floating}
+        return describe_model_blocks(shapes, Stacks.from_names(model.tensors, single=model.single))
+    changed = {target: change.shape for target, change in model.changes.items() if not change.optional}
+    return describe_model_blocks(changed, Stacks.from_names(model.changes, complete=False))
 
 
 def _inspect_adapter(adapter: Adapter, subject: Subject, values: bool) -> dict[str, Any]:
