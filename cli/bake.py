@@ -11,7 +11,7 @@ from .errors import OutputStatus, handle_errors
 from .execution import Execution, execute, execution_options
 from .fields import FieldsCommand, chain_options
 from .merge import model_options
-from .options import recipe_only_option
+from .options import block_options, block_parameters, recipe_only_option
 from .output import echo_text
 from .types import METHOD, MODEL, NAME_OR_MAPPING
 
@@ -35,6 +35,7 @@ def bake_fields(typed: Mapping[str, Any]) -> list[click.Option]:
     metavar="nf4|fp4|int8",
     help="add to the base as bitsandbytes quantised it for the training (QLoRA); or a mapping in braces",
 )
+@block_options
 @model_options
 @recipe_only_option
 @execution_options
@@ -63,7 +64,7 @@ def bake_command(
     with handle_errors(execution.debug, status):
         from merging.api.bake import bake_recipe
 
-        parameters = {name.replace("__", "."): value for name, value in fields.items()}
+        parameters = {name.replace("__", "."): value for name, value in fields.items()} | block_parameters(stated)
         options = {name: value for name, value in stated.items() if value not in (None, ()) and value is not False}
         baking = bake_recipe(list(adapters), method, {**options, **parameters, "base": base})
         if recipe_only:

@@ -15,6 +15,8 @@ from .fields import FieldsCommand, chain_options
 from .options import (
     add_options,
     base_option,
+    block_options,
+    block_parameters,
     dequantize_option,
     different_bases_option,
     dtype_option,
@@ -164,6 +166,7 @@ def _refuse_method(models: Sequence[str]) -> None:
     help="a method or chain, such as linear or lines+task_arithmetic; its options join these",
 )
 @base_option
+@block_options
 @adapter_options
 @model_options
 @recipe_only_option
@@ -202,7 +205,7 @@ def merge_command(
         _refuse_numbers(models, fields)
         if not models:
             raise OptionError("there is nothing to merge: name at least one model")
-        parameters = {name.replace("__", "."): value for name, value in fields.items()}
+        parameters = {name.replace("__", "."): value for name, value in fields.items()} | block_parameters(stated)
         stated["rank"] = rank_of(stated)
         values = {name: value for name, value in stated.items() if value not in (None, ()) and value is not False}
         recipe = make_recipe({"models": list(models), "method": method, "parameters": parameters, **values}, "merge")

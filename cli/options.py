@@ -13,6 +13,8 @@ from .types import MODEL, SIZE
 __all__ = [
     "add_options",
     "base_option",
+    "block_options",
+    "block_parameters",
     "debug_option",
     "dequantize_option",
     "device_option",
@@ -58,6 +60,12 @@ def remember_quiet(context: click.Context, option: click.Parameter, progress: bo
     return progress
 
 
+def block_parameters(stated: dict[str, Any]) -> dict[str, Any]:
+    """Take weights by block and element out of a command's options, and return them as parameters of the method."""
+    given = {name: stated.pop(name) for name in ("blocks", "elements")}
+    return {name: values[0] if len(values) == 1 else list(values) for name, values in given.items() if values}
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="print as JSON")
 debug_option = click.option("--debug", is_flag=True, help="show a traceback with errors")
 overwrite_option = click.option("--overwrite", is_flag=True, help="replace an existing output")
@@ -79,6 +87,22 @@ device_option = click.option(
 threads_option = click.option("--threads", type=int, help="workers  [default: all cores]")
 max_memory_option = click.option("--max-memory", type=SIZE, help="most memory above the imports, such as 500MB")
 base_option = click.option("--base", type=MODEL, help="the model that the others were trained from")
+block_options = add_options(
+    click.option(
+        "--blocks",
+        multiple=True,
+        metavar="LIST",
+        help="weights by block: numbers, a preset such as INALL, or names, as in IN08:0.5,layers.0-15:0.3; repeated, "
+        "one list a model",
+    ),
+    click.option(
+        "--elements",
+        multiple=True,
+        metavar="LIST",
+        help="weights by element of a block, instead of the block's: attn:0.5,mlp:0, or IN05-OUT05:attn:1; repeated, "
+        "one list a model",
+    ),
+)
 experts_option = click.option(
     "--experts",
     type=click.Choice(["together", "apart"]),

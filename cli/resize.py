@@ -9,7 +9,7 @@ import click
 from .errors import OutputStatus, handle_errors
 from .execution import Execution, execution_options
 from .extract import adapter_options, run_recipe
-from .options import base_option, lora_alpha_option, recipe_only_option
+from .options import base_option, block_options, block_parameters, lora_alpha_option, recipe_only_option
 from .rank import rank_of, rank_options
 from .types import MODEL
 
@@ -20,6 +20,7 @@ __all__ = ["resize_command"]
 @click.argument("lora", type=MODEL, metavar="LORA")
 @base_option
 @rank_options
+@block_options
 @click.option(
     "--scale",
     "scales",
@@ -38,6 +39,7 @@ def resize_command(lora: str, recipe_only: bool, execution: Execution, scales: t
     merge resize lora/ --rank 16 -o smaller/
     merge resize lora.safetensors --energy 0.95 -o smaller.safetensors
     merge resize lora/ --size 20MB --uniform -o smaller/
+    merge resize lora.safetensors --blocks OUTALL --elements attn:0.5 -o other.safetensors
     merge resize lora.safetensors --scale down_blocks=0.5 --exclude mid_block --format kohya -o other.safetensors
 
     The product of the factors is decomposed exactly, so that a rank keeps as much as any can. Without a condition
@@ -49,8 +51,10 @@ def resize_command(lora: str, recipe_only: bool, execution: Execution, scales: t
         if not rank or not rank.keys() - {"uniform", "exact"}:
             rank = {**(rank or {}), "energy": 1.0}
         values: dict[str, Any] = {"models": [lora], "method": "passthrough", "as": "adapter", "rank": rank}
+        parameters = block_parameters(stated)
         if scales:
-            values["parameters"] = {"scale": _read_scales(scales)}
+            parameters["scale"] = _read_scales(scales)
+        values["parameters"] = parameters
         run_recipe({**values, **stated}, "merge resize", execution, recipe_only, status)
 
 

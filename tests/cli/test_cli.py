@@ -374,11 +374,12 @@ def test_help_of_a_chain_has_its_options(name: str) -> None:
 
     said = " ".join(ok("--method", name, "--help").stdout.partition("Options:")[2].split())
     for cls in links(name):
-        for field in parameters_of(cls):
+        for field in set(parameters_of(cls)) - {"blocks"}:  # an option of every merge
             assert f"--{field.replace('_', '-')}" in said
             assert f"[{cls.name}] {cls.model_fields[field].description}"[:30] in said
     others = {field for method in METHODS for field in parameters_of(links(method)[0])}
-    own = {field for cls in links(name) for field in parameters_of(cls)} | {"energy"}  # an option of ranks too
+    shared = {"energy", "blocks"}  # options of ranks and of every merge
+    own = {field for cls in links(name) for field in parameters_of(cls)} | shared
     for field in others - own:
         assert f"--{field} " not in said
 
