@@ -33,6 +33,26 @@ def _fine_tunes(folder: Path) -> None:
         save_file(tuned, folder / name / "model.safetensors", {"format": "pt"})
 
 
+def _small_unet(seed: int) -> dict[str, torch.Tensor]:
+    """A tensor or two of each block of Stable Diffusion 1.5, under their published names."""
+    random = torch.Generator().manual_seed(seed)
+    attention = "1.transformer_blocks.0.attn1.to_q"
+    parts = [f"input_blocks.{block}.{attention}" for block in (1, 2, 4, 5, 7, 8)]
+    parts += [f"output_blocks.{block}.{attention}" for block in range(3, 12)]
+    parts += [f"input_blocks.{block}.0.in_layers.2" for block in range(1, 12)]
+    parts += [
+        "input_blocks.0.0",
+        "middle_block.0.in_layers.2",
+        "out.2",
+        *(f"output_blocks.{n}.0.in_layers.2" for n in range(12)),
+    ]
+    names = [
+        *(f"model.diffusion_model.{part}.weight" for part in parts),
+        "cond_stage_model.transformer.text_model.x.weight",
+    ]
+    return {name: torch.randn(4, 4, generator=random) for name in names}
+
+
 @pytest.fixture(scope="session")
 def real_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with MiniLM, the base of the shipped adapters, and fine-tunes of it."""
@@ -94,6 +114,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path
         factors = {f"{unet}.lora_A.weight": torch.ones(2, 320), f"{unet}.lora_B.weight": torch.ones(320, 2)}
         save_file(factors, tmp_path / "lora.safetensors")
         _video_models(tmp_path)
+        for seed, name in enumerate(("photo", "anime")):
+            save_file(_small_unet(seed), tmp_path / f"{name}.safetensors")
         (tmp_path / "incoming").mkdir()
         (tmp_path / "incoming" / "late").symlink_to(tmp_path / "c")
         monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # as activated
