@@ -133,8 +133,8 @@ def spellings(known: Known, t5: bool = False, alone: bool = True) -> Iterator[tu
     yield component, name
     if t5 and component == "text_encoder_2":
         yield "text_encoder_3", name
-    if alone and component == "denoiser":
-        yield "denoiser_2", name
+    if alone and component in _DENOISERS.values():
+        yield from ((other, name) for other in set(_DENOISERS.values()) - {component})
 
 
 def _wrapper(shapes: Shapes) -> str:

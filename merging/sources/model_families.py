@@ -76,7 +76,8 @@ def family_by_names(shapes: Shapes, metadata: Mapping[str, str]) -> Attribution 
     for component in ("denoiser", "denoiser_2"):
         family = family_of(parts[component]) if parts[component] else None
         if family and _is_certain(family, shapes):
-            return _variant(family, metadata)
+            paired = family.paired if parts["denoiser_2"] else ""
+            return Attribution(paired, _NAMES) if paired else _variant(family, metadata)
     for pattern, name in _LANGUAGE:
         if any(re.search(pattern, each) for each in shapes):
             return Attribution(name, _NAMES)

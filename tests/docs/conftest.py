@@ -94,10 +94,14 @@ def _video_models(folder: Path) -> None:
         (folder / "wan" / name / "config.json").write_text('{"_class_name": "WanTransformer3DModel"}', encoding="utf-8")
         weights = folder / "wan" / name / "diffusion_pytorch_model.safetensors"
         save_file({"blocks.0.attn1.to_q.weight": torch.ones(8, 8)}, weights)
+    classes = {name: ["diffusers", "WanTransformer3DModel"] for name in ("transformer", "transformer_2")}
+    index = json.dumps({"_class_name": "WanPipeline", **classes})
+    (folder / "wan" / "model_index.json").write_text(index, encoding="utf-8")
     save_file({"blocks.0.self_attn.q.weight": torch.ones(8, 8)}, folder / "wan.safetensors")
     module = "lora_unet_blocks_0_self_attn_q"
     factors = {f"{module}.lora_down.weight": torch.ones(2, 8), f"{module}.lora_up.weight": torch.ones(8, 2)}
-    save_file({**factors, f"{module}.alpha": torch.tensor(1.0)}, folder / "wan-lora.safetensors")
+    for name in ("wan-lora", "high-noise", "low-noise"):
+        save_file({**factors, f"{module}.alpha": torch.tensor(1.0)}, folder / f"{name}.safetensors")
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import merging
+from merging.api.inspect import inspect
 from merging.errors import InputError
 from support.diffusion_models import State
 from support.image_denoisers import as_published
@@ -167,3 +170,59 @@ def test_a_lora_out_of_a_fine_tune_in_the_other_layout(tmp_path: Path) -> None:
     down, up = (next(value for key, value in got.items() if f"lora_{part}" in key) for part in "AB")
     torch.testing.assert_close(up @ down, change, atol=1e-4, rtol=1e-4)
     assert all("blocks.1.attn1.to_v" in key for key in got)
+
+
+# ---- Wan 2.2 has two denoisers
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    """A pipeline of Wan 2.2, with the same weights in both denoisers."""
+    diffusers, _ = bases("wan", tmp_path / "pair")
+    shutil.copytree(diffusers, diffusers.with_name("transformer_2"))
+    classes = {name: ["diffusers", "WanTransformer3DModel"] for name in ("transformer", "transformer_2")}
+    (tmp_path / "pair" / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", **classes}))
+    return tmp_path / "pair"
+
+
+@pytest.mark.parametrize("components", [(), ("transformer_2",)])
+def test_a_lora_of_one_of_two_denoisers(tmp_path: Path, pair: Path, components: tuple[str, ...]) -> None:
+    """Names that do not say which mean the first, with a remark, or the one that is asked for."""
+    write_form(tmp_path / "lora.safetensors", "wan", "lightx2v")
+    wanted = _bake(tmp_path / "lora.safetensors", pair / "transformer")
+    settings = {"components": components} if components else {}
+    plan = merging.preview([tmp_path / "lora.safetensors"], method="linear", base=pair, kind="model", **settings)
+    said = any(
+        'in transformer; for the other of the two use components="transformer_2"' in each for each in plan.matched
+    )
+    assert said == (not components)
+    merging.merge(
+        [tmp_path / "lora.safetensors"], method="linear", base=pair, kind="model", output=tmp_path / "out", **settings
+    )
+    parts = {name: _read(tmp_path / "out" / name) for name in ("transformer", "transformer_2")}
+    _check_close(parts.pop(components[0] if components else "transformer"), wanted)
+    (other,) = parts.values()
+    _check_close(other, _read(pair / "transformer"))
+
+
+def test_the_family_of_a_pair(tmp_path: Path, pair: Path) -> None:
+    assert inspect(pair)["family"] == "Wan 2.2"
+    for form, prefix, family in (
+        ("diffusers", "transformer_2.", "Wan 2.2"),
+        ("diffusers", "transformer.", "Wan 2.1 or 2.2"),
+        ("musubi-tuner", "lora_unet_", "Wan 2.1 or 2.2"),
+    ):
+        write_form(tmp_path / "a.safetensors", "wan", form)
+        state = load_file(tmp_path / "a.safetensors")
+        save_file(
+            {name.replace("transformer.", prefix): value for name, value in state.items()}, tmp_path / "a.safetensors"
+        )
+        assert inspect(tmp_path / "a.safetensors")["family"] == family
+
+
+def test_a_lora_of_another_family(tmp_path: Path) -> None:
+    for form in ("diffusion-pipe", "musubi-tuner"):
+        write_form(tmp_path / "lora.safetensors", "ltx", form)
+        diffusers, _ = bases("wan", tmp_path / form)
+        with pytest.raises(InputError, match=r"looks like a LoRA of LTX-Video, and the base like Wan 2\.1 or 2\.2$"):
+            merging.merge([tmp_path / "lora.safetensors"], base=diffusers, method="linear", output=tmp_path / "out")

@@ -78,7 +78,7 @@ VIDEO_FAMILIES = {
         name="Wan 2.1 or 2.2", model="WanTransformer3DModel", loader="Wan", settings=_WAN, convert=_convert_wan
     ),
     "wan-i2v": VideoFamily(
-        name="Wan 2.1",
+        name="Wan 2.1 I2V",
         model="WanTransformer3DModel",
         loader="Wan",
         settings={**_WAN, "image_dim": 8, "added_kv_proj_dim": 24},

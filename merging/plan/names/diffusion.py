@@ -11,9 +11,10 @@ from merging.sources import Adapter
 from merging.sources.diffusion_names import Known, known_names, spellings
 from merging.sources.fused_names import RowRange
 from merging.sources.lora_names import normal_name
+from merging.sources.model_families import family_by_names
 from merging.sources.regions import TensorPart
 
-__all__ = ["DiffusionMatch", "DiffusionNames"]
+__all__ = ["DiffusionMatch", "DiffusionNames", "name_families"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class DiffusionNames:
         self._shapes = shapes
         known = known_names(shapes)
         t5 = any(each.component == "text_encoder_2" and each.name.startswith("encoder.block.") for each in known)
-        alone = not any(name.startswith("transformer_2.") for name in shapes)
+        alone = not {"transformer", "transformer_2"} <= {each.component for each in known}
         self._known: dict[tuple[str, str], Known] = {}
         for each in known:
             for name in spellings(each, t5, alone):
@@ -51,6 +52,7 @@ class DiffusionNames:
             raise InputError(
                 f"{adapter.path}: {left[0]} is not a tensor of the base ({len(left)} of {len(adapter.changes)} targets "
                 f"have no place): does the base hold every part of the model that this LoRA was trained on?"
+                f"{name_families(adapter, self._shapes)}"
             )
         shapes = {target: self._shape(known) for target, known in found.items()}
         for target, shape in shapes.items():
@@ -61,6 +63,11 @@ class DiffusionNames:
                 )
         _refuse_overlaps(adapter, found)
         return DiffusionMatch({target: self._pieces(known) for target, known in found.items()}, shapes)
+
+    def undecided(self, adapter: Adapter) -> bool:
+        """Return whether the base has two denoisers, and the adapter's names do not say which one is meant."""
+        both = {"transformer", "transformer_2"} <= {known.component for known in self._known.values()}
+        return both and not any(target.startswith(("transformer.", "transformer_2.")) for target in adapter.changes)
 
     def _shape(self, known: Known) -> tuple[int, ...]:
         return sum(part.length for part in known.rows), *self._shapes[known.rows[0].name][1:]
@@ -74,6 +81,15 @@ class DiffusionNames:
             pieces.append(TensorPart(part.name, box, tuple(range(len(box))), (start, *(0 for _ in rest))))
             start += part.length
         return pieces
+
+
+def name_families(adapter: Adapter, shapes: Shapes) -> str:
+    """Return a sentence on the families of an adapter and of its base where they differ, empty if nothing shows it."""
+    targets = {target: change.shape for target, change in adapter.changes.items()}
+    of, base = family_by_names(targets, {}), family_by_names(shapes, {})
+    if of is None or base is None or of.name == base.name:
+        return ""
+    return f" It looks like a LoRA of {of.name}, and the base like {base.name}"
 
 
 def _refuse_overlaps(adapter: Adapter, found: Mapping[str, Known]) -> None:

@@ -7,9 +7,9 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from merging.errors import InputError, nearest
+from merging.errors import InputError, nearest, option
 from merging.plan.names.conversion import CheckpointLoading
-from merging.plan.names.diffusion import DiffusionNames
+from merging.plan.names.diffusion import DiffusionNames, name_families
 from merging.plan.names.placement import Match, Resolved, match_line, parts_by_whole, place_changes
 from merging.plan.names.single_experts import match_single_experts
 from merging.plan.names.towers import match_towers
@@ -135,7 +135,10 @@ class Resolver:
         spelled = self._diffusion_names.find(adapter)
         if spelled is None:
             raise self._nowhere(adapter, renaming, left)
-        found = Match(spelled.pieces, spelled.shapes, f"the names of {adapter.dialect} files")
+        rule = f"the names of {adapter.dialect} files"
+        if self._diffusion_names.undecided(adapter):
+            rule += f", in transformer; for the other of the two use {option('components', 'transformer_2')}"
+        found = Match(spelled.pieces, spelled.shapes, rule)
         on_disk = {name: [whole(name, shape)] for name, shape in self._shapes.items()}
         return replace(self._place(adapter, found, on_disk), exact=True)
 
@@ -246,4 +249,5 @@ class Resolver:
         return InputError(
             f"{adapter.path}: {target} {reason} ({len(left)} of {len(adapter.changes)} targets have no place): is this "
             f"the base it was trained on{f' ({adapter.base})' if adapter.base else ''}?"
+            f"{name_families(adapter, self._shapes)}"
         )

@@ -101,6 +101,7 @@ class Family:
             rules needs them for flat names alone, whose dots they give back.
         spellings: patterns of other names in the normal form, and the published names for them.
         variants: words in statements of headers, and the names of the models of the family that they show.
+        paired: the name of the model of the family that has two denoisers; empty without one.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Family:
     modules: tuple[str, ...] = ()
     spellings: tuple[tuple[str, str], ...] = ()
     variants: tuple[tuple[str, str], ...] = ()
+    paired: str = ""
 
     def has_one_name(self, name: str) -> bool:
         """Return whether a tensor without a rule has the same name as published and in diffusers."""

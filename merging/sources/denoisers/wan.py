@@ -66,8 +66,11 @@ _RULES = (
 _INNER = r"^blocks_\d+_(?:self_attn_[qkvo]|cross_attn_[qkvo]|attn[12]_to_(?:[qkv]|out_0)|ffn_0|ffn_net_0_proj)\.weight"
 
 
-def _family(name: str, *marks: NameMark) -> Family:
-    return Family(name=name, marks=marks, rules=_RULES)
+_VERSIONS = tuple((word, "Wan 2.2") for word in ("wan2.2", "wan-2.2", "wan_2.2", "wan22", "wan_22"))
+
+
+def _family(name: str, *marks: NameMark, versions: tuple[tuple[str, str], ...] = (), paired: str = "") -> Family:
+    return Family(name=name, marks=marks, rules=_RULES, variants=versions, paired=paired)
 
 
 WAN_FAMILIES = (
@@ -84,6 +87,10 @@ WAN_FAMILIES = (
     _family(
         "Wan 2.1 or 2.2",
         NameMark(names=r"^blocks_\d+_(?:(?:self|cross)_attn_[qkvo]\.|attn[12]_to_|ffn_|(?:self|cross)_attn_norm_)"),
+        versions=_VERSIONS,
+        paired="Wan 2.2",
     ),
 )
-"""The families, rarer marks first. Models of 14 billion parameters have the same names and sizes in 2.1 and in 2.2."""
+"""The families, rarer marks first. The 14-billion models of 2.1 and 2.2 have the same names and sizes.
+
+2.2 has two of them. musubi-tuner writes "wan2.1" into the headers of LoRAs of either."""
