@@ -134,7 +134,7 @@ dequantize_option = click.option(
     "--dequantize",
     "dequantise",
     is_flag=True,
-    help="read FP8, MXFP4, 8-bit, NF4 and GGUF weights as ordinary ones",
+    help="read FP8, FP4, 8-bit, NF4, GPTQ, AWQ and GGUF weights as ordinary ones",
 )
 quantize_option = click.option(
     "--quantize",

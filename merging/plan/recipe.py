@@ -132,7 +132,7 @@ class Recipe(Displayed, CheckedModel):
     dequantise: bool = Field(
         False,
         alias="dequantize",
-        description="read weights quantised in a simple way (FP8, MXFP4, 8-bit, NF4, GGUF) as ordinary numbers",
+        description="read weights quantised in a simple way (FP8, FP4, 8-bit, NF4, GPTQ, AWQ, GGUF) as numbers",
     )
     as_trained: AsTrained | None = Field(
         None,

@@ -12,6 +12,7 @@ from typing import Any
 from merging.errors import FormatError, QuantizedError, option
 from merging.sources.bitsandbytes_4bit import open_four_bit, parts_of
 from merging.sources.dequantized_tensors import Cast, Mxfp4, Scaled
+from merging.sources.open_packed import open_packed
 from merging.sources.quantized_parts import QUANTIZATION_KEYS, QuantizedParts, QuantizedWeight
 from merging.sources.scale_grid import scale_grid
 from merging.sources.stored import Stored
@@ -46,7 +47,10 @@ _MARKER = 1 << 12
 """The largest size in bytes of a marker that is read."""
 
 _INSTEAD = "merge the model it was made from, and quantise the result"
-SIMPLE = ("block FP8", "scaled FP8 or integers", "MXFP4", "bitsandbytes 8-bit", "bitsandbytes 4-bit")
+SIMPLE = (
+    "block FP8", "scaled FP8 or integers", "MXFP4", "NVFP4", "compressed-tensors", "GPTQ or AWQ", "bitsandbytes 8-bit",
+    "bitsandbytes 4-bit",
+)  # fmt: skip
 """The kinds that can be turned into ordinary numbers."""
 
 _CODES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8")
@@ -54,12 +58,17 @@ _PACKED = ("U8", "I8", "U32", "I32")
 _WAYS = {
     "compressed-tensors": "or load it in transformers with run_compressed=False and save it",
     "MLX": "or convert it with mlx_lm.convert --dequantize",
-    "NVFP4": "or have the program that made it write it in bfloat16",
 }
 """Other ways out, by kind."""
 
 _CAST = ("F8_E4M3", "F8_E5M2")
 """Types that files also hold without scales, as plain numbers."""
+
+_COMPRESSED = (
+    "float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized", "mixed-precision",
+)  # fmt: skip
+"""Formats of compressed-tensors."""
 
 _COMFY = (".comfy_quant", "scaled_fp8")
 """Markers of ComfyUI: how a layer is quantised, as JSON; and that scales are called ``scale_weight``."""
@@ -69,7 +78,7 @@ _COMFY_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 _SCALES = ("_scale_inv", "_scale")
 _BESIDE = (
     ".weight_format", ".input_scale", ".input_scale_ub", ".activation_scale", ".k_scale", ".v_scale", ".q_scale",
-    ".qscale_act", "_activation_scale", "_input_scale", ".scale_input", *_COMFY,
+    ".input_global_scale", ".qscale_act", "_activation_scale", "_input_scale", ".scale_input", *_COMFY,
 )  # fmt: skip
 """Tensors for quantised activations and caches, which ordinary weights do not need."""
 
@@ -139,10 +148,10 @@ def _is_simple(stated: Mapping[str, Any]) -> bool:
     """Whether a config states weights of codes times a scale, MXFP4, or 4 bits of bitsandbytes."""
     method = str(stated.get("quant_method"))
     if method == "compressed-tensors":
-        return stated.get("format") in ("float-quantized", "int-quantized", "naive-quantized")
+        return stated.get("format") in _COMPRESSED
     if method == "modelopt":
-        return stated.get("quant_algo") == "FP8"
-    return method in ("fp8", "fbgemm_fp8", "mxfp4") or method == "bitsandbytes"
+        return stated.get("quant_algo") in ("FP8", "NVFP4")
+    return method in ("fp8", "fbgemm_fp8", "mxfp4", "gptq", "awq", "bitsandbytes")
 
 
 def dequantize_tensors(
@@ -153,16 +162,18 @@ def dequantize_tensors(
     Their codes and scales as the files hold them are returned too.
 
     These are codes (FP8, 8-bit integers) times a scale for all, a row, or a block, as in transformers' ``fp8`` and
-    ``fbgemm_fp8``, compressed-tensors, bitsandbytes 8-bit and ComfyUI; MXFP4 as in gpt-oss; 4 bits of bitsandbytes; and
-    FP8 without scales. The weights have the dtype that the config states, else bfloat16; in
-    4 bits, the dtype that they were quantised from. Scales, ComfyUI's markers and the config's ``quantization_config``
-    are removed. Other quantised weights are returned unchanged.
+    ``fbgemm_fp8``, compressed-tensors, bitsandbytes 8-bit and ComfyUI; MXFP4 as in gpt-oss; 4 bits of bitsandbytes;
+    packed weights, as NVFP4, compressed-tensors, GPTQ and AWQ have them; and FP8 without scales. The weights have the
+    dtype that the config states, else bfloat16; in 4 bits of bitsandbytes, the dtype that they were quantised from.
+    Scales, ComfyUI's markers and the config's ``quantization_config`` are removed. Other quantised weights are
+    returned unchanged.
 
     Raises :class:`~merging.errors.FormatError` for scales that do not fit their weights, and for markers of other
     kinds.
     """
     kind = _type_of(config)
-    block = _block_of(_stated_quantization(config) or {})
+    stated = _stated_quantization(config) or {}
+    block = _block_of(stated)
     found: dict[str, QuantizedWeight] = {}
     for name, stored in tensors.items():
         if name.endswith(_COMFY[0]):
@@ -170,6 +181,9 @@ def dequantize_tensors(
         if parts := parts_of(name, tensors):
             own = {part: tensors[part] for part in (name, *parts)}
             found[name] = QuantizedWeight(open_four_bit(path, name, tensors), own)
+            continue
+        if packed := open_packed(path, name, tensors, stated, kind):
+            found[packed[0]] = packed[1]
             continue
         scale = _scale_of(name, stored, tensors)
         if scale is None:
@@ -186,7 +200,7 @@ def dequantize_tensors(
             raise FormatError(_misfit(path, name, stored, scales))
         factor = 1 / 127 if scale.endswith(".SCB") else 1
         found[name] = QuantizedWeight(Scaled(kind, stored, scales, grid, factor), own)
-    if not found and _stated_quantization(config) is None and not any(_tail(name) in QUANTIZED for name in tensors):
+    if not found and not stated and not any(_tail(name) in QUANTIZED for name in tensors):
         codes = {name: stored for name, stored in tensors.items() if stored.dtype_name in _CAST}
         found = {name: QuantizedWeight(Cast(kind, stored), {name: stored}) for name, stored in codes.items()}
     gone = {part: tensors[part] for weight in found.values() for part in weight.parts}
@@ -236,7 +250,9 @@ def _block_of(stated: Mapping[str, Any]) -> tuple[int, int]:
     """Return the rows and columns of the block that shares a scale."""
     groups = stated.get("config_groups")
     nested = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
-    sizes = [stated.get("weight_block_size"), *(each.get("block_structure") for each in nested if each)]
+    schemes = [each for each in nested if isinstance(each, dict)]
+    sizes = [stated.get("weight_block_size"), *(each.get("block_structure") for each in schemes)]
+    sizes += [[1, each["group_size"]] for each in schemes if each.get("group_size")]
     for size in sizes:
         if isinstance(size, list) and len(size) == 2 and all(type(each) is int and each > 0 for each in size):
             return size[0], size[1]

@@ -203,7 +203,7 @@ def test_the_quantised_base_itself_on_request(folder: Path) -> None:
 
 
 def test_without_a_twin(folder: Path) -> None:
-    """FP8 is read as it is, GPTQ is refused with a way out."""
+    """FP8 is read as it is, HQQ is refused with a way out."""
     name, values = fp8(folder / "small-FP8", folder / "base")
     edit_config(folder / "one", base_model_name_or_path="small-FP8")
     assert "no 16-bit twin of it was found: its weights are read as ordinary numbers" in " ".join(
@@ -212,8 +212,8 @@ def test_without_a_twin(folder: Path) -> None:
     ok("bake", "one", "--base", "base", "-o", "plain")
     change = load(folder / "plain")[name] - load(folder / "base")[name]
     torch.testing.assert_close(load(folder / "out")[name], values + change)
-    quantised(folder / "small-GPTQ", folder / "base", "gptq")
-    edit_config(folder / "one", base_model_name_or_path="small-GPTQ")
+    quantised(folder / "small-HQQ", folder / "base", "hqq")
+    edit_config(folder / "one", base_model_name_or_path="small-HQQ")
     with pytest.raises(QuantizedError, match=r"no 16-bit twin was found: give the model .* with base="):
         merging.bake(["one"], output="refused")
 

@@ -237,6 +237,7 @@ HINTS: dict[str, Case] = {
 ELSEWHERE = {
     "is for the output of the whole recipe: give it there": "test_quantised_output.py",
     "does not write its format": "test_quantised_output.py",
+    "does not understand this variant": "sources/test_packed.py",
     "files have names for single experts": "test_experts_apart.py",
     "the base keeps its experts together": "test_experts_apart.py",
     "was packed with another base than": "test_compress.py",

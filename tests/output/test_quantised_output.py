@@ -326,9 +326,7 @@ def test_none_is_dequantize(root: Path, tmp_path: Path) -> None:
 def test_refusals(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     llama, adapter = root / "llama", root / "lora"
-    with pytest.raises(
-        InputError, match=r"llama: has no quantised weights, so that there is no format to keep: use qu"
-    ):
+    with pytest.raises(InputError, match=r"llama: has no quantised weights in a format that could be kept: use qu"):
         merging.bake([adapter], output="out", quantize="keep")
     with pytest.raises(
         OptionError, match="quantize= is of a full model, and this merge makes an adapter: leave it out"

@@ -210,9 +210,9 @@ def test_quantised_by_type(tmp_path: Path, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("inner", [False, True])
 def test_quantised_by_config(tmp_path: Path, inner: bool) -> None:
-    stated: dict[str, Any] = {"quantization_config": {"quant_method": "gptq"}}
+    stated: dict[str, Any] = {"quantization_config": {"quant_method": "hqq"}}
     folder = save(tmp_path / "m", model(1), {"text_config": stated} if inner else stated)
-    with pytest.raises(FormatError, match=r"is quantised \(gptq, says its config\): merge the model it was made from"):
+    with pytest.raises(FormatError, match=r"is quantised \(hqq, says its config\): merge the model it was made from"):
         open_model(folder)
 
 

@@ -263,10 +263,9 @@ def stated_kind(**stated: Any) -> Callable[[Path], Path]:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "gptq": (stated_kind(quant_method="gptq"), r"\(gptq, says its config\): .*merge the model it was made from"),
-    "awq": (stated_kind(quant_method="awq"), r"\(awq, says its config\)"),
-    "packed": (stated_kind(quant_method="compressed-tensors", format="pack-quantized"), "run_compressed=False"),
-    "nvfp4": (stated_kind(quant_method="modelopt", quant_algo="NVFP4"), "modelopt"),
+    "vptq": (stated_kind(quant_method="vptq"), r"\(vptq, says its config\): .*merge the model it was made from"),
+    "sparse": (stated_kind(quant_method="compressed-tensors", format="marlin-24"), "run_compressed=False"),
+    "modelopt": (stated_kind(quant_method="modelopt", quant_algo="W4A8_AWQ"), "modelopt"),
     "mlx": (stated_kind(group_size=64, bits=4), "MLX.*mlx_lm"),
     "hqq": (stated_kind(quant_method="hqq"), "hqq"),
 }
@@ -286,7 +285,7 @@ def test_the_message_names_the_flag_where_it_helps(tmp_path: Path) -> None:
             FormatError, match=r"use dequantize=True to merge it as ordinary numbers, or merge the model"
         ):
             open_model(quantised_folder(tmp_path / "m", codes, stated))
-    for stated in ({"quant_method": "gptq"}, {"quant_method": "awq"}):
+    for stated in ({"quant_method": "aqlm"}, {"quant_method": "hqq"}):
         with pytest.raises(FormatError) as refused:
             open_model(quantised_folder(tmp_path / "m", codes, stated))
         assert "dequantize=" not in str(refused.value)

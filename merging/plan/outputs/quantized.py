@@ -97,7 +97,7 @@ def quantize_output(
     if format == "keep" or _has_format(reference, format):
         if not weights:
             raise InputError(
-                f"{reference.path}: has no quantised weights, so that there is no format to keep: use "
+                f"{reference.path}: has no quantised weights in a format that could be kept: use "
                 f"{option('quantize', 'fp8')}, or leave it out"
             )
         return _keep_format(items, reference, weights)
