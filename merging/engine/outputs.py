@@ -115,8 +115,13 @@ class Output:
         """
         flat = self.tiler.outgoing(values, DTYPES[out.dtype_name])
         if not self.plan.recipe.allow_nonfinite and _is_doubtful(values, out) and not bool(flat.isfinite().all()):
-            wider = "" if out.dtype_name in ("F32", "F64") else f": set a wider {option('dtype')}, as float32"
-            raise InputError(f"{out.name}: the merged values are beyond the range of {out.dtype_name}{wider}")
+            kind = out.dtype_name
+            if kind in ("F32", "F64"):
+                raise InputError(f"{out.name}: the merged values are NaN or infinite, or beyond the range of {kind}")
+            raise InputError(
+                f"{out.name}: the merged values are beyond the range of {kind}: set a wider {option('dtype')}, as "
+                f"float32"
+            )
         self.sink.write(out.name, flat, start)
 
     def copy(self, span: Span) -> None:

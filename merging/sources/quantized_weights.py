@@ -75,6 +75,9 @@ _COMFY = (".comfy_quant", "scaled_fp8")
 
 _COMFY_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 
+_NO_SCALES = ("BOOL", "I8", "I16", "U16", "I32", "U32", "I64", "U64", "C64")
+"""Types that no scales have."""
+
 _SCALES = ("_scale_inv", "_scale")
 _BESIDE = (
     ".weight_format", ".input_scale", ".input_scale_ub", ".activation_scale", ".k_scale", ".v_scale", ".q_scale",
@@ -99,7 +102,8 @@ def refuse_quantized(path: Path, tensors: Mapping[str, Stored], config: Mapping[
             raise QuantizedError(f"{path}: is quantised ({kind}, says {name}): {_way(kind, kind in SIMPLE, asked)}")
         if stored.dtype_name.startswith(("F8_", "F6_")) or stored.dtype_name == "F4":
             way = _way("", stored.dtype_name in _CAST or any(name + ending in tensors for ending in _SCALES), asked)
-            raise QuantizedError(f"{path}: {name} holds {stored.dtype_name} codes, so the model is quantised: {way}")
+            codes = f"{stored.dtype_name} codes{' without their scales' if asked else ''}"
+            raise QuantizedError(f"{path}: {name} holds {codes}, so the model is quantised: {way}")
         if tail == ".weight" and stored.dtype_name in _PACKED and len(stored.shape) > 1:
             way = _way("MLX" if stored.dtype_name == "U32" else "", False, asked)
             raise QuantizedError(f"{path}: {name} holds {stored.dtype_name} codes, so the model is quantised: {way}")
@@ -196,7 +200,7 @@ def dequantize_tensors(
             found[name.removesuffix("_blocks")] = QuantizedWeight(Mxfp4(kind, stored, scales), own)
             continue
         grid = scale_grid(stored.shape, scales.shape, block)
-        if grid is None:
+        if grid is None or scales.dtype_name in _NO_SCALES:
             raise FormatError(_misfit(path, name, stored, scales))
         factor = 1 / 127 if scale.endswith(".SCB") else 1
         found[name] = QuantizedWeight(Scaled(kind, stored, scales, grid, factor), own)
@@ -213,8 +217,8 @@ def dequantize_tensors(
 
 def _misfit(path: Path, name: str, stored: Stored, scales: Stored) -> str:
     return (
-        f"{path}: {name} has the shape {tuple(stored.shape)} and its scales {tuple(scales.shape)}, which is none of "
-        f"the kinds that {option('dequantize', True)} understands: {_INSTEAD}"
+        f"{path}: {name} has the shape {tuple(stored.shape)} and its scales {tuple(scales.shape)} in "
+        f"{scales.dtype_name}, which is none of the kinds that {option('dequantize', True)} understands: {_INSTEAD}"
     )
 
 

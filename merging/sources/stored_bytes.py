@@ -14,13 +14,17 @@ _NOT_FINITE = {"F8_E4M3": (0x7F, 0x7F), "F8_E5M2": (0x7C, 0x7C), "F8_E8M0": (0xF
 
 
 class StoredBytes(Derived):
-    """A stored tensor as its bytes, so that it can be copied whatever its dtype is."""
+    """A stored tensor as its bytes, so that it can be copied whatever its dtype is.
 
-    __slots__ = ("of",)
+    ``exponents`` says that its bytes are exponents of two, also if its dtype does not.
+    """
 
-    def __init__(self, of: Stored) -> None:
+    __slots__ = ("_finite_as", "of")
+
+    def __init__(self, of: Stored, exponents: bool = False) -> None:
         super().__init__("U8", (of.nbytes,), (of,))
         self.of = of
+        self._finite_as = "F8_E8M0" if exponents else of.dtype_name
 
     def read_into(self, buffer: Tensor, start: int = 0) -> None:
         if self.of.dtype_name == "F8_E8M0":  # a byte each, whatever torch knows of it
@@ -38,7 +42,7 @@ class StoredBytes(Derived):
 
     def all_finite(self, data: Tensor) -> bool:
         """Return whether bytes of the tensor, whole elements, stand for finite numbers alone."""
-        if self.of.dtype_name in _NOT_FINITE:
-            mask, value = _NOT_FINITE[self.of.dtype_name]
+        if self._finite_as in _NOT_FINITE:
+            mask, value = _NOT_FINITE[self._finite_as]
             return not bool(((data & mask) == value).any())
         return not self.of.floating or bool(data.view(self.of.dtype).isfinite().all())

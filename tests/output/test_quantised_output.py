@@ -379,12 +379,21 @@ def test_copied_codes_that_are_not_finite(root: Path, tmp_path: Path, part: str)
     assert identical({other: load(made.path)[other]}, {other: tensors[other]})
 
 
+def test_copied_exponents_that_stand_for_no_number(root: Path, tmp_path: Path) -> None:
+    base = merging.merge([root / "oss"], method="linear", output=tmp_path / "base", quantize="mxfp4").path
+    tensors = load_file(base / "model.safetensors")
+    tensors[GATE_UP + "_scales"][1, 2, 1] = 255
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=rf"{GATE_UP}_scales holds NaN or infinite values"):
+        merging.bake([root / "oss-lora"], base=base, output=tmp_path / "out", quantize="keep")
+
+
 def test_a_scale_is_missing(root: Path, tmp_path: Path) -> None:
     base = merging.merge([root / "llama"], method="linear", output=tmp_path / "base", quantize="fp8").path
     tensors = load_file(base / "model.safetensors")
     del tensors[UP + "_scale_inv"]
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(FormatError, match=rf"{UP} holds F8_E4M3 codes"):
+    with pytest.raises(FormatError, match=rf"{UP} holds F8_E4M3 codes without their scales"):
         merging.bake([root / "lora"], base=base, output=tmp_path / "out", quantize="keep")
 
 

@@ -295,7 +295,7 @@ def test_the_message_names_the_flag_where_it_helps(tmp_path: Path) -> None:
 def test_scales_of_another_shape(tmp_path: Path, grid: tuple[int, ...]) -> None:
     tensors = {NAME: fp8_codes(1, 16, 8), NAME + "_scale_inv": scales(2, *grid)}
     folder = quantised_folder(tmp_path / "m", tensors, {"quant_method": "fp8"})
-    with pytest.raises(FormatError, match=re.escape(f"its scales {grid}, which is none of the kinds")):
+    with pytest.raises(FormatError, match=re.escape(f"its scales {grid} in F32, which is none of the kinds")):
         open_model(folder, dequantize=True)
 
 
@@ -380,3 +380,11 @@ def test_both_spellings_of_dequantize(tmp_path: Path) -> None:
         for word in ("dequantize", "dequantise")
     ]
     assert spelled[0].path.read_bytes() == spelled[1].path.read_bytes()
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.bool])
+def test_scales_that_are_no_numbers(tmp_path: Path, kind: torch.dtype) -> None:
+    tensors = {NAME: fp8_codes(1, 16, 8), NAME + "_scale_inv": torch.ones(1, 1, dtype=kind)}
+    folder = quantised_folder(tmp_path / "m", tensors, {"quant_method": "fp8"})
+    with pytest.raises(FormatError, match=r"its scales \(1, 1\) in (I32|BOOL), which is none of the kinds"):
+        open_model(folder, dequantize=True)

@@ -15,8 +15,9 @@ from merging.maths.site import Site, inputs_by_outputs
 from merging.plan.items import Item
 from merging.plan.outputs.encodings import BLOCK, GROUP, NewFormat, encode_as, encode_like, new_statement
 from merging.sources import Checkpoint
-from merging.sources.dequantized_tensors import Dequantized
+from merging.sources.dequantized_tensors import Dequantized, Mxfp4
 from merging.sources.quantized_parts import QuantizedParts, QuantizedWeight
+from merging.sources.stored import Stored
 from merging.sources.stored_bytes import StoredBytes
 from merging.sources.tied_weights import text_config
 from merging.storage.encodings import Encoding
@@ -151,7 +152,8 @@ def _keep_format(
         if weight is None:
             kept.append(item)
         elif item.form == "copy" and item.base is weight.reading:
-            kept += [_copy_part(part, stored, item) for part, stored in weight.parts.items()]
+            powers = weight.reading.scales if isinstance(weight.reading, Mxfp4) else None
+            kept += [_copy_part(part, stored, item, stored is powers) for part, stored in weight.parts.items()]
             copied += 1
         else:
             prefix = f"{name.partition('.')[0]}." if reference.components else ""
@@ -176,9 +178,9 @@ def _keep_format(
     return tuple(sorted(kept, key=Item.order)), QuantizedOutput(encodings=encodings, copied=copied, notices=notices)
 
 
-def _copy_part(name: str, stored: Any, like: Item) -> Item:
-    """Return the item of a tensor that is copied as its bytes."""
-    data = StoredBytes(stored)
+def _copy_part(name: str, stored: Stored, like: Item, exponents: bool = False) -> Item:
+    """Return the item of a tensor that is copied as its bytes, which may be exponents of two."""
+    data = StoredBytes(stored, exponents)
     out = OutputTensor(name, stored.dtype_name, stored.shape)
     return Item(Site(name, data.shape), (None,) * len(like.inputs), data, (out,), "copy")
 
