@@ -53,6 +53,9 @@ def _ways(subject: Subject, path: Path) -> Iterator[str]:
 
 
 def _ways_of_adapter(subject: Subject, path: Path) -> Iterator[str]:
+    if subject.weights is not None and subject.weights.suffix == ".gguf":
+        yield f"llama-server -m MODEL.gguf --lora {shlex.quote(str(subject.weights))}"
+        return
     if subject.folder is None:
         yield name_options(_BARE_ADAPTER)
         return

@@ -183,5 +183,6 @@ LLAMA_CPP = Program(
         "pipeline": "it is made of several models",
     },
     "llama.cpp b10605",
+    takes_gguf=True,
 )  # fmt: skip
 """The rules do not check whether the converters know an architecture."""

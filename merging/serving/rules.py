@@ -160,6 +160,8 @@ class Program:
     """Remedies for the kinds that it does not take."""
     version: str = ""
     """The version that the rules hold for. Other versions may differ."""
+    takes_gguf: bool = False
+    """Whether it takes GGUF files as they are."""
 
     def findings(self, subject: Subject) -> list[ProgramFinding]:
         """Return all findings of this program, or one that all is ok."""
@@ -175,7 +177,9 @@ class Program:
                 source=self.version,
             )
             return [refused]
-        found = [each for rule in self.rules[subject.kind] for each in rule.findings(self, subject)]
+        converted = subject.weights is not None and subject.weights.suffix == ".gguf" and self.takes_gguf
+        rules = () if converted else self.rules[subject.kind]
+        found = [each for rule in rules for each in rule.findings(self, subject)]
         return found or [ProgramFinding(self.name, "ok", "nothing is refused or ignored")]
 
 

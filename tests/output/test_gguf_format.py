@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import merging
+from merging.api.usage import describe_usage
 from merging.errors import InputError, MergingError, OptionError, OutputError
+from merging.serving import verify
 from support.adapters import QUIRKS, quiet, save_base, train
 from support.gguf_files import write_gguf_lora
 
@@ -130,6 +132,15 @@ def test_it_is_read_without_its_base_and_made_again(tmp_path: Path) -> None:
     assert all(torch.allclose(one[each], other[each], atol=1e-6) for each in one)
     merging.rerun(file, output=tmp_path / "again.gguf")
     assert_equal(tensors_of(tmp_path / "again.gguf"), tensors_of(file))
+
+
+def test_llama_cpp_takes_it(tmp_path: Path) -> None:
+    base, adapter = made(tmp_path, "qwen2", ["q_proj"])
+    merging.merge([adapter], method="passthrough", base=base, output=tmp_path / "a.gguf", format="gguf")
+    findings = verify(str(tmp_path / "a.gguf"), ["llama.cpp", "peft"]).findings
+    said = {(each.program, each.severity) for each in findings}
+    assert ("llama.cpp", "ok") in said and ("peft", "refuses") in said
+    assert describe_usage(tmp_path / "a.gguf") == f"llama-server -m MODEL.gguf --lora {tmp_path / 'a.gguf'}"
 
 
 def test_types(tmp_path: Path) -> None:
