@@ -19,7 +19,7 @@ from .options import (
     overwrite_option,
     progress_option,
 )
-from .output import echo, echo_json, echo_notices, echo_text, progress_bar, terminal_width
+from .output import echo, echo_json, echo_notices, echo_text, show_progress, terminal_width
 from .tables import echo_paragraph, echo_table
 from .types import MODEL, SIZE
 
@@ -71,7 +71,7 @@ def compare_command(
     overwrite: bool,
     device: str,
     max_memory: int | None,
-    progress: bool | None,
+    progress: str | None,
     as_json: bool,
     debug: bool,
     **options: Any,
@@ -91,7 +91,7 @@ def compare_command(
 
             check_drawing(plot, overwrite)
             check_page(html, overwrite)
-        with progress_bar(progress, "comparing") as report:
+        with show_progress(progress, "comparing") as report:
             found = compare(
                 models,
                 signs=None if signs == "none" else signs,

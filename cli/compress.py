@@ -8,7 +8,7 @@ import click
 
 from .errors import OutputStatus, handle_errors
 from .options import debug_option, device_option, json_option, overwrite_option, progress_option
-from .output import echo, echo_json, echo_notices, echo_usage, format_size, progress_bar
+from .output import echo, echo_json, echo_notices, echo_usage, format_size, show_progress
 from .types import MODEL
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ __all__ = ["compress_command"]
 @progress_option
 @json_option
 @debug_option
-def compress_command(model: str, progress: bool | None, as_json: bool, debug: bool, **options: Any) -> None:
+def compress_command(model: str, progress: str | None, as_json: bool, debug: bool, **options: Any) -> None:
     """Write an adapter, or the change of a full model from its base, into one file of few bits, and show the error.
 
     A pack is a model like any other for every command: it is merged, compared and inspected as it is.
@@ -50,7 +50,7 @@ def compress_command(model: str, progress: bool | None, as_json: bool, debug: bo
         from merging.api.usage import describe_usage
         from merging.compression import compress
 
-        with progress_bar(progress, "compressing") as report:
+        with show_progress(progress, "compressing") as report:
             found = compress(model, progress=report, **options)
         usage = describe_usage(found.path)
     if as_json:

@@ -8,7 +8,7 @@ import click
 
 from .errors import OutputStatus, handle_errors
 from .options import debug_option, json_option, overwrite_option, progress_option
-from .output import echo, echo_json, echo_notices, echo_usage, format_size, plural, progress_bar
+from .output import echo, echo_json, echo_notices, echo_usage, format_size, plural, show_progress
 from .types import MODEL
 
 __all__ = ["decompress_command"]
@@ -23,7 +23,7 @@ __all__ = ["decompress_command"]
 @progress_option
 @json_option
 @debug_option
-def decompress_command(pack: str, progress: bool | None, as_json: bool, debug: bool, **options: Any) -> None:
+def decompress_command(pack: str, progress: str | None, as_json: bool, debug: bool, **options: Any) -> None:
     """Write the content of a pack as an ordinary adapter, or as a full model.
 
     The tensors are the same, to the last bit, as when other commands read the pack.
@@ -32,7 +32,7 @@ def decompress_command(pack: str, progress: bool | None, as_json: bool, debug: b
         from merging.api.usage import describe_usage
         from merging.compression import decompress
 
-        with progress_bar(progress, "unpacking") as report:
+        with show_progress(progress, "unpacking") as report:
             found = decompress(pack, progress=report, **options)
         usage = describe_usage(found.path)
     if as_json:

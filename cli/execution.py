@@ -21,7 +21,7 @@ from .options import (
     progress_option,
     threads_option,
 )
-from .output import echo, echo_json, echo_merged, echo_plan, echo_usage, plural, progress_bar
+from .output import echo, echo_json, echo_merged, echo_plan, echo_usage, plural, show_progress
 
 if TYPE_CHECKING:
     from merging.api.rerun import PlannedRerun
@@ -48,7 +48,7 @@ class Execution:
     private: bool
     dry_run: bool
     as_json: bool
-    progress: bool | None
+    progress: str | None
     debug: bool
 
 
@@ -129,7 +129,7 @@ def execute(
             replace(plan, notices=(*notices, *plan.notices, *filter(None, [remark]))), destination, execution, settings
         )
         return
-    with progress_bar(execution.progress) as report:
+    with show_progress(execution.progress) as report:
         merged = merge_plan(
             plan,
             destination,

@@ -30,6 +30,7 @@ from .inspect import inspect_command
 from .merge import is_method, merge_command
 from .methods import methods_command
 from .moe import moe_command
+from .options import PROGRESS_FORMS
 from .output import echo_text
 from .pool import pool_command
 from .push import push_command
@@ -59,7 +60,7 @@ class DefaultGroup(SectionedGroup):
         **extra: Any,
     ) -> Any:
         """Run the command of these arguments; as a program, print its errors and exit with its code."""
-        words = list(sys.argv[1:] if args is None else args)
+        words = join_progress(list(sys.argv[1:] if args is None else args))
         if not standalone_mode:
             return super().main(words, prog_name, complete_var, standalone_mode=False, **extra)
         flags = {str(param.name) for param in run_command.params} if words[:1] == ["run"] else None
@@ -111,6 +112,20 @@ class DefaultGroup(SectionedGroup):
         formatter.write_usage(ctx.command_path, "--method METHOD [OPTIONS] MODEL...")
         formatter.write_usage(ctx.command_path, "COMMAND [ARGUMENTS]", prefix="       ")
         formatter.write_usage(ctx.command_path, "--version", prefix="       ")
+
+
+def join_progress(words: list[str]) -> list[str]:
+    """Return the words with the form of ``--progress`` joined to it: any other word after it is a model."""
+    if words[:1] == ["recycle"]:
+        return words
+    joined: list[str] = []
+    for word in words:
+        if joined[-1:] == ["--progress"]:
+            joined[-1] = f"--progress={word if word in PROGRESS_FORMS else 'bar'}"
+            if word in PROGRESS_FORMS:
+                continue
+        joined.append(word)
+    return [*joined[:-1], "--progress=bar"] if joined[-1:] == ["--progress"] else joined
 
 
 SECTIONS = {

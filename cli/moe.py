@@ -17,7 +17,7 @@ from .options import (
     progress_option,
     threads_option,
 )
-from .output import echo, echo_json, echo_notices, echo_usage, format_size, plural, progress_bar
+from .output import echo, echo_json, echo_notices, echo_usage, format_size, plural, show_progress
 
 if TYPE_CHECKING:
     from merging.moe.make import MixtureOfExperts
@@ -48,7 +48,7 @@ def moe_command(
     device: str,
     threads: int | None,
     overwrite: bool,
-    progress: bool | None,
+    progress: str | None,
     as_json: bool,
     debug: bool,
 ) -> None:
@@ -71,7 +71,7 @@ def moe_command(
         if dry_run:
             _echo_plan(plan, output, check_moe_output(plan, output, overwrite, dry=True), as_json)
             return
-        with progress_bar(progress, "mixing") as report:
+        with show_progress(progress, "mixing") as report:
             made = make_planned_moe(
                 plan, output, device=pick_device(device), threads=threads, overwrite=overwrite, progress=report
             )
@@ -99,7 +99,7 @@ def make_again(planned: PlannedMoeRerun, execution: Execution, status: OutputSta
         remark = check_moe_output(planned.plan, output, execution.overwrite, dry=True)
         _echo_plan(planned.plan, output, remark, execution.as_json)
         return
-    with progress_bar(execution.progress, "mixing") as report:
+    with show_progress(execution.progress, "mixing") as report:
         made = make_planned_moe(
             planned.plan,
             output,

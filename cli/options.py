@@ -39,6 +39,8 @@ __all__ = [
     "vocabulary_option",
 ]
 
+PROGRESS_FORMS = ["bar", "lines", "json"]
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 Decorator = Callable[[Any], Any]
 
@@ -69,12 +71,29 @@ def block_parameters(stated: dict[str, Any]) -> dict[str, Any]:
 json_option = click.option("--json", "as_json", is_flag=True, help="print as JSON")
 debug_option = click.option("--debug", is_flag=True, help="show a traceback with errors")
 overwrite_option = click.option("--overwrite", is_flag=True, help="replace an existing output")
-progress_option = click.option(
-    "--progress/--quiet",
-    default=None,
-    callback=remember_quiet,
-    help="progress bar on stderr, or nothing but errors (and --json)  [default: a bar on a terminal]",
+_quiet_option = click.option(
+    "--quiet",
+    is_flag=True,
+    expose_value=False,
+    callback=lambda context, option, quiet: remember_quiet(context, option, not quiet),
+    help="print nothing but errors (and --json)",
 )
+_progress_option = click.option(
+    "--progress",
+    is_flag=False,
+    flag_value="bar",
+    type=click.Choice(PROGRESS_FORMS),
+    metavar="[bar|lines|json]",
+    help="progress on stderr: a bar, a line every 30 seconds, or JSON for programs  [default: a bar on a terminal, "
+    "else lines]",
+)
+
+
+def progress_option(function: Function) -> Function:
+    """Give a command ``--progress`` and ``--quiet``."""
+    return _progress_option(_quiet_option(function))
+
+
 device_option = click.option(
     "--device",
     default="cpu",

@@ -37,7 +37,7 @@ __all__ = [
     "echo_usage",
     "format_size",
     "plural",
-    "progress_bar",
+    "show_progress",
     "terminal_width",
 ]
 
@@ -59,15 +59,17 @@ def terminal_width() -> int | None:
 
 
 @contextmanager
-def progress_bar(wanted: bool | None, task_name: str = "merging") -> Iterator[Callable[[int, int], None] | None]:
-    """Show a bar on stderr, by default only if that is a terminal."""
-    if not (is_terminal(sys.stderr) if wanted is None else wanted):
+def show_progress(form: str | None, task_name: str = "merging") -> Iterator[Callable[[int, int], None] | None]:
+    """Show progress on stderr in a form: by default a bar on a terminal, else lines."""
+    if _is_quiet() or sys.stderr is None:
         yield None
         return
-    from merging.display.progress import ProgressBar
+    from merging.display.progress import ProgressBar, ProgressEvents, ProgressLines
 
-    with closing(ProgressBar(task_name, leave=False)) as bar:
-        yield bar
+    form = form or ("bar" if is_terminal(sys.stderr) else "lines")
+    kinds = {"lines": ProgressLines, "json": ProgressEvents}
+    with closing(ProgressBar(task_name, leave=False) if form == "bar" else kinds[form](task_name)) as report:
+        yield report
 
 
 def echo(line: str, err: bool = False) -> None:

@@ -10,7 +10,7 @@ import click
 
 from ..errors import handle_errors
 from ..options import debug_option, json_option, progress_option
-from ..output import echo, echo_json, echo_notices, progress_bar
+from ..output import echo, echo_json, echo_notices, show_progress
 from ..types import MODEL
 from .options import StoreStatus, keep_states_option, leniency_options, resource_options, store_argument, wait_option
 from .steps import describe_step
@@ -30,7 +30,7 @@ __all__ = ["add_command"]
 @json_option
 @debug_option
 def add_command(
-    store: str, models: tuple[str, ...], progress: bool | None, as_json: bool, debug: bool, **options: Any
+    store: str, models: tuple[str, ...], progress: str | None, as_json: bool, debug: bool, **options: Any
 ) -> None:
     """Add models in the order in which they are given; each is one step, whole or not at all.
 
@@ -43,7 +43,7 @@ def add_command(
         opened = ContinualStore(store)
         status.before = len(opened.manifest().steps)
         for count, model in enumerate(models):
-            with _count_added(count, len(models)), progress_bar(progress) as report:
+            with _count_added(count, len(models)), show_progress(progress) as report:
                 step = opened.add(model, progress=report, **options)
             echo_notices(step.notices if step else ())
             if as_json:

@@ -8,7 +8,7 @@ import click
 
 from ..errors import OutputStatus, handle_errors
 from ..options import debug_option, dtype_option, json_option, overwrite_option, progress_option
-from ..output import echo, echo_json, echo_notices, echo_usage, format_size, plural, progress_bar
+from ..output import echo, echo_json, echo_notices, echo_usage, format_size, plural, show_progress
 from .options import resource_options, store_argument
 
 __all__ = ["export_command"]
@@ -32,13 +32,13 @@ __all__ = ["export_command"]
 @progress_option
 @json_option
 @debug_option
-def export_command(store: str, output: str, progress: bool | None, as_json: bool, debug: bool, **options: Any) -> None:
+def export_command(store: str, output: str, progress: str | None, as_json: bool, debug: bool, **options: Any) -> None:
     """Write the merge of all models so far, as a full model or as an adapter."""
     with handle_errors(debug, OutputStatus(output)):
         from merging.api.usage import describe_usage
         from merging.continual import ContinualStore
 
-        with progress_bar(progress) as report:
+        with show_progress(progress) as report:
             merged = ContinualStore(store).export(output, progress=report, **options)
         usage = describe_usage(output)
     if as_json:

@@ -10,7 +10,7 @@ import click
 from ..errors import handle_errors
 from ..fields import FieldsCommand, chain_options
 from ..options import debug_option, json_option
-from ..output import echo, echo_json, progress_bar
+from ..output import echo, echo_json, show_progress
 from ..types import METHOD, MODEL
 from .options import StoreStatus, store_argument
 
@@ -44,7 +44,7 @@ def init_command(
         from merging.continual import ContinualStore
 
         parameters = {name.replace("__", "."): value for name, value in fields.items()}
-        with progress_bar(None) as report:
+        with show_progress(None) as report:
             made = ContinualStore.create(
                 store, base=base, method=method, max_rank=max_rank, progress=report, **parameters
             )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merging.api.chosen_ranks import open_decomposed
+from merging.display.progress import announce_phase
 from merging.engine.run import Done, run
 from merging.engine.stages import StageSettings
 from merging.errors import OutputError, option
@@ -153,6 +154,7 @@ def write_output(plan: Plan, shown: Plan, staged: StagedOutput, settings: StageS
                 journal=journal,
             )
             _write_constants(plan, writer)
+            announce_phase(settings.progress, "making it durable")
             writer.finish()
             errors = quantizing.errors()
             if plan.quantized is not None:

@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import cast
 
 from merging.display.notices import describe_discarded
-from merging.display.progress import Progress
+from merging.display.progress import Progress, announce_phase
 from merging.engine.decomposition import Decomposer, Decomposition, is_unchanged
 from merging.engine.journal import CountingSink, JournaledSink, RunJournal
 from merging.engine.outputs import Sink
@@ -107,7 +107,9 @@ def run(
             if all(each.name in shared.statistics for each in stage):
                 counter.skip(merged, max(each.reduction.sweeps for each in stage))
             else:
+                announce_phase(progress, "gathering statistics")
                 _gather(shared, stage, merged, share, counter)
+        announce_phase(progress, "merging")
         if journal is None:
             share(spans, partial(Worker, shared), Worker.merge_unit, counter)
         else:
@@ -173,7 +175,9 @@ def decompose(
     counter = _Counter(progress, sum(span.bytes for span in spans) * sweeps, most)
     try:
         for stage in stages:
+            announce_phase(progress, "gathering statistics")
             _gather(shared, stage, spans, share, counter)
+        announce_phase(progress, "decomposing")
         share(spans, partial(Worker, shared), partial(_decompose_span, found=found), counter)
         while more := found.widen():
             again = [span for span in spans if span.item in more]

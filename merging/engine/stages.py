@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from merging.display.progress import Progress
+from merging.display.progress import Progress, announce_phase
 from merging.engine.journal import Journal
 from merging.engine.pieces import PieceReader
 from merging.engine.run import run, work_bytes
@@ -166,7 +166,20 @@ class _Parts:
         if self.progress is None:
             return None
         before, total, progress = sum(self.totals[: self.number]), sum(self.totals), self.progress
-        return lambda done, _: progress(before + done, total)
+        return _OneOfRuns(progress, before, total)
+
+
+class _OneOfRuns:
+    """A callback for one of several runs."""
+
+    def __init__(self, progress: Progress, before: int, total: int) -> None:
+        self.progress, self.before, self.total = progress, before, total
+
+    def phase(self, name: str) -> None:
+        announce_phase(self.progress, name)
+
+    def __call__(self, done: int, total: int) -> None:
+        self.progress(self.before + done, self.total)
 
 
 class _KeptTensors:

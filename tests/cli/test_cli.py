@@ -408,7 +408,7 @@ def test_inspect(folder: Path) -> None:
         "tensors": 9, "dtypes": {"F32": 9}, "layers": {"model.layers": 3}, "bytes": 2432, "nonfinite": [],
         "components": [], "dequantised": 0, "quantised": {}, "type": "llama", "library": "transformers",
         "format": "safetensors", "vocabulary": 12, "head": "lm_head.weight", "experts": None, "merged_by": None,
-        "merged_from": [], "recipe": None, "notices": [],
+        "merged_from": [], "recipe": None, "notices": [], "family": None, "family_evidence": None,
     }  # fmt: skip
     tensors = load(folder / "base")
     tensors["model.norm.weight"][0] = float("nan")

@@ -139,3 +139,18 @@ def test_closed_streams(closed: str, tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, "Traceback" in done.stderr) == (0, False), (words, done.stderr)
     assert (tmp_path / "merged").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("words", "found"), [(["--progress", "json"], "json"), (["--progress=json"], "json"), (["--progress"], "bar")]
+)
+def test_forms_of_progress(words: list[str], found: str, tmp_path: Path) -> None:
+    """A word after --progress that is no form is a model."""
+    _, tuned = checkpoint(tmp_path)
+    done = CliRunner().invoke(cli, ["-m", "linear", *words, *map(str, tuned), "-o", str(tmp_path / "out")])
+    assert done.exit_code == 0
+    if found == "json":
+        last = json.loads([line for line in done.stderr.splitlines() if line.startswith("{")][-1])
+        assert (last["event"], last["phase"], last["done"] == last["total"]) == ("progress", "merging", True)
+    else:
+        assert "%" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 import merging
-from merging.display.progress import ProgressBar, resolve_progress
+from merging.display.progress import ProgressBar, ProgressEvents, ProgressLines, resolve_progress
 from merging.errors import OptionError
 from merging.geometry import gram
 from support.tiny import adapters, checkpoint
@@ -73,3 +74,67 @@ def test_nothing_is_shown_unless_asked_for() -> None:
     def receive(done: int, total: int) -> None: ...
 
     assert resolve_progress(receive) is receive
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr("merging.display.progress.time.monotonic", lambda: self.now)
+
+
+def test_a_log_has_a_line_every_thirty_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch)
+    lines = ProgressLines()
+    lines.phase("gathering statistics")
+    for second in range(0, 130, 5):
+        clock.now = 100.0 + second
+        if second == 60:
+            lines.phase("merging")
+        lines(second * 10**9, 250 * 10**9)
+    assert capsys.readouterr().err.splitlines() == [
+        "gathering statistics: 12% of 250.0 GB, 1.0 GB/s, 3 min 40 s left",
+        "merging: 24% of 250.0 GB, 1.0 GB/s, 3 min 10 s left",
+        "merging: 36% of 250.0 GB, 1.0 GB/s, 2 min 40 s left",
+        "merging: 48% of 250.0 GB, 1.0 GB/s, 2 min 10 s left",
+    ]
+
+
+def test_a_short_task_is_no_line_of_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ProgressLines()
+    for done in range(11):
+        lines(done, 10)
+    assert capsys.readouterr().err == ""
+
+
+def test_programs_get_events(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock(monkeypatch)
+    events = ProgressEvents("downloading")
+    for second, done, total in ((0, 0, 80), (0.5, 20, 80), (1, 40, 80), (2, 80, 80), (3, 10, 10)):
+        clock.now = 100.0 + second
+        events(done, total)
+    found = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(each["done"], each["per_second"], each["seconds_left"]) for each in found] == [
+        (40, 40, 1.0),
+        (80, 40, 0.0),
+        (10, 0, None),
+    ]
+    assert {each["phase"] for each in found} == {"downloading"}
+
+
+def test_phases_reach_a_callback_that_has_them(tmp_path: Path) -> None:
+    phases: list[str] = []
+
+    class Watch:
+        def phase(self, name: str) -> None:
+            phases.append(name)
+
+        def __call__(self, done: int, total: int) -> None:
+            assert 0 <= done <= total
+
+    base, tuned = checkpoint(tmp_path, 2)
+    merging.merge(tuned, method="ties", base=base, output=tmp_path / "out", progress=Watch())
+    assert [*dict.fromkeys(phases)] == ["gathering statistics", "merging", "making it durable"]
