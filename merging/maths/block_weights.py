@@ -140,8 +140,12 @@ class ByBlock(Varying):
         Raises :class:`~merging.errors.OptionError` for names of no block and no element.
         """
         blocks = {find_block(site.name, site.position): site.position.layout for site in sites}
+        lists = set(blocks.values()) & LISTS.keys()
         for rule in self.rules:
             for text in rule.blocks[rule.blocks[:1] == ("NOT",) :]:
+                for end in filter(str.strip, text.split("-") if lists else []):
+                    if not end.isdigit() and not any(BlockRange(end).holds(block) for block in blocks):
+                        _refuse_unknown_block(end, blocks)
                 if not any(BlockRange(text).holds(block) for block in blocks):
                     _refuse_unknown_block(text, blocks)
                     yield f"ignored: no tensor is in block {text!r}"

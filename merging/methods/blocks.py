@@ -113,6 +113,8 @@ def interpolate(method: Method, models: int) -> Method:
     """
     if not isinstance(method, BlockWeighted):
         return method
+    if "blocks" not in method.model_fields_set:
+        return method.then
     needs = f"give {option('base')}, the model that they were trained from"
     inner, weights = method.then, method.blocks
     if inner.name not in ("linear", "nuslerp", "slerp") or models != 2 or inner.merge_space != "weights":

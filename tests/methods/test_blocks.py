@@ -113,6 +113,10 @@ def test_two_checkpoints_without_a_base(models: dict[str, Tensors], method: str)
     assert Path("again.safetensors").read_bytes() == Path("out.safetensors").read_bytes()
 
 
+def test_the_wrapper_without_weights_changes_nothing(models: dict[str, Tensors]) -> None:
+    assert identical(merged("AB", "blocks+linear"), merged("AB", "linear"))
+
+
 def test_elements_take_the_place_of_blocks(models: dict[str, Tensors]) -> None:
     got = shares(merged("AB", "linear", blocks="OUTALL,M00:0.5", elements="attn:0.25,M00:attn2 attn1:0.75"), models)
     assert got["IN01"] == got["OUT03"] == 0.25
@@ -156,6 +160,7 @@ def test_they_apply_to_any_parameter_by_place(models: dict[str, Tensors]) -> Non
     [
         ({"blocks": [1, 2, 3]}, "3 numbers by block do not fit this model: Stable Diffusion 1 and 2 takes 17 numbers "),
         ({"blocks": "IN12:0.5"}, "'IN12' names no block (did you mean 'IN"),
+        ({"blocks": "IN04-IN12:0.5"}, "'IN12' names no block"),
         ({"blocks": "IMALL"}, "'IMALL' is neither a number nor a preset (did you mean 'INALL'?)"),
         ({"blocks": "IN01:half"}, "'IN01:half': 'half' is no number"),
         ({"blocks": "1,R,0"}, "'R' stands for a number chosen elsewhere"),
