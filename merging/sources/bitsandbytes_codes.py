@@ -9,6 +9,7 @@ from merging.maths.lazy_torch import Tensor, torch
 
 __all__ = [
     "FourBitFormat",
+    "block_scales",
     "dequantize_blocks",
     "dequantize_scales",
     "quantize_blocks",
@@ -30,6 +31,7 @@ _FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, 0.0, -0.0625, -8.0, -12.0, -
 _SMALLEST = 1e-38
 """The smallest scale by which values are divided, so that a block of zeros stays zeros."""
 
+_CELLS = 1 << 11
 _EVEN = 1 << 16
 """The number of places in the table by which the library for CPUs finds codes."""
 
@@ -41,11 +43,19 @@ def value_table(format: FourBitFormat) -> Tensor:
 
 
 @cache
-def _bounds(format: FourBitFormat) -> tuple[Tensor, Tensor]:
-    """Return the bounds between neighboring values, and the codes in the order of their values."""
+def _search_tables(format: FourBitFormat) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the tables by which codes are found, three times as fast as by torch.bucketize.
+
+    Returns:
+        The number of bounds below each cell, where no cell of the range from -1 to 1 has more than one bound in it; the
+        bounds between neighboring values, and infinity; and the codes in the order of their values.
+    """
     table = value_table(format)
     order = torch.argsort(table)
-    return _middles(table[order]), order
+    bounds = _middles(table[order])
+    edges = (torch.arange(_CELLS + 1).double() - 0.5) / (_CELLS // 2) - 1  # half a cell lower, whatever is rounded
+    below = torch.bucketize(edges, bounds.double(), out_int32=True)
+    return below, torch.cat([bounds, torch.tensor([torch.inf])]), order.int()
 
 
 @cache
@@ -77,22 +87,30 @@ def quantize_blocks(values: Tensor, block: int, format: FourBitFormat) -> tuple[
     Returns:
         The codes, int32 ``[n]``, and the scales, the largest magnitude of each block, float32.
     """
+    scales = block_scales(values, block)
     full = len(values) - len(values) % block
-    blocks, rest = values[:full].view(-1, block), values[full:]
-    scales = blocks.abs().amax(dim=1)
-    scaled = (blocks * (1.0 / scales.clamp(min=_SMALLEST))[:, None]).clamp_(-1, 1).view(-1)
-    if len(rest):
+    inverse = 1.0 / scales.clamp(min=_SMALLEST)
+    scaled = (values[:full].view(-1, block) * inverse[: full // block, None]).view(-1)
+    if full < len(values):
         # bitsandbytes divides the last block, where it multiplies the others
-        last = rest.abs().max().clamp(min=_SMALLEST)
-        scales, scaled = torch.cat([scales, last[None]]), torch.cat([scaled, (rest / last).clamp_(-1, 1)])
-    bounds, order = _bounds(format)
-    codes = torch.bucketize(scaled, bounds, out_int32=True)
-    return codes if format == "nf4" else order.int()[codes], scales
+        scaled = torch.cat([scaled, values[full:] / scales[-1].clamp(min=_SMALLEST)])
+    scaled = scaled.clamp_(-1, 1).nan_to_num_()  # of a block with NaN, whose scale is NaN
+    below, bounds, order = _search_tables(format)
+    places = below.index_select(0, ((scaled + 1) * (_CELLS // 2)).int())
+    places += scaled > bounds.index_select(0, places)
+    return (places if format == "nf4" else order.index_select(0, places)), scales
+
+
+def block_scales(values: Tensor, block: int) -> Tensor:
+    """Return the largest magnitude of each block of values, in float32; the last block may be shorter."""
+    full = len(values) - len(values) % block
+    scales = values[:full].view(-1, block).abs().amax(dim=1)
+    return torch.cat([scales, values[full:].abs().amax()[None]]) if full < len(values) else scales
 
 
 def dequantize_blocks(codes: Tensor, table: Tensor, scales: Tensor) -> Tensor:
     """Return ``table[codes] * scales``, in float32; ``scales`` has one for each code."""
-    return table.float()[codes].mul_(scales)
+    return table.float().index_select(0, codes).mul_(scales)
 
 
 def quantize_scales(scales: Tensor, group: int, offset: Tensor, *, nearest: bool) -> tuple[Tensor, Tensor, Tensor]:

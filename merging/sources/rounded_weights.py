@@ -9,6 +9,7 @@ from threading import Lock
 from merging.maths.lazy_torch import Tensor, torch
 from merging.sources.bitsandbytes_codes import (
     FourBitFormat,
+    block_scales,
     dequantize_blocks,
     dequantize_scales,
     quantize_blocks,
@@ -95,8 +96,7 @@ class FourBitRounded(Derived):
                 block = self._scheme.block
                 step = max(1, _PIECE // block) * block
                 pieces = (self._values(first, min(first + step, self.numel)) for first in range(0, self.numel, step))
-                scales = [quantize_blocks(piece, block, self._scheme.format)[1] for piece in pieces]
-                self._mean = torch.cat(scales).mean()
+                self._mean = torch.cat([block_scales(piece, block) for piece in pieces]).mean()
             return self._mean
 
     def advise(self, start: int, count: int) -> None:

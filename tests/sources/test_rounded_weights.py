@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from merging.sources.bitsandbytes_codes import FourBitFormat, quantize_blocks, value_table
 from merging.sources.dtypes import DTYPE_NAMES
 from merging.sources.rounded_weights import FourBitRounded, FourBitScheme, Int8Rounded, TurnedRounded
 from merging.sources.stored import MappedTensor, Stored
@@ -116,6 +117,18 @@ def test_values_that_are_not_finite_are_not_hidden(format: str, value: float) ->
     found = (Int8Rounded(stored(weight)) if format == "int8" else FourBitRounded(stored(weight), scheme)).read()
     assert not found[1].isfinite().all()
     assert found[0].isfinite().all()
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp4"])
+def test_each_value_gets_the_nearest_code(format: FourBitFormat) -> None:
+    """Also next to the bounds between two codes, of which the lower one has the bound itself."""
+    table = value_table(format).sort().values
+    bounds = (table[:-1] + table[1:]) / 2
+    near = [bounds, bounds.nextafter(torch.tensor(2.0)), bounds.nextafter(torch.tensor(-2.0)), table]
+    values = torch.cat([*near, torch.linspace(-1, 1, 5000), torch.tensor([1.0])])
+    codes, scales = quantize_blocks(values, len(values), format)
+    assert scales.tolist() == [1]
+    assert torch.equal(value_table(format)[codes], table[torch.bucketize(values, bounds)])
 
 
 @pytest.mark.exhaustive
