@@ -64,6 +64,8 @@ class NameOrMapping(click.ParamType[Any]):
     name = "text"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and value.startswith("-"):
+            self.fail(f"needs a value, and {value} is an option", param, ctx)
         if not isinstance(value, str) or not value.startswith("{"):
             return value
         from merging.plan.recipe_document import parse_value

@@ -157,8 +157,7 @@ class Tiler:
         if finite and not self.plan.weights:
             return  # a change from a base that is not finite is not finite either
         if base is not None and not isfinite(float(base.sum())) and not bool(base.isfinite().all()):
-            path = self.plan.base.path if self.plan.base is not None else "the base"
-            raise self._not_finite(path, item.site.name)
+            raise self._base_not_finite(item)
         if not finite:
             for slot, value in enumerate(values):
                 if not bool(value.isfinite().all()):
@@ -175,6 +174,14 @@ class Tiler:
         if not self.plan.recipe.allow_nonfinite and not stored.all_finite(data):
             model = self.plan.reference or self.plan.models[0]
             raise self._not_finite(model.path, item.site.name)
+
+    def check_base(self, item: Item) -> None:
+        """Check the base's tensor. Raises :class:`~merging.errors.InputError` for NaN and infinities."""
+        if item.base is not None and not self.plan.recipe.allow_nonfinite and not item.base.finite():
+            raise self._base_not_finite(item)
+
+    def _base_not_finite(self, item: Item) -> InputError:
+        return self._not_finite(self.plan.base.path if self.plan.base is not None else "the base", item.site.name)
 
     @staticmethod
     def _not_finite(path: object, name: str) -> InputError:

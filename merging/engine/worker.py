@@ -9,6 +9,7 @@ from merging.engine.outputs import Output, Sink
 from merging.engine.spool import Spool
 from merging.engine.tiles import Tiler
 from merging.engine.unit import Span, WorkUnit, accumulate, name_failures, row_blocks
+from merging.errors import InputError
 from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.parameters import Coefficient
@@ -118,7 +119,11 @@ class Worker:
             self.output.copy(span)
         else:
             with name_failures(span.item.site.name, self.plan.recipe.method):
-                self._merge(span)
+                try:
+                    self._merge(span)
+                except InputError:
+                    self.tiler.check_base(span.item)  # the reason, where adapters are added to such a base
+                    raise
 
     def _merge(self, span: Span) -> None:
         item = span.item

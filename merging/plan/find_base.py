@@ -23,7 +23,7 @@ __all__ = ["FoundBase", "find_base", "unquantized_name"]
 
 _MARKS = re.compile(
     r"[-_.](unsloth|bnb|[0-9]-?bit|u?int[0-9]|fp8|nf4|fp4|nvfp4|mxfp4|gptq|awq|quantized|dynamic|w[0-9]+a[0-9]+|"
-    r"[0-9]+bpw|hqq|eetq|autoround)(?=[-_.]|$)",
+    r"[0-9]+bpw|hqq|eetq|autoround|gguf)(?=[-_.]|$)",
     re.IGNORECASE,
 )
 """Parts of names by which quantised copies of a model say so."""

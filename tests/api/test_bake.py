@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merging
+from merging.cli.main import cli
 from merging.errors import InputError, OptionError, QuantizedError
 from merging.plan.find_base import unquantized_name
 from support.adapters import LLAMA, State, assert_close, base_state, edit_config, peft, quiet, reload, save_base, train
@@ -131,7 +133,26 @@ def test_what_cannot_be_baked(folder: Path) -> None:
     assert not (folder / "out").exists()
 
 
+def test_a_base_that_is_not_finite_is_named(folder: Path) -> None:
+    """And not the range of the output's type; a factored change is added to it piece by piece."""
+    tensors = load(folder / "base")
+    tensors["model.layers.1.self_attn.q_proj.weight"][1, 1] = float("inf")
+    save_file(tensors, folder / "base" / "model.safetensors")
+    said = " ".join(refused("bake", "one", "-o", "out").split())
+    assert "base: model.layers.1.self_attn.q_proj.weight holds NaN or infinite values" in said
+    said = " ".join(refused("bake", "one", "--as-trained", "nf4", "-o", "out").split())
+    assert "base: model.layers.1.self_attn.q_proj.weight holds NaN or infinite values" in said
+    assert not (folder / "out").exists()
+
+
+def test_an_option_in_the_place_of_a_value(folder: Path) -> None:
+    done = CliRunner().invoke(cli, ["bake", "one", "--as-trained", "-o", "out"])
+    assert done.exit_code == 2
+    assert "'--as-trained': needs a value, and -o is an option" in done.output
+
+
 MIRRORS = {
+    "org/Llama-3.2-1B-GGUF": "org/Llama-3.2-1B",
     "unsloth/Llama-3.2-1B-Instruct-unsloth-bnb-4bit": "unsloth/Llama-3.2-1B-Instruct",
     "unsloth/mistral-7b-bnb-4bit": "unsloth/mistral-7b",
     "Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4": "Qwen/Qwen2.5-7B-Instruct",
