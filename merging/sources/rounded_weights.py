@@ -26,6 +26,8 @@ GROUP = 256
 """Scales that share a scale, where they are quantised again."""
 
 _PIECE = 1 << 18
+_BUFFERS = 10
+"""Buffers of four bytes a value that rounding a piece takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +101,10 @@ class FourBitRounded(Derived):
                 self._mean = torch.cat([block_scales(piece, block) for piece in pieces]).mean()
             return self._mean
 
+    @property
+    def scratch(self) -> int:
+        return _BUFFERS * 4 * _PIECE + (4 * self.numel // self._scheme.block if self._scheme.double else 0)
+
     def advise(self, start: int, count: int) -> None:
         self._of.advise(start, count)
 
@@ -125,6 +131,10 @@ class Int8Rounded(Derived):
             values = _round_rows(raw.half().view(-1, columns)).view(-1)
             begin, end = max(start, first), min(stop, last)
             buffer[begin - start : end - start] = values[begin - first : end - first]
+
+    @property
+    def scratch(self) -> int:
+        return _BUFFERS * 4 * max(_PIECE, self.shape[-1])
 
     def advise(self, start: int, count: int) -> None:
         self._of.advise(start, count)
