@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from merging.api.inspect import inspect
+from merging.sources.loose_factors import FOREIGN
 
 ROOT = Path(__file__).parents[2]
 HEAD = """# Adapters gallery
@@ -24,12 +25,28 @@ the file shows it. This page is made by `docs/generate/gallery_page.py`.
 |---|---|---|---|---|---|---|"""
 
 
+TYPES = """
+## Types of PEFT
+
+Each is baked and merged as PEFT's own `merge_and_unload` does, on a tiny model of the architecture
+(`tests/sources/test_peft_types.py`, `test_peft_types_merged.py`).
+
+| case | config of PEFT | architecture |
+|---|---|---|"""
+REFUSED = """
+## Refused by name
+
+| program | instead |
+|---|---|"""
+
+
 def gallery_page() -> str:
     """Return the page."""
     sys.path.insert(0, str(ROOT / "tests"))
     from support.gallery.diffusion import DIFFUSION
     from support.gallery.language import LANGUAGE
     from support.gallery.newer import NEWER
+    from support.peft_types import CASES
 
     layouts = (*LANGUAGE, *DIFFUSION, *NEWER)
     lines = [HEAD.format(count=len(layouts))]
@@ -37,7 +54,9 @@ def gallery_page() -> str:
         with TemporaryDirectory() as folder:
             path, _, _ = layout.write(Path(folder))
             lines.append(layout.row(inspect(path)))
-    return "\n".join(lines)
+    types = [f"| {name} | `{config}` | {architecture} |" for name, (architecture, config, *_) in CASES.items()]
+    refused = [f"| {program} | {instead} |" for program, instead in FOREIGN.items()]
+    return "\n".join([*lines, TYPES, *types, REFUSED, *refused])
 
 
 if __name__ == "__main__":

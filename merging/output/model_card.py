@@ -25,7 +25,7 @@ def model_card(plan: Plan, remarks: Sequence[str] = ()) -> str:
         facts["base_model"] = ids
         facts["base_model_relation"] = "adapter" if plan.output == "adapter" else "merge"
     full = plan.reference.library if plan.reference else "transformers"
-    peft = all(isinstance(model, Adapter) and model.dialect.startswith("PEFT") for model in plan.models)
+    peft = all(isinstance(model, Adapter) and model.names_modules for model in plan.models)
     own = "gguf" if plan.format == "gguf" else "peft" if plan.format == "peft" or peft else "diffusers"
     facts["library_name"] = full if plan.output == "model" else own
     licence = strictest([each.licence for each in _sources(plan)])

@@ -5,6 +5,7 @@ A new file format is one module with ``recognizes(contents)`` and an opener that
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +19,11 @@ from merging.sources.dtypes import DTYPES
 from merging.sources.gguf import loras
 from merging.sources.links import check_inside
 from merging.sources.loose_factors import refuse_factors, refuse_foreign
+from merging.sources.lora_headers import METADATA_KEY
 from merging.sources.lycoris import LYCORIS_TYPES
 from merging.sources.open_files import File
 from merging.sources.opening import FileOpener, open_tensors
-from merging.sources.small_files import is_there
+from merging.sources.small_files import is_there, read_json
 from merging.sources.stored import FileContents, Stored, holders_of
 from merging.sources.tensor_names import add_tensor_names
 from merging.sources.training_leftovers import refuse_ungathered, without_wrappers
@@ -127,7 +129,7 @@ def open_local(
             if is_there(path / mlx.WEIGHTS, None) and not any(is_there(path / name, None) for name in peft.WEIGHTS):
                 weights = check_inside(path / mlx.WEIGHTS, path)
                 return _check_numbers(replace(mlx.open_mlx(weights, alpha, open_file(weights)), path=path))
-            return _check_numbers(peft.open_peft(path, alpha, open_file=open_file))
+            return _check_numbers(_configured_adapter(path, alpha, open_file))
         bare = _bare_adapter(path, open_file)
         return open_local(bare, alpha, dequantize, open_file) if bare else _checkpoint(path, dequantize, open_file)
     if not path.is_file():
@@ -145,6 +147,20 @@ def open_local(
         return _checkpoint(path, dequantize, lambda file: contents if file == path else open_file(file))
     refuse_ungathered(path, plain[0])
     return _check_numbers(add_tensor_names(dialect.opens(path, alpha, plain), plain))
+
+
+def _configured_adapter(folder: Path, alpha: float | None, open_file: FileOpener) -> Adapter:
+    """Open an adapter's folder of PEFT, or of diffusion-pipe, which puts a config of PEFT next to names of ComfyUI."""
+    weights = peft.weights_of(folder)
+    contents = without_wrappers(open_file(weights))
+    tensors, metadata = contents
+    if not tensors or not all(name.startswith("diffusion_model.") for name in tensors):
+        return peft.open_peft(folder, alpha, contents)
+    refuse_ungathered(folder, tensors)
+    config = read_json(folder / "adapter_config.json")
+    stated = {**metadata, METADATA_KEY: json.dumps(config)}
+    opened = diffusion_loras.open_diffusion(weights, alpha, (tensors, stated))
+    return add_tensor_names(replace(opened, path=folder, config={**config, **opened.config}), contents)
 
 
 def _checkpoint(path: Path, dequantize: bool, open_file: FileOpener) -> Checkpoint:

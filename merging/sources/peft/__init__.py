@@ -26,7 +26,7 @@ from merging.sources.stored import FileContents, Stored
 from merging.sources.tied_weights import is_table
 from merging.sources.training_leftovers import refuse_ungathered, without_wrappers
 
-__all__ = ["CONFIG_KEY", "WEIGHTS", "open_peft", "peft_changes", "recognizes"]
+__all__ = ["CONFIG_KEY", "WEIGHTS", "open_peft", "peft_changes", "recognizes", "weights_of"]
 
 CONFIG_KEY = "adapter_config"
 """The metadata entry in which our bare adapter files have their whole config."""
@@ -65,7 +65,7 @@ def open_peft(
     which the adapter's notices say. ``open_file`` opens the weights. Raises :class:`~merging.errors.FormatError` for an
     adapter that cannot be understood.
     """
-    weights = path if path.is_file() else _weights_of(path)
+    weights = path if path.is_file() else weights_of(path)
     tensors, metadata = contents or without_wrappers(open_file(weights))
     refuse_ungathered(path, tensors)
     config = _config_of(weights, metadata)
@@ -103,7 +103,8 @@ def open_peft(
     )
 
 
-def _weights_of(folder: Path) -> Path:
+def weights_of(folder: Path) -> Path:
+    """Return the weights in an adapter's folder. Raises :class:`~merging.errors.FormatError` without any."""
     for name in WEIGHTS:
         if (folder / name).is_file():
             return check_inside(folder / name, folder)

@@ -244,7 +244,7 @@ def _diffusers() -> Iterator[Layout]:
 def _others() -> Iterator[Layout]:
     pipe = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"]}
     for model, modules in (("Wan 2.1", WAN), ("HunyuanVideo", HUNYUAN)):
-        yield case("diffusion-pipe", model, "2025", parts(modules, dotted("diffusion_model.")), lora(), "PEFT LORA",
+        yield case("diffusion-pipe", model, "2025", parts(modules, dotted("diffusion_model.")), lora(), "ComfyUI",
                    config=pipe, weights="adapter_model.safetensors")  # fmt: skip
     trainer = {"ot_branch": "master", "ot_revision": "abc"}
     yield case("OneTrainer", "Flux.1", "2024", parts(FLUX_DIFFUSERS, dotted("transformer.")), lora(KOHYA, 1.0),

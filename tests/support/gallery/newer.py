@@ -90,7 +90,7 @@ def _trainers() -> Iterator[Layout]:
     yield kohya("sd-scripts", "Chroma", "0.9", CHROMA, "networks.lora_flux", header={"ss_base_model_version": "chroma"})
     pipe = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
     for model, modules in (("Cosmos Predict 2 or Anima", COSMOS), ("LTX-Video", LTX), ("Chroma", CHROMA)):
-        yield case("diffusion-pipe", model, "2025", parts(modules, dotted("diffusion_model.")), lora(), "PEFT LORA",
+        yield case("diffusion-pipe", model, "2025", parts(modules, dotted("diffusion_model.")), lora(), "ComfyUI",
                    config=pipe, weights="adapter_model.safetensors")  # fmt: skip
 
 
