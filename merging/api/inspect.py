@@ -225,7 +225,11 @@ def _inspect_checkpoint(checkpoint: Checkpoint, subject: Subject, values: bool) 
 
 
 def _checkpoint_notices(subject: Subject, quantised: bool) -> list[str]:
-    notices = [f"its weights are quantised, and read with {option('dequantize', True)} alone"] if quantised else []
+    notices = (
+        [f"its weights are quantised, and read with {option('dequantize', True)} or {option('quantize', 'keep')}"]
+        if quantised
+        else []
+    )
     findings = [each for each in FILES.findings(subject) if each.severity != "ok"]
     return [*notices, *(f"{each.what}: {each.where[0]}" for each in findings)]
 

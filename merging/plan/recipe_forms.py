@@ -9,8 +9,8 @@ from merging.methods import chain
 
 __all__ = ["QuantizedFormat", "make_chain", "read_quantized"]
 
-QuantizedFormat = Literal["keep", "fp8", "fp8-channel", "fp8-tensor", "mxfp4"]
-"""Formats of quantised outputs."""
+QuantizedFormat = Literal["keep", "fp8", "fp8-channel", "fp8-tensor", "mxfp4", "none"]
+"""Formats of quantised outputs; ``none`` is replaced by ``dequantise``."""
 
 
 def make_chain(values: dict[str, Any]) -> dict[str, Any]:

@@ -155,7 +155,7 @@ GALLERY: dict[str, tuple[Make, Facts]] = {
         fp8,
         {
             "quantised": "F8_E4M3: 8", "dequantised": "8", "dtypes": "BF16: 21", "bytes": "37.2 kB",
-            "notices": "its weights are quantised, and read with dequantize=True alone",
+            "notices": "its weights are quantised, and read with dequantize=True or quantize=\"keep\"",
         },
     ),
     "PyTorch's own format": (
@@ -307,7 +307,7 @@ def cut(path: Path) -> Path:
 
 
 def four_bits(folder: Path) -> Path:
-    return edit_config_json(model("llama")(folder), {"quant_method": "gptq", "bits": 4})
+    return edit_config_json(model("llama")(folder), {"quant_method": "hqq", "bits": 4})
 
 
 def edit_config_json(folder: Path, stated: dict[str, Any]) -> Path:
@@ -322,7 +322,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "truncated": (cut, "truncated: has 88,755 bytes of 88,760: download it again"),
     "HTML": (text("<!DOCTYPE html><html><body>Sign in</body></html>"), "is an HTML or XML page, not the file"),
     "Git LFS": (text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n"), "run git lfs pull"),
-    "4 bits": (four_bits, "is quantised (gptq, says its config)"),
+    "4 bits": (four_bits, "is quantised (hqq, says its config)"),
     "wrong rank": (lambda folder: edit_config(lora()(folder), r=5), "has rank 4, and its config says 5"),
     "folder": (lambda path: path.mkdir() or path, "holds no weights: none of model.safetensors"),
 }

@@ -149,6 +149,18 @@ def test_every_code_comes_back(kind: str, of: str) -> None:
     assert torch.equal(bits(found.read()), bits(small))
 
 
+def test_scales_that_are_powers_of_two_in_float32() -> None:
+    """As DeepSeek's ``scale_fmt: ue8m0`` states them: the smallest power that no number is too large for."""
+    numbers = torch.randn(300, 200, generator=torch.Generator().manual_seed(5))
+    parts, error = encode(scaled((300, 200), "F8_E4M3", (3, 2), powers=True), numbers)
+    scales = parts[1].read()
+    assert torch.equal(torch.frexp(scales).mantissa, torch.full((3, 2), 0.5))
+    blocks = torch.nn.functional.pad(numbers.abs(), (0, 56, 0, 84)).view(3, 128, 2, 128).amax((1, 3))
+    assert bool((blocks / scales <= 448).all())
+    assert bool((blocks / scales > 224).all())
+    assert error < 0.03
+
+
 def test_matrices_of_experts_are_encoded_one_by_one() -> None:
     numbers = torch.randn(3, 256, 130, generator=torch.Generator().manual_seed(2))
     whole = encode(scaled((3, 256, 130), "F8_E4M3", (3, 2, 2)), numbers, 999)[0]
