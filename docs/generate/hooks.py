@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from command_line import command_pages
+from families_page import families_page
 from mergekit_page import mergekit_page
 from method_pages import method_pages
 from mkdocs.config.defaults import MkDocsConfig
@@ -32,6 +33,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made from the code, and the changelog."""
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("](docs/", "](")
     single = {"changelog.md": changelog, "mergekit-recipes.md": mergekit_page()}
+    single["diffusion-families.md"] = families_page()
     for name, text in {**method_pages(), **command_pages(), **single}.items():
         files.append(File.generated(config, name, content=text))
     return files

@@ -104,6 +104,19 @@ def _video_models(folder: Path) -> None:
         save_file({**factors, f"{module}.alpha": torch.tensor(1.0)}, folder / f"{name}.safetensors")
 
 
+def _image_models(folder: Path) -> None:
+    """One attention of Z-Image, in diffusers' layout and as published, and a LoRA of it."""
+    (folder / "z-image" / "transformer").mkdir(parents=True)
+    config = folder / "z-image" / "transformer" / "config.json"
+    config.write_text('{"_class_name": "ZImageTransformer2DModel"}', encoding="utf-8")
+    parts = {f"layers.0.attention.to_{part}.weight": torch.ones(8, 8) for part in "qkv"}
+    save_file(parts, config.with_name("diffusion_pytorch_model.safetensors"))
+    save_file({"layers.0.attention.qkv.weight": torch.ones(24, 8)}, folder / "z-image.safetensors")
+    module = "lora_unet_layers_0_attention_qkv"
+    factors = {f"{module}.lora_down.weight": torch.ones(2, 8), f"{module}.lora_up.weight": torch.ones(24, 2)}
+    save_file({**factors, f"{module}.alpha": torch.tensor(1.0)}, folder / "z-image-lora.safetensors")
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
     """A function that makes an empty folder the place to work, in which the names of all pages lead to models."""
@@ -120,6 +133,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path
         _video_models(tmp_path)
         for seed, name in enumerate(("photo", "anime")):
             save_file(_small_unet(seed), tmp_path / f"{name}.safetensors")
+        _image_models(tmp_path)
         (tmp_path / "incoming").mkdir()
         (tmp_path / "incoming" / "late").symlink_to(tmp_path / "c")
         monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # as activated

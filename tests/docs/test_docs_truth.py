@@ -25,10 +25,11 @@ from merging.methods.contract.wrapper import Wrapper
 from merging.report.drawing import draw_svg
 from merging.report.style import DARK_SCREEN
 from merging.serving import PROGRAMS
+from merging.sources.denoisers import FAMILIES
 from support.pages import PAGES, ROOT, blocks, prose, text_of
 
 LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)")
-MADE = re.compile(r"docs/(methods/\w+|cli/\w+|changelog|mergekit-recipes)\.md")
+MADE = re.compile(r"docs/(methods/\w+|cli/\w+|changelog|mergekit-recipes|diffusion-families)\.md")
 """Pages that mkdocs makes."""
 
 FOREIGN = {
@@ -207,6 +208,16 @@ def test_differences_from_mergekit_have_reasons_and_recipes(monkeypatch: pytest.
             assert any(fnmatchcase(name, pattern) for name in page.RECIPES), pattern
     assert len(page.RECIPES) >= 95
     assert f"{len(page.RECIPES)} recipes" in page.mergekit_page()
+
+
+def test_the_page_of_families_has_every_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "generate"))
+    page = import_module("families_page").families_page()
+    assert "| `double_blocks.{}.img_attn.qkv` | `transformer_blocks.{}.attn.to_q`, " in page
+    assert "| Qwen-Image (Qwen-Image-Edit) | one name everywhere |" in page
+    for family in FAMILIES:
+        assert f"| {family.name} " in page
+        assert all(f"| `{rule.published}` | `{rule.diffusers[0]}`" in page for rule in family.rules)
 
 
 def test_table_of_advice_is_generated() -> None:

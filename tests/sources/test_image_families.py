@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from merging.sources.denoisers import FAMILIES, family_of, flat_name
+from merging.sources.denoisers import FAMILIES, family_of, flat_name, respell
 from merging.sources.diffusion_names import known_names
 from support.diffusion_models import State
 from support.image_denoisers import IMAGE_FAMILIES, as_published, build_image_denoiser, shapes_of
@@ -58,6 +58,18 @@ def test_a_family_is_recognized_by_either_set_of_names(family: str) -> None:
         for named in (shapes, {flat_name(name): shape for name, shape in shapes.items()}):
             found = family_of(named)
             assert found is not None and found.name == IMAGE_FAMILIES[family].name
+
+
+@pytest.mark.parametrize(
+    ("name", "usual"),
+    [
+        ("double_blocks_0_img_mlp_fc1.weight", "double_blocks_0_img_mlp_0.weight"),
+        ("joint_blocks_0_x_block_mlp_fc1.weight", "joint_blocks_0_x_block_mlp_fc1.weight"),
+        ("blocks_0_mlp_fc2.weight", "blocks_0_mlp_fc2.weight"),
+    ],
+)
+def test_spellings_of_one_family_leave_others_alone(name: str, usual: str) -> None:
+    assert respell(name) == usual
 
 
 def test_names_of_families_differ() -> None:

@@ -58,8 +58,8 @@ _SHARED = (
     *LAST,
 )
 _COMFYUI = (
-    (r"(?<=_)mlp_fc1(?=\.|$)", "mlp_0"),
-    (r"(?<=_)mlp_fc2(?=\.|$)", "mlp_2"),
+    (r"(_(?:img|txt)|_refiner_blocks_(?:\d+|{}))_mlp_fc1(?=\.|$)", r"\1_mlp_0"),
+    (r"(_(?:img|txt)|_refiner_blocks_(?:\d+|{}))_mlp_fc2(?=\.|$)", r"\1_mlp_2"),
     (r"^((?:double|single)_blocks_[^_]+_(?:img_mod|txt_mod|modulation))_linear(?=\.|$)", r"\1_lin"),
     (r"^((?:time|guidance)_in|txt_in_t_embedder)_mlp_0(?=\.|$)", r"\1_in_layer"),
     (r"^((?:time|guidance)_in|txt_in_t_embedder)_mlp_2(?=\.|$)", r"\1_out_layer"),
