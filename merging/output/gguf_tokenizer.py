@@ -23,7 +23,10 @@ def rebuild_tokenizer(model: Checkpoint, folder: Path) -> str | None:
     if file is None or file.suffix != ".gguf" or not model.config.get("model_type"):
         return None
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    said = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
@@ -34,4 +37,6 @@ def rebuild_tokenizer(model: Checkpoint, folder: Path) -> str | None:
             f"the output has no tokenizer, as transformers does not read it from {file} ({first}): copy it from the "
             f"folder of the model it was made from"
         )
+    finally:
+        logging.set_verbosity(said)
     return None
