@@ -58,7 +58,7 @@ def quantized_by_transformers(made: PreTrainedModel) -> set[bytes]:
 
 
 def values_of(weight: torch.Tensor) -> bytes:
-    return bytes(weight.detach().float().contiguous().view(torch.uint8).numpy().tobytes())
+    return bytes(weight.detach().float().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def check_architecture(name: str, folder: Path) -> None:

@@ -114,7 +114,9 @@ class _LinearLayers:
         self._in_full = {name for each in inputs for name, change in each.items() if isinstance(change, FullChange)}
         changed = {name.partition(".")[0] for each in inputs for name in each}
         self._components = changed if reference.components else None
+        stacked = [name for name, stored in self._tensors.items() if len(stored.shape) == 3]
         self._mixtures = {name.partition(".experts.")[0] for name in self._tensors if ".experts." in name}
+        self._mixtures |= {name.removesuffix(".weight").rpartition(".")[0] for name in stacked}
         self.has_experts = any(_EXPERT.search(name) for name in self._tensors)
         self.single_experts = any(
             _EXPERT.search(target) for model in models if isinstance(model, Adapter) for target in model.changes
