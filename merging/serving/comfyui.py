@@ -33,6 +33,7 @@ _TAKEN: dict[str, tuple[NameLayout, ...]] = {
        for family in ("Flux", "Flux.2")},
     "HunyuanVideo": (("transformer.", "first", _ALL), ("diffusion_model.", "first", _ALL)),
     "Wan": (("lora_unet__", "published", _ALL),),
+    "Mochi": (("", "published", _ALL),),
     "Qwen-Image": (("", "diffusers", _ALL), ("transformer.", "diffusers", _ALL), ("lycoris_", "diffusers", _ALL)),
     "Z-Image": tuple((prefix, "diffusers", _ALL) for prefix in ("diffusion_model.", "transformer.", "lycoris_")),
     "HiDream": (("transformer.", "diffusers", _ALL), ("lycoris_", "diffusers", _ALL)),

@@ -48,6 +48,12 @@ _QWEN = (
     r"|(?:img|txt)_(?:mlp_net_(?:0_proj|2)|mod_1))|img_in|txt_in|norm_out_linear|proj_out|time_text_embed_.*"
 )
 _HIDREAM = r"(?:double|single)_stream_blocks_\d+_block_.*|caption_projection_.*"
+_PREDICT2 = r"blocks_\d+_(?:(?:self|cross)_attn_(?:[qkv]_proj|output_proj)|mlp_layer[12]|adaln_modulation_.*)"
+_COSMOS_ENDS = r"|t_embedder_1_linear_[12]|x_embedder_proj_1|final_layer_.*"
+_COSMOS = (
+    r"transformer_blocks_\d+_(?:attn[12]_to_(?:[qkv]|out_0)|ff_net_(?:0_proj|2)|norm[123]_linear_[12])"
+    r"|time_embed_t_embedder_linear_[12]|patch_embed_proj|norm_out_linear_[12]|proj_out"
+)
 _ERNIE = r"layers_\d+_(?:self_attention_to_(?:[qkv]|out_0)|mlp_(?:gate_proj|up_proj|linear_fc2))"
 
 FAMILIES: dict[str, Mapping[NameStyle, str]] = {
@@ -106,11 +112,22 @@ FAMILIES: dict[str, Mapping[NameStyle, str]] = {
         r"|audio_ff_net_(?:0_proj|2))|(?:audio_)?proj_in|(?:audio_)?time_embed_.*|av_cross_attn_.*",
     },
     "HiDream": {"published": _HIDREAM, "diffusers": _HIDREAM},
-    "Anima": {
-        "published": r"blocks_\d+_(?:(?:self|cross)_attn_(?:[qkv]_proj|output_proj)|mlp_layer[12]|adaln_modulation_.*)"
-        r"|llm_adapter_.*",
-        "diffusers": r"transformer_blocks_\d+_(?:attn[12]_to_(?:[qkv]|out_0)|ff_net_(?:0_proj|2)"
-        r"|norm[123]_linear_[12])",
+    "Anima": {"published": rf"{_PREDICT2}{_COSMOS_ENDS}|llm_adapter_.*", "diffusers": _COSMOS},
+    "Cosmos Predict 2": {"published": _PREDICT2 + _COSMOS_ENDS, "diffusers": _COSMOS},
+    "Cosmos Predict 1": {
+        "published": r"blocks_block\d+_blocks_[012]_(?:block_(?:attn_to_(?:[qkv]_0|out_0)|layer[12])"
+        rf"|adaLN_modulation_[12]){_COSMOS_ENDS}",
+        "diffusers": _COSMOS,
+    },
+    "Mochi": {
+        "published": r"blocks_\d+_(?:attn_(?:qkv|proj)_[xy]|mlp_[xy]_w[12]|mod_[xy])|t5_y_embedder_.*|t5_yproj"
+        r"|t_embedder_mlp_[02]|final_layer_.*",
+        "diffusers": r"transformer_blocks_\d+_(?:attn1_(?:to_(?:[qkv]|out_0|add_out)|add_[qkv]_proj)"
+        r"|ff(?:_context)?_net_(?:0_proj|2)|norm1(?:_context)?_linear)|time_embed_.*|norm_out_linear|proj_out",
+    },
+    "CogVideoX": {
+        "own": r"transformer_blocks_\d+_(?:attn1_to_(?:[qkv]|out_0)|ff_net_(?:0_proj|2)|norm[12]_linear)"
+        r"|patch_embed_text_proj|time_embedding_linear_[12]|norm_out_linear|proj_out",
     },
     "Ernie-Image": {"published": _ERNIE, "diffusers": _ERNIE},
 }

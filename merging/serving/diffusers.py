@@ -78,7 +78,7 @@ _TAKEN: dict[str, tuple[NameLayout, ...]] = {
     "Z-Image": (("", "diffusers", "default down"), ("diffusion_model.", "diffusers", "A down"),
                 ("lora_unet_", "diffusers", "down"), ("lora_unet_", "published", "down")),
     "Lumina 2": (("diffusion_model.", "published", "A"),),
-    "LTX-Video": (("diffusion_model.", "published", "A"), ("diffusion_model.", "diffusers", "A")),
+    "LTX-Video": (("diffusion_model.", "diffusers", "A"),),
     "LTX-2": (("diffusion_model.", "published", "A"), ("diffusion_model.", "diffusers", "A")),
     "HiDream": (("diffusion_model.", "diffusers", "A"),),
     "Anima": (("diffusion_model.", "published", "A"),),

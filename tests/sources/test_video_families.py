@@ -18,7 +18,7 @@ def _state(family: str) -> State:
     random = torch.Generator().manual_seed(0)
     state = {
         name: torch.randint(-99, 99, value.shape, generator=random, dtype=torch.int8)
-        for name, value in build_video_denoiser(family).state_dict().items()
+        for name, value in build_video_denoiser(family, **VIDEO_FAMILIES[family].converted).state_dict().items()
         if not re.search(VIDEO_FAMILIES[family].unnamed, name)
     }
     for module, (rows, columns) in VIDEO_FAMILIES[family].widths.items():

@@ -76,6 +76,17 @@ MODULES: dict[str, dict[str, list[str]]] = {
     "anima": _blocks("blocks.0", "transformer_blocks.0",
                      {"self_attn.q_proj": "attn1.to_q", "cross_attn.output_proj": "attn2.to_out.0",
                       "mlp.layer1": "ff.net.0.proj", "adaln_modulation_self_attn.1": "norm1.linear_1"}),
+    "cosmos1": {
+        **_blocks("blocks.block0.blocks", "transformer_blocks.0",
+                  {"0.block.attn.to_q.0": "attn1.to_q", "1.block.attn.to_out.0": "attn2.to_out.0",
+                   "2.block.layer1": "ff.net.0.proj", "0.adaLN_modulation.1": "norm1.linear_1"})
+    },
+    "cosmos2": _blocks("blocks.0", "transformer_blocks.0",
+                       {"self_attn.q_proj": "attn1.to_q", "cross_attn.output_proj": "attn2.to_out.0",
+                        "mlp.layer1": "ff.net.0.proj", "adaln_modulation_self_attn.1": "norm1.linear_1"}),
+    "mochi": _blocks("blocks.0", "transformer_blocks.0",
+                     {"attn.qkv_x": "attn1.to_q attn1.to_k attn1.to_v", "attn.proj_y": "attn1.to_add_out",
+                      "mlp_x.w2": "ff.net.2", "mod_x": "norm1.linear"}),
     "ernie": _alike("layers.0", "self_attention.to_q self_attention.to_out.0 mlp.gate_proj"),
 }  # fmt: skip
 """A few modules of each family, as published, and what diffusers has instead."""
@@ -166,6 +177,15 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "anima": ("Anima", "CosmosTransformer3DModel",
               {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "text_embed_dim": 16,
                "adaln_lora_dim": 4}),
+    "cosmos1": ("Cosmos", "CosmosTransformer3DModel",
+              {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "text_embed_dim": 16,
+               "adaln_lora_dim": 4}),
+    "cosmos2": ("Cosmos", "CosmosTransformer3DModel",
+              {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "text_embed_dim": 16,
+               "adaln_lora_dim": 4}),
+    "mochi": ("Mochi1", "MochiTransformer3DModel",
+              {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "pooled_projection_dim": 8,
+               "text_embed_dim": 12, "time_embed_dim": 8}),
     "ernie": ("ErnieImage", "ErnieImageTransformer2DModel",
               {"hidden_size": 16, "num_attention_heads": 2, "num_layers": 1, "ffn_hidden_size": 24, "in_channels": 4,
                "out_channels": 4, "text_in_dim": 8, "rope_axes_dim": (2, 2, 4)}),

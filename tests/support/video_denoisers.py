@@ -35,7 +35,8 @@ class VideoFamily:
     """A family: diffusers' model and loader of LoRAs, the settings of a tiny model, and the converter of its files.
 
     ``prefix`` is before the names of published files, and ``widths`` are the real sizes of modules that the converter
-    cuts at fixed places. ``unnamed`` is a pattern of diffusers' names without a known published name.
+    cuts at fixed places; ``converted`` are settings that it takes for granted. ``unnamed`` is a pattern of diffusers'
+    names without a known published name.
     """
 
     name: str
@@ -46,6 +47,7 @@ class VideoFamily:
     prefix: str = ""
     unnamed: str = "$^"
     widths: Mapping[str, Shape] = field(default_factory=dict)
+    converted: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _Kept(dict[str, torch.Tensor]):
@@ -149,8 +151,9 @@ VIDEO_FAMILIES = {
         name="Mochi 1",
         model="MochiTransformer3DModel",
         loader="Mochi1",
-        settings={**_HEADS, "num_layers": 48, "pooled_projection_dim": 8, "text_embed_dim": 12, "time_embed_dim": 8},
+        settings={**_HEADS, "pooled_projection_dim": 8, "text_embed_dim": 12, "time_embed_dim": 8},
         convert=_mochi,
+        converted={"num_layers": 48},
         unnamed=r"norm1_context\.linear_1\.",
     ),
     "cogvideox": VideoFamily(
@@ -170,12 +173,12 @@ VIDEO_FAMILIES = {
 }
 
 
-def build_video_denoiser(family: str) -> nn.Module:
-    """The tiny denoiser of a family, always with the same weights."""
+def build_video_denoiser(family: str, **settings: Any) -> nn.Module:
+    """The tiny denoiser of a family, always with the same weights; with more ``settings``, if there are any."""
     stated = VIDEO_FAMILIES[family]
     torch.manual_seed(0)
     with quietly():
-        made: nn.Module = getattr(diffusers, stated.model)(**stated.settings)
+        made: nn.Module = getattr(diffusers, stated.model)(**{**stated.settings, **settings})
         return made
 
 

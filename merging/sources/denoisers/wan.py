@@ -78,12 +78,12 @@ WAN_FAMILIES = (
     _family("Wan 2.2 Animate", NameMark(names=r"^(?:face_adapter|motion_encoder|face_encoder|pose_patch_embedding)")),
     _family("Wan 2.2", NameMark(names=_INNER, inputs=frozenset({3072}))),
     _family(
-        "Wan 2.1",
+        "Wan 2.1 I2V",
         NameMark(
             names=r"^blocks_\d+_(?:cross_attn_(?:norm_)?[kv]_img|attn2_add_[kv]_proj)|^img_emb|embedder_image_embedder"
         ),
-        NameMark(names=_INNER, inputs=frozenset({1536})),
     ),
+    _family("Wan 2.1", NameMark(names=_INNER, inputs=frozenset({1536}))),
     _family(
         "Wan 2.1 or 2.2",
         NameMark(names=r"^blocks_\d+_(?:(?:self|cross)_attn_[qkvo]\.|attn[12]_to_|ffn_|(?:self|cross)_attn_norm_)"),

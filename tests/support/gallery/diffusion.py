@@ -183,7 +183,7 @@ def _lycoris() -> Iterator[Layout]:
 def _ai_toolkit() -> Iterator[Layout]:
     forms: tuple[tuple[str, Modules, str, str, Mapping[str, Shape]], ...] = (
         ("Flux.1", FLUX_DIFFUSERS, "transformer.", "diffusers", FLUX_SIZES),
-        ("Wan 2.1", WAN, "diffusion_model.", "ComfyUI", {}),
+        ("Wan 2.1 I2V", WAN, "diffusion_model.", "ComfyUI", {}),
         ("Z-Image", Z_IMAGE, "diffusion_model.", "ComfyUI", Z_SIZES),
         ("Qwen-Image", QWEN, "diffusion_model.", "ComfyUI", {}),
     )
@@ -197,7 +197,7 @@ def _ai_toolkit() -> Iterator[Layout]:
 
 def _musubi() -> Iterator[Layout]:
     for model, modules, network, sizes in (
-        ("Wan 2.1", WAN, "networks.lora_wan", {}),
+        ("Wan 2.1 I2V", WAN, "networks.lora_wan", {}),
         ("HunyuanVideo", HUNYUAN, "networks.lora_framepack", {}),
         ("Qwen-Image", QWEN, "networks.lora_qwen_image", {}),
         ("Z-Image", Z_IMAGE, "networks.lora_zimage", Z_SIZES),
@@ -205,7 +205,7 @@ def _musubi() -> Iterator[Layout]:
         yield kohya("musubi-tuner", model, "0.2", modules, network, sizes=sizes)
     kontext = {"ss_base_model_version": "flux_kontext"}
     yield kohya("musubi-tuner", "Flux.1 Kontext", "0.2", FLUX, "networks.lora_flux", header=kontext)
-    yield case("musubi-tuner", "Wan 2.1", "made for other programs", parts(WAN, dotted("diffusion_model.")),
+    yield case("musubi-tuner", "Wan 2.1 I2V", "made for other programs", parts(WAN, dotted("diffusion_model.")),
                lora(), "ComfyUI", shown="unknown")  # fmt: skip
 
 
@@ -232,7 +232,7 @@ def _diffusers() -> Iterator[Layout]:
     header = {"lora_adapter_metadata": json.dumps(stated)}
     flux = parts(FLUX_DIFFUSERS, dotted("transformer."))
     yield case("diffusers", "Flux.1", "0.35", flux, lora(scale=3), "diffusers", header=header, sizes=FLUX_SIZES)
-    yield case("diffusers", "Wan 2.1", "0.35, rsLoRA", parts(WAN_DIFFUSERS, dotted("transformer.")),
+    yield case("diffusers", "Wan 2.1 I2V", "0.35, rsLoRA", parts(WAN_DIFFUSERS, dotted("transformer.")),
                lora(scale=6 / 2**0.5), "diffusers",
                header={"lora_adapter_metadata": json.dumps({**stated, "transformer.use_rslora": True})})  # fmt: skip
     yield case("SimpleTuner", "Flux.1", "wrapped twice", parts(FLUX_DIFFUSERS, dotted("transformer.base_model.model.")),
@@ -243,7 +243,7 @@ def _diffusers() -> Iterator[Layout]:
 
 def _others() -> Iterator[Layout]:
     pipe = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"]}
-    for model, modules in (("Wan 2.1", WAN), ("HunyuanVideo", HUNYUAN)):
+    for model, modules in (("Wan 2.1 I2V", WAN), ("HunyuanVideo", HUNYUAN)):
         yield case("diffusion-pipe", model, "2025", parts(modules, dotted("diffusion_model.")), lora(), "ComfyUI",
                    config=pipe, weights="adapter_model.safetensors")  # fmt: skip
     trainer = {"ot_branch": "master", "ot_revision": "abc"}
@@ -253,13 +253,13 @@ def _others() -> Iterator[Layout]:
     yield kohya("OneTrainer", "Flux.1", "flat names", FLUX_DIFFUSERS, "", header=trainer, prefix="lora_transformer_",
                 sizes=FLUX_SIZES)  # fmt: skip
     default = ("lora_A.default.weight", "lora_B.default.weight")
-    for model, modules in (("Qwen-Image", QWEN), ("Wan 2.1", WAN)):
+    for model, modules in (("Qwen-Image", QWEN), ("Wan 2.1 I2V", WAN)):
         yield case("DiffSynth-Studio", model, "2025", parts(modules, dotted("")), lora(default), "diffusers")
     yield case("XLabs", "Flux.1", "2024", parts(XLABS, dotted("")), lora(("down.weight", "up.weight")), "XLabs")
     yield case("fal", "Flux.1", "Kontext", parts(FLUX_DIFFUSERS, dotted("base_model.model.")), lora(), "PEFT LORA",
                sizes=FLUX_SIZES, shown="PEFT")  # fmt: skip
     yield kohya("Tencent", "HunyuanVideo", "I2V", HUNYUAN, "", prefix="Hunyuan_video_I2V_lora_")
-    yield kohya("VideoX-Fun", "Wan 2.1", "two underscores", WAN, "", prefix="lora_unet__", shown="unknown")
+    yield kohya("VideoX-Fun", "Wan 2.1 I2V", "two underscores", WAN, "", prefix="lora_unet__", shown="unknown")
     changed = {
         **parts(WAN, dotted("diffusion_model.")),
         "diffusion_model.blocks.0.self_attn.q.": Part("blocks.0.self_attn.q.bias", (D,), kind=diff("diff_b")),
@@ -267,7 +267,7 @@ def _others() -> Iterator[Layout]:
         "diffusion_model.blocks.0": Part("blocks.0.modulation", (1, 6, D), kind=diff("diff_m")),
     }
     changed["diffusion_model.blocks.0.self_attn.q"] = changed.pop("diffusion_model.blocks.0.self_attn.q")
-    yield case("lightx2v", "Wan 2.1", "distilled", changed, lora(KOHYA), "ComfyUI")
+    yield case("lightx2v", "Wan 2.1 I2V", "distilled", changed, lora(KOHYA), "ComfyUI")
     yield case("lightx2v", "Qwen-Image", "Lightning", parts(QWEN, dotted("")), lora(KOHYA, 1.0), "diffusers",
                shown="unknown")  # fmt: skip
     text = {"text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj":

@@ -108,7 +108,7 @@ def _diffusers() -> Iterator[Layout]:
     yield saved("HiDream", HIDREAM)
     yield saved("Wan 2.1 or 2.2", WAN22_DIFFUSERS)
     second = parts(WAN22_DIFFUSERS, dotted("transformer_2."))
-    yield case("diffusers", "Wan 2.1 or 2.2", "the second of two transformers", second, lora(), "diffusers")
+    yield case("diffusers", "Wan 2.2", "the second of two transformers", second, lora(), "diffusers")
 
 
 def _others() -> Iterator[Layout]:
