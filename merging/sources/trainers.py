@@ -22,7 +22,8 @@ class Attribution:
 
 
 _MUSUBI = re.compile(
-    r"(?:musubi_tuner\.)?networks\.\w*_(?:wan|framepack|hv_1_5|flux_2|qwen_image|zimage|kandinsky5|hidream_o1|ideogram4|krea2)$"
+    r"(?:musubi_tuner\.)?networks\.\w*_"
+    r"(?:wan|framepack|hv_1_5|flux_2|qwen_image|zimage|kandinsky5|hidream_o1|ideogram4|krea2)$"
 )
 """Modules of networks that musubi-tuner has, and sd-scripts has not."""
 
@@ -33,7 +34,6 @@ _TAGS = {
     "axolotl": "Axolotl",
     "llama-factory": "LLaMA-Factory",
     "ms-swift": "ms-swift",
-    "swift": "ms-swift",
     "unsloth": "Unsloth",
     "simpletuner": "SimpleTuner",
     "ai-toolkit": "ai-toolkit",
@@ -41,27 +41,46 @@ _TAGS = {
     "torchtune": "torchtune",
     "autotrain": "AutoTrain",
     "diffusers-training": "diffusers",
-    "mlx": "mlx-lm",
     "trl": "TRL",
 }
 """Tags of model cards, the most telling first: cards of Axolotl and Unsloth have the tag of TRL too."""
 
-_STYLES: tuple[tuple[str, str, str], ...] = (
-    ("XLabs", r"(?:^|\.)(?:double|single)_blocks\.\d+\.processor\.(?:qkv|proj)_lora", "attention processors"),
-    ("Tencent", r"^Hunyuan_video_I2V_lora_", "its prefix Hunyuan_video_I2V_lora"),
-    ("LyCORIS", r"^lycoris_", "its prefix lycoris"),
-    ("lightx2v", r"\.diff_m$", "changes of modulations, diff_m"),
-    ("OneTrainer", r"^transformer\..+\.lora_down\.weight$", "lora_down behind the prefix transformer"),
-    ("diffusers before 0.21", r"\.processor\.to_\w+_lora\.|\.lora_linear_layer\.", "attention processors"),
-    ("diffusers", r"^(?:unet|transformer(?:_2)?)\..+\.lora(?:_[AB]|\.up|\.down)\.weight$", "the prefix of a component"),
-)
-"""Programs, patterns of the names in their files, and words for what is matched."""
 
-_COMPONENTS = ("^transformer", "^(?:unet|transformer")
-"""The beginnings of the patterns that match the prefix of a component."""
+@dataclass(frozen=True, slots=True)
+class _Style:
+    """Names that one program writes, and words for them; ``denoiser``: they must be of a denoiser too."""
+
+    program: str
+    names: str
+    words: str
+    denoiser: bool = False
+
+
+_STYLES = (
+    _Style("XLabs", r"(?:^|\.)(?:double|single)_blocks\.\d+\.processor\.(?:qkv|proj)_lora", "attention processors"),
+    _Style("Tencent", r"^Hunyuan_video_I2V_lora_", "its prefix Hunyuan_video_I2V_lora"),
+    _Style("LyCORIS", r"^lycoris_", "its prefix lycoris"),
+    _Style("lightx2v", r"\.diff_m$", "changes of modulations, diff_m"),
+    _Style(
+        "OneTrainer", r"^transformer\..+\.lora_down\.weight$", "lora_down behind the prefix transformer", denoiser=True
+    ),
+    _Style("diffusers before 0.21", r"\.processor\.to_\w+_lora\.|\.lora_linear_layer\.", "attention processors"),
+    _Style(
+        "diffusers",
+        r"^(?:unet|transformer(?:_2)?)\..+\.lora(?:_[AB]|\.up|\.down)\.weight$",
+        "the prefix of a component",
+        denoiser=True,
+    ),
+    _Style(
+        "DiffSynth-Studio",
+        r"^(?!base_model\.|transformer\.|unet\.).+\.lora_[AB]\.default\.weight$",
+        "lora_A.default without a prefix",
+        denoiser=True,
+    ),
+)
+"""The styles of names, the rarest first. Language models may have names that begin like a component's."""
 
 _VERSION = re.compile(r"[0-9][0-9A-Za-z.+-]{0,19}")
-_BARE_DEFAULT = re.compile(r"^(?!base_model\.|transformer\.|unet\.)(.+)\.lora_[AB]\.default\.weight$")
 _COMFYUI = re.compile(r"^diffusion_model\..+\.lora_[AB]\.weight$")
 
 
@@ -114,9 +133,8 @@ def _by_config(config: Mapping[str, Any]) -> Attribution | None:
     mapping = config.get("auto_mapping")
     if isinstance(mapping, Mapping) and mapping.get("unsloth_fixed"):
         return Attribution("Unsloth", "unsloth_fixed in its config")
-    if isinstance(config.get("lora_parameters"), Mapping) or "fine_tune_type" in config:
-        return Attribution("mlx-lm", "lora_parameters in its config")
-    return None
+    key = next((key for key in ("lora_parameters", "fine_tune_type") if key in config), None)
+    return Attribution("mlx-lm", f"{key} in its config") if key else None
 
 
 def _by_names(
@@ -125,14 +143,10 @@ def _by_names(
     """Yield programs that the names and the format of a file show, the likeliest first."""
     if config is not None and any(_COMFYUI.match(name) for name in names):
         yield Attribution("diffusion-pipe", "names of ComfyUI with a config of PEFT")
-    for program, pattern, words in _STYLES:
-        found = [name for name in names if re.search(pattern, name)]
-        # Language models may have names that begin like a component's.
-        if found and (not pattern.startswith(_COMPONENTS) or any(map(is_denoiser, map(_module, found)))):
-            yield Attribution(program, f"its names: {words}")
-    bare = [match[1] for name in names if (match := _BARE_DEFAULT.match(name))]
-    if any(map(is_denoiser, bare)):
-        yield Attribution("DiffSynth-Studio", "its names: lora_A.default without a prefix")
+    for style in _STYLES:
+        found = [name.partition(".lora")[0] for name in names if re.search(style.names, name)]
+        if found and (not style.denoiser or any(map(is_denoiser, found))):
+            yield Attribution(style.program, f"its names: {style.words}")
     if METADATA_KEY in metadata:
         yield Attribution("diffusers", f"{METADATA_KEY} in its header")
     version = (config or {}).get("peft_version")
@@ -142,8 +156,3 @@ def _by_names(
         yield Attribution("PEFT", "peft_type in its config")
     if any(name.startswith("base_model.model.") for name in names):
         yield Attribution("PEFT", "its names: the prefix base_model.model")
-
-
-def _module(name: str) -> str:
-    """Return the path of the module of a factor."""
-    return name.partition(".lora")[0]
