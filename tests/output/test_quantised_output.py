@@ -414,3 +414,28 @@ def test_keep_of_a_format_that_is_not_written(root: Path, tmp_path: Path) -> Non
     adapter = lora(tmp_path / "two", "model.layers.0.mlp.up_proj", (shape[0], shape[1]), base=str(base))
     with pytest.raises(InputError, match=f'{UP} changes, and quantize="keep" does not write its format'):
         merging.bake([adapter], output=tmp_path / "out", quantize="keep")
+
+
+def pipeline(folder: Path, seed: int) -> Path:
+    """A pipeline of two models in FP8 without scales, with a scale of activations each."""
+    random = torch.Generator().manual_seed(seed)
+    for name in ("unet", "vae"):
+        values = (torch.randn(16, 16, generator=random) * 9).to(torch.float8_e4m3fn)
+        (folder / name).mkdir(parents=True)
+        tensors = {"proj.weight": values, "proj.input_scale": torch.tensor([0.5]), "proj.bias": torch.ones(16).half()}
+        save_file(tensors, folder / name / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+        (folder / name / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
+    parts = {name: ["diffusers", "AutoencoderKL"] for name in ("unet", "vae")}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiffusionPipeline", **parts}))
+    return folder
+
+
+def test_keep_of_one_component(tmp_path: Path) -> None:
+    """The other is copied with its file, and both keep what belongs to their quantised weights."""
+    base, tuned = pipeline(tmp_path / "base", 1), pipeline(tmp_path / "tuned", 2)
+    options: dict[str, Any] = {"base": base, "components": "unet", "quantize": "keep"}
+    made = merging.merge([tuned], method="task_arithmetic", output=tmp_path / "out", **options)
+    got, want = load(made.path / "unet"), load(tuned / "unet")
+    assert identical(got, want)
+    assert made.quantization_errors == {"unet.proj.weight": 0}
+    assert identical(load(made.path / "vae"), load(base / "vae"))

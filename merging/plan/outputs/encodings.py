@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 from typing import Any, Literal
 
 from merging.sources.dequantized_tensors import Cast, Mxfp4, Scaled
-from merging.sources.quantized_parts import QuantizedWeight
 from merging.sources.scale_grid import ScaleGrid, scale_grid
+from merging.sources.stored import Stored
 from merging.storage.encodings import Encoding, GroupEncoding, ScaledEncoding
 from merging.storage.output_tensor import OutputTensor
 
@@ -58,9 +59,18 @@ def encode_as(format: NewFormat, out: OutputTensor) -> Encoding:
     )
 
 
-def encode_like(name: str, shape: tuple[int, ...], weight: QuantizedWeight, stated: dict[str, Any]) -> Encoding | None:
-    """Return the encoding of a merged tensor in the format that the base has it in, None where none is known."""
-    reading, parts = weight.reading, dict(weight.parts)
+def encode_like(
+    out: OutputTensor, reading: Stored, parts: Mapping[str, Stored], stated: Mapping[str, Any]
+) -> Encoding | None:
+    """Return the encoding of a merged tensor in the format that the base has it in, None where none is known.
+
+    Args:
+        out: the merged tensor.
+        reading: the base's weight as ordinary numbers.
+        parts: its codes and scales, by their names in the output; the codes first.
+        stated: the statement of the quantisation in the base's config.
+    """
+    name, shape = out.name, out.shape
     if reading.shape != shape or not prod(shape):
         return None
     codes, *rest = (OutputTensor(part, stored.dtype_name, stored.shape) for part, stored in parts.items())

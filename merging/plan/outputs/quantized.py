@@ -16,7 +16,7 @@ from merging.plan.items import Item
 from merging.plan.outputs.encodings import BLOCK, GROUP, NewFormat, encode_as, encode_like, new_statement
 from merging.sources import Checkpoint
 from merging.sources.dequantized_tensors import Dequantized, Mxfp4
-from merging.sources.quantized_parts import QuantizedParts, QuantizedWeight
+from merging.sources.quantized_parts import QuantizedParts
 from merging.sources.stored import Stored
 from merging.sources.stored_bytes import StoredBytes
 from merging.sources.tied_weights import text_config
@@ -94,14 +94,14 @@ def quantize_output(
     Raises:
         MergingError: for a reference without quantised weights to keep, and models that the format is not for.
     """
-    weights = dict(_weights_of(reference))
     if format == "keep" or _has_format(reference, format):
-        if not weights:
+        components = list(_quantized_components(reference, items))
+        if not components:
             raise InputError(
                 f"{reference.path}: has no quantised weights in a format that could be kept: use "
                 f"{option('quantize', 'fp8')}, or leave it out"
             )
-        return _keep_format(items, reference, weights)
+        return _keep_format(items, reference, components)
     if "_class_name" in reference.config or reference.library == "diffusers":
         raise OptionError(
             f"{option('quantize', format)} is for models of transformers, which {reference.path} is not: leave it out"
@@ -109,18 +109,12 @@ def quantize_output(
     return _quantize_anew(format, items, reference)
 
 
-def _weights_of(reference: Checkpoint) -> Iterator[tuple[str, QuantizedWeight]]:
-    for prefix, quantized in _parts_of(reference):
-        for name, weight in quantized.weights.items():
-            parts = {prefix + part: stored for part, stored in weight.parts.items()}
-            yield prefix + name, QuantizedWeight(weight.reading, parts)
-
-
-def _parts_of(reference: Checkpoint) -> Iterator[tuple[str, QuantizedParts]]:
-    """Yield the quantised parts of a model and its components, with the prefix of their names."""
+def _quantized_components(reference: Checkpoint, items: Sequence[Item]) -> Iterator[tuple[str, QuantizedParts]]:
+    """Yield the quantised parts of a model, or of its components that are merged, with the prefix of their names."""
     for name, component in (reference.components or {"": reference}).items():
-        if component.quantized is not None:
-            yield f"{name}." if name else "", component.quantized
+        prefix = f"{name}." if name else ""
+        if component.quantized is not None and any(item.site.name.startswith(prefix) for item in items):
+            yield prefix, component.quantized
 
 
 def _has_format(reference: Checkpoint, format: str) -> bool:
@@ -139,34 +133,35 @@ def _has_format(reference: Checkpoint, format: str) -> bool:
 
 
 def _keep_format(
-    items: Sequence[Item], reference: Checkpoint, weights: Mapping[str, QuantizedWeight]
+    items: Sequence[Item], reference: Checkpoint, components: Sequence[tuple[str, QuantizedParts]]
 ) -> tuple[tuple[Item, ...], QuantizedOutput]:
     """Write merged weights in the format that the reference has them in, and copy the others as they are."""
-    statements = {prefix: quantized.stated for prefix, quantized in _parts_of(reference)}
+    weights = {prefix + name: (prefix, of, of.weights[name]) for prefix, of in components for name in of.weights}
     kept: list[Item] = []
     encodings: dict[str, Encoding] = {}
     copied = 0
     for item in items:
         name = item.site.name
-        weight = weights.get(name)
-        if weight is None:
+        if name not in weights:
             kept.append(item)
-        elif item.form == "copy" and item.base is weight.reading:
+            continue
+        prefix, quantized, weight = weights[name]
+        parts = {prefix + part: stored for part, stored in weight.parts.items()}
+        if item.form == "copy" and item.base is weight.reading:
             powers = weight.reading.scales if isinstance(weight.reading, Mxfp4) else None
-            kept += [_copy_part(part, stored, item, stored is powers) for part, stored in weight.parts.items()]
+            kept += [_copy_part(part, stored, item, stored is powers) for part, stored in parts.items()]
             copied += 1
-        else:
-            prefix = f"{name.partition('.')[0]}." if reference.components else ""
-            encoding = encode_like(name, item.site.shape, weight, dict(statements.get(prefix, {})))
-            if encoding is None:
-                raise InputError(
-                    f"{reference.path}: {name} changes, and {option('quantize', 'keep')} does not write its format "
-                    f"({' and '.join(sorted({part.dtype_name for part in weight.parts.values()}))}): use "
-                    f"{option('quantize', 'none')} or {option('quantize', 'fp8')}"
-                )
-            encodings[name] = encoding
-            kept.append(_encode_item(item))
-    others = {prefix + name: stored for prefix, each in _parts_of(reference) for name, stored in each.others.items()}
+            continue
+        encoding = encode_like(item.outs[0], weight.reading, parts, quantized.stated)
+        if encoding is None:
+            raise InputError(
+                f"{reference.path}: {name} changes, and {option('quantize', 'keep')} does not write its format "
+                f"({' and '.join(sorted({part.dtype_name for part in parts.values()}))}): use "
+                f"{option('quantize', 'none')} or {option('quantize', 'fp8')}"
+            )
+        encodings[name] = encoding
+        kept.append(_encode_item(item))
+    others = {prefix + name: stored for prefix, each in components for name, stored in each.others.items()}
     kept += [_copy_part(name, stored, items[0]) for name, stored in others.items()]
     notices = []
     scales = [name for name in others if name.endswith(("input_scale", "activation_scale"))]
