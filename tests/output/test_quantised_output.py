@@ -188,7 +188,9 @@ def test_sizes_that_are_not_divided_stay_in_16_bits(root: Path, tmp_path: Path) 
 # ---- keep
 
 
-@pytest.mark.parametrize("format", ["fp8", "fp8-tensor", pytest.param("fp8-channel", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "format", ["fp8", *(pytest.param(each, marks=pytest.mark.exhaustive) for each in ("fp8-tensor", "fp8-channel"))]
+)
 def test_keep_copies_what_nothing_changes(root: Path, tmp_path: Path, format: Any) -> None:
     """Codes and scales bit for bit; the changed weight has the format of the base, and the config is the base's."""
     base = merging.merge([root / "llama"], method="linear", output=tmp_path / "base", quantize=format).path
