@@ -15,9 +15,11 @@ from merging.api.options import MergeOptions
 from merging.display.progress import Progress, resolve_progress
 from merging.engine.resources import pick_device
 from merging.errors import InputError, OptionError, option
+from merging.hub.cards import stated_quantization
 from merging.hub.open_model import open_model, require_full
 from merging.maths.lazy_torch import torch
 from merging.methods.contract.method import Method
+from merging.plan.as_trained import stated_format
 from merging.plan.find_base import FoundBase, find_base
 from merging.plan.inputs.adapter_tokenizer import GENERATION, adapter_folder, find_saved_tokenizer
 from merging.plan.recipe import FIELDS, Entry, Recipe
@@ -123,19 +125,20 @@ def bake_recipe(adapters: object, method: str | Method | None, options: Mapping[
     opened = [_open_adapter(name, stated.get("lora_alpha")) for name in names]
     found = _add_base(stated, opened) if stated.get("base") is None else None
     notices = [found.notice] if found else []
-    if found is not None and found.trained is not None and stated.get("as_trained") is None:
+    quantization = found.quantization if found and found.quantization else _stated_in_cards(opened)
+    trained = found.trained if found and found.trained else stated_format(quantization or {})
+    if trained is not None and not {"as_trained", "dequantise", "dequantize"} & stated.keys():
         notices.append(
-            f"{option('as_trained', found.trained)} adds the change to {found.name} as it was quantised for the "
-            f"training"
+            f"{option('as_trained', trained)} adds the change to {stated['base']} as it was quantised for the training"
         )
     if not {"tokenizer", "vocabulary"} & stated.keys():
         notices += _add_tokenizer(stated, names, opened)
     if method is None:
         method = "linear" if len(names) == 1 and stated.keys() <= FIELDS else "task_arithmetic"
     recipe = merge_recipe(names, method, {**stated, "kind": "model"})
-    if recipe.as_trained is not None and found is not None and found.quantization is not None:
-        base = require_full(open_model(found.name), found.name, option("base"))
-        filled = recipe.as_trained.fill(found.quantization, list(base.tensors))
+    if recipe.as_trained is not None and quantization is not None and isinstance(recipe.base, str):
+        base = require_full(open_model(recipe.base), recipe.base, option("base"))
+        filled = recipe.as_trained.fill(quantization, list(base.tensors))
         recipe = recipe.model_copy(update={"as_trained": filled})
     return BakeRecipe(recipe=recipe, notices=tuple(notices))
 
@@ -169,6 +172,12 @@ def _add_base(options: dict[str, Any], adapters: Sequence[Adapter]) -> FoundBase
         options.pop("dequantize", None)
         options["dequantise"] = True
     return found
+
+
+def _stated_in_cards(adapters: Sequence[Adapter]) -> Mapping[str, Any] | None:
+    """Return the config of bitsandbytes that the card of an adapter states, None if none does."""
+    folders = [folder for adapter in adapters if (folder := adapter_folder(adapter)) is not None]
+    return next((stated for each in folders if (stated := stated_quantization(each / "README.md"))), None)
 
 
 def _add_tokenizer(options: dict[str, Any], names: Sequence[str], adapters: Sequence[Adapter]) -> list[str]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from merging.sources.plain_yaml import FAULTS, load_yaml
 from merging.sources.small_files import is_there, read_text
 
-__all__ = ["stated_base_models", "stated_licence", "stated_tags"]
+__all__ = ["stated_base_models", "stated_licence", "stated_quantization", "stated_tags"]
+
+_QUANTIZATION = "The following `bitsandbytes` quantization config was used during training:"
+_PAIRS = re.compile(r"\s*((?:- \w+: .*\n?)+)")
+_WORDS = {"True": True, "False": False, "None": None}
 
 
 def stated_licence(card: Path) -> str | None:
@@ -37,6 +42,23 @@ def stated_tags(card: Path) -> list[str]:
     """
     stated = _read_head(card).get("tags")
     return [tag.lower() for tag in stated if isinstance(tag, str)] if isinstance(stated, list) else []
+
+
+def stated_quantization(card: Path) -> dict[str, Any] | None:
+    """Return the config of bitsandbytes that PEFT wrote into the card of an adapter, None without one.
+
+    Raises :class:`~merging.errors.FormatError` if the card is not an ordinary file.
+    """
+    text = read_text(card, errors="replace") if is_there(card) else ""
+    pairs = _PAIRS.match(text.partition(_QUANTIZATION)[2])
+    if pairs is None:
+        return None
+    stated: dict[str, Any] = {"quant_method": "bitsandbytes"}
+    for line in pairs[1].splitlines():
+        name, _, value = line.removeprefix("- ").partition(": ")
+        listed = re.findall(r"['\"]([^'\"]+)['\"]", value) if value.startswith("[") else None
+        stated.setdefault(name, _WORDS.get(value.strip(), value.strip()) if listed is None else listed)
+    return stated if stated.get("load_in_4bit") is True or stated.get("load_in_8bit") is True else None
 
 
 def _read_head(card: Path) -> dict[str, Any]:

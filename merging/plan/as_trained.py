@@ -52,6 +52,8 @@ class AsTrained(Displayed, CheckedModel):
     @model_validator(mode="before")
     @classmethod
     def _format_alone(cls, value: Any) -> Any:
+        if not isinstance(value, (str, Mapping)):
+            raise ValueError("should be nf4, fp4, int8 or a mapping")
         return {"format": value} if isinstance(value, str) else value
 
     @model_validator(mode="before")

@@ -127,6 +127,7 @@ WRONG: dict[str, Any] = {
     "as_trained.format is missing": {"block_size": 64},
     "as_trained.block_size = 48": {"format": "nf4", "block_size": 48},
     "int8 has no double_quant: it has one scale a row": {"format": "int8", "double_quant": True},
+    "as_trained = 3: should be nf4, fp4, int8 or a mapping": 3,
     "as_trained.blocks = 3: is not known here": {"format": "nf4", "blocks": 3},
 }
 
@@ -195,3 +196,17 @@ def test_settings_of_the_copy_are_taken(folder: Path) -> None:
     stated = ok("bake", "one", "--as-trained", "{format: nf4, double_quant: true, skip: []}", "--recipe-only").stdout
     assert merging.load_recipe(stated).as_trained == AsTrained(format="nf4", double_quant=True)
     assert merging.load_recipe(ok("bake", "one", "--as-trained", "nf4", "--base", "base", "--recipe-only").stdout)
+
+
+def test_settings_in_an_adapter_s_card_are_taken(folder: Path) -> None:
+    """As PEFT writes them, of a base without a quantised copy."""
+    stated = {"quant_method": "QuantizationMethod.BITS_AND_BYTES", "load_in_8bit": False, "load_in_4bit": True}
+    stated |= {"llm_int8_skip_modules": ["lm_head"], "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False}
+    lines = "\n".join(f"- {name}: {value}" for name, value in stated.items())
+    head = "## Training procedure\n\nThe following `bitsandbytes` quantization config was used during training:\n"
+    (folder / "one" / "README.md").write_text(f"{head}{lines}\n\n### Framework versions\n\n- PEFT 0.6.0\n")
+    for words in ((), ("--base", "base")):
+        done = ok("bake", "one", *words, "-o", "out", "--overwrite")
+        assert "--as-trained nf4 adds the change to base" in " ".join(done.output.split())
+    recipe = merging.load_recipe(ok("bake", "one", "--as-trained", "nf4", "--recipe-only").stdout)
+    assert recipe.as_trained == AsTrained(format="nf4", double_quant=False, skip=("lm_head",))
