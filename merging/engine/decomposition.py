@@ -15,7 +15,7 @@ from merging.engine.tiles import Tiler
 from merging.errors import InputError, option
 from merging.maths.delta import Delta, Dense, LowRank
 from merging.maths.lazy_torch import Tensor, torch
-from merging.maths.spectra import RankLimits, SingularValues, decompose_change, fit_ranks
+from merging.maths.spectra import RankLimits, SingularValues, decompose_change, fit_ranks, is_exact
 from merging.plan.items import TILE, Item
 from merging.plan.merge_plan import Plan
 from merging.plan.rank_settings import RankSettings
@@ -86,6 +86,7 @@ class Decomposition:
             if self.uniform:
                 most = max(ranks.values(), default=0)
                 ranks = {name: most if rank else 0 for name, rank in ranks.items()}
+            ranks = {name: min(rank, self.plan.ranks[name]) for name, rank in ranks.items()}
         return ranks | self._left_out()
 
     def bytes_of(self, ranks: Mapping[str, int]) -> int:
@@ -179,7 +180,8 @@ class Decomposer(Output):
             rank = limits.rank(decomposed.spectrum)
             if rank is not None:
                 break
-            width *= 2
+            full = decomposed.spectrum.full  # an exact decomposition costs the same for any number of values
+            width = full if is_exact(full, width, settings.exact) else 2 * width
         factors, spectrum = decomposed.factors, decomposed.spectrum
         if settings.size is None and not self.found.uniform:
             factors = LowRank(factors.up[..., :rank], factors.down[..., :rank, :], factors.shape, factors.transposed)

@@ -26,6 +26,7 @@ __all__ = [
     "polar",
     "residual_norm",
     "squared_norm",
+    "sum_squares",
     "truncate",
 ]
 
@@ -37,6 +38,9 @@ _CONDITION = 1e-5
 
 _SMALL = 64
 """Matrices of at most this many rows or columns are decomposed by SVD, which is exact and quick there."""
+
+_BLOCK = 1 << 16
+"""Elements that are squared at a time, so that they stay in the processor's cache."""
 
 ThinSvd = tuple[Tensor, Tensor, Tensor]
 """``U [m, k], S [k], Vh [k, n]``."""
@@ -189,7 +193,7 @@ def compress_matrix(
     u, s, vh = factored_svd(basis, basis.mT @ matrix)
     shape = tuple(matrix.shape) if shape is None else shape
     factors, _ = _balance((u, s, vh), rank, matrix.dtype, shape, transposed)
-    total = float(matrix.double().square().sum())
+    total = sum_squares(matrix)
     return factors, max(0.0, safe_ratio(total - float(s[..., :rank].square().sum()), total))
 
 
@@ -250,3 +254,12 @@ def squared_norm(delta: Delta) -> Tensor:
         return inner_product(delta, delta)
     pieces = torch.split(delta.value.reshape(-1), 1 << 20)
     return torch.stack([piece.double().square().sum() for piece in pieces]).sum()
+
+
+def sum_squares(matrix: Tensor) -> float:
+    """Return the squared Frobenius norm of a matrix, or of a batch of them, summed in float64 by blocks of rows."""
+    total = 0.0
+    for each in matrix if matrix.dim() > 2 else (matrix,):
+        blocks = each.split(max(1, _BLOCK // each.shape[1]))
+        total += sum(float(block.double().square().sum()) for block in blocks)
+    return total

@@ -8,15 +8,12 @@ from dataclasses import dataclass
 from merging.display.tables import Displayed
 from merging.maths.delta import Delta, LowRank
 from merging.maths.lazy_torch import Tensor, torch
-from merging.maths.linalg import CUT, decompose, factored_svd, find_range, residual_norm
+from merging.maths.linalg import CUT, decompose, factored_svd, find_range, residual_norm, sum_squares
 
-__all__ = ["Decomposed", "RankLimits", "SingularValues", "decompose_change", "fit_ranks"]
+__all__ = ["Decomposed", "RankLimits", "SingularValues", "decompose_change", "fit_ranks", "is_exact"]
 
 _DIRECT = 256
 """Matrices with at most this many rows or columns are decomposed exactly."""
-
-_BLOCK = 1 << 16
-"""Elements that are squared at a time, so that they stay in the processor's cache."""
 
 _SHARE = 4
 """A randomised decomposition is quicker up to about this part of the shorter side (measured on two cores)."""
@@ -125,10 +122,10 @@ def decompose_change(
     else:
         matrix = delta.dense()
         full, dtype = min(matrix.shape[-2:]), matrix.dtype
-        total = _sum_squares(matrix)
+        total = sum_squares(matrix)
         width = full if width is None else min(width, full)
         excess = 0.0
-        if exact or full <= _DIRECT or width * _SHARE > full:
+        if is_exact(full, width, exact):
             u, s, vh = _exact(matrix, width)
         else:
             basis = find_range(matrix, width)
@@ -144,13 +141,9 @@ def decompose_change(
     return Decomposed(factors, SingularValues(tuple(squares.sqrt().tolist()), total, full, excess))
 
 
-def _sum_squares(matrix: Tensor) -> float:
-    """Return the squared Frobenius norm of a matrix, or of a batch of them, summed in float64 by blocks of rows."""
-    total = 0.0
-    for each in matrix if matrix.dim() > 2 else (matrix,):
-        blocks = each.split(max(1, _BLOCK // each.shape[1]))
-        total += sum(float(block.double().square().sum()) for block in blocks)
-    return total
+def is_exact(full: int, width: int, exact: bool = False) -> bool:
+    """Return whether matrices with ``full`` singular values are decomposed exactly for ``width`` of them."""
+    return exact or full <= _DIRECT or width * _SHARE > full
 
 
 def _exact(matrix: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
