@@ -11,7 +11,14 @@ from .errors import OutputStatus, handle_errors
 from .execution import Execution, execute, execution_options
 from .fields import FieldsCommand, chain_options
 from .merge import model_options
-from .options import block_options, block_parameters, recipe_only_option
+from .options import (
+    add_options,
+    block_options,
+    block_parameters,
+    intruder_options,
+    read_intruder_options,
+    recipe_only_option,
+)
 from .output import echo_text
 from .types import METHOD, MODEL, NAME_OR_MAPPING
 
@@ -36,6 +43,7 @@ def bake_fields(typed: Mapping[str, Any]) -> list[click.Option]:
     help="add to the base as bitsandbytes quantised it for the training (QLoRA); or a mapping in braces",
 )
 @block_options
+@add_options(*intruder_options)
 @model_options
 @recipe_only_option
 @execution_options
@@ -64,6 +72,7 @@ def bake_command(
     with handle_errors(execution.debug, status):
         from merging.api.bake import bake_recipe
 
+        read_intruder_options(stated)
         parameters = {name.replace("__", "."): value for name, value in fields.items()} | block_parameters(stated)
         options = {name: value for name, value in stated.items() if value not in (None, ()) and value is not False}
         baking = bake_recipe(list(adapters), method, {**options, **parameters, "base": base})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -58,9 +59,14 @@ _part_options = add_options(
 
 
 def run_recipe(
-    values: dict[str, Any], command: str, execution: Execution, recipe_only: bool, status: OutputStatus
+    values: dict[str, Any],
+    command: str,
+    execution: Execution,
+    recipe_only: bool,
+    status: OutputStatus,
+    notices: Sequence[str] = (),
 ) -> None:
-    """Carry out the recipe of these values, or print it."""
+    """Carry out the recipe of these values, or print it; ``notices`` are remarks on what was found for it."""
     from merging.plan.recipe_values import make_recipe
 
     recipe = make_recipe(
@@ -69,7 +75,7 @@ def run_recipe(
     if recipe_only:
         echo_text(recipe.to_yaml().removesuffix("\n"))
     else:
-        execute(recipe, execution, status)
+        execute(recipe, execution, status, notices=tuple(notices))
 
 
 @click.command(name="extract", short_help="write the change of a fine-tune as a LoRA")

@@ -22,6 +22,7 @@ __all__ = [
     "drawing_option",
     "dtype_option",
     "experts_option",
+    "intruder_options",
     "json_option",
     "lenient_option",
     "lora_alpha_option",
@@ -32,6 +33,7 @@ __all__ = [
     "private_option",
     "progress_option",
     "quantize_option",
+    "read_intruder_options",
     "recipe_only_option",
     "remember_quiet",
     "shard_size_option",
@@ -144,6 +146,14 @@ lenient_option = click.option(
 lora_alpha_option = click.option(
     "--lora-alpha", type=float, help="LoRA alpha of adapters, instead of the value in their configs"
 )
+intruder_options = (
+    click.option(
+        "--reduce-intruders",
+        is_flag=True,
+        help="reduce new leading singular directions of the changed weights, which go with forgetting",
+    ),
+    click.option("--intruder-factor", type=float, help="factor of intruders, 0 to remove them  [default: 0.75]"),
+)
 shard_size_option = click.option(
     "--shard-size", type=SIZE, help="most bytes in one file of a model's folder  [default: 5GB]"
 )
@@ -165,3 +175,14 @@ different_bases_option = click.option(
 )
 drawing_option = click.option("-o", "--output", required=True, type=click.Path(), help="a .png, .svg or .pdf")
 markdown_option = click.option("--markdown", is_flag=True, help="print the table of the documentation")
+
+
+def read_intruder_options(options: dict[str, Any]) -> None:
+    """Replace the options on intruders by the field of a recipe. Raises :class:`~merging.errors.OptionError`."""
+    factor, reduces = options.pop("intruder_factor", None), options.pop("reduce_intruders", False)
+    if factor is not None and not reduces:
+        from merging.errors import OptionError
+
+        raise OptionError("--intruder-factor is for --reduce-intruders: add it")
+    if reduces:
+        options["reduce_intruders"] = True if factor is None else {"factor": factor}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -9,7 +10,15 @@ import click
 from .errors import OutputStatus, handle_errors
 from .execution import Execution, execution_options
 from .extract import adapter_options, run_recipe
-from .options import base_option, block_options, block_parameters, lora_alpha_option, recipe_only_option
+from .options import (
+    add_options,
+    block_options,
+    block_parameters,
+    intruder_options,
+    lora_alpha_option,
+    read_intruder_options,
+    recipe_only_option,
+)
 from .rank import rank_of, rank_options
 from .types import MODEL
 
@@ -18,7 +27,7 @@ __all__ = ["resize_command"]
 
 @click.command(name="resize", short_help="change the ranks, the format or the blocks of a LoRA")
 @click.argument("lora", type=MODEL, metavar="LORA")
-@base_option
+@click.option("--base", type=MODEL, help="its base  [default: none, or the stated base where intruders are reduced]")
 @rank_options
 @block_options
 @click.option(
@@ -28,6 +37,7 @@ __all__ = ["resize_command"]
     metavar="[NAME=]NUMBER",
     help="multiply the change, or its part in tensors of this name, part of names, or wildcards; may be repeated",
 )
+@add_options(*intruder_options)
 @adapter_options
 @lora_alpha_option
 @recipe_only_option
@@ -40,6 +50,7 @@ def resize_command(lora: str, recipe_only: bool, execution: Execution, scales: t
     merge resize lora.safetensors --energy 0.95 -o smaller.safetensors
     merge resize lora/ --size 20MB --uniform -o smaller/
     merge resize lora.safetensors --blocks OUTALL --elements attn:0.5 -o other.safetensors
+    merge resize lora/ --reduce-intruders -o milder/
     merge resize lora.safetensors --scale down_blocks=0.5 --exclude mid_block --format kohya -o other.safetensors
 
     The product of the factors is decomposed exactly, so that a rank keeps as much as any can. Without a condition
@@ -55,7 +66,14 @@ def resize_command(lora: str, recipe_only: bool, execution: Execution, scales: t
         if scales:
             parameters["scale"] = _read_scales(scales)
         values["parameters"] = parameters
-        run_recipe({**values, **stated}, "merge resize", execution, recipe_only, status)
+        read_intruder_options(stated)
+        notices: Sequence[str] = ()
+        if stated.get("reduce_intruders") and stated["base"] is None:
+            from merging.api.extract import find_stated_base
+
+            found, notices = find_stated_base(lora)
+            stated |= found
+        run_recipe({**values, **stated}, "merge resize", execution, recipe_only, status, notices)
 
 
 def _read_scales(words: tuple[str, ...]) -> dict[str, float] | float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -11,11 +12,14 @@ from typing_extensions import Unpack
 from merging.api.arguments import check_path
 from merging.api.merge_files import Merged, merge
 from merging.display.progress import Progress
-from merging.errors import OptionError, option
+from merging.errors import InputError, OptionError, option
+from merging.hub.open_model import open_model
 from merging.maths.lazy_torch import torch
+from merging.plan.find_base import find_base
+from merging.sources import Adapter
 from merging.type_checks import check_types
 
-__all__ = ["AdapterOptions", "RankConditions", "extract", "resize"]
+__all__ = ["AdapterOptions", "RankConditions", "extract", "find_stated_base", "resize"]
 
 DEFAULT_RANK = 64
 """The largest rank of an extraction without conditions."""
@@ -128,6 +132,7 @@ def resize(
     output: str | Path | None = None,
     scale: float | Mapping[str, float] = 1.0,
     lora_alpha: float | None = None,
+    reduce_intruders: bool | Mapping[str, float] = False,
     **options: Unpack[AdapterOptions],
 ) -> Merged:
     """Write a LoRA with other ranks, in another format, or with some of its tensors scaled or left out.
@@ -137,11 +142,14 @@ def resize(
 
     Args:
         lora: the LoRA: a path, or a name on the Hub.
-        base: its base, where the format or the type of the adapter needs it.
+        base: its base, where the format or the type of the adapter needs it. Where intruders are reduced it is the base
+            that the LoRA states by default.
         output: the output, as for :func:`~merging.merge`.
         scale: a number that multiplies the change; or numbers by names of tensors, parts of names, or wildcards, and
             1 for all others.
         lora_alpha: the alpha, instead of the alpha that the LoRA states.
+        reduce_intruders: whether leading singular directions of the changed weights that resemble none of the base's
+            are reduced; or a mapping with ``factor`` (0.75), ``threshold`` (0.5) and ``leading`` (10). No rank grows.
         **options: the same as for :func:`extract`.
 
     Returns:
@@ -158,22 +166,41 @@ def resize(
         4
     """
     rank, rest = _split(options, {"energy": 1.0})
+    notices: Sequence[str] = ()
+    if reduce_intruders:
+        rest["reduce_intruders"] = reduce_intruders
+        if base is None:
+            found, notices = find_stated_base(str(check_path(lora, "lora")))
+            base, rest = found["base"], rest | found
     value: Any = (
         {**{name: each for name, each in scale.items() if name != "*"}, "*": scale.get("*", 1.0)}
         if isinstance(scale, Mapping)
         else scale
     )
-    return merge(
+    merged = merge(
         [check_path(lora, "lora")],
         method="passthrough",
-        base=base,
         output=output,
         kind="adapter",
         rank=rank,
         scale=value,
         lora_alpha=lora_alpha,
-        **rest,
+        **{"base": base, **rest},
     )
+    return replace(merged, notices=(*notices, *merged.notices)) if notices else merged
+
+
+def find_stated_base(lora: str) -> tuple[dict[str, Any], list[str]]:
+    """Return the options of a recipe that name the base that a LoRA states, and a remark on it.
+
+    Raises:
+        InputError: for a full model, and for an adapter without a base that is found.
+    """
+    opened = open_model(lora)
+    if not isinstance(opened, Adapter):
+        raise InputError(f"{lora}: is a full model, and only LoRAs are resized: make one with merge extract")
+    found = find_base([opened])
+    return {"base": found.name, **({"dequantize": True} if found.dequantize else {})}, [found.notice]
 
 
 def _split(options: Mapping[str, Any], default: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

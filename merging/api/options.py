@@ -53,6 +53,7 @@ class RecipeOptions(TypedDict, total=False):
     experts: Literal["together", "apart"] | None
     layers: int | None
     lora_alpha: float | None
+    reduce_intruders: bool | Mapping[str, float] | None
     out_proj_once: bool | None
     shard_size: int | str | None
     on_mismatch: Literal["error", "base"] | None

@@ -23,11 +23,11 @@ from merging.geometry.comparison import (
     Overlaps,
     Profile,
 )
-from merging.geometry.intruders import Intruders
 from merging.geometry.short_names import short_names
 from merging.geometry.signs import count_signs
 from merging.geometry.spectrum import SIDE, Spectrum
 from merging.geometry.walk import LEADING, OVERLAPPING, WalkOptions, WalkResult, walk
+from merging.maths.intruders import Intruders
 from merging.maths.lazy_torch import Tensor, torch
 from merging.methods.families.spherical import cosines as normalised
 from merging.plan import Plan

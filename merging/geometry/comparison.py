@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from merging.display.tables import Displayed, Table, Tabular, count_notices, plural
-from merging.geometry.intruders import Intruders
 from merging.geometry.spectrum import Spectrum
 from merging.geometry.walk import LayerNorms
+from merging.maths.intruders import Intruders
 
 __all__ = [
     "Agreement",

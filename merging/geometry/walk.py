@@ -11,7 +11,6 @@ from merging.display.tables import Displayed
 from merging.engine.tiles import Tiler
 from merging.geometry.alignment import read_change
 from merging.geometry.grams import module_grams
-from merging.geometry.intruders import Intruders, intruders
 from merging.geometry.spectrum import (
     Spectrum,
     decomposable,
@@ -21,6 +20,7 @@ from merging.geometry.spectrum import (
     spectrum_of,
 )
 from merging.maths.delta import Delta, Dense, LowRank
+from merging.maths.intruders import Intruders, intruders
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import decompose
 from merging.methods.decouple import column_norms

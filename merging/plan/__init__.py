@@ -25,6 +25,7 @@ from merging.plan.entries import MakeStage, open_entries
 from merging.plan.inputs.components import select_components
 from merging.plan.inputs.extracted_changes import extract_changes
 from merging.plan.inputs.head_order import order_by_heads
+from merging.plan.inputs.intruders import reduce_intruders
 from merging.plan.inputs.layouts import match_layouts
 from merging.plan.inputs.sentence_folders import describe_differences
 from merging.plan.inputs.task_heads import NO_HEADS, TaskHeads, find_task_heads
@@ -183,8 +184,10 @@ def _plan(
         )
     else:
         planned = plan_model(recipe, alike, based, weights=weights, heads=heads)
+    reduced, untouched = reduce_intruders(planned.items, recipe.reduce_intruders)
+    notices += untouched
     notices += planned.notices + _check_sites(recipe, planned, output, len(models), base is not None)
-    items = cut_items(sorted(planned.items, key=Item.order), recipe.method, weights)
+    items = cut_items(sorted(reduced, key=Item.order), recipe.method, weights)
     quantized = None
     if recipe.quantize is not None:
         reference = based or next(model for model in alike if isinstance(model, Checkpoint))

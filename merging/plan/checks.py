@@ -152,6 +152,8 @@ def check_options(recipe: Recipe, models: Sequence[Checkpoint | Adapter], output
         raise OptionError(
             f"{option('lora_alpha')} is a setting of adapters, and there is none among the models: leave it out"
         )
+    if recipe.reduce_intruders is not None and recipe.base is None:
+        raise OptionError(f"{option('reduce_intruders', True)} compares with the base: give it with {option('base')}")
 
 
 def idle_options(recipe: Recipe, output: str) -> list[str]:

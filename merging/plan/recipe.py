@@ -20,6 +20,7 @@ from merging.plan import layer_stack
 from merging.plan.as_trained import AsTrained
 from merging.plan.checked_model import CheckedModel
 from merging.plan.extracted_parts import ExtractedParts
+from merging.plan.intruder_settings import IntruderChoice
 from merging.plan.layer_stack import LayerPart, LayerStack
 from merging.plan.rank_settings import RankChoice
 from merging.plan.recipe_forms import QuantizedFormat, make_chain, read_quantized
@@ -103,6 +104,11 @@ class Recipe(Displayed, CheckedModel):
     )
     lora_alpha: float | None = Field(
         None, gt=0, le=1e6, allow_inf_nan=False, description="LoRA alpha of adapters, instead of what they state"
+    )
+    reduce_intruders: IntruderChoice = Field(
+        None,
+        description="reduce intruder dimensions of adapters, new leading singular directions of the changed weight: "
+        "true, or factor, threshold and leading",
     )
     out_proj_once: bool = Field(
         False, description="count LoRA on the output of torch's MultiheadAttention once; PEFT up to 0.21 adds it twice"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from merging.geometry import compare, intruders
-from merging.geometry.intruders import Intruders
 from merging.maths.delta import Delta, Dense, LowRank
+from merging.maths.intruders import Intruders
 from merging.maths.linalg import decompose
 from support import tiny
 

@@ -79,6 +79,11 @@ def baked(tmp: Path) -> tuple[Options, list[Options]]:
     return given, [given | {"base": base(tmp)}]
 
 
+def intruders(tmp: Path) -> tuple[Options, list[Options]]:
+    given = args(adapter(tmp, "a"), reduce_intruders=True)
+    return given, [given | {"base": base(tmp)}]
+
+
 def weights(tmp: Path) -> tuple[Options, list[Options]]:
     given = args(adapter(tmp, "a"), adapter(tmp, "b"), method="slerp")
     return given, [given | {"base": base(tmp)}]
@@ -214,6 +219,7 @@ HINTS: dict[str, Case] = {
     "full checkpoints need this model as --base": origin,
     "full checkpoints and adapters can be merged together only with --base": mixed,
     "a model can be made of adapters only with --base": baked,
+    "--reduce-intruders compares with the base: give it with --base": intruders,
     "merges weights, which adapters have only with --base: give it": weights,
     ": give the base with --base": in_full,
     "and do not state one base: are they adapters of the same model?": unrelated,
@@ -264,6 +270,7 @@ ELSEWHERE = {
     "give the model that it was made from with --base": "test_bake.py",
     "adapters' tables are not matched by token": "test_tokens.py",
     "or with --base and --rank, which factor": "test_extract.py",
+    "--reduce-intruders is for adapters of linear layers": "test_reduced_intruders.py",
     "With --on-mismatch base such tensors are left out": "test_extract.py",
     "and --chat-template names it": "test_tokens.py",
     "{}: {}: {}: give --base": "the same as the base's refusal in planning, for what is planned without it",

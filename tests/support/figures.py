@@ -20,8 +20,8 @@ from merging.geometry.comparison import (
     Overlaps,
     Profile,
 )
-from merging.geometry.intruders import Intruders
 from merging.geometry.spectrum import Spectrum
+from merging.maths.intruders import Intruders
 from merging.pool.entry import VERDICTS, Entry
 from merging.recycling.bootstrap import Gap
 from merging.recycling.report import Report, Row

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from merging.display.tables import Displayed
 from merging.maths.delta import Delta, LowRank
 from merging.maths.lazy_torch import Tensor, torch
-from merging.maths.linalg import ThinSvd
+from merging.maths.linalg import ThinSvd, decompose
 from merging.maths.sums import safe_ratio
 
-__all__ = ["Intruders", "intruders", "left_vectors"]
+__all__ = ["Intruders", "find_intruders", "intruders", "left_vectors"]
 
 _PRECISION = 1e-12
 """The residual of a converged eigenvector, relative to the largest eigenvalue."""
@@ -95,6 +95,24 @@ def intruders(base: ThinSvd, delta: Delta, weight: Tensor, *, k: int = 10, thres
         tuple(new.nonzero()[:, 0].tolist()),
         share,
     )
+
+
+def find_intruders(weight: Tensor, changed: Tensor, *, k: int = 10, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Return the intruders of a changed matrix as factors ``up [out, n]`` and ``down [n, in]``, float64.
+
+    Their product is the part of the changed matrix in the directions of its intruders, ``sum_j s_j u_j v_j^T``.
+
+    Args:
+        weight: The base's matrix, ``[out, in]`` float64.
+        changed: The changed matrix, of the same shape and type.
+        k: The number of leading left singular vectors among which intruders are looked for.
+        threshold: The largest cosine of an intruder to any left singular vector of the base.
+    """
+    u0, _, _ = decompose(weight)
+    vectors, values = left_vectors(_DenseMatrix(changed, u0), min(k, *changed.shape))
+    similarity = (u0.mT @ vectors).abs().amax(0)
+    up = vectors[:, (similarity < threshold) & (values > 0)]
+    return up, up.mT @ changed
 
 
 @dataclass(slots=True)
