@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import prod
 
+from merging.maths.spectra import is_exact
 from merging.methods.contract.method import Method
 from merging.plan.items import TILE, Item
+from merging.plan.rank_settings import RankSettings
+from merging.sources.changes import ExtractedChange
 from merging.sources.deferred import Deferred
+from merging.sources.reduced_intruders import ReducedIntruders
 from merging.sources.stored import Stored
 from merging.storage.encodings import Encoding
 
@@ -17,6 +22,9 @@ KEPT = 1 << 29
 
 SCATTERED = 1.8
 """Memory that a worker takes for each byte in use: freed blocks that fit no request are the rest."""
+
+_EXTRA = 8
+"""Directions beyond the rank in which an approximate decomposition searches."""
 
 FIXED = 1 << 24
 """Bytes that a merge takes by itself: counters, threads, and what libraries load when they are first used."""
@@ -49,26 +57,60 @@ def spool_bytes(items: Sequence[Item], method: Method, models: int) -> int:
     return total
 
 
-def worker_bytes(items: Sequence[Item], method: Method) -> int:
-    """Return the memory of one worker, whose buffers fit the largest item."""
-    return int(SCATTERED * max((working_bytes(item, method) for item in items), default=0))
+def worker_bytes(items: Sequence[Item], method: Method, rank: int | RankSettings | None) -> int:
+    """Return the memory of one worker, whose buffers fit the largest item; ``rank`` is the rank of an adapter."""
+    needed = 0
+    for item in items:
+        decomposed = item.form == "factors" and not (item.cut.way == "factors" and method.factored)
+        apart = decomposition_bytes(item, rank) if decomposed else 0  # in large blocks, which are not scattered
+        if any(isinstance(each, ReducedIntruders) for each in item.inputs):
+            apart += _lapack_bytes(item.site.shape[0], prod(item.site.shape[1:])) + 8 * 4 * item.numel
+        needed = max(needed, int(SCATTERED * working_bytes(item, method)) + apart)
+    return needed
 
 
 def working_bytes(item: Item, method: Method) -> int:
     """Return about how much memory a worker needs for an item on a CPU: inputs, buffers and results together."""
     width, links = item.dtype.itemsize, method.links()
     tile = min(item.numel, max(item.cut.granule, TILE))
+    held = [change for change in item.changes if not isinstance(change, ExtractedChange)]  # these are read by tiles
     copies = sum(link.workspace for link in links)
     needed = tile * width * (copies * len(item.inputs) + 6)
     if item.cut.way == "whole":
         needed += 8 * 6 * item.numel  # decompositions in float64
         if any(link.decomposed_side == "longer" for link in links):
             needed += 8 * 4 * max(item.site.shape) ** 2
-    in_full = sum(not change.low_rank or change.needs_base is not None for change in item.changes)
-    needed += 3 * (item.factor_bytes + width * item.numel * in_full)
+    in_full = sum(not change.low_rank or change.needs_base is not None for change in held)
+    needed += 3 * width * (sum(prod(t.shape) for change in held for t in change.tensors) + item.numel * in_full)
     stored = {id(each): each for each in (*item.inputs, item.base) if isinstance(each, Stored)}.values()
     needed += max((each.scratch for each in stored if not isinstance(each, Deferred)), default=0)
     needed += sum(each.scratch for each in stored if isinstance(each, Deferred))  # each keeps buffers of its own
-    if item.form == "factors" and not method.factored:
-        needed += 4 * width * item.numel
     return needed
+
+
+def decomposition_bytes(item: Item, rank: int | RankSettings | None) -> int:
+    """Return about how much memory it takes to hold a merged change in full and to make factors of it.
+
+    Where the values decide how many directions are needed, an exact decomposition is assumed.
+    """
+    shape = item.site.shape
+    count = shape[0] if item.site.kind == "experts" else 1
+    rows, columns = (shape[1], prod(shape[2:])) if item.site.kind == "experts" else (shape[0], prod(shape[1:]))
+    full = min(rows, columns)
+    exact = False
+    if not isinstance(rank, RankSettings):
+        width = rank or full
+    else:
+        conditions = (rank.energy, rank.error, rank.sv_ratio, rank.size)
+        width = rank.most if rank.most and all(each is None for each in conditions) else full
+        exact = is_exact(full, width, rank.exact)
+    width = min(full, width + _EXTRA)
+    factors = 8 * count * width * (rows + columns)
+    work = _lapack_bytes(rows, columns) if exact else 0
+    return item.dtype.itemsize * item.numel + max(work + (factors if count > 1 else 0), 4 * factors)
+
+
+def _lapack_bytes(rows: int, columns: int) -> int:
+    """Return the memory of an SVD in float64: two copies, vectors on both sides, and squares of the shorter side."""
+    short = min(rows, columns)
+    return 8 * (3 * rows * columns + 7 * short * short)

@@ -159,7 +159,7 @@ class Plan(Tabular):
     @property
     def worker_bytes(self) -> int:
         """The memory of one worker, whose buffers fit the largest item, with the unused blocks between them."""
-        return estimates.worker_bytes(self.items, self.recipe.method)
+        return estimates.worker_bytes(self.items, self.recipe.method, self.recipe.rank)
 
     def memory(self, workers: int) -> int:
         """Return the most memory, in bytes above the imports, that a merge by this many workers takes."""

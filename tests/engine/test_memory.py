@@ -78,3 +78,18 @@ def test_without_a_limit_half_of_what_is_available(
     monkeypatch.undo()
     assert 0 < (os_calls.available_memory() or 0) < 1 << 50
     assert 0 < os_calls.private_memory() < 1 << 40
+
+
+CONDITIONS: tuple[Any, ...] = (
+    {"most": 64, "exact": True}, {"energy": 0.5}, {"energy": 1.0}, {"size": 300_000}, 64
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "rank", [{"most": 64}, *(pytest.param(each, marks=pytest.mark.exhaustive) for each in CONDITIONS)]
+)
+def test_the_promise_is_kept_by_extractions(models: list[str], tmp_path: Path, rank: Any) -> None:
+    """By approximate and exact decompositions; a change of some directions only takes LAPACK's SVD."""
+    wanted = {"models": models[1:2], "base": models[0], "method": "passthrough", "kind": "adapter", "rank": rank}
+    peak = peak_of({**wanted, "output": str(tmp_path / "out")}, 2)
+    assert peak.taken <= peak.promised <= 5 * peak.taken, peak
