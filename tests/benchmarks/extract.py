@@ -1,22 +1,28 @@
 """Time of extracting a LoRA from a fine-tune, against mergekit-extract-lora; and the error of budgets and ranks.
 
-    MERGEKIT_PYTHON=peer/bin/python python tests/benchmarks/extract.py --size 0.25 --rank 64
+    MERGEKIT_PYTHON=peer/bin/python python tests/benchmarks/extract.py --size 0.5 --hidden 2048 --rank 64
+    python tests/benchmarks/extract.py --matrices
     python tests/benchmarks/extract.py --errors
 
 Whole processes as a user starts them, one after the other in each round; the table has the medians. The fine-tune is
-the base plus changes with decaying singular values and noise. ``--errors`` compares files of one size: one rank for
-all tensors, and the ranks of the budget.
+the base plus changes with decaying singular values and noise. ``--matrices`` times the decomposition of one change by
+the lines of mergekit and of sd-scripts (``networks/extract_lora_from_models.py``), in one process. ``--errors``
+compares files of one size: one rank for all tensors, and the ranks of the budget.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from math import sqrt
 from pathlib import Path
 
@@ -25,11 +31,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import merging
+from merging.maths.delta import Dense
+from merging.maths.spectra import decompose_change
 
 
-def make_models(folder: Path, gigabytes: float) -> tuple[Path, Path]:
+def make_models(folder: Path, gigabytes: float, hidden: int) -> tuple[Path, Path]:
     """A Llama of about this size in bfloat16, and a fine-tune of all of its matrices, each by an amount of its own."""
-    hidden = 128 * max(2, round(8 * (gigabytes / 0.5) ** (1 / 3)))
     block = hidden * hidden * 3 + 3 * hidden * (hidden * 11 // 4)
     layers = max(1, round((gigabytes * 1e9 / 2 - 2 * 4000 * hidden) / block))
     config = LlamaConfig(
@@ -57,31 +64,76 @@ def make_models(folder: Path, gigabytes: float) -> tuple[Path, Path]:
     return folder / "base", folder / "tuned"
 
 
-def run(command: list[str]) -> float:
-    """Return the seconds of a process that has to succeed."""
-    began = time.perf_counter()
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a process, and the seconds that it kept processors busy."""
+
+    wall: float
+    busy: float
+
+
+def run(command: list[str]) -> Times:
+    """Return the times of a process that has to succeed."""
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, check=True, capture_output=True)
-    return time.perf_counter() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Times(time.perf_counter() - began, busy)
 
 
-def compare_time(folder: Path, base: Path, tuned: Path, rank: int, rounds: int) -> None:
+def compare_time(folder: Path, base: Path, tuned: Path, rank: int, rounds: int, exact: bool) -> None:
     """Print the medians of whole processes, ours and the peer's."""
     peer = os.environ.get("MERGEKIT_PYTHON")
     ours = [sys.executable, "-m", "merging", "extract", str(tuned), "--base", str(base), "--rank", str(rank)]
     ours += ["--overwrite", "-o", str(folder / "ours"), "--quiet"]
     theirs = [str(Path(peer or "").parent / "mergekit-extract-lora"), "--model", str(tuned), "--base-model", str(base)]
     theirs += ["--out-path", str(folder / "theirs"), "--max-rank", str(rank), "--embed-lora", "--quiet"]
-    times: dict[str, list[float]] = {"merge extract": [], "merge extract --exact": [], "mergekit-extract-lora": []}
+    commands = {"merge extract": ours}
+    if exact:
+        commands["merge extract --exact"] = [*ours, "--exact"]
+    if peer:
+        commands["mergekit-extract-lora"] = theirs
+    times: dict[str, list[Times]] = {name: [] for name in commands}
     for _ in range(rounds):
-        times["merge extract"].append(run(ours))
-        times["merge extract --exact"].append(run([*ours, "--exact"]))
-        if peer:
-            times["mergekit-extract-lora"].append(run(theirs))
-    medians = {name: statistics.median(each) for name, each in times.items() if each}
-    print("| | seconds | times faster |\n|---|---|---|")
-    slowest = medians.get("mergekit-extract-lora")
+        for name, command in commands.items():
+            times[name].append(run(command))
+    show({name: summarize(each) for name, each in times.items()})
+
+
+def summarize(times: list[Times]) -> Times:
+    """The medians of times."""
+    return Times(statistics.median(each.wall for each in times), statistics.median(each.busy for each in times))
+
+
+def show(medians: dict[str, Times]) -> None:
+    """Print a table of times; the last row is the slowest, with which the others are compared."""
+    slowest = list(medians.values())[-1]
+    print("| | seconds | times faster | processor seconds | times fewer |\n|---|---|---|---|---|")
     for name, each in medians.items():
-        print(f"| {name} | {each:.1f} | {f'{slowest / each:.1f}' if slowest else '-'} |")
+        ratios = slowest.wall / each.wall, slowest.busy / each.busy
+        print(f"| {name} | {each.wall:.2f} | {ratios[0]:.1f} | {each.busy:.2f} | {ratios[1]:.1f} |")
+
+
+def compare_matrices(rank: int) -> None:
+    """Print the times of decomposing the change of one matrix, on one core."""
+    torch.set_num_threads(1)
+    random = torch.Generator().manual_seed(0)
+    for rows, columns in ((1280, 1280), (2048, 2048)):
+        decay = torch.arange(1, 257) ** -0.5
+        change = (torch.randn(rows, 256, generator=random) * decay) @ torch.randn(256, columns, generator=random)
+        change += 0.2 * torch.randn(rows, columns, generator=random)
+        ways: dict[str, Callable[[], object]] = {
+            "merge extract": partial(decompose_change, Dense(change), rank, shape=(rows, columns)),
+            "mergekit: svd(full_matrices=False)": partial(torch.linalg.svd, change, full_matrices=False),
+            "sd-scripts: svd": partial(torch.linalg.svd, change),
+        }
+        medians = {}
+        for name, way in ways.items():
+            began, busy = time.perf_counter(), time.process_time()
+            way()
+            medians[name] = Times(time.perf_counter() - began, time.process_time() - busy)
+        print(f"\n{rows} x {columns}, rank {rank}")
+        show(medians)
 
 
 def compare_errors(folder: Path, base: Path, tuned: Path) -> None:
@@ -109,17 +161,23 @@ def main() -> None:
     """Run what the options say."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=float, default=0.25, help="gigabytes of the base")
+    parser.add_argument("--hidden", type=int, default=1024, help="width of its layers")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--errors", action="store_true", help="compare errors at equal sizes, and no times")
+    parser.add_argument("--exact", action="store_true", help="time our exact decomposition too")
+    parser.add_argument("--matrices", action="store_true", help="time decompositions of single matrices")
     options = parser.parse_args()
+    if options.matrices:
+        compare_matrices(options.rank)
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base, tuned = make_models(folder, options.size)
+        base, tuned = make_models(folder, options.size, options.hidden)
         if options.errors:
             compare_errors(folder, base, tuned)
         else:
-            compare_time(folder, base, tuned, options.rank, options.rounds)
+            compare_time(folder, base, tuned, options.rank, options.rounds, options.exact)
 
 
 if __name__ == "__main__":
