@@ -195,7 +195,7 @@ class Judge:
         return Head(**remembered(path, lambda: vars(zero_shot_head(self.encoder, self.tokenizer, task))))
 
     @torch.no_grad()
-    def _features(self, texts: Sequence[str]) -> Tensor:
+    def features(self, texts: Sequence[str]) -> Tensor:
         """In batches of the same number of tokens, since what is padded costs as much as the rest."""
         lengths = [len(tokens) for tokens in self.tokenizer(texts, truncation=True, max_length=64)["input_ids"]]
         order = sorted(range(len(texts)), key=lambda i: lengths[i])
@@ -212,7 +212,7 @@ class Judge:
 
         def ask() -> Right:
             self.encoder.load_state_dict(self.base | weights)
-            features = self._features([text for examples in asked.values() for text, _ in examples])
+            features = self.features([text for examples in asked.values() for text, _ in examples])
             parts = zip(asked, features.split([len(examples) for examples in asked.values()]), strict=True)
             labels = {name: torch.tensor([label for _, label in examples]) for name, examples in asked.items()}
             return {name: self.heads[name](part).argmax(-1) == labels[name] for name, part in parts}
