@@ -54,10 +54,10 @@ def _reduce(change: Stored | Change | None, settings: IntruderSettings) -> Store
     return ReducedIntruders(
         change.target,
         change.kind,
-        change,
-        settings.factor,
-        settings.threshold,
-        settings.leading,
+        change=change,
+        factor=settings.factor,
+        threshold=settings.threshold,
+        leading=settings.leading,
         needs_base=change.needs_base or _REASON,
         optional=change.optional,
     )
