@@ -40,7 +40,7 @@ WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 """The names of a LoRA's file in a folder of diffusers."""
 
 _COMPONENT = re.compile(
-    r"((unet|transformer(?:_2)?|text_encoder(?:_[234])?|(?:model\.)?diffusion_model|text_encoders\.\w+\.transformer)\."
+    r"((unet|transformer(?:_2)?|connectors|text_encoder(?:_[234])?|(?:model\.)?diffusion_model|text_encoders\.\w+\.transformer)\."
     r"(?:base_model\.model\.)?)(.+)"
 )
 """The prefix of a name, the component in it, and the rest."""

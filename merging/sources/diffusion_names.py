@@ -23,6 +23,8 @@ _PREFIXES = {
     "unet.": "unet",
     "transformer.": "transformer",
     "transformer_2.": "transformer_2",
+    "connectors.": "connectors",
+    "text_embedding_projection.": "connectors",
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
     "text_encoder_3.": "text_encoder_3",
@@ -161,6 +163,8 @@ def _component(component: str, shapes: Shapes, style: NameSet) -> Iterator[Known
         return _unet(shapes)
     if component in _DENOISERS:
         return _transformer(component, shapes, style)
+    if component == "connectors":
+        return _connectors(shapes)
     return _text_encoder(component, shapes)
 
 
@@ -188,6 +192,17 @@ def _transformer(component: str, shapes: Shapes, style: NameSet) -> Iterator[Kno
     for name in others:
         shared = family is None or family.has_one_name(name)
         yield Known(component, name, ("diffusers", "published") if shared else (style,), _whole(name, shapes[name]))
+
+
+def _connectors(shapes: Shapes) -> Iterator[Known]:
+    """Yield the names of the modules between LTX-2's text encoder and its denoiser."""
+    for name, shape in shapes.items():
+        styles: tuple[tuple[NameSet, str], ...] = (
+            ("diffusers", name.replace("aggregate_embed.", "text_proj_in.")),
+            ("published", name.replace("text_proj_in.", "aggregate_embed.")),
+        )
+        for style, spelled in styles:
+            yield Known("connectors", spelled, (style,), _whole(name, shape))
 
 
 def _text_encoder(component: str, shapes: Shapes) -> Iterator[Known]:

@@ -25,6 +25,8 @@ _DOTTED = {
     "diffusion_model.": "denoiser",
     "net.": "denoiser",
     "pipe.dit.": "denoiser",
+    "connectors.": "connectors",
+    "text_embedding_projection.": "connectors",
     "transformer.": "denoiser",
     "unet.": "denoiser",
     "transformer_2.": "denoiser_2",

@@ -34,7 +34,7 @@ TargetRows = Mapping[str, tuple[RowRange, ...]]
 _FORMATS = {"Kohya": "kohya", "ComfyUI": "comfyui", "diffusers": "diffusers"}
 """The name of the form of a dialect's files; any other form is ``as given``."""
 
-_COMPONENT = re.compile(r"(?:unet|transformer(?:_2)?|text_encoder(?:_\d)?)\.")
+_COMPONENT = re.compile(r"(?:unet|transformer(?:_2)?|connectors|text_encoder(?:_\d)?)\.")
 """The names of the parts of diffusers' pipelines."""
 
 _IN_FULL = frozenset({"diff", "diff_b", "diff_m", "w_norm", "b_norm", "lora_B.bias", "lora_up.bias"})
