@@ -209,6 +209,17 @@ def two_components(tmp: Path) -> tuple[Options, list[Options]]:
     return given | {"format": "peft"}, [given | {"format": "diffusers"}, given | {"format": "kohya"}]
 
 
+def text_encoders(tmp: Path) -> tuple[Options, list[Options]]:
+    trained = {
+        "transformer.transformer_blocks.0.img_mlp.net.2": (8, 8),
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj": (8, 8),
+    }
+    denoiser = tmp / "denoiser.safetensors"
+    save_file({"transformer_blocks.0.img_mlp.net.2.weight": torch.ones(8, 8)}, denoiser)
+    given = args(flat(tmp / "a.safetensors", trained), base=denoiser, kind="model")
+    return given, [given | {"exclude": "text_encoder"}]
+
+
 def large(tmp: Path) -> tuple[Options, list[Options]]:
     wild = save(tmp / "wild", BASE | {f"{Q}.weight": BASE[f"{Q}.weight"] * 1e30})
     given = args(wild, tuned(tmp), method="model_stock", base=base(tmp))
@@ -235,6 +246,7 @@ HINTS: dict[str, Case] = {
     "these look like the same module under the names of two library versions": drifted,
     "say by --component which part of one it is": part_of_a_pipeline,
     "an adapter of PEFT's is of one model: use --format": two_components,
+    "the base has no text encoder: give the whole pipeline with --base, or leave": text_encoders,
     "if all values are finite, their squares are not in float32: use --dtype float64": large,
     "wants the full model that the others were trained from": an_adapter_as_base,
 }

@@ -12,6 +12,7 @@ from merging.maths.patterns import matches
 from merging.sources import Adapter, Checkpoint, Model
 from merging.sources.changes import Replacement
 from merging.sources.extended_tables import MeanTable
+from merging.sources.lora_names import normal_name
 from merging.sources.stored import Stored
 
 __all__ = ["NO_HEADS", "TaskHeads", "find_task_heads"]
@@ -73,7 +74,8 @@ def find_task_heads(models: Sequence[Model], base: Checkpoint | None, exclude: S
             named = _HEAD.search(target) and not _BLOCK.search(target)
             if named and isinstance(change, Replacement) and (base is None or base.lookup(target) is None):
                 found[target].append((model, change))
-    excluded = {target for target in found if any(matches(pattern, target) for pattern in exclude)}
+    texts = [target for model in models if isinstance(model, Adapter) for target in _text_targets(model)]
+    excluded = {target for target in (*found, *texts) if any(matches(pattern, target) for pattern in exclude)}
     tensors = {}
     for target, held in found.items():
         if target in excluded:
@@ -87,3 +89,10 @@ def find_task_heads(models: Sequence[Model], base: Checkpoint | None, exclude: S
                 )
         tensors[target] = MeanTable(tuple(its.value for _, its in held))
     return TaskHeads(tensors, frozenset(excluded))
+
+
+def _text_targets(adapter: Adapter) -> list[str]:
+    """Return the targets in text encoders of a diffusion model, which a base of the denoiser alone does not have."""
+    if adapter.names_modules:
+        return []
+    return [target for target in adapter.changes if normal_name(target)[0].startswith("text_encoder")]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from merging.errors import InputError
+from merging.errors import InputError, option
 from merging.maths.shapes import Shapes
 from merging.sources import Adapter
 from merging.sources.diffusion_names import Known, known_names, spellings
@@ -49,11 +49,7 @@ class DiffusionNames:
             return None
         left = [target for target in adapter.changes if target not in found]
         if left:
-            raise InputError(
-                f"{adapter.path}: {left[0]} is not a tensor of the base ({len(left)} of {len(adapter.changes)} targets "
-                f"have no place): does the base hold every part of the model that this LoRA was trained on?"
-                f"{name_families(adapter, self._shapes)}"
-            )
+            raise self._without_place(adapter, left)
         shapes = {target: self._shape(known) for target, known in found.items()}
         for target, shape in shapes.items():
             if not adapter.changes[target].fits(shape):
@@ -63,6 +59,22 @@ class DiffusionNames:
                 )
         _refuse_overlaps(adapter, found)
         return DiffusionMatch({target: self._pieces(known) for target, known in found.items()}, shapes)
+
+    def _without_place(self, adapter: Adapter, left: Sequence[str]) -> InputError:
+        """Return the error for targets that the base does not have."""
+        share = f"{len(left)} of {len(adapter.changes)} targets have no place"
+        missing = f"{adapter.path}: {left[0]} is not a tensor of the base ({share})"
+        families = name_families(adapter, self._shapes)
+        texts = all(normal_name(target)[0].startswith("text_encoder") for target in left)
+        if not texts or any(known.component.startswith("text_encoder") for known in self._known.values()):
+            return InputError(
+                f"{missing}: does the base hold every part of the model that this LoRA was trained on?{families}"
+            )
+        start = "lora_te" if left[0].startswith("lora_te") else "text_encoder"
+        return InputError(
+            f"{missing}: the base has no text encoder: give the whole pipeline with {option('base')}, or leave these "
+            f"out with {option('exclude', start)}{families}"
+        )
 
     def undecided(self, adapter: Adapter) -> bool:
         """Return whether the base has two denoisers, and the adapter's names do not say which one is meant."""
