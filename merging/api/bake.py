@@ -137,7 +137,8 @@ def bake_recipe(adapters: object, method: str | Method | None, options: Mapping[
         method = "linear" if len(names) == 1 and stated.keys() <= FIELDS else "task_arithmetic"
     recipe = merge_recipe(names, method, {**stated, "kind": "model"})
     if recipe.as_trained is not None and quantization is not None and isinstance(recipe.base, str):
-        base = require_full(open_model(recipe.base), recipe.base, option("base"))
+        opened_base = open_model(recipe.base, dequantize=recipe.dequantise)
+        base = require_full(opened_base, recipe.base, option("base"))
         filled = recipe.as_trained.fill(quantization, list(base.tensors))
         recipe = recipe.model_copy(update={"as_trained": filled})
     return BakeRecipe(recipe=recipe, notices=tuple(notices))
