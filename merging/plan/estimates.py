@@ -107,7 +107,7 @@ def decomposition_bytes(item: Item, rank: int | RankSettings | None) -> int:
     width = min(full, width + _EXTRA)
     factors = 8 * count * width * (rows + columns)
     work = _lapack_bytes(rows, columns) if exact else 0
-    return item.dtype.itemsize * item.numel + max(work + (factors if count > 1 else 0), 4 * factors)
+    return item.dtype.itemsize * item.numel + max(work + factors, 4 * factors)
 
 
 def _lapack_bytes(rows: int, columns: int) -> int:

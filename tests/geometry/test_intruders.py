@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from merging.geometry import compare, intruders
+from merging.geometry import compare
+from merging.maths import intruders
 from merging.maths.delta import Delta, Dense, LowRank
 from merging.maths.intruders import Intruders
 from merging.maths.linalg import decompose
