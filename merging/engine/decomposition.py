@@ -76,17 +76,19 @@ class Decomposition:
 
         Raises :class:`~merging.errors.InputError` for a budget without room for any direction.
         """
+        bounds = self.plan.ranks
         if budget is not None:
             ranks = self._fit(budget)
+            if not self.uniform:
+                ranks = {name: min(rank, bounds[name]) for name, rank in ranks.items()}
             if not any(ranks.values()) and any(each.total for each in self.spectra.values()):
                 raise InputError(f"{option('size')} has no room for a single direction: it takes more bytes")
         else:
             limits = self.settings.limits
-            ranks = {name: limits.rank(each) or 0 for name, each in self.spectra.items()}
+            ranks = {name: min(limits.rank(each) or 0, bounds[name]) for name, each in self.spectra.items()}
             if self.uniform:
                 most = max(ranks.values(), default=0)
                 ranks = {name: most if rank else 0 for name, rank in ranks.items()}
-            ranks = {name: min(rank, self.plan.ranks[name]) for name, rank in ranks.items()}
         return ranks | self._left_out()
 
     def bytes_of(self, ranks: Mapping[str, int]) -> int:

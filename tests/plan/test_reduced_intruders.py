@@ -77,6 +77,8 @@ def test_as_peft_reduces_them(models: tuple[Path, Path], tmp_path: Path, setting
     named = {"mitigation_lambda": "factor", "threshold_epsilon": "threshold", "top_k": "leading"}
     wanted = peft_changes(base, lora, "reduced", **{theirs: settings[ours] for theirs, ours in named.items()})
     given: Any = True if settings["factor"] == 0.75 else settings
+    merged = merging.resize(lora, reduce_intruders=given, size=10**6, dtype="float32", output=tmp_path / "sized")
+    assert merged.rank == 4
     merged = merging.resize(lora, reduce_intruders=given, dtype="float32", output=tmp_path / "out")
     assert set(merged.ranks.values()) <= set(range(5)) and merged.rank == 4
     assert any("base" in notice for notice in merged.notices)
