@@ -65,6 +65,7 @@ def run(
     scratch: Path | None = None,
     decomposition: Decomposition | None = None,
     journal: RunJournal | None = None,
+    pieces: Sequence[Span] | None = None,
 ) -> Done:
     """Run a plan, and write the merged tensors to a sink.
 
@@ -78,6 +79,8 @@ def run(
         decomposition: the merged changes, where they were decomposed to choose the plan's ranks.
         journal: the finished work of former runs of the plan, which is not done again; the sink is a
             :class:`~merging.engine.journal.JournaledSink` then.
+        pieces: the pieces to merge, as :func:`~merging.engine.samples.sample_pieces` chooses them; all by default.
+            Statistics are gathered over the whole model all the same.
 
     Returns:
         The record of the run.
@@ -99,6 +102,9 @@ def run(
     spans = _spans(plan, device)
     merged = [span for span in spans if span.item.form != "copy"]
     total = work_bytes(plan, device) if decomposition is None else sum(span.bytes for span in spans)
+    if pieces is not None:
+        total += sum(span.bytes for span in pieces) - sum(span.bytes for span in spans)
+        spans = list(pieces)
     counter = _Counter(progress, total, most)
     try:
         if journal is not None:
