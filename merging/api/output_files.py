@@ -7,7 +7,7 @@ from pathlib import Path
 
 from merging.api.chosen_ranks import open_decomposed
 from merging.display.progress import announce_phase
-from merging.engine.run import Done, run
+from merging.engine.run import Done, Sink, run
 from merging.engine.stages import StageSettings
 from merging.errors import OutputError, option
 from merging.hub.address import Address
@@ -39,6 +39,7 @@ __all__ = [
     "is_file",
     "make_writer",
     "write_companions",
+    "write_constants",
     "write_output",
     "write_stage_companions",
 ]
@@ -49,7 +50,7 @@ def is_file(destination: Path) -> bool:
     return destination.suffix in FILE_ENDINGS
 
 
-def _write_constants(plan: Plan, writer: TensorWriter | ComponentWriter | GgufWriter) -> None:
+def write_constants(plan: Plan, writer: Sink) -> None:
     """Write the numbers that a file holds in addition to merged tensors."""
     for constant in plan.constants:
         values = torch.full((constant.count,), constant.value, dtype=DTYPES[constant.out.dtype_name])
@@ -70,23 +71,26 @@ def check_ending(plan: Plan, destination: Path) -> None:
         )
 
 
-def write_companions(plan: Plan, folder: Path, done: Done) -> list[str]:
-    """Write the files that go with the weights, and return remarks on them."""
+def write_companions(plan: Plan, folder: Path, done: Done, weights: bool = True) -> list[str]:
+    """Write the files that go with the weights, and return remarks on them.
+
+    ``weights`` says whether the weights of components that are not merged are copied too.
+    """
     if plan.output == "model":
-        return write_model_companions(plan, folder)
+        return write_model_companions(plan, folder, weights)
     write_adapter_companions(plan, folder, done.energy_notices)
     copy_companions(plan, folder)
     return []
 
 
 def make_writer(
-    plan: Plan, folder: Path, destination: Path, resume: bool = False
+    plan: Plan, folder: Path, destination: Path, device: torch.device | None = None, resume: bool = False
 ) -> TensorWriter | ComponentWriter | GgufWriter:
     """Return the writer of the output's weights, with the file names that readers look for.
 
-    With ``resume``, files that are in the folder are written on.
+    ``device`` is the device that the merge runs on. With ``resume``, files that are in the folder are written on.
     """
-    metadata = header_metadata(plan)
+    metadata = header_metadata(plan, device)
     if plan.format == "gguf":
         name = destination.stem if is_file(destination) else destination.name
         architecture, fields = gguf_metadata(plan, name)
@@ -139,7 +143,7 @@ def write_output(plan: Plan, shown: Plan, staged: StagedOutput, settings: StageS
             remarks = decomposition.describe(plan.ranks)
         # pieces of quantised tensors wait in memory for each other, so that no record of single pieces is true
         journal = settings.journal.of_run("merge") if settings.journal and plan.quantized is None else None
-        writer = make_writer(shown, staged.folder, staged.destination, resume=journal is not None)
+        writer = make_writer(shown, staged.folder, staged.destination, settings.device, resume=journal is not None)
         encodings = plan.quantized.encodings if plan.quantized else {}
         quantizing = QuantizingWriter(writer, encodings)
         try:
@@ -153,7 +157,7 @@ def write_output(plan: Plan, shown: Plan, staged: StagedOutput, settings: StageS
                 decomposition=decomposition,
                 journal=journal,
             )
-            _write_constants(plan, writer)
+            write_constants(plan, writer)
             announce_phase(settings.progress, "making it durable")
             writer.finish()
             errors = quantizing.errors()

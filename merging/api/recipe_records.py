@@ -11,7 +11,7 @@ from merging.display.tables import Displayed
 from merging.errors import InputError, MergingError
 from merging.hub.address import hub_address, local_path, no_such_path
 from merging.hub.repository import open_repository
-from merging.output.header import RECIPE_KEY, SOURCES_KEY, VERSION_KEYS
+from merging.output.header import DEVICE_KEY, RECIPE_KEY, SOURCES_KEY, VERSION_KEYS
 from merging.plan.provenance import SourceRecord, parse_sources
 from merging.plan.recipe import Recipe
 from merging.plan.recipe_files import parse_recipe
@@ -20,7 +20,7 @@ from merging.serving.subject import Subject, open_subject
 from merging.sources.origin import Origin
 from merging.sources.small_files import RECIPE_LIMIT, is_there, parse_json, read_text
 
-__all__ = ["RecipeRecord", "find_record", "read_record", "record_of"]
+__all__ = ["MOE_KEY", "RecipeRecord", "find_record", "read_record", "record_of"]
 
 MERGEKIT_FILE = "mergekit_config.yml"
 """The file in which mergekit leaves its recipe in each output."""
@@ -44,6 +44,7 @@ class RecipeRecord(Displayed):
         folder: the folder of the output, from which its sources may be found.
         sources: records of its sources, by their names in the recipe; empty where none are stated.
         versions: the versions of the programs that wrote the output.
+        device: the type of the device that it was made on.
     """
 
     where: str
@@ -51,6 +52,7 @@ class RecipeRecord(Displayed):
     folder: Path | None = None
     sources: Mapping[str, SourceRecord] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    device: str = "cpu"
 
     def recipe(self, lenient: bool = False) -> Recipe:
         """Return the recipe. Raises :class:`~merging.errors.MergingError` if it is none that is understood.
@@ -114,7 +116,9 @@ def record_of(subject: Subject) -> RecipeRecord | None:
     if RECIPE_KEY in metadata:
         sources = parse_sources(metadata.get(SOURCES_KEY, "[]"), place)
         versions = {key: metadata[key] for key in VERSION_KEYS if key in metadata}
-        return RecipeRecord(place, metadata[RECIPE_KEY], folder, sources, versions)
+        return RecipeRecord(
+            place, metadata[RECIPE_KEY], folder, sources, versions=versions, device=metadata.get(DEVICE_KEY, "cpu")
+        )
     return _in_folder(subject.folder) if subject.folder else None
 
 

@@ -41,8 +41,8 @@ class PlannedRerun:
         record: the recipe that it states.
         plan: the plan, which reads the sources where they are now.
         shown: the plan that the new output's header describes, with the sources' names as they were.
-        digests: hashes of the weights files that exist; None where they are not on this machine.
-        changed: whether sources differ from their records.
+        digests: hashes of the weights files that exist; None where they are not on this machine, or not wanted.
+        changed: sentences that name the sources which differ from their records.
         notices: remarks for people.
     """
 
@@ -51,7 +51,7 @@ class PlannedRerun:
     plan: Plan
     shown: Plan
     digests: tuple[bytes, ...] | None
-    changed: bool
+    changed: tuple[str, ...]
     notices: tuple[str, ...]
 
     def compare(self, made: Path) -> str:
@@ -136,8 +136,12 @@ def plan_rerun(
     *,
     allow_changed: bool = False,
     lenient: bool = False,
+    hashes: bool = True,
 ) -> PlannedRerun:
-    """Read the recipe of an output, find its sources, and plan the merge. For the arguments see :func:`rerun`."""
+    """Read the recipe of an output, find its sources, and plan the merge.
+
+    ``hashes`` says whether the weights that exist are hashed. For the other arguments see :func:`rerun`.
+    """
     record = read_record(path)
     recipe = record.recipe(lenient)
     places = dict(_find_sources(recipe, record, {name: str(place) for name, place in sources.items()}))
@@ -158,9 +162,9 @@ def plan_rerun(
         path=place,
         record=record,
         plan=plan,
-        digests=hash_weights(place) if ours else None,
+        digests=hash_weights(place) if ours and hashes else None,
         shown=_describe(plan, recipe, {place: name for name, place in places.items()}),
-        changed=bool(changed),
+        changed=tuple(changed),
         notices=(*changed, *_notices(record, places)),
     )
 
@@ -218,18 +222,21 @@ def _check_sources(recipe: Recipe, record: RecipeRecord, places: Mapping[str, st
 
 
 def _notices(record: RecipeRecord, places: Mapping[str, str]) -> list[str]:
-    """Return remarks on missing keys of sources, and on versions that differ."""
+    """Return remarks on missing keys of sources, on versions that differ, and on another device."""
     if not record.sources:
         unpinned = [name for name in places if hub_address(name) and "@" not in name]
         newest = f"; of {', '.join(unpinned)} the newest version is read" if unpinned else ""
         return [f"{record.where} states no keys of its sources, so that nothing shows whether they changed{newest}"]
     now = {"merging_version": __version__, "torch_version": torch.__version__}
-    return [
+    remarks = [
         f"{record.where} was written with {key.removesuffix('_version')} {then}, and this is {now[key]}: the bytes may "
         f"differ"
         for key, then in record.versions.items()
         if then != now[key]
     ]
+    if record.device != "cpu":
+        remarks.append(f"{record.where} was made on {record.device}: on another device the bytes may differ")
+    return remarks
 
 
 def _describe(plan: Plan, recipe: Recipe, names: Mapping[str, str]) -> Plan:

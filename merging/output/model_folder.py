@@ -38,10 +38,11 @@ def companion_patterns(plan: Plan) -> tuple[str, ...]:
     return (*plain, *(f"*/{pattern}" for pattern in (*plain, *IN_PIPELINES)))
 
 
-def write_model_companions(plan: Plan, folder: Path) -> list[str]:
+def write_model_companions(plan: Plan, folder: Path, weights: bool = True) -> list[str]:
     """Copy the model's other files from its base (or first model), and write its config and card.
 
-    Returns remarks on missing files.
+    ``weights`` says whether the weights of components that are not merged are copied too. Returns remarks on missing
+    files.
     """
     reference = plan.reference
     assert reference is not None
@@ -55,7 +56,8 @@ def write_model_companions(plan: Plan, folder: Path) -> list[str]:
     parts = reference.components or {"": reference}
     for name, component in parts.items():
         if name in plan.kept:
-            _copy_weights(component, folder / name)
+            if weights:
+                _copy_weights(component, folder / name)
         elif component.config:
             config = _model_config(plan, component.config)
             if plan.quantized is not None:
