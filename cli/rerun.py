@@ -52,17 +52,18 @@ def rerun_command(
 
         mixture = find_mixture(path)
         if mixture is not None:
-            make_again(plan_moe_rerun(mixture, _parse_sources(sources), allow_changed=allow_changed), execution, status)
+            make_again(plan_moe_rerun(mixture, parse_sources(sources), allow_changed=allow_changed), execution, status)
             return
         destination = None if execution.output is None else Path(execution.output)
-        planned = plan_rerun(path, destination, _parse_sources(sources), allow_changed=allow_changed, lenient=lenient)
+        planned = plan_rerun(path, destination, parse_sources(sources), allow_changed=allow_changed, lenient=lenient)
         if destination is None:
             status.expect(default_destination(planned.plan.recipe))
         echo_notices(planned.notices)
         execute(planned.plan.recipe, execution, status, planned=planned)
 
 
-def _parse_sources(texts: Sequence[str]) -> dict[str, str]:
+def parse_sources(texts: Sequence[str]) -> dict[str, str]:
+    """Return places by names, from texts ``NAME=PATH``. Raises :class:`~merging.errors.OptionError`."""
     from merging.errors import OptionError
 
     for text in texts:

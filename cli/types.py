@@ -11,7 +11,7 @@ from click.shell_completion import CompletionItem
 
 from merging.errors import OptionError
 
-__all__ = ["METHOD", "MODEL", "NAME_OR_MAPPING", "SIZE", "Size", "ValuesType", "paths_that_begin"]
+__all__ = ["METHOD", "MODEL", "NAME_OR_MAPPING", "SAMPLE", "SIZE", "Size", "ValuesType", "paths_that_begin"]
 
 
 class Size(click.ParamType[int]):
@@ -26,6 +26,15 @@ class Size(click.ParamType[int]):
             return parse_size(value)
         except OptionError as error:
             self.fail(str(error), param, ctx)
+
+
+class SampleType(click.ParamType[Any]):
+    """A number of pieces from 1 on, or ``all``."""
+
+    name = "number|all"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "all" else click.IntRange(1).convert(value, param, ctx)
 
 
 class ValuesType(click.ParamType[Any]):
@@ -129,6 +138,7 @@ class MethodName(click.ParamType[str]):
         return [CompletionItem(f"{before}{plus}{name}", help=known[name]) for name in names]
 
 
+SAMPLE = SampleType()
 SIZE = Size()
 MODEL = ModelType()
 METHOD = MethodName()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from merging.errors import shorten
 
 from .errors import handle_errors
-from .options import debug_option, json_option
-from .output import echo, echo_json
+from .options import debug_option, json_option, max_memory_option, progress_option, threads_option
+from .output import echo, echo_json, show_progress
+from .rerun import parse_sources
 from .tables import echo_table
-from .types import MODEL
+from .types import MODEL, SAMPLE
 
 if TYPE_CHECKING:
     from merging.serving import Finding, Verdict
@@ -55,6 +56,25 @@ def complete_program(context: click.Context, option: click.Parameter, incomplete
 )
 @click.option("--values", is_flag=True, help="read all values too, for NaN, infinities and copies of the embedding")
 @click.option("--load", is_flag=True, help="have PEFT, transformers or diffusers really load it")
+@click.option("--against-sources", is_flag=True, help="recompute pieces from its sources, and compare the bits")
+@click.option(
+    "--sample",
+    type=SAMPLE,
+    default=256,
+    show_default=True,
+    help="with --against-sources: the number of pieces, or all",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, help="with --sample: the seed that chooses the pieces")
+@click.option(
+    "--source",
+    "sources",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="with --against-sources: the place of a model that was moved, by its name in the recipe; may be repeated",
+)
+@threads_option
+@max_memory_option
+@progress_option
 @json_option
 @debug_option
 def verify_command(
@@ -64,18 +84,40 @@ def verify_command(
     max_lora_rank: int | None,
     values: bool,
     load: bool,
+    against_sources: bool,
+    sample: int | Literal["all"],
+    seed: int,
+    sources: tuple[str, ...],
+    threads: int | None,
+    max_memory: int | None,
+    progress: str | None,
     as_json: bool,
     debug: bool,
 ) -> None:
     """Find the faults for which a program would refuse an adapter or model, or silently ignore a part of it.
 
-    PATH is a folder, a file, or a name on the Hub. Headers alone are read. The exit code is 0 if nothing is refused or
-    silently ignored, else 1.
+    PATH is a folder, a file, or a name on the Hub. Headers alone are read. With --against-sources, the merge in the
+    output's header is planned again: all tensors and files must be there, and a sample is merged again. The exit code
+    is 0 if nothing is refused, silently ignored, or differs, else 1.
     """
     with handle_errors(debug):
         from merging.serving import verify
 
         verdict = verify(path, programs, base=base, max_lora_rank=max_lora_rank, values=values, load=load)
+        if against_sources:
+            from merging.api.against_sources import verify_against_sources
+
+            with show_progress(progress, "comparing") as report:
+                against = verify_against_sources(
+                    path,
+                    sources=parse_sources(sources),
+                    sample=sample,
+                    seed=seed,
+                    threads=threads,
+                    max_memory=max_memory,
+                    progress=report,
+                )
+            verdict = replace(verdict, findings=(*verdict.findings, *against.findings))
     if as_json:
         echo_json({**asdict(verdict), "served": verdict.served})
     else:

@@ -13,6 +13,7 @@ from merging.errors import FormatError, InputError, MergingError, MergingWarning
 from merging.version import __version__
 
 if TYPE_CHECKING:
+    from merging.api.against_sources import verify_against_sources
     from merging.api.bake import bake
     from merging.api.extract import extract, resize
     from merging.api.merge_files import Merged, merge, preview
@@ -65,6 +66,7 @@ _WHERE = {
     "rerun": "api.rerun",
     "resize": "api.extract",
     "soup": "soups",
+    "verify_against_sources": "api.against_sources",
 }
 """Public names that are imported at their first use, since most of them import torch."""
 
@@ -106,6 +108,7 @@ __all__ = [
     "rerun",
     "resize",
     "soup",
+    "verify_against_sources",
 ]
 
 

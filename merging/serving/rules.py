@@ -51,7 +51,7 @@ PLAIN = "merge it with {method=passthrough} if it is LoRA, else into its base wi
 SAVE_AGAIN = "save it again, or get its files again together"
 """Remedy for files that do not belong together."""
 
-Severity = Literal["refuses", "ignores", "warns", "ok"]
+Severity = Literal["refuses", "ignores", "differs", "warns", "ok"]
 
 Question = Callable[[Subject], Iterable[str]]
 """A function that yields every place where something is wrong."""
@@ -75,7 +75,8 @@ class ProgramFinding(Displayed):
 
     Attributes:
         program: The name of the program.
-        severity: The program ``refuses`` something, silently ``ignores`` it, or ``warns`` at most; or all is ``ok``.
+        severity: The program ``refuses`` something, silently ``ignores`` it, or ``warns`` at most; a part of an output
+            ``differs`` from what its sources give; or all is ``ok``.
         what: The finding in words.
         where: The fields of the config, modules or tensors concerned.
         todo: The remedy.
@@ -117,8 +118,8 @@ class ServingVerdict(Tabular):
 
     @property
     def served(self) -> bool:
-        """Whether nothing is refused or silently ignored."""
-        return not any(each.severity in ("refuses", "ignores") for each in self.findings)
+        """Whether nothing is refused or silently ignored, and nothing differs from what the sources give."""
+        return not any(each.severity in ("refuses", "ignores", "differs") for each in self.findings)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from merging.sources.weight_files import (
     weights_of,
 )
 
-__all__ = ["Subject", "SubjectKind", "open_subject"]
+__all__ = ["Subject", "SubjectKind", "open_subject", "open_weights"]
 
 SubjectKind = Literal["adapter", "diffusion adapter", "model", "pack", "pipeline"]
 
@@ -140,7 +140,7 @@ def open_subject(name: str, *, base: str | None = None, max_rank: int | None = N
         raise no_such_path(path)
     try:
         folder, weights, config = _find_files(path)
-        tensors, metadata = _open_tensors(weights, location.open_file)
+        tensors, metadata = open_weights(weights, location.open_file)
         read = read_config if config is not None and config.name == "config.json" else read_json
         stated = read(config) if config is not None else None
     except MergingError as error:
@@ -223,7 +223,9 @@ def _find_files(path: Path) -> tuple[Path | None, dict[str, Path], Path | None]:
     return path, {"": check_inside(known, path) if known else weights_of(path)}, config
 
 
-def _open_tensors(weights: Mapping[str, Path], open_file: FileOpener) -> tuple[dict[str, Stored], dict[str, str]]:
+def open_weights(
+    weights: Mapping[str, Path], open_file: FileOpener = open_tensors
+) -> tuple[dict[str, Stored], dict[str, str]]:
     """Return the tensors, prefixed by their components, and the metadata. Shards must match their index."""
     tensors: dict[str, Stored] = {}
     metadata: dict[str, str] = {}

@@ -63,6 +63,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "soup": {"checkpoints": ["tuned0", "tuned1"], "output": "new"},
     "resize": {"lora": "adapter0"},
     "recycle": {"pool": ["adapter0"], "base": "base", "train": EXAMPLES},
+    "verify_against_sources": {"path": "made.safetensors"},
 }
 """Right arguments of every public function, class and method that takes some."""
 
