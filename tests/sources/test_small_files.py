@@ -45,6 +45,7 @@ ALLOWED = {
     "merging/continual/manifest.py": {"fdopen", "open_regular"},
     "merging/hub/download.py": {"open", "fdopen", "open_regular"},
     "merging/storage/writer.py": {"open"},
+    "merging/storage/gguf_writer.py": {"open"},
     "merging/storage/staging.py": {"open"},  # to make what was written durable
     "cli/errors.py": {"open"},  # the null device
     "merging/sources/quantized_weights.py": {"json.loads"},  # a marker of a few bytes
@@ -56,6 +57,8 @@ ALLOWED = {
     "merging/recycling/workflow.py": {"json.loads"},
     # texts in an index or a file that came through a door
     "merging/recycling/data.py": {"json.loads"},
+    "merging/sources/gguf/loras.py": {"json.loads"},
+    "merging/sources/gguf/model_config.py": {"json.loads"},
 }
 
 
