@@ -48,7 +48,7 @@ FOREIGN = {
 }
 """Options of other programs that the pages name."""
 
-SCRIPTS = {"--steps", "--width", "--only", "--quick", "--stream", "--factored", "--tasks"}
+SCRIPTS = {"--steps", "--width", "--hidden", "--matrices", "--only", "--quick", "--stream", "--factored", "--tasks"}
 """Options of benchmarks that the pages name without the script."""
 
 
