@@ -24,12 +24,14 @@ from .options import (
 from .output import echo, echo_json, echo_merged, echo_plan, echo_usage, plural, show_progress
 
 if TYPE_CHECKING:
+    from merging.api.predict import Prediction
     from merging.api.rerun import PlannedRerun
+    from merging.plan import Plan
     from merging.plan.recipe import Recipe
 
     from .errors import OutputStatus
 
-__all__ = ["Execution", "execute", "execution_options"]
+__all__ = ["Execution", "execute", "execution_options", "show_plan"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,21 @@ def execution_options(function: Callable[..., None]) -> Callable[..., None]:
     return _options(collect)
 
 
+def show_plan(
+    plan: Plan,
+    destination: Path,
+    execution: Execution,
+    settings: Sequence[str] = (),
+    prediction: Prediction | None = None,
+) -> None:
+    """Print a plan, with the remark on a destination that exists, and perhaps a prediction."""
+    from merging.api.merge_files import check_output
+
+    remark = check_output(plan, destination, execution.overwrite, dry=True)
+    shown = replace(plan, notices=(*plan.notices, *filter(None, [remark])))
+    echo_plan(shown, destination, execution, settings, prediction)
+
+
 def execute(
     recipe: Recipe,
     execution: Execution,
@@ -107,7 +124,7 @@ def execute(
     ``settings`` are changes of the recipe as typed, which a dry run shows. ``planned`` is the plan of a merge that is
     made once more. ``notices`` and ``facts`` are of the choice of the recipe.
     """
-    from merging.api.merge_files import check_output, default_destination, merge_plan, plan_for
+    from merging.api.merge_files import default_destination, merge_plan, plan_for
     from merging.api.usage import describe_usage
     from merging.engine.resources import pick_device
     from merging.errors import OptionError
@@ -124,10 +141,7 @@ def execute(
     if execution.push:
         target = target_of(execution.push, private=execution.private, overwrite=execution.overwrite)
     if execution.dry_run:
-        remark = check_output(plan, destination, execution.overwrite, dry=True)
-        echo_plan(
-            replace(plan, notices=(*notices, *plan.notices, *filter(None, [remark]))), destination, execution, settings
-        )
+        show_plan(replace(plan, notices=(*notices, *plan.notices)), destination, execution, settings)
         return
     with show_progress(execution.progress) as report:
         merged = merge_plan(

@@ -32,6 +32,7 @@ from .methods import methods_command
 from .moe import moe_command
 from .options import PROGRESS_FORMS
 from .output import echo_text
+from .plan import plan_command
 from .pool import pool_command
 from .push import push_command
 from .recycle import recycle_command
@@ -110,8 +111,7 @@ class DefaultGroup(SectionedGroup):
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the ways to call it."""
         formatter.write_usage(ctx.command_path, "--method METHOD [OPTIONS] MODEL...")
-        formatter.write_usage(ctx.command_path, "COMMAND [ARGUMENTS]", prefix="       ")
-        formatter.write_usage(ctx.command_path, "--version", prefix="       ")
+        formatter.write_usage(ctx.command_path, "COMMAND [ARGUMENTS] | --version", prefix="       ")
 
 
 def join_progress(words: list[str]) -> list[str]:
@@ -144,7 +144,15 @@ SECTIONS = {
         continual_command,
         recycle_command,
     ],
-    "Choose": [methods_command, formats_command, inspect_command, compare_command, verify_command, route_command],
+    "Choose": [
+        methods_command,
+        formats_command,
+        inspect_command,
+        plan_command,
+        compare_command,
+        verify_command,
+        route_command,
+    ],
     "Keep, share and set up": [
         pool_command,
         compress_command,

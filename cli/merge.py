@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -32,7 +32,18 @@ from .output import echo_text
 from .rank import energy_option, rank_of, size_option
 from .types import METHOD, MODEL, NAME_OR_MAPPING
 
-__all__ = ["is_method", "merge_command", "model_options"]
+if TYPE_CHECKING:
+    from merging.plan.recipe import Recipe
+
+__all__ = [
+    "MergeCommand",
+    "adapter_options",
+    "is_method",
+    "merge_command",
+    "method_options",
+    "model_options",
+    "recipe_of",
+]
 
 
 def method_options(typed: Mapping[str, Any]) -> list[click.Option]:
@@ -152,6 +163,33 @@ def _refuse_method(models: Sequence[str]) -> None:
         raise Refusal(f"{models[0]} is a method: write --method {models[0]}", "option")
 
 
+def recipe_of(
+    models: Sequence[str], method: str | None, fields: Mapping[str, Any], stated: Mapping[str, Any]
+) -> Recipe:
+    """Return the recipe of a typed merge: its models and method, the options of the method, and all others.
+
+    Raises :class:`~merging.errors.OptionError` and :class:`~merging.cli.errors.Refusal`.
+    """
+    from merging.errors import OptionError
+    from merging.methods import METHODS
+    from merging.plan.recipe_values import make_recipe
+
+    if method is None:
+        _refuse_method(models)
+        listed = "\n".join(f"  {name:16} {entry.summary}" for name, entry in METHODS.items())
+        raise Refusal(
+            f"which method? See merge methods --help-me-choose, or choose one with --method:\n{listed}", "option"
+        )
+    _refuse_numbers(models, fields)
+    if not models:
+        raise OptionError("there is nothing to merge: name at least one model")
+    stated = dict(stated)
+    parameters = {name.replace("__", "."): value for name, value in fields.items()} | block_parameters(stated)
+    stated["rank"] = rank_of(stated)
+    values = {name: value for name, value in stated.items() if value not in (None, ()) and value is not False}
+    return make_recipe({"models": list(models), "method": method, "parameters": parameters, **values}, "merge")
+
+
 @click.command(
     cls=MergeCommand,
     fields=method_options,
@@ -192,23 +230,7 @@ def merge_command(
     """
     status = OutputStatus()
     with handle_errors(execution.debug, status):
-        from merging.errors import OptionError
-        from merging.methods import METHODS
-        from merging.plan.recipe_values import make_recipe
-
-        if method is None:
-            _refuse_method(models)
-            listed = "\n".join(f"  {name:16} {entry.summary}" for name, entry in METHODS.items())
-            raise Refusal(
-                f"which method? See merge methods --help-me-choose, or choose one with --method:\n{listed}", "option"
-            )
-        _refuse_numbers(models, fields)
-        if not models:
-            raise OptionError("there is nothing to merge: name at least one model")
-        parameters = {name.replace("__", "."): value for name, value in fields.items()} | block_parameters(stated)
-        stated["rank"] = rank_of(stated)
-        values = {name: value for name, value in stated.items() if value not in (None, ()) and value is not False}
-        recipe = make_recipe({"models": list(models), "method": method, "parameters": parameters, **values}, "merge")
+        recipe = recipe_of(models, method, fields, stated)
         if recipe_only:
             recipe.method.check(len(recipe.models))
             echo_text(recipe.to_yaml().removesuffix("\n"))

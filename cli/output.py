@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from merging.api.merge_files import Merged
+    from merging.api.predict import Prediction
     from merging.plan import Plan
 
     from .execution import Execution
@@ -102,8 +103,17 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def echo_plan(plan: Plan, destination: Path, execution: Execution, settings: Sequence[str] = ()) -> None:
-    """Print a plan: changes of its recipe, the bytes to read and write, the memory that it takes, and its notices."""
+def echo_plan(
+    plan: Plan,
+    destination: Path,
+    execution: Execution,
+    settings: Sequence[str] = (),
+    prediction: Prediction | None = None,
+) -> None:
+    """Print a plan: changes of its recipe, the bytes to read and write, the memory that it takes, and its notices.
+
+    A prediction adds its facts.
+    """
     from merging.engine.resources import workers_within
     from merging.engine.threads import cores
     from merging.plan.recipe import plain_entry
@@ -127,6 +137,7 @@ def echo_plan(plan: Plan, destination: Path, execution: Execution, settings: Seq
         "matched": list(plan.matched),
         "notices": list(plan.notices),
         **({"set": list(settings)} if settings else {}),
+        **({"prediction": prediction.to_dict()} if prediction else {}),
     }
     if execution.as_json:
         echo_json(facts)
@@ -142,9 +153,11 @@ def echo_plan(plan: Plan, destination: Path, execution: Execution, settings: Seq
     if plan.spool_bytes:
         echo(f"  disk    {format_size(plan.spool_bytes)} to set merged changes aside meanwhile")
     _echo_stages(plan)
+    for name, text in prediction.lines() if prediction else ():
+        echo(f"  {name:6}  {text}")
     for line in plan.matched:
         echo(f"  {line}")
-    echo_notices(plan.notices)
+    echo_notices([*plan.notices, *(prediction.notices if prediction else ())])
 
 
 def _echo_stages(plan: Plan) -> None:

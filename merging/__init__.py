@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from merging.api.merge_tensors import merge_deltas, merge_state_dicts
     from merging.api.peft_model import merge_peft
     from merging.api.peft_tensors import peft_deltas, peft_state_dict
+    from merging.api.predict import predict
     from merging.api.rerun import rerun
     from merging.compression import compress, decompress
     from merging.continual import ContinualStore
@@ -61,6 +62,7 @@ _WHERE = {
     "method": "methods.contract.function",
     "peft_deltas": "api.peft_tensors",
     "peft_state_dict": "api.peft_tensors",
+    "predict": "api.predict",
     "preview": "api.merge_files",
     "recycle": "recycling.workflow",
     "rerun": "api.rerun",
@@ -103,6 +105,7 @@ __all__ = [
     "method",
     "peft_deltas",
     "peft_state_dict",
+    "predict",
     "preview",
     "recycle",
     "rerun",

@@ -39,6 +39,9 @@ class IsoCts(Spectral):
     scale: Local[Coefficient] = Field(1.5, description="what the merged change is multiplied by (0.5 to 3)")
     common: Local[Annotated[float, Field(gt=0, le=1)]] = Field(0.8, description="share of directions that are common")
 
+    def decompositions(self, models: int) -> int:
+        return models + 3
+
     def combine(self, changes: Sequence[Tensor], size: int) -> Tensor:
         u, values, vh = leading_svd(total(changes))
         own = min(round(len(values) * (1 - self.common) / len(changes)), len(values) // len(changes))

@@ -73,6 +73,9 @@ class Opcm(Method):
     def factored(self) -> bool:
         return True
 
+    def decompositions(self, models: int) -> int:
+        return max(1, models - 1)  # the first model is taken as it is
+
     def result_statistics(self, models: int) -> tuple[ResultStatistic, ...]:
         return (ResultStatistic(_SQUARES, Sum(), _squares, grain="matrix"),) if models > 1 else ()
 

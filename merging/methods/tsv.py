@@ -31,6 +31,9 @@ class Tsv(Spectral):
     paper: ClassVar[str] = "Task Singular Vectors, Gargiulo et al. 2025, arXiv 2412.00081"
     workspace: ClassVar[int] = 5
 
+    def decompositions(self, models: int) -> int:
+        return models + 2
+
     def combine(self, changes: Sequence[Tensor], size: int) -> Tensor:
         triples = [leading_svd(change, max(1, size // len(changes))) for change in changes]
         us, values, vhs = zip(*triples, strict=True)

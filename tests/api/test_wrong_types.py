@@ -58,6 +58,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "method": {"name": "a_method"},
     "peft_deltas": {"state_dict": FACTORS, "config": {"peft_type": "LORA", "r": 1}},
     "peft_state_dict": {"deltas": {"w": merging.Dense(STATE["w"])}, "rank": 1},
+    "predict": {"plan": merging.Recipe(models=("adapter0", "adapter1"), method="linear")},
     "preview": {"models": ["adapter0", "adapter1"], "method": "linear"},
     "rerun": {"path": "made.safetensors", "output": "new.safetensors"},
     "soup": {"checkpoints": ["tuned0", "tuned1"], "output": "new"},

@@ -83,6 +83,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
         merged,
         merging.preview(full, method="lines+ties", base=base),
         merging.preview(lora, method="linear", **options),
+        merging.predict(merging.preview(full, method="ties", base=base), cluster="nodes=2,gpus=1"),
         merging.load_recipe("models: [a, b]\nmethod: lines+ties\nexclude: ['<script>']"),
         merging.load_recipe("stack: [{model: a, layers: '0:2'}, {model: '<script>', layers: '1:2'}]").models[0],
         merging.chain("lines+ties", {"weights": [0.1] * 300}),

@@ -30,6 +30,7 @@ full: merging.Delta = merging.Dense(torch.ones(2, 2))
 
 def files() -> merging.Merged:
     plan = merging.preview(["a", Path("b")], method="ties", density=0.3, base="base")
+    merging.predict(plan, cluster="nodes=2")
     print(plan.output, len(plan.items), merging.__version__)
     merged: merging.Merged = merging.merge(
         ["a", "b"], method="lines+ties", output=Path("out"), dtype=torch.bfloat16, weights=[1, 0.5], max_memory="1GB",

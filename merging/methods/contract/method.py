@@ -206,6 +206,10 @@ class Method(Displayed, BaseModel, ABC):
         """Whether the depth of a place matters."""
         return any(graded(getattr(self, field)) for field in type(self).model_fields)
 
+    def decompositions(self, models: int) -> int:
+        """Return the number of eigenvalue problems that a full matrix takes, where ``decomposed_side`` names a side."""
+        return 1
+
     # ---- 3. what follows from the above
 
     @property
