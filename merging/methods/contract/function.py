@@ -76,6 +76,7 @@ OPTIONS = frozenset(
         "recipe",
         "recipe_only",
         "reduce_intruders",
+        "resume",
         "set",
         "settings",
         "shard_size",

@@ -114,7 +114,8 @@ def weights_of(folder: Path) -> Path:
 def _without_frozen(tensors: Mapping[str, Stored], settings: Config) -> dict[str, Stored]:
     """Return the tensors without copies of the base's weights, as in files of a wrapped model's whole ``state_dict``.
 
-    Weights of layers without factors count as copies only if layers with factors have their copies too.
+    Weights of layers without factors count as copies only if layers with factors have their copies too. Tables of
+    tokens are kept in any case.
     """
     kept = {name: stored for name, stored in tensors.items() if not _COPY.search(name)}
     wrapped = {name.partition(".base_layer.")[0] for name in kept if ".base_layer.weight" in name}
@@ -126,7 +127,8 @@ def _without_frozen(tensors: Mapping[str, Stored], settings: Config) -> dict[str
         name: stored
         for name, stored in kept.items()
         if _LORA_LEAF.search(name)
-        or (name.partition(".base_layer.")[0] not in factors and (".base_layer." in name or is_table(name)))
+        or (name.partition(".base_layer.")[0] not in factors and ".base_layer." in name)
+        or is_table(name.replace(".base_layer.", "."))  # PEFT saves these itself, as their vocabulary may have grown
         or settings.saves(name)
         or (biases and name.endswith(".bias"))
     }
