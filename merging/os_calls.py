@@ -150,11 +150,24 @@ def available_memory() -> int | None:
         available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, ValueError, StopIteration):
         return None
-    try:
-        allowed = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-    except OSError:
-        allowed = "max"
-    return min(available, int(allowed)) if allowed.isdigit() else available
+    return min([available, *memory_limits()])
+
+
+def memory_limits(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Return the limits of memory of this process's control groups, in bytes: its own and those around it."""
+    limits = []
+    lines = groups.read_text(encoding="utf-8").splitlines() if groups.exists() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+        folder = top / path.lstrip("/")
+        for each in (folder, *folder.parents):
+            with suppress(OSError, ValueError):  # no limit is "max", and a container does not see the groups around it
+                limits.append(int((each / name).read_text(encoding="ascii")))
+            if each == top:
+                break
+    return limits
 
 
 def allow_open_files(count: int) -> int:
