@@ -139,11 +139,11 @@ def inspect(stream: Stream, store: Path, what: str, tally: Tally, models: Sequen
         problems = [f"{type(error).__name__}: {error}"]
     if problems:
         tally.damaged.append(f"{stream.name}: {what}: {problems[0]}")
-    elif litter := _litter(store):
+    elif litter := litter_of(store):
         tally.leftover.append(f"{stream.name}: {what}: {litter}")
 
 
-def _litter(store: Path) -> list[str]:
+def litter_of(store: Path) -> list[str]:
     """What lies in a store without belonging to a step."""
     known = {Path(part.file).parent.name for s in ContinualStore(store).manifest().steps for part in s.parts.values()}
     # what could not be removed has a name that the next writer removes
@@ -219,7 +219,7 @@ def _told(stream: Stream, ended: Ended, what: str, store: Path, name: str, tally
         last = ended.said.strip().splitlines()[-1:]
         tally.untold.append(f"{stream.name}: {what}: exit code {ended.code}: {last}")
     removing = "unlink" in what or "rmdir" in what
-    if ended.code and name.startswith("add") and not removing and (litter := _litter(store)):
+    if ended.code and name.startswith("add") and not removing and (litter := litter_of(store)):
         tally.leftover.append(f"{stream.name}: {what}: refused, and {litter} stays")
 
 
