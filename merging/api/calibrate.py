@@ -10,9 +10,11 @@ import time
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from merging.api.calibration_models import WRITTEN, write_models
+from merging.api.merge_files import merge_plan
 from merging.engine.run import run
 from merging.engine.threads import cores
 from merging.errors import FormatError, MergingError, OutputError
@@ -37,8 +39,11 @@ BUDGET = 50.0
 ENOUGH = 0.3
 """Processor seconds of a merge that is not measured a second time."""
 
-DISK = 128 << 20
-"""Bytes that are written and read to measure the disk."""
+DISK = 96 << 20
+"""Bytes of a file that is written and read to measure the disk."""
+
+LARGE = ("disk-a", "disk-b", "disk-c")
+"""The files that are written and read to measure the disk."""
 
 PLAIN = "task_arithmetic"
 """The method whose rates are subtracted from a wrapper around it, and taken for tensors that are not decomposed."""
@@ -100,15 +105,18 @@ def calibrate(folder: Path | None = None) -> Rates:
             rates = _measure_disk(Path(scratch))
             write_models(Path(scratch))
             bench = _Bench(Path(scratch))
-            methods = {PLAIN: bench.rates_of(PLAIN, None)}
+            plain = bench.rates_of(PLAIN, None)
+            methods = {PLAIN: plain}
+            methods["linear"] = bench.rates_of("linear", None)
+            transfer = _measure_transfer(Path(scratch), methods["linear"])
+            product, compression = bench.product(plain), bench.compression(plain)
             for name in METHODS:
                 if name in methods or time.perf_counter() > end:
                     continue
                 try:
-                    methods[name] = bench.rates_of(name, methods[PLAIN])
+                    methods[name] = bench.rates_of(name, plain)
                 except MergingError:  # a method that needs parameters, which has the default rates
                     continue
-            product = bench.product(methods[PLAIN])
     except OSError as error:
         raise OutputError(f"{folder}: its disk cannot be measured: {error.strerror}") from None
     return replace(
@@ -117,31 +125,53 @@ def calibrate(folder: Path | None = None) -> Rates:
         measured=date.today().isoformat(),
         folder=str(folder.absolute()),
         cores=cores(),
+        transfer=transfer,
         product=product,
+        compression=compression,
         methods=methods,
     )
 
 
 def _measure_disk(folder: Path) -> Rates:
-    """Return rates of reading and writing a file on a disk, past the system's memory where it lets one."""
-    out = OutputTensor("values", "U8", (DISK,))
-    piece = torch.randint(0, 256, (PIECE,), dtype=torch.uint8)
-    copies, writes = [], []
-    for name in ("first", "second"):
-        writer = TensorWriter(folder, name, [out], {}, None)
-        began, processor = time.perf_counter(), time.process_time()
-        for start in range(0, DISK, PIECE):
-            writer.write("values", piece, start)
-        copies.append((time.process_time() - processor) / DISK)
-        writer.finish()
-        writes.append(DISK / (time.perf_counter() - began))
-    with (folder / "first.safetensors").open("rb") as file:
-        begin_writeback(file.fileno(), 0, 0)  # has the system forget the file's pages, as they are on the disk
+    """Return rates of writing and reading files on a disk, medians of a few, past the system's memory if it can be."""
+    out = OutputTensor("values", "BF16", (DISK // 2,))
+    piece = torch.randn(PIECE // 2, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = []
+    for name in LARGE:
+        writer = TensorWriter(folder, name, [out], {"format": "pt"}, None)
         began = time.perf_counter()
-        while file.read(PIECE):
-            pass
-        read = DISK / (time.perf_counter() - began)
-    return Rates(read=read, write=max(writes), copy=min(copies))
+        for start in range(0, DISK // 2, PIECE // 2):
+            writer.write("values", piece, start)
+        writer.finish()
+        write = DISK / (time.perf_counter() - began)
+        path = folder / f"{name}.safetensors"
+        _forget(path)
+        with path.open("rb", buffering=0) as file:
+            began = time.perf_counter()
+            while file.read(PIECE):
+                pass
+        found.append((DISK / (time.perf_counter() - began), write))
+        _forget(path)
+    read, write = (median(values) for values in zip(*found, strict=True))
+    return Rates(read=read, write=write)
+
+
+def _forget(path: Path) -> None:
+    """Have the system forget the pages of a file that is on the disk, where it does so."""
+    with path.open("rb") as file:
+        begin_writeback(file.fileno(), 0, 0)
+
+
+def _measure_transfer(folder: Path, linear: MethodRates) -> float:
+    """Return the processor seconds for a byte between the disk and a merge, beyond the work of the merge itself."""
+    recipe = make_recipe({"models": [str(folder / f"{name}.safetensors") for name in LARGE], "method": "linear"}, "it")
+    plan = make_plan(recipe)
+    began = time.process_time()
+    merge_plan(plan, folder / "merged.safetensors", resume=False)
+    seconds = time.process_time() - began
+    work = count_work(plan)
+    seconds -= linear.element * sum(each.elements for each in work)
+    return max(0.0, seconds) / (plan.read_bytes + plan.out_bytes)
 
 
 class _NullSink:
@@ -161,6 +191,7 @@ class _Measured:
     flops: float
     core_flops: float
     product_flops: float
+    compression_flops: float
 
 
 class _Bench:
@@ -191,6 +222,11 @@ class _Bench:
         core = max(0.0, factors.seconds - rest * factors.elements) / factors.core_flops if factors.core_flops else 0.0
         return MethodRates(item=item, element=element, flop=flop, core=core)
 
+    def compression(self, plain: MethodRates) -> float:
+        """Return the processor seconds of an operation that turns a full change into factors."""
+        found = self.measure(PLAIN, "square", kind="adapter", rank=16)
+        return max(0.0, found.seconds - plain.element * found.elements) / found.compression_flops
+
     def product(self, plain: MethodRates) -> float:
         """Return the processor seconds of an operation of a product of factors, from adapters added to their base."""
         found = self.measure(PLAIN, "lora", kind="model")
@@ -203,7 +239,7 @@ class _Bench:
         paths = [str(self.folder / f"{models}-{each}") for each in WRITTEN[:most]]
         paths = [f"{path}.safetensors" if models != "lora" else path for path in paths]
         needs_base = method.merge_space == "delta" and (models != "lora" or options)
-        base = {"base": str(self.folder / f"{'square' if models == 'lora' else models}-base.safetensors")}
+        base = {"base": str(self.folder / f"{models}-base.safetensors")}
         recipe = make_recipe(
             {"models": paths, "method": name, "parameters": {}, **(base if needs_base else {}), **options}, "calibrate"
         )
@@ -221,4 +257,5 @@ class _Bench:
             flops=sum(each.decomposition_flops for each in work),
             core_flops=sum(each.core_flops for each in work),
             product_flops=sum(each.product_flops for each in work),
+            compression_flops=sum(each.compression_flops for each in work),
         )

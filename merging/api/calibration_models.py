@@ -19,16 +19,17 @@ _UP = "model.layers.{}.mlp.up_proj.weight"
 
 _SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "tiny": {f"model.layers.{layer}.input_layernorm.weight": (64,) for layer in range(200)},
-    "wide": {_UP.format(0): (4096, 2048)},
+    "wide": {_UP.format(layer): (2048, 2048) for layer in range(2)},
     "square": {_UP.format(layer): (1024, 768) for layer in range(2)},
+    "lora": {_UP.format(layer): (1024, 768) for layer in range(12)},
 }
-"""The shapes of the tensors of each model: many small ones, large ones, and ones that are decomposed."""
+"""The shapes of the tensors of each model: many small ones, large ones, decomposed ones, and LoRAs."""
 
 _RANK = 16
 
 
 def write_models(folder: Path) -> None:
-    """Write bases and fine-tunes (``wide-base.safetensors``, ``wide-a.safetensors``), and LoRAs of ``square``."""
+    """Write bases and fine-tunes (``wide-base.safetensors``, ``wide-a.safetensors``), and LoRAs (``lora-a/``)."""
     random = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, size: float) -> Tensor:
@@ -37,7 +38,7 @@ def write_models(folder: Path) -> None:
     for model, shapes in _SHAPES.items():
         base = {name: draw(*shape, size=0.02) for name, shape in shapes.items()}
         _save(folder, f"{model}-base", base)
-        for name in WRITTEN:
+        for name in WRITTEN if model != "lora" else ():
             _save(
                 folder, f"{model}-{name}", {key: value + draw(*value.shape, size=0.002) for key, value in base.items()}
             )
@@ -47,7 +48,7 @@ def write_models(folder: Path) -> None:
 
 def _write_lora(folder: Path, draw: Callable[..., Tensor]) -> None:
     factors = {}
-    for name, (rows, columns) in _SHAPES["square"].items():
+    for name, (rows, columns) in _SHAPES["lora"].items():
         module = f"base_model.model.{name.removesuffix('.weight')}"
         factors[f"{module}.lora_A.weight"] = draw(_RANK, columns, size=0.02)
         factors[f"{module}.lora_B.weight"] = draw(rows, _RANK, size=0.02)

@@ -16,7 +16,7 @@ from merging.plan import Plan
 from merging.plan.cluster import Cluster, parse_cluster
 from merging.plan.rates import GPU_RATES, Rates
 from merging.plan.recipe import Recipe
-from merging.plan.work import ItemWork, count_sweeps, count_work
+from merging.plan.work import count_sweeps, count_work
 from merging.type_checks import check_types
 
 __all__ = ["Prediction", "format_flops", "format_seconds", "predict", "predict_plan"]
@@ -137,9 +137,10 @@ def predict_plan(plan: Plan, cluster: Cluster | None, rates: Rates, workers: int
     written, aside = plan.out_bytes, plan.spool_bytes + plan.stage_bytes
     cached = memory is None or inputs / cluster.nodes <= CACHED * memory
     disk_bytes = inputs if cached else read
-    seconds = [_seconds(each, rates, cluster) for each in work]
+    seconds = [GPU_RATES.seconds(each) if cluster.gpus else rates.seconds(each) for each in work]
     longest = max((total / each.units for total, each in zip(seconds, work, strict=True)), default=0.0)
-    shared = sum(seconds) / (cluster.nodes * workers)
+    processor = sum(seconds) + (0.0 if cluster.gpus else (disk_bytes + written + aside) * rates.transfer)
+    shared = processor / (cluster.nodes * workers)
     disk = (disk_bytes / cluster.rate(rates.read) + (written + aside) / cluster.rate(rates.write)) / cluster.nodes
     bounds = {"disk": disk, "GPUs" if cluster.gpus else "processors": shared, "largest tensor": longest}
     bound = max(bounds, key=lambda name: bounds[name])
@@ -156,7 +157,7 @@ def predict_plan(plan: Plan, cluster: Cluster | None, rates: Rates, workers: int
         node_bytes=plan.memory(workers),
         decomposition_flops=sum(each.decomposition_flops + each.core_flops + each.compression_flops for each in work),
         product_flops=sum(each.product_flops for each in work),
-        processor_seconds=sum(seconds),
+        processor_seconds=processor,
         disk_seconds=disk,
         seconds=elapsed,
         bound=bound,
@@ -177,12 +178,6 @@ def _workers_of(plan: Plan, cluster: Cluster, rates: Rates) -> int:
             f"{format_size(plan.memory(1))}"
         )
     return max(1, min(most, int((CACHED * cluster.memory - plan.memory(0)) // max(1, plan.worker_bytes))))
-
-
-def _seconds(work: ItemWork, rates: Rates, cluster: Cluster) -> float:
-    if not cluster.gpus:
-        return rates.seconds(work)
-    return GPU_RATES.seconds(work)
 
 
 def _notices(rates: Rates, cluster: Cluster) -> list[str]:

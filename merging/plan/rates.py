@@ -39,8 +39,9 @@ class Rates:
         cores: the number of its processor cores.
         read: the bytes a second that are read from its disk.
         write: the bytes a second that are written to its disk, until they are durable.
-        copy: processor seconds for a byte that is written.
+        transfer: processor seconds for a byte that comes from the disk, or goes to it.
         product: processor seconds for an operation of a product of factors.
+        compression: processor seconds for an operation that turns a full change into factors.
         methods: rates of methods, by name.
     """
 
@@ -48,10 +49,11 @@ class Rates:
     measured: str = ""
     folder: str = ""
     cores: int = 2
-    read: float = 1.8e9
-    write: float = 0.3e9
-    copy: float = 1.6e-9
-    product: float = 2.4e-11
+    read: float = 1.0e9
+    write: float = 0.5e9
+    transfer: float = 3.3e-10
+    product: float = 1.2e-11
+    compression: float = 2.7e-11
     methods: Mapping[str, MethodRates] = field(default_factory=dict)
 
     def of(self, name: str) -> MethodRates:
@@ -59,11 +61,11 @@ class Rates:
         return self.methods.get(name) or DEFAULT.methods.get(name) or DEFAULT.methods["ties"]
 
     def seconds(self, work: ItemWork) -> float:
-        """Return the processor seconds of an item."""
+        """Return the processor seconds of an item, without the transfer of its bytes."""
         links = [self.of(name) for name in work.method]
         return (
-            work.written_bytes * self.copy
-            + (work.product_flops + work.compression_flops) * self.product
+            work.product_flops * self.product
+            + work.compression_flops * self.compression
             + work.sweeps * sum(link.item for link in links)
             + work.elements * sum(link.element for link in links)
             + work.decomposition_flops * max((link.flop for link in links), default=0.0)

@@ -46,7 +46,7 @@ CASES: tuple[tuple[str, str, tuple[str, ...], dict[str, Any]], ...] = (
     ("small", "pcb", ("a", "b"), {"base": "base"}),
     ("large", "magmax", ("a", "b", "c"), {"base": "base"}),
     ("small", "tsv", ("a", "b", "c"), {"base": "base"}),
-    ("large", "iso_c", ("a", "b"), {"base": "base"}),
+    ("small", "iso_c", ("a", "b"), {"base": "base"}),
     ("small", "opcm", ("a", "b", "c"), {"base": "base"}),
     ("small", "linear", ("a", "b"), {"base": "base", "kind": "adapter", "rank": 16}),
     ("large", "tsv", ("lora-a", "lora-b", "lora-c"), {}),
