@@ -143,6 +143,8 @@ def write_output(plan: Plan, shown: Plan, staged: StagedOutput, settings: StageS
             remarks = decomposition.describe(plan.ranks)
         # pieces of quantised tensors wait in memory for each other, so that no record of single pieces is true
         journal = settings.journal.of_run("merge") if settings.journal and plan.quantized is None else None
+        if journal is None:
+            staged.clear()
         writer = make_writer(shown, staged.folder, staged.destination, settings.device, resume=journal is not None)
         encodings = plan.quantized.encodings if plan.quantized else {}
         quantizing = QuantizingWriter(writer, encodings)

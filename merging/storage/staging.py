@@ -180,6 +180,11 @@ class StagedOutput:
         if self.identity is not None:
             self.journal = self._held / JOURNAL
 
+    def clear(self) -> None:
+        """Remove what a run that stopped left of the output, for a merge that begins from the start."""
+        shutil.rmtree(self.folder)
+        self.folder.mkdir()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

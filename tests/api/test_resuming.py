@@ -77,6 +77,24 @@ def test_the_same_merge_goes_on(
     assert not find_leftovers(tmp_path)
 
 
+def test_a_quantized_merge_that_was_killed_begins_from_the_start(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"method": "linear", "quantize": "fp8-channel", "resume": True}
+    # as after kill -9: the folder stays, and its lock is free
+    with monkeypatch.context() as patch:
+        patch.setattr("merging.storage.writer.TensorWriter.finish", lambda self: os.close(-1))
+        patch.setattr("merging.storage.staging.StagedOutput._remove", lambda self, keep=False: os.close(self._lock))
+        with pytest.raises(OutputError):
+            merging.merge(models, output=tmp_path / "out", **options)
+    (left,) = find_leftovers(tmp_path)
+    assert (left.path / "out/model.safetensors").exists()
+    merging.merge(models, output=tmp_path / "out", **options)
+    merging.merge(models, output=tmp_path / "whole", **options)
+    assert identical(load(tmp_path / "out"), load(tmp_path / "whole"))
+    assert not find_leftovers(tmp_path)
+
+
 def test_another_merge_is_refused_with_the_difference(stop: Stop, models: list[Path], tmp_path: Path) -> None:
     left = stop(weights=[0.5, 0.5])
     with pytest.raises(
