@@ -93,7 +93,7 @@ def make_writer(
     metadata = header_metadata(plan, device)
     if plan.format == "gguf":
         name = destination.stem if is_file(destination) else destination.name
-        architecture, fields = gguf_metadata(plan, name)
+        architecture, fields = gguf_metadata(plan)
         return GgufWriter(folder / f"{name}.gguf", architecture, plan.outs, fields | metadata)
     if is_file(destination):
         return TensorWriter(folder, destination.stem, plan.outs, metadata, None, resume=resume)

@@ -14,10 +14,11 @@ from merging.sources.tied_weights import text_config
 __all__ = ["gguf_metadata"]
 
 
-def gguf_metadata(plan: Plan, name: str) -> tuple[str, dict[str, Any]]:
+def gguf_metadata(plan: Plan) -> tuple[str, dict[str, Any]]:
     """Return llama.cpp's name of the architecture, and the metadata.
 
-    The number of heads is stated too, so that the file can be read without its base. ``name`` is the adapter's name.
+    The number of heads is stated too, so that the file can be read without its base. The output's name is left out, so
+    that the same merge gives the same bytes under any name.
     """
     assert plan.base is not None
     config = text_config(plan.base.config)
@@ -27,7 +28,6 @@ def gguf_metadata(plan: Plan, name: str) -> tuple[str, dict[str, Any]]:
     fields: dict[str, Any] = {
         "general.type": "adapter",
         "adapter.type": "lora",
-        "general.name": name,
         ALPHA_KEY: float(plan.rank),
         "general.tags": ["lora", "merge"],
     }

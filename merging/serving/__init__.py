@@ -45,8 +45,8 @@ def verify(
 
     Args:
         path: The path or Hub address of an adapter or model.
-        programs: Names of :data:`PROGRAMS`. By default the library that loads such files: PEFT, transformers or
-            diffusers.
+        programs: Names of :data:`PROGRAMS`. By default the program that loads such files: PEFT, transformers,
+            diffusers, or llama.cpp.
         base: The path or address of an adapter's base.
         max_lora_rank: The largest rank that servers are started for; by default, their own limit.
         values: Whether the values are read too, to find NaN and infinities.
@@ -83,7 +83,9 @@ def verify(
 
 
 def _default_programs(subject: Subject) -> tuple[str, ...]:
-    """Return the library that loads such files."""
+    """Return the program that loads such files."""
+    if subject.weights is not None and subject.weights.suffix == ".gguf":
+        return ("llama.cpp",)
     if subject.kind == "adapter":
         return ("peft",)
     return ("transformers",) if subject.kind == "model" and "_class_name" not in subject.stated else ("diffusers",)
