@@ -9,7 +9,14 @@ import click
 
 from .errors import OutputStatus, handle_errors
 from .execution import Execution, execute, execution_options
-from .options import add_options, base_option, dtype_option, recipe_only_option, shard_size_option
+from .options import (
+    add_options,
+    base_option,
+    dequantize_option,
+    dtype_option,
+    recipe_only_option,
+    shard_size_option,
+)
 from .output import echo, echo_text
 from .types import MODEL
 
@@ -45,6 +52,7 @@ _choices = add_options(
     click.option("--rank", type=int, help="rank of an averaged adapter  [default: the rank of the checkpoints]"),
     dtype_option,
     shard_size_option,
+    dequantize_option,
 )
 
 
@@ -96,7 +104,7 @@ def soup_command(
         )
         if score is not None and execution.dry_run:
             raise OptionError("--dry-run merges nothing, and --score merges soups to score them: leave one out")
-        options = {name: value for name, value in stated.items() if value is not None}
+        options = {name: value for name, value in stated.items() if value is not None and value is not False}
         destination = Path(execution.output or "merged")
         planned = plan_soup(checkpoints, destination, settings, options, lambda line: echo(f"scored {line}", err=True))
         if recipe_only:

@@ -189,7 +189,7 @@ def plan_soup(
     snapshots = select_snapshots(find_snapshots(names), settings.last, settings.until)
     options = {name: value for name, value in options.items() if value is not None}
     if "rank" not in options and options.get("kind", options.get("as")) != "model":
-        options |= _rank_of(snapshots[-1])
+        options |= _rank_of(snapshots[-1], bool(options.get("dequantise", options.get("dequantize"))))
     chosen, facts = tuple(snapshots), dict[str, float]()
     if settings.score is not None:
         choice = _choose(snapshots, destination, settings, options, on_event)
@@ -253,8 +253,8 @@ def _weights(snapshots: Sequence[Snapshot], settings: SoupSettings) -> list[floa
     return schedule_weights([each.step for each in snapshots], settings.schedule, settings.ema_decay)
 
 
-def _rank_of(snapshot: Snapshot) -> dict[str, int]:
+def _rank_of(snapshot: Snapshot, dequantize: bool) -> dict[str, int]:
     """Return the rank of a checkpoint that is a LoRA: checkpoints of one run change nearly the same directions."""
-    model = open_model(snapshot.path)
+    model = open_model(snapshot.path, dequantize=dequantize)
     rank = max((change.rank for change in model.changes.values()), default=0) if isinstance(model, Adapter) else 0
     return {"rank": rank} if rank else {}

@@ -70,6 +70,17 @@ def test_a_window(run: Path, tmp_path: Path) -> None:
     assert close(load(tmp_path / "soup"), mean([run / "checkpoint-1000", run / "checkpoint-1500"], [0.5, 0.5]))
 
 
+def test_quantized_checkpoints(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    for step, scale in ((1, 1.0), (2, 3.0)):
+        tensors = {name: torch.ones(16, 8).to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.full((1, 1), scale)}
+        stated = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+        save(tmp_path / f"run/checkpoint-{step}", tensors, {"quantization_config": stated})
+    assert "use --dequantize" in refused("soup", tmp_path / "run", "-o", tmp_path / "soup")
+    ok("soup", tmp_path / "run", "--dequantize", "-o", tmp_path / "soup")
+    assert torch.equal(load(tmp_path / "soup")[name].float(), torch.full((16, 8), 2.0))
+
+
 def test_a_soup_is_made_again_from_its_recipe(run: Path, tmp_path: Path) -> None:
     first, again = tmp_path / "soup", tmp_path / "again"
     ok("soup", run, "--schedule", "cosine", "--dtype", "bfloat16", "-o", first)
