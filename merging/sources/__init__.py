@@ -203,7 +203,7 @@ def _bare_adapter(folder: Path, open_file: FileOpener) -> Path | None:
     named = next(
         (folder / name for name in (*peft.WEIGHTS, *diffusion_loras.WEIGHTS) if is_there(folder / name, None)), None
     )
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.gguf"))
     if named is not None or len(found) != 1 or is_there(folder / "config.json"):
         return named
     return found[0] if dialect_of(open_file(check_inside(found[0], folder))) else None

@@ -126,7 +126,8 @@ def test_it_is_read_without_its_base_and_made_again(tmp_path: Path) -> None:
     merging.merge([adapter], method="passthrough", base=base, output=tmp_path / "folder", format="gguf")
     file = tmp_path / "folder" / "folder.gguf"
     assert sorted(each.name for each in (tmp_path / "folder").iterdir()) == ["README.md", "folder.gguf"]
-    merging.merge([file], method="passthrough", output=tmp_path / "back", rank=4)
+    assert verify(str(tmp_path / "folder")).served
+    merging.merge([tmp_path / "folder"], method="passthrough", output=tmp_path / "back", rank=4)
     merging.merge([adapter], method="passthrough", output=tmp_path / "once", rank=4)
     one, other = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("back", "once"))
     assert all(torch.allclose(one[each], other[each], atol=1e-6) for each in one)
