@@ -1,0 +1,1 @@
+"""Weights in codes of few bits with scales: read as numbers, as their files hold them, and as they were rounded."""
