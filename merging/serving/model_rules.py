@@ -10,7 +10,7 @@ from merging.maths.layers import Stacks
 from merging.serving.rules import SAVE_AGAIN, Rule
 from merging.serving.subject import Subject
 from merging.sources.checkpoint import config_layers
-from merging.sources.quantized_weights import refuse_quantized
+from merging.sources.quantized.quantized_weights import refuse_quantized
 from merging.sources.tied_weights import embeddings_among, has_own_head, is_head, same_values, stated_tie
 
 __all__ = ["MODEL_RULES", "PIPELINE_RULES"]

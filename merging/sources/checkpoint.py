@@ -17,8 +17,8 @@ from merging.sources.model_config import read_config
 from merging.sources.opening import FileOpener, open_tensors
 from merging.sources.origin import Origin
 from merging.sources.pickled import PYTORCH_ENDINGS
-from merging.sources.quantized_parts import QuantizedParts
-from merging.sources.quantized_weights import dequantize_tensors, refuse_quantized
+from merging.sources.quantized.quantized_parts import QuantizedParts
+from merging.sources.quantized.quantized_weights import dequantize_tensors, refuse_quantized
 from merging.sources.small_files import is_there
 from merging.sources.stored import Stored
 from merging.sources.tied_weights import HEADS, stated_tie, text_config, tied_to

@@ -11,7 +11,7 @@ from merging.sources import DIALECTS
 from merging.sources.loose_factors import FOREIGN
 from merging.sources.peft.adapter_types import PEFT_TYPES, BaseNeed
 from merging.sources.peft.unsupported_types import UNSUPPORTED
-from merging.sources.quantized_weights import QUANTIZED, SIMPLE
+from merging.sources.quantized.quantized_weights import QUANTIZED, SIMPLE
 
 __all__ = ["Format", "formats"]
 

@@ -20,9 +20,9 @@ from merging.maths.low_precision import (
     to_exponents,
     to_pairs,
 )
-from merging.sources.dequantized_tensors import read_scales
 from merging.sources.dtypes import DTYPES
-from merging.sources.scale_grid import ScaleGrid
+from merging.sources.quantized.dequantized_tensors import read_scales
+from merging.sources.quantized.scale_grid import ScaleGrid
 from merging.sources.stored import Stored
 from merging.storage.output_tensor import OutputTensor
 

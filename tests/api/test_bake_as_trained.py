@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import merging
 from merging.errors import InputError, OptionError
 from merging.plan.as_trained import AsTrained
-from merging.sources.rounded_weights import FourBitRounded, FourBitScheme, Int8Rounded, TurnedRounded
+from merging.sources.quantized.rounded_weights import FourBitRounded, FourBitScheme, Int8Rounded, TurnedRounded
 from merging.sources.stored import MappedTensor, Stored
 from support.adapters import QUIRKS, State, assert_close, base_state, edit_config, peft, quiet, reload, save_base, train
 from support.commands import ok

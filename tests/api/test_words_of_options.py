@@ -29,7 +29,7 @@ OTHERS = {
     "report/page.py": "variables of CSS",
     "serving/": "the servers' own options",
     "sources/formats.py": "the text of a command",
-    "sources/quantized_weights.py": "the option of another program, mlx_lm",
+    "sources/quantized/quantized_weights.py": "the option of another program, mlx_lm",
 }
 
 

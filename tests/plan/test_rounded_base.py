@@ -20,7 +20,7 @@ from merging.maths.site import inputs_by_outputs, site_of
 from merging.plan.as_trained import AsTrained
 from merging.plan.outputs.rounded_base import RoundedBase, round_base
 from merging.sources import Checkpoint
-from merging.sources.rounded_weights import TurnedRounded
+from merging.sources.quantized.rounded_weights import TurnedRounded
 from support.architectures import ARCHITECTURES, build
 from support.denoisers import FAMILIES, build_denoiser
 from support.paths import TESTS

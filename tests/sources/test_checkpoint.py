@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from merging.errors import FormatError, InputError
 from merging.hub.open_model import open_model
 from merging.sources.checkpoint import Checkpoint, content_key, open_checkpoint
-from merging.sources.quantized_weights import QUANTIZED
+from merging.sources.quantized.quantized_weights import QUANTIZED
 from support.checkpoints import values
 from support.tiny import CONFIG, identical, model, save
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from merging.sources.bitsandbytes_codes import FourBitFormat, quantize_blocks, value_table
 from merging.sources.dtypes import DTYPE_NAMES
-from merging.sources.rounded_weights import FourBitRounded, FourBitScheme, Int8Rounded, TurnedRounded
+from merging.sources.quantized.bitsandbytes_codes import FourBitFormat, quantize_blocks, value_table
+from merging.sources.quantized.rounded_weights import FourBitRounded, FourBitScheme, Int8Rounded, TurnedRounded
 from merging.sources.stored import MappedTensor, Stored
 from support.paths import TESTS
 

@@ -48,7 +48,7 @@ ALLOWED = {
     "merging/storage/gguf_writer.py": {"open"},
     "merging/storage/staging.py": {"open"},  # to make what was written durable
     "cli/errors.py": {"open"},  # the null device
-    "merging/sources/quantized_weights.py": {"json.loads"},  # a marker of a few bytes
+    "merging/sources/quantized/quantized_weights.py": {"json.loads"},  # a marker of a few bytes
     # what this process wrote or made itself
     "merging/api/resuming.py": {"json.loads"},
     "merging/engine/journal.py": {"json.loads", "open"},

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from merging.errors import InputError
 from merging.maths.low_precision import E2M1, LIMITS, from_pairs, to_pairs
-from merging.sources.dequantized_tensors import Mxfp4, Scaled
 from merging.sources.dtypes import DTYPES
-from merging.sources.scale_grid import ScaleGrid, scale_grid
+from merging.sources.quantized.dequantized_tensors import Mxfp4, Scaled
+from merging.sources.quantized.scale_grid import ScaleGrid, scale_grid
 from merging.sources.stored import MappedTensor, Stored
 from merging.storage.encodings import Encoding, GroupEncoding, ScaledEncoding
 from merging.storage.output_tensor import OutputTensor

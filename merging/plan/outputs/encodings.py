@@ -7,8 +7,8 @@ from dataclasses import replace
 from math import prod
 from typing import Any, Literal
 
-from merging.sources.dequantized_tensors import Cast, Mxfp4, Scaled
-from merging.sources.scale_grid import ScaleGrid, scale_grid
+from merging.sources.quantized.dequantized_tensors import Cast, Mxfp4, Scaled
+from merging.sources.quantized.scale_grid import ScaleGrid, scale_grid
 from merging.sources.stored import Stored
 from merging.storage.encodings import Encoding, GroupEncoding, ScaledEncoding
 from merging.storage.output_tensor import OutputTensor

@@ -15,8 +15,8 @@ from merging.maths.site import Site, inputs_by_outputs
 from merging.plan.items import Item
 from merging.plan.outputs.encodings import BLOCK, GROUP, NewFormat, encode_as, encode_like, new_statement
 from merging.sources import Checkpoint
-from merging.sources.dequantized_tensors import Dequantized, Mxfp4
-from merging.sources.quantized_parts import QuantizedParts
+from merging.sources.quantized.dequantized_tensors import Dequantized, Mxfp4
+from merging.sources.quantized.quantized_parts import QuantizedParts
 from merging.sources.stored import Stored
 from merging.sources.stored_bytes import StoredBytes
 from merging.sources.tied_weights import text_config

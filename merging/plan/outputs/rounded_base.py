@@ -13,9 +13,9 @@ from merging.maths.site import Site
 from merging.plan.as_trained import AsTrained
 from merging.plan.recipe import DTYPES
 from merging.sources import Adapter, Checkpoint, Model
-from merging.sources.bitsandbytes_4bit import FourBit
 from merging.sources.changes import Change, FullChange
-from merging.sources.rounded_weights import FourBitRounded, FourBitScheme, Int8Rounded, TurnedRounded
+from merging.sources.quantized.bitsandbytes_4bit import FourBit
+from merging.sources.quantized.rounded_weights import FourBitRounded, FourBitScheme, Int8Rounded, TurnedRounded
 from merging.sources.stored import Stored
 from merging.sources.tied_weights import is_head
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from merging.errors import FormatError
 from merging.maths.lazy_torch import Tensor, torch
-from merging.sources.bitsandbytes_codes import dequantize_blocks, dequantize_scales
 from merging.sources.derived import Derived
 from merging.sources.dtypes import DTYPE_NAMES, DTYPES
 from merging.sources.header import DTYPE_BITS
+from merging.sources.quantized.bitsandbytes_codes import dequantize_blocks, dequantize_scales
 from merging.sources.small_files import parse_json
 from merging.sources.stored import Stored
 

@@ -9,7 +9,7 @@ from typing_extensions import Self
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.low_precision import from_codes, from_exponents, from_pairs
 from merging.sources.derived import Derived
-from merging.sources.scale_grid import ScaleGrid
+from merging.sources.quantized.scale_grid import ScaleGrid
 from merging.sources.stored import Stored
 
 __all__ = ["Cast", "Dequantized", "Mxfp4", "Scaled", "read_scales"]

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError, option
-from merging.sources.packed_weights import Awq, Gptq, PackedFloats, PackedIntegers
-from merging.sources.quantized_parts import QuantizedWeight
+from merging.sources.quantized.packed_weights import Awq, Gptq, PackedFloats, PackedIntegers
+from merging.sources.quantized.quantized_parts import QuantizedWeight
 from merging.sources.stored import Stored
 
 __all__ = ["open_packed"]

@@ -6,7 +6,7 @@ from abc import abstractmethod
 
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.low_precision import from_pairs
-from merging.sources.dequantized_tensors import Dequantized, read_scales
+from merging.sources.quantized.dequantized_tensors import Dequantized, read_scales
 from merging.sources.stored import Stored
 
 __all__ = ["Awq", "Gptq", "PackedFloats", "PackedIntegers"]

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import FormatError, QuantizedError, option
-from merging.sources.bitsandbytes_4bit import open_four_bit, parts_of
-from merging.sources.dequantized_tensors import Cast, Mxfp4, Scaled
-from merging.sources.open_packed import open_packed
-from merging.sources.quantized_parts import QUANTIZATION_KEYS, QuantizedParts, QuantizedWeight
-from merging.sources.scale_grid import scale_grid
+from merging.sources.quantized.bitsandbytes_4bit import open_four_bit, parts_of
+from merging.sources.quantized.dequantized_tensors import Cast, Mxfp4, Scaled
+from merging.sources.quantized.open_packed import open_packed
+from merging.sources.quantized.quantized_parts import QUANTIZATION_KEYS, QuantizedParts, QuantizedWeight
+from merging.sources.quantized.scale_grid import scale_grid
 from merging.sources.stored import Stored
 
 __all__ = ["QUANTIZED", "SIMPLE", "dequantize_tensors", "refuse_quantized"]

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from threading import Lock
 
 from merging.maths.lazy_torch import Tensor, torch
-from merging.sources.bitsandbytes_codes import (
+from merging.sources.derived import Derived
+from merging.sources.dtypes import DTYPES
+from merging.sources.quantized.bitsandbytes_codes import (
     FourBitFormat,
     block_scales,
     dequantize_blocks,
@@ -16,8 +18,6 @@ from merging.sources.bitsandbytes_codes import (
     quantize_scales,
     value_table,
 )
-from merging.sources.derived import Derived
-from merging.sources.dtypes import DTYPES
 from merging.sources.stored import MappedTensor, Stored
 
 __all__ = ["GROUP", "FourBitRounded", "FourBitScheme", "Int8Rounded", "TurnedRounded"]
