@@ -122,7 +122,9 @@ def _check(
     with open_stages(plan, settings) as (ready, report, _):
         settings = replace(settings, progress=report)
         with open_decomposed(ready, settings) as (sized, decomposition):
-            shown = replace(sized, recipe=planned.shown.recipe, sources=planned.shown.sources)
+            shown = planned.shown
+            if decomposition is not None:
+                shown = replace(sized, recipe=shown.recipe, sources=shown.sources)
             expected, tensors = _list_tensors(sized), _open_all(sized, subject)
             alike = {name: each for name, each in tensors.items() if expected.get(name) == _kind(each)}
             sink = ComparingSink(alike)

@@ -221,9 +221,20 @@ def test_the_command(folder: Path) -> None:
     assert "is not in the range" in refused("verify", out, "--against-sources", "--sample", "0", code=2)
 
 
-def test_what_states_no_recipe_is_refused(folder: Path) -> None:
+def test_outputs_without_a_recipe_and_mixtures_are_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="states no recipe"):
         check(folder / "tuned0")
+    out = make()
+    rewrite(out / "model.safetensors", lambda tensors, metadata: metadata.update(merging_moe_recipe="{}"))
+    with pytest.raises(InputError, match="is a mixture of experts: `merge rerun`"):
+        check(out)
+
+
+def test_configs_name_models_as_they_were(folder: Path) -> None:
+    """So those of moved adapters are no difference."""
+    out = make("an adapter")
+    shutil.move("more", "moved")
+    assert not problems(check(out, sources={f"more/adapter{each}": f"moved/adapter{each}" for each in (0, 1)}))
 
 
 @pytest.mark.exhaustive
