@@ -64,10 +64,10 @@ def test_refusals(words: tuple[str, ...], message: str) -> None:
 
 
 def test_a_machine_is_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "BUDGET", 0.0)  # one method, and the others by default rates
+    monkeypatch.setattr(calibrate, "BUDGET", 0.0)  # two methods, and the others by default rates
     before = sorted(folder.iterdir())
     found = json.loads(ok("plan", "--calibrate", "--json").stdout)
-    assert set(found["methods"]) == {"task_arithmetic"}
+    assert set(found["methods"]) == {"linear", "task_arithmetic"}
     assert found["read"] > 0
     assert found["write"] > 0
     assert Path(found["path"]).is_file()
