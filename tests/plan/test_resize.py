@@ -83,6 +83,12 @@ def test_without_conditions_nothing_is_lost(tmp_path: Path) -> None:
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
 
 
+def test_an_exclusion_of_everything_is_named(tmp_path: Path) -> None:
+    given = diffusion_lora(tmp_path / "a.safetensors")
+    with pytest.raises(merging.MergingError, match="all changes are excluded, so that none is left to write"):
+        merging.resize(given, output=tmp_path / "b.safetensors", exclude=["*"])
+
+
 def test_blocks_are_scaled_or_left_out_and_formats_change(tmp_path: Path) -> None:
     given = diffusion_lora(tmp_path / "a.safetensors")
     arguments = ["--format", "kohya", "--scale", "attn1=0.5", "--scale", "ff.net=-1", "--exclude", "attn2"]

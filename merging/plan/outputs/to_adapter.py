@@ -66,6 +66,8 @@ def plan_adapter(
     merged = {name: changes for name, changes in targets.changes.items() if name not in excluded}
     if chosen is not None and not merged:
         raise InputError("the models are equal in all tensors that could change: there is nothing to write")
+    if targets.changes and not merged:
+        raise OptionError("all changes are excluded, so that none is left to write")
     sites = _find_sites(merged, targets, adapters, base, stacks)
     scales = {name: scales_at(recipe.method, sites[name], len(adapters)) for name in merged}
     touched = {name: _touching(changes, scales[name]) for name, changes in merged.items()}
