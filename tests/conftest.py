@@ -21,5 +21,5 @@ __all__ = ["hub"]
 
 torch.set_num_threads(1)
 settings.register_profile("few", max_examples=3, deadline=None, derandomize=True)
-settings.register_profile("many", max_examples=20, deadline=None)
+settings.register_profile("many", max_examples=12, deadline=None)
 settings.load_profile("few")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import merging
 from support.diffusion_models import State
 from support.image_denoisers import IMAGE_FAMILIES, as_published, build_image_denoiser, fused_by_diffusers
+from support.pairs import third_of_pairs
 
 FAMILIES = [family for family in IMAGE_FAMILIES if family not in ("krea2", "ideogram4")]
 """Families with two names for every module."""
@@ -156,8 +157,7 @@ def test_a_family(tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "layout"), third_of_pairs(FAMILIES, LAYOUTS))
 def test_every_layout(tmp_path: Path, family: str, layout: str) -> None:
     case = make(family, LAYOUTS[layout], tmp_path)
     bases = {style: case.base(style) for style in case.wanted}

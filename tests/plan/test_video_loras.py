@@ -15,6 +15,7 @@ from merging.api.inspect import inspect
 from merging.errors import InputError
 from support.diffusion_models import State
 from support.image_denoisers import as_published
+from support.pairs import third_of_pairs
 from support.video_denoisers import (
     FORMS,
     VIDEO_FAMILIES,
@@ -73,8 +74,7 @@ def test_a_form_of_each_family(tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", VIDEO_FAMILIES)
+@pytest.mark.parametrize(("family", "form"), third_of_pairs(VIDEO_FAMILIES, FORMS))
 def test_every_form_of_each_family(tmp_path: Path, family: str, form: str) -> None:
     """Also converted to Kohya's and PEFT's files, which change the model as the input does."""
     baked = _check_baked(tmp_path, family, form)
