@@ -89,7 +89,7 @@ CONDITIONS: tuple[Any, ...] = (
     "rank", [{"most": 64}, *(pytest.param(each, marks=pytest.mark.exhaustive) for each in CONDITIONS)]
 )
 def test_the_promise_is_kept_by_extractions(models: list[str], tmp_path: Path, rank: Any) -> None:
-    """By approximate and exact decompositions; a change of some directions only takes LAPACK's SVD."""
+    """By approximate and exact decompositions, which are promised where the values decide on one."""
     wanted = {"models": models[1:2], "base": models[0], "method": "passthrough", "kind": "adapter", "rank": rank}
     peak = peak_of({**wanted, "output": str(tmp_path / "out")}, 2)
-    assert peak.taken <= peak.promised <= 5 * peak.taken, peak
+    assert peak.taken <= peak.promised <= 8 * peak.taken, peak

@@ -188,7 +188,7 @@ LLAMA = "base_model.model.model.layers.0.self_attn.q_proj"
 REFUSED: dict[str, tuple[Callable[[Path], Path], str, str | None, dict[str, Any], str]] = {
     "language model": (dotted(LLAMA), "kohya", None, {}, r"q_proj.weight: what it is called .* format of kohya is not"),
     "language model in diffusers": (dotted(LLAMA), "diffusers", None, {}, r"format of diffusers is not known without"),
-    "flat names": (norms, "diffusers", None, {}, r"do not give the names of the model's modules: give it with base="),
+    "norms in diffusers": (norms, "diffusers", None, {}, r"is changed in full, which LoRA files .* diffusers do not"),
     "flat names in PEFT": (norms, "peft", None, {}, r"format of peft is not known without the model itself"),
     "biases in diffusers": (norms, "diffusers", "sd", {}, r"is changed in full, which LoRA files .* diffusers do not"),
     "a fused bias": (fused_bias, "kohya", "flux", {}, r"is changed in full, which LoRA files .* of kohya do not hold"),
