@@ -25,8 +25,8 @@ from .run import load_source
 from .types import METHOD, MODEL
 
 if TYPE_CHECKING:
-    from merging.plan.cluster import Cluster
-    from merging.plan.rates import Rates
+    from merging.plan.prediction.cluster import Cluster
+    from merging.plan.prediction.rates import Rates
     from merging.plan.recipe import Recipe
 
 __all__ = ["plan_command"]
@@ -93,7 +93,7 @@ def plan_command(
     """
     with handle_errors(debug):
         from merging.api.calibrate import load_rates
-        from merging.plan.cluster import parse_cluster
+        from merging.plan.prediction.cluster import parse_cluster
         from merging.plan.recipe_settings import parse_setting
 
         machines = None if cluster is None else parse_cluster(cluster)

@@ -23,9 +23,9 @@ from merging.methods import METHODS, chain
 from merging.methods.contract.wrapper import Wrapper
 from merging.os_calls import begin_writeback
 from merging.plan import make_plan
-from merging.plan.rates import DEFAULT, MethodRates, Rates
+from merging.plan.prediction.rates import DEFAULT, MethodRates, Rates
+from merging.plan.prediction.work import count_work
 from merging.plan.recipe_values import make_recipe
-from merging.plan.work import count_work
 from merging.sources.small_files import read_json
 from merging.storage.atomic import make_parents, replace_file
 from merging.storage.output_tensor import OutputTensor

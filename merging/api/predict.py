@@ -13,10 +13,10 @@ from merging.engine.threads import cores
 from merging.errors import OptionError
 from merging.os_calls import available_memory
 from merging.plan import Plan
-from merging.plan.cluster import Cluster, parse_cluster
-from merging.plan.rates import GPU_RATES, Rates
+from merging.plan.prediction.cluster import Cluster, parse_cluster
+from merging.plan.prediction.rates import GPU_RATES, Rates
+from merging.plan.prediction.work import count_sweeps, count_work
 from merging.plan.recipe import Recipe
-from merging.plan.work import count_sweeps, count_work
 from merging.type_checks import check_types
 
 __all__ = ["Prediction", "format_flops", "format_seconds", "predict", "predict_plan"]

@@ -11,8 +11,8 @@ from merging.api.calibrate import load_rates, rates_path, save_rates
 from merging.api.predict import format_flops, format_seconds, predict_plan
 from merging.errors import FormatError, OptionError
 from merging.plan import Plan
-from merging.plan.cluster import Cluster
-from merging.plan.rates import DEFAULT, MethodRates, Rates
+from merging.plan.prediction.cluster import Cluster
+from merging.plan.prediction.rates import DEFAULT, MethodRates, Rates
 from support.tiny import fine_tune, model, save
 
 

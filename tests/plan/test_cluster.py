@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from merging.errors import OptionError
-from merging.plan.cluster import Cluster, parse_cluster
+from merging.plan.prediction.cluster import Cluster, parse_cluster
 
 REFUSED = {
     "node=8": "cluster: there is no key 'node' (did you mean 'nodes'?)",

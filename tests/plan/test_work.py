@@ -11,7 +11,7 @@ import torch
 
 import merging
 from merging.engine.run import work_bytes
-from merging.plan.work import count_sweeps, count_work, gram_flops
+from merging.plan.prediction.work import count_sweeps, count_work, gram_flops
 from support.tiny import adapters, fine_tune, model, save
 
 METHODS = ("linear", "task_arithmetic", "ties", "pcb", "lines+tsv", "opcm", "varm", "dare+ties")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from merging.plan.default_rates import METHODS
-from merging.plan.work import ItemWork
+from merging.plan.prediction.default_rates import METHODS
+from merging.plan.prediction.work import ItemWork
 
 __all__ = ["DEFAULT", "GPU_RATES", "GpuRates", "MethodRates", "Rates"]
 
