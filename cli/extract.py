@@ -101,9 +101,7 @@ def extract_command(model: str, base: str, recipe_only: bool, execution: Executi
     """
     status = OutputStatus()
     with handle_errors(execution.debug, status):
-        rank = rank_of(stated, chosen=True)
-        if not rank or not rank.keys() - {"uniform", "exact"}:
-            rank = {**(rank or {}), "most": _DEFAULT_RANK}
+        rank = rank_of(stated, {"most": _DEFAULT_RANK})
         names = ("include", "embeddings", "heads", "norms", "biases")
         parts = {name: value for name in names if (value := stated.pop(name)) not in (None, ())}
         values = {"models": [model], "base": base, "method": "passthrough", "as": "adapter", "rank": rank}

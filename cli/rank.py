@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -30,17 +31,16 @@ rank_options = add_options(
     click.option("--exact", is_flag=True, help="decompose in full precision also where an approximation is quicker"),
 )
 
-_CONDITIONS = ("energy", "error", "sv_ratio", "size", "uniform", "exact")
+_NAMES = ("rank", "energy", "error", "sv_ratio", "size", "uniform", "exact")
 
 
-def rank_of(options: dict[str, Any], *, chosen: bool = False) -> Any:
+def rank_of(options: dict[str, Any], default: Mapping[str, Any] | None = None) -> Any:
     """Take the options of ranks out of a command's options, and return the field of the recipe that they mean.
 
-    With ``chosen`` a rank alone is the largest rank, and tensors that need less get less.
+    With ``default``, the conditions where none is stated, a rank alone is the largest rank, and tensors that need less
+    get less. Raises :class:`~merging.errors.OptionError` for a value out of range.
     """
-    most = options.pop("rank", None)
-    stated = {name: options.pop(name, None) for name in _CONDITIONS}
-    stated = {name: value for name, value in stated.items() if value not in (None, False)}
-    if not stated and not chosen:
-        return most
-    return {**({"most": most} if most is not None else {}), **stated} or None
+    from merging.plan.rank_settings import make_conditions
+
+    conditions = make_conditions({name: options.pop(name, None) for name in _NAMES}, default or {})
+    return conditions.get("most") if default is None and conditions.keys() <= {"most"} else conditions

@@ -58,9 +58,7 @@ def resize_command(lora: str, recipe_only: bool, execution: Execution, scales: t
     """
     status = OutputStatus()
     with handle_errors(execution.debug, status):
-        rank = rank_of(stated, chosen=True)
-        if not rank or not rank.keys() - {"uniform", "exact"}:
-            rank = {**(rank or {}), "energy": 1.0}
+        rank = rank_of(stated, {"energy": 1.0})
         values: dict[str, Any] = {"models": [lora], "method": "passthrough", "as": "adapter", "rank": rank}
         parameters = block_parameters(stated)
         if scales:

@@ -139,10 +139,10 @@ def explain_invalid(error: Mapping[str, Any]) -> str:
     """Return the words for one of pydantic's errors about a value, such as ``"should be at least 1"``."""
     kind = str(error["type"])
     context = error.get("ctx", {})
-    for key, words in _BOUNDS.items():
-        if key in context:
-            bound = context[key]
-            return f"should be {words} {f'{bound:g}' if isinstance(bound, float) else bound}"
+    bounds = [(words, context[key]) for key, words in _BOUNDS.items() if key in context]
+    if bounds:
+        said = (f"{words} {f'{bound:g}' if isinstance(bound, float) else bound}" for words, bound in bounds)
+        return f"should be {' and '.join(said)}"
     for key in ("expected", "expected_tags"):
         if key in context:
             return f"should be {context[key]}"

@@ -16,6 +16,7 @@ from merging.errors import InputError, OptionError, option
 from merging.hub.open_model import open_model
 from merging.maths.lazy_torch import torch
 from merging.plan.find_base import find_base
+from merging.plan.rank_settings import make_conditions
 from merging.sources import Adapter
 from merging.type_checks import check_types
 
@@ -209,9 +210,5 @@ def _split(options: Mapping[str, Any], default: Mapping[str, Any]) -> tuple[dict
     if unknown is not None:
         raise OptionError(f"{unknown!r} is not an option of an adapter's ranks, form or place: see {option('rank')}")
     names = RankConditions.__annotations__
-    stated = {name: value for name, value in options.items() if name in names and value not in (None, False)}
-    if "rank" in stated:
-        stated["most"] = stated.pop("rank")
-    if not stated.keys() - {"uniform", "exact"}:
-        stated |= default
-    return stated, {name: value for name, value in options.items() if name not in names}
+    conditions = make_conditions({name: value for name, value in options.items() if name in names}, default)
+    return conditions, {name: value for name, value in options.items() if name not in names}

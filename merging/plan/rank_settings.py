@@ -15,15 +15,14 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from pydantic_core import PydanticKnownError
 
 from merging.display.tables import Displayed
-from merging.errors import explain_invalid
+from merging.errors import OptionError, explain_invalid, option
 from merging.maths.spectra import RankLimits
 from merging.plan.checked_model import CheckedModel
 from merging.plan.sizes import parse_size
 
-__all__ = ["RankChoice", "RankSettings"]
+__all__ = ["RankChoice", "RankSettings", "make_conditions"]
 
 
 class RankSettings(Displayed, CheckedModel):
@@ -66,7 +65,7 @@ class RankSettings(Displayed, CheckedModel):
     @model_serializer
     def _plain(self) -> dict[str, Any]:
         stated = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: value for name, value in stated.items() if value not in (None, False)}
+        return {name: value for name, value in stated.items() if _is_stated(value)}
 
     def _display_fields(self) -> dict[str, Any]:
         return self._plain()
@@ -77,22 +76,50 @@ class RankSettings(Displayed, CheckedModel):
         return RankLimits(most=self.most, energy=self.energy, error=self.error, sv_ratio=self.sv_ratio)
 
 
+def make_conditions(options: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plain conditions that options state.
+
+    Args:
+        options: values by option; ``rank`` is the largest rank.
+        default: the conditions where the options state none.
+
+    Raises:
+        OptionError: for a value out of range. It names the option and the range.
+    """
+    stated = {"most" if name == "rank" else name: value for name, value in options.items() if _is_stated(value)}
+    if not stated.keys() - {"uniform", "exact"}:
+        return {**stated, **default}
+    try:
+        RankSettings.model_validate(stated)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][0])
+        named = option("rank" if field == "most" else field, first["input"])
+        bounds = _find_bounds(field)
+        in_range = not bounds.keys() & first.get("ctx", {}).keys()
+        raise OptionError(f"{named}: {explain_invalid(first if in_range else {**first, 'ctx': bounds})}") from None
+    return stated
+
+
+def _is_stated(value: Any) -> bool:
+    """Return whether a value is neither None nor False; 0 is a value."""
+    return value is not None and value is not False
+
+
+def _find_bounds(field: str) -> dict[str, float]:
+    """Return both ends of the range of a condition; pydantic's errors state the end that a value is beyond."""
+    marks = RankSettings.model_fields[field].metadata
+    return {key: getattr(each, key) for key in ("gt", "ge", "lt", "le") for each in marks if hasattr(each, key)}
+
+
 _NUMBER: TypeAdapter[int] = TypeAdapter(Annotated[int, Field(ge=1)])
 
 
 def _read_rank(value: Any) -> Any:
-    """Return the rank or the conditions on it that a plain value means. Errors name what is wrong in either."""
+    """Return the rank or the conditions on it that a plain value means."""
     if value is None or isinstance(value, RankSettings):
         return value
-    try:
-        if isinstance(value, Mapping):
-            return RankSettings.model_validate(value)
-        return _NUMBER.validate_python(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        if isinstance(value, Mapping):
-            raise ValueError(": ".join([*map(str, first["loc"]), explain_invalid(first)])) from None
-        raise PydanticKnownError(first["type"], first.get("ctx")) from None  # type: ignore[arg-type]
+    return RankSettings.model_validate(value) if isinstance(value, Mapping) else _NUMBER.validate_python(value)
 
 
 RankChoice = Annotated[int | RankSettings | None, BeforeValidator(_read_rank)]

@@ -171,7 +171,7 @@ def test_no_method_lists_them() -> None:
         ("-m task_arithmetic tuned0 tuned1", "full checkpoints need this model as --base"),
         ("-m lines+linear tuned0 tuned1", "full checkpoints need this model as --base"),
         ("-m linear --as adapter tuned0 tuned1", "a merge of full checkpoints makes a model"),
-        ("-m linear --rank 0 tuned0 tuned1", "rank = 0: should be at least 1"),
+        ("-m linear --rank 0 tuned0 tuned1", "--rank 0: should be at least 1"),
         ("-m linear --threads 0 tuned0 tuned1", "threads = 0: at least one is needed"),
         ("-m linear --max-memory 1KB tuned0 tuned1", "max_memory = 0 MB is too little: this merge needs"),
         ("-m linear --device tpu9 tuned0 tuned1", "device = 'tpu9': use cpu, cuda, cuda:N or auto"),

@@ -219,7 +219,7 @@ def test_refusals(tmp_path: Path) -> None:
         merging.extract(tuned, base=other, output=tmp_path / "lora")
     with pytest.raises(InputError, match="an adapter comes out only when all inputs are adapters, or with base"):
         merging.merge([tuned], method="linear", base=base, kind="adapter", output=tmp_path / "lora")
-    with pytest.raises(OptionError, match="energy: should be at most 1"):
+    with pytest.raises(OptionError, match="^energy=2: should be greater than 0 and at most 1$"):
         merging.extract(tuned, base=base, energy=2, output=tmp_path / "lora")
     with pytest.raises(OptionError, match="'ranks' is not an option"):
         merging.extract(tuned, base=base, ranks=2, output=tmp_path / "lora")  # type: ignore[call-arg]

@@ -83,6 +83,30 @@ def test_without_conditions_nothing_is_lost(tmp_path: Path) -> None:
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--rank 0", "--rank 0: should be at least 1"),
+        ("--energy 0", "--energy 0.0: should be greater than 0 and at most 1"),
+        ("--error 1", "--error 1.0: should be at least 0 and less than 1"),
+        ("--sv-ratio 0 --rank 4", "--sv-ratio 0.0: should be at least 1"),
+        ("--sv-ratio nan", "--sv-ratio nan: should be a finite number"),
+    ],
+)
+def test_conditions_out_of_range(words: str, message: str, tmp_path: Path) -> None:
+    given = diffusion_lora(tmp_path / "a.safetensors")
+    run = CliRunner().invoke(cli, ["resize", str(given), *words.split(), "-o", str(tmp_path / "b.safetensors")])
+    assert run.exit_code == 1 and run.stderr == f"Error: {message}\n"
+    with pytest.raises(merging.OptionError, match=r"rank\.most = 0: should be at least 1$"):
+        merging.Recipe(models=["a"], method="linear", rank={"most": 0})
+
+
+def test_an_error_of_0_loses_nothing(tmp_path: Path) -> None:
+    merged = merging.resize(diffusion_lora(tmp_path / "a.safetensors"), error=0, output=tmp_path / "b.safetensors")
+    assert set(merged.ranks.values()) == {12}
+    assert merging.Recipe(models=["a"], method="linear", rank={"error": 0}).to_dict()["rank"] == {"error": 0.0}
+
+
 def test_an_exclusion_of_everything_is_named(tmp_path: Path) -> None:
     given = diffusion_lora(tmp_path / "a.safetensors")
     with pytest.raises(merging.MergingError, match="all changes are excluded, so that none is left to write"):
