@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
-from merging.errors import InputError, OptionError, option
+from merging.errors import InputError, OptionError, either, option
 from merging.plan.find_base import unquantized_name
+from merging.plan.rank_settings import RankSettings
 from merging.plan.recipe import Recipe
 from merging.plan.tokens.matching import check_tokenizer
 from merging.sources import Adapter, Checkpoint
@@ -131,8 +132,10 @@ def check_packed(models: Sequence[Checkpoint | Adapter], base: Checkpoint | None
 def check_options(recipe: Recipe, models: Sequence[Checkpoint | Adapter], output: str) -> None:
     """Refuse options that would do nothing here. Raises :class:`~merging.errors.OptionError`."""
     if recipe.rank is not None and output == "model":
+        base = "" if recipe.base else f" and {option('base', 'BASE')}"
         raise OptionError(
-            f"{option('rank')} is the rank of a merged adapter, and this merge makes a full model: leave it out"
+            f"{_name_rank(recipe.rank)}: only a merged adapter has ranks, and this merge makes a full model: leave "
+            f"this out, or make an adapter with {option('kind', 'adapter')}{base}"
         )
     if recipe.format is not None and output == "model":
         raise OptionError(
@@ -154,6 +157,13 @@ def check_options(recipe: Recipe, models: Sequence[Checkpoint | Adapter], output
         )
     if recipe.reduce_intruders is not None and recipe.base is None:
         raise OptionError(f"{option('reduce_intruders', True)} compares with the base: give it with {option('base')}")
+
+
+def _name_rank(rank: int | RankSettings) -> str:
+    """Return the names of the options that state a rank; on the command line each condition has its own."""
+    stated = ["rank"] if isinstance(rank, int) else rank.model_dump()
+    typed = [option("rank" if name == "most" else name) for name in stated]
+    return either(" and ".join(typed), option("rank"))
 
 
 def idle_options(recipe: Recipe, output: str) -> list[str]:
@@ -228,6 +238,11 @@ def choose_output(
     of_models = checkpoints + sum(adapter.of_model for adapter in adapters)
     output = recipe.kind or ("model" if of_models else "adapter")
     if output == "adapter" and of_models:
+        if base is None and checkpoints == len(models) == 1:
+            verb = either("merge extract", "merging.extract")
+            raise InputError(
+                f"{models[0].path}: is a full model: {verb} makes an adapter of its difference from its base"
+            )
         if of_models > checkpoints or base is None or recipe.rank is None:
             raise InputError(
                 f"a merge of full checkpoints makes a model: an adapter comes out only when all inputs are adapters, "

@@ -99,7 +99,7 @@ def test_exports_that_are_refused(full: Models, tmp_path: Path) -> None:
         ([tmp_path / "there"], "exists already"),
         ([store.path, "--overwrite"], "would replace the input"),
         ([full.base, "--overwrite"], "would replace the input"),
-        ([tmp_path / "out", "--rank", 3], "--rank is the rank of a merged adapter"),
+        ([tmp_path / "out", "--rank", 3], "--rank: only a merged adapter has ranks"),
         ([tmp_path / "file" / "where"], "file is not a folder"),
     ):
         with unchanged(store.path):

@@ -252,7 +252,7 @@ def test_cards_list_the_models_in_files(folder: Path) -> None:
         ({"models": [{"models": [{"models": ["none"], "method": "linear"}], "method": "linear"}], "method": "linear"},
          r"^models.0.models.0: none: there is no such file or folder"),
         ({"models": [{"models": ["tuned0"], "method": "linear", "rank": 3}], "method": "linear"},
-         r"^models.0: rank= is the rank of a merged adapter"),
+         r"^models.0: rank=: only a merged adapter has ranks"),
         ({"models": ["tuned0"], "method": "linear", "base": {"models": LORAS, "method": "linear"}},
          r"base \(linear\): is an adapter, and base= wants the full model"),
     ],

@@ -89,6 +89,12 @@ def weights(tmp: Path) -> tuple[Options, list[Options]]:
     return given, [given | {"base": base(tmp)}]
 
 
+def ranks_of_a_model(tmp: Path) -> tuple[Options, list[Options]]:
+    given = args(tuned(tmp), tuned(tmp, 2), base=base(tmp))
+    rank = {"rank": {"energy": 0.5}}
+    return given | rank, [given, given | rank | {"kind": "adapter"}]
+
+
 def in_full(tmp: Path) -> tuple[Options, list[Options]]:
     saved = adapter(
         tmp, "a", {f"{UP}.weight": torch.randn(BASE[f"{UP}.weight"].shape)}, modules_to_save=["layers.1.mlp.up_proj"]
@@ -233,6 +239,7 @@ HINTS: dict[str, Case] = {
     "--reduce-intruders compares with the base: give it with --base": intruders,
     "merges weights, which adapters have only with --base: give it": weights,
     ": give the base with --base": in_full,
+    "leave this out, or make an adapter with --as adapter": ranks_of_a_model,
     "and do not state one base: are they adapters of the same model?": unrelated,
     "If they are the same model under two names, use --allow-different-bases": two_bases,
     "Use --on-mismatch base to keep": other_tensors,
