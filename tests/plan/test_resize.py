@@ -101,6 +101,19 @@ def test_conditions_out_of_range(words: str, message: str, tmp_path: Path) -> No
         merging.Recipe(models=["a"], method="linear", rank={"most": 0})
 
 
+def test_changes_of_0_are_named(tmp_path: Path) -> None:
+    given = diffusion_lora(tmp_path / "a.safetensors")
+    with pytest.raises(
+        merging.InputError, match=r"^the merged change is 0 in all .*, or is their scale or weight 0\?$"
+    ):
+        merging.resize(given, output=tmp_path / "b.safetensors", scale=0)
+
+
+def test_full_models_are_extracted(tmp_path: Path) -> None:
+    with pytest.raises(merging.InputError, match=r"base\.safetensors: is a full model: merging\.extract makes an adap"):
+        merging.resize(unet_base(tmp_path / "base.safetensors"), rank=2, output=tmp_path / "b.safetensors")
+
+
 def test_an_error_of_0_loses_nothing(tmp_path: Path) -> None:
     merged = merging.resize(diffusion_lora(tmp_path / "a.safetensors"), error=0, output=tmp_path / "b.safetensors")
     assert set(merged.ranks.values()) == {12}

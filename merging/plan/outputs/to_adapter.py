@@ -65,7 +65,10 @@ def plan_adapter(
     excluded |= {name for name, rank in (chosen or {}).items() if not rank}
     merged = {name: changes for name, changes in targets.changes.items() if name not in excluded}
     if chosen is not None and not merged:
-        raise InputError("the models are equal in all tensors that could change: there is nothing to write")
+        raise InputError(
+            "the merged change is 0 in all tensors that could change, so that there is nothing to write: are the "
+            "models equal to their base, or is their scale or weight 0?"
+        )
     if targets.changes and not merged:
         raise OptionError("all changes are excluded, so that none is left to write")
     sites = _find_sites(merged, targets, adapters, base, stacks)
