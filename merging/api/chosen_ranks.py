@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from merging.engine.decomposition import Decomposition, resize_plan, settings_of
 from merging.engine.run import decompose
@@ -49,17 +50,29 @@ def _choose_ranks(plan: Plan, decomposition: Decomposition) -> Plan:
     size = settings_of(plan).size
     if size is None:
         return resize_plan(plan, decomposition.choose_ranks())
-    budget = size
+    least, budget = decomposition.least_ranks(), size
     for _ in range(_ROUNDS):
         ranks = decomposition.choose_ranks(budget)
         sized = resize_plan(plan, ranks)
         excess = file_size(sized.outs, header_metadata(sized)) - size
         if excess <= 0:
             return sized
-        budget = min(budget, decomposition.bytes_of(ranks)) - excess  # less than was used, so that each round differs
-        if budget <= 0:
+        if ranks == least:
             break
-    raise InputError(
-        f"{option('size')} is too little: with the tensors that are written in full the file is larger: leave some out "
-        f"with {option('exclude')}, or raise it"
-    )
+        used = min(budget, decomposition.bytes_of(ranks))
+        budget = used - excess if used > excess else used // 2  # less than was used, so that each round differs
+    smallest = resize_plan(plan, least)
+    needed = file_size(smallest.outs, header_metadata(smallest))
+    if needed <= size:
+        return smallest
+    for _ in range(2):  # the header states the size: a longer number may take more bytes itself
+        needed = file_size(smallest.outs, header_metadata(_with_size(smallest, needed)))
+    in_full = any(item.form != "factors" for item in smallest.items)
+    hint = f", with tensors that are written in full: leave some out with {option('exclude')}" if in_full else ""
+    raise InputError(f"{option('size')} is too little: the smallest file has {needed:,} bytes{hint}")
+
+
+def _with_size(plan: Plan, size: int) -> Plan:
+    """Return the plan with another size in its recipe."""
+    rank = settings_of(plan).model_copy(update={"size": size})
+    return replace(plan, recipe=plan.recipe.model_copy(update={"rank": rank}))

@@ -12,7 +12,7 @@ from statistics import fmean
 from merging.engine.outputs import Output, Sink, as_matrices
 from merging.engine.spool import Spool
 from merging.engine.tiles import Tiler
-from merging.errors import InputError, option
+from merging.errors import option
 from merging.maths.delta import Delta, Dense, LowRank
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.spectra import RankLimits, SingularValues, decompose_change, fit_ranks, is_exact
@@ -74,15 +74,15 @@ class Decomposition:
     def choose_ranks(self, budget: int | None = None) -> dict[str, int]:
         """Return the rank of each tensor; ``budget`` is the most bytes for all factors. Tensors of rank 0 go.
 
-        Raises :class:`~merging.errors.InputError` for a budget without room for any direction.
+        A budget without room for any direction gives the least ranks.
         """
         bounds = self.plan.ranks
         if budget is not None:
             ranks = self._fit(budget)
             if not self.uniform:
                 ranks = {name: min(rank, bounds[name]) for name, rank in ranks.items()}
-            if not any(ranks.values()) and any(each.total for each in self.spectra.values()):
-                raise InputError(f"{option('size')} has no room for a single direction: it takes more bytes")
+            if not any(ranks.values()):
+                return self.least_ranks()
         else:
             limits = self.settings.limits
             ranks = {name: min(limits.rank(each) or 0, bounds[name]) for name, each in self.spectra.items()}
@@ -90,6 +90,14 @@ class Decomposition:
                 most = max(ranks.values(), default=0)
                 ranks = {name: most if rank else 0 for name, rank in ranks.items()}
         return ranks | self._left_out()
+
+    def least_ranks(self) -> dict[str, int]:
+        """Return the ranks of the smallest file: one direction of a single tensor, or of each where ranks are equal."""
+        costs = _costs(self.plan)
+        changed = [name for name, each in self.spectra.items() if each.total]
+        if not self.uniform:
+            changed = sorted(changed, key=lambda name: (costs[name] + 2 * len(name), name))[:1]
+        return dict.fromkeys(self.spectra, 0) | dict.fromkeys(changed, 1) | self._left_out()
 
     def bytes_of(self, ranks: Mapping[str, int]) -> int:
         """Return the bytes of factors of these ranks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from math import sqrt
 from pathlib import Path
@@ -139,12 +140,19 @@ def lost(merged: merging.Merged, base: Path, tuned: Path) -> float:
     return total
 
 
-def test_a_size_that_holds_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"uniform": True}, {"norms": "base"}])
+def test_a_size_that_holds_nothing(tmp_path: Path, options: dict[str, Any]) -> None:
+    """The message states the smallest size, which holds something."""
     base, tuned = uneven(tmp_path)
-    for size in (300, 1_500):
-        with pytest.raises(InputError, match=r"size= (is too little|has no room)"):
-            merging.extract(tuned, base=base, size=size, output=tmp_path / "lora")
+    given: dict[str, Any] = {"base": base, "output": tmp_path / "lora", **options}
+    with pytest.raises(InputError, match=r"size= is too little: the smallest file has [\d,]+ bytes") as refused:
+        merging.extract(tuned, size=300, **given)
+    smallest = int("".join(filter(str.isdigit, str(refused.value).partition("bytes")[0])))
+    with pytest.raises(InputError, match=re.escape(f"the smallest file has {smallest:,} bytes")):
+        merging.extract(tuned, size=smallest - 1, **given)
     assert not (tmp_path / "lora").exists()
+    merging.extract(tuned, size=smallest, **given)
+    assert (tmp_path / "lora" / "adapter_model.safetensors").stat().st_size == smallest
 
 
 def test_unchanged_tensors_are_left_out(tmp_path: Path) -> None:
@@ -219,7 +227,7 @@ def test_refusals(tmp_path: Path) -> None:
         merging.extract(tuned, base=other, output=tmp_path / "lora")
     with pytest.raises(InputError, match="an adapter comes out only when all inputs are adapters, or with base"):
         merging.merge([tuned], method="linear", base=base, kind="adapter", output=tmp_path / "lora")
-    with pytest.raises(OptionError, match="^energy=2: should be greater than 0 and at most 1$"):
+    with pytest.raises(OptionError, match=r"^energy=2: should be greater than 0 and at most 1$"):
         merging.extract(tuned, base=base, energy=2, output=tmp_path / "lora")
     with pytest.raises(OptionError, match="'ranks' is not an option"):
         merging.extract(tuned, base=base, ranks=2, output=tmp_path / "lora")  # type: ignore[call-arg]
