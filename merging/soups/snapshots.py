@@ -16,10 +16,17 @@ __all__ = ["Snapshot", "find_snapshots", "select_snapshots"]
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A checkpoint of a run: its path or name, and the training step (or epoch) after which it was saved."""
+    """A checkpoint of a run.
+
+    Attributes:
+        path: its path or name.
+        step: the training step (or epoch) after which it was saved, or its place among named checkpoints.
+        named: whether it was named by itself, and not found in the folder of its run.
+    """
 
     path: str
     step: int
+    named: bool = False
 
     @property
     def name(self) -> str:
@@ -57,7 +64,7 @@ def find_snapshots(paths: Sequence[str]) -> list[Snapshot]:
     Raises :class:`~merging.errors.InputError` for a folder without checkpoints, and for two of the same step.
     """
     if len(paths) > 1:
-        return [Snapshot(path, position) for position, path in enumerate(paths)]
+        return [Snapshot(path, position, named=True) for position, path in enumerate(paths)]
     run = Path(paths[0])
     if not run.is_dir():
         raise InputError(f"{run}: is no folder on this disk: name the folder of a run, or at least two checkpoints")
@@ -81,11 +88,11 @@ def select_snapshots(snapshots: Sequence[Snapshot], last: int | None, until: int
     early = [each for each in snapshots if until is None or each.step <= until]
     if len(early) < 2:
         raise OptionError(
-            f"a soup is made of at least two checkpoints, and of those that were found ({_name_steps(snapshots)}) "
+            f"a soup is made of at least two checkpoints, and of those that were found ({_list_names(snapshots)}) "
             f"{len(early)} are left"
         )
     if last is not None and last > len(early):
-        raise OptionError(f"{option('last', last)}: there are {len(early)} checkpoints: {_name_steps(early)}")
+        raise OptionError(f"{option('last', last)}: there are {len(early)} checkpoints: {_list_names(early)}")
     return early if last is None else early[-last:]
 
 
@@ -131,6 +138,7 @@ def _sort_by_step(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _name_steps(snapshots: Sequence[Snapshot]) -> str:
-    names = [str(each.step) for each in snapshots]
+def _list_names(snapshots: Sequence[Snapshot]) -> str:
+    """Return the steps of checkpoints that were found, the paths of named ones."""
+    names = [each.path if each.named else str(each.step) for each in snapshots]
     return ", ".join(names if len(names) < 9 else [*names[:4], "...", *names[-4:]])

@@ -152,6 +152,12 @@ def test_options_that_are_refused(words: list[str], message: str, run: Path, tmp
     assert not (tmp_path / "soup").exists()
 
 
+def test_named_checkpoints_are_listed_by_name(run: Path, tmp_path: Path) -> None:
+    named = [run / f"checkpoint-{step}" for step in (500, 1500)]
+    said = refused("soup", *named, "--last", "5", "-o", tmp_path / "soup")
+    assert f"--last 5: there are 2 checkpoints: {named[0]}, {named[1]}\n" in said
+
+
 def test_a_checkpoint_without_weights(run: Path, tmp_path: Path) -> None:
     (run / "checkpoint-1000" / "model.safetensors").unlink()
     (run / "checkpoint-1000" / "zero_to_fp32.py").touch()
