@@ -55,7 +55,12 @@ def local_path(name: str) -> Path:
 
 
 def no_such_path(path: Path) -> InputError:
-    """Return the error for a local path that does not exist, with the most similar existing name."""
+    """Return the error for a local path that does not exist, with the most similar existing name.
+
+    A link that leads nowhere has an error of its own.
+    """
+    with suppress(OSError, ValueError):  # a name with a NUL byte is none
+        return InputError(f"{path}: is a link to {path.readlink()}, which leads to no file or folder")
     try:
         near = nearest(path.name, [each.name for each in path.parent.iterdir()])
     except OSError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from merging.errors import InputError
@@ -22,6 +24,12 @@ from merging.hub.open_model import open_model
 def test_names_that_are_none(name: str, told: str) -> None:
     with pytest.raises(InputError, match=told):
         open_model(name)
+
+
+def test_a_link_to_nothing(tmp_path: Path) -> None:
+    (tmp_path / "gone").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"gone: is a link to nowhere, which leads to no file or folder$"):
+        open_model(tmp_path / "gone")
 
 
 @pytest.mark.parametrize("revision", ["main", "refs/pr/3", "feature%2Fx", "refs%2F", "100%25"])
