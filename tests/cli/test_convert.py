@@ -99,6 +99,8 @@ REFUSED = {
     "ties a b --base c --density 0.3": "mergekit cannot say parameters.scope = 'model': there it is 'tensor'",
     "ties a b --base c --scope tensor --vote weighted": "mergekit cannot say parameters.zero =",
     "linear a b --exclude norm": "mergekit has no exclude: leave it out of the recipe",
+    "linear a b --quantize fp8": "mergekit has no quantize: leave it out of the recipe",
+    "linear a b --dequantize": "mergekit has no dequantize: leave it out of the recipe",
     "linear a b --as adapter": "mergekit has no as: leave it out of the recipe",
     "slerp a b --t 0.2:0.8": "before and after the blocks a gradient of mergekit has its first value",
     'slerp a b --t \'{"*.mlp.*": 0.2, "*": 1}\'': "a filter of mergekit is a part of a name, without wildcards",
@@ -112,6 +114,12 @@ REFUSED = {
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_mergekit_cannot_say_is_named(words: str) -> None:
     assert REFUSED[words] in refused("convert", f"merge --method {words}", "--to", "mergekit")
+
+
+def test_quantize_is_named_as_the_recipe_says_it(tmp_path: Path) -> None:
+    for value in ("keep", "none"):
+        (tmp_path / "recipe.yml").write_text(f"models: [a, b]\nmethod: linear\nquantize: {value}\n")
+        assert "mergekit has no quantize: leave it" in refused("convert", tmp_path / "recipe.yml", "--to", "mergekit")
 
 
 def test_a_command_line_becomes_a_recipe(folder: Path) -> None:

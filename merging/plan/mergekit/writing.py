@@ -56,7 +56,10 @@ class _Stages:
         """Return a recipe as a document. Raises :class:`~merging.errors.OptionError`."""
         for name, info in Recipe.model_fields.items():
             if name not in _SAID and getattr(recipe, name) != info.default and (name, recipe.kind) != ("kind", "model"):
-                raise OptionError(f"mergekit has no {info.alias or name}: leave it out of the recipe")
+                key = info.alias or name
+                if name == "dequantise" and "quantize" in recipe.model_fields_set:
+                    key = "quantize"  # which was read as both
+                raise OptionError(f"mergekit has no {key}: leave it out of the recipe")
         first = recipe.models[0]
         if isinstance(first, LayerStack) and _is_copy(recipe):
             document = self._write_slices(first.parts)
