@@ -83,12 +83,15 @@ BEFORE_BLOCKS = LayerPosition()
 class _Numbering:
     """The numbering of one stack: ``layers`` in all, its own from ``offset`` on.
 
+    ``own`` is the number of its own layers, where a stack before or behind it also counts in ``layers``; else 0.
+
     A hierarchical stack is flattened: ``blocks`` are its (stage, block) in order, under ``family`` ("" is none). Parts
     of a stage outside its blocks go with its first block if they are named in ``leading``, else with its last.
     """
 
     layers: int
     offset: int = 0
+    own: int = 0
     family: str = ""
     blocks: tuple[tuple[int, int], ...] = ()
     leading: frozenset[str] = frozenset()
@@ -138,8 +141,8 @@ class Stacks:
 
     @property
     def lengths(self) -> dict[str, int]:
-        """The number of layers by prefix; two stacks that follow each other both have the sum of their lengths."""
-        return {prefix: numbering.layers for prefix, numbering in self.numberings.items()}
+        """The number of its own layers of each stack, by prefix."""
+        return {prefix: numbering.own or numbering.layers for prefix, numbering in self.numberings.items()}
 
     def limit(self, layers: int) -> Stacks:
         """Return the stacks with the number of layers in the config, where the names have a few more.
@@ -149,7 +152,7 @@ class Stacks:
         that number, since the vision tower of a small model may well be deeper than its language model.
         """
         _positive(layers)
-        longer = [length for length in self.lengths.values() if layers <= length <= 2 * layers]
+        longer = [each.layers for each in self.numberings.values() if layers <= each.layers <= 2 * layers]
         main = min(longer, default=layers)
         return self._map(lambda each: replace(each, layers=layers) if each.layers == main and not each.blocks else each)
 
@@ -242,6 +245,7 @@ def _join_sequels(numberings: dict[str, _Numbering]) -> dict[str, _Numbering]:
         before = parent + dot + _SEQUELS.get(leaf, "")
         if leaf in _SEQUELS and before in numberings:
             first, second = numberings[before].layers, numberings[prefix].layers
-            numberings[before] = replace(numberings[before], layers=first + second)
-            numberings[prefix] = replace(numberings[prefix], layers=first + second, offset=first)
+            both = first + second
+            numberings[before] = replace(numberings[before], layers=both, own=first)
+            numberings[prefix] = replace(numberings[prefix], layers=both, own=second, offset=first)
     return numberings

@@ -216,7 +216,8 @@ def test_a_double_stack_counts_on(prefix, double, single):
     first = [f"{prefix}{double}.{i}.attn.to_q.weight" for i in range(19)]
     second = [f"{prefix}{single}.{i}.attn.to_q.weight" for i in range(38)]
     stacks = Stacks.from_names(second + first)
-    assert stacks.lengths == {prefix + double: 57, prefix + single: 57}
+    assert stacks.lengths == {prefix + double: 19, prefix + single: 38}
+    assert {stacks.position(name).layers for name in first + second} == {57}
     assert [stacks.position(name).layer for name in first + second] == list(range(57))
     assert Stacks.from_names(second).position(second[3]).layer == 3
 
