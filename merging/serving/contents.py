@@ -37,6 +37,7 @@ FILES = Program(
         "pipeline": (*PIPELINE_RULES, _NUMBERS),
     },
     {},
+    takes_mlx=True,
 )
 """Rules that hold for all programs."""
 

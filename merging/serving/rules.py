@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from merging.display.tables import Displayed, Table, Tabular
-from merging.errors import name_options
+from merging.errors import either, name_options
 from merging.serving.subject import Subject, SubjectKind
 
 __all__ = [
@@ -163,25 +163,42 @@ class Program:
     """The version that the rules hold for. Other versions may differ."""
     takes_gguf: bool = False
     """Whether it takes GGUF files as they are."""
+    takes_mlx: bool = False
+    """Whether it takes adapters of MLX as they are."""
 
     def findings(self, subject: Subject) -> list[ProgramFinding]:
         """Return all findings of this program, or one that all is ok."""
+        if subject.is_mlx and not self.takes_mlx:
+            return [self._refuse(subject, "loads no adapters of MLX", _way_from_mlx(subject))]
         if subject.kind not in self.rules:
-            what = f"{self.name} loads no {subject.kind} of this format"
             instead = name_options(self.instead.get(subject.kind, ""))
-            refused = ProgramFinding(
-                program=self.name,
-                severity="refuses",
-                what=what,
-                where=(subject.name,),
-                todo=instead,
-                source=self.version,
-            )
-            return [refused]
+            return [self._refuse(subject, f"loads no {subject.kind} of this format", instead)]
         converted = subject.weights is not None and subject.weights.suffix == ".gguf" and self.takes_gguf
         rules = () if converted else self.rules[subject.kind]
         found = [each for rule in rules for each in rule.findings(self, subject)]
         return found or [ProgramFinding(self.name, "ok", "nothing is refused or ignored")]
+
+    def _refuse(self, subject: Subject, what: str, todo: str) -> ProgramFinding:
+        return ProgramFinding(
+            program=self.name,
+            severity="refuses",
+            what=f"{self.name} {what}",
+            where=(subject.name,),
+            todo=todo,
+            source=self.version,
+        )
+
+
+def _way_from_mlx(subject: Subject) -> str:
+    """Return the remedy for an adapter of MLX: other programs load it once it is converted."""
+    kind = subject.stated.get("fine_tune_type")
+    if kind == "full":
+        return name_options(BAKE)
+    dora = kind == "dora" or subject.stated.get("use_dora")
+    return "convert it with " + either(
+        f"merge resize ADAPTER{' --base BASE' if dora else ''} -o OUT",
+        f"merging.resize(ADAPTER{', base=BASE' if dora else ''}, output=OUT)",
+    )
 
 
 def smile_experts(subject: Subject) -> Iterator[str]:

@@ -91,6 +91,14 @@ class Subject:
         """The part of a model's config about its language model."""
         return text_config(self.stated)
 
+    @cached_property
+    def is_mlx(self) -> bool:
+        """Whether it is an adapter of MLX, whose factors and config have names of its own."""
+        if self.kind != "adapter" or self.weights is None:
+            return False
+        dialect = dialect_of((dict(self.tensors), dict(self.metadata)))
+        return self.weights.name == mlx.WEIGHTS or (dialect is not None and dialect.name == "MLX")
+
     @property
     def method(self) -> str:
         """PEFT's name of an adapter's type."""

@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import merging
-from merging.errors import FormatError
+from merging.errors import FormatError, command_line_words
 from merging.hub.open_model import open_model
+from merging.serving import verify
 from merging.sources import Adapter
 from support.adapters import State
+from support.tiny import save
 
 Q, EMBED = "model.layers.0.self_attn.q_proj", "model.embed_tokens"
 EXPERT = "model.layers.0.mlp.experts.{}.up_proj.weight"
@@ -145,3 +147,31 @@ def test_other_programs_are_refused_by_name(tmp_path: Path, program: str) -> Non
     save_file({name: random(4, 4) for name in FOREIGN[program]}, tmp_path / "a.safetensors")
     with pytest.raises(FormatError, match=rf"is an adapter of {program} \("):
         open_model(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        ("lora", "convert it with merge resize ADAPTER -o OUT"),
+        ("dora", "convert it with merge resize ADAPTER --base BASE -o OUT"),
+        ("full", "merge it into its base with --as model, and serve that"),
+    ],
+)
+def test_other_programs_load_it_once_it_is_converted(tmp_path: Path, kind: str, way: str) -> None:
+    base = save(tmp_path / "base", {f"{Q}.weight": random(24, 16)})
+    tensors = {
+        "lora": FACTORS,
+        "dora": {**FACTORS, f"{Q}.m": random(24).abs()},
+        "full": {f"{Q}.weight": random(24, 16)},
+    }
+    adapter = write(tmp_path / "a", tensors[kind], lora_parameters=LORA, fine_tune_type=kind)
+    with command_line_words():
+        (said,) = [each for each in verify(str(adapter), ["peft"]).findings if each.program == "peft"]
+    assert (said.severity, said.what, said.todo) == ("refuses", "peft loads no adapters of MLX", way)
+    if kind == "full":
+        assert (
+            merging.merge([adapter], method="linear", base=base, kind="model", output=tmp_path / "out").kind == "model"
+        )
+        return
+    merging.resize(adapter, output=tmp_path / "out", **({"base": base} if kind == "dora" else {}))
+    assert verify(str(tmp_path / "out"), ["peft", "vllm"]).served
