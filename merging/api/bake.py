@@ -14,7 +14,7 @@ from merging.api.merge_files import Merged, merge_plan, merge_recipe, plan_for
 from merging.api.options import MergeOptions
 from merging.display.progress import Progress, resolve_progress
 from merging.engine.resources import pick_device
-from merging.errors import InputError, OptionError, option
+from merging.errors import InputError, OptionError, QuantizedError, option
 from merging.hub.cards import stated_quantization
 from merging.hub.open_model import open_model, require_full
 from merging.maths.lazy_torch import torch
@@ -158,7 +158,10 @@ def _check_name(entry: Entry) -> str:
 
 
 def _open_adapter(name: str, alpha: float | None) -> Adapter:
-    model = open_model(name, alpha)
+    try:
+        model = open_model(name, alpha)
+    except QuantizedError:  # only full models are quantised
+        model = None
     if not isinstance(model, Adapter):
         raise InputError(f"{name}: is a full model, and baking takes adapters: full models are merged by merge")
     return model

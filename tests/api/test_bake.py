@@ -20,6 +20,7 @@ from merging.errors import InputError, OptionError, QuantizedError
 from merging.plan.find_base import unquantized_name
 from support.adapters import LLAMA, State, assert_close, base_state, edit_config, peft, quiet, reload, save_base, train
 from support.commands import ok, refused
+from support.gguf_files import write_gguf
 from support.peft_types import CASES, TYPES, make
 from support.tiny import identical, load
 from support.tokenized import save_tokenized, tokenizer_of
@@ -131,6 +132,16 @@ def test_what_cannot_be_baked(folder: Path) -> None:
     with pytest.raises(OptionError, match="should be a path, and is a Recipe"):
         merging.bake([merging.Recipe(models=["one"], method="linear")], output="out")  # type: ignore[list-item]
     assert not (folder / "out").exists()
+
+
+def test_a_quantised_model_in_place_of_an_adapter(folder: Path) -> None:
+    """More options would not make an adapter of it."""
+    write_gguf(folder / "full.gguf", folder / "base", "Q8_0")
+    quantised(folder / "small-HQQ", folder / "base", "hqq")
+    for name in ("full.gguf", "small-HQQ"):
+        for options in ([], ["--dequantize"]):
+            message = refused("bake", name, "--base", "base", *options)
+            assert f"{name}: is a full model, and baking takes adapters" in message
 
 
 def test_a_base_that_is_not_finite_is_named(folder: Path) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 
-from merging.errors import FormatError, QuantizedError
+from merging.errors import FormatError
 from merging.sources.adapter import Adapter
 from merging.sources.changes import Change, ChangeKind, LoraChange, Replacement
 from merging.sources.gguf.architectures import ARCHITECTURES, Architecture
@@ -120,7 +120,7 @@ def _base_name(metadata: Mapping[str, str]) -> str | None:
 
 def _as_numbers(path: Path, name: str, stored: Stored) -> Stored:
     if isinstance(stored, BlockTensor) and not is_dequantizable(stored.kind):
-        raise QuantizedError(f"{path}: {name} has the type {stored.kind.name}, which is not read: get another file")
+        raise FormatError(f"{path}: {name} has the type {stored.kind.name}, which is not read: get another file")
     return stored
 
 
