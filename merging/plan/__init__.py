@@ -28,6 +28,7 @@ from merging.plan.inputs.head_order import order_by_heads
 from merging.plan.inputs.intruders import reduce_intruders
 from merging.plan.inputs.layouts import match_layouts
 from merging.plan.inputs.sentence_folders import describe_differences
+from merging.plan.inputs.stated_bases import describe_other_bases
 from merging.plan.inputs.task_heads import NO_HEADS, TaskHeads, find_task_heads
 from merging.plan.inputs.tied_heads import resolve_tied_heads
 from merging.plan.inputs.vocabulary import Vocabulary, match_vocabularies
@@ -171,6 +172,7 @@ def _plan(
     check_bases(models, recipe.allow_different_bases)
     keys, notices = make_content_keys(models)
     notices += [notice for model in models if isinstance(model, Adapter) for notice in model.notices]
+    notices += describe_other_bases(models, base)
     notices += describe_differences(models, base) if output == "model" else []
     models, layouts = match_layouts(models, base)
     alike, based, vocabulary, resized = match_vocabularies(recipe, models, base, matched)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -142,6 +143,29 @@ def test_a_quantised_model_in_place_of_an_adapter(folder: Path) -> None:
         for options in ([], ["--dequantize"]):
             message = refused("bake", name, "--base", "base", *options)
             assert f"{name}: is a full model, and baking takes adapters" in message
+
+
+@pytest.mark.parametrize(
+    ("stated", "noticed"),
+    [
+        ({"base_model_name_or_path": "other"}, "(qwen3)"),
+        ({"auto_mapping": {"parent_library": "transformers.models.qwen3.modeling_qwen3"}}, "(qwen3)"),
+        ({"base_model_name_or_path": "Qwen/Qwen3-0.6B"}, "(qwen)"),
+        ({"base_model_name_or_path": "base-copy"}, None),
+        ({"auto_mapping": {"parent_library": "transformers.models.llama.modeling_llama"}}, None),
+        ({"base_model_name_or_path": "unsloth/Llama-3.2-1B-bnb-4bit"}, None),
+        ({"base_model_name_or_path": "org/DeepSeek-R1-Distill-Qwen-7B"}, None),
+    ],
+)
+def test_a_base_of_another_type_than_stated_is_named(folder: Path, stated: dict[str, Any], noticed: str | None) -> None:
+    for name, kind in (("other", "qwen3"), ("base-copy", "llama")):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps({"model_type": kind}))
+    edit_config(folder / "one", **{"base_model_name_or_path": "/elsewhere/base", "auto_mapping": None, **stated})
+    notices = merging.bake(["one"], base="base", output="out").notices
+    said = [notice for notice in notices if "states the base" in notice]
+    assert len(said) == (noticed is not None)
+    assert not said or (noticed in said[0] and "and base (llama) is used" in said[0])
 
 
 def test_a_base_that_is_not_finite_is_named(folder: Path) -> None:
