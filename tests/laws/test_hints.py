@@ -278,6 +278,7 @@ ELSEWHERE = {
     "depend on the architecture: give the model with --base": "output/test_gguf_format.py",
     "llama.cpp stacks them: choose one rank with --rank": "output/test_gguf_format.py",
     "and llama.cpp's names are known here of": "output/test_gguf_format.py",
+    "and llama.cpp has none: leave --format gguf out": "output/test_gguf_format.py",
     "use --dequantize to merge it as ordinary numbers": "sources/test_gguf_models.py",
     "give the right one with --lora-alpha": "sources/test_diffusion_lora.py",
     "or give an alpha with --lora-alpha": "sources/test_mlx.py",

@@ -195,3 +195,19 @@ def test_changes_that_llama_cpp_does_not_take(tmp_path: Path) -> None:
     base, adapter = made(tmp_path / "bert", "bert", ["query"])
     with pytest.raises(InputError, match=r"is of the type 'bert', and llama.cpp's names are known here of cohere, "):
         merging.merge([adapter], method="passthrough", base=base, output=tmp_path / "a.gguf", format="gguf")
+
+
+def test_diffusion_models_have_no_names_in_llama_cpp(tmp_path: Path) -> None:
+    """In a folder of diffusers, and in a file without a config."""
+    module = "transformer_blocks.0.attn.to_q"
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    files = [tmp_path / "base" / "diffusion_pytorch_model.safetensors", tmp_path / "base.safetensors"]
+    for file in files:
+        save_file({f"{module}.weight": torch.randn(8, 8)}, file)
+    factors = {"lora_A.weight": torch.randn(2, 8), "lora_B.weight": torch.randn(8, 2)}
+    lora = tmp_path / "lora.safetensors"
+    save_file({f"transformer.{module}.{leaf}": value for leaf, value in factors.items()}, lora)
+    for base in (tmp_path / "base", files[1]):
+        with pytest.raises(InputError, match=r'a diffusion model, and llama\.cpp has none: leave format="gguf" out'):
+            merging.merge([lora], method="passthrough", base=base, output=tmp_path / "a.gguf", format="gguf")

@@ -14,6 +14,7 @@ from merging.plan.names.resolve import Resolver
 from merging.plan.outputs.exporter import Changes, Exporter, is_experts
 from merging.plan.recipe import AdapterFormat
 from merging.sources import Checkpoint
+from merging.sources.denoisers import is_denoiser
 from merging.sources.gguf.architectures import ARCHITECTURES, Architecture, architecture_of_config
 from merging.sources.gguf.model_config import heads_of
 from merging.sources.stored import Stored
@@ -193,8 +194,14 @@ class GgufExporter(Exporter):
 def _find_architecture(base: Checkpoint, model_type: object) -> tuple[str, Architecture]:
     found = architecture_of_config(model_type if isinstance(model_type, str) else None)
     if found is None:
+        modules = (name.rpartition(".")[0] for name in base.tensors)
+        if base.library == "diffusers" or (model_type is None and any(map(is_denoiser, modules))):
+            raise InputError(
+                f"{base.path}: is a diffusion model, and llama.cpp has none: leave {option('format', 'gguf')} out"
+            )
+        of = f"is of the type {str(model_type)[:40]!r}" if model_type else "has no config that states its type"
         raise InputError(
-            f"{base.path}: is of the type {str(model_type)[:40]!r}, and llama.cpp's names are known here of "
+            f"{base.path}: {of}, and llama.cpp's names are known here of "
             f"{', '.join(sorted({each.model_type for each in ARCHITECTURES.values()}))}: leave "
             f"{option('format', 'gguf')} out, and convert the output with llama.cpp's convert_lora_to_gguf.py"
         )
