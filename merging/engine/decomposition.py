@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 from statistics import fmean
 
+from merging.display.tables import plural
 from merging.engine.outputs import Output, Sink, as_matrices
 from merging.engine.spool import Spool
 from merging.engine.tiles import Tiler
@@ -144,18 +145,21 @@ class Decomposition:
         empty = sum(1 for name, each in self.spectra.items() if each.total and not ranks.get(name))
         remarks = sorted(self.notices)
         if gone:
-            remarks.append(f"{gone} tensors that no model changed are left out")
+            are = "is" if gone == 1 else "are"
+            remarks.append(f"{plural(gone, 'tensor')} that no model changed {are} left out")
         if empty:
-            remarks.append(f"{empty} tensors whose change is too small for the budget are left out")
+            are = "is" if empty == 1 else "are"
+            remarks.append(f"{plural(empty, 'tensor')} whose change is too small for the budget {are} left out")
         if self._fused and not self.settings.uniform:
             remarks.append("all tensors have one rank, as PEFT fuses the factors of experts when it loads them")
         if kept and kept[0] != kept[-1]:
             remarks.append(f"ranks from {kept[0]} to {kept[-1]}, {fmean(kept):.1f} on average")
         rough = [each.excess / each.total for each in self.spectra.values() if each.excess]
         if rough:
+            were = "was" if len(rough) == 1 else "were"
             remarks.append(
-                f"{len(rough)} changes were decomposed approximately: exact factors keep at most {max(rough):.2%} more "
-                f"of the energy of any ({option('exact', True)})"
+                f"{plural(len(rough), 'change')} {were} decomposed approximately: exact factors keep at most "
+                f"{max(rough):.2%} more of the energy of any ({option('exact', True)})"
             )
         return remarks
 

@@ -130,6 +130,18 @@ def uneven(folder: Path) -> tuple[Path, Path]:
     return tiny.save(folder / "base", base), tiny.save(folder / "tuned", tuned)
 
 
+def test_a_single_tensor_is_counted_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of three changed much, one too little, one not at all."""
+    base, name = tiny.model(width=16), "model.layers.{}.mlp.up_proj.weight"
+    changed = {name.format(layer): base[name.format(layer)] + size for layer, size in ((0, 1.0), (1, 1e-3))}
+    monkeypatch.chdir(tmp_path)  # names of folders count in the size
+    tiny.save(Path("base"), base)
+    tiny.save(Path("tuned"), {**base, **changed})
+    small = merging.extract("tuned", base="base", include="up_proj", size=1800, output="lora")
+    assert "1 tensor whose change is too small for the budget is left out" in small.notices
+    assert "1 tensor that no model changed is left out" in small.notices
+
+
 def lost(merged: merging.Merged, base: Path, tuned: Path) -> float:
     """The energy of the change that an adapter lacks."""
     before, after = tiny.load(base), tiny.load(tuned)
