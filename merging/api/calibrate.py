@@ -72,7 +72,7 @@ def load_rates() -> Rates:
         methods = {name: MethodRates(**values) for name, values in found.pop("methods").items()}
         return Rates(**found, methods=methods)
     except (TypeError, KeyError, AttributeError):
-        raise FormatError(f"{path}: holds no rates of this version: run merge plan --calibrate again") from None
+        raise FormatError(f"{path}: holds no rates of this version: calibrate again") from None
 
 
 def save_rates(rates: Rates) -> Path:

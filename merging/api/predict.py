@@ -10,7 +10,7 @@ from merging.api.merge_files import plan_for
 from merging.display.tables import Table, Tabular, format_size, plural
 from merging.engine.resources import workers_within
 from merging.engine.threads import cores
-from merging.errors import OptionError
+from merging.errors import OptionError, either
 from merging.os_calls import available_memory
 from merging.plan import Plan
 from merging.plan.prediction.cluster import Cluster, parse_cluster
@@ -183,7 +183,8 @@ def _workers_of(plan: Plan, cluster: Cluster, rates: Rates) -> int:
 def _notices(rates: Rates, cluster: Cluster) -> list[str]:
     found = []
     if not rates.machine:
-        found.append("times are by default rates: merge plan --calibrate measures this machine in a minute")
+        way = either("merge plan --calibrate", "merge plan on the command line")
+        found.append(f"times are by default rates: {way} measures this machine in a minute")
     if cluster.gpus:
         found.append("times of GPUs are by assumed rates: no GPU was measured")
     return found

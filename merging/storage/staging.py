@@ -182,8 +182,9 @@ class StagedOutput:
 
     def clear(self) -> None:
         """Remove what a run that stopped left of the output, for a merge that begins from the start."""
-        shutil.rmtree(self.folder)
-        self.folder.mkdir()
+        if any(self.folder.iterdir()):
+            shutil.rmtree(self.folder)
+            self.folder.mkdir()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

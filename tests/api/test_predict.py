@@ -25,7 +25,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
 
 
 def test_default_rates_are_named_until_a_machine_is_measured(plan: Plan) -> None:
-    assert "default rates: merge plan --calibrate" in merging.predict(plan).notices[0]
+    assert "default rates: merge plan on the command line" in merging.predict(plan).notices[0]
     mine = Rates(machine="mine", methods={"tsv": MethodRates(item=1.0, element=0.0)})
     assert save_rates(mine) == rates_path()
     assert load_rates() == mine
@@ -33,7 +33,7 @@ def test_default_rates_are_named_until_a_machine_is_measured(plan: Plan) -> None
     assert (found.machine, found.notices) == ("mine", ())
     assert found.processor_seconds == pytest.approx(len(plan.items), rel=0.01)
     rates_path().write_text('{"methods": {"tsv": {"itm": 1}}}')
-    with pytest.raises(FormatError, match="run merge plan --calibrate again"):
+    with pytest.raises(FormatError, match="holds no rates of this version: calibrate again"):
         load_rates()
 
 

@@ -389,7 +389,9 @@ def test_help_of_a_chain_has_its_options(name: str) -> None:
 def test_help_and_version() -> None:
     for words in (["--help"], ["-h"]):
         said = ok(*words).stdout
-        assert said.startswith("Usage: merge --method METHOD [OPTIONS] MODEL...\n       merge COMMAND [ARGUMENTS]\n")
+        assert said.startswith(
+            "Usage: merge --method METHOD [OPTIONS] MODEL...\n       merge COMMAND [ARGUMENTS] | --version\n"
+        )
         assert "merge merge -h" in said
     for words in ([], ["--help"], ["-h"]):
         done = merge(*words)

@@ -91,9 +91,7 @@ def test_into_a_component(models: Path, tmp_path: Path, component: str) -> None:
     wanted, before = fused(build("sd"), lora), on_disk(models / "sd")
     check_closest(got, {n: wanted[n] for n in got}, {n: before[n] for n in got}, len(own))
     both = factors(tmp_path / "b.safetensors", kohya_modules("sd", 1))
-    with pytest.raises(
-        InputError, match=r"is not a tensor of the base \(\d+ of \d+ targets have no place\).*every part"
-    ):
+    with pytest.raises(InputError, match=r"is not a tensor of the base \(\d+ of \d+ targets have no place\): "):
         merged(both, models / "sd" / component, tmp_path / "other")
 
 

@@ -129,8 +129,8 @@ def half_steps(quotient: Tensor, kind: str) -> Tensor:
 def test_every_code_comes_back(kind: str, of: str) -> None:
     """With the base's scales for any codes; with new ones where a block has the largest code."""
     every = torch.arange(256, dtype=torch.uint8)
-    codes = every[every.view(DTYPES[kind]).float().isfinite()].view(DTYPES[kind])
-    codes = codes[codes.float().abs() <= LIMITS[kind]].view(torch.uint8)
+    numbers = every.view(DTYPES[kind]).float()
+    codes = every[numbers.isfinite() & (numbers.abs() <= LIMITS[kind])]
     rows = torch.stack([codes.roll(shift) for shift in range(6)])
     scales = torch.tensor([0.5, 2.0**-9, 1.0, 2.0, 1024.0, 2.0**-3])[:, None]
     shape = tuple(rows.shape)

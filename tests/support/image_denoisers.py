@@ -35,19 +35,24 @@ class ImageFamily:
     widths: Mapping[str, Shape] = field(default_factory=dict)
 
 
+def _converter(name: str) -> Callable[..., State] | None:
+    """diffusers' converter of this name; versions for Python 3.10 lack some."""
+    return getattr(single_file_utils, name, None)
+
+
 _HEADS = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "in_channels": 4}
 _FLUX = {**_HEADS, "num_single_layers": 2, "joint_attention_dim": 12, "axes_dims_rope": (2, 2, 4)}
 _WIDE = {
     **{f"single_transformer_blocks.0.attn.to_{part}": (3072, 3072) for part in "qkv"},
     "single_transformer_blocks.0.proj_mlp": (12288, 3072),
 }
-IMAGE_FAMILIES = {
+_FAMILIES = {
     "flux": ImageFamily(
         name="Flux.1",
         model="FluxTransformer2DModel",
         pipeline="FluxPipeline",
         settings={**_FLUX, "num_single_layers": 1, "pooled_projection_dim": 8, "guidance_embeds": True},
-        convert=single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,
+        convert=_converter("convert_flux_transformer_checkpoint_to_diffusers"),
         widths=_WIDE,
     ),
     "chroma": ImageFamily(
@@ -61,7 +66,7 @@ IMAGE_FAMILIES = {
             "approximator_hidden_dim": 16,
             "approximator_layers": 2,
         },
-        convert=single_file_utils.convert_chroma_transformer_checkpoint_to_diffusers,
+        convert=_converter("convert_chroma_transformer_checkpoint_to_diffusers"),
         widths=_WIDE,
     ),
     "flux2": ImageFamily(
@@ -69,14 +74,14 @@ IMAGE_FAMILIES = {
         model="Flux2Transformer2DModel",
         pipeline="Flux2Pipeline",
         settings={**_FLUX, "timestep_guidance_channels": 8, "axes_dims_rope": (2, 2, 2, 2)},
-        convert=single_file_utils.convert_flux2_transformer_checkpoint_to_diffusers,
+        convert=_converter("convert_flux2_transformer_checkpoint_to_diffusers"),
     ),
     "flux3": ImageFamily(
         name="Flux.3",
         model="Flux3Transformer2DModel",
         pipeline="Flux3ModularPipeline",
         settings={**_FLUX, "cond_in_channels": 4, "timestep_channels": 8, "axes_dims_rope": (2, 2, 2, 2)},
-        convert=single_file_utils.convert_flux3_transformer_checkpoint_to_diffusers,
+        convert=_converter("convert_flux3_transformer_checkpoint_to_diffusers"),
     ),
     "sd3": ImageFamily(
         name="Stable Diffusion 3",
@@ -93,7 +98,7 @@ IMAGE_FAMILIES = {
             "dual_attention_layers": (0,),
             "qk_norm": "rms_norm",
         },
-        convert=single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
+        convert=_converter("convert_sd3_transformer_checkpoint_to_diffusers"),
     ),
     "qwen-image": ImageFamily(
         name="Qwen-Image",
@@ -106,7 +111,7 @@ IMAGE_FAMILIES = {
         model="QwenImage21Transformer2DModel",
         pipeline="QwenImage21Pipeline",
         settings={**_HEADS, "out_channels": 4, "context_in_dim": 8, "axes_dims_rope": (2, 2, 4)},
-        convert=single_file_utils.convert_qwen_image21_transformer_checkpoint_to_diffusers,
+        convert=_converter("convert_qwen_image21_transformer_checkpoint_to_diffusers"),
     ),
     "z-image": ImageFamily(
         name="Z-Image",
@@ -123,7 +128,7 @@ IMAGE_FAMILIES = {
             "axes_dims": [2, 2, 4],
             "axes_lens": [4, 4, 4],
         },
-        convert=single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
+        convert=_converter("convert_z_image_transformer_checkpoint_to_diffusers"),
     ),
     "lumina2": ImageFamily(
         name="Lumina 2",
@@ -142,7 +147,7 @@ IMAGE_FAMILIES = {
             "axes_lens": (8, 8, 8),
             "cap_feat_dim": 8,
         },
-        convert=single_file_utils.convert_lumina2_to_diffusers,
+        convert=_converter("convert_lumina2_to_diffusers"),
         widths={
             f"{stack}.0.attn.to_{part}": (rows, 2304)
             for stack in ("layers", "noise_refiner", "context_refiner")
@@ -165,7 +170,7 @@ IMAGE_FAMILIES = {
             "max_resolution": (8, 8),
             "llama_layers": [0, 1],
         },
-        convert=single_file_utils.convert_hidream_transformer_to_diffusers,
+        convert=_converter("convert_hidream_transformer_to_diffusers"),
     ),
     "krea2": ImageFamily(
         name="Krea 2",
@@ -185,7 +190,7 @@ IMAGE_FAMILIES = {
             "num_refiner_text_blocks": 1,
             "axes_dims_rope": (2, 2, 4),
         },
-        convert=single_file_utils.convert_krea2_transformer_checkpoint_to_diffusers,
+        convert=_converter("convert_krea2_transformer_checkpoint_to_diffusers"),
     ),
     "ideogram4": ImageFamily(
         name="Ideogram 4",
@@ -200,6 +205,9 @@ IMAGE_FAMILIES = {
         },
     ),
 }
+
+
+IMAGE_FAMILIES = {name: family for name, family in _FAMILIES.items() if hasattr(diffusers, family.model)}
 
 
 def build_image_denoiser(family: str) -> nn.Module:
