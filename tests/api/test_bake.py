@@ -152,6 +152,7 @@ def test_a_quantised_model_in_place_of_an_adapter(folder: Path) -> None:
         ({"auto_mapping": {"parent_library": "transformers.models.qwen3.modeling_qwen3"}}, "(qwen3)"),
         ({"base_model_name_or_path": "Qwen/Qwen3-0.6B"}, "(qwen)"),
         ({"base_model_name_or_path": "base-copy"}, None),
+        ({"base_model_name_or_path": "Qwen3/base"}, None),
         ({"auto_mapping": {"parent_library": "transformers.models.llama.modeling_llama"}}, None),
         ({"base_model_name_or_path": "unsloth/Llama-3.2-1B-bnb-4bit"}, None),
         ({"base_model_name_or_path": "org/DeepSeek-R1-Distill-Qwen-7B"}, None),

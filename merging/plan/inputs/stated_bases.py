@@ -9,6 +9,7 @@ from typing import Any
 
 from merging.errors import MergingError, option
 from merging.hub.address import hub_address, local_path
+from merging.plan.checks import same_base
 from merging.sources import Adapter, Checkpoint, Model
 from merging.sources.model_config import read_config
 from merging.sources.model_families import family_by_statements
@@ -28,15 +29,16 @@ def describe_other_bases(models: Sequence[Model], base: Checkpoint | None) -> li
     """Return a notice for each adapter that states a base of another type. Nothing is downloaded.
 
     The type of the stated base is taken from its config, if it is at hand. Else the module of transformers in the
-    adapter's ``auto_mapping`` shows it, or the family in the base's name.
+    adapter's ``auto_mapping`` shows it, or the family in the base's name, if the base in use has another name.
     """
     own = _types_of(base.config) if base is not None else set()
     if base is None or not own:
         return []
+    used = base.origin.repo if base.origin else str(base.path)
     notices = []
     for model in models:
         if isinstance(model, Adapter) and model.base:
-            stated = _stated_types(model, model.base)
+            stated = _stated_types(model, model.base, used)
             if stated and not any(one in other or other in one for one in stated for other in own):
                 notices.append(
                     f"{model.path}: states the base {model.base} ({min(stated)}), and {base.path} ({min(own)}) is "
@@ -46,8 +48,8 @@ def describe_other_bases(models: Sequence[Model], base: Checkpoint | None) -> li
     return notices
 
 
-def _stated_types(adapter: Adapter, name: str) -> set[str]:
-    """Return the types of the base that an adapter states, empty if nothing shows them."""
+def _stated_types(adapter: Adapter, name: str, used: str) -> set[str]:
+    """Return the types of the base that an adapter states, empty if nothing shows them or it seems to be ``used``."""
     types = _types_of(_config_at_hand(name))
     if types:
         return types
@@ -56,7 +58,7 @@ def _stated_types(adapter: Adapter, name: str) -> set[str]:
     module = _MODULE.match(library) if isinstance(library, str) else None
     if module:
         return {_letters(module[1])}
-    family = family_by_statements({}, name)
+    family = None if same_base(name, used) else family_by_statements({}, name)
     first = re.match("[A-Za-z]+", family.name) if family is not None else None
     return {first[0].lower()} if first and first[0] in _SAME_NAME else set()
 
