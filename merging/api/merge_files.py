@@ -170,7 +170,7 @@ def merge(
 
     Raises:
         MergingError: for models that cannot be merged as the options say, values that cannot be merged, and an output
-            that cannot be written. Nothing is left behind then.
+            that cannot be written. Nothing is left behind then, but finished work with ``resume``.
 
     Example:
         >>> import merging

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from merging.errors import OutputError, option
 from merging.maths.lazy_torch import torch
 from merging.output.header import RECIPE_KEY, SOURCES_KEY, header_metadata
 from merging.plan import Plan
-from merging.storage.leftovers import Identity, find_abandoned, find_unfinished
+from merging.sources import Model
+from merging.storage.leftovers import Identity, Leftover, find_abandoned, find_unfinished
 
 __all__ = ["prepare_resuming"]
 
@@ -41,7 +41,7 @@ def prepare_resuming(
     left = [each for each in map(find_unfinished, find_abandoned(destination)) if each is not None]
     if resume is False:
         for each in left:
-            shutil.rmtree(each.folder, ignore_errors=True)
+            Leftover(each.folder, destination).remove()
         return None, 0
     if resume is None and not left and plan.out_bytes < _LARGE:
         return None, 0
@@ -66,9 +66,17 @@ def _identity_of(plan: Plan, shown: Plan, device: torch.device | None) -> Identi
     recipe |= recipe.pop("parameters", {})
     identity |= {name: value if isinstance(value, str) else json.dumps(value) for name, value in recipe.items()}
     identity |= header
-    models = [model for model in (*plan.leaves, *plan.models, plan.base) if model]
-    inputs = {file for model in models for file in model.files}
-    return identity | {str(file): _state_of(file) for file in sorted(inputs)}
+    donor = plan.vocabulary.of if plan.vocabulary else None
+    for model in (*plan.leaves, *plan.models, plan.base, donor):
+        identity |= {} if model is None else _states_of(model)
+    return identity
+
+
+def _states_of(model: Model) -> dict[str, str]:
+    """Return the state of a model's files; a commit of the Hub states them, also where they are not downloaded yet."""
+    if model.origin is not None:
+        return {str(model.origin): "an input"}
+    return {str(file): _state_of(file) for file in model.files}
 
 
 def _state_of(file: Path) -> str:

@@ -15,7 +15,7 @@ from merging.engine.outputs import Sink
 from merging.engine.spool import Spool
 from merging.errors import OutputError
 from merging.maths.lazy_torch import Tensor, torch
-from merging.os_calls import sync
+from merging.os_calls import sync, write_at
 from merging.sources.stored import bytes_of
 
 __all__ = ["CountingSink", "Journal", "JournaledSink", "Record", "RunJournal"]
@@ -108,6 +108,7 @@ class RunJournal:
         self._error: OSError | None = None
         self._thread: threading.Thread | None = None
         self._fd: int | None = None
+        self._end = 0
 
     def begin(self, sink: JournaledSink, record: Record, device: torch.device) -> None:
         """Take up the entries of a former run, if its values are there, and begin to write entries.
@@ -118,8 +119,8 @@ class RunJournal:
         try:
             entries = _read_entries(self.path) if sink.resumed else []
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
-            os.ftruncate(self._fd, sum(length for _, length in entries))
-            os.lseek(self._fd, 0, os.SEEK_END)
+            self._end = sum(length for _, length in entries)
+            os.ftruncate(self._fd, self._end)
         except OSError as error:
             raise self._unwritten(error) from None
         written: Counter[str] = Counter()
@@ -175,7 +176,9 @@ class RunJournal:
         self._sink.sync()
         self.spool.sync()
         assert self._fd is not None
-        os.write(self._fd, json.dumps(entry).encode() + b"\n")
+        line = json.dumps(entry).encode() + b"\n"
+        write_at(self._fd, memoryview(line), self._end)  # all of it: an entry after half of one is never read
+        self._end += len(line)
         sync(self._fd)
 
     def _new_facts(self) -> dict[str, Any]:

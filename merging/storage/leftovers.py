@@ -94,8 +94,8 @@ class Leftover:
 
     path: Path
     output: Path
-    bytes: int
-    modified: float
+    bytes: int = 0
+    modified: float = 0.0
     resumable: bool = False
     holds_old: bool = False
 
@@ -269,12 +269,18 @@ def has_entries(journal: Path) -> bool:
     return any(path.stat().st_size for path in journal.glob("*.jsonl"))
 
 
+def _bytes_on_disk(status: os.stat_result) -> int:
+    """Return the bytes that a file takes, which for a file with holes is less than its size."""
+    blocks = getattr(status, "st_blocks", None)
+    return status.st_size if blocks is None else 512 * int(blocks)
+
+
 def disk_usage(folder: Path) -> int:
-    """Return the bytes of all files in a folder."""
+    """Return the bytes of all files in a folder on the disk."""
     total = 0
     for path in folder.rglob("*"):
         with suppress(OSError):
-            total += path.lstat().st_size if not path.is_dir() else 0
+            total += _bytes_on_disk(path.lstat()) if not path.is_dir() else 0
     return total
 
 

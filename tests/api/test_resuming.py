@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from merging.api import resuming
 from merging.engine import journal
 from merging.errors import InputError, OptionError, OutputError
 from merging.storage.leftovers import find_leftovers
+from support.hub_fixture import Hub
 from support.systems import POSIX
 from support.tiny import checkpoint, identical, load
 
@@ -168,3 +171,49 @@ def test_kept_stages_are_not_gone_on_with(models: list[Path], tmp_path: Path) ->
         merging.merge(
             [inner, models[0]], method="linear", output=tmp_path / "out", resume=True, keep_stages=tmp_path / "kept"
         )
+
+
+STOP_AND_GO_ON = """
+import sys
+import merging
+from merging.engine import journal
+from merging.storage.writer import TensorWriter
+
+def merge():
+    merging.merge(["org/one", "org/two"], method="linear", output=sys.argv[1], resume=True)
+
+journal._PERIOD = 0.001
+finish = TensorWriter.finish
+def fail(self):
+    raise OSError(5, "Input/output error")
+TensorWriter.finish = fail
+try:
+    merge()
+except merging.OutputError as error:
+    assert "the finished work stays in" in str(error)
+TensorWriter.finish = finish
+merge()  # the files were downloaded meanwhile
+"""
+
+
+@pytest.mark.exhaustive
+def test_models_of_the_hub_go_on(hub: Hub, models: list[Path], tmp_path: Path) -> None:
+    for name, path in zip(("org/one", "org/two"), models, strict=True):
+        hub.put(name, path, card={"license": "mit"})
+    command = [sys.executable, "-c", STOP_AND_GO_ON, str(tmp_path / "out")]
+    done = subprocess.run(command, env=hub.environment(tmp_path / "home"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    merging.merge(models, method="linear", output=tmp_path / "whole")
+    assert identical(load(tmp_path / "out"), load(tmp_path / "whole"))
+    assert not find_leftovers(tmp_path)
+
+
+def test_an_output_that_was_moved_aside_is_kept(stop: Stop, models: list[Path], tmp_path: Path) -> None:
+    """Where two names cannot be exchanged, a kill leaves the old output in the hidden folder."""
+    held = stop()
+    merging.merge(models, method="linear", output=tmp_path / "old", weights=[1, 2])
+    (tmp_path / "old").rename(held / "old")
+    with pytest.raises(OutputError, match="exists already"):
+        merging.merge(models, method="linear", output=tmp_path / "out", weights=[3, 4], resume=False)
+    assert (tmp_path / "out/model.safetensors").is_file()
+    assert not find_leftovers(tmp_path)
