@@ -68,9 +68,11 @@ def show_progress(form: str | None, task_name: str = "merging") -> Iterator[Call
     from merging.display.progress import ProgressBar, ProgressEvents, ProgressLines
 
     form = form or ("bar" if is_terminal(sys.stderr) else "lines")
-    kinds = {"lines": ProgressLines, "json": ProgressEvents}
-    with closing(ProgressBar(task_name, leave=False) if form == "bar" else kinds[form](task_name)) as report:
-        yield report
+    if form == "bar":
+        with closing(ProgressBar(task_name, leave=False)) as bar:
+            yield bar
+    else:
+        yield {"lines": ProgressLines, "json": ProgressEvents}[form](task_name)
 
 
 def echo(line: str, err: bool = False) -> None:

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -73,7 +74,7 @@ class ProgressBar:
         self._bar = None
 
 
-class _Report:
+class _Report(ABC):
     """A progress callback that reports from time to time: the phase, the bytes, their speed and the time left."""
 
     _short = False
@@ -101,11 +102,9 @@ class _Report:
         left = (total - done) / speed if speed > 0 else None
         self._show(done, total, speed, left)
 
+    @abstractmethod
     def _show(self, done: int, total: int, speed: float, left: float | None) -> None:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Do nothing: all reports are out."""
+        """Report the state of a task."""
 
 
 class ProgressLines(_Report):

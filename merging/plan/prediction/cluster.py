@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 from merging.errors import OptionError, nearest
 from merging.plan.sizes import parse_size
@@ -54,7 +55,7 @@ def parse_cluster(text: str) -> Cluster:
     Raises:
         OptionError: for a key that is unknown or given twice, and a value without its unit.
     """
-    values: dict[str, float | int] = {}
+    values: dict[str, Any] = {}
     known = [field.name for field in fields(Cluster)]
     for part in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = (each.strip() for each in part.partition("="))
@@ -72,7 +73,7 @@ def parse_cluster(text: str) -> Cluster:
         values[key] = found
     if not values:
         raise OptionError(f"cluster: {text!r} describes no machines: write {EXAMPLE}")
-    return Cluster(**values)  # type: ignore[arg-type]
+    return Cluster(**values)
 
 
 def _count(text: str, least: int = 1) -> int | None:
