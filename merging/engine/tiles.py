@@ -15,6 +15,7 @@ from merging.sources.changes import Change, ExtractedChange, LoraChange
 from merging.sources.computed import ComputedChange
 from merging.sources.stored import Stored
 from merging.sources.stored_bytes import StoredBytes
+from merging.sources.token_rows import TokenRows
 
 __all__ = ["GPU_TILE", "Tile", "Tiler", "tile_size", "unit_size"]
 
@@ -135,19 +136,20 @@ class Tiler:
         return (delta if scale == 1 else delta.scaled(scale)).to(self.device)
 
     def _check_layer(self, item: Item, slot: int) -> None:
-        """Refuse factors saved with a layer that is not the base's: they belong on top of that layer."""
+        """Refuse factors or rows saved with a layer that is not the base's: they belong on top of that layer."""
         change = item.inputs[slot]
-        if not isinstance(change, (LoraChange, ComputedChange)) or change.layer is None or item.base is None:
+        if not isinstance(change, (LoraChange, ComputedChange, TokenRows)) or item.base is None:
             return
-        if isinstance(change, LoraChange) and change.start:
+        if change.layer is None or (isinstance(change, LoraChange) and change.start):
             return
         for start in range(0, item.numel, TILE):
             size = min(TILE, item.numel - start)
             ours = self._read("base", item.base, start, size, torch.float32)
             # it may have been rounded to the precision of the training
             if not torch.allclose(self.raw(change.layer, start, size).float(), ours, rtol=2**-7, atol=1e-6):
+                trained = "rows" if isinstance(change, TokenRows) else "factors"
                 raise InputError(
-                    f"{self.plan.models[slot].path}: {change.target}: the layer saved along with its factors is not "
+                    f"{self.plan.models[slot].path}: {change.target}: the layer saved along with its {trained} is not "
                     f"the base's: was it trained, or its vocabulary changed? Give the base that it belongs to"
                 )
 

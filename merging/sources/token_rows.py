@@ -15,10 +15,14 @@ __all__ = ["TokenRows", "TokenTable"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenRows(Change):
-    """Rows ``value [n, width]`` that replace the rows ``indices`` of a table; all other rows stay unchanged."""
+    """Rows ``value [n, width]`` that replace the rows ``indices`` of a table; all other rows stay unchanged.
+
+    ``layer`` is the base's own table if the adapter saved it too, as PEFT does for tables that have grown.
+    """
 
     value: Stored
     indices: tuple[int, ...]
+    layer: Stored | None = None
 
     @property
     def tensors(self) -> tuple[Stored, ...]:
@@ -26,7 +30,7 @@ class TokenRows(Change):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return max(self.indices) + 1, self.value.shape[1]
+        return self.layer.shape if self.layer else (max(self.indices) + 1, self.value.shape[1])
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         return len(shape) == 2 and shape[1] == self.value.shape[1] and max(self.indices) < shape[0]
@@ -34,7 +38,8 @@ class TokenRows(Change):
     def among(self, indices: Sequence[int]) -> TokenRows:
         """Return the same change for a table that holds only these rows."""
         place = {index: position for position, index in enumerate(indices)}
-        return replace(self, indices=tuple(place[index] for index in self.indices))
+        layer = TokenTable(self.layer, indices) if self.layer else None
+        return replace(self, indices=tuple(place[index] for index in self.indices), layer=layer)
 
     def read(self, shape: tuple[int, ...], base: Callable[[], Tensor], dtype: torch.dtype) -> Delta:
         change = torch.zeros(shape, dtype=dtype)

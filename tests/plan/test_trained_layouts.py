@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import merging
-from merging.errors import FormatError
+from merging.errors import FormatError, InputError
 from merging.hub.open_model import open_model
 from support.adapters import (
     QUIRKS,
@@ -148,6 +149,26 @@ def test_all_layouts(tmp_path: Path, model: str) -> None:
     check_styles(tmp_path, model, list(NAMES))
 
 
+def trained(base: Path, config: peft.PeftConfig, rows: int = 0) -> peft.PeftModel:
+    """Return a wrapped model whose trained tensors all differ from the base's."""
+    model = reload(base)
+    if rows:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    wrapped = peft.get_peft_model(model, config)
+    random = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in wrapped.parameters():
+            if value.requires_grad:
+                value.add_(0.1 * torch.randn(value.shape, generator=random))
+    return wrapped
+
+
+def whole_state(model: peft.PeftModel, folder: Path, kept: str = "") -> None:
+    """Save tensors of a wrapped model's ``state_dict()`` in place of PEFT's."""
+    state = {name: value.clone() for name, value in model.state_dict().items() if re.search(kept, name)}
+    save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
 DUMPS: dict[str, tuple[dict[str, Any], str]] = {
     "trained tensors": ({"modules_to_save": ["lm_head"]}, r"lora_|modules_to_save"),
     "with the original of a saved module": ({"modules_to_save": ["lm_head"]}, r"lora_|modules_to_save|original_module"),
@@ -168,22 +189,83 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_state_dicts_of_wrapped_models(llama: Path, tmp_path: Path, case: str) -> None:
     """Copies of the base's own weights are left out, and the adapter says so."""
     settings, kept = DUMPS[case]
-    model = peft.get_peft_model(
-        reload(llama), peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"], **settings)
-    )
-    random = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for value in model.parameters():
-            if value.requires_grad:
-                value.add_(0.1 * torch.randn(value.shape, generator=random))
+    model = trained(llama, peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"], **settings))
     model.save_pretrained(tmp_path / "a")
     wanted = baked(llama, tmp_path / "a")
-    state = {name: value.clone() for name, value in model.state_dict().items() if re.search(kept, name)}
-    save_file(state, tmp_path / "a" / "adapter_model.safetensors", {"format": "pt"})
+    whole_state(model, tmp_path / "a", kept)
     copies = any("are copies of the base" in each for each in open_model(tmp_path / "a").notices)
-    assert copies == (case != "trained tensors")
+    assert copies == (case not in ("trained tensors", "with the table of trained rows"))
     merging.bake([tmp_path / "a"], base=llama, output=tmp_path / "out")
     assert_close(base_state(tmp_path / "out"), wanted)
+
+
+def test_state_of_adalora(llama: Path, tmp_path: Path) -> None:
+    model = trained(llama, peft.AdaLoraConfig(target_modules=["q_proj"], init_r=4, target_r=2, total_step=10))
+    model.save_pretrained(tmp_path / "a")
+    wanted = baked(llama, tmp_path / "a")
+    whole_state(model, tmp_path / "a")
+    merging.bake([tmp_path / "a"], base=llama, output=tmp_path / "out")
+    assert_close(base_state(tmp_path / "out"), wanted)
+
+
+def test_state_with_a_saved_module_that_the_config_does_not_list(llama: Path, tmp_path: Path) -> None:
+    """PEFT adds the heads of classifiers by itself, and older releases do not write them into the config."""
+    model = trained(llama, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model.save_pretrained(tmp_path / "a")
+    wanted = baked(llama, tmp_path / "a")
+    whole_state(model, tmp_path / "a")
+    settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(settings | {"modules_to_save": None}))
+    merging.bake([tmp_path / "a"], base=llama, output=tmp_path / "out")
+    assert_close(base_state(tmp_path / "out"), wanted)
+
+
+def test_unknown_table_next_to_a_head_with_factors_is_no_copy(llama: Path, tmp_path: Path) -> None:
+    """PEFT saves tables with factors itself, so their copies do not show that a file is a model's whole state."""
+    model = trained(llama, peft.LoraConfig(target_modules=["q_proj", "lm_head"]))
+    model.save_pretrained(tmp_path / "a")
+    edit_tensors(tmp_path / "a", lambda t: {**t, "base_model.model.model.tok_embeddings.weight": torch.ones(96, 32)})
+    with pytest.raises(FormatError, match=r"tok_embeddings\.weight is neither a LoRA factor"):
+        open_model(tmp_path / "a")
+
+
+TOKENS: dict[str, Callable[[list[int]], peft.PeftConfig]] = {
+    "in a LoRA": lambda rows: peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=rows),
+    "alone": lambda rows: peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=rows),
+}
+"""Configs of adapters with these rows of tokens."""
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+@pytest.mark.parametrize("kind", TOKENS)
+def test_rows_of_tokens_saved_with_their_table(tmp_path: Path, name: str, kind: str) -> None:
+    """The rows take the place of the rows of the table, which must be the base's."""
+    base, adapter = save_base(tmp_path / "base", name), tmp_path / "a"
+    model = trained(base, TOKENS[kind]([1, 5]))
+    model.save_pretrained(adapter, save_embedding_layers=True)
+    wanted = model.merge_and_unload().state_dict()
+    tables = [each for each in load_file(adapter / "adapter_model.safetensors") if "embed_tokens" in each]
+    assert len(tables) == 2
+    merging.bake([adapter], base=base, output=tmp_path / "out")
+    assert_close(base_state(tmp_path / "out"), wanted)
+    edit_tensors(adapter, lambda t: {key: t[key] + 1 if "base_layer" in key else t[key] for key in t})
+    with pytest.raises(InputError, match=r"the layer saved along with its rows is not the base's"):
+        merging.bake([adapter], base=base, output=tmp_path / "again")
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("kind", TOKENS)
+def test_rows_of_tokens_of_a_vocabulary_that_has_grown(tmp_path: Path, kind: str) -> None:
+    base, adapter = save_base(tmp_path / "base", "llama-tied"), tmp_path / "a"
+    model = trained(base, TOKENS[kind]([1, 100]), rows=104)
+    model.save_pretrained(adapter)
+    wanted = model.merge_and_unload().state_dict()
+    merging.bake([adapter], base=base, output=tmp_path / "out")
+    assert_close(base_state(tmp_path / "out"), wanted)
+    edit_tensors(adapter, lambda t: {key: t[key][:99] if "base_layer" in key else t[key] for key in t})
+    with pytest.raises(FormatError, match=r"no place for the rows saved along with it"):
+        open_model(adapter)
 
 
 @pytest.mark.parametrize("missing", ["lora_", "lora_B", "layers.0.self_attn.q_proj", "lm_head"])

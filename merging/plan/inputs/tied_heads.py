@@ -52,11 +52,15 @@ def resolve_tied_heads(models: Sequence[Model], base: Checkpoint | None) -> tupl
 
 
 def _without_tied_rows(adapter: Adapter, base: Checkpoint | None) -> Adapter:
-    """Return an adapter without the rows of a tied head, which PEFT saves a second time."""
+    """Return an adapter without the rows of a tied head, which PEFT saves a second time.
+
+    Rows of a table that has grown are kept: both tables then come from the adapter.
+    """
     copies = {
         name
         for name, change in adapter.changes.items()
-        if isinstance(change, TokenRows) and is_head(name) and base and name not in base.tensors and base.lookup(name)
+        if isinstance(change, TokenRows) and is_head(name) and base and name not in base.tensors
+        if (tied := base.lookup(name)) and (change.layer is None or change.layer.shape == tied.shape)
     }
     kept = {name: change for name, change in adapter.changes.items() if name not in copies}
     return replace(adapter, changes=kept) if copies and kept else adapter

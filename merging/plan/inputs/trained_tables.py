@@ -11,6 +11,7 @@ from merging.sources.changes import Change, LoraChange, Replacement
 from merging.sources.derived import Derived
 from merging.sources.stored import Stored
 from merging.sources.tied_weights import embeddings_among, is_head, is_table
+from merging.sources.token_rows import TokenRows
 
 __all__ = ["replace_tables", "tables_as_checkpoint"]
 
@@ -35,6 +36,25 @@ class _Adapted(Derived):
         else:
             change = _rows(up, first, last) @ down.read().float()
         values = layer.float().view(-1, width) + change * self._change.scale
+        buffer.copy_(values.view(-1)[start - first * width : stop - first * width])
+
+
+class _WithRows(Derived):
+    """A table that was saved along with trained rows, which take the place of its own."""
+
+    __slots__ = ("_layer", "_trained")
+
+    def __init__(self, layer: Stored, trained: TokenRows) -> None:
+        super().__init__("F32", layer.shape, (layer, trained.value))
+        self._layer, self._trained = layer, trained
+
+    def read_into(self, buffer: Tensor, start: int = 0) -> None:
+        width, stop = self.shape[1], start + len(buffer)
+        first, last = start // width, -(-stop // width)
+        values = _rows(self._layer, first, last)
+        for place, index in enumerate(self._trained.indices):
+            if first <= index < last:
+                values[index - first] = _rows(self._trained.value, place, place + 1)[0]
         buffer.copy_(values.view(-1)[start - first * width : stop - first * width])
 
 
@@ -81,6 +101,8 @@ def _table_of(change: Change) -> Stored | None:
         return None
     if isinstance(change, Replacement):
         return change.value
+    if isinstance(change, TokenRows):
+        return _WithRows(change.layer, change) if change.layer else None
     if not isinstance(change, LoraChange) or change.layer is None or change.needs_base:
         return None
     return _Adapted(change.layer, change)

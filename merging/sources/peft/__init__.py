@@ -17,13 +17,15 @@ from merging.sources.links import check_inside
 from merging.sources.lora_headers import METADATA_KEY, component_configs, unstated_alpha
 from merging.sources.opening import FileOpener, open_tensors
 from merging.sources.peft.adapter_types import PEFT_TYPES, PeftType
-from merging.sources.peft.config import Config
-from merging.sources.peft.lora import LORA_LEAVES, TRAINING_STATE, lora_about
+from merging.sources.peft.config import Config, without_wrapped_layers
+from merging.sources.peft.lora import TRAINING_STATE, lora_about
 from merging.sources.peft.module import Module
+from merging.sources.peft.trainable_tokens import TOKENS
 from merging.sources.peft.unsupported_types import UNSUPPORTED
 from merging.sources.small_files import is_there, parse_json, read_json
 from merging.sources.stored import FileContents, Stored
 from merging.sources.tied_weights import is_table
+from merging.sources.token_rows import TokenRows
 from merging.sources.training_leftovers import refuse_ungathered, without_wrappers
 
 __all__ = ["CONFIG_KEY", "WEIGHTS", "open_peft", "peft_changes", "recognizes", "weights_of"]
@@ -39,9 +41,11 @@ _DEFAULT = re.compile(r"\.default(?=\.|_topk_|$)")
 """The name of PEFT's only adapter, in files that were saved without PEFT's own function."""
 
 _LORA = re.compile(r"\.lora_(embedding_)?[AB](\.|$)")
-_LORA_LEAF = re.compile(rf"\.(?:{'|'.join(LORA_LEAVES)})(?:\.|$)")
-_COPY = re.compile(r"\.original_module\.|\.token_adapter\.base_layer\.")
-"""Names of the base's own weights next to a module that is saved in full, and next to trained rows."""
+_TRAINED = re.compile(rf"\.(?:lora_\w+|{re.escape(TOKENS)}|modules_to_save)(?:\.|$)")
+"""Names of factors and of their like, of rows of tokens, and of modules saved in full."""
+
+_ORIGINAL = ".original_module."
+"""A part of the names of the base's own weights next to a module that is saved in full."""
 
 _ANY = re.compile(rf"base_model\..*({'|'.join(kind.leaf.pattern for kind in PEFT_TYPES.values())})")
 
@@ -88,8 +92,8 @@ def open_peft(
     copies = len(tensors) - len(trained)
     if copies:
         notices += (
-            f"{path}: {copies} of its {len(tensors)} tensors are copies of the base's own weights, which training did "
-            f"not change: left out",
+            f"{path}: {copies} of its {len(tensors)} tensors are copies of the base's own weights, which its config "
+            f"does not train: left out",
         )
     return Adapter(
         path=path,
@@ -115,10 +119,11 @@ def _without_frozen(tensors: Mapping[str, Stored], settings: Config) -> dict[str
     """Return the tensors without copies of the base's weights, as in files of a wrapped model's whole ``state_dict``.
 
     Weights of layers without factors count as copies only if layers with factors have their copies too. Tables of
-    tokens are kept in any case.
+    tokens are kept in any case, and show nothing: PEFT saves them itself, as their vocabulary may have grown.
     """
-    kept = {name: stored for name, stored in tensors.items() if not _COPY.search(name)}
-    wrapped = {name.partition(".base_layer.")[0] for name in kept if ".base_layer.weight" in name}
+    kept = {name: stored for name, stored in tensors.items() if _ORIGINAL not in name}
+    tables = {name for name in kept if is_table(without_wrapped_layers(name))}
+    wrapped = {name.partition(".base_layer.")[0] for name in kept.keys() - tables if ".base_layer.weight" in name}
     factors = {name[: found.start()] for name in kept if (found := _LORA.search(name)) and not found[1]}
     if not settings.stated or not wrapped & factors:
         return kept
@@ -126,9 +131,9 @@ def _without_frozen(tensors: Mapping[str, Stored], settings: Config) -> dict[str
     return {
         name: stored
         for name, stored in kept.items()
-        if _LORA_LEAF.search(name)
+        if _TRAINED.search(name)
         or (name.partition(".base_layer.")[0] not in factors and ".base_layer." in name)
-        or is_table(name.replace(".base_layer.", "."))  # PEFT saves these itself, as their vocabulary may have grown
+        or name in tables
         or settings.saves(name)
         or (biases and name.endswith(".bias"))
     }
@@ -169,7 +174,9 @@ def peft_changes(tensors: Mapping[str, Stored], config: Mapping[str, Any], where
     for name, stored in others.items():
         target = settings.full_target(name)
         factors = changes.get(target)
-        if isinstance(factors, (LoraChange, ComputedChange)):
+        if isinstance(factors, TokenRows) and not factors.fits(stored.shape):
+            raise settings.error(f"{name} has the shape {stored.shape}, and no place for the rows saved along with it")
+        if isinstance(factors, (LoraChange, ComputedChange, TokenRows)):
             changes[target] = replace(factors, layer=stored)
             continue
         changes[target] = Replacement(

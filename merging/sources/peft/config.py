@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,10 @@ from merging.sources.checkpoint import HEADS
 from merging.sources.peft.patterns import PatternError, Patterns
 from merging.sources.tied_weights import is_table
 
-__all__ = ["Config"]
+__all__ = ["Config", "without_wrapped_layers"]
+
+_WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save|token_adapter)(?=\.)")
+"""Parts of names that PEFT's wrappers insert."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,7 @@ class Config:
 
     def full_target(self, name: str) -> str:
         """Return the base's tensor that a saved tensor replaces. Refuse an unknown name."""
-        target = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        target = without_wrapped_layers(name)
         trained = str(self.get("bias", "none"))
         biases = (trained == "all" or trained.endswith("_only")) and target.endswith(".bias")
         # PEFT saves embeddings and heads along that were resized, and names them nowhere
@@ -120,6 +124,11 @@ class Config:
             return True  # the head is saved along with the embedding that it is tied to
         module = f".{target.rpartition('.')[0]}."
         return any(f".{saved}." in module for saved in self.names("modules_to_save"))
+
+
+def without_wrapped_layers(name: str) -> str:
+    """Return the name of a tensor of a wrapped layer in the model without PEFT."""
+    return _WRAPPED.sub("", name)
 
 
 def _of(key: str, module: str) -> str:
