@@ -38,6 +38,7 @@ def dotted_targets(shapes: Shapes) -> dict[str, str]:
     which show the family.
     """
     names = {target: normal_name(target) for target in shapes}
+    two_clips = any(component == "text_encoder_2" for component, _ in names.values())
     family = family_of({flat: shapes[target] for target, (part, flat) in names.items() if part.startswith("denoiser")})
     found: dict[str, str] = {}
     for target, (component, flat) in names.items():
@@ -45,8 +46,9 @@ def dotted_targets(shapes: Shapes) -> dict[str, str]:
             found[target] = target
         elif component.startswith("text_encoder"):
             if (text := _text_name(flat)) is not None:
-                third = component == "text_encoder_3" and (family is None or family.name not in _FOUR_ENCODERS)
-                found[target] = f"{'text_encoder_2' if third else component}.{text}"
+                four = two_clips or (family is not None and family.name in _FOUR_ENCODERS)
+                second = component == "text_encoder_3" and not four
+                found[target] = f"{'text_encoder_2' if second else component}.{text}"
         elif family is not None and (dotted := dotted_name(family, flat)) is not None:
             unet = family.name.startswith("Stable Diffusion") and not family.rules
             found[target] = f"{'unet' if unet else component.replace('denoiser', 'transformer')}.{dotted}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,8 @@ def _expert_changes(
     down, up = module.part("lora_a"), module.part("lora_b")
     if len(up.shape) == 3 and len(down.shape) == 2 and down.shape[0] == up.shape[0] * up.shape[2]:
         down = view(down, up.shape[0], up.shape[2], down.shape[1])
-    size = Module(module.path, {"lora_a": down, "lora_b": up}, module.config).sizes(lora_a="E r i", lora_b="E o r")
+    module = replace(module, parts={**module.parts, "lora_a": down})
+    size = module.sizes(lora_a="E r i", lora_b="E o r")
     mixtral = found["block"].endswith("block_sparse_moe.")
     part = _MIXTRAL[found["part"]] if mixtral else f"{found['part']}_proj"
     for number in range(size["E"]):

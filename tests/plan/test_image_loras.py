@@ -33,6 +33,7 @@ class Layout:
         return self.prefix + (module.replace(".", "_") if self.flat else module)
 
 
+T5 = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
 _DOWN_UP = ("lora_down.weight", "lora_up.weight")
 _DEFAULT = ("lora_A.default.weight", "lora_B.default.weight")
 LAYOUTS = {
@@ -175,3 +176,14 @@ def test_every_layout(tmp_path: Path, family: str, layout: str) -> None:
         names = {name.replace(".default.", ".") for name in load_file(case.file)}
         if not (kept and base == bases["diffusers"]):
             assert {name.replace(".default.", ".") for name in load_file(out)} == names
+
+
+@pytest.mark.parametrize("clips", [1, 2])
+def test_t5_is_the_encoder_behind_the_clips_of_its_file(tmp_path: Path, clips: int) -> None:
+    """Kohya's files call it the third in any case."""
+    stems = [f"lora_te{number}_text_model_encoder_layers_0_mlp_fc1" for number in range(1, clips + 1)]
+    factors = {f"{stem}.{leaf}": torch.ones(4, 4) for stem in [*stems, T5] for leaf in _DOWN_UP}
+    save_file(factors, tmp_path / "a.safetensors")
+    merging.merge([tmp_path / "a.safetensors"], method="linear", format="diffusers", output=tmp_path / "b.safetensors")
+    found = {name.partition(".")[0] for name in load_file(tmp_path / "b.safetensors") if "SelfAttention" in name}
+    assert found == {f"text_encoder_{clips + 1}"}

@@ -19,6 +19,7 @@ from support.adapters import State
 from support.tiny import save
 
 Q, EMBED = "model.layers.0.self_attn.q_proj", "model.embed_tokens"
+EXPERTS = "model.layers.0.mlp.switch_mlp.up_proj"
 EXPERT = "model.layers.0.mlp.experts.{}.up_proj.weight"
 SIZES = {f"{Q}.weight": (24, 16), f"{EMBED}.weight": (40, 16)} | {EXPERT.format(n): (12, 16) for n in range(3)}
 
@@ -77,8 +78,7 @@ def test_embeddings(tmp_path: Path) -> None:
 def test_experts(tmp_path: Path, flat: bool) -> None:
     """Old versions keep the lower factors of all experts under one another."""
     a, b = random(3, 4, 16), random(3, 12, 4)
-    stem = "model.layers.0.mlp.switch_mlp.up_proj"
-    tensors = {f"{stem}.lora_a": a.flatten(0, 1) if flat else a, f"{stem}.lora_b": b}
+    tensors = {f"{EXPERTS}.lora_a": a.flatten(0, 1) if flat else a, f"{EXPERTS}.lora_b": b}
     base, got = baked(tmp_path, write(tmp_path / "a", tensors, lora_parameters=LORA))
     for number in range(3):
         name = EXPERT.format(number)
@@ -123,6 +123,11 @@ BAD: dict[str, tuple[State, dict[str, Any], str]] = {
         {f"{EMBED}.lora_a": random(40, 4), f"{EMBED}.lora_b": random(4, 16), f"{EMBED}.m": random(40)},
         {"lora_parameters": LORA, "fine_tune_type": "dora"},
         "its 40 magnitudes are not read",
+    ),
+    "magnitudes of experts": (
+        {f"{EXPERTS}.lora_a": random(3, 4, 16), f"{EXPERTS}.lora_b": random(3, 12, 4), f"{EXPERTS}.m": random(3, 12)},
+        {"lora_parameters": LORA, "fine_tune_type": "dora"},
+        r"up_proj\.m has no place next to",
     ),
 }
 
