@@ -293,3 +293,16 @@ def test_a_name_that_is_no_factor_is_refused_still(llama: Path, tmp_path: Path) 
     edit_tensors(adapter, lambda tensors: {**tensors, "base_model.model.model.norm.weight": torch.ones(32)})
     with pytest.raises(FormatError, match=r"norm\.weight is neither a LoRA factor"):
         open_model(adapter)
+
+
+def test_head_that_no_adapter_saved_grows_with_the_embedding(tmp_path: Path) -> None:
+    """PEFT saves the tables that it targets alone, and a model with tables of two sizes does not load."""
+    base, adapter = save_base(tmp_path / "base", "llama"), tmp_path / "a"
+    model = trained(base, peft.LoraConfig(target_modules=["q_proj", "embed_tokens"]), rows=104)
+    model.save_pretrained(adapter)
+    wanted = model.merge_and_unload().state_dict()
+    head = base_state(base)["lm_head.weight"]
+    made = merging.bake([adapter], base=base, output=tmp_path / "out")
+    wanted["lm_head.weight"] = torch.cat([head, head.mean(0).expand(8, -1)])
+    assert_close(base_state(tmp_path / "out"), wanted)
+    assert any("lm_head.weight: no model has rows of it for the new tokens" in line for line in made.notices)

@@ -105,7 +105,16 @@ def _match_by_index(
     remarks.append(
         f"vocabularies of different sizes ({sizes} rows) were matched by index: {rows[id(of)]} rows come out"
     )
-    return tuple(kept), resized[id(base)] if base else None, Vocabulary(rows[id(of)], of), remarks
+    based = resized[id(base)] if base else None
+    if base is not None and based is not None and rows[id(of)] > rows[id(base)]:
+        before = based.tensors
+        based = grow_tables(based, rows[id(base)], rows[id(of)])  # a head, where only an embedding was resized
+        remarks += [
+            f"{name}: no model has rows of it for the new tokens: they are the mean of its rows"
+            for name, table in based.tensors.items()
+            if table is not before[name]
+        ]
+    return tuple(kept), based, Vocabulary(rows[id(of)], of), remarks
 
 
 def _find_lent(recipe: Recipe, settings: TokenizerSettings, models: Sequence[Model]) -> SavedTokenizer | None:
