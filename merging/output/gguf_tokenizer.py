@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from pathlib import Path
 
+from merging.errors import OutputError
 from merging.sources import Checkpoint
 
 __all__ = ["rebuild_tokenizer"]
@@ -18,6 +17,9 @@ def rebuild_tokenizer(model: Checkpoint, folder: Path) -> str | None:
 
     Returns:
         A remark for people where it is missing, None otherwise.
+
+    Raises:
+        OutputError: if it cannot be written.
     """
     file = model.files[0] if model.files else None
     if file is None or file.suffix != ".gguf" or not model.config.get("model_type"):
@@ -28,9 +30,7 @@ def rebuild_tokenizer(model: Checkpoint, folder: Path) -> str | None:
     said = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-            tokenizer.save_pretrained(str(folder))
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     except Exception as error:  # whatever a stranger's tokenizer makes of the library
         first = str(error).partition("\n")[0][:160] or type(error).__name__
         return (
@@ -39,4 +39,8 @@ def rebuild_tokenizer(model: Checkpoint, folder: Path) -> str | None:
         )
     finally:
         logging.set_verbosity(said)
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:  # of a full disk tokenizers raises this very class
+        raise OutputError(f"{folder}: the tokenizer cannot be written: {error}") from None
     return None

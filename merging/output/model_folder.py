@@ -52,7 +52,8 @@ def write_model_companions(plan: Plan, folder: Path, weights: bool = True) -> li
             f"{reference.path} is a bare file without a config, so the output has none: copy it from the model's folder"
         ]
     own = plan.vocabulary.of if plan.vocabulary else reference
-    copy_companions(plan, folder)
+    tokenizer = rebuild_tokenizer(own, folder)
+    copy_companions(plan, folder)  # after it, since a chat template that was asked for replaces the file's
     parts = reference.components or {"": reference}
     for name, component in parts.items():
         if name in plan.kept:
@@ -64,7 +65,6 @@ def write_model_companions(plan: Plan, folder: Path, weights: bool = True) -> li
                 config = plan.quantized.state_in(config, component)
             text = json.dumps(config, indent=2) + "\n"
             (folder / name / "config.json").write_text(text, encoding="utf-8")
-    tokenizer = rebuild_tokenizer(own, folder)
     return [*_remarks(plan, reference, own), *([tokenizer] if tokenizer else [])]
 
 

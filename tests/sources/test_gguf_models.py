@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file
 
 import merging
-from merging.errors import InputError, MergingError, QuantizedError
+from merging.errors import InputError, MergingError, OutputError, QuantizedError
 from merging.hub.open_model import open_model
 from merging.sources import Checkpoint
 from merging.sources.gguf import tensor_types
@@ -189,6 +189,28 @@ def test_the_tokenizer_is_rebuilt_or_missed(tmp_path: Path) -> None:
     assert tokenizer.convert_ids_to_tokens([1, 3, 14]) == ["<s>", "\u2581a", "b"]
     merged = merging.merge([unknown], method="passthrough", output=tmp_path / "without")
     assert "the output has no tokenizer, as transformers does not read it from" in " ".join(merged.notices)
+
+
+def test_a_chat_template_that_is_asked_for_replaces_the_file_s(tmp_path: Path) -> None:
+    with quiet():
+        file = write_gguf(tmp_path / "a.gguf", save_base(tmp_path / "base", "llama"), template="of the file")
+    for name, wanted in (("own", None), ("other", "{{ 'asked for' }}")):
+        merging.merge([file], method="passthrough", output=tmp_path / name, chat_template=wanted)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
+        assert tokenizer.chat_template == (wanted or "of the file")
+
+
+def test_a_tokenizer_that_is_not_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill_disk(self: object, folder: str, **options: object) -> None:
+        (Path(folder) / "tokenizer.json").write_text("{")
+        raise Exception("No space left on device (os error 28)")
+
+    with quiet():
+        file = write_gguf(tmp_path / "a.gguf", save_base(tmp_path / "base", "llama"))
+    monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", fill_disk)
+    with pytest.raises(OutputError, match="the tokenizer cannot be written: No space left"):
+        merging.merge([file], method="passthrough", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_diffusion_models_keep_their_names(tmp_path: Path) -> None:

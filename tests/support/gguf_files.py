@@ -104,7 +104,13 @@ def _tokens(writer: gguf.GGUFWriter, size: int) -> None:
 
 
 def write_gguf(
-    path: Path, folder: Path, kind: str = "F32", *, shard_tensors: int = 0, more: dict[str, np.ndarray] | None = None
+    path: Path,
+    folder: Path,
+    kind: str = "F32",
+    *,
+    shard_tensors: int = 0,
+    more: dict[str, np.ndarray] | None = None,
+    template: str | None = None,
 ) -> Path:
     """Write the model of a folder; its matrices, but for embeddings, are of a ``kind`` of ggml where rows allow it."""
     config = json.loads((folder / "config.json").read_text())
@@ -113,6 +119,8 @@ def write_gguf(
     writer.add_type(gguf.GGUFType.MODEL)
     _numbers(writer, config)
     _tokens(writer, config["vocab_size"])
+    if template is not None:
+        writer.add_chat_template(template)
     number = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(number, config.get("num_hidden_layers") or config["n_layer"])
     for name, value in _layout(config, load_file(folder / "model.safetensors")).items():
