@@ -67,6 +67,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "endless strings": (file((pair("a", 9, struct.pack("<IQ", 8, 2**61)),)), "would have 2,305,843,009,213,693,952"),
     "key twice": (file((ARCHITECTURE, ARCHITECTURE)), "the key 'general.architecture' twice"),
     "alignment": (file((pair("general.alignment", 4, struct.pack("<I", 7)),)), "its alignment is 7"),
+    "alignment in words": (file((pair("general.alignment", 8, string("\u00b2")),)), "its alignment is \u00b2"),
     "axes": (file(tensors=(tensor(shape=(1,) * 9),)), "has 9 axes"),
     "shape": (file(tensors=(tensor(shape=(2**40, 2**40)),)), "has the impossible shape"),
     "no elements": (file(tensors=(tensor(shape=(2**40, 0)),)), "has the impossible shape"),
@@ -81,6 +82,10 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "no architecture": (file(()), "of the architecture ''"),
     "other architecture": (file((pair("general.architecture", 8, string("clip")),)), "of the architecture 'clip'"),
     "no heads": (file((ARCHITECTURE, LAYERS)), "do not state the model's num_attention_heads"),
+    "deep heads": (
+        file((ARCHITECTURE, LAYERS, pair("llama.attention.head_count", 8, string("[" * 100_000)))),
+        "do not state the model's num_attention_heads",
+    ),
     "no embedding": (file(tensors=(tensor("output.weight"),)), "has no token embedding"),
     "unknown name": (
         file(tensors=(tensor(), tensor("blk.0.surprise.weight", offset=96)), data=200),

@@ -12,7 +12,7 @@ from typing import Any
 
 from merging.errors import FormatError, QuantizedError, option
 from merging.sources.gguf.architectures import ARCHITECTURES, DIFFUSION, Architecture
-from merging.sources.gguf.header import GgufTensorInfo, read_gguf_header
+from merging.sources.gguf.header import GgufTensorInfo, count_in, read_gguf_header
 from merging.sources.gguf.layout import Converted, HeadRows, Transposed
 from merging.sources.gguf.model_config import heads_of, rebuild_config
 from merging.sources.gguf.tensor_types import BlockTensor, is_dequantizable
@@ -134,7 +134,7 @@ def _convert(stored: Stored, dtype_name: str, added: float = 0.0) -> Stored:
 def _original(name: str, stored: Stored, metadata: Mapping[str, str]) -> Stored:
     """Return a tensor of a diffusion model, in its shape before it was quantised."""
     stated = metadata.get(f"comfy.gguf.orig_shape.{name}", "").strip("[]").split(",")
-    sizes = tuple(int(each) for each in stated if each.strip().isdigit())
+    sizes = tuple(size for each in stated if (size := count_in(each.strip())) is not None)
     plain = _convert(stored, "BF16") if isinstance(stored, BlockTensor) else stored
     return view(plain, *sizes) if sizes and prod(sizes) == stored.numel else plain
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from merging.errors import FormatError
 from merging.sources.gguf.tensor_types import BlockType, block_type
 from merging.sources.open_files import File
 
-__all__ = ["GgufHeader", "GgufTensorInfo", "read_gguf_header"]
+__all__ = ["GgufHeader", "GgufTensorInfo", "count_in", "read_gguf_header"]
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -67,6 +68,11 @@ def read_gguf_header(file: File) -> GgufHeader:
         return _read(_Cursor(file))
     except _Fault as fault:
         raise FormatError(f"{file.path}: {fault}") from None
+
+
+def count_in(text: str) -> int | None:
+    """Return the count that a text of the metadata states, None for a text that is not one of up to nine digits."""
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else None
 
 
 class _Fault(Exception):
@@ -183,9 +189,10 @@ def _read_value(cursor: _Cursor, kind: int, key: str) -> tuple[bool, Any]:
 
 def _alignment(metadata: dict[str, str]) -> int:
     stated = metadata.get("general.alignment", "32")
-    if not stated.isdigit() or not 0 < int(stated[:9]) <= _MAX_ALIGNMENT or int(stated) % 8:
+    alignment = count_in(stated)
+    if not alignment or alignment > _MAX_ALIGNMENT or alignment % 8:
         raise _Fault(f"damaged: its alignment is {stated[:40]}, which is not a multiple of 8")
-    return int(stated)
+    return alignment
 
 
 def _read_tensor(cursor: _Cursor) -> tuple[str, BlockType, tuple[int, ...], int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from merging.sources.adapter import Adapter
 from merging.sources.changes import Change, ChangeKind, LoraChange, Replacement
 from merging.sources.gguf.architectures import ARCHITECTURES, Architecture
 from merging.sources.gguf.files import is_lora
+from merging.sources.gguf.header import count_in
 from merging.sources.gguf.layout import Converted, HeadRows
 from merging.sources.gguf.model_config import heads_of
 from merging.sources.gguf.tensor_types import BlockTensor, is_dequantizable
@@ -174,7 +174,7 @@ def _with_stated_heads(change: LoraChange, heads: Mapping[str, str | None]) -> L
     """Return a change in transformers' order of rows where the file states the number of heads."""
     if not isinstance(change, HeadOrderedChange):
         return change
-    numbers = [json.loads(each) if each and each.isdigit() else None for each in heads.values()]
+    numbers = [count_in(each or "") for each in heads.values()]
     config = dict(zip(("num_attention_heads", "num_key_value_heads"), numbers, strict=True))
     return change.with_heads(heads_of(config, change.module)) or change
 

@@ -125,7 +125,7 @@ class _Facts:
     def parse(self, text: str | None) -> Any:
         try:
             return None if text is None else json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
 
 
