@@ -118,3 +118,20 @@ def test_experts_and_norms(tmp_path: Path) -> None:
     assert isinstance(opened, Adapter)
     norm = opened.changes["model.layers.0.input_layernorm.weight"]
     assert norm.needs_base and torch.equal(norm.tensors[0].read(), torch.zeros(8))
+
+
+def test_a_norm_of_nemotron_has_a_bias_that_nothing_was_added_to(tmp_path: Path) -> None:
+    norms = {f"blk.0.attn_norm.{leaf}": (8,) for leaf in ("weight", "bias")}
+    opened = open_model(lora(tmp_path / "a.gguf", {**PAIR, **norms}, "nemotron"))
+    assert isinstance(opened, Adapter)
+    weight, bias = (opened.changes[f"model.layers.0.input_layernorm.{leaf}"].tensors[0] for leaf in ("weight", "bias"))
+    assert torch.equal(weight.read(), torch.zeros(8))
+    assert torch.equal(bias.read(), torch.ones(8))
+
+
+def test_a_router_without_its_experts(tmp_path: Path) -> None:
+    """llama.cpp calls Mixtral a llama, which has no router."""
+    gate = "blk.0.ffn_gate_inp.weight"
+    opened = open_model(lora(tmp_path / "a.gguf", {f"{gate}.lora_a": (2, 8), f"{gate}.lora_b": (4, 2)}, "llama"))
+    assert isinstance(opened, Adapter)
+    assert list(opened.changes) == ["model.layers.0.block_sparse_moe.gate.weight"]

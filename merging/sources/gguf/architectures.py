@@ -93,6 +93,10 @@ class Architecture:
     shifted: bool = False
     transposed: tuple[str, ...] = ()
 
+    def is_shifted(self, name: str) -> bool:
+        """Return whether 1 was added to a tensor, by its name in transformers."""
+        return self.shifted and name.endswith("norm.weight")
+
     def name_in_transformers(self, name: str) -> tuple[str, str] | None:
         """Return the name in transformers of a tensor in a GGUF file, and its module in llama.cpp; None if unknown.
 

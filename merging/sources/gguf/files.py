@@ -153,7 +153,7 @@ def _rename(
         old = ": its experts are apart, as in files of 2023: convert the model again" if _OLD_EXPERT.match(name) else ""
         raise FormatError(f"{path}: {name[:80]} has no name in transformers' {architecture.model_class}{old}")
     target, module = renamed
-    if architecture.shifted and target.endswith("norm.weight"):
+    if architecture.is_shifted(target):
         return {target: _convert(raw, dtype_name, -1.0)}
     stored = _convert(raw, dtype_name)
     if module in architecture.experts:

@@ -68,7 +68,7 @@ def open_gguf_lora(path: Path, alpha: float | None = None, opened: FileContents 
         what = f"of the type {kind[:40]!r}" if kind != "lora" else "of a LoRA that acts on what follows certain tokens"
         raise FormatError(f"{path}: is a GGUF file {what}, and only plain LoRAs are read")
     name = metadata.get("general.architecture", "")
-    experts = any("_exps." in each for each in tensors)
+    experts = any("_exps." in each or ".ffn_gate_inp." in each for each in tensors)
     architecture = ARCHITECTURES.get("mixtral" if name == "llama" and experts else name)
     if architecture is None:
         raise FormatError(
@@ -129,7 +129,7 @@ def _norm(path: Path, architecture: Architecture, name: str, stored: Stored) -> 
     renamed = architecture.name_in_transformers(name)
     if renamed is None or "norm" not in renamed[0] or not stored.floating:
         raise FormatError(f"{path}: {name[:80]} is not a tensor that a LoRA of llama.cpp is known to hold")
-    value = Converted(stored, stored.dtype_name, -1.0) if architecture.shifted else view(stored)
+    value = Converted(stored, stored.dtype_name, -1.0) if architecture.is_shifted(renamed[0]) else view(stored)
     return Replacement(renamed[0], "full", value=value, needs_base=_SAVED)
 
 
