@@ -155,6 +155,15 @@ def test_gptq(tmp_path: Path, bits: int, version: str) -> None:
     assert_reads(folder_of(tmp_path / "m", parts, stated, torch_dtype="float16"), wanted)
 
 
+@pytest.mark.parametrize("group", [99, -1])
+def test_a_group_without_scales(group: int, tmp_path: Path) -> None:
+    parts = without(gptq(4), "")
+    parts["g_idx"][3] = group
+    stored = opened(folder_of(tmp_path / "m", parts, {"quant_method": "gptq", "bits": 4}))
+    with pytest.raises(FormatError, match=rf"an input of a quantised weight is of the group {group}, and"):
+        stored.read()
+
+
 # ---- AWQ
 
 

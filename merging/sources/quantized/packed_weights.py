@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+from merging.errors import FormatError
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.low_precision import from_pairs
 from merging.sources.quantized.dequantized_tensors import Dequantized, read_scales
@@ -181,9 +182,18 @@ def _in_order(words: Tensor) -> Tensor:
 
 
 def _groups_of(stored: Stored | None, inputs: int, groups: int) -> Tensor:
-    """Return the group of each input: as it is stored, else groups of one size one after the other."""
+    """Return the group of each input: as it is stored, else groups of one size one after the other.
+
+    Raises :class:`~merging.errors.FormatError` for groups that have no scales.
+    """
     if stored is not None:
         of = stored.read().long()
-        if int(of.min()) >= 0:  # else it was never filled in
+        low, high = (int(each) for each in torch.aminmax(of))
+        if low >= 0 and high < groups:
             return of
+        if high >= 0:  # else it was never filled in
+            raise FormatError(
+                f"{stored.order()[0]}: damaged: an input of a quantised weight is of the group "
+                f"{low if low < 0 else high}, and there are scales of {groups}: download it again"
+            )
     return torch.arange(inputs) // (inputs // groups)
