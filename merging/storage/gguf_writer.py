@@ -53,6 +53,7 @@ class GgufWriter:
                 position = _align(position + out.nbytes, alignment)
             os_calls.reserve(self._fd, position)
         except OSError as error:
+            self.close()
             raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
 
     def write(self, name: str, values: Tensor, start: int = 0) -> None:

@@ -63,6 +63,7 @@ class TensorWriter:
                 os_calls.reserve(fd, size)
                 os_calls.write_at(fd, memoryview(header), 0)
         except OSError as error:
+            self.close()
             raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
         position = len(header)
         for out in outs:

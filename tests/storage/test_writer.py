@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 import merging
+from merging import os_calls
 from merging.errors import OutputError
 from merging.sources.checkpoint import open_checkpoint
 from merging.sources.dtypes import DTYPE_NAMES
+from merging.storage.gguf_writer import GgufWriter
 from merging.storage.output_tensor import OutputTensor
 from merging.storage.writer import TensorWriter
 from support.tiny import CONFIG, checkpoint, fine_tune, identical, load, model, save
@@ -104,6 +108,26 @@ def test_a_tensor_that_was_not_written_completely(tmp_path: Path, written: int) 
     with pytest.raises(AssertionError, match="b and 0 more were not written"):
         writer.finish()
     writer.close()
+
+
+@pytest.mark.parametrize("format", ["safetensors", "gguf"])
+def test_a_full_disk_leaves_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str) -> None:
+    """Windows would not remove the folder of an open file."""
+    opened: list[int] = []
+
+    def fill_disk(fd: int, size: int) -> None:
+        opened.append(fd)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os_calls, "reserve", fill_disk)
+    wanted = outs({"a": torch.ones(4)})
+    with pytest.raises(OutputError, match="cannot be written: No space left"):
+        if format == "gguf":
+            GgufWriter(tmp_path / "a.gguf", "llama", wanted, {})
+        else:
+            TensorWriter(tmp_path, "model", wanted, {}, None)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(opened[0])
 
 
 def test_what_cannot_be_created(tmp_path: Path) -> None:
