@@ -103,13 +103,13 @@ def _wrong_parts(codes: Stored, parts: Mapping[str, Stored], state: Mapping[str,
     """Return the names of parts that are missing or do not fit; "state" first."""
     nested = "nested_blocksize" in state
     sizes = [state.get("blocksize"), *([state["nested_blocksize"]] if nested else [])]
-    shape = state.get("shape")
+    shape = state["shape"] if isinstance(state.get("shape"), list) else [0]
     known = state.get("dtype") in ("float16", "bfloat16", "float32")
-    plain = all(type(each) is int and each > 0 for each in (*sizes, *(shape if isinstance(shape, list) else [0])))
+    plain = all(type(each) is int and each > 0 for each in (*sizes, *shape))
     offset = state.get("nested_offset", 0.0)
     if not known or not plain or not isinstance(offset, (int, float)):
         return ["state"]
-    count = prod(shape)  # type: ignore[arg-type]
+    count = prod(shape)
     blocks = -(-count // sizes[0])
     wanted = {"absmax": blocks, "quant_map": 16}
     if nested:
