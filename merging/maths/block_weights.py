@@ -94,7 +94,10 @@ class ByBlock(Varying):
         Raises ValueError for anything else.
         """
         preset, numbers, rules = _read_blocks(blocks)
-        return cls(preset=preset, numbers=numbers, rules=(*rules, *_read_rules(_items(elements), "elements")))
+        rules += _read_rules(_items(elements), "elements")
+        if not (preset or numbers or rules):
+            raise ValueError("holds no value: write numbers, a preset, or names with values, such as IN08:0.5")
+        return cls(preset=preset, numbers=numbers, rules=tuple(rules))
 
     def at(self, site: Site) -> float:
         """Return the value at a site. Raises ValueError for lists and presets of other models."""
@@ -143,7 +146,7 @@ class ByBlock(Varying):
         lists = set(blocks.values()) & LISTS.keys()
         for rule in self.rules:
             for text in rule.blocks[rule.blocks[:1] == ("NOT",) :]:
-                for end in filter(str.strip, text.split("-") if lists else []):
+                for end in BlockRange(text).ends if lists else ():
                     if not end.isdigit() and not any(BlockRange(end).holds(block) for block in blocks):
                         _refuse_unknown_block(end, blocks)
                 if not any(BlockRange(text).holds(block) for block in blocks):
@@ -203,12 +206,16 @@ def _read_blocks(value: Any) -> tuple[str, tuple[float, ...], list[BlockRule]]:
     count = next((index for index, item in enumerate(items) if ":" in item), len(items))
     head, rules = items[:count], _read_rules(items[count:], "blocks")
     preset = head[0].upper() if len(head) == 1 else ""
-    if preset in _EVERYWHERE or _ALL.fullmatch(preset) or any(preset in named for named in PRESETS.values()):
+    if _is_preset(preset):
         return preset, (), rules
     numbers = tuple(_read_number(item, item) for item in head)
     if len(numbers) == 1:
         return "", (), [BlockRule((), (), numbers[0]), *rules]
     return "", numbers, rules
+
+
+def _is_preset(text: str) -> bool:
+    return text in _EVERYWHERE or bool(_ALL.fullmatch(text)) or any(text in named for named in PRESETS.values())
 
 
 def _read_rules(items: Iterable[str], kind: Literal["blocks", "elements"]) -> list[BlockRule]:
@@ -240,6 +247,8 @@ def _read_number(text: str, item: str) -> float:
         raise ValueError(f"{item!r}: {text!r} is no number")
     if text.upper() in ("R", "U", "A", "B") or text.upper().startswith("X"):
         raise ValueError(f"{text!r} stands for a number chosen elsewhere: write the number")
+    if _is_preset(text.upper()):
+        raise ValueError(f"{text!r} is a preset, which stands for all numbers: only names follow it, as in IN08:0.5")
     presets = ["NONE", "ALL", "ALL0.5", *dict.fromkeys(name for named in PRESETS.values() for name in named)]
     known = nearest(text.upper(), presets) or f": the presets are {', '.join(presets)}"
     raise ValueError(f"{text!r} is neither a number nor a preset{known}. A block's value is written IN08:0.5")

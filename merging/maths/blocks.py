@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from math import inf
 
 from merging.maths.layers import LayerPosition
 from merging.maths.layouts import Layout, flux_block, is_autoencoder, is_text_encoder, unet_block
@@ -165,9 +166,18 @@ class BlockRange:
 
     text: str
 
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """The names that are typed: the two ends of a range, a name by itself, or wildcards."""
+        return (self.text,) if self._has_wildcards else tuple(filter(str.strip, self.text.split("-")))
+
+    @property
+    def _has_wildcards(self) -> bool:
+        return any(sign in self.text for sign in "*?[")
+
     def holds(self, block: NamedBlock) -> bool:
         """Return whether a block is meant."""
-        if any(sign in self.text for sign in "*?["):
+        if self._has_wildcards:
             pattern = self.text.casefold()
             return any(fnmatchcase(_show(label).casefold(), pattern) for label in block.labels)
         first, dash, last = self.text.partition("-")
@@ -194,19 +204,25 @@ def _is_stem(stem: str, typed: str) -> bool:
 
 
 def _is_between(block: NamedBlock, label: Label, first: str, last: str) -> bool:
+    """Return whether a name of a block is in a range; an end without a number stands for all blocks of its kind."""
     (stem, start), (other, stop) = _split(first), _split(last)
-    if start is None and first.casefold() not in map(str.casefold, _ORDER):
+    if start is None and stem.upper() not in _ORDER:
         return False
     if not other or other.casefold() == stem.casefold():
-        return _is_stem(label[0], stem) and label[1] is not None and _within(label[1], start or 0, stop or 0)
-    if label != block.labels[0] or label[0] not in _ORDER:
+        number = label[1]
+        return _is_stem(label[0], stem) and number is not None and _is_within(number, start or 0, stop)
+    if label != block.labels[0] or not {label[0], stem.upper(), other.upper()} <= set(_ORDER):
         return False
-    ends = [NamedBlock(((each.upper(), number),)).order for each, number in ((stem, start), (other, stop))]
-    return min(ends) <= block.order <= max(ends)
+    ends = [
+        (_ORDER.index(kind.upper()), edge)
+        for kind, number in ((stem, start), (other, stop))
+        for edge in ((0, inf) if number is None else (number,))
+    ]
+    return min(ends) <= (_ORDER.index(label[0]), label[1] or 0) <= max(ends)
 
 
-def _within(number: int, start: int, stop: int) -> bool:
-    return min(start, stop) <= number <= max(start, stop)
+def _is_within(number: int, start: int, stop: int | None) -> bool:
+    return number >= start if stop is None else min(start, stop) <= number <= max(start, stop)
 
 
 def describe_lists(layout: Layout) -> str:

@@ -163,6 +163,10 @@ def test_they_apply_to_any_parameter_by_place(models: dict[str, Tensors]) -> Non
         ({"blocks": "IN04-IN12:0.5"}, "'IN12' names no block"),
         ({"blocks": "IMALL"}, "'IMALL' is neither a number nor a preset (did you mean 'INALL'?)"),
         ({"blocks": "IN01:half"}, "'IN01:half': 'half' is no number"),
+        ({"blocks": "INALL,OUTALL"}, "'INALL' is a preset, which stands for all numbers: only names follow it"),
+        ({"blocks": []}, "holds no value"),
+        ({"elements": {}}, "holds no value"),
+        ({"blocks": "IN01-LAST:0.5"}, "'LAST' names no block"),
         ({"blocks": "1,R,0"}, "'R' stands for a number chosen elsewhere"),
         ({"blocks": "IN01:nan"}, "'nan' is no number"),
         ({"blocks": "a:b:c:1"}, "write a name and its value, as IN08:0.5, or BLOCK:ELEMENT:VALUE"),
@@ -233,6 +237,8 @@ def test_layers_of_language_models() -> None:
     assert [float(value.max()) for value in got.values()] == [0.5, 0.5, 1, 0]
     with pytest.raises(merging.OptionError, match=r"names no block.*the blocks are model.layers.0-3"):
         merging.merge_state_dicts([ones], base=zero, method="linear", blocks="layers.4-9:0.5")
+    with pytest.raises(merging.OptionError, match=r"'IN-LAST' names no block"):
+        merging.merge_state_dicts([ones], base=zero, method="linear", blocks="IN-LAST:0.5")
     with pytest.raises(merging.OptionError, match=r"SDXL \(12, 20, 21 or 26\).*name blocks, as in layers.0-15:0.5"):
         merging.merge_state_dicts([ones], base=zero, method="linear", blocks=[0.5] * 4)
 
