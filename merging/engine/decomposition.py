@@ -93,11 +93,17 @@ class Decomposition:
         return ranks | self._left_out()
 
     def least_ranks(self) -> dict[str, int]:
-        """Return the ranks of the smallest file: one direction of a single tensor, or of each where ranks are equal."""
+        """Return the ranks of the smallest file: one direction of a single tensor, or of each where ranks are equal.
+
+        Among tensors of the same size it is the direction of most energy.
+        """
         costs = _costs(self.plan)
         changed = [name for name, each in self.spectra.items() if each.total]
         if not self.uniform:
-            changed = sorted(changed, key=lambda name: (costs[name] + 2 * len(name), name))[:1]
+            order = {
+                name: (costs[name] + 2 * len(name), -self.spectra[name].energy_within(1), name) for name in changed
+            }
+            changed = sorted(changed, key=lambda name: order[name])[:1]
         return dict.fromkeys(self.spectra, 0) | dict.fromkeys(changed, 1) | self._left_out()
 
     def bytes_of(self, ranks: Mapping[str, int]) -> int:

@@ -109,6 +109,35 @@ def test_changes_of_0_are_named(tmp_path: Path) -> None:
         merging.resize(given, output=tmp_path / "b.safetensors", scale=0)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": {"attn1": 0}},
+        {"scale": {"ff.net": 0.5, "attn1": 1e-3}, "size": 2500},
+        {"scale": {"attn1": 1e-3}, "size": 2500, "exclude": "ff.net"},
+    ],
+)
+def test_names_hold_where_no_direction_is_left(tmp_path: Path, options: dict[str, Any]) -> None:
+    """A pattern may name tensors whose change is 0, or too small for the budget."""
+    given = diffusion_lora(tmp_path / "a.safetensors")
+    merging.resize(given, output=tmp_path / "b.safetensors", **options)
+    left = products(tmp_path / "b.safetensors")
+    assert left and not any("attn1" in name for name in left)
+
+
+def test_the_smallest_file_has_the_direction_of_most_energy(tmp_path: Path) -> None:
+    given, out = diffusion_lora(tmp_path / "a.safetensors"), tmp_path / "b.safetensors"
+    scale = {"attn1.to_k": 1e-3}
+    with pytest.raises(merging.InputError, match="the smallest file has") as error:
+        merging.resize(given, output=out, scale=scale, size=1000, exclude="ff.net")
+    smallest = int(str(error.value).split()[-2].replace(",", ""))
+    merging.resize(given, output=out, scale=scale, size=smallest, exclude="ff.net")
+    assert len(products(out)) == 1
+    for size in range(smallest, smallest + 400, 40):
+        merging.resize(given, output=out, scale=scale, size=size, exclude="ff.net", overwrite=True)
+        assert not any("attn1.to_k" in name for name in products(out)), size
+
+
 def test_full_models_are_extracted(tmp_path: Path) -> None:
     with pytest.raises(merging.InputError, match=r"base\.safetensors: is a full model: merging\.extract makes an adap"):
         merging.resize(unet_base(tmp_path / "base.safetensors"), rank=2, output=tmp_path / "b.safetensors")

@@ -20,7 +20,7 @@ class PlannedOutput:
         items: one item a tensor of the merge.
         matched: one line a model about how its names were matched.
         notices: remarks for people.
-        untouched: the sites of tensors that no model touches, as its weight by block is 0.
+        untouched: the sites of tensors that no model touches, as its weight by block, or the rank of its change, is 0.
         guess: a remark on a number of blocks that is only a guess, for methods that go by depth.
         untied: whether the output has a head of its own although the reference's config ties it.
         rank: the largest rank of a merged adapter's factors.

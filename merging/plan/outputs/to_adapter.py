@@ -62,16 +62,16 @@ def plan_adapter(
     notices += note_assumed_linear(adapters, base)
     stacks, guess = find_stacks(recipe, adapters, base, targets)
     excluded = all_matching(recipe.exclude, [*targets.changes, *heads.excluded])
-    excluded |= {name for name, rank in (chosen or {}).items() if not rank}
-    merged = {name: changes for name, changes in targets.changes.items() if name not in excluded}
+    included = {name: changes for name, changes in targets.changes.items() if name not in excluded}
+    if targets.changes and not included:
+        raise OptionError("all changes are excluded, so that none is left to write")
+    merged = {name: changes for name, changes in included.items() if not chosen or chosen.get(name, 1)}
     if chosen is not None and not merged:
         raise InputError(
             "the merged change is 0 in all tensors that could change, so that there is nothing to write: are the "
             "models equal to their base, or is their scale or weight 0?"
         )
-    if targets.changes and not merged:
-        raise OptionError("all changes are excluded, so that none is left to write")
-    sites = _find_sites(merged, targets, adapters, base, stacks)
+    sites = _find_sites(included, targets, adapters, base, stacks)
     scales = {name: scales_at(recipe.method, sites[name], len(adapters)) for name in merged}
     touched = {name: _touching(changes, scales[name]) for name, changes in merged.items()}
     merged = {name: changes for name, changes in touched.items() if any(changes)}
@@ -110,7 +110,7 @@ def _touching(changes: Changes, scales: Sequence[float]) -> Changes:
 
 
 def _find_sites(
-    merged: Mapping[str, Changes],
+    included: Mapping[str, Changes],
     targets: Targets,
     adapters: Sequence[Adapter],
     base: Checkpoint | None,
@@ -119,7 +119,7 @@ def _find_sites(
     """Return the site of each target."""
     turned = inputs_by_outputs({name: stored.shape for name, stored in base.tensors.items()}) if base else set()
     sites = {}
-    for name, changes in merged.items():
+    for name, changes in included.items():
         shape = _shape(name, changes, targets, adapters)
         transposed = name in turned or any(each.is_transposed(shape) for each in changes if each)
         on_disk = targets.resolver.on_disk(name) if targets.resolver else name
