@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from merging.errors import shorten
+from merging.errors import OptionError, shorten
 
 from .errors import handle_errors
 from .options import debug_option, json_option, max_memory_option, progress_option, threads_option
@@ -60,11 +60,9 @@ def complete_program(context: click.Context, option: click.Parameter, incomplete
 @click.option(
     "--sample",
     type=SAMPLE,
-    default=256,
-    show_default=True,
-    help="with --against-sources: the number of pieces, or all",
+    help="with --against-sources: the number of pieces, or all  [default: 256]",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, help="with --sample: the seed that chooses the pieces")
+@click.option("--seed", type=click.IntRange(0), help="with --against-sources: the seed that chooses the pieces")
 @click.option(
     "--source",
     "sources",
@@ -85,8 +83,8 @@ def verify_command(
     values: bool,
     load: bool,
     against_sources: bool,
-    sample: int | Literal["all"],
-    seed: int,
+    sample: int | Literal["all"] | None,
+    seed: int | None,
     sources: tuple[str, ...],
     threads: int | None,
     max_memory: int | None,
@@ -103,6 +101,12 @@ def verify_command(
     with handle_errors(debug):
         from merging.serving import verify
 
+        pieces: dict[str, Any] = {
+            name: value for name, value in (("sample", sample), ("seed", seed)) if value is not None
+        }
+        idle = [*pieces, *(["source"] if sources else [])]
+        if idle and not against_sources:
+            raise OptionError(f"--{idle[0]} is for --against-sources: add it")
         verdict = verify(path, programs, base=base, max_lora_rank=max_lora_rank, values=values, load=load)
         if against_sources:
             from merging.api.against_sources import verify_against_sources
@@ -111,8 +115,7 @@ def verify_command(
                 against = verify_against_sources(
                     path,
                     sources=parse_sources(sources),
-                    sample=sample,
-                    seed=seed,
+                    **pieces,
                     threads=threads,
                     max_memory=max_memory,
                     progress=report,

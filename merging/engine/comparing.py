@@ -12,7 +12,10 @@ from merging.sources.stored import Stored
 __all__ = ["ComparingSink", "Difference"]
 
 _ROUNDING = 2.0**-16
-"""Relative difference of float32 sums in another order, at most."""
+"""Difference of float32 sums in another order, at most, relative to the largest value of the piece."""
+
+_STEPS = 2
+"""Steps of its own type by which each value may be rounded otherwise."""
 
 
 @dataclass(slots=True)
@@ -81,6 +84,7 @@ def _compare(expected: Tensor, found: Tensor, bytes_differ: Tensor, start: int) 
     rounding = False
     if expected.is_floating_point():
         there, wanted = found.double(), expected.double()
-        most = max(4 * torch.finfo(expected.dtype).eps, _ROUNDING) * float(wanted.abs().max())
+        kind = torch.finfo(expected.dtype)
+        most = _STEPS * kind.eps * wanted.abs().clamp(min=kind.tiny) + _ROUNDING * wanted.abs().max()
         rounding = bool(((there - wanted).abs() <= most).all())
     return Difference(start + first, found[first].item(), expected[first].item(), len(places), rounding)

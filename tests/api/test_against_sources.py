@@ -219,6 +219,8 @@ def test_the_command(folder: Path) -> None:
     with pytest.raises(OptionError, match="a number of pieces"):
         check(out, sample=0)
     assert "is not in the range" in refused("verify", out, "--against-sources", "--sample", "0", code=2)
+    for words in (("--sample", "all"), ("--seed", "0"), ("--source", "tuned0=moved")):
+        assert f"{words[0]} is for --against-sources: add it" in refused("verify", out, *words)
 
 
 def test_outputs_without_a_recipe_and_mixtures_are_refused(folder: Path) -> None:
