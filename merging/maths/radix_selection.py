@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from merging.maths import order_statistics
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.order_statistics import Rank
-from merging.maths.reductions import Accumulator, Reduction, check_count, column_pieces, model_rows
+from merging.maths.reductions import Accumulator, Reduction, State, check_count, column_pieces, model_rows
 
 __all__ = ["OrderStatistics"]
 
@@ -150,6 +150,23 @@ class _Selection(Accumulator):
             inner[low] = int(tables[lowest][digit]) - before
             places.append((low, place - before))
         return inner, places
+
+    def state(self) -> State:
+        plain = {
+            "shift": self.shift,
+            "count": self.count,
+            "bins": [[*bins.items()] for bins in self.bins],
+            "wanted": self.wanted,
+            "counted": [[*counts] for counts in self.counts],
+        }
+        return State(plain, [table.cpu() for counts in self.counts for table in counts.values()])
+
+    def restore(self, state: State) -> None:
+        plain, tables = state.plain, iter(state.tensors)
+        self.shift, self.count = plain["shift"], plain["count"]
+        self.bins = [dict(bins) for bins in plain["bins"]]
+        self.wanted = [[(lowest, place) for lowest, place in wanted] for wanted in plain["wanted"]]
+        self.counts = [{lowest: next(tables) for lowest in counted} for counted in plain["counted"]]
 
     def result(self) -> Tensor:
         if self.shift >= 0:  # no elements: a search that ended has used up all bits

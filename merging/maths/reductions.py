@@ -20,12 +20,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from merging.maths.lazy_torch import Tensor, torch
 
-__all__ = ["Accumulator", "Reduction", "Sum", "check_count", "column_pieces", "model_rows"]
+__all__ = ["Accumulator", "Reduction", "State", "Sum", "check_count", "column_pieces", "model_rows"]
 
 S = TypeVar("S", bound="Accumulator")
 
@@ -54,6 +54,14 @@ class Reduction(ABC):
         return self
 
 
+@dataclass(frozen=True, slots=True)
+class State:
+    """The state of an accumulator: values of JSON, and tensors on the CPU."""
+
+    plain: Any
+    tensors: list[Tensor] = field(default_factory=list)
+
+
 class Accumulator(ABC):
     """The values gathered so far. It belongs to one thread at a time and can be pickled."""
 
@@ -79,6 +87,14 @@ class Accumulator(ABC):
     @abstractmethod
     def result(self) -> Tensor:
         """Return the result, one row a model: float64 on the CPU."""
+
+    def state(self) -> State | None:
+        """Return the values gathered so far as a state, which must not be changed; None for a kind without states."""
+        return None
+
+    def restore(self, state: State) -> None:
+        """Take over a state of an accumulator of the same reduction, in place of the values so far."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +134,12 @@ class _Total(Accumulator):
     def merge(self, other: _Total) -> None:
         if other.totals:
             self._plus(other.totals)
+
+    def state(self) -> State:
+        return State([hex(total) for total in self.totals])
+
+    def restore(self, state: State) -> None:
+        self.totals = [int(total, 16) for total in state.plain]
 
     def _plus(self, totals: list[int]) -> None:
         check_count(len(self.totals) or len(totals), len(totals))

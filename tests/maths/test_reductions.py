@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import pickle
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 from merging.maths import order_statistics, reductions
 from merging.maths.order_statistics import Rank, floats, has_nan, keys
 from merging.maths.radix_selection import OrderStatistics
-from merging.maths.reductions import Accumulator, Reduction, Sum
+from merging.maths.reductions import Accumulator, Reduction, State, Sum
 
 INFINITY = float("inf")
 TINY = 2.0**-149
@@ -29,19 +30,28 @@ RANKS = st.builds(Rank, st.sampled_from(["share", "upper", "largest"]), SHARES)
 
 
 def reduction(kind: Reduction, tiles: Sequence[Tensor], workers: int = 1, passes: list[int] | None = None) -> Tensor:
-    """The protocol of the module, with tiles dealt to the workers in turn, and everything pickled on the way."""
+    """The protocol of the module, with tiles dealt to the workers in turn, and everything copied on the way."""
     state = kind.start()
     for sweep in itertools.count(1):
         forks = [state.fork() for _ in range(workers)]
         for number, tile in enumerate(tiles):
             forks[number % workers].add(tile, number)
-        for fork in forks:
-            state.merge(pickle.loads(pickle.dumps(fork)))
+        for number, fork in enumerate(forks):
+            state.merge(pickle.loads(pickle.dumps(fork)) if number else restored(fork))
+        state = restored(state)
         if not state.next():
             if passes is not None:
                 passes.append(sweep)
             return state.result()
     raise AssertionError("unreachable")
+
+
+def restored(accumulator: Accumulator) -> Accumulator:
+    """A new accumulator that takes over the state of another one, as JSON has it."""
+    state, copy = accumulator.state(), accumulator.fork()
+    assert state is not None
+    copy.restore(State(json.loads(json.dumps(state.plain)), state.tensors))
+    return copy
 
 
 @st.composite
