@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 
 from merging.engine.outputs import Sink
 from merging.engine.spool import Spool
+from merging.engine.sweeps import Sweeps, SweepSnapshot
 from merging.errors import OutputError
 from merging.maths.lazy_torch import Tensor, torch
 from merging.os_calls import sync, write_at
@@ -21,7 +23,13 @@ from merging.sources.stored import bytes_of
 __all__ = ["CountingSink", "Journal", "JournaledSink", "Record", "RunJournal"]
 
 _PERIOD = 5.0
-"""Seconds between two entries: the most work that is done again after a kill."""
+"""Seconds between two entries: the most work that is done again after a kill, except for sweeps of statistics."""
+
+_HAND_IN, _SNAPSHOT = 3, 6
+"""Periods after which a thread hands in its values of a sweep, and after which these are written."""
+
+_LEISURE = 50
+"""Snapshots of large sweeps are written less often: this many times the time that writing takes is between two."""
 
 
 class JournaledSink(Sink, Protocol):
@@ -93,12 +101,14 @@ class RunJournal:
         done: the numbers of the finished units.
         values: the path of values that the run keeps itself.
         spool: the changes that are set aside.
+        snapshot: the path of the finished part of a sweep that gathers statistics.
     """
 
     def __init__(self, folder: Path, name: str, period: float) -> None:
         self.path = folder / f"{name}.jsonl"
         self.values = folder / f"{name}.values"
         self.spool = Spool(folder, folder / f"{name}.spool")
+        self.snapshot = folder / f"{name}.sweep"
         self.period = period
         self.done: set[int] = set()
         self._pending: list[tuple[int, Mapping[str, int]]] = []
@@ -106,6 +116,8 @@ class RunJournal:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._error: OSError | None = None
+        self._sweeps: Sweeps | None = None
+        self._next_snapshot = 0.0
         self._thread: threading.Thread | None = None
         self._fd: int | None = None
         self._end = 0
@@ -121,6 +133,8 @@ class RunJournal:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
             self._end = sum(length for _, length in entries)
             os.ftruncate(self._fd, self._end)
+            if not sink.resumed:
+                self.snapshot.unlink(missing_ok=True)
         except OSError as error:
             raise self._unwritten(error) from None
         written: Counter[str] = Counter()
@@ -144,10 +158,30 @@ class RunJournal:
 
         Raises :class:`~merging.errors.OutputError` if the last entry could not be written.
         """
-        if self._error is not None:
-            raise self._unwritten(self._error)
+        self.check()
         with self._lock:
             self._pending.append((unit, written))
+
+    def follow(self, sweeps: Sweeps) -> None:
+        """Go on with the finished part of these sweeps, and record it now and then from now on.
+
+        Raises :class:`~merging.errors.OutputError` for a disk that fails.
+        """
+        try:
+            former = SweepSnapshot.read(self.snapshot)
+        except OSError as error:
+            raise self._unwritten(error) from None
+        if former is not None:
+            sweeps.resume(former)
+        if all(total.state() is not None for total in sweeps.totals):
+            sweeps.period = _HAND_IN * self.period
+            self._next_snapshot = time.monotonic() + _SNAPSHOT * self.period
+            self._sweeps = sweeps
+
+    def check(self) -> None:
+        """Raise :class:`~merging.errors.OutputError` if the last entry could not be written."""
+        if self._error is not None:
+            raise self._unwritten(self._error)
 
     def end(self) -> None:
         """Write the last entry, and close the files. An entry that cannot be written is work that is done again."""
@@ -162,8 +196,13 @@ class RunJournal:
         stopped = False
         while not stopped and self._error is None:
             stopped = self._stop.wait(self.period)
+            snapshot = None  # taken before the entry, which then has all that these units set aside
+            if self._sweeps is not None and (stopped or time.monotonic() >= self._next_snapshot):
+                snapshot = self._sweeps.take_snapshot()
             try:
                 self._write_entry()
+                if snapshot is not None:
+                    self._write_snapshot(snapshot)
             except OSError as error:
                 self._error = error
 
@@ -180,6 +219,12 @@ class RunJournal:
         write_at(self._fd, memoryview(line), self._end)  # all of it: an entry after half of one is never read
         self._end += len(line)
         sync(self._fd)
+
+    def _write_snapshot(self, snapshot: SweepSnapshot) -> None:
+        began = time.monotonic()
+        snapshot.write(self.snapshot)
+        ended = time.monotonic()
+        self._next_snapshot = ended + max(_SNAPSHOT * self.period, _LEISURE * (ended - began))
 
     def _new_facts(self) -> dict[str, Any]:
         """Return the results of the run that are in no entry yet."""

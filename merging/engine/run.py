@@ -20,6 +20,7 @@ from merging.engine.decomposition import Decomposer, Decomposition, is_unchanged
 from merging.engine.journal import CountingSink, JournaledSink, RunJournal
 from merging.engine.outputs import Sink
 from merging.engine.spool import Spool
+from merging.engine.sweeps import SweepPart, Sweeps
 from merging.engine.threads import share_out
 from merging.engine.tiles import tile_size, unit_size
 from merging.engine.unit import Span
@@ -114,7 +115,7 @@ def run(
                 counter.skip(merged, max(each.reduction.sweeps for each in stage))
             else:
                 announce_phase(progress, "gathering statistics")
-                _gather(shared, stage, merged, share, counter)
+                _gather(shared, stage, merged, share, counter, journal=journal)
         announce_phase(progress, "merging")
         if journal is None:
             share(spans, partial(Worker, shared), Worker.merge_unit, counter)
@@ -257,28 +258,35 @@ def _gather(
     shared: Shared,
     stage: Sequence[Statistic | ResultStatistic],
     spans: Sequence[Span],
-    share: Callable[..., list[Worker]],
+    share: Callable[..., list[tuple[Worker, SweepPart]]],
     counter: _Counter,
+    *,
+    journal: RunJournal | None = None,
 ) -> None:
     """Go through all spans as often as the statistics of a stage need, and store their results."""
     dtype = shared.plan.widest
-    totals = [each.reduction.widen(dtype).start() for each in stage]
-    while True:
+    sweeps = Sweeps([each.name for each in stage], [each.reduction.widen(dtype).start() for each in stage])
+    if journal is not None:
+        journal.follow(sweeps)
+    counter.skip(spans, sweeps.number)
 
-        def make_worker() -> Worker:
-            worker = Worker(shared)
-            worker.accumulators = [total.fork() for total in totals]
-            return worker
+    def make_worker() -> tuple[Worker, SweepPart]:
+        return Worker(shared), sweeps.start_part()
 
-        sweep = share(spans, make_worker, partial(Worker.gather, stage=stage), counter)
-        gathered = [worker.accumulators for worker in sweep]
-        del sweep  # its workers' buffers are not needed any more
-        for accumulators in gathered:
-            for total, part in zip(totals, accumulators, strict=True):
-                total.merge(part)
+    def gather(pair: tuple[Worker, SweepPart], numbered: tuple[int, Span]) -> None:
+        worker, part = pair
+        worker.accumulators = part.accumulators
+        worker.gather(numbered[1], stage)
+        sweeps.add(part, numbered[0])
+        if journal is not None:
+            journal.check()
+
+    unfinished = True
+    while unfinished:
+        done, left = sweeps.split(spans)
+        counter.skip(done)
+        parts = [part for _, part in share(left, make_worker, gather, lambda numbered: counter(numbered[1]))]
         release_freed_memory()  # the next sweep has threads of its own, which do not find all that was freed
-        unfinished = [total.next() for total in totals]  # every one must end its sweep
-        if not any(unfinished):
-            break
-    for each, total in zip(stage, totals, strict=True):
+        unfinished = sweeps.end_sweep(parts)
+    for each, total in zip(stage, sweeps.totals, strict=True):
         shared.statistics[each.name] = total.result()

@@ -266,7 +266,7 @@ def find_unfinished(folder: Path) -> Unfinished | None:
 
 def has_entries(journal: Path) -> bool:
     """Return whether a journal's folder records any finished work."""
-    return any(path.stat().st_size for path in journal.glob("*.jsonl"))
+    return any(path.stat().st_size for ending in ("jsonl", "sweep") for path in journal.glob(f"*.{ending}"))
 
 
 def _bytes_on_disk(status: os.stat_result) -> int:

@@ -217,3 +217,34 @@ def test_an_output_that_was_moved_aside_is_kept(stop: Stop, models: list[Path], 
         merging.merge(models, method="linear", output=tmp_path / "out", weights=[3, 4], resume=False)
     assert (tmp_path / "out/model.safetensors").is_file()
     assert not find_leftovers(tmp_path)
+
+
+def test_a_sweep_of_a_statistic_goes_on(models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from merging.engine.worker import Worker
+
+    gathered: list[object] = []
+    plain, whole = Worker.gather, tmp_path / "whole"
+
+    def merge(output: Path, most: int | None = None) -> int:
+        """Merge until so many pieces were gathered from; return the number of pieces."""
+
+        def gather(self: Worker, span: object, stage: object) -> None:
+            if len(gathered) == most:
+                raise OSError(5, os.strerror(5))
+            gathered.append(span)
+            plain(self, span, stage)
+
+        gathered.clear()
+        monkeypatch.setattr(Worker, "gather", gather)
+        merging.merge(models, method="ties", base=tmp_path / "base", output=output, resume=True, threads=1)
+        return len(gathered)
+
+    monkeypatch.setattr(journal, "_PERIOD", 0)  # finished pieces are handed in at once
+    left = merge(whole)
+    for number in (left // 7, left // 3, left // 3):  # in the first sweep, the second and the third
+        with pytest.raises(OutputError, match="the finished work stays in"):
+            merge(tmp_path / "out", number)
+        left -= number
+    assert merge(tmp_path / "out") == left
+    assert identical(load(tmp_path / "out"), load(whole))
+    assert not find_leftovers(tmp_path)
