@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import random
 import sys
-import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from merging.errors import InputError, MergingError
+from merging.errors import InputError
+from merging.object_stores.retries import LONGEST, Unreachable, backoff, keep_trying
 
 __all__ = ["RETRIED_STATUSES", "Unreachable", "api", "endpoint", "explain_error", "offline", "with_retries"]
-
-_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -24,15 +20,8 @@ _TRIES = 6
 _FIRST_TRIES = 3
 """Tries as long as no request of this process has reached the Hub: most likely there is no network."""
 
-_LONGEST = 60.0
-"""The longest wait in seconds before another try, even if the server asks for more."""
-
 _reached: set[str] = set()
 """Addresses of the Hubs that have answered."""
-
-
-class Unreachable(InputError):
-    """The Hub did not answer correctly in any of several tries; it may later."""
 
 
 def offline() -> bool:
@@ -62,7 +51,7 @@ def api() -> Any:
     return HfApi(library_name="merging", library_version=__version__)
 
 
-def with_retries(ask: Callable[[], T], name: str, number: int = 0) -> T:
+def with_retries(ask: Callable[[], T], name: str) -> T:
     """Return the result of ``ask``, which is tried again after temporary failures, each time a little later.
 
     A ``Retry-After`` header is honoured.
@@ -70,27 +59,20 @@ def with_retries(ask: Callable[[], T], name: str, number: int = 0) -> T:
     Args:
         ask: A request that changes nothing.
         name: The name of the requested thing in messages.
-        number: How often the request failed before.
 
     Raises:
         InputError: The request keeps failing, or fails in a way that no further try can mend.
     """
-    try:
-        answer = ask()
-    except MergingError:
-        raise
-    except Exception as error:
-        pause = _pause(error, number)
+
+    def pause_after(error: Exception, number: int) -> float | None:
         if _response(error) is not None:
             _reached.add(endpoint())
-        if pause is None or number + 1 == (_TRIES if endpoint() in _reached else _FIRST_TRIES):
-            raise explain_error(error, name) from None
-    else:
-        _reached.add(endpoint())
-        return answer
-    _log.warning("%r: the Hub failed, trying again in %.1f s", name, pause)
-    time.sleep(pause)
-    return with_retries(ask, name, number + 1)
+        last = number + 1 == (_TRIES if endpoint() in _reached else _FIRST_TRIES)
+        return None if last else _pause(error, number)
+
+    answer = keep_trying(ask, pause_after, lambda error: explain_error(error, name), name)
+    _reached.add(endpoint())
+    return answer
 
 
 def _pause(error: Exception, number: int) -> float | None:
@@ -99,19 +81,15 @@ def _pause(error: Exception, number: int) -> float | None:
 
     if isinstance(error, OfflineModeIsEnabled):
         return None
-    backoff: float = min(_LONGEST, 2**number * random.uniform(0.5, 1))
     error, response = _http_error(error), _response(error)
     if response is not None:
         if response.status_code not in RETRIED_STATUSES:
             return None
         stated = response.headers.get("Retry-After", "")
-        return min(_LONGEST, float(stated)) if stated.isdigit() else backoff
+        return min(LONGEST, float(stated)) if stated.isdigit() else backoff(number)
     # There was no answer: the connection was refused, reset, timed out or cut short.
-    return (
-        backoff
-        if isinstance(error, (_http_error_type(), OSError)) and not isinstance(error, FileNotFoundError)
-        else None
-    )
+    passing = isinstance(error, (_http_error_type(), OSError)) and not isinstance(error, FileNotFoundError)
+    return backoff(number) if passing else None
 
 
 def _http_error(error: Exception) -> Exception:
