@@ -1,7 +1,8 @@
 """Calls to the operating system: positional reads and writes, preallocation, durable folders, locks, signals.
 
-Linux is served directly. Where a call does not exist (macOS, Windows), a plain fallback does the same, slower or with a
-weaker guarantee. Everything that differs between systems is in this file."""
+Linux is served directly. Where a call does not exist (macOS, Windows, network file systems), a plain fallback does the
+same, slower or with a weaker guarantee. Everything that differs between systems is in this file, except for memory:
+see :mod:`merging.engine.process_memory`."""
 
 from __future__ import annotations
 
@@ -21,20 +22,18 @@ from typing import Any, BinaryIO
 __all__ = [
     "advise",
     "allow_open_files",
-    "available_memory",
     "claim",
     "create",
     "delay_signals",
     "exchange",
-    "keep_freed_memory",
     "kind_of",
     "open_folder",
     "open_regular",
     "path_of",
-    "private_memory",
     "read_at",
-    "release_freed_memory",
+    "rename_new",
     "reserve",
+    "set_mode",
     "sync",
     "sync_folder",
     "umask",
@@ -45,7 +44,8 @@ __all__ = [
 _PIECE = 1 << 26
 """The most bytes in one call; Linux moves at most 2 GiB at once."""
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM})
+"""The errors with which a file system refuses a call that it does not have."""
 
 _seeking = threading.Lock()
 """Guards the file position on systems without positional calls."""
@@ -85,89 +85,70 @@ def write_at(fd: int, buffer: memoryview, offset: int) -> None:
 
 
 def reserve(fd: int, size: int) -> None:
-    """Give a new file its full size, and reserve the space if the system can, so that a full disk shows early."""
-    if hasattr(os, "posix_fallocate") and size:
-        os.posix_fallocate(fd, 0, size)
-    else:
+    """Give a new file its full size, and reserve the space if the system can, so that a full disk shows early.
+
+    A file system that can do neither lets the file grow as it is written.
+    """
+    with _unless_unsupported():
+        allocate(fd, size)
+        return
+    with _unless_unsupported():
         os.ftruncate(fd, size)
+
+
+def allocate(fd: int, size: int) -> None:
+    """Reserve the space of a file. Raises OSError, also where the file system cannot.
+
+    The C library's posix_fallocate would write into each block there, which takes hours over a network.
+    """
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" and ctypes.sizeof(ctypes.c_long) == 8 else None
+    if libc is None or not hasattr(libc, "fallocate"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    while size and libc.fallocate(fd, 0, ctypes.c_long(0), ctypes.c_long(size)) != 0:
+        if (number := ctypes.get_errno()) != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+@contextmanager
+def _unless_unsupported() -> Iterator[None]:
+    """Suppress the errors of calls that a file system does not have."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
 
 
 def advise(fd: int, offset: int, length: int) -> None:
     """Announce that these bytes are needed soon, so that the system reads ahead; do nothing where it cannot."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+        with suppress(OSError):
+            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
 
 
 def begin_writeback(fd: int, offset: int, length: int) -> None:
     """Have the system start to write these bytes to the disk, so that :func:`sync` waits less at the end."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):
+            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def sync(fd: int) -> None:
-    """Return when the file's bytes are on the disk."""
+    """Return when the file's bytes are on the disk, as far as the file system can say."""
     if sys.platform == "darwin":  # where fsync leaves them in the cache of the disk
         import fcntl
 
         with suppress(OSError):  # of file systems without it
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
             return
-    os.fsync(fd)
+    with _unless_unsupported():
+        os.fsync(fd)
 
 
-def keep_freed_memory() -> None:
-    """Let the C library keep freed blocks of a few megabytes, since the next tile needs them again.
-
-    By default glibc returns them to the system, which zeroes them each time. This would cost a quarter of a merge.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 25)
-        mallopt(_M_TRIM_THRESHOLD, 1 << 28)
-
-
-def release_freed_memory() -> None:
-    """Have the C library return the freed blocks that it keeps, which are scattered after a while."""
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if malloc_trim is not None:
-        malloc_trim(0)
-
-
-def private_memory() -> int:
-    """Return the bytes of memory that this process shares with no file; 0 where the system does not say."""
-    try:
-        with Path("/proc/self/statm").open("rb") as file:
-            _, resident, shared = map(int, file.read().split()[:3])
-    except (OSError, ValueError):
-        return 0
-    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
-
-
-def available_memory() -> int | None:
-    """Return the bytes of memory that are available now, or to this container; None where no system says so."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, StopIteration):
-        return None
-    return min([available, *memory_limits()])
-
-
-def memory_limits(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """Return the limits of memory of this process's control groups, in bytes: its own and those around it."""
-    limits = []
-    lines = groups.read_text(encoding="utf-8").splitlines() if groups.exists() else []
-    for _, controllers, path in (line.split(":", 2) for line in lines):
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        top, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
-        folder = top / path.lstrip("/")
-        for each in (folder, *folder.parents):
-            with suppress(OSError, ValueError):  # no limit is "max", and a container does not see the groups around it
-                limits.append(int((each / name).read_text(encoding="ascii")))
-            if each == top:
-                break
-    return limits
+def set_mode(path: Path, mode: int) -> None:
+    """Set the permissions of a file or folder, where the file system keeps permissions."""
+    with _unless_unsupported():
+        path.chmod(mode)
 
 
 def allow_open_files(count: int) -> int:
@@ -256,13 +237,16 @@ def open_folder(path: Path) -> int | None:
 
 def sync_folder(path: Path) -> None:
     """Return when the names in a folder are on the disk; some systems cannot sync a folder, and do nothing here."""
-    fd = open_folder(path)
+    try:
+        fd = open_folder(path)
+    except IsADirectoryError:
+        return
     if fd is None:
         return
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that sync files only
+        if error.errno not in {*_UNSUPPORTED, errno.EBADF, errno.EACCES}:  # of file systems that sync files only
             raise
     finally:
         os.close(fd)
@@ -270,11 +254,28 @@ def sync_folder(path: Path) -> None:
 
 def exchange(one: Path, other: Path) -> bool:
     """Swap two existing paths in one step, so that neither name is ever missing. Return False if that is impossible."""
+    return _rename(one, other, 2) == 0  # RENAME_EXCHANGE
+
+
+def rename_new(path: Path, new: Path) -> bool:
+    """Rename a file or folder to a name that nothing has. Return False if the file system cannot do it in one step.
+
+    Raises FileExistsError if something has the name.
+    """
+    error = _rename(path, new, 1)  # RENAME_NOREPLACE
+    if error == errno.EEXIST:
+        raise FileExistsError(error, os.strerror(error), str(new))
+    return error == 0
+
+
+def _rename(one: Path, other: Path, flag: int) -> int:
+    """Rename with a flag of Linux, and return the number of the error; 0 for none."""
     libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
     if libc is None or not hasattr(libc, "renameat2"):
-        return False
-    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return bool(libc.renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0)
+        return errno.ENOSYS
+    here = -100  # AT_FDCWD
+    done = libc.renameat2(here, os.fsencode(one), here, os.fsencode(other), flag) == 0
+    return 0 if done else ctypes.get_errno()
 
 
 def claim(fd: int) -> bool | None:

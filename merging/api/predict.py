@@ -8,10 +8,10 @@ from typing import Any
 from merging.api.calibrate import load_rates
 from merging.api.merge_files import plan_for
 from merging.display.tables import Table, Tabular, format_size, plural
+from merging.engine.process_memory import available_memory
 from merging.engine.resources import workers_within
 from merging.engine.threads import cores
 from merging.errors import OptionError, either
-from merging.os_calls import available_memory
 from merging.plan import Plan
 from merging.plan.prediction.cluster import Cluster, parse_cluster
 from merging.plan.prediction.rates import GPU_RATES, Rates

@@ -38,7 +38,7 @@ def prepare_resuming(
     Raises:
         OutputError: if a merge of something else stopped at this destination, with the first difference.
     """
-    left = [each for each in map(find_unfinished, find_abandoned(destination)) if each is not None]
+    left = [found for lock in find_abandoned(destination) if (found := find_unfinished(lock.folder)) is not None]
     if resume is False:
         for each in left:
             Leftover(each.folder, destination).remove()

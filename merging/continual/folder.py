@@ -10,12 +10,11 @@ from contextlib import contextmanager, suppress
 from math import inf
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from merging import os_calls
 from merging.continual.manifest import NAME, STATES, Manifest, replace_manifest
 from merging.errors import OptionError, OutputError
 from merging.sources.links import refuse_link
+from merging.storage.locks import lock_file
 from merging.storage.staging import StagedOutput
 
 __all__ = ["Busy", "create_store", "disk_use", "lock", "new_state", "refuse_within", "remove_state", "state_folders"]
@@ -34,18 +33,18 @@ class Busy(OutputError):
 def lock(store: Path, wait: float | None) -> Iterator[None]:
     """Hold the store's lock; wait ``wait`` seconds for another writer (None: without end).
 
-    The lock ends with its process, so it is never stale. Raises :class:`Busy` if another process kept it.
+    The lock ends with its process, so it is never stale: see :mod:`merging.storage.locks`. Raises :class:`Busy` if
+    another process kept it.
     """
     if wait is not None and not 0 <= wait < inf:
         raise OptionError(f"wait = {wait}: a number of seconds is needed, 0 or more")
     refuse_link(store / _LOCK)
     try:
-        file_lock = FileLock(store / _LOCK, timeout=-1 if wait is None else wait)
-        file_lock.acquire()
-    except Timeout:
-        raise Busy(f"{store}: another process is writing to this store: try again later") from None
+        file_lock = lock_file(store / _LOCK, wait)
     except OSError as error:
         raise OutputError(f"{store}: cannot be written to: {error.strerror}") from None
+    if file_lock is None:
+        raise Busy(f"{store}: another process is writing to this store: try again later")
     try:
         yield
     finally:

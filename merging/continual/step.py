@@ -212,7 +212,7 @@ def publish_state(store: Path, folder: Path, number: int, new: NewState) -> dict
     final = store / STATES / f"{number:06}-{digest}"
     try:
         os_calls.sync_folder(folder)
-        folder.chmod(0o777 & ~os_calls.umask())
+        os_calls.set_mode(folder, 0o777 & ~os_calls.umask())
         folder.rename(final)
         os_calls.sync_folder(final.parent)
     except OSError as error:

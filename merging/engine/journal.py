@@ -132,7 +132,8 @@ class RunJournal:
             entries = _read_entries(self.path) if sink.resumed else []
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
             self._end = sum(length for _, length in entries)
-            os.ftruncate(self._fd, self._end)
+            if os.fstat(self._fd).st_size != self._end:
+                os.ftruncate(self._fd, self._end)
             if not sink.resumed:
                 self.snapshot.unlink(missing_ok=True)
         except OSError as error:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from merging.engine.process_memory import available_memory
 from merging.errors import OptionError
 from merging.maths.lazy_torch import torch
-from merging.os_calls import available_memory
 from merging.plan.merge_plan import Plan
 from merging.plan.sizes import parse_size
 

@@ -19,6 +19,7 @@ from merging.display.progress import Progress, announce_phase
 from merging.engine.decomposition import Decomposer, Decomposition, is_unchanged
 from merging.engine.journal import CountingSink, JournaledSink, RunJournal
 from merging.engine.outputs import Sink
+from merging.engine.process_memory import keep_freed_memory, private_memory, release_freed_memory
 from merging.engine.spool import Spool
 from merging.engine.sweeps import SweepPart, Sweeps
 from merging.engine.threads import share_out
@@ -28,7 +29,6 @@ from merging.engine.worker import Shared, Worker
 from merging.errors import option
 from merging.maths.lazy_torch import Tensor, torch
 from merging.methods.contract.method import ResultStatistic, Statistic
-from merging.os_calls import keep_freed_memory, private_memory, release_freed_memory
 from merging.plan.merge_plan import Plan
 
 __all__ = ["Done", "Sink", "decompose", "run", "work_bytes"]

@@ -71,7 +71,7 @@ def _fetch_rest(url: str, part: Path, size: int, name: str, progress: Progress |
                 headers = build_hf_headers()
                 http_get(url, stream, resume_size=done, headers=headers, expected_size=size, tqdm_class=bar)
             stream.flush()
-            os.fsync(stream.fileno())
+            os_calls.sync(stream.fileno())
         except OSError as error:
             if error.errno is not None and getattr(error, "response", None) is None and not _is_network_error(error):
                 raise OutputError(f"{name}: cannot be stored in {part.parent}: {error.strerror}") from None
@@ -81,7 +81,7 @@ def _fetch_rest(url: str, part: Path, size: int, name: str, progress: Progress |
 def _reserve(fd: int, size: int) -> None:
     free = os.fstatvfs(fd)
     lacking = size - os.fstat(fd).st_size
-    if free.f_bavail * free.f_frsize < lacking:
+    if free.f_blocks and free.f_bavail * free.f_frsize < lacking:
         raise OSError(28, f"{lacking / 1e6:.1f} MB are needed, and {free.f_bavail * free.f_frsize / 1e6:.1f} MB free")
 
 

@@ -14,6 +14,7 @@ from merging.errors import OutputError
 from merging.hub.client import Unreachable, with_retries
 from merging.hub.download import download, fetch_range, file_hash
 from merging.sources.header import header_length, parse_header
+from merging.sources.links import link_or_copy
 from merging.sources.open_files import File
 from merging.sources.opening import open_tensors
 from merging.sources.stored import FileContents, FileTensor
@@ -111,7 +112,7 @@ class RemoteFile:
         self._here = self.cached_path() or self._download(progress)
         if self.path.exists() and not self.path.is_symlink():  # readers of the mirror find the file itself from now on
             link = self.path.with_name(f"{self.path.name}.{threading.get_ident()}")
-            link.symlink_to(self._here.resolve())
+            link_or_copy(link, self._here)
             link.replace(self.path)
         return self._here
 

@@ -16,7 +16,7 @@ from merging.hub.address import Address
 from merging.hub.cards import stated_licence
 from merging.hub.client import Unreachable, api, explain_error, offline, with_retries
 from merging.hub.remote import RemoteFile
-from merging.sources.links import trust_links
+from merging.sources.links import link_or_copy, trust_links
 from merging.sources.opening import open_tensors
 from merging.sources.pickled import PYTORCH_ENDINGS
 from merging.sources.stored import FileContents
@@ -166,7 +166,7 @@ def _safe(name: str) -> bool:
 def _link(place: Path, target: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     if not place.is_symlink():
-        place.symlink_to(target.resolve())
+        link_or_copy(place, target)
 
 
 def _download(repository: Repository, name: str) -> Path:

@@ -13,6 +13,7 @@ from merging.display.notices import report_notices
 from merging.display.progress import Progress, resolve_progress
 from merging.display.tables import Displayed
 from merging.engine.download import download_model
+from merging.engine.process_memory import available_memory
 from merging.engine.resources import pick_device
 from merging.engine.threads import cores, share_out
 from merging.errors import OptionError, OutputError, option
@@ -25,7 +26,6 @@ from merging.moe.plan import MoePlan, plan_moe
 from merging.moe.recipe import MoeRecipe, read_moe_recipe
 from merging.moe.routers import make_routers
 from merging.moe.smile_plan import plan_smile
-from merging.os_calls import available_memory
 from merging.output.header import SOURCES_KEY, VERSION_KEYS
 from merging.output.model_folder import companion_files
 from merging.sources.checkpoint import content_key

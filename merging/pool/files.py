@@ -44,7 +44,7 @@ def _copy(source: Path, target: Path, digest: Any) -> None:
                 digest.update(block)
         writer.flush()
         with suppress(OSError):  # some file systems cannot make files durable
-            os.fsync(writer.fileno())
+            os_calls.sync(writer.fileno())
 
 
 def _remove(path: Path) -> None:

@@ -6,6 +6,7 @@ of its repository, and these links are followed."""
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from merging import os_calls
 from merging.errors import FormatError
 
-__all__ = ["check_inside", "check_open_file", "refuse_link", "trust_links"]
+__all__ = ["check_inside", "check_open_file", "link_or_copy", "refuse_link", "trust_links"]
 
 _is_junction = getattr(os.path, "isjunction", None)
 """The test for Windows' links to folders that are not symbolic links; Python has it since 3.12."""
@@ -66,6 +67,16 @@ def refuse_link(path: Path) -> Path:
 def trust_links(folder: Path) -> None:
     """Follow the links in a folder wherever they lead: this process makes them itself."""
     _TRUSTED.add(os.path.realpath(folder))
+
+
+def link_or_copy(place: Path, target: Path) -> None:
+    """Make a link to a file, or a copy where the file system has no links. Raises OSError."""
+    try:
+        place.symlink_to(target.resolve())
+    except FileExistsError:
+        raise
+    except OSError:
+        shutil.copyfile(target, place)
 
 
 def _real(path: Path) -> str:

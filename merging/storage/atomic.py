@@ -41,7 +41,7 @@ def replace_file(path: Path, content: bytes, overwrite: bool = True) -> None:
                 stream.write(content)
                 stream.flush()
                 os_calls.sync(stream.fileno())
-            Path(new).chmod(0o666 & ~os_calls.umask())
+            os_calls.set_mode(Path(new), 0o666 & ~os_calls.umask())
             if overwrite:
                 Path(new).replace(path)
             else:
@@ -53,12 +53,17 @@ def replace_file(path: Path, content: bytes, overwrite: bool = True) -> None:
 
 
 def place_new_file(built: Path, path: Path) -> None:
-    """Move a file to a path where nothing is. Raises FileExistsError if something is, also if it appeared just now."""
+    """Move a file to a path where nothing is. Raises FileExistsError if something is, also if it appeared just now.
+
+    A file system with neither links nor such a rename may replace a file that appeared within the last moment.
+    """
     try:
         os.link(built, path)  # unlike a rename, it never replaces a file that appeared meanwhile
     except FileExistsError:
         raise
     except OSError:  # a file system without links
+        if os_calls.rename_new(built, path):
+            return
         if os.path.lexists(path):
             raise FileExistsError from None
         built.rename(path)

@@ -23,6 +23,7 @@ from merging import os_calls
 from merging.errors import InputError, MergingError, OutputError
 from merging.sources.small_files import LIST_LIMIT, read_json, read_text
 from merging.storage.atomic import replace_file, temporary_paths
+from merging.storage.locks import LOCK_FILES, FolderLock, lock_folder
 
 __all__ = [
     "JOURNAL",
@@ -119,9 +120,9 @@ class Leftover:
         try:
             if put_back(self.path, self.output) is not None:
                 raise OutputError(f"{self.path}: the output in it cannot be moved back to {self.output}")
-            shutil.rmtree(self.path)
+            lock.remove_folder()
         finally:
-            os.close(lock)
+            lock.release()
 
 
 def find_leftovers(folder: Path) -> list[Leftover]:
@@ -154,64 +155,62 @@ def _leftover_folder(path: Path, output: Path) -> list[Leftover]:
     if lock is None:
         return []
     try:
-        if not {each.name for each in path.iterdir()} <= {OUT, OLD, SCRATCH, JOURNAL}:
+        if not _is_ours(path):
             return []
         aside = os.path.lexists(path / OLD) and not os.path.lexists(output)
         times = [each.lstat().st_mtime for each in [path, *path.rglob("*")]]
         return [Leftover(path, output, disk_usage(path), max(times), find_unfinished(path) is not None, aside)]
     finally:
-        os.close(lock)
+        lock.release()
 
 
-def create_partial(destination: Path) -> tuple[Path, int | None]:
-    """Create a temporary folder for an output. Return it with a descriptor that holds its lock."""
+def _is_ours(folder: Path) -> bool:
+    """Return whether a folder holds nothing but the parts of a temporary folder."""
+    return {each.name for each in folder.iterdir()} <= {OUT, OLD, SCRATCH, JOURNAL, *LOCK_FILES}
+
+
+def create_partial(destination: Path) -> tuple[Path, FolderLock]:
+    """Create a temporary folder for an output. Return it with its lock."""
     while True:
         folder = Path(tempfile.mkdtemp(PARTIAL, f".{destination.name}.", destination.parent))
         lock = None
         try:
-            lock = os_calls.open_folder(folder)
-            if lock is None:
-                return folder, None
-            if os_calls.claim(lock) is not False and os.path.samestat(os.fstat(lock), folder.stat()):
+            lock = lock_folder(folder, new=True)
+            if lock is not None and lock.is_of(folder):
                 return folder, lock
         except FileNotFoundError:
             pass
         except BaseException:
-            with suppress(OSError):
-                folder.rmdir()
+            shutil.rmtree(folder, ignore_errors=True)
             raise
         # another merge to this destination began just now, and considered the folder abandoned
         with suppress(OSError):
             folder.rmdir()
         if lock is not None:
-            os.close(lock)
+            lock.release()
 
 
-def find_abandoned(destination: Path) -> Iterator[Path]:
-    """Yield the temporary folders that no living run holds; each is locked while the caller uses it."""
+def find_abandoned(destination: Path) -> Iterator[FolderLock]:
+    """Yield the locks of temporary folders that no living run holds; each is locked while the caller uses it."""
     for folder in temporary_paths(destination, PARTIAL):
         lock = _claim(folder)
         if lock is None:
             continue
         try:
-            if {each.name for each in folder.iterdir()} <= {OUT, OLD, SCRATCH, JOURNAL}:
-                yield folder
+            if _is_ours(folder):
+                yield lock
         except FileNotFoundError:
             pass
         finally:
-            os.close(lock)
+            lock.release()
 
 
-def _claim(folder: Path) -> int | None:
-    """Return a descriptor that holds the lock of a temporary folder, None for a folder that a living run holds."""
+def _claim(folder: Path) -> FolderLock | None:
+    """Return the lock of a temporary folder, None for a folder that a living run holds."""
     try:
-        lock = None if folder.is_symlink() else os_calls.open_folder(folder)
+        return None if folder.is_symlink() else lock_folder(folder)
     except OSError:  # no folder, or it was removed just now
         return None
-    if lock is None or os_calls.claim(lock):
-        return lock
-    os.close(lock)
-    return None
 
 
 def put_back(folder: Path, destination: Path) -> Path | None:
@@ -284,8 +283,8 @@ def disk_usage(folder: Path) -> int:
     return total
 
 
-def take_over(destination: Path, identity: Identity) -> tuple[Path, int] | None:
-    """Return the folder of a run with this identity that stopped, and a descriptor that holds its lock; else None."""
+def take_over(destination: Path, identity: Identity) -> tuple[Path, FolderLock] | None:
+    """Return the folder of a run with this identity that stopped, and its lock; else None."""
     for folder in [*temporary_paths(destination, PARTIAL)]:
         lock = _claim(folder)
         if lock is None:
@@ -294,5 +293,5 @@ def take_over(destination: Path, identity: Identity) -> tuple[Path, int] | None:
         if found is not None and found.difference(identity) is None:
             shutil.rmtree(folder / SCRATCH, ignore_errors=True)
             return folder, lock
-        os.close(lock)
+        lock.release()
     return None

@@ -33,6 +33,7 @@ from merging.storage.leftovers import (
     take_over,
     write_identity,
 )
+from merging.storage.locks import FolderLock
 from merging.storage.replacing import FILE_ENDINGS, check_replaced, destination_error
 
 __all__ = ["StagedOutput", "check_destination"]
@@ -92,12 +93,13 @@ def check_destination(
         if resolved == target or target in resolved.parents:
             raise destination_error(destination, f"the output would replace the input {path}")
     existing = destination
-    for abandoned in find_abandoned(destination):
+    for lock in find_abandoned(destination):
+        abandoned = lock.folder
         aside = abandoned / OLD if dry else put_back(abandoned, destination)
         if aside is not None and os.path.lexists(aside) and not os.path.lexists(destination):
             existing = aside
         elif not dry and not os.path.lexists(abandoned / OLD) and find_unfinished(abandoned) is None:
-            shutil.rmtree(abandoned, ignore_errors=True)
+            _try_to_remove(lock)
     remark = ""
     if os.path.lexists(existing) and not overwrite:
         where = "" if existing == destination else f" (a merge that was killed left it as {existing})"
@@ -113,9 +115,11 @@ def check_destination(
     if not parent.is_dir():
         raise OutputError(f"{destination}: {parent} is not a folder, so that nothing can be written in it")
     needed = nbytes + (0 if destination.suffix in FILE_ENDINGS else _SLACK)
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise OutputError(f"{destination}: needs {needed / 1e6:.1f} MB, and {parent} has {free / 1e6:.1f} MB free")
+    usage = shutil.disk_usage(parent)
+    if usage.total and usage.free < needed:  # some network file systems state no size at all
+        raise OutputError(
+            f"{destination}: needs {needed / 1e6:.1f} MB, and {parent} has {usage.free / 1e6:.1f} MB free"
+        )
     return remark
 
 
@@ -143,7 +147,7 @@ class StagedOutput:
         self.notices: list[str] = []
         self._held: Path | None = None
         self._made: list[Path] = []
-        self._lock: int | None = None
+        self._lock: FolderLock | None = None
 
     def _error(self, what: str, error: OSError) -> OutputError:
         return OutputError(f"{self.destination}: {what}: {error.strerror or error}{self._notices_text()}")
@@ -155,8 +159,9 @@ class StagedOutput:
         try:
             with os_calls.delay_signals():
                 for abandoned in find_abandoned(self.destination):
-                    if put_back(abandoned, self.destination) is None and find_unfinished(abandoned) is None:
-                        shutil.rmtree(abandoned, ignore_errors=True)
+                    old = put_back(abandoned.folder, self.destination)
+                    if old is None and find_unfinished(abandoned.folder) is None:
+                        _try_to_remove(abandoned)
                 self._made = make_parents(self.destination)
                 self._open()
             return self
@@ -213,9 +218,10 @@ class StagedOutput:
                 self.notices.append(
                     f"the finished work stays in {self._held}: the same command with {option('resume', True)} goes on"
                 )
-            elif old is None:
-                shutil.rmtree(self._held, ignore_errors=True)
-                shutil.rmtree(self._held)  # the rest is tried once more, to get the reason
+            elif old is None and self._lock is not None:
+                _try_to_remove(self._lock)
+                if os.path.lexists(self._held):
+                    self._lock.remove_folder()  # the rest is tried once more, to get the reason
             else:
                 self.notices.append(
                     f"{old} is what was there before: the next merge to {self.destination} moves it back"
@@ -228,7 +234,7 @@ class StagedOutput:
                 f"{self.destination} removes it"
             )
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
         self._held = self._lock = None
         return remove_empty(self._made)
 
@@ -288,6 +294,14 @@ class StagedOutput:
             raise FileExistsError
         self.destination.rename(self.folder.with_name(OLD))
         self.folder.rename(self.destination)
+
+
+def _try_to_remove(lock: FolderLock) -> None:
+    """Remove a temporary folder as far as possible."""
+    with suppress(OSError):
+        lock.remove_folder()
+        return
+    shutil.rmtree(lock.folder, ignore_errors=True)
 
 
 def _sync_file(path: Path) -> None:

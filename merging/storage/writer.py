@@ -59,7 +59,8 @@ class TensorWriter:
             self._fds.append(fd)
             if not (self._resume and _starts_with(fd, header, size)):
                 self.resumed = False
-                os.ftruncate(fd, 0)
+                if os.fstat(fd).st_size:
+                    os.ftruncate(fd, 0)
                 os_calls.reserve(fd, size)
                 os_calls.write_at(fd, memoryview(header), 0)
         except OSError as error:

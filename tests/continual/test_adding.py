@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from merging import os_calls
 from merging.continual import ContinualStore
 from merging.errors import InputError, MergingError, OutputError
 from support.adapters import QUIRKS, assert_close, edit_tensors
@@ -167,9 +168,9 @@ def test_full_disk(full: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def fail(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for name in ("posix_fallocate", "pwrite", "fsync", "mkdir"):
+    for owner, name in ((os_calls, "allocate"), (os, "pwrite"), (os, "fsync"), (os, "mkdir")):
         with monkeypatch.context() as patch, unchanged(store.path):
-            patch.setattr(os, name, fail)
+            patch.setattr(owner, name, fail)
             with pytest.raises(OutputError, match="No space left"):
                 store.add(full.tuned[2], threads=1)
     store.add(full.tuned[2], threads=1)

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import merging
-from merging import os_calls
-from merging.engine import resources
+from merging.engine import process_memory, resources
 from merging.errors import OptionError
 from support.peaks import peak_of
 from support.tiny import save
@@ -76,8 +75,8 @@ def test_without_a_limit_half_of_what_is_available(
     with pytest.raises(OptionError, match="is too little"):
         resources.workers_within(plan, 64, plan.memory(1) - 1)
     monkeypatch.undo()
-    assert 0 < (os_calls.available_memory() or 0) < 1 << 50
-    assert 0 < os_calls.private_memory() < 1 << 40
+    assert 0 < (process_memory.available_memory() or 0) < 1 << 50
+    assert 0 < process_memory.private_memory() < 1 << 40
 
 
 CONDITIONS: tuple[Any, ...] = (

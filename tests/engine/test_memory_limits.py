@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import merging
-from merging.os_calls import memory_limits
+from merging.engine.process_memory import memory_limits
 from support.peaks import peak_of
 from support.tiny import save
 

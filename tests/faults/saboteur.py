@@ -26,7 +26,7 @@ from merging.cli.main import cli
 __all__ = ["CHANGING", "ERRORS", "Ended", "Saboteur", "command"]
 
 CHANGING = (
-    "write", "pwrite", "ftruncate", "posix_fallocate", "fsync", "fdatasync", "rename", "replace", "link", "mkdir",
+    "write", "pwrite", "ftruncate", "fsync", "fdatasync", "rename", "replace", "link", "mkdir",
     "unlink", "rmdir",
 )  # fmt: skip
 """Functions of os that change the disk; opening for writing is caught on its own."""
@@ -76,6 +76,7 @@ class Saboteur:
 
         os.open = open_watched
         io.open = builtins.open = self._stream(io.open)
+        os_calls.allocate = self._watched("allocate", os_calls.allocate)
         os_calls.exchange = self._exchange(os_calls.exchange)
 
     def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
