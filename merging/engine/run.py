@@ -7,25 +7,25 @@ any number of workers, and sums over them are exact, so the output's bytes do no
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import cast
+from uuid import uuid4
 
 from merging.display.notices import describe_discarded
 from merging.display.progress import Progress, announce_phase
-from merging.engine.decomposition import Decomposer, Decomposition, is_unchanged
-from merging.engine.journal import CountingSink, JournaledSink, RunJournal
+from merging.engine.crews import Crew, Decomposing, Gathering, MakeCrew, Merging, ThreadCrew
+from merging.engine.decomposition import Decomposition
+from merging.engine.journal import JournaledSink, RunJournal
 from merging.engine.outputs import Sink
 from merging.engine.process_memory import keep_freed_memory, private_memory, release_freed_memory
 from merging.engine.spool import Spool
-from merging.engine.sweeps import SweepPart, Sweeps
-from merging.engine.threads import share_out
+from merging.engine.sweeps import Sweeps
 from merging.engine.tiles import tile_size, unit_size
 from merging.engine.unit import Span
-from merging.engine.worker import Shared, Worker
+from merging.engine.worker import Shared
 from merging.errors import option
 from merging.maths.lazy_torch import Tensor, torch
 from merging.methods.contract.method import ResultStatistic, Statistic
@@ -67,6 +67,7 @@ def run(
     decomposition: Decomposition | None = None,
     journal: RunJournal | None = None,
     pieces: Sequence[Span] | None = None,
+    make_crew: MakeCrew | None = None,
 ) -> Done:
     """Run a plan, and write the merged tensors to a sink.
 
@@ -82,6 +83,7 @@ def run(
             :class:`~merging.engine.journal.JournaledSink` then.
         pieces: the pieces to merge, as :func:`~merging.engine.samples.sample_pieces` chooses them; all by default.
             Statistics are gathered over the whole model all the same.
+        make_crew: makes the workers, such as a cluster; by default threads of this process.
 
     Returns:
         The record of the run.
@@ -93,12 +95,13 @@ def run(
     began = time.perf_counter()
     device = device or torch.device("cpu")
     keep_freed_memory()
-    shared = Shared(plan, sink, device, journal.spool if journal else Spool(scratch), keeps=plan.kept_bytes > 0)
+    spool = journal.spool if journal else _make_spool(scratch, make_crew)
+    shared = Shared(plan, sink, device, spool, keeps=plan.kept_bytes > 0)
     stages = _stages(plan)
     if decomposition is not None:
         shared.decomposed, shared.statistics, stages = decomposition.spool, decomposition.statistics, []
         shared.discarded |= decomposition.losses(plan.ranks)
-    share = partial(share_out, threads=threads, device=device)
+    crew = make_crew(shared) if make_crew else ThreadCrew(shared, threads)
     most = private_memory() + plan.memory(threads)
     spans = _spans(plan, device)
     merged = [span for span in spans if span.item.form != "copy"]
@@ -115,12 +118,12 @@ def run(
                 counter.skip(merged, max(each.reduction.sweeps for each in stage))
             else:
                 announce_phase(progress, "gathering statistics")
-                _gather(shared, stage, merged, share, counter, journal=journal)
+                _gather(shared, stage, merged, crew, counter, journal=journal)
         announce_phase(progress, "merging")
         if journal is None:
-            share(spans, partial(Worker, shared), Worker.merge_unit, counter)
+            crew.go_through(Merging(), spans, counter)
         else:
-            _merge_journaled(shared, spans, share, counter, journal)
+            _merge_journaled(spans, crew, counter, journal)
     finally:
         if journal is not None:
             journal.end()
@@ -130,25 +133,16 @@ def run(
     return Done(time.perf_counter() - began, sorted(shared.notices), shared.discarded, metrics)
 
 
-def _merge_journaled(
-    shared: Shared, spans: Sequence[Span], share: Callable[..., list[Worker]], counter: _Counter, journal: RunJournal
-) -> None:
+def _merge_journaled(spans: Sequence[Span], crew: Crew, counter: _Counter, journal: RunJournal) -> None:
     """Merge the spans that no former run finished, and record each."""
     numbers = {span: number for number, span in enumerate(spans)}
     counter.skip([spans[number] for number in journal.done])
+    crew.go_through(Merging(journal, numbers), [span for span in spans if numbers[span] not in journal.done], counter)
 
-    def make_worker() -> tuple[Worker, CountingSink]:
-        counting = CountingSink(shared.sink)
-        worker = Worker(shared)
-        worker.output.sink = counting
-        return worker, counting
 
-    def merge_unit(pair: tuple[Worker, CountingSink], span: Span) -> None:
-        worker, counting = pair
-        worker.merge_unit(span)
-        journal.add(numbers[span], counting.take())
-
-    share([span for span in spans if numbers[span] not in journal.done], make_worker, merge_unit, counter)
+def _make_spool(scratch: Path | None, make_crew: MakeCrew | None) -> Spool:
+    """Return a spool: with a file that has a name where other processes read it."""
+    return Spool(scratch, scratch / f"{uuid4().hex}.spool" if make_crew and scratch else None)
 
 
 def work_bytes(plan: Plan, device: torch.device) -> int:
@@ -164,6 +158,7 @@ def decompose(
     threads: int = 1,
     progress: Progress | None = None,
     scratch: Path | None = None,
+    make_crew: MakeCrew | None = None,
 ) -> Decomposition:
     """Merge the changes of a plan that become factors, and decompose them, so that their ranks can be chosen.
 
@@ -171,10 +166,10 @@ def decompose(
     """
     device = device or torch.device("cpu")
     keep_freed_memory()
-    found = Decomposition(plan, Spool(scratch))
-    shared = Shared(plan, _Nowhere(), device, Spool(scratch), keeps=plan.kept_bytes > 0)
-    shared.output, shared.notices = partial(Decomposer, found=found), found.notices
-    share = partial(share_out, threads=threads, device=device)
+    found = Decomposition(plan, _make_spool(scratch, make_crew))
+    shared = Shared(plan, _Nowhere(), device, _make_spool(scratch, make_crew), keeps=plan.kept_bytes > 0)
+    shared.notices = found.notices
+    crew = make_crew(shared) if make_crew else ThreadCrew(shared, threads)
     most = private_memory() + plan.memory(threads)
     stages = _stages(plan)
     spans = [span for span in _spans(plan, device) if span.item.form != "copy"]
@@ -183,12 +178,12 @@ def decompose(
     try:
         for stage in stages:
             announce_phase(progress, "gathering statistics")
-            _gather(shared, stage, spans, share, counter)
+            _gather(shared, stage, spans, crew, counter)
         announce_phase(progress, "decomposing")
-        share(spans, partial(Worker, shared), partial(_decompose_span, found=found), counter)
+        crew.go_through(Decomposing(found, device), spans, counter)
         while more := found.widen():
             again = [span for span in spans if span.item in more]
-            share(again, partial(Worker, shared), Worker.merge_unit, lambda span: None)
+            crew.go_through(Decomposing(found, device), again, lambda span: None)
     except BaseException:
         found.spool.close()
         raise
@@ -196,13 +191,6 @@ def decompose(
         shared.spool.close()
     found.statistics = shared.statistics
     return found
-
-
-def _decompose_span(worker: Worker, span: Span, found: Decomposition) -> None:
-    if span.item.form == "factors":
-        worker.merge_unit(span)
-    elif is_unchanged(span.item):
-        found.unchanged.add(span.item.site.name)
 
 
 class _Nowhere:
@@ -258,7 +246,7 @@ def _gather(
     shared: Shared,
     stage: Sequence[Statistic | ResultStatistic],
     spans: Sequence[Span],
-    share: Callable[..., list[tuple[Worker, SweepPart]]],
+    crew: Crew,
     counter: _Counter,
     *,
     journal: RunJournal | None = None,
@@ -269,24 +257,13 @@ def _gather(
     if journal is not None:
         journal.follow(sweeps)
     counter.skip(spans, sweeps.number)
-
-    def make_worker() -> tuple[Worker, SweepPart]:
-        return Worker(shared), sweeps.start_part()
-
-    def gather(pair: tuple[Worker, SweepPart], numbered: tuple[int, Span]) -> None:
-        worker, part = pair
-        worker.accumulators = part.accumulators
-        worker.gather(numbered[1], stage)
-        sweeps.add(part, numbered[0])
-        if journal is not None:
-            journal.check()
-
+    gathering = Gathering(stage, sweeps, {span: number for number, span in enumerate(spans)}, journal)
     unfinished = True
     while unfinished:
         done, left = sweeps.split(spans)
         counter.skip(done)
-        parts = [part for _, part in share(left, make_worker, gather, lambda numbered: counter(numbered[1]))]
+        crew.go_through(gathering, [span for _, span in left], counter)
         release_freed_memory()  # the next sweep has threads of its own, which do not find all that was freed
-        unfinished = sweeps.end_sweep(parts)
+        unfinished = sweeps.end_sweep()
     for each, total in zip(stage, sweeps.totals, strict=True):
         shared.statistics[each.name] = total.result()

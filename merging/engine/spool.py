@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import IO, Any
+from uuid import uuid4
 
 from merging.errors import OutputError
 from merging.maths.delta import Delta, Dense, LowRank
@@ -37,64 +38,97 @@ class _Part:
         return cls(offset, torch.Size(shape), getattr(torch, dtype), device)
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A change that was kept: the name of its file, and its parts; for factors also its shape and their order."""
+
+    file: str
+    parts: tuple[_Part, ...]
+    factors: tuple[tuple[int, ...], bool] | None
+
+    def plain(self) -> dict[str, Any]:
+        """Return it in plain values."""
+        return {"file": self.file, "parts": [part.plain() for part in self.parts], "factors": self.factors}
+
+
 class Spool:
     """Keeps changes, factors as factors, in a file without a name: it is gone when the program ends, in any way.
 
-    ``folder`` is the place of the file. With a ``path`` the file has a name, and a later run can read the changes whose
-    places it knows. Several threads may use a spool at once. Raises :class:`~merging.errors.OutputError` when the disk
-    is full.
+    ``folder`` is the place of the file. With a ``path`` in it the file has a name, and a later run can read the changes
+    whose places it knows. Several threads may use a spool at once. A copy in another process, by pickling, writes to a
+    file of its own in the same folder, and reads the files of all others. Raises
+    :class:`~merging.errors.OutputError` when the disk is full.
     """
 
     def __init__(self, folder: Path | None, path: Path | None = None) -> None:
         self.folder = folder
         self.path = path
-        self._file: IO[bytes] | None = None
+        self._files: dict[str, IO[bytes]] = {}
         self._end = 0
         self._lock = threading.Lock()
-        self._kept: dict[str, tuple[tuple[_Part, ...], tuple[tuple[int, ...], bool] | None]] = {}
+        self._kept: dict[str, _Kept] = {}
+        self._new: set[str] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        assert self.folder is not None and self.path is not None, "a file without a name has no other reader"
+        return _open_elsewhere, (self.folder.absolute(), self.path.stem, dict(self._kept))
 
     def put(self, name: str, delta: Delta) -> None:
         """Keep a change."""
         parts = (delta.up, delta.down) if isinstance(delta, LowRank) else (delta.value,)
-        shape = (delta.shape, delta.transposed) if isinstance(delta, LowRank) else None
-        self._kept[name] = tuple(self._write(part) for part in parts), shape
+        factors = (delta.shape, delta.transposed) if isinstance(delta, LowRank) else None
+        self._kept[name] = _Kept(self._own, tuple(self._write(part) for part in parts), factors)
+        self._new.add(name)
 
     def take(self, name: str) -> Delta | None:
         """Return the change that was kept under a name, if any."""
-        if name not in self._kept:
+        kept = self._kept.get(name)
+        if kept is None:
             return None
-        parts, shape = self._kept[name]
-        values = [self._read(part) for part in parts]
-        return Dense(values[0]) if shape is None else LowRank(values[0], values[1], *shape)
+        values = [self._read(kept.file, part) for part in kept.parts]
+        return Dense(values[0]) if kept.factors is None else LowRank(values[0], values[1], *kept.factors)
 
-    def places(self, after: int = 0) -> dict[str, Any]:
-        """Return the places of the changes that were kept, but the first ``after``, in plain values."""
-        kept = list(self._kept.items())[after:]
-        return {name: {"parts": [part.plain() for part in parts], "factors": shape} for name, (parts, shape) in kept}
+    def places(self) -> dict[str, Any]:
+        """Return the places of the changes that were kept, in plain values."""
+        return {name: kept.plain() for name, kept in [*self._kept.items()]}
+
+    def take_new(self) -> dict[str, Any]:
+        """Return the places of the changes that were kept since the last call, in plain values."""
+        new, self._new = self._new, set()
+        return {name: self._kept[name].plain() for name in new}
 
     def restore(self, places: Mapping[str, Any], device: torch.device) -> None:
-        """Know the changes at these places in the file from before."""
+        """Know the changes at these places, in the file from before or in files of other processes."""
         for name, place in places.items():
             parts = tuple(_Part.of(part, device) for part in place["parts"])
             factors = place["factors"]
-            self._kept[name] = parts, None if factors is None else (tuple(factors[0]), factors[1])
-            self._end = max([self._end, *(part.offset + prod(part.shape) * part.dtype.itemsize for part in parts)])
+            file = place.get("file", self._own)
+            self._kept[name] = _Kept(file, parts, None if factors is None else (tuple(factors[0]), factors[1]))
+            if file == self._own:
+                self._end = max([self._end, *(part.offset + prod(part.shape) * part.dtype.itemsize for part in parts)])
 
     def sync(self) -> None:
         """Make the changes that were kept durable. Raises OSError."""
-        if self._file is not None:
-            sync(self._file.fileno())
+        own = self._files.get(self._own)
+        if own is not None:
+            sync(own.fileno())
 
     def close(self) -> None:
-        """Free the space of a file without a name."""
-        if self._file is not None:
-            self._file.close()
+        """Free the space of a file without a name. Files with a name are opened again when they are needed."""
+        with self._lock:
+            while self._files:
+                self._files.popitem()[1].close()
+
+    @property
+    def _own(self) -> str:
+        """The name of the file that this process writes to; empty for a file without a name."""
+        return "" if self.path is None else self.path.name
 
     def _write(self, values: Tensor) -> _Part:
         host = values.detach().contiguous().cpu()
         try:
+            file = self._open(self._own)
             with self._lock:
-                file = self._open()
                 offset, self._end = self._end, self._end + host.nbytes
             write_at(file.fileno(), _bytes(host), offset)
         except OSError as error:
@@ -103,20 +137,27 @@ class Spool:
             ) from None
         return _Part(offset, values.shape, values.dtype, values.device)
 
-    def _open(self) -> IO[bytes]:
-        if self._file is None:
-            self._file = open_scratch(self.folder, self.path)
-        return self._file
+    def _open(self, name: str) -> IO[bytes]:
+        with self._lock:
+            if name not in self._files:
+                path = self.path.with_name(name) if self.path is not None else None
+                self._files[name] = open_scratch(self.folder, path)
+            return self._files[name]
 
-    def _read(self, part: _Part) -> Tensor:
+    def _read(self, file: str, part: _Part) -> Tensor:
         values = torch.empty(part.shape, dtype=part.dtype)
         try:
-            with self._lock:
-                file = self._open()
-            read_at(file.fileno(), _bytes(values), part.offset)
+            read_at(self._open(file).fileno(), _bytes(values), part.offset)
         except (OSError, EOFError) as error:
             raise OutputError(f"{self.folder}: merged changes that were set aside cannot be read: {error}") from None
         return values.to(part.device)
+
+
+def _open_elsewhere(folder: Path, stem: str, kept: dict[str, _Kept]) -> Spool:
+    """Return the copy of a spool in another process."""
+    spool = Spool(folder, folder / f"{stem.partition('-')[0]}-{uuid4().hex}.spool")
+    spool._kept = kept
+    return spool
 
 
 def open_scratch(folder: Path | None, path: Path | None) -> IO[bytes]:

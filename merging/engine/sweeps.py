@@ -139,11 +139,16 @@ class Sweeps:
             self._news = True
             part.renew(self._fork())
 
-    def end_sweep(self, parts: Iterable[SweepPart]) -> bool:
-        """Take all parts over, and return whether the model must be gone through once more."""
+    def take(self, part: SweepPart) -> None:
+        """Take the values of a part over, and its units; the part must not be used afterwards."""
         with self._lock:
-            for part in parts:
-                self._merge(part.accumulators)
+            self._merge(part.accumulators)
+            self._done.update(part.done)
+            self._news = True
+
+    def end_sweep(self) -> bool:
+        """End the sweep, whose parts were taken, and return whether the model must be gone through once more."""
+        with self._lock:
             unfinished = [total.next() for total in self.totals]  # every one must end its sweep
             self.number, self._done, self._news = self.number + 1, set(), any(unfinished)
             self.period = self.period if self._news else None

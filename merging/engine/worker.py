@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from merging.engine.outputs import Output, Sink
@@ -35,7 +35,6 @@ class Shared:
         discarded: the share of the energy that a lower rank discards, by tensor.
         metrics: numbers that methods report, by name and tensor.
         decomposed: merged changes that were decomposed before, whose leading factors are written.
-        output: makes the writer of merged items for a worker.
     """
 
     plan: Plan
@@ -49,7 +48,6 @@ class Shared:
     discarded: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     decomposed: Spool | None = None
-    output: Callable[[Sink, Tiler, dict[str, float], set[str]], Output] = Output
 
 
 class Worker:
@@ -61,7 +59,7 @@ class Worker:
         self.shared = shared
         self.plan = shared.plan
         self.tiler = Tiler(shared.plan, shared.device)
-        self.output = shared.output(shared.sink, self.tiler, shared.discarded, shared.notices)
+        self.output = Output(shared.sink, self.tiler, shared.discarded, shared.notices)
 
     def gather(self, span: Span, stage: Sequence[Statistic | ResultStatistic]) -> None:
         """Feed the accumulators with a span: with the models' changes, or with what they merge to."""

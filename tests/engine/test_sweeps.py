@@ -31,7 +31,11 @@ def feed(sweeps: Sweeps, stop_after: int | None = None) -> bool | None:
         for accumulator in part.accumulators:
             accumulator.add(tile, number)
         sweeps.add(part, number)
-    return sweeps.end_sweep(parts) if stop_after is None else None
+    if stop_after is not None:
+        return None
+    for part in parts:
+        sweeps.take(part)
+    return sweeps.end_sweep()
 
 
 def results(sweeps: Sweeps) -> list[Tensor]:

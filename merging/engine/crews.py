@@ -1,0 +1,218 @@
+"""The crew of a run: its workers, wherever they are, and the kinds of work that they do on all units."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+from merging.engine.decomposition import Decomposer, Decomposition, is_unchanged
+from merging.engine.journal import CountingSink, RunJournal
+from merging.engine.spool import Spool
+from merging.engine.sweeps import SweepPart, Sweeps
+from merging.engine.threads import share_out
+from merging.engine.unit import Span
+from merging.engine.worker import Shared, Worker
+from merging.maths.lazy_torch import torch
+from merging.maths.reductions import Accumulator
+from merging.maths.spectra import SingularValues
+from merging.methods.contract.method import ResultStatistic, Statistic
+
+__all__ = ["Crew", "Decomposing", "Gathering", "MakeCrew", "Merging", "ThreadCrew", "Work"]
+
+
+class Work(ABC):
+    """One kind of work on units, which any number of workers share.
+
+    It can be pickled: a worker of another process works with the copy, and its results come back by :meth:`collect` and
+    :meth:`receive`.
+    """
+
+    @abstractmethod
+    def begin(self, shared: Shared) -> Any:
+        """Return a new worker."""
+
+    @abstractmethod
+    def do(self, worker: Any, span: Span) -> None:
+        """Do one unit of work."""
+
+    def collect(self, worker: Any) -> Any:
+        """Return the results of a worker that has done its last unit; they can be pickled."""
+        return None
+
+    def receive(self, collected: Any, spans: Sequence[Span]) -> None:
+        """Join the results of a worker with all others. ``spans`` are its units, if it is in another process."""
+        assert collected is None
+
+    def record(self, span: Span, written: Mapping[str, int]) -> None:
+        """Record a unit that is finished, and the bytes of each tensor that it wrote."""
+        assert not written
+
+
+class Crew(Protocol):
+    """The workers of a run, wherever they are."""
+
+    def go_through(self, work: Work, spans: Sequence[Span], on_done: Callable[[Span], None]) -> None:
+        """Do the work on all units; ``on_done`` receives each unit that is done, from one thread at a time.
+
+        Raises the first error of any worker. No worker is left running.
+        """
+
+
+MakeCrew = Callable[[Shared], Crew]
+"""Makes the crew of a run."""
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadCrew:
+    """Threads of this process."""
+
+    shared: Shared
+    threads: int
+
+    def go_through(self, work: Work, spans: Sequence[Span], on_done: Callable[[Span], None]) -> None:
+        """Do the work on all units, each on the next thread that is free."""
+        begin = partial(work.begin, self.shared)
+        workers = share_out(spans, begin, work.do, on_done, threads=self.threads, device=self.shared.device)
+        collected = [work.collect(worker) for worker in workers]
+        del workers  # their buffers are not needed any more
+        for each in collected:
+            work.receive(each, ())
+
+
+class Gathering(Work):
+    """Gathering statistics over the whole model: a stage of them, in one of its sweeps."""
+
+    def __init__(
+        self,
+        stage: Sequence[Statistic | ResultStatistic],
+        sweeps: Sweeps,
+        numbers: Mapping[Span, int],
+        journal: RunJournal | None,
+    ) -> None:
+        self.stage, self.sweeps, self.numbers, self.journal = stage, sweeps, numbers, journal
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _GatheringElsewhere, (self.stage, self.sweeps.start_part().accumulators)
+
+    def begin(self, shared: Shared) -> tuple[Worker, SweepPart]:
+        return Worker(shared), self.sweeps.start_part()
+
+    def do(self, worker: tuple[Worker, SweepPart], span: Span) -> None:
+        gatherer, part = worker
+        gatherer.accumulators = part.accumulators
+        gatherer.gather(span, self.stage)
+        self.sweeps.add(part, self.numbers[span])
+        if self.journal is not None:
+            self.journal.check()
+
+    def collect(self, worker: tuple[Worker, SweepPart]) -> SweepPart:
+        return worker[1]
+
+    def receive(self, collected: SweepPart, spans: Sequence[Span]) -> None:
+        collected.done += [self.numbers[span] for span in spans]
+        self.sweeps.take(collected)
+        if self.journal is not None:
+            self.journal.check()
+
+
+@dataclass(frozen=True, slots=True)
+class _GatheringElsewhere(Work):
+    """Gathering statistics in another process, by empty accumulators."""
+
+    stage: Sequence[Statistic | ResultStatistic]
+    empty: Sequence[Accumulator]
+
+    def begin(self, shared: Shared) -> Worker:
+        worker = Worker(shared)
+        worker.accumulators = [each.fork() for each in self.empty]
+        return worker
+
+    def do(self, worker: Worker, span: Span) -> None:
+        worker.gather(span, self.stage)
+
+    def collect(self, worker: Worker) -> SweepPart:
+        return SweepPart(list(worker.accumulators))
+
+
+@dataclass(frozen=True, slots=True)
+class Merging(Work):
+    """Merging units and writing them. With a journal, each is recorded under its number."""
+
+    journal: RunJournal | None = None
+    numbers: Mapping[Span, int] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Merging, ()  # the journal stays where it is
+
+    def begin(self, shared: Shared) -> Worker:
+        worker = Worker(shared)
+        if self.journal is not None:
+            worker.output.sink = CountingSink(shared.sink)
+        return worker
+
+    def do(self, worker: Worker, span: Span) -> None:
+        worker.merge_unit(span)
+        if isinstance(worker.output.sink, CountingSink):
+            self.record(span, worker.output.sink.take())
+
+    def record(self, span: Span, written: Mapping[str, int]) -> None:
+        if self.journal is not None:
+            self.journal.add(self.numbers[span], written)
+
+
+class Decomposing(Work):
+    """Decomposing merged changes."""
+
+    def __init__(self, found: Decomposition, device: torch.device) -> None:
+        self.found, self.device = found, device
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _DecomposingElsewhere, (self.found.spool, self.found.widths)
+
+    def begin(self, shared: Shared) -> Worker:
+        worker = Worker(shared)
+        found = self.found
+        worker.output = Decomposer(shared.sink, worker.tiler, shared.discarded, found.notices, found=found)
+        return worker
+
+    def do(self, worker: Worker, span: Span) -> None:
+        if span.item.form == "factors":
+            worker.merge_unit(span)
+        elif is_unchanged(span.item):
+            self.found.unchanged.add(span.item.site.name)
+
+    def receive(self, collected: Findings | None, spans: Sequence[Span]) -> None:
+        """Join the findings of a worker of another process; threads share ``found``."""
+        if collected is not None:
+            self.found.spectra |= collected.spectra
+            self.found.unchanged |= collected.unchanged
+            self.found.notices |= collected.notices
+            self.found.spool.restore(collected.places, self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """The part of a decomposition that one process found, with the places of its factors."""
+
+    spectra: Mapping[str, SingularValues]
+    unchanged: set[str]
+    notices: set[str]
+    places: Mapping[str, Any]
+
+
+class _DecomposingElsewhere(Decomposing):
+    """Decomposing merged changes far from the process that chooses the ranks."""
+
+    def __init__(self, spool: Spool, widths: Mapping[str, int]) -> None:
+        self.spool, self.widths = spool, dict(widths)
+
+    def begin(self, shared: Shared) -> Worker:
+        self.found = Decomposition(shared.plan, self.spool, widths=self.widths)
+        return super().begin(shared)
+
+    def collect(self, worker: Worker) -> Findings:
+        found = self.found
+        return Findings(found.spectra, found.unchanged, found.notices, self.spool.take_new())
