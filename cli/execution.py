@@ -126,7 +126,7 @@ def execute(
     """
     from merging.api.merge_files import default_destination, merge_plan, plan_for
     from merging.api.usage import describe_usage
-    from merging.engine.resources import pick_device
+    from merging.engine.resources import pick_devices
     from merging.errors import OptionError
     from merging.hub.push import push, target_of
 
@@ -147,7 +147,7 @@ def execute(
         merged = merge_plan(
             plan,
             destination,
-            device=pick_device(execution.device),
+            devices=pick_devices(execution.device),
             threads=execution.threads,
             max_memory=execution.max_memory,
             overwrite=execution.overwrite,

@@ -100,9 +100,9 @@ device_option = click.option(
     "--device",
     default="cpu",
     show_default=True,
-    help="cpu, cuda, cuda:N or auto",
+    help="cpu, cuda (all GPUs), cuda:0,1 (some), mps, xpu or auto",
     shell_complete=lambda context, option, incomplete: [
-        name for name in ("cpu", "cuda", "auto") if name.startswith(incomplete)
+        name for name in ("cpu", "cuda", "mps", "xpu", "auto") if name.startswith(incomplete)
     ],
 )
 threads_option = click.option("--threads", type=int, help="workers  [default: all cores]")

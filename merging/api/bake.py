@@ -13,7 +13,7 @@ from merging.api.arguments import check_entries, check_method, check_path
 from merging.api.merge_files import Merged, merge_plan, merge_recipe, plan_for
 from merging.api.options import MergeOptions
 from merging.display.progress import Progress, resolve_progress
-from merging.engine.resources import pick_device
+from merging.engine.resources import pick_devices
 from merging.errors import InputError, OptionError, QuantizedError, option
 from merging.hub.cards import stated_quantization
 from merging.hub.open_model import open_model, require_full
@@ -65,7 +65,7 @@ def bake(
         adapters: the adapters: paths, or names on the Hub.
         output: the output. A name ending in ``.safetensors`` is a single file, any other a folder.
         method: a method, or a chain as it is written. By default the changes are added up, each times its weight.
-        device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for a GPU if there is one.
+        device: ``cpu``, ``cuda`` for all such GPUs, ``cuda:0,1`` for some, ``mps``, ``xpu``, or ``auto``.
         threads: the number of threads; by default one for each processor core, as far as the memory allows.
         max_memory: the most memory to take, in bytes or as ``"500MB"``, above the memory of the imports.
         overwrite: whether an output that exists is replaced.
@@ -94,7 +94,7 @@ def bake(
     return merge_plan(
         replace(plan, notices=(*prepared.notices, *plan.notices)),
         destination,
-        device=pick_device(device),
+        devices=pick_devices(device),
         threads=threads,
         max_memory=max_memory,
         overwrite=overwrite,

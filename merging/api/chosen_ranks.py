@@ -31,7 +31,7 @@ def open_decomposed(plan: Plan, settings: StageSettings) -> Iterator[tuple[Plan,
         return
     found = decompose(
         plan,
-        device=settings.device,
+        devices=settings.devices,
         threads=settings.threads,
         progress=settings.progress,
         scratch=settings.scratch,

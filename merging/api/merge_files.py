@@ -20,9 +20,10 @@ from merging.api.resuming import prepare_resuming
 from merging.display.notices import report_notices
 from merging.display.progress import Progress, resolve_progress
 from merging.display.tables import Displayed
+from merging.engine.devices import main_device
 from merging.engine.download import download_plan
 from merging.engine.journal import Journal
-from merging.engine.resources import pick_device, workers_within
+from merging.engine.resources import pick_devices, workers_within
 from merging.engine.sanity import unrelated_models
 from merging.engine.stages import StageSettings, open_stages
 from merging.engine.threads import cores
@@ -153,7 +154,7 @@ def merge(
         method: a method, or a chain as it is written (``"lines+task_arithmetic"``).
         output: the output. A name ending in ``.safetensors`` is a single file, any other a folder. By default
             ``merged.safetensors`` when all models are bare files, else the folder ``merged``.
-        device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for a GPU if there is one.
+        device: ``cpu``, ``cuda`` for all such GPUs, ``cuda:0,1`` for some, ``mps``, ``xpu``, or ``auto``.
         threads: the number of threads; by default one for each processor core, as far as the memory allows.
         max_memory: the most memory to take, in bytes or as ``"500MB"``, above the memory of the imports.
         overwrite: whether an output that exists is replaced.
@@ -184,7 +185,7 @@ def merge(
     return merge_plan(
         plan_for(recipe, destination),
         destination,
-        device=pick_device(device),
+        devices=pick_devices(device),
         threads=threads,
         max_memory=max_memory,
         overwrite=overwrite,
@@ -228,7 +229,7 @@ def merge_plan(
     plan: Plan,
     destination: Path,
     *,
-    device: torch.device | None = None,
+    devices: Sequence[torch.device] = (),
     threads: int | None = None,
     max_memory: int | str | None = None,
     overwrite: bool = False,
@@ -243,7 +244,7 @@ def merge_plan(
     Args:
         plan: the plan.
         destination: the file or folder to write.
-        device: the device to compute on; the CPU by default.
+        devices: the devices to compute on, of one kind; the CPU by default.
         threads: the number of threads; by default one for each processor core, as far as the memory allows.
         max_memory: the most memory to take, in bytes or as ``"500MB"``, above the memory of the imports.
         overwrite: whether an output that exists is replaced.
@@ -260,7 +261,7 @@ def merge_plan(
     described = shown or plan
     identity, there = None, 0
     if keep_stages is None:
-        identity, there = prepare_resuming(plan, described, destination, device, resume)
+        identity, there = prepare_resuming(plan, described, destination, main_device(devices), resume)
     elif resume:
         raise OptionError(f"{option('resume', True)} does not go with {option('keep_stages')}: leave one of them out")
     check_output(plan, destination, overwrite, there=there)
@@ -275,9 +276,9 @@ def merge_plan(
             plan = download_plan(plan, companion_patterns(plan), stream=staged.scratch)
             described = shown or plan
         transplant = plan.vocabulary.transplant if plan.vocabulary else None
-        if transplant is not None and device is not None:
-            transplant.compute_on(device)
-        settings = StageSettings(device=device, threads=workers, scratch=staged.scratch, progress=progress)
+        if transplant is not None:
+            transplant.compute_on(main_device(devices))
+        settings = StageSettings(devices=devices, threads=workers, scratch=staged.scratch, progress=progress)
         if staged.journal is not None:
             settings = replace(settings, journal=Journal(staged.journal))
         if keep_stages is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from merging.api.chosen_ranks import open_decomposed
 from merging.display.progress import announce_phase
+from merging.engine.devices import main_device
 from merging.engine.run import Done, Sink, run
 from merging.engine.stages import StageSettings
 from merging.errors import OutputError, option
@@ -145,14 +146,16 @@ def write_output(plan: Plan, shown: Plan, staged: StagedOutput, settings: StageS
         journal = settings.journal.of_run("merge") if settings.journal and plan.quantized is None else None
         if journal is None:
             staged.clear()
-        writer = make_writer(shown, staged.folder, staged.destination, settings.device, resume=journal is not None)
+        writer = make_writer(
+            shown, staged.folder, staged.destination, main_device(settings.devices), resume=journal is not None
+        )
         encodings = plan.quantized.encodings if plan.quantized else {}
         quantizing = QuantizingWriter(writer, encodings)
         try:
             done = run(
                 plan,
                 writer if plan.quantized is None else quantizing,
-                device=settings.device,
+                devices=settings.devices,
                 threads=settings.threads,
                 progress=settings.progress if decomposition is None else None,
                 scratch=staged.scratch,

@@ -14,7 +14,7 @@ from merging.api.arguments import check_path
 from merging.api.merge_files import Merged, default_destination, merge_plan, plan_for
 from merging.api.recipe_records import RecipeRecord, read_record
 from merging.display.progress import Progress, resolve_progress
-from merging.engine.resources import pick_device
+from merging.engine.resources import pick_devices
 from merging.errors import InputError, OptionError, nearest, option
 from merging.hub.address import hub_address, local_path
 from merging.hub.open_model import open_model
@@ -92,7 +92,7 @@ def rerun(
         sources: places of models that were moved, by their names in the recipe.
         allow_changed: whether sources may differ from their records.
         lenient: whether what mergekit ignores in its recipes is ignored, and not refused.
-        device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for a GPU if there is one.
+        device: ``cpu``, ``cuda`` for all such GPUs, ``cuda:0,1`` for some, ``mps``, ``xpu``, or ``auto``.
         threads: the number of threads; by default one for each processor core, as far as the memory allows.
         max_memory: the most memory to take, in bytes or as ``"500MB"``, above the memory of the imports.
         overwrite: whether an output that exists is replaced.
@@ -117,7 +117,7 @@ def rerun(
     merged = merge_plan(
         planned.plan,
         made,
-        device=pick_device(str(device)),
+        devices=pick_devices(device),
         threads=threads,
         max_memory=max_memory,
         overwrite=overwrite,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from math import sqrt
@@ -58,7 +58,7 @@ class AddOptions:
 class StepExecution:
     """Where and with how much memory a step runs, which changes no byte of its state."""
 
-    device: torch.device
+    devices: Sequence[torch.device]
     threads: int
     max_memory: int | str | None = None
     progress: Progress | None = None
@@ -110,7 +110,7 @@ def write_state(
         writer = TensorWriter(folder, name, plan.outs, state_metadata(plan), None)
         try:
             done = run(
-                plan, writer, device=execution.device, threads=workers, progress=execution.progress, scratch=folder
+                plan, writer, devices=execution.devices, threads=workers, progress=execution.progress, scratch=folder
             )
             writer.finish()
         except InputError:

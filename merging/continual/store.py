@@ -32,7 +32,7 @@ from merging.continual.view import StoreView
 from merging.display.notices import report_notices
 from merging.display.progress import Progress, resolve_progress
 from merging.engine.download import download_model, missing_files
-from merging.engine.resources import pick_device
+from merging.engine.resources import pick_devices
 from merging.engine.threads import cores
 from merging.errors import InputError, MergingError, OptionError, OutputError
 from merging.hub.address import hub_address
@@ -138,7 +138,7 @@ class ContinualStore(StoreView):
                 is another model.
             again: add it even if a model with the same content was added before.
             keep: the number of the last states that stay, as in :meth:`gc`; all by default.
-            device: the device of the computation, such as ``"cuda"``.
+            device: the device of the computation, such as ``"cuda"`` (all such GPUs) or ``"cuda:1"``.
             threads: the number of threads; all cores by default.
             max_memory: the most memory, in bytes or as ``"500MB"``, above the memory of the imports.
             allow_different_bases: add a model even if it seems to have another base.
@@ -177,7 +177,7 @@ class ContinualStore(StoreView):
                 require_whole(self.path, manifest, len(manifest.steps))
             with new_state(self.path) as folder:
                 execution = StepExecution(
-                    pick_device(device), cores() if threads is None else threads, max_memory, progress
+                    pick_devices(device), cores() if threads is None else threads, max_memory, progress
                 )
                 new = write_state(manifest, self.path, alone, content, folder=folder, execution=execution)
                 parts = publish_state(self.path, folder, len(manifest.steps) + 1, new)

@@ -16,7 +16,7 @@ from merging.continual.state import open_state
 from merging.continual.update_rules import history_of, rule_of
 from merging.display.progress import Progress, resolve_progress
 from merging.display.tables import Table, Tabular, plural
-from merging.engine.resources import pick_device
+from merging.engine.resources import pick_devices
 from merging.errors import FormatError, InputError, OptionError
 from merging.geometry.short_names import short_names
 from merging.maths.lazy_torch import torch
@@ -122,7 +122,7 @@ class StoreView(Tabular):
             kind: ``"model"`` for a full model, ``"adapter"`` for a LoRA adapter.
             rank: the rank of an adapter; needed where matrices are held in full.
             dtype: the type of all tensors; by default the base's.
-            device: the device of the computation, such as ``"cuda"``.
+            device: the device of the computation, such as ``"cuda"`` (all such GPUs) or ``"cuda:1"``.
             threads: the number of threads; all cores by default.
             max_memory: the most memory, in bytes or as ``"500MB"``, above the memory of the imports.
             overwrite: replace an output that exists.
@@ -143,7 +143,7 @@ class StoreView(Tabular):
             base_of(self.path, manifest),
             Path(output),
             recipe={"as": kind, "dtype": dtype, "rank": rank},
-            device=pick_device(device),
+            devices=pick_devices(device),
             threads=threads,
             max_memory=max_memory,
             overwrite=overwrite,

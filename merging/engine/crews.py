@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from typing import Any, Protocol
 
 from merging.engine.decomposition import Decomposer, Decomposition, is_unchanged
@@ -31,8 +32,8 @@ class Work(ABC):
     """
 
     @abstractmethod
-    def begin(self, shared: Shared) -> Any:
-        """Return a new worker."""
+    def begin(self, shared: Shared, device: torch.device) -> Any:
+        """Return a new worker on a device."""
 
     @abstractmethod
     def do(self, worker: Any, span: Span) -> None:
@@ -74,8 +75,15 @@ class ThreadCrew:
 
     def go_through(self, work: Work, spans: Sequence[Span], on_done: Callable[[Span], None]) -> None:
         """Do the work on all units, each on the next thread that is free."""
-        begin = partial(work.begin, self.shared)
-        workers = share_out(spans, begin, work.do, on_done, threads=self.threads, device=self.shared.device)
+        workers = share_out(
+            spans,
+            partial(work.begin, self.shared),
+            work.do,
+            on_done,
+            threads=self.threads,
+            devices=self.shared.devices,
+            size=attrgetter("bytes"),
+        )
         collected = [work.collect(worker) for worker in workers]
         del workers  # their buffers are not needed any more
         for each in collected:
@@ -97,8 +105,8 @@ class Gathering(Work):
     def __reduce__(self) -> tuple[Any, ...]:
         return _GatheringElsewhere, (self.stage, self.sweeps.start_part().accumulators)
 
-    def begin(self, shared: Shared) -> tuple[Worker, SweepPart]:
-        return Worker(shared), self.sweeps.start_part()
+    def begin(self, shared: Shared, device: torch.device) -> tuple[Worker, SweepPart]:
+        return Worker(shared, device), self.sweeps.start_part()
 
     def do(self, worker: tuple[Worker, SweepPart], span: Span) -> None:
         gatherer, part = worker
@@ -125,8 +133,8 @@ class _GatheringElsewhere(Work):
     stage: Sequence[Statistic | ResultStatistic]
     empty: Sequence[Accumulator]
 
-    def begin(self, shared: Shared) -> Worker:
-        worker = Worker(shared)
+    def begin(self, shared: Shared, device: torch.device) -> Worker:
+        worker = Worker(shared, device)
         worker.accumulators = [each.fork() for each in self.empty]
         return worker
 
@@ -147,8 +155,8 @@ class Merging(Work):
     def __reduce__(self) -> tuple[Any, ...]:
         return Merging, ()  # the journal stays where it is
 
-    def begin(self, shared: Shared) -> Worker:
-        worker = Worker(shared)
+    def begin(self, shared: Shared, device: torch.device) -> Worker:
+        worker = Worker(shared, device)
         if self.journal is not None:
             worker.output.sink = CountingSink(shared.sink)
         return worker
@@ -166,14 +174,14 @@ class Merging(Work):
 class Decomposing(Work):
     """Decomposing merged changes."""
 
-    def __init__(self, found: Decomposition, device: torch.device) -> None:
-        self.found, self.device = found, device
+    def __init__(self, found: Decomposition) -> None:
+        self.found = found
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _DecomposingElsewhere, (self.found.spool, self.found.widths)
 
-    def begin(self, shared: Shared) -> Worker:
-        worker = Worker(shared)
+    def begin(self, shared: Shared, device: torch.device) -> Worker:
+        worker = Worker(shared, device)
         found = self.found
         worker.output = Decomposer(shared.sink, worker.tiler, shared.discarded, found.notices, found=found)
         return worker
@@ -190,7 +198,7 @@ class Decomposing(Work):
             self.found.spectra |= collected.spectra
             self.found.unchanged |= collected.unchanged
             self.found.notices |= collected.notices
-            self.found.spool.restore(collected.places, self.device)
+            self.found.spool.restore(collected.places)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,9 +217,9 @@ class _DecomposingElsewhere(Decomposing):
     def __init__(self, spool: Spool, widths: Mapping[str, int]) -> None:
         self.spool, self.widths = spool, dict(widths)
 
-    def begin(self, shared: Shared) -> Worker:
+    def begin(self, shared: Shared, device: torch.device) -> Worker:
         self.found = Decomposition(shared.plan, self.spool, widths=self.widths)
-        return super().begin(shared)
+        return super().begin(shared, device)
 
     def collect(self, worker: Worker) -> Findings:
         found = self.found

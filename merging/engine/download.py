@@ -13,7 +13,6 @@ from merging.hub.address import Address
 from merging.hub.open_model import open_model
 from merging.hub.remote import RemoteFile, Window
 from merging.hub.repository import open_repository
-from merging.maths.lazy_torch import torch
 from merging.methods.families.dropping import Dropping
 from merging.plan import Item, Plan
 from merging.plan.checks import check_packed, make_content_keys
@@ -129,4 +128,4 @@ def _fetch(files: Sequence[RemoteFile], progress: Progress | None) -> None:
 
         remote.fetch(count)
 
-    share_out(files, lambda: None, work, lambda _: None, threads=_STREAMS, device=torch.device("cpu"), stop=stop)
+    share_out(files, lambda _: None, work, lambda _: None, threads=_STREAMS, stop=stop)

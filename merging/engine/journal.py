@@ -122,7 +122,7 @@ class RunJournal:
         self._fd: int | None = None
         self._end = 0
 
-    def begin(self, sink: JournaledSink, record: Record, device: torch.device) -> None:
+    def begin(self, sink: JournaledSink, record: Record) -> None:
         """Take up the entries of a former run, if its values are there, and begin to write entries.
 
         Raises :class:`~merging.errors.OutputError`.
@@ -143,7 +143,7 @@ class RunJournal:
             for unit, counts in entry["units"]:
                 self.done.add(unit)
                 written.update(counts)
-            self.spool.restore(entry["spooled"], device)
+            self.spool.restore(entry["spooled"])
             record.statistics |= {name: _parse_tensor(each) for name, each in entry["statistics"].items()}
             record.discarded |= entry["discarded"]
             record.notices |= set(entry["notices"])

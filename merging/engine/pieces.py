@@ -74,8 +74,8 @@ class _PieceWorker(Worker):
 
     def __init__(self, reader: PieceReader) -> None:
         self.sink = _Piece()
-        spool = Spool(None)
-        super().__init__(Shared(reader.plan, self.sink, reader.device, spool, keeps=False, notices=reader.notices))
+        shared = Shared(reader.plan, self.sink, [reader.device], Spool(None), keeps=False, notices=reader.notices)
+        super().__init__(shared, reader.device)
         self.reader = reader
         self._last: tuple[str, int] | None = None
         self._merged: tuple[str, Delta] | None = None

@@ -1,14 +1,15 @@
-"""The device and the number of workers of a merge, as the machine and the memory allow."""
+"""The devices and the number of workers of a merge, as the machine and the memory allow."""
 
 from __future__ import annotations
 
+from merging.engine.devices import KINDS
 from merging.engine.process_memory import available_memory
 from merging.errors import OptionError
 from merging.maths.lazy_torch import torch
 from merging.plan.merge_plan import Plan
 from merging.plan.sizes import parse_size
 
-__all__ = ["pick_device", "workers_within"]
+__all__ = ["pick_device", "pick_devices", "workers_within"]
 
 
 def workers_within(plan: Plan, threads: int, max_memory: int | str | None) -> int:
@@ -37,23 +38,42 @@ def _fitting(plan: Plan, threads: int, memory: int) -> int:
     return min(threads, (memory - plan.memory(0)) // max(1, plan.worker_bytes))
 
 
-def pick_device(name: str | torch.device) -> torch.device:
-    """Return the device of a name: ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` for a GPU if there is one.
+def pick_devices(name: str | torch.device) -> tuple[torch.device, ...]:
+    """Return the devices of a name: ``cpu``, ``cuda`` for all such GPUs, ``cuda:0,1`` for some, ``mps``, ``xpu``.
 
-    Raises :class:`~merging.errors.OptionError` for a device that this machine does not have.
+    ``auto`` means all GPUs if there is one, else the CPU.
+
+    Raises :class:`~merging.errors.OptionError` for devices that this machine does not have.
     """
     name = str(name)
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise OptionError(f"device = {name!r}: use cpu, cuda, cuda:N or auto") from None
-    if device.type not in ("cpu", "cuda"):
-        raise OptionError(f"device = {name!r}: merging runs on cpu and cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
+        name = next((each for each, kind in KINDS.items() if each != "cpu" and kind.count()), "cpu")
+    kind, _, listed = name.partition(":")
+    if kind not in KINDS:
+        raise OptionError(f"device = {name!r}: use cpu, cuda, cuda:N, cuda:N,M, mps, xpu or auto")
+    there = KINDS[kind].count()
+    if not there:
         raise OptionError(
-            f"device = {name!r}: this machine has {found or 'no'} such GPU{'s' if found > 1 else ''}: use cpu or auto"
+            f"device = {name!r}: this machine has no such GPU, or this torch does not support it: use cpu or auto"
         )
-    return device
+    try:
+        numbers = [int(each) for each in listed.split(",")] if ":" in name else list(range(there))
+    except ValueError:
+        raise OptionError(f"device = {name!r}: name GPUs by their numbers, as in {kind}:0,1") from None
+    if len(set(numbers)) < len(numbers):
+        raise OptionError(f"device = {name!r}: a GPU is named twice: name each once")
+    if not set(numbers) <= set(range(there)):
+        found = f"only {kind}:0" if there == 1 else f"{kind}:0 to {kind}:{there - 1}"
+        raise OptionError(f"device = {name!r}: this machine has {found}: use these, cpu or auto")
+    return (torch.device("cpu"),) if kind == "cpu" else tuple(torch.device(kind, number) for number in numbers)
+
+
+def pick_device(name: str | torch.device) -> torch.device:
+    """Return the device of a name, for work that one device does: the first GPU where the name means all.
+
+    Raises :class:`~merging.errors.OptionError` for a device that this machine does not have, and for several.
+    """
+    devices = pick_devices(name)
+    if "," in str(name):
+        raise OptionError(f"device = {str(name)!r}: this work is done by one device: name one GPU")
+    return devices[0]

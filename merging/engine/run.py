@@ -1,7 +1,8 @@
 """Running a plan: read, merge and write piece by piece, on all cores or on a GPU.
 
 The plan says how each tensor is cut. Workers take the units of work in the order of the files. Tiles are the same for
-any number of workers, and sums over them are exact, so the output's bytes do not depend on the number of workers.
+any number of workers, and sums over them are exact, so the output's bytes do not depend on the number of workers, nor
+on how many devices of one kind share the work.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from merging.display.notices import describe_discarded
 from merging.display.progress import Progress, announce_phase
 from merging.engine.crews import Crew, Decomposing, Gathering, MakeCrew, Merging, ThreadCrew
 from merging.engine.decomposition import Decomposition
+from merging.engine.devices import main_device
 from merging.engine.journal import JournaledSink, RunJournal
 from merging.engine.outputs import Sink
 from merging.engine.process_memory import keep_freed_memory, private_memory, release_freed_memory
@@ -60,7 +62,7 @@ def run(
     plan: Plan,
     sink: Sink,
     *,
-    device: torch.device | None = None,
+    devices: Sequence[torch.device] = (),
     threads: int = 1,
     progress: Progress | None = None,
     scratch: Path | None = None,
@@ -74,7 +76,7 @@ def run(
     Args:
         plan: the plan.
         sink: the receiver of the merged tensors.
-        device: the device to compute on; the CPU by default.
+        devices: the devices to compute on, of one kind; the CPU by default.
         threads: the number of workers.
         progress: called with the bytes done and the bytes in all, over all sweeps.
         scratch: a folder for merged changes that are set aside meanwhile; the system's temporary one by default.
@@ -93,10 +95,10 @@ def run(
             No worker is left running.
     """
     began = time.perf_counter()
-    device = device or torch.device("cpu")
+    device = main_device(devices)
     keep_freed_memory()
     spool = journal.spool if journal else _make_spool(scratch, make_crew)
-    shared = Shared(plan, sink, device, spool, keeps=plan.kept_bytes > 0)
+    shared = Shared(plan, sink, devices, spool, keeps=plan.kept_bytes > 0)
     stages = _stages(plan)
     if decomposition is not None:
         shared.decomposed, shared.statistics, stages = decomposition.spool, decomposition.statistics, []
@@ -112,7 +114,7 @@ def run(
     counter = _Counter(progress, total, most)
     try:
         if journal is not None:
-            journal.begin(cast(JournaledSink, sink), shared, device)
+            journal.begin(cast(JournaledSink, sink), shared)
         for stage in stages:
             if all(each.name in shared.statistics for each in stage):
                 counter.skip(merged, max(each.reduction.sweeps for each in stage))
@@ -154,7 +156,7 @@ def work_bytes(plan: Plan, device: torch.device) -> int:
 def decompose(
     plan: Plan,
     *,
-    device: torch.device | None = None,
+    devices: Sequence[torch.device] = (),
     threads: int = 1,
     progress: Progress | None = None,
     scratch: Path | None = None,
@@ -164,10 +166,10 @@ def decompose(
 
     The arguments are the same as for :func:`run`. The result holds a file, which its ``spool`` closes.
     """
-    device = device or torch.device("cpu")
+    device = main_device(devices)
     keep_freed_memory()
     found = Decomposition(plan, _make_spool(scratch, make_crew))
-    shared = Shared(plan, _Nowhere(), device, _make_spool(scratch, make_crew), keeps=plan.kept_bytes > 0)
+    shared = Shared(plan, _Nowhere(), devices, _make_spool(scratch, make_crew), keeps=plan.kept_bytes > 0)
     shared.notices = found.notices
     crew = make_crew(shared) if make_crew else ThreadCrew(shared, threads)
     most = private_memory() + plan.memory(threads)
@@ -180,10 +182,10 @@ def decompose(
             announce_phase(progress, "gathering statistics")
             _gather(shared, stage, spans, crew, counter)
         announce_phase(progress, "decomposing")
-        crew.go_through(Decomposing(found, device), spans, counter)
+        crew.go_through(Decomposing(found), spans, counter)
         while more := found.widen():
             again = [span for span in spans if span.item in more]
-            crew.go_through(Decomposing(found, device), again, lambda span: None)
+            crew.go_through(Decomposing(found), again, lambda span: None)
     except BaseException:
         found.spool.close()
         raise
@@ -215,7 +217,7 @@ def _stages(plan: Plan) -> list[list[Statistic | ResultStatistic]]:
 
 
 def _spans(plan: Plan, device: torch.device) -> list[Span]:
-    """Return the units of work: items in one piece, or in pieces of a size that depends on the device alone."""
+    """Return the units of work: items in one piece, or in pieces of a size that depends on the kind of device alone."""
     spans = []
     for item in plan.items:
         tile = item.cut.elements(tile_size(device))

@@ -25,17 +25,16 @@ class _Part:
     offset: int
     shape: torch.Size
     dtype: torch.dtype
-    device: torch.device
 
     def plain(self) -> list[Any]:
-        """Return the part in plain values, without its device."""
+        """Return the part in plain values."""
         return [self.offset, list(self.shape), str(self.dtype).removeprefix("torch.")]
 
     @classmethod
-    def of(cls, plain: Sequence[Any], device: torch.device) -> _Part:
+    def of(cls, plain: Sequence[Any]) -> _Part:
         """Return a part from its plain values."""
         offset, shape, dtype = plain
-        return cls(offset, torch.Size(shape), getattr(torch, dtype), device)
+        return cls(offset, torch.Size(shape), getattr(torch, dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +80,7 @@ class Spool:
         self._new.add(name)
 
     def take(self, name: str) -> Delta | None:
-        """Return the change that was kept under a name, if any."""
+        """Return the change that was kept under a name, if any, on the CPU."""
         kept = self._kept.get(name)
         if kept is None:
             return None
@@ -97,10 +96,10 @@ class Spool:
         new, self._new = self._new, set()
         return {name: self._kept[name].plain() for name in new}
 
-    def restore(self, places: Mapping[str, Any], device: torch.device) -> None:
+    def restore(self, places: Mapping[str, Any]) -> None:
         """Know the changes at these places, in the file from before or in files of other processes."""
         for name, place in places.items():
-            parts = tuple(_Part.of(part, device) for part in place["parts"])
+            parts = tuple(_Part.of(part) for part in place["parts"])
             factors = place["factors"]
             file = place.get("file", self._own)
             self._kept[name] = _Kept(file, parts, None if factors is None else (tuple(factors[0]), factors[1]))
@@ -135,7 +134,7 @@ class Spool:
             raise OutputError(
                 f"{self.folder or tempfile.gettempdir()}: merged changes cannot be set aside: {error.strerror}"
             ) from None
-        return _Part(offset, values.shape, values.dtype, values.device)
+        return _Part(offset, values.shape, values.dtype)
 
     def _open(self, name: str) -> IO[bytes]:
         with self._lock:
@@ -150,7 +149,7 @@ class Spool:
             read_at(self._open(file).fileno(), _bytes(values), part.offset)
         except (OSError, EOFError) as error:
             raise OutputError(f"{self.folder}: merged changes that were set aside cannot be read: {error}") from None
-        return values.to(part.device)
+        return values
 
 
 def _open_elsewhere(folder: Path, stem: str, kept: dict[str, _Kept]) -> Spool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from merging.display.progress import Progress, announce_phase
+from merging.engine.devices import main_device
 from merging.engine.journal import Journal
 from merging.engine.pieces import PieceReader
 from merging.engine.run import run, work_bytes
@@ -36,7 +37,7 @@ class StageSettings:
     """How stages are run.
 
     Attributes:
-        device: the device to compute on.
+        devices: the devices to compute on, of one kind; the CPU by default.
         threads: the number of workers of a stage that is set aside.
         scratch: the folder for stages that are set aside.
         progress: called with the bytes done and the bytes in all.
@@ -44,7 +45,7 @@ class StageSettings:
         journal: the finished work of former runs of the merge; None if no later run can go on.
     """
 
-    device: torch.device | None = None
+    devices: Sequence[torch.device] = ()
     threads: int = 1
     scratch: Path | None = None
     progress: Progress | None = None
@@ -66,7 +67,7 @@ def open_stages(plan: Plan, settings: StageSettings) -> Iterator[tuple[Plan, Pro
     if not stages:
         yield plan, settings.progress, []
         return
-    device = settings.device or torch.device("cpu")
+    device = main_device(settings.devices)
     aside = [stage for stage in stages if settings.keep or not stage.lazy]
     parts = _Parts(settings.progress, [work_bytes(each, device) for each in [*(s.plan for s in aside), plan]])
     remarks: list[str] = []
@@ -77,7 +78,7 @@ def open_stages(plan: Plan, settings: StageSettings) -> Iterator[tuple[Plan, Pro
             if stage not in aside:
                 stage.values.reader = PieceReader(stage.plan, device)
                 continue
-            reader = _set_aside(stage, settings, device, parts.next())
+            reader = _set_aside(stage, settings, parts.next())
             stage.values.reader = reader
             remarks += _place(stage, reader.notices)
             later = aside[aside.index(stage) + 1 :]
@@ -130,9 +131,7 @@ def _close(stage: Stage) -> None:
         reader.close()
 
 
-def _set_aside(
-    stage: Stage, settings: StageSettings, device: torch.device, progress: Progress | None
-) -> _AsideFile | _KeptTensors:
+def _set_aside(stage: Stage, settings: StageSettings, progress: Progress | None) -> _AsideFile | _KeptTensors:
     if settings.keep is not None:
         return _KeptTensors(settings.keep(stage, progress))
     journal = settings.journal.of_run(f"stage {stage.name}") if settings.journal else None
@@ -141,7 +140,7 @@ def _set_aside(
         done = run(
             stage.plan,
             file,
-            device=device,
+            devices=settings.devices,
             threads=settings.threads,
             progress=progress,
             scratch=settings.scratch,

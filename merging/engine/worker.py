@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -28,9 +29,10 @@ class Shared:
     """The task of a run and its results so far, common to its workers.
 
     Attributes:
+        devices: the devices that its workers compute on; the CPU if there are none.
         keeps: whether there is room to keep what wrappers made of factors, in ``kept``.
         statistics: the statistics gathered over the whole model, by name.
-        kept: stacks of factors as the outer wrappers transformed them, by tensor.
+        kept: stacks of factors as the outer wrappers transformed them, by device and tensor.
         notices: remarks for people.
         discarded: the share of the energy that a lower rank discards, by tensor.
         metrics: numbers that methods report, by name and tensor.
@@ -39,11 +41,11 @@ class Shared:
 
     plan: Plan
     sink: Sink
-    device: torch.device
+    devices: Sequence[torch.device]
     spool: Spool
     keeps: bool
     statistics: dict[str, Tensor] = field(default_factory=dict)
-    kept: dict[str, Unwrapped] = field(default_factory=dict)
+    kept: defaultdict[torch.device, dict[str, Unwrapped]] = field(default_factory=lambda: defaultdict(dict))
     notices: set[str] = field(default_factory=set)
     discarded: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -51,14 +53,14 @@ class Shared:
 
 
 class Worker:
-    """Works on spans with buffers of its own; ``accumulators`` are of the sweep, one a statistic."""
+    """Works on spans on one device, with buffers of its own; ``accumulators`` are of the sweep, one a statistic."""
 
     accumulators: Sequence[Accumulator] = ()
 
-    def __init__(self, shared: Shared) -> None:
+    def __init__(self, shared: Shared, device: torch.device) -> None:
         self.shared = shared
         self.plan = shared.plan
-        self.tiler = Tiler(shared.plan, shared.device)
+        self.tiler = Tiler(shared.plan, device)
         self.output = Output(shared.sink, self.tiler, shared.discarded, shared.notices)
 
     def gather(self, span: Span, stage: Sequence[Statistic | ResultStatistic]) -> None:
@@ -73,13 +75,14 @@ class Worker:
                 unit.accumulate(unit.statistic(each.name), accumulator, unit.statistics(before=each.name))
 
     def _open(self, span: Span, keep: bool = False) -> WorkUnit:
-        unit = WorkUnit(span, self.tiler, self.shared.statistics, self.shared.kept)
+        kept = self.shared.kept[self.tiler.device]
+        unit = WorkUnit(span, self.tiler, self.shared.statistics, kept)
         name = span.item.site.name
         if unit.unwrapped is not None:
             for metric, value in unit.unwrapped.metrics.items():
                 self.shared.metrics.setdefault(metric, {})[name] = value
             if keep and unit.stack is not unit.unwrapped.stack and self.shared.keeps:
-                self.shared.kept[name] = unit.unwrapped
+                kept[name] = unit.unwrapped
         return unit
 
     def _gather_results(self, unit: WorkUnit) -> None:
@@ -95,7 +98,7 @@ class Worker:
                     accumulate(accumulator, each.measure(merged, stack, site), site.name)
             return
         assert unit.stack is not None
-        spooled = self.shared.spool.take(item.site.name)  # by a sweep before, or a run that stopped
+        spooled = self._take(self.shared.spool, item)  # by a sweep before, or a run that stopped
         merged, stack = unit.merge_whole() if spooled is None else spooled, unit.stack
         if self.plan.weights and unit.base is not None:
             changes = _as_changes(merged, stack, unit.base)
@@ -126,13 +129,13 @@ class Worker:
     def _merge(self, span: Span) -> None:
         item = span.item
         if self.shared.decomposed is not None and item.form == "factors":
-            factors = self.shared.decomposed.take(item.site.name)
+            factors = self._take(self.shared.decomposed, item)
             assert isinstance(factors, LowRank)
             self.output.write_leading(item, factors)
             return
         method = self.plan.recipe.method.at(item.site)
         factor = method.factor(item.site, self.shared.statistics, len(item.inputs))
-        spooled = self.shared.spool.take(item.site.name)
+        spooled = self._take(self.shared.spool, item)
         if spooled is not None:
             self.output.write_whole(item, spooled, factor, change=True)
             return
@@ -150,6 +153,11 @@ class Worker:
         else:
             for start, values in self._merge_blocks(unit, factor):
                 self.output.write(item.outs[0], values, start)
+
+    def _take(self, spool: Spool, item: Item) -> Delta | None:
+        """Return the change of an item that any worker set aside, on this worker's device."""
+        delta = spool.take(item.site.name)
+        return None if delta is None else delta.to(self.tiler.device)
 
     def _needs_change(self, item: Item) -> bool:
         """Return whether merged weights must be turned into a change: to be scaled, or to be written as one."""

@@ -221,7 +221,14 @@ def _write(
         if progress:
             progress(done, total)
 
-    share_out(parts, lambda: None, lambda _, part: part.write(writer, device), count, threads=workers, device=device)
+    share_out(
+        parts,
+        lambda device: device,
+        lambda device, part: part.write(writer, device),
+        count,
+        threads=workers,
+        devices=[device],
+    )
 
 
 def _seed_noise(plan: MoePlan) -> list[OutputPart]:

@@ -231,7 +231,7 @@ class Recipe(Displayed, CheckedModel):
 
         Args:
             output: the file or folder to write.
-            device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for a GPU if there is one.
+            device: ``cpu``, ``cuda`` for all such GPUs, ``cuda:0,1`` for some, ``mps``, ``xpu``, or ``auto``.
             threads: the number of threads; by default one for each processor core, as far as the memory allows.
             max_memory: the most memory to take, in bytes or as ``"500MB"``, above the memory of the imports.
             overwrite: whether an output that exists is replaced.

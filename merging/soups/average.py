@@ -16,7 +16,7 @@ from merging.api.arguments import check_path
 from merging.api.merge_files import Merged, merge_plan, plan_for
 from merging.api.options import RecipeOptions
 from merging.display.progress import Progress, resolve_progress
-from merging.engine.resources import pick_device
+from merging.engine.resources import pick_devices
 from merging.errors import OptionError, option
 from merging.hub.open_model import open_model
 from merging.maths.lazy_torch import torch
@@ -112,7 +112,7 @@ def soup(
         window: score every window of this number of consecutive checkpoints instead, and use the best.
         minimize: whether lower scores are better.
         score_timeout: the most seconds that the command may take for one model.
-        device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for a GPU if there is one.
+        device: ``cpu``, ``cuda`` for all such GPUs, ``cuda:0,1`` for some, ``mps``, ``xpu``, or ``auto``.
         threads: the number of threads; by default one for each processor core, as far as the memory allows.
         max_memory: the most memory to take, in bytes or as ``"500MB"``, above the memory of the imports.
         overwrite: whether an output that exists is replaced.
@@ -150,12 +150,12 @@ def soup(
     )
     paths = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
     names = [str(check_path(path, "checkpoints")) for path in paths]
-    destination, place, bar = Path(output), pick_device(device), resolve_progress(progress)
+    destination, devices, bar = Path(output), pick_devices(device), resolve_progress(progress)
     planned = plan_soup(names, destination, settings, options, on_event)
     merged = merge_plan(
         plan_for(planned.recipe, destination),
         destination,
-        device=place,
+        devices=devices,
         threads=threads,
         max_memory=max_memory,
         overwrite=overwrite,

@@ -12,8 +12,6 @@ from torch import Tensor
 from merging.engine.journal import Journal, RunJournal
 from merging.maths.delta import Dense, LowRank
 
-CPU = torch.device("cpu")
-
 
 @dataclass
 class Results:
@@ -38,7 +36,7 @@ class Results:
 
 def begin(folder: Path, results: Results) -> RunJournal:
     journal = Journal(folder, period=60).of_run("merge")
-    journal.begin(results, results, CPU)
+    journal.begin(results, results)
     return journal
 
 

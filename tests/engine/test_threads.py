@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import merging
 from merging.engine.threads import share_out
 from merging.errors import OptionError
 from support.systems import POSIX
 from support.tiny import checkpoint
-
-CPU = torch.device("cpu")
 
 
 @POSIX
@@ -36,7 +33,7 @@ def test_an_interrupt_waits_for_what_is_under_way(threads: int) -> None:
         ended.append(unit)
 
     with pytest.raises(KeyboardInterrupt):
-        share_out(range(50), lambda: None, work, lambda unit: None, threads=threads, device=CPU)
+        share_out(range(50), lambda device: None, work, lambda unit: None, threads=threads)
     assert sorted(ended) == sorted(begun)
     assert len(begun) < 50
 
@@ -51,7 +48,7 @@ def test_what_can_be_stopped_is_not_waited_for() -> None:
         late.wait(10)
 
     with pytest.raises(KeyboardInterrupt):
-        share_out(range(2), lambda: None, work, lambda unit: None, threads=1, device=CPU, stop=stop)
+        share_out(range(2), lambda device: None, work, lambda unit: None, threads=1, stop=stop)
     assert stop.is_set()
     late.set()
 
@@ -65,7 +62,7 @@ def test_the_first_error_ends_all() -> None:
         done.append(unit)
 
     with pytest.raises(ZeroDivisionError):
-        share_out(range(10_000), lambda: None, work, lambda unit: None, threads=2, device=CPU)
+        share_out(range(10_000), lambda device: None, work, lambda unit: None, threads=2)
     assert len(done) < 10_000
 
 
