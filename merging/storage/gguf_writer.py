@@ -14,6 +14,7 @@ from merging.maths.lazy_torch import Tensor
 from merging.sources.gguf.tensor_types import gguf_package
 from merging.sources.stored import bytes_of
 from merging.storage.output_tensor import OutputTensor
+from merging.storage.writer import starts_with
 
 __all__ = ["GgufWriter"]
 
@@ -21,36 +22,51 @@ __all__ = ["GgufWriter"]
 class GgufWriter:
     """Writes tensors of known names, types and shapes into one GGUF file.
 
-    The file takes its full size at once, so that a full disk shows before anything is computed. A LoRA is small: it is
-    written from the beginning after a run that stopped.
+    The file takes its full size at once, so that a full disk shows before anything is computed.
 
     Args:
         path: The file.
         architecture: llama.cpp's name of the architecture.
         outs: The tensors: F32, F16 or BF16.
         fields: The metadata: texts, booleans, integers that are not negative, floats, and lists of texts.
+        resume: Whether a file of the same header and size is written on; ``resumed`` says whether there was one.
 
     Raises:
         OutputError: For errors of the disk.
         InputError: Where the package gguf is not installed.
     """
 
-    resumed = False
-    """Whether the values of a former run are there."""
-
-    def __init__(self, path: Path, architecture: str, outs: Sequence[OutputTensor], fields: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        architecture: str,
+        outs: Sequence[OutputTensor],
+        fields: Mapping[str, Any],
+        resume: bool = False,
+    ) -> None:
         self.path = path
+        self.resumed = False
         self._places: dict[str, int] = {}
         self._left = {out.name: out.nbytes for out in outs}
         self._lock = threading.Lock()
         self._fd = -1
+        new = path.with_suffix(".header")
         try:
-            alignment = _write_header(path, architecture, outs, fields)
-            self._fd = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
-            position = _align(os.fstat(self._fd).st_size, alignment)
+            alignment = _write_header(new, architecture, outs, fields)
+            header = new.read_bytes()
+            position = _align(len(header), alignment)
             for out in outs:
                 self._places[out.name] = position
                 position = _align(position + out.nbytes, alignment)
+            if resume and path.exists():
+                self._fd = _open(path)
+                self.resumed = starts_with(self._fd, header, position)
+            if self.resumed:
+                new.unlink()
+                return
+            self.close()
+            new.replace(path)
+            self._fd = _open(path)
             os_calls.reserve(self._fd, position)
         except OSError as error:
             self.close()
@@ -67,12 +83,14 @@ class GgufWriter:
             self._left[name] -= len(data)
 
     def credit(self, written: Mapping[str, int]) -> None:
-        """Accept no bytes: nothing was written before."""
-        assert not written
+        """Count bytes of tensors as written, since a run that stopped wrote them."""
+        for name, count in written.items():
+            self._left[name] -= count
 
     def sync(self) -> None:
         """Make everything that was written durable."""
         os_calls.sync(self._fd)
+        os_calls.sync_folder(self.path.parent)
 
     def finish(self) -> None:
         """Check that every byte was written, and make the file durable."""
@@ -90,6 +108,10 @@ class GgufWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
 
 
 def _align(position: int, alignment: int) -> int:

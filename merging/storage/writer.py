@@ -14,7 +14,7 @@ from merging.maths.lazy_torch import Tensor
 from merging.sources.stored import bytes_of
 from merging.storage.output_tensor import OutputTensor
 
-__all__ = ["ComponentWriter", "TensorWriter", "file_size"]
+__all__ = ["ComponentWriter", "TensorWriter", "file_size", "starts_with"]
 
 
 class TensorWriter:
@@ -57,7 +57,7 @@ class TensorWriter:
             flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | (0 if self._resume else os.O_EXCL)
             fd = os.open(path, flags, 0o666)
             self._fds.append(fd)
-            if not (self._resume and _starts_with(fd, header, size)):
+            if not (self._resume and starts_with(fd, header, size)):
                 self.resumed = False
                 if os.fstat(fd).st_size:
                     os.ftruncate(fd, 0)
@@ -189,7 +189,7 @@ class ComponentWriter:
             writer.close()
 
 
-def _starts_with(fd: int, header: bytes, size: int) -> bool:
+def starts_with(fd: int, header: bytes, size: int) -> bool:
     """Return whether an open file has a header and a size."""
     found = bytearray(len(header))
     if os.fstat(fd).st_size != size:
