@@ -29,7 +29,7 @@ from merging.plan.outputs.quantized import describe_errors
 from merging.plan.stages import all_stages
 from merging.sources.dtypes import DTYPES
 from merging.storage.gguf_writer import GgufWriter
-from merging.storage.quantizing_writer import QuantizingWriter
+from merging.storage.quantizing_writer import ResumableQuantizingWriter
 from merging.storage.replacing import FILE_ENDINGS
 from merging.storage.staging import StagedOutput, check_destination
 from merging.storage.writer import ComponentWriter, TensorWriter
@@ -95,7 +95,7 @@ def make_writer(
     if plan.format == "gguf":
         name = destination.stem if is_file(destination) else destination.name
         architecture, fields = gguf_metadata(plan)
-        return GgufWriter(folder / f"{name}.gguf", architecture, plan.outs, fields | metadata)
+        return GgufWriter(folder / f"{name}.gguf", architecture, plan.outs, fields | metadata, resume=resume)
     if is_file(destination):
         return TensorWriter(folder, destination.stem, plan.outs, metadata, None, resume=resume)
     reference = plan.reference
@@ -142,15 +142,14 @@ def write_output(plan: Plan, shown: Plan, staged: StagedOutput, settings: StageS
         if decomposition is not None:
             plan, shown = sized, replace(sized, recipe=shown.recipe, sources=shown.sources)
             remarks = decomposition.describe(plan.ranks)
-        # pieces of quantised tensors wait in memory for each other, so that no record of single pieces is true
-        journal = settings.journal.of_run("merge") if settings.journal and plan.quantized is None else None
+        journal = settings.journal.of_run("merge") if settings.journal else None
         if journal is None:
             staged.clear()
         writer = make_writer(
             shown, staged.folder, staged.destination, main_device(settings.devices), resume=journal is not None
         )
         encodings = plan.quantized.encodings if plan.quantized else {}
-        quantizing = QuantizingWriter(writer, encodings)
+        quantizing = ResumableQuantizingWriter(writer, encodings)
         try:
             done = run(
                 plan,

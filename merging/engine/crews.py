@@ -10,7 +10,8 @@ from operator import attrgetter
 from typing import Any, Protocol
 
 from merging.engine.decomposition import Decomposer, Decomposition, is_unchanged
-from merging.engine.journal import CountingSink, RunJournal
+from merging.engine.journal import RunJournal
+from merging.engine.journaled_sinks import CountingSink
 from merging.engine.spool import Spool
 from merging.engine.sweeps import SweepPart, Sweeps
 from merging.engine.threads import share_out

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from merging.engine.outputs import Sink
+from merging.engine.journaled_sinks import EncodingSink, JournaledSink
 from merging.engine.spool import Spool
 from merging.engine.sweeps import Sweeps, SweepSnapshot
 from merging.errors import OutputError
@@ -20,7 +20,7 @@ from merging.maths.lazy_torch import Tensor, torch
 from merging.os_calls import sync, write_at
 from merging.sources.stored import bytes_of
 
-__all__ = ["CountingSink", "Journal", "JournaledSink", "Record", "RunJournal"]
+__all__ = ["Journal", "Record", "RunJournal"]
 
 _PERIOD = 5.0
 """Seconds between two entries: the most work that is done again after a kill, except for sweeps of statistics."""
@@ -32,23 +32,6 @@ _LEISURE = 50
 """Snapshots of large sweeps are written less often: this many times the time that writing takes is between two."""
 
 
-class JournaledSink(Sink, Protocol):
-    """A sink whose values stay when the process is killed.
-
-    Attributes:
-        resumed: whether the values of a former run are there.
-    """
-
-    @property
-    def resumed(self) -> bool: ...
-
-    def credit(self, written: Mapping[str, int]) -> None:
-        """Count bytes of tensors as written."""
-
-    def sync(self) -> None:
-        """Make everything that was written durable. Raises OSError."""
-
-
 class Record(Protocol):
     """The results of a run so far, next to its values: see :class:`~merging.engine.worker.Shared`."""
 
@@ -56,24 +39,6 @@ class Record(Protocol):
     notices: set[str]
     discarded: dict[str, float]
     metrics: dict[str, dict[str, float]]
-
-
-class CountingSink:
-    """Hands values on to a sink, and counts the bytes of each tensor until they are taken."""
-
-    def __init__(self, sink: Sink) -> None:
-        self.sink = sink
-        self._written: Counter[str] = Counter()
-
-    def write(self, name: str, values: Tensor, start: int = 0) -> None:
-        """Hand values on."""
-        self.sink.write(name, values, start)
-        self._written[name] += values.nbytes
-
-    def take(self) -> Counter[str]:
-        """Return the bytes written since the last call, by tensor."""
-        written, self._written = self._written, Counter()
-        return written
 
 
 class Journal:
@@ -112,6 +77,8 @@ class RunJournal:
         self.period = period
         self.done: set[int] = set()
         self._pending: list[tuple[int, Mapping[str, int]]] = []
+        self._held: dict[str, list[tuple[int, Mapping[str, int]]]] = {}
+        self._errors: dict[str, float] = {}
         self._known: set[tuple[str, ...]] = set()
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -146,10 +113,14 @@ class RunJournal:
             self.spool.restore(entry["spooled"])
             record.statistics |= {name: _parse_tensor(each) for name, each in entry["statistics"].items()}
             record.discarded |= entry["discarded"]
+            self._errors |= entry["errors"]
             record.notices |= set(entry["notices"])
             for metric, values in entry["metrics"].items():
                 record.metrics.setdefault(metric, {}).update(values)
         sink.credit(written)
+        if isinstance(sink, EncodingSink):
+            for name, value in self._errors.items():
+                sink.restore_error(name, value)
         self._new_facts()  # these are in former entries
         self._thread = threading.Thread(target=self._write_entries, daemon=True)
         self._thread.start()
@@ -161,7 +132,21 @@ class RunJournal:
         """
         self.check()
         with self._lock:
-            self._pending.append((unit, written))
+            self._pending += self._release(unit, written)
+
+    def _release(self, unit: int, written: Mapping[str, int]) -> list[tuple[int, Mapping[str, int]]]:
+        """Return the units whose values are all written: this one, or all of an encoded tensor when it is the last."""
+        sink = self._sink
+        encoded = [name for name in written if name in sink.sizes] if isinstance(sink, EncodingSink) else []
+        if not isinstance(sink, EncodingSink) or not encoded:
+            return [(unit, written)]
+        (name,) = encoded
+        held = self._held.setdefault(name, [])
+        held.append((unit, written))
+        if sum(counts[name] for _, counts in held) < sink.sizes[name]:
+            return []
+        self._errors[name] = sink.error_of(name)
+        return self._held.pop(name)
 
     def follow(self, sweeps: Sweeps) -> None:
         """Go on with the finished part of these sweeps, and record it now and then from now on.
@@ -239,6 +224,7 @@ class RunJournal:
                 name: _write_tensor(value) for name, value in self._new("statistics", record.statistics).items()
             },
             "discarded": self._new("discarded", record.discarded),
+            "errors": self._new("errors", self._errors),
             "notices": list(self._new("notices", dict.fromkeys([*record.notices]))),
             "metrics": {},
         }

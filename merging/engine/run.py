@@ -20,7 +20,8 @@ from merging.display.progress import Progress, announce_phase
 from merging.engine.crews import Crew, Decomposing, Gathering, MakeCrew, Merging, ThreadCrew
 from merging.engine.decomposition import Decomposition
 from merging.engine.devices import main_device
-from merging.engine.journal import JournaledSink, RunJournal
+from merging.engine.journal import RunJournal
+from merging.engine.journaled_sinks import JournaledSink
 from merging.engine.outputs import Sink
 from merging.engine.process_memory import keep_freed_memory, private_memory, release_freed_memory
 from merging.engine.spool import Spool

@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import fsum, sqrt
+from math import fsum, prod, sqrt
 from typing import Protocol
 
 from merging.maths.lazy_torch import Tensor, torch
 from merging.storage.encodings import Encoding, Loss
 
-__all__ = ["QuantizingWriter"]
+__all__ = ["QuantizingWriter", "ResumableQuantizingWriter"]
 
 
 class Writer(Protocol):
@@ -19,6 +19,19 @@ class Writer(Protocol):
 
     def write(self, name: str, values: Tensor, start: int = 0) -> None:
         """Take the elements ``values`` of a tensor, from position ``start`` on."""
+
+
+class ResumableWriter(Writer, Protocol):
+    """A writer whose files may have values of a former run (``resumed``)."""
+
+    @property
+    def resumed(self) -> bool: ...
+
+    def credit(self, written: Mapping[str, int]) -> None:
+        """Count bytes of tensors as written."""
+
+    def sync(self) -> None:
+        """Make everything that was written durable."""
 
 
 @dataclass(slots=True)
@@ -74,10 +87,48 @@ class QuantizingWriter:
             del self._units[key]
         return waiting.values
 
+    def error_of(self, name: str) -> float:
+        """Return the relative error of an encoded tensor: the norm of the difference, by the norm of the tensor."""
+        error, total = (fsum(loss[each] for loss in self._losses[name].values()) for each in (0, 1))
+        return sqrt(error / total) if total else 0.0
+
     def errors(self) -> dict[str, float]:
-        """Return the relative error of each encoded tensor: the norm of the difference, by the norm of the tensor."""
-        found = {}
-        for name, losses in sorted(self._losses.items()):
-            error, total = (fsum(loss[each] for loss in losses.values()) for each in (0, 1))
-            found[name] = sqrt(error / total) if total else 0.0
-        return found
+        """Return the relative errors of all encoded tensors."""
+        return {name: self.error_of(name) for name in sorted(self._losses)}
+
+
+class ResumableQuantizingWriter(QuantizingWriter):
+    """A writer that goes on with the encoded tensors of a former run.
+
+    Attributes:
+        sizes: the bytes of the merged values of each encoded tensor, which is written when all of them have arrived.
+    """
+
+    def __init__(self, writer: ResumableWriter, encodings: Mapping[str, Encoding]) -> None:
+        super().__init__(writer, encodings)
+        self._files = writer
+        self.sizes = {name: 4 * prod(encoding.shape) for name, encoding in encodings.items()}
+        self._former_errors: dict[str, float] = {}
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the values of a former run are there."""
+        return self._files.resumed
+
+    def credit(self, written: Mapping[str, int]) -> None:
+        """Count bytes of tensors as written; of an encoded tensor all of them."""
+        for name, count in written.items():
+            encoding = self._encodings.get(name)
+            self._files.credit({name: count} if encoding is None else {out.name: out.nbytes for out in encoding.outs})
+
+    def sync(self) -> None:
+        """Make everything that was written durable."""
+        self._files.sync()
+
+    def restore_error(self, name: str, error: float) -> None:
+        """Take over the relative error of a tensor that a former run encoded."""
+        self._former_errors[name] = error
+
+    def error_of(self, name: str) -> float:
+        """Return the relative error of an encoded tensor, of this run or a former one."""
+        return self._former_errors[name] if name in self._former_errors else super().error_of(name)

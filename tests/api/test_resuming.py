@@ -17,7 +17,7 @@ from merging.errors import InputError, OptionError, OutputError
 from merging.storage.leftovers import find_leftovers
 from support.hub_fixture import Hub
 from support.systems import POSIX
-from support.tiny import checkpoint, identical, load
+from support.tiny import adapters, checkpoint, identical, load
 
 pytestmark = POSIX
 
@@ -80,21 +80,39 @@ def test_the_same_merge_goes_on(
     assert not find_leftovers(tmp_path)
 
 
-def test_a_quantized_merge_that_was_killed_begins_from_the_start(
-    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_quantized_tensors_are_not_encoded_again(
+    stop: Stop, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"method": "linear", "quantize": "fp8-channel", "resume": True}
-    # as after kill -9: the folder stays, and its lock is free
-    with monkeypatch.context() as patch:
-        patch.setattr("merging.storage.writer.TensorWriter.finish", lambda self: os.close(-1))
-        patch.setattr("merging.storage.staging.StagedOutput._remove", lambda self, keep=False: os.close(self._lock))
-        with pytest.raises(OutputError):
-            merging.merge(models, output=tmp_path / "out", **options)
-    (left,) = find_leftovers(tmp_path)
-    assert (left.path / "out/model.safetensors").exists()
-    merging.merge(models, output=tmp_path / "out", **options)
-    merging.merge(models, output=tmp_path / "whole", **options)
+    stop(quantize="fp8-channel")
+    done = units_run(monkeypatch)
+    merged = merging.merge(models, output=tmp_path / "out", **options)
+    assert done == []
+    monkeypatch.undo()
+    whole = merging.merge(models, output=tmp_path / "whole", **options)
+    assert merged.quantization_errors == whole.quantization_errors != {}
     assert identical(load(tmp_path / "out"), load(tmp_path / "whole"))
+    assert not find_leftovers(tmp_path)
+
+
+def test_a_lora_in_a_gguf_file_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, changes = adapters(tmp_path / "models", 2)
+    options = {"method": "linear", "base": base, "format": "gguf", "resume": True}
+
+    def fail(self: object) -> None:
+        raise OSError(5, os.strerror(5))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "_PERIOD", 0.001)
+        patch.setattr("merging.storage.gguf_writer.GgufWriter.finish", fail)
+        with pytest.raises(OutputError, match="the finished work stays in"):
+            merging.merge(changes, output=tmp_path / "out.gguf", **options)
+    done = units_run(monkeypatch)
+    merging.merge(changes, output=tmp_path / "out.gguf", **options)
+    assert done == []
+    merging.merge(changes, output=tmp_path / "again/out.gguf", **options)
+    assert done
+    assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "again/out.gguf").read_bytes()
     assert not find_leftovers(tmp_path)
 
 

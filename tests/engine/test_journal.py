@@ -112,3 +112,35 @@ def test_entries_are_of_no_use_without_the_values(recorded: Path) -> None:
     assert not journal.done
     journal.end()
     assert (recorded / "merge.jsonl").read_bytes() == b""
+
+
+@dataclass
+class EncodedResults(Results):
+    """The same, where the tensor ``w`` is encoded when its 12 bytes are there."""
+
+    sizes: dict[str, int] = field(default_factory=lambda: {"w": 12})
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def error_of(self, name: str) -> float:
+        return 0.1
+
+    def restore_error(self, name: str, error: float) -> None:
+        self.errors[name] = error
+
+
+def test_a_tensor_that_is_encoded_is_recorded_when_it_is_whole(tmp_path: Path) -> None:
+    journal = begin(tmp_path, EncodedResults())
+    journal.add(0, {"w": 8})
+    journal.add(1, {"v": 4})
+    journal.end()
+    journal = begin(tmp_path, EncodedResults())
+    assert journal.done == {1}
+    journal.add(2, {"w": 4})
+    journal.add(0, {"w": 8})
+    journal.end()
+    results = EncodedResults()
+    journal = begin(tmp_path, results)
+    assert journal.done == {0, 1, 2}
+    assert results.credited == {"w": 12, "v": 4}
+    assert results.errors == {"w": 0.1}
+    journal.end()
