@@ -1,19 +1,20 @@
-"""Downloads from the Hub: resumed after a kill, tried again after a failure, checked by their hash."""
+"""Downloads: resumed after a kill, tried again after a failure; from the Hub, checked by their hash."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from merging import os_calls
 from merging.display.progress import Progress
 from merging.errors import InputError, OutputError
 from merging.hub.client import Unreachable, with_retries
 
-__all__ = ["download", "fetch_range", "file_hash"]
+__all__ = ["append_missing", "download", "fetch_range", "file_hash"]
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +59,25 @@ def _fetch_rest(url: str, part: Path, size: int, name: str, progress: Progress |
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
+    def fetch(stream: BinaryIO, done: int) -> None:
+        bar = _progress_bar(progress, done, size)
+        http_get(url, stream, resume_size=done, headers=build_hf_headers(), expected_size=size, tqdm_class=bar)
+
+    append_missing(part, size, name, fetch)
+
+
+def append_missing(part: Path, size: int, name: str, fetch: Callable[[BinaryIO, int], None]) -> None:
+    """Append the missing bytes to a file, and make it durable.
+
+    Args:
+        part: The file, which is created if it does not exist.
+        size: The bytes of the whole.
+        name: The name of the file in messages.
+        fetch: Writes the bytes from a position on to the stream.
+
+    Raises:
+        OutputError: The disk is full, or refuses the file.
+    """
     with open(part, "ab", opener=os_calls.without_links) as stream:
         done = stream.tell()
         if done > size:
@@ -67,9 +87,7 @@ def _fetch_rest(url: str, part: Path, size: int, name: str, progress: Progress |
             # the space is reserved at once, so that a full disk is noticed before the first byte
             _reserve(stream.fileno(), size)
             if done < size:
-                bar = _progress_bar(progress, done, size)
-                headers = build_hf_headers()
-                http_get(url, stream, resume_size=done, headers=headers, expected_size=size, tqdm_class=bar)
+                fetch(stream, done)
             stream.flush()
             os_calls.sync(stream.fileno())
         except OSError as error:

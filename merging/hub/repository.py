@@ -1,25 +1,17 @@
-"""A model's repository at one commit, mirrored as a folder that every reader of models understands."""
+"""A model's repository on the Hub at one commit, mirrored as a folder."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from fnmatch import fnmatch
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from merging.errors import InputError, nearest
 from merging.hub.address import Address
-from merging.hub.cards import stated_licence
 from merging.hub.client import Unreachable, api, explain_error, offline, with_retries
-from merging.hub.remote import RemoteFile
-from merging.sources.links import link_or_copy, trust_links
-from merging.sources.opening import open_tensors
-from merging.sources.pickled import PYTORCH_ENDINGS
-from merging.sources.stored import FileContents
+from merging.hub.hub_file import HubFile
+from merging.hub.mirror import WEIGHTS, Mirror, is_safe, make_link, mirrors_folder
 
 __all__ = ["Repository", "open_repository"]
 
@@ -29,79 +21,25 @@ _PLANNED = ("README.md", "config.json", "adapter_config.json", "model_index.json
 _KNOWN: dict[str, Repository] = {}
 """The opened repositories, by their commits."""
 
-_WEIGHTS = (".safetensors", ".gguf", *PYTORCH_ENDINGS)
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Repository:
-    """A repository at one commit, mirrored in a folder.
-
-    Attributes:
-        repo: Its name, ``org/name``.
-        commit: The commit's hash.
-        folder: The mirror, which holds the small files, and empty placeholders or links for the weights.
-        sizes: The bytes of each file, by its name in the repository.
-        remote_files: The weights that are not downloaded yet, by their paths in the mirror.
-    """
-
-    repo: str
-    commit: str
-    folder: Path
-    sizes: dict[str, int]
-    remote_files: dict[Path, RemoteFile] = field(default_factory=dict)
+class Repository(Mirror):
+    """A repository on the Hub at one commit."""
 
     @property
     def name(self) -> str:
-        """The address of exactly these bytes."""
         return f"{self.repo}@{self.commit}"
 
-    @property
-    def licence(self) -> str | None:
-        """The licence that the model card states."""
-        return stated_licence(self.folder / "README.md")
-
-    def download_files(self, patterns: Iterable[str], under: str = "") -> None:
-        """Download the missing files that match a pattern into the mirror, except weights.
-
-        A pattern is matched against the path within ``under``, a folder of the repository.
-        """
-        patterns = tuple(patterns)
-        start = f"{under}/" if under else ""
-        for name in self.sizes:
-            inner = name.removeprefix(start)
-            wanted = name.startswith(start) and any(fnmatch(inner, pattern) for pattern in patterns)
-            if wanted and not name.endswith(_WEIGHTS) and not (self.folder / name).exists():
-                _link(self.folder / name, _download(self, name))
-
-    def add_weights(self, remote: RemoteFile) -> None:
-        """Put a link to the cached weights file into the mirror, or an empty placeholder."""
-        cached = remote.cached_path()
-        if cached is not None:
-            _link(remote.path, cached)
-            return
-        remote.path.parent.mkdir(parents=True, exist_ok=True)
-        remote.path.touch()
-        self.remote_files[remote.path] = remote
-
-    def open_file(self, path: Path) -> FileContents:
-        """Open a weights file of the mirror: by its header on the Hub until it is downloaded."""
-        remote = self.remote_files.get(path)
-        if remote is None or path.is_symlink():
-            return open_tensors(path)
-        tensors, metadata = remote.contents
-        return dict(tensors), dict(metadata)
+    def download_small(self, name: str) -> None:
+        make_link(self.folder / name, _download(self, name))
 
 
-def open_repository(address: Address) -> Repository:
-    """Open the repository of an address, and download a few small files. The revision is resolved once to a commit.
+def open_repository(address: Address) -> Mirror:
+    """Open the repository or folder of an address, and download a few small files.
 
-    Raises :class:`~merging.errors.InputError` if it does not exist, is not visible, or cannot be reached.
+    The revision of a repository is resolved once to a commit. Raises :class:`~merging.errors.InputError` if it does not
+    exist, is not visible, or cannot be reached.
     """
-    if str(Address(address.repo, address.revision)) in _KNOWN:
-        repository = _KNOWN[str(Address(address.repo, address.revision))]
-    else:
-        repository = _open_cached(address) if offline() else _ask_hub(address.repo, address.revision)
-        _KNOWN[repository.name] = repository
+    repository = _open_on_hub(address)
     if address.path and address.path not in repository.sizes:
         inside = f"{address.path}/"
         if not any(name.startswith(inside) for name in repository.sizes):
@@ -113,12 +51,12 @@ def open_repository(address: Address) -> Repository:
     return repository
 
 
-@cache
-def _mirrors() -> Any:
-    """Return the folder of this process's mirrors, which is removed when it ends."""
-    folder = tempfile.TemporaryDirectory(prefix="merging-hub-")
-    trust_links(Path(folder.name))  # they lead to the library's cache, and their names stay in the mirror
-    return folder
+def _open_on_hub(address: Address) -> Repository:
+    known = _KNOWN.get(str(Address(address.repo, address.revision)))
+    if known is None:
+        known = _open_cached(address) if offline() else _ask_hub(address.repo, address.revision)
+        _KNOWN[known.name] = known
+    return known
 
 
 def _ask_hub(repo: str, revision: str | None) -> Repository:
@@ -130,14 +68,14 @@ def _ask_hub(repo: str, revision: str | None) -> Repository:
         reason = str(error).removeprefix(f"{name}: ")
         raise Unreachable(f"{name}: there is no such file or folder here, and {reason}") from None
     siblings = info.siblings or []
-    folder = Path(_mirrors().name) / repo / info.sha
-    sizes = {each.rfilename: each.size or 0 for each in siblings if _safe(each.rfilename)}
+    folder = mirrors_folder() / repo / info.sha
+    sizes = {each.rfilename: each.size or 0 for each in siblings if is_safe(each.rfilename)}
     found = Repository(repo, info.sha, folder, sizes)
     for each in siblings:
-        if each.rfilename in found.sizes and each.rfilename.endswith(_WEIGHTS):
+        if each.rfilename in found.sizes and each.rfilename.endswith(WEIGHTS):
             sha256 = each.lfs.sha256 if each.lfs else None
             found.add_weights(
-                RemoteFile(
+                HubFile(
                     repo, info.sha, each.rfilename, size=each.size or 0, sha256=sha256, path=folder / each.rfilename
                 )
             )
@@ -155,18 +93,6 @@ def _remember(repo: str, revision: str, commit: str) -> None:
         with suppress(OSError):  # a cache that cannot be written to
             note.parent.mkdir(parents=True, exist_ok=True)
             note.write_text(commit)
-
-
-def _safe(name: str) -> bool:
-    """Whether a file name leads to a place within the repository's folder: names come from strangers."""
-    parts = name.replace("\\", "/").split("/")
-    return bool(name) and "\0" not in name and not any(part in ("", ".", "..") for part in parts)
-
-
-def _link(place: Path, target: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if not place.is_symlink():
-        link_or_copy(place, target)
 
 
 def _download(repository: Repository, name: str) -> Path:
