@@ -91,7 +91,7 @@ def verify_against_sources(
     if sample != "all" and (isinstance(sample, bool) or not isinstance(sample, int) or sample < 1):
         raise OptionError(f"sample = {sample!r}: use a number of pieces from 1 on, or all")
     if hub_address(name) is not None:
-        raise InputError(f"{name}: is on the Hub: download it, and verify the folder")
+        raise InputError(f"{name}: is not on this disk: download it, and verify the folder")
     subject = open_subject(name)
     if MOE_KEY in subject.metadata:
         raise InputError(f"{name}: is a mixture of experts: `merge rerun` makes it once more, and compares all bytes")

@@ -11,6 +11,7 @@ from merging.display.progress import Progress
 from merging.display.tables import Displayed
 from merging.engine.download import download_model
 from merging.errors import InputError, MergingError, either
+from merging.hub.address import local_path
 from merging.hub.client import Unreachable
 from merging.hub.open_model import open_base
 from merging.sources import Checkpoint
@@ -173,5 +174,5 @@ def _base_problems(stated: StoreBase) -> list[str]:
 def base_record(base: str | Path, progress: Progress | None = None) -> StoreBase:
     """Return the record of a base. A base on the Hub is fetched, and named by its commit."""
     opened = _download_base(base, progress)
-    path = str(opened.path if opened.origin else Path(base).expanduser().resolve())
+    path = str(opened.path if opened.origin else local_path(str(base)).resolve())
     return StoreBase(path=path, key=content_key(opened.tensors), sha256=_file_hashes(opened))

@@ -1,4 +1,4 @@
-"""Addresses of models on the Hub: ``org/name``, ``org/name@revision``, ``hf://...``, or the URL of a page."""
+"""Addresses of models: on the Hub, ``org/name@revision``, ``hf://...``, or the URL of a page; in a store, ``s3://...``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from merging.errors import InputError, nearest
+from merging.object_stores.address import check_address, file_path, hide_secrets, is_store_address
 
 __all__ = ["Address", "hub_address", "local_path", "no_such_path"]
 
 _SCHEME = "hf://"
+_FILE_SCHEME = "file://"
 _PART = r"[A-Za-z0-9][\w.-]*"
 _REFERENCE = re.compile(r"refs/(?:pr|convert)/[^/%]+")
 _WRITTEN = re.compile(
@@ -24,13 +26,26 @@ _FILES = (".safetensors", ".bin", ".pt", ".pth", ".json", ".ckpt", ".gguf", ".ya
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A model on the Hub: ``repo`` is ``org/name``, ``path`` a folder or file in it, empty for all of it."""
+    """A model on the Hub or in an object store.
+
+    Attributes:
+        repo: ``org/name``, or the address of a folder in a store.
+        revision: A branch, tag or commit; in a store the key of a folder's state, which no name shows.
+        path: A folder or file in it, empty for all of it.
+    """
 
     repo: str
     revision: str | None = None
     path: str = ""
 
+    @property
+    def in_store(self) -> bool:
+        """Whether it is in an object store, and not on the Hub."""
+        return is_store_address(self.repo)
+
     def __str__(self) -> str:
+        if self.in_store:
+            return f"{self.repo}/{self.path}" if self.path else self.repo
         whole = self.revision and _REFERENCE.fullmatch(self.revision)
         revision = self.revision if whole else quote(self.revision or "", safe="")  # as of a branch called a/b
         name = f"{self.repo}@{revision}" if revision else self.repo
@@ -38,13 +53,13 @@ class Address:
 
 
 def local_path(name: str) -> Path:
-    """Return the path that a name means; ``~`` is the home folder, where there is one.
+    """Return the path that a name means: ``~`` is the home folder, where there is one, and ``file:///a`` is ``/a``.
 
     Raises :class:`~merging.errors.InputError` if the name is empty, or no valid path.
     """
     if not name:
         raise InputError("a model has an empty name: is a variable of a script not set?")
-    path = Path(name)
+    path = file_path(name) if name.startswith(_FILE_SCHEME) else Path(name)
     with suppress(RuntimeError, ValueError):  # a ~name without such a user is an ordinary name, as in a shell
         path = path.expanduser()
     try:
@@ -70,12 +85,15 @@ def no_such_path(path: Path) -> InputError:
 
 
 def hub_address(name: str) -> Address | None:
-    """Return the address that a name means, None for a local path.
+    """Return the address that a name means, on the Hub or in an object store; None for a local path.
 
-    An existing path is local; ``hf://`` forces the Hub. A plain ``org/name`` is an address if nothing suggests a path:
-    it does not exist, has no file's ending, and there is no folder ``org``. A single word is never an address. Raises
-    :class:`~merging.errors.InputError` for a malformed address.
+    An existing path is local; ``hf://`` forces the Hub, and ``s3://`` and its like an object store. A plain
+    ``org/name`` is an address if nothing suggests a path: it does not exist, has no file's ending, and there is no
+    folder ``org``. A single word is never an address. Raises :class:`~merging.errors.InputError` for a malformed
+    address.
     """
+    if is_store_address(name):
+        return None if name.startswith(_FILE_SCHEME) else _in_store(check_address(name))
     if name.startswith(_SCHEME):
         return _parse(name, name[len(_SCHEME) :])
     if name.startswith(("https://", "http://")):
@@ -99,6 +117,13 @@ def _parse(name: str, text: str) -> Address:
     return Address(written["repo"], unquote(written["revision"]) if written["revision"] else None, path)
 
 
+def _in_store(address: str) -> Address:
+    """Return the address of a folder, or of a file in its folder."""
+    folder, _, name = address.rpartition("/")
+    is_file = name.endswith(_FILES) and not folder.endswith("/")
+    return Address(folder, path=name) if is_file else Address(address)
+
+
 def _from_url(url: str) -> Address:
     """Return the address of a page or file: ``https://HOST/org/name[/(tree|blob|resolve)/revision[/path]]``."""
     from huggingface_hub import constants
@@ -106,15 +131,17 @@ def _from_url(url: str) -> Address:
     try:
         parts = urlsplit(url)
     except ValueError as error:
-        raise InputError(f"{url}: is not an address: {error}") from None
+        raise InputError(f"{hide_secrets(url)}: is not an address: {error}") from None
     ours = urlsplit(constants.ENDPOINT).netloc
     if parts.netloc not in (*_HOSTS, ours):
-        raise InputError(f"{url}: is not on the Hub ({ours}): download it, and name the file")
+        raise InputError(f"{hide_secrets(url)}: is not on the Hub ({ours}): download it, and name the file")
     words = unquote(parts.path).strip("/").split("/")
     if len(words) < 2 or (len(words) > 2 and (words[2] not in ("tree", "blob", "resolve") or len(words) < 4)):
-        raise InputError(f"{url}: is not a page of a model: copy the address of the model, or of a file of it")
+        raise InputError(
+            f"{hide_secrets(url)}: is not a page of a model: copy the address of the model, or of a file of it"
+        )
     revision = "@" + words[3] if len(words) > 3 else ""
     path = words[4:]
     if words[3:4] == ["refs"]:
         revision, path = "@" + "/".join(words[3:6]), words[6:]
-    return _parse(url, "/".join(words[:2]) + revision + ("/" + "/".join(path) if path else ""))
+    return _parse(hide_secrets(url), "/".join(words[:2]) + revision + ("/" + "/".join(path) if path else ""))

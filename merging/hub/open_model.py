@@ -1,4 +1,4 @@
-"""Opening a model by its name: an existing path is local, any other address is read on the Hub."""
+"""Opening a model by its name: an existing path is local, other names are on the Hub or in an object store."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from merging.hub.address import hub_address, local_path, no_such_path
 from merging.hub.repository import open_repository
 from merging.sources import Adapter, Checkpoint, open_local
 from merging.sources.opening import FileOpener, open_tensors
-from merging.sources.origin import Origin
+from merging.sources.origin import Origin, path_of_name
 
 __all__ = ["open_base", "open_model", "require_full"]
 
@@ -19,7 +19,8 @@ def open_model(name: str | Path, alpha: float | None = None, dequantize: bool = 
     """Open a full model or an adapter. Only headers are read.
 
     Args:
-        name: A local folder or file, or an address on the Hub (``org/name``, ``org/name@revision``, ``hf://...``).
+        name: A local folder or file, an address on the Hub (``org/name``, ``org/name@revision``, ``hf://...``), or one
+            in an object store (``s3://bucket/folder``, ``gs://...``, ``az://...``).
         alpha: The LoRA alpha of an adapter, instead of the stated one.
         dequantize: Whether weights that are quantised in a simple way are read as ordinary numbers.
 
@@ -27,7 +28,7 @@ def open_model(name: str | Path, alpha: float | None = None, dequantize: bool = 
         The model, whose tensors are read when they are needed.
 
     Raises:
-        InputError: Nothing exists under the name, or the Hub cannot be reached.
+        InputError: Nothing exists under the name, or the Hub or store cannot be reached.
         FormatError: The model is damaged, or of a format that cannot be understood exactly.
     """
     address = hub_address(str(name))
@@ -45,9 +46,9 @@ def open_model(name: str | Path, alpha: float | None = None, dequantize: bool = 
         raise type(error)(with_public_name(str(error))) from None
     if isinstance(model, Adapter):
         return replace(
-            model, path=Path(str(origin)), origin=origin, notices=tuple(map(with_public_name, model.notices))
+            model, path=path_of_name(str(origin)), origin=origin, notices=tuple(map(with_public_name, model.notices))
         )
-    return replace(model, path=Path(str(origin)), origin=origin)
+    return replace(model, path=path_of_name(str(origin)), origin=origin)
 
 
 def open_base(path: str | Path, reader: str, dequantize: bool = False) -> Checkpoint:

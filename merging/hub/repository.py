@@ -1,4 +1,4 @@
-"""A model's repository on the Hub at one commit, mirrored as a folder."""
+"""A model's repository on the Hub at one commit, or a folder of an object store, mirrored."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from merging.hub.address import Address
 from merging.hub.client import Unreachable, api, explain_error, offline, with_retries
 from merging.hub.hub_file import HubFile
 from merging.hub.mirror import WEIGHTS, Mirror, is_safe, make_link, mirrors_folder
+from merging.hub.object_folder import open_object_folder
 
 __all__ = ["Repository", "open_repository"]
 
@@ -39,7 +40,7 @@ def open_repository(address: Address) -> Mirror:
     The revision of a repository is resolved once to a commit. Raises :class:`~merging.errors.InputError` if it does not
     exist, is not visible, or cannot be reached.
     """
-    repository = _open_on_hub(address)
+    repository = open_object_folder(address) if address.in_store else _open_on_hub(address)
     if address.path and address.path not in repository.sizes:
         inside = f"{address.path}/"
         if not any(name.startswith(inside) for name in repository.sizes):

@@ -203,7 +203,7 @@ def resolve_name(name: str, folder: Path, origin: str) -> tuple[str, str]:
 
     Raises :class:`~merging.errors.OptionError` for a name that means two models.
     """
-    if not name or name.startswith(("~", "hf://", "https://", "http://")) or Path(name).is_absolute():
+    if not name or name.startswith("~") or "://" in name or Path(name).is_absolute():
         return name, ""
     here, inside = Path(name), folder / name
     if not here.exists():

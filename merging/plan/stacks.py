@@ -9,6 +9,7 @@ from pathlib import Path
 from merging.errors import MergingError, option
 from merging.maths.layers import Stacks
 from merging.maths.site import Site
+from merging.object_stores.address import is_store_address
 from merging.plan.recipe import Recipe
 from merging.sources import Adapter, Checkpoint
 from merging.sources.changes import Change
@@ -58,6 +59,8 @@ def mark_experts(site: Site, inputs: Iterable[object]) -> Site:
 
 def _declared_layers(name: str) -> int | None:
     """Return the number of blocks of a base by its stated name: a folder, or in the Hub's cache, or on the Hub."""
+    if is_store_address(name):
+        return None
     local = Path(name).expanduser() / "config.json"
     path = local if local.is_file() else _hub_config(name)
     if path is None:

@@ -204,7 +204,7 @@ def _describe(entry: Entry, adapter: Adapter) -> Entry:
     origin, changes = adapter.origin, adapter.changes.values()
     return replace(
         entry,
-        owner=entry.owner or (origin.repo.partition("/")[0] if origin else None),
+        owner=entry.owner or (origin.repo.partition("/")[0] if origin and not origin.in_store else None),
         licence=origin.licence if origin else stated_licence(adapter.files[0].parent / "README.md"),
         stated_base=adapter.base,
         kind=adapter.dialect,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from merging.errors import InputError
-from merging.hub.address import hub_address
+from merging.hub.address import hub_address, local_path
 from merging.sources.links import check_inside
 
 __all__ = ["explain_errors", "loading_options", "quiet"]
@@ -20,10 +19,12 @@ def loading_options(base: str) -> tuple[str, dict[str, Any]]:
     Raises :class:`~merging.errors.InputError` for a base that is no folder: running a model needs its config.
     """
     address = hub_address(base)
+    if address is not None and address.in_store:
+        raise InputError(f"{base}: the base has to run, from a folder on this disk: download it, and name the folder")
     if address is None:
-        if not Path(base).expanduser().is_dir():
+        folder = local_path(base)
+        if not folder.is_dir():
             raise InputError(f"{base}: is not a folder of a model: it has to run, so its config is needed")
-        folder = Path(base).expanduser()
         for path in folder.rglob("*"):  # transformers would follow any link
             check_inside(path, folder)
         return str(folder), {}

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from merging.display.tables import Table, Tabular, plural
 from merging.errors import InputError, OptionError, OutputError
+from merging.hub.address import local_path
 from merging.hub.open_model import open_base
 from merging.pool.audit import Auditor, Candidate
 from merging.pool.cross_checks import OWNER_CAP, cross_check, store_limits
@@ -73,7 +74,7 @@ class Pool(Tabular):
         if path.exists() and (not path.is_dir() or holds_something(path)):
             raise OutputError(f"{path}: exists already: choose another folder for the pool")
         stated = opened.config.get("_name_or_path")
-        own = str(opened.origin) if opened.origin else str(Path(base).expanduser().resolve())
+        own = str(opened.origin) if opened.origin else str(local_path(str(base)).resolve())
         repo = [opened.origin.repo] if opened.origin else []
         names = [*base_names, *repo, *([stated] if isinstance(stated, str) and stated else []), own]
         try:

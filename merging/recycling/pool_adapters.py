@@ -10,7 +10,7 @@ from pathlib import Path
 
 from merging.engine.download import download_model
 from merging.errors import InputError, MergingError, either
-from merging.hub.address import hub_address
+from merging.hub.address import hub_address, local_path
 from merging.hub.open_model import open_model
 from merging.maths.delta import LowRank
 from merging.maths.lazy_torch import torch
@@ -101,8 +101,9 @@ def list_adapters(pool: str | Path | Iterable[str | Path], base: str) -> tuple[A
 def _under(entry: str, base: str) -> list[AdapterRef]:
     address = hub_address(entry)
     if address is not None:
-        return [AdapterRef(entry, str(address), address.repo.partition("/")[0])]
-    path = Path(entry).expanduser()
+        owner = None if address.in_store else address.repo.partition("/")[0]
+        return [AdapterRef(entry, str(address), owner)]
+    path = local_path(entry)
     if path.is_file() or _is_adapter(path):
         return [AdapterRef(str(path), path.name)]
     if not path.is_dir():
@@ -125,7 +126,7 @@ def _under(entry: str, base: str) -> list[AdapterRef]:
 def _of_pool(path: Path, base: str) -> list[AdapterRef]:
     """List the usable adapters of an audited pool, by the last part of their paths where it is unique."""
     pool = Pool(path)
-    own = {base, str(Path(base).expanduser().resolve())}
+    own = {base, str(local_path(base).resolve())}
     if not any(same_base(one, other) for one in own for other in pool.base_names):
         raise InputError(f"{path}: is a pool of adapters of {pool.base_names[0]}, and the base is {base}")
     usable = pool.usable()

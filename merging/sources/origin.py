@@ -1,10 +1,28 @@
-"""The public place that a model came from."""
+"""The place on the Hub or in an object store that a model came from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-__all__ = ["Origin"]
+__all__ = ["Origin", "path_of_name"]
+
+_MARK = "://"
+"""The mark of an address in a store."""
+
+
+class _AddressPath(type(Path())):  # type: ignore[misc]
+    """An address in a store as a path, which keeps both slashes after its scheme."""
+
+    def __str__(self) -> str:
+        path: str = super().__str__()
+        return path.replace(":/", _MARK, 1)
+
+
+def path_of_name(name: str) -> Path:
+    """Return the path that stands for a model's name in messages and records."""
+    path: Path = _AddressPath(name) if _MARK in name else Path(name)
+    return path
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,7 +30,8 @@ class Origin:
     """A model on the Hub: ``path`` in the repository ``repo`` at ``commit``, under the ``licence`` that its card
     states.
 
-    As text it is the permanent address of these bytes.
+    As text it is the permanent address of these bytes. In an object store, ``repo`` is the address of a folder and
+    ``commit`` a key of its state, which the text does not show.
     """
 
     repo: str
@@ -26,5 +45,12 @@ class Origin:
         file = self.path.endswith((".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".json"))
         return self.path.rpartition("/")[0] if file else self.path
 
+    @property
+    def in_store(self) -> bool:
+        """Whether it is in an object store, and not on the Hub."""
+        return _MARK in self.repo
+
     def __str__(self) -> str:
+        if self.in_store:
+            return f"{self.repo}/{self.path}" if self.path else self.repo
         return f"{self.repo}@{self.commit}{'/' + self.path if self.path else ''}"

@@ -86,6 +86,8 @@ def _find_config(name: str) -> Path | None:
     address = hub_address(name)
     if address is None:
         return local_path(name) / "config.json"
+    if address.in_store:
+        return None
     from huggingface_hub import try_to_load_from_cache
 
     inner = f"{address.path}/config.json" if address.path else "config.json"

@@ -190,6 +190,8 @@ def _is_adapted(recipe: Recipe) -> bool:
 def _reference(name: str) -> Any:
     """Return a model's name. Signs in a path that mergekit takes for a revision or an adapter make it a mapping."""
     address = hub_address(name)
+    if address is not None and address.in_store:
+        raise OptionError(f"{name}: mergekit reads no object stores: download the folder, and name that")
     if address is not None and address.path:
         raise OptionError(f"{name}: mergekit reads whole repositories of the Hub: download the folder, and name that")
     if address is not None:
