@@ -24,6 +24,7 @@ from merging.plan.provenance import describe_change, names_of, record_source
 from merging.plan.recipe import Recipe
 from merging.plan.recipe_document import Keys
 from merging.plan.recipe_values import make_recipe, map_names
+from merging.sources.origin import path_of_name
 from merging.type_checks import check_types
 from merging.version import __version__
 
@@ -224,7 +225,7 @@ def _check_sources(recipe: Recipe, record: RecipeRecord, places: Mapping[str, st
 def _notices(record: RecipeRecord, places: Mapping[str, str]) -> list[str]:
     """Return remarks on missing keys of sources, on versions that differ, and on another device."""
     if not record.sources:
-        unpinned = [name for name in places if hub_address(name) and "@" not in name]
+        unpinned = [name for name in places if (at := hub_address(name)) and at.revision is None]
         newest = f"; of {', '.join(unpinned)} the newest version is read" if unpinned else ""
         return [f"{record.where} states no keys of its sources, so that nothing shows whether they changed{newest}"]
     now = {"merging_version": __version__, "torch_version": torch.__version__}
@@ -243,7 +244,7 @@ def _describe(plan: Plan, recipe: Recipe, names: Mapping[str, str]) -> Plan:
     """Return the plan with the names that the sources had, for the header and the card."""
 
     def rename(model: Any) -> Any:
-        return replace(model, path=Path(names[str(model.path)])) if str(model.path) in names else model
+        return replace(model, path=path_of_name(names[str(model.path)])) if str(model.path) in names else model
 
     sources = tuple(replace(each, model=names.get(each.model, each.model)) for each in plan.sources)
     base = None if plan.base is None else rename(plan.base)

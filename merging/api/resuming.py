@@ -10,6 +10,7 @@ from merging.errors import OutputError, option
 from merging.maths.lazy_torch import torch
 from merging.output.header import RECIPE_KEY, SOURCES_KEY, header_metadata
 from merging.plan import Plan
+from merging.plan.provenance import etags_of
 from merging.sources import Model
 from merging.storage.leftovers import Identity, Leftover, find_abandoned, find_unfinished
 
@@ -73,7 +74,10 @@ def _identity_of(plan: Plan, shown: Plan, device: torch.device | None) -> Identi
 
 
 def _states_of(model: Model) -> dict[str, str]:
-    """Return the state of a model's files; a commit of the Hub states them, also where they are not downloaded yet."""
+    """Return the state of a model's files; commits and ETags state them, also where they are not downloaded yet."""
+    etags = etags_of(model)
+    if model.origin is not None and etags:
+        return {f"{model.origin.repo}/{name}": f"the ETag {etag}" for name, etag in etags.items()}
     if model.origin is not None:
         return {str(model.origin): "an input"}
     return {str(file): _state_of(file) for file in model.files}

@@ -1,10 +1,11 @@
-"""The sources of an output: every model that its recipe names, by its commit on the Hub or a key of its content."""
+"""The sources of an output: every model of its recipe, by its commit on the Hub, its ETags, or a key of its content."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from merging.display.tables import Displayed, format_size, plural
 from merging.errors import FormatError, explain_invalid
+from merging.hub.address import Address
+from merging.hub.object_folder import ObjectFolder
 from merging.hub.open_model import open_model
+from merging.hub.repository import open_repository
 from merging.plan.checks import key_of
 from merging.plan.layer_stack import LayerStack
 from merging.plan.recipe import Entry, Recipe
@@ -22,7 +26,15 @@ from merging.sources.model_files import COMPANIONS
 from merging.sources.small_files import LIST_LIMIT, read_bytes
 from merging.sources.tokenizers import TOKENIZER_FILES
 
-__all__ = ["SourceRecord", "describe_change", "names_of", "parse_sources", "record_source", "record_sources"]
+__all__ = [
+    "SourceRecord",
+    "describe_change",
+    "etags_of",
+    "names_of",
+    "parse_sources",
+    "record_source",
+    "record_sources",
+]
 
 _CONFIGS = ("config.json", "adapter_config.json", "*/config.json")
 
@@ -34,6 +46,7 @@ class SourceRecord(Displayed):
     Attributes:
         model: its name in the recipe.
         commit: the commit of a model on the Hub, which names its bytes; the keys are of local models.
+        etags: the ETag of each file that is read of a model in an object store, by its path in the model's folder.
         weights: a key of names, types, shapes, and samples of the values of each tensor.
         files: a key of the whole content of configs and tokenizer files.
         tensors: the number of tensors.
@@ -46,6 +59,7 @@ class SourceRecord(Displayed):
     commit: str | None = None
     weights: str | None = None
     files: str | None = None
+    etags: Mapping[str, str] | None = None
     tensors: int = 0
     bytes: int = 0
 
@@ -80,11 +94,32 @@ def record_source(name: str, model: Model) -> SourceRecord:
     """Return the record of one model. Headers, samples of the values and small files are read."""
     tensors = tensors_of(model)
     size = sum(part.nbytes for part in {id(part): part for each in tensors for part in each.made_of}.values())
+    etags = etags_of(model)
+    if etags:
+        return SourceRecord(str(model.origin), etags=etags, tensors=len(tensors), bytes=size)
     if model.origin is not None:
         return SourceRecord(str(model.origin), commit=model.origin.commit, tensors=len(tensors), bytes=size)
     return SourceRecord(
         model=name, weights=key_of(model), files=_files_key(_folder_of(model)), tensors=len(tensors), bytes=size
     )
+
+
+def etags_of(model: Model) -> dict[str, str]:
+    """Return the ETags of the files that are read of a model in an object store, by their paths in its folder.
+
+    They are those of its weights, config and tokenizer. For any other model there are none.
+    """
+    if model.origin is None or not model.origin.in_store:
+        return {}
+    folder = open_repository(Address(model.origin.repo, model.origin.commit))
+    assert isinstance(folder, ObjectFolder)
+    weights = {file.relative_to(folder.folder).as_posix() for file in model.files if folder.folder in file.parents}
+    patterns = (*_CONFIGS, *TOKENIZER_FILES, *COMPANIONS)
+    return {
+        name: stored.version
+        for name, stored in folder.objects.items()
+        if name in weights or any(fnmatch(name, pattern) for pattern in patterns)
+    }
 
 
 def _folder_of(model: Model) -> Path | None:
@@ -124,6 +159,10 @@ def describe_change(then: SourceRecord, now: SourceRecord) -> str | None:
     """Return the difference of a model from its record as a sentence's end, None if there is none that shows."""
     if then.commit != now.commit:
         return f"is at commit {now.commit}, and was at {then.commit}"
+    if then.etags != now.etags:
+        old, new = then.etags or {}, now.etags or {}
+        name = min(each for each in {*old, *new} if old.get(each) != new.get(each))
+        return f"has another {name} than then (ETag {old.get(name, 'none')} then, {new.get(name, 'none')} now)"
     if then.weights != now.weights:
         counts = [f"{plural(each.tensors, 'tensor')}, {format_size(each.bytes)}" for each in (then, now)]
         sizes = "" if counts[0] == counts[1] else f": {counts[0]} then, {counts[1]} now"
