@@ -54,6 +54,7 @@ class StoredObject:
         def ask() -> bytes:
             content: bytes = system.cat_file(path, start=start, end=stop)
             if len(content) != stop - start:
+                self.check()  # it may have become shorter
                 raise ConnectionError(f"{len(content)} of {stop - start} bytes came")
             return content
 

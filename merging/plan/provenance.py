@@ -107,7 +107,7 @@ def record_source(name: str, model: Model) -> SourceRecord:
 def etags_of(model: Model) -> dict[str, str]:
     """Return the ETags of the files that are read of a model in an object store, by their paths in its folder.
 
-    They are those of its weights, config and tokenizer. For any other model there are none.
+    Weights, config and tokenizer are read. Any other model has no ETags.
     """
     if model.origin is None or not model.origin.in_store:
         return {}
