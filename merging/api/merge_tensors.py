@@ -16,6 +16,7 @@ from merging.api.arguments import (
     check_state_dicts,
 )
 from merging.api.options import MethodParameters
+from merging.engine.devices import supply_operations
 from merging.engine.in_memory import TensorInputs, merge_in_memory
 from merging.errors import InputError, OptionError, option
 from merging.maths.delta import Delta, Dense, LowRank, Stack
@@ -110,18 +111,21 @@ def merge_state_dicts(
         changes = values if weights or origin is None else [value - origin for value in values]
         return TensorInputs(Stack([Dense(value) for value in changes], keys), origin)
 
-    results = {name: (delta.dense(), origin) for name, delta, origin in merge_in_memory(bound, sites, read, weights)}
-    for name, value in reference.items():
-        if name not in results:
-            merged[name] = value
-            continue
-        result, origin = results[name]
-        merged[name] = (result if origin is None else origin + result).to(value.dtype)
-        if not allow_nonfinite and not _is_finite(merged[name]):
-            raise InputError(
-                f"{name}: the merged values are beyond the range of {value.dtype}: give the models in a wider type, or "
-                f"use allow_nonfinite=True"
-            )
+    with supply_operations(next((each.device for each in floating.values()), torch.device("cpu"))):
+        results = {
+            name: (delta.dense(), origin) for name, delta, origin in merge_in_memory(bound, sites, read, weights)
+        }
+        for name, value in reference.items():
+            if name not in results:
+                merged[name] = value
+                continue
+            result, origin = results[name]
+            merged[name] = (result if origin is None else origin + result).to(value)
+            if not allow_nonfinite and not _is_finite(merged[name]):
+                raise InputError(
+                    f"{name}: the merged values are beyond the range of {value.dtype}: give the models in a wider "
+                    f"type, or use allow_nonfinite=True"
+                )
     return merged
 
 
@@ -218,7 +222,9 @@ def merge_changes(
             deltas = [Dense(delta.dense()) for delta in deltas]
         return TensorInputs(Stack(deltas, keys, present=[delta is not None for delta in found]), None)
 
-    return {name: delta for name, delta, _ in merge_in_memory(bound, sites, read, weights=False)}
+    given = {name: next(_parts(each[name])[0].device for each in adapters if name in each) for name in names}
+    with supply_operations(next(iter(given.values()), torch.device("cpu"))):
+        return {name: delta.to(given[name]) for name, delta, _ in merge_in_memory(bound, sites, read, weights=False)}
 
 
 def make_method(method: str | Method, parameters: Mapping[str, object], models: int) -> Method:

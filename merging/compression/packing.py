@@ -16,6 +16,7 @@ from merging.compression.settings import PackSettings, make_settings
 from merging.display.notices import report_notices
 from merging.display.progress import Progress, resolve_progress
 from merging.display.tables import Displayed
+from merging.engine.devices import supply_operations
 from merging.engine.download import download_model
 from merging.engine.resources import pick_device
 from merging.errors import InputError, OutputError, option
@@ -231,7 +232,9 @@ def _pack_model(
             f"{model.path}: only the changes of a full model are packed: give its base with {option('base')}"
         )
     plan = model_plan(model, base)
-    losses, changed, entries = pack_model(plan, settings, assembly, pick_device(device), progress)
+    where = pick_device(device)
+    with supply_operations(where):
+        losses, changed, entries = pack_model(plan, settings, assembly, where, progress)
     manifest = PackManifest(
         method=settings.method,
         settings=settings.summary,

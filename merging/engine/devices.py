@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from merging.maths.lazy_torch import torch
 
-__all__ = ["KINDS", "Kind", "kind_of", "main_device"]
+__all__ = ["KINDS", "Kind", "computing_on", "kind_of", "main_device", "supply_operations"]
 
 
 class Kind:
@@ -29,6 +29,10 @@ class Kind:
         """Return the number of these devices that the process may use."""
         return 1
 
+    def has_float64(self, device: torch.device) -> bool:
+        """Return whether the device computes in float64."""
+        return True
+
     def open_stream(self, device: torch.device) -> AbstractContextManager[object]:
         """Return a context in which the thread's work has a stream of its own."""
         return nullcontext()
@@ -41,12 +45,15 @@ class Kind:
 
 
 class StreamingKind(Kind):
-    """GPUs with streams and pinned memory: ``cuda`` and ``xpu``."""
+    """GPUs with streams and pinned memory: ``cuda``, and ``xpu`` of Intel, which partly lack float64."""
 
     pins = True
 
     def count(self) -> int:
         return int(self.module.device_count()) if self.module.is_available() else 0
+
+    def has_float64(self, device: torch.device) -> bool:
+        return bool(getattr(self.module.get_device_properties(device), "has_fp64", True))
 
     def open_stream(self, device: torch.device) -> AbstractContextManager[object]:
         stream: AbstractContextManager[object] = self.module.stream(self.module.Stream(device))
@@ -60,10 +67,13 @@ class StreamingKind(Kind):
 
 
 class MetalKind(Kind):
-    """Apple's GPU, ``mps``: one, with one stream for all threads, in the host's memory."""
+    """Apple's GPU, ``mps``: one, without float64, with one stream for all threads."""
 
     def count(self) -> int:
         return int(torch.backends.mps.is_available())
+
+    def has_float64(self, device: torch.device) -> bool:
+        return False
 
     def synchronize(self, device: torch.device) -> None:
         torch.mps.synchronize()
@@ -78,6 +88,24 @@ KINDS: dict[str, Kind] = {
 def kind_of(device: torch.device) -> Kind:
     """Return the kind of a device."""
     return KINDS[device.type]
+
+
+def supply_operations(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which the CPU does the operations that a device without float64 lacks."""
+    if device.type not in KINDS or kind_of(device).has_float64(device):
+        return nullcontext()
+    from merging.engine.missing_operations import MissingOperations
+
+    return MissingOperations(device).supply()
+
+
+@contextmanager
+def computing_on(device: torch.device) -> Iterator[None]:
+    """Let the thread compute on a device: on a stream of its own, whose work is done when the body ends."""
+    kind = kind_of(device)
+    with kind.open_stream(device), supply_operations(device):
+        yield
+        kind.synchronize(device)  # another thread uses the results, on another stream
 
 
 def main_device(devices: Sequence[torch.device]) -> torch.device:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from itertools import cycle, islice
 from typing import Generic, TypeVar
 
-from merging.engine.devices import kind_of
+from merging.engine.devices import computing_on
 from merging.maths.lazy_torch import torch
 
 __all__ = ["cores", "share_out"]
@@ -74,7 +74,7 @@ def share_out(
                 return
             # Every thread merges on its own: torch splitting small operations over more threads would only cost.
             torch.set_num_threads(1)
-            with torch.inference_mode(), kind_of(device).open_stream(device):
+            with torch.inference_mode(), computing_on(device):
                 while not stop.is_set():
                     with lock:
                         if not pending:

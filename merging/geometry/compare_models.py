@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from merging.display.notices import report_notices
 from merging.display.progress import Progress, resolve_progress
+from merging.engine.devices import supply_operations
 from merging.engine.resources import pick_device
 from merging.errors import OptionError, option
 from merging.geometry.alignment import MEMORY, AlignOptions, ModelLike, align
@@ -96,8 +97,9 @@ def compare(
     few = len(plan.models) <= OVERLAPPING
     wanted = WalkOptions(intruders, full_spectra, directions if few else 0)
     room = parse_size(max_memory, "max_memory")
-    found = walk(plan, wanted, room, where, progress)
-    counted = count_signs(plan, signs, room, where) if signs else None
+    with supply_operations(where):
+        found = walk(plan, wanted, room, where, progress)
+        counted = count_signs(plan, signs, room, where) if signs else None
     notices = _notices(plan, found, few)
     report_notices(notices)
     return Comparison(

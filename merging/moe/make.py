@@ -12,6 +12,7 @@ from typing import Any
 from merging.display.notices import report_notices
 from merging.display.progress import Progress, resolve_progress
 from merging.display.tables import Displayed
+from merging.engine.devices import supply_operations
 from merging.engine.download import download_model
 from merging.engine.process_memory import available_memory
 from merging.engine.resources import pick_device
@@ -168,7 +169,8 @@ def make_planned_moe(
     _download(plan, progress)
     companions = _companions(plan)
     card = moe_card(plan)
-    parts = [*_seed_noise(plan), *_routers(plan, device, progress)]
+    with supply_operations(device):
+        parts = [*_seed_noise(plan), *_routers(plan, device, progress)]
     with StagedOutput(destination, overwrite, False) as staged:
         writer = TensorWriter(
             staged.folder, "model", [out for part in parts for out in part.outs], _metadata(plan), _SHARD

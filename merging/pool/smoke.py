@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from merging.engine.devices import supply_operations
 from merging.engine.resources import pick_device
 from merging.errors import FormatError, InputError, OptionError
 from merging.maths.lazy_torch import Tensor, torch
@@ -132,7 +133,7 @@ class SmokeTest:
         limits: Limits = Limits(),
     ) -> None:
         self.limits = limits
-        place = pick_device(device)
+        self.device = pick_device(device)
         import transformers
 
         where, options = loading_options(base)
@@ -141,13 +142,14 @@ class SmokeTest:
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
             loader = getattr(transformers, str((config.architectures or [""])[0]), transformers.AutoModel)
             self.network = loader.from_pretrained(where, dtype="auto", **options).eval().requires_grad_(False)
-        self.network.to(place)
+        self.network.to(self.device)
         self.source = source
         self.parameters = dict(self.network.named_parameters())
         given = [tokenizer(text)["input_ids"][:_MOST_TOKENS] for text in texts]
         self.tokens = [row for row in given if len(row) > 1]
         self.pad = tokenizer.pad_token_id or 0
-        self.base = self._run_texts()
+        with supply_operations(self.device):
+            self.base = self._run_texts()
 
     def run(self, adapter: Adapter) -> tuple[list[Finding], dict[str, float]]:
         """Run the base with an adapter, which has the base's own names, and return findings and figures.
@@ -158,9 +160,9 @@ class SmokeTest:
         - ``output_change``: the mean change of the outputs relative to their standard deviation.
         - ``spread_ratio``: the spread of the texts' features relative to the base's.
         """
-        with self._with_adapter(adapter):
+        with supply_operations(self.device), self._with_adapter(adapter):
             changed = self._run_texts()
-        moved = (changed.outputs - self.base.outputs).abs().mean() / self.base.outputs.std()
+            moved = (changed.outputs - self.base.outputs).abs().mean() / self.base.outputs.std()
         figures = {"output_change": float(moved), "spread_ratio": changed.spread / max(self.base.spread, 1e-30)}
         if not all(map(math.isfinite, figures.values())):
             return [Finding("smoke", "quarantined", "with it the base answers NaN: destroyed")], {}

@@ -116,8 +116,8 @@ class TaskModel(ABC):
         for start in range(0, len(items), _AT_ONCE):
             chosen = by_length[start : start + _AT_ONCE]
             answers = self.answers([items[i] for i in chosen])
-            losses[chosen] = answers.losses(len(chosen)).double().cpu()
-            right[chosen] = answers.right(len(chosen)).double().cpu()
+            losses[chosen] = answers.losses(len(chosen)).cpu().double()
+            right[chosen] = answers.right(len(chosen)).cpu().double()
         return Scores(losses, right)
 
     def _cut(self, tokens: list[int], room: int, keep_end: bool = False) -> tuple[int, ...]:

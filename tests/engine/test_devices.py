@@ -56,6 +56,30 @@ def test_gpus_share_a_merge(tmp_path: Path, register: Register, method: str) -> 
     assert agree(load(tmp_path / "lazy"), load(tmp_path / "cpu"))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_without_float64(tmp_path: Path, register: Register, method: str) -> None:
+    """Steps in float64 are done on the CPU, the others on the device."""
+    base, paths = checkpoint(tmp_path, 2)
+    kind = register(StandInKind(float64=False))
+    chosen = chain(method, METHODS[method])
+    for device in ("cpu", "lazy"):
+        merging.merge(paths, method=chosen, base=base, output=tmp_path / device, device=device, threads=2)
+    assert kind.used[torch.device("lazy", 0)] > 50
+    assert agree(load(tmp_path / "lazy"), load(tmp_path / "cpu"))
+
+
+def test_a_method_of_your_own_without_float64(tmp_path: Path, register: Register) -> None:
+    @merging.method("test_wide_mean")
+    def wide_mean(deltas: torch.Tensor) -> torch.Tensor:
+        return deltas.double().mean(0).float()
+
+    register(StandInKind(float64=False))
+    base, paths = checkpoint(tmp_path, 2)
+    for device in ("cpu", "lazy"):
+        merging.merge(paths, method="test_wide_mean", base=base, output=tmp_path / device, device=device, threads=2)
+    assert agree(load(tmp_path / "lazy"), load(tmp_path / "cpu"))
+
+
 def test_devices_share_units_by_size() -> None:
     """Each has half of the bytes, in order; a device that is done first goes on with the other's."""
     units = [100, 1, 1, 1, 1, 96, 50, 50]

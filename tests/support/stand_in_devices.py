@@ -112,6 +112,10 @@ class DeviceTensor(torch.Tensor):
     def tolist(self) -> Any:
         return self.held.tolist()
 
+    def __getitem__(self, index: Any) -> Any:
+        # torch makes a tensor of a list's numbers on the device, where no mode sees it
+        return super().__getitem__(torch.tensor(index) if isinstance(index, list) else index)
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         leaves, _ = tree_flatten((args, kwargs))

@@ -118,8 +118,10 @@ class FunctionMethod(Method):
         fields = {field: getattr(self, field) for field in type(self).model_fields}
         parameters = {f: spread(v, len(values)) if f in self.each_model else v for f, v in fields.items()}
         merged = type(self).function(values, *((site,) if self.takes_site else ()), **parameters)
+        # steps in float64 are done on the CPU where a device has none, and their results may be there
+        there = isinstance(merged, Tensor) and merged.device.type in (values.device.type, "cpu")
         if isinstance(merged, Tensor) and (
-            not merged.is_floating_point() or merged.layout != values.layout or merged.device != values.device
+            not merged.is_floating_point() or merged.layout != values.layout or not there
         ):
             raise OptionError(
                 f"{self.name} made {site.name} as {merged.dtype}, {merged.layout}, on {merged.device}, and a method "
@@ -131,7 +133,7 @@ class FunctionMethod(Method):
                 f"{self.name} made a result of the {shape} of {site.name}, and a method makes one tensor of the shape "
                 f"of each model's, {list(values.shape[1:])} here"
             )
-        return Dense(merged.to(values.dtype))
+        return Dense(merged.to(values))
 
 
 @check_types("name", "space", "needs", "models")
