@@ -39,6 +39,7 @@ GROUPS: dict[str, dict[str, Listed]] = {
     "Sums and means": {
         "linear": Listed("linear", "Linear"),
         "task_arithmetic": Listed("task_arithmetic", "TaskArithmetic"),
+        "geometric_median": Listed("geometric_median", "GeometricMedian"),
         "varm": Listed("varm", "Varm"),
         "passthrough": Listed("passthrough", "Passthrough"),
     },
@@ -62,9 +63,12 @@ GROUPS: dict[str, dict[str, Listed]] = {
     },
     "Matrix by matrix, by singular values and directions": {
         "tsv": Listed("tsv", "Tsv"),
+        "dc_merge": Listed("dc_merge", "DcMerge"),
         "iso_c": Listed("iso_c", "IsoC"),
         "iso_cts": Listed("iso_cts", "IsoCts"),
+        "star": Listed("star", "Star"),
         "wudi": Listed("wudi", "Wudi"),
+        "actmat": Listed("actmat", "ActMat"),
         "svd": Listed("svd", "Svd"),
         "opcm": Listed("opcm", "Opcm"),
         "do": Listed("do", "Do"),

@@ -61,14 +61,17 @@ class Wudi(Spectral):
         return descend(weights, target, total(changes), self.steps)
 
 
-def interference(changes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return H = sum_i G_i ``[in, in]`` and K = sum_i tau_i G_i ``[out, in]``: the gradient at tau is 2 (tau H - K)."""
+def interference(changes: Sequence[Tensor], equal: bool = True) -> tuple[Tensor, Tensor]:
+    """Return H = sum_i G_i ``[in, in]`` and K = sum_i tau_i G_i ``[out, in]``: the gradient at tau is 2 (tau H - K).
+
+    G_i = tau_i^T tau_i, divided by |tau_i|^2 if all models count alike (``equal``).
+    """
     weights = changes[0].new_zeros(changes[0].shape[1], changes[0].shape[1])
     target = torch.zeros_like(changes[0])
     for change in changes:
         squares = float(change.square().sum())
         if squares:
-            own = change.mT @ change / squares
+            own = change.mT @ change / (squares if equal else 1)
             weights += own
             target += change @ own
     return weights, target

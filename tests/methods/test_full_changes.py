@@ -59,6 +59,21 @@ ENTRIES: Any = {
     "wudi": ("wudi", {"scale": 0.7}, lambda m: by_kind(m, lambda x: references.wudi(x, 0.7), mean(0.7))),
     "wudi-tables": ("wudi", {"embeddings": True}, lambda m: by_kind(m, references.wudi, mean(), True)),
     "tsv-tables": ("tsv", {"embeddings": True}, lambda m: by_kind(m, references.tsv, mean(), True)),
+    "actmat": ("actmat", {"scale": 0.7}, lambda m: by_kind(m, lambda x: references.actmat(x, 0.7), mean(0.7))),
+    "star": ("star", {"eta": 0.6}, lambda m: by_kind(m, lambda x: references.star(x, eta=0.6), mean())),
+    "star-tables": ("star", {"embeddings": True}, lambda m: by_kind(m, references.star, mean(), True)),
+    "dc_merge": ("dc_merge", {}, lambda m: by_kind(m, references.dc_merge, mean(1.2))),
+    "dc_merge-own": (
+        "dc_merge",
+        {"keep": 0.1, "smooth": "linear", "scale": 0.7},
+        lambda m: by_kind(m, lambda x: references.dc_merge(x, 0.7, 0.1, "linear"), mean(0.7)),
+    ),
+    "geometric_median": ("geometric_median", {"scale": 0.7}, flat(lambda x: references.geometric_median(x, None, 0.7))),
+    "geometric_median-weighted": (
+        "geometric_median",
+        {"weights": (0.5, 1.0, 0.3)},
+        flat(lambda x: references.geometric_median(x, (0.5, 1.0, 0.3))),
+    ),
     "svd": ("svd", {}, lambda m: by_kind(m, references.svd, lambda x: x.sum(0))),
     "svd-weighted": (
         "svd",

@@ -181,6 +181,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "orthogonalize+task_arithmetic": {},
     "svd": {},
     "wudi": {},
+    "actmat": {},
+    "star": {},
+    "dc_merge": {},
+    "geometric_median": {},
     "slerp": {"t": 0.3},
     "varm": {},
 }

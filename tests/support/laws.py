@@ -143,6 +143,9 @@ TABLE = [
     ),
     Row("passthrough", {}, {}, {"scale": torch.tensor(0.7)}, alone={}, needs_base=False, ordered=True, most=1),
     Row("varm", {}, {}, {"scale": torch.tensor(0.7)}, alone={}),
+    Row(
+        "geometric_median", {"weights": (1.0, 0.8)}, {"weights": (0.8, 1.0)}, {"scale": torch.tensor(0.7)}, alone={},
+    ),
     Row("sce", {"density": 0.3}, {"density": 0.3}, {"scale": torch.tensor(0.7)}, alone={}),
     Row(
         "sce", {"density": 0.5, "select": "deltas"}, {"density": 0.5, "select": "deltas"}, {},
@@ -183,6 +186,11 @@ TABLE = [
     Row("model_stock", {"filter_wise": True}, {"filter_wise": True}, {}, least=2),
     Row("tsv", {}, {}, {"scale": torch.tensor(0.7)}, alone={}, idempotent=False),
     Row("iso_c", {}, {}, {"scale": torch.tensor(0.7)}, idempotent=False),
+    Row("dc_merge", {"keep": 0.1}, {"keep": 0.1}, {"scale": torch.tensor(0.7)},
+        alone={"scale": 1.0, "smooth": "none"}, idempotent=False),
+    Row("dc_merge", {"smooth": "linear"}, {"smooth": "linear"}, {}, idempotent=False),
+    Row("star", {}, {}, {"scale": torch.tensor(0.7)}, alone={"eta": 1.0}, idempotent=False),
+    Row("actmat", {}, {}, {"scale": torch.tensor(0.7)}, alone={}),
     Row("iso_cts", {"common": 0.5}, {"common": 0.5}, {"scale": torch.tensor(0.7)}, idempotent=False, within=2e-2),
     Row("wudi", {}, {}, {"scale": torch.tensor(0.7)}, alone={}),
     Row("wudi", {"mode": "adam", "steps": 5}, {"mode": "adam", "steps": 5}, {},

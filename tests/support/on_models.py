@@ -92,8 +92,9 @@ def within(dtype: torch.dtype) -> float:
 
 
 def places(method: str) -> Any:
-    """The shapes to merge; numbers alone may be opposite, and have no Karcher mean then."""
-    return {name: shape for name, shape in PLACES.items() if method != "karcher" or shape != (1,)}
+    """The shapes to merge; numbers alone may be opposite, without a Karcher mean, or have many medians."""
+    alone = () if method in ("karcher", "geometric_median") else ((1,),)
+    return {name: shape for name, shape in PLACES.items() if shape != (1,) or shape in alone}
 
 
 dtypes = pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"])

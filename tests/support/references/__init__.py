@@ -8,14 +8,17 @@ first. A decomposition is a plain SVD (or `eigh`) of the full matrix, with a cut
 
 from __future__ import annotations
 
+from support.references.actmat import actmat
 from support.references.arcee_fusion import arcee_fusion
 from support.references.breadcrumbs import breadcrumbs
 from support.references.consensus import consensus
 from support.references.core import core
 from support.references.dare import dare
+from support.references.dc_merge import dc_merge, diagonal_dc_merge
 from support.references.della import della_probabilities
 from support.references.do import balanced, decoupled, do_merging
 from support.references.flat import flatten, unflatten
+from support.references.geometric_median import geometric_median
 from support.references.iso_c import iso_c
 from support.references.iso_cts import iso_cts
 from support.references.karcher import karcher
@@ -32,6 +35,7 @@ from support.references.published import GOLDEN, golden_adapters
 from support.references.ram import ram
 from support.references.sce import sce
 from support.references.spectral import decomposed
+from support.references.star import star
 from support.references.svd import svd
 from support.references.ties import ties
 from support.references.tsv import tsv
@@ -40,17 +44,21 @@ from support.references.wudi import wudi, wudi_loss
 
 __all__ = [
     "GOLDEN",
+    "actmat",
     "arcee_fusion",
     "balanced",
     "breadcrumbs",
     "consensus",
     "core",
     "dare",
+    "dc_merge",
     "decomposed",
     "decoupled",
     "della_probabilities",
+    "diagonal_dc_merge",
     "do_merging",
     "flatten",
+    "geometric_median",
     "golden_adapters",
     "iso_c",
     "iso_cts",
@@ -66,6 +74,7 @@ __all__ = [
     "pcb",
     "ram",
     "sce",
+    "star",
     "svd",
     "ties",
     "tsv",
