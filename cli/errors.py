@@ -64,7 +64,7 @@ class Interruption(Refusal):
 
 @contextmanager
 def handle_errors(debug: bool = False, status: Callable[[], str] | None = None) -> Iterator[None]:
-    """Turn refusals in a command's body into one message, and clean up after a kill as after Ctrl-C.
+    """Turn refusals in a command's body, and calls that fail, into one message; clean up after a kill as after Ctrl-C.
 
     ``status`` returns the sentence for an interruption, in commands that may have changed something by then; commands
     with an output pass an :class:`OutputStatus`.
@@ -77,6 +77,11 @@ def handle_errors(debug: bool = False, status: Callable[[], str] | None = None) 
             raise
         kind = next((word for cls, word in _KINDS.items() if isinstance(error, cls)), "error")
         raise Refusal(str(error), kind) from None
+    except OSError as error:
+        if debug or error.errno == errno.ENAMETOOLONG or _is_of_printing(error):
+            raise
+        where = "the disk" if error.filename is None else shorten(os.fsdecode(error.filename))
+        raise Refusal(f"{where}: {error.strerror or error}", "input") from None
     except KeyboardInterrupt:
         raise Interruption(f"{status() if status else 'nothing was written'}.") from None
     except (MemoryError, RuntimeError) as error:
@@ -155,7 +160,7 @@ def exit_with_message(as_json: bool = False) -> Iterator[None]:
         if error.errno == errno.ENAMETOOLONG:
             too_long = f"{shorten(str(error.filename))}: cannot be a path: {error.strerror}"
             code, shown = 1, Refusal(too_long, "input")
-        elif all(frame.f_code is not click.echo.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
+        elif not _is_of_printing(error):
             raise
         else:
             _silence_full_streams()
@@ -169,6 +174,10 @@ def exit_with_message(as_json: bool = False) -> Iterator[None]:
     except OSError:
         _silence_full_streams()
     sys.exit(code)
+
+
+def _is_of_printing(error: OSError) -> bool:
+    return any(frame.f_code is click.echo.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _kind(error: click.ClickException) -> str:

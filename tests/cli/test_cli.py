@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -220,6 +223,18 @@ def test_refusals_are_one_message(folder: Path, words: str, message: str) -> Non
 def test_wrong_usage_is_exit_code_two(folder: Path, words: str, message: str) -> None:
     assert message in refused(*words.split(), code=2)
     assert not (folder / "merged").exists()
+
+
+def test_a_folder_that_cannot_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = os.strerror(errno.EIO)
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        raise OSError(errno.EIO, reason, str(path))
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    words = ("--method", "linear", folder / "tuned0", folder / "tuned1", "-o", folder / "out")
+    assert refused(*words) == f"Error: {folder / 'tuned0'}: {reason}\n"
+    assert isinstance(merge(*words, "--debug").exception, OSError)
 
 
 def test_debug_shows_a_traceback(folder: Path) -> None:
