@@ -30,7 +30,7 @@ def describe_usage(path: str | Path) -> str:
     try:
         subject = open_subject(str(path))
         return ", or ".join(_ways(subject, Path(path)))
-    except MergingError:  # it was moved away, or is on a disk that fails
+    except (MergingError, OSError):  # it was moved away, or is on a disk that fails
         return ""
 
 

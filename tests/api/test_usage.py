@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -164,6 +166,16 @@ def test_an_export_of_a_store(tmp_path: Path) -> None:
 
 def test_what_is_not_there_has_no_use(tmp_path: Path) -> None:
     assert describe_usage(tmp_path / "none") == ""
+
+
+def test_a_disk_that_fails_leaves_a_merge_without_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint(tmp_path, 1)
+
+    def glob(path: Path, pattern: str) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(Path, "glob", glob)
+    assert describe_usage(tmp_path / "tuned0") == ""
 
 
 def test_packs_and_what_they_hold(tmp_path: Path) -> None:
