@@ -264,6 +264,7 @@ class StagedOutput:
             if isinstance(error, FileExistsError) or error.errno == errno.ENOTEMPTY:
                 raise destination_error(self.destination, "was created by someone else meanwhile") from None
             raise OutputError(f"{self.destination}: cannot be put in place: {error.strerror}") from None
+        self.journal = None  # of an output in place no work is left to go on with
         try:
             os_calls.sync_folder(self.destination.parent)
         except OSError as error:

@@ -411,9 +411,10 @@ def test_what_cannot_be_removed_is_said(tmp_path: Path, tuned: list[Path], monke
     assert not hidden(tmp_path)
 
 
+@pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("number", [errno.EIO, errno.EINVAL])
 def test_the_disk_does_not_confirm(
-    tmp_path: Path, tuned: list[Path], monkeypatch: pytest.MonkeyPatch, number: int
+    tmp_path: Path, tuned: list[Path], monkeypatch: pytest.MonkeyPatch, number: int, resume: bool
 ) -> None:
     """What is in place is called so; a file system that syncs no folders does it in its own time."""
     plain = os.fsync
@@ -425,10 +426,11 @@ def test_the_disk_does_not_confirm(
 
     monkeypatch.setattr(os, "fsync", fsync)
     if number == errno.EINVAL:
-        merging.merge(tuned, method="linear", output=tmp_path / "out")
+        merging.merge(tuned, method="linear", output=tmp_path / "out", resume=resume)
     else:
-        with pytest.raises(OutputError, match=r"out: is in place, but the disk does not confirm it \(Input/output err"):
-            merging.merge(tuned, method="linear", output=tmp_path / "out")
+        message = r"out: is in place, but the disk does not confirm it \(Input/output error\): .* it may be gone$"
+        with pytest.raises(OutputError, match=message):
+            merging.merge(tuned, method="linear", output=tmp_path / "out", resume=resume)
     assert right(tmp_path / "out", tuned)
     assert not hidden(tmp_path)
 
