@@ -99,7 +99,10 @@ def _read_command(words: Sequence[str]) -> Recipe:
     group = click.get_current_context().find_root().command
     with redirect_stdout(io.StringIO()) as printed:
         group.main([*words, "--recipe-only"], "merge", standalone_mode=False)
-    return parse_recipe(printed.getvalue(), "the command line").recipe
+    recipe = parse_recipe(printed.getvalue(), "the command line").recipe
+    if any(word.partition("=")[0] == "--quantize" for word in words):  # errors name it, also where it means another
+        return recipe.model_copy(update={"quantize": recipe.quantize})
+    return recipe
 
 
 def _relative_to(recipe: Recipe, folder: Path) -> Recipe:

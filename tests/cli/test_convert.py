@@ -100,6 +100,7 @@ REFUSED = {
     "ties a b --base c --scope tensor --vote weighted": "mergekit cannot say parameters.zero =",
     "linear a b --exclude norm": "mergekit has no exclude: leave it out of the recipe",
     "linear a b --quantize fp8": "mergekit has no quantize: leave it out of the recipe",
+    "linear a b --quantize none": "mergekit has no quantize: leave it out of the recipe",
     "linear a b --dequantize": "mergekit has no dequantize: leave it out of the recipe",
     "linear a b --as adapter": "mergekit has no as: leave it out of the recipe",
     "slerp a b --t 0.2:0.8": "before and after the blocks a gradient of mergekit has its first value",
