@@ -22,9 +22,9 @@ def stopped(*words: str) -> str:
 
 
 def test_a_merge_that_stops_goes_on() -> None:
-    assert "with finished work" in stopped("--only", "statistics", "--repeats", "1", "--seed", "3")
+    assert "with finished work" in stopped("--only", "statistics", "--stops", "5", "--seed", "3")
 
 
 @pytest.mark.exhaustive
 def test_every_kind_of_merge() -> None:
-    assert "wrong: 0" in stopped("--repeats", "1")
+    assert "wrong: 0" in stopped("--stops", "150")
