@@ -14,6 +14,7 @@ from .options import (
     add_options,
     debug_option,
     device_option,
+    engine_options,
     json_option,
     max_memory_option,
     overwrite_option,
@@ -52,6 +53,11 @@ class Execution:
     as_json: bool
     progress: str | None
     debug: bool
+    engine: str = "local"
+    address: str | None = None
+    workers: int | None = None
+    worker_cpus: float | None = None
+    worker_gpus: float | None = None
 
 
 _options = add_options(
@@ -66,6 +72,7 @@ _options = add_options(
     device_option,
     threads_option,
     max_memory_option,
+    *engine_options,
     click.option("--stream", is_flag=True, help="models of the Hub pass through the disk file by file"),
     click.option(
         "--keep-stages", type=click.Path(), metavar="DIR", help="a folder for the outputs of recipes among the models"
@@ -126,6 +133,8 @@ def execute(
     """
     from merging.api.merge_files import default_destination, merge_plan, plan_for
     from merging.api.usage import describe_usage
+    from merging.cluster import make_cluster
+    from merging.engine.cluster_crew import pick_cluster_devices
     from merging.engine.resources import pick_devices
     from merging.errors import OptionError
     from merging.hub.push import push, target_of
@@ -143,11 +152,18 @@ def execute(
     if execution.dry_run:
         show_plan(replace(plan, notices=(*notices, *plan.notices)), destination, execution, settings)
         return
+    cluster = make_cluster(
+        execution.engine,
+        execution.address,
+        workers=execution.workers,
+        worker_cpus=execution.worker_cpus,
+        worker_gpus=execution.worker_gpus,
+    )
     with show_progress(execution.progress) as report:
         merged = merge_plan(
             plan,
             destination,
-            devices=pick_devices(execution.device),
+            devices=pick_devices(execution.device) if cluster is None else pick_cluster_devices(execution.device),
             threads=execution.threads,
             max_memory=execution.max_memory,
             overwrite=execution.overwrite,
@@ -156,6 +172,7 @@ def execute(
             keep_stages=Path(execution.keep_stages) if execution.keep_stages else None,
             resume=execution.resume,
             shown=planned.shown if planned else None,
+            cluster=cluster,
         )
     merged = replace(merged, notices=(*notices, *merged.notices), facts={**merged.facts, **(facts or {})})
     if planned:

@@ -21,6 +21,7 @@ __all__ = [
     "different_bases_option",
     "drawing_option",
     "dtype_option",
+    "engine_options",
     "experts_option",
     "intruder_options",
     "json_option",
@@ -106,6 +107,21 @@ device_option = click.option(
     ],
 )
 threads_option = click.option("--threads", type=int, help="workers  [default: all cores]")
+engine_options = (
+    click.option(
+        "--engine",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        show_default=True,
+        help="threads of this process, or the workers of a Ray cluster",
+    ),
+    click.option("--address", metavar="auto|HOST:PORT", help="the Ray cluster  [default: auto, of this machine]"),
+    click.option("--workers", type=int, help="most workers of the cluster at a time  [default: all it has room for]"),
+    click.option("--worker-cpus", type=float, help="processors of a worker, and its threads  [default: 1]"),
+    click.option("--worker-gpus", type=float, help="GPUs of a worker, or a fraction  [default: 1 for cuda, else 0]"),
+)
+"""The engine that merges: this process, or a cluster."""
+
 max_memory_option = click.option("--max-memory", type=SIZE, help="most memory above the imports, such as 500MB")
 base_option = click.option("--base", type=MODEL, help="the model that the others were trained from")
 block_options = add_options(

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "nearest",
     "option",
     "shorten",
+    "words_of_reader",
 ]
 
 
@@ -181,9 +183,20 @@ def command_line_words(flags: Collection[str] | None = None) -> Iterator[None]:
         flags: The parameters that are options of a command with a recipe: messages name all others as keys of the
             recipe. By default all are options.
     """
+    with _use_words(True, flags):
+        yield
+
+
+def words_of_reader() -> Callable[[], AbstractContextManager[None]]:
+    """Return a maker of contexts in which messages have the words for the present reader, also in other processes."""
+    return partial(_use_words, _on_command_line, _flags)
+
+
+@contextmanager
+def _use_words(on_command_line: bool, flags: Collection[str] | None) -> Iterator[None]:
     global _on_command_line, _flags
     before = _on_command_line, _flags
-    _on_command_line, _flags = True, flags
+    _on_command_line, _flags = on_command_line, flags
     try:
         yield
     finally:

@@ -35,6 +35,7 @@ def open_decomposed(plan: Plan, settings: StageSettings) -> Iterator[tuple[Plan,
         threads=settings.threads,
         progress=settings.progress,
         scratch=settings.scratch,
+        make_crew=settings.make_crew,
     )
     try:
         yield _choose_ranks(plan, found), found

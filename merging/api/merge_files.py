@@ -17,9 +17,11 @@ from merging.api.kept_stages import check_stages, keep_stage
 from merging.api.options import MergeOptions
 from merging.api.output_files import check_output, is_file, write_output, write_stage_companions
 from merging.api.resuming import prepare_resuming
+from merging.cluster import RayCluster, make_cluster
 from merging.display.notices import report_notices
 from merging.display.progress import Progress, resolve_progress
 from merging.display.tables import Displayed
+from merging.engine.cluster_crew import fit_workers, open_connection, pick_cluster_devices
 from merging.engine.devices import main_device
 from merging.engine.download import download_plan
 from merging.engine.journal import Journal
@@ -75,8 +77,7 @@ class Merged(Displayed):
         discarded: the share of the change's energy that a lower rank discarded, by tensor.
         ranks: the rank of each tensor's factors, where it was chosen from the values.
         facts: numbers that the method reports, by name.
-        quantization_errors: the relative error of each tensor that was quantised after the merge: the norm of the
-            difference, divided by the norm of the merged tensor.
+        quantization_errors: the relative error of each quantised tensor: the norm of the error by the tensor's.
     """
 
     path: Path
@@ -144,6 +145,8 @@ def merge(
     progress: Progress | bool | None = None,
     keep_stages: str | Path | None = None,
     resume: bool | None = None,
+    engine: str | RayCluster = "local",
+    address: str | None = None,
     **options: Unpack[MergeOptions],
 ) -> Merged:
     """Merge models or adapters from files into a file or folder.
@@ -163,6 +166,8 @@ def merge(
         keep_stages: a folder for the outputs of recipes among the models, each in a folder of its own.
         resume: whether a merge that stopped is gone on with, and this one can be when it stops; by default for outputs
             above 10 GB, and where a merge stopped. False removes the finished work of a merge that stopped.
+        engine: ``local`` for threads of this process, ``ray``, or a :class:`~merging.cluster.RayCluster` with settings.
+        address: ``HOST:PORT`` of the Ray cluster; by default the cluster that this machine belongs to.
         **options: the recipe's options (``base``, ``dtype``, ``rank``, ``kind``, ``exclude`` and the other fields of
             :class:`~merging.plan.recipe.Recipe`), and the method's parameters by name (``weights=(1, 1, -1)``).
 
@@ -180,12 +185,13 @@ def merge(
         ('adapter', 16)
     """
     progress = resolve_progress(progress)
+    cluster = make_cluster(engine, address)
     recipe = merge_recipe(models, method, options)
     destination = default_destination(recipe) if output is None else Path(check_path(output, "output"))
     return merge_plan(
         plan_for(recipe, destination),
         destination,
-        devices=pick_devices(device),
+        devices=pick_devices(device) if cluster is None else pick_cluster_devices(device),
         threads=threads,
         max_memory=max_memory,
         overwrite=overwrite,
@@ -193,6 +199,7 @@ def merge(
         progress=progress,
         keep_stages=None if keep_stages is None else Path(check_path(keep_stages, "keep_stages")),
         resume=resume,
+        cluster=cluster,
     )
 
 
@@ -238,6 +245,7 @@ def merge_plan(
     keep_stages: Path | None = None,
     resume: bool | None = None,
     shown: Plan | None = None,
+    cluster: RayCluster | None = None,
 ) -> Merged:
     """Run a plan, and put the output in place when it is complete.
 
@@ -253,11 +261,13 @@ def merge_plan(
         keep_stages: a folder for the outputs of recipes among the models, each in a folder of its own.
         resume: whether a merge that stopped is gone on with; None for outputs above 10 GB, and where one stopped.
         shown: the plan that the header and the model card describe, where another one describes the output better.
+        cluster: the Ray cluster that merges, whose workers take ``max_memory`` each; None for this process.
 
     Raises:
         MergingError: for values that cannot be merged, and an output that cannot be written.
     """
-    workers = workers_within(plan, cores() if threads is None else threads, max_memory)
+    fitted = fit_workers(plan, cluster, main_device(devices), max_memory, stream=stream)
+    workers = workers_within(plan, cores() if threads is None else threads, None if fitted else max_memory)
     described = shown or plan
     identity, there = None, 0
     if keep_stages is None:
@@ -271,7 +281,7 @@ def merge_plan(
     if not is_file(destination):
         check_companions(plan)
     _log.info("%s: merging %d models by %s", destination, len(plan.models), plan.recipe.method.chain)
-    with StagedOutput(destination, overwrite, is_file(destination), identity) as staged:
+    with open_connection(fitted), StagedOutput(destination, overwrite, is_file(destination), identity) as staged:
         if stream:
             plan = download_plan(plan, companion_patterns(plan), stream=staged.scratch)
             described = shown or plan
@@ -279,6 +289,7 @@ def merge_plan(
         if transplant is not None:
             transplant.compute_on(main_device(devices))
         settings = StageSettings(devices=devices, threads=workers, scratch=staged.scratch, progress=progress)
+        settings = replace(settings, make_crew=fitted.make_crew if fitted else None)
         if staged.journal is not None:
             settings = replace(settings, journal=Journal(staged.journal))
         if keep_stages is not None:

@@ -160,6 +160,7 @@ def write_output(plan: Plan, shown: Plan, staged: StagedOutput, settings: StageS
                 scratch=staged.scratch,
                 decomposition=decomposition,
                 journal=journal,
+                make_crew=settings.make_crew,
             )
             write_constants(plan, writer)
             announce_phase(settings.progress, "making it durable")

@@ -49,7 +49,7 @@ class Work(ABC):
         assert collected is None
 
     def record(self, span: Span, written: Mapping[str, int]) -> None:
-        """Record a unit that is finished, and the bytes of each tensor that it wrote."""
+        """Record a unit that another process finished, and the bytes of each tensor that it wrote."""
         assert not written
 
 
@@ -148,23 +148,28 @@ class _GatheringElsewhere(Work):
 
 @dataclass(frozen=True, slots=True)
 class Merging(Work):
-    """Merging units and writing them. With a journal, each is recorded under its number."""
+    """Merging units and writing them. With a journal, each is recorded under its number.
+
+    With ``counts``, the bytes of each unit are counted, and wait in the worker's sink.
+    """
 
     journal: RunJournal | None = None
     numbers: Mapping[Span, int] = field(default_factory=dict)
+    counts: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Merging, ()  # the journal stays where it is
+        return Merging, (None, {}, True)  # the journal stays where it is
 
     def begin(self, shared: Shared, device: torch.device) -> Worker:
         worker = Worker(shared, device)
-        if self.journal is not None:
+        if self.counts or self.journal is not None:
             worker.output.sink = CountingSink(shared.sink)
         return worker
 
     def do(self, worker: Worker, span: Span) -> None:
         worker.merge_unit(span)
-        if isinstance(worker.output.sink, CountingSink):
+        if self.journal is not None:
+            assert isinstance(worker.output.sink, CountingSink)
             self.record(span, worker.output.sink.take())
 
     def record(self, span: Span, written: Mapping[str, int]) -> None:

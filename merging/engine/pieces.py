@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from math import prod
+from typing import Any
 
 from merging.engine.spool import Spool
 from merging.engine.tiles import tile_size
@@ -35,6 +36,9 @@ class PieceReader:
         self._statistics: dict[str, Statistics] = {}
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PieceReader, (self.plan, self.device)
 
     def read(self, name: str, buffer: Tensor, start: int) -> None:
         """Fill a buffer with the elements of a tensor from ``start`` on."""

@@ -8,9 +8,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from merging.display.progress import Progress, announce_phase
+from merging.engine.crews import MakeCrew
 from merging.engine.devices import main_device
 from merging.engine.journal import Journal
 from merging.engine.pieces import PieceReader
@@ -25,6 +26,7 @@ from merging.plan.checks import make_content_keys
 from merging.plan.merge_plan import Plan
 from merging.plan.stages import Stage, all_stages
 from merging.sources.stored import Stored, bytes_of
+from merging.storage.placed_files import PlacedFiles, TensorPlace
 
 __all__ = ["KeepStage", "StageSettings", "open_stages"]
 
@@ -43,6 +45,7 @@ class StageSettings:
         progress: called with the bytes done and the bytes in all.
         keep: writes a stage as a model of its own; None if stages are not kept.
         journal: the finished work of former runs of the merge; None if no later run can go on.
+        make_crew: makes the workers of each run; by default threads of this process.
     """
 
     devices: Sequence[torch.device] = ()
@@ -51,6 +54,7 @@ class StageSettings:
     progress: Progress | None = None
     keep: KeepStage | None = None
     journal: Journal | None = None
+    make_crew: MakeCrew | None = None
 
 
 @contextmanager
@@ -135,7 +139,10 @@ def _set_aside(stage: Stage, settings: StageSettings, progress: Progress | None)
     if settings.keep is not None:
         return _KeptTensors(settings.keep(stage, progress))
     journal = settings.journal.of_run(f"stage {stage.name}") if settings.journal else None
-    file = _AsideFile(stage.plan, settings.scratch, journal.values if journal else None)
+    path = journal.values if journal else None
+    if path is None and settings.make_crew and settings.scratch:  # other processes write to it
+        path = settings.scratch / f"stage {stage.name}.values"
+    file = _AsideFile(stage.plan, settings.scratch, path)
     try:
         done = run(
             stage.plan,
@@ -145,6 +152,7 @@ def _set_aside(stage: Stage, settings: StageSettings, progress: Progress | None)
             progress=progress,
             scratch=settings.scratch,
             journal=journal,
+            make_crew=settings.make_crew,
         )
     except BaseException:
         file.close()
@@ -212,6 +220,12 @@ class _AsideFile:
             end += out.nbytes
         self._lock = threading.Lock()
         self._file: IO[bytes] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        assert self._path is not None, "a file without a name has no other reader"
+        self._open()
+        path = self._path.absolute()
+        return PlacedFiles, ({name: TensorPlace(path, start) for name, start in self._starts.items()},)
 
     def write(self, name: str, values: Tensor, start: int = 0) -> None:
         """Take elements of a tensor."""

@@ -22,6 +22,9 @@ else:
             setattr(self, name, value)
             return value
 
+        def __reduce__(self) -> tuple[Any, ...]:
+            return _LazyModule, (self.__name__,)
+
     class _TensorType(type):
         """The type of a class whose instances are torch's tensors; there are none before torch is imported."""
 

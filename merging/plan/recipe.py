@@ -9,12 +9,11 @@ import yaml
 from pydantic import ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
 import merging
+from merging.cluster.settings import RayCluster
 from merging.display.progress import Progress
 from merging.display.tables import Displayed
 from merging.errors import OptionError
 from merging.maths.lazy_torch import torch
-from merging.maths.parameters import plain
-from merging.methods import parameters_of
 from merging.methods.contract.method import Method
 from merging.plan import layer_stack
 from merging.plan.as_trained import AsTrained
@@ -23,7 +22,7 @@ from merging.plan.extracted_parts import ExtractedParts
 from merging.plan.intruder_settings import IntruderChoice
 from merging.plan.layer_stack import LayerPart, LayerStack
 from merging.plan.rank_settings import RankChoice
-from merging.plan.recipe_forms import QuantizedFormat, make_chain, read_quantized
+from merging.plan.recipe_forms import QuantizedFormat, make_chain, read_quantized, stated_parameters
 from merging.plan.sizes import parse_size
 from merging.plan.tokens.settings import TokenizerSettings
 from merging.sources.dtypes import plain_dtype
@@ -226,6 +225,8 @@ class Recipe(Displayed, CheckedModel):
         progress: Progress | bool | None = None,
         keep_stages: str | Path | None = None,
         resume: bool | None = None,
+        engine: str | RayCluster = "local",
+        address: str | None = None,
     ) -> merging.Merged:
         """Carry out the merge, as :func:`~merging.merge` does with the same models, method and options.
 
@@ -240,6 +241,8 @@ class Recipe(Displayed, CheckedModel):
             progress: True for a bar, or a function that receives the bytes done and the bytes in all.
             keep_stages: a folder for the outputs of recipes among the models, each in a folder of its own.
             resume: whether a merge that stopped is gone on with, as for :func:`~merging.merge`.
+            engine: ``local``, ``ray``, or a Ray cluster, as for :func:`~merging.merge`.
+            address: ``HOST:PORT`` of the Ray cluster, as for :func:`~merging.merge`.
 
         Returns:
             The path and the kind of the output, its size, remarks, and numbers that the method reports.
@@ -260,6 +263,8 @@ class Recipe(Displayed, CheckedModel):
             progress=progress,
             keep_stages=keep_stages,
             resume=resume,
+            engine=engine,
+            address=address,
             **options,
         )
 
@@ -277,7 +282,7 @@ class Recipe(Displayed, CheckedModel):
 
     def _plain_fields(self) -> dict[str, Any]:
         values: dict[str, Any] = {"models": [plain_entry(each) for each in self.models], "method": self.method.chain}
-        parameters = _parameters(self.method)
+        parameters = stated_parameters(self.method)
         if parameters:
             values["parameters"] = parameters
         if self.base is not None:
@@ -307,14 +312,3 @@ def plain_entry(entry: Entry) -> Any:
     if isinstance(entry, str):
         return entry
     return entry.to_dict() if isinstance(entry, LayerStack) else entry._plain_fields()
-
-
-def _parameters(method: Method) -> dict[str, Any]:
-    links = method.links()
-    fields = [field for link in links for field in parameters_of(type(link))]
-    return {
-        f"{link.name}.{field}" if fields.count(field) > 1 else field: plain(getattr(link, field))
-        for link in links
-        for field in parameters_of(type(link))
-        if plain(getattr(link, field)) != plain(type(link).model_fields[field].default)
-    }

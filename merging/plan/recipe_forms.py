@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from merging.errors import OptionError
-from merging.methods import chain
+from merging.maths.parameters import plain
+from merging.methods import chain, parameters_of
+from merging.methods.contract.method import Method
 
-__all__ = ["QuantizedFormat", "make_chain", "read_quantized"]
+__all__ = ["QuantizedFormat", "make_chain", "read_quantized", "stated_parameters"]
 
 QuantizedFormat = Literal["keep", "fp8", "fp8-channel", "fp8-tensor", "mxfp4", "none"]
 """Formats of quantised outputs; ``none`` is replaced by ``dequantise``."""
@@ -33,3 +35,15 @@ def read_quantized(values: dict[str, Any]) -> dict[str, Any]:
         return values
     read = {key: value for key, value in values.items() if key != "dequantize"} | {"dequantise": True}
     return read if values["quantize"] != "none" else {**read, "quantize": None}
+
+
+def stated_parameters(method: Method) -> dict[str, Any]:
+    """Return the parameters of a method that differ from their defaults, in plain values."""
+    links = method.links()
+    fields = [field for link in links for field in parameters_of(type(link))]
+    return {
+        f"{link.name}.{field}" if fields.count(field) > 1 else field: plain(getattr(link, field))
+        for link in links
+        for field in parameters_of(type(link))
+        if plain(getattr(link, field)) != plain(type(link).model_fields[field].default)
+    }

@@ -14,6 +14,7 @@ from merging.maths.lazy_torch import Tensor
 from merging.sources.gguf.tensor_types import gguf_package
 from merging.sources.stored import bytes_of
 from merging.storage.output_tensor import OutputTensor
+from merging.storage.placed_files import PlacedFiles, TensorPlace
 from merging.storage.writer import starts_with
 
 __all__ = ["GgufWriter"]
@@ -83,9 +84,13 @@ class GgufWriter:
             self._left[name] -= len(data)
 
     def credit(self, written: Mapping[str, int]) -> None:
-        """Count bytes of tensors as written, since a run that stopped wrote them."""
+        """Count bytes of tensors as written, since another process wrote them, or a run that stopped."""
         for name, count in written.items():
             self._left[name] -= count
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        path = self.path.absolute()
+        return PlacedFiles, ({name: TensorPlace(path, start) for name, start in self._places.items()},)
 
     def sync(self) -> None:
         """Make everything that was written durable."""

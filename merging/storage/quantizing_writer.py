@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import fsum, prod, sqrt
-from typing import Protocol
+from typing import Any, Protocol
 
 from merging.maths.lazy_torch import Tensor, torch
 from merging.storage.encodings import Encoding, Loss
@@ -50,7 +50,7 @@ class QuantizingWriter:
     """
 
     def __init__(self, writer: Writer, encodings: Mapping[str, Encoding]) -> None:
-        self._writer, self._encodings = writer, encodings
+        self.writer, self._encodings = writer, encodings
         self._units: dict[tuple[str, int], _Unit] = {}
         self._losses: dict[str, dict[int, Loss]] = {name: {} for name in encodings}
         self._lock = threading.Lock()
@@ -59,7 +59,7 @@ class QuantizingWriter:
         """Take the elements ``values`` (one axis, contiguous, on the CPU) of a tensor, from position ``start`` on."""
         encoding = self._encodings.get(name)
         if encoding is None:
-            self._writer.write(name, values, start)
+            self.writer.write(name, values, start)
             return
         position = start
         while position < start + len(values):
@@ -68,7 +68,7 @@ class QuantizingWriter:
             piece = values[position - start : until - start]
             whole = piece if len(piece) == last - first else self._collect(name, piece, position, (first, last))
             if whole is not None:
-                self._losses[name][first] = encoding.encode(whole, first, self._writer.write)
+                self._losses[name][first] = encoding.encode(whole, first, self.writer.write)
             position = until
 
     def _collect(self, name: str, piece: Tensor, position: int, unit: tuple[int, int]) -> Tensor | None:
@@ -86,6 +86,19 @@ class QuantizingWriter:
                 return None
             del self._units[key]
         return waiting.values
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return QuantizingWriter, (self.writer, self._encodings)
+
+    def take_losses(self) -> dict[str, dict[int, Loss]]:
+        """Return the losses since the last call, by tensor and the first element of a unit."""
+        losses, self._losses = self._losses, {name: {} for name in self._encodings}
+        return losses
+
+    def add_losses(self, losses: Mapping[str, Mapping[int, Loss]]) -> None:
+        """Add the losses of units that another process encoded."""
+        for name, each in losses.items():
+            self._losses[name].update(each)
 
     def error_of(self, name: str) -> float:
         """Return the relative error of an encoded tensor: the norm of the difference, by the norm of the tensor."""

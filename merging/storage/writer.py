@@ -7,12 +7,14 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from merging import os_calls
 from merging.errors import OutputError
 from merging.maths.lazy_torch import Tensor
 from merging.sources.stored import bytes_of
 from merging.storage.output_tensor import OutputTensor
+from merging.storage.placed_files import PlacedFiles, TensorPlace
 
 __all__ = ["ComponentWriter", "TensorWriter", "file_size", "starts_with"]
 
@@ -43,6 +45,7 @@ class TensorWriter:
         self._left = {out.name: out.nbytes for out in outs}
         self._lock = threading.Lock()
         self._fds: list[int] = []
+        self._paths: dict[int, Path] = {}
         self.resumed = self._resume = resume
         for number, shard in enumerate(shards, 1):
             name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
@@ -57,6 +60,7 @@ class TensorWriter:
             flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | (0 if self._resume else os.O_EXCL)
             fd = os.open(path, flags, 0o666)
             self._fds.append(fd)
+            self._paths[fd] = path.absolute()
             if not (self._resume and starts_with(fd, header, size)):
                 self.resumed = False
                 if os.fstat(fd).st_size:
@@ -70,6 +74,13 @@ class TensorWriter:
         for out in outs:
             self._places[out.name] = (fd, position)
             position += out.nbytes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PlacedFiles, (self.places(),)  # in another process
+
+    def places(self) -> dict[str, TensorPlace]:
+        """Return the place of each tensor."""
+        return {name: TensorPlace(self._paths[fd], position) for name, (fd, position) in self._places.items()}
 
     def write(self, name: str, values: Tensor, start: int = 0) -> None:
         """Write the elements ``values`` (one axis, contiguous, on the CPU) at position ``start`` of a tensor."""
@@ -156,6 +167,14 @@ class ComponentWriter:
         except BaseException:
             self.close()
             raise
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        places = {
+            f"{component}.{name}" if component else name: place
+            for component, writer in self._writers.items()
+            for name, place in writer.places().items()
+        }
+        return PlacedFiles, (places,)
 
     def write(self, name: str, values: Tensor, start: int = 0) -> None:
         """Write the elements ``values`` (one axis, contiguous, on the CPU) at position ``start`` of a tensor."""

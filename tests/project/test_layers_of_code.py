@@ -73,7 +73,7 @@ def under(module: str, *packages: str) -> bool:
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "os_calls", "version"),
-    ("display", "type_checks"),
+    ("cluster", "display", "type_checks"),
     ("maths",),
     ("methods", "object_stores", "sources"),
     ("hub", "storage"),
@@ -104,6 +104,7 @@ PURE = {
 }
 LAZY_TORCH = "merging.maths.lazy_torch"
 NEVER: dict[str, tuple[str, ...]] = {
+    "cluster": ("click", "torch", "transformers"),
     "hub": ("click", "transformers"),
     "methods": ("click", "transformers"),
     "moe": ("click",),

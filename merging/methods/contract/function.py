@@ -24,6 +24,7 @@ __all__ = ["OPTIONS", "FunctionMethod", "method"]
 
 OPTIONS = frozenset(
     {
+        "address",
         "allow_different_bases",
         "allow_nonfinite",
         "allow_unmatched",
@@ -45,6 +46,7 @@ OPTIONS = frozenset(
         "dtype",
         "elements",
         "energy",
+        "engine",
         "exclude",
         "experts",
         "format",
@@ -86,6 +88,9 @@ OPTIONS = frozenset(
         "tokenizer",
         "version",
         "vocabulary",
+        "worker_cpus",
+        "worker_gpus",
+        "workers",
     }
 )
 """The names of the options of every merge, in Python and on the command line."""
