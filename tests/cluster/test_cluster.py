@@ -1,0 +1,266 @@
+"""Merges on a real Ray cluster: the bytes of one machine, with workers and nodes that die, errors, and Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+import merging
+from merging.cluster import RayCluster, WorkerLost, connect, map_tasks
+from merging.engine.crews import ThreadCrew
+from merging.errors import InputError, OptionError
+from merging.plan.items import TILE
+from support.commands import ok
+from support.ray_cluster import Nodes, node_words, start_nodes
+from support.tiny import adapters, checkpoint, load, save
+
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra ray, as .ci/run cluster installs it"),
+    pytest.mark.filterwarnings("ignore"),  # Ray's own
+]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    """A head and a second node, with two processors each, and a connection to them."""
+    with start_nodes(2, 2) as started, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with connect(RayCluster(address=started.address)):  # merges use it, and so the same workers
+            yield started
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints with two tiles in the largest tensors, adapters, and recipes with stages."""
+    folder = tmp_path_factory.mktemp("models")
+    checkpoint(folder, 3, layers=3, width=48, vocab=12_000)  # more than a tile
+    adapters(folder / "lora", 3)
+    stage = {"models": ["tuned0", "tuned1"], "method": "ties", "base": "base"}
+    outer = {"models": [stage, "tuned2"], "method": "karcher"}
+    (folder / "aside.yml").write_text(json.dumps(outer))
+    stage["method"] = "task_arithmetic"
+    (folder / "lazy.yml").write_text(json.dumps(outer))
+    return folder
+
+
+KINDS = {
+    "linear": "-m linear tuned0 tuned1 tuned2",
+    "shards": "-m task_arithmetic --base base tuned0 tuned1 --shard-size 100000",
+    "half": "-m linear tuned0 tuned1 --dtype bfloat16",
+    "statistics": "-m ties --density 0.3 --base base tuned0 tuned1 tuned2",
+    "random": "-m dare+ties --drop 0.5 --density 0.5 --base base tuned0 tuned1",
+    "decompositions": "-m tsv --base base tuned0 tuned1",
+    "set aside": "-m lines+tsv --base base tuned0 tuned1",
+    "kept factors": "-m orthogonalize+ties --steps 3 lora/adapter0 lora/adapter1 lora/adapter2",
+    "adapters": "-m linear lora/adapter0 lora/adapter1",
+    "ranks": "-m linear lora/adapter0 lora/adapter1 lora/adapter2 --energy 0.9",
+    "extracted": "extract tuned0 --base base --size 20kB",
+    "baked": "bake lora/adapter0 --base lora/base",
+    "stages aside": "run aside.yml",
+    "lazy stages": "run lazy.yml",
+    "codes": "-m linear tuned0 tuned1 --quantize fp8-channel",
+    "gguf": "-m linear lora/adapter0 lora/adapter1 --format gguf --base lora/base",
+}
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bytes_of_one_machine(
+    nodes: Nodes, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.chdir(models)
+    monkeypatch.setattr("merging.engine.tiles.CHUNK", TILE)  # several units a tensor
+    words = KINDS[kind].split()
+    ok(*words, "-o", tmp_path / "0" / "out")
+    wanted = contents(tmp_path / "0" / "out")
+    monkeypatch.setattr(ThreadCrew, "go_through", None)
+    for workers in (1, 2, 4):
+        out = tmp_path / str(workers) / "out"
+        ok(*words, "-o", out, "--engine", "ray", "--address", nodes.address, "--workers", workers)
+        assert contents(out) == wanted
+        assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+class Trouble:
+    """A killer of workers that runs next to a merge, until it has killed ``count``."""
+
+    def __init__(self, nodes: Nodes, count: int) -> None:
+        self.nodes, self.count, self.killed = nodes, count, 0
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self.run)
+
+    def run(self) -> None:
+        chance = random.Random(0)
+        while self.killed < self.count and not self.stop.wait(0.3):
+            self.killed += self.nodes.kill_worker(chance)
+
+    def __enter__(self) -> Trouble:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop.set()
+        self.thread.join()
+
+
+def slow_method(seconds: float) -> Any:
+    """A method that takes time: the mean, after a while."""
+
+    @merging.method("slow_mean", needs="element")
+    def slow_mean(deltas: Tensor) -> Tensor:
+        """Mean of the changes."""
+        time.sleep(seconds)
+        return deltas.mean(0)
+
+    return slow_mean()
+
+
+def merge_slowly(models: Path, output: Path, seconds: float, **options: Any) -> Any:
+    return merging.merge(
+        [models / "tuned0", models / "tuned1"],
+        method=slow_method(seconds),
+        base=models / "base",
+        output=output,
+        **options,
+    )
+
+
+def test_ten_killed_workers(nodes: Nodes, models: Path, tmp_path: Path) -> None:
+    merge_slowly(models, tmp_path / "wanted", 0)
+    with Trouble(nodes, 10) as trouble:
+        while trouble.thread.is_alive():
+            cluster = RayCluster(address=nodes.address, tries=8)
+            merge_slowly(models, tmp_path / "out", 0.5, engine=cluster, overwrite=True)
+    assert trouble.killed == 10
+    assert contents(tmp_path / "out") == contents(tmp_path / "wanted")
+
+
+def test_a_node_that_dies(nodes: Nodes, models: Path, tmp_path: Path) -> None:
+    merge_slowly(models, tmp_path / "wanted", 0)
+    raylet = nodes.start("--address", nodes.address, *node_words(4))
+    seen: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        if not seen:
+            raylet.kill()
+        seen.append(done)
+
+    cluster = RayCluster(address=nodes.address, workers=8)
+    merge_slowly(models, tmp_path / "out", 0.3, engine=cluster, progress=progress)
+    assert contents(tmp_path / "out") == contents(tmp_path / "wanted")
+
+
+def test_a_fatal_tensor_is_named(nodes: Nodes, models: Path, tmp_path: Path) -> None:
+    @merging.method("fatal", needs="element", models=(2, None))
+    def fatal(deltas: Tensor, site: Any) -> Tensor:
+        """Mean of the changes, but for one tensor."""
+        if "layers.1" in site.name and "norm" in site.name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return deltas.mean(0)
+
+    with pytest.raises(
+        InputError,
+        match=r"^model.layers.1.input_layernorm.weight: its worker died 2 times \(The .*task\): leave .*exclude",
+    ):
+        merging.merge(
+            [models / "tuned0", models / "tuned1"],
+            method=fatal(),
+            base=models / "base",
+            output=tmp_path / "out",
+            engine=RayCluster(address=nodes.address, tries=2),
+        )
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_error_is_the_same_as_on_one_machine(nodes: Nodes, models: Path, tmp_path: Path) -> None:
+    broken = load(models / "tuned0")
+    broken["model.norm.weight"][3] = float("nan")
+    save(tmp_path / "broken", broken)
+    said = []
+    for engine in ("local", "ray"):
+        with pytest.raises(InputError, match="holds NaN") as error:
+            merging.merge(
+                [tmp_path / "broken", models / "tuned1"], method="linear", output=tmp_path / "out", engine=engine
+            )
+        said.append(str(error.value))
+    assert said[0] == said[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_ctrl_c_stops_the_workers_and_leaves_nothing(nodes: Nodes, models: Path, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        merge_slowly(models, tmp_path / "out", 3, engine="ray", progress=interrupt)
+    until = time.monotonic() + 10
+    while nodes.workers() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not nodes.workers()
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("then", ["local", "ray"])
+def test_a_merge_that_stopped_is_gone_on_with(
+    nodes: Nodes, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    monkeypatch.setattr("merging.engine.journal._PERIOD", 0.01)
+    options = {"base": models / "base", "method": "lines+tsv", "resume": True}
+    inputs = [models / "tuned0", models / "tuned1"]
+    merging.merge(inputs, output=tmp_path / "wanted", **options)
+
+    class Stop(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        if done > 0.8 * total:
+            time.sleep(0.3)
+            raise Stop
+
+    with pytest.raises(Stop):
+        merging.merge(inputs, output=tmp_path / "out", engine="ray", progress=stop, **options)
+    (left,) = tmp_path.glob(".out.*.partial")
+    entries = [json.loads(line) for line in (left / "journal" / "merge.jsonl").read_text().splitlines()]
+    assert any(entry["spooled"] for entry in entries) and any(entry["units"] for entry in entries)
+    merging.merge(inputs, output=tmp_path / "out", engine=then, **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "wanted")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "wanted"]
+
+
+def test_tasks_are_mapped(nodes: Nodes) -> None:
+    factor = 3
+    found = dict(map_tasks(lambda number: factor * number, range(20), RayCluster(address=nodes.address)))
+    assert found == {number: 3 * number for number in range(20)}
+
+
+def test_an_error_of_a_task(nodes: Nodes) -> None:
+    def fail(number: int) -> int:
+        raise InputError(f"{number} is wrong")
+
+    with pytest.raises(InputError, match=r"^7 is wrong$"):
+        next(map_tasks(fail, [7], RayCluster()))
+    with pytest.raises(ZeroDivisionError):
+        next(map_tasks(lambda number: number / 0, [7], RayCluster()))
+    with pytest.raises(WorkerLost, match="its worker died 2 times"):
+        next(map_tasks(lambda number: os.kill(os.getpid(), signal.SIGKILL), [7], RayCluster(tries=2)))
+
+
+def test_no_room(nodes: Nodes, models: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="no node of the cluster has room for a worker of 64 CPU"):
+        merging.merge([models / "tuned0"], method="linear", output=tmp_path / "out", engine=RayCluster(worker_cpus=64))
