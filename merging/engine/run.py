@@ -26,7 +26,7 @@ from merging.engine.outputs import Sink
 from merging.engine.process_memory import keep_freed_memory, private_memory, release_freed_memory
 from merging.engine.spool import Spool
 from merging.engine.sweeps import Sweeps
-from merging.engine.tiles import tile_size, unit_size
+from merging.engine.tiles import can_be_sampled, tile_size, unit_size
 from merging.engine.unit import Span
 from merging.engine.worker import Shared
 from merging.errors import option
@@ -237,6 +237,10 @@ class _Counter:
         """Count spans that a former run finished."""
         self.done += sweeps * sum(span.bytes for span in spans)
 
+    def add_sweep(self, spans: Iterable[Span]) -> None:
+        """Expect one more sweep."""
+        self.total += sum(span.bytes for span in spans)
+
     def __call__(self, span: Span) -> None:
         self.done += span.bytes
         if private_memory() > self.most:
@@ -257,6 +261,9 @@ def _gather(
     """Go through all spans as often as the statistics of a stage need, and store their results."""
     dtype = shared.plan.widest
     sweeps = Sweeps([each.name for each in stage], [each.reduction.widen(dtype).start() for each in stage])
+    expected = max(each.reduction.sweeps for each in stage)
+    if len(stage) == 1 and all(can_be_sampled(span.item) for span in spans):
+        sweeps.totals[0].begin_sample()
     if journal is not None:
         journal.follow(sweeps)
     counter.skip(spans, sweeps.number)
@@ -268,5 +275,8 @@ def _gather(
         crew.go_through(gathering, [span for _, span in left], counter)
         release_freed_memory()  # the next sweep has threads of its own, which do not find all that was freed
         unfinished = sweeps.end_sweep()
+        if unfinished and sweeps.number >= expected:
+            counter.add_sweep(spans)
+    counter.skip(spans, max(0, expected - sweeps.number))
     for each, total in zip(stage, sweeps.totals, strict=True):
         shared.statistics[each.name] = total.result()

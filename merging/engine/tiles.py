@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, prod
 
@@ -17,10 +17,13 @@ from merging.sources.stored import Stored
 from merging.sources.stored_bytes import StoredBytes
 from merging.sources.token_rows import TokenRows
 
-__all__ = ["GPU_TILE", "Tile", "Tiler", "tile_size", "unit_size"]
+__all__ = ["GPU_TILE", "Tile", "Tiler", "can_be_sampled", "tile_size", "unit_size"]
 
 GPU_TILE = 1 << 24
 """Elements of one model merged at a time on a GPU, which wants few large kernels."""
+
+_RUNS, _RUN = 8, 1 << 14
+"""Runs of the sample of a span, at least, and elements of a run, at most: fewer and longer ones are read faster."""
 
 
 @dataclass(slots=True)
@@ -48,42 +51,65 @@ class Tiler:
 
     def tiles(self, item: Item, start: int, stop: int) -> Iterator[Tile]:
         """Yield the tiles of an item from one flat offset to another."""
+        step = item.cut.elements(tile_size(self.device))
+        changes = self._changes(item)
+        for position in range(start, stop, step):
+            yield self._read_tile(item, (position,), min(step, stop - position), changes)
+
+    def sample(self, item: Item, start: int, stop: int, share: int) -> Iterator[Tile]:
+        """Yield tiles of about one element in ``share`` of an item that :func:`can_be_sampled`.
+
+        The elements of a tile are runs of equal length, of whole rows where the item is cut by rows.
+        """
+        run = item.cut.elements(min(_RUN, max(1, (stop - start) // (_RUNS * share))))
+        starts = range(start + share // 2 * run, stop - run + 1, share * run)
+        step = max(1, tile_size(self.device) // run)
+        for first in range(0, len(starts), step):
+            some = starts[first : first + step]
+            yield self._read_tile(item, some, len(some) * run, {})
+
+    def _changes(self, item: Item) -> dict[int, Delta]:
+        """Return the changes of adapters, by model, in a form that has rows."""
+        # The change of a whole model needs no more than the tile of its tensor.
+        adapters = (slot for slot, each in enumerate(item.inputs) if isinstance(each, Change))
+        return {s: self._by_rows(item, s) for s in adapters if not isinstance(item.inputs[s], ExtractedChange)}
+
+    def _read_tile(self, item: Item, starts: Sequence[int], size: int, changes: Mapping[int, Delta]) -> Tile:
+        """Return a tile of runs of equal length, which begin at ``starts``; all but a sample has one run."""
         dtype, shape = item.dtype, item.cut.shape(item.site)
         present = tuple(each is not None for each in item.inputs)
-        # The change of a whole model needs no more than the tile of its tensor.
-        inputs = [each.value if isinstance(each, ExtractedChange) else each for each in item.inputs]
-        changes = {slot: self._by_rows(item, slot) for slot, each in enumerate(inputs) if isinstance(each, Change)}
-        columns = prod(item.site.shape[1:])
-        step = item.cut.elements(tile_size(self.device))
-        for position in range(start, stop, step):
-            size = min(step, stop - position)
-            base = self._read("base", item.base, position, size, dtype) if item.base is not None else None
-            values = self._buffer("stack", len(present) * size, dtype).view(len(present), size)
-            for slot, each in enumerate(inputs):
-                if isinstance(each, Change):
-                    first, last = position // columns, (position + size) // columns
-                    values[slot].copy_(changes[slot].rows(first, last).dense().reshape(-1))
-                    if self.plan.weights and base is not None:
-                        values[slot].add_(base)
-                else:
-                    self._read_change(values[slot], each, position, base, item.scale(slot))
-            if not self.plan.recipe.allow_nonfinite:
-                self._check(item, values, base)
-            stack = Stack.of(values.view(len(present), *shape), self.plan.keys, present)
-            yield Tile(position, stack, base.view(shape) if base is not None else None)
+        base = self._read("base", item.base, starts, size, dtype) if item.base is not None else None
+        values = self._buffer("stack", len(present) * size, dtype).view(len(present), size)
+        for slot, each in enumerate(item.inputs):
+            if slot in changes:
+                columns = prod(item.site.shape[1:])
+                first, last = starts[0] // columns, (starts[0] + size) // columns
+                values[slot].copy_(changes[slot].rows(first, last).dense().reshape(-1))
+                if self.plan.weights and base is not None:
+                    values[slot].add_(base)
+            else:
+                stored = each.value if isinstance(each, ExtractedChange) else each
+                assert stored is None or isinstance(stored, Stored)
+                self._read_change(values[slot], stored, starts, base, item.scale(slot))
+        if not self.plan.recipe.allow_nonfinite:
+            self._check(item, values, base)
+        stack = Stack.of(values.view(len(present), *shape), self.plan.keys, present)
+        return Tile(starts[0], stack, base.view(shape) if base is not None else None)
 
     def _by_rows(self, item: Item, slot: int) -> Delta:
         """Return one adapter's change of an item, in a form that has rows."""
         change = self.change(item, slot)
         return change if item.site.shape else Dense(change.dense().view(1))
 
-    def _read_change(self, into: Tensor, stored: Stored | None, start: int, base: Tensor | None, scale: float) -> None:
+    def _read_change(
+        self, into: Tensor, stored: Stored | None, starts: Sequence[int], base: Tensor | None, scale: float
+    ) -> None:
         """Read one model's values of a tile, or their change from the base; a missing tensor changes nothing.
 
         The change is multiplied by ``scale``, also where its sum with the base is wanted.
         """
         if stored is not None:
-            into.copy_(self.raw(stored, start, len(into)))
+            into.copy_(self._read_runs(stored, starts, len(into)))
             if base is not None and (not self.plan.weights or scale != 1):
                 into.sub_(base)
             if scale != 1:
@@ -97,14 +123,20 @@ class Tiler:
 
     def raw(self, stored: Stored, start: int, size: int) -> Tensor:
         """Return elements of a stored tensor as they are, on the device; valid until the next call."""
+        return self._read_runs(stored, (start,), size)
+
+    def _read_runs(self, stored: Stored, starts: Sequence[int], size: int) -> Tensor:
+        """Return runs of equal length of a stored tensor, ``size`` elements in all; valid until the next call."""
         buffer = self._buffer("raw", size, stored.dtype, host=True)
         if self.device.type != "cpu":
             self.wait()  # the previous copy out of this buffer may still be under way
-        stored.read_into(buffer, start)
+        run = size // len(starts)
+        for place, start in zip(range(0, size, max(1, run)), starts, strict=False):
+            stored.read_into(buffer[place : place + run], start)
         return buffer.to(self.device, non_blocking=True)
 
-    def _read(self, slot: str, stored: Stored, start: int, size: int, dtype: torch.dtype) -> Tensor:
-        return self._buffer(slot, size, dtype).copy_(self.raw(stored, start, size))
+    def _read(self, slot: str, stored: Stored, starts: Sequence[int], size: int, dtype: torch.dtype) -> Tensor:
+        return self._buffer(slot, size, dtype).copy_(self._read_runs(stored, starts, size))
 
     def stack(self, item: Item) -> Stack:
         """Return all changes of an item as factors; the change of a model without it is a zero of rank 0."""
@@ -144,7 +176,7 @@ class Tiler:
             return
         for start in range(0, item.numel, TILE):
             size = min(TILE, item.numel - start)
-            ours = self._read("base", item.base, start, size, torch.float32)
+            ours = self._read("base", item.base, (start,), size, torch.float32)
             # it may have been rounded to the precision of the training
             if not torch.allclose(self.raw(change.layer, start, size).float(), ours, rtol=2**-7, atol=1e-6):
                 trained = "rows" if isinstance(change, TokenRows) else "factors"
@@ -214,6 +246,11 @@ class Tiler:
             device = torch.device("cpu") if on_host else self.device
             buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device, pin_memory=pinned)
         return buffer[:numel]
+
+
+def can_be_sampled(item: Item) -> bool:
+    """Return whether a part of an item's elements can be read without the others."""
+    return item.cut.way in ("elements", "rows") and not item.changes
 
 
 def tile_size(device: torch.device) -> int:

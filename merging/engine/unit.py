@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
-from merging.engine.tiles import Tiler, tile_size
+from merging.engine.tiles import Tiler, can_be_sampled, tile_size
 from merging.errors import InputError, MergingError, OptionError, option
 from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.maths.lazy_torch import Tensor, torch
@@ -20,6 +20,12 @@ from merging.plan.cuts import cut_rows, cut_stack
 from merging.plan.items import TILE, Item
 
 __all__ = ["Block", "Span", "WorkUnit", "accumulate", "name_failures", "row_blocks", "row_step"]
+
+_SHARES = {"tensor": 32, "model": 128}
+"""One element in this many is in the sample of a tensor, and in the sample of a model."""
+
+_SAMPLED = 1 << 18
+"""Elements of a tensor from which a sample of it is taken."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,11 +76,13 @@ class WorkUnit:
             self.method = self.unwrapped.then
         self._statistics = dict(statistics)
 
-    def blocks(self) -> Iterator[Block]:
-        """Yield the blocks that the method merges."""
+    def blocks(self, share: int = 1) -> Iterator[Block]:
+        """Yield the blocks that the method merges, or a sample of one element in ``share``."""
         item, unwrapped = self.span.item, self.unwrapped
         if unwrapped is None:
-            for tile in self.tiler.tiles(item, self.span.start, self.span.stop):
+            start, stop = self.span.start, self.span.stop
+            tiles = self.tiler.tiles(item, start, stop) if share == 1 else self.tiler.sample(item, start, stop, share)
+            for tile in tiles:
                 yield Block(item.site.block(tuple(tile.stack.dense().shape[1:]), tile.start), tile.stack, tile.base)
             return
         stack, site = unwrapped.stack, unwrapped.site
@@ -98,6 +106,8 @@ class WorkUnit:
                 break
             if each.per == "tensor" and each.name not in self._statistics:
                 accumulator = each.reduction.widen(self.span.item.dtype).start()
+                if self.span.stop - self.span.start >= _SAMPLED and can_be_sampled(self.span.item):
+                    accumulator.begin_sample()
                 while True:
                     self.accumulate(each, accumulator, self._statistics)
                     if not accumulator.next():
@@ -106,8 +116,9 @@ class WorkUnit:
         return self._statistics
 
     def accumulate(self, statistic: Statistic, accumulator: Accumulator, statistics: Statistics) -> None:
-        """Feed an accumulator with what a statistic measures of this unit."""
-        for site, stack, _ in self.blocks():
+        """Feed an accumulator with what a statistic measures of this unit, or of a sample of it."""
+        share = _SHARES[statistic.per] if accumulator.sampling else 1
+        for site, stack, _ in self.blocks(share):
             accumulate(accumulator, statistic.measure(stack, site, statistics), site.name)
 
     def statistic(self, name: str) -> Statistic:

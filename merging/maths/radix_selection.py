@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from math import isqrt
+from typing import Any
 
 from merging.maths import order_statistics
+from merging.maths.key_ranges import KeyRange, KeyTally
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.order_statistics import Rank
 from merging.maths.reductions import Accumulator, Reduction, State, check_count, column_pieces, model_rows
@@ -13,23 +16,28 @@ from merging.maths.reductions import Accumulator, Reduction, State, check_count,
 __all__ = ["OrderStatistics"]
 
 _DIGIT = 16
-"""Bits counted in one sweep."""
+"""Bits counted in one sweep, as long as nothing is known of the values."""
 
 
 @dataclass(frozen=True, slots=True)
 class OrderStatistics(Reduction):
     """Exact order statistics: ``[n, len(ranks)]`` float64, NaN for models without elements; no tile gives ``[0, k]``.
 
-    Radix selection: floats become integers of the same order. Each sweep counts 16 bits of them, and the next one looks
-    into the bin that holds the rank. That takes two sweeps for float32, to which half precision is widened, and four
-    for float64, which ``dtype`` must state: wider values raise TypeError. The first sweep takes half a MiB a model, the
-    others half a MiB a model and distinct bin. With ``magnitudes`` absolute values are ranked, which is faster than to
-    feed them. -0.0 counts as 0.0; NaN raises ValueError, and so do values that changed between two sweeps.
+    Radix selection: floats become integers of the same order, their keys. The first sweep counts the highest 16 bits of
+    them, and the next ones look into the bin that holds the rank. That takes two sweeps for float32, to which half
+    precision is widened, and up to four for float64, which ``dtype`` must state: wider values raise TypeError. After a
+    sample the first sweep looks into the narrow range where the rank is expected, and mostly finds it there. A sweep
+    takes at most 2.5 MiB a model and distinct range.
+
+    With ``magnitudes`` absolute values are ranked, which is faster than to feed them. With ``positive`` only values
+    above 0 are ranked, and the result is NaN where there are none. -0.0 counts as 0.0; NaN raises ValueError, and so do
+    values that changed between two sweeps.
     """
 
     ranks: tuple[Rank, ...]
     dtype: torch.dtype | None = None
     magnitudes: bool = False
+    positive: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
@@ -51,21 +59,52 @@ class OrderStatistics(Reduction):
         return replace(self, dtype=torch.promote_types(self.ranked_dtype, dtype))
 
 
-class _Selection(Accumulator):
-    """Counts of the current 16 bits, in the bins that hold a rank.
+@dataclass(slots=True)
+class _Search:
+    """The search for one rank of one model: in a range of keys, at a position among all keys, until it has the key."""
 
-    A bin is named by its lowest key. Each model has in ``bins`` the number of elements of each bin to look into, in
-    ``wanted`` a pair a rank (its bin, its position there), in ``counts`` the counts of each bin, int64 [65536].
+    rank: Rank
+    range: KeyRange
+    place: int | None = None
+    key: int | None = None
+
+
+@dataclass(slots=True)
+class _Model:
+    """The searches of one model, and its keys in the ranges that these look into.
+
+    Attributes:
+        excluded: the number of keys that take no part.
     """
+
+    searches: list[_Search]
+    tallies: dict[KeyRange, KeyTally] = field(default_factory=dict)
+    excluded: int = 0
+
+    def begin_sweep(self) -> None:
+        """Forget the keys of the last sweep."""
+        ranges = (each.range for each in self.searches if each.key is None)
+        self.tallies, self.excluded = {each: KeyTally(each) for each in ranges}, 0
+
+
+class _Selection(Accumulator):
+    """The state of the searches for all ranks of all models."""
 
     def __init__(self, reduction: OrderStatistics) -> None:
         self.reduction = reduction
-        self.shift = reduction.ranked_dtype.itemsize * 8 - _DIGIT
-        self.bins: list[dict[int, int]] = []
-        self.wanted: list[list[tuple[int, int]]] = []
-        self.counts: list[dict[int, Tensor]] = []
+        bits = reduction.ranked_dtype.itemsize * 8
+        self.everything = KeyRange(-1 << (bits - 1), 1 << (bits - 1), bits - _DIGIT, 0)
+        self.sampling = False
+        self.sweep = 0
+        self.models: list[_Model] = []
         self.count = 0
         """Elements received of each model, in the current sweep."""
+        self.total = 0
+        """Elements of each model; 0 until the first sweep over all of them has ended."""
+
+    def begin_sample(self) -> bool:
+        self.sampling = True
+        return True
 
     def add(self, values: Tensor, key: object) -> None:
         rows = model_rows(values)
@@ -75,109 +114,103 @@ class _Selection(Accumulator):
         self.count += rows.shape[1]
         for piece in column_pieces(rows, 1 << 18):
             keys = order_statistics.keys(piece.to(self.reduction.ranked_dtype), self.reduction.magnitudes)
-            if not self.bins and order_statistics.has_nan(keys):
+            if not self.total and order_statistics.has_nan(keys):
                 raise ValueError(f"{key} holds NaN, which has no rank")
-            self._count(keys)
+            for own, model in zip(keys, self.models, strict=True):
+                if self.reduction.positive and not self.total:
+                    model.excluded += int(torch.count_nonzero(own <= 0))
+                for tally in model.tallies.values():
+                    tally.add(own)
 
     def _admit(self, models: int) -> None:
-        check_count(len(self.counts) or models, models)
-        if not self.counts:
-            self.counts = [{} for _ in range(models)]
-
-    def _count(self, keys: Tensor) -> None:
-        """Count the current bits of the keys ``[n, elements]``."""
-        ones = torch.ones(keys.shape[1], dtype=torch.int64, device=keys.device)
-        for model, counts in enumerate(self.counts):
-            for lowest in self._lowest(model):
-                digits = self._digits(keys[model], lowest)
-                if lowest not in counts:
-                    counts[lowest] = torch.zeros(1 << _DIGIT, dtype=torch.int64, device=keys.device)
-                # unlike bincount, this does not pass over all 65,536 counters for every piece
-                counts[lowest].scatter_add_(0, digits.long(), ones[: len(digits)])
-
-    def _lowest(self, model: int) -> Iterable[int]:
-        """Return the bins to look into; in the first sweep the bin of all keys."""
-        return self.bins[model] if self.bins else (-1 << (self.shift + _DIGIT - 1),)
-
-    def _digits(self, keys: Tensor, lowest: int) -> Tensor:
-        """Return the current bits, 0 to 65535, of the keys in a bin."""
-        if self.bins:
-            outer = self.shift + _DIGIT
-            keys = _select(keys, (keys >> outer) == (lowest >> outer))
-        return (keys >> self.shift) - (lowest >> self.shift)
+        check_count(len(self.models) or models, models)
+        for _ in range(models - len(self.models)):
+            model = _Model([_Search(rank, self.everything) for rank in self.reduction.ranks])
+            model.begin_sweep()
+            self.models.append(model)
 
     def fork(self) -> _Selection:
         other = _Selection(self.reduction)
-        other.shift, other.bins, other.wanted = self.shift, self.bins, self.wanted
-        other.counts = [{} for _ in self.counts]
+        other.sampling, other.sweep, other.total = self.sampling, self.sweep, self.total
+        for mine in self.models:
+            model = _Model([replace(search) for search in mine.searches])
+            model.begin_sweep()
+            other.models.append(model)
         return other
 
     def merge(self, other: _Selection) -> None:
-        if (other.reduction, other.shift, other.bins) != (self.reduction, self.shift, self.bins):
+        if (other.reduction, other.sampling, other.sweep) != (self.reduction, self.sampling, self.sweep):
             raise ValueError("only states of the same reduction and the same sweep can be merged")
-        if not other.counts:
+        if not other.models:
             return
-        self._admit(len(other.counts))
+        self._admit(len(other.models))
         self.count += other.count
-        for mine, theirs in zip(self.counts, other.counts, strict=True):
-            for lowest, counts in theirs.items():
-                mine[lowest] = mine[lowest] + counts.to(mine[lowest].device) if lowest in mine else counts
+        for mine, theirs in zip(self.models, other.models, strict=True):
+            mine.excluded += theirs.excluded
+            for each, tally in theirs.tallies.items():
+                mine.tallies[each].merge(tally)
 
     def next(self) -> bool:
         if not self.count:
-            return False
-        if not self.bins:
-            (lowest,) = self._lowest(0)
-            self.bins = [{lowest: self.count}] * len(self.counts)
-            self.wanted = [[(lowest, rank.index(self.count)) for rank in self.reduction.ranks]] * len(self.counts)
-        narrowed = [self._narrow(*each) for each in zip(self.bins, self.wanted, self.counts, strict=True)]
-        self.bins, self.wanted = [bins for bins, _ in narrowed], [wanted for _, wanted in narrowed]
-        self.shift, self.count, self.counts = self.shift - _DIGIT, 0, [{} for _ in self.counts]
-        return self.shift >= 0
-
-    def _narrow(
-        self, bins: dict[int, int], wanted: list[tuple[int, int]], counts: dict[int, Tensor]
-    ) -> tuple[dict[int, int], list[tuple[int, int]]]:
-        """Return the bins, narrower by 16 bits, that hold the ranks of one model."""
-        tables = {lowest: torch.cumsum(table.cpu(), 0) for lowest, table in counts.items()}
-        if {lowest: int(table[-1]) for lowest, table in tables.items()} != bins:
+            more, self.sampling = self.sampling, False
+            return more
+        if self.total and self.count != self.total:
             raise ValueError("the values changed between two sweeps")
-        inner, places = {}, []
-        for lowest, place in wanted:
-            digit = int(torch.searchsorted(tables[lowest], place, right=True))
-            before = int(tables[lowest][digit - 1]) if digit else 0
-            low = lowest + (digit << self.shift)
-            inner[low] = int(tables[lowest][digit]) - before
-            places.append((low, place - before))
-        return inner, places
+        for model in self.models:
+            for search in model.searches:
+                if search.key is None:
+                    self._advance(search, model)
+            model.begin_sweep()
+        self.total = 0 if self.sampling else self.count
+        self.sampling, self.sweep, self.count = False, self.sweep + 1, 0
+        return any(model.tallies for model in self.models)
+
+    def _advance(self, search: _Search, model: _Model) -> None:
+        """Narrow the range of a search by what was gathered of a model in this sweep."""
+        tally = model.tallies[search.range]
+        if not self.total:
+            taking_part = self.count - model.excluded
+            search.place = model.excluded + search.rank.index(taking_part) if taking_part else None
+        if search.place is None:
+            if not self.sampling:
+                search.key = self.everything.low
+        elif self.sampling:
+            search.range = tally.expect(search.place, self.count // 512 + 2 * isqrt(self.count))
+        else:
+            found = tally.narrow(search.place, self.everything)
+            search.key, search.range = (found, search.range) if isinstance(found, int) else (None, found)
 
     def state(self) -> State:
-        plain = {
-            "shift": self.shift,
-            "count": self.count,
-            "bins": [[*bins.items()] for bins in self.bins],
-            "wanted": self.wanted,
-            "counted": [[*counts] for counts in self.counts],
-        }
-        return State(plain, [table.cpu() for counts in self.counts for table in counts.values()])
+        plain: list[Any] = [self.sampling, self.sweep, self.count, self.total]
+        tensors: list[Tensor] = []
+        for model in self.models:
+            states = [tally.state() for tally in model.tallies.values()]
+            searches = [[each.range, each.place, each.key] for each in model.searches]
+            plain.append([model.excluded, searches, [[each.plain, len(each.tensors)] for each in states]])
+            tensors += [tensor for each in states for tensor in each.tensors]
+        return State(plain, tensors)
 
     def restore(self, state: State) -> None:
-        plain, tables = state.plain, iter(state.tensors)
-        self.shift, self.count = plain["shift"], plain["count"]
-        self.bins = [dict(bins) for bins in plain["bins"]]
-        self.wanted = [[(lowest, place) for lowest, place in wanted] for wanted in plain["wanted"]]
-        self.counts = [{lowest: next(tables) for lowest in counted} for counted in plain["counted"]]
+        tensors = iter(state.tensors)
+        self.sampling, self.sweep, self.count, self.total, *models = state.plain
+        self.models = []
+        for excluded, searches, tallies in models:
+            found = [
+                _Search(rank, KeyRange(*range_), place, key)
+                for rank, (range_, place, key) in zip(self.reduction.ranks, searches, strict=True)
+            ]
+            model = _Model(found)
+            model.begin_sweep()
+            model.excluded = excluded
+            for tally, (plain, count) in zip(model.tallies.values(), tallies, strict=True):
+                tally.restore(State(plain, list(islice(tensors, count))))
+            self.models.append(model)
 
     def result(self) -> Tensor:
-        if self.shift >= 0:  # no elements: a search that ended has used up all bits
-            return torch.full((len(self.counts), len(self.reduction.ranks)), torch.nan, dtype=torch.float64)
-        keys = [[lowest for lowest, _ in wanted] for wanted in self.wanted]
         dtype = order_statistics.key_dtype(self.reduction.ranked_dtype)
-        return order_statistics.floats(torch.tensor(keys, dtype=dtype)).double()
-
-
-def _select(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the few values that a mask picks; on a CPU numpy finds them several times faster."""
-    if values.device.type == "cpu":
-        return torch.from_numpy(values.numpy()[mask.numpy()])
-    return torch.masked_select(values, mask)
+        rows = []
+        for model in self.models:
+            keys = torch.tensor([each.key or 0 for each in model.searches], dtype=dtype)
+            found = order_statistics.floats(keys).double()
+            rows.append(found.masked_fill(torch.tensor([each.place is None for each in model.searches]), torch.nan))
+        return torch.stack(rows) if rows else torch.empty(0, len(self.reduction.ranks), dtype=torch.float64)

@@ -12,7 +12,8 @@ The protocol, for any number of threads::
             break
     total.result()
 
-One thread feeds ``total`` itself. Every sweep sees the same values, each of them once.
+One thread feeds ``total`` itself. Every sweep sees the same values, each of them once, except for a first sweep that is
+a sample (:meth:`Accumulator.begin_sample`).
 """
 
 from __future__ import annotations
@@ -63,7 +64,20 @@ class State:
 
 
 class Accumulator(ABC):
-    """The values gathered so far. It belongs to one thread at a time and can be pickled."""
+    """The values gathered so far. It belongs to one thread at a time and can be pickled.
+
+    Attributes:
+        sampling: whether the current sweep is a sample.
+    """
+
+    sampling = False
+
+    def begin_sample(self) -> bool:
+        """Make the first sweep a sample, which may leave out any values, if that saves another sweep: return whether.
+
+        Called before anything is added. The result is the same.
+        """
+        return False
 
     @abstractmethod
     def add(self, values: Tensor, key: object) -> None:

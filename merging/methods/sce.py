@@ -53,7 +53,8 @@ class Sce(Method):
         squares = Statistic(_SQUARES, Sum(), self._squares, per="tensor")
         if varies(self.density) or self.density >= 1:
             return (squares,)
-        return Statistic(_CUT, OrderStatistics((Rank.largest(self.density),)), _variances, per="tensor"), squares
+        cut = OrderStatistics((Rank.largest(self.density),), magnitudes=True, positive=True)
+        return Statistic(_CUT, cut, _variances, per="tensor"), squares
 
     def _select(self, stack: Stack, statistics: Statistics) -> Tensor:
         """Return the changes ``[n, *shape]``, 0 where an entry is not selected."""
@@ -61,9 +62,8 @@ class Sce(Method):
         if self.density >= 1:
             return values
         chosen = variance(values)
-        cut = float(statistics[_CUT].sum())  # one number, or none and NaN where no entry varies
-        chosen = torch.ge(chosen, cut, out=chosen) if statistics[_CUT].numel() else torch.zeros_like(chosen)
-        return values * chosen
+        cut = float(statistics[_CUT].sum())  # NaN where no entry varies
+        return values * torch.ge(chosen, cut, out=chosen)
 
     def _squares(self, stack: Stack, site: Site, statistics: Statistics) -> Tensor:
         return self._select(stack, statistics).square()
@@ -89,9 +89,8 @@ def variance(values: Tensor) -> Tensor:
 
 
 def _variances(stack: Stack, site: Site, statistics: Statistics) -> Tensor:
-    """Return the variances that are not 0, ``[1, entries]``."""
-    found = variance(stack.dense()).flatten()
-    return (found if found.numel() and float(found.min()) > 0 else found[found > 0])[None]
+    """Return the variances, ``[1, *shape]``; only the positive ones are ranked."""
+    return variance(stack.dense())[None]
 
 
 def shares_of(squares: Tensor) -> list[float]:

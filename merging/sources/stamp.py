@@ -34,4 +34,14 @@ class Stamp(NamedTuple):
 
 def stamp_of(status: os.stat_result) -> Stamp:
     """Return the stamp of a file with this status."""
-    return Stamp(*(getattr(status, f"st_{field}") for field in Stamp._fields))
+    return Stamp(
+        status.st_dev,
+        status.st_ino,
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+        status.st_mode,
+        status.st_nlink,
+        status.st_uid,
+        status.st_gid,
+    )

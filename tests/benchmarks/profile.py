@@ -147,7 +147,7 @@ def _speed(work: Callable[[], object], amount: int, rounds: int = 5) -> float:
 
 def all_cases() -> dict[str, Case]:
     """The merges of the other benchmarks, and every method with its defaults."""
-    return our_cases() | {name: case for name, case in PEER_CASES.items()} | CASES
+    return our_cases() | PEER_CASES | CASES
 
 
 def row_of(name: str, case: Case, found: dict[str, float], folder: Path) -> list[str]:

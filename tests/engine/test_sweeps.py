@@ -13,7 +13,7 @@ from merging.maths.order_statistics import Rank
 from merging.maths.radix_selection import OrderStatistics
 from merging.maths.reductions import Sum
 
-TILES = torch.randn(2, 400, generator=torch.Generator().manual_seed(0)).split(50, 1)
+TILES = torch.randn(2, 400_000, generator=torch.Generator().manual_seed(0)).split(50_000, 1)
 KINDS = {"sum": Sum(), "median": OrderStatistics((Rank.share(0.5), Rank.share(0.9)))}
 
 

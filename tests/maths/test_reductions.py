@@ -87,12 +87,22 @@ def test_ranks_are_those_of_a_flat_sort(tiling, ranks, workers):
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.floats(allow_nan=False), min_size=1, max_size=30), RANKS)
-def test_ranks_of_doubles_take_four_sweeps(values, rank):
+def test_ranks_of_doubles(values, rank):
     whole = torch.tensor([values], dtype=torch.float64)
     passes: list[int] = []
     found = reduction(OrderStatistics((rank,), torch.float64), [whole], passes=passes)
     assert torch.equal(found[0], torch.sort(whole + 0.0).values[0, [index(rank, len(values))]])
-    assert passes == [4] == [OrderStatistics((rank,), torch.float64).sweeps]
+    assert passes == [1]  # so few values are listed
+
+
+def test_ranks_of_many_doubles_take_up_to_four_sweeps():
+    whole = torch.randn(2, 300_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whole[1] = 1 + (whole[1] * 2**-30)  # all in one bin of 16 bits
+    kind = OrderStatistics((Rank.share(0.3), Rank.upper(0)), torch.float64)
+    passes: list[int] = []
+    wanted = whole.sort(1).values[:, [90_000, 299_999]]
+    assert torch.equal(reduction(kind, whole.split(77_777, 1), workers=2, passes=passes), wanted)
+    assert passes[0] <= kind.sweeps == 4
 
 
 def test_ranks_of_a_large_tile_with_many_duplicates():
@@ -149,13 +159,71 @@ def test_wider_values_and_other_dtypes_are_refused():
         OrderStatistics((Rank.share(0.5),), torch.int32)
 
 
-def test_values_that_change_between_sweeps_are_noticed():
-    state = OrderStatistics((Rank.share(0.5),)).start()
-    state.add(torch.tensor([[1.0, 2.0, 3.0]]), "a")
+@pytest.mark.parametrize("change", [lambda whole: whole * 2, lambda whole: whole[:, 1:]])
+def test_values_that_change_between_sweeps_are_noticed(change):
+    whole = torch.randn(1, 300_000, generator=torch.Generator().manual_seed(0))
+    state = OrderStatistics((Rank.share(0.7),)).start()
+    state.add(whole, "a")
     assert state.next()
-    state.add(torch.tensor([[1.0, 5.0, 3.0]]), "a")
+    state.add(change(whole), "a")
     with pytest.raises(ValueError, match="changed between two sweeps"):
         state.next()
+
+
+SHIFTS = {"representative": slice(None, None, 97), "of low values": slice(0, 900), "of one value": slice(3, 4)}
+
+
+@pytest.mark.parametrize("sampled", SHIFTS)
+@pytest.mark.parametrize("kind", [{}, {"magnitudes": True}, {"positive": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sample_changes_no_rank(sampled, kind, dtype):
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(2, 300_000, generator=generator, dtype=dtype)
+    whole[0] = whole[0].sort().values
+    whole[1] = torch.randn(300_000, generator=generator).bfloat16().relu()  # many equal values
+    ranks = (Rank.share(0), Rank.upper(0), Rank.largest(0.2), Rank.share(0.5), Rank.share(0.999), *Rank.band(0.9, 0.01))
+    reduced = OrderStatistics(ranks, dtype, **kind)
+    state = reduced.start()
+    assert state.begin_sample()
+    state.add(whole[:, SHIFTS[sampled]], "sample")
+    assert state.next()
+    sweeps = 1
+    for tile in whole.split(70_000, 1):
+        state.add(tile, "tile")
+    while state.next():
+        sweeps += 1
+        for tile in whole.split(70_000, 1):
+            state.add(tile, "tile")
+    assert torch.equal(state.result(), reduction(reduced, [whole]))
+    assert sweeps <= 1 + reduced.sweeps
+
+
+def test_a_sample_saves_a_sweep():
+    whole = torch.randn(2, 300_000, generator=torch.Generator().manual_seed(0))
+    state = OrderStatistics((Rank.largest(0.2), Rank.share(0.01)), magnitudes=True).start()
+    assert state.begin_sample()
+    state.add(whole[:, ::31], "sample")
+    assert state.next()
+    state.add(whole, "all")
+    assert not state.next()
+    assert torch.equal(state.result(), whole.abs().sort(1).values[:, [240_000, 3_000]].double())
+
+
+def test_only_positive_values_are_ranked():
+    whole = torch.tensor([[-3.0, 0.0, 2.0, -0.0, 1.0, 5.0], [0.0, -1.0, 0.0, 0.0, 0.0, 0.0]])
+    found = reduction(OrderStatistics((Rank.share(0), Rank.largest(0.34), Rank.upper(0)), positive=True), [whole])
+    assert found[0].tolist() == [1.0, 5.0, 5.0]
+    assert found[1].isnan().all()
+
+
+def test_a_sample_may_be_empty():
+    state = OrderStatistics((Rank.share(0.5),)).start()
+    assert state.begin_sample()
+    assert state.next()
+    state.add(torch.tensor([[3.0, 1.0, 2.0]]), "a")
+    assert not state.next()
+    assert state.result().tolist() == [[2.0]]
+    assert not Sum().start().begin_sample()
 
 
 def test_only_states_of_one_sweep_are_merged():

@@ -1,0 +1,151 @@
+"""Ranges of integer keys, and the keys of a model that are in one: listed, or counted by bins where they are many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from merging.maths.lazy_torch import Tensor, torch
+from merging.maths.reductions import State
+
+__all__ = ["KeyRange", "KeyTally"]
+
+_BINS = 18
+"""Bits of the number of bins in which a range is counted, at most."""
+
+_LISTED = 1 << 17
+"""Keys of a range that are listed; more are counted."""
+
+
+class KeyRange(NamedTuple):
+    """Keys from ``low`` up to ``high``, which is excluded, in bins of 2**shift keys.
+
+    Attributes:
+        below: the number of keys below ``low``; None where it is to be counted.
+        inside: the number of keys inside; None where it is not known.
+    """
+
+    low: int
+    high: int
+    shift: int
+    below: int | None
+    inside: int | None = None
+
+
+def _range(low: int, high: int, below: int | None, inside: int | None = None) -> KeyRange:
+    """Return a range in as many bins as are counted at once."""
+    return KeyRange(low, high, max(0, (high - low - 1).bit_length() - _BINS), below, inside)
+
+
+@dataclass(slots=True)
+class KeyTally:
+    """The keys of one model in a range, and the number of keys below it where it is not known yet."""
+
+    range: KeyRange
+    below: int = 0
+    listed: list[Tensor] = field(default_factory=list)
+    waiting: int = 0
+    """The number of listed keys."""
+    counts: Tensor | None = None
+
+    def add(self, keys: Tensor) -> None:
+        """Take in the keys of ``[elements]`` that are in the range."""
+        low, high = self.range.low, self.range.high
+        if high - low < 1 << (keys.itemsize * 8):
+            if self.range.below is None:
+                self.below += _count_below(keys, low)
+            keys = _select(keys, low, high)
+        self._hold(keys)
+
+    def merge(self, other: KeyTally) -> None:
+        """Join a tally of the same range."""
+        self.below += other.below
+        if other.counts is not None:
+            self.counts = other.counts if self.counts is None else self.counts + other.counts.to(self.counts.device)
+        for keys in other.listed:
+            self._hold(keys)
+
+    def state(self) -> State:
+        """Return a copy of the values gathered so far."""
+        counts = [] if self.counts is None else [self.counts.to("cpu", copy=True)]
+        return State([self.below, len(counts)], [*counts, *(keys.cpu() for keys in self.listed)])
+
+    def restore(self, state: State) -> None:
+        """Take over a state of a tally of the same range."""
+        self.below, counted = state.plain
+        self.counts, self.listed = (state.tensors[0].clone() if counted else None), state.tensors[counted:]
+        self.waiting = sum(keys.numel() for keys in self.listed)
+
+    def _hold(self, keys: Tensor) -> None:
+        self.listed.append(keys)
+        self.waiting += keys.numel()
+        if self.waiting > _LISTED:
+            self._count()
+
+    def _count(self) -> Tensor:
+        """Return the number of keys in each bin, int64, and list no key any more."""
+        with torch.inference_mode():  # the threads of a merge count in it, and so must others then
+            for keys in self.listed:
+                if self.counts is None:
+                    bins = (self.range.high - self.range.low) >> self.range.shift
+                    self.counts = torch.zeros(bins, dtype=torch.int64, device=keys.device)
+                digits = ((keys >> self.range.shift) - (self.range.low >> self.range.shift)).to(self.counts.device)
+                # unlike bincount, this does not pass over all counters for every piece
+                self.counts.scatter_add_(0, digits.long(), torch.ones_like(digits, dtype=torch.int64))
+        self.listed, self.waiting = [], 0
+        assert self.counts is not None
+        return self.counts
+
+    def expect(self, place: int, margin: int) -> KeyRange:
+        """Return a range that should hold a position among all keys, as this tally of a sample shows.
+
+        ``margin`` is the number of positions by which the sample may mislead.
+        """
+        low, high, shift = self.range[:3]
+        sums = torch.cumsum(self._count().cpu(), 0)
+        ends = torch.tensor([place - margin, place + margin])
+        first, last = torch.searchsorted(sums, ends, right=True).tolist()
+        start = low + (first << shift) if place >= margin else low
+        stop = low + ((last + 1) << shift) if last < len(sums) else high
+        return _range(start, stop, 0 if start == low else None)
+
+    def narrow(self, place: int, everything: KeyRange) -> int | KeyRange:
+        """Return the key at a position among all keys, or a narrower range that holds it.
+
+        Raises ValueError where the range has another number of keys than before.
+        """
+        low, high, shift, below, inside = self.range
+        below = self.below if below is None else below
+        sums = None
+        if self.counts is not None:
+            sums = torch.cumsum(self._count().cpu(), 0)
+        held = self.waiting if sums is None else int(sums[-1])
+        if inside is not None and held != inside:
+            raise ValueError("the values changed between two sweeps")
+        if place < below:
+            return _range(everything.low, low, 0, below)
+        if place >= below + held:
+            return _range(high, everything.high, below + held)
+        if sums is None:
+            listed = torch.cat([keys.cpu() for keys in self.listed]).numpy()
+            listed.partition(place - below)
+            return int(listed[place - below])
+        digit = int(torch.searchsorted(sums, place - below, right=True))
+        before = int(sums[digit - 1]) if digit else 0
+        low += digit << shift
+        return low if not shift else _range(low, low + (1 << shift), below + before, int(sums[digit]) - before)
+
+
+def _count_below(keys: Tensor, low: int) -> int:
+    if keys.device.type == "cpu":
+        return int(torch.count_nonzero(torch.from_numpy(keys.numpy() < low)))
+    return int(torch.count_nonzero(keys < low))
+
+
+def _select(keys: Tensor, low: int, high: int) -> Tensor:
+    """Return the keys in a range; on a CPU numpy finds them several times faster."""
+    if keys.device.type == "cpu":
+        # one unsigned comparison: keys below the range wrap around
+        unsigned = (keys - low).numpy().view(f"u{keys.itemsize}")
+        return torch.from_numpy(keys.numpy().compress(unsigned < high - low))
+    return keys[(keys >= low) & (keys < high)]
