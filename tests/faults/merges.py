@@ -13,6 +13,7 @@ between an output to be replaced is the old one or the new one, whole. A failure
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shutil
@@ -117,7 +118,7 @@ class Stopping:
         ended = command(words_of(case), saboteur)
         what = f"{case.name}, call {turn} ({call}): {error}"
         harmed = not last and (ended.code is None or len(ended.calls) >= turn)
-        tally.errors[error] += harmed
+        tally.errors += Counter({error: 1} if harmed else {})
         former, self.found = self.found, files_at(case.output)
         found, said = self.found, ended.said.strip()
         aside = found is None and any(self.work.glob(".*.partial/old"))
@@ -168,8 +169,8 @@ def start_over(case: Case) -> None:
     renew(case.output, case.old)
 
 
-def run(folder: Path, stops: int, chance: random.Random, only: Sequence[str]) -> Tally:
-    """Stop merges of every kind, in turn, until there were so many stops."""
+def run(folder: Path, stops: int, chance: random.Random, only: Sequence[str], until: float = math.inf) -> Tally:
+    """Stop merges of every kind, in turn, until there were so many stops; ``until`` is a time of the clock to end."""
     tally = Tally()
     known: dict[str, tuple[Found, list[str]]] = {}
     cases = make_cases(folder, only)
@@ -184,8 +185,8 @@ def run(folder: Path, stops: int, chance: random.Random, only: Sequence[str]) ->
                 if files_at(case.output) != known[case.name][0]:
                     tally.wrong.append(f"{case.name}: with --resume the bytes differ")
             Stopping(case, *known[case.name], chance, tally).run()
-            if tally.stops >= stops:
-                break
+            if tally.stops >= stops or time.perf_counter() > until:
+                return tally
     return tally
 
 
@@ -193,12 +194,13 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--only", action="append", default=[], help="this kind only; may repeat")
     parser.add_argument("--stops", type=int, default=300, help="stops in all, over all kinds in turn")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="end then, with fewer stops")
     args = parser.parse_args()
     began = time.perf_counter()
     journal._PERIOD = 0.001
     with work_folder(args) as (folder, chance), tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         tempfile.tempdir = temporary
-        tally = run(folder, args.stops, chance, args.only)
+        tally = run(folder, args.stops, chance, args.only, began + args.seconds)
     report("merges", tally.line(), {"wrong": tally.wrong}, args.show, began)
 
 

@@ -1,4 +1,4 @@
-"""Merges that stop anywhere and go on: a small version of the command tests/faults/merges.py."""
+"""Merges that stop anywhere and go on: small versions of the commands tests/faults/merges.py and network.py."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from support.systems import POSIX
 
 pytestmark = POSIX
 
-FAULTS = Path(__file__).with_name("merges.py")
+FAULTS = Path(__file__).parent
 
 
-def stopped(*words: str) -> str:
-    done = subprocess.run([sys.executable, str(FAULTS), *words], capture_output=True, text=True, timeout=1500)
+def stopped(*words: str, by: str = "merges.py") -> str:
+    done = subprocess.run([sys.executable, str(FAULTS / by), *words], capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -28,3 +28,8 @@ def test_a_merge_that_stops_goes_on() -> None:
 @pytest.mark.exhaustive
 def test_every_kind_of_merge() -> None:
     assert "wrong: 0" in stopped("--stops", "150")
+
+
+@pytest.mark.exhaustive
+def test_a_network_that_is_lost() -> None:
+    assert "wrong: 0" in stopped("--stops", "9", by="network.py")
