@@ -18,10 +18,10 @@ from merging.display.progress import Progress, resolve_progress
 from merging.display.tables import Table, Tabular, plural
 from merging.engine.resources import pick_devices
 from merging.errors import FormatError, InputError, OptionError
-from merging.geometry.short_names import short_names
 from merging.maths.lazy_torch import torch
 from merging.methods import chain
 from merging.methods.contract.method import Method
+from merging.report.short_names import short_names
 from merging.sources import Adapter
 from merging.type_checks import check_types
 

@@ -24,7 +24,6 @@ from merging.geometry.comparison import (
     Overlaps,
     Profile,
 )
-from merging.geometry.short_names import short_names
 from merging.geometry.signs import count_signs
 from merging.geometry.spectrum import SIDE, Spectrum
 from merging.geometry.walk import LEADING, OVERLAPPING, WalkOptions, WalkResult, walk
@@ -33,6 +32,7 @@ from merging.maths.lazy_torch import Tensor, torch
 from merging.methods.families.spherical import cosines as normalised
 from merging.plan import Plan
 from merging.plan.sizes import parse_size
+from merging.report.short_names import short_names
 from merging.sources import Adapter
 from merging.sources.changes import Change
 from merging.type_checks import check_types

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import merging
 from merging.cli.main import cli
-from merging.geometry.short_names import short_names
+from merging.report.short_names import short_names
 from support import tiny
 from support.adapters import edit_config
 from support.paths import SHIPPED
