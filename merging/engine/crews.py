@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from merging.engine.decomposition import Decomposer, Decomposition, is_unchanged
 from merging.engine.journal import RunJournal
 from merging.engine.journaled_sinks import CountingSink
+from merging.engine.measures import Measures
 from merging.engine.spool import Spool
 from merging.engine.sweeps import SweepPart, Sweeps
 from merging.engine.threads import share_out
@@ -150,27 +151,39 @@ class _GatheringElsewhere(Work):
 class Merging(Work):
     """Merging units and writing them. With a journal, each is recorded under its number.
 
-    With ``counts``, the bytes of each unit are counted, and wait in the worker's sink.
+    With ``counts``, the bytes of each unit are counted, and wait in the worker's sink. ``measures`` receives the measures
+    of the merged tensors, if they are wanted.
     """
 
     journal: RunJournal | None = None
     numbers: Mapping[Span, int] = field(default_factory=dict)
     counts: bool = False
+    measures: Measures | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Merging, (None, {}, True)  # the journal stays where it is
+        # the journal stays where it is
+        return Merging, (None, {}, True, None if self.measures is None else Measures())
 
     def begin(self, shared: Shared, device: torch.device) -> Worker:
         worker = Worker(shared, device)
         if self.counts or self.journal is not None:
             worker.output.sink = CountingSink(shared.sink)
+        if self.measures is not None:
+            worker.measure()
         return worker
 
     def do(self, worker: Worker, span: Span) -> None:
-        worker.merge_unit(span)
+        measured = worker.merge_unit(span)
         if self.journal is not None:
             assert isinstance(worker.output.sink, CountingSink)
-            self.record(span, worker.output.sink.take())
+            self.journal.add(self.numbers[span], worker.output.sink.take(), measured)
+
+    def collect(self, worker: Worker) -> Measures | None:
+        return worker.take_measures()
+
+    def receive(self, collected: Measures | None, spans: Sequence[Span]) -> None:
+        if self.measures is not None and collected is not None:
+            self.measures.merge(collected)
 
     def record(self, span: Span, written: Mapping[str, int]) -> None:
         if self.journal is not None:
@@ -178,16 +191,18 @@ class Merging(Work):
 
 
 class Decomposing(Work):
-    """Decomposing merged changes."""
+    """Decomposing merged changes. ``measures`` receives the measures of these, if they are wanted."""
 
-    def __init__(self, found: Decomposition) -> None:
-        self.found = found
+    def __init__(self, found: Decomposition, measures: Measures | None = None) -> None:
+        self.found, self.measures = found, measures
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _DecomposingElsewhere, (self.found.spool, self.found.widths)
+        return _DecomposingElsewhere, (self.found.spool, self.found.widths, self.measures is not None)
 
     def begin(self, shared: Shared, device: torch.device) -> Worker:
         worker = Worker(shared, device)
+        if self.measures is not None:
+            worker.measure()
         found = self.found
         worker.output = Decomposer(shared.sink, worker.tiler, shared.discarded, found.notices, found=found)
         return worker
@@ -198,13 +213,19 @@ class Decomposing(Work):
         elif is_unchanged(span.item):
             self.found.unchanged.add(span.item.site.name)
 
-    def receive(self, collected: Findings | None, spans: Sequence[Span]) -> None:
-        """Join the findings of a worker of another process; threads share ``found``."""
-        if collected is not None:
+    def collect(self, worker: Worker) -> Any:
+        return worker.take_measures()
+
+    def receive(self, collected: Findings | Measures | None, spans: Sequence[Span]) -> None:
+        """Join the measures of a worker, and the findings of one of another process; threads share ``found``."""
+        if isinstance(collected, Findings):
             self.found.spectra |= collected.spectra
             self.found.unchanged |= collected.unchanged
             self.found.notices |= collected.notices
             self.found.spool.restore(collected.places)
+            collected = collected.measures
+        if self.measures is not None and collected is not None:
+            self.measures.merge(collected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,13 +236,15 @@ class Findings:
     unchanged: set[str]
     notices: set[str]
     places: Mapping[str, Any]
+    measures: Measures | None
 
 
 class _DecomposingElsewhere(Decomposing):
     """Decomposing merged changes far from the process that chooses the ranks."""
 
-    def __init__(self, spool: Spool, widths: Mapping[str, int]) -> None:
+    def __init__(self, spool: Spool, widths: Mapping[str, int], measured: bool) -> None:
         self.spool, self.widths = spool, dict(widths)
+        self.measures = Measures() if measured else None
 
     def begin(self, shared: Shared, device: torch.device) -> Worker:
         self.found = Decomposition(shared.plan, self.spool, widths=self.widths)
@@ -229,4 +252,5 @@ class _DecomposingElsewhere(Decomposing):
 
     def collect(self, worker: Worker) -> Findings:
         found = self.found
-        return Findings(found.spectra, found.unchanged, found.notices, self.spool.take_new())
+        places, measures = self.spool.take_new(), worker.take_measures()
+        return Findings(found.spectra, found.unchanged, found.notices, places, measures)

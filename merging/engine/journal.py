@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,6 +41,10 @@ class Record(Protocol):
     metrics: dict[str, dict[str, float]]
 
 
+_FinishedUnit = tuple[Any, ...]
+"""A finished unit in plain values: its number, the bytes of each tensor that it wrote, and its measures, if any."""
+
+
 class Journal:
     """A folder with a journal for each run of a merge: one a stage, and one for the merge itself.
 
@@ -64,6 +68,7 @@ class RunJournal:
 
     Attributes:
         done: the numbers of the finished units.
+        measured: the measures of units that former runs finished, where those measured them.
         values: the path of values that the run keeps itself.
         spool: the changes that are set aside.
         snapshot: the path of the finished part of a sweep that gathers statistics.
@@ -76,8 +81,9 @@ class RunJournal:
         self.snapshot = folder / f"{name}.sweep"
         self.period = period
         self.done: set[int] = set()
-        self._pending: list[tuple[int, Mapping[str, int]]] = []
-        self._held: dict[str, list[tuple[int, Mapping[str, int]]]] = {}
+        self.measured: dict[int, list[float]] = {}
+        self._pending: list[_FinishedUnit] = []
+        self._held: dict[str, list[_FinishedUnit]] = {}
         self._errors: dict[str, float] = {}
         self._known: set[tuple[str, ...]] = set()
         self._lock = threading.Lock()
@@ -107,8 +113,10 @@ class RunJournal:
             raise self._unwritten(error) from None
         written: Counter[str] = Counter()
         for entry, _ in entries:
-            for unit, counts in entry["units"]:
+            for unit, counts, *numbers in entry["units"]:
                 self.done.add(unit)
+                if numbers:
+                    self.measured[unit] = numbers[0]
                 written.update(counts)
             self.spool.restore(entry["spooled"])
             record.statistics |= {name: _parse_tensor(each) for name, each in entry["statistics"].items()}
@@ -125,25 +133,25 @@ class RunJournal:
         self._thread = threading.Thread(target=self._write_entries, daemon=True)
         self._thread.start()
 
-    def add(self, unit: int, written: Mapping[str, int]) -> None:
-        """Record a finished unit, and the bytes of each tensor that it wrote.
+    def add(self, unit: int, written: Mapping[str, int], numbers: Sequence[float] = ()) -> None:
+        """Record a finished unit, the bytes of each tensor that it wrote, and its measures, if there are any.
 
         Raises :class:`~merging.errors.OutputError` if the last entry could not be written.
         """
         self.check()
         with self._lock:
-            self._pending += self._release(unit, written)
+            self._pending += self._release((unit, written, *([numbers] if numbers else [])))
 
-    def _release(self, unit: int, written: Mapping[str, int]) -> list[tuple[int, Mapping[str, int]]]:
+    def _release(self, entry: _FinishedUnit) -> list[_FinishedUnit]:
         """Return the units whose values are all written: this one, or all of an encoded tensor when it is the last."""
-        sink = self._sink
+        written, sink = entry[1], self._sink
         encoded = [name for name in written if name in sink.sizes] if isinstance(sink, EncodingSink) else []
         if not isinstance(sink, EncodingSink) or not encoded:
-            return [(unit, written)]
+            return [entry]
         (name,) = encoded
         held = self._held.setdefault(name, [])
-        held.append((unit, written))
-        if sum(counts[name] for _, counts in held) < sink.sizes[name]:
+        held.append(entry)
+        if sum(each[1][name] for each in held) < sink.sizes[name]:
             return []
         self._errors[name] = sink.error_of(name)
         return self._held.pop(name)

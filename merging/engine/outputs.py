@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import isfinite, prod
+from time import perf_counter
 from typing import Protocol
 
 from merging.engine.tiles import Tiler
@@ -34,11 +35,13 @@ class Output:
     """Writes merged items to a sink, with the buffers of one worker.
 
     ``discarded`` receives the share of energy that a lower rank cuts off, by tensor; ``notices`` remarks for people.
+    ``seconds`` is the time that the sink took.
     """
 
     def __init__(self, sink: Sink, tiler: Tiler, discarded: dict[str, float], notices: set[str]) -> None:
         self.sink, self.tiler, self.plan = sink, tiler, tiler.plan
         self.discarded, self.notices = discarded, notices
+        self.seconds = 0.0
 
     def write_whole(self, item: Item, merged: Delta, factor: Coefficient, change: bool) -> None:
         """Write a whole merged tensor, or with ``change`` a merged change, times a factor."""
@@ -122,7 +125,9 @@ class Output:
                 f"{out.name}: the merged values are beyond the range of {kind}: set a wider {option('dtype')}, as "
                 f"float32"
             )
+        began = perf_counter()
         self.sink.write(out.name, flat, start)
+        self.seconds += perf_counter() - began
 
     def copy(self, span: Span) -> None:
         """Write the base's values as they are, and note other models' integers that differ from them."""

@@ -12,10 +12,11 @@ from merging.plan.sizes import parse_size
 __all__ = ["pick_device", "pick_devices", "workers_within"]
 
 
-def workers_within(plan: Plan, threads: int, max_memory: int | str | None) -> int:
+def workers_within(plan: Plan, threads: int, max_memory: int | str | None, more: int = 0) -> int:
     """Return the number of workers that fit into ``max_memory`` bytes above the imports, at most ``threads``.
 
-    Without a limit they take at most half of the memory that is available. One worker always fits.
+    ``more`` is the memory that each worker takes in addition to the plan's own. Without a limit they take at most half
+    of the memory that is available. One worker always fits.
 
     Raises:
         OptionError: with the number of bytes needed, if not even one worker fits.
@@ -24,18 +25,18 @@ def workers_within(plan: Plan, threads: int, max_memory: int | str | None) -> in
         raise OptionError(f"threads = {threads!r}: at least one is needed")
     if max_memory is None:
         available = available_memory()
-        return threads if available is None else max(1, _fitting(plan, threads, available // 2))
+        return threads if available is None else max(1, _fitting(plan, threads, available // 2, more))
     max_memory = parse_size(max_memory, "max_memory")
-    needed = plan.memory(1)
+    needed = plan.memory(1) + more
     if needed > max_memory:
         raise OptionError(
             f"max_memory = {max_memory / 1e6:.0f} MB is too little: this merge needs {needed / 1e6:.0f} MB"
         )
-    return _fitting(plan, threads, max_memory)
+    return _fitting(plan, threads, max_memory, more)
 
 
-def _fitting(plan: Plan, threads: int, memory: int) -> int:
-    return min(threads, (memory - plan.memory(0)) // max(1, plan.worker_bytes))
+def _fitting(plan: Plan, threads: int, memory: int, more: int) -> int:
+    return min(threads, (memory - plan.memory(0)) // max(1, plan.worker_bytes + more))
 
 
 def pick_devices(name: str | torch.device) -> tuple[torch.device, ...]:

@@ -22,6 +22,7 @@ from merging.engine.decomposition import Decomposition
 from merging.engine.devices import main_device
 from merging.engine.journal import RunJournal
 from merging.engine.journaled_sinks import JournaledSink
+from merging.engine.measures import Measures
 from merging.engine.outputs import Sink
 from merging.engine.process_memory import keep_freed_memory, private_memory, release_freed_memory
 from merging.engine.spool import Spool
@@ -71,6 +72,7 @@ def run(
     journal: RunJournal | None = None,
     pieces: Sequence[Span] | None = None,
     make_crew: MakeCrew | None = None,
+    measures: Measures | None = None,
 ) -> Done:
     """Run a plan, and write the merged tensors to a sink.
 
@@ -87,6 +89,7 @@ def run(
         pieces: the pieces to merge, as :func:`~merging.engine.samples.sample_pieces` chooses them; all by default.
             Statistics are gathered over the whole model all the same.
         make_crew: makes the workers, such as a cluster; by default threads of this process.
+        measures: receives the measures of the merged tensors, which cost some time.
 
     Returns:
         The record of the run.
@@ -124,9 +127,9 @@ def run(
                 _gather(shared, stage, merged, crew, counter, journal=journal)
         announce_phase(progress, "merging")
         if journal is None:
-            crew.go_through(Merging(), spans, counter)
+            crew.go_through(Merging(measures=measures), spans, counter)
         else:
-            _merge_journaled(spans, crew, counter, journal)
+            _merge_journaled(spans, crew, counter, journal, measures)
     finally:
         if journal is not None:
             journal.end()
@@ -136,11 +139,17 @@ def run(
     return Done(time.perf_counter() - began, sorted(shared.notices), shared.discarded, metrics)
 
 
-def _merge_journaled(spans: Sequence[Span], crew: Crew, counter: _Counter, journal: RunJournal) -> None:
+def _merge_journaled(
+    spans: Sequence[Span], crew: Crew, counter: _Counter, journal: RunJournal, measures: Measures | None
+) -> None:
     """Merge the spans that no former run finished, and record each."""
     numbers = {span: number for number, span in enumerate(spans)}
     counter.skip([spans[number] for number in journal.done])
-    crew.go_through(Merging(journal, numbers), [span for span in spans if numbers[span] not in journal.done], counter)
+    left = [span for span in spans if numbers[span] not in journal.done]
+    crew.go_through(Merging(journal, numbers, measures=measures), left, counter)
+    if measures is not None:
+        for number, measured in journal.measured.items():
+            measures.add(spans[number].item.site.name, measured)
 
 
 def _make_spool(scratch: Path | None, make_crew: MakeCrew | None) -> Spool:
@@ -162,6 +171,7 @@ def decompose(
     progress: Progress | None = None,
     scratch: Path | None = None,
     make_crew: MakeCrew | None = None,
+    measures: Measures | None = None,
 ) -> Decomposition:
     """Merge the changes of a plan that become factors, and decompose them, so that their ranks can be chosen.
 
@@ -183,7 +193,7 @@ def decompose(
             announce_phase(progress, "gathering statistics")
             _gather(shared, stage, spans, crew, counter)
         announce_phase(progress, "decomposing")
-        crew.go_through(Decomposing(found), spans, counter)
+        crew.go_through(Decomposing(found, measures), spans, counter)
         while more := found.widen():
             again = [span for span in spans if span.item in more]
             crew.go_through(Decomposing(found), again, lambda span: None)

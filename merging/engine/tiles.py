@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, prod
+from time import perf_counter
 
 from merging.errors import InputError, option
 from merging.maths.delta import Delta, Dense, LowRank, Stack
@@ -41,12 +42,15 @@ class Tile:
 class Tiler:
     """Reads pieces of the plan's items into buffers of its own, on one device; belongs to one worker.
 
+    ``seconds`` is the time that it took to read tiles.
+
     Raises :class:`~merging.errors.InputError` for values that are not finite, unless the recipe allows them.
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan = plan
         self.device = device
+        self.seconds = 0.0
         self._buffers: dict[object, Tensor] = {}
 
     def tiles(self, item: Item, start: int, stop: int) -> Iterator[Tile]:
@@ -130,9 +134,11 @@ class Tiler:
         buffer = self._buffer("raw", size, stored.dtype, host=True)
         if self.device.type != "cpu":
             self.wait()  # the previous copy out of this buffer may still be under way
+        began = perf_counter()
         run = size // len(starts)
         for place, start in zip(range(0, size, max(1, run)), starts, strict=False):
             stored.read_into(buffer[place : place + run], start)
+        self.seconds += perf_counter() - began
         return buffer.to(self.device, non_blocking=True)
 
     def _read(self, slot: str, stored: Stored, starts: Sequence[int], size: int, dtype: torch.dtype) -> Tensor:

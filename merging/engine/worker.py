@@ -6,7 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from merging.engine.measures import Measures
 from merging.engine.outputs import Output, Sink
+from merging.engine.probe import Probe
 from merging.engine.spool import Spool
 from merging.engine.tiles import Tiler
 from merging.engine.unit import Span, WorkUnit, accumulate, name_failures, row_blocks
@@ -53,15 +55,26 @@ class Shared:
 
 
 class Worker:
-    """Works on spans on one device, with buffers of its own; ``accumulators`` are of the sweep, one a statistic."""
+    """Works on spans on one device, with buffers of its own.
+
+    Attributes:
+        accumulators: of the sweep, one a statistic.
+        probe: measures the units that are merged; None where a merge is not measured.
+    """
 
     accumulators: Sequence[Accumulator] = ()
+    probe: Probe | None = None
 
     def __init__(self, shared: Shared, device: torch.device) -> None:
         self.shared = shared
         self.plan = shared.plan
         self.tiler = Tiler(shared.plan, device)
         self.output = Output(shared.sink, self.tiler, shared.discarded, shared.notices)
+        self._measures = Measures()
+
+    def measure(self) -> None:
+        """Measure the units that are merged from now on."""
+        self.probe = Probe(self.tiler)
 
     def gather(self, span: Span, stage: Sequence[Statistic | ResultStatistic]) -> None:
         """Feed the accumulators with a span: with the models' changes, or with what they merge to."""
@@ -113,8 +126,16 @@ class Worker:
                 rows = stack.rows(first, last) if item.site.shape else stack
                 accumulate(accumulator, each.measure(block, rows, item.site), item.site.name)
 
-    def merge_unit(self, span: Span) -> None:
-        """Merge a span and write it."""
+    def take_measures(self) -> Measures | None:
+        """Return the measures of all units, and the time that they took; None where the merge is not measured."""
+        if self.probe is None:
+            return None
+        times = {"reading": self.tiler.seconds, "measuring": self.probe.seconds, "writing": self.output.seconds}
+        self._measures.add_seconds(times)
+        return self._measures
+
+    def merge_unit(self, span: Span) -> list[float]:
+        """Merge a span and write it. Return the numbers that were measured, if any."""
         _read_ahead(span)
         if span.item.form == "copy":
             self.output.copy(span)
@@ -125,6 +146,10 @@ class Worker:
                 except InputError:
                     self.tiler.check_base(span.item)  # the reason, where adapters are added to such a base
                     raise
+        numbers = self.probe.take() if self.probe is not None else []
+        if numbers:
+            self._measures.add(span.item.site.name, numbers)
+        return numbers
 
     def _merge(self, span: Span) -> None:
         item = span.item
@@ -137,11 +162,14 @@ class Worker:
         factor = method.factor(item.site, self.shared.statistics, len(item.inputs))
         spooled = self._take(self.shared.spool, item)
         if spooled is not None:
+            self._measure_spooled(span, spooled, factor)
             self.output.write_whole(item, spooled, factor, change=True)
             return
         unit = self._open(span)
         if unit.unwrapped is not None:
             merged, change = unit.merge_whole(), not self.plan.weights
+            if self.probe is not None and unit.stack is not None:
+                self.probe.add_whole(item, unit.stack, merged, unit.base, change=change, factor=factor)
             if unit.base is not None and self.plan.weights and self._needs_change(item):
                 merged, change = Dense(merged.dense() - unit.base), True
             self.output.write_whole(item, merged, factor, change)
@@ -159,6 +187,18 @@ class Worker:
         delta = spool.take(item.site.name)
         return None if delta is None else delta.to(self.tiler.device)
 
+    def _measure_spooled(self, span: Span, merged: Delta, factor: Coefficient) -> None:
+        """Measure a change that was set aside; the models' changes are read again."""
+        if self.probe is None:
+            return
+        item, base = span.item, None
+        if item.cut.way == "factors":
+            stack = self.tiler.stack(item)
+        else:
+            (tile,) = self.tiler.tiles(item, span.start, span.stop)
+            stack, base = tile.stack, tile.base
+        self.probe.add_whole(item, stack, merged, base, change=True, factor=factor)
+
     def _needs_change(self, item: Item) -> bool:
         """Return whether merged weights must be turned into a change: to be scaled, or to be written as one."""
         return self.plan.recipe.method.rescales or item.form != "dense"
@@ -172,6 +212,9 @@ class Worker:
             values = unit.method.merge(stack, site, statistics).dense()
             if weights and as_change and base is not None:
                 values = values - base
+            if self.probe is not None:
+                change = not weights or (as_change and base is not None)
+                self.probe.add_block(item, site.start, stack, values, base, change=change, factor=factor)
             if item.form == "dense" and as_change and base is not None:
                 values = base.add_(values, alpha=float(factor))
             elif factor != 1:
