@@ -47,6 +47,7 @@ class Execution:
     stream: bool
     keep_stages: str | None
     resume: bool | None
+    report: str | None
     push: str | None
     private: bool
     dry_run: bool
@@ -81,6 +82,13 @@ _options = add_options(
         "--resume/--no-resume",
         default=None,
         help="go on with a merge that stopped, or remove its finished work  [default: go on; outputs above 10 GB can]",
+    ),
+    click.option(
+        "--report",
+        type=click.Path(),
+        metavar="FILE",
+        help="write a page (.html) about the merge: what changed, each model's part in it, and time; --json prints its "
+        "numbers",
     ),
     click.option("--push", metavar="ORG/NAME", help="publish the output on the Hub too, as one commit"),
     private_option,
@@ -149,8 +157,9 @@ def execute(
     target = None
     if execution.push:
         target = target_of(execution.push, private=execution.private, overwrite=execution.overwrite)
+    plan = replace(plan, notices=(*notices, *plan.notices))
     if execution.dry_run:
-        show_plan(replace(plan, notices=(*notices, *plan.notices)), destination, execution, settings)
+        show_plan(plan, destination, execution, settings)
         return
     cluster = make_cluster(
         execution.engine,
@@ -171,10 +180,11 @@ def execute(
             progress=report,
             keep_stages=Path(execution.keep_stages) if execution.keep_stages else None,
             resume=execution.resume,
+            report=Path(execution.report) if execution.report else None,
             shown=planned.shown if planned else None,
             cluster=cluster,
         )
-    merged = replace(merged, notices=(*notices, *merged.notices), facts={**merged.facts, **(facts or {})})
+    merged = replace(merged, facts={**merged.facts, **(facts or {})})
     if planned:
         merged = replace(merged, notices=(*merged.notices, *filter(None, [planned.compare(destination)])))
     usage = describe_usage(destination)

@@ -90,6 +90,7 @@ def make_again(planned: PlannedMoeRerun, execution: Execution, status: OutputSta
         ("--stream", execution.stream),
         ("--push", execution.push),
         ("--max-memory", execution.max_memory),
+        ("--report", execution.report),
     ):
         if given:
             raise OptionError(f"{option} is no option of mixtures: leave it out")

@@ -56,8 +56,13 @@ def check_path(value: Any, name: str) -> str | Path:
         return value
     if isinstance(value, PathLike):
         return Path(value)
-    wanted = "a path" if name == "output" else "a path or a name on the Hub"
+    wanted = "a path" if name in ("output", "report") else "a path or a name on the Hub"
     raise OptionError(f"{name} should be {wanted}, and is {describe_value(value)}{_other_door(value)}")
+
+
+def check_report(value: Any) -> Path | None:
+    """Return the path of a page to write, None without one. Raise :class:`~merging.errors.OptionError` otherwise."""
+    return None if value is None else Path(check_path(value, "report"))
 
 
 def check_state_dicts(models: object) -> list[Mapping[str, Tensor]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from merging.api.arguments import check_entries, check_method, check_path
+from merging.api.arguments import check_entries, check_method, check_path, check_report
 from merging.api.merge_files import Merged, merge_plan, merge_recipe, plan_for
 from merging.api.options import MergeOptions
 from merging.display.progress import Progress, resolve_progress
@@ -53,6 +53,7 @@ def bake(
     stream: bool = False,
     progress: Progress | bool | None = None,
     resume: bool | None = None,
+    report: str | Path | None = None,
     **options: Unpack[MergeOptions],
 ) -> Merged:
     """Bake adapters into their base: write a full model.
@@ -72,6 +73,7 @@ def bake(
         stream: whether models of the Hub pass through the disk file by file, and are not kept in the library's cache.
         progress: True for a bar, or a function that receives the bytes done and the bytes in all.
         resume: whether a merge that stopped is gone on with, as for :func:`merging.merge`.
+        report: a page to write of the merge, as for :func:`merging.merge`.
         **options: ``base``, for another base than the adapters state; ``as_trained`` (``"nf4"``, ``"fp4"``, ``"int8"``)
             for the base as bitsandbytes quantised it; and the other options of :func:`merging.merge`.
 
@@ -101,6 +103,7 @@ def bake(
         stream=stream,
         progress=progress,
         resume=resume,
+        report=check_report(report),
     )
 
 

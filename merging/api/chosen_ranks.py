@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from merging.engine.decomposition import Decomposition, resize_plan, settings_of
+from merging.engine.measures import Measures
 from merging.engine.run import decompose
 from merging.engine.stages import StageSettings
 from merging.errors import InputError, option
@@ -20,8 +21,10 @@ _ROUNDS = 20
 
 
 @contextmanager
-def open_decomposed(plan: Plan, settings: StageSettings) -> Iterator[tuple[Plan, Decomposition | None]]:
-    """Decompose the changes of a plan whose recipe has conditions on ranks.
+def open_decomposed(
+    plan: Plan, settings: StageSettings, measures: Measures | None = None
+) -> Iterator[tuple[Plan, Decomposition | None]]:
+    """Decompose the changes of a plan whose recipe has conditions on ranks; ``measures`` receives their measures.
 
     Yields the plan with its ranks and the decomposition, whose factors can be read while the body runs; the same plan
     and None for other plans. Raises :class:`~merging.errors.MergingError` for values that cannot be decomposed.
@@ -36,6 +39,7 @@ def open_decomposed(plan: Plan, settings: StageSettings) -> Iterator[tuple[Plan,
         progress=settings.progress,
         scratch=settings.scratch,
         make_crew=settings.make_crew,
+        measures=measures,
     )
     try:
         yield _choose_ranks(plan, found), found

@@ -56,6 +56,7 @@ class AdapterOptions(RankConditions, total=False):
     stream: bool
     progress: Progress | bool | None
     resume: bool | None
+    report: str | Path | None
 
 
 @check_types("model", "base")

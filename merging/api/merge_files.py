@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any
 
 from typing_extensions import Unpack
 
-from merging.api.arguments import check_entries, check_entry, check_keywords, check_method, check_path
+from merging.api.arguments import check_entries, check_entry, check_keywords, check_method, check_path, check_report
 from merging.api.kept_stages import check_stages, keep_stage
+from merging.api.merged import Merged
 from merging.api.options import MergeOptions
 from merging.api.output_files import check_output, is_file, write_output, write_stage_companions
+from merging.api.reporting import Reporter
 from merging.api.resuming import prepare_resuming
 from merging.cluster import RayCluster, make_cluster
 from merging.display.notices import report_notices
 from merging.display.progress import Progress, resolve_progress
-from merging.display.tables import Displayed
 from merging.engine.cluster_crew import fit_workers, open_connection, pick_cluster_devices
 from merging.engine.devices import main_device
 from merging.engine.download import download_plan
 from merging.engine.journal import Journal
+from merging.engine.probe import PROBE_BYTES
 from merging.engine.resources import pick_devices, workers_within
 from merging.engine.sanity import unrelated_models
 from merging.engine.stages import StageSettings, open_stages
@@ -52,51 +53,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class Merged(Displayed):
-    """The result of a merge.
-
-    Example:
-        >>> import merging
-        >>> merged = merging.merge(["a", "b"], method="linear", output="merged", overwrite=True)
-        >>> merged.path.name, merged.rank, sorted(merged.to_dict())[:3]
-        ('merged', 16, ['bytes', 'discarded', 'facts'])
-
-    Attributes:
-        path: the file or folder that was written.
-        kind: ``adapter`` or ``model``.
-        method: the chain as it is written.
-        tensors: the number of tensors.
-        bytes: the size of the tensors in bytes.
-        seconds: the time that merging and writing took.
-        rank: the rank of a merged adapter's factors, else None.
-        format: the name of the form of a merged adapter's file, else None.
-        notices: remarks for people.
-        discarded: the share of the change's energy that a lower rank discarded, by tensor.
-        ranks: the rank of each tensor's factors, where it was chosen from the values.
-        facts: numbers that the method reports, by name.
-        quantization_errors: the relative error of each quantised tensor: the norm of the error by the tensor's.
-    """
-
-    path: Path
-    kind: str
-    method: str
-    tensors: int
-    bytes: int
-    seconds: float
-    rank: int | None = None
-    format: str | None = None
-    notices: tuple[str, ...] = ()
-    discarded: dict[str, float] = field(default_factory=dict)
-    ranks: dict[str, int] = field(default_factory=dict)
-    facts: dict[str, float] = field(default_factory=dict)
-    quantization_errors: dict[str, float] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the same in plain values, for JSON."""
-        return {**asdict(self), "path": str(self.path), "notices": list(self.notices)}
 
 
 @check_types("models", "method")
@@ -147,6 +103,7 @@ def merge(
     resume: bool | None = None,
     engine: str | RayCluster = "local",
     address: str | None = None,
+    report: str | Path | None = None,
     **options: Unpack[MergeOptions],
 ) -> Merged:
     """Merge models or adapters from files into a file or folder.
@@ -168,6 +125,7 @@ def merge(
             above 10 GB, and where a merge stopped. False removes the finished work of a merge that stopped.
         engine: ``local`` for threads of this process, ``ray``, or a :class:`~merging.cluster.RayCluster` with settings.
         address: ``HOST:PORT`` of the Ray cluster; by default the cluster that this machine belongs to.
+        report: a page to write (``.html``): what the merge changed, each model's part in it, interference, and time.
         **options: the recipe's options (``base``, ``dtype``, ``rank``, ``kind``, ``exclude`` and the other fields of
             :class:`~merging.plan.recipe.Recipe`), and the method's parameters by name (``weights=(1, 1, -1)``).
 
@@ -200,6 +158,7 @@ def merge(
         keep_stages=None if keep_stages is None else Path(check_path(keep_stages, "keep_stages")),
         resume=resume,
         cluster=cluster,
+        report=check_report(report),
     )
 
 
@@ -244,6 +203,7 @@ def merge_plan(
     progress: Progress | None = None,
     keep_stages: Path | None = None,
     resume: bool | None = None,
+    report: Path | None = None,
     shown: Plan | None = None,
     cluster: RayCluster | None = None,
 ) -> Merged:
@@ -260,6 +220,7 @@ def merge_plan(
         progress: called with the bytes done and the bytes in all.
         keep_stages: a folder for the outputs of recipes among the models, each in a folder of its own.
         resume: whether a merge that stopped is gone on with; None for outputs above 10 GB, and where one stopped.
+        report: the page to write of the merge; None for none.
         shown: the plan that the header and the model card describe, where another one describes the output better.
         cluster: the Ray cluster that merges, whose workers take ``max_memory`` each; None for this process.
 
@@ -267,7 +228,10 @@ def merge_plan(
         MergingError: for values that cannot be merged, and an output that cannot be written.
     """
     fitted = fit_workers(plan, cluster, main_device(devices), max_memory, stream=stream)
-    workers = workers_within(plan, cores() if threads is None else threads, None if fitted else max_memory)
+    reporter = Reporter(report, destination, overwrite=overwrite, progress=progress)
+    progress, probing = reporter.progress, PROBE_BYTES if report else 0
+    here = None if fitted else max_memory
+    workers = workers_within(plan, cores() if threads is None else threads, here, probing)
     described = shown or plan
     identity, there = None, 0
     if keep_stages is None:
@@ -294,10 +258,10 @@ def merge_plan(
             settings = replace(settings, journal=Journal(staged.journal))
         if keep_stages is not None:
             settings = replace(settings, keep=partial(keep_stage, keep_stages, overwrite, settings))
-        with open_stages(plan, settings) as (ready, report, remarks):
-            settings = replace(settings, progress=report)
+        with open_stages(plan, settings) as (ready, progress, remarks):
+            settings = replace(settings, progress=progress)
             notices = [*plan.notices, *unrelated_models(ready)]
-            written = write_output(ready, described, staged, settings)
+            written = write_output(ready, described, staged, settings, reporter.measures)
             done = written.done
         staged.commit()
     merged = Merged(
@@ -315,6 +279,7 @@ def merge_plan(
         facts=done.metrics | (transplant.facts() if transplant else {}),
         quantization_errors=written.errors,
     )
+    merged = reporter.finish(merged, plan, described, written.plan)
     report_notices(merged.notices)
     _log.info("%s: written, %s tensors in %.1f s", destination, merged.tensors, merged.seconds)
     return merged

@@ -8,6 +8,7 @@ from pathlib import Path
 from merging.api.chosen_ranks import open_decomposed
 from merging.display.progress import announce_phase
 from merging.engine.devices import main_device
+from merging.engine.measures import Measures
 from merging.engine.run import Done, Sink, run
 from merging.engine.stages import StageSettings
 from merging.errors import OutputError, option
@@ -131,13 +132,15 @@ class Written:
     errors: dict[str, float]
 
 
-def write_output(plan: Plan, shown: Plan, staged: StagedOutput, settings: StageSettings) -> Written:
+def write_output(
+    plan: Plan, shown: Plan, staged: StagedOutput, settings: StageSettings, measures: Measures | None = None
+) -> Written:
     """Run a plan into a staged output, and write the files that go with the weights.
 
-    ``shown`` is the plan that the header and the card describe.
+    ``shown`` is the plan that the header and the card describe; ``measures`` receives the measures of merged tensors.
     """
     settings = replace(settings, scratch=staged.scratch)
-    with open_decomposed(plan, settings) as (sized, decomposition):
+    with open_decomposed(plan, settings, measures) as (sized, decomposition):
         remarks = []
         if decomposition is not None:
             plan, shown = sized, replace(sized, recipe=shown.recipe, sources=shown.sources)
@@ -161,6 +164,7 @@ def write_output(plan: Plan, shown: Plan, staged: StagedOutput, settings: StageS
                 decomposition=decomposition,
                 journal=journal,
                 make_crew=settings.make_crew,
+                measures=measures,
             )
             write_constants(plan, writer)
             announce_phase(settings.progress, "making it durable")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from merging import os_calls
-from merging.api.arguments import check_path
+from merging.api.arguments import check_path, check_report
 from merging.api.merge_files import Merged, default_destination, merge_plan, plan_for
 from merging.api.recipe_records import RecipeRecord, read_record
 from merging.display.progress import Progress, resolve_progress
@@ -80,6 +80,7 @@ def rerun(
     stream: bool = False,
     progress: Progress | bool | None = None,
     resume: bool | None = None,
+    report: str | Path | None = None,
 ) -> Merged:
     """Make an output once more from the recipe that it states.
 
@@ -100,6 +101,7 @@ def rerun(
         stream: whether models of the Hub pass through the disk file by file.
         progress: True for a bar, or a function that receives the bytes done and the bytes in all.
         resume: whether a merge that stopped is gone on with, as for :func:`merging.merge`.
+        report: a page to write of the merge, as for :func:`merging.merge`.
 
     Raises:
         InputError: if the output states no recipe, or a source is missing or has changed.
@@ -125,6 +127,7 @@ def rerun(
         stream=stream,
         progress=resolve_progress(progress),
         resume=resume,
+        report=check_report(report),
         shown=planned.shown,
     )
     return replace(merged, notices=(*planned.notices, *merged.notices, *filter(None, [planned.compare(made)])))

@@ -13,7 +13,15 @@ from typing import Any
 from merging.display.tables import format_size
 from merging.errors import OptionError
 
-__all__ = ["Progress", "ProgressBar", "ProgressEvents", "ProgressLines", "announce_phase", "resolve_progress"]
+__all__ = [
+    "PhaseClock",
+    "Progress",
+    "ProgressBar",
+    "ProgressEvents",
+    "ProgressLines",
+    "announce_phase",
+    "resolve_progress",
+]
 
 Progress = Callable[[int, int], None]
 """Called with the bytes or steps done and their total, from one thread at a time.
@@ -182,3 +190,27 @@ def resolve_progress(progress: Progress | bool | None, title: str = "merging") -
             f"the bytes in all"
         )
     return progress
+
+
+class PhaseClock:
+    """A progress callback that takes the time of each phase, and hands everything on to another callback.
+
+    Attributes:
+        seconds: the seconds of each phase that ended, by its name.
+    """
+
+    def __init__(self, progress: Progress | None, first: str) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress, self._phase = progress, first
+        self._begun = time.perf_counter()
+
+    def phase(self, name: str) -> None:
+        """Begin a phase."""
+        now = time.perf_counter()
+        self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._begun
+        self._phase, self._begun = name, now
+        announce_phase(self._progress, name)
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._progress:
+            self._progress(done, total)

@@ -151,8 +151,8 @@ class _GatheringElsewhere(Work):
 class Merging(Work):
     """Merging units and writing them. With a journal, each is recorded under its number.
 
-    With ``counts``, the bytes of each unit are counted, and wait in the worker's sink. ``measures`` receives the measures
-    of the merged tensors, if they are wanted.
+    With ``counts``, the bytes of each unit are counted, and wait in the worker's sink. ``measures`` receives the
+    measures of the merged tensors, if they are wanted.
     """
 
     journal: RunJournal | None = None

@@ -227,6 +227,7 @@ class Recipe(Displayed, CheckedModel):
         resume: bool | None = None,
         engine: str | RayCluster = "local",
         address: str | None = None,
+        report: str | Path | None = None,
     ) -> merging.Merged:
         """Carry out the merge, as :func:`~merging.merge` does with the same models, method and options.
 
@@ -236,13 +237,13 @@ class Recipe(Displayed, CheckedModel):
             threads: the number of threads; by default one for each processor core, as far as the memory allows.
             max_memory: the most memory to take, in bytes or as ``"500MB"``, above the memory of the imports.
             overwrite: whether an output that exists is replaced.
-            stream: whether models of the Hub pass through the disk file by file, and are not kept in the library's
-                cache.
+            stream: whether models of the Hub pass through the disk file by file, and are not kept in the cache.
             progress: True for a bar, or a function that receives the bytes done and the bytes in all.
             keep_stages: a folder for the outputs of recipes among the models, each in a folder of its own.
             resume: whether a merge that stopped is gone on with, as for :func:`~merging.merge`.
             engine: ``local``, ``ray``, or a Ray cluster, as for :func:`~merging.merge`.
             address: ``HOST:PORT`` of the Ray cluster, as for :func:`~merging.merge`.
+            report: a page to write of the merge, as for :func:`~merging.merge`.
 
         Returns:
             The path and the kind of the output, its size, remarks, and numbers that the method reports.
@@ -265,12 +266,12 @@ class Recipe(Displayed, CheckedModel):
             resume=resume,
             engine=engine,
             address=address,
+            report=report,
             **options,
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields that differ from the defaults, in plain values: the chain as written, its parameters by
-        name, and a stack of layers by itself as ``stack``.
+        """Return the fields that differ from the defaults in plain values; a stack of layers by itself is ``stack``.
 
         Raises :class:`~merging.errors.OptionError` if a coefficient is a tensor of a size that has no plain form.
         """
@@ -299,9 +300,8 @@ class Recipe(Displayed, CheckedModel):
 
 
 vars(layer_stack).update(Entry=Entry, Recipe=Recipe)  # names of its annotations, which its file cannot import
-LayerPart.model_rebuild(force=True)
-LayerStack.model_rebuild(force=True)
-Recipe.model_rebuild(force=True)
+for _model in (LayerPart, LayerStack, Recipe):
+    _model.model_rebuild(force=True)
 
 FIELDS = frozenset(name for field, info in Recipe.model_fields.items() for name in (field, info.alias) if name)
 """The fields of recipes by all their names; every other option is a parameter of the method."""

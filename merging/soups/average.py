@@ -12,7 +12,7 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from merging.api.arguments import check_path
+from merging.api.arguments import check_path, check_report
 from merging.api.merge_files import Merged, merge_plan, plan_for
 from merging.api.options import RecipeOptions
 from merging.display.progress import Progress, resolve_progress
@@ -93,6 +93,7 @@ def soup(
     overwrite: bool = False,
     progress: Progress | bool | None = None,
     resume: bool | None = None,
+    report: str | Path | None = None,
     on_event: OnLine | None = None,
     **options: Unpack[RecipeOptions],
 ) -> Merged:
@@ -118,6 +119,7 @@ def soup(
         overwrite: whether an output that exists is replaced.
         progress: True for a bar, or a function that receives the bytes done and the bytes in all.
         resume: whether a merge that stopped is gone on with, as for :func:`merging.merge`.
+        report: a page to write of the merge, as for :func:`merging.merge`.
         on_event: receives a line about each soup that is scored.
         **options: the options of a recipe, as for :func:`~merging.merge`. Without ``rank``, an averaged adapter has
             the rank of the checkpoints.
@@ -161,6 +163,7 @@ def soup(
         overwrite=overwrite,
         progress=bar,
         resume=resume,
+        report=check_report(report),
     )
     return replace(merged, notices=(*planned.notices, *merged.notices), facts={**merged.facts, **planned.facts})
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 
+from merging.api.report_pictures import panels as merge_panels
 from merging.continual.plot import panels as store_panels
 from merging.errors import MergingError
 from merging.geometry.pictures import panels as comparison_panels
@@ -36,6 +37,8 @@ KINDS: dict[str, Any] = {
     "store": lambda count: store_panels(figures.steps([min(8 * step, 64) for step in range(1, count + 1)])),
     "store held in full": lambda count: store_panels(figures.steps([0] * count)),
     "store that becomes full": lambda count: store_panels(figures.steps([8, 16, 24, *[0] * count][:count])),
+    "merge": lambda count: merge_panels(figures.merge_report(count)),
+    "merge without a base": lambda count: merge_panels(figures.merge_report(count, changes=False)),
     "recycling": lambda count: recycling_panels(figures.report(min(count, 40))),
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from matplotlib import image
 
+from merging.api.report_page import page as merge_page
 from merging.errors import OutputError
 from merging.geometry import compare
 from merging.geometry.page import page
@@ -159,13 +160,21 @@ _CAPTIONS = """Array.from(document.querySelectorAll('caption span')).map(each =>
 MADE: dict[str, tuple[Callable[[int], str], int]] = {
     "comparison": (lambda count: page(figures.comparison(count)).html(), PLOTS),
     "recycling": (lambda count: recycling_page(figures.report(count)), 3),
+    "merge": (lambda count: merge_page(figures.merge_report(count)).html(), 4),
+    "merge without a base": (lambda count: merge_page(figures.merge_report(count, changes=False)).html(), 2),
 }
 """Pages of a number of models, and the number of their figures."""
 
 
 @needs_browser
 @pytest.mark.parametrize(
-    ("kind", "count"), [*(("comparison", n) for n in (2, 5, 30, 300)), *(("recycling", n) for n in (2, 30))]
+    ("kind", "count"),
+    [
+        *(("comparison", n) for n in (2, 5, 30, 300)),
+        *(("recycling", n) for n in (2, 30)),
+        *(("merge", n) for n in (2, 30)),
+        ("merge without a base", 5),
+    ],
 )
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_figures_are_legible_on_any_screen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
@@ -10,7 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.text import Text
 
+from merging.api.merge_report import MeasuredTensor, MergeReport
 from merging.continual.manifest import Part, StepRecord
+from merging.engine.measures import Measure
 from merging.geometry.comparison import (
     Agreement,
     Comparison,
@@ -27,7 +30,7 @@ from merging.recycling.bootstrap import Gap
 from merging.recycling.report import Report, Row
 from merging.recycling.verdict import TransferVerdict
 
-__all__ = ["comparison", "drawn_texts", "entries", "faults", "report", "steps"]
+__all__ = ["comparison", "drawn_texts", "entries", "faults", "merge_report", "report", "steps"]
 
 _CROPPED = 6
 """Pixels over the edge that are no fault, since a picture is cropped to what is drawn."""
@@ -140,6 +143,53 @@ def report(count: int) -> Report:
     }
     examples = {"train": 80, "valid": 20, "test": 300}
     return Report(rows, TransferVerdict(True, "it transfers"), "accuracy", True, examples, facts, ("a remark",))
+
+
+def merge_report(count: int, *, blocks: int = 12, changes: bool = True) -> MergeReport:
+    """The report of a merge that has everything in it, of models and tensors with long names."""
+    random = np.random.default_rng(count)
+    parts = ("self_attention.query_projection.weight", "mlp.up_projection.weight", "input_layernorm.weight")
+    places = [(f"model.layers.{block}", f"model.layers.{block}.{part}") for block in range(blocks) for part in parts]
+    places = [("IN", "model.embed_tokens.weight"), *places, ("OUT", "lm_head.weight")]
+
+    def measure() -> Measure:
+        sizes = 1 + random.random(count)
+        products = tuple(map(float, random.normal(0.5, 0.6, count)))
+        numbers = [1e6, 1e6, 400.0, float(sizes.sum()), 1000.0, 400 + 100 * float(random.random()), 700.0]
+        return Measure.of_numbers([*numbers, *map(float, sizes), *products, *products])
+
+    tensors = tuple(
+        MeasuredTensor(
+            name=name,
+            shape=(1000, 1000),
+            block=block,
+            kind=re.sub(r"\d+", "*", name),
+            measure=measure(),
+            discarded=float(random.random()) / 10,
+            quantization_error=float(random.random()) / 100,
+        )
+        for block, name in places
+    )
+    names = tuple(LONG.format(number) for number in range(count))
+    return MergeReport(
+        path="merged",
+        kind="model",
+        method="lines+task_arithmetic",
+        parameters={"weights": [1.0] * count},
+        models=names,
+        paths=names,
+        base="organization/base" if changes else None,
+        changes=changes,
+        tensors=tensors,
+        others=("a.tensor.of.one.model",),
+        missing=("a.tensor.that.was.merged.before",),
+        copied=3,
+        phases={"preparing": 1.5, "gathering statistics": 10.0, "merging": 20.0, "making it durable": 3.0},
+        work={"reading": 20.0, "measuring": 5.0, "writing": 9.0},
+        sources=tuple({"model": name, "weights": "0" * 16, "tensors": 100, "bytes": 10**9} for name in names),
+        stages={"models.1": "ties"},
+        notices=("a remark",),
+    )
 
 
 def drawn_texts(figure: Any) -> list[Any]:

@@ -78,6 +78,7 @@ OPTIONS = frozenset(
         "recipe",
         "recipe_only",
         "reduce_intruders",
+        "report",
         "resume",
         "set",
         "settings",
