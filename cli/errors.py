@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -97,7 +97,7 @@ class OutputStatus:
     """The sentence for an interruption, which says whether a new output is whole and in place on the disk."""
 
     def __init__(self, *outputs: str | Path | None) -> None:
-        self._before: dict[str | Path, tuple[int, int] | None] = {}
+        self._before: dict[str | Path, object] = {}
         self.publishing: str | None = None
         for output in outputs:
             if output:
@@ -118,8 +118,16 @@ class OutputStatus:
         return said
 
 
-def _identity(path: str | Path) -> tuple[int, int] | None:
+def _identity(path: str | Path) -> object:
     """Return the identity of a file or folder, which a later one of the same name does not have."""
+    from merging.object_stores.store import open_store
+    from merging.object_stores.store_path import StorePath
+
+    if isinstance(path, StorePath):
+        with suppress(MergingError):  # the merge itself reports it
+            store, place = open_store(str(path))
+            return store.state(place)
+        return None
     try:
         found = os.lstat(path)
     except OSError:

@@ -146,11 +146,14 @@ def execute(
     from merging.engine.resources import pick_devices
     from merging.errors import OptionError
     from merging.hub.push import push, target_of
+    from merging.object_stores.store_path import StorePath, output_path
 
-    destination = Path(execution.output) if execution.output is not None else default_destination(recipe)
+    destination = output_path(execution.output) if execution.output is not None else default_destination(recipe)
     status.expect(destination)
     if execution.push and destination.suffix == ".safetensors":
         raise OptionError("--push publishes a folder, with its config and card: name a folder with -o")
+    if execution.push and isinstance(destination, StorePath):
+        raise OptionError("--push publishes a folder on the local disk: name one with -o")
     if execution.private and not execution.push:
         raise OptionError("--private is a setting of --push: name the repository")
     plan = planned.plan if planned else plan_for(recipe, destination)

@@ -161,8 +161,9 @@ def _predict(
     from merging.api.predict import predict_plan
     from merging.engine.resources import workers_within
     from merging.engine.threads import cores
+    from merging.object_stores.store_path import output_path
 
-    destination = Path(execution.output) if execution.output is not None else default_destination(recipe)
+    destination = output_path(execution.output) if execution.output is not None else default_destination(recipe)
     plan = plan_for(recipe, destination)
     workers = workers_within(plan, execution.threads or cores(), execution.max_memory)
     show_plan(plan, destination, execution, settings, predict_plan(plan, cluster, rates, workers))

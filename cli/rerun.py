@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import click
 
@@ -49,12 +48,13 @@ def rerun_command(
         from merging.api.merge_files import default_destination
         from merging.api.rerun import plan_rerun
         from merging.moe.rerun import find_mixture, plan_moe_rerun
+        from merging.object_stores.store_path import output_path
 
         mixture = find_mixture(path)
         if mixture is not None:
             make_again(plan_moe_rerun(mixture, parse_sources(sources), allow_changed=allow_changed), execution, status)
             return
-        destination = None if execution.output is None else Path(execution.output)
+        destination = None if execution.output is None else output_path(execution.output)
         planned = plan_rerun(path, destination, parse_sources(sources), allow_changed=allow_changed, lenient=lenient)
         if destination is None:
             status.expect(default_destination(planned.plan.recipe))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -90,6 +89,7 @@ def soup_command(
     status = OutputStatus()
     with handle_errors(execution.debug, status):
         from merging.errors import OptionError
+        from merging.object_stores.store_path import output_path
         from merging.soups.average import SoupSettings, plan_soup
 
         settings = SoupSettings(
@@ -105,7 +105,7 @@ def soup_command(
         if score is not None and execution.dry_run:
             raise OptionError("--dry-run merges nothing, and --score merges soups to score them: leave one out")
         options = {name: value for name, value in stated.items() if value is not None and value is not False}
-        destination = Path(execution.output or "merged")
+        destination = output_path(execution.output or "merged")
         planned = plan_soup(checkpoints, destination, settings, options, lambda line: echo(f"scored {line}", err=True))
         if recipe_only:
             echo_text(planned.recipe.to_yaml().removesuffix("\n"))

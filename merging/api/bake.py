@@ -19,6 +19,7 @@ from merging.hub.cards import stated_quantization
 from merging.hub.open_model import open_model, require_full
 from merging.maths.lazy_torch import torch
 from merging.methods.contract.method import Method
+from merging.object_stores.store_path import output_path
 from merging.plan.as_trained import stated_format
 from merging.plan.find_base import FoundBase, find_base
 from merging.plan.inputs.adapter_tokenizer import GENERATION, adapter_folder, find_saved_tokenizer
@@ -90,7 +91,7 @@ def bake(
         ('model', 'baked')
     """
     progress = resolve_progress(progress)
-    destination = Path(check_path(output, "output"))
+    destination = output_path(check_path(output, "output"))
     prepared = bake_recipe(adapters, method, options)
     plan = plan_for(prepared.recipe, destination)
     return merge_plan(

@@ -9,6 +9,7 @@ from merging.api.output_files import check_output, write_output
 from merging.display.progress import Progress
 from merging.engine.stages import StageSettings
 from merging.errors import OptionError, option
+from merging.object_stores.store_path import StorePath
 from merging.plan import Plan
 from merging.plan.stages import Stage, all_stages
 from merging.sources.opening import open_tensors
@@ -18,7 +19,15 @@ from merging.storage.staging import StagedOutput
 __all__ = ["check_stages", "keep_stage"]
 
 
-def check_stages(plan: Plan, keep_stages: Path | None, destination: Path, *, overwrite: bool, stream: bool) -> None:
+def check_stages(
+    plan: Plan,
+    keep_stages: Path | None,
+    destination: Path,
+    *,
+    overwrite: bool,
+    stream: bool,
+    resume: bool | None = None,
+) -> None:
     """Refuse options of stages that do not suit a plan. Raises :class:`~merging.errors.MergingError`."""
     if keep_stages is None:
         if plan.stages and stream:
@@ -27,9 +36,11 @@ def check_stages(plan: Plan, keep_stages: Path | None, destination: Path, *, ove
                 f"them in another: leave it out"
             )
         return
+    if resume:
+        raise OptionError(f"{option('resume', True)} does not go with {option('keep_stages')}: leave one of them out")
     if not plan.stages:
         raise OptionError(f"{option('keep_stages')} keeps recipes among the models, and there is none: leave it out")
-    output = destination.resolve()
+    output = destination if isinstance(destination, StorePath) else destination.resolve()
     for stage in all_stages(plan.stages):
         folder = keep_stages / stage.name
         if output in (kept := folder.resolve(), *kept.parents) or kept in output.parents:

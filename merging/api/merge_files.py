@@ -30,15 +30,16 @@ from merging.engine.resources import pick_devices, workers_within
 from merging.engine.sanity import unrelated_models
 from merging.engine.stages import StageSettings, open_stages
 from merging.engine.threads import cores
-from merging.errors import OptionError, option
+from merging.errors import OptionError
 from merging.hub.address import local_path
 from merging.maths.lazy_torch import torch
 from merging.methods.contract.method import Method
+from merging.object_stores.store_path import output_path
 from merging.output.model_folder import check_companions, companion_patterns
 from merging.plan import PORTABLE_RANKS, Plan, make_plan
 from merging.plan.recipe import FIELDS, Entry, Recipe
 from merging.plan.recipe_values import make_recipe
-from merging.storage.staging import StagedOutput
+from merging.storage.store_output import stage_output
 from merging.type_checks import check_types
 
 __all__ = [
@@ -83,7 +84,7 @@ def preview(
         >>> plan.output, len(plan.items)
         ('model', 104)
     """
-    destination = None if output is None else Path(check_path(output, "output"))
+    destination = None if output is None else output_path(check_path(output, "output"))
     return plan_for(merge_recipe(models, method, options), destination)
 
 
@@ -145,7 +146,7 @@ def merge(
     progress = resolve_progress(progress)
     cluster = make_cluster(engine, address)
     recipe = merge_recipe(models, method, options)
-    destination = default_destination(recipe) if output is None else Path(check_path(output, "output"))
+    destination = default_destination(recipe) if output is None else output_path(check_path(output, "output"))
     return merge_plan(
         plan_for(recipe, destination),
         destination,
@@ -227,7 +228,7 @@ def merge_plan(
     Raises:
         MergingError: for values that cannot be merged, and an output that cannot be written.
     """
-    fitted = fit_workers(plan, cluster, main_device(devices), max_memory, stream=stream)
+    fitted = fit_workers(plan, cluster, main_device(devices), max_memory, destination=destination, stream=stream)
     reporter = Reporter(report, destination, overwrite=overwrite, progress=progress)
     progress, probing = reporter.progress, PROBE_BYTES if report else 0
     here = None if fitted else max_memory
@@ -236,16 +237,14 @@ def merge_plan(
     identity, there = None, 0
     if keep_stages is None:
         identity, there = prepare_resuming(plan, described, destination, main_device(devices), resume)
-    elif resume:
-        raise OptionError(f"{option('resume', True)} does not go with {option('keep_stages')}: leave one of them out")
     check_output(plan, destination, overwrite, there=there)
-    check_stages(plan, keep_stages, destination, overwrite=overwrite, stream=stream)
+    check_stages(plan, keep_stages, destination, overwrite=overwrite, stream=stream, resume=resume)
     if not stream:
         plan = download_plan(plan, companion_patterns(plan), progress=progress)
     if not is_file(destination):
         check_companions(plan)
     _log.info("%s: merging %d models by %s", destination, len(plan.models), plan.recipe.method.chain)
-    with open_connection(fitted), StagedOutput(destination, overwrite, is_file(destination), identity) as staged:
+    with open_connection(fitted), stage_output(destination, overwrite, is_file(destination), identity) as staged:
         if stream:
             plan = download_plan(plan, companion_patterns(plan), stream=staged.scratch)
             described = shown or plan

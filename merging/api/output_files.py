@@ -15,6 +15,7 @@ from merging.errors import OutputError, option
 from merging.hub.address import Address
 from merging.hub.repository import open_repository
 from merging.maths.lazy_torch import torch
+from merging.object_stores.store_path import StorePath
 from merging.output.gguf_metadata import gguf_metadata
 from merging.output.header import header_metadata
 from merging.output.lora_header import lora_stem
@@ -30,9 +31,12 @@ from merging.plan.outputs.quantized import describe_errors
 from merging.plan.stages import all_stages
 from merging.sources.dtypes import DTYPES
 from merging.storage.gguf_writer import GgufWriter
+from merging.storage.output_file import CreateFile, LocalFile
 from merging.storage.quantizing_writer import ResumableQuantizingWriter
 from merging.storage.replacing import FILE_ENDINGS
 from merging.storage.staging import StagedOutput, check_destination
+from merging.storage.store_destination import check_store_destination
+from merging.storage.store_output import StoreOutput, file_creator
 from merging.storage.writer import ComponentWriter, TensorWriter
 
 __all__ = [
@@ -86,11 +90,18 @@ def write_companions(plan: Plan, folder: Path, done: Done, weights: bool = True)
 
 
 def make_writer(
-    plan: Plan, folder: Path, destination: Path, device: torch.device | None = None, resume: bool = False
+    plan: Plan,
+    folder: Path,
+    destination: Path,
+    *,
+    device: torch.device | None = None,
+    resume: bool = False,
+    create: CreateFile = LocalFile,
 ) -> TensorWriter | ComponentWriter | GgufWriter:
     """Return the writer of the output's weights, with the file names that readers look for.
 
     ``device`` is the device that the merge runs on. With ``resume``, files that are in the folder are written on.
+    ``create`` creates files of safetensors.
     """
     metadata = header_metadata(plan, device)
     if plan.format == "gguf":
@@ -98,14 +109,16 @@ def make_writer(
         architecture, fields = gguf_metadata(plan)
         return GgufWriter(folder / f"{name}.gguf", architecture, plan.outs, fields | metadata, resume=resume)
     if is_file(destination):
-        return TensorWriter(folder, destination.stem, plan.outs, metadata, None, resume=resume)
+        return TensorWriter(folder, destination.stem, plan.outs, metadata, None, resume=resume, create=create)
     reference = plan.reference
     if plan.output == "adapter" or reference is None:
-        return TensorWriter(folder, lora_stem(plan, destination), plan.outs, metadata, None, resume=resume)
+        stem = lora_stem(plan, destination)
+        return TensorWriter(folder, stem, plan.outs, metadata, None, resume=resume, create=create)
     stems = {name: each.stem for name, each in reference.components.items() if name not in plan.kept}
+    size = plan.recipe.shard_size
     if stems:
-        return ComponentWriter(folder, stems, plan.outs, metadata, plan.recipe.shard_size, resume=resume)
-    return TensorWriter(folder, reference.stem, plan.outs, metadata, plan.recipe.shard_size, resume=resume)
+        return ComponentWriter(folder, stems, plan.outs, metadata, size, resume=resume, create=create)
+    return TensorWriter(folder, reference.stem, plan.outs, metadata, size, resume=resume, create=create)
 
 
 def write_stage_companions(plan: Plan, folder: Path) -> dict[str, str]:
@@ -133,7 +146,11 @@ class Written:
 
 
 def write_output(
-    plan: Plan, shown: Plan, staged: StagedOutput, settings: StageSettings, measures: Measures | None = None
+    plan: Plan,
+    shown: Plan,
+    staged: StagedOutput | StoreOutput,
+    settings: StageSettings,
+    measures: Measures | None = None,
 ) -> Written:
     """Run a plan into a staged output, and write the files that go with the weights.
 
@@ -149,11 +166,17 @@ def write_output(
         if journal is None:
             staged.clear()
         writer = make_writer(
-            shown, staged.folder, staged.destination, main_device(settings.devices), resume=journal is not None
+            shown,
+            staged.folder,
+            staged.destination,
+            device=main_device(settings.devices),
+            resume=journal is not None,
+            create=file_creator(staged),
         )
         encodings = plan.quantized.encodings if plan.quantized else {}
         quantizing = ResumableQuantizingWriter(writer, encodings)
         try:
+            write_constants(plan, writer)  # first, since a part of a file is uploaded when it is complete
             done = run(
                 plan,
                 writer if plan.quantized is None else quantizing,
@@ -166,7 +189,6 @@ def write_output(
                 make_crew=settings.make_crew,
                 measures=measures,
             )
-            write_constants(plan, writer)
             announce_phase(settings.progress, "making it durable")
             writer.finish()
             errors = quantizing.errors()
@@ -198,4 +220,6 @@ def check_output(plan: Plan, destination: Path, overwrite: bool, dry: bool = Fal
     check_ending(plan, destination)
     known = 0 if plan.sized is not None else plan.out_bytes  # else its ranks are upper bounds
     nbytes = known + plan.spool_bytes + plan.stage_bytes + plan.kept_bytes_on_disk
+    if isinstance(destination, StorePath):
+        return check_store_destination(destination, overwrite, dry)
     return check_destination(destination, inputs, max(0, nbytes - there), overwrite, dry)

@@ -19,6 +19,7 @@ from merging.errors import InputError, OptionError, nearest, option
 from merging.hub.address import hub_address, local_path
 from merging.hub.open_model import open_model
 from merging.maths.lazy_torch import torch
+from merging.object_stores.store_path import StorePath, output_path
 from merging.plan import Plan
 from merging.plan.provenance import describe_change, names_of, record_source
 from merging.plan.recipe import Recipe
@@ -59,6 +60,8 @@ class PlannedRerun:
         """Return a remark that compares all weights of the new output with the old ones."""
         if self.digests is None:
             return ""
+        if isinstance(made, StorePath):
+            return f"{made} is in an object store, and is not compared with {self.path}"
         if hash_weights(made) == self.digests:
             return f"{made} has the same bytes as {'before' if made == self.path else self.path}"
         cause = "its sources changed" if self.changed else "another version or processor made it, or it was changed"
@@ -114,7 +117,7 @@ def rerun(
         >>> again.tensors == merged.tensors
         True
     """
-    destination = None if output is None else Path(check_path(output, "output"))
+    destination = None if output is None else output_path(check_path(output, "output"))
     planned = plan_rerun(path, destination, sources or {}, allow_changed=allow_changed, lenient=lenient)
     made = destination or default_destination(planned.plan.recipe)
     merged = merge_plan(

@@ -6,8 +6,9 @@ import json
 from datetime import datetime, timezone
 from pathlib import Path
 
-from merging.errors import OutputError, option
+from merging.errors import OptionError, OutputError, option
 from merging.maths.lazy_torch import torch
+from merging.object_stores.store_path import StorePath
 from merging.output.header import RECIPE_KEY, SOURCES_KEY, header_metadata
 from merging.plan import Plan
 from merging.plan.provenance import etags_of
@@ -37,8 +38,16 @@ def prepare_resuming(
         The identity of the run, None without resuming; and the bytes that a run left which this one goes on with.
 
     Raises:
+        OptionError: for ``resume`` with an output in an object store.
         OutputError: if a merge of something else stopped at this destination, with the first difference.
     """
+    if isinstance(destination, StorePath):
+        if resume:
+            raise OptionError(
+                f"{destination}: {option('resume', True)} goes on with outputs on a local disk alone: leave it out, or "
+                f"merge to a local disk and copy the output"
+            )
+        return None, 0
     left = [found for lock in find_abandoned(destination) if (found := find_unfinished(lock.folder)) is not None]
     if resume is False:
         for each in left:

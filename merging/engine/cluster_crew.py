@@ -28,6 +28,7 @@ from merging.engine.unit import Span
 from merging.engine.worker import Shared
 from merging.errors import InputError, OptionError, option
 from merging.maths.lazy_torch import torch
+from merging.object_stores.store_path import StorePath
 from merging.plan.merge_plan import Plan
 from merging.storage.quantizing_writer import QuantizingWriter
 
@@ -69,18 +70,28 @@ def open_connection(settings: ClusterSettings | None) -> AbstractContextManager[
 
 
 def fit_workers(
-    plan: Plan, cluster: RayCluster | None, device: torch.device, max_memory: int | str | None, *, stream: bool = False
+    plan: Plan,
+    cluster: RayCluster | None,
+    device: torch.device,
+    max_memory: int | str | None,
+    *,
+    destination: Path,
+    stream: bool = False,
 ) -> ClusterSettings | None:
     """Return a cluster's settings for a plan: Ray reserves the memory of each worker, and one GPU where it needs one.
 
     Raises:
-        OptionError: if not even a worker with one thread fits into ``max_memory``, and for files that are downloaded
-            in the middle of a merge.
+        OptionError: if not even a worker with one thread fits into ``max_memory``, for files that are downloaded in
+            the middle of a merge, and for an output in an object store.
     """
     if cluster is None:
         return None
     if stream:
         raise OptionError(f"{option('stream', True)} downloads for one machine: leave it out with a cluster")
+    if isinstance(destination, StorePath):
+        raise OptionError(
+            f"{destination}: the workers of a cluster write to a shared file system: choose another {option('output')}"
+        )
     threads = cluster.threads if max_memory is None else workers_within(plan, cluster.threads, max_memory)
     memory = cluster.memory or plan.memory(threads) + _IMPORTS
     gpus = cluster.worker_gpus or (0 if device.type == "cpu" else 1)

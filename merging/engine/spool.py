@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
@@ -16,8 +15,9 @@ from merging.errors import OutputError
 from merging.maths.delta import Delta, Dense, LowRank
 from merging.maths.lazy_torch import Tensor, torch
 from merging.os_calls import read_at, sync, write_at
+from merging.storage.scratch import open_scratch
 
-__all__ = ["Spool", "open_scratch"]
+__all__ = ["Spool"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,16 +157,6 @@ def _open_elsewhere(folder: Path, stem: str, kept: dict[str, _Kept]) -> Spool:
     spool = Spool(folder, folder / f"{stem.partition('-')[0]}-{uuid4().hex}.spool")
     spool._kept = kept
     return spool
-
-
-def open_scratch(folder: Path | None, path: Path | None) -> IO[bytes]:
-    """Open a file for values that are read back: without a name in a folder, or at a path. Raises OSError."""
-    if path is None:
-        try:
-            return tempfile.TemporaryFile(dir=folder)
-        except OSError:  # a file system that removes no name of an open file
-            return tempfile.NamedTemporaryFile(dir=folder)
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600), "r+b")
 
 
 def _bytes(values: Tensor) -> memoryview:

@@ -17,7 +17,6 @@ from merging.engine.journal import Journal
 from merging.engine.pieces import PieceReader
 from merging.engine.run import run, work_bytes
 from merging.engine.sanity import unrelated_models
-from merging.engine.spool import open_scratch
 from merging.errors import OutputError
 from merging.maths.lazy_torch import Tensor, torch
 from merging.methods.families.dropping import Dropping
@@ -27,6 +26,7 @@ from merging.plan.merge_plan import Plan
 from merging.plan.stages import Stage, all_stages
 from merging.sources.stored import Stored, bytes_of
 from merging.storage.placed_files import PlacedFiles, TensorPlace
+from merging.storage.scratch import open_scratch
 
 __all__ = ["KeepStage", "StageSettings", "open_stages"]
 

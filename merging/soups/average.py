@@ -20,6 +20,7 @@ from merging.engine.resources import pick_devices
 from merging.errors import OptionError, option
 from merging.hub.open_model import open_model
 from merging.maths.lazy_torch import torch
+from merging.object_stores.store_path import output_path
 from merging.plan.recipe import FIELDS, Recipe
 from merging.plan.recipe_values import make_recipe
 from merging.soups.schedules import Schedule, schedule_weights
@@ -152,7 +153,7 @@ def soup(
     )
     paths = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
     names = [str(check_path(path, "checkpoints")) for path in paths]
-    destination, devices, bar = Path(output), pick_devices(device), resolve_progress(progress)
+    destination, devices, bar = output_path(output), pick_devices(device), resolve_progress(progress)
     planned = plan_soup(names, destination, settings, options, on_event)
     merged = merge_plan(
         plan_for(planned.recipe, destination),

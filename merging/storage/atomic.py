@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from merging import os_calls
+from merging.object_stores.store_path import refuse_store_path
 
 __all__ = [
     "existing_parent",
@@ -79,6 +80,7 @@ def existing_parent(path: Path) -> Path:
 
 def make_parents(path: Path) -> list[Path]:
     """Make the missing folders above a path, durably, and return them from the outermost. Raises OSError."""
+    refuse_store_path(path)
     missing = [folder for folder in path.absolute().parents if not os.path.lexists(folder)][::-1]
     made: list[Path] = []
     try:

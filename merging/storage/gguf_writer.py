@@ -13,9 +13,9 @@ from merging.errors import OutputError
 from merging.maths.lazy_torch import Tensor
 from merging.sources.gguf.tensor_types import gguf_package
 from merging.sources.stored import bytes_of
+from merging.storage.output_file import starts_with
 from merging.storage.output_tensor import OutputTensor
 from merging.storage.placed_files import PlacedFiles, TensorPlace
-from merging.storage.writer import starts_with
 
 __all__ = ["GgufWriter"]
 

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from merging import os_calls
@@ -99,6 +99,10 @@ class Leftover:
     modified: float = 0.0
     resumable: bool = False
     holds_old: bool = False
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the same in plain values."""
+        return {**asdict(self), "path": str(self.path), "output": str(self.output)}
 
     def remove(self) -> None:
         """Remove it; an output that was to be replaced is moved back first.

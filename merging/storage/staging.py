@@ -17,6 +17,7 @@ from types import TracebackType
 
 from merging import os_calls
 from merging.errors import InputError, MergingError, MergingWarning, OptionError, OutputError, option
+from merging.object_stores.store_path import refuse_store_path
 from merging.storage.atomic import existing_parent, make_parents, place_new_file, remove_empty
 from merging.storage.leftovers import (
     JOURNAL,
@@ -74,6 +75,7 @@ def check_destination(
     Raises:
         OutputError: The destination is refused.
     """
+    refuse_store_path(destination)
     ending = destination.suffix.lower()
     if ending in _OTHER_FILES or (ending in FILE_ENDINGS and destination.suffix != ending):
         raise OutputError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,10 +12,11 @@ from merging import os_calls
 from merging.errors import OutputError
 from merging.maths.lazy_torch import Tensor
 from merging.sources.stored import bytes_of
+from merging.storage.output_file import CreateFile, LocalFile, OutputFile
 from merging.storage.output_tensor import OutputTensor
 from merging.storage.placed_files import PlacedFiles, TensorPlace
 
-__all__ = ["ComponentWriter", "TensorWriter", "file_size", "starts_with"]
+__all__ = ["ComponentWriter", "TensorWriter", "file_size"]
 
 
 class TensorWriter:
@@ -24,8 +24,8 @@ class TensorWriter:
 
     ``stem`` is the file's name without its ending. Shards are called ``STEM-0000i-of-0000N.safetensors`` and get an
     index. Files take their full size at once, so that a full disk shows before anything is computed. With ``resume``,
-    files of the same header and size are written on, and ``resumed`` says whether all were there. Raises
-    :class:`~merging.errors.OutputError` for errors of the disk.
+    files of the same header and size are written on, and ``resumed`` says whether all were there. ``create`` opens the
+    files. Raises :class:`~merging.errors.OutputError` for errors of the disk.
     """
 
     def __init__(
@@ -36,16 +36,18 @@ class TensorWriter:
         metadata: Mapping[str, str],
         shard_size: int | None,
         resume: bool = False,
+        create: CreateFile = LocalFile,
     ) -> None:
         shards = _shards(outs, shard_size)
         self.folder = folder
         self.stem = stem
         self.files: dict[str, list[OutputTensor]] = {}
-        self._places: dict[str, tuple[int, int]] = {}
+        self._places: dict[str, tuple[OutputFile, int]] = {}
         self._left = {out.name: out.nbytes for out in outs}
         self._lock = threading.Lock()
-        self._fds: list[int] = []
-        self._paths: dict[int, Path] = {}
+        self._opened: list[OutputFile] = []
+        self._create = create
+        self._paths: dict[str, Path] = {}
         self.resumed = self._resume = resume
         for number, shard in enumerate(shards, 1):
             name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
@@ -57,22 +59,16 @@ class TensorWriter:
         header = _header(outs, metadata)
         size = len(header) + sum(out.nbytes for out in outs)
         try:
-            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | (0 if self._resume else os.O_EXCL)
-            fd = os.open(path, flags, 0o666)
-            self._fds.append(fd)
-            self._paths[fd] = path.absolute()
-            if not (self._resume and starts_with(fd, header, size)):
-                self.resumed = False
-                if os.fstat(fd).st_size:
-                    os.ftruncate(fd, 0)
-                os_calls.reserve(fd, size)
-                os_calls.write_at(fd, memoryview(header), 0)
+            file = self._create(path, header, size, self._resume)
         except OSError as error:
             self.close()
             raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
+        self._opened.append(file)
+        self.resumed = self.resumed and file.resumed
         position = len(header)
         for out in outs:
-            self._places[out.name] = (fd, position)
+            self._places[out.name] = (file, position)
+            self._paths[out.name] = path.absolute()
             position += out.nbytes
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -80,15 +76,14 @@ class TensorWriter:
 
     def places(self) -> dict[str, TensorPlace]:
         """Return the place of each tensor."""
-        return {name: TensorPlace(self._paths[fd], position) for name, (fd, position) in self._places.items()}
+        return {name: TensorPlace(self._paths[name], position) for name, (_, position) in self._places.items()}
 
     def write(self, name: str, values: Tensor, start: int = 0) -> None:
         """Write the elements ``values`` (one axis, contiguous, on the CPU) at position ``start`` of a tensor."""
-        fd, position = self._places[name]
+        file, position = self._places[name]
         data = bytes_of(values)
         try:
-            os_calls.write_at(fd, data, position + start * values.itemsize)
-            os_calls.begin_writeback(fd, position + start * values.itemsize, len(data))
+            file.write_at(data, position + start * values.itemsize)
         except OSError as error:
             raise OutputError(f"{self.folder}: {name} cannot be written: {error.strerror}") from None
         with self._lock:
@@ -101,8 +96,8 @@ class TensorWriter:
 
     def sync(self) -> None:
         """Make everything that was written durable."""
-        for fd in self._fds:
-            os_calls.sync(fd)
+        for file in self._opened:
+            file.sync()
         os_calls.sync_folder(self.folder)
 
     def finish(self) -> None:
@@ -111,8 +106,8 @@ class TensorWriter:
         if unwritten:
             raise AssertionError(f"{unwritten[0]} and {len(unwritten) - 1} more were not written completely")
         try:
-            for fd in self._fds:
-                os_calls.sync(fd)
+            for file in self._opened:
+                file.sync()
         except OSError as error:
             raise OutputError(f"{self.folder}: cannot be written: {error.strerror}") from None
         self.close()
@@ -132,8 +127,8 @@ class TensorWriter:
 
     def close(self) -> None:
         """Close the files; the writer cannot be used afterwards."""
-        while self._fds:
-            os.close(self._fds.pop())
+        while self._opened:
+            self._opened.pop().close()
 
 
 class ComponentWriter:
@@ -152,6 +147,7 @@ class ComponentWriter:
         metadata: Mapping[str, str],
         shard_size: int | None,
         resume: bool = False,
+        create: CreateFile = LocalFile,
     ) -> None:
         self._writers: dict[str, TensorWriter] = {}
         parts: dict[str, list[OutputTensor]] = {component: [] for component in stems}
@@ -162,7 +158,7 @@ class ComponentWriter:
             for component, stem in stems.items():
                 (folder / component).mkdir(parents=True, exist_ok=True)
                 self._writers[component] = TensorWriter(
-                    folder / component, stem, parts[component], metadata, shard_size, resume=resume
+                    folder / component, stem, parts[component], metadata, shard_size, resume=resume, create=create
                 )
         except BaseException:
             self.close()
@@ -206,15 +202,6 @@ class ComponentWriter:
         """Close the files; the writer cannot be used afterwards."""
         for writer in self._writers.values():
             writer.close()
-
-
-def starts_with(fd: int, header: bytes, size: int) -> bool:
-    """Return whether an open file has a header and a size."""
-    found = bytearray(len(header))
-    if os.fstat(fd).st_size != size:
-        return False
-    os_calls.read_at(fd, memoryview(found), 0)
-    return found == header
 
 
 def _component(name: str, components: Mapping[str, object]) -> tuple[str, str]:
