@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,7 +66,7 @@ def connect(cluster: RayCluster) -> Iterator[Any]:
         return
     try:
         _probe(cluster.address)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _same_signals():
             warnings.simplefilter("ignore")  # of Ray about its own settings
             ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
     except Exception as error:
@@ -76,6 +78,15 @@ def connect(cluster: RayCluster) -> Iterator[Any]:
         ray.shutdown()
 
 
+@contextmanager
+def _same_signals() -> Iterator[None]:
+    """Keep the handler of SIGTERM, which Ray replaces: the program cleans up as without Ray."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
 def _describe_failure(cluster: RayCluster, error: Exception) -> str:
     start = f"start one with ray start --head, or give {option('address', 'HOST:PORT')}"
     if cluster.address == "auto" and isinstance(error, ConnectionError):
@@ -85,7 +96,7 @@ def _describe_failure(cluster: RayCluster, error: Exception) -> str:
 
 def _probe(address: str) -> None:
     """Raise OSError if nothing listens at an address: Ray itself tries for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     if host:
         socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
 

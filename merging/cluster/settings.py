@@ -13,7 +13,7 @@ __all__ = ["ENGINES", "RayCluster", "make_cluster"]
 ENGINES = ("local", "ray")
 """The names of engines: threads of this process, or a Ray cluster."""
 
-_ADDRESS = re.compile(r"auto|local|(ray://)?[^\s/:]+:\d+|(ray://)?\[[0-9a-fA-F:]+\]:\d+")
+_ADDRESS = re.compile(r"auto|[^\s/:]+:\d+|\[[0-9a-fA-F:]+\]:\d+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -11,7 +12,7 @@ from uuid import uuid4
 
 from merging.cluster.connection import connect, count_workers, first_sentence, import_ray
 from merging.cluster.settings import RayCluster
-from merging.errors import MergingError, words_of_reader
+from merging.errors import InputError, MergingError, words_of_reader
 
 __all__ = ["Parcel", "WorkerLost", "map_tasks"]
 
@@ -71,7 +72,7 @@ def map_tasks(
     cluster: RayCluster | None,
     *,
     split: Callable[[T], Sequence[T]] | None = None,
-) -> Iterator[tuple[T, R]]:
+) -> Generator[tuple[T, R], None, None]:
     """Apply a function to tasks on a cluster, and yield each task with its result as they end.
 
     Ray chooses the nodes. No more tasks are handed out than twice the number of workers, and with
@@ -117,7 +118,7 @@ def map_tasks(
                 for each in ended:
                     attempt = running[each]
                     try:
-                        result = ray.get(each)
+                        result = _get(ray, each)
                     except _deaths(ray) as error:
                         again.extend(_repeat(attempt, split, cluster.tries, error))
                         continue
@@ -137,6 +138,20 @@ def _apply(function: Callable[[T], R], task: T, words: Any) -> R | _Failure:
             return function(task)
     except MergingError as error:
         return _Failure(error)
+
+
+def _get(ray: Any, reference: Any) -> Any:
+    """Return the result of a task. Raises its error, also where its worker lacks a package."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        missing = re.search("No module named '([^']*)'", str(error))
+        if missing is None:
+            raise
+        raise InputError(
+            f"a worker of the cluster cannot import {missing[1]}: install it on every node, with the same version of "
+            f"merging"
+        ) from None
 
 
 def _repeat(

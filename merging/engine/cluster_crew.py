@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -141,11 +141,12 @@ class ClusterCrew:
                 for part in self._divide(spans, count_workers(ray, self.cluster))
             )
             try:
-                for batch, result in map_tasks(work_on, batches, self.cluster, split=_split):
-                    done = [of_unit[unit] for unit in batch.units]
-                    self._receive(result, work, done)
-                    for span in done:
-                        on_done(span)
+                with closing(map_tasks(work_on, batches, self.cluster, split=_split)) as results:
+                    for batch, result in results:
+                        done = [of_unit[unit] for unit in batch.units]
+                        self._receive(result, work, done)
+                        for span in done:
+                            on_done(span)
             except WorkerLost as lost:
                 name = of_unit[lost.task.units[0]].item.site.name
                 raise InputError(

@@ -6,12 +6,15 @@ import json
 import os
 import random
 import signal
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,7 +27,7 @@ from merging.errors import InputError, OptionError
 from merging.plan.items import TILE
 from support.commands import ok
 from support.ray_cluster import Nodes, node_words, start_nodes
-from support.tiny import adapters, checkpoint, load, save
+from support.tiny import adapters, checkpoint, identical, load, save
 
 pytestmark = [
     pytest.mark.exhaustive,
@@ -97,26 +100,34 @@ def test_the_bytes_of_one_machine(
         assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
-class Trouble:
-    """A killer of workers that runs next to a merge, until it has killed ``count``."""
+@contextmanager
+def kill_workers(nodes: Nodes, count: int, killed: Path) -> Iterator[None]:
+    """Kill workers by SIGKILL while the body runs, and write ``killed`` when it is done."""
+    stop, chance = threading.Event(), random.Random(0)
 
-    def __init__(self, nodes: Nodes, count: int) -> None:
-        self.nodes, self.count, self.killed = nodes, count, 0
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self.run)
+    def kill() -> None:
+        done = 0
+        while done < count and not stop.wait(0.3):
+            done += nodes.kill_worker(chance)
+        killed.write_text(str(done))
 
-    def run(self) -> None:
-        chance = random.Random(0)
-        while self.killed < self.count and not self.stop.wait(0.3):
-            self.killed += self.nodes.kill_worker(chance)
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
-    def __enter__(self) -> Trouble:
-        self.thread.start()
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        self.stop.set()
-        self.thread.join()
+def test_workers_of_several_threads(
+    nodes: Nodes, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("merging.engine.tiles.CHUNK", TILE)
+    inputs, options = [models / "tuned0", models / "tuned1"], {"base": models / "base", "method": "lines+tsv"}
+    merging.merge(inputs, output=tmp_path / "wanted", **options)
+    merging.merge(inputs, output=tmp_path / "out", engine=RayCluster(worker_cpus=2), **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "wanted")
 
 
 def slow_method(seconds: float) -> Any:
@@ -143,12 +154,26 @@ def merge_slowly(models: Path, output: Path, seconds: float, **options: Any) -> 
 
 def test_ten_killed_workers(nodes: Nodes, models: Path, tmp_path: Path) -> None:
     merge_slowly(models, tmp_path / "wanted", 0)
-    with Trouble(nodes, 10) as trouble:
-        while trouble.thread.is_alive():
-            cluster = RayCluster(address=nodes.address, tries=8)
-            merge_slowly(models, tmp_path / "out", 0.5, engine=cluster, overwrite=True)
-    assert trouble.killed == 10
-    assert contents(tmp_path / "out") == contents(tmp_path / "wanted")
+    killed = tmp_path / "killed"
+
+    @merging.method("waiting", needs="element")
+    def waiting(deltas: Tensor) -> Tensor:
+        """Mean of the changes, when all workers that are to be killed have been."""
+        while not killed.exists():
+            time.sleep(0.05)
+        return deltas.mean(0)
+
+    with kill_workers(nodes, 10, killed):
+        merging.merge(
+            [models / "tuned0", models / "tuned1"],
+            method=waiting(),
+            base=models / "base",
+            output=tmp_path / "out",
+            engine=RayCluster(address=nodes.address, tries=11),
+        )
+    assert killed.read_text() == "10"
+    ours, theirs = load(tmp_path / "out"), load(tmp_path / "wanted")
+    assert identical(ours, theirs)
 
 
 def test_a_node_that_dies(nodes: Nodes, models: Path, tmp_path: Path) -> None:
@@ -216,9 +241,9 @@ def test_ctrl_c_stops_the_workers_and_leaves_nothing(nodes: Nodes, models: Path,
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("then", ["local", "ray"])
+@pytest.mark.parametrize(("first", "then"), [("ray", "local"), ("local", "ray")])
 def test_a_merge_that_stopped_is_gone_on_with(
-    nodes: Nodes, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str
+    nodes: Nodes, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, then: str
 ) -> None:
     monkeypatch.setattr("merging.engine.journal._PERIOD", 0.01)
     options = {"base": models / "base", "method": "lines+tsv", "resume": True}
@@ -234,7 +259,7 @@ def test_a_merge_that_stopped_is_gone_on_with(
             raise Stop
 
     with pytest.raises(Stop):
-        merging.merge(inputs, output=tmp_path / "out", engine="ray", progress=stop, **options)
+        merging.merge(inputs, output=tmp_path / "out", engine=first, progress=stop, **options)
     (left,) = tmp_path.glob(".out.*.partial")
     entries = [json.loads(line) for line in (left / "journal" / "merge.jsonl").read_text().splitlines()]
     assert any(entry["spooled"] for entry in entries) and any(entry["units"] for entry in entries)
@@ -249,7 +274,7 @@ def test_tasks_are_mapped(nodes: Nodes) -> None:
     assert found == {number: 3 * number for number in range(20)}
 
 
-def test_an_error_of_a_task(nodes: Nodes) -> None:
+def test_an_error_of_a_task(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(number: int) -> int:
         raise InputError(f"{number} is wrong")
 
@@ -257,6 +282,10 @@ def test_an_error_of_a_task(nodes: Nodes) -> None:
         next(map_tasks(fail, [7], RayCluster()))
     with pytest.raises(ZeroDivisionError):
         next(map_tasks(lambda number: number / 0, [7], RayCluster()))
+    monkeypatch.setitem(sys.modules, "here_alone", here_alone := ModuleType("here_alone"))
+    exec("def double(number):\n    return 2 * number", vars(here_alone))
+    with pytest.raises(InputError, match=r"^a worker of the cluster cannot import here_alone: install it"):
+        next(map_tasks(vars(here_alone)["double"], [7], RayCluster()))
     with pytest.raises(WorkerLost, match="its worker died 2 times"):
         next(map_tasks(lambda number: os.kill(os.getpid(), signal.SIGKILL), [7], RayCluster(tries=2)))
 

@@ -18,9 +18,7 @@ from support.tiny import checkpoint
 WITHOUT_RAY = pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is installed here")
 
 
-@pytest.mark.parametrize(
-    "address", ["auto", "local", "127.0.0.1:6379", "head.example:6379", "ray://head:10001", "[::1]:6379"]
-)
+@pytest.mark.parametrize("address", ["auto", "127.0.0.1:6379", "head.example:6379", "[::1]:6379"])
 def test_addresses(address: str) -> None:
     cluster = make_cluster("ray", address)
     assert cluster is not None and cluster.address == address
