@@ -175,7 +175,7 @@ def execute(
         merged = merge_plan(
             plan,
             destination,
-            devices=pick_devices(execution.device) if cluster is None else pick_cluster_devices(execution.device),
+            devices=pick_devices(execution.device, plan) if cluster is None else pick_cluster_devices(execution.device),
             threads=execution.threads,
             max_memory=execution.max_memory,
             overwrite=execution.overwrite,

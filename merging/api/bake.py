@@ -97,7 +97,7 @@ def bake(
     return merge_plan(
         replace(plan, notices=(*prepared.notices, *plan.notices)),
         destination,
-        devices=pick_devices(device),
+        devices=pick_devices(device, plan),
         threads=threads,
         max_memory=max_memory,
         overwrite=overwrite,

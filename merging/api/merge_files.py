@@ -26,7 +26,7 @@ from merging.engine.devices import main_device
 from merging.engine.download import download_plan
 from merging.engine.journal import Journal
 from merging.engine.probe import PROBE_BYTES
-from merging.engine.resources import pick_devices, workers_within
+from merging.engine.resources import describe_choice, pick_devices, workers_within
 from merging.engine.sanity import unrelated_models
 from merging.engine.stages import StageSettings, open_stages
 from merging.engine.threads import cores
@@ -143,19 +143,19 @@ def merge(
         >>> merged.kind, merged.rank
         ('adapter', 16)
     """
-    progress = resolve_progress(progress)
     cluster = make_cluster(engine, address)
     recipe = merge_recipe(models, method, options)
     destination = default_destination(recipe) if output is None else output_path(check_path(output, "output"))
+    plan = plan_for(recipe, destination)
     return merge_plan(
-        plan_for(recipe, destination),
+        plan,
         destination,
-        devices=pick_devices(device) if cluster is None else pick_cluster_devices(device),
+        devices=pick_devices(device, plan) if cluster is None else pick_cluster_devices(device),
         threads=threads,
         max_memory=max_memory,
         overwrite=overwrite,
         stream=stream,
-        progress=progress,
+        progress=resolve_progress(progress),
         keep_stages=None if keep_stages is None else Path(check_path(keep_stages, "keep_stages")),
         resume=resume,
         cluster=cluster,
@@ -231,8 +231,8 @@ def merge_plan(
     fitted = fit_workers(plan, cluster, main_device(devices), max_memory, destination=destination, stream=stream)
     reporter = Reporter(report, destination, overwrite=overwrite, progress=progress)
     progress, probing = reporter.progress, PROBE_BYTES if report else 0
-    here = None if fitted else max_memory
-    workers = workers_within(plan, cores() if threads is None else threads, here, probing)
+    most, here = (None, ()) if fitted else (max_memory, devices)
+    workers = workers_within(plan, cores() if threads is None else threads, most, probing, devices=here)
     described = shown or plan
     identity, there = None, 0
     if keep_stages is None:
@@ -259,7 +259,7 @@ def merge_plan(
             settings = replace(settings, keep=partial(keep_stage, keep_stages, overwrite, settings))
         with open_stages(plan, settings) as (ready, progress, remarks):
             settings = replace(settings, progress=progress)
-            notices = [*plan.notices, *unrelated_models(ready)]
+            notices = [*plan.notices, *describe_choice(devices), *unrelated_models(ready)]
             written = write_output(ready, described, staged, settings, reporter.measures)
             done = written.done
         staged.commit()

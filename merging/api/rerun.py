@@ -123,7 +123,7 @@ def rerun(
     merged = merge_plan(
         planned.plan,
         made,
-        devices=pick_devices(device),
+        devices=pick_devices(device, planned.plan),
         threads=threads,
         max_memory=max_memory,
         overwrite=overwrite,

@@ -43,6 +43,10 @@ class Kind:
     def mark(self, device: torch.device) -> Any:
         """Return an event that the device reaches after the thread's work so far; None where nothing runs ahead."""
 
+    def free_memory(self, device: torch.device) -> int | None:
+        """Return the bytes of the device's own memory that are free; None if it has none of its own."""
+        return None
+
 
 class StreamingKind(Kind):
     """GPUs with streams and pinned memory: ``cuda``, and ``xpu`` of Intel, which partly lack float64."""
@@ -64,6 +68,9 @@ class StreamingKind(Kind):
 
     def mark(self, device: torch.device) -> Any:
         return self.module.current_stream(device).record_event()
+
+    def free_memory(self, device: torch.device) -> int | None:
+        return int(self.module.mem_get_info(device)[0])
 
 
 class MetalKind(Kind):

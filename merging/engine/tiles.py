@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from math import isfinite, prod
 from time import perf_counter
 
+from merging.engine.devices import kind_of
+from merging.engine.staging import Staging
 from merging.errors import InputError, option
 from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.maths.lazy_torch import Tensor, torch
@@ -52,6 +54,7 @@ class Tiler:
         self.device = device
         self.seconds = 0.0
         self._buffers: dict[object, Tensor] = {}
+        self._staging: dict[torch.dtype, Staging] = {}
 
     def tiles(self, item: Item, start: int, stop: int) -> Iterator[Tile]:
         """Yield the tiles of an item from one flat offset to another."""
@@ -131,15 +134,19 @@ class Tiler:
 
     def _read_runs(self, stored: Stored, starts: Sequence[int], size: int) -> Tensor:
         """Return runs of equal length of a stored tensor, ``size`` elements in all; valid until the next call."""
-        buffer = self._buffer("raw", size, stored.dtype, host=True)
-        if self.device.type != "cpu":
-            self.wait()  # the previous copy out of this buffer may still be under way
+        staging = self._staging_of(stored.dtype) if self.device.type != "cpu" else None
+        buffer = staging.claim(size) if staging else self._buffer("raw", size, stored.dtype)
         began = perf_counter()
         run = size // len(starts)
         for place, start in zip(range(0, size, max(1, run)), starts, strict=False):
             stored.read_into(buffer[place : place + run], start)
         self.seconds += perf_counter() - began
-        return buffer.to(self.device, non_blocking=True)
+        return staging.send(buffer) if staging else buffer
+
+    def _staging_of(self, dtype: torch.dtype) -> Staging:
+        if dtype not in self._staging:
+            self._staging[dtype] = Staging(self.device, dtype)
+        return self._staging[dtype]
 
     def _read(self, slot: str, stored: Stored, starts: Sequence[int], size: int, dtype: torch.dtype) -> Tensor:
         return self._buffer(slot, size, dtype).copy_(self._read_runs(stored, starts, size))
@@ -239,8 +246,7 @@ class Tiler:
 
     def wait(self) -> None:
         """Return when the device has finished its work."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
+        kind_of(self.device).synchronize(self.device)
 
     def _buffer(self, slot: str, numel: int, dtype: torch.dtype, host: bool = False) -> Tensor:
         """Return a buffer that every tile uses again; pinned memory where the device copies from and to it."""
@@ -248,7 +254,7 @@ class Tiler:
         buffer = self._buffers.get(key)
         if buffer is None or len(buffer) < numel:
             on_host = host or self.device.type == "cpu"
-            pinned = host and self.device.type == "cuda"
+            pinned = host and kind_of(self.device).pins
             device = torch.device("cpu") if on_host else self.device
             buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device, pin_memory=pinned)
         return buffer[:numel]

@@ -149,7 +149,7 @@ def name_failures(name: str, method: Method) -> Iterator[None]:
 
     Raises:
         InputError: for a decomposition that fails.
-        OptionError: from any error that a method from outside raises.
+        OptionError: for a GPU without enough memory, and from any error that a method from outside raises.
     """
     try:
         yield
@@ -158,6 +158,11 @@ def name_failures(name: str, method: Method) -> Iterator[None]:
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         reason = str(error).rstrip(".")
         raise InputError(f"{name}: cannot be decomposed, as NaN and infinities cannot: {reason}") from None
+    except torch.OutOfMemoryError:
+        raise OptionError(
+            f"{name}: the GPU has too little memory for it next to the other workers' tensors: use fewer workers "
+            f"({option('threads', 1)} takes the least), more GPUs, or {option('device', 'cpu')}"
+        ) from None
     except Exception as error:
         links = [link for link in method.links() if not type(link).__module__.startswith("merging.")]
         if not links:

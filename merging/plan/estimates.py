@@ -57,22 +57,25 @@ def spool_bytes(items: Sequence[Item], method: Method, models: int) -> int:
     return total
 
 
-def worker_bytes(items: Sequence[Item], method: Method, rank: int | RankSettings | None) -> int:
-    """Return the memory of one worker, whose buffers fit the largest item; ``rank`` is the rank of an adapter."""
+def worker_bytes(items: Sequence[Item], method: Method, rank: int | RankSettings | None, tile: int = TILE) -> int:
+    """Return the memory of one worker, whose buffers fit the largest item.
+
+    ``rank`` is the rank of an adapter, and ``tile`` the number of elements in a tile of one model.
+    """
     needed = 0
     for item in items:
         decomposed = item.form == "factors" and not (item.cut.way == "factors" and method.factored)
         apart = decomposition_bytes(item, rank) if decomposed else 0  # in large blocks, which are not scattered
         if any(isinstance(each, ReducedIntruders) for each in item.inputs):
             apart += _lapack_bytes(item.site.shape[0], prod(item.site.shape[1:])) + 8 * 4 * item.numel
-        needed = max(needed, int(SCATTERED * working_bytes(item, method)) + apart)
+        needed = max(needed, int(SCATTERED * working_bytes(item, method, tile)) + apart)
     return needed
 
 
-def working_bytes(item: Item, method: Method) -> int:
+def working_bytes(item: Item, method: Method, tile: int = TILE) -> int:
     """Return about how much memory a worker needs for an item on a CPU: inputs, buffers and results together."""
     width, links = item.dtype.itemsize, method.links()
-    tile = min(item.numel, max(item.cut.granule, TILE))
+    tile = min(item.numel, max(item.cut.granule, tile))
     held = [change for change in item.changes if not isinstance(change, ExtractedChange)]  # these are read by tiles
     copies = sum(link.workspace for link in links)
     needed = tile * width * (copies * len(item.inputs) + 6)

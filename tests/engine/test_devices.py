@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,17 +13,18 @@ import pytest
 import torch
 
 import merging
-from merging.engine import devices, tiles
-from merging.engine.resources import pick_device, pick_devices
+from merging.engine import device_speed, devices, tiles
+from merging.engine.resources import pick_device, pick_devices, workers_within
+from merging.engine.staging import Staging
 from merging.engine.threads import share_out
 from merging.errors import OptionError
 from merging.methods import chain
+from merging.sources.stored import MappedTensor
+from support.paths import ROOT
 from support.stand_in_devices import StandInKind
 from support.tiny import checkpoint, identical, load
 
-METHODS: dict[str, dict[str, object]] = {
-    "linear": {}, "ties": {"density": 0.4}, "slerp": {"t": 0.3}, "tsv": {}, "lines+slerp": {}
-}  # fmt: skip
+METHODS: dict[str, dict[str, object]] = {"ties": {"density": 0.4}, "tsv": {}, "lines+slerp": {}}
 Register = Callable[[StandInKind], StandInKind]
 
 
@@ -78,6 +82,98 @@ def test_a_method_of_your_own_without_float64(tmp_path: Path, register: Register
     for device in ("cpu", "lazy"):
         merging.merge(paths, method="test_wide_mean", base=base, output=tmp_path / device, device=device, threads=2)
     assert agree(load(tmp_path / "lazy"), load(tmp_path / "cpu"))
+
+
+def test_one_buffer_is_filled_while_the_other_is_copied(register: Register) -> None:
+    """The third read waits for the copy of the first, whose buffer it fills, and for no other."""
+    kind = register(StandInKind())
+    place = torch.device("lazy", 0)
+    stored = MappedTensor(torch.arange(100.0), ("", 0))
+    staging = Staging(place, torch.float32)
+    with kind.open_stream(place):
+        for number in range(5):
+            buffer = staging.claim(10 + number)
+            stored.read_into(buffer, 10 * number)
+            values = staging.send(buffer)
+            assert values.device == place
+            assert values.tolist() == list(range(10 * number, 11 * number + 10))
+            assert kind.events == Counter({"marked": number + 1, "waited for": max(0, number - 1)}) - Counter()
+
+
+def test_a_gpu_without_memory(tmp_path: Path, register: Register) -> None:
+    """The error says what to do, and nothing is left."""
+    base, paths = checkpoint(tmp_path, 2)
+    register(StandInKind(room=1 << 10))
+    with pytest.raises(OptionError, match=r"^\S+: the GPU has too little memory .*threads=1"):
+        merging.merge(paths, method="linear", base=base, output=tmp_path / "out", device="lazy")
+    assert not (tmp_path / "out").exists()
+
+
+def test_workers_that_fit_into_a_gpu(tmp_path: Path, register: Register) -> None:
+    base, paths = checkpoint(tmp_path, 2)
+    plan = merging.preview(paths, method="ties", base=base)
+    places = [torch.device("lazy", 0), torch.device("lazy", 1)]
+    for free, workers in ((None, 16), (1 << 40, 16), (3 * plan.worker_bytes + 1, 6), (1, 2)):
+        register(StandInKind(2, free=free))
+        assert workers_within(plan, 16, None, devices=places) == workers
+    assert workers_within(plan, 16, None) == 16
+
+
+@pytest.mark.parametrize("faster", ["lazy", "cpu"])
+def test_auto_takes_the_faster(
+    tmp_path: Path, register: Register, monkeypatch: pytest.MonkeyPatch, faster: str
+) -> None:
+    """By a product for methods that decompose and by an addition for others, each measured once."""
+    base, paths = checkpoint(tmp_path, 2)
+    measured = []
+
+    def measure(device: torch.device, decomposes: bool) -> float:
+        measured.append((device.type, decomposes))
+        return 0.001 if (device.type == faster) != decomposes else 0.002
+
+    monkeypatch.setattr(device_speed, "_CHOICES", {})
+    monkeypatch.setattr(device_speed, "_measure", measure)
+    kind = register(StandInKind(2))
+    for number, (method, place) in enumerate((("linear", faster), ("tsv", None), ("linear", faster))):
+        kind.used.clear()
+        options = {"base": base, "method": method, "output": tmp_path / f"{number}", "device": "auto"}
+        merged = merging.merge(paths, **options, threads=2)
+        where = place or ("cpu" if faster == "lazy" else "lazy")
+        assert bool(kind.used) == (where == "lazy")
+        work = "a product of matrices" if method == "tsv" else "an addition, with copies to the GPU and back,"
+        (notice,) = (each for each in merged.notices if each.startswith("device auto"))
+        assert notice.startswith(f"device auto: computed on {where}: {work} takes ")
+    assert sorted(measured) == [("cpu", False), ("cpu", True), ("lazy", False), ("lazy", True)]
+
+
+def test_measuring(register: Register, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_speed, "_ELEMENTS", 1 << 10)
+    monkeypatch.setattr(device_speed, "_SIDE", 16)
+    monkeypatch.setattr(device_speed, "_CHOICES", {})
+    kind = register(StandInKind())
+    for decomposes in (False, True):
+        devices = device_speed.choose_devices(decomposes)
+        assert device_speed.describe_choice(devices)
+        assert not device_speed.describe_choice(pick_devices("cpu"))
+    assert kind.used
+
+
+def test_auto_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "KINDS", {"cpu": devices.KINDS["cpu"]})
+    monkeypatch.setattr(device_speed, "KINDS", devices.KINDS)
+    assert pick_devices("auto") == (torch.device("cpu"),)
+    assert not device_speed.describe_choice(pick_devices("auto"))
+
+
+@pytest.mark.exhaustive
+def test_the_script_that_measures_devices(tmp_path: Path) -> None:
+    page = tmp_path / "device.md"
+    script = ROOT / "tests" / "benchmarks" / "device.py"
+    subprocess.run([sys.executable, script, "--device", "cpu", "--quick", "--output", page], check=True)
+    text = page.read_text(encoding="utf-8")
+    parts = ("Copies", "Every method", "Whole merges", "Methods on tensors", "Statistics", "Failures")
+    assert all(f"## {part}" in text for part in parts)
+    assert text.endswith("Nothing differs that must not.\n")
 
 
 def test_devices_share_units_by_size() -> None:

@@ -24,13 +24,31 @@ _MEETING = (_aten.to, _aten._to_copy, _aten.copy_, _aten.index)
 
 
 class StandInKind(Kind):
-    """A kind of stand-in GPUs; ``used`` counts the operations on each, and ``synchronized`` the waits."""
+    """A kind of stand-in GPUs.
 
-    def __init__(self, count: int = 1, float64: bool = True, lacking: tuple[Any, ...] = ()) -> None:
+    Attributes:
+        number: the number of GPUs.
+        float64: whether they have float64.
+        lacking: operations that torch does not have for them.
+        room: the most elements of a tensor, beyond which a GPU has no memory.
+        free: the bytes that are free, as the kind says; None for GPUs in the host's memory.
+        used: the number of operations on each.
+        events: the number of events of copies, and of those that were waited for.
+    """
+
+    def __init__(
+        self,
+        number: int = 1,
+        *,
+        float64: bool = True,
+        lacking: tuple[Any, ...] = (),
+        room: int = 1 << 60,
+        free: int | None = None,
+    ) -> None:
         super().__init__("lazy")
-        self.number, self.float64, self.lacking = count, float64, lacking
+        self.number, self.float64, self.lacking, self.room, self.free = number, float64, lacking, room, free
         self.used: Counter[torch.device] = Counter()
-        self.synchronized = 0
+        self.events: Counter[str] = Counter()
         self.lock = threading.Lock()
 
     def count(self) -> int:
@@ -42,8 +60,11 @@ class StandInKind(Kind):
     def open_stream(self, device: torch.device) -> AbstractContextManager[object]:
         return _Thread(self)
 
-    def synchronize(self, device: torch.device) -> None:
-        self.synchronized += 1
+    def mark(self, device: torch.device) -> Any:
+        return _Event(self)
+
+    def free_memory(self, device: torch.device) -> int | None:
+        return self.free
 
     def compute(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Do an operation as the devices of its tensors do."""
@@ -87,6 +108,8 @@ class StandInKind(Kind):
             return value
         if value.dtype in WIDE and not self.float64:
             raise TypeError("the device has no float64")
+        if value.numel() > self.room:
+            raise torch.OutOfMemoryError(f"tried to allocate {value.nbytes} bytes")
         return DeviceTensor(value, device, self)
 
 
@@ -121,6 +144,17 @@ class DeviceTensor(torch.Tensor):
         leaves, _ = tree_flatten((args, kwargs))
         kind = next(leaf.kind for leaf in leaves if isinstance(leaf, DeviceTensor))
         return kind.compute(func, args, kwargs or {})
+
+
+class _Event:
+    """The end of a copy."""
+
+    def __init__(self, kind: StandInKind) -> None:
+        self.kind = kind
+        kind.events["marked"] += 1
+
+    def synchronize(self) -> None:
+        self.kind.events["waited for"] += 1
 
 
 class _Thread(TorchDispatchMode):
