@@ -6,7 +6,8 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -35,15 +36,17 @@ def agree(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.fixture
-def register(monkeypatch: pytest.MonkeyPatch) -> Register:
+def register(monkeypatch: pytest.MonkeyPatch) -> Iterator[Register]:
     """Return a function that makes stand-in GPUs known. Tensors are cut so small that there is work for several."""
     monkeypatch.setattr(tiles, "GPU_TILE", 1 << 11)
+    with ExitStack() as stack:
 
-    def add(kind: StandInKind) -> StandInKind:
-        monkeypatch.setitem(devices.KINDS, "lazy", kind)
-        return kind
+        def add(kind: StandInKind) -> StandInKind:
+            monkeypatch.setitem(devices.KINDS, "lazy", kind)
+            stack.enter_context(kind.open_stream(torch.device("lazy", 0)))
+            return kind
 
-    return add
+        yield add
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ pytestmark = pytest.mark.exhaustive
 
 
 @pytest.fixture
-def kind(monkeypatch: pytest.MonkeyPatch) -> StandInKind:
+def kind(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInKind]:
     """Three stand-in GPUs that lack a decomposition too, with work for each of them."""
     monkeypatch.setattr(tiles, "GPU_TILE", 1 << 9)
     made = StandInKind(3, float64=False, lacking=(torch.ops.aten.linalg_qr.default,))
     monkeypatch.setitem(devices.KINDS, "lazy", made)
-    return made
+    with made.open_stream(torch.device("lazy", 0)):
+        yield made
 
 
 def hold(folder: Path, row: Row, paths: list[Path], **options: Any) -> None:
@@ -71,9 +73,9 @@ def test_tensors_in_memory(row: Row, kind: StandInKind) -> None:
     tuned = [fine_tune(base, 3 + i, 0.5) for i in range(2)][: row.most]
     wanted = merging.merge_state_dicts(tuned, base=base, method=row.chain, **row.parameters)
     place = torch.device("lazy", 0)
-    with kind.open_stream(place):
-        there = [{name: value.to(place) for name, value in each.items()} for each in (base, *tuned)]
-        got = merging.merge_state_dicts(there[1:], base=there[0], method=row.chain, **row.parameters)
-        assert {value.device for value in got.values()} == {place}
-        for name, value in got.items():
-            assert torch.allclose(value.cpu().double(), wanted[name].double(), rtol=row.within, atol=row.within)
+    there = [{name: value.to(place) for name, value in each.items()} for each in (base, *tuned)]
+    got = merging.merge_state_dicts(there[1:], base=there[0], method=row.chain, **row.parameters)
+    assert kind.used
+    assert {value.device for value in got.values()} == {place}
+    for name, value in got.items():
+        assert torch.allclose(value.cpu().double(), wanted[name].double(), rtol=row.within, atol=row.within)
