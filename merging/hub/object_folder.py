@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,8 +77,7 @@ def _key_of(objects: dict[str, StoredObject]) -> str:
 
 
 def _mirror(repo: str, state: str, objects: dict[str, StoredObject]) -> ObjectFolder:
-    folder = mirrors_folder() / hashlib.sha256(repo.encode(errors="surrogatepass")).hexdigest()[:16] / state
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=mirrors_folder()))
     sizes = {name: stored.size for name, stored in objects.items()}
     mirror = ObjectFolder(repo, state, folder, sizes, objects=objects)
     for name, stored in objects.items():
