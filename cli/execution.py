@@ -74,7 +74,7 @@ _options = add_options(
     threads_option,
     max_memory_option,
     *engine_options,
-    click.option("--stream", is_flag=True, help="models of the Hub pass through the disk file by file"),
+    click.option("--stream", is_flag=True, help="models of the Hub and of stores pass through the disk file by file"),
     click.option(
         "--keep-stages", type=click.Path(), metavar="DIR", help="a folder for the outputs of recipes among the models"
     ),

@@ -224,8 +224,9 @@ def merge_command(
     merge --method lines --base BASE one/ two/ -o merged/
     merge --method task_arithmetic --weights 1,1,-1 a/ b/ c/ --base BASE -o out/
 
-    A MODEL is a folder, a weights file, or a model on the Hub (ORG/NAME, ORG/NAME@REVISION, hf://ORG/NAME/FILE, or the
-    address of its page): a full checkpoint or an adapter. A folder that is named like a command is given as ./inspect.
+    A MODEL is a folder, a weights file, a model on the Hub (ORG/NAME, ORG/NAME@REVISION, hf://ORG/NAME/FILE, or the
+    address of its page) or in a store (s3://BUCKET/FOLDER): a full checkpoint or an adapter. A folder that is named
+    like a command is given as ./inspect.
     The options of a method are shown by merge --method METHOD --help.
     """
     status = OutputStatus()

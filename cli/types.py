@@ -90,7 +90,10 @@ def _runs(text: str) -> bool:
 
 
 class ModelType(click.ParamType[str]):
-    """A model: a folder, a file, or a name on the Hub. It is completed to files here, or else to the Hub's cache."""
+    """A model: a folder, a file, or a name on the Hub or in a store.
+
+    It is completed to files here, or else to the Hub's cache.
+    """
 
     name = "model"
 

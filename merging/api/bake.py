@@ -71,7 +71,7 @@ def bake(
         threads: the number of threads; by default one for each processor core, as far as the memory allows.
         max_memory: the most memory to take, in bytes or as ``"500MB"``, above the memory of the imports.
         overwrite: whether an output that exists is replaced.
-        stream: whether models of the Hub pass through the disk file by file, and are not kept in the library's cache.
+        stream: whether models of the Hub and of stores pass through the disk file by file, and are not kept in a cache.
         progress: True for a bar, or a function that receives the bytes done and the bytes in all.
         resume: whether a merge that stopped is gone on with, as for :func:`merging.merge`.
         report: a page to write of the merge, as for :func:`merging.merge`.

@@ -119,7 +119,7 @@ def merge(
         threads: the number of threads; by default one for each processor core, as far as the memory allows.
         max_memory: the most memory to take, in bytes or as ``"500MB"``, above the memory of the imports.
         overwrite: whether an output that exists is replaced.
-        stream: whether models of the Hub pass through the disk file by file, and are not kept in the library's cache.
+        stream: whether models of the Hub and of stores pass through the disk file by file, and are not kept in a cache.
         progress: True for a bar, or a function that receives the bytes done and the bytes in all.
         keep_stages: a folder for the outputs of recipes among the models, each in a folder of its own.
         resume: whether a merge that stopped is gone on with, and this one can be when it stops; by default for outputs
@@ -217,7 +217,7 @@ def merge_plan(
         threads: the number of threads; by default one for each processor core, as far as the memory allows.
         max_memory: the most memory to take, in bytes or as ``"500MB"``, above the memory of the imports.
         overwrite: whether an output that exists is replaced.
-        stream: whether models of the Hub are downloaded file by file as the merge reaches them, and not before it.
+        stream: whether models of the Hub and of stores are downloaded file by file as the merge reaches them.
         progress: called with the bytes done and the bytes in all.
         keep_stages: a folder for the outputs of recipes among the models, each in a folder of its own.
         resume: whether a merge that stopped is gone on with; None for outputs above 10 GB, and where one stopped.

@@ -237,7 +237,7 @@ class Recipe(Displayed, CheckedModel):
             threads: the number of threads; by default one for each processor core, as far as the memory allows.
             max_memory: the most memory to take, in bytes or as ``"500MB"``, above the memory of the imports.
             overwrite: whether an output that exists is replaced.
-            stream: whether models of the Hub pass through the disk file by file, and are not kept in the cache.
+            stream: whether models of the Hub and of stores pass through the disk file by file, and stay in no cache.
             progress: True for a bar, or a function that receives the bytes done and the bytes in all.
             keep_stages: a folder for the outputs of recipes among the models, each in a folder of its own.
             resume: whether a merge that stopped is gone on with, as for :func:`~merging.merge`.

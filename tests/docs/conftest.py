@@ -137,6 +137,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path
         (tmp_path / "incoming").mkdir()
         (tmp_path / "incoming" / "late").symlink_to(tmp_path / "c")
         monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # as activated
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
         monkeypatch.chdir(tmp_path)
         return tmp_path
 

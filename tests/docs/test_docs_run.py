@@ -62,9 +62,12 @@ HARDLY = ["--steps", "2", "--lora-steps", "2", "--lora-rate", "0.001", "--resamp
 
 
 def run_merge(line: str) -> tuple[int, str]:
-    """Return the exit code of a command and its output, run in this process; ``< FILE`` is its standard input."""
+    """Return the exit code of a command and its output, run in this process; ``< FILE`` is its standard input.
+
+    A store in memory stands for S3.
+    """
     line, _, file = line.partition(" < ")
-    words = shlex.split(line, comments=True)[1:]
+    words = shlex.split(line.replace("s3://", "memory://"), comments=True)[1:]
     if words[:1] == ["recycle"]:
         words += HARDLY
     done = CliRunner().invoke(cli, words, input=Path(file).read_bytes() if file else None)

@@ -19,6 +19,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 import merging
 from support import tiny
+from support.object_stores import put
 from support.paths import EXAMPLES, SHIPPED
 
 __all__ = ["prepare"]
@@ -158,6 +159,12 @@ def _runs(folder: Path) -> None:
     save_file({name: base[name]}, folder / "goal.safetensors")
 
 
+def _stored_models(folder: Path) -> None:
+    """The models in a store in memory, which stands for S3."""
+    for name in ("base", "one", "two"):
+        put(folder / name, f"memory://models/{name}")
+
+
 _MAKERS: dict[str, Callable[[Path], None]] = {
     "README.md": _encoder,
     "docs/quick-start.md": _encoder,
@@ -166,6 +173,7 @@ _MAKERS: dict[str, Callable[[Path], None]] = {
     "docs/tasks/heads.md": _classifiers,
     "docs/tasks/merge-loras.md": _writers,
     "docs/tasks/moe.md": _dense_models,
+    "docs/tasks/object-stores.md": _stored_models,
     "docs/tasks/quantized.md": _fp8_models,
     "docs/tasks/recycle.md": _task_of_words,
     "docs/tasks/sentence-transformers.md": _sentence_models,
