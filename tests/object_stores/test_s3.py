@@ -13,12 +13,12 @@ from merging.hub.open_model import open_model
 from merging.object_stores.retries import Unreachable
 from merging.sources import Checkpoint
 from support.commands import ok, refused
-from support.faulty_s3 import FaultyS3, faulty_s3
+from support.faulty_s3 import WITH_S3, FaultyS3, faulty_s3
 from support.tiny import adapters, checkpoint, fine_tune, identical, load, model, save
 
 __all__ = ["faulty_s3"]
 
-pytestmark = pytest.mark.exhaustive
+pytestmark = [pytest.mark.exhaustive, WITH_S3]
 
 WEIGHTS = r"GET /box/tuned\d/model\.safetensors"
 
@@ -166,7 +166,8 @@ def test_no_credentials(
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("HOME", str(tmp_path))
-    S3FileSystem = pytest.importorskip("s3fs").S3FileSystem
+    from s3fs import S3FileSystem
+
     S3FileSystem.clear_instance_cache()
     assert "the store wants credentials, and none are found: `aws configure`" in refused("inspect", address)
 

@@ -10,6 +10,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,12 @@ import pytest
 
 from support.object_stores import put
 
-__all__ = ["FaultyS3", "faulty_s3"]
+__all__ = ["WITH_S3", "FaultyS3", "faulty_s3"]
+
+WITH_S3 = pytest.mark.skipif(
+    not (find_spec("moto") and find_spec("s3fs")),
+    reason="the server and driver of S3 are not installed: .ci/run object_stores installs them",
+)
 
 BUCKET = "box"
 
@@ -89,8 +95,7 @@ class FaultyS3:
 @pytest.fixture
 def faulty_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
     """A server with an empty bucket, an empty cache, and the driver's settings for it."""
-    pytest.importorskip("moto", reason="moto's server is not installed: .ci/run object_stores installs it")
-    s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed: .ci/run object_stores installs it")
+    import s3fs
     from moto.backends import get_backend
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
