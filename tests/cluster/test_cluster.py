@@ -100,6 +100,21 @@ def test_the_bytes_of_one_machine(
         assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("kind", ["statistics", "set aside", "ranks", "baked"])
+def test_reports_have_the_numbers_of_one_machine(
+    nodes: Nodes, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.chdir(models)
+    monkeypatch.setattr("merging.engine.tiles.CHUNK", TILE)
+    words = [*KINDS[kind].split(), "--overwrite", "--json", "-o", tmp_path / "out", "--report", tmp_path / "r.html"]
+    here, there = (
+        json.loads(ok(*words, *more).stdout)["report"]
+        for more in ((), ("--engine", "ray", "--address", nodes.address, "--workers", 2))
+    )
+    assert here["tensors"] == there["tensors"] and len(here["tensors"]) > 1
+    assert {"reading", "measuring"} <= there["seconds_of_threads"].keys()
+
+
 @contextmanager
 def kill_workers(nodes: Nodes, count: int, killed: Path) -> Iterator[None]:
     """Kill workers by SIGKILL while the body runs, and write ``killed`` when it is done."""
