@@ -106,7 +106,7 @@ def test_one_buffer_is_filled_while_the_other_is_copied(register: Register) -> N
 def test_a_gpu_without_memory(tmp_path: Path, register: Register) -> None:
     """The error says what to do, and nothing is left."""
     base, paths = checkpoint(tmp_path, 2)
-    register(StandInKind(room=1 << 10))
+    register(StandInKind(room=1 << 6))
     with pytest.raises(OptionError, match=r"^\S+: the GPU has too little memory .*threads=1"):
         merging.merge(paths, method="linear", base=base, output=tmp_path / "out", device="lazy")
     assert not (tmp_path / "out").exists()
