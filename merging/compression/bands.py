@@ -17,7 +17,7 @@ from merging.compression.settings import BandsSpec
 from merging.compression.ternary import ternary
 from merging.maths.delta import LowRank
 from merging.maths.lazy_torch import Tensor, torch
-from merging.maths.linalg import compress_matrix, decompose
+from merging.maths.linalg import compress_matrix, decompose_each
 from merging.sources.packs.codings import Bands, Packed, Sparse
 from merging.sources.packs.frames import frame_values
 from merging.sources.packs.golomb import parameter
@@ -49,9 +49,8 @@ def truncate_to_bands(matrix: Tensor, bands: BandsSpec) -> LowRank:
     rank = side if wanted is None else min(wanted, side)
     if rank <= _RANDOMISED * side:
         return compress_matrix(matrix, rank)[0]
-    parts = [decompose(each.double(), needed=rank) for each in matrix.reshape(-1, *matrix.shape[-2:])]
-    ups = torch.stack([u * s.sqrt() for u, s, _ in parts]).view(*matrix.shape[:-1], rank)
-    downs = torch.stack([s.sqrt()[:, None] * vh for _, s, vh in parts]).view(*matrix.shape[:-2], rank, -1)
+    u, s, vh = decompose_each(matrix, rank)
+    ups, downs = u * s.sqrt()[..., None, :], s.sqrt()[..., None] * vh
     return LowRank(ups.to(matrix.dtype), downs.to(matrix.dtype), tuple(matrix.shape))
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "balance_terms",
     "compress_matrix",
     "decompose",
+    "decompose_each",
     "factored_svd",
     "find_range",
     "inner_product",
@@ -38,6 +39,9 @@ _CONDITION = 1e-5
 
 _SMALL = 64
 """Matrices of at most this many rows or columns are decomposed by SVD, which is exact and quick there."""
+
+_BATCHED = 1 << 20
+"""Elements of small matrices that are decomposed in one call."""
 
 _BLOCK = 1 << 16
 """Elements that are squared at a time, so that they stay in the processor's cache."""
@@ -92,6 +96,22 @@ def decompose(matrix: Tensor, how: Literal["gram", "thin"] = "gram", needed: int
             return (vectors, s, others) if wide else (others.mT, s, vectors.mT)
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     return u[:, :needed], s[:needed], vh[:needed]
+
+
+def decompose_each(matrices: Tensor, needed: int) -> ThinSvd:
+    """Return the SVDs of a batch of matrices ``[..., out, in]`` in float64, in one call for many that are small."""
+    rows, columns = matrices.shape[-2:]
+    flat = matrices.reshape(-1, rows, columns)
+    if min(rows, columns) > _SMALL:
+        parts = [decompose(each.double(), needed=needed) for each in flat]
+        u, s, vh = (torch.stack(each) for each in zip(*parts, strict=True))
+    else:
+        batches = torch.split(flat, max(1, _BATCHED // (rows * columns)))
+        parts = [torch.linalg.svd(some.double(), full_matrices=False) for some in batches]
+        u, s, vh = (torch.cat(each) for each in zip(*parts, strict=True))
+        u, s, vh = u[..., :needed], s[..., :needed], vh[..., :needed, :]
+    shape = matrices.shape[:-2]
+    return u.reshape(*shape, *u.shape[1:]), s.reshape(*shape, s.shape[-1]), vh.reshape(*shape, *vh.shape[1:])
 
 
 def krylov_svd(matrix: Tensor, needed: int) -> ThinSvd:

@@ -7,8 +7,16 @@ from dataclasses import dataclass
 
 from merging.display.tables import Displayed
 from merging.maths.delta import Delta, LowRank
-from merging.maths.lazy_torch import Tensor, torch
-from merging.maths.linalg import CUT, decompose, factored_svd, find_range, residual_norm, sum_squares
+from merging.maths.lazy_torch import Tensor
+from merging.maths.linalg import (
+    CUT,
+    decompose,
+    decompose_each,
+    factored_svd,
+    find_range,
+    residual_norm,
+    sum_squares,
+)
 
 __all__ = ["Decomposed", "RankLimits", "SingularValues", "decompose_change", "fit_ranks", "is_exact"]
 
@@ -148,11 +156,7 @@ def is_exact(full: int, width: int, exact: bool = False) -> bool:
 
 def _exact(matrix: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the largest singular values of a matrix, or of a batch of them, in float64."""
-    if matrix.dim() == 2:
-        return decompose(matrix.double(), needed=width)
-    parts = [decompose(each.double(), needed=width) for each in matrix]
-    u, s, vh = (torch.stack(each) for each in zip(*parts, strict=True))
-    return u, s, vh
+    return decompose(matrix.double(), needed=width) if matrix.dim() == 2 else decompose_each(matrix, width)
 
 
 def fit_ranks(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
+from merging.maths import linalg
 from merging.maths.linalg import krylov_svd
 
 
@@ -26,3 +29,15 @@ def test_krylov_finds_leading_directions(decay: float, lost: float) -> None:
         error = matrix - left @ torch.diag(values) @ right
         torch.testing.assert_close(error.norm(), s[24:].norm().double(), rtol=1e-3, atol=0)
     assert torch.equal(krylov_svd(matrix, 24)[1], values)
+
+
+@pytest.mark.parametrize("shape", [(5, 9, 6), (2, 3, 40, 70), (3, 90, 80), (1, 64, 2000), (7, 4)])
+def test_a_batch_is_decomposed_as_its_matrices(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None:
+    """To the same bits, also where it is more than one call takes."""
+    monkeypatch.setattr(linalg, "_BATCHED", 150)
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, s, vh = linalg.decompose_each(matrices, 4)
+    assert (u.shape[:-2], s.shape[-1]) == (shape[:-2], 4)
+    for place in itertools.product(*map(range, shape[:-2])):
+        wanted = linalg.decompose(matrices[place].double(), needed=4)
+        assert all(torch.equal(one[place], other) for one, other in zip((u, s, vh), wanted, strict=True))
