@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ from merging.engine.crews import ThreadCrew
 from merging.errors import InputError, OptionError
 from merging.plan.items import TILE
 from support.commands import ok
+from support.hub_fixture import Hub
 from support.ray_cluster import Nodes, node_words, start_nodes
 from support.tiny import adapters, checkpoint, identical, load, save
 
@@ -281,6 +283,25 @@ def test_a_merge_that_stopped_is_gone_on_with(
     merging.merge(inputs, output=tmp_path / "out", engine=then, **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "wanted")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "wanted"]
+
+
+def test_the_command_with_models_of_the_hub(nodes: Nodes, models: Path, tmp_path: Path, hub: Hub) -> None:
+    """In a process of its own, which connects by itself, and whose workers know nothing of the Hub."""
+    for name in ("tuned0", "tuned1"):
+        files = {file.name: file for file in (models / name).iterdir()}
+        hub.put(f"org/{name}", files)
+    words = ["-m", "linear", "org/tuned0", "org/tuned1", "-o", str(tmp_path / "out"), "--json", "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-m", "merging", *words, "--engine", "ray", "--address", nodes.address],
+        env=hub.environment(tmp_path / "home"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tensors"] == len(load(tmp_path / "out"))
+    assert done.stderr == ""
+    merging.merge([models / "tuned0", models / "tuned1"], method="linear", output=tmp_path / "wanted")
+    assert identical(load(tmp_path / "out"), load(tmp_path / "wanted"))
 
 
 def test_tasks_are_mapped(nodes: Nodes) -> None:
