@@ -16,7 +16,7 @@ from merging.api.recipe_records import RecipeRecord, read_record
 from merging.display.progress import Progress, resolve_progress
 from merging.engine.resources import pick_devices
 from merging.errors import InputError, OptionError, nearest, option
-from merging.hub.address import hub_address, local_path
+from merging.hub.address import hub_address, local_path, path_of_name
 from merging.hub.open_model import open_model
 from merging.maths.lazy_torch import torch
 from merging.object_stores.store_path import StorePath, output_path
@@ -25,7 +25,6 @@ from merging.plan.provenance import describe_change, names_of, record_source
 from merging.plan.recipe import Recipe
 from merging.plan.recipe_document import Keys
 from merging.plan.recipe_values import make_recipe, map_names
-from merging.sources.origin import path_of_name
 from merging.type_checks import check_types
 from merging.version import __version__
 

@@ -10,8 +10,9 @@ from urllib.parse import quote, unquote, urlsplit
 
 from merging.errors import InputError, nearest
 from merging.object_stores.address import check_address, file_path, hide_secrets, is_store_address
+from merging.object_stores.store_path import StorePath
 
-__all__ = ["Address", "hub_address", "local_path", "no_such_path"]
+__all__ = ["Address", "hub_address", "local_path", "no_such_path", "path_of_name"]
 
 _SCHEME = "hf://"
 _FILE_SCHEME = "file://"
@@ -66,6 +67,13 @@ def local_path(name: str) -> Path:
         path.exists()
     except OSError as error:
         raise InputError(f"{name}: cannot be looked for: {error.strerror}") from None
+    return path
+
+
+def path_of_name(name: str) -> Path:
+    """Return the path that stands for a model's name in messages and records."""
+    in_store = is_store_address(name) and not name.startswith(_FILE_SCHEME)
+    path: Path = StorePath(name) if in_store else Path(name)
     return path
 
 

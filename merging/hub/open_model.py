@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from merging.errors import InputError, MergingError
-from merging.hub.address import hub_address, local_path, no_such_path
+from merging.hub.address import hub_address, local_path, no_such_path, path_of_name
 from merging.hub.repository import open_repository
 from merging.sources import Adapter, Checkpoint, open_local
 from merging.sources.opening import FileOpener, open_tensors
-from merging.sources.origin import Origin, path_of_name
+from merging.sources.origin import Origin
 
 __all__ = ["open_base", "open_model", "require_full"]
 

@@ -3,26 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-__all__ = ["Origin", "path_of_name"]
+__all__ = ["Origin"]
 
 _MARK = "://"
 """The mark of an address in a store."""
-
-
-class _AddressPath(type(Path())):  # type: ignore[misc]
-    """An address in a store as a path, which keeps both slashes after its scheme."""
-
-    def __str__(self) -> str:
-        path: str = super().__str__()
-        return path.replace(":/", _MARK, 1)
-
-
-def path_of_name(name: str) -> Path:
-    """Return the path that stands for a model's name in messages and records."""
-    path: Path = _AddressPath(name) if _MARK in name else Path(name)
-    return path
 
 
 @dataclass(frozen=True, slots=True)
