@@ -21,6 +21,7 @@ from pictures import FOLDER, PICTURES
 from safetensors.torch import load_file, save_file
 
 import merging
+from merging.api.report_pictures import panels as merge_panels
 from merging.continual.plot import panels as store_panels
 from merging.geometry.pictures import panels as comparison_panels
 from merging.pool import Pool
@@ -41,6 +42,21 @@ def compared() -> Figures:
     found = merging.compare(ADAPTERS, base=get_model_path(), intruders=True)
     for name, panel in comparison_panels(found).items():
         yield f"compare-{name}", panel
+
+
+def reported(scratch: Path) -> Figures:
+    """The report of a merge of the shipped adapters into their base."""
+    merged = merging.merge(
+        ADAPTERS,
+        method="ties",
+        base=get_model_path(),
+        kind="model",
+        output=scratch / "ties",
+        report=scratch / "report.html",
+    )
+    assert merged.report is not None
+    names = ("report-blocks", "report-kinds", "report-shares", "report-interference")
+    yield from named(names, merge_panels(merged.report))
 
 
 def stored(scratch: Path) -> Figures:
@@ -108,7 +124,7 @@ def draw_all(folder: Path) -> None:
     captions = {}
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
-        for figures in (compared(), stored(place), pooled(place), recycled(place)):
+        for figures in (compared(), reported(place), stored(place), pooled(place), recycled(place)):
             for name, panel in figures:
                 (folder / f"{name}.svg").write_text(draw_svg(panel), encoding="utf-8")
                 captions[name] = panel.caption

@@ -271,7 +271,7 @@ def test_figures_are_shown_with_their_captions() -> None:
     captions = json.loads((folder / "captions.json").read_text())
     concepts = set(re.findall(r"pictures/([\w-]+)\.svg", text_of("docs/concepts.md")))
     assert {path.stem for path in folder.glob("*.svg")} == captions.keys() | concepts
-    pages = {"compare": "compare", "store": "continual", "pool": "pool", "recycle": "recycle"}
+    pages = {"compare": "compare", "store": "continual", "pool": "pool", "recycle": "recycle", "report": "report"}
     for name, caption in captions.items():
         page = " ".join(text_of(f"docs/tasks/{pages[name.partition('-')[0]]}.md").split())
         assert re.search(rf"!\[[^\]]+\]\(\.\./pictures/{name}\.svg\) \*{re.escape(caption)}\*", page, re.IGNORECASE), (
