@@ -111,7 +111,7 @@ def _map_panel(report: MergeReport, blocks: Sequence[Group]) -> Panel:
         axes.set_yticks(range(len(kinds)), short_labels(kinds, 30))
         step = -(-len(blocks) // 12)
         axes.set_xticks(range(0, len(blocks), step), [str(place + 1) for place in range(0, len(blocks), step)])
-        axes.set_xlabel("block (its place in the table)")
+        axes.set(xlabel="block (its place in the table)", ylabel="kind of tensor")
 
     most = f" The {len(kinds)} kinds with the largest changes." if len(report.kinds) > len(kinds) else ""
     whose = "of the merge" if report.changes else "of the farthest model"

@@ -38,7 +38,6 @@ KINDS: dict[str, Any] = {
     "store held in full": lambda count: store_panels(figures.steps([0] * count)),
     "store that becomes full": lambda count: store_panels(figures.steps([8, 16, 24, *[0] * count][:count])),
     "merge": lambda count: merge_panels(figures.merge_report(count)),
-    "merge without a base": lambda count: merge_panels(figures.merge_report(count, changes=False)),
     "recycling": lambda count: recycling_panels(figures.report(min(count, 40))),
 }
 
