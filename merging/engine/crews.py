@@ -23,7 +23,7 @@ from merging.maths.reductions import Accumulator
 from merging.maths.spectra import SingularValues
 from merging.methods.contract.method import ResultStatistic, Statistic
 
-__all__ = ["Crew", "Decomposing", "Gathering", "MakeCrew", "Merging", "ThreadCrew", "Work"]
+__all__ = ["Crew", "Decomposing", "DecomposingElsewhere", "Gathering", "MakeCrew", "Merging", "ThreadCrew", "Work"]
 
 
 class Work(ABC):
@@ -197,7 +197,7 @@ class Decomposing(Work):
         self.found, self.measures = found, measures
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _DecomposingElsewhere, (self.found.spool, self.found.widths, self.measures is not None)
+        return DecomposingElsewhere, (self.found.spool, self.found.widths, self.measures is not None)
 
     def begin(self, shared: Shared, device: torch.device) -> Worker:
         worker = Worker(shared, device)
@@ -239,7 +239,7 @@ class Findings:
     measures: Measures | None
 
 
-class _DecomposingElsewhere(Decomposing):
+class DecomposingElsewhere(Decomposing):
     """Decomposing merged changes far from the process that chooses the ranks."""
 
     def __init__(self, spool: Spool, widths: Mapping[str, int], measured: bool) -> None:

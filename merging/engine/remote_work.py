@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from merging.cluster import Parcel
-from merging.engine.crews import Merging, Work
+from merging.engine.crews import DecomposingElsewhere, Merging, Work
 from merging.engine.outputs import Sink
 from merging.engine.pieces import PieceReader
 from merging.engine.process_memory import keep_freed_memory, private_memory, release_freed_memory
@@ -121,6 +121,7 @@ class _OpenedRun:
     key: str
     run: RemoteRun
     shared: Shared
+    most_memory: int
     sweep_key: str = ""
     sweep: RemoteSweep | None = field(default=None)
 
@@ -151,7 +152,6 @@ def work_on(batch: Batch) -> BatchResult:
         if isinstance(work, Merging):
             written[span] = worker.output.sink.take()
 
-    most = private_memory() + run.plan.memory(run.threads)
     shared.notices, shared.discarded, shared.metrics = set(), {}, {}
     with _in_folder(run.folder):
         workers = share_out(
@@ -160,8 +160,9 @@ def work_on(batch: Batch) -> BatchResult:
         collected = [work.collect(worker) for worker in workers]
         del workers
         files = _files_of(run.sink)
-        _hand_over(run, shared, files, batch.machine != machine_id())
-    if private_memory() > most:
+        spools = [run.spool, run.decomposed, work.spool if isinstance(work, DecomposingElsewhere) else None]
+        _hand_over([each for each in (files, *spools) if each is not None], batch.machine != machine_id())
+    if private_memory() > opened.most_memory:
         release_freed_memory()
     return BatchResult(
         collected=collected,
@@ -185,7 +186,7 @@ def _open(batch: Batch) -> _OpenedRun:
         _opened = None  # its files are closed first
         run: RemoteRun = unpack(batch.run.fetch())
         shared = Shared(run.plan, run.sink, run.devices, run.spool, keeps=run.keeps, decomposed=run.decomposed)
-        _opened = _OpenedRun(batch.run.key, run, shared)
+        _opened = _OpenedRun(batch.run.key, run, shared, private_memory() + run.plan.memory(run.threads))
     if _opened.sweep_key != batch.sweep.key:
         sweep: RemoteSweep = unpack(batch.sweep.fetch())
         _opened.sweep_key, _opened.sweep = batch.sweep.key, sweep
@@ -194,19 +195,17 @@ def _open(batch: Batch) -> _OpenedRun:
     return _opened
 
 
-def _hand_over(run: RemoteRun, shared: Shared, files: PlacedFiles | None, far: bool) -> None:
+def _hand_over(files: Sequence[PlacedFiles | Spool], far: bool) -> None:
     """Close the files that others read next, and make them durable where this machine alone has the values."""
     try:
         if far:
-            shared.spool.sync()
-            if files is not None:
-                files.sync()
+            for each in files:
+                each.sync()
     except OSError as error:
-        raise OutputError(f"{run.folder}: merged values cannot be written: {error.strerror}") from None
+        raise OutputError(f"merged values cannot be written on {os.uname().nodename}: {error.strerror}") from None
     finally:
-        shared.spool.close()
-        if files is not None:
-            files.close()
+        for each in files:
+            each.close()
 
 
 def _files_of(sink: Sink) -> PlacedFiles | None:

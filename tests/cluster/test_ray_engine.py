@@ -137,6 +137,18 @@ def kill_workers(nodes: Nodes, count: int, killed: Path) -> Iterator[None]:
         thread.join()
 
 
+@pytest.mark.parametrize("kind", ["set aside", "ranks", "codes"])
+def test_other_machines_make_their_part_durable(
+    nodes: Nodes, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.chdir(models)
+    words = KINDS[kind].split()
+    ok(*words, "-o", tmp_path / "wanted" / "out")
+    monkeypatch.setattr("merging.engine.cluster_crew.machine_id", lambda: "another machine")
+    ok(*words, "-o", tmp_path / "out", "--engine", "ray", "--address", nodes.address)
+    assert contents(tmp_path / "out") == contents(tmp_path / "wanted" / "out")
+
+
 def test_workers_of_several_threads(
     nodes: Nodes, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
