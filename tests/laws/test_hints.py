@@ -283,6 +283,7 @@ ELSEWHERE = {
     "give the right one with --lora-alpha": "sources/test_diffusion_lora.py",
     "or give an alpha with --lora-alpha": "sources/test_mlx.py",
     "or use --allow-nonfinite": "test_run.py",
+    "the GPU has too little memory for it": "engine/test_devices.py",
     "--set {}": "test_recipe_files.py",
     "states no base: give it with --base": "test_bake.py",
     "bake that into its base first, and give the result with --base": "test_bake.py",
