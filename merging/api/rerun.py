@@ -28,7 +28,7 @@ from merging.plan.recipe_values import make_recipe, map_names
 from merging.type_checks import check_types
 from merging.version import __version__
 
-__all__ = ["PlannedRerun", "hash_weights", "plan_rerun", "rerun"]
+__all__ = ["PlannedRerun", "compare_weights", "hash_weights", "plan_rerun", "rerun"]
 
 _BLOCK = 1 << 22
 
@@ -61,10 +61,8 @@ class PlannedRerun:
             return ""
         if isinstance(made, StorePath):
             return f"{made} is in an object store, and is not compared with {self.path}"
-        if hash_weights(made) == self.digests:
-            return f"{made} has the same bytes as {'before' if made == self.path else self.path}"
         cause = "its sources changed" if self.changed else "another version or processor made it, or it was changed"
-        return f"warning: {made} has other bytes than {self.path}: {cause}"
+        return compare_weights(made, self.path, self.digests, cause)
 
 
 @check_types("max_memory", "progress")
@@ -254,6 +252,20 @@ def _describe(plan: Plan, recipe: Recipe, names: Mapping[str, str]) -> Plan:
     sources = tuple(replace(each, model=names.get(each.model, each.model)) for each in plan.sources)
     base = None if plan.base is None else rename(plan.base)
     return replace(plan, recipe=recipe, sources=sources, models=tuple(map(rename, plan.models)), base=base)
+
+
+def compare_weights(made: Path, path: Path, digests: tuple[bytes, ...], cause: str) -> str:
+    """Return a remark that compares the weights of a new output with the hashes of a former one.
+
+    ``cause`` is the likely cause of a difference. An output that cannot be read is in place all the same.
+    """
+    try:
+        same = hash_weights(made) == digests
+    except OSError as error:
+        return f"warning: {made} is in place, and cannot be compared with {path}: {error.strerror or error}"
+    if same:
+        return f"{made} has the same bytes as {'before' if made == path else path}"
+    return f"warning: {made} has other bytes than {path}: {cause}"
 
 
 def hash_weights(path: Path) -> tuple[bytes, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from merging.api.rerun import hash_weights
+from merging.api.rerun import compare_weights, hash_weights
 from merging.errors import InputError, OptionError, nearest, option
 from merging.hub.address import hub_address, local_path
 from merging.moe.make import MOE_RECIPE_KEY, preview_moe
@@ -39,9 +39,7 @@ class PlannedMoeRerun:
         """Return a remark that compares all weights of the new mixture with the old ones."""
         if self.digests is None:
             return ""
-        if hash_weights(made) == self.digests:
-            return f"{made} has the same bytes as {'before' if made == self.path else self.path}"
-        return f"warning: {made} has other bytes than {self.path}: models, versions or the processor changed"
+        return compare_weights(made, self.path, self.digests, "models, versions or the processor changed")
 
 
 def find_mixture(path: str) -> Subject | None:

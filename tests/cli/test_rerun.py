@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 import merging
+from merging.api import rerun
 from support.commands import ok, refused
 from support.tiny import adapters, checkpoint, fine_tune, identical, load, save
 
@@ -135,6 +137,20 @@ def test_bytes_that_differ_are_noticed(folder: Path) -> None:
     file = folder / "out" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     assert "warning: again has other bytes than out" in ok("rerun", "out", "-o", "again").stderr
+
+
+def test_an_output_that_cannot_be_read_is_in_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ok(*OUTPUTS["a mean"].split())
+    plain = rerun.hash_weights
+
+    def hash_weights(path: Path) -> tuple[bytes, ...]:
+        if path.name == "again":
+            raise OSError(5, os.strerror(5), str(path))
+        return plain(path)
+
+    monkeypatch.setattr(rerun, "hash_weights", hash_weights)
+    reason = "warning: again is in place, and cannot be compared with out: Input/output error"
+    assert reason in ok("rerun", "out", "-o", "again").stderr
 
 
 def test_another_version_is_noticed(folder: Path) -> None:
