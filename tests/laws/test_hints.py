@@ -260,6 +260,7 @@ HINTS: dict[str, Case] = {
 """A part of each message, and a case of it."""
 
 ELSEWHERE = {
+    "use fewer workers (--threads 1 takes the least), more GPUs, or --device cpu": "engine/test_devices.py",
     "is for the output of the whole recipe: give it there": "test_quantised_output.py",
     "does not write its format": "test_quantised_output.py",
     "does not understand this variant": "sources/test_packed.py",
