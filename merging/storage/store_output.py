@@ -126,6 +126,7 @@ class StoreOutput:
                     f"{self.destination}: the store lost the parts of {error}: repeat the merge"
                 ) from None
             except MergingError as error:
+                _leave(whole)
                 raise OutputError(
                     f"{self.destination}: is in the store, and not yet in place: `merge clean {self.destination} "
                     f"--remove` puts it there ({error})"
@@ -169,11 +170,18 @@ class StoreOutput:
             try:
                 self._record.abort()
             except MergingError as error:
+                _leave(self._record)
                 self.notices.append(
                     f"unfinished uploads stay in the store: `merge clean {self.destination} --remove` removes them "
                     f"({error})"
                 )
         self._record = None
+
+
+def _leave(record: UploadRecord) -> None:
+    """Note that no process works on an output any more, as far as the store can be reached."""
+    with suppress(MergingError):
+        replace(record, owner={}).save()
 
 
 def stage_output(
