@@ -7,10 +7,12 @@ disk does not bound, and ``linear`` with a throttled disk for each node, as of f
 each node limits the rate of its reads, and the inputs are dropped from the system's memory before each merge. Where the
 system has no such control groups, a line says so.
 
-Worker processes are started before the time is taken. The numbers of workers alternate, and the least time of all
-rounds counts, as other programs on the machine only make times longer. Processor seconds are of the workers alone.
-Efficiency is the time of one worker, divided by the number of workers and their time. ``possible`` is the most that the
-processors of this machine allow; with throttled disks they hardly matter.
+Worker processes are started before the time is taken, and the time is of the sweeps over the model: the work of the
+program before and after, as syncing the output, is the same on one machine. The numbers of workers alternate, and the
+least time of all rounds counts. Processor seconds are of the workers alone. On a machine that other programs share,
+these say more: they grow where sharing costs work. Efficiency is the time of one worker, divided by the number of
+workers and their time. ``possible`` is the most that the processors of this machine allow; with throttled disks they
+hardly matter.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import argparse
 import os
 import shutil
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -95,11 +96,13 @@ def measure(row: Row, nodes: Nodes, models: Sequence[Path], method: str, rounds:
         for workers in WORKERS:
             if drop:
                 drop_from_memory(models)
-            before, began = processor_seconds(nodes), time.perf_counter()
+            before = processor_seconds(nodes)
             cluster = RayCluster(address=nodes.address, workers=workers)
             options = {} if method == "linear" else {"base": base}
-            merging.merge(tuned, method=method, output=folder / "out", overwrite=True, engine=cluster, **options)
-            row.add(workers, time.perf_counter() - began, processor_seconds(nodes) - before)
+            merged = merging.merge(
+                tuned, method=method, output=folder / "out", overwrite=True, engine=cluster, **options
+            )
+            row.add(workers, merged.seconds, processor_seconds(nodes) - before)
 
 
 def drop_from_memory(paths: Sequence[Path]) -> None:
@@ -148,7 +151,7 @@ def main() -> None:
     warnings.simplefilter("ignore")  # the models are random
     rows = [Row("tsv", False), Row(f"linear, disks of {args.rate / 1e6:.0f} MB/s", True)]
     try:
-        small, large = make_models(folder, 3, 24, 640), make_models(folder, 3, 48, 1024)
+        small, large = make_models(folder, 3, 64, 640), make_models(folder, 3, 48, 1024)
         with start_nodes(0, 1, 1, 1, 1) as nodes, connect(RayCluster(address=nodes.address)):
             merging.merge(large, method="linear", output=folder / "out", engine=RayCluster(workers=4))  # starts workers
             measure(rows[0], nodes, small, "tsv", args.rounds, folder, drop=False)
