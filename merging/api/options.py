@@ -109,7 +109,7 @@ class MethodParameters(TypedDict, total=False):
     select: Literal["weights", "deltas"]
     space: Literal["weights", "changes"]
     steps: Value
-    svd: Literal["gram", "thin"]
+    svd: Literal["exact", "fast", "gram", "thin"]
     t: Weight
     tail: Literal["alpha", "depth"]
     threshold: Value

@@ -7,15 +7,15 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from merging.maths.fast_svd import leading_triples
 from merging.maths.lazy_torch import Tensor
-from merging.maths.linalg import leading_svd
 from merging.maths.parameters import Coefficient, Local
-from merging.methods.families.spectral import Spectral
+from merging.methods.families.spectral import Singular
 
 __all__ = ["IsoC", "total"]
 
 
-class IsoC(Spectral):
+class IsoC(Singular):
     """scale * mean(S) * U V^T for each matrix, with sum_i tau_i = U S V^T: isotropic merging in the common space.
 
     Directions that a few models share dominate a sum; with equal singular values every direction counts. The mean is
@@ -27,6 +27,7 @@ class IsoC(Spectral):
 
     On adapters it is exact, in the joint spaces of the factors, and takes hundredths of a second for each module. On
     full checkpoints it takes one eigenvalue problem of a matrix's shorter side, with one matrix in memory at a time.
+    Large matrices are decomposed in float32 (`svd = fast`), within a thousandth of `exact` on fine-tunes.
     """
 
     name: ClassVar[str] = "iso_c"
@@ -36,7 +37,7 @@ class IsoC(Spectral):
     scale: Local[Coefficient] = Field(1.5, description="what the merged change is multiplied by (0.5 to 3)")
 
     def combine(self, changes: Sequence[Tensor], size: int) -> Tensor:
-        u, values, vh = leading_svd(total(changes))
+        u, values, vh = leading_triples(total(changes), svd=self.svd, dtype=changes[0].dtype)
         return values.sum() / max(1, len(values)) * u @ vh
 
 

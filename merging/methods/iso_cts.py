@@ -7,16 +7,17 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from merging.maths.fast_svd import SvdAccuracy, leading_triples, multiply_polars
 from merging.maths.lazy_torch import Tensor, torch
-from merging.maths.linalg import ThinSvd, leading_svd, polar
+from merging.maths.linalg import ThinSvd, polar
 from merging.maths.parameters import Coefficient, Local
-from merging.methods.families.spectral import Spectral
+from merging.methods.families.spectral import Singular
 from merging.methods.iso_c import total
 
 __all__ = ["IsoCts"]
 
 
-class IsoCts(Spectral):
+class IsoCts(Singular):
     """Isotropic merging in the common and the task-specific subspaces, for each matrix.
 
     Let sum_i tau_i = U S V^T, of rank r, for n models. The leading share `common` of the directions is kept (rounded so
@@ -28,7 +29,8 @@ class IsoCts(Spectral):
     adapters is at most the sum of the ranks. It is better than `iso_c` for many models (14 or more). Vectors,
     convolutions and embedding tables take scale times the mean. On adapters it is exact, in the joint spaces of the
     factors. On full checkpoints it takes n + 3 eigenvalue problems of a matrix's shorter side, with one matrix in
-    memory at a time.
+    memory at a time. `svd = fast` works in float32 on large matrices: most fine-tunes, but not all, come out within a
+    thousandth of `exact`.
     """
 
     name: ClassVar[str] = "iso_cts"
@@ -37,22 +39,28 @@ class IsoCts(Spectral):
     workspace: ClassVar[int] = 5
 
     scale: Local[Coefficient] = Field(1.5, description="what the merged change is multiplied by (0.5 to 3)")
+    svd: SvdAccuracy = Field(
+        "exact", description="exact: in float64; fast: matrices with sides above 1024 in float32, where its checks hold"
+    )
     common: Local[Annotated[float, Field(gt=0, le=1)]] = Field(0.8, description="share of directions that are common")
 
     def decompositions(self, models: int) -> int:
         return models + 3
 
     def combine(self, changes: Sequence[Tensor], size: int) -> Tensor:
-        u, values, vh = leading_svd(total(changes))
+        u, values, vh = leading_triples(total(changes), svd=self.svd, dtype=changes[0].dtype)
         own = min(round(len(values) * (1 - self.common) / len(changes)), len(values) // len(changes))
         shared = len(values) - own * len(changes)
         u, values, vh = u[:, :shared], values[:shared], vh[:shared]
         if own:
-            us, sizes, vhs = zip(*(_outside(change.double(), u, own) for change in changes), strict=True)
+            us, sizes, vhs = zip(*(self._outside(change, u, own) for change in changes), strict=True)
             u, values, vh = torch.cat([u, *us], 1), torch.cat([values, *sizes]), torch.cat([vh, *vhs])
-        return values.sum() / max(1, len(values)) * polar(u) @ polar(vh)
+        mean = values.sum() / max(1, len(values))
+        merged = multiply_polars((u,), mean.expand(len(values)), (vh,))
+        return mean * polar(u) @ polar(vh) if merged is None else merged
 
-
-def _outside(change: Tensor, common: Tensor, most: int) -> ThinSvd:
-    """Return the leading singular triples of a change outside the common outputs, without rounding errors."""
-    return leading_svd(change - common @ (common.mT @ change), most, size=float(torch.linalg.matrix_norm(change)))
+    def _outside(self, change: Tensor, common: Tensor, most: int) -> ThinSvd:
+        """Return the leading singular triples of a change outside the common outputs, without rounding errors."""
+        own = change.to(common)
+        size = float(torch.linalg.matrix_norm(own))
+        return leading_triples(own - common @ (common.mT @ own), most, svd=self.svd, size=size)

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from merging.maths.delta import Delta, Dense, LowRank, Stack
+from merging.maths.fast_svd import fast_svd, suits_float32
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import decompose, joint_core, squared_norm
 from merging.maths.parameters import Coefficient, Local
@@ -20,6 +21,9 @@ from merging.methods.contract.update_rule import History, UpdateRule
 from merging.methods.task_arithmetic import scaled_state
 
 __all__ = ["Opcm", "project", "sum_projected"]
+
+SvdWay = Literal["gram", "thin", "exact", "fast"]
+"""A way to decompose full matrices; ``exact`` is ``gram``."""
 
 _SQUARES = "opcm.squares"
 _FACTOR = "opcm: what the sum is multiplied by"
@@ -45,7 +49,8 @@ class Opcm(Method):
     adapters the merge works on matrices of the sum of ranks; the result is exact, and of that rank. On full checkpoints
     each matrix is decomposed once per model: by eigenvalues of its shorter side's Gram matrix (`svd = gram`) unless it
     is too ill conditioned, or by SVD (`thin`). On two cores this takes a quarter of an hour for each billion parameters
-    and further model.
+    and further model. `svd = fast` works in float32, in some two thirds of the time; directions of small singular
+    values are less exact there, so that the result is within a few thousandths.
     """
 
     name: ClassVar[str] = "opcm"
@@ -60,7 +65,9 @@ class Opcm(Method):
         0.5, description="share of the merge's singular values whose directions are kept free"
     )
     mode: Literal["block", "two_sided"] = Field("block", description="what is projected away there")
-    svd: Literal["gram", "thin"] = Field("gram", description="how full matrices are decomposed")
+    svd: SvdWay = Field(
+        "gram", description="how full matrices are decomposed; exact is gram, fast is float32 where checks hold"
+    )
 
     def idle(self, site: Site) -> Mapping[str, str]:
         matrices = self.grain_at(site) == "matrix"
@@ -131,13 +138,12 @@ def _null(dtype: torch.dtype, shape: Sequence[int]) -> float:
     return max(shape) * torch.finfo(dtype).eps
 
 
-def sum_projected(
-    deltas: Sequence[Tensor], alpha: float, mode: str, null: float, svd: Literal["gram", "thin"] = "gram"
-) -> Tensor:
+def sum_projected(deltas: Sequence[Tensor], alpha: float, mode: str, null: float, svd: SvdWay = "gram") -> Tensor:
     """Return S_T of matrices ``[m, k]`` in order, ``[m, k]`` float64."""
     total = deltas[0].double()
+    way: SvdWay = "gram" if svd == "fast" and not suits_float32(deltas[0]) else svd
     for delta in deltas[1:]:
-        total = total + project(delta.double(), total, alpha, mode=mode, null=null, svd=svd)
+        total = total + project(delta.double(), total, alpha, mode=mode, null=null, svd=way)
     return total
 
 
@@ -148,15 +154,18 @@ def project(
     *,
     mode: str = "block",
     null: float = 1e-12,
-    svd: Literal["gram", "thin"] = "gram",
+    svd: SvdWay = "gram",
 ) -> Tensor:
     """Return P(delta; previous): ``delta [m, k]`` without the part that disturbs ``previous [m, k]``, both float64.
 
-    Directions whose singular values are at most the share ``null`` of the largest are null directions.
+    Directions whose singular values are at most the share ``null`` of the largest are null directions. With ``fast``
+    the result is float32 where the decomposition in float32 passes its checks.
     """
     if not previous.any():
         return delta
-    u, s, vh = decompose(previous, svd)
+    found = fast_svd(previous.float(), least=null) if svd == "fast" else None
+    u, s, vh = decompose(previous, "thin" if svd == "thin" else "gram") if found is None else found
+    delta = delta.to(s)
     rank = int((s > null * s[:1]).sum())
     if not rank:
         return delta

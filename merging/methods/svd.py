@@ -7,16 +7,16 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from merging.maths.fast_svd import leading_triples
 from merging.maths.lazy_torch import Tensor
-from merging.maths.linalg import leading_svd
 from merging.maths.parameters import Coefficient, Local, PerModel
-from merging.methods.families.spectral import Spectral
+from merging.methods.families.spectral import Singular
 from merging.methods.iso_c import total
 
 __all__ = ["Svd"]
 
 
-class Svd(Spectral):
+class Svd(Singular):
     """scale * sum_i w_i tau_i, with each matrix cut to its leading singular triples.
 
     It keeps the fewest triples whose squared singular values add up to the share `energy` of all, and at most
@@ -24,6 +24,7 @@ class Svd(Spectral):
     mostly noise. To store the result as an adapter of some rank, `--rank` does the same. All other tensors, and
     embedding tables unless `embeddings`, take the sum. On adapters it is exact, in the joint spaces of the factors. On
     full checkpoints it takes one eigenvalue problem of a matrix's shorter side, with one matrix in memory at a time.
+    Large matrices are decomposed in float32 (`svd = fast`), within a thousandth of `exact` on fine-tunes.
     """
 
     name: ClassVar[str] = "svd"
@@ -41,7 +42,7 @@ class Svd(Spectral):
 
     def combine(self, changes: Sequence[Tensor], size: int) -> Tensor:
         weighted = [change * weight for change, weight in zip(changes, self.coefficients(len(changes)), strict=True)]
-        u, values, vh = leading_svd(total(weighted), self.max_rank)
+        u, values, vh = leading_triples(total(weighted), self.max_rank, svd=self.svd, dtype=changes[0].dtype)
         squares = values.square().cumsum(0)
         # up to rounding, so that a share of 1 keeps all
         kept = int((squares < self.energy * (1 - 1e-12) * squares[-1:]).sum()) + 1

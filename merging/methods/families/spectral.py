@@ -9,13 +9,14 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from merging.maths.delta import Delta, Dense, LowRank, Stack
+from merging.maths.fast_svd import SvdAccuracy
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import joint_core
 from merging.maths.parameters import Coefficient, Local
 from merging.maths.site import Site
 from merging.methods.contract.method import Grain, Method, Statistics
 
-__all__ = ["Spectral", "as_stored", "matrices"]
+__all__ = ["Singular", "Spectral", "as_stored", "matrices"]
 
 
 class Spectral(Method):
@@ -78,6 +79,18 @@ class Spectral(Method):
 
         ``size`` is the shorter side of the full matrices, as the changes may be their cores.
         """
+
+
+class Singular(Spectral):
+    """A spectral method by singular values and vectors: of all directions, or of the leading ones.
+
+    Large matrices are decomposed by :mod:`merging.maths.fast_svd`: on fine-tunes the merged matrix is then within a
+    thousandth of the exact one.
+    """
+
+    svd: SvdAccuracy = Field(
+        "fast", description="fast: matrices with sides above 1024 in float32, where its checks hold; exact: in float64"
+    )
 
 
 def matrices(values: Tensor, site: Site) -> Tensor:
