@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -13,11 +14,20 @@ from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.order_statistics import Rank
 from merging.maths.parameters import Coefficient, Local, PerModel, varies
 from merging.maths.radix_selection import OrderStatistics
-from merging.maths.reductions import Sum
+from merging.maths.reductions import Sum, column_pieces
 from merging.maths.site import Site
 from merging.methods.contract.method import Method, Statistic, Statistics
 
 __all__ = ["Pcb", "clip_tails", "competition", "minmax"]
+
+TANH_IS_LINEAR = 2.0**-13
+"""The largest number whose tanh is the number itself in float32: x^3 / 3 is less than half of its last bit."""
+
+_PIECE = 1 << 17
+"""Entries of each model that are merged at once on a CPU."""
+
+_FEW = 1 / 16
+"""The share of numbers up to which it is faster to compute them one by one."""
 
 _CLIP, _EXTREMES, _MASSES, _CUT = "pcb.clip", "pcb.extremes", "pcb.masses", "pcb.cut"
 
@@ -91,22 +101,29 @@ class Pcb(Method):
 
     def _exponentials(self, stack: Stack, site: Site, statistics: Statistics) -> Tensor:
         """Return the terms of the softmaxes' sums: n of the models alone, then those for all pairs of models."""
-        norms = minmax(_products(stack.dense()), statistics[_EXTREMES])
-        alone = norms[[_pair(i, i, len(stack)) for i in range(len(stack))]]
-        return torch.cat([(alone * len(stack)).exp(), norms.exp()])
+        return _exponentials(stack.dense(), statistics)
 
     def _scores(self, stack: Stack, site: Site, statistics: Statistics) -> Tensor:
-        """Return beta ``[n, *shape]``."""
-        values = stack.dense()
+        """Return beta ``[n, elements]``."""
+        return torch.cat([self._compete(piece, statistics) for piece in _pieces(stack.dense())], 1)
+
+    def _compete(self, values: Tensor, statistics: Statistics) -> Tensor:
+        """Return beta of some entries ``[n, elements]``."""
         if self.variant != "paper":
             return competition(values, statistics[_CLIP], self.variant)
         n = len(values)
-        shares = self._exponentials(stack, site, statistics)
+        shares = _exponentials(values, statistics)
         shares = shares / column(statistics[_MASSES], shares)
         return torch.stack([shares[i] * sum(shares[n + _pair(i, j, n)] for j in range(n)) for i in range(n)])
 
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
-        values, scores = stack.dense(), self._scores(stack, site, statistics)
+        values = stack.dense()
+        merged = [self._merge_entries(piece, statistics) for piece in _pieces(values)]
+        return Dense(torch.cat(merged).view(values.shape[1:]) * self.scale)
+
+    def _merge_entries(self, values: Tensor, statistics: Statistics) -> Tensor:
+        """Return the weighted mean of some entries ``[n, elements]``."""
+        scores = self._compete(values, statistics)
         cut, most = column(statistics[_CUT][:, 0], scores), statistics[_CUT]
         if self.variant == "paper":
             shares, sizes = scores * (scores >= cut), values
@@ -115,7 +132,15 @@ class Pcb(Method):
         else:
             shares, sizes = minmax(torch.maximum(scores, cut), most), clip_tails(values, statistics[_CLIP])
             mass = sum_in_order(shares).clamp(min=1e-12)
-        return Dense(sum_in_order(sizes * column(self.weights, values) * shares) / mass * self.scale)
+        if isinstance(self.weights, Tensor) or self.weights != 1:
+            sizes = sizes * column(self.weights, values)
+        return sum_in_order(sizes * shares) / mass
+
+
+def _pieces(values: Tensor) -> Iterator[Tensor]:
+    """Yield values ``[n, *shape]`` in pieces ``[n, elements]``, so small that temporary results stay in the cache."""
+    rows = values.reshape(len(values), -1)
+    return column_pieces(rows, _PIECE) if rows.shape[1] else iter([rows])
 
 
 def clip_tails(values: Tensor, ends: Tensor) -> Tensor:
@@ -125,11 +150,32 @@ def clip_tails(values: Tensor, ends: Tensor) -> Tensor:
 
 
 def minmax(values: Tensor, ends: Tensor) -> Tensor:
-    """Return values ``[n, *shape]`` mapped from each model's ``ends [n, 2]`` to [0, 1]; 0 where the ends are equal."""
-    out = torch.empty_like(values)
-    for value, (low, high), into in zip(values, ends.to(values), out, strict=True):
-        torch.sub(value, low, out=into).div_(torch.where(high > low, high - low, torch.inf))
-    return out
+    """Return values ``[n, *shape]`` mapped from each model's ``ends [n, 2]`` to [0, 1]; 0 where the ends are equal.
+
+    They take the place of the values.
+    """
+    for value, (low, high) in zip(values, ends.to(values), strict=True):
+        value.sub_(low).div_(torch.where(high > low, high - low, torch.inf))
+    return values
+
+
+def tanh(values: Tensor) -> Tensor:
+    """Return tanh of values, which it takes the place of.
+
+    Where it is the float32 number itself, it is not computed, which mostly saves nearly all of its time: products of
+    changes are tiny.
+    """
+    if values.dtype != torch.float32 or not values.numel():
+        return values.tanh_()
+    low, high = torch.aminmax(values)
+    if max(-float(low), float(high)) <= TANH_IS_LINEAR:
+        return values
+    flat = values.view(-1)
+    large = (flat.abs() > TANH_IS_LINEAR).nonzero().view(-1)
+    if len(large) > _FEW * len(flat):
+        return values.tanh_()
+    flat[large] = flat[large].tanh_()
+    return values
 
 
 def competition(values: Tensor, ends: Tensor, variant: str) -> Tensor:
@@ -137,13 +183,13 @@ def competition(values: Tensor, ends: Tensor, variant: str) -> Tensor:
     n = len(values)
     sizes = minmax(_clamp(values, ends), ends)
     if variant == "code":
-        inter = (values * sum_in_order(values)).tanh_()
+        inter = tanh(values * sum_in_order(values))
     else:
         signed = values.sign().mul_(sizes)
         if variant == "vision":
-            inter = (values * sum_in_order(signed)).tanh_()
+            inter = tanh(values * sum_in_order(signed))
         else:
-            inter = sum(((signed * other).tanh_() for other in signed[1:]), (signed * signed[0]).tanh_())
+            inter = sum((tanh(signed * other) for other in signed[1:]), tanh(signed * signed[0]))
     squares = sizes.square_()
     return (squares.sub_(1) if n >= 40 else squares).mul_(n).exp_().mul_(inter)
 
@@ -154,6 +200,12 @@ def _clamp(values: Tensor, ends: Tensor) -> Tensor:
     for value, (low, high) in zip(out, ends.tolist(), strict=True):
         value.clamp_(low, high)
     return out
+
+
+def _exponentials(values: Tensor, statistics: Statistics) -> Tensor:
+    norms = minmax(_products(values), statistics[_EXTREMES])
+    alone = norms[[_pair(i, i, len(values)) for i in range(len(values))]]
+    return torch.cat([(alone * len(values)).exp(), norms.exp()])
 
 
 def _products(values: Tensor) -> Tensor:

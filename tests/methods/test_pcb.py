@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from math import inf, nan
 from typing import Any
 
 import pytest
 import torch
 from torch import equal
 
+from merging.methods.pcb import TANH_IS_LINEAR, tanh
 from support import references
 from support.changes import EXACT, F32, F64, LARGE, by_tensor, changes, close, merged, written
 from support.on_models import trained, weighings
@@ -82,3 +84,24 @@ def test_pcb_keeps_the_clipped_change_of_one_model_at_its_strongest(variant: str
         assert close(merged(many, "pcb", variant=variant), references.pcb(flatten(many), variant=variant), 1e-9)
         small = merged(changes(count, 0, F32, {"a": (40, 5)}), "pcb", variant=variant)
         assert small.isfinite().all() and small.any()
+
+
+@pytest.mark.parametrize("largest", [1e-5, 2.0**-13, 1e-3, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tanh_is_computed_where_it_is_not_the_number_itself(largest, dtype):
+    values = torch.linspace(-largest, largest, 10_007, dtype=dtype)
+    values[5000:5010] = torch.tensor([3.0, -2.0, 0.0, -0.0, 1e-40, inf, -inf, nan, 2.0**-13, 1e-4])
+    wanted = values.tanh()
+    assert torch.equal(tanh(values.clone()).nan_to_num(7), wanted.nan_to_num(7))
+    few = torch.full((10_007,), 1e-5, dtype=dtype)
+    few[[3, 17, 10_006]] = torch.tensor([0.5, -1.0, 2e-3], dtype=dtype)
+    assert torch.equal(tanh(few.clone()), few.tanh())
+
+
+@pytest.mark.exhaustive
+def test_tanh_of_small_numbers_is_the_number():
+    last = int(torch.tensor(TANH_IS_LINEAR).view(torch.int32))
+    for start in range(0, last + 1, 1 << 22):
+        values = torch.arange(start, min(last + 1, start + (1 << 22)), dtype=torch.int32).view(torch.float32)
+        assert torch.equal(values.tanh(), values)
+        assert torch.equal((-values).tanh(), -values)
