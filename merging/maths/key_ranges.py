@@ -23,6 +23,7 @@ class KeyRange(NamedTuple):
     Attributes:
         below: the number of keys below ``low``; None where it is to be counted.
         inside: the number of keys inside; None where it is not known.
+        whole: whether it holds all keys that occur.
     """
 
     low: int
@@ -30,6 +31,7 @@ class KeyRange(NamedTuple):
     shift: int
     below: int | None
     inside: int | None = None
+    whole: bool = False
 
 
 def _range(low: int, high: int, below: int | None, inside: int | None = None) -> KeyRange:
@@ -47,11 +49,13 @@ class KeyTally:
     waiting: int = 0
     """The number of listed keys."""
     counts: Tensor | None = None
+    ends: list[int] = field(default_factory=list)
+    """The least and the greatest key; empty while there is none."""
 
     def add(self, keys: Tensor) -> None:
         """Take in the keys of ``[elements]`` that are in the range."""
         low, high = self.range.low, self.range.high
-        if high - low < 1 << (keys.itemsize * 8):
+        if not self.range.whole:
             if self.range.below is None:
                 self.below += _count_below(keys, low)
             keys = _select(keys, low, high)
@@ -62,25 +66,34 @@ class KeyTally:
         self.below += other.below
         if other.counts is not None:
             self.counts = other.counts if self.counts is None else self.counts + other.counts.to(self.counts.device)
+        self._stretch(other.ends)
         for keys in other.listed:
             self._hold(keys)
 
     def state(self) -> State:
         """Return a copy of the values gathered so far."""
         counts = [] if self.counts is None else [self.counts.to("cpu", copy=True)]
-        return State([self.below, len(counts)], [*counts, *(keys.cpu() for keys in self.listed)])
+        return State([self.below, len(counts), self.ends], [*counts, *(keys.cpu() for keys in self.listed)])
 
     def restore(self, state: State) -> None:
         """Take over a state of a tally of the same range."""
-        self.below, counted = state.plain
+        self.below, counted, ends = state.plain
+        self.ends = list(ends)
         self.counts, self.listed = (state.tensors[0].clone() if counted else None), state.tensors[counted:]
         self.waiting = sum(keys.numel() for keys in self.listed)
 
     def _hold(self, keys: Tensor) -> None:
+        if not keys.numel():
+            return
+        self._stretch([int(each) for each in torch.aminmax(keys)])
         self.listed.append(keys)
         self.waiting += keys.numel()
         if self.waiting > _LISTED:
             self._count()
+
+    def _stretch(self, ends: list[int]) -> None:
+        both = [*self.ends, *ends]
+        self.ends = [min(both), max(both)] if both else []
 
     def _count(self) -> Tensor:
         """Return the number of keys in each bin, int64, and list no key any more."""
@@ -114,7 +127,7 @@ class KeyTally:
 
         Raises ValueError where the range has another number of keys than before.
         """
-        low, high, shift, below, inside = self.range
+        low, high, shift, below, inside, _ = self.range
         below = self.below if below is None else below
         sums = None
         if self.counts is not None:
@@ -126,6 +139,8 @@ class KeyTally:
             return _range(everything.low, low, 0, below)
         if place >= below + held:
             return _range(high, everything.high, below + held)
+        if place in (below, below + held - 1):
+            return self.ends[place > below]
         if sums is None:
             listed = torch.cat([keys.cpu() for keys in self.listed]).numpy()
             listed.partition(place - below)

@@ -93,7 +93,8 @@ class _Selection(Accumulator):
     def __init__(self, reduction: OrderStatistics) -> None:
         self.reduction = reduction
         bits = reduction.ranked_dtype.itemsize * 8
-        self.everything = KeyRange(-1 << (bits - 1), 1 << (bits - 1), bits - _DIGIT, 0)
+        lowest = 0 if reduction.magnitudes else -1 << (bits - 1)
+        self.everything = KeyRange(lowest, 1 << (bits - 1), bits - _DIGIT, 0, whole=True)
         self.sampling = False
         self.sweep = 0
         self.models: list[_Model] = []
