@@ -24,6 +24,9 @@ __all__ = ["Block", "Span", "WorkUnit", "accumulate", "name_failures", "row_bloc
 _SHARES = {"tensor": 32, "model": 128}
 """One element in this many is in the sample of a tensor, and in the sample of a model."""
 
+_REMEMBERED = 1 << 26
+"""Elements of all models in the blocks of a tensor that remember what methods computed of them."""
+
 _SAMPLED = 1 << 18
 """Elements of a tensor from which a sample of it is taken."""
 
@@ -75,6 +78,8 @@ class WorkUnit:
             self.unwrapped = kept.get(item.site.name) or unwrap_outer(self.method, self.stack, item.site, statistics)
             self.method = self.unwrapped.then
         self._statistics = dict(statistics)
+        self._memos: dict[int, dict[object, Tensor]] = {}
+        self._goes_again = any(each.per == "tensor" for each in self.method.required_statistics())
 
     def blocks(self, share: int = 1) -> Iterator[Block]:
         """Yield the blocks that the method merges, or a sample of one element in ``share``."""
@@ -83,6 +88,8 @@ class WorkUnit:
             start, stop = self.span.start, self.span.stop
             tiles = self.tiler.tiles(item, start, stop) if share == 1 else self.tiler.sample(item, start, stop, share)
             for tile in tiles:
+                if share == 1 and (tile.start - start) * len(tile.stack) < _REMEMBERED and self._goes_again:
+                    tile.stack.memo = self._memos.setdefault(tile.start, {})
                 yield Block(item.site.block(tuple(tile.stack.dense().shape[1:]), tile.start), tile.stack, tile.base)
             return
         stack, site = unwrapped.stack, unwrapped.site

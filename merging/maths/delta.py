@@ -144,10 +144,11 @@ class Stack(Displayed):
     """The changes of ``n`` models in one tensor, or in one block of it.
 
     ``models`` holds a key of each model's content, for methods that draw random numbers. ``present`` says which models
-    touch the tensor at all; the change of one that does not is zero.
+    touch the tensor at all; the change of one that does not is zero. ``memo`` holds what methods computed of these very
+    values, by keys of their own: a block that is gone through several times keeps it.
     """
 
-    __slots__ = ("_deltas", "_values", "models", "present")
+    __slots__ = ("_deltas", "_values", "memo", "models", "present")
 
     def __init__(
         self, deltas: Sequence[Delta], models: Sequence[str] | None = None, present: Sequence[bool] | None = None
@@ -167,6 +168,7 @@ class Stack(Displayed):
     def _describe(self, n: int, models: Sequence[str] | None, present: Sequence[bool] | None) -> None:
         self.models = tuple(models) if models is not None else tuple(map(str, range(n)))
         self.present = tuple(present) if present is not None else (True,) * n
+        self.memo: dict[object, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.models)

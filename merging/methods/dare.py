@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -44,8 +45,8 @@ class Dare(Dropping):
     def thin(self, stack: Stack, site: Site, divide: bool) -> Tensor:
         values, shares = stack.dense(), [1 - drop for drop in spread(self.drop, len(stack))]
         out = torch.empty_like(values)
-        for share, value, model, into in zip(shares, values, stack.models, out, strict=True):
-            place = self.seed, model, site.name
-            mask = draw_mask(share, site.start, value.numel(), value.device, *place, dtype=value.dtype)
+        for slot, (share, value, into) in enumerate(zip(shares, values, out, strict=True)):
+            draw = partial(draw_mask, share, site.start, value.numel(), value.device, self.seed, stack.models[slot])
+            mask = self.kept_mask(stack, slot, partial(draw, site.name, dtype=value.dtype))
             torch.mul(value, mask.view(value.shape), out=into)
         return out.div_(column([share or 1.0 for share in shares], out)) if divide else out

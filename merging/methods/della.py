@@ -69,13 +69,26 @@ class Della(Dropping):
         values = stack.dense()
         densities, epsilons = spread(self.density, len(values)), spread(self.epsilon, len(values))
         out = torch.empty_like(values)
-        for value, density, epsilon, model, into in zip(values, densities, epsilons, stack.models, out, strict=True):
-            keep = probabilities(value.reshape(-1, site.row), density, epsilon).view(value.shape)
-            drawn = draw_uniform(site.start, value.numel(), value.device, self.seed, model, site.name).view(value.shape)
-            torch.mul(value, torch.lt(drawn, keep, out=torch.empty_like(value)), out=into)
+        for slot, (value, density, epsilon, into) in enumerate(zip(values, densities, epsilons, out, strict=True)):
             if divide and density:
-                into.div_(keep)
+                keep = probabilities(value.reshape(-1, site.row), density, epsilon).view(value.shape)
+                torch.mul(value, self._draw(stack, slot, site, keep), out=into).div_(keep)
+                continue
+
+            def draw(
+                slot: int = slot, value: Tensor = value, density: float = density, epsilon: float = epsilon
+            ) -> Tensor:
+                keep = probabilities(value.reshape(-1, site.row), density, epsilon).view(value.shape)
+                return self._draw(stack, slot, site, keep)
+
+            torch.mul(value, self.kept_mask(stack, slot, draw), out=into)
         return out
+
+    def _draw(self, stack: Stack, slot: int, site: Site, keep: Tensor) -> Tensor:
+        """Return a mask that keeps each entry of a model with its probability ``keep [*shape]``."""
+        place = self.seed, stack.models[slot], site.name
+        drawn = draw_uniform(site.start, keep.numel(), keep.device, *place).view(keep.shape)
+        return torch.lt(drawn, keep, out=torch.empty_like(keep))
 
 
 def probabilities(rows: Tensor, density: float, epsilon: float) -> Tensor:

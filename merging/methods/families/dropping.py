@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Literal
 
 from pydantic import Field
 
+from merging.maths.bits import pack_bits, unpack_bits
 from merging.maths.coefficients import column
 from merging.maths.delta import Stack
 from merging.maths.lazy_torch import Tensor
@@ -39,6 +41,20 @@ class Dropping(Wrapper):
     def thin(self, stack: Stack, site: Site, divide: bool) -> Tensor:
         """Return the changes ``[n, *shape]`` with dropped entries 0; ``divide`` the kept ones by their probability."""
 
+    def kept_mask(self, stack: Stack, model: int, draw: Callable[[], Tensor]) -> Tensor:
+        """Return the mask of the kept entries of a model, of 0 and 1 in the type of the changes.
+
+        It is drawn by ``draw`` once for all times that the engine goes through the same block.
+        """
+        values = stack.dense()[model]
+        key = (self.name, id(self), model)
+        if stack.memo is not None and key in stack.memo:
+            return unpack_bits(stack.memo[key], tuple(values.shape), values.dtype)
+        mask = draw()
+        if stack.memo is not None:
+            stack.memo[key] = pack_bits(mask)
+        return mask
+
     def required_statistics(self) -> tuple[Statistic, ...]:
         own = l1_statistic(_NORMS, lambda stack, site, statistics: self.thin(stack, site, divide=False))
         return (*((own,) if self.rescale == "l1" else ()), *super().required_statistics())
@@ -47,4 +63,6 @@ class Dropping(Wrapper):
         values = self.thin(stack, site, divide=self.rescale == "inverse")
         if self.rescale == "l1":
             values *= column(l1_ratios(statistics, _NORMS), values)
-        return Unwrapped(self.then, Stack.of(values, stack.models, stack.present), site, lambda merged: merged)
+        thinned = Stack.of(values, stack.models, stack.present)
+        thinned.memo = stack.memo
+        return Unwrapped(self.then, thinned, site, lambda merged: merged)
