@@ -31,8 +31,8 @@ class Breadcrumbs(Wrapper):
 
     Dropped entries are 0. With `keep_norm` the kept entries are multiplied so that each tensor keeps its L1 norm.
     Outliers are taken to be as harmful as noise, which other sparsifiers keep. Entries equal to a threshold are kept
-    (bfloat16 checkpoints have many exact ties). On adapters the merged change has full rank. Costs two sweeps over each
-    tensor before the merge, three with `keep_norm`.
+    (bfloat16 checkpoints have many exact ties). On adapters the merged change has full rank. Costs a sample and a sweep
+    over each tensor before the merge, two sweeps with `keep_norm`.
     """
 
     name: ClassVar[str] = "breadcrumbs"

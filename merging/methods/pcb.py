@@ -53,8 +53,8 @@ class Pcb(Method):
     which changes nothing but the overflow.
 
     All statistics are exact, over the whole model (or over each tensor, which is another method than the paper's), in
-    constant memory. They take four sweeps over the inputs before the merge, or five for `paper`, whose memory grows
-    with the square of the number of models.
+    constant memory. They take two samples and two sweeps over the inputs before the merge, or three for `paper`, whose
+    memory grows with the square of the number of models.
     """
 
     name: ClassVar[str] = "pcb"

@@ -34,8 +34,8 @@ class Sce(Method):
     The selection decides only the shares, and every entry is merged (`select = weights`, the authors' code). Or entries
     that were not selected stay as in the base (`deltas`, as in mergekit): another method, which merges a tenth. There
     is no number to tune. The model that moved farthest counts most, by the square, so that a model that was
-    overtrained, or scaled, takes over. On adapters the merged change has full rank. Costs three sweeps over each tensor
-    before the merge, one with a density of 1.
+    overtrained, or scaled, takes over. On adapters the merged change has full rank. Costs a sample and two sweeps
+    over each tensor before the merge, one sweep with a density of 1.
     """
 
     name: ClassVar[str] = "sce"

@@ -38,8 +38,9 @@ class Ties(Method):
     A negative weight reverses a model's change before the vote. Magnitudes of weights count in the mean and, with `vote
     = weighted`, in the vote. Thresholds are taken over the whole model, as in the paper, or over each tensor (`scope =
     tensor`). It suits two to about ten models whose plain sum interferes. The result is a mean, so expect a scale of
-    about 1. On adapters the merged change has full rank. Costs three sweeps over the inputs before the merge (two with
-    `zero = plus`, none with a density of 1 and `plus`), each in constant memory; results are exact.
+    about 1. On adapters the merged change has full rank. Costs a sample and two sweeps over the inputs before the merge
+    (a sample and one sweep with `zero = plus`, nothing with a density of 1 and `plus`), each in constant memory;
+    results are exact.
     """
 
     name: ClassVar[str] = "ties"
