@@ -2,17 +2,16 @@
 
     pip install 'merging[ray]' psutil && python tests/benchmarks/cluster.py
 
-``ray start`` starts a head and four nodes of one processor each. Two kinds of work: ``tsv``, decompositions that the
-disk does not bound, and ``linear`` with a throttled disk for each node, as of four small machines: a control group for
-each node limits the rate of its reads, and the inputs are dropped from the system's memory before each merge. Where the
-system has no such control groups, a line says so.
+``ray start`` starts a head, and a node of one processor for each worker. Two kinds of work: ``tsv``, decompositions
+that the disk does not bound, and ``linear`` with a throttled disk for each node, as of small machines: a control group
+for each node limits the rate of its reads, and the inputs are dropped from the system's memory before each merge. Where
+the system has no such control groups, a line says so.
 
 Worker processes are started before the time is taken, and the time is of the sweeps over the model: the work of the
-program before and after, as syncing the output, is the same on one machine. The numbers of workers alternate, and the
-least time of all rounds counts. Processor seconds are of the workers alone. On a machine that other programs share,
-these say more: they grow where sharing costs work. Efficiency is the time of one worker, divided by the number of
-workers and their time. ``possible`` is the most that the processors of this machine allow; with throttled disks they
-hardly matter.
+program before and after, as syncing the output, is the same on one machine. The least time of all rounds counts.
+Processor seconds are of the workers alone. On a machine that other programs share, these say more: they grow where
+sharing costs work. Efficiency is the time of one worker, divided by the number of workers and their time. ``possible``
+is the most that the processors of this machine allow; with throttled disks they hardly matter.
 """
 
 from __future__ import annotations
@@ -89,20 +88,17 @@ def processor_seconds(nodes: Nodes) -> float:
     return total
 
 
-def measure(row: Row, nodes: Nodes, models: Sequence[Path], method: str, rounds: int, folder: Path, drop: bool) -> None:
-    """Merge by each number of workers in turn."""
+def measure(row: Row, nodes: Nodes, models: Sequence[Path], method: str, rounds: int, folder: Path) -> None:
+    """Merge by one worker on each node but the head."""
+    workers = len(nodes.started) - 1
     base, *tuned = models
+    options = {} if method == "linear" else {"base": base}
+    cluster = RayCluster(address=nodes.address, workers=workers)
     for _ in range(rounds):
-        for workers in WORKERS:
-            if drop:
-                drop_from_memory(models)
-            before = processor_seconds(nodes)
-            cluster = RayCluster(address=nodes.address, workers=workers)
-            options = {} if method == "linear" else {"base": base}
-            merged = merging.merge(
-                tuned, method=method, output=folder / "out", overwrite=True, engine=cluster, **options
-            )
-            row.add(workers, merged.seconds, processor_seconds(nodes) - before)
+        drop_from_memory(models)
+        before = processor_seconds(nodes)
+        merged = merging.merge(tuned, method=method, output=folder / "out", overwrite=True, engine=cluster, **options)
+        row.add(workers, merged.seconds, processor_seconds(nodes) - before)
 
 
 def drop_from_memory(paths: Sequence[Path]) -> None:
@@ -152,14 +148,15 @@ def main() -> None:
     rows = [Row("tsv", False), Row(f"linear, disks of {args.rate / 1e6:.0f} MB/s", True)]
     try:
         small, large = make_models(folder, 3, 64, 640), make_models(folder, 3, 48, 1024)
-        with start_nodes(0, 1, 1, 1, 1) as nodes, connect(RayCluster(address=nodes.address)):
-            merging.merge(large, method="linear", output=folder / "out", engine=RayCluster(workers=4))  # starts workers
-            measure(rows[0], nodes, small, "tsv", args.rounds, folder, drop=False)
-            with throttle(nodes, folder, args.rate) as throttled:
-                if throttled:
-                    measure(rows[1], nodes, large, "linear", args.rounds, folder, drop=True)
-                else:
-                    rows.pop()
+        for workers in WORKERS:
+            with start_nodes(0, *[1] * workers) as nodes, connect(RayCluster(address=nodes.address)):
+                merging.merge(small, method="linear", output=folder / "out", overwrite=True, engine="ray")
+                measure(rows[0], nodes, small, "tsv", args.rounds, folder)
+                with throttle(nodes, folder, args.rate) as throttled:
+                    if throttled:
+                        measure(rows[-1], nodes, large, "linear", args.rounds, folder)
+        if not rows[-1].wall:
+            rows.pop()
     finally:
         shutil.rmtree(folder)
     print("| work | workers | wall time | processor seconds | efficiency | possible |\n|---|---|---|---|---|---|")
