@@ -45,9 +45,9 @@ class KeyTally:
 
     range: KeyRange
     below: int = 0
-    listed: list[Tensor] = field(default_factory=list)
+    listed: Tensor | None = None
     waiting: int = 0
-    """The number of listed keys."""
+    """The number of listed keys, which are the first ones of ``listed``."""
     counts: Tensor | None = None
     ends: list[int] = field(default_factory=list)
     """The least and the greatest key; empty while there is none."""
@@ -67,45 +67,56 @@ class KeyTally:
         if other.counts is not None:
             self.counts = other.counts if self.counts is None else self.counts + other.counts.to(self.counts.device)
         self._stretch(other.ends)
-        for keys in other.listed:
+        for keys in other._list:
             self._hold(keys)
 
     def state(self) -> State:
         """Return a copy of the values gathered so far."""
         counts = [] if self.counts is None else [self.counts.to("cpu", copy=True)]
-        return State([self.below, len(counts), self.ends], [*counts, *(keys.cpu() for keys in self.listed)])
+        return State(
+            [self.below, len(counts), self.ends], [*counts, *(keys.to("cpu", copy=True) for keys in self._list)]
+        )
 
     def restore(self, state: State) -> None:
         """Take over a state of a tally of the same range."""
         self.below, counted, ends = state.plain
         self.ends = list(ends)
-        self.counts, self.listed = (state.tensors[0].clone() if counted else None), state.tensors[counted:]
-        self.waiting = sum(keys.numel() for keys in self.listed)
+        self.counts, self.listed, self.waiting = (state.tensors[0].clone() if counted else None), None, 0
+        for keys in state.tensors[counted:]:
+            self._hold(keys)
 
     def _hold(self, keys: Tensor) -> None:
         if not keys.numel():
             return
         self._stretch([int(each) for each in torch.aminmax(keys)])
-        self.listed.append(keys)
+        if self.waiting + keys.numel() > _LISTED:
+            self._count(keys)
+            return
+        if self.listed is None:
+            self.listed = keys.new_empty(_LISTED)  # one block: small ones would be scattered among the tiles
+        with torch.inference_mode():
+            self.listed[self.waiting : self.waiting + keys.numel()].copy_(keys)
         self.waiting += keys.numel()
-        if self.waiting > _LISTED:
-            self._count()
+
+    @property
+    def _list(self) -> list[Tensor]:
+        return [] if self.listed is None else [self.listed[: self.waiting]]
 
     def _stretch(self, ends: list[int]) -> None:
         both = [*self.ends, *ends]
         self.ends = [min(both), max(both)] if both else []
 
-    def _count(self) -> Tensor:
-        """Return the number of keys in each bin, int64, and list no key any more."""
+    def _count(self, *more: Tensor) -> Tensor:
+        """Return the number of keys in each bin, int64, with ``more`` keys, and list no key any more."""
         with torch.inference_mode():  # the threads of a merge count in it, and so must others then
-            for keys in self.listed:
+            for keys in (*self._list, *more):
                 if self.counts is None:
                     bins = (self.range.high - self.range.low) >> self.range.shift
                     self.counts = torch.zeros(bins, dtype=torch.int64, device=keys.device)
                 digits = ((keys >> self.range.shift) - (self.range.low >> self.range.shift)).to(self.counts.device)
                 # unlike bincount, this does not pass over all counters for every piece
                 self.counts.scatter_add_(0, digits.long(), torch.ones_like(digits, dtype=torch.int64))
-        self.listed, self.waiting = [], 0
+        self.listed, self.waiting = None, 0
         assert self.counts is not None
         return self.counts
 
@@ -142,7 +153,8 @@ class KeyTally:
         if place in (below, below + held - 1):
             return self.ends[place > below]
         if sums is None:
-            listed = torch.cat([keys.cpu() for keys in self.listed]).numpy()
+            assert self.listed is not None
+            listed = self.listed[: self.waiting].cpu().numpy().copy()
             listed.partition(place - below)
             return int(listed[place - below])
         digit = int(torch.searchsorted(sums, place - below, right=True))
