@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from .output import QUIET
 from .types import MODEL, SIZE
+
+if TYPE_CHECKING:
+    from merging.cluster import RayCluster
 
 __all__ = [
     "add_options",
@@ -22,6 +25,7 @@ __all__ = [
     "drawing_option",
     "dtype_option",
     "engine_options",
+    "evaluation_options",
     "experts_option",
     "intruder_options",
     "json_option",
@@ -31,6 +35,7 @@ __all__ = [
     "max_memory_option",
     "mismatch_option",
     "overwrite_option",
+    "pop_engine",
     "private_option",
     "progress_option",
     "quantize_option",
@@ -121,6 +126,19 @@ engine_options = (
     click.option("--worker-gpus", type=float, help="GPUs of a worker, or a fraction  [default: 1 for cuda, else 0]"),
 )
 """The engine that merges: this process, or a cluster."""
+
+
+evaluation_options = add_options(*engine_options)
+"""The engine of commands that evaluate adapters, which :func:`pop_engine` reads."""
+
+
+def pop_engine(options: dict[str, Any]) -> str | RayCluster:
+    """Remove the options of the engine, and return it as Python has it."""
+    from merging.cluster import make_cluster
+
+    names = ("address", "workers", "worker_cpus", "worker_gpus")
+    return make_cluster(options.pop("engine"), **{name: options.pop(name) for name in names}) or "local"
+
 
 max_memory_option = click.option("--max-memory", type=SIZE, help="most memory above the imports, such as 500MB")
 base_option = click.option("--base", type=MODEL, help="the model that the others were trained from")

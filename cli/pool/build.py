@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import handle_errors
-from ..options import debug_option, json_option
+from ..options import debug_option, evaluation_options, json_option, pop_engine
 from ..output import echo, echo_json, plural
 from ..types import MODEL
 from .options import PoolStatus, license_option, owner_cap_option, pool_argument
@@ -46,6 +46,7 @@ __all__ = ["build_command"]
 @click.option("--again", is_flag=True, help="audit adapters again that were audited before")
 @owner_cap_option
 @license_option
+@evaluation_options
 @json_option
 @debug_option
 def build_command(
@@ -62,6 +63,7 @@ def build_command(
     allow_unknown_licence: bool | None,
     as_json: bool,
     debug: bool,
+    **others: Any,
 ) -> None:
     """Audit adapters and keep those that are worth it; adapters that a POOL knows are not looked at again.
 
@@ -87,6 +89,7 @@ def build_command(
             again=again,
             owner_cap=owner_cap,
             allow_unknown_licence=allow_unknown_licence,
+            engine=pop_engine(others),
             on_event=echo_entry,
         )
     if as_json:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ..errors import handle_errors
-from ..options import debug_option, device_option, json_option
+from ..options import debug_option, device_option, evaluation_options, json_option, pop_engine
 from .options import PoolStatus, pool_argument
 from .verdicts import echo_entry, echo_verdicts
 
@@ -23,11 +24,12 @@ __all__ = ["smoke_command"]
 )
 @click.option("--unchanged", type=float, help="change of the outputs that is none  [default: as before; 0.001]")
 @device_option
+@evaluation_options
 @click.option("--again", is_flag=True, help="also adapters that were tested before")
 @json_option
 @debug_option
 def smoke_command(
-    pool: Path, texts: str | None, device: str, again: bool, as_json: bool, debug: bool, **limits: float | None
+    pool: Path, texts: str | None, device: str, again: bool, as_json: bool, debug: bool, **others: Any
 ) -> None:
     """Run the base with every adapter over a few texts, and quarantine any that destroy it or change nothing.
 
@@ -43,7 +45,8 @@ def smoke_command(
         from merging.pool.smoke_run import smoke_limits
 
         chosen, opened = read_texts(texts) if texts else None, Pool(pool)
-        given = {name: value for name, value in limits.items() if value is not None}
+        engine = pop_engine(others)
+        given = {name: value for name, value in others.items() if value is not None}
         changed = replace(smoke_limits(opened.index), **given) if given else None
-        verdicts = opened.smoke(chosen, limits=changed, device=device, again=again, on_event=echo_entry)
+        verdicts = opened.smoke(chosen, limits=changed, device=device, again=again, engine=engine, on_event=echo_entry)
     echo_verdicts(pool, verdicts, as_json)

@@ -32,7 +32,7 @@ from merging.object_stores.store_path import StorePath
 from merging.plan.merge_plan import Plan
 from merging.storage.quantizing_writer import QuantizingWriter
 
-__all__ = ["ClusterCrew", "ClusterSettings", "fit_workers", "open_connection", "pick_cluster_devices"]
+__all__ = ["ClusterCrew", "ClusterSettings", "fit_workers", "give_gpus", "open_connection", "pick_cluster_devices"]
 
 _PARTS = 16
 """Batches for each worker in a sweep: the last of them, which may run alone, are a small part of all."""
@@ -94,8 +94,12 @@ def fit_workers(
         )
     threads = cluster.threads if max_memory is None else workers_within(plan, cluster.threads, max_memory)
     memory = cluster.memory or plan.memory(threads) + _IMPORTS
-    gpus = cluster.worker_gpus or (0 if device.type == "cpu" else 1)
-    return ClusterSettings(replace(cluster, memory=memory, worker_gpus=gpus), threads)
+    return ClusterSettings(replace(give_gpus(cluster, device), memory=memory), threads)
+
+
+def give_gpus(cluster: RayCluster, device: torch.device) -> RayCluster:
+    """Return a cluster whose workers take one GPU each where they need one, unless its settings state a share."""
+    return replace(cluster, worker_gpus=cluster.worker_gpus or (0 if device.type == "cpu" else 1))
 
 
 def pick_cluster_devices(name: str | torch.device) -> tuple[torch.device, ...]:

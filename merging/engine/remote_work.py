@@ -29,7 +29,17 @@ from merging.storage.placed_files import PlacedFiles
 from merging.storage.quantizing_writer import QuantizingWriter
 from merging.version import __version__
 
-__all__ = ["Batch", "BatchResult", "RemoteRun", "RemoteSweep", "machine_id", "versions", "work_on"]
+__all__ = [
+    "Batch",
+    "BatchResult",
+    "RemoteRun",
+    "RemoteSweep",
+    "check_versions",
+    "in_folder",
+    "machine_id",
+    "versions",
+    "work_on",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +149,7 @@ def work_on(batch: Batch) -> BatchResult:
         MergingError: for values that cannot be merged, for files that this machine does not see, and for other
             versions than the program's.
     """
-    _check_versions(batch.versions)
+    check_versions(batch.versions)
     opened = _open(batch)
     shared, run = opened.shared, opened.run
     assert opened.sweep is not None
@@ -153,7 +163,7 @@ def work_on(batch: Batch) -> BatchResult:
             written[span] = worker.output.sink.take()
 
     shared.notices, shared.discarded, shared.metrics = set(), {}, {}
-    with _in_folder(run.folder):
+    with in_folder(run.folder):
         workers = share_out(
             spans, partial(work.begin, shared), do, lambda _: None, threads=run.threads, devices=run.devices
         )
@@ -230,7 +240,7 @@ def versions() -> dict[str, str]:
     return {"merging": __version__, "torch": str(torch.__version__)}
 
 
-def _check_versions(wanted: Mapping[str, str]) -> None:
+def check_versions(wanted: Mapping[str, str]) -> None:
     """Refuse to work with other versions than the program. Raises :class:`~merging.errors.InputError`."""
     for name, version in versions().items():
         if version != wanted[name]:
@@ -248,7 +258,7 @@ def machine_id() -> str:
 
 
 @contextmanager
-def _in_folder(folder: Path) -> Iterator[None]:
+def in_folder(folder: Path) -> Iterator[None]:
     """Work in the program's working folder, if this machine has it, as paths may be relative to it."""
     before = Path.cwd()
     with suppress(OSError):

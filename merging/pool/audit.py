@@ -29,7 +29,7 @@ from merging.sources.changes import Change
 from merging.sources.small_files import is_there
 from merging.sources.stored import Stored
 
-__all__ = ["KEPT_FILES", "Auditor", "Candidate", "change_of"]
+__all__ = ["KEPT_FILES", "Audit", "Auditor", "Candidate", "change_of"]
 
 KEPT_FILES = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md")
 """The files of an adapter that are kept in addition to its weights and config."""
@@ -53,12 +53,17 @@ class Candidate:
 
 
 @dataclass(slots=True)
-class _Audit:
+class Audit:
     """The findings about an adapter so far."""
 
     entry: Entry
     findings: list[Finding] = field(default_factory=list)
     adapter: Adapter | None = None
+
+    @property
+    def name(self) -> str:
+        """The adapter's name."""
+        return self.entry.name
 
     def find(self, stage: str, verdict: PoolVerdict, reason: str) -> None:
         self.findings.append(Finding(stage, verdict, reason))
@@ -77,26 +82,30 @@ class Auditor:
         self.norms = norms
         self._resolver = Resolver(base.tensors, base.config)
 
-    def audit(self, candidate: Candidate) -> tuple[Entry, Adapter | None]:
-        """Return the entry of an adapter with all findings and figures, and the opened adapter, if any.
+    def check_headers(self, candidate: Candidate) -> Audit:
+        """Return the audit of an adapter so far: its listing, config and headers. It holds the opened adapter, if any.
 
         Raises :class:`~merging.hub.client.Unreachable` if the Hub does not answer, which is not a finding.
         """
-        audit = _Audit(
+        audit = Audit(
             Entry(candidate.name, owner=candidate.owner, created=candidate.created, downloads=candidate.downloads)
         )
         if candidate.gated:
             reason = f"is gated: ask for access on its page, then build with {option('again', True)}"
             audit.find("metadata", "rejected", reason)
-        for check in (self._headers, self._values):
-            if not audit.rejected:
-                check(audit)
+        else:
+            self._headers(audit)
+        return audit
+
+    def check_values(self, audit: Audit) -> Entry:
+        """Return the entry of an adapter whose headers are checked, with all findings and figures."""
+        if not audit.rejected:
+            self._values(audit)
         worst = max((VERDICTS.index(each.verdict) for each in audit.findings), default=0)
         time = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        entry = replace(audit.entry, verdict=VERDICTS[worst], findings=tuple(audit.findings), time=time)
-        return entry, audit.adapter
+        return replace(audit.entry, verdict=VERDICTS[worst], findings=tuple(audit.findings), time=time)
 
-    def _headers(self, audit: _Audit) -> None:
+    def _headers(self, audit: Audit) -> None:
         """Check config and headers: a known type, for this base, whose targets all fit it."""
         try:
             adapter = open_model(audit.entry.name)
@@ -127,7 +136,7 @@ class Auditor:
         except MergingError as error:
             audit.find("headers", "rejected", str(error))
 
-    def _repairs(self, audit: _Audit, adapter: Adapter) -> None:
+    def _repairs(self, audit: Audit, adapter: Adapter) -> None:
         """Note properties that other programs might misread. They are handled when the adapter is read."""
         for reason in sorted({change.needs_base for change in adapter.changes.values() if change.needs_base}):
             audit.find("headers", "repaired", f"its change is computed with the base: {reason}")
@@ -140,7 +149,7 @@ class Auditor:
         if adapter.config.get("use_rslora"):
             audit.find("headers", "repaired", "rsLoRA: its scale alpha / sqrt(r) is folded in")
 
-    def _values(self, audit: _Audit) -> None:
+    def _values(self, audit: Audit) -> None:
         """Check the values, one module at a time: finite, not zero, not too large."""
         assert audit.adapter is not None
         download_model(audit.adapter)

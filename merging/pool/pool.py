@@ -5,21 +5,22 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from filelock import FileLock, Timeout
 
+from merging.cluster import RayCluster
 from merging.display.tables import Table, Tabular, plural
+from merging.engine.evaluation import make_evaluation_cluster
 from merging.errors import InputError, OptionError, OutputError
 from merging.hub.address import local_path
 from merging.hub.open_model import open_base
-from merging.pool.audit import Auditor, Candidate
+from merging.pool.audit import Candidate
 from merging.pool.cross_checks import OWNER_CAP, cross_check, store_limits
-from merging.pool.entry import OVERRULED, VERDICTS, Built, Entry, Finding, verdict_of
-from merging.pool.files import FOLDER, holds_something, keep_files, sweep
+from merging.pool.entry import OVERRULED, VERDICTS, Built, Entry, Finding
+from merging.pool.files import FOLDER, holds_something, sweep
 from merging.pool.index import Index
 from merging.sources.links import refuse_link
 from merging.type_checks import check_types
@@ -124,6 +125,8 @@ class Pool(Tabular):
         again: bool = False,
         owner_cap: int | None = None,
         allow_unknown_licence: bool | None = None,
+        engine: str | RayCluster = "local",
+        address: str | None = None,
         on_event: Callable[[Entry], None] | None = None,
     ) -> Built:
         """Audit new adapters, keep their files, and compare all adapters of the pool.
@@ -133,6 +136,8 @@ class Pool(Tabular):
             again: Whether known adapters are audited again.
             owner_cap: The most usable adapters of one owner; ten at first. It is stored for later calls.
             allow_unknown_licence: Whether adapters without a license are usable; False at first. It is stored too.
+            engine: ``local`` to read values here, ``ray``, or a :class:`~merging.cluster.RayCluster` with settings.
+            address: The address of the Ray cluster, ``HOST:PORT`` or ``auto``.
             on_event: Receives every audited adapter, and every adapter whose verdict the comparison changes.
 
         Returns:
@@ -142,26 +147,18 @@ class Pool(Tabular):
             merging.errors.MergingError: For an error of the pool, its base, or the network. Defects of an adapter are
                 findings.
         """
-        audited = 0
+        from merging.pool.build_run import audit_each
+
+        cluster, audited = make_evaluation_cluster(engine, address), 0
         with self._writing():
             store_limits(self.index, owner_cap, allow_unknown_licence)
             base = open_base(self.base, "a pool")
-            known = set() if again else self.index.names()
-            auditor = Auditor(base, self.base_names, self.index.base_norms())
-            for candidate in candidates:
-                if candidate.name in known:
-                    continue
-                known.add(candidate.name)
-                before = set(auditor.norms)
-                entry, adapter = auditor.audit(candidate)
-                if adapter is not None and entry.verdict != "rejected":
-                    entry = keep_files(self.path, entry, adapter)
-                entry = self._keep_overruling(entry)
-                self.index.put(entry, {name: auditor.norms[name] for name in auditor.norms.keys() - before})
-                audited += 1
-                _log.info("%s: %r: %s", self.path, entry.name, entry.verdict)
-                if on_event:
-                    on_event(entry)
+            with closing(audit_each(self, base, candidates, again=again, cluster=cluster)) as entries:
+                for entry in entries:
+                    audited += 1
+                    _log.info("%s: %r: %s", self.path, entry.name, entry.verdict)
+                    if on_event:
+                        on_event(entry)
             cross_check(self.path, self.index, base, on_event)
         return Built(audited, self.verdicts())
 
@@ -197,6 +194,8 @@ class Pool(Tabular):
         limits: Limits | None = None,
         device: str = "cpu",
         again: bool = False,
+        engine: str | RayCluster = "local",
+        address: str | None = None,
         on_event: Callable[[Entry], None] | None = None,
     ) -> dict[str, int]:
         """Run the base with each usable adapter over a few texts, and quarantine adapters that fail.
@@ -209,19 +208,33 @@ class Pool(Tabular):
             limits: The limits of the figures. They are stored for later calls, and applied to earlier tests.
             device: The device that the base runs on.
             again: Whether adapters that were tested before are tested again.
+            engine: ``local`` to run here, ``ray``, or a :class:`~merging.cluster.RayCluster` with settings.
+            address: The address of the Ray cluster, ``HOST:PORT`` or ``auto``.
             on_event: Receives every tested adapter, and every adapter whose verdict changes.
 
         Returns:
             The number of adapters with each verdict.
 
         Raises:
-            merging.errors.InputError: For a base that transformers cannot load.
+            merging.errors.InputError: For a base that transformers cannot load, and for a cluster that does not answer
+                or whose workers do not see the files.
+            merging.errors.OptionError: For an engine or a device that cannot be used.
         """
         from merging.pool.smoke_run import smoke
 
+        cluster = make_evaluation_cluster(engine, address, device)
         with self._writing():
             base = open_base(self.base, "a pool")
-            smoke(self, base, texts=texts, limits=limits, device=device, again=again, on_event=on_event)
+            smoke(
+                self,
+                base,
+                texts=texts,
+                limits=limits,
+                device=device,
+                again=again,
+                cluster=cluster,
+                on_event=on_event,
+            )
             cross_check(self.path, self.index, base, on_event)
         return self.verdicts()
 
@@ -248,14 +261,6 @@ class Pool(Tabular):
             for entry in entries:
                 found = [] if verdict is None else [Finding(OVERRULED, verdict, reason.strip())]
                 self.index.note_findings(entry.name, OVERRULED, found, {})
-
-    def _keep_overruling(self, entry: Entry) -> Entry:
-        """Return the entry of a repeated audit with the verdict that a person gave before."""
-        if entry.name not in self.index.names():
-            return entry
-        kept = [each for each in self.index.entry(entry.name).findings if each.stage == OVERRULED]
-        findings = (*entry.findings, *kept)
-        return replace(entry, findings=findings, verdict=verdict_of(findings)) if kept else entry
 
     @former_parameters({"tell": "on_event"})
     @check_types()

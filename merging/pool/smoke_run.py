@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
+from merging.cluster import RayCluster
+from merging.engine.evaluation import evaluate_each
 from merging.errors import FormatError, MergingError, OptionError
 from merging.hub.open_model import open_model
 from merging.plan.names.resolve import Resolver
@@ -39,6 +43,7 @@ def smoke(
     limits: Limits | None,
     device: str,
     again: bool,
+    cluster: RayCluster | None,
     on_event: Callable[[Entry], None] | None,
 ) -> None:
     """Run the base with each adapter of a pool that was not tested before; see :meth:`~merging.pool.Pool.smoke`."""
@@ -49,18 +54,41 @@ def smoke(
     waiting = [entry for entry in kept if entry.usable or entry.smoke_tested]
     if not waiting:
         return
-    test = SmokeTest(pool.base, base, texts or TEXTS, device, smoke_limits(index))
+    prepare = partial(_prepare, pool.base, base, texts or TEXTS, device, smoke_limits(index))
     resolver = Resolver(base.tensors, base.config)
-    for entry in waiting:
-        try:
-            adapter = open_model(entry.place(pool.path))
-            assert isinstance(adapter, Adapter)
-            findings, figures = test.run(replace(adapter, changes=resolver.resolve(adapter).changes))
-        except MergingError as error:
-            findings, figures = [Finding("smoke", "ok", f"could not be run: {error}")], {}
-        index.note_findings(entry.name, "smoke", findings, {"smoked": 1.0, **figures})
-        if on_event:
-            on_event(index.entry(entry.name))
+    tasks = ((entry, _open(entry, pool, resolver)) for entry in waiting)
+    with closing(evaluate_each(tasks, prepare, cluster, base=pool.base)) as results:
+        for entry, (findings, figures) in results:
+            index.note_findings(entry.name, "smoke", findings, {"smoked": 1.0, **figures})
+            if on_event:
+                on_event(index.entry(entry.name))
+
+
+def _open(entry: Entry, pool: Pool, resolver: Resolver) -> Adapter | MergingError:
+    """Return the adapter of an entry, or the error that keeps it from being opened."""
+    try:
+        adapter = open_model(entry.place(pool.path))
+        assert isinstance(adapter, Adapter)
+        return replace(adapter, changes=resolver.resolve(adapter).changes)
+    except MergingError as error:
+        return error
+
+
+def _prepare(
+    base: str, source: Checkpoint, texts: Sequence[str], device: str, limits: Limits
+) -> Callable[[Adapter | MergingError], tuple[list[Finding], dict[str, float]]]:
+    """Return the function that tests one adapter."""
+    return partial(_test, SmokeTest(base, source, texts, device, limits))
+
+
+def _test(test: SmokeTest, adapter: Adapter | MergingError) -> tuple[list[Finding], dict[str, float]]:
+    """Return findings and figures of an adapter; one that cannot be run has a finding that says so."""
+    try:
+        if isinstance(adapter, MergingError):
+            raise adapter
+        return test.run(adapter)
+    except MergingError as error:
+        return [Finding("smoke", "ok", f"could not be run: {error}")], {}
 
 
 def _judge(index: Index, limits: Limits, on_event: Callable[[Entry], None] | None) -> None:
