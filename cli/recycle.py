@@ -10,7 +10,7 @@ import click
 
 from .errors import OutputStatus, handle_errors
 from .fields import FieldsCommand, field_option
-from .options import debug_option, device_option, json_option, remember_quiet
+from .options import debug_option, device_option, evaluation_options, json_option, pop_engine, remember_quiet
 from .output import echo, echo_json, echo_notices, echo_usage
 from .tables import echo_table
 from .types import MODEL
@@ -45,6 +45,7 @@ def settings_options(typed: Mapping[str, Any]) -> list[click.Option]:
 @click.option("--overwrite", is_flag=True, help="replace an existing output, and an unfinished run")
 @click.option("--resume", is_flag=True, help="go on with a run that was killed")
 @device_option
+@evaluation_options
 @json_option
 @click.option(
     "--progress/--quiet",
@@ -82,8 +83,9 @@ def recycle_command(pool: tuple[str, ...], as_json: bool, debug: bool, fields: d
         import merging
         from merging.api.usage import describe_usage
 
+        engine = pop_engine(options)
         stated = {name: value for name, value in options.items() if value is not None}
-        done = merging.recycle(pool, on_event=echo_step, **stated, **fields)
+        done = merging.recycle(pool, engine=engine, on_event=echo_step, **stated, **fields)
         usage = describe_usage(done.path)
     if as_json:
         echo_json({**done.to_dict(), "usage": usage or None})

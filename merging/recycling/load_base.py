@@ -9,11 +9,18 @@ from merging.maths.lazy_torch import torch
 from merging.pool.network import explain_errors, loading_options, quiet
 from merging.recycling.data import Split, kind_of, labels_of
 from merging.recycling.model import Classifier, Decoder, Encoder, EncoderDecoder, TaskModel
+from merging.recycling.problem import Problem
 from merging.recycling.settings import Settings
 
-__all__ = ["load_model"]
+__all__ = ["load_model", "load_problem"]
 
 _MOST_TOKENS = 512
+
+
+def load_problem(base: str, parts: Split, settings: Settings, device: torch.device) -> Problem:
+    """Load the base, and return the task of the examples for it. Raises as :func:`load_model` does."""
+    model = load_model(base, parts, settings, device)
+    return Problem(model, tuple(map(model.encode, parts.train)), tuple(map(model.encode, parts.valid)), settings)
 
 
 def load_model(base: str, parts: Split, settings: Settings, device: torch.device) -> TaskModel:

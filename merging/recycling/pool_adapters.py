@@ -19,10 +19,20 @@ from merging.plan.checks import same_base
 from merging.pool import Pool
 from merging.pool.index import is_pool
 from merging.recycling.hooks import HookPoint
-from merging.sources import Adapter
+from merging.sources import Adapter, Model
 from merging.sources.renaming import find_renaming
 
-__all__ = ["BASE", "FEW_SHOT", "AdapterRef", "Expert", "UsableAdapters", "find_usable", "list_adapters", "open_expert"]
+__all__ = [
+    "BASE",
+    "FEW_SHOT",
+    "AdapterRef",
+    "Expert",
+    "UsableAdapters",
+    "find_usable",
+    "list_adapters",
+    "open_expert",
+    "read_expert",
+]
 
 BASE, FEW_SHOT = "base", "few-shot LoRA"
 """Names of rows in the report. An adapter of a pool with such a name is called by its path."""
@@ -144,13 +154,19 @@ def _is_adapter(path: Path) -> bool:
 
 
 def open_expert(candidate: AdapterRef, hook_points: Mapping[str, HookPoint], network: str = "the base") -> Expert:
-    """Read and check an adapter's changes, by the names of the network's weights.
+    """Open an adapter, and return it as :func:`read_expert` does."""
+    return read_expert(candidate, open_model(candidate.path), hook_points, network)
+
+
+def read_expert(
+    candidate: AdapterRef, adapter: Model, hook_points: Mapping[str, HookPoint], network: str = "the base"
+) -> Expert:
+    """Read and check an opened adapter's changes, by the names of the network's weights.
 
     Heads that the adapter saved in full for its own task are left out, with a notice. Raises
     :class:`~merging.errors.MergingError` for a full model, and for an adapter that does not fit, is not made of
     low-rank factors, changes nothing, or holds NaN.
     """
-    adapter = open_model(candidate.path)
     if not isinstance(adapter, Adapter):
         raise InputError(
             f"{candidate.path}: is a full checkpoint, and only adapters are recycled: leave it out, or extract a LoRA "

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from math import inf, isfinite
 
+from merging.cluster import RayCluster
+from merging.engine.evaluation import evaluate_each
 from merging.errors import OptionError
+from merging.hub.open_model import open_model
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.sums import safe_ratio
 from merging.recycling.hooks import HookPoint
-from merging.recycling.pool_adapters import AdapterRef, Expert, open_expert
+from merging.recycling.pool_adapters import AdapterRef, Expert, open_expert, read_expert
 from merging.recycling.problem import Problem, single_adapter
 from merging.recycling.run_checkpoint import RunCheckpoint
 from merging.recycling.seeds import order
 from merging.recycling.similarity import cosine, similarity
+from merging.sources import Model
 
-__all__ = ["ChosenAdapters", "choose", "gains", "gradients", "score_candidates", "spearman"]
+__all__ = ["ChosenAdapters", "Workers", "choose", "gains", "gradients", "score_candidates", "spearman"]
 
 _DUPLICATE = 0.9999
 
@@ -34,8 +40,21 @@ class ChosenAdapters:
     passed_over: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """A cluster whose workers score adapters, and a function that loads the problem for ``base`` in each of them."""
+
+    cluster: RayCluster
+    load: Callable[[], Problem]
+    base: str
+
+
 def score_candidates(
-    pool: Sequence[AdapterRef], problem: Problem, target: Expert | None, checkpoint: RunCheckpoint
+    pool: Sequence[AdapterRef],
+    problem: Problem,
+    target: Expert | None,
+    checkpoint: RunCheckpoint,
+    workers: Workers | None = None,
 ) -> dict[str, float]:
     """Score each candidate by the strategy of the settings. Better adapters have larger scores."""
     kind = problem.settings.select
@@ -43,13 +62,28 @@ def score_candidates(
     if kind == "random":
         positions = order(len(pool), problem.settings.seed, "selection")
         return {each.name: float(-position) for each, position in zip(pool, positions, strict=True)}
-    grads = gradients(problem) if kind == "screen" and len(kept) < len(pool) else {}
-    for each in pool:
-        if each.name not in kept:
-            expert = open_expert(each, problem.model.hook_points)
-            kept[each.name] = _score(kind, expert, problem, target, grads)
-            checkpoint.keep("selection", kept)
+    waiting = [each for each in pool if each.name not in kept]
+    if waiting:
+        tasks = ((each, (each, open_model(each.path))) for each in waiting)
+        prepare = partial(_prepare, workers.load if workers else lambda: problem, target)
+        cluster, base = (workers.cluster, workers.base) if workers else (None, None)
+        with closing(evaluate_each(tasks, prepare, cluster, base=base)) as results:
+            for each, score in results:
+                kept[each.name] = score
+                checkpoint.keep("selection", kept)
     return kept
+
+
+def _prepare(load: Callable[[], Problem], target: Expert | None) -> Callable[[tuple[AdapterRef, Model]], float]:
+    """Return the function that scores one candidate, with the gradients that it needs."""
+    problem = load()
+    grads = gradients(problem) if problem.settings.select == "screen" else {}
+
+    def score(task: tuple[AdapterRef, Model]) -> float:
+        expert = read_expert(*task, problem.model.hook_points)
+        return _score(problem.settings.select, expert, problem, target, grads)
+
+    return score
 
 
 def _score(kind: str, expert: Expert, problem: Problem, target: Expert | None, grads: dict[str, Tensor]) -> float:

@@ -16,7 +16,7 @@ from merging.recycling.pool_adapters import BASE, FEW_SHOT, AdapterRef, Expert, 
 from merging.recycling.problem import Problem, WeightedAdapters, simple_average, single_adapter
 from merging.recycling.report import AVERAGE, MERGE, SINGLE, Measurement
 from merging.recycling.run_checkpoint import RunCheckpoint
-from merging.recycling.selection import ChosenAdapters, choose, score_candidates, spearman
+from merging.recycling.selection import ChosenAdapters, Workers, choose, score_candidates, spearman
 
 __all__ = ["OnEvent", "Outcome", "best_of", "measure", "run_stages"]
 
@@ -65,8 +65,16 @@ class Outcome:
     correlation: float | None
 
 
-def run_stages(problem: Problem, pool: UsableAdapters, checkpoint: RunCheckpoint, on_event: OnEvent) -> Outcome:
+def run_stages(
+    problem: Problem,
+    pool: UsableAdapters,
+    checkpoint: RunCheckpoint,
+    on_event: OnEvent,
+    workers: Workers | None = None,
+) -> Outcome:
     """Train the few-shot LoRA, choose adapters, mix them, and mix the controls in the same way.
+
+    ``workers`` score the adapters, if there are any.
 
     Raises :class:`~merging.errors.InputError` if every adapter equals the target LoRA.
     """
@@ -75,7 +83,7 @@ def run_stages(problem: Problem, pool: UsableAdapters, checkpoint: RunCheckpoint
     few_shot = train_few_shot(problem, pool.modules, checkpoint)
     target = _target(problem, few_shot)
     on_event(f"choosing among {len(pool.usable)} adapters by {settings.select}")
-    scores = score_candidates(pool.usable, problem, target, checkpoint)
+    scores = score_candidates(pool.usable, problem, target, checkpoint, workers)
     taken = [target] if target else []
     chosen = choose(pool.usable, scores, problem, taken)
     if not chosen.experts:

@@ -7,24 +7,29 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from merging.cluster import RayCluster, connect
 from merging.display.notices import report_notices
 from merging.display.tables import Table, Tabular
+from merging.engine.evaluation import make_evaluation_cluster
 from merging.engine.resources import pick_device
 from merging.errors import OptionError, option
 from merging.maths.lazy_torch import torch
 from merging.recycling.bootstrap import Metric
 from merging.recycling.data import Example, Split, kind_of, overlaps, read_examples, split
+from merging.recycling.facts import collect_facts
 from merging.recycling.fold import FoldedLora, fold, write_adapter
-from merging.recycling.load_base import load_model
+from merging.recycling.load_base import load_problem
 from merging.recycling.mixing import check_mixing
 from merging.recycling.page import page
 from merging.recycling.pool_adapters import AdapterRef, UsableAdapters, find_usable, list_adapters
 from merging.recycling.problem import Problem, WeightedAdapters, single_adapter
 from merging.recycling.report import Report, make_report
 from merging.recycling.run_checkpoint import RunCheckpoint
+from merging.recycling.selection import Workers
 from merging.recycling.settings import Settings, make_settings
 from merging.recycling.stages import OnEvent, Outcome, best_of, measure, run_stages
 from merging.storage.staging import StagedOutput, check_destination
@@ -91,6 +96,8 @@ def recycle(
     device: str | torch.device = "cpu",
     resume: bool = False,
     overwrite: bool = False,
+    engine: str | RayCluster = "local",
+    address: str | None = None,
     on_event: OnEvent | None = None,
     **settings: Any,
 ) -> Recycled:
@@ -110,6 +117,8 @@ def recycle(
         device: The device that the base runs on, such as ``"cpu"`` or ``"cuda"``.
         resume: Continue a run that was killed. The result is the same as without the interruption.
         overwrite: Replace an existing output, and start again after a killed run.
+        engine: ``local`` to score the adapters here, ``ray``, or a :class:`~merging.cluster.RayCluster` with settings.
+        address: The address of the Ray cluster, ``HOST:PORT`` or ``auto``.
         on_event: Receives a line when a stage begins.
         **settings: The fields of :class:`~merging.recycling.settings.Settings`.
 
@@ -135,18 +144,23 @@ def recycle(
         chosen.seed,
     )
     check_mixing(chosen, kind_of(parts) == "label")
+    cluster = make_evaluation_cluster(engine, address, device)
     where, found = pick_device(device), list_adapters(pool, base)
     _check_output(destination, found, overwrite)
+    if cluster is not None:
+        with connect(cluster):
+            pass  # a cluster that does not answer is an error now, and not after the training
     on_event = _log_lines(on_event)
     on_event(f"loading {base}")
-    model = load_model(base, parts, chosen, where)
-    problem = Problem(model, tuple(map(model.encode, parts.train)), tuple(map(model.encode, parts.valid)), chosen)
-    test_items = tuple(map(model.encode, parts.test))
-    usable = find_usable(found, model.hook_points)
+    load = partial(load_problem, base, parts, chosen, where)
+    problem = load()
+    test_items = tuple(map(problem.model.encode, parts.test))
+    usable = find_usable(found, problem.model.hook_points)
     # Only now: a run that is refused before this line leaves nothing behind.
     plan = _plan(chosen, base, parts, found)
     checkpoint = RunCheckpoint(checkpoint_folder(destination), plan, resume, overwrite)
-    outcome = run_stages(problem, usable, checkpoint, on_event)
+    workers = Workers(cluster, load, base) if cluster else None
+    outcome = run_stages(problem, usable, checkpoint, on_event, workers)
     outcome, folded, lossy = _fold_best(outcome, problem, usable.modules)
     on_event("measuring")
     report = make_report(
@@ -157,7 +171,7 @@ def recycle(
         examples={"train": len(parts.train), "valid": len(parts.valid), "test": len(parts.test)},
         resamples=chosen.resamples,
         seed=chosen.seed,
-        facts=_facts(problem, base, usable, outcome, folded),
+        facts=collect_facts(problem, base, usable, outcome, folded),
         notices=_notices(problem, usable, parts),
     )
     with StagedOutput(destination, overwrite, False) as staged:
@@ -245,50 +259,6 @@ def _metric(settings: Settings, parts: Split) -> Metric:
         return settings.metric
     texts_alone = all(each.completion is not None and not each.text for each in parts.train)
     return "loss" if texts_alone else "accuracy"
-
-
-def _facts(problem: Problem, base: str, pool: UsableAdapters, outcome: Outcome, folded: FoldedLora) -> dict[str, Any]:
-    """Return the figures of the run, for the report's JSON."""
-    chosen = [
-        {"name": expert.name, "owner": expert.owner, "loss": outcome.losses[expert.name], "rank": expert.rank}
-        for expert in outcome.chosen.experts
-    ]
-    validated = {
-        "base": outcome.base.loss,
-        "few-shot LoRA": outcome.few_shot.mixed.loss,
-        "best single adapter": outcome.single.loss,
-        "simple average": outcome.average.loss,
-        "tuned": outcome.tuned.loss,
-        "returned": outcome.merge.loss,
-    }
-    return {
-        "base": base,
-        "settings": json.loads(problem.settings.model_dump_json()),
-        "candidates": len(pool.usable) + len(pool.left_out),
-        "left_out": pool.left_out,
-        "passed_over": outcome.chosen.passed_over,
-        "scores": outcome.chosen.scores,
-        "chosen": chosen,
-        "selection_correlation": outcome.correlation,
-        "came_back_instead": outcome.fallback,
-        "few_shot": {"rate": outcome.few_shot.rate, "validation": dict(outcome.few_shot.tried)},
-        "validation_loss": validated,
-        "weights": _weights(problem, outcome),
-        "curves": {"merge": outcome.tuned.curve, "few-shot LoRA": outcome.few_shot.mixed.curve},
-        "fold": {"rank": folded.rank, "energy_kept": folded.kept, "lost": dict(folded.lost)},
-    }
-
-
-def _weights(problem: Problem, outcome: Outcome) -> dict[str, Any]:
-    """Return the final coefficients by adapter, one for each group; None where an adapter has no part in a group."""
-    tuned = outcome.tuned
-    layout = tuned.mixture(problem).layout
-    values = layout.activate(tuned.coefficients, tuned.activation).tolist()
-    groups = {group: number for number, group in enumerate(dict.fromkeys(layout.names))}
-    table: dict[str, list[float | None]] = {expert.name: [None] * len(groups) for expert in tuned.experts}
-    for value, expert, group in zip(values, layout.experts.tolist(), layout.names, strict=True):
-        table[tuned.experts[expert].name][groups[group]] = value
-    return {"granularity": tuned.granularity, "groups": list(groups), "by_adapter": table}
 
 
 def _notices(problem: Problem, pool: UsableAdapters, parts: Split) -> list[str]:
