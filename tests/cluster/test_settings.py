@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import pytest
 
 import merging
 from merging.cluster import RayCluster, connect, make_cluster, map_tasks
+from merging.engine.evaluation import evaluate_each, make_evaluation_cluster
 from merging.engine.transport import open_recorded
 from merging.errors import InputError, OptionError
+from merging.pool import Pool
 from merging.storage.placed_files import PlacedFiles, TensorPlace
 from support.commands import ok, refused
-from support.tiny import checkpoint
+from support.tiny import adapters, checkpoint
 
 WITHOUT_RAY = pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is installed here")
 
@@ -71,6 +74,58 @@ def test_without_ray_one_command_installs_it(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r'^engine="ray" needs the package ray: pip install'):
         recipe.run(tmp_path / "out", engine="ray")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["base", "tuned0", "tuned1"]
+
+
+def test_options_of_commands_that_evaluate_adapters(tmp_path: Path) -> None:
+    base, folders = adapters(tmp_path, 2)
+    pool = Pool.create(tmp_path / "pool", base)
+    examples = tmp_path / "train.jsonl"
+    examples.write_text('{"text": "one", "label": 0}\n{"text": "two", "label": 1}\n')
+    for words in (
+        ("pool", "build", pool.path, *folders),
+        ("pool", "smoke", pool.path),
+        ("recycle", *folders, "--base", base, "--train", examples, "-o", tmp_path / "out"),
+    ):
+        assert "--workers is a setting of a cluster: add --engine ray" in refused(*words, "--workers", 2)
+        assert "--address head: write HOST:PORT, or auto" in refused(*words, "--engine", "ray", "--address", "head")
+        if words[1] != "build":
+            said = refused(*words, "--engine", "ray", "--device", "cuda:1")
+            assert "--device cuda:1: the workers of a cluster run on cpu or cuda" in said
+    with pytest.raises(OptionError, match=r'^engine="rays": use local or ray'):
+        pool.smoke(engine="rays")
+
+
+def test_evaluations_without_a_cluster_take_one_function(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def prepare() -> Callable[[int], int]:
+        made.append("once")
+        return lambda number: -number
+
+    tasks = ((path, number) for number, path in enumerate([tmp_path / "a", tmp_path / "b"]))
+    assert [*evaluate_each(tasks, prepare, None)] == [(tmp_path / "a", 0), (tmp_path / "b", -1)]
+    assert made == ["once"]
+
+
+def test_gpus_of_an_evaluation() -> None:
+    gpus = [make_evaluation_cluster(RayCluster(worker_gpus=share), device=device)
+            for share, device in ((0, "cpu"), (0, "cuda"), (0.5, "cuda"))]  # fmt: skip
+    assert [cluster and cluster.worker_gpus for cluster in gpus] == [0, 1, 0.5]
+
+
+@WITHOUT_RAY
+def test_an_evaluation_needs_ray(tmp_path: Path) -> None:
+    base, folders = adapters(tmp_path, 1)
+    Pool.create(tmp_path / "pool", base)
+    examples = tmp_path / "train.jsonl"
+    examples.write_text('{"text": "one", "label": 0}\n{"text": "two", "label": 1}\n')
+    for words in (
+        ("pool", "build", tmp_path / "pool", *folders),
+        ("recycle", *folders, "--base", base, "--train", examples, "-o", tmp_path / "out"),
+    ):
+        said = refused(*words, "--engine", "ray")
+        assert "Error: --engine ray needs the package ray: pip install 'merging[ray]'" in said
+        assert "loading" not in said
 
 
 @WITHOUT_RAY
