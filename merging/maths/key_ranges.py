@@ -175,4 +175,4 @@ def _select(keys: Tensor, low: int, high: int) -> Tensor:
         # one unsigned comparison: keys below the range wrap around
         unsigned = (keys - low).numpy().view(f"u{keys.itemsize}")
         return torch.from_numpy(keys.numpy().compress(unsigned < high - low))
-    return keys[(keys >= low) & (keys < high)]
+    return keys[(keys >= low) & (keys <= high - 1)]  # torch compares with a bound beyond the type as if it wrapped

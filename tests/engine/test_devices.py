@@ -19,6 +19,7 @@ from merging.engine.resources import pick_device, pick_devices, workers_within
 from merging.engine.staging import Staging
 from merging.engine.threads import share_out
 from merging.errors import OptionError
+from merging.maths.key_ranges import KeyRange, KeyTally
 from merging.methods import chain
 from merging.sources.stored import MappedTensor
 from support.paths import ROOT
@@ -101,6 +102,18 @@ def test_one_buffer_is_filled_while_the_other_is_copied(register: Register) -> N
             assert values.device == place
             assert values.tolist() == list(range(10 * number, 11 * number + 10))
             assert kind.events == Counter({"marked": number + 1, "waited for": max(0, number - 1)}) - Counter()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_highest_keys_are_found_on_a_gpu(register: Register, dtype: torch.dtype) -> None:
+    """The end of their range is beyond the type of the keys; a search that loses them never ends."""
+    register(StandInKind())
+    top = torch.iinfo(dtype).max
+    keys = torch.tensor([top, 5, top - 3, -7, -top], dtype=dtype)
+    for place in ("cpu", "lazy:0"):
+        tally = KeyTally(KeyRange(5, top + 1, 0, None))
+        tally.add(keys.to(place))
+        assert (tally.below, tally.narrow(4, KeyRange(-top - 1, top + 1, 0, 0))) == (2, top)
 
 
 def test_a_gpu_without_memory(tmp_path: Path, register: Register) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,14 @@ pytestmark = pytest.mark.exhaustive
 @pytest.fixture
 def kind(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInKind]:
     """Three stand-in GPUs that lack a decomposition too, with work for each of them."""
-    monkeypatch.setattr(tiles, "GPU_TILE", 1 << 9)
+    monkeypatch.setattr(tiles, "GPU_TILE", 1 << 11)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)  # every operation gives up Python's lock, and would wait 5 ms for it
     made = StandInKind(3, float64=False, lacking=(torch.ops.aten.linalg_qr.default,))
     monkeypatch.setitem(devices.KINDS, "lazy", made)
     with made.open_stream(torch.device("lazy", 0)):
         yield made
+    sys.setswitchinterval(before)
 
 
 def hold(folder: Path, row: Row, paths: list[Path], **options: Any) -> None:
