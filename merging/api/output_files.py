@@ -221,5 +221,5 @@ def check_output(plan: Plan, destination: Path, overwrite: bool, dry: bool = Fal
     known = 0 if plan.sized is not None else plan.out_bytes  # else its ranks are upper bounds
     nbytes = known + plan.spool_bytes + plan.stage_bytes + plan.kept_bytes_on_disk
     if isinstance(destination, StorePath):
-        return check_store_destination(destination, overwrite, dry)
+        return check_store_destination(destination, inputs, overwrite, dry)
     return check_destination(destination, inputs, max(0, nbytes - there), overwrite, dry)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import MergingError, either, name_options
+from merging.object_stores.address import is_store_address
 from merging.serving import PROGRAMS
 from merging.serving.subject import Subject, open_subject
 from merging.serving.vllm import MAX_RANKS
@@ -25,8 +26,11 @@ def describe_usage(path: str | Path) -> str:
         path: the file or folder that a merge wrote.
 
     Returns:
-        The line, in which alternatives are separated by ``or``; empty for an output that no program is known for.
+        The line, in which alternatives are separated by ``or``; empty for an output that no program is known for, and
+        in an object store, which programs do not open.
     """
+    if is_store_address(str(path)):
+        return ""
     try:
         subject = open_subject(str(path))
         return ", or ".join(_ways(subject, Path(path)))

@@ -17,7 +17,7 @@ from types import TracebackType
 
 from merging import os_calls
 from merging.errors import InputError, MergingError, MergingWarning, OptionError, OutputError, option
-from merging.object_stores.store_path import refuse_store_path
+from merging.object_stores.store_path import StorePath, refuse_store_path
 from merging.storage.atomic import existing_parent, make_parents, place_new_file, remove_empty
 from merging.storage.leftovers import (
     JOURNAL,
@@ -91,6 +91,8 @@ def check_destination(
         reason = "the name is too long" if too_long else "is a link to itself, or cannot be reached"
         raise destination_error(destination, reason) from None
     for path in inputs:
+        if isinstance(path, StorePath):  # nothing of it is on this disk
+            continue
         resolved = path.resolve()
         if resolved == target or target in resolved.parents:
             raise destination_error(destination, f"the output would replace the input {path}")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
 from merging.errors import MergingError, OutputError, option
+from merging.object_stores.address import DRIVERS
+from merging.object_stores.connection import connect
 from merging.object_stores.store import Store, open_store
 from merging.object_stores.store_path import StorePath
 from merging.object_stores.upload_record import UploadRecord, find_records
@@ -27,8 +30,8 @@ _MOST_FILES = 2000
 """The most names that are looked at in an output that is to be replaced; no model has as many files."""
 
 
-def check_store_destination(destination: StorePath, overwrite: bool, dry: bool) -> str:
-    """Refuse an address that exists (unless it may be overwritten), or that names no file or folder in a bucket.
+def check_store_destination(destination: StorePath, inputs: Iterable[Path], overwrite: bool, dry: bool) -> str:
+    """Refuse an address that exists (unless it may be overwritten), holds an input, or names only a bucket.
 
     Outputs of killed runs are put in place if they are complete, and removed if not; with ``dry`` they stay. Returns a
     remark on a destination that exists, if ``dry``. Raises :class:`~merging.errors.MergingError`.
@@ -38,7 +41,11 @@ def check_store_destination(destination: StorePath, overwrite: bool, dry: bool) 
         raise destination_error(destination, "is a whole bucket: name a folder or file in it")
     if not dry:
         settle_records(store, path)
-    if store.files(path) and not overwrite:
+    existing = bool(store.files(path))
+    for address in inputs:
+        if isinstance(address, StorePath) and _replaces(destination, address, existing):
+            raise destination_error(destination, f"the output would replace the input {address}")
+    if existing and not overwrite:
         if not dry:
             raise destination_error(destination, "exists already", f", or use {option('overwrite', True)}")
         return (
@@ -46,6 +53,15 @@ def check_store_destination(destination: StorePath, overwrite: bool, dry: bool) 
         )
     check_replaced_objects(destination, store, path)
     return ""
+
+
+def _replaces(destination: StorePath, address: StorePath, existing: bool) -> bool:
+    """Return whether an output takes the place of an input, of a folder around it, or of files that exist in it."""
+    schemes = (str(each).partition("://")[0] for each in (destination, address))
+    if len({DRIVERS[scheme].package for scheme in schemes}) > 1:
+        return False
+    output, read = (f"{connect(str(each))[1].strip('/')}/" for each in (destination, address))
+    return read.startswith(output) or (existing and output.startswith(read))
 
 
 def check_replaced_objects(destination: StorePath, store: Store, path: str) -> None:

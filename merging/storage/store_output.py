@@ -55,7 +55,7 @@ class StoreOutput:
 
     def __enter__(self) -> StoreOutput:
         settle_records(self._store, self._path)
-        local = Path(tempfile.gettempdir(), self.destination.name)
+        local = Path(tempfile.gettempdir(), "merging-output")  # a name in a store may be too long for a disk
         with os_calls.delay_signals():
             for abandoned in find_abandoned(local):
                 with suppress(OSError):

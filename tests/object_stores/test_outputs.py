@@ -154,6 +154,30 @@ def test_only_models_are_replaced(tuned: list[Path], store: Store) -> None:
         merging.merge(tuned, output=OUT, overwrite=True, **LINEAR)
 
 
+@pytest.mark.parametrize("output", ["tuned0", "tuned0/model.safetensors", "", "base/sub"])
+def test_inputs_are_never_replaced(tuned: list[Path], store: Store, output: str) -> None:
+    """A model that is merged, the folder around it, a file of it, and a folder in it."""
+    for path in (*tuned, tuned[0].parent / "base"):
+        store.system.put(f"{path}/", f"/box/models/{path.name}", recursive=True)
+    store.write("/box/models/base/sub/model.safetensors", b"another part of it")
+    before = files_in(store)
+    inputs = [f"memory://box/models/tuned{i}" for i in range(2)]
+    options = {**LINEAR, "base": "memory://box/models/base", "method": "task_arithmetic", "overwrite": True}
+    with pytest.raises(OutputError, match=r"the output would replace the input memory://box/models/"):
+        merging.merge(inputs, output=f"memory://box/models/{output}", **options)
+    assert files_in(store) == before
+    merging.merge(inputs, output="memory://box/models/tuned0-and-1", **options)
+    assert before.items() < files_in(store).items()
+
+
+def test_long_names(tuned: list[Path], store: Store) -> None:
+    """Longer than a disk's names may be; and no program is said to open the address."""
+    out = f"memory://box/{'x' * 300}"
+    done = CliRunner().invoke(cli, ["--method", "linear", *map(str, tuned), "-o", out])
+    assert (done.exit_code, "to use it" in done.output) == (0, False), done.output
+    assert len(files_in(store)) == 3
+
+
 def test_a_dry_run_changes_nothing(tmp_path: Path, tuned: list[Path], store: Store) -> None:
     words = ["--method", "linear", *map(str, tuned), "-o", OUT, "--dry-run"]
     assert OUT in CliRunner().invoke(cli, words).output
