@@ -45,6 +45,9 @@ _ELSEWHERE = ("hf", "http", "https")
 _AZURE_PLACE = re.compile(r"[^@:]+@[\w.-]+")
 """A container and its account, as in ``abfs://container@account.dfs.core.windows.net/path``."""
 
+_UNUSABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+"""Control characters, and the bytes of names that are not UTF-8."""
+
 _USER = re.compile(r"(?<=://)[^/\s@]*@")
 _QUERY = re.compile(r"(://[^\s?\"'<>]*)\?[^\s\"'<>]*")
 
@@ -84,8 +87,10 @@ def check_address(name: str) -> str:
     if not place and scheme not in ("memory", "file"):
         raise InputError(f"{shown}: names no bucket: write {scheme}://BUCKET/FOLDER")
     parts = path.rstrip("/").split("/")[1:]
-    if any(part in ("", ".", "..") or "\0" in part for part in parts):
-        raise InputError(f"{shown}: {path} is not a path in a bucket: it has empty parts, or . or ..")
+    if any(part in ("", ".", "..") or _UNUSABLE.search(part) for part in parts):
+        raise InputError(
+            f"{shown}: {path} is not a path in a bucket: it has empty parts, or . or .., or control characters"
+        )
     return f"{scheme}://{place}{'/' if parts else ''}{'/'.join(parts)}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ from merging.errors import InputError
 from merging.object_stores.address import DRIVERS, check_address, hide_secrets
 from merging.object_stores.retries import Unreachable, backoff, keep_trying
 
-__all__ = ["ask_store", "connect", "explain_store_error"]
+__all__ = ["ask_store", "connect", "explain_store_error", "lacks_bucket"]
 
 T = TypeVar("T")
 
@@ -32,6 +33,13 @@ _SURE = (
     TypeError,
 )
 """Failures that no further try can mend."""
+
+_INVALID = "ParamValidationError"
+"""The error of botocore, by name, for a bucket's name that S3 does not allow."""
+
+_NO_BUCKET = re.compile(
+    r"NoSuchBucket|ContainerNotFound|no such bucket|(bucket|container)\b.*\b(does not|doesn't) exist", re.IGNORECASE
+)
 
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 """HTTP statuses after which the same request may succeed."""
@@ -93,9 +101,11 @@ def explain_store_error(error: Exception, address: str) -> InputError:
     scheme = address.partition("://")[0]
     driver = DRIVERS[scheme]
     stated = str(error).strip().splitlines()
-    reason = hide_secrets(stated[0] if stated else type(error).__name__)
+    first = " ".join(stated[:2]) if stated and stated[0].endswith(":") else "".join(stated[:1])
+    reason = hide_secrets(first or type(error).__name__)
     names = {each.__name__ for cause in _causes(error) for each in type(cause).__mro__}
-    if not names.isdisjoint(_NO_CREDENTIALS):
+    without = isinstance(error, ValueError) and "credentials" in reason.lower()  # as adlfs says it
+    if without or not names.isdisjoint(_NO_CREDENTIALS):
         return InputError(f"{address}: the store wants credentials, and none are found: {driver.credentials}")
     status = _status(error)
     if isinstance(error, PermissionError) or status in (401, 403):
@@ -103,12 +113,17 @@ def explain_store_error(error: Exception, address: str) -> InputError:
             f"{address}: the store refuses access ({reason}): check the credentials: {driver.credentials}"
         )
     if isinstance(error, FileNotFoundError) or status == 404:
-        if "bucket" in reason.lower() or "container" in reason.lower():
+        if lacks_bucket(error):
             return InputError(f"{address}: there is no bucket {address.removeprefix(f'{scheme}://').partition('/')[0]}")
         return InputError(f"{address}: there is no such file or folder")
     if _pause_after(error, 0) is None:
-        return InputError(f"{address}: the store refuses the request: {reason}")
+        return InputError(f"{address}: the store refuses the request: {reason}: check the address and the settings")
     return Unreachable(f"{address}: the store cannot be reached, or fails: {reason}: try again later")
+
+
+def lacks_bucket(error: Exception) -> bool:
+    """Return whether a store says that there is no such bucket, and not only no such file."""
+    return any(_NO_BUCKET.search(str(cause)) for cause in _causes(error))
 
 
 def _pause_after(error: Exception, number: int) -> float | None:
@@ -119,7 +134,10 @@ def _pause_after(error: Exception, number: int) -> float | None:
     if status is not None:
         return backoff(number) if status in _PASSING else None
     names = {each.__name__ for cause in _causes(error) for each in type(cause).__mro__}
-    if not names.isdisjoint(_NO_CREDENTIALS) or getattr(error, "errno", None) in (errno.EINVAL, errno.ENOSPC):
+    if not names.isdisjoint((*_NO_CREDENTIALS, _INVALID)) or getattr(error, "errno", None) in (
+        errno.EINVAL,
+        errno.ENOSPC,
+    ):
         return None
     return backoff(number)
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from merging.object_stores.connection import ask_store, connect
+from merging.object_stores.connection import ask_store, connect, lacks_bucket
 
 __all__ = ["Store", "open_store"]
 
@@ -35,14 +35,14 @@ class Store:
         return f"{self.scheme}://{path.lstrip('/')}"
 
     def ask(self, request: Callable[[], T], path: str, missing: bool = False) -> T:
-        """Return the result of a request. With ``missing``, a file that is not there is a FileNotFoundError."""
+        """Return the result of a request. With ``missing``, a missing file is a FileNotFoundError."""
         absent: list[FileNotFoundError] = []
 
         def ask() -> T | None:
             try:
                 return request()
             except FileNotFoundError as error:
-                if not missing:
+                if not missing or lacks_bucket(error):
                     raise
                 absent.append(error)
                 return None

@@ -37,6 +37,8 @@ def test_addresses_are_known_by_their_scheme(name: str, is_address: bool) -> Non
         ("s3://", "names no bucket: write s3://BUCKET/FOLDER"),
         ("s3://bucket/a/../b", r"is not a path in a bucket"),
         ("s3://bucket//a", r"is not a path in a bucket"),
+        ("s3://bucket/a\nb", r"is not a path in a bucket: .* control characters"),
+        ("s3://bucket/a\udcff", r"is not a path in a bucket"),
         ("s3://KEY:hunter2@bucket/a", r"s3://\.\.\.@bucket/a: an address with a user or key in it would be written"),
         ("s3://bucket/a?versionId=hunter2", r"s3://bucket/a\?\.\.\.: an address has no query"),
         ("az://user:hunter2@account.dfs.core.windows.net/a", "an address with a user or key in it"),
@@ -81,6 +83,10 @@ class NoCredentialsError(Exception):
     """Named like the error of botocore, which is not installed everywhere."""
 
 
+class ParamValidationError(Exception):
+    """Named like the error of botocore for a bucket's name that is not allowed."""
+
+
 class HttpError(OSError):
     """An error with the status of an answer, as the drivers' libraries raise it."""
 
@@ -95,6 +101,12 @@ class HttpError(OSError):
         (NoCredentialsError("Unable to locate credentials"), "the store wants credentials, and none are found: `aws"),
         (PermissionError("Access Denied"), r"refuses access \(Access Denied\): check the credentials: `aws"),
         (FileNotFoundError("The specified bucket does not exist"), "s3://bucket/a: there is no bucket bucket"),
+        (FileNotFoundError("my-bucket/container/a"), "s3://bucket/a: there is no such file or folder"),
+        (ValueError("Must provide an account_name with credentials!!"), "wants credentials, and none are found: `aws"),
+        (
+            ParamValidationError('Parameter validation failed:\nInvalid bucket name "b b"'),
+            'refuses the request: Parameter validation failed: Invalid bucket name "b b": check the address',
+        ),
         (FileNotFoundError("bu/a"), "s3://bucket/a: there is no such file or folder"),
         (HttpError(501), "refuses the request: .*answered 501"),
         (HttpError(503), "cannot be reached, or fails: .*answered 503: try again later"),
