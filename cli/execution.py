@@ -183,7 +183,7 @@ def execute(
             progress=report,
             keep_stages=Path(execution.keep_stages) if execution.keep_stages else None,
             resume=execution.resume,
-            report=Path(execution.report) if execution.report else None,
+            report=None if execution.report is None else output_path(execution.report),
             shown=planned.shown if planned else None,
             cluster=cluster,
         )

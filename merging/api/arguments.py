@@ -12,6 +12,7 @@ from merging.maths.delta import Dense, LowRank
 from merging.maths.lazy_torch import Tensor
 from merging.methods import METHODS, links, method_class, parameters_of
 from merging.methods.contract.method import Method
+from merging.object_stores.store_path import output_path
 from merging.plan.layer_stack import LayerStack
 from merging.plan.recipe import Entry, Recipe
 from merging.type_checks import describe_value
@@ -62,7 +63,7 @@ def check_path(value: Any, name: str) -> str | Path:
 
 def check_report(value: Any) -> Path | None:
     """Return the path of a page to write, None without one. Raise :class:`~merging.errors.OptionError` otherwise."""
-    return None if value is None else Path(check_path(value, "report"))
+    return None if value is None else output_path(check_path(value, "report"))
 
 
 def check_state_dicts(models: object) -> list[Mapping[str, Tensor]]:

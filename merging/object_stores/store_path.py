@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from merging.errors import OutputError, option
+from merging.errors import OutputError
 from merging.object_stores.address import DRIVERS, check_address, file_path, is_store_address
 
 __all__ = ["StorePath", "output_path", "refuse_store_path"]
@@ -39,8 +39,7 @@ def refuse_store_path(path: Path) -> None:
     """Raise :class:`~merging.errors.OutputError` for an address, where only local files are written."""
     if _SCHEME.match(str(path)):
         raise OutputError(
-            f"{_spell(str(path))}: this is written to a local disk only: choose another {option('output')}, and copy "
-            f"it to the store"
+            f"{_spell(str(path))}: this is written to a local disk only: name a local path, and copy it to the store"
         )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from merging.display.tables import Cell, escape, format_numbers
 from merging.errors import OptionError, OutputError, option
+from merging.object_stores.store_path import refuse_store_path
 from merging.report.style import DARK, DARK_SCREEN, LIGHT
 from merging.storage.atomic import existing_parent, make_parents, remove_empty, replace_file
 
@@ -185,12 +186,13 @@ def check_page(path: str | Path | None, overwrite: bool = True) -> None:
     """Check that a page can be written to a file, if one is given. Raises :class:`~merging.errors.MergingError`."""
     if path is not None:
         if Path(path).suffix not in (".html", ".htm"):
-            raise OptionError(f"{path}: a page is a .html or .htm")
+            raise OptionError(f"{path}: a page is a .html or .htm: name another file")
         check_place(Path(path), overwrite)
 
 
 def check_place(path: Path, overwrite: bool = True) -> None:
     """Check that a file can be written there. Raises :class:`~merging.errors.OutputError`."""
+    refuse_store_path(path)
     if path.is_dir():
         raise OutputError(f"{path}: cannot be written: it is a folder")
     if not existing_parent(path).is_dir():
