@@ -27,6 +27,7 @@ from .output import echo, echo_json, echo_merged, echo_plan, echo_usage, plural,
 if TYPE_CHECKING:
     from merging.api.predict import Prediction
     from merging.api.rerun import PlannedRerun
+    from merging.cluster import RayCluster
     from merging.plan import Plan
     from merging.plan.recipe import Recipe
 
@@ -59,6 +60,18 @@ class Execution:
     workers: int | None = None
     worker_cpus: float | None = None
     worker_gpus: float | None = None
+
+    def make_cluster(self) -> RayCluster | None:
+        """Return the cluster that the options describe, if any."""
+        from merging.cluster import make_cluster
+
+        return make_cluster(
+            self.engine,
+            self.address,
+            workers=self.workers,
+            worker_cpus=self.worker_cpus,
+            worker_gpus=self.worker_gpus,
+        )
 
 
 _options = add_options(
@@ -141,7 +154,6 @@ def execute(
     """
     from merging.api.merge_files import default_destination, merge_plan, plan_for
     from merging.api.usage import describe_usage
-    from merging.cluster import make_cluster
     from merging.engine.cluster_crew import pick_cluster_devices
     from merging.engine.resources import pick_devices
     from merging.errors import OptionError
@@ -164,13 +176,7 @@ def execute(
     if execution.dry_run:
         show_plan(plan, destination, execution, settings)
         return
-    cluster = make_cluster(
-        execution.engine,
-        execution.address,
-        workers=execution.workers,
-        worker_cpus=execution.worker_cpus,
-        worker_gpus=execution.worker_gpus,
-    )
+    cluster = execution.make_cluster()
     with show_progress(execution.progress) as report:
         merged = merge_plan(
             plan,

@@ -106,7 +106,14 @@ def soup_command(
             raise OptionError("--dry-run merges nothing, and --score merges soups to score them: leave one out")
         options = {name: value for name, value in stated.items() if value is not None and value is not False}
         destination = output_path(execution.output or "merged")
-        planned = plan_soup(checkpoints, destination, settings, options, lambda line: echo(f"scored {line}", err=True))
+        planned = plan_soup(
+            checkpoints,
+            destination,
+            settings,
+            options,
+            on_event=lambda line: echo(f"scored {line}", err=True),
+            cluster=execution.make_cluster(),
+        )
         if recipe_only:
             echo_text(planned.recipe.to_yaml().removesuffix("\n"))
         else:

@@ -71,7 +71,7 @@ def evaluate_each(
     prepare: Callable[[], Callable[[T], R]],
     cluster: RayCluster | None,
     *,
-    base: str | None = None,
+    models: Iterable[str] = (),
 ) -> Generator[tuple[K, R], None, None]:
     """Evaluate tasks by one function, and yield each key with its result, in the order of the tasks.
 
@@ -79,7 +79,7 @@ def evaluate_each(
         tasks: keys, which stay here, with tasks, which go to workers. Open files go by their paths.
         prepare: makes the function: once here, or once in each worker of a cluster. It has to be possible to pickle.
         cluster: the cluster; None evaluates here.
-        base: the base model that ``prepare`` loads by its name or path. Workers check that they see its files.
+        models: the names or paths of models that workers open themselves. They check that they see the files.
 
     Yields:
         A key and the result of its task.
@@ -103,7 +103,7 @@ def evaluate_each(
 
     with connect(cluster):
         evaluation = _Evaluation(
-            prepare=Parcel.put(pack((prepare, _files_of(base)))),
+            prepare=Parcel.put(pack((prepare, [_files_of(each) for each in models]))),
             threads=cluster.threads,
             folder=Path.cwd(),
             versions=versions(),
@@ -142,10 +142,10 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _files_of(base: str | None) -> list[File]:
-    """Return the open files of a model in a folder; none for one of the Hub."""
-    if base is None or hub_address(base) is not None:
+def _files_of(model: str) -> list[File]:
+    """Return the open files of a model on this disk; none for one of the Hub."""
+    if hub_address(model) is not None:
         return []
-    path = local_path(base)
+    path = local_path(model)
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return [File(each) for each in files if each.is_file() and not each.name.startswith(".")]

@@ -57,7 +57,7 @@ def smoke(
     prepare = partial(_prepare, pool.base, base, texts or TEXTS, device, smoke_limits(index))
     resolver = Resolver(base.tensors, base.config)
     tasks = ((entry, _open(entry, pool, resolver)) for entry in waiting)
-    with closing(evaluate_each(tasks, prepare, cluster, base=pool.base)) as results:
+    with closing(evaluate_each(tasks, prepare, cluster, models=[pool.base])) as results:
         for entry, (findings, figures) in results:
             index.note_findings(entry.name, "smoke", findings, {"smoked": 1.0, **figures})
             if on_event:

@@ -66,8 +66,8 @@ def score_candidates(
     if waiting:
         tasks = ((each, (each, open_model(each.path))) for each in waiting)
         prepare = partial(_prepare, workers.load if workers else lambda: problem, target)
-        cluster, base = (workers.cluster, workers.base) if workers else (None, None)
-        with closing(evaluate_each(tasks, prepare, cluster, base=base)) as results:
+        cluster, models = (workers.cluster, [workers.base]) if workers else (None, [])
+        with closing(evaluate_each(tasks, prepare, cluster, models=models)) as results:
             for each, score in results:
                 kept[each.name] = score
                 checkpoint.keep("selection", kept)

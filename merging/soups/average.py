@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,55 +12,24 @@ from typing_extensions import Unpack
 from merging.api.arguments import check_path, check_report
 from merging.api.merge_files import Merged, merge_plan, plan_for
 from merging.api.options import RecipeOptions
+from merging.cluster import RayCluster, make_cluster
 from merging.display.progress import Progress, resolve_progress
+from merging.engine.cluster_crew import pick_cluster_devices
 from merging.engine.resources import pick_devices
-from merging.errors import OptionError, option
+from merging.errors import OptionError
 from merging.hub.open_model import open_model
 from merging.maths.lazy_torch import torch
 from merging.object_stores.store_path import output_path
 from merging.plan.recipe import FIELDS, Recipe
-from merging.plan.recipe_values import make_recipe
-from merging.soups.schedules import Schedule, schedule_weights
-from merging.soups.scoring import ScoreFunction, make_scorer
-from merging.soups.search import ChosenSoup, find_best_window, stir_greedily
+from merging.soups.schedules import Schedule
+from merging.soups.scored import OnLine, choose_by_score
+from merging.soups.scoring import ScoreFunction
+from merging.soups.settings import SoupSettings, make_soup_recipe, weigh_soup
 from merging.soups.snapshots import Snapshot, find_snapshots, select_snapshots
 from merging.sources import Adapter
-from merging.sources.distributed import METADATA
 from merging.type_checks import check_types
 
 __all__ = ["OnLine", "SoupSettings", "plan_soup", "soup"]
-
-_log = logging.getLogger(__name__)
-
-OnLine = Callable[[str], None]
-"""Receives a line about each soup that is scored."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SoupSettings:
-    """The checkpoints of a soup, and their weights: the parameters of :func:`soup` of the same names."""
-
-    last: int | None = None
-    until: int | None = None
-    schedule: Schedule = "mean"
-    ema_decay: float | None = None
-    score: str | ScoreFunction | None = None
-    window: int | None = None
-    minimize: bool = False
-    score_timeout: float = 3600.0
-
-    def __post_init__(self) -> None:
-        if self.score is None and (self.window is not None or self.minimize):
-            name = option("window", self.window) if self.window is not None else option("minimize", True)
-            raise OptionError(
-                f"{name}: is for soups that are scored: add {option('score', 'COMMAND')}, or choose a window by "
-                f"{option('last', 'COUNT')} and {option('until', 'STEP')}"
-            )
-        if self.score is not None and self.window is None and self.schedule != "mean":
-            raise OptionError(
-                f"{option('schedule', self.schedule)}: a greedy soup is a mean: add {option('window', 'COUNT')} to "
-                f"score windows with this schedule"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +61,8 @@ def soup(
     progress: Progress | bool | None = None,
     resume: bool | None = None,
     report: str | Path | None = None,
+    engine: str | RayCluster = "local",
+    address: str | None = None,
     on_event: OnLine | None = None,
     **options: Unpack[RecipeOptions],
 ) -> Merged:
@@ -121,6 +89,9 @@ def soup(
         progress: True for a bar, or a function that receives the bytes done and the bytes in all.
         resume: whether a merge that stopped is gone on with, as for :func:`merging.merge`.
         report: a page to write of the merge, as for :func:`merging.merge`.
+        engine: ``local``, ``ray``, or a :class:`~merging.cluster.RayCluster` with settings, as for
+            :func:`merging.merge`. Its workers also score soups.
+        address: the address of the Ray cluster, ``HOST:PORT`` or ``auto``.
         on_event: receives a line about each soup that is scored.
         **options: the options of a recipe, as for :func:`~merging.merge`. Without ``rank``, an averaged adapter has
             the rank of the checkpoints.
@@ -153,8 +124,10 @@ def soup(
     )
     paths = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
     names = [str(check_path(path, "checkpoints")) for path in paths]
-    destination, devices, bar = output_path(output), pick_devices(device), resolve_progress(progress)
-    planned = plan_soup(names, destination, settings, options, on_event)
+    cluster = make_cluster(engine, address)
+    devices = pick_devices(device) if cluster is None else pick_cluster_devices(device)
+    destination, bar = output_path(output), resolve_progress(progress)
+    planned = plan_soup(names, destination, settings, options, on_event=on_event, cluster=cluster)
     merged = merge_plan(
         plan_for(planned.recipe, destination),
         destination,
@@ -165,6 +138,7 @@ def soup(
         progress=bar,
         resume=resume,
         report=check_report(report),
+        cluster=cluster,
     )
     return replace(merged, notices=(*planned.notices, *merged.notices), facts={**merged.facts, **planned.facts})
 
@@ -174,7 +148,9 @@ def plan_soup(
     destination: Path,
     settings: SoupSettings,
     options: Mapping[str, Any],
+    *,
     on_event: OnLine | None = None,
+    cluster: RayCluster | None = None,
 ) -> PlannedSoup:
     """Return the recipe of a soup. Where soups are scored, they are made, scored and removed again.
 
@@ -184,6 +160,7 @@ def plan_soup(
         settings: the checkpoints and their weights.
         options: the options of the recipe.
         on_event: receives a line about each soup that is scored.
+        cluster: the cluster whose workers make and score the soups that do not depend on each other's scores.
 
     Raises:
         MergingError: as :func:`soup` does.
@@ -196,65 +173,12 @@ def plan_soup(
         options |= _rank_of(snapshots[-1], bool(options.get("dequantise", options.get("dequantize"))))
     chosen, facts = tuple(snapshots), dict[str, float]()
     if settings.score is not None:
-        choice = _choose(snapshots, destination, settings, options, on_event)
+        choice = choose_by_score(snapshots, destination, settings, options, on_event=on_event, cluster=cluster)
         chosen, facts = choice.snapshots, {"score": choice.score}
-    weights = _weights(chosen, settings)
+    weights = weigh_soup(chosen, settings)
     shares = ", ".join(f"{each.name} {weight:.3g}" for each, weight in zip(chosen, weights, strict=True))
     notice = f"soup of {len(chosen)} checkpoint{'s' if len(chosen) > 1 else ''}: {shares}"
-    return PlannedSoup(recipe=_make_recipe(chosen, settings, options), notices=(notice,), facts=facts)
-
-
-def _choose(
-    snapshots: Sequence[Snapshot],
-    destination: Path,
-    settings: SoupSettings,
-    options: Mapping[str, Any],
-    on_event: OnLine | None,
-) -> ChosenSoup:
-    assert settings.score is not None
-    scorer = make_scorer(settings.score, settings.score_timeout)
-
-    def evaluate(soup_of: Sequence[Snapshot]) -> float:
-        with _merge_to_score(soup_of, destination, settings, options) as model:
-            score = scorer(model)
-        line = f"{score:.6g}: {', '.join(each.name for each in soup_of)}"
-        _log.info("score %s", line)
-        if on_event is not None:
-            on_event(line)
-        return score
-
-    if settings.window is not None:
-        return find_best_window(snapshots, settings.window, evaluate, settings.minimize)
-    return stir_greedily(snapshots, evaluate, settings.minimize)
-
-
-@contextmanager
-def _merge_to_score(
-    snapshots: Sequence[Snapshot], destination: Path, settings: SoupSettings, options: Mapping[str, Any]
-) -> Iterator[Path]:
-    """Make a soup to be scored next to the destination, and remove it again. A checkpoint that is a model is as is."""
-    path = Path(snapshots[0].path)
-    if len(snapshots) == 1 and path.is_dir() and not (path / METADATA).exists():
-        yield path
-        return
-    above = next(
-        folder for folder in (destination.absolute().parent, *destination.absolute().parents) if folder.is_dir()
-    )
-    with tempfile.TemporaryDirectory(prefix=".merging-soup-", dir=above) as folder:
-        model = Path(folder) / destination.name
-        merge_plan(plan_for(_make_recipe(snapshots, settings, options), model), model)
-        yield model
-
-
-def _make_recipe(snapshots: Sequence[Snapshot], settings: SoupSettings, options: Mapping[str, Any]) -> Recipe:
-    weights = _weights(snapshots, settings)
-    parameters = {} if len(set(weights)) == 1 else {"weights": weights}
-    models = [each.path for each in snapshots]
-    return make_recipe({"models": models, "method": "linear", "parameters": parameters, **options}, "soup")
-
-
-def _weights(snapshots: Sequence[Snapshot], settings: SoupSettings) -> list[float]:
-    return schedule_weights([each.step for each in snapshots], settings.schedule, settings.ema_decay)
+    return PlannedSoup(recipe=make_soup_recipe(chosen, settings, options), notices=(notice,), facts=facts)
 
 
 def _rank_of(snapshot: Snapshot, dequantize: bool) -> dict[str, int]:

@@ -10,8 +10,8 @@ from merging.soups.snapshots import Snapshot
 
 __all__ = ["ChosenSoup", "find_best_window", "stir_greedily"]
 
-Evaluate = Callable[[Sequence[Snapshot]], float]
-"""Returns the score of the soup of some checkpoints."""
+Evaluate = Callable[[Sequence[Sequence[Snapshot]]], Sequence[float]]
+"""Returns the scores of soups, each of some checkpoints."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +29,12 @@ def stir_greedily(snapshots: Sequence[Snapshot], evaluate: Evaluate, minimize: b
     first.
     """
     sign = -1.0 if minimize else 1.0
-    scored = [(sign * evaluate([each]), place) for place, each in enumerate(snapshots)]
+    scored = [(sign * score, place) for place, score in enumerate(evaluate([[each] for each in snapshots]))]
     order = [place for _, place in sorted(scored, reverse=True)]
     best, chosen = max(scored)[0], order[:1]
     for place in order[1:]:
         tried = sorted([*chosen, place])
-        score = sign * evaluate([snapshots[each] for each in tried])
+        score = sign * evaluate([[snapshots[each] for each in tried]])[0]
         if score >= best:
             best, chosen = score, tried
     return ChosenSoup(tuple(snapshots[each] for each in chosen), sign * best)
@@ -53,5 +53,5 @@ def find_best_window(
         )
     sign = -1.0 if minimize else 1.0
     windows = [tuple(snapshots[start : start + size]) for start in range(len(snapshots) - size + 1)]
-    score, place = max((sign * evaluate(window), place) for place, window in enumerate(windows))
+    score, place = max((sign * score, place) for place, score in enumerate(evaluate(windows)))
     return ChosenSoup(windows[place], sign * score)

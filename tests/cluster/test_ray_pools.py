@@ -32,6 +32,7 @@ from support.commands import ok
 from support.hub_fixture import Hub
 from support.ray_cluster import Nodes, start_nodes
 from support.recycling_tasks import World, causal, classifier, contents
+from support.tiny import checkpoint
 
 pytestmark = [
     pytest.mark.exhaustive,
@@ -116,6 +117,35 @@ def test_recycling(nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert contents(there.path) == contents(made.path)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 2}])
+def test_a_scored_soup(nodes: Nodes, tmp_path: Path, options: dict[str, int]) -> None:
+    _, models = checkpoint(tmp_path, 4)
+    script = tmp_path / "score.py"
+    script.write_text("import pathlib, sys\nfiles = pathlib.Path(sys.argv[1]).glob('*.safetensors')\n"
+                      "print(sum(sum(file.read_bytes()) for file in files) % 1000)")  # fmt: skip
+    score = f"{sys.executable} {script}"
+    said: list[list[str]] = []
+    for name, engine in (("here", "local"), ("there", "ray")):
+        lines: list[str] = []
+        merging.soup(models, output=tmp_path / name, score=score, engine=engine, on_event=lines.append, **options)
+        said.append(lines)
+    assert said[0] == said[1] and len(said[0]) >= 3
+    assert contents(tmp_path / "here") == contents(tmp_path / "there")
+
+
+def test_killed_workers_leave_no_soup(nodes: Nodes, tmp_path: Path) -> None:
+    _, models = checkpoint(tmp_path, 3)
+
+    def kill(model: Path) -> float:
+        if model.name == "out":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 0.0
+
+    with pytest.raises(InputError, match=r"^tuned1, tuned2: its worker died 2 times"):
+        merging.soup(models, output=tmp_path / "out", score=kill, engine=RayCluster(tries=2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned0", "tuned1", "tuned2"]
+
+
 @dataclass(frozen=True)
 class Key:
     """A name in the place of an adapter."""
@@ -195,7 +225,7 @@ def test_files_that_workers_do_not_see(nodes: Nodes, built: Path, tmp_path: Path
         yield Key("adapter"), 1
 
     with pytest.raises(InputError, match=r"config.json: .* does not see this file of .*under the same paths"):
-        [*evaluate_each(tasks(), lambda: abs, RayCluster(), base=str(file.parent))]
+        [*evaluate_each(tasks(), lambda: abs, RayCluster(), models=[str(file.parent)])]
     (weights, *_) = sorted((pool / "adapters").glob("*/*.safetensors"))
 
     def open_and_touch() -> Iterator[tuple[Key, File]]:
