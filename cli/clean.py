@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -64,7 +65,7 @@ def clean_command(folders: tuple[str, ...], remove: bool, as_json: bool, debug: 
             rows.append((str(each.path), format_size(each.bytes), when, done if remove else use))
         echo_table([("leftover", "size", "last change", ""), *rows])
         if not remove:
-            echo("merge clean --remove removes them")
+            echo(f"{shlex.join(['merge', 'clean', *folders, '--remove'])} removes them")
         return None
 
 

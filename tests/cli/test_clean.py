@@ -48,6 +48,10 @@ def test_leftovers_are_listed(folder: Path) -> None:
     assert "the same command goes on with it" in said[2]
     assert "holds the output that was to be replaced" in said[3]
     assert "2.0 MB" in said[2]
+    assert said[-1] == "merge clean --remove removes them"
+    (folder / "a b").mkdir()
+    assert ok("clean", "a b", folder).stdout.endswith(f"\nmerge clean 'a b' {folder} --remove removes them\n")
+    (folder / "a b").rmdir()
     assert sorted(folder.rglob("*")) == before
 
 
