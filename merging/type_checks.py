@@ -18,7 +18,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from merging.errors import InputError, OptionError, shorten
 
-__all__ = ["check_types", "describe_value"]
+__all__ = ["check_fields", "check_types", "describe_value"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -63,6 +63,12 @@ def check_types(*unchecked: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
         return call
 
     return decorate
+
+
+def check_fields(value: Any) -> None:
+    """Raise :class:`~merging.errors.OptionError` for a dataclass whose fields are of other types than it states."""
+    for name, annotation in get_type_hints(type(value)).items():
+        _check(name, getattr(value, name), annotation)
 
 
 def _check(name: str, value: Any, annotation: Any) -> None:

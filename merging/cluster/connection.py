@@ -8,18 +8,25 @@ import signal
 import socket
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 from merging.cluster.settings import RayCluster
+from merging.display.tables import format_size
 from merging.errors import InputError, OptionError, option
 
-__all__ = ["connect", "count_workers", "first_sentence", "import_ray"]
+__all__ = ["connect", "count_workers", "first_sentence", "import_ray", "probe"]
 
 _PATIENCE = 10.0
 """Seconds in which a cluster answers."""
+
+_SETTINGS = b"\4"
+"""The type of the first frame of each side of HTTP/2, on which gRPC and so Ray's head are built."""
+
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + _SETTINGS + bytes(5)
+"""The first bytes of a client of HTTP/2: what all send, and empty settings."""
 
 _SKIPPED = "RAY_DEDUP_LOGS_SKIP_REGEX"
 """The setting of Ray for messages that it does not print."""
@@ -65,7 +72,7 @@ def connect(cluster: RayCluster) -> Iterator[Any]:
         yield ray
         return
     try:
-        _probe(cluster.address)
+        probe(cluster.address)
         with warnings.catch_warnings(), _same_signals():
             warnings.simplefilter("ignore")  # of Ray about its own settings
             ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
@@ -94,11 +101,22 @@ def _describe_failure(cluster: RayCluster, error: Exception) -> str:
     return f"{option('address', cluster.address)}: no Ray cluster answers there ({first_sentence(error)}): {start}"
 
 
-def _probe(address: str) -> None:
-    """Raise OSError if nothing listens at an address: Ray itself tries for minutes."""
+def probe(address: str) -> None:
+    """Raise OSError if no Ray listens at an address, for which Ray itself tries for minutes."""
     host, _, port = address.rpartition(":")
-    if host:
-        socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
+    if not host:
+        return
+    with socket.create_connection((host.strip("[]"), int(port)), _PATIENCE) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") != "0":
+            return
+        connection.settimeout(_PATIENCE)
+        try:
+            connection.sendall(_GREETING)
+            answer = connection.recv(9)
+        except OSError:
+            answer = b""
+    if answer[3:4] != _SETTINGS:
+        raise OSError("another program listens there")
 
 
 def first_sentence(error: Exception) -> str:
@@ -115,10 +133,18 @@ def count_workers(ray: Any, cluster: RayCluster) -> int:
     needed = cluster.resources
     room = sum(min(int(node.get(name, 0) / amount + 1e-9) for name, amount in needed.items()) for node in nodes)
     if room == 0:
-        wanted = ", ".join(f"{amount:g} {name}" for name, amount in needed.items())
-        there = "; ".join(", ".join(f"{node.get(name, 0):g} {name}" for name in needed) for node in nodes)
+        wanted = _describe_resources(needed)
+        there = "; ".join(_describe_resources({name: node.get(name, 0) for name in needed}) for node in nodes)
         raise OptionError(
             f"{option('engine', 'ray')}: no node of the cluster has room for a worker of {wanted}: its nodes have "
             f"{there or 'nothing'}: set {option('worker_cpus')}, {option('worker_gpus')} or {option('max_memory')}"
         )
     return room if cluster.workers is None else min(room, cluster.workers)
+
+
+def _describe_resources(amounts: Mapping[str, float]) -> str:
+    """Return the words for resources by Ray's names of them: memory is in bytes, others are numbers of devices."""
+    return ", ".join(
+        f"{format_size(int(amount))} of memory" if name == "memory" else f"{amount:g} {name}"
+        for name, amount in amounts.items()
+    )

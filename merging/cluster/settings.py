@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import isfinite
 
 from merging.errors import OptionError, nearest, option
+from merging.type_checks import check_fields
 
 __all__ = ["ENGINES", "RayCluster", "make_cluster"]
 
@@ -37,10 +38,12 @@ class RayCluster:
     tries: int = 4
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not _ADDRESS.fullmatch(self.address):
             raise OptionError(f"{option('address', self.address)}: write HOST:PORT, or auto")
-        if self.workers is not None and self.workers < 1:
-            raise OptionError(f"{option('workers', self.workers)}: at least one is needed")
+        for name, count in (("workers", self.workers), ("tries", self.tries), ("memory", self.memory)):
+            if count is not None and count < 1:
+                raise OptionError(f"{option(name, count)}: at least one is needed")
         if not isfinite(self.worker_cpus) or self.worker_cpus <= 0:
             raise OptionError(f"{option('worker_cpus', self.worker_cpus)}: write a number above 0")
         if (

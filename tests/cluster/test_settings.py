@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from socketserver import BaseRequestHandler, ThreadingTCPServer
+from threading import Thread
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import merging
-from merging.cluster import RayCluster, connect, make_cluster, map_tasks
+from merging.cluster import RayCluster, connect, connection, make_cluster, map_tasks
 from merging.engine.evaluation import evaluate_each, make_evaluation_cluster
 from merging.engine.transport import open_recorded
 from merging.errors import InputError, OptionError
@@ -35,9 +39,13 @@ def test_addresses(address: str) -> None:
         ({"worker_cpus": 0}, "^worker_cpus=0: write a number above 0$"),
         ({"worker_gpus": 1.5}, r"^worker_gpus=1\.5: write a fraction of one GPU, or whole GPUs$"),
         ({"worker_gpus": float("inf")}, "^worker_gpus=inf: write a fraction"),
+        ({"tries": 0}, "^tries=0: at least one is needed$"),
+        ({"worker_cpus": "4"}, "^worker_cpus should be a number, and is '4'$"),
+        ({"workers": 1.5}, r"^workers should be a whole number, and is 1\.5$"),
+        ({"address": 5}, "^address should be text, and is 5$"),
     ],
 )
-def test_wrong_settings(settings: dict[str, float], message: str) -> None:
+def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         RayCluster(**settings)
 
@@ -126,6 +134,30 @@ def test_an_evaluation_needs_ray(tmp_path: Path) -> None:
         said = refused(*words, "--engine", "ray")
         assert "Error: --engine ray needs the package ray: pip install 'merging[ray]'" in said
         assert "loading" not in said
+
+
+class Banner(BaseRequestHandler):
+    """A server that greets its clients, and waits for what they want."""
+
+    def handle(self) -> None:
+        self.request.sendall(b"SSH-2.0-Banner\r\n")
+        self.request.recv(100)
+
+
+def test_another_program_at_the_address_is_noticed() -> None:
+    with ThreadingTCPServer(("127.0.0.1", 0), Banner) as server:
+        Thread(target=server.serve_forever, args=(0.01,)).start()
+        try:
+            with pytest.raises(OSError, match="another program listens there"):
+                connection.probe(f"127.0.0.1:{server.server_address[1]}")
+        finally:
+            server.shutdown()
+
+
+def test_resources_in_words() -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": 2.0, "memory": 4e9}}]
+    with pytest.raises(OptionError, match=r"for a worker of 4 CPU, 434\.3 MB of memory: its nodes have 2 CPU, 4\.0 GB"):
+        connection.count_workers(SimpleNamespace(nodes=lambda: nodes), RayCluster(worker_cpus=4, memory=434_295_000))
 
 
 @WITHOUT_RAY
