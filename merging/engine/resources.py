@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from merging.engine.device_speed import choose_devices, describe_choice
@@ -15,6 +16,9 @@ from merging.plan.merge_plan import Plan
 from merging.plan.sizes import parse_size
 
 __all__ = ["describe_choice", "pick_device", "pick_devices", "workers_within"]
+
+_NUMBERS = re.compile("[a-z]+(:[0-9]{1,4}(,[0-9]{1,4})*)?")
+"""A kind of device, and the numbers of some."""
 
 
 def workers_within(
@@ -76,15 +80,14 @@ def pick_devices(name: str | torch.device, plan: Plan | None = None) -> tuple[to
     kind, _, listed = name.partition(":")
     if kind not in KINDS:
         raise OptionError(f"device = {name!r}: use cpu, cuda, cuda:N, cuda:N,M, mps, xpu or auto")
+    if not _NUMBERS.fullmatch(name):
+        raise OptionError(f"device = {name!r}: name GPUs by their numbers, as in {kind}:0,1")
     there = KINDS[kind].count()
     if not there:
         raise OptionError(
             f"device = {name!r}: this machine has no such GPU, or this torch does not support it: use cpu or auto"
         )
-    try:
-        numbers = [int(each) for each in listed.split(",")] if ":" in name else list(range(there))
-    except ValueError:
-        raise OptionError(f"device = {name!r}: name GPUs by their numbers, as in {kind}:0,1") from None
+    numbers = [int(each) for each in listed.split(",")] if listed else list(range(there))
     if len(set(numbers)) < len(numbers):
         raise OptionError(f"device = {name!r}: a GPU is named twice: name each once")
     if not set(numbers) <= set(range(there)):

@@ -232,10 +232,12 @@ def test_names_of_devices(register: Register) -> None:
         ("xpu", "this machine has no such GPU, or this torch does not support it: use cpu or auto"),
         ("lazy:2", "this machine has lazy:0 to lazy:1: use these"),
         ("lazy:0,7", "this machine has lazy:0 to lazy:1"),
-        ("lazy:-1", "this machine has lazy:0 to lazy:1"),
+        ("lazy:-1", "name GPUs by their numbers"),
         ("lazy:0,0", "a GPU is named twice"),
         ("lazy:", "name GPUs by their numbers, as in lazy:0,1"),
         ("lazy:a", "name GPUs by their numbers"),
+        ("lazy:0,lazy:1", "name GPUs by their numbers"),
+        ("xpu:a", "name GPUs by their numbers, as in xpu:0,1"),
         ("cpu:1", "this machine has only cpu:0"),
     ],
 )
