@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from merging.errors import OutputError
+from merging.errors import InputError, OutputError
 from merging.object_stores.address import DRIVERS, check_address, file_path, is_store_address
 
 __all__ = ["StorePath", "output_path", "refuse_store_path"]
@@ -26,8 +26,10 @@ class StorePath(type(Path())):  # type: ignore[misc]
 def output_path(name: str | Path) -> Path:
     """Return the path of an output: a :class:`StorePath` for an address; ``file:///`` is a local path.
 
-    Raises :class:`~merging.errors.InputError` for an address that cannot be one.
+    Raises :class:`~merging.errors.InputError` for an empty name, and for an address that cannot be one.
     """
+    if name == "":
+        raise InputError("a path is empty: is a variable of a script not set?")
     address = _spell(str(name))
     if _SCHEME.match(address) is None and not is_store_address(address):
         return Path(name)

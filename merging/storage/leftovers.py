@@ -136,9 +136,12 @@ def find_leftovers(folder: Path) -> list[Leftover]:
     """
     try:
         paths = sorted(folder.iterdir())
+    except FileNotFoundError:
+        raise InputError(f"{folder}: there is no such folder") from None
+    except NotADirectoryError:
+        raise InputError(f"{folder}: is a file: name the folder that it is in") from None
     except OSError as error:
-        missing = "there is no such folder" if isinstance(error, FileNotFoundError) else error.strerror
-        raise InputError(f"{folder}: {missing}") from None
+        raise InputError(f"{folder}: cannot be listed: {error.strerror}") from None
     found = []
     for path in paths:
         match = _HIDDEN.fullmatch(path.name)

@@ -80,3 +80,6 @@ def test_as_json(folder: Path) -> None:
 
 def test_a_wrong_folder_is_refused(tmp_path: Path) -> None:
     assert "no: there is no such folder" in refused("clean", str(tmp_path / "no"))
+    (tmp_path / "file").touch()
+    assert "file: is a file: name the folder that it is in" in refused("clean", str(tmp_path / "file"))
+    assert "a path is empty: is a variable of a script not set?" in refused("clean", "", "--remove")
