@@ -73,8 +73,8 @@ def under(module: str, *packages: str) -> bool:
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "os_calls", "version"),
-    ("cluster", "display", "type_checks"),
-    ("maths",),
+    ("display", "type_checks"),
+    ("cluster", "maths"),
     ("methods", "object_stores", "sources"),
     ("hub", "storage"),
     ("plan", "report"),
