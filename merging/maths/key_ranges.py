@@ -92,9 +92,9 @@ class KeyTally:
         if self.waiting + keys.numel() > _LISTED:
             self._count(keys)
             return
-        if self.listed is None:
-            self.listed = keys.new_empty(_LISTED)  # one block: small ones would be scattered among the tiles
-        with torch.inference_mode():
+        with torch.inference_mode():  # also of the block: views of one of ordinary mode fail on stand-in GPUs
+            if self.listed is None:
+                self.listed = keys.new_empty(_LISTED)  # one block: small ones would be scattered among the tiles
             self.listed[self.waiting : self.waiting + keys.numel()].copy_(keys)
         self.waiting += keys.numel()
 
