@@ -92,7 +92,7 @@ def test_pages_that_cannot_be_written_are_refused_first(models: list[Path], tmp_
     with pytest.raises(OutputError, match=r"^memory://box/r\.html: this is written to a local disk only"):
         merge("memory://box/r.html")
     said = refused("--method", "linear", *models[1:], "-o", tmp_path / "out", "--report", "")
-    assert "a page is a .html" in said
+    assert "a path is empty" in said
     assert not (tmp_path / "out").exists() and not (tmp_path / "same.html").exists()
     merged = merge(tmp_path / "out" / "report.html")
     assert merged.report is not None and (tmp_path / "out" / "report.html").exists()
