@@ -91,8 +91,10 @@ class MethodParameters(TypedDict, total=False):
     embeddings: bool
     energy: Value
     epsilon: Values
+    eta: Value
     filter_wise: bool
     gamma: Values
+    keep: Value
     keep_norm: Switch
     max_iter: Value
     max_rank: Value | None
@@ -107,6 +109,7 @@ class MethodParameters(TypedDict, total=False):
     scope: Literal["model", "tensor"]
     seed: int
     select: Literal["weights", "deltas"]
+    smooth: Literal["mean", "linear", "none"]
     space: Literal["weights", "changes"]
     steps: Value
     svd: Literal["exact", "fast", "gram", "thin"]

@@ -19,7 +19,7 @@ _MODELS, _ROWS, _NAMED = 24, 40, 500
 
 _NO_BASE = (
     "Without a base nothing says what each model changed. Shown are the norm of the merged weights and each model's "
-    "difference from them; contributions and interference are not known. With --base (base= in Python) they are."
+    "difference from them; contributions and interference are known only with a base."
 )
 
 _MEANINGS = (
@@ -137,7 +137,7 @@ def _add_groups(out: Page, report: MergeReport) -> None:
     label, size = size_of(report)
     ordered = sorted(report.tensors, key=lambda each: -_order(size(_largest(report, each.measure), each.measure)))
     rows = [_row(report, each.measure, each.name) for each in ordered[:_ROWS]]
-    out.section("By tensor", "All tensors are in the JSON that the option --json prints with the report.")
+    out.section("By tensor", "The numbers of all tensors are in the report as JSON.")
     out.table(["tensor", *_header(report)], rows, f"By the {label}, the largest first{_first(len(ordered), _ROWS)}")
 
 

@@ -24,11 +24,13 @@ FLAG = re.compile(r"(?<![\w-])--[a-z]|(?<!\w)-o\b")
 COMMAND = re.compile(r"\bmerge (continual|pool|compress|decompress|inspect|verify|route|recycle|run)\b")
 OTHERS = {
     "api/usage.py": "commands of other programs that load an output",
+    "cluster/connection.py": "a command of Ray",
     "methods/choosing.py": "advice, whose methods are written as on the command line",
     "plan/recipe_settings.py": "settings of --set, which Python has not",
     "report/page.py": "variables of CSS",
     "serving/": "the servers' own options",
     "sources/formats.py": "the text of a command",
+    "storage/store_output.py": "the command that cleans, which Python has not",
     "sources/quantized/quantized_weights.py": "the option of another program, mlx_lm",
 }
 

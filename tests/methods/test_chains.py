@@ -255,7 +255,7 @@ def test_spool(small: dict[str, Inputs], tmp_path: Path, kind: str, monkeypatch:
     assert plan.spool_bytes > 0 == merging.preview(given.paths, method="lines", **options).spool_bytes
     for missing in (1, 0):
         free = plan.out_bytes + plan.spool_bytes - missing
-        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage(0, 0, free))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage(free, 0, free))
         if missing:
             with pytest.raises(merging.OutputError, match=r"needs \d+\.\d MB"):
                 merge(given, "lines+opcm", out, **options)
