@@ -48,7 +48,9 @@ _AZURE_PLACE = re.compile(r"[^@:]+@[\w.-]+")
 _UNUSABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 """Control characters, and the bytes of names that are not UTF-8."""
 
-_USER = re.compile(r"(?<=://)[^/\s@]*@")
+_USER = re.compile(r"(?<=://)(?:(?!arn:)[^/\s:@]+:(?!\d+/)[^\s\"'<>]*|[^/\s@]*)@")
+"""A user, or a user and a password, which may hold any of ``/:@``."""
+
 _QUERY = re.compile(r"(://[^\s?\"'<>]*)\?[^\s\"'<>]*")
 
 
@@ -77,7 +79,8 @@ def check_address(name: str) -> str:
             f"{shown}: there is no scheme {scheme}://{nearest(scheme, DRIVERS)}: "
             f"{', '.join(f'{each}://' for each in DRIVERS)} are known, and hf:// for the Hub"
         )
-    if "@" in place and not (DRIVERS[scheme] is _AZURE and _AZURE_PLACE.fullmatch(place)):
+    has_user = "@" in place and not (DRIVERS[scheme] is _AZURE and _AZURE_PLACE.fullmatch(place))
+    if has_user or (":" in place and "@" in path and not place.startswith("arn:")):  # / in a password ends the place
         raise InputError(
             f"{shown}: an address with a user or key in it would be written into headers and logs: leave it out, and "
             f"give credentials by {DRIVERS[scheme].credentials or 'the settings of fsspec'}"

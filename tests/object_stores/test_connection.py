@@ -40,6 +40,8 @@ def test_addresses_are_known_by_their_scheme(name: str, is_address: bool) -> Non
         ("s3://bucket/a\nb", r"is not a path in a bucket: .* control characters"),
         ("s3://bucket/a\udcff", r"is not a path in a bucket"),
         ("s3://KEY:hunter2@bucket/a", r"s3://\.\.\.@bucket/a: an address with a user or key in it would be written"),
+        ("s3://KEY:hunter2/hunter2@bucket/a", r"s3://\.\.\.@bucket/a: an address with a user or key in it would be"),
+        ("s3://KEY:a@hunter2@bucket/a", r"s3://\.\.\.@bucket/a: an address with a user or key in it would be written"),
         ("s3://bucket/a?versionId=hunter2", r"s3://bucket/a\?\.\.\.: an address has no query"),
         ("az://user:hunter2@account.dfs.core.windows.net/a", "an address with a user or key in it"),
     ],
@@ -62,6 +64,8 @@ def test_addresses_are_normalized() -> None:
 def test_secrets_are_hidden_in_any_text() -> None:
     text = 'Cannot reach "https://user:hunter2@host/path?sig=hunter2" (s3://b/a@v1)'
     assert hide_secrets(text) == 'Cannot reach "https://...@host/path?..." (s3://b/a@v1)'
+    for plain in ("http://127.0.0.1:9000/a@v1", "s3://arn:aws:s3:us-east-1:1:accesspoint/box/a@v1"):
+        assert hide_secrets(plain) == plain
 
 
 def test_a_connection_is_a_file_system_and_a_path() -> None:
