@@ -13,6 +13,7 @@ from merging.hub.address import Address
 from merging.hub.mirror import WEIGHTS, Mirror, is_safe, mirrors_folder
 from merging.hub.object_file import ObjectFile
 from merging.object_stores.objects import StoredObject, find_object, list_folder
+from merging.object_stores.retries import Unreachable
 from merging.sources.small_files import LIST_LIMIT
 
 __all__ = ["ObjectFolder", "open_object_folder"]
@@ -66,6 +67,8 @@ def _list_neighbours(address: Address) -> dict[str, StoredObject]:
     """List the files next to a file; the file alone where the store lets nobody list its folder."""
     try:
         return list_folder(address.repo, depth=1)
+    except Unreachable:  # a file alone may mean something else than next to its config
+        raise
     except InputError:
         return {address.path: find_object(str(address))}
 

@@ -94,6 +94,26 @@ def test_adapters_and_single_files(memory_store: MemoryStore, tmp_path: Path) ->
     assert identical(load(tmp_path / "x.safetensors"), load(tmp_path / "y.safetensors"))
 
 
+def test_a_file_is_not_read_without_neighbors_that_cannot_be_listed_now(
+    memory_store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its config next to it states the alpha; where nobody may list the folder, the file alone is all there is."""
+    folder = memory_store.put(adapters(tmp_path, 1)[1][0])
+    monkeypatch.setattr("merging.object_stores.retries.time.sleep", lambda seconds: None)
+
+    def fail(error: Exception) -> None:
+        def ls(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(MemoryFileSystem, "ls", ls)
+
+    fail(ConnectionError("reset"))
+    with pytest.raises(InputError, match="the store cannot be reached, or fails: reset: try again later"):
+        open_model(f"{folder}/adapter_model.safetensors")
+    fail(PermissionError("no listing"))
+    assert open_model(f"{folder}/adapter_model.safetensors").files[0].name == "adapter_model.safetensors"
+
+
 def test_streamed_models_pass_through_the_disk(memory_store: MemoryStore, tmp_path: Path) -> None:
     _, tuned = checkpoint(tmp_path, 2)
     addresses = [memory_store.put(each) for each in tuned]
