@@ -83,17 +83,19 @@ def connect(address: str) -> tuple[Any, str]:
     return system, str(system._strip_protocol(address))
 
 
-def ask_store(ask: Callable[[], T], address: str) -> T:
+def ask_store(ask: Callable[[], T], address: str, repeat: bool = True) -> T:
     """Return the result of a request to a store, which is sent again after temporary failures.
 
     Args:
         ask: A request that changes nothing, or that may be repeated.
         address: The address that it is about, for messages.
+        repeat: Whether it may be repeated.
 
     Raises:
         InputError: See :func:`explain_store_error`.
     """
-    return keep_trying(ask, _pause_after, lambda error: explain_store_error(error, address), address)
+    pause_after = _pause_after if repeat else lambda error, number: None
+    return keep_trying(ask, pause_after, lambda error: explain_store_error(error, address), address)
 
 
 def explain_store_error(error: Exception, address: str) -> InputError:

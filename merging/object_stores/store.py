@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Store:
-    """A file system of fsspec, and the scheme of its addresses. Each request is sent again after a failure that passes.
+    """A file system of fsspec, and the scheme of its addresses. Requests are sent again after failures that pass.
 
     Methods raise :class:`~merging.errors.InputError` for the failures of a store. Paths are in the notation of the file
     system.
@@ -34,8 +34,11 @@ class Store:
         """Return the address of a path."""
         return f"{self.scheme}://{path.lstrip('/')}"
 
-    def ask(self, request: Callable[[], T], path: str, missing: bool = False) -> T:
-        """Return the result of a request. With ``missing``, a missing file is a FileNotFoundError."""
+    def ask(self, request: Callable[[], T], path: str, missing: bool = False, repeat: bool = True) -> T:
+        """Return the result of a request, which is sent once if it must not ``repeat``.
+
+        With ``missing``, a missing file is a FileNotFoundError.
+        """
         absent: list[FileNotFoundError] = []
 
         def ask() -> T | None:
@@ -47,7 +50,7 @@ class Store:
                 absent.append(error)
                 return None
 
-        answer = ask_store(ask, self.address(path))
+        answer = ask_store(ask, self.address(path), repeat)
         if absent:
             raise absent[0]
         return answer  # type: ignore[return-value]

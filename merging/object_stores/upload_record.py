@@ -42,6 +42,7 @@ class UploadRecord:
         old: the files of the output that is replaced.
         whole: whether all files are uploaded, so that the output is to be put in place.
         owner: the machine, process and time of its start.
+        begun: the time before the first upload, by the store's clock; 0 where it is not known.
     """
 
     store: Store = field(compare=False)
@@ -51,6 +52,7 @@ class UploadRecord:
     old: tuple[str, ...] = ()
     whole: bool = False
     owner: Mapping[str, Any] = field(default_factory=dict)
+    begun: float = 0.0
 
     @property
     def path(self) -> str:
@@ -59,7 +61,8 @@ class UploadRecord:
 
     def save(self) -> None:
         """Write the record into the store. Raises :class:`~merging.errors.InputError`."""
-        facts = {"uploads": self.uploads, "old": self.old, "whole": self.whole, "owner": self.owner}
+        names = ("uploads", "old", "whole", "owner", "begun")
+        facts = {name: getattr(self, name) for name in names}
         self.store.write(self.path, json.dumps(facts).encode())
 
     def put_in_place(self) -> None:
@@ -72,7 +75,8 @@ class UploadRecord:
             LostUpload: The parts of a file are gone.
             InputError: The store fails.
         """
-        since = self.store.last_change(self.path)
+        # the time of a file of S3 is the time when its upload began, and not when it was completed
+        since = self.begun or self.store.last_change(self.path)
         uploads = sorted(self.uploads, key=lambda each: _turn(each["path"]))
         new = {each["path"] for each in uploads}
         if is_pending(self.store, uploads[0]):
@@ -181,6 +185,7 @@ def find_records(store: Store, path: str, inside: bool = False) -> list[UploadRe
                 old=tuple(facts["old"]),
                 whole=facts["whole"] is True,
                 owner=dict(facts["owner"]),
+                begun=float(facts.get("begun", 0)),
             )
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             continue

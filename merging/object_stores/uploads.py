@@ -74,7 +74,10 @@ class _Multipart:
 
 
 class _Hidden:
-    """A file that is written under a hidden name."""
+    """A file that is written under a hidden name.
+
+    A write or close that failed is not repeated: fsspec's file would hold the part twice, or pass for closed.
+    """
 
     in_any_order = False
 
@@ -84,10 +87,10 @@ class _Hidden:
         self._file = store.ask(lambda: store.system.open(hidden, "wb", block_size=part), path)
 
     def put(self, number: int, data: bytes | bytearray) -> None:
-        self._store.ask(lambda: self._file.write(data), self._path)
+        self._store.ask(lambda: self._file.write(data), self._path, repeat=False)
 
     def finish(self) -> None:
-        self._store.ask(self._file.close, self._path)
+        self._store.ask(self._file.close, self._path, repeat=False)
 
     def entry(self) -> dict[str, Any]:
         return {"path": self._path, "hidden": self._hidden}

@@ -67,7 +67,7 @@ class StoreOutput:
             try:
                 record = new_record(self._store, self._path)
                 record.save()
-                self._record = record
+                self._record = replace(record, begun=self._store.last_change(record.path))
             except BaseException:
                 self._clean_up()
                 raise

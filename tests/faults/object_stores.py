@@ -48,14 +48,14 @@ class Interference(Saboteur):
         """Stand between this process and the store, for good."""
         plain, harmer = Store.ask, self
 
-        def ask(self: Store, request: Any, path: str, missing: bool = False) -> Any:
+        def ask(self: Store, request: Any, path: str, *options: Any, **more: Any) -> Any:
             harmer.calls.append(path)
             turn = len(harmer.calls)
             if harmer.error == "kill" and turn == harmer.at:
                 os.kill(os.getpid(), signal.SIGKILL)
             if (harmer.error == "once" and turn == harmer.at) or (harmer.error == "down" and turn >= (harmer.at or 0)):
                 raise InputError(f"{path}: the store cannot be reached")
-            return plain(self, request, path, missing)
+            return plain(self, request, path, *options, **more)
 
         Store.ask = ask  # type: ignore[method-assign]
 

@@ -6,6 +6,7 @@ import json
 import tempfile
 import threading
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import merging
 from merging.cli.main import cli
-from merging.errors import MergingError, OptionError, OutputError
+from merging.errors import InputError, MergingError, OptionError, OutputError
 from merging.object_stores.store import Store, open_store
 from merging.object_stores.store_path import StorePath, output_path
 from merging.object_stores.upload_record import find_records, new_record
@@ -219,11 +220,11 @@ def merge_until(tuned: list[Path], turn: int, monkeypatch: pytest.MonkeyPatch, *
     with monkeypatch.context() as patch:
         plain, asked = Store.ask, [0]
 
-        def ask(self: Store, request: Any, path: str, missing: bool = False) -> Any:
+        def ask(self: Store, request: Any, path: str, *options: Any, **more: Any) -> Any:
             asked[0] += 1
             if asked[0] >= turn:
                 raise Killed
-            return plain(self, request, path, missing)
+            return plain(self, request, path, *options, **more)
 
         patch.setattr(Store, "ask", ask)
         try:
@@ -401,3 +402,47 @@ def test_an_upload_that_fails_is_one_error(tuned: list[Path], store: Store, monk
 def test_resuming_is_an_option_error(tuned: list[Path]) -> None:
     with pytest.raises(OptionError):
         merging.merge(tuned, output=OUT, resume=True, **LINEAR)
+
+
+@pytest.mark.parametrize("method", ["write", "close"])
+def test_a_part_that_failed_is_not_written_twice(store: Store, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """A buffered file holds it already, and a file whose end failed passes for closed."""
+    upload = begin_upload(store, "/box/x", "/box/y/x", PART)
+    asked: list[str] = []
+
+    def fail(*_: object) -> None:
+        asked.append(method)
+        raise ConnectionError("reset")
+
+    file = upload._file  # type: ignore[attr-defined]
+    monkeypatch.setattr(type(file), method, fail)
+    with pytest.raises(InputError, match=r"^memory://box/x: the store cannot be reached, or fails: reset"):
+        upload.put(0, b"part")
+        upload.finish()
+    assert asked == [method]
+    monkeypatch.undo()
+
+
+def test_times_of_files_are_the_times_when_their_uploads_began(
+    tmp_path: Path, tuned: list[Path], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in S3: a file that a killed run had put in place is not taken for a file of the old output."""
+    merging.merge(tuned, output=tmp_path / "out", **LINEAR)
+    began: dict[str, datetime] = {}
+    copy, modified = MemoryFileSystem.cp_file, MemoryFileSystem.modified
+
+    def complete(self: MemoryFileSystem, hidden: str, path: str) -> None:
+        began[path] = self.created(hidden)
+        copy(self, hidden, path)
+        if path.endswith("config.json"):
+            raise Killed
+
+    monkeypatch.setattr(MemoryFileSystem, "cp_file", complete)
+    monkeypatch.setattr(MemoryFileSystem, "modified", lambda self, path: began.get(path) or modified(self, path))
+    with pytest.raises(Killed):
+        merging.merge(tuned, output=OUT, **LINEAR)
+    (record,) = find_records(store, "/box/out")
+    for name in ("model.safetensors", "config.json", "README.md"):
+        store.remove(f"{record.folder}/{name}")
+    record.put_in_place()
+    assert files_in(store) == files_at(tmp_path / "out")
