@@ -228,15 +228,16 @@ def merge_plan(
     Raises:
         MergingError: for values that cannot be merged, and an output that cannot be written.
     """
-    fitted = fit_workers(plan, cluster, main_device(devices), max_memory, destination=destination, stream=stream)
+    device, probing = main_device(devices), PROBE_BYTES if report else 0
+    fitted = fit_workers(plan, cluster, device, max_memory, probing, destination=destination, stream=stream)
     reporter = Reporter(report, destination, overwrite=overwrite, progress=progress)
-    progress, probing = reporter.progress, PROBE_BYTES if report else 0
+    progress = reporter.progress
     most, here = (None, ()) if fitted else (max_memory, devices)
     workers = workers_within(plan, cores() if threads is None else threads, most, probing, devices=here)
     described = shown or plan
     identity, there = None, 0
     if keep_stages is None:
-        identity, there = prepare_resuming(plan, described, destination, main_device(devices), resume)
+        identity, there = prepare_resuming(plan, described, destination, device, resume)
     check_output(plan, destination, overwrite, there=there)
     check_stages(plan, keep_stages, destination, overwrite=overwrite, stream=stream, resume=resume)
     if not stream:
@@ -250,7 +251,7 @@ def merge_plan(
             described = shown or plan
         transplant = plan.vocabulary.transplant if plan.vocabulary else None
         if transplant is not None:
-            transplant.compute_on(main_device(devices))
+            transplant.compute_on(device)
         settings = StageSettings(devices=devices, threads=workers, scratch=staged.scratch, progress=progress)
         settings = replace(settings, make_crew=fitted.make_crew if fitted else None)
         if staged.journal is not None:

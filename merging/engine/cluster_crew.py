@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol, TypeVar, cast
 
 from merging.cluster import Parcel, RayCluster, WorkerLost, connect, map_tasks
 from merging.cluster.connection import count_workers
@@ -33,6 +34,8 @@ from merging.plan.merge_plan import Plan
 from merging.storage.quantizing_writer import QuantizingWriter
 
 __all__ = ["ClusterCrew", "ClusterSettings", "fit_workers", "give_gpus", "open_connection", "pick_cluster_devices"]
+
+U = TypeVar("U")
 
 _PARTS = 16
 """Batches for each worker in a sweep: the last of them, which may run alone, are a small part of all."""
@@ -74,11 +77,14 @@ def fit_workers(
     cluster: RayCluster | None,
     device: torch.device,
     max_memory: int | str | None,
+    more: int = 0,
     *,
     destination: Path,
     stream: bool = False,
 ) -> ClusterSettings | None:
     """Return a cluster's settings for a plan: Ray reserves the memory of each worker, and one GPU where it needs one.
+
+    ``more`` is the memory that each thread takes in addition to the plan's own.
 
     Raises:
         OptionError: if not even a worker with one thread fits into ``max_memory``, for files that are downloaded in
@@ -92,8 +98,8 @@ def fit_workers(
         raise OptionError(
             f"{destination}: the workers of a cluster write to a shared file system: choose another {option('output')}"
         )
-    threads = cluster.threads if max_memory is None else workers_within(plan, cluster.threads, max_memory)
-    memory = cluster.memory or plan.memory(threads) + _IMPORTS
+    threads = cluster.threads if max_memory is None else workers_within(plan, cluster.threads, max_memory, more)
+    memory = cluster.memory or plan.memory(threads) + threads * more + _IMPORTS
     return ClusterSettings(replace(give_gpus(cluster, device), memory=memory), threads)
 
 
@@ -145,7 +151,7 @@ class ClusterCrew:
                 for part in self._divide(spans, count_workers(ray, self.cluster))
             )
             try:
-                with closing(map_tasks(work_on, batches, self.cluster, split=_split)) as results:
+                with closing(map_tasks(work_on, batches, self.cluster, split=self._split)) as results:
                     for batch, result in results:
                         done = [of_unit[unit] for unit in batch.units]
                         self._receive(result, work, done)
@@ -174,9 +180,8 @@ class ClusterCrew:
         return self._items[id(span.item)], span.start, span.stop
 
     def _divide(self, spans: Sequence[Span], workers: int) -> Iterator[list[Span]]:
-        """Yield batches of about equal size, in order. Pieces that are quantised together stay together."""
-        together = isinstance(self.shared.sink, QuantizingWriter)
-        groups = [[*group] for _, group in groupby(spans, key=lambda span: id(span.item if together else span))]
+        """Yield batches of about equal size, in order."""
+        groups = self._group(spans, lambda span: id(span.item))
         size = min(_LARGEST, sum(span.bytes for span in spans) // (workers * _PARTS))
         batch: list[Span] = []
         for group in groups:
@@ -187,6 +192,16 @@ class ClusterCrew:
         if batch:
             yield batch
 
+    def _split(self, batch: Batch) -> list[Batch]:
+        """Return a batch in its smallest parts."""
+        return [replace(batch, units=tuple(group)) for group in self._group(batch.units, itemgetter(0))]
+
+    def _group(self, units: Sequence[U], item_of: Callable[[U], object]) -> list[list[U]]:
+        """Return units one by one, or by tensor where values are encoded: one process needs all pieces of a code."""
+        if not isinstance(self.shared.sink, QuantizingWriter):
+            return [[unit] for unit in units]
+        return [[*group] for _, group in groupby(units, key=item_of)]
+
     def _receive(self, result: BatchResult, work: Work, spans: Sequence[Span]) -> None:
         """Join the results of a batch with all others."""
         shared = self.shared
@@ -196,17 +211,16 @@ class ClusterCrew:
             shared.metrics.setdefault(metric, {}).update(values)
         for reader, notices in zip(piece_readers(shared.plan), result.stage_notices, strict=True):
             reader.notices |= notices
-        shared.spool.restore(result.places)
-        for each in result.collected:
-            work.receive(each, spans if each is result.collected[0] else ())
+        shared.spool.restore(result.places, written=True)
+        work.receive(result.collected, spans)
         sink: object = shared.sink
         if isinstance(sink, QuantizingWriter):
             sink.add_losses(result.losses)
             sink = sink.writer
         if result.stored:
             cast(_CreditedSink, sink).credit(result.stored)
-        for span, written in zip(spans, result.written, strict=True):
-            work.record(span, written)
+        for span, written, measured in zip(spans, result.written, result.measured, strict=True):
+            work.record(span, written, measured)
         self._note_kernels(result.kernels)
 
     def _note_kernels(self, kernels: str) -> None:
@@ -216,8 +230,3 @@ class ClusterCrew:
                 f"warning: the nodes calculate with different kernels ({', '.join(sorted(self._kernels))}), which "
                 f"round differently: set ATEN_CPU_CAPABILITY alike on all nodes for the same bytes each time"
             )
-
-
-def _split(batch: Batch) -> list[Batch]:
-    """Return a batch's units one by one."""
-    return [replace(batch, units=(unit,)) for unit in batch.units]

@@ -14,7 +14,7 @@ from merging.engine.journal import RunJournal
 from merging.engine.journaled_sinks import CountingSink
 from merging.engine.measures import Measures
 from merging.engine.spool import Spool
-from merging.engine.sweeps import SweepPart, Sweeps
+from merging.engine.sweeps import SweepPart, Sweeps, copy_to_host
 from merging.engine.threads import share_out
 from merging.engine.unit import Span
 from merging.engine.worker import Shared, Worker
@@ -45,13 +45,13 @@ class Work(ABC):
         """Return the results of a worker that has done its last unit; they can be pickled."""
         return None
 
-    def receive(self, collected: Any, spans: Sequence[Span]) -> None:
-        """Join the results of a worker with all others. ``spans`` are its units, if it is in another process."""
-        assert collected is None
+    def receive(self, collected: Sequence[Any], spans: Sequence[Span]) -> None:
+        """Join the results of a process's workers with all others. ``spans`` are their units in another process."""
+        assert not any(each is not None for each in collected)
 
-    def record(self, span: Span, written: Mapping[str, int]) -> None:
-        """Record a unit that another process finished, and the bytes of each tensor that it wrote."""
-        assert not written
+    def record(self, span: Span, written: Mapping[str, int], measured: Sequence[float]) -> None:
+        """Record a unit that another process finished, the bytes of each tensor that it wrote, and its measures."""
+        assert not written and not measured
 
 
 class Crew(Protocol):
@@ -88,8 +88,7 @@ class ThreadCrew:
         )
         collected = [work.collect(worker) for worker in workers]
         del workers  # their buffers are not needed any more
-        for each in collected:
-            work.receive(each, ())
+        work.receive(collected, ())
 
 
 class Gathering(Work):
@@ -121,9 +120,8 @@ class Gathering(Work):
     def collect(self, worker: tuple[Worker, SweepPart]) -> SweepPart:
         return worker[1]
 
-    def receive(self, collected: SweepPart, spans: Sequence[Span]) -> None:
-        collected.done += [self.numbers[span] for span in spans]
-        self.sweeps.take(collected)
+    def receive(self, collected: Sequence[SweepPart], spans: Sequence[Span]) -> None:
+        self.sweeps.take(collected, [self.numbers[span] for span in spans])
         if self.journal is not None:
             self.journal.check()
 
@@ -144,7 +142,8 @@ class _GatheringElsewhere(Work):
         worker.gather(span, self.stage)
 
     def collect(self, worker: Worker) -> SweepPart:
-        return SweepPart(list(worker.accumulators))
+        on_gpu = worker.tiler.device.type != "cpu"  # which the program's machine need not have
+        return SweepPart([copy_to_host(each) if on_gpu else each for each in worker.accumulators])
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,21 +172,24 @@ class Merging(Work):
         return worker
 
     def do(self, worker: Worker, span: Span) -> None:
-        measured = worker.merge_unit(span)
-        if self.journal is not None:
-            assert isinstance(worker.output.sink, CountingSink)
-            self.journal.add(self.numbers[span], worker.output.sink.take(), measured)
+        self.record(span, *self.merge(worker, span))
+
+    def merge(self, worker: Worker, span: Span) -> tuple[Mapping[str, int], list[float]]:
+        """Merge a unit. Return the bytes of each tensor that it wrote, where these are counted, and its measures."""
+        measured, sink = worker.merge_unit(span), worker.output.sink
+        return (sink.take() if isinstance(sink, CountingSink) else {}), measured
 
     def collect(self, worker: Worker) -> Measures | None:
         return worker.take_measures()
 
-    def receive(self, collected: Measures | None, spans: Sequence[Span]) -> None:
-        if self.measures is not None and collected is not None:
-            self.measures.merge(collected)
+    def receive(self, collected: Sequence[Measures | None], spans: Sequence[Span]) -> None:
+        for each in collected:
+            if self.measures is not None and each is not None:
+                self.measures.merge(each)
 
-    def record(self, span: Span, written: Mapping[str, int]) -> None:
+    def record(self, span: Span, written: Mapping[str, int], measured: Sequence[float]) -> None:
         if self.journal is not None:
-            self.journal.add(self.numbers[span], written)
+            self.journal.add(self.numbers[span], written, measured)
 
 
 class Decomposing(Work):
@@ -200,10 +202,13 @@ class Decomposing(Work):
         return DecomposingElsewhere, (self.found.spool, self.found.widths, self.measures is not None)
 
     def begin(self, shared: Shared, device: torch.device) -> Worker:
+        return self._begin(shared, device, self.found)
+
+    def _begin(self, shared: Shared, device: torch.device, found: Decomposition) -> Worker:
+        """Return a new worker that adds to ``found``."""
         worker = Worker(shared, device)
         if self.measures is not None:
             worker.measure()
-        found = self.found
         worker.output = Decomposer(shared.sink, worker.tiler, shared.discarded, found.notices, found=found)
         return worker
 
@@ -211,26 +216,33 @@ class Decomposing(Work):
         if span.item.form == "factors":
             worker.merge_unit(span)
         elif is_unchanged(span.item):
-            self.found.unchanged.add(span.item.site.name)
+            _found_by(worker).unchanged.add(span.item.site.name)
 
     def collect(self, worker: Worker) -> Any:
         return worker.take_measures()
 
-    def receive(self, collected: Findings | Measures | None, spans: Sequence[Span]) -> None:
-        """Join the measures of a worker, and the findings of one of another process; threads share ``found``."""
-        if isinstance(collected, Findings):
-            self.found.spectra |= collected.spectra
-            self.found.unchanged |= collected.unchanged
-            self.found.notices |= collected.notices
-            self.found.spool.restore(collected.places)
-            collected = collected.measures
-        if self.measures is not None and collected is not None:
-            self.measures.merge(collected)
+    def receive(self, collected: Sequence[Findings | Measures | None], spans: Sequence[Span]) -> None:
+        """Join the measures of workers, and the findings of another process's workers; threads share ``found``."""
+        for each in collected:
+            if isinstance(each, Findings):
+                self.found.spectra |= each.spectra
+                self.found.unchanged |= each.unchanged
+                self.found.notices |= each.notices
+                self.found.spool.restore(each.places)
+            measures = each.measures if isinstance(each, Findings) else each
+            if self.measures is not None and measures is not None:
+                self.measures.merge(measures)
+
+
+def _found_by(worker: Worker) -> Decomposition:
+    """Return the decomposition that a worker adds to."""
+    assert isinstance(worker.output, Decomposer)
+    return worker.output.found
 
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """The part of a decomposition that one process found, with the places of its factors."""
+    """The part of a decomposition that one worker found, with the places of its process's new factors."""
 
     spectra: Mapping[str, SingularValues]
     unchanged: set[str]
@@ -240,17 +252,16 @@ class Findings:
 
 
 class DecomposingElsewhere(Decomposing):
-    """Decomposing merged changes far from the process that chooses the ranks."""
+    """Decomposing merged changes far from the process that chooses the ranks: each worker adds to its own findings."""
 
     def __init__(self, spool: Spool, widths: Mapping[str, int], measured: bool) -> None:
         self.spool, self.widths = spool, dict(widths)
         self.measures = Measures() if measured else None
 
     def begin(self, shared: Shared, device: torch.device) -> Worker:
-        self.found = Decomposition(shared.plan, self.spool, widths=self.widths)
-        return super().begin(shared, device)
+        return self._begin(shared, device, Decomposition(shared.plan, self.spool, widths=self.widths))
 
     def collect(self, worker: Worker) -> Findings:
-        found = self.found
+        found = _found_by(worker)
         places, measures = self.spool.take_new(), worker.take_measures()
         return Findings(found.spectra, found.unchanged, found.notices, places, measures)

@@ -102,6 +102,7 @@ class BatchResult:
     Attributes:
         collected: the results of the worker, as its work collects them.
         written: the bytes of merged values of each tensor, by unit.
+        measured: the measures of each unit, if there are any.
         stored: the bytes that were written of each tensor in the files.
         losses: the losses of tensors that were quantised.
         places: the places of changes that were set aside.
@@ -114,6 +115,7 @@ class BatchResult:
 
     collected: list[Any]
     written: list[Mapping[str, int]]
+    measured: list[list[float]]
     stored: Mapping[str, int]
     losses: Mapping[str, Any]
     places: Mapping[str, Any]
@@ -155,12 +157,13 @@ def work_on(batch: Batch) -> BatchResult:
     assert opened.sweep is not None
     work = opened.sweep.work
     spans = [Span(run.plan.items[item], start, stop) for item, start, stop in batch.units]
-    written: dict[Span, Mapping[str, int]] = {}
+    merged: dict[Span, tuple[Mapping[str, int], list[float]]] = {}
 
     def do(worker: Any, span: Span) -> None:
-        work.do(worker, span)
         if isinstance(work, Merging):
-            written[span] = worker.output.sink.take()
+            merged[span] = work.merge(worker, span)
+        else:
+            work.do(worker, span)
 
     shared.notices, shared.discarded, shared.metrics = set(), {}, {}
     with in_folder(run.folder):
@@ -176,7 +179,8 @@ def work_on(batch: Batch) -> BatchResult:
         release_freed_memory()
     return BatchResult(
         collected=collected,
-        written=[written.get(span, {}) for span in spans],
+        written=[merged[span][0] if span in merged else {} for span in spans],
+        measured=[merged[span][1] if span in merged else [] for span in spans],
         stored=files.take_written() if files else {},
         losses=run.sink.take_losses() if isinstance(run.sink, QuantizingWriter) else {},
         places=shared.spool.take_new(),

@@ -67,6 +67,8 @@ class Spool:
         self._lock = threading.Lock()
         self._kept: dict[str, _Kept] = {}
         self._new: set[str] = set()
+        self._others: set[str] = set()
+        """Files of other processes with changes that may not be durable."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         assert self.folder is not None and self.path is not None, "a file without a name has no other reader"
@@ -96,8 +98,11 @@ class Spool:
         new, self._new = self._new, set()
         return {name: self._kept[name].plain() for name in new}
 
-    def restore(self, places: Mapping[str, Any]) -> None:
-        """Know the changes at these places, in the file from before or in files of other processes."""
+    def restore(self, places: Mapping[str, Any], written: bool = False) -> None:
+        """Know the changes at these places, in the file from before or in files of other processes.
+
+        ``written`` says whether other processes wrote them just now, so that :meth:`sync` makes them durable too.
+        """
         for name, place in places.items():
             parts = tuple(_Part.of(part) for part in place["parts"])
             factors = place["factors"]
@@ -105,12 +110,17 @@ class Spool:
             self._kept[name] = _Kept(file, parts, None if factors is None else (tuple(factors[0]), factors[1]))
             if file == self._own:
                 self._end = max([self._end, *(part.offset + prod(part.shape) * part.dtype.itemsize for part in parts)])
+            elif written:
+                with self._lock:
+                    self._others.add(file)
 
     def sync(self) -> None:
         """Make the changes that were kept durable. Raises OSError."""
-        own = self._files.get(self._own)
-        if own is not None:
-            sync(own.fileno())
+        with self._lock:
+            others, self._others = self._others, set()
+            own = self._files.get(self._own)
+        for file in ([] if own is None else [own]) + [self._open(name) for name in sorted(others)]:
+            sync(file.fileno())
 
     def close(self) -> None:
         """Free the space of a file without a name. Files with a name are opened again when they are needed."""

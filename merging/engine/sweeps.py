@@ -15,7 +15,7 @@ from merging.maths.lazy_torch import torch
 from merging.maths.reductions import Accumulator, State
 from merging.os_calls import sync, sync_folder
 
-__all__ = ["SweepPart", "SweepSnapshot", "Sweeps"]
+__all__ = ["SweepPart", "SweepSnapshot", "Sweeps", "copy_to_host"]
 
 _HEADER = "header"
 
@@ -132,18 +132,23 @@ class Sweeps:
         if self.period is None or time.monotonic() - part.since < self.period:
             return
         # on the CPU: a device's values are only in order within the stream of their thread
-        taken = [_copy_to_host(each) for each in part.accumulators]
+        taken = [copy_to_host(each) for each in part.accumulators]
         with self._lock:
             self._merge(taken)
             self._done.update(part.done)
             self._news = True
             part.renew(self._fork())
 
-    def take(self, part: SweepPart) -> None:
-        """Take the values of a part over, and its units; the part must not be used afterwards."""
+    def take(self, parts: Sequence[SweepPart], done: Iterable[int] = ()) -> None:
+        """Take over the values of parts, which must not be used afterwards, and their units.
+
+        ``done`` are units whose values are in these parts, in any of them: no snapshot has the values of a part alone.
+        """
         with self._lock:
-            self._merge(part.accumulators)
-            self._done.update(part.done)
+            for part in parts:
+                self._merge(part.accumulators)
+                self._done.update(part.done)
+            self._done.update(done)
             self._news = True
 
     def end_sweep(self) -> bool:
@@ -171,9 +176,10 @@ class Sweeps:
             total.merge(each)
 
 
-def _copy_to_host(accumulator: Accumulator) -> Accumulator:
-    """Return an accumulator with the same values, on the CPU; there its tensors are shared, not copied."""
+def copy_to_host(accumulator: Accumulator) -> Accumulator:
+    """Return an accumulator with the same values, on the CPU; of a kind without states, the same accumulator."""
     state, copy = accumulator.state(), accumulator.fork()
-    assert state is not None
+    if state is None:
+        return accumulator
     copy.restore(state)
     return copy

@@ -149,14 +149,16 @@ def test_other_machines_make_their_part_durable(
     assert contents(tmp_path / "out") == contents(tmp_path / "wanted" / "out")
 
 
+@pytest.mark.parametrize("kind", ["statistics", "set aside", "ranks"])
 def test_workers_of_several_threads(
-    nodes: Nodes, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nodes: Nodes, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
+    monkeypatch.chdir(models)
     monkeypatch.setattr("merging.engine.tiles.CHUNK", TILE)
-    inputs, options = [models / "tuned0", models / "tuned1"], {"base": models / "base", "method": "lines+tsv"}
-    merging.merge(inputs, output=tmp_path / "wanted", **options)
-    merging.merge(inputs, output=tmp_path / "out", engine=RayCluster(worker_cpus=2), **options)
-    assert contents(tmp_path / "out") == contents(tmp_path / "wanted")
+    words = KINDS[kind].split()
+    ok(*words, "-o", tmp_path / "wanted" / "out")
+    ok(*words, "-o", tmp_path / "out", "--engine", "ray", "--address", nodes.address, "--worker-cpus", 2)
+    assert contents(tmp_path / "out") == contents(tmp_path / "wanted" / "out")
 
 
 def slow_method(seconds: float) -> Any:
@@ -203,6 +205,28 @@ def test_ten_killed_workers(nodes: Nodes, models: Path, tmp_path: Path) -> None:
     assert killed.read_text() == "10"
     ours, theirs = load(tmp_path / "out"), load(tmp_path / "wanted")
     assert identical(ours, theirs)
+
+
+def test_codes_are_whole_when_a_worker_dies(nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("merging.engine.tiles.CHUNK", TILE)
+    _, inputs = checkpoint(tmp_path, 2, layers=1, width=640)  # a matrix of two units, and a code that is in both
+    died = tmp_path / "died"
+
+    @merging.method("dying", needs="element")
+    def dying(deltas: Tensor, site: Any) -> Tensor:
+        """Mean of the changes; the first worker at the large matrix dies."""
+        if "mlp.up_proj" in site.name:
+            if not died.exists():
+                died.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.5)  # units apart from each other would be on two workers
+        return deltas.mean(0)
+
+    options = {"method": dying(), "base": tmp_path / "base", "quantize": "fp8-channel"}
+    merging.merge(inputs, output=tmp_path / "out", engine=RayCluster(address=nodes.address), **options)
+    assert died.exists()
+    merging.merge(inputs, output=tmp_path / "wanted", **options)
+    assert identical(load(tmp_path / "out"), load(tmp_path / "wanted"))
 
 
 def test_a_node_that_dies(nodes: Nodes, models: Path, tmp_path: Path) -> None:
@@ -275,9 +299,10 @@ def test_a_merge_that_stopped_is_gone_on_with(
     nodes: Nodes, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, then: str
 ) -> None:
     monkeypatch.setattr("merging.engine.journal._PERIOD", 0.01)
-    options = {"base": models / "base", "method": "lines+tsv", "resume": True}
+    options = {"base": models / "base", "method": "lines+tsv", "resume": True, "overwrite": True}
+    options["report"] = tmp_path / "page.html"
     inputs = [models / "tuned0", models / "tuned1"]
-    merging.merge(inputs, output=tmp_path / "wanted", **options)
+    wanted = merging.merge(inputs, output=tmp_path / "wanted", **options).report
 
     class Stop(Exception):
         pass
@@ -292,9 +317,10 @@ def test_a_merge_that_stopped_is_gone_on_with(
     (left,) = tmp_path.glob(".out.*.partial")
     entries = [json.loads(line) for line in (left / "journal" / "merge.jsonl").read_text().splitlines()]
     assert any(entry["spooled"] for entry in entries) and any(entry["units"] for entry in entries)
-    merging.merge(inputs, output=tmp_path / "out", engine=then, **options)
+    found = merging.merge(inputs, output=tmp_path / "out", engine=then, **options).report
     assert contents(tmp_path / "out") == contents(tmp_path / "wanted")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "wanted"]
+    assert found is not None and wanted is not None and found.to_dict()["tensors"] == wanted.to_dict()["tensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "page.html", "wanted"]
 
 
 def test_the_command_with_models_of_the_hub(nodes: Nodes, models: Path, tmp_path: Path, hub: Hub) -> None:

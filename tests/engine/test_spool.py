@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,6 +49,24 @@ def test_nothing_stays_in_memory(tmp_path: Path) -> None:
     del up, down
     gc.collect()
     assert [each() for each in left] == [None, None]
+    spool.close()
+
+
+def test_changes_that_other_processes_wrote_are_made_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = Spool(tmp_path, tmp_path / "own.spool")
+    other = pickle.loads(pickle.dumps(spool))
+    other.put("a", Dense(torch.ones(3)))
+    other.close()
+    synced: list[int] = []
+    monkeypatch.setattr("merging.engine.spool.sync", lambda fd: synced.append(os.fstat(fd).st_ino))
+    spool.restore(other.places())
+    spool.sync()
+    assert not synced
+    spool.restore(other.places(), written=True)
+    spool.sync()
+    spool.sync()
+    (file,) = tmp_path.glob("own-*.spool")
+    assert synced == [file.stat().st_ino]
     spool.close()
 
 

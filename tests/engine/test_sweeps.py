@@ -33,8 +33,7 @@ def feed(sweeps: Sweeps, stop_after: int | None = None) -> bool | None:
         sweeps.add(part, number)
     if stop_after is not None:
         return None
-    for part in parts:
-        sweeps.take(part)
+    sweeps.take(parts)
     return sweeps.end_sweep()
 
 
@@ -69,6 +68,27 @@ def test_values_are_handed_in_after_a_while() -> None:
     sweeps = start(period=60)
     feed(sweeps, 5)
     assert sweeps.take_snapshot() is None
+
+
+def test_no_snapshot_has_the_units_of_a_batch_without_all_of_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of another process has a part for each thread, and one list of units."""
+    sweeps = start()
+    parts = [sweeps.start_part(), sweeps.start_part()]
+    for part, tile in zip(parts, TILES, strict=False):
+        for accumulator in part.accumulators:
+            accumulator.add(tile, 0)
+    released: list[tuple[int, int]] = []
+
+    class Lock:
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *_: object) -> None:
+            released.append((len(sweeps._done), sweeps.totals[1].count))  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(sweeps, "_lock", Lock())
+    sweeps.take(parts, [0, 1])
+    assert released == [(2, 100_000)]
 
 
 def test_other_statistics_are_not_gone_on_with() -> None:
