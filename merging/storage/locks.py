@@ -80,11 +80,14 @@ def lock_file(path: Path, wait: float | None = 0.0) -> BaseFileLock | None:
     """
     kind, name = (FileLock, path) if _has_locks(path) else (SoftFileLock, path.with_name(f"{path.name}{_OWNER}"))
     lock = kind(name, timeout=-1 if wait is None else wait, thread_local=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        return None
-    return lock
+    # some versions of filelock only remove the record of a dead owner in an attempt without waiting
+    for _ in range(1 if kind is FileLock else 2):
+        try:
+            lock.acquire()
+        except Timeout:
+            continue
+        return lock
+    return None
 
 
 def _has_locks(path: Path) -> bool:

@@ -65,6 +65,7 @@ def lack(monkeypatch: pytest.MonkeyPatch, things: Collection[str], number: int) 
         monkeypatch.setattr(os_calls, "allocate", refuse)
     if "modes" in things:
         monkeypatch.setattr(os, "chmod", refuse)
+        monkeypatch.setattr(Path, "chmod", refuse)  # which has a function of its own in Python 3.10
     if "announcements" in things and hasattr(os, "posix_fadvise"):
         monkeypatch.setattr(os, "posix_fadvise", refuse)
     if "files without names" in things:
