@@ -6,14 +6,13 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from merging.errors import OptionError
 from merging.maths.coefficients import column, number
 from merging.maths.delta import Delta, Stack
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.parameters import Coefficient, Local, PerModel
 from merging.maths.site import Site
 from merging.methods.contract.method import Method, Statistic, Statistics
-from merging.methods.families.spherical import GRAM, gram, plain_weights
+from merging.methods.families.spherical import GRAM, check_mean_weights, gram, plain_weights
 
 __all__ = ["GeometricMedian", "weiszfeld"]
 
@@ -50,10 +49,7 @@ class GeometricMedian(Method):
 
     def check(self, models: int) -> None:
         super().check(models)
-        weights = [] if self.varies else list(map(number, self.coefficients(models)))
-        if weights and (min(weights) < 0 or sum(weights) == 0):
-            reason = "of at least 0" if min(weights) < 0 else "that do not sum to 0"
-            raise OptionError(f"geometric_median.weights = {self.weights}: a median needs weights {reason}")
+        check_mean_weights(self, models, "median")
 
     @property
     def factored(self) -> bool:

@@ -6,14 +6,13 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from merging.errors import OptionError
 from merging.maths.coefficients import column, number
 from merging.maths.delta import Delta, Stack
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.parameters import Coefficient, Local, PerModel
 from merging.maths.site import Site
 from merging.methods.contract.method import Statistics
-from merging.methods.families.spherical import OnSphere, cosines, gram, plain_weights
+from merging.methods.families.spherical import OnSphere, check_mean_weights, cosines, gram, plain_weights
 
 __all__ = ["Karcher", "karcher_mean"]
 
@@ -41,12 +40,7 @@ class Karcher(OnSphere):
 
     def check(self, models: int) -> None:
         super().check(models)
-        if self.varies:
-            return
-        weights = list(map(number, self.coefficients(models)))
-        if min(weights) < 0 or sum(weights) == 0:
-            reason = "of at least 0" if min(weights) < 0 else "that do not sum to 0"
-            raise OptionError(f"karcher.weights = {self.weights}: a mean on the sphere needs weights {reason}")
+        check_mean_weights(self, models, "mean on the sphere")
 
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         weights = column(self.weights, gram(statistics)).view(-1)

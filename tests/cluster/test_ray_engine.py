@@ -10,10 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,29 +20,23 @@ import pytest
 from torch import Tensor
 
 import merging
-from merging.cluster import RayCluster, WorkerLost, connect, map_tasks
+from merging.cluster import RayCluster, WorkerLost, map_tasks
 from merging.engine.crews import ThreadCrew
 from merging.errors import InputError, OptionError
 from merging.plan.items import TILE
 from support.commands import ok
 from support.hub_fixture import Hub
-from support.ray_cluster import Nodes, node_words, start_nodes
+from support.ray_cluster import NEEDS_RAY, Nodes, connect_nodes, node_words
 from support.tiny import adapters, checkpoint, identical, load, save
 
-pytestmark = [
-    pytest.mark.exhaustive,
-    pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra ray, as .ci/run cluster installs it"),
-    pytest.mark.filterwarnings("ignore"),  # Ray's own
-]
+pytestmark = NEEDS_RAY
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
     """A head and a second node, with two processors each, and a connection to them."""
-    with start_nodes(2, 2) as started, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with connect(RayCluster(address=started.address)):  # merges use it, and so the same workers
-            yield started
+    with connect_nodes(2, 2) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")

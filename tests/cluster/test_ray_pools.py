@@ -9,18 +9,16 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 import merging
-from merging.cluster import RayCluster, connect
+from merging.cluster import RayCluster
 from merging.engine.evaluation import evaluate_each
 from merging.errors import InputError
 from merging.pool import Pool
@@ -30,24 +28,18 @@ from merging.sources.open_files import File
 from support.adapters import edit_tensors
 from support.commands import ok
 from support.hub_fixture import Hub
-from support.ray_cluster import Nodes, start_nodes
+from support.ray_cluster import NEEDS_RAY, Nodes, connect_nodes
 from support.recycling_tasks import World, causal, classifier, contents
 from support.tiny import checkpoint
 
-pytestmark = [
-    pytest.mark.exhaustive,
-    pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra ray, as .ci/run cluster installs it"),
-    pytest.mark.filterwarnings("ignore"),  # Ray's own
-]
+pytestmark = NEEDS_RAY
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
     """A head and a second node, with one processor each, and a connection to them."""
-    with start_nodes(1, 1) as started, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with connect(RayCluster(address=started.address)):
-            yield started
+    with connect_nodes(1, 1) as started:
+        yield started
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,14 +11,26 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
+import pytest
 
-__all__ = ["Nodes", "start_nodes"]
+from merging.cluster import RayCluster, connect
+
+__all__ = ["NEEDS_RAY", "Nodes", "connect_nodes", "node_words", "start_nodes"]
+
+NEEDS_RAY = [
+    pytest.mark.exhaustive,
+    pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra ray, as .ci/run cluster installs it"),
+    pytest.mark.filterwarnings("ignore"),  # Ray's own
+]
+"""The marks of tests on a real cluster."""
 
 _STARTED = 60.0
 """Seconds that a node has to start."""
@@ -106,3 +118,12 @@ def start_nodes(*cpus: int) -> Iterator[Nodes]:
     finally:
         nodes.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def connect_nodes(*cpus: int) -> Iterator[Nodes]:
+    """Run nodes with these numbers of processors, and keep a connection to them, which merges use."""
+    with start_nodes(*cpus) as started, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with connect(RayCluster(address=started.address)):
+            yield started

@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from merging.errors import OptionError
 from merging.maths.coefficients import number
 from merging.maths.delta import LowRank, Stack
 from merging.maths.lazy_torch import Tensor, torch
@@ -20,7 +21,7 @@ from merging.maths.site import Site
 from merging.maths.sums import spans
 from merging.methods.contract.method import Method, Statistic, Statistics
 
-__all__ = ["GRAM", "OnSphere", "arc_weights", "cosines", "gram", "plain_weights"]
+__all__ = ["GRAM", "OnSphere", "arc_weights", "check_mean_weights", "cosines", "gram", "plain_weights"]
 
 _PRODUCTS = "inner products"
 
@@ -94,6 +95,18 @@ def arc_weights(grams: Tensor, t: Coefficient, flat_from: float) -> tuple[Tensor
     omega = torch.acos(torch.where(flat, 0.0, cosine))
     first, second = ((1 - t) * omega).sin() / omega.sin(), (t * omega).sin() / omega.sin()
     return torch.where(flat, 1 - t, first), torch.where(flat, t, second)
+
+
+def check_mean_weights(method: Method, models: int, kind: str) -> None:
+    """Refuse weights with which a mean of a kind does not exist. Weights that vary by place are not looked at.
+
+    Raises :class:`~merging.errors.OptionError`.
+    """
+    weights = [] if method.varies else list(map(number, method.coefficients(models)))
+    if weights and (min(weights) < 0 or sum(weights) == 0):
+        reason = "of at least 0" if min(weights) < 0 else "that do not sum to 0"
+        given = getattr(method, "weights", weights)
+        raise OptionError(f"{method.name}.weights = {given}: a {kind} needs weights {reason}")
 
 
 def plain_weights(weights: Tensor) -> list[Coefficient]:
