@@ -30,7 +30,7 @@ from merging.engine.resources import describe_choice, pick_devices, workers_with
 from merging.engine.sanity import unrelated_models
 from merging.engine.stages import StageSettings, open_stages
 from merging.engine.threads import cores
-from merging.errors import OptionError
+from merging.errors import OptionError, option
 from merging.hub.address import local_path
 from merging.maths.lazy_torch import torch
 from merging.methods.contract.method import Method
@@ -116,7 +116,8 @@ def merge(
         output: the output. A name ending in ``.safetensors`` is a single file, any other a folder. By default
             ``merged.safetensors`` when all models are bare files, else the folder ``merged``.
         device: ``cpu``, ``cuda`` for all such GPUs, ``cuda:0,1`` for some, ``mps``, ``xpu``, or ``auto``.
-        threads: the number of threads; by default one for each processor core, as far as the memory allows.
+        threads: the number of threads of this process; by default one for each processor core, as far as the memory
+            allows.
         max_memory: the most memory to take, in bytes or as ``"500MB"``, above the memory of the imports.
         overwrite: whether an output that exists is replaced.
         stream: whether models of the Hub and of stores pass through the disk file by file, and are not kept in a cache.
@@ -228,6 +229,11 @@ def merge_plan(
     Raises:
         MergingError: for values that cannot be merged, and an output that cannot be written.
     """
+    if cluster is not None and threads is not None:
+        raise OptionError(
+            f"{option('threads', threads)} is for the threads of this process: a worker of a cluster has as many as "
+            f"processors, which {option('worker_cpus')} sets"
+        )
     device, probing = main_device(devices), PROBE_BYTES if report else 0
     fitted = fit_workers(plan, cluster, device, max_memory, probing, destination=destination, stream=stream)
     reporter = Reporter(report, destination, overwrite=overwrite, progress=progress)

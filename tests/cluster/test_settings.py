@@ -68,6 +68,7 @@ def test_options_of_the_commands(tmp_path: Path) -> None:
     assert "--address is a setting of a cluster: add --engine ray" in refused(*words, "--address", "auto")
     cluster = [*words, "--engine", "ray"]
     assert "--stream downloads for one machine: leave it out with a cluster" in refused(*cluster, "--stream")
+    assert "--threads 2 is for the threads of this process" in refused(*cluster, "--threads", "2")
     assert "--device cuda:1: the workers of a cluster run on cpu or cuda" in refused(*cluster, "--device", "cuda:1")
     assert "max_memory = 1 MB is too little" in refused(*cluster, "--max-memory", "1MB")
     ok(*words, "--engine", "local")
