@@ -79,8 +79,8 @@ _options = add_options(
         "-o",
         "--output",
         type=click.Path(),
-        help="a folder, or a single file ending in .safetensors  [default: merged, or merged.safetensors if all models "
-        "are files]",
+        help="a folder, a single file ending in .safetensors, or an address such as s3://bucket/merged  [default: "
+        "merged, or merged.safetensors if all models are files]",
     ),
     overwrite_option,
     device_option,

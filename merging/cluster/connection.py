@@ -76,7 +76,7 @@ def connect(cluster: RayCluster) -> Iterator[Any]:
         with warnings.catch_warnings(), _same_signals():
             warnings.simplefilter("ignore")  # of Ray about its own settings
             ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
-    except Exception as error:
+    except Exception as error:  # Ray raises errors of many kinds, and gRPC's own
         raise InputError(_describe_failure(cluster, error)) from None
     try:
         count_workers(ray, cluster)
@@ -89,9 +89,11 @@ def connect(cluster: RayCluster) -> Iterator[Any]:
 def _same_signals() -> Iterator[None]:
     """Keep the handler of SIGTERM, which Ray replaces: the program cleans up as without Ray."""
     handler = signal.getsignal(signal.SIGTERM)
-    yield
-    if handler is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _describe_failure(cluster: RayCluster, error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from math import isfinite
+from typing import Any
 
 from merging.errors import OptionError, nearest, option
 from merging.type_checks import check_fields
@@ -80,13 +81,15 @@ def make_cluster(engine: str | RayCluster, address: str | None = None, **setting
     Raises:
         OptionError: for another engine, and for settings of a cluster without one.
     """
-    stated = {name: value for name, value in {"address": address, **settings}.items() if value is not None}
+    stated: dict[str, Any] = {
+        name: value for name, value in {"address": address, **settings}.items() if value is not None
+    }
     if isinstance(engine, RayCluster):
-        return replace(engine, **stated)  # type: ignore[arg-type]
+        return replace(engine, **stated)
     if engine not in ENGINES:
         raise OptionError(f"{option('engine', str(engine))}: use local or ray{nearest(str(engine), ENGINES)}")
     if engine == "ray":
-        return RayCluster(**stated)  # type: ignore[arg-type]
+        return RayCluster(**stated)
     if stated:
         raise OptionError(f"{option(next(iter(stated)))} is a setting of a cluster: add {option('engine', 'ray')}")
     return None

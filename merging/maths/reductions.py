@@ -107,8 +107,11 @@ class Accumulator(ABC):
         return None
 
     def restore(self, state: State) -> None:
-        """Take over a state of an accumulator of the same reduction, in place of the values so far."""
-        raise NotImplementedError
+        """Take over a state of an accumulator of the same reduction, in place of the values so far.
+
+        Raises TypeError for a kind without states.
+        """
+        raise TypeError(f"{type(self).__name__} has no states to go on from")
 
 
 @dataclass(frozen=True, slots=True)
