@@ -31,6 +31,7 @@ from merging.engine.tiles import can_be_sampled, tile_size, unit_size
 from merging.engine.unit import Span
 from merging.engine.worker import Shared
 from merging.errors import option
+from merging.maths.kernels.switch import switch_kernels
 from merging.maths.lazy_torch import Tensor, torch
 from merging.methods.contract.method import ResultStatistic, Statistic
 from merging.plan.merge_plan import Plan
@@ -115,6 +116,7 @@ def run(
     if pieces is not None:
         total += sum(span.bytes for span in pieces) - sum(span.bytes for span in spans)
         spans = list(pieces)
+    switch_kernels(total)
     counter = _Counter(progress, total, most)
     try:
         if journal is not None:

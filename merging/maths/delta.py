@@ -11,7 +11,7 @@ from merging.errors import InputError, OptionError
 from merging.maths.lazy_torch import Tensor, torch
 from merging.type_checks import describe_value
 
-__all__ = ["Delta", "Dense", "LowRank", "Stack", "sum_in_order", "weighted_sum"]
+__all__ = ["Delta", "Dense", "LowRank", "Stack", "StoredValues", "sum_in_order", "weighted_sum"]
 
 Scalar = float | Tensor
 
@@ -140,6 +140,23 @@ class LowRank(Displayed):
 Delta = Dense | LowRank
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredValues:
+    """The models' changes as they are stored, for compiled kernels, which decode them on their way.
+
+    Attributes:
+        values: the models' values, or their changes, ``[n, elements]`` in the type of their files.
+        base: the base's values, ``[elements]`` of the same type; None where ``values`` are not to be subtracted from.
+        shape: the shape of a change.
+        decode: returns the changes written out, ``[n, *shape]``.
+    """
+
+    values: Tensor
+    base: Tensor | None
+    shape: tuple[int, ...]
+    decode: Callable[[], Tensor]
+
+
 class Stack(Displayed):
     """The changes of ``n`` models in one tensor, or in one block of it.
 
@@ -148,21 +165,30 @@ class Stack(Displayed):
     values, by keys of their own: a block that is gone through several times keeps it.
     """
 
-    __slots__ = ("_deltas", "_values", "memo", "models", "present")
+    __slots__ = ("_deltas", "_stored", "_values", "memo", "models", "present")
 
     def __init__(
         self, deltas: Sequence[Delta], models: Sequence[str] | None = None, present: Sequence[bool] | None = None
     ) -> None:
         self._deltas: tuple[Delta, ...] | None = tuple(deltas)
         self._values: Tensor | None = None
+        self._stored: StoredValues | None = None
         self._describe(len(deltas), models, present)
 
     @classmethod
     def of(cls, values: Tensor, models: Sequence[str] | None = None, present: Sequence[bool] | None = None) -> Stack:
         """Return a stack over one tensor ``[n, *shape]`` that holds the models' changes."""
         stack = cls.__new__(cls)
-        stack._deltas, stack._values = None, values
+        stack._deltas, stack._values, stack._stored = None, values, None
         stack._describe(len(values), models, present)
+        return stack
+
+    @classmethod
+    def of_stored(cls, stored: StoredValues, models: Sequence[str], present: Sequence[bool]) -> Stack:
+        """Return a stack whose changes are decoded when they are asked for."""
+        stack = cls.__new__(cls)
+        stack._deltas, stack._values, stack._stored = None, None, stored
+        stack._describe(len(stored.values), models, present)
         return stack
 
     def _describe(self, n: int, models: Sequence[str] | None, present: Sequence[bool] | None) -> None:
@@ -175,22 +201,23 @@ class Stack(Displayed):
 
     def _display_fields(self) -> dict[str, object]:
         facts: dict[str, object] = {"models": len(self), "present": sum(self.present), "low_rank": self.low_rank}
-        if self._values is not None:
-            return {**facts, "shape": tuple(self._values.shape[1:])}
+        if self._deltas is None:
+            return {**facts, "shape": tuple(self.dense().shape[1:])}
         return {**facts, "shape": self._deltas[0].shape} if self._deltas else facts
 
     @property
     def deltas(self) -> tuple[Delta, ...]:
         """One change a model, in the user's order."""
         if self._deltas is None:
-            assert self._values is not None
-            self._deltas = tuple(Dense(value) for value in self._values)
+            self._deltas = tuple(Dense(value) for value in self.dense())
         return self._deltas
 
     @property
     def low_rank(self) -> bool:
         """Whether every change is kept as factors."""
-        return self._values is None and all(isinstance(delta, LowRank) for delta in self.deltas)
+        return (
+            self._values is None and self._stored is None and all(isinstance(delta, LowRank) for delta in self.deltas)
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -200,14 +227,24 @@ class Stack(Displayed):
 
     def dense(self) -> Tensor:
         """Return all changes written out in one tensor, ``[n, *shape]``."""
-        if self._values is None:
+        if self._values is None and self._stored is not None:
+            self._values = self._stored.decode()
+        elif self._values is None:
             self._values = torch.stack([delta.dense() for delta in self.deltas])
         return self._values
 
+    @property
+    def stored(self) -> StoredValues:
+        """All changes as they are stored, or written out where they are not stored as such."""
+        if self._stored is not None:
+            return self._stored
+        values = self.dense()
+        return StoredValues(values.reshape(len(values), -1), None, tuple(values.shape[1:]), lambda: values)
+
     def rows(self, start: int, stop: int) -> Stack:
         """Return the same rows of every change."""
-        if self._deltas is None and self._values is not None:
-            return Stack.of(self._values[:, start:stop], self.models, self.present)
+        if self._deltas is None:
+            return Stack.of(self.dense()[:, start:stop], self.models, self.present)
         return Stack([delta.rows(start, stop) for delta in self.deltas], self.models, self.present)
 
     def map(self, function: Callable[[Delta], Delta]) -> Stack:

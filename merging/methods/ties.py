@@ -10,6 +10,7 @@ from pydantic import Field
 from merging.errors import OptionError
 from merging.maths.coefficients import number, spread
 from merging.maths.delta import Delta, Dense, Stack, sum_in_order, weighted_sum
+from merging.maths.kernels.steps import count_elected, merge_agreeing
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.order_statistics import Rank
 from merging.maths.parameters import Coefficient, Local, PerModel, varies
@@ -109,19 +110,41 @@ class Ties(Method):
             kept.append(value if density > 0 else torch.zeros_like(value))
         return kept
 
+    def _thresholds(self, models: int, statistics: Statistics) -> list[float | None] | None:
+        """Return each model's threshold, None for one that is not trimmed; None where trimming is more than that."""
+        densities = spread(self.density, models)
+        if 0 in densities or (self.keep_norm and self._densities()):
+            return None
+        places = [self._densities().index(each) if each < 1 else None for each in densities]
+        return [None if k is None else float(statistics[_THRESHOLDS][i, k]) for i, k in enumerate(places)]
+
     def _votes(self, models: int) -> list[float]:
         weights = [number(weight) for weight in self.coefficients(models)]
         return weights if self.vote == "weighted" else [(weight > 0) - (weight < 0) for weight in weights]
 
     def _elect(self, stack: Stack, site: Site, statistics: Statistics) -> Tensor:
-        return elect(self._trim(stack, statistics), self._votes(len(stack)))[None]
+        thresholds = self._thresholds(len(stack), statistics)
+        counted = None if thresholds is None else count_elected(stack, thresholds, self._votes(len(stack)))
+        return counted if counted is not None else elect(self._trim(stack, statistics), self._votes(len(stack)))[None]
 
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
+        otherwise = -1.0 if self.zero == "majority" and float(statistics[_MAJORITY]) < 0 else 1.0
+        thresholds, weights = self._thresholds(len(stack), statistics), self.coefficients(len(stack))
+        if thresholds is not None:
+            merged = merge_agreeing(
+                stack,
+                thresholds=thresholds,
+                votes=self._votes(len(stack)),
+                weights=weights,
+                otherwise=otherwise,
+                scale=self.scale,
+                normalize=self.normalize,
+            )
+            if merged is not None:
+                return Dense(merged)
         trimmed = self._trim(stack, statistics)
         signs = elect(trimmed, self._votes(len(trimmed)))
-        otherwise = -1.0 if self.zero == "majority" and float(statistics[_MAJORITY]) < 0 else 1.0
         signs.add_(_ones(torch.eq, signs), alpha=otherwise)
-        weights = self.coefficients(len(trimmed))
         return Dense(agreeing_mean(trimmed, signs, weights, self.normalize) * self.scale)
 
     def update_rule(self) -> UpdateRule:

@@ -1,0 +1,78 @@
+"""Steps of methods by compiled kernels: each returns None where torch must compute it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from merging.maths.coefficients import number
+from merging.maths.delta import Stack, StoredValues
+from merging.maths.kernels.switch import fuses, run_kernel, usable
+from merging.maths.lazy_torch import Tensor, torch
+
+__all__ = ["count_elected", "limits_of", "merge_agreeing", "numbers_of", "stored_values"]
+
+
+def stored_values(stack: Stack, *numbers: Any) -> StoredValues | None:
+    """Return the changes of a stack for a kernel; None where kernels cannot take them, or numbers with gradients."""
+    if not usable() or stack.low_rank or any(isinstance(each, Tensor) and each.requires_grad for each in numbers):
+        return None
+    stored = stack.stored
+    return stored if usable(stored.values, stored.base) else None
+
+
+def numbers_of(*values: Any) -> Tensor | None:
+    """Return numbers as float32 ``[n]``, rounded as torch rounds a number before it multiplies; None if one is too big.
+
+    For arguments of kernels: a tensor's :meth:`numpy` is one of them without being copied.
+    """
+    numbers = torch.tensor([number(each) for each in values], dtype=torch.float64).float()
+    return numbers if bool(numbers.isfinite().all()) else None
+
+
+def limits_of(thresholds: Sequence[float | None]) -> Tensor:
+    """Return the largest magnitude below each threshold, float32 ``[n]``; -1 where there is none."""
+    own = torch.tensor([math.nan if each is None else each for each in thresholds], dtype=torch.float32)
+    return torch.nextafter(own, torch.zeros(())).nan_to_num(-1)
+
+
+def merge_agreeing(
+    stack: Stack,
+    *,
+    thresholds: Sequence[float | None],
+    votes: Sequence[float],
+    weights: Sequence[Any],
+    otherwise: float = 1.0,
+    scale: Any = 1.0,
+    normalize: bool = True,
+) -> Tensor | None:
+    """Return the mean ``[*shape]`` of what is left of the changes, and agrees with the elected signs.
+
+    Args:
+        stack: the changes.
+        thresholds: of each model, the magnitude below which changes are 0; None for no threshold.
+        votes: of each model, the factor of its change in the election.
+        weights: of each model, the factor of its change in the mean; a negative one reverses it.
+        otherwise: the sign where votes cancel out.
+        scale: the factor of the result.
+        normalize: divide by the sum of the weights that agree.
+    """
+    stored = stored_values(stack, *weights, scale)
+    shares, ballots, rest = numbers_of(*weights), numbers_of(*votes), numbers_of(otherwise, scale)
+    if stored is None or shares is None or ballots is None or rest is None:
+        return None
+    out = torch.empty(stored.values.shape[1], dtype=torch.float32)
+    limits = limits_of(thresholds)
+    arguments = (stored.values, stored.base, limits, ballots, shares, rest, normalize, fuses(), out)
+    return out.view(stored.shape) if run_kernel("agreement.merge_agreeing", *arguments) else None
+
+
+def count_elected(stack: Stack, thresholds: Sequence[float | None], votes: Sequence[float]) -> Tensor | None:
+    """Return how many more elements elect + than -: ``[1, 1]`` float64."""
+    stored, ballots = stored_values(stack), numbers_of(*votes)
+    if stored is None or ballots is None:
+        return None
+    out = torch.empty(1, 1, dtype=torch.float64)
+    ran = run_kernel("agreement.count_signs", stored.values, stored.base, limits_of(thresholds), ballots, out)
+    return out if ran else None

@@ -1,0 +1,117 @@
+"""Compiled kernels have the bits of the torch formulas, and nothing that happens to them fails a merge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import merging
+from merging.engine.in_memory import TensorInputs, merge_in_memory
+from merging.maths.delta import Stack, StoredValues
+from merging.maths.kernels import switch
+from merging.maths.site import Site
+
+SHAPES = [(3, 5), (7,), (1,), (2, 1024), (3, 1500)]
+Use = Callable[[str], list[str]]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+TIES: list[dict[str, Any]] = [
+    {"scope": "tensor", "density": 0.4},
+    {"scope": "tensor", "density": (0.2, 1.0, 0.7), "weights": (0.3, 1.0, -0.5), "vote": "weighted", "scale": 0.7},
+    {"density": 1.0, "zero": "plus", "normalize": False, "weights": (0.0, 2.0, 1 / 3)},
+]
+CASES = [("ties", each) for each in TIES]
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], list[str]]]:
+    """Return a function that switches kernels on or off, and returns a list that receives the kernels that run."""
+    ran: list[str] = []
+    run = switch.run_kernel
+
+    def watch(name: str, *arguments: Any) -> bool:
+        done = run(name, *arguments)
+        ran.extend([name] * done)
+        return done
+
+    def choose(choice: str) -> list[str]:
+        monkeypatch.setenv(switch.SWITCH, choice)
+        switch.switch_kernels(0)
+        ran.clear()
+        return ran
+
+    monkeypatch.setattr("merging.maths.kernels.steps.run_kernel", watch)
+    yield choose
+    choose("off")
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int, special: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the values of three models, and of their base, with exact ties, zeros of both signs and denormals."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(shape, generator=generator)
+    values = base + torch.randn(3, *shape, generator=generator).mul_(0.1)
+    flat = values.view(3, -1)
+    size = flat.shape[1]
+    for place, each in enumerate((0.0, -0.0, 1e-40, -3e-41, 6e-8, *((float("nan"), float("inf")) if special else ()))):
+        flat[place % 3, (7 * place + 3) % size] = each
+    flat[:, size // 2] = base.view(-1)[size // 2]
+    base.view(-1)[size // 3] = 0.0
+    return values.to(dtype), base.to(dtype)
+
+
+def merge(chain: str, parameters: dict[str, Any], values: Tensor, base: Tensor | None) -> Tensor:
+    """Merge one tensor from its stored values."""
+    method = merging.chain(chain, parameters)
+    site = Site("layers.0.mlp.weight", tuple(values.shape[1:]))
+    origin = None if base is None else base.reshape(-1)
+
+    def read(name: str) -> TensorInputs:
+        def decode() -> Tensor:
+            return values.float() if base is None else values.float() - base.float()
+
+        stored = StoredValues(values.reshape(3, -1), origin, site.shape, decode)
+        return TensorInputs(Stack.of_stored(stored, list("abc"), [True] * 3), None)
+
+    (merged,) = merge_in_memory(method, {site.name: site}, read, weights=method.merge_space == "weights")
+    return merged.delta.dense()
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Return whether all numbers are the same, -0 and 0 apart; any NaN is NaN."""
+    nan = one.isnan()
+    return torch.equal(nan, other.isnan()) and torch.equal(
+        one.masked_fill(nan, 0).view(torch.int32), other.masked_fill(nan, 0).view(torch.int32)
+    )
+
+
+def agree(use: Use, case: tuple[str, dict[str, Any]], values: Tensor, base: Tensor | None) -> bool:
+    """Merge with kernels and without, and return whether the bits are the same."""
+    use("off")
+    expected = merge(*case, values, base)
+    ran = use("on")
+    found = merge(*case, values, base)
+    assert ran, "no kernel ran"
+    return same_bits(found, expected)
+
+
+def test_bits_are_those_of_torch(use: Use) -> None:
+    assert agree(use, CASES[2], *draw((3, 1500), torch.bfloat16, 0))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{'-'.join(case[1])}")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_of_every_method_and_type(use: Use, case: Any, dtype: torch.dtype) -> None:
+    for seed, shape in enumerate(SHAPES):
+        values, base = draw(shape, dtype, seed)
+        assert agree(use, case, values, base)
+        assert agree(use, case, values, None)
+
+
+@pytest.mark.exhaustive
+def test_bits_with_nan_and_infinities(use: Use) -> None:
+    for dtype in DTYPES:
+        assert agree(use, CASES[2], *draw((3, 1500), dtype, 1, special=True))
