@@ -81,7 +81,6 @@ def compare_command(
     Of adapters only the factors are read, whatever the size of the model.
     """
     with handle_errors(debug, OutputStatus(plot, html)):
-        from merging.engine.resources import pick_device
         from merging.geometry import compare
         from merging.geometry.alignment import MEMORY
 
@@ -96,7 +95,7 @@ def compare_command(
                 models,
                 signs=None if signs == "none" else signs,
                 max_memory=max_memory or MEMORY,
-                device=pick_device(device),
+                device=device,
                 progress=report,
                 **options,
             )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, wraps
 from numbers import Integral, Real
 from pathlib import Path
-from types import NoneType, UnionType
+from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from merging.errors import InputError, OptionError, shorten
@@ -47,22 +47,31 @@ def check_types(*unchecked: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
         signature = inspect.signature(function)
         names = [each.name for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
 
+        stated = function.__annotations__
+        checked = [name for name in names if name in stated and name not in unchecked]
+
         @cache
-        def annotations() -> dict[str, Any]:
-            hints = get_type_hints(function)  # at the first call, since torch is imported for some
-            return {name: hints[name] for name in names if name in hints and name not in unchecked}
+        def annotation(name: str) -> Any:
+            # At the first call that needs it, since torch is imported for some.
+            return get_type_hints(SimpleNamespace(__annotations__={name: stated[name]}), function.__globals__)[name]
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> T:
             given = dict(zip(names, args, strict=False)) | kwargs
-            for name, annotation in annotations().items():
-                if name in given:
-                    _check(name, given[name], annotation)
+            for name in checked:
+                if name in given and not _is_named(given[name], stated[name]):
+                    _check(name, given[name], annotation(name))
             return function(*args, **kwargs)
 
         return call
 
     return decorate
+
+
+def _is_named(value: Any, annotation: Any) -> bool:
+    """Whether the text of an annotation names a value's type, None or text that is no path: it is not resolved then."""
+    members = annotation.split(" | ") if isinstance(annotation, str) else ()
+    return (value is None and "None" in members) or (type(value) is str and "str" in members and "Path" not in members)
 
 
 def check_fields(value: Any) -> None:

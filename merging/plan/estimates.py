@@ -53,7 +53,7 @@ def spool_bytes(items: Sequence[Item], method: Method, models: int) -> int:
         if item.cut.way == "factors" and method.factored:
             total += item.factor_bytes
         elif item.cut.way in ("factors", "whole"):
-            total += item.dtype.itemsize * item.numel
+            total += item.itemsize * item.numel
     return total
 
 
@@ -74,7 +74,7 @@ def worker_bytes(items: Sequence[Item], method: Method, rank: int | RankSettings
 
 def working_bytes(item: Item, method: Method, tile: int = TILE) -> int:
     """Return about how much memory a worker needs for an item on a CPU: inputs, buffers and results together."""
-    width, links = item.dtype.itemsize, method.links()
+    width, links = item.itemsize, method.links()
     tile = min(item.numel, max(item.cut.granule, tile))
     held = [change for change in item.changes if not isinstance(change, ExtractedChange)]  # these are read by tiles
     copies = sum(link.workspace for link in links)
@@ -110,7 +110,7 @@ def decomposition_bytes(item: Item, rank: int | RankSettings | None) -> int:
     width = min(full, width + _EXTRA)
     factors = 8 * count * width * (rows + columns)
     work = _lapack_bytes(rows, columns) if exact else 0
-    return item.dtype.itemsize * item.numel + max(work + factors, 4 * factors)
+    return item.itemsize * item.numel + max(work + factors, 4 * factors)
 
 
 def _lapack_bytes(rows: int, columns: int) -> int:

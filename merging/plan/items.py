@@ -137,15 +137,20 @@ class Item(Displayed):
     @property
     def factor_bytes(self) -> int:
         """The size of all changes' tensors in the type of the computation."""
-        return self.dtype.itemsize * sum(prod(t.shape) for change in self.changes for t in change.tensors)
+        return self.itemsize * sum(prod(t.shape) for change in self.changes for t in change.tensors)
 
     @property
     def dtype(self) -> torch.dtype:
         """The type the item is computed in: float32, or float64 if an input or the output is."""
+        return torch.float64 if self.itemsize == 8 else torch.float32
+
+    @property
+    def itemsize(self) -> int:
+        """The bytes of an element of this type; known without torch."""
         tensors = [t for change in self.changes for t in change.tensors]
         stored = [each for each in (*self.inputs, self.base) if isinstance(each, Stored)]
         names = {each.dtype_name for each in [*tensors, *stored]} | {out.dtype_name for out in self.outs}
-        return torch.float64 if "F64" in names else torch.float32
+        return 8 if "F64" in names else 4
 
     def order(self) -> tuple[str, int]:
         """Return a key that sorts items in the order of their bytes in the files."""

@@ -10,7 +10,6 @@ from typing import Any
 
 from merging.display.tables import Displayed
 from merging.errors import FormatError
-from merging.maths.lazy_torch import torch
 from merging.sources.components import MODULES, PIPELINE, components_of
 from merging.sources.gguf.files import read_model
 from merging.sources.model_config import read_config
@@ -245,9 +244,8 @@ def content_key(tensors: Mapping[str, Stored]) -> str:
         stored = tensors[name]
         digest.update(f"{name} {stored.dtype_name} {stored.shape}\n".encode())
         if number % stride == 0:
-            values = torch.empty(min(_SAMPLE, stored.numel), dtype=stored.dtype)
-            stored.read_into(values, (stored.numel - len(values)) // 2)
-            digest.update(values.view(torch.uint8).numpy().tobytes())
+            count = min(_SAMPLE, stored.numel)
+            digest.update(stored.read_bytes((stored.numel - count) // 2, count))
     return digest.hexdigest()[:16]
 
 

@@ -69,6 +69,12 @@ class Stored(Displayed, ABC):
         self.read_into(buffer)
         return buffer.view(self.shape)
 
+    def read_bytes(self, start: int, count: int) -> bytes:
+        """Return the bytes of ``count`` elements from ``start`` on."""
+        buffer = torch.empty(count, dtype=self.dtype)
+        self.read_into(buffer, start)
+        return bytes(bytes_of(buffer))
+
     def finite(self) -> bool:
         """Whether all values are finite; reading stops at the first piece that has another value."""
         for start in range(0, self.numel, _PIECE):
@@ -128,6 +134,13 @@ class FileTensor(Stored):
 
     def read_into(self, buffer: Tensor, start: int = 0) -> None:
         self.holder.read(bytes_of(buffer), self._start + start * buffer.itemsize)
+
+    def read_bytes(self, start: int, count: int) -> bytes:
+        itemsize = DTYPE_BITS[self.dtype_name] // 8
+        buffer = bytearray(count * itemsize)  # without torch, so that plans are made without it
+        if buffer:
+            self.holder.read(memoryview(buffer), self._start + start * itemsize)
+        return bytes(buffer)
 
     def advise(self, start: int, count: int) -> None:
         itemsize = self.dtype.itemsize

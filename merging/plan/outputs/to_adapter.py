@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 
 from merging.errors import InputError, OptionError, option
 from merging.maths.layers import Stacks
-from merging.maths.lazy_torch import torch
 from merging.maths.patterns import all_matching
 from merging.maths.shapes import Shape
 from merging.maths.site import Site, inputs_by_outputs, site_of
@@ -28,7 +28,6 @@ from merging.plan.rank_settings import RankSettings
 from merging.plan.recipe import DTYPES, Recipe
 from merging.plan.stacks import find_stacks, mark_experts
 from merging.sources import Adapter, Checkpoint
-from merging.sources.dtypes import DTYPE_NAMES
 
 __all__ = ["plan_adapter"]
 
@@ -204,11 +203,13 @@ def _refuse_in_pieces(name: str, changes: Changes, weights: bool, base: Checkpoi
 
 def _widest_dtype(targets: Iterable[Changes]) -> str:
     """Return the name of the widest type among the adapters' tensors, bfloat16 at least unless all are float16."""
-    dtypes = {t.dtype for changes in targets for change in changes if change for t in change.tensors if t.floating}
-    widest = torch.float16 if dtypes == {torch.float16} else torch.bfloat16
-    for dtype in sorted(dtypes, key=str):
-        widest = torch.promote_types(widest, dtype)
-    return DTYPE_NAMES[widest]
+    tensors = (t for changes in targets for change in changes if change for t in change.tensors if t.floating)
+    names = {tensor.dtype_name for tensor in tensors}
+    if "F64" in names:
+        return "F64"
+    if "F32" in names or names == {"F16", "BF16"}:
+        return "F32"
+    return "F16" if names == {"F16"} else "BF16"
 
 
 def _choose_ranks(recipe: Recipe, modules: Mapping[str, tuple[Changes, Shape]], steps: Sequence[int]) -> dict[str, int]:
@@ -220,7 +221,7 @@ def _choose_ranks(recipe: Recipe, modules: Mapping[str, tuple[Changes, Shape]], 
     default, most = 0, dict.fromkeys(modules, 0)
     for name, (changes, shape) in modules.items():
         given = [change for change in changes if change]
-        matrix = shape[1:] if is_experts(changes) else (shape[0], torch.Size(shape[1:]).numel())
+        matrix = shape[1:] if is_experts(changes) else (shape[0], prod(shape[1:]))
         total, full = sum(change.rank for change in given), min(matrix)
         summed = recipe.method.factored and all(change.low_rank for change in given)
         default = max(default, min(total, full))

@@ -100,7 +100,7 @@ def _count_item(item: Item, plan: Plan, sweeps: int) -> ItemWork:
     per_tensor = [each for each in bound.required_statistics() if each.per == "tensor"]
     sweeps += sum(each.reduction.widen(item.dtype).sweeps for each in per_tensor)
     full = sum(isinstance(each, Stored) for each in (*item.inputs, item.base))
-    factors = item.factor_bytes // item.dtype.itemsize
+    factors = item.factor_bytes // item.itemsize
     rank = _joint_rank(item, factors)
     multiplied = not (factored and item.form == "factors") if rank else False
     compressed = item.form == "factors" and not (factored and method.factored)
