@@ -7,7 +7,8 @@ from typing import ClassVar
 from merging.maths.delta import Delta, Dense, LowRank
 from merging.maths.lazy_torch import torch
 from merging.maths.linalg import output_basis
-from merging.methods.families.shared_basis import Coordinates, SharedBasis, transpose
+from merging.methods.families.shared_basis import Coordinates, SharedBasis
+from merging.methods.families.whole_matrices import transpose
 
 __all__ = ["Core"]
 

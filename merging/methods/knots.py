@@ -9,7 +9,8 @@ from pydantic import Field
 from merging.maths.delta import Delta, Dense, LowRank
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import output_basis
-from merging.methods.families.shared_basis import Coordinates, SharedBasis, transpose
+from merging.methods.families.shared_basis import Coordinates, SharedBasis
+from merging.methods.families.whole_matrices import transpose
 
 __all__ = ["Knots"]
 

@@ -11,7 +11,7 @@ From outside the project, :func:`merging.method` makes a method of a function.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -119,6 +119,10 @@ class Method(Displayed, BaseModel, ABC):
     def factored(self) -> bool:
         """Whether low-rank changes are merged into a low-rank change, without ever building the matrix."""
         return False
+
+    def merged_rank(self, ranks: Sequence[int]) -> int:
+        """Return the rank of a merge of changes of these ranks, where it is :attr:`factored`."""
+        return sum(ranks)
 
     @abstractmethod
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:

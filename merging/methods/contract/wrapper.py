@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -51,6 +51,9 @@ class Wrapper(Method):
     @property
     def factored(self) -> bool:
         return self.then.factored
+
+    def merged_rank(self, ranks: Sequence[int]) -> int:
+        return self.then.merged_rank(ranks)
 
     @property
     def takes_factors(self) -> bool:

@@ -213,7 +213,7 @@ def _widest_dtype(targets: Iterable[Changes]) -> str:
 
 
 def _choose_ranks(recipe: Recipe, modules: Mapping[str, tuple[Changes, Shape]], steps: Sequence[int]) -> dict[str, int]:
-    """Return the rank of each target: the sum of the ranks where it is largest, or the rank that is asked for.
+    """Return the rank of each target: the sum of the ranks (or the method's own) where it is largest, or as asked for.
 
     It is not larger than what can be of use. More than the sum is of use where the merged change is not the sum of the
     changes, or an adapter holds one in full. Conditions on ranks need the values: then these are upper bounds.
@@ -222,7 +222,7 @@ def _choose_ranks(recipe: Recipe, modules: Mapping[str, tuple[Changes, Shape]], 
     for name, (changes, shape) in modules.items():
         given = [change for change in changes if change]
         matrix = shape[1:] if is_experts(changes) else (shape[0], prod(shape[1:]))
-        total, full = sum(change.rank for change in given), min(matrix)
+        total, full = recipe.method.merged_rank([change.rank for change in given]), min(matrix)
         summed = recipe.method.factored and all(change.low_rank for change in given)
         default = max(default, min(total, full))
         most[name] = min(total, full) if summed else full
