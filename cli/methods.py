@@ -30,7 +30,7 @@ __all__ = ["methods_command"]
 LEGEND = [
     (
         "merges",
-        "weights, or changes, for which checkpoints need --base; any: around any, on changes but for lines and blocks",
+        "weights, or changes, for which checkpoints need --base; any: any, as changes but for clamp, lines and blocks",
     ),
     (
         "LoRA",

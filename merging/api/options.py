@@ -99,6 +99,7 @@ class MethodParameters(TypedDict, total=False):
     max_iter: Value
     max_rank: Value | None
     mode: Literal["closed", "adam", "block", "two_sided"]
+    norm: Weight
     normalize: Switch
     published: bool
     r: Value
@@ -112,12 +113,13 @@ class MethodParameters(TypedDict, total=False):
     smooth: Literal["mean", "linear", "none"]
     space: Literal["weights", "changes"]
     steps: Value
+    stiffness: Value
     svd: Literal["exact", "fast", "gram", "thin"]
     t: Weight
     tail: Literal["alpha", "depth"]
     threshold: Value
     tol: Value
-    variant: Literal["code", "vision", "es", "paper"]
+    variant: Literal["code", "vision", "es", "paper", "a", "b"]
     vote: Literal["plain", "weighted"]
     weights: Weights
     zero: Literal["majority", "plus"]

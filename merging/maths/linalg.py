@@ -19,6 +19,7 @@ __all__ = [
     "decompose_each",
     "factored_svd",
     "find_range",
+    "fix_signs",
     "inner_product",
     "joint_core",
     "krylov_svd",
@@ -166,6 +167,11 @@ def output_basis(changes: Sequence[Delta]) -> Tensor:
         squares, vectors = torch.linalg.eigh(gram)
         basis, s = vectors.flip(1), squares.flip(0).clamp(min=0).sqrt()
     basis = basis[:, : max(1, int((s > CUT * s[:1]).sum()))]
+    return fix_signs(basis)
+
+
+def fix_signs(basis: Tensor) -> Tensor:
+    """Return a basis ``[out, k]`` with the largest entry of each vector positive."""
     largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
     signed: Tensor = basis * torch.where(largest < 0, -1.0, 1.0)
     return signed

@@ -53,6 +53,7 @@ GROUPS: dict[str, dict[str, Listed]] = {
         "ramplus_tl": Listed("ram", "RamPlus"),
         "nearswap": Listed("nearswap", "NearSwap"),
         "arcee_fusion": Listed("arcee_fusion", "ArceeFusion"),
+        "train_difference": Listed("train_difference", "TrainDifference"),
     },
     "On the sphere, by angle": {
         "slerp": Listed("slerp", "Slerp"),
@@ -60,6 +61,7 @@ GROUPS: dict[str, dict[str, Listed]] = {
         "multislerp": Listed("multislerp", "MultiSlerp"),
         "karcher": Listed("karcher", "Karcher"),
         "model_stock": Listed("model_stock", "ModelStock"),
+        "cosine": Listed("cosine", "Cosine"),
     },
     "Matrix by matrix, by singular values and directions": {
         "tsv": Listed("tsv", "Tsv"),
@@ -71,6 +73,7 @@ GROUPS: dict[str, dict[str, Listed]] = {
         "actmat": Listed("actmat", "ActMat"),
         "svd": Listed("svd", "Svd"),
         "opcm": Listed("opcm", "Opcm"),
+        "dop": Listed("dop", "Dop"),
         "do": Listed("do", "Do"),
     },
     "Around any of these: what it is given, where, or how much": {
@@ -79,8 +82,12 @@ GROUPS: dict[str, dict[str, Listed]] = {
         "breadcrumbs": Listed("breadcrumbs", "Breadcrumbs"),
         "knots": Listed("knots", "Knots"),
         "core": Listed("core", "Core"),
+        "ctm": Listed("ctm", "Ctm"),
+        "pico": Listed("pico", "Pico"),
         "decouple": Listed("decouple", "Decouple"),
         "orthogonalize": Listed("orthogonalize", "Orthogonalize"),
+        "svc": Listed("svc", "Svc"),
+        "clamp": Listed("clamp", "Clamp"),
         "lines": Listed("lines", "Lines"),
         "blocks": Listed("blocks", "BlockWeighted"),
     },

@@ -97,6 +97,7 @@ MODULES = {
 }
 ADAPTER_METHODS: dict[str, dict[str, Any]] = {
     "opcm": {},
+    "dop": {},
     "do": {},
     "orthogonalize": {},
     "tsv": {},
@@ -109,6 +110,9 @@ ADAPTER_METHODS: dict[str, dict[str, Any]] = {
     "svd": {},
     "knots+ties": {"density": 1.0},
     "core+tsv": {},
+    "ctm+ties": {"density": 0.25, "scope": "tensor"},
+    "svc+task_arithmetic": {},
+    "pico+task_arithmetic": {},
     "varm": {},
     "karcher": {"space": "changes"},
 }

@@ -31,6 +31,14 @@ from support.on_models import (
 )
 from support.paths import SHIPPED
 
+CTM = {"max_rank": 3, "steps": 5, "tol": 0.0}
+
+
+def compressed_sum(tau: Tensor) -> Tensor:
+    u, v, inside = references.ctm(tau, 3)
+    return u @ inside.sum(0) @ v.T
+
+
 # Name -> (method, parameters, reference on [n, out, in])
 LOW: Any = {
     "tsv": ("tsv", {"scale": 0.7}, inner(references.tsv, scale=0.7)),
@@ -46,6 +54,10 @@ LOW: Any = {
         {"keep": 0.2, "smooth": "linear", "scale": 0.7},
         inner(references.dc_merge, keep=0.2, smooth="linear", scale=0.7),
     ),
+    "dop": ("dop", {"scale": 0.7}, inner(references.dop, scale=0.7)),
+    "svc": ("svc", {}, lambda tau: references.svc(tau, tau.sum(0))),
+    "pico": ("pico", {"norm": 0.7}, lambda tau: references.pico(tau, lambda x: x.sum(0), 0.7)),
+    "ctm": ("ctm", CTM, compressed_sum),
     "geometric_median": ("geometric_median", {"scale": 0.7}, on_flat(references.geometric_median, scale=0.7)),
     "svd": ("svd", {"energy": 0.8, "weights": EXACT}, inner(references.svd, energy=0.8, weights=EXACT)),
     "svd-components": ("svd", {"energy": 1.0, "max_rank": 3}, inner(references.svd, energy=1.0, components=3)),
@@ -183,7 +195,10 @@ def adapter(folder: Path) -> Any:
     return merging.peft_deltas(load_file(folder / "adapter_model.safetensors"), config)
 
 
-@pytest.mark.parametrize("name", LOW)
+SLOW = ("dop", "ctm", "pico")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.exhaustive] * (name in SLOW)) for name in LOW])
 def test_trained_adapters(name: str) -> None:
     """Three adapters of rank 8 on 384 x 384, whose singular values fall off as those of real ones do."""
     method, options, reference = LOW[name]

@@ -68,6 +68,7 @@ ENTRIES: Any = {
         {"keep": 0.1, "smooth": "linear", "scale": 0.7},
         lambda m: by_kind(m, lambda x: references.dc_merge(x, 0.7, 0.1, "linear"), mean(0.7)),
     ),
+    "dop": ("dop", {"scale": 0.7}, lambda m: by_kind(m, lambda x: references.dop(x, scale=0.7), mean(0.7))),
     "geometric_median": ("geometric_median", {"scale": 0.7}, flat(lambda x: references.geometric_median(x, None, 0.7))),
     "geometric_median-weighted": (
         "geometric_median",

@@ -58,7 +58,7 @@ def test_continued_merges_equal_merges_at_once(method: str, parameters: dict[str
 
 def test_methods_that_must_see_all_models() -> None:
     continued = {name for name in METHODS if chain(name).update_rule() is not None}
-    assert continued == {"linear", "task_arithmetic", "ties", "magmax", "opcm", "lines"}
+    assert continued == {"linear", "task_arithmetic", "ties", "magmax", "opcm", "dop", "lines"}
     assert all(chain(method).update_rule() is None for method in ("lines+ties", "lines+opcm", "dare+task_arithmetic"))
 
 

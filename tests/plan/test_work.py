@@ -15,7 +15,18 @@ from merging.plan.prediction.work import count_sweeps, count_work, gram_flops
 from support.tiny import adapters, fine_tune, model, save
 
 METHODS = ("linear", "task_arithmetic", "ties", "pcb", "lines+tsv", "opcm", "varm", "dare+ties")
-SPECTRAL = {"tsv": 5, "iso_c": 1, "iso_cts": 6, "svd": 1, "wudi": 1, "actmat": 1, "star": 3, "dc_merge": 5, "opcm": 2}
+SPECTRAL = {
+    "tsv": 5,
+    "iso_c": 1,
+    "iso_cts": 6,
+    "svd": 1,
+    "wudi": 1,
+    "actmat": 1,
+    "star": 3,
+    "dc_merge": 5,
+    "opcm": 2,
+    "dop": 4,
+}
 """Eigenvalue problems of a matrix for three models; opcm takes the first as it is."""
 
 
@@ -54,7 +65,7 @@ def test_decompositions_are_counted(folder: Path, method: str, monkeypatch: pyte
         monkeypatch.setattr(torch.linalg, name, _counting(getattr(torch.linalg, name), made))
     merging.merge(["one", "two", "three"], method=method, base="base", output="out", threads=1)
     assert len(made) == SPECTRAL[method] * len(matrices)
-    side = "longer" if method in ("wudi", "actmat") else "shorter"
+    side = "longer" if method in ("wudi", "actmat", "dop") else "shorter"
     shapes = [(16, 8), (16, 8), (16, 8), (12, 8)]
     one = sum(gram_flops(shape, side) for shape in shapes)
     assert sum(each.decomposition_flops for each in matrices) == merging.chain(method).decompositions(3) * one

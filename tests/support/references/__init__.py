@@ -13,10 +13,13 @@ from support.references.arcee_fusion import arcee_fusion
 from support.references.breadcrumbs import breadcrumbs
 from support.references.consensus import consensus
 from support.references.core import core
+from support.references.ctm import ctm
 from support.references.dare import dare
 from support.references.dc_merge import dc_merge, diagonal_dc_merge
 from support.references.della import della_probabilities
+from support.references.diffusion import clamped, cosine_merge, train_difference
 from support.references.do import balanced, decoupled, do_merging
+from support.references.dop import dop, dop_loss
 from support.references.flat import flatten, unflatten
 from support.references.geometric_median import geometric_median
 from support.references.iso_c import iso_c
@@ -31,11 +34,13 @@ from support.references.nuslerp import nuslerp
 from support.references.opcm import opcm
 from support.references.orthogonalize import orthogonalized
 from support.references.pcb import pcb
+from support.references.pico import pico
 from support.references.published import GOLDEN, golden_adapters
 from support.references.ram import ram
 from support.references.sce import sce
 from support.references.spectral import decomposed
 from support.references.star import star
+from support.references.svc import svc
 from support.references.svd import svd
 from support.references.ties import ties
 from support.references.tsv import tsv
@@ -48,8 +53,11 @@ __all__ = [
     "arcee_fusion",
     "balanced",
     "breadcrumbs",
+    "clamped",
     "consensus",
     "core",
+    "cosine_merge",
+    "ctm",
     "dare",
     "dc_merge",
     "decomposed",
@@ -57,6 +65,8 @@ __all__ = [
     "della_probabilities",
     "diagonal_dc_merge",
     "do_merging",
+    "dop",
+    "dop_loss",
     "flatten",
     "geometric_median",
     "golden_adapters",
@@ -72,11 +82,14 @@ __all__ = [
     "opcm",
     "orthogonalized",
     "pcb",
+    "pico",
     "ram",
     "sce",
     "star",
+    "svc",
     "svd",
     "ties",
+    "train_difference",
     "tsv",
     "unflatten",
     "varm",
