@@ -1,8 +1,9 @@
 """Calls to the operating system: positional reads and writes, preallocation, durable folders, locks, signals.
 
 Linux is served directly. Where a call does not exist (macOS, Windows, network file systems), a plain fallback does the
-same, slower or with a weaker guarantee. Everything that differs between systems is in this file, except for memory:
-see :mod:`merging.engine.process_memory`."""
+same, slower or with a weaker guarantee. Everything that differs between systems is in this file, except for memory
+(:mod:`merging.engine.process_memory`) and for ranges of files that are announced or copied
+(:mod:`merging.file_ranges`)."""
 
 from __future__ import annotations
 
@@ -20,7 +21,6 @@ from types import FrameType
 from typing import Any, BinaryIO
 
 __all__ = [
-    "advise",
     "allow_open_files",
     "claim",
     "create",
@@ -117,20 +117,6 @@ def _unless_unsupported() -> Iterator[None]:
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
-
-
-def advise(fd: int, offset: int, length: int) -> None:
-    """Announce that these bytes are needed soon, so that the system reads ahead; do nothing where it cannot."""
-    if hasattr(os, "posix_fadvise"):
-        with suppress(OSError):
-            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
-
-
-def begin_writeback(fd: int, offset: int, length: int) -> None:
-    """Have the system start to write these bytes to the disk, so that :func:`sync` waits less at the end."""
-    if hasattr(os, "posix_fadvise"):
-        with suppress(OSError):
-            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def sync(fd: int) -> None:

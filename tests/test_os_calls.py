@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import merging
-from merging import os_calls
+from merging import file_ranges, os_calls
+from merging.file_ranges import ReadAhead, WriteBack
 from support.tiny import checkpoint
 
 MISSING = ["preadv", "pwrite", "posix_fadvise", "O_DIRECTORY"]
@@ -36,7 +37,7 @@ def test_bytes_come_back_from_their_places(tmp_path: Path, monkeypatch: pytest.M
         os_calls.reserve(fd, 20)
         assert os.fstat(fd).st_size == 20
         os_calls.write_at(fd, memoryview(b"0123456789"), 5)
-        os_calls.advise(fd, 0, 20)
+        ReadAhead(fd).announce(0, 20)
         os_calls.sync(fd)
         buffer = bytearray(12)
         os_calls.read_at(fd, memoryview(buffer), 4)
@@ -139,3 +140,32 @@ def test_more_inputs_than_files_that_may_be_open(tmp_path: Path) -> None:
     assert "take fewer inputs at once, or raise its limit (ulimit -n)" in refused.stderr
     done = run(100, 132)
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
+def test_each_byte_is_announced_once_in_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    announced: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *range_and_kind: announced.append(range_and_kind[:2]))
+    monkeypatch.setattr(file_ranges, "_AT_ONCE", 100)
+    ahead = ReadAhead(0)
+    for _ in range(2):
+        for offset in range(0, 400, 10):
+            ahead.announce(offset, 20)
+    once = [(0, 100), (100, 100), (200, 100), (300, 100), (400, 100)]
+    assert announced == once * 2
+
+
+def test_many_small_writes_are_written_back_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[tuple[int, int]] = []
+    monkeypatch.setattr(file_ranges, "_begin_to_write", lambda fd, *place: begun.append(place))
+    monkeypatch.setattr(file_ranges, "_AT_ONCE", 100)
+    back = WriteBack(0)
+    for offset in (30, 0, 60, 90, 120):
+        back.add(offset, 30)
+    assert begun == [(0, 120)]
+    monkeypatch.undo()
+    with (tmp_path / "file").open("wb") as file:
+        file.write(b"new")
+        file.flush()
+        file_ranges._begin_to_write(file.fileno(), 0, 3)
+        file_ranges.forget(file.fileno())
+    assert (tmp_path / "file").read_bytes() == b"new"

@@ -18,10 +18,10 @@ from merging.api.merge_files import merge_plan
 from merging.engine.run import run
 from merging.engine.threads import cores
 from merging.errors import FormatError, MergingError, OutputError
+from merging.file_ranges import forget
 from merging.maths.lazy_torch import Tensor, torch
 from merging.methods import METHODS, chain
 from merging.methods.contract.wrapper import Wrapper
-from merging.os_calls import begin_writeback
 from merging.plan import make_plan
 from merging.plan.prediction.rates import DEFAULT, MethodRates, Rates
 from merging.plan.prediction.work import count_work
@@ -159,7 +159,7 @@ def _measure_disk(folder: Path) -> Rates:
 def _forget(path: Path) -> None:
     """Have the system forget the pages of a file that is on the disk, where it does so."""
     with path.open("rb") as file:
-        begin_writeback(file.fileno(), 0, 0)
+        forget(file.fileno())
 
 
 def _measure_transfer(folder: Path, linear: MethodRates) -> float:

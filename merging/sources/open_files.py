@@ -8,6 +8,7 @@ from typing import NoReturn, Protocol
 
 from merging import os_calls
 from merging.errors import FormatError, InputError
+from merging.file_ranges import ReadAhead
 from merging.sources.stamp import Stamp, stamp_of
 
 __all__ = ["File", "Holder"]
@@ -46,7 +47,7 @@ class File:
     All its bytes are read in one state: once somebody writes to it, reading raises an error.
     """
 
-    __slots__ = ("fd", "path", "stamp")
+    __slots__ = ("_ahead", "fd", "path", "stamp")
 
     @property
     def size(self) -> int:
@@ -70,6 +71,7 @@ class File:
                 f"{_NEEDED_FILES} more to come: take fewer inputs at once, or raise its limit (ulimit -n)"
             )
         self.stamp = stamp_of(os.fstat(self.fd))
+        self._ahead = ReadAhead(self.fd)
 
     def __copy__(self) -> File:
         return self  # two objects with one descriptor would close it twice, and the second time another file's
@@ -96,9 +98,10 @@ class File:
 
     def check(self) -> None:
         """Raise :class:`~merging.errors.FormatError` if somebody wrote to the file since it was opened."""
-        now = stamp_of(os.fstat(self.fd))
-        if now == self.stamp:
+        status = os.fstat(self.fd)
+        if self.stamp.is_status(status):
             return
+        now = stamp_of(status)
         if not self.stamp.is_same_state(now) and not self._was_moved(now):
             how = "was cut" if now.size < self.stamp.size else "changed"
             raise FormatError(f"{self.path}: {how} while it was read: try again when it is complete")
@@ -124,4 +127,4 @@ class File:
 
     def advise(self, offset: int, nbytes: int) -> None:
         """Have the system read these bytes ahead."""
-        os_calls.advise(self.fd, offset, nbytes)
+        self._ahead.announce(offset, nbytes)

@@ -31,6 +31,10 @@ class Stamp(NamedTuple):
             return False
         return self.ctime_ns == later.ctime_ns or self[5:] != later[5:]
 
+    def is_status(self, status: os.stat_result) -> bool:
+        """Whether a status of the open file is the one of this stamp: whatever changes the rest changes its time."""
+        return status.st_ctime_ns == self.ctime_ns and status.st_mtime_ns == self.mtime_ns and status[6] == self.size
+
 
 def stamp_of(status: os.stat_result) -> Stamp:
     """Return the stamp of a file with this status."""

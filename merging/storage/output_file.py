@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from merging import os_calls
+from merging.file_ranges import WriteBack
 
 __all__ = ["CreateFile", "LocalFile", "OutputFile", "starts_with"]
 
@@ -51,11 +52,12 @@ class LocalFile:
         except BaseException:
             os.close(self._fd)
             raise
+        self._write_back = WriteBack(self._fd)
 
     def write_at(self, data: memoryview, position: int) -> None:
         """Write bytes, and have the system begin to move them to the disk."""
         os_calls.write_at(self._fd, data, position)
-        os_calls.begin_writeback(self._fd, position, len(data))
+        self._write_back.add(position, len(data))
 
     def sync(self) -> None:
         """Make everything that was written durable."""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from merging import os_calls
 from merging.errors import OutputError
+from merging.file_ranges import WriteBack
 from merging.maths.lazy_torch import Tensor
 from merging.sources.stored import bytes_of
 
@@ -33,7 +34,7 @@ class PlacedFiles:
 
     def __init__(self, places: Mapping[str, TensorPlace]) -> None:
         self._places = places
-        self._fds: dict[Path, int] = {}
+        self._files: dict[Path, tuple[int, WriteBack]] = {}
         self._lock = threading.Lock()
         self._written: Counter[str] = Counter()
 
@@ -42,9 +43,9 @@ class PlacedFiles:
         path, offset = self._places[name]
         data = bytes_of(values)
         try:
-            fd = self._open(path)
+            fd, write_back = self._open(path)
             os_calls.write_at(fd, data, offset + start * values.itemsize)
-            os_calls.begin_writeback(fd, offset + start * values.itemsize, len(data))
+            write_back.add(offset + start * values.itemsize, len(data))
         except OSError as error:
             raise OutputError(f"{path}: {name} cannot be written: {error.strerror}") from None
         with self._lock:
@@ -54,7 +55,7 @@ class PlacedFiles:
         """Fill a buffer with elements of a tensor."""
         path, offset = self._places[name]
         try:
-            os_calls.read_at(self._open(path), bytes_of(buffer), offset + start * buffer.itemsize)
+            os_calls.read_at(self._open(path)[0], bytes_of(buffer), offset + start * buffer.itemsize)
         except (OSError, EOFError) as error:
             raise OutputError(f"{path}: {name} cannot be read: {error}") from None
 
@@ -69,24 +70,25 @@ class PlacedFiles:
 
     def sync(self) -> None:
         """Make everything that was written since the last :meth:`close` durable. Raises OSError."""
-        for fd in [*self._fds.values()]:
+        for fd, _ in [*self._files.values()]:
             os_calls.sync(fd)
 
     def close(self) -> None:
         """Close the files; the next use opens them again."""
         with self._lock:
-            while self._fds:
+            while self._files:
                 with suppress(OSError):  # of a network's file system, which sync() met before
-                    os.close(self._fds.popitem()[1])
+                    os.close(self._files.popitem()[1][0])
 
-    def _open(self, path: Path) -> int:
+    def _open(self, path: Path) -> tuple[int, WriteBack]:
         with self._lock:
-            if path not in self._fds:
+            if path not in self._files:
                 try:
-                    self._fds[path] = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+                    fd = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
                 except FileNotFoundError:
                     raise OutputError(
                         f"{path}: is not there on {os.uname().nodename}: all nodes of the cluster need the folder of "
                         f"the output under the same path, on a shared file system"
                     ) from None
-            return self._fds[path]
+                self._files[path] = fd, WriteBack(fd)
+            return self._files[path]
