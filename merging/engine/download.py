@@ -19,7 +19,6 @@ from merging.plan.checks import check_packed, make_content_keys
 from merging.plan.inputs.sentence_folders import modules_model
 from merging.plan.stages import all_stages
 from merging.sources import Adapter, Checkpoint, Model, tensors_of
-from merging.sources.changes import Change
 from merging.sources.sentence_modules import SENTENCE_FILES
 from merging.sources.stored import holders_of
 
@@ -33,8 +32,8 @@ def missing_files(source: Plan | Model) -> list[RemoteFile]:
     """Return the weight files of a plan or a model that are not on this machine yet, in the order of reading."""
     if isinstance(source, Plan):
         plans = [*(stage.plan for stage in all_stages(source.stages)), source]
-        files = dict.fromkeys(remote for plan in plans for item in plan.items for remote in _remote_files(item))
-        return [remote for remote in files if not remote.at_hand]
+        tensors = (tensor for plan in plans for item in plan.items for tensor in item.stored)
+        return [each for each in holders_of(tensors) if isinstance(each, RemoteFile) and not each.at_hand]
     return [each for each in holders_of(tensors_of(source)) if isinstance(each, RemoteFile) and not each.at_hand]
 
 
@@ -95,9 +94,7 @@ def download_plan(
 
 
 def _remote_files(item: Item) -> list[RemoteFile]:
-    parts = [each for each in (*item.inputs, item.base) if each is not None]
-    tensors = [tensor for each in parts for tensor in (each.tensors if isinstance(each, Change) else (each,))]
-    return [holder for holder in holders_of(tensors) if isinstance(holder, RemoteFile)]
+    return [holder for holder in holders_of(item.stored) if isinstance(holder, RemoteFile)]
 
 
 def _check_base(plan: Plan) -> None:

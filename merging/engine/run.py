@@ -34,6 +34,7 @@ from merging.errors import option
 from merging.maths.kernels.switch import switch_kernels
 from merging.maths.lazy_torch import Tensor, torch
 from merging.methods.contract.method import ResultStatistic, Statistic
+from merging.plan.items import TILE
 from merging.plan.merge_plan import Plan
 
 __all__ = ["Done", "Sink", "decompose", "run", "work_bytes"]
@@ -112,10 +113,8 @@ def run(
     most = private_memory() + plan.memory(threads)
     spans = _spans(plan, device)
     merged = [span for span in spans if span.item.form != "copy"]
-    total = work_bytes(plan, device) if decomposition is None else sum(span.bytes for span in spans)
-    if pieces is not None:
-        total += sum(span.bytes for span in pieces) - sum(span.bytes for span in spans)
-        spans = list(pieces)
+    spans = spans if pieces is None else list(pieces)
+    total = sum(span.bytes for span in spans) + _sweeps(stages) * sum(span.bytes for span in merged)
     switch_kernels(total)
     counter = _Counter(progress, total, most)
     try:
@@ -161,8 +160,13 @@ def _make_spool(scratch: Path | None, make_crew: MakeCrew | None) -> Spool:
 
 def work_bytes(plan: Plan, device: torch.device) -> int:
     """Return the bytes that a run of a plan reads, over all sweeps."""
-    sweeps = sum(max(each.reduction.sweeps for each in stage) for stage in _stages(plan))
+    sweeps = _sweeps(_stages(plan))
     return sum(span.bytes * (1 if span.item.form == "copy" else 1 + sweeps) for span in _spans(plan, device))
+
+
+def _sweeps(stages: Sequence[Sequence[Statistic | ResultStatistic]]) -> int:
+    """Return the number of sweeps over the model that gather statistics."""
+    return sum(max(each.reduction.sweeps for each in stage) for stage in stages)
 
 
 def decompose(
@@ -188,8 +192,7 @@ def decompose(
     most = private_memory() + plan.memory(threads)
     stages = _stages(plan)
     spans = [span for span in _spans(plan, device) if span.item.form != "copy"]
-    sweeps = 1 + sum(max(each.reduction.sweeps for each in stage) for stage in stages)
-    counter = _Counter(progress, sum(span.bytes for span in spans) * sweeps, most)
+    counter = _Counter(progress, sum(span.bytes for span in spans) * (1 + _sweeps(stages)), most)
     try:
         for stage in stages:
             announce_phase(progress, "gathering statistics")
@@ -244,6 +247,7 @@ class _Counter:
 
     def __init__(self, progress: Progress | None, total: int, most: int) -> None:
         self.progress, self.total, self.most, self.done = progress, total, most, 0
+        self._unseen = 0
 
     def skip(self, spans: Iterable[Span], sweeps: int = 1) -> None:
         """Count spans that a former run finished."""
@@ -255,8 +259,11 @@ class _Counter:
 
     def __call__(self, span: Span) -> None:
         self.done += span.bytes
-        if private_memory() > self.most:
-            release_freed_memory()
+        self._unseen += span.stop - span.start
+        if self._unseen >= TILE:  # asking costs more than a small tensor
+            self._unseen = 0
+            if private_memory() > self.most:
+                release_freed_memory()
         if self.progress:
             self.progress(self.done, self.total)
 

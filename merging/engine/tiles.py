@@ -116,7 +116,7 @@ class Tiler:
         The change is multiplied by ``scale``, also where its sum with the base is wanted.
         """
         if stored is not None:
-            into.copy_(self._read_runs(stored, starts, len(into)))
+            into.copy_(self._read_runs(stored, starts, into.numel()))
             if base is not None and (not self.plan.weights or scale != 1):
                 into.sub_(base)
             if scale != 1:
@@ -137,9 +137,12 @@ class Tiler:
         staging = self._staging_of(stored.dtype) if self.device.type != "cpu" else None
         buffer = staging.claim(size) if staging else self._buffer("raw", size, stored.dtype)
         began = perf_counter()
-        run = size // len(starts)
-        for place, start in zip(range(0, size, max(1, run)), starts, strict=False):
-            stored.read_into(buffer[place : place + run], start)
+        if len(starts) == 1:
+            stored.read_into(buffer, starts[0])
+        else:
+            run = size // len(starts)
+            for place, start in zip(range(0, size, max(1, run)), starts, strict=False):
+                stored.read_into(buffer[place : place + run], start)
         self.seconds += perf_counter() - began
         return staging.send(buffer) if staging else buffer
 
@@ -252,7 +255,7 @@ class Tiler:
         """Return a buffer that every tile uses again; pinned memory where the device copies from and to it."""
         key = (slot, dtype)
         buffer = self._buffers.get(key)
-        if buffer is None or len(buffer) < numel:
+        if buffer is None or buffer.numel() < numel:
             on_host = host or self.device.type == "cpu"
             pinned = host and kind_of(self.device).pins
             device = torch.device("cpu") if on_host else self.device

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
@@ -31,17 +30,14 @@ _SAMPLED = 1 << 18
 """Elements of a tensor from which a sample of it is taken."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Span:
-    """The elements of an item from ``start`` to ``stop``, which one worker merges at a time."""
+    """The elements of an item from ``start`` to ``stop``, which one worker merges at a time; ``bytes`` are read."""
 
-    item: Item
-    start: int
-    stop: int
+    __slots__ = ("bytes", "item", "start", "stop")
 
-    @property
-    def bytes(self) -> int:
-        return self.item.read_bytes * (self.stop - self.start) // max(1, self.item.numel)
+    def __init__(self, item: Item, start: int, stop: int) -> None:
+        self.item, self.start, self.stop = item, start, stop
+        self.bytes = item.read_bytes * (stop - start) // max(1, item.numel)
 
 
 class Block(NamedTuple):

@@ -180,7 +180,7 @@ class Stack(Displayed):
         """Return a stack over one tensor ``[n, *shape]`` that holds the models' changes."""
         stack = cls.__new__(cls)
         stack._deltas, stack._values, stack._stored = None, values, None
-        stack._describe(len(values), models, present)
+        stack._describe(values.shape[0], models, present)
         return stack
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
@@ -71,7 +71,7 @@ class Site(Displayed):
 
     def block(self, shape: tuple[int, ...], start: int) -> Site:
         """Return the site of a block of the given shape that starts at a flat offset."""
-        return replace(self, shape=shape, start=start)
+        return Site(self.name, shape, self.position, start, self.kind, self.axis, self.side)  # faster than replace()
 
 
 def inputs_by_outputs(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:

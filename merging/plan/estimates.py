@@ -12,7 +12,7 @@ from merging.plan.rank_settings import RankSettings
 from merging.sources.changes import ExtractedChange
 from merging.sources.deferred import Deferred
 from merging.sources.reduced_intruders import ReducedIntruders
-from merging.sources.stored import Stored
+from merging.sources.stored import FileTensor, Stored
 from merging.storage.encodings import Encoding
 
 __all__ = ["FIXED", "KEPT", "encoding_bytes", "kept_bytes", "spool_bytes", "worker_bytes", "working_bytes"]
@@ -63,13 +63,22 @@ def worker_bytes(items: Sequence[Item], method: Method, rank: int | RankSettings
     ``rank`` is the rank of an adapter, and ``tile`` the number of elements in a tile of one model.
     """
     needed = 0
-    for item in items:
+    for item in {_memory_key(item): item for item in items}.values():
         decomposed = item.form == "factors" and not (item.cut.way == "factors" and method.factored)
         apart = decomposition_bytes(item, rank) if decomposed else 0  # in large blocks, which are not scattered
         if any(isinstance(each, ReducedIntruders) for each in item.inputs):
             apart += _lapack_bytes(item.site.shape[0], prod(item.site.shape[1:])) + 8 * 4 * item.numel
         needed = max(needed, int(SCATTERED * working_bytes(item, method, tile)) + apart)
     return needed
+
+
+def _memory_key(item: Item) -> object:
+    """Return a key that items of one shape and type share, since a mixture of experts has many of them."""
+    inputs = (*item.inputs, item.base)
+    if not all(each is None or type(each) is FileTensor for each in inputs):
+        return item
+    dtype_names = tuple([each.dtype_name if isinstance(each, Stored) else None for each in inputs])
+    return item.site.shape, item.site.kind, item.cut, item.form, dtype_names, item.outs[0].dtype_name
 
 
 def working_bytes(item: Item, method: Method, tile: int = TILE) -> int:

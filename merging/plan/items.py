@@ -124,10 +124,19 @@ class Item(Displayed):
         return self.scales[slot] if self.scales else 1.0
 
     @property
+    def stored(self) -> list[Stored]:
+        """The stored tensors that it is read from."""
+        found: list[Stored] = []
+        for each in (*self.inputs, self.base):
+            if isinstance(each, Stored):
+                found.append(each)
+            elif each is not None:
+                found += each.tensors
+        return found
+
+    @property
     def read_bytes(self) -> int:
-        tensors = [t for change in self.changes for t in change.tensors]
-        stored = [each for each in (*self.inputs, self.base) if isinstance(each, Stored)]
-        return sum(each.nbytes for each in [*tensors, *stored])
+        return sum([each.nbytes for each in self.stored])
 
     @property
     def changes(self) -> list[Change]:
@@ -147,9 +156,7 @@ class Item(Displayed):
     @property
     def itemsize(self) -> int:
         """The bytes of an element of this type; known without torch."""
-        tensors = [t for change in self.changes for t in change.tensors]
-        stored = [each for each in (*self.inputs, self.base) if isinstance(each, Stored)]
-        names = {each.dtype_name for each in [*tensors, *stored]} | {out.dtype_name for out in self.outs}
+        names = [*(each.dtype_name for each in self.stored), *(out.dtype_name for out in self.outs)]
         return 8 if "F64" in names else 4
 
     def order(self) -> tuple[str, int]:

@@ -163,7 +163,7 @@ class Plan(Tabular):
 
     def memory(self, workers: int) -> int:
         """Return the most memory, in bytes above the imports, that a merge by this many workers takes."""
-        own = workers * self.worker_bytes + self.kept_bytes + estimates.FIXED
+        own = (workers and workers * self.worker_bytes) + self.kept_bytes + estimates.FIXED
         if self.quantized is not None:
             own += estimates.encoding_bytes(self.quantized.encodings.values(), workers)
         return max([own, *(stage.plan.memory(workers) for stage in self.stages if not stage.lazy)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -27,7 +27,7 @@ ChangeKind = Literal["linear", "embedding", "conv", "experts", "bias", "tokens",
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Change(ABC):
+class Change:  # no ABC: whether a value is a Change is asked many times for each tensor
     """The change that an adapter makes to one tensor, ``target``, named as in the adapter (``...query.weight``)."""
 
     target: str

@@ -29,9 +29,15 @@ def plain_dtype(value: Any) -> Any:
 class _Dtypes(Mapping[str, "torch.dtype"]):
     """Torch's dtypes by their names in files. Whether there is one is known without torch."""
 
+    def __init__(self) -> None:
+        self._known: dict[str, torch.dtype] = {}
+
     def __getitem__(self, name: str) -> torch.dtype:
-        dtype = getattr(torch, _ATTRIBUTES[name])
-        assert isinstance(dtype, torch.dtype)
+        dtype = self._known.get(name)
+        if dtype is None:
+            dtype = getattr(torch, _ATTRIBUTES[name])
+            assert isinstance(dtype, torch.dtype)
+            self._known[name] = dtype
         return dtype
 
     def __contains__(self, name: object) -> bool:

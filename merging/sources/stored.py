@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
@@ -27,7 +27,7 @@ __all__ = [
 _PIECE = 1 << 22
 
 
-class Stored(Displayed, ABC):
+class Stored(Displayed):  # no ABC: whether a value is a Stored is asked many times for each tensor
     """A tensor in a file. ``dtype_name`` is its dtype as safetensors files name it ("BF16")."""
 
     __slots__ = ("dtype_name", "shape")

@@ -56,8 +56,7 @@ class TensorWriter:
 
     def _open(self, path: Path, outs: Sequence[OutputTensor], metadata: Mapping[str, str]) -> None:
         """Create a file, or open one that a run left which stopped."""
-        header = _header(outs, metadata)
-        size = len(header) + sum(out.nbytes for out in outs)
+        header, size = _header(outs, metadata)
         try:
             file = self._create(path, header, size, self._resume)
         except OSError as error:
@@ -65,11 +64,11 @@ class TensorWriter:
             raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
         self._opened.append(file)
         self.resumed = self.resumed and file.resumed
-        position = len(header)
+        position, path = len(header), path.absolute()
         for out in outs:
             self._places[out.name] = (file, position)
-            self._paths[out.name] = path.absolute()
-            position += out.nbytes
+            self._paths[out.name] = path
+            position += self._left[out.name]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PlacedFiles, (self.places(),)  # in another process
@@ -222,30 +221,32 @@ def _shards(outs: Sequence[OutputTensor], most: int | None) -> list[list[OutputT
     shards: list[list[OutputTensor]] = [[]]
     size = 0
     for out in outs:
-        if most is not None and shards[-1] and size + out.nbytes > most:
+        nbytes = out.nbytes
+        if most is not None and shards[-1] and size + nbytes > most:
             shards.append([])
             size = 0
         shards[-1].append(out)
-        size += out.nbytes
+        size += nbytes
     return shards
 
 
 def file_size(outs: Sequence[OutputTensor], metadata: Mapping[str, str]) -> int:
     """Return the bytes of a file with these tensors and this metadata."""
-    return len(_header(outs, metadata)) + sum(out.nbytes for out in outs)
+    return _header(outs, metadata)[1]
 
 
-def _header(outs: Sequence[OutputTensor], metadata: Mapping[str, str]) -> bytes:
-    """Return the header of a file with these tensors in sequence, padded so that the data starts at a multiple of 8."""
+def _header(outs: Sequence[OutputTensor], metadata: Mapping[str, str]) -> tuple[bytes, int]:
+    """Return the header of a file with these tensors in sequence, and the size of the file.
+
+    The header is padded so that the data starts at a multiple of 8.
+    """
     entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     position = 0
     for out in outs:
-        entries[out.name] = {
-            "dtype": out.dtype_name,
-            "shape": list(out.shape),
-            "data_offsets": [position, position + out.nbytes],
-        }
-        position += out.nbytes
+        end = position + out.nbytes
+        entries[out.name] = {"dtype": out.dtype_name, "shape": out.shape, "data_offsets": (position, end)}
+        position = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    header = len(text).to_bytes(8, "little") + text
+    return header, len(header) + position

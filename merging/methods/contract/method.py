@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -229,7 +230,7 @@ class Method(Displayed, BaseModel, ABC):
     @property
     def varies(self) -> bool:
         """Whether any parameter differs from place to place."""
-        return any(varies(getattr(self, field)) for field in type(self).model_fields)
+        return any(varies(getattr(self, field)) for field in _field_names(type(self)))
 
     def at(self, site: Site) -> Method:
         """Return the method bound at a place: every parameter has its value there.
@@ -252,6 +253,12 @@ class Method(Displayed, BaseModel, ABC):
     def chain(self) -> str:
         """The chain as it is written: ``lines+task_arithmetic``."""
         return "+".join(link.name for link in self.links())
+
+
+@cache
+def _field_names(cls: type[Method]) -> tuple[str, ...]:
+    """Return the names of a method's parameters, which pydantic is slow to list for each tensor."""
+    return tuple(cls.model_fields)
 
 
 _FORMS = ("is_instance_of", "float_type", "model_type", "model_attributes_type", "tuple_type", "missing")
