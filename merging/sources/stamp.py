@@ -32,7 +32,7 @@ class Stamp(NamedTuple):
         return self.ctime_ns == later.ctime_ns or self[5:] != later[5:]
 
     def is_status(self, status: os.stat_result) -> bool:
-        """Whether a status of the open file is the one of this stamp: whatever changes the rest changes its time."""
+        """Whether an open file still has this stamp: all other changes of its status also change one of its times."""
         return status.st_ctime_ns == self.ctime_ns and status.st_mtime_ns == self.mtime_ns and status[6] == self.size
 
 
