@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import click
@@ -177,8 +178,13 @@ TABLES = [
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-@pytest.mark.parametrize("words", TABLES)
-@pytest.mark.parametrize("width", [60, pytest.param(200, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    ("words", "width"),
+    [
+        pytest.param(*each, marks=() if each == ("methods", 60) else pytest.mark.exhaustive)
+        for each in product(TABLES, (60, 200))
+    ],
+)
 def test_output_is_as_wide_as_the_terminal(folder: Path, words: str, width: int) -> None:
     code, shown = at_terminal(folder, words.split(), width, errors=False)
     assert code == 0
@@ -197,6 +203,7 @@ def test_lists_use_a_wide_terminal(folder: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.exhaustive
 def test_bars_are_for_terminals(folder: Path) -> None:
     """In a pipe there is none; at a terminal there is one, and it has no color under NO_COLOR."""
     words = ["-m", "linear", "tuned0", "tuned1", "--overwrite", "-o", "out"]

@@ -35,6 +35,11 @@ LONG = {
     "docs/tasks/recycle.md": "it trains",
     "docs/tasks/sentence-transformers.md": "sentence-transformers loads the merged model",
     "docs/tasks/verify.md": "PEFT loads the adapter",
+    "docs/tasks/extract.md": "it decomposes changes",
+    "docs/tasks/continual.md": "a store grows",
+    "docs/tasks/stages.md": "it merges many times",
+    "docs/tasks/soups.md": "it scores many merges",
+    "docs/tasks/report.md": "it draws",
 }
 """Pages that take the real base and much time, each with the reason."""
 

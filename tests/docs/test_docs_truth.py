@@ -26,6 +26,7 @@ from merging.report.drawing import draw_svg
 from merging.report.style import DARK_SCREEN
 from merging.serving import PROGRAMS
 from merging.sources.denoisers import FAMILIES
+from support.for_all import for_all
 from support.pages import PAGES, ROOT, blocks, prose, text_of
 
 LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)")
@@ -83,7 +84,7 @@ def broken(page: str) -> Iterator[str]:
 OTHERS = ["CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "CODE_OF_CONDUCT.md"]
 
 
-@pytest.mark.parametrize("page", [*PAGES, *OTHERS])
+@for_all([*PAGES, *OTHERS])
 def test_links_lead_somewhere(page: str) -> None:
     assert list(broken(page)) == []
 
@@ -94,7 +95,7 @@ def test_links_are_found() -> None:
     assert LINK.findall("[a [b]](c.md#d) ![e](f.svg)") == ["c.md#d", "f.svg"]
 
 
-@pytest.mark.parametrize("page", [*PAGES, *OTHERS])
+@for_all([*PAGES, *OTHERS])
 def test_named_files_exist(page: str) -> None:
     """Files of the repository that are named, and the options of scripts that are called."""
     for name in re.findall(r"`((?:merging|cli|tests|examples|docs|\.ci)/[\w./]*)", prose(page)):
@@ -122,7 +123,7 @@ def known_options() -> frozenset[str]:
     return frozenset([*_options(cli), *_options(merge_command), *own, "--help", "--version"])
 
 
-@pytest.mark.parametrize("page", PAGES)
+@for_all(PAGES)
 def test_named_options_exist(page: str) -> None:
     """In prose and tables, where nothing is run; scripts have options of their own."""
     text = re.sub(r"`python [^`]*`", "", prose(page))

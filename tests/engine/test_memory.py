@@ -84,9 +84,8 @@ CONDITIONS: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "rank", [{"most": 64}, *(pytest.param(each, marks=pytest.mark.exhaustive) for each in CONDITIONS)]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("rank", [{"most": 64}, *CONDITIONS])
 def test_the_promise_is_kept_by_extractions(models: list[str], tmp_path: Path, rank: Any) -> None:
     """By approximate and exact decompositions, which are promised where the values decide on one."""
     wanted = {"models": models[1:2], "base": models[0], "method": "passthrough", "kind": "adapter", "rank": rank}

@@ -19,7 +19,7 @@ pytestmark = [
 FUZZ = Path(__file__).with_name("fuzz.py")
 
 
-@pytest.mark.parametrize("inputs", [40, pytest.param(800, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("inputs", [15, pytest.param(800, marks=pytest.mark.exhaustive)])
 def test_short_run(tmp_path: Path, inputs: int) -> None:
     """Every reader, by the command itself, in a process of its own: what is found is named in its output."""
     options = ["--inputs", str(inputs), "--seed", "11", "--quick", "--kept", str(tmp_path / "kept")]

@@ -17,7 +17,7 @@ pytestmark = [POSIX, *QUIRKS]
 FAULTS = Path(__file__).with_name("continual.py")
 
 
-@pytest.mark.parametrize(("kills", "calls"), [(3, 1), pytest.param(9, 10, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(("kills", "calls"), [(1, 1), pytest.param(9, 10, marks=pytest.mark.exhaustive)])
 def test_kills_and_failing_calls(kills: int, calls: int) -> None:
     """A small version of the command, which has hundreds of them."""
     words = [sys.executable, str(FAULTS), "--kills", str(kills), "--calls", str(calls), "--seed", "1"]

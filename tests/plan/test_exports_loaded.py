@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,11 @@ from support.exported import WEIGHTS, Made, check_close, merge, metadata, module
 
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])
 @pytest.mark.parametrize(
-    ("model", "kinds"), [(model, kinds) for model in ("sd", "sdxl") for kinds in ("dd", "kk", "dk")]
+    ("model", "kinds"),
+    [
+        pytest.param(model, kinds, marks=() if kinds == "dk" else pytest.mark.exhaustive)
+        for model, kinds in product(("sd", "sdxl"), ("dd", "kk", "dk"))
+    ],
 )
 def test_diffusers_loads_the_sum(made: Made, tmp_path: Path, model: str, kinds: str, format: str) -> None:
     """From either format or both into each: U-Net, its convolutions, and one text encoder or two."""

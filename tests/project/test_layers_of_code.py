@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import merging
+from support.for_all import for_all
 from support.paths import ROOT
 
 
@@ -29,6 +30,11 @@ def _files() -> dict[str, Path]:
 
 
 FILES = _files()
+
+
+@cache
+def tree(name: str) -> ast.Module:
+    return ast.parse(FILES[name].read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ def imports(name: str) -> list[Import]:
             for child in ast.iter_child_nodes(node):
                 visit(child, lazy or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
 
-    visit(ast.parse(FILES[name].read_text(encoding="utf-8")), False)
+    visit(tree(name), False)
     return found
 
 
@@ -159,7 +165,7 @@ def test_imports_are_found() -> None:
     assert Import("huggingface_hub", True) in imports("merging.plan.stacks")
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if room_of(name)])
+@for_all([name for name in FILES if room_of(name)])
 def test_no_import_runs_up(name: str) -> None:
     """At import or lazily, a file imports from its own room and from the floors below it."""
     floors = {room: height for height, floor in enumerate(FLOORS) for room in floor}
@@ -173,7 +179,7 @@ def test_no_two_files_import_each_other() -> None:
     assert {(one, other) for one in used for other in used[one] if one < other and one in used[other]} == set()
 
 
-@pytest.mark.parametrize("name", modules("maths") + modules("methods") + modules("errors"))
+@for_all(modules("maths") + modules("methods") + modules("errors"))
 def test_maths_imports_nothing_but_maths(name: str) -> None:
     """No files, no devices, no logging: torch, pydantic, the standard library's maths, and itself."""
     allowed = PURE | ({"contextlib", "difflib"} if room_of(name) == "errors" else {"torch", "pydantic"})
@@ -188,31 +194,29 @@ def test_maths_imports_nothing_but_maths(name: str) -> None:
             assert each.module.partition(".")[0] in allowed, each
 
 
-@pytest.mark.parametrize("name", [name for room in NEVER for name in modules(room)])
+@for_all([name for room in NEVER for name in modules(room)])
 def test_never_imported(name: str) -> None:
     for each in imports(name):
         assert not under(each.module, *NEVER[room_of(name)]), each
 
 
-@pytest.mark.parametrize("name", [name for room in NEVER_AT_IMPORT for name in modules(room)])
+@for_all([name for room in NEVER_AT_IMPORT for name in modules(room)])
 def test_never_imported_at_import_time(name: str) -> None:
     for each in imports(name):
         assert each.lazy or not under(each.module, *NEVER_AT_IMPORT[room_of(name)]), each
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in FILES if name != "merging.maths.lazy_torch" and room_of(name) != "recycling"]
-)
+@for_all([name for name in FILES if name != "merging.maths.lazy_torch" and room_of(name) != "recycling"])
 def test_torch_is_imported_when_it_is_used(name: str) -> None:
     """So that commands that only read headers answer at once."""
     eager = [each.module for each in imports(name) if not each.lazy and under(each.module, "torch", "transformers")]
     assert not eager, f"from merging.maths.lazy_torch import Tensor, torch, instead of importing {eager[0]} in {name}"
 
 
-@pytest.mark.parametrize("name", FILES)
+@for_all(FILES)
 def test_no_name_hides_the_function_that_makes_it(name: str) -> None:
     """In a function, ``view = view(x)`` fails at run time, and neither linter nor type checker says so."""
-    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(name)):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
             assert ast.unparse(node.value.func) not in [ast.unparse(target) for target in node.targets], node.lineno
 
@@ -226,7 +230,7 @@ def test_no_module_needs_torch_to_be_imported() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("name", modules("cli"))
+@for_all(modules("cli"))
 def test_the_command_line_imports_the_package_when_it_runs(name: str) -> None:
     eager = [each.module for each in imports(name) if not each.lazy and under(each.module, "merging")]
     assert all(under(each, "merging.cli", "merging.display", "merging.errors", "merging.version") for each in eager), (
@@ -234,7 +238,7 @@ def test_the_command_line_imports_the_package_when_it_runs(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name not in ("merging.__main__", "merging.cli")])
+@for_all([name for name in FILES if name not in ("merging.__main__", "merging.cli")])
 def test_public_names_are_there(name: str) -> None:
     """Every module says what it offers, and has it."""
     module = import_module(name)
@@ -264,7 +268,7 @@ def test_importing_the_package_brings_no_torch() -> None:
     assert done.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("name", FILES)
+@for_all(FILES)
 def test_files_stay_short(name: str) -> None:
     """One that grows becomes a folder."""
     assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= 320
@@ -272,7 +276,7 @@ def test_files_stay_short(name: str) -> None:
 
 def functions(name: str) -> Iterator[ast.FunctionDef]:
     """The functions of a file, methods among them."""
-    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(name)):
         if isinstance(node, ast.FunctionDef):
             yield node
 
@@ -290,7 +294,7 @@ def test_arguments_have_names(room: str) -> None:
         if under(name, "merging.maths.kernels"):
             continue  # compiled functions take their arguments by position alone
         assert {each.name: positional(each) for each in functions(name) if positional(each) > 5} == {}, name
-        for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+        for node in ast.walk(tree(name)):
             if isinstance(node, ast.Call):
                 assert len(node.args) <= 5, f"{name}, line {node.lineno}: {ast.unparse(node)}"
 
@@ -304,8 +308,8 @@ def test_parameters_are_few() -> None:
 def test_no_two_classes_share_a_name() -> None:
     """Type aliases count as classes; a class may be exported by its package under a shorter name."""
     found: dict[str, list[str]] = {}
-    for name, file in FILES.items():
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+    for name in FILES:
+        for node in tree(name).body:
             defined = node.name if isinstance(node, ast.ClassDef) else alias(node)
             if defined:
                 found.setdefault(defined, []).append(name)
@@ -331,11 +335,12 @@ would"""
 def test_commands_that_messages_name_exist() -> None:
     """A message that advises a command which is not there leaves its reader with nothing."""
     named: dict[str, str] = {}
-    for name, file in FILES.items():
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        definitions = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module)]
+    for name in FILES:
+        definitions = [
+            node for node in ast.walk(tree(name)) if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module)
+        ]
         docstrings = {ast.get_docstring(node, clean=False) for node in definitions}
-        for node in ast.walk(tree):
+        for node in ast.walk(tree(name)):
             text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
             if text not in docstrings or room_of(name) == "cli":
                 named |= dict.fromkeys(re.findall(r"\bmerge ([a-z_]+)", text), name)

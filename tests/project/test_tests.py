@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
-import pytest
-
+from support.for_all import for_all
 from support.paths import TESTS
 
 FILES = {path.relative_to(TESTS).as_posix(): path for path in sorted(TESTS.rglob("*.py"))}
@@ -16,6 +16,7 @@ ASSERTING = ("assert_", "check_")
 """How the names of helpers begin that assert something."""
 
 
+@cache
 def tree(name: str) -> ast.Module:
     return ast.parse(FILES[name].read_text(encoding="utf-8"))
 
@@ -52,25 +53,25 @@ def test_tests_are_found() -> None:
     assert sum(len(list(functions(tree(name)))) for name in MODULES) > 1000
 
 
-@pytest.mark.parametrize("name", MODULES)
+@for_all(MODULES)
 def test_every_test_asserts_something(name: str) -> None:
     assert [function.name for function in functions(tree(name)) if not asserts(function)] == []
 
 
-@pytest.mark.parametrize("name", FILES)
+@for_all(FILES)
 def test_no_file_imports_a_test_module(name: str) -> None:
     """What two of them need is in tests/support."""
     known = {Path(each).stem for each in MODULES}
     assert [each for each in imported(tree(name)) if known & set(each.split("."))] == []
 
 
-@pytest.mark.parametrize("name", FILES)
+@for_all(FILES)
 def test_no_file_is_skipped_for_want_of_a_package(name: str) -> None:
     """All that a test imports is required by the extra `dev`: an import that fails is a failure."""
     calls = (node.func for node in ast.walk(tree(name)) if isinstance(node, ast.Call))
     assert "importorskip" not in {getattr(called, "attr", getattr(called, "id", "")) for called in calls}
 
 
-@pytest.mark.parametrize("name", FILES)
+@for_all(FILES)
 def test_files_stay_short(name: str) -> None:
     assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= 500

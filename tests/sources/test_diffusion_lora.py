@@ -51,11 +51,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "attention alone": {"converted": ("unet",), "target_modules": ["to_q", "to_k", "to_v", "to_out.0", "q_proj"]},
     "ranks without a config": {"stated": False, "rank_pattern": {"to_q": 3}, "alpha_pattern": {"to_q": 3}},
 }
+EVERYDAY = ("dora", "patterns", "PEFT's names", "ranks without a config")
 
 
 @pytest.mark.parametrize(
     ("model", "config"),
-    [("sd", config) for config in CONFIGS] + [("sdxl", "alpha"), ("flux", "alpha"), ("flux", "plain")],
+    [
+        ("sdxl", "alpha"),
+        ("flux", "plain"),
+        *(pytest.param("sd", each, marks=() if each in EVERYDAY else pytest.mark.exhaustive) for each in CONFIGS),
+        pytest.param("flux", "alpha", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_as_diffusers_saves_it(models: Path, tmp_path: Path, model: str, config: str) -> None:
     lora = trained(model, tmp_path / "lora", **CONFIGS[config])
