@@ -8,7 +8,7 @@ from math import pi
 
 from merging.maths.lazy_torch import Tensor, torch
 
-__all__ = ["draw_mask", "draw_normal", "draw_uniform"]
+__all__ = ["draw_key", "draw_limit", "draw_mask", "draw_normal", "draw_uniform"]
 
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B1, 0x7FEB352D, 0x846CA68B
 _WORD = 1 << 32
@@ -29,7 +29,18 @@ def draw_mask(
     if share >= 1:
         return torch.ones(count, dtype=dtype, device=device)
     bits = _bits(start, count, device, *place)
-    return torch.lt(bits, round(share * _WORD) - _WORD // 2, out=torch.empty(count, dtype=dtype, device=device))
+    return torch.lt(bits, draw_limit(share), out=torch.empty(count, dtype=dtype, device=device))
+
+
+def draw_limit(share: float) -> int:
+    """Return the number that random bits, read as signed, are below with probability ``share``."""
+    return round(share * _WORD) - _WORD // 2
+
+
+def draw_key(start: int, *place: object) -> tuple[int, int]:
+    """Return the key of the random bits at a position and up to the next multiple of 2**32: two words of 32 bits."""
+    digest = sha256("\0".join(map(str, (*place, start // _WORD))).encode()).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
 
 def draw_uniform(start: int, count: int, device: torch.device, *place: object) -> Tensor:
@@ -59,8 +70,7 @@ def _bits(start: int, count: int, device: torch.device, *place: object) -> Tenso
     rest = _WORD - start % _WORD
     if count > rest:  # the upper half of the position is part of the key
         return torch.cat([_bits(start, rest, device, *place), _bits(start + rest, count - rest, device, *place)])
-    digest = sha256("\0".join(map(str, (*place, start // _WORD))).encode()).digest()
-    first, second = (int.from_bytes(digest[i : i + 4], "little") for i in (0, 4))
+    first, second = draw_key(start, *place)
     bits = _steps(count, device) + _to_signed(start * _GOLDEN + first)
     bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(_to_signed(_FIRST)).bitwise_xor_(_to_signed(second))
     return bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).mul_(_to_signed(_SECOND))

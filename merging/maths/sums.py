@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from merging.maths.lazy_torch import Tensor
 
-__all__ = ["safe_ratio", "spans"]
+__all__ = ["SPAN", "safe_ratio", "spans"]
 
-_SPAN = 1 << 12
+SPAN = 1 << 12
 """Elements that are summed at once."""
 
 
@@ -21,5 +21,5 @@ def spans(values: Tensor) -> tuple[Tensor, Tensor]:
     Spans are so short that a float32 sum over one loses nothing that matters.
     """
     flat = values.reshape(len(values), -1)
-    whole = flat.shape[1] // _SPAN * _SPAN
-    return flat[:, :whole].reshape(len(flat), whole // _SPAN, _SPAN), flat[:, whole:]
+    whole = flat.shape[1] // SPAN * SPAN
+    return flat[:, :whole].reshape(len(flat), whole // SPAN, SPAN), flat[:, whole:]

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from merging.maths.coefficients import column, spread
 from merging.maths.delta import Stack
+from merging.maths.kernels.drop_steps import keep_bands
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.order_statistics import Rank
 from merging.maths.parameters import Local, PerModel, varies
@@ -79,17 +80,23 @@ class Breadcrumbs(Wrapper):
 
     def _keep(self, stack: Stack, statistics: Statistics) -> Tensor:
         """Return the changes ``[n, *shape]``, 0 where they are dropped."""
-        values, bands = stack.dense(), self._bands()
-        densities, gammas = spread(self.density, len(values)), spread(self.gamma, len(values))
+        bands = self._bands()
+        densities, gammas = spread(self.density, len(stack)), spread(self.gamma, len(stack))
+        ends: list[tuple[float, float] | None] = []
+        for model, band in enumerate(zip(densities, gammas, strict=True)):
+            first = 2 * bands.index(band) if 0 < band[0] < 1 else None
+            ends.append(None if first is None else tuple(statistics[_ENDS][model, first : first + 2].tolist()))
+        cut = [each for each in ends if each is not None]
+        banded = keep_bands(stack, cut) if len(cut) == len(ends) else None
+        if banded is not None:
+            return banded
+        values = stack.dense()
         kept = torch.empty_like(values)
-        for model, (value, *band) in enumerate(zip(values, densities, gammas, strict=True)):
-            if band[0] == 0:
-                value = torch.zeros_like(value)
-            elif band[0] < 1:
-                first = 2 * bands.index((band[0], band[1]))
-                low, high = statistics[_ENDS][model, first : first + 2].tolist()
-                value = within(value, low, high)
-            kept[model] = value
+        for value, density, own, into in zip(values, densities, ends, kept, strict=True):
+            if own is None:
+                into.copy_(value if density else torch.zeros_like(value))
+            else:
+                into.copy_(within(value, *own))
         return kept
 
 

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from merging.maths.coefficients import column, spread
 from merging.maths.delta import Stack
+from merging.maths.kernels.drop_steps import drop_uniformly
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.parameters import PerModel
 from merging.maths.randomness import draw_mask
@@ -43,7 +44,11 @@ class Dare(Dropping):
         return {} if any(spread(self.drop, 1)) else {"seed": "a drop of 0 keeps everything"}
 
     def thin(self, stack: Stack, site: Site, divide: bool) -> Tensor:
-        values, shares = stack.dense(), [1 - drop for drop in spread(self.drop, len(stack))]
+        shares = [1 - drop for drop in spread(self.drop, len(stack))]
+        dropped = drop_uniformly(stack, site, shares, self.seed, divide)
+        if dropped is not None:
+            return dropped
+        values = stack.dense()
         out = torch.empty_like(values)
         for slot, (share, value, into) in enumerate(zip(shares, values, out, strict=True)):
             draw = partial(draw_mask, share, site.start, value.numel(), value.device, self.seed, stack.models[slot])

@@ -23,7 +23,15 @@ TIES: list[dict[str, Any]] = [
     {"scope": "tensor", "density": (0.2, 1.0, 0.7), "weights": (0.3, 1.0, -0.5), "vote": "weighted", "scale": 0.7},
     {"density": 1.0, "zero": "plus", "normalize": False, "weights": (0.0, 2.0, 1 / 3)},
 ]
-CASES = [("ties", each) for each in TIES]
+DROPPING: list[tuple[str, dict[str, Any]]] = [
+    ("dare", {"drop": (0.9, 0.0, 1.0)}),
+    ("dare+ties", {"drop": 0.4, "rescale": "l1", "scope": "tensor"}),
+    ("della", {"density": 0.5, "rescale": "none"}),
+    ("della+ties", {"della.density": (0.4, 0.5, 0.85), "rescale": "l1", "scope": "tensor", "seed": 3}),
+    ("breadcrumbs", {"density": 0.5}),
+    ("breadcrumbs", {"density": (0.3, 0.9, 0.6), "gamma": 0.2, "keep_norm": True}),
+]
+CASES = [*(("ties", each) for each in TIES), *DROPPING]
 
 
 @pytest.fixture
@@ -43,7 +51,8 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], list[str]]]
         ran.clear()
         return ran
 
-    monkeypatch.setattr("merging.maths.kernels.steps.run_kernel", watch)
+    for module in ("steps", "drop_steps"):
+        monkeypatch.setattr(f"merging.maths.kernels.{module}.run_kernel", watch)
     yield choose
     choose("off")
 

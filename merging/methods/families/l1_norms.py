@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from merging.maths.delta import Stack
+from merging.maths.kernels.drop_steps import sum_spans
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.reductions import Sum
 from merging.maths.site import Site
@@ -24,10 +25,18 @@ def l1_statistic(name: str, thin: Callable[[Stack, Site, Statistics], Tensor]) -
 
     def norms(stack: Stack, site: Site, statistics: Statistics) -> Tensor:
         """Return parts of the norms before and after dropping, ``[2 n, parts]``."""
-        both = [spans(each.abs()) for each in (stack.dense(), thin(stack, site, statistics))]
-        return torch.cat([torch.cat([whole.sum(-1), rest.sum(-1, keepdim=True)], 1) for whole, rest in both])
+        return torch.cat([_span_norms(stack), _span_norms(Stack.of(thin(stack, site, statistics)))])
 
     return Statistic(name, Sum(), norms, per="tensor")
+
+
+def _span_norms(stack: Stack) -> Tensor:
+    """Return the L1 norms of parts of each change, ``[n, parts]``."""
+    sums = sum_spans(stack)
+    if sums is not None:
+        return sums
+    whole, rest = spans(stack.dense().abs())
+    return torch.cat([whole.sum(-1), rest.sum(-1, keepdim=True)], 1)
 
 
 def l1_ratios(statistics: Statistics, name: str) -> list[float]:
