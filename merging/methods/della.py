@@ -9,8 +9,11 @@ from pydantic import Field
 
 from merging.errors import OptionError
 from merging.maths import order_statistics
+from merging.maths.bits import pack_bits
 from merging.maths.coefficients import number, spread
 from merging.maths.delta import Stack
+from merging.maths.kernels.drop_steps import Ranking, drop_by_rank, keep_marked
+from merging.maths.kernels.steps import stored_values
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.parameters import PerModel
 from merging.maths.randomness import draw_uniform
@@ -66,8 +69,12 @@ class Della(Dropping):
                 )
 
     def thin(self, stack: Stack, site: Site, divide: bool) -> Tensor:
+        densities, epsilons = spread(self.density, len(stack)), spread(self.epsilon, len(stack))
+        if not divide and all(0 < density < 1 for density in densities):
+            dropped = self._drop_by_kernel(stack, site, list(zip(densities, epsilons, strict=True)))
+            if dropped is not None:
+                return dropped
         values = stack.dense()
-        densities, epsilons = spread(self.density, len(values)), spread(self.epsilon, len(values))
         out = torch.empty_like(values)
         for slot, (value, density, epsilon, into) in enumerate(zip(values, densities, epsilons, out, strict=True)):
             if divide and density:
@@ -84,10 +91,41 @@ class Della(Dropping):
             torch.mul(value, self.kept_mask(stack, slot, draw), out=into)
         return out
 
+    def _drop_by_kernel(self, stack: Stack, site: Site, chances: list[tuple[float, float]]) -> Tensor | None:
+        """Return the changes ``[n, *shape]``, 0 where they are dropped; None where no kernel can do it.
+
+        ``chances`` are the density and the epsilon of each model.
+        """
+        stored = stored_values(stack)
+        if stored is None:
+            return None
+        out = torch.empty(stored.values.shape, dtype=torch.float32)
+        for slot, (density, epsilon) in enumerate(chances):
+            key, into = (self.name, id(self), slot), out[slot]
+            if stack.memo is not None and key in stack.memo:
+                if not keep_marked(stack, slot, stack.memo[key], into):
+                    return None
+                continue
+            steps = _rank_probabilities(site.row, density, epsilon).float()
+            drop = drop_by_rank(stack, slot, site, Ranking(steps, self.seed), into)
+            if drop is None:
+                return None
+            if len(drop.left):
+                rows, drawn = drop.changes[drop.left], self._uniform(stack, slot, site, drop.marks)[drop.left]
+                marks = torch.lt(drawn, probabilities(rows, density, epsilon))
+                drop.changes[drop.left], drop.marks[drop.left] = rows * marks, marks.to(torch.uint8)
+            if stack.memo is not None:
+                stack.memo[key] = pack_bits(drop.marks)
+        return out.view(len(out), *stored.shape)
+
+    def _uniform(self, stack: Stack, slot: int, site: Site, like: Tensor) -> Tensor:
+        """Return the draws of a model's entries, of the shape of ``like``."""
+        place = self.seed, stack.models[slot], site.name
+        return draw_uniform(site.start, like.numel(), like.device, *place).view(like.shape)
+
     def _draw(self, stack: Stack, slot: int, site: Site, keep: Tensor) -> Tensor:
         """Return a mask that keeps each entry of a model with its probability ``keep [*shape]``."""
-        place = self.seed, stack.models[slot], site.name
-        drawn = draw_uniform(site.start, keep.numel(), keep.device, *place).view(keep.shape)
+        drawn = self._uniform(stack, slot, site, keep)
         return torch.lt(drawn, keep, out=torch.empty_like(keep))
 
 
@@ -95,11 +133,15 @@ def probabilities(rows: Tensor, density: float, epsilon: float) -> Tensor:
     """Return the probability ``[rows, columns]`` of keeping each entry, in the type of the rows."""
     if density in (0, 1):
         return torch.full_like(rows, density)
-    columns = rows.shape[1]
-    # a row of one entry ranks neither low nor high
-    steps = torch.linspace(density - epsilon, density + epsilon, columns, dtype=torch.float64, device=rows.device)
-    steps = (steps if columns > 1 else torch.full_like(steps, density)).to(rows.dtype)
+    steps = _rank_probabilities(rows.shape[1], density, epsilon, rows.device).to(rows.dtype)
     return torch.empty_like(rows).scatter_(1, _ascending(rows), steps.expand(rows.shape))
+
+
+def _rank_probabilities(columns: int, density: float, epsilon: float, device: torch.device | None = None) -> Tensor:
+    """Return the probability of keeping an entry of a row, by rank, ``[columns]`` float64."""
+    steps = torch.linspace(density - epsilon, density + epsilon, columns, dtype=torch.float64, device=device)
+    # a row of one entry ranks neither low nor high
+    return steps if columns > 1 else torch.full_like(steps, density)
 
 
 def _ascending(rows: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class Ranking:
 
 @dataclass(frozen=True, slots=True)
 class RankedDrop:
-    """The changes of one model of which entries were dropped by rank.
+    """The changes of one model, some entries dropped by rank.
 
     Attributes:
         changes: ``[rows, columns]`` float32, 0 where they are dropped.
