@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 from support.for_all import for_all
-from support.paths import TESTS
+from support.paths import ROOT, TESTS
 
 FILES = {path.relative_to(TESTS).as_posix(): path for path in sorted(TESTS.rglob("*.py"))}
 MODULES = {name: path for name, path in FILES.items() if path.name.startswith("test_")}
@@ -75,3 +76,9 @@ def test_no_file_is_skipped_for_want_of_a_package(name: str) -> None:
 @for_all(FILES)
 def test_files_stay_short(name: str) -> None:
     assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= 500
+
+
+def test_no_script_hides_a_module_of_python() -> None:
+    """A script's own folder comes first: a file profile.py next to it is imported in place of Python's."""
+    scripts = [path for folder in ("tests", "docs", "examples") for path in (ROOT / folder).rglob("*.py")]
+    assert [path for path in scripts if path.stem in sys.stdlib_module_names] == []

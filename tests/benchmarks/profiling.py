@@ -1,7 +1,7 @@
 """The core seconds of a merge by part, for each method, against the limits of the machine.
 
-    python tests/benchmarks/profile.py --size 0.5
-    python tests/benchmarks/profile.py --size 0.5 --cases ties della pcb
+    python tests/benchmarks/profiling.py --size 0.5
+    python tests/benchmarks/profiling.py --size 0.5 --cases ties della pcb
 
 Parts exclude each other: reading (system calls), decoding (to the type of the computation, and the change from the
 base), checking (for NaN and infinities), statistics (everything before the merge that is none of the former), the
