@@ -41,6 +41,7 @@ from .rerun import rerun_command
 from .resize import resize_command
 from .route import route_command
 from .run import run_command
+from .search import search_command
 from .soup import soup_command
 from .stack import stack_command
 from .tokens import tokens_command
@@ -117,7 +118,7 @@ class DefaultGroup(SectionedGroup):
 
 def join_progress(words: list[str]) -> list[str]:
     """Return the words with the form of ``--progress`` joined to it: any other word after it is a model."""
-    if words[:1] == ["recycle"]:
+    if words[:1] in (["recycle"], ["search"]):
         return words
     joined: list[str] = []
     for word in words:
@@ -139,6 +140,7 @@ SECTIONS = {
         run_command,
         stack_command,
         soup_command,
+        search_command,
         rerun_command,
         convert_command,
         extract_command,

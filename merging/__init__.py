@@ -34,12 +34,14 @@ if TYPE_CHECKING:
     from merging.plan.recipe import Recipe
     from merging.plan.recipe_files import load_recipe
     from merging.recycling.workflow import Recycled, recycle
+    from merging.searches.workflow import Found, search
     from merging.soups import soup
 
 _WHERE = {
     "ContinualStore": "continual",
     "Delta": "maths.delta",
     "Dense": "maths.delta",
+    "Found": "searches.workflow",
     "LayerPart": "plan.layer_stack",
     "LayerStack": "plan.layer_stack",
     "LowRank": "maths.delta",
@@ -67,6 +69,7 @@ _WHERE = {
     "recycle": "recycling.workflow",
     "rerun": "api.rerun",
     "resize": "api.extract",
+    "search": "searches.workflow",
     "soup": "soups",
     "verify_against_sources": "api.against_sources",
 }
@@ -78,6 +81,7 @@ __all__ = [
     "Delta",
     "Dense",
     "FormatError",
+    "Found",
     "InputError",
     "LayerPart",
     "LayerStack",
@@ -110,6 +114,7 @@ __all__ = [
     "recycle",
     "rerun",
     "resize",
+    "search",
     "soup",
     "verify_against_sources",
 ]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from merging.errors import InputError, OptionError, option
 from merging.maths.lazy_torch import torch
 from merging.pool.network import explain_errors, loading_options, quiet
-from merging.recycling.data import Split, kind_of, labels_of
+from merging.recycling.data import Split, TaskKind, kind_of, labels_of
 from merging.recycling.model import Classifier, Decoder, Encoder, EncoderDecoder, TaskModel
 from merging.recycling.problem import Problem
 from merging.recycling.settings import Settings
 
-__all__ = ["load_model", "load_problem"]
+__all__ = ["LoadedNetwork", "continues_prompts", "load_model", "load_network", "load_problem"]
 
 _MOST_TOKENS = 512
 
@@ -29,6 +30,41 @@ def load_model(base: str, parts: Split, settings: Settings, device: torch.device
     Raises :class:`~merging.errors.InputError` for a base that cannot be loaded whole, and
     :class:`~merging.errors.OptionError` for a base that cannot do the task.
     """
+    return load_network(base, kind_of(parts), settings, device).model_for(parts, settings)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedNetwork:
+    """A base that was loaded, from which models for several tasks of one kind are made.
+
+    Attributes:
+        kind: the class of the models.
+        network: the network, which the models share.
+        tokenizer: its tokenizer.
+        limit: the most tokens of a text.
+    """
+
+    kind: type[TaskModel]
+    network: Any
+    tokenizer: Any
+    limit: int
+
+    def model_for(self, parts: Split, settings: Settings, network: Any = None) -> TaskModel:
+        """Return the model for a task, by another network with the same body where one is given."""
+        network = self.network if network is None else network
+        if issubclass(self.kind, (Decoder, EncoderDecoder)):
+            language_model: TaskModel = self.kind(network, self.tokenizer, self.limit, settings.chat)
+            return language_model
+        model = self.kind(network, self.tokenizer, self.limit)
+        if isinstance(model, Encoder):
+            model.make_head(labels_of(parts), parts.train, "prototypes" if settings.head == "auto" else settings.head)
+        elif network.config.pad_token_id is None:
+            network.config.pad_token_id = self.tokenizer.pad_token_id or 0  # separates a decoder's last token from it
+        return model
+
+
+def load_network(base: str, task: TaskKind, settings: Settings, device: torch.device) -> LoadedNetwork:
+    """Load the base, a folder or a name on the Hub, for tasks of one kind. Raises as :func:`load_model` does."""
     import transformers
 
     where, options = loading_options(base)
@@ -36,7 +72,7 @@ def load_model(base: str, parts: Split, settings: Settings, device: torch.device
         config = transformers.AutoConfig.from_pretrained(where, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
     architecture = str((config.architectures or [""])[0])
-    kind = _kind(base, architecture, bool(config.is_encoder_decoder), kind_of(parts), settings)
+    kind = _kind(base, architecture, bool(config.is_encoder_decoder), task, settings)
     loader = {
         Decoder: transformers.AutoModelForCausalLM,
         EncoderDecoder: transformers.AutoModelForSeq2SeqLM,
@@ -51,20 +87,25 @@ def load_model(base: str, parts: Split, settings: Settings, device: torch.device
     if missing:
         raise InputError(f"{base}: lacks {missing[0]} and {len(missing) - 1} more of a {type(network).__name__}")
     limit = min(settings.max_length or _MOST_TOKENS, tokenizer.model_max_length, _positions(config))
-    network = network.to(device)
-    if issubclass(kind, (Decoder, EncoderDecoder)):
-        language_model: TaskModel = kind(network, tokenizer, limit, settings.chat)
-        return language_model
-    model: TaskModel = kind(network, tokenizer, limit)
-    if isinstance(model, Encoder):
-        model.make_head(labels_of(parts), parts.train, "prototypes" if settings.head == "auto" else settings.head)
-    elif network.config.pad_token_id is None:
-        network.config.pad_token_id = tokenizer.pad_token_id or 0  # separates a decoder's last token from padding
-    return model
+    return LoadedNetwork(kind, network.to(device), tokenizer, limit)
+
+
+def continues_prompts(base: str) -> bool:
+    """Return whether a base is a language model, from its config. Raises as :func:`load_model` does."""
+    import transformers
+
+    where, options = loading_options(base)
+    with quiet(), explain_errors(base):
+        config = transformers.AutoConfig.from_pretrained(where, **options)
+    return _generates(str((config.architectures or [""])[0]))
+
+
+def _generates(architecture: str) -> bool:
+    return architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
 
 
 def _kind(base: str, architecture: str, two_parts: bool, asked: str, settings: Settings) -> Any:
-    generates = architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    generates = _generates(architecture)
     if asked == "completion":
         if not generates:
             raise OptionError(

@@ -61,10 +61,14 @@ class Answers:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scores:
-    """Loss and right answer (0 or 1) of each example, float64 ``[examples]`` on the CPU."""
+    """Loss and right answer (0 or 1) of each example, and the entropy of its predictions where it was asked for.
+
+    Each is float64 ``[examples]`` on the CPU.
+    """
 
     losses: Tensor
     right: Tensor
+    entropies: Tensor | None = None
 
     @property
     def loss(self) -> float:
@@ -109,16 +113,21 @@ class TaskModel(ABC):
         """Return the model's predictions for a few examples at once."""
 
     @torch.no_grad()
-    def scores(self, items: Sequence[EncodedExample]) -> Scores:
-        """Return the loss and correctness of each example. Batches hold examples of similar length."""
+    def scores(self, items: Sequence[EncodedExample], *, entropies: bool = False) -> Scores:
+        """Return the loss and correctness of each example, and the entropy of its predictions if asked.
+
+        Batches hold examples of similar length.
+        """
         by_length = sorted(range(len(items)), key=lambda i: (len(items[i].tokens) + len(items[i].answer), i))
-        losses, right = (torch.zeros(len(items), dtype=torch.float64) for _ in range(2))
+        losses, right, entropy = (torch.zeros(len(items), dtype=torch.float64) for _ in range(3))
         for start in range(0, len(items), _AT_ONCE):
             chosen = by_length[start : start + _AT_ONCE]
             answers = self.answers([items[i] for i in chosen])
             losses[chosen] = answers.losses(len(chosen)).cpu().double()
             right[chosen] = answers.right(len(chosen)).cpu().double()
-        return Scores(losses, right)
+            if entropies:
+                entropy[chosen] = answers.entropies(len(chosen)).cpu().double()
+        return Scores(losses, right, entropy if entropies else None)
 
     def _cut(self, tokens: list[int], room: int, keep_end: bool = False) -> tuple[int, ...]:
         if len(tokens) > room:

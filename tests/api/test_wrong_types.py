@@ -64,11 +64,13 @@ RIGHT: dict[str, dict[str, Any]] = {
     "soup": {"checkpoints": ["tuned0", "tuned1"], "output": "new"},
     "resize": {"lora": "adapter0"},
     "recycle": {"pool": ["adapter0"], "base": "base", "train": EXAMPLES},
+    "search": {"models": ["adapter0"], "base": "base", "data": EXAMPLES},
     "verify_against_sources": {"path": "made.safetensors"},
 }
 """Right arguments of every public function, class and method that takes some."""
 
 NOT_CALLED = {
+    "Found": "is a result",
     "Merged": "is a result",
     "Recycled": "is a result",
     "merge_peft": "its model and adapters are in test_peft_model.py",

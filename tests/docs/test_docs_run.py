@@ -33,6 +33,7 @@ LONG = {
     "docs/tasks/pool.md": "the smoke test runs the base over texts",
     "docs/tasks/gguf.md": "a converter asks for the tokenizer",
     "docs/tasks/recycle.md": "it trains",
+    "docs/tasks/search.md": "it loads the base",
     "docs/tasks/sentence-transformers.md": "sentence-transformers loads the merged model",
     "docs/tasks/verify.md": "PEFT loads the adapter",
     "docs/tasks/extract.md": "it decomposes changes",
@@ -53,6 +54,7 @@ PRINTS = {
     "merge continual watch ": "added: incoming/late as step 1",
     "merge pool smoke ": "4 ok, 0 repaired, 0 quarantined",
     "merge recycle ": "modules shuffled",
+    "merge search ": "plain average",
 }
 """Words that some commands must print, among others."""
 

@@ -25,8 +25,8 @@ WITHOUT = {
 }
 """Public names without an example, each with the reason."""
 
-TRAINING = ("Recycled", "recycle")
-"""Names whose examples train on the real base."""
+TRAINING = ("Found", "Recycled", "recycle", "search")
+"""Names whose examples run the real base."""
 
 SHOWN = [name for name in merging.__all__ if inspect.isfunction(getattr(merging, name))]
 
@@ -75,6 +75,6 @@ def test_signatures_are_real(name: str) -> None:
         assert parameter.annotation is not inspect.Parameter.empty
         assert parameter.kind is not inspect.Parameter.VAR_POSITIONAL
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            assert "Unpack[" in str(parameter.annotation) or name == "recycle"  # whose settings are a class
+            assert "Unpack[" in str(parameter.annotation) or name in ("recycle", "search")  # whose settings are a class
         assert f"{parameter.name}:" in (function.__doc__ or "")
     assert MethodParameters.__annotations__.keys() <= MergeOptions.__annotations__.keys()

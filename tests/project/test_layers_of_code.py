@@ -88,6 +88,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("api", "geometry"),
     ("compression", "continual", "moe", "pool", "soups", "testing"),
     ("recycling",),
+    ("searches",),
     ("cli",),
 )
 """The rooms of the package from the ground up: folders, and the files at its root."""
@@ -126,6 +127,7 @@ NEVER: dict[str, tuple[str, ...]] = {
     "output": ("click",),
     "pool": ("click",),
     "recycling": ("click",),
+    "searches": ("click", "transformers"),
     "report": ("click",),
     "serving": ("click",),
     "soups": ("click",),
@@ -151,7 +153,7 @@ def test_every_room_has_a_floor() -> None:
     rooms = [room for floor in FLOORS for room in floor]
     assert len(FILES) > 200
     assert sorted(rooms) == sorted({room_of(name) for name in FILES} - {""})
-    assert len(FLOORS) <= 11
+    assert len(FLOORS) <= 12
     assert len(list((ROOT / "merging").glob("*.py"))) <= 7
 
 
@@ -206,7 +208,9 @@ def test_never_imported_at_import_time(name: str) -> None:
         assert each.lazy or not under(each.module, *NEVER_AT_IMPORT[room_of(name)]), each
 
 
-@for_all([name for name in FILES if name != "merging.maths.lazy_torch" and room_of(name) != "recycling"])
+@for_all(
+    [name for name in FILES if name != "merging.maths.lazy_torch" and room_of(name) not in ("recycling", "searches")]
+)
 def test_torch_is_imported_when_it_is_used(name: str) -> None:
     """So that commands that only read headers answer at once."""
     eager = [each.module for each in imports(name) if not each.lazy and under(each.module, "torch", "transformers")]
@@ -222,7 +226,11 @@ def test_no_name_hides_the_function_that_makes_it(name: str) -> None:
 
 
 def test_no_module_needs_torch_to_be_imported() -> None:
-    running = ("merging.pool.smoke", "merging.recycling")  # these run models, and are imported when they do
+    running = (
+        "merging.pool.smoke",
+        "merging.recycling",
+        "merging.searches",
+    )  # these run models, and are imported when they do
     names = [name for name in FILES if not name.startswith(running) and not name.endswith("__main__")]
     code = (
         f"import sys; sys.modules['torch'] = None; from importlib import import_module; [*map(import_module, {names})]"

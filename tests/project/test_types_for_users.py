@@ -84,6 +84,8 @@ def others() -> None:
     print(merging.make_moe({"base_model": "base", "experts": experts}, "mixture").experts)
     print(merging.decompress("pack.safetensors", "unpacked").kind)
     recycled: merging.Recycled = merging.recycle(["a"], base="base", train=[{"text": "a", "label": "b"}], steps=5)
+    found: merging.Found = merging.search(["a"], base="base", data=[{"text": "a", "label": "b"}], budget=9)
+    print(found.winner, found.recipe.models)
     print(recycled.rank, recycled.report.to_dict(), merging.METHODS["ties"].summary)
 
 

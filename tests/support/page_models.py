@@ -176,6 +176,7 @@ _MAKERS: dict[str, Callable[[Path], None]] = {
     "docs/tasks/object-stores.md": _stored_models,
     "docs/tasks/quantized.md": _fp8_models,
     "docs/tasks/recycle.md": _task_of_words,
+    "docs/tasks/search.md": _task_of_words,
     "docs/tasks/sentence-transformers.md": _sentence_models,
     "docs/tasks/soups.md": _runs,
     "docs/tasks/verify.md": _merged,

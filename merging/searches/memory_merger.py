@@ -1,0 +1,206 @@
+"""Merges of candidates in memory: only what changes from one candidate to the next is computed again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from merging.api.merge_files import merge_recipe, plan_for
+from merging.api.peft_tensors import limit_rank
+from merging.engine.devices import supply_operations
+from merging.engine.in_memory import TensorInputs, merge_in_memory
+from merging.errors import InputError, OptionError, option
+from merging.hub.open_model import open_model
+from merging.maths.delta import Delta, Dense, LowRank
+from merging.maths.lazy_torch import Tensor, torch
+from merging.maths.parameters import bind_value
+from merging.methods.chains import chain
+from merging.methods.contract.method import Method
+from merging.methods.lines import Lines
+from merging.plan import Plan, make_plan
+from merging.plan.recipe import Recipe
+from merging.searches.model_reader import ChangeStore, ModelReader, Room
+from merging.searches.spaces import MergeCandidate
+from merging.sources import Adapter
+
+__all__ = ["MemoryMerger", "MergeInputs"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeInputs:
+    """The models of a search, and the options of the recipe that all candidates share.
+
+    Attributes:
+        models: the names or paths of the models.
+        options: the options of the recipe, ``base`` among them.
+    """
+
+    models: tuple[str, ...]
+    options: Mapping[str, Any]
+
+    @property
+    def base(self) -> str | None:
+        """The base, None where there is none."""
+        base = self.options.get("base")
+        return None if base is None else str(base)
+
+    def all_adapters(self) -> bool:
+        """Return whether all models are adapters."""
+        opened = (open_model(name, dequantize=bool(self.options.get("dequantize"))) for name in self.models)
+        return all(isinstance(model, Adapter) for model in opened)
+
+    def recipe(self, candidate: MergeCandidate) -> Recipe:
+        """Return the recipe that writes a candidate."""
+        models = [self.models[slot] for slot in candidate.models]
+        return merge_recipe(models, candidate.method(), self.options)
+
+
+class MemoryMerger:
+    """Merges candidates in memory, with the values that a written merge has.
+
+    The models' changes are read once. The merge of a chain at scale 1 is kept, so that another scale costs one
+    multiplication; a chain whose result depends on its scale in another way is merged again. Where an adapter is
+    written, merged changes are cut to the rank that it will have.
+
+    Attributes:
+        plan: the plan by which the models are read.
+    """
+
+    def __init__(self, inputs: MergeInputs, device: torch.device, room: Room | None = None) -> None:
+        self.inputs, self.device = inputs, device
+        self._room = room or Room()
+        self._store = ChangeStore(self._room)
+        self._plans: dict[tuple[str, tuple[int, ...]], Plan] = {}
+        self._weights: dict[bool, ModelReader] = {}
+        self._model_options = dict(inputs.options)
+        self.adapter_written = inputs.options.get("kind", inputs.options.get("as")) != "model" and inputs.all_adapters()
+        if self.adapter_written:
+            self._model_options = {
+                name: value for name, value in inputs.options.items() if name not in ("rank", "format", "as")
+            } | {"kind": "model"}
+        chain_of_all = "task_arithmetic" if inputs.base is not None else "linear"
+        self._reader = ModelReader(self._make_plan(chain(chain_of_all), inputs.models), device, self._room)
+
+    @property
+    def plan(self) -> Plan:
+        return self._reader.plan
+
+    @property
+    def based(self) -> bool:
+        """Whether changes from a base are merged, and not weights alone."""
+        return self.inputs.base is not None
+
+    def check(self, candidate: MergeCandidate) -> None:
+        """Refuse a candidate that cannot be written. Raises :class:`~merging.errors.MergingError`."""
+        if candidate.chain is not None:
+            self._written_plan(candidate)
+
+    def merge(self, candidate: MergeCandidate) -> Iterator[tuple[str, Tensor]]:
+        """Yield the merged tensors of a candidate by their names on disk, in the types of the output."""
+        with torch.no_grad(), supply_operations(self.device):
+            if candidate.chain is None:
+                for name in self._reader.sites:
+                    base = self._reader.read(name).base
+                    assert base is not None
+                    yield name, base.to(self._reader.dtypes[name])
+                return
+            yield from self._merge(candidate)
+
+    def merged_file(self, path: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of an output on disk, as they are with the base."""
+        written = replace(self.inputs, models=(path,))
+        plan = self._make_plan(chain("linear"), written.models)
+        reader = ModelReader(plan, self.device, Room(0))
+        for name in reader.sites:
+            stack, base = reader.read(name)
+            change = stack.deltas[0].dense()
+            total = change if base is None or plan.weights else base + change
+            yield name, total.to(reader.dtypes[name])
+
+    def _merge(self, candidate: MergeCandidate) -> Iterator[tuple[str, Tensor]]:
+        method = candidate.method()
+        method.check(len(candidate.models))
+        reader, weights = self._reader_of(candidate, method)
+        changes, scale = self._changes(candidate, method, reader, weights)
+        for name, change in changes:
+            factor = bind_value(scale, reader.sites[name])
+            values = change.dense() if factor == 1 else change.dense() * factor
+            base = None if weights else reader.read(name).base
+            merged = (values if base is None else base + values).to(reader.dtypes[name])
+            if not self.inputs.options.get("allow_nonfinite") and not bool(merged.isfinite().all()):
+                raise InputError(f"{name}: the merged values are beyond the range of {merged.dtype}")
+            yield name, merged
+
+    def _changes(
+        self, candidate: MergeCandidate, method: Method, reader: ModelReader, weights: bool
+    ) -> tuple[Iterator[tuple[str, Delta]], Any]:
+        """Return the merged changes, and the scale by which they are to be multiplied."""
+        rank = self._rank(candidate)
+        unscaled, scale = _split_scale(candidate, method)
+        if unscaled is None:
+            return self._compute(candidate, method, reader, weights, rank), 1.0
+        rest = {key: value for key, value in candidate.parameters.items() if key.rpartition(".")[2] != "scale"}
+        key = json.dumps([candidate.chain, sorted(rest.items()), candidate.models, rank], default=str)
+        kept = self._store.get(key)
+        if kept is None:
+            kept = dict(self._compute(candidate, unscaled, reader, weights, rank))
+            self._store.put(key, kept)
+        return iter(kept.items()), scale
+
+    def _compute(
+        self, candidate: MergeCandidate, method: Method, reader: ModelReader, weights: bool, rank: int
+    ) -> Iterator[tuple[str, Delta]]:
+        def read(name: str) -> TensorInputs:
+            return reader.select(name, candidate.models, factors=method.takes_factors and not weights)
+
+        for name, merged, origin in merge_in_memory(method, reader.sites, read, weights):
+            change, base = merged, origin
+            if weights and rank and base is None:
+                base = reader.read(name).base
+                change = change if base is None else Dense(change.dense() - base)
+            if rank and len(change.shape) > 1 and (not isinstance(change, LowRank) or change.rank > rank):
+                change = limit_rank(change, rank, reader.sites[name].axis == 0)[0]
+            yield name, change if not weights or base is None else Dense(base + change.dense())
+
+    def _reader_of(self, candidate: MergeCandidate, method: Method) -> tuple[ModelReader, bool]:
+        """Return the reader for a method, and whether it merges weights. A linear method merges changes as well."""
+        weights = method.merge_space == "weights" and not (method.factored and self.based)
+        if not weights:
+            if not self.based:
+                raise OptionError(f"{method.chain} merges changes from a base: give {option('base')}")
+            return self._reader, False
+        if not self.based:
+            return self._reader, True
+        if method.rescales not in self._weights:  # which needs the base's values too
+            plan = self._make_plan(method, self.inputs.models)
+            self._weights[method.rescales] = ModelReader(plan, self.device, self._room)
+        return self._weights[method.rescales], True
+
+    def _make_plan(self, method: Method, models: Sequence[str]) -> Plan:
+        return make_plan(merge_recipe(list(models), method, self._model_options))
+
+    def _written_plan(self, candidate: MergeCandidate) -> Plan:
+        key = str(candidate.chain), candidate.models
+        if key not in self._plans:
+            self._plans[key] = plan_for(self.inputs.recipe(candidate), None)
+        return self._plans[key]
+
+    def _rank(self, candidate: MergeCandidate) -> int:
+        """Return the rank of the adapter that a candidate is written as; 0 where it is not cut to one."""
+        if not self.adapter_written:
+            return 0
+        plan = self._written_plan(candidate)
+        return 0 if plan.sized is not None else plan.rank
+
+
+def _split_scale(candidate: MergeCandidate, method: Method) -> tuple[Method | None, Any]:
+    """Return the method at scale 1, and the scale, if its result is proportional to the scale; else None."""
+    last = method.links()[-1]
+    if "scale" not in type(last).model_fields or method.merge_space == "weights":
+        return None, 1.0
+    if method.rescales or any(isinstance(link, Lines) for link in method.links()):
+        return None, 1.0
+    rest = {key: value for key, value in candidate.parameters.items() if key.rpartition(".")[2] != "scale"}
+    return chain(str(candidate.chain), {**rest, f"{last.name}.scale": 1.0}), vars(last)["scale"]
