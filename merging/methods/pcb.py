@@ -10,6 +10,7 @@ from pydantic import Field
 from merging.errors import OptionError
 from merging.maths.coefficients import column
 from merging.maths.delta import Delta, Dense, Stack, sum_in_order
+from merging.maths.kernels.competition_steps import TANH_IS_LINEAR, Competition
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.order_statistics import Rank
 from merging.maths.parameters import Coefficient, Local, PerModel, varies
@@ -19,9 +20,6 @@ from merging.maths.site import Site
 from merging.methods.contract.method import Method, Statistic, Statistics
 
 __all__ = ["Pcb", "clip_tails", "competition", "minmax"]
-
-TANH_IS_LINEAR = 2.0**-13
-"""The largest number whose tanh is the number itself in float32: x^3 / 3 is less than half of its last bit."""
 
 _PIECE = 1 << 17
 """Entries of each model that are merged at once on a CPU."""
@@ -105,7 +103,15 @@ class Pcb(Method):
 
     def _scores(self, stack: Stack, site: Site, statistics: Statistics) -> Tensor:
         """Return beta ``[n, elements]``."""
+        competition = self._competition(statistics)
+        scores = competition.score(stack) if competition is not None else None
+        if scores is not None:
+            return scores
         return torch.cat([self._compete(piece, statistics) for piece in _pieces(stack.dense())], 1)
+
+    def _competition(self, statistics: Statistics) -> Competition | None:
+        """Return the competition that kernels compute; None where sums of tanh or softmaxes are asked for."""
+        return Competition(statistics[_CLIP], self.variant == "vision") if self.variant in ("code", "vision") else None
 
     def _compete(self, values: Tensor, statistics: Statistics) -> Tensor:
         """Return beta of some entries ``[n, elements]``."""
@@ -117,6 +123,12 @@ class Pcb(Method):
         return torch.stack([shares[i] * sum(shares[n + _pair(i, j, n)] for j in range(n)) for i in range(n)])
 
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
+        competition = self._competition(statistics)
+        if competition is not None:
+            weights = self.coefficients(len(stack))
+            found = competition.merge(stack, statistics[_CUT], weights, self.scale)
+            if found is not None:
+                return Dense(found)
         values = stack.dense()
         merged = [self._merge_entries(piece, statistics) for piece in _pieces(values)]
         return Dense(torch.cat(merged).view(values.shape[1:]) * self.scale)

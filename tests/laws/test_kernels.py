@@ -31,7 +31,12 @@ DROPPING: list[tuple[str, dict[str, Any]]] = [
     ("breadcrumbs", {"density": 0.5}),
     ("breadcrumbs", {"density": (0.3, 0.9, 0.6), "gamma": 0.2, "keep_norm": True}),
 ]
-CASES = [*(("ties", each) for each in TIES), *DROPPING]
+COMPETING: list[tuple[str, dict[str, Any]]] = [
+    ("pcb", {}),
+    ("pcb", {"scope": "tensor", "ratio": 0.5, "weights": (1.0, -0.5, 0.0), "scale": -0.7}),
+    ("pcb", {"variant": "vision", "ratio": 0.3, "clip": 0.0}),
+]
+CASES = [("ties", each) for each in TIES]
 
 
 @pytest.fixture
@@ -51,7 +56,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], list[str]]]
         ran.clear()
         return ran
 
-    for module in ("steps", "drop_steps"):
+    for module in ("steps", "drop_steps", "competition_steps"):
         monkeypatch.setattr(f"merging.maths.kernels.{module}.run_kernel", watch)
     yield choose
     choose("off")
@@ -81,8 +86,9 @@ def merge(chain: str, parameters: dict[str, Any], values: Tensor, base: Tensor |
         def decode() -> Tensor:
             return values.float() if base is None else values.float() - base.float()
 
-        stored = StoredValues(values.reshape(3, -1), origin, site.shape, decode)
-        return TensorInputs(Stack.of_stored(stored, list("abc"), [True] * 3), None)
+        n = len(values)
+        stored = StoredValues(values.reshape(n, -1), origin, site.shape, decode)
+        return TensorInputs(Stack.of_stored(stored, [f"model {i}" for i in range(n)], [True] * n), None)
 
     (merged,) = merge_in_memory(method, {site.name: site}, read, weights=method.merge_space == "weights")
     return merged.delta.dense()
@@ -118,6 +124,49 @@ def test_bits_of_every_method_and_type(use: Use, case: Any, dtype: torch.dtype) 
         values, base = draw(shape, dtype, seed)
         assert agree(use, case, values, base)
         assert agree(use, case, values, None)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", [*DROPPING, *COMPETING], ids=lambda case: f"{case[0]}-{'-'.join(case[1])}")
+def test_bits_of_draws_ranks_and_competition(use: Use, case: Any) -> None:
+    """Compiled for one type, as all types share the decoding; also with many equal magnitudes in a row."""
+    for seed, shape in enumerate(SHAPES):
+        values, base = draw(shape, torch.bfloat16, seed)
+        assert agree(use, case, values, base)
+        near = (base.float() + (values.float() - base.float()) / 16).bfloat16()
+        assert agree(use, case, near, base)
+        assert agree(use, case, (values.float() * 4).round().bfloat16(), None)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("start", [0, 3 << 20, (1 << 32) - 3000, (1 << 32) - 1000, (5 << 32) + 7])
+def test_draws_at_any_position(use: Use, start: int) -> None:
+    """Positions of 2**32 elements share a key; a block across the end of them is left to torch."""
+    values, base = draw((3, 1500), torch.bfloat16, 5)
+    site = Site("layers.0.mlp.weight", (3, 1500), start=start)
+    for name, share in (("dare", {"drop": 0.3}), ("della", {"density": 0.4})):
+        method = merging.chain(name, {**share, "rescale": "none"})
+        merged = []
+        for choice in ("off", "on"):
+            ran = use(choice)
+            decoded = values.float() - base.float()
+            stored = StoredValues(values.reshape(3, -1), base.reshape(-1), site.shape, decoded.clone)
+            merged.append(method.merge(Stack.of_stored(stored, list("abc"), [True] * 3), site, {}).dense())
+        assert bool(ran) == (start != (1 << 32) - 3000 and start != (1 << 32) - 1000)
+        assert same_bits(*merged)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("variant", ["code", "vision"])
+def test_scores_of_many_models(use: Use, variant: str) -> None:
+    """From 40 models on exponents are shifted; a few products are large enough for a tanh of their own."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(70_001, generator=generator).mul_(0.02).bfloat16()
+    noise = torch.randn(41, 70_001, generator=generator).mul_(0.002)
+    noise[:, ::1000] *= 100
+    values = (base.float() + noise).bfloat16()
+    for models in (2, 41):
+        assert agree(use, ("pcb", {"variant": variant}), values[:models], base)
 
 
 @pytest.mark.exhaustive
