@@ -200,6 +200,11 @@ def merge_changes(
             f"{bound.chain} merges weights, and these are changes: {instead}merge the adapters' files, with "
             f"{option('base')}"
         )
+    if bound.needs_base:
+        raise OptionError(
+            f"{bound.chain} looks at the base's weights, and these are changes: merge the adapters' files, with "
+            f"{option('base')}"
+        )
     check_keys(keys, len(adapters))
     names = dict.fromkeys(name for adapter in adapters for name in adapter)
     for name in all_matching(exclude, names):

@@ -106,6 +106,7 @@ class MethodParameters(TypedDict, total=False):
     ratio: Value
     relative: bool
     rescale: Literal["inverse", "l1", "none"]
+    rho: Value
     scale: Weight
     scope: Literal["model", "tensor"]
     seed: int
@@ -114,6 +115,7 @@ class MethodParameters(TypedDict, total=False):
     space: Literal["weights", "changes"]
     steps: Value
     stiffness: Value
+    strength: Value
     svd: Literal["exact", "fast", "gram", "thin"]
     t: Weight
     tail: Literal["alpha", "depth"]

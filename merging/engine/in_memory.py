@@ -62,7 +62,9 @@ def merge_in_memory(
     def read_scaled(name: str) -> TensorInputs:
         stack, base = read(name)
         scales = scales_at(method, sites[name], models)
-        return TensorInputs(scale_changes(stack, scales, base if weights else None) if scales else stack, base)
+        stack = scale_changes(stack, scales, base if weights else None) if scales else stack
+        stack.base = base if method.needs_base else None
+        return TensorInputs(stack, base)
 
     yield from _Run(method, sites, read_scaled, weights, models).merge_all()
 

@@ -101,7 +101,8 @@ class Tiler:
         if not self.plan.recipe.allow_nonfinite:
             self._check(item, values, base)
         stack = Stack.of(values.view(len(present), *shape), self.plan.keys, present)
-        return Tile(starts[0], stack, base.view(shape) if base is not None else None)
+        stack.base = base.view(shape) if base is not None else None
+        return Tile(starts[0], stack, stack.base)
 
     def _by_rows(self, item: Item, slot: int) -> Delta:
         """Return one adapter's change of an item, in a form that has rows."""
@@ -161,7 +162,10 @@ class Tiler:
         deltas = [
             delta.oriented(like.transposed) if isinstance(delta, LowRank) else LowRank.zero(like) for delta in found
         ]
-        return Stack(deltas, self.plan.keys, [delta is not None for delta in found])
+        stack = Stack(deltas, self.plan.keys, [delta is not None for delta in found])
+        if self.plan.recipe.method.needs_base and item.base is not None:
+            stack.base = item.base.read().to(self.device, item.dtype)
+        return stack
 
     def change(self, item: Item, slot: int) -> Delta:
         """Return one adapter's change of a whole item, on the device."""

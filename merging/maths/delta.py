@@ -161,11 +161,12 @@ class Stack(Displayed):
     """The changes of ``n`` models in one tensor, or in one block of it.
 
     ``models`` holds a key of each model's content, for methods that draw random numbers. ``present`` says which models
-    touch the tensor at all; the change of one that does not is zero. ``memo`` holds what methods computed of these very
+    touch the tensor at all; the change of one that does not is zero. ``base`` holds the base's values of the same
+    piece, for methods that look at them. ``memo`` holds what methods computed of these very
     values, by keys of their own: a block that is gone through several times keeps it.
     """
 
-    __slots__ = ("_deltas", "_stored", "_values", "memo", "models", "present")
+    __slots__ = ("_deltas", "_stored", "_values", "base", "memo", "models", "present")
 
     def __init__(
         self, deltas: Sequence[Delta], models: Sequence[str] | None = None, present: Sequence[bool] | None = None
@@ -194,6 +195,7 @@ class Stack(Displayed):
     def _describe(self, n: int, models: Sequence[str] | None, present: Sequence[bool] | None) -> None:
         self.models = tuple(models) if models is not None else tuple(map(str, range(n)))
         self.present = tuple(present) if present is not None else (True,) * n
+        self.base: Tensor | None = None
         self.memo: dict[object, Tensor] | None = None
 
     def __len__(self) -> int:

@@ -89,6 +89,7 @@ GROUPS: dict[str, dict[str, Listed]] = {
         "svc": Listed("svc", "Svc"),
         "clamp": Listed("clamp", "Clamp"),
         "lines": Listed("lines", "Lines"),
+        "larv": Listed("larv", "Larv"),
         "blocks": Listed("blocks", "BlockWeighted"),
     },
 }

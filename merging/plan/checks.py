@@ -266,6 +266,8 @@ def choose_output(
             raise InputError(
                 f"{method.chain} merges weights, which adapters have only with {option('base')}: give it{instead}"
             )
+        if method.needs_base:
+            raise InputError(f"{method.chain} looks at the base's weights: give {option('base')}")
         for adapter in adapters:
             adapter.require_base(known)
     return output, weights

@@ -85,6 +85,8 @@ METHODS = (
     Entry("pcb", "pcb", {"ratio": 0.1}, "scale", grid(0.6, 2.4, 0.2)),
     Entry("pcb vision", "pcb", {"ratio": 0.1, "variant": "vision"}, "scale", grid(0.6, 2.4, 0.2)),
     Entry("lines", "lines", {}, "beta", TENTHS),
+    Entry("larv", "larv", {}, "scale", TENTHS, ("full",)),
+    Entry("larv+ties", "larv+ties", {"density": 0.2}, "scale", FIFTHS, ("full",)),
     Entry("lines+ties", "lines+ties", {"density": 0.2}, "beta", TENTHS),
     Entry("decouple+ties", "decouple+ties", {"density": 0.2}, "scale", FIFTHS),
     Entry("running sum 0.3", "task_arithmetic", {"scale": 0.3}),

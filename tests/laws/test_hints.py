@@ -89,6 +89,11 @@ def weights(tmp: Path) -> tuple[Options, list[Options]]:
     return given, [given | {"base": base(tmp)}]
 
 
+def base_values(tmp: Path) -> tuple[Options, list[Options]]:
+    given = args(adapter(tmp, "a"), adapter(tmp, "b"), method="larv")
+    return given, [given | {"base": base(tmp)}]
+
+
 def ranks_of_a_model(tmp: Path) -> tuple[Options, list[Options]]:
     given = args(tuned(tmp), tuned(tmp, 2), base=base(tmp))
     rank = {"rank": {"energy": 0.5}}
@@ -238,6 +243,7 @@ HINTS: dict[str, Case] = {
     "a model can be made of adapters only with --base": baked,
     "--reduce-intruders compares with the base: give it with --base": intruders,
     "merges weights, which adapters have only with --base: give it": weights,
+    "looks at the base's weights: give --base": base_values,
     ": give the base with --base": in_full,
     "leave this out, or make an adapter with --as adapter": ranks_of_a_model,
     "and do not state one base: are they adapters of the same model?": unrelated,

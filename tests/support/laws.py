@@ -202,6 +202,8 @@ TABLE = [
     Row("ctm", {"max_rank": 99, "weights": (1.0, 0.5)}, {"max_rank": 99, "weights": (0.5, 1.0)},
         {"scale": torch.tensor(0.7)}, alone={"max_rank": 99}, idempotent=False),
     Row("ctm+ties", {"max_rank": 3, "density": 0.5}, {"max_rank": 3, "density": 0.5}, {}, idempotent=False),
+    Row("larv", {"weights": (1.0, 0.5)}, {"weights": (0.5, 1.0)}, {"scale": torch.tensor(0.7)},
+        alone={"strength": 0.0}, idempotent=False, on_changes=False, homogeneous=False),
     Row("clamp", {"weights": (1.0, 0.5)}, {"weights": (0.5, 1.0)}, {"scale": torch.tensor(0.7)}, alone={}),
     Row("star", {}, {}, {"scale": torch.tensor(0.7)}, alone={"eta": 1.0}, idempotent=False),
     Row("actmat", {}, {}, {"scale": torch.tensor(0.7)}, alone={}),

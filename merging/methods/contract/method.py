@@ -125,6 +125,11 @@ class Method(Displayed, BaseModel, ABC):
         """Return the rank of a merge of changes of these ranks, where it is :attr:`factored`."""
         return sum(ranks)
 
+    @property
+    def needs_base(self) -> bool:
+        """Whether it looks at the base's values, which ``Stack.base`` then holds for whole tensors."""
+        return False
+
     @abstractmethod
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         """Merge one tensor, or one block of it, into its change (or its weight, as :attr:`merge_space` says).

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from merging.errors import OptionError
 from merging.maths.delta import Delta, Stack
 from merging.maths.lazy_torch import Tensor
 from merging.maths.parameters import Coefficient
@@ -56,6 +57,10 @@ class Wrapper(Method):
         return self.then.merged_rank(ranks)
 
     @property
+    def needs_base(self) -> bool:
+        return self.then.needs_base
+
+    @property
     def takes_factors(self) -> bool:
         return self.needs_whole or (self.transparent and self.then.takes_factors) or self.factored
 
@@ -78,6 +83,11 @@ class Wrapper(Method):
     def check(self, models: int) -> None:
         super().check(models)
         self.then.check(models)
+        if self.then.needs_base and not self.transparent:
+            raise OptionError(
+                f"{self.then.name} looks at the base's weights, and {self.name} hands on other values: in a chain "
+                f"{self.name} comes after it"
+            )
 
     def at(self, site: Site) -> Method:
         own, then = super().at(site), self.then.at(site)

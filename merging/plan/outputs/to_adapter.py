@@ -85,7 +85,8 @@ def plan_adapter(
         stored = resolver.find_stored(name) if resolver else heads.tensors.get(name)
         if base is not None and stored is None:
             _refuse_in_pieces(name, changes, weights, base)
-        items.append(replace(exporter.item(sites[name], changes, stored), scales=scales[name]))
+        item = replace(exporter.item(sites[name], changes, stored), scales=scales[name])
+        items.append(replace(item, base=stored) if recipe.method.needs_base else item)
     exporter.check(items)
     return PlannedOutput(
         items=items,

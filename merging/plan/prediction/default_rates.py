@@ -53,5 +53,6 @@ METHODS: dict[str, tuple[float, ...]] = {
     "svc": (1e-5, 0.0, 2.3e-11, 2.1e-10),
     "clamp": (1e-4, 1.2e-9),
     "lines": (1e-6, 0.0),
+    "larv": (1e-4, 1.2e-9, 2.3e-11, 2.1e-10),
     "blocks": (1e-5, 0.0),
 }

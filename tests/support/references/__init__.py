@@ -26,6 +26,7 @@ from support.references.iso_c import iso_c
 from support.references.iso_cts import iso_cts
 from support.references.karcher import karcher
 from support.references.knots import knots
+from support.references.larv import larv_factors
 from support.references.magmax import magmax
 from support.references.model_stock import model_stock
 from support.references.multislerp import multislerp
@@ -74,6 +75,7 @@ __all__ = [
     "iso_cts",
     "karcher",
     "knots",
+    "larv_factors",
     "magmax",
     "model_stock",
     "multislerp",
