@@ -114,6 +114,10 @@ class Stacks:
 
     numberings: Mapping[str, _Numbering]
     layout: Layout = ""
+    _positions: dict[tuple[str, str], LayerPosition] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
+    """The positions of layers that were asked for, which many tensors share."""
 
     @classmethod
     def from_names(cls, names: Iterable[str], *, complete: bool = True, single: Collection[str] = ()) -> Stacks:
@@ -169,9 +173,16 @@ class Stacks:
         if found is None or numbering is None:
             after = bool(_TAIL.search(name)) or not _FRONT.search(name)
             return LayerPosition(after=after, layout=self.layout)
-        index = int(found[1])
-        layer = numbering.layer(index, name[found.end() :])
-        return LayerPosition(name[: found.start()], layer, numbering.layers, index=index, layout=self.layout)
+        prefix, index = name[: found.start()], int(found[1])
+        if numbering.blocks:
+            layer = numbering.layer(index, name[found.end() :])
+            return LayerPosition(prefix, layer, numbering.layers, index=index, layout=self.layout)
+        known = self._positions.get((prefix, found[1]))
+        if known is None:
+            layer = numbering.layer(index, "")
+            known = LayerPosition(prefix, layer, numbering.layers, index=index, layout=self.layout)
+            self._positions[prefix, found[1]] = known
+        return known
 
     def _map(self, change: Callable[[_Numbering], _Numbering]) -> Stacks:
         changed = {prefix: change(numbering) for prefix, numbering in self.numberings.items()}

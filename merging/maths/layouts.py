@@ -27,6 +27,12 @@ _MIDDLE = re.compile(r"(?:^|[._])mid(?:dle)?_block[._]")
 _FRONT = re.compile(r"(?:^|[._])(?:conv_in|time_embed(?:ding)?|label_emb|add_embedding)[._]")
 _BACK = re.compile(r"(?:^|[._])(?:conv_norm_out|conv_out|out[._][02])[._]")
 
+_IN_DENOISERS = (
+    "single_blocks", "single_transformer_blocks", "double_blocks", "put_blocks", "down_blocks", "up_blocks",
+    "mid_block", "middle_block",
+)  # fmt: skip
+"""Parts of names, one in each denoiser with a layout: a text of many names is searched faster than every name."""
+
 _SINGLE = re.compile(r"(?:^|[._])single_(?:transformer_)?blocks[._](\d+)")
 _DOUBLE = re.compile(r"(?:^|[._])(?:double_blocks|(?<!single_)transformer_blocks)[._](\d+)")
 
@@ -84,6 +90,9 @@ def flux_block(name: str) -> tuple[str, int] | None:
 
 def find_layout(names: Sequence[str], complete: bool) -> Layout:
     """Return the layout of a whole model (``complete``), or of an adapter, whose names may show a part of it."""
+    text = "\n".join(names)
+    if not any(part in text for part in _IN_DENOISERS):
+        return ""
     denoiser = [name for name in names if not is_text_encoder(name) and not is_autoencoder(name)]
     if any(
         "single_blocks" in name or "single_transformer_blocks" in name or "double_blocks" in name for name in denoiser

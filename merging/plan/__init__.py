@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -46,6 +45,7 @@ from merging.plan.tokens.chat_templates import pin_chat_template, resolve_chat_t
 from merging.plan.tokens.matching import MatchedTokens, download_tokenizer
 from merging.plan.tokens.settings import PRESETS
 from merging.sources import Adapter, Checkpoint, Model
+from merging.sources.garbage import pause_collection
 
 __all__ = ["PORTABLE_RANKS", "Item", "Plan", "make_plan", "plan_of"]
 
@@ -95,7 +95,8 @@ def make_plan(
                 raise error if _PLACED.match(str(error)) else type(error)(f"{place}: {error}") from None
         return stages[key]
 
-    return _open_and_plan(recipe, rank_steps, plan_stage)
+    with pause_collection():
+        return _open_and_plan(recipe, rank_steps, plan_stage)
 
 
 def _open_and_plan(
@@ -113,7 +114,8 @@ def _open_and_plan(
         opened = replace(opened, recipe=opened.recipe.model_copy(update={"method": method}))
     heads = find_task_heads(opened.models, base, recipe.exclude)
     plan = plan_of(opened.recipe, opened.models, base, rank_steps, heads, matched=opened.matched)
-    return replace(plan, sources=record_sources(recipe, opened.files), files=opened.files, stages=opened.stages)
+    keys = {id(model): key.partition("#")[0] for model, key in zip(plan.models, plan.keys, strict=True)}
+    return replace(plan, sources=record_sources(recipe, opened.files, keys), files=opened.files, stages=opened.stages)
 
 
 def plan_of(
@@ -138,18 +140,12 @@ def plan_of(
     Raises:
         MergingError: for models that cannot be merged as the recipe says.
     """
-    # A plan of 50,000 tensors is a million objects that all live on: collecting garbage among them doubles the time.
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with pause_collection():
         inputs = recipe, heads.without_excluded(models), heads.on_base(base), rank_steps, heads
         plan = _plan(*inputs, matched=matched)
         if not isinstance(recipe.rank, RankSettings):
             return plan
         return replace(plan, sized=lambda ranks: replace(_plan(*inputs, matched=matched, chosen=ranks), keys=plan.keys))
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _plan(

@@ -49,7 +49,9 @@ class Cut:
         return site.shape if self.way == "whole" else (-1, *site.shape[1:])
 
 
-COPIED = Cut("elements", splits=True)
+_ELEMENTS = {splits: Cut("elements", splits=splits) for splits in (False, True)}
+
+COPIED = _ELEMENTS[True]
 """The cut of a tensor that is copied."""
 
 
@@ -57,15 +59,15 @@ def cut_tensor(site: Site, inputs: Sequence[Stored | Change | None], method: Met
     """Decide how a tensor is cut that a method merges; ``weights`` says that it merges weights and not changes."""
     grain = method.grain_at(site)
     changes = [each for each in inputs if isinstance(each, Change)]
-    low_rank = all(each is None or (isinstance(each, Change) and each.low_rank) for each in inputs)
-    if changes and low_rank and not weights and method.takes_factors:
+    low_rank = changes and all(each is None or (isinstance(each, Change) and each.low_rank) for each in inputs)
+    if low_rank and not weights and method.takes_factors:
         return Cut("factors", _granule(site, grain))
     if grain == "matrix":
         return Cut("whole", prod(site.shape))
     if changes:
         return Cut("blocks", _granule(site, grain))
     splits = not any(each.per == "tensor" for each in method.required_statistics())
-    return Cut("rows", site.row, splits) if grain == "row" else Cut("elements", splits=splits)
+    return Cut("rows", site.row, splits) if grain == "row" else _ELEMENTS[splits]
 
 
 def cut_stack(site: Site, low_rank: bool, method: Method) -> Cut:

@@ -180,4 +180,5 @@ def _cut_item(item: Item, method: Method, weights: bool) -> Item:
         assert isinstance(first, Stored)
         if first.dtype_name == item.outs[0].dtype_name:
             return replace(item, inputs=(None,), base=first, form="copy")
-    return replace(item, cut=cut_tensor(item.site, item.inputs, method, weights))
+    cut = cut_tensor(item.site, item.inputs, method, weights)
+    return item if cut == item.cut else replace(item, cut=cut)

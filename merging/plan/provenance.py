@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -82,16 +83,26 @@ def names_of(entry: Entry) -> Iterator[str]:
             yield entry.tokenizer.source
 
 
-def record_sources(recipe: Recipe, opened: Mapping[str, Model | None]) -> tuple[SourceRecord, ...]:
-    """Return records of all models that a recipe reads; ``opened`` are models that are open already, by name."""
-    return tuple(
-        record_source(name, opened.get(name) or open_model(name, recipe.lora_alpha, recipe.dequantise))
-        for name in dict.fromkeys(names_of(recipe))
-    )
+def record_sources(
+    recipe: Recipe, opened: Mapping[str, Model | None], keys: Mapping[int, str] = MappingProxyType({})
+) -> tuple[SourceRecord, ...]:
+    """Return records of all models that a recipe reads.
+
+    ``opened`` are models that are open already, by name, and ``keys`` the keys of contents that are known, by the
+    identity of the model.
+    """
+    records = []
+    for name in dict.fromkeys(names_of(recipe)):
+        model = opened.get(name) or open_model(name, recipe.lora_alpha, recipe.dequantise)
+        records.append(record_source(name, model, keys.get(id(model))))
+    return tuple(records)
 
 
-def record_source(name: str, model: Model) -> SourceRecord:
-    """Return the record of one model. Headers, samples of the values and small files are read."""
+def record_source(name: str, model: Model, key: str | None = None) -> SourceRecord:
+    """Return the record of one model, whose content has this key if it is known.
+
+    Headers, samples of the values and small files are read.
+    """
     tensors = tensors_of(model)
     size = sum(part.nbytes for part in {id(part): part for each in tensors for part in each.made_of}.values())
     etags = etags_of(model)
@@ -100,7 +111,7 @@ def record_source(name: str, model: Model) -> SourceRecord:
     if model.origin is not None:
         return SourceRecord(str(model.origin), commit=model.origin.commit, tensors=len(tensors), bytes=size)
     return SourceRecord(
-        model=name, weights=key_of(model), files=_files_key(_folder_of(model)), tensors=len(tensors), bytes=size
+        model=name, weights=key or key_of(model), files=_files_key(_folder_of(model)), tensors=len(tensors), bytes=size
     )
 
 

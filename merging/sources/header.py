@@ -5,20 +5,19 @@ dtype, a shape and a range of bytes; a file is accepted only if these ranges til
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import os
 import reprlib
 import stat
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from sys import intern
+from typing import Any, NamedTuple
 
 from merging.errors import FormatError
+from merging.sources.garbage import pause_collection
 from merging.sources.stamp import Stamp, stamp_of
 
 __all__ = ["DTYPE_BITS", "Header", "HeaderEntry", "header_length", "parse_header", "read_header"]
@@ -54,8 +53,7 @@ _shorten.maxstring = 160
 _shorten.maxlist = 8
 
 
-@dataclass(frozen=True, slots=True)
-class HeaderEntry:
+class HeaderEntry(NamedTuple):
     """One tensor of a file: its safetensors dtype ("BF16"), shape, and position in bytes from the start of the file."""
 
     dtype: str
@@ -121,7 +119,7 @@ def parse_header(raw: bytes, size: int, where: str) -> Header:
     """
     data = 8 + len(raw)
     try:
-        with _no_collection():
+        with pause_collection():
             document = _document(raw)
             metadata = _metadata(document.pop("__metadata__", None))
             entries = _entries(document, data)
@@ -149,26 +147,16 @@ def _impossible(head: bytes, length: int, size: int) -> str:
     return f"not a safetensors file, or damaged: its header would take {length:,} bytes (limit {_MAX_HEADER:,})"
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Pause the garbage collector, which finds nothing among these many new objects and triples the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def _document(raw: bytes) -> dict[str, Any]:
     """Return the JSON object of the header, without further checks."""
     # Counted before parsing, which would take some gigabytes: an entry needs a brace.
     if raw.count(b"{") > _MAX_TENSORS:
         raise ValueError(f"the header lists more than {_MAX_TENSORS:,} tensors")
     try:
-        # From text: given bytes, json would also take UTF-16 and UTF-32.
-        document = json.loads(raw.decode(), object_pairs_hook=_pairs, parse_constant=_refuse_constant)
+        text = raw.decode()  # given bytes, json would also take UTF-16 and UTF-32
+        document = json.loads(text, parse_constant=_refuse_constant)
+        if not _has_all_strings(document, text):
+            document = json.loads(text, object_pairs_hook=_pairs, parse_constant=_refuse_constant)
     except RecursionError:
         raise ValueError("the header is nested too deeply to be one") from None
     except UnicodeDecodeError as error:
@@ -176,6 +164,22 @@ def _document(raw: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"the header is not JSON: {error}") from None
     return _mapping(document, "the header")
+
+
+def _has_all_strings(document: object, text: str) -> bool:
+    """Return whether a header of plain entries has all strings of its text, each with two quotes.
+
+    Of a repeated key json keeps the last value alone. The answer is no where the text has escapes, or entries have
+    other fields than usual.
+    """
+    if "\\" in text or not isinstance(document, dict):
+        return False
+    strings = 0
+    for name, value in document.items():
+        if type(value) is not dict or (name != "__metadata__" and len(value) != 3):
+            return False
+        strings += 1 + 2 * len(value) if name == "__metadata__" else 5  # the name, three keys, and the dtype
+    return text.count('"') == 2 * strings
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> object:
@@ -221,10 +225,11 @@ def _utf8(text: str) -> bytes:
 def _entries(document: dict[str, Any], data: int) -> dict[str, HeaderEntry]:
     """Return the tensors of the header in order of offset, each checked alone; the data starts at byte `data`."""
     entries, name = {}, ""
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
     try:
         for name, fields in document.items():
             _check_name(name)
-            entries[name] = _entry(fields, data)
+            entries[intern(name)] = _entry(fields, data, shapes)  # models of one kind share their names
     except ValueError as fault:
         raise ValueError(f"tensor {_shorten.repr(name)}: {fault}") from None
     return dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)))
@@ -238,7 +243,8 @@ def _check_name(name: str) -> None:
         raise ValueError("its name contains NUL")
 
 
-def _entry(fields: object, data: int) -> HeaderEntry:
+def _entry(fields: object, data: int, shapes: dict[tuple[int, ...], tuple[int, ...]]) -> HeaderEntry:
+    """Return one checked tensor; it shares its shape with tensors in ``shapes``."""
     fields = _mapping(fields, "its entry")
     try:
         dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
@@ -249,6 +255,7 @@ def _entry(fields: object, data: int) -> HeaderEntry:
     if type(dtype) is not str or dtype not in DTYPE_BITS:
         raise ValueError(f"unknown dtype {_shorten.repr(dtype)}")
     shape, offsets = _counts(shape, "shape"), _counts(offsets, "data_offsets")
+    shape = shapes.setdefault(shape, shape)
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"data_offsets {_shorten.repr([*offsets])} are not a start and an end")
     start, end = offsets

@@ -37,6 +37,9 @@ _FOREIGN_NAMES = {
     "mlx-vlm": re.compile(r"\w_proj\.[AB]$"),
 }
 
+_INDEX = re.compile(r"\.\d+(?=\.)")
+"""A part of a name that is a number: names that differ in such parts alone are looked at once."""
+
 _NUMBER = re.compile(r"\.\d+$")
 """The number at the end of a factor's name where a module has several."""
 
@@ -78,9 +81,10 @@ def refuse_factors(where: Path | str, names: Iterable[str], *, stated: bool, rem
 
 def _factors(names: list[str]) -> Iterator[tuple[str, str]]:
     """Yield the names that are parts of adapters, and the module of each."""
-    leaves = [leaf_of(name) for name in names]
-    if all(leaves):  # only such parts: then also names count that prove nothing alone
-        yield from ((name, leaf[0]) for name, leaf in zip(names, leaves, strict=True) if leaf)
+    if all(map(leaf_of, names)):  # only such parts: then also names count that prove nothing alone
+        yield from ((name, leaf[0]) for name in names if (leaf := leaf_of(name)))
+        return
+    if not any(map(_FACTOR.search, set(_INDEX.sub(".0", "\n".join(names)).split("\n")))):
         return
     for name in names:
         found = _FACTOR.search(name)

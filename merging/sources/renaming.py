@@ -48,6 +48,11 @@ class Renaming:
     add: str = ""
     norms: Norms = "same"
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether all names stay as they are."""
+        return not self.strip and not self.add and self.norms == "same"
+
     def __call__(self, name: str) -> str | None:
         """Return the new name, None for a name that does not begin with ``strip``."""
         if not name.startswith(self.strip):
@@ -92,7 +97,7 @@ def find_renaming(
 def _names_unmatched(
     names: list[str], renaming: Renaming, known: Mapping[str, object], fits: Callable[[str, str], bool]
 ) -> list[str]:
-    renamed = ((name, renaming(name)) for name in names)
+    renamed = zip(names, names, strict=True) if renaming.is_identity else ((name, renaming(name)) for name in names)
     return [name for name, match in renamed if match is None or match not in known or not fits(name, match)]
 
 

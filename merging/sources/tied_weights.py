@@ -14,8 +14,10 @@ __all__ = [
     "WITH_HEAD",
     "embeddings_among",
     "has_own_head",
+    "heads_among",
     "is_head",
     "is_table",
+    "possible_copies",
     "same_values",
     "stated_tie",
     "text_config",
@@ -42,6 +44,8 @@ _COPIES = {
     "lm_head.decoder.bias": "lm_head.bias",
 }
 """Tensors that are always copies of another tensor, whatever the config says, by the ends of both names."""
+
+_COPY_ENDINGS = tuple(_COPIES)
 
 _TIED_TYPES = (
     "bart", "bert", "bloom", "cohere", "electra", "falcon", "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2",
@@ -74,12 +78,17 @@ def stated_tie(config: Mapping[str, Any], names: Iterable[str]) -> bool:
     if config.get("model_type") in _TIED_TYPES:
         return True
     architecture = str((config.get("architectures") or [""])[0])
-    return architecture.endswith(WITH_HEAD) and not any(map(is_head, names))
+    return architecture.endswith(WITH_HEAD) and not heads_among(names)
 
 
 def is_head(name: str) -> bool:
     """Whether a tensor is the output head of its model, by its name; projections in blocks may have similar names."""
     return name.endswith(HEADS) and not _BLOCK.search(name)
+
+
+def heads_among(names: Iterable[str]) -> list[str]:
+    """Return the names of output heads."""
+    return [name for name in names if name.endswith(HEADS) and not _BLOCK.search(name)]
 
 
 def is_table(name: str) -> bool:
@@ -109,6 +118,11 @@ def embeddings_among(tensors: Mapping[str, Stored]) -> list[str]:
     return [name for name in names if _copy_source(name, tensors) is None]
 
 
+def possible_copies(names: Iterable[str]) -> list[str]:
+    """Return the names that :func:`tied_to` may tie to another tensor."""
+    return [name for name in names if name.endswith((*HEADS, *_COPY_ENDINGS))]
+
+
 def tied_to(name: str, tensors: Mapping[str, Stored], tied: bool) -> str | None:
     """Return the name of the stored tensor that ``name`` is tied to, None without one.
 
@@ -125,6 +139,8 @@ def tied_to(name: str, tensors: Mapping[str, Stored], tied: bool) -> str | None:
 
 
 def _copy_source(name: str, tensors: Mapping[str, Stored]) -> str | None:
+    if not name.endswith(_COPY_ENDINGS):
+        return None
     for ending, original in _COPIES.items():
         if name == ending or name.endswith("." + ending):
             source = name.removesuffix(ending) + original

@@ -20,7 +20,10 @@ def strip_wrappers(names: Iterable[str]) -> dict[str, str]:
     ``module.``, of data-parallel training, is removed if all names begin with it. Nothing is removed if two names would
     become the same.
     """
-    plain = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) or name for name in names}
+    plain = {name: name for name in names}
+    text = "\n".join(plain)
+    if any(wrapper in text for wrapper in _WRAPPERS):
+        plain = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) or name for name in plain}
     if plain and all(name.startswith("module.") for name in plain.values()):
         plain = {name: short.removeprefix("module.") for name, short in plain.items()}
     return plain if len(set(plain.values())) == len(plain) else {name: name for name in plain}
@@ -39,14 +42,14 @@ def refuse_ungathered(where: Path | str, tensors: Mapping[str, Stored]) -> None:
     Raises :class:`~merging.errors.FormatError`.
     """
     for name, stored in tensors.items():
-        if name.endswith((".weight", ".default")) and stored.shape == (0,):
+        if stored.shape == (0,) and name.endswith((".weight", ".default")):
             empty = sum(each.shape == (0,) for each in tensors.values())
             raise FormatError(
                 f"{where}: {name} is empty ({empty} of {len(tensors)} tensors are): DeepSpeed's ZeRO-3 saved it before "
                 f"its parts were gathered: save it again with stage3_gather_16bit_weights_on_model_save, or take the "
                 f"weights from zero_to_fp32.py"
             )
-        if name.rpartition(".")[2] in ("_flat_param", "flat_param"):
+        if name.endswith("flat_param") and name.rpartition(".")[2] in ("_flat_param", "flat_param"):
             raise FormatError(
                 f"{where}: {name} is a flat parameter of FSDP, which holds many weights without their names: save it "
                 f"again with FULL_STATE_DICT"

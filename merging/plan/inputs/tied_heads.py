@@ -10,7 +10,15 @@ from merging.errors import InputError
 from merging.sources import Adapter, Checkpoint, Model
 from merging.sources.changes import Change
 from merging.sources.stored import Stored
-from merging.sources.tied_weights import has_own_head, is_head, same_values, tied_to
+from merging.sources.tied_weights import (
+    HEADS,
+    has_own_head,
+    heads_among,
+    is_head,
+    possible_copies,
+    same_values,
+    tied_to,
+)
 from merging.sources.token_rows import TokenRows
 
 __all__ = ["add_tied_head", "find_own_heads", "is_untied", "resolve_tied_heads", "scales_outputs"]
@@ -67,17 +75,19 @@ def _without_tied_rows(adapter: Adapter, base: Checkpoint | None) -> Adapter:
 
 
 def _heads_of(model: Checkpoint) -> list[str]:
-    return [name for name in model.tensors if is_head(name)]
+    return heads_among(model.tensors)
 
 
 def _without_copies(model: Checkpoint, tied: bool) -> Checkpoint:
     copies = {
         name
-        for name, stored in model.tensors.items()
-        if (source := tied_to(name, model.tensors, tied)) is not None and same_values(stored, model.tensors[source])
+        for name in possible_copies(model.tensors)
+        if (source := tied_to(name, model.tensors, tied)) is not None
+        and same_values(model.tensors[name], model.tensors[source])
     }
-    kept = {name: stored for name, stored in model.tensors.items() if name not in copies}
-    return replace(model, tensors=kept) if copies else model
+    if not copies:
+        return model
+    return replace(model, tensors={name: stored for name, stored in model.tensors.items() if name not in copies})
 
 
 def scales_outputs(config: Mapping[str, Any]) -> bool:
@@ -103,7 +113,7 @@ def find_own_heads(models: Sequence[Model], reference: Checkpoint) -> dict[str, 
         name
         for model in models
         for name in (model.changes if isinstance(model, Adapter) else model.tensors)
-        if name not in reference.tensors and is_head(name)
+        if name.endswith(HEADS) and name not in reference.tensors and is_head(name)
     }
     return {name: stored for name in sorted(names) if (stored := reference.lookup(name)) is not None}
 
@@ -122,7 +132,7 @@ def add_tied_head(
     """
     tensors, own = dict(known), [dict(each) for each in inputs]
     architecture = str((reference.config.get("architectures") or [""])[0])
-    if not architecture.endswith(("ForCausalLM", "LMHeadModel")) or any(map(is_head, known)):
+    if not architecture.endswith(("ForCausalLM", "LMHeadModel")) or heads_among(known):
         return tensors, own, set()
     embedding = reference.lookup("lm_head.weight")
     trained = [(each, value) for each in own for name, value in each.items() if known[name] is embedding]
@@ -139,4 +149,4 @@ def add_tied_head(
 
 def is_untied(names: Mapping[str, object], reference: Checkpoint) -> bool:
     """Return whether the output has a head of its own although the reference's config ties it."""
-    return any(name not in reference.tensors or reference.tied for name in names if is_head(name))
+    return any(name not in reference.tensors or reference.tied for name in heads_among(names))

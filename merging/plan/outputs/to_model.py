@@ -140,7 +140,11 @@ def _align(model: Model, known: Mapping[str, Stored], resolver: Resolver) -> _Al
 
     renaming, left = find_renaming(model.tensors, known, fits)
     gone = set(left)
-    inputs: Inputs = {str(renaming(name)): stored for name, stored in model.tensors.items() if name not in gone}
+    inputs: Inputs
+    if renaming.is_identity:
+        inputs = {name: stored for name, stored in model.tensors.items() if name not in gone}
+    else:
+        inputs = {str(renaming(name)): stored for name, stored in model.tensors.items() if name not in gone}
     aligned = _Aligned(inputs, "")
     for name in left:
         match = renaming(name)
