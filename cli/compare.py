@@ -10,18 +10,15 @@ import click
 
 from .errors import OutputStatus, handle_errors
 from .options import (
+    changes_base_option,
+    changes_options,
     debug_option,
-    dequantize_option,
-    device_option,
-    different_bases_option,
     json_option,
-    lora_alpha_option,
     overwrite_option,
-    progress_option,
 )
 from .output import echo, echo_json, echo_notices, echo_text, show_progress, terminal_width
 from .tables import echo_paragraph, echo_table
-from .types import MODEL, SIZE
+from .types import MODEL
 
 if TYPE_CHECKING:
     from merging.geometry import Comparison
@@ -36,7 +33,7 @@ _PAIRS = 20
 
 @click.command(name="compare", short_help="compare the changes of models")
 @click.argument("models", nargs=-1, required=True, type=MODEL, metavar="MODEL...")
-@click.option("--base", type=MODEL, help="the model that the others were trained from; full checkpoints need it")
+@changes_base_option
 @click.option(
     "--signs",
     type=click.Choice(["sample", "all", "none"]),
@@ -51,16 +48,7 @@ _PAIRS = 20
 @click.option("--plot", type=click.Path(), help="draw it: a .png, .svg or .pdf (needs matplotlib)")
 @click.option("--html", type=click.Path(), help="write it as one page that needs nothing else (needs matplotlib)")
 @overwrite_option
-@click.option("--exclude", multiple=True, help="leave tensors out: names, parts, or wildcards; may be repeated")
-@click.option(
-    "--on-mismatch", type=click.Choice(["error", "base"]), help="base: leave out tensors that differ in shape"
-)
-@different_bases_option
-@lora_alpha_option
-@dequantize_option
-@device_option
-@click.option("--max-memory", type=SIZE, help="most memory above the imports and headers  [default: 1GiB]")
-@progress_option
+@changes_options
 @json_option
 @debug_option
 def compare_command(

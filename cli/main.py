@@ -44,6 +44,7 @@ from .run import run_command
 from .search import search_command
 from .soup import soup_command
 from .stack import stack_command
+from .suggest import suggest_command
 from .tokens import tokens_command
 from .types import MODEL, paths_that_begin
 from .verify import verify_command
@@ -156,6 +157,7 @@ SECTIONS = {
         inspect_command,
         plan_command,
         compare_command,
+        suggest_command,
         verify_command,
         route_command,
     ],

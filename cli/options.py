@@ -18,6 +18,8 @@ __all__ = [
     "base_option",
     "block_options",
     "block_parameters",
+    "changes_base_option",
+    "changes_options",
     "debug_option",
     "dequantize_option",
     "device_option",
@@ -207,6 +209,22 @@ quantize_option = click.option(
 different_bases_option = click.option(
     "--allow-different-bases", is_flag=True, help="take adapters that state different bases"
 )
+changes_base_option = click.option(
+    "--base", type=MODEL, help="the model that the others were trained from; full checkpoints need it"
+)
+changes_options = add_options(
+    click.option("--exclude", multiple=True, help="leave tensors out: names, parts, or wildcards; may be repeated"),
+    click.option(
+        "--on-mismatch", type=click.Choice(["error", "base"]), help="base: leave out tensors that differ in shape"
+    ),
+    different_bases_option,
+    lora_alpha_option,
+    dequantize_option,
+    device_option,
+    click.option("--max-memory", type=SIZE, help="most memory above the imports and headers  [default: 1GiB]"),
+    progress_option,
+)
+"""The options of commands that look at the changes of models."""
 drawing_option = click.option("-o", "--output", required=True, type=click.Path(), help="a .png, .svg or .pdf")
 markdown_option = click.option("--markdown", is_flag=True, help="print the table of the documentation")
 

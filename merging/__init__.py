@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from merging.api.rerun import rerun
     from merging.compression import compress, decompress
     from merging.continual import ContinualStore
-    from merging.geometry import compare
+    from merging.geometry import compare, suggest
     from merging.maths.delta import Delta, Dense, LowRank
     from merging.methods import METHODS
     from merging.methods.chains import chain
@@ -71,6 +71,7 @@ _WHERE = {
     "resize": "api.extract",
     "search": "searches.workflow",
     "soup": "soups",
+    "suggest": "geometry",
     "verify_against_sources": "api.against_sources",
 }
 """Public names that are imported at their first use, since most of them import torch."""
@@ -116,6 +117,7 @@ __all__ = [
     "resize",
     "search",
     "soup",
+    "suggest",
     "verify_against_sources",
 ]
 

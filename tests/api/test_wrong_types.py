@@ -47,6 +47,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "bake": {"adapters": ["adapter0"], "output": "new", "base": "loras/base"},
     "chain": {"text": "linear"},
     "compare": {"models": ["adapter0", "adapter1"]},
+    "suggest": {"models": ["adapter0", "adapter1"]},
     "compress": {"model": "adapter0", "output": "new.safetensors"},
     "decompress": {"pack": "pack.safetensors", "output": "new"},
     "extract": {"model": "tuned0", "base": "base"},

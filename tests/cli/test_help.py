@@ -48,7 +48,7 @@ def run(*words: str, code: int = 0) -> str:
 def test_the_first_page_is_a_screen() -> None:
     said = run("-h")
     lines = said.splitlines()
-    assert len(lines) <= 42
+    assert len(lines) <= 46
     assert max(map(len, lines)) <= 80
     assert sum(line.startswith("  merge --method ") for line in lines) == 3
     assert [line for line in lines if line.endswith(":")] == ["Merge:", "Choose:", "Keep, share and set up:"]

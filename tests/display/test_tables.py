@@ -92,6 +92,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
         merging.METHODS,
         merging.compare(lora, **options),
         merging.compare(full, base=base, intruders=True, signs="all"),
+        merging.suggest(lora, **options),
         sign_agreement(lora, **options),
         pack,
         merging.decompress(pack.path, place / "unpacked"),

@@ -42,6 +42,7 @@ def files() -> merging.Merged:
     print(again.tensors, merged.facts["nu"], merged.to_dict())
     print(merging.verify_against_sources("out", sample="all", sources={"a": Path("moved")}).served)
     merging.soup("run", output="mean", last=5, schedule="1-sqrt", dtype="bfloat16", score=lambda path: len(path.name))
+    print(merging.suggest(["a", "b"], base="base", max_memory="1GB").parameters)
     lora = merging.extract("a", base="base", rank=64, energy=0.9, size="20MB", norms="base", output="lora")
     print(lora.ranks, merging.resize("lora", rank=8, uniform=True, scale={"mlp": 0.5}, output="small").discarded)
     return merged
