@@ -7,7 +7,7 @@ from merging.maths.linalg import ThinSvd
 
 __all__ = ["BLOCK", "LanczosBasis", "block_lanczos"]
 
-_RESIDUAL = 3e-5
+_RESIDUAL = 1e-4
 """Largest residual of a Lanczos triple, as a share of its singular value."""
 
 BLOCK = 32
@@ -28,7 +28,7 @@ def block_lanczos(matrix: Tensor, needed: int, widest: int | None = None) -> Thi
 
     Golub-Kahan-Lanczos bidiagonalization by blocks, with full reorthogonalization on both sides (Golub, Luk and
     Overton 1981), in the type of the matrix; the small problems are float64. The basis grows until the residual of
-    each triple is at most 3e-5 of its singular value, and vectors from another seed find no larger direction outside:
+    each triple is at most 1e-4 of its singular value, and vectors from another seed find no larger direction outside:
     of values that more than 32 directions share, a Krylov space has only 32. With ``widest`` it stops at that many
     columns, and returns the leading triples that converged up to there, which may be none.
     """
@@ -37,7 +37,7 @@ def block_lanczos(matrix: Tensor, needed: int, widest: int | None = None) -> Thi
     if needed + BLOCK > blocks * BLOCK:
         return None
     basis = LanczosBasis(matrix, blocks)
-    check = blocks * BLOCK if widest else max(int(2.5 * needed), needed + 4 * BLOCK)
+    check = blocks * BLOCK if widest else max(3 * needed, needed + 4 * BLOCK)
     while True:
         basis.extend()
         if basis.width >= check or basis.full:
@@ -48,7 +48,7 @@ def block_lanczos(matrix: Tensor, needed: int, widest: int | None = None) -> Thi
                 return found if widest or _are_largest(found, matrix) else None
             if basis.width > 0.7 * basis.most and float((residuals / values).max()) > _HOPELESS:
                 return None
-            check = int(1.15 * basis.width)
+            check = int(1.06 * basis.width)
         if basis.full or not basis.finite:
             return None
 

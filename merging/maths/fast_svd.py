@@ -12,10 +12,12 @@ from typing import Literal
 from merging.maths.block_lanczos import BLOCK, LanczosBasis, block_lanczos
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import ThinSvd, decompose, leading_svd
+from merging.maths.polar_factors import is_orthonormal, multiply_symmetric, rational_polar
 
 __all__ = [
     "LARGE",
     "SvdAccuracy",
+    "fast_polar",
     "fast_svd",
     "leading_gram",
     "leading_triples",
@@ -49,9 +51,6 @@ _SMALL = 0.05
 
 _WINDOW = 128
 """Neighboring directions that are decomposed together once more."""
-
-_SLACK = 1e-3
-"""Largest deviation of factors from orthonormality, on random vectors."""
 
 
 def suits_float32(matrix: Tensor, dtype: torch.dtype | None = None) -> bool:
@@ -95,18 +94,26 @@ def _fast_triples(matrix: Tensor, most: int | None) -> ThinSvd | None:
 def multiply_polars(us: Sequence[Tensor], values: Tensor, vhs: Sequence[Tensor]) -> Tensor | None:
     """Return ``polar(U) @ diag(values) @ polar(Vh)`` of factors side by side, in float32.
 
-    None where no factor is in float32, or where the checks fail. The polar factors are never built: ``(P Q) S (R T) =
-    P (Q S R) T`` saves two products.
+    None where no factor is in float32, or where the checks fail.
     """
     found = torch.cat([*us], 1), torch.cat([*vhs])
     if all(u.dtype != torch.float32 for u in us) or not all(suits_float32(each, torch.float32) for each in found):
         return None
-    left = fast_svd(found[0].float(), split=False)
-    right = None if left is None else fast_svd(found[1].float(), split=False)
-    if left is None or right is None:
-        return None
-    inside = (left[2] * values.to(left[2])) @ right[0]
-    return left[0] @ inside @ right[2]
+    left = fast_polar(found[0].float(), split=False)
+    right = None if left is None else fast_polar(found[1].float(), split=False)
+    return None if left is None or right is None else (left * values.to(left)) @ right
+
+
+def fast_polar(matrix: Tensor, split: bool = True) -> Tensor | None:
+    """Return the polar factor ``U V^T`` of a float32 matrix; None where float32 does not resolve all its directions.
+
+    By a rational function, or by singular vectors where that does not hold. ``split`` is as in :func:`fast_svd`.
+    """
+    found = rational_polar(matrix, _FLOOR)
+    if found is not None:
+        return found
+    triples = fast_svd(matrix, split)
+    return None if triples is None else triples[0] @ triples[2]
 
 
 def leading_gram(matrix: Tensor, needed: int) -> ThinSvd | None:
@@ -135,7 +142,7 @@ def _gram_eigenvectors(short: Tensor, split: bool = True) -> tuple[Tensor, Tenso
     found = block_lanczos(short, width // 4, width) if split else None
     count = 0 if found is None else found[1].numel()
     rest = short if found is None or not count else short - found[0] @ (found[0].mT @ short)
-    gram = multiply_transpose(rest)
+    gram = multiply_symmetric(rest, rest.mT)
     if not bool(gram.isfinite().all()):
         return None
     if found is not None and count:  # these become the largest eigenvalues, so that they mix with no others
@@ -185,7 +192,7 @@ def fast_svd(matrix: Tensor, split: bool = True, least: float = 0.0) -> ThinSvd 
     vh[large:] /= torch.linalg.vector_norm(vh[large:], dim=1, keepdim=True)
     order = s[:resolved].argsort(descending=True, stable=True)
     u, s, vh = u[:, order], s[order], vh[order]
-    if not (_is_orthonormal(u.mT) and _is_orthonormal(vh)):
+    if not (is_orthonormal(u.mT) and is_orthonormal(vh)):
         return None
     return (u, s, vh) if wide else (vh.mT, s, u.mT)
 
@@ -200,21 +207,3 @@ def _windows(start: int, stop: int) -> list[tuple[int, int]]:
     for first in (start, start - half):
         found += [(max(start, each), min(stop, each + _WINDOW)) for each in range(first, stop, _WINDOW)]
     return found
-
-
-def multiply_transpose(matrix: Tensor) -> Tensor:
-    """Return ``matrix @ matrix.T`` by blocks of rows, the upper ones only: in little more than half of the time."""
-    rows = len(matrix)
-    step = max(256, -(-rows // 8))
-    out = matrix.new_empty(rows, rows)
-    for start in range(0, rows, step):
-        out[start : start + step, start:] = matrix[start : start + step] @ matrix[start:].mT
-        out[start : start + step, :start] = out[:start, start : start + step].mT
-    return out
-
-
-def _is_orthonormal(rows: Tensor) -> bool:
-    """Return whether the rows of a matrix are orthonormal, as far as a few random vectors show."""
-    probe = torch.randn(len(rows), 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(rows)
-    error = rows @ (rows.mT @ probe) - probe
-    return bool(torch.linalg.vector_norm(error) <= _SLACK * torch.linalg.vector_norm(probe))

@@ -127,7 +127,7 @@ def test_polar_factors_of_bases(large: None) -> None:
     values = torch.linspace(2, 1, 160)
     merged = multiply_polars(bases, values, [each.mT for each in bases])
     left = polar(torch.cat(bases, 1))
-    assert merged is not None and apart(merged, left * values @ left.mT) < 1e-4
+    assert merged is not None and apart(merged, left * values @ left.mT) < 5e-4
     twice = [*bases[:3], bases[0]]
     assert multiply_polars(twice, values, [each.mT for each in twice]) is None
 
