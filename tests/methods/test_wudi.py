@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 import merging
+from merging.methods.wudi import interference, minimum
 from support import references
 from support.changes import F32, F64, PLACES, K, Q, changes, close, dense, merged, written
 from support.factors import low, pairs
@@ -53,3 +54,13 @@ def test_wudi_by_adam_on_factors() -> None:
     for name in (Q, K):
         assert close(got[name].dense(), full[name].dense(), 1e-6)
     assert close(got[Q].dense(), got[K].dense().T, 1e-9)
+
+
+def test_minima_by_cholesky_factors_and_by_eigenvalues() -> None:
+    """Of full rank, and of a lower one, where eigenvalues are left out."""
+    random = torch.Generator().manual_seed(0)
+    changes = [torch.randn(90, 80, generator=random, dtype=F64) for _ in range(2)]
+    for each in (changes, [change[:, :20] @ change[:20] for change in changes]):
+        weights, target = interference(each)
+        wanted = target @ torch.linalg.pinv(weights, rtol=1e-6, hermitian=True)
+        torch.testing.assert_close(minimum(weights, target), wanted, rtol=1e-9, atol=1e-9)
