@@ -29,7 +29,7 @@ _RESIDUAL = 1e-2
 """Largest residual of a small direction, as a share of its inverse square."""
 
 _MARGIN = 1.02
-"""What the estimate of the largest singular value is multiplied by, as it is a lower bound."""
+"""Factor on the estimate of the largest singular value, which is a lower bound."""
 
 _ROUNDING = 3e-3
 """Largest estimate of the share of a polar factor that rounding changes, which is a tenth of it."""
@@ -75,7 +75,7 @@ def _inverse_root(gram: Tensor) -> tuple[Tensor, Tensor] | None:
     root.diagonal().add_(_CONSTANT)
     small = previous = None
     for shift, link, weight in zip(_SHIFTS, _LINKS, _WEIGHTS, strict=True):
-        shifted = gram + link * previous if previous is not None and link else gram.clone()
+        shifted = gram.clone() if previous is None else torch.add(gram, previous, alpha=link)
         shifted.diagonal().add_(shift)
         factor, failed = torch.linalg.cholesky_ex(shifted)
         if bool(failed):
