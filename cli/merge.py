@@ -119,6 +119,12 @@ model_options = add_options(
     dequantize_option,
     quantize_option,
     click.option(
+        "--stats",
+        multiple=True,
+        type=click.Path(),
+        help="statistics of a model on examples, from merge stats, for methods that need them; repeated, one a model",
+    ),
+    click.option(
         "--exclude",
         multiple=True,
         help="leave tensors as in the base, or the first model: a name, a part of names, or wildcards; may be repeated",

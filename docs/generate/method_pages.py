@@ -80,6 +80,9 @@ def _reads(text: str) -> str:
 
 def _example(name: str, facts: dict[str, str]) -> str:
     base = " --base base/" if facts["merges"] != "weights" or facts["adapters"] == "base" else ""
+    if method_class(name).needs_statistics:
+        stats = "--stats one-stats.safetensors --stats two-stats.safetensors"
+        return f"merge --method {name}{base} one/ two/ {stats} -o merged/"
     least, most = method_class(name).models
     models = " ".join(["one/", "two/", "three/"][: max(least, min(most or 3, 3))])
     return f"merge --method {name}{base} {models} -o merged/"

@@ -65,6 +65,7 @@ class RecipeOptions(TypedDict, total=False):
     dequantise: bool | None
     dequantize: bool | None
     quantize: Literal["keep", "fp8", "fp8-channel", "fp8-tensor", "mxfp4", "none"] | None
+    stats: str | Path | Sequence[str | Path] | None
     exclude: str | Sequence[str] | None
     allow_different_bases: bool | None
     allow_nonfinite: bool | None
@@ -101,6 +102,7 @@ class MethodParameters(TypedDict, total=False):
     mode: Literal["closed", "adam", "block", "two_sided"]
     norm: Weight
     normalize: Switch
+    off_diagonal: Value
     published: bool
     r: Value
     ratio: Value

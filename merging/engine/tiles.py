@@ -102,6 +102,7 @@ class Tiler:
             self._check(item, values, base)
         stack = Stack.of(values.view(len(present), *shape), self.plan.keys, present)
         stack.base = base.view(shape) if base is not None else None
+        stack.layer_statistics = item.layer_statistics
         return Tile(starts[0], stack, stack.base)
 
     def _by_rows(self, item: Item, slot: int) -> Delta:
@@ -165,7 +166,7 @@ class Tiler:
         stack = Stack(deltas, self.plan.keys, [delta is not None for delta in found])
         if self.plan.recipe.method.needs_base and item.base is not None:
             stack.base = item.base.read().to(self.device, item.dtype)
-        return stack
+        return stack.with_statistics(item.layer_statistics)
 
     def change(self, item: Item, slot: int) -> Delta:
         """Return one adapter's change of a whole item, on the device."""

@@ -8,6 +8,7 @@ from math import prod
 
 from merging.display.tables import Displayed
 from merging.errors import InputError, OptionError
+from merging.maths.layer_statistics import LayerStatistics
 from merging.maths.lazy_torch import Tensor, torch
 from merging.type_checks import describe_value
 
@@ -163,10 +164,11 @@ class Stack(Displayed):
     ``models`` holds a key of each model's content, for methods that draw random numbers. ``present`` says which models
     touch the tensor at all; the change of one that does not is zero. ``base`` holds the base's values of the same
     piece, for methods that look at them. ``memo`` holds what methods computed of these very
-    values, by keys of their own: a block that is gone through several times keeps it.
+    values, by keys of their own: a block that is gone through several times keeps it. ``layer_statistics`` holds the
+    statistics of examples of the whole tensor, one entry a model, where a method needs them.
     """
 
-    __slots__ = ("_deltas", "_stored", "_values", "base", "memo", "models", "present")
+    __slots__ = ("_deltas", "_stored", "_values", "base", "layer_statistics", "memo", "models", "present")
 
     def __init__(
         self, deltas: Sequence[Delta], models: Sequence[str] | None = None, present: Sequence[bool] | None = None
@@ -197,6 +199,7 @@ class Stack(Displayed):
         self.present = tuple(present) if present is not None else (True,) * n
         self.base: Tensor | None = None
         self.memo: dict[object, Tensor] | None = None
+        self.layer_statistics: tuple[LayerStatistics | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.models)
@@ -227,6 +230,17 @@ class Stack(Displayed):
         first = self.deltas[0]
         return first.up.dtype if isinstance(first, LowRank) else first.value.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the values."""
+        first = self.deltas[0]
+        return first.up.device if isinstance(first, LowRank) else first.value.device
+
+    def with_statistics(self, statistics: Sequence[LayerStatistics | None]) -> Stack:
+        """Give the stack the statistics of examples, and return it."""
+        self.layer_statistics = tuple(statistics)
+        return self
+
     def dense(self) -> Tensor:
         """Return all changes written out in one tensor, ``[n, *shape]``."""
         if self._values is None and self._stored is not None:
@@ -246,12 +260,15 @@ class Stack(Displayed):
     def rows(self, start: int, stop: int) -> Stack:
         """Return the same rows of every change."""
         if self._deltas is None:
-            return Stack.of(self.dense()[:, start:stop], self.models, self.present)
-        return Stack([delta.rows(start, stop) for delta in self.deltas], self.models, self.present)
+            some = Stack.of(self.dense()[:, start:stop], self.models, self.present)
+        else:
+            some = Stack([delta.rows(start, stop) for delta in self.deltas], self.models, self.present)
+        return some.with_statistics(self.layer_statistics)
 
     def map(self, function: Callable[[Delta], Delta]) -> Stack:
         """Return the stack with ``function`` applied to each change."""
-        return Stack([function(delta) for delta in self.deltas], self.models, self.present)
+        changed = Stack([function(delta) for delta in self.deltas], self.models, self.present)
+        return changed.with_statistics(self.layer_statistics)
 
     def weighted_sum(self, weights: Iterable[Scalar]) -> Delta:
         """Return ``sum_i w_i delta_i``: concatenated factors (exact, of the sum of the ranks) or a dense tensor."""

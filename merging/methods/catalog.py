@@ -76,6 +76,10 @@ GROUPS: dict[str, dict[str, Listed]] = {
         "dop": Listed("dop", "Dop"),
         "do": Listed("do", "Do"),
     },
+    "By statistics of a few examples of each model": {
+        "regmean": Listed("regmean", "RegMean"),
+        "fisher": Listed("fisher", "Fisher"),
+    },
     "Around any of these: what it is given, where, or how much": {
         "dare": Listed("dare", "Dare"),
         "della": Listed("della", "Della"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 
 from merging.errors import InputError, MergingError, OptionError, option
@@ -28,6 +29,7 @@ from merging.plan.inputs.intruders import reduce_intruders
 from merging.plan.inputs.layouts import match_layouts
 from merging.plan.inputs.sentence_folders import describe_differences
 from merging.plan.inputs.stated_bases import describe_other_bases
+from merging.plan.inputs.statistics_files import attach_statistics, match_statistics
 from merging.plan.inputs.task_heads import NO_HEADS, TaskHeads, find_task_heads
 from merging.plan.inputs.tied_heads import resolve_tied_heads
 from merging.plan.inputs.vocabulary import Vocabulary, match_vocabularies
@@ -46,6 +48,7 @@ from merging.plan.tokens.matching import MatchedTokens, download_tokenizer
 from merging.plan.tokens.settings import PRESETS
 from merging.sources import Adapter, Checkpoint, Model
 from merging.sources.garbage import pause_collection
+from merging.sources.statistics_file import StatisticsFile
 
 __all__ = ["PORTABLE_RANKS", "Item", "Plan", "make_plan", "plan_of"]
 
@@ -113,7 +116,8 @@ def _open_and_plan(
         method = interpolate(opened.recipe.method, len(opened.models))
         opened = replace(opened, recipe=opened.recipe.model_copy(update={"method": method}))
     heads = find_task_heads(opened.models, base, recipe.exclude)
-    plan = plan_of(opened.recipe, opened.models, base, rank_steps, heads, matched=opened.matched)
+    statistics = match_statistics(opened.recipe, opened.models)
+    plan = plan_of(opened.recipe, opened.models, base, rank_steps, heads, matched=opened.matched, statistics=statistics)
     keys = {id(model): key.partition("#")[0] for model, key in zip(plan.models, plan.keys, strict=True)}
     return replace(plan, sources=record_sources(recipe, opened.files, keys), files=opened.files, stages=opened.stages)
 
@@ -126,6 +130,7 @@ def plan_of(
     heads: TaskHeads = NO_HEADS,
     *,
     matched: MatchedTokens | None = None,
+    statistics: Sequence[StatisticsFile] = (),
 ) -> Plan:
     """Plan the merge of models and a base that are open already.
 
@@ -136,16 +141,18 @@ def plan_of(
         rank_steps: the ranks that a merged adapter may have; any if there are none.
         heads: stand for heads that the base does not have.
         matched: the tokens of the models, where their rows are matched by token already.
+        statistics: the statistics of examples of each model, where the method needs them.
 
     Raises:
         MergingError: for models that cannot be merged as the recipe says.
     """
     with pause_collection():
         inputs = recipe, heads.without_excluded(models), heads.on_base(base), rank_steps, heads
-        plan = _plan(*inputs, matched=matched)
+        make = partial(_plan, *inputs, matched=matched, statistics=statistics)
+        plan = make()
         if not isinstance(recipe.rank, RankSettings):
             return plan
-        return replace(plan, sized=lambda ranks: replace(_plan(*inputs, matched=matched, chosen=ranks), keys=plan.keys))
+        return replace(plan, sized=lambda ranks: replace(make(chosen=ranks), keys=plan.keys))
 
 
 def _plan(
@@ -156,6 +163,7 @@ def _plan(
     heads: TaskHeads,
     *,
     matched: MatchedTokens | None = None,
+    statistics: Sequence[StatisticsFile] = (),
     chosen: Mapping[str, int] | None = None,
 ) -> Plan:
     output, weights = choose_output(recipe, models, base, heads.tensors)
@@ -185,6 +193,8 @@ def _plan(
     reduced, untouched = reduce_intruders(planned.items, recipe.reduce_intruders)
     notices += untouched
     notices += planned.notices + _check_sites(recipe, planned, output, len(models), base is not None)
+    reduced, unweighted = attach_statistics(reduced, statistics, recipe.method)
+    notices += unweighted
     items = cut_items(sorted(reduced, key=Item.order), recipe.method, weights)
     quantized = None
     if recipe.quantize is not None:

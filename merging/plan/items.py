@@ -8,6 +8,7 @@ from math import prod
 from typing import Literal
 
 from merging.display.tables import Displayed
+from merging.maths.layer_statistics import LayerStatistics
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.site import Site
 from merging.methods.contract.method import Method
@@ -99,6 +100,7 @@ class Item(Displayed):
         placings: the places of factors, unless they go into ``outs``.
         cut: how the tensor is cut into pieces.
         scales: the number that each model's change is multiplied by; empty if all are 1.
+        layer_statistics: the statistics of examples of each model, where the method needs them.
     """
 
     site: Site
@@ -110,6 +112,7 @@ class Item(Displayed):
     placings: tuple[Placing, ...] = ()
     cut: Cut = COPIED
     scales: tuple[float, ...] = ()
+    layer_statistics: tuple[LayerStatistics | None, ...] = ()
 
     def _display_fields(self) -> dict[str, object]:
         facts = {"name": self.site.name, "shape": self.site.shape, "kind": self.site.kind, "form": self.form}

@@ -22,7 +22,7 @@ from merging.plan.extracted_parts import ExtractedParts
 from merging.plan.intruder_settings import IntruderChoice
 from merging.plan.layer_stack import LayerPart, LayerStack
 from merging.plan.rank_settings import RankChoice
-from merging.plan.recipe_forms import QuantizedFormat, make_chain, read_quantized, stated_parameters
+from merging.plan.recipe_forms import FilePaths, QuantizedFormat, make_chain, read_quantized, stated_parameters
 from merging.plan.sizes import parse_size
 from merging.plan.tokens.settings import TokenizerSettings
 from merging.sources.dtypes import plain_dtype
@@ -149,6 +149,7 @@ class Recipe(Displayed, CheckedModel):
         description="format of a full model's weights: keep for the base's own, tensor by tensor, fp8 (blocks of 128 x "
         "128), fp8-channel, fp8-tensor, mxfp4 (gpt-oss), or none, which is dequantize",
     )
+    stats: FilePaths = Field((), description="statistics of the models on examples, from merge stats: a file each")
     exclude: tuple[str, ...] = Field((), description="tensors that are left as in the base: names, parts, or wildcards")
     allow_different_bases: bool = Field(False, description="merge adapters that say they have different bases")
     allow_nonfinite: bool = Field(False, description="merge inputs that hold NaN or infinities")

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from merging.errors import OptionError
 from merging.maths.parameters import plain
 from merging.methods import chain, parameters_of
 from merging.methods.contract.method import Method
 
-__all__ = ["QuantizedFormat", "make_chain", "read_quantized", "stated_parameters"]
+__all__ = ["FilePaths", "QuantizedFormat", "make_chain", "read_quantized", "stated_parameters"]
+
+
+def _read_paths(value: Any) -> Any:
+    values = (value,) if isinstance(value, (str, Path)) else value
+    listed = isinstance(values, (list, tuple))
+    return tuple(str(each) if isinstance(each, Path) else each for each in values) if listed else values
+
+
+FilePaths = Annotated[tuple[str, ...], BeforeValidator(_read_paths)]
+"""Paths of files; one path stands for a list of one."""
 
 QuantizedFormat = Literal["keep", "fp8", "fp8-channel", "fp8-tensor", "mxfp4", "none"]
 """Formats of quantised outputs; ``none`` is replaced by ``dequantise``."""

@@ -93,6 +93,9 @@ def map_names(value: Any, function: Callable[[str, Keys], str], keys: Keys = ())
     for key in ("base", "model"):
         if key in changed:
             changed[key] = map_names(changed[key], function, (*keys, key))
+    if isinstance(changed.get("stats"), (str, list, tuple)):
+        stats = [changed["stats"]] if isinstance(changed["stats"], str) else changed["stats"]
+        changed["stats"] = [map_names(each, function, (*keys, "stats", i)) for i, each in enumerate(stats)]
     for key, rename in (("tokenizer", rename_models), ("chat_template", resolve_template)):
         if key in changed:
             changed[key] = rename(changed[key], partial(_rename_below, function, (*keys, key)))

@@ -84,6 +84,7 @@ OPTIONS = frozenset(
         "settings",
         "shard_size",
         "size",
+        "stats",
         "stream",
         "threads",
         "tokenizer",

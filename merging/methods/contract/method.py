@@ -30,10 +30,13 @@ from merging.maths.site import Site
 if TYPE_CHECKING:
     from merging.methods.contract.update_rule import UpdateRule
 
-__all__ = ["Grain", "Method", "ResultStatistic", "Statistic", "Statistics", "build"]
+__all__ = ["Grain", "Method", "ResultStatistic", "Statistic", "Statistics", "StatisticsKind", "build"]
 
 Statistics = Mapping[str, Tensor]
 """Values of the statistics known so far, by name."""
+
+StatisticsKind = Literal["inputs", "fisher"]
+"""Statistics of examples: Gram matrices of layers' inputs, or the diagonal of the Fisher information."""
 
 Grain = Literal["element", "row", "matrix"]
 """A piece of a tensor: any elements, whole rows (see :attr:`~merging.maths.site.Site.row`), or the whole tensor."""
@@ -101,6 +104,8 @@ class Method(Displayed, BaseModel, ABC):
 
     A Gram matrix of the longer side is larger than the matrix. None for a method that decomposes nothing.
     """
+    needs_statistics: ClassVar[StatisticsKind | None] = None
+    """The statistics of examples that it needs of each model, which the stacks have then."""
     workspace: ClassVar[int] = 3
     """About how many copies of a tile of all models are in memory at once, for the plan."""
 

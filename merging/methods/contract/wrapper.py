@@ -109,6 +109,7 @@ class Wrapper(Method):
 
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
         unwrapped = self.unwrap(stack, site, statistics)
+        unwrapped.stack.layer_statistics = stack.layer_statistics
         return unwrapped.rewrap(unwrapped.then.merge(unwrapped.stack, unwrapped.site, statistics))
 
     def coefficients(self, models: int) -> list[Any]:
@@ -134,6 +135,7 @@ def unwrap_outer(method: Method, stack: Stack, site: Site, statistics: Statistic
     method = method.expansion or method
     while isinstance(method, Wrapper) and (method.needs_whole or method.transparent):
         unwrapped = method.unwrap(stack, site, statistics)
+        unwrapped.stack.layer_statistics = stack.layer_statistics
         method, stack, site = unwrapped.then.expansion or unwrapped.then, unwrapped.stack, unwrapped.site
         rewraps.insert(0, unwrapped.rewrap)
         metrics |= unwrapped.metrics

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
+from merging.errors import OptionError
 from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.site import Site
@@ -35,6 +36,15 @@ class SharedBasis(WholeMatrices):
 
     def merged_rank(self, ranks: Sequence[int]) -> int:
         return sum(ranks)
+
+    def check(self, models: int) -> None:
+        super().check(models)
+        for link in self.then.links():
+            if link.needs_statistics:
+                raise OptionError(
+                    f"{link.name} needs statistics of a layer's own inputs, and {self.name} expresses changes in a "
+                    f"shared basis: use {link.name} without {self.name}"
+                )
 
     @abstractmethod
     def change_basis(self, changes: list[Delta], dtype: torch.dtype) -> Coordinates:

@@ -38,6 +38,7 @@ from support.references.pcb import pcb
 from support.references.pico import pico
 from support.references.published import GOLDEN, golden_adapters
 from support.references.ram import ram
+from support.references.regmean import fisher, regmean
 from support.references.sce import sce
 from support.references.spectral import decomposed
 from support.references.star import star
@@ -68,6 +69,7 @@ __all__ = [
     "do_merging",
     "dop",
     "dop_loss",
+    "fisher",
     "flatten",
     "geometric_median",
     "golden_adapters",
@@ -86,6 +88,7 @@ __all__ = [
     "pcb",
     "pico",
     "ram",
+    "regmean",
     "sce",
     "star",
     "svc",
