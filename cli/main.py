@@ -44,6 +44,7 @@ from .run import run_command
 from .search import search_command
 from .soup import soup_command
 from .stack import stack_command
+from .stats import stats_command
 from .suggest import suggest_command
 from .tokens import tokens_command
 from .types import MODEL, paths_that_begin
@@ -159,6 +160,7 @@ SECTIONS = {
         compare_command,
         suggest_command,
         verify_command,
+        stats_command,
         route_command,
     ],
     "Keep, share and set up": [

@@ -36,8 +36,10 @@ if TYPE_CHECKING:
     from merging.recycling.workflow import Recycled, recycle
     from merging.searches.workflow import Found, search
     from merging.soups import soup
+    from merging.statistics import CollectedStatistics, collect_statistics
 
 _WHERE = {
+    "CollectedStatistics": "statistics",
     "ContinualStore": "continual",
     "Delta": "maths.delta",
     "Dense": "maths.delta",
@@ -51,6 +53,7 @@ _WHERE = {
     "Recycled": "recycling.workflow",
     "bake": "api.bake",
     "chain": "methods.chains",
+    "collect_statistics": "statistics",
     "compare": "geometry",
     "compress": "compression",
     "decompress": "compression",
@@ -78,6 +81,7 @@ _WHERE = {
 
 __all__ = [
     "METHODS",
+    "CollectedStatistics",
     "ContinualStore",
     "Delta",
     "Dense",
@@ -97,6 +101,7 @@ __all__ = [
     "__version__",
     "bake",
     "chain",
+    "collect_statistics",
     "compare",
     "compress",
     "decompress",

@@ -37,7 +37,9 @@ def explain_errors(base: str) -> Iterator[None]:
     """Turn an error of transformers into one message."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:
+        if not isinstance(error, (OSError, ValueError, KeyError, ImportError)) and type(error) is not Exception:
+            raise  # a tokenizer's file that is not understood is a plain Exception
         reason = " ".join(str(error).split())
         raise InputError(f"{base}: cannot be loaded by transformers: {reason[:300]}") from None
 

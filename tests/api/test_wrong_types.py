@@ -46,6 +46,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "Recipe": {"models": ("a",), "method": "linear"},
     "bake": {"adapters": ["adapter0"], "output": "new", "base": "loras/base"},
     "chain": {"text": "linear"},
+    "collect_statistics": {"model": "tuned0", "data": "base", "output": "new.safetensors"},
     "compare": {"models": ["adapter0", "adapter1"]},
     "suggest": {"models": ["adapter0", "adapter1"]},
     "compress": {"model": "adapter0", "output": "new.safetensors"},
@@ -72,6 +73,7 @@ RIGHT: dict[str, dict[str, Any]] = {
 
 NOT_CALLED = {
     "Found": "is a result",
+    "CollectedStatistics": "is a result",
     "Merged": "is a result",
     "Recycled": "is a result",
     "merge_peft": "its model and adapters are in test_peft_model.py",
@@ -166,7 +168,19 @@ def test_paths_that_no_file_can_have(name: str, place: Path) -> None:
     """A name with a NUL byte, or with five thousand characters; what opens no file takes any name."""
     function, right = find(name, place), RIGHT[name]
     for parameter in parameters(function):
-        if parameter.name in ("path", "model", "base", "output", "pack", "train", "valid", "test", "pool", "source"):
+        if parameter.name in (
+            "path",
+            "model",
+            "base",
+            "data",
+            "output",
+            "pack",
+            "train",
+            "valid",
+            "test",
+            "pool",
+            "source",
+        ):
             for path in (Path("a\0b"), Path("x" * 5000), *(("a\0b", "x" * 5000) if name != "load_recipe" else ())):
                 with pytest.raises(MergingError) as caught:
                     function(**{**right, parameter.name: path})

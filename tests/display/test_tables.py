@@ -129,6 +129,17 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
         Settings(target_lora=HOSTILE * 300),
         report,
         Recycled(Path(HOSTILE[:-1]), 8, 0.5, report),
+        merging.CollectedStatistics(
+            path=Path(HOSTILE[:-1]),
+            model=HOSTILE * 100,
+            key="k",
+            layers=3,
+            examples=2,
+            tokens=9,
+            fisher=None,
+            bytes=7,
+            seconds=0.1,
+        ),
         open_safetensors(full[0] / "model.safetensors")[0],
     ]
 

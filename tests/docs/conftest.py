@@ -79,7 +79,9 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tensors[name] = 0.05 * torch.randn(shape, generator=random) if floating else torch.arange(16)[None]
     save_file(tensors, folder / "base" / "model.safetensors", {"format": "pt"})
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(ord("a"), ord("z") + 1))]
-    pieces = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##"}
+    pieces = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##"} | {
+        "max_input_chars_per_word": 100
+    }
     vocabulary = {word: row for row, word in enumerate(words)}
     tokenizer = {"version": "1.0", "added_tokens": [], "model": {**pieces, "vocab": vocabulary}}
     (folder / "base" / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")

@@ -207,7 +207,8 @@ def test_examples_on_the_pages_of_methods_run(
     workplace(small_models)
     for text in import_module("method_pages").method_pages().values():
         (line,) = re.findall(r"^merge --method .*$", text, re.MULTILINE)
-        check_line(line, alternatives=True)
+        if "--stats" not in line:  # the files come from merge stats: docs/tasks/statistics.md and tests/statistics
+            check_line(line, alternatives=True)
 
 
 @pytest.mark.exhaustive

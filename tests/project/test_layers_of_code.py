@@ -87,7 +87,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine", "output", "serving"),
     ("api", "geometry"),
     ("compression", "continual", "moe", "pool", "soups", "testing"),
-    ("recycling",),
+    ("recycling", "statistics"),
     ("searches",),
     ("cli",),
 )
@@ -131,10 +131,11 @@ NEVER: dict[str, tuple[str, ...]] = {
     "report": ("click",),
     "serving": ("click",),
     "soups": ("click",),
+    "statistics": ("click",),
 }
 NEVER_AT_IMPORT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("api", "compression", "continual", "engine", "geometry", "output"), ("transformers",)),
-    **dict.fromkeys(("moe", "pool", "recycling", "report", "serving", "soups"), ("transformers",)),
+    **dict.fromkeys(("moe", "pool", "recycling", "report", "serving", "soups", "statistics"), ("transformers",)),
     "plan": ("transformers", "huggingface_hub"),
     "cli": ("torch", "safetensors", "numpy", "transformers", "pydantic", "tqdm", "yaml"),
 }

@@ -87,6 +87,8 @@ def others() -> None:
     recycled: merging.Recycled = merging.recycle(["a"], base="base", train=[{"text": "a", "label": "b"}], steps=5)
     found: merging.Found = merging.search(["a"], base="base", data=[{"text": "a", "label": "b"}], budget=9)
     print(found.winner, found.recipe.models)
+    gathered: merging.CollectedStatistics = merging.collect_statistics("a", "t.jsonl", "s.safetensors", fisher="labels")
+    print(gathered.key, gathered.layers)
     print(recycled.rank, recycled.report.to_dict(), merging.METHODS["ties"].summary)
 
 
