@@ -1,7 +1,6 @@
 """Speed and memory of whole-model merges, against copying the bytes and against mergekit, in one run.
 
     python tests/benchmarks/speed.py --size 0.5 2 --mergekit-python peer/bin/python
-    python tests/benchmarks/speed.py --plan
     python tests/benchmarks/speed.py --recipes --mergekit-python peer/bin/python
 
 Each round runs everything once, one after the other, and ratios are taken within a round, so that a machine that gets
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +36,6 @@ from speed_recipes import HEADS, recipe_rows, run_recipe  # noqa: E402
 SHARD_BYTES = 1_000_000_000
 NAMES = ("base", "a", "b")
 NOISE = 0.002  # a fine-tune is the base plus this much noise on weights of 0.02
-TENSOR_COUNTS = (1_000, 4_000, 16_000, 50_000)
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -437,25 +435,6 @@ def compare(bench: Bench, sizes: list[float], repeats: int, cases: dict[str, Cas
     print(table(["case", *(key for key, _ in columns)], rows))
 
 
-def planning(repeats: int, work: Path) -> None:
-    """Print the time to plan a merge of two models of many small tensors."""
-    preview: Callable[..., object] = import_everything().preview
-    rows = []
-    for tensors in TENSOR_COUNTS:
-        with tempfile.TemporaryDirectory(dir=work) as folder:
-            write_models(Path(folder), *mixture(tensors), names=("a", "b"))
-            models = [Path(folder) / name for name in ("a", "b")]
-            preview(models, method="linear")  # imports, and the page cache
-            seconds = []
-            for _ in range(repeats):
-                start = time.perf_counter()
-                preview(models, method="linear")
-                seconds.append(time.perf_counter() - start)
-            middle = statistics.median(seconds)
-            rows.append([f"{tensors:,}", f"{middle:.3f}", f"{middle / tensors * 1e6:.0f}"])
-    print(table(["tensors", "seconds to plan", "microseconds a tensor"], rows))
-
-
 def options(description: str | None) -> argparse.ArgumentParser:
     """A parser of what every benchmark of merges can be told."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -470,14 +449,11 @@ def options(description: str | None) -> argparse.ArgumentParser:
 def main() -> None:
     """Parse the command line and print one table."""
     parser = options(__doc__)
-    parser.add_argument("--plan", action="store_true", help="time planning many small tensors instead")
     parser.add_argument("--recipes", action="store_true", help="time recipes and stages instead")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.worker:
         worker(chosen.worker)
-    elif chosen.plan:
-        planning(chosen.repeats, chosen.work)
     else:
         with tempfile.TemporaryDirectory(dir=chosen.work) as folder:
             bench = Bench(Path(folder), chosen.mergekit_python, chosen.threads)
