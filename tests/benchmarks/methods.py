@@ -129,7 +129,8 @@ def our_cases() -> dict[str, Case]:
         method = merging.chain(name)
         most = min(link.models[1] or len(THREE) for link in method.links())
         base = "base" if method.merge_space == "delta" else None
-        if name not in NO_CHECKPOINTS and not any(link.decomposed_side for link in method.links()):
+        alone = name not in NO_CHECKPOINTS and not method.needs_statistics
+        if alone and not any(link.decomposed_side for link in method.links()):
             cases[method.chain] = Case(name, THREE[:most], {}, base=base)
     return cases
 
