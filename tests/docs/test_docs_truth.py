@@ -49,7 +49,18 @@ FOREIGN = {
 }
 """Options of other programs that the pages name."""
 
-SCRIPTS = {"--steps", "--width", "--hidden", "--matrices", "--only", "--quick", "--stream", "--factored", "--tasks"}
+SCRIPTS = {
+    "--steps",
+    "--width",
+    "--hidden",
+    "--matrices",
+    "--only",
+    "--quick",
+    "--stream",
+    "--factored",
+    "--tasks",
+    "--tensors",
+}
 """Options of benchmarks that the pages name without the script."""
 
 
