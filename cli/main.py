@@ -183,7 +183,6 @@ def cli() -> None:
     merge --method linear a.safetensors b.safetensors
     merge --method ties --base BASE one/ two/ -o merged/
     merge --method lines+tsv --base ORG/BASE ORG/ONE ORG/TWO -o merged/
-
     Options of merging: merge merge -h, and of a method: merge -m METHOD -h.
     """
 

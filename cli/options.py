@@ -31,6 +31,7 @@ __all__ = [
     "experts_option",
     "intruder_options",
     "json_option",
+    "kind_option",
     "lenient_option",
     "lora_alpha_option",
     "markdown_option",
@@ -144,6 +145,7 @@ def pop_engine(options: dict[str, Any]) -> str | RayCluster:
 
 max_memory_option = click.option("--max-memory", type=SIZE, help="most memory above the imports, such as 500MB")
 base_option = click.option("--base", type=MODEL, help="the model that the others were trained from")
+kind_option = click.option("--as", type=click.Choice(["adapter", "model"]), help="kind of the output, with --base")
 block_options = add_options(
     click.option(
         "--blocks",

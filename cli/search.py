@@ -11,12 +11,14 @@ import click
 from .errors import OutputStatus, handle_errors
 from .fields import FieldsCommand, field_option
 from .options import (
+    base_option,
     debug_option,
     dequantize_option,
     device_option,
     dtype_option,
     evaluation_options,
     json_option,
+    kind_option,
     pop_engine,
     remember_quiet,
 )
@@ -41,7 +43,7 @@ def settings_options(typed: Mapping[str, Any]) -> list[click.Option]:
     short_help="try methods and scales on examples, and write the best merge",
 )
 @click.argument("models", nargs=-1, required=True, type=MODEL, metavar="MODEL... | RECIPE.yml")
-@click.option("--base", type=MODEL, help="the model that the others were trained from")
+@base_option
 @click.option("--data", multiple=True, type=click.Path(), help="examples to choose by, as JSON lines; one file a task")
 @click.option(
     "--test", multiple=True, type=click.Path(), help="examples to report on, one file a task; else nothing is concluded"
@@ -55,13 +57,13 @@ def settings_options(typed: Mapping[str, Any]) -> list[click.Option]:
     "--candidate",
     "candidates",
     multiple=True,
-    metavar="CHAIN:NAME=LOW..HIGH,...",
+    metavar="CHAIN:NAME=LOW..HIGH",
     help="a chain to try, with ranges (scale=0.2..1.5), choices (a|b) or ? for the usual range  [default: a few]",
 )
 @click.option("-o", "--output", default="found", show_default=True, type=click.Path(), help="the winner's folder")
 @click.option("--overwrite", is_flag=True, help="replace an existing output, and an unfinished search")
 @click.option("--resume", is_flag=True, help="go on with a search that was killed")
-@click.option("--as", type=click.Choice(["adapter", "model"]), help="kind of the output, with --base")
+@kind_option
 @click.option("--rank", type=int, help="rank of a merged adapter")
 @click.option("--exclude", multiple=True, metavar="NAME", help="tensors that are left as in the base")
 @dtype_option

@@ -13,6 +13,7 @@ from .options import (
     base_option,
     dequantize_option,
     dtype_option,
+    kind_option,
     recipe_only_option,
     shard_size_option,
 )
@@ -47,7 +48,7 @@ _choices = add_options(
         "--score-timeout", type=float, default=3600.0, help="most seconds for scoring a model  [default: 3600]"
     ),
     base_option,
-    click.option("--as", type=click.Choice(["adapter", "model"]), help="kind of the output, with --base"),
+    kind_option,
     click.option("--rank", type=int, help="rank of an averaged adapter  [default: the rank of the checkpoints]"),
     dtype_option,
     shard_size_option,

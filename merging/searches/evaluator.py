@@ -97,7 +97,7 @@ class Evaluator:
         self.test = self._encode([task.test for task in objective.tasks])
         self.merger = MemoryMerger(objective.inputs, device)
         first = MergeCandidate("", None, {}, ()) if self.merger.based else MergeCandidate("", "linear", {}, (0,))
-        shapes = {item.site.name: item.site.shape for item in self.merger.plan.items}
+        shapes = {item.site.name: item.site.shape for item in self.merger.reader.plan.items}
         self.weights = NetworkWeights(loaded.network, self.merger.merge(first), where, shapes)
 
     def __call__(self, request: Request) -> Measured:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any
 
 from merging.api.merge_files import merge_recipe, plan_for
@@ -65,13 +66,15 @@ class MemoryMerger:
     written, merged changes are cut to the rank that it will have.
 
     Attributes:
-        plan: the plan by which the models are read.
+        reader: reads the models' changes, or their weights where there is no base.
+        adapter_written: whether the output is an adapter.
     """
 
     def __init__(self, inputs: MergeInputs, device: torch.device, room: Room | None = None) -> None:
         self.inputs, self.device = inputs, device
         self._room = room or Room()
         self._store = ChangeStore(self._room)
+        self._mixed = True  # whether tensors that no model changes may differ from the base in the last bits
         self._plans: dict[tuple[str, tuple[int, ...]], Plan] = {}
         self._weights: dict[bool, ModelReader] = {}
         self._model_options = dict(inputs.options)
@@ -81,35 +84,30 @@ class MemoryMerger:
                 name: value for name, value in inputs.options.items() if name not in ("rank", "format", "as")
             } | {"kind": "model"}
         chain_of_all = "task_arithmetic" if inputs.base is not None else "linear"
-        self._reader = ModelReader(self._make_plan(chain(chain_of_all), inputs.models), device, self._room)
-
-    @property
-    def plan(self) -> Plan:
-        return self._reader.plan
+        self.reader: ModelReader = ModelReader(self._make_plan(chain(chain_of_all), inputs.models), device, self._room)
 
     @property
     def based(self) -> bool:
         """Whether changes from a base are merged, and not weights alone."""
         return self.inputs.base is not None
 
-    def check(self, candidate: MergeCandidate) -> None:
-        """Refuse a candidate that cannot be written. Raises :class:`~merging.errors.MergingError`."""
-        if candidate.chain is not None:
-            self._written_plan(candidate)
-
     def merge(self, candidate: MergeCandidate) -> Iterator[tuple[str, Tensor]]:
-        """Yield the merged tensors of a candidate by their names on disk, in the types of the output."""
+        """Yield the merged tensors of a candidate by their names on disk, in the types of the output.
+
+        Tensors that no model changes are left out where the merge before had the base's values in them.
+        """
         with torch.no_grad(), supply_operations(self.device):
             if candidate.chain is None:
-                for name in self._reader.sites:
-                    base = self._reader.read(name).base
+                for name in self.reader.sites:
+                    base = self.reader.read(name).base
                     assert base is not None
-                    yield name, base.to(self._reader.dtypes[name])
+                    yield name, base.to(self.reader.dtypes[name])
                 return
             yield from self._merge(candidate)
 
     def merged_file(self, path: str) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of an output on disk, as they are with the base."""
+        self._mixed = True
         written = replace(self.inputs, models=(path,))
         plan = self._make_plan(chain("linear"), written.models)
         reader = ModelReader(plan, self.device, Room(0))
@@ -123,15 +121,21 @@ class MemoryMerger:
         method = candidate.method()
         method.check(len(candidate.models))
         reader, weights = self._reader_of(candidate, method)
+        self._mixed |= weights
         changes, scale = self._changes(candidate, method, reader, weights)
         for name, change in changes:
-            factor = bind_value(scale, reader.sites[name])
-            values = change.dense() if factor == 1 else change.dense() * factor
             base = None if weights else reader.read(name).base
-            merged = (values if base is None else base + values).to(reader.dtypes[name])
-            if not self.inputs.options.get("allow_nonfinite") and not bool(merged.isfinite().all()):
+            if not weights and name in reader.unchanged and not self._mixed:
+                continue  # the network holds the base's values
+            values = change.dense()
+            factor = float(bind_value(scale, reader.sites[name]))
+            total = values * factor if base is None else torch.add(base, values, alpha=factor)
+            merged = total.to(reader.dtypes[name])
+            finite = isfinite(float(merged.sum())) or bool(merged.isfinite().all())
+            if not finite and not self.inputs.options.get("allow_nonfinite"):
                 raise InputError(f"{name}: the merged values are beyond the range of {merged.dtype}")
             yield name, merged
+        self._mixed = weights
 
     def _changes(
         self, candidate: MergeCandidate, method: Method, reader: ModelReader, weights: bool
@@ -170,9 +174,9 @@ class MemoryMerger:
         if not weights:
             if not self.based:
                 raise OptionError(f"{method.chain} merges changes from a base: give {option('base')}")
-            return self._reader, False
+            return self.reader, False
         if not self.based:
-            return self._reader, True
+            return self.reader, True
         if method.rescales not in self._weights:  # which needs the base's values too
             plan = self._make_plan(method, self.inputs.models)
             self._weights[method.rescales] = ModelReader(plan, self.device, self._room)

@@ -47,6 +47,7 @@ class ModelReader:
         plan: the plan, whose models are read.
         sites: the site of each tensor that is merged, by name.
         dtypes: the type of each tensor in the output.
+        unchanged: the tensors that were read so far and that no model changes.
     """
 
     def __init__(self, plan: Plan, device: torch.device, room: Room) -> None:
@@ -54,6 +55,7 @@ class ModelReader:
         self._items = {item.site.name: item for item in plan.items if item.form != "copy"}
         self._tiler, self._room = Tiler(plan, device), room
         self._kept: dict[str, TensorInputs] = {}
+        self.unchanged: set[str] = set()
         self.sites: dict[str, Site] = {name: item.site for name, item in self._items.items()}
         self.dtypes: dict[str, torch.dtype] = {
             name: DTYPES[item.outs[0].dtype_name] for name, item in self._items.items()
@@ -63,6 +65,8 @@ class ModelReader:
         """Return the changes (or weights) of a tensor by model, and the base's values."""
         if name not in self._kept:
             inputs = self._read(self._items[name])
+            if not self.plan.weights and not any(bool(each.any()) for each in map(_last_part, inputs.stack.deltas)):
+                self.unchanged.add(name)
             if not self._room.take(_nbytes(inputs)):
                 return inputs
             self._kept[name] = inputs
@@ -117,6 +121,11 @@ class ChangeStore:
 
 def _parts(delta: Delta) -> Iterable[Tensor]:
     return (delta.up, delta.down) if isinstance(delta, LowRank) else (delta.value,)
+
+
+def _last_part(delta: Delta) -> Tensor:
+    """Return a part of a change that is zero where the change is zero for sure."""
+    return delta.up if isinstance(delta, LowRank) else delta.value
 
 
 def _size(value: Tensor) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from merging.recycling.data import overlaps
 from merging.recycling.run_checkpoint import RunCheckpoint
 from merging.searches.command_objective import CommandObjective, CommandScorer
 from merging.searches.evaluator import DataObjective, Evaluator, Measured, Request
+from merging.searches.gradient import check_tunable, tune_by_gradient
 from merging.searches.report import (
     WINNER,
     ComparedRow,
@@ -26,12 +27,14 @@ from merging.searches.report import (
     compare_rows,
     estimate_optimism,
 )
-from merging.searches.settings import Objective, SearchSettings
+from merging.searches.settings import BY_GRADIENT, Objective, SearchSettings
 from merging.searches.spaces import BASE, CandidateSpace, MergeCandidate
 from merging.searches.trials import Trial, Trials, show_score
 from merging.version import __version__
 
 __all__ = ["SearchRun", "plan_facts"]
+
+_TUNED = "tuned"
 
 SearchObjective = DataObjective | CommandObjective
 
@@ -85,6 +88,24 @@ class SearchRun:
             minutes=self.settings.minutes,
             on_trial=self._show,
         )
+
+    def tune(self, checkpoint: RunCheckpoint) -> MergeCandidate:
+        """Return the candidate of a strategy by gradient, which a killed run may have kept."""
+        if _TUNED not in checkpoint:
+            evaluator = self._data_evaluator()
+            self.on_event(f"tuning {self.settings.steps} steps")
+            checkpoint.keep(_TUNED, asdict(tune_by_gradient(evaluator, self.settings)))
+        return MergeCandidate(**checkpoint.get(_TUNED))
+
+    def check_tunable(self) -> None:
+        """Refuse models that the strategy cannot tune. Raises :class:`~merging.errors.OptionError`."""
+        if self.settings.strategy in BY_GRADIENT:
+            check_tunable(self._data_evaluator(), self.settings)
+
+    def _data_evaluator(self) -> Evaluator:
+        evaluator = self.local()
+        assert isinstance(evaluator, Evaluator)
+        return evaluator
 
     def evaluate(self, requests: Sequence[Request]) -> Iterator[Measured]:
         """Answer requests in their order, here or on the cluster."""
@@ -186,8 +207,7 @@ class SearchRun:
         if isinstance(self.objective, DataObjective):
             for task in self.objective.tasks:
                 notices += [f"{task.name}: {remark}" for remark in overlaps(task.split) if "test" in remark]
-            evaluator = self.local()
-            assert isinstance(evaluator, Evaluator)
+            evaluator = self._data_evaluator()
             cut = sum(model.cut for model in evaluator.models)
             if cut:
                 notices.append(f"{cut} texts were longer than {evaluator.models[0].limit} tokens and were cut")

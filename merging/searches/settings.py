@@ -10,12 +10,16 @@ from merging.display.tables import Displayed
 from merging.errors import OptionError, explain_invalid, nearest
 from merging.recycling.settings import Settings
 
-__all__ = ["Objective", "SearchSettings", "Strategy", "make_search_settings"]
+__all__ = ["BY_GRADIENT", "Objective", "SearchSettings", "Strategy", "make_search_settings"]
 
 Objective = Literal["accuracy", "loss", "perplexity", "exact_match", "entropy"]
 """The measure on examples by which candidates are compared."""
 
 Strategy = Literal["auto", "shrink", "cma", "tpe", "gradient", "adamerging"]
+
+
+BY_GRADIENT = ("gradient", "adamerging")
+"""The strategies that tune coefficients by gradient."""
 
 
 class SearchSettings(Displayed, BaseModel):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from merging.errors import OptionError, option
 from merging.searches.proposers import make_proposer
-from merging.searches.settings import SearchSettings, Strategy
+from merging.searches.settings import BY_GRADIENT, SearchSettings, Strategy
 from merging.searches.spaces import CandidateSpace, MergeCandidate, Point
 from merging.searches.trials import Trial, Trials
 
@@ -25,7 +25,7 @@ _REFINED = 2
 
 def check_budget(settings: SearchSettings, trivial: Sequence[MergeCandidate], spaces: Sequence[CandidateSpace]) -> None:
     """Refuse a budget that does not reach every chain. Raises :class:`~merging.errors.OptionError`."""
-    needed = len(trivial) + len(spaces)
+    needed = len(trivial) + len(spaces) + (settings.strategy in BY_GRADIENT)
     if settings.budget < needed:
         raise OptionError(
             f"{option('budget', settings.budget)}: {len(trivial)} trivial choices and {len(spaces)} chains need at "
@@ -39,14 +39,28 @@ def run_strategy(
     spaces: Sequence[CandidateSpace],
     settings: SearchSettings,
     strategy: Strategy,
+    tune: Callable[[], MergeCandidate],
 ) -> None:
     """Try candidates until the budget is used.
 
+    Args:
+        trials: the trials, with the budget.
+        trivial: the choices that need no search.
+        spaces: the chains with their ranges.
+        settings: the settings.
+        strategy: the refinement.
+        tune: returns the candidate of a strategy by gradient.
+
     The trivial choices are measured on all examples. Half of what is left goes to successive halving (Jamieson and
     Talwalkar 2016): points spread over all spaces on a ninth of the examples, a third of them on a third, and a ninth
-    on all. The other half refines the best two chains on all examples.
+    on all. The other half refines the best two chains on all examples. A strategy by gradient makes one candidate
+    instead, and all that is left goes to halving.
     """
     trials.measure(trivial)
+    if strategy in BY_GRADIENT:
+        trials.measure([tune()])
+        _halve(trials, spaces, settings, trials.left)
+        return
     tunable = any(space.dimensions for space in spaces)
     points = _halve(trials, spaces, settings, trials.left // 2 if tunable else trials.left)
     if tunable:

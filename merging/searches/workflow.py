@@ -29,7 +29,7 @@ from merging.searches.proposers import resolve_strategy
 from merging.searches.recipes import is_recipe_file, read_search_recipe
 from merging.searches.report import SearchReport
 from merging.searches.run import SearchRun, plan_facts
-from merging.searches.settings import SearchSettings, make_search_settings
+from merging.searches.settings import BY_GRADIENT, SearchSettings, make_search_settings
 from merging.searches.spaces import default_spaces, read_space, trivial_candidates
 from merging.searches.strategy import check_budget, run_strategy
 from merging.searches.trials import Trials
@@ -78,7 +78,7 @@ class Found(Tabular):
         }
 
 
-@check_types("models", "candidates", "data", "test")
+@check_types()
 def search(
     models: str | Path | Sequence[str | Path],
     *,
@@ -169,11 +169,12 @@ def search(
             pass  # a cluster that does not answer is an error now, and not after the model is loaded
     elif isinstance(objective, DataObjective):
         run.local()  # what cannot be loaded leaves nothing behind
+    run.check_tunable()
     checkpoint = RunCheckpoint(
         checkpoint_folder(destination), plan_facts(objective, spaces, settings), resume, overwrite
     )
     trials = run.trials(checkpoint)
-    run_strategy(trials, trivial, spaces, settings, strategy)
+    run_strategy(trials, trivial, spaces, settings, strategy, lambda: run.tune(checkpoint))
     found = _write(run, trials, destination, overwrite)
     checkpoint.remove()
     report_notices(found.report.notices)
@@ -203,7 +204,7 @@ def _command_objective(
     """Return the objective of a scoring command. Raises as :func:`search` does."""
     if test is not None:
         raise OptionError(f"{option('test')} is for examples ({option('data')}): a scoring command has its own")
-    if settings.strategy in ("gradient", "adamerging"):
+    if settings.strategy in BY_GRADIENT:
         raise OptionError(f"{option('strategy', settings.strategy)} needs examples ({option('data')})")
     make_scorer(score, settings.score_timeout)  # refused now, and not after the first merge
     return CommandObjective(

@@ -46,6 +46,9 @@ _BESIDE = (
     "tokenization_*.py",
     "recycling.json",  # the report of a recycled adapter
     "recycling.html",
+    "search.json",  # the report of a search, and its recipe
+    "search.html",
+    "recipe.yml",
 )
 """Files that may be next to a model's weights, as libraries and this program write them."""
 
