@@ -19,7 +19,6 @@ from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.parameters import bind_value
 from merging.methods.chains import chain
 from merging.methods.contract.method import Method
-from merging.methods.lines import Lines
 from merging.plan import Plan, make_plan
 from merging.plan.recipe import Recipe
 from merging.searches.model_reader import ChangeStore, ModelReader, Room
@@ -27,6 +26,31 @@ from merging.searches.spaces import MergeCandidate
 from merging.sources import Adapter
 
 __all__ = ["MemoryMerger", "MergeInputs"]
+
+_PROPORTIONAL = {
+    "breadcrumbs",
+    "consensus",
+    "core",
+    "dare",
+    "decouple",
+    "della",
+    "geometric_median",
+    "iso_c",
+    "iso_cts",
+    "knots",
+    "magmax",
+    "orthogonalize",
+    "pcb",
+    "ram",
+    "sce",
+    "svd",
+    "task_arithmetic",
+    "ties",
+    "tsv",
+    "varm",
+    "wudi",
+}
+"""The methods and wrappers whose merged change is proportional to the scale; the tests hold it of chains of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,7 +228,7 @@ def _split_scale(candidate: MergeCandidate, method: Method) -> tuple[Method | No
     last = method.links()[-1]
     if "scale" not in type(last).model_fields or method.merge_space == "weights":
         return None, 1.0
-    if method.rescales or any(isinstance(link, Lines) for link in method.links()):
+    if method.rescales or not {link.name for link in method.links()} <= _PROPORTIONAL:
         return None, 1.0
     rest = {key: value for key, value in candidate.parameters.items() if key.rpartition(".")[2] != "scale"}
     return chain(str(candidate.chain), {**rest, f"{last.name}.scale": 1.0}), vars(last)["scale"]
