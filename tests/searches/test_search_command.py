@@ -129,11 +129,9 @@ def test_the_best_score_of_a_function_is_found(labels: Any, tmp_path: Path) -> N
 # --- strategies -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("strategy", ["shrink", "cma", "tpe"])
 def test_proposals_come_near_a_maximum(strategy: Any) -> None:
-    if strategy != "shrink":
-        pytest.importorskip({"cma": "cma", "tpe": "optuna"}[strategy])
-
     def score(point: tuple[float, ...]) -> float:
         return -sum((each - place) ** 2 for each, place in zip(point, (0.3, 0.8), strict=True))
 
@@ -159,7 +157,6 @@ def test_a_strategy_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyP
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("strategy", ["cma", "tpe"])
 def test_other_strategies_search_the_same(strategy: str, labels: Any, tmp_path: Path) -> None:
-    pytest.importorskip({"cma": "cma", "tpe": "optuna"}[strategy])
     made = labels.arguments(tmp_path / "out", candidates=["task_arithmetic:scale=0..2"], budget=24, strategy=strategy)
     found = merging.search(**made)
     assert found.report.facts["evaluations"] == 24
