@@ -14,7 +14,7 @@ import click
 from .errors import handle_errors
 from .options import debug_option, lenient_option, overwrite_option
 from .output import echo, echo_notices, echo_text
-from .run import load_source
+from .recipe_source import load_source
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

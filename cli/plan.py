@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ from .options import (
     threads_option,
 )
 from .output import echo, echo_json, echo_notices, format_size, plural
-from .run import load_source
+from .recipe_source import load_source
+from .run_several import load_runs
 from .types import METHOD, MODEL
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ class PlanCommand(MergeCommand):
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the three ways to call it."""
-        formatter.write_usage(ctx.command_path, "[OPTIONS] RECIPE")
+        formatter.write_usage(ctx.command_path, "[OPTIONS] RECIPE...")
         formatter.write_usage(ctx.command_path, "[OPTIONS] --method METHOD MODEL...", prefix="       ")
         formatter.write_usage(ctx.command_path, "--calibrate", prefix="       ")
 
@@ -45,7 +47,7 @@ class PlanCommand(MergeCommand):
 @click.command(
     cls=PlanCommand, fields=method_options, name="plan", short_help="predict time, memory and cost from headers"
 )
-@click.argument("models", nargs=-1, type=MODEL, metavar="[RECIPE|MODEL...]")
+@click.argument("models", nargs=-1, type=MODEL, metavar="[RECIPE...|MODEL...]")
 @click.option("-m", "--method", type=METHOD, help="a method or chain; its options join these")
 @click.option(
     "--cluster",
@@ -113,7 +115,17 @@ def plan_command(
             _predict(recipe_of(models, method, fields, stated), execution, machines, load_rates())
             return
         _refuse_options({**stated, **fields}, "is in the recipe: change it there, or by --set")
-        loaded = load_source(Path(models[0]), [parse_setting(text) for text in settings], lenient)
+        changes = [parse_setting(text) for text in settings]
+        if len(models) > 1:
+            runs = load_runs([Path(name) for name in models], changes, output, lenient=lenient)
+            for run in runs:
+                run.refuse_later()
+            for run in runs:
+                with run.loaded.name_lines():
+                    placed = replace(execution, output=str(run.destination))
+                    _predict(run.loaded.recipe, placed, machines, load_rates(), settings)
+            return
+        loaded = load_source(Path(models[0]), changes, lenient)
         echo_notices(loaded.notices)
         loaded.check_counts()
         loaded.check_paths()
@@ -122,8 +134,8 @@ def plan_command(
 
 
 def is_recipe(models: Sequence[str]) -> bool:
-    """Return whether the words after the command are one recipe, and no models."""
-    return len(models) == 1 and (models[0] == "-" or models[0].endswith((".yml", ".yaml", ".json")))
+    """Return whether the words after the command are recipes, and no models."""
+    return bool(models) and all(name == "-" or name.endswith((".yml", ".yaml", ".json")) for name in models)
 
 
 def _refuse_options(stated: Mapping[str, Any], remedy: str) -> None:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from .errors import OutputStatus, handle_errors
+from .errors import OutputStatus, Refusal, handle_errors
 from .execution import Execution, execute, execution_options
 from .options import lenient_option
 from .output import echo_notices, echo_text
+from .recipe_source import load_source
+from .run_several import run_several
 
-if TYPE_CHECKING:
-    from merging.plan.recipe_files import LoadedRecipe
-    from merging.plan.recipe_settings import Setting
-
-__all__ = ["FULL_RECIPE", "SMALL_RECIPE", "load_source", "run_command"]
+__all__ = ["FULL_RECIPE", "SMALL_RECIPE", "run_command"]
 
 SMALL_RECIPE = """\
 models: [one/, two/]
@@ -63,8 +60,14 @@ class RunCommand(click.Command):
                 formatter.write("".join(f"  {line}\n" for line in text.splitlines()))
 
 
-@click.command(cls=RunCommand, name="run", short_help="carry out a recipe (YAML)")
-@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path))
+@click.command(cls=RunCommand, name="run", short_help="carry out recipes (YAML)")
+@click.argument(
+    "recipes",
+    nargs=-1,
+    required=True,
+    metavar="RECIPE...",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
+)
 @click.option(
     "--set",
     "settings",
@@ -77,15 +80,18 @@ class RunCommand(click.Command):
 @click.option("--recipe-only", is_flag=True, help="print the recipe as it would be carried out: nothing is merged")
 @execution_options
 def run_command(
-    recipe: Path, settings: tuple[str, ...], lenient: bool, recipe_only: bool, execution: Execution
+    recipes: tuple[Path, ...], settings: tuple[str, ...], lenient: bool, recipe_only: bool, execution: Execution
 ) -> None:
-    """Carry out a RECIPE: YAML with models, method and parameters, as --recipe-only prints it, or one of mergekit.
+    """Carry out each RECIPE: YAML with models, method and parameters, as --recipe-only prints it, or one of mergekit.
 
     \b
     merge run recipe.yml -o merged/
     merge run recipe.yml --set scale=0.5 --set models.1=other/ --dry-run
+    merge run one.yml two.yml three.yml -o merged/
     merge run mergekit_config.yml --recipe-only
     merge run - < recipe.yml
+
+    Of several recipes, NAME.yml writes NAME in the folder of -o, and the settings change all. All are checked first.
 
     Relative paths in a recipe are relative to its folder, in a recipe from standard input (-) or a pipe and in --set to
     the working folder. Values of --set are YAML.
@@ -95,6 +101,12 @@ def run_command(
         from merging.plan.recipe_settings import parse_setting
 
         changes = [parse_setting(text) for text in settings]
+        if len(recipes) > 1:
+            if recipe_only:
+                raise Refusal("--recipe-only prints one recipe: name one", "option")
+            run_several(recipes, changes, execution, status, typed=settings, lenient=lenient)
+            return
+        (recipe,) = recipes
         loaded = load_source(recipe, changes, lenient)
         echo_notices(loaded.notices)
         loaded.check_counts()
@@ -104,24 +116,3 @@ def run_command(
             loaded.check_paths()
             with loaded.name_lines():
                 execute(loaded.recipe, execution, status, settings)
-
-
-def load_source(path: Path, settings: list[Setting], lenient: bool) -> LoadedRecipe:
-    """Read a recipe from a file, a pipe or standard input. Raises :class:`~merging.errors.MergingError`."""
-    from merging.plan.recipe_files import parse_recipe, read_recipe
-    from merging.sources.small_files import RECIPE_LIMIT, decode_text
-
-    if not _is_stream(path):
-        return read_recipe(path, settings, lenient=lenient)
-    name = "standard input" if str(path) == "-" else str(path)
-    with click.open_file(str(path), "rb") as stream:
-        content = stream.read(RECIPE_LIMIT + 1)
-    return parse_recipe(decode_text(content, name, RECIPE_LIMIT), name, settings, lenient=lenient)
-
-
-def _is_stream(path: Path) -> bool:
-    """Return whether a path is standard input or a pipe of the shell's, and so has no folder of its own.
-
-    A pipe with another name is refused as a file: it may have no writer, for whom one would wait without end.
-    """
-    return str(path) == "-" or path.is_relative_to("/dev") or path.is_relative_to("/proc/self/fd")

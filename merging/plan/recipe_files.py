@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +41,10 @@ class LoadedRecipe:
     folder: Path
     notices: tuple[str, ...] = ()
 
-    def check_paths(self) -> None:
+    def check_paths(self, made: Collection[Path] = ()) -> None:
         """Refuse a local path that does not exist, with its line and the folders where it was looked for.
+
+        Absolute paths in ``made``, and below them, count as existing: earlier merges will have made them.
 
         Raises :class:`~merging.errors.InputError`.
         """
@@ -50,7 +52,8 @@ class LoadedRecipe:
             origin = self.document.origin(keys)
             with _before_errors(origin):
                 path = local_path(name)
-                if hub_address(name) or path.exists():
+                absolute = path.resolve()
+                if hub_address(name) or path.exists() or not {absolute, *absolute.parents}.isdisjoint(made):
                     continue
             own = [] if is_from_setting(origin) else [self.folder.resolve()]
             tried = " or ".join(dict.fromkeys(str(folder) for folder in [*own, Path.cwd()]))

@@ -11,7 +11,8 @@ from merging.display.tables import Displayed
 from merging.errors import FormatError
 from merging.maths.lazy_torch import Tensor, torch
 from merging.sources.dtypes import DTYPE_NAMES, DTYPES
-from merging.sources.header import DTYPE_BITS, HeaderEntry, read_header
+from merging.sources.header import DTYPE_BITS, HeaderEntry
+from merging.sources.known_headers import read_known_header
 from merging.sources.open_files import File, Holder
 
 __all__ = [
@@ -198,8 +199,8 @@ def open_safetensors(path: Path) -> FileContents:
 
     Raises :class:`~merging.errors.FormatError` for a file that breaks the format.
     """
-    header = read_header(path)
+    header = read_known_header(path)
     file = File(path)
     if header.stamp is None or not header.stamp.is_same_state(file.stamp):
         raise FormatError(f"{path}: it changed while it was opened: try again when it is complete")
-    return {name: FileTensor(file, entry) for name, entry in header.entries.items()}, header.metadata
+    return {name: FileTensor(file, entry) for name, entry in header.entries.items()}, dict(header.metadata)
