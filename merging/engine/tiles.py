@@ -54,6 +54,7 @@ class Tiler:
         self.device = device
         self.seconds = 0.0
         self._buffers: dict[object, Tensor] = {}
+        self._typed: tuple[Item, torch.dtype] | None = None
         self._staging: dict[torch.dtype, Staging] = {}
 
     def tiles(self, item: Item, start: int, stop: int) -> Iterator[Tile]:
@@ -170,7 +171,7 @@ class Tiler:
 
     def change(self, item: Item, slot: int) -> Delta:
         """Return one adapter's change of a whole item, on the device."""
-        change, dtype = item.inputs[slot], item.dtype
+        change, dtype = item.inputs[slot], self._dtype_of(item)
         assert isinstance(change, Change)
 
         def base() -> Tensor:
@@ -187,6 +188,12 @@ class Tiler:
             raise self._not_finite(self.plan.models[slot].path, change.target)
         scale = item.scale(slot)
         return (delta if scale == 1 else delta.scaled(scale)).to(self.device)
+
+    def _dtype_of(self, item: Item) -> torch.dtype:
+        """Return the type of an item. It depends on all models, and is kept while one after the other is read."""
+        if self._typed is None or self._typed[0] is not item:
+            self._typed = item, item.dtype
+        return self._typed[1]
 
     def _check_layer(self, item: Item, slot: int) -> None:
         """Refuse factors or rows saved with a layer that is not the base's: they belong on top of that layer."""

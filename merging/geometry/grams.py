@@ -14,6 +14,7 @@ from merging.errors import InputError, OptionError, option
 from merging.geometry.alignment import MEMORY, AlignOptions, ModelLike, align, factored, matrix_sides, row_blocks
 from merging.maths.delta import LowRank
 from merging.maths.lazy_torch import Tensor, torch
+from merging.maths.products import row_products
 from merging.maths.sums import spans
 from merging.methods.families.spherical import cosines as normalised
 from merging.plan import Item, Plan
@@ -150,7 +151,9 @@ def _factor_dtype(plan: Plan, item: Item) -> torch.dtype:
 
 def groups_of(plan: Plan, item: Item, by_factors: bool, max_memory: int) -> list[list[int]]:
     """Return the models that change an item: one group if it fits into memory, else groups that fit in pairs."""
-    sizes = {slot: _bytes_of(plan, item, slot, by_factors) for slot, each in enumerate(item.inputs) if each is not None}
+    itemsize = (_factor_dtype(plan, item) if by_factors else item.dtype).itemsize
+    there = [slot for slot, each in enumerate(item.inputs) if each is not None]
+    sizes = {slot: itemsize * _elements_of(item, slot, by_factors) for slot in there}
     largest, models = max(sizes.values()), len(plan.models)
     # Reading a change takes twice its size more for a moment, and there are a few matrices of all pairs.
     room = max_memory - 2 * largest - 4 * 8 * models**2 - (2 * _block_bytes(max_memory) if by_factors else 0)
@@ -175,17 +178,17 @@ def _block_bytes(max_memory: int) -> int:
     return min(_ROWS, max_memory // 8)
 
 
-def _bytes_of(plan: Plan, item: Item, slot: int, by_factors: bool) -> int:
-    """Return the bytes of one model's change while it is multiplied."""
+def _elements_of(item: Item, slot: int, by_factors: bool) -> int:
+    """Return the numbers in memory for one model's change while it is multiplied."""
     count, rows, columns = matrix_sides(item)
     each = item.inputs[slot]
     low = each.rank * (rows + columns) if isinstance(each, Change) and each.low_rank else None
     if by_factors:
-        return _factor_dtype(plan, item).itemsize * count * (low or 0)
+        return count * (low or 0)
     whole = low if low is not None else rows * columns if isinstance(each, Change) else 0
     # A block of rows exists twice: as it was read, and in the spans that are multiplied.
     block = min(rows * columns, max(TILE, 64 * columns))
-    return item.dtype.itemsize * count * (whole + 3 * block)
+    return count * (whole + 3 * block)
 
 
 @dataclass(slots=True)
@@ -250,8 +253,8 @@ class _StackedFactors:
         total = torch.zeros(last - first, len(other.starts) - 1 - after, dtype=torch.float64)
         for up, down, other_up, other_down in zip(self.ups, self.downs, other.ups, other.downs, strict=True):
             # The others come first, so that whole rows are added up below.
-            terms = other_up[theirs] @ up[mine].mT
-            terms *= other_down[theirs] @ down[mine].mT
+            terms = row_products(other_up[theirs], up[mine])
+            terms *= row_products(other_down[theirs], down[mine])
             sums = segment_sums(terms, others, len(other.starts) - 1 - after)
             total += segment_sums(sums.mT.double(), owners, last - first).cpu()
         return total

@@ -57,6 +57,25 @@ def test_inner_products_norms_and_cosines(pool: tuple[list[Path], list[Factors]]
     assert [model.rank_text for model in compared.models] == ["4", "1", "45", "4", "3", "2", "7"]
 
 
+def test_float32_products_against_flat_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of many adapters are float32: cosines of unlike, alike and opposite changes keep their digits."""
+    monkeypatch.setattr(grams, "_DOUBLE", 0)
+
+    def rounded(changes: Factors) -> Factors:
+        return {name: (up.float().double(), down.float().double()) for name, (up, down) in changes.items()}
+
+    made = [factors(seed, 8) for seed in range(12)]
+    alike = {name: (up + 1e-3 * made[1][name][0], down) for name, (up, down) in made[0].items()}
+    opposite = {name: (-2 * up, down) for name, (up, down) in made[0].items()}
+    made = [rounded(each) for each in (*made, alike, opposite)]
+    paths = [write(tmp_path / str(number), each, torch.float32) for number, each in enumerate(made)]
+    wanted = inner_products(flat(made))
+    norms = wanted.diagonal().sqrt()
+    found = cosines(paths)
+    assert float((found - wanted / (norms[:, None] * norms)).abs().max()) < 1e-6
+    assert float(found[0, -1]) == pytest.approx(-1, abs=1e-6)
+
+
 def test_norms_and_cosines_by_layer(pool: tuple[list[Path], list[Factors]]) -> None:
     paths, made = pool
     found = compare(paths, signs=None).layers
