@@ -14,7 +14,7 @@ def row_products(left: Tensor, right: Tensor) -> Tensor:
     torch's own choice, does so on Intel's alone, and takes twice the time on AMD's.
     """
     if left.dtype == torch.float32 and left.device.type == "cpu" and _has_onednn():
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, attr="none", scalars=[], algorithm="")
         return product
     return left @ right.mT
 
