@@ -24,6 +24,7 @@ from merging.methods.contract.method import Method
 from merging.methods.contract.wrapper import Wrapper
 from merging.report.drawing import draw_svg
 from merging.report.style import DARK_SCREEN
+from merging.searches.settings import SearchSettings
 from merging.serving import PROGRAMS
 from merging.sources.denoisers import FAMILIES
 from support.for_all import for_all
@@ -127,10 +128,11 @@ def _options(command: click.Command) -> Iterator[str]:
 
 @cache
 def known_options() -> frozenset[str]:
-    """Return the options of every command and of every method."""
+    """Return the options of every command and of every method, and the settings of a search."""
     fields = [field.replace("_", "-") for name in METHODS for field in parameters_of(method_class(name))]
     own = [f"--{word}{field}" for field in fields for word in ("", "no-")]
     own += [f"--{name}.{field}" for name in METHODS for field in parameters_of(method_class(name))]
+    own += [f"--{field.replace('_', '-')}" for field in SearchSettings.model_fields]
     return frozenset([*_options(cli), *_options(merge_command), *own, "--help", "--version"])
 
 
