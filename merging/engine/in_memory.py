@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from merging.engine.unit import accumulate, name_failures
-from merging.maths.delta import Delta, Dense, Stack
+from merging.maths.delta import Delta, Dense, Stack, StoredValues
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.reductions import Reduction
 from merging.maths.site import Site
@@ -98,7 +98,7 @@ class _Run:
             factor = self.method.at(site).factor(site, statistics, self.models)
             yield MergedTensor(name, change.scaled(factor), base)
 
-    def _measure(self, name: str, statistic: str, statistics: Statistics) -> Tensor:
+    def _measure(self, name: str, statistic: str, statistics: Statistics) -> Tensor | StoredValues:
         """Return what one statistic measures of a tensor, before its reduction."""
         with name_failures(name, self.method):
             unwrapped = self._unwrap(name, self.read(name).stack, statistics)
@@ -137,7 +137,7 @@ def _with_local(unwrapped: Unwrapped, statistics: Statistics, before: str | None
     return local
 
 
-def _reduce(reduction: Reduction, values: Mapping[str, Tensor]) -> Tensor:
+def _reduce(reduction: Reduction, values: Mapping[str, Tensor | StoredValues]) -> Tensor:
     wide = any(value.dtype == torch.float64 for value in values.values())
     accumulator = reduction.widen(torch.float64 if wide else torch.float32).start()
     while True:

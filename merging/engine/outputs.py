@@ -110,6 +110,20 @@ class Output:
             rows = to_head_rows(upper[each.rows], each.heads) if each.heads else upper[each.rows]
             self.write(each.up, torch.nn.functional.pad(rows, zeros), each.first * each.width)
 
+    def write_sum(
+        self, out: OutputTensor, change: Tensor, base: Tensor | None, factor: Coefficient, start: int
+    ) -> None:
+        """Write the base plus a change times a factor, from a flat offset on; without a base the product."""
+        flat = self.tiler.encode_sum(change, base, float(factor), DTYPES[out.dtype_name])
+        if flat is not None:
+            self._hand_over(out, flat, start)
+            return
+        if base is not None:
+            change = base.to(change.dtype).add_(change, alpha=float(factor))
+        elif factor != 1:
+            change = change * factor
+        self.write(out, change, start)
+
     def write(self, out: OutputTensor, values: Tensor, start: int = 0) -> None:
         """Write values of an output tensor from a flat offset on, cast to its type.
 
@@ -125,6 +139,9 @@ class Output:
                 f"{out.name}: the merged values are beyond the range of {kind}: set a wider {option('dtype')}, as "
                 f"float32"
             )
+        self._hand_over(out, flat, start)
+
+    def _hand_over(self, out: OutputTensor, flat: Tensor, start: int) -> None:
         began = perf_counter()
         self.sink.write(out.name, flat, start)
         self.seconds += perf_counter() - began

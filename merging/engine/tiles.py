@@ -8,9 +8,12 @@ from math import isfinite, prod
 from time import perf_counter
 
 from merging.engine.devices import kind_of
+from merging.engine.plain_items import plain_dtype
 from merging.engine.staging import Staging
 from merging.errors import InputError, option
-from merging.maths.delta import Delta, Dense, LowRank, Stack
+from merging.maths.delta import Delta, Dense, LowRank, Stack, StoredValues
+from merging.maths.kernels.steps import encode_sum, has_extremes, write_changes
+from merging.maths.kernels.switch import usable
 from merging.maths.lazy_torch import Tensor, torch
 from merging.plan.items import CHUNK, TILE, Item
 from merging.plan.merge_plan import Plan
@@ -33,7 +36,8 @@ _RUNS, _RUN = 8, 1 << 14
 class Tile:
     """A piece of a tensor: its flat offset, the models' changes or weights, and the base's values if they are needed.
 
-    The tensors are in the tiler's buffers: they are valid until the next tile.
+    The base's values may be in the type of their file. The tensors are in the tiler's buffers: they are valid until
+    the next tile.
     """
 
     start: int
@@ -44,15 +48,15 @@ class Tile:
 class Tiler:
     """Reads pieces of the plan's items into buffers of its own, on one device; belongs to one worker.
 
-    ``seconds`` is the time that it took to read tiles.
+    ``seconds`` is the time that it took to read tiles. With ``defers`` tiles for compiled kernels are not decoded until
+    their changes are asked for.
 
     Raises :class:`~merging.errors.InputError` for values that are not finite, unless the recipe allows them.
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
-        self.plan = plan
-        self.device = device
-        self.seconds = 0.0
+        self.plan, self.device = plan, device
+        self.seconds, self.defers = 0.0, False
         self._buffers: dict[object, Tensor] = {}
         self._typed: tuple[Item, torch.dtype] | None = None
         self._staging: dict[torch.dtype, Staging] = {}
@@ -86,6 +90,8 @@ class Tiler:
         """Return a tile of runs of equal length, which begin at ``starts``; all but a sample has one run."""
         dtype, shape = item.dtype, item.cut.shape(item.site)
         present = tuple(each is not None for each in item.inputs)
+        if self.defers and (deferred := self._read_stored(item, starts, size)):
+            return deferred
         base = self._read("base", item.base, starts, size, dtype) if item.base is not None else None
         values = self._buffer("stack", len(present) * size, dtype).view(len(present), size)
         for slot, each in enumerate(item.inputs):
@@ -105,6 +111,30 @@ class Tiler:
         stack.base = base.view(shape) if base is not None else None
         stack.layer_statistics = item.layer_statistics
         return Tile(starts[0], stack, stack.base)
+
+    def _read_stored(self, item: Item, starts: Sequence[int], size: int) -> Tile | None:
+        """Return a tile whose changes are decoded when they are asked for; None where torch must look at it."""
+        models = item.inputs
+        if (dtype := plain_dtype(item)) is None:
+            return None
+        values = self._buffer("stored", len(models) * size, dtype).view(len(models), size)
+        base = self._buffer("stored base", size, dtype) if item.base is not None else None
+        for row, each in zip([base, *values], [item.base, *models], strict=True):
+            if isinstance(each, Stored) and row is not None:
+                self._fill(row, each, starts)
+            elif row is not None:
+                row.copy_(base) if base is not None else row.zero_()
+        if has_extremes(values, base):
+            return None
+        origin, shape = None if self.plan.weights else base, tuple(values[0].view(item.cut.shape(item.site)).shape)
+
+        def decode() -> Tensor:
+            buffer = self._buffer("stack", values.numel(), item.dtype).view_as(values)
+            return write_changes(values, origin, buffer).view(len(models), *shape)
+
+        present = tuple(each is not None for each in models)
+        stack = Stack.of_stored(StoredValues(values, origin, shape, decode), self.plan.keys, present)
+        return Tile(starts[0], stack, base.view(shape) if base is not None else None)
 
     def _by_rows(self, item: Item, slot: int) -> Delta:
         """Return one adapter's change of an item, in a form that has rows."""
@@ -139,15 +169,19 @@ class Tiler:
         """Return runs of equal length of a stored tensor, ``size`` elements in all; valid until the next call."""
         staging = self._staging_of(stored.dtype) if self.device.type != "cpu" else None
         buffer = staging.claim(size) if staging else self._buffer("raw", size, stored.dtype)
+        self._fill(buffer, stored, starts)
+        return staging.send(buffer) if staging else buffer
+
+    def _fill(self, buffer: Tensor, stored: Stored, starts: Sequence[int]) -> None:
+        """Read runs of equal length of a stored tensor into a buffer."""
         began = perf_counter()
         if len(starts) == 1:
             stored.read_into(buffer, starts[0])
         else:
-            run = size // len(starts)
-            for place, start in zip(range(0, size, max(1, run)), starts, strict=False):
+            run = len(buffer) // len(starts)
+            for place, start in zip(range(0, len(buffer), max(1, run)), starts, strict=False):
                 stored.read_into(buffer[place : place + run], start)
         self.seconds += perf_counter() - began
-        return staging.send(buffer) if staging else buffer
 
     def _staging_of(self, dtype: torch.dtype) -> Staging:
         if dtype not in self._staging:
@@ -251,6 +285,13 @@ class Tiler:
             f"{path}: {name} holds NaN or infinite values, which would spread over the merge: repair or leave out this "
             f"model, or use {option('allow_nonfinite', True)}"
         )
+
+    def encode_sum(self, change: Tensor, base: Tensor | None, factor: float, dtype: torch.dtype) -> Tensor | None:
+        """Return the base plus a change times a factor, in the final type, flat; None where torch must compute it."""
+        if not self.defers or not usable(change, base):
+            return None
+        buffer = self._buffer("out", change.numel(), dtype, host=True)
+        return buffer if encode_sum(change.view(-1), base, factor, buffer) else None
 
     def outgoing(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         """Return values cast to their final type, flat, on the host."""

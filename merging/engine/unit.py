@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from merging.engine.tiles import Tiler, can_be_sampled, tile_size
 from merging.errors import InputError, MergingError, OptionError, option
-from merging.maths.delta import Delta, Dense, LowRank, Stack
+from merging.maths.delta import Delta, Dense, LowRank, Stack, StoredValues
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.reductions import Accumulator
 from merging.maths.site import Site
@@ -86,7 +86,7 @@ class WorkUnit:
             for tile in tiles:
                 if share == 1 and (tile.start - start) * len(tile.stack) < _REMEMBERED and self._goes_again:
                     tile.stack.memo = self._memos.setdefault(tile.start, {})
-                yield Block(item.site.block(tuple(tile.stack.dense().shape[1:]), tile.start), tile.stack, tile.base)
+                yield Block(item.site.block(tile.stack.shape, tile.start), tile.stack, tile.base)
             return
         stack, site = unwrapped.stack, unwrapped.site
         cut = cut_stack(site, stack.low_rank, self.method)
@@ -174,7 +174,7 @@ def name_failures(name: str, method: Method) -> Iterator[None]:
         raise OptionError(f"the method {own} failed at {name}: {type(error).__name__}: {error}") from error
 
 
-def accumulate(accumulator: Accumulator, values: Tensor, name: str) -> None:
+def accumulate(accumulator: Accumulator, values: Tensor | StoredValues, name: str) -> None:
     """Feed an accumulator with values of a tensor, which an error then names.
 
     Raises :class:`~merging.errors.InputError` for values that poison the result.

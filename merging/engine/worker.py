@@ -69,12 +69,14 @@ class Worker:
         self.shared = shared
         self.plan = shared.plan
         self.tiler = Tiler(shared.plan, device)
+        self.tiler.defers = device.type == "cpu"
         self.output = Output(shared.sink, self.tiler, shared.discarded, shared.notices)
         self._measures = Measures()
 
     def measure(self) -> None:
         """Measure the units that are merged from now on."""
         self.probe = Probe(self.tiler)
+        self.tiler.defers = False  # it looks at all changes
 
     def gather(self, span: Span, stage: Sequence[Statistic | ResultStatistic]) -> None:
         """Feed the accumulators with a span: with the models' changes, or with what they merge to."""
@@ -175,12 +177,13 @@ class Worker:
             self.output.write_whole(item, merged, factor, change)
         elif item.form == "factors":
             full = torch.empty(item.numel, dtype=item.dtype, device=self.tiler.device)
-            for start, values in self._merge_blocks(unit, factor):
+            for start, values, _ in self._merge_blocks(unit, factor):
+                values = values * factor if factor != 1 else values
                 full[start : start + values.numel()] = values.reshape(-1)
             self.output.write_compressed(item, full.view(item.site.shape))
         else:
-            for start, values in self._merge_blocks(unit, factor):
-                self.output.write(item.outs[0], values, start)
+            for start, values, base in self._merge_blocks(unit, factor):
+                self.output.write_sum(item.outs[0], values, base, factor, start)
 
     def _take(self, spool: Spool, item: Item) -> Delta | None:
         """Return the change of an item that any worker set aside, on this worker's device."""
@@ -203,8 +206,8 @@ class Worker:
         """Return whether merged weights must be turned into a change: to be scaled, or to be written as one."""
         return self.plan.recipe.method.rescales or item.form != "dense"
 
-    def _merge_blocks(self, unit: WorkUnit, factor: Coefficient) -> Iterator[tuple[int, Tensor]]:
-        """Yield the values to write, block by block: the new weights, or their change for an adapter."""
+    def _merge_blocks(self, unit: WorkUnit, factor: Coefficient) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Yield changes to write times ``factor``, block by block: the start, the change, the base if it is added."""
         item, weights = unit.span.item, self.plan.weights
         as_change = not weights or self._needs_change(item)
         statistics = unit.statistics()
@@ -215,11 +218,7 @@ class Worker:
             if self.probe is not None:
                 change = not weights or (as_change and base is not None)
                 self.probe.add_block(item, site.start, stack, values, base, change=change, factor=factor)
-            if item.form == "dense" and as_change and base is not None:
-                values = base.add_(values, alpha=float(factor))
-            elif factor != 1:
-                values = values * factor
-            yield site.start, values
+            yield site.start, values, base if item.form == "dense" and as_change else None
 
 
 def _read_ahead(span: Span) -> None:

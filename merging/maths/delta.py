@@ -157,6 +157,11 @@ class StoredValues:
     shape: tuple[int, ...]
     decode: Callable[[], Tensor]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the changes."""
+        return torch.promote_types(self.values.dtype, torch.float32)
+
 
 class Stack(Displayed):
     """The changes of ``n`` models in one tensor, or in one block of it.
@@ -206,9 +211,7 @@ class Stack(Displayed):
 
     def _display_fields(self) -> dict[str, object]:
         facts: dict[str, object] = {"models": len(self), "present": sum(self.present), "low_rank": self.low_rank}
-        if self._deltas is None:
-            return {**facts, "shape": tuple(self.dense().shape[1:])}
-        return {**facts, "shape": self._deltas[0].shape} if self._deltas else facts
+        return {**facts, "shape": self.shape} if len(self) else facts
 
     @property
     def deltas(self) -> tuple[Delta, ...]:
@@ -227,6 +230,8 @@ class Stack(Displayed):
     @property
     def dtype(self) -> torch.dtype:
         """The type of the values."""
+        if self._stored is not None:
+            return torch.float32
         first = self.deltas[0]
         return first.up.dtype if isinstance(first, LowRank) else first.value.dtype
 
@@ -248,6 +253,13 @@ class Stack(Displayed):
         elif self._values is None:
             self._values = torch.stack([delta.dense() for delta in self.deltas])
         return self._values
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a change."""
+        if self._stored is not None:
+            return self._stored.shape
+        return tuple(self._values.shape[1:]) if self._values is not None else self.deltas[0].shape
 
     @property
     def stored(self) -> StoredValues:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from merging.maths import order_statistics
+from merging.maths.kernels.switch import run_kernel
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.reductions import State
 
-__all__ = ["KeyRange", "KeyTally"]
+__all__ = ["KeyRange", "KeyTally", "StoredKeys"]
 
 _BINS = 18
 """Bits of the number of bins in which a range is counted, at most."""
@@ -39,6 +41,13 @@ def _range(low: int, high: int, below: int | None, inside: int | None = None) ->
     return KeyRange(low, high, max(0, (high - low - 1).bit_length() - _BINS), below, inside)
 
 
+class StoredKeys(NamedTuple):
+    """The greatest magnitude among keys, and the number of keys of at most 0."""
+
+    greatest: int
+    nonpositive: int
+
+
 @dataclass(slots=True)
 class KeyTally:
     """The keys of one model in a range, and the number of keys below it where it is not known yet."""
@@ -60,6 +69,38 @@ class KeyTally:
                 self.below += _count_below(keys, low)
             keys = _select(keys, low, high)
         self._hold(keys)
+
+    def add_stored(self, values: Tensor, base: Tensor | None, magnitudes: bool) -> StoredKeys:
+        """Take in the keys of a model's float32 changes: of its stored values, minus the base's if there is one."""
+        low, high, shift = self.range[:3]
+        none, bounds = torch.empty(0, dtype=torch.int64), torch.tensor([low, high - low, shift])
+        numbers = torch.tensor([0, 0, 0, 1 << 62, -1 << 62, 0, 0])
+        while int(numbers[0]) < len(values):
+            with torch.inference_mode():
+                if self.listed is None and self.counts is None:
+                    self.listed = torch.empty(_LISTED, dtype=torch.int32)
+            numbers[2] = self.waiting
+            listed, counts = (
+                none.int() if self.listed is None else self.listed,
+                none if self.counts is None else self.counts,
+            )
+            arguments = (values, base, magnitudes, bounds, int(numbers[0]), listed, counts, numbers)
+            if not run_kernel("keys.gather_keys", *arguments):
+                return self._add_decoded(values.float() if base is None else values.float() - base.float(), magnitudes)
+            self.waiting = int(numbers[2])
+            if int(numbers[0]) < len(values):
+                self._count()
+        _, below, _, least, most, greatest, nonpositive = numbers.tolist()
+        if least <= most:
+            self._stretch([least, most])
+        if self.range.below is None:
+            self.below += below
+        return StoredKeys(greatest, nonpositive)
+
+    def _add_decoded(self, changes: Tensor, magnitudes: bool) -> StoredKeys:
+        keys = order_statistics.keys(changes, magnitudes)
+        self.add(keys)
+        return StoredKeys(int(keys.abs().max()) if len(keys) else 0, int(torch.count_nonzero(keys <= 0)))
 
     def merge(self, other: KeyTally) -> None:
         """Join a tally of the same range."""

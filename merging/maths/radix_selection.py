@@ -8,12 +8,17 @@ from math import isqrt
 from typing import Any
 
 from merging.maths import order_statistics
+from merging.maths.delta import StoredValues
+from merging.maths.kernels.switch import usable
 from merging.maths.key_ranges import KeyRange, KeyTally
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.order_statistics import Rank
 from merging.maths.reductions import Accumulator, Reduction, State, check_count, column_pieces, model_rows
 
 __all__ = ["OrderStatistics"]
+
+_INFINITY = 0x7F800000
+"""The key of a float32 infinity."""
 
 _DIGIT = 16
 """Bits counted in one sweep, as long as nothing is known of the values."""
@@ -107,7 +112,12 @@ class _Selection(Accumulator):
         self.sampling = True
         return True
 
-    def add(self, values: Tensor, key: object) -> None:
+    def add(self, values: Tensor | StoredValues, key: object) -> None:
+        if isinstance(values, StoredValues):
+            if self.reduction.ranked_dtype == torch.float32 and usable(values.values, values.base):
+                self._add_stored(values, key)
+                return
+            values = values.decode()
         rows = model_rows(values)
         if torch.promote_types(rows.dtype, self.reduction.ranked_dtype) != self.reduction.ranked_dtype:
             raise TypeError(f"{key}: {rows.dtype} values are wider than the {self.reduction.ranked_dtype} to be ranked")
@@ -122,6 +132,18 @@ class _Selection(Accumulator):
                     model.excluded += int(torch.count_nonzero(own <= 0))
                 for tally in model.tallies.values():
                     tally.add(own)
+
+    def _add_stored(self, stored: StoredValues, key: object) -> None:
+        """Take in changes as they are stored, by kernels where these run."""
+        self._admit(len(stored.values))
+        self.count += stored.values.shape[1]
+        for model, own in zip(self.models, stored.values, strict=True):
+            for number, tally in enumerate(model.tallies.values()):
+                found = tally.add_stored(own, stored.base, self.reduction.magnitudes)
+                if not self.total and found.greatest > _INFINITY:
+                    raise ValueError(f"{key} holds NaN, which has no rank")
+                if self.reduction.positive and not self.total and not number:
+                    model.excluded += found.nonpositive
 
     def _admit(self, models: int) -> None:
         check_count(len(self.models) or models, models)

@@ -80,7 +80,7 @@ class Accumulator(ABC):
         return False
 
     @abstractmethod
-    def add(self, values: Tensor, key: object) -> None:
+    def add(self, values: Any, key: object) -> None:
         """Take in one tile, ``[n, ...]`` floating point, of n models; ``key`` names it in errors.
 
         Raises ValueError for values that poison the result, or for another number of models than before.

@@ -78,7 +78,7 @@ class Ties(Method):
         if not varies(self.density) and self._densities():
             ranks = OrderStatistics(tuple(map(Rank.largest, self._densities())), magnitudes=True)
             required_statistics.append(
-                Statistic(_THRESHOLDS, ranks, lambda stack, site, statistics: stack.dense(), per=self.scope)
+                Statistic(_THRESHOLDS, ranks, lambda stack, site, statistics: stack.stored, per=self.scope)
             )
             if self.keep_norm:
                 required_statistics.append(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import merging
@@ -37,6 +39,10 @@ COMPETING: list[tuple[str, dict[str, Any]]] = [
     ("pcb", {"variant": "vision", "ratio": 0.3, "clip": 0.0}),
 ]
 CASES = [("ties", each) for each in TIES]
+FILES = [
+    ("ties", TIES[1]),
+    *(pytest.param(*each, marks=pytest.mark.exhaustive) for each in [("ties", {}), *DROPPING, *COMPETING]),
+]
 
 
 @pytest.fixture
@@ -173,3 +179,28 @@ def test_scores_of_many_models(use: Use, variant: str) -> None:
 def test_bits_with_nan_and_infinities(use: Use) -> None:
     for dtype in DTYPES:
         assert agree(use, CASES[2], *draw((3, 1500), dtype, 1, special=True))
+
+
+def files(folder: Path, dtype: torch.dtype) -> list[str]:
+    """Write a base and three models, and return their paths, the base's first."""
+    shapes = {"layers.0.mlp.weight": (40, 50), "layers.0.norm.weight": (33,), "scale": ()}
+    tensors = {name: draw(shape, dtype, seed) for seed, (name, shape) in enumerate(shapes.items())}
+    for number, model in enumerate(("base", *"abc")):
+        own = {name: base if model == "base" else values[number - 1] for name, (values, base) in tensors.items()}
+        save_file({name: value.contiguous() for name, value in own.items()}, folder / f"{model}.safetensors")
+    return [str(folder / f"{model}.safetensors") for model in ("base", *"abc")]
+
+
+@pytest.mark.parametrize("method, parameters", FILES, ids=str)
+def test_files_have_the_same_bytes(use: Use, tmp_path: Path, method: str, parameters: dict[str, Any]) -> None:
+    """Through the decoding of tiles, sampling, and the encoding of the result."""
+    base, *models = files(tmp_path, torch.bfloat16)
+    needs_base = merging.chain(method, parameters).merge_space == "delta"
+    options = {**parameters, "method": method, "threads": 1} | ({"base": base} if needs_base else {})
+    outputs = []
+    for choice in ("off", "on"):
+        ran = use(choice)
+        merging.merge(models, output=tmp_path / f"{choice}.safetensors", **options)
+        assert bool(ran) == (choice == "on")
+        outputs.append((tmp_path / f"{choice}.safetensors").read_bytes())
+    assert outputs[0] == outputs[1]

@@ -11,7 +11,16 @@ from merging.maths.delta import Stack, StoredValues
 from merging.maths.kernels.switch import fuses, run_kernel, usable
 from merging.maths.lazy_torch import Tensor, torch
 
-__all__ = ["count_elected", "limits_of", "merge_agreeing", "numbers_of", "stored_values"]
+__all__ = [
+    "count_elected",
+    "encode_sum",
+    "has_extremes",
+    "limits_of",
+    "merge_agreeing",
+    "numbers_of",
+    "stored_values",
+    "write_changes",
+]
 
 
 def stored_values(stack: Stack, *numbers: Any) -> StoredValues | None:
@@ -76,3 +85,33 @@ def count_elected(stack: Stack, thresholds: Sequence[float | None], votes: Seque
     out = torch.empty(1, 1, dtype=torch.float64)
     ran = run_kernel("agreement.count_signs", stored.values, stored.base, limits_of(thresholds), ballots, out)
     return out if ran else None
+
+
+def has_extremes(*values: Tensor | None) -> bool:
+    """Return whether stored values are not all finite, or so large that a difference of two may not be."""
+    answer = torch.empty(1)
+    each_has = (
+        not run_kernel("tiles.find_extremes", each.view(-1), answer) or bool(answer)
+        for each in values
+        if each is not None and each.numel()
+    )
+    return any(each_has)
+
+
+def write_changes(values: Tensor, base: Tensor | None, out: Tensor) -> Tensor:
+    """Write stored values ``[n, size]`` as float32, minus the base's ``[size]`` if there is one, and return them."""
+    if usable(values, base, out) and run_kernel("tiles.write_changes", values, base, out):
+        return out
+    out.copy_(values)
+    return out if base is None else out.sub_(base.to(out.dtype))
+
+
+def encode_sum(change: Tensor, base: Tensor | None, factor: float, out: Tensor) -> bool:
+    """Write the base plus a change times a factor in the type of ``out``, ``[size]``, and return whether it is done.
+
+    It is not where torch must do it, or where a number is so large that torch must look at it.
+    """
+    if not usable(change, base, out) or numbers_of(factor) is None:
+        return False
+    arguments = (change, None if base is None else base.reshape(-1), factor, fuses(), out)
+    return run_kernel("tiles.add_change", *arguments) and not has_extremes(out)

@@ -17,7 +17,7 @@ from typing import Any
 
 from merging.maths.lazy_torch import Tensor, torch
 
-__all__ = ["COMPILED_FROM", "SWITCH", "USED_FROM", "fuses", "run_kernel", "switch_kernels", "usable"]
+__all__ = ["COMPILED_FROM", "SWITCH", "USED_FROM", "fuses", "kernel_types", "run_kernel", "switch_kernels", "usable"]
 
 SWITCH = "MERGING_KERNELS"
 """The environment variable that switches kernels ``off``, or ``on`` for merges of any size."""
@@ -62,10 +62,20 @@ def usable(*tensors: Tensor | None) -> bool:
             each.device.type == "cpu"
             and each.is_contiguous()
             and not each.requires_grad
-            and each.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and each.dtype in kernel_types()
         )
         for each in tensors
     )
+
+
+@cache
+def kernel_types() -> tuple[torch.dtype, ...]:
+    """Return the types of tensors that kernels take; float16 where the processor converts it by itself."""
+    from llvmlite.binding import get_host_cpu_features
+
+    features = get_host_cpu_features()
+    converts = features.get("f16c") or features.get("fullfp16") or features.get("neon")
+    return (torch.float32, torch.bfloat16, *([torch.float16] if converts else []))
 
 
 @cache

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from merging.display.tables import Displayed
 from merging.errors import OptionError, either, explain_invalid, nearest, option
 from merging.maths.coefficients import spread
-from merging.maths.delta import Delta, Stack
+from merging.maths.delta import Delta, Stack, StoredValues
 from merging.maths.lazy_torch import Tensor
 from merging.maths.parameters import Coefficient, bind_value, graded, varies
 from merging.maths.reductions import Reduction
@@ -30,13 +30,16 @@ from merging.maths.site import Site
 if TYPE_CHECKING:
     from merging.methods.contract.update_rule import UpdateRule
 
-__all__ = ["Grain", "Method", "ResultStatistic", "Statistic", "Statistics", "StatisticsKind", "build"]
+__all__ = ["Grain", "Method", "ResultStatistic", "StackFunction", "Statistic", "Statistics", "StatisticsKind", "build"]
 
 Statistics = Mapping[str, Tensor]
 """Values of the statistics known so far, by name."""
 
 StatisticsKind = Literal["inputs", "fisher"]
 """Statistics of examples: Gram matrices of layers' inputs, or the diagonal of the Fisher information."""
+
+StackFunction = Callable[[Stack, Site, Statistics], Tensor | StoredValues]
+"""A function of the changes, the site and the statistics before, whose values are reduced."""
 
 Grain = Literal["element", "row", "matrix"]
 """A piece of a tensor: any elements, whole rows (see :attr:`~merging.maths.site.Site.row`), or the whole tensor."""
@@ -46,12 +49,14 @@ Grain = Literal["element", "row", "matrix"]
 class Statistic(Displayed):
     """A statistic that a merge needs beforehand: ``reduction`` over ``measure(stack, site, statistics) -> [n, ...]``.
 
+    An order statistic of the changes themselves measures ``stack.stored``, which need not be decoded.
+
     Taken over all tensors that are merged (``per = "model"``) or over one tensor at a time (``per = "tensor"``).
     """
 
     name: str
     reduction: Reduction
-    measure: Callable[[Stack, Site, Statistics], Tensor]
+    measure: StackFunction
     per: Literal["model", "tensor"] = "model"
 
 

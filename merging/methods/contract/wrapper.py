@@ -9,11 +9,11 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from merging.errors import OptionError
-from merging.maths.delta import Delta, Stack
+from merging.maths.delta import Delta, Stack, StoredValues
 from merging.maths.lazy_torch import Tensor
 from merging.maths.parameters import Coefficient
 from merging.maths.site import Site
-from merging.methods.contract.method import Grain, Method, ResultStatistic, Statistic, Statistics
+from merging.methods.contract.method import Grain, Method, ResultStatistic, StackFunction, Statistic, Statistics
 
 __all__ = ["Unwrapped", "Wrapper", "unwrap_outer"]
 
@@ -98,8 +98,8 @@ class Wrapper(Method):
         return Unwrapped(self.then, stack, site, lambda merged: merged)
 
     def required_statistics(self) -> tuple[Statistic, ...]:
-        def inside(of: Callable[[Stack, Site, Statistics], Tensor]) -> Callable[[Stack, Site, Statistics], Tensor]:
-            def unwrapped_of(stack: Stack, site: Site, statistics: Statistics) -> Tensor:
+        def inside(of: StackFunction) -> StackFunction:
+            def unwrapped_of(stack: Stack, site: Site, statistics: Statistics) -> Tensor | StoredValues:
                 unwrapped = self.unwrap(stack, site, statistics)
                 return of(unwrapped.stack, unwrapped.site, statistics)
 
