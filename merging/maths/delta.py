@@ -8,6 +8,7 @@ from math import prod
 
 from merging.display.tables import Displayed
 from merging.errors import InputError, OptionError
+from merging.maths.kernels.switch import fuses, run_kernel, usable
 from merging.maths.layer_statistics import LayerStatistics
 from merging.maths.lazy_torch import Tensor, torch
 from merging.type_checks import describe_value
@@ -287,7 +288,19 @@ class Stack(Displayed):
         weights = list(weights)
         if self.low_rank:
             return _concatenate([d for d in self.deltas if isinstance(d, LowRank)], weights)
-        return Dense(weighted_sum(self.dense(), weights))
+        summed = self._add_by_kernel(weights)
+        return Dense(weighted_sum(self.dense(), weights) if summed is None else summed)
+
+    def _add_by_kernel(self, weights: Sequence[Scalar]) -> Tensor | None:
+        """Return the weighted sum, with the bits of :func:`weighted_sum`; None where no kernel can compute it."""
+        if not usable() or not weights or any(isinstance(each, Tensor) for each in weights):
+            return None
+        stored, numbers = self.stored, torch.tensor(weights, dtype=torch.float32)
+        if not usable(stored.values, stored.base) or not bool(numbers.isfinite().all()):
+            return None
+        out = torch.empty(stored.values.shape[1], dtype=torch.float32)
+        ran = run_kernel("combine.add_weighted", stored.values, stored.base, numbers, fuses(), out)
+        return out.view(stored.shape) if ran else None
 
 
 def _concatenate(deltas: Sequence[LowRank], weights: Sequence[Scalar]) -> LowRank:

@@ -119,6 +119,9 @@ class _Selection(Accumulator):
                 return
             values = values.decode()
         rows = model_rows(values)
+        if rows.dtype == torch.float32 == self.reduction.ranked_dtype and usable(rows):
+            self._add_stored(StoredValues(rows, None, tuple(rows.shape[1:]), lambda: rows), key)
+            return
         if torch.promote_types(rows.dtype, self.reduction.ranked_dtype) != self.reduction.ranked_dtype:
             raise TypeError(f"{key}: {rows.dtype} values are wider than the {self.reduction.ranked_dtype} to be ranked")
         self._admit(len(rows))

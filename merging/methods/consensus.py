@@ -9,6 +9,7 @@ from pydantic import Field
 from merging.errors import OptionError
 from merging.maths.coefficients import column
 from merging.maths.delta import Delta, Dense, Stack, sum_in_order
+from merging.maths.kernels.combine_steps import keep_agreed
 from merging.maths.lazy_torch import Tensor
 from merging.maths.parameters import Coefficient, Local, PerModel, varies
 from merging.maths.site import Site
@@ -45,6 +46,15 @@ class Consensus(Method):
             raise OptionError(f"consensus.agree = {self.agree}, and only {models} models were given: lower it")
 
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
+        kept = keep_agreed(
+            stack,
+            weights=self.coefficients(len(stack)),
+            threshold=self.threshold,
+            agree=self.agree,
+            scale=self.scale,
+        )
+        if kept is not None:
+            return Dense(kept)
         values = stack.dense()
         values = values * column(self.weights, values)
         total = sum_in_order(values)

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from merging.maths.coefficients import column, number
 from merging.maths.delta import Delta, Dense, Stack
+from merging.maths.kernels.combine_steps import take_largest
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.parameters import Coefficient, Local, PerModel
 from merging.maths.site import Site
@@ -36,6 +37,9 @@ class MagMax(Method):
     scale: Local[Coefficient] = Field(1.0, description="what the merged change is multiplied by")
 
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
+        taken = take_largest(stack, self.coefficients(len(stack)), self.scale)
+        if taken is not None:
+            return Dense(taken)
         values = stack.dense()
         return Dense(largest(values * column(self.weights, values)) * self.scale)
 

@@ -7,6 +7,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from merging.maths.delta import Delta, Dense, Stack, weighted_sum
+from merging.maths.kernels.combine_steps import square_selected, write_variances
+from merging.maths.kernels.steps import merge_agreeing
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.order_statistics import Rank
 from merging.maths.parameters import Coefficient, Local, varies
@@ -61,18 +63,29 @@ class Sce(Method):
         values = stack.dense()
         if self.density >= 1:
             return values
-        chosen = variance(values)
+        chosen = _variance_of(stack)
         cut = float(statistics[_CUT].sum())  # NaN where no entry varies
         return values * torch.ge(chosen, cut, out=chosen)
 
     def _squares(self, stack: Stack, site: Site, statistics: Statistics) -> Tensor:
+        if self.density < 1:
+            squares = square_selected(stack, _variance_of(stack), float(statistics[_CUT].sum()))
+            if squares is not None:
+                return squares
         return self._select(stack, statistics).square()
 
     def merge(self, stack: Stack, site: Site, statistics: Statistics) -> Delta:
-        values = self._select(stack, statistics) if self.select == "deltas" else stack.dense()
-        signs = elect(list(values), [1.0] * len(values))
+        if self.select == "deltas":
+            stack = Stack.of(self._select(stack, statistics), stack.models, stack.present)
+        shares = shares_of(statistics[_SQUARES])
+        ones = [1.0] * len(stack)
+        merged = merge_agreeing(stack, thresholds=[None] * len(stack), votes=ones, weights=shares, scale=self.scale)
+        if merged is not None:
+            return Dense(merged)
+        values = stack.dense()
+        signs = elect(list(values), ones)
         signs.add_(torch.eq(signs, 0, out=torch.empty_like(signs)))
-        return Dense(agreeing_mean(list(values), signs, shares_of(statistics[_SQUARES]), normalize=True) * self.scale)
+        return Dense(agreeing_mean(list(values), signs, shares, normalize=True) * self.scale)
 
 
 def variance(values: Tensor) -> Tensor:
@@ -90,7 +103,13 @@ def variance(values: Tensor) -> Tensor:
 
 def _variances(stack: Stack, site: Site, statistics: Statistics) -> Tensor:
     """Return the variances, ``[1, *shape]``; only the positive ones are ranked."""
-    return variance(stack.dense())[None]
+    return _variance_of(stack)[None]
+
+
+def _variance_of(stack: Stack) -> Tensor:
+    """Return :func:`variance` of the changes of a stack, by a kernel where it can."""
+    found = write_variances(stack)
+    return variance(stack.dense()) if found is None else found
 
 
 def shares_of(squares: Tensor) -> list[float]:

@@ -38,10 +38,21 @@ COMPETING: list[tuple[str, dict[str, Any]]] = [
     ("pcb", {"scope": "tensor", "ratio": 0.5, "weights": (1.0, -0.5, 0.0), "scale": -0.7}),
     ("pcb", {"variant": "vision", "ratio": 0.3, "clip": 0.0}),
 ]
-CASES = [("ties", each) for each in TIES]
+COMBINED: list[tuple[str, dict[str, Any]]] = [
+    ("linear", {"weights": (0.3, 1.0, -0.5)}),
+    ("task_arithmetic", {"weights": (1.0, 0.7, -0.5), "scale": 0.3}),
+    ("karcher", {}),
+    ("consensus", {"weights": (1.0, 0.7, -0.5), "scale": 0.3}),
+    ("sce", {}),
+    ("sce", {"select": "deltas", "density": 0.5, "scale": 0.7}),
+]
+CASES = [*(("ties", each) for each in TIES), *COMBINED]
 FILES = [
     ("ties", TIES[1]),
-    *(pytest.param(*each, marks=pytest.mark.exhaustive) for each in [("ties", {}), *DROPPING, *COMPETING]),
+    *(
+        pytest.param(*each, marks=pytest.mark.exhaustive)
+        for each in [("ties", {}), *COMBINED, ("magmax", {}), *DROPPING, *COMPETING]
+    ),
 ]
 
 
@@ -62,8 +73,9 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], list[str]]]
         ran.clear()
         return ran
 
-    for module in ("steps", "drop_steps", "competition_steps"):
-        monkeypatch.setattr(f"merging.maths.kernels.{module}.run_kernel", watch)
+    steps = [f"kernels.{name}" for name in ("combine_steps", "competition_steps", "drop_steps", "steps")]
+    for module in ("delta", "key_ranges", *steps):
+        monkeypatch.setattr(f"merging.maths.{module}.run_kernel", watch)
     yield choose
     choose("off")
 

@@ -96,7 +96,7 @@ def run_kernel(name: str, *arguments: Any) -> bool:
         kernel = _find(name)
         if kernel is None or not (_State.compiles or kernel.signatures or _is_kept(kernel)):
             return False
-        arrays = [_array(each) if isinstance(each, Tensor) else each for each in arguments]
+        arrays = [_array(each) if isinstance(each, torch.Tensor) else each for each in arguments]
         try:
             kernel(*arrays)
         except OSError:  # compiled, but the disk is full or read-only
