@@ -69,7 +69,7 @@ class Worker:
         self.shared = shared
         self.plan = shared.plan
         self.tiler = Tiler(shared.plan, device)
-        self.tiler.defers = device.type == "cpu"
+        self.tiler.defers = device.type == "cpu" and not shared.plan.recipe.method.needs_base
         self.output = Output(shared.sink, self.tiler, shared.discarded, shared.notices)
         self._measures = Measures()
 
