@@ -8,11 +8,11 @@ from math import isfinite, prod
 from time import perf_counter
 
 from merging.engine.devices import kind_of
-from merging.engine.plain_items import plain_dtype
+from merging.engine.plain_items import read_plain
 from merging.engine.staging import Staging
 from merging.errors import InputError, option
-from merging.maths.delta import Delta, Dense, LowRank, Stack, StoredValues
-from merging.maths.kernels.steps import encode_sum, has_extremes, write_changes
+from merging.maths.delta import Delta, Dense, LowRank, Stack
+from merging.maths.kernels.steps import encode_sum
 from merging.maths.kernels.switch import usable
 from merging.maths.lazy_torch import Tensor, torch
 from merging.plan.items import CHUNK, TILE, Item
@@ -114,27 +114,14 @@ class Tiler:
 
     def _read_stored(self, item: Item, starts: Sequence[int], size: int) -> Tile | None:
         """Return a tile whose changes are decoded when they are asked for; None where torch must look at it."""
-        models = item.inputs
-        if (dtype := plain_dtype(item)) is None:
+        found = read_plain(item, size, self._buffer, lambda into, stored: self._fill(into, stored, starts))
+        if found is None:
             return None
-        values = self._buffer("stored", len(models) * size, dtype).view(len(models), size)
-        base = self._buffer("stored base", size, dtype) if item.base is not None else None
-        for row, each in zip([base, *values], [item.base, *models], strict=True):
-            if isinstance(each, Stored) and row is not None:
-                self._fill(row, each, starts)
-            elif row is not None:
-                row.copy_(base) if base is not None else row.zero_()
-        if has_extremes(values, base):
-            return None
-        origin, shape = None if self.plan.weights else base, tuple(values[0].view(item.cut.shape(item.site)).shape)
-
-        def decode() -> Tensor:
-            buffer = self._buffer("stack", values.numel(), item.dtype).view_as(values)
-            return write_changes(values, origin, buffer).view(len(models), *shape)
-
-        present = tuple(each is not None for each in models)
-        stack = Stack.of_stored(StoredValues(values, origin, shape, decode), self.plan.keys, present)
-        return Tile(starts[0], stack, base.view(shape) if base is not None else None)
+        changes, base = found.changes(subtract=not self.plan.weights), found.base
+        stack = Stack.of_stored(changes, self.plan.keys, tuple(each is not None for each in item.inputs))
+        tile = Tile(starts[0], stack, base.view(changes.shape) if base is not None else None)
+        stack.layer_statistics = item.layer_statistics
+        return tile
 
     def _by_rows(self, item: Item, slot: int) -> Delta:
         """Return one adapter's change of an item, in a form that has rows."""
