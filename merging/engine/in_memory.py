@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from merging.engine.unit import accumulate, name_failures
-from merging.maths.delta import Delta, Dense, Stack, StoredValues
+from merging.maths.delta import Delta, Dense, Stack
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.reductions import Reduction
 from merging.maths.site import Site
+from merging.maths.stored_values import StoredValues
 from merging.methods.blocks import scale_changes, scales_at
 from merging.methods.contract.method import Method, Statistics
 from merging.methods.contract.places import check_places

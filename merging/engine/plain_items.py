@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from merging.maths.delta import StoredValues
 from merging.maths.kernels.steps import has_extremes, write_changes
 from merging.maths.kernels.switch import kernel_types, usable
 from merging.maths.lazy_torch import Tensor, torch
+from merging.maths.stored_values import StoredValues
 from merging.plan.items import Item
 from merging.sources.stored import Stored
 
 __all__ = ["PlainTile", "read_plain"]
 
-MakeBuffer = Callable[[str, int, torch.dtype], Tensor]
+MakeBuffer = Callable[[str, int, Any], Tensor]
 """Returns a buffer of a name, a number of elements and a type, which is valid until the next tile."""
 
 

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 from merging.engine.tiles import Tiler, can_be_sampled, tile_size
 from merging.errors import InputError, MergingError, OptionError, option
-from merging.maths.delta import Delta, Dense, LowRank, Stack, StoredValues
+from merging.maths.delta import Delta, Dense, LowRank, Stack
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.reductions import Accumulator
 from merging.maths.site import Site
+from merging.maths.stored_values import StoredValues
 from merging.methods.contract.method import Method, Statistic, Statistics
 from merging.methods.contract.wrapper import Unwrapped, unwrap_outer
 from merging.plan.cuts import cut_rows, cut_stack

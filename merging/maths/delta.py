@@ -8,12 +8,14 @@ from math import prod
 
 from merging.display.tables import Displayed
 from merging.errors import InputError, OptionError
-from merging.maths.kernels.switch import fuses, run_kernel, usable
+from merging.maths.kernels.switch import usable
+from merging.maths.kernels.weighted_sums import add_weighted
 from merging.maths.layer_statistics import LayerStatistics
 from merging.maths.lazy_torch import Tensor, torch
+from merging.maths.stored_values import StoredValues
 from merging.type_checks import describe_value
 
-__all__ = ["Delta", "Dense", "LowRank", "Stack", "StoredValues", "sum_in_order", "weighted_sum"]
+__all__ = ["Delta", "Dense", "LowRank", "Stack", "sum_in_order", "weighted_sum"]
 
 Scalar = float | Tensor
 
@@ -142,28 +144,6 @@ class LowRank(Displayed):
 Delta = Dense | LowRank
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class StoredValues:
-    """The models' changes as they are stored, for compiled kernels, which decode them on their way.
-
-    Attributes:
-        values: the models' values, or their changes, ``[n, elements]`` in the type of their files.
-        base: the base's values, ``[elements]`` of the same type; None where ``values`` are not to be subtracted from.
-        shape: the shape of a change.
-        decode: returns the changes written out, ``[n, *shape]``.
-    """
-
-    values: Tensor
-    base: Tensor | None
-    shape: tuple[int, ...]
-    decode: Callable[[], Tensor]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the changes."""
-        return torch.promote_types(self.values.dtype, torch.float32)
-
-
 class Stack(Displayed):
     """The changes of ``n`` models in one tensor, or in one block of it.
 
@@ -288,19 +268,8 @@ class Stack(Displayed):
         weights = list(weights)
         if self.low_rank:
             return _concatenate([d for d in self.deltas if isinstance(d, LowRank)], weights)
-        summed = self._add_by_kernel(weights)
+        summed = add_weighted(self.stored, weights) if usable() else None
         return Dense(weighted_sum(self.dense(), weights) if summed is None else summed)
-
-    def _add_by_kernel(self, weights: Sequence[Scalar]) -> Tensor | None:
-        """Return the weighted sum, with the bits of :func:`weighted_sum`; None where no kernel can compute it."""
-        if not usable() or not weights or any(isinstance(each, Tensor) for each in weights):
-            return None
-        stored, numbers = self.stored, torch.tensor(weights, dtype=torch.float32)
-        if not usable(stored.values, stored.base) or not bool(numbers.isfinite().all()):
-            return None
-        out = torch.empty(stored.values.shape[1], dtype=torch.float32)
-        ran = run_kernel("combine.add_weighted", stored.values, stored.base, numbers, fuses(), out)
-        return out.view(stored.shape) if ran else None
 
 
 def _concatenate(deltas: Sequence[LowRank], weights: Sequence[Scalar]) -> LowRank:

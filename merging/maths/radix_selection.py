@@ -8,12 +8,12 @@ from math import isqrt
 from typing import Any
 
 from merging.maths import order_statistics
-from merging.maths.delta import StoredValues
 from merging.maths.kernels.switch import usable
 from merging.maths.key_ranges import KeyRange, KeyTally
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.order_statistics import Rank
 from merging.maths.reductions import Accumulator, Reduction, State, check_count, column_pieces, model_rows
+from merging.maths.stored_values import StoredValues
 
 __all__ = ["OrderStatistics"]
 

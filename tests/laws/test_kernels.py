@@ -13,9 +13,10 @@ from torch import Tensor
 
 import merging
 from merging.engine.in_memory import TensorInputs, merge_in_memory
-from merging.maths.delta import Stack, StoredValues
+from merging.maths.delta import Stack
 from merging.maths.kernels import switch
 from merging.maths.site import Site
+from merging.maths.stored_values import StoredValues
 
 SHAPES = [(3, 5), (7,), (1,), (2, 1024), (3, 1500)]
 Use = Callable[[str], list[str]]
@@ -73,8 +74,10 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], list[str]]]
         ran.clear()
         return ran
 
-    steps = [f"kernels.{name}" for name in ("combine_steps", "competition_steps", "drop_steps", "steps")]
-    for module in ("delta", "key_ranges", *steps):
+    steps = [
+        f"kernels.{name}" for name in ("weighted_sums", "combine_steps", "competition_steps", "drop_steps", "steps")
+    ]
+    for module in ("key_ranges", *steps):
         monkeypatch.setattr(f"merging.maths.{module}.run_kernel", watch)
     yield choose
     choose("off")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from merging.maths.delta import Stack, StoredValues
+from merging.maths.delta import Stack
 from merging.maths.kernels.steps import numbers_of, stored_values
 from merging.maths.kernels.switch import fuses, run_kernel
 from merging.maths.lazy_torch import Tensor, torch
+from merging.maths.stored_values import StoredValues
 
 __all__ = ["keep_agreed", "square_selected", "take_largest", "write_variances"]
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from merging.maths.delta import Stack, StoredValues
+from merging.maths.delta import Stack
 from merging.maths.kernels.steps import numbers_of, stored_values
 from merging.maths.kernels.switch import run_kernel
 from merging.maths.lazy_torch import Tensor, torch
+from merging.maths.stored_values import StoredValues
 
 __all__ = ["TANH_IS_LINEAR", "Competition"]
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from merging.maths.coefficients import number
-from merging.maths.delta import Stack, StoredValues
+from merging.maths.delta import Stack
 from merging.maths.kernels.switch import fuses, run_kernel, usable
 from merging.maths.lazy_torch import Tensor, torch
+from merging.maths.stored_values import StoredValues
 
 __all__ = [
     "count_elected",

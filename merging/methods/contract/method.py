@@ -21,11 +21,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from merging.display.tables import Displayed
 from merging.errors import OptionError, either, explain_invalid, nearest, option
 from merging.maths.coefficients import spread
-from merging.maths.delta import Delta, Stack, StoredValues
+from merging.maths.delta import Delta, Stack
 from merging.maths.lazy_torch import Tensor
 from merging.maths.parameters import Coefficient, bind_value, graded, varies
 from merging.maths.reductions import Reduction
 from merging.maths.site import Site
+from merging.maths.stored_values import StoredValues
 
 if TYPE_CHECKING:
     from merging.methods.contract.update_rule import UpdateRule

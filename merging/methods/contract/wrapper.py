@@ -9,10 +9,11 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from merging.errors import OptionError
-from merging.maths.delta import Delta, Stack, StoredValues
+from merging.maths.delta import Delta, Stack
 from merging.maths.lazy_torch import Tensor
 from merging.maths.parameters import Coefficient
 from merging.maths.site import Site
+from merging.maths.stored_values import StoredValues
 from merging.methods.contract.method import Grain, Method, ResultStatistic, StackFunction, Statistic, Statistics
 
 __all__ = ["Unwrapped", "Wrapper", "unwrap_outer"]
