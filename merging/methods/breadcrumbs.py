@@ -67,7 +67,7 @@ class Breadcrumbs(Wrapper):
             return super().required_statistics()
         ranks = tuple(rank for band in self._bands() for rank in Rank.band(*band))
         own = Statistic(
-            _ENDS, OrderStatistics(ranks, magnitudes=True), lambda stack, site, statistics: stack.dense(), per="tensor"
+            _ENDS, OrderStatistics(ranks, magnitudes=True), lambda stack, site, statistics: stack.stored, per="tensor"
         )
         norms = l1_statistic(_NORMS, lambda stack, site, statistics: self._keep(stack, statistics))
         return (own, *((norms,) if self.keep_norm else ()), *super().required_statistics())

@@ -17,6 +17,7 @@ from merging.maths.parameters import Coefficient, Local, PerModel, varies
 from merging.maths.radix_selection import OrderStatistics
 from merging.maths.reductions import Sum, column_pieces
 from merging.maths.site import Site
+from merging.maths.stored_values import StoredValues
 from merging.methods.contract.method import Method, Statistic, Statistics
 
 __all__ = ["Pcb", "clip_tails", "competition", "minmax"]
@@ -93,7 +94,7 @@ class Pcb(Method):
             )
         clip = OrderStatistics((Rank.share(self.clip), Rank.upper(self.clip)), magnitudes=True)
         return (
-            Statistic(_CLIP, clip, lambda stack, site, statistics: stack.dense(), per=self.scope),
+            Statistic(_CLIP, clip, lambda stack, site, statistics: stack.stored, per=self.scope),
             Statistic(_CUT, cut, self._scores, per=self.scope),
         )
 
@@ -101,12 +102,12 @@ class Pcb(Method):
         """Return the terms of the softmaxes' sums: n of the models alone, then those for all pairs of models."""
         return _exponentials(stack.dense(), statistics)
 
-    def _scores(self, stack: Stack, site: Site, statistics: Statistics) -> Tensor:
+    def _scores(self, stack: Stack, site: Site, statistics: Statistics) -> Tensor | StoredValues:
         """Return beta ``[n, elements]``."""
         competition = self._competition(statistics)
         scores = competition.score(stack) if competition is not None else None
         if scores is not None:
-            return scores
+            return StoredValues(scores, None, tuple(scores.shape[1:]), lambda: scores)
         return torch.cat([self._compete(piece, statistics) for piece in _pieces(stack.dense())], 1)
 
     def _competition(self, statistics: Statistics) -> Competition | None:
