@@ -34,8 +34,8 @@ class Della(Dropping):
     entries are divided by their own probability, which keeps the expectation (`rescale = inverse`, the paper), or
     multiplied so that each tensor keeps its L1 norm (`l1`), or left as they are (`none`). The kept entries follow from
     the seed, the content of the model, the name of the tensor and the position, but not from the order of models or
-    tensors, the shards, or the device. On adapters the merged change has full rank. Each row is sorted in each sweep of
-    the method inside.
+    tensors, the shards, or the device. On adapters the merged change has full rank. Each row is sorted, or
+    counted by a compiled kernel, in each sweep of the method inside.
     """
 
     name: ClassVar[str] = "della"
