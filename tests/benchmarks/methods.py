@@ -2,15 +2,17 @@
 
     python tests/benchmarks/methods.py --peer --mergekit-python peer/bin/python
     python tests/benchmarks/methods.py --ours
+    python tests/benchmarks/methods.py --table --mergekit-python peer/bin/python
     python tests/benchmarks/methods.py --memory --size 0.5 2
     python tests/benchmarks/methods.py --adapters
     python tests/benchmarks/methods.py --dense
 
 `--peer` has the methods that mergekit has too, against it; `--ours` every method that merges full checkpoints, against
-reading the inputs and copying the output. `--memory` tells what PCB takes, whose released code holds every task vector
-at once. `--adapters` merges LoRA adapters of a 7B model by the methods that work on factors, and times one step of OPCM
-on a matrix in full beside them. `--dense` merges one full matrix by
-TSV, and by SVDs as its formula stands. Rounds, medians and the words of the columns are those of speed.py.
+reading the inputs and copying the output. `--table` is the table of the element-wise methods in the docs: the merge
+without imports, in seconds and processor seconds; mergekit's is measured once. `--memory` tells what PCB takes, whose
+released code holds every task vector at once. `--adapters` merges LoRA adapters of a 7B model by the methods that work
+on factors, and times one step of OPCM on a matrix in full beside them. `--dense` merges one full matrix by TSV, and by
+SVDs as its formula stands. Rounds, medians and the words of the columns are those of speed.py.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from typing import Any
 
 import torch
 from speed import (
+    CASES,
+    COLUMNS,
     OUR_COLUMNS,
     PEER_FOLDER,
     Bench,
@@ -77,6 +81,20 @@ PEER_CASES = {
     "ties, whole model": Case("ties", THREE, {"density": 0.5}, base="base"),
     "pcb": Case("pcb", THREE, {}, base="base"),
 }
+
+TABLE_CASES = {
+    **CASES,
+    "karcher": PEER_CASES["karcher"],
+    "multislerp": Case("multislerp", THREE, {}, {"weight": 1.0}),
+    "ties": PEER_CASES["ties"],
+    "ties, whole model": PEER_CASES["ties, whole model"],
+    "sce": PEER_CASES["sce"],
+    "magmax": Case("magmax", THREE, {}, base="base"),
+    "consensus": Case("consensus", THREE, {}, base="base"),
+    "dare": Case("dare", THREE, {}, base="base"),
+    **{name: PEER_CASES[name] for name in ("dare_ties", "breadcrumbs", "della", "pcb")},
+}
+"""The methods that merge elements by themselves, with the statistics of tensors and models that they need."""
 
 NO_CHECKPOINTS = ("orthogonalize",)  # hands full checkpoints on as they are; methods of singular values: --dense
 
@@ -158,6 +176,24 @@ def against_copying(bench: Bench, chosen: argparse.Namespace) -> None:
         "each method with its defaults, on 3 fine-tunes in bfloat16, slerp on 2; all but linear and slerp need a base"
     )
     compare(bench, chosen.size, chosen.repeats, chosen_cases(our_cases(), chosen.cases))
+
+
+def for_the_docs(bench: Bench, chosen: argparse.Namespace) -> None:
+    """Print the table of element-wise methods."""
+    print(conditions(chosen.repeats, bench.threads))
+    cases = chosen_cases(TABLE_CASES, chosen.cases)
+    columns = tuple(each for each in COLUMNS if not each[0].startswith("whole"))
+    rows = []
+    for size in chosen.size:
+        with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+            here = Bench(Path(folder), bench.peer, bench.threads)
+            prepare(here, size, ("a", "b", "base", "c"))
+            for name, case in cases.items():
+                here.compile(case)
+                rounds = [here.round_alone(case, against_peer=number == 0) for number in range(chosen.repeats)]
+                rows.append([f"{name}, {size:g} GB", *median_cells(rounds, columns)])
+                print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
+    print(table(["case", *(key for key, _ in columns)], rows))
 
 
 # ---------------------------------------------------------------- PCB's memory
@@ -342,6 +378,7 @@ def tsv_by_svd(changes: list[torch.Tensor]) -> torch.Tensor:
 # ---------------------------------------------------------------- the command line
 
 TABLES = {
+    "table": (for_the_docs, "element-wise methods, without imports, in seconds and processor seconds"),
     "peer": (against_peer, "against mergekit"),
     "ours": (against_copying, "all methods on full checkpoints, against copying"),
     "memory": (memory_of_pcb, "of PCB, against its released procedure"),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -22,6 +23,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -249,23 +252,29 @@ class Bench:
         os.sync()
         return path
 
-    def read_and_copy(self, case: Case) -> float:
-        """Seconds of the system's own tools for reading the inputs and copying the output of the merge just made."""
+    def read_and_copy(self, case: Case) -> tuple[float, float]:
+        """Seconds, and processor seconds, of the system's tools for reading the inputs and copying the last output."""
         copy = self.fresh("copy")
         copy.mkdir()
         inputs = [str(file) for name in case.inputs for file in sorted((self.folder / name).glob("*.safetensors"))]
         output = [str(file) for file in (self.folder / "ours").glob("*.safetensors")]
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), children_seconds()
         with Path(os.devnull).open("wb") as nowhere:
             subprocess.run(["cat", *inputs], stdout=nowhere, check=True)
         # some file systems would share the blocks and copy nothing
         subprocess.run(["cp", "--reflink=never", *output, str(copy)], check=True)
-        return time.perf_counter() - start
+        return time.perf_counter() - start, children_seconds() - processor
 
     def our_command(self) -> list[str]:
         """The console command beside this Python, or the module where it is not installed."""
         script = Path(sys.executable).parent / "merge"
         return [str(script)] if script.exists() else [sys.executable, "-m", "merging"]
+
+    def compile(self, case: Case) -> None:
+        """Merge once with all kernels, so that their compiled code is on the disk."""
+        self.environment["MERGING_KERNELS"] = "on"
+        self.ours_alone(case)
+        del self.environment["MERGING_KERNELS"]
 
     def ours_whole(self, case: Case) -> float:
         """Seconds of the whole process."""
@@ -296,32 +305,48 @@ class Bench:
         path.write_text(json.dumps(case.config(self.folder)))
         return path
 
+    def round_alone(self, case: Case, against_peer: bool = True) -> dict[str, float]:
+        """The merge without the imports here, by the system's tools, and by mergekit, with the ratios."""
+        ours = self.ours_alone(case)
+        copied, copied_processor = self.read_and_copy(case)
+        found = {
+            "merge ours": ours["seconds"],
+            "processor ours": ours["processor"],
+            "read+copy": copied,
+            "ours/copy": ours["seconds"] / copied,
+            "processor ours/copy": ours["processor"] / copied_processor,
+            "MB ours": ours["peak_private_bytes"] / 1e6,
+        }
+        if self.peer is None or case.peer is None or not against_peer:
+            return found
+        theirs = self.peer_alone(case)
+        return found | {
+            "merge peer": theirs["seconds"],
+            "merge peer/ours": theirs["seconds"] / ours["seconds"],
+            "processor peer/ours": theirs["processor"] / ours["processor"],
+            "MB peer": theirs["peak_private_bytes"] / 1e6,
+        }
+
     def round(self, case: Case) -> dict[str, float]:
         """Everything once, in a fixed order, with the ratios of this round."""
         ours_whole = self.ours_whole(case)
-        ours = self.ours_alone(case)
-        copied = self.read_and_copy(case)
-        found = {
-            "whole ours": ours_whole,
-            "merge ours": ours["seconds"],
-            "read+copy": copied,
-            "ours/copy": ours["seconds"] / copied,
-            "MB ours": ours["peak_private_bytes"] / 1e6,
-        }
+        found = {"whole ours": ours_whole} | self.round_alone(case)
         if self.peer is None or case.peer is None:
             return found
         peer_whole = self.peer_whole(case)
-        theirs = self.peer_alone(case)
         sizes = [tensor_bytes(self.folder / name) for name in ("ours", "theirs")]
         if sizes[0] != sizes[1]:
             raise SystemExit(f"the outputs differ in size, so the times compare nothing: {sizes} bytes of tensors")
         return found | {
             "whole peer": peer_whole,
             "whole peer/ours": peer_whole / ours_whole,
-            "merge peer": theirs["seconds"],
-            "merge peer/ours": theirs["seconds"] / ours["seconds"],
-            "MB peer": theirs["peak_private_bytes"] / 1e6,
         }
+
+
+def children_seconds() -> float:
+    """Processor seconds of all child processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def succeeded(measured: Measured) -> Measured:
@@ -332,8 +357,14 @@ def succeeded(measured: Measured) -> Measured:
 
 
 def import_everything() -> Any:
-    """Our package with every public name looked up, since it imports its parts only when they are asked for."""
+    """Our package with every public name looked up, since it imports its parts only when they are asked for.
+
+    Numba is an import too, where it is installed.
+    """
     import merging
+
+    if find_spec("numba"):
+        import_module("numba")
 
     for name in merging.__all__:
         getattr(merging, name)
@@ -360,6 +391,9 @@ COLUMNS = (
     ("merge peer/ours", "{:.1f}x"),
     ("read+copy", "{:.2f} s"),
     ("ours/copy", "{:.2f}x"),
+    ("processor ours", "{:.2f} s"),
+    ("processor ours/copy", "{:.2f}x"),
+    ("processor peer/ours", "{:.1f}x"),
     ("MB ours", "{:.0f}"),
     ("MB peer", "{:.0f}"),
 )
@@ -414,7 +448,7 @@ def prepare(bench: Bench, gigabytes: float, names: tuple[str, ...] = NAMES) -> i
 
 def median_cells(rounds: list[dict[str, float]], columns: tuple[tuple[str, str], ...]) -> list[str]:
     """A row's cells: the medians of the rounds, and a dash for what was not measured."""
-    medians = {key: statistics.median(found[key] for found in rounds) for key in rounds[0]}
+    medians = {key: statistics.median(found[key] for found in rounds if key in found) for key in rounds[0]}
     return [text.format(medians[key]) if key in medians else "-" for key, text in columns]
 
 
@@ -429,6 +463,7 @@ def compare(bench: Bench, sizes: list[float], repeats: int, cases: dict[str, Cas
             here = replace(bench, folder=Path(folder))
             each = 2 * prepare(here, size, names) / 1e9
             for name, case in cases.items():
+                here.compile(case)
                 rounds = [here.round(case) for _ in range(repeats)]
                 rows.append([f"{name}, {each:.2f} GB", *median_cells(rounds, columns)])
                 print(*rows[-1], sep="  ", file=sys.stderr, flush=True)  # not lost if the run is stopped

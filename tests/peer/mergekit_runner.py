@@ -29,6 +29,7 @@ class Measured(TypedDict):
 
     output: str
     seconds: float
+    processor: float
     peak_private_bytes: int
     error: str | None
 
@@ -65,13 +66,14 @@ def measure(work: Callable[[], object], output: str, floor: int) -> Measured:
     error = None
     peak = Peak()
     peak.start()
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     try:
         work()
     except Exception as problem:
         error = f"{type(problem).__name__}: {problem}"
-    seconds = time.perf_counter() - start
-    return {"output": output, "seconds": seconds, "peak_private_bytes": peak.stop() - floor, "error": error}
+    seconds, processor = time.perf_counter() - start, time.process_time() - processor
+    taken = peak.stop() - floor
+    return {"output": output, "seconds": seconds, "processor": processor, "peak_private_bytes": taken, "error": error}
 
 
 def main(arguments: list[str]) -> None:

@@ -22,10 +22,10 @@ __all__ = ["COMPILED_FROM", "SWITCH", "USED_FROM", "fuses", "kernel_types", "run
 SWITCH = "MERGING_KERNELS"
 """The environment variable that switches kernels ``off``, or ``on`` for merges of any size."""
 
-USED_FROM = 1 << 29
-"""Bytes to read from which importing numba and loading compiled code pays."""
+USED_FROM = 1 << 30
+"""Bytes to read from which importing numba and loading compiled code pays, which take half a second."""
 
-COMPILED_FROM = 1 << 32
+COMPILED_FROM = 1 << 34
 """Bytes to read from which it pays to compile a kernel for the first time."""
 
 _log = logging.getLogger("merging")
