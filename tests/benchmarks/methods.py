@@ -378,12 +378,12 @@ def tsv_by_svd(changes: list[torch.Tensor]) -> torch.Tensor:
 # ---------------------------------------------------------------- the command line
 
 TABLES = {
-    "table": (for_the_docs, "element-wise methods, without imports, in seconds and processor seconds"),
-    "peer": (against_peer, "against mergekit"),
-    "ours": (against_copying, "all methods on full checkpoints, against copying"),
-    "memory": (memory_of_pcb, "of PCB, against its released procedure"),
-    "adapters": (of_adapters, "methods that merge factors, on adapters of a 7B model"),
-    "dense": (of_full_matrices, "TSV of a full matrix, against plain SVDs"),
+    "--table": (for_the_docs, "element-wise methods, without imports, in seconds and processor seconds"),
+    "--peer": (against_peer, "against mergekit"),
+    "--ours": (against_copying, "all methods on full checkpoints, against copying"),
+    "--memory": (memory_of_pcb, "of PCB, against its released procedure"),
+    "--adapters": (of_adapters, "methods that merge factors, on adapters of a 7B model"),
+    "--dense": (of_full_matrices, "TSV of a full matrix, against plain SVDs"),
 }
 
 
@@ -392,7 +392,7 @@ def main() -> None:
     parser = options(__doc__)
     kinds = parser.add_mutually_exclusive_group(required=True)
     for name, (_, meaning) in TABLES.items():
-        kinds.add_argument(f"--{name}", dest="table", action="store_const", const=name, help=meaning)
+        kinds.add_argument(name, dest="table", action="store_const", const=name, help=meaning)
     kinds.add_argument("--released", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cases", nargs="+", help="these rows of --peer, --ours or --adapters alone")
     parser.add_argument("--layers", type=int, default=32, help="layers of the adapters' model")

@@ -345,8 +345,7 @@ class Bench:
 
 def children_seconds() -> float:
     """Processor seconds of all child processes that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
 
 
 def succeeded(measured: Measured) -> Measured:
@@ -357,10 +356,7 @@ def succeeded(measured: Measured) -> Measured:
 
 
 def import_everything() -> Any:
-    """Our package with every public name looked up, since it imports its parts only when they are asked for.
-
-    Numba is an import too, where it is installed.
-    """
+    """Our package with every public name looked up, as it imports its parts when they are asked for; and numba."""
     import merging
 
     if find_spec("numba"):
