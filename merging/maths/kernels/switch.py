@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -103,6 +104,7 @@ def run_kernel(name: str, *arguments: Any) -> bool:
             kernel(*arrays)
     except Exception as error:  # whatever a library, its files or the compiler may raise
         _State.used, _State.failed = False, True
+        _forget(name)
         _log.warning("compiled kernels are not used: %s: %s", type(error).__name__, str(error).partition("\n")[0])
         return False
     return True
@@ -122,9 +124,21 @@ def _find(name: str) -> Any:
 @cache
 def _is_kept(kernel: Any) -> bool:
     """Return whether compiled code of a kernel is on the disk."""
-    name = kernel.py_func.__code__
-    stem = f"{Path(name.co_filename).stem}.{kernel.py_func.__qualname__}-{name.co_firstlineno}."
-    return any(Path(kernel.stats.cache_path).glob(f"{stem}*.nbi"))
+    return bool(_indexes(kernel))
+
+
+def _indexes(kernel: Any) -> list[Path]:
+    """Return the files that list the compiled code of a kernel."""
+    code = kernel.py_func.__code__
+    stem = f"{Path(code.co_filename).stem}.{kernel.py_func.__qualname__}-{code.co_firstlineno}."
+    return list(Path(kernel.stats.cache_path).glob(f"{stem}*.nbi"))
+
+
+def _forget(name: str) -> None:
+    """Remove what is known of a kernel's compiled code, which may be damaged: the next process compiles it again."""
+    with suppress(Exception):
+        for path in _indexes(_find(name)):
+            path.unlink(missing_ok=True)
 
 
 def _array(tensor: Tensor) -> Any:
