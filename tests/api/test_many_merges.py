@@ -28,3 +28,25 @@ def test_merges_leave_no_objects_and_no_open_files(tmp_path: Path, count: int) -
     more_objects, more_files = merge_all(count)
     assert more_files == files
     assert more_objects - objects < 20 * min(count, 10), "a merge alone makes thousands"
+
+
+def test_plans_do_not_keep_garbage_of_others_from_being_freed(tmp_path: Path) -> None:
+    """Cycles that a program leaves between plans are as young afterwards as before."""
+
+    class Node:
+        alive = 0
+
+        def __init__(self) -> None:
+            self.own = self
+            Node.alive += 1
+
+        def __del__(self) -> None:
+            Node.alive -= 1
+
+    _, tuned = checkpoint(tmp_path, 2)
+    gc.collect()
+    for _ in range(20):
+        Node()
+        merging.preview(tuned, method="linear")
+    gc.collect(1)
+    assert Node.alive < 10, "only a collection of everything would free them"
