@@ -9,8 +9,6 @@ from hashlib import sha256
 from math import isfinite
 from typing import Any, Literal
 
-import yaml
-
 from merging.errors import OptionError
 from merging.maths.lazy_torch import torch
 from merging.maths.parameters import bind_value
@@ -18,6 +16,7 @@ from merging.maths.site import Site
 from merging.methods import links, owner_of
 from merging.methods.chains import chain
 from merging.methods.contract.method import Method
+from merging.sources.plain_yaml import FAULTS, load_yaml
 
 __all__ = [
     "BASE",
@@ -238,8 +237,15 @@ def _split(part: str, text: str) -> tuple[str, Any]:
     if not equals or not name.strip() or not value.strip():
         raise OptionError(f"{text}: {part.strip()!r} should be NAME=VALUE, such as scale=0.2..1.5")
     value = value.strip()
-    plain = value if is_searched(value) else yaml.safe_load(value)
-    return name.strip(), plain
+    return name.strip(), value if is_searched(value) else _read_value(value, text)
+
+
+def _read_value(value: str, text: str) -> Any:
+    """Return a value as a recipe has it. Raises OptionError for a value that is no YAML."""
+    try:
+        return load_yaml(value, text)
+    except FAULTS:
+        raise OptionError(f"{text}: {value} is no value of a parameter, such as 0.5 or true") from None
 
 
 def _read_dimension(key: str, value: Any, text: str, whole: bool) -> Dimension | None:
@@ -252,7 +258,7 @@ def _read_dimension(key: str, value: Any, text: str, whole: bool) -> Dimension |
     if not isinstance(value, str):
         return None
     if "|" in value:
-        choices = tuple(yaml.safe_load(each) for each in value.split("|"))
+        choices = tuple(_read_value(each, text) for each in value.split("|"))
         return Dimension(key, choices=choices)
     low, dots, high = value.partition("..")
     if not dots:

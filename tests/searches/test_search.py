@@ -278,6 +278,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a range the wrong way": ({"candidates": ["ties:scale=1..0"]}, "a range is LOW..HIGH"),
     "a range out of bounds": ({"candidates": ["ties:density=0.1..7"]}, "density"),
     "no value": ({"candidates": ["ties:scale"]}, "should be NAME=VALUE"),
+    "no YAML": ({"candidates": ["ties:scale=[1"]}, "[1 is no value of a parameter"),
     "no usual range": ({"candidates": ["ties:vote=?"]}, "vote has no usual range"),
     "too small a budget": ({"budget": 3}, "need at least"),
     "an unknown option": ({"bugdet": 3}, "did you mean 'budget'"),
