@@ -30,6 +30,7 @@ class Peak:
 _SCRIPT = """
 import json, resource, sys, threading
 from pathlib import Path
+import torch  # which plans do without
 from merging import preview
 from merging.api.merge_files import merge_plan, workers_within
 
