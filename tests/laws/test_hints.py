@@ -301,6 +301,10 @@ ELSEWHERE = {
     "--reduce-intruders is for adapters of linear layers": "test_reduced_intruders.py",
     "With --on-mismatch base such tensors are left out": "test_extract.py",
     "and --chat-template names it": "test_tokens.py",
+    "gather them of each model with merge stats, and give the files with --stats": "statistics/test_collect.py",
+    "gather it by merge stats with --fisher sampled": "statistics/test_collect.py",
+    "no file of --stats holds its statistics": "statistics/test_collect.py",
+    "which only a merge of models in files reads, with --stats": "statistics/test_collect.py",
     "{}: {}: {}: give --base": "the same as the base's refusal in planning, for what is planned without it",
 }
 """Messages whose cases need other models, and the tests that hold them."""

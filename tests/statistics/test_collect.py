@@ -15,6 +15,8 @@ from torch import Tensor
 import merging
 from merging.errors import FormatError, InputError, MergingError, OptionError, OutputError
 from merging.maths.layer_statistics import InputGram
+from merging.methods import chain
+from merging.plan.inputs.statistics_files import attach_statistics
 from merging.sources.statistics_file import REST, StatisticsFile, StoredStatistics, open_statistics
 from merging.statistics.gram_accumulator import GramAccumulator
 from merging.statistics.writing import round_gram
@@ -170,6 +172,8 @@ def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
         merging.merge(tuned, method="regmean", stats=files[0], **options)
     with pytest.raises(OptionError, match="regmean needs statistics of examples: gather them of each model"):
         merging.merge(tuned, method="lines+regmean", **options)
+    with pytest.raises(OptionError, match="which only a merge of models in files reads, with stats="):
+        attach_statistics([], (), chain("lines+regmean"))
     with pytest.raises(OptionError, match="stats= is for methods that need statistics"):
         merging.merge(tuned, method="linear", stats=files, **options)
     with pytest.raises(InputError, match="holds no Fisher information, which fisher needs"):
