@@ -13,7 +13,8 @@ def row_products(left: Tensor, right: Tensor) -> Tensor:
     On a CPU, float32 goes through oneDNN where torch has it. It uses the whole width of every processor's vectors. MKL,
     torch's own choice, does so on Intel's alone, and takes twice the time on AMD's.
     """
-    if left.dtype == torch.float32 and left.device.type == "cpu" and _has_onednn():
+    length = left.shape[1]  # oneDNN refuses rows without elements
+    if length and left.dtype == torch.float32 and left.device.type == "cpu" and _has_onednn():
         product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, attr="none", scalars=[], algorithm="")
         return product
     return left @ right.mT
