@@ -164,17 +164,19 @@ def _refuse_single_outputs(execution: Execution) -> None:
 def _check(run: RecipeRun, execution: Execution) -> None:
     """Refuse a recipe that cannot be carried out, as far as this is known before an earlier one has been."""
     from merging.api.merge_files import check_output, plan_for
+    from merging.api.output_files import check_place
     from merging.errors import MergingError, OutputError
 
     if execution.dry_run:
         run.refuse_later()
-    if run.needs is not None:
-        return
     try:
-        with run.loaded.name_lines():
-            plan = plan_for(run.loaded.recipe, run.destination)
-            # The room on the disk is checked when its turn comes.
-            remark = check_output(plan, run.destination, execution.overwrite, dry=True, there=sys.maxsize)
+        if run.needs is not None:
+            remark = check_place(run.destination, (), 0, execution.overwrite, dry=True)
+        else:
+            with run.loaded.name_lines():
+                plan = plan_for(run.loaded.recipe, run.destination)
+                # The room on the disk is checked when its turn comes.
+                remark = check_output(plan, run.destination, execution.overwrite, dry=True, there=sys.maxsize)
     except MergingError as error:
         raise type(error)(_with_source(str(error), run.source)) from None
     if remark and not execution.dry_run:

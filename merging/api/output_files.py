@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -220,6 +221,11 @@ def check_output(plan: Plan, destination: Path, overwrite: bool, dry: bool = Fal
     check_ending(plan, destination)
     known = 0 if plan.sized is not None else plan.out_bytes  # else its ranks are upper bounds
     nbytes = known + plan.spool_bytes + plan.stage_bytes + plan.kept_bytes_on_disk
+    return check_place(destination, inputs, max(0, nbytes - there), overwrite, dry)
+
+
+def check_place(destination: Path, inputs: Sequence[Path], nbytes: int, overwrite: bool, dry: bool) -> str:
+    """Refuse a destination on a disk or in a store, as :func:`~merging.storage.staging.check_destination` does."""
     if isinstance(destination, StorePath):
         return check_store_destination(destination, inputs, overwrite, dry)
-    return check_destination(destination, inputs, max(0, nbytes - there), overwrite, dry)
+    return check_destination(destination, inputs, nbytes, overwrite, dry)

@@ -93,6 +93,13 @@ def test_an_output_that_exists_is_found_before_the_first_is_run() -> None:
     ok("run", "one.yml", "two.yml", "--overwrite")
 
 
+def test_an_output_that_exists_is_found_though_its_recipe_waits_for_another() -> None:
+    recipe("later", "[merged/one, tuned1]", "linear")
+    ok("run", "two.yml", "-o", "merged/later")
+    assert "later.yml: merged/later exists already" in refused("run", "one.yml", "later.yml")
+    assert not Path("merged/one").exists()
+
+
 def test_a_failure_says_which_are_done() -> None:
     bad = {name: torch.full_like(value, torch.nan) for name, value in load_file("tuned1/model.safetensors").items()}
     shutil.copytree("tuned1", "bad")
