@@ -236,13 +236,16 @@ def _gather(
     count = tokens = 0
 
     def add(layer: HookedLayer, inputs: Any) -> None:
+        if not bool(inputs.isfinite().all()):
+            raise InputError(f"{running.name}: the inputs of {layer.name} are not finite on the examples")
         if layer.name not in grams:
             grams[layer.name] = GramAccumulator(layer.width, directions, inputs.device)
         grams[layer.name].add(inputs.reshape(-1, layer.width))
 
     for example in examples:
         left = None if most is None else most - tokens
-        if left is not None and left < 1:
+        least = 2 if count and fisher is not None and fisher.outputs == "labels" else 1  # a token, and the next one
+        if left is not None and left < least:
             break
         inputs = running.encode(example, left)
         with torch.set_grad_enabled(fisher is not None):
@@ -261,9 +264,6 @@ def _gather(
         progress(count, count)
     importance, size = fisher.result() if fisher is not None and count else ({}, 0.0)
     found = {name: gram.result() for name, gram in grams.items()}
-    bad = next((name for name, gram in found.items() if not bool(gram.diagonal().isfinite().all())), None)
-    if bad is not None:
-        raise InputError(f"{running.name}: the inputs of {bad} are not finite on the examples")
     shared = {name: leader for name, leader in leaders.items() if leader != name and leader in found}
     return GatheredLayers(found, shared, importance, size, count, tokens)
 

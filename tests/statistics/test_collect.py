@@ -237,6 +237,26 @@ def test_limits_and_outputs(tmp_path: Path) -> None:
         merging.collect_statistics(base, tmp_path / "none.jsonl", tmp_path / "t.safetensors")
 
 
+@pytest.mark.parametrize("directions", [2, 512], ids=["wide", "narrow"])
+def test_inputs_that_are_not_finite_are_refused(directions: int, tmp_path: Path) -> None:
+    base, _ = save_runnable(tmp_path, "llama", tuned=0)
+    values = load_file(base / "model.safetensors")
+    values["model.layers.0.self_attn.o_proj.weight"][0] = torch.nan
+    save_file(values, base / "model.safetensors", {"format": "pt"})
+    data, output = write_texts(tmp_path / "data.jsonl"), tmp_path / "s.safetensors"
+    with pytest.raises(InputError, match=r"the inputs of model\.layers\.0\.mlp\.gate_proj\.weight are not finite"):
+        merging.collect_statistics(base, data, output, directions=directions)
+    assert not output.exists()
+
+
+def test_a_limit_of_tokens_leaves_no_text_of_one_token(tmp_path: Path) -> None:
+    """Such a text has no next token, whose likelihood could be differentiated."""
+    base, _ = save_runnable(tmp_path, "llama", tuned=0)
+    data, output = write_texts(tmp_path / "data.jsonl"), tmp_path / "s.safetensors"
+    found = merging.collect_statistics(base, data, output, max_tokens=7, fisher="labels")
+    assert (found.examples, found.tokens) == (1, 6)
+
+
 @pytest.mark.parametrize("width", [20, 200], ids=["in full", "by directions"])
 def test_a_gram_matrix_of_inputs_that_arrive_in_pieces(width: int) -> None:
     """Definite and with its own diagonal, after it is rounded too; few large directions are kept."""
