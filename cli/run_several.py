@@ -57,6 +57,7 @@ def load_runs(
     from merging.api.merge_files import default_destination
     from merging.api.output_files import is_file
     from merging.errors import InputError, OptionError
+    from merging.hub.address import resolve_path
     from merging.object_stores.store_path import output_path
 
     folder = output_path("merged" if output is None else output)
@@ -79,30 +80,24 @@ def load_runs(
         if maker is not None and not os.path.lexists(maker.destination):
             reads = f"reads {maker.destination}, which {maker.source} makes"
             raise InputError(f"{run.source}: {reads}: name {maker.source} before {run.source}")
-        run.loaded.check_paths(made=[_absolute(each.destination) for each in runs[:position]])
+        run.loaded.check_paths(made=[resolve_path(each.destination) for each in runs[:position]])
     return runs
 
 
 def _maker(loaded: LoadedRecipe, runs: Sequence[RecipeRun]) -> RecipeRun | None:
     """Return the run among ``runs`` whose output a recipe reads, None if there is none."""
-    from merging.hub.address import local_path
+    from merging.hub.address import local_path, resolve_path
     from merging.object_stores.address import is_store_address
     from merging.object_stores.store_path import output_path
     from merging.plan.recipe_values import names_in
 
-    outputs = {_absolute(run.destination): run for run in runs}
+    outputs = {resolve_path(run.destination): run for run in runs}
     for _, name in names_in(loaded.document.values):
-        place = _absolute(output_path(name) if is_store_address(name) else local_path(name))
+        place = resolve_path(output_path(name) if is_store_address(name) else local_path(name))
         found = next((outputs[each] for each in (place, *place.parents) if each in outputs), None)
         if found is not None:
             return found
     return None
-
-
-def _absolute(path: Path) -> Path:
-    from merging.object_stores.store_path import StorePath
-
-    return path if isinstance(path, StorePath) else path.resolve()
 
 
 def run_several(

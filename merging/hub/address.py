@@ -12,7 +12,7 @@ from merging.errors import InputError, nearest
 from merging.object_stores.address import check_address, file_path, hide_secrets, is_store_address
 from merging.object_stores.store_path import StorePath
 
-__all__ = ["Address", "hub_address", "local_path", "no_such_path", "path_of_name"]
+__all__ = ["Address", "hub_address", "local_path", "no_such_path", "path_of_name", "resolve_path"]
 
 _SCHEME = "hf://"
 _FILE_SCHEME = "file://"
@@ -68,6 +68,16 @@ def local_path(name: str) -> Path:
     except OSError as error:
         raise InputError(f"{name}: cannot be looked for: {error.strerror}") from None
     return path
+
+
+def resolve_path(path: Path) -> Path:
+    """Return the absolute path without links, also where none leads: a loop of links, or a name with a NUL byte."""
+    if isinstance(path, StorePath):
+        return path
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError):  # RuntimeError: a loop, before Python 3.13
+        return path.absolute()
 
 
 def path_of_name(name: str) -> Path:

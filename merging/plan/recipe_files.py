@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merging.errors import InputError, MergingError, MergingWarning, OptionError
-from merging.hub.address import hub_address, local_path, no_such_path
+from merging.hub.address import hub_address, local_path, no_such_path, resolve_path
 from merging.plan.mergekit.schema import is_mergekit
 from merging.plan.mergekit.translate import translate
 from merging.plan.recipe import Recipe
@@ -52,7 +52,7 @@ class LoadedRecipe:
             origin = self.document.origin(keys)
             with _before_errors(origin):
                 path = local_path(name)
-                absolute = path.resolve()
+                absolute = resolve_path(path)
                 if hub_address(name) or path.exists() or not {absolute, *absolute.parents}.isdisjoint(made):
                     continue
             own = [] if is_from_setting(origin) else [self.folder.resolve()]

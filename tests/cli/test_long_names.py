@@ -19,7 +19,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint(folder)
     adapters(folder / "loras", 2)
     (folder / "recipes").mkdir()
-    for name, path in (("long", LONG), ("nul", "a\\0b")):
+    (folder / "loop").symlink_to("loop")
+    for name, path in (("long", LONG), ("nul", "a\\0b"), ("loop", "../loop"), ("fine", "../tuned1")):
         text = f'models: [../tuned0, "{path}"]\nmethod: linear\n'
         (folder / "recipes" / f"{name}.yml").write_text(text, encoding="utf-8")
     return folder
@@ -36,6 +37,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-m linear tuned0 tuned1 -o new/LONG/out",
         "run recipes/long.yml",
         "run recipes/nul.yml",
+        "run recipes/loop.yml",
+        "run recipes/fine.yml recipes/nul.yml -o new",
+        "run recipes/fine.yml recipes/loop.yml -o new",
         "inspect LONG",
         "verify loras/adapter0 --base LONG",
         "compare loras/adapter0 loras/adapter1 --html LONG.html",
