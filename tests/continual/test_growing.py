@@ -41,6 +41,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("opcm", {}),
     ("opcm", {"mode": "two_sided", "alpha": 0.3, "svd": "thin"}),
     ("task_arithmetic", {"scale": 0.3}),
+    ("dop", {}),
     ("linear", {}),
     ("magmax", {"scale": -0.5}),
     ("ties", {}),
@@ -85,7 +86,9 @@ ORDERS = {
 def test_adapters(lora: Models, tmp_path: Path, method: str, order: list[int]) -> None:
     chosen = Models(lora.base, [lora.tuned[i] for i in order])
     wanted = at_once(tmp_path / "batch", chosen.base, chosen.tuned, method)
-    assert_close(export(grown(tmp_path / "store", chosen, None, method), tmp_path / "out"), wanted)
+    got = export(grown(tmp_path / "store", chosen, None, method), tmp_path / "out")
+    # DOP divides by products of singular values, here of changes a hundred times smaller: float32 between steps shows
+    assert_close(got, wanted, 1e-3 if method == "dop" else 1e-5)
 
 
 def test_ties_of_adapters_of_the_same_targets(lora: Models, tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ from merging.pool import Built, Entry, Finding, Pool
 from merging.pool.candidates import candidates_in
 from merging.recycling import Recycled, Report, Row, Settings, Verdict
 from merging.recycling.bootstrap import Gap
+from merging.searches.report import ComparedRow, SearchReport, TrialRow
+from merging.searches.workflow import Found
 from merging.serving import verify
 from merging.sources.stored import open_safetensors
 from support.tiny import adapters, checkpoint, fine_tune, model, save
@@ -49,6 +51,12 @@ def public_classes() -> dict[str, type]:
             if isinstance(value, type) and not issubclass(value, (Exception, Warning)):
                 found[f"{value.__module__}.{value.__qualname__}"] = value
     return found
+
+
+def _search_report() -> SearchReport:
+    trial = TrialRow(HOSTILE * 100, 1, 0.5, "50%", 30, True, 0.1, "")
+    row = ComparedRow(HOSTILE * 100, HOSTILE * 100, 0.5, "50%", ("50%",), Gap(0.1, 0.0, 0.2))
+    return SearchReport((trial,) * 300, (row,) * 5, True, "accuracy", (HOSTILE,), 0.01, HOSTILE * 300)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +101,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
         merging.compare(lora, **options),
         merging.compare(full, base=base, intruders=True, signs="all"),
         merging.suggest(lora, **options),
+        Found(out, HOSTILE, merging.Recipe(models=("a",), method="linear"), _search_report()),
         sign_agreement(lora, **options),
         pack,
         merging.decompress(pack.path, place / "unpacked"),

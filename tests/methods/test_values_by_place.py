@@ -17,8 +17,8 @@ from merging.methods import METHODS, chain, method_class, parameters_of
 from support.changes import K, changes, dense
 from support.tiny import checkpoint, load
 
-SAME_EVERYWHERE = {"seed", "blocks"}
-"""Numbers that mean the same wherever they are, and weights by block, which are written in a way of their own."""
+SAME_EVERYWHERE = {"seed", "blocks", "ctm.max_rank"}
+"""Numbers that mean the same wherever they are, the rank of an adapter, and weights by block, written another way."""
 
 SHARES = {"ties": {"scope": "tensor"}, "pcb": {"scope": "tensor"}}
 """Settings with which a share is a share of each tensor."""
@@ -99,7 +99,7 @@ def test_every_number_may_differ(method: str) -> None:
     cls = method_class(method)
     for field in parameters_of(cls):
         kinds = str(cls.model_fields[field].annotation)
-        if ("int" in kinds or "float" in kinds) and field not in SAME_EVERYWHERE:
+        if ("int" in kinds or "float" in kinds) and not {field, f"{method}.{field}"} & SAME_EVERYWHERE:
             chain(method, {field: {"a": 1, "*": 1}} if "int" in kinds else {field: {"a": 0.5, "*": "0.25:0.5"}})
             assert isinstance(field_option(field, cls.model_fields[field]).type, ValuesType)
 

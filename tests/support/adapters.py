@@ -154,7 +154,7 @@ def assert_close(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], tolera
     assert got.keys() == wanted.keys()
     off = {name: float((got[name].double() - wanted[name].double()).abs().max()) for name in wanted}
     wrong = {name: error for name, error in off.items() if not error <= tolerance}
-    assert not wrong
+    assert not wrong, wrong
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ USED_FROM = 1 << 30
 COMPILED_FROM = 1 << 34
 """Bytes to read from which it pays to compile a kernel for the first time."""
 
-_log = logging.getLogger("merging")
+_log = logging.getLogger(__name__)
 
 
 class _State:

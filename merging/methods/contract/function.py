@@ -77,6 +77,7 @@ OPTIONS = frozenset(
         "rank",
         "recipe",
         "recipe_only",
+        "recipes",
         "reduce_intruders",
         "report",
         "resume",
