@@ -2,11 +2,16 @@
 
     python tests/benchmarks/spectral.py --size 4096
     python tests/benchmarks/spectral.py --size 1536 --errors
+    python tests/benchmarks/spectral.py --model 1b --layers 4
 
 The changes have the singular values of real fine-tunes (of MiniLM by Adam: about (1 + 80 q)^-0.6 at the share q of the
 directions), or those of noise, and half of each is common to all. Without --errors, a decomposition that others of the
 same shape repeat is measured once and counted as often as it is repeated; with it, everything is computed, and compared
 with float64.
+
+With --model, four fine-tunes with the shapes of a whole Llama are merged by TSV from files, with the vocabulary and as
+many layers as asked for and as the disk holds (25 GB at most). All layers, and a model of 7 billion parameters, are
+extrapolated. The files are deleted.
 """
 
 from __future__ import annotations
@@ -15,31 +20,18 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from spectral_changes import SPECTRA, make_changes
+from spectral_model import MODELS, measure_model
 from speed import table
 from torch import Tensor
 
 from merging.maths.linalg import leading_svd, polar
 from merging.methods import chain
 from merging.methods.opcm import project
-
-SPECTRA: dict[str, Callable[[Tensor], Tensor]] = {
-    "fine-tune": lambda share: (1 + 80 * share) ** -0.6,
-    "flat": torch.ones_like,
-}
-
-
-def make_changes(size: int, models: int, spectrum: str) -> list[Tensor]:
-    """Return square float32 changes, half of each the same for all."""
-    random = torch.Generator().manual_seed(0)
-    weights = SPECTRA[spectrum](torch.arange(size) / size)
-    parts = [
-        torch.randn(size, size, generator=random) * weights[torch.randperm(size, generator=random)]
-        for _ in range(models + 1)
-    ]
-    return [each + parts[0] for each in parts[1:]]
 
 
 def clock(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -129,9 +121,15 @@ def main() -> None:
     parser.add_argument("--spectrum", choices=SPECTRA, default="fine-tune", help="singular values (%(default)s)")
     parser.add_argument("--methods", nargs="+", choices=PLAIN, default=list(PLAIN), help="these alone")
     parser.add_argument("--errors", action="store_true", help="compute everything, and compare it with float64")
+    parser.add_argument("--model", choices=MODELS, help="merge whole models of this size instead, by TSV")
+    parser.add_argument("--layers", type=int, help="layers of the model that are measured (default: all)")
+    parser.add_argument("--folder", type=Path, help="folder for the model's files (default: the temporary one)")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    changes = make_changes(chosen.size, chosen.models, chosen.spectrum)
+    if chosen.model:
+        print(measure_model(chosen.model, chosen.layers, chosen.folder))
+        return
+    changes = make_changes((chosen.size, chosen.size), chosen.models, chosen.spectrum)
     rows = []
     for name in chosen.methods:
         rows.append(measure(name, changes, chosen.errors))
