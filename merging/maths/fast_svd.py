@@ -11,7 +11,7 @@ from typing import Literal
 
 from merging.maths.block_lanczos import BLOCK, LanczosBasis, block_lanczos
 from merging.maths.lazy_torch import Tensor, torch
-from merging.maths.linalg import ThinSvd, decompose, leading_svd
+from merging.maths.linalg import ThinSvd, decompose, leading_svd, polar
 from merging.maths.polar_factors import is_orthonormal, multiply_symmetric, rational_polar
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "fast_svd",
     "leading_gram",
     "leading_triples",
-    "multiply_polars",
+    "polars",
     "suits_float32",
 ]
 
@@ -91,17 +91,18 @@ def _fast_triples(matrix: Tensor, most: int | None) -> ThinSvd | None:
     return leading_gram(matrix, most) if found is None else found
 
 
-def multiply_polars(us: Sequence[Tensor], values: Tensor, vhs: Sequence[Tensor]) -> Tensor | None:
-    """Return ``polar(U) @ diag(values) @ polar(Vh)`` of factors side by side, in float32.
+def polars(us: Sequence[Tensor], vhs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the polar factors of left and of right singular vectors of several matrices side by side.
 
-    None where no factor is in float32, or where the checks fail.
+    Both are float32 where some of the vectors are, and the checks hold, and otherwise float64.
     """
-    found = torch.cat([*us], 1), torch.cat([*vhs])
-    if all(u.dtype != torch.float32 for u in us) or not all(suits_float32(each, torch.float32) for each in found):
-        return None
-    left = fast_polar(found[0].float(), split=False)
-    right = None if left is None else fast_polar(found[1].float(), split=False)
-    return None if left is None or right is None else (left * values.to(left)) @ right
+    joined = torch.cat([*us], 1), torch.cat([*vhs])
+    if any(u.dtype == torch.float32 for u in us) and all(suits_float32(each, torch.float32) for each in joined):
+        left = fast_polar(joined[0].float(), split=False)
+        right = None if left is None else fast_polar(joined[1].float(), split=False)
+        if left is not None and right is not None:
+            return left, right
+    return polar(joined[0]), polar(joined[1])
 
 
 def fast_polar(matrix: Tensor, split: bool = True) -> Tensor | None:

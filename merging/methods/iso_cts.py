@@ -7,17 +7,17 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from merging.maths.fast_svd import SvdAccuracy, leading_triples, multiply_polars
+from merging.maths.fast_svd import leading_triples, polars
 from merging.maths.lazy_torch import Tensor, torch
-from merging.maths.linalg import ThinSvd, polar
+from merging.maths.linalg import ThinSvd
 from merging.maths.parameters import Coefficient, Local
-from merging.methods.families.spectral import Singular
+from merging.methods.families.spectral import ExactSingular
 from merging.methods.iso_c import total
 
 __all__ = ["IsoCts"]
 
 
-class IsoCts(Singular):
+class IsoCts(ExactSingular):
     """Isotropic merging in the common and the task-specific subspaces, for each matrix.
 
     Let sum_i tau_i = U S V^T, of rank r, for n models. The leading share `common` of the directions is kept (rounded so
@@ -39,9 +39,6 @@ class IsoCts(Singular):
     workspace: ClassVar[int] = 5
 
     scale: Local[Coefficient] = Field(1.5, description="what the merged change is multiplied by (0.5 to 3)")
-    svd: SvdAccuracy = Field(
-        "exact", description="exact: in float64; fast: matrices with sides above 1024 in float32, where its checks hold"
-    )
     common: Local[Annotated[float, Field(gt=0, le=1)]] = Field(0.8, description="share of directions that are common")
 
     def decompositions(self, models: int) -> int:
@@ -56,8 +53,8 @@ class IsoCts(Singular):
             us, sizes, vhs = zip(*(self._outside(change, u, own) for change in changes), strict=True)
             u, values, vh = torch.cat([u, *us], 1), torch.cat([values, *sizes]), torch.cat([vh, *vhs])
         mean = values.sum() / max(1, len(values))
-        merged = multiply_polars((u,), mean.expand(len(values)), (vh,))
-        return mean * polar(u) @ polar(vh) if merged is None else merged
+        left, right = polars((u,), (vh,))
+        return mean * left @ right
 
     def _outside(self, change: Tensor, common: Tensor, most: int) -> ThinSvd:
         """Return the leading singular triples of a change outside the common outputs, without rounding errors."""

@@ -7,15 +7,15 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from merging.maths.fast_svd import leading_triples
 from merging.maths.lazy_torch import Tensor
-from merging.maths.linalg import leading_svd
 from merging.maths.parameters import Local
-from merging.methods.families.spectral import Spectral
+from merging.methods.families.spectral import ExactSingular
 
 __all__ = ["Star"]
 
 
-class Star(Spectral):
+class Star(ExactSingular):
     """scale * mean of the truncated changes of each matrix: spectral truncation and rescaling.
 
     Of each change only the fewest leading singular directions stay whose values make up the share `eta` of the sum of
@@ -23,7 +23,8 @@ class Star(Spectral):
     share is often one direction of a few. Vectors, convolutions and embedding tables take scale times the mean.
 
     On adapters it is exact, in the joint spaces of the factors. On full checkpoints it takes one eigenvalue problem a
-    model of a matrix's shorter side, with one matrix in memory at a time.
+    model of a matrix's shorter side, with one matrix in memory at a time. `svd = fast` takes these in float32 for large
+    matrices, within a thousandth of `exact` on fine-tunes.
     """
 
     name: ClassVar[str] = "star"
@@ -41,7 +42,7 @@ class Star(Spectral):
     def combine(self, changes: Sequence[Tensor], size: int) -> Tensor:
         out = changes[0].new_zeros(changes[0].shape).double()
         for change in changes:
-            u, values, vh = leading_svd(change)
+            u, values, vh = leading_triples(change, svd=self.svd)
             reached = values.cumsum(0)
             if not len(values):
                 continue

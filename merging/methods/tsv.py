@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from merging.maths.fast_svd import leading_triples, multiply_polars
+from merging.maths.fast_svd import leading_triples, polars
 from merging.maths.lazy_torch import Tensor, torch
-from merging.maths.linalg import polar
 from merging.methods.families.spectral import Singular
 
 __all__ = ["Tsv"]
@@ -41,7 +40,5 @@ class Tsv(Singular):
     def combine(self, changes: Sequence[Tensor], size: int) -> Tensor:
         triples = [leading_triples(change, max(1, size // len(changes)), svd=self.svd) for change in changes]
         us, values, vhs = zip(*triples, strict=True)
-        merged = multiply_polars(us, torch.cat(values), vhs)
-        if merged is not None:
-            return merged
-        return polar(torch.cat(us, 1)) * torch.cat(values) @ polar(torch.cat(vhs))
+        left, right = polars(us, vhs)
+        return left * torch.cat(values).to(left) @ right

@@ -63,6 +63,16 @@ def test_the_promise_is_kept_by_all(models: list[str], tmp_path: Path, method: s
     check_memory(models, method, threads, tmp_path, limited=False)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("method", "side"), [("tsv", 1100), ("iso_cts", 1100), ("iso_cts", 600), ("dop", 600)])
+def test_the_promise_is_kept_by_decompositions(tmp_path: Path, method: str, side: int) -> None:
+    """In float32 and in float64: the methods that come closest to their promise."""
+    random = torch.Generator().manual_seed(0)
+    values = [torch.randn(side, side, generator=random) * 0.7**number for number in range(4)]
+    models = [str(save(tmp_path / str(at), {"a.weight": each.bfloat16()})) for at, each in enumerate(values)]
+    check_memory(models, method, 1, tmp_path, limited=False)
+
+
 def test_without_a_limit_half_of_what_is_available(
     models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from merging.maths.parameters import Coefficient, Local
 from merging.maths.site import Site
 from merging.methods.contract.method import Grain, Method, Statistics
 
-__all__ = ["Singular", "Spectral", "as_stored", "matrices"]
+__all__ = ["ExactSingular", "Singular", "Spectral", "as_stored", "matrices"]
 
 
 class Spectral(Method):
@@ -90,6 +90,14 @@ class Singular(Spectral):
 
     svd: SvdAccuracy = Field(
         "fast", description="fast: matrices with sides above 1024 in float32, where its checks hold; exact: in float64"
+    )
+
+
+class ExactSingular(Singular):
+    """A method by singular values and vectors that is not always within a thousandth in float32: `fast` is a choice."""
+
+    svd: SvdAccuracy = Field(
+        "exact", description="exact: in float64; fast: matrices with sides above 1024 in float32, where its checks hold"
     )
 
 
