@@ -103,6 +103,8 @@ class MethodParameters(TypedDict, total=False):
     norm: Weight
     normalize: Switch
     off_diagonal: Value
+    polarize: Value
+    power: Value
     published: bool
     r: Value
     ratio: Value

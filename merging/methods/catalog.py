@@ -78,6 +78,7 @@ GROUPS: dict[str, dict[str, Listed]] = {
     },
     "By statistics of a few examples of each model": {
         "regmean": Listed("regmean", "RegMean"),
+        "esm": Listed("esm", "Esm"),
         "fisher": Listed("fisher", "Fisher"),
     },
     "Around any of these: what it is given, where, or how much": {

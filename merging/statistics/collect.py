@@ -100,7 +100,7 @@ def collect_statistics(
 
     The file holds the Gram matrix of the inputs of each linear layer in half precision: its leading directions and the
     rest of its diagonal. With ``fisher`` it also holds the diagonal of the Fisher information of all parameters.
-    Methods such as ``regmean`` and ``fisher`` read it (``stats``); it names the model by a key of its content.
+    Methods such as ``regmean``, ``esm`` and ``fisher`` read it (``stats``); it names the model by a key of its content.
 
     Args:
         model: a model of transformers, or an adapter: a folder, or a name on the Hub. An adapter is

@@ -19,6 +19,8 @@ from support.example_statistics import GivenStatistics, exact_gram
 
 OUT, IN, TOKENS = 7, 9, 30
 SITE = Site("layers.0.q.weight", (OUT, IN))
+MATRICES: list[Any] = [("regmean", {}), ("esm", {}), ("esm", {"polarize": 2.0, "power": 0.0})]
+"""Methods of matrices, with parameters."""
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -48,6 +50,38 @@ def test_regmean_is_the_reference(keep: float, tokens: int) -> None:
     assert torch.allclose(got, 0.7 * references.regmean(tau, inputs(3, tokens), keep, weights), atol=1e-6)
 
 
+@pytest.mark.parametrize("polarize", [0.0, 2.0])
+@pytest.mark.parametrize("tokens", [2, TOKENS], ids=["few", "many"])
+def test_esm_is_the_reference(polarize: float, tokens: int) -> None:
+    """Few inputs shift the outputs in as few directions, fewer than a model's share of three."""
+    tau, x = drawn(3, OUT, IN), inputs(3, tokens)
+    given = [GivenStatistics(exact_gram(each)) for each in x]
+    got = merge("esm", Stack.of(tau), given, polarize=polarize, power=0.3, scale=0.7).dense()
+    assert torch.allclose(got, 0.7 * references.esm(tau, x, 0.3, polarize), atol=1e-8)
+
+
+def test_esm_leaves_models_without_weight_out() -> None:
+    tau, given = drawn(3, OUT, IN), [GivenStatistics(exact_gram(x)) for x in inputs(3)]
+    got = merge("esm", Stack.of(tau), given, weights=(1.0, 0.0, 2.0), polarize=1.0).dense()
+    weighted = tau * torch.tensor([1.0, 0.0, 2.0])[:, None, None]
+    assert torch.allclose(got, references.esm(weighted[::2], inputs(3)[::2], polarize=1.0), atol=1e-8)
+
+
+def test_laws_of_esm() -> None:
+    """The order does not matter, scaled changes scale, and changes of zero give zero."""
+    tau, given = drawn(3, OUT, IN), [GivenStatistics(exact_gram(x)) for x in inputs(3)]
+    for polarize in (0.0, 2.0):
+        merged = merge("esm", Stack.of(tau), given, polarize=polarize).dense()
+        turned = merge("esm", Stack.of(tau.flip(0)), given[::-1], polarize=polarize).dense()
+        assert torch.allclose(turned, merged, atol=1e-8)
+        scaled = merge("esm", Stack.of(tau * -1e-3), given, polarize=polarize).dense()
+        assert torch.allclose(scaled, merged * -1e-3, atol=1e-11)
+        assert not merge("esm", Stack.of(tau * 0), given, polarize=polarize).dense().any()
+        nothing = [LowRank(each.up * 0, each.down, (OUT, IN)) for each in low()]
+        assert not merge("esm", Stack(nothing), given, polarize=polarize).dense().any()
+    assert torch.linalg.svdvals(merge("esm", Stack.of(tau[:1]), given[:1], power=0.0).dense()).std() < 1e-8
+
+
 def test_regmean_makes_the_least_error_on_the_inputs() -> None:
     tau, x = drawn(3, OUT, IN), inputs(3)
     got = merge("regmean", Stack.of(tau), [GivenStatistics(exact_gram(each)) for each in x], off_diagonal=1.0).dense()
@@ -59,24 +93,27 @@ def test_regmean_makes_the_least_error_on_the_inputs() -> None:
     assert error(got) < 0.9 * error(tau.mean(0))
 
 
-def test_regmean_merges_factors_as_full_changes() -> None:
+@pytest.mark.parametrize(("method", "parameters"), MATRICES, ids=str)
+def test_factors_are_merged_as_full_changes(method: str, parameters: dict[str, float]) -> None:
     given = [GivenStatistics(exact_gram(x)) for x in inputs(3)]
-    got = merge("regmean", Stack(low()), given, scale=0.7)
+    got = merge(method, Stack(low()), given, scale=0.7, **parameters)
     assert isinstance(got, LowRank)
     assert got.rank == 6
-    wanted = merge("regmean", Stack([Dense(each.dense()) for each in low()]), given, scale=0.7)
-    assert torch.allclose(got.dense(), wanted.dense(), atol=1e-10)
+    wanted = merge(method, Stack([Dense(each.dense()) for each in low()]), given, scale=0.7, **parameters)
+    assert torch.allclose(got.dense(), wanted.dense(), atol=1e-8)
 
 
-def test_regmean_merges_transposed_weights() -> None:
+@pytest.mark.parametrize(("method", "parameters"), MATRICES, ids=str)
+def test_transposed_weights(method: str, parameters: dict[str, float]) -> None:
     """GPT-2's weights are stored as inputs by outputs; factors of them state it."""
     given, site = [GivenStatistics(exact_gram(x)) for x in inputs(3)], Site("h.0.c_attn.weight", (IN, OUT), axis=0)
     tau = drawn(3, OUT, IN)
-    wanted = merge("regmean", Stack.of(tau), given).dense()
-    assert torch.allclose(merge("regmean", Stack.of(tau.mT.contiguous()), given, site).dense(), wanted.T, atol=1e-10)
+    wanted = merge(method, Stack.of(tau), given, **parameters).dense()
+    got = merge(method, Stack.of(tau.mT.contiguous()), given, site, **parameters)
+    assert torch.allclose(got.dense(), wanted.T, atol=1e-10)
     turned = [LowRank(each.up, each.down, (IN, OUT), transposed=True) for each in low()]
-    plain = merge("regmean", Stack(low()), given).dense()
-    assert torch.allclose(merge("regmean", Stack(turned), given, site).dense(), plain.T, atol=1e-10)
+    plain = merge(method, Stack(low()), given, **parameters).dense()
+    assert torch.allclose(merge(method, Stack(turned), given, site, **parameters).dense(), plain.T, atol=1e-10)
 
 
 def test_an_input_that_no_example_has_takes_the_mean() -> None:
@@ -115,7 +152,7 @@ def test_fisher_is_the_reference() -> None:
 
 def test_tensors_without_statistics_take_the_mean() -> None:
     tau, given = drawn(2, OUT, IN), [GivenStatistics(exact_gram(inputs(1)[0])), GivenStatistics()]
-    for method in ("regmean", "fisher"):
+    for method in ("regmean", "esm", "fisher"):
         assert torch.allclose(merge(method, Stack.of(tau), given).dense(), tau.mean(0))
     vector = Site("norm.weight", (IN,), kind="vector")
     full = [GivenStatistics(exact_gram(x)) for x in inputs(2)]
@@ -124,8 +161,9 @@ def test_tensors_without_statistics_take_the_mean() -> None:
 
 def test_wrappers_pass_statistics_on() -> None:
     given = [GivenStatistics(exact_gram(x)) for x in inputs(3)]
-    assert merge("decouple+regmean", Stack(low()), given).dense().isfinite().all()
-    assert merge("dare+regmean", Stack.of(drawn(3, OUT, IN)), given, drop=0.0).dense().isfinite().all()
+    for method in ("regmean", "esm"):
+        assert merge(f"decouple+{method}", Stack(low()), given).dense().isfinite().all()
+        assert merge(f"dare+{method}", Stack.of(drawn(3, OUT, IN)), given, drop=0.0).dense().isfinite().all()
 
 
 def test_refused() -> None:

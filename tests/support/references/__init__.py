@@ -20,6 +20,7 @@ from support.references.della import della_probabilities
 from support.references.diffusion import clamped, cosine_merge, train_difference
 from support.references.do import balanced, decoupled, do_merging
 from support.references.dop import dop, dop_loss
+from support.references.esm import esm
 from support.references.flat import flatten, unflatten
 from support.references.geometric_median import geometric_median
 from support.references.iso_c import iso_c
@@ -69,6 +70,7 @@ __all__ = [
     "do_merging",
     "dop",
     "dop_loss",
+    "esm",
     "fisher",
     "flatten",
     "geometric_median",
