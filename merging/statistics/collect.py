@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,13 +21,11 @@ from merging.maths.lazy_torch import torch
 from merging.object_stores.store_path import output_path
 from merging.plan.checks import key_of
 from merging.sources import Adapter, Model
-from merging.sources.name_ends import find_by_end, index_ends
-from merging.statistics.examples import StatisticsExample, read_statistics_examples
+from merging.statistics.examples import read_statistics_examples
 from merging.statistics.fisher_information import FisherAccumulator, FisherOutputs
-from merging.statistics.gram_accumulator import GramAccumulator
-from merging.statistics.layers import HookedLayer, find_layers, group_by_input, hook_inputs
-from merging.statistics.network import RunnableModel, load_runnable
-from merging.statistics.writing import GatheredLayers, write_statistics
+from merging.statistics.gathering import check_limits, gather_layers, name_layers
+from merging.statistics.network import load_runnable
+from merging.statistics.writing import write_statistics
 from merging.storage.staging import StagedOutput, check_destination
 from merging.type_checks import check_types
 
@@ -138,9 +134,7 @@ def collect_statistics(
         (37, 2)
     """
     began = time.monotonic()
-    for name, value in (("examples", examples), ("max_length", max_length), ("directions", directions)):
-        if value < 1:
-            raise OptionError(f"{option(name, value)}: should be at least 1")
+    check_limits(examples=examples, max_length=max_length, directions=directions)
     if fisher not in (None, "sampled", "labels"):
         raise OptionError(f"{option('fisher', fisher)}: sampled or labels")
     destination = output_path(check_path(output, "output"))
@@ -162,7 +156,7 @@ def collect_statistics(
             device=pick_device(str(device)),
             dtype=dtype,
         )
-        gathered = _gather(
+        gathered = gather_layers(
             running,
             islice(read, examples),
             most=max_tokens,
@@ -217,80 +211,3 @@ def _as_folder(opened: Model, name: str, base: str | Path | None, scratch: Path)
     else:
         bake([name], output=baked, resume=False, base=base)
     return str(baked)
-
-
-def _gather(
-    running: RunnableModel,
-    examples: Iterator[StatisticsExample],
-    *,
-    most: int | None,
-    directions: int,
-    fisher: FisherAccumulator | None,
-    progress: Progress | None,
-    expected: int,
-) -> GatheredLayers:
-    """Run examples one by one, and return the statistics of the layers by their names in the running model."""
-    layers = find_layers(running.network)
-    leaders: dict[str, str] = {}
-    grams: dict[str, GramAccumulator] = {}
-    count = tokens = 0
-
-    def add(layer: HookedLayer, inputs: Any) -> None:
-        if not bool(inputs.isfinite().all()):
-            raise InputError(f"{running.name}: the inputs of {layer.name} are not finite on the examples")
-        if layer.name not in grams:
-            grams[layer.name] = GramAccumulator(layer.width, directions, inputs.device)
-        grams[layer.name].add(inputs.reshape(-1, layer.width))
-
-    for example in examples:
-        left = None if most is None else most - tokens
-        least = 2 if count and fisher is not None and fisher.outputs == "labels" else 1  # a token, and the next one
-        if left is not None and left < least:
-            break
-        inputs = running.encode(example, left)
-        with torch.set_grad_enabled(fisher is not None):
-            if not leaders:
-                with torch.no_grad():
-                    leaders = dict(group_by_input(layers, partial(running.run, inputs)))
-            with hook_inputs([layer for layer in layers if leaders[layer.name] == layer.name], add):
-                output = running.run(inputs)
-            if fisher is not None:
-                fisher.add(example, inputs, output)
-        count += 1
-        tokens += inputs["input_ids"].numel() if "input_ids" in inputs else 0
-        if progress:
-            progress(count, expected)
-    if progress and count and count < expected:
-        progress(count, count)
-    importance, size = fisher.result() if fisher is not None and count else ({}, 0.0)
-    found = {name: gram.result() for name, gram in grams.items()}
-    shared = {name: leader for name, leader in leaders.items() if leader != name and leader in found}
-    return GatheredLayers(found, shared, importance, size, count, tokens)
-
-
-def name_layers(gathered: GatheredLayers, opened: Model, base: str | Path | None) -> GatheredLayers:
-    """Return the statistics by the names of tensors in the model's file; of an adapter, in its base's file."""
-    if isinstance(opened, Adapter):
-        stated = base if base is not None else opened.base
-        try:
-            names = set(opened.changes) | (set(_tensors_of(stated)) if stated else set())
-        except InputError:
-            names = set(opened.changes)
-    else:
-        names = set(opened.tensors)
-    index = index_ends(names)
-
-    def rename(name: str) -> str:
-        return find_by_end(name, names, index) or name
-
-    return replace(
-        gathered,
-        grams={rename(name): gram for name, gram in gathered.grams.items()},
-        shared={rename(name): rename(other) for name, other in gathered.shared.items()},
-        fisher={rename(name): each for name, each in gathered.fisher.items()},
-    )
-
-
-def _tensors_of(name: str | Path) -> list[str]:
-    opened = open_model(name)
-    return [] if isinstance(opened, Adapter) else list(opened.tensors)
