@@ -9,11 +9,11 @@ from typing import Any
 
 from merging.errors import MergingError, OptionError, option
 from merging.maths.lazy_torch import Tensor, torch
+from merging.pool.network_weights import NetworkWeights
 from merging.recycling.load_base import load_network
 from merging.recycling.model import Classifier, EncodedExample, Scores, TaskModel
 from merging.searches.examples import SearchTask
 from merging.searches.memory_merger import MemoryMerger, MergeInputs
-from merging.searches.network_weights import NetworkWeights
 from merging.searches.settings import Objective, SearchSettings
 from merging.searches.spaces import MergeCandidate
 
@@ -98,7 +98,8 @@ class Evaluator:
         self.merger = MemoryMerger(objective.inputs, device)
         first = MergeCandidate("", None, {}, ()) if self.merger.based else MergeCandidate("", "linear", {}, (0,))
         shapes = {item.site.name: item.site.shape for item in self.merger.reader.plan.items}
-        self.weights = NetworkWeights(loaded.network, self.merger.merge(first), where, shapes)
+        remedy = f"score their files with {option('score', 'COMMAND')}"
+        self.weights = NetworkWeights(loaded.network, self.merger.merge(first), where, shapes, remedy)
 
     def __call__(self, request: Request) -> Measured:
         """Measure a candidate or an output. A merge that cannot be made is an answer with an error."""

@@ -12,6 +12,7 @@ from merging.api.merge_files import merge_recipe, plan_for
 from merging.api.peft_tensors import limit_rank
 from merging.engine.devices import supply_operations
 from merging.engine.in_memory import TensorInputs, merge_in_memory
+from merging.engine.model_reader import ChangeStore, ModelReader, Room
 from merging.errors import InputError, OptionError, option
 from merging.hub.open_model import open_model
 from merging.maths.delta import Delta, Dense, LowRank
@@ -21,7 +22,6 @@ from merging.methods.chains import chain
 from merging.methods.contract.method import Method
 from merging.plan import Plan, make_plan
 from merging.plan.recipe import Recipe
-from merging.searches.model_reader import ChangeStore, ModelReader, Room
 from merging.searches.spaces import MergeCandidate
 from merging.sources import Adapter
 

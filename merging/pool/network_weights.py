@@ -6,9 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
-
-from merging.errors import InputError, option
+from merging.errors import InputError
 from merging.maths.lazy_torch import Tensor, torch
 from merging.sources.renaming import find_renaming
 
@@ -23,16 +21,21 @@ class NetworkWeights:
         base: the base's tensors that a merge replaces, by their names on disk.
         where: the base's name, for messages.
         stored: the shapes of all tensors of the base, by their names on disk.
+        remedy: the way around, for messages.
+
+    Attributes:
+        names: the names in the network of the base's tensors that a merge replaces, by their names on disk.
 
     Raises :class:`~merging.errors.InputError` where the network has tensors of the merge in another form.
     """
 
     def __init__(
         self,
-        network: nn.Module,
+        network: torch.nn.Module,
         base: Iterable[tuple[str, Tensor]],
         where: str,
         stored: Mapping[str, tuple[int, ...]],
+        remedy: str,
     ) -> None:
         known: dict[str, Tensor] = dict(network.named_buffers(remove_duplicate=False))
         known |= dict(network.named_parameters(remove_duplicate=False))
@@ -55,9 +58,10 @@ class NetworkWeights:
         if not names or odd is not None or (unmatched and lacking is not None):
             raise InputError(
                 f"{where}: {odd or lacking or next(iter(values))} has another form in memory than on the disk, so that "
-                f"merges are not put into the loaded model: score their files with {option('score', 'COMMAND')}"
+                f"merges are not put into the loaded model: {remedy}"
             )
         self._network = network
+        self.names: Mapping[str, str] = names
         self._tensors = {name: known[own] for name, own in names.items()}
         self._owners = {name: _owners(network, known[own]) for name, own in names.items()}
 
@@ -89,7 +93,7 @@ def _equal(own: Tensor, stored: Tensor) -> bool:
     return torch.equal(own, stored.to(own.dtype)) or torch.equal(own.to(stored.dtype), stored)
 
 
-def _owners(network: nn.Module, tensor: Tensor) -> list[tuple[dict[str, Any], str]]:
+def _owners(network: torch.nn.Module, tensor: Tensor) -> list[tuple[dict[str, Any], str]]:
     """Return the places of a tensor in the modules of a network, several where it is tied."""
     places: list[tuple[dict[str, Any], str]] = []
     for module in network.modules():
