@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from merging.recycling.workflow import Recycled, recycle
     from merging.searches.workflow import Found, search
     from merging.soups import soup
-    from merging.statistics import CollectedStatistics, collect_statistics
+    from merging.statistics import CollectedStatistics, collect_merged_statistics, collect_statistics
 
 _WHERE = {
     "CollectedStatistics": "statistics",
@@ -53,6 +53,7 @@ _WHERE = {
     "Recycled": "recycling.workflow",
     "bake": "api.bake",
     "chain": "methods.chains",
+    "collect_merged_statistics": "statistics",
     "collect_statistics": "statistics",
     "compare": "geometry",
     "compress": "compression",
@@ -101,6 +102,7 @@ __all__ = [
     "__version__",
     "bake",
     "chain",
+    "collect_merged_statistics",
     "collect_statistics",
     "compare",
     "compress",

@@ -27,7 +27,8 @@ class RegMean(FromInputs):
     It is the minimum of sum_i w_i |(tau - tau_i) x|^2 over the inputs x of model i on its own examples: 30 to 100
     unlabelled texts or images, from which `merge stats` makes a file for each model (`--stats`). The entries of G_i off
     the diagonal are multiplied by `off_diagonal`, as published; 1 is the least squares themselves. All other tensors,
-    and matrices without statistics, take the mean.
+    and matrices without statistics, take the mean. RegMean++ (Nguyen et al. 2025, arXiv 2508.03121) is the same merge
+    with statistics that `merge stats --through-merge` gathers block by block through the merge itself.
 
     Departures from the released code (bloomberg/dataless-model-merging): G_i is the mean over a model's tokens, and not
     their sum, so that longer texts do not outweigh others. It merges changes from the base, which with a scale of 1

@@ -56,13 +56,13 @@ def count_tokens(inputs: dict[str, Tensor]) -> int:
 
 
 class InputGrams:
-    """The Gram matrices of the inputs of some layers, while examples run in :meth:`hooked`."""
+    """The Gram matrices of the inputs of some layers, of examples that run in the context of :meth:`hook`."""
 
     def __init__(self, where: str, directions: int) -> None:
         self._where, self._directions = where, directions
         self._grams: dict[str, GramAccumulator] = {}
 
-    def hooked(self, layers: Sequence[HookedLayer]) -> AbstractContextManager[None]:
+    def hook(self, layers: Sequence[HookedLayer]) -> AbstractContextManager[None]:
         """Return a context in which the inputs of the layers are added."""
         return hook_inputs(list(layers), self._add)
 
@@ -99,7 +99,7 @@ def gather_layers(
             if not leaders:
                 with torch.no_grad():
                     leaders = dict(group_by_input(layers, partial(running.run, inputs)))
-            with grams.hooked([layer for layer in layers if leaders[layer.name] == layer.name]):
+            with grams.hook([layer for layer in layers if leaders[layer.name] == layer.name]):
                 output = running.run(inputs)
             if fisher is not None:
                 fisher.add(example, inputs, output)

@@ -59,15 +59,19 @@ def hook_inputs(layers: list[HookedLayer], receive: Callable[[HookedLayer, Tenso
 
 
 def group_by_input(layers: list[HookedLayer], run: Callable[[], Any]) -> Mapping[str, str]:
-    """Return for each layer the name of the first layer that has the same inputs, found by running the model once."""
-    taken: dict[str, list[int]] = {layer.name: [] for layer in layers}
+    """Return for each layer the name of the first layer that has the same inputs, found by running the model once.
+
+    Layers come in the order in which they run, and those that do not run last.
+    """
+    taken: dict[str, list[int]] = {}
     held: list[Tensor] = []  # so that no identity is used twice
 
     def note(layer: HookedLayer, inputs: Tensor) -> None:
         held.append(inputs)
-        taken[layer.name].append(id(inputs))
+        taken.setdefault(layer.name, []).append(id(inputs))
 
     with hook_inputs(layers, note):
         run()
+    taken |= {layer.name: [] for layer in layers if layer.name not in taken}
     first: dict[tuple[int, ...], str] = {}
     return {name: first.setdefault(tuple(ids), name) if ids else name for name, ids in taken.items()}

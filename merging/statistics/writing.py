@@ -16,7 +16,7 @@ from merging.storage.staging import StagedOutput
 from merging.storage.writer import TensorWriter
 from merging.version import __version__
 
-__all__ = ["GatheredLayers", "round_gram", "write_statistics"]
+__all__ = ["GatheredLayers", "round_gram", "round_trip", "write_statistics"]
 
 _LEADING = 16
 """Directions that are stored in float32."""
@@ -57,6 +57,12 @@ def round_gram(gram: InputGram) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rounded = torch.cat([leading.double(), units.double() * sizes.double()], 1)
     rest = (gram.diagonal() - rounded.square().sum(1)).clamp(min=0).float()
     return leading, units, sizes, rest
+
+
+def round_trip(gram: InputGram) -> InputGram:
+    """Return a Gram matrix as it is read from a file, float64."""
+    leading, units, sizes, rest = (part.double() for part in round_gram(gram))
+    return InputGram(torch.cat([leading, units * sizes], 1), rest)
 
 
 def write_statistics(

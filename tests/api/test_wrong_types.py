@@ -46,6 +46,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "Recipe": {"models": ("a",), "method": "linear"},
     "bake": {"adapters": ["adapter0"], "output": "new", "base": "loras/base"},
     "chain": {"text": "linear"},
+    "collect_merged_statistics": {"models": ["tuned0", "tuned1"], "data": ["base", "base"], "output": "new"},
     "collect_statistics": {"model": "tuned0", "data": "base", "output": "new.safetensors"},
     "compare": {"models": ["adapter0", "adapter1"]},
     "suggest": {"models": ["adapter0", "adapter1"]},

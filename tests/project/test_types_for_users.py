@@ -89,6 +89,7 @@ def others() -> None:
     print(found.winner, found.recipe.models)
     gathered: merging.CollectedStatistics = merging.collect_statistics("a", "t.jsonl", "s.safetensors", fisher="labels")
     print(gathered.key, gathered.layers)
+    print(merging.collect_merged_statistics(["a", "b"], ["t.jsonl", "u.jsonl"], "stats", base="base")[0].key)
     print(recycled.rank, recycled.report.to_dict(), merging.METHODS["ties"].summary)
 
 

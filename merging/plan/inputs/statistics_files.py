@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 
 from merging.display.tables import plural
@@ -50,6 +50,7 @@ def match_statistics(recipe: Recipe, models: Sequence[Model]) -> tuple[Statistic
                 f"statistics of the model that is merged, with merge stats"
             )
         _check_kind(file, kind, name)
+        _check_together(file, keys)
     matched = []
     for model, key in zip(models, keys, strict=True):
         own = [file for file in files if {file.key, file.origin} & key]
@@ -78,6 +79,19 @@ def _check_kind(file: StatisticsFile, kind: StatisticsKind, name: str) -> None:
         )
     if kind == "inputs" and not file.has_inputs:
         raise InputError(f"{file.path}: holds no statistics of layers' inputs, which {name} needs: gather them again")
+
+
+def _check_together(file: StatisticsFile, keys: Sequence[Set[str]]) -> None:
+    """Refuse statistics through a merge of other models. Raises :class:`~merging.errors.InputError`."""
+    through = file.facts.get("through_merge")
+    if through is None:
+        return
+    together = through["models"]
+    if len(together) != len(keys) or not all(key & set(together) for key in keys):
+        raise InputError(
+            f"{file.path}: holds statistics through a merge of {plural(len(together), 'model')}, and others are merged "
+            f"here: gather statistics through the merge of these models"
+        )
 
 
 def attach_statistics(

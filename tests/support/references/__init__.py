@@ -40,6 +40,7 @@ from support.references.pico import pico
 from support.references.published import GOLDEN, golden_adapters
 from support.references.ram import ram
 from support.references.regmean import fisher, regmean
+from support.references.regmean_plus_plus import regmean_plus_plus
 from support.references.sce import sce
 from support.references.spectral import decomposed
 from support.references.star import star
@@ -91,6 +92,7 @@ __all__ = [
     "pico",
     "ram",
     "regmean",
+    "regmean_plus_plus",
     "sce",
     "star",
     "svc",
