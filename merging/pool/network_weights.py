@@ -8,6 +8,8 @@ from typing import Any
 
 from merging.errors import InputError
 from merging.maths.lazy_torch import Tensor, torch
+from merging.plan.names.conversion import CheckpointLoading
+from merging.sources.regions import whole
 from merging.sources.renaming import find_renaming
 
 __all__ = ["NetworkWeights"]
@@ -42,8 +44,13 @@ class NetworkWeights:
         values = dict(base)
         shapes = {**stored, **{name: tuple(value.shape) for name, value in values.items()}}
         renaming, left = find_renaming(shapes, known, lambda name, other: shapes[name] == tuple(known[other].shape))
-        unmatched = set(left)
-        names = {name: renaming(name) or name for name in shapes if name not in unmatched}
+        other = set(left)
+        names = {name: renaming(name) or name for name in shapes if name not in other}
+        if left:  # names that transformers changes in another way
+            pieces = CheckpointLoading(network).pieces({name: shapes[name] for name in left})
+            first = {name: parts[0].of for name, parts in pieces.items()}
+            names |= {name: own for name, own in first.items() if pieces[name] == [whole(own, shapes[name])]}
+        unmatched = shapes.keys() - names.keys()
         reached = {id(known[own]) for own in names.values()}
         names = {name: own for name, own in names.items() if name in values}
         odd = next((name for name, own in names.items() if not _equal(known[own], values[name])), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,9 +22,11 @@ from merging.maths.lazy_torch import torch
 from merging.object_stores.store_path import output_path
 from merging.plan.checks import key_of
 from merging.sources import Adapter, Model
+from merging.sources.stored import Stored
 from merging.statistics.examples import read_statistics_examples
 from merging.statistics.fisher_information import FisherAccumulator, FisherOutputs
-from merging.statistics.gathering import check_limits, gather_layers, name_layers
+from merging.statistics.gathering import check_limits, gather_layers
+from merging.statistics.naming import name_as_stored
 from merging.statistics.network import load_runnable
 from merging.statistics.writing import write_statistics
 from merging.storage.staging import StagedOutput, check_destination
@@ -148,8 +151,9 @@ def collect_statistics(
     read = read_statistics_examples(source, column, label_column if fisher == "labels" else None)
     check_destination(destination, opened.files, 0, overwrite)
     with StagedOutput(destination, overwrite, True) as staged:
+        full = _as_folder(opened, str(model), base, staged.scratch)
         running = load_runnable(
-            _as_folder(opened, str(model), base, staged.scratch),
+            full,
             name=str(model),
             images=source.is_dir(),
             max_length=max_length,
@@ -178,7 +182,8 @@ def collect_statistics(
         }
         public_name = str(opened.origin or Path(model).absolute().name)  # no folders of this machine
         identity = {"model": public_name, "key": key, "origin": str(opened.origin or "")}
-        named = name_layers(gathered, opened, base)
+        shapes = {name: stored.shape for name, stored in _tensors_of(full).items()}
+        named = name_as_stored(gathered, running.network, shapes)
         nbytes = write_statistics(staged, destination, named, identity, facts)
         staged.commit()
     report_notices(staged.notices)
@@ -211,3 +216,9 @@ def _as_folder(opened: Model, name: str, base: str | Path | None, scratch: Path)
     else:
         bake([name], output=baked, resume=False, base=base)
     return str(baked)
+
+
+def _tensors_of(model: str) -> Mapping[str, Stored]:
+    opened = open_model(model)
+    assert not isinstance(opened, Adapter)
+    return opened.tensors

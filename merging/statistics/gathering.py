@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from merging.display.progress import Progress
 from merging.errors import InputError, OptionError, option
-from merging.hub.open_model import open_model
 from merging.maths.layer_statistics import InputGram
 from merging.maths.lazy_torch import Tensor, torch
-from merging.sources import Adapter, Model
-from merging.sources.name_ends import find_by_end, index_ends
 from merging.statistics.examples import StatisticsExample
 from merging.statistics.fisher_information import FisherAccumulator
 from merging.statistics.gram_accumulator import GramAccumulator
@@ -23,7 +18,7 @@ from merging.statistics.layers import HookedLayer, find_layers, group_by_input, 
 from merging.statistics.network import RunnableModel
 from merging.statistics.writing import GatheredLayers
 
-__all__ = ["InputGrams", "check_limits", "count_tokens", "encode_examples", "gather_layers", "name_layers"]
+__all__ = ["InputGrams", "check_limits", "count_tokens", "encode_examples", "gather_layers"]
 
 
 def check_limits(**limits: int) -> None:
@@ -113,31 +108,3 @@ def gather_layers(
     found = grams.result()
     shared = {name: leader for name, leader in leaders.items() if leader != name and leader in found}
     return GatheredLayers(found, shared, importance, size, count, tokens)
-
-
-def name_layers(gathered: GatheredLayers, opened: Model, base: str | Path | None) -> GatheredLayers:
-    """Return the statistics by the names of tensors in the model's file; of an adapter, in its base's file."""
-    if isinstance(opened, Adapter):
-        stated = base if base is not None else opened.base
-        try:
-            names = set(opened.changes) | (set(_tensors_of(stated)) if stated else set())
-        except InputError:
-            names = set(opened.changes)
-    else:
-        names = set(opened.tensors)
-    index = index_ends(names)
-
-    def rename(name: str) -> str:
-        return find_by_end(name, names, index) or name
-
-    return replace(
-        gathered,
-        grams={rename(name): gram for name, gram in gathered.grams.items()},
-        shared={rename(name): rename(other) for name, other in gathered.shared.items()},
-        fisher={rename(name): each for name, each in gathered.fisher.items()},
-    )
-
-
-def _tensors_of(name: str | Path) -> list[str]:
-    opened = open_model(name)
-    return [] if isinstance(opened, Adapter) else list(opened.tensors)

@@ -14,11 +14,12 @@ __all__ = ["HookedLayer", "find_layers", "group_by_input", "hook_inputs"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HookedLayer:
-    """A module with a matrix: the name of its weight in the model, and the number of its inputs."""
+    """A module with a matrix: the name of its weight in the model, the number of its inputs, and their axis."""
 
     name: str
     module: Any
     width: int
+    axis: int
 
 
 def find_layers(network: Any) -> list[HookedLayer]:
@@ -34,8 +35,8 @@ def find_layers(network: Any) -> list[HookedLayer]:
         if weight is None or weight.dim() != 2 or id(weight) in seen or not weight.is_floating_point():
             continue
         seen.add(id(weight))
-        turned = type(module).__name__ == "Conv1D"
-        found.append(HookedLayer(f"{name}.weight", module, weight.shape[0 if turned else 1]))
+        axis = 0 if type(module).__name__ == "Conv1D" else 1
+        found.append(HookedLayer(f"{name}.weight", module, weight.shape[axis], axis))
     return found
 
 
