@@ -34,10 +34,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import train_adapters
 from encoder import Head, embed, load_encoder, zero_shot_head
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from quality_statistics import TaskEncoder, gather_statistics, merge_by_statistics
 from speed import table
 from tasks import DATA, MORE, TASKS, Task, load_task
 
 import merging
+from merging.statistics.writing import GatheredLayers
 
 RATES = {"full": 6e-5, "lora": 1e-3}
 LINEARS = r".*encoder\.layer\.\d+\..*(query|key|value|dense)"  # all six of each layer, and not the unused pooler
@@ -67,6 +69,7 @@ class Entry:
     kinds: tuple[str, ...] = tuple(RATES)
     below: float = float("inf")  # what a searched value must stay below
     ordered: bool = False  # whether the order of the models matters
+    texts: int = 0  # unlabelled texts of each task that it merges by
 
     def settings(self, value: float | None) -> dict[str, Any]:
         """Chain and parameters, the searched one at a value."""
@@ -128,6 +131,16 @@ METHODS = (
     Entry("do", "do", {"steps": 100}, "scale", QUARTERS, ("lora",)),
     Entry("do 0 steps", "do", {"steps": 0}, "scale", QUARTERS, ("lora",)),
     Entry("orthogonalize+ta", "orthogonalize+task_arithmetic", {}, "scale", TENTHS, ("lora",)),
+)
+METHODS += tuple(
+    Entry(f"{title} {texts} texts", method, fixed, "scale", scales, texts=texts)
+    for title, method, fixed, scales in (
+        ("regmean", "regmean", {}, grid(0.75, 1.75, 0.25)),
+        ("esm", "esm", {}, grid(0.5, 2.5, 0.5)),
+        ("esm polarized", "esm", {"polarize": 2.0}, grid(0.5, 2.5, 0.5)),
+        ("fisher", "fisher", {}, grid(1.0, 4.0, 0.5)),
+    )
+    for texts in (32, 100)
 )
 # Written down before any test figure of the spectral methods was seen.
 CHAINS = (
@@ -239,6 +252,8 @@ class Models:
     """The fine-tunes of one kind, and their merges."""
 
     def __init__(self, kind: str, judge: Judge, steps: int) -> None:
+        self._judge = judge
+        self._gathered: dict[int, list[GatheredLayers]] = {}
         found = []
         for name, task in judge.tasks.items():
             path = judge.work / f"{kind}-{steps}" / f"{name}.safetensors"
@@ -253,14 +268,34 @@ class Models:
     def _add(self, deltas: Mapping[str, Any]) -> Weights:
         return {name: self.base[name] + delta.dense() for name, delta in deltas.items()}
 
+    def _statistics(self, texts: int) -> list[GatheredLayers]:
+        """Of each model on the first training texts of its task, without their labels."""
+        if texts not in self._gathered:
+            judge, found = self._judge, []
+            for (name, task), weights in zip(judge.tasks.items(), self.each, strict=True):
+                judge.encoder.load_state_dict(judge.base | weights)
+                model = TaskEncoder(name, judge.encoder, judge.tokenizer, judge.heads[name])
+                found.append(gather_statistics(model, [text for text, _ in task.train[:texts]], fisher=True))
+            self._gathered[texts] = found
+        return self._gathered[texts]
+
+    def _merge_by(self, statistics: Sequence[GatheredLayers], entry: Entry, value: float | None) -> Weights:
+        full = [{name: merging.Dense(state[name] - self.base[name]) for name in self.base} for state in self.each]
+        settings = entry.settings(value)
+        changes = merge_by_statistics(self.deltas or full, statistics, settings.pop("method"), settings)
+        return {name: self.base[name] + change for name, change in changes}
+
     def merges(self, entry: Entry, value: float | None, seconds: list[float]) -> Iterable[Weights]:
         """The merge, or one of each order where that matters: as they are, and shuffled by fixed seeds."""
         for seed in range(ORDERS if entry.ordered else 1):
             models: list[Any] = list(self.deltas or self.each)
             if seed:
                 random.Random(seed).shuffle(models)
+            statistics = self._statistics(entry.texts) if entry.texts else []
             start = time.perf_counter()
-            if self.deltas:
+            if statistics:
+                merged = self._merge_by(statistics, entry, value)
+            elif self.deltas:
                 merged = self._add(merging.merge_deltas(models, **entry.settings(value)))
             else:
                 merged = merging.merge_state_dicts(models, base=self.base, **entry.settings(value))
