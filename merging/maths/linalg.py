@@ -172,6 +172,8 @@ def output_basis(changes: Sequence[Delta]) -> Tensor:
 
 def fix_signs(basis: Tensor) -> Tensor:
     """Return a basis ``[out, k]`` with the largest entry of each vector positive."""
+    if not basis.numel():
+        return basis
     largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
     signed: Tensor = basis * torch.where(largest < 0, -1.0, 1.0)
     return signed

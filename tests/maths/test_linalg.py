@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from merging.maths import linalg
-from merging.maths.linalg import krylov_svd
+from merging.maths.linalg import fix_signs, krylov_svd
 
 
 @pytest.mark.parametrize(("decay", "lost"), [(1.0, 1e-6), (0.3, 1e-6), (0.0, 0.01)])
@@ -41,3 +41,8 @@ def test_a_batch_is_decomposed_as_its_matrices(monkeypatch: pytest.MonkeyPatch, 
     for place in itertools.product(*map(range, shape[:-2])):
         wanted = linalg.decompose(matrices[place].double(), needed=4)
         assert all(torch.equal(one[place], other) for one, other in zip((u, s, vh), wanted, strict=True))
+
+
+def test_signs_of_a_basis_of_nothing() -> None:
+    """A space without a dimension has no largest entry."""
+    assert fix_signs(torch.zeros(0, 3)).shape == (0, 3)
