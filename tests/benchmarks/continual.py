@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from speed import Bench, Shapes, count, import_everything, measure, private_bytes, succeeded, table
 
 if TYPE_CHECKING:
-    from quality import Judge, Models, Right
+    from quality_models import Judge, Models, Right
 
     from merging import ContinualStore
 
@@ -315,7 +315,7 @@ class Kept:
 
 def write_real(folder: Path, kind: str, models: Models, judge: Judge, steps: int) -> dict[str, Path]:
     """The base and the models of a kind as files, without the tensors that no fine-tune touches."""
-    from quality import LORA
+    from quality_models import LORA
 
     config = {"architectures": ["BertModel"], "model_type": "bert", "num_hidden_layers": 6}
     write_model(folder / "base", models.base, config)
@@ -426,7 +426,7 @@ def spread(values: Sequence[float], mean: str = "{:.1f}") -> str:
 
 def of_tasks(bench: Bench, chosen: argparse.Namespace) -> None:
     """Print what stores of real models keep, against merges of all of them at once."""
-    from quality import Judge, Models
+    from quality_models import Judge, Models
     from tasks import DATA
 
     torch.set_num_threads(1)  # the sums of one thread come out the same on every run

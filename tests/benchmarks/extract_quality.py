@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import DATA, LORA, RATES, Judge, Weights, remembered, trained
+from quality_models import LORA, RATES, Judge, Weights, remembered, trained
 from safetensors.torch import load_file, save_file
 from speed import table
+from tasks import DATA
 
 import merging
 
