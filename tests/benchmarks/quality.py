@@ -27,7 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 from quality_entries import CHAINS, KINDS, METHODS, REFERENCE, Entry
-from quality_models import Judge, Models, Right
+from quality_models import LONGER, RAISED, RANK, Judge, Models, Right
 from quality_trials import Trial, normalised, paired
 from speed import table
 from tasks import DATA, MORE, TASKS
@@ -48,10 +48,10 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     return [*shown, f"{row['seconds']:.2f}" if "seconds" in row else "-"]
 
 
-def compare(kind: str, entries: Sequence[Entry], judge: Judge, steps: int) -> dict[str, Any]:
+def compare(models: Models, entries: Sequence[Entry], judge: Judge) -> dict[str, Any]:
     """What every method reached in per cent, after the base and each task's own model; the scores of the chains on the
     validation texts; and what was chosen there, with what it reached on the test texts."""
-    models = Models(kind, judge, steps)
+    kind = models.kind
     each = list(zip(judge.tasks, models.each, strict=True))
     own = {s: {name: judge.right(weights, s, [name])[name] for name, weights in each} for s in judge.asked}
     rights: dict[str, Right] = {"base": judge.right({}, "test"), "individual": own["test"]}
@@ -81,6 +81,7 @@ def compare(kind: str, entries: Sequence[Entry], judge: Judge, steps: int) -> di
     difference, error = paired(right, rights[published.entry.title])
     against = {"published": published.entry.title, "against published": difference, "error": error}
     return {
+        "norms": models.norms(),
         "rows": [row(title, right) for title, right in rights.items()],
         "chains": [{"method": each.entry.title, **each.told()} for each in trials if each.entry in CHAINS],
         "chosen on validation": {"row": row(title, right), **against, "of": len(trials)},
@@ -106,6 +107,9 @@ def main() -> None:
     parser.add_argument("--kind", nargs="+", choices=list(KINDS), default=list(KINDS), help="what is merged")
     parser.add_argument("--methods", nargs="+", choices=titles, default=titles, help=f"only these, and {REFERENCE}")
     parser.add_argument("--steps", type=int, default=400, help="training steps of 16 texts")
+    parser.add_argument("--rank", type=int, default=RANK, help="rank of the LoRAs (%(default)s)")
+    larger = f"train this task's model {LONGER} times as many steps at {RAISED} times the rate"
+    parser.add_argument("--unequal", metavar="TASK", help=larger)
     parser.add_argument("--texts", type=int, default=500, help="test texts a task")
     parser.add_argument("--valid", type=int, default=200, help="validation texts a task")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "merging-quality", help="what is kept")
@@ -116,11 +120,14 @@ def main() -> None:
     judge = Judge(chosen.tasks.split(","), chosen.work, DATA, chosen.valid, chosen.texts)
     found = {}
     for kind in chosen.kind:
+        models = Models(kind, judge, chosen.steps, rank=chosen.rank, unequal=chosen.unequal or "")
         entries = [entry for entry in wanted if kind in entry.kinds]
-        found[kind] = compare(kind, entries, judge, chosen.steps)
-        rows, chains = found[kind]["rows"], found[kind]["chains"]
-        alone = [[name, *(f"{row['tasks'][name]:.1f}" for row in rows[:2])] for name in judge.tasks]
-        print("\n" + table(["task", "base", f"its own {kind}"], alone), end="\n\n")
+        found[kind] = compare(models, entries, judge)
+        rows, chains, norms = found[kind]["rows"], found[kind]["chains"], found[kind]["norms"]
+        alone = [
+            [name, *(f"{row['tasks'][name]:.1f}" for row in rows[:2]), f"{norms[name]:.2f}"] for name in judge.tasks
+        ]
+        print("\n" + table(["task", "base", f"its own {kind}", "norm of the change"], alone), end="\n\n")
         heads = ["chosen", "on validation", "accuracy", "normalised", f"against {REFERENCE}", "seconds a merge"]
         print(table([f"{kind} method", *heads], [cells(row) for row in rows]), end="\n\n")
         if chains:

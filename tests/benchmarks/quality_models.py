@@ -7,6 +7,8 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,21 @@ from tasks import MORE, TASKS, Task, load_task
 import merging
 from merging.statistics.writing import GatheredLayers
 
-__all__ = ["LORA", "RATES", "Judge", "Models", "Right", "Weights", "remembered", "trained"]
+__all__ = ["LONGER", "LORA", "RAISED", "RANK", "RATES", "Judge", "Models", "Right", "Weights", "remembered", "trained"]
 
 RATES = {"full": 6e-5, "lora": 1e-3}
 LINEARS = r".*encoder\.layer\.\d+\..*(query|key|value|dense)"  # all six of each layer, and not the unused pooler
-LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": LINEARS}
+RANK = 16
+LONGER, RAISED = 4, 3  # a model that outweighs the others: times as many steps, and times their rate
 ORDERS = 3  # what depends on the order of the models is averaged over this many
 
+
+def lora_config(rank: int) -> dict[str, Any]:
+    """PEFT's settings of an adapter; what it adds is times 2 at each rank."""
+    return {"r": rank, "lora_alpha": 2 * rank, "target_modules": LINEARS}
+
+
+LORA = lora_config(RANK)
 Weights = dict[str, Tensor]
 Right = dict[str, Tensor]  # of each task: for each text, 1 where the answer is right (a mean over orders, if several)
 
@@ -55,16 +65,19 @@ def remembered(path: Path, make: Callable[[], Weights]) -> Weights:
     return load_file(path)
 
 
-def trained(kind: str, task: Task, head: Head, steps: int) -> Weights:
+def trained(
+    kind: str, task: Task, head: Head, steps: int, rate: float = 0.0, seed: int = 0, rank: int = RANK
+) -> Weights:
     """The weights of a new fine-tune that differ from the base's, or the factors of a new LoRA, from a fixed seed."""
     start = time.perf_counter()
-    seed = list(TASKS | MORE).index(task.name) + 1  # of its own: two LoRAs of one seed would share what A spans
+    seed = seed or list(TASKS | MORE).index(task.name) + 1  # two LoRAs of one seed would share what A spans
     torch.manual_seed(seed)
     encoder, tokenizer = load_encoder()
     base = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     encoder.get_input_embeddings().requires_grad_(False)
-    model = get_peft_model(encoder, LoraConfig(**LORA)) if kind == "lora" else encoder
-    train_adapters.STEPS, train_adapters.RATE = steps, RATES[kind]  # that script's own are for its smaller adapters
+    model = get_peft_model(encoder, LoraConfig(**lora_config(rank))) if kind == "lora" else encoder
+    # That script's own steps and rate are for its smaller adapters.
+    train_adapters.STEPS, train_adapters.RATE = steps, rate or RATES[kind]
     train_adapters.train(model, tokenizer, head, task, seed)
     print(f"trained {kind} {task.name} in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     if kind == "lora":
@@ -85,6 +98,14 @@ class Judge:
             "test": {name: task.test[:test] for name, task in self.tasks.items()},
         }
         self.heads = {name: self._head(task) for name, task in self.tasks.items()}
+
+    def narrow(self, names: Sequence[str]) -> Judge:
+        """The same with some of the tasks only."""
+        narrowed = copy(self)
+        narrowed.tasks = {name: self.tasks[name] for name in names}
+        narrowed.asked = {split: {name: each[name] for name in names} for split, each in self.asked.items()}
+        narrowed.heads = {name: self.heads[name] for name in names}
+        return narrowed
 
     def _head(self, task: Task) -> Head:
         path = self.work / "heads" / f"{digest([*task.labels, *(text for text, _ in task.train[:500])])}.safetensors"
@@ -117,21 +138,39 @@ class Judge:
 
 
 class Models:
-    """The fine-tunes of one kind, and their merges."""
+    """The fine-tunes of one kind, and their merges.
 
-    def __init__(self, kind: str, judge: Judge, steps: int) -> None:
-        self._judge = judge
+    Args:
+        kind: Full fine-tunes or LoRAs.
+        judge: Its tasks are those of the models.
+        steps: Steps of training.
+        rank: Rank of the LoRAs.
+        unequal: A task whose model is trained LONGER times as many steps at RAISED times the rate.
+    """
+
+    def __init__(self, kind: str, judge: Judge, steps: int, *, rank: int = RANK, unequal: str = "") -> None:
+        self.kind, self._judge = kind, judge
         self._gathered: dict[int, list[GatheredLayers]] = {}
         found = []
         for name, task in judge.tasks.items():
-            path = judge.work / f"{kind}-{steps}" / f"{name}.safetensors"
-            found.append(remembered(path, lambda task=task: trained(kind, task, judge.heads[task.name], steps)))
+            longer, raised = (LONGER, RAISED) if name == unequal else (1, 1)
+            rate = RATES[kind] * raised if raised > 1 else 0.0
+            folder = f"{kind}-{steps * longer}" + (f"-rate{rate:g}" if rate else "")
+            folder += f"-rank{rank}" if kind == "lora" and rank != RANK else ""
+            make = partial(trained, kind, task, judge.heads[name], steps * longer, rate, rank=rank)
+            found.append(remembered(judge.work / folder / f"{name}.safetensors", make))
         # What no fine-tune touches (the embedding table, the pooler) takes no part in the merge.
-        config = {"peft_type": "LORA", **LORA}
+        config = {"peft_type": "LORA", **lora_config(rank)}
         self.deltas = [merging.peft_deltas(state, config) for state in found] if kind == "lora" else []
         touched = {name for state in self.deltas or found for name in state}
         self.base = {name: tensor for name, tensor in judge.base.items() if name in touched}
         self.each = [self._add(delta) for delta in self.deltas] or [self.base | state for state in found]
+
+    def norms(self) -> dict[str, float]:
+        """The Frobenius norm of each model's change, by its task."""
+        changes = ((state[name] - self.base[name] for name in self.base) for state in self.each)
+        sums = [sum(change.square().sum().item() for change in each) for each in changes]
+        return {name: total**0.5 for name, total in zip(self._judge.tasks, sums, strict=True)}
 
     def _add(self, deltas: Mapping[str, Any]) -> Weights:
         return {name: self.base[name] + delta.dense() for name, delta in deltas.items()}
