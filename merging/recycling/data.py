@@ -98,6 +98,8 @@ def _parse(line: str, where: str) -> Any:
         raise FormatError(f"{where}: is not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise FormatError(f"{where}: is nested too deeply to be an example") from None
+    except ValueError:  # Python reads no number of more than 4,300 digits
+        raise FormatError(f"{where}: holds a number that is too long to be read") from None
 
 
 def _example(values: Any, where: str) -> Example:
@@ -119,6 +121,8 @@ def _example(values: Any, where: str) -> Example:
     label = values["label"]
     if isinstance(label, bool) or not isinstance(label, (str, int)) or label == "":
         raise FormatError(f"{where}: the label is {label!r}, and should be a name or a whole number")
+    if isinstance(label, str):
+        _check_unicode(label, f"{where}: label")
     return Example(text, label, None, where)
 
 
@@ -126,7 +130,13 @@ def _text(values: Mapping[str, Any], name: str, where: str, empty: bool = False)
     value = values.get(name)
     if not isinstance(value, str) or not (empty or value.strip()):
         raise FormatError(f"{where}: {name} is {value!r}, and should be a text")
+    _check_unicode(value, f"{where}: {name}")
     return value
+
+
+def _check_unicode(value: str, where: str) -> None:
+    if value.encode(errors="replace").decode() != value:
+        raise FormatError(f"{where} holds half a character, which is not valid Unicode")
 
 
 def split(
