@@ -32,7 +32,7 @@ class SearchSettings(Displayed, BaseModel):
         description="what is compared: accuracy, loss, perplexity, exact_match (the whole completion), or entropy, "
         "which needs no labels; by default accuracy, or loss where texts are only continued",
     )
-    budget: int = Field(100, ge=1, description="evaluations in all: candidates on some or all examples")
+    budget: int = Field(100, ge=1, le=100_000, description="evaluations in all: candidates on some or all examples")
     minutes: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="most minutes of all evaluations together"
     )
@@ -56,7 +56,7 @@ class SearchSettings(Displayed, BaseModel):
     steps: int = Field(100, ge=1, description="steps of the strategies by gradient")
     rate: float = Field(0.01, gt=0, le=10, description="learning rate of the strategies by gradient")
     resamples: int = Field(10_000, ge=100, description="resamples of the bootstrap")
-    seed: int = Field(0, ge=0, description="seed of every random choice")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="seed of every random choice")
 
     def of_models(self) -> Settings:
         """Return the settings by which a model for a task is made."""

@@ -21,6 +21,9 @@ ScoreFunction: TypeAlias = Callable[[Path], float]
 _PLACE = "{}"
 """The words of a command in which the model's path is put; without one the path is the last word."""
 
+_LONGEST = 2e6
+"""Seconds from which a time counts as unlimited: the system counts milliseconds in 32 bits."""
+
 
 def make_scorer(score: str | ScoreFunction, timeout: float) -> ScoreFunction:
     """Return a function that scores a model by a command, or by a function of the user's.
@@ -63,7 +66,7 @@ def _run(words: list[str], model: Path, timeout: float) -> float:
     except (OSError, ValueError) as error:
         raise InputError(f"{shown} cannot be run: {getattr(error, 'strerror', None) or error}") from None
     try:
-        printed, complaints = process.communicate(timeout=timeout)
+        printed, complaints = process.communicate(timeout=timeout if timeout < _LONGEST else None)
     except subprocess.TimeoutExpired:
         raise InputError(
             f"{shown} took more than {timeout:g} seconds and was stopped: {option('score_timeout', 'SECONDS')} allows "
