@@ -54,7 +54,7 @@ def _write_rows(made: Page, report: SearchReport) -> None:
     made.section("The winner and the trivial choices", f"Measured on the {on}.")
     several = report.tasks if len(report.tasks) > 1 else ()
     made.table(
-        ["", report.metric or "score", *several, f"winner ahead by ({LEVEL:.0%} interval)", "candidate"],
+        ["", report.metric or "score", *several, report.lead_heading, "candidate"],
         [[row.title, row.shown, *(row.tasks if several else ()), report.lead(row), row.name] for row in report.rows],
         "Intervals are paired bootstraps over the examples; tasks count equally; accuracy in per cent."
         if report.metric
@@ -143,7 +143,8 @@ def _draw_lead(axes: Axes, compared: Sequence[ComparedRow], report: SearchReport
 
 def _draw_curve(axes: Axes, report: SearchReport) -> None:
     points = sorted((row.number, row.score) for row in report.trials if row.complete and row.score is not None)
-    times = 100 if report.metric in ("accuracy", "exact_match") else 1 if report.metric is None else -1
+    kept = report.metric is None and not report.facts["settings"]["minimize"]
+    times = 100 if report.metric in ("accuracy", "exact_match") else 1 if kept else -1
     numbers = [number for number, _ in points]
     scores = [times * score for _, score in points]
     best = [max(scores[: place + 1], key=lambda value: value / times) for place in range(len(scores))]

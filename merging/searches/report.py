@@ -37,14 +37,14 @@ class TrialRow(Displayed):
     error: str
 
     @classmethod
-    def of(cls, trial: Trial, metric: Objective | None) -> TrialRow:
+    def of(cls, trial: Trial, metric: Objective | None, minimized: bool = False) -> TrialRow:
         """Return the row of a trial."""
         failed = bool(trial.error)
         return cls(
             name=trial.candidate.name,
             number=trial.number,
             score=None if failed else trial.score,
-            shown="failed" if failed else show_score(trial.score, metric),
+            shown="failed" if failed else show_score(trial.score, metric, minimized),
             examples=sum(map(len, trial.values)),
             complete=trial.complete,
             seconds=trial.seconds,
@@ -97,13 +97,22 @@ class SearchReport(Tabular):
 
     def table(self) -> list[tuple[str, ...]]:
         """Return the compared rows as they are printed, after a line of headings."""
-        header = ("", self.metric or "score", f"winner ahead by ({LEVEL:.0%} interval)", "")
+        header = ("", self.metric or "score", self.lead_heading, "")
         return [header, *((row.title, row.shown, self.lead(row), row.name) for row in self.rows)]
+
+    @property
+    def lead_heading(self) -> str:
+        """The heading of the winner's leads: a command's scores have no interval."""
+        return f"winner ahead by ({LEVEL:.0%} interval)" if self.metric else "winner ahead by"
 
     def lead(self, row: ComparedRow) -> str:
         """Return the winner's lead over a row as text."""
+        if row.ahead is None:
+            return ""
+        if self.metric is None:
+            return f"{row.ahead.mean:+.4g}"
         accurate = self.metric in ("accuracy", "exact_match")
-        return row.ahead.text("accuracy" if accurate else "loss") if row.ahead else ""
+        return row.ahead.text("accuracy" if accurate else "loss")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the same in plain values, for JSON."""
@@ -132,7 +141,12 @@ def _plain(value: Any) -> Any:
 
 
 def compare_rows(
-    measured: Sequence[tuple[str, str, Sequence[Tensor]]], metric: Objective | None, *, resamples: int, seed: int
+    measured: Sequence[tuple[str, str, Sequence[Tensor]]],
+    metric: Objective | None,
+    *,
+    resamples: int,
+    seed: int,
+    minimized: bool = False,
 ) -> list[ComparedRow]:
     """Return the rows of choices: title, name, and for each task the value of each example. The winner comes first.
 
@@ -148,8 +162,8 @@ def compare_rows(
             gap = mean_of_tasks(winner) - mean_of_tasks(values)
             ahead = Gap(gap, gap, gap)
         score = mean_of_tasks(values)
-        tasks = tuple(show_score(float(each.mean()), metric) for each in values)
-        rows.append(ComparedRow(title, name, score, show_score(score, metric), tasks, ahead))
+        tasks = tuple(show_score(float(each.mean()), metric, minimized) for each in values)
+        rows.append(ComparedRow(title, name, score, show_score(score, metric, minimized), tasks, ahead))
     return rows
 
 

@@ -62,6 +62,11 @@ class SearchRun:
         return self.objective.metric if isinstance(self.objective, DataObjective) else None
 
     @property
+    def minimized(self) -> bool:
+        """Whether scores are a command's numbers with the other sign."""
+        return self.metric is None and self.settings.minimize
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         """The names of the tasks."""
         return tuple(t.name for t in self.objective.tasks) if isinstance(self.objective, DataObjective) else ("score",)
@@ -118,7 +123,7 @@ class SearchRun:
                 yield measured
 
     def _show(self, trial: Trial) -> None:
-        score = f"failed: {trial.error}" if trial.error else show_score(trial.score, self.metric)
+        score = f"failed: {trial.error}" if trial.error else show_score(trial.score, self.metric, self.minimized)
         count = f" on {sum(map(len, trial.values))} examples" if self.metric and not trial.error else ""
         self.on_event(f"{trial.candidate.name}: {score}{count}")
 
@@ -127,7 +132,7 @@ class SearchRun:
         tested = isinstance(self.objective, DataObjective) and all(task.test for task in self.objective.tasks)
         rows = self._compare(trials, winner, written, tested)
         optimism = estimate_optimism(trials.complete, self.settings.seed) if self.metric else None
-        made = [TrialRow.of(trial, self.metric) for trial in trials.found.values()]
+        made = [TrialRow.of(trial, self.metric, self.minimized) for trial in trials.found.values()]
         made.sort(key=lambda row: (not row.complete, row.score is None, -(row.score or 0.0), row.number))
         return SearchReport(
             trials=tuple(made),
@@ -155,6 +160,7 @@ class SearchRun:
                 None,
                 resamples=self.settings.resamples,
                 seed=self.settings.seed,
+                minimized=self.minimized,
             )
         evaluator = self.local()
         part = "test" if tested else "valid"

@@ -25,13 +25,19 @@ def mean_of_tasks(values: Sequence[Tensor]) -> float:
     return float(torch.stack([each.mean() for each in values]).mean()) if values else -inf
 
 
-def show_score(score: float, metric: Objective | None) -> str:
-    """Return a score, for which larger is better, as the number of its measure; None is a command's."""
+def show_score(score: float, metric: Objective | None, minimized: bool = False) -> str:
+    """Return a score, for which larger is better, as the number of its measure.
+
+    Args:
+        score: the score.
+        metric: the measure; None for a command's number.
+        minimized: whether the score is a command's number with the other sign, since lower numbers are better.
+    """
     if metric in ("accuracy", "exact_match"):
         return f"{100 * score:.1f}"
     if metric == "perplexity":
         return f"{exp(min(-score, 700.0)):.4g}"
-    return f"{score if metric is None else -score:.4g}"
+    return f"{score if metric is None and not minimized else -score:.4g}"
 
 
 @dataclass(slots=True, eq=False)
