@@ -15,7 +15,7 @@ from merging.plan.provenance import etags_of
 from merging.sources import Model
 from merging.storage.leftovers import Identity, Leftover, find_abandoned, find_unfinished
 
-__all__ = ["prepare_resuming"]
+__all__ = ["prepare_resuming", "states_of"]
 
 _LARGE = 10_000_000_000
 """Bytes of an output from which on a merge that stopped is gone on with by default."""
@@ -78,11 +78,11 @@ def _identity_of(plan: Plan, shown: Plan, device: torch.device | None) -> Identi
     identity |= header
     donor = plan.vocabulary.of if plan.vocabulary else None
     for model in (*plan.leaves, *plan.models, plan.base, donor):
-        identity |= {} if model is None else _states_of(model)
+        identity |= {} if model is None else states_of(model)
     return identity
 
 
-def _states_of(model: Model) -> dict[str, str]:
+def states_of(model: Model) -> dict[str, str]:
     """Return the state of a model's files; commits and ETags state them, also where they are not downloaded yet."""
     etags = etags_of(model)
     if model.origin is not None and etags:

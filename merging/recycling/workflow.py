@@ -23,6 +23,7 @@ from merging.recycling.data import Example, Split, kind_of, overlaps, read_examp
 from merging.recycling.facts import collect_facts
 from merging.recycling.fold import FoldedLora, fold, write_adapter
 from merging.recycling.load_base import load_problem
+from merging.recycling.input_states import input_states
 from merging.recycling.mixing import check_mixing
 from merging.recycling.page import page
 from merging.recycling.pool_adapters import AdapterRef, UsableAdapters, find_usable, list_adapters
@@ -244,14 +245,10 @@ def _plan(settings: Settings, base: str, parts: Split, pool: Sequence[AdapterRef
         contents = json.dumps([each.content for each in examples])
         return hashlib.sha256(contents.encode()).hexdigest()[:16]
 
-    def size(path: Path) -> int:
-        files = path.glob("*") if path.is_dir() else [path] if path.is_file() else []
-        return sum(file.stat().st_size for file in files if file.is_file())
-
-    sizes = {each.path: size(Path(each.path)) for each in pool}
     examples = {name: digest(getattr(parts, name)) for name in ("train", "valid", "test")}
     plain = json.loads(settings.model_dump_json())
-    return {"version": __version__, "base": base, "pool": sizes, **examples, **plain}
+    states = {"base": input_states([base]), "pool": input_states(each.path for each in pool)}
+    return {"version": __version__, **states, **examples, **plain}
 
 
 def _metric(settings: Settings, parts: Split) -> Metric:

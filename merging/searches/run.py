@@ -13,8 +13,8 @@ from typing import Any
 from merging.cluster import RayCluster
 from merging.engine.evaluation import evaluate_each
 from merging.errors import InputError
-from merging.hub.address import hub_address, local_path
 from merging.recycling.data import overlaps
+from merging.recycling.input_states import input_states
 from merging.recycling.run_checkpoint import RunCheckpoint
 from merging.searches.command_objective import CommandObjective, CommandScorer
 from merging.searches.evaluator import DataObjective, Evaluator, Measured, Request
@@ -232,20 +232,13 @@ def plan_facts(
     plain = json.loads(settings.model_dump_json())
     facts: dict[str, Any] = {
         "version": __version__,
-        "models": {name: _size(name) for name in [*inputs.models, *([inputs.base] if inputs.base else [])]},
+        "models": input_states(inputs.models),
+        "base": input_states([inputs.base] if inputs.base else []),
         "options": digest(sorted(inputs.options.items())),
         "candidates": [space.text for space in spaces],
         **{name: value for name, value in plain.items() if name not in ("budget", "minutes")},
     }
     if isinstance(objective, CommandObjective):
         return {**facts, "score": objective.score if isinstance(objective.score, str) else "a function"}
-    tasks = [[each.content for each in (*task.valid, *task.test)] for task in objective.tasks]
+    tasks = [[[each.content for each in part] for part in (task.valid, task.test)] for task in objective.tasks]
     return {**facts, "examples": digest(tasks)}
-
-
-def _size(name: str) -> int:
-    if hub_address(name) is not None:
-        return 0
-    path = local_path(name)
-    files = path.glob("*") if path.is_dir() else [path] if path.is_file() else []
-    return sum(file.stat().st_size for file in files if file.is_file())
