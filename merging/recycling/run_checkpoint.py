@@ -7,9 +7,10 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from pickle import UnpicklingError
 
 from merging import os_calls
-from merging.errors import OptionError, OutputError, option
+from merging.errors import FormatError, OptionError, OutputError, option
 from merging.maths.lazy_torch import torch
 from merging.sources.links import refuse_link
 from merging.sources.small_files import LIST_LIMIT, read_json
@@ -61,7 +62,13 @@ class RunCheckpoint:
         """Return the kept values of a stage, or None: tensors on the CPU and plain values."""
         if stage not in self:
             return None
-        return torch.load(refuse_link(self._file(stage)), map_location="cpu", weights_only=True)
+        file = refuse_link(self._file(stage))
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except (OSError, EOFError, RuntimeError, ValueError, KeyError, UnpicklingError):
+            raise FormatError(
+                f"{file}: is damaged: remove this file, and {option('resume', True)} computes it again"
+            ) from None
 
     def keep(self, stage: str, values: Any) -> None:
         """Keep tensors and plain values of a stage. They replace its earlier values."""
