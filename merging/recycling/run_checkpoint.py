@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 from pickle import UnpicklingError
+from typing import Any
 
 from merging import os_calls
 from merging.errors import FormatError, OptionError, OutputError, option
@@ -15,6 +16,7 @@ from merging.maths.lazy_torch import torch
 from merging.sources.links import refuse_link
 from merging.sources.small_files import LIST_LIMIT, read_json
 from merging.storage.atomic import replace_file
+from merging.storage.locks import FolderLock, lock_folder
 
 __all__ = ["RunCheckpoint"]
 
@@ -25,14 +27,26 @@ class RunCheckpoint:
     """A folder with one file a stage, each written atomically and made durable.
 
     A run that is killed at any moment leaves only whole files, and a resumed run reads them instead of computing them
-    again. ``plan`` is everything that decides the outcome.
+    again. ``plan`` is everything that decides the outcome. The folder is locked until the checkpoint is removed or
+    closed.
 
     Raises :class:`~merging.errors.OptionError` if the folder holds an unfinished run, and it is not to be resumed or
-    has another plan.
+    has another plan, and if another run uses the folder now.
     """
 
     def __init__(self, folder: Path, plan: dict[str, Any], resume: bool = False, overwrite: bool = False) -> None:
         self.folder = refuse_link(folder)
+        self._lock: FolderLock | None = None
+        try:
+            self._open(plan, resume, overwrite)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, plan: dict[str, Any], resume: bool, overwrite: bool) -> None:
+        folder = self.folder
+        if folder.is_dir():
+            self._take_lock(new=False)
         written = folder / _PLAN
         if written.is_file() and not resume and not overwrite:
             raise OptionError(
@@ -47,13 +61,33 @@ class RunCheckpoint:
                     f"{folder}: the run to resume had another {', '.join(changed)}: give the same again, or start over "
                     f"with {option('overwrite', True)}"
                 )
+            self._remove_scratch()
             return
         self.remove()
         try:
             folder.mkdir(parents=True)
         except OSError as error:
             raise OutputError(f"{folder}: cannot be made: {error.strerror}") from None
+        self._take_lock(new=True)
         self._write(written, (json.dumps(plan, indent=1) + "\n").encode())
+
+    def _remove_scratch(self) -> None:
+        """Remove the folders in which a killed run had something in hand."""
+        for path in self.folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _take_lock(self, *, new: bool) -> None:
+        """Lock the folder. Raises :class:`~merging.errors.OptionError` if another run holds it."""
+        try:
+            self._lock = lock_folder(self.folder, new)
+        except OSError as error:
+            raise OutputError(f"{self.folder}: cannot be opened: {error.strerror}") from None
+        if self._lock is None:
+            raise OptionError(
+                f"{self.folder}: another run makes this output now: wait until it ends, or choose another "
+                f"{option('output')}"
+            )
 
     def __contains__(self, stage: str) -> bool:
         return self._file(stage).is_file()
@@ -81,8 +115,19 @@ class RunCheckpoint:
         self._file(stage).unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Forget everything."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Forget everything, and give up the lock."""
+        if self._lock is not None:
+            with suppress(OSError):
+                self._lock.remove_folder()
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.close()
+
+    def close(self) -> None:
+        """Give up the lock, and leave everything for a run that resumes."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def _file(self, stage: str) -> Path:
         return self.folder / f"{stage.replace(' ', '-')}.pt"

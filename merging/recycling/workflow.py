@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,8 @@ from merging.recycling.bootstrap import Metric
 from merging.recycling.data import Example, Split, kind_of, overlaps, read_examples, split
 from merging.recycling.facts import collect_facts
 from merging.recycling.fold import FoldedLora, fold, write_adapter
-from merging.recycling.load_base import load_problem
 from merging.recycling.input_states import input_states
+from merging.recycling.load_base import load_problem
 from merging.recycling.mixing import check_mixing
 from merging.recycling.page import page
 from merging.recycling.pool_adapters import AdapterRef, UsableAdapters, find_usable, list_adapters
@@ -159,34 +160,34 @@ def recycle(
     usable = find_usable(found, problem.model.hook_points)
     # Only now: a run that is refused before this line leaves nothing behind.
     plan = _plan(chosen, base, parts, found)
-    checkpoint = RunCheckpoint(checkpoint_folder(destination), plan, resume, overwrite)
-    workers = Workers(cluster, load, base) if cluster else None
-    outcome = run_stages(problem, usable, checkpoint, on_event, workers)
-    outcome, folded, lossy = _fold_best(outcome, problem, usable.modules)
-    on_event("measuring")
-    report = make_report(
-        measure(problem, outcome, lossy, test_items or problem.valid, checkpoint),
-        metric=_metric(chosen, parts),
-        tested=bool(test_items),
-        fallback=outcome.fallback,
-        examples={"train": len(parts.train), "valid": len(parts.valid), "test": len(parts.test)},
-        resamples=chosen.resamples,
-        seed=chosen.seed,
-        facts=collect_facts(problem, base, usable, outcome, folded),
-        notices=_notices(problem, usable, parts),
-    )
-    with StagedOutput(destination, overwrite, False) as staged:
-        write_adapter(
-            folded,
-            problem,
-            folder=staged.folder,
-            base=base,
-            experts=[expert for expert in outcome.merge.experts if expert.path],
-            remark=f"{report.verdict.sentence}.",
+    with closing(RunCheckpoint(checkpoint_folder(destination), plan, resume, overwrite)) as checkpoint:
+        workers = Workers(cluster, load, base) if cluster else None
+        outcome = run_stages(problem, usable, checkpoint, on_event, workers)
+        outcome, folded, lossy = _fold_best(outcome, problem, usable.modules)
+        on_event("measuring")
+        report = make_report(
+            measure(problem, outcome, lossy, test_items or problem.valid, checkpoint),
+            metric=_metric(chosen, parts),
+            tested=bool(test_items),
+            fallback=outcome.fallback,
+            examples={"train": len(parts.train), "valid": len(parts.valid), "test": len(parts.test)},
+            resamples=chosen.resamples,
+            seed=chosen.seed,
+            facts=collect_facts(problem, base, usable, outcome, folded),
+            notices=_notices(problem, usable, parts),
         )
-        _write_report(staged.folder, report)
-        staged.commit()
-    checkpoint.remove()
+        with StagedOutput(destination, overwrite, False) as staged:
+            write_adapter(
+                folded,
+                problem,
+                folder=staged.folder,
+                base=base,
+                experts=[expert for expert in outcome.merge.experts if expert.path],
+                remark=f"{report.verdict.sentence}.",
+            )
+            _write_report(staged.folder, report)
+            staged.commit()
+        checkpoint.remove()
     report = replace(report, notices=(*report.notices, *staged.notices))
     report_notices(report.notices)
     return Recycled(destination, folded.rank, folded.kept, report)

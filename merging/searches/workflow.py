@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -170,13 +171,12 @@ def search(
     elif isinstance(objective, DataObjective):
         run.local()  # what cannot be loaded leaves nothing behind
     run.check_tunable()
-    checkpoint = RunCheckpoint(
-        checkpoint_folder(destination), plan_facts(objective, spaces, settings), resume, overwrite
-    )
-    trials = run.trials(checkpoint)
-    run_strategy(trials, trivial, spaces, settings, strategy, lambda: run.tune(checkpoint))
-    found = _write(run, trials, destination, overwrite)
-    checkpoint.remove()
+    facts = plan_facts(objective, spaces, settings)
+    with closing(RunCheckpoint(checkpoint_folder(destination), facts, resume, overwrite)) as checkpoint:
+        trials = run.trials(checkpoint)
+        run_strategy(trials, trivial, spaces, settings, strategy, lambda: run.tune(checkpoint))
+        found = _write(run, trials, destination, overwrite)
+        checkpoint.remove()
     report_notices(found.report.notices)
     return found
 
