@@ -29,7 +29,8 @@ class CommandObjective:
         score: a command, or a function.
         timeout: the most seconds for a model.
         minimize: whether lower scores are better.
-        destination: the output, next to which models are written to be scored.
+        destination: the output, whose name the models to be scored have.
+        scratch: the folder in which they are written, or next to which while it does not exist.
         threads: the threads of a worker's merge; None for all cores.
     """
 
@@ -38,6 +39,7 @@ class CommandObjective:
     timeout: float
     minimize: bool
     destination: Path
+    scratch: Path
     threads: int | None = None
 
     def load(self) -> CommandScorer:
@@ -71,7 +73,7 @@ class CommandScorer:
             return self._score(local_path(inputs.base))
         if len(merge.models) == 1 and local_path(inputs.models[merge.models[0]]).is_dir():
             return self._score(local_path(inputs.models[merge.models[0]]))
-        above = existing_parent(self.objective.destination)
+        above = existing_parent(self.objective.scratch / "model")
         with tempfile.TemporaryDirectory(prefix=".merging-search-", dir=above) as folder:
             model = Path(folder) / self.objective.destination.name
             merge_plan(plan_for(inputs.recipe(merge), model), model, threads=self.objective.threads)

@@ -213,6 +213,7 @@ def _command_objective(
         timeout=settings.score_timeout,
         minimize=settings.minimize,
         destination=destination,
+        scratch=checkpoint_folder(destination),
         threads=cluster.threads if cluster else None,
     )
 
