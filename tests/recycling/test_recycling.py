@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -211,9 +212,8 @@ def test_random_selection_follows_the_seed(world: World, tmp_path: Path) -> None
     found = list_adapters(world.pool, str(world.base))
 
     def drawn(seed: int) -> dict[str, float]:
-        return score_candidates(
-            found, world.problem(select="random", seed=seed), None, RunCheckpoint(tmp_path / f"{seed}", {}, True)
-        )
+        with closing(RunCheckpoint(tmp_path / f"{seed}", {}, True)) as checkpoint:
+            return score_candidates(found, world.problem(select="random", seed=seed), None, checkpoint)
 
     assert drawn(1) == drawn(1)
     assert any(drawn(1) != drawn(seed) for seed in (2, 3))
