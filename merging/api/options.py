@@ -108,6 +108,7 @@ class MethodParameters(TypedDict, total=False):
     published: bool
     r: Value
     ratio: Value
+    refine: Value
     relative: bool
     rescale: Literal["inverse", "l1", "none"]
     rho: Value

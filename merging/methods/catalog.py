@@ -71,6 +71,7 @@ GROUPS: dict[str, dict[str, Listed]] = {
         "star": Listed("star", "Star"),
         "wudi": Listed("wudi", "Wudi"),
         "actmat": Listed("actmat", "ActMat"),
+        "ace": Listed("ace", "Ace"),
         "svd": Listed("svd", "Svd"),
         "opcm": Listed("opcm", "Opcm"),
         "dop": Listed("dop", "Dop"),

@@ -125,6 +125,7 @@ ADAPTER_METHODS: dict[str, dict[str, Any]] = {
     "star": {},
     "wudi": {},
     "actmat": {},
+    "ace": {},
     "svd": {},
     "knots+ties": {"density": 1.0},
     "core+tsv": {},

@@ -71,6 +71,7 @@ METHODS = (
     Entry("iso_cts", "iso_cts", {}, "scale", grid(0.75, 1.75, 0.25)),
     Entry("wudi", "wudi", {}, "scale", grid(0.6, 1.2, 0.2)),
     Entry("actmat", "actmat", {}, "scale", grid(0.2, 1.2, 0.2)),
+    Entry("ace", "ace", {}, "scale", grid(0.4, 2.4, 0.4)),
     Entry("dc_merge", "dc_merge", {}, "scale", grid(0.9, 1.8, 0.3)),
     Entry("star", "star", {}, "scale", grid(1.0, 5.0, 1.0)),
     Entry("geometric_median", "geometric_median", {}, "scale", grid(1.0, 5.0, 1.0)),

@@ -47,6 +47,8 @@ LOW: Any = {
     "iso_cts-own": ("iso_cts", {"common": 0.4, "scale": 0.7}, inner(references.iso_cts, common=0.4, scale=0.7)),
     "wudi": ("wudi", {}, references.wudi),
     "actmat": ("actmat", {}, references.actmat),
+    "ace": ("ace", {}, references.ace),
+    "ace-unequal": ("ace", {"threshold": 0.01, "refine": 0.5}, inner(references.ace, threshold=0.01, refine=0.5)),
     "star": ("star", {"eta": 0.7}, inner(references.star, eta=0.7)),
     "dc_merge": ("dc_merge", {}, references.dc_merge),
     "dc_merge-own": (

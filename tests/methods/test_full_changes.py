@@ -60,6 +60,12 @@ ENTRIES: Any = {
     "wudi-tables": ("wudi", {"embeddings": True}, lambda m: by_kind(m, references.wudi, mean(), True)),
     "tsv-tables": ("tsv", {"embeddings": True}, lambda m: by_kind(m, references.tsv, mean(), True)),
     "actmat": ("actmat", {"scale": 0.7}, lambda m: by_kind(m, lambda x: references.actmat(x, 0.7), mean(0.7))),
+    "ace": ("ace", {"scale": 0.7}, lambda m: by_kind(m, lambda x: references.ace(x, 0.7), mean(0.7))),
+    "ace-unequal": (
+        "ace",
+        {"epsilon": 0.1, "threshold": 0.0},
+        lambda m: by_kind(m, lambda x: references.ace(x, epsilon=0.1, threshold=0.0), mean()),
+    ),
     "star": ("star", {"eta": 0.6}, lambda m: by_kind(m, lambda x: references.star(x, eta=0.6), mean())),
     "star-tables": ("star", {"embeddings": True}, lambda m: by_kind(m, references.star, mean(), True)),
     "dc_merge": ("dc_merge", {}, lambda m: by_kind(m, references.dc_merge, mean(1.2))),

@@ -186,6 +186,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "svd": {},
     "wudi": {},
     "actmat": {},
+    "ace": {},
     "star": {},
     "dc_merge": {},
     "geometric_median": {},

@@ -22,6 +22,7 @@ SPECTRAL = {
     "svd": 1,
     "wudi": 1,
     "actmat": 1,
+    "ace": 1,
     "star": 3,
     "dc_merge": 5,
     "opcm": 2,
@@ -65,7 +66,7 @@ def test_decompositions_are_counted(folder: Path, method: str, monkeypatch: pyte
         monkeypatch.setattr(torch.linalg, name, _counting(getattr(torch.linalg, name), made))
     merging.merge(["one", "two", "three"], method=method, base="base", output="out", threads=1)
     assert len(made) == SPECTRAL[method] * len(matrices)
-    side = "longer" if method in ("wudi", "actmat", "dop") else "shorter"
+    side = "longer" if method in ("wudi", "actmat", "ace", "dop") else "shorter"
     shapes = [(16, 8), (16, 8), (16, 8), (12, 8)]
     one = sum(gram_flops(shape, side) for shape in shapes)
     assert sum(each.decomposition_flops for each in matrices) == merging.chain(method).decompositions(3) * one

@@ -207,6 +207,8 @@ TABLE = [
     Row("clamp", {"weights": (1.0, 0.5)}, {"weights": (0.5, 1.0)}, {"scale": torch.tensor(0.7)}, alone={}),
     Row("star", {}, {}, {"scale": torch.tensor(0.7)}, alone={"eta": 1.0}, idempotent=False),
     Row("actmat", {}, {}, {"scale": torch.tensor(0.7)}, alone={}),
+    Row("ace", {}, {}, {"scale": torch.tensor(0.7)}, alone={}),
+    Row("ace", {"threshold": 0.01}, {"threshold": 0.01}, {"scale": torch.tensor(0.7)}, alone={"threshold": 0.01}),
     Row("iso_cts", {"common": 0.5}, {"common": 0.5}, {"scale": torch.tensor(0.7)}, idempotent=False, within=2e-2),
     Row("wudi", {}, {}, {"scale": torch.tensor(0.7)}, alone={}),
     Row("wudi", {"mode": "adam", "steps": 5}, {"mode": "adam", "steps": 5}, {},

@@ -8,6 +8,7 @@ first. A decomposition is a plain SVD (or `eigh`) of the full matrix, with a cut
 
 from __future__ import annotations
 
+from support.references.ace import ace
 from support.references.actmat import actmat
 from support.references.arcee_fusion import arcee_fusion
 from support.references.breadcrumbs import breadcrumbs
@@ -53,6 +54,7 @@ from support.references.wudi import wudi, wudi_loss
 
 __all__ = [
     "GOLDEN",
+    "ace",
     "actmat",
     "arcee_fusion",
     "balanced",
