@@ -50,6 +50,11 @@ class InputGram(Displayed):
         """Return ``rows @ G`` of ``rows`` ``[m, in]``."""
         return (rows @ self.directions) @ self.directions.mT + rows * self.rest
 
+    def energy(self, rows: Tensor) -> float:
+        """Return the mean squared length of ``rows @ x`` over the inputs, of ``rows`` ``[m, in]``."""
+        squares = (rows @ self.directions).square().sum() + (rows.square() @ self.rest).sum()
+        return float(squares)
+
     def root(self, rows: Tensor) -> Tensor:
         """Return ``[m, k + in]`` with the products of ``rows @ G @ rows.T`` among its rows."""
         return torch.cat([rows @ self.directions, rows * self.rest.sqrt()], 1)

@@ -17,7 +17,7 @@ from merging.sources import Model
 from merging.sources.name_ends import find_by_end, index_ends
 from merging.sources.statistics_file import FISHER, REST, StatisticsFile, StoredStatistics, open_statistics
 
-__all__ = ["attach_statistics", "match_statistics"]
+__all__ = ["StatisticsLookup", "attach_statistics", "check_kind", "match_statistics", "model_keys"]
 
 
 def match_statistics(recipe: Recipe, models: Sequence[Model]) -> tuple[StatisticsFile, ...]:
@@ -42,14 +42,14 @@ def match_statistics(recipe: Recipe, models: Sequence[Model]) -> tuple[Statistic
             f"{option('stats')}"
         )
     files = [open_statistics(local_path(path)) for path in recipe.stats]
-    keys = [{key_of(model), *([str(model.origin)] if model.origin else [])} for model in models]
+    keys = [model_keys(model) for model in models]
     for file in files:
         if not any({file.key, file.origin} & key for key in keys):
             raise InputError(
                 f"{file.path}: holds statistics of {file.model}, whose content is none of the models' here: gather "
                 f"statistics of the model that is merged, with merge stats"
             )
-        _check_kind(file, kind, name)
+        check_kind(file, kind, name)
         _check_together(file, keys)
     matched = []
     for model, key in zip(models, keys, strict=True):
@@ -64,13 +64,18 @@ def match_statistics(recipe: Recipe, models: Sequence[Model]) -> tuple[Statistic
     return tuple(matched)
 
 
+def model_keys(model: Model) -> set[str]:
+    """Return the key of a model's content and its address on the Hub. Files of statistics name a model by them."""
+    return {key_of(model), *([str(model.origin)] if model.origin else [])}
+
+
 def _find_needed(method: Method) -> tuple[str, StatisticsKind] | None:
     """Return the method of a chain that needs statistics, and their kind."""
     found = [(link.name, link.needs_statistics) for link in method.links() if link.needs_statistics]
     return (found[0][0], found[0][1]) if found and found[0][1] is not None else None
 
 
-def _check_kind(file: StatisticsFile, kind: StatisticsKind, name: str) -> None:
+def check_kind(file: StatisticsFile, kind: StatisticsKind, name: str) -> None:
     """Refuse a file without the statistics that a method needs. Raises :class:`~merging.errors.InputError`."""
     if kind == "fisher" and not file.has_fisher:
         raise InputError(
@@ -111,13 +116,13 @@ def attach_statistics(
         raise OptionError(
             f"{name} needs statistics of examples, which only a merge of models in files reads, with {option('stats')}"
         )
-    lookups = [_Lookup(file, kind) for file in files]
+    lookups = [StatisticsLookup(file, kind) for file in files]
     attached, without = [], []
     for item in items:
         if item.form == "copy" or (kind == "inputs" and item.site.kind != "matrix"):
             attached.append(replace(item, layer_statistics=(None,) * len(files)))
             continue
-        found = tuple(lookup.find(item) for lookup in lookups)
+        found = tuple(_find_for(item, lookup) for lookup in lookups)
         if not all(found):
             without.append(item.site.name)
         attached.append(replace(item, layer_statistics=found))
@@ -133,23 +138,29 @@ def attach_statistics(
     return attached, [f"{count} without statistics in some model {take} the mean, such as {without[0]}"]
 
 
-class _Lookup:
-    """Finds the statistics of items in one file, by the whole name or by its end."""
+def _find_for(item: Item, lookup: StatisticsLookup) -> LayerStatistics | None:
+    shape = item.site.shape
+    return lookup.find(item.site.name, shape if lookup.kind == "fisher" else (shape[item.site.axis],))
+
+
+class StatisticsLookup:
+    """Finds the statistics of tensors in one file, by the whole name or by its end."""
 
     def __init__(self, file: StatisticsFile, kind: StatisticsKind) -> None:
         self.file, self.kind = file, kind
         self.layers = file.layers(FISHER if kind == "fisher" else REST)
         self.ends = index_ends(self.layers)
 
-    def find(self, item: Item) -> LayerStatistics | None:
-        """Return the statistics of an item. Raises :class:`~merging.errors.InputError` for another shape."""
-        name = item.site.name
+    def find(self, name: str, wanted: tuple[int, ...]) -> LayerStatistics | None:
+        """Return the statistics of a tensor. Raises :class:`~merging.errors.InputError` for another shape.
+
+        ``wanted`` is the shape of the tensor for the Fisher information, and ``(in,)`` for Gram matrices.
+        """
         found = find_by_end(name, self.layers, self.ends)
         if found is None:
             return None
         layer = self.layers[found]
         stored = self.file.tensors[f"{FISHER if self.kind == 'fisher' else REST}/{layer}"]
-        wanted = item.site.shape if self.kind == "fisher" else (item.site.shape[item.site.axis],)
         if stored.shape != wanted:
             raise InputError(
                 f"{self.file.path}: the statistics of {name} are of shape {list(stored.shape)}, and the tensor wants "
