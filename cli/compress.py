@@ -35,6 +35,9 @@ __all__ = ["compress_command"]
 )
 @click.option("--alpha", type=float, help="scale of signs in standard deviations, instead of --scale")
 @click.option("--bands", help="directions@bits, the leading first  [default: *@4 for adapters, 20@8,180@4,800@2]")
+@click.option(
+    "--stats", type=click.Path(), help="statistics of the model by merge stats: bands keep its outputs on them"
+)
 @device_option
 @overwrite_option
 @progress_option
@@ -67,4 +70,9 @@ def _print(found: Compressed) -> None:
     echo(f"  size   {before} -> {after}, {found.ratio:.1f} times smaller; {found.bits:.2f} bits a parameter")
     worst = f", {found.errors[found.worst]:.3f} at worst ({found.worst})" if found.worst else ""
     echo(f"  error  {found.error:.3f} of the change in all, {found.median:.3f} in the median tensor{worst}")
+    if found.output_error is not None:
+        echo(
+            f"  output {found.output_error:.3f} of what the change adds to the layers' outputs on the examples, "
+            f"{found.plain_output_error:.3f} without them"
+        )
     echo("  evaluate the pack's model again: the effect on its task cannot be seen from these errors")

@@ -8,17 +8,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from merging.compression.assembly import Assembly, Losses, as_read
-from merging.compression.bands import pack_factors
-from merging.compression.settings import PackSettings
+from merging.compression.assembly import Assembly, Losses, OutputErrors, as_read
+from merging.compression.bands import FactorCodings, count_directions, pack_factors
+from merging.compression.calibration import Calibration, choose_codings, damp
+from merging.compression.settings import BandsSpec, PackSettings
 from merging.compression.ternary import balance, norm_factor, pack_signs
 from merging.errors import InputError, either, option
 from merging.maths.delta import LowRank
+from merging.maths.layer_statistics import InputGram
 from merging.maths.lazy_torch import Tensor, torch
-from merging.maths.linalg import squared_norm
+from merging.maths.linalg import factored_svd, squared_norm
 from merging.sources import Dialect, dialect_of
 from merging.sources.adapter import Adapter
 from merging.sources.changes import LoraChange
+from merging.sources.dtypes import DTYPES
 from merging.sources.opening import open_tensors
 from merging.sources.packs import Described
 from merging.sources.packs.codings import Bands, DtypeName, Raw, Ternary
@@ -40,6 +43,7 @@ class AdapterFile:
         opened: Its tensors and metadata.
         adapter: The adapter.
         pairs: The names of lower and upper factors that belong together.
+        layers: The change of each lower factor of a linear layer, by the name of the factor.
         alone: The names of factors without a gauge of their own: factors of experts, and shared ones.
     """
 
@@ -48,6 +52,7 @@ class AdapterFile:
     opened: FileContents
     adapter: Adapter
     pairs: tuple[tuple[str, str], ...]
+    layers: Mapping[str, LoraChange]
     alone: tuple[str, ...]
 
     @property
@@ -101,12 +106,21 @@ def adapter_file(adapter: Adapter) -> AdapterFile:
             f"{adapter.path}: holds no factors of a LoRA ({adapter.about or adapter.dialect}): make one of it first, "
             + either("with merge --method passthrough --rank N", 'with merge([...], method="passthrough", rank=N)')
         )
+    layers = {names[id(each.down)]: each for each in changes if each.kind == "linear" and id(each.down) in names}
     return AdapterFile(
-        path=path, dialect=dialect, opened=opened, adapter=adapter, pairs=pairs, alone=tuple(sorted(used - paired))
+        path=path,
+        dialect=dialect,
+        opened=opened,
+        adapter=adapter,
+        pairs=pairs,
+        layers=layers,
+        alone=tuple(sorted(used - paired)),
     )
 
 
-def pack_adapter(file: AdapterFile, settings: PackSettings, assembly: Assembly) -> tuple[Losses, list[str]]:
+def pack_adapter(
+    file: AdapterFile, settings: PackSettings, assembly: Assembly, calibration: Calibration | None = None
+) -> tuple[Losses, list[str]]:
     """Code an adapter's factors into an assembly. Return the losses, and remarks on tensors that are kept as they are.
 
     Raises :class:`~merging.errors.InputError` for values that are not finite.
@@ -116,9 +130,14 @@ def pack_adapter(file: AdapterFile, settings: PackSettings, assembly: Assembly) 
             f"{file.adapter.path}: {file.alone[0]} holds factors of experts, or shared ones, whose directions cannot "
             f"be separated: use {option('method', 'ternary')}"
         )
-    tensors = dict(file.opened[0])
+    tensors, outputs = dict(file.opened[0]), dict[str, OutputErrors]()
     for down, up in file.pairs:
-        for described, payload in _pair(file, down, up, settings):
+        change = file.layers.get(down)
+        gram = calibration.find(change.target, change.down.shape[1]) if calibration and change else None
+        factors, errors = _pair(file, (up, down), settings, gram)
+        if errors and change:
+            outputs[change.target] = errors.scaled(change.scale**2)
+        for described, payload in factors:
             assembly.add(described, payload)
             tensors[described.name] = as_read(described, payload)
     for name in file.alone:
@@ -135,17 +154,25 @@ def pack_adapter(file: AdapterFile, settings: PackSettings, assembly: Assembly) 
     if kept:
         size = sum(tensors[name].nbytes for name in kept)
         remarks = [f"{len(kept)} tensors of {size:,} bytes are not factors and kept as they are ({kept[0]})"]
-    return _losses(file, file.holding(tensors)), remarks
+    return replace(_losses(file, file.holding(tensors)), outputs=outputs), remarks
 
 
-def _pair(file: AdapterFile, down: str, up: str, settings: PackSettings) -> list[tuple[Described, Tensor]]:
-    """Return the two factors of a product in the balanced gauge, coded."""
-    stored = [file.opened[0][name] for name in (up, down)]
+def _pair(
+    file: AdapterFile, names: tuple[str, str], settings: PackSettings, gram: InputGram | None
+) -> tuple[list[tuple[Described, Tensor]], OutputErrors | None]:
+    """Return the upper and the lower factor of a product in the balanced gauge, coded, and errors by examples."""
+    stored = [file.opened[0][name] for name in names]
     rank = stored[1].shape[0]
-    left, right = balance(_values(file, up).reshape(-1, rank), _values(file, down).reshape(rank, -1))
+    up, down = (_values(file, name).reshape(shape) for name, shape in zip(names, ((-1, rank), (rank, -1)), strict=True))
+    left, right = balance(up, down)
     coded: Sequence[tuple[DtypeName, Bands | Ternary, Tensor]]
+    errors = None
     if settings.method == "bands":
         factors = pack_factors(left, right, settings.bands)
+        if gram is not None:
+            by_inputs = _pack_by_inputs(left, right, settings.bands, damp(gram))
+            product = _Product(left, right, gram, tuple(DTYPES[_kind(each)] for each in stored))
+            factors, errors = choose_codings(factors, by_inputs, product.error, product.norm())
         coded = [(_kind(each), *factor) for each, factor in zip(stored, factors, strict=True)]
     else:
         growth = norm_factor(settings.density, left, right) if settings.keeps_norm else 1.0
@@ -153,10 +180,47 @@ def _pair(file: AdapterFile, down: str, up: str, settings: PackSettings) -> list
             pack_signs(factor, _kind(each), settings, growth)
             for factor, each in zip((left, right), stored, strict=True)
         ]
-    return [
+    described = [
         (Described(name=name, kind=kind, shape=each.shape, coding=coding), payload)
-        for name, each, (kind, coding, payload) in zip((up, down), stored, coded, strict=True)
+        for name, each, (kind, coding, payload) in zip(names, stored, coded, strict=True)
     ]
+    return described, errors
+
+
+def _pack_by_inputs(up: Tensor, down: Tensor, bands: BandsSpec, gram: InputGram) -> FactorCodings:
+    """Return the codings of a product's factors, ``[out, r]`` and ``[r, in]``, for the inputs of its layer.
+
+    Where the bands hold fewer directions than ``r``, the product is projected onto the leading ones of its outputs.
+    """
+    kept, rank = count_directions(bands), len(down)
+    if kept is not None and kept < rank:
+        outputs = factored_svd(up, gram.root(down))[0][:, :kept]
+        left, right = balance(outputs, (outputs.mT @ up) @ down)
+        missing = rank - right.shape[0]
+        up, down = torch.nn.functional.pad(left, (0, missing)), torch.nn.functional.pad(right, (0, 0, 0, missing))
+    return pack_factors(up, down, bands, gram=gram)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Product:
+    """A product of factors, float64, the Gram matrix of its inputs, and the dtypes of the coded factors."""
+
+    up: Tensor
+    down: Tensor
+    gram: InputGram
+    dtypes: tuple[torch.dtype, ...]
+
+    def norm(self) -> float:
+        """Return the squared length of the outputs."""
+        return self._energy(self.up, self.down)
+
+    def error(self, up: Tensor, down: Tensor) -> float:
+        """Return the squared error of the outputs of decoded factors, as they are read."""
+        up, down = (each.to(dtype).double() for each, dtype in zip((up, down), self.dtypes, strict=True))
+        return self._energy(torch.cat([self.up, -up], 1), torch.cat([self.down, down]))
+
+    def _energy(self, up: Tensor, down: Tensor) -> float:
+        return max(0.0, float(((up.mT @ up) * (self.gram.apply(down) @ down.mT)).sum()))
 
 
 def _values(file: AdapterFile, name: str) -> Tensor:

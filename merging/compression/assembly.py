@@ -20,7 +20,7 @@ from merging.storage.output_tensor import OutputTensor
 from merging.storage.writer import TensorWriter
 from merging.version import __version__
 
-__all__ = ["Assembly", "Losses", "as_read"]
+__all__ = ["Assembly", "Losses", "OutputErrors", "as_read"]
 
 
 def as_read(described: Described, payload: Tensor) -> Packed:
@@ -29,11 +29,28 @@ def as_read(described: Described, payload: Tensor) -> Packed:
     return Packed(described.name, described.kind, described.shape, MappedTensor(payload, ("", 0)), described.coding)
 
 
+@dataclass(frozen=True, slots=True)
+class OutputErrors:
+    """Squared errors of a layer's outputs on examples, and the squared length of the outputs of its change.
+
+    ``plain`` is the error of rounding without the examples.
+    """
+
+    error: float
+    plain: float
+    norm: float
+
+    def scaled(self, factor: float) -> OutputErrors:
+        """Return the same of outputs whose squares are multiplied by a factor."""
+        return OutputErrors(self.error * factor, self.plain * factor, self.norm * factor)
+
+
 @dataclass(slots=True)
 class Losses:
-    """The squared error and the squared norm of every change, by target."""
+    """The squared error and the squared norm of every change, by target; also of some layers' outputs."""
 
     squares: dict[str, tuple[float, float]] = field(default_factory=dict)
+    outputs: dict[str, OutputErrors] = field(default_factory=dict)
 
     def add(self, target: str, error: float, norm: float) -> None:
         """Add the squared error and the squared norm of a change."""
@@ -49,6 +66,15 @@ class Losses:
         """The relative error of all changes together."""
         errors, norms = (sum(each) for each in zip(*self.squares.values(), strict=True)) if self.squares else (0.0, 0.0)
         return sqrt(safe_ratio(errors, norms))
+
+    @property
+    def output_errors(self) -> tuple[float | None, float | None]:
+        """The relative error of all layers' outputs together, and the error of rounding without the examples."""
+        if not self.outputs:
+            return None, None
+        errors = [(each.error, each.plain, each.norm) for each in self.outputs.values()]
+        error, plain, norm = (sum(each) for each in zip(*errors, strict=True))
+        return sqrt(safe_ratio(error, norm)), sqrt(safe_ratio(plain, norm))
 
     @property
     def median(self) -> float:
@@ -74,8 +100,8 @@ class Assembly:
         self.coded_bytes += 0 if isinstance(described.coding, Raw) else payload.nbytes
         self._spool.put(name, Dense(payload))
 
-    def write(self, stem: str, manifest: PackManifest) -> int:
-        """Write the file, and return its size in bytes.
+    def write(self, stem: str, manifest: PackManifest, facts: Mapping[str, str] | None = None) -> int:
+        """Write the file, with further entries of its header, and return its size in bytes.
 
         Tensors with the largest elements come first, so that all are aligned.
         """
@@ -83,6 +109,7 @@ class Assembly:
         metadata: Mapping[str, str] = {
             PACK_KEY: manifest.model_dump_json(),
             "merging_version": __version__,
+            **(facts or {}),
         }
         writer = TensorWriter(self._folder, stem, outs, metadata, None)
         try:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 from merging.compression.adapters import adapter_file, pack_adapter
 from merging.compression.assembly import Assembly, Losses
+from merging.compression.calibration import Calibration, open_calibration
 from merging.compression.models import model_plan, pack_model
 from merging.compression.settings import PackSettings, make_settings
 from merging.display.notices import report_notices
@@ -19,7 +20,7 @@ from merging.display.tables import Displayed
 from merging.engine.devices import supply_operations
 from merging.engine.download import download_model
 from merging.engine.resources import pick_device
-from merging.errors import InputError, OutputError, option
+from merging.errors import InputError, OptionError, OutputError, option
 from merging.hub.open_model import open_base, open_model
 from merging.maths.lazy_torch import torch
 from merging.output.model_card import HUB_ID
@@ -50,6 +51,9 @@ class Compressed(Displayed):
         median: The median of the changes' relative errors.
         seconds: The time that it took.
         errors: The relative error of each change.
+        output_error: The relative error of what the change adds to the layers' outputs on the examples of ``stats``,
+            in all layers together; None without examples.
+        plain_output_error: The same for a pack of this size without ``stats``.
         notices: Remarks.
     """
 
@@ -64,6 +68,8 @@ class Compressed(Displayed):
     median: float
     seconds: float
     errors: dict[str, float] = field(default_factory=dict)
+    output_error: float | None = None
+    plain_output_error: float | None = None
     notices: tuple[str, ...] = ()
 
     @property
@@ -93,6 +99,7 @@ def compress(
     alpha: float | None = None,
     scale: Literal["least-squares", "norm"] | None = None,
     bands: str | None = None,
+    stats: str | Path | None = None,
     device: str | torch.device = "cpu",
     overwrite: bool = False,
     progress: Progress | bool | None = None,
@@ -113,6 +120,8 @@ def compress(
         scale: ``"least-squares"``, the default, is the mean magnitude of the kept entries. ``"norm"`` increases it so
             that every change keeps its norm (ternary).
         bands: Counts of directions and their bits (bands), such as ``"20@8,180@4,*@2"``.
+        stats: A file with statistics of the model on a few examples (bands), from
+            :func:`~merging.collect_statistics`: the layers' outputs on these are kept as well as the bits allow.
         device: The device that computes.
         overwrite: Whether an existing output is replaced.
         progress: True for a bar, or a function that receives the bytes done and the bytes in all.
@@ -135,8 +144,17 @@ def compress(
     full = None if base is None else open_base(base, option("base"))
     kind: Literal["adapter", "model"] = "adapter" if isinstance(opened, Adapter) else "model"
     settings = make_settings(kind, method=method, density=density, coding=coding, alpha=alpha, scale=scale, bands=bands)
+    calibration = None
+    if stats is not None:
+        if settings.method != "bands":
+            raise OptionError(
+                f"{option('stats')} is for packs by bands: use {option('method', 'bands')}, or leave it out"
+            )
+        calibration = open_calibration(stats, opened)
+        settings = replace(settings, summary=f"{settings.summary}, {calibration.summary}")
     _check_pack(destination)
-    check_destination(destination, model_files(opened, full), 0, overwrite)
+    read = (*model_files(opened, full), *([calibration.file.path] if calibration else []))
+    check_destination(destination, read, 0, overwrite)
     if isinstance(opened, Adapter) and full is not None:
         adapter_targets([opened], full)
     download_model(opened, progress)
@@ -147,14 +165,19 @@ def compress(
         assembly = Assembly(staged.folder)
         try:
             if isinstance(opened, Adapter):
-                contents = _pack_adapter(opened, full, settings, assembly)
+                contents = _pack_adapter(opened, full, settings, assembly, calibration)
             else:
-                contents = _pack_model(opened, full, settings, assembly, device=device, progress=progress)
-            after = assembly.write(destination.stem, contents.manifest)
+                contents = _pack_model(
+                    opened, full, settings, assembly, calibration=calibration, device=device, progress=progress
+                )
+            remarks = calibration.notices() if calibration else []
+            facts = calibration.header if calibration else {}
+            after = assembly.write(destination.stem, contents.manifest, facts)
         finally:
             assembly.close()
         staged.commit()
-    notices = (*contents.notices, *staged.notices)
+    notices = (*contents.notices, *remarks, *staged.notices)
+    output_error, plain_output_error = contents.losses.output_errors
     report_notices(notices)
     return Compressed(
         path=destination,
@@ -168,6 +191,8 @@ def compress(
         median=contents.losses.median,
         seconds=time.monotonic() - start,
         errors=contents.losses.relative,
+        output_error=output_error,
+        plain_output_error=plain_output_error,
         notices=notices,
     )
 
@@ -198,10 +223,14 @@ class _PackContents:
 
 
 def _pack_adapter(
-    adapter: Adapter, base: Checkpoint | None, settings: PackSettings, assembly: Assembly
+    adapter: Adapter,
+    base: Checkpoint | None,
+    settings: PackSettings,
+    assembly: Assembly,
+    calibration: Calibration | None,
 ) -> _PackContents:
     file = adapter_file(adapter)
-    losses, notices = pack_adapter(file, settings, assembly)
+    losses, notices = pack_adapter(file, settings, assembly, calibration)
     noted = PackBase(name=adapter.base, revision=adapter.config.get("revision"))
     if base is not None:
         noted = noted.model_copy(update=_base(base).model_dump(exclude_none=True))
@@ -224,6 +253,7 @@ def _pack_model(
     settings: PackSettings,
     assembly: Assembly,
     *,
+    calibration: Calibration | None,
     device: str | torch.device,
     progress: Progress | None,
 ) -> _PackContents:
@@ -234,7 +264,9 @@ def _pack_model(
     plan = model_plan(model, base)
     where = pick_device(device)
     with supply_operations(where):
-        losses, changed, entries = pack_model(plan, settings, assembly, where, progress)
+        losses, changed, entries = pack_model(
+            plan, settings, assembly, calibration=calibration, device=where, progress=progress
+        )
     manifest = PackManifest(
         method=settings.method,
         settings=settings.summary,
