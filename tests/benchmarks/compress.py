@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality_models import RATES, Judge, Weights, remembered, trained
+from kept_answers import Weights, remembered
+from quality_models import RATES, Judge, trained
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))

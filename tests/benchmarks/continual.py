@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from speed import Bench, Shapes, count, import_everything, measure, private_bytes, succeeded, table
 
 if TYPE_CHECKING:
-    from quality_models import Judge, Models, Right
+    from quality_models import Judge, Models
 
     from merging import ContinualStore
 
@@ -332,7 +332,7 @@ def write_real(folder: Path, kind: str, models: Models, judge: Judge, steps: int
     return paths
 
 
-def percent(right: Right) -> dict[str, float]:
+def percent(right: Tensors) -> dict[str, float]:
     """Accuracies of answers."""
     return {name: 100 * each.mean().item() for name, each in right.items()}
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality_models import LORA, RATES, Judge, Weights, remembered, trained
+from kept_answers import Weights, remembered
+from quality_models import LORA, RATES, Judge, trained
 from safetensors.torch import load_file, save_file
 from speed import table
 from tasks import DATA

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import train_adapters
 from encoder import Head, embed, load_encoder, zero_shot_head
+from kept_answers import Right, Weights, digest, remembered
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from quality_entries import Entry
 from quality_statistics import TaskEncoder, gather_statistics, merge_by_statistics
@@ -28,7 +27,7 @@ from tasks import MORE, TASKS, Task, load_task
 import merging
 from merging.statistics.writing import GatheredLayers
 
-__all__ = ["LONGER", "LORA", "RAISED", "RANK", "RATES", "Judge", "Models", "Right", "Weights", "remembered", "trained"]
+__all__ = ["LONGER", "LORA", "RAISED", "RANK", "RATES", "Judge", "Models", "trained"]
 
 RATES = {"full": 6e-5, "lora": 1e-3}
 LINEARS = r".*encoder\.layer\.\d+\..*(query|key|value|dense)"  # all six of each layer, and not the unused pooler
@@ -43,26 +42,6 @@ def lora_config(rank: int) -> dict[str, Any]:
 
 
 LORA = lora_config(RANK)
-Weights = dict[str, Tensor]
-Right = dict[str, Tensor]  # of each task: for each text, 1 where the answer is right (a mean over orders, if several)
-
-
-def digest(parts: Iterable[str | Tensor]) -> str:
-    """A name for texts and tensors that changes with any of them."""
-    found = hashlib.blake2b(digest_size=12)
-    for part in parts:
-        found.update(part.encode() + b"\0" if isinstance(part, str) else part.contiguous().numpy())
-    return found.hexdigest()
-
-
-def remembered(path: Path, make: Callable[[], Weights]) -> Weights:
-    """What is in the file, or else what `make` gives, which is kept there."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        save_file({name: tensor.detach().contiguous() for name, tensor in make().items()}, part)
-        part.rename(path)
-    return load_file(path)
 
 
 def trained(
