@@ -8,8 +8,10 @@ import shlex
 import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TypeAlias
+from threading import Thread
+from typing import IO, TypeAlias
 
 from merging.errors import InputError, OptionError, option, shorten
 
@@ -20,6 +22,9 @@ ScoreFunction: TypeAlias = Callable[[Path], float]
 
 _PLACE = "{}"
 """The words of a command in which the model's path is put; without one the path is the last word."""
+
+_KEPT = 1 << 16
+"""Bytes of a command's output that are kept: its end."""
 
 _LONGEST = 2e6
 """Seconds from which a time counts as unlimited: the system counts milliseconds in 32 bits."""
@@ -38,7 +43,7 @@ def make_scorer(score: str | ScoreFunction, timeout: float) -> ScoreFunction:
     if not timeout > 0:
         raise OptionError(f"{option('score_timeout', timeout)}: should be a number of seconds above 0")
     if callable(score):
-        return lambda model: _check_number(score(model), f"score: the function returned {{}} for {model}")
+        return lambda model: _check_number(score(model), f"score: for {model} the function returned")
     try:
         words = shlex.split(score)
     except ValueError as error:
@@ -59,14 +64,13 @@ def _run(words: list[str], model: Path, timeout: float) -> float:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
             start_new_session=True,
         )
     except (OSError, ValueError) as error:
         raise InputError(f"{shown} cannot be run: {getattr(error, 'strerror', None) or error}") from None
+    printed, complaints = _Tail(process.stdout), _Tail(process.stderr)
     try:
-        printed, complaints = process.communicate(timeout=timeout if timeout < _LONGEST else None)
+        process.wait(timeout if timeout < _LONGEST else None)
     except subprocess.TimeoutExpired:
         raise InputError(
             f"{shown} took more than {timeout:g} seconds and was stopped: {option('score_timeout', 'SECONDS')} allows "
@@ -75,28 +79,49 @@ def _run(words: list[str], model: Path, timeout: float) -> float:
     finally:
         _stop(process)
     if process.returncode:
-        said = (complaints.strip() or printed.strip()).splitlines()[-3:]
+        said = (complaints.lines() or printed.lines())[-3:]
         raise InputError(f"{shown} failed with code {process.returncode}{': ' if said else ''}{' / '.join(said)}")
-    last = next((line.strip() for line in reversed(printed.splitlines()) if line.strip()), "")
-    return _check_number(last, f"{shown} should print a number in its last line, and printed {{}}")
+    last = printed.lines()[-1:]
+    return _check_number(last[0] if last else "", f"{shown} should print a number in its last line, and printed")
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
-    """Kill a command that still runs, with the processes that it started."""
-    if process.poll() is None:
-        if hasattr(os, "killpg"):
+class _Tail(Thread):
+    """The end of a command's output. The rest is read and forgotten, since a command may print without end."""
+
+    def __init__(self, stream: IO[bytes] | None) -> None:
+        super().__init__(daemon=True)
+        assert stream is not None
+        self._stream, self._kept = stream, b""
+        self.start()
+
+    def run(self) -> None:
+        with self._stream as stream:
+            while chunk := os.read(stream.fileno(), 1 << 16):
+                self._kept = (self._kept + chunk)[-_KEPT:]
+
+    def lines(self) -> list[str]:
+        """Return the last lines that are not empty, once the command has ended."""
+        self.join(1)  # a process that left the command's group may hold the stream open
+        lines = self._kept.decode(errors="replace").splitlines()
+        return [line.strip() for line in lines if line.strip()]
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Kill a command that still runs, and the processes that it started."""
+    if hasattr(os, "killpg"):
+        with suppress(ProcessLookupError, PermissionError):  # all of them have ended
             os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
-        process.communicate()
+    elif process.poll() is None:
+        process.kill()
+    process.wait()
 
 
 def _check_number(value: object, message: str) -> float:
-    """Return a score. Raises :class:`~merging.errors.InputError` for anything but a finite number."""
+    """Return a score. Raises :class:`~merging.errors.InputError`, which ends in the value, unless it is finite."""
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise InputError(message.format(shorten(repr(value)) if value != "" else "nothing"))
+        raise InputError(f"{message} {shorten(repr(value)) if value != '' else 'nothing'}")
     return number
