@@ -7,10 +7,11 @@ result: a law that the tests hold for every method (``tests/laws/test_drivers.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from merging.engine.sorted_changes import SortedChanges
 from merging.engine.unit import accumulate, name_failures
 from merging.maths.delta import Delta, Dense, Stack
 from merging.maths.lazy_torch import Tensor, torch
@@ -18,7 +19,7 @@ from merging.maths.reductions import Reduction
 from merging.maths.site import Site
 from merging.maths.stored_values import StoredValues
 from merging.methods.blocks import scale_changes, scales_at
-from merging.methods.contract.method import Method, Statistics
+from merging.methods.contract.method import Method, Statistic, Statistics
 from merging.methods.contract.places import check_places
 from merging.methods.contract.wrapper import Unwrapped, unwrap_outer
 
@@ -41,7 +42,13 @@ class MergedTensor(NamedTuple):
 
 
 def merge_in_memory(
-    method: Method, sites: Mapping[str, Site], read: Callable[[str], TensorInputs], weights: bool
+    method: Method,
+    sites: Mapping[str, Site],
+    read: Callable[[str], TensorInputs],
+    weights: bool,
+    *,
+    sorted_changes: SortedChanges | None = None,
+    unchanged: Collection[str] = (),
 ) -> Iterator[MergedTensor]:
     """Merge tensors one after the other.
 
@@ -50,6 +57,8 @@ def merge_in_memory(
         sites: the site of each tensor that is merged, by name.
         read: returns the inputs of a tensor by its name; called again for every statistic.
         weights: whether the stacks hold weights, and not changes from the base.
+        sorted_changes: the sorted changes that earlier merges of the same inputs left, and that this one may add to.
+        unchanged: tensors that no model changes, which are not merged. Statistics of whole models count them.
 
     Yields:
         The merged tensors, in the order of ``sites``.
@@ -67,24 +76,38 @@ def merge_in_memory(
         stack.base = base if method.needs_base else None
         return TensorInputs(stack, base)
 
-    yield from _Run(method, sites, read_scaled, weights, models).merge_all()
+    plain = len(method.links()) == 1 and not any(scales_at(method, site, models) for site in sites.values())
+    run = _Run(
+        method=method,
+        sites=sites,
+        read=read_scaled,
+        weights=weights,
+        models=models,
+        sorted_changes=sorted_changes if plain and not weights else None,
+        unchanged=frozenset(unchanged),
+        plain=plain,
+    )
+    yield from run.merge_all()
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Run:
     method: Method
     sites: Mapping[str, Site]
     read: Callable[[str], TensorInputs]
     weights: bool
     models: int
+    sorted_changes: SortedChanges | None
+    unchanged: frozenset[str]
+    plain: bool
+    """Whether the method sees the changes as they are."""
 
     def merge_all(self) -> Iterator[MergedTensor]:
         """Gather the statistics over the whole model, merge, and scale by the factor of each site."""
         statistics: dict[str, Tensor] = {}
         for each in self.method.required_statistics():
             if each.per == "model":
-                values = {name: self._measure(name, each.name, statistics) for name in self.sites}
-                statistics[each.name] = _reduce(each.reduction, values)
+                statistics[each.name] = self._gather(each, statistics)
         results = self.method.result_statistics(self.models)
         merged = {name: self._merge(name, statistics) for name in self.sites} if results else {}
         for position, result in enumerate(results):
@@ -95,9 +118,21 @@ class _Run:
                 values[name] = bound.measure(change, stack, site)
             statistics[result.name] = _reduce(result.reduction, values)
         for name, site in self.sites.items():
+            if name in self.unchanged:
+                continue
             change, _, base = merged[name] if results else self._merge(name, statistics)
             factor = self.method.at(site).factor(site, statistics, self.models)
             yield MergedTensor(name, change.scaled(factor), base)
+
+    def _gather(self, statistic: Statistic, statistics: Statistics) -> Tensor:
+        """Return a statistic of the whole models."""
+        if self.sorted_changes is not None:
+            found = self.sorted_changes.select(statistic, self.sites, lambda name: self.read(name).stack)
+            if found is not None:
+                return found
+        skipped = self.unchanged if statistic.skips_zeros and self.plain else ()
+        names = [name for name in self.sites if name not in skipped] or list(self.sites)
+        return _reduce(statistic.reduction, {name: self._measure(name, statistic.name, statistics) for name in names})
 
     def _measure(self, name: str, statistic: str, statistics: Statistics) -> Tensor | StoredValues:
         """Return what one statistic measures of a tensor, before its reduction."""

@@ -16,7 +16,7 @@ from merging.maths.order_statistics import Rank
 from merging.maths.parameters import Local, PerModel, varies
 from merging.maths.radix_selection import OrderStatistics
 from merging.maths.site import Site
-from merging.methods.contract.method import Statistic, Statistics
+from merging.methods.contract.method import Statistic, Statistics, stored_changes
 from merging.methods.contract.wrapper import Unwrapped, Wrapper
 from merging.methods.families.l1_norms import l1_ratios, l1_statistic
 from merging.methods.ties import trim
@@ -66,9 +66,7 @@ class Breadcrumbs(Wrapper):
         if varies(self.density) or varies(self.gamma) or not self._bands():
             return super().required_statistics()
         ranks = tuple(rank for band in self._bands() for rank in Rank.band(*band))
-        own = Statistic(
-            _ENDS, OrderStatistics(ranks, magnitudes=True), lambda stack, site, statistics: stack.stored, per="tensor"
-        )
+        own = Statistic(_ENDS, OrderStatistics(ranks, magnitudes=True), stored_changes, per="tensor")
         norms = l1_statistic(_NORMS, lambda stack, site, statistics: self._keep(stack, statistics))
         return (own, *((norms,) if self.keep_norm else ()), *super().required_statistics())
 

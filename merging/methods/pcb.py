@@ -18,7 +18,7 @@ from merging.maths.radix_selection import OrderStatistics
 from merging.maths.reductions import Sum, column_pieces
 from merging.maths.site import Site
 from merging.maths.stored_values import StoredValues
-from merging.methods.contract.method import Method, Statistic, Statistics
+from merging.methods.contract.method import Method, Statistic, Statistics, stored_changes
 
 __all__ = ["Pcb", "clip_tails", "competition", "minmax"]
 
@@ -94,7 +94,7 @@ class Pcb(Method):
             )
         clip = OrderStatistics((Rank.share(self.clip), Rank.upper(self.clip)), magnitudes=True)
         return (
-            Statistic(_CLIP, clip, lambda stack, site, statistics: stack.stored, per=self.scope),
+            Statistic(_CLIP, clip, stored_changes, per=self.scope),
             Statistic(_CUT, cut, self._scores, per=self.scope),
         )
 

@@ -17,7 +17,7 @@ from merging.maths.parameters import Coefficient, Local, PerModel, varies
 from merging.maths.radix_selection import OrderStatistics
 from merging.maths.reductions import Sum
 from merging.maths.site import Site
-from merging.methods.contract.method import Method, Statistic, Statistics
+from merging.methods.contract.method import Method, Statistic, Statistics, stored_changes
 from merging.methods.contract.update_rule import UpdateRule
 from merging.methods.families.l1_norms import l1_ratios, l1_statistic
 
@@ -77,9 +77,7 @@ class Ties(Method):
         required_statistics = []
         if not varies(self.density) and self._densities():
             ranks = OrderStatistics(tuple(map(Rank.largest, self._densities())), magnitudes=True)
-            required_statistics.append(
-                Statistic(_THRESHOLDS, ranks, lambda stack, site, statistics: stack.stored, per=self.scope)
-            )
+            required_statistics.append(Statistic(_THRESHOLDS, ranks, stored_changes, per=self.scope))
             if self.keep_norm:
                 required_statistics.append(
                     l1_statistic(
@@ -87,7 +85,7 @@ class Ties(Method):
                     )
                 )
         if self.zero == "majority":
-            required_statistics.append(Statistic(_MAJORITY, Sum(), self._elect, per=self.scope))
+            required_statistics.append(Statistic(_MAJORITY, Sum(), self._elect, per=self.scope, skips_zeros=True))
         return tuple(required_statistics)
 
     def _densities(self) -> list[float]:

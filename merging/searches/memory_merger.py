@@ -13,6 +13,7 @@ from merging.api.peft_tensors import limit_rank
 from merging.engine.devices import supply_operations
 from merging.engine.in_memory import TensorInputs, merge_in_memory
 from merging.engine.model_reader import ChangeStore, ModelReader, Room
+from merging.engine.sorted_changes import SortedChanges
 from merging.errors import InputError, OptionError, option
 from merging.hub.open_model import open_model
 from merging.maths.delta import Delta, Dense, LowRank
@@ -86,8 +87,8 @@ class MemoryMerger:
     """Merges candidates in memory, with the values that a written merge has.
 
     The models' changes are read once. The merge of a chain at scale 1 is kept, so that another scale costs one
-    multiplication; a chain whose result depends on its scale in another way is merged again. Where an adapter is
-    written, merged changes are cut to the rank that it will have.
+    multiplication; a chain whose result depends on its scale in another way is merged again. Tensors that no model
+    changes are not merged. Where an adapter is written, merged changes are cut to the rank that it will have.
 
     Attributes:
         reader: reads the models' changes, or their weights where there is no base.
@@ -97,7 +98,7 @@ class MemoryMerger:
     def __init__(self, inputs: MergeInputs, device: torch.device, room: Room | None = None) -> None:
         self.inputs, self.device = inputs, device
         self._room = room or Room()
-        self._store = ChangeStore(self._room)
+        self._store, self._sorted = ChangeStore(self._room), SortedChanges(self._room)
         self._mixed = True  # whether tensors that no model changes may differ from the base in the last bits
         self._plans: dict[tuple[str, tuple[int, ...]], Plan] = {}
         self._weights: dict[bool, ModelReader] = {}
@@ -122,12 +123,14 @@ class MemoryMerger:
         """
         with torch.no_grad(), supply_operations(self.device):
             if candidate.chain is None:
-                for name in self.reader.sites:
-                    base = self.reader.read(name).base
-                    assert base is not None
-                    yield name, base.to(self.reader.dtypes[name])
+                yield from ((name, self._base_value(name)) for name in self.reader.sites)
                 return
             yield from self._merge(candidate)
+
+    def _base_value(self, name: str) -> Tensor:
+        base = self.reader.read(name).base
+        assert base is not None
+        return base.to(self.reader.dtypes[name])
 
     def merged_file(self, path: str) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of an output on disk, as they are with the base."""
@@ -147,10 +150,13 @@ class MemoryMerger:
         reader, weights = self._reader_of(candidate, method)
         self._mixed |= weights
         changes, scale = self._changes(candidate, method, reader, weights)
+        unchanged = set() if weights else set(reader.unchanged)
+        if self._mixed:  # else the network holds the base's values
+            yield from ((name, self._base_value(name)) for name in unchanged)
         for name, change in changes:
             base = None if weights else reader.read(name).base
-            if not weights and name in reader.unchanged and not self._mixed:
-                continue  # the network holds the base's values
+            if name in unchanged:
+                continue
             values = change.dense()
             factor = float(bind_value(scale, reader.sites[name]))
             total = values * factor if base is None else torch.add(base, values, alpha=factor)
@@ -183,7 +189,9 @@ class MemoryMerger:
         def read(name: str) -> TensorInputs:
             return reader.select(name, candidate.models, factors=method.takes_factors and not weights)
 
-        for name, merged, origin in merge_in_memory(method, reader.sites, read, weights):
+        unchanged = () if weights else tuple(reader.unchanged)
+        merge = merge_in_memory(method, reader.sites, read, weights, sorted_changes=self._sorted, unchanged=unchanged)
+        for name, merged, origin in merge:
             change, base = merged, origin
             if weights and rank and base is None:
                 base = reader.read(name).base

@@ -31,7 +31,17 @@ from merging.maths.stored_values import StoredValues
 if TYPE_CHECKING:
     from merging.methods.contract.update_rule import UpdateRule
 
-__all__ = ["Grain", "Method", "ResultStatistic", "StackFunction", "Statistic", "Statistics", "StatisticsKind", "build"]
+__all__ = [
+    "Grain",
+    "Method",
+    "ResultStatistic",
+    "StackFunction",
+    "Statistic",
+    "Statistics",
+    "StatisticsKind",
+    "build",
+    "stored_changes",
+]
 
 Statistics = Mapping[str, Tensor]
 """Values of the statistics known so far, by name."""
@@ -46,19 +56,26 @@ Grain = Literal["element", "row", "matrix"]
 """A piece of a tensor: any elements, whole rows (see :attr:`~merging.maths.site.Site.row`), or the whole tensor."""
 
 
+def stored_changes(stack: Stack, site: Site, statistics: Statistics) -> StoredValues:
+    """Return the changes themselves, which need not be decoded."""
+    return stack.stored
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Statistic(Displayed):
     """A statistic that a merge needs beforehand: ``reduction`` over ``measure(stack, site, statistics) -> [n, ...]``.
 
-    An order statistic of the changes themselves measures ``stack.stored``, which need not be decoded.
+    An order statistic of the changes themselves measures :func:`stored_changes`.
 
     Taken over all tensors that are merged (``per = "model"``) or over one tensor at a time (``per = "tensor"``).
+    ``skips_zeros`` says that tensors without any change add nothing to it.
     """
 
     name: str
     reduction: Reduction
     measure: StackFunction
     per: Literal["model", "tensor"] = "model"
+    skips_zeros: bool = False
 
 
 @dataclass(frozen=True, slots=True, repr=False)
