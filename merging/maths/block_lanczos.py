@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import ThinSvd
+from merging.maths.products import multiply, row_products
 
 __all__ = ["BLOCK", "LanczosBasis", "block_lanczos"]
 
@@ -15,6 +16,9 @@ BLOCK = 32
 
 _WIDEST = 0.5
 """Share of the shorter side up to which Lanczos bases grow."""
+
+_FIRST_CHECK = 3.25
+"""Part of the singular triples needed after which a basis is checked first: the bases of most fine-tunes suffice."""
 
 _HOPELESS = 0.05
 """Largest residual with which it is worth to widen a basis that has grown to seven tenths of its limit."""
@@ -37,7 +41,7 @@ def block_lanczos(matrix: Tensor, needed: int, widest: int | None = None) -> Thi
     if needed + BLOCK > blocks * BLOCK:
         return None
     basis = LanczosBasis(matrix, blocks)
-    check = blocks * BLOCK if widest else max(3 * needed, needed + 4 * BLOCK)
+    check = blocks * BLOCK if widest else max(int(_FIRST_CHECK * needed), needed + 4 * BLOCK)
     while True:
         basis.extend()
         if basis.width >= check or basis.full:
@@ -56,21 +60,24 @@ def block_lanczos(matrix: Tensor, needed: int, widest: int | None = None) -> Thi
 def _are_largest(found: ThinSvd, matrix: Tensor) -> bool:
     """Return whether no direction outside of singular triples is found that is larger than the last of them."""
     u, s, vh = found
-    rest = LanczosBasis.of(matrix - u * s @ vh, 2, seed=1)
+    rest = LanczosBasis.of(matrix - multiply(u * s, vh), 2, seed=1)
     return float(rest.solve(1)[0]) <= float(s[-1]) * (1 + _RESIDUAL)
 
 
 class LanczosBasis:
-    """Orthonormal bases of a Krylov space, ``left [m, width]`` and ``right [n, width]``, and the matrix in them."""
+    """Orthonormal bases of a Krylov space, and the matrix in them.
+
+    The vectors are the rows of ``left [width, m]`` and ``right [width, n]``, which products take fastest.
+    """
 
     def __init__(self, matrix: Tensor, blocks: int, seed: int = 0) -> None:
         rows, columns = matrix.shape
         self.matrix, self.width, self.most = matrix, 0, blocks * BLOCK
-        self._left = matrix.new_empty(rows, self.most)
-        self._right = matrix.new_empty(columns, self.most)
+        self._left = matrix.new_empty(self.most, rows)
+        self._right = matrix.new_empty(self.most, columns)
         self._inside = torch.zeros(self.most, self.most, dtype=torch.float64, device=matrix.device)
         probe = torch.randn(columns, BLOCK, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        self._next = torch.linalg.qr(matrix @ probe.to(matrix))[0]
+        self._next = torch.linalg.qr(multiply(matrix, probe.to(matrix)))[0].mT
         self._norms = self._next  # of the next block, in terms of the last one
 
     @classmethod
@@ -94,12 +101,12 @@ class LanczosBasis:
     def extend(self) -> None:
         """Take the next block of left vectors into the basis, and the right vectors that belong to it."""
         start, end = self.width, self.width + BLOCK
-        self._left[:, start:end] = self._next
-        right, inside = _orthogonalize((self._next.mT @ self.matrix).mT, self._right[:, :start])
-        self._right[:, start:end] = right
+        self._left[start:end] = self._next
+        right, inside = _orthogonalize(multiply(self._left[start:end], self.matrix), self._right[:start])
+        self._right[start:end] = right
         self._inside[start:end, :end] = inside.mT
         self.width = end
-        self._next, coordinates = _orthogonalize(self.matrix @ right, self._left[:, :end])
+        self._next, coordinates = _orthogonalize(multiply(self.matrix, right.mT).mT, self._left[:end])
         self._norms = coordinates[end:].double()
 
     def solve(self, needed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -113,16 +120,16 @@ class LanczosBasis:
 
     def lift(self, left: Tensor, values: Tensor, right: Tensor) -> ThinSvd:
         """Return singular triples from their coordinates."""
-        ups, downs = self._left[:, : self.width], self._right[:, : self.width]
-        return ups @ left.to(ups), values.to(ups), (downs @ right.to(downs)).mT
+        ups, downs = self._left[: self.width], self._right[: self.width]
+        return multiply(left.mT.to(ups), ups).mT, values.to(ups), multiply(right.mT.to(downs), downs)
 
 
 def _orthogonalize(block: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Return orthonormal columns that span a block outside a basis, and the block's coordinates in both together."""
-    inside = basis.mT @ block
-    outside, norms = torch.linalg.qr(block - basis @ inside)
+    """Return orthonormal rows that span a block outside a basis, and the block's coordinates in both as columns."""
+    inside = row_products(basis, block)
+    outside, norms = torch.linalg.qr((block - multiply(inside.mT, basis)).mT)
     if float(norms.diagonal().abs().min()) < _REMAINDER * float(torch.linalg.matrix_norm(block)):
-        again = basis.mT @ outside  # rounding errors count in small remainders
-        outside, rest = torch.linalg.qr(outside - basis @ again)
+        again = row_products(basis, outside.mT)  # rounding errors count in small remainders
+        outside, rest = torch.linalg.qr(outside - multiply(again.mT, basis).mT)
         inside, norms = inside + again @ norms, rest @ norms
-    return outside, torch.cat([inside, norms])
+    return outside.mT, torch.cat([inside, norms])

@@ -12,7 +12,8 @@ from typing import Literal
 from merging.maths.block_lanczos import BLOCK, LanczosBasis, block_lanczos
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import ThinSvd, decompose, leading_svd, polar
-from merging.maths.polar_factors import is_orthonormal, multiply_symmetric, rational_polar
+from merging.maths.polar_factors import is_orthonormal, rational_polar
+from merging.maths.products import multiply, multiply_symmetric
 
 __all__ = [
     "LARGE",
@@ -114,7 +115,7 @@ def fast_polar(matrix: Tensor, split: bool = True) -> Tensor | None:
     if found is not None:
         return found
     triples = fast_svd(matrix, split)
-    return None if triples is None else triples[0] @ triples[2]
+    return None if triples is None else multiply(triples[0], triples[2])
 
 
 def leading_gram(matrix: Tensor, needed: int) -> ThinSvd | None:
@@ -129,8 +130,8 @@ def leading_gram(matrix: Tensor, needed: int) -> ThinSvd | None:
     if found is None:
         return None
     vectors = torch.linalg.qr(found[1][:, : needed + max(BLOCK, needed // 8)])[0]
-    turn, values, others = decompose((vectors.mT @ short).double(), needed=needed)
-    left, s, right = vectors @ turn.to(vectors), values.to(vectors), others.to(vectors)
+    turn, values, others = decompose(multiply(vectors.mT, short).double(), needed=needed)
+    left, s, right = multiply(vectors, turn.to(vectors)), values.to(vectors), others.to(vectors)
     return (left, s, right) if wide else (right.mT, s, left.mT)
 
 
@@ -142,7 +143,7 @@ def _gram_eigenvectors(short: Tensor, split: bool = True) -> tuple[Tensor, Tenso
     width = min(_OUTSTANDING, len(short) // 4)
     found = block_lanczos(short, width // 4, width) if split else None
     count = 0 if found is None else found[1].numel()
-    rest = short if found is None or not count else short - found[0] @ (found[0].mT @ short)
+    rest = short if found is None or not count else short - multiply(found[0], multiply(found[0].mT, short))
     gram = multiply_symmetric(rest, rest.mT)
     if not bool(gram.isfinite().all()):
         return None
@@ -174,8 +175,8 @@ def fast_svd(matrix: Tensor, split: bool = True, least: float = 0.0) -> ThinSvd 
     if found is None:
         return None
     rest, u, gone = found
-    vh = u.mT @ rest
-    vh[:gone] = u[:, :gone].mT @ short
+    vh = multiply(u.mT, rest)
+    vh[:gone] = multiply(u[:, :gone].mT, short)
     s = torch.linalg.vector_norm(vh, dim=1)
     large = gone + int((s[gone:] >= _SMALL * s[gone : gone + 1]).sum())
     if len(s) - large > len(s) // 2:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from merging.maths.block_lanczos import BLOCK, LanczosBasis
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import decompose
+from merging.maths.products import multiply, multiply_symmetric, row_products
 
-__all__ = ["is_orthonormal", "multiply_symmetric", "rational_polar"]
+__all__ = ["is_orthonormal", "rational_polar"]
 
 _LEAST = 1e-2
 """Share of the largest singular value from which the rational function holds; smaller ones are found apart."""
@@ -60,7 +61,7 @@ def rational_polar(matrix: Tensor, floor: float) -> Tensor | None:
     if found is None:
         return None
     root, small = found
-    factor = root @ short
+    factor = multiply(root, short)
     factor /= largest**0.5
     if not _replace_small(factor, short, small, floor * largest**0.5):
         return None
@@ -86,7 +87,8 @@ def _inverse_root(gram: Tensor) -> tuple[Tensor, Tensor] | None:
             small = _small_directions(previous, shift)
             if small is None:
                 return None
-            rest = torch.linalg.matrix_norm(previous - (small.mT * (small @ previous @ small.mT).diagonal()) @ small)
+            sizes = row_products(multiply(small, previous), small).diagonal()
+            rest = torch.linalg.matrix_norm(previous - multiply(small.mT * sizes, small))
             if float(rest) * float(gram.diagonal().mean()) * torch.finfo(gram.dtype).eps > _ROUNDING:
                 return None
     assert small is not None
@@ -121,24 +123,13 @@ def _replace_small(factor: Tensor, short: Tensor, small: Tensor, floor: float) -
     """Put exact directions into a polar factor for its small ones; return whether all are above a floor."""
     if not len(small):
         return True
-    factor -= small.mT @ (small @ factor)
-    images = small @ short
+    factor -= multiply(small.mT, multiply(small, factor))
+    images = multiply(small, short)
     for _ in range(2):  # parts of larger directions would count more than the smallest directions
-        images = images - (images @ factor.mT) @ factor
+        images = images - multiply(row_products(images, factor), factor)
     left, values, right = decompose(images.double(), "thin")
-    factor += small.mT @ (left @ right).to(factor)
+    factor += multiply(small.mT, (left @ right).to(factor))
     return float(values[-1]) > floor
-
-
-def multiply_symmetric(one: Tensor, other: Tensor) -> Tensor:
-    """Return ``one @ other``, known to be symmetric, by blocks of rows, the upper ones only: in little over half."""
-    rows = len(one)
-    step = max(256, -(-rows // 8))
-    out = one.new_empty(rows, rows)
-    for start in range(0, rows, step):
-        out[start : start + step, start:] = one[start : start + step] @ other[:, start:]
-        out[start : start + step, :start] = out[:start, start : start + step].mT
-    return out
 
 
 def is_orthonormal(rows: Tensor) -> bool:

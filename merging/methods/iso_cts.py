@@ -11,6 +11,7 @@ from merging.maths.fast_svd import leading_triples, polars
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import ThinSvd
 from merging.maths.parameters import Coefficient, Local
+from merging.maths.products import multiply
 from merging.methods.families.spectral import ExactSingular
 from merging.methods.iso_c import total
 
@@ -54,10 +55,10 @@ class IsoCts(ExactSingular):
             u, values, vh = torch.cat([u, *us], 1), torch.cat([values, *sizes]), torch.cat([vh, *vhs])
         mean = values.sum() / max(1, len(values))
         left, right = polars((u,), (vh,))
-        return mean * left @ right
+        return multiply(mean * left, right)
 
     def _outside(self, change: Tensor, common: Tensor, most: int) -> ThinSvd:
         """Return the leading singular triples of a change outside the common outputs, without rounding errors."""
         own = change.to(common)
         size = float(torch.linalg.matrix_norm(own))
-        return leading_triples(own - common @ (common.mT @ own), most, svd=self.svd, size=size)
+        return leading_triples(own - multiply(common, multiply(common.mT, own)), most, svd=self.svd, size=size)

@@ -13,6 +13,7 @@ from merging.maths.fast_svd import fast_svd, suits_float32
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import decompose, joint_core, squared_norm
 from merging.maths.parameters import Coefficient, Local
+from merging.maths.products import multiply, row_products
 from merging.maths.reductions import Sum
 from merging.maths.site import Site
 from merging.maths.sums import safe_ratio
@@ -173,14 +174,16 @@ def project(
     shares = s.cumsum(0) / s.sum()
     if mode == "block":
         split = rank if alpha >= 1 else int((shares <= alpha).sum())
-        diagonal = (u.mT @ delta * vh).sum(1)
-        left, right = u[:, :split], vh[:split]
-        square = left.mT @ delta @ right.mT
-        square.diagonal().sub_(diagonal[:split])
-        return delta - (u * diagonal) @ vh - left @ square @ right
+        images = multiply(u.mT, delta)
+        diagonal = (images * vh).sum(1)
+        square = row_products(images[:split], vh[:split])  # without its diagonal, which is removed with all of it
+        square.diagonal().zero_()
+        removed = vh * diagonal[:, None]
+        removed[:split] += multiply(square, vh[:split])
+        return delta - multiply(u, removed)
     split = rank if alpha >= 1 else min(rank, int((shares < alpha).sum()) + 1)
     left, right = u[:, :split], vh[:split]
-    rest = delta - left @ (left.mT @ delta)
-    rest = rest - (rest @ right.mT) @ right
+    rest = delta - multiply(left, multiply(left.mT, delta))
+    rest = rest - multiply(row_products(rest, right), right)
     u, vh = u[:, split:], vh[split:]
-    return rest - (u * (u.mT @ rest * vh).sum(1)) @ vh
+    return rest - multiply(u * (multiply(u.mT, rest) * vh).sum(1), vh)

@@ -10,6 +10,7 @@ from pydantic import Field
 from merging.maths.fast_svd import leading_triples
 from merging.maths.lazy_torch import Tensor
 from merging.maths.parameters import Local
+from merging.maths.products import multiply
 from merging.methods.families.spectral import ExactSingular
 
 __all__ = ["Star"]
@@ -49,5 +50,5 @@ class Star(ExactSingular):
             # a share that is reached but for rounding counts as reached
             rank = int((reached < self.eta * reached[-1] * (1 - 1e-9)).sum()) + 1
             rescaled = values[:rank] * (reached[-1] / reached[rank - 1])
-            out += u[:, :rank] * rescaled @ vh[:rank]
+            out += multiply(u[:, :rank] * rescaled, vh[:rank])
         return out / len(changes)

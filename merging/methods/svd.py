@@ -10,6 +10,7 @@ from pydantic import Field
 from merging.maths.fast_svd import leading_triples
 from merging.maths.lazy_torch import Tensor
 from merging.maths.parameters import Coefficient, Local, PerModel
+from merging.maths.products import multiply
 from merging.methods.families.spectral import Singular
 from merging.methods.iso_c import total
 
@@ -46,4 +47,4 @@ class Svd(Singular):
         squares = values.square().cumsum(0)
         # up to rounding, so that a share of 1 keeps all
         kept = int((squares < self.energy * (1 - 1e-12) * squares[-1:]).sum()) + 1
-        return u[:, :kept] * values[:kept] @ vh[:kept]
+        return multiply(u[:, :kept] * values[:kept], vh[:kept])

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from merging.maths.fast_svd import leading_triples, polars
 from merging.maths.lazy_torch import Tensor, torch
+from merging.maths.products import multiply
 from merging.methods.families.spectral import Singular
 
 __all__ = ["Tsv"]
@@ -41,4 +42,4 @@ class Tsv(Singular):
         triples = [leading_triples(change, max(1, size // len(changes)), svd=self.svd) for change in changes]
         us, values, vhs = zip(*triples, strict=True)
         left, right = polars(us, vhs)
-        return left * torch.cat(values).to(left) @ right
+        return multiply(left * torch.cat(values).to(left), right)

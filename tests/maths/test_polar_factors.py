@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from merging.maths.linalg import polar
-from merging.maths.polar_factors import multiply_symmetric, rational_polar
+from merging.maths.polar_factors import rational_polar
 
 FLOOR = 2e-6
 
@@ -47,8 +47,3 @@ def test_polar_factors_are_near_those_of_float64(shape: tuple[int, int], least: 
 )
 def test_others_are_left(values: Tensor) -> None:
     assert rational_polar(matrix(values.double(), (200, 200)), FLOOR) is None
-
-
-def test_symmetric_products() -> None:
-    value = torch.randn(600, 40, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(multiply_symmetric(value, value.mT), value @ value.mT)
