@@ -1,11 +1,9 @@
-"""Polar factors in float32 by products and a few inverses of a Gram matrix, without its eigenvectors.
-
-Inverses are by LAPACK's Cholesky factors: by halves and products they are quicker, but too rough for float32.
-"""
+"""Polar factors in float32 by products and a few inverses of a Gram matrix, without its eigenvectors."""
 
 from __future__ import annotations
 
 from merging.maths.block_lanczos import BLOCK, LanczosBasis
+from merging.maths.cholesky_inverse import invert_definite
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.linalg import decompose
 from merging.maths.products import multiply, multiply_symmetric, row_products
@@ -78,10 +76,9 @@ def _inverse_root(gram: Tensor) -> tuple[Tensor, Tensor] | None:
     for shift, link, weight in zip(_SHIFTS, _LINKS, _WEIGHTS, strict=True):
         shifted = gram.clone() if previous is None else torch.add(gram, previous, alpha=link)
         shifted.diagonal().add_(shift)
-        factor, failed = torch.linalg.cholesky_ex(shifted)
-        if bool(failed):
+        if not invert_definite(shifted):
             return None
-        previous = torch.cholesky_inverse(factor)
+        previous = shifted
         root.add_(previous, alpha=weight)
         if small is None:
             small = _small_directions(previous, shift)
