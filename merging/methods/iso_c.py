@@ -14,6 +14,9 @@ from merging.methods.families.spectral import Singular
 
 __all__ = ["IsoC", "total"]
 
+_CACHED = 1 << 17
+"""Elements of a sum that are added up at a time."""
+
 
 class IsoC(Singular):
     """scale * mean(S) * U V^T for each matrix, with sum_i tau_i = U S V^T: isotropic merging in the common space.
@@ -48,8 +51,11 @@ class IsoC(Singular):
 
 
 def total(changes: Sequence[Tensor]) -> Tensor:
-    """Return the sum, float64."""
-    out = changes[0].double().clone()
-    for change in changes[1:]:
-        out += change
+    """Return the sum, float64, by blocks of rows that stay in the processor's cache."""
+    out = torch.empty_like(changes[0], dtype=torch.float64)
+    rows = max(1, _CACHED // out.shape[1])
+    for block, *parts in zip(*(torch.split(each, rows) for each in (out, *changes)), strict=True):
+        block.zero_()
+        for part in parts:
+            block += part
     return out
