@@ -19,8 +19,8 @@ __all__ = ["ItemWork", "count_sweeps", "count_work", "gram_flops"]
 EIGEN = 9
 """Operations of an eigenvalue problem with vectors of a symmetric matrix, for each n^3."""
 
-FAST = 0.4
-"""Share of the time of exact decompositions that fast ones of large matrices take (measured: 0.25 to 0.6)."""
+FAST = 0.3
+"""Share of the time of exact decompositions that fast ones of large matrices take (measured: 0.2 to 0.5)."""
 
 CORE = 13
 """Operations of an SVD of a small core, for each rank^3."""
