@@ -53,7 +53,7 @@ class IsoC(Singular):
 def total(changes: Sequence[Tensor]) -> Tensor:
     """Return the sum, float64, by blocks of rows that stay in the processor's cache."""
     out = torch.empty_like(changes[0], dtype=torch.float64)
-    rows = max(1, _CACHED // out.shape[1])
+    rows = max(1, _CACHED // max(1, out.shape[1]))
     for block, *parts in zip(*(torch.split(each, rows) for each in (out, *changes)), strict=True):
         block.zero_()
         for part in parts:
