@@ -65,6 +65,12 @@ def settings_options(typed: Mapping[str, Any]) -> list[click.Option]:
 @click.option("--resume", is_flag=True, help="go on with a search that was killed")
 @kind_option
 @click.option("--rank", type=int, help="rank of a merged adapter")
+@click.option(
+    "--stats",
+    multiple=True,
+    type=click.Path(),
+    help="statistics of a model, from merge stats, for candidates such as regmean; repeated, one a model",
+)
 @click.option("--exclude", multiple=True, metavar="NAME", help="tensors that are left as in the base")
 @dtype_option
 @dequantize_option

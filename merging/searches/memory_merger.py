@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 from merging.api.merge_files import merge_recipe, plan_for
@@ -17,16 +18,20 @@ from merging.engine.sorted_changes import SortedChanges
 from merging.errors import InputError, OptionError, option
 from merging.hub.open_model import open_model
 from merging.maths.delta import Delta, Dense, LowRank
+from merging.maths.layer_statistics import LayerStatistics
 from merging.maths.lazy_torch import Tensor, torch
 from merging.maths.parameters import bind_value
 from merging.methods.chains import chain
 from merging.methods.contract.method import Method
 from merging.plan import Plan, make_plan
+from merging.plan.inputs.statistics_files import find_needed_statistics
 from merging.plan.recipe import Recipe
 from merging.searches.spaces import MergeCandidate
 from merging.sources import Adapter
 
 __all__ = ["MemoryMerger", "MergeInputs"]
+
+LayerStatisticsByName = Mapping[str, tuple[LayerStatistics | None, ...]]
 
 _PROPORTIONAL = {
     "breadcrumbs",
@@ -60,7 +65,7 @@ class MergeInputs:
 
     Attributes:
         models: the names or paths of the models.
-        options: the options of the recipe, ``base`` among them.
+        options: the options of the recipe, ``base`` among them. Only methods that need ``stats`` receive them.
     """
 
     models: tuple[str, ...]
@@ -72,6 +77,12 @@ class MergeInputs:
         base = self.options.get("base")
         return None if base is None else str(base)
 
+    @property
+    def statistics_files(self) -> list[str]:
+        """The files with statistics of examples."""
+        given = self.options.get("stats") or ()
+        return [str(each) for each in ([given] if isinstance(given, (str, Path)) else given)]
+
     def all_adapters(self) -> bool:
         """Return whether all models are adapters."""
         opened = (open_model(name, dequantize=bool(self.options.get("dequantize"))) for name in self.models)
@@ -80,7 +91,14 @@ class MergeInputs:
     def recipe(self, candidate: MergeCandidate) -> Recipe:
         """Return the recipe that writes a candidate."""
         models = [self.models[slot] for slot in candidate.models]
-        return merge_recipe(models, candidate.method(), self.options)
+        method = candidate.method()
+        return merge_recipe(models, method, _options_for(method, self.options))
+
+
+def _options_for(method: Method, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the options of a method's recipe: statistics are for methods that need them."""
+    needed = find_needed_statistics(method) is not None
+    return options if needed else {name: value for name, value in options.items() if name != "stats"}
 
 
 class MemoryMerger:
@@ -102,6 +120,7 @@ class MemoryMerger:
         self._mixed = True  # whether tensors that no model changes may differ from the base in the last bits
         self._plans: dict[tuple[str, tuple[int, ...]], Plan] = {}
         self._weights: dict[bool, ModelReader] = {}
+        self._statistics: dict[object, LayerStatisticsByName] = {}
         self._model_options = dict(inputs.options)
         self.adapter_written = inputs.options.get("kind", inputs.options.get("as")) != "model" and inputs.all_adapters()
         if self.adapter_written:
@@ -186,8 +205,11 @@ class MemoryMerger:
     def _compute(
         self, candidate: MergeCandidate, method: Method, reader: ModelReader, weights: bool, rank: int
     ) -> Iterator[tuple[str, Delta]]:
+        statistics = self._layer_statistics(candidate, method)
+
         def read(name: str) -> TensorInputs:
-            return reader.select(name, candidate.models, factors=method.takes_factors and not weights)
+            stack, base = reader.select(name, candidate.models, factors=method.takes_factors and not weights)
+            return TensorInputs(stack.with_statistics(statistics.get(name, ())), base)
 
         unchanged = () if weights else tuple(reader.unchanged)
         merge = merge_in_memory(method, reader.sites, read, weights, sorted_changes=self._sorted, unchanged=unchanged)
@@ -199,6 +221,17 @@ class MemoryMerger:
             if rank and len(change.shape) > 1 and (not isinstance(change, LowRank) or change.rank > rank):
                 change = limit_rank(change, rank, reader.sites[name].axis == 0)[0]
             yield name, change if not weights or base is None else Dense(base + change.dense())
+
+    def _layer_statistics(self, candidate: MergeCandidate, method: Method) -> LayerStatisticsByName:
+        """Return the statistics of examples that a method needs: for each tensor the statistics of each model."""
+        needed = find_needed_statistics(method)
+        if needed is None:
+            return {}
+        key = needed, candidate.models
+        if key not in self._statistics:
+            plan = self._make_plan(method, [self.inputs.models[slot] for slot in candidate.models])
+            self._statistics[key] = {item.site.name: item.layer_statistics for item in plan.items}
+        return self._statistics[key]
 
     def _reader_of(self, candidate: MergeCandidate, method: Method) -> tuple[ModelReader, bool]:
         """Return the reader for a method, and whether it merges weights. A linear method merges changes as well."""
@@ -215,7 +248,7 @@ class MemoryMerger:
         return self._weights[method.rescales], True
 
     def _make_plan(self, method: Method, models: Sequence[str]) -> Plan:
-        return make_plan(merge_recipe(list(models), method, self._model_options))
+        return make_plan(merge_recipe(list(models), method, _options_for(method, self._model_options)))
 
     def _written_plan(self, candidate: MergeCandidate) -> Plan:
         key = str(candidate.chain), candidate.models

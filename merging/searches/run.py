@@ -234,6 +234,7 @@ def plan_facts(
         "version": __version__,
         "models": input_states(inputs.models),
         "base": input_states([inputs.base] if inputs.base else []),
+        "statistics": input_states(inputs.statistics_files),
         "options": digest(sorted(inputs.options.items())),
         "candidates": [space.text for space in spaces],
         **{name: value for name, value in plain.items() if name not in ("budget", "minutes")},

@@ -19,6 +19,8 @@ from merging.engine.resources import pick_device
 from merging.errors import InputError, OptionError, option
 from merging.hub.address import hub_address, local_path
 from merging.maths.lazy_torch import torch
+from merging.methods.chains import chain
+from merging.plan.inputs.statistics_files import find_needed_statistics
 from merging.plan.recipe import FIELDS, Recipe
 from merging.recycling.run_checkpoint import RunCheckpoint
 from merging.searches.command_objective import CommandObjective
@@ -31,7 +33,7 @@ from merging.searches.recipes import is_recipe_file, read_search_recipe
 from merging.searches.report import SearchReport
 from merging.searches.run import SearchRun, plan_facts
 from merging.searches.settings import BY_GRADIENT, SearchSettings, make_search_settings
-from merging.searches.spaces import default_spaces, read_space, trivial_candidates
+from merging.searches.spaces import CandidateSpace, default_spaces, read_space, trivial_candidates
 from merging.searches.strategy import check_budget, run_strategy
 from merging.searches.trials import Trials
 from merging.soups.scoring import ScoreFunction, make_scorer
@@ -152,6 +154,7 @@ def search(
     based = inputs.base is not None
     texts = default_spaces(len(names), based=based or adapters, adapters=adapters) if candidates is None else candidates
     spaces = [read_space(each, len(names), settings.groups) for each in texts]
+    _check_statistics(inputs, spaces)
     trivial = trivial_candidates(_short_names(names), based=based or adapters)
     trivial = [each for each in trivial if based or each.chain is not None]
     check_budget(settings, trivial, spaces)
@@ -179,6 +182,16 @@ def search(
         checkpoint.remove()
     report_notices(found.report.notices)
     return found
+
+
+def _check_statistics(inputs: MergeInputs, spaces: Sequence[CandidateSpace]) -> None:
+    """Refuse chains whose statistics of examples are missing. Raises :class:`~merging.errors.OptionError`."""
+    for space in spaces:
+        if not inputs.statistics_files and find_needed_statistics(chain(space.chain)):
+            raise OptionError(
+                f"{space.text}: needs statistics of examples: gather them of each model with merge stats, and give the "
+                f"files with {option('stats')}"
+            )
 
 
 def _data_objective(inputs: MergeInputs, data: Any, test: Any, settings: SearchSettings, device: str) -> DataObjective:

@@ -17,7 +17,14 @@ from merging.sources import Model
 from merging.sources.name_ends import find_by_end, index_ends
 from merging.sources.statistics_file import FISHER, REST, StatisticsFile, StoredStatistics, open_statistics
 
-__all__ = ["StatisticsLookup", "attach_statistics", "check_kind", "match_statistics", "model_keys"]
+__all__ = [
+    "StatisticsLookup",
+    "attach_statistics",
+    "check_kind",
+    "find_needed_statistics",
+    "match_statistics",
+    "model_keys",
+]
 
 
 def match_statistics(recipe: Recipe, models: Sequence[Model]) -> tuple[StatisticsFile, ...]:
@@ -27,7 +34,7 @@ def match_statistics(recipe: Recipe, models: Sequence[Model]) -> tuple[Statistic
         OptionError: for statistics that the method needs and lacks, or has and does not need.
         InputError: for statistics of another model, and for a model without any.
     """
-    needed = _find_needed(recipe.method)
+    needed = find_needed_statistics(recipe.method)
     if needed is None:
         if recipe.stats:
             raise OptionError(
@@ -69,7 +76,7 @@ def model_keys(model: Model) -> set[str]:
     return {key_of(model), *([str(model.origin)] if model.origin else [])}
 
 
-def _find_needed(method: Method) -> tuple[str, StatisticsKind] | None:
+def find_needed_statistics(method: Method) -> tuple[str, StatisticsKind] | None:
     """Return the method of a chain that needs statistics, and their kind."""
     found = [(link.name, link.needs_statistics) for link in method.links() if link.needs_statistics]
     return (found[0][0], found[0][1]) if found and found[0][1] is not None else None
@@ -108,7 +115,7 @@ def attach_statistics(
         OptionError: if the method needs statistics, and there are none in this kind of merge.
         InputError: for statistics whose shape is not the tensor's, and if no tensor has any.
     """
-    items, needed = list(items), _find_needed(method)
+    items, needed = list(items), find_needed_statistics(method)
     if needed is None:
         return items, []
     name, kind = needed
