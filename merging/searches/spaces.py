@@ -253,7 +253,10 @@ def _read_dimension(key: str, value: Any, text: str, whole: bool) -> Dimension |
     if value == "?":
         field_name = key.rpartition(".")[2]
         if field_name not in _USUAL:
-            raise OptionError(f"{text}: {field_name} has no usual range: write it as {field_name}=LOW..HIGH")
+            raise OptionError(
+                f"{text}: {field_name} has no usual range: write it as {field_name}=LOW..HIGH, or as choices, "
+                f"{field_name}=ONE|OTHER"
+            )
         value = _USUAL[field_name]
     if not isinstance(value, str):
         return None
