@@ -109,6 +109,21 @@ def test_recycling(nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert contents(there.path) == contents(made.path)
 
 
+def test_a_search(nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("merging.searches.page.find_spec", lambda name: None)  # pictures take long
+    world = classifier(tmp_path)
+    models = [world.pool / "a0", world.pool / "a2"]
+    found = []
+    for name, engine in (("here", "local"), ("there", RayCluster(address=nodes.address, workers=2))):
+        given = {"base": world.base, "data": world.train, "test": world.test, "strategy": "shrink", "resamples": 200}
+        found.append(merging.search(models, **given, budget=14, output=tmp_path / name / "out", engine=engine))
+    here, there = found
+    assert there.winner == here.winner
+    assert there.report.rows == here.report.rows
+    assert [(row.name, row.score) for row in there.report.trials] == [(r.name, r.score) for r in here.report.trials]
+    assert not (tmp_path / "there" / ".out.search").exists()
+
+
 @pytest.mark.parametrize("options", [{}, {"window": 2}])
 def test_a_scored_soup(nodes: Nodes, tmp_path: Path, options: dict[str, int]) -> None:
     _, models = checkpoint(tmp_path, 4)
