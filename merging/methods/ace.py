@@ -18,22 +18,23 @@ __all__ = ["Ace"]
 
 
 class Ace(Spectral):
-    """scale * (sum_i tau_i (G_i + e_i I)) (sum_i (G_i + e_i I))^-1 for each matrix, with G_i = tau_i^T tau_i.
+    """scale * (sum_i tau_i (G_i + e I)) (sum_i (G_i + e I))^-1 for each matrix, with G_i = tau_i^T tau_i.
 
     As in `actmat`, the Gram matrix of a change stands for the Gram matrix of its layer's inputs. With the ridge e =
     `epsilon` * mean_i |tau_i|^2, directions that hardly any change has take the plain mean: a large `epsilon` gives the
     mean of the changes, and 0 gives `actmat`. Where the sizes differ, that is, where the variance of log |tau_i|^2 over
-    the models is above `threshold`, two things change. Each G_i and its ridge are divided by |tau_i|^2, so that all
-    models count alike, as in `wudi`. And the leading directions are strengthened: of R = U S V^T = sum_i tau_i (G_i -
-    mean_j (G_j + e_j I)) + the merged matrix, the share `refine` of the directions is added, each times the mean of
+    the models is above `threshold`, two things change. Each G_i is divided by |tau_i|^2, and e is `epsilon`, so that
+    all models count alike, as in `wudi`. And the leading directions are strengthened: of R = U S V^T = sum_i tau_i (G_i
+    - mean_j (G_j + e I)) + the merged matrix, the share `refine` of the directions is added, each times the mean of
     their values. Models that do not change a tensor do not count. Vectors, convolutions and embedding tables take scale
     times the mean.
 
     Departures from the released code (unravel-xu/ACE-Merging). Its ridge and its gate depend on the unit of the
-    weights: the ridge is 0.01 itself, and the gate divides the variance by the squared mean of log |tau_i|^2, which
-    explodes where norms are near 1. Here both are free of the unit. The code also subtracts from each change its mean
-    over the outputs, and loses it. And it adds 1 c^T to the sum of Gram matrices, with the means c of its columns. Both
-    terms depend on the basis, and are left out. But for them the matrices are the same at the same ridge and gate.
+    weights: the ridge is 0.01 itself, or 0.01 / |tau_i|^2 where sizes differ, by which the smallest change comes to
+    rule. The gate divides the variance by the squared mean of log |tau_i|^2, which explodes where norms are near 1.
+    Here both are free of the unit. The code also subtracts from each change its mean over the outputs, and loses it.
+    And it adds 1 c^T to the sum of Gram matrices, with the means c of its columns. Both terms depend on the basis, and
+    are left out. But for them the matrices are the same at the same ridges and gate.
 
     On adapters it is exact, in the joint spaces of the factors. On full checkpoints it takes one eigenvalue problem of
     a matrix's inputs, and an SVD more where sizes differ, with one matrix in memory at a time.
@@ -62,12 +63,10 @@ class Ace(Spectral):
         sizes = torch.stack([change.square().sum() for change in changed])
         unequal = len(changed) > 1 and float(sizes.log().var()) > self.threshold
         weights, target = interference(changed, equal=unequal)
-        ridges = (self.epsilon * sizes.mean() / (sizes if unequal else torch.ones_like(sizes))).tolist()
-        weights.diagonal().add_(sum(ridges))
-        residual = target - total(changed) @ weights / len(changed) if unequal else None
-        for change, ridge in zip(changed, ridges, strict=True):
-            target += ridge * change
-        merged = minimum(weights, target)
+        summed, ridge = total(changed), self.epsilon * (1.0 if unequal else float(sizes.mean()))
+        weights.diagonal().add_(len(changed) * ridge)
+        residual = target - summed @ weights / len(changed) if unequal else None
+        merged = minimum(weights, target + ridge * summed)
         return merged if residual is None else merged + self._strengthen(residual + merged)
 
     def _strengthen(self, matrix: Tensor) -> Tensor:

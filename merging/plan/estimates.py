@@ -91,7 +91,7 @@ def working_bytes(item: Item, method: Method, tile: int = TILE) -> int:
     if item.cut.way == "whole":
         needed += 8 * 6 * item.numel  # decompositions in float64
         if any(link.decomposed_side == "longer" for link in links):
-            needed += 8 * 4 * max(item.site.shape) ** 2
+            needed += 8 * 4 * max(item.site.shape, default=1) ** 2
     in_full = sum(not change.low_rank or change.needs_base is not None for change in held)
     needed += 3 * width * (sum(prod(t.shape) for change in held for t in change.tensors) + item.numel * in_full)
     stored = {id(each): each for each in (*item.inputs, item.base) if isinstance(each, Stored)}.values()

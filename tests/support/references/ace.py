@@ -21,7 +21,7 @@ def ace(tau: Tensor, scale: float = 1.0, epsilon: float = 0.01, threshold: float
     own = sizes if unequal else torch.ones_like(sizes)
     eye = torch.eye(tau.shape[2], dtype=tau.dtype)
     plain = torch.stack([each.T @ each / size for each, size in zip(tau, own, strict=True)])
-    ridged = torch.stack([g + epsilon * sizes.mean() / size * eye for g, size in zip(plain, own, strict=True)])
+    ridged = torch.stack([g + epsilon * (1 if unequal else sizes.mean()) * eye for g in plain])
     out = (tau @ ridged).sum(0) @ torch.linalg.inv(ridged.sum(0))
     if unequal:
         u, s, vh = decomposed((tau @ (plain - ridged.mean(0))).sum(0) + out)
