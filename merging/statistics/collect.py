@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,11 @@ from merging.object_stores.store_path import output_path
 from merging.plan.checks import key_of
 from merging.sources import Adapter, Model
 from merging.sources.stored import Stored
-from merging.statistics.examples import read_statistics_examples
+from merging.statistics.examples import open_statistics_examples
 from merging.statistics.fisher_information import FisherAccumulator, FisherOutputs
 from merging.statistics.gathering import check_limits, gather_layers
 from merging.statistics.naming import name_as_stored
-from merging.statistics.network import load_runnable
+from merging.statistics.network import ComputeType, load_runnable
 from merging.statistics.writing import write_statistics
 from merging.storage.staging import StagedOutput, check_destination
 from merging.type_checks import check_types
@@ -91,7 +90,7 @@ def collect_statistics(
     fisher: FisherOutputs | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
-    dtype: str | None = None,
+    dtype: ComputeType | None = None,
     overwrite: bool = False,
     progress: Progress | bool | None = None,
 ) -> CollectedStatistics:
@@ -137,7 +136,7 @@ def collect_statistics(
         (37, 2)
     """
     began = time.monotonic()
-    check_limits(examples=examples, max_length=max_length, directions=directions)
+    check_limits(examples=examples, max_length=max_length, max_tokens=max_tokens, directions=directions)
     if fisher not in (None, "sampled", "labels"):
         raise OptionError(f"{option('fisher', fisher)}: sampled or labels")
     destination = output_path(check_path(output, "output"))
@@ -148,7 +147,7 @@ def collect_statistics(
         raise InputError(f"{data}: there is no such file or folder")
     show = resolve_progress(progress)
     opened = open_model(model)
-    read = read_statistics_examples(source, column, label_column if fisher == "labels" else None)
+    read = open_statistics_examples(source, examples, column, label_column if fisher == "labels" else None)
     check_destination(destination, opened.files, 0, overwrite)
     with StagedOutput(destination, overwrite, True) as staged:
         full = _as_folder(opened, str(model), base, staged.scratch)
@@ -162,15 +161,13 @@ def collect_statistics(
         )
         gathered = gather_layers(
             running,
-            islice(read, examples),
+            read,
             most=max_tokens,
             directions=directions,
             fisher=FisherAccumulator(running, fisher, seed) if fisher else None,
             progress=show,
             expected=examples,
         )
-        if not gathered.examples:
-            raise InputError(f"{data}: holds no examples")
         key = key_of(opened)
         facts = {
             "examples": gathered.examples,

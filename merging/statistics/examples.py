@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from merging.errors import FormatError, InputError, OptionError, option
 from merging.sources.links import check_inside
 from merging.sources.small_files import parse_json
 
-__all__ = ["StatisticsExample", "read_statistics_examples"]
+__all__ = ["StatisticsExample", "open_statistics_examples", "read_statistics_examples"]
 
 _LINE_LIMIT = 1 << 24
 """The most bytes of one line."""
@@ -33,6 +34,21 @@ class StatisticsExample:
     image: Path | None = None
     label: Any = None
     completion: str | None = None
+
+
+def open_statistics_examples(
+    data: Path, most: int, column: str = "text", label_column: str | None = None
+) -> Iterator[StatisticsExample]:
+    """Read the first example at once, and return an iterator over at most ``most``.
+
+    So data without any are refused before a model is loaded. Arguments and errors are the same as of
+    :func:`read_statistics_examples`.
+    """
+    examples = read_statistics_examples(data, column, label_column)
+    first = next(examples, None)
+    if first is None:
+        raise InputError(f"{data}: holds no examples")
+    return islice(chain([first], examples), most)
 
 
 def read_statistics_examples(
@@ -84,7 +100,12 @@ def _read_text(line: str, where: str) -> StatisticsExample:
 
 
 def _read_object(line: str, where: str, column: str, label_column: str | None) -> StatisticsExample:
-    values = parse_json(line, where)
+    try:
+        values = parse_json(line, where)
+    except FormatError as error:
+        raise FormatError(
+            f"{error}: give JSON lines, texts in a file that ends in .txt, or a folder of images"
+        ) from None
     if column not in values:
         fields = ", ".join(map(repr, list(values)[:8])) or "none"
         raise FormatError(

@@ -21,10 +21,10 @@ from merging.statistics.writing import GatheredLayers
 __all__ = ["InputGrams", "check_limits", "count_tokens", "encode_examples", "gather_layers"]
 
 
-def check_limits(**limits: int) -> None:
-    """Refuse limits below 1. Raises :class:`~merging.errors.OptionError`."""
+def check_limits(**limits: int | None) -> None:
+    """Refuse limits below 1; None is no limit. Raises :class:`~merging.errors.OptionError`."""
     for name, value in limits.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise OptionError(f"{option(name, value)}: should be at least 1")
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
+from merging.display.tables import plural
 from merging.errors import FormatError, InputError, OptionError, option
 from merging.maths.lazy_torch import Tensor, torch
 from merging.pool.network import explain_errors, loading_options, quiet
 from merging.statistics.examples import StatisticsExample
 
-__all__ = ["RunnableModel", "load_runnable"]
+__all__ = ["ComputeType", "RunnableModel", "load_runnable"]
+
+ComputeType = Literal["float32", "bfloat16", "float16", "float64"]
+"""Names of types to compute in."""
 
 
 @dataclass(slots=True, eq=False)
@@ -78,7 +82,7 @@ class RunnableModel:
 
 
 def load_runnable(
-    model: str, *, name: str, images: bool, max_length: int, device: torch.device, dtype: str | None
+    model: str, *, name: str, images: bool, max_length: int, device: torch.device, dtype: ComputeType | None
 ) -> RunnableModel:
     """Load a model from a folder or the Hub, in the class that its config names.
 
@@ -92,7 +96,10 @@ def load_runnable(
 
     Raises:
         InputError: for a model that transformers cannot load, or with missing tensors.
+        OptionError: for a type that is none to compute in.
     """
+    if dtype not in (None, *get_args(ComputeType)):
+        raise OptionError(f"{option('dtype', str(dtype))}: give one of {', '.join(get_args(ComputeType))}")
     import transformers
 
     where, options = loading_options(model)
@@ -105,7 +112,8 @@ def load_runnable(
         network, loading = cls.from_pretrained(where, dtype=kind, output_loading_info=True, **options)
     missing = sorted(each for each in loading["missing_keys"] if ".pooler." not in f".{each}")
     if missing:
-        raise InputError(f"{name}: lacks {missing[0]} and {len(missing) - 1} more tensors of a {cls.__name__}")
+        others = f" and {plural(len(missing) - 1, 'more tensor')}" if len(missing) > 1 else ""
+        raise InputError(f"{name}: lacks {missing[0]}{others} of a {cls.__name__}")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     limits = [max_length, getattr(processor, "model_max_length", max_length)]
     if isinstance(positions, int) and positions > 0:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 
 from merging.api.arguments import check_path
@@ -22,9 +21,9 @@ from merging.plan.checks import key_of
 from merging.sources import Adapter, Model
 from merging.statistics.blockwise_merger import BlockwiseMerger
 from merging.statistics.collect import CollectedStatistics
-from merging.statistics.examples import read_statistics_examples
+from merging.statistics.examples import open_statistics_examples
 from merging.statistics.gathering import check_limits, encode_examples
-from merging.statistics.network import load_runnable
+from merging.statistics.network import ComputeType, load_runnable
 from merging.statistics.writing import write_statistics
 from merging.storage.staging import StagedOutput, check_destination
 from merging.type_checks import check_types
@@ -47,7 +46,7 @@ def collect_merged_statistics(
     max_tokens: int | None = None,
     directions: int = 512,
     device: str | torch.device = "cpu",
-    dtype: str | None = None,
+    dtype: ComputeType | None = None,
     overwrite: bool = False,
     progress: Progress | bool | None = None,
 ) -> tuple[CollectedStatistics, ...]:
@@ -92,7 +91,7 @@ def collect_merged_statistics(
         ['one.safetensors', 'two.safetensors']
     """
     began = time.monotonic()
-    check_limits(examples=examples, max_length=max_length, directions=directions)
+    check_limits(examples=examples, max_length=max_length, max_tokens=max_tokens, directions=directions)
     destination = output_path(check_path(output, "output"))
     if destination.suffix:
         raise OptionError(f"{output}: statistics of several models are a folder: name it without {destination.suffix}")
@@ -100,6 +99,7 @@ def collect_merged_statistics(
     _check_data(models, sources)
     show = resolve_progress(progress)
     opened = [open_model(model) for model in models]
+    read = [open_statistics_examples(source, examples, column) for source in sources]
     start = _base_of(opened, base)
     paths = [destination / f"{name}.safetensors" for name in _file_names(models)]
     files = [path for model in opened for path in model.files]
@@ -115,11 +115,7 @@ def collect_merged_statistics(
             device=pick_device(str(device)),
             dtype=dtype,
         )
-        read = [islice(read_statistics_examples(source, column), examples) for source in sources]
         encoded = [[inputs for _, inputs in encode_examples(running, each, max_tokens)] for each in read]
-        empty = next((source for source, each in zip(sources, encoded, strict=True) if not each), None)
-        if empty is not None:
-            raise InputError(f"{empty}: holds no examples")
         options = {"base": start, **({"exclude": exclude} if exclude is not None else {})}
         merger = BlockwiseMerger(running, [str(model) for model in models], options, off_diagonal)
         gathered = merger.gather(encoded, directions, show)

@@ -199,6 +199,9 @@ BAD = {
     "no-text": ('{"text": "  "}\n', r"line 1: text is '  ', and should be a text", {}),
     "a-list": ('{"text": ["w1"]}\n', r"line 1: text is .*should be a text", {}),
     "empty": ("\n\n", "holds no examples", {}),
+    "no-tokens": ('{"text": "w1 w2"}\n', "max_tokens=0: should be at least 1", {"max_tokens": 0}),
+    "dtype": ('{"text": "w1 w2"}\n', "dtype", {"dtype": "float8_e4m3fn"}),
+    "csv": ("text\nw1 w2\n", r"is not valid JSON.*: give JSON lines, texts in a file that ends in \.txt", {}),
     "label": ('{"text": "w1 w2", "label": 7}\n', "one token|label", {"fisher": "labels", "max_length": 1}),
 }
 
