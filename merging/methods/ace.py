@@ -27,7 +27,7 @@ class Ace(Spectral):
     all models count alike, as in `wudi`. And the leading directions are strengthened: of R = U S V^T = sum_i tau_i (G_i
     - mean_j (G_j + e I)) + the merged matrix, the share `refine` of the directions is added, each times the mean of
     their values. Models that do not change a tensor do not count. Vectors, convolutions and embedding tables take scale
-    times the mean.
+    times the mean. Adapters need a scale near 0.4, as at 1 the result is nearly as large as the sum of the changes.
 
     Departures from the released code (unravel-xu/ACE-Merging). Its ridge and its gate depend on the unit of the
     weights: the ridge is 0.01 itself, or 0.01 / |tau_i|^2 where sizes differ, by which the smallest change comes to
