@@ -36,6 +36,9 @@ CONFIG_KEY = "adapter_config"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 """The names of the weights in an adapter's folder of PEFT."""
 
+_ADAPTERS_LIBRARY = ("adapter.safetensors", "pytorch_adapter.bin")
+"""The names of the weights in an adapter's folder of the adapters library."""
+
 _PREFIX = "base_model.model."
 _DEFAULT = re.compile(r"\.default(?=\.|_topk_|$)")
 """The name of PEFT's only adapter, in files that were saved without PEFT's own function."""
@@ -112,6 +115,12 @@ def weights_of(folder: Path) -> Path:
     for name in WEIGHTS:
         if (folder / name).is_file():
             return check_inside(folder / name, folder)
+    other = next((name for name in _ADAPTERS_LIBRARY if (folder / name).is_file()), None)
+    if other is not None:
+        raise FormatError(
+            f"{folder}: is an adapter of the adapters library, and not of PEFT: to average adapters that have one "
+            f"name, name their files, such as {folder / other}"
+        )
     raise FormatError(f"{folder}: has an adapter_config.json, but neither adapter_model.safetensors nor .bin")
 
 
