@@ -8,7 +8,7 @@ Without data the fit is least squares on the change. This reduces the error of t
 error of four-bit bands by a fourth. With the Gram matrix of a layer's inputs it is least squares on the outputs, with
 GPTQ's error feedback (Frantar et al. 2022, arXiv 2210.17323) from each direction to the later ones. The directions
 are chosen by the outputs too, as the leading ones of the change times the inputs. The papers feed back errors in the
-lower factor too, which does not help after this fit: it was within 1 % of the error, and mostly worse.
+lower factor too. After this fit that was no better on any of seven bands, and up to a tenth worse.
 """
 
 from __future__ import annotations
