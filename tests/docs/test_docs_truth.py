@@ -61,6 +61,11 @@ SCRIPTS = {
     "--factored",
     "--tasks",
     "--tensors",
+    "--fixed",
+    "--local",
+    "--lm-eval",
+    "--methods",
+    "--work",
 }
 """Options of benchmarks that the pages name without the script."""
 
@@ -115,6 +120,10 @@ def test_named_files_exist(page: str) -> None:
     calls = re.findall(r"python ((?:tests|examples|docs)/[\w/]+\.py)([^`\n]*)", text_of(page))
     for script, words in calls:
         source = (ROOT / script).read_text(encoding="utf-8")
+        shared = [
+            (ROOT / script).parent / f"{name}.py" for name in re.findall(r"^from (\w+) import", source, re.MULTILINE)
+        ]
+        source += "".join(path.read_text(encoding="utf-8") for path in shared if path.exists())
         for option in re.findall(r"--[a-z-]+", words):
             assert f'"{option}"' in source, f"{script} has no {option}"
 
