@@ -114,10 +114,11 @@ class TextJudge(HubJudge):
         """The metric of each example of these tasks of lm-eval, one task after the other."""
         import lm_eval
         from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
 
         options, tokenizer = self._options, self._model.tokenizer
         model = HFLM(pretrained=self.network, tokenizer=tokenizer, batch_size=options.batch)
-        manager = lm_eval.tasks.TaskManager(include_path=str(options.local) if options.local else None)
+        manager = TaskManager(include_path=str(options.local) if options.local else None)
         found = lm_eval.simple_evaluate(
             model=model, tasks=list(tasks), limit=options.limit, log_samples=True, task_manager=manager
         )
