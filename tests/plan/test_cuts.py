@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 import merging
 from merging.maths.site import Site
@@ -49,3 +50,10 @@ def test_items_of_a_plan_are_cut(tmp_path: Any) -> None:
     ways = {item.site.kind: item.cut.way for item in plan.items}
     assert ways["matrix"] == "whole"
     assert ways["vector"] == "elements"
+
+
+def test_memory_of_scalars_next_to_matrices_that_are_decomposed(tmp_path: Any) -> None:
+    base = {**model(0), "model.layers.0.gate": torch.tensor(1.0)}
+    paths = [save(tmp_path / "base", base), save(tmp_path / "tuned", fine_tune(base, 1))]
+    for method in ("decouple+wudi", "orthogonalize+ace"):
+        assert merging.preview(paths[1:], method=method, base=paths[0]).memory(1) > 0
