@@ -23,8 +23,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -271,10 +269,12 @@ class Bench:
         return [str(script)] if script.exists() else [sys.executable, "-m", "merging"]
 
     def compile(self, case: Case) -> None:
-        """Merge once with all kernels, so that their compiled code is on the disk."""
-        self.environment["MERGING_KERNELS"] = "on"
-        self.ours_alone(case)
-        del self.environment["MERGING_KERNELS"]
+        """Merge once with all kernels unless the user switched them off, so that their compiled code is on the disk."""
+        chosen = self.environment
+        if chosen.get("MERGING_KERNELS") not in ("off", "0"):
+            self.environment = chosen | {"MERGING_KERNELS": "on"}
+            self.ours_alone(case)
+            self.environment = chosen
 
     def ours_whole(self, case: Case) -> float:
         """Seconds of the whole process."""
@@ -356,11 +356,8 @@ def succeeded(measured: Measured) -> Measured:
 
 
 def import_everything() -> Any:
-    """Our package with every public name looked up, as it imports its parts when they are asked for; and numba."""
+    """Our package with every public name looked up, as it imports its parts when they are asked for."""
     import merging
-
-    if find_spec("numba"):
-        import_module("numba")
 
     for name in merging.__all__:
         getattr(merging, name)
